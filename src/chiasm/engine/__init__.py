@@ -1,0 +1,1 @@
+"""The built-in engine: scheduler, block manager, encoder cache manager, model runner, sampler."""

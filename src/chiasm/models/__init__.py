@@ -1,0 +1,1 @@
+"""What chiasm needs of a checkpoint: processor, vision encoder, language model, each loaded apart."""
