@@ -1,0 +1,1 @@
+"""Seeded pictures and questions for the checkpoint that ships with the package."""

@@ -1,0 +1,39 @@
+"""Training pictures, on the grids that the image processor gives."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+from PIL import Image
+from recipe import MAX_PIXELS, MIN_PIXELS
+from towers import CELL, Grid
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from chiasm.demo import pictures
+
+_SMALL: tuple[Grid, ...] = ((3, 3), (3, 3), (3, 4), (4, 3), (4, 4), (3, 5), (5, 3))
+
+
+def draw_grid(rng: random.Random) -> Grid:
+    """Choose a grid: half as a drawn canvas would get it, half among the small, cheap ones."""
+    if rng.random() < 0.5:
+        return rng.choice(_SMALL)
+    width, height = pictures.draw_size(rng)
+    height, width = smart_resize(height, width, CELL, MIN_PIXELS, MAX_PIXELS)
+    return height // CELL, width // CELL
+
+
+def draw_pixels(rng: random.Random, scene: pictures.Scene, grid: Grid) -> tuple[np.ndarray, list[pictures.Mark]]:
+    """Draw ``scene`` and scale it to ``grid``; return pixels [H, W, 3] uint8 and what lies where.
+
+    Canvases are up to 2.5 times as large as the grid and a little off its aspect ratio, as uploads are.
+    """
+    height, width = grid[0] * CELL, grid[1] * CELL
+    scale = 1.0 if rng.random() < 0.4 else rng.uniform(1.0, 2.5)
+    stretch = rng.uniform(0.9, 1.1)
+    canvas = max(96, round(width * scale * stretch)), max(96, round(height * scale / stretch))
+    picture, marks = pictures.draw_marked(rng, scene, canvas)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture), marks

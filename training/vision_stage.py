@@ -1,0 +1,162 @@
+"""First stage: the vision tower alone learns to tell what a picture shows.
+
+Temporary linear heads read the tower's merged output and its DeepStack levels: one names the shape or
+character whose centre lies in each patch, the other, over features resampled to one fixed grid, tells
+the whole picture's colour, shape, count, position and text. Without this stage the whole model learns
+colours and positions but hardly shapes and text in the same time; without the first head the second
+takes much longer to tell shapes and characters.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from parallel import average_gradients, groups, set_rate
+from samples import draw_grid, draw_pixels
+from torch import Tensor, nn
+from towers import BatchedVision, Grid, to_patches
+from transformers import Qwen3VLForConditionalGeneration
+
+from chiasm.demo import pictures
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_WORD_LENGTH, _NUMBER_LENGTH, _SIDE = 6, 3, 5
+_IGNORE = -100
+# (name, number of classes), in the order of the head's outputs
+_TASKS: tuple[tuple[str, int], ...] = (
+    ("content", 4),
+    ("colour", len(pictures.COLOURS)),
+    ("shape", len(pictures.SHAPES)),
+    ("count", len(pictures.COUNTS)),
+    ("position", len(pictures.POSITIONS)),
+    ("word", len(pictures.WORDS)),
+    *((f"letter{i}", len(_LETTERS) + 1) for i in range(_WORD_LENGTH)),
+    *((f"digit{i}", 11) for i in range(_NUMBER_LENGTH)),
+)
+
+
+_THINGS = {name: i + 1 for i, name in enumerate((*pictures.SHAPES, *_LETTERS, *"0123456789"))}
+_EMPTY_WEIGHT = 0.05  # patches without a centre are many
+
+
+def labels(scene: pictures.Scene) -> list[int]:
+    """Return one class per task, ``_IGNORE`` where a task does not apply."""
+    found = {
+        "content": ("shape", "shapes", "word", "number").index(scene.content),
+        "colour": list(pictures.COLOURS).index(scene.colour),
+    }
+    if scene.content == "shapes" and scene.count == 1:
+        del found["content"]  # looks just like a lone shape
+    if scene.shape is not None and scene.count is not None:
+        found |= {"shape": pictures.SHAPES.index(scene.shape), "count": scene.count - 1}
+    if scene.position is not None:
+        found["position"] = pictures.POSITIONS.index(scene.position)
+    if scene.content == "word" and scene.text is not None:
+        found["word"] = pictures.WORDS.index(scene.text)
+        padded = scene.text.ljust(_WORD_LENGTH)
+        found |= {f"letter{i}": _LETTERS.find(c) % 27 for i, c in enumerate(padded)}
+    if scene.content == "number" and scene.text is not None:
+        padded = scene.text.ljust(_NUMBER_LENGTH)
+        found |= {f"digit{i}": int(c) if c.isdigit() else 10 for i, c in enumerate(padded)}
+    return [found.get(name, _IGNORE) for name, _ in _TASKS]
+
+
+class Head(nn.Module):
+    """Linear classifiers over features resampled to a 5 × 5 grid; thrown away after the stage."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width * _SIDE * _SIDE, sum(n for _, n in _TASKS))
+        self.local = nn.Linear(width, 4 * (len(_THINGS) + 1))
+
+    def forward(self, levels: list[Tensor], grid: Grid) -> tuple[list[Tensor], Tensor]:
+        """Map levels [B, N, H] to one [B, classes] a task, and to the things in patches [B, 4 * N, classes]."""
+        x = self.norm(torch.cat(levels, -1))
+        local = self.local(x).unflatten(2, (4, -1)).flatten(1, 2).float()
+        x = x.transpose(1, 2).unflatten(2, grid).float()
+        x = nn.functional.interpolate(x, (_SIDE, _SIDE), mode="bilinear", align_corners=True)
+        return list(self.linear(x.flatten(1)).float().split([n for _, n in _TASKS], -1)), local
+
+
+def _local_truth(marks: list[list[pictures.Mark]], grid: Grid) -> Tensor:
+    """Return each patch's share of things [B, 4 * N, classes], in the order of patches; class 0 is none."""
+    rows, columns = grid
+    truth = np.zeros((len(marks), rows * columns * 4, len(_THINGS) + 1), np.float32)
+    for picture, found in zip(truth, marks, strict=True):
+        for mark in found:
+            row, column = min(int(mark.y * rows * 2), rows * 2 - 1), min(int(mark.x * columns * 2), columns * 2 - 1)
+            cell = (row // 2) * columns + column // 2
+            picture[cell * 4 + row % 2 * 2 + column % 2, _THINGS[mark.name]] += 1
+    truth[:, :, 0] = truth.sum(-1) == 0
+    return torch.from_numpy(truth / truth.sum(-1, keepdims=True))
+
+
+def _batch(rng: random.Random, size: int) -> tuple[Tensor, Tensor, Tensor, Grid]:
+    grid = draw_grid(rng)
+    scenes = []
+    for _ in range(size):
+        content = rng.choice(("shape", "shapes", "word", "word", "number", "number"))
+        scenes.append(pictures.draw_scene(rng, content))
+    drawn = [draw_pixels(rng, scene, grid) for scene in scenes]
+    truth = torch.tensor([labels(s) for s in scenes])
+    return to_patches(np.stack([p for p, _ in drawn])), truth, _local_truth([m for _, m in drawn], grid), grid
+
+
+def train_vision(
+    model: Qwen3VLForConditionalGeneration,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    rank: int,
+    log: Callable[[str], None],
+    save: Callable[[], None],
+) -> None:
+    """Train ``model.model.visual`` in place for ``steps`` steps of ``batch`` pictures a process."""
+    torch.manual_seed(seed)
+    rng = random.Random(f"vision {seed} {rank}")
+    visual = model.model.visual
+    tower, head = BatchedVision(visual), Head(3 * visual.config.out_hidden_size)
+    optimizer = torch.optim.AdamW(groups([(visual, 1.5e-3), (head, 1.5e-3)]), betas=(0.9, 0.98), fused=True)
+    right, seen = torch.zeros(len(_TASKS) + 1), torch.zeros(len(_TASKS) + 1)
+    started = time.monotonic()
+    drawing = 0.0
+    for step in range(steps):
+        set_rate(optimizer, step, steps)
+        for _ in range(2):  # two grids a step, so that no step sees one size only
+            before = time.monotonic()
+            patches, truth, things, grid = _batch(rng, batch // 2)
+            drawing += time.monotonic() - before
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs, local = head(tower(patches, grid), grid)
+            weight = torch.where(things[:, :, 0] > 0, _EMPTY_WEIGHT, 1.0)
+            named = nn.functional.cross_entropy(local.flatten(0, 1), things.flatten(0, 1), reduction="none")
+            losses = [(named * weight.flatten()).sum()]
+            spots = things[:, :, 0] == 0
+            right[-1] += things[spots].gather(1, local[spots].argmax(-1, keepdim=True)).gt(0).sum()
+            seen[-1] += spots.sum()
+            for i, output in enumerate(outputs):
+                known = truth[:, i] != _IGNORE
+                if known.any():
+                    losses.append(nn.functional.cross_entropy(output[known], truth[known, i], reduction="sum"))
+                    right[i] += (output[known].argmax(-1) == truth[known, i]).sum()
+                    seen[i] += known.sum()
+            (torch.stack(losses).sum() / batch).backward()
+        both = [*visual.parameters(), *head.parameters()]
+        average_gradients(both)
+        nn.utils.clip_grad_norm_(both, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            names = (*(n for n, _ in _TASKS), "thing")
+            share = [f"{n} {100 * r / max(s, 1):.0f}" for n, r, s in zip(names, right, seen, strict=True)]
+            spent = time.monotonic() - started
+            log(f"vision step {step + 1} of {steps}, {spent:.0f} s ({drawing:.0f} drawing): {', '.join(share)}")
+            right.zero_(), seen.zero_()
+        if (step + 1) % 500 == 0:
+            save()
