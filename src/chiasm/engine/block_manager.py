@@ -1,0 +1,110 @@
+"""Blocks of the KV cache: who holds them, and which may be shared by prefix."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from blake3 import blake3
+
+from chiasm.models.base import PromptItem
+
+BlockHash = bytes
+
+
+class BlockManager:
+    """Hands out blocks and remembers what full ones hold.
+
+    A full block is named by a hash chained over everything before it: token ids, and for each item that reaches into
+    the block its identifier, place and geometry, since all pictures share one placeholder token. A block that nobody
+    holds stays findable until it is handed out again, least recently released first.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._holders = [0] * num_blocks
+        self._hash_of: list[BlockHash | None] = [None] * num_blocks
+        self._block_of: dict[BlockHash, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks ``num_tokens`` tokens fill."""
+        return -(-num_tokens // self.block_size)
+
+    def find(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """Blocks of the longest known prefix of ``hashes``; nothing is taken."""
+        found: list[int] = []
+        for block_hash in hashes:
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def num_free_after_sharing(self, blocks: Sequence[int]) -> int:
+        """Free blocks that would be left once ``blocks`` are shared: unheld ones among them leave the free list."""
+        return self.num_free - sum(1 for block in blocks if self._holders[block] == 0)
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Take one more hold of each of ``blocks``, as found by :meth:`find`."""
+        for block in blocks:
+            if self._holders[block] == 0:
+                del self._free[block]
+            self._holders[block] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """Take ``count`` free blocks; what they held is forgotten. The caller has checked :attr:`num_free`."""
+        taken: list[int] = []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._holders[block] = 1
+            taken.append(block)
+        return taken
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give back one hold of each block. The last of a sequence is reused first, since its prefix is worth more."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                self._free[block] = None
+
+    def remember(self, block: int, block_hash: BlockHash) -> None:
+        """A held block is full and computed: from now on it is found by its hash."""
+        if self._hash_of[block] is None and block_hash not in self._block_of:
+            self._hash_of[block] = block_hash
+            self._block_of[block_hash] = block
+
+    def _forget(self, block: int) -> None:
+        block_hash = self._hash_of[block]
+        if block_hash is not None:
+            del self._block_of[block_hash]
+            self._hash_of[block] = None
+
+
+class BlockHasher:
+    """Hashes of the full blocks of one growing sequence, each computed once."""
+
+    def __init__(self, block_size: int, items: Sequence[PromptItem], salt: str) -> None:
+        self._block_size = block_size
+        self._items = items
+        self._hashes: list[BlockHash] = []
+        self._root = blake3(salt.encode()).digest()
+
+    def hashes(self, token_ids: Sequence[int]) -> list[BlockHash]:
+        """Hashes of all full blocks of ``token_ids``, which only ever grows."""
+        for index in range(len(self._hashes), len(token_ids) // self._block_size):
+            start, end = index * self._block_size, (index + 1) * self._block_size
+            content = blake3(self._hashes[-1] if self._hashes else self._root)
+            content.update(array("q", token_ids[start:end]).tobytes())
+            for item in self._items:
+                if item.offset < end and item.offset + item.length > start:
+                    content.update(f"{item.identifier} {item.offset} {item.geometry.metadata}".encode())
+            self._hashes.append(content.digest())
+        return self._hashes

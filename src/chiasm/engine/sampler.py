@@ -1,0 +1,121 @@
+"""Choosing the next token from logits.
+
+Sampling keeps no state: the random number of an output position is a function of the sequence's seed and that position,
+so that a request continues identically after preemption, in another batch, or in another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from chiasm.engine.request import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class SamplingInput:
+    """What the sampler needs of one sequence besides its logits."""
+
+    params: SamplingParams
+    seed: int
+    prompt_token_ids: AbstractSequence[int]
+    output_token_ids: AbstractSequence[int]
+    stop_token_ids: frozenset[int]
+    """Tokens that end the answer, kept out until ``min_tokens`` are there."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The chosen token, and its log probabilities where the request asked for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for output token ``position`` of a sequence: 53 bits of BLAKE3 over both."""
+    digest = blake3(seed.to_bytes(9, "little", signed=True) + position.to_bytes(8, "little")).digest(8)
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def sample(logits: Tensor, inputs: AbstractSequence[SamplingInput]) -> list[Sampled]:
+    """Choose one token a row. ``logits`` is float32 ``[B, vocab]`` and is not changed."""
+    best = logits.argmax(dim=-1).tolist()
+    return [
+        Sampled(best[row], None) if _is_plain_greedy(sequence) else _sample_row(logits[row], sequence)
+        for row, sequence in enumerate(inputs)
+    ]
+
+
+def _is_plain_greedy(sequence: SamplingInput) -> bool:
+    params = sequence.params
+    return params.greedy and params.logprobs is None and not _changes_logits(sequence)
+
+
+def _changes_logits(sequence: SamplingInput) -> bool:
+    params = sequence.params
+    return (
+        bool(params.logit_bias)
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or params.repetition_penalty != 1
+        or len(sequence.output_token_ids) < params.min_tokens
+    )
+
+
+def _sample_row(raw: Tensor, sequence: SamplingInput) -> Sampled:
+    params = sequence.params
+    logits = _adjust(raw.clone(), sequence) if _changes_logits(sequence) else raw
+    token_id = int(logits.argmax()) if params.greedy else _draw(logits, sequence)
+    return Sampled(token_id, None if params.logprobs is None else _logprobs(raw, token_id, params.logprobs))
+
+
+def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
+    """Bias, penalties (OpenAI's over the output, repetition over prompt and output after Keskar et al. 2019)."""
+    params = sequence.params
+    device = logits.device
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*sequence.prompt_token_ids, *sequence.output_token_ids}), device=device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if sequence.output_token_ids and (params.presence_penalty or params.frequency_penalty):
+        tokens, counts = torch.tensor(sequence.output_token_ids, device=device).unique(return_counts=True)
+        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+    for token_id, bias in params.logit_bias.items():
+        logits[token_id] += bias
+    if len(sequence.output_token_ids) < params.min_tokens and sequence.stop_token_ids:
+        logits[torch.tensor(sorted(sequence.stop_token_ids), device=device)] = float("-inf")
+    return logits
+
+
+def _draw(logits: Tensor, sequence: SamplingInput) -> int:
+    """One draw by inversion of the cumulative distribution, after top-k, top-p (Holtzman et al. 2020) and min-p."""
+    params = sequence.params
+    probabilities = torch.softmax(logits / params.temperature, dim=-1)
+    target = uniform(sequence.seed, len(sequence.output_token_ids))
+    order: Tensor | None = None
+    if params.top_p < 1 or params.top_k > 0:
+        probabilities, order = probabilities.sort(descending=True, stable=True)
+        if 0 < params.top_k < len(probabilities):
+            probabilities[params.top_k :] = 0
+            probabilities /= probabilities.sum()
+        if params.top_p < 1:
+            before = probabilities.cumsum(0) - probabilities
+            probabilities[before >= params.top_p] = 0
+    if params.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0)
+    cumulative = probabilities.double().cumsum(0)
+    index = int(torch.searchsorted(cumulative, cumulative[-1] * target, right=True))
+    index = min(index, int(probabilities.nonzero()[-1]))
+    return index if order is None else int(order[index])
+
+
+def _logprobs(raw: Tensor, token_id: int, count: int) -> TokenLogprobs:
+    logprobs = torch.log_softmax(raw, dim=-1)
+    top = logprobs.topk(min(count, len(logprobs))) if count else None
+    alternatives = zip(top.indices.tolist(), top.values.tolist(), strict=True) if top else ()
+    return TokenLogprobs(token_id, float(logprobs[token_id]), tuple(alternatives))

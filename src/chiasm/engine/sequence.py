@@ -1,0 +1,88 @@
+"""One continuation of one prompt, as the scheduler sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from typing import TYPE_CHECKING
+
+from chiasm.engine.block_manager import BlockHash, BlockHasher
+
+if TYPE_CHECKING:
+    from chiasm.engine.request import SamplingParams
+    from chiasm.models.base import Prompt, PromptItem
+
+
+class Sequence:
+    """Tokens, blocks and progress of one choice of a request. The scheduler alone changes its progress."""
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        index: int,
+        arrival: int,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        seed: int,
+        block_size: int,
+        cache_salt: str = "",
+        leader: Sequence | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.sequence_id = f"{request_id}/{index}"
+        self.arrival = arrival
+        """Number in order of arrival; a lower one goes first."""
+        self.prompt = prompt
+        self.sampling = sampling
+        self.seed = seed
+        self.leader = leader
+        """The first choice of the same request, whose prefill the others wait for, to share its blocks."""
+        self.token_ids: list[int] = list(prompt.token_ids)
+        self.block_ids: list[int] = []
+        self.num_computed = 0
+        """Tokens whose keys and values are in the blocks."""
+        self.num_cached = 0
+        """Of the prompt, those found in the prefix cache when it was first scheduled."""
+        self.was_scheduled = False
+        self.finished = False
+        self.held: set[str] = set()
+        """Identifiers that it holds in the encoder cache."""
+        self._hasher = BlockHasher(block_size, prompt.items, cache_salt)
+
+    @property
+    def items(self) -> AbstractSequence[PromptItem]:
+        return self.prompt.items
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether one step with one token makes the next one."""
+        return self.num_output > 0 and self.num_computed == self.num_tokens - 1
+
+    @property
+    def prompt_computed(self) -> bool:
+        return self.num_computed >= self.num_prompt
+
+    def block_hashes(self) -> list[BlockHash]:
+        """Hashes of the full blocks of all tokens so far."""
+        return self._hasher.hashes(self.token_ids)
+
+    def items_between(self, start: int, end: int) -> list[PromptItem]:
+        """Items with a token in ``[start, end)``, in order."""
+        return [item for item in self.prompt.items if item.offset < end and item.offset + item.length > start]
