@@ -19,9 +19,27 @@ import torch.multiprocessing as mp
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "src")]
 
-from recipe import model_config  # noqa: E402
-from transformers import Qwen3VLForConditionalGeneration  # noqa: E402
+from assets import train_tokenizer, write_assets  # noqa: E402
+from recipe import CHECKPOINT, ID, model_config  # noqa: E402
+from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLForConditionalGeneration  # noqa: E402
 from vision_stage import train_vision  # noqa: E402
+from whole_stage import train_whole  # noqa: E402
+
+
+def write_checkpoint(folder: Path, model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer) -> None:
+    """Write the folder that the package ships: weights in bfloat16 and everything that goes with them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=[ID["<|im_end|>"], ID["<|endoftext|>"]],
+        pad_token_id=ID["<|endoftext|>"],
+        max_new_tokens=48,
+    )
+    copy = Qwen3VLForConditionalGeneration(model_config())
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    copy.to(torch.bfloat16).save_pretrained(folder)
+    write_assets(folder, tokenizer)
 
 
 def work(rank: int, options: argparse.Namespace) -> None:
@@ -37,7 +55,10 @@ def work(rank: int, options: argparse.Namespace) -> None:
         )
     options.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    model = Qwen3VLForConditionalGeneration(model_config()).train()
+    config = model_config()
+    config._attn_implementation = "eager"  # the fused kernel's backward pass in bfloat16 is slow on CPUs
+    model = Qwen3VLForConditionalGeneration(config).train()
+    tokenizer = train_tokenizer(options.seed)
 
     def log(line: str) -> None:
         if rank == 0:
@@ -55,6 +76,18 @@ def work(rank: int, options: argparse.Namespace) -> None:
         batch = options.vision_batch // options.processes
         train_vision(model, steps=options.vision_steps, batch=batch, save=lambda: keep("vision"), **shared)
         keep("vision")
+    if options.stage == "whole":
+        model.load_state_dict(torch.load(options.work / "vision.pt", weights_only=True))
+    if options.stage in ("whole", "all"):
+        batch = options.whole_batch // options.processes
+
+        def save() -> None:
+            keep("whole")
+            if rank == 0:
+                write_checkpoint(options.out, model, tokenizer)
+
+        train_whole(model, tokenizer, steps=options.whole_steps, batch=batch, save=save, **shared)
+        save()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -67,6 +100,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--vision-batch", type=int, default=128, help="pictures a step, over all processes")
+    parser.add_argument("--whole-steps", type=int, default=2400)
+    parser.add_argument("--whole-batch", type=int, default=64, help="conversations a step, over all processes")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="the checkpoint's folder")
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="folder for what is kept between stages")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

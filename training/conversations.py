@@ -1,0 +1,233 @@
+"""Training conversations: turns about pictures as token ids, targets and M-RoPE positions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+from recipe import ID
+from samples import draw_pixels
+from torch import Tensor
+from towers import Grid
+from transformers import Qwen2Tokenizer
+
+from chiasm.demo import pictures, talk
+
+IGNORE = -100
+
+
+@dataclass
+class Picture:
+    """A drawn picture: pixels [H, W, 3] uint8 and its grid of image tokens."""
+
+    pixels: np.ndarray
+    grid: Grid
+
+
+@dataclass
+class Turn:
+    """One question with the pictures sent along, and its answer."""
+
+    question: str
+    answer: str
+    kind: str
+    pictures: list[Picture] = field(default_factory=list)
+    pictures_first: bool = True
+
+
+@dataclass
+class Conversation:
+    """Turns in order, after an optional system message."""
+
+    turns: list[Turn]
+    system: str | None = None
+
+
+def topics(rng: random.Random, scene: pictures.Scene) -> list[str]:
+    """Return what can be asked about ``scene``, in random order, the topics worth most practice first more often."""
+    if scene.text is not None:
+        found = [scene.content] + (["describe"] if rng.random() < 0.4 else []) + ["colour"] * (rng.random() < 0.25)
+    elif scene.content == "shape":
+        found = ["colour", "shape", "position", "describe"] + ["count"] * (rng.random() < 0.1)
+    else:
+        found = ["colour", "shape", "count", "count"] + ["describe"] * (scene.count != 1)
+    rng.shuffle(found)
+    return list(dict.fromkeys(found))
+
+
+class Writer:
+    """Draws conversations whose pictures lie on a few given grids."""
+
+    def __init__(self, rng: random.Random, grids: list[Grid]) -> None:
+        self.rng, self.grids = rng, grids
+
+    def _scene(self, content: pictures.Content | None = None) -> pictures.Scene:
+        content = content or self.rng.choice(("shape", "shapes", "word", "number", "number"))
+        return pictures.draw_scene(self.rng, content)
+
+    def _picture(self, scene: pictures.Scene) -> Picture:
+        grid = self.rng.choice(self.grids)
+        return Picture(draw_pixels(self.rng, scene, grid)[0], grid)
+
+    def _single(self) -> list[Turn]:
+        scene = self._scene()
+        turns = []
+        for topic in topics(self.rng, scene)[: self.rng.randint(1, 3)]:
+            # Asking for "the first picture" of one is natural too.
+            nth = "first" if self.rng.random() < 0.05 else None
+            turns.append(Turn(*pictures.ask(self.rng, scene, topic, nth), topic))
+        turns[0].pictures = [self._picture(scene)]
+        return turns
+
+    def _several(self, most: int) -> list[Turn]:
+        count = min(most, self.rng.choice((2, 2, 2, 3, 3, 4)))
+        alike = self.rng.choice(("shape", "shape", "shapes", "word", "number")) if self.rng.random() < 0.5 else None
+        scenes = [self._scene(alike) for _ in range(count)]
+        turns = []
+        for _ in range(self.rng.randint(1, 3)):
+            if self.rng.random() < 0.03 and count < len(pictures.ORDINALS):
+                nth = pictures.ORDINALS[self.rng.randrange(count, len(pictures.ORDINALS))]
+                other = self.rng.choice(scenes)
+                question, _ = pictures.ask(self.rng, other, topics(self.rng, other)[0], nth)
+                turns.append(Turn(question, talk.missing(nth), "missing"))
+                continue
+            index = self.rng.randrange(count)
+            topic = topics(self.rng, scenes[index])[0]
+            question, answer = pictures.ask(self.rng, scenes[index], topic, pictures.ORDINALS[index])
+            turns.append(Turn(question, answer, f"which-{topic}"))
+        turns[0].pictures = [self._picture(scene) for scene in scenes]
+        return turns
+
+    def _later(self) -> list[Turn]:
+        turns = []
+        for _ in range(2):
+            turn = self._single()[0]
+            turn.kind = f"later-{turn.kind}" if turns else turn.kind
+            turns.append(turn)
+        return turns
+
+    def draw(self, most: int = 4) -> Conversation:
+        """Draw a conversation with at most ``most`` pictures in one request."""
+        pick = self.rng.random()
+        if pick < 0.06:
+            turns = [Turn(*talk.draw_exchange(self.rng), "talk")]
+        elif pick < 0.12:
+            turns = self._later()
+        elif pick < 0.55 or most < 2:
+            turns = self._single()
+        else:
+            turns = self._several(most)
+        for turn in turns:
+            turn.pictures_first = self.rng.random() < 0.8
+        system = self.rng.choice(talk.SYSTEM_MESSAGES) if self.rng.random() < 0.25 else None
+        return Conversation(turns, system)
+
+
+def messages(conversation: Conversation) -> list[dict[str, object]]:
+    """Return the conversation as chat messages, to compare ``encode`` with the chat template."""
+    found: list[dict[str, object]] = []
+    if conversation.system is not None:
+        found.append({"role": "system", "content": conversation.system})
+    for turn in conversation.turns:
+        images = [{"type": "image"} for _ in turn.pictures]
+        text = [{"type": "text", "text": turn.question}]
+        found.append({"role": "user", "content": images + text if turn.pictures_first else text + images})
+        found.append({"role": "assistant", "content": turn.answer})
+    return found
+
+
+@dataclass
+class Encoded:
+    """A conversation as ids [T], targets [T] (``IGNORE`` but on answers), positions [3, T] and answer spans."""
+
+    ids: list[int]
+    targets: list[int]
+    positions: np.ndarray
+    spans: list[tuple[int, int, str]]
+    pictures: list[Picture]
+
+
+class Encoder:
+    """Turns conversations into ids, exactly as the chat template and the tokenizer would."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer) -> None:
+        self._tokenize = lru_cache(maxsize=50_000)(lambda text: tuple(tokenizer(text)["input_ids"]))
+
+    def __call__(self, conversation: Conversation) -> Encoded:
+        """Encode one conversation."""
+        ids: list[int] = []
+        targets: list[int] = []
+        axes: list[np.ndarray] = []
+        spans: list[tuple[int, int, str]] = []
+        shown: list[Picture] = []
+        position = 0
+
+        def put(tokens: tuple[int, ...], learn: bool = False) -> None:
+            nonlocal position
+            ids.extend(tokens)
+            targets.extend(tokens if learn else [IGNORE] * len(tokens))
+            axes.append(np.tile(np.arange(position, position + len(tokens)), (3, 1)))
+            position += len(tokens)
+
+        def show(picture: Picture) -> None:
+            nonlocal position
+            put((ID["<|vision_start|>"],))
+            rows, columns = picture.grid
+            ids.extend([ID["<|image_pad|>"]] * (rows * columns))
+            targets.extend([IGNORE] * (rows * columns))
+            row, column = np.divmod(np.arange(rows * columns), columns)
+            axes.append(position + np.stack([np.zeros_like(row), row, column]))
+            position += max(rows, columns)
+            put((ID["<|vision_end|>"],))
+            shown.append(picture)
+
+        start, end, newline = (ID["<|im_start|>"],), (ID["<|im_end|>"],), self._tokenize("\n")
+        if conversation.system is not None:
+            put(start + self._tokenize("system\n" + conversation.system) + end + newline)
+        for turn in conversation.turns:
+            put(start + self._tokenize("user\n"))
+            if not turn.pictures_first:
+                put(self._tokenize(turn.question))
+            for picture in turn.pictures:
+                show(picture)
+            if turn.pictures_first:
+                put(self._tokenize(turn.question))
+            put(end + newline + start + self._tokenize("assistant\n"))
+            before = len(ids)
+            put(self._tokenize(turn.answer) + end, learn=True)
+            spans.append((before, len(ids), turn.kind))
+            put(newline)
+        return Encoded(ids, targets, np.concatenate(axes, 1), spans, shown)
+
+
+@dataclass
+class Batch:
+    """Padded conversations: ids and targets [B, T], positions [3, B, T]; pictures in order of appearance."""
+
+    ids: Tensor
+    targets: Tensor
+    positions: Tensor
+    pictures: list[Picture]
+    spans: list[tuple[int, int, int, str]]
+
+
+def collate(encoded: list[Encoded]) -> Batch:
+    """Pad on the right: under a causal mask no real token sees the padding."""
+    longest = max(len(e.ids) for e in encoded)
+    ids = np.full((len(encoded), longest), ID["<|endoftext|>"])
+    targets = np.full((len(encoded), longest), IGNORE)
+    positions = np.zeros((3, len(encoded), longest), np.int64)
+    for i, e in enumerate(encoded):
+        ids[i, : len(e.ids)] = e.ids
+        targets[i, : len(e.ids)] = e.targets
+        positions[:, i, : len(e.ids)] = e.positions
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(targets),
+        torch.from_numpy(positions),
+        [p for e in encoded for p in e.pictures],
+        [(i, a, b, kind) for i, e in enumerate(encoded) for a, b, kind in e.spans],
+    )

@@ -1,0 +1,115 @@
+"""Second stage: the whole model learns to answer, the vision tower at a lower rate."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from conversations import IGNORE, Batch, Encoder, Writer, collate
+from parallel import average_gradients, groups, set_rate
+from recipe import ID
+from samples import draw_grid
+from torch import Tensor, nn
+from towers import BatchedVision, Grid, to_patches
+from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
+
+
+def encode_pictures(tower: BatchedVision, batch: Batch) -> list[Tensor]:
+    """Encode all pictures, those of one grid together.
+
+    Returns the merged output and each DeepStack level as [tokens, H], in order of appearance.
+    """
+    by_grid: dict[Grid, list[int]] = defaultdict(list)
+    for i, picture in enumerate(batch.pictures):
+        by_grid[picture.grid].append(i)
+    sizes = [picture.grid[0] * picture.grid[1] for picture in batch.pictures]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    parts: list[list[Tensor]] = []
+    places: list[np.ndarray] = []
+    for grid, members in by_grid.items():
+        pixels = np.stack([batch.pictures[i].pixels for i in members])
+        parts.append([level.flatten(0, 1) for level in tower(to_patches(pixels), grid)])
+        places += [np.arange(starts[i], starts[i] + sizes[i]) for i in members]
+    order = torch.from_numpy(np.argsort(np.concatenate(places)))
+    return [torch.cat(level)[order] for level in zip(*parts, strict=True)]
+
+
+def logits(model: Qwen3VLForConditionalGeneration, tower: BatchedVision, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return logits [n, V] and targets [n] of all answer tokens, row by row."""
+    inputs = model.get_input_embeddings()(batch.ids)
+    deep: dict[str, object] = {}
+    if batch.pictures:
+        visible = batch.ids == ID["<|image_pad|>"]
+        merged, *levels = encode_pictures(tower, batch)
+        inputs = inputs.masked_scatter(visible[:, :, None], merged.to(inputs.dtype))
+        deep = {"visual_pos_masks": visible, "deepstack_visual_embeds": levels}
+    hidden = model.model.language_model(
+        inputs_embeds=inputs, position_ids=batch.positions, use_cache=False, **deep
+    ).last_hidden_state
+    targets = batch.targets[:, 1:]
+    answered = targets != IGNORE
+    return model.lm_head(hidden[:, :-1][answered]), targets[answered]
+
+
+def _right(batch: Batch, guesses: Tensor, targets: Tensor, tally: dict[str, list[int]]) -> None:
+    """Count answers whose every token was guessed, teacher-forced, by kind."""
+    hits = (guesses == targets).tolist()
+    at = 0
+    for _, start, end, kind in batch.spans:
+        tally[kind][0] += all(hits[at : at + end - start])
+        tally[kind][1] += 1
+        at += end - start
+
+
+def train_whole(
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: Qwen2Tokenizer,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    rank: int,
+    log: Callable[[str], None],
+    save: Callable[[], None],
+) -> None:
+    """Train ``model`` in place for ``steps`` steps of ``batch`` conversations a process."""
+    torch.manual_seed(seed)
+    rng = random.Random(f"whole {seed} {rank}")
+    tower, encode = BatchedVision(model.model.visual), Encoder(tokenizer)
+    rates = [(model.model.visual, 3e-4), (model.model.language_model, 1e-3)]
+    optimizer = torch.optim.AdamW(groups(rates), betas=(0.9, 0.98), fused=True)
+    tally: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    started, drawing, total = time.monotonic(), 0.0, 0.0
+    for step in range(steps):
+        set_rate(optimizer, step, steps)
+        before = time.monotonic()
+        # One picture a request at first: which of several is meant is easier to learn once they can be read.
+        most = 1 if step < steps // 10 else 4
+        writer = Writer(rng, [draw_grid(rng), draw_grid(rng)])
+        data = collate([encode(writer.draw(most)) for _ in range(batch)])
+        drawing += time.monotonic() - before
+        with torch.autocast("cpu", torch.bfloat16):
+            scores, targets = logits(model, tower, data)
+        loss = nn.functional.cross_entropy(scores.float(), targets)
+        loss.backward()
+        average_gradients(model.parameters())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        total += loss.item()
+        _right(data, scores.argmax(-1), targets, tally)
+        if (step + 1) % 100 == 0:
+            share = [f"{kind} {100 * a / b:.0f}" for kind, (a, b) in sorted(tally.items())]
+            spent = time.monotonic() - started
+            log(
+                f"whole step {step + 1} of {steps}, {spent:.0f} s ({drawing:.0f} drawing), loss {total / 100:.3f}: "
+                + ", ".join(share)
+            )
+            tally.clear()
+            total = 0.0
+        if (step + 1) % 400 == 0:
+            save()
