@@ -1,0 +1,264 @@
+"""Small random checkpoints of every family that chiasm runs, made offline in about a second.
+
+Tests and benchmarks use them: their answers mean nothing, but they depend on every token and pixel, clearly enough that
+two correct computations agree on each greedy token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SyntheticSize:
+    """How large a synthetic checkpoint is. The default has a fifth of a million parameters."""
+
+    text_hidden: int = 64
+    text_intermediate: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+    text_kv_heads: int = 2
+    head_dim: int = 16
+    """Width of a text head, a multiple of 8."""
+    vision_hidden: int = 32
+    """A multiple of 4 × ``vision_heads``."""
+    vision_intermediate: int = 64
+    vision_depth: int = 3
+    vision_heads: int = 2
+    deepstack_levels: int = 2
+    """Qwen3-VL: how many of the first vision layers feed the decoder's first layers, fewer than ``vision_depth``."""
+    patch_pixels: int = 8
+    tile_pixels: int = 32
+    """Side of a tile, for the families whose pictures are cut into squares; a multiple of 2 × ``patch_pixels``."""
+    max_tiles: int = 4
+    """Most tiles of a picture, its overview not counted; a square number."""
+    max_pixels: int = 128 * 128
+    """Qwen: the area that larger pictures are scaled down to."""
+    vocab_size: int = 512
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What makes a checkpoint of one family."""
+
+    specials: tuple[str, ...]
+    end: str
+    template: str
+    config: Callable[[SyntheticSize, Callable[[str], int]], JsonObject]
+    preprocessor: Callable[[SyntheticSize], JsonObject]
+    processor: Callable[[SyntheticSize], JsonObject] | None = None
+    begin: str | None = None
+
+
+def make(
+    family: str, folder: Path, *, seed: int = 0, size: SyntheticSize | None = None, dtype_name: str = "float32"
+) -> Path:
+    """Write a random checkpoint to ``folder``, and return the folder.
+
+    ``family`` is a ``model_type``, one of ``FAMILIES``. The same arguments give the same weights. Greedy answers are
+    printable ASCII and never end by themselves, unless the embeddings are tied.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    size = size or SyntheticSize()
+    recipe = _RECIPES[family]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(recipe, size.vocab_size)
+    tokenizer.save_pretrained(folder)
+
+    config = AutoConfig.for_model(family, **recipe.config(size, tokenizer.convert_tokens_to_ids))
+    model = AutoModelForImageTextToText.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                _randomize(name, module, parameter, generator)
+        if not size.tie_word_embeddings:
+            model.get_output_embeddings().weight[_unprintable(tokenizer, size.vocab_size)] = 0
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(recipe.end)
+    model.generation_config.pad_token_id = 0
+    model.to(getattr(torch, dtype_name)).save_pretrained(folder)
+
+    _write(folder / "preprocessor_config.json", recipe.preprocessor(size))
+    if recipe.processor is not None:
+        _write(folder / "processor_config.json", recipe.processor(size))
+    return folder
+
+
+def _write(path: Path, value: JsonObject) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer(recipe: _Recipe, vocab_size: int) -> Any:
+    """Byte-level BPE that knows all bytes, and as many short words of lower-case letters as the vocabulary has room."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = list(itertools.islice(_words(), vocab_size - len(pieces) - len(recipe.specials)))
+    vocabulary = {piece: index for index, piece in enumerate(pieces + words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(word[:-1], word[-1]) for word in words]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=recipe.begin,
+        eos_token=recipe.end,
+        additional_special_tokens=list(recipe.specials),
+    )
+    fast.chat_template = recipe.template
+    assert len(fast) == vocab_size, f"vocab_size must be at least {len(fast)}"
+    return fast
+
+
+def _words() -> Iterator[str]:
+    """aa, ab, …, zz, aaa, …: each but for its last letter comes before."""
+    for length in itertools.count(2):
+        for letters in itertools.product(string.ascii_lowercase, repeat=length):
+            yield "".join(letters)
+
+
+def _unprintable(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Tokens that don't stand for printable ASCII."""
+    special = set(tokenizer.all_special_ids)
+    texts = ((token, tokenizer.decode([token])) for token in range(vocab_size))
+    return [token for token, text in texts if token in special or not (text.isascii() and text.isprintable())]
+
+
+def _randomize(name: str, module: nn.Module, parameter: Tensor, generator: Any) -> None:
+    """Weights of a size that keeps activations near one, where the usual 0.02 gives answers that hang on rounding."""
+    from torch import nn
+
+    if isinstance(module, nn.Embedding):
+        parameter.normal_(0, 1, generator=generator)
+    elif "norm" in type(module).__name__.lower():
+        parameter.normal_(1 if parameter is module.weight else 0, 0.1, generator=generator)
+    elif parameter.dim() >= 2 and parameter is getattr(module, "weight", None):
+        fan_in = math.prod(parameter.shape[1:])
+        parameter.normal_(0, (3 if name.endswith("lm_head") else 1) / math.sqrt(fan_in), generator=generator)
+    else:
+        parameter.normal_(0, 0.3, generator=generator)
+
+
+def _text(size: SyntheticSize) -> JsonObject:
+    return {
+        "vocab_size": size.vocab_size,
+        "hidden_size": size.text_hidden,
+        "intermediate_size": size.text_intermediate,
+        "num_hidden_layers": size.text_layers,
+        "num_attention_heads": size.text_heads,
+        "num_key_value_heads": size.text_kv_heads,
+        "head_dim": size.head_dim,
+        "max_position_embeddings": size.max_position_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "tie_word_embeddings": size.tie_word_embeddings,
+    }
+
+
+_QWEN_SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+_QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _qwen(vision: Callable[[SyntheticSize], JsonObject], **rope: object) -> _Recipe:
+    def config(size: SyntheticSize, token_id: Callable[[str], int]) -> JsonObject:
+        half = size.head_dim // 2
+        sections = [half - 2 * (half // 4), half // 4, half // 4]
+        parameters = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections, **rope}
+        shared = {
+            "patch_size": size.patch_pixels,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "depth": size.vision_depth,
+            "num_heads": size.vision_heads,
+        }
+        return {
+            "text_config": {**_text(size), "rope_parameters": parameters},
+            "vision_config": {**shared, **vision(size)},
+            "image_token_id": token_id("<|image_pad|>"),
+            "video_token_id": token_id("<|video_pad|>"),
+            "vision_start_token_id": token_id("<|vision_start|>"),
+            "vision_end_token_id": token_id("<|vision_end|>"),
+            "tie_word_embeddings": size.tie_word_embeddings,
+        }
+
+    def preprocessor(size: SyntheticSize) -> JsonObject:
+        return {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "size": {"shortest_edge": (2 * size.patch_pixels) ** 2, "longest_edge": size.max_pixels},
+            "patch_size": size.patch_pixels,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+
+    return _Recipe(_QWEN_SPECIALS, "<|im_end|>", _QWEN_TEMPLATE, config, preprocessor)
+
+
+def _qwen2_vision(size: SyntheticSize) -> JsonObject:
+    return {
+        "embed_dim": size.vision_hidden,
+        "mlp_ratio": size.vision_intermediate // size.vision_hidden,
+        "hidden_size": size.text_hidden,
+    }
+
+
+def _qwen2_5_vision(size: SyntheticSize) -> JsonObject:
+    return {
+        "hidden_size": size.vision_hidden,
+        "intermediate_size": size.vision_intermediate,
+        "out_hidden_size": size.text_hidden,
+        "window_size": 4 * size.patch_pixels,
+        "fullatt_block_indexes": [size.vision_depth - 1],
+    }
+
+
+def _qwen3_vision(size: SyntheticSize) -> JsonObject:
+    return {
+        "hidden_size": size.vision_hidden,
+        "intermediate_size": size.vision_intermediate,
+        "out_hidden_size": size.text_hidden,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": list(range(size.deepstack_levels)),
+    }
+
+
+_RECIPES = {
+    "qwen2_vl": _qwen(_qwen2_vision),
+    "qwen2_5_vl": _qwen(_qwen2_5_vision),
+    "qwen3_vl": _qwen(_qwen3_vision, mrope_interleaved=True),
+}
+
+FAMILIES = tuple(_RECIPES)
+"""What ``make`` can make."""

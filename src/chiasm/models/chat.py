@@ -1,0 +1,132 @@
+"""From messages to text with the checkpoint's chat template.
+
+Templates differ in what they take: some want a message's content as a string, some as a list of parts, and some drop
+silently what they don't expect. What a template takes is found out at load, by rendering probes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from chiasm.errors import InvalidRequestError
+from chiasm.models.base import Message
+
+Form = Literal["string", "parts"]
+_PROBE = "a probe of the template"
+_ROLES = ("user", "system", "assistant")
+
+
+class ChatTemplate:
+    """Renders messages; image parts become ``placeholder``."""
+
+    def __init__(self, tokenizer: Any, template: str | None, placeholder: str) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._placeholder = placeholder
+        self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
+        self._forms: dict[str, tuple[Form, ...]] = {}
+        self._writes_placeholder = True
+        if template is not None:
+            for role in _ROLES:
+                self._forms[role] = tuple(form for form in ("parts", "string") if self._takes(role, form))
+            self._writes_placeholder = self._takes_images()
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        template_kwargs: Mapping[str, Any],
+    ) -> str:
+        """The prompt as text, one placeholder per image part. Raises InvalidRequestError."""
+        if self._template is None:
+            raise InvalidRequestError("This model has no chat template; use /v1/completions.", param="messages")
+        if taken := sorted(self._reserved.intersection(template_kwargs)):
+            raise InvalidRequestError(
+                f"chat_template_kwargs may not set {', '.join(taken)}.", param="chat_template_kwargs"
+            )
+        if any(self._placeholder in text for text in _strings([*messages, template_kwargs])):
+            raise InvalidRequestError(
+                f"Text may not hold {self._placeholder}, which stands for a picture.", param="messages"
+            )
+        return self._apply(
+            [self._adapted(message) for message in messages],
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            **template_kwargs,
+        )
+
+    def _apply(self, messages: Sequence[Message], **kwargs: Any) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False, **kwargs)
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise InvalidRequestError(f"The chat template refuses the messages: {error}", param="messages") from error
+        return str(text)
+
+    def _adapted(self, message: Message) -> Message:
+        """The message with its content in a form that the template takes for its role."""
+        content = message.get("content")
+        forms = self._forms.get(message.get("role", ""), ())
+        if isinstance(content, str):
+            if forms == ("parts",):
+                content = [{"type": "text", "text": content}]
+        elif isinstance(content, list):
+            parts = [self._adapted_part(part) for part in content]
+            content = parts if "parts" in forms or not forms else "\n".join(part["text"] for part in parts)
+        elif content is not None:
+            raise InvalidRequestError("A message's content must be a string or a list of parts.", param="messages")
+        return {**message, "content": content}
+
+    def _adapted_part(self, part: object) -> Message:
+        match part:
+            case {"type": "image"}:
+                return {"type": "image"} if self._writes_placeholder else _text_part(self._placeholder)
+            case {"type": "text", "text": str(text)}:
+                return _text_part(text)
+        raise InvalidRequestError("A message's parts must be text or pictures.", param="messages")
+
+    def _takes(self, role: str, form: Form) -> bool:
+        """Whether the template writes a message of this role with content of this form as it should."""
+        probe = _probe(role, _PROBE if form == "string" else [_text_part(_PROBE)])
+        user = _probe("user", _PROBE if self._forms.get("user") == ("string",) else [_text_part("x")])
+        conversation = {"user": [probe], "system": [probe, user], "assistant": [user, probe]}[role]
+        try:
+            text = self._apply(conversation)
+        except InvalidRequestError:
+            return False
+        # A template that prints whatever it gets shows a list of parts as Python or JSON would.
+        return _PROBE in text and "'type'" not in text and '"type"' not in text
+
+    def _takes_images(self) -> bool:
+        """Whether the template itself writes the placeholder of an image part."""
+        try:
+            text = self._apply([_probe("user", [{"type": "image"}, _text_part(_PROBE)])])
+        except InvalidRequestError:
+            return False
+        return text.count(self._placeholder) == 1
+
+
+def _probe(role: str, content: str | list[Message]) -> Message:
+    return {"role": role, "content": content}
+
+
+def _text_part(text: str) -> Message:
+    return {"type": "text", "text": text}
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every string in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)

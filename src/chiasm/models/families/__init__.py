@@ -1,0 +1,10 @@
+"""The families of checkpoints that chiasm runs, by ``model_type``."""
+
+from __future__ import annotations
+
+from chiasm.models.families.base import Family, ProcessorParts
+from chiasm.models.families.qwen_vl import QwenVL
+
+__all__ = ["FAMILIES", "Family", "ProcessorParts"]
+
+FAMILIES: dict[str, type[Family]] = {name: family for family in (QwenVL,) for name in family.model_types}

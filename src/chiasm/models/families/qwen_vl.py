@@ -1,0 +1,111 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures keep their shape, positions have three axes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chiasm.errors import InvalidRequestError, UnsupportedModelError
+from chiasm.models.base import ItemGeometry, Positions, Prompt
+from chiasm.models.families.base import Family, ProcessorParts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+GRID_KEY = "image_grid_thw"
+LARGEST_ASPECT = 200
+"""The image processor's own limit for the ratio of the longer side to the shorter."""
+
+
+class QwenVL(Family):
+    """A picture is resized to whole cells of merge × merge patches; each cell is one token."""
+
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    vision_types = ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision")
+    metadata_key = GRID_KEY
+
+    def __init__(self, parts: ProcessorParts) -> None:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        processor = parts.image_processor
+        vision = parts.config.vision_config
+        if not processor.do_resize:
+            raise UnsupportedModelError(
+                "The preprocessor config sets do_resize to false, which chiasm doesn't support."
+            )
+        if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
+            raise UnsupportedModelError("config.json and the preprocessor config disagree on patch and merge sizes.")
+        self._smart_resize = smart_resize
+        self._processor = processor
+        self._merge = int(processor.merge_size)
+        self._patch = int(processor.patch_size)
+        self._min_pixels = int(processor.size["shortest_edge"])
+        self._max_pixels = int(processor.size["longest_edge"])
+        self.placeholder_id = int(parts.config.image_token_id)
+
+    def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
+        try:
+            resized = self._smart_resize(
+                height, width, self._patch * self._merge, min_pixels=self._min_pixels, max_pixels=self._max_pixels
+            )
+        except ValueError as error:
+            raise InvalidRequestError(
+                f"A picture of {width}×{height} pixels is too elongated: the longer side may be at most "
+                f"{LARGEST_ASPECT} times the shorter."
+            ) from error
+        return self._geometry_of_grid(resized[0] // self._patch, resized[1] // self._patch)
+
+    def geometry_of_values(self, values: list[int]) -> ItemGeometry:
+        if len(values) != 3:
+            raise InvalidRequestError(f"{GRID_KEY} must be [t, h, w].")
+        frames, height, width = values
+        if frames != 1:
+            raise InvalidRequestError(f"{GRID_KEY} of a picture must have t = 1.")
+        if min(height, width) < 1 or height % self._merge or width % self._merge:
+            raise InvalidRequestError(f"{GRID_KEY} must have positive multiples of {self._merge} for h and w.")
+        if height * width * self._patch**2 > self._most_pixels():
+            raise InvalidRequestError(f"{GRID_KEY} is larger than this model's pictures can be.")
+        return self._geometry_of_grid(height, width)
+
+    def preprocess(self, image: Image) -> dict[str, Tensor]:
+        features = self._processor(images=[image], return_tensors="pt")
+        return {"pixel_values": features["pixel_values"], GRID_KEY: features[GRID_KEY]}
+
+    @staticmethod
+    def positions(config: Any, prompt: Prompt) -> Positions:
+        """Text advances all three axes by one a token; a picture spans a grid, and what follows starts past its
+        longer side."""
+        merge = int(config.vision_config.spatial_merge_size)
+        pieces: list[Tensor] = []
+        position = index = 0
+        for item in prompt.items:
+            _, height, width = item.geometry.metadata[GRID_KEY]
+            rows, columns = height // merge, width // merge
+            before = item.offset - index
+            pieces.append(torch.arange(before).expand(3, -1) + position)
+            position += before
+            grid = torch.meshgrid(
+                torch.zeros(1, dtype=torch.int64), torch.arange(rows), torch.arange(columns), indexing="ij"
+            )
+            pieces.append(torch.stack(grid).view(3, -1) + position)
+            position += max(rows, columns)
+            index = item.offset + item.length
+        rest = len(prompt.token_ids) - index
+        pieces.append(torch.arange(rest).expand(3, -1) + position)
+        return Positions(torch.cat(pieces, dim=1), position + rest - len(prompt.token_ids))
+
+    def _geometry_of_grid(self, height: int, width: int) -> ItemGeometry:
+        tokens = height * width // self._merge**2
+        return ItemGeometry((self.placeholder_id,) * tokens, tuple(range(tokens)), {GRID_KEY: [1, height, width]})
+
+    def _most_pixels(self) -> int:
+        """The largest area that resizing gives: within ``max_pixels`` but for what rounding to whole cells adds to
+        very elongated pictures and to those scaled up to ``min_pixels``."""
+        cell = self._patch * self._merge
+        narrowest = cell * math.ceil(math.sqrt(LARGEST_ASPECT * self._max_pixels))
+        longest, shortest = math.sqrt(LARGEST_ASPECT * self._min_pixels), math.sqrt(self._min_pixels / LARGEST_ASPECT)
+        scaled_up = self._min_pixels + math.ceil(cell * (longest + shortest)) + cell**2
+        return max(self._max_pixels, narrowest, scaled_up)

@@ -1,0 +1,96 @@
+"""The decoder of a checkpoint, run over flattened rows of many requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chiasm.models.base import LanguageModel, Positions, Prompt
+from chiasm.models.checkpoint import open_checkpoint
+from chiasm.models.loading import load_role
+from chiasm.models.support import entry_width, family_of, load_config
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from chiasm.models.families import Family
+
+
+class TransformersLanguageModel(LanguageModel):
+    """The decoder half of a transformers model, with attention that the caller plugs in."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Any,
+        family: type[Family],
+        entry_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        text = config.get_text_config()
+        self.module = module
+        self.hidden_size = int(text.hidden_size)
+        self.entry_width = entry_width
+        self.num_layers = int(text.num_hidden_layers)
+        self.num_kv_heads = int(text.num_key_value_heads)
+        self.head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        self.vocab_size = int(text.vocab_size)
+        self.dtype = dtype
+        self.device = device
+        self._config = config
+        self._family = family
+        outer: Any = module
+        self._decoder = outer.get_decoder()
+        self._embed = outer.get_input_embeddings()
+        self._head = outer.get_output_embeddings()
+
+    def positions(self, prompt: Prompt) -> Positions:
+        return self._family.positions(self._config, prompt)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        attention: object,
+        entry_rows: Tensor | None = None,
+        entry_index: Tensor | None = None,
+    ) -> Tensor:
+        embeds = self._embed(token_ids)
+        extra: dict[str, object] = {}
+        if entry_rows is not None and entry_index is not None:
+            # Level 0 replaces the placeholders; DeepStack's levels are added after the first layers.
+            first, *deeper = entry_rows.to(self.dtype).split(self.hidden_size, dim=1)
+            embeds = embeds.index_copy(0, entry_index, first)
+            if deeper:
+                visible = torch.zeros(token_ids.shape, dtype=torch.bool, device=self.device)
+                extra["visual_pos_masks"] = visible.index_fill_(0, entry_index, True)[None]
+                extra["deepstack_visual_embeds"] = deeper
+        output = self._decoder(
+            inputs_embeds=embeds[None],
+            position_ids=position_ids[:, None] if position_ids.shape[0] > 1 else position_ids,
+            use_cache=False,
+            paged=attention,
+            **extra,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._head(hidden)
+        return logits.float()
+
+
+def load_language(folder: Path, *, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """The decoder and head of a checkpoint. Raises ConfigurationError, UnsupportedModelError.
+
+    ``ATTENTION_NAME`` must be registered with transformers before.
+    """
+    checkpoint = open_checkpoint(folder)
+    config = load_config(checkpoint)
+    module = load_role(checkpoint, config, "language", dtype=dtype, device=device)
+    return TransformersLanguageModel(module, config, family_of(config), entry_width(config), dtype, device)

@@ -1,0 +1,107 @@
+"""Load one role's half of a checkpoint through transformers, and nothing of the other half."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from torch import nn
+
+from chiasm.errors import ConfigurationError, UnsupportedModelError
+from chiasm.models.base import ATTENTION_NAME
+
+if TYPE_CHECKING:
+    import torch
+
+    from chiasm.models.checkpoint import Checkpoint
+
+Role = Literal["vision", "language"]
+
+
+def load_role(
+    checkpoint: Checkpoint, config: Any, role: Role, *, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The checkpoint's model with only the role's modules, in eval mode, without gradients.
+
+    The language role is the decoder and its head, the vision role all the rest. Only the role's tensors are read.
+    Raises ConfigurationError where the checkpoint lacks one of them, UnsupportedModelError where it holds tensors that
+    neither role knows.
+    """
+    checkpoint.weight_files()
+    role_class = _role_class(_model_class(config), role)
+    try:
+        with _quiet():
+            model, info = role_class.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigurationError(f"{checkpoint.folder} cannot be loaded: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigurationError(
+            f"{checkpoint.folder} lacks {len(missing)} weights of the {role} model: {_few(missing)}. "
+            "Download the checkpoint again."
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        raise UnsupportedModelError(
+            f"{checkpoint.folder} holds {len(unexpected)} weights that {config.model_type} doesn't use: "
+            f"{_few(unexpected)}. Running it without them would give wrong answers."
+        )
+    model.requires_grad_(False)
+    return cast("nn.Module", model.eval().to(device))
+
+
+def _model_class(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+
+
+def _role_class(model_class: Any, role: Role) -> Any:
+    """A subclass that drops the other role's modules while they are still without storage."""
+
+    def __init__(self: Any, config: Any) -> None:
+        model_class.__init__(self, config)
+        decoder, head = self.get_decoder(), self.get_output_embeddings()
+        if role == "vision":
+            dropped = [name for name, module in self.named_modules() if module is decoder or module is head]
+            self.all_tied_weights_keys = {}
+        else:
+            dropped = [f"model.{name}" for name, module in self.model.named_children() if module is not decoder]
+            dropped += [f"model.{name}" for name, _ in self.model.named_parameters(recurse=False)]
+        for path in dropped:
+            parent, _, name = path.rpartition(".")
+            delattr(self.get_submodule(parent), name)
+        other_role = "|".join(re.escape(path) for path in dropped)
+        ignored = set(self._keys_to_ignore_on_load_unexpected or ())
+        self._keys_to_ignore_on_load_unexpected = ignored | {rf"^(?:{other_role})(?:\.|$)"}
+
+    # Same name as the full class: renames of older checkpoints' tensors are looked up by it.
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report on the load, and its progress bar: chiasm checks the result itself."""
+    from transformers.utils import logging
+
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

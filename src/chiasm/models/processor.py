@@ -1,0 +1,169 @@
+"""From messages and pictures to token ids and pixels: all of a checkpoint but its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chiasm.errors import ConfigurationError, InvalidRequestError
+from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
+from chiasm.models.chat import ChatTemplate
+from chiasm.models.checkpoint import Checkpoint, JsonObject, open_checkpoint, read_json
+from chiasm.models.families import Family, ProcessorParts
+from chiasm.models.families.base import SIZE_KEY
+from chiasm.models.support import family_of, load_config
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LARGEST_SIDE = 1 << 20
+"""No picture has a longer side than this; it bounds the arithmetic on sizes that come from clients."""
+_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+
+
+class TransformersProcessor(Processor):
+    """Tokenizer, chat template and image processor as transformers loads them."""
+
+    def __init__(self, checkpoint: Checkpoint, parts: ProcessorParts, family: Family) -> None:
+        self.tokenizer = parts.tokenizer.backend_tokenizer
+        # What is cut or padded silently would move the pictures' places.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        text = parts.config.get_text_config()
+        self.vocab_size = int(text.vocab_size)
+        self.max_model_len = int(text.max_position_embeddings)
+        self.eos_token_ids = _eos_token_ids(checkpoint, parts.tokenizer.eos_token_id)
+        self.default_sampling = _default_sampling(checkpoint.generation_config)
+        self._family = family
+        self._bos: str | None = parts.tokenizer.bos_token
+        self._placeholder: str = parts.tokenizer.convert_ids_to_tokens(family.placeholder_id)
+        self._chat = ChatTemplate(parts.tokenizer, _chat_template(checkpoint.folder, parts), self._placeholder)
+
+    def build_chat(
+        self,
+        messages: Sequence[Message],
+        items: Sequence[tuple[str, ItemGeometry]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        text = self._chat.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs or {},
+        )
+        # Most templates write the BOS themselves; where one doesn't, the tokenizer adds it.
+        has_bos = self._bos is not None and text.startswith(self._bos)
+        return self._with_items(self.tokenizer.encode(text, add_special_tokens=not has_bos).ids, items)
+
+    def build_text(self, text: str) -> Prompt:
+        token_ids = self.tokenizer.encode(text).ids
+        if self._family.placeholder_id in token_ids:
+            raise InvalidRequestError(
+                f"A prompt may not hold {self._placeholder}, which stands for a picture; use /v1/chat/completions.",
+                param="prompt",
+            )
+        return Prompt(token_ids)
+
+    def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
+        for side in (height, width):
+            if type(side) is not int or not 1 <= side <= LARGEST_SIDE:
+                raise InvalidRequestError(f"A picture's height and width must be integers from 1 to {LARGEST_SIDE}.")
+        return self._family.geometry_of_size(height, width)
+
+    def geometry_of_metadata(self, metadata: Metadata) -> ItemGeometry:
+        keys = sorted({SIZE_KEY, self._family.metadata_key})
+        if not isinstance(metadata, dict) or len(metadata) != 1 or not metadata.keys() <= set(keys):
+            raise InvalidRequestError(f"An item's metadata must hold {' or '.join(keys)}, and nothing else.")
+        ((key, values),) = metadata.items()
+        if not isinstance(values, list) or any(type(value) is not int for value in values):
+            raise InvalidRequestError(f"{key} must be a list of integers.")
+        if key != SIZE_KEY:
+            return self._family.geometry_of_values(values)
+        if len(values) != 2:
+            raise InvalidRequestError(f"{SIZE_KEY} must be [height, width].")
+        return self.geometry_of_size(*values)
+
+    def preprocess(self, image: Image) -> Pixels:
+        geometry = self.geometry_of_size(image.height, image.width)
+        return Pixels(self._family.preprocess(image if image.mode == "RGB" else image.convert("RGB")), geometry)
+
+    def _with_items(self, token_ids: list[int], items: Sequence[tuple[str, ItemGeometry]]) -> Prompt:
+        """Put each item's tokens in the place of its placeholder."""
+        places = [index for index, token in enumerate(token_ids) if token == self._family.placeholder_id]
+        if len(places) != len(items):
+            raise InvalidRequestError(
+                f"The messages hold {len(places)} places for pictures, but there are {len(items)} pictures. "
+                f"Text may not hold {self._placeholder}, and some chat templates take pictures in user messages only.",
+                param="messages",
+            )
+        expanded: list[int] = []
+        placed: list[PromptItem] = []
+        start = 0
+        for place, (identifier, geometry) in zip(places, items, strict=True):
+            expanded += token_ids[start:place]
+            placed.append(PromptItem(identifier, len(expanded), len(geometry.token_ids), geometry))
+            expanded += geometry.token_ids
+            start = place + 1
+        return Prompt(expanded + token_ids[start:], placed)
+
+
+def load_processor(folder: Path) -> Processor:
+    """The processor of a checkpoint. Raises ConfigurationError, UnsupportedModelError."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    checkpoint = open_checkpoint(folder)
+    config = load_config(checkpoint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # One backend everywhere: torchvision's gives other bytes, and entries are cached by content.
+        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+        raise ConfigurationError(f"The tokenizer or image processor of {folder} cannot be loaded: {error}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigurationError(f"{folder} has no tokenizer.json, which chiasm needs.")
+    processor_config = folder / "processor_config.json"
+    parts = ProcessorParts(
+        config=config,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        processor_config=read_json(processor_config) if processor_config.is_file() else {},
+    )
+    return TransformersProcessor(checkpoint, parts, family_of(config)(parts))
+
+
+def _chat_template(folder: Path, parts: ProcessorParts) -> str | None:
+    """The template in the order in which transformers looks for it; the tokenizer knows chat_template.jinja."""
+    legacy = folder / "chat_template.json"
+    template = parts.tokenizer.chat_template
+    if not (folder / "chat_template.jinja").is_file():
+        template = read_json(legacy).get("chat_template") if legacy.is_file() else None
+        template = template or parts.processor_config.get("chat_template") or parts.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _eos_token_ids(checkpoint: Checkpoint, tokenizer_eos: int | None) -> frozenset[int]:
+    """All ends of an answer. From the files as written: a config class's default may be another model's token."""
+    ids: set[int] = set()
+    for source in (checkpoint.generation_config, checkpoint.config, checkpoint.text_config):
+        value = source.get("eos_token_id")
+        ids.update(token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
+    if tokenizer_eos is not None:
+        ids.add(tokenizer_eos)
+    return frozenset(ids)
+
+
+def _default_sampling(generation_config: JsonObject) -> dict[str, float | int]:
+    sampling: dict[str, float | int] = {
+        name: value
+        for name in _SAMPLING
+        if isinstance(value := generation_config.get(name), (int, float)) and not isinstance(value, bool)
+    }
+    if generation_config.get("do_sample") is False:
+        sampling["temperature"] = 0.0
+    return sampling

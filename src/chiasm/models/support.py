@@ -1,0 +1,106 @@
+"""Which checkpoints chiasm runs, and why it refuses the others.
+
+The language model runs with attention over a paged cache in place of its own, which sees no mask: a model that needs
+anything but causal attention would run and answer wrongly. So what is not known to be right is refused at load.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from chiasm.errors import ConfigurationError, UnsupportedModelError
+from chiasm.models.families import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from chiasm.models.checkpoint import Checkpoint
+
+_BIDIRECTIONAL = "its image tokens attend to each other in both directions"
+_LINEAR = "it mixes linear attention with softmax attention, and its state is no KV cache"
+_REASONS = {
+    "deepseek_ocr2": _BIDIRECTIONAL,
+    "gemma3": _BIDIRECTIONAL,
+    "gemma3n": _BIDIRECTIONAL,
+    "gemma4": _BIDIRECTIONAL,
+    "mllama": "its text layers attend to the picture by cross-attention, not by placeholders",
+    "paligemma": _BIDIRECTIONAL,
+    "qwen3_5": _LINEAR,
+    "qwen3_5_moe": _LINEAR,
+}
+
+TEXT_TYPES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"},
+)
+"""Decoders that are known to need causal attention, with or without a sliding window, and nothing else."""
+
+_ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "mrope", "yarn"})
+"""Dynamic scaling changes nothing up to ``max_position_embeddings``, which is where ``max_model_len`` ends."""
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's PreTrainedConfig. Raises UnsupportedModelError, naming why chiasm can't run it."""
+    _family_of_type(checkpoint)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(f"{checkpoint.folder / 'config.json'} is not valid: {error}") from error
+    _check_vision(checkpoint, config)
+    _check_text(checkpoint, config.get_text_config())
+    return config
+
+
+def family_of(config: Any) -> type[Family]:
+    """The family of a config that ``load_config`` returned."""
+    return FAMILIES[config.model_type]
+
+
+def entry_width(config: Any) -> int:
+    """Columns of an item's entry: the placeholders' embedding, then the DeepStack levels."""
+    levels = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
+    return (1 + levels) * int(config.get_text_config().hidden_size)
+
+
+def _family_of_type(checkpoint: Checkpoint) -> None:
+    model_type = checkpoint.model_type
+    if model_type in FAMILIES:
+        return
+    if reason := _REASONS.get(model_type):
+        raise _refusal(checkpoint, reason)
+    if "vision_config" not in checkpoint.config:
+        raise _refusal(checkpoint, "it is no vision-language model: its config.json has no vision_config")
+    raise _refusal(checkpoint, f"chiasm knows {', '.join(sorted(FAMILIES))}")
+
+
+def _check_vision(checkpoint: Checkpoint, config: Any) -> None:
+    if checkpoint.config.get("quantization_config") is not None:
+        raise _refusal(checkpoint, "its weights are quantized; use the checkpoint in bfloat16 or float32")
+    vision_type = config.vision_config.model_type
+    vision_types = family_of(config).vision_types
+    if vision_type not in vision_types:
+        raise _refusal(checkpoint, f"its vision tower is {vision_type!r}, not one of {', '.join(vision_types)}")
+
+
+def _check_text(checkpoint: Checkpoint, text: Any) -> None:
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    if "linear_attention" in layer_types:
+        raise _refusal(checkpoint, _LINEAR)
+    if getattr(text, "attn_logit_softcapping", None):
+        raise _refusal(checkpoint, "its attention scores are soft-capped")
+    if getattr(text, "use_bidirectional_attention", None):
+        raise _refusal(checkpoint, "its attention is bidirectional")
+    if text.model_type == "gpt_oss":
+        raise _refusal(checkpoint, "its attention has sinks")
+    if text.model_type not in TEXT_TYPES:
+        raise _refusal(
+            checkpoint, f"its language model {text.model_type!r} is not one of {', '.join(sorted(TEXT_TYPES))}"
+        )
+    if unknown := layer_types - {"full_attention", "sliding_attention"}:
+        raise _refusal(checkpoint, f"it has layers of type {', '.join(sorted(map(str, unknown)))}")
+    rope = getattr(text, "rope_parameters", None) or {}
+    if (rope_type := rope.get("rope_type", "default")) not in _ROPE_TYPES:
+        raise _refusal(checkpoint, f"its rotary embedding of type {rope_type!r} depends on the length of the sequence")
+
+
+def _refusal(checkpoint: Checkpoint, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{checkpoint.folder} ({checkpoint.model_type}) cannot be run: {reason}.")
