@@ -1,0 +1,12 @@
+"""Media of requests: fetch their bytes once and safely, read their size, name them by content, decode them.
+
+Nothing here needs torch or numpy: the proxy uses ``Fetcher``, ``inspect`` and ``identifier``; encoder instances use
+``decode``.
+"""
+
+from chiasm.media.config import MediaConfig
+from chiasm.media.fetch import Fetcher
+from chiasm.media.identify import check_identifier, identifier
+from chiasm.media.image import ImageInfo, decode, inspect
+
+__all__ = ["Fetcher", "ImageInfo", "MediaConfig", "check_identifier", "decode", "identifier", "inspect"]
