@@ -9,6 +9,7 @@ from chiasm.ec_transfer.base import (
     ECTransferRole,
 )
 from chiasm.ec_transfer.factory import ECConnectorFactory
+from chiasm.ec_transfer.identifiers import check_identifier
 
 __all__ = [
     "ECConnector",
@@ -18,4 +19,5 @@ __all__ = [
     "ECConnectorStats",
     "ECTransferConfig",
     "ECTransferRole",
+    "check_identifier",
 ]

@@ -137,6 +137,14 @@ class ECConnector(ABC):
         """Release what the object holds. Called once, at the end, in either role; idempotent."""
         return None
 
+    def store_id(self) -> str:
+        """Names the place where this connector's entries lie: instances that read the same name see the same entries.
+
+        Called in either role, at start and by health checks. "" if there is no such name. Raises StorageError when the
+        place cannot be reached.
+        """
+        return ""
+
     # ---- scheduler role -------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -1,0 +1,281 @@
+"""The file of one entry: a safetensors file that says what it holds and can be told from a torn or foreign one.
+
+The first 4096 bytes are the safetensors header: an 8-byte length and JSON, padded with spaces. The tensor's bytes follow,
+so they begin on a page of their own, and any safetensors reader finds them as the tensor ``ec_cache``. The JSON's
+``__metadata__`` carries the format's version, the identifier, the fingerprint and a checksum.
+
+The checksum (XXH3, 128 bits) covers every byte of the tensor and the rest of the header. It is there for files that a
+crash, a lost page or another program left; it is no signature, and who may write into the folder may forge it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+import time
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import xxhash
+
+from chiasm.errors import StorageError
+
+HEADER_BYTES = 4096
+TENSOR_NAME = "ec_cache"
+
+_FORMAT = "chiasm.ec/1"
+_LENGTH_BYTES = 8
+_CHUNK_BYTES = 1 << 20
+_TOUCH_INTERVAL_NS = 10**9
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Signature(NamedTuple):
+    """What tells one file from the next under the same path, and from itself after a change."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Signature:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class InvalidEntryError(Exception):
+    """A file stands where an entry should, and is none: torn, foreign, or of another model."""
+
+    def __init__(self, reason: str, signature: Signature) -> None:
+        super().__init__(reason)
+        self.signature = signature
+
+
+@dataclass(frozen=True)
+class EntryHeader:
+    """What an entry's file says of itself. ``dtype`` is the name that safetensors uses."""
+
+    identifier: str
+    fingerprint: str
+    dtype: str
+    shape: tuple[int, ...]
+    checksum: str = ""
+
+    @property
+    def data_bytes(self) -> int:
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+    def to_bytes(self) -> bytes:
+        """The first 4096 bytes of the file. Raises StorageError for a shape too long to be written there."""
+        text = json.dumps(
+            {
+                "__metadata__": {
+                    "format": _FORMAT,
+                    "identifier": self.identifier,
+                    "fingerprint": self.fingerprint,
+                    "checksum": self.checksum,
+                },
+                TENSOR_NAME: {"dtype": self.dtype, "shape": self.shape, "data_offsets": [0, self.data_bytes]},
+            },
+            separators=(",", ":"),
+        ).encode("ascii")
+        room = HEADER_BYTES - _LENGTH_BYTES
+        if len(text) > room:
+            raise StorageError(f"the header of entry {self.identifier} takes {len(text)} bytes, more than {room}")
+        return room.to_bytes(_LENGTH_BYTES, "little") + text.ljust(room)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> EntryHeader | None:
+        """The header that ``to_bytes`` would write as exactly these bytes, or None if there is none."""
+        try:
+            fields = json.loads(raw[_LENGTH_BYTES:])
+            about, tensor = fields["__metadata__"], fields[TENSOR_NAME]
+            shape = tuple(tensor["shape"])
+            header = cls(about["identifier"], about["fingerprint"], tensor["dtype"], shape, about["checksum"])
+            natural = all(type(extent) is int and extent >= 0 for extent in shape)
+            return header if natural and header.to_bytes() == raw else None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, StorageError):
+            return None
+
+    def hasher(self) -> xxhash.xxh3_128:
+        """A hash that has taken in all of the header but the checksum, and now wants the tensor's bytes."""
+        return xxhash.xxh3_128(replace(self, checksum="").to_bytes())
+
+
+class Known(NamedTuple):
+    """A header that was read and checked, and the file that it stands in."""
+
+    signature: Signature
+    header: EntryHeader
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The tensor's elements in row-major order; its own memory if it is contiguous and on the CPU."""
+    tensor = tensor.detach().contiguous()
+    if tensor.device.type == "cuda":
+        staging = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        tensor = staging.copy_(tensor)
+    return tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+def header_of(identifier: str, fingerprint: str, tensor: torch.Tensor) -> EntryHeader:
+    """The header, without its checksum, of an entry that holds ``tensor``. Raises StorageError for its dtype."""
+    dtype = _DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None:
+        raise StorageError(f"an entry cannot hold {tensor.dtype}; it can hold {', '.join(map(str, _DTYPE_NAMES))}")
+    return EntryHeader(identifier, fingerprint, dtype, tuple(tensor.shape))
+
+
+def write_entry(descriptor: int, header: EntryHeader, data: memoryview) -> None:
+    """Fill an open file of the right size with the entry. Raises OSError when the disk does not take it.
+
+    Hashing and writing take turns, a chunk that fits the processor's cache at a time, so that memory is read once. The
+    header comes last: until then the file is no entry, whatever happens.
+    """
+    hasher = header.hasher()
+    for start in range(0, len(data), _CHUNK_BYTES):
+        chunk = data[start : start + _CHUNK_BYTES]
+        hasher.update(chunk)
+        _write_all(descriptor, chunk, HEADER_BYTES + start)
+    _write_all(descriptor, memoryview(replace(header, checksum=hasher.hexdigest()).to_bytes()), 0)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+class Entry:
+    """The file of one entry, found to be whole in length and to be what was asked for.
+
+    With ``mapped`` its pages are mapped copy-on-write: the tensor is the page cache itself, writing to it changes no
+    file, and removing the file leaves it as it is. Without, the file is read into memory when the tensor is asked for.
+    """
+
+    def __init__(self, path: str, known: Known, file: torch.Tensor | None) -> None:
+        self.known = known
+        self._path = path
+        self._file = file
+
+    @property
+    def header(self) -> EntryHeader:
+        return self.known.header
+
+    def tensor(self) -> torch.Tensor:
+        """The embedding, on the CPU. Raises OSError when a file that is not mapped cannot be read any more."""
+        return self._data().view(_DTYPES[self.header.dtype]).view(self.header.shape)
+
+    def matches_checksum(self) -> bool:
+        """Whether the tensor's bytes are those that were written; reads all of them. Raises OSError as ``tensor``."""
+        hasher = self.header.hasher()
+        hasher.update(self._data().numpy().data)
+        return hasher.hexdigest() == self.header.checksum
+
+    def _data(self) -> torch.Tensor:
+        if self._file is None:
+            self._file = _read_file(self._path, self.known.signature)
+        return self._file[HEADER_BYTES:]
+
+
+def open_entry(path: str, identifier: str, fingerprint: str, known: Known | None, *, mapped: bool) -> Entry:
+    """Open the entry at ``path``, and count that as a use of it unless there was another within the last second.
+
+    The header is not read again when the file is still the one of ``known``. The checksum is not looked at: see
+    Entry.matches_checksum. Raises FileNotFoundError when there is no file, InvalidEntryError when it is no such entry.
+    """
+    descriptor = _open(path)
+    try:
+        status = os.fstat(descriptor)
+        signature = Signature.of(status)
+        if known is None or known.signature != signature:
+            known = Known(signature, _read_header(descriptor, status, identifier, fingerprint))
+        _touch(descriptor, status)
+        return Entry(path, known, _map(descriptor, signature.size_bytes) if mapped else None)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: str) -> int:
+    try:
+        # O_NONBLOCK: a pipe under an entry's name must not make anyone wait.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        status = os.lstat(path)
+        if stat.S_ISREG(status.st_mode):
+            raise
+        raise InvalidEntryError("not a regular file", Signature.of(status)) from error
+
+
+def _read_header(descriptor: int, status: os.stat_result, identifier: str, fingerprint: str) -> EntryHeader:
+    def invalid(reason: str) -> InvalidEntryError:
+        return InvalidEntryError(reason, Signature.of(status))
+
+    if not stat.S_ISREG(status.st_mode):
+        raise invalid("not a regular file")
+    header = EntryHeader.from_bytes(os.pread(descriptor, HEADER_BYTES, 0))
+    if header is None:
+        raise invalid("not an entry's file, or torn")
+    if header.identifier != identifier:
+        raise invalid("the entry of another item")
+    if header.fingerprint != fingerprint:
+        raise invalid("the entry of another model")
+    if HEADER_BYTES + header.data_bytes != status.st_size:
+        raise invalid("torn")
+    return header
+
+
+def _touch(descriptor: int, status: os.stat_result) -> None:
+    """Move the access time, by which the least recently used entry is known, to now."""
+    now = time.time_ns()
+    if now - status.st_atime_ns < _TOUCH_INTERVAL_NS:
+        return
+    try:
+        os.utime(descriptor, ns=(now, status.st_mtime_ns))
+    except OSError:
+        return  # Another user's file or a read-only mount: its owner keeps the order.
+
+
+def _map(descriptor: int, size_bytes: int) -> torch.Tensor:
+    """Map the file copy-on-write. Unlike Python's mmap, what this returns keeps no descriptor open."""
+    try:
+        return torch.from_file(f"/dev/fd/{descriptor}", shared=False, size=size_bytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"cannot map {size_bytes} bytes: {error}") from error
+
+
+def _read_file(path: str, signature: Signature) -> torch.Tensor:
+    descriptor = _open(path)
+    try:
+        if Signature.of(os.fstat(descriptor)) != signature:
+            raise OSError(errno.ESTALE, "another file has taken its place", path)
+        file = torch.empty(signature.size_bytes, dtype=torch.uint8)
+        left = file.numpy().data
+        while left:
+            read = os.preadv(descriptor, [left], signature.size_bytes - len(left))
+            if read == 0:
+                raise OSError(errno.ESTALE, "the file has become shorter", path)
+            left = left[read:]
+        return file
+    finally:
+        os.close(descriptor)

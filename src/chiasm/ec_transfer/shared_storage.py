@@ -1,0 +1,270 @@
+"""The reference connector: a folder that producers and consumers share, one safetensors file per entry.
+
+The folder lies on a tmpfs when all instances run on one host, on a shared file system otherwise. entry_file.py says what
+a file looks like, bounded_folder.py how files come and go; this file is what the engine calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import stat
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from chiasm.ec_transfer.base import (
+    ECConnector,
+    ECConnectorMetadata,
+    ECConnectorRole,
+    ECTransferConfig,
+    RequestLike,
+)
+from chiasm.ec_transfer.bounded_folder import BoundedFolder
+from chiasm.ec_transfer.entry_file import (
+    HEADER_BYTES,
+    Entry,
+    InvalidEntryError,
+    Known,
+    Signature,
+    bytes_of,
+    header_of,
+    open_entry,
+    write_entry,
+)
+from chiasm.ec_transfer.identifiers import check_identifier
+from chiasm.ec_transfer.mounts import files_may_be_mapped
+from chiasm.errors import ConfigurationError, StorageError
+
+_logger = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{0,128}")
+_MAX_KNOWN = 4096
+_MAX_HELD = 64
+
+
+@dataclass(frozen=True)
+class SharedStorageMetadata(ECConnectorMetadata):
+    """The loads of one step, and in the process that made it the entries themselves, found and mapped already.
+
+    Pickling leaves the entries behind; a worker in another process finds them for itself.
+    """
+
+    held: dict[str, Entry] = field(default_factory=dict, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[type[SharedStorageMetadata], tuple[tuple[str, ...]]]:
+        return SharedStorageMetadata, (self.loads,)
+
+
+class SharedStorageConnector(ECConnector):
+    """Moves entries through files in ``config.shared_storage_path``.
+
+    An entry appears whole or not at all, is read without a copy on the CPU, and is the least recently used one when it is
+    evicted to stay within ``config.max_bytes``. A file that is torn, foreign or of another fingerprint counts as missing,
+    is counted in ``stats.corrupt_entries`` and removed.
+
+    What ``has_cache_item`` finds stays loadable for the step, whoever evicts it, when both roles live in one process: the
+    scheduler role maps the file and its metadata carries the mapping. Otherwise the check makes the entry the most
+    recently used one, and the worker leaves out what went all the same.
+
+    Raises ConfigurationError for a path, bound or fingerprint that cannot work.
+    """
+
+    def __init__(self, config: ECTransferConfig, role: ECConnectorRole) -> None:
+        super().__init__(config, role)
+        if not _FINGERPRINT.fullmatch(config.fingerprint):
+            raise ConfigurationError("fingerprint must be at most 128 lower-case hex digits")
+        if config.max_bytes <= HEADER_BYTES:
+            raise ConfigurationError(f"max_bytes must be more than {HEADER_BYTES}, the size of an entry's header")
+        path = _usable_folder(config.shared_storage_path)
+        self._folder = BoundedFolder(path, config.max_bytes, self._count_eviction)
+        self._mapped = files_may_be_mapped(path)
+        self._lock = threading.Lock()  # of the stats and the three tables: producers save from several threads
+        self._headers: OrderedDict[str, Known] = OrderedDict()
+        self._verified: OrderedDict[str, Signature] = OrderedDict()
+        self._rejected: OrderedDict[str, Signature] = OrderedDict()
+        self._warned_of: set[int | None] = set()
+        self._held: OrderedDict[str, Entry] = OrderedDict()
+        self._noted: dict[str, Entry] = {}
+        try:
+            self._folder.store_id()
+            if self.is_producer and role is ECConnectorRole.WORKER:
+                self._folder.recount()
+        except OSError as error:
+            raise ConfigurationError(f"shared_storage_path {path} cannot be used: {error}") from error
+
+    def store_id(self) -> str:
+        """32 hex digits that the folder was given when it was made. Raises StorageError when it cannot be reached."""
+        try:
+            return self._folder.store_id()
+        except OSError as error:
+            raise StorageError(f"cannot read the store-id of {self._folder.path}: {error}") from error
+
+    def shutdown(self) -> None:
+        self._held.clear()
+        self._noted.clear()
+        self.clear_connector_metadata()
+
+    # ---- scheduler role -------------------------------------------------------------------------------------------
+
+    def has_cache_item(self, identifier: str) -> bool:
+        check_identifier(identifier)
+        if identifier in self._held:
+            return True
+        entry = self._find(identifier)
+        if entry is not None and self.is_consumer:
+            _remember(self._held, identifier, entry, _MAX_HELD)
+        return entry is not None
+
+    def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
+        identifier = check_identifier(request.items[index].identifier)
+        if self.is_consumer and self.has_cache_item(identifier):
+            self._noted[identifier] = self._held[identifier]
+
+    def build_connector_meta(self) -> ECConnectorMetadata:
+        metadata = SharedStorageMetadata(tuple(self._noted), dict(self._noted))
+        self._noted.clear()
+        self._held.clear()
+        return metadata
+
+    # ---- worker role ----------------------------------------------------------------------------------------------
+
+    def bind_connector_metadata(self, metadata: ECConnectorMetadata) -> None:
+        for identifier in metadata.loads:
+            check_identifier(identifier)
+        super().bind_connector_metadata(metadata)
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
+        if self._metadata is None or not self.is_consumer:
+            return
+        held = self._metadata.held if isinstance(self._metadata, SharedStorageMetadata) else {}
+        for identifier in self._metadata.loads:
+            if identifier in encoder_cache:
+                continue
+            started = time.perf_counter()
+            tensor = self._load(identifier, held.get(identifier))
+            seconds = time.perf_counter() - started
+            with self._lock:
+                self.stats.load_seconds += seconds
+                if tensor is None:
+                    self.stats.load_failures += 1
+                else:
+                    self.stats.loads += 1
+                    self.stats.loaded_bytes += tensor.nbytes
+                    encoder_cache[identifier] = tensor
+
+    def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
+        check_identifier(mm_hash)
+        if not self.is_producer or self._find(mm_hash) is not None:
+            return
+        started = time.perf_counter()
+        saved_bytes = 0
+        try:
+            tensor = encoder_cache[mm_hash]
+            header = header_of(mm_hash, self.config.fingerprint, tensor)
+            data = bytes_of(tensor)
+            self._folder.publish(mm_hash, HEADER_BYTES + len(data), lambda file: write_entry(file, header, data))
+            saved_bytes = len(data)
+        except StorageError:
+            with self._lock:
+                self.stats.save_failures += 1
+            raise
+        finally:
+            with self._lock:
+                self.stats.save_seconds += time.perf_counter() - started
+        with self._lock:
+            self.stats.saves += 1
+            self.stats.saved_bytes += saved_bytes
+
+    # ---- finding and loading --------------------------------------------------------------------------------------
+
+    def _find(self, identifier: str) -> Entry | None:
+        """The entry if its file is there and its header is right. Costs a few system calls, whatever its size."""
+        known = self._headers.get(identifier)
+        try:
+            entry = open_entry(
+                self._folder.entry_path(identifier), identifier, self.config.fingerprint, known, mapped=self._mapped
+            )
+        except FileNotFoundError:
+            return None
+        except InvalidEntryError as error:
+            self._reject(identifier, error.signature, str(error))
+            return None
+        except OSError as error:
+            self._warn_once(error)
+            return None
+        if entry.known.signature == self._rejected.get(identifier):
+            return None
+        if entry.known is not known:
+            with self._lock:
+                _remember(self._headers, identifier, entry.known, _MAX_KNOWN)
+        return entry
+
+    def _load(self, identifier: str, entry: Entry | None) -> torch.Tensor | None:
+        """The tensor on the config's device, or None. A file's checksum is computed once, not at every load of it."""
+        entry = entry or self._find(identifier)
+        if entry is None:
+            return None
+        try:
+            if self._verified.get(identifier) != entry.known.signature:
+                if not entry.matches_checksum():
+                    self._reject(identifier, entry.known.signature, "its checksum is wrong")
+                    return None
+                with self._lock:
+                    _remember(self._verified, identifier, entry.known.signature, _MAX_KNOWN)
+            return entry.tensor().to(self.config.device)
+        except OSError as error:
+            self._warn_once(error)
+            return None
+
+    def _reject(self, identifier: str, signature: Signature, reason: str) -> None:
+        """Count and remove a file that is no usable entry; what cannot be removed is not counted again."""
+        with self._lock:
+            if self._rejected.get(identifier) == signature:
+                return
+            _remember(self._rejected, identifier, signature, _MAX_KNOWN)
+            self.stats.corrupt_entries += 1
+        _logger.warning("removing the file of item %s from %s: %s", identifier, self._folder.path, reason)
+        self._folder.remove(identifier, signature)
+
+    def _warn_once(self, error: OSError) -> None:
+        if error.errno not in self._warned_of:
+            self._warned_of.add(error.errno)
+            _logger.warning("an entry in %s counts as missing, since it cannot be read: %s", self._folder.path, error)
+
+    def _count_eviction(self, size_bytes: int) -> None:
+        with self._lock:
+            self.stats.evictions += 1
+            self.stats.evicted_bytes += size_bytes
+
+
+def _usable_folder(path: Path | None) -> Path:
+    """The folder's absolute path; the folder is made, for its owner alone, if there is none."""
+    if path is None:
+        raise ConfigurationError("SharedStorageConnector needs shared_storage_path, the folder that instances share")
+    try:
+        path = path.resolve()
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ConfigurationError(f"shared_storage_path {path} cannot be made a folder: {error}") from error
+    if mode & stat.S_IWOTH:
+        raise ConfigurationError(
+            f"shared_storage_path {path} is writable by every user, who could then plant embeddings there; "
+            "name a folder in it that does not exist yet, or take the permission away"
+        )
+    return path
+
+
+def _remember(table: OrderedDict[str, _Value], key: str, value: _Value, limit: int) -> None:
+    """Set an item of a table that forgets its oldest ones."""
+    table[key] = value
+    table.move_to_end(key)
+    if len(table) > limit:
+        table.popitem(last=False)
