@@ -1,0 +1,154 @@
+"""Drives the scheduler step by step, the way the engine does, with numbers for tokens and no tensors."""
+
+from __future__ import annotations
+
+import itertools
+
+from chiasm.engine.block_manager import BlockManager
+from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.request import SamplingParams
+from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
+from chiasm.engine.sequence import Sequence
+from chiasm.models.base import ItemGeometry, Prompt, PromptItem
+
+BYTES_PER_ROW = 10
+PLACEHOLDER = 9
+
+
+def prompt(*parts: int | tuple[str, int]) -> Prompt:
+    """``prompt(3, ("a", 4), 2)``: three text tokens, picture ``a`` of four rows, two text tokens."""
+    token_ids: list[int] = []
+    items: list[PromptItem] = []
+    for part in parts:
+        if isinstance(part, int):
+            token_ids += range(100 + len(token_ids), 100 + len(token_ids) + part)
+        else:
+            identifier, rows = part
+            geometry = ItemGeometry((PLACEHOLDER,) * rows, tuple(range(rows)), {"rows": [rows]})
+            items.append(PromptItem(identifier, len(token_ids), rows, geometry))
+            token_ids += geometry.token_ids
+    return Prompt(token_ids, items)
+
+
+class Driver:
+    """A scheduler with its surroundings: what the connector holds, and requests that run to ``max_tokens``."""
+
+    def __init__(
+        self,
+        *,
+        budget: int = 64,
+        blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 16,
+        max_queued: int = 64,
+        cache_rows: int = 1000,
+        local_encoder: bool = False,
+    ) -> None:
+        self.block_size = block_size
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_batched_tokens=budget,
+                max_num_seqs=max_num_seqs,
+                max_queued_requests=max_queued,
+                max_model_len=blocks * block_size,
+                entry_bytes_per_row=BYTES_PER_ROW,
+                local_encoder=local_encoder,
+            ),
+            BlockManager(blocks, block_size),
+            EncoderCacheManager(cache_rows * BYTES_PER_ROW),
+        )
+        self.stored: set[str] = set()
+        """Identifiers that the connector holds by now."""
+        self.encoded: list[str] = []
+        self.sequences: list[Sequence] = []
+        self._tokens = itertools.count(1000)
+        self._arrivals = itertools.count()
+
+    def add(self, prompt: Prompt, *, max_tokens: int = 4, choices: int = 1, salt: str = "") -> Sequence:
+        added: list[Sequence] = []
+        for index in range(choices):
+            arrival = next(self._arrivals)
+            added.append(
+                Sequence(
+                    request_id=f"r{arrival - index}",
+                    index=index,
+                    arrival=arrival,
+                    prompt=prompt,
+                    sampling=SamplingParams(max_tokens=max_tokens),
+                    seed=0,
+                    block_size=self.block_size,
+                    cache_salt=salt,
+                    leader=added[0] if added else None,
+                )
+            )
+        self.scheduler.add(added)
+        self.sequences += added
+        return added[0]
+
+    def load(self) -> list[str]:
+        """Load what is wanted and stored; returns what was loaded."""
+        loaded: list[str] = []
+        for sequence, items in self.scheduler.wanted_items():
+            for item in items:
+                if item.identifier not in self.scheduler.encoder_cache:
+                    if item.identifier not in self.stored or not self.scheduler.make_room(sequence, item):
+                        break
+                    loaded.append(item.identifier)
+                self.scheduler.item_arrived(sequence, item)
+        return loaded
+
+    def step(self) -> Step:
+        """Load, plan, run (every sampled token is new), and end what has all its tokens."""
+        self.load()
+        step = self.scheduler.schedule()
+        self.check(step)
+        self.encoded += [item.identifier for _, item in step.encode]
+        samples = [part.sequence for part in step.scheduled if part.samples]
+        self.scheduler.complete(step, {sequence.sequence_id: next(self._tokens) for sequence in samples})
+        for sequence in samples:
+            if sequence.num_output == sequence.sampling.max_tokens:
+                self.scheduler.finish(sequence)
+        return step
+
+    def run(self, limit: int = 1000) -> int:
+        """Step until all ended; returns how many steps it took."""
+        for count in range(limit):
+            if not self.scheduler.running and not self.scheduler.waiting:
+                return count
+            step = self.step()
+            assert step.scheduled or step.encode, "no step can be made, and not all have ended"
+        raise AssertionError(f"not finished after {limit} steps")
+
+    def check(self, step: Step) -> None:
+        """What must hold of every step."""
+        scheduler = self.scheduler
+        assert sum(part.num_tokens for part in step.scheduled) <= scheduler.config.max_num_batched_tokens
+        names = [part.sequence.sequence_id for part in step.scheduled]
+        assert len(names) == len(set(names))
+        for part in step.scheduled:
+            assert part.start == part.sequence.num_computed
+            assert part.num_tokens > 0
+            assert len(part.sequence.block_ids) * self.block_size >= part.end
+            assert part.samples == (part.end == part.sequence.num_tokens)
+            for item in part.sequence.items_between(part.start, part.end):
+                assert item.identifier in scheduler.encoder_cache, "a chunk reaches into an item that is not there"
+        assert scheduler.encoder_cache.used_bytes <= scheduler.encoder_cache.capacity_bytes
+        blocks = scheduler.block_manager
+        held = {block for sequence in scheduler.running for block in sequence.block_ids}
+        assert len(held) == blocks.num_blocks - blocks.num_free
+        for queue in (scheduler.running, scheduler.waiting):
+            assert [sequence.arrival for sequence in queue] == sorted(sequence.arrival for sequence in queue)
+
+    def nothing_is_left(self) -> bool:
+        scheduler = self.scheduler
+        return (
+            not scheduler.running
+            and not scheduler.waiting
+            and scheduler.block_manager.num_free == scheduler.block_manager.num_blocks
+            and not any(sequence.held or sequence.block_ids for sequence in self.sequences)
+        )
+
+
+def chunks(step: Step) -> list[tuple[int, int]]:
+    """``(start, end)`` of the step's prefill chunks."""
+    return [(part.start, part.end) for part in step.prefills]

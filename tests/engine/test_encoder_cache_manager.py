@@ -1,0 +1,71 @@
+"""Which embeddings stay in memory when room is short."""
+
+from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+
+
+def test_entries_fit_until_the_bound():
+    cache = EncoderCacheManager(100)
+    assert cache.allocate("a", 60, arrival=0)
+    cache.hold("a", "first", 0)
+    assert not cache.allocate("b", 60, arrival=1)
+    assert cache.used_bytes == 60
+
+
+def test_unheld_entries_go_first_and_least_recently_used_first():
+    cache = EncoderCacheManager(100)
+    for name in ("a", "b"):
+        cache.allocate(name, 50, arrival=0)
+    cache.hold("a", "s", 0)
+    cache.release("a", "s")
+    assert cache.allocate("c", 50, arrival=1)
+    assert "a" in cache
+    assert cache.take_evicted() == ["b"]
+
+
+def test_an_older_sequence_takes_room_from_a_younger_one_but_not_the_other_way_round():
+    cache = EncoderCacheManager(50)
+    cache.allocate("young", 50, arrival=5)
+    cache.hold("young", "s5", 5)
+    assert not cache.allocate("younger", 50, arrival=6)
+    assert cache.allocate("old", 50, arrival=1)
+    assert "young" not in cache
+
+
+def test_an_entry_that_an_older_sequence_shares_stays():
+    cache = EncoderCacheManager(50)
+    cache.allocate("shared", 50, arrival=5)
+    cache.hold("shared", "s5", 5)
+    cache.hold("shared", "s1", 1)
+    assert not cache.allocate("other", 50, arrival=3)
+
+
+def test_what_is_to_be_kept_is_not_evicted_even_if_nobody_holds_it():
+    cache = EncoderCacheManager(100)
+    cache.allocate("a", 50, arrival=0)
+    cache.allocate("b", 50, arrival=0)
+    assert cache.allocate("c", 50, arrival=0, keep={"a"})
+    assert "a" in cache
+    assert "b" not in cache
+
+
+def test_an_entry_larger_than_the_bound_evicts_nothing():
+    cache = EncoderCacheManager(100)
+    cache.allocate("a", 50, arrival=0)
+    assert not cache.allocate("huge", 101, arrival=0)
+    assert "a" in cache
+
+
+def test_an_entry_that_came_back_is_not_reported_as_evicted():
+    cache = EncoderCacheManager(50)
+    cache.allocate("a", 50, arrival=0)
+    cache.allocate("b", 50, arrival=0)
+    cache.allocate("a", 50, arrival=0)
+    assert cache.take_evicted() == ["b"]
+    assert cache.take_evicted() == []
+
+
+def test_removing_an_unknown_entry_changes_nothing():
+    cache = EncoderCacheManager(50)
+    cache.remove("nothing")
+    cache.release("nothing", "s")
+    assert cache.used_bytes == 0

@@ -1,0 +1,383 @@
+"""The scheduler as a state machine, driven step by step."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chiasm.errors import InvalidRequestError, OverloadedError
+from tests.engine.driver import Driver, chunks, prompt
+
+
+def test_a_short_prompt_is_prefilled_in_one_step_and_then_decoded_token_by_token():
+    driver = Driver()
+    sequence = driver.add(prompt(10), max_tokens=3)
+    assert chunks(driver.step()) == [(0, 10)]
+    step = driver.step()
+    assert (step.prefills, len(step.decodes)) == ([], 1)
+    driver.step()
+    assert sequence.num_output == 3
+    assert driver.nothing_is_left()
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_of_the_budget():
+    driver = Driver(budget=8)
+    driver.add(prompt(20), max_tokens=1)
+    assert [chunks(driver.step()) for _ in range(3)] == [[(0, 8)], [(8, 16)], [(16, 20)]]
+
+
+def test_decodes_come_before_prefills_and_share_the_budget():
+    driver = Driver(budget=8)
+    driver.add(prompt(4), max_tokens=9)
+    driver.step()
+    driver.add(prompt(20), salt="other")
+    step = driver.step()
+    assert len(step.decodes) == 1
+    assert chunks(step) == [(0, 7)]
+
+
+def test_several_prompts_share_a_step_in_order_of_arrival():
+    driver = Driver(budget=16)
+    driver.add(prompt(6))
+    driver.add(prompt(6), salt="other")
+    driver.add(prompt(6), salt="third")
+    assert chunks(driver.step()) == [(0, 6), (0, 6), (0, 4)]
+
+
+def test_no_more_sequences_run_than_are_allowed():
+    driver = Driver(max_num_seqs=2)
+    for salt in "abc":
+        driver.add(prompt(4), salt=salt)
+    driver.step()
+    assert len(driver.scheduler.running) == 2
+    assert len(driver.scheduler.waiting) == 1
+
+
+def test_a_full_queue_refuses_and_keeps_what_it_has():
+    driver = Driver(max_queued=2)
+    driver.add(prompt(4))
+    driver.add(prompt(4))
+    with pytest.raises(OverloadedError, match="2 is the limit"):
+        driver.add(prompt(4))
+    driver.run()
+
+
+def test_a_prompt_as_long_as_the_context_is_refused_with_both_numbers():
+    driver = Driver(blocks=4, block_size=4)
+    with pytest.raises(InvalidRequestError, match=r"16 tokens.*is 16") as caught:
+        driver.scheduler.check(16, [])
+    assert caught.value.code == "context_length_exceeded"
+    driver.scheduler.check(15, [])
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(InvalidRequestError, match="empty"):
+        Driver().scheduler.check(0, [])
+
+
+def test_an_item_that_can_never_fit_the_encoder_cache_is_refused():
+    driver = Driver(cache_rows=4)
+    with pytest.raises(InvalidRequestError, match="5 tokens"):
+        driver.scheduler.check(6, prompt(1, ("a", 5)).items)
+
+
+# ---- prefix cache -------------------------------------------------------------------------------------------------------
+
+
+def test_a_repeated_prompt_computes_only_what_follows_its_full_blocks():
+    driver = Driver(block_size=4)
+    driver.add(prompt(10), max_tokens=1)
+    driver.run()
+    again = driver.add(prompt(10), max_tokens=1)
+    assert chunks(driver.step()) == [(8, 10)]
+    assert again.num_cached == 8
+
+
+def test_the_last_token_is_computed_even_if_all_blocks_are_known():
+    driver = Driver(block_size=4)
+    driver.add(prompt(8), max_tokens=1)
+    driver.run()
+    driver.add(prompt(8), max_tokens=1)
+    assert chunks(driver.step()) == [(4, 8)]
+
+
+def test_a_cached_item_needs_no_embedding():
+    driver = Driver(block_size=4)
+    driver.stored = {"a"}
+    driver.add(prompt(2, ("a", 4), 6), max_tokens=1)
+    driver.run()
+    driver.scheduler.encoder_cache.remove("a")
+    driver.stored = set()
+    driver.add(prompt(2, ("a", 4), 6), max_tokens=1)
+    assert chunks(driver.step()) == [(8, 12)]
+
+
+def test_another_picture_at_the_same_place_is_not_taken_for_the_cached_one():
+    driver = Driver(block_size=4)
+    driver.stored = {"a", "b"}
+    driver.add(prompt(4, ("a", 4), 6), max_tokens=1)
+    driver.run()
+    driver.add(prompt(4, ("b", 4), 6), max_tokens=1)
+    assert chunks(driver.step()) == [(4, 14)]
+
+
+def test_further_choices_wait_for_the_first_and_share_its_prompt():
+    driver = Driver(block_size=4)
+    driver.add(prompt(9), max_tokens=2, choices=3)
+    assert chunks(driver.step()) == [(0, 9)]
+    step = driver.step()
+    assert chunks(step) == [(8, 9), (8, 9)]
+    assert len(step.decodes) == 1
+    driver.run()
+    assert driver.nothing_is_left()
+
+
+def test_further_choices_go_on_when_the_first_is_cancelled():
+    driver = Driver()
+    first = driver.add(prompt(9, ("late", 4)), choices=2)
+    driver.step()
+    driver.scheduler.finish(first)
+    driver.stored = {"late"}
+    driver.run()
+
+
+# ---- late embeddings ----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_prefilled_up_to_the_first_missing_item_and_goes_on_when_it_comes():
+    driver = Driver()
+    sequence = driver.add(prompt(5, ("a", 4), 3), max_tokens=1)
+    assert chunks(driver.step()) == [(0, 5)]
+    assert driver.scheduler.is_stalled(sequence)
+    assert driver.step().scheduled == []
+    driver.stored.add("a")
+    assert chunks(driver.step()) == [(5, 12)]
+    assert driver.nothing_is_left()
+
+
+def test_items_that_arrive_in_order_overlap_with_prefill():
+    driver = Driver()
+    driver.add(prompt(1, ("a", 4), 1, ("b", 4), 1, ("c", 4), 1), max_tokens=1)
+    seen = [chunks(driver.step())]
+    for name in "abc":
+        driver.stored.add(name)
+        seen.append(chunks(driver.step()))
+    assert seen == [[(0, 1)], [(1, 6)], [(6, 11)], [(11, 16)]]
+
+
+def test_an_item_that_arrives_before_its_predecessor_waits_its_turn():
+    driver = Driver()
+    driver.add(prompt(1, ("a", 4), ("b", 4), 2), max_tokens=1)
+    driver.step()
+    driver.stored.add("b")
+    assert driver.step().scheduled == []
+    assert "b" not in driver.scheduler.encoder_cache, "room is for what is needed next"
+    driver.stored.add("a")
+    assert chunks(driver.step()) == [(1, 11)]
+
+
+def test_a_prompt_that_begins_with_a_missing_item_holds_nothing():
+    driver = Driver()
+    sequence = driver.add(prompt(("a", 4), 2), max_tokens=1)
+    assert driver.step().scheduled == []
+    assert sequence.block_ids == []
+    driver.stored.add("a")
+    driver.run()
+
+
+def test_a_stalled_request_delays_nobody():
+    driver = Driver(max_num_seqs=1)
+    driver.add(prompt(3, ("never", 4), 2))
+    driver.step()
+    text = driver.add(prompt(6), max_tokens=2, salt="text")
+    driver.step()
+    driver.step()
+    assert text.finished
+
+
+def test_the_same_item_twice_in_a_prompt_is_loaded_once_and_kept_until_its_last_place():
+    driver = Driver(budget=6)
+    driver.stored = {"a"}
+    sequence = driver.add(prompt(1, ("a", 4), 3, ("a", 4), 1), max_tokens=1)
+    driver.step()
+    assert sequence.num_computed == 6
+    assert sequence.held == {"a"}
+    driver.stored = set()
+    driver.run()
+    assert driver.nothing_is_left()
+
+
+def test_two_requests_for_one_missing_item_both_go_on_when_it_comes():
+    driver = Driver()
+    driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
+    driver.add(prompt(3, ("a", 4), 1), max_tokens=1)
+    driver.step()
+    driver.stored.add("a")
+    assert len(driver.step().prefills) == 2
+
+
+def test_an_item_is_cut_by_the_budget_and_continued():
+    driver = Driver(budget=4)
+    driver.stored = {"a"}
+    driver.add(prompt(2, ("a", 6), 1), max_tokens=1)
+    assert [chunks(driver.step()) for _ in range(3)] == [[(0, 4)], [(4, 8)], [(8, 9)]]
+
+
+def test_an_item_lost_after_it_was_found_is_waited_for_again():
+    driver = Driver()
+    sequence = driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
+    driver.stored.add("a")
+    driver.load()
+    driver.scheduler.item_lost("a")
+    driver.stored.clear()
+    assert chunks(driver.step()) == [(0, 2)]
+    assert driver.scheduler.is_stalled(sequence)
+    driver.stored.add("a")
+    driver.run()
+    assert driver.nothing_is_left()
+
+
+def test_an_encoder_cache_of_one_item_serves_a_request_of_several():
+    driver = Driver(cache_rows=4)
+    driver.stored = {"a", "b", "c"}
+    driver.add(prompt(1, ("a", 4), ("b", 4), ("c", 4), 1), max_tokens=1)
+    driver.run()
+    assert driver.nothing_is_left()
+
+
+def test_the_older_of_two_requests_goes_on_when_the_encoder_cache_is_full_of_the_younger():
+    driver = Driver(cache_rows=4)
+    old = driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
+    driver.step()
+    driver.stored = {"b"}
+    young = driver.add(prompt(("b", 4), ("c", 4), 1), max_tokens=1)
+    driver.load()
+    assert "b" in driver.scheduler.encoder_cache
+    driver.stored.add("a")
+    driver.step()
+    assert old.finished
+    driver.stored.add("c")
+    driver.run()
+    assert young.finished
+
+
+def test_a_cancelled_request_gives_back_all_that_it_holds_at_any_point():
+    for steps in range(4):
+        driver = Driver(budget=4)
+        driver.stored = {"a"}
+        sequence = driver.add(prompt(3, ("a", 4), 2))
+        for _ in range(steps):
+            driver.step()
+        driver.scheduler.finish(sequence)
+        driver.scheduler.finish(sequence)
+        assert driver.nothing_is_left()
+
+
+# ---- preemption ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_youngest_is_preempted_when_blocks_run_out_and_is_computed_again():
+    driver = Driver(blocks=4, block_size=4)
+    old = driver.add(prompt(6), max_tokens=8, salt="a")
+    young = driver.add(prompt(6), max_tokens=8, salt="b")
+    driver.run()
+    assert driver.scheduler.num_preemptions > 0
+    assert old.num_output == young.num_output == 8
+    assert driver.nothing_is_left()
+
+
+def test_a_stalled_request_is_preempted_before_one_that_runs():
+    driver = Driver(blocks=4, block_size=4)
+    stalled = driver.add(prompt(8, ("late", 4)), max_tokens=1)
+    driver.step()
+    running = driver.add(prompt(6), max_tokens=6, salt="b")
+    while not running.finished:
+        driver.step()
+    assert stalled in driver.scheduler.waiting or stalled in driver.scheduler.running
+    driver.stored.add("late")
+    driver.run()
+
+
+def test_stalled_requests_don_t_keep_text_out_of_their_blocks():
+    driver = Driver(blocks=4, block_size=4)
+    driver.add(prompt(12, ("late", 2)), max_tokens=1)
+    driver.step()
+    text = driver.add(prompt(10), max_tokens=1, salt="text")
+    driver.step()
+    assert text.finished
+
+
+def test_a_preempted_sequence_keeps_its_tokens():
+    driver = Driver(blocks=4, block_size=4)
+    driver.add(prompt(6), max_tokens=10, salt="a")
+    young = driver.add(prompt(6), max_tokens=10, salt="b")
+    tokens: list[int] = []
+    while not young.finished:
+        driver.step()
+        assert young.token_ids[: len(tokens)] == tokens
+        tokens = list(young.token_ids)
+
+
+# ---- a local encoder (aggregated) ------------------------------------------------------------------------------------------
+
+
+def test_an_aggregated_step_encodes_what_its_chunk_needs():
+    driver = Driver(budget=8, local_encoder=True)
+    driver.add(prompt(2, ("a", 4), 6, ("b", 4), 1), max_tokens=1)
+    step = driver.step()
+    assert [item.identifier for _, item in step.encode] == ["a"]
+    assert chunks(step) == [(0, 8)]
+    step = driver.step()
+    assert [item.identifier for _, item in step.encode] == ["b"]
+
+
+def test_an_aggregated_engine_encodes_a_picture_once():
+    driver = Driver(local_encoder=True)
+    driver.add(prompt(1, ("a", 4), 2, ("a", 4)), max_tokens=1)
+    driver.add(prompt(2, ("a", 4)), max_tokens=1)
+    driver.run()
+    assert driver.encoded == ["a"]
+
+
+def test_an_aggregated_engine_with_room_for_one_item_serves_a_request_of_several():
+    driver = Driver(local_encoder=True, cache_rows=4)
+    driver.add(prompt(1, ("a", 4), ("b", 4), ("c", 4), 1), max_tokens=2)
+    driver.run()
+    assert driver.encoded == ["a", "b", "c"]
+
+
+# ---- everything at once -----------------------------------------------------------------------------------------------------
+
+parts = st.lists(
+    st.one_of(st.integers(1, 9), st.tuples(st.sampled_from("abcdef"), st.just(4))), min_size=1, max_size=6
+).filter(lambda parts: 0 < len(prompt(*parts).token_ids) <= 30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    requests=st.lists(st.tuples(parts, st.integers(1, 6), st.integers(1, 2)), min_size=1, max_size=8),
+    budget=st.integers(2, 24),
+    blocks=st.integers(10, 20),
+    cache_rows=st.integers(4, 24),
+    arrivals=st.permutations("abcdef"),
+    cancelled=st.sets(st.integers(0, 7)),
+    local_encoder=st.booleans(),
+)
+def test_whatever_arrives_in_whatever_order_everything_ends_and_nothing_is_left(
+    requests, budget, blocks, cache_rows, arrivals, cancelled, local_encoder
+):
+    driver = Driver(budget=budget, blocks=blocks, cache_rows=cache_rows, local_encoder=local_encoder)
+    for number, (request, max_tokens, choices) in enumerate(requests):
+        driver.add(prompt(*request), max_tokens=max_tokens, choices=choices, salt=str(number % 3))
+        driver.step()
+    for name in arrivals:
+        driver.stored.add(name)
+        driver.step()
+    for number in cancelled:
+        if number < len(driver.sequences):
+            driver.scheduler.finish(driver.sequences[number])
+    driver.run()
+    assert driver.nothing_is_left()
+    for number, sequence in enumerate(driver.sequences):
+        assert number in cancelled or sequence.num_output == sequence.sampling.max_tokens
