@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole
-from chiasm.engine.attention import KVCache
+from chiasm.engine.attention import KVCache, register_paged_attention
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.config import EngineConfig, Role
 from chiasm.engine.detokenizer import Detokenizer
@@ -141,6 +141,7 @@ class LanguageEngine:
         config = self.config
         use_threads(config.threads)
         check_memory(config.model, self.device)
+        register_paged_attention()
         self._language = load_language(config.model, dtype=self.dtype, device=self.device)
         if config.role is Role.AGGREGATED:
             self._vision = load_vision(config.model, dtype=self.dtype, device=self.device)
