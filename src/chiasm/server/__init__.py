@@ -1,0 +1,12 @@
+"""The OpenAI-compatible HTTP API of one instance.
+
+A request's way: ``app`` (path) → ``exchange`` (identity, deadline, body, disconnect) → ``chat`` or ``completions``
+(``protocol``: fields; ``media`` and ``prompts``: the prompt; ``sampling``) → ``generation`` (the engine) → ``streaming``
+and ``chunks``, or one answer. On an encoder ``chat`` leads to ``encode``.
+"""
+
+from chiasm.server.app import create_app
+from chiasm.server.config import ServerConfig
+from chiasm.server.run import run
+
+__all__ = ["ServerConfig", "create_app", "run"]

@@ -1,0 +1,307 @@
+"""Bodies of the OpenAI API as far as an instance speaks it, with vLLM's extensions.
+
+Requests are checked for types here and for meaning where they are used. Fields that nobody here knows are ignored, as
+OpenAI-compatible servers do; fields that would change the answer, and that this engine does not have, are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from chiasm.engine.request import FinishReason
+from chiasm.errors import InvalidRequestError
+
+# ---- requests --------------------------------------------------------------------------------------------------------
+
+
+class StreamOptions(msgspec.Struct):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = False
+    """One more chunk with the usage, before the end."""
+    continuous_usage_stats: bool | None = False
+    """The usage so far in every chunk."""
+
+
+class Unsupported(msgspec.Struct):
+    """Fields that would change the answer and that this engine does not have."""
+
+    add_special_tokens: Any = None
+    allowed_token_ids: Any = None
+    audio: Any = None
+    bad_words: Any = None
+    best_of: Any = None
+    chat_template: Any = None
+    documents: Any = None
+    echo: Any = None
+    function_call: Any = None
+    functions: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    kv_transfer_params: Any = None
+    length_penalty: Any = None
+    logits_processors: Any = None
+    logprob_token_ids: Any = None
+    mm_processor_kwargs: Any = None
+    modalities: Any = None
+    prompt_embeds: Any = None
+    prompt_logprobs: Any = None
+    reasoning_effort: Any = None
+    repetition_detection: Any = None
+    response_format: Any = None
+    return_token_ids: Any = None
+    return_tokens_as_token_ids: Any = None
+    spaces_between_special_tokens: Any = None
+    structured_outputs: Any = None
+    suffix: Any = None
+    thinking_token_budget: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    truncate_prompt_tokens: Any = None
+    use_beam_search: Any = None
+    watermarking: Any = None
+    web_search_options: Any = None
+
+
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (False,),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "length_penalty": (1.0,),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "spaces_between_special_tokens": (True,),
+    "tool_choice": ("none", "auto"),
+}
+"""Values with which a field of ``Unsupported`` asks for nothing, besides null, false and what is empty."""
+
+
+class GenerationFields(Unsupported, kw_only=True):
+    """What chat and text completions have in common; None stands for: not given."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = None
+
+
+class ImageURL(msgspec.Struct):
+    """Where a picture is: a ``data:``, http(s) or file URL."""
+
+    url: str
+
+
+class Part(msgspec.Struct):
+    """One part of a message's content; which fields count depends on ``type``."""
+
+    type: str
+    text: str | None = None
+    image_url: ImageURL | str | None = None
+    image_embeds: Any = None
+    """What sizes the placeholders of an item that an encoder holds ready under ``uuid``."""
+    uuid: str | None = None
+
+
+class ChatMessage(msgspec.Struct):
+    """One message of a chat."""
+
+    role: str
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatRequest(GenerationFields, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(GenerationFields, kw_only=True):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    """Text, several texts, token ids, or several lists of token ids."""
+    logprobs: int | None = None
+
+
+_Request = TypeVar("_Request", bound=GenerationFields)
+_PLACE = re.compile(r" - at `(?P<place>[^`]*)`(?: in `(?P<outer>[^`]*)`)?$")
+_FIELD = re.compile(r"\$\.(\w+)")
+
+
+def decode(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Request:
+    """The request in a body. Raises InvalidRequestError that names the field at fault."""
+    try:
+        request = decoder.decode(body)
+    except msgspec.ValidationError as error:
+        place = _PLACE.search(str(error))
+        field = _FIELD.search(str(error))
+        message = str(error)[: place.start()] if place else str(error)
+        where = f" at {(place['outer'] or place['place']).removeprefix('$.')}" if place else ""
+        raise InvalidRequestError(f"{message}{where}.", param=field and field[1]) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise InvalidRequestError("The body is nested too deeply.") from None
+    _refuse_unsupported(request)
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequestError("stream_options goes only with stream=true.", param="stream_options")
+    return request
+
+
+def _refuse_unsupported(request: Unsupported) -> None:
+    for name in Unsupported.__struct_fields__:
+        value = getattr(request, name)
+        if value and value not in HARMLESS.get(name, ()):
+            raise InvalidRequestError(f"{name} is not supported by this engine; leave it out.", param=name)
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+class PromptTokensDetails(msgspec.Struct):
+    """How the prompt's tokens came about."""
+
+    cached_tokens: int
+    """Taken from the prefix cache."""
+
+
+class Usage(msgspec.Struct):
+    """Tokens of one HTTP request, all its prompts and choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(msgspec.Struct):
+    """One candidate for a token's place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(msgspec.Struct):
+    """The token that was chosen, and the likeliest candidates."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    """Of the tokens of a choice or of a chunk."""
+
+    content: list[ChatLogprob]
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """Of the tokens of a choice or of a chunk, as parallel lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AssistantMessage(msgspec.Struct):
+    """The answer of a choice."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+
+
+class ChatChoice(msgspec.Struct):
+    """One answer to a chat."""
+
+    index: int
+    message: AssistantMessage
+    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatResponse(msgspec.Struct):
+    """Answer of POST /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+    ec_transfer_params: dict[str, dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
+    """What an encoder holds ready, by identifier."""
+
+
+class CompletionChoice(msgspec.Struct):
+    """One continuation of a prompt."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    logprobs: CompletionLogprobs | None = None
+    stop_reason: int | str | None = None
+
+
+class CompletionResponse(msgspec.Struct):
+    """Answer of POST /v1/completions."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    object: Literal["text_completion"] = "text_completion"
+
+
+class ModelCard(msgspec.Struct):
+    """The model that an instance serves."""
+
+    id: str
+    created: int
+    root: str
+    max_model_len: int
+    object: Literal["model"] = "model"
+    owned_by: Literal["chiasm"] = "chiasm"
+
+
+class ModelList(msgspec.Struct):
+    """Answer of GET /v1/models."""
+
+    data: list[ModelCard]
+    object: Literal["list"] = "list"

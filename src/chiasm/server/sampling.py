@@ -1,0 +1,87 @@
+"""From a request's fields to sampling parameters: the client's value, else the checkpoint's, else OpenAI's default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from chiasm.engine.request import MAX_CHOICES, SamplingParams
+from chiasm.errors import InvalidRequestError
+from chiasm.server.protocol import ChatRequest, CompletionRequest, GenerationFields
+
+_SAME_NAME = (
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+MAX_SALT_CHARACTERS = 1024
+COMPLETION_MAX_TOKENS = 16
+"""Of a text completion that does not say how long it may be; a chat may fill the context."""
+
+
+def num_choices(request: GenerationFields) -> int:
+    """``n``, checked."""
+    choices = 1 if request.n is None else request.n
+    if not 1 <= choices <= MAX_CHOICES:
+        raise InvalidRequestError(f"n must be between 1 and {MAX_CHOICES}, got {choices}.", param="n")
+    return choices
+
+
+def cache_salt(request: GenerationFields) -> str:
+    """What keeps a tenant's cached blocks and items apart from others'; empty where nobody asks for it."""
+    salt = request.cache_salt or ""
+    if len(salt) > MAX_SALT_CHARACTERS:
+        raise InvalidRequestError(f"cache_salt may have {MAX_SALT_CHARACTERS} characters.", param="cache_salt")
+    return salt
+
+
+def sampling_of(
+    request: ChatRequest | CompletionRequest, defaults: Mapping[str, float | int], *, room_tokens: int
+) -> SamplingParams:
+    """How to choose tokens; ``room_tokens`` is what the prompt leaves of the context, and bounds ``max_tokens``.
+
+    Raises InvalidRequestError for values out of range.
+    """
+    values: dict[str, Any] = dict(defaults)
+    for name in _SAME_NAME:
+        if (value := getattr(request, name)) is not None:
+            values[name] = value
+    values["max_tokens"] = min(_max_tokens(request, room_tokens), room_tokens)
+    values["logprobs"] = _logprobs(request)
+    stop = request.stop or ()
+    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    values["stop_token_ids"] = tuple(request.stop_token_ids or ())
+    return SamplingParams(**values)
+
+
+def _max_tokens(request: ChatRequest | CompletionRequest, room_tokens: int) -> int:
+    name = "max_tokens"
+    value = request.max_tokens
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        name = "max_completion_tokens"
+        value = request.max_completion_tokens
+    if value is None:
+        return room_tokens if isinstance(request, ChatRequest) else COMPLETION_MAX_TOKENS
+    if value < 1:
+        raise InvalidRequestError(f"{name} must be at least 1, got {value}.", param=name)
+    return value
+
+
+def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    if request.logprobs:
+        return request.top_logprobs or 0
+    if request.top_logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs=true.", param="top_logprobs")
+    return None

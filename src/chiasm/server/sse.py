@@ -1,0 +1,17 @@
+"""Server-sent events: framing."""
+
+from __future__ import annotations
+
+CONTENT_TYPE = "text/event-stream; charset=utf-8"
+DONE = b"data: [DONE]\n\n"
+"""Ends a stream that went well, as OpenAI has it."""
+
+
+def event(data: bytes) -> bytes:
+    """One event; ``data`` holds no newline, which JSON escapes."""
+    return b"data: " + data + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """A line that clients pass over."""
+    return b": " + text.encode() + b"\n\n"
