@@ -33,7 +33,7 @@ class SyntheticSize:
     head_dim: int = 16
     """Width of a text head, a multiple of 8."""
     vision_hidden: int = 32
-    """A multiple of 4 × ``vision_heads``."""
+    """A multiple of 4 x ``vision_heads``."""
     vision_intermediate: int = 64
     vision_depth: int = 3
     vision_heads: int = 2
@@ -41,7 +41,7 @@ class SyntheticSize:
     """Qwen3-VL: how many of the first vision layers feed the decoder's first layers, fewer than ``vision_depth``."""
     patch_pixels: int = 8
     tile_pixels: int = 32
-    """Side of a tile, for the families whose pictures are cut into squares; a multiple of 2 × ``patch_pixels``."""
+    """Side of a tile, for the families whose pictures are cut into squares; a multiple of 2 x ``patch_pixels``."""
     max_tiles: int = 4
     """Most tiles of a picture, its overview not counted; a square number."""
     max_pixels: int = 128 * 128
@@ -62,6 +62,8 @@ class _Recipe:
     preprocessor: Callable[[SyntheticSize], JsonObject]
     processor: Callable[[SyntheticSize], JsonObject] | None = None
     begin: str | None = None
+    adds_begin: bool = False
+    """The tokenizer writes ``begin`` before every text, as LLaMA's does."""
 
 
 def make(
@@ -106,7 +108,7 @@ def _write(path: Path, value: JsonObject) -> None:
 
 def _tokenizer(recipe: _Recipe, vocab_size: int) -> Any:
     """Byte-level BPE that knows all bytes, and as many short words of lower-case letters as the vocabulary has room."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -115,11 +117,17 @@ def _tokenizer(recipe: _Recipe, vocab_size: int) -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(word[:-1], word[-1]) for word in words]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if recipe.adds_begin:
+        begin_id = vocab_size - len(recipe.specials) + recipe.specials.index(str(recipe.begin))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{recipe.begin} $A", special_tokens=[(str(recipe.begin), begin_id)]
+        )
+    tokenizer.add_special_tokens(list(recipe.specials))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=recipe.begin,
         eos_token=recipe.end,
-        additional_special_tokens=list(recipe.specials),
+        additional_special_tokens=[token for token in recipe.specials if token not in (recipe.begin, recipe.end)],
     )
     fast.chat_template = recipe.template
     assert len(fast) == vocab_size, f"vocab_size must be at least {len(fast)}"
@@ -141,16 +149,21 @@ def _unprintable(tokenizer: Any, vocab_size: int) -> list[int]:
 
 
 def _randomize(name: str, module: nn.Module, parameter: Tensor, generator: Any) -> None:
-    """Weights of a size that keeps activations near one, where the usual 0.02 gives answers that hang on rounding."""
+    """Weights of a size that keeps activations near one, where the usual 0.02 gives answers that hang on rounding.
+
+    Queries and keys are larger, so that attention picks tokens out rather than averaging over all of them.
+    """
     from torch import nn
 
+    is_weight = parameter is getattr(module, "weight", None)
+    picks = 2 if name.endswith(("q_proj", "k_proj", "q_norm", "k_norm")) else 1
     if isinstance(module, nn.Embedding):
         parameter.normal_(0, 1, generator=generator)
     elif "norm" in type(module).__name__.lower():
-        parameter.normal_(1 if parameter is module.weight else 0, 0.1, generator=generator)
-    elif parameter.dim() >= 2 and parameter is getattr(module, "weight", None):
-        fan_in = math.prod(parameter.shape[1:])
-        parameter.normal_(0, (3 if name.endswith("lm_head") else 1) / math.sqrt(fan_in), generator=generator)
+        parameter.normal_(picks if is_weight else 0, 0.1, generator=generator)
+    elif is_weight and parameter.dim() >= 2:
+        gain = 3 if name.endswith("lm_head") else picks
+        parameter.normal_(0, gain / math.sqrt(math.prod(parameter.shape[1:])), generator=generator)
     else:
         parameter.normal_(0, 0.3, generator=generator)
 
@@ -254,10 +267,135 @@ def _qwen3_vision(size: SyntheticSize) -> JsonObject:
     }
 
 
+_PARTS_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}:"
+    "{% for part in message.content %}{% if part.type == 'image' %}<image>{% elif part.type == 'text' %} {{ part.text }}"
+    "{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def _idefics3(image_processor: str) -> _Recipe:
+    def config(size: SyntheticSize, token_id: Callable[[str], int]) -> JsonObject:
+        return {
+            "text_config": {"model_type": "llama", **_text(size)},
+            "vision_config": _square_vision(size),
+            "scale_factor": 2,
+            "image_token_id": token_id("<image>"),
+            "tie_word_embeddings": size.tie_word_embeddings,
+        }
+
+    def preprocessor(size: SyntheticSize) -> JsonObject:
+        return {
+            "image_processor_type": image_processor,
+            "do_image_splitting": True,
+            "size": {"longest_edge": size.tile_pixels * math.isqrt(size.max_tiles)},
+            "max_image_size": {"longest_edge": size.tile_pixels},
+        }
+
+    tiles = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+    named = ("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>")
+    return _Recipe(
+        specials=(*named, *tiles),
+        begin="<|im_start|>",
+        end="<end_of_utterance>",
+        template=_PARTS_TEMPLATE,
+        config=config,
+        preprocessor=preprocessor,
+        processor=lambda size: {"image_seq_len": (size.tile_pixels // size.patch_pixels // 2) ** 2},
+    )
+
+
+def _internvl() -> _Recipe:
+    def config(size: SyntheticSize, token_id: Callable[[str], int]) -> JsonObject:
+        tokens = (size.tile_pixels // size.patch_pixels // 2) ** 2
+        return {
+            "text_config": {"model_type": "qwen2", **_text(size)},
+            "vision_config": {**_square_vision(size), "layer_scale_init_value": 1.0},
+            "downsample_ratio": 0.5,
+            "image_seq_length": tokens,
+            "image_token_id": token_id("<IMG_CONTEXT>"),
+            "tie_word_embeddings": size.tie_word_embeddings,
+        }
+
+    def preprocessor(size: SyntheticSize) -> JsonObject:
+        return {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "size": {"height": size.tile_pixels, "width": size.tile_pixels},
+            "crop_to_patches": False,
+            "min_patches": 1,
+            "max_patches": size.max_tiles,
+        }
+
+    return _Recipe(
+        specials=("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"),
+        end="<|im_end|>",
+        template=_QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n"),
+        config=config,
+        preprocessor=preprocessor,
+    )
+
+
+_PICTURES_FIRST_TEMPLATE = (
+    "{% for message in messages %}{{ message.role | upper }}: "
+    "{% for part in message.content | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+    "{% for part in message.content | selectattr('type', 'equalto', 'text') %}{{ part.text }} {% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def _llava() -> _Recipe:
+    def config(size: SyntheticSize, token_id: Callable[[str], int]) -> JsonObject:
+        return {
+            "text_config": {"model_type": "llama", **_text(size)},
+            "vision_config": {"model_type": "clip_vision_model", **_square_vision(size)},
+            "image_token_index": token_id("<image>"),
+            "image_seq_length": (size.tile_pixels // size.patch_pixels) ** 2,
+            "tie_word_embeddings": size.tie_word_embeddings,
+        }
+
+    def preprocessor(size: SyntheticSize) -> JsonObject:
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": size.tile_pixels},
+            "crop_size": {"height": size.tile_pixels, "width": size.tile_pixels},
+        }
+
+    return _Recipe(
+        specials=("<s>", "</s>", "<image>"),
+        begin="<s>",
+        adds_begin=True,
+        end="</s>",
+        template=_PICTURES_FIRST_TEMPLATE,
+        config=config,
+        preprocessor=preprocessor,
+        processor=lambda size: {
+            "patch_size": size.patch_pixels,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    )
+
+
+def _square_vision(size: SyntheticSize) -> JsonObject:
+    """A plain vision transformer over one square."""
+    return {
+        "hidden_size": size.vision_hidden,
+        "intermediate_size": size.vision_intermediate,
+        "num_hidden_layers": size.vision_depth,
+        "num_attention_heads": size.vision_heads,
+        "image_size": size.tile_pixels,
+        "patch_size": size.patch_pixels,
+    }
+
+
 _RECIPES = {
     "qwen2_vl": _qwen(_qwen2_vision),
     "qwen2_5_vl": _qwen(_qwen2_5_vision),
     "qwen3_vl": _qwen(_qwen3_vision, mrope_interleaved=True),
+    "idefics3": _idefics3("Idefics3ImageProcessor"),
+    "smolvlm": _idefics3("SmolVLMImageProcessor"),
+    "internvl": _internvl(),
+    "llava": _llava(),
 }
 
 FAMILIES = tuple(_RECIPES)

@@ -36,7 +36,6 @@ class TransformersLanguageModel(LanguageModel):
         self.entry_width = entry_width
         self.num_layers = int(text.num_hidden_layers)
         self.num_kv_heads = int(text.num_key_value_heads)
-        self.head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         self.vocab_size = int(text.vocab_size)
         self.dtype = dtype
         self.device = device
@@ -44,6 +43,7 @@ class TransformersLanguageModel(LanguageModel):
         self._family = family
         outer: Any = module
         self._decoder = outer.get_decoder()
+        self.head_dim = int(self._decoder.layers[0].self_attn.head_dim)
         self._embed = outer.get_input_embeddings()
         self._head = outer.get_output_embeddings()
 
@@ -63,7 +63,7 @@ class TransformersLanguageModel(LanguageModel):
         extra: dict[str, object] = {}
         if entry_rows is not None and entry_index is not None:
             # Level 0 replaces the placeholders; DeepStack's levels are added after the first layers.
-            first, *deeper = entry_rows.to(self.dtype).split(self.hidden_size, dim=1)
+            first, *deeper = torch.split(entry_rows.to(self.dtype), self.hidden_size, dim=1)
             embeds = embeds.index_copy(0, entry_index, first)
             if deeper:
                 visible = torch.zeros(token_ids.shape, dtype=torch.bool, device=self.device)

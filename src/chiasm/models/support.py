@@ -21,6 +21,7 @@ _REASONS = {
     "gemma3": _BIDIRECTIONAL,
     "gemma3n": _BIDIRECTIONAL,
     "gemma4": _BIDIRECTIONAL,
+    "llava_onevision": "a picture's embedding depends on how many pictures the request holds",
     "mllama": "its text layers attend to the picture by cross-attention, not by placeholders",
     "paligemma": _BIDIRECTIONAL,
     "qwen3_5": _LINEAR,

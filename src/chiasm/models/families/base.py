@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from chiasm.errors import UnsupportedModelError
+from chiasm.errors import InvalidRequestError, UnsupportedModelError
 from chiasm.models.base import ItemGeometry, Positions, Prompt
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SIZE_KEY = "image_size"
 """Metadata key that all families take: the picture's height and width."""
+LARGEST_ASPECT = 200
+"""The largest ratio of the longer side to the shorter, where a family must bound it."""
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,11 @@ class Family(ABC):
     def positions(config: Any, prompt: Prompt) -> Positions:
         """Rotary positions: the index of the token, unless the family says otherwise."""
         return Positions(torch.arange(len(prompt.token_ids))[None], 0)
+
+
+def too_elongated(height: int, width: int) -> InvalidRequestError:
+    """The error for a picture that is past ``LARGEST_ASPECT``."""
+    return InvalidRequestError(
+        f"A picture of {width} by {height} pixels is too elongated: the longer side may be at most {LARGEST_ASPECT} "
+        "times the shorter."
+    )

@@ -9,19 +9,17 @@ import torch
 
 from chiasm.errors import InvalidRequestError, UnsupportedModelError
 from chiasm.models.base import ItemGeometry, Positions, Prompt
-from chiasm.models.families.base import Family, ProcessorParts
+from chiasm.models.families.base import LARGEST_ASPECT, Family, ProcessorParts, too_elongated
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
 GRID_KEY = "image_grid_thw"
-LARGEST_ASPECT = 200
-"""The image processor's own limit for the ratio of the longer side to the shorter."""
 
 
 class QwenVL(Family):
-    """A picture is resized to whole cells of merge × merge patches; each cell is one token."""
+    """A picture is resized to whole cells of merge x merge patches; each cell is one token."""
 
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     vision_types = ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision")
@@ -52,10 +50,7 @@ class QwenVL(Family):
                 height, width, self._patch * self._merge, min_pixels=self._min_pixels, max_pixels=self._max_pixels
             )
         except ValueError as error:
-            raise InvalidRequestError(
-                f"A picture of {width}×{height} pixels is too elongated: the longer side may be at most "
-                f"{LARGEST_ASPECT} times the shorter."
-            ) from error
+            raise too_elongated(height, width) from error
         return self._geometry_of_grid(resized[0] // self._patch, resized[1] // self._patch)
 
     def geometry_of_values(self, values: list[int]) -> ItemGeometry:

@@ -1,0 +1,52 @@
+"""InternVL: a picture becomes a grid of square tiles of about its shape, and an overview."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from chiasm.errors import UnsupportedModelError
+from chiasm.models.base import ItemGeometry
+from chiasm.models.families.base import SIZE_KEY, Family, ProcessorParts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+_CUT = {"crop_to_patches": True}
+"""The model's own processor cuts pictures into tiles, whatever the image processor's config says."""
+
+
+class InternVL(Family):
+    """Every tile has the same number of tokens, between one start token and one end token for the picture."""
+
+    model_types = ("internvl",)
+    vision_types = ("internvl_vision",)
+
+    def __init__(self, parts: ProcessorParts) -> None:
+        processor, vision = parts.image_processor, parts.config.vision_config
+        tile = (processor.size["height"], processor.size["width"])
+        if tile != _pair(vision.image_size):
+            raise UnsupportedModelError("config.json and the preprocessor config disagree on the size of a tile.")
+        patch = _pair(vision.patch_size)
+        shrink = int(1 / parts.config.downsample_ratio)
+        self._processor = processor
+        self._tokens_per_tile = (tile[0] // patch[0] // shrink) * (tile[1] // patch[1] // shrink)
+        self._start = parts.token_id(getattr(parts.tokenizer, "start_image_token", None) or "<img>")
+        self._end = parts.token_id(getattr(parts.tokenizer, "end_image_token", None) or "</img>")
+        self.placeholder_id = int(parts.config.image_token_id)
+
+    def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
+        tokens = self._tokens_per_tile * int(self._processor.get_number_of_image_patches(height, width, _CUT))
+        return ItemGeometry(
+            token_ids=(self._start, *(self.placeholder_id,) * tokens, self._end),
+            rows=tuple(range(1, 1 + tokens)),
+            metadata={SIZE_KEY: [height, width]},
+        )
+
+    def preprocess(self, image: Image) -> dict[str, Tensor]:
+        return {"pixel_values": self._processor(images=[image], return_tensors="pt", **_CUT)["pixel_values"]}
+
+
+def _pair(side: Any) -> tuple[int, int]:
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return int(height), int(width)
