@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 _decoder = msgspec.json.Decoder(ChatRequest)
 
 
-async def chat_completions(exchange: Exchange, body: bytes) -> None:
+async def chat_completions(exchange: Exchange) -> None:
     """Answer a chat, or, on an encoder, encode its pictures."""
     instance = exchange.instance
-    request = await instance.parse(lambda: decode(_decoder, body), len(body))
+    request = await instance.parse(lambda: decode(_decoder, exchange.body), len(exchange.body))
     instance.check_model(request.model)
     check_messages(request, instance.config.max_messages)
     if instance.is_encoder:
@@ -100,6 +100,8 @@ async def _engine_request(exchange: Exchange, engine: LanguageEngine, request: C
         request, engine.processor.default_sampling, room_tokens=engine.max_model_len - len(prompt.token_ids)
     )
     pixels: dict[str, Pixels] = await media.preprocess_pictures(exchange, engine.processor, pictures)
+    # The pictures as they came are large, and an answer may take long.
+    request.messages = []
     exchange.release_body()
     return GenerateRequest(
         request_id=exchange.engine_id,

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 _decoder = msgspec.json.Decoder(CompletionRequest)
 
 
-async def completions(exchange: Exchange, body: bytes) -> None:
+async def completions(exchange: Exchange) -> None:
     """Continue one or several prompts."""
     engine = exchange.instance.language_engine
-    request = await exchange.instance.parse(lambda: decode(_decoder, body), len(body))
+    request = await exchange.instance.parse(lambda: decode(_decoder, exchange.body), len(exchange.body))
     exchange.instance.check_model(request.model)
     generation = Generation(exchange, engine, await _engine_requests(exchange, engine, request))
     answer_id = f"cmpl-{exchange.request_id}"

@@ -8,7 +8,6 @@ import msgspec
 
 from chiasm.engine.request import EncodedItem, EncodeItem
 from chiasm.errors import InvalidRequestError
-from chiasm.media import check_identifier
 from chiasm.server import media
 from chiasm.server.exchange import Exchange
 from chiasm.server.protocol import (
@@ -34,9 +33,6 @@ async def encode_pictures(exchange: Exchange, request: ChatRequest) -> None:
     _refuse_text(request)
     if not parts:
         raise InvalidRequestError("There is no picture to encode.", param="messages")
-    for part in parts:
-        if part.uuid is not None:
-            check_identifier(part.uuid)
     pictures = await media.fetch_pictures(exchange, engine, parts, salt=cache_salt(request))
     names = [part.uuid or picture.identifier for part, picture in zip(parts, pictures, strict=True)]
     data = {name: picture.data for name, picture in zip(names, pictures, strict=True)}

@@ -1,6 +1,6 @@
 """One HTTP request and its answer: identity, deadline, body, disconnect, errors.
 
-An endpoint is a coroutine over an :class:`Exchange` and its body. It is cancelled when the client leaves;
+An endpoint is a coroutine over an :class:`Exchange`, body read. It is cancelled when the client leaves;
 whatever it raises becomes an answer with the right status, or an error event where the answer has already begun.
 """
 
@@ -22,7 +22,7 @@ from chiasm.server import errors, sse
 from chiasm.server.instance import Instance
 from chiasm.server.timing import ServerTiming
 
-Handler = Callable[["Exchange", bytes], Awaitable[None]]
+Handler = Callable[["Exchange"], Awaitable[None]]
 
 GRACE_SECONDS = 1.0
 """After the deadline, in which the engine may still say itself what was late."""
@@ -38,6 +38,7 @@ class Exchange:
         self.instance = instance
         self.headers = Headers(scope=scope)
         self.timing = ServerTiming()
+        self.body = b""
         self.status: int | None = None
         """Of the answer, once it has begun."""
         self.deadline = self.timing.arrival + instance.config.deadline_seconds
@@ -72,8 +73,8 @@ class Exchange:
         """A block of code that ends with TimeoutError at the deadline."""
         return asyncio.timeout(max(0.0, self.deadline + grace_seconds - time.monotonic()))
 
-    async def read_body(self) -> bytes:
-        """The whole body. Raises PayloadTooLargeError, OverloadedError, TimeoutError."""
+    async def read_body(self) -> None:
+        """Take in the whole body. Raises PayloadTooLargeError, OverloadedError, TimeoutError."""
         limit = self.instance.config.max_body_bytes
         too_large = PayloadTooLargeError(f"The body is larger than this instance's limit of {limit} bytes.")
         declared = self.headers.get("content-length", "")
@@ -93,7 +94,13 @@ class Exchange:
                 self._held_bytes += len(chunk)
                 chunks.append(chunk)
                 more = message.get("more_body", False)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self.body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def release_body(self) -> None:
+        """The body is not needed any more."""
+        self.body = b""
+        self.instance.hold_body_bytes(-self._held_bytes)
+        self._held_bytes = 0
 
     # ---- the answer --------------------------------------------------------------------------------------------------
 
@@ -166,11 +173,6 @@ class Exchange:
         finally:
             watcher.cancel()
 
-    def release_body(self) -> None:
-        """The body is no longer kept."""
-        self.instance.hold_body_bytes(-self._held_bytes)
-        self._held_bytes = 0
-
 
 class _ClientLeftError(Exception):
     """The client closed its connection before the answer was complete."""
@@ -210,9 +212,9 @@ class Endpoint:
         self._instance.check_ready()
         exchange.read_deadline()
         with self._instance.admitted():
-            body = await exchange.read_body()
+            await exchange.read_body()
             async with exchange.until_deadline(GRACE_SECONDS), exchange.cancelled_on_disconnect():
-                await self._handler(exchange, body)
+                await self._handler(exchange)
 
 
 async def _fail(exchange: Exchange, error: ChiasmError) -> None:

@@ -51,6 +51,8 @@ def media_parts(request: ChatRequest, taken: str, max_items: int) -> list[Part]:
                 raise InvalidRequestError(f"{where} has the type {part.type[:50]!r}. {reason}", param="messages")
             if getattr(part, taken) is None:
                 raise InvalidRequestError(f"{where} has no {taken}.", param="messages")
+            if part.uuid is not None:
+                check_identifier(part.uuid)
             parts.append(part)
     if len(parts) > max_items:
         raise InvalidRequestError(

@@ -51,7 +51,7 @@ async def chat_prompt(
         )
     messages = [_template_message(message) for message in request.messages]
     characters = sum(len(text) for message in request.messages for text in _texts(message))
-    check_length(engine, characters)
+    _check_length(engine, characters, "messages")
 
     def build() -> Prompt:
         return engine.processor.build_chat(
@@ -62,7 +62,7 @@ async def chat_prompt(
             template_kwargs=request.chat_template_kwargs,
         )
 
-    return checked(engine, await _apart_if_long(instance, characters, build))
+    return _checked(engine, await _apart_if_long(instance, characters, build), "messages")
 
 
 async def completion_prompts(instance: Instance, engine: LanguageEngine, request: CompletionRequest) -> list[Prompt]:
@@ -71,11 +71,11 @@ async def completion_prompts(instance: Instance, engine: LanguageEngine, request
     prompts: list[Prompt] = []
     for prompt in given:
         if isinstance(prompt, str):
-            check_length(engine, len(prompt))
+            _check_length(engine, len(prompt), "prompt")
             built = await _apart_if_long(instance, len(prompt), lambda text=prompt: engine.processor.build_text(text))  # type: ignore[misc]
         else:
             built = Prompt(_checked_ids(engine, prompt))
-        prompts.append(checked(engine, built))
+        prompts.append(_checked(engine, built, "prompt"))
     return prompts
 
 
@@ -83,27 +83,27 @@ async def _apart_if_long(instance: Instance, characters: int, build: Callable[[]
     return build() if characters <= INLINE_CHARACTERS else await instance.in_thread(build)
 
 
-def check_length(engine: LanguageEngine, characters: int) -> None:
+def _check_length(engine: LanguageEngine, characters: int, param: str) -> None:
     """Refuse text that cannot fit the context before anybody spends time on its tokens."""
     at_least = characters // _longest_token(engine.processor.tokenizer)
     if at_least >= engine.max_model_len:
-        raise _too_long(f"at least {at_least}", engine.max_model_len)
+        raise _too_long(f"at least {at_least}", engine.max_model_len, param)
 
 
-def checked(engine: LanguageEngine, prompt: Prompt) -> Prompt:
+def _checked(engine: LanguageEngine, prompt: Prompt, param: str) -> Prompt:
     """The prompt, if it is not empty and leaves room for an answer. Raises InvalidRequestError."""
     if not prompt.token_ids:
-        raise InvalidRequestError("The prompt is empty; send at least one token.", param="prompt")
+        raise InvalidRequestError("The prompt is empty; send at least one token.", param=param)
     if len(prompt.token_ids) >= engine.max_model_len:
-        raise _too_long(str(len(prompt.token_ids)), engine.max_model_len)
+        raise _too_long(str(len(prompt.token_ids)), engine.max_model_len, param)
     return prompt
 
 
-def _too_long(tokens: str, limit: int) -> InvalidRequestError:
+def _too_long(tokens: str, limit: int, param: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"The prompt has {tokens} tokens, and this model's context is {limit} tokens, answer included. "
         "Shorten the prompt, or send fewer or smaller pictures.",
-        param="messages",
+        param=param,
         code="context_length_exceeded",
     )
 

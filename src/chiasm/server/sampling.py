@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from chiasm.engine.request import MAX_CHOICES, SamplingParams
+from chiasm.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, SamplingParams
 from chiasm.errors import InvalidRequestError
 from chiasm.server.protocol import ChatRequest, CompletionRequest, GenerationFields
 
@@ -80,8 +80,9 @@ def _max_tokens(request: ChatRequest | CompletionRequest, room_tokens: int) -> i
 def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
     if isinstance(request, CompletionRequest):
         return request.logprobs
-    if request.logprobs:
-        return request.top_logprobs or 0
-    if request.top_logprobs:
+    top = request.top_logprobs or 0
+    if top and not request.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs=true.", param="top_logprobs")
-    return None
+    if not 0 <= top <= MAX_TOP_LOGPROBS:
+        raise InvalidRequestError(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}.", param="top_logprobs")
+    return top if request.logprobs else None

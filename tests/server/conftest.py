@@ -1,0 +1,83 @@
+"""Servers around the fake engine, one of each role, shared by all tests and reset before each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import openai
+import pytest
+
+from chiasm.engine.config import Role
+from chiasm.media import MediaConfig
+from chiasm.server import ServerConfig, create_app
+from tests.server.fake_engine import FakeEngine
+from tests.server.serving import serving
+
+MODEL = "bytes"
+SMALL = ServerConfig(
+    deadline_seconds=20,
+    max_body_bytes=400_000,
+    max_messages=8,
+    max_prompts=4,
+    media=MediaConfig(max_image_pixels=1_000_000, fetch_timeout_seconds=5),
+)
+
+
+@dataclass
+class Served:
+    """A fake engine behind a real server."""
+
+    engine: FakeEngine
+    url: str
+
+    @property
+    def chat(self) -> str:
+        return f"{self.url}/v1/chat/completions"
+
+    @property
+    def completions(self) -> str:
+        return f"{self.url}/v1/completions"
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+def _served(role: Role) -> Iterator[Served]:
+    engine = FakeEngine(role, max_items=3)
+    with serving(create_app(engine, served_model_name=MODEL, config=SMALL)) as url:  # type: ignore[arg-type]
+        yield Served(engine, url)
+
+
+@pytest.fixture(scope="session")
+def _pd() -> Iterator[Served]:
+    yield from _served(Role.PD)
+
+
+@pytest.fixture(scope="session")
+def _aggregated() -> Iterator[Served]:
+    yield from _served(Role.AGGREGATED)
+
+
+@pytest.fixture(scope="session")
+def _encoder() -> Iterator[Served]:
+    yield from _served(Role.ENCODER)
+
+
+@pytest.fixture
+def pd(_pd: Served) -> Served:
+    _pd.engine.reset()
+    return _pd
+
+
+@pytest.fixture
+def aggregated(_aggregated: Served) -> Served:
+    _aggregated.engine.reset()
+    return _aggregated
+
+
+@pytest.fixture
+def encoder(_encoder: Served) -> Served:
+    _encoder.engine.reset()
+    return _encoder

@@ -1,0 +1,219 @@
+"""An engine that says what it is told to, so that tests of the protocol need no model.
+
+It is the one test double here, and stands for what lies behind the facade of ``chiasm.engine``: both roles in one class,
+a processor whose every byte is a token, and an answer that a test can script.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from chiasm.ec_transfer import ECConnectorStats
+from chiasm.engine.config import EngineConfig, Role
+from chiasm.engine.request import (
+    EncodedItem,
+    EncodeItem,
+    FinishReason,
+    GenerateRequest,
+    ItemOutcome,
+    ItemTiming,
+    Output,
+    RequestTiming,
+    TokenLogprobs,
+)
+from chiasm.engine.stats import EngineStats
+from chiasm.errors import InvalidRequestError
+from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
+
+PLACEHOLDER = "\x01"
+FINGERPRINT = "f1" * 16
+Script = Callable[[GenerateRequest], AsyncIterator[Output]]
+
+
+class ByteProcessor(Processor):
+    """One token a byte; a chat is its messages' text, ``role:text`` a line; a picture takes a token per 28² pixels."""
+
+    def __init__(self) -> None:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        self.tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+        self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.tokenizer.decoder = decoders.ByteLevel()
+        self.eos_token_ids = frozenset({256})
+        self.vocab_size = 257
+        self.max_model_len = 512
+        self.default_sampling = {"temperature": 0.5, "top_k": 7}
+        self.rendered: list[tuple[list[Message], dict[str, Any]]] = []
+
+    def build_chat(
+        self,
+        messages: Sequence[Message],
+        items: Sequence[tuple[str, ItemGeometry]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        self.rendered.append(
+            (
+                list(messages),
+                {
+                    "add_generation_prompt": add_generation_prompt,
+                    "continue_final_message": continue_final_message,
+                    "template_kwargs": template_kwargs,
+                },
+            )
+        )
+        token_ids: list[int] = []
+        placed: list[PromptItem] = []
+        left = list(items)
+        for message in messages:
+            content = message["content"]
+            for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+                if part["type"] == "text":
+                    token_ids += self.tokenizer.encode(part["text"]).ids
+                else:
+                    name, geometry = left.pop(0)
+                    placed.append(PromptItem(name, len(token_ids), len(geometry.token_ids), geometry))
+                    token_ids += geometry.token_ids
+        return Prompt(token_ids, placed)
+
+    def build_text(self, text: str) -> Prompt:
+        if PLACEHOLDER in text:
+            raise InvalidRequestError("the prompt holds a placeholder", param="prompt")
+        return Prompt(self.tokenizer.encode(text).ids)
+
+    def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
+        if height < 1 or width < 1:
+            raise InvalidRequestError("a picture needs a size")
+        rows = -(-height // 28) * -(-width // 28)
+        metadata = {"image_grid_thw": [1, -(-height // 28), -(-width // 28)]}
+        return ItemGeometry((0,) * rows, tuple(range(rows)), metadata)
+
+    def geometry_of_metadata(self, metadata: Metadata) -> ItemGeometry:
+        match metadata:
+            case {"image_size": [int(height), int(width)]}:
+                return self.geometry_of_size(height, width)
+            case {"image_grid_thw": [1, int(height), int(width)]}:
+                return self.geometry_of_size(28 * height, 28 * width)
+        raise InvalidRequestError(f"unknown metadata {metadata!r}")
+
+    def preprocess(self, image: Any) -> Pixels:
+        return Pixels({}, self.geometry_of_size(image.height, image.width))
+
+
+class FakeEngine:
+    """Answers ``Hello`` to everything, until ``script`` says otherwise."""
+
+    def __init__(self, role: Role, **config: Any) -> None:
+        self.config = EngineConfig(Path("/nowhere/bytes"), role, **config)
+        self.processor = ByteProcessor()
+        self.model_fingerprint = FINGERPRINT
+        self.ec_store = "store-1"
+        self.max_model_len = self.processor.max_model_len
+        self.healthy = True
+        self.script: Script | None = None
+        self.encode_error: Exception | None = None
+        self.requests: list[GenerateRequest] = []
+        self.encoded: list[list[EncodeItem]] = []
+        self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Ids of requests that began."""
+        self.aborted: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Ids of requests that were closed before their end."""
+
+    def reset(self) -> None:
+        self.healthy = True
+        self.script = None
+        self.encode_error = None
+        self.requests.clear()
+        self.started = queue.SimpleQueue()
+        self.aborted = queue.SimpleQueue()
+        self.encoded.clear()
+        self.processor.rendered.clear()
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Output]:
+        self.requests.append(request)
+        self.started.put(request.request_id)
+        ended = False
+        try:
+            async for output in (self.script or self._hello)(request):
+                yield output
+            ended = True
+        finally:
+            if not ended:
+                self.aborted.put(request.request_id)
+
+    async def _hello(self, request: GenerateRequest) -> AsyncIterator[Output]:
+        text = "Hello"[: request.sampling.max_tokens]
+        for place, letter in enumerate(text):
+            for index in range(request.num_choices):
+                last = place == len(text) - 1
+                reason: FinishReason = "stop" if len(text) == 5 else "length"
+                yield self.output(request, letter, index=index, finish_reason=reason if last else None)
+
+    def output(
+        self,
+        request: GenerateRequest,
+        text: str,
+        *,
+        index: int = 0,
+        finish_reason: FinishReason | None = None,
+        stop_reason: int | str | None = None,
+    ) -> Output:
+        """A step's output; every token has the log probability -0.5."""
+        token_ids = tuple(self.processor.tokenizer.encode(text).ids)
+        wanted = request.sampling.logprobs
+        top = tuple((token, -0.5 - token) for token in range(wanted or 0))
+        return Output(
+            index=index,
+            token_ids=token_ids,
+            text=text,
+            logprobs=None if wanted is None else tuple(TokenLogprobs(token, -0.5, top) for token in token_ids),
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            timing=RequestTiming(
+                queue_seconds=0.001,
+                wait_seconds=0.02,
+                transfer_seconds=0.003,
+                encode_seconds=0.0,
+                prefill_seconds=0.004,
+                first_token_seconds=0.028,
+                items=[ItemTiming(item.identifier, ItemOutcome.WAITED, 0.02) for item in request.prompt.items],
+            ),
+            num_cached_tokens=3,
+        )
+
+    async def encode(self, request_id: str, items: Sequence[EncodeItem], deadline: float) -> list[EncodedItem]:
+        self.encoded.append(list(items))
+        if self.encode_error is not None:
+            raise self.encode_error
+        metadata = {"image_grid_thw": [1, 2, 3]}
+        return [
+            EncodedItem(item.identifier, metadata, ItemOutcome.ENCODED, 0.001, 0.002, 0.003, 0.004) for item in items
+        ]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=2,
+            items={ItemOutcome.HIT: 3},
+            generation_tokens=11,
+            kv_blocks_total=8,
+            ec=ECConnectorStats(loads=4),
+        )
+
+
+async def never(request: GenerateRequest) -> AsyncIterator[Output]:
+    """A script without any output."""
+    await asyncio.Event().wait()
+    yield  # type: ignore[misc]

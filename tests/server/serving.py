@@ -1,0 +1,95 @@
+"""A server on a real socket in a thread of this process, and a plain HTTP client that hides nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from chiasm.server.run import bind
+
+
+@contextlib.contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """Serve ``app`` on a free port; gives the base URL."""
+    listener = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@dataclass
+class Reply:
+    """An answer, whole."""
+
+    status: int
+    headers: Mapping[str, str]
+    """Names in lower case."""
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> Any:
+        return self.json["error"]
+
+    @property
+    def events(self) -> list[Any]:
+        """Data of the stream's events: JSON, or ``"[DONE]"``."""
+        data = [line[6:] for line in self.body.decode().split("\n") if line.startswith("data: ")]
+        return [line if line == "[DONE]" else json.loads(line) for line in data]
+
+    @property
+    def comments(self) -> list[str]:
+        return [line[2:] for line in self.body.decode().split("\n") if line.startswith(": ")]
+
+    @property
+    def timing(self) -> dict[str, float | None]:
+        """Durations of the Server-Timing header in milliseconds."""
+        return parse_timing(self.headers["server-timing"])
+
+
+def parse_timing(header: str) -> dict[str, float | None]:
+    entries: dict[str, float | None] = {}
+    for entry in header.split(", "):
+        name, *parameters = entry.split(";")
+        values = dict(parameter.split("=") for parameter in parameters)
+        entries[name] = float(values["dur"]) if "dur" in values else None
+    return entries
+
+
+def request(method: str, url: str, body: object = None, headers: Mapping[str, str] | None = None) -> Reply:
+    """One request on a connection of its own; a body that isn't bytes is sent as JSON."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=30)
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    try:
+        connection.request(method, parts.path, data, dict(headers or {}))
+        response = connection.getresponse()
+        names = {name.lower(): value for name, value in response.getheaders()}
+        return Reply(response.status, names, response.read())
+    finally:
+        connection.close()
+
+
+def post(url: str, body: object, headers: Mapping[str, str] | None = None) -> Reply:
+    return request("POST", url, body, headers)
+
+
+def get(url: str) -> Reply:
+    return request("GET", url)

@@ -1,0 +1,124 @@
+"""Text completions: kinds of prompts, answers, streams."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from chiasm.engine.request import GenerateRequest, Output
+from chiasm.errors import StorageError
+from tests.server.conftest import Served
+from tests.server.fake_engine import never
+from tests.server.serving import post
+
+
+def test_continues_a_text(pd: Served) -> None:
+    answer = pd.client.completions.create(model="bytes", prompt="Say it")
+    assert answer.object == "text_completion"
+    assert answer.choices[0].text == "Hello"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 6
+
+
+def test_an_answer_has_16_tokens_unless_told_otherwise(pd: Served) -> None:
+    pd.client.completions.create(model="bytes", prompt="Say it")
+    pd.client.completions.create(model="bytes", prompt="Say it", max_tokens=3)
+    assert [request.sampling.max_tokens for request in pd.engine.requests] == [16, 3]
+
+
+def test_several_prompts_give_their_choices_in_order(pd: Served) -> None:
+    async def script(request: GenerateRequest) -> AsyncIterator[Output]:
+        text = pd.engine.processor.tokenizer.decode(request.prompt.token_ids)
+        for index in range(request.num_choices):
+            yield pd.engine.output(request, f"{text}{index}", index=index, finish_reason="stop")
+
+    pd.engine.script = script
+    answer = pd.client.completions.create(model="bytes", prompt=["a", "b"], n=2)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "a0"), (1, "a1"), (2, "b0"), (3, "b1")]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 8)
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 6
+
+
+def test_one_failing_prompt_fails_the_request_and_aborts_the_others(pd: Served) -> None:
+    async def script(request: GenerateRequest) -> AsyncIterator[Output]:
+        if request.prompt.token_ids == [0]:
+            raise StorageError("the disk is gone")
+        async for output in never(request):
+            yield output
+
+    pd.engine.script = script
+    reply = post(pd.completions, {"prompt": [[1], [0]]})
+    assert reply.status == 503
+    assert reply.error["message"] == "the disk is gone"
+    ids = {request.request_id for request in pd.engine.requests}
+    assert {pd.engine.aborted.get(timeout=10), pd.engine.aborted.get(timeout=10)} == ids
+
+
+def test_token_ids_are_taken_as_they_are(pd: Served) -> None:
+    post(pd.completions, {"prompt": [5, 6]})
+    post(pd.completions, {"prompt": [[7], [8, 9]]})
+    assert [request.prompt.token_ids for request in pd.engine.requests] == [[5, 6], [7], [8, 9]]
+
+
+def test_streams_text_and_usage(pd: Served) -> None:
+    stream = pd.client.completions.create(
+        model="bytes", prompt="x", stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == "Hello"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == 6
+
+
+def test_logprobs_are_parallel_lists(pd: Served) -> None:
+    logprobs = pd.client.completions.create(model="bytes", prompt="x", logprobs=1).choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens == list("Hello")
+    assert logprobs.token_logprobs == [-0.5] * 5
+    assert logprobs.text_offset == [0, 1, 2, 3, 4]
+    assert logprobs.top_logprobs is not None
+    assert list(logprobs.top_logprobs[0].values()) == [-0.5]
+
+
+def test_streamed_logprobs_go_on_counting_characters(pd: Served) -> None:
+    events = post(pd.completions, {"prompt": "x", "logprobs": 0, "stream": True}).events
+    offsets = [event["choices"][0]["logprobs"]["text_offset"] for event in events[:-2]]
+    assert offsets == [[0], [1], [2], [3], [4]]
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, "", [], [[]], ["a", 1], ["a", ""], [True], [1.5], [257], [-1], {"a": 1}, ["a"] * 5, "\x01"]
+)
+def test_what_is_no_prompt_is_refused(pd: Served, prompt: Any) -> None:
+    reply = post(pd.completions, {"prompt": prompt})
+    assert reply.status == 400
+    assert reply.error["param"] == "prompt"
+    assert pd.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "fields", [{"echo": True}, {"suffix": "x"}, {"best_of": 3}, {"max_tokens": 0}, {"logprobs": 21}, {"n": 99}]
+)
+def test_what_is_not_offered_is_refused(pd: Served, fields: dict[str, Any]) -> None:
+    reply = post(pd.completions, {"prompt": "x", **fields})
+    assert reply.status == 400
+    assert reply.error["param"] in fields
+
+
+def test_prompt_longer_than_the_context_is_refused(pd: Served) -> None:
+    reply = post(pd.completions, {"prompt": [1] * 512})
+    assert reply.status == 400
+    assert reply.error["code"] == "context_length_exceeded"
+    assert reply.error["param"] == "prompt"
+
+
+def test_an_encoder_has_no_text_to_give(encoder: Served) -> None:
+    reply = post(encoder.completions, {"prompt": "x"})
+    assert reply.status == 400
+    assert "encoder" in reply.error["message"]

@@ -1,0 +1,79 @@
+"""What an instance says of itself."""
+
+from __future__ import annotations
+
+from chiasm import __version__
+from chiasm.server.app import app_of
+from chiasm.server.config import ServerConfig
+from chiasm.server.instance import Instance
+from tests.server.conftest import Served
+from tests.server.pictures import chat
+from tests.server.serving import get, post, serving
+
+
+def test_health_tells_what_the_proxy_needs(pd: Served) -> None:
+    reply = get(f"{pd.url}/health")
+    assert reply.status == 200
+    assert reply.json == {
+        "status": "ok",
+        "role": "pd",
+        "model": "bytes",
+        "fingerprint": "f1" * 16,
+        "ec_store": "store-1",
+        "version": __version__,
+        "max_model_len": 512,
+        "max_items": 3,
+    }
+
+
+def test_instance_that_loads_answers_503() -> None:
+    with serving(app_of(Instance("bytes", ServerConfig()))) as url:
+        health = get(f"{url}/health")
+        assert (health.status, health.json) == (503, {"status": "starting"})
+        reply = post(f"{url}/v1/chat/completions", chat("x"))
+        assert reply.status == 503
+        assert reply.headers["retry-after"] == "1"
+        assert reply.error["code"] == "starting"
+        assert get(f"{url}/v1/models").status == 503
+        assert b"chiasm_up 0.0" in get(f"{url}/metrics").body
+
+
+def test_dead_engine_shows(pd: Served) -> None:
+    pd.engine.healthy = False
+    reply = get(f"{pd.url}/health")
+    assert reply.status == 503
+    assert reply.json["status"] == "failed"
+    assert reply.json["role"] == "pd"
+
+
+def test_models_lists_the_one(pd: Served) -> None:
+    assert [model.id for model in pd.client.models.list()] == ["bytes"]
+    assert pd.client.models.retrieve("bytes").owned_by == "chiasm"
+    assert get(f"{pd.url}/v1/models/other").status == 404
+
+
+def test_version(pd: Served) -> None:
+    assert get(f"{pd.url}/version").json == {"version": __version__}
+
+
+def test_metrics_show_the_engine_and_the_requests(pd: Served) -> None:
+    post(pd.chat, chat("x"))
+    post(pd.chat, {})
+    reply = get(f"{pd.url}/metrics")
+    assert reply.headers["content-type"].startswith("text/plain")
+    lines = reply.body.decode().splitlines()
+    for line in (
+        "chiasm_up 1.0",
+        "chiasm_requests_running 2.0",
+        "chiasm_kv_blocks 8.0",
+        "chiasm_generation_tokens_total 11.0",
+        'chiasm_items_total{outcome="hit"} 3.0',
+        "chiasm_ec_loads_total 4.0",
+        "chiasm_http_requests_in_flight 0.0",
+    ):
+        assert line in lines
+    names = {line.split("{")[0].split(" ")[0] for line in lines if not line.startswith("#")}
+    assert all(name.startswith("chiasm_") for name in names)
+    assert {"chiasm_time_to_first_token_seconds_count", "chiasm_inter_token_seconds_sum"} <= names
+    assert any('path="/v1/chat/completions",status="200"' in line for line in lines)
+    assert any('path="/v1/chat/completions",status="400"' in line for line in lines)
