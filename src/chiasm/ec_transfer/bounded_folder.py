@@ -57,6 +57,7 @@ class BoundedFolder:
         self.path = path
         self.max_bytes = max_bytes
         self._on_evict = on_evict
+        self._usage_path = f"{path}/.usage"
         self._oldest: deque[_Candidate] = deque()  # changed only under the lock
 
     def entry_path(self, identifier: str) -> str:
@@ -178,16 +179,15 @@ class BoundedFolder:
             os.close(descriptor)
 
     def _lock(self) -> int:
-        path = self.path / ".usage"
         while True:
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                descriptor = os.open(self._usage_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except FileNotFoundError:
                 self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                if os.path.samestat(os.fstat(descriptor), os.stat(self._usage_path)):
                     return descriptor
             except FileNotFoundError:
                 pass  # The folder was removed while the lock was waited for.

@@ -11,12 +11,11 @@ crash, a lost page or another program left; it is no signature, and who may writ
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
+import re
 import stat
 import time
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ TENSOR_NAME = "ec_cache"
 
 _FORMAT = "chiasm.ec/1"
 _LENGTH_BYTES = 8
-_CHUNK_BYTES = 1 << 20
 _TOUCH_INTERVAL_NS = 10**9
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -45,6 +43,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_HEADER = re.compile(
+    rb'"identifier":"([0-9a-f]{64})","fingerprint":"([0-9a-f]*)","checksum":"([0-9a-f]{32})"\},'
+    rb'"ec_cache":\{"dtype":"([A-Z0-9_]+)","shape":\[([0-9,]{0,999})\]'
+)
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -69,9 +71,8 @@ class InvalidEntryError(Exception):
         self.signature = signature
 
 
-@dataclass(frozen=True)
-class EntryHeader:
-    """What an entry's file says of itself. ``dtype`` is the name that safetensors uses."""
+class EntryHeader(NamedTuple):
+    """What an entry's file says of itself. ``dtype`` is the name that safetensors uses, ``checksum`` 32 hex digits."""
 
     identifier: str
     fingerprint: str
@@ -85,39 +86,30 @@ class EntryHeader:
 
     def to_bytes(self) -> bytes:
         """The first 4096 bytes of the file. Raises StorageError for a shape too long to be written there."""
-        text = json.dumps(
-            {
-                "__metadata__": {
-                    "format": _FORMAT,
-                    "identifier": self.identifier,
-                    "fingerprint": self.fingerprint,
-                    "checksum": self.checksum,
-                },
-                TENSOR_NAME: {"dtype": self.dtype, "shape": self.shape, "data_offsets": [0, self.data_bytes]},
-            },
-            separators=(",", ":"),
-        ).encode("ascii")
+        shape = ",".join(map(str, self.shape))
+        text = (
+            f'{{"__metadata__":{{"format":"{_FORMAT}","identifier":"{self.identifier}",'
+            f'"fingerprint":"{self.fingerprint}","checksum":"{self.checksum}"}},'
+            f'"{TENSOR_NAME}":{{"dtype":"{self.dtype}","shape":[{shape}],"data_offsets":[0,{self.data_bytes}]}}}}'
+        )
         room = HEADER_BYTES - _LENGTH_BYTES
         if len(text) > room:
-            raise StorageError(f"the header of entry {self.identifier} takes {len(text)} bytes, more than {room}")
-        return room.to_bytes(_LENGTH_BYTES, "little") + text.ljust(room)
+            raise StorageError(f"a tensor of {len(self.shape)} dimensions does not fit into the header of an entry")
+        return room.to_bytes(_LENGTH_BYTES, "little") + text.encode("ascii").ljust(room)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> EntryHeader | None:
-        """The header that ``to_bytes`` would write as exactly these bytes, or None if there is none."""
-        try:
-            fields = json.loads(raw[_LENGTH_BYTES:])
-            about, tensor = fields["__metadata__"], fields[TENSOR_NAME]
-            shape = tuple(tensor["shape"])
-            header = cls(about["identifier"], about["fingerprint"], tensor["dtype"], shape, about["checksum"])
-            natural = all(type(extent) is int and extent >= 0 for extent in shape)
-            return header if natural and header.to_bytes() == raw else None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, StorageError):
+        """The header that ``to_bytes`` writes as exactly these bytes, or None if there is none."""
+        match = _HEADER.search(raw)
+        if match is None:
             return None
+        identifier, fingerprint, checksum, dtype, shape = (group.decode("ascii") for group in match.groups())
+        header = cls(identifier, fingerprint, dtype, tuple(map(int, filter(None, shape.split(",")))), checksum)
+        return header if dtype in _DTYPES and header.to_bytes() == raw else None
 
     def hasher(self) -> xxhash.xxh3_128:
         """A hash that has taken in all of the header but the checksum, and now wants the tensor's bytes."""
-        return xxhash.xxh3_128(replace(self, checksum="").to_bytes())
+        return xxhash.xxh3_128(self._replace(checksum="").to_bytes())
 
 
 class Known(NamedTuple):
@@ -145,23 +137,13 @@ def header_of(identifier: str, fingerprint: str, tensor: torch.Tensor) -> EntryH
 
 
 def write_entry(descriptor: int, header: EntryHeader, data: memoryview) -> None:
-    """Fill an open file of the right size with the entry. Raises OSError when the disk does not take it.
-
-    Hashing and writing take turns, a chunk that fits the processor's cache at a time, so that memory is read once. The
-    header comes last: until then the file is no entry, whatever happens.
-    """
+    """Fill an open file with the entry, from its start. Raises OSError when the disk does not take all of it."""
     hasher = header.hasher()
-    for start in range(0, len(data), _CHUNK_BYTES):
-        chunk = data[start : start + _CHUNK_BYTES]
-        hasher.update(chunk)
-        _write_all(descriptor, chunk, HEADER_BYTES + start)
-    _write_all(descriptor, memoryview(replace(header, checksum=hasher.hexdigest()).to_bytes()), 0)
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+    hasher.update(data)
+    first = memoryview(header._replace(checksum=hasher.hexdigest()).to_bytes())
+    written = 0
+    while written < HEADER_BYTES + len(data):
+        written += os.pwritev(descriptor, [first[written:], data[max(0, written - HEADER_BYTES) :]], written)
 
 
 class Entry:

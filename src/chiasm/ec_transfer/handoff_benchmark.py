@@ -1,0 +1,152 @@
+"""Measures what a handoff through SharedStorageConnector costs beyond the writing and reading that it cannot do without."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from chiasm.ec_transfer.base import ECConnectorRole, ECTransferConfig
+from chiasm.ec_transfer.shared_storage import SharedStorageConnector
+
+_ELEMENT = torch.bfloat16
+_ROW_BYTES = 4096  # 2048 bfloat16 columns
+
+
+@dataclass(frozen=True)
+class HandoffResult:
+    """Medians in seconds for an embedding of ``size_bytes``; measure_handoff says what each is."""
+
+    size_bytes: int
+    plain_write_seconds: float
+    mapped_read_seconds: float
+    memcpy_seconds: float
+    handoff_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """The handoff over a plain write and a mapped read of the same bytes."""
+        return self.handoff_seconds / (self.plain_write_seconds + self.mapped_read_seconds)
+
+
+@dataclass(frozen=True)
+class _Item:
+    identifier: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    request_id: str
+    items: tuple[_Item, ...]
+
+
+def measure_handoff(folder: Path, sizes_bytes: Sequence[int], repeats: int) -> list[HandoffResult]:
+    """Measure in a new folder inside ``folder``, which is removed again, all in this process and on the CPU.
+
+    The handoff begins with an embedding in the producer's memory and ends when every byte of the consumer's tensor has
+    been read once: ``save_caches``, then ``has_cache_item``, ``update_state_after_alloc``, ``build_connector_meta``,
+    ``bind_connector_metadata``, ``start_load_caches`` and the sum of the tensor. The plain write creates a fresh file and
+    writes the same bytes with ``os.write``; the mapped read opens and maps that file and sums it in the same way; memcpy
+    copies the bytes to memory that is mapped already. They take turns, ``repeats`` times after one round that does not
+    count and backwards every other time, so that the state of caches and what else the machine does falls on all alike;
+    files are removed outside the measured times.
+
+    Sizes are rounded down to whole rows of 4096 bytes, at least one.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        return [_measure(Path(name), max(1, size // _ROW_BYTES), repeats) for size in sizes_bytes]
+
+
+def _measure(folder: Path, rows: int, repeats: int) -> HandoffResult:
+    embedding = torch.randint(0, 2**15, (rows, _ROW_BYTES // 2), dtype=torch.int16).view(_ELEMENT)
+    source = embedding.view(torch.uint8).numpy().reshape(-1)
+    target = np.empty_like(source)
+    plain_path = folder / "plain"
+    pair = _Pair(folder / "entries", 4 * source.nbytes)
+
+    writes, reads, copies, handoffs = [], [], [], []
+
+    def measure_plain() -> None:
+        writes.append(_seconds(lambda: _plain_write(plain_path, source)))
+        reads.append(_seconds(lambda: _mapped_read(plain_path)))
+        plain_path.unlink()
+
+    def measure_copy() -> None:
+        copies.append(_seconds(lambda: np.copyto(target, source)))
+
+    def measure_handoff_once() -> None:
+        identifier = secrets.token_hex(32)
+        handoffs.append(_seconds(lambda: pair.hand_off(identifier, embedding)))
+        pair.remove(identifier)
+
+    turns = [measure_plain, measure_copy, measure_handoff_once]
+    for _ in range(repeats + 1):
+        for measure in turns:
+            measure()
+        turns.reverse()
+    plain_write, mapped_read, memcpy, handoff = (
+        statistics.median(times[1:]) for times in (writes, reads, copies, handoffs)
+    )
+    return HandoffResult(source.nbytes, plain_write, mapped_read, memcpy, handoff)
+
+
+class _Pair:
+    """A producer, and both halves of a consumer, over one folder."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        config = ECTransferConfig(shared_storage_path=folder, max_bytes=max_bytes)
+        self._folder = folder
+        self._producer = SharedStorageConnector(config, ECConnectorRole.WORKER)
+        self._scheduler = SharedStorageConnector(config, ECConnectorRole.SCHEDULER)
+        self._worker = SharedStorageConnector(config, ECConnectorRole.WORKER)
+
+    def hand_off(self, identifier: str, embedding: torch.Tensor) -> None:
+        self._producer.save_caches({identifier: embedding}, identifier)
+        request = _Request("measured", (_Item(identifier, 0, embedding.shape[0]),))
+        if self._scheduler.ensure_cache_available(request, 0):
+            self._scheduler.update_state_after_alloc(request, 0)
+        received: dict[str, torch.Tensor] = {}
+        self._worker.bind_connector_metadata(self._scheduler.build_connector_meta())
+        self._worker.start_load_caches(received)
+        self._worker.clear_connector_metadata()
+        _read_every_byte(received[identifier].view(torch.uint8).numpy().reshape(-1))
+
+    def remove(self, identifier: str) -> None:
+        (self._folder / f"{identifier}.safetensors").unlink()
+
+
+def _plain_write(path: Path, source: npt.NDArray[np.uint8]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        left = source.data
+        while left:
+            left = left[os.write(descriptor, left) :]
+    finally:
+        os.close(descriptor)
+
+
+def _mapped_read(path: Path) -> None:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        _read_every_byte(np.frombuffer(mapped, dtype=np.uint8))
+
+
+def _read_every_byte(data: npt.NDArray[np.uint8]) -> int:
+    return int(data.view(np.int64).sum())
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
