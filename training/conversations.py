@@ -87,7 +87,7 @@ class Writer:
         alike = self.rng.choice(("shape", "shape", "shapes", "word", "number")) if self.rng.random() < 0.5 else None
         scenes = [self._scene(alike) for _ in range(count)]
         turns = []
-        for _ in range(self.rng.randint(1, 3)):
+        for _ in range(self.rng.choice((1, 2, 3, 3))):
             if self.rng.random() < 0.03 and count < len(pictures.ORDINALS):
                 nth = pictures.ORDINALS[self.rng.randrange(count, len(pictures.ORDINALS))]
                 other = self.rng.choice(scenes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,22 +28,53 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         grad.copy_(part.view_as(grad))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, warmup: int = 100, floor: float = 0.03) -> None:
-    """Set each group's learning rate: linear warm-up, then a cosine down to ``floor`` of ``base``."""
-    if step < warmup:
-        factor = (step + 1) / warmup
-    else:
-        factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    for group in optimizer.param_groups:
-        group["lr"] = group["base"] * factor
+@dataclass(frozen=True)
+class Part:
+    """A module to train; its rates are for AdamW and, on the matrices of its repeated blocks, for Muon."""
+
+    module: nn.Module
+    adam: float
+    muon: float = 0.0
 
 
-def groups(parts: list[tuple[nn.Module, float]], decay: float = 0.05) -> list[dict[str, object]]:
-    """Return AdamW groups for (module, learning rate) pairs; vectors (norms and biases) are not decayed."""
-    found: list[dict[str, object]] = []
-    for module, rate in parts:
-        for matrix in (True, False):
-            chosen = [p for p in module.parameters() if (p.ndim > 1) == matrix]
-            if chosen:
-                found.append({"params": chosen, "base": rate, "lr": rate, "weight_decay": decay if matrix else 0.0})
-    return found
+class Optimizers:
+    """AdamW for embeddings, norms, biases and projections, Muon for the matrices inside the blocks.
+
+    Muon takes about half as many steps as AdamW alone to tell characters apart; outside the blocks its
+    orthogonalisation of larger matrices would cost more than it gains.
+    """
+
+    def __init__(self, parts: list[Part], decay: float = 0.05) -> None:
+        adam: list[dict[str, Any]] = []
+        muon: list[dict[str, Any]] = []
+        self.parameters: list[nn.Parameter] = []
+        for part in parts:
+            chosen: dict[str, list[nn.Parameter]] = {"muon": [], "matrix": [], "vector": []}
+            for name, parameter in part.module.named_parameters():
+                inner = parameter.ndim == 2 and ("blocks." in name or "layers." in name) and part.muon > 0
+                chosen["muon" if inner else "matrix" if parameter.ndim > 1 else "vector"].append(parameter)
+                self.parameters.append(parameter)
+            muon.append({"params": chosen["muon"], "base": part.muon, "weight_decay": decay})
+            adam.append({"params": chosen["matrix"], "base": part.adam, "weight_decay": decay})
+            adam.append({"params": chosen["vector"], "base": part.adam, "weight_decay": 0.0})
+        self._all: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam, betas=(0.9, 0.98), fused=True)]
+        muon = [group for group in muon if group["params"]]
+        if muon:
+            self._all.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, step: int, steps: int, warmup: int = 60, floor: float = 0.02) -> None:
+        """Average the gradients over the processes, clip them and update every parameter.
+
+        The rate rises linearly over ``warmup`` steps, then falls as a cosine to ``floor`` of its base.
+        """
+        average_gradients(self.parameters)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if step < warmup:
+            factor = (step + 1) / warmup
+        else:
+            factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        for optimizer in self._all:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base"] * factor
+            optimizer.step()
+            optimizer.zero_grad()

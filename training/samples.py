@@ -15,9 +15,9 @@ from chiasm.demo import pictures
 _SMALL: tuple[Grid, ...] = ((3, 3), (3, 3), (3, 4), (4, 3), (4, 4), (3, 5), (5, 3))
 
 
-def draw_grid(rng: random.Random) -> Grid:
-    """Choose a grid: half as a drawn canvas would get it, half among the small, cheap ones."""
-    if rng.random() < 0.5:
+def draw_grid(rng: random.Random, small: float = 0.5) -> Grid:
+    """Choose a grid: a share of ``small`` among the small, cheap ones, the rest as drawn canvases get them."""
+    if rng.random() < small:
         return rng.choice(_SMALL)
     width, height = pictures.draw_size(rng)
     height, width = smart_resize(height, width, CELL, MIN_PIXELS, MAX_PIXELS)
@@ -27,10 +27,10 @@ def draw_grid(rng: random.Random) -> Grid:
 def draw_pixels(rng: random.Random, scene: pictures.Scene, grid: Grid) -> tuple[np.ndarray, list[pictures.Mark]]:
     """Draw ``scene`` and scale it to ``grid``; return pixels [H, W, 3] uint8 and what lies where.
 
-    Canvases are up to 2.5 times as large as the grid and a little off its aspect ratio, as uploads are.
+    Canvases are up to twice as large as the grid and a little off its aspect ratio, as uploads are.
     """
     height, width = grid[0] * CELL, grid[1] * CELL
-    scale = 1.0 if rng.random() < 0.4 else rng.uniform(1.0, 2.5)
+    scale = 1.0 if rng.random() < 0.5 else rng.uniform(1.0, 2.0)
     stretch = rng.uniform(0.9, 1.1)
     canvas = max(96, round(width * scale * stretch)), max(96, round(height * scale / stretch))
     picture, marks = pictures.draw_marked(rng, scene, canvas)

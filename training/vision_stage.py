@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from parallel import average_gradients, groups, set_rate
+from parallel import Optimizers, Part
 from samples import draw_grid, draw_pixels
 from torch import Tensor, nn
 from towers import BatchedVision, Grid, to_patches
@@ -41,6 +41,8 @@ _TASKS: tuple[tuple[str, int], ...] = (
 
 _THINGS = {name: i + 1 for i, name in enumerate((*pictures.SHAPES, *_LETTERS, *"0123456789"))}
 _EMPTY_WEIGHT = 0.05  # patches without a centre are many
+_LOCAL_WEIGHT = 3.0
+_TEXT_WEIGHT = 0.4  # of each task on text: they come late, and until then their gradients are mostly noise
 
 
 def labels(scene: pictures.Scene) -> list[int]:
@@ -71,14 +73,15 @@ class Head(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.linear = nn.Linear(width * _SIDE * _SIDE, sum(n for _, n in _TASKS))
+        self.narrow = nn.Linear(width, 96)
+        self.linear = nn.Linear(96 * _SIDE * _SIDE, sum(n for _, n in _TASKS))
         self.local = nn.Linear(width, 4 * (len(_THINGS) + 1))
 
     def forward(self, levels: list[Tensor], grid: Grid) -> tuple[list[Tensor], Tensor]:
         """Map levels [B, N, H] to one [B, classes] a task, and to the things in patches [B, 4 * N, classes]."""
         x = self.norm(torch.cat(levels, -1))
         local = self.local(x).unflatten(2, (4, -1)).flatten(1, 2).float()
-        x = x.transpose(1, 2).unflatten(2, grid).float()
+        x = self.narrow(x).transpose(1, 2).unflatten(2, grid).float()
         x = nn.functional.interpolate(x, (_SIDE, _SIDE), mode="bilinear", align_corners=True)
         return list(self.linear(x.flatten(1)).float().split([n for _, n in _TASKS], -1)), local
 
@@ -97,7 +100,7 @@ def _local_truth(marks: list[list[pictures.Mark]], grid: Grid) -> Tensor:
 
 
 def _batch(rng: random.Random, size: int) -> tuple[Tensor, Tensor, Tensor, Grid]:
-    grid = draw_grid(rng)
+    grid = draw_grid(rng, small=0.7)
     scenes = []
     for _ in range(size):
         content = rng.choice(("shape", "shapes", "word", "word", "number", "number"))
@@ -122,12 +125,11 @@ def train_vision(
     rng = random.Random(f"vision {seed} {rank}")
     visual = model.model.visual
     tower, head = BatchedVision(visual), Head(3 * visual.config.out_hidden_size)
-    optimizer = torch.optim.AdamW(groups([(visual, 1.5e-3), (head, 1.5e-3)]), betas=(0.9, 0.98), fused=True)
+    optimizers = Optimizers([Part(visual, adam=1.5e-3, muon=4e-3), Part(head, adam=1.5e-3)])
     right, seen = torch.zeros(len(_TASKS) + 1), torch.zeros(len(_TASKS) + 1)
     started = time.monotonic()
     drawing = 0.0
     for step in range(steps):
-        set_rate(optimizer, step, steps)
         for _ in range(2):  # two grids a step, so that no step sees one size only
             before = time.monotonic()
             patches, truth, things, grid = _batch(rng, batch // 2)
@@ -136,23 +138,20 @@ def train_vision(
                 outputs, local = head(tower(patches, grid), grid)
             weight = torch.where(things[:, :, 0] > 0, _EMPTY_WEIGHT, 1.0)
             named = nn.functional.cross_entropy(local.flatten(0, 1), things.flatten(0, 1), reduction="none")
-            losses = [(named * weight.flatten()).sum()]
+            losses = [_LOCAL_WEIGHT * (named * weight.flatten()).sum()]
             spots = things[:, :, 0] == 0
             right[-1] += things[spots].gather(1, local[spots].argmax(-1, keepdim=True)).gt(0).sum()
             seen[-1] += spots.sum()
             for i, output in enumerate(outputs):
                 known = truth[:, i] != _IGNORE
                 if known.any():
-                    losses.append(nn.functional.cross_entropy(output[known], truth[known, i], reduction="sum"))
+                    loss = nn.functional.cross_entropy(output[known], truth[known, i], reduction="sum")
+                    losses.append(loss * (_TEXT_WEIGHT if _TASKS[i][0].startswith(("word", "letter", "digit")) else 1))
                     right[i] += (output[known].argmax(-1) == truth[known, i]).sum()
                     seen[i] += known.sum()
             (torch.stack(losses).sum() / batch).backward()
-        both = [*visual.parameters(), *head.parameters()]
-        average_gradients(both)
-        nn.utils.clip_grad_norm_(both, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % 100 == 0:
+        optimizers.step(step, steps)
+        if (step + 1) % 200 == 0:
             names = (*(n for n, _ in _TASKS), "thing")
             share = [f"{n} {100 * r / max(s, 1):.0f}" for n, r, s in zip(names, right, seen, strict=True)]
             spent = time.monotonic() - started

@@ -9,13 +9,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from conversations import IGNORE, Batch, Encoder, Writer, collate
-from parallel import average_gradients, groups, set_rate
+from conversations import IGNORE, Batch, Encoded, Encoder, Writer, collate
+from parallel import Optimizers, Part
 from recipe import ID
 from samples import draw_grid
 from torch import Tensor, nn
 from towers import BatchedVision, Grid, to_patches
 from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
+
+_POOL = 3  # batches drawn at a time
 
 
 def encode_pictures(tower: BatchedVision, batch: Batch) -> list[Tensor]:
@@ -80,33 +82,34 @@ def train_whole(
     torch.manual_seed(seed)
     rng = random.Random(f"whole {seed} {rank}")
     tower, encode = BatchedVision(model.model.visual), Encoder(tokenizer)
-    rates = [(model.model.visual, 3e-4), (model.model.language_model, 1e-3)]
-    optimizer = torch.optim.AdamW(groups(rates), betas=(0.9, 0.98), fused=True)
+    vision = Part(model.model.visual, adam=4e-4, muon=1e-3)
+    optimizers = Optimizers([vision, Part(model.model.language_model, adam=1.5e-3, muon=4e-3)])
+    ready: list[list[Encoded]] = []
     tally: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     started, drawing, total = time.monotonic(), 0.0, 0.0
     for step in range(steps):
-        set_rate(optimizer, step, steps)
         before = time.monotonic()
         # One picture a request at first: which of several is meant is easier to learn once they can be read.
         most = 1 if step < steps // 10 else 4
-        writer = Writer(rng, [draw_grid(rng), draw_grid(rng)])
-        data = collate([encode(writer.draw(most)) for _ in range(batch)])
+        if not ready:
+            # Conversations of like length together: with lengths mixed two fifths of a batch were padding.
+            writer = Writer(rng, [draw_grid(rng) for _ in range(3)])
+            pool = sorted((encode(writer.draw(most)) for _ in range(_POOL * batch)), key=lambda e: len(e.ids))
+            ready = [pool[i * batch : (i + 1) * batch] for i in range(_POOL)]
+        data = collate(ready.pop())
         drawing += time.monotonic() - before
         with torch.autocast("cpu", torch.bfloat16):
             scores, targets = logits(model, tower, data)
         loss = nn.functional.cross_entropy(scores.float(), targets)
         loss.backward()
-        average_gradients(model.parameters())
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizers.step(step, steps)
         total += loss.item()
         _right(data, scores.argmax(-1), targets, tally)
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 150 == 0:
             share = [f"{kind} {100 * a / b:.0f}" for kind, (a, b) in sorted(tally.items())]
             spent = time.monotonic() - started
             log(
-                f"whole step {step + 1} of {steps}, {spent:.0f} s ({drawing:.0f} drawing), loss {total / 100:.3f}: "
+                f"whole step {step + 1} of {steps}, {spent:.0f} s ({drawing:.0f} drawing), loss {total / 150:.3f}: "
                 + ", ".join(share)
             )
             tally.clear()

@@ -440,14 +440,11 @@ def font(pixels: int) -> ImageFont.FreeTypeFont:
 def _draw_text(
     rng: random.Random, draw: ImageDraw.ImageDraw, size: tuple[int, int], text: str, ink: Colour
 ) -> list[Mark]:
-    """Write ``text`` in one line, wholly inside the canvas, in lower, upper or title case."""
-    plain = text
+    """Write ``text`` in one line, wholly inside the canvas."""
     width, height = size
-    style = rng.random()
-    text = text.upper() if style < 0.2 else text.title() if style < 0.35 else text
     unit = font(100).getbbox(text)
     # As large as fits, or smaller, but never below what survives down-scaling.
-    largest = min(0.92 * width / (unit[2] - unit[0]), 0.7 * height / (unit[3] - unit[1])) * 100
+    largest = min(0.92 * width / (unit[2] - unit[0]) * 100, 0.45 * min(size))
     smallest = min(largest, 0.2 * min(size))
     chosen = font(max(8, int(rng.uniform(smallest, largest))))
     left, top, right, bottom = chosen.getbbox(text)
@@ -457,4 +454,4 @@ def _draw_text(
     # Middle of each character's advance: kerning moves it by less than a pixel.
     middles = [(chosen.getlength(text[:i]) + chosen.getlength(text[: i + 1])) / 2 for i in range(len(text))]
     row = (y + (top + bottom) / 2) / height
-    return [Mark(character, (x + middle) / width, row) for character, middle in zip(plain, middles, strict=True)]
+    return [Mark(character, (x + middle) / width, row) for character, middle in zip(text, middles, strict=True)]
