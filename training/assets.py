@@ -40,7 +40,7 @@ CHAT_TEMPLATE = """\
 def _corpus(seed: int) -> list[str]:
     """Return sample questions, answers and messages for the tokenizer's merges."""
     rng = random.Random(f"corpus {seed}")
-    lines = list(pictures.WORDS) * 40 + [m for m in talk.SYSTEM_MESSAGES] * 40
+    lines = list(pictures.WORDS) * 40 + list(talk.SYSTEM_MESSAGES) * 40
     for _ in range(6000):
         topic = rng.choice(pictures.SINGLE_KINDS)
         scene = pictures.draw_scene(rng, pictures.content_for(rng, topic), many=topic == "describe")

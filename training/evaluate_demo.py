@@ -55,7 +55,7 @@ class Job:
 
 
 def examples(kind: str, n: int) -> Iterator[pictures.Example]:
-    """Draw the measurement's examples of a kind; ``upload`` is a 512 × 512 drawing of a single-picture kind."""
+    """Draw the measurement's examples of a kind; ``upload`` is a 512 x 512 drawing of a single-picture kind."""
     for seed in range(FIRST_SEED, FIRST_SEED + n):
         if kind == "upload":
             single = [k for k in pictures.SINGLE_KINDS if k != "describe"]

@@ -14,7 +14,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel, a
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 Grid = tuple[int, int]
-"""Rows and columns of image tokens (32 × 32 pixels each)."""
+"""Rows and columns of image tokens (32 x 32 pixels each)."""
 
 PATCH, MERGE = 16, 2
 CELL = PATCH * MERGE
@@ -23,7 +23,7 @@ CELL = PATCH * MERGE
 def to_patches(pixels: np.ndarray) -> Tensor:
     """Cut pictures [B, H, W, 3] uint8 into patches [B, N, 3 * 16 * 16] float32 in -1 to 1.
 
-    The order is that of the image processor: 2 × 2 patches of one image token stand together. A still
+    The order is that of the image processor: 2 x 2 patches of one image token stand together. A still
     picture's two temporal copies are equal, so only one is kept here.
     """
     batch, height, width, _ = pixels.shape

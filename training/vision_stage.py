@@ -68,7 +68,7 @@ def labels(scene: pictures.Scene) -> list[int]:
 
 
 class Head(nn.Module):
-    """Linear classifiers over features resampled to a 5 × 5 grid; thrown away after the stage."""
+    """Linear classifiers over features resampled to a 5 x 5 grid; thrown away after the stage."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

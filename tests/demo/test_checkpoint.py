@@ -27,7 +27,7 @@ def reference() -> Reference:
 def test_the_folder_is_found_by_name() -> None:
     assert "demo" in checkpoints.names()
     assert (FOLDER / "config.json").is_file()
-    with pytest.raises(KeyError, match="no checkpoint 'nothing'.*demo"):
+    with pytest.raises(KeyError, match=r"no checkpoint 'nothing'.*demo"):
         checkpoints.folder("nothing")
 
 
@@ -84,7 +84,9 @@ def test_pictures_of_other_sizes_take_other_numbers_of_tokens(reference: Referen
         example = pictures.draw_example(1, "colour", size=size)
         inputs = reference.inputs(reference.messages(example.images, "what?"), example.images)
         counts.add(int((inputs["input_ids"] == reference.image_id).sum()))
-    assert min(counts) == 9 and max(counts) <= 25 and len(counts) >= 4
+    assert min(counts) == 9
+    assert max(counts) <= 25
+    assert len(counts) >= 4
 
 
 @pytest.mark.parametrize("kind", pictures.KINDS)

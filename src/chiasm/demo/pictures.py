@@ -48,13 +48,12 @@ POSITIONS: tuple[str, ...] = (
 )
 """Row by row: index = 3 * row + column."""
 ORDINALS: tuple[str, ...] = ("first", "second", "third", "fourth")
-WORDS: tuple[str, ...] = tuple(
-    (
-        "apple bread chair cloud dance eagle exit fish flame forest ghost glass hello honey horse house island "
-        "jungle kite lamp lemon lion milk moon music night north ocean olive open paper piano queen river robot "
-        "salt ship snow spoon stone stop storm sugar table tiger train tree violin water wheel wind zebra"
-    ).split()
+_WORDS = (
+    "apple bread chair cloud dance eagle exit fish flame forest ghost glass hello honey horse house island "
+    "jungle kite lamp lemon lion milk moon music night north ocean olive open paper piano queen river robot "
+    "salt ship snow spoon stone stop storm sugar table tiger train tree violin water wheel wind zebra"
 )
+WORDS: tuple[str, ...] = tuple(_WORDS.split())
 
 SINGLE_KINDS: tuple[str, ...] = ("colour", "shape", "count", "position", "word", "number", "describe")
 WHICH_KINDS: tuple[str, ...] = ("which-picture", "which-colour", "which-shape", "which-word", "which-number")
@@ -95,7 +94,8 @@ class Scene:
         """Return the scene as a short noun phrase, which is also the answer to "describe the picture"."""
         if self.content in ("word", "number"):
             return f"the {self.content} {self.text}"
-        assert self.shape is not None and self.count is not None
+        assert self.shape is not None
+        assert self.count is not None
         if self.count == 1:
             article = "an" if self.colour[0] in "aeiou" else "a"
             phrase = f"{article} {self.colour} {self.shape}"
@@ -193,7 +193,8 @@ def draw_marked(
     if scene.text is not None:
         marks = _draw_text(rng, draw, (width, height), scene.text, ink)
     else:
-        assert scene.shape is not None and scene.count is not None
+        assert scene.shape is not None
+        assert scene.count is not None
         if scene.position is not None:
             places = [_spot(rng, (width, height), scene.position)]
         else:
@@ -220,6 +221,7 @@ def ask(rng: random.Random, scene: Scene, kind: str, nth: str | None = None) -> 
     where = f"in the {nth} {rng.choice(('picture', 'picture', 'image'))}"
     if nth is None:
         where = rng.choice(("", "in the picture", "in this picture", "in the image", "here"))
+    forms: tuple[str, ...]
     if kind == "describe":
         answer = scene.describe()
         forms = ("what is {w}?", "what do you see {w}?", "what can you see {w}?", "what is shown {w}?")
