@@ -1,0 +1,259 @@
+"""The instances behind the proxy: what is known of each, which may be used, and which comes next.
+
+State only: no clock and no I/O. ``probe`` feeds it with what instances say of themselves.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from blake3 import blake3
+
+
+class Role(enum.StrEnum):
+    """What an instance was configured to do."""
+
+    ENCODER = "encoder"
+    PD = "pd"
+    AGGREGATED = "aggregated"
+
+
+LANGUAGE_ROLES = (Role.PD, Role.AGGREGATED)
+
+
+class State(enum.StrEnum):
+    """What the proxy makes of an instance. Only a healthy one is sent new work."""
+
+    STARTING = "starting"
+    """Not healthy yet since it was added."""
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+    """The last probe or connection failed; a probe that succeeds brings it back."""
+    MISMATCHED = "mismatched"
+    """It answers, but serves another role, model, fingerprint or store than the rest."""
+    DRAINING = "draining"
+    """Being removed; it goes when its last call has ended."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an instance says of itself."""
+
+    models: tuple[str, ...]
+    """Served names, the model's own first."""
+    role: str | None = None
+    """None for an engine that doesn't say (vLLM)."""
+    fingerprint: str = ""
+    """Empty if the instance doesn't say."""
+    ec_store: str = ""
+    """Where embeddings go to and come from; empty if the instance doesn't say."""
+    version: str = ""
+    max_model_len: int | None = None
+    max_items: int | None = None
+
+    @property
+    def understands_image_size(self) -> bool:
+        """Whether ``image_size`` sizes placeholders for it; else it needs the metadata that the encoder answers."""
+        return self.role is not None
+
+
+class Instance:
+    """One instance, known by its URL."""
+
+    def __init__(self, url: str, role: Role) -> None:
+        self.url = url
+        self.role = role
+        self.report: Report | None = None
+        """The latest; kept when the instance goes away."""
+        self.failure: str | None = "not probed yet"
+        """Why the last probe or connection failed."""
+        self.mismatch: str | None = None
+        self.draining = False
+        self.seen_healthy = False
+        self.outstanding = 0.0
+        """Cost of the calls under way, in the unit of its role."""
+        self.in_flight = 0
+        self.last_taken = 0
+
+    @property
+    def state(self) -> State:
+        if self.draining:
+            return State.DRAINING
+        if self.failure is not None or self.report is None:
+            return State.UNHEALTHY if self.seen_healthy else State.STARTING
+        return State.MISMATCHED if self.mismatch else State.HEALTHY
+
+    @property
+    def reason(self) -> str | None:
+        """Why it isn't healthy."""
+        return self.failure or self.mismatch
+
+    def describe(self) -> dict[str, object]:
+        report = self.report
+        return {
+            "url": self.url,
+            "role": self.role.value,
+            "state": self.state.value,
+            "reason": self.reason,
+            "model": report.models[0] if report else None,
+            "version": report.version if report else None,
+            "outstanding_work": self.outstanding,
+            "in_flight": self.in_flight,
+        }
+
+
+class Fleet:
+    """All instances, and the one thing that they agree on."""
+
+    def __init__(self) -> None:
+        self._instances: dict[str, Instance] = {}
+        self._agreed: Report | None = None
+        self._taken = 0
+        self.on_remove: Callable[[Instance], None] = lambda instance: None
+
+    # What there is
+
+    @property
+    def instances(self) -> list[Instance]:
+        return list(self._instances.values())
+
+    def get(self, url: str) -> Instance | None:
+        return self._instances.get(url)
+
+    def healthy(self, *roles: Role) -> list[Instance]:
+        return [one for one in self._instances.values() if one.role in roles and one.state is State.HEALTHY]
+
+    @property
+    def models(self) -> list[str]:
+        """Names that can be asked for now."""
+        names: dict[str, None] = {}
+        for instance in self.healthy(*LANGUAGE_ROLES):
+            names.update(dict.fromkeys(instance.report.models if instance.report else ()))
+        return list(names)
+
+    @property
+    def fingerprint(self) -> str:
+        """What names the model in identifiers: as the instances say, else made of the model's name."""
+        if self._agreed is None:
+            return ""
+        return self._agreed.fingerprint or blake3(self._agreed.models[0].encode()).hexdigest()
+
+    @property
+    def max_items(self) -> int | None:
+        """The lowest limit of media parts that a healthy instance has for a request."""
+        limits = [
+            one.report.max_items
+            for one in self.healthy(*LANGUAGE_ROLES)
+            if one.report is not None and one.report.max_items is not None
+        ]
+        return min(limits, default=None)
+
+    # What happens to it
+
+    def add(self, url: str, role: Role) -> Instance:
+        """A new instance, or the one of this URL if it was being removed."""
+        instance = self._instances.get(url)
+        if instance is None or instance.role is not role:
+            instance = self._instances[url] = Instance(url, role)
+        instance.draining = False
+        self._agree()
+        return instance
+
+    def remove(self, instance: Instance) -> None:
+        """Takes no new work from now on, and leaves when it has none."""
+        instance.draining = True
+        self._leave_if_idle(instance)
+        self._agree()
+
+    def succeed(self, instance: Instance, report: Report) -> None:
+        """A probe succeeded."""
+        instance.report = report
+        instance.failure = None
+        self._agree()
+
+    def fail(self, instance: Instance, reason: str) -> None:
+        """A probe or a connection failed."""
+        instance.failure = reason
+        self._agree()
+
+    def choose(
+        self,
+        *roles: Role,
+        model: str | None = None,
+        exclude: Collection[Instance] = (),
+        ahead: Callable[[Instance], float] = lambda instance: 0.0,
+    ) -> Instance | None:
+        """The healthy instance with the least outstanding work, and of equals the one that waited longest.
+
+        ``ahead`` adds work that is decided but not taken yet.
+        """
+        candidates = [
+            one
+            for one in self.healthy(*roles)
+            if one not in exclude and (model is None or (one.report is not None and model in one.report.models))
+        ]
+        return min(candidates, key=lambda one: (one.outstanding + ahead(one), one.last_taken), default=None)
+
+    @contextmanager
+    def working(self, instance: Instance, cost: float) -> Iterator[None]:
+        """Counts a call of this cost as under way."""
+        self._taken += 1
+        instance.last_taken = self._taken
+        instance.outstanding += cost
+        instance.in_flight += 1
+        try:
+            yield
+        finally:
+            instance.in_flight -= 1
+            instance.outstanding = instance.outstanding - cost if instance.in_flight else 0.0
+            self._leave_if_idle(instance)
+
+    def _leave_if_idle(self, instance: Instance) -> None:
+        if instance.draining and not instance.in_flight and self._instances.get(instance.url) is instance:
+            del self._instances[instance.url]
+            self.on_remove(instance)
+
+    # What it agrees on
+
+    def _agree(self) -> None:
+        """Judge every reachable instance against what the fleet serves.
+
+        What was agreed on stays as long as one instance holds to it; then PDs have the first word, encoders follow.
+        """
+        members: list[tuple[Instance, Report]] = []
+        for instance in sorted(self._instances.values(), key=lambda one: one.role is Role.ENCODER):
+            instance.mismatch = None
+            if instance.draining or instance.failure is not None or instance.report is None:
+                continue
+            if instance.report.role not in {None, instance.role.value}:
+                instance.mismatch = f"it says that its role is {instance.report.role}, not {instance.role.value}"
+                continue
+            members.append((instance, instance.report))
+        agreed = self._agreed
+        if agreed is not None and all(_difference(agreed, report) for _, report in members):
+            agreed = None
+        for instance, report in members:
+            if agreed is None:
+                agreed = report
+            instance.mismatch = _difference(agreed, report)
+            if instance.mismatch is None:
+                instance.seen_healthy = True
+                agreed = replace(
+                    agreed,
+                    fingerprint=agreed.fingerprint or report.fingerprint,
+                    ec_store=agreed.ec_store or report.ec_store,
+                )
+        self._agreed = agreed or self._agreed
+
+
+def _difference(agreed: Report, report: Report) -> str | None:
+    if not set(agreed.models) & set(report.models):
+        return f"it serves {report.models[0]}, the fleet {agreed.models[0]}"
+    if agreed.fingerprint and report.fingerprint and agreed.fingerprint != report.fingerprint:
+        return "its fingerprint (model, processor or dtype) differs from the fleet's"
+    if agreed.ec_store and report.ec_store and agreed.ec_store != report.ec_store:
+        return "it exchanges embeddings through another store than the fleet"
+    return None

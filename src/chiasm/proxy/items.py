@@ -1,0 +1,112 @@
+"""From media parts to items: bytes fetched once, size read from the header, named by content."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from chiasm.errors import MediaError
+from chiasm.media import Fetcher, identifier, inspect
+from chiasm.proxy.request import MediaPart
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One picture. Equal bytes under one salt and fingerprint have one identifier."""
+
+    identifier: str
+    height: int
+    width: int
+    url: bytes
+    """It as a ``data:`` URL: the client's own, byte for byte, where it sent one."""
+    fetched: bool
+    """Whether the client sent a URL that had to be fetched."""
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    def image_url_part(self) -> bytes:
+        """The part that carries its bytes."""
+        # Neither value can hold a character that JSON would have to escape.
+        return b'{"type":"image_url","image_url":{"url":"%b"},"uuid":"%b"}' % (self.url, self.identifier.encode())
+
+    def image_embeds_part(self, metadata: bytes | None = None) -> bytes:
+        """The part that stands for its embedding; sized by the encoder's ``metadata`` (JSON), else by its pixels."""
+        size = metadata or b'{"image_size":[%d,%d]}' % (self.height, self.width)
+        return b'{"type":"image_embeds","image_embeds":%b,"uuid":"%b"}' % (size, self.identifier.encode())
+
+
+class Items(NamedTuple):
+    """A request's items in the order of its media parts; the same picture twice is there twice."""
+
+    items: list[Item]
+    fetch_seconds: float | None
+    """Wall time in which URLs were fetched; None if there were none to fetch."""
+
+
+async def read_items(
+    parts: Sequence[MediaPart],
+    *,
+    fetcher: Fetcher,
+    executor: Executor,
+    fingerprint: str,
+    salt: str,
+    hold: Callable[[int], None],
+) -> Items:
+    """Each distinct URL once, all at the same time; the first that fails ends the others.
+
+    ``hold`` is told of bytes that are kept in addition to the body. Raises MediaError and what ``hold`` raises.
+    """
+    loop = asyncio.get_running_loop()
+    fetched_at: list[float] = []
+    started = time.perf_counter()
+
+    async def read(url: bytes) -> Item:
+        if url[:5].lower() == b"data:":
+            return await loop.run_in_executor(executor, _item_of_data_url, fetcher, url, fingerprint, salt)
+        data = await fetcher.fetch(_text(url))
+        fetched_at.append(time.perf_counter())
+        hold(len(data) * 4 // 3)
+        return await loop.run_in_executor(executor, _item_of_bytes, fetcher, data, fingerprint, salt)
+
+    urls = list(dict.fromkeys(part.url for part in parts))
+    if len(urls) == 1:
+        by_url = {urls[0]: await read(urls[0])}
+    else:
+        tasks = [asyncio.ensure_future(read(url)) for url in urls]
+        try:
+            by_url = dict(zip(urls, await asyncio.gather(*tasks), strict=True))
+        finally:
+            for task in tasks:
+                task.cancel()
+    fetch_seconds = max(fetched_at) - started if fetched_at else None
+    return Items([by_url[part.url] for part in parts], fetch_seconds)
+
+
+def _text(url: bytes) -> str:
+    try:
+        return url.decode()
+    except UnicodeDecodeError:
+        raise MediaError("the media URL is not valid UTF-8", code="invalid_url") from None
+
+
+def _item_of_data_url(fetcher: Fetcher, url: bytes, fingerprint: str, salt: str) -> Item:
+    data = fetcher.decode_data_url(url)
+    info = inspect(data, fetcher.config)
+    name = identifier(data, fingerprint=fingerprint, salt=salt)
+    # What the file is, is said by its bytes: the client's word for it goes no further.
+    plain = b"data:%b;base64,%b" % (info.media_type.encode(), url.partition(b",")[2])
+    return Item(name, info.height, info.width, plain, fetched=False)
+
+
+def _item_of_bytes(fetcher: Fetcher, data: bytes, fingerprint: str, salt: str) -> Item:
+    info = inspect(data, fetcher.config)
+    name = identifier(data, fingerprint=fingerprint, salt=salt)
+    url = b"data:%b;base64,%b" % (info.media_type.encode(), binascii.b2a_base64(data, newline=False))
+    return Item(name, info.height, info.width, url, fetched=True)

@@ -1,0 +1,196 @@
+"""What the proxy reads of a request's body, and how it puts another media part in a part's place.
+
+Only what decides the request's way is decoded. Every other value keeps the bytes that the client sent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from chiasm.errors import InvalidRequestError
+from chiasm.media import check_identifier
+
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+_PATH = re.compile(r" - at `\$\.?([A-Za-z_]+)?.*`$")
+_NULL = b"null"
+
+
+class MediaPart(NamedTuple):
+    """One ``image_url`` part as the client sent it."""
+
+    url: bytes
+    has_uuid: bool
+
+
+class CompletionRequest(NamedTuple):
+    """A body of ``/v1/completions``: it passes as it is."""
+
+    body: bytes
+    model: str | None
+    stream: bool
+
+
+class ChatRequest(NamedTuple):
+    """A body of ``/v1/chat/completions``, and its media parts in the order in which they occur."""
+
+    body: bytes
+    model: str | None
+    stream: bool
+    salt: str
+    media: list[MediaPart]
+
+    def with_parts(self, parts: Sequence[bytes | None]) -> bytes:
+        """The body with each media part replaced by the JSON of ``parts``; None leaves one as it is.
+
+        It is put together from what was understood, value by value, so that an instance can find nothing in it that
+        wasn't checked here. Keys given twice count once, as the last.
+        """
+        replacements = iter(parts)
+        members = _raw_object.decode(self.body)
+        messages = [_with_content(message, replacements) for message in _raw_objects.decode(members["messages"])]
+        return _object({**members, "messages": _array(messages)})
+
+
+class _ImageUrl(msgspec.Struct):
+    url: Raw
+
+
+class _Part(msgspec.Struct):
+    type: str
+    image_url: _ImageUrl | str | None = None
+    uuid: Raw | UnsetType = UNSET
+
+
+class _Message(msgspec.Struct):
+    content: str | list[_Part] | None = None
+
+
+class _Body(msgspec.Struct):
+    model: str | None = None
+    stream: bool | None = None
+    cache_salt: str | None = None
+    ec_transfer_params: Raw | UnsetType = UNSET
+    kv_transfer_params: Raw | UnsetType = UNSET
+
+
+class _ChatBody(_Body, kw_only=True):
+    messages: list[_Message]
+    mm_processor_kwargs: Raw | UnsetType = UNSET
+    media_io_kwargs: Raw | UnsetType = UNSET
+
+
+class _Kind(msgspec.Struct):
+    type: str = ""
+
+
+_B = TypeVar("_B", bound=_Body)
+
+_chat = msgspec.json.Decoder(_ChatBody)
+_completion = msgspec.json.Decoder(_Body)
+_raw_object = msgspec.json.Decoder(dict[str, Raw])
+_raw_objects = msgspec.json.Decoder(list[dict[str, Raw]])
+_raw_list = msgspec.json.Decoder(list[Raw])
+_string = msgspec.json.Decoder(str)
+_kind = msgspec.json.Decoder(_Kind)
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """Raises InvalidRequestError."""
+    parsed = _decode(_completion, body)
+    return CompletionRequest(body, parsed.model, bool(parsed.stream))
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """Raises InvalidRequestError for everything that is known to be wrong without asking an instance."""
+    parsed = _decode(_chat, body)
+    if not parsed.messages:
+        raise InvalidRequestError("messages must hold at least one message", param="messages")
+    media = [
+        _media_part(part)
+        for message in parsed.messages
+        if isinstance(message.content, list)
+        for part in message.content
+        if part.type not in _TEXT_PARTS
+    ]
+    if media:
+        for name in ("mm_processor_kwargs", "media_io_kwargs"):
+            _refuse_value(name, getattr(parsed, name), "settings of the processor are the same for all requests")
+    return ChatRequest(body, parsed.model, bool(parsed.stream), parsed.cache_salt or "", media)
+
+
+def _decode(decoder: msgspec.json.Decoder[_B], body: bytes) -> _B:
+    try:
+        parsed = decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        match = _PATH.search(message)
+        raise InvalidRequestError(f"the body is not a valid request: {message}", param=match and match[1]) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from None
+    for name in ("ec_transfer_params", "kv_transfer_params"):
+        _refuse_value(name, getattr(parsed, name), "it is for instances to set")
+    return parsed
+
+
+def _refuse_value(name: str, value: Raw | UnsetType, why: str) -> None:
+    if value is not UNSET and bytes(value) not in {_NULL, b"{}"}:
+        raise InvalidRequestError(f"{name} is not taken here: {why}", param=name)
+
+
+def _media_part(part: _Part) -> MediaPart:
+    if part.type == "image_embeds":
+        raise InvalidRequestError(
+            "image_embeds parts are not taken from clients; send the picture as image_url", param="messages"
+        )
+    if part.type != "image_url":
+        raise InvalidRequestError(
+            f"content parts of type {part.type[:40]!r} are not supported; text and image_url are", param="messages"
+        )
+    if part.image_url is None:
+        raise InvalidRequestError("an image_url part needs an image_url with a url", param="messages")
+    url = part.image_url.encode(errors="replace") if isinstance(part.image_url, str) else _text_of(part.image_url.url)
+    has_uuid = part.uuid is not UNSET and bytes(part.uuid) != _NULL
+    if has_uuid:
+        check_identifier(_string_or_none(part.uuid))
+    return MediaPart(url, has_uuid)
+
+
+def _text_of(raw: Raw) -> bytes:
+    """A JSON string's characters, without a decoding pass where there is nothing to decode."""
+    quoted = bytes(raw)
+    if quoted[:1] != b'"':
+        raise InvalidRequestError("the url of an image_url part must be a string", param="messages")
+    return quoted[1:-1] if b"\\" not in quoted else _string.decode(quoted).encode(errors="replace")
+
+
+def _string_or_none(raw: Raw | UnsetType) -> str | None:
+    try:
+        return _string.decode(raw) if isinstance(raw, Raw) else None
+    except msgspec.ValidationError:
+        return None
+
+
+def _with_content(message: dict[str, Raw], replacements: Iterator[bytes | None]) -> bytes:
+    content = message.get("content")
+    if content is None or bytes(memoryview(content)[:1]) != b"[":
+        return _object(message)
+    parts = [
+        part if _kind.decode(part).type in _TEXT_PARTS else next(replacements) or part
+        for part in _raw_list.decode(content)
+    ]
+    return _object({**message, "content": _array(parts)})
+
+
+def _object(members: Mapping[str, Raw | bytes]) -> bytes:
+    return b"{" + b",".join([msgspec.json.encode(key) + b":" + bytes(value) for key, value in members.items()]) + b"}"
+
+
+def _array(values: Sequence[Raw | bytes]) -> bytes:
+    return b"[" + b",".join([bytes(value) for value in values]) + b"]"

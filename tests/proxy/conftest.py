@@ -1,0 +1,150 @@
+"""Fleets of fake instances, with a real proxy before them on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from aiohttp.abc import AbstractResolver
+from PIL import Image
+
+from chiasm.media import MediaConfig
+from chiasm.proxy import ProxyConfig
+from chiasm.proxy.gateway import Gateway
+from chiasm.proxy.serve import ProxyServer, bind, url_of
+
+from .instances import MODEL, FakeInstance
+
+LOOPBACK = ("127.0.0.0/8",)
+
+
+@dataclass
+class Front:
+    """A running proxy, what stands behind it, and ways to talk to it."""
+
+    url: str
+    gateway: Gateway
+    session: aiohttp.ClientSession
+    instances: list[FakeInstance] = field(default_factory=list)
+
+    @property
+    def openai(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
+
+    async def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> Answer:
+        data = body if isinstance(body, bytes) else None
+        async with self.session.post(
+            self.url + path, data=data, json=None if data is not None else body, headers=headers
+        ) as response:
+            return Answer(response.status, dict(response.headers), await response.read())
+
+    async def get(self, path: str) -> Answer:
+        async with self.session.get(self.url + path) as response:
+            return Answer(response.status, dict(response.headers), await response.read())
+
+    async def states(self) -> dict[str, str]:
+        """State by URL, as /health has it."""
+        health = (await self.get("/health")).json
+        return {instance["url"]: instance["state"] for instance in health["instances"]}
+
+    async def until(self, instance: FakeInstance, state: str) -> None:
+        """Returns when the proxy sees the instance in this state."""
+        async with asyncio.timeout(10):
+            while (await self.states()).get(instance.url, "removed") != state:
+                await asyncio.sleep(0.01)
+
+    async def metric(self, name: str) -> float:
+        """The value of one sample, named with its labels as the page has it; 0 if it isn't there."""
+        for line in (await self.get("/metrics")).body.decode().splitlines():
+            if line.startswith(name + " "):
+                return float(line.rpartition(" ")[2])
+        return 0.0
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        import json
+
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        error = self.json["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return error  # type: ignore[no-any-return]
+
+
+Start = Callable[..., Awaitable[Front]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """``await start([encoder, pd], …)`` runs a proxy before these instances; all ends with the test."""
+    async with AsyncExitStack() as stack:
+
+        async def start_one(
+            instances: list[FakeInstance], *, resolver: AbstractResolver | None = None, **config: Any
+        ) -> Front:
+            for instance in instances:
+                await instance.start()
+                stack.push_async_callback(instance.kill)
+            urls: dict[str, tuple[str, ...]] = {
+                name: tuple(one.url for one in instances if one.role == role)
+                for name, role in (("encoders", "encoder"), ("pds", "pd"), ("aggregated", "aggregated"))
+            }
+            defaults: dict[str, Any] = {
+                "media": MediaConfig(allowed_media_networks=LOOPBACK),
+                "probe_interval_seconds": 0.05,
+                "deadline_seconds": 20.0,
+            }
+            server = ProxyServer(ProxyConfig(**(defaults | urls | config)), resolver=resolver)
+            listener = bind("127.0.0.1", 0)
+            serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+            url = url_of(listener)
+
+            async def stop() -> None:
+                server.stop()
+                await serving
+
+            stack.push_async_callback(stop)
+            await server.ready.wait()
+            session = await stack.enter_async_context(aiohttp.ClientSession())
+            return Front(url, server.config.app.state.gateway, session, instances)  # type: ignore[union-attr]
+
+        yield start_one
+
+
+def picture(colour: str = "red", size: tuple[int, int] = (6, 4), format: str = "PNG", **options: Any) -> bytes:
+    """A picture of one colour; ``size`` is width and height."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, format, **options)
+    return file.getvalue()
+
+
+def data_url(data: bytes, media_type: str = "image/png") -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def image(url: str | bytes, **more: Any) -> dict[str, Any]:
+    """An image part: of a URL, or of a picture's bytes."""
+    return {"type": "image_url", "image_url": {"url": data_url(url) if isinstance(url, bytes) else url}} | more
+
+
+def ask(*parts: dict[str, Any] | str, **more: Any) -> dict[str, Any]:
+    """A chat completion of one user message."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}]} | more
