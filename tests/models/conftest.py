@@ -1,0 +1,129 @@
+"""One synthetic checkpoint of each family, loaded in parts and, as the reference, whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from chiasm.checkpoints import synthetic
+from chiasm.engine.attention import register_paged_attention
+from chiasm.models import load_language, load_processor, load_vision
+from chiasm.models.base import LanguageModel, Pixels, Processor, Prompt, VisionModel
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Loaded:
+    """A checkpoint's parts, each loaded when it is first used."""
+
+    family: str
+    folder: Path
+
+    @cached_property
+    def processor(self) -> Processor:
+        return load_processor(self.folder)
+
+    @cached_property
+    def vision(self) -> VisionModel:
+        return load_vision(self.folder, dtype=torch.float32, device=CPU)
+
+    @cached_property
+    def language(self) -> LanguageModel:
+        return load_language(self.folder, dtype=torch.float32, device=CPU)
+
+    @cached_property
+    def whole(self) -> Any:
+        """The model as transformers runs it, with its own attention and cache."""
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_pretrained(self.folder, attn_implementation="eager").eval()
+
+    def prompt(self, pixels: Sequence[Pixels], text: str = "What is this?") -> Prompt:
+        content: list[dict[str, str]] = [{"type": "image"} for _ in pixels]
+        content.append({"type": "text", "text": text})
+        items = [(f"{index:064x}", item.geometry) for index, item in enumerate(pixels)]
+        return self.processor.build_chat([{"role": "user", "content": content}], items)
+
+    def reference(self, prompt: Prompt, pixels: Sequence[Pixels], max_tokens: int) -> list[int]:
+        """The greedy answer of the whole model."""
+        token_ids = torch.tensor([prompt.token_ids])
+        inputs: dict[str, torch.Tensor] = {}
+        if pixels:
+            along = 1 if self.family in ("idefics3", "smolvlm") else 0
+            inputs = {
+                name: torch.cat([item.inputs[name] for item in pixels], dim=along) for name in pixels[0].inputs
+            }
+        if "image_grid_thw" in inputs:
+            inputs["mm_token_type_ids"] = torch.zeros_like(token_ids)
+            for item in prompt.items:
+                inputs["mm_token_type_ids"][0, item.positions] = 1
+        output = self.whole.generate(
+            input_ids=token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            **inputs,
+        )
+        return output[0, len(prompt.token_ids) :].tolist()
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Models this small lose time to every thread that waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
+    """A checkpoint by family, the same for the whole session."""
+    register_paged_attention()
+    loaded: dict[str, Loaded] = {}
+
+    def get(family: str) -> Loaded:
+        if family not in loaded:
+            loaded[family] = Loaded(family, synthetic.make(family, tmp_path_factory.mktemp(family)))
+        return loaded[family]
+
+    return get
+
+
+@pytest.fixture(params=synthetic.FAMILIES)
+def loaded(request: pytest.FixtureRequest, checkpoint: Callable[[str], Loaded]) -> Loaded:
+    """The checkpoint of each family in turn."""
+    return checkpoint(request.param)
+
+
+@pytest.fixture
+def edited(checkpoint: Callable[[str], Loaded], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a checkpoint with values of one of its JSON files replaced."""
+
+    def edit(family: str = "qwen3_vl", file: str = "config.json", **values: object) -> Path:
+        folder = tmp_path / f"{family}-edited"
+        if not folder.exists():
+            shutil.copytree(checkpoint(family).folder, folder)
+        path = folder / file
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(content | values))
+        return folder
+
+    return edit
+
+
+def picture(seed: int, height: int = 40, width: int = 64) -> Image.Image:
+    """A picture of large coloured squares."""
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)

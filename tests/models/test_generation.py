@@ -1,0 +1,81 @@
+"""What the parts compute together equals what transformers computes with the whole model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chiasm.models.base import Pixels, Prompt
+from tests.models.conftest import Loaded, picture
+from tests.models.driver import Driver
+
+MAX_TOKENS = 10
+
+PICTURES = {
+    "text only": [],
+    "one picture": [(1, 40, 64)],
+    "two pictures": [(1, 40, 64), (2, 64, 33)],
+    "one picture twice": [(1, 40, 64), (1, 40, 64)],
+}
+
+
+def _request(loaded: Loaded, pictures: list[tuple[int, int, int]]) -> tuple[Prompt, list[Pixels], list[torch.Tensor]]:
+    pixels = [loaded.processor.preprocess(picture(*arguments)) for arguments in pictures]
+    return loaded.prompt(pixels), pixels, [loaded.vision.encode(item) for item in pixels]
+
+
+@pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
+def test_greedy_tokens_equal_the_whole_models_for_every_chunk_size(
+    loaded: Loaded, pictures: list[tuple[int, int, int]]
+) -> None:
+    prompt, pixels, entries = _request(loaded, pictures)
+    expected = loaded.reference(prompt, pixels, MAX_TOKENS)
+    driver = Driver(loaded.language)
+    for chunk in (5, 16, len(prompt.token_ids)):
+        assert driver.generate(prompt, entries, chunk=chunk, max_tokens=MAX_TOKENS) == expected, f"chunk {chunk}"
+
+
+def test_requests_that_decode_and_prefill_in_one_step_get_their_own_answers(loaded: Loaded) -> None:
+    driver = Driver(loaded.language)
+    requests, expected = [], []
+    for pictures in PICTURES.values():
+        prompt, pixels, entries = _request(loaded, pictures)
+        requests.append(driver.add(prompt, entries))
+        expected.append(loaded.reference(prompt, pixels, MAX_TOKENS))
+    running = requests[:1]
+    mixed_steps = 0
+    while any(len(request.generated) < MAX_TOKENS for request in requests):
+        mixed_steps += len({request.is_decoding for request in running}) == 2
+        driver.step(running, chunk=7)
+        running = requests[: len(running) + 1]
+    assert mixed_steps > 3
+    assert [request.generated[:MAX_TOKENS] for request in requests] == expected
+
+
+def test_answers_depend_on_the_pictures_and_their_order(loaded: Loaded) -> None:
+    first, second = (1, 40, 64), (2, 40, 64)
+    driver = Driver(loaded.language)
+    answers = []
+    for pictures in ([], [first], [second], [first, second], [second, first]):
+        prompt, _, entries = _request(loaded, pictures)
+        answers.append(tuple(driver.generate(prompt, entries, chunk=64, max_tokens=MAX_TOKENS)))
+    assert len(set(answers)) == len(answers)
+
+
+def test_bfloat16_follows_the_whole_model_in_bfloat16(loaded: Loaded) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from chiasm.models import load_language, load_vision
+
+    kind = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    vision, language = load_vision(loaded.folder, **kind), load_language(loaded.folder, **kind)
+    pixels = loaded.processor.preprocess(picture(1))
+    entry = vision.encode(pixels)
+    assert entry.dtype == torch.bfloat16
+    whole = AutoModelForImageTextToText.from_pretrained(loaded.folder, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        features = whole.get_image_features(**pixels.inputs, return_dict=True).pooler_output
+    features = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
+    assert torch.equal(entry[:, : language.hidden_size], features)
+    frequencies = {buffer.dtype for name, buffer in language.module.named_buffers() if "inv_freq" in name}
+    assert frequencies == {torch.float32}
