@@ -204,7 +204,7 @@ class Endpoint:
         finally:
             exchange.release_body()
             metrics.in_flight.dec()
-            status = _CLIENT_LEFT if left else exchange.status
+            status = _CLIENT_LEFT if left or exchange.status is None else exchange.status
             metrics.requests.labels(self._path, str(status)).inc()
             metrics.end_to_end.labels(self._path).observe(time.monotonic() - exchange.timing.arrival)
 

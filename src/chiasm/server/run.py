@@ -81,6 +81,8 @@ def run(
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigurationError that says why there is none."""
+    if not 0 <= port < 1 << 16:  # the resolver would take it modulo 2**16
+        raise ConfigurationError(f"{port} is not a port; use one from 0 to 65535.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
@@ -90,8 +92,6 @@ def bind(host: str, port: int) -> socket.socket:
                 f"Port {port} on {host} is in use; stop what uses it, or choose another port with --port."
             ) from error
         raise ConfigurationError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from error
-    except OverflowError as error:
-        raise ConfigurationError(f"{port} is not a port; use one from 0 to 65535.") from error
 
 
 class _Server(uvicorn.Server):

@@ -1,0 +1,28 @@
+"""``python -m tests.server.instance_process FOLDER PORT``: a pd instance, as the command line would run one."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
+from chiasm.engine import EngineConfig, Role
+from chiasm.errors import ConfigurationError
+from chiasm.server import ServerConfig, run
+
+
+def main(folder: str, port: str) -> int:
+    with tempfile.TemporaryDirectory() as store:
+        ec = ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=Path(store))
+        config = EngineConfig(Path(folder), Role.PD, threads=1, kv_cache_bytes=16 << 20, ec=ec)
+        try:
+            run(config, ServerConfig(port=int(port)), on_ready=lambda url: print(url, flush=True))
+        except ConfigurationError as error:
+            print(error, file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
