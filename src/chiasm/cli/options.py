@@ -1,0 +1,152 @@
+"""The groups of options, named as the fields of the configurations that they set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chiasm.cli.groups import OptionGroup
+from chiasm.cli.values import parse_cpus, parse_size
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, a hub name, or demo.")]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+ServedModelName = Annotated[
+    str | None, typer.Option(help="What clients call the model.", show_default="the folder's or hub name")
+]
+Cpus = Annotated[
+    tuple[int, ...] | None,
+    typer.Option(parser=parse_cpus, metavar="CPUS", help="Run on these CPUs only, for example 0,2-3."),
+]
+AdminKey = Annotated[
+    str | None,
+    typer.Option(envvar="CHIASM_ADMIN_KEY", help="Enables /instances for whoever sends it as Bearer token."),
+]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error; logs go to stderr.")]
+EndWithStdin = Annotated[
+    bool, typer.Option("--end-with-stdin", help="End when standard input closes, as when its parent dies.")
+]
+
+
+def _size(help_text: str, default: str | bool) -> typer.models.OptionInfo:
+    option: typer.models.OptionInfo = typer.Option(
+        parser=parse_size, metavar="SIZE", help=help_text, show_default=default
+    )
+    return option
+
+
+@dataclass(frozen=True)
+class EngineOptions(OptionGroup):
+    """Fields of ``EngineConfig``."""
+
+    dtype: Annotated[
+        str | None, typer.Option(help="auto (float32 on CPU), float32, bfloat16 or float16.", show_default="auto")
+    ] = None
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")] = None
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompt and answer together.", show_default="the model's")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one step, decodes and prefill chunks.", show_default="2048")
+    ] = None
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help="Sequences that compute at the same time.", show_default="64")
+    ] = None
+    max_queued_requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests waiting for their turn.", show_default="256")
+    ] = None
+    max_items: Annotated[int | None, typer.Option(min=0, help="Images of one request.", show_default="16")] = None
+    block_size: Annotated[int | None, typer.Option(min=1, help="Tokens of one KV block.", show_default="16")] = None
+    kv_cache_bytes: Annotated[int | None, _size("Memory for the KV cache.", "from the memory that is free")] = None
+    encoder_cache_bytes: Annotated[int | None, _size("Embeddings held in memory.", "512MiB")] = None
+
+
+@dataclass(frozen=True)
+class ECOptions(OptionGroup):
+    """How embeddings travel."""
+
+    connector: Annotated[
+        str | None, typer.Option(help="What moves embeddings.", show_default="SharedStorageConnector")
+    ] = None
+    connector_module_path: Annotated[
+        str | None, typer.Option(help="Python module of a connector that is not chiasm's own.")
+    ] = None
+    shared_storage_path: Annotated[
+        Path | None, typer.Option(help="Folder through which instances exchange embeddings.")
+    ] = None
+    ec_max_bytes: Annotated[int | None, _size("Bound of the embeddings there.", "4GiB")] = None
+
+
+@dataclass(frozen=True)
+class MediaOptions(OptionGroup):
+    """Fields of ``MediaConfig``."""
+
+    max_media_bytes: Annotated[int | None, _size("The largest image file.", "32MiB")] = None
+    max_image_pixels: Annotated[
+        int | None, typer.Option(min=1, help="The largest image, height times width.", show_default="64000000")
+    ] = None
+    fetch_timeout_seconds: Annotated[
+        float | None, typer.Option(help="One URL, redirects included.", show_default="30")
+    ] = None
+    allowed_local_media_path: Annotated[
+        Path | None, typer.Option(help="file:// URLs may name files in this folder.", show_default="none may")
+    ] = None
+    allowed_media_domains: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="URLs may name this host only; can be repeated.", show_default="any"),
+    ] = None
+    allowed_media_networks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NETWORK",
+            help="Media may come from this network though it isn't public (10.0.0.0/8); can be repeated.",
+            show_default="none",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ServerOptions(OptionGroup):
+    """Fields of ``ServerConfig``."""
+
+    deadline_seconds: Annotated[
+        float | None, typer.Option(help="The longest that a request may take.", show_default="600")
+    ] = None
+    max_body_bytes: Annotated[int | None, _size("The largest request.", "64MiB")] = None
+    max_inflight_requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests at one time; more get 503.", show_default="1024")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ProxyOptions(OptionGroup):
+    """Fields of ``ProxyConfig``."""
+
+    deadline_seconds: Annotated[
+        float | None, typer.Option(help="The longest that a request may take.", show_default="600")
+    ] = None
+    connect_timeout_seconds: Annotated[
+        float | None, typer.Option(help="For an instance to accept a connection.", show_default="3")
+    ] = None
+    encode_timeout_seconds: Annotated[
+        float | None, typer.Option(help="For one call of one encoder.", show_default="120")
+    ] = None
+    max_encode_attempts: Annotated[
+        int | None, typer.Option(min=1, help="Calls that one image is given.", show_default="3")
+    ] = None
+    max_body_bytes: Annotated[int | None, _size("The largest request.", "128MiB")] = None
+    max_buffered_bytes: Annotated[int | None, _size("Bodies and media held at one time.", "1GiB")] = None
+    max_concurrent_requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests at one time; more get 503.", show_default="512")
+    ] = None
+    max_items: Annotated[int | None, typer.Option(min=1, help="Images of one request.", show_default="32")] = None
+    probe_interval_seconds: Annotated[
+        float | None, typer.Option(help="Between two looks at an instance's health.", show_default="1")
+    ] = None
+    probe_timeout_seconds: Annotated[
+        float | None, typer.Option(help="For an instance to say how it is.", show_default="5")
+    ] = None
+    admin_key: AdminKey = None

@@ -1,0 +1,106 @@
+"""``chiasm serve``: everything on this machine."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from chiasm.cli import options
+from chiasm.engine.config import Role
+
+if TYPE_CHECKING:
+    from chiasm.launch import DeploymentConfig
+
+_POLL_SECONDS = 0.1
+
+
+def serve(
+    model: options.Model,
+    engine: options.EngineOptions,
+    ec: options.ECOptions,
+    media: options.MediaOptions,
+    encoders: Annotated[
+        int | None, typer.Option(min=0, help="Encoder instances.", show_default="1, or 0 with --aggregated")
+    ] = None,
+    pds: Annotated[
+        int | None, typer.Option(min=0, help="Prefill and decode instances.", show_default="1, or 0 with --aggregated")
+    ] = None,
+    aggregated: Annotated[int | None, typer.Option(min=0, help="Instances that do it all.", show_default="0")] = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    served_model_name: options.ServedModelName = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of each instance on CPU.", show_default="the cores shared out evenly"),
+    ] = None,
+    encoder_cpus: options.Cpus = None,
+    pd_cpus: options.Cpus = None,
+    aggregated_cpus: options.Cpus = None,
+    deadline_seconds: Annotated[
+        float | None, typer.Option(help="The longest that a request may take.", show_default="600")
+    ] = None,
+    admin_key: options.AdminKey = None,
+    log_level: options.LogLevel = "info",
+) -> None:
+    """Run instances of MODEL and the proxy, all on this machine.
+
+    Prints `ready http://HOST:PORT` when every instance is healthy.
+    """
+    from chiasm.cli.process import check_level
+    from chiasm.launch import DeploymentConfig, RoleConfig
+
+    check_level(log_level)
+    cpus = {Role.ENCODER: encoder_cpus, Role.PD: pd_cpus, Role.AGGREGATED: aggregated_cpus}
+    counts = count_instances(encoders, pds, aggregated)
+    common = (*media.arguments(), "--log-level", log_level)
+    if deadline_seconds is not None:
+        common += ("--deadline-seconds", str(deadline_seconds))
+    of_proxy = common
+    if engine.max_items is not None:
+        of_proxy += ("--max-items", str(engine.max_items))
+    if admin_key is not None:
+        of_proxy += ("--admin-key", admin_key)
+    run(
+        DeploymentConfig(
+            model,
+            {role: RoleConfig(count, threads, cpus[role] or ()) for role, count in counts.items()},
+            host=host,
+            port=port,
+            served_model_name=served_model_name,
+            instance_flags=(*engine.arguments(), *common),
+            proxy_flags=of_proxy,
+            **ec.given(),
+        )
+    )
+
+
+def count_instances(encoders: int | None, pds: int | None, aggregated: int | None) -> dict[Role, int]:
+    """How many instances of each role: without any count one encoder and one pd."""
+    default = 0 if aggregated else 1
+    counts = {
+        Role.ENCODER: default if encoders is None else encoders,
+        Role.PD: default if pds is None else pds,
+        Role.AGGREGATED: aggregated or 0,
+    }
+    return {role: count for role, count in counts.items() if count}
+
+
+def run(config: DeploymentConfig) -> None:
+    """Run a deployment until a signal asks for its end."""
+    from chiasm.cli.signals import EndSignals
+    from chiasm.cli.view import View
+    from chiasm.launch import Deployment
+
+    view = View()
+    deployment = Deployment(config, on_change=view.change, on_line=view.line)
+    with EndSignals() as signals, view, deployment:
+        view.show(lambda: deployment.processes)
+        announced = False
+        while signals.received is None:
+            deployment.check()
+            if not announced and deployment.is_ready():
+                view.ready(deployment.url)
+                announced = True
+            time.sleep(_POLL_SECONDS)

@@ -1,0 +1,38 @@
+"""Signals that ask a command to end."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+_ASKED_TO_END = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class EndSignals:
+    """While entered, notes the signals that ask for an end, in place of the process dying of them.
+
+    A loop looks at ``received``: an exception raised anywhere would interrupt the clean-up too.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        """The first one that came."""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> EndSignals:
+        for name in _ASKED_TO_END:
+            number = getattr(signal, name, None)
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup
+                continue
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number)

@@ -1,0 +1,157 @@
+"""What a person sees of a deployment while it runs, on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from chiasm.launch import ProcessState, ProcessStatus
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
+
+_LINES_WAITING = 1000
+_REFRESH_SECONDS = 0.5
+_CLOSE_SECONDS = 0.5
+_COLOURS = {
+    ProcessState.STARTING: "yellow",
+    ProcessState.READY: "green",
+    ProcessState.WAITING: "red",
+    ProcessState.FAILED: "red",
+    ProcessState.STOPPED: "dim",
+}
+
+
+class View:
+    """Log lines, and below them a table of the processes where standard error is a terminal.
+
+    One thread does all the writing, so that a terminal or a pipe that takes no more output stops neither an instance nor
+    the command; lines that find no room meanwhile are counted and left out.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(_LINES_WAITING)
+        self._dropped = 0
+        self._processes: Callable[[], Sequence[ProcessStatus]] = tuple
+        self._live: Live | None = None
+        self._thread = threading.Thread(target=self._write_all, name="chiasm-view", daemon=True)
+
+    def __enter__(self) -> View:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            # Standard output is not rich's to redirect: it carries the ready line.
+            self._live = Live(
+                console=Console(stderr=True), auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+            )
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=_CLOSE_SECONDS)
+        self._thread.join(_CLOSE_SECONDS)
+
+    # ---- from any thread; none of these blocks ------------------------------------------------------------------------
+
+    def show(self, processes: Callable[[], Sequence[ProcessStatus]]) -> None:
+        """Show in the table what ``processes`` returns, again and again."""
+        self._processes = processes
+
+    def line(self, name: str, text: str) -> None:
+        """Write a line of the log of the process called ``name``."""
+        self._put(lambda: self._print(f"[{name}] {text}"))
+
+    def change(self, process: ProcessStatus) -> None:
+        """Write that a process is in another state."""
+        if process.state is ProcessState.READY:
+            self.line(process.name, f"ready at {process.url}, pid {process.pid}")
+        elif process.state is not ProcessState.WAITING:  # that is a line of its log already
+            self.line(process.name, str(process.state))
+
+    def ready(self, url: str) -> None:
+        """Write the ready line to standard output, above the table if both are in one terminal."""
+        from chiasm.cli.process import print_ready
+
+        if self._live is None or not sys.stdout.isatty():
+            print_ready(url)
+        else:
+            self._put(lambda: self._above(lambda: print_ready(url)))
+
+    def _put(self, action: Callable[[], None]) -> None:
+        try:
+            self._waiting.put_nowait(action)
+        except queue.Full:
+            self._dropped += 1
+
+    # ---- in its thread ------------------------------------------------------------------------------------------------
+
+    def _write_all(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads standard error any more
+            while True:
+                try:
+                    action = self._waiting.get(timeout=_REFRESH_SECONDS)
+                except queue.Empty:
+                    self._refresh()
+                    continue
+                if action is None:
+                    break
+                action()
+                if self._waiting.empty():
+                    self._report_dropped()
+                    self._refresh()
+            if self._live is not None:
+                self._refresh()
+                self._live.stop()
+
+    def _print(self, line: str) -> None:
+        if self._live is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            from rich.text import Text
+
+            self._live.console.print(Text(line))
+
+    def _above(self, write: Callable[[], None]) -> None:
+        assert self._live is not None
+        self._live.update("", refresh=True)
+        self._live.stop()
+        write()
+        self._live.start()
+
+    def _report_dropped(self) -> None:
+        if dropped := self._dropped:
+            self._dropped -= dropped
+            self._print(f"({dropped} log lines were left out)")
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(_table(self._processes()), refresh=True)
+
+
+def _table(processes: Sequence[ProcessStatus]) -> Table:
+    from rich.table import Table
+
+    table = Table("name", "role", "url", "pid", "state", "restarts", "memory")
+    for process in processes:
+        memory = process.memory_bytes
+        table.add_row(
+            process.name,
+            str(process.role or "proxy"),
+            process.url,
+            str(process.pid or ""),
+            f"[{_COLOURS[process.state]}]{process.state}",
+            str(process.restarts),
+            "" if memory is None else f"{memory / 2**20:.0f} MiB",
+        )
+    return table

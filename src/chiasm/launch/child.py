@@ -1,0 +1,228 @@
+"""One process of a deployment: started, listened to, started again when it dies, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import IO
+
+from chiasm.errors import ConfigurationError
+
+CONFIGURATION_EXIT_CODE = 2
+"""With which chiasm's commands say that starting them again would not help."""
+START_ATTEMPTS = 3
+"""Of a process that has never been ready and ends with another code than that."""
+FIRST_DELAY_SECONDS = 0.25
+LONGEST_DELAY_SECONDS = 30.0
+STEADY_SECONDS = 60.0
+"""A process that was ready for this long starts again as if it had never failed."""
+READY = "ready "
+_LINES_KEPT = 200
+_LINE_CHARACTERS = 8192
+
+
+class ProcessState(enum.StrEnum):
+    """Where a process of a deployment is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    """It has said so; whether it is healthy, the proxy knows."""
+    WAITING = "waiting"
+    """It died and will be started again."""
+    FAILED = "failed"
+    """It could not be started and will not be."""
+    STOPPED = "stopped"
+
+
+class Child:
+    """A command that runs until it is told to end.
+
+    One thread starts it, reads its standard output and waits for it, again and again; another passes on its standard
+    error. Its standard input is a pipe that closes when this process dies, however that happens: a child that ends with
+    its standard input never outlives its parent.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: dict[str, str],
+        *,
+        on_change: Callable[[Child], None],
+        on_line: Callable[[str, str], None],
+    ) -> None:
+        """``on_change`` is told of every new state, ``on_line`` of each line (name, text) of standard error.
+
+        Both are called in threads of this object and must not block.
+        """
+        self.name = name
+        self.command = tuple(command)
+        self.state = ProcessState.STARTING
+        self.pid: int | None = None
+        self.restarts = 0
+        self.failure: ConfigurationError | None = None
+        """Why it could not be started; only in state FAILED."""
+        self.lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        """The last lines of standard error, of all runs."""
+        self._environment = environment
+        self._on_change = on_change
+        self._on_line = on_line
+        self._lock = threading.Lock()  # of what decides whether there is a process, and whether there may be one
+        self._process: subprocess.Popen[str] | None = None
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._live, name=f"chiasm-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Start the command, now and whenever it dies."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Ask the process to end, and start it no more. Returns at once."""
+        self._ending.set()
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the process and all that it has started, without asking; it is not started again."""
+        self._ending.set()
+        self._signal(signal.SIGKILL)
+
+    def join(self, timeout_seconds: float) -> bool:
+        """Wait for the end; tells whether it came."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with self._lock:
+            if self._process is None:
+                return
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if number is signal.SIGKILL:
+                    os.killpg(self._process.pid, number)
+                else:
+                    os.kill(self._process.pid, number)
+
+    # ---- in its thread ------------------------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        failures = 0
+        while True:
+            ready_since = None
+            code = -1
+            self._change(ProcessState.STARTING)
+            process = self._spawn()
+            if process is not None:
+                ready_since = self._follow(process)
+                code = process.returncode
+            if self._ending.is_set():
+                self._change(ProcessState.STOPPED)
+                return
+            was_steady = ready_since is not None and time.monotonic() - ready_since > STEADY_SECONDS
+            failures = 1 if was_steady else failures + 1
+            if self._gives_up(code, failures, ready=ready_since is not None):
+                return
+            delay = min(FIRST_DELAY_SECONDS * 2 ** min(failures - 1, 16), LONGEST_DELAY_SECONDS)
+            self._note(f"ended with {describe_exit(code)}; starting it again in {delay:g} s")
+            self._change(ProcessState.WAITING)
+            if self._ending.wait(delay):
+                self._change(ProcessState.STOPPED)
+                return
+            self.restarts += 1
+
+    def _spawn(self) -> subprocess.Popen[str] | None:
+        with self._lock:
+            if self._ending.is_set():
+                return None
+            try:
+                self._process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    encoding="utf-8",
+                    errors="replace",
+                    env=self._environment,
+                    start_new_session=True,  # Ctrl-C in the terminal is for this process, which then ends its children
+                )
+            except OSError as error:
+                self._note(f"cannot be started: {error}")
+                return None
+            self.pid = self._process.pid
+            return self._process
+
+    def _follow(self, process: subprocess.Popen[str]) -> float | None:
+        """Read what the process says until it has ended; returns when it became ready, if it did."""
+        ready_since = None
+        errors = threading.Thread(
+            target=self._pass_on, args=(process.stderr,), name=f"chiasm-{self.name}-log", daemon=True
+        )
+        errors.start()
+        assert process.stdout is not None
+        while line := process.stdout.readline(_LINE_CHARACTERS):
+            if ready_since is None and line.startswith(READY):
+                ready_since = time.monotonic()
+                self._ever_ready = True
+                self._change(ProcessState.READY)
+        process.wait()
+        with self._lock:
+            self._process = self.pid = None
+        errors.join(1.0)
+        for stream in (process.stdin, process.stdout, process.stderr):
+            assert stream is not None
+            with contextlib.suppress(OSError):
+                stream.close()
+        return ready_since
+
+    _ever_ready = False
+
+    def _gives_up(self, code: int, failures: int, *, ready: bool) -> bool:
+        """Whether the process is beyond help; then ``failure`` says why."""
+        if self._ever_ready or (code != CONFIGURATION_EXIT_CODE and failures < START_ATTEMPTS):
+            return False
+        if code == CONFIGURATION_EXIT_CODE:
+            message = _last_error(self.lines) or f"{self.name} ended with {describe_exit(code)}"
+        else:
+            last = f": {self.lines[-1]}" if self.lines else ""
+            message = f"{self.name} ended {failures} times before it was ready, with {describe_exit(code)}{last}"
+        self.failure = ConfigurationError(message)
+        self._change(ProcessState.FAILED)
+        return True
+
+    def _pass_on(self, stream: IO[str]) -> None:
+        with contextlib.suppress(ValueError, OSError):  # closed under a reader that a grandchild kept waiting
+            while line := stream.readline(_LINE_CHARACTERS):
+                self._note(line.rstrip("\n"))
+
+    def _note(self, line: str) -> None:
+        self.lines.append(line)
+        self._on_line(self.name, line)
+
+    def _change(self, state: ProcessState) -> None:
+        self.state = state
+        self._on_change(self)
+
+
+def describe_exit(code: int) -> str:
+    """A return code of ``subprocess`` in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _last_error(lines: Sequence[str]) -> str | None:
+    """The message of the last line by which a command of chiasm says why it gives up."""
+    for line in reversed(lines):
+        if line.startswith("Error: "):
+            return line.removeprefix("Error: ")
+    return None

@@ -1,0 +1,50 @@
+"""How many cores there are, and which of them a process may use."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from chiasm.errors import ConfigurationError
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def usable_cores() -> int:
+    """Cores that this process may keep busy: those it may run on, and no more than its container's share of time."""
+    quota = _container_quota()
+    cores = len(_allowed()) or os.cpu_count() or 1
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def check_cpus(cpus: Sequence[int]) -> None:
+    """Raise ConfigurationError unless this process, and so a child of it, may run on all of ``cpus``."""
+    allowed = _allowed()
+    if cpus and not allowed:
+        raise ConfigurationError("this system cannot pin a process to CPUs; leave the pinning out")
+    if missing := sorted(set(cpus) - allowed):
+        raise ConfigurationError(
+            f"CPU {', '.join(map(str, missing))} cannot be used here; there are {', '.join(map(str, sorted(allowed)))}"
+        )
+
+
+def pin_to(cpus: Sequence[int]) -> None:
+    """Keep this process, and the threads that it starts from now on, on ``cpus``. Raises ConfigurationError."""
+    check_cpus(cpus)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+
+
+def _allowed() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def _container_quota() -> float | None:
+    """Cores' worth of time that a Linux control group allows, or None if it sets no bound."""
+    try:
+        limit, period = _QUOTA.read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        return None
