@@ -83,7 +83,7 @@ def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if sequence.output_token_ids and (params.presence_penalty or params.frequency_penalty):
-        tokens, counts = torch.tensor(sequence.output_token_ids, device=device).unique(return_counts=True)
+        tokens, counts = torch.unique(torch.tensor(sequence.output_token_ids, device=device), return_counts=True)
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
     for token_id, bias in params.logit_bias.items():
         logits[token_id] += bias

@@ -99,11 +99,11 @@ class Scheduler:
                 )
 
     def add(self, sequences: list[Sequence]) -> None:
-        """Queue the choices of one request. Raises OverloadedError when too many are waiting already."""
-        if len(self.waiting) + len(sequences) > self.config.max_queued_requests:
+        """Queue the choices of one request. Raises OverloadedError when too many wait already, for whatever reason."""
+        queued = len(self.waiting) + sum(1 for sequence in self.running if self.is_stalled(sequence))
+        if queued + len(sequences) > self.config.max_queued_requests:
             raise OverloadedError(
-                f"{len(self.waiting)} requests are queued here and {self.config.max_queued_requests} is the limit; "
-                "try again later"
+                f"{queued} requests are queued here and {self.config.max_queued_requests} is the limit; try again later"
             )
         self.waiting.extend(sequences)
 
@@ -137,7 +137,7 @@ class Scheduler:
         for sequence in [*self.running, *self.waiting[: self.config.max_num_seqs]]:
             if not sequence.items or sequence.prompt_computed or self._follows(sequence):
                 continue
-            start = sequence.num_computed or self.num_cached_tokens(sequence)
+            start = self._next_token(sequence)
             missing: list[PromptItem] = []
             for item in sequence.items_between(start, start + self.config.max_num_batched_tokens):
                 if missing or item.identifier not in self.encoder_cache:
@@ -152,13 +152,14 @@ class Scheduler:
         """Tokens of a waiting sequence that the prefix cache holds now."""
         return len(self._cached_prefix(sequence)) * self.block_manager.block_size
 
+    def _next_token(self, sequence: Sequence) -> int:
+        """The first token that is still to compute, were the sequence scheduled now."""
+        return sequence.num_computed or self.num_cached_tokens(sequence)
+
     def make_room(self, sequence: Sequence, item: PromptItem, keep: Set[str] = frozenset()) -> bool:
         """Reserve room in the encoder cache for an embedding that exists and is about to be loaded or made."""
-        needed_before = {
-            other.identifier
-            for other in sequence.items_between(sequence.num_computed, item.offset)
-            if other is not item
-        }
+        before = sequence.items_between(self._next_token(sequence), item.offset)
+        needed_before = {other.identifier for other in before}
         return self.encoder_cache.allocate(
             item.identifier, self.entry_bytes(item), arrival=sequence.arrival, keep=needed_before | keep
         )

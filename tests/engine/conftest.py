@@ -1,0 +1,166 @@
+"""A small random checkpoint, and engines of all roles over it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from chiasm.checkpoints import synthetic
+from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
+from chiasm.engine import EngineConfig, Role
+from chiasm.engine.encoder import EncoderEngine
+from chiasm.engine.engine import LanguageEngine
+from chiasm.engine.request import EncodedItem, EncodeItem, GenerateRequest, Output, SamplingParams
+from chiasm.media.identify import identifier
+from chiasm.models.base import Prompt
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of random pixels, as a file."""
+
+    data: bytes
+    height: int
+    width: int
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.data)).convert("RGB")
+
+
+def picture(seed: int, height: int = 96, width: int = 96) -> Picture:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 255, (height, width, 3), generator=generator, dtype=torch.uint8).numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return Picture(file.getvalue(), height, width)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that came out for one choice."""
+
+    token_ids: list[int]
+    text: str
+    outputs: list[Output]
+
+    @property
+    def last(self) -> Output:
+        return self.outputs[-1]
+
+
+class Instance:
+    """An engine, and the requests that a test makes of it."""
+
+    def __init__(self, engine: LanguageEngine) -> None:
+        self.engine = engine
+
+    def prompt(self, *parts: str | Picture) -> Prompt:
+        """A chat message of texts and pictures."""
+        content, items = [], []
+        for part in parts:
+            if isinstance(part, Picture):
+                content.append({"type": "image"})
+                name = identifier(part.data, fingerprint=self.engine.model_fingerprint)
+                items.append((name, self.engine.processor.geometry_of_size(part.height, part.width)))
+            else:
+                content.append({"type": "text", "text": part})
+        return self.engine.processor.build_chat([{"role": "user", "content": content}], items)
+
+    def request(
+        self, *parts: str | Picture, seconds: float = 60, choices: int = 1, salt: str = "", **params
+    ) -> GenerateRequest:
+        params = {"temperature": 0, "max_tokens": 8, "ignore_eos": True} | params
+        pixels = {}
+        if self.engine.config.role is Role.AGGREGATED:
+            for part in parts:
+                if isinstance(part, Picture):
+                    name = identifier(part.data, fingerprint=self.engine.model_fingerprint)
+                    pixels[name] = self.engine.processor.preprocess(part.image)
+        return GenerateRequest(
+            request_id=f"request-{next(_numbers)}",
+            prompt=self.prompt(*parts),
+            sampling=SamplingParams(**params),
+            deadline=time.monotonic() + seconds,
+            num_choices=choices,
+            pixels=pixels,
+            cache_salt=salt,
+        )
+
+    async def ask(self, *parts: str | Picture, **options) -> Answer:
+        return (await self.choices(*parts, **options))[0]
+
+    async def choices(self, *parts: str | Picture, **options) -> list[Answer]:
+        return await self.send(self.request(*parts, **options))
+
+    async def send(self, request: GenerateRequest) -> list[Answer]:
+        answers = [Answer([], "", []) for _ in range(request.num_choices)]
+        async for output in self.engine.generate(request):
+            answer = answers[output.index]
+            answer.token_ids.extend(output.token_ids)
+            answer.outputs.append(output)
+        return [replace(answer, text="".join(output.text for output in answer.outputs)) for answer in answers]
+
+    def is_empty(self) -> bool:
+        stats = self.engine.stats()
+        return stats.num_running == stats.num_waiting == stats.kv_blocks_used == 0
+
+
+class Encoder:
+    """An encoder engine, and what a test asks of it."""
+
+    def __init__(self, engine: EncoderEngine) -> None:
+        self.engine = engine
+
+    async def encode(self, *pictures: Picture) -> list[EncodedItem]:
+        items = [
+            EncodeItem(identifier(each.data, fingerprint=self.engine.model_fingerprint), each.data) for each in pictures
+        ]
+        return await self.engine.encode("test", items, time.monotonic() + 60)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    return synthetic.make("qwen3_vl", tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def start(checkpoint, store) -> Iterator[Callable[..., Instance]]:
+    """Starts language engines of a role; they end with the test."""
+    engines: list[LanguageEngine] = []
+
+    def start(role: Role = Role.PD, **config) -> Instance:
+        ec = ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=store) if role is Role.PD else None
+        config = {"threads": 1, "kv_cache_bytes": 8 << 20} | config
+        engine = LanguageEngine(EngineConfig(checkpoint, role, ec=ec, **config))
+        engines.append(engine)
+        engine.start()
+        return Instance(engine)
+
+    yield start
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture
+async def encoder(checkpoint, store) -> AsyncIterator[Encoder]:
+    ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=store)
+    engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, threads=1))
+    engine.start()
+    yield Encoder(engine)
+    engine.stop()

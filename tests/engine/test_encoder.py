@@ -1,0 +1,98 @@
+"""The encoder engine: what is published, how often, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from safetensors import safe_open
+
+from chiasm.engine.request import EncodeItem, ItemOutcome
+from chiasm.errors import DeadlineExceededError, InvalidRequestError, MediaError, StorageError
+from tests.engine.conftest import picture
+
+A, B = picture(1), picture(2, height=128, width=64)
+
+
+def entries(store):
+    return sorted(store.rglob("*.safetensors"))
+
+
+async def test_an_encoded_item_can_be_found_and_has_a_row_a_placeholder(encoder, store):
+    (item,) = await encoder.encode(A)
+    assert item.outcome is ItemOutcome.ENCODED
+    assert item.encode_seconds > 0
+    (file,) = entries(store)
+    geometry = encoder.engine.processor.geometry_of_metadata(item.metadata)
+    with safe_open(file, "pt") as opened:
+        assert opened.get_tensor("ec_cache").shape[0] == len(geometry.rows)
+
+
+async def test_what_is_there_already_is_not_encoded_again(encoder):
+    await encoder.encode(A)
+    (again,) = await encoder.encode(A)
+    assert again.outcome is ItemOutcome.HIT
+    assert encoder.engine.stats().images_encoded == 1
+
+
+async def test_ten_identical_pictures_at_once_are_encoded_once(encoder):
+    results = await asyncio.gather(*[encoder.encode(A) for _ in range(10)])
+    assert encoder.engine.stats().images_encoded == 1
+    assert {result[0].identifier for result in results} == {results[0][0].identifier}
+
+
+async def test_answers_are_in_the_order_of_the_items(encoder):
+    items = await encoder.encode(A, B, A)
+    assert items[0].identifier == items[2].identifier != items[1].identifier
+    assert items[0].metadata != items[1].metadata
+
+
+async def test_an_embedding_does_not_depend_on_its_neighbours(encoder, store):
+    await asyncio.gather(encoder.encode(A), encoder.encode(B))
+    together = {file.name: file.read_bytes() for file in entries(store)}
+    for file in entries(store):
+        file.unlink()
+    await encoder.encode(B)
+    await encoder.encode(A)
+    assert {file.name: file.read_bytes() for file in entries(store)} == together
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", A.data[:60], A.data[: len(A.data) // 2]])
+async def test_what_is_no_whole_picture_is_refused_and_costs_nobody_else(encoder, data):
+    with pytest.raises(MediaError):
+        await encoder.engine.encode("bad", [EncodeItem("f" * 64, data)], time.monotonic() + 10)
+    (item,) = await encoder.encode(A)
+    assert item.outcome is ItemOutcome.ENCODED
+
+
+async def test_more_items_than_the_limit_are_refused(encoder):
+    with pytest.raises(InvalidRequestError, match="16 is the limit"):
+        await encoder.encode(*[A] * 17)
+
+
+async def test_a_deadline_that_passed_is_an_error(encoder):
+    with pytest.raises(DeadlineExceededError):
+        await encoder.engine.encode("late", [EncodeItem("e" * 64, A.data)], time.monotonic())
+
+
+async def test_an_embedding_that_cannot_be_published_is_an_error_and_the_next_is_right(encoder, store):
+    await encoder.encode(A)
+    for file in entries(store):
+        file.unlink()
+    store.rename(store.with_name("moved"))
+    store.write_text("a file where the folder was")
+    with pytest.raises(StorageError):
+        await encoder.encode(A)
+    store.unlink()
+    store.with_name("moved").rename(store)
+    assert (await encoder.encode(A))[0].outcome is ItemOutcome.ENCODED
+
+
+async def test_a_cancelled_request_leaves_the_item_to_those_who_still_wait(encoder):
+    first, second = asyncio.create_task(encoder.encode(A)), asyncio.create_task(encoder.encode(A))
+    await asyncio.sleep(0)
+    first.cancel()
+    (item,) = await second
+    assert item.outcome is ItemOutcome.ENCODED
+    assert not encoder.engine._in_flight

@@ -1,0 +1,275 @@
+"""The engine as a whole, on a small random checkpoint: what comes out, late embeddings, faults."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from chiasm.engine import Role
+from chiasm.engine.request import ItemOutcome
+from chiasm.errors import (
+    DeadlineExceededError,
+    EmbeddingUnavailableError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from tests.engine.conftest import picture
+
+A, B = picture(1), picture(2, height=128, width=64)
+
+MESSAGES = {
+    "text": ("what is this?",),
+    "one picture": ("what is", A, "this?"),
+    "two pictures": (A, "and", B, "?"),
+    "the same picture twice": (A, "and", A, "?"),
+}
+
+
+async def until(condition, seconds: float = 20) -> None:
+    """Wait until ``condition()`` holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - the engine's state has no event
+            await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("parts", MESSAGES.values(), ids=MESSAGES.keys())
+async def test_encoder_apart_answers_as_aggregated_does(start, encoder, parts):
+    aggregated, pd = start(Role.AGGREGATED), start(Role.PD)
+    expected = await aggregated.ask(*parts)
+    await encoder.encode(*[part for part in parts if not isinstance(part, str)])
+    answer = await pd.ask(*parts)
+    assert answer.token_ids == expected.token_ids
+    assert answer.text == expected.text
+    assert len(answer.token_ids) == 8
+
+
+@pytest.mark.parametrize("budget", [7, 64])
+async def test_embeddings_that_come_late_and_out_of_order_change_nothing(start, encoder, budget):
+    expected = await start(Role.AGGREGATED).ask(A, "and", B, "?")
+    pd = start(Role.PD, max_num_batched_tokens=budget)
+    answer = asyncio.create_task(pd.ask(A, "and", B, "?"))
+    await until(lambda: pd.engine.stats().num_stalled == 1)
+    await encoder.encode(B)
+    assert pd.engine.stats().num_stalled == 1
+    await encoder.encode(A)
+    result = await answer
+    assert result.token_ids == expected.token_ids
+    assert [item.outcome for item in result.last.timing.items] == [ItemOutcome.WAITED] * 2
+    assert result.last.timing.wait_seconds > 0
+    assert pd.engine.stats().items == {ItemOutcome.WAITED: 2}
+
+
+async def test_a_swapped_picture_changes_the_answer(start):
+    aggregated = start(Role.AGGREGATED)
+    assert (await aggregated.ask(A, "?")).token_ids != (await aggregated.ask(picture(3), "?")).token_ids
+
+
+async def test_text_goes_on_while_a_request_waits_for_its_embedding(start, encoder):
+    pd = start(Role.PD)
+    late = asyncio.create_task(pd.ask("look:", A))
+    await until(lambda: pd.engine.stats().num_stalled == 1)
+    assert len((await pd.ask("hello")).token_ids) == 8
+    assert not late.done()
+    await encoder.encode(A)
+    await late
+
+
+async def test_an_embedding_that_is_there_counts_as_hit(start, encoder):
+    pd = start(Role.PD)
+    await encoder.encode(A)
+    for _ in range(2):
+        answer = await pd.ask(A, "?")
+        assert [item.outcome for item in answer.last.timing.items] == [ItemOutcome.HIT]
+    assert pd.engine.stats().items == {ItemOutcome.HIT: 2}
+    assert pd.engine.stats().ec.loads == 1
+
+
+async def test_an_embedding_that_never_comes_fails_its_request_alone(start, encoder):
+    pd = start(Role.PD)
+    with pytest.raises(EmbeddingUnavailableError, match="no embedding came within"):
+        await pd.ask("see", A, seconds=0.2)
+    assert pd.engine.stats().items == {ItemOutcome.MISSED: 1}
+    assert pd.is_empty()
+    await encoder.encode(A)
+    assert (await pd.ask("see", A)).token_ids == (await start(Role.AGGREGATED).ask("see", A)).token_ids
+
+
+async def test_a_torn_entry_is_waited_for_and_never_used(start, encoder, store):
+    pd = start(Role.PD)
+    await encoder.encode(A)
+    (entry,) = store.rglob("*.safetensors")
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[: len(whole) // 2])
+    answer = asyncio.create_task(pd.ask(A, "?"))
+    await until(lambda: pd.engine.stats().num_stalled == 1)
+    await encoder.encode(A)
+    assert (await answer).token_ids == (await start(Role.AGGREGATED).ask(A, "?")).token_ids
+
+
+async def test_a_size_that_is_not_the_pictures_fails_its_request_alone(start, encoder):
+    pd = start(Role.PD)
+    await encoder.encode(A)
+    honest = pd.request(A, "?")
+    lying = pd.request(A, "?")
+    wrong = pd.engine.processor.geometry_of_size(192, 192)
+    name = lying.prompt.items[0].identifier
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    object.__setattr__(lying, "prompt", pd.engine.processor.build_chat(message, [(name, wrong)]))
+    results = await asyncio.gather(pd.send(honest), pd.send(lying), return_exceptions=True)
+    assert isinstance(results[1], EmbeddingUnavailableError)
+    assert "the image size sent is right" in str(results[1])
+    assert results[0][0].token_ids == (await pd.ask(A, "?")).token_ids
+
+
+async def test_many_requests_at_once_are_answered_as_one_by_one(start, encoder):
+    pd = start(Role.PD, max_num_batched_tokens=48)
+    await encoder.encode(A, B)
+    messages = [("one",), (A, "two"), ("three", B), (A, B), ("five " * 9,), (B, "six", A), (A, A), ("eight",)]
+    alone = [(await start(Role.PD).ask(*parts)).token_ids for parts in messages[:3]]
+    together = await asyncio.gather(*[pd.ask(*parts) for parts in messages])
+    assert [answer.token_ids for answer in together[:3]] == alone
+    again = await asyncio.gather(*[pd.ask(*parts) for parts in reversed(messages)])
+    assert [answer.token_ids for answer in reversed(again)] == [answer.token_ids for answer in together]
+    assert pd.engine.stats().prefix_cache_hit_tokens > 0
+
+
+async def test_preemption_changes_no_answer(start):
+    roomy = start(Role.AGGREGATED)
+    tight = start(Role.AGGREGATED, kv_cache_bytes=roomy_bytes(roomy, tokens=96), max_model_len=96, block_size=4)
+    messages = [(name, A) for name in ("abc", "def", "ghi", "jkl")]
+    expected = [(await roomy.ask(*parts, max_tokens=24)).token_ids for parts in messages]
+    answers = await asyncio.gather(*[tight.ask(*parts, max_tokens=24) for parts in messages])
+    assert [answer.token_ids for answer in answers] == expected
+    assert tight.engine.stats().preemptions > 0
+    assert tight.is_empty()
+
+
+def roomy_bytes(instance, tokens: int) -> int:
+    """KV cache bytes for so many tokens of the instance's model."""
+    cache = instance.engine._runner.kv_cache
+    return 2 * cache.keys.nbytes // (cache.num_blocks * cache.block_size) * tokens
+
+
+async def test_choices_differ_by_seed_and_repeat_with_it(start):
+    instance = start(Role.AGGREGATED)
+    first = await instance.choices("hello", A, choices=3, temperature=1.0, seed=5)
+    second = await instance.choices("hello", A, choices=3, temperature=1.0, seed=5)
+    assert [choice.token_ids for choice in first] == [choice.token_ids for choice in second]
+    assert len({tuple(choice.token_ids) for choice in first}) == 3
+    assert (await instance.ask("hello", A, temperature=1.0, seed=6)).token_ids == first[1].token_ids
+
+
+async def test_an_answer_ends_at_max_tokens_with_length(start):
+    answer = await start(Role.AGGREGATED).ask("hello", max_tokens=3)
+    assert (len(answer.token_ids), answer.last.finish_reason) == (3, "length")
+
+
+async def test_an_answer_ends_at_the_end_of_the_context(start):
+    answer = await start(Role.AGGREGATED, max_model_len=48).ask("hello", max_tokens=1000)
+    assert answer.last.finish_reason == "length"
+    assert len(answer.token_ids) < 48
+
+
+async def test_a_stop_string_ends_the_answer(start):
+    instance = start(Role.AGGREGATED)
+    whole = await instance.ask("hello", max_tokens=12)
+    stop = whole.text[4:6]
+    answer = await instance.ask("hello", max_tokens=12, stop=(stop,))
+    assert answer.text == whole.text[: whole.text.index(stop)]
+    assert (answer.last.finish_reason, answer.last.stop_reason) == ("stop", stop)
+
+
+async def test_a_stop_token_ends_the_answer(start):
+    instance = start(Role.AGGREGATED)
+    whole = await instance.ask("hello")
+    stop = whole.token_ids[3]
+    answer = await instance.ask("hello", stop_token_ids=(stop,))
+    assert answer.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
+    assert answer.last.stop_reason == stop
+
+
+async def test_logprobs_come_with_each_token(start):
+    answer = await start(Role.AGGREGATED).ask("hello", logprobs=2)
+    for output in answer.outputs:
+        (token,) = output.logprobs
+        assert (token.token_id,) == output.token_ids
+        assert token.top[0] == (token.token_id, pytest.approx(token.logprob))
+
+
+async def test_closing_the_iterator_frees_everything(start):
+    instance = start(Role.AGGREGATED)
+    stream = instance.engine.generate(instance.request("hello", A, max_tokens=500))
+    await anext(stream)
+    assert not instance.is_empty()
+    await stream.aclose()
+    await until(instance.is_empty)
+
+
+async def test_cancelling_a_request_that_waits_frees_everything(start):
+    pd = start(Role.PD)
+    task = asyncio.create_task(pd.ask("hello", A))
+    await until(lambda: pd.engine.stats().num_stalled == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(pd.is_empty)
+
+
+async def test_a_deadline_ends_a_running_request(start):
+    instance = start(Role.AGGREGATED, max_model_len=4096, kv_cache_bytes=64 << 20)
+    with pytest.raises(DeadlineExceededError):
+        await instance.ask("hello", max_tokens=4000, seconds=0.3)
+    assert instance.is_empty()
+
+
+async def test_a_full_queue_refuses_and_goes_on(start):
+    pd = start(Role.PD, max_queued_requests=2)
+    waiting = [asyncio.create_task(pd.ask(A, str(number), seconds=5)) for number in range(2)]
+    await until(lambda: pd.engine.stats().num_stalled == 2)
+    with pytest.raises(OverloadedError):
+        await pd.ask("hello")
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await until(pd.is_empty)
+    assert len((await pd.ask("hello")).token_ids) == 8
+
+
+async def test_what_can_never_run_is_refused_at_once(start):
+    instance = start(Role.AGGREGATED, max_model_len=64, max_items=2)
+    with pytest.raises(InvalidRequestError, match="is 64") as caught:
+        await instance.ask("word " * 100)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(InvalidRequestError, match="3 images and 2 is the limit"):
+        await instance.ask(A, A, A)
+    with pytest.raises(InvalidRequestError, match="vocabulary"):
+        await instance.ask("hello", logit_bias={10**6: 1.0})
+    with pytest.raises(InvalidRequestError, match="n must be"):
+        await instance.choices("hello", choices=17)
+
+
+async def test_a_failing_step_fails_its_requests_and_not_the_engine(start, monkeypatch):
+    instance = start(Role.AGGREGATED)
+    whole = instance.engine._language.forward
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(instance.engine._language, "forward", broken)
+    with pytest.raises(Exception, match="RuntimeError"):
+        await instance.ask("hello")
+    monkeypatch.setattr(instance.engine._language, "forward", whole)
+    assert len((await instance.ask("hello")).token_ids) == 8
+    assert instance.engine.healthy
+
+
+async def test_stopping_ends_running_requests_with_an_error(start):
+    instance = start(Role.AGGREGATED)
+    stream = instance.engine.generate(instance.request("hello", max_tokens=500))
+    await anext(stream)
+    await asyncio.to_thread(instance.engine.stop)
+    with pytest.raises(Exception, match="stopped"):
+        async for _ in stream:
+            pass
+    assert not instance.engine.healthy
