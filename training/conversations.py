@@ -17,14 +17,17 @@ from transformers import Qwen2Tokenizer
 from chiasm.demo import pictures, talk
 
 IGNORE = -100
+# Numbers are the hardest to read, so they are drawn most.
+_CONTENTS: tuple[pictures.Content, ...] = ("shape", "shape", "shapes", "word", "number", "number")
 
 
 @dataclass
 class Picture:
-    """A drawn picture: pixels [H, W, 3] uint8 and its grid of image tokens."""
+    """A drawn picture: pixels [H, W, 3] uint8, its grid of image tokens and what lies where in it."""
 
     pixels: np.ndarray
     grid: Grid
+    marks: list[pictures.Mark]
 
 
 @dataclass
@@ -65,12 +68,13 @@ class Writer:
         self.rng, self.grids = rng, grids
 
     def _scene(self, content: pictures.Content | None = None) -> pictures.Scene:
-        content = content or self.rng.choice(("shape", "shapes", "word", "number", "number"))
-        return pictures.draw_scene(self.rng, content)
+        drawn = self.rng.choice(_CONTENTS)
+        return pictures.draw_scene(self.rng, content or drawn)
 
     def _picture(self, scene: pictures.Scene) -> Picture:
         grid = self.rng.choice(self.grids)
-        return Picture(draw_pixels(self.rng, scene, grid)[0], grid)
+        pixels, marks = draw_pixels(self.rng, scene, grid)
+        return Picture(pixels, grid, marks)
 
     def _single(self) -> list[Turn]:
         scene = self._scene()
@@ -84,7 +88,7 @@ class Writer:
 
     def _several(self, most: int) -> list[Turn]:
         count = min(most, self.rng.choice((2, 2, 2, 3, 3, 4)))
-        alike = self.rng.choice(("shape", "shape", "shapes", "word", "number")) if self.rng.random() < 0.5 else None
+        alike = self.rng.choice(_CONTENTS) if self.rng.random() < 0.5 else None
         scenes = [self._scene(alike) for _ in range(count)]
         turns = []
         for _ in range(self.rng.choice((1, 2, 3, 3))):
@@ -102,7 +106,7 @@ class Writer:
         return turns
 
     def _later(self) -> list[Turn]:
-        turns = []
+        turns: list[Turn] = []
         for _ in range(2):
             turn = self._single()[0]
             turn.kind = f"later-{turn.kind}" if turns else turn.kind

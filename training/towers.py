@@ -7,6 +7,8 @@ own modules and gives the same numbers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -74,7 +76,7 @@ class BatchedVision(nn.Module):
         return [level.view(shape) for level in (visual.merger(x), *levels)]
 
     @staticmethod
-    def _attend(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _attend(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, width = x.shape
         heads = attention.num_heads
         q, k, v = attention.qkv(x).view(batch, length, 3, heads, -1).unbind(2)
@@ -83,4 +85,5 @@ class BatchedVision(nn.Module):
         # Plain products: on CPUs the fused attention kernel's backward pass in bfloat16 is slow.
         scores = torch.matmul(q, k.transpose(2, 3)) * attention.scaling
         mixed = torch.matmul(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)
-        return attention.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        projected: Tensor = attention.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return projected

@@ -7,6 +7,7 @@ Everything follows from the seed; two single-threaded processes share each batch
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "src")]
 
@@ -74,7 +74,14 @@ def work(rank: int, options: argparse.Namespace) -> None:
     shared = {"seed": options.seed, "rank": rank, "log": log}
     if options.stage in ("vision", "all"):
         batch = options.vision_batch // options.processes
-        train_vision(model, steps=options.vision_steps, batch=batch, save=lambda: keep("vision"), **shared)
+        train_vision(
+            model,
+            steps=options.vision_steps,
+            stop=options.vision_stop,
+            batch=batch,
+            save=lambda: keep("vision"),
+            **shared,
+        )
         keep("vision")
     if options.stage == "whole":
         model.load_state_dict(torch.load(options.work / "vision.pt", weights_only=True))
@@ -99,6 +106,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--vision-steps", type=int, default=2400)
+    parser.add_argument("--vision-stop", type=int, default=2000, help="steps done before the second stage takes over")
     parser.add_argument("--vision-batch", type=int, default=64, help="pictures a step, over all processes")
     parser.add_argument("--whole-steps", type=int, default=3000)
     parser.add_argument("--whole-batch", type=int, default=48, help="conversations a step, over all processes")
@@ -107,7 +115,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options.rendezvous = os.path.join(folder, "rendezvous")
-        mp.spawn(work, (options,), nprocs=options.processes)
+        context = multiprocessing.get_context("spawn")
+        workers = [context.Process(target=work, args=(rank, options)) for rank in range(options.processes)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    if any(worker.exitcode for worker in workers):
+        sys.exit("a training process failed")
 
 
 if __name__ == "__main__":

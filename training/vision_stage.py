@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from parallel import Optimizers, Part
 from samples import draw_grid, draw_pixels
+from things import LocalHead, local_loss, local_score, local_truth
 from torch import Tensor, nn
 from towers import BatchedVision, Grid, to_patches
 from transformers import Qwen3VLForConditionalGeneration
@@ -39,8 +40,6 @@ _TASKS: tuple[tuple[str, int], ...] = (
 )
 
 
-_THINGS = {name: i + 1 for i, name in enumerate((*pictures.SHAPES, *_LETTERS, *"0123456789"))}
-_EMPTY_WEIGHT = 0.05  # patches without a centre are many
 _LOCAL_WEIGHT = 3.0
 _TEXT_WEIGHT = 0.4  # of each task on text: they come late, and until then their gradients are mostly noise
 
@@ -68,46 +67,30 @@ def labels(scene: pictures.Scene) -> list[int]:
 
 
 class Head(nn.Module):
-    """Linear classifiers over features resampled to a 5 x 5 grid; thrown away after the stage."""
+    """Linear classifiers of the whole picture over features resampled to a 5 x 5 grid."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.narrow = nn.Linear(width, 96)
         self.linear = nn.Linear(96 * _SIDE * _SIDE, sum(n for _, n in _TASKS))
-        self.local = nn.Linear(width, 4 * (len(_THINGS) + 1))
 
-    def forward(self, levels: list[Tensor], grid: Grid) -> tuple[list[Tensor], Tensor]:
-        """Map levels [B, N, H] to one [B, classes] a task, and to the things in patches [B, 4 * N, classes]."""
+    def forward(self, levels: list[Tensor], grid: Grid) -> list[Tensor]:
+        """Map levels [B, N, H] to one [B, classes] a task."""
         x = self.norm(torch.cat(levels, -1))
-        local = self.local(x).unflatten(2, (4, -1)).flatten(1, 2).float()
         x = self.narrow(x).transpose(1, 2).unflatten(2, grid).float()
         x = nn.functional.interpolate(x, (_SIDE, _SIDE), mode="bilinear", align_corners=True)
-        return list(self.linear(x.flatten(1)).float().split([n for _, n in _TASKS], -1)), local
-
-
-def _local_truth(marks: list[list[pictures.Mark]], grid: Grid) -> Tensor:
-    """Return each patch's share of things [B, 4 * N, classes], in the order of patches; class 0 is none."""
-    rows, columns = grid
-    truth = np.zeros((len(marks), rows * columns * 4, len(_THINGS) + 1), np.float32)
-    for picture, found in zip(truth, marks, strict=True):
-        for mark in found:
-            row, column = min(int(mark.y * rows * 2), rows * 2 - 1), min(int(mark.x * columns * 2), columns * 2 - 1)
-            cell = (row // 2) * columns + column // 2
-            picture[cell * 4 + row % 2 * 2 + column % 2, _THINGS[mark.name]] += 1
-    truth[:, :, 0] = truth.sum(-1) == 0
-    return torch.from_numpy(truth / truth.sum(-1, keepdims=True))
+        return list(self.linear(x.flatten(1)).float().split([n for _, n in _TASKS], -1))
 
 
 def _batch(rng: random.Random, size: int) -> tuple[Tensor, Tensor, Tensor, Grid]:
     grid = draw_grid(rng, small=0.7)
-    scenes = []
-    for _ in range(size):
-        content = rng.choice(("shape", "shapes", "word", "word", "number", "number"))
-        scenes.append(pictures.draw_scene(rng, content))
+    contents: tuple[pictures.Content, ...] = ("shape", "shapes", "word", "word", "number", "number")
+    scenes = [pictures.draw_scene(rng, rng.choice(contents)) for _ in range(size)]
     drawn = [draw_pixels(rng, scene, grid) for scene in scenes]
     truth = torch.tensor([labels(s) for s in scenes])
-    return to_patches(np.stack([p for p, _ in drawn])), truth, _local_truth([m for _, m in drawn], grid), grid
+    things = local_truth([(marks, grid) for _, marks in drawn])
+    return to_patches(np.stack([pixels for pixels, _ in drawn])), truth, things, grid
 
 
 def train_vision(
@@ -119,29 +102,35 @@ def train_vision(
     rank: int,
     log: Callable[[str], None],
     save: Callable[[], None],
+    stop: int,
 ) -> None:
-    """Train ``model.model.visual`` in place for ``steps`` steps of ``batch`` pictures a process."""
+    """Train ``model.model.visual`` in place for ``stop`` steps of ``batch`` pictures a process.
+
+    The learning rate falls as if there were ``steps``: the next stage goes on from where this one stops.
+    """
     torch.manual_seed(seed)
     rng = random.Random(f"vision {seed} {rank}")
     visual = model.model.visual
-    tower, head = BatchedVision(visual), Head(3 * visual.config.out_hidden_size)
-    optimizers = Optimizers([Part(visual, adam=1.5e-3, muon=4e-3), Part(head, adam=1.5e-3)])
+    width = 3 * visual.config.out_hidden_size
+    tower, head, local_head = BatchedVision(visual), Head(width), LocalHead(width)
+    optimizers = Optimizers(
+        [Part(visual, adam=1.5e-3, muon=4e-3), Part(head, adam=1.5e-3), Part(local_head, adam=1.5e-3)]
+    )
     right, seen = torch.zeros(len(_TASKS) + 1), torch.zeros(len(_TASKS) + 1)
     started = time.monotonic()
     drawing = 0.0
-    for step in range(steps):
+    for step in range(stop):
         for _ in range(2):  # two grids a step, so that no step sees one size only
             before = time.monotonic()
             patches, truth, things, grid = _batch(rng, batch // 2)
             drawing += time.monotonic() - before
             with torch.autocast("cpu", torch.bfloat16):
-                outputs, local = head(tower(patches, grid), grid)
-            weight = torch.where(things[:, :, 0] > 0, _EMPTY_WEIGHT, 1.0)
-            named = nn.functional.cross_entropy(local.flatten(0, 1), things.flatten(0, 1), reduction="none")
-            losses = [_LOCAL_WEIGHT * (named * weight.flatten()).sum()]
-            spots = things[:, :, 0] == 0
-            right[-1] += things[spots].gather(1, local[spots].argmax(-1, keepdim=True)).gt(0).sum()
-            seen[-1] += spots.sum()
+                levels = tower(patches, grid)
+                outputs, local = head(levels, grid), local_head([level.flatten(0, 1) for level in levels])
+            losses = [_LOCAL_WEIGHT * local_loss(local, things)]
+            named, spots = local_score(local, things)
+            right[-1] += named
+            seen[-1] += spots
             for i, output in enumerate(outputs):
                 known = truth[:, i] != _IGNORE
                 if known.any():
@@ -149,7 +138,7 @@ def train_vision(
                     losses.append(loss * (_TEXT_WEIGHT if _TASKS[i][0].startswith(("word", "letter", "digit")) else 1))
                     right[i] += (output[known].argmax(-1) == truth[known, i]).sum()
                     seen[i] += known.sum()
-            (torch.stack(losses).sum() / batch).backward()
+            torch.autograd.backward(torch.stack(losses).sum() / batch)
         optimizers.step(step, steps)
         if (step + 1) % 200 == 0:
             names = (*(n for n, _ in _TASKS), "thing")

@@ -13,11 +13,14 @@ from conversations import IGNORE, Batch, Encoded, Encoder, Writer, collate
 from parallel import Optimizers, Part
 from recipe import ID
 from samples import draw_grid
+from things import LocalHead, local_loss, local_score, local_truth
 from torch import Tensor, nn
 from towers import BatchedVision, Grid, to_patches
 from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
 _POOL = 3  # batches drawn at a time
+_LOCAL_WEIGHT = 0.5
+_FADE = 0.8  # share of the steps after which the local loss has faded out
 
 
 def encode_pictures(tower: BatchedVision, batch: Batch) -> list[Tensor]:
@@ -40,13 +43,17 @@ def encode_pictures(tower: BatchedVision, batch: Batch) -> list[Tensor]:
     return [torch.cat(level)[order] for level in zip(*parts, strict=True)]
 
 
-def logits(model: Qwen3VLForConditionalGeneration, tower: BatchedVision, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return logits [n, V] and targets [n] of all answer tokens, row by row."""
+def logits(
+    model: Qwen3VLForConditionalGeneration, tower: BatchedVision, batch: Batch
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return logits [n, V] and targets [n] of all answer tokens, row by row, and the pictures' levels."""
     inputs = model.get_input_embeddings()(batch.ids)
     deep: dict[str, object] = {}
+    seen: list[Tensor] = []
     if batch.pictures:
         visible = batch.ids == ID["<|image_pad|>"]
-        merged, *levels = encode_pictures(tower, batch)
+        seen = encode_pictures(tower, batch)
+        merged, *levels = seen
         inputs = inputs.masked_scatter(visible[:, :, None], merged.to(inputs.dtype))
         deep = {"visual_pos_masks": visible, "deepstack_visual_embeds": levels}
     hidden = model.model.language_model(
@@ -54,7 +61,7 @@ def logits(model: Qwen3VLForConditionalGeneration, tower: BatchedVision, batch: 
     ).last_hidden_state
     targets = batch.targets[:, 1:]
     answered = targets != IGNORE
-    return model.lm_head(hidden[:, :-1][answered]), targets[answered]
+    return model.lm_head(hidden[:, :-1][answered]), targets[answered], seen
 
 
 def _right(batch: Batch, guesses: Tensor, targets: Tensor, tally: dict[str, list[int]]) -> None:
@@ -82,8 +89,11 @@ def train_whole(
     torch.manual_seed(seed)
     rng = random.Random(f"whole {seed} {rank}")
     tower, encode = BatchedVision(model.model.visual), Encoder(tokenizer)
-    vision = Part(model.model.visual, adam=4e-4, muon=1e-3)
-    optimizers = Optimizers([vision, Part(model.model.language_model, adam=1.5e-3, muon=4e-3)])
+    local_head = LocalHead(3 * model.config.vision_config.out_hidden_size)
+    vision, language = model.model.visual, model.model.language_model
+    optimizers = Optimizers(
+        [Part(vision, adam=6e-4, muon=2e-3), Part(language, adam=1.5e-3, muon=4e-3), Part(local_head, adam=1.5e-3)]
+    )
     ready: list[list[Encoded]] = []
     tally: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     started, drawing, total = time.monotonic(), 0.0, 0.0
@@ -99,11 +109,20 @@ def train_whole(
         data = collate(ready.pop())
         drawing += time.monotonic() - before
         with torch.autocast("cpu", torch.bfloat16):
-            scores, targets = logits(model, tower, data)
+            scores, targets, seen = logits(model, tower, data)
+            local = local_head(seen) if seen else None
         loss = nn.functional.cross_entropy(scores.float(), targets)
-        loss.backward()
-        optimizers.step(step, steps)
         total += loss.item()
+        if local is not None:
+            # Naming what lies where goes on for a while: answers alone teach the tower few things a picture.
+            truth = local_truth([(p.marks, p.grid) for p in data.pictures])
+            things = local_score(local, truth)
+            tally["thing"][0] += things[0]
+            tally["thing"][1] += things[1]
+            fade = max(0.0, 1 - step / (_FADE * steps))
+            loss = loss + _LOCAL_WEIGHT * fade * local_loss(local, truth) / things[1]
+        torch.autograd.backward(loss)
+        optimizers.step(step, steps)
         _right(data, scores.argmax(-1), targets, tally)
         if (step + 1) % 150 == 0:
             share = [f"{kind} {100 * a / b:.0f}" for kind, (a, b) in sorted(tally.items())]

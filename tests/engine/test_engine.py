@@ -136,10 +136,10 @@ async def test_many_requests_at_once_are_answered_as_one_by_one(start, encoder):
 
 async def test_preemption_changes_no_answer(start):
     roomy = start(Role.AGGREGATED)
-    tight = start(Role.AGGREGATED, kv_cache_bytes=roomy_bytes(roomy, tokens=96), max_model_len=96, block_size=4)
+    tight = start(Role.AGGREGATED, kv_cache_bytes=roomy_bytes(roomy, tokens=144), max_model_len=144, block_size=4)
     messages = [(name, A) for name in ("abc", "def", "ghi", "jkl")]
-    expected = [(await roomy.ask(*parts, max_tokens=24)).token_ids for parts in messages]
-    answers = await asyncio.gather(*[tight.ask(*parts, max_tokens=24) for parts in messages])
+    expected = [(await roomy.ask(*parts, max_tokens=32)).token_ids for parts in messages]
+    answers = await asyncio.gather(*[tight.ask(*parts, max_tokens=32) for parts in messages])
     assert [answer.token_ids for answer in answers] == expected
     assert tight.engine.stats().preemptions > 0
     assert tight.is_empty()

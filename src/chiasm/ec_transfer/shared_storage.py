@@ -85,7 +85,7 @@ class SharedStorageConnector(ECConnector):
         path = _usable_folder(config.shared_storage_path)
         self._folder = BoundedFolder(path, config.max_bytes, self._count_eviction)
         self._mapped = files_may_be_mapped(path)
-        self._lock = threading.Lock()  # of the stats and the three tables: producers save from several threads
+        self._lock = threading.Lock()  # of the stats and of the tables: producers save and probe from several threads
         self._headers: OrderedDict[str, Known] = OrderedDict()
         self._verified: OrderedDict[str, Signature] = OrderedDict()
         self._rejected: OrderedDict[str, Signature] = OrderedDict()
@@ -119,7 +119,8 @@ class SharedStorageConnector(ECConnector):
             return True
         entry = self._find(identifier)
         if entry is not None and self.is_consumer:
-            _remember(self._held, identifier, entry, _MAX_HELD)
+            with self._lock:
+                _remember(self._held, identifier, entry, _MAX_HELD)
         return entry is not None
 
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:

@@ -26,6 +26,8 @@ from chiasm.media.config import MediaConfig
 _CHUNK_BYTES = 64 << 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SHOWN_CHARACTERS = 100
+_DATA_HEADER_BYTES = 1024
+"""What of a data: URL may come before its comma."""
 _base64 = msgspec.json.Decoder(bytes)
 
 
@@ -81,13 +83,15 @@ class Fetcher:
 
     def decode_data_url(self, url: bytes) -> bytes:
         """The bytes that a ``data:…;base64,…`` URL holds; the limit is checked before they are decoded."""
-        header, comma, payload = url.partition(b",")
-        if not comma or not header[:5].lower() == b"data:" or not header.lower().endswith(b";base64"):
+        comma = url.find(b",", 0, _DATA_HEADER_BYTES)
+        header = url[: max(comma, 0)].lower()
+        if not header.startswith(b"data:") or not header.endswith(b";base64"):
             raise MediaError("a data: URL must look like data:image/png;base64,…", code="invalid_url")
-        self._check_size(len(payload) // 4 * 3 - payload[-2:].count(b"="))
+        payload = memoryview(url)[comma + 1 :]
+        self._check_size(len(payload) // 4 * 3 - url[-2:].count(b"="))
         try:
             # msgspec decodes base64 in a third of the time that the standard library needs.
-            return _base64.decode(b'"' + payload + b'"')
+            return _base64.decode(b'"%b"' % payload)
         except msgspec.MsgspecError:
             raise MediaError("the data: URL does not hold valid base64", code="invalid_base64") from None
 

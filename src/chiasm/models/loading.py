@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from safetensors import SafetensorError
 from torch import nn
 
 from chiasm.errors import ConfigurationError, UnsupportedModelError
@@ -42,7 +43,7 @@ def load_role(
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ConfigurationError(f"{checkpoint.folder} cannot be loaded: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ConfigurationError(

@@ -101,8 +101,10 @@ def _item_of_data_url(fetcher: Fetcher, url: bytes, fingerprint: str, salt: str)
     info = inspect(data, fetcher.config)
     name = identifier(data, fingerprint=fingerprint, salt=salt)
     # What the file is, is said by its bytes: the client's word for it goes no further.
-    plain = b"data:%b;base64,%b" % (info.media_type.encode(), url.partition(b",")[2])
-    return Item(name, info.height, info.width, plain, fetched=False)
+    header = b"data:%b;base64," % info.media_type.encode()
+    if not url.startswith(header):
+        url = header + url[url.index(b",") + 1 :]
+    return Item(name, info.height, info.width, url, fetched=False)
 
 
 def _item_of_bytes(fetcher: Fetcher, data: bytes, fingerprint: str, salt: str) -> Item:

@@ -164,10 +164,11 @@ def _media_part(part: _Part) -> MediaPart:
 
 def _text_of(raw: Raw) -> bytes:
     """A JSON string's characters, without a decoding pass where there is nothing to decode."""
-    quoted = bytes(raw)
+    quoted = memoryview(raw)
     if quoted[:1] != b'"':
         raise InvalidRequestError("the url of an image_url part must be a string", param="messages")
-    return quoted[1:-1] if b"\\" not in quoted else _string.decode(quoted).encode(errors="replace")
+    text = bytes(quoted[1:-1])
+    return text if b"\\" not in text else _string.decode(raw).encode(errors="replace")
 
 
 def _string_or_none(raw: Raw | UnsetType) -> str | None:

@@ -14,6 +14,7 @@ from aiohttp.abc import AbstractResolver
 from chiasm.errors import ConfigurationError
 from chiasm.proxy.app import create_app
 from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.memory import recycle_large_buffers
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 2
@@ -29,6 +30,7 @@ def run(
     base URL when connections are taken and each instance has been asked once. Raises ConfigurationError if the address
     cannot be bound.
     """
+    recycle_large_buffers()
     listener = sock or bind(config.host, config.port)
     server = ProxyServer(config)
 

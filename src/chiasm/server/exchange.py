@@ -12,12 +12,12 @@ import itertools
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestError, OverloadedError, PayloadTooLargeError
+from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestError, PayloadTooLargeError
 from chiasm.server import errors, sse
 from chiasm.server.instance import Instance
 from chiasm.server.timing import ServerTiming
@@ -49,6 +49,8 @@ class Exchange:
         """Unique in this process, also where clients repeat their ids."""
         self.created = int(time.time())
         """Unix time, as answers carry it."""
+        self._task: asyncio.Task[object] | None = None
+        self._interruption: Exception | None = None
         self._receive = receive
         self._send = send
         self._streaming = False
@@ -147,29 +149,40 @@ class Exchange:
         message: Message = {"type": "http.response.start", "status": status, "headers": raw}
         await self._send(message)
 
-    # ---- the client --------------------------------------------------------------------------------------------------
+    # ---- interruption ------------------------------------------------------------------------------------------------
+
+    def interrupt(self, reason: Exception) -> None:
+        """Break off what answers the request; it ends with ``reason``."""
+        if self._task is not None and self._interruption is None:
+            self._interruption = reason
+            self._task.cancel()
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """The block that ``interrupt`` breaks off."""
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._interruption is not None and self._task.uncancel() == 0:
+                raise self._interruption from None
+            raise
+        finally:
+            self._task = None
 
     @contextlib.asynccontextmanager
-    async def cancelled_on_disconnect(self) -> AsyncIterator[None]:
-        """A block that is cancelled, and ends with _ClientLeftError, when the client closes its connection."""
-        task = asyncio.current_task()
-        assert task is not None
-        left = False
+    async def watched(self) -> AsyncIterator[None]:
+        """A block that is interrupted when the client closes its connection; the body has been read."""
 
         async def watch() -> None:
-            nonlocal left
             while (await self._receive())["type"] != "http.disconnect":
                 pass
-            left = True
-            task.cancel()
+            self.interrupt(_ClientLeftError())
 
         watcher = asyncio.create_task(watch())
         try:
             yield
-        except asyncio.CancelledError:
-            if left and task.uncancel() == 0:
-                raise _ClientLeftError from None
-            raise
         finally:
             watcher.cancel()
 
@@ -195,10 +208,6 @@ class Endpoint:
             await self._answer(exchange)
         except _ClientLeftError:
             left = True
-        except asyncio.CancelledError:
-            if self._instance.stopping:
-                await _fail(exchange, OverloadedError("This instance is stopping.", code="stopping"))
-            raise
         except Exception as error:
             await _fail(exchange, errors.as_chiasm_error(error))
         finally:
@@ -211,9 +220,9 @@ class Endpoint:
     async def _answer(self, exchange: Exchange) -> None:
         self._instance.check_ready()
         exchange.read_deadline()
-        with self._instance.admitted():
+        with self._instance.admitted(exchange), exchange.interruptible():
             await exchange.read_body()
-            async with exchange.until_deadline(GRACE_SECONDS), exchange.cancelled_on_disconnect():
+            async with exchange.until_deadline(GRACE_SECONDS), exchange.watched():
                 await self._handler(exchange)
 
 

@@ -17,6 +17,7 @@ from chiasm.server.metrics import Metrics
 if TYPE_CHECKING:
     from chiasm.engine.encoder import EncoderEngine
     from chiasm.engine.engine import LanguageEngine
+    from chiasm.server.exchange import Exchange
 
     Engine: TypeAlias = LanguageEngine | EncoderEngine
 
@@ -42,7 +43,7 @@ class Instance:
         self.metrics = Metrics(self)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="chiasm-server")
         self._fetcher: Fetcher | None = None
-        self._inflight_requests = 0
+        self._exchanges: set[Exchange] = set()
         self._inflight_body_bytes = 0
 
     # ---- state -------------------------------------------------------------------------------------------------------
@@ -123,17 +124,22 @@ class Instance:
     # ---- bounds ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def admitted(self) -> Iterator[None]:
+    def admitted(self, exchange: Exchange) -> Iterator[None]:
         """Hold one of the places for requests. Raises OverloadedError when all are taken."""
-        if self._inflight_requests >= self.config.max_inflight_requests:
+        if len(self._exchanges) >= self.config.max_inflight_requests:
             raise OverloadedError(
-                f"This instance is answering {self._inflight_requests} requests already; try again later."
+                f"This instance is answering {len(self._exchanges)} requests already; try again later."
             )
-        self._inflight_requests += 1
+        self._exchanges.add(exchange)
         try:
             yield
         finally:
-            self._inflight_requests -= 1
+            self._exchanges.remove(exchange)
+
+    def interrupt_all(self) -> None:
+        """Break off all requests, since the instance stops."""
+        for exchange in list(self._exchanges):
+            exchange.interrupt(OverloadedError("This instance is stopping.", code="stopping"))
 
     def hold_body_bytes(self, num_bytes: int) -> None:
         """Count bytes of a body that is kept; a negative number gives them back. Raises OverloadedError."""

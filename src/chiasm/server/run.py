@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GRACE_SECONDS = 1
+GRACE_SECONDS = 0.5
 """After the signal to stop, in which open requests may still end by themselves."""
+DRAIN_SECONDS = 1
+"""In which all connections must then be closed."""
 ENGINE_STOP_SECONDS = 1.0
 """For the engine's current step."""
 KEEP_ALIVE_SECONDS = 75
@@ -106,7 +109,7 @@ class _Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=GRACE_SECONDS,
+                timeout_graceful_shutdown=DRAIN_SECONDS,
                 backlog=BACKLOG,
             )
         )
@@ -115,6 +118,10 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._instance.stopping = True
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._instance.interrupt_all)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
