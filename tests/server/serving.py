@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import uvicorn
 from starlette.types import ASGIApp
 
-from chiasm.server.run import bind
+from chiasm.server.process import bind
 
 
 @contextlib.contextmanager

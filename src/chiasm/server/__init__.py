@@ -7,6 +7,6 @@ and ``chunks``, or one answer. On an encoder ``chat`` leads to ``encode``.
 
 from chiasm.server.app import create_app
 from chiasm.server.config import ServerConfig
-from chiasm.server.run import run
+from chiasm.server.process import run
 
 __all__ = ["ServerConfig", "create_app", "run"]

@@ -21,7 +21,7 @@ from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine import EngineConfig, Role
 from chiasm.errors import ConfigurationError
 from chiasm.server import ServerConfig, run
-from chiasm.server.run import bind
+from chiasm.server.process import bind
 from tests.server.pictures import chat
 from tests.server.serving import get, post
 
