@@ -128,8 +128,13 @@ class BoundedFolder:
         with self._locked() as usage:
             self._evict(usage, self.max_bytes - size_bytes)
             descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            os.ftruncate(descriptor, size_bytes)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                os.ftruncate(descriptor, size_bytes)
+            except BaseException:
+                os.close(descriptor)
+                os.unlink(unfinished)
+                raise
             usage.used_bytes += size_bytes
             return descriptor
 

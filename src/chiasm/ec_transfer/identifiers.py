@@ -18,5 +18,9 @@ def check_identifier(identifier: str) -> str:
     """
     if isinstance(identifier, str) and _IDENTIFIER.fullmatch(identifier):
         return identifier
-    shown = repr(identifier[:_SHOWN_CHARACTERS]) if isinstance(identifier, str) else type(identifier).__name__
+    shown = (
+        repr(identifier[:_SHOWN_CHARACTERS])[:_SHOWN_CHARACTERS]
+        if isinstance(identifier, str)
+        else type(identifier).__name__
+    )
     raise InvalidRequestError(f"an item's identifier must be 64 lower-case hex digits, not {shown}", param="uuid")

@@ -1,0 +1,197 @@
+"""A file that is torn, foreign or of another model counts as missing, is counted and removed, and harms nobody."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from chiasm.ec_transfer import ECConnectorMetadata, ECTransferRole
+from chiasm.ec_transfer.entry_file import HEADER_BYTES
+
+from .instance import Instance, Item, Request, config_for, embedding_of, entry_path, identifier_of
+
+ROWS = 40  # two and a half pages
+
+
+@pytest.fixture
+def identifier(encoder: Instance) -> str:
+    return encoder.encode("a", embedding_of("a", ROWS, 128))
+
+
+def corrupt_entries(pd: Instance) -> int:
+    return pd.scheduler.stats.corrupt_entries + pd.worker.stats.corrupt_entries
+
+
+def assert_counts_as_missing(pd: Instance, folder: Path, identifier: str) -> None:
+    """The step goes on without the entry, the file is gone and counted, and the entry can be published again."""
+    assert pd.load(identifier) is None
+    assert not pd.scheduler.has_cache_item(identifier)
+    assert not entry_path(folder, identifier).exists()
+    assert corrupt_entries(pd) == 1
+
+    encoder = Instance(config_for(folder, ECTransferRole.PRODUCER))
+    encoder.encoder_cache[identifier] = embedding_of("again")
+    encoder.worker.save_caches(encoder.encoder_cache, identifier)
+    loaded = pd.load(identifier)
+    assert loaded is not None
+    assert torch.equal(loaded, embedding_of("again"))
+
+
+def rewrite(path: Path, change: Callable[[bytearray], None]) -> None:
+    raw = bytearray(path.read_bytes())
+    change(raw)
+    path.write_bytes(raw)
+
+
+def zero(raw: bytearray, start: int, stop: int) -> None:
+    raw[start:stop] = bytes(stop - start)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda raw: raw.clear(), id="empty"),
+        pytest.param(lambda raw: zero(raw, 0, len(raw)), id="all zeros"),
+        pytest.param(lambda raw: zero(raw, 0, HEADER_BYTES), id="header lost"),
+        pytest.param(lambda raw: zero(raw, HEADER_BYTES, len(raw)), id="data lost"),
+        pytest.param(lambda raw: zero(raw, 2 * HEADER_BYTES, 3 * HEADER_BYTES), id="page lost"),
+        pytest.param(lambda raw: raw.__setitem__(-1, raw[-1] ^ 1), id="last bit flipped"),
+        pytest.param(
+            lambda raw: raw.__setitem__(HEADER_BYTES + 4321, raw[HEADER_BYTES + 4321] ^ 128), id="bit flipped"
+        ),
+        pytest.param(lambda raw: raw.extend(bytes(1)), id="too long"),
+        pytest.param(lambda raw: raw.__delitem__(slice(-1, None)), id="too short"),
+        pytest.param(lambda raw: raw.__delitem__(slice(100, None)), id="header torn"),
+        pytest.param(lambda raw: raw.__setitem__(slice(0, 8), b"\xff" * 8), id="absurd header length"),
+        pytest.param(lambda raw: raw.__setitem__(slice(None), raw.replace(b"[40,128]", b"[80,064]")), id="other shape"),
+        pytest.param(lambda raw: raw.__setitem__(slice(None), raw.replace(b"[40,128]", b"[128,40]")), id="turned"),
+        pytest.param(lambda raw: raw.__setitem__(slice(None), raw.replace(b'"BF16"', b'"I16" ')), id="other dtype"),
+        pytest.param(
+            lambda raw: raw.__setitem__(slice(None), raw.replace(b"chiasm.ec/1", b"chiasm.ec/2")), id="version"
+        ),
+        pytest.param(lambda raw: raw.__setitem__(slice(None), raw.replace(b'"5eed"', b'"0ddd"')), id="other model"),
+    ],
+)
+def test_a_damaged_file(pd: Instance, folder: Path, identifier: str, change: Callable[[bytearray], None]) -> None:
+    rewrite(entry_path(folder, identifier), change)
+    assert_counts_as_missing(pd, folder, identifier)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_file_cut_off_at_any_byte(encoder: Instance, pd: Instance, folder: Path, data: st.DataObject) -> None:
+    identifier = identifier_of("a")
+    encoder.encode("a")
+    path = entry_path(folder, identifier)
+    os.truncate(path, data.draw(st.integers(0, path.stat().st_size - 1)))
+    assert pd.load(identifier) is None
+    assert not path.exists()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_file_with_one_byte_changed(encoder: Instance, pd: Instance, folder: Path, data: st.DataObject) -> None:
+    identifier = encoder.encode("a")
+    path = entry_path(folder, identifier)
+    place = data.draw(st.integers(0, path.stat().st_size - 1))
+    rewrite(path, lambda raw: raw.__setitem__(place, raw[place] ^ data.draw(st.integers(1, 255))))
+    assert pd.load(identifier) is None
+    assert not path.exists()
+
+
+def test_the_entry_of_another_item_under_this_ones_name(
+    encoder: Instance, pd: Instance, folder: Path, identifier: str
+) -> None:
+    other = encoder.encode("b")
+    os.replace(entry_path(folder, other), entry_path(folder, identifier))
+    assert_counts_as_missing(pd, folder, identifier)
+
+
+def test_a_safetensors_file_of_another_program(pd: Instance, folder: Path, identifier: str) -> None:
+    save_file({"ec_cache": embedding_of("a", ROWS, 128)}, entry_path(folder, identifier))
+    assert_counts_as_missing(pd, folder, identifier)
+
+
+def test_an_entry_of_another_model(pd: Instance, folder: Path) -> None:
+    other_model = replace(config_for(folder, ECTransferRole.PRODUCER), fingerprint="0ddd")
+    assert_counts_as_missing(pd, folder, Instance(other_model).encode("b"))
+
+
+def test_a_pipe_makes_nobody_wait(pd: Instance, folder: Path, identifier: str) -> None:
+    entry_path(folder, identifier).unlink()
+    os.mkfifo(entry_path(folder, identifier))
+    assert_counts_as_missing(pd, folder, identifier)
+
+
+def test_a_symbolic_link_is_not_followed(encoder: Instance, pd: Instance, folder: Path, identifier: str) -> None:
+    path = entry_path(folder, identifier)
+    target = path.rename(folder.parent / "elsewhere")
+    path.symlink_to(target)
+    assert_counts_as_missing(pd, folder, identifier)
+    assert target.exists()
+
+
+def test_a_folder_in_an_entrys_place_is_left_there(pd: Instance, folder: Path) -> None:
+    identifier = identifier_of("a")
+    entry_path(folder, identifier).mkdir()
+    assert not pd.scheduler.has_cache_item(identifier)
+    assert not pd.scheduler.has_cache_item(identifier)
+    assert entry_path(folder, identifier).is_dir()
+    assert corrupt_entries(pd) == 1
+
+
+def test_a_damaged_item_harms_no_other_of_the_step(
+    encoder: Instance, pd: Instance, folder: Path, identifier: str
+) -> None:
+    other = encoder.encode("b")
+    rewrite(entry_path(folder, identifier), lambda raw: zero(raw, HEADER_BYTES, len(raw)))
+    pd.step(Request((Item(identifier), Item(other))))
+    assert list(pd.encoder_cache) == [other]
+    assert (pd.worker.stats.loads, pd.worker.stats.load_failures) == (1, 1)
+
+
+def test_damage_between_finding_and_loading_in_another_process(pd: Instance, folder: Path, identifier: str) -> None:
+    assert pd.schedule(Request((Item(identifier),))).loads == (identifier,)
+    rewrite(entry_path(folder, identifier), lambda raw: zero(raw, 0, len(raw)))
+    pd.execute(ECConnectorMetadata((identifier,)))
+    assert pd.encoder_cache == {}
+    assert pd.worker.stats.corrupt_entries == 1
+
+
+def test_damage_after_a_good_load_is_noticed(pd: Instance, folder: Path, identifier: str) -> None:
+    assert pd.load(identifier) is not None
+    rewrite(entry_path(folder, identifier), lambda raw: zero(raw, 2 * HEADER_BYTES, 3 * HEADER_BYTES))
+    assert_counts_as_missing(pd, folder, identifier)
+
+
+def test_a_good_file_that_took_the_bad_ones_place_is_not_removed(
+    encoder: Instance, pd: Instance, folder: Path, identifier: str
+) -> None:
+    path = entry_path(folder, identifier)
+    rewrite(path, lambda raw: zero(raw, HEADER_BYTES, len(raw)))
+    metadata = pd.schedule(Request((Item(identifier),)))  # holds the bad file
+    path.unlink()
+    encoder.worker.save_caches(encoder.encoder_cache, identifier)
+    pd.execute(metadata)
+    assert identifier not in pd.encoder_cache
+    assert pd.load(identifier) is not None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_bad_file_that_may_not_be_removed_is_counted_once(pd: Instance, folder: Path, identifier: str) -> None:
+    rewrite(entry_path(folder, identifier), lambda raw: raw.clear())
+    folder.chmod(0o500)
+    try:
+        assert not pd.scheduler.has_cache_item(identifier)
+        assert not pd.scheduler.has_cache_item(identifier)
+    finally:
+        folder.chmod(0o700)
+    assert corrupt_entries(pd) == 1

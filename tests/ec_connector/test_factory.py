@@ -1,0 +1,100 @@
+"""The factory imports a connector when it is asked for, and says what is wrong with a name that it cannot serve."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole, ECTransferConfig
+from chiasm.ec_transfer.shared_storage import SharedStorageConnector
+from chiasm.errors import ConfigurationError
+
+from .instance import config_for
+
+OUT_OF_TREE = """
+from chiasm.ec_transfer import ECConnector, ECConnectorMetadata
+
+class MemoryConnector(ECConnector):
+    def has_cache_item(self, identifier): return False
+    def update_state_after_alloc(self, request, index): pass
+    def build_connector_meta(self): return ECConnectorMetadata()
+    def start_load_caches(self, encoder_cache): pass
+    def save_caches(self, encoder_cache, mm_hash): pass
+
+class NoConnector: pass
+"""
+
+
+@pytest.fixture
+def out_of_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "memory_connector.py").write_text(OUT_OF_TREE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "memory_connector"
+    sys.modules.pop("memory_connector", None)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ECConnectorFactory, "_registry", dict(ECConnectorFactory._registry))
+
+
+def test_importing_the_package_loads_neither_torch_nor_a_connector() -> None:
+    code = (
+        "import sys, chiasm.ec_transfer\n"
+        "loaded = {'torch', 'numpy', 'chiasm.ec_transfer.shared_storage'} & set(sys.modules)\n"
+        "sys.exit(str(loaded) if loaded else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("role", ECConnectorRole)
+def test_makes_the_reference_connector_by_name(folder: Path, role: ECConnectorRole) -> None:
+    connector = ECConnectorFactory.create_connector(config_for(folder), role)
+    assert type(connector) is SharedStorageConnector
+    assert connector.role is role
+
+
+def test_makes_a_connector_from_the_module_that_the_configuration_names(out_of_tree: str) -> None:
+    config = ECTransferConfig(connector="MemoryConnector", connector_module_path=out_of_tree)
+    connector = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
+    assert type(connector).__name__ == "MemoryConnector"
+    assert connector.store_id() == ""
+
+
+def test_a_named_module_is_preferred_to_a_registered_name(out_of_tree: str) -> None:
+    config = ECTransferConfig(connector="SharedStorageConnector", connector_module_path=out_of_tree)
+    with pytest.raises(ConfigurationError, match="no class 'SharedStorageConnector'"):
+        ECConnectorFactory.get_connector_class(config)
+
+
+def test_imports_a_registered_connector_only_when_asked_for(out_of_tree: str, registry: None) -> None:
+    ECConnectorFactory.register_connector("Mine", out_of_tree, "MemoryConnector")
+    assert out_of_tree not in sys.modules
+    assert issubclass(ECConnectorFactory.get_connector_class(ECTransferConfig(connector="Mine")), ECConnector)
+    assert out_of_tree in sys.modules
+
+
+def test_a_name_is_registered_once(registry: None) -> None:
+    with pytest.raises(ConfigurationError, match="registered already"):
+        ECConnectorFactory.register_connector("SharedStorageConnector", "anything", "Anything")
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ConfigurationError, match=r"'Pigeon'.*SharedStorageConnector"):
+        ECConnectorFactory.get_connector_class(ECTransferConfig(connector="Pigeon"))
+
+
+def test_a_module_that_cannot_be_imported_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="no_such_module"):
+        ECConnectorFactory.get_connector_class(ECTransferConfig(connector_module_path="no_such_module"))
+
+
+def test_a_class_that_is_no_connector_is_refused(out_of_tree: str) -> None:
+    config = ECTransferConfig(connector="NoConnector", connector_module_path=out_of_tree)
+    with pytest.raises(ConfigurationError, match="subclass of ECConnector"):
+        ECConnectorFactory.get_connector_class(config)

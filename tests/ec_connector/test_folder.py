@@ -1,0 +1,421 @@
+"""The folder stays within its bound, the least recently used entry goes first, and a failing disk costs an entry."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chiasm.ec_transfer import ECTransferRole
+from chiasm.errors import ConfigurationError, StorageError
+
+from .instance import Instance, config_for, embedding_of, entry_path, identifier_of
+
+DATA_BYTES = embedding_of("a").nbytes
+ENTRY_BYTES = 4096 + DATA_BYTES
+
+
+def room_for(folder: Path, entries: int, role: ECTransferRole = ECTransferRole.BOTH) -> Instance:
+    return Instance(config_for(folder, role, max_bytes=entries * ENTRY_BYTES))
+
+
+def entries_in(folder: Path, names: str) -> str:
+    return "".join(name for name in names if entry_path(folder, identifier_of(name)).exists())
+
+
+def unfinished_in(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+def counted_bytes(folder: Path) -> int:
+    return int((folder / ".usage").read_text())
+
+
+def stored_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def not_used_for(folder: Path, name: str, seconds: int) -> None:
+    path = entry_path(folder, identifier_of(name))
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns - seconds * 10**9, status.st_mtime_ns))
+
+
+# ---- the bound -----------------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_entries_make_room(folder: Path) -> None:
+    instance = room_for(folder, 3)
+    for name in "abcde":
+        instance.encode(name)
+    assert entries_in(folder, "abcde") == "cde"
+    assert (instance.worker.stats.evictions, instance.worker.stats.evicted_bytes) == (2, 2 * ENTRY_BYTES)
+    assert counted_bytes(folder) == stored_bytes(folder) == 3 * ENTRY_BYTES
+
+
+def test_the_bound_is_kept_over_many_saves(folder: Path) -> None:
+    instance = room_for(folder, 5)
+    for name in range(60):
+        instance.encode(name, embedding_of(name, rows=1 + name % 7))
+        assert stored_bytes(folder) <= instance.worker.config.max_bytes
+    assert counted_bytes(folder) == stored_bytes(folder)
+    assert stored_bytes(folder) > instance.worker.config.max_bytes - 2 * ENTRY_BYTES
+
+
+@pytest.mark.parametrize("use", ["find", "load"])
+def test_an_entry_in_use_is_kept_and_one_that_is_not_goes(folder: Path, use: str) -> None:
+    instance = room_for(folder, 3)
+    for age, name in [(30, "a"), (20, "b"), (10, "c")]:
+        instance.encode(name)
+        not_used_for(folder, name, age)
+    another = room_for(folder, 3, ECTransferRole.CONSUMER)
+    if use == "find":
+        assert another.scheduler.has_cache_item(identifier_of("a"))
+    else:
+        assert another.load(identifier_of("a")) is not None
+    instance.encode("d")
+    assert entries_in(folder, "abcd") == "acd"
+
+
+def test_saving_what_exists_counts_as_use(folder: Path) -> None:
+    instance = room_for(folder, 2)
+    for age, name in [(20, "a"), (10, "b")]:
+        instance.encode(name)
+        not_used_for(folder, name, age)
+    instance.encode("a")
+    instance.encode("c")
+    assert entries_in(folder, "abc") == "ac"
+
+
+def test_a_use_after_the_scan_for_candidates_counts(folder: Path) -> None:
+    instance = room_for(folder, 4)
+    for age, name in [(40, "a"), (30, "b"), (20, "c"), (10, "d")]:
+        instance.encode(name)
+        not_used_for(folder, name, age)
+    instance.encode("e")  # scans, evicts a, has b, c, d in line
+    assert instance.load(identifier_of("b")) is not None
+    instance.encode("f")
+    assert entries_in(folder, "abcdef") == "bdef"
+
+
+def test_what_another_writer_published_is_bounded_too(folder: Path) -> None:
+    one, other = room_for(folder, 3), room_for(folder, 3)
+    for name in range(12):
+        (one, other)[name % 2].encode(name)
+    assert stored_bytes(folder) == counted_bytes(folder) == 3 * ENTRY_BYTES
+    assert one.worker.stats.evictions + other.worker.stats.evictions == 9
+
+
+def test_a_folder_that_holds_too_much_is_made_to_fit_at_start(folder: Path) -> None:
+    large = room_for(folder, 4)
+    for age, name in [(40, "a"), (30, "b"), (20, "c"), (10, "d")]:
+        large.encode(name)
+        not_used_for(folder, name, age)
+    room_for(folder, 2)
+    assert entries_in(folder, "abcd") == "cd"
+
+
+def test_an_entry_larger_than_the_bound_is_refused(folder: Path) -> None:
+    instance = room_for(folder, 1)
+    instance.encode("a")
+    with pytest.raises(StorageError, match="raise max_bytes"):
+        instance.encode("b", embedding_of("b", rows=5))
+    assert entries_in(folder, "ab") == "a"
+    assert instance.worker.stats.save_failures == 1
+
+
+def test_files_of_others_are_neither_counted_nor_removed(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    others = [folder / "README", folder / "model.safetensors", folder / ("A" * 64 + ".safetensors")]
+    for path in others:
+        path.write_bytes(bytes(10 * ENTRY_BYTES))
+    instance = room_for(folder, 1)
+    instance.encode("a")
+    instance.encode("b")
+    assert all(path.exists() for path in others)
+    assert entries_in(folder, "ab") == "b"
+
+
+def test_a_reader_keeps_what_is_evicted_under_it(folder: Path) -> None:
+    instance = room_for(folder, 1)
+    loaded = instance.load(instance.encode("a"))
+    for name in "bcd":
+        instance.encode(name)
+    assert loaded is not None
+    assert torch.equal(loaded, embedding_of("a"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no number", b"99999999999999999999"])
+def test_a_spoilt_count_is_mended(folder: Path, content: bytes) -> None:
+    instance = room_for(folder, 3)
+    instance.encode("a")
+    (folder / ".usage").write_bytes(content)
+    for name in "bcde":
+        instance.encode(name)
+    assert entries_in(folder, "abcde") == "cde"
+    assert counted_bytes(folder) == stored_bytes(folder)
+
+
+def test_entries_that_someone_deleted_are_not_missed(folder: Path) -> None:
+    instance = room_for(folder, 3)
+    for name in "abc":
+        instance.encode(name)
+        entry_path(folder, identifier_of(name)).unlink()
+    for name in "def":
+        instance.encode(name)
+    assert entries_in(folder, "def") == "def"
+    assert instance.worker.stats.evictions == 0
+
+
+# ---- unfinished files ----------------------------------------------------------------------------------------------
+
+
+def test_what_a_dead_writer_left_is_removed_at_start_and_what_a_living_one_writes_is_not(folder: Path) -> None:
+    room_for(folder, 3)
+    dead = folder / f"{identifier_of('dead')}.{'0' * 16}.tmp"
+    living = folder / f"{identifier_of('living')}.{'1' * 16}.tmp"
+    for path in (dead, living):
+        path.write_bytes(bytes(ENTRY_BYTES))
+    with living.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        instance = room_for(folder, 3)
+        assert not dead.exists()
+        assert living.exists()
+        for name in "abc":
+            instance.encode(name)  # what is being written takes its part of the room
+        assert entries_in(folder, "abc") == "bc"
+
+
+# ---- a disk that fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[int]], None]:
+    """Let writes fail with these errors, one after the other and half-way, and work when there are no more."""
+    write = os.pwritev
+
+    def set_failures(failures: Iterator[int]) -> None:
+        def failing_write(descriptor: int, buffers: list[Any], offset: int) -> int:
+            if offset == 0:
+                return write(descriptor, [buffers[0], buffers[1][: DATA_BYTES // 2]], 0)
+            error = next(failures, 0)
+            if error:
+                raise OSError(error, os.strerror(error))
+            return write(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, "pwritev", failing_write)
+
+    return set_failures
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_evicts_and_tries_again(folder: Path, disk: Callable[..., None], error: int) -> None:
+    instance = room_for(folder, 10)
+    for age, name in [(30, "a"), (20, "b"), (10, "c")]:
+        instance.encode(name)
+        not_used_for(folder, name, age)
+    disk(iter([error]))
+    loaded = instance.load(instance.encode("d"))
+    assert loaded is not None
+    assert torch.equal(loaded, embedding_of("d"))
+    assert entries_in(folder, "abcd") == "bcd"
+    assert counted_bytes(folder) == stored_bytes(folder)
+
+
+def test_a_disk_that_stays_full_costs_the_new_entry_alone(folder: Path, disk: Callable[..., None]) -> None:
+    instance = room_for(folder, 10)
+    for age, name in [(20, "a"), (10, "b")]:
+        instance.encode(name)
+        not_used_for(folder, name, age)
+    disk(iter([errno.ENOSPC] * 2))
+    with pytest.raises(StorageError, match="No space left"):
+        instance.encode("c")
+    assert unfinished_in(folder) == []
+    assert entries_in(folder, "abc") == "b"
+    kept = instance.load(identifier_of("b"))
+    assert kept is not None
+    assert torch.equal(kept, embedding_of("b"))
+    assert instance.worker.stats.save_failures == 1
+    assert counted_bytes(folder) == stored_bytes(folder)
+    instance.encode("c")
+    assert entries_in(folder, "abc") == "bc"
+
+
+def test_any_other_error_evicts_nothing(folder: Path, disk: Callable[..., None]) -> None:
+    instance = room_for(folder, 10)
+    instance.encode("a")
+    disk(iter([errno.EIO]))
+    with pytest.raises(StorageError, match="Input/output error"):
+        instance.encode("b")
+    assert unfinished_in(folder) == []
+    assert entries_in(folder, "ab") == "a"
+
+
+LIMITED_WRITER = """
+import resource, sys
+from pathlib import Path
+import pytest
+from chiasm.errors import StorageError
+from tests.ec_connector.instance import Instance, config_for, embedding_of
+instance = Instance(config_for(Path(sys.argv[1])))
+instance.encode("a")
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+with pytest.raises(StorageError, match="cannot write"):
+    instance.encode("b", embedding_of("b", rows=1000))
+instance.encode("c")
+"""
+
+SMALL_DISK = """
+import os, sys
+from pathlib import Path
+import torch
+import pytest
+from chiasm.errors import StorageError
+from tests.ec_connector.instance import Instance, config_for, embedding_of, identifier_of
+folder = Path(sys.argv[1])
+instance = Instance(config_for(folder))
+for name in range(20):  # 20 entries of 132 KB, into 1 MB
+    instance.encode(name, embedding_of(name, rows=1000))
+assert instance.worker.stats.evictions > 10
+for name in range(20):
+    loaded = instance.load(identifier_of(name))
+    assert loaded is None or torch.equal(loaded, embedding_of(name, rows=1000))
+assert instance.load(identifier_of(19)) is not None
+with pytest.raises(StorageError, match="No space left"):
+    instance.encode("large", embedding_of("large", rows=10_000))
+assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+"""
+
+
+def run_python(code: str, *arguments: object, within: tuple[str, ...] = ()) -> None:
+    command = [*within, sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_write_that_the_system_cuts_off_leaves_nothing(folder: Path) -> None:
+    run_python(LIMITED_WRITER, folder)
+    assert unfinished_in(folder) == []
+    assert entries_in(folder, "abc") == "ac"
+    assert counted_bytes(folder) == stored_bytes(folder)
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    mount = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+    script = 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'
+    allowed = subprocess.run([*mount, script, tmp_path, "true"], capture_output=True, check=False)
+    if allowed.returncode != 0:
+        pytest.skip("may not mount a tmpfs of its own here")
+    run_python(SMALL_DISK, tmp_path / "entries", within=(*mount, script, str(tmp_path)))
+
+
+# ---- folders that cannot be used -----------------------------------------------------------------------------------
+
+
+def test_the_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    instance = Instance(config_for(tmp_path / "not" / "there" / "yet"))
+    assert instance.load(instance.encode("a")) is not None
+
+
+def test_a_probe_makes_no_folder(pd: Instance, folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    assert not pd.scheduler.has_cache_item(identifier_of("a"))
+    assert not folder.exists()
+
+
+def test_a_folder_removed_while_running_is_made_again(folder: Path) -> None:
+    instance = room_for(folder, 3)
+    instance.encode("a")
+    before = instance.worker.store_id()
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    assert instance.load(identifier_of("a")) is None
+    loaded = instance.load(instance.encode("b"))
+    assert loaded is not None
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert instance.worker.store_id() not in ("", before)
+
+
+@pytest.mark.parametrize("max_bytes", [4096, -1])
+def test_a_bound_that_holds_nothing_is_refused(folder: Path, max_bytes: int) -> None:
+    with pytest.raises(ConfigurationError, match="max_bytes"):
+        Instance(config_for(folder, max_bytes=max_bytes))
+
+
+@pytest.mark.parametrize("fingerprint", ["no hex", "AB", "a" * 129, '","'])
+def test_a_fingerprint_that_is_no_hex_is_refused(folder: Path, fingerprint: str) -> None:
+    with pytest.raises(ConfigurationError, match="fingerprint"):
+        Instance(replace(config_for(folder), fingerprint=fingerprint))
+
+
+def test_a_path_is_needed() -> None:
+    with pytest.raises(ConfigurationError, match="needs shared_storage_path"):
+        Instance(config_for(None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("below", [".", "entries"])
+def test_a_path_that_is_a_file_is_refused(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="cannot be made a folder"):
+        Instance(config_for(tmp_path / "file" / below))
+
+
+def test_a_folder_that_all_may_write_is_refused(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o1777)
+    with pytest.raises(ConfigurationError, match="every user"):
+        Instance(config_for(folder))
+
+
+def test_a_folder_that_becomes_a_file_costs_the_entry(folder: Path) -> None:
+    instance = room_for(folder, 3)
+    folder.rename(folder.parent / "moved")
+    folder.touch()
+    with pytest.raises(StorageError, match="Not a directory"):
+        instance.encode("a")
+    assert not instance.scheduler.has_cache_item(identifier_of("a"))
+    with pytest.raises(StorageError, match="store-id"):
+        instance.worker.store_id()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_serves_consumers_and_refuses_producers(folder: Path) -> None:
+    identifier = room_for(folder, 3).encode("a")
+    folder.chmod(0o500)
+    (folder / ".usage").chmod(0o400)
+    try:
+        assert Instance(config_for(folder, ECTransferRole.CONSUMER)).load(identifier) is not None
+        with pytest.raises(ConfigurationError, match="Permission denied"):
+            Instance(config_for(folder, ECTransferRole.PRODUCER))
+    finally:
+        folder.chmod(0o700)
+
+
+# ---- the store id --------------------------------------------------------------------------------------------------
+
+
+def test_instances_over_one_folder_read_one_store_id(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    one, link, two = (Instance(config_for(tmp_path / name)) for name in ("one", "link", "two"))
+    assert one.scheduler.store_id() == one.worker.store_id() == link.worker.store_id()
+    assert one.worker.store_id() != two.worker.store_id()
+    assert len(one.worker.store_id()) == 32
+
+
+def test_a_spoilt_store_id_is_drawn_anew(folder: Path) -> None:
+    instance = room_for(folder, 1)
+    (folder / "store-id").write_text("")
+    assert len(instance.worker.store_id()) == 32
+    assert instance.worker.store_id() == instance.scheduler.store_id()

@@ -1,0 +1,24 @@
+"""The benchmark measures what it says, and leaves nothing behind. How long things take is no matter of a test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from chiasm.ec_transfer.handoff_benchmark import HandoffResult, measure_handoff
+
+
+def test_measures_every_size_and_cleans_up(tmp_path: Path) -> None:
+    results = measure_handoff(tmp_path, [1, 100_000], repeats=2)
+    assert [result.size_bytes for result in results] == [4096, 98_304]
+    for result in results:
+        assert result.memcpy_seconds > 0
+        assert result.ratio > 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_ratio_is_of_the_handoff_to_writing_and_reading() -> None:
+    result = HandoffResult(4096, 2.0, 1.0, 0.5, 6.0)
+    assert result.ratio == pytest.approx(2.0)
