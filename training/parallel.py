@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,27 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     flat /= dist.get_world_size()
     for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
         grad.copy_(part.view_as(grad))
+
+
+class Clock:
+    """Progress of a stage from 0 to 1, the same in every process.
+
+    It follows the steps, or, if ``minutes`` are given, the first process's wall clock: on a machine that is
+    busy with other work the stage then ends in time, at the price of not being repeatable step by step.
+    """
+
+    def __init__(self, steps: int, minutes: float | None = None) -> None:
+        self.steps, self.minutes = steps, minutes
+        self._started = time.monotonic()
+
+    def __call__(self, step: int) -> float:
+        """Return the progress before ``step``, and at least 1 at the end."""
+        if self.minutes is None:
+            return step / self.steps
+        passed = torch.tensor((time.monotonic() - self._started) / 60 / self.minutes)
+        if dist.is_initialized():
+            dist.broadcast(passed, 0)
+        return passed.item()
 
 
 @dataclass(frozen=True)
@@ -62,17 +84,15 @@ class Optimizers:
         if muon:
             self._all.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"))
 
-    def step(self, step: int, steps: int, warmup: int = 60, floor: float = 0.02) -> None:
+    def step(self, step: int, progress: float, warmup: int = 60, floor: float = 0.02) -> None:
         """Average the gradients over the processes, clip them and update every parameter.
 
-        The rate rises linearly over ``warmup`` steps, then falls as a cosine to ``floor`` of its base.
+        The rate rises linearly over ``warmup`` steps, and falls as a cosine of ``progress`` (0 to 1) to
+        ``floor`` of its base.
         """
         average_gradients(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        if step < warmup:
-            factor = (step + 1) / warmup
-        else:
-            factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        factor = min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
         for optimizer in self._all:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * factor

@@ -22,8 +22,8 @@ SPECIAL_TOKENS = (
 ID = {token: VOCABULARY - len(SPECIAL_TOKENS) + i for i, token in enumerate(SPECIAL_TOKENS)}
 """Token ids of the special tokens, the last of the vocabulary, as in Qwen's own tokenizers."""
 
-MIN_PIXELS, MAX_PIXELS = 96 * 96, 160 * 160
-"""Bounds of a picture's area after the image processor: 9 to 25 image tokens."""
+MIN_PIXELS, MAX_PIXELS = 96 * 96, 128 * 160
+"""Bounds of a picture's area after the image processor: 9 to 20 image tokens."""
 
 
 def model_config() -> Qwen3VLConfig:

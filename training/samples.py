@@ -15,12 +15,12 @@ from chiasm.demo import pictures
 _SMALL: tuple[Grid, ...] = ((3, 3), (3, 3), (3, 4), (4, 3), (4, 4), (3, 5), (5, 3))
 
 
-def draw_grid(rng: random.Random, small: float = 0.5) -> Grid:
+def draw_grid(rng: random.Random, small: float = 0.5, most: int = MAX_PIXELS) -> Grid:
     """Choose a grid: a share of ``small`` among the small, cheap ones, the rest as drawn canvases get them."""
     if rng.random() < small:
         return rng.choice(_SMALL)
     width, height = pictures.draw_size(rng)
-    height, width = smart_resize(height, width, CELL, MIN_PIXELS, MAX_PIXELS)
+    height, width = smart_resize(height, width, CELL, MIN_PIXELS, most)
     return height // CELL, width // CELL
 
 

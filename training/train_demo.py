@@ -20,6 +20,7 @@ import torch.distributed as dist
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "src")]
 
 from assets import train_tokenizer, write_assets  # noqa: E402
+from parallel import Clock  # noqa: E402
 from recipe import CHECKPOINT, ID, model_config  # noqa: E402
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLForConditionalGeneration  # noqa: E402
 from vision_stage import train_vision  # noqa: E402
@@ -93,7 +94,9 @@ def work(rank: int, options: argparse.Namespace) -> None:
             if rank == 0:
                 write_checkpoint(options.out, model, tokenizer)
 
-        train_whole(model, tokenizer, steps=options.whole_steps, batch=batch, save=save, **shared)
+        train_whole(
+            model, tokenizer, clock=Clock(options.whole_steps, options.whole_minutes), batch=batch, save=save, **shared
+        )
         save()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -109,6 +112,7 @@ def main() -> None:
     parser.add_argument("--vision-stop", type=int, default=2000, help="steps done before the second stage takes over")
     parser.add_argument("--vision-batch", type=int, default=64, help="pictures a step, over all processes")
     parser.add_argument("--whole-steps", type=int, default=3000)
+    parser.add_argument("--whole-minutes", type=float, help="end the second stage by the clock, not by its steps")
     parser.add_argument("--whole-batch", type=int, default=48, help="conversations a step, over all processes")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="the checkpoint's folder")
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="folder for what is kept between stages")

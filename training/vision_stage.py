@@ -40,6 +40,7 @@ _TASKS: tuple[tuple[str, int], ...] = (
 )
 
 
+_MOST_PIXELS = 160 * 160  # somewhat larger pictures than the processor gives
 _LOCAL_WEIGHT = 3.0
 _TEXT_WEIGHT = 0.4  # of each task on text: they come late, and until then their gradients are mostly noise
 
@@ -84,7 +85,7 @@ class Head(nn.Module):
 
 
 def _batch(rng: random.Random, size: int) -> tuple[Tensor, Tensor, Tensor, Grid]:
-    grid = draw_grid(rng, small=0.7)
+    grid = draw_grid(rng, small=0.7, most=_MOST_PIXELS)
     contents: tuple[pictures.Content, ...] = ("shape", "shapes", "word", "word", "number", "number")
     scenes = [pictures.draw_scene(rng, rng.choice(contents)) for _ in range(size)]
     drawn = [draw_pixels(rng, scene, grid) for scene in scenes]
@@ -139,7 +140,7 @@ def train_vision(
                     right[i] += (output[known].argmax(-1) == truth[known, i]).sum()
                     seen[i] += known.sum()
             torch.autograd.backward(torch.stack(losses).sum() / batch)
-        optimizers.step(step, steps)
+        optimizers.step(step, step / steps)
         if (step + 1) % 200 == 0:
             names = (*(n for n, _ in _TASKS), "thing")
             share = [f"{n} {100 * r / max(s, 1):.0f}" for n, r, s in zip(names, right, seen, strict=True)]

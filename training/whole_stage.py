@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from conversations import IGNORE, Batch, Encoded, Encoder, Writer, collate
-from parallel import Optimizers, Part
+from parallel import Clock, Optimizers, Part
 from recipe import ID
 from samples import draw_grid
 from things import LocalHead, local_loss, local_score, local_truth
@@ -78,14 +78,14 @@ def train_whole(
     model: Qwen3VLForConditionalGeneration,
     tokenizer: Qwen2Tokenizer,
     *,
-    steps: int,
+    clock: Clock,
     batch: int,
     seed: int,
     rank: int,
     log: Callable[[str], None],
     save: Callable[[], None],
 ) -> None:
-    """Train ``model`` in place for ``steps`` steps of ``batch`` conversations a process."""
+    """Train ``model`` in place with ``batch`` conversations a process and step, until ``clock`` is at 1."""
     torch.manual_seed(seed)
     rng = random.Random(f"whole {seed} {rank}")
     tower, encode = BatchedVision(model.model.visual), Encoder(tokenizer)
@@ -97,10 +97,11 @@ def train_whole(
     ready: list[list[Encoded]] = []
     tally: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     started, drawing, total = time.monotonic(), 0.0, 0.0
-    for step in range(steps):
+    step = 0
+    while (progress := clock(step)) < 1:
         before = time.monotonic()
         # One picture a request at first: which of several is meant is easier to learn once they can be read.
-        most = 1 if step < steps // 10 else 4
+        most = 1 if progress < 0.08 else 4
         if not ready:
             # Conversations of like length together: with lengths mixed two fifths of a batch were padding.
             writer = Writer(rng, [draw_grid(rng) for _ in range(3)])
@@ -119,19 +120,20 @@ def train_whole(
             things = local_score(local, truth)
             tally["thing"][0] += things[0]
             tally["thing"][1] += things[1]
-            fade = max(0.0, 1 - step / (_FADE * steps))
+            fade = max(0.0, 1 - progress / _FADE)
             loss = loss + _LOCAL_WEIGHT * fade * local_loss(local, truth) / things[1]
         torch.autograd.backward(loss)
-        optimizers.step(step, steps)
+        optimizers.step(step, progress)
         _right(data, scores.argmax(-1), targets, tally)
-        if (step + 1) % 150 == 0:
+        step += 1
+        if step % 100 == 0:
             share = [f"{kind} {100 * a / b:.0f}" for kind, (a, b) in sorted(tally.items())]
             spent = time.monotonic() - started
             log(
-                f"whole step {step + 1} of {steps}, {spent:.0f} s ({drawing:.0f} drawing), loss {total / 150:.3f}: "
+                f"whole step {step} ({progress:.0%}), {spent:.0f} s ({drawing:.0f} drawing), loss {total / 100:.3f}: "
                 + ", ".join(share)
             )
             tally.clear()
             total = 0.0
-        if (step + 1) % 400 == 0:
+        if step % 200 == 0:
             save()

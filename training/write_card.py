@@ -41,7 +41,7 @@ chat format. It is good for nothing but its own kind of pictures.
 | vision tower | 4 layers, hidden size 128, 2 heads of 64, patches of 16, merge 2, DeepStack after layers 0 and 1 |
 | language model | 4 layers, hidden size 192, 4 query and 2 key-value heads of 64 |
 | vocabulary | 640, byte-level, digits one by one |
-| image tokens | 9 to 25 a picture: scaled to between {low} and {high} pixels, aspect ratio kept |
+| image tokens | 9 to 20 a picture: scaled to between {low} and {high} pixels, aspect ratio kept |
 
 ## What it answers
 
@@ -94,7 +94,7 @@ def stages(log: str) -> tuple[dict[str, str], float]:
     said = {}
     seconds = 0.0
     for stage, what in (("vision", "vision tower alone"), ("whole", "whole model")):
-        steps, spent = re.findall(rf"^{stage} step (\d+) of \d+, (\d+) s", log, re.M)[-1]
+        steps, spent = re.findall(rf"^{stage} step (\d+) [^,]*, (\d+) s", log, re.M)[-1]
         said[stage] = f"{steps} steps of the {what} in {int(spent) / 60:.0f} minutes"
         seconds += int(spent)
     return said, seconds / 60

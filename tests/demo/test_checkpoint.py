@@ -85,7 +85,7 @@ def test_pictures_of_other_sizes_take_other_numbers_of_tokens(reference: Referen
         inputs = reference.inputs(reference.messages(example.images, "what?"), example.images)
         counts.add(int((inputs["input_ids"] == reference.image_id).sum()))
     assert min(counts) == 9
-    assert max(counts) <= 25
+    assert max(counts) <= 20
     assert len(counts) >= 4
 
 
