@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from chiasm.cli import options
-from chiasm.cli.process import log_to_stderr, print_ready
+from chiasm.cli.process import end_at_once, log_to_stderr, print_ready
 from chiasm.ec_transfer.base import ECTransferConfig, ECTransferRole
 from chiasm.engine.config import EngineConfig, Role
 from chiasm.errors import ConfigurationError
@@ -56,6 +56,7 @@ def instance(
         served_model_name=served_model_name or model_name(model),
         on_ready=print_ready,
     )
+    end_at_once()
 
 
 def _transfer(role: Role, ec: options.ECOptions) -> ECTransferConfig | None:
