@@ -61,9 +61,7 @@ class Loaded:
         inputs: dict[str, torch.Tensor] = {}
         if pixels:
             along = 1 if self.family in ("idefics3", "smolvlm") else 0
-            inputs = {
-                name: torch.cat([item.inputs[name] for item in pixels], dim=along) for name in pixels[0].inputs
-            }
+            inputs = {name: torch.cat([item.inputs[name] for item in pixels], dim=along) for name in pixels[0].inputs}
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = torch.zeros_like(token_ids)
             for item in prompt.items:
@@ -75,7 +73,8 @@ class Loaded:
             do_sample=False,
             **inputs,
         )
-        return output[0, len(prompt.token_ids) :].tolist()
+        answer: list[int] = output[0, len(prompt.token_ids) :].tolist()
+        return answer
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -67,7 +69,7 @@ def test_bfloat16_follows_the_whole_model_in_bfloat16(loaded: Loaded) -> None:
 
     from chiasm.models import load_language, load_vision
 
-    kind = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
     vision, language = load_vision(loaded.folder, **kind), load_language(loaded.folder, **kind)
     pixels = loaded.processor.preprocess(picture(1))
     entry = vision.encode(pixels)

@@ -54,16 +54,17 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"Text may not hold {self._placeholder}, which stands for a picture.", param="messages"
             )
-        return self._apply(
-            [self._adapted(message) for message in messages],
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
-            continue_final_message=continue_final_message,
-            **template_kwargs,
-        )
+        options = {
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+        }
+        return self._apply([self._adapted(message) for message in messages], {**options, **template_kwargs})
 
-    def _apply(self, messages: Sequence[Message], **kwargs: Any) -> str:
+    def _apply(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False, **kwargs)
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, **options
+            )
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise InvalidRequestError(f"The chat template refuses the messages: {error}", param="messages") from error
         return str(text)
@@ -96,7 +97,7 @@ class ChatTemplate:
         user = _probe("user", _PROBE if self._forms.get("user") == ("string",) else [_text_part("x")])
         conversation = {"user": [probe], "system": [probe, user], "assistant": [user, probe]}[role]
         try:
-            text = self._apply(conversation)
+            text = self._apply(conversation, {})
         except InvalidRequestError:
             return False
         # A template that prints whatever it gets shows a list of parts as Python or JSON would.
@@ -105,7 +106,7 @@ class ChatTemplate:
     def _takes_images(self) -> bool:
         """Whether the template itself writes the placeholder of an image part."""
         try:
-            text = self._apply([_probe("user", [{"type": "image"}, _text_part(_PROBE)])])
+            text = self._apply([_probe("user", [{"type": "image"}, _text_part(_PROBE)])], {})
         except InvalidRequestError:
             return False
         return text.count(self._placeholder) == 1

@@ -19,14 +19,15 @@ def resolve_folder(model: str) -> Path:
     from chiasm import checkpoints
 
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and (path / "config.json").is_file():
         return path
     if model in checkpoints.names():
         return checkpoints.folder(model)
     if path.exists() or not _HUB_NAME.fullmatch(model):
         raise ConfigurationError(
-            f"There is no model {model!r}. Give the path of a checkpoint folder, one of the shipped models "
-            f"({', '.join(checkpoints.names())}), or a name on the Hugging Face hub such as Qwen/Qwen3-VL-2B-Instruct."
+            f"There is no model {model!r}. Give the path of a checkpoint folder, which has a config.json, one of the "
+            f"shipped models ({', '.join(checkpoints.names())}), or a name on the Hugging Face hub such as "
+            "Qwen/Qwen3-VL-2B-Instruct."
         )
     return _download(model)
 

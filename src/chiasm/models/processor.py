@@ -37,7 +37,7 @@ class TransformersProcessor(Processor):
         self.default_sampling = _default_sampling(checkpoint.generation_config)
         self._family = family
         self._bos: str | None = parts.tokenizer.bos_token
-        self._placeholder: str = parts.tokenizer.convert_ids_to_tokens(family.placeholder_id)
+        self._placeholder = self._token_of(family.placeholder_id)
         self._chat = ChatTemplate(parts.tokenizer, _chat_template(checkpoint.folder, parts), self._placeholder)
 
     def build_chat(
@@ -57,10 +57,10 @@ class TransformersProcessor(Processor):
         )
         # Most templates write the BOS themselves; where one doesn't, the tokenizer adds it.
         has_bos = self._bos is not None and text.startswith(self._bos)
-        return self._with_items(self.tokenizer.encode(text, add_special_tokens=not has_bos).ids, items)
+        return self._with_items(self._encode(text, add_special_tokens=not has_bos), items)
 
     def build_text(self, text: str) -> Prompt:
-        token_ids = self.tokenizer.encode(text).ids
+        token_ids = self._encode(text, add_special_tokens=True)
         if self._family.placeholder_id in token_ids:
             raise InvalidRequestError(
                 f"A prompt may not hold {self._placeholder}, which stands for a picture; use /v1/chat/completions.",
@@ -90,6 +90,22 @@ class TransformersProcessor(Processor):
     def preprocess(self, image: Image) -> Pixels:
         geometry = self.geometry_of_size(image.height, image.width)
         return Pixels(self._family.preprocess(image if image.mode == "RGB" else image.convert("RGB")), geometry)
+
+    def _token_of(self, placeholder_id: int) -> str:
+        token = self.tokenizer.id_to_token(placeholder_id)
+        if token is None or self.tokenizer.encode(token, add_special_tokens=False).ids != [placeholder_id]:
+            raise ConfigurationError(
+                f"The tokenizer has no token {placeholder_id}, which stands for pictures: its files are missing, or "
+                "belong to another model."
+            )
+        return token
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Some tokenizers know more tokens than the model; on a GPU one of them would end the process.
+        if unknown := next((token for token in token_ids if token >= self.vocab_size), None):
+            raise InvalidRequestError(f"The model doesn't know the token {self.tokenizer.id_to_token(unknown)!r}.")
+        return token_ids
 
     def _with_items(self, token_ids: list[int], items: Sequence[tuple[str, ItemGeometry]]) -> Prompt:
         """Put each item's tokens in the place of its placeholder."""

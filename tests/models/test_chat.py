@@ -1,0 +1,288 @@
+"""Messages become token ids with one item in the place of each picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from chiasm.errors import InvalidRequestError
+from chiasm.models import load_processor
+from chiasm.models.base import Message, Processor
+from tests.models.conftest import Loaded, picture
+
+IMAGE = {"type": "image"}
+STRING_TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content.strip() }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def _text(text: str) -> Message:
+    return {"type": "text", "text": text}
+
+
+def _user(*parts: Message) -> list[Message]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+@pytest.fixture
+def qwen(checkpoint: Callable[[str], Loaded]) -> Processor:
+    return checkpoint("qwen3_vl").processor
+
+
+@pytest.fixture
+def templated(checkpoint: Callable[[str], Loaded], tmp_path: Path) -> Callable[..., Processor]:
+    """A processor with another chat template, or none."""
+
+    def make(template: str | None, family: str = "llava") -> Processor:
+        folder = shutil.copytree(checkpoint(family).folder, tmp_path / "templated")
+        (folder / "chat_template.jinja").unlink()
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        return load_processor(folder)
+
+    return make
+
+
+def _decode(processor: Processor, token_ids: list[int]) -> str:
+    return processor.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+def test_items_stand_where_the_template_put_their_placeholders(loaded: Loaded) -> None:
+    processor = loaded.processor
+    sizes = [(40, 64), (64, 33)]
+    geometries = [processor.geometry_of_size(*size) for size in sizes]
+    prompt = processor.build_chat(
+        _user(IMAGE, _text("before"), IMAGE, _text("after")), list(zip("ab", geometries, strict=True))
+    )
+    assert [item.identifier for item in prompt.items] == ["a", "b"]
+    for item, geometry in zip(prompt.items, geometries, strict=True):
+        assert tuple(prompt.token_ids[item.offset : item.offset + item.length]) == geometry.token_ids
+        assert item.positions == [item.offset + row for row in geometry.rows]
+    assert prompt.items[0].offset + prompt.items[0].length <= prompt.items[1].offset
+
+
+def test_text_alone_has_no_items(qwen: Processor) -> None:
+    prompt = qwen.build_chat([{"role": "user", "content": "Hello"}], [])
+    assert prompt.items == []
+    assert _decode(qwen, prompt.token_ids) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("content", ["Hello there", [_text("Hello there")]], ids=["string", "parts"])
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_content_is_written_in_whatever_form_it_comes(loaded: Loaded, role: str, content: object) -> None:
+    messages: list[Message] = [{"role": "user", "content": "first"}, {"role": "user", "content": "last"}]
+    messages.insert({"system": 0, "user": 1, "assistant": 1}[role], {"role": role, "content": content})
+    text = _decode(loaded.processor, loaded.processor.build_chat(messages, []).token_ids)
+    assert all(part in text for part in ("first", "Hello there", "last"))
+    assert "type" not in text
+
+
+def test_a_template_of_strings_gets_strings_and_placeholders(templated: Callable[..., Processor]) -> None:
+    processor = templated(STRING_TEMPLATE)
+    geometry = processor.geometry_of_size(32, 32)
+    messages: list[Message] = [{"role": "system", "content": [_text("Be brief.")]}, *_user(IMAGE, _text("What?"))]
+    prompt = processor.build_chat(messages, [("a", geometry)])
+    before, after = prompt.token_ids[: prompt.items[0].offset], prompt.token_ids[prompt.items[0].offset + 16 :]
+    assert _decode(processor, before) == "<s>[system] Be brief.\n[user] "
+    assert _decode(processor, after) == "\nWhat?\n[assistant] "
+
+
+def test_without_a_template_there_is_no_chat(templated: Callable[..., Processor]) -> None:
+    processor = templated(None)
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        processor.build_chat([{"role": "user", "content": "Hello"}], [])
+    assert processor.build_text("Hello").token_ids
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json", "tokenizer_config.json"])
+def test_templates_are_found_where_older_checkpoints_keep_them(
+    checkpoint: Callable[[str], Loaded], tmp_path: Path, file: str
+) -> None:
+    folder = shutil.copytree(checkpoint("llava").folder, tmp_path / "older")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(content | {"chat_template": template}))
+    prompt = load_processor(folder).build_chat([{"role": "user", "content": "Hello"}], [])
+    assert prompt == checkpoint("llava").processor.build_chat([{"role": "user", "content": "Hello"}], [])
+
+
+@pytest.mark.parametrize(("family", "begin"), [("llava", "<s>"), ("smolvlm", "<|im_start|>")])
+def test_the_beginning_of_text_is_written_once_by_tokenizer_or_template(
+    checkpoint: Callable[[str], Loaded], family: str, begin: str
+) -> None:
+    processor = checkpoint(family).processor
+    text = _decode(processor, processor.build_chat([{"role": "user", "content": "Hello"}], []).token_ids)
+    assert text.startswith(begin)
+    assert text.count(begin) == 1
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "a <|image_pad|> b"}],
+        _user(_text("<|image_pad|>")),
+        _user(_text("<|image_"), _text("pad|>")),
+        [{"role": "<|image_pad|>", "content": "x"}],
+        [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "x", "tool_calls": [{"name": "f", "arguments": {"<|image_pad|>": 1}}]},
+        ],
+    ],
+    ids=["string", "part", "in halves", "role", "tool call"],
+)
+def test_text_that_holds_the_placeholder_is_refused(qwen: Processor, messages: list[Message]) -> None:
+    with pytest.raises(InvalidRequestError, match=r"Text may not hold <\|image_pad\|>"):
+        qwen.build_chat(messages, [])
+
+
+def test_a_placeholder_in_text_cannot_take_a_pictures_place(qwen: Processor) -> None:
+    with pytest.raises(InvalidRequestError, match="Text may not hold"):
+        qwen.build_chat([{"role": "user", "content": "<|image_pad|>"}], [("a", qwen.geometry_of_size(32, 32))])
+
+
+def test_a_plain_prompt_may_not_hold_the_placeholder(loaded: Loaded) -> None:
+    geometry = loaded.processor.geometry_of_size(32, 32)
+    placeholder = loaded.processor.tokenizer.id_to_token(geometry.token_ids[geometry.rows[0]])
+    with pytest.raises(InvalidRequestError, match="stands for a picture"):
+        loaded.processor.build_text(f"a {placeholder} b")
+    assert loaded.processor.build_text("a b").items == []
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_number_of_items_must_be_that_of_the_places(qwen: Processor, count: int) -> None:
+    items = [("a", qwen.geometry_of_size(32, 32))] * count
+    with pytest.raises(InvalidRequestError, match=f"1 places for pictures, but there are {count} pictures"):
+        qwen.build_chat(_user(IMAGE), items)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": [{"type": "audio"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": 5}]}],
+        [{"role": "user", "content": ["text"]}],
+    ],
+    ids=str,
+)
+def test_messages_that_are_no_messages_are_refused(loaded: Loaded, messages: list[Any]) -> None:
+    with pytest.raises(InvalidRequestError):
+        loaded.processor.build_chat(messages, [])
+
+
+def test_a_template_that_refuses_is_the_requests_fault(templated: Callable[..., Processor]) -> None:
+    processor = templated("{{ raise_exception('roles must alternate') if messages | length > 1 }}x")
+    with pytest.raises(InvalidRequestError, match="roles must alternate"):
+        processor.build_chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], [])
+
+
+def test_template_variables_reach_the_template_but_not_its_machinery(templated: Callable[..., Processor]) -> None:
+    processor = templated("{{ tone }} {{ tools }} {% for m in messages %}{{ m.content }}{% endfor %}")
+    user: list[Message] = [{"role": "user", "content": "hi"}]
+    prompt = processor.build_chat(user, [], template_kwargs={"tone": "kind", "tools": [{"name": "f"}]})
+    assert "kind" in _decode(processor, prompt.token_ids)
+    assert "'name'" in _decode(processor, prompt.token_ids)
+    for reserved in ("chat_template", "tokenize", "add_generation_prompt"):
+        with pytest.raises(InvalidRequestError, match=reserved):
+            processor.build_chat(user, [], template_kwargs={reserved: "x"})
+    with pytest.raises(InvalidRequestError):
+        processor.build_chat(user, [], template_kwargs={"messages": []})
+
+
+def test_a_final_message_can_be_continued(qwen: Processor) -> None:
+    messages = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One, two,"}]
+    prompt = qwen.build_chat(messages, [], continue_final_message=True)
+    assert _decode(qwen, prompt.token_ids).endswith("assistant\nOne, two,")
+
+
+def test_processors_are_safe_to_share_between_threads(loaded: Loaded) -> None:
+    def build(index: int) -> tuple[list[int], torch.Tensor]:
+        pixels = loaded.processor.preprocess(picture(index % 4))
+        return loaded.prompt([pixels], text=f"number {index % 4}").token_ids, pixels.inputs["pixel_values"]
+
+    expected = [build(index) for index in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        for index, (token_ids, pixel_values) in enumerate(pool.map(build, range(48))):
+            assert token_ids == expected[index % 4][0]
+            assert torch.equal(pixel_values, expected[index % 4][1])
+
+
+def test_answers_end_at_every_token_that_the_checkpoint_names(edited: Callable[..., Path]) -> None:
+    folder = edited(file="generation_config.json", eos_token_id=[3, 4])
+    edited(eos_token_id=5)
+    text_config = json.loads((folder / "config.json").read_text())["text_config"]
+    edited(text_config=text_config | {"eos_token_id": 6})
+    tokenizer_eos = load_processor(folder).tokenizer.token_to_id("<|im_end|>")
+    assert load_processor(folder).eos_token_ids == {3, 4, 5, 6, tokenizer_eos}
+
+
+@pytest.mark.parametrize(
+    ("values", "sampling"),
+    [
+        ({}, {}),
+        ({"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}, None),
+        ({"temperature": None, "top_k": "20", "top_p": True}, {}),
+        ({"do_sample": False, "repetition_penalty": 1.1}, {"temperature": 0.0, "repetition_penalty": 1.1}),
+    ],
+)
+def test_sampling_defaults_are_those_of_the_checkpoint(
+    edited: Callable[..., Path], values: dict[str, Any], sampling: dict[str, float] | None
+) -> None:
+    folder = edited(file="generation_config.json", **values)
+    assert load_processor(folder).default_sampling == (values if sampling is None else sampling)
+
+
+def test_sizes_are_the_language_models(loaded: Loaded) -> None:
+    assert loaded.processor.vocab_size == loaded.language.vocab_size
+    assert loaded.processor.max_model_len == 4096
+
+
+def test_placeholders_are_those_of_the_families_own_processors(checkpoint: Callable[[str], Loaded]) -> None:
+    """Against transformers' processors, without the video processors that most of them want."""
+    from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+    from transformers.models.internvl.processing_internvl import InternVLProcessor
+    from transformers.models.llava.processing_llava import LlavaProcessor
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+    image = picture(1, 50, 90)
+
+    def tokens(family: str) -> str:
+        loaded = checkpoint(family)
+        return _decode(loaded.processor, list(loaded.processor.preprocess(image).geometry.token_ids))
+
+    qwen = SimpleNamespace(image_token="<|image_pad|>", image_processor=SimpleNamespace(merge_size=2))
+    grid = checkpoint("qwen3_vl").processor.preprocess(image).inputs["image_grid_thw"]
+    assert tokens("qwen3_vl") == Qwen3VLProcessor.replace_image_token(qwen, {"image_grid_thw": grid}, 0)
+
+    internvl = SimpleNamespace(
+        start_image_token="<img>", end_image_token="</img>", image_token="<IMG_CONTEXT>", image_seq_length=4
+    )
+    assert tokens("internvl") == InternVLProcessor.replace_image_token(internvl, {"num_patches": [3]}, 0)
+
+    smolvlm = get_image_prompt_string(2, 2, 4, "<fake_token_around_image>", "<image>", "<global-img>")
+    assert tokens("smolvlm") == smolvlm
+
+    for family, processor_class in (("idefics3", Idefics3Processor), ("llava", LlavaProcessor)):
+        loaded = checkpoint(family)
+        expected = processor_class.from_pretrained(loaded.folder).apply_chat_template(
+            [{"role": "user", "content": [{"type": "image", "image": image}, _text("What is this?")]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        pixels = loaded.processor.preprocess(image)
+        assert loaded.prompt([pixels]).token_ids == expected["input_ids"][0].tolist(), family
+        assert torch.equal(pixels.inputs["pixel_values"], expected["pixel_values"]), family

@@ -1,0 +1,125 @@
+"""Each loader holds its role's weights, all of them, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from chiasm.checkpoints import synthetic
+from chiasm.checkpoints.synthetic import SyntheticSize
+from chiasm.errors import ConfigurationError, UnsupportedModelError
+from chiasm.models import load_language, load_vision
+from chiasm.models.base import LanguageModel, VisionModel
+from tests.models.conftest import Loaded, picture
+
+F32_CPU: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+
+LANGUAGE_TENSOR = "model.language_model.norm.weight"
+VISION_TENSOR = "model.visual.merger.norm.weight"
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_two_roles_together_are_the_whole_model(loaded: Loaded) -> None:
+    vision = {name for name, _ in loaded.vision.module.named_parameters()}
+    language = {name for name, _ in loaded.language.module.named_parameters()}
+    whole = dict(loaded.whole.named_parameters())
+    assert vision.isdisjoint(language)
+    assert vision | language == whole.keys()
+    assert _count(loaded.vision.module) + _count(loaded.language.module) == _count(loaded.whole)
+    assert _count(loaded.language.module) == _count(loaded.whole.get_decoder()) + loaded.whole.lm_head.weight.numel()
+
+
+def test_no_weight_is_random_or_without_storage(loaded: Loaded) -> None:
+    whole = loaded.whole.state_dict()
+    for module in (loaded.vision.module, loaded.language.module):
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, whole[name]), name
+
+
+def test_tied_embeddings_stay_tied_and_stay_out_of_the_encoder(tmp_path: Path) -> None:
+    folder = synthetic.make("qwen3_vl", tmp_path, size=SyntheticSize(tie_word_embeddings=True))
+    language: Any = load_language(folder, **F32_CPU).module
+    assert language.lm_head.weight is language.get_decoder().embed_tokens.weight
+    names = {name for name, _ in load_vision(folder, **F32_CPU).module.named_parameters()}
+    assert not [name for name in names if "embed_tokens" in name or "lm_head" in name]
+
+
+def test_an_item_encodes_to_the_same_bytes_whatever_was_encoded_before(loaded: Loaded) -> None:
+    first = loaded.processor.preprocess(picture(1))
+    other = loaded.processor.preprocess(picture(2, 64, 64))
+    entry = loaded.vision.encode(first)
+    loaded.vision.encode(other)
+    assert torch.equal(loaded.vision.encode(first), entry)
+    assert entry.is_contiguous()
+    assert entry.shape == (len(first.geometry.rows), loaded.vision.entry_width)
+    assert loaded.vision.entry_width == loaded.language.entry_width
+
+
+def test_deepstack_levels_stand_beside_the_placeholders_embedding(checkpoint: Callable[[str], Loaded]) -> None:
+    loaded = checkpoint("qwen3_vl")
+    assert loaded.vision.entry_width == (1 + SyntheticSize().deepstack_levels) * loaded.language.hidden_size
+
+
+@pytest.fixture
+def without(checkpoint: Callable[[str], Loaded], tmp_path: Path) -> Callable[[str], Path]:
+    """A Qwen3-VL checkpoint that lacks a tensor."""
+
+    def remove(name: str) -> Path:
+        folder = tmp_path / "torn"
+        shutil.copytree(checkpoint("qwen3_vl").folder, folder)
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return remove
+
+
+@pytest.mark.parametrize(
+    ("load", "own", "others"),
+    [(load_language, LANGUAGE_TENSOR, VISION_TENSOR), (load_vision, VISION_TENSOR, LANGUAGE_TENSOR)],
+)
+def test_a_missing_weight_of_the_role_is_an_error_and_one_of_the_other_role_is_not(
+    without: Callable[[str], Path],
+    tmp_path: Path,
+    load: Callable[..., LanguageModel | VisionModel],
+    own: str,
+    others: str,
+) -> None:
+    with pytest.raises(ConfigurationError, match=own.replace(".", r"\.")):
+        load(without(own), **F32_CPU)
+    shutil.rmtree(tmp_path / "torn")
+    load(without(others), **F32_CPU)
+
+
+def test_a_weight_that_no_role_knows_is_refused(checkpoint: Callable[[str], Loaded], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint("qwen3_vl").folder, tmp_path / "extra")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.language_model.layers.0.self_attn.sinks"] = torch.zeros(4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"self_attn\.sinks"):
+        load_language(folder, **F32_CPU)
+
+
+@pytest.mark.parametrize("load", [load_language, load_vision])
+def test_damaged_or_absent_weights_are_a_configuration_error(
+    checkpoint: Callable[[str], Loaded], tmp_path: Path, load: Callable[..., LanguageModel | VisionModel]
+) -> None:
+    folder = shutil.copytree(checkpoint("qwen3_vl").folder, tmp_path / "damaged")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        load(folder, **F32_CPU)
+    weights.unlink()
+    with pytest.raises(ConfigurationError, match="safetensors"):
+        load(folder, **F32_CPU)

@@ -1,0 +1,124 @@
+"""What chiasm can't run right is refused when it is loaded, with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chiasm.errors import ConfigurationError, UnsupportedModelError
+from chiasm.models import load_language, load_processor, load_vision
+from tests.models.conftest import Loaded
+
+
+def _load_language(folder: Path) -> object:
+    return load_language(folder, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def _load_vision(folder: Path) -> object:
+    return load_vision(folder, dtype=torch.float32, device=torch.device("cpu"))
+
+
+LOADERS = [load_processor, _load_language, _load_vision]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gemma3", "both directions"),
+        ("gemma4", "both directions"),
+        ("paligemma", "both directions"),
+        ("deepseek_ocr2", "both directions"),
+        ("qwen3_5", "linear attention"),
+        ("mllama", "cross-attention"),
+        ("llava_onevision", "how many pictures"),
+        ("kosmos-2", "chiasm knows .*qwen3_vl"),
+        (None, "chiasm knows"),
+    ],
+)
+def test_model_types_that_would_run_wrongly_are_refused(
+    edited: Callable[..., Path], load: Callable[[Path], object], model_type: str | None, reason: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        load(edited(model_type=model_type))
+
+
+def test_a_text_only_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UnsupportedModelError, match="no vision-language model"):
+        load_processor(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text_config", "reason"),
+    [
+        ({"model_type": "gemma2"}, "soft-capped"),
+        ({"model_type": "gpt_oss"}, "sinks"),
+        ({"model_type": "qwen3_next"}, "linear attention"),
+        ({"model_type": "cohere2"}, "'cohere2' is not one of"),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not one of"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}},
+            "longrope",
+        ),
+    ],
+    ids=str,
+)
+def test_language_models_that_need_more_than_causal_attention_are_refused(
+    checkpoint: Callable[[str], Loaded], edited: Callable[..., Path], text_config: dict[str, Any], reason: str
+) -> None:
+    text = json.loads((checkpoint("llava").folder / "config.json").read_text())["text_config"]
+    if "model_type" in text_config:
+        text = {}
+    with pytest.raises(UnsupportedModelError, match=reason):
+        _load_language(edited("llava", text_config={**text, **text_config}))
+
+
+def test_vision_towers_of_other_families_are_refused(edited: Callable[..., Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match="'pixtral'"):
+        load_processor(edited("llava", vision_config={"model_type": "pixtral"}))
+
+
+def test_quantized_weights_are_refused(edited: Callable[..., Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match="quantized"):
+        _load_language(edited(quantization_config={"quant_method": "awq", "bits": 4}))
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "reason"),
+    [
+        ("qwen3_vl", {"do_resize": False}, "do_resize"),
+        ("qwen3_vl", {"patch_size": 4}, "disagree"),
+        ("smolvlm", {"do_resize": False}, "do_resize"),
+        ("smolvlm", {"max_image_size": {"longest_edge": 16}}, "disagree"),
+        ("internvl", {"size": {"height": 16, "width": 16}}, "disagree"),
+        ("llava", {"do_center_crop": False}, "resize pictures to the 32 pixels"),
+        ("llava", {"crop_size": {"height": 16, "width": 16}}, "resize pictures to the 32 pixels"),
+    ],
+)
+def test_preprocessing_that_the_sizes_dont_tell_is_refused(
+    edited: Callable[..., Path], family: str, values: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        load_processor(edited(family, "preprocessor_config.json", **values))
+
+
+def test_a_folder_that_is_no_checkpoint_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no config\.json"):
+        load_processor(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigurationError, match="JSON"):
+        load_processor(tmp_path)
+
+
+def test_a_checkpoint_without_its_tokenizer_is_a_configuration_error(edited: Callable[..., Path]) -> None:
+    folder = edited()
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigurationError, match="tokenizer"):
+        load_processor(folder)
