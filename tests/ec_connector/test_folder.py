@@ -260,20 +260,6 @@ def test_any_other_error_evicts_nothing(folder: Path, disk: Callable[..., None])
     assert entries_in(folder, "ab") == "a"
 
 
-LIMITED_WRITER = """
-import resource, sys
-from pathlib import Path
-import pytest
-from chiasm.errors import StorageError
-from tests.ec_connector.instance import Instance, config_for, embedding_of
-instance = Instance(config_for(Path(sys.argv[1])))
-instance.encode("a")
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-with pytest.raises(StorageError, match="cannot write"):
-    instance.encode("b", embedding_of("b", rows=1000))
-instance.encode("c")
-"""
-
 SMALL_DISK = """
 import os, sys
 from pathlib import Path
@@ -300,13 +286,6 @@ def run_python(code: str, *arguments: object, within: tuple[str, ...] = ()) -> N
     command = [*within, sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_write_that_the_system_cuts_off_leaves_nothing(folder: Path) -> None:
-    run_python(LIMITED_WRITER, folder)
-    assert unfinished_in(folder) == []
-    assert entries_in(folder, "abc") == "ac"
-    assert counted_bytes(folder) == stored_bytes(folder)
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import fcntl
 import multiprocessing
 import os
 import random
+import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,19 @@ from chiasm.errors import StorageError
 
 from .instance import Instance, Item, Request, config_for, embedding_of, entry_path, identifier_of
 
-SPAWN = multiprocessing.get_context("spawn")
+PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
+PROCESSES.set_forkserver_preload([__name__])
 ENTRY_BYTES = 4096 + embedding_of("a").nbytes
 NAMES = 24
-ROUNDS = 120
+ROUNDS = 300
 ROOM = 8
 
 
 @contextmanager
-def running(target: Any, *arguments: object) -> Iterator[tuple[SpawnProcess, Connection]]:
+def running(target: Any, *arguments: object) -> Iterator[tuple[ForkServerProcess, Connection]]:
     """A process that runs ``target(pipe, *arguments)``, and the other end of its pipe."""
-    ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=target, args=(theirs, *arguments), daemon=True)
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=target, args=(theirs, *arguments), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -67,6 +69,17 @@ def write_half(pipe: Connection, folder: Path) -> None:
         pipe.recv()  # for ever
 
     BoundedFolder(folder, 10 * ENTRY_BYTES, lambda size_bytes: None).publish(identifier_of("a"), ENTRY_BYTES, half)
+
+
+def write_beyond_the_limit(pipe: Connection, folder: Path) -> None:
+    instance = Instance(config_for(folder))
+    instance.encode("a")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        instance.encode("b", embedding_of("b", rows=1000))
+    except StorageError as error:
+        pipe.send(str(error))
+    instance.encode("c")
 
 
 def hammer(pipe: Connection, folder: Path, seed: int) -> None:
@@ -160,6 +173,15 @@ def test_a_writer_that_is_killed_leaves_no_entry_and_its_file_goes(folder: Path)
     assert loaded is not None
     assert torch.equal(loaded, embedding_of("a"))
     assert int((folder / ".usage").read_text()) == ENTRY_BYTES
+
+
+def test_a_write_that_the_system_refuses_leaves_nothing(folder: Path) -> None:
+    with running(write_beyond_the_limit, folder) as (process, pipe):
+        assert "File too large" in pipe.recv()
+    assert process.exitcode == 0
+    assert not list(folder.glob("*.tmp"))
+    assert [entry_path(folder, identifier_of(name)).exists() for name in "abc"] == [True, False, True]
+    assert int((folder / ".usage").read_text()) == stored_bytes(folder)
 
 
 def test_two_writers_of_one_entry_do_no_harm(folder: Path) -> None:
