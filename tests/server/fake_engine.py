@@ -119,6 +119,7 @@ class FakeEngine:
         self.healthy = True
         self.script: Script | None = None
         self.encode_error: Exception | None = None
+        self.encode_blocks = False
         self.requests: list[GenerateRequest] = []
         self.encoded: list[list[EncodeItem]] = []
         self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -130,6 +131,7 @@ class FakeEngine:
         self.healthy = True
         self.script = None
         self.encode_error = None
+        self.encode_blocks = False
         self.requests.clear()
         self.started = queue.SimpleQueue()
         self.aborted = queue.SimpleQueue()
@@ -196,6 +198,12 @@ class FakeEngine:
 
     async def encode(self, request_id: str, items: Sequence[EncodeItem], deadline: float) -> list[EncodedItem]:
         self.encoded.append(list(items))
+        self.started.put(request_id)
+        if self.encode_blocks:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.aborted.put(request_id)
         if self.encode_error is not None:
             raise self.encode_error
         metadata = {"image_grid_thw": [1, 2, 3]}

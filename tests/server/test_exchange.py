@@ -17,7 +17,7 @@ from chiasm.engine.request import GenerateRequest, Output
 from chiasm.server import ServerConfig, create_app
 from tests.server.conftest import Served
 from tests.server.fake_engine import FakeEngine, never
-from tests.server.pictures import chat
+from tests.server.pictures import chat, image_part, png
 from tests.server.serving import get, post, request, serving
 
 
@@ -63,6 +63,7 @@ class TestDeadline:
         reply = post(pd.chat, chat("x"), {"X-Request-Deadline-Ms": "1"})
         assert reply.status == 504
         assert reply.error["type"] == "timeout_error"
+        assert "total" in reply.timing
         pd.engine.aborted.get(timeout=10)
 
 
@@ -132,6 +133,14 @@ class TestDisconnect:
         started = {pd.engine.started.get(timeout=10), pd.engine.started.get(timeout=10)}
         connection.close()
         assert {pd.engine.aborted.get(timeout=10), pd.engine.aborted.get(timeout=10)} == started
+
+    def test_client_that_leaves_an_encoder_cancels_the_encoding(self, encoder: Served) -> None:
+        encoder.engine.encode_blocks = True
+        connection = http.client.HTTPConnection(urlsplit(encoder.url).netloc)
+        connection.request("POST", "/v1/chat/completions", json.dumps(chat(image_part(png()))))
+        started = encoder.engine.started.get(timeout=10)
+        connection.close()
+        assert encoder.engine.aborted.get(timeout=10) == started
 
     def test_client_that_leaves_in_the_middle_of_its_body_harms_nobody(self, pd: Served) -> None:
         connection = http.client.HTTPConnection(urlsplit(pd.url).netloc)

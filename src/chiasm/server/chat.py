@@ -95,7 +95,7 @@ async def _engine_request(exchange: Exchange, engine: LanguageEngine, request: C
         parts = media.media_parts(request, media.IMAGE_EMBEDS, engine.config.max_items)
         items = media.published_items(engine.processor, parts)
     async with exchange.until_deadline():
-        prompt = await chat_prompt(exchange.instance, engine, request, items)
+        prompt = await chat_prompt(exchange, engine, request, items)
     sampling = sampling_of(
         request, engine.processor.default_sampling, room_tokens=engine.max_model_len - len(prompt.token_ids)
     )

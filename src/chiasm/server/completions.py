@@ -77,7 +77,7 @@ async def _engine_requests(
     choices = num_choices(request)
     salt = cache_salt(request)
     async with exchange.until_deadline():
-        prompts = await completion_prompts(exchange.instance, engine, request)
+        prompts = await completion_prompts(exchange, engine, request)
     return [
         GenerateRequest(
             request_id=f"{exchange.engine_id}-{index}",

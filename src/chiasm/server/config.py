@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from chiasm.errors import ConfigurationError
 from chiasm.media import MediaConfig
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Address and bounds of one instance's server."""
+    """Address and bounds of one instance's server. Raises ConfigurationError for a bound that is not positive."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -30,3 +31,16 @@ class ServerConfig:
     """Of pictures in requests; a pd instance fetches none."""
     threads: int = 2
     """For tokenizing, decoding and preprocessing, none of which runs on the event loop."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "deadline_seconds",
+            "max_body_bytes",
+            "max_inflight_requests",
+            "max_inflight_body_bytes",
+            "max_messages",
+            "max_prompts",
+            "threads",
+        ):
+            if getattr(self, name) <= 0:
+                raise ConfigurationError(f"{name} must be positive.")

@@ -137,7 +137,9 @@ class Exchange:
     async def fail(self, error: ChiasmError) -> None:
         """Answer with an error: with its status if nothing was sent yet, else as the stream's last event."""
         if self.status is None:
-            await self.reply(errors.body_of(error), status=error.status, headers=errors.headers_of(error))
+            timing = ("server-timing", self.timing.header(None, ended=True))
+            headers = [timing, *errors.headers_of(error)]
+            await self.reply(errors.body_of(error), status=error.status, headers=headers)
         elif self._streaming:
             self.instance.metrics.stream_errors.inc()
             await self.end_events(sse.event(errors.body_of(error)))

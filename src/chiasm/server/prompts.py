@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chiasm.errors import InvalidRequestError
 from chiasm.models.base import ItemGeometry, Message, Prompt
-from chiasm.server.instance import Instance
+from chiasm.server.exchange import Exchange
 from chiasm.server.protocol import ChatMessage, ChatRequest, CompletionRequest
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from chiasm.engine.engine import LanguageEngine
 
 _T = TypeVar("_T")
-INLINE_CHARACTERS = 4096
-"""Text up to this length is tokenized in less time than a thread takes to be woken on a busy machine."""
+INLINE_BYTES = 8 << 10
+"""A body up to this size is tokenized in less time than a thread takes to be woken on a busy machine."""
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """Roles of OpenAI's API as chat templates know them."""
 
@@ -41,7 +41,7 @@ def check_messages(request: ChatRequest, max_messages: int) -> None:
 
 
 async def chat_prompt(
-    instance: Instance, engine: LanguageEngine, request: ChatRequest, items: Sequence[tuple[str, ItemGeometry]]
+    exchange: Exchange, engine: LanguageEngine, request: ChatRequest, items: Sequence[tuple[str, ItemGeometry]]
 ) -> Prompt:
     """Render and tokenize a chat; ``items`` are its pictures in order. Raises InvalidRequestError."""
     continue_final = bool(request.continue_final_message)
@@ -51,9 +51,9 @@ async def chat_prompt(
         )
     messages = [_template_message(message) for message in request.messages]
     characters = sum(len(text) for message in request.messages for text in _texts(message))
-    _check_length(engine, characters, "messages")
 
     def build() -> Prompt:
+        _check_length(engine, characters, "messages")
         return engine.processor.build_chat(
             messages,
             items,
@@ -62,29 +62,35 @@ async def chat_prompt(
             template_kwargs=request.chat_template_kwargs,
         )
 
-    return _checked(engine, await _apart_if_long(instance, characters, build), "messages")
+    return _checked(engine, await _apart_if_long(exchange, build), "messages")
 
 
-async def completion_prompts(instance: Instance, engine: LanguageEngine, request: CompletionRequest) -> list[Prompt]:
+async def completion_prompts(exchange: Exchange, engine: LanguageEngine, request: CompletionRequest) -> list[Prompt]:
     """The prompts of a text completion. Raises InvalidRequestError."""
-    given = _given_prompts(request, instance.config.max_prompts)
+    given = _given_prompts(request, exchange.instance.config.max_prompts)
     prompts: list[Prompt] = []
     for prompt in given:
         if isinstance(prompt, str):
-            _check_length(engine, len(prompt), "prompt")
-            built = await _apart_if_long(instance, len(prompt), lambda text=prompt: engine.processor.build_text(text))  # type: ignore[misc]
+            built = await _apart_if_long(exchange, partial(_text_prompt, engine, prompt))
         else:
             built = Prompt(_checked_ids(engine, prompt))
         prompts.append(_checked(engine, built, "prompt"))
     return prompts
 
 
-async def _apart_if_long(instance: Instance, characters: int, build: Callable[[], _T]) -> _T:
-    return build() if characters <= INLINE_CHARACTERS else await instance.in_thread(build)
+def _text_prompt(engine: LanguageEngine, text: str) -> Prompt:
+    _check_length(engine, len(text), "prompt")
+    return engine.processor.build_text(text)
+
+
+async def _apart_if_long(exchange: Exchange, build: Callable[[], _T]) -> _T:
+    return build() if len(exchange.body) <= INLINE_BYTES else await exchange.instance.in_thread(build)
 
 
 def _check_length(engine: LanguageEngine, characters: int, param: str) -> None:
     """Refuse text that cannot fit the context before anybody spends time on its tokens."""
+    if characters < engine.max_model_len:
+        return
     at_least = characters // _longest_token(engine.processor.tokenizer)
     if at_least >= engine.max_model_len:
         raise _too_long(f"at least {at_least}", engine.max_model_len, param)
