@@ -20,6 +20,8 @@ SUPPORTED = "PNG, JPEG, WebP, GIF or BMP"
 
 # The bound on pixels is ours and always holds; Pillow's own lies higher and would only warn.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Anybody may send broken EXIF; that is no news for the log.
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {

@@ -159,6 +159,7 @@ class Encoders:
         call.task = asyncio.create_task(self._run(call))
         self._tasks.add(call.task)
         call.task.add_done_callback(self._tasks.discard)
+        call.task.add_done_callback(lambda task: call.flights.clear())
 
     async def _run(self, call: _Call) -> None:
         instance = call.instance
@@ -238,6 +239,7 @@ class Encoders:
 
     def _settle(self, flight: _Flight, outcome: Encoded | Exception) -> None:
         self._forget(flight)
+        flight.call = None  # no cycle that would keep the picture's bytes until a garbage collection
         if flight.result.done():
             return
         if isinstance(outcome, Encoded):
@@ -257,7 +259,7 @@ class Encoders:
             return
         self._forget(flight)
         flight.result.cancel()
-        call = flight.call
+        call, flight.call = flight.call, None
         if call is not None and call.task is not None and not any(one.waiters for one in call.flights):
             call.task.cancel()
 

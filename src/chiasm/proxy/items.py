@@ -68,25 +68,33 @@ async def read_items(
     started = time.perf_counter()
 
     async def read(url: bytes) -> Item:
-        if url[:5].lower() == b"data:":
+        if _is_data_url(url):
             return await loop.run_in_executor(executor, _item_of_data_url, fetcher, url, fingerprint, salt)
         data = await fetcher.fetch(_text(url))
         fetched_at.append(time.perf_counter())
         hold(len(data) * 4 // 3)
         return await loop.run_in_executor(executor, _item_of_bytes, fetcher, data, fingerprint, salt)
 
-    urls = list(dict.fromkeys(part.url for part in parts))
-    if len(urls) == 1:
-        by_url = {urls[0]: await read(urls[0])}
+    # Only what is fetched is worth telling apart by its URL; to hash a data: URL takes as long as to read it.
+    distinct: dict[bytes | int, bytes] = {}
+    keys = [part.url if not _is_data_url(part.url) else index for index, part in enumerate(parts)]
+    for key, part in zip(keys, parts, strict=True):
+        distinct[key] = part.url
+    if len(distinct) == 1:
+        by_key = {key: await read(url) for key, url in distinct.items()}
     else:
-        tasks = [asyncio.ensure_future(read(url)) for url in urls]
+        tasks = [asyncio.ensure_future(read(url)) for url in distinct.values()]
         try:
-            by_url = dict(zip(urls, await asyncio.gather(*tasks), strict=True))
+            by_key = dict(zip(distinct, await asyncio.gather(*tasks), strict=True))
         finally:
             for task in tasks:
                 task.cancel()
     fetch_seconds = max(fetched_at) - started if fetched_at else None
-    return Items([by_url[part.url] for part in parts], fetch_seconds)
+    return Items([by_key[key] for key in keys], fetch_seconds)
+
+
+def _is_data_url(url: bytes) -> bool:
+    return url[:5].lower() == b"data:"
 
 
 def _text(url: bytes) -> str:

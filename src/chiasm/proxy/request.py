@@ -18,6 +18,8 @@ from chiasm.media import check_identifier
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
 _PATH = re.compile(r" - at `\$\.?([A-Za-z_]+)?.*`$")
 _NULL = b"null"
+_LONG_URL_BYTES = 4096
+_SOUGHT_BYTES = 256
 
 
 class MediaPart(NamedTuple):
@@ -25,6 +27,12 @@ class MediaPart(NamedTuple):
 
     url: bytes
     has_uuid: bool
+    verbatim: bool
+    """Whether the body holds the URL's bytes just so, in quotes."""
+
+    @property
+    def is_lifted(self) -> bool:
+        return self.verbatim and len(self.url) >= _LONG_URL_BYTES
 
 
 class CompletionRequest(NamedTuple):
@@ -51,9 +59,28 @@ class ChatRequest(NamedTuple):
         wasn't checked here. Keys given twice count once, as the last.
         """
         replacements = iter(parts)
-        members = _raw_object.decode(self.body)
+        members = _raw_object.decode(self.body if None in parts else self._without_long_urls())
         messages = [_with_content(message, replacements) for message in _raw_objects.decode(members["messages"])]
         return _object({**members, "messages": _array(messages)})
+
+    def _without_long_urls(self) -> bytes:
+        """The body without the media that is replaced anyway, so that megabytes aren't scanned level by level."""
+        pieces: list[bytes] = []
+        start = 0
+        for part in self.media:
+            if not part.is_lifted:
+                continue
+            at = self.body.find(b'"' + part.url[:_SOUGHT_BYTES], start)
+            end = at + 1 + len(part.url)
+            if at < 0 or not self.body.startswith(part.url, at + 1) or self.body[end : end + 1] != b'"':
+                return self.body
+            pieces.append(self.body[start:at])
+            start = end + 1
+        pieces.append(self.body[start:])
+        body = b'""'.join(pieces)
+        # The same words may stand elsewhere, say in a text: then something else was cut out.
+        found = [part.url for part in parse_chat(body).media]
+        return body if found == [b"" if part.is_lifted else part.url for part in self.media] else self.body
 
 
 class _ImageUrl(msgspec.Struct):
@@ -155,20 +182,25 @@ def _media_part(part: _Part) -> MediaPart:
         )
     if part.image_url is None:
         raise InvalidRequestError("an image_url part needs an image_url with a url", param="messages")
-    url = part.image_url.encode(errors="replace") if isinstance(part.image_url, str) else _text_of(part.image_url.url)
+    if isinstance(part.image_url, str):
+        url, verbatim = part.image_url.encode(errors="replace"), False
+    else:
+        url, verbatim = _text_of(part.image_url.url)
     has_uuid = part.uuid is not UNSET and bytes(part.uuid) != _NULL
     if has_uuid:
         check_identifier(_string_or_none(part.uuid))
-    return MediaPart(url, has_uuid)
+    return MediaPart(url, has_uuid, verbatim)
 
 
-def _text_of(raw: Raw) -> bytes:
-    """A JSON string's characters, without a decoding pass where there is nothing to decode."""
+def _text_of(raw: Raw) -> tuple[bytes, bool]:
+    """A JSON string's characters, and whether they stand in it as they are."""
     quoted = memoryview(raw)
-    if quoted[:1] != b'"':
+    if bytes(quoted[:1]) != b'"':
         raise InvalidRequestError("the url of an image_url part must be a string", param="messages")
     text = bytes(quoted[1:-1])
-    return text if b"\\" not in text else _string.decode(raw).encode(errors="replace")
+    if b"\\" in text:
+        return _string.decode(raw).encode(errors="replace"), False
+    return text, True
 
 
 def _string_or_none(raw: Raw | UnsetType) -> str | None:

@@ -1,0 +1,500 @@
+"""The guarded way to the bytes behind a URL, against real servers on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from chiasm.errors import ConfigurationError, MediaError
+from chiasm.media import Fetcher, MediaConfig
+from chiasm.media.addresses import AddressGuard
+
+LOOPBACK = ("127.0.0.0/8",)
+PICTURE = b"\x89PNG bytes of a picture"
+
+
+class Names(AbstractResolver):
+    """Answers with what it was told, one list of addresses after the other; the last stays."""
+
+    def __init__(self, *answers: list[str]) -> None:
+        self._answers = list(answers)
+        self.asked: list[str] = []
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        self.asked.append(host)
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if not answer:
+            raise OSError("no such name")
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in answer
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+class Site:
+    """A web server whose routes are what the test makes of them."""
+
+    def __init__(self) -> None:
+        self.requests: list[web.Request] = []
+        self.port = 0
+        self.ended = asyncio.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def picture(self, request: web.Request) -> web.Response:
+        return web.Response(body=PICTURE)
+
+    async def missing(self, request: web.Request) -> web.Response:
+        return web.Response(status=404, text="a secret of the server")
+
+    async def broken(self, request: web.Request) -> web.Response:
+        return web.Response(status=500)
+
+    async def slow(self, request: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def endless(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(bytes(4096))
+        finally:
+            self.ended.set()
+
+    async def trickle(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": "1000"})
+        await response.prepare(request)
+        await response.write(b"x")
+        await asyncio.Event().wait()
+        return response
+
+    async def large(self, request: web.Request) -> web.Response:
+        return web.Response(body=bytes(5000))
+
+    async def compressed(self, request: web.Request) -> web.Response:
+        return web.Response(body=gzip.compress(bytes(1 << 20)), headers={"Content-Encoding": "gzip"})
+
+    async def redirect(self, request: web.Request) -> web.Response:
+        return web.Response(status=int(request.query.get("status", 302)), headers={"Location": request.query["to"]})
+
+    async def nowhere(self, request: web.Request) -> web.Response:
+        return web.Response(status=302)
+
+    async def cut(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": "1000"})
+        await response.prepare(request)
+        await response.write(b"x")
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    site = Site()
+
+    @web.middleware
+    async def note(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
+        site.requests.append(request)
+        return await handler(request)
+
+    application = web.Application(middlewares=[note])
+    for name in (
+        "picture",
+        "missing",
+        "broken",
+        "slow",
+        "endless",
+        "trickle",
+        "large",
+        "compressed",
+        "redirect",
+        "nowhere",
+        "cut",
+    ):
+        application.router.add_get(f"/{name}", getattr(site, name))
+    runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
+    await runner.setup()
+    tcp = web.TCPSite(runner, "127.0.0.1", 0)
+    await tcp.start()
+    site.port = runner.addresses[0][1]
+    yield site
+    await runner.cleanup()
+
+
+Make = Callable[..., Fetcher]
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    fetchers: list[Fetcher] = []
+
+    def make_one(resolver: AbstractResolver | None = None, **config: Any) -> Fetcher:
+        fetchers.append(Fetcher(MediaConfig(**({"allowed_media_networks": LOOPBACK} | config)), resolver=resolver))
+        return fetchers[-1]
+
+    yield make_one
+    for fetcher in fetchers:
+        await fetcher.close()
+
+
+async def refused(fetcher: Fetcher, url: str, code: str) -> str:
+    with pytest.raises(MediaError) as caught:
+        await fetcher.fetch(url)
+    assert caught.value.status == 400
+    assert caught.value.code == code, caught.value
+    return str(caught.value)
+
+
+# data:
+
+
+async def test_data_urls_are_decoded(make: Make) -> None:
+    data = os.urandom(1000)
+    for head in ("data:image/png;base64,", "DATA:;base64,", "data:image/png;charset=x;BASE64,"):
+        assert await make().fetch(head + base64.b64encode(data).decode()) == data
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("data:image/png,abc", "invalid_url"),
+        ("data:image/png;base64", "invalid_url"),
+        ("data:," + "x" * 10, "invalid_url"),
+        ("data:image/png;base64,QUJ", "invalid_base64"),
+        ("data:image/png;base64,QU JD", "invalid_base64"),
+        ("data:image/png;base64,QUJD\n", "invalid_base64"),
+        ('data:image/png;base64,QUJD"', "invalid_base64"),
+        ("data:image/png;base64,é===", "invalid_base64"),
+    ],
+)
+async def test_what_is_not_base64_is_refused(make: Make, url: str, code: str) -> None:
+    await refused(make(), url, code)
+
+
+async def test_the_size_of_a_data_url_is_exact(make: Make) -> None:
+    for size in (98, 99, 100):
+        assert (
+            len(await make(max_media_bytes=100).fetch(f"data:;base64,{base64.b64encode(bytes(size)).decode()}")) == size
+        )
+    await refused(make(max_media_bytes=100), f"data:;base64,{base64.b64encode(bytes(101)).decode()}", "media_too_large")
+
+
+# http:
+
+
+async def test_a_picture_is_fetched(make: Make, site: Site) -> None:
+    assert await make().fetch(f"{site.url}/picture") == PICTURE
+    headers = site.requests[0].headers
+    assert headers["Accept-Encoding"] == "identity"
+    assert "Cookie" not in headers
+
+
+async def test_a_name_is_resolved_once_and_that_address_is_used(make: Make, site: Site) -> None:
+    names = Names(["127.0.0.1"], ["10.0.0.1"])
+    assert await make(names).fetch(f"http://pictures.example:{site.port}/picture") == PICTURE
+    assert names.asked == ["pictures.example"]
+    assert site.requests[0].host == f"pictures.example:{site.port}"
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "127.8.8.8",
+        "0.0.0.0",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "100.100.100.200",
+        "168.63.129.16",
+        "192.0.0.192",
+        "198.18.0.1",
+        "224.0.0.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "[::1]",
+        "[::]",
+        "[fe80::1]",
+        "[fc00::1]",
+        "[fd00:ec2::254]",
+        "[fec0::1]",
+        "[ff02::1]",
+        "[::ffff:127.0.0.1]",
+        "[::ffff:169.254.169.254]",
+        "[::ffff:7f00:1]",
+        "[::127.0.0.1]",
+        "[64:ff9b::7f00:1]",
+        "[2002:7f00:1::]",
+        "[2001:db8::1]",
+        "user:password@127.0.0.1",
+        "example.com@127.0.0.1",
+    ],
+)
+async def test_addresses_that_are_not_public_are_refused(make: Make, host: str) -> None:
+    message = await refused(make(allowed_media_networks=()), f"http://{host}:9/x", "media_address_not_allowed")
+    assert "password" not in message
+
+
+@pytest.mark.parametrize(
+    "host", ["2130706433", "0x7f000001", "017700000001", "127.1", "0", "0x7f.1", "127.0.0.1.", "①②⑦.⓪.⓪.①"]
+)
+async def test_unusual_notations_of_an_address_lead_nowhere(make: Make, site: Site, host: str) -> None:
+    with pytest.raises(MediaError):
+        await make(allowed_media_networks=()).fetch(f"http://{host}:{site.port}/picture")
+    assert not site.requests
+
+
+async def test_a_name_that_leads_to_a_private_address_is_refused(make: Make, site: Site) -> None:
+    url = f"http://pictures.example:{site.port}/picture"
+    message = await refused(make(Names(["127.0.0.1"]), allowed_media_networks=()), url, "media_address_not_allowed")
+    assert "127.0.0.1" not in message
+    await refused(make(Names(["::ffff:127.0.0.1"]), allowed_media_networks=()), url, "media_address_not_allowed")
+    assert not site.requests
+
+
+async def test_a_name_that_changes_its_address_between_hops_is_refused(make: Make, site: Site) -> None:
+    """Allowed at first, private when asked again: what counts is the address that is connected to."""
+    names = Names(["127.0.0.1"], ["127.0.0.2"])
+    to = f"http://other.example:{site.port}/picture"
+    url = f"http://pictures.example:{site.port}/redirect?to={to}"
+    await refused(make(names, allowed_media_networks=("127.0.0.1/32",)), url, "media_address_not_allowed")
+    assert [request.path for request in site.requests] == ["/redirect"]
+
+
+async def test_of_several_addresses_only_public_ones_are_tried(make: Make, site: Site) -> None:
+    names = Names(["10.0.0.1", "127.0.0.1"])
+    fetcher = make(names, allowed_media_networks=("127.0.0.1/32",))
+    assert await fetcher.fetch(f"http://pictures.example:{site.port}/picture") == PICTURE
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_redirects_are_followed(make: Make, site: Site, status: int) -> None:
+    assert await make().fetch(f"{site.url}/redirect?status={status}&to=/picture") == PICTURE
+
+
+@pytest.mark.parametrize(
+    ("to", "code"),
+    [
+        ("http://169.254.169.254/latest/meta-data", "media_address_not_allowed"),
+        ("http://[::1]/", "media_address_not_allowed"),
+        ("file:///etc/passwd", "invalid_url"),
+        ("data:image/png;base64,QUJD", "invalid_url"),
+        ("ftp://127.0.0.1/", "invalid_url"),
+        ("http://[bad", "invalid_url"),
+    ],
+)
+async def test_a_redirect_leads_nowhere_that_a_url_could_not(make: Make, site: Site, to: str, code: str) -> None:
+    message = await refused(make(), f"{site.url}/redirect?to={to}", code)
+    assert to not in message
+
+
+async def test_redirects_are_bounded(make: Make, site: Site) -> None:
+    url = f"{site.url}/redirect?to=/redirect?to=/picture"
+    assert await make(max_redirects=2).fetch(url.replace("/picture", "%2Fpicture")) == PICTURE
+    loop = f"{site.url}/redirect?to={site.url}/nowhere"
+    await refused(make(max_redirects=0), loop, "media_unreachable")
+    await refused(make(), f"{site.url}/nowhere", "media_unreachable")
+
+
+async def test_credentials_stay_with_their_host(make: Make, site: Site) -> None:
+    await make().fetch(f"http://user:password@127.0.0.1:{site.port}/redirect?to=/picture")
+    assert "Authorization" in site.requests[0].headers
+    assert "Authorization" not in site.requests[1].headers
+
+
+async def test_other_statuses_are_an_error_that_tells_nothing_of_the_body(make: Make, site: Site) -> None:
+    message = await refused(make(), f"{site.url}/missing?token=abc", "media_unreachable")
+    assert "404" in message
+    assert "secret" not in message
+    assert "token" not in message
+    assert "500" in await refused(make(), f"{site.url}/broken", "media_unreachable")
+
+
+async def test_nobody_there(make: Make, site: Site) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        await refused(make(), f"http://127.0.0.1:{free.getsockname()[1]}/", "media_unreachable")
+    await refused(make(Names([])), "http://pictures.example/", "media_unreachable")
+
+
+@pytest.mark.parametrize("path", ["slow", "trickle"])
+async def test_slow_answers_end_with_the_timeout(make: Make, site: Site, path: str) -> None:
+    await refused(make(fetch_timeout_seconds=0.2), f"{site.url}/{path}", "media_timeout")
+
+
+async def test_waiting_for_a_turn_ends_with_the_timeout_too(make: Make, site: Site) -> None:
+    fetcher = make(fetch_timeout_seconds=0.2, max_concurrent_fetches=1)
+    await asyncio.gather(*(refused(fetcher, f"{site.url}/slow", "media_timeout") for _ in range(3)))
+    assert await fetcher.fetch(f"{site.url}/picture") == PICTURE
+
+
+async def test_endless_answers_end_at_the_limit(make: Make, site: Site) -> None:
+    await refused(make(max_media_bytes=100_000), f"{site.url}/endless", "media_too_large")
+    await asyncio.wait_for(site.ended.wait(), 5)
+
+
+async def test_a_length_that_is_too_large_ends_it_before_the_body(make: Make, site: Site) -> None:
+    assert len(await make(max_media_bytes=5000).fetch(f"{site.url}/large")) == 5000
+    await refused(make(max_media_bytes=4999), f"{site.url}/large", "media_too_large")
+
+
+async def test_compressed_content_is_refused(make: Make, site: Site) -> None:
+    await refused(make(), f"{site.url}/compressed", "media_unreachable")
+
+
+async def test_an_answer_that_breaks_off_is_an_error(make: Make, site: Site) -> None:
+    await refused(make(), f"{site.url}/cut", "media_unreachable")
+
+
+async def test_proxies_of_the_environment_are_not_used(make: Make, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert await make().fetch(f"{site.url}/picture") == PICTURE
+
+
+async def test_only_allowed_domains(make: Make, site: Site) -> None:
+    fetcher = make(Names(["127.0.0.1"]), allowed_media_domains=("Pictures.example",))
+    assert await fetcher.fetch(f"http://pictures.EXAMPLE:{site.port}/picture") == PICTURE
+    for url in (
+        f"http://other.example:{site.port}/picture",
+        f"http://sub.pictures.example:{site.port}/picture",
+        f"http://pictures.example:{site.port}/redirect?to=http://other.example:{site.port}/picture",
+        f"http://pictures.example@other.example:{site.port}/picture",
+    ):
+        await refused(fetcher, url, "media_domain_not_allowed")
+    assert [request.path for request in site.requests] == ["/picture", "/redirect"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "x",
+        "ftp://example.com/",
+        "javascript:1",
+        "http://",
+        "http:///x",
+        "http://[::1",
+        "//127.0.0.1/",
+        "http://a:b:c/",
+    ],
+)
+async def test_other_urls_are_refused(make: Make, url: str) -> None:
+    await refused(make(), url, "invalid_url")
+
+
+# file:
+
+
+async def test_files_are_refused_unless_a_folder_is_allowed(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    await refused(make(), f"file://{tmp_path}/a.png", "media_path_not_allowed")
+    assert await make(allowed_local_media_path=tmp_path).fetch(f"file://{tmp_path}/a.png") == PICTURE
+    assert await make(allowed_local_media_path=tmp_path).fetch(f"file://localhost{tmp_path}/%61.png") == PICTURE
+
+
+async def test_files_outside_of_the_folder_are_refused(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "allowed"
+    (folder / "deep").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(PICTURE)
+    (tmp_path / "allowed-too").mkdir()
+    (tmp_path / "allowed-too" / "a.png").write_bytes(PICTURE)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "loop").symlink_to(folder / "loop")
+    fetcher = make(allowed_local_media_path=folder)
+    for path in (
+        f"{tmp_path}/secret.png",
+        f"{folder}/../secret.png",
+        f"{folder}/deep/%2e%2e/%2e%2e/secret.png",
+        f"{folder}/link.png",
+        f"{folder}-too/a.png",
+        f"{folder}",
+        f"{tmp_path}/there-is-no-such-file.png",
+        "/etc/passwd",
+    ):
+        await refused(fetcher, f"file://{path}", "media_path_not_allowed")
+    await refused(fetcher, f"file://{folder}/none.png", "media_unreachable")
+    await refused(fetcher, f"file://{folder}/deep", "media_unreachable")
+    await refused(fetcher, f"file://otherhost{folder}/none.png", "invalid_url")
+    await refused(fetcher, f"file://{folder}/a%00.png", "invalid_url")
+    await refused(fetcher, "file:a.png", "invalid_url")
+
+
+async def test_a_link_within_the_folder_is_followed(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    assert await make(allowed_local_media_path=tmp_path).fetch(f"file://{tmp_path}/b.png") == PICTURE
+
+
+async def test_a_pipe_is_no_file_and_holds_nothing_up(make: Make, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    await refused(make(allowed_local_media_path=tmp_path), f"file://{tmp_path}/pipe", "media_unreachable")
+
+
+async def test_large_files_are_refused(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(bytes(101))
+    fetcher = make(allowed_local_media_path=tmp_path, max_media_bytes=100)
+    await refused(fetcher, f"file://{tmp_path}/a.png", "media_too_large")
+
+
+# Configuration
+
+
+def test_what_cannot_work_is_refused_at_start(tmp_path: Path) -> None:
+    bad: list[dict[str, Any]] = [
+        {"allowed_local_media_path": tmp_path / "none"},
+        {"allowed_media_networks": ("localhost",)},
+        {"max_media_bytes": 0},
+        {"fetch_timeout_seconds": 0},
+        {"max_redirects": -1},
+    ]
+    for config in bad:
+        with pytest.raises(ConfigurationError):
+            MediaConfig(**config)
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+)
+def test_public_addresses_are_permitted(address: str) -> None:
+    assert AddressGuard().permits(address)
+
+
+def test_an_allowed_network_allows_no_other() -> None:
+    guard = AddressGuard(("10.0.0.0/8", "fd00::/8"))
+    assert [guard.permits(one) for one in ("10.9.9.9", "fd00::1", "11.0.0.1", "192.168.0.1", "fc00::1", "x")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]

@@ -1,0 +1,218 @@
+"""What is read of a picture's header, and what its pixels become."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from chiasm.errors import MediaError
+from chiasm.media import MediaConfig, decode, inspect
+
+LOSSLESS = ["PNG", "GIF", "BMP"]
+WITH_EXIF = ["PNG", "JPEG", "WEBP"]
+
+
+def encode(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def pixels(picture: Image.Image) -> list[Any]:
+    return [picture.getpixel((x, y)) for y in range(picture.height) for x in range(picture.width)]
+
+
+def png(width: int, height: int, bits: int = 8, colour_type: int = 2, data: bytes = b"", extra: bytes = b"") -> bytes:
+    """A PNG put together by hand, so that its header can claim anything."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_size_and_format_come_from_the_header(format: str) -> None:
+    data = encode(Image.new("RGB", (30, 20)), format)
+    info = inspect(data)
+    assert info == (20, 30, format.lower())
+    assert info.media_type == f"image/{format.lower()}"
+    assert info.pixels == 600
+    assert decode(data).size == (30, 20)
+
+
+def test_the_header_is_enough() -> None:
+    whole = encode(Image.effect_noise((300, 200), 50).convert("RGB"))
+    assert inspect(whole[:200]) == (200, 300, "png")
+
+
+def test_a_single_pixel_is_a_picture() -> None:
+    data = encode(Image.new("RGB", (1, 1), "red"))
+    assert inspect(data) == (1, 1, "png")
+    assert decode(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("format", LOSSLESS)
+def test_pixels_are_kept(format: str) -> None:
+    picture = Image.new("RGB", (2, 1), "red")
+    picture.putpixel((1, 0), (0, 0, 255))
+    assert pixels(decode(encode(picture, format))) == [(255, 0, 0), (0, 0, 255)]
+
+
+@pytest.mark.parametrize("format", WITH_EXIF)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_honoured_in_size_and_pixels(format: str, orientation: int) -> None:
+    picture = Image.new("RGB", (32, 16), "white")
+    picture.paste((255, 0, 0), (0, 0, 16, 8))  # red in the upper left
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture, format, exif=exif)
+    turned = decode(data)
+    info = inspect(data)
+    assert turned.size == (info.width, info.height) == ((16, 32) if orientation >= 5 else (32, 16))
+    upright = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[orientation]
+    red = (turned.width * (1 + 2 * upright[0]) // 4, turned.height * (1 + 2 * upright[1]) // 4)
+    channels = turned.getpixel(red)
+    assert isinstance(channels, tuple)
+    assert channels[0] > 200
+    assert channels[1] < 60
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_a_rotation_that_does_not_exist_is_none(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert inspect(encode(Image.new("RGB", (3, 2)), exif=exif)) == (2, 3, "png")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_is_ignored() -> None:
+    data = png(3, 2, data=bytes(2 * 10), extra=chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"))
+    assert inspect(data) == (2, 3, "png")
+    assert decode(data).size == (3, 2)
+
+
+def test_exif_behind_the_pixels_counts_for_neither_size_nor_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encode(Image.new("RGB", (3, 2)))
+    late = whole[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + whole[-12:]
+    assert inspect(late) == (2, 3, "png")
+    assert decode(late).size == (3, 2)
+
+
+def test_of_an_animation_the_first_frame_counts() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for format, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
+        data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+        assert inspect(data)[:2] == (8, 8)
+        assert decode(data).getpixel((4, 4)) == (255, 0, 0), format
+
+
+def test_cmyk_becomes_rgb() -> None:
+    data = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    assert inspect(data) == (8, 8, "jpeg")
+    red, green, blue = decode(data).getpixel((4, 4))  # type: ignore[misc]
+    assert red > 200
+    assert max(green, blue) < 60
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    rows = b"\0" + struct.pack(">4H", 0, 0x5555, 0x8080, 0xFFFF)
+    assert pixels(decode(png(4, 1, bits=16, colour_type=0, data=rows))) == [(v,) * 3 for v in (0, 85, 128, 255)]
+    rows = b"\0" + struct.pack(">3H", 0xFFFF, 0x8080, 0)
+    assert decode(png(1, 1, bits=16, colour_type=2, data=rows)).getpixel((0, 0)) == (255, 128, 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    assert decode(encode(Image.new(mode, (3, 3)))).mode == "RGB"
+
+
+def test_transparent_parts_are_white() -> None:
+    assert decode(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 255)))).getpixel((0, 0)) == (255, 0, 0)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    assert decode(encode(palette)).getpixel((0, 0)) == (0, 255, 0)
+    assert decode(encode(palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(encode(palette, "GIF", transparency=1, optimize=False)).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(encode(Image.new("RGB", (2, 2), "red"), transparency=(255, 0, 0))).getpixel((0, 0)) == (255,) * 3
+
+
+def test_a_file_of_several_pictures_as_phones_make_them_is_read_as_jpeg() -> None:
+    frames = [Image.new("RGB", (16, 8), colour) for colour in ("red", "blue")]
+    data = encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert inspect(data) == (8, 16, "jpeg")
+    assert decode(data).getpixel((4, 4))[0] > 200  # type: ignore[index]
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    for read in (inspect, decode):
+        with pytest.raises(MediaError, match="20000 x 20000") as caught:
+            read(png(20_000, 20_000))
+        assert caught.value.code == "image_too_large"
+
+
+def test_the_bound_on_pixels_is_exact() -> None:
+    data = encode(Image.new("RGB", (10, 10)))
+    assert inspect(data, MediaConfig(max_image_pixels=100)).pixels == 100
+    with pytest.raises(MediaError):
+        inspect(data, MediaConfig(max_image_pixels=99))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0",
+        b"<html>not a picture</html>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+        b"II*\0\x08\0\0\0",
+        b"\x89PNG\r\n\x1a\n",
+        png(10, 10)[:20],
+        png(0, 10),
+        b"\xff\xd8\xff\xe0\x00",
+        b"GIF89a\x01",
+        b"RIFF\x10\0\0\0WEBPVP8 ",
+        b"BM",
+    ],
+)
+def test_what_is_not_a_picture_is_refused(data: bytes) -> None:
+    for read in (inspect, decode):
+        with pytest.raises(MediaError) as caught:
+            read(data)
+        assert caught.value.code == "invalid_image"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_pixels_that_are_cut_off_are_an_error(format: str) -> None:
+    data = encode(Image.effect_noise((200, 200), 80).convert("RGB"), format)
+    with pytest.raises(MediaError):
+        decode(data[: len(data) // 2])
+
+
+@given(
+    data=st.binary(max_size=200), head=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b""])
+)
+def test_no_bytes_raise_anything_but_media_errors(data: bytes, head: bytes) -> None:
+    config = MediaConfig(max_image_pixels=10_000)
+    for read in (inspect, decode):
+        with contextlib.suppress(MediaError):
+            read(head + data, config)
+
+
+def test_a_hostile_text_chunk_is_bounded() -> None:
+    bomb = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(200 << 20)))
+    with pytest.raises(MediaError):
+        inspect(png(4, 4, data=bytes(4 * 13), extra=bomb))
