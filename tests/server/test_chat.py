@@ -171,7 +171,7 @@ def test_a_chat_may_fill_the_context_unless_told_otherwise(pd: Served) -> None:
 
 def test_messages_reach_the_template(pd: Served) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": None, "tool_calls": [call]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -60,22 +61,20 @@ def live(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
     """Starts the instance of a role when a test first asks for it."""
     store = tmp_path_factory.mktemp("store")
     started: dict[Role, Live] = {}
-    closing: list[Callable[[], None]] = []
+    with contextlib.ExitStack() as stack:
 
-    def start(role: Role) -> Live:
-        if role not in started:
-            ec_role = ECTransferRole.PRODUCER if role is Role.ENCODER else ECTransferRole.CONSUMER
-            ec = None if role is Role.AGGREGATED else ECTransferConfig(role=ec_role, shared_storage_path=store)
-            engine = create_engine(EngineConfig(model, role, threads=1, kv_cache_bytes=32 << 20, ec=ec))
-            engine.start()
-            server = serving(create_app(engine, served_model_name="synthetic"))
-            started[role] = Live(engine, server.__enter__())
-            closing.append(lambda: (server.__exit__(None, None, None), engine.stop()))  # type: ignore[arg-type,return-value]
-        return started[role]
+        def start(role: Role) -> Live:
+            if role not in started:
+                ec_role = ECTransferRole.PRODUCER if role is Role.ENCODER else ECTransferRole.CONSUMER
+                ec = None if role is Role.AGGREGATED else ECTransferConfig(role=ec_role, shared_storage_path=store)
+                engine = create_engine(EngineConfig(model, role, threads=1, kv_cache_bytes=32 << 20, ec=ec))
+                engine.start()
+                stack.callback(engine.stop)
+                url = stack.enter_context(serving(create_app(engine, served_model_name="synthetic")))
+                started[role] = Live(engine, url)
+            return started[role]
 
-    yield start
-    for close in closing:
-        close()
+        yield start
 
 
 @pytest.fixture
