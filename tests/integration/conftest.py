@@ -1,0 +1,135 @@
+"""Real instances behind a real proxy, on a small random checkpoint."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import torch
+from openai import OpenAI
+from PIL import Image
+
+from chiasm.checkpoints import synthetic
+from chiasm.engine import Role
+from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
+
+MODEL = "small"
+SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512")
+
+
+def pixels(seed: int, height: int = 96, width: int = 96) -> Image.Image:
+    """A picture of random pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 255, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def data_url(data: bytes, mime: str = "image/png") -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def picture(seed: int, height: int = 96, width: int = 96) -> dict[str, Any]:
+    """A picture of random pixels as a part of a message."""
+    return part(encoded(pixels(seed, height, width)))
+
+
+def part(data: bytes, mime: str = "image/png") -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(data, mime)}}
+
+
+def chat(*content: str | dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The body of a greedy chat completion with one user message."""
+    parts = [{"type": "text", "text": each} if isinstance(each, str) else each for each in content]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 8}
+    return body | {"ignore_eos": True} | options
+
+
+@dataclass
+class Service:
+    """A deployment, and what a test asks of it."""
+
+    deployment: Deployment
+
+    @property
+    def url(self) -> str:
+        return self.deployment.local_url
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def post(self, body: dict[str, Any], **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60, **options)
+
+    def answer(self, body: dict[str, Any]) -> str:
+        response = self.post(body)
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["message"]["content"])
+
+    def metric(self, role: Role, name: str) -> float:
+        """Sum of a metric over all instances of a role."""
+        total = 0.0
+        for url in self.deployment.urls(role):
+            for line in httpx.get(f"{url}/metrics", timeout=10).text.splitlines():
+                if line.startswith((f"{name} ", f"{name}{{")):
+                    total += float(line.rsplit(" ", 1)[1])
+        return total
+
+    def health(self) -> list[dict[str, Any]]:
+        return list(httpx.get(f"{self.url}/health", timeout=10).json()["instances"])
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not happen in time"
+            time.sleep(0.02)
+
+    def pid(self, url: str) -> int:
+        return next(process.pid for process in self.deployment.processes if process.url == url and process.pid)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    return synthetic.make("qwen3_vl", tmp_path_factory.mktemp("integration") / MODEL)
+
+
+def run(checkpoint: Path, roles: dict[Role, int], *proxy_flags: str) -> Iterator[Service]:
+    config = DeploymentConfig(
+        model=str(checkpoint),
+        roles={role: RoleConfig(count=count, threads=1) for role, count in roles.items()},
+        served_model_name=MODEL,
+        instance_flags=SMALL,
+        proxy_flags=proxy_flags,
+    )
+    with Deployment(config) as deployment:
+        deployment.wait_ready(180)
+        yield Service(deployment)
+
+
+@pytest.fixture(scope="session")
+def aggregated(checkpoint) -> Iterator[Service]:
+    yield from run(checkpoint, {Role.AGGREGATED: 1})
+
+
+@pytest.fixture(scope="session")
+def disaggregated(checkpoint) -> Iterator[Service]:
+    """Two encoders and two PDs."""
+    yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 2})
+
+
+@pytest.fixture
+def fragile(checkpoint) -> Iterator[Service]:
+    """Two encoders and one PD, to be killed."""
+    yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 1}, "--deadline-seconds", "30")
