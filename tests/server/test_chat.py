@@ -211,7 +211,13 @@ def test_unknown_fields_are_ignored(pd: Served) -> None:
 
 
 def test_fields_that_ask_for_nothing_are_taken(pd: Served) -> None:
-    body = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "functions": None, "echo": False}
+    body: dict[str, Any] = {
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "functions": None,
+        "echo": False,
+    }
     assert post(pd.chat, {"messages": HI, **body}).status == 200
 
 
