@@ -134,7 +134,7 @@ class Encoders:
         return encoded
 
     def _dispatch(self, flights: Sequence[_Flight]) -> None:
-        """Large items first, each to the encoder with the least to do; one call for each encoder."""
+        """Large items are placed first, each at the encoder with the least to do; one call for each encoder."""
         planned: dict[Instance, list[_Flight]] = {}
 
         def ahead(instance: Instance) -> float:
@@ -146,7 +146,9 @@ class Encoders:
                 self._settle(flight, _none_left(flight))
             else:
                 planned.setdefault(instance, []).append(flight)
+        order = {flight: index for index, flight in enumerate(flights)}
         for instance, batch in planned.items():
+            batch.sort(key=order.__getitem__)  # as the prompt needs them, since prefill goes on with the first that is there
             most = (instance.report and instance.report.max_items) or len(batch)
             for first in range(0, len(batch), most):
                 self._start(instance, batch[first : first + most])

@@ -30,7 +30,7 @@ class ServerTiming:
                 _entry("queue", engine.queue_seconds),
                 _entry("wait", engine.wait_seconds),
                 _entry("transfer", engine.transfer_seconds),
-                _entry("encode", engine.encode_seconds),
+                _entry("encode", engine.encode_seconds or None),
                 _entry("prefill", engine.prefill_seconds),
             ]
         if self.first_output is not None:
