@@ -78,8 +78,9 @@ class Loaded:
 
 
 @pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    """Models this small lose time to every thread that waits."""
+def _torch() -> Iterator[None]:
+    """The engine's attention, and one thread: models this small lose time to every thread that waits."""
+    register_paged_attention()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -89,7 +90,6 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
     """A checkpoint by family, the same for the whole session."""
-    register_paged_attention()
     loaded: dict[str, Loaded] = {}
 
     def get(family: str) -> Loaded:

@@ -169,6 +169,8 @@ def test_the_number_of_items_must_be_that_of_the_places(qwen: Processor, count: 
     "messages",
     [
         [],
+        ["text"],
+        [{"role": ["user"], "content": [{"type": "video"}]}],
         [{"role": "user", "content": 5}],
         [{"role": "user", "content": [{"type": "audio"}]}],
         [{"role": "user", "content": [{"type": "text", "text": 5}]}],

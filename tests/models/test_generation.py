@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from chiasm.checkpoints import synthetic
 from chiasm.models.base import Pixels, Prompt
 from tests.models.conftest import Loaded, picture
 from tests.models.driver import Driver
@@ -34,6 +36,31 @@ def test_greedy_tokens_equal_the_whole_models_for_every_chunk_size(
     expected = loaded.reference(prompt, pixels, MAX_TOKENS)
     driver = Driver(loaded.language)
     for chunk in (5, 16, len(prompt.token_ids)):
+        assert driver.generate(prompt, entries, chunk=chunk, max_tokens=MAX_TOKENS) == expected, f"chunk {chunk}"
+
+
+@pytest.mark.parametrize(
+    ("family", "text_config"),
+    [
+        ("llava", {"model_type": "mistral", "sliding_window": 12}),
+        ("internvl", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
+        ("internvl", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}}),
+        ("internvl", {"model_type": "qwen3"}),
+        (
+            "internvl",
+            {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        ),
+    ],
+    ids=["mistral, windows", "qwen2, windows in some layers", "qwen2, dynamic rope", "qwen3", "qwen3_moe"],
+)
+def test_other_decoders_answer_as_the_whole_model_does(
+    tmp_path: Path, family: str, text_config: dict[str, object]
+) -> None:
+    loaded = Loaded(family, synthetic.make(family, tmp_path, text_config=text_config))
+    prompt, pixels, entries = _request(loaded, PICTURES["two pictures"])
+    expected = loaded.reference(prompt, pixels, MAX_TOKENS)
+    driver = Driver(loaded.language)
+    for chunk in (5, len(prompt.token_ids)):
         assert driver.generate(prompt, entries, chunk=chunk, max_tokens=MAX_TOKENS) == expected, f"chunk {chunk}"
 
 

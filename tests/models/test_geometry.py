@@ -68,7 +68,7 @@ def test_metadata_that_an_encoder_answers_is_taken_for_any_size(tiled: Loaded, h
         assert processor.geometry_of_metadata(geometry.metadata) == geometry
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava"])
 @pytest.mark.parametrize(("height", "width"), [(1, 201), (201, 1), (10, 5000), (1, 1 << 20)])
 def test_too_elongated_pictures_are_refused(
     checkpoint: Callable[[str], Loaded], family: str, height: int, width: int

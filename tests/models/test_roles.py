@@ -111,6 +111,17 @@ def test_a_weight_that_no_role_knows_is_refused(checkpoint: Callable[[str], Load
         load_language(folder, **F32_CPU)
 
 
+def test_a_weight_of_another_shape_is_a_configuration_error(
+    checkpoint: Callable[[str], Loaded], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint("qwen3_vl").folder, tmp_path / "reshaped")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[LANGUAGE_TENSOR] = torch.ones(7)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        load_language(folder, **F32_CPU)
+
+
 @pytest.mark.parametrize("load", [load_language, load_vision])
 def test_damaged_or_absent_weights_are_a_configuration_error(
     checkpoint: Callable[[str], Loaded], tmp_path: Path, load: Callable[..., LanguageModel | VisionModel]

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,15 +67,24 @@ class _Recipe:
 
 
 def make(
-    family: str, folder: Path, *, seed: int = 0, size: SyntheticSize | None = None, dtype_name: str = "float32"
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    size: SyntheticSize | None = None,
+    dtype_name: str = "float32",
+    text_config: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a random checkpoint to ``folder``, and return the folder.
 
-    ``family`` is a ``model_type``, one of ``FAMILIES``. The same arguments give the same weights. Greedy answers are
-    printable ASCII and never end by themselves, unless the embeddings are tied.
+    ``family`` is a ``model_type``, one of ``FAMILIES``; ``text_config`` adds to the language model's configuration, for
+    another decoder or a sliding window. The same arguments give the same weights. Greedy answers are printable ASCII
+    and never end by themselves, unless the embeddings are tied.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from chiasm.models.loading import quiet
 
     size = size or SyntheticSize()
     recipe = _RECIPES[family]
@@ -83,7 +92,9 @@ def make(
     tokenizer = _tokenizer(recipe, size.vocab_size)
     tokenizer.save_pretrained(folder)
 
-    config = AutoConfig.for_model(family, **recipe.config(size, tokenizer.convert_tokens_to_ids))
+    values = recipe.config(size, tokenizer.convert_tokens_to_ids)
+    values["text_config"] |= dict(text_config or {})
+    config = AutoConfig.for_model(family, **values)
     model = AutoModelForImageTextToText.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -94,7 +105,8 @@ def make(
             model.get_output_embeddings().weight[_unprintable(tokenizer, size.vocab_size)] = 0
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(recipe.end)
     model.generation_config.pad_token_id = 0
-    model.to(getattr(torch, dtype_name)).save_pretrained(folder)
+    with quiet():
+        model.to(getattr(torch, dtype_name)).save_pretrained(folder)
 
     _write(folder / "preprocessor_config.json", recipe.preprocessor(size))
     if recipe.processor is not None:
@@ -203,11 +215,18 @@ _QWEN_TEMPLATE = (
 )
 
 
-def _qwen(vision: Callable[[SyntheticSize], JsonObject], **rope: object) -> _Recipe:
+def _qwen(
+    vision: Callable[[SyntheticSize], JsonObject],
+    *,
+    interleaved: bool = False,
+    experts: Callable[[SyntheticSize], JsonObject] = lambda size: {},
+) -> _Recipe:
     def config(size: SyntheticSize, token_id: Callable[[str], int]) -> JsonObject:
         half = size.head_dim // 2
         sections = [half - 2 * (half // 4), half // 4, half // 4]
-        parameters = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections, **rope}
+        parameters: JsonObject = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
+        if interleaved:
+            parameters["mrope_interleaved"] = True
         shared = {
             "patch_size": size.patch_pixels,
             "spatial_merge_size": 2,
@@ -216,7 +235,7 @@ def _qwen(vision: Callable[[SyntheticSize], JsonObject], **rope: object) -> _Rec
             "num_heads": size.vision_heads,
         }
         return {
-            "text_config": {**_text(size), "rope_parameters": parameters},
+            "text_config": {**_text(size), "rope_parameters": parameters, **experts(size)},
             "vision_config": {**shared, **vision(size)},
             "image_token_id": token_id("<|image_pad|>"),
             "video_token_id": token_id("<|video_pad|>"),
@@ -265,6 +284,11 @@ def _qwen3_vision(size: SyntheticSize) -> JsonObject:
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": list(range(size.deepstack_levels)),
     }
+
+
+def _experts(size: SyntheticSize) -> JsonObject:
+    """As many parameters in use for a token as the dense model has."""
+    return {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": size.text_intermediate // 2}
 
 
 _PARTS_TEMPLATE = (
@@ -391,7 +415,8 @@ def _square_vision(size: SyntheticSize) -> JsonObject:
 _RECIPES = {
     "qwen2_vl": _qwen(_qwen2_vision),
     "qwen2_5_vl": _qwen(_qwen2_5_vision),
-    "qwen3_vl": _qwen(_qwen3_vision, mrope_interleaved=True),
+    "qwen3_vl": _qwen(_qwen3_vision, interleaved=True),
+    "qwen3_vl_moe": _qwen(_qwen3_vision, interleaved=True, experts=_experts),
     "idefics3": _idefics3("Idefics3ImageProcessor"),
     "smolvlm": _idefics3("SmolVLMImageProcessor"),
     "internvl": _internvl(),

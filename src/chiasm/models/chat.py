@@ -71,8 +71,10 @@ class ChatTemplate:
 
     def _adapted(self, message: Message) -> Message:
         """The message with its content in a form that the template takes for its role."""
+        if not isinstance(message, dict):
+            raise InvalidRequestError("A message must be an object with role and content.", param="messages")
         content = message.get("content")
-        forms = self._forms.get(message.get("role", ""), ())
+        forms = self._forms.get(str(message.get("role")), ())
         if isinstance(content, str):
             if forms == ("parts",):
                 content = [{"type": "text", "text": content}]

@@ -33,12 +33,15 @@ def load_role(
     checkpoint.weight_files()
     role_class = _role_class(_model_class(config), role)
     try:
-        with _quiet():
+        with quiet():
             model, info = role_class.from_pretrained(
                 checkpoint.folder,
                 config=config,
                 dtype=dtype,
-                attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
+                attn_implementation={
+                    "text_config": ATTENTION_NAME if role == "language" else "eager",
+                    "vision_config": "sdpa",
+                },
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
@@ -89,7 +92,7 @@ def _role_class(model_class: Any, role: Role) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own report on the load, and its progress bar: chiasm checks the result itself."""
     from transformers.utils import logging
 

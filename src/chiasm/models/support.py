@@ -29,7 +29,17 @@ _REASONS = {
 }
 
 TEXT_TYPES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"},
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen2_vl_text",
+        "qwen2_5_vl_text",
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_vl_text",
+        "qwen3_vl_moe_text",
+    }
 )
 """Decoders that are known to need causal attention, with or without a sliding window, and nothing else."""
 

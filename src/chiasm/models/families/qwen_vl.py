@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures keep their shape, positions have three axes."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, dense and MoE: pictures keep their shape, positions have three axes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ GRID_KEY = "image_grid_thw"
 class QwenVL(Family):
     """A picture is resized to whole cells of merge x merge patches; each cell is one token."""
 
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-    vision_types = ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision")
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    vision_types = ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_vl_moe_vision")
     metadata_key = GRID_KEY
 
     def __init__(self, parts: ProcessorParts) -> None:
