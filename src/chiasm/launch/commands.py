@@ -45,9 +45,9 @@ def proxy_command(config: DeploymentConfig, address: HeldPort, urls: Sequence[tu
 
 
 def model_name(model: str) -> str:
-    """What clients call a model: a folder by its own name, anything else as it was given."""
+    """What clients call a model: a checkpoint's folder by its own name, anything else as it was given."""
     path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
+    return path.resolve().name if (path / "config.json").is_file() else model
 
 
 def threads_of(roles: Mapping[Role, RoleConfig], role: Role) -> int:

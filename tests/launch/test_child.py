@@ -1,0 +1,132 @@
+"""One supervised process: what it may do, and what becomes of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chiasm.launch.child import Child, ProcessState
+from tests.launch.waiting import alive, eventually
+
+Start = Callable[[str], Child]
+SERVES = "import time; print('ready http://127.0.0.1:1', flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a child that runs Python code."""
+    children = []
+
+    def started(code: str) -> Child:
+        child = Child(
+            "thing",
+            [sys.executable, "-c", code],
+            dict(os.environ),
+            on_change=lambda child: None,
+            on_line=lambda name, line: None,
+        )
+        children.append(child)
+        child.start()
+        return child
+
+    yield started
+    for child in children:
+        child.kill()
+        assert child.join(10)
+
+
+def test_the_ready_line_makes_it_ready(start: Start) -> None:
+    child = start(f"print('hello', flush=True); {SERVES}")
+    assert eventually(lambda: child.state is ProcessState.READY)
+    assert child.pid is not None
+
+
+def test_one_that_dies_is_started_again_after_pauses_that_double(start: Start) -> None:
+    child = start("import sys; print('ready x', flush=True); sys.exit(3)")
+    assert eventually(lambda: child.restarts >= 2)
+    notes = [line for line in child.lines if "starting it again" in line]
+    assert notes[:2] == [
+        "ended with exit code 3; starting it again in 0.25 s",
+        "ended with exit code 3; starting it again in 0.5 s",
+    ]
+    assert child.failure is None
+
+
+def test_exit_code_2_at_the_start_is_final_and_its_error_is_kept(start: Start) -> None:
+    child = start("import sys; print('noise\\nError: no such model', file=sys.stderr); sys.exit(2)")
+    assert eventually(lambda: child.state is ProcessState.FAILED)
+    assert child.failure is not None
+    assert child.failure.message == "no such model"
+    assert child.restarts == 0
+
+
+def test_crashes_before_it_was_ever_ready_end_after_three_attempts(start: Start) -> None:
+    child = start("import sys; print('out of luck', file=sys.stderr); sys.exit(1)")
+    assert eventually(lambda: child.state is ProcessState.FAILED)
+    assert child.failure is not None
+    assert child.failure.message == "thing ended 3 times before it was ready, with exit code 1: out of luck"
+
+
+def test_once_it_was_ready_no_exit_code_is_final(start: Start, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    child = start(
+        f"import pathlib, sys; mark = pathlib.Path({str(mark)!r})\n"
+        "if mark.exists(): sys.exit(2)\n"
+        "mark.touch(); print('ready x', flush=True)"
+    )
+    assert eventually(lambda: child.restarts >= 2)
+    assert child.failure is None
+
+
+def test_what_cannot_be_executed_fails() -> None:
+    child = Child("thing", ["/nowhere/python"], {}, on_change=lambda child: None, on_line=lambda name, line: None)
+    child.start()
+    assert child.join(30)
+    assert child.state is ProcessState.FAILED
+    assert child.failure is not None
+    assert "/nowhere/python" in child.failure.message
+
+
+def test_it_ends_when_asked_and_is_not_started_again(start: Start) -> None:
+    child = start(SERVES)
+    assert eventually(lambda: child.state is ProcessState.READY)
+    child.end()
+    assert child.join(10)
+    assert child.state is ProcessState.STOPPED
+    assert child.pid is None
+
+
+def test_it_ends_when_asked_during_a_pause(start: Start) -> None:
+    child = start("print('ready x', flush=True)")
+    assert eventually(lambda: child.state is ProcessState.WAITING)
+    child.end()
+    assert child.join(10)
+    assert child.state is ProcessState.STOPPED
+
+
+def test_killing_ends_one_that_does_not_listen_and_what_it_started(start: Start) -> None:
+    child = start(
+        "import signal, subprocess, sys\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('ready x', flush=True); other.wait()"
+    )
+    assert eventually(lambda: child.state is ProcessState.READY)
+    processes = [psutil.Process(child.pid), *psutil.Process(child.pid).children()]
+    child.end()
+    assert not child.join(0.2)
+    child.kill()
+    assert child.join(10)
+    assert eventually(lambda: not alive(processes), 10)
+
+
+def test_its_log_is_bounded_in_lines_and_in_their_length(start: Start) -> None:
+    child = start(f"import sys; print('x' * 100_000, *range(300), sep='\\n', file=sys.stderr, flush=True); {SERVES}")
+    assert eventually(lambda: child.lines and child.lines[-1] == "299")
+    assert len(child.lines) == 200
+    assert max(map(len, child.lines)) <= 8192

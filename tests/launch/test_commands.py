@@ -1,0 +1,106 @@
+"""What a deployment starts, and with how many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from chiasm.errors import ConfigurationError
+from chiasm.launch import DeploymentConfig, Role, RoleConfig, commands, cores
+from chiasm.launch.commands import environment, instance_command, model_name, proxy_command, threads_of
+from chiasm.launch.ports import HeldPort
+
+ONE_EACH = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()}
+
+
+@pytest.fixture
+def address() -> HeldPort:
+    held = HeldPort("127.0.0.1")
+    held.release()
+    return held
+
+
+@pytest.mark.parametrize(
+    ("usable", "roles", "threads"),
+    [
+        (2, ONE_EACH, 1),
+        (8, ONE_EACH, 4),
+        (8, {Role.ENCODER: RoleConfig(3), Role.PD: RoleConfig(1)}, 2),
+        (2, {Role.ENCODER: RoleConfig(3), Role.PD: RoleConfig(1)}, 1),
+        (8, {Role.ENCODER: RoleConfig(threads=7), Role.PD: RoleConfig()}, 7),
+        (8, {Role.ENCODER: RoleConfig(2, cpus=(0, 1, 2, 3)), Role.PD: RoleConfig()}, 2),
+        (8, {Role.ENCODER: RoleConfig(cpus=(5,)), Role.PD: RoleConfig()}, 1),
+    ],
+)
+def test_instances_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, usable: int, roles: Mapping[Role, RoleConfig], threads: int
+) -> None:
+    monkeypatch.setattr(commands, "usable_cores", lambda: usable)
+    assert threads_of(roles, Role.ENCODER) == threads
+
+
+@pytest.mark.parametrize(("limit", "count"), [("100000 100000", 1), ("150000 100000", 2), ("max 100000", 8), ("?", 8)])
+def test_a_container_has_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, count: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr(cores, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores, "_allowed", lambda: set(range(8)))
+    assert cores.usable_cores() == count
+
+
+def test_an_instance_is_told_all_that_its_role_needs(address: HeldPort, tmp_path: Path) -> None:
+    config = DeploymentConfig(
+        "demo",
+        {Role.ENCODER: RoleConfig(threads=3, cpus=(0, 2), flags=("--max-items", "4")), Role.PD: RoleConfig()},
+        instance_flags=("--dtype", "bfloat16"),
+    )
+    command = instance_command(config, tmp_path, Role.ENCODER, address, tmp_path / "ec", 1 << 20)
+    text = " ".join(command)
+    assert f"instance {tmp_path} --role encoder" in text
+    assert f"--host 127.0.0.1 --port {address.port}" in text
+    assert "--served-model-name demo --threads 3 --cpus 0,2" in text
+    assert f"--shared-storage-path {tmp_path / 'ec'} --ec-max-bytes {1 << 20}" in text
+    assert command[-4:] == ["--dtype", "bfloat16", "--max-items", "4"]
+
+
+def test_an_aggregated_instance_exchanges_no_embeddings(address: HeldPort, tmp_path: Path) -> None:
+    config = DeploymentConfig("demo", {Role.AGGREGATED: RoleConfig()})
+    assert not config.exchanges_embeddings
+    assert "--connector" not in instance_command(config, tmp_path, Role.AGGREGATED, address, None, 0)
+
+
+def test_the_proxy_is_told_every_instance(address: HeldPort) -> None:
+    urls = [(Role.ENCODER, "http://a"), (Role.ENCODER, "http://b"), (Role.PD, "http://c")]
+    text = " ".join(proxy_command(DeploymentConfig("demo"), address, urls))
+    assert "--encoder http://a --encoder http://b --pd http://c" in text
+
+
+def test_what_a_person_has_set_in_the_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert environment(3)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert environment(3)["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_model_is_called_by_its_folders_name_or_as_it_was_given(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").touch()
+    assert model_name(str(tmp_path / "mine")) == "mine"
+    assert model_name("Qwen/Qwen3-VL-2B-Instruct") == "Qwen/Qwen3-VL-2B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({}, "nothing would answer"),
+        ({Role.ENCODER: RoleConfig()}, "nothing would answer"),
+        ({Role.ENCODER: RoleConfig(), Role.AGGREGATED: RoleConfig()}, "need at least one pd"),
+        ({Role.PD: RoleConfig(-1)}, "fewer than no"),
+    ],
+)
+def test_a_deployment_that_could_not_answer_is_refused(roles: Mapping[Role, RoleConfig], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        DeploymentConfig("demo", roles)

@@ -1,0 +1,43 @@
+"""Faults of a deployment's start. Its life is in tests/cli/test_serve.py, its answers in tests/integration."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from chiasm.errors import ConfigurationError
+from chiasm.launch import Deployment, DeploymentConfig, Role, RoleConfig
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A folder that looks like a checkpoint's until one reads it."""
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+def test_a_model_that_is_not_there_is_known_before_anything_starts() -> None:
+    with pytest.raises(ConfigurationError, match="no model '/nowhere'"):
+        Deployment(DeploymentConfig("/nowhere"))
+
+
+def test_a_port_in_use_is_known_before_anything_starts(folder: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        deployment = Deployment(DeploymentConfig(folder, port=server.getsockname()[1]))
+        with pytest.raises(ConfigurationError, match="in use"):
+            deployment.start()
+        assert deployment.processes == []
+
+
+def test_cpus_that_are_not_there_are_refused(folder: str) -> None:
+    with pytest.raises(ConfigurationError, match="CPU 4096 cannot be used"):
+        Deployment(DeploymentConfig(folder, {Role.PD: RoleConfig(cpus=(4096,))}))
+
+
+def test_an_instance_that_cannot_start_ends_the_start_with_its_error(folder: str) -> None:
+    config = DeploymentConfig(folder, {Role.AGGREGATED: RoleConfig()}, instance_flags=("--kv-cache-bytes", "much"))
+    with pytest.raises(ConfigurationError, match="'much' is not a size"), Deployment(config) as deployment:
+        deployment.wait_ready(60)
+    assert all(process.pid is None for process in deployment.processes)

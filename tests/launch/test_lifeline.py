@@ -1,0 +1,61 @@
+"""A process never outlives the one that started it, however that ended."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import psutil
+
+from tests.launch.waiting import alive, eventually
+
+_WAIT = "print('up', flush=True); time.sleep(600)"
+_IMPORTS = "import signal, time; from chiasm.launch import lifeline"
+
+
+def test_it_ends_when_its_standard_input_closes() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{_IMPORTS}; lifeline.end_with_stdin(); {_WAIT}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        process.stdin.close()
+        assert process.wait(30) == -signal.SIGTERM
+
+
+def test_it_ends_also_when_it_ignores_the_signal() -> None:
+    deaf = "lifeline.GRACE_SECONDS = 0.1; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{_IMPORTS}; {deaf}; lifeline.end_with_stdin(); {_WAIT}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        process.stdin.close()
+        assert process.wait(30) == 1
+
+
+def test_a_killed_parent_takes_its_children_along() -> None:
+    child = f"{_IMPORTS}; lifeline.end_with_stdin(); print('ready x', flush=True); time.sleep(600)"
+    parent = (
+        "import os, sys, time; from chiasm.launch.child import Child\n"
+        "def changed(child): print(child.state, child.pid, flush=True)\n"
+        f"child = Child('c', [sys.executable, '-c', {child!r}], dict(os.environ),"
+        " on_change=changed, on_line=lambda *line: None)\n"
+        "child.start(); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        pid = next(int(line.split()[1]) for line in process.stdout if line.startswith("ready"))
+        orphan = psutil.Process(pid)
+        process.kill()
+        assert eventually(lambda: not alive([orphan]), 30)

@@ -1,0 +1,30 @@
+"""Waiting for what another thread or process does, with a bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import psutil
+
+
+def eventually(holds: Callable[[], object], timeout_seconds: float = 60.0) -> bool:
+    """Whether ``holds`` became true in time."""
+    until = time.monotonic() + timeout_seconds
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run; one that only waits to be reaped does not."""
+    return [process for process in processes if process.is_running() and not _is_zombie(process)]
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
