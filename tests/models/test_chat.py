@@ -96,6 +96,23 @@ def test_a_template_of_strings_gets_strings_and_placeholders(templated: Callable
     assert _decode(processor, after) == "\nWhat?\n[assistant] "
 
 
+def test_each_role_gets_the_form_that_the_template_takes_for_it(templated: Callable[..., Processor]) -> None:
+    processor = templated(
+        "{% for message in messages %}{{ message.role }}: {% if message.role == 'user' %}{% for part in message.content %}"
+        "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+        "{% else %}{{ message.content.strip() }}{% endif %}\n{% endfor %}"
+    )
+    geometry = processor.geometry_of_size(32, 32)
+    messages: list[Message] = [
+        {"role": "system", "content": [_text("Be"), IMAGE, _text("brief.")]},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": [_text("Hi")]},
+    ]
+    prompt = processor.build_chat(messages, [("a", geometry)])
+    text = _decode(processor, prompt.token_ids).replace("<image>", "")
+    assert text == "<s>system: Be\n\nbrief.\nuser: Hello\nassistant: Hi\n"
+
+
 def test_without_a_template_there_is_no_chat(templated: Callable[..., Processor]) -> None:
     processor = templated(None)
     with pytest.raises(InvalidRequestError, match="no chat template"):

@@ -10,8 +10,6 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
 from chiasm.errors import InvalidRequestError
 from chiasm.models.base import Message
 
@@ -65,7 +63,7 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(
                 messages, chat_template=self._template, tokenize=False, **options
             )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except Exception as error:  # a template is a program; whatever it raises, these messages made it
             raise InvalidRequestError(f"The chat template refuses the messages: {error}", param="messages") from error
         return str(text)
 
@@ -80,7 +78,10 @@ class ChatTemplate:
                 content = [{"type": "text", "text": content}]
         elif isinstance(content, list):
             parts = [self._adapted_part(part) for part in content]
-            content = parts if "parts" in forms or not forms else "\n".join(part["text"] for part in parts)
+            if forms == ("string",):
+                content = "\n".join(part.get("text", self._placeholder) for part in parts)
+            else:
+                content = parts
         elif content is not None:
             raise InvalidRequestError("A message's content must be a string or a list of parts.", param="messages")
         return {**message, "content": content}
@@ -96,7 +97,7 @@ class ChatTemplate:
     def _takes(self, role: str, form: Form) -> bool:
         """Whether the template writes a message of this role with content of this form as it should."""
         probe = _probe(role, _PROBE if form == "string" else [_text_part(_PROBE)])
-        user = _probe("user", _PROBE if self._forms.get("user") == ("string",) else [_text_part("x")])
+        user = _probe("user", "x" if self._forms.get("user") == ("string",) else [_text_part("x")])
         conversation = {"user": [probe], "system": [probe, user], "assistant": [user, probe]}[role]
         try:
             text = self._apply(conversation, {})
