@@ -124,7 +124,10 @@ class Encoder:
 
     async def encode(self, *pictures: Picture) -> list[EncodedItem]:
         items = [
-            EncodeItem(identifier(each.data, fingerprint=self.engine.model_fingerprint), each.data) for each in pictures
+            EncodeItem(
+                identifier(each.data, fingerprint=self.engine.model_fingerprint), each.data, each.height, each.width
+            )
+            for each in pictures
         ]
         return await self.engine.encode("test", items, time.monotonic() + 60)
 

@@ -61,7 +61,7 @@ async def test_an_embedding_does_not_depend_on_its_neighbours(encoder, store):
 @pytest.mark.parametrize("data", [b"", b"not a picture", A.data[:60], A.data[: len(A.data) // 2]])
 async def test_what_is_no_whole_picture_is_refused_and_costs_nobody_else(encoder, data):
     with pytest.raises(MediaError):
-        await encoder.engine.encode("bad", [EncodeItem("f" * 64, data)], time.monotonic() + 10)
+        await encoder.engine.encode("bad", [EncodeItem("f" * 64, data, 96, 96)], time.monotonic() + 10)
     (item,) = await encoder.encode(A)
     assert item.outcome is ItemOutcome.ENCODED
 
@@ -73,7 +73,7 @@ async def test_more_items_than_the_limit_are_refused(encoder):
 
 async def test_a_deadline_that_passed_is_an_error(encoder):
     with pytest.raises(DeadlineExceededError):
-        await encoder.engine.encode("late", [EncodeItem("e" * 64, A.data)], time.monotonic())
+        await encoder.engine.encode("late", [EncodeItem("e" * 64, A.data, 96, 96)], time.monotonic())
 
 
 async def test_an_embedding_that_cannot_be_published_is_an_error_and_the_next_is_right(encoder, store):

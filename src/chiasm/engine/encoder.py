@@ -21,7 +21,8 @@ from chiasm.engine.device import check_memory, choose_device, choose_dtype, use_
 from chiasm.engine.request import EncodedItem, EncodeItem, ItemOutcome
 from chiasm.engine.stats import EngineStats
 from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestError, OverloadedError
-from chiasm.media.image import decode, inspect
+from chiasm.media import MediaConfig
+from chiasm.media.image import decode
 from chiasm.models import fingerprint, load_processor, load_vision
 from chiasm.models.base import Pixels
 
@@ -165,12 +166,11 @@ class EncoderEngine:
 
     async def _encode(self, item: EncodeItem) -> EncodedItem:
         progress = _Progress()
-        info = inspect(item.data)
-        geometry = self.processor.geometry_of_size(info.height, info.width)
+        geometry = self.processor.geometry_of_size(item.height, item.width)
         if self._ec_scheduler.has_cache_item(item.identifier):
             self._items[ItemOutcome.HIT] += 1
             return progress.result(item.identifier, geometry.metadata, ItemOutcome.HIT)
-        pixels, progress.preprocess = await self._in(self._preprocess_pool, lambda: self._preprocess(item.data))
+        pixels, progress.preprocess = await self._in(self._preprocess_pool, lambda: self._preprocess(item))
         entry, progress.encode = await self._in(self._encode_pool, lambda: self._run(pixels))
         _, progress.publish = await self._in(
             self._publish_pool, lambda: self._ec_worker.save_caches({item.identifier: entry}, item.identifier)
@@ -179,8 +179,9 @@ class EncoderEngine:
         self._encode_seconds += progress.encode
         return progress.result(item.identifier, geometry.metadata, ItemOutcome.ENCODED)
 
-    def _preprocess(self, data: bytes) -> Pixels:
-        return self.processor.preprocess(decode(data))
+    def _preprocess(self, item: EncodeItem) -> Pixels:
+        # Whoever inspected the file found this size within its limits; a larger one now would be a lie.
+        return self.processor.preprocess(decode(item.data, MediaConfig(max_image_pixels=item.height * item.width)))
 
     def _run(self, pixels: Pixels) -> Tensor:
         try:

@@ -168,10 +168,15 @@ class Output:
 
 @dataclass(frozen=True)
 class EncodeItem:
-    """One picture for an encoder: the identifier to publish under, and the file's bytes (PNG, JPEG, …)."""
+    """One picture for an encoder: the identifier to publish under, and a file that was found to be a picture.
+
+    ``height`` and ``width`` are what ``chiasm.media.image.inspect`` says of it, in pixels after rotation by EXIF.
+    """
 
     identifier: str
     data: bytes
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)

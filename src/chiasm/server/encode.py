@@ -35,8 +35,11 @@ async def encode_pictures(exchange: Exchange, request: ChatRequest) -> None:
         raise InvalidRequestError("There is no picture to encode.", param="messages")
     pictures = await media.fetch_pictures(exchange, engine, parts, salt=cache_salt(request))
     names = [part.uuid or picture.identifier for part, picture in zip(parts, pictures, strict=True)]
-    data = {name: picture.data for name, picture in zip(names, pictures, strict=True)}
-    distinct = [EncodeItem(name, content) for name, content in data.items()]
+    by_identifier = dict(zip(names, pictures, strict=True))
+    distinct = [
+        EncodeItem(name, picture.data, picture.info.height, picture.info.width)
+        for name, picture in by_identifier.items()
+    ]
     encoded = await engine.encode(exchange.engine_id, distinct, exchange.deadline)
     by_name = {item.identifier: item for item in encoded}
     response = ChatResponse(
