@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import AsyncIterator, Awaitable, Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from aiohttp import web
 from aiohttp.abc import AbstractResolver
 from PIL import Image
 
@@ -44,11 +46,11 @@ class Front:
         async with self.session.post(
             self.url + path, data=data, json=None if data is not None else body, headers=headers
         ) as response:
-            return Answer(response.status, dict(response.headers), await response.read())
+            return Answer(response.status, response.headers, await response.read())
 
     async def get(self, path: str) -> Answer:
         async with self.session.get(self.url + path) as response:
-            return Answer(response.status, dict(response.headers), await response.read())
+            return Answer(response.status, response.headers, await response.read())
 
     async def states(self) -> dict[str, str]:
         """State by URL, as /health has it."""
@@ -59,7 +61,7 @@ class Front:
         """Returns when the proxy sees the instance in this state."""
         async with asyncio.timeout(10):
             while (await self.states()).get(instance.url, "removed") != state:
-                await asyncio.sleep(0.01)
+                pass  # each look takes a turn of its own
 
     async def metric(self, name: str) -> float:
         """The value of one sample, named with its labels as the page has it; 0 if it isn't there."""
@@ -72,13 +74,11 @@ class Front:
 @dataclass
 class Answer:
     status: int
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     body: bytes
 
     @property
     def json(self) -> Any:
-        import json
-
         return json.loads(self.body)
 
     @property
@@ -148,3 +148,34 @@ def ask(*parts: dict[str, Any] | str, **more: Any) -> dict[str, Any]:
     """A chat completion of one user message."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return {"model": MODEL, "messages": [{"role": "user", "content": content}]} | more
+
+
+class Pictures:
+    """A web server with one picture; ``await pictures(bytes)`` gives its URL."""
+
+    def __init__(self) -> None:
+        self.content = b""
+        self.fetched = 0
+        self.runner: web.AppRunner | None = None
+
+    async def __call__(self, content: bytes) -> str:
+        self.content = content
+        if self.runner is None:
+            application = web.Application()
+            application.router.add_get("/picture", self._picture)
+            self.runner = web.AppRunner(application, access_log=None)
+            await self.runner.setup()
+            await web.TCPSite(self.runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{self.runner.addresses[0][1]}/picture"
+
+    async def _picture(self, request: web.Request) -> web.Response:
+        self.fetched += 1
+        return web.Response(body=self.content)
+
+
+@pytest.fixture
+async def pictures() -> AsyncIterator[Pictures]:
+    pictures = Pictures()
+    yield pictures
+    if pictures.runner is not None:
+        await pictures.runner.cleanup()

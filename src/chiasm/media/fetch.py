@@ -91,7 +91,7 @@ class Fetcher:
         self._check_size(len(payload) // 4 * 3 - url[-2:].count(b"="))
         try:
             # msgspec decodes base64 in a third of the time that the standard library needs.
-            return _base64.decode(b'"%b"' % payload)
+            return _base64.decode(b"".join((b'"', payload, b'"')))
         except msgspec.MsgspecError:
             raise MediaError("the data: URL does not hold valid base64", code="invalid_base64") from None
 

@@ -1,0 +1,300 @@
+"""What a client may get wrong: each a clear error, and nothing reaches an instance."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import zlib
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from aiohttp import web
+
+from chiasm.media import MediaConfig
+
+from .conftest import LOOPBACK, Front, Start, ask, data_url, image, picture
+from .instances import MODEL, FakeInstance, never, refuse
+
+BOMB = (
+    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+    + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    + struct.pack(">I", zlib.crc32(b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)))
+    + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
+)
+
+
+@pytest.fixture
+async def front(start: Start) -> Front:
+    return await start([FakeInstance("encoder"), FakeInstance("pd")], max_items=3)
+
+
+async def refused(front: Front, body: Any, status: int = 400, path: str = "/v1/chat/completions") -> dict[str, Any]:
+    """The error; and the next request is right."""
+    answer = await front.post(body, path)
+    assert answer.status == status, answer.body
+    assert answer.headers["Content-Type"] == "application/json"
+    assert not any(instance.received for instance in front.instances)
+    error = answer.error
+    assert len(error["message"]) < 500
+    assert (await front.post(ask("x", image(picture())))).status == 200
+    return error
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"no json",
+        b"\xff\xfe",
+        b'{"model":"tiny","messages":[],"x":' + b"[" * 100_000,
+        b'{"model":"tiny","messages":[{"x":' + b'{"a":' * 50_000,
+        b'{"model":"tiny","messages":[{"role":"user","content":"x"}]} trailing',
+        b'{"model":"tiny","messages":[{"role":"user","content":"x"}],"a":NaN}',
+    ],
+)
+async def test_not_json(front: Front, body: bytes) -> None:
+    assert (await refused(front, body))["code"] == "invalid_json"
+    assert (await front.post(body, "/v1/completions")).status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ([], None),
+        ("x", None),
+        ({}, None),
+        ({"model": MODEL}, None),
+        ({"model": MODEL, "messages": []}, "messages"),
+        ({"model": MODEL, "messages": {}}, "messages"),
+        ({"model": MODEL, "messages": ["x"]}, "messages"),
+        ({"model": MODEL, "messages": [{"role": "user", "content": 1}]}, "messages"),
+        ({"model": MODEL, "messages": [{"role": "user", "content": {"type": "text"}}]}, "messages"),
+        ({"model": MODEL, "messages": [{"role": "user", "content": ["x"]}]}, "messages"),
+        ({"model": MODEL, "messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages"),
+        (ask({"type": "image_url"}), "messages"),
+        (ask({"type": "image_url", "image_url": None, "uuid": "a" * 64}), "messages"),
+        (ask({"type": "image_url", "image_url": {}}), "messages"),
+        (ask({"type": "image_url", "image_url": {"url": None}}), "messages"),
+        (ask({"type": "image_url", "image_url": {"url": 1}}), "messages"),
+        (ask({"image_url": {"url": "http://127.0.0.1/"}}), "messages"),
+        (ask({"type": "image_embeds", "image_embeds": "x"}), "messages"),
+        (ask({"type": "video_url", "video_url": {"url": "http://127.0.0.1/"}}), "messages"),
+        (ask({"type": "input_audio", "input_audio": {}}), "messages"),
+        (ask({"type": "input_image", "image_url": "http://127.0.0.1/"}), "messages"),
+        (ask({"type": "x" * 10_000}), "messages"),
+        (ask("x", stream="yes"), "stream"),
+        (ask("x", model=3), "model"),
+        (ask("x", cache_salt=3), "cache_salt"),
+        (ask("x", ec_transfer_params={"a": 1}), "ec_transfer_params"),
+        (ask("x", kv_transfer_params={"do_remote_prefill": True}), "kv_transfer_params"),
+        (ask(image(picture()), mm_processor_kwargs={"size": 1}), "mm_processor_kwargs"),
+        (ask(image(picture()), media_io_kwargs={"image": {}}), "media_io_kwargs"),
+    ],
+)
+async def test_not_a_request(front: Front, body: Any, param: str | None) -> None:
+    error = await refused(front, body)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+async def test_transfer_parameters_that_say_nothing_pass(front: Front) -> None:
+    assert (await front.post(ask("x", ec_transfer_params=None, kv_transfer_params={}))).status == 200
+
+
+async def test_unknown_model(front: Front) -> None:
+    error = await refused(front, ask("x", model="other"), 404)
+    assert error["code"] == "model_not_found"
+    assert "tiny" in error["message"]
+    assert (await front.post({"model": "other", "prompt": "x"}, "/v1/completions")).status == 404
+    assert (await front.post({"prompt": "x"}, "/v1/completions")).status == 200
+
+
+async def test_unknown_routes_and_methods_answer_in_the_same_shape(front: Front) -> None:
+    assert (await front.post({}, "/v1/embeddings")).error["type"] == "not_found_error"
+    answer = await front.get("/v1/chat/completions")
+    assert answer.status == 405
+    assert answer.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("http://169.254.169.254/latest/meta-data", "media_address_not_allowed"),
+        ("http://[::1]:80/", "media_address_not_allowed"),
+        ("http://no-such-host.invalid/a.png", "media_unreachable"),
+        ("file:///etc/passwd", "media_path_not_allowed"),
+        ("gopher://127.0.0.1/", "invalid_url"),
+        ("", "invalid_url"),
+        ("data:image/png;base64,####", "invalid_base64"),
+        (data_url(b"<html>"), "invalid_image"),
+        (data_url(picture()[:20]), "invalid_image"),
+        (data_url(BOMB), "image_too_large"),
+        (data_url(b""), "invalid_image"),
+    ],
+)
+async def test_media_that_is_no_picture(front: Front, url: str, code: str) -> None:
+    assert (await refused(front, ask("x", image(url))))["code"] == code
+
+
+async def test_a_body_that_is_not_utf8_in_a_url(front: Front) -> None:
+    body = b'{"model":"tiny","messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"http://\xff/"}}]}]}'
+    assert (await front.post(body)).status == 400
+
+
+@pytest.mark.parametrize("kind", ["missing", "slow", "endless", "page", "loop", "inside"])
+async def test_urls_that_lead_to_no_picture(start: Start, kind: str) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if kind == "missing":
+            return web.Response(status=404)
+        if kind == "page":
+            return web.Response(text="<html>")
+        if kind == "loop":
+            raise web.HTTPFound(request.path)
+        if kind == "inside":
+            raise web.HTTPFound("http://169.254.169.254/")
+        if kind == "slow":
+            await asyncio.Event().wait()
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(bytes(1024))
+
+    application = web.Application()
+    application.router.add_get("/", answer)
+    runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    media = MediaConfig(allowed_media_networks=LOOPBACK, fetch_timeout_seconds=0.5, max_media_bytes=20_000)
+    front = await start([FakeInstance("encoder"), FakeInstance("pd")], media=media)
+    try:
+        error = await refused(front, ask("x", image(f"http://127.0.0.1:{runner.addresses[0][1]}/")))
+        wanted = {
+            "slow": "media_timeout",
+            "endless": "media_too_large",
+            "page": "invalid_image",
+            "inside": "media_address_not_allowed",
+        }
+        assert error["code"] == wanted.get(kind, "media_unreachable")
+    finally:
+        await runner.cleanup()
+
+
+async def test_one_bad_picture_of_several_is_enough(front: Front) -> None:
+    error = await refused(front, ask(image(picture("red")), image("http://[::1]/"), image(picture("blue"))))
+    assert error["code"] == "media_address_not_allowed"
+
+
+async def test_more_images_than_the_limit(front: Front) -> None:
+    error = await refused(front, ask(*(image(picture(size=(5, n))) for n in range(1, 5))))
+    assert error["code"] == "too_many_images"
+    assert (await front.post(ask(*(image(picture(size=(5, n))) for n in range(1, 4))))).status == 200
+
+
+async def test_the_instances_limit_of_images_counts_too(start: Start) -> None:
+    front = await start([FakeInstance("encoder"), FakeInstance("pd", max_items=1)])
+    assert (await refused(front, ask(image(picture("red")), image(picture("blue")))))["code"] == "too_many_images"
+
+
+@pytest.mark.parametrize(
+    "uuid", ["", "../" * 21 + "a", "a/b", "..", "\0", "a" * 63 + "\0", "a" * 10_000, "A" * 64, 7, [], {}, "é" * 64]
+)
+async def test_a_uuid_is_64_hex_digits_or_nothing(front: Front, uuid: Any) -> None:
+    assert (await refused(front, ask(image(picture(), uuid=uuid))))["code"] == "invalid_uuid"
+
+
+async def test_a_uuid_of_none_is_no_uuid(front: Front) -> None:
+    assert (await front.post(ask(image(picture(), uuid=None)))).status == 200
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_body_that_is_too_large(start: Start, announced: bool) -> None:
+    front = await start([FakeInstance("pd")], max_body_bytes=10_000)
+
+    async def endless() -> Any:
+        for _ in range(200):
+            yield b" " * 1000
+
+    body: Any = b" " * 200_000 if announced else endless()
+    async with front.session.post(f"{front.url}/v1/chat/completions", data=body) as response:
+        assert response.status == 413
+        assert (await response.json())["error"]["code"] == "body_too_large"
+    assert (await front.post(ask("x"))).status == 200
+    assert front.gateway._admission.buffered_bytes == 0
+
+
+async def test_a_body_that_does_not_come(start: Start) -> None:
+    front = await start([FakeInstance("pd")], body_timeout_seconds=0.2)
+    host, port = front.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+    assert b" 408 " in await reader.readline()
+    writer.close()
+
+
+async def test_what_the_pd_says_of_a_request_reaches_the_client(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    pd.answer = refuse(400, "the prompt is longer than the context", **{"X-Inner": "1"})
+    encoder.answer = never
+    front = await start([encoder, pd])
+    for body in (ask("x"), ask("x", stream=True), ask("x", image(picture()))):
+        answer = await front.post(body)
+        assert answer.status == 400
+        assert answer.error["message"] == "the prompt is longer than the context"
+        assert "X-Inner" not in answer.headers
+    await asyncio.wait_for(encoder.gone.acquire(), 5)  # it isn't needed any more
+    pd.answer = refuse(429, "slow down", **{"Retry-After": "7"})
+    answer = await front.post(ask("x"))
+    assert answer.status == 429
+    assert answer.headers["Retry-After"] == "7"
+
+
+async def test_what_an_encoder_says_of_a_picture_reaches_the_client(start: Start) -> None:
+    encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
+    for encoder in encoders:
+        encoder.answer = refuse(400, "the PNG picture is cut off or broken")
+    pd.answer = never
+    front = await start([*encoders, pd])
+    for stream in (False, True):
+        answer = await front.post(ask("x", image(picture()), stream=stream))
+        assert answer.status == 400
+        assert answer.error["message"] == "the PNG picture is cut off or broken"
+        await asyncio.wait_for(pd.gone.acquire(), 5)
+    assert sum(len(encoder.received) for encoder in encoders) == 2  # no second try
+
+
+async def test_errors_as_the_openai_client_sees_them(front: Front) -> None:
+    client = front.openai
+    with pytest.raises(openai.NotFoundError) as missing:
+        await client.chat.completions.create(**(ask("x") | {"model": "other"}))
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        await client.chat.completions.create(**ask(image("http://[::1]/")))
+    assert bad.value.code == "media_address_not_allowed"
+    assert (await client.chat.completions.create(**ask("x"))).choices[0].message.content == "a cat"
+    assert [model.id async for model in await client.models.list()] == [MODEL]
+    assert (await client.models.retrieve(MODEL)).id == MODEL
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("other")
+
+
+async def test_a_fault_of_the_proxy_is_a_500_that_tells_nothing(front: Front, caplog: pytest.LogCaptureFixture) -> None:
+    front.gateway._language = None  # type: ignore[assignment]
+    answer = await front.post(ask("x"))
+    assert answer.status == 500
+    assert "NoneType" not in answer.error["message"]
+    assert "NoneType" in caplog.text
+
+
+async def test_the_client_may_send_its_body_in_chunks(front: Front) -> None:
+    async def chunks() -> Any:
+        for byte in b'{"model":"tiny","messages":[{"role":"user","content":"x"}]}':
+            yield bytes([byte])
+
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{front.url}/v1/chat/completions", data=chunks()) as one,
+    ):
+        assert one.status == 200

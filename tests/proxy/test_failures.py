@@ -1,0 +1,394 @@
+"""Instances that die, hang or refuse, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from .conftest import Front, Start, ask, image, picture
+from .instances import FakeInstance, Received, chat, encode, event, never, refuse
+
+
+def other(instances: list[FakeInstance], one: FakeInstance) -> FakeInstance:
+    return next(instance for instance in instances if instance is not one)
+
+
+async def first_arrival(instances: list[FakeInstance]) -> FakeInstance:
+    """The instance that gets the first request."""
+    tasks = {asyncio.ensure_future(one.arrived.acquire()): one for one in instances}
+    done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+    for task in waiting:
+        task.cancel()
+    return tasks[done.pop()]
+
+
+async def until_idle(front: Front) -> None:
+    """Returns when nothing is held, counted or under way."""
+    gateway = front.gateway
+    async with asyncio.timeout(5):
+        while (
+            gateway._encoders._flights
+            or gateway._encoders._tasks
+            or gateway._admission.requests
+            or gateway._admission.buffered_bytes
+            or any(one.in_flight or one.outstanding for one in gateway.fleet.instances)
+        ):
+            await front.get("/health")
+
+
+# Encoders
+
+
+async def test_an_encoder_killed_in_the_middle_costs_a_retry_not_the_request(start: Start) -> None:
+    encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
+
+    async def when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        while not await front.metric('chiasm_proxy_items_total{outcome="encoded"}'):
+            pass
+        return await chat(instance, request, received)
+
+    for encoder in encoders:
+        encoder.answer = never
+    pd.answer = when_encoded
+    front = await start([*encoders, pd])
+    request = asyncio.ensure_future(front.post(ask("x", image(picture()))))
+    killed = await first_arrival(encoders)
+    other(encoders, killed).answer = encode
+    await killed.kill()
+    answer = await request
+    assert answer.status == 200, answer.body
+    assert (await front.states())[killed.url] == "unhealthy"
+    assert await front.metric("chiasm_proxy_encode_retries_total") == 1
+    assert len(pd.received) == 1
+    await until_idle(front)
+
+
+async def test_a_retry_takes_nothing_over_from_the_try_before(start: Start) -> None:
+    """Of two items in a call the encoder does one: only the other goes to the next encoder, in a call like any first."""
+    encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
+
+    async def only_the_first(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        entries = {received.identifiers[0]: {"item_indices": [0], "metadata": {}}}
+        return web.json_response({"ec_transfer_params": entries, "kv_transfer_params": {"handle": 1}})
+
+    for encoder in encoders:
+        encoder.answer = only_the_first
+    pd.answer = never
+    front = await start([*encoders, pd])
+    large, small = image(picture(size=(90, 90))), [image(picture(size=(9, n))) for n in (8, 9)]
+    request = asyncio.ensure_future(front.post(ask(large, *small)))
+    while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < 3:
+        pass
+    pair = next(received for encoder in encoders for received in encoder.received if len(received.identifiers) == 2)
+    with_pair = next(encoder for encoder in encoders if pair in encoder.received)
+    retry = other(encoders, with_pair).received[-1]
+    assert retry.identifiers == pair.identifiers[1:]
+    assert retry.json.keys() == pair.json.keys()
+    assert retry.headers["X-Request-Id"] == pair.headers["X-Request-Id"]
+    assert int(retry.headers["X-Request-Deadline-Ms"]) <= int(pair.headers["X-Request-Deadline-Ms"])
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+
+
+async def test_no_encoder_left_is_a_503_and_ends_the_pd_call(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    encoder.answer = pd.answer = never
+    front = await start([encoder, pd])
+    for stream in (False, True):
+        request = asyncio.ensure_future(front.post(ask("x", image(picture()), stream=stream)))
+        await encoder.arrived.acquire()
+        await pd.arrived.acquire()
+        await encoder.kill()
+        answer = await request
+        assert answer.status == 503
+        assert answer.error["code"] == "encoder_lost"
+        assert "Retry-After" in answer.headers
+        await asyncio.wait_for(pd.gone.acquire(), 5)
+        await encoder.start()
+        await front.until(encoder, "healthy")
+    await until_idle(front)
+
+
+async def test_no_encoder_at_all_is_a_503_and_text_goes_on(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    front = await start([encoder, pd])
+    await encoder.kill()
+    await front.until(encoder, "unhealthy")
+    answer = await front.post(ask("x", image(picture())))
+    assert answer.status == 503
+    assert answer.error["code"] == "no_encoder"
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert (await front.post(ask("x"))).status == 200
+    assert (await front.get("/health")).status == 200
+    await encoder.start()
+    await front.until(encoder, "healthy")
+    assert (await front.post(ask("x", image(picture())))).status == 200
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+async def test_an_encoder_that_answers_with_its_own_trouble_costs_a_retry(start: Start, status: int) -> None:
+    encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
+    encoders[0].answer = refuse(status, "no memory")
+    front = await start([*encoders, pd])
+    pd.answer = never
+    tasks = [asyncio.ensure_future(front.post(ask("x", image(picture(size=(5, n)))))) for n in (1, 2)]
+    while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < 2:
+        pass
+    assert len(encoders[0].received) >= 1
+    assert len(encoders[1].received) == 2
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_when_all_tries_fail_the_last_answer_reaches_the_client(start: Start) -> None:
+    encoders, pd = [FakeInstance("encoder") for _ in range(3)], FakeInstance("pd")
+    for encoder in encoders:
+        encoder.answer = refuse(500, "no memory")
+    pd.answer = never
+    front = await start([*encoders, pd], max_encode_attempts=2)
+    answer = await front.post(ask("x", image(picture())))
+    assert answer.status == 500
+    assert answer.error["message"] == "no memory"
+    assert sum(len(encoder.received) for encoder in encoders) == 2
+
+
+async def test_an_encoder_that_hangs_is_given_up(start: Start) -> None:
+    encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
+    encoders[0].answer = pd.answer = never
+    front = await start([*encoders, pd], encode_timeout_seconds=0.2)
+    tasks = [asyncio.ensure_future(front.post(ask("x", image(picture(size=(5, n)))))) for n in (1, 2)]
+    while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < 2:
+        pass
+    await asyncio.wait_for(encoders[0].gone.acquire(), 5)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"no json", b"{}", b'{"ec_transfer_params": {"x": {}}}', b'{"ec_transfer_params": 1}']
+)
+async def test_an_encoder_that_answers_nonsense_fails_the_item(start: Start, body: bytes) -> None:
+    async def nonsense(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return web.Response(body=body)
+
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    encoder.answer, pd.answer = nonsense, never
+    front = await start([encoder, pd])
+    answer = await front.post(ask("x", image(picture())))
+    assert answer.status == 503
+    assert answer.error["code"] == "encoder_lost"
+
+
+async def test_pd_may_answer_without_the_encoder(start: Start) -> None:
+    """It had the embedding: what the encoder still does is not waited for."""
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    encoder.answer = never
+    front = await start([encoder, pd])
+    assert (await front.post(ask("x", image(picture())))).status == 200
+    await asyncio.wait_for(encoder.gone.acquire(), 5)
+    assert (await front.post(ask("x", image(picture()), stream=True))).body.endswith(b"data: [DONE]\n\n")
+    await until_idle(front)
+
+
+async def test_encoding_that_fails_in_a_stream_ends_it_with_an_error_event(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+
+    async def begin(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(event(""))
+        return await never(instance, request, received)
+
+    pd.answer, encoder.answer = begin, never
+    front = await start([encoder, pd])
+    async with front.session.post(
+        f"{front.url}/v1/chat/completions", json=ask("x", image(picture()), stream=True)
+    ) as response:
+        assert response.status == 200
+        assert await response.content.readuntil(b"\n\n") == event("")
+        await encoder.kill()
+        rest = await response.read()
+    assert json.loads(rest.removeprefix(b"data: "))["error"]["code"] == "encoder_lost"
+    await asyncio.wait_for(pd.gone.acquire(), 5)
+
+
+# PD
+
+
+async def test_a_pd_that_is_gone_costs_a_retry(start: Start) -> None:
+    pds = [FakeInstance("pd"), FakeInstance("pd")]
+    front = await start([*pds], probe_interval_seconds=60)
+    await pds[0].kill()
+    for _ in range(3):
+        assert (await front.post(ask("x"))).status == 200
+    assert (await front.states())[pds[0].url] == "unhealthy"
+    assert len(pds[1].received) == 3
+
+
+async def test_a_pd_killed_before_its_answer_costs_a_retry(start: Start) -> None:
+    pds = [FakeInstance("pd"), FakeInstance("pd")]
+    encoder = FakeInstance("encoder")
+    for pd in pds:
+        pd.answer = never
+    front = await start([encoder, *pds])
+    for body in (ask("x"), ask("x", image(picture()), stream=True)):
+        request = asyncio.ensure_future(front.post(body))
+        killed = await first_arrival(pds)
+        other(pds, killed).answer = chat
+        await killed.kill()
+        assert (await request).status == 200
+        assert other(pds, killed).received[-1].body == killed.received[-1].body
+        await killed.start()
+        for pd in pds:
+            pd.answer = never
+        await front.until(killed, "healthy")
+        while (await first_arrival(pds)) is killed:
+            pass
+    assert await front.metric("chiasm_proxy_language_retries_total") == 2
+
+
+async def test_the_last_pd_killed_is_an_error_not_a_hang(start: Start) -> None:
+    pd = FakeInstance("pd")
+    pd.answer = never
+    front = await start([pd])
+    request = asyncio.ensure_future(front.post(ask("x")))
+    await pd.arrived.acquire()
+    await pd.kill()
+    answer = await request
+    assert answer.status == 502
+    assert answer.error["type"] == "upstream_error"
+    answer = await front.post(ask("x"))
+    assert answer.status == 503
+    assert answer.error["code"] == "no_pd"
+    assert "Retry-After" in answer.headers
+    assert (await front.get("/health")).status == 503
+
+
+async def test_a_pd_that_breaks_off_in_its_answer_is_not_asked_again(start: Start) -> None:
+    pds = [FakeInstance("pd"), FakeInstance("pd")]
+
+    async def half(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "1000"})
+        await response.prepare(request)
+        await response.write(b"{")
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    for pd in pds:
+        pd.answer = half
+    front = await start([*pds])
+    answer = await front.post(ask("x"))
+    assert answer.status == 502
+    assert sum(len(pd.received) for pd in pds) == 1
+
+
+async def test_an_answer_that_is_too_long_is_an_error(start: Start) -> None:
+    pd = FakeInstance("pd")
+    front = await start([pd], max_answer_bytes=100)
+    assert (await front.post(ask("x"))).status == 502
+
+
+async def test_a_connection_closed_while_idle_costs_nothing(start: Start) -> None:
+    """The instance closes a kept connection just when the next request is sent on it."""
+    pd = FakeInstance("pd")
+    front = await start([pd], probe_interval_seconds=60)
+    closed = 0
+
+    async def close_first(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        nonlocal closed
+        if not closed:
+            closed += 1
+            assert request.transport is not None
+            request.transport.abort()
+        return await chat(instance, request, received)
+
+    pd.answer = close_first
+    assert (await front.post(ask("x"))).status == 200
+    assert (await front.states())[pd.url] == "healthy"
+
+
+# Deadlines
+
+
+async def test_the_deadline_holds_for_all_of_it(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    encoder.answer = pd.answer = never
+    front = await start([encoder, pd], deadline_seconds=0.3)
+    for body in (ask("x"), ask("x", image(picture()))):
+        answer = await front.post(body)
+        assert answer.status == 504
+        assert answer.error["type"] == "timeout_error"
+        await asyncio.wait_for(pd.gone.acquire(), 5)
+    await asyncio.wait_for(encoder.gone.acquire(), 5)
+    await until_idle(front)
+
+
+# Clients
+
+
+async def leave(front: Front, body: dict[str, Any], *arrivals: FakeInstance) -> None:
+    """Send a request on a socket of its own, and close it when these instances have theirs."""
+    host, port = front.url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    writer.write(head.encode() + data)
+    for instance in arrivals:
+        await asyncio.wait_for(instance.arrived.acquire(), 10)
+    writer.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_ends_the_calls_of_encoder_and_pd(start: Start, stream: bool) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    encoder.answer = pd.answer = never
+    front = await start([encoder, pd])
+    await leave(front, ask("x", image(picture()), stream=stream), encoder, pd)
+    await asyncio.wait_for(encoder.gone.acquire(), 5)
+    await asyncio.wait_for(pd.gone.acquire(), 5)
+    while not await front.metric('chiasm_proxy_requests_total{route="/v1/chat/completions",status="499"}'):
+        pass
+    await until_idle(front)
+
+
+async def test_a_client_that_leaves_in_a_stream_ends_it(start: Start) -> None:
+    pd = FakeInstance("pd")
+
+    async def endless(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(event("one"))
+        return await never(instance, request, received)
+
+    pd.answer = endless
+    front = await start([pd])
+    async with aiohttp.ClientSession() as session:
+        response = await session.post(f"{front.url}/v1/chat/completions", json=ask("x", stream=True))
+        await response.content.readuntil(b"\n\n")
+        response.close()
+        await asyncio.wait_for(pd.gone.acquire(), 5)
+
+
+async def test_a_client_that_leaves_while_media_is_fetched(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    front = await start([encoder, pd])
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
+        request = asyncio.ensure_future(leave(front, ask(image(f"http://127.0.0.1:{silent.getsockname()[1]}/"))))
+        connection, _ = await asyncio.get_running_loop().sock_accept(silent)
+        with connection:
+            await request
+            loop = asyncio.get_running_loop()
+            while await asyncio.wait_for(loop.sock_recv(connection, 4096), 5):
+                pass  # until the proxy hangs up
+    assert not pd.received
+    assert not encoder.received

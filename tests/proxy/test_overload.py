@@ -1,0 +1,61 @@
+"""More than the proxy takes on: everybody gets an answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from .conftest import Start, ask, image, picture
+from .instances import FakeInstance, Received, chat
+
+
+async def test_two_hundred_requests_are_all_answered(start: Start) -> None:
+    pd, gate = FakeInstance("pd"), asyncio.Event()
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        return await chat(instance, request, received)
+
+    pd.answer = wait
+    front = await start([pd], max_concurrent_requests=50)
+    requests = [asyncio.ensure_future(front.post(ask("x"))) for _ in range(200)]
+    refused = 'chiasm_proxy_requests_total{route="/v1/chat/completions",status="503"}'
+    while await front.metric(refused) + len(pd.received) < 200:
+        pass
+    gate.set()
+    answers = await asyncio.gather(*requests)
+    statuses = [answer.status for answer in answers]
+    assert statuses.count(200) == 50
+    assert statuses.count(503) == 150
+    for answer in answers:
+        if answer.status == 503:
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert answer.error["code"] == "too_many_requests"
+    assert (await front.post(ask("x"))).status == 200
+
+
+async def test_buffered_bytes_are_bounded_over_all_requests(start: Start) -> None:
+    pd, gate = FakeInstance("pd"), asyncio.Event()
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        return await chat(instance, request, received)
+
+    pd.answer = wait
+    front = await start([pd], max_buffered_bytes=150_000)
+    first = asyncio.ensure_future(front.post(ask("x" * 100_000)))
+    await pd.arrived.acquire()
+    refused = await front.post(ask("x" * 100_000))
+    assert refused.status == 503
+    assert "Retry-After" in refused.headers
+    gate.set()
+    assert (await first).status == 200
+    assert (await front.post(ask("x" * 100_000))).status == 200
+
+
+async def test_fetched_media_counts_as_buffered(start: Start, pictures: object) -> None:
+    front = await start([FakeInstance("encoder"), FakeInstance("pd")], max_buffered_bytes=10_000)
+    url = await pictures(picture(size=(2000, 900), format="BMP"))  # type: ignore[operator]
+    assert (await front.post(ask(image(url)))).status == 503
+    assert front.gateway._admission.buffered_bytes == 0

@@ -1,0 +1,162 @@
+"""The same picture at the same time is encoded once, whoever asks."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from aiohttp import web
+
+from .conftest import Front, Start, ask, image, picture
+from .instances import FakeInstance, Received, chat, encode, never
+
+
+@pytest.fixture
+def gate() -> asyncio.Event:
+    return asyncio.Event()
+
+
+@pytest.fixture
+def encoder(gate: asyncio.Event) -> FakeInstance:
+    """It answers when the gate is open."""
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        return await encode(instance, request, received)
+
+    instance = FakeInstance("encoder")
+    instance.answer = wait
+    return instance
+
+
+@pytest.fixture
+def pd(gate: asyncio.Event) -> FakeInstance:
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        return await chat(instance, request, received)
+
+    instance = FakeInstance("pd")
+    instance.answer = wait
+    return instance
+
+
+async def joined(front: Front, count: int) -> None:
+    while await front.metric('chiasm_proxy_items_total{outcome="joined"}') < count:
+        pass
+
+
+async def test_ten_at_once_are_one_call(
+    start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
+) -> None:
+    front = await start([encoder, pd])
+    requests = [asyncio.ensure_future(front.post(ask("x", image(picture())))) for _ in range(10)]
+    await joined(front, 9)
+    gate.set()
+    assert {answer.status for answer in await asyncio.gather(*requests)} == {200}
+    assert len(encoder.received) == 1
+    assert len(pd.received) == 10
+    assert len({received.identifiers[0] for received in pd.received}) == 1
+
+
+async def test_only_what_is_not_under_way_is_sent(
+    start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
+) -> None:
+    front = await start([encoder, pd])
+    one = asyncio.ensure_future(front.post(ask(image(picture("red")), image(picture("blue")))))
+    await encoder.arrived.acquire()
+    two = asyncio.ensure_future(front.post(ask(image(picture("blue")), image(picture("green")))))
+    await encoder.arrived.acquire()
+    gate.set()
+    assert {(await one).status, (await two).status} == {200}
+    assert [len(received.identifiers) for received in encoder.received] == [2, 1]
+
+
+async def test_tenants_do_not_share(start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event) -> None:
+    front = await start([encoder, pd])
+    requests = [asyncio.ensure_future(front.post(ask(image(picture()), cache_salt=salt))) for salt in "ab"]
+    await encoder.arrived.acquire()
+    await encoder.arrived.acquire()
+    gate.set()
+    await asyncio.gather(*requests)
+    assert len(encoder.received) == 2
+
+
+async def test_one_that_leaves_takes_nothing_from_the_others(
+    start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
+) -> None:
+    front = await start([encoder, pd])
+    first = asyncio.ensure_future(front.post(ask("first", image(picture()))))
+    await encoder.arrived.acquire()
+    second = asyncio.ensure_future(front.post(ask("second", image(picture()))))
+    await joined(front, 1)
+    first.cancel()
+    await asyncio.wait_for(pd.gone.acquire(), 5)
+    gate.set()
+    assert (await second).status == 200
+    assert len(encoder.received) == 1
+
+
+async def test_when_all_have_left_the_encoder_call_ends(start: Start, encoder: FakeInstance, pd: FakeInstance) -> None:
+    front = await start([encoder, pd])
+    requests = [asyncio.ensure_future(front.post(ask(str(n), image(picture())))) for n in range(3)]
+    await joined(front, 2)
+    for request in requests:
+        request.cancel()
+    await asyncio.wait_for(encoder.gone.acquire(), 5)
+    assert not front.gateway._encoders._flights
+
+
+async def test_a_call_goes_on_for_the_item_that_somebody_still_waits_for(
+    start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
+) -> None:
+    front = await start([encoder, pd])
+    first = asyncio.ensure_future(front.post(ask(image(picture("red")), image(picture("blue")))))
+    await encoder.arrived.acquire()
+    second = asyncio.ensure_future(front.post(ask(image(picture("blue")))))
+    await joined(front, 1)
+    first.cancel()
+    await asyncio.wait_for(pd.gone.acquire(), 5)
+    third = asyncio.ensure_future(front.post(ask(image(picture("red")))))  # given up: it begins anew
+    await encoder.arrived.acquire()
+    gate.set()
+    assert {(await second).status, (await third).status} == {200}
+    assert [len(received.identifiers) for received in encoder.received] == [2, 1]
+
+
+async def test_a_bad_picture_fails_its_own_request_only(start: Start, gate: asyncio.Event) -> None:
+    """Two requests share a good picture; the one that began its encoding sent a bad one along."""
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+
+    async def refuse_pairs(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        if len(received.identifiers) > 1:
+            return web.json_response({"error": {"message": "the second is broken"}}, status=400)
+        encoded.set()
+        return await encode(instance, request, received)
+
+    async def when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        if len(received.identifiers) > 1:
+            return await never(instance, request, received)
+        await encoded.wait()
+        return await chat(instance, request, received)
+
+    encoded = asyncio.Event()
+    encoder.answer, pd.answer = refuse_pairs, when_encoded
+    front = await start([encoder, pd])
+    bad = asyncio.ensure_future(front.post(ask(image(picture("red")), image(picture("blue")))))
+    await encoder.arrived.acquire()
+    good = asyncio.ensure_future(front.post(ask(image(picture("red")))))
+    await joined(front, 1)
+    gate.set()
+    assert (await bad).status == 400
+    assert (await good).status == 200
+
+
+async def test_the_next_one_is_a_new_call(
+    start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
+) -> None:
+    gate.set()
+    front = await start([encoder, pd])
+    for _ in range(2):
+        assert (await front.post(ask(image(picture())))).status == 200
+    assert len(encoder.received) == 2

@@ -1,0 +1,187 @@
+"""Streams: raw, event by event, and ended by an error event when an instance breaks off."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import openai
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chiasm.errors import ChiasmError
+from chiasm.proxy.relay import EventRelay
+from chiasm.proxy.timing import Timing
+
+from .conftest import Start, ask, image, picture
+from .instances import FakeInstance, Received, event, never, refuse
+
+
+async def test_a_stream_passes_raw_with_the_proxys_figures_before_its_end(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    front = await start([encoder, pd])
+    answer = await front.post(ask("x", image(picture()), stream=True))
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "text/event-stream"
+    assert "queue;dur=1.5" in answer.headers["Server-Timing"]
+    head = event("a ") + event("cat") + b": server-timing prefill;dur=3\n\n"
+    assert answer.body.startswith(head + b": server-timing ")
+    assert answer.body.endswith(b"\n\ndata: [DONE]\n\n")
+    own = answer.body.removeprefix(head).split(b"\n\n")[0]
+    assert b"proxy;dur=" in own
+
+
+async def test_the_openai_client_reads_it(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    front = await start([encoder, pd])
+    stream = await front.openai.chat.completions.create(**ask("x", image(picture())), stream=True)
+    assert [chunk.choices[0].delta.content async for chunk in stream] == ["a ", "cat"]
+
+
+async def test_chunks_are_passed_on_as_they_come(start: Start) -> None:
+    pd = FakeInstance("pd")
+    seen = asyncio.Event()
+
+    async def slowly(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(event("one"))
+        await seen.wait()
+        await response.write(event("two") + b"data: [DONE]\n\n")
+        return response
+
+    pd.answer = slowly
+    front = await start([pd])
+    words = []
+    async for chunk in await front.openai.chat.completions.create(**ask("x"), stream=True):
+        words.append(chunk.choices[0].delta.content)
+        seen.set()
+    assert words == ["one", "two"]
+
+
+async def test_a_refusal_is_no_stream(start: Start) -> None:
+    pd = FakeInstance("pd")
+    pd.answer = refuse(400, "max_tokens must be positive")
+    front = await start([pd])
+    answer = await front.post(ask("x", stream=True))
+    assert answer.status == 400
+    assert answer.error["message"] == "max_tokens must be positive"
+
+
+@pytest.mark.parametrize("partial", [b"", b'data: {"choices": [{"de'])
+async def test_pd_killed_in_a_stream_ends_it_with_an_error_event(start: Start, partial: bytes) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    cut = asyncio.Event()
+
+    async def die(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(event("one") + partial)
+        await cut.wait()
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    pd.answer = die
+    front = await start([encoder, pd])
+    words = []
+
+    async def listen() -> None:
+        async for chunk in await front.openai.chat.completions.create(**ask("x", image(picture())), stream=True):
+            words.append(chunk.choices[0].delta.content)
+            cut.set()
+
+    with pytest.raises(openai.APIError) as caught:
+        await listen()
+    assert words == ["one"]
+    assert "broke off" in caught.value.message
+
+    cut.set()
+    answer = await front.post(ask("x", stream=True))
+    events = answer.body.split(b"\n\n")
+    assert events[0] + b"\n\n" == event("one")
+    assert set(json.loads(events[-2].removeprefix(b"data: "))["error"]) == {"message", "type", "param", "code"}
+    assert b"[DONE]" not in answer.body
+
+
+async def test_pd_killed_before_its_first_event_is_an_error_status(start: Start) -> None:
+    pd = FakeInstance("pd")
+
+    async def die(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    pd.answer = die
+    front = await start([pd])
+    answer = await front.post(ask("x", stream=True))
+    assert answer.status == 502
+    assert answer.error["type"] == "upstream_error"
+
+
+async def test_a_deadline_in_a_stream_is_an_error_event(start: Start) -> None:
+    pd = FakeInstance("pd")
+
+    async def stall(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(event("one"))
+        return await never(instance, request, received)
+
+    pd.answer = stall
+    front = await start([pd], deadline_seconds=0.3)
+    answer = await front.post(ask("x", stream=True))
+    assert answer.status == 200
+    assert answer.body.startswith(event("one") + b'data: {"error":')
+    assert b"deadline" in answer.body
+    await asyncio.wait_for(pd.gone.acquire(), 5)
+
+
+async def test_a_stream_without_an_end_mark_ends_with_the_figures(start: Start) -> None:
+    pd = FakeInstance("pd")
+
+    async def bare(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(event("one") + b"data: rest")
+        return response
+
+    pd.answer = bare
+    front = await start([pd])
+    body = (await front.post(ask("x", stream=True))).body
+    assert body.startswith(event("one") + b"data: rest\n\n: server-timing ")
+
+
+def relay() -> EventRelay:
+    return EventRelay(Timing())
+
+
+@given(st.data())
+def test_however_a_stream_is_cut_up_only_whole_events_go_out(data: st.DataObject) -> None:
+    end = data.draw(st.sampled_from([b"\n\n", b"\r\n\r\n"]))
+    events = [b"data: " + word.encode() + end for word in data.draw(st.lists(st.sampled_from("abc"), max_size=5))]
+    stream = b"".join(events) + b"data: [DONE]" + end
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
+    one, sent = relay(), []
+    for begin, finish in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        sent.append(one.pass_on(stream[begin:finish]))
+        assert not sent[-1] or sent[-1].endswith(end)
+    sent.append(one.finish())
+    comment = Timing().comment()
+    assert b"".join(sent) == b"".join(events) + comment + b"data: [DONE]" + end
+
+
+def test_an_event_that_was_cut_off_is_not_sent() -> None:
+    one = relay()
+    assert one.pass_on(b"data: a\n\ndata: b") == b"data: a\n\n"
+    assert one.fail(ChiasmError("gone")).startswith(b'data: {"error":{"message":"gone"')
+
+
+def test_what_never_ends_is_not_held_forever() -> None:
+    one = relay()
+    assert one.pass_on(bytes(16 << 20)) == b""
+    assert len(one.pass_on(b"x")) == (16 << 20) + 1
