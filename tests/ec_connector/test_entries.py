@@ -17,7 +17,7 @@ from chiasm.ec_transfer.entry_file import EntryHeader, bytes_of, header_of, open
 from chiasm.ec_transfer.mounts import file_system_of, files_may_be_mapped
 from chiasm.errors import StorageError
 
-from .instance import Instance, embedding_of, entry_path, identifier_of
+from .instance import Instance, config_for, embedding_of, entry_path, identifier_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int64, torch.bool]
 
@@ -44,6 +44,22 @@ def test_gives_back_any_shape(encoder: Instance, pd: Instance, shape: list[int],
     assert loaded is not None
     assert (loaded.shape, loaded.dtype) == (embedding.shape, dtype)
     assert stored_bytes(loaded) == stored_bytes(embedding)
+
+
+def test_gives_back_a_large_one(encoder: Instance, pd: Instance) -> None:
+    embedding = torch.arange(10_000_000, dtype=torch.int32).view(1000, -1)
+    loaded = pd.load(encoder.encode("a", embedding))
+    assert loaded is not None
+    assert torch.equal(loaded, embedding)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_goes_from_a_gpu_to_a_gpu(folder: Path) -> None:
+    gpu = Instance(config_for(folder, device="cuda:0"))
+    loaded = gpu.load(gpu.encode("a", embedding_of("a").cuda()))
+    assert loaded is not None
+    assert loaded.device == torch.device("cuda:0")
+    assert torch.equal(loaded.cpu(), embedding_of("a"))
 
 
 def test_gives_back_the_bits_of_numbers_that_are_none(encoder: Instance, pd: Instance) -> None:

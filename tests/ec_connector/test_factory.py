@@ -8,30 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole, ECTransferConfig
 from chiasm.ec_transfer.shared_storage import SharedStorageConnector
 from chiasm.errors import ConfigurationError
 
-from .instance import config_for
+from .instance import Instance, config_for, embedding_of, identifier_of
 
-OUT_OF_TREE = """
-from chiasm.ec_transfer import ECConnector, ECConnectorMetadata
-
-class MemoryConnector(ECConnector):
-    def has_cache_item(self, identifier): return False
-    def update_state_after_alloc(self, request, index): pass
-    def build_connector_meta(self): return ECConnectorMetadata()
-    def start_load_caches(self, encoder_cache): pass
-    def save_caches(self, encoder_cache, mm_hash): pass
-
-class NoConnector: pass
-"""
+GUIDE = Path(__file__).parents[2] / "docs" / "connector.md"
 
 
 @pytest.fixture
 def out_of_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    (tmp_path / "memory_connector.py").write_text(OUT_OF_TREE)
+    """The connector that the guide gives as an example, as a module that Python finds."""
+    example = GUIDE.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    (tmp_path / "memory_connector.py").write_text(example, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     yield "memory_connector"
     sys.modules.pop("memory_connector", None)
@@ -61,9 +53,13 @@ def test_makes_the_reference_connector_by_name(folder: Path, role: ECConnectorRo
 
 def test_makes_a_connector_from_the_module_that_the_configuration_names(out_of_tree: str) -> None:
     config = ECTransferConfig(connector="MemoryConnector", connector_module_path=out_of_tree)
-    connector = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
-    assert type(connector).__name__ == "MemoryConnector"
-    assert connector.store_id() == ""
+    instance = Instance(config)
+    assert type(instance.worker).__name__ == "MemoryConnector"
+    assert instance.worker.store_id() == ""
+    assert instance.load(identifier_of("a")) is None
+    loaded = instance.load(instance.encode("a"))
+    assert loaded is not None
+    assert torch.equal(loaded, embedding_of("a"))
 
 
 def test_a_named_module_is_preferred_to_a_registered_name(out_of_tree: str) -> None:
@@ -95,6 +91,6 @@ def test_a_module_that_cannot_be_imported_is_named() -> None:
 
 
 def test_a_class_that_is_no_connector_is_refused(out_of_tree: str) -> None:
-    config = ECTransferConfig(connector="NoConnector", connector_module_path=out_of_tree)
+    config = ECTransferConfig(connector="RequestLike", connector_module_path=out_of_tree)
     with pytest.raises(ConfigurationError, match="subclass of ECConnector"):
         ECConnectorFactory.get_connector_class(config)

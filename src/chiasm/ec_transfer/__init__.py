@@ -7,6 +7,8 @@ from chiasm.ec_transfer.base import (
     ECConnectorStats,
     ECTransferConfig,
     ECTransferRole,
+    ItemLike,
+    RequestLike,
 )
 from chiasm.ec_transfer.factory import ECConnectorFactory
 from chiasm.ec_transfer.identifiers import check_identifier
@@ -19,5 +21,7 @@ __all__ = [
     "ECConnectorStats",
     "ECTransferConfig",
     "ECTransferRole",
+    "ItemLike",
+    "RequestLike",
     "check_identifier",
 ]

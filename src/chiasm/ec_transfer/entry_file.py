@@ -15,6 +15,7 @@ import math
 import os
 import re
 import stat
+import threading
 import time
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ TENSOR_NAME = "ec_cache"
 
 _FORMAT = "chiasm.ec/1"
 _LENGTH_BYTES = 8
+_LARGE_BYTES = 32 << 20
 _TOUCH_INTERVAL_NS = 10**9
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -137,13 +139,29 @@ def header_of(identifier: str, fingerprint: str, tensor: torch.Tensor) -> EntryH
 
 
 def write_entry(descriptor: int, header: EntryHeader, data: memoryview) -> None:
-    """Fill an open file with the entry, from its start. Raises OSError when the disk does not take all of it."""
+    """Fill an open file with the entry. Raises OSError when the disk does not take all of it.
+
+    The header comes last: until then the file is no entry. A large tensor is hashed while it is written, since both run
+    outside the interpreter's lock; for a small one a thread costs more than it saves.
+    """
     hasher = header.hasher()
-    hasher.update(data)
-    first = memoryview(header._replace(checksum=hasher.hexdigest()).to_bytes())
-    written = 0
-    while written < HEADER_BYTES + len(data):
-        written += os.pwritev(descriptor, [first[written:], data[max(0, written - HEADER_BYTES) :]], written)
+    if len(data) < _LARGE_BYTES:
+        hasher.update(data)
+        _write_all(descriptor, data, HEADER_BYTES)
+    else:
+        hashing = threading.Thread(target=hasher.update, args=(data,))
+        hashing.start()
+        try:
+            _write_all(descriptor, data, HEADER_BYTES)
+        finally:
+            hashing.join()
+    _write_all(descriptor, memoryview(header._replace(checksum=hasher.hexdigest()).to_bytes()), 0)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
 
 
 class Entry:
