@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "src")]
 
-from chiasm.checkpoints import folder  # noqa: E402
+from recipe import CHECKPOINT  # noqa: E402
+
 from chiasm.demo import pictures  # noqa: E402
 from chiasm.demo.reference import Reference  # noqa: E402
 
@@ -103,7 +104,7 @@ def chance(kind: str) -> float:
 def main() -> None:
     """Measure, print a table and keep the numbers beside the checkpoint's card."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=folder("demo"))
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--kinds", nargs="*", default=[*pictures.KINDS, "upload"])
     parser.add_argument("--n", type=int, default=200, help="examples a kind")
     parser.add_argument("--zero-embeddings", action="store_true", help="measure with zeroed image features only")
