@@ -100,7 +100,7 @@ def test_each_role_gets_the_form_that_the_template_takes_for_it(templated: Calla
     processor = templated(
         "{% for message in messages %}{{ message.role }}: {% if message.role == 'user' %}{% for part in message.content %}"
         "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
-        "{% else %}{{ message.content.strip() }}{% endif %}\n{% endfor %}"
+        "{% else %}{{ message.content.strip() }}{% endif %}{{ '\n' }}{% endfor %}"
     )
     geometry = processor.geometry_of_size(32, 32)
     messages: list[Message] = [

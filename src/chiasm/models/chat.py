@@ -78,10 +78,8 @@ class ChatTemplate:
                 content = [{"type": "text", "text": content}]
         elif isinstance(content, list):
             parts = [self._adapted_part(part) for part in content]
-            if forms == ("string",):
-                content = "\n".join(part.get("text", self._placeholder) for part in parts)
-            else:
-                content = parts
+            joined = "\n".join(part.get("text", self._placeholder) for part in parts)
+            content = joined if forms == ("string",) else parts
         elif content is not None:
             raise InvalidRequestError("A message's content must be a string or a list of parts.", param="messages")
         return {**message, "content": content}
