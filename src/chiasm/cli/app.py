@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from chiasm import __version__
+from chiasm.cli.bench import bench
 from chiasm.cli.demo import demo
 from chiasm.cli.groups import grouped
 from chiasm.cli.instance import instance
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's help takes longer to import than all else together
     pretty_exceptions_enable=False,
 )
-for _command in (serve, instance, proxy, demo, models):
+for _command in (serve, instance, proxy, demo, models, bench):
     app.command()(grouped(_command))
 
 

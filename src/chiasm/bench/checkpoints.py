@@ -1,0 +1,54 @@
+"""Synthetic checkpoints whose sizes measurements choose, made once a run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from chiasm.bench.measurement import Bench
+from chiasm.checkpoints.synthetic import SyntheticSize
+
+TEXT_LAYERS = 8
+"""Of the decoder, before it is balanced against the encoder."""
+
+
+def size_of(text_layers: int) -> SyntheticSize:
+    """A vision tower that takes a picture of 512 x 512 pixels as 256 tokens, and a decoder of that many layers.
+
+    A layer of the decoder takes a few milliseconds for that picture on one core, the tower some tens of them.
+    """
+    return SyntheticSize(
+        text_hidden=384,
+        text_intermediate=1024,
+        text_layers=text_layers,
+        text_heads=6,
+        text_kv_heads=2,
+        head_dim=64,
+        vision_hidden=256,
+        vision_intermediate=768,
+        vision_depth=4,
+        vision_heads=4,
+        patch_pixels=16,
+        max_pixels=512 * 512,
+        vocab_size=1024,
+        max_position_embeddings=8192,
+    )
+
+
+async def synthetic(bench: Bench, text_layers: int = TEXT_LAYERS) -> str:
+    """The folder of a Qwen3-VL checkpoint with random weights."""
+    folder = bench.scratch / f"qwen3_vl-{text_layers}"
+    if not folder.is_dir():
+        bench.step("making a synthetic checkpoint")
+        await asyncio.to_thread(_make, folder, size_of(text_layers))
+    return str(folder)
+
+
+def _make(folder: Path, size: SyntheticSize) -> None:
+    from chiasm.checkpoints.synthetic import make
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    unfinished = folder.with_suffix(".unfinished")
+    make("qwen3_vl", unfinished, size=size)
+    unfinished.rename(folder)

@@ -1,0 +1,17 @@
+"""All measurements, in the order in which they run."""
+
+from __future__ import annotations
+
+from chiasm.bench.measurement import Measurement
+from chiasm.bench.measurements.handoff import Handoff
+from chiasm.bench.measurements.identity import Identity
+from chiasm.bench.measurements.isolation import Isolation
+from chiasm.bench.measurements.overlap import Overlap
+from chiasm.bench.measurements.proxy import Proxy
+from chiasm.bench.measurements.reuse import Reuse
+from chiasm.bench.measurements.ttft import Ttft
+
+MEASUREMENTS: dict[str, type[Measurement]] = {
+    one.name: one for one in (Identity, Ttft, Handoff, Overlap, Isolation, Reuse, Proxy)
+}
+"""By name."""

@@ -1,0 +1,72 @@
+"""Whether PD prefills the pictures that are there while the encoder works on those that are not."""
+
+from __future__ import annotations
+
+from chiasm.bench import prompts
+from chiasm.bench.alone import QUESTION, SIDE, balanced_checkpoint, identifier_of, measure_alone
+from chiasm.bench.measurement import Bench, Measurement
+from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+from chiasm.bench.pictures import photo
+from chiasm.bench.statistics import median
+from chiasm.bench.topology import pinned, running
+
+_AT_MOST = 1.15
+_NUMBERS = (4, 8)
+_WARM_UP = 1
+
+
+class Overlap(Measurement):
+    """Each round measures one picture alone, then requests with several, so that all see the same machine."""
+
+    name = "overlap"
+    purpose = "Time to first token of 4 and 8 pictures in one request, against a perfect pipeline of encode and prefill"
+    target = f"at most {_AT_MOST} times e + p + (n-1) max(e, p)"
+
+    async def run(self, bench: Bench) -> Outcome:
+        rounds = bench.samples(12, quick=2)
+        model = await balanced_checkpoint(bench)
+        encodes: list[float] = []
+        prefills: list[float] = []
+        found: dict[int, list[float]] = {number: [] for number in _NUMBERS}
+        async with running(bench, pinned(model)) as (deployment,):
+            bench.step("pictures in one request")
+            bench.total(rounds)
+            for index in range(-_WARM_UP, rounds):
+                name = f"overlap {bench.seed} {index}"
+                alone = await measure_alone(bench, deployment, photo(name, SIDE), identifier_of(name))
+                for number in _NUMBERS:
+                    pictures = [photo(f"{name} {number} {place}", SIDE) for place in range(number)]
+                    body = prompts.ask(pictures, QUESTION, max_tokens=1, stream=True)
+                    answer = await bench.client.chat(deployment.url, body)
+                    if index >= 0:
+                        found[number].append(answer.ttft_seconds)
+                if index >= 0:
+                    encodes.append(alone.encode_seconds)
+                    prefills.append(alone.prefill_seconds)
+                bench.advance()
+        return _outcome(encodes, prefills, found)
+
+
+def _outcome(encodes: list[float], prefills: list[float], found: dict[int, list[float]]) -> Outcome:
+    encode, prefill = median(encodes), median(prefills)
+    outcome = Outcome()
+    outcome.figures += [
+        Figure("one picture alone: encode e", 1000 * encode, "ms"),
+        Figure("one picture alone: prefill p", 1000 * prefill, "ms"),
+    ]
+    series = [
+        Series("encode e", [1000 * value for value in encodes]),
+        Series("prefill p", [1000 * value for value in prefills]),
+    ]
+    for number, values in found.items():
+        bound = encode + prefill + (number - 1) * max(encode, prefill)
+        serial = number * (encode + prefill)
+        taken = median(values)
+        outcome.figures += [
+            Figure(f"{number} pictures: TTFT / pipelined bound", taken / bound, "x", _AT_MOST),
+            Figure(f"{number} pictures: TTFT / one after the other", taken / serial, "x"),
+            Figure(f"{number} pictures: TTFT, median", 1000 * taken, "ms"),
+        ]
+        series.append(Series(f"{number} pictures", [1000 * value for value in values], 1000 * _AT_MOST * bound))
+    outcome.panels.append(Panel("overlap: time to first token", "ms", series))
+    return outcome

@@ -1,0 +1,102 @@
+"""The table for people and the JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chiasm import __version__
+from chiasm.bench.outcome import Figure, Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMAT_VERSION = 1
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    import psutil
+
+    from chiasm.launch.cores import usable_cores
+
+    return {
+        "cpu": _cpu(),
+        "cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "transformers": _version("transformers"),
+        "chiasm": __version__,
+    }
+
+
+def write_json(path: Path, outcomes: Mapping[str, Outcome], about: Mapping[str, Any]) -> None:
+    """Write figures, targets, notes and all samples; ``about`` says how and on what they were taken."""
+    measurements = {}
+    for name, outcome in outcomes.items():
+        measurements[name] = asdict(outcome) | {
+            "met": outcome.met,
+            "figures": [asdict(figure) | {"met": figure.met} for figure in outcome.figures],
+        }
+    content = {"format": FORMAT_VERSION, **about, "measurements": measurements}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def print_outcome(console: Console, name: str, purpose: str, target: str, outcome: Outcome) -> None:
+    """One measurement's table, then its notes."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text(name, style="bold"), Text(purpose), sep=": ")
+    console.print(Text(f"target: {target}"))
+    table = Table()
+    table.add_column("measure", overflow="fold")
+    for column in ("value", "95 % of resamplings", "target"):
+        table.add_column(column, justify="right")
+    table.add_column("met")
+    for figure in outcome.figures:
+        between = "" if figure.low is None or figure.high is None else f"{shown(figure.low)} … {shown(figure.high)}"
+        limit = "" if figure.at_most is None else f"≤ {with_unit(figure.at_most, figure.unit)}"
+        table.add_row(Text(figure.name), with_unit(figure.value, figure.unit), between, limit, _verdict(figure))
+    console.print(table)
+    for note in outcome.notes:
+        console.print(Text(f"  {note}", style="dim"))
+    console.print()
+
+
+def shown(value: float) -> str:
+    """Three digits that matter."""
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def with_unit(value: float, unit: str) -> str:
+    """The value as people write it."""
+    return f"{value:.2f}x" if unit == "x" else f"{shown(value)} {unit}".rstrip()
+
+
+def _verdict(figure: Figure) -> str:
+    return {None: "", True: "[green]yes[/green]", False: "[bold red]no[/bold red]"}[figure.met]
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

@@ -1,0 +1,156 @@
+"""A run of the bench: the chosen measurements one after the other, then what they found."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chiasm.bench.client import opened
+from chiasm.bench.measurement import Bench
+from chiasm.bench.measurements import MEASUREMENTS
+from chiasm.bench.outcome import Outcome
+from chiasm.bench.report import machine, print_outcome, write_json
+from chiasm.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+_ASKED_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure, on what, and where to write it."""
+
+    names: tuple[str, ...] = ()
+    """Of measurements; none stands for all."""
+    model: str = "demo"
+    output: Path = Path("bench-results")
+    quick: bool = False
+    seed: int = 0
+    repeat: int | None = None
+
+
+def run(config: BenchConfig) -> bool:
+    """Measure, print, and write ``results.json`` and ``results.png``. False if answers differ that must not.
+
+    What was measured is written even when a later measurement fails. Raises ChiasmError; KeyboardInterrupt when a
+    signal asked for the end, after everything that was started has ended.
+    """
+    from rich.console import Console
+
+    chosen = _chosen(config.names)
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"results cannot be written to {config.output}: {error}") from error
+    outcomes: dict[str, Outcome] = {}
+    console = Console()
+    about = {"machine": machine(), "model": config.model, "seed": config.seed, "quick": config.quick}
+    about |= {"repeat": config.repeat, "began": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    try:
+        asyncio.run(_until_signal(_measure(config, chosen, outcomes, console)))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        if outcomes:
+            _write(config, outcomes, about, console)
+    return not any(outcome.wrong for outcome in outcomes.values())
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
+    if unknown := [name for name in names if name not in MEASUREMENTS]:
+        raise ConfigurationError(f"there is no measurement {unknown[0]!r}; there are {', '.join(MEASUREMENTS)}")
+    return [name for name in MEASUREMENTS if not names or name in names]
+
+
+async def _until_signal(work: Any) -> None:
+    """Run ``work``, and cancel it at the first signal; those that follow don't disturb the clean-up."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    asked = False
+
+    def ask() -> None:
+        nonlocal asked
+        if not asked:
+            asked = True
+            task.cancel()
+
+    for number in _ASKED_TO_END:
+        loop.add_signal_handler(number, ask)
+    try:
+        await task
+    finally:
+        for number in _ASKED_TO_END:
+            loop.remove_signal_handler(number)
+
+
+async def _measure(config: BenchConfig, chosen: Sequence[str], outcomes: dict[str, Outcome], console: Console) -> None:
+    with tempfile.TemporaryDirectory(prefix="chiasm-bench-") as scratch:
+        async with opened() as client:
+            with _progress() as progress:
+                for name in chosen:
+                    task = progress.add_task(name, total=None, doing="")
+                    bench = Bench(
+                        config.model,
+                        Path(scratch),
+                        client,
+                        config.seed,
+                        config.quick,
+                        config.repeat,
+                        step=partial(_show_step, progress, task),
+                        total=partial(_show_total, progress, task),
+                        advance=partial(progress.advance, task),
+                    )
+                    measurement = MEASUREMENTS[name]()
+                    started = time.monotonic()
+                    outcome = await measurement.run(bench)
+                    outcome.seconds = time.monotonic() - started
+                    outcomes[name] = outcome
+                    progress.remove_task(task)
+                    print_outcome(console, name, measurement.purpose, measurement.target, outcome)
+
+
+def _show_step(progress: Progress, task: TaskID, text: str) -> None:
+    progress.update(task, doing=text)
+
+
+def _show_total(progress: Progress, task: TaskID, total: int) -> None:
+    progress.reset(task, total=total)
+
+
+def _progress() -> Progress:
+    """On standard error, and only where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[doing]}"),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )
+
+
+def _write(config: BenchConfig, outcomes: dict[str, Outcome], about: dict[str, Any], console: Console) -> None:
+    from chiasm.bench.plot import write_plot
+
+    results, picture = config.output / "results.json", config.output / "results.png"
+    write_json(results, outcomes, about)
+    where = about["machine"]
+    title = f"chiasm bench: {config.model} on {where['cores']} cores of {where['cpu']}, {about['began'][:10]}"
+    write_plot(picture, outcomes, title)
+    console.print(f"{results}\n{picture}", highlight=False, soft_wrap=True)

@@ -1,0 +1,74 @@
+"""Medians, quantiles, and comparisons of samples that were taken in turns."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+_T = TypeVar("_T")
+_RESAMPLES = 1000
+_LOW, _HIGH = 0.025, 0.975
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic of a sample, and between which values it lies in 95 of 100 resamplings of that sample."""
+
+    value: float
+    low: float
+    high: float
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value. Raises ValueError for none."""
+    if not values:
+        raise ValueError("the median of no values")
+    return statistics.median(values)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which ``share`` (0 to 1) of the sample lies, interpolated between neighbours."""
+    if not values:
+        raise ValueError("a quantile of no values")
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    lower = math.floor(place)
+    upper = min(lower + 1, len(ordered) - 1)
+    return ordered[lower] + (ordered[upper] - ordered[lower]) * (place - lower)
+
+
+def paired_ratio(baseline: Sequence[float], other: Sequence[float], *, seed: int = 0) -> Estimate:
+    """The median over pairs of other/baseline. Both of a pair were taken one right after the other."""
+    return _estimate([b / a for a, b in zip(baseline, other, strict=True)], median, seed)
+
+
+def paired_difference(baseline: Sequence[float], other: Sequence[float], *, seed: int = 0) -> Estimate:
+    """The median over pairs of other - baseline, in the samples' unit."""
+    return _estimate([b - a for a, b in zip(baseline, other, strict=True)], median, seed)
+
+
+def quantile_ratio(
+    baseline: Sequence[Sequence[float]], other: Sequence[Sequence[float]], share: float, *, seed: int = 0
+) -> Estimate:
+    """A quantile of all values of ``other`` over the same of ``baseline``.
+
+    Values come in rounds, and it is rounds that are resampled: values of one round depend on each other.
+    """
+
+    def ratio(rounds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
+        before = [value for a, _ in rounds for value in a]
+        after = [value for _, b in rounds for value in b]
+        return quantile(after, share) / quantile(before, share)
+
+    return _estimate(list(zip(baseline, other, strict=True)), ratio, seed)
+
+
+def _estimate(sample: Sequence[_T], statistic: Callable[[Sequence[_T]], float], seed: int) -> Estimate:
+    """A bootstrap, the same for the same seed."""
+    generator = random.Random(seed)
+    resampled = [statistic(generator.choices(sample, k=len(sample))) for _ in range(_RESAMPLES)]
+    return Estimate(statistic(sample), quantile(resampled, _LOW), quantile(resampled, _HIGH))
