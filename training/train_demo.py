@@ -84,9 +84,10 @@ def work(rank: int, options: argparse.Namespace) -> None:
             **shared,
         )
         keep("vision")
-    if options.stage == "whole":
-        model.load_state_dict(torch.load(options.work / "vision.pt", weights_only=True))
-    if options.stage in ("whole", "all"):
+    if options.stage in ("whole", "longer"):
+        kept = options.work / ("vision.pt" if options.stage == "whole" else "whole.pt")
+        model.load_state_dict(torch.load(kept, weights_only=True))
+    if options.stage in ("whole", "longer", "all"):
         batch = options.whole_batch // options.processes
 
         def save() -> None:
@@ -95,7 +96,13 @@ def work(rank: int, options: argparse.Namespace) -> None:
                 write_checkpoint(options.out, model, tokenizer)
 
         train_whole(
-            model, tokenizer, clock=Clock(options.whole_steps, options.whole_minutes), batch=batch, save=save, **shared
+            model,
+            tokenizer,
+            clock=Clock(options.whole_steps, options.whole_minutes),
+            longer=options.stage == "longer",
+            batch=batch,
+            save=save,
+            **shared,
         )
         save()
     if dist.is_initialized():
@@ -105,7 +112,9 @@ def work(rank: int, options: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the command line and start the processes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stage", choices=("vision", "whole", "all"), default="all")
+    parser.add_argument(
+        "--stage", choices=("vision", "whole", "longer", "all"), default="all", help="longer: more of the whole model"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--vision-steps", type=int, default=2400)

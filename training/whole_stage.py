@@ -84,15 +84,24 @@ def train_whole(
     rank: int,
     log: Callable[[str], None],
     save: Callable[[], None],
+    longer: bool = False,
 ) -> None:
-    """Train ``model`` in place with ``batch`` conversations a process and step, until ``clock`` is at 1."""
+    """Train ``model`` in place with ``batch`` conversations a process and step, until ``clock`` is at 1.
+
+    ``longer`` goes on with a model that has been through this stage: lower rates, and other pictures.
+    """
     torch.manual_seed(seed)
-    rng = random.Random(f"whole {seed} {rank}")
+    rng = random.Random(f"{'longer' if longer else 'whole'} {seed} {rank}")
+    rate = 0.6 if longer else 1.0
     tower, encode = BatchedVision(model.model.visual), Encoder(tokenizer)
     local_head = LocalHead(3 * model.config.vision_config.out_hidden_size)
     vision, language = model.model.visual, model.model.language_model
     optimizers = Optimizers(
-        [Part(vision, adam=6e-4, muon=2e-3), Part(language, adam=1.5e-3, muon=4e-3), Part(local_head, adam=1.5e-3)]
+        [
+            Part(vision, adam=6e-4 * rate, muon=2e-3 * rate),
+            Part(language, adam=1.5e-3 * rate, muon=4e-3 * rate),
+            Part(local_head, adam=1.5e-3),
+        ]
     )
     ready: list[list[Encoded]] = []
     tally: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -101,7 +110,7 @@ def train_whole(
     while (progress := clock(step)) < 1:
         before = time.monotonic()
         # One picture a request at first: which of several is meant is easier to learn once they can be read.
-        most = 1 if progress < 0.08 else 4
+        most = 1 if progress < 0.08 and not longer else 4
         if not ready:
             # Conversations of like length together: with lengths mixed two fifths of a batch were padding.
             writer = Writer(rng, [draw_grid(rng) for _ in range(3)])
