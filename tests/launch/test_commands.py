@@ -9,7 +9,14 @@ import pytest
 
 from chiasm.errors import ConfigurationError
 from chiasm.launch import DeploymentConfig, Role, RoleConfig, commands, cores
-from chiasm.launch.commands import environment, instance_command, model_name, proxy_command, threads_of
+from chiasm.launch.commands import (
+    instance_command,
+    instance_environment,
+    model_name,
+    proxy_command,
+    proxy_environment,
+    threads_of,
+)
 from chiasm.launch.ports import HeldPort
 
 ONE_EACH = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()}
@@ -80,9 +87,16 @@ def test_the_proxy_is_told_every_instance(address: HeldPort) -> None:
 
 def test_what_a_person_has_set_in_the_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert environment(3)["OMP_NUM_THREADS"] == "3"
+    assert instance_environment(3)["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert environment(3)["OMP_NUM_THREADS"] == "5"
+    assert instance_environment(3)["OMP_NUM_THREADS"] == "5"
+
+
+def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:
+    config = DeploymentConfig("demo", admin_key="secret")
+    assert proxy_environment(config)["CHIASM_ADMIN_KEY"] == "secret"
+    assert "secret" not in " ".join(proxy_command(config, address, []))
+    assert "secret" not in repr(config)
 
 
 def test_a_model_is_called_by_its_folders_name_or_as_it_was_given(tmp_path: Path) -> None:

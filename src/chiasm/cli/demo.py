@@ -40,11 +40,11 @@ def demo(
 ) -> None:
     """Draw a picture, ask about it, and show what each process did for the answer.
 
-    Ends with exit code 1 if an answer is wrong.
+    Ends with exit code 1 if an answer is wrong, or if there is none.
     """
     from rich.console import Console
 
-    from chiasm.cli.conversation import Turn, all_agree, read_picture
+    from chiasm.cli.conversation import AnswerError, Turn, all_agree, read_picture
     from chiasm.cli.signals import EndSignals
     from chiasm.launch import Deployment, DeploymentConfig
 
@@ -63,7 +63,12 @@ def demo(
             if signals.received:
                 break
             _show_turn(console, f"{number}. {turn.title}", turn)
-            if (answer := _ask(deployment, turn, signals)) is None:
+            try:
+                answer = _ask(deployment, turn, signals)
+            except AnswerError as error:
+                console.print(f"  Error     {error.message}", style="bold red", markup=False, soft_wrap=True)
+                raise typer.Exit(_WRONG_EXIT_CODE) from None
+            if answer is None:
                 break
             answers.append(answer)
             _show_answer(console, turn, answer, deployment.processes)

@@ -20,13 +20,13 @@ class OptionGroup:
     def given(self) -> dict[str, Any]:
         """The options that were given, by the name of the configuration's field."""
         values = {option.name: getattr(self, option.name) for option in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in values.items() if value is not None and value != ()}
+        return {name: value for name, value in values.items() if value is not None}
 
     def arguments(self) -> tuple[str, ...]:
         """The options that were given, as arguments for another command of chiasm."""
         arguments: list[str] = []
         for name, value in self.given().items():
-            for one in value if isinstance(value, tuple) else (value,):
+            for one in value if isinstance(value, tuple | list) else (value,):
                 shown = one.resolve() if isinstance(one, Path) else one
                 arguments += [f"--{name.replace('_', '-')}", str(shown)]
         return tuple(arguments)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from chiasm.cli.groups import OptionGroup
-from chiasm.cli.values import parse_cpus, parse_size
+from chiasm.cli.values import CpuSet, parse_cpus, parse_size
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, a hub name, or demo.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -18,7 +18,7 @@ ServedModelName = Annotated[
     str | None, typer.Option(help="What clients call the model.", show_default="the folder's or hub name")
 ]
 Cpus = Annotated[
-    tuple[int, ...] | None,
+    CpuSet | None,
     typer.Option(parser=parse_cpus, metavar="CPUS", help="Run on these CPUs only, for example 0,2-3."),
 ]
 AdminKey = Annotated[

@@ -60,8 +60,6 @@ def serve(
     of_proxy = common
     if engine.max_items is not None:
         of_proxy += ("--max-items", str(engine.max_items))
-    if admin_key is not None:
-        of_proxy += ("--admin-key", admin_key)
     run(
         DeploymentConfig(
             model,
@@ -71,6 +69,7 @@ def serve(
             served_model_name=served_model_name,
             instance_flags=(*engine.arguments(), *common),
             proxy_flags=of_proxy,
+            admin_key=admin_key,
             **ec.given(),
         )
     )

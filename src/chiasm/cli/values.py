@@ -16,6 +16,10 @@ _UNITS = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 
 
+class CpuSet(tuple[int, ...]):
+    """CPU numbers, sorted; a class of its own, since typer takes a tuple for an option with several values."""
+
+
 def parse_size(text: str) -> int:
     """Bytes of ``512MiB``, ``512M`` (the same), ``1.5GB`` (decimal) or ``1048576``."""
     match = _SIZE.fullmatch(text.strip().lower())
@@ -24,12 +28,14 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def parse_cpus(text: str) -> tuple[int, ...]:
-    """CPU numbers of ``0,2-3``, sorted."""
+def parse_cpus(text: str) -> CpuSet:
+    """The CPUs of ``0,2-3``."""
     cpus: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not dash:
+            last = first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise typer.BadParameter(f"{text!r} is not a set of CPUs; write for example 0,2-3")
-        cpus.update(range(int(first), int(last or first) + 1))
-    return tuple(sorted(cpus))
+        cpus.update(range(int(first), int(last) + 1))
+    return CpuSet(sorted(cpus))

@@ -77,6 +77,7 @@ class Child:
         self._lock = threading.Lock()  # of what decides whether there is a process, and whether there may be one
         self._process: subprocess.Popen[str] | None = None
         self._ending = threading.Event()
+        self._ever_ready = False
         self._thread = threading.Thread(target=self._live, name=f"chiasm-{name}", daemon=True)
 
     def start(self) -> None:
@@ -181,8 +182,6 @@ class Child:
                 stream.close()
         return ready_since
 
-    _ever_ready = False
-
     def _gives_up(self, code: int, failures: int, *, ready: bool) -> bool:
         """Whether the process is beyond help; then ``failure`` says why."""
         if self._ever_ready or (code != CONFIGURATION_EXIT_CODE and failures < START_ATTEMPTS):
@@ -214,6 +213,8 @@ def describe_exit(code: int) -> str:
     """A return code of ``subprocess`` in words."""
     if code >= 0:
         return f"exit code {code}"
+    if code == -signal.SIGKILL:
+        return "SIGKILL, as the kernel sends it when memory runs out"
     try:
         return signal.Signals(-code).name
     except ValueError:

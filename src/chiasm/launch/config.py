@@ -53,6 +53,8 @@ class DeploymentConfig:
     """More arguments of ``chiasm instance``, for every instance."""
     proxy_flags: tuple[str, ...] = ()
     """More arguments of ``chiasm proxy``."""
+    admin_key: str | None = field(default=None, repr=False)
+    """Lets whoever sends it as Bearer token change the proxy's instances."""
     proxy_cpus: tuple[int, ...] = ()
     """If not empty, the proxy runs on these CPUs only."""
 

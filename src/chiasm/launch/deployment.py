@@ -12,7 +12,13 @@ from chiasm.engine.config import Role
 from chiasm.errors import ChiasmError
 from chiasm.launch import health
 from chiasm.launch.child import Child, ProcessState
-from chiasm.launch.commands import environment, instance_command, proxy_command, threads_of
+from chiasm.launch.commands import (
+    instance_command,
+    instance_environment,
+    proxy_command,
+    proxy_environment,
+    threads_of,
+)
 from chiasm.launch.config import DeploymentConfig
 from chiasm.launch.cores import check_cpus
 from chiasm.launch.ports import HeldPort
@@ -134,10 +140,10 @@ class Deployment:
             raise
         instances = list(zip(names, addresses[1:], strict=True))
         urls = [(role, address.url) for (role, _), address in instances]
-        self._add(PROXY, None, addresses[0], proxy_command(config, addresses[0], urls), environment(None))
+        self._add(PROXY, None, addresses[0], proxy_command(config, addresses[0], urls), proxy_environment(config))
         for (role, name), address in instances:
             command = instance_command(config, self.folder, role, address, storage, ec_max_bytes)
-            self._add(name, role, address, command, environment(threads_of(config.roles, role)))
+            self._add(name, role, address, command, instance_environment(threads_of(config.roles, role)))
         for member in self._members.values():
             member.child.start()
 

@@ -1,0 +1,84 @@
+"""The command line as processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from tests.launch.waiting import alive, eventually
+
+CHIASM = (sys.executable, "-m", "chiasm")
+
+
+def run(*arguments: str, timeout_seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    """A command that ends by itself."""
+    return subprocess.run(
+        [*CHIASM, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_seconds,
+        check=False,
+    )
+
+
+class Running:
+    """A command that runs until it is told to end; leaving it kills what is left of it."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._out = folder / "stdout"
+        self._err = folder / "stderr"
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = psutil.Popen([*CHIASM, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        family = [*self.children, self.process]
+        for process in alive(family):
+            process.kill()
+        self.process.wait(10)
+
+    @property
+    def stdout(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text()
+
+    @property
+    def children(self) -> list[psutil.Process]:
+        """Processes that it has started and that still run."""
+        try:
+            return alive(self.process.children(recursive=True))
+        except psutil.NoSuchProcess:
+            return []
+
+    def wait_ready(self, timeout_seconds: float = 120) -> str:
+        """The URL of the ready line."""
+        assert eventually(lambda: self.stdout or self.process.poll() is not None, timeout_seconds), self.stderr
+        assert self.stdout.startswith("ready "), self.stderr
+        return self.stdout.removeprefix("ready ").strip()
+
+    def end(self, number: signal.Signals) -> float:
+        """Send a signal and wait for the end; returns the seconds that it took."""
+        started = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(30)
+        return time.monotonic() - started
+
+
+def option_of(process: psutil.Process, name: str) -> str:
+    """The value of an option on a process' command line."""
+    command = process.cmdline()
+    return command[command.index(name) + 1]

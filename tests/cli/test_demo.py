@@ -1,0 +1,106 @@
+"""``chiasm demo``: what it asks, what it shows, and how it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from chiasm import checkpoints
+from chiasm.cli.conversation import Answer, Item, Turn, all_agree, read_picture
+from chiasm.cli.demo import draw_turns, explain
+from chiasm.cli.picture_text import draw_in_characters
+from chiasm.launch import ProcessState, ProcessStatus, Role
+from tests.cli.running import run
+
+needs_checkpoint = pytest.mark.skipif(
+    "demo" not in checkpoints.names(), reason="the demo checkpoint has not been trained in this tree"
+)
+PROCESSES = [
+    ProcessStatus("proxy", None, "http://p", 1, ProcessState.READY, 0),
+    ProcessStatus("encoder-0", Role.ENCODER, "http://e", 2, ProcessState.READY, 0),
+    ProcessStatus("pd-0", Role.PD, "http://d", 3, ProcessState.READY, 0),
+]
+
+
+@needs_checkpoint
+def test_every_answer_is_right_and_each_process_is_named() -> None:
+    done = run("demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for expected in (
+        "1. A picture",
+        "2. Two pictures",
+        "3. No picture",
+        "(right: ",
+        "encoder-0",
+        "pd-0",
+        "was not asked",
+    ):
+        assert expected in done.stdout
+    assert "WRONG" not in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "ready at http://" in done.stderr
+
+
+def test_a_wrong_answer_ends_with_exit_code_1(checkpoint: Path) -> None:
+    done = run("demo", "--model", str(checkpoint))
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("(WRONG, it is: ") == 3
+    assert "encoded 1 picture in" in done.stdout
+    assert "encoded 2 pictures in" in done.stdout
+
+
+def test_the_pictures_are_drawn_by_the_seed_and_were_not_trained_on() -> None:
+    one, two, none = draw_turns(7)
+    assert [len(turn.pictures) for turn in (one, two, none)] == [1, 2, 0]
+    assert all(turn.right_answer for turn in (one, two, none))
+    assert draw_turns(7)[0].pictures[0].data == one.pictures[0].data
+    assert draw_turns(8)[0].pictures[0].data != one.pictures[0].data
+
+
+@pytest.mark.parametrize(
+    ("answer", "encoder", "pd"),
+    [
+        (
+            Answer("", {"encode": 12, "prefill": 3, "ttft": 20, "total": 30, "proxy": 1}, (Item("waited", 15),)),
+            "encoded 1 picture in 12.0 ms",
+            "waited 15.0 ms for picture 1, prefill 3.0 ms, first token after 20.0 ms, all of it 30.0 ms",
+        ),
+        (
+            Answer("", {"encode": 0}, (Item("hit", 0), Item("hit", 0))),
+            "had the embeddings already",
+            "found the embedding of picture 1, found the embedding of picture 2",
+        ),
+        (Answer("", {"prefill": 3}), "was not asked", "prefill 3.0 ms"),
+    ],
+)
+def test_who_did_what(answer: Answer, encoder: str, pd: str) -> None:
+    _, of_encoder, of_pd = explain(answer, PROCESSES)
+    assert of_encoder.split(maxsplit=3) == ["encoder-0", "pid", "2", encoder]
+    assert of_pd.split(maxsplit=3) == ["pd-0", "pid", "3", pd]
+
+
+@pytest.mark.parametrize(("text", "agrees"), [("Red.", True), (" red ", True), ("dark red", False), ("", False)])
+def test_case_and_full_stop_do_not_make_an_answer_wrong(text: str, agrees: bool) -> None:
+    assert all_agree([Turn("", "", right_answer="red"), Turn("", "")], [Answer(text), Answer("?")]) is agrees
+
+
+def test_a_picture_of_ones_own_is_sent_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "picture.jpg"
+    Image.new("RGB", (20, 10), "red").save(path)
+    picture = read_picture(path)
+    assert picture.data == path.read_bytes()
+    assert picture.url.startswith("data:image/jpeg;base64,")
+    assert picture.image.size == (20, 10)
+
+
+@pytest.mark.parametrize("background", ["white", "black", (120, 122, 126)])
+def test_without_colours_a_shape_is_drawn_in_characters(background: str | tuple[int, int, int]) -> None:
+    image = Image.new("RGB", (80, 80), background)
+    ImageDraw.Draw(image).rectangle((20, 20, 59, 59), fill="red")
+    lines = draw_in_characters(image, 20).split("\n")
+    assert len(lines) == 10
+    assert lines[0] == ""
+    assert lines[5].startswith("     @")
+    assert len(lines[5]) == 15

@@ -1,0 +1,71 @@
+"""What cannot be served ends with one clear line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import run
+
+
+def _one_line(*arguments: str) -> str:
+    """The line by which a command says why it gives up."""
+    done = run(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, done.stderr
+    assert done.stderr.endswith(f"{lines[0]}\n")
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [["serve"], ["instance", "--role", "aggregated", "--port", "0"]])
+def test_a_model_that_is_not_there(command: list[str]) -> None:
+    assert "no model '/nowhere/at/all'" in _one_line(*command, "/nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["serve", "{checkpoint}"],
+        ["instance", "{checkpoint}", "--role", "aggregated"],
+        ["proxy", "--aggregated", "http://127.0.0.1:9"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_port_in_use(command: list[str], checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        line = _one_line(*(part.format(checkpoint=checkpoint) for part in command), "--port", port)
+    assert f"port {port} on 127.0.0.1 is in use" in line
+
+
+def test_nothing_that_could_answer() -> None:
+    assert "at least one pd or aggregated" in _one_line("serve", "demo", "--pds", "0", "--encoders", "0")
+    assert "no PD and no aggregated instance" in _one_line("proxy", "--port", "0")
+
+
+def test_a_cpu_that_is_not_there(checkpoint: Path) -> None:
+    line = _one_line("serve", str(checkpoint), "--pd-cpus", "0,4095-4096", "--port", "0")
+    assert "CPU 4095, 4096 cannot be used here" in line
+
+
+def test_an_encoder_without_a_place_for_its_embeddings(checkpoint: Path) -> None:
+    line = _one_line("instance", str(checkpoint), "--role", "encoder", "--port", "0")
+    assert "needs --shared-storage-path" in line
+
+
+def test_a_picture_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("no picture")
+    assert "cannot be read as a picture" in _one_line(
+        "demo", "--picture", str(tmp_path / "note.txt"), "--question", "What is it?"
+    )
+
+
+def test_what_only_an_instance_finds_out_ends_the_whole(checkpoint: Path) -> None:
+    """No memory for the context that was asked for: known when the model is loaded, and no reason to try again."""
+    flags = ("--aggregated", "1", "--kv-cache-bytes", "4KiB", "--max-model-len", "512", "--port", "0")
+    assert "lower --max-model-len or raise --kv-cache-bytes" in _one_line("serve", str(checkpoint), *flags)

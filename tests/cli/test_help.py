@@ -1,0 +1,64 @@
+"""Help, versions and typos: answered at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import chiasm
+from tests.cli.running import run
+
+HEAVY = {"torch", "transformers", "starlette", "uvicorn", "aiohttp", "PIL", "numpy", "rich"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["--version"], ["models"]])
+def test_what_needs_no_model_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from chiasm.cli import main; sys.argv = ['chiasm', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stderr.split())
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, chiasm, chiasm.launch; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").stdout == f"chiasm {chiasm.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "instance", "proxy", "demo", "models"])
+def test_every_command_is_listed(command: str) -> None:
+    assert f"\n  {command} " in run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serf"], "No such command 'serf'"),
+        (["serve"], "Missing argument 'MODEL'"),
+        (["serve", "demo", "--encoder", "1"], "No such option"),
+        (["serve", "demo", "--encoders", "-1"], "Invalid value for '--encoders'"),
+        (["serve", "demo", "--kv-cache-bytes", "lots"], "'lots' is not a size"),
+        (["serve", "demo", "--pd-cpus", "first"], "'first' is not a set of CPUs"),
+        (["serve", "demo", "--port", "65536"], "Invalid value for '--port'"),
+        (["serve", "demo", "--log-level", "loud"], "'loud' is not one of"),
+        (["instance", "demo"], "Missing option '--role'"),
+        (["instance", "demo", "--role", "eye"], "'eye' is not one of"),
+        (["demo", "--question", "What is it?"], "both --picture and --question"),
+    ],
+)
+def test_a_typo_is_a_usage_error(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr

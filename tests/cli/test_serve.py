@@ -1,0 +1,116 @@
+"""``chiasm serve`` from its start to its end, as processes."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from PIL import Image
+
+from chiasm.cli.conversation import Turn, ask, drawn
+from chiasm.launch import health
+from tests.cli.running import Running, option_of
+from tests.launch.waiting import alive, eventually
+
+SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512", "--port", "0")
+END_SECONDS = 5
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One encoder and one pd, ready; the tests of this file share it, and the last of them ends it."""
+    with Running(tmp_path_factory.mktemp("served"), "serve", str(checkpoint), *SMALL) as running:
+        running.wait_ready()
+        yield running
+
+
+def _encoder(running: Running) -> psutil.Process | None:
+    found = [one for one in running.children if "instance" in one.cmdline() and option_of(one, "--role") == "encoder"]
+    return found[0] if found else None
+
+
+def _answer(url: str, colour: str) -> str:
+    picture = drawn(Image.new("RGB", (64, 48), colour))
+    return ask(url, Turn("", "What colour is it?", (picture,))).text
+
+
+def _listens(url: str) -> bool:
+    try:
+        with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def test_every_instance_is_healthy_when_it_says_ready(served: Running) -> None:
+    assert sorted(health.states(served.wait_ready()).values()) == ["healthy", "healthy"]
+
+
+def test_a_question_about_a_picture_is_answered(served: Running) -> None:
+    assert _answer(served.wait_ready(), "red")
+
+
+def test_logs_carry_the_name_of_their_process(served: Running) -> None:
+    assert "[encoder-0] " in served.stderr
+    assert "[pd-0] " in served.stderr
+    assert "[proxy] ready at" in served.stderr
+
+
+def test_a_killed_encoder_comes_back_and_serves(served: Running) -> None:
+    url = served.wait_ready()
+    killed = _encoder(served)
+    assert killed is not None
+    killed.kill()
+    assert eventually(lambda: "unhealthy" in health.states(url).values())
+    assert eventually(lambda: list(health.states(url).values()) == ["healthy", "healthy"])
+    back = _encoder(served)
+    assert back is not None
+    assert back.pid != killed.pid
+    assert option_of(back, "--port") in "".join(health.states(url))
+    assert _answer(url, "blue")
+
+
+def test_ctrl_c_ends_all_of_it(served: Running) -> None:
+    url = served.wait_ready()
+    children = served.children
+    addresses = [url, *health.states(url)]
+    encoder = _encoder(served)
+    assert encoder is not None
+    folder = Path(option_of(encoder, "--shared-storage-path"))
+    assert len(children) == 3
+    assert any(folder.iterdir())
+
+    assert served.end(signal.SIGINT) < END_SECONDS
+    assert served.process.returncode == 0
+    assert not alive(children)
+    assert not any(map(_listens, addresses))
+    assert not folder.exists()
+    assert served.stdout == f"ready {url}\n"
+
+
+def test_sigterm_before_it_is_ready_ends_all_of_it(checkpoint: Path, tmp_path: Path) -> None:
+    with Running(tmp_path, "serve", str(checkpoint), *SMALL) as running:
+        assert eventually(lambda: len(running.children) == 3)
+        children = running.children
+        encoder = _encoder(running)
+        assert encoder is not None
+        folder = Path(option_of(encoder, "--shared-storage-path"))
+        assert running.end(signal.SIGTERM) < END_SECONDS
+        assert running.process.returncode == 0
+        assert not alive(children)
+        assert not folder.exists()
+        assert running.stdout == ""
+
+
+def test_when_it_is_killed_its_instances_end_too(checkpoint: Path, tmp_path: Path) -> None:
+    with Running(tmp_path, "serve", str(checkpoint), "--aggregated", "1", *SMALL) as running:
+        running.wait_ready()
+        children = running.children
+        assert len(children) == 2
+        running.process.kill()
+        assert eventually(lambda: not alive(children), 10)

@@ -1,0 +1,42 @@
+"""Sizes and sets of CPUs as a person writes them."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+
+from chiasm.cli.values import parse_cpus, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1048576", 1 << 20),
+        ("512MiB", 512 << 20),
+        ("512M", 512 << 20),
+        ("1.5 gib", 3 << 29),
+        ("2TiB", 2 << 40),
+        ("10MB", 10_000_000),
+        ("4kB", 4000),
+        ("7b", 7),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1 mile", "0x10", "1e9", "1,5GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "cpus"), [("0", (0,)), ("2,0", (0, 2)), ("0,2-4, 3", (0, 2, 3, 4))])
+def test_cpus(text: str, cpus: tuple[int, ...]) -> None:
+    assert parse_cpus(text) == cpus
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1,,2", "3-1"])
+def test_what_is_no_set_of_cpus_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is not a set of CPUs"):
+        parse_cpus(text)

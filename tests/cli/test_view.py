@@ -1,0 +1,77 @@
+"""The view of a deployment on standard error, which neither a terminal nor a full pipe may hold up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+
+from chiasm.cli.view import View
+from chiasm.launch import ProcessState, ProcessStatus, Role
+
+PD = ProcessStatus("pd-0", Role.PD, "http://127.0.0.1:1", os.getpid(), ProcessState.READY, 2)
+
+
+def test_without_a_terminal_there_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with View() as view:
+        view.show(lambda: [PD])
+        view.line("encoder-0", "loading")
+        view.change(PD)
+        view.ready("http://127.0.0.1:8000")
+    out, err = capsys.readouterr()
+    assert out == "ready http://127.0.0.1:8000\n"
+    assert err == f"[encoder-0] loading\n[pd-0] ready at http://127.0.0.1:1, pid {os.getpid()}\n"
+
+
+def test_in_a_terminal_there_is_a_table_below_the_lines() -> None:
+    code = (
+        "import os; from chiasm.cli.view import View; from tests.cli.test_view import PD\n"
+        "with View() as view:\n"
+        "    view.show(lambda: [PD]); view.line('encoder-0', '[loading]'); view.ready('http://127.0.0.1:8000')"
+    )
+    ours, theirs = pty.openpty()
+    try:
+        environment = dict(os.environ, COLUMNS="120", TERM="xterm")
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment
+        ) as process:
+            os.close(theirs)
+            shown = b""
+            while chunk := _read(ours):
+                shown += chunk
+            out, _ = process.communicate(timeout=30)
+    finally:
+        os.close(ours)
+    text = shown.decode()
+    assert out == "ready http://127.0.0.1:8000\n"
+    assert "[encoder-0] [loading]" in text
+    last = text[text.rindex("restarts") :]
+    assert "pd-0" in last
+    assert "http://127.0.0.1:1" in last
+    assert "MiB" in last
+
+
+def test_nobody_who_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    full = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stderr", full)
+    started = time.monotonic()
+    with View() as view:
+        for _ in range(5000):
+            view.line("pd-0", "x" * 1000)
+    assert time.monotonic() - started < 5
+    os.close(reader)  # or closing the other end would wait for ever
+    with contextlib.suppress(BrokenPipeError):
+        full.close()
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # Linux says so when the other side is closed
+        return b""
