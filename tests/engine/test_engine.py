@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 
 import pytest
 
 from chiasm.engine import Role
 from chiasm.engine.request import ItemOutcome
 from chiasm.errors import (
+    ChiasmError,
     DeadlineExceededError,
     EmbeddingUnavailableError,
     InvalidRequestError,
@@ -88,7 +90,7 @@ async def test_an_embedding_that_is_there_counts_as_hit(start, encoder):
 async def test_an_embedding_that_never_comes_fails_its_request_alone(start, encoder):
     pd = start(Role.PD)
     with pytest.raises(EmbeddingUnavailableError, match="no embedding came within"):
-        await pd.ask("see", A, seconds=0.2)
+        await pd.ask("see", A, seconds=1)
     assert pd.engine.stats().items == {ItemOutcome.MISSED: 1}
     assert pd.is_empty()
     await encoder.encode(A)
@@ -105,6 +107,32 @@ async def test_a_torn_entry_is_waited_for_and_never_used(start, encoder, store):
     await until(lambda: pd.engine.stats().num_stalled == 1)
     await encoder.encode(A)
     assert (await answer).token_ids == (await start(Role.AGGREGATED).ask(A, "?")).token_ids
+
+
+async def test_a_store_that_is_deleted_costs_nobody_but_those_who_wait(start, encoder, store):
+    pd = start(Role.PD)
+    await encoder.encode(A)
+    shutil.rmtree(store)
+    late = asyncio.create_task(pd.ask(A, "?"))
+    await until(lambda: pd.engine.stats().num_stalled == 1)
+    assert len((await pd.ask("hello")).token_ids) == 8
+    await encoder.encode(A)
+    assert (await late).token_ids == (await start(Role.AGGREGATED).ask(A, "?")).token_ids
+
+
+async def test_a_connector_that_breaks_costs_its_requests_and_not_the_engine(start, encoder, monkeypatch):
+    pd = start(Role.PD)
+    await encoder.encode(A)
+
+    def broken(*args):
+        raise OSError("the file system is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.engine._ec_worker, "start_load_caches", broken)
+        with pytest.raises(ChiasmError, match="OSError"):
+            await pd.ask(A, "?")
+    assert pd.is_empty()
+    assert len((await pd.ask(A, "?")).token_ids) == 8
 
 
 async def test_a_size_that_is_not_the_pictures_fails_its_request_alone(start, encoder):

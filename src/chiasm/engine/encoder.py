@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole
-from chiasm.engine.attention import register_paged_attention
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.device import check_memory, choose_device, choose_dtype, use_threads
 from chiasm.engine.request import EncodedItem, EncodeItem, ItemOutcome
@@ -88,7 +87,6 @@ class EncoderEngine:
         assert config.ec is not None
         use_threads(config.threads)
         check_memory(config.model, self.device)
-        register_paged_attention()
         self._vision = load_vision(config.model, dtype=self.dtype, device=self.device)
         ec = replace(config.ec, fingerprint=self.model_fingerprint, device=str(self.device))
         self._ec_scheduler = ECConnectorFactory.create_connector(ec, ECConnectorRole.SCHEDULER)

@@ -31,6 +31,11 @@ class EncoderCacheManager:
     def __contains__(self, identifier: str) -> bool:
         return identifier in self._entries
 
+    @property
+    def identifiers(self) -> Set[str]:
+        """Of all entries that have room."""
+        return self._entries.keys()
+
     def allocate(self, identifier: str, num_bytes: int, *, arrival: int, keep: Set[str] = frozenset()) -> bool:
         """Make room for an entry on behalf of a sequence that arrived as number ``arrival``; False if there is none.
 

@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.0005
-"""How often missing embeddings are looked for while nothing else is to be done."""
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.0005, 0.01
+POLL_SHARE = 0.01
+"""How often missing embeddings are looked for while nothing else is to be done: after a hundredth of the shortest wait."""
 DEADLINE_CHECK_SECONDS = 0.02
 
 
@@ -272,24 +273,27 @@ class LanguageEngine:
 
     def _run(self) -> None:
         use_threads(self.config.threads)
-        try:
-            idle = True
-            while self._take_inbox(wait=idle):
+        idle = True
+        while self._take_inbox(wait=idle):
+            try:
                 self._check_deadlines()
                 self._load_items()
                 idle = not self._step()
-        except Exception:
-            logger.exception("the engine stopped")
-        finally:
-            for state in list(self._states.values()):
-                self._fail(state, ChiasmError("the engine of this instance stopped while the request ran"))
+            except Exception as error:
+                # What a step's own guards did not foresee costs the requests that are here, not the instance.
+                logger.exception("planning a step failed; the %d requests that are here fail with it", len(self._states))
+                self._fail_all(list(self._states), ChiasmError(f"the engine failed: {type(error).__name__}"))
+                for identifier in self._scheduler.encoder_cache.identifiers - self._encoder_cache.keys():
+                    self._scheduler.item_lost(identifier)
+                idle = True
+        self._fail_all(list(self._states), ChiasmError("the engine of this instance stopped while the request ran"))
 
     def _take_inbox(self, *, wait: bool) -> bool:
         """Take in what came; with ``wait``, sleep until something does or missing embeddings should be looked for.
 
         Returns False when the engine is to stop.
         """
-        timeout = POLL_SECONDS if self._states else None
+        timeout = self._poll_seconds() if wait and self._states else None
         while True:
             try:
                 message = self._inbox.get(timeout=timeout) if wait else self._inbox.get_nowait()
@@ -303,6 +307,11 @@ class LanguageEngine:
                     self._forget(self._states[message.request_id])
             else:
                 self._add(message)
+
+    def _poll_seconds(self) -> float:
+        now = time.monotonic()
+        stalls = (now - state.stalled_since for state in self._states.values() if state.stalled_since is not None)
+        return min(max(POLL_SHARE * min(stalls, default=0.0), MIN_POLL_SECONDS), MAX_POLL_SECONDS)
 
     def _add(self, state: _RequestState) -> None:
         request = state.request
