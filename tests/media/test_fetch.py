@@ -352,7 +352,7 @@ async def test_slow_answers_end_with_the_timeout(make: Make, site: Site, path: s
 
 
 async def test_waiting_for_a_turn_ends_with_the_timeout_too(make: Make, site: Site) -> None:
-    fetcher = make(fetch_timeout_seconds=0.2, max_concurrent_fetches=1)
+    fetcher = make(fetch_timeout_seconds=1, max_concurrent_fetches=1)
     await asyncio.gather(*(refused(fetcher, f"{site.url}/slow", "media_timeout") for _ in range(3)))
     assert await fetcher.fetch(f"{site.url}/picture") == PICTURE
 

@@ -123,7 +123,7 @@ async def start() -> AsyncIterator[Start]:
             stack.push_async_callback(stop)
             await server.ready.wait()
             session = await stack.enter_async_context(aiohttp.ClientSession())
-            return Front(url, server.config.app.state.gateway, session, instances)  # type: ignore[union-attr]
+            return Front(url, server.gateway, session, instances)
 
         yield start_one
 

@@ -41,7 +41,7 @@ class Received:
 class FakeInstance:
     """An instance on a port of its own. Replace ``answer`` to have it behave otherwise."""
 
-    def __init__(self, role: str, **health: Any) -> None:
+    def __init__(self, role: str, /, **health: Any) -> None:
         self.role = role
         self.health: dict[str, Any] | None = {
             "status": "ok",

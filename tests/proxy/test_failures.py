@@ -162,7 +162,7 @@ async def test_when_all_tries_fail_the_last_answer_reaches_the_client(start: Sta
 async def test_an_encoder_that_hangs_is_given_up(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
     encoders[0].answer = pd.answer = never
-    front = await start([*encoders, pd], encode_timeout_seconds=0.2)
+    front = await start([*encoders, pd], encode_timeout_seconds=1.0)
     tasks = [asyncio.ensure_future(front.post(ask("x", image(picture(size=(5, n)))))) for n in (1, 2)]
     while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < 2:
         pass
@@ -322,7 +322,7 @@ async def test_a_connection_closed_while_idle_costs_nothing(start: Start) -> Non
 async def test_the_deadline_holds_for_all_of_it(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     encoder.answer = pd.answer = never
-    front = await start([encoder, pd], deadline_seconds=0.3)
+    front = await start([encoder, pd], deadline_seconds=1.5)
     for body in (ask("x"), ask("x", image(picture()))):
         answer = await front.post(body)
         assert answer.status == 504

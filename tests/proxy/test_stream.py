@@ -133,7 +133,7 @@ async def test_a_deadline_in_a_stream_is_an_error_event(start: Start) -> None:
         return await never(instance, request, received)
 
     pd.answer = stall
-    front = await start([pd], deadline_seconds=0.3)
+    front = await start([pd], deadline_seconds=1.5)
     answer = await front.post(ask("x", stream=True))
     assert answer.status == 200
     assert answer.body.startswith(event("one") + b'data: {"error":')

@@ -56,6 +56,8 @@ class ProxyConfig:
     """Media parts in one request; the fleet's own limit counts if it is lower."""
     probe_interval_seconds: float = 1.0
     probe_timeout_seconds: float = 5.0
+    shutdown_seconds: float = 2.0
+    """For requests under way to end by themselves when the proxy ends; then they are ended with an error."""
     media: MediaConfig = field(default_factory=MediaConfig)
 
     def __post_init__(self) -> None:

@@ -148,7 +148,9 @@ class Encoders:
                 planned.setdefault(instance, []).append(flight)
         order = {flight: index for index, flight in enumerate(flights)}
         for instance, batch in planned.items():
-            batch.sort(key=order.__getitem__)  # as the prompt needs them, since prefill goes on with the first that is there
+            batch.sort(
+                key=order.__getitem__
+            )  # as the prompt needs them, since prefill goes on with the first that is there
             most = (instance.report and instance.report.max_items) or len(batch)
             for first in range(0, len(batch), most):
                 self._start(instance, batch[first : first + most])
@@ -187,7 +189,7 @@ class Encoders:
         # Of all that wait, the request that can wait longest speaks for the call.
         context = max((one for flight in call.flights for one in flight.waiters), key=lambda one: one.deadline)
         url = call.instance.url + _PATH
-        async with await self._upstream.post(url, _body(call, context), context.headers()) as response:
+        with await self._upstream.post(url, _body(call, context), context.headers()) as response:
             return await response.read(_MAX_ANSWER_BYTES)
 
     def _take(self, call: _Call, answer: Answer) -> None:

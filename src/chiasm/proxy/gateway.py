@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,11 +20,11 @@ from chiasm.proxy.encode import Encoded, Encoders
 from chiasm.proxy.exchange import CLIENT_CLOSED, ClientGoneError, Exchange
 from chiasm.proxy.fleet import LANGUAGE_ROLES, Fleet, Instance, Role
 from chiasm.proxy.items import Item, read_items
-from chiasm.proxy.language import LanguageCall, LanguageInstances
+from chiasm.proxy.language import LanguageInstances, Place
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.request import ChatRequest, parse_chat, parse_completion
-from chiasm.proxy.upstream import Upstream
+from chiasm.proxy.upstream import Call, Upstream
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -49,6 +49,7 @@ class Gateway:
         self.metrics = Metrics(self.fleet)
         self._admission = Admission(config.max_concurrent_requests, config.max_buffered_bytes)
         self._resolver = resolver
+        self._requests: set[asyncio.Task[object]] = set()
 
     async def start(self) -> None:
         """Open connections and ask every instance once how it is."""
@@ -86,8 +87,16 @@ class Gateway:
         await self._upstream.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
+    def end_requests(self) -> None:
+        """End all that are being answered, each with an error that says so."""
+        for task in self._requests:
+            task.cancel()
+
     async def handle(self, path: str, exchange: Exchange) -> None:
         """Answer one request, whatever comes."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests.add(task)
         with self.metrics.in_flight.track_inprogress():
             try:
                 await self._handle_within_bounds(path, exchange)
@@ -96,12 +105,13 @@ class Gateway:
             except ChiasmError as error:
                 await exchange.fail(error)
             except asyncio.CancelledError:
-                # The server ends. This was the request's task's last deed, so it isn't raised again.
+                # The server ends. Answering is the last that this task does, so it isn't raised again.
                 await exchange.fail(OverloadedError("the proxy is shutting down; try again", code="shutting_down"))
             except Exception:
                 _log.exception("request %s failed in the proxy", exchange.request_id)
                 await exchange.fail(ChiasmError("the proxy failed on this request; its log says more"))
             finally:
+                self._requests.discard(task)
                 self.metrics.requests.labels(path, str(exchange.status or CLIENT_CLOSED)).inc()
 
     async def _handle_within_bounds(self, path: str, exchange: Exchange) -> None:
@@ -163,12 +173,12 @@ class Gateway:
         context.timing.fetch = media.fetch_seconds
         if media.fetch_seconds is not None:
             self.metrics.fetch.observe(media.fetch_seconds)
-        roles = self._roles_for_media()
-        instance = self._language.choose(request.model, roles=roles)
-        if instance is not None and instance.role is Role.AGGREGATED:
-            await self._chat_aggregated(request, media.items, started, exchange, context)
-        else:
-            await self._chat_disaggregated(request, media.items, started, exchange, context)
+        cost = _media_cost(request, media.items)
+        with self._language.place(request.model, cost, self._roles_for_media()) as place:
+            if place.instance.role is Role.AGGREGATED:
+                await self._chat_aggregated(request, media.items, place, started, exchange, context)
+            else:
+                await self._chat_disaggregated(request, media.items, place, started, exchange, context)
 
     def _check_media(self, request: ChatRequest) -> None:
         most = min(self.config.max_items, self.fleet.max_items or self.config.max_items)
@@ -192,12 +202,20 @@ class Gateway:
         async def body_for(instance: Instance) -> bytes:
             return body
 
-        cost = _COST_OF_A_REQUEST + len(body)
-        with await self._language.open(path, body_for, context, cost=cost) as call:
+        with (
+            self._language.place(context.model, lambda instance: _COST_OF_A_REQUEST + len(body)) as place,
+            await self._language.open(place, path, body_for, context) as call,
+        ):
             await self._send_back(call, None, exchange)
 
     async def _chat_aggregated(
-        self, request: ChatRequest, items: list[Item], started: float, exchange: Exchange, context: RequestContext
+        self,
+        request: ChatRequest,
+        items: list[Item],
+        place: Place,
+        started: float,
+        exchange: Exchange,
+        context: RequestContext,
     ) -> None:
         """Media goes along as data: URLs, so that instances never fetch; where that changes nothing, byte for byte."""
         parts = [
@@ -210,13 +228,17 @@ class Gateway:
             return body
 
         self._note_overhead("media", started, context)
-        cost = _text_cost(request, items) + sum(item.pixels for item in items) / _PIXELS_PER_COST
-        roles = (Role.AGGREGATED,)
-        with await self._language.open(CHAT, body_for, context, cost=cost, roles=roles) as call:
+        with await self._language.open(place, CHAT, body_for, context) as call:
             await self._send_back(call, None, exchange)
 
     async def _chat_disaggregated(
-        self, request: ChatRequest, items: list[Item], started: float, exchange: Exchange, context: RequestContext
+        self,
+        request: ChatRequest,
+        items: list[Item],
+        place: Place,
+        started: float,
+        exchange: Exchange,
+        context: RequestContext,
     ) -> None:
         """Pixels to encoders and text to PD, at the same time; each ends the other when it fails."""
         sized = request.with_parts([item.image_embeds_part() for item in items])
@@ -229,9 +251,7 @@ class Gateway:
             encoded = await asyncio.shield(encoding)
             return request.with_parts([item.image_embeds_part(encoded[item.identifier].metadata) for item in items])
 
-        opening = asyncio.ensure_future(
-            self._language.open(CHAT, body_for, context, cost=_text_cost(request, items), roles=(Role.PD,))
-        )
+        opening = asyncio.ensure_future(self._language.open(place, CHAT, body_for, context))
         try:
             await self._send_back(await _unless_fails(encoding, opening), encoding, exchange)
         finally:
@@ -240,10 +260,9 @@ class Gateway:
                 call.close()
 
     async def _send_back(
-        self, language: LanguageCall, encoding: asyncio.Future[dict[str, Encoded]] | None, exchange: Exchange
+        self, call: Call, encoding: asyncio.Future[dict[str, Encoded]] | None, exchange: Exchange
     ) -> None:
         """The instance's answer, unless encoding fails before there is one."""
-        call = language.call
         if call.status != 200 or not call.is_stream:
             answer = await _unless_fails(encoding, call.read(self.config.max_answer_bytes))
             await exchange.answer(answer)
@@ -262,9 +281,11 @@ class Gateway:
         self.metrics.overhead.labels(kind).observe(seconds)
 
 
-def _text_cost(request: ChatRequest, items: list[Item]) -> float:
-    media_bytes = sum(len(part.url) for part in request.media)
-    return _COST_OF_A_REQUEST + max(0, len(request.body) - media_bytes) + _COST_OF_AN_ITEM * len(items)
+def _media_cost(request: ChatRequest, items: list[Item]) -> Callable[[Instance], float]:
+    text_bytes = max(0, len(request.body) - sum(len(part.url) for part in request.media))
+    language = _COST_OF_A_REQUEST + text_bytes + _COST_OF_AN_ITEM * len(items)
+    vision = sum(item.pixels for item in items) / _PIXELS_PER_COST
+    return lambda instance: language + (vision if instance.role is Role.AGGREGATED else 0.0)
 
 
 def _deadline_seconds(exchange: Exchange, most_seconds: float) -> float:

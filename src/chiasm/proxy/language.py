@@ -16,24 +16,32 @@ from chiasm.proxy.upstream import Call, InstanceLostError, Upstream
 _ATTEMPTS = 2
 
 
-class LanguageCall:
-    """A call whose answer's head is here; close it to end the call and the instance's load."""
+class Place:
+    """The instance that a request goes to, counted as its work from the choice to the request's end."""
 
-    def __init__(self, call: Call, load: ExitStack) -> None:
-        self.call = call
-        self._load = load
+    def __init__(self, fleet: Fleet, model: str | None, cost: Callable[[Instance], float]) -> None:
+        self._fleet = fleet
+        self._model = model
+        self._cost = cost
+        self._work = ExitStack()
+        self.instance: Instance
 
-    def close(self) -> None:
-        self.call.close()
-        self._load.close()
+    def take(self, *roles: Role) -> None:
+        """Take the instance with the least to do; leaves the one before. Raises OverloadedError if there is none."""
+        self._work.close()
+        instance = self._fleet.choose(*roles, model=self._model)
+        if instance is None:
+            raise OverloadedError("no PD is healthy; try again", code="no_pd")
+        self._work.enter_context(self._fleet.working(instance, self._cost(instance)))
+        self.instance = instance
 
-    def __enter__(self) -> LanguageCall:
+    def __enter__(self) -> Place:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self._work.close()
 
 
 class LanguageInstances:
@@ -56,38 +64,36 @@ class LanguageInstances:
                 code="model_not_found",
             )
 
-    def choose(self, model: str | None, *, roles: tuple[Role, ...] = LANGUAGE_ROLES) -> Instance | None:
-        return self._fleet.choose(*roles, model=model)
+    def place(
+        self, model: str | None, cost: Callable[[Instance], float], roles: tuple[Role, ...] = LANGUAGE_ROLES
+    ) -> Place:
+        """A place at the instance with the least to do. Raises OverloadedError if there is none."""
+        place = Place(self._fleet, model, cost)
+        place.take(*roles)
+        return place
 
     async def open(
-        self,
-        path: str,
-        body_for: Callable[[Instance], Awaitable[bytes]],
-        context: RequestContext,
-        *,
-        cost: float,
-        roles: tuple[Role, ...] = LANGUAGE_ROLES,
-    ) -> LanguageCall:
-        """Call the instance with the least to do and wait for its answer's head.
+        self, place: Place, path: str, body_for: Callable[[Instance], Awaitable[bytes]], context: RequestContext
+    ) -> Call:
+        """Call the place's instance and wait for the head of its answer.
 
-        ``body_for`` says what goes to it. Raises OverloadedError if none is left, InstanceLostError if two were lost.
+        Where the connection is lost before it, the next instance of the same role is taken, or the same one if it is
+        back. ``body_for`` says what goes to an instance. Raises InstanceLostError if that was in vain.
         """
         lost: InstanceLostError | None = None
         for _ in range(_ATTEMPTS):
-            instance = self.choose(context.model, roles=roles)
-            if instance is None:
-                raise lost or OverloadedError("no PD is healthy; try again", code="no_pd")
             if lost is not None:
-                self._metrics.language_retries.inc()
-            with ExitStack() as load:
-                load.enter_context(self._fleet.working(instance, cost))
-                body = await body_for(instance)
                 try:
-                    call = await self._upstream.post(instance.url + path, body, context.headers())
-                except InstanceLostError as error:
-                    lost = error
-                else:
-                    return LanguageCall(call, load.pop_all())
+                    place.take(place.instance.role)
+                except OverloadedError:
+                    break
+                self._metrics.language_retries.inc()
+            instance = place.instance
+            body = await body_for(instance)
+            try:
+                return await self._upstream.post(instance.url + path, body, context.headers())
+            except InstanceLostError as error:
+                lost = error
             await self._prober.lost(instance, lost.message)
         assert lost is not None
         raise lost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -14,17 +15,17 @@ from aiohttp.abc import AbstractResolver
 from chiasm.errors import ConfigurationError
 from chiasm.proxy.app import create_app
 from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.gateway import Gateway
 from chiasm.proxy.memory import recycle_large_buffers
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_GRACE_SECONDS = 2
 _BACKLOG = 2048
 
 
 def run(
     config: ProxyConfig, *, on_ready: Callable[[str], None] | None = None, sock: socket.socket | None = None
 ) -> None:
-    """Serve until SIGTERM or SIGINT; returns within 3 s of it. Call it on the main thread.
+    """Serve until SIGTERM or SIGINT; returns within a second after the config's ``shutdown_seconds``. Call it on the main thread.
 
     ``sock`` is a bound socket to listen on, in place of the config's host and port. ``on_ready`` is called once with the
     base URL when connections are taken and each instance has been asked once. Raises ConfigurationError if the address
@@ -51,9 +52,11 @@ class ProxyServer(uvicorn.Server):
     """uvicorn's server around the proxy: ends at once on a signal or ``stop``, and tells when it is ready."""
 
     def __init__(self, config: ProxyConfig, *, resolver: AbstractResolver | None = None) -> None:
+        app = create_app(config, resolver=resolver)
+        self.gateway: Gateway = app.state.gateway
         super().__init__(
             uvicorn.Config(
-                create_app(config, resolver=resolver),
+                app,
                 loop="uvloop",
                 http="httptools",
                 ws="none",
@@ -61,10 +64,11 @@ class ProxyServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=_GRACE_SECONDS,
+                timeout_graceful_shutdown=math.ceil(config.shutdown_seconds) + 1,
                 backlog=_BACKLOG,
             )
         )
+        self._shutdown_seconds = config.shutdown_seconds
         self.ready = asyncio.Event()
         self._stopping = asyncio.Event()
 
@@ -80,6 +84,10 @@ class ProxyServer(uvicorn.Server):
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), timeout=1.0)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._shutdown_seconds, self.gateway.end_requests)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -76,10 +76,10 @@ class Call:
         """Gives the connection back if the answer was read to its end, else closes it."""
         self._response.close()
 
-    async def __aenter__(self) -> Call:
+    def __enter__(self) -> Call:
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()

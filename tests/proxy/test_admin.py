@@ -1,0 +1,111 @@
+"""Instances added and removed while the proxy runs."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from .conftest import Answer, Front, Start, ask, image, picture
+from .instances import FakeInstance, Received, chat
+
+KEY = "s3cret"
+
+
+async def call(front: Front, method: str, body: Any = None, key: str | None = KEY) -> Answer:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    async with front.session.request(method, f"{front.url}/instances", json=body, headers=headers) as response:
+        return Answer(response.status, response.headers, await response.read())
+
+
+async def test_without_a_key_there_is_no_such_route(start: Start) -> None:
+    front = await start([FakeInstance("pd")])
+    assert (await call(front, "GET")).status == 404
+
+
+@pytest.mark.parametrize("key", [None, "", "wrong", KEY + "x"])
+async def test_without_the_right_key_nothing_is_told_or_done(start: Start, key: str | None) -> None:
+    front = await start([FakeInstance("pd")], admin_key=KEY)
+    for method in ("GET", "POST", "DELETE"):
+        answer = await call(front, method, {"url": front.instances[0].url, "role": "pd"}, key)
+        assert answer.status == 401
+        assert answer.error["message"]
+    assert len(await front.states()) == 1
+
+
+async def test_an_encoder_is_added_and_removed(start: Start) -> None:
+    pd, encoder = FakeInstance("pd"), FakeInstance("encoder")
+    front = await start([pd], admin_key=KEY)
+    assert (await front.post(ask(image(picture())))).error["code"] == "no_encoder"
+    await encoder.start()
+    added = await call(front, "POST", {"url": encoder.url + "/", "role": "encoder"})
+    assert added.status == 201
+    assert added.json["state"] == "healthy"
+    assert (await front.post(ask(image(picture())))).status == 200
+    assert len((await call(front, "GET")).json["instances"]) == 2
+    removed = await call(front, "DELETE", {"url": encoder.url})
+    assert removed.status == 202
+    assert removed.json["state"] == "draining"
+    assert (await front.states()) == {pd.url: "healthy"}
+    assert (await front.post(ask(image(picture())))).error["code"] == "no_encoder"
+    await encoder.kill()
+
+
+async def test_removal_lets_calls_end(start: Start) -> None:
+    pds, gate = [FakeInstance("pd"), FakeInstance("pd")], asyncio.Event()
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        return await chat(instance, request, received)
+
+    pds[0].answer = wait
+    front = await start([*pds], admin_key=KEY)
+    requests = [asyncio.ensure_future(front.post(ask("x"))) for _ in range(2)]
+    await pds[0].arrived.acquire()
+    assert (await call(front, "DELETE", {"url": pds[0].url})).status == 202
+    assert (await front.states())[pds[0].url] == "draining"
+    assert (await front.post(ask("x"))).status == 200
+    assert len(pds[0].received) == 1
+    gate.set()
+    assert {answer.status for answer in await asyncio.gather(*requests)} == {200}
+    await front.until(pds[0], "removed")
+
+
+async def test_a_proxy_may_begin_without_instances(start: Start) -> None:
+    pd = FakeInstance("pd")
+    front = await start([], admin_key=KEY)
+    assert (await front.get("/health")).status == 503
+    await pd.start()
+    await call(front, "POST", {"url": pd.url, "role": "pd"})
+    assert (await front.post(ask("x"))).status == 200
+    await pd.kill()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        {},
+        {"url": "x", "role": "pd"},
+        {"url": "http://a:1", "role": "judge"},
+        {"url": "http://a:1"},
+        {"url": 1, "role": "pd"},
+    ],
+)
+async def test_orders_that_make_no_sense(start: Start, body: Any) -> None:
+    front = await start([FakeInstance("pd")], admin_key=KEY)
+    answer = await call(front, "POST", body)
+    assert answer.status == 400
+    assert answer.error["message"]
+    assert len(await front.states()) == 1
+
+
+async def test_what_is_there_or_not_there_already(start: Start) -> None:
+    pd = FakeInstance("pd")
+    front = await start([pd], admin_key=KEY)
+    assert (await call(front, "POST", {"url": pd.url, "role": "pd"})).status == 409
+    assert (await call(front, "POST", {"url": pd.url, "role": "encoder"})).status == 409
+    assert (await call(front, "DELETE", {"url": "http://127.0.0.1:1"})).status == 404
+    assert (await front.states()) == {pd.url: "healthy"}

@@ -1,0 +1,82 @@
+"""Aggregated instances: they get the media itself, and never a URL to fetch."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+
+from chiasm.media import identifier
+
+from .conftest import Start, ask, data_url, image, picture
+from .instances import FINGERPRINT, FakeInstance, Received, chat
+
+
+async def test_bodies_pass_byte_for_byte_where_media_is_in_them(start: Start) -> None:
+    aggregated = FakeInstance("aggregated")
+    front = await start([aggregated])
+    url = data_url(picture()).encode()
+    text = b'{"messages": [{"role":"user","content":"x"}], "model":"tiny" }'
+    media = b'{"messages": [{"content":[ {"type":"image_url", "image_url":{"url":"%b"}} ]}] }' % url
+    for body in (text, media):
+        assert (await front.post(body)).status == 200
+        assert aggregated.received[-1].body == body
+
+
+async def test_urls_are_fetched_by_the_proxy(start: Start, pictures: Any) -> None:
+    aggregated = FakeInstance("aggregated")
+    front = await start([aggregated])
+    url = await pictures(picture("blue"))
+    own = image(picture("red"))
+    assert (await front.post(ask("x", own, image(url), temperature=0.5))).status == 200
+    name = identifier(picture("blue"), fingerprint=FINGERPRINT)
+    assert aggregated.received[0].json == ask("x", own, image(picture("blue"), uuid=name), temperature=0.5)
+
+
+async def test_a_clients_uuid_does_not_get_through(start: Start) -> None:
+    aggregated = FakeInstance("aggregated")
+    front = await start([aggregated])
+    assert (await front.post(ask(image(picture(), uuid="a" * 64)))).status == 200
+    assert aggregated.received[0].identifiers == [identifier(picture(), fingerprint=FINGERPRINT)]
+
+
+async def test_the_guard_holds_for_them_too(start: Start) -> None:
+    aggregated = FakeInstance("aggregated")
+    front = await start([aggregated])
+    assert (await front.post(ask(image("http://169.254.169.254/")))).error["code"] == "media_address_not_allowed"
+    assert (await front.post(ask(image(b"no picture")))).error["code"] == "invalid_image"
+    assert not aggregated.received
+
+
+async def test_a_mixed_fleet_uses_the_side_with_less_to_do(start: Start) -> None:
+    encoder, pd, aggregated = FakeInstance("encoder"), FakeInstance("pd"), FakeInstance("aggregated")
+    gate = asyncio.Event()
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        return await chat(instance, request, received)
+
+    pd.answer = aggregated.answer = wait
+    front = await start([encoder, pd, aggregated])
+    requests = []
+    bodies = [ask("x", image(picture(size=(5, n)))) for n in range(1, 5)] + [ask("x")] * 4
+    for count, body in enumerate(bodies, 1):
+        requests.append(asyncio.ensure_future(front.post(body)))
+        while len(pd.received) + len(aggregated.received) < count:
+            await front.get("/health")
+    gate.set()
+    assert {answer.status for answer in await asyncio.gather(*requests)} == {200}
+    assert len(pd.received) == len(aggregated.received) == 4
+    types = {part["type"] for received in aggregated.received for part in received.parts}
+    assert "image_embeds" not in types
+    assert all(part["type"] != "image_url" for received in pd.received for part in received.parts)
+
+
+async def test_without_encoders_media_goes_to_the_aggregated_ones(start: Start) -> None:
+    pd, aggregated = FakeInstance("pd"), FakeInstance("aggregated")
+    front = await start([pd, aggregated])
+    for n in range(1, 4):
+        assert (await front.post(ask(image(picture(size=(5, n)))))).status == 200
+    assert not pd.received
+    assert len(aggregated.received) == 3

@@ -1,0 +1,146 @@
+"""What the fleet makes of what instances say: states, agreement, choice. No clock, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from chiasm.proxy.fleet import Fleet, Instance, Report, Role, State
+
+REPORT = Report(models=("tiny",), fingerprint="f" * 64, ec_store="store")
+
+
+def add(fleet: Fleet, name: str, configured: Role = Role.PD, /, **report: Any) -> Instance:
+    instance = fleet.add(f"http://{name}", configured)
+    fleet.succeed(instance, replace(REPORT, **({"role": configured.value} | report)))
+    return instance
+
+
+def test_an_instance_starts_is_healthy_fails_and_is_back() -> None:
+    fleet = Fleet()
+    instance = fleet.add("http://a", Role.PD)
+    assert instance.state is State.STARTING
+    fleet.fail(instance, "refused")
+    assert instance.state is State.STARTING
+    fleet.succeed(instance, replace(REPORT, role="pd"))
+    assert (instance.state, instance.reason) == (State.HEALTHY, None)
+    fleet.fail(instance, "refused")
+    assert (instance.state, instance.reason) == (State.UNHEALTHY, "refused")
+    assert fleet.models == []
+    fleet.succeed(instance, replace(REPORT, role="pd"))
+    assert instance.state is State.HEALTHY
+    assert fleet.models == ["tiny"]
+
+
+def test_another_role_than_configured_is_mismatched() -> None:
+    fleet = Fleet()
+    instance = add(fleet, "a", Role.ENCODER, role="pd")
+    assert instance.state is State.MISMATCHED
+    assert "role is pd" in str(instance.reason)
+
+
+def test_another_model_fingerprint_or_store_is_mismatched() -> None:
+    fleet = Fleet()
+    pd = add(fleet, "pd")
+    assert add(fleet, "a", Role.ENCODER, models=("other",)).state is State.MISMATCHED
+    assert add(fleet, "b", Role.ENCODER, fingerprint="e" * 64).state is State.MISMATCHED
+    assert add(fleet, "c", Role.ENCODER, ec_store="elsewhere").state is State.MISMATCHED
+    assert add(fleet, "d", Role.ENCODER).state is State.HEALTHY
+    assert pd.state is State.HEALTHY
+    assert fleet.choose(Role.ENCODER) is fleet.get("http://d")
+
+
+def test_what_an_instance_does_not_say_fits_anything() -> None:
+    fleet = Fleet()
+    vllm = add(fleet, "v", role=None, fingerprint="", ec_store="")
+    assert len(fleet.fingerprint) == 64
+    encoder = add(fleet, "e", Role.ENCODER)
+    assert (vllm.state, encoder.state) == (State.HEALTHY, State.HEALTHY)
+    assert fleet.fingerprint == REPORT.fingerprint
+    assert add(fleet, "f", Role.ENCODER, fingerprint="e" * 64).state is State.MISMATCHED
+
+
+def test_pds_have_the_first_word() -> None:
+    fleet = Fleet()
+    encoder = fleet.add("http://e", Role.ENCODER)
+    pd = fleet.add("http://p", Role.PD)
+    fleet.succeed(encoder, replace(REPORT, role="encoder", fingerprint="e" * 64))
+    fleet.fail(encoder, "gone")
+    fleet.succeed(pd, replace(REPORT, role="pd"))
+    fleet.succeed(encoder, replace(REPORT, role="encoder", fingerprint="e" * 64))
+    assert (pd.state, encoder.state) == (State.HEALTHY, State.MISMATCHED)
+
+
+def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> None:
+    fleet = Fleet()
+    pd, encoder = add(fleet, "p"), add(fleet, "e", Role.ENCODER)
+    new = replace(REPORT, fingerprint="e" * 64)
+    fleet.succeed(encoder, replace(new, role="encoder"))
+    assert (pd.state, encoder.state) == (State.HEALTHY, State.MISMATCHED)
+    fleet.fail(pd, "restarts")
+    assert encoder.state is State.HEALTHY
+    fleet.succeed(pd, replace(new, role="pd"))
+    assert (pd.state, encoder.state) == (State.HEALTHY, State.HEALTHY)
+    assert fleet.fingerprint == "e" * 64
+
+
+def test_what_was_agreed_outlives_a_moment_without_anybody() -> None:
+    fleet = Fleet()
+    pd = add(fleet, "p")
+    fleet.fail(pd, "busy")
+    assert fleet.fingerprint == REPORT.fingerprint
+
+
+def test_the_least_outstanding_work_is_chosen_and_equals_take_turns() -> None:
+    fleet = Fleet()
+    one, two = add(fleet, "1"), add(fleet, "2")
+    with fleet.working(one, 10):
+        assert fleet.choose(Role.PD) is two
+        with fleet.working(two, 20):
+            assert fleet.choose(Role.PD) is one
+            assert fleet.choose(Role.PD, exclude={one}) is two
+            assert fleet.choose(Role.PD, ahead=lambda instance: 15.0 if instance is one else 0.0) is two
+    assert (one.outstanding, one.in_flight) == (0, 0)
+    turns = []
+    for _ in range(4):
+        chosen = fleet.choose(Role.PD)
+        assert chosen is not None
+        with fleet.working(chosen, 1):
+            turns.append(chosen)
+    assert turns[0] is not turns[1]
+    assert turns[:2] == turns[2:]
+    assert fleet.choose(Role.ENCODER) is None
+    assert fleet.choose(Role.PD, model="other") is None
+
+
+def test_removal_waits_for_the_last_call() -> None:
+    fleet = Fleet()
+    removed: list[Instance] = []
+    fleet.on_remove = removed.append
+    instance = add(fleet, "a")
+    with fleet.working(instance, 1):
+        fleet.remove(instance)
+        assert instance.state is State.DRAINING
+        assert fleet.choose(Role.PD) is None
+        assert not removed
+    assert removed == [instance]
+    assert not fleet.instances
+
+
+def test_an_instance_that_drains_can_be_kept_after_all() -> None:
+    fleet = Fleet()
+    instance = add(fleet, "a")
+    with fleet.working(instance, 1):
+        fleet.remove(instance)
+        assert fleet.add("http://a", Role.PD) is instance
+        assert instance.state is State.HEALTHY
+    assert fleet.instances == [instance]
+
+
+def test_the_lowest_limit_of_items_counts() -> None:
+    fleet = Fleet()
+    assert fleet.max_items is None
+    add(fleet, "a", max_items=4)
+    add(fleet, "b", max_items=2)
+    add(fleet, "c", max_items=None)
+    assert fleet.max_items == 2

@@ -1,0 +1,146 @@
+"""Probes, states and what /health, /metrics and /v1/models show of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .conftest import Start, ask, image, picture
+from .instances import MODEL, FakeInstance
+
+
+async def test_health_lists_every_instance(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    front = await start([encoder, pd])
+    answer = await front.get("/health")
+    assert answer.status == 200
+    assert answer.json["status"] == "ok"
+    assert answer.json["models"] == [MODEL]
+    for instance, shown in zip([pd, encoder], answer.json["instances"], strict=True):
+        assert shown == {
+            "url": instance.url,
+            "role": instance.role,
+            "state": "healthy",
+            "reason": None,
+            "model": MODEL,
+            "version": "1",
+            "outstanding_work": 0.0,
+            "in_flight": 0,
+        }
+
+
+async def test_an_instance_that_is_not_there_yet_is_starting(start: Start) -> None:
+    pd = FakeInstance("pd")
+    await pd.start()
+    url = pd.url
+    await pd.kill()
+    front = await start([], pds=(url,))
+    assert (await front.states()) == {url: "starting"}
+    health = await front.get("/health")
+    assert health.status == 503
+    assert health.json["status"] == "unavailable"
+    assert health.json["instances"][0]["reason"]
+    assert (await front.post(ask("x"))).error["code"] == "no_pd"
+    await pd.start()
+    await front.until(pd, "healthy")
+    assert (await front.post(ask("x"))).status == 200
+    await pd.kill()
+
+
+async def test_probes_take_an_instance_out_and_in_again(start: Start) -> None:
+    pds = [FakeInstance("pd"), FakeInstance("pd")]
+    front = await start([*pds])
+    pds[0].health_status = 503
+    await front.until(pds[0], "unhealthy")
+    for _ in range(3):
+        assert (await front.post(ask("x"))).status == 200
+    assert not pds[0].received
+    pds[0].health_status = 200
+    await front.until(pds[0], "healthy")
+    for _ in range(2):
+        assert (await front.post(ask("x"))).status == 200
+    assert pds[0].received
+
+
+async def test_a_restart_at_the_same_url_is_noticed(start: Start) -> None:
+    pd = FakeInstance("pd")
+    front = await start([pd])
+    await pd.kill()
+    await front.until(pd, "unhealthy")
+    await pd.start()
+    await front.until(pd, "healthy")
+    assert (await front.post(ask("x"))).status == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"role": "pd"}, "role"),
+        ({"model": "other"}, "other"),
+        ({"fingerprint": "e" * 64}, "fingerprint"),
+        ({"ec_store": "elsewhere"}, "store"),
+    ],
+)
+async def test_an_instance_that_does_not_fit_is_never_used(start: Start, change: dict[str, Any], reason: str) -> None:
+    bad, good, pd = FakeInstance("encoder", **change), FakeInstance("encoder"), FakeInstance("pd")
+    front = await start([bad, good, pd])
+    shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[bad.url]
+    assert shown["state"] == "mismatched"
+    assert reason in shown["reason"]
+    for n in range(1, 4):
+        assert (await front.post(ask(image(picture(size=(5, n)))))).status == 200
+    assert not bad.received
+    assert bad.health is not None
+    assert good.health is not None
+    bad.health |= good.health
+    await front.until(bad, "healthy")
+
+
+@pytest.mark.parametrize("health", [{"status": "starting"}, {"role": None}, {"model": 3}])
+async def test_a_health_that_is_not_good_is_not_healthy(start: Start, health: dict[str, Any]) -> None:
+    front = await start([FakeInstance("pd", **health)])
+    shown = (await front.get("/health")).json["instances"][0]
+    assert shown["state"] == "starting"
+    assert "/health" in shown["reason"]
+
+
+async def test_models_are_those_that_can_be_asked_for(start: Start) -> None:
+    pd = FakeInstance("pd")
+    front = await start([pd])
+    listed = (await front.get("/v1/models")).json
+    assert listed["object"] == "list"
+    assert [(model["id"], model["max_model_len"]) for model in listed["data"]] == [(MODEL, 4096)]
+    assert (await front.get(f"/v1/models/{MODEL}")).json["id"] == MODEL
+    assert (await front.get("/v1/models/other")).error["type"] == "not_found_error"
+    await pd.kill()
+    await front.until(pd, "unhealthy")
+    assert (await front.get("/v1/models")).json["data"] == []
+
+
+async def test_metrics_count_what_happened(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    front = await start([encoder, pd])
+    await front.post(ask("x"))
+    await front.post(ask(image("http://[::1]/")))
+    await front.post(b"{", "/v1/completions")
+    page = await front.get("/metrics")
+    assert page.headers["Content-Type"].startswith("text/plain")
+    chat, completions = "/v1/chat/completions", "/v1/completions"
+    assert await front.metric(f'chiasm_proxy_requests_total{{route="{chat}",status="200"}}') == 1
+    assert await front.metric(f'chiasm_proxy_requests_total{{route="{chat}",status="400"}}') == 1
+    assert await front.metric(f'chiasm_proxy_requests_total{{route="{completions}",status="400"}}') == 1
+    assert await front.metric('chiasm_proxy_items_total{outcome="refused"}') == 1
+    assert await front.metric("chiasm_proxy_requests_in_flight") == 0
+    assert await front.metric('chiasm_proxy_overhead_seconds_count{kind="text"}') == 1
+    assert await front.metric(f'chiasm_proxy_instance_healthy{{role="pd",url="{pd.url}"}}') == 1
+    assert await front.metric(f'chiasm_proxy_instance_outstanding_work{{role="encoder",url="{encoder.url}"}}') == 0
+    assert await front.metric("process_resident_memory_bytes") > 0
+
+
+async def test_no_label_comes_from_a_client(start: Start) -> None:
+    front = await start([FakeInstance("pd")])
+    await front.post(ask("x", model="evil-model"), **{"X-Request-Id": "evil-id"})
+    await front.get("/evil-path")
+    await front.post(ask(image("http://evil-host.invalid/")))
+    assert b"evil" not in (await front.get("/metrics")).body

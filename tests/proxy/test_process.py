@@ -1,0 +1,144 @@
+"""The proxy as a process of its own: start, signals, what it loads, what it costs to be there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from chiasm.errors import ConfigurationError
+from chiasm.proxy import ProxyConfig, run
+from chiasm.proxy.config import check_url
+
+from .conftest import ask, image, picture
+from .instances import FakeInstance, Received, event, never
+
+PROGRAM = """
+import sys
+from chiasm.proxy import ProxyConfig, run
+config = ProxyConfig(port=0, pds=(sys.argv[1],), encoders=(sys.argv[2],), shutdown_seconds=0.2)
+run(config, on_ready=lambda url: print(url, flush=True))
+print("ended", flush=True)
+"""
+
+
+@asynccontextmanager
+async def proxy(pd: FakeInstance, encoder: FakeInstance) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    await pd.start()
+    await encoder.start()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PROGRAM, pd.url, encoder.url, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        yield process, (await asyncio.wait_for(process.stdout.readline(), 20)).decode().strip()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await pd.kill()
+        await encoder.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_it_soon_and_quietly_even_in_a_stream(number: signal.Signals) -> None:
+    pd, encoder = FakeInstance("pd"), FakeInstance("encoder")
+
+    async def endless(instance: FakeInstance, request: Any, received: Received) -> Any:
+        from aiohttp import web
+
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(event("one"))
+        return await never(instance, request, received)
+
+    pd.answer = endless
+    async with proxy(pd, encoder) as (process, url), aiohttp.ClientSession() as session:
+        async with session.post(f"{url}/v1/chat/completions", json=ask("x", stream=True)) as response:
+            assert await response.content.readuntil(b"\n\n") == event("one")
+            began = time.monotonic()
+            process.send_signal(number)
+            rest = await response.read()
+        output, errors = await process.communicate()
+        assert time.monotonic() - began < 4
+        assert process.returncode == 0
+        assert b"shutting down" in rest
+        assert output.strip() == b"ended"
+        assert errors == b""
+        await asyncio.wait_for(pd.gone.acquire(), 5)
+
+
+def peak_kib(pid: int) -> int:
+    """The most memory that a process ever had resident."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+async def test_memory_stays_below_the_bound() -> None:
+    pd, encoder = FakeInstance("pd"), FakeInstance("encoder")
+    large = picture(size=(700, 500), format="BMP")
+    assert len(large) > 1 << 20
+    async with proxy(pd, encoder) as (process, url), aiohttp.ClientSession() as session:
+        for n in range(20):
+            async with session.post(f"{url}/v1/chat/completions", json=ask(str(n), image(large))) as response:
+                assert response.status == 200, await response.read()
+        assert peak_kib(process.pid) < 120 * 1024
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+
+
+def test_neither_media_nor_proxy_load_torch_transformers_or_numpy() -> None:
+    program = (
+        "import sys, chiasm.media, chiasm.proxy;"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'tokenizers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_port_in_use_is_one_clear_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1:{port}"):
+            run(ProxyConfig(port=port, pds=("http://127.0.0.1:1",)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"encoders": ("http://a:1",)},
+        {"pds": ("http://a:1", "http://a:1/")},
+        {"pds": ("http://a:1",), "encoders": ("http://a:1",)},
+        {"pds": ("a:1",)},
+        {"pds": ("http://a:1",), "deadline_seconds": 0},
+        {"pds": ("http://a:1",), "max_concurrent_requests": -1},
+    ],
+)
+def test_a_configuration_that_cannot_work(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        ProxyConfig(**config)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "a", "http://", "ftp://a", "http://a/v1", "http://a?x", "http://a:port", "http://[a"]
+)
+def test_what_is_not_the_url_of_an_instance(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="http://host:port"):
+        check_url(url)
+
+
+def test_urls_of_instances_lose_their_last_slash() -> None:
+    assert [check_url(url) for url in ("http://a:1/", "https://[::1]:2")] == ["http://a:1", "https://[::1]:2"]

@@ -1,0 +1,83 @@
+"""Instances that are vLLM: an empty /health, and placeholders that only the encoder's metadata sizes."""
+
+from __future__ import annotations
+
+import json
+
+from aiohttp import web
+
+from chiasm.media import identifier
+
+from .conftest import Start, ask, image, picture
+from .instances import MODEL, FakeInstance, Received, encode, refuse
+
+
+def vllm(role: str) -> FakeInstance:
+    instance = FakeInstance(role)
+    instance.health = None
+    return instance
+
+
+async def test_the_model_comes_from_its_list(start: Start) -> None:
+    pd = vllm("pd")
+    front = await start([pd])
+    assert (await front.get("/health")).json["models"] == [MODEL]
+    assert (await front.get("/v1/models")).json["data"][0]["max_model_len"] == 2048
+    assert (await front.post(ask("x"))).status == 200
+
+
+async def test_pd_is_called_with_the_encoders_metadata(start: Start) -> None:
+    encoder, pd = vllm("encoder"), vllm("pd")
+    early: list[bool] = []
+
+    async def note(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        early.append(bool(pd.received))
+        return await encode(instance, request, received)
+
+    encoder.answer = note
+    front = await start([encoder, pd])
+    assert (await front.post(ask("x", image(picture())))).status == 200
+    assert early == [False]
+    name = pd.received[0].identifiers[0]
+    embeds = {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 4, 6]}, "uuid": name}
+    assert pd.received[0].json == ask("x", embeds)
+
+
+async def test_identity_without_a_fingerprint_is_by_the_models_name(start: Start) -> None:
+    encoder, pd = vllm("encoder"), vllm("pd")
+    front = await start([encoder, pd])
+    await front.post(ask(image(picture())))
+    assert pd.received[0].identifiers == [identifier(picture(), fingerprint=front.gateway.fleet.fingerprint)]
+
+
+async def test_chiasms_encoder_before_vllms_pd(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), vllm("pd")
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(picture())))).status == 200
+    assert "image_grid_thw" in pd.received[0].parts[0]["image_embeds"]
+
+
+async def test_what_its_encoder_refuses_reaches_the_client(start: Start) -> None:
+    encoder, pd = vllm("encoder"), vllm("pd")
+    encoder.answer = refuse(422, "not decodable")
+    front = await start([encoder, pd])
+    answer = await front.post(ask(image(picture())))
+    assert answer.status == 422
+    assert answer.error["message"] == "not decodable"
+    assert not pd.received
+
+
+async def test_metadata_passes_as_it_came(start: Start) -> None:
+    metadata = b'{"image_grid_thw": [[1, 2,  3]], "x": 1.50}'
+
+    async def spaced(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        name = json.dumps(received.identifiers[0]).encode()
+        return web.Response(
+            body=b'{"ec_transfer_params": {%b: {"item_indices": [0], "metadata": %b}}}' % (name, metadata)
+        )
+
+    encoder, pd = vllm("encoder"), vllm("pd")
+    encoder.answer = spaced
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(picture())))).status == 200
+    assert b'"image_embeds":' + metadata + b',"uuid"' in pd.received[0].body
