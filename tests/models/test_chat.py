@@ -173,6 +173,12 @@ def test_a_plain_prompt_may_not_hold_the_placeholder(loaded: Loaded) -> None:
     with pytest.raises(InvalidRequestError, match="stands for a picture"):
         loaded.processor.build_text(f"a {placeholder} b")
     assert loaded.processor.build_text("a b").items == []
+    placeholder_id = loaded.processor.tokenizer.token_to_id(placeholder)
+    with pytest.raises(InvalidRequestError, match="chat/completions"):
+        loaded.processor.build_tokens([1, placeholder_id])
+    with pytest.raises(InvalidRequestError, match="between 0 and"):
+        loaded.processor.build_tokens([1, loaded.processor.vocab_size])
+    assert loaded.processor.build_tokens([1, 2]).token_ids == [1, 2]
 
 
 @pytest.mark.parametrize("count", [0, 2])

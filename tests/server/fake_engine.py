@@ -88,6 +88,11 @@ class ByteProcessor(Processor):
             raise InvalidRequestError("the prompt holds a placeholder", param="prompt")
         return Prompt(self.tokenizer.encode(text).ids)
 
+    def build_tokens(self, token_ids: Sequence[int]) -> Prompt:
+        if any(not 0 <= token_id < self.vocab_size for token_id in token_ids):
+            raise InvalidRequestError("a token is not in the vocabulary", param="prompt")
+        return Prompt(list(token_ids))
+
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
         if height < 1 or width < 1:
             raise InvalidRequestError("a picture needs a size")

@@ -120,6 +120,10 @@ class Processor(ABC):
         """Tokenize a plain prompt (``/v1/completions``). Raises InvalidRequestError if it holds a placeholder token."""
 
     @abstractmethod
+    def build_tokens(self, token_ids: Sequence[int]) -> Prompt:
+        """A prompt given as token ids. Raises InvalidRequestError if one isn't in the vocabulary or is a placeholder."""
+
+    @abstractmethod
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
         """The geometry of a picture of this size in pixels, after rotation by EXIF.
 

@@ -60,13 +60,17 @@ class TransformersProcessor(Processor):
         return self._with_items(self._encode(text, add_special_tokens=not has_bos), items)
 
     def build_text(self, text: str) -> Prompt:
-        token_ids = self._encode(text, add_special_tokens=True)
+        return self.build_tokens(self._encode(text, add_special_tokens=True))
+
+    def build_tokens(self, token_ids: Sequence[int]) -> Prompt:
+        if any(not 0 <= token_id < self.vocab_size for token_id in token_ids):
+            raise InvalidRequestError(f"Token ids must be between 0 and {self.vocab_size - 1}.", param="prompt")
         if self._family.placeholder_id in token_ids:
             raise InvalidRequestError(
                 f"A prompt may not hold {self._placeholder}, which stands for a picture; use /v1/chat/completions.",
                 param="prompt",
             )
-        return Prompt(token_ids)
+        return Prompt(list(token_ids))
 
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
         for side in (height, width):

@@ -73,7 +73,7 @@ async def completion_prompts(exchange: Exchange, engine: LanguageEngine, request
         if isinstance(prompt, str):
             built = await _apart_if_long(exchange, partial(_text_prompt, engine, prompt))
         else:
-            built = Prompt(_checked_ids(engine, prompt))
+            built = engine.processor.build_tokens(prompt)
         prompts.append(_checked(engine, built, "prompt"))
     return prompts
 
@@ -179,10 +179,3 @@ def _given_prompts(request: CompletionRequest, max_prompts: int) -> list[str | l
     if len(given) > max_prompts:
         raise InvalidRequestError(f"There are {len(given)} prompts and {max_prompts} is the limit.", param="prompt")
     return given  # type: ignore[return-value]
-
-
-def _checked_ids(engine: LanguageEngine, token_ids: list[int]) -> list[int]:
-    vocab_size = engine.processor.vocab_size
-    if any(not 0 <= token_id < vocab_size for token_id in token_ids):
-        raise InvalidRequestError(f"Token ids must be between 0 and {vocab_size - 1}.", param="prompt")
-    return token_ids
