@@ -89,6 +89,7 @@ def test_what_cannot_be_executed_fails() -> None:
     assert child.join(30)
     assert child.state is ProcessState.FAILED
     assert child.failure is not None
+    assert "with no process: cannot be started: " in child.failure.message
     assert "/nowhere/python" in child.failure.message
 
 

@@ -92,7 +92,8 @@ all_are_healthy() {
 
 # 1. The three processes. They may start in any order: the proxy looks after its instances until they answer.
 storage=(--connector SharedStorageConnector --shared-storage-path "$SHARED_STORAGE_PATH")
-threads=(--threads "$(($(nproc) / 2 > 0 ? $(nproc) / 2 : 1))")
+cores=$(getconf _NPROCESSORS_ONLN)
+threads=(--threads "$((cores > 1 ? cores / 2 : 1))") # the two share the machine
 start encoder instance "$MODEL" --role encoder --port "$ENCODER_PORT" "${threads[@]}" "${storage[@]}"
 start pd instance "$MODEL" --role pd --port "$PD_PORT" "${threads[@]}" "${storage[@]}"
 start proxy proxy --port "$PROXY_PORT" \

@@ -102,7 +102,7 @@ class Child:
 
     def _signal(self, number: signal.Signals) -> None:
         with self._lock:
-            if self._process is None:
+            if self._process is None or self._process.poll() is not None:
                 return
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if number is signal.SIGKILL:
@@ -116,7 +116,7 @@ class Child:
         failures = 0
         while True:
             ready_since = None
-            code = -1
+            code: int | None = None
             self._change(ProcessState.STARTING)
             process = self._spawn()
             if process is not None:
@@ -127,7 +127,7 @@ class Child:
                 return
             was_steady = ready_since is not None and time.monotonic() - ready_since > STEADY_SECONDS
             failures = 1 if was_steady else failures + 1
-            if self._gives_up(code, failures, ready=ready_since is not None):
+            if self._gives_up(code, failures):
                 return
             delay = min(FIRST_DELAY_SECONDS * 2 ** min(failures - 1, 16), LONGEST_DELAY_SECONDS)
             self._note(f"ended with {describe_exit(code)}; starting it again in {delay:g} s")
@@ -182,7 +182,7 @@ class Child:
                 stream.close()
         return ready_since
 
-    def _gives_up(self, code: int, failures: int, *, ready: bool) -> bool:
+    def _gives_up(self, code: int | None, failures: int) -> bool:
         """Whether the process is beyond help; then ``failure`` says why."""
         if self._ever_ready or (code != CONFIGURATION_EXIT_CODE and failures < START_ATTEMPTS):
             return False
@@ -209,8 +209,10 @@ class Child:
         self._on_change(self)
 
 
-def describe_exit(code: int) -> str:
-    """A return code of ``subprocess`` in words."""
+def describe_exit(code: int | None) -> str:
+    """A return code of ``subprocess`` in words; None: there was no process."""
+    if code is None:
+        return "no process"
     if code >= 0:
         return f"exit code {code}"
     if code == -signal.SIGKILL:
