@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiasm.errors import InvalidRequestError
@@ -28,6 +28,7 @@ def test_media_model_and_tenant_each_change_the_name() -> None:
     assert len(names) == 4
 
 
+@settings(deadline=None)
 @given(st.binary(), st.text(), st.text(), st.binary(), st.text(), st.text())
 def test_two_triples_never_run_together(m1: bytes, f1: str, s1: str, m2: bytes, f2: str, s2: str) -> None:
     one, other = identifier(m1, fingerprint=f1, salt=s1), identifier(m2, fingerprint=f2, salt=s2)

@@ -9,7 +9,7 @@ import zlib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -202,6 +202,7 @@ def test_pixels_that_are_cut_off_are_an_error(format: str) -> None:
         decode(data[: len(data) // 2])
 
 
+@settings(deadline=None)
 @given(
     data=st.binary(max_size=200), head=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b""])
 )
@@ -213,6 +214,6 @@ def test_no_bytes_raise_anything_but_media_errors(data: bytes, head: bytes) -> N
 
 
 def test_a_hostile_text_chunk_is_bounded() -> None:
-    bomb = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(200 << 20)))
+    bomb = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(8 << 20)))
     with pytest.raises(MediaError):
         inspect(png(4, 4, data=bytes(4 * 13), extra=bomb))

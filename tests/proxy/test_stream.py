@@ -8,7 +8,7 @@ import json
 import openai
 import pytest
 from aiohttp import web
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiasm.errors import ChiasmError
@@ -160,6 +160,7 @@ def relay() -> EventRelay:
     return EventRelay(Timing())
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_however_a_stream_is_cut_up_only_whole_events_go_out(data: st.DataObject) -> None:
     end = data.draw(st.sampled_from([b"\n\n", b"\r\n\r\n"]))
