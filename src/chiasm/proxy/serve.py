@@ -25,7 +25,7 @@ _BACKLOG = 2048
 def run(
     config: ProxyConfig, *, on_ready: Callable[[str], None] | None = None, sock: socket.socket | None = None
 ) -> None:
-    """Serve until SIGTERM or SIGINT; returns within a second after the config's ``shutdown_seconds``. Call it on the main thread.
+    """Serve until SIGTERM or SIGINT, then return within ``config.shutdown_seconds`` and one. Call it on the main thread.
 
     ``sock`` is a bound socket to listen on, in place of the config's host and port. ``on_ready`` is called once with the
     base URL when connections are taken and each instance has been asked once. Raises ConfigurationError if the address
