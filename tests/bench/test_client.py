@@ -1,0 +1,88 @@
+"""What the client reads out of headers, streams and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from chiasm.bench.client import RequestFailedError, durations, opened, samples
+
+_EVENTS = (
+    b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+    b'data: {"choices":[{"index":0,"delta":{"content":"he"},"logprobs":{"content":[{"token":"he","logprob":0}]}}]}\n\n',
+    b'data: {"choices":[{"index":0,"delta":{"content":"llo"},"logprobs":null}]}\n\nda',
+    b'ta: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+    b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":3}}}\n\n'
+    b': server-timing prefill;dur=4.5, item0;desc="hit";dur=0.1\n\ndata: [DONE]\n\n',
+)
+
+
+@asynccontextmanager
+async def _server(events: tuple[bytes, ...], status: int = 200) -> AsyncIterator[str]:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(status=status, headers={"server-timing": "proxy;dur=1.25"})
+        await reply.prepare(request)
+        for chunk in events:
+            await reply.write(chunk)
+            await asyncio.sleep(0.02)
+        return reply
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_stream_is_read_with_the_time_of_each_token() -> None:
+    async with _server(_EVENTS) as url, opened() as client:
+        answer = await client.chat(url, b"{}")
+    assert answer.text == "hello"
+    assert answer.tokens == ["he"]
+    assert len(answer.token_times) == 2
+    assert answer.ttft_seconds > 0
+    assert answer.gaps_seconds[0] > 0
+    assert (answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) == (7, 3, 2)
+    assert answer.timing == {"proxy": 0.00125, "prefill": 0.0045, "item0": 0.0001}
+    assert answer.outcomes == {"item0": "hit"}
+
+
+async def test_a_refused_request_says_why() -> None:
+    async with _server((b'{"error":{"message":"no room"}}',), status=503) as url, opened() as client:
+        with pytest.raises(RequestFailedError, match=r"503.*no room"):
+            await client.chat(url, b"{}")
+        with pytest.raises(RequestFailedError, match=r"503.*no room"):
+            await client.post(url, b"{}")
+
+
+async def test_a_stream_that_breaks_off_is_an_error() -> None:
+    async with _server((_EVENTS[0], b'data: {"error":{"message":"gone"}}\n\n')) as url, opened() as client:
+        with pytest.raises(RequestFailedError, match="gone"):
+            await client.chat(url, b"{}")
+
+
+async def test_nobody_there_is_an_error() -> None:
+    async with _server(()) as url:
+        pass
+    async with opened() as client:
+        with pytest.raises(RequestFailedError, match="could not be reached"):
+            await client.chat(url, b"{}")
+
+
+def test_server_timing_is_read_in_seconds() -> None:
+    header = 'fetch;dur=2.00, queue;dur=0.5, item0;desc="waited";dur=12, odd'
+    assert durations(header) == {"fetch": 0.002, "queue": 0.0005, "item0": 0.012}
+
+
+def test_metrics_are_read_with_their_labels() -> None:
+    text = '# HELP a b\n# TYPE a counter\nchiasm_images_encoded_total 3.0\nchiasm_items_total{outcome="hit"} 2.0\n'
+    assert samples(text) == {"chiasm_images_encoded_total": 3.0, 'chiasm_items_total{outcome="hit"}': 2.0}

@@ -1,0 +1,125 @@
+"""Targets, and what a run writes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from chiasm.bench.measurements import MEASUREMENTS
+from chiasm.bench.measurements.identity import Request, _compare
+from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+from chiasm.bench.plot import write_plot
+from chiasm.bench.report import machine, print_outcome, shown, with_unit, write_json
+from chiasm.bench.statistics import Estimate
+
+
+@pytest.fixture
+def outcomes() -> dict[str, Outcome]:
+    ttft = Outcome(
+        figures=[
+            Figure.of("E+PD / aggregated", Estimate(1.04, 1.01, 1.09), "x", at_most=1.1),
+            Figure("p99 of the gaps", 12.0, "ms", 10.0),
+            Figure("text", 3.25, "ms"),
+        ],
+        panels=[
+            Panel("ttft", "ms", [Series("aggregated", [10.0, 11.0, 12.0]), Series("E+PD", [10.5, 11.4, 12.9], 12.1)]),
+            Panel("gaps", "ms", [Series("aggregated", [1.0, 2.0, 50.0], 4.0)], tail=True, logarithmic=True),
+            Panel("one", "ms", [Series("single", [1.0])]),
+        ],
+        notes=["3 pairs [of] requests"],
+    )
+    return {"ttft": ttft, "identity": Outcome(figures=[Figure("differ", 0, "", 0)])}
+
+
+def test_a_target_is_met_up_to_its_value() -> None:
+    assert Figure("a", 1.1, "x", 1.1).met is True
+    assert Figure("a", 1.11, "x", 1.1).met is False
+    assert Figure("a", 0, "", 0).met is True
+    assert Figure("a", 5).met is None
+
+
+def test_an_outcome_meets_its_target_when_all_figures_do(outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["identity"].met is True
+    assert outcomes["ttft"].met is False
+    assert Outcome(figures=[Figure("a", 5)]).met is None
+
+
+def test_values_are_shown_with_the_digits_that_matter() -> None:
+    assert [shown(value) for value in (0, 0.012345, 1.5, 12.345, 123.45)] == ["0", "0.0123", "1.5", "12.3", "123"]
+    assert with_unit(1.0444, "x") == "1.04x"
+    assert with_unit(3, "") == "3"
+    assert with_unit(2.5, "ms") == "2.5 ms"
+
+
+def test_the_table_says_what_was_reached_and_whether_it_is_enough(outcomes: dict[str, Outcome]) -> None:
+    file = io.StringIO()
+    print_outcome(Console(file=file, width=120), "ttft", "a question", "a target", outcomes["ttft"])
+    lines = file.getvalue().splitlines()
+    (met,) = (line for line in lines if "E+PD / aggregated" in line)
+    (missed,) = (line for line in lines if "p99 of the gaps" in line)
+    assert "1.04x" in met
+    assert "1.01 … 1.09" in met
+    assert "≤ 1.10x" in met
+    assert "yes" in met
+    assert "12 ms" in missed
+    assert "no" in missed
+    assert any("3 pairs [of] requests" in line for line in lines)
+
+
+def test_the_json_has_every_sample_and_every_verdict(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+    write_json(tmp_path / "results.json", outcomes, {"seed": 3, "machine": machine()})
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["seed"] == 3
+    assert found["machine"]["cores"] >= 1
+    ttft = found["measurements"]["ttft"]
+    assert ttft["met"] is False
+    assert [figure["met"] for figure in ttft["figures"]] == [True, False, None]
+    assert ttft["panels"][0]["series"][1] == {"label": "E+PD", "values": [10.5, 11.4, 12.9], "at_most": 12.1}
+
+
+def test_the_plot_is_a_picture_large_enough_to_read(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+    write_plot(tmp_path / "results.png", outcomes, "a run")
+    with Image.open(tmp_path / "results.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width >= 1000
+        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
+
+
+def test_a_run_without_samples_has_a_plot_too(tmp_path: Path) -> None:
+    write_plot(tmp_path / "results.png", {"identity": Outcome()}, "a run")
+    assert (tmp_path / "results.png").stat().st_size > 0
+
+
+def test_equal_answers_are_right_and_any_other_is_wrong() -> None:
+    requests = [Request("text", (), "one?"), Request("text", (), "two?")]
+    answers = [["a", "b"], ["c"]]
+    same = _compare(requests, answers, answers, answers)
+    assert not same.wrong
+    assert same.met is True
+    different = _compare(requests, answers, answers, [["a", "b"], ["d"]])
+    assert different.wrong
+    assert {figure.name: figure.value for figure in different.figures} == {
+        "differ: E+PD and aggregated": 1,
+        "differ: aggregated and generate": 0,
+        "differ: E+PD and generate": 1,
+    }
+    assert any("two?" in note and "'d'" in note and "'c'" in note for note in different.notes)
+
+
+def test_without_a_reference_the_topologies_are_still_compared() -> None:
+    outcome = _compare([Request("text", (), "one?")], None, [["a"]], [["a"]])
+    assert len(outcome.figures) == 1
+    assert outcome.met is True
+    assert any("No reference" in note for note in outcome.notes)
+
+
+def test_every_measurement_says_what_it_asks() -> None:
+    for name, measurement in MEASUREMENTS.items():
+        assert measurement.name == name
+        assert measurement.purpose
+        assert measurement.target

@@ -1,0 +1,122 @@
+"""What is sent: the same for the same seed, and as large as it was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from chiasm.bench import pictures, prompts
+from chiasm.bench.arrivals import at_most, open_loop, poisson
+from chiasm.bench.measurements.identity import draw_requests
+
+
+def test_a_photo_is_the_same_file_for_the_same_name_and_another_for_another() -> None:
+    assert pictures.photo("a", 64) == pictures.photo("a", 64)
+    assert pictures.photo("a", 64) != pictures.photo("b", 64)
+    assert Image.open(io.BytesIO(pictures.photo("a", 512))).size == (512, 512)
+
+
+def test_noise_is_as_large_as_it_was_asked_for() -> None:
+    data = pictures.noise("a", 1_000_000)
+    assert len(data) == pytest.approx(1_000_000, rel=0.01)
+    assert data == pictures.noise("a", 1_000_000)
+    assert Image.open(io.BytesIO(data)).format == "PNG"
+
+
+def test_a_data_url_names_the_kind_of_file() -> None:
+    assert pictures.data_url(pictures.photo("a", 16)).startswith("data:image/jpeg;base64,")
+    assert pictures.data_url(pictures.noise("a", 300)).startswith("data:image/png;base64,")
+
+
+def test_requests_of_one_seed_are_the_same_bytes_twice() -> None:
+    first, again = draw_requests(7, 24), draw_requests(7, 24)
+    assert first == again
+    assert first != draw_requests(8, 24)
+
+
+def test_two_hundred_requests_are_of_all_kinds() -> None:
+    counted = Counter(request.kind for request in draw_requests(0, 200))
+    assert sum(counted.values()) == 200
+    assert set(counted) == {"text", "1 picture", "2 pictures", "3 pictures", "4 pictures", "the same picture twice"}
+    assert min(counted.values()) >= 20
+
+
+def test_a_kind_says_how_many_pictures_there_are() -> None:
+    for request in draw_requests(1, 24):
+        if request.kind == "the same picture twice":
+            assert request.images[0] == request.images[1]
+        elif request.kind != "text":
+            assert len(set(request.images)) == len(request.images) == int(request.kind[0])
+        else:
+            assert not request.images
+
+
+def test_few_requests_are_of_different_kinds() -> None:
+    assert len({request.kind for request in draw_requests(0, 6)}) == 6
+
+
+def test_a_body_asks_for_a_greedy_answer() -> None:
+    body = json.loads(prompts.ask([pictures.photo("a", 16)], "what is it?", max_tokens=5, stream=True))
+    assert body["temperature"] == 0
+    assert body["max_tokens"] == 5
+    assert body["stream"] is True
+    assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url", "text"]
+    assert json.loads(prompts.ask([], "hello", max_tokens=5))["messages"][0]["content"] == "hello"
+
+
+def test_a_text_has_exactly_the_tokens_that_were_asked_for(checkpoint: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    texts = prompts.Texts(checkpoint, 0)
+    drawn = [texts.of(tokens) for tokens in (1, 2, 17, 300)]
+    assert [len(tokenizer.encode(text).ids) for text in drawn] == [1, 2, 17, 300]
+    again = prompts.Texts(checkpoint, 0)
+    assert drawn == [again.of(tokens) for tokens in (1, 2, 17, 300)]
+    assert texts.of(300) != drawn[-1]
+
+
+def test_arrivals_are_seeded_and_come_at_the_rate() -> None:
+    times = poisson(5, rate_per_second=20, seconds=100)
+    assert times == poisson(5, rate_per_second=20, seconds=100)
+    assert times == sorted(times)
+    assert len(times) == pytest.approx(2000, rel=0.1)
+    assert times[0] > 0
+    assert times[-1] < 100
+    with pytest.raises(ValueError, match="above 0"):
+        poisson(5, rate_per_second=0, seconds=1)
+
+
+async def test_an_open_loop_does_not_wait_for_answers() -> None:
+    sent: list[int] = []
+    all_sent = asyncio.Event()
+
+    async def send(index: int) -> int:
+        sent.append(index)
+        if len(sent) == 3:
+            all_sent.set()
+        await all_sent.wait()
+        return index * index
+
+    assert await open_loop([0.0, 0.001, 0.002], send) == [0, 1, 4]
+
+
+async def test_a_closed_loop_keeps_so_many_under_way_and_their_order() -> None:
+    under_way = most = 0
+
+    async def send(index: int) -> int:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+        return -index
+
+    assert await at_most(3, 10, send) == [-index for index in range(10)]
+    assert most == 3
