@@ -18,6 +18,7 @@ _INK = "#30343b"
 _BLUE, _RED, _GREEN = "#2b6cb0", "#c53030", "#2f855a"
 _COLOURS = ("#718096", _BLUE, "#b7791f", "#6b46c1")
 _TAIL_SHARE = 0.99
+_LEAST_HEIGHT = 2.6
 
 
 def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
@@ -28,7 +29,10 @@ def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
     judged = [(name, one) for name, outcome in outcomes.items() for one in outcome.figures if one.at_most]
     panels = [panel for outcome in outcomes.values() for panel in outcome.panels]
     rows = math.ceil(len(panels) / _COLUMNS)
-    heights = [0.6 + 0.3 * max(2, len(judged))] + [3.0] * rows
+    heights = [0.6 + 0.3 * max(2, len(judged))]
+    for row in range(rows):
+        lines = max(len(panel.series) for panel in panels[row * _COLUMNS : (row + 1) * _COLUMNS])
+        heights.append(max(_LEAST_HEIGHT, 0.8 + 0.42 * lines))
     canvas = Canvas(figsize=(13, sum(heights) + 0.8), layout="constrained", dpi=110)
     FigureCanvasAgg(canvas)
     canvas.suptitle(title, fontsize=12, color=_INK)
@@ -66,8 +70,9 @@ def _draw_targets(axes: Any, judged: Sequence[tuple[str, Figure]]) -> None:
 def _draw_spread(axes: Any, panel: Panel) -> None:
     """Every sample as a dot, its median as a line, its target as a triangle."""
     generator = np.random.default_rng(0)
+    kinds = list(dict.fromkeys(_kind(series.label) for series in panel.series))
     for row, series in enumerate(panel.series):
-        colour = _COLOURS[row % len(_COLOURS)]
+        colour = _COLOURS[kinds.index(_kind(series.label)) % len(_COLOURS)]
         heights = row + generator.uniform(-0.22, 0.22, len(series.values)) * (len(series.values) > 1)
         axes.plot(series.values, heights, "o", ms=3.2, alpha=0.45, color=colour, mew=0)
         middle = median(series.values)
@@ -80,6 +85,11 @@ def _draw_spread(axes: Any, panel: Panel) -> None:
     axes.set_ylim(len(panel.series) - 0.45, -0.75)
     _scale(axes, panel)
     axes.set_xlabel(f"{panel.unit}; line: median, triangle: target", fontsize=8)
+
+
+def _kind(label: str) -> str:
+    """What series of different sizes have in common: ``10 MB, memcpy`` and ``67 MB, memcpy`` are of one colour."""
+    return label.rpartition(", ")[2]
 
 
 def _draw_tail(axes: Any, panel: Panel) -> None:

@@ -82,8 +82,8 @@ class Reuse(Measurement):
                 "ms",
                 [
                     Series("first request", firsts),
-                    Series("second, other PD", seconds, _AT_MOST * median(of_text)),
-                    Series("text, same length", of_text),
+                    Series("second request", seconds, _AT_MOST * median(of_text)),
+                    Series("text of the same length", of_text),
                 ],
             )
         )
