@@ -283,7 +283,7 @@ async def test_errors_as_the_openai_client_sees_them(front: Front) -> None:
 
 
 async def test_a_fault_of_the_proxy_is_a_500_that_tells_nothing(front: Front, caplog: pytest.LogCaptureFixture) -> None:
-    front.gateway._language = None  # type: ignore[assignment]
+    front.gateway._services = None  # type: ignore[assignment]
     answer = await front.post(ask("x"))
     assert answer.status == 500
     assert "NoneType" not in answer.error["message"]

@@ -33,8 +33,8 @@ async def until_idle(front: Front) -> None:
     gateway = front.gateway
     async with asyncio.timeout(5):
         while (
-            gateway._encoders._flights
-            or gateway._encoders._tasks
+            gateway._services.encoders._flights
+            or gateway._services.encoders._tasks
             or gateway._admission.requests
             or gateway._admission.buffered_bytes
             or any(one.in_flight or one.outstanding for one in gateway.fleet.instances)

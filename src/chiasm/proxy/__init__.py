@@ -1,8 +1,8 @@
 """The front door: speaks the OpenAI API to clients, and sends text to PD and pixels to encoders.
 
-A request passes the files in this order: ``app`` (routes), ``exchange`` (one request and its answer), ``admission``
-(bounds), ``request`` (parse), ``items`` (fetch, inspect, name), ``fleet`` (choose), ``encode`` (pixels to encoders),
-``language`` (text to PD), ``relay`` (the answer back). ``gateway`` is the way itself, from one to the next.
+A request passes the files in this order: ``app`` (routes), ``gateway`` (bounds), ``exchange`` (its body in, its answer
+out), ``request`` (parse), ``way`` (what happens to it, from here to the end), ``items`` (fetch, inspect, name), ``fleet``
+(choose), ``encode`` (pixels to encoders), ``language`` (text to PD), ``relay`` (a stream back).
 """
 
 from chiasm.proxy.app import create_app

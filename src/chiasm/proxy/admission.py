@@ -40,6 +40,11 @@ class Ticket:
         self._admission.reserve(size_bytes)
         self._held_bytes += size_bytes
 
+    def give_back_bytes(self) -> None:
+        """The bytes are held no more."""
+        self._admission.buffered_bytes -= self._held_bytes
+        self._held_bytes = 0
+
     def __enter__(self) -> Ticket:
         self._admission.requests += 1
         return self
@@ -48,4 +53,4 @@ class Ticket:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._admission.requests -= 1
-        self._admission.buffered_bytes -= self._held_bytes
+        self.give_back_bytes()

@@ -172,7 +172,7 @@ class Encoders:
                 async with asyncio.timeout(self._timeout_seconds):
                     answer = await self._ask(call)
         except UpstreamError as error:
-            if not await self._prober.lost(instance, error.message):
+            if not await self._prober.lost(instance, error):
                 self._exclude(call, instance)
             self._again(call.flights, error)
             return

@@ -102,15 +102,17 @@ class Exchange:
     async def answer(self, answer: Answer) -> None:
         """Send an instance's answer as it is."""
         headers = [
-            (name.encode(), value.encode("latin-1"))
+            (name.encode(), value.encode("latin-1", "replace"))
             for name in _PASSED_BACK
             if (value := answer.headers.get(name)) is not None
         ]
+        if answer.status == 503 and "retry-after" not in answer.headers:
+            headers.append((b"retry-after", b"1"))
         await self._send_whole(answer.status, headers, answer.body, answer.headers)
 
     async def start_stream(self, upstream: Mapping[str, str]) -> None:
         """Send the head of a stream of events."""
-        content_type = upstream.get("content-type", "text/event-stream").encode("latin-1")
+        content_type = upstream.get("content-type", "text/event-stream").encode("latin-1", "replace")
         await self._start(200, [(b"content-type", content_type), (b"cache-control", b"no-cache")], upstream)
         self._relay = EventRelay(self.timing)
 

@@ -27,9 +27,16 @@ class Place:
         self.instance: Instance
 
     def take(self, *roles: Role) -> None:
-        """Take the instance with the least to do; leaves the one before. Raises OverloadedError if there is none."""
+        """Take the instance with the least to do. Raises OverloadedError if there is none."""
+        self._take(self._fleet.choose(*roles, model=self._model))
+
+    def move(self) -> None:
+        """Take another instance of the same role; the same one only if it is the last. Raises OverloadedError."""
         self._work.close()
-        instance = self._fleet.choose(*roles, model=self._model)
+        others = self._fleet.choose(self.instance.role, model=self._model, exclude={self.instance})
+        self._take(others or self._fleet.choose(self.instance.role, model=self._model))
+
+    def _take(self, instance: Instance | None) -> None:
         if instance is None:
             raise OverloadedError("no PD is healthy; try again", code="no_pd")
         self._work.enter_context(self._fleet.working(instance, self._cost(instance)))
@@ -77,14 +84,14 @@ class LanguageInstances:
     ) -> Call:
         """Call the place's instance and wait for the head of its answer.
 
-        Where the connection is lost before it, the next instance of the same role is taken, or the same one if it is
-        back. ``body_for`` says what goes to an instance. Raises InstanceLostError if that was in vain.
+        Where the connection is lost before it, another instance of the same role is asked, or the same one if it is the
+        last and well. ``body_for`` says what goes to an instance. Raises InstanceLostError if that was in vain.
         """
         lost: InstanceLostError | None = None
         for _ in range(_ATTEMPTS):
             if lost is not None:
                 try:
-                    place.take(place.instance.role)
+                    place.move()
                 except OverloadedError:
                     break
                 self._metrics.language_retries.inc()
@@ -94,6 +101,6 @@ class LanguageInstances:
                 return await self._upstream.post(instance.url + path, body, context.headers())
             except InstanceLostError as error:
                 lost = error
-            await self._prober.lost(instance, lost.message)
+            await self._prober.lost(instance, lost)
         assert lost is not None
         raise lost

@@ -8,7 +8,7 @@ import logging
 import msgspec
 
 from chiasm.proxy.fleet import Fleet, Instance, Report, State
-from chiasm.proxy.upstream import Upstream, UpstreamError
+from chiasm.proxy.upstream import NoConnectionError, Upstream, UpstreamError
 
 _log = logging.getLogger(__name__)
 _MAX_ANSWER_BYTES = 1 << 20
@@ -65,9 +65,15 @@ class Prober:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def lost(self, instance: Instance, reason: str) -> bool:
-        """A connection to it failed: out at once, then asked once more. True if it is back, as after a restart."""
-        self._note(instance, reason)
+    async def lost(self, instance: Instance, error: UpstreamError) -> bool:
+        """A call failed with its connection. Whoever can't be reached is out at once; all are asked anew.
+
+        True if the instance is well all the same: an idle connection was closed, or it has been restarted.
+        """
+        if isinstance(error, NoConnectionError):
+            self._note(instance, error.message)
+        if running := self._checks.get(instance):
+            await asyncio.wait({running})  # its answer may be older than the failure
         await self.check(instance)
         return instance.state is State.HEALTHY
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -35,22 +36,21 @@ class MediaPart(NamedTuple):
         return self.verbatim and len(self.url) >= _LONG_URL_BYTES
 
 
-class CompletionRequest(NamedTuple):
-    """A body of ``/v1/completions``: it passes as it is."""
+@dataclass
+class Request:
+    """A body, and what decides its way."""
 
     body: bytes
     model: str | None
-    stream: bool
+    salt: str = ""
+    """What keeps a tenant's names apart from others' (``cache_salt``)."""
+    media: list[MediaPart] = field(default_factory=list)
+    """Media parts in the order in which they occur."""
 
-
-class ChatRequest(NamedTuple):
-    """A body of ``/v1/chat/completions``, and its media parts in the order in which they occur."""
-
-    body: bytes
-    model: str | None
-    stream: bool
-    salt: str
-    media: list[MediaPart]
+    def forget(self) -> None:
+        """Let go of what was sent; an answer may take minutes."""
+        self.body = b""
+        self.media = []
 
     def with_parts(self, parts: Sequence[bytes | None]) -> bytes:
         """The body with each media part replaced by the JSON of ``parts``; None leaves one as it is.
@@ -99,7 +99,7 @@ class _Message(msgspec.Struct):
 
 class _Body(msgspec.Struct):
     model: str | None = None
-    stream: bool | None = None
+    stream: bool | None = None  # only its type is looked at
     cache_salt: str | None = None
     ec_transfer_params: Raw | UnsetType = UNSET
     kv_transfer_params: Raw | UnsetType = UNSET
@@ -126,13 +126,13 @@ _string = msgspec.json.Decoder(str)
 _kind = msgspec.json.Decoder(_Kind)
 
 
-def parse_completion(body: bytes) -> CompletionRequest:
+def parse_completion(body: bytes) -> Request:
     """Raises InvalidRequestError."""
     parsed = _decode(_completion, body)
-    return CompletionRequest(body, parsed.model, bool(parsed.stream))
+    return Request(body, parsed.model)
 
 
-def parse_chat(body: bytes) -> ChatRequest:
+def parse_chat(body: bytes) -> Request:
     """Raises InvalidRequestError for everything that is known to be wrong without asking an instance."""
     parsed = _decode(_chat, body)
     if not parsed.messages:
@@ -147,7 +147,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     if media:
         for name in ("mm_processor_kwargs", "media_io_kwargs"):
             _refuse_value(name, getattr(parsed, name), "settings of the processor are the same for all requests")
-    return ChatRequest(body, parsed.model, bool(parsed.stream), parsed.cache_salt or "", media)
+    return Request(body, parsed.model, parsed.cache_salt or "", media)
 
 
 def _decode(decoder: msgspec.json.Decoder[_B], body: bytes) -> _B:

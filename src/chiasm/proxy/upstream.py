@@ -21,7 +21,11 @@ class UpstreamError(ChiasmError):
 
 
 class InstanceLostError(UpstreamError):
-    """No connection, or one that ended before any answer: another instance may be asked."""
+    """A connection that ended before any answer: another instance may be asked."""
+
+
+class NoConnectionError(InstanceLostError):
+    """Nobody there: no connection came about."""
 
 
 class AnsweredError(ChiasmError):
@@ -111,8 +115,10 @@ class Upstream:
                 headers={**headers, "Content-Type": "application/json", "Content-Length": str(len(body))},
                 allow_redirects=False,
             )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise NoConnectionError("the instance is unreachable") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise InstanceLostError("the instance is unreachable or broke off before it answered") from error
+            raise InstanceLostError("the instance broke off before it answered") from error
         return Call(response)
 
     async def get(self, url: str, *, timeout_seconds: float, max_bytes: int) -> Answer:

@@ -1,0 +1,227 @@
+"""The way of one request, from its body to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from chiasm.errors import InvalidRequestError, MediaError, OverloadedError
+from chiasm.media import Fetcher
+from chiasm.proxy.admission import Ticket
+from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.context import RequestContext
+from chiasm.proxy.encode import Encoded, Encoders
+from chiasm.proxy.exchange import Exchange
+from chiasm.proxy.fleet import LANGUAGE_ROLES, Fleet, Instance, Role
+from chiasm.proxy.items import Item, read_items
+from chiasm.proxy.language import LanguageInstances, Place
+from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.request import Request
+from chiasm.proxy.upstream import Call, UpstreamError
+
+_T = TypeVar("_T")
+_Encoding = asyncio.Future[dict[str, Encoded]]
+
+_COST_OF_A_REQUEST = 1000.0
+_COST_OF_AN_ITEM = 4000.0
+"""In bytes of text: an item takes about as many tokens of a prompt."""
+_PIXELS_PER_COST = 64
+"""What encoding costs an aggregated instance on top."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """What all requests share."""
+
+    config: ProxyConfig
+    fleet: Fleet
+    metrics: Metrics
+    fetcher: Fetcher
+    executor: Executor
+    encoders: Encoders
+    language: LanguageInstances
+
+
+class Way:
+    """One request that was read and parsed; ``go`` ends when its answer is sent."""
+
+    def __init__(
+        self,
+        services: Services,
+        path: str,
+        request: Request,
+        *,
+        exchange: Exchange,
+        ticket: Ticket,
+        context: RequestContext,
+        started: float,
+    ) -> None:
+        self._services = services
+        self._path = path
+        self._request = request
+        self._exchange = exchange
+        self._ticket = ticket
+        self._context = context
+        self._started = started
+        """When the body was there, on the clock of ``time.perf_counter``."""
+
+    async def go(self) -> None:
+        """Raises ChiasmError for the client to be told."""
+        self._services.language.check_model(self._request.model)
+        if not self._request.media:
+            await self._text()
+            return
+        self._check_media()
+        items = await self._read_items()
+        cost = _cost(self._request, items)
+        with self._services.language.place(self._request.model, cost, self._roles_for_media()) as place:
+            if place.instance.role is Role.AGGREGATED:
+                await self._aggregated(place, items)
+            else:
+                await self._disaggregated(place, items)
+
+    async def _text(self) -> None:
+        """The body as it came."""
+        cost = _cost(self._request, ())
+        with self._services.language.place(self._request.model, cost) as place:
+            await self._whole(place, "text")
+
+    async def _aggregated(self, place: Place, items: list[Item]) -> None:
+        """Media goes along as data: URLs, so that instances never fetch; where that changes nothing, the body as it came."""
+        parts = [
+            item.image_url_part() if item.fetched or part.has_uuid else None
+            for part, item in zip(self._request.media, items, strict=True)
+        ]
+        if any(parts):
+            self._request.body = self._request.with_parts(parts)
+        items.clear()
+        await self._whole(place, "media")
+
+    async def _whole(self, place: Place, kind: str) -> None:
+        """One call, whose body is the request's."""
+
+        async def body_for(instance: Instance) -> bytes:
+            return self._request.body
+
+        self._note_overhead(kind)
+        with await self._services.language.open(place, self._path, body_for, self._context) as call:
+            await self._send_back(call, None)
+
+    async def _disaggregated(self, place: Place, items: list[Item]) -> None:
+        """Pixels to encoders and text to PD, at the same time; each ends the other when it fails."""
+        sized = self._request.with_parts([item.image_embeds_part() for item in items])
+        self._note_overhead("media")
+        encoding = asyncio.ensure_future(self._services.encoders.encode(items, self._context))
+
+        async def body_for(instance: Instance) -> bytes:
+            if instance.report is not None and instance.report.understands_image_size:
+                return sized
+            encoded = await asyncio.shield(encoding)
+            parts = [item.image_embeds_part(encoded[item.identifier].metadata) for item in items]
+            return self._request.with_parts(parts)
+
+        opening = asyncio.ensure_future(self._services.language.open(place, self._path, body_for, self._context))
+        try:
+            call = await _unless_fails(encoding, opening)
+            items.clear()
+            await self._send_back(call, encoding)
+        finally:
+            await _end(encoding)
+            if begun := await _end(opening):
+                begun.close()
+
+    async def _send_back(self, call: Call, encoding: _Encoding | None) -> None:
+        """The instance's answer, unless encoding fails before there is one."""
+        self._request.forget()
+        if call.status != 200 and not 400 <= call.status <= 599:
+            raise UpstreamError(f"the instance answered with status {call.status}")
+        if call.status != 200 or not call.is_stream:
+            answer = await _unless_fails(encoding, call.read(self._services.config.max_answer_bytes))
+            await self._exchange.answer(answer)
+            return
+        # No head for the client before there is something to tell: until then all can still fail with a status.
+        chunk = await _unless_fails(encoding, call.chunk())
+        if encoding is None or encoding.done():
+            self._ticket.give_back_bytes()
+        await self._exchange.start_stream(call.headers)
+        while chunk:
+            await self._exchange.send_events(chunk)
+            chunk = await _unless_fails(encoding, call.chunk())
+        await self._exchange.end_stream()
+
+    def _check_media(self) -> None:
+        count = len(self._request.media)
+        most = self._services.config.max_items
+        most = min(most, self._services.fleet.max_items or most)
+        if count > most:
+            raise InvalidRequestError(
+                f"the request has {count} images; at most {most} are taken", param="messages", code="too_many_images"
+            )
+        if not self._roles_for_media():
+            raise OverloadedError("no encoder is healthy; try again", code="no_encoder")
+
+    def _roles_for_media(self) -> tuple[Role, ...]:
+        """A PD can take media only where an encoder makes the embeddings."""
+        fleet = self._services.fleet
+        encoders = fleet.healthy(Role.ENCODER)
+        return tuple(role for role in LANGUAGE_ROLES if fleet.healthy(role) and (role is not Role.PD or encoders))
+
+    async def _read_items(self) -> list[Item]:
+        services = self._services
+        try:
+            media = await read_items(
+                self._request.media,
+                fetcher=services.fetcher,
+                executor=services.executor,
+                fingerprint=services.fleet.fingerprint,
+                salt=self._request.salt,
+                hold=self._ticket.hold,
+            )
+        except MediaError:
+            services.metrics.items.labels("refused").inc()
+            raise
+        if media.fetch_seconds is not None:
+            self._context.timing.fetch = media.fetch_seconds
+            services.metrics.fetch.observe(media.fetch_seconds)
+        return media.items
+
+    def _note_overhead(self, kind: str) -> None:
+        timing = self._context.timing
+        timing.proxy = time.perf_counter() - self._started - (timing.fetch or 0.0)
+        self._services.metrics.overhead.labels(kind).observe(timing.proxy)
+
+
+def _cost(request: Request, items: Sequence[Item]) -> Callable[[Instance], float]:
+    """What a request is to an instance, in bytes of text."""
+    text_bytes = max(0, len(request.body) - sum(len(part.url) for part in request.media))
+    language = _COST_OF_A_REQUEST + text_bytes + _COST_OF_AN_ITEM * len(items)
+    vision = sum(item.pixels for item in items) / _PIXELS_PER_COST
+    return lambda instance: language + (vision if instance.role is Role.AGGREGATED else 0.0)
+
+
+async def _unless_fails(condition: _Encoding | None, work: Awaitable[_T]) -> _T:
+    """``await work``, but raise what ``condition`` raises as soon as it does; ``work`` is cancelled then."""
+    if condition is None or (condition.done() and condition.exception() is None):
+        return await work
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            if condition.done():
+                condition.result()
+                return await task
+            await asyncio.wait((task, condition), return_when=asyncio.FIRST_COMPLETED)
+        return task.result()
+    finally:
+        await _end(task)
+
+
+async def _end(task: asyncio.Future[_T]) -> _T | None:
+    """Cancel what is still running; its result if it came to one, and never an exception."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))
+    return None if task.cancelled() or task.exception() else task.result()
