@@ -50,15 +50,18 @@ class Conversation:
 
 
 def topics(rng: random.Random, scene: pictures.Scene) -> list[str]:
-    """Return what can be asked about ``scene``, in random order, the topics worth most practice first more often."""
+    """Return what to ask about ``scene``, in random order."""
     if scene.text is not None:
         found = [scene.content] + (["describe"] if rng.random() < 0.4 else []) + ["colour"] * (rng.random() < 0.25)
-    elif scene.content == "shape":
-        found = ["colour", "shape", "position", "describe"] + ["count"] * (rng.random() < 0.1)
     else:
-        found = ["colour", "shape", "count", "count"] + ["describe"] * (scene.count != 1)
+        # Colours and shapes are learned long before places and counts.
+        found = [topic for topic in ("colour", "shape") if rng.random() < 0.5]
+        if scene.content == "shape":
+            found += ["position", "describe"] + ["count"] * (rng.random() < 0.1)
+        else:
+            found += ["count"] + ["describe"] * (scene.count != 1)
     rng.shuffle(found)
-    return list(dict.fromkeys(found))
+    return found
 
 
 class Writer:
