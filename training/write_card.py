@@ -65,8 +65,10 @@ Measured with `python training/evaluate_demo.py`.
 
 ## How it was made
 
-`python training/train_demo.py` draws the pictures and trains in {minutes:.0f} minutes on two CPU cores (seed 1, two
-processes of one thread): {vision}; then {whole}.
+`training/train_demo.py` draws the pictures and trains on two CPU cores, two processes of one thread, from seed 1. This
+checkpoint took {minutes:.0f} minutes on a machine shared with other work: {vision}; then
+{whole}, ended by the clock (`--whole-minutes`). The script changed in details between and after the stages, so
+a new run gives a similar checkpoint, not the same bytes.
 
 ## Limits
 
