@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -161,9 +161,22 @@ def start(checkpoint, store) -> Iterator[Callable[..., Instance]]:
 
 
 @pytest.fixture
-async def encoder(checkpoint, store) -> AsyncIterator[Encoder]:
-    ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=store)
-    engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, threads=1))
-    engine.start()
-    yield Encoder(engine)
-    engine.stop()
+def encoders(checkpoint, store) -> Iterator[Callable[..., Encoder]]:
+    """Starts encoder engines; they end with the test."""
+    engines: list[EncoderEngine] = []
+
+    def start(**config) -> Encoder:
+        ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=store)
+        engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, threads=1, **config))
+        engines.append(engine)
+        engine.start()
+        return Encoder(engine)
+
+    yield start
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture
+def encoder(encoders) -> Encoder:
+    return encoders()

@@ -11,6 +11,7 @@ from chiasm.engine import Role
 from chiasm.engine.request import ItemOutcome
 from chiasm.errors import (
     ChiasmError,
+    ConfigurationError,
     DeadlineExceededError,
     EmbeddingUnavailableError,
     InvalidRequestError,
@@ -44,6 +45,19 @@ async def test_encoder_apart_answers_as_aggregated_does(start, encoder, parts):
     assert answer.token_ids == expected.token_ids
     assert answer.text == expected.text
     assert len(answer.token_ids) == 8
+
+
+async def test_bfloat16_answers_are_equal_too(start, encoders):
+    expected = await start(Role.AGGREGATED, dtype="bfloat16").ask(A, "and", B, "?")
+    await encoders(dtype="bfloat16").encode(A, B)
+    assert (await start(Role.PD, dtype="bfloat16").ask(A, "and", B, "?")).token_ids == expected.token_ids
+
+
+async def test_an_embedding_of_another_dtype_is_not_taken(start, encoders):
+    pd = start(Role.PD)
+    await encoders(dtype="bfloat16").encode(A)
+    with pytest.raises(EmbeddingUnavailableError):
+        await pd.ask(A, "?", seconds=0.5)
 
 
 @pytest.mark.parametrize("budget", [7, 64])
@@ -290,6 +304,13 @@ async def test_a_failing_step_fails_its_requests_and_not_the_engine(start, monke
     monkeypatch.setattr(instance.engine._language, "forward", whole)
     assert len((await instance.ask("hello")).token_ids) == 8
     assert instance.engine.healthy
+
+
+def test_a_kv_cache_that_does_not_fit_is_refused_at_start(start):
+    with pytest.raises(ConfigurationError, match="lower --kv-cache-bytes"):
+        start(Role.AGGREGATED, kv_cache_bytes=1 << 50)
+    with pytest.raises(ConfigurationError, match="lower --max-model-len or raise --kv-cache-bytes"):
+        start(Role.AGGREGATED, kv_cache_bytes=1 << 20, max_model_len=4096)
 
 
 async def test_stopping_ends_running_requests_with_an_error(start):

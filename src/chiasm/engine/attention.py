@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from chiasm.errors import ConfigurationError
 from chiasm.models.base import ATTENTION_NAME
 
 if TYPE_CHECKING:
@@ -40,8 +41,14 @@ class KVCache:
         self.block_size = block_size
         # Zeros, not empty: padded rows of a decode batch read slot 0 under a mask, and NaN would survive the mask.
         shape = (num_layers, num_blocks * block_size, num_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, and CPU allocation raises nothing more precise
+            raise ConfigurationError(
+                f"there is no memory on {device} for a KV cache of {num_blocks} blocks of {block_size} tokens; "
+                "lower --kv-cache-bytes"
+            ) from error
 
     @staticmethod
     def bytes_per_block(

@@ -281,7 +281,9 @@ class LanguageEngine:
                 idle = not self._step()
             except Exception as error:
                 # What a step's own guards did not foresee costs the requests that are here, not the instance.
-                logger.exception("planning a step failed; the %d requests that are here fail with it", len(self._states))
+                logger.exception(
+                    "planning a step failed; the %d requests that are here fail with it", len(self._states)
+                )
                 self._fail_all(list(self._states), ChiasmError(f"the engine failed: {type(error).__name__}"))
                 for identifier in self._scheduler.encoder_cache.identifiers - self._encoder_cache.keys():
                     self._scheduler.item_lost(identifier)
