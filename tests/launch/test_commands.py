@@ -11,7 +11,6 @@ from chiasm.errors import ConfigurationError
 from chiasm.launch import DeploymentConfig, Role, RoleConfig, commands, cores
 from chiasm.launch.commands import (
     instance_command,
-    instance_environment,
     model_name,
     proxy_command,
     proxy_environment,
@@ -85,11 +84,13 @@ def test_the_proxy_is_told_every_instance(address: HeldPort) -> None:
     assert "--encoder http://a --encoder http://b --pd http://c" in text
 
 
-def test_what_a_person_has_set_in_the_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert instance_environment(3)["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert instance_environment(3)["OMP_NUM_THREADS"] == "5"
+def test_threads_that_wait_sleep_unless_a_person_has_set_it_otherwise() -> None:
+    environment: dict[str, str] = {}
+    cores.share_cores(3, environment)
+    assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}
+    environment = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
+    cores.share_cores(3, environment)
+    assert environment == {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
 
 
 def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:

@@ -34,7 +34,7 @@ def instance(
 ) -> None:
     """Run one instance of MODEL; prints `ready http://HOST:PORT` when it serves."""
     from chiasm.launch.commands import model_name
-    from chiasm.launch.cores import pin_to
+    from chiasm.launch.cores import pin_to, share_cores
     from chiasm.launch.lifeline import end_with_stdin as watch_stdin
     from chiasm.launch.ports import HeldPort
     from chiasm.models import resolve_folder
@@ -43,6 +43,7 @@ def instance(
         watch_stdin()
     log_to_stderr(log_level)
     pin_to(cpus or ())
+    share_cores(threads)
     HeldPort(host, port).release()  # a port in use is known at once, not after the imports below
     transfer = _transfer(role, ec)
     folder = resolve_folder(model)

@@ -60,11 +60,6 @@ def threads_of(roles: Mapping[Role, RoleConfig], role: Role) -> int:
     return max(1, usable_cores() // sum(one.count for one in roles.values()))
 
 
-def instance_environment(threads: int) -> dict[str, str]:
-    """The environment of an instance whose operators use ``threads`` threads; what a person has set stays."""
-    return {"OMP_NUM_THREADS": str(threads), **os.environ}
-
-
 def proxy_environment(config: DeploymentConfig) -> dict[str, str]:
     """The environment of the proxy; a command line would show the key to everybody on the machine."""
     return {**os.environ, **({"CHIASM_ADMIN_KEY": config.admin_key} if config.admin_key else {})}

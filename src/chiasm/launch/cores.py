@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from chiasm.errors import ConfigurationError
@@ -35,6 +35,17 @@ def pin_to(cpus: Sequence[int]) -> None:
     check_cpus(cpus)
     if cpus:
         os.sched_setaffinity(0, cpus)
+
+
+def share_cores(threads: int | None, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set what OpenMP reads when torch is imported, which must be later; what a person has set stays.
+
+    By default threads that wait for work spin for milliseconds. On cores that other processes need too, they keep the very
+    thread that they wait for from running: operators were seen to take a hundred times as long.
+    """
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def _allowed() -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,8 @@ from chiasm.launch import health
 from chiasm.launch.child import Child, ProcessState
 from chiasm.launch.commands import (
     instance_command,
-    instance_environment,
     proxy_command,
     proxy_environment,
-    threads_of,
 )
 from chiasm.launch.config import DeploymentConfig
 from chiasm.launch.cores import check_cpus
@@ -143,7 +142,7 @@ class Deployment:
         self._add(PROXY, None, addresses[0], proxy_command(config, addresses[0], urls), proxy_environment(config))
         for (role, name), address in instances:
             command = instance_command(config, self.folder, role, address, storage, ec_max_bytes)
-            self._add(name, role, address, command, instance_environment(threads_of(config.roles, role)))
+            self._add(name, role, address, command, dict(os.environ))
         for member in self._members.values():
             member.child.start()
 
