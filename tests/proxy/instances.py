@@ -55,6 +55,9 @@ class FakeInstance:
         } | health
         """None answers like vLLM: an empty 200, and the model's name elsewhere."""
         self.health_status = 200
+        self.awake = asyncio.Event()
+        """As long as it isn't set, /health doesn't answer."""
+        self.awake.set()
         self.received: list[Received] = []
         self.arrived = asyncio.Semaphore(0)
         self.gone = asyncio.Semaphore(0)
@@ -97,6 +100,7 @@ class FakeInstance:
         await runner.cleanup()
 
     async def _health(self, request: web.Request) -> web.Response:
+        await self.awake.wait()
         if self.health is None:
             return web.Response(status=self.health_status)
         return web.json_response(self.health, status=self.health_status)

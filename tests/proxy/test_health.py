@@ -63,6 +63,30 @@ async def test_probes_take_an_instance_out_and_in_again(start: Start) -> None:
     assert pds[0].received
 
 
+async def test_an_instance_that_no_longer_answers_probes_is_taken_out(start: Start) -> None:
+    pd = FakeInstance("pd")
+    front = await start([pd], probe_timeout_seconds=0.2)
+    pd.awake.clear()
+    await front.until(pd, "unhealthy")
+    shown = (await front.get("/health")).json["instances"][0]
+    assert "within 0.2 s" in shown["reason"]
+    pd.awake.set()
+    await front.until(pd, "healthy")
+
+
+async def test_one_probe_that_comes_late_changes_nothing(start: Start) -> None:
+    pd = FakeInstance("pd")
+    front = await start([pd], probe_timeout_seconds=0.2, probe_interval_seconds=60)
+    instance = front.gateway.fleet.instances[0]
+    pd.awake.clear()
+    await front.gateway.prober.check(instance)
+    assert instance.missed_probes == 1
+    assert (await front.post(ask("x"))).status == 200
+    pd.awake.set()
+    await front.gateway.prober.check(instance)
+    assert instance.missed_probes == 0
+
+
 async def test_a_restart_at_the_same_url_is_noticed(start: Start) -> None:
     pd = FakeInstance("pd")
     front = await start([pd])

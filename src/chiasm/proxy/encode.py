@@ -148,9 +148,8 @@ class Encoders:
                 planned.setdefault(instance, []).append(flight)
         order = {flight: index for index, flight in enumerate(flights)}
         for instance, batch in planned.items():
-            batch.sort(
-                key=order.__getitem__
-            )  # as the prompt needs them, since prefill goes on with the first that is there
+            # In the prompt's order: prefill goes on with the first that is there.
+            batch.sort(key=order.__getitem__)
             most = (instance.report and instance.report.max_items) or len(batch)
             for first in range(0, len(batch), most):
                 self._start(instance, batch[first : first + most])

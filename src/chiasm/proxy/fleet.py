@@ -77,6 +77,8 @@ class Instance:
         """Cost of the calls under way, in the unit of its role."""
         self.in_flight = 0
         self.last_taken = 0
+        self.missed_probes = 0
+        """Probes in a row that weren't answered in time."""
 
     @property
     def state(self) -> State:

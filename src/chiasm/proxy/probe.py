@@ -8,10 +8,14 @@ import logging
 import msgspec
 
 from chiasm.proxy.fleet import Fleet, Instance, Report, State
-from chiasm.proxy.upstream import NoConnectionError, Upstream, UpstreamError
+from chiasm.proxy.upstream import NoAnswerInTimeError, NoConnectionError, Upstream, UpstreamError
 
 _log = logging.getLogger(__name__)
 _MAX_ANSWER_BYTES = 1 << 20
+_WAITING_INTERVAL_SECONDS = 0.25
+"""Between probes of an instance that isn't healthy: it is wanted as soon as it is."""
+_MISSES = 2
+"""Probes in a row that a healthy instance leaves unanswered before it is out; on a busy machine one may come late."""
 
 
 class _Health(msgspec.Struct):
@@ -88,15 +92,24 @@ class Prober:
     async def _watch(self, instance: Instance) -> None:
         while True:
             await self.check(instance)
-            await asyncio.sleep(self._interval_seconds)
+            absent = instance.state in {State.STARTING, State.UNHEALTHY}
+            await asyncio.sleep(
+                min(self._interval_seconds, _WAITING_INTERVAL_SECONDS) if absent else self._interval_seconds
+            )
 
     async def _check(self, instance: Instance) -> None:
         before = instance.state
         try:
             report = await self._ask(instance.url)
+        except NoAnswerInTimeError as error:
+            instance.missed_probes += 1
+            if instance.missed_probes >= _MISSES or instance.state is not State.HEALTHY:
+                self._note(instance, error.message)
+            return
         except UpstreamError as error:
             self._note(instance, error.message)
             return
+        instance.missed_probes = 0
         self._fleet.succeed(instance, report)
         if instance.state is not before:
             _log.info("%s %s is %s%s", instance.role, instance.url, instance.state, _because(instance))

@@ -24,6 +24,10 @@ class InstanceLostError(UpstreamError):
     """A connection that ended before any answer: another instance may be asked."""
 
 
+class NoAnswerInTimeError(InstanceLostError):
+    """It may be gone, or only busy."""
+
+
 class NoConnectionError(InstanceLostError):
     """Nobody there: no connection came about."""
 
@@ -129,7 +133,7 @@ class Upstream:
             ) as response:
                 return await Call(response).read(max_bytes)
         except TimeoutError as error:
-            raise InstanceLostError(f"no answer within {timeout_seconds:g} s") from error
+            raise NoAnswerInTimeError(f"no answer within {timeout_seconds:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise InstanceLostError("unreachable, or broke off") from error
 
