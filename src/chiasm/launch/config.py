@@ -48,7 +48,7 @@ class DeploymentConfig:
     shared_storage_path: Path | None = None
     """Where embeddings lie; None makes a folder, in shared memory where there is room, and removes it at the end."""
     ec_max_bytes: int | None = None
-    """Bound of the embeddings there; None: 4 GiB or half of the room, whichever is less."""
+    """Bound of the embeddings there; None: 4 GiB, or less where there is less room."""
     instance_flags: tuple[str, ...] = ()
     """More arguments of ``chiasm instance``, for every instance."""
     proxy_flags: tuple[str, ...] = ()

@@ -30,15 +30,15 @@ class StorageFolder:
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
-        """``max_bytes`` is the bound asked for; None takes 4 GiB or half of the room. Raises ConfigurationError."""
-        parent = _roomy_parent(max_bytes)
-        for candidate in {parent, SHARED_MEMORY, Path(tempfile.gettempdir())}:
+        """``max_bytes`` is the bound asked for; None takes 4 GiB, or less where there is less. Raises ConfigurationError."""
+        for candidate in (SHARED_MEMORY, Path(tempfile.gettempdir())):
             remove_stale(candidate)
+        parent = _roomy_parent(max_bytes)
         try:
             self.path, self._lock = _make_locked(parent)
         except OSError as error:
             raise ConfigurationError(f"cannot make a folder for embeddings in {parent}: {error}") from error
-        self.max_bytes = max_bytes or min(DEFAULT_MAX_BYTES, max(LEAST_BYTES, _free_bytes(self.path) // 2))
+        self.max_bytes = max_bytes or min(DEFAULT_MAX_BYTES, max(LEAST_BYTES, _fair_share(self.path)))
         """What the embeddings in it may take together."""
 
     def remove(self) -> None:
@@ -95,6 +95,15 @@ def _roomy_parent(max_bytes: int | None) -> Path:
     if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK | os.X_OK) and _free_bytes(SHARED_MEMORY) >= needed:
         return SHARED_MEMORY
     return Path(tempfile.gettempdir())
+
+
+def _fair_share(path: Path) -> int:
+    """Half of the room; in memory, which instances need more urgently, no more than a quarter of what is free."""
+    import psutil
+
+    share = _free_bytes(path) // 2
+    in_memory = path.is_relative_to(SHARED_MEMORY)
+    return min(share, int(psutil.virtual_memory().available) // 4) if in_memory else share
 
 
 def _free_bytes(path: Path) -> int:
