@@ -18,6 +18,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from chiasm.errors import ConfigurationError, MediaError
 from chiasm.media import Fetcher, MediaConfig
 from chiasm.media.addresses import AddressGuard
+from chiasm.media.data_url import decode_data_url, encode_data_url
 
 LOOPBACK = ("127.0.0.0/8",)
 PICTURE = b"\x89PNG bytes of a picture"
@@ -179,6 +180,20 @@ async def test_data_urls_are_decoded(make: Make) -> None:
     data = os.urandom(1000)
     for head in ("data:image/png;base64,", "DATA:;base64,", "data:image/png;charset=x;BASE64,"):
         assert await make().fetch(head + base64.b64encode(data).decode()) == data
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, (3 << 18) - 1, 3 << 18, (3 << 18) + 1, 2_000_000])
+def test_data_urls_of_all_sizes_there_and_back(size: int) -> None:
+    data = os.urandom(size)
+    url = encode_data_url("image/png", data)
+    assert url == b"data:image/png;base64," + base64.b64encode(data)
+    assert decode_data_url(url, size) == data
+
+
+def test_padding_stands_at_the_end_only() -> None:
+    inside = b"data:;base64," + b"QUJD" * ((1 << 18) - 1) + b"QQ==" + b"QUJD"
+    with pytest.raises(MediaError):
+        decode_data_url(inside, 10 << 20)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import binascii
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 from chiasm.errors import MediaError
 from chiasm.media import Fetcher, identifier, inspect
+from chiasm.media.data_url import encode_data_url
 from chiasm.proxy.request import MediaPart
 
 
@@ -118,5 +118,5 @@ def _item_of_data_url(fetcher: Fetcher, url: bytes, fingerprint: str, salt: str)
 def _item_of_bytes(fetcher: Fetcher, data: bytes, fingerprint: str, salt: str) -> Item:
     info = inspect(data, fetcher.config)
     name = identifier(data, fingerprint=fingerprint, salt=salt)
-    url = b"data:%b;base64,%b" % (info.media_type.encode(), binascii.b2a_base64(data, newline=False))
+    url = encode_data_url(info.media_type, data)
     return Item(name, info.height, info.width, url, fetched=True)
