@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from chiasm.bench.outcome import Figure, Outcome, Panel
-from chiasm.bench.report import with_unit
+from chiasm.bench.report import shown, with_unit
 from chiasm.bench.statistics import median, quantile
 
 _COLUMNS = 2
@@ -18,7 +17,12 @@ _INK = "#30343b"
 _BLUE, _RED, _GREEN = "#2b6cb0", "#c53030", "#2f855a"
 _COLOURS = ("#718096", _BLUE, "#b7791f", "#6b46c1")
 _TAIL_SHARE = 0.99
-_LEAST_HEIGHT = 2.6
+_DRAWN_SHARE = 0.95
+"""Of the samples: a few that were disturbed must not squeeze all others together."""
+_WIDTH, _TITLE, _BELOW, _RIGHT = 13.0, 0.9, 1.0, 0.3
+_LABEL, _WIDEST_LABEL = 1.75, 4.2
+_LEAST_HEIGHT = 1.9
+"""These in inches."""
 
 
 def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
@@ -28,28 +32,39 @@ def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
 
     judged = [(name, one) for name, outcome in outcomes.items() for one in outcome.figures if one.at_most]
     panels = [panel for outcome in outcomes.values() for panel in outcome.panels]
-    rows = math.ceil(len(panels) / _COLUMNS)
-    heights = [0.6 + 0.3 * max(2, len(judged))]
-    for row in range(rows):
-        lines = max(len(panel.series) for panel in panels[row * _COLUMNS : (row + 1) * _COLUMNS])
-        heights.append(max(_LEAST_HEIGHT, 0.8 + 0.42 * lines))
-    canvas = Canvas(figsize=(13, sum(heights) + 0.8), layout="constrained", dpi=110)
+    rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
+    heights = [0.5 + 0.3 * max(2, len(judged)), *(_height(row) for row in rows)]
+    total = _TITLE + sum(height + _BELOW for height in heights)
+    canvas = Canvas(figsize=(_WIDTH, total), dpi=110)
     FigureCanvasAgg(canvas)
-    canvas.suptitle(title, fontsize=12, color=_INK)
-    grid = canvas.add_gridspec(1 + rows, _COLUMNS, height_ratios=heights)
-    _draw_targets(canvas.add_subplot(grid[0, :]), judged)
-    for index, panel in enumerate(panels):
-        axes = canvas.add_subplot(grid[1 + index // _COLUMNS, index % _COLUMNS])
-        axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=_INK)
+    canvas.text(0.5, 1 - 0.25 / total, title, ha="center", va="center", fontsize=12, color=_INK)
+
+    def axes_at(left: float, top: float, width: float, height: float) -> Any:
+        """Axes at a place in inches, from the left and from the top."""
+        axes = canvas.add_axes((left / _WIDTH, 1 - (top + height) / total, width / _WIDTH, height / total))
         axes.spines[["top", "right"]].set_visible(False)
-        (_draw_tail if panel.tail else _draw_spread)(axes, panel)
+        return axes
+
+    top = _TITLE
+    _draw_targets(axes_at(_WIDEST_LABEL, top, _WIDTH - _WIDEST_LABEL - _RIGHT, heights[0]), judged)
+    column = _WIDTH / _COLUMNS
+    for row, above, height in zip(rows, heights, heights[1:], strict=False):
+        top += _BELOW + above
+        for place, panel in enumerate(row):
+            axes = axes_at(place * column + _LABEL, top, column - _LABEL - _RIGHT, height)
+            axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=_INK)
+            (_draw_tail if panel.tail else _draw_spread)(axes, panel)
     canvas.savefig(path)
+
+
+def _height(row: Sequence[Panel]) -> float:
+    return max(_LEAST_HEIGHT, 0.4 + 0.42 * max(len(panel.series) for panel in row))
 
 
 def _draw_targets(axes: Any, judged: Sequence[tuple[str, Figure]]) -> None:
     """Each value over its target: what ends left of 1 is met."""
     axes.set_title("values over their targets: left of the line is met", loc="left", fontsize=10, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
+    widest = 1.35 * max([1.0, *(figure.value / (figure.at_most or 1) for _, figure in judged)])
     for row, (_, figure) in enumerate(judged):
         assert figure.at_most
         share = figure.value / figure.at_most
@@ -57,12 +72,12 @@ def _draw_targets(axes: Any, judged: Sequence[tuple[str, Figure]]) -> None:
         if figure.low is not None and figure.high is not None:
             axes.plot([figure.low / figure.at_most, figure.high / figure.at_most], [row, row], color=_INK, lw=1.2)
         text = f" {with_unit(figure.value, figure.unit)} of {with_unit(figure.at_most, figure.unit)}"
-        right = max(share, (figure.high or 0) / figure.at_most)
+        right = min(max(share, (figure.high or 0) / figure.at_most), 0.9 * widest)
         axes.text(right, row, text, va="center", fontsize=8, color=_INK)
     axes.axvline(1, color=_INK, lw=1, ls="--")
     axes.set_yticks(range(len(judged)), [f"{name}: {figure.name}" for name, figure in judged], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, max([1.0, *(figure.value / (figure.at_most or 1) for _, figure in judged)]) * 1.2)
+    axes.set_xlim(0, widest)
     axes.set_xlabel("value / target", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
 
@@ -77,14 +92,22 @@ def _draw_spread(axes: Any, panel: Panel) -> None:
         axes.plot(series.values, heights, "o", ms=3.2, alpha=0.45, color=colour, mew=0)
         middle = median(series.values)
         axes.plot([middle, middle], [row - 0.34, row + 0.34], color=colour, lw=2.2)
-        axes.annotate(f"{middle:.3g}", (middle, row - 0.36), fontsize=8, ha="center", va="bottom", color=colour)
+        axes.annotate(shown(middle), (middle, row - 0.36), fontsize=8, ha="center", va="bottom", color=colour)
         if series.at_most is not None:
             met = middle <= series.at_most
             axes.plot(series.at_most, row + 0.36, marker="^", ms=7, color=_GREEN if met else _RED, clip_on=False)
     axes.set_yticks(range(len(panel.series)), [series.label for series in panel.series], fontsize=8)
     axes.set_ylim(len(panel.series) - 0.45, -0.75)
     _scale(axes, panel)
-    axes.set_xlabel(f"{panel.unit}; line: median, triangle: target", fontsize=8)
+    label = f"{panel.unit}; line: median, triangle: target"
+    if not panel.logarithmic:
+        values = [value for series in panel.series for value in series.values]
+        limits = [series.at_most for series in panel.series if series.at_most is not None]
+        right = 1.15 * max([quantile(values, _DRAWN_SHARE), *limits, *(median(one.values) for one in panel.series)])
+        axes.set_xlim(0, right)
+        if beyond := sum(value > right for value in values):
+            label += f"; {beyond} of {len(values)} lie further right"
+    axes.set_xlabel(label, fontsize=8)
 
 
 def _kind(label: str) -> str:
@@ -99,7 +122,7 @@ def _draw_tail(axes: Any, panel: Panel) -> None:
         ordered = np.sort(np.asarray(series.values))
         shares = 1 - np.arange(len(ordered)) / len(ordered)
         last = quantile(series.values, _TAIL_SHARE)
-        axes.step(ordered, shares, where="pre", color=colour, lw=1.6, label=f"{series.label} (p99 {last:.3g})")
+        axes.step(ordered, shares, where="pre", color=colour, lw=1.6, label=f"{series.label} (p99 {shown(last)})")
         axes.plot(last, 1 - _TAIL_SHARE, "o", ms=5, color=colour)
         if series.at_most is not None:
             met = last <= series.at_most
@@ -119,8 +142,6 @@ def _scale(axes: Any, panel: Panel) -> None:
     if panel.logarithmic:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    else:
-        axes.set_xlim(left=0)
     axes.grid(axis="x", color="#e2e8f0", lw=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(axis="x", labelsize=8)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+_WIDTH = 110
+"""Of tables that go into a file or a pipe."""
 _ASKED_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -54,7 +56,7 @@ def run(config: BenchConfig) -> bool:
     except OSError as error:
         raise ConfigurationError(f"results cannot be written to {config.output}: {error}") from error
     outcomes: dict[str, Outcome] = {}
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     about = {"machine": machine(), "model": config.model, "seed": config.seed, "quick": config.quick}
     about |= {"repeat": config.repeat, "began": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
