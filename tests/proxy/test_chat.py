@@ -252,8 +252,9 @@ async def test_instances_get_the_deadline_and_the_request_id(start: Start) -> No
         ask(image(picture())), **{"X-Request-Id": "id-1", "Authorization": "Bearer k", "X-Other": "x", "Cookie": "a=b"}
     )
     assert answer.headers["X-Request-Id"] == "id-1"
+    assert pd.received[0].headers["X-Request-Id"] == "id-1"
+    assert encoder.received[0].headers["X-Request-Id"] == "id-1-e1"
     for received in (encoder.received[0], pd.received[0]):
-        assert received.headers["X-Request-Id"] == "id-1"
         assert 0 < int(received.headers["X-Request-Deadline-Ms"]) <= 20_000
         assert received.headers["Authorization"] == "Bearer k"
         assert "X-Other" not in received.headers

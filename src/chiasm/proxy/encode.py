@@ -188,7 +188,7 @@ class Encoders:
         # Of all that wait, the request that can wait longest speaks for the call.
         context = max((one for flight in call.flights for one in flight.waiters), key=lambda one: one.deadline)
         url = call.instance.url + _PATH
-        with await self._upstream.post(url, _body(call, context), context.headers()) as response:
+        with await self._upstream.post(url, _body(call, context), context.headers_for_encoder()) as response:
             return await response.read(_MAX_ANSWER_BYTES)
 
     def _take(self, call: _Call, answer: Answer) -> None:

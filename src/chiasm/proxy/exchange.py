@@ -16,7 +16,7 @@ from chiasm.proxy.relay import EventRelay, error_body
 from chiasm.proxy.timing import Timing
 from chiasm.proxy.upstream import Answer, AnsweredError
 
-_REQUEST_ID = re.compile(rb"[0-9A-Za-z._:-]{1,128}")
+_REQUEST_ID = re.compile(rb"[0-9A-Za-z._:-]{1,100}")
 _PASSED_ON = (b"authorization", b"traceparent", b"tracestate")
 _PASSED_BACK = ("content-type", "retry-after", "www-authenticate")
 CLIENT_CLOSED = 499

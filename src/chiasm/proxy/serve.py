@@ -20,6 +20,8 @@ from chiasm.proxy.memory import recycle_large_buffers
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048
+_KEEP_ALIVE_SECONDS = 30
+"""Longer than clients keep idle connections, so that a request isn't sent on one that is just being closed."""
 
 
 def run(
@@ -64,6 +66,7 @@ class ProxyServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=math.ceil(config.shutdown_seconds) + 1,
                 backlog=_BACKLOG,
             )
