@@ -23,7 +23,10 @@ class Reference:
         import torch
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+        from transformers.utils.logging import disable_progress_bar
+
         torch.set_num_threads(1)
+        disable_progress_bar()  # the bench has its own
         self._model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
         self._processor: Any = AutoImageProcessor.from_pretrained(checkpoint)
