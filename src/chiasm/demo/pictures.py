@@ -34,7 +34,7 @@ COLOURS: dict[str, Colour] = {
     "white": (246, 246, 246),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "diamond")
-COUNTS: tuple[str, ...] = ("one", "two", "three", "four", "five", "six")
+COUNTS: tuple[str, ...] = ("one", "two", "three", "four", "five")
 POSITIONS: tuple[str, ...] = (
     "top left",
     "top",
@@ -380,18 +380,19 @@ def _spot(rng: random.Random, size: tuple[int, int], position: str) -> tuple[flo
 
 
 def _scatter(rng: random.Random, size: tuple[int, int], count: int) -> list[tuple[float, float, float]]:
-    """Return ``count`` places (x, y, radius), in pixels, that do not touch."""
+    """Return ``count`` places (x, y, radius), in pixels, that do not touch: in some of six cells, off their middles."""
     width, height = size
-    radius = min(size) * (rng.uniform(0.09, 0.14) if count > 1 else rng.uniform(0.1, 0.3))
-    while True:
-        places: list[tuple[float, float, float]] = []
-        for _ in range(30 * count):
-            x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-            if all(math.hypot(x - a, y - b) > 2.25 * radius for a, b, _ in places):
-                places.append((x, y, radius))
-                if len(places) == count:
-                    return places
-        radius *= 0.93
+    columns, rows = (3, 2) if width >= height else (2, 3)
+    cell_width, cell_height = width / columns, height / rows
+    radius = min(cell_width, cell_height) * rng.uniform(0.28, 0.38)
+    places: list[tuple[float, float, float]] = []
+    for cell in rng.sample(range(columns * rows), count):
+        row, column = divmod(cell, columns)
+        slack_x, slack_y = (side / 2 - 1.12 * radius for side in (cell_width, cell_height))
+        x = (column + 0.5) * cell_width + rng.uniform(-slack_x, slack_x)
+        y = (row + 0.5) * cell_height + rng.uniform(-slack_y, slack_y)
+        places.append((x, y, radius))
+    return places
 
 
 def _draw_shape(
@@ -445,13 +446,13 @@ def _draw_text(
     """Write ``text`` in one line, wholly inside the canvas."""
     width, height = size
     unit = font(100).getbbox(text)
-    # As large as fits, or smaller, but never below what survives down-scaling.
-    largest = min(0.92 * width / (unit[2] - unit[0]) * 100, 0.45 * min(size))
-    smallest = min(largest, 0.2 * min(size))
-    chosen = font(max(8, int(rng.uniform(smallest, largest))))
+    # As large as fits, or a little smaller: it has to survive down-scaling to a few image tokens.
+    largest = min(0.92 * width / (unit[2] - unit[0]) * 100, 0.5 * min(size))
+    chosen = font(max(8, int(largest * rng.uniform(0.7, 1.0))))
     left, top, right, bottom = chosen.getbbox(text)
-    x = rng.uniform(0.02 * width, 0.98 * width - (right - left)) - left
-    y = rng.uniform(0.02 * height, 0.98 * height - (bottom - top)) - top
+    # Around the middle: half of the room that is left on each side.
+    x = (width - (right - left)) * rng.uniform(0.25, 0.75) - left
+    y = (height - (bottom - top)) * rng.uniform(0.25, 0.75) - top
     draw.text((x, y), text, fill=ink, font=chosen, stroke_width=1 if rng.random() < 0.2 and chosen.size > 24 else 0)
     # Middle of each character's advance: kerning moves it by less than a pixel.
     middles = [(chosen.getlength(text[:i]) + chosen.getlength(text[: i + 1])) / 2 for i in range(len(text))]
