@@ -52,11 +52,15 @@ async def test_probes_take_an_instance_out_and_in_again(start: Start) -> None:
     pds = [FakeInstance("pd"), FakeInstance("pd")]
     front = await start([*pds])
     pds[0].health_status = 503
+    pds[0].health = {"status": "failed", "message": "the engine has stopped"}
     await front.until(pds[0], "unhealthy")
+    shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[pds[0].url]
+    assert shown["reason"] == "/health answered with status 503 (failed: the engine has stopped)"
     for _ in range(3):
         assert (await front.post(ask("x"))).status == 200
     assert not pds[0].received
     pds[0].health_status = 200
+    pds[0].health = pds[1].health
     await front.until(pds[0], "healthy")
     for _ in range(2):
         assert (await front.post(ask("x"))).status == 200

@@ -12,6 +12,7 @@ from chiasm.proxy.upstream import NoAnswerInTimeError, NoConnectionError, Upstre
 
 _log = logging.getLogger(__name__)
 _MAX_ANSWER_BYTES = 1 << 20
+_SHOWN_CHARACTERS = 200
 _WAITING_INTERVAL_SECONDS = 0.25
 """Between probes of an instance that isn't healthy: it is wanted as soon as it is."""
 _MISSES = 2
@@ -38,6 +39,12 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+class _Trouble(msgspec.Struct):
+    status: str = ""
+    message: str = ""
+
+
+_trouble = msgspec.json.Decoder(_Trouble)
 _health = msgspec.json.Decoder(_Health)
 _models = msgspec.json.Decoder(_Models)
 
@@ -94,7 +101,8 @@ class Prober:
             await self.check(instance)
             absent = instance.state in {State.STARTING, State.UNHEALTHY}
             await asyncio.sleep(
-                min(self._interval_seconds, _WAITING_INTERVAL_SECONDS) if absent else self._interval_seconds
+                min(self._interval_seconds, _SHOWN_CHARACTERS = 200
+_WAITING_INTERVAL_SECONDS) if absent else self._interval_seconds
             )
 
     async def _check(self, instance: Instance) -> None:
@@ -125,7 +133,7 @@ class Prober:
             f"{url}/health", timeout_seconds=self._timeout_seconds, max_bytes=_MAX_ANSWER_BYTES
         )
         if answer.status != 200:
-            raise UpstreamError(f"/health answered with status {answer.status}")
+            raise UpstreamError(f"/health answered with status {answer.status}{_said(answer.body)}")
         if answer.body.strip():
             try:
                 health = _health.decode(answer.body)
@@ -152,6 +160,16 @@ class Prober:
         if answer.status != 200 or not models:
             raise UpstreamError("/v1/models names no model")
         return Report(models=tuple(model.id for model in models), max_model_len=models[0].max_model_len)
+
+
+def _said(body: bytes) -> str:
+    """What an instance says of why it isn't well."""
+    try:
+        trouble = _trouble.decode(body)
+    except msgspec.MsgspecError:
+        return ""
+    said = ": ".join(part for part in (trouble.status, trouble.message) if part)
+    return f" ({said[:_SHOWN_CHARACTERS]})" if said else ""
 
 
 def _because(instance: Instance) -> str:
