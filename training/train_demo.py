@@ -100,6 +100,7 @@ def work(rank: int, options: argparse.Namespace) -> None:
             tokenizer,
             clock=Clock(options.whole_steps, options.whole_minutes),
             longer=options.stage == "longer",
+            longer_rate=options.longer_rate,
             batch=batch,
             save=save,
             **shared,
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--vision-batch", type=int, default=64, help="pictures a step, over all processes")
     parser.add_argument("--whole-steps", type=int, default=3000)
     parser.add_argument("--whole-minutes", type=float, help="end the second stage by the clock, not by its steps")
+    parser.add_argument("--longer-rate", type=float, default=0.6, help="learning rates of longer, to the stage's own")
     parser.add_argument("--whole-batch", type=int, default=48, help="conversations a step, over all processes")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="the checkpoint's folder")
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="folder for what is kept between stages")

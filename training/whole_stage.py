@@ -85,14 +85,15 @@ def train_whole(
     log: Callable[[str], None],
     save: Callable[[], None],
     longer: bool = False,
+    longer_rate: float = 0.6,
 ) -> None:
     """Train ``model`` in place with ``batch`` conversations a process and step, until ``clock`` is at 1.
 
-    ``longer`` goes on with a model that has been through this stage: lower rates, and other pictures.
+    ``longer`` goes on with a model that has been through this stage: other pictures, and rates times ``longer_rate``.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"{'longer' if longer else 'whole'} {seed} {rank}")
-    rate = 0.6 if longer else 1.0
+    rate = longer_rate if longer else 1.0
     tower, encode = BatchedVision(model.model.visual), Encoder(tokenizer)
     local_head = LocalHead(3 * model.config.vision_config.out_hidden_size)
     vision, language = model.model.visual, model.model.language_model
