@@ -101,8 +101,7 @@ class Prober:
             await self.check(instance)
             absent = instance.state in {State.STARTING, State.UNHEALTHY}
             await asyncio.sleep(
-                min(self._interval_seconds, _SHOWN_CHARACTERS = 200
-_WAITING_INTERVAL_SECONDS) if absent else self._interval_seconds
+                min(self._interval_seconds, _WAITING_INTERVAL_SECONDS) if absent else self._interval_seconds
             )
 
     async def _check(self, instance: Instance) -> None:
