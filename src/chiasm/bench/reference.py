@@ -22,7 +22,6 @@ class Reference:
     def __init__(self, checkpoint: Path) -> None:
         import torch
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-
         from transformers.utils.logging import disable_progress_bar
 
         torch.set_num_threads(1)
