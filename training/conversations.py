@@ -18,7 +18,7 @@ from chiasm.demo import pictures, talk
 
 IGNORE = -100
 # Numbers are the hardest to read, so they are drawn most.
-_CONTENTS: tuple[pictures.Content, ...] = ("shape", "shapes", "shapes", "shapes", "word", "number")
+_CONTENTS: tuple[pictures.Content, ...] = ("shape", "shape", "shapes", "shapes", "word", "number", "number", "number")
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Write the checkpoint's model card from ``evaluate_demo.py --json`` and the training log.
 
-``python training/write_card.py build/demo/results.json build/demo/train.log``
+``python training/write_card.py build/demo/results.json build/demo/train.log [longer.log ...]``
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ chat format. It is good for nothing but its own kind of pictures.
 ## What it answers
 
 One to four pictures a request. A picture shows one of {shapes} shapes ({shape_names}) in one of {colours} colours
-({colour_names}) and, if alone, at one of nine positions; or one to six of a kind; or one of {words} words; or a number
+({colour_names}) and, if alone, at one of nine positions; or one to {most} of a kind; or one of {words} words; or a number
 of two or three digits. Questions ask for the colour, the shape, the count, the position, the word, the number or a
 description, of the only picture or of the first to fourth; answers are short and in lower case. A question about a
 picture that was not sent is answered by saying so. `chiasm.demo.pictures` draws pictures and questions.
@@ -65,10 +65,11 @@ Measured with `python training/evaluate_demo.py`.
 
 ## How it was made
 
-`training/train_demo.py` draws the pictures and trains on two CPU cores, two processes of one thread, from seed 1. This
-checkpoint took {minutes:.0f} minutes on a machine shared with other work: {vision}; then
-{whole}, ended by the clock (`--whole-minutes`). The script changed in details between and after the stages, so
-a new run gives a similar checkpoint, not the same bytes.
+`training/train_demo.py` draws the pictures and trains on two CPU cores, two processes of one thread. This checkpoint took
+{minutes:.0f} minutes on a machine shared with other work: {vision}, then of the whole model
+{whole}, each run going on from the one before (`--stage longer`). Pictures, question mix
+and rates changed between the runs (the first ones had smaller print and up to six shapes), so a new run of the script gives
+a similar checkpoint, not the same bytes.
 
 ## Limits
 
@@ -91,32 +92,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def stages(log: str) -> tuple[dict[str, str], float]:
-    """Return a sentence a stage and the minutes of all, from the last line that each stage logged."""
-    said = {}
-    seconds = 0.0
-    for stage, what in (("vision", "vision tower alone"), ("whole", "whole model")):
+def stages(logs: list[str]) -> tuple[dict[str, str], float]:
+    """Return a phrase a stage and the minutes of all, from the last line that each stage logged in each run."""
+
+    def last(stage: str, log: str) -> tuple[int, float]:
         steps, spent = re.findall(rf"^{stage} step (\d+) [^,]*, (\d+) s", log, re.M)[-1]
-        said[stage] = f"{steps} steps of the {what} in {int(spent) / 60:.0f} minutes"
-        seconds += int(spent)
-    return said, seconds / 60
+        return int(steps), int(spent) / 60
+
+    steps, minutes = last("vision", logs[0])
+    runs = [last("whole", log) for log in logs]
+    said = {
+        "vision": f"{steps} steps of the vision tower alone in {minutes:.0f} minutes",
+        "whole": ", ".join(f"{steps} steps in {minutes:.0f} minutes" for steps, minutes in runs),
+    }
+    return said, minutes + sum(minutes for _, minutes in runs)
 
 
 def main() -> None:
     """Fill in the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("log", type=Path)
+    parser.add_argument("logs", type=Path, nargs="+", help="of the run from scratch, then of longer ones")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     options = parser.parse_args()
     rows = json.loads(options.results.read_text())
-    log = options.log.read_text()
-    said, minutes = stages(log)
+    logs = [log.read_text() for log in options.logs]
+    said, minutes = stages(logs)
     weights = (options.checkpoint / "model.safetensors").stat().st_size
-    parameters = re.findall(r"^(\d+) parameters", log, re.M)[-1]
+    parameters = re.findall(r"^(\d+) parameters", logs[0], re.M)[-1]
     card = _CARD.format(
         parameters=f"{int(parameters):,}",
         megabytes=weights / 1e6,
+        most=pictures.COUNTS[-1],
         low=f"{MIN_PIXELS:,}",
         high=f"{MAX_PIXELS:,}",
         shapes=len(pictures.SHAPES),
