@@ -16,7 +16,7 @@ from tests.launch.waiting import alive, eventually
 CHIASM = (sys.executable, "-m", "chiasm")
 
 
-def run(*arguments: str, timeout_seconds: float = 120) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, timeout_seconds: float = 280) -> subprocess.CompletedProcess[str]:
     """A command that ends by itself."""
     return subprocess.run(
         [*CHIASM, *arguments],
@@ -64,7 +64,7 @@ class Running:
         except psutil.NoSuchProcess:
             return []
 
-    def wait_ready(self, timeout_seconds: float = 120) -> str:
+    def wait_ready(self, timeout_seconds: float = 240) -> str:
         """The URL of the ready line."""
         assert eventually(lambda: self.stdout or self.process.poll() is not None, timeout_seconds), self.stderr
         assert self.stdout.startswith("ready "), self.stderr

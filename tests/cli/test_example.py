@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,12 +27,17 @@ def test_the_example_prints_an_answer(checkpoint: Path, tmp_path: Path) -> None:
         SHARED_STORAGE_PATH=str(tmp_path / "ec"),
         TMPDIR=str(tmp_path),
     )
-    done = subprocess.run(
-        [SCRIPT], env=environment, capture_output=True, text=True, timeout=240, check=False, start_new_session=True
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert f"Ready: http://127.0.0.1:{proxy}\n" in done.stdout
-    answer = next(line for line in done.stdout.splitlines() if line.startswith("Answer:"))
+    with subprocess.Popen(
+        [SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as script:
+        try:
+            out, err = script.communicate(timeout=270)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+    assert script.returncode == 0, err + out
+    assert f"Ready: http://127.0.0.1:{proxy}\n" in out
+    answer = next(line for line in out.splitlines() if line.startswith("Answer:"))
     assert answer.removeprefix("Answer:").strip()
     assert any((tmp_path / "ec").iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["ec"]
