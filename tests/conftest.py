@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
+import os
 
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Tiny models run fastest on one thread, above all beside other processes."""
-    import torch
-
-    torch.set_num_threads(1)
+# Tiny models run fastest on one thread, above all beside other processes. Read when torch is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
