@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chiasm.ec_transfer import check_identifier
 from chiasm.errors import InvalidRequestError
-from chiasm.media import check_identifier, identifier
+from chiasm.media import identifier
 
 PRINT = "f" * 64
 

@@ -23,4 +23,8 @@ def check_identifier(identifier: str) -> str:
         if isinstance(identifier, str)
         else type(identifier).__name__
     )
-    raise InvalidRequestError(f"an item's identifier must be 64 lower-case hex digits, not {shown}", param="uuid")
+    raise InvalidRequestError(
+        f"an item's uuid must be exactly 64 lower-case hex digits, not {shown}; leave it out to have the content named",
+        param="uuid",
+        code="invalid_uuid",
+    )

@@ -6,7 +6,7 @@ Nothing here needs torch or numpy: the proxy uses ``Fetcher``, ``inspect`` and `
 
 from chiasm.media.config import MediaConfig
 from chiasm.media.fetch import Fetcher
-from chiasm.media.identify import check_identifier, identifier
+from chiasm.media.identify import identifier
 from chiasm.media.image import ImageInfo, decode, inspect
 
-__all__ = ["Fetcher", "ImageInfo", "MediaConfig", "check_identifier", "decode", "identifier", "inspect"]
+__all__ = ["Fetcher", "ImageInfo", "MediaConfig", "decode", "identifier", "inspect"]

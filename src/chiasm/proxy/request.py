@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeVar
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
+from chiasm.ec_transfer import check_identifier
 from chiasm.errors import InvalidRequestError
-from chiasm.media import check_identifier
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
 _PATH = re.compile(r" - at `\$\.?([A-Za-z_]+)?.*`$")

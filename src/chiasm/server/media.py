@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chiasm.ec_transfer import check_identifier
 from chiasm.errors import InvalidRequestError
-from chiasm.media import ImageInfo, check_identifier, decode, identifier, inspect
+from chiasm.media import ImageInfo, decode, identifier, inspect
 from chiasm.models.base import ItemGeometry, Metadata, Pixels, Processor
 from chiasm.server.exchange import Exchange
 from chiasm.server.protocol import ChatRequest, ImageURL, Part
