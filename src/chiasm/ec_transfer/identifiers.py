@@ -10,7 +10,7 @@ _IDENTIFIER = re.compile(r"[0-9a-f]{64}")
 _SHOWN_CHARACTERS = 80
 
 
-def check_identifier(identifier: str) -> str:
+def check_identifier(identifier: object) -> str:
     """Return ``identifier`` if it is exactly 64 lower-case hex digits, else raise InvalidRequestError.
 
     An identifier becomes part of a file name or of a remote key, so whatever comes from outside passes through here
