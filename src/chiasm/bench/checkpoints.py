@@ -9,20 +9,21 @@ from pathlib import Path
 from chiasm.bench.measurement import Bench
 from chiasm.checkpoints.synthetic import SyntheticSize
 
-TEXT_LAYERS = 8
+TEXT_LAYERS = 3
 """Of the decoder, before it is balanced against the encoder."""
 
 
 def size_of(text_layers: int) -> SyntheticSize:
     """A vision tower that takes a picture of 512 x 512 pixels as 256 tokens, and a decoder of that many layers.
 
-    A layer of the decoder takes a few milliseconds for that picture on one core, the tower some tens of them.
+    The decoder is wide and shallow, so that attention to earlier pictures is a small part of prefill, as it is in models
+    of billions of parameters.
     """
     return SyntheticSize(
-        text_hidden=384,
-        text_intermediate=1024,
+        text_hidden=1024,
+        text_intermediate=4096,
         text_layers=text_layers,
-        text_heads=6,
+        text_heads=8,
         text_kv_heads=2,
         head_dim=64,
         vision_hidden=256,

@@ -27,9 +27,14 @@ def cores() -> tuple[int, int]:
     return allowed[0], allowed[1]
 
 
-def aggregated(model: str, *, cpus: tuple[int, ...] = (), threads: int | None = None) -> DeploymentConfig:
-    """One instance that does it all, behind a proxy; its threads are as many as its cores unless told otherwise."""
-    one = RoleConfig(1, threads or len(cpus) or usable_cores(), cpus)
+def _shared_threads() -> int:
+    """Threads of each instance where E and PD share the cores, as ``chiasm serve`` shares them out."""
+    return max(1, usable_cores() // 2)
+
+
+def aggregated(model: str, *, cpus: tuple[int, ...] = ()) -> DeploymentConfig:
+    """One instance that does it all, behind a proxy; a thread a CPU that it is pinned to, else as many as a PD has."""
+    one = RoleConfig(1, len(cpus) or _shared_threads(), cpus)
     return DeploymentConfig(model, {Role.AGGREGATED: one}, served_model_name=SERVED_NAME)
 
 
@@ -39,12 +44,11 @@ def encoder_and_pds(
     pds: int = 1,
     encoder_cpus: tuple[int, ...] = (),
     pd_cpus: tuple[int, ...] = (),
-    threads: int | None = None,
 ) -> DeploymentConfig:
-    """One encoder and ``pds`` PDs behind a proxy; each instance's threads as of an aggregated one on its cores."""
+    """One encoder and ``pds`` PDs behind a proxy, with a thread a CPU that they are pinned to."""
     roles = {
-        Role.ENCODER: RoleConfig(1, threads or len(encoder_cpus) or usable_cores(), encoder_cpus),
-        Role.PD: RoleConfig(pds, threads or len(pd_cpus) or usable_cores(), pd_cpus),
+        Role.ENCODER: RoleConfig(1, len(encoder_cpus) or _shared_threads(), encoder_cpus),
+        Role.PD: RoleConfig(pds, len(pd_cpus) or _shared_threads(), pd_cpus),
     }
     return DeploymentConfig(model, roles, served_model_name=SERVED_NAME)
 
