@@ -19,6 +19,7 @@ def right_answer(request, fragile, aggregated):
     """After each fault, the next request is right."""
     yield
     body = chat("after", picture(1000), "?")
+    # Each test has seen to it that the proxy knows of the death; what is healthy now was started again.
     fragile.wait_until(lambda: all(instance["state"] == "healthy" for instance in fragile.health()), 90)
     assert fragile.answer(body) == aggregated.answer(body)
 
@@ -64,3 +65,4 @@ def test_a_pd_killed_mid_stream_ends_the_stream_with_an_error(fragile):
                 events.append(line.removeprefix("data: "))
     assert "error" in json.loads(events[-1])
     assert "[DONE]" not in events
+    fragile.wait_until(lambda: any(instance["state"] != "healthy" for instance in fragile.health()))
