@@ -37,6 +37,7 @@ class Driver:
         self,
         *,
         budget: int = 64,
+        mixed: int = 64,
         blocks: int = 64,
         block_size: int = 4,
         max_num_seqs: int = 16,
@@ -48,6 +49,7 @@ class Driver:
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=budget,
+                max_mixed_prefill_tokens=mixed,
                 max_num_seqs=max_num_seqs,
                 max_queued_requests=max_queued,
                 max_model_len=blocks * block_size,

@@ -37,6 +37,17 @@ def test_decodes_come_before_prefills_and_share_the_budget():
     assert chunks(step) == [(0, 7)]
 
 
+def test_prefill_beside_decodes_is_cut_shorter_so_that_streams_go_on():
+    driver = Driver(budget=32, mixed=8)
+    stream = driver.add(prompt(4), max_tokens=3)
+    driver.step()
+    driver.add(prompt(24), salt="other")
+    assert chunks(driver.step()) == [(0, 8)]
+    assert chunks(driver.step()) == [(8, 16)]
+    assert stream.finished
+    assert chunks(driver.step()) == [(16, 24)]
+
+
 def test_several_prompts_share_a_step_in_order_of_arrival():
     driver = Driver(budget=16)
     driver.add(prompt(6))

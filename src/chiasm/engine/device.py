@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 1 << 30
+MIXED_PREFILL_TOKENS = {"cpu": 64, "cuda": 1024}
+"""Prefill rows beside decodes that keep a step short for the streams that run, and still use the device well."""
 KV_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Of the memory that is free once the weights are loaded, the part that the KV cache may take."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

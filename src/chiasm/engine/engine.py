@@ -21,7 +21,14 @@ from chiasm.engine.attention import KVCache, register_paged_attention
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.config import EngineConfig, Role
 from chiasm.engine.detokenizer import Detokenizer
-from chiasm.engine.device import check_memory, choose_device, choose_dtype, kv_cache_blocks, use_threads
+from chiasm.engine.device import (
+    MIXED_PREFILL_TOKENS,
+    check_memory,
+    choose_device,
+    choose_dtype,
+    kv_cache_blocks,
+    use_threads,
+)
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 from chiasm.engine.model_runner import ModelRunner
 from chiasm.engine.request import (
@@ -165,6 +172,7 @@ class LanguageEngine:
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=config.max_num_batched_tokens,
+                max_mixed_prefill_tokens=MIXED_PREFILL_TOKENS[self.device.type],
                 max_num_seqs=config.max_num_seqs,
                 max_queued_requests=config.max_queued_requests,
                 max_model_len=self.max_model_len,

@@ -27,6 +27,8 @@ class SchedulerConfig:
     max_num_seqs: int
     max_queued_requests: int
     max_model_len: int
+    max_mixed_prefill_tokens: int
+    """Prefill rows of a step that decodes as well: running streams wait for them, so they are fewer."""
     entry_bytes_per_row: int
     local_encoder: bool = False
     """Whether missing embeddings are made in the step itself (aggregated) instead of waited for."""
@@ -184,6 +186,8 @@ class Scheduler:
             if budget > 0 and sequence in self.running and self._reserve(sequence, sequence.num_tokens, step):
                 step.decodes.append(ScheduledSequence(sequence, sequence.num_computed, 1, samples=True))
                 budget -= 1
+        if step.decodes:
+            budget = min(budget, self.config.max_mixed_prefill_tokens)
 
         for sequence in [sequence for sequence in self.running if not sequence.is_decoding]:
             if budget > 0 and sequence in self.running:
