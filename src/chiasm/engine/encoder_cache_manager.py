@@ -18,7 +18,7 @@ class EncoderCacheManager:
     """Bounds the encoder cache. Pure bookkeeping: the tensors are in the dict of whoever runs the model.
 
     An entry is held by the sequences whose prefill has not passed it. Entries that nobody holds go first, least recently
-    used first. When only held ones are left, a sequence may take room from those that arrived after it, or from what it
+    used first. When only held ones are left, a sequence may take room from those that come after it, or from what it
     needs later itself, so that the oldest can always go on: what was taken is loaded again when its turn comes.
     """
 

@@ -19,6 +19,9 @@ from chiasm.errors import InvalidRequestError, OverloadedError
 from chiasm.models.base import PromptItem
 
 
+_AFTER_ALL_RUNNING = 1 << 62
+
+
 @dataclass(frozen=True)
 class SchedulerConfig:
     """Bounds of one engine. Tokens are rows of a step; bytes are those of embeddings in the encoder cache."""
@@ -163,7 +166,7 @@ class Scheduler:
         before = sequence.items_between(self._next_token(sequence), item.offset)
         needed_before = {other.identifier for other in before}
         return self.encoder_cache.allocate(
-            item.identifier, self.entry_bytes(item), arrival=sequence.arrival, keep=needed_before | keep
+            item.identifier, self.entry_bytes(item), arrival=self._rank(sequence), keep=needed_before | keep
         )
 
     def entry_bytes(self, item: PromptItem) -> int:
@@ -339,8 +342,12 @@ class Scheduler:
         sequence.held.clear()
 
     def _hold(self, sequence: Sequence, item: PromptItem) -> None:
-        self.encoder_cache.hold(item.identifier, sequence.sequence_id, sequence.arrival)
+        self.encoder_cache.hold(item.identifier, sequence.sequence_id, self._rank(sequence))
         sequence.held.add(item.identifier)
+
+    def _rank(self, sequence: Sequence) -> int:
+        """Who may take room in the encoder cache from whom: lower from higher. All that run come before all that wait."""
+        return sequence.arrival + (0 if sequence in self.running else _AFTER_ALL_RUNNING)
 
     def _release_unless_needed(self, sequence: Sequence, item: PromptItem) -> None:
         """Give up an entry whose place is computed, unless the same picture comes again further on."""
