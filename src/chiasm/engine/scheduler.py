@@ -18,7 +18,6 @@ from chiasm.engine.sequence import Sequence
 from chiasm.errors import InvalidRequestError, OverloadedError
 from chiasm.models.base import PromptItem
 
-
 _AFTER_ALL_RUNNING = 1 << 62
 
 
