@@ -33,8 +33,8 @@ async def encode_pictures(exchange: Exchange, request: ChatRequest) -> None:
     _refuse_text(request)
     if not parts:
         raise InvalidRequestError("There is no picture to encode.", param="messages")
-    pictures = await media.fetch_pictures(exchange, engine, parts, salt=cache_salt(request))
-    names = [part.uuid or picture.identifier for part, picture in zip(parts, pictures, strict=True)]
+    pictures = await media.fetch_pictures(exchange, engine, parts, salt=cache_salt(request), named=True)
+    names = [picture.identifier for picture in pictures]
     by_identifier = dict(zip(names, pictures, strict=True))
     distinct = [
         EncodeItem(name, picture.data, picture.info.height, picture.info.width)

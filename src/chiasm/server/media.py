@@ -101,14 +101,18 @@ def _flat(values: Any) -> Any:
 # ---- encoder and aggregated: pictures ----------------------------------------------------------------------------------
 
 
-async def fetch_pictures(exchange: Exchange, engine: Engine, parts: Sequence[Part], *, salt: str = "") -> list[Picture]:
-    """Fetch, check and name the pictures of ``image_url`` parts, all at once; names are by content.
+async def fetch_pictures(
+    exchange: Exchange, engine: Engine, parts: Sequence[Part], *, salt: str = "", named: bool = False
+) -> list[Picture]:
+    """Fetch, check and name the pictures of ``image_url`` parts, all at once.
+
+    Names are by content; with ``named``, a part's ``uuid`` is one already, made by whoever hashed the content before.
 
     Raises MediaError, and TimeoutError at the request's deadline.
     """
     started = time.monotonic()
     async with exchange.until_deadline():
-        fetches = [asyncio.ensure_future(_fetch(exchange, engine, part, salt)) for part in parts]
+        fetches = [asyncio.ensure_future(_fetch(exchange, engine, part, salt, named)) for part in parts]
         try:
             pictures = await asyncio.gather(*fetches)
         finally:
@@ -119,7 +123,7 @@ async def fetch_pictures(exchange: Exchange, engine: Engine, parts: Sequence[Par
     return pictures
 
 
-async def _fetch(exchange: Exchange, engine: Engine, part: Part, salt: str) -> Picture:
+async def _fetch(exchange: Exchange, engine: Engine, part: Part, salt: str, named: bool) -> Picture:
     instance = exchange.instance
     fetcher = instance.fetcher
     url = part.image_url.url if isinstance(part.image_url, ImageURL) else part.image_url
@@ -130,7 +134,8 @@ async def _fetch(exchange: Exchange, engine: Engine, part: Part, salt: str) -> P
     def examine() -> Picture:
         data = fetcher.decode_data_url(url.encode(errors="replace")) if is_data else fetched
         info = inspect(data, instance.config.media)
-        return Picture(identifier(data, fingerprint=engine.model_fingerprint, salt=salt), data, info)
+        name = part.uuid if named else None
+        return Picture(name or identifier(data, fingerprint=engine.model_fingerprint, salt=salt), data, info)
 
     return await instance.in_thread(examine)
 
