@@ -17,8 +17,8 @@ from transformers import Qwen2Tokenizer
 from chiasm.demo import pictures, talk
 
 IGNORE = -100
-# Numbers are the hardest to read, so they are drawn most.
-_CONTENTS: tuple[pictures.Content, ...] = ("shape", "shape", "shapes", "shapes", "word", "number", "number", "number")
+# Numbers are the hardest to read and counts come next, so they are drawn most.
+_CONTENTS: tuple[pictures.Content, ...] = ("shape", "shapes", "shapes", "shapes", "word", "number", "number", "number")
 
 
 @dataclass

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,8 +44,21 @@ def write_checkpoint(folder: Path, model: Qwen3VLForConditionalGeneration, token
     write_assets(folder, tokenizer)
 
 
+def die_with_parent() -> None:
+    """End this worker when the process that started it is gone, however it went."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def work(rank: int, options: argparse.Namespace) -> None:
     """Train as one of the processes."""
+    die_with_parent()
     torch.set_num_threads(1)
     if options.processes > 1:
         dist.init_process_group(
@@ -116,7 +130,7 @@ def main() -> None:
     parser.add_argument(
         "--stage", choices=("vision", "whole", "longer", "all"), default="all", help="longer: more of the whole model"
     )
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=3, help="seed of everything, the tokenizer included")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--vision-steps", type=int, default=2400)
     parser.add_argument("--vision-stop", type=int, default=2000, help="steps done before the second stage takes over")

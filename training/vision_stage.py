@@ -86,7 +86,7 @@ class Head(nn.Module):
 
 def _batch(rng: random.Random, size: int) -> tuple[Tensor, Tensor, Tensor, Grid]:
     grid = draw_grid(rng, small=0.7, most=_MOST_PIXELS)
-    contents: tuple[pictures.Content, ...] = ("shape", "shapes", "word", "word", "number", "number")
+    contents: tuple[pictures.Content, ...] = ("shape", "shapes", "shapes", "word", "word", "number", "number")
     scenes = [pictures.draw_scene(rng, rng.choice(contents)) for _ in range(size)]
     drawn = [draw_pixels(rng, scene, grid) for scene in scenes]
     truth = torch.tensor([labels(s) for s in scenes])

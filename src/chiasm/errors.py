@@ -80,3 +80,10 @@ class StorageError(ChiasmError):
 
     status = 503
     kind = "storage_error"
+
+
+class KVUnavailableError(ChiasmError):
+    """A prompt's KV cannot be had from where the handle says; the prompt must be prefilled again."""
+
+    status = 503
+    kind = "kv_unavailable_error"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chiasm.ec_transfer import ECTransferConfig
+from chiasm.kv_transfer import KVTransferConfig
 
 
 class Role(enum.StrEnum):
@@ -15,6 +16,8 @@ class Role(enum.StrEnum):
     ENCODER = "encoder"
     PD = "pd"
     AGGREGATED = "aggregated"
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 @dataclass(frozen=True)
@@ -45,4 +48,6 @@ class EngineConfig:
     max_items: int = 16
     """Images of one request."""
     ec: ECTransferConfig | None = None
-    """How embeddings travel; None for an aggregated instance, which makes its own."""
+    """How embeddings travel; None for an aggregated instance, which makes its own, and for decode, which needs none."""
+    kv: KVTransferConfig | None = None
+    """How a prompt's KV travels from prefill to decode; None for the other roles."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from chiasm.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from chiasm.kv_transfer import KVTransferParams
     from chiasm.models.base import Metadata, Pixels, Prompt
 
 MAX_TOP_LOGPROBS = 20
@@ -90,6 +91,11 @@ class GenerateRequest:
     """Preprocessed items by identifier; an aggregated engine encodes them, a PD takes none."""
     cache_salt: str = ""
     """Requests of different salts share no KV blocks."""
+    kv_transfer_params: KVTransferParams | None = None
+    """What a prefill instance is to do, or the handle that a decode instance goes on from; None for the other roles.
+
+    Its ``output_token_ids`` are part of the answer: they count towards ``max_tokens`` and every limit, as if sampled here.
+    """
 
 
 class ItemOutcome(enum.StrEnum):
@@ -126,6 +132,8 @@ class RequestTiming:
     """In which the request could not go on for want of an embedding."""
     transfer_seconds: float = 0.0
     """Loading embeddings through the connector."""
+    kv_seconds: float | None = None
+    """From arrival at a decode instance until the prompt's KV was in its blocks, time in the queue aside."""
     encode_seconds: float = 0.0
     """Encoding here (aggregated role)."""
     prefill_seconds: float | None = None
@@ -164,6 +172,13 @@ class Output:
     """Of the whole request, filled in as far as known."""
     num_cached_tokens: int
     """Prompt tokens taken from the prefix cache."""
+    already_sent: bool = False
+    """These tokens came with the request, and the client has them: they count, and are not sent again."""
+    kv_transfer_params: KVTransferParams | None = None
+    """The handle with which the answer goes on at a decode instance; only with a choice's last output (prefill role).
+
+    ``finish_reason`` is ``length`` then, as in vLLM, and ``text`` leaves out what may still become a stop string.
+    """
 
 
 @dataclass(frozen=True)
