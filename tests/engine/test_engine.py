@@ -190,7 +190,7 @@ async def test_preemption_changes_no_answer(start):
 def roomy_bytes(instance, tokens: int) -> int:
     """KV cache bytes for so many tokens of the instance's model."""
     cache = instance.engine._runner.kv_cache
-    return 2 * cache.keys.nbytes // (cache.num_blocks * cache.block_size) * tokens
+    return cache.blocks.nbytes // (cache.num_blocks * cache.block_size) * tokens
 
 
 async def test_choices_differ_by_seed_and_repeat_with_it(start):

@@ -49,7 +49,7 @@ class Driver:
 
     def add(self, prompt: Prompt, entries: Sequence[Tensor], *, max_tokens: int = 32) -> Request:
         blocks = [self._free.pop() for _ in range((len(prompt.token_ids) + max_tokens) // BLOCK_SIZE + 1)]
-        slots = (torch.tensor(blocks)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()
+        slots = (torch.tensor(blocks)[:, None] * self._cache.slots_per_block + torch.arange(BLOCK_SIZE)).flatten()
         return Request(prompt, entries, self._language.positions(prompt), slots)
 
     def step(self, requests: Sequence[Request], chunk: int) -> None:

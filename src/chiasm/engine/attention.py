@@ -6,6 +6,7 @@ requests flattened into one sequence: first one row for each decoding request, t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of all layers, in ``num_blocks`` blocks of ``block_size`` token slots.
 
-    ``keys[layer]`` and ``values[layer]`` are ``[num_blocks * block_size, num_kv_heads, head_dim]``; the slot of token
-    ``i`` of a request is ``block_ids[i // block_size] * block_size + i % block_size``.
+    A block is one piece of memory, ``[num_layers, 2, block_size, num_kv_heads, head_dim]``, so that what moves a block moves
+    one piece. ``keys[layer]`` and ``values[layer]`` are ``[slots, num_kv_heads, head_dim]``, views that begin where that
+    layer's part of block 0 begins; in each of them token ``i`` of a request is at slot
+    ``block_ids[i // block_size] * slots_per_block + i % block_size``.
     """
 
     def __init__(
@@ -36,19 +39,28 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        allocate: Callable[[int], Tensor | None] = lambda num_bytes: None,
     ) -> None:
+        """``allocate`` gives zeroed memory, uint8 ``[num_bytes]`` on ``device``, or None to have it made here."""
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # Zeros, not empty: padded rows of a decode batch read slot 0 under a mask, and NaN would survive the mask.
-        shape = (num_layers, num_blocks * block_size, num_kv_heads, head_dim)
+        self.slots_per_block = 2 * num_layers * block_size
+        num_bytes = num_blocks * self.slots_per_block * num_kv_heads * head_dim * dtype.itemsize
         try:
-            self.keys = torch.zeros(shape, dtype=dtype, device=device)
-            self.values = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, and CPU allocation raises nothing more precise
+            # Zeros, not empty: padded rows of a decode batch read slot 0 under a mask, and NaN would survive the mask.
+            memory = allocate(num_bytes)
+            if memory is None:
+                memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one, and CPU raises nothing more precise
             raise ConfigurationError(
                 f"there is no memory on {device} for a KV cache of {num_blocks} blocks of {block_size} tokens; "
                 "lower --kv-cache-bytes"
             ) from error
+        self.blocks = memory.view(num_blocks, -1)
+        """uint8 ``[num_blocks, bytes_per_block]``: the same memory."""
+        slots = memory.view(dtype).view(-1, num_kv_heads, head_dim)
+        self.keys = [slots[2 * layer * block_size :] for layer in range(num_layers)]
+        self.values = [slots[(2 * layer + 1) * block_size :] for layer in range(num_layers)]
 
     @staticmethod
     def bytes_per_block(

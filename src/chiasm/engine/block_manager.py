@@ -100,11 +100,24 @@ class BlockHasher:
     def hashes(self, token_ids: Sequence[int]) -> list[BlockHash]:
         """Hashes of all full blocks of ``token_ids``, which only ever grows."""
         for index in range(len(self._hashes), len(token_ids) // self._block_size):
-            start, end = index * self._block_size, (index + 1) * self._block_size
-            content = blake3(self._hashes[-1] if self._hashes else self._root)
-            content.update(array("q", token_ids[start:end]).tobytes())
-            for item in self._items:
-                if item.offset < end and item.offset + item.length > start:
-                    content.update(f"{item.identifier} {item.offset} {item.geometry.metadata}".encode())
-            self._hashes.append(content.digest())
+            start = index * self._block_size
+            before = self._hashes[-1] if self._hashes else self._root
+            self._hashes.append(self._chained(before, start, token_ids[start : start + self._block_size]))
         return self._hashes
+
+    def digest(self, token_ids: Sequence[int]) -> str:
+        """Hex that names all of ``token_ids``, a block that isn't full at their end included."""
+        full = len(token_ids) // self._block_size
+        before = self.hashes(token_ids)[full - 1] if full else self._root
+        start = full * self._block_size
+        return self._chained(before, start, token_ids[start:]).hex()
+
+    def _chained(self, before: BlockHash, start: int, token_ids: Sequence[int]) -> BlockHash:
+        """Hash of the tokens from ``start`` on, and of all before them."""
+        end = start + len(token_ids)
+        content = blake3(before)
+        content.update(array("q", token_ids).tobytes())
+        for item in self._items:
+            if item.offset < end and item.offset + item.length > start:
+                content.update(f"{item.identifier} {item.offset} {item.geometry.metadata}".encode())
+        return content.digest()

@@ -30,6 +30,7 @@ from chiasm.engine.device import (
     use_threads,
 )
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.handover import Handover, given_logprobs, wire_logprobs
 from chiasm.engine.model_runner import ModelRunner
 from chiasm.engine.request import (
     MAX_CHOICES,
@@ -49,11 +50,15 @@ from chiasm.errors import (
     DeadlineExceededError,
     EmbeddingUnavailableError,
     InvalidRequestError,
+    KVUnavailableError,
 )
+from chiasm.kv_transfer import KVLayout, KVTransferRole
+from chiasm.kv_transfer.params import TokenLogprob
 from chiasm.models import fingerprint, load_language, load_processor, load_vision
 from chiasm.models.base import PromptItem
 
 if TYPE_CHECKING:
+    from chiasm.kv_transfer import KVTransferParams
     from chiasm.models.base import VisionModel
 
 logger = logging.getLogger(__name__)
@@ -86,6 +91,9 @@ class _RequestState:
     missing: dict[str, ItemTiming] = field(default_factory=dict)
     """Items counted neither as hit nor as waited for yet."""
     first_scheduled: float | None = None
+    load_started: float | None = None
+    handed_over: bool = False
+    """Its blocks were left for a decode instance."""
     stalled_since: float | None = None
     waited_before_start: float = 0.0
 
@@ -108,16 +116,29 @@ class _Stop:
     pass
 
 
+@dataclass(frozen=True)
+class _Wake:
+    """A transfer has ended."""
+
+
+_KV_ROLES = {Role.PREFILL: KVTransferRole.PRODUCER, Role.DECODE: KVTransferRole.CONSUMER}
+
+
 class LanguageEngine:
-    """Roles ``pd`` and ``aggregated``: prefill and decode in one thread, with continuous batching.
+    """All roles but the encoder's: prefill and decode in one thread, with continuous batching.
+
+    A ``prefill`` engine ends each request after one token and leaves the prompt's KV for a ``decode`` engine, which begins
+    with that.
 
     ``generate`` belongs to the event loop, everything else of a request to the engine's thread; between them go an inbox
     and one queue of outputs a request.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.role is Role.PD and config.ec is None:
-            raise ValueError("a pd engine takes embeddings from a connector: EngineConfig.ec is missing")
+        if config.role in (Role.PD, Role.PREFILL) and config.ec is None:
+            raise ValueError(f"a {config.role} engine takes embeddings from a connector: EngineConfig.ec is missing")
+        if (config.role in _KV_ROLES) != (config.kv is not None):
+            raise ValueError("prefill and decode engines, and no others, have EngineConfig.kv")
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, config.model, self.device)
         self.config = config
@@ -125,7 +146,7 @@ class LanguageEngine:
         self.model_fingerprint = fingerprint(config.model, str(self.dtype).removeprefix("torch."))
         self.max_model_len = min(config.max_model_len or self.processor.max_model_len, self.processor.max_model_len)
         self.ec_store = ""
-        self._inbox: queue.SimpleQueue[_RequestState | _Abort | _Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_RequestState | _Abort | _Stop | _Wake] = queue.SimpleQueue()
         self._states: dict[str, _RequestState] = {}
         self._encoder_cache: dict[str, Tensor] = {}
         self._arrivals = itertools.count()
@@ -133,6 +154,7 @@ class LanguageEngine:
         self._vision: VisionModel | None = None
         self._ec_scheduler: ECConnector | None = None
         self._ec_worker: ECConnector | None = None
+        self._handover: Handover | None = None
         self._finished_requests: set[str] = set()
         self._next_deadline_check = 0.0
         self._prompt_tokens = 0
@@ -158,6 +180,10 @@ class LanguageEngine:
             self._ec_scheduler = ECConnectorFactory.create_connector(ec, ECConnectorRole.SCHEDULER)
             self._ec_worker = ECConnectorFactory.create_connector(ec, ECConnectorRole.WORKER)
             self.ec_store = self._ec_scheduler.store_id()
+        if config.kv is not None:
+            self._handover = Handover(
+                config.kv, _KV_ROLES[config.role], fingerprint=self.model_fingerprint, device=str(self.device)
+            )
         num_blocks, self.max_model_len = kv_cache_blocks(config, self._language, self.max_model_len)
         kv_cache = KVCache(
             num_layers=self._language.num_layers,
@@ -167,7 +193,10 @@ class LanguageEngine:
             head_dim=self._language.head_dim,
             dtype=self.dtype,
             device=self.device,
+            **({} if self._handover is None else {"allocate": self._handover.allocate}),
         )
+        if self._handover is not None:
+            self._handover.start(kv_cache.blocks, self._layout(kv_cache), lambda: self._inbox.put(_Wake()))
         self._runner = ModelRunner(self._language, kv_cache, self.processor.eos_token_ids)
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -203,6 +232,19 @@ class LanguageEngine:
         for connector in (self._ec_scheduler, self._ec_worker):
             if connector is not None:
                 connector.shutdown()
+        if self._handover is not None:
+            self._handover.stop()
+
+    def _layout(self, kv_cache: KVCache) -> KVLayout:
+        language = self._language
+        return KVLayout(
+            num_layers=language.num_layers,
+            block_size=self.config.block_size,
+            num_kv_heads=language.num_kv_heads,
+            head_dim=language.head_dim,
+            dtype=str(self.dtype).removeprefix("torch."),
+            bytes_per_block=kv_cache.blocks.shape[1],
+        )
 
     @property
     def healthy(self) -> bool:
@@ -258,6 +300,7 @@ class LanguageEngine:
             images_encoded=self._images_encoded,
             encode_seconds=self._encode_seconds,
             ec=self._ec_worker.stats if self._ec_worker is not None else None,
+            kv=self._handover.stats if self._handover is not None else None,
         )
 
     def _check(self, request: GenerateRequest) -> None:
@@ -270,7 +313,22 @@ class LanguageEngine:
             raise InvalidRequestError(
                 f"the request has {len(prompt.items)} images and {self.config.max_items} is the limit", param="messages"
             )
-        self._scheduler.check(len(prompt.token_ids), prompt.items)
+        params = request.kv_transfer_params
+        if (params is not None) != (self.config.role in _KV_ROLES):
+            raise InvalidRequestError(
+                "kv_transfer_params belong to requests of prefill and decode instances, and to no others",
+                param="kv_transfer_params",
+            )
+        given = params.output_token_ids if params is not None else []
+        if given and request.num_choices > 1:
+            raise InvalidRequestError("an answer of several choices cannot be resumed", param="kv_transfer_params")
+        self._scheduler.check(len(prompt.token_ids) + len(given), prompt.items)
+        for token_id in given:
+            if not 0 <= token_id < self.processor.vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token_id} is not in the vocabulary of {self.processor.vocab_size}",
+                    param="kv_transfer_params",
+                )
         for token_id in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
             if not 0 <= token_id < self.processor.vocab_size:
                 raise InvalidRequestError(
@@ -285,6 +343,7 @@ class LanguageEngine:
         while self._take_inbox(wait=idle):
             try:
                 self._check_deadlines()
+                self._collect_transfers()
                 self._load_items()
                 idle = not self._step()
             except Exception as error:
@@ -315,20 +374,25 @@ class LanguageEngine:
             if isinstance(message, _Abort):
                 if message.request_id in self._states:
                     self._forget(self._states[message.request_id])
-            else:
+            elif isinstance(message, _RequestState):
                 self._add(message)
 
     def _poll_seconds(self) -> float:
         now = time.monotonic()
-        stalls = (now - state.stalled_since for state in self._states.values() if state.stalled_since is not None)
-        return min(max(POLL_SHARE * min(stalls, default=0.0), MIN_POLL_SECONDS), MAX_POLL_SECONDS)
+        stalls = [now - state.stalled_since for state in self._states.values() if state.stalled_since is not None]
+        if not stalls:
+            return DEADLINE_CHECK_SECONDS
+        return min(max(POLL_SHARE * min(stalls), MIN_POLL_SECONDS), MAX_POLL_SECONDS)
 
     def _add(self, state: _RequestState) -> None:
         request = state.request
         if request.request_id in self._states:
             self._send(state, InvalidRequestError(f"request id {request.request_id} is in use", param="request_id"))
             return
-        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(62)
+        params = request.kv_transfer_params
+        seed = request.sampling.seed if params is None or params.seed is None else params.seed
+        if seed is None:
+            seed = secrets.randbits(62)
         leader: Sequence | None = None
         for index in range(request.num_choices):
             sequence = Sequence(
@@ -341,18 +405,67 @@ class LanguageEngine:
                 block_size=self.config.block_size,
                 cache_salt=request.cache_salt,
                 leader=leader,
+                output_token_ids=() if params is None else params.output_token_ids,
             )
             leader = leader or sequence
             detokenizer = Detokenizer(self.processor.tokenizer, request.sampling, request.prompt.token_ids)
             state.choices.append(_Choice(sequence, detokenizer))
         try:
+            if self.config.role is Role.DECODE:
+                assert self._handover is not None
+                self._handover.take(request, state.sequences, self._scheduler)
             self._scheduler.add(state.sequences)
         except ChiasmError as error:
+            if self._handover is not None:
+                self._handover.drop(request)
             self._send(state, error)
             return
         self._states[request.request_id] = state
-        self._prompt_tokens += len(request.prompt.token_ids)
-        self._count_items(state)
+        if self.config.role is not Role.DECODE:
+            self._prompt_tokens += len(request.prompt.token_ids)
+            self._count_items(state)
+        if params is not None and params.output_token_ids:
+            self._resume(state, state.choices[0], params)
+
+    def _resume(self, state: _RequestState, choice: _Choice, params: KVTransferParams) -> None:
+        """Put the tokens that came with the request into the answer, those that the client has and those it hasn't."""
+        texts: list[str] = []
+        finish_reason: FinishReason | None = None
+        stop_reason: int | str | None = None
+        for number, token_id in enumerate(params.output_token_ids, start=1):
+            finish_reason, stop_reason, text = self._check_stop(choice, token_id, number)
+            texts.append(text)
+            if finish_reason is not None:
+                break
+        given, num_sent = params.output_token_ids[: len(texts)], params.num_sent
+        outputs: list[Output] = []
+        if num_sent:
+            outputs.append(self._given_output(state, given[:num_sent], "".join(texts[:num_sent]), already_sent=True))
+        if len(given) > num_sent or finish_reason is not None:
+            logprobs = given_logprobs(params)
+            output = self._given_output(state, given[num_sent:], "".join(texts[num_sent:]))
+            logprobs = logprobs[: len(output.token_ids)] if logprobs is not None else None
+            outputs.append(replace(output, logprobs=logprobs, finish_reason=finish_reason, stop_reason=stop_reason))
+        self._call(state.loop, [(state.outputs, output) for output in outputs])
+        if finish_reason is not None:
+            choice.done = True
+            self._forget(state)
+
+    def _given_output(
+        self, state: _RequestState, token_ids: list[int], text: str, *, already_sent: bool = False
+    ) -> Output:
+        assert state.request.kv_transfer_params is not None
+        return Output(
+            index=0,
+            token_ids=tuple(token_ids),
+            text=text,
+            logprobs=None,
+            finish_reason=None,
+            stop_reason=None,
+            timing=state.timing,
+            num_cached_tokens=state.request.kv_transfer_params.cached_tokens,
+            already_sent=already_sent,
+        )
 
     def _count_items(self, state: _RequestState) -> None:
         """See which items are there on admission; the others count when they come, or when the request fails."""
@@ -382,6 +495,43 @@ class LanguageEngine:
             timing.wait_seconds = time.monotonic() - state.arrived
             self._items[outcome] += 1
             self._item_wait_seconds += timing.wait_seconds
+
+    def _collect_transfers(self) -> None:
+        """See which transfers have ended, and go on or give up with their requests; begin what was noted since."""
+        if self._handover is None:
+            return
+        finished = self._handover.collect(self._scheduler)
+        now = time.monotonic()
+        for request_id, index in finished.loaded:
+            state = self._states.get(request_id)
+            if state is not None and index == 0 and state.load_started is not None:
+                state.timing.kv_seconds = now - state.load_started
+        for request_id, reason in finished.failed.items():
+            self._fail_all([request_id], KVUnavailableError(reason, code="kv_unavailable"))
+        self._handover.flush()
+
+    def _begin_loads(self, step: Step) -> None:
+        """Have the blocks filled that sequences got for KV that is elsewhere (decode role)."""
+        if self._handover is None:
+            return
+        now = time.monotonic()
+        for sequence in step.load:
+            state = self._states[sequence.request_id]
+            if state.load_started is None:
+                state.load_started = now
+                state.timing.queue_seconds = now - state.arrived
+            self._handover.load(state.request, sequence, self._scheduler)
+        for sequence in step.preempted:
+            if self.config.role is Role.DECODE and sequence.items and not sequence.finished:
+                error = KVUnavailableError(
+                    "the answer was broken off for want of KV blocks, and this instance has no embeddings to begin it anew; "
+                    "have it prefilled again",
+                    code="preempted",
+                )
+                self._fail_all([sequence.request_id], error)
+        step.decodes = [part for part in step.decodes if not part.sequence.finished]
+        step.prefills = [part for part in step.prefills if not part.sequence.finished]
+        self._handover.flush()
 
     def _load_items(self) -> None:
         """Load, through the connector, the embeddings that the next chunks want and that exist by now."""
@@ -437,6 +587,7 @@ class LanguageEngine:
         """Plan and run one step. Returns False if there was nothing to run."""
         step = self._scheduler.schedule()
         self._drop_evicted()
+        self._begin_loads(step)
         if not step.scheduled and not step.encode:
             return False
         self._encode(step)
@@ -525,18 +676,40 @@ class LanguageEngine:
             state = self._states[part.sequence.request_id]
             choice = state.choices[part.sequence.index]
             output = self._output(state, choice, sampled[part.sequence.sequence_id])
+            if self.config.role is Role.PREFILL:
+                output = self._hand_over(state, choice, output)
             batches.setdefault(state.loop, []).append((state.outputs, output))
             if output.finish_reason is not None:
                 choice.done = True
                 self._scheduler.finish(part.sequence)
                 if state.done:
                     self._forget(state)
+        if self._handover is not None:
+            self._handover.flush()  # before anybody comes for what was left
         for loop, batch in batches.items():
             self._call(loop, batch)
 
+    def _hand_over(self, state: _RequestState, choice: _Choice, output: Output) -> Output:
+        """End the choice here after its first token; unless that ended the answer, it goes on at a decode instance.
+
+        A sender that hasn't said that the answer ``continues`` gets the handle in any case, as vLLM's proxies expect.
+        """
+        params = state.request.kv_transfer_params
+        assert params is not None
+        assert self._handover is not None
+        if params.continues and output.finish_reason is not None:
+            return output
+        handle = self._handover.leave(state.request, choice.sequence, self._scheduler)
+        handle.continues = params.continues
+        if output.logprobs is not None:
+            given = params.output_logprobs or [TokenLogprob(0.0, [])] * len(params.output_token_ids)
+            handle.output_logprobs = [*given, *(wire_logprobs(logprobs) for logprobs in output.logprobs)]
+        state.handed_over = True
+        return replace(output, finish_reason=output.finish_reason or "length", kv_transfer_params=handle)
+
     def _output(self, state: _RequestState, choice: _Choice, sampled: Sampled) -> Output:
         self._generation_tokens += 1
-        sequence = choice.sequence
+        sequence, params = choice.sequence, state.request.kv_transfer_params
         now = time.monotonic()
         timing = state.timing
         if timing.first_token_seconds is None:
@@ -544,7 +717,7 @@ class LanguageEngine:
             started = state.first_scheduled if state.first_scheduled is not None else now
             waited_since_start = timing.wait_seconds - state.waited_before_start
             timing.prefill_seconds = now - started - waited_since_start - timing.transfer_seconds
-        finish_reason, stop_reason, text = self._check_stop(choice, sampled.token_id)
+        finish_reason, stop_reason, text = self._check_stop(choice, sampled.token_id, sequence.num_output)
         return Output(
             index=sequence.index,
             token_ids=(sampled.token_id,),
@@ -553,12 +726,15 @@ class LanguageEngine:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             timing=timing,
-            num_cached_tokens=sequence.num_cached,
+            num_cached_tokens=sequence.num_cached if params is None else params.cached_tokens or sequence.num_cached,
         )
 
-    def _check_stop(self, choice: _Choice, token_id: int) -> tuple[FinishReason | None, int | str | None, str]:
+    def _check_stop(
+        self, choice: _Choice, token_id: int, num_output: int
+    ) -> tuple[FinishReason | None, int | str | None, str]:
+        """Whether output token number ``num_output``, from 1, ends the choice, and the text that it makes certain."""
         sequence, params = choice.sequence, choice.sequence.sampling
-        enough = sequence.num_output >= params.min_tokens
+        enough = num_output >= params.min_tokens
         if enough and not params.ignore_eos and token_id in self.processor.eos_token_ids:
             return "stop", None, choice.detokenizer.finish()
         if enough and token_id in params.stop_token_ids:
@@ -566,7 +742,7 @@ class LanguageEngine:
         text, stop = choice.detokenizer.add(token_id)
         if stop is not None:
             return "stop", stop, text
-        if sequence.num_output >= params.max_tokens or sequence.num_tokens >= self.max_model_len:
+        if num_output >= params.max_tokens or sequence.num_prompt + num_output >= self.max_model_len:
             return "length", None, text + choice.detokenizer.finish()
         return None, None, text
 
@@ -605,6 +781,8 @@ class LanguageEngine:
         for sequence in state.sequences:
             self._scheduler.finish(sequence)
         del self._states[request_id]
+        if self._handover is not None and not state.handed_over:
+            self._handover.drop(state.request)
         self._runner.forget(request_id)
         self._finished_requests.add(request_id)
 

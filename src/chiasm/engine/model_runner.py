@@ -107,12 +107,12 @@ class ModelRunner:
 
     def _attention(self, step: Step) -> AttentionStep:
         device = self.language.device
-        block_size = self.kv_cache.block_size
+        block_size, slots_per_block = self.kv_cache.block_size, self.kv_cache.slots_per_block
         offsets = torch.arange(block_size)
 
         def slots_of(sequence: Sequence, end: int) -> Tensor:
             blocks = torch.tensor(sequence.block_ids[: -(-end // block_size)])
-            return (blocks[:, None] * block_size + offsets).flatten()[:end]
+            return (blocks[:, None] * slots_per_block + offsets).flatten()[:end]
 
         written: list[Tensor] = []
         decode_slots = decode_lengths = None

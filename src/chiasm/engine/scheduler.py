@@ -3,7 +3,9 @@
 A pure state machine: no clock, no I/O, no tensors. What happens outside comes in as events (``add``, ``item_arrived``,
 ``finish``), and ``schedule`` is a function of the state. Prefill is chunked under a token budget (Sarathi-Serve, Agrawal
 et al. 2024), preemption is by recomputation (vLLM, Kwon et al. 2023). What is new here are late embeddings: a prompt is
-prefilled up to the first item whose embedding is missing, and goes on from there when it comes.
+prefilled up to the first item whose embedding is missing, and goes on from there when it comes. A sequence whose KV another
+instance holds gets its blocks when there is room for all of them, and runs when they are filled; one that goes on elsewhere
+leaves its blocks behind, held until nobody reads them.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ class Step:
     encode: list[tuple[Sequence, PromptItem]] = field(default_factory=list)
     """Items to encode before the language model runs (aggregated), each identifier once."""
     preempted: list[Sequence] = field(default_factory=list)
+    load: list[Sequence] = field(default_factory=list)
+    """Sequences that have blocks now for the KV that is elsewhere."""
 
     @property
     def scheduled(self) -> list[ScheduledSequence]:
@@ -76,6 +80,10 @@ class Scheduler:
         self.encoder_cache = encoder_cache
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.loading: list[Sequence] = []
+        """Those whose blocks are being filled from elsewhere; finished ones stay until that has ended."""
+        self._left_behind: dict[str, list[int]] = {}
+        """Blocks of finished sequences that others still read, by request."""
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -111,13 +119,44 @@ class Scheduler:
             )
         self.waiting.extend(sequences)
 
-    def finish(self, sequence: Sequence) -> None:
-        """The sequence ended, for whatever reason, at whatever point; all that it holds is free."""
+    def finish(self, sequence: Sequence, *, leave_blocks: bool = False) -> None:
+        """The sequence ended, for whatever reason, at whatever point; all that it holds is free.
+
+        With ``leave_blocks`` its blocks stay as they are until ``blocks_read``. Blocks that are being filled are free when
+        that has ended (``loaded`` or ``not_loaded``).
+        """
         if sequence.finished:
             return
         sequence.finished = True
+        if sequence in self.loading:
+            return
         queue = self.running if sequence in self.running else self.waiting
         queue.remove(sequence)
+        if leave_blocks:
+            self._left_behind.setdefault(sequence.request_id, []).extend(sequence.block_ids)
+            sequence.block_ids = []
+        self._let_go(sequence)
+
+    def blocks_read(self, request_id: str) -> None:
+        """Nobody reads any more what the request left behind."""
+        self.block_manager.release(self._left_behind.pop(request_id, []))
+
+    def loaded(self, sequence: Sequence) -> None:
+        """The sequence's blocks hold the KV of its first ``num_remote`` tokens; it can go on."""
+        self.loading.remove(sequence)
+        if sequence.finished:
+            self._let_go(sequence)
+            return
+        sequence.num_computed, sequence.num_remote = sequence.num_remote, 0
+        hashes = sequence.block_hashes()
+        for index in range(sequence.num_computed // self.block_manager.block_size):
+            self.block_manager.remember(sequence.block_ids[index], hashes[index])
+        insort(self.running, sequence, key=lambda other: other.arrival)
+
+    def not_loaded(self, sequence: Sequence) -> None:
+        """Nothing writes into the sequence's blocks any more, and they are not all filled; the sequence has ended."""
+        self.loading.remove(sequence)
+        sequence.finished = True
         self._let_go(sequence)
 
     def item_arrived(self, sequence: Sequence, item: PromptItem) -> None:
@@ -196,11 +235,17 @@ class Scheduler:
                 budget -= self._schedule_prefill(sequence, budget, step)
 
         # Those that wait for an embedding compute nothing, so they take no one's place.
-        places = self.config.max_num_seqs - sum(1 for sequence in self.running if not self.is_stalled(sequence))
+        computing = sum(1 for sequence in self.running if not self.is_stalled(sequence))
+        places = self.config.max_num_seqs - computing - len(self.loading)
         for sequence in list(self.waiting):
             if budget == 0 or places <= 0:
                 break
             if sequence in step.preempted or self._follows(sequence):
+                continue
+            if sequence.num_remote:
+                if not self._receive(sequence, step):
+                    break
+                places -= 1
                 continue
             admitted = self._admit(sequence, budget, step)
             if admitted is None:
@@ -250,14 +295,37 @@ class Scheduler:
         self.block_manager.share(prefix)
         sequence.block_ids = list(prefix)
         sequence.num_computed = start
-        if not sequence.was_scheduled:
-            sequence.was_scheduled = True
-            sequence.num_cached = start
-            self.prefix_query_tokens += sequence.num_prompt
-            self.prefix_hit_tokens += start
+        self._note_prefix(sequence, start)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda other: other.arrival)
         return True
+
+    def _receive(self, sequence: Sequence, step: Step) -> bool:
+        """Give a waiting sequence all blocks that it needs to go on from KV that is elsewhere, if there are as many.
+
+        One more stays free for each sequence that runs: what was brought here should not be thrown out again at once.
+        """
+        prefix = self.block_manager.find(
+            sequence.block_hashes()[: sequence.num_remote // self.block_manager.block_size]
+        )
+        needed = self.block_manager.blocks_for(sequence.num_remote + 1) - len(prefix)
+        if self.block_manager.num_free_after_sharing(prefix) < needed + len(self.running):
+            return False
+        self.block_manager.share(prefix)
+        sequence.block_ids = prefix + self.block_manager.allocate(needed)
+        sequence.num_computed = len(prefix) * self.block_manager.block_size
+        self._note_prefix(sequence, sequence.num_computed)
+        self.waiting.remove(sequence)
+        self.loading.append(sequence)
+        step.load.append(sequence)
+        return True
+
+    def _note_prefix(self, sequence: Sequence, num_tokens: int) -> None:
+        if not sequence.was_scheduled:
+            sequence.was_scheduled = True
+            sequence.num_cached = num_tokens
+            self.prefix_query_tokens += sequence.num_prompt
+            self.prefix_hit_tokens += num_tokens
 
     def _schedule_prefill(self, sequence: Sequence, budget: int, step: Step) -> int:
         """Add the sequence's next chunk to the step; returns its tokens, 0 if it cannot go on now."""

@@ -27,6 +27,8 @@ class Sequence:
         block_size: int,
         cache_salt: str = "",
         leader: Sequence | None = None,
+        output_token_ids: AbstractSequence[int] = (),
+        num_remote: int = 0,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -38,12 +40,14 @@ class Sequence:
         self.seed = seed
         self.leader = leader
         """The first choice of the same request, whose prefill the others wait for, to share its blocks."""
-        self.token_ids: list[int] = list(prompt.token_ids)
+        self.token_ids: list[int] = [*prompt.token_ids, *output_token_ids]
         self.block_ids: list[int] = []
         self.num_computed = 0
         """Tokens whose keys and values are in the blocks."""
         self.num_cached = 0
         """Of the prompt, those found in the prefix cache when it was first scheduled."""
+        self.num_remote = num_remote
+        """Tokens, from the first, whose keys and values another instance holds for this one; 0 once they are here."""
         self.was_scheduled = False
         self.finished = False
         self.held: set[str] = set()
@@ -82,6 +86,10 @@ class Sequence:
     def block_hashes(self) -> list[BlockHash]:
         """Hashes of the full blocks of all tokens so far."""
         return self._hasher.hashes(self.token_ids)
+
+    def digest(self, num_tokens: int) -> str:
+        """Hex; names the first ``num_tokens`` tokens and the items among them, as :meth:`block_hashes` names full blocks."""
+        return self._hasher.digest(self.token_ids[:num_tokens])
 
     def items_between(self, start: int, end: int) -> list[PromptItem]:
         """Items with a token in ``[start, end)``, in order."""

@@ -9,6 +9,7 @@ from chiasm.engine.request import ItemOutcome
 
 if TYPE_CHECKING:
     from chiasm.ec_transfer import ECConnectorStats
+    from chiasm.kv_transfer import KVConnectorStats
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,4 @@ class EngineStats:
     images_encoded: int = 0
     encode_seconds: float = 0.0
     ec: ECConnectorStats | None = None
+    kv: KVConnectorStats | None = None
