@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from parallel import Optimizers, Part
+from parallel import Optimizers, Part, forward_precision
 from samples import draw_grid, draw_pixels
 from things import LocalHead, local_loss, local_score, local_truth
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ def train_vision(
             before = time.monotonic()
             patches, truth, things, grid = _batch(rng, batch // 2)
             drawing += time.monotonic() - before
-            with torch.autocast("cpu", torch.bfloat16):
+            with forward_precision():
                 levels = tower(patches, grid)
                 outputs, local = head(levels, grid), local_head([level.flatten(0, 1) for level in levels])
             losses = [_LOCAL_WEIGHT * local_loss(local, things)]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from conversations import IGNORE, Batch, Encoded, Encoder, Writer, collate
-from parallel import Clock, Optimizers, Part
+from parallel import Clock, Optimizers, Part, forward_precision
 from recipe import ID
 from samples import draw_grid
 from things import LocalHead, local_loss, local_score, local_truth
@@ -119,7 +119,7 @@ def train_whole(
             ready = [pool[i * batch : (i + 1) * batch] for i in range(_POOL)]
         data = collate(ready.pop())
         drawing += time.monotonic() - before
-        with torch.autocast("cpu", torch.bfloat16):
+        with forward_precision():
             scores, targets, seen = logits(model, tower, data)
             local = local_head(seen) if seen else None
         loss = nn.functional.cross_entropy(scores.float(), targets)
