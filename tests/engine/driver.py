@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
@@ -66,7 +67,17 @@ class Driver:
         self._tokens = itertools.count(1000)
         self._arrivals = itertools.count()
 
-    def add(self, prompt: Prompt, *, max_tokens: int = 4, choices: int = 1, salt: str = "") -> Sequence:
+    def add(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 4,
+        choices: int = 1,
+        salt: str = "",
+        outputs: tuple[int, ...] = (),
+        remote: int = 0,
+    ) -> Sequence:
+        """``outputs`` were sampled elsewhere; the KV of the first ``remote`` tokens is elsewhere."""
         added: list[Sequence] = []
         for index in range(choices):
             arrival = next(self._arrivals)
@@ -81,6 +92,8 @@ class Driver:
                     block_size=self.block_size,
                     cache_salt=salt,
                     leader=added[0] if added else None,
+                    output_token_ids=outputs,
+                    num_remote=remote,
                 )
             )
         self.scheduler.add(added)
@@ -121,6 +134,14 @@ class Driver:
             assert step.scheduled or step.encode, "no step can be made, and not all have ended"
         raise AssertionError(f"not finished after {limit} steps")
 
+    def run_until(self, condition: Callable[[], bool], limit: int = 1000) -> None:
+        """Step until the condition holds."""
+        for _ in range(limit):
+            if condition():
+                return
+            self.step()
+        raise AssertionError(f"the condition does not hold after {limit} steps")
+
     def check(self, step: Step) -> None:
         """What must hold of every step."""
         scheduler = self.scheduler
@@ -136,7 +157,12 @@ class Driver:
                 assert item.identifier in scheduler.encoder_cache, "a chunk reaches into an item that is not there"
         assert scheduler.encoder_cache.used_bytes <= scheduler.encoder_cache.capacity_bytes
         blocks = scheduler.block_manager
-        held = {block for sequence in scheduler.running for block in sequence.block_ids}
+        for sequence in step.load:
+            assert sequence in scheduler.loading
+            assert len(sequence.block_ids) == blocks.blocks_for(sequence.num_remote + 1)
+        held = {block for sequence in scheduler.running + scheduler.loading for block in sequence.block_ids}
+        left = [block for blocks in scheduler._left_behind.values() for block in blocks]
+        held.update(left)
         assert len(held) == blocks.num_blocks - blocks.num_free
         for queue in (scheduler.running, scheduler.waiting):
             assert [sequence.arrival for sequence in queue] == sorted(sequence.arrival for sequence in queue)
@@ -146,6 +172,7 @@ class Driver:
         return (
             not scheduler.running
             and not scheduler.waiting
+            and not scheduler.loading
             and scheduler.block_manager.num_free == scheduler.block_manager.num_blocks
             and not any(sequence.held or sequence.block_ids for sequence in self.sequences)
         )

@@ -1,0 +1,205 @@
+"""Sequences that go on from KV that is elsewhere, and those that leave theirs behind."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.engine.driver import Driver, chunks, prompt
+
+
+def hand_over(driver: Driver, sequence):
+    """Run a sequence's prompt to its first token, and end it as a prefill instance does."""
+    while sequence.num_output == 0:
+        driver.step()
+    driver.scheduler.finish(sequence, leave_blocks=True)
+
+
+def test_a_sequence_gets_all_its_blocks_and_runs_when_they_are_filled():
+    driver = Driver(block_size=4)
+    sequence = driver.add(prompt(10), outputs=(7,), remote=10)
+    step = driver.step()
+    assert step.load == [sequence]
+    assert not step.scheduled
+    assert len(sequence.block_ids) == 3
+    assert not driver.step().load
+    driver.scheduler.loaded(sequence)
+    assert [(part.start, part.num_tokens) for part in driver.step().decodes] == [(10, 1)]
+    driver.run()
+    assert sequence.output_token_ids[0] == 7
+    assert sequence.num_output == 4
+    assert driver.nothing_is_left()
+
+
+def test_room_for_the_next_token_is_taken_along():
+    driver = Driver(block_size=4)
+    sequence = driver.add(prompt(8), outputs=(7,), remote=8)
+    driver.step()
+    assert len(sequence.block_ids) == 3
+
+
+def test_blocks_that_are_here_already_are_shared():
+    driver = Driver(block_size=4)
+    first = driver.add(prompt(10), outputs=(7,), remote=10)
+    driver.step()
+    driver.scheduler.loaded(first)
+    second = driver.add(prompt(10), outputs=(7,), remote=10)
+    step = driver.step()
+    assert step.load == [second]
+    assert second.block_ids[:2] == first.block_ids[:2]
+    assert second.num_computed == 8
+    assert second.num_cached == 8
+
+
+def test_others_run_while_blocks_are_being_filled():
+    driver = Driver()
+    text = driver.add(prompt(5))
+    driver.step()
+    late = driver.add(prompt(10), outputs=(7,), remote=10)
+    step = driver.step()
+    assert step.load == [late]
+    assert [part.sequence for part in step.decodes] == [text]
+
+
+def test_who_finds_no_room_waits_in_order():
+    driver = Driver(blocks=4, block_size=4)
+    first = driver.add(prompt(10), outputs=(7,), remote=10, max_tokens=2)
+    second = driver.add(prompt(("a", 1), 10), outputs=(7,), remote=11, max_tokens=2)
+    assert driver.step().load == [first]
+    assert driver.step().load == []
+    driver.scheduler.loaded(first)
+    driver.step()
+    assert driver.step().load == [second]
+
+
+def test_a_block_for_each_that_runs_stays_free():
+    driver = Driver(blocks=7, block_size=4)
+    running = driver.add(prompt(10), outputs=(7,), remote=10, max_tokens=9)
+    driver.step()
+    driver.scheduler.loaded(running)
+    late = driver.add(prompt(("a", 1), 11), outputs=(7,), remote=12)
+    assert driver.step().load == []
+    driver.run_until(lambda: running.finished)
+    assert driver.step().load == [late]
+
+
+def test_those_being_filled_count_as_running():
+    driver = Driver(max_num_seqs=1)
+    first = driver.add(prompt(10), outputs=(7,), remote=10)
+    driver.add(prompt(("a", 1), 10), outputs=(7,), remote=11)
+    assert driver.step().load == [first]
+    assert driver.step().load == []
+
+
+def test_an_end_during_the_load_keeps_the_blocks_until_nothing_writes_into_them():
+    driver = Driver()
+    sequence = driver.add(prompt(10), outputs=(7,), remote=10)
+    driver.step()
+    driver.scheduler.finish(sequence)
+    assert sequence.block_ids
+    driver.step()
+    driver.scheduler.not_loaded(sequence)
+    assert driver.nothing_is_left()
+
+
+def test_an_end_during_the_load_that_comes_to_its_end_all_the_same():
+    driver = Driver()
+    sequence = driver.add(prompt(10), outputs=(7,), remote=10)
+    driver.step()
+    driver.scheduler.finish(sequence)
+    driver.scheduler.loaded(sequence)
+    assert driver.nothing_is_left()
+
+
+def test_a_load_that_failed_ends_the_sequence():
+    driver = Driver()
+    sequence = driver.add(prompt(10), outputs=(7,), remote=10)
+    driver.step()
+    driver.scheduler.not_loaded(sequence)
+    assert sequence.finished
+    assert driver.nothing_is_left()
+
+
+def test_an_end_before_there_was_room_holds_nothing():
+    driver = Driver(blocks=4, block_size=4)
+    driver.add(prompt(10), outputs=(7,), remote=10)
+    second = driver.add(prompt(("a", 1), 10), outputs=(7,), remote=11)
+    driver.step()
+    driver.scheduler.finish(second)
+    assert not second.block_ids
+
+
+def test_several_choices_share_what_the_first_one_brought():
+    driver = Driver(block_size=4)
+    leader = driver.add(prompt(10), choices=2, remote=9, max_tokens=3)
+    follower = driver.sequences[1]
+    assert driver.step().load == [leader]
+    driver.scheduler.loaded(leader)
+    step = driver.step()
+    assert chunks(step) == [(9, 10)]
+    assert driver.step().load == [follower]
+    assert follower.block_ids[:2] == leader.block_ids[:2]
+    driver.scheduler.loaded(follower)
+    driver.run()
+    assert driver.nothing_is_left()
+
+
+def test_what_is_left_behind_is_nobody_elses_until_it_was_read():
+    driver = Driver(blocks=4, block_size=4)
+    first = driver.add(prompt(10))
+    hand_over(driver, first)
+    assert driver.scheduler.block_manager.num_free == 1
+    second = driver.add(prompt(("a", 1), 9))
+    driver.stored.add("a")
+    assert second not in [part.sequence for part in driver.step().scheduled]
+    driver.scheduler.blocks_read(first.request_id)
+    driver.run()
+    assert second.num_output == 4
+    assert driver.nothing_is_left()
+
+
+def test_what_is_left_behind_still_serves_as_prefix():
+    driver = Driver(block_size=4)
+    first = driver.add(prompt(10))
+    hand_over(driver, first)
+    second = driver.add(prompt(10))
+    driver.step()
+    assert second.num_cached == 8
+    driver.scheduler.blocks_read(first.request_id)
+    driver.run()
+    assert driver.nothing_is_left()
+
+
+def test_blocks_are_read_once():
+    driver = Driver()
+    first = driver.add(prompt(10))
+    hand_over(driver, first)
+    driver.scheduler.blocks_read(first.request_id)
+    driver.scheduler.blocks_read(first.request_id)
+    assert driver.nothing_is_left()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_of_arrivals_loads_and_ends_leaves_nothing(seed):
+    rng = random.Random(seed)
+    driver = Driver(blocks=24, block_size=4, max_num_seqs=4, budget=16)
+    for number in range(40):
+        for sequence in list(driver.scheduler.loading):
+            if rng.random() < 0.5:
+                rng.choice((driver.scheduler.loaded, driver.scheduler.not_loaded))(sequence)
+        if rng.random() < 0.7:
+            length = rng.randint(1, 20)
+            driver.add(
+                prompt((f"p{number % 5}", 1), length), outputs=(7,), remote=length + 1, max_tokens=rng.randint(2, 9)
+            )
+        if rng.random() < 0.2 and (alive := [one for one in driver.sequences if not one.finished]):
+            driver.scheduler.finish(rng.choice(alive))
+        driver.step()
+    while any(not sequence.finished for sequence in driver.sequences):
+        for sequence in list(driver.scheduler.loading):
+            driver.scheduler.loaded(sequence)
+        driver.step()
+    for sequence in list(driver.scheduler.loading):
+        driver.scheduler.not_loaded(sequence)
+    assert driver.nothing_is_left()
