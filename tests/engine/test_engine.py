@@ -142,7 +142,7 @@ async def test_a_connector_that_breaks_costs_its_requests_and_not_the_engine(sta
         raise OSError("the file system is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pd.engine._ec_worker, "start_load_caches", broken)
+        patch.setattr(pd.engine._embeddings._worker_role, "start_load_caches", broken)
         with pytest.raises(ChiasmError, match="OSError"):
             await pd.ask(A, "?")
     assert pd.is_empty()

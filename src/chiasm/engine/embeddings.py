@@ -1,0 +1,172 @@
+"""The embeddings of an engine: those in memory, how they get there, and how each item was had."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from chiasm.ec_transfer import ECConnector
+from chiasm.engine.request import ItemOutcome, ItemTiming
+from chiasm.engine.scheduler import Scheduler, Step
+from chiasm.engine.sequence import Sequence
+from chiasm.engine.state import RequestState
+from chiasm.errors import ChiasmError
+from chiasm.models.base import PromptItem
+
+if TYPE_CHECKING:
+    from chiasm.ec_transfer import ECConnectorStats
+    from chiasm.models.base import VisionModel
+
+logger = logging.getLogger(__name__)
+
+
+class Embeddings:
+    """The encoder cache's tensors, which the scheduler's encoder cache manager accounts for.
+
+    They come through an EC connector (both its halves are here), or, in an aggregated engine, from its own vision tower; a
+    decode engine has neither and never asks. All methods belong to the engine's thread.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        connectors: tuple[ECConnector, ECConnector] | None = None,
+        vision: VisionModel | None = None,
+    ) -> None:
+        """``connectors`` are the scheduler role and the worker role."""
+        self.entries: dict[str, Tensor] = {}
+        """``[rows, entry_width]`` by identifier."""
+        self.outcomes: Counter[ItemOutcome] = Counter()
+        self.wait_seconds = 0.0
+        self.images_encoded = 0
+        self.encode_seconds = 0.0
+        self._scheduler = scheduler
+        self._scheduler_role = connectors[0] if connectors is not None else None
+        self._worker_role = connectors[1] if connectors is not None else None
+        self._vision = vision
+
+    @property
+    def stats(self) -> ECConnectorStats | None:
+        """The connector's."""
+        return self._worker_role.stats if self._worker_role is not None else None
+
+    def stop(self) -> None:
+        for connector in (self._scheduler_role, self._worker_role):
+            if connector is not None:
+                connector.shutdown()
+
+    # ---- how each item was had ------------------------------------------------------------------------------------------
+
+    def count(self, state: RequestState) -> None:
+        """See which items are there on admission; the others count when they come, or when the request fails."""
+        sequence = state.sequences[0]
+        num_cached = self._scheduler.num_cached_tokens(sequence)
+        stored = self._scheduler_role is not None and self._scheduler_role.ensure_cache_available(sequence, num_cached)
+        for item in sequence.items:
+            if any(timing.identifier == item.identifier for timing in state.timing.items):
+                continue
+            timing = ItemTiming(item.identifier, ItemOutcome.MISSED)
+            state.timing.items.append(timing)
+            if (
+                stored
+                or item.offset + item.length <= num_cached
+                or item.identifier in self.entries
+                or (self._scheduler_role is not None and self._scheduler_role.has_cache_item(item.identifier))
+            ):
+                timing.outcome = ItemOutcome.HIT
+                self.outcomes[ItemOutcome.HIT] += 1
+            else:
+                state.missing[item.identifier] = timing
+
+    def note(self, state: RequestState, identifier: str, outcome: ItemOutcome) -> None:
+        """An item that was missing is there now, or never will be."""
+        timing = state.missing.pop(identifier, None)
+        if timing is not None:
+            timing.outcome = outcome
+            timing.wait_seconds = time.monotonic() - state.arrived
+            self.outcomes[outcome] += 1
+            self.wait_seconds += timing.wait_seconds
+
+    # ---- how it gets here -----------------------------------------------------------------------------------------------
+
+    def load(self, states: Mapping[str, RequestState]) -> None:
+        """Load, through the connector, the embeddings that the next chunks want and that exist by now."""
+        if self._scheduler_role is None or self._worker_role is None:
+            return
+        arrivals: list[tuple[Sequence, PromptItem]] = []
+        for sequence, items in self._scheduler.wanted_items():
+            for item in items:
+                if item.identifier not in self._scheduler.encoder_cache:
+                    if not self._scheduler_role.has_cache_item(item.identifier):
+                        break
+                    if not self._scheduler.make_room(sequence, item):
+                        break
+                    self._scheduler_role.update_state_after_alloc(sequence, sequence.items.index(item))
+                self._scheduler.item_arrived(sequence, item)
+                arrivals.append((sequence, item))
+        metadata = self._scheduler_role.build_connector_meta()
+        if metadata.loads:
+            started = time.monotonic()
+            self._worker_role.bind_connector_metadata(metadata)
+            self._worker_role.start_load_caches(self.entries)
+            self._worker_role.clear_connector_metadata()
+            seconds = time.monotonic() - started
+            for identifier in metadata.loads:
+                if identifier not in self.entries:
+                    self._scheduler.item_lost(identifier)
+            for request_id in {sequence.request_id for sequence, _ in arrivals}:
+                states[request_id].timing.transfer_seconds += seconds
+        for sequence, item in arrivals:
+            if item.identifier in self.entries:
+                self.note(states[sequence.request_id], item.identifier, ItemOutcome.WAITED)
+
+    def encode(self, step: Step, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
+        """Make the embeddings that the step needs (aggregated role); returns the requests for which that failed."""
+        failed: list[tuple[RequestState, ChiasmError]] = []
+        for sequence, item in step.encode:
+            state = states[sequence.request_id]
+            if any(other is state for other, _ in failed):
+                self._scheduler.item_lost(item.identifier)
+                continue
+            assert self._vision is not None
+            started = time.monotonic()
+            try:
+                entry = self._vision.encode(state.request.pixels[item.identifier])
+            except Exception as error:
+                logger.exception("encoding failed")
+                self._scheduler.item_lost(item.identifier)
+                failed.append((state, ChiasmError(f"the encoder failed on an image: {type(error).__name__}")))
+                continue
+            self.entries[item.identifier] = entry
+            seconds = time.monotonic() - started
+            self.images_encoded += 1
+            self.encode_seconds += seconds
+            state.timing.encode_seconds += seconds
+            timing = state.missing.get(item.identifier)
+            if timing is not None:
+                timing.encode_seconds = seconds
+                self.note(state, item.identifier, ItemOutcome.ENCODED)
+        return failed
+
+    # ---- how it goes ----------------------------------------------------------------------------------------------------
+
+    def drop_evicted(self) -> None:
+        """Free the tensors of what the manager has thrown out."""
+        for identifier in self._scheduler.encoder_cache.take_evicted():
+            self.entries.pop(identifier, None)
+
+    def forget_unfilled(self) -> None:
+        """Give up room that was taken for entries that never came."""
+        for identifier in self._scheduler.encoder_cache.identifiers - self.entries.keys():
+            self._scheduler.item_lost(identifier)
+
+    def requests_finished(self, request_ids: Collection[str]) -> None:
+        """Tell the connector which requests have ended."""
+        if self._worker_role is not None and request_ids:
+            self._worker_role.get_finished(set(request_ids))
