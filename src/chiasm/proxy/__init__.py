@@ -1,8 +1,9 @@
-"""The front door: speaks the OpenAI API to clients, and sends text to PD and pixels to encoders.
+"""The front door: speaks the OpenAI API to clients, and sends text to PD, or to P and D, and pixels to encoders.
 
 A request passes the files in this order: ``app`` (routes), ``gateway`` (bounds), ``exchange`` (its body in, its answer
 out), ``request`` (parse), ``way`` (what happens to it, from here to the end), ``items`` (fetch, inspect, name), ``fleet``
-(choose), ``encode`` (pixels to encoders), ``language`` (text to PD), ``relay`` (a stream back).
+(choose), ``encode`` (pixels to encoders), ``language`` (text to PD), ``handover`` (text to P, and what comes of it to D),
+``relay`` (a stream back).
 """
 
 from chiasm.proxy.app import create_app

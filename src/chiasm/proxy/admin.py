@@ -44,11 +44,13 @@ class Admin:
     async def _add(self, request: Request) -> Response:
         order = await _order(request)
         if order.role is None:
-            raise InvalidRequestError("role must be encoder, pd or aggregated", param="role")
+            raise InvalidRequestError("role must be encoder, pd, aggregated, prefill or decode", param="role")
         fleet = self._gateway.fleet
         known = fleet.get(order.url)
         if known is not None and (known.state is not State.DRAINING or known.role is not order.role):
             raise HTTPException(409, f"{order.url} is there already, as {known.role}, {known.state}")
+        if misfit := fleet.misfit(order.role):
+            raise HTTPException(409, misfit)
         instance = fleet.add(order.url, order.role)
         self._gateway.prober.watch(instance)
         await self._gateway.prober.check(instance)

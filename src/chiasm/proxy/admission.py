@@ -40,10 +40,11 @@ class Ticket:
         self._admission.reserve(size_bytes)
         self._held_bytes += size_bytes
 
-    def give_back_bytes(self) -> None:
-        """The bytes are held no more."""
-        self._admission.buffered_bytes -= self._held_bytes
-        self._held_bytes = 0
+    def give_back_bytes(self, *, but: int = 0) -> None:
+        """The bytes are held no more, ``but`` so many at most."""
+        kept = min(self._held_bytes, but)
+        self._admission.buffered_bytes -= self._held_bytes - kept
+        self._held_bytes = kept
 
     def __enter__(self) -> Ticket:
         self._admission.requests += 1

@@ -14,6 +14,7 @@ _POSITIVE = (
     "connect_timeout_seconds",
     "encode_timeout_seconds",
     "max_encode_attempts",
+    "max_prefill_attempts",
     "max_body_bytes",
     "max_buffered_bytes",
     "max_answer_bytes",
@@ -26,7 +27,8 @@ _POSITIVE = (
 
 @dataclass(frozen=True)
 class ProxyConfig:
-    """Raises ConfigurationError for what cannot work: no instances, a URL twice, a limit that isn't positive."""
+    """Raises ConfigurationError for what cannot work: no instances, roles that don't go together, a URL twice, a limit that
+    isn't positive."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -34,6 +36,9 @@ class ProxyConfig:
     encoders: tuple[str, ...] = ()
     pds: tuple[str, ...] = ()
     aggregated: tuple[str, ...] = ()
+    prefills: tuple[str, ...] = ()
+    """With ``decodes``, in place of PDs and aggregated instances."""
+    decodes: tuple[str, ...] = ()
     admin_key: str | None = None
     """Enables ``/instances`` for whoever sends it as Bearer token."""
     deadline_seconds: float = 600.0
@@ -46,6 +51,8 @@ class ProxyConfig:
     """For one call of one encoder; then its items go to another."""
     max_encode_attempts: int = 3
     """Calls that one item is given, on different encoders where there are."""
+    max_prefill_attempts: int = 4
+    """Prefills that one request is given, the first included: for a P that is lost, and to go on when a D is."""
     max_body_bytes: int = 128 << 20
     max_buffered_bytes: int = 1 << 30
     """Bodies and media of all requests together that are held at one time."""
@@ -64,11 +71,26 @@ class ProxyConfig:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigurationError(f"{name} must be positive")
-        urls = [check_url(url) for url in (*self.encoders, *self.pds, *self.aggregated)]
+        urls = [check_url(url) for url in (*self.encoders, *self.pds, *self.aggregated, *self.prefills, *self.decodes)]
         if len(set(urls)) != len(urls):
             raise ConfigurationError("an instance's URL is given twice; each instance has one role")
-        if not self.pds and not self.aggregated and self.admin_key is None:
-            raise ConfigurationError("no PD and no aggregated instance: nothing could answer; name at least one")
+        whole, parts = (self.pds or self.aggregated), (self.prefills or self.decodes)
+        if whole and parts:
+            raise ConfigurationError(
+                "prefill and decode instances stand in place of PDs and aggregated instances, not beside them; "
+                "run a proxy for each of the two kinds"
+            )
+        if self.admin_key is not None:
+            return  # what is missing can be added
+        if parts and not (self.prefills and self.decodes):
+            missing = "decode" if self.prefills else "prefill"
+            raise ConfigurationError(
+                f"prefill and decode instances need each other; name at least one {missing} instance"
+            )
+        if not whole and not parts:
+            raise ConfigurationError(
+                "nothing could answer; name at least one PD or aggregated instance, or a prefill and a decode instance"
+            )
 
 
 def check_url(url: str) -> str:

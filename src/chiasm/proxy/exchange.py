@@ -47,6 +47,11 @@ class Exchange:
         given = self.headers.get(b"x-request-id", b"")
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has the head of a stream."""
+        return self._relay is not None
+
     def passed_on(self) -> dict[str, str]:
         """Headers that instances get to see."""
         return {name.decode(): self.headers[name].decode("latin-1") for name in _PASSED_ON if name in self.headers}

@@ -19,9 +19,20 @@ class Role(enum.StrEnum):
     ENCODER = "encoder"
     PD = "pd"
     AGGREGATED = "aggregated"
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
-LANGUAGE_ROLES = (Role.PD, Role.AGGREGATED)
+WHOLE_ROLES = (Role.PD, Role.AGGREGATED)
+"""Those that answer a request by themselves."""
+PART_ROLES = (Role.PREFILL, Role.DECODE)
+"""Those that answer a request together. A fleet has these or those."""
+LANGUAGE_ROLES = WHOLE_ROLES + PART_ROLES
+
+_USUAL_SEQUENCES = 256
+"""What a decode instance takes at one time if it doesn't say."""
+_FULL = 10.0
+"""Added to the load of a decode instance that has no room: more than the load of any that has."""
 
 
 class State(enum.StrEnum):
@@ -33,7 +44,7 @@ class State(enum.StrEnum):
     UNHEALTHY = "unhealthy"
     """The last probe or connection failed; a probe that succeeds brings it back."""
     MISMATCHED = "mismatched"
-    """It answers, but serves another role, model, fingerprint or store than the rest."""
+    """It answers, but serves another role, model, fingerprint, store or KV connector than the rest."""
     DRAINING = "draining"
     """Being removed; it goes when its last call has ended."""
 
@@ -53,6 +64,11 @@ class Report:
     version: str = ""
     max_model_len: int | None = None
     max_items: int | None = None
+    kv_connector: str = ""
+    """What moves KV from P to D; empty if the instance moves none."""
+    kv_blocks_total: int | None = None
+    kv_blocks_free: int | None = None
+    max_num_seqs: int | None = None
 
     @property
     def understands_image_size(self) -> bool:
@@ -87,6 +103,21 @@ class Instance:
         if self.failure is not None or self.report is None:
             return State.UNHEALTHY if self.seen_healthy else State.STARTING
         return State.MISMATCHED if self.mismatch else State.HEALTHY
+
+    @property
+    def load(self) -> float:
+        """What choosing goes by. Of a decode instance: the shares of its sequences and of its KV blocks that are taken.
+
+        Sequences are counted here, call by call; blocks are as of the last probe.
+        """
+        if self.role is not Role.DECODE:
+            return self.outstanding
+        most = (self.report and self.report.max_num_seqs) or _USUAL_SEQUENCES
+        total = (self.report and self.report.kv_blocks_total) or 0
+        free = self.report.kv_blocks_free if self.report is not None and total else None
+        blocks = 0.0 if free is None else 1 - free / total
+        is_full = self.in_flight >= most or free == 0
+        return self.in_flight / most + blocks + (_FULL if is_full else 0.0)
 
     @property
     def reason(self) -> str | None:
@@ -129,12 +160,28 @@ class Fleet:
         return [one for one in self._instances.values() if one.role in roles and one.state is State.HEALTHY]
 
     @property
+    def hands_over(self) -> bool:
+        """Whether requests go from a prefill to a decode instance; else each goes to one instance."""
+        return any(one.role in PART_ROLES and not one.draining for one in self._instances.values())
+
+    @property
+    def missing(self) -> Role | None:
+        """The role of which an instance would have to be healthy for text to be answered; None if it can be."""
+        if self.hands_over:
+            return next((role for role in PART_ROLES if not self.healthy(role)), None)
+        return None if self.healthy(*WHOLE_ROLES) else Role.PD
+
+    @property
     def models(self) -> list[str]:
         """Names that can be asked for now."""
-        names: dict[str, None] = {}
-        for instance in self.healthy(*LANGUAGE_ROLES):
-            names.update(dict.fromkeys(instance.report.models if instance.report else ()))
-        return list(names)
+        if not self.hands_over:
+            return list(self._names(*WHOLE_ROLES))
+        decoded = self._names(Role.DECODE)
+        return [name for name in self._names(Role.PREFILL) if name in decoded]
+
+    def _names(self, *roles: Role) -> dict[str, None]:
+        """What healthy instances of these roles serve, in the order in which they are listed."""
+        return dict.fromkeys(name for one in self.healthy(*roles) if one.report for name in one.report.models)
 
     @property
     def fingerprint(self) -> str:
@@ -154,6 +201,17 @@ class Fleet:
         return min(limits, default=None)
 
     # What happens to it
+
+    def misfit(self, role: Role) -> str | None:
+        """Why an instance of this role can't be added; None if it can."""
+        others = WHOLE_ROLES if role in PART_ROLES else PART_ROLES if role in WHOLE_ROLES else ()
+        found = {one.role for one in self._instances.values() if one.role in others and not one.draining}
+        if not found:
+            return None
+        return (
+            f"this fleet has {' and '.join(sorted(found))} instances, beside which none can be {role}: "
+            "prefill and decode stand in place of pd and aggregated; remove those first, or run another proxy"
+        )
 
     def add(self, url: str, role: Role) -> Instance:
         """A new instance, or the one of this URL if it was being removed."""
@@ -188,7 +246,7 @@ class Fleet:
         exclude: Collection[Instance] = (),
         ahead: Callable[[Instance], float] = lambda instance: 0.0,
     ) -> Instance | None:
-        """The healthy instance with the least outstanding work, and of equals the one that waited longest.
+        """The healthy instance with the least load, and of equals the one that waited longest.
 
         ``ahead`` adds work that is decided but not taken yet.
         """
@@ -197,7 +255,7 @@ class Fleet:
             for one in self.healthy(*roles)
             if one not in exclude and (model is None or (one.report is not None and model in one.report.models))
         ]
-        return min(candidates, key=lambda one: (one.outstanding + ahead(one), one.last_taken), default=None)
+        return min(candidates, key=lambda one: (one.load + ahead(one), one.last_taken), default=None)
 
     @contextmanager
     def working(self, instance: Instance, cost: float) -> Iterator[None]:
@@ -223,7 +281,8 @@ class Fleet:
     def _agree(self) -> None:
         """Judge every reachable instance against what the fleet serves.
 
-        What was agreed on stays as long as one instance holds to it; then PDs have the first word, encoders follow.
+        What was agreed on stays as long as one instance holds to it; then those that answer have the first word, encoders
+        follow.
         """
         members: list[tuple[Instance, Report]] = []
         for instance in sorted(self._instances.values(), key=lambda one: one.role is Role.ENCODER):
@@ -232,6 +291,11 @@ class Fleet:
                 continue
             if instance.report.role not in {None, instance.role.value}:
                 instance.mismatch = f"it says that its role is {instance.report.role}, not {instance.role.value}"
+                continue
+            if instance.report.role is None and instance.role in PART_ROLES:
+                instance.mismatch = (
+                    "it doesn't say its role; the handover from prefill to decode needs chiasm's own instances"
+                )
                 continue
             members.append((instance, instance.report))
         agreed = self._agreed
@@ -247,6 +311,7 @@ class Fleet:
                     agreed,
                     fingerprint=agreed.fingerprint or report.fingerprint,
                     ec_store=agreed.ec_store or report.ec_store,
+                    kv_connector=agreed.kv_connector or report.kv_connector,
                 )
         self._agreed = agreed or self._agreed
 
@@ -258,4 +323,6 @@ def _difference(agreed: Report, report: Report) -> str | None:
         return "its fingerprint (model, processor or dtype) differs from the fleet's"
     if agreed.ec_store and report.ec_store and agreed.ec_store != report.ec_store:
         return "it exchanges embeddings through another store than the fleet"
+    if agreed.kv_connector and report.kv_connector and agreed.kv_connector != report.kv_connector:
+        return f"it moves KV by {report.kv_connector}, the fleet by {agreed.kv_connector}"
     return None

@@ -21,8 +21,9 @@ from chiasm.proxy.language import LanguageInstances
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.request import parse_chat, parse_completion
+from chiasm.proxy.services import Services
 from chiasm.proxy.upstream import Upstream
-from chiasm.proxy.way import Services, Way
+from chiasm.proxy.way import Way
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -69,7 +70,13 @@ class Gateway:
             encoders=encoders,
             language=LanguageInstances(self.fleet, self._upstream, self.prober, self.metrics),
         )
-        roles = ((Role.PD, config.pds), (Role.AGGREGATED, config.aggregated), (Role.ENCODER, config.encoders))
+        roles = (
+            (Role.PD, config.pds),
+            (Role.AGGREGATED, config.aggregated),
+            (Role.PREFILL, config.prefills),
+            (Role.DECODE, config.decodes),
+            (Role.ENCODER, config.encoders),
+        )
         instances = [self.fleet.add(check_url(url), role) for role, urls in roles for url in urls]
         for instance in instances:
             self.prober.watch(instance)

@@ -1,46 +1,65 @@
-"""Text to PD (or to an aggregated instance): one call, and one more elsewhere if the connection was lost before an answer."""
+"""Text to instances of the language model: a place at one of them, and calls of it.
+
+A call whose connection is lost before an answer is made once more elsewhere; what P and D need beyond that is in
+``handover``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import ExitStack
 from types import TracebackType
 
 from chiasm.errors import ModelNotFoundError, OverloadedError
 from chiasm.proxy.context import RequestContext
-from chiasm.proxy.fleet import LANGUAGE_ROLES, Fleet, Instance, Role
+from chiasm.proxy.fleet import WHOLE_ROLES, Fleet, Instance, Role
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
-from chiasm.proxy.upstream import Call, InstanceLostError, Upstream
+from chiasm.proxy.upstream import Call, InstanceLostError, Upstream, UpstreamError
 
 _ATTEMPTS = 2
+_NAMES = {Role.PREFILL: "prefill instance", Role.DECODE: "decode instance"}
 
 
 class Place:
-    """The instance that a request goes to, counted as its work from the choice to the request's end."""
+    """The instance that a request goes to, counted as its work from the choice to the place's end."""
 
-    def __init__(self, fleet: Fleet, model: str | None, cost: Callable[[Instance], float]) -> None:
+    def __init__(
+        self, fleet: Fleet, model: str | None, cost: Callable[[Instance], float], roles: tuple[Role, ...]
+    ) -> None:
         self._fleet = fleet
         self._model = model
         self._cost = cost
+        self._roles = roles
         self._work = ExitStack()
         self.instance: Instance
 
-    def take(self, *roles: Role) -> None:
-        """Take the instance with the least to do. Raises OverloadedError if there is none."""
-        self._take(self._fleet.choose(*roles, model=self._model))
+    def take(self, *, avoid: Collection[Instance] = ()) -> None:
+        """Take the instance with the least to do, one of ``avoid`` only if no other is healthy.
+
+        Raises OverloadedError if none is.
+        """
+        if not self.take_other(avoid) and not self.take_other():
+            raise none_healthy(self._roles[0])
+
+    def take_other(self, excluded: Collection[Instance] = ()) -> bool:
+        """Take the instance with the least to do that isn't ``excluded``; False, and nothing taken, if there is none."""
+        self.leave()
+        instance = self._fleet.choose(*self._roles, model=self._model, exclude=excluded)
+        if instance is None:
+            return False
+        self._work.enter_context(self._fleet.working(instance, self._cost(instance)))
+        self.instance = instance
+        return True
 
     def move(self) -> None:
         """Take another instance of the same role; the same one only if it is the last. Raises OverloadedError."""
-        self._work.close()
-        others = self._fleet.choose(self.instance.role, model=self._model, exclude={self.instance})
-        self._take(others or self._fleet.choose(self.instance.role, model=self._model))
+        self._roles = (self.instance.role,)
+        self.take(avoid={self.instance})
 
-    def _take(self, instance: Instance | None) -> None:
-        if instance is None:
-            raise OverloadedError("no PD is healthy; try again", code="no_pd")
-        self._work.enter_context(self._fleet.working(instance, self._cost(instance)))
-        self.instance = instance
+    def leave(self) -> None:
+        """Take up nothing."""
+        self._work.close()
 
     def __enter__(self) -> Place:
         return self
@@ -48,11 +67,11 @@ class Place:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._work.close()
+        self.leave()
 
 
 class LanguageInstances:
-    """Chooses among PDs and aggregated instances, and calls them."""
+    """Chooses among the instances that have the language model, and calls them."""
 
     def __init__(self, fleet: Fleet, upstream: Upstream, prober: Prober, metrics: Metrics) -> None:
         self._fleet = fleet
@@ -60,10 +79,14 @@ class LanguageInstances:
         self._prober = prober
         self._metrics = metrics
 
+    def check_healthy(self) -> None:
+        """Raises OverloadedError if nothing can answer now."""
+        if missing := self._fleet.missing:
+            raise none_healthy(missing)
+
     def check_model(self, model: str | None) -> None:
         """Raises OverloadedError if nothing can answer now, ModelNotFoundError if nothing serves this model."""
-        if not self._fleet.healthy(*LANGUAGE_ROLES):
-            raise OverloadedError("no PD is healthy; try again", code="no_pd")
+        self.check_healthy()
         if model is not None and model not in self._fleet.models:
             raise ModelNotFoundError(
                 f"the model {model[:200]!r} is not served here; served: {', '.join(self._fleet.models)}",
@@ -72,12 +95,29 @@ class LanguageInstances:
             )
 
     def place(
-        self, model: str | None, cost: Callable[[Instance], float], roles: tuple[Role, ...] = LANGUAGE_ROLES
+        self,
+        model: str | None,
+        cost: Callable[[Instance], float],
+        roles: tuple[Role, ...] = WHOLE_ROLES,
+        *,
+        avoid: Collection[Instance] = (),
     ) -> Place:
         """A place at the instance with the least to do. Raises OverloadedError if there is none."""
-        place = Place(self._fleet, model, cost)
-        place.take(*roles)
+        place = Place(self._fleet, model, cost, roles)
+        place.take(avoid=avoid)
         return place
+
+    async def ask(self, instance: Instance, path: str, body: bytes, context: RequestContext) -> Call:
+        """One call, up to the head of the answer. Raises InstanceLostError, when the instance has been looked at anew."""
+        try:
+            return await self._upstream.post(instance.url + path, body, context.headers())
+        except InstanceLostError as error:
+            await self._prober.lost(instance, error)
+            raise
+
+    async def broke_off(self, instance: Instance, error: UpstreamError) -> None:
+        """An answer ended in its middle: look at the instance anew."""
+        await self._prober.lost(instance, error)
 
     async def open(
         self, place: Place, path: str, body_for: Callable[[Instance], Awaitable[bytes]], context: RequestContext
@@ -95,12 +135,16 @@ class LanguageInstances:
                 except OverloadedError:
                     break
                 self._metrics.language_retries.inc()
-            instance = place.instance
-            body = await body_for(instance)
             try:
-                return await self._upstream.post(instance.url + path, body, context.headers())
+                return await self.ask(place.instance, path, await body_for(place.instance), context)
             except InstanceLostError as error:
                 lost = error
-            await self._prober.lost(instance, lost)
         assert lost is not None
         raise lost
+
+
+def none_healthy(role: Role) -> OverloadedError:
+    """No instance of this role, or of those that do the same, can be used."""
+    name = _NAMES.get(role, "PD")
+    code = f"no_{role}" if role in _NAMES else "no_pd"
+    return OverloadedError(f"no {name} is healthy; try again", code=code)

@@ -13,6 +13,7 @@ from chiasm.proxy.fleet import Fleet, State
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _OVERHEAD_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+_GAP_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _FETCH_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -40,6 +41,29 @@ class Metrics:
         self.language_retries = Counter(
             "chiasm_proxy_language_retries",
             "Requests sent to another PD after a lost connection",
+            registry=self.registry,
+        )
+        self.prefill_retries = Counter(
+            "chiasm_proxy_prefill_retries",
+            "Requests prefilled again, whatever the reason",
+            registry=self.registry,
+        )
+        self.resumed_streams = Counter(
+            "chiasm_proxy_resumed_streams",
+            "Those whose client had a part of the answer; reason: prefill_lost, decode_lost, kv_unavailable, preempted",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.handovers = Counter(
+            "chiasm_proxy_handovers", "Requests that a decode instance took over", registry=self.registry
+        )
+        self.decode_refusals = Counter(
+            "chiasm_proxy_decode_refusals", "Calls that a full decode instance refused", registry=self.registry
+        )
+        self.gap = Histogram(
+            "chiasm_proxy_handover_gap_seconds",
+            "Time between the first token of prefill and the next, of decode, in a stream",
+            buckets=_GAP_BUCKETS,
             registry=self.registry,
         )
         self.overhead = Histogram(
@@ -80,7 +104,7 @@ class _FleetCollector(Collector):
         healthy = GaugeMetricFamily("chiasm_proxy_instance_healthy", "1 if requests may go to it", labels=labels)
         work = GaugeMetricFamily(
             "chiasm_proxy_instance_outstanding_work",
-            "Pixels at an encoder; bytes of text, and what media stands for, at the others",
+            "Pixels at an encoder; calls at a decode instance; bytes of text, and what media stands for, at the others",
             labels=labels,
         )
         calls = GaugeMetricFamily("chiasm_proxy_instance_calls_in_flight", "Calls under way", labels=labels)

@@ -24,7 +24,7 @@ class Pages:
     async def health(self, request: Request) -> Response:
         """200 if text can be answered, else 503."""
         fleet = self._gateway.fleet
-        ready = bool(fleet.healthy(*LANGUAGE_ROLES))
+        ready = fleet.missing is None
         return answer_json(
             200 if ready else 503,
             {

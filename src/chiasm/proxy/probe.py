@@ -28,6 +28,10 @@ class _Health(msgspec.Struct):
     version: str = ""
     max_model_len: int | None = None
     max_items: int | None = None
+    kv_connector: str | None = None
+    kv_blocks_total: int | None = None
+    kv_blocks_free: int | None = None
+    max_num_seqs: int | None = None
 
 
 class _Model(msgspec.Struct):
@@ -148,6 +152,10 @@ class Prober:
                 version=health.version,
                 max_model_len=health.max_model_len,
                 max_items=health.max_items,
+                kv_connector=health.kv_connector or "",
+                kv_blocks_total=health.kv_blocks_total,
+                kv_blocks_free=health.kv_blocks_free,
+                max_num_seqs=health.max_num_seqs,
             )
         answer = await self._upstream.get(
             f"{url}/v1/models", timeout_seconds=self._timeout_seconds, max_bytes=_MAX_ANSWER_BYTES

@@ -61,7 +61,7 @@ class Request:
         replacements = iter(parts)
         members = _raw_object.decode(self.body if None in parts else self._without_long_urls())
         messages = [_with_content(message, replacements) for message in _raw_objects.decode(members["messages"])]
-        return _object({**members, "messages": _array(messages)})
+        return json_object({**members, "messages": _array(messages)})
 
     def _without_long_urls(self) -> bytes:
         """The body without the media that is replaced anyway, so that megabytes aren't scanned level by level."""
@@ -150,6 +150,13 @@ def parse_chat(body: bytes) -> Request:
     return Request(body, parsed.model, parsed.cache_salt or "", media)
 
 
+def with_member(body: bytes, name: bytes, value: bytes) -> bytes:
+    """``body``, a JSON object, with one member more at its end: it counts, should there be another of this name."""
+    head = body.rstrip()[:-1]
+    comma = b"" if head.strip() == b"{" else b","
+    return b'%b%b"%b":%b}' % (head, comma, name, value)
+
+
 def _decode(decoder: msgspec.json.Decoder[_B], body: bytes) -> _B:
     try:
         parsed = decoder.decode(body)
@@ -213,15 +220,16 @@ def _string_or_none(raw: Raw | UnsetType) -> str | None:
 def _with_content(message: dict[str, Raw], replacements: Iterator[bytes | None]) -> bytes:
     content = message.get("content")
     if content is None or bytes(memoryview(content)[:1]) != b"[":
-        return _object(message)
+        return json_object(message)
     parts = [
         part if _kind.decode(part).type in _TEXT_PARTS else next(replacements) or part
         for part in _raw_list.decode(content)
     ]
-    return _object({**message, "content": _array(parts)})
+    return json_object({**message, "content": _array(parts)})
 
 
-def _object(members: Mapping[str, Raw | bytes]) -> bytes:
+def json_object(members: Mapping[str, Raw | bytes]) -> bytes:
+    """A JSON object of these members, whose values are JSON."""
     return b"{" + b",".join([msgspec.json.encode(key) + b":" + bytes(value) for key, value in members.items()]) + b"}"
 
 

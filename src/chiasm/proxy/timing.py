@@ -13,13 +13,16 @@ class Timing:
     """The proxy's own figures of one request, in seconds; None while unknown.
 
     ``fetch`` is the wall time in which media came over the network, ``encode`` what the slowest encoder says of its own
-    work, ``encode_call`` the wall time until the last encoder answered, ``proxy`` what the proxy itself took.
+    work, ``encode_call`` the wall time until the last encoder answered, ``prefill_call`` the wall time until P answered,
+    ``handover`` that from P's last byte until D answered, ``proxy`` what the proxy itself took.
     """
 
     def __init__(self) -> None:
         self.fetch: float | None = None
         self.encode: float | None = None
         self.encode_call: float | None = None
+        self.prefill_call: float | None = None
+        self.handover: float | None = None
         self.proxy: float | None = None
 
     def entries(self) -> str:
@@ -27,6 +30,8 @@ class Timing:
             ("fetch", self.fetch),
             ("encode", self.encode),
             ("encode_call", self.encode_call),
+            ("prefill_call", self.prefill_call),
+            ("handover", self.handover),
             ("proxy", self.proxy),
         )
         return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in named if seconds is not None)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 
 import aiohttp
+import msgspec
 
 from chiasm.errors import ChiasmError
 
@@ -20,6 +21,10 @@ class UpstreamError(ChiasmError):
     kind = "upstream_error"
 
 
+class BrokenOffError(UpstreamError):
+    """A connection that ended in the middle of an answer."""
+
+
 class InstanceLostError(UpstreamError):
     """A connection that ended before any answer: another instance may be asked."""
 
@@ -32,13 +37,41 @@ class NoConnectionError(InstanceLostError):
     """Nobody there: no connection came about."""
 
 
-class AnsweredError(ChiasmError):
-    """An instance answered with an error status; its answer goes to the client as it is."""
+class _Words(msgspec.Struct):
+    message: str = ""
+    type: str = ""
+    param: str | None = None
+    code: str | int | None = None
 
+
+class _Told(msgspec.Struct):
+    error: _Words
+
+
+_told = msgspec.json.Decoder(_Told)
+
+
+class ToldError(ChiasmError):
+    """What an instance says went wrong, in its own words where they have the shape of the OpenAI API's errors."""
+
+    status = 502
     kind = "upstream_error"
 
+    def __init__(self, body: bytes, otherwise: str) -> None:
+        try:
+            words = _told.decode(body).error
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            words = _Words()
+        code = words.code if words.code is None else str(words.code)
+        super().__init__(words.message or otherwise, param=words.param, code=code)
+        self.kind = words.type or self.kind
+
+
+class AnsweredError(ToldError):
+    """An instance answered with an error status; its answer goes to the client as it is."""
+
     def __init__(self, answer: Answer) -> None:
-        super().__init__(f"an instance answered with status {answer.status}")
+        super().__init__(answer.body, f"an instance answered with status {answer.status}")
         self.status = answer.status
         self.answer = answer
 
@@ -65,14 +98,14 @@ class Call:
         return self._response.content_type == "text/event-stream"
 
     async def chunk(self) -> bytes:
-        """What has arrived; empty at the end. Raises UpstreamError if the connection breaks."""
+        """What has arrived; empty at the end. Raises BrokenOffError if the connection breaks."""
         try:
             return await self._response.content.readany()
         except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamError("the instance broke off while it answered") from error
+            raise BrokenOffError("the instance broke off while it answered") from error
 
     async def read(self, max_bytes: int) -> Answer:
-        """The rest of the answer. Raises UpstreamError if it breaks off or is too long."""
+        """The rest of the answer. Raises BrokenOffError if it breaks off, UpstreamError if it is too long."""
         body = bytearray()
         while chunk := await self.chunk():
             body += chunk

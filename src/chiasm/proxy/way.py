@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 from chiasm.errors import InvalidRequestError, MediaError, OverloadedError
-from chiasm.media import Fetcher
 from chiasm.proxy.admission import Ticket
-from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.context import RequestContext
-from chiasm.proxy.encode import Encoded, Encoders
+from chiasm.proxy.encode import Encoded
 from chiasm.proxy.exchange import Exchange
-from chiasm.proxy.fleet import LANGUAGE_ROLES, Fleet, Instance, Role
+from chiasm.proxy.fleet import WHOLE_ROLES, Instance, Role
+from chiasm.proxy.handover import Handover
 from chiasm.proxy.items import Item, read_items
-from chiasm.proxy.language import LanguageInstances, Place
-from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.language import Place
+from chiasm.proxy.racing import end, unless_fails
 from chiasm.proxy.request import Request
+from chiasm.proxy.services import Services
 from chiasm.proxy.upstream import Call, UpstreamError
 
-_T = TypeVar("_T")
 _Encoding = asyncio.Future[dict[str, Encoded]]
 
 _COST_OF_A_REQUEST = 1000.0
@@ -31,19 +27,6 @@ _COST_OF_AN_ITEM = 4000.0
 """In bytes of text: an item takes about as many tokens of a prompt."""
 _PIXELS_PER_COST = 64
 """What encoding costs an aggregated instance on top."""
-
-
-@dataclass(frozen=True)
-class Services:
-    """What all requests share."""
-
-    config: ProxyConfig
-    fleet: Fleet
-    metrics: Metrics
-    fetcher: Fetcher
-    executor: Executor
-    encoders: Encoders
-    language: LanguageInstances
 
 
 class Way:
@@ -78,6 +61,9 @@ class Way:
         self._check_media()
         items = await self._read_items()
         cost = _cost(self._request, items)
+        if self._services.fleet.hands_over:
+            await self._handed_over(cost, items)
+            return
         with self._services.language.place(self._request.model, cost, self._roles_for_media()) as place:
             if place.instance.role is Role.AGGREGATED:
                 await self._aggregated(place, items)
@@ -87,6 +73,9 @@ class Way:
     async def _text(self) -> None:
         """The body as it came."""
         cost = _cost(self._request, ())
+        if self._services.fleet.hands_over:
+            await self._handed_over(cost, [])
+            return
         with self._services.language.place(self._request.model, cost) as place:
             await self._whole(place, "text")
 
@@ -126,13 +115,39 @@ class Way:
 
         opening = asyncio.ensure_future(self._services.language.open(place, self._path, body_for, self._context))
         try:
-            call = await _unless_fails(encoding, opening)
+            call = await unless_fails(encoding, opening)
             items.clear()
             await self._send_back(call, encoding)
         finally:
-            await _end(encoding)
-            if begun := await _end(opening):
+            await end(encoding)
+            if begun := await end(opening):
                 begun.close()
+
+    async def _handed_over(self, cost: Callable[[Instance], float], items: list[Item]) -> None:
+        """Text to P and then to D, and pixels to encoders at the same time as to P."""
+        request = self._request
+        if items:
+            request.body = request.with_parts([item.image_embeds_part() for item in items])
+            request.media = []
+        self._note_overhead("media" if items else "text")
+        encoding: _Encoding | None = None
+        if items:
+            encoding = asyncio.ensure_future(self._services.encoders.encode(tuple(items), self._context))
+            items.clear()
+        try:
+            await Handover(
+                self._services,
+                self._path,
+                request,
+                cost,
+                exchange=self._exchange,
+                ticket=self._ticket,
+                context=self._context,
+                encoding=encoding,
+            ).go()
+        finally:
+            if encoding is not None:
+                await end(encoding)
 
     async def _send_back(self, call: Call, encoding: _Encoding | None) -> None:
         """The instance's answer, unless encoding fails before there is one."""
@@ -140,17 +155,17 @@ class Way:
         if call.status != 200 and not 400 <= call.status <= 599:
             raise UpstreamError(f"the instance answered with status {call.status}")
         if call.status != 200 or not call.is_stream:
-            answer = await _unless_fails(encoding, call.read(self._services.config.max_answer_bytes))
+            answer = await unless_fails(encoding, call.read(self._services.config.max_answer_bytes))
             await self._exchange.answer(answer)
             return
         # No head for the client before there is something to tell: until then all can still fail with a status.
-        chunk = await _unless_fails(encoding, call.chunk())
+        chunk = await unless_fails(encoding, call.chunk())
         if encoding is None or encoding.done():
             self._ticket.give_back_bytes()
         await self._exchange.start_stream(call.headers)
         while chunk:
             await self._exchange.send_events(chunk)
-            chunk = await _unless_fails(encoding, call.chunk())
+            chunk = await unless_fails(encoding, call.chunk())
         await self._exchange.end_stream()
 
     def _check_media(self) -> None:
@@ -165,10 +180,11 @@ class Way:
             raise OverloadedError("no encoder is healthy; try again", code="no_encoder")
 
     def _roles_for_media(self) -> tuple[Role, ...]:
-        """A PD can take media only where an encoder makes the embeddings."""
+        """Only an aggregated instance can take media where no encoder makes the embeddings."""
         fleet = self._services.fleet
         encoders = fleet.healthy(Role.ENCODER)
-        return tuple(role for role in LANGUAGE_ROLES if fleet.healthy(role) and (role is not Role.PD or encoders))
+        roles = (Role.PREFILL,) if fleet.hands_over else WHOLE_ROLES
+        return tuple(role for role in roles if fleet.healthy(role) and (role is Role.AGGREGATED or encoders))
 
     async def _read_items(self) -> list[Item]:
         services = self._services
@@ -201,27 +217,3 @@ def _cost(request: Request, items: Sequence[Item]) -> Callable[[Instance], float
     language = _COST_OF_A_REQUEST + text_bytes + _COST_OF_AN_ITEM * len(items)
     vision = sum(item.pixels for item in items) / _PIXELS_PER_COST
     return lambda instance: language + (vision if instance.role is Role.AGGREGATED else 0.0)
-
-
-async def _unless_fails(condition: _Encoding | None, work: Awaitable[_T]) -> _T:
-    """``await work``, but raise what ``condition`` raises as soon as it does; ``work`` is cancelled then."""
-    if condition is None or (condition.done() and condition.exception() is None):
-        return await work
-    task = asyncio.ensure_future(work)
-    try:
-        while not task.done():
-            if condition.done():
-                condition.result()
-                return await task
-            await asyncio.wait((task, condition), return_when=asyncio.FIRST_COMPLETED)
-        return task.result()
-    finally:
-        await _end(task)
-
-
-async def _end(task: asyncio.Future[_T]) -> _T | None:
-    """Cancel what is still running; its result if it came to one, and never an exception."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait((task,))
-    return None if task.cancelled() or task.exception() else task.result()
