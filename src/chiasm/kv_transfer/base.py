@@ -233,10 +233,11 @@ class KVConnector(ABC):
     ) -> tuple[bool, KVTransferParams | None]:
         """The request ended here, for whatever reason. Called once for each.
 
-        Producer: with ``block_ids`` (not empty) its prompt is computed and goes on elsewhere. Returns True, the blocks must stay
-        untouched until ``get_finished`` names the request in ``sent``, and the handle with the ``remote_`` fields set. Without
-        them it returns (False, None). Consumer: returns (False, None) and notes that the request is dropped; once each load
-        that was begun has been named in ``loaded`` or ``broken_off``, its blocks may be used again.
+        Producer: with ``block_ids`` (not empty) its prompt is computed and goes on elsewhere. Returns True, the blocks
+        must stay untouched until ``get_finished`` names the request in ``sent``, and the handle with the ``remote_``
+        fields set. Without them it returns (False, None). Consumer: returns (False, None) and notes that the request is
+        dropped; once each load that was begun has been named in ``loaded`` or ``broken_off``, its blocks may be used
+        again.
         """
 
     @abstractmethod
