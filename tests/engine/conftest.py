@@ -19,6 +19,7 @@ from chiasm.engine import EngineConfig, Role
 from chiasm.engine.encoder import EncoderEngine
 from chiasm.engine.engine import LanguageEngine
 from chiasm.engine.request import EncodedItem, EncodeItem, GenerateRequest, Output, SamplingParams
+from chiasm.kv_transfer import KVTransferConfig, KVTransferParams
 from chiasm.media.identify import identifier
 from chiasm.models.base import Prompt
 
@@ -78,7 +79,13 @@ class Instance:
         return self.engine.processor.build_chat([{"role": "user", "content": content}], items)
 
     def request(
-        self, *parts: str | Picture, seconds: float = 60, choices: int = 1, salt: str = "", **params
+        self,
+        *parts: str | Picture,
+        seconds: float = 60,
+        choices: int = 1,
+        salt: str = "",
+        kv: KVTransferParams | None = None,
+        **params,
     ) -> GenerateRequest:
         params = {"temperature": 0, "max_tokens": 8, "ignore_eos": True} | params
         pixels = {}
@@ -95,6 +102,7 @@ class Instance:
             num_choices=choices,
             pixels=pixels,
             cache_salt=salt,
+            kv_transfer_params=kv,
         )
 
     async def ask(self, *parts: str | Picture, **options) -> Answer:
@@ -147,10 +155,12 @@ def start(checkpoint, store) -> Iterator[Callable[..., Instance]]:
     """Starts language engines of a role; they end with the test."""
     engines: list[LanguageEngine] = []
 
-    def start(role: Role = Role.PD, **config) -> Instance:
-        ec = ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=store) if role is Role.PD else None
+    def start(role: Role = Role.PD, *, kv: dict[str, object] | None = None, **config) -> Instance:
+        consumes = role in (Role.PD, Role.PREFILL)
+        ec = ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=store) if consumes else None
+        kv = KVTransferConfig(**(kv or {})) if role in (Role.PREFILL, Role.DECODE) else None
         config = {"threads": 1, "kv_cache_bytes": 8 << 20} | config
-        engine = LanguageEngine(EngineConfig(checkpoint, role, ec=ec, **config))
+        engine = LanguageEngine(EngineConfig(checkpoint, role, ec=ec, kv=kv, **config))
         engines.append(engine)
         engine.start()
         return Instance(engine)

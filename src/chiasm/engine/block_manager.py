@@ -106,11 +106,8 @@ class BlockHasher:
         return self._hashes
 
     def digest(self, token_ids: Sequence[int]) -> str:
-        """Hex that names all of ``token_ids``, a block that isn't full at their end included."""
-        full = len(token_ids) // self._block_size
-        before = self.hashes(token_ids)[full - 1] if full else self._root
-        start = full * self._block_size
-        return self._chained(before, start, token_ids[start:]).hex()
+        """Hex that names all of ``token_ids`` and the items among them, whatever the size of a block."""
+        return self._chained(self._root, 0, token_ids).hex()
 
     def _chained(self, before: BlockHash, start: int, token_ids: Sequence[int]) -> BlockHash:
         """Hash of the tokens from ``start`` on, and of all before them."""

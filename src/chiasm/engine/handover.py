@@ -99,16 +99,16 @@ class Handover:
                     f"{sequence.num_prompt} in its prompt and {sequence.num_output} after it; send P and D the same request",
                     param="kv_transfer_params",
                 )
-            if sequence.digest(handle.num_tokens) != handle.digest:
-                raise InvalidRequestError(
-                    "the handle in kv_transfer_params is of another prompt; send P and D the same request",
-                    param="kv_transfer_params",
-                )
             num_blocks = scheduler.block_manager.blocks_for(handle.num_tokens)
             if len(handle.remote_block_ids or ()) != num_blocks:
                 raise InvalidRequestError(
                     f"the handle in kv_transfer_params names {len(handle.remote_block_ids or ())} blocks, and its tokens "
                     f"fill {num_blocks} of {scheduler.block_manager.block_size}; P and D must have the same --block-size",
+                    param="kv_transfer_params",
+                )
+            if sequence.digest(handle.num_tokens) != handle.digest:
+                raise InvalidRequestError(
+                    "the handle in kv_transfer_params is of another prompt; send P and D the same request",
                     param="kv_transfer_params",
                 )
             sequence.num_remote = min(handle.num_tokens, sequence.num_tokens - 1)

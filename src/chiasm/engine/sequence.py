@@ -88,7 +88,7 @@ class Sequence:
         return self._hasher.hashes(self.token_ids)
 
     def digest(self, num_tokens: int) -> str:
-        """Hex; names the first ``num_tokens`` tokens and the items among them, as :meth:`block_hashes` names full blocks."""
+        """Hex; names the first ``num_tokens`` tokens, the items among them and the salt, the same in every instance."""
         return self._hasher.digest(self.token_ids[:num_tokens])
 
     def items_between(self, start: int, end: int) -> list[PromptItem]:
