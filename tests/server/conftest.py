@@ -65,6 +65,16 @@ def _encoder() -> Iterator[Served]:
     yield from _served(Role.ENCODER)
 
 
+@pytest.fixture(scope="session")
+def _prefill() -> Iterator[Served]:
+    yield from _served(Role.PREFILL)
+
+
+@pytest.fixture(scope="session")
+def _decode() -> Iterator[Served]:
+    yield from _served(Role.DECODE)
+
+
 @pytest.fixture
 def pd(_pd: Served) -> Served:
     _pd.engine.reset()
@@ -81,3 +91,15 @@ def aggregated(_aggregated: Served) -> Served:
 def encoder(_encoder: Served) -> Served:
     _encoder.engine.reset()
     return _encoder
+
+
+@pytest.fixture
+def prefill(_prefill: Served) -> Served:
+    _prefill.engine.reset()
+    return _prefill
+
+
+@pytest.fixture
+def decode(_decode: Served) -> Served:
+    _decode.engine.reset()
+    return _decode

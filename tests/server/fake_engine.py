@@ -1,14 +1,16 @@
 """An engine that says what it is told to, so that tests of the protocol need no model.
 
-It is the one test double here, and stands for what lies behind the facade of ``chiasm.engine``: both roles in one class,
-a processor whose every byte is a token, and an answer that a test can script.
+It is the one test double here, and stands for what lies behind the facade of ``chiasm.engine``: all roles in one class,
+a processor whose every byte is a token, and an answer that a test can script. As a prefill instance it ends after one letter
+of the answer, with a handle; as a decode instance it goes on from what comes with a handle.
 """
 
 from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,15 @@ from chiasm.engine.request import (
 )
 from chiasm.engine.stats import EngineStats
 from chiasm.errors import InvalidRequestError
+from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig, KVTransferParams
+from chiasm.kv_transfer.params import TokenLogprob
 from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
 
 PLACEHOLDER = "\x01"
 FINGERPRINT = "f1" * 16
+ANSWER = "Hello"
+SEED = 99
+"""Of requests that have none."""
 Script = Callable[[GenerateRequest], AsyncIterator[Output]]
 
 
@@ -116,13 +123,15 @@ class FakeEngine:
     """Answers ``Hello`` to everything, until ``script`` says otherwise."""
 
     def __init__(self, role: Role, **config: Any) -> None:
-        self.config = EngineConfig(Path("/nowhere/bytes"), role, **config)
+        kv = KVTransferConfig() if role in (Role.PREFILL, Role.DECODE) else None
+        self.config = EngineConfig(Path("/nowhere/bytes"), role, kv=kv, **config)
         self.processor = ByteProcessor()
         self.model_fingerprint = FINGERPRINT
         self.ec_store = "store-1"
         self.max_model_len = self.processor.max_model_len
         self.healthy = True
         self.script: Script | None = None
+        self._scripts = {Role.PREFILL: self._prefill, Role.DECODE: self._decode}
         self.encode_error: Exception | None = None
         self.encode_blocks = False
         self.requests: list[GenerateRequest] = []
@@ -154,7 +163,7 @@ class FakeEngine:
         self.started.put(request.request_id)
         ended = False
         try:
-            async for output in (self.script or self._hello)(request):
+            async for output in (self.script or self._scripts.get(self.config.role, self._hello))(request):
                 yield output
             ended = True
         finally:
@@ -162,12 +171,64 @@ class FakeEngine:
                 self.aborted.put(request.request_id)
 
     async def _hello(self, request: GenerateRequest) -> AsyncIterator[Output]:
-        text = "Hello"[: request.sampling.max_tokens]
-        for place, letter in enumerate(text):
+        for place in range(_length(request)):
             for index in range(request.num_choices):
-                last = place == len(text) - 1
-                reason: FinishReason = "stop" if len(text) == 5 else "length"
-                yield self.output(request, letter, index=index, finish_reason=reason if last else None)
+                yield self._letter(request, place, index)
+
+    async def _prefill(self, request: GenerateRequest) -> AsyncIterator[Output]:
+        params = request.kv_transfer_params
+        assert params is not None
+        for output in self._given(request):
+            yield output
+        given = params.output_token_ids
+        output = self._letter(request, len(given))
+        if params.continues and output.finish_reason is not None:
+            yield output
+            return
+        handle = KVTransferParams(
+            do_remote_prefill=True,
+            remote_engine_id="engine-p",
+            remote_block_ids=[4, 7],
+            remote_host="p.example",
+            remote_port=7001,
+            remote_request_id=request.request_id,
+            continues=params.continues,
+            num_tokens=len(request.prompt.token_ids) + len(given),
+            digest="d1",
+            output_token_ids=[*given, *output.token_ids],
+            output_logprobs=[
+                *params.output_logprobs,
+                *(TokenLogprob(entry.logprob, list(entry.top)) for entry in output.logprobs or ()),
+            ],
+            seed=SEED if request.sampling.seed is None else request.sampling.seed,
+            cached_tokens=1,
+        )
+        yield replace(output, finish_reason=output.finish_reason or "length", kv_transfer_params=handle)
+
+    async def _decode(self, request: GenerateRequest) -> AsyncIterator[Output]:
+        assert request.kv_transfer_params is not None
+        for output in self._given(request):
+            yield output
+        for place in range(len(request.kv_transfer_params.output_token_ids), _length(request)):
+            for index in range(request.num_choices):
+                yield self._letter(request, place, index)
+
+    def _given(self, request: GenerateRequest) -> Iterator[Output]:
+        """What came with the request: what the client has, and what it hasn't."""
+        params = request.kv_transfer_params
+        assert params is not None
+        text: str = self.processor.tokenizer.decode(params.output_token_ids)
+        if params.num_sent:
+            yield replace(self.output(request, text[: params.num_sent]), logprobs=None, already_sent=True)
+        if text[params.num_sent :]:
+            ended = len(text) == _length(request) and not params.do_remote_decode
+            yield self.output(request, text[params.num_sent :], finish_reason="length" if ended else None)
+
+    def _letter(self, request: GenerateRequest, place: int, index: int = 0) -> Output:
+        """One letter of the answer, the last with the reason."""
+        length = _length(request)
+        reason: FinishReason = "stop" if length == len(ANSWER) else "length"
+        return self.output(request, ANSWER[place], index=index, finish_reason=reason if place == length - 1 else None)
 
     def output(
         self,
@@ -193,6 +254,7 @@ class FakeEngine:
                 queue_seconds=0.001,
                 wait_seconds=0.02,
                 transfer_seconds=0.003,
+                kv_seconds=0.005 if self.config.role is Role.DECODE else None,
                 encode_seconds=0.0,
                 prefill_seconds=0.004,
                 first_token_seconds=0.028,
@@ -222,8 +284,14 @@ class FakeEngine:
             items={ItemOutcome.HIT: 3},
             generation_tokens=11,
             kv_blocks_total=8,
+            kv_blocks_used=3,
             ec=ECConnectorStats(loads=4),
+            kv=None if self.config.kv is None else KVConnectorStats(transfers=5, transferred_bytes=640, leases_held=1),
         )
+
+
+def _length(request: GenerateRequest) -> int:
+    return min(len(ANSWER), request.sampling.max_tokens)
 
 
 async def never(request: GenerateRequest) -> AsyncIterator[Output]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from chiasm import __version__
 from chiasm.server.app import app_of
 from chiasm.server.config import ServerConfig
@@ -24,6 +26,16 @@ def test_health_tells_what_the_proxy_needs(pd: Served) -> None:
         "max_model_len": 512,
         "max_items": 3,
     }
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_health_of_prefill_and_decode_tells_how_much_fits(request: pytest.FixtureRequest, role: str) -> None:
+    served: Served = request.getfixturevalue(role)
+    health = get(f"{served.url}/health").json
+    assert health["role"] == role
+    assert health["kv_connector"] == "SharedMemoryConnector"
+    assert (health["kv_blocks_total"], health["kv_blocks_free"]) == (8, 5)
+    assert health["max_num_seqs"] == 64
 
 
 def test_instance_that_loads_answers_503() -> None:
@@ -77,3 +89,18 @@ def test_metrics_show_the_engine_and_the_requests(pd: Served) -> None:
     assert {"chiasm_time_to_first_token_seconds_count", "chiasm_inter_token_seconds_sum"} <= names
     assert any('path="/v1/chat/completions",status="200"' in line for line in lines)
     assert any('path="/v1/chat/completions",status="400"' in line for line in lines)
+
+
+def test_metrics_show_the_transfers_of_kv(prefill: Served, pd: Served) -> None:
+    lines = get(f"{prefill.url}/metrics").body.decode().splitlines()
+    for line in (
+        "chiasm_kv_transfers_total 5.0",
+        "chiasm_kv_transferred_bytes_total 640.0",
+        "chiasm_kv_transfer_seconds_total 0.0",
+        "chiasm_kv_claim_seconds_total 0.0",
+        "chiasm_kv_failures_total 0.0",
+        "chiasm_kv_leases_held 1.0",
+        "chiasm_kv_leases_expired_total 0.0",
+    ):
+        assert line in lines
+    assert b"chiasm_kv_transfers" not in get(f"{pd.url}/metrics").body

@@ -1,8 +1,9 @@
 """The OpenAI-compatible HTTP API of one instance.
 
 A request's way: ``app`` (path) → ``exchange`` (identity, deadline, body, disconnect) → ``chat`` or ``completions``
-(``protocol``: fields; ``media`` and ``prompts``: the prompt; ``sampling``) → ``generation`` (the engine) → ``streaming``
-and ``chunks``, or one answer. On an encoder ``chat`` leads to ``encode``.
+(``protocol``: fields; ``media`` and ``prompts``: the prompt; ``sampling``; ``stages``: which part of the answer is made
+here) → ``answer`` → ``generation`` (the engine) → ``streaming`` and ``chunks``, or one body. On an encoder ``chat`` leads to
+``encode``.
 """
 
 from chiasm.server.app import create_app

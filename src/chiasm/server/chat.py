@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from chiasm.engine.config import Role
 from chiasm.engine.request import GenerateRequest
-from chiasm.models.base import ItemGeometry, Pixels
 from chiasm.server import encode, media
+from chiasm.server.answer import Form, answer, engine_requests
 from chiasm.server.chunks import ChatChunks
 from chiasm.server.exchange import Exchange
-from chiasm.server.generation import Choice, Generation, Step
+from chiasm.server.generation import Choice
 from chiasm.server.logprobs import chat_logprobs
 from chiasm.server.prompts import chat_prompt, check_messages
 from chiasm.server.protocol import (
@@ -20,17 +23,14 @@ from chiasm.server.protocol import (
     ChatLogprobs,
     ChatRequest,
     ChatResponse,
-    StreamOptions,
     decode,
+    stream_options,
 )
-from chiasm.server.sampling import cache_salt, num_choices, sampling_of
-from chiasm.server.streaming import stream
+from chiasm.server.sampling import cache_salt, num_choices
+from chiasm.server.stages import Stage, stage_of
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from chiasm.engine.engine import LanguageEngine
-    from chiasm.engine.request import TokenLogprobs
 
 _decoder = msgspec.json.Decoder(ChatRequest)
 
@@ -49,81 +49,50 @@ async def chat_completions(exchange: Exchange) -> None:
 
 async def _generate(exchange: Exchange, request: ChatRequest) -> None:
     engine = exchange.instance.language_engine
-    generation = Generation(exchange, engine, [await _engine_request(exchange, engine, request)])
-    answer_id = f"chatcmpl-{exchange.request_id}"
-    tokenizer = engine.processor.tokenizer
-    if request.stream:
-        options = request.stream_options or StreamOptions()
-        chunks = ChatChunks(
-            answer_id,
-            exchange.created,
-            exchange.instance.model,
-            len(generation.choices),
-            announces_usage=bool(options.include_usage),
-        )
-
-        def logprobs(step: Step) -> ChatLogprobs | None:
-            return _logprobs(tokenizer, step.output.logprobs)
-
-        preamble = b"".join(chunks.role(index) for index in range(len(generation.choices)))
-        await stream(exchange, generation, chunks, logprobs, options, preamble)
-        return
-    choices = await generation.collect()
-    response = ChatResponse(
-        id=answer_id,
-        created=exchange.created,
-        model=exchange.instance.model,
-        choices=[_choice(index, choice, tokenizer, bool(request.logprobs)) for index, choice in enumerate(choices)],
-        usage=generation.usage(),
-    )
-    await exchange.reply(
-        msgspec.json.encode(response), headers=[("server-timing", generation.server_timing(ended=True))]
-    )
-
-
-async def _engine_request(exchange: Exchange, engine: LanguageEngine, request: ChatRequest) -> GenerateRequest:
-    """Media, then prompt, then pixels: what is cheap and may be wrong comes first."""
-    choices = num_choices(request)
-    salt = cache_salt(request)
-    items: list[tuple[str, ItemGeometry]]
-    pictures: list[media.Picture] = []
-    if engine.config.role == "aggregated":
-        parts = media.media_parts(request, media.IMAGE_URL, engine.config.max_items)
-        pictures = await media.fetch_pictures(exchange, engine, parts, salt=salt)
-        items = [(name, engine.processor.geometry_of_size(info.height, info.width)) for name, _, info in pictures]
-    else:
-        parts = media.media_parts(request, media.IMAGE_EMBEDS, engine.config.max_items)
-        items = media.published_items(engine.processor, parts)
-    async with exchange.until_deadline():
-        prompt = await chat_prompt(exchange, engine, request, items)
-    sampling = sampling_of(
-        request, engine.processor.default_sampling, room_tokens=engine.max_model_len - len(prompt.token_ids)
-    )
-    pixels: dict[str, Pixels] = await media.preprocess_pictures(exchange, engine.processor, pictures)
+    stage = stage_of(engine.config.role, request)
+    requests = await _engine_requests(exchange, engine, request, stage)
     # The pictures as they came are large, and an answer may take long.
     request.messages = []
     exchange.release_body()
-    return GenerateRequest(
-        request_id=exchange.engine_id,
-        prompt=prompt,
-        sampling=sampling,
-        deadline=exchange.deadline,
-        num_choices=choices,
-        pixels=pixels,
-        cache_salt=salt,
-    )
+    await answer(exchange, engine, _FORM, stage, requests, stream_options(request))
 
 
-def _choice(index: int, choice: Choice, tokenizer: Tokenizer, wants_logprobs: bool) -> ChatChoice:
+async def _engine_requests(
+    exchange: Exchange, engine: LanguageEngine, request: ChatRequest, stage: Stage
+) -> Sequence[GenerateRequest]:
+    """Media, then prompt, then pixels: what is cheap and may be wrong comes first."""
+    num_choices(request)
+    salt = cache_salt(request)
+    if engine.config.role != Role.AGGREGATED:
+        parts = media.media_parts(request, media.IMAGE_EMBEDS, engine.config.max_items)
+        items = media.published_items(engine.processor, parts)
+        async with exchange.until_deadline():
+            prompt = await chat_prompt(exchange, engine, request, items)
+        return engine_requests(exchange, engine, request, stage, [prompt])
+    parts = media.media_parts(request, media.IMAGE_URL, engine.config.max_items)
+    pictures = await media.fetch_pictures(exchange, engine, parts, salt=salt)
+    items = [(name, engine.processor.geometry_of_size(info.height, info.width)) for name, _, info in pictures]
+    async with exchange.until_deadline():
+        prompt = await chat_prompt(exchange, engine, request, items)
+    (generate,) = engine_requests(exchange, engine, request, stage, [prompt])
+    return [replace(generate, pixels=await media.preprocess_pictures(exchange, engine.processor, pictures))]
+
+
+def _choice(index: int, choice: Choice, logprobs: ChatLogprobs | None) -> ChatChoice:
     assert choice.finish_reason is not None
     return ChatChoice(
         index=index,
         message=AssistantMessage("".join(choice.text)),
         finish_reason=choice.finish_reason,
-        logprobs=chat_logprobs(tokenizer, choice.logprobs) if wants_logprobs else None,
+        logprobs=logprobs,
         stop_reason=choice.stop_reason,
     )
 
 
-def _logprobs(tokenizer: Tokenizer, logprobs: tuple[TokenLogprobs, ...] | None) -> ChatLogprobs | None:
-    return None if logprobs is None else chat_logprobs(tokenizer, logprobs)
+_FORM = Form(
+    id_prefix="chatcmpl",
+    chunks=ChatChunks,
+    response=ChatResponse,
+    choice=_choice,
+    logprobs=lambda tokenizer, logprobs, _: chat_logprobs(tokenizer, logprobs),
+)

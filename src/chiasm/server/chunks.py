@@ -38,10 +38,15 @@ class Chunks:
     def __init__(
         self, answer_id: str, created: int, model: str, num_choices: int, *, announces_usage: bool = False
     ) -> None:
+        self.created = created
         head = b"data: " + _encode(_Head(answer_id, self.object_name, created, model))[:-1]
         self._head = head + b',"choices":['
         self._opens = [self._head + b'{"index":%d,' % index for index in range(num_choices)]
         self._end = _USAGE_TO_COME if announces_usage else _NO_USAGE
+
+    def role(self, index: int) -> bytes:
+        """The first chunk of a choice, where there is one before its text."""
+        return b""
 
     def text(
         self,
@@ -97,7 +102,6 @@ class ChatChunks(Chunks):
     without_text = b'"delta":{},"logprobs":null,'
 
     def role(self, index: int) -> bytes:
-        """The first chunk of a choice."""
         return b"".join(
             (
                 self._opens[index],

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 
-from chiasm.engine.request import GenerateRequest
+from chiasm.server.answer import Form, answer, engine_requests
 from chiasm.server.chunks import CompletionChunks
 from chiasm.server.exchange import Exchange
-from chiasm.server.generation import Choice, Generation, Step
+from chiasm.server.generation import Choice
 from chiasm.server.logprobs import completion_logprobs
 from chiasm.server.prompts import completion_prompts
 from chiasm.server.protocol import (
@@ -17,16 +15,10 @@ from chiasm.server.protocol import (
     CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
-    StreamOptions,
     decode,
+    stream_options,
 )
-from chiasm.server.sampling import cache_salt, num_choices, sampling_of
-from chiasm.server.streaming import stream
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from chiasm.engine.engine import LanguageEngine
+from chiasm.server.stages import stage_of
 
 _decoder = msgspec.json.Decoder(CompletionRequest)
 
@@ -36,69 +28,28 @@ async def completions(exchange: Exchange) -> None:
     engine = exchange.instance.language_engine
     request = await exchange.instance.parse(lambda: decode(_decoder, exchange.body), len(exchange.body))
     exchange.instance.check_model(request.model)
-    generation = Generation(exchange, engine, await _engine_requests(exchange, engine, request))
-    answer_id = f"cmpl-{exchange.request_id}"
-    tokenizer = engine.processor.tokenizer
-    if request.stream:
-        options = request.stream_options or StreamOptions()
-        chunks = CompletionChunks(
-            answer_id,
-            exchange.created,
-            exchange.instance.model,
-            len(generation.choices),
-            announces_usage=bool(options.include_usage),
-        )
-
-        def logprobs(step: Step) -> CompletionLogprobs | None:
-            if step.output.logprobs is None:
-                return None
-            return completion_logprobs(tokenizer, step.output.logprobs, generation.choices[step.choice].num_characters)
-
-        await stream(exchange, generation, chunks, logprobs, options)
-        return
-    choices = await generation.collect()
-    response = CompletionResponse(
-        id=answer_id,
-        created=exchange.created,
-        model=exchange.instance.model,
-        choices=[
-            _choice(index, choice, tokenizer, request.logprobs is not None) for index, choice in enumerate(choices)
-        ],
-        usage=generation.usage(),
-    )
-    await exchange.reply(
-        msgspec.json.encode(response), headers=[("server-timing", generation.server_timing(ended=True))]
-    )
-
-
-async def _engine_requests(
-    exchange: Exchange, engine: LanguageEngine, request: CompletionRequest
-) -> list[GenerateRequest]:
-    choices = num_choices(request)
-    salt = cache_salt(request)
+    stage = stage_of(engine.config.role, request)
     async with exchange.until_deadline():
         prompts = await completion_prompts(exchange, engine, request)
-    return [
-        GenerateRequest(
-            request_id=f"{exchange.engine_id}-{index}",
-            prompt=prompt,
-            sampling=sampling_of(
-                request, engine.processor.default_sampling, room_tokens=engine.max_model_len - len(prompt.token_ids)
-            ),
-            deadline=exchange.deadline,
-            num_choices=choices,
-            cache_salt=salt,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+    requests = engine_requests(exchange, engine, request, stage, prompts)
+    await answer(exchange, engine, _FORM, stage, requests, stream_options(request))
 
 
-def _choice(index: int, choice: Choice, tokenizer: Tokenizer, wants_logprobs: bool) -> CompletionChoice:
+def _choice(index: int, choice: Choice, logprobs: CompletionLogprobs | None) -> CompletionChoice:
     assert choice.finish_reason is not None
     return CompletionChoice(
         index=index,
         text="".join(choice.text),
         finish_reason=choice.finish_reason,
-        logprobs=completion_logprobs(tokenizer, choice.logprobs, 0) if wants_logprobs else None,
+        logprobs=logprobs,
         stop_reason=choice.stop_reason,
     )
+
+
+_FORM = Form(
+    id_prefix="cmpl",
+    chunks=CompletionChunks,
+    response=CompletionResponse,
+    choice=_choice,
+    logprobs=completion_logprobs,
+)

@@ -19,6 +19,7 @@ from chiasm.server.protocol import (
     Usage,
 )
 from chiasm.server.sampling import cache_salt
+from chiasm.server.stages import stage_of
 
 
 async def encode_pictures(exchange: Exchange, request: ChatRequest) -> None:
@@ -27,6 +28,7 @@ async def encode_pictures(exchange: Exchange, request: ChatRequest) -> None:
     A picture without one is named by its content.
     """
     engine = exchange.instance.encoder_engine
+    stage_of(engine.config.role, request)
     if request.stream:
         raise InvalidRequestError("An encoder does not stream; send stream=false.", param="stream")
     parts = media.media_parts(request, media.IMAGE_URL, engine.config.max_items)

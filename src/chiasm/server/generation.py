@@ -16,6 +16,7 @@ from chiasm.server.protocol import PromptTokensDetails, Usage
 if TYPE_CHECKING:
     from chiasm.engine.engine import LanguageEngine
     from chiasm.engine.request import FinishReason, Output, RequestTiming, TokenLogprobs
+    from chiasm.kv_transfer import KVTransferParams
 
 
 class Step(NamedTuple):
@@ -48,6 +49,9 @@ class Generation:
         self._cached_tokens = [0] * len(requests)
         self._completion_tokens = 0
         self.choices = [Choice() for request in requests for _ in range(request.num_choices)]
+        self.wants_logprobs = requests[0].sampling.logprobs is not None
+        self.handles: list[KVTransferParams | None] = [None] * len(requests)
+        """With what each prompt's answer goes on elsewhere, if it does (prefill role)."""
         self.timing: RequestTiming | None = None
         """Of the first prompt, as far as known."""
 
@@ -59,12 +63,13 @@ class Generation:
                 now = time.monotonic()
                 step = Step(which * self._requests[0].num_choices + output.index, output)
                 choice = self.choices[step.choice]
-                if self._exchange.timing.first_output is None:
-                    self._exchange.timing.first_output = now
-                    metrics.first_token.observe(now - self._exchange.timing.arrival)
-                if choice.last_output and output.token_ids:
-                    metrics.inter_token.observe((now - choice.last_output) / len(output.token_ids))
-                choice.last_output = now
+                if not output.already_sent:
+                    if self._exchange.timing.first_output is None:
+                        self._exchange.timing.first_output = now
+                        metrics.first_token.observe(now - self._exchange.timing.arrival)
+                    if choice.last_output and output.token_ids:
+                        metrics.inter_token.observe((now - choice.last_output) / len(output.token_ids))
+                    choice.last_output = now
                 choice.finish_reason = output.finish_reason
                 choice.stop_reason = output.stop_reason
                 self._completion_tokens += len(output.token_ids)
@@ -72,6 +77,8 @@ class Generation:
                     self._cached_tokens[which] = output.num_cached_tokens
                 if which == 0:
                     self.timing = output.timing
+                if output.kv_transfer_params is not None:
+                    self.handles[which] = output.kv_transfer_params
                 yield step
                 choice.num_characters += len(output.text)
 

@@ -111,8 +111,7 @@ class Instance:
         engine = self.engine
         if engine.config.role == _ENCODER:
             raise InvalidRequestError(
-                "This instance is an encoder and holds no language model; send text to a pd or aggregated instance, "
-                "or to the proxy."
+                "This instance is an encoder and holds no language model; send text to the proxy."
             )
         return engine  # type: ignore[return-value]
 

@@ -117,8 +117,14 @@ def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
     yield items
     if stats.ec is not None:
         for field in dataclasses.fields(stats.ec):
-            yield CounterMetricFamily(
-                f"chiasm_ec_{field.name}",
-                f"EC connector: {field.name.replace('_', ' ')}.",
-                getattr(stats.ec, field.name),
-            )
+            yield _connector_metric("ec", CounterMetricFamily, field.name, getattr(stats.ec, field.name))
+    if stats.kv is not None:
+        for field in dataclasses.fields(stats.kv):
+            family = GaugeMetricFamily if field.name == "leases_held" else CounterMetricFamily
+            yield _connector_metric("kv", family, field.name, getattr(stats.kv, field.name))
+
+
+def _connector_metric(
+    plane: str, family: type[CounterMetricFamily] | type[GaugeMetricFamily], name: str, value: float
+) -> Metric:
+    return family(f"chiasm_{plane}_{name}", f"{plane.upper()} connector: {name.replace('_', ' ')}.", value)

@@ -13,6 +13,7 @@ import msgspec
 
 from chiasm.engine.request import FinishReason
 from chiasm.errors import InvalidRequestError
+from chiasm.kv_transfer import KVTransferParams
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
@@ -43,7 +44,6 @@ class Unsupported(msgspec.Struct):
     guided_grammar: Any = None
     guided_json: Any = None
     guided_regex: Any = None
-    kv_transfer_params: Any = None
     length_penalty: Any = None
     logits_processors: Any = None
     logprob_token_ids: Any = None
@@ -106,6 +106,8 @@ class GenerationFields(Unsupported, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
+    kv_transfer_params: KVTransferParams | None = None
+    """From the proxy to prefill and decode instances; the others take none."""
 
 
 class ImageURL(msgspec.Struct):
@@ -178,6 +180,11 @@ def decode(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Request:
     if request.stream_options is not None and not request.stream:
         raise InvalidRequestError("stream_options goes only with stream=true.", param="stream_options")
     return request
+
+
+def stream_options(request: GenerationFields) -> StreamOptions | None:
+    """What the stream that the request asks for carries; None if it asks for none."""
+    return (request.stream_options or StreamOptions()) if request.stream else None
 
 
 def _refuse_unsupported(request: Unsupported) -> None:
@@ -266,6 +273,8 @@ class ChatResponse(msgspec.Struct):
     object: Literal["chat.completion"] = "chat.completion"
     ec_transfer_params: dict[str, dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
     """What an encoder holds ready, by identifier."""
+    kv_transfer_params: KVTransferParams | msgspec.UnsetType = msgspec.UNSET
+    """With what a decode instance goes on from a prefill instance's answer."""
 
 
 class CompletionChoice(msgspec.Struct):
@@ -287,6 +296,7 @@ class CompletionResponse(msgspec.Struct):
     choices: list[CompletionChoice]
     usage: Usage
     object: Literal["text_completion"] = "text_completion"
+    kv_transfer_params: KVTransferParams | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelCard(msgspec.Struct):

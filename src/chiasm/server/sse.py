@@ -15,3 +15,8 @@ def event(data: bytes) -> bytes:
 def comment(text: str) -> bytes:
     """A line that clients pass over."""
     return b": " + text.encode() + b"\n\n"
+
+
+def comment_line(text: str) -> bytes:
+    """The same at the head of an event."""
+    return b": " + text.encode() + b"\n"

@@ -36,6 +36,14 @@ class Status:
                 "max_model_len": engine.max_model_len,
                 "max_items": engine.config.max_items,
             }
+            if engine.config.kv is not None:
+                stats = engine.stats()
+                answer |= {
+                    "kv_connector": engine.config.kv.connector,
+                    "kv_blocks_total": stats.kv_blocks_total,
+                    "kv_blocks_free": stats.kv_blocks_total - stats.kv_blocks_used,
+                    "max_num_seqs": engine.config.max_num_seqs,
+                }
         if state == "failed":
             reason = instance.failure.message if instance.failure else "the engine has stopped; its log says why"
             answer["message"] = reason

@@ -30,6 +30,7 @@ class ServerTiming:
                 _entry("queue", engine.queue_seconds),
                 _entry("wait", engine.wait_seconds),
                 _entry("transfer", engine.transfer_seconds),
+                _entry("kv", engine.kv_seconds),
                 _entry("encode", engine.encode_seconds or None),
                 _entry("prefill", engine.prefill_seconds),
             ]
