@@ -45,7 +45,16 @@ def test_a_port_in_use(command: list[str], checkpoint: Path) -> None:
 
 def test_nothing_that_could_answer() -> None:
     assert "at least one pd or aggregated" in _one_line("serve", "demo", "--pds", "0", "--encoders", "0")
-    assert "no PD and no aggregated instance" in _one_line("proxy", "--port", "0")
+    assert "nothing could answer" in _one_line("proxy", "--port", "0")
+
+
+def test_prefill_without_decode() -> None:
+    assert "ask for at least one decode instance too" in _one_line("serve", "demo", "--prefills", "1")
+
+
+def test_options_that_are_not_the_roles(checkpoint: Path) -> None:
+    arguments = ("instance", str(checkpoint), "--role", "decode", "--port", "0", "--shared-storage-path", "/tmp")
+    assert "leave out --shared-storage-path" in _one_line(*arguments)
 
 
 def test_a_cpu_that_is_not_there(checkpoint: Path) -> None:

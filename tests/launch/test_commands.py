@@ -78,10 +78,29 @@ def test_an_aggregated_instance_exchanges_no_embeddings(address: HeldPort, tmp_p
     assert "--connector" not in instance_command(config, tmp_path, Role.AGGREGATED, address, None, 0)
 
 
+def test_prefill_is_told_of_embeddings_and_kv_and_decode_of_kv_alone(address: HeldPort, tmp_path: Path) -> None:
+    roles = {Role.ENCODER: RoleConfig(), Role.PREFILL: RoleConfig(), Role.DECODE: RoleConfig()}
+    config = DeploymentConfig("demo", roles, kv_connector="NixlConnector", kv_lease_seconds=5)
+    assert config.exchanges_embeddings
+    prefill, decode, encoder = (
+        " ".join(instance_command(config, tmp_path, role, address, tmp_path / "ec", 1))
+        for role in (Role.PREFILL, Role.DECODE, Role.ENCODER)
+    )
+    assert "--role prefill" in prefill
+    assert f"--shared-storage-path {tmp_path / 'ec'}" in prefill
+    assert "--kv-connector NixlConnector --kv-lease-seconds 5" in prefill
+    assert "--kv-connector NixlConnector" in decode
+    assert "--connector" not in decode
+    assert "--kv-lease-seconds" not in decode
+    assert "--kv-connector" not in encoder
+
+
 def test_the_proxy_is_told_every_instance(address: HeldPort) -> None:
     urls = [(Role.ENCODER, "http://a"), (Role.ENCODER, "http://b"), (Role.PD, "http://c")]
     text = " ".join(proxy_command(DeploymentConfig("demo"), address, urls))
     assert "--encoder http://a --encoder http://b --pd http://c" in text
+    urls = [(Role.PREFILL, "http://d"), (Role.DECODE, "http://e")]
+    assert "--prefill http://d --decode http://e" in " ".join(proxy_command(DeploymentConfig("demo"), address, urls))
 
 
 def test_threads_that_wait_sleep_unless_a_person_has_set_it_otherwise() -> None:
@@ -113,6 +132,10 @@ def test_a_model_is_called_by_its_folders_name_or_as_it_was_given(tmp_path: Path
         ({}, "nothing would answer"),
         ({Role.ENCODER: RoleConfig()}, "nothing would answer"),
         ({Role.ENCODER: RoleConfig(), Role.AGGREGATED: RoleConfig()}, "need at least one pd"),
+        ({Role.PREFILL: RoleConfig()}, "at least one decode instance"),
+        ({Role.DECODE: RoleConfig(), Role.PREFILL: RoleConfig(0)}, "at least one prefill instance"),
+        ({Role.PREFILL: RoleConfig(), Role.DECODE: RoleConfig(), Role.PD: RoleConfig()}, "not beside them"),
+        ({Role.PREFILL: RoleConfig(), Role.DECODE: RoleConfig(), Role.AGGREGATED: RoleConfig()}, "not beside them"),
         ({Role.PD: RoleConfig(-1)}, "fewer than no"),
     ],
 )

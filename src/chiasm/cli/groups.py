@@ -22,14 +22,23 @@ class OptionGroup:
         values = {option.name: getattr(self, option.name) for option in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the options that were given, as a person writes them."""
+        return tuple(_flag(name) for name in self.given())
+
     def arguments(self) -> tuple[str, ...]:
         """The options that were given, as arguments for another command of chiasm."""
         arguments: list[str] = []
         for name, value in self.given().items():
             for one in value if isinstance(value, tuple | list) else (value,):
                 shown = one.resolve() if isinstance(one, Path) else one
-                arguments += [f"--{name.replace('_', '-')}", str(shown)]
+                arguments += [_flag(name), str(shown)]
         return tuple(arguments)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

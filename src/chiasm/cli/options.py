@@ -81,6 +81,34 @@ class ECOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
+class KVOptions(OptionGroup):
+    """How a prompt's KV travels from prefill to decode."""
+
+    kv_connector: Annotated[
+        str | None, typer.Option(help="What moves a prompt's KV.", show_default="SharedMemoryConnector")
+    ] = None
+    kv_connector_module_path: Annotated[
+        str | None, typer.Option(help="Python module of a KV connector that is not chiasm's own.")
+    ] = None
+    kv_lease_seconds: Annotated[
+        float | None, typer.Option(min=1, help="How long prefill holds KV that nobody asks for.", show_default="30")
+    ] = None
+
+
+@dataclass(frozen=True)
+class KVAddressOptions(OptionGroup):
+    """Where decode instances find a prefill instance."""
+
+    kv_host: Annotated[
+        str | None,
+        typer.Option(help="Name or address under which they reach it, and where it listens.", show_default="127.0.0.1"),
+    ] = None
+    kv_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Where it listens; 0 takes a free port.", show_default="0")
+    ] = None
+
+
+@dataclass(frozen=True)
 class MediaOptions(OptionGroup):
     """Fields of ``MediaConfig``."""
 
@@ -136,6 +164,9 @@ class ProxyOptions(OptionGroup):
     ] = None
     max_encode_attempts: Annotated[
         int | None, typer.Option(min=1, help="Calls that one image is given.", show_default="3")
+    ] = None
+    max_prefill_attempts: Annotated[
+        int | None, typer.Option(min=1, help="Prefills that one request is given.", show_default="4")
     ] = None
     max_body_bytes: Annotated[int | None, _size("The largest request.", "128MiB")] = None
     max_buffered_bytes: Annotated[int | None, _size("Bodies and media held at one time.", "1GiB")] = None

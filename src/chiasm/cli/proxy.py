@@ -18,6 +18,10 @@ def proxy(
     aggregated: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="An aggregated instance; can be repeated.")
     ] = None,
+    prefill: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A prefill instance; can be repeated.")
+    ] = None,
+    decode: Annotated[list[str] | None, typer.Option(metavar="URL", help="A decode instance; can be repeated.")] = None,
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
     cpus: options.Cpus = None,
@@ -45,6 +49,8 @@ def proxy(
             encoders=tuple(encoder or ()),
             pds=tuple(pd or ()),
             aggregated=tuple(aggregated or ()),
+            prefills=tuple(prefill or ()),
+            decodes=tuple(decode or ()),
             media=MediaConfig(**media.given()),
             **proxy_options.given(),
         ),

@@ -20,14 +20,22 @@ def serve(
     model: options.Model,
     engine: options.EngineOptions,
     ec: options.ECOptions,
+    kv: options.KVOptions,
     media: options.MediaOptions,
     encoders: Annotated[
         int | None, typer.Option(min=0, help="Encoder instances.", show_default="1, or 0 with --aggregated")
     ] = None,
     pds: Annotated[
-        int | None, typer.Option(min=0, help="Prefill and decode instances.", show_default="1, or 0 with --aggregated")
+        int | None,
+        typer.Option(min=0, help="Prefill-and-decode instances.", show_default="1, or 0 if there are others"),
     ] = None,
     aggregated: Annotated[int | None, typer.Option(min=0, help="Instances that do it all.", show_default="0")] = None,
+    prefills: Annotated[
+        int | None, typer.Option(min=0, help="Prefill instances, with --decodes.", show_default="0")
+    ] = None,
+    decodes: Annotated[
+        int | None, typer.Option(min=0, help="Decode instances, with --prefills.", show_default="0")
+    ] = None,
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
     served_model_name: options.ServedModelName = None,
@@ -38,6 +46,8 @@ def serve(
     encoder_cpus: options.Cpus = None,
     pd_cpus: options.Cpus = None,
     aggregated_cpus: options.Cpus = None,
+    prefill_cpus: options.Cpus = None,
+    decode_cpus: options.Cpus = None,
     deadline_seconds: Annotated[
         float | None, typer.Option(help="The longest that a request may take.", show_default="600")
     ] = None,
@@ -52,8 +62,14 @@ def serve(
     from chiasm.launch import DeploymentConfig, RoleConfig
 
     check_level(log_level)
-    cpus = {Role.ENCODER: encoder_cpus, Role.PD: pd_cpus, Role.AGGREGATED: aggregated_cpus}
-    counts = count_instances(encoders, pds, aggregated)
+    cpus = {
+        Role.ENCODER: encoder_cpus,
+        Role.PD: pd_cpus,
+        Role.AGGREGATED: aggregated_cpus,
+        Role.PREFILL: prefill_cpus,
+        Role.DECODE: decode_cpus,
+    }
+    counts = count_instances(encoders, pds, aggregated, prefills, decodes)
     common = (*media.arguments(), "--log-level", log_level)
     if deadline_seconds is not None:
         common += ("--deadline-seconds", str(deadline_seconds))
@@ -71,17 +87,22 @@ def serve(
             proxy_flags=of_proxy,
             admin_key=admin_key,
             **ec.given(),
+            **kv.given(),
         )
     )
 
 
-def count_instances(encoders: int | None, pds: int | None, aggregated: int | None) -> dict[Role, int]:
+def count_instances(
+    encoders: int | None, pds: int | None, aggregated: int | None, prefills: int | None, decodes: int | None
+) -> dict[Role, int]:
     """How many instances of each role: without any count one encoder and one pd."""
-    default = 0 if aggregated else 1
+    apart = bool(prefills or decodes)
     counts = {
-        Role.ENCODER: default if encoders is None else encoders,
-        Role.PD: default if pds is None else pds,
+        Role.ENCODER: (0 if aggregated and not apart else 1) if encoders is None else encoders,
+        Role.PD: (0 if aggregated or apart else 1) if pds is None else pds,
         Role.AGGREGATED: aggregated or 0,
+        Role.PREFILL: prefills or 0,
+        Role.DECODE: decodes or 0,
     }
     return {role: count for role, count in counts.items() if count}
 

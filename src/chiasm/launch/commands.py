@@ -13,6 +13,8 @@ from chiasm.launch.cores import usable_cores
 from chiasm.launch.ports import HeldPort
 
 _CHIASM = (sys.executable, "-m", "chiasm")
+_EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)
+_KV_ROLES = (Role.PREFILL, Role.DECODE)
 PROBE_INTERVAL_SECONDS = 0.25
 """Of a proxy whose instances are all on this machine: an instance that comes or goes is noticed at once."""
 
@@ -27,11 +29,17 @@ def instance_command(
     command += ["--served-model-name", config.served_model_name or model_name(config.model)]
     command += ["--threads", str(threads_of(config.roles, role))]
     command += _cpus(chosen.cpus)
-    if role is not Role.AGGREGATED and storage is not None:
+    if role in _EC_ROLES and storage is not None:
         command += ["--connector", config.connector]
         if config.connector_module_path:
             command += ["--connector-module-path", config.connector_module_path]
         command += ["--shared-storage-path", str(storage), "--ec-max-bytes", str(ec_max_bytes)]
+    if role in _KV_ROLES:
+        command += ["--kv-connector", config.kv_connector]
+        if config.kv_connector_module_path:
+            command += ["--kv-connector-module-path", config.kv_connector_module_path]
+        if role is Role.PREFILL and config.kv_lease_seconds is not None:
+            command += ["--kv-lease-seconds", str(config.kv_lease_seconds)]
     return [*command, *config.instance_flags, *chosen.flags]
 
 

@@ -49,6 +49,10 @@ class DeploymentConfig:
     """Where embeddings lie; None makes a folder, in shared memory where there is room, and removes it at the end."""
     ec_max_bytes: int | None = None
     """Bound of the embeddings there; None: 4 GiB, or less where there is less room."""
+    kv_connector: str = "SharedMemoryConnector"
+    kv_connector_module_path: str | None = None
+    kv_lease_seconds: float | None = None
+    """How long a prefill instance holds KV that nobody asks for; None: the connector's default."""
     instance_flags: tuple[str, ...] = ()
     """More arguments of ``chiasm instance``, for every instance."""
     proxy_flags: tuple[str, ...] = ()
@@ -61,10 +65,26 @@ class DeploymentConfig:
     def __post_init__(self) -> None:
         if any(role.count < 0 for role in self.roles.values()):
             raise ConfigurationError("a deployment cannot have fewer than no instances of a role")
-        if not self.count(Role.PD) and not self.count(Role.AGGREGATED):
-            raise ConfigurationError("nothing would answer: a deployment needs at least one pd or aggregated instance")
-        if self.count(Role.ENCODER) and not self.count(Role.PD):
-            raise ConfigurationError("nothing would use the encoders: they need at least one pd instance")
+        whole, apart = self._counts(Role.PD, Role.AGGREGATED), self._counts(Role.PREFILL, Role.DECODE)
+        if any(whole) and any(apart):
+            raise ConfigurationError(
+                "prefill and decode instances stand in place of pd and aggregated instances, not beside them; "
+                "leave out the ones or the others"
+            )
+        if any(apart) and not all(apart):
+            missing = "decode" if self.count(Role.PREFILL) else "prefill"
+            raise ConfigurationError(
+                f"prefill and decode instances need each other; ask for at least one {missing} instance too"
+            )
+        if not any(whole) and not any(apart):
+            raise ConfigurationError(
+                "nothing would answer: a deployment needs at least one pd or aggregated instance, or a prefill and a decode "
+                "instance"
+            )
+        if self.count(Role.ENCODER) and not self.exchanges_embeddings:
+            raise ConfigurationError(
+                "nothing would use the encoders: they need at least one pd instance, or a prefill and a decode instance"
+            )
 
     def count(self, role: Role) -> int:
         """Instances of ``role``."""
@@ -73,4 +93,7 @@ class DeploymentConfig:
     @property
     def exchanges_embeddings(self) -> bool:
         """Whether there is an instance whose embeddings come from another."""
-        return self.count(Role.PD) > 0
+        return any(self._counts(Role.PD, Role.PREFILL))
+
+    def _counts(self, *roles: Role) -> list[int]:
+        return [self.count(role) for role in roles]
