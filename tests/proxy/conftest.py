@@ -104,7 +104,13 @@ async def start() -> AsyncIterator[Start]:
                 stack.push_async_callback(instance.kill)
             urls: dict[str, tuple[str, ...]] = {
                 name: tuple(one.url for one in instances if one.role == role)
-                for name, role in (("encoders", "encoder"), ("pds", "pd"), ("aggregated", "aggregated"))
+                for name, role in (
+                    ("encoders", "encoder"),
+                    ("pds", "pd"),
+                    ("aggregated", "aggregated"),
+                    ("prefills", "prefill"),
+                    ("decodes", "decode"),
+                )
             }
             defaults: dict[str, Any] = {
                 "media": MediaConfig(allowed_media_networks=LOOPBACK),
@@ -148,6 +154,74 @@ def ask(*parts: dict[str, Any] | str, **more: Any) -> dict[str, Any]:
     """A chat completion of one user message."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return {"model": MODEL, "messages": [{"role": "user", "content": content}]} | more
+
+
+@dataclass
+class Heard:
+    """What a client got of a stream."""
+
+    raw: bytes = b""
+    words: list[str] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+    """Of the error event, if one ended the stream."""
+    ended: bool = False
+    """Whether ``[DONE]`` came."""
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+
+async def listen(front: Front, body: Any, at: Mapping[int, asyncio.Event] | None = None) -> Heard:
+    """Take a stream event by event; ``at`` has an event to set when so many words are there."""
+    heard = Heard()
+    async with front.session.post(f"{front.url}/v1/chat/completions", json=body) as response:
+        assert response.status == 200, await response.read()
+        while block := await _block(response.content):
+            heard.raw += block
+            for line in block.splitlines():
+                if line == b"data: [DONE]":
+                    heard.ended = True
+                elif line.startswith(b"data: "):
+                    data = json.loads(line.removeprefix(b"data: "))
+                    heard.error = data.get("error", heard.error)
+                    heard.words += [word for one in data.get("choices", ()) if (word := one["delta"]["content"])]
+            if wanted := (at or {}).get(len(heard.words)):
+                wanted.set()
+    return heard
+
+
+async def _block(content: aiohttp.StreamReader) -> bytes:
+    try:
+        return await content.readuntil(b"\n\n")
+    except asyncio.IncompleteReadError as end:
+        return end.partial
+
+
+async def until_idle(front: Front) -> None:
+    """Returns when nothing is held, counted or under way."""
+    gateway = front.gateway
+    async with asyncio.timeout(5):
+        while (
+            gateway._services.encoders._flights
+            or gateway._services.encoders._tasks
+            or gateway._admission.requests
+            or gateway._admission.buffered_bytes
+            or any(one.in_flight or one.outstanding for one in gateway.fleet.instances)
+        ):
+            await front.get("/health")
+
+
+async def leave(front: Front, body: dict[str, Any], *arrivals: FakeInstance) -> None:
+    """Send a request on a socket of its own, and close it when these instances have theirs."""
+    host, port = front.url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    writer.write(head.encode() + data)
+    for instance in arrivals:
+        await asyncio.wait_for(instance.arrived.acquire(), 10)
+    writer.close()
 
 
 class Pictures:

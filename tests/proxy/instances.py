@@ -1,4 +1,4 @@
-"""Small real servers that play encoders, PDs and aggregated instances: they speak the wire and note what they get."""
+"""Small real servers that play instances of all roles: they speak the wire and note what they get."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from typing import Any
 
 from aiohttp import web
 
+Answering = Callable[..., Awaitable[web.StreamResponse]]
+
 FINGERPRINT = "f" * 64
 MODEL = "tiny"
+PART = {"kv_connector": "SharedMemoryConnector", "kv_blocks_total": 100, "kv_blocks_free": 100, "max_num_seqs": 8}
+"""What P and D say in addition."""
 
 
 @dataclass
@@ -34,6 +38,10 @@ class Received:
         return [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
 
     @property
+    def params(self) -> dict[str, Any]:
+        return self.json["kv_transfer_params"]  # type: ignore[no-any-return]
+
+    @property
     def identifiers(self) -> list[str]:
         return [part["uuid"] for part in self.parts if "uuid" in part]
 
@@ -43,16 +51,20 @@ class FakeInstance:
 
     def __init__(self, role: str, /, **health: Any) -> None:
         self.role = role
-        self.health: dict[str, Any] | None = {
-            "status": "ok",
-            "role": role,
-            "model": MODEL,
-            "fingerprint": FINGERPRINT,
-            "ec_store": "store",
-            "version": "1",
-            "max_model_len": 4096,
-            "max_items": 8,
-        } | health
+        self.health: dict[str, Any] | None = (
+            {
+                "status": "ok",
+                "role": role,
+                "model": MODEL,
+                "fingerprint": FINGERPRINT,
+                "ec_store": "store",
+                "version": "1",
+                "max_model_len": 4096,
+                "max_items": 8,
+            }
+            | (PART if role in {"prefill", "decode"} else {})
+            | health
+        )
         """None answers like vLLM: an empty 200, and the model's name elsewhere."""
         self.health_status = 200
         self.awake = asyncio.Event()
@@ -62,9 +74,11 @@ class FakeInstance:
         self.arrived = asyncio.Semaphore(0)
         self.gone = asyncio.Semaphore(0)
         """Released for each call that the proxy ended before it had its answer."""
-        self.answer: Callable[[FakeInstance, web.Request, Received], Awaitable[web.StreamResponse]] = (
-            encode if role == "encoder" else chat
-        )
+        self.answer: Callable[[FakeInstance, web.Request, Received], Awaitable[web.StreamResponse]] = {
+            "encoder": encode,
+            "prefill": prefill,
+            "decode": decode,
+        }.get(role, chat)
         self._runner: web.AppRunner | None = None
         self._port = 0
 
@@ -159,11 +173,131 @@ async def never(instance: FakeInstance, request: web.Request, received: Received
     raise AssertionError
 
 
-def refuse(status: int, message: str, **headers: str) -> Callable[..., Awaitable[web.StreamResponse]]:
+def refuse(
+    status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None, **headers: str
+) -> Answering:
     """An error answer in the shape of the OpenAI API."""
 
     async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        return web.json_response({"error": error}, status=status, headers=headers)
+        return web.json_response(error_of(message, kind, code), status=status, headers=headers)
 
     return answer
+
+
+def error_of(message: str, kind: str = "internal_error", code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+# P and D. What they answer to any prompt is WORDS; the token id of a word is its index, plus 100.
+
+WORDS = ("the ", "cat ", "sat ", "on ", "a ", "mat ", "and ", "slept")
+SAID = "".join(WORDS)
+TIMING = {"Server-Timing": "prefill;dur=2.5"}
+
+full = refuse(503, "no room", kind="overloaded_error", code="queue_full")
+kv_unavailable = refuse(503, "the lease has run out", kind="kv_unavailable_error", code="kv_unavailable")
+
+
+async def prefill(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """What a P answers: the next word and a handle; after the last word, the end of the answer."""
+    known = received.params.get("output_token_ids", [])
+    index = len(known)
+    handle = handle_of(instance, index, received.params)
+    ends = index == len(WORDS) - 1
+    if not received.json.get("stream"):
+        answer = whole("".join(WORDS[: index + 1]), "stop" if ends else "length")
+        return web.json_response(answer | ({} if ends else {"kv_transfer_params": handle}), headers=TIMING)
+    response = await begin_stream(request)
+    await response.write((b"" if index else role_event()) + event(WORDS[index]))
+    await response.write(end_of_stream() if ends else handle_comment(handle))
+    return response
+
+
+def handle_of(instance: FakeInstance, index: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Of an answer whose words up to and with ``index`` are sampled."""
+    return {
+        "do_remote_prefill": True,
+        "remote_engine_id": instance.url,
+        "remote_block_ids": [1, 2],
+        "remote_request_id": f"r{len(instance.received)}",
+        "digest": "d1",
+        "output_token_ids": [100 + one for one in range(index + 1)],
+        "num_sent": index,
+        "seed": given.get("seed", 7),
+        "created": given.get("created", 1),
+        "cached_tokens": given.get("cached_tokens", 16),
+    }
+
+
+async def decode(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """What a D answers: the words after those that were sent, or all of them."""
+    if not received.json.get("stream"):
+        return web.json_response(whole(SAID, "stop"))
+    response = await begin_stream(request)
+    for index in range(received.params["num_sent"], len(WORDS)):
+        await response.write(token_event(index))
+    await response.write(end_of_stream())
+    return response
+
+
+def decode_until(words: int, then: Callable[[web.Request, web.StreamResponse], Awaitable[None]]) -> Answering:
+    """A D that comes to this many words of the answer, P's included; then something happens."""
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        if not received.json.get("stream"):
+            response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "1000"})
+            await response.prepare(request)
+        else:
+            response = await begin_stream(request)
+            for index in range(received.params["num_sent"], words):
+                await response.write(token_event(index))
+        await then(request, response)
+        return response
+
+    return answer
+
+
+async def break_off(request: web.Request, response: web.StreamResponse | None = None) -> None:
+    """The connection is reset, what was written before reaches the proxy."""
+    await asyncio.sleep(0)
+    assert request.transport is not None
+    request.transport.abort()
+
+
+def tell(message: str, kind: str, code: str | None) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """An error event."""
+
+    async def write(request: web.Request, response: web.StreamResponse) -> None:
+        await response.write(b"data: " + json.dumps(error_of(message, kind, code)).encode() + b"\n\n")
+
+    return write
+
+
+async def begin_stream(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"} | TIMING)
+    await response.prepare(request)
+    return response
+
+
+def role_event() -> bytes:
+    return event("").replace(b'"content": ""', b'"role": "assistant", "content": ""')
+
+
+def token_event(index: int) -> bytes:
+    """A word of D's, with what it announces to the proxy."""
+    return b": tokens %d\n" % (100 + index) + event(WORDS[index])
+
+
+def handle_comment(handle: dict[str, Any]) -> bytes:
+    return b": kv_transfer_params " + json.dumps(handle).encode() + b"\n\n"
+
+
+def end_of_stream() -> bytes:
+    finish = event("").replace(b'"finish_reason": null', b'"finish_reason": "stop"')
+    return finish + b": server-timing decode;dur=3\n\ndata: [DONE]\n\n"
+
+
+def whole(text: str, finish_reason: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    head = {"id": "c", "object": "chat.completion", "created": 1, "model": MODEL}
+    return head | {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}

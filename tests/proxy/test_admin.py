@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from .conftest import Answer, Front, Start, ask, image, picture
-from .instances import FakeInstance, Received, chat
+from .conftest import Answer, Front, Start, ask, image, listen, picture
+from .instances import SAID, FakeInstance, Received, chat, decode
 
 KEY = "s3cret"
 
@@ -71,6 +71,75 @@ async def test_removal_lets_calls_end(start: Start) -> None:
     gate.set()
     assert {answer.status for answer in await asyncio.gather(*requests)} == {200}
     await front.until(pds[0], "removed")
+
+
+async def test_ps_and_ds_are_added_and_removed(start: Start) -> None:
+    first = [FakeInstance("prefill"), FakeInstance("decode")]
+    second = [FakeInstance("prefill"), FakeInstance("decode")]
+    front = await start([*first], admin_key=KEY)
+    for instance in second:
+        await instance.start()
+        assert (await call(front, "POST", {"url": instance.url, "role": instance.role})).json["state"] == "healthy"
+    for instance in first:
+        assert (await call(front, "DELETE", {"url": instance.url})).status == 202
+    assert (await front.states()).keys() == {instance.url for instance in second}
+    assert (await front.post(ask("x"))).status == 200
+    assert [len(instance.received) for instance in (*first, *second)] == [0, 0, 1, 1]
+    assert (await call(front, "DELETE", {"url": second[1].url})).status == 202
+    assert (await front.post(ask("x"))).error["code"] == "no_decode"
+    for instance in second:
+        await instance.kill()
+
+
+async def test_removal_lets_d_end_its_streams(start: Start) -> None:
+    p, ds, seen = FakeInstance("prefill"), [FakeInstance("decode"), FakeInstance("decode")], asyncio.Event()
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await seen.wait()
+        return await decode(instance, request, received)
+
+    ds[0].answer = wait
+    front = await start([p, *ds], admin_key=KEY)
+    streams = [asyncio.ensure_future(listen(front, ask("x", stream=True))) for _ in range(2)]
+    await ds[0].arrived.acquire()
+    assert (await call(front, "DELETE", {"url": ds[0].url})).json["state"] == "draining"
+    assert (await listen(front, ask("x", stream=True))).text == SAID
+    assert len(ds[0].received) == 1
+    seen.set()
+    assert [heard.text for heard in await asyncio.gather(*streams)] == [SAID, SAID]
+    await front.until(ds[0], "removed")
+    assert len(p.received) == 3
+
+
+@pytest.mark.parametrize(
+    ("fleet", "role"),
+    [
+        (("pd",), "prefill"),
+        (("aggregated",), "decode"),
+        (("prefill", "decode"), "pd"),
+        (("prefill", "decode"), "aggregated"),
+    ],
+)
+async def test_a_role_of_the_other_kind_is_refused(start: Start, fleet: tuple[str, ...], role: str) -> None:
+    front = await start([FakeInstance(one) for one in fleet], admin_key=KEY)
+    answer = await call(front, "POST", {"url": "http://127.0.0.1:1", "role": role})
+    assert answer.status == 409
+    assert f"none can be {role}" in answer.error["message"]
+    assert len(await front.states()) == len(fleet)
+
+
+async def test_a_fleet_of_p_and_d_may_be_put_together_from_nothing(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    front = await start([], admin_key=KEY)
+    codes = []
+    for instance in (p, d):
+        codes.append((await front.post(ask("x"))).error["code"])
+        await instance.start()
+        await call(front, "POST", {"url": instance.url, "role": instance.role})
+    assert codes == ["no_pd", "no_decode"]
+    assert (await front.post(ask("x"))).status == 200
+    for instance in (p, d):
+        await instance.kill()
 
 
 async def test_a_proxy_may_begin_without_instances(start: Start) -> None:

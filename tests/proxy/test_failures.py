@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-from .conftest import Front, Start, ask, image, picture
+from .conftest import Start, ask, image, leave, picture, until_idle
 from .instances import FakeInstance, Received, chat, encode, event, never, refuse
 
 
@@ -26,20 +25,6 @@ async def first_arrival(instances: list[FakeInstance]) -> FakeInstance:
     for task in waiting:
         task.cancel()
     return tasks[done.pop()]
-
-
-async def until_idle(front: Front) -> None:
-    """Returns when nothing is held, counted or under way."""
-    gateway = front.gateway
-    async with asyncio.timeout(5):
-        while (
-            gateway._services.encoders._flights
-            or gateway._services.encoders._tasks
-            or gateway._admission.requests
-            or gateway._admission.buffered_bytes
-            or any(one.in_flight or one.outstanding for one in gateway.fleet.instances)
-        ):
-            await front.get("/health")
 
 
 # Encoders
@@ -334,18 +319,6 @@ async def test_the_deadline_holds_for_all_of_it(start: Start) -> None:
 
 
 # Clients
-
-
-async def leave(front: Front, body: dict[str, Any], *arrivals: FakeInstance) -> None:
-    """Send a request on a socket of its own, and close it when these instances have theirs."""
-    host, port = front.url.removeprefix("http://").split(":")
-    data = json.dumps(body).encode()
-    _, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-    writer.write(head.encode() + data)
-    for instance in arrivals:
-        await asyncio.wait_for(instance.arrived.acquire(), 10)
-    writer.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from chiasm.proxy.fleet import Fleet, Instance, Report, Role, State
 
 REPORT = Report(models=("tiny",), fingerprint="f" * 64, ec_store="store")
@@ -48,6 +50,87 @@ def test_another_model_fingerprint_or_store_is_mismatched() -> None:
     assert add(fleet, "d", Role.ENCODER).state is State.HEALTHY
     assert pd.state is State.HEALTHY
     assert fleet.choose(Role.ENCODER) is fleet.get("http://d")
+
+
+def test_p_and_d_move_kv_by_the_same_connector() -> None:
+    fleet = Fleet()
+    add(fleet, "p", Role.PREFILL, kv_connector="SharedMemoryConnector")
+    assert add(fleet, "d", Role.DECODE, kv_connector="SharedMemoryConnector", ec_store="").state is State.HEALTHY
+    other = add(fleet, "o", Role.DECODE, kv_connector="NixlConnector")
+    assert other.state is State.MISMATCHED
+    assert str(other.reason) == "it moves KV by NixlConnector, the fleet by SharedMemoryConnector"
+    assert add(fleet, "e", Role.ENCODER).state is State.HEALTHY
+
+
+def test_p_and_d_are_chiasms_own() -> None:
+    fleet = Fleet()
+    for role in (Role.PREFILL, Role.DECODE):
+        instance = add(fleet, role, role, role=None)
+        assert instance.state is State.MISMATCHED
+        assert "chiasm's own instances" in str(instance.reason)
+
+
+def test_a_fleet_has_instances_that_answer_whole_or_in_parts() -> None:
+    fleet = Fleet()
+    assert not any(fleet.misfit(role) for role in Role)
+    pd = add(fleet, "pd")
+    add(fleet, "e", Role.ENCODER)
+    assert not fleet.hands_over
+    for role in (Role.PREFILL, Role.DECODE):
+        assert f"beside which none can be {role}" in str(fleet.misfit(role))
+    assert not fleet.misfit(Role.AGGREGATED)
+    assert not fleet.misfit(Role.ENCODER)
+    with fleet.working(pd, 1):
+        fleet.remove(pd)
+        assert not fleet.misfit(Role.PREFILL)
+        add(fleet, "p", Role.PREFILL)
+        assert fleet.hands_over
+        assert "prefill" in str(fleet.misfit(Role.PD))
+
+
+def test_text_can_be_answered_when_p_and_d_are_there() -> None:
+    fleet = Fleet()
+    assert fleet.missing is Role.PD
+    d = add(fleet, "d", Role.DECODE)
+    assert fleet.missing is Role.PREFILL
+    assert fleet.models == []
+    p = add(fleet, "p", Role.PREFILL)
+    assert fleet.missing is None
+    assert fleet.models == ["tiny"]
+    fleet.fail(d, "gone")
+    assert fleet.missing is Role.DECODE
+    fleet.fail(p, "gone")
+    assert fleet.missing is Role.PREFILL
+
+
+def test_a_decode_instance_is_chosen_by_sequences_and_blocks() -> None:
+    fleet = Fleet()
+    known: dict[str, Any] = {"max_num_seqs": 4, "kv_blocks_total": 100}
+    one = add(fleet, "1", Role.DECODE, kv_blocks_free=100, **known)
+    two = add(fleet, "2", Role.DECODE, kv_blocks_free=60, **known)
+    assert (one.load, two.load) == (0.0, 0.4)
+    with fleet.working(one, 1):
+        assert one.load == 0.25
+        assert fleet.choose(Role.DECODE) is one
+        with fleet.working(one, 1):
+            assert fleet.choose(Role.DECODE) is two
+
+
+@pytest.mark.parametrize("few", [{"kv_blocks_free": 0, "max_num_seqs": 4}, {"kv_blocks_free": 100, "max_num_seqs": 1}])
+def test_a_decode_instance_without_room_comes_last(few: dict[str, Any]) -> None:
+    fleet = Fleet()
+    full = add(fleet, "1", Role.DECODE, kv_blocks_total=100, **few)
+    busy = add(fleet, "2", Role.DECODE, kv_blocks_total=100, kv_blocks_free=1, max_num_seqs=4)
+    with fleet.working(full, 1), fleet.working(busy, 1), fleet.working(busy, 1), fleet.working(busy, 1):
+        assert fleet.choose(Role.DECODE) is busy
+        assert fleet.choose(Role.DECODE, exclude={busy}) is full
+
+
+def test_a_decode_instance_that_says_nothing_of_its_room_is_chosen_by_its_calls() -> None:
+    fleet = Fleet()
+    one, two = add(fleet, "1", Role.DECODE), add(fleet, "2", Role.DECODE)
+    with fleet.working(one, 1):
+        assert fleet.choose(Role.DECODE) is two
 
 
 def test_what_an_instance_does_not_say_fits_anything() -> None:

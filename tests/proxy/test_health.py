@@ -125,6 +125,21 @@ async def test_an_instance_that_does_not_fit_is_never_used(start: Start, change:
     await front.until(bad, "healthy")
 
 
+async def test_a_d_with_another_connector_is_never_used(start: Start) -> None:
+    p, good, bad = FakeInstance("prefill"), FakeInstance("decode"), FakeInstance("decode", kv_connector="Other")
+    front = await start([p, good, bad])
+    assert (await front.states())[bad.url] == "mismatched"
+    for _ in range(3):
+        assert (await front.post(ask("x"))).status == 200
+    assert not bad.received
+
+
+async def test_p_and_d_may_say_less(start: Start) -> None:
+    unsaid = dict.fromkeys(("kv_connector", "kv_blocks_total", "kv_blocks_free", "max_num_seqs"))
+    front = await start([FakeInstance("prefill", **unsaid), FakeInstance("decode", **unsaid)])
+    assert (await front.post(ask("x"))).status == 200
+
+
 @pytest.mark.parametrize("health", [{"status": "starting"}, {"role": None}, {"model": 3}])
 async def test_a_health_that_is_not_good_is_not_healthy(start: Start, health: dict[str, Any]) -> None:
     front = await start([FakeInstance("pd", **health)])

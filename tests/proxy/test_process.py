@@ -125,11 +125,30 @@ def test_a_port_in_use_is_one_clear_error() -> None:
         {"pds": ("a:1",)},
         {"pds": ("http://a:1",), "deadline_seconds": 0},
         {"pds": ("http://a:1",), "max_concurrent_requests": -1},
+        {"pds": ("http://a:1",), "max_prefill_attempts": 0},
+        {"prefills": ("http://a:1",)},
+        {"decodes": ("http://a:1",)},
+        {"prefills": ("http://a:1",), "decodes": ("http://a:1",)},
+        {"prefills": ("http://a:1",), "decodes": ("http://b:1",), "pds": ("http://c:1",)},
+        {"prefills": ("http://a:1",), "decodes": ("http://b:1",), "aggregated": ("http://c:1",)},
+        {"prefills": ("http://a:1",), "aggregated": ("http://c:1",), "admin_key": "k"},
     ],
 )
 def test_a_configuration_that_cannot_work(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         ProxyConfig(**config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"prefills": ("http://a:1",), "decodes": ("http://b:1", "http://c:1"), "encoders": ("http://d:1",)},
+        {"prefills": ("http://a:1",), "admin_key": "k"},
+        {"admin_key": "k"},
+    ],
+)
+def test_a_configuration_that_works(config: dict[str, Any]) -> None:
+    assert ProxyConfig(**config).max_prefill_attempts == 4
 
 
 @pytest.mark.parametrize(

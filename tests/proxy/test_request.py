@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chiasm.proxy.request import parse_chat
+from chiasm.proxy.request import parse_chat, with_member
 
 EMBEDS = b'{"type":"image_embeds"}'
 
@@ -79,3 +79,16 @@ def test_a_request_forgets_what_was_sent() -> None:
     request = parse_chat(b'{"messages":[{"content":"x"}]}')
     request.forget()
     assert (request.body, request.media) == (b"", [])
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.text(max_size=3), st.one_of(st.integers(), st.text(max_size=3), st.just({})), max_size=3),
+    st.sampled_from([None, 1]),
+    st.text(" \n\r\t", max_size=3),
+)
+def test_a_member_is_appended_and_counts(body: dict[str, Any], indent: int | None, end: str) -> None:
+    encoded = (json.dumps(body, indent=indent) + end).encode()
+    assert json.loads(with_member(encoded, b"k", b"[1]")) == body | {"k": [1]}
+    taken = json.dumps({"k": 0} | body).encode()
+    assert json.loads(with_member(taken, b"k", b"[1]"))["k"] == [1]

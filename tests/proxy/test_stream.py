@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiasm.errors import ChiasmError
-from chiasm.proxy.relay import EventRelay
+from chiasm.proxy.relay import EventRelay, PartRelay
 from chiasm.proxy.timing import Timing
+from chiasm.proxy.upstream import UpstreamError
 
 from .conftest import Start, ask, image, picture
 from .instances import FakeInstance, Received, event, never, refuse
@@ -186,3 +187,79 @@ def test_what_never_ends_is_not_held_forever() -> None:
     one = relay()
     assert one.pass_on(bytes(16 << 20)) == b""
     assert len(one.pass_on(b"x")) == (16 << 20) + 1
+
+
+# What P and D tell the proxy in their streams
+
+_TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=4)
+_WORDS = st.sampled_from(
+    ["a", ": tokens 5", "\n: tokens 6\n", ": kv_transfer_params {}", "\u2028: tokens 7", '"finish_reason":"x"']
+)
+_BLOCKS = st.lists(st.tuples(st.none() | _TOKENS, st.none() | _WORDS), max_size=6)
+
+
+def announced(tokens: list[int] | None) -> bytes:
+    return b"" if tokens is None else b": tokens" + b"".join(b" %d" % one for one in tokens) + b"\n"
+
+
+@settings(deadline=None, max_examples=300)
+@given(_BLOCKS, st.booleans(), st.booleans(), st.data())
+def test_however_a_stream_is_cut_up_what_is_for_the_proxy_is_taken_out(
+    blocks: list[tuple[list[int] | None, str | None]], with_handle: bool, with_returns: bool, data: st.DataObject
+) -> None:
+    """Each block announces tokens, or has text (which may look like an announcement), or both."""
+    blocks = [block for block in blocks if block != (None, None)]
+    texts = [
+        b"" if word is None else b"data: " + json.dumps({"choices": [word]}).encode() + b"\n" for _, word in blocks
+    ]
+    stream = b"".join(announced(tokens) + text + b"\n" for (tokens, _), text in zip(blocks, texts, strict=True))
+    wanted = b"".join(text + b"\n" for text in texts if text)
+    if with_handle:
+        stream += b': kv_transfer_params {"a": [1, 2],"output_token_ids":[3]}\n\n'
+    if with_returns:
+        stream, wanted = stream.replace(b"\n", b"\r\n"), wanted.replace(b"\n", b"\r\n")
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    one, sent, token_ids = PartRelay(), b"", []
+    for begin, finish in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        sent += one.pass_on(stream[begin:finish])
+        assert not sent or sent.endswith(b"\r\n\r\n" if with_returns else b"\n\n")
+        assert wanted.startswith(sent)
+        token_ids += one.take_token_ids()
+    assert sent + one.finish() == wanted
+    assert token_ids == [token for tokens, _ in blocks for token in tokens or ()]
+    handle = {name: bytes(value) for name, value in one.handle.items()} if one.handle is not None else None
+    assert handle == ({"a": b"[1, 2]", "output_token_ids": b"[3]"} if with_handle else None)
+    assert one.failure is None
+
+
+def test_other_comments_pass() -> None:
+    one = PartRelay()
+    stream = b": tokens x\n\n: tokens\tof mine\n\n: server-timing a;dur=1\ndata: b\n\n: kv_transfer_params []\n\n"
+    assert one.pass_on(stream) == stream
+    assert one.take_token_ids() == []
+    assert one.handle is None
+
+
+@pytest.mark.parametrize(
+    ("error", "gives_up"),
+    [
+        ({"type": "kv_unavailable_error", "code": None}, True),
+        ({"type": "x", "code": "kv_unavailable"}, True),
+        ({"type": "x", "code": "preempted"}, True),
+        ({"type": "overloaded_error", "code": "stopping"}, True),
+        ({"type": "timeout_error", "code": "deadline_exceeded"}, False),
+        ({"type": "internal_error", "code": 500}, False),
+        ("broken", False),
+    ],
+)
+def test_an_instance_that_gives_up_is_told_from_an_answer_that_failed(error: object, gives_up: bool) -> None:
+    one = PartRelay()
+    told = b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
+    passed = one.pass_on(b"data: a\n\n" + told + b"data: [DONE]\n\n")
+    assert (one.failure is not None) is gives_up
+    assert passed == b"data: a\n\n" + (b"" if gives_up else told + b"data: [DONE]\n\n")
+
+
+def test_a_handle_that_is_no_object_is_an_error() -> None:
+    with pytest.raises(UpstreamError, match="kv_transfer_params"):
+        PartRelay().pass_on(b": kv_transfer_params {1}\n\n")

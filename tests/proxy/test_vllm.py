@@ -43,6 +43,17 @@ async def test_pd_is_called_with_the_encoders_metadata(start: Start) -> None:
     assert pd.received[0].json == ask("x", embeds)
 
 
+async def test_as_p_or_d_it_is_not_used(start: Start) -> None:
+    p, d, other = FakeInstance("prefill"), FakeInstance("decode"), vllm("decode")
+    front = await start([p, d, other])
+    shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[other.url]
+    assert shown["state"] == "mismatched"
+    assert "needs chiasm's own instances" in shown["reason"]
+    for _ in range(2):
+        assert (await front.post(ask("x"))).status == 200
+    assert not other.received
+
+
 async def test_identity_without_a_fingerprint_is_by_the_models_name(start: Start) -> None:
     encoder, pd = vllm("encoder"), vllm("pd")
     front = await start([encoder, pd])

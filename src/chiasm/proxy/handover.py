@@ -22,7 +22,7 @@ from chiasm.proxy.exchange import Exchange
 from chiasm.proxy.fleet import Instance, Role
 from chiasm.proxy.language import Place
 from chiasm.proxy.racing import end, unless_fails
-from chiasm.proxy.relay import PREEMPTED, PartRelay, is_kv_unavailable, read_handle
+from chiasm.proxy.relay import PartRelay, read_handle
 from chiasm.proxy.request import Request, json_object, with_member
 from chiasm.proxy.services import Services
 from chiasm.proxy.upstream import (
@@ -192,9 +192,11 @@ class Handover:
                     handle = await self._relay_prefill(call)
             except InstanceLostError as error:
                 raise _InterruptedError(Reason.PREFILL_LOST, error) from None
-            except BrokenOffError as error:
+            except (BrokenOffError, ToldError) as error:
+                if not _has_given_up(error) or self._is_of_encoders(error):
+                    raise
                 await self._language.broke_off(place.instance, error)
-                raise _InterruptedError(Reason.PREFILL_LOST, error) from None
+                raise _interruption(error, Reason.PREFILL_LOST) from None
         # The embeddings were there. Encoders may still put one where the next P would look for it, but none is needed now.
         if self._encoding is None or self._encoding.done():
             self._ticket.give_back_bytes(but=len(self._request.body))
@@ -218,13 +220,16 @@ class Handover:
             if relay.handle is None:
                 raise
         if relay.failure is not None:
-            raise _interrupted(relay.failure)
+            raise relay.failure
         if relay.handle is None:
             await self._end_stream(relay, call)
             return None
         handle = Handle(relay.handle, of_stream=True)
         self._progress.hand_over(handle)
         return handle
+
+    def _is_of_encoders(self, error: Exception) -> bool:
+        return self._encoding is not None and self._encoding.done() and self._encoding.exception() is error
 
     # D
 
@@ -239,9 +244,9 @@ class Handover:
             self._metrics.handovers.inc()
             try:
                 await self._relay_decode(call, handle)
-            except BrokenOffError as error:
+            except (BrokenOffError, ToldError) as error:
                 await self._language.broke_off(place.instance, error)
-                raise _InterruptedError(Reason.DECODE_LOST, error) from None
+                raise _interruption(error, Reason.DECODE_LOST) from None
 
     async def _open_decode(self, place: Place, handle: Handle) -> Call:
         """The handle serves another D too, as long as none has fetched what it stands for."""
@@ -249,8 +254,8 @@ class Handover:
             try:
                 return await self._open(place, handle.for_decode(), waits_for_room=True)
             except AnsweredError as error:
-                if is_kv_unavailable(error):
-                    raise _InterruptedError(Reason.KV_UNAVAILABLE, error) from None
+                if _has_given_up(error):
+                    raise _interruption(error, Reason.DECODE_LOST) from None
                 raise
             except (InstanceLostError, BrokenOffError) as error:
                 if calls == _DECODE_CALLS:
@@ -273,7 +278,7 @@ class Handover:
                 self._note_gap()
                 await self._send(events, call, are_known=bool(handle.token_ids) and not relay.has_finished)
             if relay.failure is not None:
-                raise _interrupted(relay.failure)
+                raise relay.failure
         await self._end_stream(relay, call)
 
     # Both
@@ -346,12 +351,23 @@ class Handover:
 
 
 def _is_full(error: AnsweredError) -> bool:
-    """Whether an instance has no room now, so that waiting helps."""
-    return error.status == 503 and not is_kv_unavailable(error) and error.kind not in _NOT_FULL
+    """Whether an instance has no room now, so that another is tried, or the same after a while."""
+    return (
+        error.status == 503 and not error.is_kv_unavailable and not error.is_preempted and error.kind not in _NOT_FULL
+    )
 
 
-def _interrupted(failure: ToldError) -> _InterruptedError:
-    return _InterruptedError(Reason.PREEMPTED if failure.code == PREEMPTED else Reason.KV_UNAVAILABLE, failure)
+def _has_given_up(error: BrokenOffError | ToldError) -> bool:
+    """Whether the instance leaves the answer to others; else its error is what the client is told."""
+    return not isinstance(error, ToldError) or error.is_kv_unavailable or error.is_preempted or error.is_leaving
+
+
+def _interruption(error: BrokenOffError | ToldError, lost: Reason) -> _InterruptedError:
+    if isinstance(error, ToldError) and error.is_preempted:
+        return _InterruptedError(Reason.PREEMPTED, error)
+    if isinstance(error, ToldError) and error.is_kv_unavailable:
+        return _InterruptedError(Reason.KV_UNAVAILABLE, error)
+    return _InterruptedError(lost, error)
 
 
 class _Reply(msgspec.Struct):

@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import ExitStack
 from types import TracebackType
 
-from chiasm.errors import ModelNotFoundError, OverloadedError
+from chiasm.errors import ChiasmError, ModelNotFoundError, OverloadedError
 from chiasm.proxy.context import RequestContext
 from chiasm.proxy.fleet import WHOLE_ROLES, Fleet, Instance, Role
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
-from chiasm.proxy.upstream import Call, InstanceLostError, Upstream, UpstreamError
+from chiasm.proxy.upstream import Call, InstanceLostError, Upstream
 
 _ATTEMPTS = 2
 _NAMES = {Role.PREFILL: "prefill instance", Role.DECODE: "decode instance"}
@@ -115,7 +115,7 @@ class LanguageInstances:
             await self._prober.lost(instance, error)
             raise
 
-    async def broke_off(self, instance: Instance, error: UpstreamError) -> None:
+    async def broke_off(self, instance: Instance, error: ChiasmError) -> None:
         """An answer ended in its middle: look at the instance anew."""
         await self._prober.lost(instance, error)
 

@@ -7,6 +7,7 @@ import logging
 
 import msgspec
 
+from chiasm.errors import ChiasmError
 from chiasm.proxy.fleet import Fleet, Instance, Report, State
 from chiasm.proxy.upstream import NoAnswerInTimeError, NoConnectionError, Upstream, UpstreamError
 
@@ -80,8 +81,8 @@ class Prober:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def lost(self, instance: Instance, error: UpstreamError) -> bool:
-        """A call failed with its connection. Whoever can't be reached is out at once; all are asked anew.
+    async def lost(self, instance: Instance, error: ChiasmError) -> bool:
+        """A call failed with its connection, or the instance gave it up: out at once if it is out of reach, else asked anew.
 
         True if the instance is well all the same: an idle connection was closed, or it has been restarted.
         """

@@ -20,8 +20,6 @@ _END = b"\n\n"
 _END_CRLF = b"\r\n\r\n"
 _DONE = (b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n")
 _MAX_HELD_BYTES = 16 << 20
-PREEMPTED = "preempted"
-"""Code of the error by which D gives up an answer for which it has no room any more."""
 
 _BLOCK = re.compile(rb".*?(?:\r\n\r\n|\n\n)|.+", re.DOTALL)
 _HANDLE = re.compile(rb": kv_transfer_params (\{.*)\r?\n")
@@ -143,14 +141,9 @@ def read_handle(value: bytes | Raw) -> dict[str, Raw]:
 _handle = msgspec.json.Decoder(dict[str, Raw])
 
 
-def is_kv_unavailable(error: ToldError) -> bool:
-    """Whether D says that the prompt must be prefilled again."""
-    return error.code == "kv_unavailable" or error.kind == "kv_unavailable_error"
-
-
 def _giving_up(told: bytes) -> ToldError | None:
     error = ToldError(told, "the instance gave the answer up")
-    return error if is_kv_unavailable(error) or error.code == PREEMPTED else None
+    return error if error.is_kv_unavailable or error.is_preempted or error.is_leaving else None
 
 
 def _end_of_events(data: bytes) -> int:

@@ -66,6 +66,21 @@ class ToldError(ChiasmError):
         super().__init__(words.message or otherwise, param=words.param, code=code)
         self.kind = words.type or self.kind
 
+    @property
+    def is_kv_unavailable(self) -> bool:
+        """D says that the prompt must be prefilled again."""
+        return self.code == "kv_unavailable" or self.kind == "kv_unavailable_error"
+
+    @property
+    def is_preempted(self) -> bool:
+        """D gives up an answer that it has no room for any more."""
+        return self.code == "preempted"
+
+    @property
+    def is_leaving(self) -> bool:
+        """The instance ends, or its engine has; it says so as long as it can."""
+        return self.code in {"stopping", "failed"}
+
 
 class AnsweredError(ToldError):
     """An instance answered with an error status; its answer goes to the client as it is."""

@@ -1,0 +1,643 @@
+"""P or D lost on the way: the answer goes on elsewhere, and the client has every token once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from .conftest import Front, Start, ask, image, leave, listen, picture, until_idle
+from .instances import (
+    SAID,
+    WORDS,
+    FakeInstance,
+    Received,
+    begin_stream,
+    break_off,
+    decode,
+    decode_until,
+    end_of_stream,
+    event,
+    full,
+    handle_comment,
+    handle_of,
+    kv_unavailable,
+    never,
+    prefill,
+    refuse,
+    role_event,
+    tell,
+    token_event,
+)
+
+Then = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
+
+
+def instances(role: str, count: int) -> list[FakeInstance]:
+    return [FakeInstance(role) for _ in range(count)]
+
+
+def received_by(some: list[FakeInstance]) -> list[Received]:
+    return [received for one in some for received in one.received]
+
+
+def once(first: Any, then: Any, *some: FakeInstance) -> None:
+    """Of all calls of these instances, the first is answered so and the others so."""
+    answers = iter([first])
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return await next(answers, then)(instance, request, received)  # type: ignore[no-any-return]
+
+    for one in some:
+        one.answer = answer
+
+
+def when(event: asyncio.Event, then: Then = break_off) -> Then:
+    async def wait(request: web.Request, response: web.StreamResponse) -> None:
+        await event.wait()
+        await then(request, response)
+
+    return wait
+
+
+async def lose(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """The connection is lost before any answer."""
+    await break_off(request)
+    raise ConnectionError
+
+
+# P
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_p_lost_before_its_token_costs_a_retry_elsewhere(start: Start, stream: bool) -> None:
+    ps, d = instances("prefill", 2), FakeInstance("decode")
+    once(lose, prefill, *ps)
+    front = await start([*ps, d])
+    answer = await front.post(ask("x", stream=stream))
+    assert answer.status == 200
+    assert [len(p.received) for p in ps] == [1, 1]
+    assert ps[0].received[0].body == ps[1].received[0].body
+    assert len(d.received) == 1
+    assert await front.metric("chiasm_proxy_prefill_retries_total") == 1
+    assert await front.metric('chiasm_proxy_resumed_streams_total{reason="prefill_lost"}') == 0
+    await until_idle(front)
+
+
+async def test_the_last_p_is_asked_again_if_it_is_well(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    once(lose, prefill, p)
+    front = await start([p, d])
+    assert (await front.post(ask("x"))).status == 200
+    assert len(p.received) == 2
+
+
+async def test_p_that_is_gone_costs_a_retry(start: Start) -> None:
+    ps, d = instances("prefill", 2), FakeInstance("decode")
+    front = await start([*ps, d], probe_interval_seconds=60)
+    await ps[0].kill()
+    for _ in range(3):
+        assert (await front.post(ask("x"))).status == 200
+    assert len(ps[1].received) == 3
+
+
+async def test_the_last_p_killed_is_an_error_not_a_hang(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    p.answer = never
+    front = await start([p, d])
+    request = asyncio.ensure_future(front.post(ask("x", stream=True)))
+    await p.arrived.acquire()
+    await p.kill()
+    answer = await request
+    assert (answer.status, answer.error["code"]) == (503, "no_prefill")
+
+
+async def test_p_that_ends_says_so_and_another_is_asked(start: Start) -> None:
+    ps, d = instances("prefill", 2), FakeInstance("decode")
+    once(refuse(503, "This instance is stopping.", kind="overloaded_error", code="stopping"), prefill, *ps)
+    front = await start([*ps, d])
+    assert (await front.post(ask("x"))).status == 200
+    assert [len(p.received) for p in ps] == [1, 1]
+
+
+async def test_prefills_of_a_request_are_bounded(start: Start) -> None:
+    ps, d = instances("prefill", 2), FakeInstance("decode")
+    for p in ps:
+        p.answer = lose
+    front = await start([*ps, d], max_prefill_attempts=3)
+    answer = await front.post(ask("x"))
+    assert answer.status == 502
+    assert len(received_by(ps)) == 3
+
+
+@pytest.mark.parametrize("answer", [refuse(400, "no"), refuse(503, "full", kind="overloaded_error"), refuse(500, "oh")])
+async def test_what_p_answers_before_its_token_reaches_the_client(start: Start, answer: Any) -> None:
+    ps, d = instances("prefill", 2), FakeInstance("decode")
+    for p in ps:
+        p.answer = answer
+    front = await start([*ps, d])
+    for stream in (False, True):
+        got = await front.post(ask("x", stream=stream))
+        assert got.status in {400, 500, 503}
+        assert got.error["message"] in {"no", "full", "oh"}
+    assert len(received_by(ps)) == 2
+    assert not d.received
+
+
+async def test_p_that_breaks_off_before_its_first_chunk_is_asked_elsewhere(start: Start) -> None:
+    async def only_a_head(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await break_off(request)
+        return response
+
+    ps, d = instances("prefill", 2), FakeInstance("decode")
+    once(only_a_head, prefill, *ps)
+    front = await start([*ps, d])
+    assert (await listen(front, ask("x", stream=True))).text == SAID
+
+
+async def test_p_that_breaks_off_between_token_and_handle_ends_the_stream(start: Start) -> None:
+    """Nobody knows then which token it was that the client has the text of."""
+    seen = asyncio.Event()
+
+    async def half(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(role_event() + event(WORDS[0]) + b": kv_transfer_par")
+        await seen.wait()
+        await break_off(request)
+        return response
+
+    ps, d = instances("prefill", 2), FakeInstance("decode")
+    for p in ps:
+        p.answer = half
+    front = await start([*ps, d])
+    heard = await listen(front, ask("x", stream=True), {1: seen})
+    assert heard.text == WORDS[0]
+    assert heard.error is not None
+    assert not heard.ended
+    assert b"kv_transfer_par" not in heard.raw
+    assert len(received_by(ps)) == 1
+
+
+async def test_a_handle_that_makes_no_sense_is_an_error(start: Start) -> None:
+    async def nonsense(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(handle_comment({"output_token_ids": "none"}))
+        return response
+
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    p.answer = nonsense
+    front = await start([p, d])
+    answer = await front.post(ask("x", stream=True))
+    assert answer.status == 502
+    assert "kv_transfer_params" in answer.error["message"]
+    assert not d.received
+
+
+# D before its first token
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_d_that_is_full_makes_the_request_wait(start: Start, stream: bool) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    d.answer = full
+    front = await start([p, d])
+    request = asyncio.ensure_future(front.post(ask("x", stream=stream)))
+    for _ in range(3):
+        await asyncio.wait_for(d.arrived.acquire(), 10)
+    d.answer = decode
+    answer = await request
+    assert answer.status == 200
+    assert b"slept" in answer.body
+    assert len(p.received) == 1
+    assert {received.body for received in d.received} == {d.received[0].body}
+    await until_idle(front)
+
+
+async def test_a_d_that_stays_full_is_waited_for_until_the_deadline(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    d.answer = full
+    front = await start([p, d], deadline_seconds=1.0)
+    assert (await front.post(ask("x"))).status == 504
+    assert 2 < len(d.received) < 12
+    left = [int(received.headers["X-Request-Deadline-Ms"]) for received in d.received]
+    assert left == sorted(left, reverse=True)
+    assert left[-1] < left[0] <= 1000
+
+
+async def test_nobody_waits_for_a_d_that_is_gone(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    d.answer = full
+    front = await start([p, d])
+    request = asyncio.ensure_future(front.post(ask("x")))
+    await d.arrived.acquire()
+    await d.kill()
+    answer = await request
+    assert (answer.status, answer.error["code"]) == (503, "no_decode")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_kv_that_is_gone_is_computed_again_elsewhere(start: Start, stream: bool) -> None:
+    ps, d = instances("prefill", 2), FakeInstance("decode")
+    once(kv_unavailable, decode, d)
+    front = await start([*ps, d])
+    answer = await front.post(ask("x", stream=stream))
+    assert answer.status == 200
+    assert [len(p.received) for p in ps] == [1, 1]
+    first, second = d.received
+    assert first.params["remote_engine_id"] != second.params["remote_engine_id"]
+    again = next(p for p in ps if p.url == second.params["remote_engine_id"]).received[0].params
+    if stream:
+        assert again["output_token_ids"] == [100]
+        assert second.params["output_token_ids"] == [100, 101]
+    else:
+        assert again == {"do_remote_decode": True, "continues": True}
+    resumed = await front.metric('chiasm_proxy_resumed_streams_total{reason="kv_unavailable"}')
+    assert resumed == int(stream)
+    assert await front.metric("chiasm_proxy_prefill_retries_total") == 1
+
+
+async def test_a_lease_that_ran_out_while_d_was_full(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    answers = iter([full, full, kv_unavailable, full])
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return await next(answers, decode)(instance, request, received)
+
+    d.answer = answer
+    front = await start([p, d])
+    assert (await listen(front, ask("x", stream=True))).text == SAID
+    assert (len(p.received), len(d.received)) == (2, 5)
+
+
+async def test_kv_that_is_always_gone_is_given_up(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    d.answer = kv_unavailable
+    front = await start([p, d])
+    answer = await front.post(ask("x"))
+    assert (answer.status, answer.error["code"]) == (503, "kv_unavailable")
+    assert len(p.received) == 4
+    heard = await listen(front, ask("x", stream=True))
+    assert heard.text == "".join(WORDS[:4])
+    assert heard.error is not None
+    assert heard.error["code"] == "kv_unavailable"
+    assert len(p.received) == 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_d_lost_before_its_head_costs_no_prefill(start: Start, stream: bool) -> None:
+    """As long as none has fetched the KV, another D can."""
+    p, ds = FakeInstance("prefill"), instances("decode", 2)
+    once(lose, decode, *ds)
+    front = await start([p, *ds])
+    answer = await front.post(ask("x", stream=stream))
+    assert answer.status == 200
+    assert b"slept" in answer.body
+    assert len(p.received) == 1
+    assert [len(d.received) for d in ds] == [1, 1]
+    assert ds[0].received[0].body == ds[1].received[0].body
+
+
+async def test_d_that_is_gone_costs_another_call(start: Start) -> None:
+    p, ds = FakeInstance("prefill"), instances("decode", 2)
+    front = await start([p, *ds], probe_interval_seconds=60)
+    await ds[0].kill()
+    for _ in range(3):
+        assert (await listen(front, ask("x", stream=True))).text == SAID
+    assert len(p.received) == len(ds[1].received) == 3
+
+
+async def test_d_refusing_ends_the_stream_with_its_own_words(start: Start) -> None:
+    p, ds = FakeInstance("prefill"), instances("decode", 2)
+    for d in ds:
+        d.answer = refuse(400, "too long", code="context_length_exceeded")
+    front = await start([p, *ds])
+    heard = await listen(front, ask("x", stream=True))
+    assert heard.error == {
+        "message": "too long",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "context_length_exceeded",
+    }
+    assert len(received_by(ds)) == 1
+    assert (await front.post(ask("x"))).status == 400
+
+
+# D in its answer
+
+
+@pytest.mark.parametrize("words", [1, 2, 5, 7])
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        (break_off, "decode_lost"),
+        (tell("lost", "kv_unavailable_error", "kv_unavailable"), "kv_unavailable"),
+        (tell("no blocks", "kv_unavailable_error", "preempted"), "preempted"),
+        (tell("This instance is stopping.", "overloaded_error", "stopping"), "decode_lost"),
+    ],
+)
+async def test_a_stream_goes_on_where_d_was_lost(start: Start, words: int, then: Then, reason: str) -> None:
+    seen = asyncio.Event()
+    ps, ds = instances("prefill", 2), instances("decode", 2)
+    once(decode_until(words, when(seen, then)), decode, *ds)
+    front = await start([*ps, *ds])
+    heard = await listen(front, ask("x", stream=True), {words: seen})
+    assert heard.words == list(WORDS)
+    assert heard.error is None
+    assert heard.ended
+    assert heard.raw.count(b'"role"') == heard.raw.count(b"[DONE]") == 1
+    assert b"tokens" not in heard.raw
+    first, again = sorted(received_by(ps), key=lambda one: len(one.params))
+    assert first.params == {"do_remote_decode": True, "continues": True}
+    assert again.params == {
+        "do_remote_decode": True,
+        "continues": True,
+        "output_token_ids": [100 + index for index in range(words)],
+        "num_sent": words,
+        "seed": 7,
+        "created": 1,
+        "cached_tokens": 16,
+    }
+    assert len(received_by(ds)) == (2 if words < 7 else 1)
+    assert await front.metric(f'chiasm_proxy_resumed_streams_total{{reason="{reason}"}}') == 1
+    assert await front.metric("chiasm_proxy_prefill_retries_total") == 1
+    await until_idle(front)
+
+
+async def test_an_event_cut_in_its_middle_is_not_taken_for_sent(start: Start) -> None:
+    seen = asyncio.Event()
+
+    async def cut(request: web.Request, response: web.StreamResponse) -> None:
+        await response.write(token_event(3)[:-5])
+        await seen.wait()
+        await break_off(request)
+
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    once(decode_until(3, cut), decode, d)
+    front = await start([p, d])
+    assert (await listen(front, ask("x", stream=True), {3: seen})).words == list(WORDS)
+    assert p.received[1].params["num_sent"] == 3
+
+
+async def test_tokens_without_text_are_remembered_too(start: Start) -> None:
+    """A token may be a part of a character: its text comes with the next."""
+    seen = asyncio.Event()
+
+    async def silently(request: web.Request, response: web.StreamResponse) -> None:
+        await response.write(b": tokens 102 103\n\n: tokens 104\n\n" + token_event(5))
+        await seen.wait()
+        await break_off(request)
+
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    once(decode_until(2, silently), decode, d)
+    front = await start([p, d])
+    heard = await listen(front, ask("x", stream=True), {3: seen})
+    assert heard.words == [WORDS[0], WORDS[1], *WORDS[5:]]
+    assert p.received[1].params["output_token_ids"] == list(range(100, 106))
+
+
+async def test_a_stream_survives_several_losses_and_then_no_more(start: Start) -> None:
+    seen = {count: asyncio.Event() for count in (2, 4, 6, 8)}
+    answers = iter([decode_until(count, when(seen[count])) for count in (2, 4, 6)])
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return await next(answers, decode)(instance, request, received)
+
+    ps, ds = instances("prefill", 2), instances("decode", 2)
+    for d in ds:
+        d.answer = answer
+    front = await start([*ps, *ds])
+    assert (await listen(front, ask("x", stream=True), seen)).words == list(WORDS)
+    assert len(received_by(ps)) == 4
+    answers = iter([decode_until(count, when(seen[count])) for count in (2, 4, 6)])
+    short = await start([], prefills=tuple(p.url for p in ps), decodes=tuple(d.url for d in ds), max_prefill_attempts=3)
+    for one in seen.values():
+        one.clear()
+    heard = await listen(short, ask("x", stream=True), seen)
+    assert heard.words == list(WORDS[:6])
+    assert heard.error is not None
+    assert not heard.ended
+
+
+async def test_all_ds_dead_end_the_stream_with_an_error(start: Start) -> None:
+    seen = asyncio.Event()
+    p, ds = FakeInstance("prefill"), instances("decode", 2)
+
+    for d in ds:
+        d.answer = decode_until(5, when(seen, break_off))
+    front = await start([p, *ds])
+
+    async def kill_all() -> None:
+        await seen.wait()
+        await asyncio.gather(*(d.kill() for d in ds))
+
+    killing = asyncio.ensure_future(kill_all())
+    heard = await listen(front, ask("x", stream=True), {5: seen})
+    await killing
+    assert heard.words[:5] == list(WORDS[:5])
+    assert heard.error is not None
+    assert not heard.ended
+    assert len(p.received) <= 4
+
+
+async def test_other_errors_of_d_end_the_stream_as_they_are(start: Start) -> None:
+    p, ds = FakeInstance("prefill"), instances("decode", 2)
+    for d in ds:
+        d.answer = decode_until(3, tell("the engine failed", "internal_error", None))
+    front = await start([p, *ds])
+    heard = await listen(front, ask("x", stream=True))
+    assert heard.words == list(WORDS[:3])
+    assert heard.error == {"message": "the engine failed", "type": "internal_error", "param": None, "code": None}
+    assert len(p.received) == len(received_by(ds)) == 1
+
+
+@pytest.mark.parametrize("given", [{"output_token_ids": []}, {"prompts": [{}, {}]}])
+async def test_several_answers_in_one_stream_cannot_go_on(start: Start, given: dict[str, Any]) -> None:
+    seen = asyncio.Event()
+
+    async def nothing_yet(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(handle_comment(given))
+        return response
+
+    async def begin_and_die(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(event("a "))
+        await seen.wait()
+        await break_off(request)
+        return response
+
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    p.answer, d.answer = nothing_yet, begin_and_die
+    front = await start([p, d])
+    heard = await listen(front, ask("x", stream=True, n=2), {1: seen})
+    assert heard.words == ["a "]
+    assert heard.error is not None
+    assert len(p.received) == 1
+
+
+async def test_several_answers_of_which_nothing_was_sent_begin_anew(start: Start) -> None:
+    async def nothing_yet(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(handle_comment({"output_token_ids": []}))
+        return response
+
+    async def begin_all(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(event("a ") + end_of_stream())
+        return response
+
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    p.answer = nothing_yet
+    once(kv_unavailable, begin_all, d)
+    front = await start([p, d])
+    heard = await listen(front, ask("x", stream=True, n=2))
+    assert heard.words == ["a "]
+    assert heard.ended
+
+
+async def test_d_lost_after_the_end_of_the_text_adds_none(start: Start) -> None:
+    seen = asyncio.Event()
+
+    async def finish(request: web.Request, response: web.StreamResponse) -> None:
+        await response.write(end_of_stream().split(b"\n\n")[0] + b"\n\n")
+        await seen.wait()
+        await break_off(request)
+
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    d.answer = decode_until(8, finish)
+    front = await start([p, d])
+    async with front.session.post(f"{front.url}/v1/chat/completions", json=ask("x", stream=True)) as response:
+        while b'"finish_reason": "stop"' not in await response.content.readuntil(b"\n\n"):
+            pass
+        seen.set()
+        rest = await response.read()
+    assert "error" in json.loads(rest.removeprefix(b"data: "))
+    assert len(p.received) == 1
+
+
+async def test_an_answer_in_one_piece_is_done_again_from_the_start(start: Start) -> None:
+    ps, ds = instances("prefill", 2), instances("decode", 2)
+    once(decode_until(0, break_off), decode, *ds)
+    front = await start([*ps, *ds])
+    answer = await front.post(ask("x"))
+    assert answer.json["choices"][0]["message"]["content"] == SAID
+    assert [received.params for received in received_by(ps)] == [{"do_remote_decode": True, "continues": True}] * 2
+
+
+async def test_an_answer_that_goes_on_waits_for_a_p_that_is_full(start: Start) -> None:
+    """Whoever has nothing yet is told to come again; a stream in its middle isn't."""
+    seen = asyncio.Event()
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    answers = iter([prefill, full, full])
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return await next(answers, prefill)(instance, request, received)
+
+    p.answer = answer
+    once(decode_until(3, when(seen)), decode, d)
+    front = await start([p, d])
+    assert (await listen(front, ask("x", stream=True), {3: seen})).words == list(WORDS)
+    assert len(p.received) == 4
+
+
+async def test_p_lost_while_a_stream_goes_on_costs_one_more_prefill(start: Start) -> None:
+    seen = asyncio.Event()
+    ps, d = instances("prefill", 2), FakeInstance("decode")
+    answers = iter([prefill, lose])
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return await next(answers, prefill)(instance, request, received)
+
+    for p in ps:
+        p.answer = answer
+    once(decode_until(3, when(seen)), decode, d)
+    front = await start([*ps, d])
+    assert (await listen(front, ask("x", stream=True), {3: seen})).words == list(WORDS)
+    counts = [len(received.params.get("output_token_ids", ())) for received in received_by(ps)]
+    assert sorted(counts) == [0, 3, 3]
+
+
+async def test_a_picture_is_encoded_once_though_its_prompt_is_prefilled_twice(start: Start) -> None:
+    encoder, ps, d = FakeInstance("encoder"), instances("prefill", 2), FakeInstance("decode")
+    once(kv_unavailable, decode, d)
+    front = await start([encoder, *ps, d])
+    heard = await listen(front, ask("x", image(picture()), stream=True))
+    assert heard.text == SAID
+    assert len(encoder.received) == 1
+    names = {received.identifiers[0] for received in (*received_by(ps), *d.received)}
+    assert len(received_by(ps)) == 2
+    assert names == set(encoder.received[0].identifiers)
+
+
+async def test_an_encoder_that_fails_ends_ps_call(start: Start) -> None:
+    encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
+    encoder.answer, p.answer = refuse(422, "not decodable"), never
+    front = await start([encoder, p, d])
+    answer = await front.post(ask("x", image(picture())))
+    assert (answer.status, answer.error["message"]) == (422, "not decodable")
+    assert not d.received
+    await until_idle(front)
+
+
+# Deadlines and clients
+
+
+@pytest.mark.parametrize("silent", ["prefill", "decode"])
+async def test_the_deadline_holds_for_p_and_d_together(start: Start, silent: str) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    hanging = p if silent == "prefill" else d
+    hanging.answer = never
+    front = await start([p, d], deadline_seconds=1.0)
+    answer = await front.post(ask("x", stream=True))
+    assert b"deadline" in answer.body
+    assert answer.status == (504 if hanging is p else 200)
+    await asyncio.wait_for(hanging.gone.acquire(), 5)
+    assert all(0 < int(one.headers["X-Request-Deadline-Ms"]) <= 1000 for one in received_by([p, d]))
+    await until_idle(front)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("working", ["prefill", "decode"])
+async def test_a_client_that_leaves_ends_the_call_that_is_open(start: Start, working: str, stream: bool) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    at = p if working == "prefill" else d
+    at.answer = never
+    front = await start([p, d])
+    await leave(front, ask("x", stream=stream), at)
+    await asyncio.wait_for(at.gone.acquire(), 5)
+    while not await front.metric('chiasm_proxy_requests_total{route="/v1/chat/completions",status="499"}'):
+        pass
+    await until_idle(front)
+
+
+async def test_a_client_that_leaves_while_its_request_waits_for_d(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    d.answer = full
+    front = await start([p, d])
+    await leave(front, ask("x"), d)
+    while not await front.metric('chiasm_proxy_requests_total{route="/v1/chat/completions",status="499"}'):
+        pass
+    await until_idle(front)
+
+
+async def test_a_client_that_leaves_in_ds_stream_ends_it(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    d.answer = decode_until(4, lambda request, response: asyncio.Event().wait())  # type: ignore[arg-type,return-value]
+    front: Front = await start([p, d])
+    response = await front.session.post(f"{front.url}/v1/chat/completions", json=ask("x", stream=True))
+    for _ in range(3):
+        await response.content.readuntil(b"\n\n")
+    response.close()
+    await asyncio.wait_for(d.gone.acquire(), 5)
+    await until_idle(front)
+
+
+def test_the_words_are_told_apart() -> None:
+    """The tests above see a token lost or doubled only if no two words are the same."""
+    assert len(set(WORDS)) == len(WORDS)
+    assert handle_of(FakeInstance("prefill"), 2, {})["output_token_ids"] == [100, 101, 102]
