@@ -183,6 +183,24 @@ async def test_p_that_breaks_off_between_token_and_handle_ends_the_stream(start:
     assert len(received_by(ps)) == 1
 
 
+async def test_p_that_breaks_off_after_its_handle_has_done_its_part(start: Start) -> None:
+    seen = asyncio.Event()
+
+    async def handed_over(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        # The text comes after the handle, so that who has seen it knows that the handle is there.
+        await response.write(handle_comment(handle_of(instance, 0, {})) + role_event() + event(WORDS[0]))
+        await seen.wait()
+        await break_off(request)
+        return response
+
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    p.answer = handed_over
+    front = await start([p, d])
+    assert (await listen(front, ask("x", stream=True), {1: seen})).text == SAID
+    assert len(p.received) == 1
+
+
 async def test_a_handle_that_makes_no_sense_is_an_error(start: Start) -> None:
     async def nonsense(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         response = await begin_stream(request)
@@ -259,6 +277,36 @@ async def test_kv_that_is_gone_is_computed_again_elsewhere(start: Start, stream:
     resumed = await front.metric('chiasm_proxy_resumed_streams_total{reason="kv_unavailable"}')
     assert resumed == int(stream)
     assert await front.metric("chiasm_proxy_prefill_retries_total") == 1
+
+
+async def test_the_p_whose_kv_is_gone_is_avoided_even_if_the_other_has_more_to_do(start: Start) -> None:
+    ps, d, gate = instances("prefill", 2), FakeInstance("decode"), asyncio.Event()
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        if b"long" in received.body:
+            await gate.wait()
+        return await prefill(instance, request, received)
+
+    for p in ps:
+        p.answer = answer
+    once(kv_unavailable, decode, d)
+    front = await start([*ps, d])
+    long = asyncio.ensure_future(front.post(ask("long" * 9000)))
+    while not received_by(ps):
+        await front.get("/health")
+    busy = next(p for p in ps if p.received)
+    assert (await front.post(ask("x"))).status == 200
+    assert len(busy.received) == 2
+    gate.set()
+    assert (await long).status == 200
+
+
+async def test_d_that_gives_up_before_its_head(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    once(refuse(503, "no blocks", kind="kv_unavailable_error", code="preempted"), decode, d)
+    front = await start([p, d])
+    assert (await listen(front, ask("x", stream=True))).words == list(WORDS)
+    assert await front.metric('chiasm_proxy_resumed_streams_total{reason="preempted"}') == 1
 
 
 async def test_a_lease_that_ran_out_while_d_was_full(start: Start) -> None:
@@ -444,6 +492,21 @@ async def test_all_ds_dead_end_the_stream_with_an_error(start: Start) -> None:
     assert len(p.received) <= 4
 
 
+async def test_nothing_is_prefilled_again_for_a_d_that_isnt_there(start: Start) -> None:
+    seen = asyncio.Event()
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    d.answer = decode_until(5, when(seen))
+    front = await start([p, d], probe_interval_seconds=60)
+    listening = asyncio.ensure_future(listen(front, ask("x", stream=True), {5: seen}))
+    await seen.wait()
+    await d.kill()
+    heard = await listening
+    assert heard.words == list(WORDS[:5])
+    assert heard.error is not None
+    assert heard.error["code"] == "no_decode"
+    assert len(p.received) == 1
+
+
 async def test_other_errors_of_d_end_the_stream_as_they_are(start: Start) -> None:
     p, ds = FakeInstance("prefill"), instances("decode", 2)
     for d in ds:
@@ -581,6 +644,16 @@ async def test_an_encoder_that_fails_ends_ps_call(start: Start) -> None:
     answer = await front.post(ask("x", image(picture())))
     assert (answer.status, answer.error["message"]) == (422, "not decodable")
     assert not d.received
+    await until_idle(front)
+
+
+async def test_an_encoder_that_ends_is_no_reason_to_prefill_again(start: Start) -> None:
+    encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
+    encoder.answer, p.answer = refuse(503, "This instance is stopping.", code="stopping"), never
+    front = await start([encoder, p, d], max_encode_attempts=1)
+    answer = await front.post(ask("x", image(picture())))
+    assert (answer.status, answer.error["code"]) == (503, "stopping")
+    assert await front.metric("chiasm_proxy_prefill_retries_total") == 0
     await until_idle(front)
 
 
