@@ -1,4 +1,4 @@
-"""The example script starts three commands, gets an answer, and leaves nothing behind."""
+"""The example scripts start their commands, get an answer, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -7,40 +7,79 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+import pytest
+
 from chiasm.launch.ports import HeldPort
+from tests.launch.waiting import alive, eventually
 
-SCRIPT = Path(__file__).parents[2] / "examples/disaggregated_encoder/shared_storage_connector/disagg_encoder_example.sh"
+EXAMPLES = Path(__file__).parents[2] / "examples/disaggregated_encoder/shared_storage_connector"
+PORTS = {
+    "disagg_encoder_example.sh": ("PROXY_PORT", "ENCODER_PORT", "PD_PORT"),
+    "disagg_epd_example.sh": ("PROXY_PORT", "ENCODER_PORT", "PREFILL_PORT", "DECODE_PORT"),
+}
 
 
-def test_the_example_prints_an_answer(checkpoint: Path, tmp_path: Path) -> None:
-    ports = [HeldPort("127.0.0.1") for _ in range(3)]
-    proxy, encoder, pd = (str(held.port) for held in ports)
-    environment = dict(
-        os.environ,
-        PYTHON=sys.executable,
-        MODEL=str(checkpoint),
-        PROXY_PORT=proxy,
-        ENCODER_PORT=encoder,
-        PD_PORT=pd,
-        SHARED_STORAGE_PATH=str(tmp_path / "ec"),
-        TMPDIR=str(tmp_path),
-    )
+@pytest.fixture(params=PORTS)
+def name(request: pytest.FixtureRequest) -> str:
+    """Of the script."""
+    script: str = request.param
+    return script
+
+
+@pytest.fixture
+def ports(name: str) -> Iterator[dict[str, str]]:
+    """Free ports; when the test ends, nobody may listen on one."""
+    held = {variable: HeldPort("127.0.0.1") for variable in PORTS[name]}
+    yield {variable: str(port.port) for variable, port in held.items()}
+    for port in held.values():
+        port.release()
+        HeldPort(port.host, port.port).release()  # raises if somebody does
+
+
+@contextlib.contextmanager
+def running(name: str, ports: dict[str, str], tmp_path: Path, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    """The script; what it leaves is killed."""
+    environment = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path), **ports, **settings}
     with subprocess.Popen(
-        [SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [EXAMPLES / name],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as script:
         try:
-            out, err = script.communicate(timeout=270)
+            yield script
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(script.pid, signal.SIGKILL)
+
+
+def test_the_example_prints_an_answer(name: str, ports: dict[str, str], tmp_path: Path) -> None:
+    with running(name, ports, tmp_path, MODEL="demo", SHARED_STORAGE_PATH=str(tmp_path / "ec")) as script:
+        out, err = script.communicate(timeout=270)
     assert script.returncode == 0, err + out
-    assert f"Ready: http://127.0.0.1:{proxy}\n" in out
+    assert f"Ready: http://127.0.0.1:{ports['PROXY_PORT']}\n" in out
     answer = next(line for line in out.splitlines() if line.startswith("Answer:"))
-    assert answer.removeprefix("Answer:").strip()
+    assert "red" in answer
+    if "epd" in name:
+        assert "1 transfer(s)" in out
     assert any((tmp_path / "ec").iterdir())
-    assert [path.name for path in tmp_path.iterdir()] == ["ec"]
-    for held in ports:  # nobody listens on them any more, or this would raise
-        held.release()
-        HeldPort(held.host, held.port).release()
+    assert not list(tmp_path.glob("tmp.*"))  # what mktemp makes
+
+
+def test_ctrl_c_ends_all_of_it(name: str, ports: dict[str, str], tmp_path: Path) -> None:
+    with running(name, ports, tmp_path, MODEL="demo") as script:
+        assert script.stdout is not None
+        assert script.stdout.readline().startswith("Starting")
+        children = psutil.Process(script.pid).children(recursive=True)
+        assert len(children) >= len(ports)
+        os.killpg(script.pid, signal.SIGINT)
+        _, err = script.communicate(timeout=60)
+    assert script.returncode == 128 + signal.SIGINT, err
+    assert eventually(lambda: not alive(children), 10)
+    assert not list(tmp_path.glob("tmp.*"))

@@ -1,0 +1,160 @@
+#!/usr/bin/env bash
+# One encoder, one prefill instance, one decode instance and the proxy, each a command of its own, and one question about a
+# picture.
+#
+# The picture's embedding goes from the encoder to the prefill instance through a folder that both are given. The prompt's
+# KV goes from the prefill to the decode instance through shared memory: SharedMemoryConnector needs no setting but that
+# both run on one machine. Settings, all of them environment variables:
+#
+#   MODEL                 checkpoint: a folder, a hub name, or demo            (demo)
+#   PROXY_PORT            where clients ask                                    (8000)
+#   ENCODER_PORT, PREFILL_PORT, DECODE_PORT   the three instances              (8001, 8002, 8003)
+#   SHARED_STORAGE_PATH   folder for embeddings; one that is made here is removed again   (in /dev/shm or /tmp)
+#   LOG_PATH              folder to keep the logs of the four processes in     (not kept)
+#   TIMEOUT_SECONDS       for the model to load                                (300)
+#   QUESTION              what is asked                                        (What colour is the shape?)
+#   EXPECTED              what the answer must contain                         (red, if demo is asked the question above)
+#   PYTHON                interpreter that has chiasm installed                (.venv of this tree, else python3)
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+tree=$(cd "$here/../../.." && pwd)
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=python3
+  if [[ -x $tree/.venv/bin/python ]]; then PYTHON=$tree/.venv/bin/python; fi
+fi
+MODEL=${MODEL:-demo}
+PROXY_PORT=${PROXY_PORT:-8000}
+ENCODER_PORT=${ENCODER_PORT:-8001}
+PREFILL_PORT=${PREFILL_PORT:-8002}
+DECODE_PORT=${DECODE_PORT:-8003}
+TIMEOUT_SECONDS=${TIMEOUT_SECONDS:-300}
+if [[ $MODEL == demo && -z ${QUESTION:-} ]]; then EXPECTED=${EXPECTED:-red}; fi
+QUESTION=${QUESTION:-What colour is the shape?}
+
+proxy_url=http://127.0.0.1:$PROXY_PORT
+work=$(mktemp -d)
+storage_is_ours=
+if [[ -z ${SHARED_STORAGE_PATH:-} ]]; then
+  memory=/dev/shm
+  if [[ ! -w $memory ]]; then memory=${TMPDIR:-/tmp}; fi
+  SHARED_STORAGE_PATH=$(mktemp -d "$memory/disagg-epd-XXXXXX")
+  storage_is_ours=yes
+fi
+LOG_PATH=${LOG_PATH:-$work}
+mkdir -p "$LOG_PATH"
+pids=()
+
+clean_up() {
+  trap - EXIT INT TERM
+  if ((${#pids[@]})); then
+    kill "${pids[@]}" 2>/dev/null || true
+    wait "${pids[@]}" 2>/dev/null || true
+  fi
+  rm -rf "$work"
+  if [[ -n $storage_is_ours ]]; then rm -rf "$SHARED_STORAGE_PATH"; fi
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+start() { # NAME ARGUMENT...
+  local name=$1
+  shift
+  "$PYTHON" -m chiasm "$@" >"$LOG_PATH/$name.log" 2>&1 &
+  pids+=($!)
+}
+
+get() { # URL
+  if command -v curl >/dev/null; then
+    curl --silent --noproxy '*' --max-time 5 "$1"
+  else
+    "$PYTHON" -c 'import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())' "$1"
+  fi
+}
+
+post() { # URL FILE
+  if command -v curl >/dev/null; then
+    curl --silent --show-error --noproxy '*' --header 'Content-Type: application/json' --data-binary "@$2" "$1"
+  else
+    "$PYTHON" - "$1" "$2" <<'PYTHON'
+import sys, urllib.error, urllib.request
+
+request = urllib.request.Request(sys.argv[1], open(sys.argv[2], "rb").read(), {"Content-Type": "application/json"})
+try:
+    print(urllib.request.urlopen(request).read().decode())
+except urllib.error.HTTPError as error:
+    print(error.read().decode())
+PYTHON
+  fi
+}
+
+all_are_healthy() {
+  local health
+  health=$(get "$proxy_url/health" 2>/dev/null) || return 1
+  [[ $(grep -o '"state":"healthy"' <<<"$health" | wc -l) -eq 3 ]]
+}
+
+# 1. The four processes. They may start in any order: the proxy looks after its instances until they answer.
+storage=(--connector SharedStorageConnector --shared-storage-path "$SHARED_STORAGE_PATH")
+kv=(--kv-connector SharedMemoryConnector)
+cores=$(getconf _NPROCESSORS_ONLN)
+threads=(--threads "$((cores > 2 ? cores / 3 : 1))") # the three share the machine
+start encoder instance "$MODEL" --role encoder --port "$ENCODER_PORT" "${threads[@]}" "${storage[@]}"
+start prefill instance "$MODEL" --role prefill --port "$PREFILL_PORT" "${threads[@]}" "${storage[@]}" "${kv[@]}"
+start decode instance "$MODEL" --role decode --port "$DECODE_PORT" "${threads[@]}" "${kv[@]}"
+start proxy proxy --port "$PROXY_PORT" --encoder "http://127.0.0.1:$ENCODER_PORT" \
+  --prefill "http://127.0.0.1:$PREFILL_PORT" --decode "http://127.0.0.1:$DECODE_PORT"
+echo "Starting an encoder, a prefill instance, a decode instance and the proxy ..."
+
+# 2. Wait until the proxy finds all instances healthy.
+until all_are_healthy; do
+  for pid in "${pids[@]}"; do
+    if ! kill -0 "$pid" 2>/dev/null; then
+      echo "A process has ended:" >&2
+      tail -n 20 "$LOG_PATH"/*.log >&2
+      exit 1
+    fi
+  done
+  if ((SECONDS > TIMEOUT_SECONDS)); then
+    echo "Not ready after $TIMEOUT_SECONDS seconds:" >&2
+    tail -n 20 "$LOG_PATH"/*.log >&2
+    exit 1
+  fi
+  sleep 0.5
+done
+echo "Ready: $proxy_url"
+
+# 3. A picture, drawn here, as a data: URL in an ordinary chat completion.
+"$PYTHON" - "$QUESTION" >"$work/request.json" <<'PYTHON'
+import base64, io, json, sys
+from PIL import Image, ImageDraw
+
+image = Image.new("RGB", (224, 224), (248, 248, 246))
+ImageDraw.Draw(image).ellipse((62, 62, 162, 162), fill=(215, 38, 40))
+file = io.BytesIO()
+image.save(file, "PNG")
+url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sys.argv[1]}]
+print(json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 32, "temperature": 0}))
+PYTHON
+
+# 4. The question and the answer: its first token comes from the prefill instance, all others from the decode instance.
+echo "Picture:  a red circle"
+echo "Question: $QUESTION"
+post "$proxy_url/v1/chat/completions" "$work/request.json" >"$work/answer.json"
+"$PYTHON" - "$work/answer.json" "${EXPECTED:-}" <<'PYTHON'
+import json, sys
+
+answer = json.load(open(sys.argv[1]))
+if "choices" not in answer:
+    sys.exit(f"Error: {answer.get('error', {}).get('message', answer)}")
+text = answer["choices"][0]["message"]["content"]
+print("Answer:  ", text)
+if sys.argv[2].lower() not in text.lower():
+    sys.exit(f"Error: the answer should contain {sys.argv[2]!r}")
+PYTHON
+
+# 5. How the prompt's KV went from prefill to decode.
+transfers=$(get "http://127.0.0.1:$DECODE_PORT/metrics" | sed -n 's/^chiasm_kv_transfers_total //p')
+echo "KV:       ${transfers%.*} transfer(s) from the prefill to the decode instance"
