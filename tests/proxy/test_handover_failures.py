@@ -608,6 +608,18 @@ async def test_an_answer_that_goes_on_waits_for_a_p_that_is_full(start: Start) -
     assert len(p.received) == 4
 
 
+async def test_an_answer_that_goes_on_does_not_wait_for_an_embedding_that_is_lost(start: Start) -> None:
+    seen = asyncio.Event()
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+    once(prefill, refuse(503, "the embedding is lost", kind="embedding_unavailable_error"), p)
+    once(decode_until(3, when(seen)), decode, d)
+    front = await start([p, d])
+    heard = await listen(front, ask("x", stream=True), {3: seen})
+    assert heard.error is not None
+    assert heard.error["message"] == "the embedding is lost"
+    assert len(p.received) == 2
+
+
 async def test_p_lost_while_a_stream_goes_on_costs_one_more_prefill(start: Start) -> None:
     seen = asyncio.Event()
     ps, d = instances("prefill", 2), FakeInstance("decode")
