@@ -53,6 +53,7 @@ async def test_a_stream_is_read_with_the_time_of_each_token() -> None:
     assert answer.gaps_seconds[0] > 0
     assert (answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) == (7, 3, 2)
     assert answer.timing == {"proxy": 0.00125, "prefill": 0.0045, "item0": 0.0001}
+    assert answer.timing_at_start == {"proxy": 0.00125}
     assert answer.outcomes == {"item0": "hit"}
 
 

@@ -10,12 +10,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from chiasm.bench.client import Answer
 from chiasm.bench.measurements import MEASUREMENTS
 from chiasm.bench.measurements.identity import Request, _compare
+from chiasm.bench.measurements.split import first_and_later_gaps
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
 from chiasm.bench.plot import write_plot
 from chiasm.bench.report import machine, print_outcome, shown, with_unit, write_json
 from chiasm.bench.statistics import Estimate
+from chiasm.errors import ChiasmError
 
 
 @pytest.fixture
@@ -95,27 +98,46 @@ def test_a_run_without_samples_has_a_plot_too(tmp_path: Path) -> None:
     assert (tmp_path / "results.png").stat().st_size > 0
 
 
+REQUESTS = [Request("text", (), "one?"), Request("text", (), "two?")]
+ANSWERS = [["a", "b"], ["c"]]
+
+
 def test_equal_answers_are_right_and_any_other_is_wrong() -> None:
-    requests = [Request("text", (), "one?"), Request("text", (), "two?")]
-    answers = [["a", "b"], ["c"]]
-    same = _compare(requests, answers, answers, answers)
+    same = _compare(REQUESTS, {"greedy": {"aggregated": ANSWERS, "E+PD": ANSWERS}}, ANSWERS)
     assert not same.wrong
     assert same.met is True
-    different = _compare(requests, answers, answers, [["a", "b"], ["d"]])
+    different = _compare(REQUESTS, {"greedy": {"aggregated": ANSWERS, "E+PD": [["a", "b"], ["d"]]}}, ANSWERS)
     assert different.wrong
     assert {figure.name: figure.value for figure in different.figures} == {
-        "differ: E+PD and aggregated": 1,
-        "differ: aggregated and generate": 0,
-        "differ: E+PD and generate": 1,
+        "greedy, differ: E+PD and aggregated": 1,
+        "greedy, differ: aggregated and generate": 0,
+        "greedy, differ: E+PD and generate": 1,
     }
     assert any("two?" in note and "'d'" in note and "'c'" in note for note in different.notes)
 
 
+def test_sampled_answers_are_compared_with_those_of_aggregated_alone() -> None:
+    answers = {"aggregated": ANSWERS, "E+PD": ANSWERS, "E+P+D (X)": [["a"], ["c"]]}
+    outcome = _compare(REQUESTS, {"greedy": dict.fromkeys(answers, ANSWERS), "sampled": answers}, ANSWERS)
+    assert outcome.wrong
+    assert {figure.name: figure.value for figure in outcome.figures if figure.name.startswith("sampled")} == {
+        "sampled, differ: E+PD and aggregated": 0,
+        "sampled, differ: E+P+D (X) and aggregated": 1,
+    }
+
+
 def test_without_a_reference_the_topologies_are_still_compared() -> None:
-    outcome = _compare([Request("text", (), "one?")], None, [["a"]], [["a"]])
+    outcome = _compare(REQUESTS, {"greedy": {"aggregated": ANSWERS, "E+PD": ANSWERS}}, None)
     assert len(outcome.figures) == 1
     assert outcome.met is True
     assert any("No reference" in note for note in outcome.notes)
+
+
+def test_the_gap_after_the_first_token_stands_apart_from_the_others() -> None:
+    answer = Answer(0.0, token_times=[1.0, 1.5, 1.6, 1.7, 2.7])
+    assert first_and_later_gaps(answer) == (pytest.approx(0.5), pytest.approx(0.1))
+    with pytest.raises(ChiasmError, match="3 events"):
+        first_and_later_gaps(Answer(0.0, token_times=[1.0, 1.5, 1.6]))
 
 
 def test_every_measurement_says_what_it_asks() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from chiasm.bench import pictures, prompts
 from chiasm.bench.arrivals import at_most, open_loop, poisson
-from chiasm.bench.measurements.identity import draw_requests
+from chiasm.bench.measurements.identity import draw_requests, sampling
 
 
 def test_a_photo_is_the_same_file_for_the_same_name_and_another_for_another() -> None:
@@ -59,6 +59,18 @@ def test_a_kind_says_how_many_pictures_there_are() -> None:
 
 def test_few_requests_are_of_different_kinds() -> None:
     assert len({request.kind for request in draw_requests(0, 6)}) == 6
+
+
+def test_requests_are_sampled_with_seeds_of_their_own_and_some_with_penalties() -> None:
+    drawn = [sampling(3, index) for index in range(12)]
+    assert drawn == [sampling(3, index) for index in range(12)]
+    assert len({fields["seed"] for fields in drawn}) == 12
+    assert all(fields["temperature"] > 0 for fields in drawn)
+    with_penalties = [fields for fields in drawn if {"presence_penalty", "repetition_penalty"} & set(fields)]
+    assert len(with_penalties) == 8
+    assert {fields["ignore_eos"] for fields in with_penalties} == {True, False}
+    body = json.loads(prompts.ask([], "hello", max_tokens=5, **drawn[0]))
+    assert body["temperature"] == 0.8
 
 
 def test_a_body_asks_for_a_greedy_answer() -> None:

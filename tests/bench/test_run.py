@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from chiasm.bench.topology import kv_connectors
+
 _BENCH = (sys.executable, "-m", "chiasm", "bench")
 
 
@@ -17,11 +19,26 @@ def test_identity_on_a_small_checkpoint(checkpoint: Path, tmp_path: Path) -> Non
     command = [*_BENCH, "identity", "--repeat", "6", "--model", str(checkpoint), "--output", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "differ: E+PD and generate" in ended.stdout
     found = json.loads((tmp_path / "results.json").read_text())["measurements"]["identity"]
     assert found["met"] is True
-    assert len(found["figures"]) == 3
+    names = {figure["name"] for figure in found["figures"]}
+    apart = {f"E+P+D ({connector})" for connector in kv_connectors()}
+    assert {f"greedy, differ: {one} and generate" for one in {"aggregated", "E+PD"} | apart} <= names
+    assert {f"sampled, differ: {one} and aggregated" for one in {"E+PD"} | apart} <= names
     assert (tmp_path / "results.png").is_file()
+
+
+def test_every_process_is_watched_while_nothing_is_sent(checkpoint: Path, tmp_path: Path) -> None:
+    command = [*_BENCH, "idle", "--quick", "--model", str(checkpoint), "--output", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    figures = json.loads((tmp_path / "results.json").read_text())["measurements"]["idle"]["figures"]
+    assert {figure["name"] for figure in figures} == {
+        f"{connector}: {process}"
+        for connector in kv_connectors()
+        for process in ("proxy", "encoder", "prefill", "decode")
+    }
+    assert all(figure["unit"] == "%" and figure["value"] < 100 for figure in figures)
 
 
 def test_an_unknown_measurement_is_refused_at_once(tmp_path: Path) -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from chiasm.bench.statistics import median, paired_difference, paired_ratio, quantile, quantile_ratio
+from chiasm.bench.statistics import (
+    mean_of,
+    median,
+    median_of,
+    paired_difference,
+    paired_ratio,
+    quantile,
+    quantile_ratio,
+)
 
 
 def test_a_quantile_lies_between_its_neighbours() -> None:
@@ -20,6 +28,14 @@ def test_of_nothing_there_is_no_median_and_no_quantile() -> None:
         median([])
     with pytest.raises(ValueError, match="no values"):
         quantile([], 0.99)
+
+
+def test_a_single_sample_has_its_median_or_mean_within_what_resampling_gives() -> None:
+    values = [1.0, 2.0, 3.0, 4.0, 40.0]
+    middle, mean = median_of(values), mean_of(values)
+    assert (middle.value, mean.value) == (3, 10)
+    for estimate in (middle, mean):
+        assert 1 <= estimate.low < estimate.value < estimate.high <= 40
 
 
 def test_a_drift_that_falls_on_both_of_a_pair_leaves_their_ratio_alone() -> None:

@@ -40,7 +40,9 @@ class Answer:
     cached_tokens: int = 0
     completion_tokens: int = 0
     timing: dict[str, float] = field(default_factory=dict)
-    """Durations of all Server-Timing entries in seconds."""
+    """Durations of all Server-Timing entries in seconds; of two of one name, the later."""
+    timing_at_start: dict[str, float] = field(default_factory=dict)
+    """Those of the response's head: of an answer that two instances give, the first one's."""
     outcomes: dict[str, str] = field(default_factory=dict)
     """Descriptions of Server-Timing entries: ``item0`` is ``hit``, ``waited``, ``encoded``."""
     error: str | None = None
@@ -118,6 +120,7 @@ class Client:
                     raise RequestFailedError(f"{url} answered {reply.status}: {(await reply.text())[:500]}")
                 answer = Answer(sent)
                 _note_timing(answer, reply.headers.get("server-timing", ""))
+                answer.timing_at_start = dict(answer.timing)
                 rest = b""
                 async for chunk in reply.content.iter_any():
                     now = time.perf_counter()

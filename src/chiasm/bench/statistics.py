@@ -41,6 +41,16 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[lower] + (ordered[upper] - ordered[lower]) * (place - lower)
 
 
+def median_of(values: Sequence[float], *, seed: int = 0) -> Estimate:
+    """The median of a sample that is compared with nothing."""
+    return _estimate(values, median, seed)
+
+
+def mean_of(values: Sequence[float], *, seed: int = 0) -> Estimate:
+    """The mean, where samples are parts of one whole: time windows, one after the other."""
+    return _estimate(values, statistics.fmean, seed)
+
+
 def paired_ratio(baseline: Sequence[float], other: Sequence[float], *, seed: int = 0) -> Estimate:
     """The median over pairs of other/baseline. Both of a pair were taken one right after the other."""
     return _estimate([b / a for a, b in zip(baseline, other, strict=True)], median, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import time
 from collections.abc import AsyncIterator
@@ -14,6 +15,9 @@ from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.launch import Deployment, DeploymentConfig, DeploymentNotReadyError, RoleConfig
 from chiasm.launch.cores import usable_cores
 
+SHARED_MEMORY = "SharedMemoryConnector"
+NIXL = "NixlConnector"
+NO_NIXL = f"{NIXL} is left out: nixl is not installed (pip install 'chiasm[nixl]')."
 _READY_SECONDS = 180.0
 _POLL_SECONDS = 0.05
 _LINES_SHOWN = 5
@@ -59,6 +63,33 @@ def pinned(model: str) -> DeploymentConfig:
     return encoder_and_pds(model, encoder_cpus=(first,), pd_cpus=(second,))
 
 
+def pd_alone(model: str, *, cpus: tuple[int, ...]) -> DeploymentConfig:
+    """One PD behind a proxy, for text alone."""
+    return DeploymentConfig(model, {Role.PD: RoleConfig(1, len(cpus), cpus)}, served_model_name=SERVED_NAME)
+
+
+def prefill_and_decode(
+    model: str,
+    *,
+    encoders: int = 1,
+    kv_connector: str = SHARED_MEMORY,
+    prefill_cpus: tuple[int, ...] = (),
+    decode_cpus: tuple[int, ...] = (),
+) -> DeploymentConfig:
+    """``encoders``, one P and one D behind a proxy; a thread a CPU that they are pinned to, else as many as a PD has."""
+    roles = {
+        Role.ENCODER: RoleConfig(encoders, _shared_threads()),
+        Role.PREFILL: RoleConfig(1, len(prefill_cpus) or _shared_threads(), prefill_cpus),
+        Role.DECODE: RoleConfig(1, len(decode_cpus) or _shared_threads(), decode_cpus),
+    }
+    return DeploymentConfig(model, roles, served_model_name=SERVED_NAME, kv_connector=kv_connector)
+
+
+def kv_connectors() -> tuple[str, ...]:
+    """Those that can be used here."""
+    return (SHARED_MEMORY, NIXL) if importlib.util.find_spec("nixl") else (SHARED_MEMORY,)
+
+
 @asynccontextmanager
 async def running(bench: Bench, *configs: DeploymentConfig) -> AsyncIterator[tuple[Deployment, ...]]:
     """Start deployments at the same time, and end them in any case. Raises ConfigurationError, DeploymentNotReadyError."""
@@ -96,3 +127,18 @@ def proxy_memory_bytes(deployment: Deployment) -> int:
         if process.role is None and (resident := process.memory_bytes) is not None:
             return resident
     raise ChiasmError("the proxy does not run")
+
+
+def cpu_seconds(deployment: Deployment) -> dict[str, float]:
+    """Time on a core that each process, and what it has started, has had until now, by its name."""
+    import psutil
+
+    found: dict[str, float] = {}
+    for status in deployment.processes:
+        try:
+            process = psutil.Process(status.pid or -1)
+            times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+        except (psutil.NoSuchProcess, ValueError):
+            raise ChiasmError(f"{status.name} does not run") from None
+        found[status.name] = sum(float(time.user + time.system) for time in times)
+    return found

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from chiasm.bench.measurement import Measurement
+from chiasm.bench.measurements.decode_isolation import DecodeIsolation
 from chiasm.bench.measurements.handoff import Handoff
 from chiasm.bench.measurements.identity import Identity
+from chiasm.bench.measurements.idle import Idle
 from chiasm.bench.measurements.isolation import Isolation
 from chiasm.bench.measurements.overlap import Overlap
 from chiasm.bench.measurements.proxy import Proxy
 from chiasm.bench.measurements.reuse import Reuse
+from chiasm.bench.measurements.split import Split
 from chiasm.bench.measurements.ttft import Ttft
 
 MEASUREMENTS: dict[str, type[Measurement]] = {
-    one.name: one for one in (Identity, Ttft, Handoff, Overlap, Isolation, Reuse, Proxy)
+    one.name: one for one in (Identity, Ttft, Handoff, Overlap, Isolation, Reuse, Proxy, Split, DecodeIsolation, Idle)
 }
 """By name."""

@@ -1,11 +1,11 @@
-"""Whether splitting the encoder off changes any answer."""
+"""Whether splitting the encoder off, or prefill from decode, changes any answer."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,18 @@ from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome
 from chiasm.bench.pictures import png
 from chiasm.bench.reference import Reference
-from chiasm.bench.topology import aggregated, encoder_and_pds, running
+from chiasm.bench.topology import (
+    NIXL,
+    NO_NIXL,
+    aggregated,
+    encoder_and_pds,
+    kv_connectors,
+    prefill_and_decode,
+    running,
+)
 from chiasm.demo.pictures import draw_example
+from chiasm.engine.config import Role
+from chiasm.launch import Deployment, DeploymentConfig
 
 _MAX_TOKENS = 24
 _AT_ONCE = 8
@@ -32,6 +42,17 @@ _SHARES = {
     "the same picture twice": 3,
 }
 """Of 20 requests."""
+
+
+GREEDY, SAMPLED = "greedy", "sampled"
+AGGREGATED = "aggregated"
+Answers = list[list[str]]
+"""The tokens of each request's answer."""
+_PENALTIES: tuple[dict[str, float], ...] = (
+    {},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"repetition_penalty": 1.3},
+)
 
 
 @dataclass(frozen=True)
@@ -65,33 +86,52 @@ def _draw(seed: int, kind: str) -> Request:
     return Request(kind, tuple(images), example.question)
 
 
+def sampling(seed: int, index: int) -> dict[str, Any]:
+    """How request ``index`` is sampled: each with a seed of its own, two in three with penalties.
+
+    Every other one goes on after the end token, since most answers of a trained checkpoint are over after a few.
+    """
+    fields: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": seed * 100_000 + index}
+    return fields | _PENALTIES[index % len(_PENALTIES)] | {"ignore_eos": index % 2 == 1}
+
+
 class Identity(Measurement):
-    """All requests, eight at a time, through both topologies, and one by one through ``generate``."""
+    """All requests, eight at a time, through each topology, and one by one through ``generate``."""
 
     name = "identity"
-    purpose = "Greedy answers of E+PD, of aggregated and of transformers' generate, token for token"
+    purpose = (
+        "Answers of E+PD and of E+P+D against those of aggregated and of transformers' generate, token for token: "
+        "greedy, then sampled with a seed"
+    )
     target = "no request differs"
 
     async def run(self, bench: Bench) -> Outcome:
         requests = draw_requests(bench.seed, bench.samples(200, quick=12))
-        bodies = [
-            prompts.ask(request.images, request.question, max_tokens=_MAX_TOKENS, logprobs=True) for request in requests
-        ]
-        async with running(bench, aggregated(bench.model), encoder_and_pds(bench.model)) as deployments:
-            folder = deployments[0].folder
-            bench.total(2 * len(bodies))
-            answers: list[list[list[str]]] = []
-            for label, deployment in zip(("aggregated", "E+PD"), deployments, strict=True):
-                bench.step(label)
-
-                async def send(index: int, url: str = deployment.url) -> list[str]:
-                    _, _, answer = await bench.client.post(url, bodies[index])
-                    bench.advance()
-                    return _tokens(answer)
-
-                answers.append(await at_most(_AT_ONCE, len(bodies), send))
+        passes = {
+            kind: [
+                prompts.ask(request.images, request.question, max_tokens=_MAX_TOKENS, logprobs=True, **fields)
+                for request, fields in zip(requests, given, strict=True)
+            ]
+            for kind, given in (
+                (GREEDY, [{}] * len(requests)),
+                (SAMPLED, [sampling(bench.seed, index) for index in range(len(requests))]),
+            )
+        }
+        answers: dict[str, dict[str, Answers]] = {kind: {} for kind in passes}
+        notes = [] if NIXL in kv_connectors() else [NO_NIXL]
+        for label, config in _topologies(bench.model).items():
+            async with running(bench, config) as (deployment,):
+                folder = deployment.folder
+                for kind, bodies in passes.items():
+                    bench.step(f"{label}, {kind}")
+                    bench.total(len(bodies))
+                    answers[kind][label] = await _ask_all(bench, deployment.url, bodies)
+                if deployment.urls(Role.DECODE):
+                    notes.append(await _handed_over(bench, deployment, label, len(passes) * len(requests)))
         expected = await self._reference(bench, folder, requests)
-        return _compare(requests, expected, answers[0], answers[1])
+        outcome = _compare(requests, answers, expected)
+        outcome.notes += notes
+        return outcome
 
     @staticmethod
     async def _reference(bench: Bench, folder: Any, requests: Sequence[Request]) -> list[list[str]] | None:
@@ -110,41 +150,59 @@ class Identity(Measurement):
         return found
 
 
-def _tokens(answer: Any) -> list[str]:
-    return [entry["token"] for entry in answer["choices"][0]["logprobs"]["content"]]
+def _topologies(model: str) -> dict[str, DeploymentConfig]:
+    """By what the figures call them; all others are compared with the first."""
+    apart = {f"E+P+D ({connector})": prefill_and_decode(model, kv_connector=connector) for connector in kv_connectors()}
+    return {AGGREGATED: aggregated(model), "E+PD": encoder_and_pds(model), **apart}
+
+
+async def _ask_all(bench: Bench, url: str, bodies: Sequence[bytes]) -> Answers:
+    async def send(index: int) -> list[str]:
+        _, _, answer = await bench.client.post(url, bodies[index])
+        bench.advance()
+        return [entry["token"] for entry in answer["choices"][0]["logprobs"]["content"]]
+
+    return await at_most(_AT_ONCE, len(bodies), send)
+
+
+async def _handed_over(bench: Bench, deployment: Deployment, label: str, sent: int) -> str:
+    counts = await bench.client.metrics(deployment.url)
+    return (
+        f"{label}: D took over {counts['chiasm_proxy_handovers_total']:.0f} of {sent} answers, the others ended with their "
+        f"first token; {counts['chiasm_proxy_prefill_retries_total']:.0f} were prefilled twice."
+    )
 
 
 def _compare(
-    requests: Sequence[Request],
-    expected: Sequence[list[str]] | None,
-    aggregated_answers: Sequence[list[str]],
-    split_answers: Sequence[list[str]],
+    requests: Sequence[Request], answers: Mapping[str, Mapping[str, Answers]], expected: Answers | None
 ) -> Outcome:
-    """Count and show the differences; any of them makes the outcome wrong."""
+    """Count and show the differences; any of them makes the outcome wrong.
+
+    ``answers`` are those of each kind by topology, ``expected`` the greedy ones of ``generate``.
+    """
     outcome = Outcome()
-    pairs: list[tuple[str, Sequence[list[str]], Sequence[list[str]]]] = [
-        ("E+PD and aggregated", split_answers, aggregated_answers)
-    ]
     if expected is None:
         outcome.notes.append("No reference: transformers' generate is compared for Qwen-VL checkpoints only.")
-    else:
-        pairs.append(("aggregated and generate", aggregated_answers, expected))
-        pairs.append(("E+PD and generate", split_answers, expected))
     shown = 0
-    for label, left, right in pairs:
-        differing = [index for index, (one, other) in enumerate(zip(left, right, strict=True)) if one != other]
-        outcome.figures.append(Figure(f"differ: {label}", len(differing), "", 0))
-        outcome.wrong = outcome.wrong or bool(differing)
-        for index in differing[: max(0, _SHOWN - shown)]:
-            shown += 1
-            outcome.notes.append(
-                f"request {index} ({requests[index].kind}, {requests[index].question!r}), {label}: "
-                f"{''.join(left[index])!r} and {''.join(right[index])!r}"
-            )
+    for kind, by_topology in answers.items():
+        references = {AGGREGATED: by_topology[AGGREGATED]}
+        if kind == GREEDY and expected is not None:
+            references["generate"] = expected
+        pairs = [(one, other) for other in references for one in by_topology if one != other]
+        for one, other in pairs:
+            together = list(zip(by_topology[one], references[other], strict=True))
+            differing = [index for index, (left, right) in enumerate(together) if left != right]
+            outcome.figures.append(Figure(f"{kind}, differ: {one} and {other}", len(differing), "", 0))
+            outcome.wrong = outcome.wrong or bool(differing)
+            for index in differing[: max(0, _SHOWN - shown)]:
+                shown += 1
+                left, right = together[index]
+                outcome.notes.append(
+                    f"request {index} ({requests[index].kind}, {requests[index].question!r}), {kind}, {one} and {other}: "
+                    f"{''.join(left)!r} and {''.join(right)!r}"
+                )
+        tokens = sum(map(len, by_topology[AGGREGATED]))
+        outcome.notes.append(f"{kind}: {len(requests)} requests, {_AT_ONCE} at a time, {tokens} tokens a topology.")
     counted = Counter(request.kind for request in requests)
-    tokens = sum(map(len, split_answers))
-    outcome.notes.append(
-        f"{len(requests)} requests ({', '.join(f'{number} {kind}' for kind, number in counted.items())}), "
-        f"{_AT_ONCE} at a time, {tokens} tokens"
-    )
+    outcome.notes.append(f"Of {len(requests)}: {', '.join(f'{number} {kind}' for kind, number in counted.items())}.")
     return outcome

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable
-from contextlib import aclosing, suppress
+from functools import partial
 
 from chiasm.bench import prompts
 from chiasm.bench.alone import QUESTION, SIDE, balanced_checkpoint
 from chiasm.bench.arrivals import open_loop, poisson
-from chiasm.bench.client import RequestFailedError
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
 from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import median, quantile, quantile_ratio
+from chiasm.bench.streams import gaps_meanwhile
 from chiasm.bench.topology import aggregated, cores, pinned, running
 
 _AT_MOST = 0.5
@@ -61,8 +59,9 @@ class Isolation(Measurement):
                     async def send(number: int, url: str = url, bodies: list[bytes] = bodies) -> None:
                         await bench.client.post(url, bodies[number])
 
-                    calm[which] += await _gaps(bench, url, text, asyncio.sleep(seconds / 8))
-                    gaps[which].append(await _gaps(bench, url, text, open_loop(times, send)))
+                    gaps_of = partial(gaps_meanwhile, bench, url, [text], max_tokens=_STREAM_TOKENS)
+                    calm[which] += await gaps_of(partial(asyncio.sleep, seconds / 8))
+                    gaps[which].append(await gaps_of(partial(open_loop, times, send)))
                     bench.advance()
         return _outcome(gaps, calm, rate, bench.seed)
 
@@ -78,45 +77,6 @@ async def _seconds_of_a_picture(bench: Bench, urls: list[str]) -> float:
             if url == urls[0]:
                 taken.append(seconds)
     return median(taken)
-
-
-async def _gaps(bench: Bench, url: str, text: str, meanwhile: Awaitable[object]) -> list[float]:
-    """Seconds between tokens of a stream that runs until ``meanwhile`` is over, begun anew whenever it ends.
-
-    The stream has its first token before ``meanwhile`` begins.
-    """
-    found: list[float] = []
-    begun = asyncio.Event()
-
-    async def stream() -> None:
-        while True:
-            body = prompts.chat(text, max_tokens=_STREAM_TOKENS, stream=True, ignore_eos=True, logprobs=True)
-            async with aclosing(bench.client.follow(url, body)) as answers:
-                before = None
-                async for answer in answers:
-                    for moment in answer.token_times:
-                        if before is not None:
-                            found.append(moment - before)
-                        before = moment
-                    answer.token_times.clear()
-                    begun.set()
-
-    streaming = asyncio.create_task(stream())
-    try:
-        waiting = asyncio.create_task(begun.wait())
-        await asyncio.wait((streaming, waiting), return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
-        begun_at = time.perf_counter()
-        found.clear()
-        await meanwhile
-        if streaming.done():
-            streaming.result()
-            raise RequestFailedError(f"the stream of {url} ended after {time.perf_counter() - begun_at:.1f} s")
-    finally:
-        streaming.cancel()
-        with suppress(asyncio.CancelledError):
-            await streaming
-    return found
 
 
 def _outcome(gaps: list[list[list[float]]], calm: list[list[float]], rate: float, seed: int) -> Outcome:

@@ -1,0 +1,68 @@
+"""What instances and the proxy take of the cores while nothing is asked of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from chiasm.bench import prompts
+from chiasm.bench.measurement import Bench, Measurement
+from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+from chiasm.bench.pictures import photo
+from chiasm.bench.statistics import mean_of
+from chiasm.bench.topology import NIXL, NO_NIXL, cpu_seconds, kv_connectors, prefill_and_decode, running
+from chiasm.launch import Deployment
+
+_AT_MOST_PERCENT = 2.0
+_WINDOW_SECONDS = 2.0
+_QUICK_WINDOW_SECONDS = 0.5
+_SETTLING_SECONDS = 1.0
+"""After the request, for what an instance does once at its end."""
+_ANSWER_TOKENS = 8
+
+
+class Idle(Measurement):
+    """One request with a picture goes through E, P and D, so that all connections are made; then nothing is sent."""
+
+    name = "idle"
+    purpose = "Time on a core that E, P, D and the proxy take without requests"
+    target = f"each process under {_AT_MOST_PERCENT:g} % of a core"
+
+    async def run(self, bench: Bench) -> Outcome:
+        windows = bench.samples(6, quick=2)
+        seconds = _QUICK_WINDOW_SECONDS if bench.quick else _WINDOW_SECONDS
+        outcome = Outcome()
+        series: list[Series] = []
+        for connector in kv_connectors():
+            async with running(bench, prefill_and_decode(bench.model, kv_connector=connector)) as (deployment,):
+                picture = photo(f"idle {bench.seed}")
+                body = prompts.ask([picture], "What is shown?", max_tokens=_ANSWER_TOKENS, stream=True, ignore_eos=True)
+                await bench.client.chat(deployment.url, body)
+                await asyncio.sleep(_SETTLING_SECONDS)
+                bench.step(f"{connector}, nothing is sent")
+                bench.total(windows)
+                used = await _percentages(bench, deployment, windows, seconds)
+            for name, percentages in used.items():
+                label = f"{connector}: {name.removesuffix('-0')}"
+                mean = mean_of(percentages, seed=bench.seed)
+                outcome.figures.append(Figure.of(label, mean, "%", at_most=_AT_MOST_PERCENT))
+                series.append(Series(label, percentages, _AT_MOST_PERCENT))
+        if NIXL not in kv_connectors():
+            outcome.notes.append(NO_NIXL)
+        outcome.notes.append(f"Means of {windows} windows of {seconds:g} s, one after the other.")
+        outcome.panels.append(Panel("idle: share of a core", "%", series))
+        return outcome
+
+
+async def _percentages(bench: Bench, deployment: Deployment, windows: int, seconds: float) -> dict[str, list[float]]:
+    """Of a core, by process, in each of so many windows."""
+    found: dict[str, list[float]] = {name: [] for name in cpu_seconds(deployment)}
+    before, since = cpu_seconds(deployment), time.perf_counter()
+    for _ in range(windows):
+        await asyncio.sleep(seconds)
+        after, now = cpu_seconds(deployment), time.perf_counter()
+        for name, values in found.items():
+            values.append(100 * (after[name] - before[name]) / (now - since))
+        before, since = after, now
+        bench.advance()
+    return found

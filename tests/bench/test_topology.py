@@ -1,0 +1,31 @@
+"""Which deployments are compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from chiasm.bench.topology import NIXL, SHARED_MEMORY, kv_connectors, pd_alone, prefill_and_decode
+from chiasm.engine.config import Role
+
+
+def test_prefill_and_decode_have_an_encoder_and_as_many_threads_as_others_have() -> None:
+    config = prefill_and_decode("demo")
+    assert {role: config.count(role) for role in config.roles} == {Role.ENCODER: 1, Role.PREFILL: 1, Role.DECODE: 1}
+    assert len({one.threads for one in config.roles.values()}) == 1
+    assert config.kv_connector == SHARED_MEMORY
+
+
+def test_pinned_instances_have_a_thread_a_core() -> None:
+    config = prefill_and_decode("demo", encoders=0, prefill_cpus=(0,), decode_cpus=(1,))
+    assert config.count(Role.ENCODER) == 0
+    assert [config.roles[role].cpus for role in (Role.PREFILL, Role.DECODE)] == [(0,), (1,)]
+    assert [config.roles[role].threads for role in (Role.PREFILL, Role.DECODE)] == [1, 1]
+    whole = pd_alone("demo", cpus=(0, 1))
+    assert (whole.count(Role.PD), whole.count(Role.ENCODER), whole.roles[Role.PD].threads) == (1, 0, 2)
+
+
+def test_nixl_is_measured_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert kv_connectors() == (SHARED_MEMORY,)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert kv_connectors() == (SHARED_MEMORY, NIXL)
