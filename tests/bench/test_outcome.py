@@ -5,20 +5,19 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from chiasm.bench.client import Answer
 from chiasm.bench.measurements import MEASUREMENTS
 from chiasm.bench.measurements.identity import Request, _compare
-from chiasm.bench.measurements.split import first_and_later_gaps
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
 from chiasm.bench.plot import write_plot
 from chiasm.bench.report import machine, print_outcome, shown, with_unit, write_json
 from chiasm.bench.statistics import Estimate
-from chiasm.errors import ChiasmError
+from chiasm.cli.bench import bench
 
 
 @pytest.fixture
@@ -133,15 +132,15 @@ def test_without_a_reference_the_topologies_are_still_compared() -> None:
     assert any("No reference" in note for note in outcome.notes)
 
 
-def test_the_gap_after_the_first_token_stands_apart_from_the_others() -> None:
-    answer = Answer(0.0, token_times=[1.0, 1.5, 1.6, 1.7, 2.7])
-    assert first_and_later_gaps(answer) == (pytest.approx(0.5), pytest.approx(0.1))
-    with pytest.raises(ChiasmError, match="3 events"):
-        first_and_later_gaps(Answer(0.0, token_times=[1.0, 1.5, 1.6]))
-
-
 def test_every_measurement_says_what_it_asks() -> None:
     for name, measurement in MEASUREMENTS.items():
         assert measurement.name == name
         assert measurement.purpose
         assert measurement.target
+
+
+def test_help_and_page_have_all_measurements() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
+    assert [line.removeprefix("### ") for line in page.splitlines() if line.startswith("### ")] == list(MEASUREMENTS)
+    (argument,) = (part for part in get_type_hints(bench, include_extras=True)["names"].__metadata__)
+    assert argument.help.partition(";")[0] == ", ".join(MEASUREMENTS)

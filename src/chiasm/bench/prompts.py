@@ -35,6 +35,11 @@ def ask(images: Sequence[bytes], question: str, *, max_tokens: int, **fields: An
     return chat(content, max_tokens=max_tokens, **fields)
 
 
+def stream(text: str, tokens: int) -> bytes:
+    """A stream of exactly so many tokens, each an event of its own, whatever its text."""
+    return chat(text, max_tokens=tokens, stream=True, ignore_eos=True, logprobs=True)
+
+
 class Texts:
     """Seeded texts that a checkpoint's tokenizer cuts into a chosen number of tokens."""
 

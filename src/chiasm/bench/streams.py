@@ -25,8 +25,7 @@ async def gaps_meanwhile(
 
     async def stream(text: str, first: asyncio.Event) -> None:
         while True:
-            body = prompts.chat(text, max_tokens=max_tokens, stream=True, ignore_eos=True, logprobs=True)
-            async with aclosing(bench.client.follow(url, body)) as answers:
+            async with aclosing(bench.client.follow(url, prompts.stream(text, max_tokens))) as answers:
                 before = None
                 async for answer in answers:
                     for moment in answer.token_times:

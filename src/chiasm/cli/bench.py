@@ -16,7 +16,10 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[NAMES]...",
-            help="identity, ttft, handoff, overlap, isolation, reuse, proxy; all of them if none is given.",
+            help=(
+                "identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, decode-isolation, idle; "
+                "all of them if none is given."
+            ),
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="A checkpoint's folder, a hub name, or demo.")] = "demo",
@@ -29,7 +32,7 @@ def bench(
         int | None, typer.Option(min=2, help="Samples of each measurement.", show_default="its own number")
     ] = None,
 ) -> None:
-    """Measure the encoder apart from prefill and decode against all in one.
+    """Measure the encoder apart from prefill and decode, and these apart from each other, against all in one.
 
     Exits with 1 if answers differ; a target of speed that isn't met is only said.
     """

@@ -8,6 +8,7 @@ from chiasm.bench.measurements.handoff import Handoff
 from chiasm.bench.measurements.identity import Identity
 from chiasm.bench.measurements.idle import Idle
 from chiasm.bench.measurements.isolation import Isolation
+from chiasm.bench.measurements.kv import Kv
 from chiasm.bench.measurements.overlap import Overlap
 from chiasm.bench.measurements.proxy import Proxy
 from chiasm.bench.measurements.reuse import Reuse
@@ -15,6 +16,7 @@ from chiasm.bench.measurements.split import Split
 from chiasm.bench.measurements.ttft import Ttft
 
 MEASUREMENTS: dict[str, type[Measurement]] = {
-    one.name: one for one in (Identity, Ttft, Handoff, Overlap, Isolation, Reuse, Proxy, Split, DecodeIsolation, Idle)
+    one.name: one
+    for one in (Identity, Ttft, Handoff, Overlap, Isolation, Reuse, Proxy, Kv, Split, DecodeIsolation, Idle)
 }
 """By name."""

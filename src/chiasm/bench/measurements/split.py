@@ -5,19 +5,18 @@ from __future__ import annotations
 from chiasm.bench import prompts
 from chiasm.bench.checkpoints import synthetic
 from chiasm.bench.client import Answer
+from chiasm.bench.handover_gap import PROMPT_TOKENS, first_and_later_gaps
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
 from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import encoder_and_pds, prefill_and_decode, running
-from chiasm.errors import ChiasmError
 
 _TTFT_AT_MOST = 1.05
 _GAP_AT_MOST = 3.0
 _WARM_UP = 3
 _QUICK_WARM_UP = 1
 _QUESTION = "What is shown?"
-PROMPT_TOKENS = 1000
 _ANSWER_TOKENS = 24
 _LABELS = ("E+PD", "E+P+D")
 
@@ -54,7 +53,7 @@ class Split(Measurement):
                 return prompts.ask([picture], _QUESTION, max_tokens=2, stream=True, ignore_eos=True)
 
             def text_body(index: int) -> bytes:
-                return streamed(texts.of(PROMPT_TOKENS), _ANSWER_TOKENS)
+                return prompts.stream(texts.of(PROMPT_TOKENS), _ANSWER_TOKENS)
 
             found: dict[str, list[list[Answer]]] = {"picture": [[], []], "text": [[], []]}
             for kind, body_of in (("picture", picture_body), ("text", text_body)):
@@ -69,19 +68,6 @@ class Split(Measurement):
                     bench.advance()
         _report_ttft(outcome, label, found["picture"], bench.seed, judged=judged)
         _report_gap(outcome, label, found["text"], bench.seed, judged=judged)
-
-
-def streamed(text: str, tokens: int) -> bytes:
-    """The body of a stream of so many tokens in which each is an event of its own, whatever its text."""
-    return prompts.chat(text, max_tokens=tokens, stream=True, ignore_eos=True, logprobs=True)
-
-
-def first_and_later_gaps(answer: Answer) -> tuple[float, float]:
-    """Seconds between tokens one and two, and the median of those between all others. Raises ChiasmError."""
-    first, *others = answer.gaps_seconds
-    if len(others) < 2:
-        raise ChiasmError(f"an answer came in {len(answer.token_times)} events, too few to compare their distances")
-    return first, median(others)
 
 
 def _report_ttft(outcome: Outcome, label: str, found: list[list[Answer]], seed: int, *, judged: bool) -> None:
