@@ -71,7 +71,8 @@ class Service:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def post(self, body: dict[str, Any], **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60, **options)
+        path = "completions" if "prompt" in body else "chat/completions"
+        return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=60, **options)
 
     def answer(self, body: dict[str, Any]) -> str:
         response = self.post(body)
@@ -80,12 +81,24 @@ class Service:
 
     def metric(self, role: Role, name: str) -> float:
         """Sum of a metric over all instances of a role."""
-        total = 0.0
-        for url in self.deployment.urls(role):
-            for line in httpx.get(f"{url}/metrics", timeout=10).text.splitlines():
-                if line.startswith((f"{name} ", f"{name}{{")):
-                    total += float(line.rsplit(" ", 1)[1])
-        return total
+        return sum(self.metric_at(url, name) for url in self.deployment.urls(role))
+
+    def proxy_metric(self, name: str) -> float:
+        return self.metric_at(self.url, name)
+
+    def metric_at(self, url: str, name: str) -> float:
+        """Sum of a metric of one process over all its labels."""
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+            if line.startswith((f"{name} ", f"{name}{{"))
+        )
+
+    def wait_until_blocks_are_free(self) -> None:
+        """Of all instances that hold KV: what no request uses any more is to be free, soon."""
+        for role in (Role.PREFILL, Role.DECODE):
+            for url in self.deployment.urls(role):
+                self.wait_until(lambda url=url: _all_blocks_free(url))
 
     def health(self) -> list[dict[str, Any]]:
         return list(httpx.get(f"{self.url}/health", timeout=10).json()["instances"])
@@ -98,6 +111,11 @@ class Service:
 
     def pid(self, url: str) -> int:
         return next(process.pid for process in self.deployment.processes if process.url == url and process.pid)
+
+
+def _all_blocks_free(url: str) -> bool:
+    health = httpx.get(f"{url}/health", timeout=10).json()
+    return bool(health["kv_blocks_free"] == health["kv_blocks_total"])
 
 
 @pytest.fixture(scope="session")
@@ -127,6 +145,18 @@ def aggregated(checkpoint) -> Iterator[Service]:
 def disaggregated(checkpoint) -> Iterator[Service]:
     """Two encoders and two PDs."""
     yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 2})
+
+
+@pytest.fixture(scope="module")
+def epd(checkpoint) -> Iterator[Service]:
+    """One encoder, one prefill and one decode instance."""
+    yield from run(checkpoint, {Role.ENCODER: 1, Role.PREFILL: 1, Role.DECODE: 1})
+
+
+@pytest.fixture(scope="module")
+def epd_pairs(checkpoint) -> Iterator[Service]:
+    """One encoder, two prefill and two decode instances, to be killed."""
+    yield from run(checkpoint, {Role.ENCODER: 1, Role.PREFILL: 2, Role.DECODE: 2}, "--deadline-seconds", "60")
 
 
 @pytest.fixture

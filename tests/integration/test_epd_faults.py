@@ -1,0 +1,184 @@
+"""Prefill and decode instances that die, or are lost to an answer, at the worst time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx2 as httpx
+import pytest
+
+from chiasm.engine import Role
+from tests.integration.conftest import MODEL, chat, picture
+
+LONG = 400
+
+
+@pytest.fixture(autouse=True)
+def well_again(epd_pairs, aggregated):
+    """After each fault, all that died is back, the next answer is right, and no block is held for what is gone."""
+    yield
+    epd_pairs.wait_until(lambda: all(instance["state"] == "healthy" for instance in epd_pairs.health()), 90)
+    body = chat("after", picture(1000), "?")
+    assert epd_pairs.answer(body) == aggregated.answer(body)
+    epd_pairs.wait_until_blocks_are_free()
+
+
+@contextmanager
+def stopped(service, role: Role) -> Iterator[dict[str, int]]:
+    """The instances of a role stand still meanwhile; gives their process ids by URL."""
+    pids = {url: service.pid(url) for url in service.deployment.urls(role)}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pids
+    finally:
+        for pid in pids.values():
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                continue
+
+
+def busy(service, role: Role) -> list[str]:
+    """URLs of the instances of a role that a call is under way to."""
+    return [instance["url"] for instance in service.health() if instance["role"] == role and instance["in_flight"]]
+
+
+def resumed(service) -> float:
+    return service.proxy_metric("chiasm_proxy_resumed_streams_total")
+
+
+def text_of(events: list[str]) -> str:
+    """Of a stream that ended well."""
+    *data, done = events
+    assert done == "[DONE]", events[-1]
+    choices = [choice for event in data for choice in json.loads(event)["choices"]]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+def streamed(service, body, *, at_event=0, act=lambda: None) -> list[str]:
+    """The data of a stream's events; ``act`` is called when that many have come."""
+    events: list[str] = []
+    with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=60) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                events.append(line.removeprefix("data: "))
+                if len(events) == at_event:
+                    act()
+    return events
+
+
+def kill_the_busy(service, role: Role) -> None:
+    (url,) = busy(service, role)
+    os.kill(service.pid(url), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "sampled"])
+def test_a_decode_instance_killed_mid_stream_costs_a_pause(epd_pairs, aggregated, options):
+    body = chat("tell me everything about", picture(1), max_tokens=LONG, stream=True) | options
+    before = resumed(epd_pairs)
+    events = streamed(epd_pairs, body, at_event=20, act=lambda: kill_the_busy(epd_pairs, Role.DECODE))
+    assert text_of(events) == text_of(streamed(aggregated, body))
+    assert resumed(epd_pairs) == before + 1
+
+
+def test_the_same_of_an_answer_that_is_no_stream(epd_pairs, aggregated):
+    body = chat("tell me everything about", picture(2), max_tokens=LONG)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(epd_pairs.answer, body)
+        epd_pairs.wait_until(lambda: busy(epd_pairs, Role.DECODE))
+        kill_the_busy(epd_pairs, Role.DECODE)
+        assert answer.result(60) == aggregated.answer(body)
+
+
+def test_a_prefill_instance_killed_over_a_prompt_costs_a_retry_on_another(epd_pairs, aggregated):
+    body = chat("see", picture(3), "?")
+    with ThreadPoolExecutor(1) as pool, stopped(epd_pairs, Role.PREFILL):
+        answer = pool.submit(epd_pairs.answer, body)
+        epd_pairs.wait_until(lambda: busy(epd_pairs, Role.PREFILL))
+        kill_the_busy(epd_pairs, Role.PREFILL)
+        for url in epd_pairs.deployment.urls(Role.PREFILL):
+            os.kill(epd_pairs.pid(url), signal.SIGCONT)
+        assert answer.result(60) == aggregated.answer(body)
+
+
+def test_a_prefill_instance_killed_before_decode_has_fetched_costs_another_prefill(epd_pairs, aggregated):
+    body = chat("see", picture(4), "?", stream=True, max_tokens=16)
+    prefills = {url: epd_pairs.metric_at(url, "chiasm_generation_tokens_total") for url in urls(epd_pairs)}
+    with ThreadPoolExecutor(1) as pool, stopped(epd_pairs, Role.DECODE):
+        events = pool.submit(streamed, epd_pairs, body)
+        epd_pairs.wait_until(lambda: busy(epd_pairs, Role.DECODE))
+        (used,) = [
+            url
+            for url, tokens in prefills.items()
+            if epd_pairs.metric_at(url, "chiasm_generation_tokens_total") > tokens
+        ]
+        os.kill(epd_pairs.pid(used), signal.SIGKILL)
+        for url in epd_pairs.deployment.urls(Role.DECODE):
+            os.kill(epd_pairs.pid(url), signal.SIGCONT)
+        assert text_of(events.result(60)) == text_of(streamed(aggregated, body))
+
+
+def urls(service) -> list[str]:
+    return list(service.deployment.urls(Role.PREFILL))
+
+
+def test_several_choices_that_have_begun_end_with_an_error(epd_pairs):
+    """Whose tokens the client has nobody knows, so they cannot go on elsewhere."""
+    body = chat("tell me everything", n=2, max_tokens=LONG, stream=True)
+    events = streamed(epd_pairs, body, at_event=20, act=lambda: kill_the_busy(epd_pairs, Role.DECODE))
+    assert "error" in json.loads(events[-1])
+    assert "[DONE]" not in events
+
+
+def test_a_client_that_leaves_frees_both_sides(epd_pairs):
+    body = chat("tell me everything about", picture(5), max_tokens=LONG, stream=True)
+    with httpx.stream("POST", f"{epd_pairs.url}/v1/chat/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+    epd_pairs.wait_until(lambda: not any(instance["in_flight"] for instance in epd_pairs.health()))
+    epd_pairs.wait_until_blocks_are_free()
+
+
+def test_a_client_that_leaves_while_decode_stands_still_frees_both_sides(epd_pairs):
+    body = chat("tell me everything about", picture(6), max_tokens=LONG, stream=True)
+    with stopped(epd_pairs, Role.DECODE):
+        with httpx.stream("POST", f"{epd_pairs.url}/v1/chat/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()  # which, dropped, would close the response
+            next(lines)
+            epd_pairs.wait_until(lambda: busy(epd_pairs, Role.DECODE))
+        epd_pairs.wait_until(lambda: not busy(epd_pairs, Role.DECODE))
+    epd_pairs.wait_until_blocks_are_free()
+
+
+def test_with_no_decode_instance_left_there_is_a_clear_error(epd_pairs):
+    for url in epd_pairs.deployment.urls(Role.DECODE):
+        os.kill(epd_pairs.pid(url), signal.SIGKILL)
+    epd_pairs.wait_until(
+        lambda: (
+            not any(
+                instance["state"] == "healthy" for instance in epd_pairs.health() if instance["role"] == Role.DECODE
+            )
+        )
+    )
+    response = epd_pairs.post(chat("see", picture(7), "?"))
+    assert response.status_code == 503, response.text
+    assert "decode" in response.json()["error"]["message"]
+
+
+def test_a_handle_of_kv_that_is_gone_is_told_as_such(epd_pairs):
+    """Whoever drives P and D by hand gets 503 with a type of its own, and both stay well."""
+    prefill, decode = epd_pairs.deployment.urls(Role.PREFILL)[0], epd_pairs.deployment.urls(Role.DECODE)[0]
+    body = {"model": MODEL, "prompt": "once upon", "max_tokens": 4}
+    first = httpx.post(f"{prefill}/v1/completions", json=body | {"kv_transfer_params": {"do_remote_decode": True}})
+    handle = first.json()["kv_transfer_params"]
+    for wrong in ({"remote_request_id": "no-such"}, {"remote_engine_id": "other"}, {"remote_port": 1}):
+        reply = httpx.post(f"{decode}/v1/completions", json=body | {"kv_transfer_params": handle | wrong}, timeout=60)
+        assert (reply.status_code, reply.json()["error"]["type"]) == (503, "kv_unavailable_error"), wrong
+    reply = httpx.post(f"{decode}/v1/completions", json=body | {"kv_transfer_params": handle}, timeout=60)
+    assert reply.status_code == 200, reply.text
