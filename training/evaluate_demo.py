@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "src")]
 
 from recipe import CHECKPOINT  # noqa: E402
+from workers import die_with_parent  # noqa: E402
 
 from chiasm.demo import pictures  # noqa: E402
 from chiasm.demo.reference import Reference  # noqa: E402
@@ -117,7 +118,7 @@ def main() -> None:
     jobs = [Job(options.checkpoint, kind, s, options.n) for s in settings for kind in options.kinds]
     started = time.monotonic()
     found: dict[tuple[str, str], Result] = {}
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.processes, get_context("spawn"), initializer=die_with_parent) as pool:
         for result in pool.map(measure, jobs):
             found[result.kind, result.setting] = result
             print(f"{result.kind:14} {result.setting:9} {result.share:5.1f} % of {result.n}", flush=True)

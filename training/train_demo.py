@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from recipe import CHECKPOINT, ID, model_config  # noqa: E402
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLForConditionalGeneration  # noqa: E402
 from vision_stage import train_vision  # noqa: E402
 from whole_stage import train_whole  # noqa: E402
+from workers import die_with_parent  # noqa: E402
 
 
 def write_checkpoint(folder: Path, model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer) -> None:
@@ -42,18 +42,6 @@ def write_checkpoint(folder: Path, model: Qwen3VLForConditionalGeneration, token
     copy.generation_config = model.generation_config
     copy.to(torch.bfloat16).save_pretrained(folder)
     write_assets(folder, tokenizer)
-
-
-def die_with_parent() -> None:
-    """End this worker when the process that started it is gone, however it went."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def work(rank: int, options: argparse.Namespace) -> None:
