@@ -103,8 +103,9 @@ def _draw_spread(axes: Any, panel: Panel) -> None:
     if not panel.logarithmic:
         values = [value for series in panel.series for value in series.values]
         limits = [series.at_most for series in panel.series if series.at_most is not None]
-        right = 1.15 * max([quantile(values, _DRAWN_SHARE), *limits, *(median(one.values) for one in panel.series)])
-        axes.set_xlim(0, right)
+        middles = [median(one.values) for one in panel.series]
+        right = 1.15 * max([quantile(values, _DRAWN_SHARE), *limits, *middles])
+        axes.set_xlim(1.15 * min([0.0, *middles]), right)
         if beyond := sum(value > right for value in values):
             label += f"; {beyond} of {len(values)} lie further right"
     axes.set_xlabel(label, fontsize=8)

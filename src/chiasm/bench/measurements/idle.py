@@ -32,7 +32,6 @@ class Idle(Measurement):
         windows = bench.samples(6, quick=2)
         seconds = _QUICK_WINDOW_SECONDS if bench.quick else _WINDOW_SECONDS
         outcome = Outcome()
-        series: list[Series] = []
         for connector in kv_connectors():
             async with running(bench, prefill_and_decode(bench.model, kv_connector=connector)) as (deployment,):
                 picture = photo(f"idle {bench.seed}")
@@ -42,15 +41,16 @@ class Idle(Measurement):
                 bench.step(f"{connector}, nothing is sent")
                 bench.total(windows)
                 used = await _percentages(bench, deployment, windows, seconds)
+            series: list[Series] = []
             for name, percentages in used.items():
-                label = f"{connector}: {name.removesuffix('-0')}"
+                label = name.removesuffix("-0")
                 mean = mean_of(percentages, seed=bench.seed)
-                outcome.figures.append(Figure.of(label, mean, "%", at_most=_AT_MOST_PERCENT))
+                outcome.figures.append(Figure.of(f"{connector}: {label}", mean, "%", at_most=_AT_MOST_PERCENT))
                 series.append(Series(label, percentages, _AT_MOST_PERCENT))
+            outcome.panels.append(Panel(f"idle: share of a core, {connector}", "%", series))
         if NIXL not in kv_connectors():
             outcome.notes.append(NO_NIXL)
         outcome.notes.append(f"Means of {windows} windows of {seconds:g} s, one after the other.")
-        outcome.panels.append(Panel("idle: share of a core", "%", series))
         return outcome
 
 
