@@ -49,7 +49,9 @@ class Isolation(Measurement):
             gaps: list[list[list[float]]] = [[], []]
             calm: list[list[float]] = [[], []]
             for index in range(rounds):
-                times = poisson(bench.seed * 1000 + index, rate, seconds)
+                times = poisson(bench.seed * 1000 + index, rate, seconds) or [
+                    0.0
+                ]  # chance may send none in a short time
                 text = texts.of(_TEXT_TOKENS)
                 names = [f"isolation {bench.seed} {index} {number}" for number in range(len(times))]
                 bodies = [prompts.ask([photo(name, SIDE)], QUESTION, max_tokens=_ANSWER_TOKENS) for name in names]
