@@ -89,19 +89,20 @@ class Prefill(Stage):
         ]
 
     def handle(self, handles: Sequence[KVTransferParams | None], created: int) -> KVTransferParams | None:
-        found = [handle for handle in handles if handle is not None]
-        if len(found) < len(handles):  # the first token has ended the answer
-            return None
         if self.shows_text:
-            (handle,) = found
+            (handle,) = handles
+            if handle is None:  # the first token has ended the answer
+                return None
             num_sent = len(handle.output_token_ids) if self._streams else 0
             return with_fields(handle, created=created, num_sent=num_sent)
-        prompts = [
-            with_fields(
-                handle, continues=self._given.continues, output_token_ids=[], output_logprobs=[], created=created
+        prompts: list[KVTransferParams] = []
+        for handle in handles:
+            assert handle is not None
+            prompts.append(
+                with_fields(
+                    handle, continues=self._given.continues, output_token_ids=[], output_logprobs=[], created=created
+                )
             )
-            for handle in found
-        ]
         return prompts[0] if len(prompts) == 1 else KVTransferParams(prompts=prompts)
 
 
