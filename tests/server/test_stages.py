@@ -239,6 +239,10 @@ class TestPrefillOfSeveralChoices:
         body = {"prompt": ["a", "b"], "kv_transfer_params": params}
         assert post(prefill.completions, body).status == 400
 
+    def test_what_came_with_them_is_checked_too(self, prefill: Served) -> None:
+        params = CONTINUES | {"seed": 1 << 64}
+        assert post(prefill.chat, hi(n=2, kv_transfer_params=params)).error["param"] == "kv_transfer_params"
+
 
 class TestDecode:
     def test_goes_on_from_a_handle(self, decode: Served) -> None:

@@ -70,8 +70,9 @@ class Prefill(Stage):
 
     def engine_requests(self, requests: Sequence[GenerateRequest], vocab_size: int) -> Sequence[GenerateRequest]:
         given = self._given
+        for request in requests:
+            _check_given(given, request, vocab_size)
         if len(requests) == 1 and requests[0].num_choices == 1:
-            _check_given(given, requests[0], vocab_size)
             return [replace(requests[0], kv_transfer_params=given)]
         if given.output_token_ids:
             raise InvalidRequestError("An answer of several choices cannot be resumed.", param=PARAM)
