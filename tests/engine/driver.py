@@ -45,6 +45,7 @@ class Driver:
         max_queued: int = 64,
         cache_rows: int = 1000,
         local_encoder: bool = False,
+        recomputes_items: bool = True,
     ) -> None:
         self.block_size = block_size
         self.scheduler = Scheduler(
@@ -56,6 +57,7 @@ class Driver:
                 max_model_len=blocks * block_size,
                 entry_bytes_per_row=BYTES_PER_ROW,
                 local_encoder=local_encoder,
+                recomputes_items=recomputes_items,
             ),
             BlockManager(blocks, block_size),
             EncoderCacheManager(cache_rows * BYTES_PER_ROW),

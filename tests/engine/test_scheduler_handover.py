@@ -203,3 +203,50 @@ def test_any_order_of_arrivals_loads_and_ends_leaves_nothing(seed):
     for sequence in list(driver.scheduler.loading):
         driver.scheduler.not_loaded(sequence)
     assert driver.nothing_is_left()
+
+
+def decoding(driver: Driver, *lengths: int, items: bool = True, max_tokens: int = 20):
+    """Sequences of so many tokens whose KV has come."""
+    sequences = []
+    for number, length in enumerate(lengths):
+        parts = ((f"p{number}", 1), length - 1) if items else (length,)
+        salt = "" if items else str(number)
+        sequences.append(driver.add(prompt(*parts), outputs=(7,), remote=length, max_tokens=max_tokens, salt=salt))
+    while driver.step().load:
+        for sequence in list(driver.scheduler.loading):
+            driver.scheduler.loaded(sequence)
+    return sequences
+
+
+def test_where_items_cannot_be_computed_again_a_sequence_waits_for_the_others_blocks():
+    driver = Driver(blocks=9, block_size=4, recomputes_items=False)
+    first, second = decoding(driver, 8, 8, max_tokens=8)
+    third = driver.add(prompt(("p3", 1), 3), outputs=(7,), remote=4, max_tokens=2)
+    driver.run_until(lambda: third in driver.scheduler.loading)
+    driver.scheduler.loaded(third)
+    driver.run_until(lambda: first.finished and second.finished and third.finished)
+    assert driver.scheduler.num_preemptions == 0
+
+
+def test_only_where_none_could_go_on_is_the_youngest_broken_off():
+    driver = Driver(blocks=6, block_size=4, recomputes_items=False)
+    first, second = decoding(driver, 7, 7, max_tokens=15)
+    while not (step := driver.step()).preempted:
+        assert step.scheduled
+    assert step.preempted == [second]
+    driver.scheduler.finish(second)
+    driver.run_until(lambda: first.finished)
+    assert driver.nothing_is_left()
+
+
+def test_a_text_gives_its_blocks_to_an_older_sequence_and_begins_anew():
+    driver = Driver(blocks=8, block_size=4, recomputes_items=False)
+    (first,) = decoding(driver, 7, max_tokens=18)
+    text = driver.add(prompt(7), outputs=(7,), remote=7, max_tokens=12, salt="text")
+    driver.run_until(lambda: text in driver.scheduler.loading)
+    driver.scheduler.loaded(text)
+    driver.run_until(lambda: first.finished)
+    assert driver.scheduler.num_preemptions > 0
+    driver.run_until(lambda: text.finished)
+    assert text.num_output == 12
+    assert driver.nothing_is_left()

@@ -471,6 +471,24 @@ async def test_a_stream_survives_several_losses_and_then_no_more(start: Start) -
     assert not heard.ended
 
 
+async def test_an_answer_that_gets_further_each_time_is_broken_off_for_want_of_blocks_as_often_as_need_be(
+    start: Start,
+) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode")
+
+    async def one_more_word(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        sent = received.params["num_sent"]
+        answer = decode_until(sent + 1, tell("no blocks", "kv_unavailable_error", "preempted"))
+        return await (answer if sent + 1 < len(WORDS) - 1 else decode)(instance, request, received)
+
+    d.answer = one_more_word
+    front = await start([p, d], max_prefill_attempts=1)
+    heard = await listen(front, ask("x", stream=True), {})
+    assert heard.words == list(WORDS)
+    assert heard.error is None
+    assert len(p.received) > 2
+
+
 async def test_all_ds_dead_end_the_stream_with_an_error(start: Start) -> None:
     seen = asyncio.Event()
     p, ds = FakeInstance("prefill"), instances("decode", 2)

@@ -62,6 +62,8 @@ MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.0005, 0.01
 POLL_SHARE = 0.01
 """How often missing embeddings are looked for while nothing else is to be done: after a hundredth of the shortest wait."""
 DEADLINE_CHECK_SECONDS = 0.02
+_SENIORITY = 1 << 62
+"""An answer that was broken off elsewhere goes before all that have just begun, so that it is not broken off again."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ class LanguageEngine:
                 max_model_len=self.max_model_len,
                 entry_bytes_per_row=self._language.entry_width * self.dtype.itemsize,
                 local_encoder=config.role is Role.AGGREGATED,
+                recomputes_items=config.role is not Role.DECODE,
             ),
             BlockManager(num_blocks, config.block_size),
             EncoderCacheManager(config.encoder_cache_bytes),
@@ -275,7 +278,13 @@ class LanguageEngine:
         given = params.output_token_ids if params is not None else []
         if given and request.num_choices > 1:
             raise InvalidRequestError("an answer of several choices cannot be resumed", param="kv_transfer_params")
-        self._scheduler.check(len(prompt.token_ids) + len(given), prompt.items)
+        self._scheduler.check(len(prompt.token_ids), prompt.items)
+        if len(prompt.token_ids) + len(given) > self.max_model_len:
+            raise InvalidRequestError(
+                f"prompt and output_token_ids are {len(prompt.token_ids) + len(given)} tokens, and the context is "
+                f"{self.max_model_len}",
+                param="kv_transfer_params",
+            )
         for token_id in given:
             if not 0 <= token_id < self.processor.vocab_size:
                 raise InvalidRequestError(
@@ -351,7 +360,7 @@ class LanguageEngine:
             sequence = Sequence(
                 request_id=request.request_id,
                 index=index,
-                arrival=next(self._arrivals),
+                arrival=next(self._arrivals) - (_SENIORITY if params and params.num_sent > 1 else 0),
                 prompt=request.prompt,
                 sampling=request.sampling,
                 seed=seed + index,
@@ -474,7 +483,7 @@ class LanguageEngine:
         self._embeddings.drop_evicted()
         self._begin_loads(step)
         if not step.scheduled and not step.encode:
-            return False
+            return bool(step.preempted)
         for state, error in self._embeddings.encode(step, self._states):
             self._fail(state, error)
         self._refuse_misfits(step)
@@ -543,6 +552,11 @@ class LanguageEngine:
         for loop, batch in batches.items():
             self._call(loop, batch)
 
+    @staticmethod
+    def _goes_on(params: KVTransferParams) -> bool:
+        """Whether the answer was begun elsewhere."""
+        return params.do_remote_prefill or bool(params.output_token_ids)
+
     def _hand_over(self, state: RequestState, choice: Choice, output: Output) -> Output:
         """End the choice here after its first token; unless that ended the answer, it goes on at a decode instance.
 
@@ -574,7 +588,7 @@ class LanguageEngine:
             finish_reason=addition.finish_reason,
             stop_reason=addition.stop_reason,
             timing=state.timing,
-            num_cached_tokens=sequence.num_cached if params is None else params.cached_tokens or sequence.num_cached,
+            num_cached_tokens=params.cached_tokens if params and self._goes_on(params) else sequence.num_cached,
         )
 
     # ---- ends -----------------------------------------------------------------------------------------------------------

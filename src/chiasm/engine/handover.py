@@ -78,7 +78,7 @@ class Handover:
         handle.digest = sequence.digest(sequence.num_computed)
         handle.output_token_ids = sequence.output_token_ids
         handle.seed = sequence.seed
-        handle.cached_tokens = params.cached_tokens or sequence.num_cached
+        handle.cached_tokens = params.cached_tokens if params.output_token_ids else sequence.num_cached
         scheduler.finish(sequence, leave_blocks=True)
         return handle
 

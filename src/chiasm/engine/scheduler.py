@@ -36,6 +36,9 @@ class SchedulerConfig:
     entry_bytes_per_row: int
     local_encoder: bool = False
     """Whether missing embeddings are made in the step itself (aggregated) instead of waited for."""
+    recomputes_items: bool = True
+    """Whether a preempted sequence with items can begin anew here. Where it can't (decode) it waits for a block as long as
+    any other sequence goes on."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,8 @@ class Scheduler:
             if admitted:
                 places -= 1
                 budget -= self._schedule_prefill(sequence, budget, step)
+        if not self.config.recomputes_items and self._is_stuck(step):
+            self._preempt(self.running[-1], step)
         step.encode = [(sequence, item) for sequence, item in step.encode if item.identifier in self.encoder_cache]
         return step
 
@@ -380,6 +385,10 @@ class Scheduler:
             sequence.block_ids.extend(self.block_manager.allocate(needed))
         return True
 
+    def _is_stuck(self, step: Step) -> bool:
+        """Whether all that run wait for blocks that only one of them could give."""
+        return bool(self.running) and not (step.scheduled or step.load or step.preempted or self.loading)
+
     def _victim(self, sequence: Sequence, step: Step) -> Sequence | None:
         """Whose blocks go: the youngest that waits for an embedding, else the youngest that came after ``sequence``."""
         scheduled = {part.sequence.sequence_id for part in step.scheduled}
@@ -388,6 +397,8 @@ class Scheduler:
             for other in reversed(self.running)
             if other is not sequence and other.sequence_id not in scheduled and other.block_ids
         ]
+        if not self.config.recomputes_items:
+            others = [other for other in others if not other.items]
         for other in others:
             if self.is_stalled(other):
                 return other

@@ -99,6 +99,12 @@ class _Progress:
         self.kept: dict[str, Raw] = {}
         self.can_go_on = True
         """Whether these tokens are all that the client has."""
+        self._num_of_prefill = 0
+
+    @property
+    def has_got_further(self) -> bool:
+        """Whether D has said anything since the last prefill."""
+        return len(self.token_ids) > self._num_of_prefill
 
     def for_prefill(self) -> bytes:
         members: dict[str, Raw | bytes] = {"do_remote_decode": _TRUE, "continues": _TRUE}
@@ -110,6 +116,7 @@ class _Progress:
     def hand_over(self, handle: Handle) -> None:
         """The first token of prefill and what came before are known."""
         self.token_ids = list(handle.token_ids)
+        self._num_of_prefill = len(self.token_ids)
         self.can_go_on = bool(handle.token_ids)
         self.kept = self.kept or {name: handle.members[name] for name in _KEPT if name in handle.members}
 
@@ -164,6 +171,8 @@ class Handover:
 
     def _prepare_again(self, interruption: _InterruptedError) -> None:
         """Raises ChiasmError if the answer can't go on."""
+        if interruption.reason is Reason.PREEMPTED and self._progress.has_got_further:
+            self._prefills = 0  # nothing has failed; what bounds this is the deadline
         if not self._exchange.has_begun:
             self._progress = _Progress()
         if not self._progress.can_go_on or self._prefills >= self._config.max_prefill_attempts:
