@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ def config_for(connector: str, role: KVTransferRole, **changes: Any) -> KVTransf
 
 def content_of(name: object, num_bytes: int = LAYOUT.bytes_per_block) -> torch.Tensor:
     """Bytes that only this name has."""
-    generator = torch.Generator().manual_seed(abs(hash(("content", name))) % 2**31)
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(name).encode()))
     return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
 
 

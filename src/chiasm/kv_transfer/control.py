@@ -24,7 +24,7 @@ from chiasm.kv_transfer.params import MAX_BLOCKS, Name, TokenId
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20
 """A claim of two hundred thousand blocks fits."""
-MAX_UNSENT_BYTES = 1 << 22
+MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES
 """Of one connection, before the other side counts as gone."""
 MAX_CLAIM_SECONDS = 86_400.0
 _RECEIVE_BYTES = 1 << 16

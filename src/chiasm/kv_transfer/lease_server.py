@@ -121,7 +121,7 @@ class LeaseServer:
             for key, _ in self._selector.select(timeout):
                 key.data()
             self._expire()
-            if self._memory.progress_seconds is not None:
+            if self._is_read:
                 self._memory.progress()
         for connection in list(self._connections.values()):
             self._end(connection, "this instance stops")
@@ -129,13 +129,17 @@ class LeaseServer:
         self._listener.close()
         self._memory.close()
 
+    @property
+    def _is_read(self) -> bool:
+        """Whether somebody may be reading: a consumer gives a claim back when it reads no more, even one that is lost."""
+        return any(connection.claims for connection in self._connections.values())
+
     def _seconds_to_sleep(self) -> float | None:
         with self._lock:
             times = [self._table.next_expiry]
-            claimed = self._memory.progress_seconds is not None and self._table.any_claimed
         times += [connection.greet_by for connection in self._connections.values() if not connection.greeted]
         seconds = [max(0.0, at - time.monotonic()) for at in times if at is not None]
-        if claimed and self._memory.progress_seconds is not None:
+        if self._is_read and self._memory.progress_seconds is not None:
             seconds.append(self._memory.progress_seconds)
         return min(seconds, default=None)
 
@@ -185,6 +189,8 @@ class LeaseServer:
     def _answer(self, connection: _Connection, message: Question) -> None:
         channel, claims = connection.channel, connection.claims
         if isinstance(message, Hello):
+            if connection.greeted:
+                raise ChannelClosed("it greeted twice")
             difference = self._difference(message)
             if difference is not None:
                 channel.send(Refused(difference))

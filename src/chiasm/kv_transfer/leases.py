@@ -35,10 +35,6 @@ class LeaseTable:
         return len(self._leases)
 
     @property
-    def any_claimed(self) -> bool:
-        return any(lease.holder is not None for lease in self._leases.values())
-
-    @property
     def next_expiry(self) -> float | None:
         """When the next lease runs out if nothing happens; None without leases."""
         return min((lease.expires for lease in self._leases.values()), default=None)

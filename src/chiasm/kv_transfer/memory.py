@@ -10,7 +10,7 @@ class OfferedMemory(ABC):
     """A producer's blocks, for all its consumers."""
 
     progress_seconds: float | None = None
-    """How often the transport wants :meth:`progress` while blocks are claimed; None if it never does."""
+    """How often the transport wants :meth:`progress` while somebody may be reading; None if it never does."""
 
     @abstractmethod
     def description(self) -> bytes:
@@ -33,7 +33,8 @@ class ReachedMemory(ABC):
         """Copy block ``remote[i]`` of the producer to block ``local[i]`` here; returns when nothing is written any more.
 
         Called on several transfer threads at once, for ids that exist. False: ``stop`` said so, and some blocks may
-        be missing; it is asked every few megabytes. Raises KVUnavailableError when the blocks can't be read.
+        be missing; it is asked every few megabytes. Raises KVUnavailableError when this producer's blocks can't be read
+        any more, these or others.
         """
 
     @abstractmethod

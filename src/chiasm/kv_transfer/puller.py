@@ -51,7 +51,7 @@ from chiasm.kv_transfer.memory import ReachedMemory
 
 _logger = logging.getLogger(__name__)
 
-MAX_IDLE_PEERS = 64
+MAX_IDLE_PEERS = 16
 """Producers whose connection and memory are kept while nothing is pulled from them."""
 
 
@@ -95,7 +95,8 @@ class _Pull:
     granted: bool = False
     over: bool = False
     """Loaded, failed or dropped. Read by transfer threads too."""
-    num_ended: int = 0
+    num_loaded: int = 0
+    num_reading: int = 0
     waiting: list[KVLoad] = field(default_factory=list)
     checking: dict[int, _Read] = field(default_factory=dict)
     """Loads that were copied, by index, until the producer says that they are whole."""
@@ -116,12 +117,16 @@ class _NotGreeted(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """A transfer thread is done with a load: all of it was copied, or ``failure`` says why not."""
+    """A transfer thread is done with a load, of which all was copied or ``failure`` says why not.
+
+    ``is_broken``: nothing can be read from this producer any more, over the connection that there is.
+    """
 
     pull: _Pull
     load: KVLoad
     seconds: float
-    failure: str | None = None
+    failure: str | None
+    is_broken: bool
 
 
 class Puller:
@@ -277,6 +282,7 @@ class Puller:
         )
 
     def _read(self, pull: _Pull, load: KVLoad) -> None:
+        pull.num_reading += 1
         pull.peer.num_reading += 1
         self._pool.submit(self._read_blocks, pull, load)
 
@@ -285,35 +291,40 @@ class Puller:
         memory = pull.peer.memory
         assert memory is not None, "nothing is granted before the producer's memory is reached"
         started = time.perf_counter()
+        failure, is_broken = None, False
         try:
-            copied = not pull.should_stop() and memory.read(load.local, load.remote, pull.should_stop)
-            failure = None if copied else "the request's deadline passed"
+            if pull.should_stop() or not memory.read(load.local, load.remote, pull.should_stop):
+                failure = "the request's deadline passed"
         except KVUnavailableError as error:
-            failure = error.message
+            failure, is_broken = error.message, True
         except Exception as error:
             _logger.exception("a transfer failed")
-            failure = f"the transfer failed: {error}"
-        self._inbox.put(_Read(pull, load, time.perf_counter() - started, failure))
+            failure, is_broken = f"the transfer failed: {error}", True
+        self._inbox.put(_Read(pull, load, time.perf_counter() - started, failure, is_broken))
 
     def _end_read(self, read: _Read) -> None:
         pull, peer = read.pull, read.pull.peer
+        pull.num_reading -= 1
         peer.num_reading -= 1
         if pull.over:
             self._note_broken_off(pull.claim.request_id, read.load.index)
+            self._give_back(pull)
         elif read.failure is not None:
             self._note_broken_off(pull.claim.request_id, read.load.index)
             self._fail(pull, read.failure)
         else:
             pull.checking[read.load.index] = read
             self._say(peer, Copied(pull.number, read.load.index))
+        if read.is_broken and read.failure is not None:
+            self._lose(peer, read.failure)
         self._let_go_of_memory(peer)
 
     def _note_loaded(self, pull: _Pull, index: int) -> None:
         with self._lock:
             self._finished.loaded.add((pull.claim.request_id, index))
         self._news = True
-        pull.num_ended += 1
-        if pull.num_ended == pull.claim.num_loads:
+        pull.num_loaded += 1
+        if pull.num_loaded == pull.claim.num_loads:
             self._end(pull)
 
     def _note_broken_off(self, request_id: str, index: int) -> None:
@@ -339,7 +350,11 @@ class Puller:
             self._note_broken_off(load.request_id, load.index)
         pull.waiting.clear()
         pull.checking.clear()
-        if pull.peer.channel is not None:
+        self._give_back(pull)
+
+    def _give_back(self, pull: _Pull) -> None:
+        """Tell the producer, once nothing is read any more: some transports need its part until then."""
+        if pull.peer.channel is not None and not pull.num_reading:
             pull.peer.pulls.pop(pull.number, None)
             self._say(pull.peer, Release(pull.number))
 
@@ -409,8 +424,7 @@ class Puller:
         for pull in list(peer.pulls.values()):
             self._ask_for(pull)
             if pull.over:  # so that the producer's blocks are free at once
-                peer.pulls.pop(pull.number, None)
-                self._say(peer, Release(pull.number))
+                self._give_back(pull)
 
     def _say(self, peer: _Peer, message: Question) -> None:
         if peer.channel is None:
@@ -483,6 +497,8 @@ class Puller:
             channel.close()
         peer.answers_by.clear()
         pulls, peer.pulls = peer.pulls, {}
+        if pulls and not self._closing:
+            _logger.warning("prefill instance %s at %s is given up: %s", peer.address.engine_id, peer.address, reason)
         for pull in pulls.values():
             self._fail(pull, reason)
         self._let_go_of_memory(peer)
