@@ -87,7 +87,9 @@ def prefill_and_decode(
 
 def kv_connectors() -> tuple[str, ...]:
     """Those that can be used here."""
-    return (SHARED_MEMORY, NIXL) if importlib.util.find_spec("nixl") else (SHARED_MEMORY,)
+    from chiasm.kv_transfer.nixl import MODULES
+
+    return (SHARED_MEMORY, NIXL) if any(importlib.util.find_spec(name) for name in MODULES) else (SHARED_MEMORY,)
 
 
 @asynccontextmanager
