@@ -54,7 +54,9 @@ class ECTransferConfig:
 
     ``shared_storage_path`` is the folder of SharedStorageConnector; ``max_bytes`` bounds what it holds;
     ``fingerprint`` (hex, may be empty) names model, processor and dtype: entries of another fingerprint are foreign.
-    ``device`` is where a worker makes entries usable (``"cpu"``, ``"cuda:0"``).
+    ``device`` is where a worker makes entries usable (``"cpu"``, ``"cuda:0"``). ``separate_processes`` says that the two
+    halves live in different processes and that what the scheduler role has promised has to be there: a connector then
+    makes sure of an entry before it says yes, and keeps it until the scheduler role's metadata is gone.
     """
 
     connector: str = "SharedStorageConnector"
@@ -63,6 +65,7 @@ class ECTransferConfig:
     max_bytes: int = 4 << 30
     fingerprint: str = ""
     device: str = "cpu"
+    separate_processes: bool = False
     connector_module_path: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
 

@@ -17,6 +17,7 @@ import re
 import stat
 import threading
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ TENSOR_NAME = "ec_cache"
 _FORMAT = "chiasm.ec/1"
 _LENGTH_BYTES = 8
 _LARGE_BYTES = 32 << 20
+_PIECE_BYTES = 1 << 20
 _TOUCH_INTERVAL_NS = 10**9
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -138,6 +140,10 @@ def header_of(identifier: str, fingerprint: str, tensor: torch.Tensor) -> EntryH
     return EntryHeader(identifier, fingerprint, dtype, tuple(tensor.shape))
 
 
+def dtype_of(header: EntryHeader) -> torch.dtype:
+    return _DTYPES[header.dtype]
+
+
 def write_entry(descriptor: int, header: EntryHeader, data: memoryview) -> None:
     """Fill an open file with the entry. Raises OSError when the disk does not take all of it.
 
@@ -164,16 +170,30 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+class Pin(NamedTuple):
+    """Where another process finds a file that a scheduler role keeps open, whatever has become of its name."""
+
+    process: int
+    descriptor: int
+    known: Known
+
+    @property
+    def path(self) -> str:
+        return f"/proc/{self.process}/fd/{self.descriptor}"
+
+
 class Entry:
     """The file of one entry, found to be whole in length and to be what was asked for.
 
     With ``mapped`` its pages are mapped copy-on-write: the tensor is the page cache itself, writing to it changes no
-    file, and removing the file leaves it as it is. Without, the file is read into memory when the tensor is asked for.
+    file, and removing the file leaves it as it is. Without, the file is read into memory when the tensor is asked for,
+    through ``file`` if the entry keeps it open, else through its path.
     """
 
-    def __init__(self, path: str, known: Known, file: torch.Tensor | None) -> None:
+    def __init__(self, path: str, known: Known, mapping: torch.Tensor | None, file: OpenFile | None = None) -> None:
         self.known = known
         self._path = path
+        self._mapping = mapping
         self._file = file
 
     @property
@@ -182,36 +202,63 @@ class Entry:
 
     def tensor(self) -> torch.Tensor:
         """The embedding, on the CPU. Raises OSError when a file that is not mapped cannot be read any more."""
-        return self._data().view(_DTYPES[self.header.dtype]).view(self.header.shape)
+        return self._data().view(dtype_of(self.header)).view(self.header.shape)
 
     def matches_checksum(self) -> bool:
         """Whether the tensor's bytes are those that were written; reads all of them. Raises OSError as ``tensor``."""
         hasher = self.header.hasher()
-        hasher.update(self._data().numpy().data)
+        if self._file is None:
+            hasher.update(self._data().numpy().data)
+        else:
+            for piece in _pieces(self._file.descriptor, HEADER_BYTES, self.known.signature.size_bytes):
+                hasher.update(piece)
         return hasher.hexdigest() == self.header.checksum
 
+    def pin(self) -> Pin | None:
+        """What another process opens it by as long as this object lives; None if it does not keep its file open."""
+        return None if self._file is None else Pin(os.getpid(), self._file.descriptor, self.known)
+
     def _data(self) -> torch.Tensor:
-        if self._file is None:
-            self._file = _read_file(self._path, self.known.signature)
-        return self._file[HEADER_BYTES:]
+        if self._mapping is None:
+            signature = self.known.signature
+            self._mapping = _read_again(self._path, signature) if self._file is None else _read(self._file, signature)
+        return self._mapping[HEADER_BYTES:]
 
 
-def open_entry(path: str, identifier: str, fingerprint: str, known: Known | None, *, mapped: bool) -> Entry:
+class OpenFile:
+    """A descriptor that is closed with the last reference to this object."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def open_entry(
+    path: str, identifier: str, fingerprint: str, known: Known | None, *, mapped: bool, kept_open: bool = False
+) -> Entry:
     """Open the entry at ``path``, and count that as a use of it unless there was another within the last second.
 
     The header is not read again when the file is still the one of ``known``. The checksum is not looked at: see
     Entry.matches_checksum. Raises FileNotFoundError when there is no file, InvalidEntryError when it is no such entry.
     """
-    descriptor = _open(path)
-    try:
-        status = os.fstat(descriptor)
-        signature = Signature.of(status)
-        if known is None or known.signature != signature:
-            known = Known(signature, _read_header(descriptor, status, identifier, fingerprint))
-        _touch(descriptor, status)
-        return Entry(path, known, _map(descriptor, signature.size_bytes) if mapped else None)
-    finally:
-        os.close(descriptor)
+    file = OpenFile(_open(path))
+    status = os.fstat(file.descriptor)
+    signature = Signature.of(status)
+    if known is None or known.signature != signature:
+        known = Known(signature, _read_header(file.descriptor, status, identifier, fingerprint))
+    _touch(file.descriptor, status)
+    mapping = _map(file.descriptor, signature.size_bytes) if mapped else None
+    return Entry(path, known, mapping, file if kept_open else None)
+
+
+def open_pinned(pin: Pin) -> Entry:
+    """The entry that another process keeps open. Raises OSError when that has let go of it, or the file has changed."""
+    file = OpenFile(os.open(pin.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    if Signature.of(os.fstat(file.descriptor)) != pin.known.signature:
+        raise OSError(errno.ESTALE, "the file has changed since it was found", pin.path)
+    return Entry(pin.path, pin.known, None, file)
 
 
 def _open(path: str) -> int:
@@ -264,18 +311,31 @@ def _map(descriptor: int, size_bytes: int) -> torch.Tensor:
         raise OSError(errno.ENOMEM, f"cannot map {size_bytes} bytes: {error}") from error
 
 
-def _read_file(path: str, signature: Signature) -> torch.Tensor:
-    descriptor = _open(path)
-    try:
-        if Signature.of(os.fstat(descriptor)) != signature:
-            raise OSError(errno.ESTALE, "another file has taken its place", path)
-        file = torch.empty(signature.size_bytes, dtype=torch.uint8)
-        left = file.numpy().data
-        while left:
-            read = os.preadv(descriptor, [left], signature.size_bytes - len(left))
-            if read == 0:
-                raise OSError(errno.ESTALE, "the file has become shorter", path)
-            left = left[read:]
-        return file
-    finally:
-        os.close(descriptor)
+def _read_again(path: str, signature: Signature) -> torch.Tensor:
+    file = OpenFile(_open(path))
+    if Signature.of(os.fstat(file.descriptor)) != signature:
+        raise OSError(errno.ESTALE, "another file has taken its place", path)
+    return _read(file, signature)
+
+
+def _read(file: OpenFile, signature: Signature) -> torch.Tensor:
+    """The whole file. Not mapped: whoever cuts off a file under its readers must not kill them."""
+    data = torch.empty(signature.size_bytes, dtype=torch.uint8)
+    left = data.numpy().data
+    while left:
+        read = os.preadv(file.descriptor, [left], signature.size_bytes - len(left))
+        if read == 0:
+            raise OSError(errno.ESTALE, "the file has become shorter")
+        left = left[read:]
+    return data
+
+
+def _pieces(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
+    """The file's bytes, each piece valid until the next is asked for."""
+    buffer = memoryview(bytearray(min(_PIECE_BYTES, max(end - begin, 0))))
+    while begin < end:
+        read = os.preadv(descriptor, [buffer[: end - begin]], begin)
+        if read == 0:
+            raise OSError(errno.ESTALE, "the file has become shorter")
+        yield buffer[:read]
+        begin += read

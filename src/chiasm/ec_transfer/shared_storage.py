@@ -29,12 +29,15 @@ from chiasm.ec_transfer.bounded_folder import BoundedFolder
 from chiasm.ec_transfer.entry_file import (
     HEADER_BYTES,
     Entry,
+    EntryHeader,
     InvalidEntryError,
     Known,
+    Pin,
     Signature,
     bytes_of,
     header_of,
     open_entry,
+    open_pinned,
     write_entry,
 )
 from chiasm.ec_transfer.identifiers import check_identifier
@@ -47,19 +50,24 @@ _Value = TypeVar("_Value")
 _FINGERPRINT = re.compile(r"[0-9a-f]{0,128}")
 _MAX_KNOWN = 4096
 _MAX_HELD = 64
+_MAX_HELD_OPEN = 256
 
 
 @dataclass(frozen=True)
 class SharedStorageMetadata(ECConnectorMetadata):
-    """The loads of one step, and in the process that made it the entries themselves, found and mapped already.
+    """The loads of one step, and in the process that made it the entries themselves, found already.
 
-    Pickling leaves the entries behind; a worker in another process finds them for itself.
+    Pickling leaves the entries behind; a worker in another process opens what ``pins`` names, as long as the metadata
+    lives in the first, or finds them for itself.
     """
 
     held: dict[str, Entry] = field(default_factory=dict, repr=False, compare=False)
+    pins: dict[str, Pin] = field(default_factory=dict, repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type[SharedStorageMetadata], tuple[tuple[str, ...]]]:
-        return SharedStorageMetadata, (self.loads,)
+    def __reduce__(
+        self,
+    ) -> tuple[type[SharedStorageMetadata], tuple[tuple[str, ...], dict[str, Entry], dict[str, Pin]]]:
+        return SharedStorageMetadata, (self.loads, {}, self.pins)
 
 
 class SharedStorageConnector(ECConnector):
@@ -69,9 +77,10 @@ class SharedStorageConnector(ECConnector):
     evicted to stay within ``config.max_bytes``. A file that is torn, foreign or of another fingerprint counts as missing,
     is counted in ``stats.corrupt_entries`` and removed.
 
-    What ``has_cache_item`` finds stays loadable for the step, whoever evicts it, when both roles live in one process: the
-    scheduler role maps the file and its metadata carries the mapping. Otherwise the check makes the entry the most
-    recently used one, and the worker leaves out what went all the same.
+    What ``has_cache_item`` finds stays loadable for the step, whoever evicts it. When both roles live in one process, the
+    scheduler role maps the file and its metadata carries the mapping. With ``config.separate_processes`` it keeps the file
+    open instead, after looking at its checksum, and the worker opens it through ``/proc``, without its name. A worker on
+    another host looks for the name, and leaves out what went all the same.
 
     Raises ConfigurationError for a path, bound or fingerprint that cannot work.
     """
@@ -84,7 +93,9 @@ class SharedStorageConnector(ECConnector):
             raise ConfigurationError(f"max_bytes must be more than {HEADER_BYTES}, the size of an entry's header")
         path = _usable_folder(config.shared_storage_path)
         self._folder = BoundedFolder(path, config.max_bytes, self._count_eviction)
-        self._mapped = files_may_be_mapped(path)
+        # An engine that must not die of a load must not die of SIGBUS either: it reads, it does not map.
+        self._mapped = not config.separate_processes and files_may_be_mapped(path)
+        self._max_held = _MAX_HELD_OPEN if config.separate_processes else _MAX_HELD
         self._lock = threading.Lock()  # of the stats and of the tables: producers save and probe from several threads
         self._headers: OrderedDict[str, Known] = OrderedDict()
         self._verified: OrderedDict[str, Signature] = OrderedDict()
@@ -118,10 +129,21 @@ class SharedStorageConnector(ECConnector):
         if identifier in self._held:
             return True
         entry = self._find(identifier)
+        if entry is not None and self.config.separate_processes and not self._is_intact(identifier, entry):
+            return False
         if entry is not None and self.is_consumer:
             with self._lock:
-                _remember(self._held, identifier, entry, _MAX_HELD)
+                _remember(self._held, identifier, entry, self._max_held)
         return entry is not None
+
+    def found(self, identifier: str) -> EntryHeader | None:
+        """What the entry that ``has_cache_item`` has found in this step says of itself; consumers only."""
+        entry = self._held.get(identifier)
+        return None if entry is None else entry.header
+
+    def is_published(self, identifier: str) -> bool:
+        """Whether an entry stands there. Other than ``has_cache_item`` it promises nothing and reads no tensor."""
+        return self._find(check_identifier(identifier)) is not None
 
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
         identifier = check_identifier(request.items[index].identifier)
@@ -129,7 +151,8 @@ class SharedStorageConnector(ECConnector):
             self._noted[identifier] = self._held[identifier]
 
     def build_connector_meta(self) -> ECConnectorMetadata:
-        metadata = SharedStorageMetadata(tuple(self._noted), dict(self._noted))
+        pins = {identifier: pin for identifier, entry in self._noted.items() if (pin := entry.pin()) is not None}
+        metadata = SharedStorageMetadata(tuple(self._noted), dict(self._noted), pins)
         self._noted.clear()
         self._held.clear()
         return metadata
@@ -144,12 +167,12 @@ class SharedStorageConnector(ECConnector):
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
         if self._metadata is None or not self.is_consumer:
             return
-        held = self._metadata.held if isinstance(self._metadata, SharedStorageMetadata) else {}
+        metadata = self._metadata if isinstance(self._metadata, SharedStorageMetadata) else SharedStorageMetadata()
         for identifier in self._metadata.loads:
             if identifier in encoder_cache:
                 continue
             started = time.perf_counter()
-            tensor = self._load(identifier, held.get(identifier))
+            tensor = self._load(identifier, metadata.held.get(identifier), metadata.pins.get(identifier))
             seconds = time.perf_counter() - started
             with self._lock:
                 self.stats.load_seconds += seconds
@@ -190,7 +213,12 @@ class SharedStorageConnector(ECConnector):
         known = self._headers.get(identifier)
         try:
             entry = open_entry(
-                self._folder.entry_path(identifier), identifier, self.config.fingerprint, known, mapped=self._mapped
+                self._folder.entry_path(identifier),
+                identifier,
+                self.config.fingerprint,
+                known,
+                mapped=self._mapped,
+                kept_open=self.config.separate_processes,
             )
         except FileNotFoundError:
             return None
@@ -207,22 +235,36 @@ class SharedStorageConnector(ECConnector):
                 _remember(self._headers, identifier, entry.known, _MAX_KNOWN)
         return entry
 
-    def _load(self, identifier: str, entry: Entry | None) -> torch.Tensor | None:
-        """The tensor on the config's device, or None. A file's checksum is computed once, not at every load of it."""
-        entry = entry or self._find(identifier)
-        if entry is None:
+    def _load(self, identifier: str, held: Entry | None, pin: Pin | None) -> torch.Tensor | None:
+        """The tensor on the config's device, or None. What another process pinned it has also made sure of."""
+        if held is None and pin is not None:
+            try:
+                return open_pinned(pin).tensor().to(self.config.device)
+            except OSError as error:
+                self._warn_once(error)  # The name may stand for a good file all the same.
+        entry = held or self._find(identifier)
+        if entry is None or not self._is_intact(identifier, entry):
             return None
         try:
-            if self._verified.get(identifier) != entry.known.signature:
-                if not entry.matches_checksum():
-                    self._reject(identifier, entry.known.signature, "its checksum is wrong")
-                    return None
-                with self._lock:
-                    _remember(self._verified, identifier, entry.known.signature, _MAX_KNOWN)
             return entry.tensor().to(self.config.device)
         except OSError as error:
             self._warn_once(error)
             return None
+
+    def _is_intact(self, identifier: str, entry: Entry) -> bool:
+        """Whether the checksum is right. It is computed once for a file, not at every use of it."""
+        if self._verified.get(identifier) == entry.known.signature:
+            return True
+        try:
+            if not entry.matches_checksum():
+                self._reject(identifier, entry.known.signature, "its checksum is wrong")
+                return False
+        except OSError as error:
+            self._warn_once(error)
+            return False
+        with self._lock:
+            _remember(self._verified, identifier, entry.known.signature, _MAX_KNOWN)
+        return True
 
     def _reject(self, identifier: str, signature: Signature, reason: str) -> None:
         """Count and remove a file that is no usable entry; what cannot be removed is not counted again."""
