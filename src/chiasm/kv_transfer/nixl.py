@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 MODULES = ("nixl", "nixl_cu13", "nixl_cu12")
 """The library under all its names: its own, which picks one of the others, and the builds for one CUDA version."""
-_BACKEND = "UCX"
+BACKEND = "UCX"
 _BYTES_AT_A_TIME = 64 << 20
 _SHORTEST_SLEEP_SECONDS = 20e-6
 _LONGEST_SLEEP_SECONDS = 1e-3
@@ -59,20 +59,20 @@ class NixlConnector(PullConnector):
 
     def __init__(self, config: KVTransferConfig, role: KVConnectorRole) -> None:
         super().__init__(config, role)
-        self._library: Any = _import_nixl() if role is KVConnectorRole.WORKER else None
+        self._library: Any = import_nixl() if role is KVConnectorRole.WORKER else None
         self._blocks: torch.Tensor | None = None
 
     def offer(self, blocks: torch.Tensor) -> OfferedMemory:
-        return _RegisteredBlocks(_Agent(self._library, self.config.engine_id, blocks))
+        return _RegisteredBlocks(Agent(self._library, self.config.engine_id, blocks))
 
     def prepare(self, blocks: torch.Tensor) -> None:
-        _Agent(self._library, self._new_name(), blocks).close()  # what is wrong is known at the start
+        Agent(self._library, self._new_name(), blocks).close()  # what is wrong is known at the start
         self._blocks = blocks
 
     def reach(self, welcome: Welcome) -> ReachedMemory:
         assert self._blocks is not None
         try:
-            agent = _Agent(self._library, self._new_name(), self._blocks)
+            agent = Agent(self._library, self._new_name(), self._blocks)
         except ConfigurationError as error:
             raise KVUnavailableError(error.message) from error
         return _RemoteBlocks(agent, welcome)
@@ -84,7 +84,7 @@ class NixlConnector(PullConnector):
         return f"{self.config.engine_id}-{secrets.token_hex(8)}"
 
 
-class _Agent:
+class Agent:
     """An agent that has one KV cache registered. Raises ConfigurationError when there can't be one."""
 
     def __init__(self, library: Any, name: str, blocks: torch.Tensor) -> None:
@@ -94,12 +94,12 @@ class _Agent:
         sync = library.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
         try:
             self.api: Any = library.nixl_agent(
-                name, library.nixl_agent_config(enable_prog_thread=False, backends=[_BACKEND], sync_mode=sync)
+                name, library.nixl_agent_config(enable_prog_thread=False, backends=[BACKEND], sync_mode=sync)
             )
-            if _BACKEND not in self.api.backends:
-                raise ConfigurationError(f"this NIXL comes without its {_BACKEND} backend, which NixlConnector needs")
+            if BACKEND not in self.api.backends:
+                raise ConfigurationError(f"this NIXL comes without its {BACKEND} backend, which NixlConnector needs")
             region = [(blocks.data_ptr(), blocks.nbytes, self.device_id, "")]
-            self._registered: Any = self.api.register_memory(region, self.kind, [_BACKEND])
+            self._registered: Any = self.api.register_memory(region, self.kind, [BACKEND])
         except ConfigurationError:
             raise
         except Exception as error:  # the library's errors have no common base
@@ -114,13 +114,13 @@ class _Agent:
         addresses = np.arange(num_blocks, dtype=np.uint64) * np.uint64(block_bytes) + np.uint64(address)
         sizes, devices = np.full(num_blocks, block_bytes), np.full(num_blocks, device_id)
         descriptors = np.stack([addresses, sizes.astype(np.uint64), devices.astype(np.uint64)], axis=1)
-        return self.api.prep_xfer_dlist(agent_name, descriptors, self.kind, [_BACKEND])
+        return self.api.prep_xfer_dlist(agent_name, descriptors, self.kind, [BACKEND])
 
     def close(self) -> None:
         """Nothing moves any more, whatever was under way; idempotent."""
         if self.api is not None:
             try:
-                self.api.deregister_memory(self._registered, [_BACKEND])
+                self.api.deregister_memory(self._registered, [BACKEND])
             except Exception as error:
                 _logger.warning("NIXL could not let go of the KV cache: %s", error)
             self.api = self._registered = None
@@ -129,7 +129,7 @@ class _Agent:
 class _RegisteredBlocks(OfferedMemory):
     progress_seconds = 1e-3
 
-    def __init__(self, agent: _Agent) -> None:
+    def __init__(self, agent: Agent) -> None:
         self._agent = agent
 
     def description(self) -> bytes:
@@ -150,7 +150,7 @@ class _RegisteredBlocks(OfferedMemory):
 class _RemoteBlocks(ReachedMemory):
     """A producer's blocks, and an agent that reads them and nothing else."""
 
-    def __init__(self, agent: _Agent, welcome: Welcome) -> None:
+    def __init__(self, agent: Agent, welcome: Welcome) -> None:
         self._agent = agent
         self._num_blocks = welcome.num_blocks
         self._lock = threading.Lock()
@@ -200,7 +200,7 @@ class _RemoteBlocks(ReachedMemory):
         begun = time.monotonic()
         give_up: float | None = None
         try:
-            handle = api.make_prepped_xfer("READ", self._local, local, self._remote, remote, b"", [_BACKEND])
+            handle = api.make_prepped_xfer("READ", self._local, local, self._remote, remote, b"", [BACKEND])
             state = api.transfer(handle)
             while state == "PROC":
                 now = time.monotonic()
@@ -229,7 +229,7 @@ class _RemoteBlocks(ReachedMemory):
         self._closed.set()
 
 
-def _import_nixl() -> Any:
+def import_nixl() -> Any:
     """The library. Raises ConfigurationError when none is installed or none can be loaded."""
     reasons: list[str] = []
     for name in MODULES:
@@ -237,6 +237,9 @@ def _import_nixl() -> Any:
             library = importlib.import_module(name)
         except ImportError as error:
             reasons.append(str(error))
+            continue
+        if not hasattr(library, "nixl_agent"):  # some folder of that name
+            reasons.append(f"{name!r} is another module")
             continue
         if "NIXL_LOG_LEVEL" not in os.environ:
             logging.getLogger("nixl").setLevel(logging.WARNING)  # it writes to the standard output otherwise
