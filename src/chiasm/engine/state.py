@@ -107,6 +107,6 @@ class RequestState:
         timing = self.timing
         if timing.first_token_seconds is None:
             timing.first_token_seconds = now - self.arrived
-            started = self.first_scheduled if self.first_scheduled is not None else now
-            waited_since_start = timing.wait_seconds - self.waited_before_start
-            timing.prefill_seconds = now - started - waited_since_start - timing.transfer_seconds
+            if self.first_scheduled is not None:
+                waited_since_start = timing.wait_seconds - self.waited_before_start
+                timing.prefill_seconds = now - self.first_scheduled - waited_since_start - timing.transfer_seconds

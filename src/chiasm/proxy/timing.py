@@ -14,7 +14,8 @@ class Timing:
 
     ``fetch`` is the wall time in which media came over the network, ``encode`` what the slowest encoder says of its own
     work, ``encode_call`` the wall time until the last encoder answered, ``prefill_call`` the wall time until P answered,
-    ``handover`` that from P's last byte until D answered, ``proxy`` what the proxy itself took.
+    ``handover`` from P's last byte to D's head, which in a stream comes with D's first token, ``proxy`` what the proxy itself
+    took.
     """
 
     def __init__(self) -> None:
