@@ -215,9 +215,14 @@ async def test_a_decode_engine_short_of_blocks_breaks_off_an_answer_about_a_pict
     block = prefill.engine._runner.kv_cache.blocks.shape[1]
     await encoder.encode(A)
     length = len(prefill.prompt(A, "number 1").token_ids)
-    num_blocks = 2 * -(-length // 4) + 6
-    pair = Pair(prefill, start(Role.DECODE, block_size=4, kv_cache_bytes=block * num_blocks, max_model_len=length + 24))
-    answers = await asyncio.gather(*[pair.ask(A, f"number {n}", max_tokens=20) for n in (1, 2)], return_exceptions=True)
+    # Room for both prompts and one answer: however late the second comes, both can't be finished.
+    tokens = 100
+    num_blocks = 2 * -(-length // 4) + tokens // 4 + 1
+    limits = {"kv_cache_bytes": block * num_blocks, "max_model_len": length + tokens + 4}
+    pair = Pair(prefill, start(Role.DECODE, block_size=4, **limits))
+    handles = [(await prefill.ask(A, f"number {n}", kv=PLEASE)).last.kv_transfer_params for n in (1, 2)]
+    asked = [pair.go_on(handle, A, f"number {n}", max_tokens=tokens) for n, handle in zip((1, 2), handles, strict=True)]
+    answers = await asyncio.gather(*asked, return_exceptions=True)
     broken = [answer for answer in answers if isinstance(answer, KVUnavailableError)]
     assert [error.code for error in broken] == ["preempted"]
     assert len([answer for answer in answers if isinstance(answer, Answer)]) == 1
