@@ -1,0 +1,1 @@
+"""chiasm's connectors inside other engines."""

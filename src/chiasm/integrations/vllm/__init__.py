@@ -1,0 +1,5 @@
+"""chiasm inside vLLM: what vLLM loads by name. Nothing of chiasm imports this package, and importing chiasm no vLLM.
+
+``ec_connector.py`` is the class that vLLM asks for, ``scheduler_half.py`` and ``worker_half.py`` what it does in the two
+processes, ``step.py`` what passes between them.
+"""

@@ -1,0 +1,116 @@
+"""What vLLM's HTTP server needs so that chiasm's proxy knows it like one of chiasm's own instances.
+
+``vllm serve --middleware chiasm.integrations.vllm.middleware.ChiasmMiddleware``. Without it vLLM is still of use to the
+proxy: that then waits for the encoder's answer before it calls a PD, and cannot check that instances fit each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chiasm.errors import ChiasmError, InvalidRequestError
+from chiasm.integrations.vllm import placeholders
+from chiasm.integrations.vllm.description import Description, describe
+from chiasm.integrations.vllm.request_body import read_body, receive_of, scope_of
+from chiasm.models.base import ItemGeometry, Metadata
+from chiasm.server import errors
+from chiasm.server.config import ServerConfig
+
+_CHAT = ("POST", "/v1/chat/completions")
+_HEALTH = ("GET", "/health")
+_SAID_BYTES = 200
+
+
+class ChiasmMiddleware:
+    """Answers /health with what the instance is, and turns pictures' sizes in chat completions into vLLM's metadata.
+
+    Everything else passes as it is, but for bodies of chat completions larger than chiasm's instances take.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int = ServerConfig.max_body_bytes) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._describing: asyncio.Task[Description] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        called = (scope["method"], scope["path"]) if scope["type"] == "http" else None
+        if called == _HEALTH:
+            await self._health(scope, receive, send)
+        elif called == _CHAT:
+            await self._chat(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status, message = await self._ask(scope, receive)
+        answer: dict[str, Any] = {
+            "status": "failed",
+            "message": message or "vLLM's engine has stopped; its log says why",
+        }
+        if status == 200:
+            try:
+                answer = (await self._described(scope)).health
+            except (ChiasmError, OSError) as error:
+                status, answer = 503, {"status": "failed", "message": str(error)}
+        await _reply(send, msgspec.json.encode(answer), status)
+
+    async def _ask(self, scope: Scope, receive: Receive) -> tuple[int, str]:
+        """What vLLM itself answers."""
+        status, said = 500, b""
+
+        async def note(message: Message) -> None:
+            nonlocal status, said
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            else:
+                said += message.get("body", b"")[: _SAID_BYTES - len(said)]
+
+        await self._app(scope, receive, note)
+        return status, said.decode(errors="replace")
+
+    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await read_body(scope, receive, self._max_body_bytes)
+            if body is None:
+                return
+            if placeholders.may_hold_sizes(body):
+                body = await self._with_grids(scope, body)
+                scope = scope_of(scope, body)
+        except ChiasmError as error:
+            await _reply(send, errors.body_of(error), error.status)
+            return
+        await self._app(scope, receive_of(body, receive), send)
+
+    async def _with_grids(self, scope: Scope, body: bytes) -> bytes:
+        processor = (await self._described(scope)).processor
+
+        def geometry_of(metadata: Metadata) -> ItemGeometry:
+            if processor is None:
+                raise InvalidRequestError(
+                    "This instance cannot tell how many tokens a picture of this size takes: send the metadata of the "
+                    "encoder's answer, or the picture.",
+                    param="messages",
+                )
+            return processor.geometry_of_metadata(metadata)
+
+        return placeholders.with_grids(body, geometry_of)
+
+    async def _described(self, scope: Scope) -> Description:
+        """Found out once; what has failed is tried again."""
+        task = self._describing
+        if task is None or (task.done() and task.exception() is not None):
+            import vllm
+
+            describing = asyncio.to_thread(describe, scope["app"].state, vllm.__version__)
+            task = self._describing = asyncio.create_task(describing)
+        return await asyncio.shield(task)
+
+
+async def _reply(send: Send, body: bytes, status: int) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

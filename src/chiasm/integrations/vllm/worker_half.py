@@ -1,0 +1,114 @@
+"""What runs in vLLM's workers: entries into the encoder cache, embeddings into the store."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+
+import torch
+
+from chiasm.ec_transfer.shared_storage import SharedStorageConnector
+from chiasm.errors import InvalidRequestError, StorageError
+from chiasm.integrations.vllm.counters import CounterWriter
+from chiasm.integrations.vllm.step import StepMetadata, StepReport
+
+_logger = logging.getLogger(__name__)
+
+
+class WorkerHalf:
+    """Keeps one promise above all: what the scheduler counts on is in ``encoder_cache`` when the model runs.
+
+    vLLM's engine stops if it is not. So for an entry that cannot be loaded, in spite of all that the scheduler does, zeros
+    of its shape take the place, and the scheduler is told, which fails the requests that use them.
+
+    ``is_writer`` says whether this rank saves what is encoded; it is asked when there is something to save. ``is_reader``
+    is false for an instance that only encodes: vLLM does not ask it for loads, but believes that they happen, and no model
+    runs there that would miss one.
+    """
+
+    def __init__(
+        self,
+        store: SharedStorageConnector,
+        dtype: torch.dtype,
+        *,
+        is_reader: bool,
+        is_writer: Callable[[], bool],
+    ) -> None:
+        self._store = store
+        self._dtype = dtype
+        self._is_reader = is_reader
+        self._is_writer = is_writer
+        self._metadata: StepMetadata | None = None
+        self._report: StepReport | None = None
+        self._counters: CounterWriter | None = None
+        self._has_asked_for_counters = False
+        self._substitutes: dict[str, torch.Tensor] = {}
+
+    def bind(self, metadata: StepMetadata) -> None:
+        self._metadata = metadata
+        self._report = None
+        self._store.bind_connector_metadata(metadata.loads)
+        if not self._has_asked_for_counters and metadata.counters and self._is_writer():
+            self._has_asked_for_counters = True
+            with contextlib.suppress(OSError):
+                self._counters = CounterWriter(metadata.counters)
+
+    def clear(self) -> None:
+        self._metadata = None
+        self._store.clear_connector_metadata()
+
+    def start_save_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
+        """Before the encoder runs, on a producer: publish again what the store has lost."""
+        if self._metadata is None:
+            return
+        if not self._is_reader:
+            self.start_load_caches(encoder_cache)
+        for identifier in self._metadata.publish:
+            if identifier in encoder_cache:
+                self.save_caches(encoder_cache, identifier)
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
+        metadata = self._metadata
+        if metadata is None or not metadata.expected:
+            return
+        for identifier in metadata.reloads:
+            encoder_cache.pop(identifier, None)
+            self._substitutes.pop(identifier, None)
+        try:
+            self._store.start_load_caches(encoder_cache)
+        except (OSError, RuntimeError) as error:  # such as no memory on the device
+            _logger.warning("loading entries has failed: %s", error)
+        failed = []
+        for identifier, shape in metadata.expected.items():
+            loaded = encoder_cache.get(identifier)
+            if loaded is not None and tuple(loaded.shape) == shape:
+                self._substitutes.pop(identifier, None)
+                continue
+            failed.append(identifier)
+            if self._is_reader:
+                zeros = torch.zeros(shape, dtype=self._dtype, device=self._store.config.device)
+                encoder_cache[identifier] = self._substitutes[identifier] = zeros
+        self._report = StepReport(metadata.step, frozenset(failed), metadata.reloads.difference(failed))
+        self._count()
+
+    def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
+        """What cannot be saved costs the entry: the scheduler looks before it says that an item is in the store."""
+        if not self._is_writer() or encoder_cache[mm_hash] is self._substitutes.get(mm_hash):
+            return
+        try:
+            self._store.save_caches(encoder_cache, mm_hash)
+        except InvalidRequestError:
+            return  # The scheduler has refused the request already.
+        except StorageError as error:
+            _logger.warning("the embedding of item %s is not saved: %s", mm_hash, error)
+        self._count()
+
+    def report(self) -> StepReport | None:
+        report, self._report = self._report, None
+        return report
+
+    def _count(self) -> None:
+        if self._counters is not None:
+            step = 0 if self._metadata is None else self._metadata.step
+            self._counters.write(self._store.stats, step)

@@ -1,0 +1,149 @@
+"""vLLM's and chiasm's processes, as a person would start them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+
+from chiasm.checkpoints import folder
+
+MODEL = "demo"
+CHECKPOINT = folder(MODEL)
+MIDDLEWARE = "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
+START_SECONDS = 400
+"""For processes that start at the same time, on two slow cores."""
+
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@dataclass
+class Server:
+    """One process that answers HTTP, and what it wrote."""
+
+    command: list[str]
+    port: int
+    log: Path
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **_ENVIRONMENT},
+                start_new_session=True,
+            )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_ready(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while True:
+            assert self.process.poll() is None, f"it has ended:\n{self.text()[-4000:]}"
+            assert time.monotonic() < end, f"it is not ready:\n{self.text()[-4000:]}"
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        # The group outlives its leader where a child of it does.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def post(self, body: dict[str, Any], timeout: float = 60) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=timeout)
+
+    def answer(self, body: dict[str, Any]) -> str:
+        response = self.post(body)
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["message"]["content"])
+
+    def metric(self, name: str) -> float:
+        """Sum of a metric over its labels."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+
+    def count(self, name: str) -> float:
+        """One of the connector's own counters."""
+        return self.metric(f"vllm:chiasm_ec_{name}_total")
+
+    def health(self) -> dict[str, Any]:
+        response = httpx.get(f"{self.url}/health", timeout=10)
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def transfer_config(role: str, store: Path, **extra: Any) -> dict[str, Any]:
+    """The value of --ec-transfer-config."""
+    return {
+        "ec_connector": "ChiasmECConnector",
+        "ec_connector_module_path": "chiasm.integrations.vllm.ec_connector",
+        "ec_role": role,
+        "ec_connector_extra_config": {"shared_storage_path": str(store), **extra},
+    }
+
+
+def vllm(logs: Path, name: str, transfer: dict[str, Any] | None = None, *flags: str) -> Server:
+    """`vllm serve` of the demo checkpoint, with chiasm's middleware, and its connector where ``transfer`` is given."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(CHECKPOINT), "--port", str(port)]
+    command += ["--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "2048", "--max-num-seqs", "8", "--middleware", MIDDLEWARE, *flags]
+    if transfer is not None:
+        command += ["--ec-transfer-config", json.dumps(transfer)]
+    return Server(command, port, logs / f"{name}.log")
+
+
+def chiasm(logs: Path, name: str, *arguments: str) -> Server:
+    port = free_port()
+    command = [sys.executable, "-m", "chiasm", *arguments, "--port", str(port)]
+    return Server(command, port, logs / f"{name}.log")
+
+
+def chiasm_instance(logs: Path, role: str, store: Path) -> Server:
+    flags = ["--role", role, "--shared-storage-path", str(store), "--served-model-name", MODEL, "--dtype", "float32"]
+    flags += ["--threads", "1", "--max-model-len", "2048"]
+    return chiasm(logs, f"chiasm-{role}", "instance", str(CHECKPOINT), *flags)
+
+
+def proxy(logs: Path, name: str, encoder: Server, pd: Server) -> Server:
+    flags = ["--encoder", encoder.url, "--pd", pd.url, "--probe-interval-seconds", "0.25"]
+    return chiasm(logs, name, "proxy", *flags)
