@@ -126,6 +126,21 @@ def test_killing_ends_one_that_does_not_listen_and_what_it_started(start: Start)
     assert eventually(lambda: not alive(processes), 10)
 
 
+def test_what_a_killed_one_leaves_behind_is_killed(start: Start) -> None:
+    child = start(
+        "import subprocess, sys\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], stdout=subprocess.DEVNULL)\n"
+        "print('ready x', flush=True); other.wait()"
+    )
+    assert eventually(lambda: child.state is ProcessState.READY)
+    process = psutil.Process(child.pid)
+    left = process.children()
+    assert len(left) == 1
+    process.kill()
+    assert eventually(lambda: not alive(left), 10)
+    assert eventually(lambda: child.restarts >= 1 and child.state is ProcessState.READY)
+
+
 def test_its_log_is_bounded_in_lines_and_in_their_length(start: Start) -> None:
     child = start(f"import sys; print('x' * 100_000, *range(300), sep='\\n', file=sys.stderr, flush=True); {SERVES}")
     assert eventually(lambda: child.lines and child.lines[-1] == "299")

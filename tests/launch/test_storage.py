@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from chiasm.launch import storage
-from chiasm.launch.storage import StorageFolder, remove_stale
+from chiasm.launch.locked_folder import remove_stale
+from chiasm.launch.storage import StorageFolder
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_what_is_named_otherwise_or_is_no_folder_stays(tmp_path: Path) -> None:
     folder.remove()
     (tmp_path / "shm" / name).symlink_to(tmp_path / "tmp")
     (tmp_path / "shm" / "other").mkdir()
-    remove_stale(tmp_path / "shm")
+    remove_stale(tmp_path / "shm", storage.PREFIX)
     assert (tmp_path / "shm" / name).is_symlink()
     assert (tmp_path / "shm" / "other").is_dir()
     assert (tmp_path / "tmp").is_dir()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from chiasm.cli.groups import OptionGroup
-from chiasm.cli.values import CpuSet, parse_cpus, parse_size
+from chiasm.cli.values import CpuSet, Names, parse_arguments, parse_cpus, parse_names, parse_size
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, a hub name, or demo.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -36,6 +36,53 @@ def _size(help_text: str, default: str | bool) -> typer.models.OptionInfo:
         parser=parse_size, metavar="SIZE", help=help_text, show_default=default
     )
     return option
+
+
+Devices = Annotated[
+    Names | None,
+    typer.Option(
+        parser=parse_names, metavar="GPUS", help="GPUs, dealt out evenly, for example 0,1.", show_default="auto"
+    ),
+]
+MemoryShare = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=1, help="vLLM: of each GPU's memory, for one instance.", show_default="what is there"),
+]
+Arguments = Annotated[
+    Names | None,
+    typer.Option(parser=parse_arguments, metavar="ARGS", help="More arguments, in quotes, for each such instance."),
+]
+
+
+@dataclass(frozen=True)
+class DeviceOptions(OptionGroup):
+    """The GPUs of each role's instances."""
+
+    encoder_devices: Devices = None
+    pd_devices: Devices = None
+    aggregated_devices: Devices = None
+    prefill_devices: Devices = None
+    decode_devices: Devices = None
+    encoder_memory_share: MemoryShare = None
+    pd_memory_share: MemoryShare = None
+    aggregated_memory_share: MemoryShare = None
+    prefill_memory_share: MemoryShare = None
+    decode_memory_share: MemoryShare = None
+
+
+@dataclass(frozen=True)
+class ArgumentOptions(OptionGroup):
+    """Arguments that go on to the command of each instance: ``chiasm instance``, or ``vllm serve``."""
+
+    vllm_args: Annotated[
+        Names | None,
+        typer.Option(parser=parse_arguments, metavar="ARGS", help="More arguments, in quotes, of every `vllm serve`."),
+    ] = None
+    encoder_args: Arguments = None
+    pd_args: Arguments = None
+    aggregated_args: Arguments = None
+    prefill_args: Arguments = None
+    decode_args: Arguments = None
 
 
 @dataclass(frozen=True)

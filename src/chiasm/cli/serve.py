@@ -9,6 +9,7 @@ import typer
 
 from chiasm.cli import options
 from chiasm.engine.config import Role
+from chiasm.launch.config import Engine
 
 if TYPE_CHECKING:
     from chiasm.launch import DeploymentConfig
@@ -18,10 +19,15 @@ _POLL_SECONDS = 0.1
 
 def serve(
     model: options.Model,
-    engine: options.EngineOptions,
+    options_of_engine: options.EngineOptions,
+    devices: options.DeviceOptions,
+    arguments: options.ArgumentOptions,
     ec: options.ECOptions,
     kv: options.KVOptions,
     media: options.MediaOptions,
+    engine: Annotated[
+        Engine, typer.Option(help="What instances run: the built-in engine, or `vllm serve` of the same environment.")
+    ] = Engine.CHIASM,
     encoders: Annotated[
         int | None, typer.Option(min=0, help="Encoder instances.", show_default="1, or 0 with --aggregated")
     ] = None,
@@ -58,6 +64,7 @@ def serve(
 
     Prints `ready http://HOST:PORT` when every instance is healthy.
     """
+    from chiasm.cli.engines import flags_of
     from chiasm.cli.process import check_level
     from chiasm.launch import DeploymentConfig, RoleConfig
 
@@ -70,20 +77,32 @@ def serve(
         Role.DECODE: decode_cpus,
     }
     counts = count_instances(encoders, pds, aggregated, prefills, decodes)
-    common = (*media.arguments(), "--log-level", log_level)
-    if deadline_seconds is not None:
-        common += ("--deadline-seconds", str(deadline_seconds))
-    of_proxy = common
-    if engine.max_items is not None:
-        of_proxy += ("--max-items", str(engine.max_items))
+    log = ("--log-level", log_level)
+    of_proxy = (*media.arguments(), *log)
+    if options_of_engine.max_items is not None:
+        of_proxy += ("--max-items", str(options_of_engine.max_items))
+    flags = flags_of(engine, options_of_engine, media, arguments, log_level)
+    dealt = devices.given()
     run(
         DeploymentConfig(
             model,
-            {role: RoleConfig(count, threads, cpus[role] or ()) for role, count in counts.items()},
+            {
+                role: RoleConfig(
+                    count,
+                    threads,
+                    cpus[role] or (),
+                    devices=dealt.get(f"{role}_devices", ()),
+                    memory_share=dealt.get(f"{role}_memory_share"),
+                    flags=flags.of_role(role),
+                )
+                for role, count in counts.items()
+            },
+            engine=engine,
             host=host,
             port=port,
             served_model_name=served_model_name,
-            instance_flags=(*engine.arguments(), *common),
+            deadline_seconds=deadline_seconds,
+            instance_flags=flags.of_all,
             proxy_flags=of_proxy,
             admin_key=admin_key,
             **ec.given(),
@@ -112,9 +131,12 @@ def run(config: DeploymentConfig) -> None:
     from chiasm.cli.signals import EndSignals
     from chiasm.cli.view import View
     from chiasm.launch import Deployment
+    from chiasm.launch.devices import describe
 
     view = View()
     deployment = Deployment(config, on_change=view.change, on_line=view.line)
+    if placed := describe(deployment.placements):
+        view.line("serve", placed)
     with EndSignals() as signals, view, deployment:
         view.show(lambda: deployment.processes)
         announced = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 import typer
 
@@ -18,6 +19,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 
 class CpuSet(tuple[int, ...]):
     """CPU numbers, sorted; a class of its own, since typer takes a tuple for an option with several values."""
+
+
+class Names(tuple[str, ...]):
+    """Names in the order given; a class of its own for the same reason."""
 
 
 def parse_size(text: str) -> int:
@@ -39,3 +44,19 @@ def parse_cpus(text: str) -> CpuSet:
             raise typer.BadParameter(f"{text!r} is not a set of CPUs; write for example 0,2-3")
         cpus.update(range(int(first), int(last) + 1))
     return CpuSet(sorted(cpus))
+
+
+def parse_names(text: str) -> Names:
+    """The names of ``0,1`` or ``GPU-1a2b,GPU-3c4d``."""
+    names = Names(name.strip() for name in text.split(","))
+    if not all(names):
+        raise typer.BadParameter(f"{text!r} is not a list of devices; write for example 0,1")
+    return names
+
+
+def parse_arguments(text: str) -> Names:
+    """The arguments of a command line, quoted as for a shell."""
+    try:
+        return Names(shlex.split(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a command line: {error}") from None

@@ -1,19 +1,21 @@
 """Runs instances and their proxy as processes on this machine. ``chiasm serve``, the demo, tests and the bench use it.
 
-A start's way: ``config`` (what is asked for) → ``cores``, ``ports``, ``storage`` (what the machine gives) → ``commands``
-(what a person would type) → ``child`` (one process, again and again) → ``deployment`` (all of them) → ``health``.
-``lifeline`` is the children's side: it ends a process whose parent is gone.
+A start's way: ``config`` (what is asked for) → ``cores``, ``devices``, ``ports``, ``storage`` (what the machine gives) →
+``plan`` (the processes), by ``commands`` or ``vllm`` (what a person would type) → ``child`` (one process, again and again) →
+``deployment`` (all of them) → ``health``. The children's side: ``lifeline`` ends a process whose parent is gone, and
+``supervisor`` is the parent of a server that knows nothing of all this, as vLLM; ``diagnosis`` says why one has ended.
 """
 
 from chiasm.engine.config import Role
 from chiasm.launch.child import ProcessState
-from chiasm.launch.config import DeploymentConfig, RoleConfig
+from chiasm.launch.config import DeploymentConfig, Engine, RoleConfig
 from chiasm.launch.deployment import Deployment, DeploymentNotReadyError, ProcessStatus
 
 __all__ = [
     "Deployment",
     "DeploymentConfig",
     "DeploymentNotReadyError",
+    "Engine",
     "ProcessState",
     "ProcessStatus",
     "Role",

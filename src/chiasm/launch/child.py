@@ -46,7 +46,7 @@ class Child:
 
     One thread starts it, reads its standard output and waits for it, again and again; another passes on its standard
     error. Its standard input is a pipe that closes when this process dies, however that happens: a child that ends with
-    its standard input never outlives its parent.
+    its standard input never outlives its parent. What a process started and did not end is killed when it has ended.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Child:
 
     def _signal(self, number: signal.Signals) -> None:
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
+            if self._process is None:
                 return
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if number is signal.SIGKILL:
@@ -172,8 +172,11 @@ class Child:
                 ready_since = time.monotonic()
                 self._ever_ready = True
                 self._change(ProcessState.READY)
-        process.wait()
-        with self._lock:
+        _await_exit(process)
+        with self._lock:  # nobody signals a number that may be another's by then
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # what a killed process leaves of its own
+            process.wait()
             self._process = self.pid = None
         errors.join(1.0)
         for stream in (process.stdin, process.stdout, process.stderr):
@@ -221,6 +224,14 @@ def describe_exit(code: int | None) -> str:
         return signal.Signals(-code).name
     except ValueError:
         return f"signal {-code}"
+
+
+def _await_exit(process: subprocess.Popen[str]) -> None:
+    """Until the process has ended; it keeps its number until it is waited for."""
+    if hasattr(os, "waitid"):
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    else:
+        process.wait()
 
 
 def _last_error(lines: Sequence[str]) -> str | None:

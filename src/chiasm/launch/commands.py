@@ -10,17 +10,25 @@ from pathlib import Path
 from chiasm.engine.config import Role
 from chiasm.launch.config import DeploymentConfig, RoleConfig
 from chiasm.launch.cores import usable_cores
+from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
 
 _CHIASM = (sys.executable, "-m", "chiasm")
 _EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)
 _KV_ROLES = (Role.PREFILL, Role.DECODE)
+_ANYWHERE = Placement()
 PROBE_INTERVAL_SECONDS = 0.25
 """Of a proxy whose instances are all on this machine: an instance that comes or goes is noticed at once."""
 
 
 def instance_command(
-    config: DeploymentConfig, folder: Path, role: Role, address: HeldPort, storage: Path | None, ec_max_bytes: int
+    config: DeploymentConfig,
+    folder: Path,
+    role: Role,
+    address: HeldPort,
+    storage: Path | None,
+    ec_max_bytes: int,
+    placement: Placement = _ANYWHERE,
 ) -> list[str]:
     """``chiasm instance`` for one instance. ``storage`` is None where no embeddings are exchanged."""
     chosen = config.roles[role]
@@ -29,18 +37,21 @@ def instance_command(
     command += ["--served-model-name", config.served_model_name or model_name(config.model)]
     command += ["--threads", str(threads_of(config.roles, role))]
     command += _cpus(chosen.cpus)
+    if placement.devices:
+        command += ["--device", f"cuda:{placement.devices[0]}"]
     if role in _EC_ROLES and storage is not None:
         command += ["--connector", config.connector]
         if config.connector_module_path:
             command += ["--connector-module-path", config.connector_module_path]
         command += ["--shared-storage-path", str(storage), "--ec-max-bytes", str(ec_max_bytes)]
     if role in _KV_ROLES:
-        command += ["--kv-connector", config.kv_connector]
+        if config.kv_connector:
+            command += ["--kv-connector", config.kv_connector]
         if config.kv_connector_module_path:
             command += ["--kv-connector-module-path", config.kv_connector_module_path]
         if role is Role.PREFILL and config.kv_lease_seconds is not None:
             command += ["--kv-lease-seconds", str(config.kv_lease_seconds)]
-    return [*command, *config.instance_flags, *chosen.flags]
+    return [*command, *_deadline(config), *config.instance_flags, *chosen.flags]
 
 
 def proxy_command(config: DeploymentConfig, address: HeldPort, urls: Sequence[tuple[Role, str]]) -> list[str]:
@@ -49,7 +60,7 @@ def proxy_command(config: DeploymentConfig, address: HeldPort, urls: Sequence[tu
     for role, url in urls:
         command += [f"--{role}", url]
     command += ["--probe-interval-seconds", str(PROBE_INTERVAL_SECONDS)]
-    return [*command, *_cpus(config.proxy_cpus), *config.proxy_flags]
+    return [*command, *_cpus(config.proxy_cpus), *_deadline(config), *config.proxy_flags]
 
 
 def model_name(model: str) -> str:
@@ -71,6 +82,10 @@ def threads_of(roles: Mapping[Role, RoleConfig], role: Role) -> int:
 def proxy_environment(config: DeploymentConfig) -> dict[str, str]:
     """The environment of the proxy; a command line would show the key to everybody on the machine."""
     return {**os.environ, **({"CHIASM_ADMIN_KEY": config.admin_key} if config.admin_key else {})}
+
+
+def _deadline(config: DeploymentConfig) -> list[str]:
+    return ["--deadline-seconds", str(config.deadline_seconds)] if config.deadline_seconds is not None else []
 
 
 def _cpus(cpus: Sequence[int]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +12,10 @@ from chiasm.engine.config import Role
 from chiasm.errors import ChiasmError
 from chiasm.launch import health
 from chiasm.launch.child import Child, ProcessState
-from chiasm.launch.commands import (
-    instance_command,
-    proxy_command,
-    proxy_environment,
-)
 from chiasm.launch.config import DeploymentConfig
 from chiasm.launch.cores import check_cpus
+from chiasm.launch.locked_folder import LockedFolder
+from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, placements_of, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.storage import DEFAULT_MAX_BYTES, StorageFolder
 
@@ -27,8 +23,7 @@ STOP_SECONDS = 3.5
 """For processes to end by themselves; then they are killed."""
 _KILL_SECONDS = 1.0
 _POLL_SECONDS = 0.05
-_LOOPBACK = "127.0.0.1"
-PROXY = "proxy"
+_SCRATCH_PREFIX = "chiasm-serve-"
 
 
 class DeploymentNotReadyError(ChiasmError):
@@ -62,8 +57,7 @@ class ProcessStatus:
 
 @dataclass
 class _Member:
-    role: Role | None
-    address: HeldPort
+    plan: ProcessPlan
     child: Child
 
 
@@ -87,7 +81,9 @@ class Deployment:
         on_change: Callable[[ProcessStatus], None] | None = None,
         on_line: Callable[[str, str], None] | None = None,
     ) -> None:
-        """Find the model. Starts nothing; raises ConfigurationError when there is no such model.
+        """Find the model and, where there are GPUs, deal them out. Starts nothing.
+
+        Raises ConfigurationError when there is no such model, no such engine, or no such device.
 
         ``on_change`` is told of a process' every new state, ``on_line`` of each line (name of the process, text) that one
         logs. Both are called in other threads, and must return at once.
@@ -100,10 +96,14 @@ class Deployment:
         check_cpus(config.proxy_cpus)
         self.folder = resolve_folder(config.model)
         """Of the checkpoint."""
+        self.placements = placements_of(config, self.folder)
+        """Which instance computes on which devices."""
         self._on_change = on_change or (lambda status: None)
         self._on_line = on_line or (lambda name, line: None)
         self._members: dict[str, _Member] = {}
+        self._held: list[HeldPort] = []
         self._storage: StorageFolder | None = None
+        self._scratch: LockedFolder | None = None
         self._was_ready = False
 
     # ---- life ---------------------------------------------------------------------------------------------------------
@@ -124,27 +124,28 @@ class Deployment:
     def start(self) -> None:
         """Start all processes at once. Raises ConfigurationError, before any is started, when the port is in use."""
         config = self.config
-        addresses: list[HeldPort] = []
         try:
-            addresses.append(HeldPort(config.host, config.port))
-            names = [(role, f"{role}-{index}") for role in config.roles for index in range(config.count(role))]
-            addresses += [HeldPort(_LOOPBACK) for _ in names]
-            storage, ec_max_bytes = config.shared_storage_path, config.ec_max_bytes or DEFAULT_MAX_BYTES
-            if storage is None and config.exchanges_embeddings:
-                self._storage = StorageFolder(config.ec_max_bytes)
-                storage, ec_max_bytes = self._storage.path, self._storage.max_bytes
+            address = HeldPort(config.host, config.port)
+            self._held.append(address)
+            instances = plan_instances(config, self.folder, self.placements, self._surroundings(), self._held)
         except BaseException:
-            for address in addresses:
-                address.release()
+            self._release()
             raise
-        instances = list(zip(names, addresses[1:], strict=True))
-        urls = [(role, address.url) for (role, _), address in instances]
-        self._add(PROXY, None, addresses[0], proxy_command(config, addresses[0], urls), proxy_environment(config))
-        for (role, name), address in instances:
-            command = instance_command(config, self.folder, role, address, storage, ec_max_bytes)
-            self._add(name, role, address, command, dict(os.environ))
+        for plan in (plan_proxy(config, address, instances), *instances):
+            child = Child(plan.name, plan.command, plan.environment, on_change=self._changed, on_line=self._on_line)
+            self._members[plan.name] = _Member(plan, child)
         for member in self._members.values():
             member.child.start()
+
+    def _surroundings(self) -> Surroundings:
+        config = self.config
+        storage, ec_max_bytes = config.shared_storage_path, config.ec_max_bytes or DEFAULT_MAX_BYTES
+        if storage is None and config.exchanges_embeddings:
+            self._storage = StorageFolder(config.ec_max_bytes)
+            storage, ec_max_bytes = self._storage.path, self._storage.max_bytes
+        if any(placement.shared for placement in self.placements.values()):
+            self._scratch = LockedFolder.temporary(_SCRATCH_PREFIX)
+        return Surroundings(storage, ec_max_bytes, self._scratch.path if self._scratch else None)
 
     def check(self) -> None:
         """Raise ConfigurationError if a process could not be started at all."""
@@ -154,11 +155,11 @@ class Deployment:
 
     def is_ready(self) -> bool:
         """Whether all processes run and the proxy finds every instance healthy. Asks the proxy; takes milliseconds."""
-        members = [member for member in self._members.values() if member.role is not None]
+        members = [member for member in self._members.values() if member.plan.role is not None]
         if not all(member.child.state is ProcessState.READY for member in self._members.values()):
             return False
         states = health.states(self.local_url)
-        return all(states.get(member.address.url) == "healthy" for member in members)
+        return all(states.get(member.plan.address.url) == "healthy" for member in members)
 
     def wait_ready(self, timeout_seconds: float = 300.0) -> str:
         """Wait until ``is_ready``; returns the proxy's URL.
@@ -185,26 +186,31 @@ class Deployment:
         until = time.monotonic() + _KILL_SECONDS
         for child in children:
             child.join(max(0.0, until - time.monotonic()))
-        for member in self._members.values():
-            member.address.release()
-        if self._storage is not None:
-            self._storage.remove()
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of what the machine has given."""
+        for address in self._held:
+            address.release()
+        for folder in (self._storage, self._scratch):
+            if folder is not None:
+                folder.remove()
 
     # ---- what there is ------------------------------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
         """Of the proxy, as configured."""
-        return self._members[PROXY].address.url
+        return self._members[PROXY].plan.address.url
 
     @property
     def local_url(self) -> str:
         """Of the proxy, as this machine reaches it also where it listens on all addresses."""
-        return self._members[PROXY].address.local_url
+        return self._members[PROXY].plan.address.local_url
 
     def urls(self, role: Role) -> list[str]:
         """Of the instances of ``role``, in the order of their numbers."""
-        return [member.address.url for member in self._members.values() if member.role is role]
+        return [member.plan.address.url for member in self._members.values() if member.plan.role is role]
 
     @property
     def processes(self) -> list[ProcessStatus]:
@@ -215,14 +221,10 @@ class Deployment:
         """The last lines that the process called ``name`` has logged, at most 200."""
         return list(self._members[name].child.lines)
 
-    def _add(self, name: str, role: Role | None, address: HeldPort, command: list[str], env: dict[str, str]) -> None:
-        child = Child(name, command, env, on_change=self._changed, on_line=self._on_line)
-        self._members[name] = _Member(role, address, child)
-
     def _changed(self, child: Child) -> None:
         self._on_change(self._status(child.name))
 
     def _status(self, name: str) -> ProcessStatus:
         member = self._members[name]
         child = member.child
-        return ProcessStatus(name, member.role, member.address.url, child.pid, child.state, child.restarts)
+        return ProcessStatus(name, member.plan.role, member.plan.address.url, child.pid, child.state, child.restarts)

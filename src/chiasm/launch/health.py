@@ -29,6 +29,15 @@ def health(url: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def answers(url: str) -> bool:
+    """Whether GET /health at base URL ``url`` is answered with 200."""
+    try:
+        with _NO_PROXY.open(f"{url}/health", timeout=_TIMEOUT_SECONDS) as answer:
+            return bool(answer.status == 200)
+    except (OSError, http.client.HTTPException):
+        return False
+
+
 def states(url: str) -> dict[str, str]:
     """The state of each instance behind the proxy at ``url``, by the instance's URL; empty when it doesn't answer."""
     instances = (health(url) or {}).get("instances", [])

@@ -1,0 +1,235 @@
+"""Runs a server that knows nothing of its launcher, and speaks for it: ``python -m chiasm.launch.supervisor``.
+
+A child of a deployment says ``ready`` on its standard output, ends with its standard input, leaves nothing behind and says in
+one line why it could not start. vLLM does none of that: it has processes of its own, which outlive it when it is killed. The
+supervisor is their parent, whatever becomes of vLLM, and does all four for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import psutil
+
+from chiasm.launch import health, lifeline
+from chiasm.launch.child import CONFIGURATION_EXIT_CODE, READY, describe_exit
+from chiasm.launch.cores import pin_to
+from chiasm.launch.diagnosis import decisive_line
+from chiasm.launch.locked_folder import LockedFolder
+
+END_SECONDS = 1.8
+"""For the server to end by itself when it is asked to; all that follows has to fit into ``lifeline.GRACE_SECONDS``."""
+_TRACKER_SECONDS = 0.5
+_PROBE_SECONDS = 0.25
+_LOCK_SECONDS = 0.1
+_LINES_KEPT = 1000
+_LINE_BYTES = 8192
+_FAILED = 1
+_SCRATCH_PREFIX = "chiasm-run-"
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_AWAITED = {*_ENDING, signal.SIGCHLD}
+
+
+class Supervisor:
+    """One command, from its start to the end of the last process that it started."""
+
+    def __init__(self, command: Sequence[str], url: str) -> None:
+        """``url`` is where the command will serve; GET /health there says when it does."""
+        self._command = list(command)
+        self._url = url
+        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._ready = threading.Event()
+        self._over = threading.Event()
+
+    def run(self, turn: Path | None = None) -> int:
+        """Start the command, pass on what it says until it ends or this process is asked to end; returns the exit code.
+
+        With ``turn``, a file, one at a time of those that name it is between its start and ready. Call it in the main thread
+        of a process that has started no other threads.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+        _adopt_orphans()
+        lifeline.end_with_stdin()
+        with _Turn(turn) as mine, LockedFolder.temporary(_SCRATCH_PREFIX) as scratch:
+            while not mine.taken():
+                if _await_signal(_LOCK_SECONDS) in _ENDING:
+                    return 0
+            return self._supervise(mine, scratch.path)
+
+    def _supervise(self, turn: _Turn, scratch: Path) -> int:
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(scratch)},  # its sockets and files go with it, also when it is killed
+            preexec_fn=_begin_as_child,  # noqa: PLW1509, it takes no lock
+        )
+        assert process.stdout is not None
+        reading = threading.Thread(target=self._pass_on, args=(process.stdout,), name="chiasm-output", daemon=True)
+        reading.start()
+        threading.Thread(target=self._probe, args=(turn,), name="chiasm-probe", daemon=True).start()
+        try:
+            asked = self._wait(process)
+        finally:
+            self._over.set()
+            _end_all(process)
+            reading.join(_TRACKER_SECONDS)
+        return 0 if asked else self._tell_failure(process.returncode)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> bool:
+        """Until the command has ended, or this process is asked to end: then true."""
+        while process.poll() is None:
+            if _await_signal() in _ENDING:
+                return True
+        return False
+
+    def _tell_failure(self, code: int) -> int:
+        reason = decisive_line(self._lines)
+        if self._ready.is_set() or code < 0:
+            _say(f"it ended with {describe_exit(code)}" + (f": {reason}" if reason and code >= 0 else ""))
+            return _FAILED
+        _say(f"Error: {reason or f'it ended with {describe_exit(code)} before it was ready'}")
+        return CONFIGURATION_EXIT_CODE
+
+    def _probe(self, turn: _Turn) -> None:
+        while not self._over.wait(_PROBE_SECONDS):
+            if health.answers(self._url):
+                self._ready.set()
+                turn.pass_on()
+                print(f"{READY}{self._url}", flush=True)
+                return
+
+    def _pass_on(self, stream: BinaryIO) -> None:
+        while line := stream.readline(_LINE_BYTES):
+            self._lines.append(line.decode(errors="replace").rstrip())
+            with contextlib.suppress(OSError):  # nobody reads on
+                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.flush()
+
+
+class _Turn:
+    """A lock that a file stands for; without a file, always free."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600) if path is not None else -1
+
+    def taken(self) -> bool:
+        """Whether it is ours now."""
+        if self._descriptor < 0:
+            return True
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def pass_on(self) -> None:
+        if self._descriptor >= 0:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def __enter__(self) -> _Turn:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def _end_all(process: subprocess.Popen[bytes]) -> None:
+    """End the command if it runs, and kill what it leaves.
+
+    Python's resource trackers go last: they end by themselves when all others have, and remove what those left in shared
+    memory.
+    """
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)
+    _kill(one for one in _descendants() if not _is_tracker(one))
+    process.wait()
+    _, left = psutil.wait_procs(_descendants(), _TRACKER_SECONDS)
+    _kill(left)
+    psutil.wait_procs(_descendants(), _TRACKER_SECONDS)
+
+
+def _descendants() -> list[psutil.Process]:
+    return [one for one in psutil.Process().children(recursive=True) if _runs(one)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _kill(processes: Iterator[psutil.Process] | list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _await_signal(timeout_seconds: float | None = None) -> int | None:
+    """The next signal for this process, which is blocked everywhere else; None when the time is over."""
+    if timeout_seconds is None:
+        return signal.sigwait(_AWAITED)
+    info = signal.sigtimedwait(_AWAITED, timeout_seconds)
+    return info.si_signo if info else None
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of what a dead child leaves behind, in place of the system's first process."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _begin_as_child() -> None:
+    """Between fork and exec: end with the supervisor, and hear signals again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m chiasm.launch.supervisor", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--url", required=True, help="where the command will serve; /health says when")
+    parser.add_argument("--cpus", default="", help="CPUs that the command runs on, separated by commas")
+    parser.add_argument("--turn", type=Path, help="a file: of the commands that name it, one starts at a time")
+    parser.add_argument("command", nargs="+", help="the command, after --")
+    chosen = parser.parse_args(arguments)
+    pin_to([int(cpu) for cpu in chosen.cpus.split(",") if cpu])
+    return Supervisor(chosen.command, chosen.url).run(chosen.turn)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Which instance gets which GPU, and how much of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from chiasm.errors import ConfigurationError
+from chiasm.launch import Role, RoleConfig
+from chiasm.launch.devices import Placement, describe, found_devices, place
+
+E, PD, P, D, ALL = Role.ENCODER, Role.PD, Role.PREFILL, Role.DECODE, Role.AGGREGATED
+EIGHT = tuple("01234567")
+
+
+def _devices(roles: dict[Role, RoleConfig], found: Sequence[str], heads: int | None = 16) -> list[str]:
+    """Each instance's devices, in the order of the roles."""
+    return ["".join(placement.devices) for placement in place(roles, found, heads).values()]
+
+
+@pytest.mark.parametrize(
+    ("roles", "dealt"),
+    [
+        ({E: RoleConfig(devices=("0",)), PD: RoleConfig(devices=("1", "2"))}, ["0", "12"]),
+        ({E: RoleConfig(devices=("0",)), PD: RoleConfig(2, devices=("1", "2"))}, ["0", "1", "2"]),
+        ({PD: RoleConfig(2, devices=("4", "5", "6", "7"))}, ["45", "67"]),
+        ({E: RoleConfig(4, devices=("0", "1")), PD: RoleConfig(devices=("2",))}, ["0", "0", "1", "1", "2"]),
+    ],
+)
+def test_named_devices_are_dealt_evenly(roles: dict[Role, RoleConfig], dealt: list[str]) -> None:
+    assert _devices(roles, EIGHT) == dealt
+
+
+@pytest.mark.parametrize(
+    ("counts", "found", "dealt"),
+    [
+        ({E: 1, PD: 1}, "0", ["0", "0"]),
+        ({E: 1, PD: 1}, "01", ["0", "1"]),
+        ({E: 1, PD: 1}, "0123", ["0", "12"]),
+        ({E: 2, PD: 1}, "01", ["0", "0", "1"]),
+        ({E: 2, PD: 2}, "01", ["0", "1", "0", "1"]),
+        ({E: 1, PD: 1}, "01234567", ["0", "1234"]),
+        ({E: 1, P: 1, D: 1}, "012", ["0", "1", "2"]),
+        ({ALL: 2}, "01234567", ["0123", "4567"]),
+        ({E: 1, PD: 1}, "", ["", ""]),
+    ],
+)
+def test_without_names_what_is_there_is_dealt(counts: dict[Role, int], found: str, dealt: list[str]) -> None:
+    assert _devices({role: RoleConfig(count) for role, count in counts.items()}, tuple(found)) == dealt
+
+
+def test_a_model_is_not_split_where_its_heads_could_not_be() -> None:
+    assert _devices({ALL: RoleConfig()}, EIGHT, 28) == ["0123"]
+    assert _devices({ALL: RoleConfig()}, EIGHT, 9) == ["0"]
+    assert _devices({ALL: RoleConfig()}, EIGHT, None) == ["0"]
+
+
+def test_roles_without_names_get_what_the_others_leave() -> None:
+    roles = {E: RoleConfig(), PD: RoleConfig(devices=("0", "1"))}
+    assert _devices(roles, ("0", "1", "2")) == ["2", "01"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({PD: RoleConfig(2, devices=("0", "1", "2"))}, "3 devices for 2 instances"),
+        ({PD: RoleConfig(devices=("0", "0"))}, "names 0 more than once"),
+        ({PD: RoleConfig(devices=("9",))}, "GPU 9 cannot be used here; there are 0, 1"),
+        ({E: RoleConfig(), PD: RoleConfig(devices=("0", "1", "2", "3", "4", "5", "6", "7"))}, "0 GPU.s. are left"),
+        (
+            {P: RoleConfig(5), D: RoleConfig(4)},
+            "8 GPU.s. are left for 9 instance.s. .* --prefill-devices, --decode-devices",
+        ),
+        (
+            {E: RoleConfig(devices=("0",), memory_share=0.5), PD: RoleConfig(devices=("0",), memory_share=0.6)},
+            "given 110%",
+        ),
+        ({E: RoleConfig(devices=("0",), memory_share=0.9), PD: RoleConfig(devices=("0",))}, "no memory left for pd"),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused(roles: dict[Role, RoleConfig], message: str) -> None:
+    found = ("0", "1") if "there are 0, 1" in message else EIGHT
+    with pytest.raises(ConfigurationError, match=message):
+        place(roles, found)
+
+
+def test_a_share_of_memory_needs_a_gpu() -> None:
+    with pytest.raises(ConfigurationError, match="--pd-memory-share is of a GPU's memory"):
+        place({PD: RoleConfig(memory_share=0.5)}, ())
+
+
+def test_a_device_of_ones_own_is_the_engines_to_fill_unless_a_share_is_given() -> None:
+    roles = {E: RoleConfig(devices=("0",)), PD: RoleConfig(devices=("1",), memory_share=0.5)}
+    assert place(roles, EIGHT) == {(E, 0): Placement(("0",)), (PD, 0): Placement(("1",), 0.5)}
+
+
+def test_instances_that_share_a_device_share_its_memory() -> None:
+    shared = place({E: RoleConfig(), PD: RoleConfig()}, ("0",))
+    assert shared == {(E, 0): Placement(("0",), 0.225, True), (PD, 0): Placement(("0",), 0.675, True)}
+
+
+def test_a_given_share_leaves_the_rest_to_the_others() -> None:
+    shared = place({E: RoleConfig(2, memory_share=0.1), PD: RoleConfig()}, ("0",))
+    assert [placement.memory_share for placement in shared.values()] == [0.1, 0.1, 0.7]
+
+
+def test_an_instance_over_several_devices_takes_what_the_fullest_leaves() -> None:
+    roles = {E: RoleConfig(devices=("0",), memory_share=0.2), PD: RoleConfig(devices=("0", "1"))}
+    assert place(roles, EIGHT)[PD, 0] == Placement(("0", "1"), 0.7, True)
+
+
+def test_the_choice_is_told_in_words() -> None:
+    roles = {E: RoleConfig(devices=("0",)), PD: RoleConfig(devices=("0", "1"))}
+    assert describe(place(roles, EIGHT)) == (
+        "encoder-0 on GPU 0, 22% of the memory; pd-0 on GPUs 0, 1, 68% of the memory"
+    )
+
+
+def test_the_environment_bounds_what_is_found() -> None:
+    assert found_devices({"CUDA_VISIBLE_DEVICES": "2, 3"}) == ("2", "3")
+    assert found_devices({"CUDA_VISIBLE_DEVICES": ""}) == ()
+    assert found_devices({"CUDA_VISIBLE_DEVICES": "-1"}) == ()
+    assert found_devices({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}) == ("GPU-1a2b",)

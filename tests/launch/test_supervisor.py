@@ -1,0 +1,199 @@
+"""A server that knows nothing of its launcher, and what its supervisor makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chiasm.launch.ports import HeldPort
+from tests.launch.waiting import alive, eventually
+
+SHARED_MEMORY = Path("/dev/shm")
+SERVER = """
+import http.server, multiprocessing, os, signal, sys, time
+from multiprocessing import shared_memory
+
+def work():
+    {worker}
+    time.sleep(600)
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def log_message(self, *said):
+        pass
+
+if __name__ == "__main__":
+    {before}
+    block = shared_memory.SharedMemory(create=True, size=4096)
+    print("block", block.name, flush=True)
+    print("folder", os.environ["TMPDIR"], flush=True)
+    multiprocessing.get_context("spawn").Process(target=work).start()
+    http.server.ThreadingHTTPServer(("127.0.0.1", {port}), Health).serve_forever()
+"""
+
+
+class Supervised:
+    """A supervisor, with the server's code in a file; leaving it kills what is left."""
+
+    def __init__(self, folder: Path, before: str = "pass", worker: str = "pass", turn: Path | None = None) -> None:
+        with_port = HeldPort("127.0.0.1")
+        with_port.release()
+        self.url = with_port.url
+        file = folder / f"server-{with_port.port}.py"
+        file.write_text(
+            SERVER.format(before=textwrap.indent(before, "    ").lstrip(), worker=worker, port=with_port.port)
+        )
+        self._errors = folder / f"stderr-{with_port.port}"
+        command = [sys.executable, "-m", "chiasm.launch.supervisor", "--url", self.url]
+        command += ["--turn", str(turn)] if turn else []
+        with self._errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [*command, "--", sys.executable, str(file)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "TMPDIR": str(folder)},
+                start_new_session=True,
+            )
+
+    @property
+    def family(self) -> list[psutil.Process]:
+        """What it has started: the server, its worker, and the tracker of what those share."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return alive(psutil.Process(self.process.pid).children(recursive=True))
+        return []
+
+    @property
+    def said(self) -> str:
+        return self._errors.read_text()
+
+    def wait_ready(self) -> list[psutil.Process]:
+        """Returns the family."""
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"ready {self.url}\n", self.said
+        assert eventually(lambda: len(self.family) == 3)
+        return self.family
+
+    def left(self, family: list[psutil.Process]) -> list[object]:
+        """Processes, blocks of shared memory and folders that are still there."""
+        words = dict(
+            line.split(maxsplit=1) for line in self.said.splitlines() if line.startswith(("block ", "folder "))
+        )
+        paths = [SHARED_MEMORY / words["block"], Path(words["folder"])]
+        return [*alive(family), *(path for path in paths if path.exists())]
+
+    def close(self) -> None:
+        for process in self.family:
+            process.kill()
+        self.process.kill()
+        with self.process:
+            pass
+
+
+Start = Callable[..., Supervised]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a supervisor; see ``Supervised``."""
+    with contextlib.ExitStack() as stack:
+
+        def started(before: str = "pass", worker: str = "pass", turn: Path | None = None) -> Supervised:
+            one = Supervised(tmp_path, before, worker, turn)
+            stack.callback(one.close)
+            return one
+
+        yield started
+
+
+def test_it_says_ready_when_the_server_answers_and_ends_with_all_when_asked(start: Start) -> None:
+    one = start()
+    family = one.wait_ready()
+    one.process.terminate()
+    assert one.process.wait(30) == 0
+    assert not one.left(family)
+
+
+def test_it_ends_with_its_standard_input(start: Start) -> None:
+    one = start()
+    family = one.wait_ready()
+    assert one.process.stdin is not None
+    one.process.stdin.close()
+    assert one.process.wait(30) == 0
+    assert not one.left(family)
+
+
+def test_what_does_not_listen_is_killed_and_leaves_nothing(start: Start) -> None:
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    one = start(deaf, deaf)
+    family = one.wait_ready()
+    one.process.terminate()
+    assert one.process.wait(30) == 0
+    assert not one.left(family)
+
+
+def test_a_killed_server_leaves_nothing_and_is_no_fault_of_configuration(start: Start) -> None:
+    one = start()
+    family = one.wait_ready()
+    server = next(process for process in family if "server-" in " ".join(process.cmdline()))
+    server.kill()
+    assert one.process.wait(30) == 1
+    assert "it ended with SIGKILL" in one.said
+    assert not one.left(family)
+
+
+def test_a_killed_supervisor_takes_the_server_along(start: Start) -> None:
+    one = start()
+    family = one.wait_ready()
+    server = next(process for process in family if "server-" in " ".join(process.cmdline()))
+    one.process.kill()
+    assert eventually(lambda: not alive([server]), 10)
+    for process in alive(family):
+        process.kill()
+
+
+def test_a_server_that_cannot_start_is_told_of_in_one_line(start: Start) -> None:
+    one = start("raise ValueError('there is no such model')")
+    assert one.process.wait(30) == 2
+    assert one.said.splitlines()[-1] == "Error: there is no such model"
+
+
+def test_a_server_that_ends_without_a_word_is_told_of_as_well(start: Start) -> None:
+    one = start("sys.exit(5)")
+    assert one.process.wait(30) == 2
+    assert one.said.splitlines()[-1] == "Error: it ended with exit code 5 before it was ready"
+
+
+def test_of_those_that_take_turns_one_starts_at_a_time(start: Start, tmp_path: Path) -> None:
+    turn, gate = tmp_path / "turn", tmp_path / "gate"
+    first = start(f"while not os.path.exists({str(gate)!r}): time.sleep(0.02)", turn=turn)
+    assert eventually(lambda: first.family)
+    second = start(turn=turn)
+    third = start()
+    third.wait_ready()  # it needs no turn, and is ready long after the second could have started
+    assert not second.family
+    gate.touch()
+    first.wait_ready()
+    second.wait_ready()
+
+
+def test_one_that_waits_for_its_turn_ends_when_asked(start: Start, tmp_path: Path) -> None:
+    turn, gate = tmp_path / "turn", tmp_path / "gate"
+    first = start(f"while not os.path.exists({str(gate)!r}): time.sleep(0.02)", turn=turn)
+    assert eventually(lambda: first.family)
+    second = start(turn=turn)
+    second.process.send_signal(signal.SIGTERM)
+    assert second.process.wait(30) in {0, -signal.SIGTERM}
+    assert not second.family

@@ -1,0 +1,200 @@
+"""What `vllm serve` is told for each role. Needs no vLLM."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from chiasm.errors import ConfigurationError
+from chiasm.launch import DeploymentConfig, Engine, Role, RoleConfig, vllm
+from chiasm.launch.devices import Placement
+from chiasm.launch.ports import HeldPort
+from chiasm.launch.vllm import Installed, Site
+
+CPU = Installed(Path("/env/bin/vllm"), "0.32.0+cpu")
+GPU = Installed(Path("/env/bin/vllm"), "0.33.0")
+FOLDER = Path("/models/qwen")
+EACH = {role: RoleConfig() for role in (Role.ENCODER, Role.PD)}
+APART = {role: RoleConfig() for role in (Role.ENCODER, Role.PREFILL, Role.DECODE)}
+
+
+@pytest.fixture
+def address() -> HeldPort:
+    held = HeldPort("127.0.0.1")
+    held.release()
+    return held
+
+
+@pytest.fixture
+def site(address: HeldPort, tmp_path: Path) -> Site:
+    return Site(address, Placement(), tmp_path, 1 << 20, None, None)
+
+
+def _config(roles: dict[Role, RoleConfig] = EACH, **settings: object) -> DeploymentConfig:
+    return DeploymentConfig("/models/qwen", roles, engine=Engine.VLLM, **settings)  # type: ignore[arg-type]
+
+
+def _command(config: DeploymentConfig, role: Role, site: Site, found: Installed = GPU) -> list[str]:
+    return vllm.instance_command(config, FOLDER, role, site, found=found, kv_bytes=1 << 30)
+
+
+def _value(command: Sequence[str], flag: str) -> str:
+    """The last one given, which is the one that counts."""
+    return command[len(command) - command[::-1].index(flag)]
+
+
+def test_a_supervisor_starts_vllm_on_a_port_of_its_own(site: Site) -> None:
+    command = _command(_config(), Role.PD, site)
+    assert command[:5] == [sys.executable, "-m", "chiasm.launch.supervisor", "--url", site.address.url]
+    after = command[command.index("--") + 1 :]
+    assert after[:3] == ["/env/bin/vllm", "serve", str(FOLDER)]
+    assert _value(after, "--host") == "127.0.0.1"
+    assert _value(after, "--port") == str(site.address.port)
+    assert _value(after, "--middleware") == "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
+
+
+@pytest.mark.parametrize(
+    ("roles", "role", "ec_role"),
+    [
+        (EACH, Role.ENCODER, "ec_producer"),
+        (EACH, Role.PD, "ec_consumer"),
+        (APART, Role.PREFILL, "ec_consumer"),
+    ],
+)
+def test_embeddings_go_through_chiasms_connector(
+    roles: dict[Role, RoleConfig], role: Role, ec_role: str, site: Site, tmp_path: Path
+) -> None:
+    command = _command(_config(roles, deadline_seconds=30.0), role, site)
+    assert json.loads(_value(command, "--ec-transfer-config")) == {
+        "ec_connector": "ChiasmECConnector",
+        "ec_connector_module_path": "chiasm.integrations.vllm.ec_connector",
+        "ec_role": ec_role,
+        "ec_connector_extra_config": {"shared_storage_path": str(tmp_path), "max_bytes": 1 << 20, "wait_seconds": 30.0},
+    }
+
+
+@pytest.mark.parametrize(("role", "kv_role"), [(Role.PREFILL, "kv_producer"), (Role.DECODE, "kv_consumer")])
+def test_kv_goes_through_vllms_own_connector(role: Role, kv_role: str, site: Site) -> None:
+    command = _command(_config(APART, kv_lease_seconds=4.5), role, site)
+    assert json.loads(_value(command, "--kv-transfer-config")) == {
+        "kv_connector": "NixlConnector",
+        "kv_role": kv_role,
+        "kv_connector_extra_config": {"kv_lease_duration": 5},
+    }
+
+
+def test_an_aggregated_instance_and_a_decode_instance_exchange_no_embeddings(site: Site) -> None:
+    assert "--ec-transfer-config" not in _command(_config(APART), Role.DECODE, site)
+    aggregated = _command(_config({Role.AGGREGATED: RoleConfig()}), Role.AGGREGATED, site)
+    assert not {"--ec-transfer-config", "--kv-transfer-config", "--limit-mm-per-prompt"} & set(aggregated)
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+def test_who_needs_no_vision_tower_loads_none(role: Role, site: Site) -> None:
+    command = _command(_config(APART), role, site)
+    assert json.loads(_value(command, "--limit-mm-per-prompt")) == {"image": 0, "video": 0, "audio": 0}
+    assert "--enable-mm-embeds" in command
+
+
+def test_a_persons_flags_come_last_so_that_they_count(site: Site) -> None:
+    roles = {**EACH, Role.PD: RoleConfig(flags=("--limit-mm-per-prompt", "{}", "--seed", "2"))}
+    command = _command(_config(roles, instance_flags=("--seed", "1")), Role.PD, site)
+    assert _value(command, "--limit-mm-per-prompt") == "{}"
+    assert command[-6:] == ["--seed", "1", "--limit-mm-per-prompt", "{}", "--seed", "2"]
+
+
+def test_devices_are_all_that_it_sees_and_it_splits_the_model_over_them(site: Site, tmp_path: Path) -> None:
+    placed = Site(site.address, Placement(("2", "3"), 0.4, True), tmp_path, 1, None, tmp_path / "turn-2")
+    command = _command(_config(), Role.PD, placed)
+    assert _value(command, "--tensor-parallel-size") == "2"
+    assert _value(command, "--gpu-memory-utilization") == "0.4"
+    assert _value(command, "--turn") == str(tmp_path / "turn-2")
+    environment = vllm.instance_environment(_config(), Role.PD, placed, found=GPU, environment={})
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert "OMP_NUM_THREADS" not in environment
+
+
+def test_on_cpu_it_runs_eagerly_with_kv_of_a_known_size(site: Site) -> None:
+    pd, encoder = (_command(_config(), role, site, CPU) for role in (Role.PD, Role.ENCODER))
+    assert "--enforce-eager" in pd
+    assert _value(pd, "--kv-cache-memory-bytes") == str(1 << 30)
+    assert int(_value(encoder, "--kv-cache-memory-bytes")) < 1 << 30
+    assert not {"--enforce-eager", "--kv-cache-memory-bytes"} & set(_command(_config(), Role.PD, site, GPU))
+
+
+@pytest.mark.parametrize("flags", [("--kv-cache-memory-bytes", "5"), ("--gpu_memory_utilization=0.3",)])
+def test_kv_that_a_person_has_sized_keeps_that_size(flags: tuple[str, ...], site: Site) -> None:
+    command = _command(_config(instance_flags=flags), Role.PD, site, CPU)
+    assert str(1 << 30) not in command
+
+
+def test_on_cpu_instances_share_the_cores_unless_a_person_has_set_it_otherwise(site: Site) -> None:
+    config = _config({**EACH, Role.PD: RoleConfig(threads=3, cpus=(0, 1))})
+    environment = vllm.instance_environment(config, Role.PD, site, found=CPU, environment={})
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert _value(_command(config, Role.PD, site, CPU), "--cpus") == "0,1"
+    own = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "OMP_NUM_THREADS": "5", "HF_HUB_OFFLINE": "0"}
+    assert vllm.instance_environment(config, Role.PD, site, found=CPU, environment=own).items() >= own.items()
+
+
+def test_who_exchanges_kv_shakes_hands_on_a_port_of_its_own(site: Site, address: HeldPort, tmp_path: Path) -> None:
+    with_channel = Site(site.address, Placement(), tmp_path, 1, address, None)
+    environment = vllm.instance_environment(_config(APART), Role.PREFILL, with_channel, found=GPU, environment={})
+    assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
+    assert environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == str(address.port)
+
+
+def test_language_models_on_cpu_leave_most_of_the_memory(tmp_path: Path) -> None:
+    assert vllm.default_kv_bytes(_config(), 64 << 30) == 2 << 30
+    assert vllm.default_kv_bytes(_config(), 4 << 30) == 1 << 30
+    assert vllm.default_kv_bytes(_config(APART), 4 << 30) == 512 << 20
+    assert vllm.default_kv_bytes(_config(), 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        ({"num_attention_heads": 16, "vision_config": {"num_heads": 12}}, 4),
+        ({"text_config": {"num_attention_heads": 28}, "vision_config": {"num_attention_heads": 16}}, 4),
+        ({"num_attention_heads": 32}, 32),
+        ({"vision_config": {"num_heads": 16}}, None),
+        ({"num_attention_heads": "many"}, None),
+    ],
+)
+def test_the_heads_bound_how_a_model_can_be_split(config: dict[str, object], heads: int | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert vllm.attention_heads(tmp_path) == heads
+
+
+def test_a_checkpoint_that_tells_nothing_is_not_split(tmp_path: Path) -> None:
+    assert vllm.attention_heads(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"connector": "Other"}, "--connector: vLLM instances exchange embeddings through SharedStorageConnector"),
+        ({"connector_module_path": "mine"}, "--connector: "),
+        ({"kv_connector": "SharedMemoryConnector"}, "--kv-connector: vLLM instances exchange KV through NixlConnector"),
+        ({"kv_connector": "NixlConnector", "kv_connector_module_path": "mine"}, "--kv-connector: "),
+    ],
+)
+def test_connectors_that_vllm_does_not_have_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        _config(**settings)
+
+
+def test_a_share_of_memory_is_nothing_that_the_built_in_engine_knows() -> None:
+    with pytest.raises(ConfigurationError, match=r"--pd-memory-share is vLLM's: .* --kv-cache-bytes"):
+        DeploymentConfig("demo", {Role.PD: RoleConfig(memory_share=0.5)})
+
+
+def test_an_environment_without_vllm_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"needs vLLM in the environment .* has none; `make vllm` makes one"):
+        vllm.installed(str(tmp_path / "bin" / "python"))
