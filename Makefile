@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+VLLM := .venv-vllm
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format vllm test-vllm clean
 
 demo: $(VENV)/.installed
 	$(BIN)/chiasm demo
@@ -14,6 +15,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# vLLM needs packages of its own, and so an environment of its own. Without a GPU it is vLLM's build for CPUs.
+vllm: $(VLLM)/.installed
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/pytest tests/vllm
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/pre-commit run --all-files
@@ -34,5 +41,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VLLM)/.installed: scripts/vllm/install.sh scripts/vllm/chiasm_torchvision_schemas.py pyproject.toml
+	PYTHON="$(PYTHON)" scripts/vllm/install.sh $(VLLM)
+	touch $@
+
 clean:
-	rm -rf $(VENV) bench-results .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) bench-results .mypy_cache .ruff_cache .pytest_cache
