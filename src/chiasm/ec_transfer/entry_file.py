@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import os
 import re
 import stat
@@ -171,7 +172,7 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 class Pin(NamedTuple):
-    """Where another process finds a file that a scheduler role keeps open, whatever has become of its name."""
+    """Where another process finds the copy that a scheduler role keeps, whatever becomes of the file."""
 
     process: int
     descriptor: int
@@ -203,6 +204,31 @@ class Entry:
     def tensor(self) -> torch.Tensor:
         """The embedding, on the CPU. Raises OSError when a file that is not mapped cannot be read any more."""
         return self._data().view(dtype_of(self.header)).view(self.header.shape)
+
+    def copied(self, *, checked: bool) -> Entry | None:
+        """The same entry in memory that has no name, so that nobody cuts it off or changes it; ``pin`` says where.
+
+        None if the checksum turns out to be wrong; it is not looked at again if it has been ``checked`` before. For an
+        entry that keeps its file open. Raises OSError.
+        """
+        assert self._file is not None
+        size_bytes = self.known.signature.size_bytes
+        memory = OpenFile(os.memfd_create("chiasm-entry", os.MFD_CLOEXEC))
+        os.ftruncate(memory.descriptor, size_bytes)
+        hasher = self.header.hasher()
+        with mmap.mmap(memory.descriptor, size_bytes) as pages, memoryview(pages) as copy:
+            done = 0
+            while done < size_bytes:
+                read = os.preadv(self._file.descriptor, [copy[done : done + _PIECE_BYTES]], done)
+                if read == 0:
+                    raise OSError(errno.ESTALE, "the file has become shorter", self._path)
+                if not checked:
+                    hasher.update(copy[max(done, HEADER_BYTES) : max(done + read, HEADER_BYTES)])
+                done += read
+        if not checked and hasher.hexdigest() != self.header.checksum:
+            return None
+        signature = Signature.of(os.fstat(memory.descriptor))
+        return Entry(self._path, Known(signature, self.header), None, memory)
 
     def matches_checksum(self) -> bool:
         """Whether the tensor's bytes are those that were written; reads all of them. Raises OSError as ``tensor``."""
@@ -254,11 +280,12 @@ def open_entry(
 
 
 def open_pinned(pin: Pin) -> Entry:
-    """The entry that another process keeps open. Raises OSError when that has let go of it, or the file has changed."""
+    """The copy that another process keeps, mapped. Raises OSError when that has let go of it, or is on another host."""
     file = OpenFile(os.open(pin.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-    if Signature.of(os.fstat(file.descriptor)) != pin.known.signature:
-        raise OSError(errno.ESTALE, "the file has changed since it was found", pin.path)
-    return Entry(pin.path, pin.known, None, file)
+    signature = Signature.of(os.fstat(file.descriptor))
+    if signature != pin.known.signature:
+        raise OSError(errno.ESTALE, "another file has taken its place", pin.path)
+    return Entry(pin.path, pin.known, _map(file.descriptor, signature.size_bytes))
 
 
 def _open(path: str) -> int:

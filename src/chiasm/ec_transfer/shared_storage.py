@@ -7,6 +7,7 @@ a file looks like, bounded_folder.py how files come and go; this file is what th
 from __future__ import annotations
 
 import logging
+import os
 import re
 import stat
 import threading
@@ -78,9 +79,9 @@ class SharedStorageConnector(ECConnector):
     is counted in ``stats.corrupt_entries`` and removed.
 
     What ``has_cache_item`` finds stays loadable for the step, whoever evicts it. When both roles live in one process, the
-    scheduler role maps the file and its metadata carries the mapping. With ``config.separate_processes`` it keeps the file
-    open instead, after looking at its checksum, and the worker opens it through ``/proc``, without its name. A worker on
-    another host looks for the name, and leaves out what went all the same.
+    scheduler role maps the file and its metadata carries the mapping. With ``config.separate_processes`` it copies the
+    file instead, into memory that has no name, and looks at its checksum; the worker maps the copy through ``/proc``,
+    whatever has become of the file. A worker on another host looks for the file, and leaves out what went all the same.
 
     Raises ConfigurationError for a path, bound or fingerprint that cannot work.
     """
@@ -93,7 +94,9 @@ class SharedStorageConnector(ECConnector):
             raise ConfigurationError(f"max_bytes must be more than {HEADER_BYTES}, the size of an entry's header")
         path = _usable_folder(config.shared_storage_path)
         self._folder = BoundedFolder(path, config.max_bytes, self._count_eviction)
-        # An engine that must not die of a load must not die of SIGBUS either: it reads, it does not map.
+        if config.separate_processes and not hasattr(os, "memfd_create"):
+            raise ConfigurationError("SharedStorageConnector with halves in separate processes needs Linux")
+        # An engine that must not die of a load must not die of SIGBUS either: it maps no file that has a name.
         self._mapped = not config.separate_processes and files_may_be_mapped(path)
         self._max_held = _MAX_HELD_OPEN if config.separate_processes else _MAX_HELD
         self._lock = threading.Lock()  # of the stats and of the tables: producers save and probe from several threads
@@ -129,21 +132,18 @@ class SharedStorageConnector(ECConnector):
         if identifier in self._held:
             return True
         entry = self._find(identifier)
-        if entry is not None and self.config.separate_processes and not self._is_intact(identifier, entry):
-            return False
+        if entry is not None and self.config.separate_processes:
+            entry = self._made_sure_of(identifier, entry)
         if entry is not None and self.is_consumer:
             with self._lock:
                 _remember(self._held, identifier, entry, self._max_held)
         return entry is not None
 
-    def found(self, identifier: str) -> EntryHeader | None:
-        """What the entry that ``has_cache_item`` has found in this step says of itself; consumers only."""
-        entry = self._held.get(identifier)
+    def published(self, identifier: str) -> EntryHeader | None:
+        """What the entry that stands there says of itself. Other than ``has_cache_item`` it promises nothing and reads
+        no tensor."""
+        entry = self._find(check_identifier(identifier))
         return None if entry is None else entry.header
-
-    def is_published(self, identifier: str) -> bool:
-        """Whether an entry stands there. Other than ``has_cache_item`` it promises nothing and reads no tensor."""
-        return self._find(check_identifier(identifier)) is not None
 
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
         identifier = check_identifier(request.items[index].identifier)
@@ -250,6 +250,23 @@ class SharedStorageConnector(ECConnector):
         except OSError as error:
             self._warn_once(error)
             return None
+
+    def _made_sure_of(self, identifier: str, entry: Entry) -> Entry | None:
+        """What can be promised to another process; None if the checksum is wrong or the file cannot be read."""
+        if not self.is_consumer:
+            return entry if self._is_intact(identifier, entry) else None
+        signature = entry.known.signature
+        try:
+            copy = entry.copied(checked=self._verified.get(identifier) == signature)
+        except OSError as error:
+            self._warn_once(error)
+            return None
+        if copy is None:
+            self._reject(identifier, signature, "its checksum is wrong")
+            return None
+        with self._lock:
+            _remember(self._verified, identifier, signature, _MAX_KNOWN)
+        return copy
 
     def _is_intact(self, identifier: str, entry: Entry) -> bool:
         """Whether the checksum is right. It is computed once for a file, not at every use of it."""

@@ -14,7 +14,7 @@ from dataclasses import astuple, fields
 from chiasm.ec_transfer import ECConnectorStats
 
 _NAMES = tuple(field.name for field in fields(ECConnectorStats))
-_PAGE = struct.Struct(f"={len(_NAMES)}dq")
+_PAGE = struct.Struct(f"={len(_NAMES)}d")
 
 
 class CounterPage:
@@ -33,17 +33,10 @@ class CounterPage:
     def added(self) -> dict[str, float]:
         if self._descriptor < 0:
             return {}
-        now = dict(zip(_NAMES, self._read(), strict=False))
+        now = dict(zip(_NAMES, _PAGE.unpack(os.pread(self._descriptor, _PAGE.size, 0)), strict=True))
         added = {name: value - self._last[name] for name, value in now.items()}
         self._last = now
         return added
-
-    def steps_done(self) -> int:
-        """The last step that the worker has loaded."""
-        return int(self._read()[-1]) if self._descriptor >= 0 else 0
-
-    def _read(self) -> tuple[float, ...]:
-        return _PAGE.unpack(os.pread(self._descriptor, _PAGE.size, 0))
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -62,5 +55,5 @@ class CounterWriter:
         finally:
             os.close(descriptor)
 
-    def write(self, stats: ECConnectorStats, step: int) -> None:
-        _PAGE.pack_into(self._page, 0, *astuple(stats), step)
+    def write(self, stats: ECConnectorStats) -> None:
+        _PAGE.pack_into(self._page, 0, *astuple(stats))

@@ -7,7 +7,6 @@ the workers' objects to WorkerHalf; this file only translates between vLLM's typ
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,18 +31,18 @@ from vllm.platforms import current_platform  # noqa: E402
 
 from chiasm import ec_transfer  # noqa: E402
 from chiasm.ec_transfer.shared_storage import SharedStorageConnector  # noqa: E402
+from chiasm.errors import ConfigurationError  # noqa: E402
+from chiasm.integrations.vllm.encoder_cache import install  # noqa: E402
+from chiasm.integrations.vllm.identity import fingerprint_of  # noqa: E402
 from chiasm.integrations.vllm.layout import Layout  # noqa: E402
-from chiasm.integrations.vllm.scheduler_half import SchedulerHalf  # noqa: E402
+from chiasm.integrations.vllm.scheduler_half import Reach, SchedulerHalf  # noqa: E402
 from chiasm.integrations.vllm.settings import Settings  # noqa: E402
 from chiasm.integrations.vllm.stats import ChiasmECPromMetrics, ChiasmECStats  # noqa: E402
 from chiasm.integrations.vllm.step import StepMetadata, StepReport  # noqa: E402
 from chiasm.integrations.vllm.worker_half import WorkerHalf  # noqa: E402
-from chiasm.models.identity import fingerprint  # noqa: E402
 
 ECConnectorMetadata.register(StepMetadata)
 ECConnectorWorkerMetadata.register(StepReport)
-
-_CHECKPOINT_FILES = ["*.json", "*.safetensors"]
 
 
 class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
@@ -53,47 +52,39 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, role=role)
         model_config = vllm_config.model_config
         settings = Settings.read(vllm_config.ec_transfer_config.ec_connector_extra_config)
-        layout = Layout.of(model_config)
+        if model_config.is_encoder_decoder:
+            raise ConfigurationError("ChiasmECConnector cannot serve encoder-decoder models")
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role is ECConnectorRole.SCHEDULER:
-            self._store = self._make_store(settings, layout, ec_transfer.ECConnectorRole.SCHEDULER, "cpu")
+            self._store = self._make_store(settings, ec_transfer.ECConnectorRole.SCHEDULER, "cpu")
             self._fields = PlaceholderMetadataResolver(model_config)
             self._fields.fields_for("image")  # takes a while: better now than when a request waits
             self._scheduler = SchedulerHalf(
                 self._store,
                 settings,
-                layout,
+                Layout.of(model_config),
                 self._fields.fields_for,
-                window_tokens=_window_tokens(vllm_config),
+                reach=_reach_of(vllm_config),
                 is_producer=self.is_producer,
                 is_reader=self.is_consumer,
             )
+            install(vllm_config, self._scheduler)
         else:
-            self._store = self._make_store(settings, layout, ec_transfer.ECConnectorRole.WORKER, _device())
-            self._worker = WorkerHalf(
-                self._store, model_config.dtype, is_reader=self.is_consumer, is_writer=self._is_writer
-            )
+            self._store = self._make_store(settings, ec_transfer.ECConnectorRole.WORKER, _device())
+            self._worker = WorkerHalf(self._store, model_config.dtype, is_writer=_is_writer)
 
-    def _make_store(
-        self, settings: Settings, layout: Layout, role: ec_transfer.ECConnectorRole, device: str
-    ) -> SharedStorageConnector:
-        # An encoder loads as well: vLLM doesn't encode what the store has, and believes it to be in memory from then on.
-        storing = ec_transfer.ECTransferRole.BOTH if self.is_producer else ec_transfer.ECTransferRole.CONSUMER
-        model_config = self._vllm_config.model_config
+    def _make_store(self, settings: Settings, role: ec_transfer.ECConnectorRole, device: str) -> SharedStorageConnector:
+        transfer = self._vllm_config.ec_transfer_config
         config = ec_transfer.ECTransferConfig(
-            role=storing,
+            role=ec_transfer.ECTransferRole(transfer.ec_role),
             shared_storage_path=settings.shared_storage_path,
             max_bytes=settings.max_bytes,
-            fingerprint=settings.fingerprint or fingerprint(_folder_of(model_config), layout.dtype),
+            fingerprint=fingerprint_of(self._vllm_config.model_config, settings.fingerprint),
             device=device,
             separate_processes=True,
         )
         return SharedStorageConnector(config, role)
-
-    def _is_writer(self) -> bool:
-        """One rank saves for all, since all have the same embeddings."""
-        return bool(get_tensor_model_parallel_rank() == 0)
 
     def shutdown(self) -> None:
         if self._scheduler is not None:
@@ -117,7 +108,7 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         self._scheduling.update_state_after_alloc(request, index)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
-        return self._scheduling.build_connector_meta(scheduler_output.free_encoder_mm_hashes)
+        return self._scheduling.build_connector_meta()
 
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.ec_connector_worker_meta
@@ -194,22 +185,21 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         return ChiasmECPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
 
-def _window_tokens(vllm_config: Any) -> int:
-    """The tokens of one request that a step can reach at most, with those that a draft model looks ahead."""
-    speculative = vllm_config.speculative_config
-    drafted = int(speculative.num_speculative_tokens or 0) + 1 if speculative is not None else 0
-    return int(vllm_config.scheduler_config.max_num_batched_tokens) + drafted
+def _reach_of(vllm_config: Any) -> Reach:
+    scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
+    lookahead = int(speculative.num_speculative_tokens or 0) + 1 if speculative is not None else 0
+    # Chunks of a hybrid model end where its state can be kept.
+    ends_anywhere = scheduler.enable_chunked_prefill and not vllm_config.model_config.is_hybrid
+    return Reach(
+        window_tokens=int(scheduler.max_num_batched_tokens) + lookahead,
+        max_ahead=max(1, int(scheduler.max_num_seqs) // 4) if ends_anywhere else 0,
+        lookahead_tokens=lookahead,
+    )
 
 
-def _folder_of(model_config: Any) -> Path:
-    """The checkpoint's folder: what ``--model`` names, or where the Hub's client has put it."""
-    folder = Path(model_config.model)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    downloaded = snapshot_download(model_config.model, revision=model_config.revision, allow_patterns=_CHECKPOINT_FILES)
-    return Path(downloaded)
+def _is_writer() -> bool:
+    """One rank saves for all, since all have the same embeddings."""
+    return bool(get_tensor_model_parallel_rank() == 0)
 
 
 def _device() -> str:

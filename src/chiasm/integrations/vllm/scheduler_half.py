@@ -1,19 +1,19 @@
 """What runs in vLLM's scheduler: which requests wait for an entry, what a step loads, which requests fail.
 
-vLLM asks in this order, for one request after the other: ``ensure_cache_available`` (whether it may run at all),
-``has_cache_item`` for each of its items that is not in memory (a no means: encode it here), ``update_state_after_alloc``
-for each item that is given room. ``build_connector_meta`` ends the step. After the step come ``take_unavailable_requests``
-and ``update_connector_output``.
+vLLM asks in this order, for one request after the other: ``ensure_cache_available`` (whether it may run at all); for each
+of its items that is not in memory ``is_out_of_reach`` and ``can_get`` (whether prefill goes so far) and ``has_cache_item``
+(whether the item is loaded or encoded); ``update_state_after_alloc`` for each that is given room. ``build_connector_meta``
+ends the step. After the step come ``take_unavailable_requests`` and ``update_connector_output``.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from chiasm.ec_transfer import ECConnectorMetadata, check_identifier
 from chiasm.ec_transfer.shared_storage import SharedStorageConnector
@@ -27,23 +27,40 @@ from chiasm.integrations.vllm.tracked import MetadataFields, TrackedItem, Tracke
 _logger = logging.getLogger(__name__)
 
 _MAX_PINNED_STEPS = 64
-"""Steps whose entries stay open although no worker has reported them. vLLM has two or so under way."""
+"""Steps whose entries are kept although no worker has reported them. vLLM has two or so under way."""
+_MAX_SPOILED = 1024
 
 
-class _Source(enum.Enum):
-    """Where the embedding of an item that vLLM has no more in memory comes from."""
+class EncoderMemory(Protocol):
+    """What vLLM's scheduler believes to be in the workers' memory."""
 
-    STORE = "store"
-    ENCODER = "encoder"
-    NOWHERE = "nowhere"
+    def holds(self, identifier: str) -> bool: ...
+
+    def forget(self, identifier: str) -> bool:
+        """Have vLLM load or encode the item anew when it is next wanted. False while a request makes use of it."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far prefill goes while items are not there yet.
+
+    ``window_tokens`` is how far ahead of a request's computed tokens one step can get: items beyond it need not be there.
+    ``max_ahead`` is how many requests may begin although an item in that window is missing, and run up to it; they hold a
+    place among the running ones while they wait. One begins for ``min_tokens`` or more, and goes on for any number above
+    ``lookahead_tokens``, those that a draft model looks ahead.
+    """
+
+    window_tokens: int
+    max_ahead: int = 0
+    min_tokens: int = 64
+    lookahead_tokens: int = 0
 
 
 class SchedulerHalf:
     """Answers yes only for what cannot be lost until the worker has it, since a miss there stops vLLM's engine.
 
-    ``window_tokens`` is how far ahead of a request's computed tokens one step can reach: items beyond it need not be there
-    yet, so that prefill begins before all items of a request are encoded. ``is_producer`` and ``is_reader``: whether what
-    is encoded here is published, and whether a language model runs here that reads it.
+    ``is_producer`` and ``is_reader``: whether what is encoded here is published, and whether a language model runs here that
+    reads it.
     """
 
     def __init__(
@@ -53,7 +70,7 @@ class SchedulerHalf:
         layout: Layout,
         metadata_fields: MetadataFields,
         *,
-        window_tokens: int,
+        reach: Reach,
         is_producer: bool,
         is_reader: bool,
         clock: Callable[[], float] = time.monotonic,
@@ -62,10 +79,11 @@ class SchedulerHalf:
         self._wait_seconds = settings.wait_seconds
         self._layout = layout
         self._metadata_fields = metadata_fields
-        self._window_tokens = window_tokens
+        self._reach = reach
         self._is_producer = is_producer
         self._is_reader = is_reader
         self._clock = clock
+        self._memory: EncoderMemory | None = None
         self._counters = CounterPage()
         self._counts: dict[str, float] = {}
         self._own_corrupt_entries = 0
@@ -73,19 +91,25 @@ class SchedulerHalf:
         self._requests: dict[str, TrackedRequest] = {}
         self._deferred: dict[str, TrackedRequest] = {}
         self._unavailable: set[str] = set()
-        # What vLLM believes to be in the workers' memory, and those of it that are zeros there.
-        self._resident: set[str] = set()
-        self._substituted: set[str] = set()
+        self._ahead: set[str] = set()
+        # Of what vLLM believes to be in memory: what is zeros there, and what is in the store alone.
+        self._zeros: set[str] = set()
+        self._elsewhere: set[str] = set()
+        # Items of which vLLM's prefix cache may hold wrong blocks.
+        self._spoiled: set[str] = set()
         # Of the step that is being scheduled.
         self._step = 1
         self._current: TrackedRequest | None = None
-        self._sources: dict[str, _Source] = {}
-        self._allocated: set[str] = set()
+        self._promised: dict[str, tuple[int, int]] = {}
+        self._from_store: set[str] = set()
         self._expected: dict[str, tuple[int, int]] = {}
-        self._reloads: set[str] = set()
         self._publish: dict[str, None] = {}
-        # Keeps the files of steps that are under way open.
+        # Keeps the copies of entries that steps under way load.
         self._pinned: deque[tuple[int, ECConnectorMetadata]] = deque(maxlen=_MAX_PINNED_STEPS)
+
+    def attach(self, memory: EncoderMemory) -> None:
+        """Called once, before the first request."""
+        self._memory = memory
 
     def shutdown(self) -> None:
         self._pinned.clear()
@@ -94,115 +118,100 @@ class SchedulerHalf:
     # ---- a request is looked at -----------------------------------------------------------------------------------
 
     def ensure_cache_available(self, request: Any, num_computed_tokens: int) -> bool:
-        """Whether all items that the request's next step can touch are there, or can be encoded here."""
-        tracked = self._requests.get(request.request_id)
-        if tracked is None or len(tracked.items) != len(request.mm_features):
-            tracked = self._requests[request.request_id] = TrackedRequest.of(request, self._metadata_fields)
-            if tracked.refusal is not None:
-                self._fail(tracked, tracked.refusal)
-        self._current = tracked
+        """Whether the request can run a step: all items that the step touches are there, or can be encoded here."""
+        tracked = self._current = self._tracked(request)
+        tracked.stop = None
         if tracked.refusal is not None or tracked.request_id in self._unavailable:
             return False
-        if num_computed_tokens >= tracked.end:
+        begins = request.num_computed_tokens == 0
+        if begins and self._is_spoiled(tracked, num_computed_tokens):
+            request.skip_reading_prefix_cache = True
+            return False
+        if not begins and num_computed_tokens >= tracked.end:
             return True
-        end = num_computed_tokens + self._window_tokens
-        needed = [item for item in tracked.items if item.end > num_computed_tokens and item.offset < end]
-        for index, item in enumerate(tracked.items):
-            if item in needed and not self._is_available(tracked, index, item):
+        end = num_computed_tokens + self._reach.window_tokens
+        for index, item in tracked.between(num_computed_tokens, end):
+            if self._is_available(tracked, item):
+                continue
+            if tracked.request_id in self._unavailable:
+                return False
+            if not self._may_run_ahead(tracked, item.offset - num_computed_tokens, begins):
                 self._defer(tracked)
                 return False
+            tracked.stop = index
+            end = item.offset
+            break
+        if tracked.stop is None:
+            self._ahead.discard(tracked.request_id)
+        else:
+            self._ahead.add(tracked.request_id)
         self._go_on(tracked)
-        tracked.needed_at.update((item.identifier, self._step) for item in needed)
+        # What the prefix cache gives to a request that begins is as good as what its blocks were made from.
+        used = tracked.between(0 if begins else num_computed_tokens, end)
+        tracked.counted_on.update((item.identifier, self._step) for _, item in used)
         return True
 
-    def _is_available(self, tracked: TrackedRequest, index: int, item: TrackedItem) -> bool:
-        identifier = item.identifier
-        if identifier in self._resident and identifier not in self._substituted:
-            if self._is_producer and not self._store.is_published(identifier):
-                self._publish[identifier] = None
-            return True
-        must_be_loaded = not item.has_pixels or identifier in self._substituted
-        if not self._store.has_cache_item(identifier):
-            return not must_be_loaded
-        if (misfit := self._misfit(item)) is not None:
-            if must_be_loaded:
-                self._fail(tracked, f"item {identifier}: {misfit}")
-            return not must_be_loaded
-        if identifier in self._substituted:
-            self._store.update_state_after_alloc(tracked, index)
-            self._expected[identifier] = (item.rows, self._layout.width)
-            self._reloads.add(identifier)
-        return True
+    def is_out_of_reach(self, request_id: str, index: int) -> bool:
+        """Whether the step that is being scheduled has to stop before the item, which is not in memory."""
+        stop = self._requests[request_id].stop
+        return stop is not None and index >= stop
+
+    def can_get(self, request_id: str, index: int) -> bool:
+        """Whether the item can be loaded or encoded in the step that is being scheduled; a yes is a promise.
+
+        Called when there is room for it, right before ``has_cache_item``.
+        """
+        item = self._requests[request_id].items[index]
+        return item.has_pixels or self._is_promised(item)
 
     def has_cache_item(self, identifier: str) -> bool:
-        """Whether the item of the request that was looked at last is loaded; if not, vLLM encodes it.
-
-        For an item that has no pixels the answer is yes in any case: the encoder would stop the engine.
-        """
+        """Whether the item of the request that was looked at last is loaded; if not, vLLM encodes it."""
         item = self._current.item(identifier) if self._current is not None else None
-        source = self._source(identifier, item)
-        self._sources[identifier] = source
-        return source is not _Source.ENCODER
-
-    def _source(self, identifier: str, item: TrackedItem | None) -> _Source:
-        try:
-            found = self._store.has_cache_item(identifier)
-        except InvalidRequestError:
-            found = False
-        if item is None:
-            return _Source.ENCODER
-        if found and self._misfit(item) is None:
-            return _Source.STORE
-        return _Source.ENCODER if item.has_pixels else _Source.NOWHERE
-
-    def _misfit(self, item: TrackedItem) -> str | None:
-        header = self._store.found(item.identifier)
-        return "its entry has gone" if header is None else self._layout.misfit(header, item.rows)
+        # Encoding an item that has no pixels would stop the engine.
+        from_store = item is not None and (self._is_promised(item) or not item.has_pixels)
+        if from_store:
+            self._from_store.add(identifier)
+        else:
+            self._from_store.discard(identifier)
+        return from_store
 
     def update_state_after_alloc(self, request: Any, index: int) -> None:
-        tracked = self._requests.get(request.request_id)
-        identifier = request.mm_features[index].identifier
-        self._allocated.add(identifier)
-        source = self._sources.get(identifier)
-        if tracked is None or source is None:
-            return
-        if source is _Source.ENCODER:
+        tracked = self._requests[request.request_id]
+        item = tracked.items[index]
+        self._zeros.discard(item.identifier)
+        self._elsewhere.discard(item.identifier)
+        if item.identifier not in self._from_store:
             self._add("misses")
             return
-        self._expected[identifier] = (tracked.items[index].rows, self._layout.width)
-        if source is _Source.STORE:
-            self._add("hits")
-            self._store.update_state_after_alloc(tracked, index)
-        else:
-            self._fail(tracked, f"item {identifier} has gone from the store and from memory")
+        self._add("hits")
+        if not self._is_reader:
+            self._elsewhere.add(item.identifier)
+            return
+        self._expected[item.identifier] = self._promised.get(item.identifier, (item.rows, self._layout.width))
+        self._store.update_state_after_alloc(tracked, index)
 
-    def build_connector_meta(self, freed: Iterable[str]) -> StepMetadata:
-        """Of the step that was scheduled; ``freed`` names what workers drop from their memory before it."""
-        freed = set(freed)
-        self._resident -= freed
-        self._substituted -= freed
-        self._resident |= self._allocated
+    def released(self, identifier: str) -> None:
+        """A request makes no use of the item any more. What no worker has in memory is not to be taken for it."""
+        if identifier in self._elsewhere and self._holder.forget(identifier):
+            self._elsewhere.discard(identifier)
+
+    def build_connector_meta(self) -> StepMetadata:
+        """Of the step that was scheduled."""
         loads = self._store.build_connector_meta()
         metadata = StepMetadata(
             step=self._step,
             loads=loads,
             expected=self._expected,
-            reloads=frozenset(self._reloads),
             publish=tuple(self._publish),
             counters=self._counters.path,
         )
-        if not self._is_reader:
-            self._release(
-                self._counters.steps_done()
-            )  # Whether reports of an encoder arrive depends on its model runner.
         if loads.loads:
             self._pinned.append((self._step, loads))
         self._step += 1
         self._current = None
-        self._sources = {}
-        self._allocated = set()
+        self._promised = {}
+        self._from_store = set()
         self._expected = {}
-        self._reloads = set()
         self._publish = {}
         return metadata
 
@@ -210,17 +219,16 @@ class SchedulerHalf:
 
     def update_connector_output(self, report: StepReport) -> None:
         """Let go of what has been loaded, and fail every request that has counted on what has not."""
-        self._release(report.step)
-        self._substituted -= report.reloaded
-        self._substituted |= report.failed & self._resident
-        for identifier in report.failed:
-            for tracked in self._requests.values():
-                if tracked.needed_at.get(identifier, -1) >= report.step:
-                    self._fail(tracked, f"item {identifier} could not be loaded")
-
-    def _release(self, step: int) -> None:
-        while self._pinned and self._pinned[0][0] <= step:
+        while self._pinned and self._pinned[0][0] <= report.step:
             self._pinned.popleft()
+        for identifier in report.failed:
+            if self._holder.holds(identifier):
+                self._zeros.add(identifier)
+            if len(self._spoiled) <= _MAX_SPOILED:
+                self._spoiled.add(identifier)
+            for tracked in self._requests.values():
+                if tracked.counted_on.get(identifier, -1) >= report.step:
+                    self._fail(tracked, f"item {identifier} could not be loaded")
 
     def take_unavailable_requests(self) -> set[str]:
         """The ids of the requests to fail, each once."""
@@ -235,11 +243,12 @@ class SchedulerHalf:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._go_on(tracked)
+        self._ahead.discard(request.request_id)
         self._unavailable.discard(request.request_id)
 
     def is_published(self, identifier: str) -> bool:
         try:
-            return self._store.is_published(check_identifier(identifier))
+            return self._store.published(check_identifier(identifier)) is not None
         except InvalidRequestError:
             return False
 
@@ -253,7 +262,72 @@ class SchedulerHalf:
         self._own_corrupt_entries = corrupt
         return {name: value for name, value in counts.items() if value}
 
+    # ---- what is there --------------------------------------------------------------------------------------------
+
+    @property
+    def _holder(self) -> EncoderMemory:
+        assert self._memory is not None, "vLLM has made its scheduler without chiasm's encoder cache manager"
+        return self._memory
+
+    def _is_available(self, tracked: TrackedRequest, item: TrackedItem) -> bool:
+        """Whether the item is in memory, can be encoded here, or stands in the store; none of them is a promise."""
+        identifier = item.identifier
+        if self._holder.holds(identifier):
+            if identifier not in self._zeros:
+                if self._is_producer and identifier not in self._elsewhere and not self.is_published(identifier):
+                    self._publish[identifier] = None
+                return True
+            if not self._holder.forget(identifier):
+                return False
+            self._zeros.discard(identifier)
+        if item.has_pixels:
+            return True
+        header = self._store.published(identifier)
+        if header is None:
+            return False
+        if (misfit := self._layout.misfit(header, item.rows)) is not None:
+            self._fail(tracked, f"item {identifier}: {misfit}")
+            return False
+        return True
+
+    def _is_promised(self, item: TrackedItem) -> bool:
+        """Whether the store has the entry; on a reader it then stays loadable until the step is over."""
+        if item.identifier not in self._promised:
+            header = self._store.published(item.identifier)
+            if header is None or self._layout.misfit(header, item.rows) is not None:
+                return False
+            if not self._store.has_cache_item(item.identifier):
+                return False
+            self._promised[item.identifier] = (header.shape[0], header.shape[1])
+        return True
+
+    def _is_spoiled(self, tracked: TrackedRequest, num_computed_tokens: int) -> bool:
+        """Whether the prefix cache gives blocks that may have been computed from zeros."""
+        if not self._spoiled:
+            return False
+        hit = tracked.between(0, num_computed_tokens)
+        return any(item.identifier in self._spoiled or len(self._spoiled) > _MAX_SPOILED for _, item in hit)
+
     # ---- waiting and failing --------------------------------------------------------------------------------------
+
+    def _tracked(self, request: Any) -> TrackedRequest:
+        tracked = self._requests.get(request.request_id)
+        if tracked is not None and len(tracked.items) == len(request.mm_features):
+            return tracked
+        if tracked is not None:  # A session whose client has sent more.
+            self._go_on(tracked)
+        tracked = self._requests[request.request_id] = TrackedRequest.of(request, self._metadata_fields)
+        if tracked.refusal is not None:
+            self._fail(tracked, tracked.refusal)
+        return tracked
+
+    def _may_run_ahead(self, tracked: TrackedRequest, tokens: int, begins: bool) -> bool:
+        """Whether the request computes the ``tokens`` before an item that is missing."""
+        reach = self._reach
+        if tokens <= reach.lookahead_tokens or reach.max_ahead == 0:
+            return False
+        has_place = tracked.request_id in self._ahead or len(self._ahead) < reach.max_ahead
+        return not begins or (tokens >= reach.min_tokens and has_place)
 
     def _defer(self, tracked: TrackedRequest) -> None:
         if tracked.deferred_since is None and tracked.request_id not in self._unavailable:

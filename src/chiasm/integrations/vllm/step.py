@@ -12,14 +12,13 @@ class StepMetadata:
     """From the scheduler to the workers.
 
     ``loads`` is chiasm's own metadata, with the pins of what is to be loaded. ``expected`` names all embeddings that vLLM
-    counts on in this step, with their shapes. ``reloads`` are those of them for which a substitute lies in memory, and
-    ``publish`` those in memory that the store has lost. ``counters`` is where the first worker keeps its counters.
+    counts on having been loaded in this step, with their shapes. ``publish`` are those in memory that the store has lost.
+    ``counters`` is where the first worker keeps its counters.
     """
 
     step: int
     loads: ECConnectorMetadata
     expected: dict[str, tuple[int, int]] = field(default_factory=dict)
-    reloads: frozenset[str] = frozenset()
     publish: tuple[str, ...] = ()
     counters: str = ""
 
@@ -30,9 +29,7 @@ class StepReport:
 
     step: int
     failed: frozenset[str] = frozenset()
-    reloaded: frozenset[str] = frozenset()
 
     def aggregate(self, other: StepReport) -> StepReport:
         """Of several ranks: what failed anywhere has failed."""
-        failed = self.failed | other.failed
-        return StepReport(min(self.step, other.step), failed, (self.reloaded | other.reloaded) - failed)
+        return StepReport(min(self.step, other.step), self.failed | other.failed)

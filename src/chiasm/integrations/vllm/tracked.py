@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,32 +33,45 @@ class TrackedItem:
 
 @dataclass
 class TrackedRequest:
-    """``needed_at`` says of an identifier in which step the request last counted on it."""
+    """``items`` in the order of their places.
+
+    ``stop`` is the index of the item that prefill may not reach in this step, if there is one. ``counted_on`` says of an
+    identifier in which step the request last made use of its embedding.
+    """
 
     request_id: str
     items: tuple[TrackedItem, ...]
     end: int
     refusal: str | None
+    stop: int | None = None
     deferred_since: float | None = None
-    needed_at: dict[str, int] = field(default_factory=dict)
+    counted_on: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, request: Any, metadata_fields: MetadataFields) -> TrackedRequest:
         """Of vLLM's ``Request``."""
         items = tuple(_item(feature, metadata_fields) for feature in request.mm_features)
-        refusal = None
-        for item in items:
-            try:
-                check_identifier(item.identifier)
-            except InvalidRequestError as error:
-                refusal = error.message
-        return cls(request.request_id, items, max((item.end for item in items), default=0), refusal)
+        end = max((item.end for item in items), default=0)
+        return cls(request.request_id, items, end, _refusal(item.identifier for item in items))
 
     def item(self, identifier: str) -> TrackedItem | None:
         return next((item for item in self.items if item.identifier == identifier), None)
+
+    def between(self, begin: int, end: int) -> Iterator[tuple[int, TrackedItem]]:
+        """The items that reach into these prompt tokens, with their indices."""
+        return ((index, item) for index, item in enumerate(self.items) if item.end > begin and item.offset < end)
 
 
 def _item(feature: Any, metadata_fields: MetadataFields) -> TrackedItem:
     position, data = feature.mm_position, feature.data
     has_pixels = data is not None and bool(set(data) - set(metadata_fields(feature.modality)))
     return TrackedItem(feature.identifier, position.offset, position.length, position.get_num_embeds(), has_pixels)
+
+
+def _refusal(identifiers: Iterable[str]) -> str | None:
+    for identifier in identifiers:
+        try:
+            check_identifier(identifier)
+        except InvalidRequestError as error:
+            return error.message
+    return None

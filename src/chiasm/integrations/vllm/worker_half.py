@@ -22,28 +22,18 @@ class WorkerHalf:
     vLLM's engine stops if it is not. So for an entry that cannot be loaded, in spite of all that the scheduler does, zeros
     of its shape take the place, and the scheduler is told, which fails the requests that use them.
 
-    ``is_writer`` says whether this rank saves what is encoded; it is asked when there is something to save. ``is_reader``
-    is false for an instance that only encodes: vLLM does not ask it for loads, but believes that they happen, and no model
-    runs there that would miss one.
+    ``is_writer`` says whether this rank saves what is encoded; it is asked when there is something to save.
     """
 
-    def __init__(
-        self,
-        store: SharedStorageConnector,
-        dtype: torch.dtype,
-        *,
-        is_reader: bool,
-        is_writer: Callable[[], bool],
-    ) -> None:
+    def __init__(self, store: SharedStorageConnector, dtype: torch.dtype, *, is_writer: Callable[[], bool]) -> None:
         self._store = store
         self._dtype = dtype
-        self._is_reader = is_reader
         self._is_writer = is_writer
         self._metadata: StepMetadata | None = None
         self._report: StepReport | None = None
         self._counters: CounterWriter | None = None
         self._has_asked_for_counters = False
-        self._substitutes: dict[str, torch.Tensor] = {}
+        self._zeros: dict[str, torch.Tensor] = {}
 
     def bind(self, metadata: StepMetadata) -> None:
         self._metadata = metadata
@@ -60,11 +50,7 @@ class WorkerHalf:
 
     def start_save_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
         """Before the encoder runs, on a producer: publish again what the store has lost."""
-        if self._metadata is None:
-            return
-        if not self._is_reader:
-            self.start_load_caches(encoder_cache)
-        for identifier in self._metadata.publish:
+        for identifier in self._metadata.publish if self._metadata is not None else ():
             if identifier in encoder_cache:
                 self.save_caches(encoder_cache, identifier)
 
@@ -72,9 +58,9 @@ class WorkerHalf:
         metadata = self._metadata
         if metadata is None or not metadata.expected:
             return
-        for identifier in metadata.reloads:
-            encoder_cache.pop(identifier, None)
-            self._substitutes.pop(identifier, None)
+        self._zeros = {name: zeros for name, zeros in self._zeros.items() if encoder_cache.get(name) is zeros}
+        for identifier in self._zeros.keys() & metadata.expected.keys():
+            del encoder_cache[identifier], self._zeros[identifier]
         try:
             self._store.start_load_caches(encoder_cache)
         except (OSError, RuntimeError) as error:  # such as no memory on the device
@@ -82,19 +68,16 @@ class WorkerHalf:
         failed = []
         for identifier, shape in metadata.expected.items():
             loaded = encoder_cache.get(identifier)
-            if loaded is not None and tuple(loaded.shape) == shape:
-                self._substitutes.pop(identifier, None)
-                continue
-            failed.append(identifier)
-            if self._is_reader:
+            if loaded is None or tuple(loaded.shape) != shape:
                 zeros = torch.zeros(shape, dtype=self._dtype, device=self._store.config.device)
-                encoder_cache[identifier] = self._substitutes[identifier] = zeros
-        self._report = StepReport(metadata.step, frozenset(failed), metadata.reloads.difference(failed))
+                encoder_cache[identifier] = self._zeros[identifier] = zeros
+                failed.append(identifier)
+        self._report = StepReport(metadata.step, frozenset(failed))
         self._count()
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
         """What cannot be saved costs the entry: the scheduler looks before it says that an item is in the store."""
-        if not self._is_writer() or encoder_cache[mm_hash] is self._substitutes.get(mm_hash):
+        if not self._is_writer() or encoder_cache[mm_hash] is self._zeros.get(mm_hash):
             return
         try:
             self._store.save_caches(encoder_cache, mm_hash)
@@ -110,5 +93,4 @@ class WorkerHalf:
 
     def _count(self) -> None:
         if self._counters is not None:
-            step = 0 if self._metadata is None else self._metadata.step
-            self._counters.write(self._store.stats, step)
+            self._counters.write(self._store.stats)

@@ -1,0 +1,236 @@
+"""A stand-in for vLLM's engine: it calls both halves in vLLM's order, and dies of what vLLM's dies of."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from chiasm.ec_transfer import ECConnectorRole, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer.shared_storage import SharedStorageConnector
+from chiasm.integrations.vllm.layout import Layout
+from chiasm.integrations.vllm.scheduler_half import Reach, SchedulerHalf
+from chiasm.integrations.vllm.settings import Settings
+from chiasm.integrations.vllm.step import StepMetadata, StepReport
+from chiasm.integrations.vllm.worker_half import WorkerHalf
+
+LAYOUT = Layout(hidden=8, levels=1, dtype="float32")
+ROWS = 4
+WINDOW = 32
+WAIT_SECONDS = 10.0
+
+
+def identifier_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def embedding_of(name: str, rows: int = ROWS, width: int = LAYOUT.width) -> torch.Tensor:
+    """A tensor that only this name has."""
+    generator = torch.Generator().manual_seed(int(identifier_of(name)[:12], 16))
+    return torch.randn(rows, width, generator=generator)
+
+
+@dataclass(frozen=True)
+class Position:
+    offset: int
+    length: int
+
+    def get_num_embeds(self) -> int:
+        return self.length
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One item of a vLLM request; without pixels its data only sizes the placeholders."""
+
+    identifier: str
+    mm_position: Position
+    data: dict[str, object]
+    modality: str = "image"
+
+
+@dataclass
+class Request:
+    request_id: str
+    mm_features: list[Feature]
+    num_tokens: int
+    num_computed_tokens: int = 0
+    skip_reading_prefix_cache: bool = False
+
+
+def request(*places: tuple[str, int], of: str = "request", tokens: int = 0, pixels: bool = False) -> Request:
+    """A request with items by name and offset; a name that is 64 hex digits or no name at all stays as it is."""
+    data: dict[str, object] = {"image_grid_thw": [1, 2, 2], **({"pixel_values": b""} if pixels else {})}
+    features = [Feature(identifier_of(name), Position(offset, ROWS), data) for name, offset in places]
+    end = max((offset for _, offset in places), default=0) + ROWS + 2
+    return Request(of, features, tokens or end)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Memory:
+    """vLLM's account of its encoder cache: who makes use of what, and what may go."""
+
+    def __init__(self, half: SchedulerHalf) -> None:
+        self._half = half
+        self.users: dict[str, set[str]] = {}
+        self.freed: list[str] = []
+        half.attach(self)
+
+    def holds(self, identifier: str) -> bool:
+        return identifier in self.users
+
+    def forget(self, identifier: str) -> bool:
+        if self.users.get(identifier):
+            return False
+        if self.users.pop(identifier, None) is not None:
+            self.freed.append(identifier)
+        return True
+
+    def use(self, identifier: str, request_id: str) -> None:
+        self.users.setdefault(identifier, set()).add(request_id)
+
+    def release(self, request: Request) -> None:
+        for feature in request.mm_features:
+            if request.request_id in self.users.get(feature.identifier, ()):
+                self.users[feature.identifier].discard(request.request_id)
+                self._half.released(feature.identifier)
+
+    def take_freed(self) -> list[str]:
+        freed, self.freed = self.freed, []
+        return [identifier for identifier in freed if identifier not in self.users]
+
+
+@dataclass
+class Step:
+    """What was decided: for each request how many tokens are computed, and what is encoded here."""
+
+    metadata: StepMetadata
+    freed: list[str]
+    tokens: dict[str, int] = field(default_factory=dict)
+    encoded: list[str] = field(default_factory=list)
+    touched: set[str] = field(default_factory=set)
+
+
+class Engine:
+    """One instance: scheduler and worker with their halves of the connector, each with a store of its own."""
+
+    def __init__(self, folder: Path, role: ECTransferRole, reach: Reach | None = None, **config: object) -> None:
+        settings = Settings(folder, wait_seconds=WAIT_SECONDS)
+        is_producer, is_reader = role is not ECTransferRole.CONSUMER, role is not ECTransferRole.PRODUCER
+
+        def store(half: ECConnectorRole) -> SharedStorageConnector:
+            made = ECTransferConfig(
+                role=role,
+                shared_storage_path=folder,
+                fingerprint="aa",
+                separate_processes=True,
+                **config,  # type: ignore[arg-type]
+            )
+            return SharedStorageConnector(made, half)
+
+        self.clock = Clock()
+        self.is_producer, self.is_reader = is_producer, is_reader
+        self.scheduler = SchedulerHalf(
+            store(ECConnectorRole.SCHEDULER),
+            settings,
+            LAYOUT,
+            lambda modality: {"image_grid_thw"},
+            reach=reach or Reach(WINDOW),
+            is_producer=is_producer,
+            is_reader=is_reader,
+            clock=self.clock,
+        )
+        self.worker_store = store(ECConnectorRole.WORKER)
+        self.worker = WorkerHalf(self.worker_store, torch.float32, is_writer=lambda: True)
+        self.memory = Memory(self.scheduler)
+        self.encoder_cache: dict[str, torch.Tensor] = {}
+        self.embeddings: dict[str, torch.Tensor] = {}
+        """What encoding gives, by identifier."""
+
+    def schedule(self, *requests: Request, cached_tokens: int = 0) -> Step:
+        """``cached_tokens`` of requests that begin are in the prefix cache."""
+        step = Step(StepMetadata(0, None), [])  # type: ignore[arg-type]
+        for each in requests:
+            hit = cached_tokens if each.num_computed_tokens == 0 and not each.skip_reading_prefix_cache else 0
+            computed = each.num_computed_tokens or hit
+            if self.scheduler.ensure_cache_available(each, computed):
+                each.num_computed_tokens = computed + self._allocate(each, computed, step)
+        step.metadata, step.freed = self.scheduler.build_connector_meta(), self.memory.take_freed()
+        return step
+
+    def _allocate(self, request: Request, computed: int, step: Step) -> int:
+        end = min(request.num_tokens, computed + WINDOW)
+        allocated = []
+        for index, feature in enumerate(request.mm_features):
+            place = feature.mm_position
+            if place.offset + place.length <= computed or place.offset >= end:
+                continue
+            if feature.identifier not in self.memory.users:
+                half, request_id = self.scheduler, request.request_id
+                if half.is_out_of_reach(request_id, index) or not half.can_get(request_id, index):
+                    end = max(place.offset, computed)
+                    break
+                if not half.has_cache_item(feature.identifier):
+                    assert "pixel_values" in feature.data, "the encoder stops the engine: there are no pixels"
+                    step.encoded.append(feature.identifier)
+                allocated.append(index)
+            self.memory.use(feature.identifier, request.request_id)
+            step.touched.add(feature.identifier)
+        for index in allocated:
+            self.scheduler.update_state_after_alloc(request, index)
+        if end > computed:
+            step.tokens[request.request_id] = end - computed
+        return end - computed
+
+    def run(self, step: Step) -> StepReport | None:
+        """The workers' part, in another process."""
+        metadata = pickle.loads(pickle.dumps(step.metadata))
+        for identifier in step.freed:
+            self.encoder_cache.pop(identifier, None)
+        self.worker.bind(metadata)
+        if self.is_producer:
+            self.worker.start_save_caches(self.encoder_cache)
+        if self.is_reader:
+            self.worker.start_load_caches(self.encoder_cache)
+        for identifier in step.encoded:
+            self.encoder_cache[identifier] = self.embeddings[identifier]
+            if self.is_producer:
+                self.worker.save_caches(self.encoder_cache, identifier)
+        if self.is_reader:
+            for identifier in step.touched:
+                assert identifier in self.encoder_cache, "a missing embedding stops the engine"
+                assert self.encoder_cache[identifier].shape == (ROWS, LAYOUT.width), "so does a wrong shape"
+        report = self.worker.report()
+        self.worker.clear()
+        return report
+
+    def update(self, *requests: Request, report: StepReport | None = None) -> set[str]:
+        """After a step; gives the requests that fail, which are finished."""
+        failed = self.scheduler.take_unavailable_requests()
+        for each in requests:
+            if each.request_id in failed:
+                self.finish(each)
+        if report is not None:
+            self.scheduler.update_connector_output(report)
+        return failed
+
+    def step(self, *requests: Request, cached_tokens: int = 0) -> Step:
+        step = self.schedule(*requests, cached_tokens=cached_tokens)
+        assert self.update(*requests, report=self.run(step)) == set()
+        return step
+
+    def finish(self, request: Request) -> None:
+        self.scheduler.request_finished(request)
+        self.memory.release(request)
+
+    def counts(self) -> dict[str, float]:
+        return self.scheduler.take_counts()

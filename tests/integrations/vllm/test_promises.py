@@ -1,0 +1,230 @@
+"""What was promised is there when the model runs, whatever happens to the folder in between."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from chiasm.ec_transfer import ECTransferRole
+from chiasm.ec_transfer.shared_storage import SharedStorageMetadata
+
+from .conftest import Encoder
+from .engine import Engine, Step, embedding_of, identifier_of, request
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+HARM: dict[str, Callable[[Path], None]] = {
+    "removed": Path.unlink,
+    "empty": lambda path: os.truncate(path, 0),
+    "cut off": lambda path: os.truncate(path, 4100),
+    "overwritten": overwrite,
+    "folder removed": lambda path: shutil.rmtree(path.parent),
+    "replaced by a folder": replace_by_folder,
+}
+
+
+def far(step: Step) -> Step:
+    """The step as it comes to a worker on another host: what the scheduler keeps is out of its reach."""
+    loads = pickle.loads(pickle.dumps(step.metadata.loads))
+    assert isinstance(loads, SharedStorageMetadata)
+    step.metadata = replace(step.metadata, loads=SharedStorageMetadata(loads.loads))
+    return step
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_it_is_loaded_whatever_happens_after_the_step_was_planned(encoder: Encoder, pd: Engine, harm: str) -> None:
+    path = encoder.publish("a")
+    one = request(("a", 2))
+    step = pd.schedule(one)
+    HARM[harm](path)
+    assert pd.update(one, report=pd.run(step)) == set()
+    assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_it_is_waited_for_when_it_goes_before_the_promise(encoder: Encoder, pd: Engine, harm: str) -> None:
+    path = encoder.publish("a")
+    one = request(("a", 2))
+    assert pd.scheduler.ensure_cache_available(one, 0)
+    HARM[harm](path)
+    assert not pd.scheduler.can_get("request", 0)
+    pd.run(Step(pd.scheduler.build_connector_meta(), []))
+    assert pd.update(one) == set()
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_between_promise_and_room_nothing_is_lost(encoder: Encoder, pd: Engine, harm: str) -> None:
+    path = encoder.publish("a")
+    one = request(("a", 2))
+    half = pd.scheduler
+    assert half.ensure_cache_available(one, 0)
+    assert half.can_get("request", 0)
+    HARM[harm](path)
+    assert half.has_cache_item(identifier_of("a"))
+    pd.memory.use(identifier_of("a"), "request")
+    half.update_state_after_alloc(one, 0)
+    report = pd.run(Step(half.build_connector_meta(), [], touched={identifier_of("a")}))
+    assert pd.update(one, report=report) == set()
+    assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+
+
+def test_copies_are_let_go_of_when_the_step_is_done(encoder: Encoder, pd: Engine) -> None:
+    encoder.publish("a")
+    before = len(os.listdir("/proc/self/fd"))
+    one = request(("a", 2))
+    step = pd.schedule(one)
+    metadata, step.metadata = step.metadata, pickle.loads(pickle.dumps(step.metadata))
+    del metadata
+    assert len(os.listdir("/proc/self/fd")) > before
+    pd.update(one, report=pd.run(step))
+    pd.worker.clear()
+    del step
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the page of the counters
+
+
+# ---- a worker on another host ------------------------------------------------------------------------------------------
+
+
+def test_there_it_is_found_by_its_name(encoder: Encoder, pd: Engine) -> None:
+    encoder.publish("a")
+    one = request(("a", 2))
+    assert pd.update(one, report=pd.run(far(pd.schedule(one)))) == set()
+    assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+
+
+def lose(pd: Engine, encoder: Encoder, *requests: object) -> set[str]:
+    """A step in which the entry "a" goes before a worker on another host has it."""
+    path = encoder.publish("a")
+    step = pd.schedule(*requests)  # type: ignore[arg-type]
+    path.unlink()
+    report = pd.run(far(step))
+    assert not pd.encoder_cache[identifier_of("a")].any(), "zeros take the place"
+    pd.update(report=report)
+    return pd.update(*requests)  # type: ignore[arg-type]
+
+
+def test_lost_there_it_fails_all_that_counted_on_it_and_no_other(encoder: Encoder, pd: Engine) -> None:
+    encoder.publish("b")
+    first, second, good = request(("a", 2), of="1"), request(("b", 2), ("a", 8), of="2"), request(("b", 2), of="good")
+    assert lose(pd, encoder, first, second, good) == {"1", "2"}
+
+
+def test_lost_there_it_is_loaded_when_it_is_back(encoder: Encoder, pd: Engine) -> None:
+    lose(pd, encoder, request(("a", 2), of="lost"))
+    one = request(("a", 2))
+    assert pd.step(one).tokens == {}
+    encoder.publish("a")
+    assert pd.step(one).tokens == {"request": 8}
+    assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+
+
+def test_one_that_had_it_before_goes_on(encoder: Encoder, pd: Engine) -> None:
+    path = encoder.publish("a")
+    earlier = request(("a", 2), of="earlier")
+    pd.step(earlier)
+    earlier.num_tokens += 1
+    pd.memory.users.clear()
+    pd.encoder_cache.clear()
+    path.unlink()
+    assert lose(pd, encoder, earlier, request(("a", 2), of="lost")) == {"lost"}
+
+
+def test_blocks_made_from_zeros_are_not_taken_from_the_prefix_cache(encoder: Encoder, pd: Engine) -> None:
+    lose(pd, encoder, request(("a", 2), of="lost"))
+    encoder.publish("a")
+    one = request(("a", 2), tokens=9)
+    assert pd.step(one, cached_tokens=8).tokens == {}
+    assert one.skip_reading_prefix_cache
+    assert pd.step(one, cached_tokens=8).tokens == {"request": 9}
+    assert not request(("b", 2)).skip_reading_prefix_cache
+
+
+def test_a_request_that_got_such_blocks_in_the_same_step_fails(encoder: Encoder, pd: Engine) -> None:
+    path = encoder.publish("a")
+    first, second = request(("a", 2), of="1", tokens=9), request(("a", 2), of="2", tokens=9)
+    step = pd.schedule(first)
+    following = pd.schedule(second, cached_tokens=8)  # before the first step is done
+    assert following.tokens == {"2": 1}
+    path.unlink()
+    pd.update(report=pd.run(far(step)))
+    assert pd.update(first, second) == {"1", "2"}
+
+
+# ---- encoders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def producer(folder: Path) -> Engine:
+    engine = Engine(folder, ECTransferRole.PRODUCER)
+    engine.embeddings = {identifier_of(name): embedding_of(name) for name in "ab"}
+    return engine
+
+
+def encode(producer: Engine, name: str, of: str = "request") -> Step:
+    one = request((name, 2), of=of, pixels=True)
+    step = producer.step(one)
+    producer.finish(one)
+    return step
+
+
+def test_an_encoder_publishes(producer: Engine, encoder: Encoder) -> None:
+    encode(producer, "a")
+    assert encoder.path("a").exists()
+    counts = producer.counts()
+    assert (counts["misses"], counts["saves"], counts["saved_bytes"]) == (1, 1, embedding_of("a").nbytes)
+
+
+def test_what_the_store_has_is_not_encoded(producer: Engine, encoder: Encoder) -> None:
+    encoder.publish("a")
+    assert encode(producer, "a").encoded == []
+    assert producer.counts() == {"hits": 1}
+    assert producer.scheduler.is_published(identifier_of("a"))
+
+
+def test_what_the_store_had_is_encoded_when_it_has_gone(producer: Engine, encoder: Encoder) -> None:
+    encoder.publish("a")
+    encode(producer, "a")
+    encoder.path("a").unlink()
+    assert encode(producer, "a", "again").encoded == [identifier_of("a")]
+    assert encoder.path("a").exists()
+
+
+def test_what_is_in_memory_is_published_again_when_the_store_has_lost_it(producer: Engine, encoder: Encoder) -> None:
+    encode(producer, "a")
+    encoder.path("a").unlink()
+    assert encode(producer, "a", "again").encoded == []
+    assert encoder.path("a").exists()
+
+
+def test_evictions_are_counted(folder: Path) -> None:
+    room = 4096 + embedding_of("a").nbytes
+    producer = Engine(folder, ECTransferRole.PRODUCER, max_bytes=room + 100)
+    producer.embeddings = {identifier_of(name): embedding_of(name) for name in "ab"}
+    encode(producer, "a")
+    encode(producer, "b")
+    assert producer.counts()["evictions"] == 1
+
+
+def test_an_instance_that_does_both_loads_what_it_has_not(folder: Path, encoder: Encoder) -> None:
+    both = Engine(folder, ECTransferRole.BOTH)
+    both.embeddings = {identifier_of("b"): embedding_of("b")}
+    encoder.publish("a")
+    step = both.step(request(("a", 2), ("b", 8), pixels=True))
+    assert step.encoded == [identifier_of("b")]
+    assert torch.equal(both.encoder_cache[identifier_of("a")], embedding_of("a"))
+    assert encoder.path("b").exists()

@@ -1,0 +1,210 @@
+"""A request waits for its embeddings, runs when they are there, and fails alone when they don't come."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from chiasm.ec_transfer import ECTransferRole
+from chiasm.integrations.vllm.scheduler_half import Reach
+
+from .conftest import Encoder
+from .engine import LAYOUT, ROWS, WAIT_SECONDS, WINDOW, Engine, embedding_of, identifier_of, request
+
+
+def loaded(pd: Engine, name: str) -> torch.Tensor:
+    return pd.encoder_cache[identifier_of(name)]
+
+
+def test_it_is_loaded_when_it_has_come(encoder: Encoder, pd: Engine) -> None:
+    one = request(("a", 2))
+    assert pd.step(one).tokens == {}
+    encoder.publish("a")
+    assert pd.step(one).tokens == {"request": 8}
+    assert torch.equal(loaded(pd, "a"), embedding_of("a"))
+
+
+def test_waiting_is_counted_once_and_timed(encoder: Encoder, pd: Engine) -> None:
+    one = request(("a", 2))
+    pd.step(one)
+    pd.step(one)
+    pd.clock.now = 1.5
+    encoder.publish("a")
+    pd.step(one)
+    counts = pd.counts()
+    assert (counts["waits"], counts["wait_seconds"], counts["hits"], counts["loads"]) == (1, 1.5, 1, 1)
+    assert counts["loaded_bytes"] == embedding_of("a").nbytes
+    assert pd.counts() == {}
+
+
+def test_one_that_does_not_come_fails_its_request_alone(encoder: Encoder, pd: Engine) -> None:
+    encoder.publish("b")
+    lost, good = request(("a", 2), of="lost"), request(("b", 2), of="good")
+    pd.step(lost, good)
+    pd.clock.now = WAIT_SECONDS + 0.1
+    assert pd.update(lost, good) == {"lost"}
+    assert pd.update(good) == set()
+    assert pd.counts()["failed_requests"] == 1
+
+
+def test_the_next_request_with_the_same_item_waits_anew(encoder: Encoder, pd: Engine) -> None:
+    first = request(("a", 2), of="first")
+    pd.step(first)
+    pd.clock.now = WAIT_SECONDS + 0.1
+    pd.update(first)
+    second = request(("a", 2), of="second")
+    pd.step(second)
+    assert pd.update(second) == set()
+    encoder.publish("a")
+    assert pd.step(second).tokens == {"second": 8}
+
+
+def test_a_client_that_leaves_is_forgotten(pd: Engine) -> None:
+    one = request(("a", 2))
+    pd.step(one)
+    pd.finish(one)
+    pd.clock.now = WAIT_SECONDS + 0.1
+    assert pd.update() == set()
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a/b", "nul\0", "x" * 10_000, "", "A" * 64])
+def test_a_name_that_is_no_identifier_fails_its_request(pd: Engine, folder: Path, name: str) -> None:
+    before = sorted(folder.parent.rglob("*"))
+    bad = request(("a", 2))
+    bad.mm_features = [type(bad.mm_features[0])(name, bad.mm_features[0].mm_position, bad.mm_features[0].data)]
+    step = pd.schedule(bad)
+    assert step.tokens == {}
+    assert pd.update(bad, report=pd.run(step)) == {"request"}
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_a_foreign_entry_counts_as_missing(folder: Path, encoder: Encoder, pd: Engine) -> None:
+    Encoder(folder, "bb").publish("a")
+    one = request(("a", 2))
+    assert pd.step(one).tokens == {}
+    encoder.publish("a")
+    assert pd.step(one).tokens == {"request": 8}
+
+
+@pytest.mark.parametrize("size_bytes", [0, 100, 4096, 4100])
+def test_a_torn_entry_counts_as_missing(encoder: Encoder, pd: Engine, size_bytes: int) -> None:
+    os.truncate(encoder.publish("a"), size_bytes)
+    one = request(("a", 2))
+    assert pd.step(one).tokens == {}
+    assert pd.counts()["corrupt_entries"] == 1
+    encoder.publish("a")
+    assert pd.step(one).tokens == {"request": 8}
+
+
+def test_damaged_bytes_are_found_before_the_promise(encoder: Encoder, pd: Engine) -> None:
+    path = encoder.publish("a")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    one = request(("a", 2))
+    pd.step(one)
+    assert not path.exists()
+    encoder.publish("a")
+    pd.step(one)
+    assert torch.equal(loaded(pd, "a"), embedding_of("a"))
+
+
+@pytest.mark.parametrize("shape", [(ROWS + 1, LAYOUT.width), (ROWS, LAYOUT.width + 1)])
+def test_an_entry_that_does_not_fit_fails_its_request(encoder: Encoder, pd: Engine, shape: tuple[int, int]) -> None:
+    encoder.publish("a", embedding_of("a", *shape))
+    one = request(("a", 2))
+    step = pd.schedule(one)
+    assert step.tokens == {}
+    assert pd.update(one, report=pd.run(step)) == {"request"}
+
+
+def test_ten_requests_with_one_item_load_it_once(encoder: Encoder, pd: Engine) -> None:
+    encoder.publish("a")
+    pd.step(*(request(("a", 2), of=str(index)) for index in range(10)))
+    assert pd.counts()["loads"] == 1
+
+
+def test_an_item_that_occurs_twice_is_loaded_once(encoder: Encoder, pd: Engine) -> None:
+    encoder.publish("a")
+    assert pd.step(request(("a", 2), ("a", 10))).tokens == {"request": 16}
+    assert pd.counts()["loads"] == 1
+
+
+def test_in_memory_it_needs_no_entry(encoder: Encoder, pd: Engine) -> None:
+    path = encoder.publish("a")
+    pd.step(request(("a", 2), of="first"))
+    path.unlink()
+    assert pd.step(request(("a", 2), of="second")).tokens == {"second": 8}
+
+
+def test_a_request_past_its_items_costs_no_look(encoder: Encoder, pd: Engine, folder: Path) -> None:
+    encoder.publish("a")
+    one = request(("a", 2), tokens=8)
+    pd.step(one)
+    one.num_tokens = 9
+    pd.memory.users.clear()
+    for path in folder.iterdir():
+        path.unlink()
+    assert pd.step(one).tokens == {"request": 1}
+
+
+# ---- how far prefill goes ----------------------------------------------------------------------------------------------
+
+
+def test_an_item_beyond_the_step_need_not_be_there(encoder: Encoder, pd: Engine) -> None:
+    encoder.publish("a")
+    one = request(("a", 2), ("b", WINDOW + 2))
+    assert pd.step(one).tokens == {"request": WINDOW}
+    assert pd.step(one).tokens == {}
+    encoder.publish("b")
+    assert pd.step(one).tokens == {"request": 8}
+
+
+def test_prefill_goes_up_to_the_first_item_that_is_missing(folder: Path, encoder: Encoder) -> None:
+    pd = Engine(folder, ECTransferRole.CONSUMER, Reach(WINDOW, max_ahead=1, min_tokens=6))
+    encoder.publish("a")
+    one = request(("a", 2), ("b", 8), ("c", 14))
+    assert pd.step(one).tokens == {"request": 8}
+    assert pd.step(one).tokens == {}
+    encoder.publish("b")
+    assert pd.step(one).tokens == {"request": 6}
+    encoder.publish("c")
+    assert pd.step(one).tokens == {"request": 6}
+    assert all(torch.equal(loaded(pd, name), embedding_of(name)) for name in "abc")
+
+
+def test_for_few_tokens_none_begins(folder: Path) -> None:
+    pd = Engine(folder, ECTransferRole.CONSUMER, Reach(WINDOW, max_ahead=1, min_tokens=6))
+    assert pd.step(request(("a", 5))).tokens == {}
+    assert pd.step(request(("a", 6), of="other")).tokens == {"other": 6}
+
+
+def test_only_so_many_requests_run_ahead(folder: Path, encoder: Encoder) -> None:
+    pd = Engine(folder, ECTransferRole.CONSUMER, Reach(WINDOW, max_ahead=1, min_tokens=6))
+    first, second = request(("a", 6), of="first"), request(("b", 6), of="second")
+    assert pd.step(first, second).tokens == {"first": 6}
+    pd.finish(first)
+    assert pd.step(second).tokens == {"second": 6}
+
+
+def test_one_that_has_run_ahead_fails_in_time(folder: Path) -> None:
+    pd = Engine(folder, ECTransferRole.CONSUMER, Reach(WINDOW, max_ahead=1, min_tokens=6))
+    one = request(("a", 6))
+    pd.step(one)
+    pd.step(one)
+    pd.clock.now = WAIT_SECONDS + 0.1
+    assert pd.update(one) == {"request"}
+
+
+def test_what_goes_from_memory_in_the_same_step_stops_prefill(folder: Path, encoder: Encoder) -> None:
+    pd = Engine(folder, ECTransferRole.CONSUMER)
+    path = encoder.publish("a")
+    pd.step(request(("a", 2), of="first"))
+    one = request(("a", 2))
+    assert pd.scheduler.ensure_cache_available(one, 0)
+    path.unlink()
+    pd.memory.users.clear()
+    assert not pd.scheduler.can_get("request", 0)
