@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from chiasm.bench.client import RequestFailedError, durations, opened, samples
+from chiasm.bench.client import RequestFailedError, durations, opened, samples, total
+from chiasm.errors import ChiasmError
 
 _EVENTS = (
     b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
@@ -84,6 +85,37 @@ def test_server_timing_is_read_in_seconds() -> None:
     assert durations(header) == {"fetch": 0.002, "queue": 0.0005, "item0": 0.012}
 
 
+async def test_usage_without_details_is_read() -> None:
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":1,"prompt_tokens_details":null}}\n\n'
+    async with _server((_EVENTS[0], usage)) as url, opened() as client:
+        answer = await client.chat(url, b"{}")
+    assert (answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) == (7, 0, 1)
+
+
+async def test_time_per_token_is_over_all_tokens_also_where_two_come_at_once() -> None:
+    def event(*tokens: str) -> bytes:
+        entries = ",".join(f'{{"token":"{token}"}}' for token in tokens)
+        return f'data: {{"choices":[{{"delta":{{"content":"x"}},"logprobs":{{"content":[{entries}]}}}}]}}\n\n'.encode()
+
+    async with _server((event("a"), event("b", "c"), event("d"))) as url, opened() as client:
+        answer = await client.chat(url, b"{}")
+    assert answer.tokens == ["a", "b", "c", "d"]
+    assert answer.tpot_seconds == (answer.token_times[-1] - answer.token_times[0]) / 3
+
+
+async def test_one_token_has_no_time_per_token() -> None:
+    async with _server((_EVENTS[0],)) as url, opened() as client:
+        answer = await client.chat(url, b"{}")
+    with pytest.raises(ChiasmError, match="fewer than two"):
+        _ = answer.tpot_seconds
+
+
 def test_metrics_are_read_with_their_labels() -> None:
     text = '# HELP a b\n# TYPE a counter\nchiasm_images_encoded_total 3.0\nchiasm_items_total{outcome="hit"} 2.0\n'
     assert samples(text) == {"chiasm_images_encoded_total": 3.0, 'chiasm_items_total{outcome="hit"}': 2.0}
+
+
+def test_a_metric_is_summed_over_its_labels() -> None:
+    found = samples('vllm:loads_total{engine="0"} 3.0\nvllm:loads_total{engine="1"} 2.0\nvllm:loads_totally 7\n')
+    assert total(found, "vllm:loads_total") == 5
+    assert total(found, "vllm:loads") == 0

@@ -13,7 +13,7 @@ from PIL import Image
 
 from chiasm.bench import pictures, prompts
 from chiasm.bench.arrivals import at_most, open_loop, poisson
-from chiasm.bench.measurements.identity import draw_requests, sampling
+from chiasm.bench.requests import draw_requests, sampling
 
 
 def test_a_photo_is_the_same_file_for_the_same_name_and_another_for_another() -> None:

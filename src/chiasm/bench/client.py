@@ -18,7 +18,7 @@ CHAT = "/v1/chat/completions"
 _TIMEOUT = aiohttp.ClientTimeout(total=300)
 _DURATION = re.compile(r"([\w-]+)(?:;[^,]*?)?;dur=([\d.]+)")
 _DESCRIPTION = re.compile(r'([\w-]+);desc="([^"]*)"')
-_SAMPLE = re.compile(r"^(\w+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
+_SAMPLE = re.compile(r"^([\w:]+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
 
 
 class RequestFailedError(ChiasmError):
@@ -58,6 +58,16 @@ class Answer:
         """Between each token and the next."""
         return [after - before for before, after in zip(self.token_times, self.token_times[1:], strict=False)]
 
+    @property
+    def tpot_seconds(self) -> float:
+        """From one token to the next on average; of an answer with log probabilities, which tell the tokens of an event.
+
+        Raises ChiasmError for fewer than two tokens.
+        """
+        if len(self.tokens) < 2:
+            raise ChiasmError("an answer of fewer than two tokens has no time per token")
+        return (self.token_times[-1] - self.token_times[0]) / (len(self.tokens) - 1)
+
 
 class _Delta(msgspec.Struct):
     content: str | None = None
@@ -77,13 +87,13 @@ class _Choice(msgspec.Struct):
 
 
 class _Details(msgspec.Struct):
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
 
 
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
-    prompt_tokens_details: _Details = msgspec.field(default_factory=_Details)
+    prompt_tokens_details: _Details | None = None
 
 
 class _Event(msgspec.Struct):
@@ -176,6 +186,11 @@ def samples(exposition: str) -> dict[str, float]:
     return found
 
 
+def total(found: Mapping[str, float], name: str) -> float:
+    """A metric's sum over its labels; 0 where there is none yet."""
+    return sum(value for sample, value in found.items() if sample.partition("{")[0] == name)
+
+
 def _take(answer: Answer, line: bytes, now: float) -> None:
     if line.startswith(b": server-timing "):
         _note_timing(answer, line.removeprefix(b": server-timing ").decode())
@@ -187,7 +202,8 @@ def _take(answer: Answer, line: bytes, now: float) -> None:
     if event.usage is not None:
         answer.prompt_tokens = event.usage.prompt_tokens
         answer.completion_tokens = event.usage.completion_tokens
-        answer.cached_tokens = event.usage.prompt_tokens_details.cached_tokens
+        details = event.usage.prompt_tokens_details
+        answer.cached_tokens = (details.cached_tokens or 0) if details is not None else 0
     for choice in event.choices:
         tokens = choice.logprobs.content if choice.logprobs is not None else []
         if choice.delta.content or tokens:

@@ -21,15 +21,21 @@ class Figure:
     low: float | None = None
     high: float | None = None
     """Between which the value lies in 95 of 100 resamplings."""
+    at_least: float | None = None
+    """The target of a figure that is to be large, in place of ``at_most``."""
 
     @classmethod
-    def of(cls, name: str, estimate: Estimate, unit: str, *, at_most: float | None = None) -> Figure:
+    def of(
+        cls, name: str, estimate: Estimate, unit: str, *, at_most: float | None = None, at_least: float | None = None
+    ) -> Figure:
         """The figure of an estimate, with its bounds."""
-        return cls(name, estimate.value, unit, at_most, estimate.low, estimate.high)
+        return cls(name, estimate.value, unit, at_most, estimate.low, estimate.high, at_least)
 
     @property
     def met(self) -> bool | None:
         """Whether the target is met; None where there is none."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
         return None if self.at_most is None else self.value <= self.at_most
 
 

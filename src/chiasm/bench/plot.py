@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    judged = [(name, one) for name, outcome in outcomes.items() for one in outcome.figures if one.at_most]
+    judged = [(name, one) for name, outcome in outcomes.items() for one in outcome.figures if _has_place(one)]
     panels = [panel for outcome in outcomes.values() for panel in outcome.panels]
     rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
     heights = [0.5 + 0.3 * max(2, len(judged)), *(_height(row) for row in rows)]
@@ -61,19 +62,34 @@ def _height(row: Sequence[Panel]) -> float:
     return max(_LEAST_HEIGHT, 0.4 + 0.42 * max(len(panel.series) for panel in row))
 
 
+def _has_place(figure: Figure) -> bool:
+    """Whether a value can be drawn in parts of its target: neither is zero where it would be divided by."""
+    return bool(figure.value > 0 if figure.at_least else figure.at_most)
+
+
+def _share(figure: Figure, value: float) -> float:
+    """``value`` in parts of the figure's target; the other way round where more is better, so that below 1 is met."""
+    if figure.at_least:
+        return figure.at_least / value if value > 0 else math.inf
+    assert figure.at_most
+    return value / figure.at_most
+
+
 def _draw_targets(axes: Any, judged: Sequence[tuple[str, Figure]]) -> None:
-    """Each value over its target: what ends left of 1 is met."""
+    """Each value over its target, or target over value where more is better: what ends left of 1 is met."""
     axes.set_title("values over their targets: left of the line is met", loc="left", fontsize=10, fontweight="bold")
-    widest = 1.35 * max([1.0, *(figure.value / (figure.at_most or 1) for _, figure in judged)])
+    widest = 1.35 * max([1.0, *(_share(figure, figure.value) for _, figure in judged)])
     for row, (_, figure) in enumerate(judged):
-        assert figure.at_most
-        share = figure.value / figure.at_most
+        share = furthest = _share(figure, figure.value)
         axes.barh(row, share, color=_GREEN if figure.met else _RED, height=0.6)
         if figure.low is not None and figure.high is not None:
-            axes.plot([figure.low / figure.at_most, figure.high / figure.at_most], [row, row], color=_INK, lw=1.2)
-        text = f" {with_unit(figure.value, figure.unit)} of {with_unit(figure.at_most, figure.unit)}"
-        right = min(max(share, (figure.high or 0) / figure.at_most), 0.9 * widest)
-        axes.text(right, row, text, va="center", fontsize=8, color=_INK)
+            ends = sorted(min(_share(figure, end), widest) for end in (figure.low, figure.high))
+            axes.plot(ends, [row, row], color=_INK, lw=1.2)
+            furthest = max(share, ends[1])
+        target = figure.at_least or figure.at_most
+        assert target
+        text = f" {with_unit(figure.value, figure.unit)} of {with_unit(target, figure.unit)}"
+        axes.text(min(furthest, 0.9 * widest), row, text, va="center", fontsize=8, color=_INK)
     axes.axvline(1, color=_INK, lw=1, ls="--")
     axes.set_yticks(range(len(judged)), [f"{name}: {figure.name}" for name, figure in judged], fontsize=8)
     axes.invert_yaxis()

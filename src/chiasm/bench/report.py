@@ -34,6 +34,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": _version("torch"),
         "transformers": _version("transformers"),
+        "vllm": _version("vllm"),
         "chiasm": __version__,
     }
 
@@ -64,8 +65,9 @@ def print_outcome(console: Console, name: str, purpose: str, target: str, outcom
     table.add_column("met")
     for figure in outcome.figures:
         between = "" if figure.low is None or figure.high is None else f"{shown(figure.low)} … {shown(figure.high)}"
-        limit = "" if figure.at_most is None else f"≤ {with_unit(figure.at_most, figure.unit)}"
-        table.add_row(Text(figure.name), with_unit(figure.value, figure.unit), between, limit, _verdict(figure))
+        table.add_row(
+            Text(figure.name), with_unit(figure.value, figure.unit), between, _limit(figure), _verdict(figure)
+        )
     console.print(table)
     for note in outcome.notes:
         console.print(Text(f"  {note}", style="dim"))
@@ -84,6 +86,12 @@ def with_unit(value: float, unit: str) -> str:
     return f"{value:.2f}x" if unit == "x" else f"{shown(value)} {unit}".rstrip()
 
 
+def _limit(figure: Figure) -> str:
+    if figure.at_least is not None:
+        return f"≥ {with_unit(figure.at_least, figure.unit)}"
+    return "" if figure.at_most is None else f"≤ {with_unit(figure.at_most, figure.unit)}"
+
+
 def _verdict(figure: Figure) -> str:
     return {None: "", True: "[green]yes[/green]", False: "[bold red]no[/bold red]"}[figure.met]
 
@@ -96,7 +104,10 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import version
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
 
-    return version(package)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
