@@ -12,12 +12,14 @@ from PIL import Image
 from rich.console import Console
 
 from chiasm.bench.measurements import MEASUREMENTS
-from chiasm.bench.measurements.identity import Request, _compare
+from chiasm.bench.measurements.identity import _compare
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
 from chiasm.bench.plot import write_plot
 from chiasm.bench.report import machine, print_outcome, shown, with_unit, write_json
+from chiasm.bench.requests import Request
 from chiasm.bench.statistics import Estimate
 from chiasm.cli.bench import bench
+from chiasm.launch.config import Engine
 
 
 @pytest.fixture
@@ -43,6 +45,11 @@ def test_a_target_is_met_up_to_its_value() -> None:
     assert Figure("a", 1.11, "x", 1.1).met is False
     assert Figure("a", 0, "", 0).met is True
     assert Figure("a", 5).met is None
+
+
+def test_more_may_be_better() -> None:
+    assert Figure("a", 1.1, "x", at_least=1.1).met is True
+    assert Figure.of("a", Estimate(1.05, 1.0, 1.2), "x", at_least=1.1).met is False
 
 
 def test_an_outcome_meets_its_target_when_all_figures_do(outcomes: dict[str, Outcome]) -> None:
@@ -73,6 +80,15 @@ def test_the_table_says_what_was_reached_and_whether_it_is_enough(outcomes: dict
     assert any("3 pairs [of] requests" in line for line in lines)
 
 
+def test_the_table_says_what_is_to_be_at_least() -> None:
+    file = io.StringIO()
+    outcome = Outcome(figures=[Figure("requests a second", 1.25, "x", at_least=1.1)])
+    print_outcome(Console(file=file, width=120), "example", "a question", "a target", outcome)
+    (line,) = (line for line in file.getvalue().splitlines() if "requests a second" in line)
+    assert "≥ 1.10x" in line
+    assert "yes" in line
+
+
 def test_the_json_has_every_sample_and_every_verdict(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
     write_json(tmp_path / "results.json", outcomes, {"seed": 3, "machine": machine()})
     found = json.loads((tmp_path / "results.json").read_text())
@@ -89,6 +105,17 @@ def test_the_plot_is_a_picture_large_enough_to_read(outcomes: dict[str, Outcome]
     with Image.open(tmp_path / "results.png") as picture:
         assert picture.format == "PNG"
         assert picture.width >= 1000
+        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
+
+
+def test_figures_that_are_to_be_large_have_a_place_in_the_plot(tmp_path: Path) -> None:
+    figures = [
+        Figure.of("met", Estimate(1.3, 1.2, 1.4), "x", at_least=1.1),
+        Figure.of("of chance", Estimate(1.3, 0.0, 1.4), "x", at_least=1.1),
+        Figure("nothing", 0.0, "x", at_least=1.1),
+    ]
+    write_plot(tmp_path / "results.png", {"example": Outcome(figures=figures)}, "a run")
+    with Image.open(tmp_path / "results.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
 
 
@@ -143,4 +170,7 @@ def test_help_and_page_have_all_measurements() -> None:
     page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
     assert [line.removeprefix("### ") for line in page.splitlines() if line.startswith("### ")] == list(MEASUREMENTS)
     (argument,) = (part for part in get_type_hints(bench, include_extras=True)["names"].__metadata__)
-    assert argument.help.partition(";")[0] == ", ".join(MEASUREMENTS)
+    built_in, over_vllm, _ = argument.help.split("; ")
+    engines = {Engine.CHIASM: built_in, Engine.VLLM: over_vllm.removeprefix("with --engine vllm: ")}
+    for engine, names in engines.items():
+        assert names == ", ".join(name for name, one in MEASUREMENTS.items() if one.engine is engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from chiasm.bench.topology import kv_connectors
 
@@ -46,6 +48,23 @@ def test_an_unknown_measurement_is_refused_at_once(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     assert ended.stderr.startswith("Error: there is no measurement 'speed'")
+
+
+def test_a_measurement_of_another_engine_is_refused_at_once(tmp_path: Path) -> None:
+    command = [*_BENCH, "engines", "--output", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("Error: engines is measured with --engine vllm; here there are identity, ")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_one_line_says_so(tmp_path: Path) -> None:
+    command = [*_BENCH, "--engine", "vllm", "--output", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("Error: --engine vllm needs vLLM in the environment")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_signal_ends_everything(checkpoint: Path, tmp_path: Path) -> None:

@@ -49,6 +49,35 @@ LONG_PROMPTS = SyntheticSize(
 )
 """A decoder that prefills 4 000 tokens in a second or two on one core. Its encoder is not used."""
 
+THIRD_OF_A_BILLION = SyntheticSize(
+    text_hidden=1024,
+    text_intermediate=4096,
+    text_layers=18,
+    text_heads=16,
+    text_kv_heads=4,
+    head_dim=64,
+    vision_hidden=512,
+    vision_intermediate=2048,
+    vision_depth=8,
+    vision_heads=8,
+    patch_pixels=16,
+    max_pixels=512 * 512,
+    vocab_size=1024,
+)
+"""0.3 billion parameters, nearly all of them the decoder's; takes a picture of 512 x 512 pixels as 256 tokens."""
+
+HEADS_OF_64 = SyntheticSize(
+    text_hidden=128,
+    text_intermediate=256,
+    text_heads=4,
+    text_kv_heads=2,
+    head_dim=64,
+    vision_hidden=128,
+    vision_intermediate=256,
+    vision_heads=2,
+)
+"""Small, with heads as wide as vLLM's kernels for CPU want them."""
+
 
 async def synthetic(bench: Bench, text_layers: int = TEXT_LAYERS) -> str:
     """The folder of a Qwen3-VL checkpoint with random weights."""
@@ -60,18 +89,28 @@ async def with_long_prompts(bench: Bench) -> str:
     return await _made(bench, "qwen3_vl-long-prompts", LONG_PROMPTS)
 
 
-async def _made(bench: Bench, name: str, size: SyntheticSize) -> str:
+async def third_of_a_billion(bench: Bench) -> str:
+    """The folder of one as large as the smallest models in use."""
+    return await _made(bench, "qwen3_vl-300m", THIRD_OF_A_BILLION)
+
+
+async def with_heads_of_64(bench: Bench, family: str) -> str:
+    """The folder of a small one of a Qwen family."""
+    return await _made(bench, f"{family}-heads-of-64", HEADS_OF_64, family)
+
+
+async def _made(bench: Bench, name: str, size: SyntheticSize, family: str = "qwen3_vl") -> str:
     folder = bench.scratch / name
     if not folder.is_dir():
         bench.step("making a synthetic checkpoint")
-        await asyncio.to_thread(_make, folder, size)
+        await asyncio.to_thread(_make, folder, size, family)
     return str(folder)
 
 
-def _make(folder: Path, size: SyntheticSize) -> None:
+def _make(folder: Path, size: SyntheticSize, family: str) -> None:
     from chiasm.checkpoints.synthetic import make
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     unfinished = folder.with_suffix(".unfinished")
-    make("qwen3_vl", unfinished, size=size)
+    make(family, unfinished, size=size)
     unfinished.rename(folder)

@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,14 @@ from chiasm.bench.measurements import MEASUREMENTS
 from chiasm.bench.outcome import Outcome
 from chiasm.bench.report import machine, print_outcome, write_json
 from chiasm.errors import ConfigurationError
+from chiasm.launch.config import Engine
+from chiasm.launch.vllm import installed
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+_RESULTS = "results.json"
 _WIDTH = 110
 """Of tables that go into a file or a pipe."""
 _ASKED_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -34,7 +37,8 @@ class BenchConfig:
     """What to measure, on what, and where to write it."""
 
     names: tuple[str, ...] = ()
-    """Of measurements; none stands for all."""
+    """Of measurements; none stands for all of the engine."""
+    engine: Engine = Engine.CHIASM
     model: str = "demo"
     output: Path = Path("bench-results")
     quick: bool = False
@@ -45,34 +49,46 @@ class BenchConfig:
 def run(config: BenchConfig) -> bool:
     """Measure, print, and write ``results.json`` and ``results.png``. False if answers differ that must not.
 
-    What was measured is written even when a later measurement fails. Raises ChiasmError; KeyboardInterrupt when a
-    signal asked for the end, after everything that was started has ended.
+    What was measured is written at once, and stays when a later measurement fails. Raises ChiasmError; KeyboardInterrupt
+    when a signal asked for the end, after everything that was started has ended.
     """
     from rich.console import Console
 
-    chosen = _chosen(config.names)
+    chosen = _chosen(config)
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"results cannot be written to {config.output}: {error}") from error
     outcomes: dict[str, Outcome] = {}
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    about = {"machine": machine(), "model": config.model, "seed": config.seed, "quick": config.quick}
-    about |= {"repeat": config.repeat, "began": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    about = {"machine": machine(), "engine": config.engine, "model": config.model, "seed": config.seed}
+    about |= {"quick": config.quick, "repeat": config.repeat, "began": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+    def save() -> None:
+        write_json(config.output / _RESULTS, outcomes, about)
+
     try:
-        asyncio.run(_until_signal(_measure(config, chosen, outcomes, console)))
+        asyncio.run(_until_signal(_measure(config, chosen, outcomes, console, save)))
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:
         if outcomes:
-            _write(config, outcomes, about, console)
+            _draw(config, outcomes, about, console)
     return not any(outcome.wrong for outcome in outcomes.values())
 
 
-def _chosen(names: Sequence[str]) -> list[str]:
-    if unknown := [name for name in names if name not in MEASUREMENTS]:
-        raise ConfigurationError(f"there is no measurement {unknown[0]!r}; there are {', '.join(MEASUREMENTS)}")
-    return [name for name in MEASUREMENTS if not names or name in names]
+def _chosen(config: BenchConfig) -> list[str]:
+    """Names of measurements in the order in which they run. Raises ConfigurationError."""
+    names = [name for name, one in MEASUREMENTS.items() if one.engine is config.engine]
+    for name in config.names:
+        if name not in MEASUREMENTS:
+            raise ConfigurationError(f"there is no measurement {name!r}; there are {', '.join(names)}")
+        if name not in names:
+            engine = MEASUREMENTS[name].engine
+            raise ConfigurationError(f"{name} is measured with --engine {engine}; here there are {', '.join(names)}")
+    if config.engine is Engine.VLLM:
+        installed()
+    return [name for name in names if not config.names or name in config.names]
 
 
 async def _until_signal(work: Any) -> None:
@@ -96,7 +112,13 @@ async def _until_signal(work: Any) -> None:
             loop.remove_signal_handler(number)
 
 
-async def _measure(config: BenchConfig, chosen: Sequence[str], outcomes: dict[str, Outcome], console: Console) -> None:
+async def _measure(
+    config: BenchConfig,
+    chosen: Sequence[str],
+    outcomes: dict[str, Outcome],
+    console: Console,
+    save: Callable[[], None],
+) -> None:
     with tempfile.TemporaryDirectory(prefix="chiasm-bench-") as scratch:
         async with opened() as client:
             with _progress() as progress:
@@ -118,6 +140,7 @@ async def _measure(config: BenchConfig, chosen: Sequence[str], outcomes: dict[st
                     outcome = await measurement.run(bench)
                     outcome.seconds = time.monotonic() - started
                     outcomes[name] = outcome
+                    save()
                     progress.remove_task(task)
                     print_outcome(console, name, measurement.purpose, measurement.target, outcome)
 
@@ -147,12 +170,12 @@ def _progress() -> Progress:
     )
 
 
-def _write(config: BenchConfig, outcomes: dict[str, Outcome], about: dict[str, Any], console: Console) -> None:
+def _draw(config: BenchConfig, outcomes: dict[str, Outcome], about: dict[str, Any], console: Console) -> None:
     from chiasm.bench.plot import write_plot
 
-    results, picture = config.output / "results.json", config.output / "results.png"
-    write_json(results, outcomes, about)
+    picture = config.output / "results.png"
     where = about["machine"]
-    title = f"chiasm bench: {config.model} on {where['cores']} cores of {where['cpu']}, {about['began'][:10]}"
+    engine = "" if config.engine is Engine.CHIASM else f" over {config.engine}"
+    title = f"chiasm bench{engine}: {config.model} on {where['cores']} cores of {where['cpu']}, {about['began'][:10]}"
     write_plot(picture, outcomes, title)
-    console.print(f"{results}\n{picture}", highlight=False, soft_wrap=True)
+    console.print(f"{config.output / _RESULTS}\n{picture}", highlight=False, soft_wrap=True)

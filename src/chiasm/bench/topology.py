@@ -13,12 +13,15 @@ from chiasm.bench.measurement import SERVED_NAME, Bench
 from chiasm.engine.config import Role
 from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.launch import Deployment, DeploymentConfig, DeploymentNotReadyError, RoleConfig
+from chiasm.launch.config import Engine
 from chiasm.launch.cores import usable_cores
 
 SHARED_MEMORY = "SharedMemoryConnector"
 NIXL = "NixlConnector"
 NO_NIXL = f"{NIXL} is left out: nixl is not installed (pip install 'chiasm[nixl]')."
 _READY_SECONDS = 180.0
+VLLM_READY_SECONDS = 600.0
+"""One instance of vLLM takes half a minute of a core before it answers, and several start at the same time."""
 _POLL_SECONDS = 0.05
 _LINES_SHOWN = 5
 
@@ -110,12 +113,13 @@ async def running(bench: Bench, *configs: DeploymentConfig) -> AsyncIterator[tup
 
 async def _ready(deployment: Deployment) -> None:
     # Deployment.wait_ready would go on in its thread after a cancellation.
-    until = time.monotonic() + _READY_SECONDS
+    seconds = VLLM_READY_SECONDS if deployment.config.engine is Engine.VLLM else _READY_SECONDS
+    until = time.monotonic() + seconds
     while not await asyncio.to_thread(deployment.is_ready):
         deployment.check()
         if time.monotonic() > until:
             logs = (line for one in deployment.processes for line in deployment.lines(one.name)[-_LINES_SHOWN:])
-            raise DeploymentNotReadyError(f"not ready after {_READY_SECONDS:g} s; last lines: {' | '.join(logs)}")
+            raise DeploymentNotReadyError(f"not ready after {seconds:g} s; last lines: {' | '.join(logs)}")
         await asyncio.sleep(_POLL_SECONDS)
 
 

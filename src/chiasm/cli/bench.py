@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from chiasm.launch.config import Engine
+
 _DIFFERENT = 1
 _INTERRUPTED = 130
 
@@ -18,10 +20,11 @@ def bench(
             metavar="[NAMES]...",
             help=(
                 "identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, decode-isolation, idle; "
-                "all of them if none is given."
+                "with --engine vllm: vllm-identity, vllm-example, engines, vllm-reuse; all of them if none is given."
             ),
         ),
     ] = None,
+    engine: Annotated[Engine, typer.Option(help="What runs in the instances that are measured.")] = Engine.CHIASM,
     model: Annotated[str, typer.Option(help="A checkpoint's folder, a hub name, or demo.")] = "demo",
     output: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = Path("bench-results"),
     quick: Annotated[
@@ -39,7 +42,7 @@ def bench(
     from chiasm.bench.run import BenchConfig, run
 
     try:
-        same = run(BenchConfig(tuple(names or ()), model, output, quick, seed, repeat))
+        same = run(BenchConfig(tuple(names or ()), engine, model, output, quick, seed, repeat))
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
     if not same:

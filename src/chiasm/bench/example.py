@@ -1,0 +1,124 @@
+"""vLLM's own example of encoder and PD apart: its ECExampleConnector, and the proxy that is among its examples.
+
+The proxy is no part of vLLM's packages, and none of chiasm's: it is used where somebody has put it beside vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from chiasm.bench.measurement import Bench
+from chiasm.bench.served import Command, served, supervised
+from chiasm.bench.topology import VLLM_READY_SECONDS
+from chiasm.engine.config import Role
+from chiasm.launch import Deployment
+from chiasm.launch.commands import proxy_command, proxy_environment
+from chiasm.launch.plan import Surroundings, plan_instances
+from chiasm.launch.ports import HeldPort
+from chiasm.launch.storage import StorageFolder
+
+CONNECTOR = "ECExampleConnector"
+_VARIABLE = "CHIASM_VLLM_EXAMPLE_PROXY"
+_FILE = Path("share") / "vllm" / "disagg_epd_proxy.py"
+_LOOPBACK = "127.0.0.1"
+_PROXY_READY_SECONDS = 60.0
+_NO_REWRITE = "--no-rewrite"
+NOT_THERE = (
+    f"Not measured: vLLM's example proxy is not in this environment ({_FILE}), and {_VARIABLE} names no such file. Of what "
+    "vLLM publishes, only the source distribution has it."
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Two ``vllm serve`` with ECExampleConnector."""
+
+    encoder: str
+    pd: str
+    """Both are base URLs."""
+
+
+def proxy_file(environment: Mapping[str, str] = os.environ, prefix: str = sys.prefix) -> Path | None:
+    """vLLM's example proxy, or None where there is none."""
+    path = Path(environment.get(_VARIABLE) or Path(prefix) / _FILE)
+    return path if path.is_file() else None
+
+
+def can_forward_pictures(file: Path) -> bool:
+    """Whether this version of the proxy can be told to send PD the pictures themselves, as earlier versions did."""
+    return f'"{_NO_REWRITE}"' in file.read_text(encoding="utf-8")
+
+
+def as_stock(command: Sequence[str], storage: Path) -> list[str]:
+    """The command of one of chiasm's instances over vLLM, with vLLM's connector and without chiasm's middleware."""
+    stock = list(command)
+    place = stock.index("--middleware")
+    del stock[place : place + 2]
+    place = stock.index("--ec-transfer-config") + 1
+    transfer = {
+        "ec_connector": CONNECTOR,
+        "ec_role": json.loads(stock[place])["ec_role"],
+        "ec_connector_extra_config": {"shared_storage_path": str(storage)},
+    }
+    stock[place] = json.dumps(transfer)
+    return stock
+
+
+@asynccontextmanager
+async def example_instances(bench: Bench, deployment: Deployment) -> AsyncIterator[Example]:
+    """An encoder and a PD as ``deployment`` has them, but for their connector. Raises ChiasmError."""
+    async with AsyncExitStack() as stack:
+        held: list[HeldPort] = []
+        stack.callback(_release, held)
+        storage = StorageFolder()
+        stack.callback(storage.remove)
+        surroundings = Surroundings(storage.path, storage.max_bytes, None)
+        plans = plan_instances(deployment.config, deployment.folder, deployment.placements, surroundings, held)
+        commands = [
+            Command(f"vLLM's {plan.name}", as_stock(plan.command, storage.path), plan.environment) for plan in plans
+        ]
+        await stack.enter_async_context(served(bench, *commands, ready_seconds=VLLM_READY_SECONDS))
+        urls = {plan.role: plan.address.url for plan in plans}
+        yield Example(urls[Role.ENCODER], urls[Role.PD])
+
+
+def _release(held: Sequence[HeldPort]) -> None:
+    for address in held:
+        address.release()
+
+
+@asynccontextmanager
+async def example_proxy(
+    bench: Bench, file: Path, encoder: str, pd: str, *, forward_pictures: bool = False
+) -> AsyncIterator[str]:
+    """vLLM's proxy in front of an encoder and a PD; its URL."""
+    address = HeldPort(_LOOPBACK)
+    arguments = [sys.executable, str(file), "--host", address.host, "--port", str(address.port)]
+    arguments += ["--encode-servers-urls", encoder, "--prefill-servers-urls", "disable", "--decode-servers-urls", pd]
+    arguments += [_NO_REWRITE] if forward_pictures else []
+    command = Command("vLLM's example proxy", supervised(address.url, arguments), os.environ)
+    try:
+        async with served(bench, command, ready_seconds=_PROXY_READY_SECONDS):
+            yield address.url
+    finally:
+        address.release()
+
+
+@asynccontextmanager
+async def chiasm_proxy(bench: Bench, deployment: Deployment, pd: str) -> AsyncIterator[str]:
+    """One more of chiasm's proxies in front of a deployment's encoders, and of ``pd`` in place of its PD; its URL."""
+    address = HeldPort(_LOOPBACK)
+    urls = [*((Role.ENCODER, url) for url in deployment.urls(Role.ENCODER)), (Role.PD, pd)]
+    arguments = proxy_command(deployment.config, address, urls)
+    command = Command("chiasm's proxy", arguments, proxy_environment(deployment.config))
+    try:
+        async with served(bench, command, ready_seconds=_PROXY_READY_SECONDS):
+            yield address.url
+    finally:
+        address.release()

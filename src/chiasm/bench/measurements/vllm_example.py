@@ -1,0 +1,185 @@
+"""chiasm over vLLM against what vLLM itself ships for encoders apart: ECExampleConnector and its example proxy."""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from chiasm.bench import prompts
+from chiasm.bench.arrivals import at_most
+from chiasm.bench.counting import counting
+from chiasm.bench.example import (
+    NOT_THERE,
+    Example,
+    chiasm_proxy,
+    example_instances,
+    example_proxy,
+    proxy_file,
+)
+from chiasm.bench.measurement import Bench, Measurement
+from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+from chiasm.bench.pictures import photo
+from chiasm.bench.statistics import median, paired_ratio
+from chiasm.bench.topology import encoder_and_pds, running
+from chiasm.bench.vllm import on_vllm
+from chiasm.engine.config import Role
+from chiasm.launch import Deployment
+from chiasm.launch.config import Engine
+
+_TTFT_AT_MOST = 0.9
+_RATE_AT_LEAST = 1.1
+_BYTES_AT_MOST = 0.1
+_WARM_UP = 3
+_AT_ONCE = 8
+_TEXT_TOKENS = 64
+_ANSWER_TOKENS = 16
+_MIXED = 24
+_QUICK_MIXED = 4
+_QUESTION = "What is shown?"
+_LABELS = ("vLLM's example", "chiasm")
+
+
+class VllmExample(Measurement):
+    """Both have an encoder and a PD of the same vLLM with the same flags but for the connector, and take turns."""
+
+    name = "vllm-example"
+    purpose = "chiasm over vLLM against vLLM's ECExampleConnector behind vLLM's example proxy"
+    target = (
+        f"first token of a 512 x 512 picture at most {_TTFT_AT_MOST} times theirs; requests a second of texts and pictures at "
+        f"least {_RATE_AT_LEAST} times; bytes of request bodies at PD at most {_BYTES_AT_MOST} times"
+    )
+    engine = Engine.VLLM
+
+    async def run(self, bench: Bench) -> Outcome:
+        file = proxy_file()
+        if file is None:
+            return Outcome(notes=[NOT_THERE])
+        outcome = Outcome()
+        async with (
+            running(bench, on_vllm(encoder_and_pds(bench.model))) as (deployment,),
+            example_instances(bench, deployment) as example,
+        ):
+            mix = Mix(bench, deployment.folder)
+            async with example_proxy(bench, file, example.encoder, example.pd) as theirs:
+                urls = (theirs, deployment.url)
+                await _first_token(bench, outcome, urls)
+                await _rate(bench, outcome, urls, mix)
+            await _bytes_at_pd(bench, outcome, deployment, example, file, mix)
+        return outcome
+
+
+class Mix:
+    """Texts and pictures, half of each in a shuffled order, all of them new."""
+
+    def __init__(self, bench: Bench, checkpoint: Path) -> None:
+        self._texts = prompts.Texts(checkpoint, bench.seed)
+        self._random = random.Random(f"mix {bench.seed}")
+        self._size = _QUICK_MIXED if bench.quick else _MIXED
+        self._seed = bench.seed
+        self._drawn = 0
+
+    def draw(self) -> list[bytes]:
+        """Bodies of so many requests."""
+        pictures = [photo(f"mix {self._seed} {self._drawn + index}") for index in range(self._size // 2)]
+        self._drawn += len(pictures)
+        fields = {"max_tokens": _ANSWER_TOKENS, "ignore_eos": True}
+        bodies = [prompts.ask([picture], _QUESTION, **fields) for picture in pictures]
+        bodies += [prompts.chat(self._texts.of(_TEXT_TOKENS), **fields) for _ in range(self._size - len(pictures))]
+        self._random.shuffle(bodies)
+        return bodies
+
+
+async def _first_token(bench: Bench, outcome: Outcome, urls: tuple[str, str]) -> None:
+    pairs = bench.samples(60, quick=3)
+    bench.step("first token")
+    bench.total(pairs + _WARM_UP)
+    found: list[list[float]] = [[], []]
+    for index in range(-_WARM_UP, pairs):
+        picture = photo(f"vllm-example {bench.seed} {index}")
+        body = prompts.ask([picture], _QUESTION, max_tokens=2, stream=True, ignore_eos=True, logprobs=True)
+        for which in (0, 1) if index % 2 else (1, 0):
+            answer = await bench.client.chat(urls[which], body)
+            if index >= 0:
+                found[which].append(1000 * answer.ttft_seconds)
+        bench.advance()
+    ratio = paired_ratio(found[0], found[1], seed=bench.seed)
+    outcome.figures.append(
+        Figure.of("picture, first token: chiasm / vLLM's example", ratio, "x", at_most=_TTFT_AT_MOST)
+    )
+    outcome.figures += [
+        Figure(f"picture, first token: {label}, median", median(values), "ms")
+        for label, values in zip(_LABELS, found, strict=True)
+    ]
+    limits = (None, _TTFT_AT_MOST * median(found[0]))
+    series = [Series(label, values, limit) for label, values, limit in zip(_LABELS, found, limits, strict=True)]
+    outcome.panels.append(Panel("vllm-example: picture, first token", "ms", series))
+
+
+async def _rate(bench: Bench, outcome: Outcome, urls: tuple[str, str], mix: Mix) -> None:
+    rounds = min(20, bench.samples(10, quick=2))
+    bench.step("texts and pictures")
+    bench.total(rounds + 1)
+    seconds: list[list[float]] = [[], []]
+    sent = 0
+    for index in range(-1, rounds):
+        bodies = mix.draw()
+        for which in (0, 1) if index % 2 else (1, 0):
+            taken = await _seconds_for_all(bench, urls[which], bodies)
+            if index >= 0:
+                seconds[which].append(taken)
+        sent = len(bodies)
+        bench.advance()
+    ratio = paired_ratio(seconds[1], seconds[0], seed=bench.seed)
+    outcome.figures.append(
+        Figure.of("texts and pictures, requests a second: chiasm / vLLM's example", ratio, "x", at_least=_RATE_AT_LEAST)
+    )
+    outcome.figures += [
+        Figure(f"texts and pictures: {label}, median", sent / median(taken), "a second")
+        for label, taken in zip(_LABELS, seconds, strict=True)
+    ]
+    series = [Series(label, taken) for label, taken in zip(_LABELS, seconds, strict=True)]
+    outcome.panels.append(Panel(f"vllm-example: {sent} texts and pictures, {_AT_ONCE} at a time", "s", series))
+    outcome.notes.append(
+        f"{rounds} rounds of {sent} requests, half of them with one picture of 512 x 512 pixels, {_AT_ONCE} at a time, "
+        f"answers of {_ANSWER_TOKENS} tokens."
+    )
+
+
+async def _seconds_for_all(bench: Bench, url: str, bodies: list[bytes]) -> float:
+    async def send(index: int) -> None:
+        await bench.client.post(url, bodies[index])
+
+    started = time.perf_counter()
+    await at_most(_AT_ONCE, len(bodies), send)
+    return time.perf_counter() - started
+
+
+async def _bytes_at_pd(
+    bench: Bench, outcome: Outcome, deployment: Deployment, example: Example, file: Path, mix: Mix
+) -> None:
+    """One more round through proxies whose PD stands behind a counter."""
+    bench.step("bytes of bodies at PD")
+    bodies = mix.draw()
+    (pd,) = deployment.urls(Role.PD)
+    async with AsyncExitStack() as stack:
+        ours = await stack.enter_async_context(counting(pd))
+        theirs = await stack.enter_async_context(counting(example.pd))
+        urls = [
+            await stack.enter_async_context(chiasm_proxy(bench, deployment, ours.url)),
+            await stack.enter_async_context(example_proxy(bench, file, example.encoder, theirs.url)),
+        ]
+        for url in urls:
+            await _seconds_for_all(bench, url, bodies)
+    outcome.figures += [
+        Figure(
+            "bytes of bodies at PD: chiasm / vLLM's example", ours.body_bytes / theirs.body_bytes, "x", _BYTES_AT_MOST
+        ),
+        Figure("bytes of bodies at PD: vLLM's example", theirs.body_bytes / theirs.requests / 1000, "kB a request"),
+        Figure("bytes of bodies at PD: chiasm", ours.body_bytes / ours.requests / 1000, "kB a request"),
+        Figure("bytes of bodies from the client", sum(map(len, bodies)) / len(bodies) / 1000, "kB a request"),
+    ]
+    for label, counter in zip(_LABELS, (theirs, ours), strict=True):
+        if counter.requests != len(bodies):
+            outcome.notes.append(f"PD of {label} got {counter.requests} requests for {len(bodies)} of the client.")

@@ -1,0 +1,25 @@
+"""The topologies that are compared, with vLLM's instances in place of chiasm's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from chiasm.engine.config import Role
+from chiasm.launch import DeploymentConfig
+from chiasm.launch.config import Engine
+
+DTYPE = ("--dtype", "float32")
+"""Of all instances whose answers or times are compared with each other."""
+_LIMITS = ("--max-model-len", "2048", "--max-num-seqs", "8")
+_KV = ("--kv-cache-memory-bytes", str(640 << 20))
+"""Room for as many prompts as the limits allow, of the largest checkpoint that is measured."""
+
+
+def on_vllm(config: DeploymentConfig) -> DeploymentConfig:
+    """The same instances over vLLM, with chiasm's connector and proxy."""
+    roles = {
+        role: one if role is Role.ENCODER else replace(one, flags=(*one.flags, *_KV))
+        for role, one in config.roles.items()
+    }
+    flags = (*config.instance_flags, *DTYPE, *_LIMITS)
+    return replace(config, engine=Engine.VLLM, roles=roles, kv_connector=None, instance_flags=flags)

@@ -1,0 +1,105 @@
+"""What is compared over vLLM, as far as it can be told without vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chiasm.bench.client import opened
+from chiasm.bench.example import as_stock, proxy_file
+from chiasm.bench.measurement import Bench
+from chiasm.bench.measurements.vllm_example import Mix, VllmExample
+from chiasm.bench.measurements.vllm_reuse import judged
+from chiasm.bench.topology import aggregated, encoder_and_pds, prefill_and_decode
+from chiasm.bench.vllm import on_vllm
+from chiasm.engine.config import Role
+from chiasm.launch.config import Engine
+from chiasm.launch.devices import Placement
+from chiasm.launch.ports import HeldPort
+from chiasm.launch.vllm import Installed, Site, instance_command
+
+
+@pytest.mark.parametrize("topology", [aggregated, encoder_and_pds, prefill_and_decode])
+def test_over_vllm_there_are_the_same_instances(topology) -> None:  # type: ignore[no-untyped-def]
+    built_in = topology("demo")
+    config = on_vllm(built_in)
+    assert config.engine is Engine.VLLM
+    assert {role: config.count(role) for role in config.roles} == {
+        role: built_in.count(role) for role in built_in.roles
+    }
+    assert {role: one.threads for role, one in config.roles.items()} == {
+        role: one.threads for role, one in built_in.roles.items()
+    }
+    assert config.served_model_name == built_in.served_model_name
+    assert config.kv_connector is None
+    assert config.instance_flags[:2] == ("--dtype", "float32")
+    for role, one in config.roles.items():
+        assert ("--kv-cache-memory-bytes" in one.flags) is (role is not Role.ENCODER)
+
+
+def test_the_example_differs_in_connector_and_middleware_alone(tmp_path: Path) -> None:
+    config = on_vllm(encoder_and_pds("demo"))
+    address = HeldPort("127.0.0.1")
+    site = Site(address, Placement(), tmp_path / "ours", 1 << 30, None, None)
+    ours = instance_command(
+        config, tmp_path, Role.PD, site, found=Installed(Path("vllm"), "0.32.0+cpu"), kv_bytes=1 << 30
+    )
+    theirs = as_stock(ours, tmp_path / "theirs")
+    address.release()
+    middleware, transfer = ours.index("--middleware"), ours.index("--ec-transfer-config")
+    assert json.loads(theirs[theirs.index("--ec-transfer-config") + 1]) == {
+        "ec_connector": "ECExampleConnector",
+        "ec_role": "ec_consumer",
+        "ec_connector_extra_config": {"shared_storage_path": str(tmp_path / "theirs")},
+    }
+    left = {middleware, middleware + 1, transfer + 1}
+    same = [argument for place, argument in enumerate(ours) if place not in left]
+    place = theirs.index("--ec-transfer-config") + 1
+    assert theirs[:place] + theirs[place + 1 :] == same
+
+
+def test_the_example_proxy_is_beside_vllm_or_where_a_variable_says(tmp_path: Path) -> None:
+    assert proxy_file({}, str(tmp_path)) is None
+    beside = tmp_path / "share" / "vllm" / "disagg_epd_proxy.py"
+    beside.parent.mkdir(parents=True)
+    beside.touch()
+    assert proxy_file({}, str(tmp_path)) == beside
+    elsewhere = tmp_path / "proxy.py"
+    assert proxy_file({"CHIASM_VLLM_EXAMPLE_PROXY": str(elsewhere)}, str(tmp_path)) is None
+    elsewhere.touch()
+    assert proxy_file({"CHIASM_VLLM_EXAMPLE_PROXY": str(elsewhere)}, str(tmp_path)) == elsewhere
+
+
+async def test_without_the_example_proxy_the_outcome_says_why_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHIASM_VLLM_EXAMPLE_PROXY", str(tmp_path / "none.py"))
+    async with opened() as client:
+        outcome = await VllmExample().run(Bench("demo", tmp_path, client))
+    assert not outcome.figures
+    assert outcome.met is None
+    (note,) = outcome.notes
+    assert note.startswith("Not measured: vLLM's example proxy is not in this environment")
+
+
+async def test_a_mix_is_half_pictures_and_new_in_every_round(checkpoint: Path) -> None:
+    async with opened() as client:
+        bench = Bench("m", checkpoint, client)
+        mix, again = Mix(bench, checkpoint), Mix(bench, checkpoint)
+        first, second = mix.draw(), mix.draw()
+        assert [first, second] == [again.draw(), again.draw()]
+    assert len(set(first + second)) == 48
+    with_picture = [body for body in first if b"image_url" in body]
+    assert len(with_picture) == 12
+    assert with_picture != first[:12]
+
+
+def test_reuse_is_right_when_each_picture_is_encoded_once_and_loaded_by_both() -> None:
+    times = [[30.0, 31.0, 32.0], [20.0, 21.0, 22.0]]
+    assert judged(times, 3, encoded=3, loaded=[3, 3], seed=0).met is True
+    assert judged(times, 3, encoded=4, loaded=[3, 3], seed=0).met is False
+    one_pd_had_all = judged(times, 3, encoded=3, loaded=[3, 0], seed=0)
+    assert one_pd_had_all.met is False
+    assert {figure.name: figure.value for figure in one_pd_had_all.figures}["pictures that a PD did not load"] == 3
