@@ -93,11 +93,18 @@ def test_an_aggregated_instance_and_a_decode_instance_exchange_no_embeddings(sit
     assert not {"--ec-transfer-config", "--kv-transfer-config", "--limit-mm-per-prompt"} & set(aggregated)
 
 
-@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
-def test_who_needs_no_vision_tower_loads_none(role: Role, site: Site) -> None:
-    command = _command(_config(APART), role, site)
-    assert json.loads(_value(command, "--limit-mm-per-prompt")) == {"image": 0, "video": 0, "audio": 0}
-    assert "--enable-mm-embeds" in command
+@pytest.mark.parametrize("role", [Role.PD, Role.PREFILL, Role.DECODE])
+@pytest.mark.parametrize(("model_type", "has_tower"), [("qwen2_5_vl", False), ("qwen3_vl", True), ("unheard_of", True)])
+def test_who_never_encodes_loads_no_tower_where_vllm_can_do_without(
+    role: Role, model_type: str, has_tower: bool, site: Site, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    config = _config({Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()} if role is Role.PD else APART)
+    command = vllm.instance_command(config, tmp_path, role, site, found=GPU, kv_bytes=1)
+    assert "--skip-mm-profiling" in command
+    assert ("--enable-mm-embeds" in command) is not has_tower
+    if not has_tower:
+        assert json.loads(_value(command, "--limit-mm-per-prompt")) == {"image": 0, "video": 0}
 
 
 def test_a_persons_flags_come_last_so_that_they_count(site: Site) -> None:

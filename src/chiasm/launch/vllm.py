@@ -30,6 +30,9 @@ MIDDLEWARE = "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
 KV_CONNECTOR = "NixlConnector"
 KV_ROLES = (Role.PREFILL, Role.DECODE)
 _EC_ROLES = {Role.ENCODER: "ec_producer", Role.PD: "ec_consumer", Role.PREFILL: "ec_consumer"}
+_RUN_WITHOUT_TOWER = ("qwen2_vl", "qwen2_5_vl")
+"""Model types whose language model takes embeddings in without the vision tower. Where there is DeepStack, vLLM looks for it in
+the tower, and stops at the first embedding without one."""
 _QUIET_PATHS = "/health,/metrics,/v1/models"
 _KV_SIZES = (
     "--kv-cache-memory-bytes",
@@ -101,7 +104,7 @@ def instance_command(
     command += ["--host", site.address.host, "--port", str(site.address.port)]
     command += ["--served-model-name", config.served_model_name or model_name(config.model)]
     command += ["--middleware", MIDDLEWARE, "--disable-access-log-for-endpoints", _QUIET_PATHS]
-    command += _role_flags(config, role, site)
+    command += _role_flags(config, folder, role, site)
     given = (*config.instance_flags, *chosen.flags)
     if found.on_cpu:
         command += ["--enforce-eager"]
@@ -146,17 +149,14 @@ def default_kv_bytes(config: DeploymentConfig, available_bytes: int) -> int:
 
 def attention_heads(folder: Path) -> int | None:
     """The greatest number that divides the heads of the language model and of the vision tower; None if it isn't told."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
+    config = _config_of(folder)
     text, vision = _section(config, "text_config", "llm_config"), _section(config, "vision_config")
     heads = [text.get("num_attention_heads") or config.get("num_attention_heads")]
     heads += [vision.get("num_heads") or vision.get("num_attention_heads") or 0]
     return math.gcd(*heads) if all(isinstance(count, int) for count in heads) and heads[0] else None
 
 
-def _role_flags(config: DeploymentConfig, role: Role, site: Site) -> list[str]:
+def _role_flags(config: DeploymentConfig, folder: Path, role: Role, site: Site) -> list[str]:
     flags: list[str] = []
     if role in _EC_ROLES and site.storage is not None:
         flags += ["--ec-transfer-config", json.dumps(_ec_transfer(config, role, site.storage, site.ec_max_bytes))]
@@ -165,8 +165,10 @@ def _role_flags(config: DeploymentConfig, role: Role, site: Site) -> list[str]:
     if role is Role.ENCODER:
         flags += ["--no-enable-prefix-caching"]  # it has no KV
     elif role is not Role.AGGREGATED:
-        # With no image allowed vLLM loads no vision tower; embeddings are let in all the same.
-        flags += ["--limit-mm-per-prompt", json.dumps({"image": 0, "video": 0, "audio": 0}), "--enable-mm-embeds"]
+        flags += ["--skip-mm-profiling"]  # it never encodes
+        if _config_of(folder).get("model_type") in _RUN_WITHOUT_TOWER:
+            # With no image allowed vLLM loads no vision tower; embeddings are let in all the same.
+            flags += ["--limit-mm-per-prompt", json.dumps({"image": 0, "video": 0}), "--enable-mm-embeds"]
     return flags
 
 
@@ -194,6 +196,15 @@ def _sizes_kv(flags: Sequence[str]) -> bool:
     """Whether a person has said how much memory KV takes."""
     named = {flag.partition("=")[0].replace("_", "-") for flag in flags}
     return not named.isdisjoint(_KV_SIZES) or bool(os.environ.get(_KV_SIZE_VARIABLE))
+
+
+def _config_of(folder: Path) -> Mapping[str, Any]:
+    """Of the checkpoint; vLLM itself says what is wrong with one that cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _section(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
