@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chiasm.bench.client import opened
-from chiasm.bench.example import as_stock, proxy_file
+from chiasm.bench.example import as_stock, can_forward_pictures, proxy_file
 from chiasm.bench.measurement import Bench
 from chiasm.bench.measurements.vllm_example import Mix, VllmExample
 from chiasm.bench.measurements.vllm_reuse import judged
@@ -37,6 +37,7 @@ def test_over_vllm_there_are_the_same_instances(topology) -> None:  # type: igno
     assert config.instance_flags[:2] == ("--dtype", "float32")
     for role, one in config.roles.items():
         assert ("--kv-cache-memory-bytes" in one.flags) is (role is not Role.ENCODER)
+        assert ("--limit-mm-per-prompt" in one.flags) is (role in (Role.ENCODER, Role.AGGREGATED))
 
 
 def test_the_example_differs_in_connector_and_middleware_alone(tmp_path: Path) -> None:
@@ -70,6 +71,14 @@ def test_the_example_proxy_is_beside_vllm_or_where_a_variable_says(tmp_path: Pat
     assert proxy_file({"CHIASM_VLLM_EXAMPLE_PROXY": str(elsewhere)}, str(tmp_path)) is None
     elsewhere.touch()
     assert proxy_file({"CHIASM_VLLM_EXAMPLE_PROXY": str(elsewhere)}, str(tmp_path)) == elsewhere
+
+
+def test_a_proxy_that_can_forward_pictures_is_told_by_its_flag(tmp_path: Path) -> None:
+    file = tmp_path / "proxy.py"
+    file.write_text('parser.add_argument("--no-rewrite", action="store_true")')
+    assert can_forward_pictures(file)
+    file.write_text('parser.add_argument("--port")')
+    assert not can_forward_pictures(file)
 
 
 async def test_without_the_example_proxy_the_outcome_says_why_and_nothing_else(

@@ -9,15 +9,16 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chiasm.bench.measurement import Bench
 from chiasm.bench.served import Command, served, supervised
 from chiasm.bench.topology import VLLM_READY_SECONDS
+from chiasm.bench.vllm import PICTURES
 from chiasm.engine.config import Role
-from chiasm.launch import Deployment
+from chiasm.launch import Deployment, DeploymentConfig
 from chiasm.launch.commands import proxy_command, proxy_environment
 from chiasm.launch.plan import Surroundings, plan_instances
 from chiasm.launch.ports import HeldPort
@@ -42,6 +43,7 @@ class Example:
     encoder: str
     pd: str
     """Both are base URLs."""
+    storage: StorageFolder
 
 
 def proxy_file(environment: Mapping[str, str] = os.environ, prefix: str = sys.prefix) -> Path | None:
@@ -51,7 +53,7 @@ def proxy_file(environment: Mapping[str, str] = os.environ, prefix: str = sys.pr
 
 
 def can_forward_pictures(file: Path) -> bool:
-    """Whether this version of the proxy can be told to send PD the pictures themselves, as earlier versions did."""
+    """Whether this version of the proxy can be told to send PD the pictures themselves, in place of what describes them."""
     return f'"{_NO_REWRITE}"' in file.read_text(encoding="utf-8")
 
 
@@ -73,24 +75,40 @@ def as_stock(command: Sequence[str], storage: Path) -> list[str]:
 @asynccontextmanager
 async def example_instances(bench: Bench, deployment: Deployment) -> AsyncIterator[Example]:
     """An encoder and a PD as ``deployment`` has them, but for their connector. Raises ChiasmError."""
-    async with AsyncExitStack() as stack:
-        held: list[HeldPort] = []
-        stack.callback(_release, held)
-        storage = StorageFolder()
-        stack.callback(storage.remove)
+    storage = StorageFolder()
+    try:
+        async with _instances(bench, deployment, deployment.config, storage) as urls:
+            yield Example(urls[Role.ENCODER], urls[Role.PD], storage)
+    finally:
+        storage.remove()
+
+
+@asynccontextmanager
+async def pd_for_pictures(bench: Bench, deployment: Deployment, example: Example) -> AsyncIterator[str]:
+    """One more PD of the example, which is let have pictures themselves; its URL. Raises ChiasmError."""
+    role = deployment.config.roles[Role.PD]
+    config = replace(deployment.config, roles={Role.PD: replace(role, flags=(*role.flags, *PICTURES))})
+    async with _instances(bench, deployment, config, example.storage) as urls:
+        yield urls[Role.PD]
+
+
+@asynccontextmanager
+async def _instances(
+    bench: Bench, deployment: Deployment, config: DeploymentConfig, storage: StorageFolder
+) -> AsyncIterator[dict[Role, str]]:
+    placements = {place: one for place, one in deployment.placements.items() if place[0] in config.roles}
+    held: list[HeldPort] = []
+    try:
         surroundings = Surroundings(storage.path, storage.max_bytes, None)
-        plans = plan_instances(deployment.config, deployment.folder, deployment.placements, surroundings, held)
+        plans = plan_instances(config, deployment.folder, placements, surroundings, held)
         commands = [
             Command(f"vLLM's {plan.name}", as_stock(plan.command, storage.path), plan.environment) for plan in plans
         ]
-        await stack.enter_async_context(served(bench, *commands, ready_seconds=VLLM_READY_SECONDS))
-        urls = {plan.role: plan.address.url for plan in plans}
-        yield Example(urls[Role.ENCODER], urls[Role.PD])
-
-
-def _release(held: Sequence[HeldPort]) -> None:
-    for address in held:
-        address.release()
+        async with served(bench, *commands, ready_seconds=VLLM_READY_SECONDS):
+            yield {plan.role: plan.address.url for plan in plans if plan.role is not None}
+    finally:
+        for address in held:
+            address.release()
 
 
 @asynccontextmanager

@@ -13,13 +13,13 @@ DTYPE = ("--dtype", "float32")
 _LIMITS = ("--max-model-len", "2048", "--max-num-seqs", "8")
 _KV = ("--kv-cache-memory-bytes", str(640 << 20))
 """Room for as many prompts as the limits allow, of the largest checkpoint that is measured."""
+PICTURES = ("--limit-mm-per-prompt", '{"image": 8, "video": 0}')
+"""For instances that take pictures themselves."""
+_OF_ROLE = {Role.ENCODER: PICTURES, Role.AGGREGATED: (*_KV, *PICTURES)}
 
 
 def on_vllm(config: DeploymentConfig) -> DeploymentConfig:
     """The same instances over vLLM, with chiasm's connector and proxy."""
-    roles = {
-        role: one if role is Role.ENCODER else replace(one, flags=(*one.flags, *_KV))
-        for role, one in config.roles.items()
-    }
+    roles = {role: replace(one, flags=(*one.flags, *_OF_ROLE.get(role, _KV))) for role, one in config.roles.items()}
     flags = (*config.instance_flags, *DTYPE, *_LIMITS)
     return replace(config, engine=Engine.VLLM, roles=roles, kv_connector=None, instance_flags=flags)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 from chiasm.bench import prompts
@@ -13,9 +12,11 @@ from chiasm.bench.counting import counting
 from chiasm.bench.example import (
     NOT_THERE,
     Example,
+    can_forward_pictures,
     chiasm_proxy,
     example_instances,
     example_proxy,
+    pd_for_pictures,
     proxy_file,
 )
 from chiasm.bench.measurement import Bench, Measurement
@@ -163,23 +164,32 @@ async def _bytes_at_pd(
     bench.step("bytes of bodies at PD")
     bodies = mix.draw()
     (pd,) = deployment.urls(Role.PD)
-    async with AsyncExitStack() as stack:
-        ours = await stack.enter_async_context(counting(pd))
-        theirs = await stack.enter_async_context(counting(example.pd))
-        urls = [
-            await stack.enter_async_context(chiasm_proxy(bench, deployment, ours.url)),
-            await stack.enter_async_context(example_proxy(bench, file, example.encoder, theirs.url)),
-        ]
-        for url in urls:
+    async with counting(pd) as ours, chiasm_proxy(bench, deployment, ours.url) as url:
+        await _seconds_for_all(bench, url, bodies)
+    async with (
+        counting(example.pd) as theirs,
+        example_proxy(bench, file, example.encoder, theirs.url) as url,
+    ):
+        await _seconds_for_all(bench, url, bodies)
+    counters = {"chiasm": ours, "vLLM's example": theirs}
+    if can_forward_pictures(file):
+        async with (
+            pd_for_pictures(bench, deployment, example) as other_pd,
+            counting(other_pd) as unwritten,
+            example_proxy(bench, file, example.encoder, unwritten.url, forward_pictures=True) as url,
+        ):
             await _seconds_for_all(bench, url, bodies)
-    outcome.figures += [
-        Figure(
-            "bytes of bodies at PD: chiasm / vLLM's example", ours.body_bytes / theirs.body_bytes, "x", _BYTES_AT_MOST
-        ),
-        Figure("bytes of bodies at PD: vLLM's example", theirs.body_bytes / theirs.requests / 1000, "kB a request"),
-        Figure("bytes of bodies at PD: chiasm", ours.body_bytes / ours.requests / 1000, "kB a request"),
-        Figure("bytes of bodies from the client", sum(map(len, bodies)) / len(bodies) / 1000, "kB a request"),
-    ]
-    for label, counter in zip(_LABELS, (theirs, ours), strict=True):
+        counters["vLLM's example with --no-rewrite"] = unwritten
+    for label, counter in counters.items():
+        if counter is not ours:
+            ratio = ours.body_bytes / counter.body_bytes
+            limit = _BYTES_AT_MOST if counter is theirs else None
+            outcome.figures.append(Figure(f"bytes of bodies at PD: chiasm / {label}", ratio, "x", limit))
+    for label, counter in counters.items():
+        outcome.figures.append(
+            Figure(f"bytes of bodies at PD: {label}", counter.body_bytes / counter.requests / 1000, "kB a request")
+        )
         if counter.requests != len(bodies):
             outcome.notes.append(f"PD of {label} got {counter.requests} requests for {len(bodies)} of the client.")
+    sent = sum(map(len, bodies)) / len(bodies)
+    outcome.figures.append(Figure("bytes of bodies from the client", sent / 1000, "kB a request"))
