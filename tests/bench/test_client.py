@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import aiohttp
 import pytest
 from aiohttp import web
 
-from chiasm.bench.client import RequestFailedError, durations, opened, samples, total
+from chiasm.bench.client import Client, RequestFailedError, durations, opened, samples, total
 from chiasm.errors import ChiasmError
 
 _EVENTS = (
@@ -76,8 +77,14 @@ async def test_nobody_there_is_an_error() -> None:
     async with _server(()) as url:
         pass
     async with opened() as client:
-        with pytest.raises(RequestFailedError, match="could not be reached"):
+        with pytest.raises(RequestFailedError, match="did not answer"):
             await client.chat(url, b"{}")
+
+
+async def test_an_answer_that_takes_too_long_is_an_error() -> None:
+    async with _server(_EVENTS) as url, aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=0.01)) as session:
+        with pytest.raises(RequestFailedError, match="did not answer: TimeoutError"):
+            await Client(session).chat(url, b"{}")
 
 
 def test_server_timing_is_read_in_seconds() -> None:

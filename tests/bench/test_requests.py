@@ -6,6 +6,8 @@ import asyncio
 import io
 import json
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 
 from chiasm.bench import pictures, prompts
 from chiasm.bench.arrivals import at_most, open_loop, poisson
+from chiasm.bench.client import RequestFailedError
 from chiasm.bench.requests import draw_requests, sampling
 
 
@@ -132,3 +135,22 @@ async def test_a_closed_loop_keeps_so_many_under_way_and_their_order() -> None:
 
     assert await at_most(3, 10, send) == [-index for index in range(10)]
     assert most == 3
+
+
+@pytest.mark.parametrize("sending", [partial(open_loop, [0.0, 0.0, 0.0]), partial(at_most, 3, 3)])
+async def test_the_first_that_fails_ends_the_others_and_is_told(
+    sending: Callable[[Callable[[int], Awaitable[None]]], Awaitable[list[None]]],
+) -> None:
+    ended: list[int] = []
+
+    async def send(index: int) -> None:
+        if index == 1:
+            raise RequestFailedError("it answered 503")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(index)
+
+    with pytest.raises(RequestFailedError, match="503"):
+        await sending(send)
+    assert sorted(ended) in ([0], [0, 2])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -35,19 +35,28 @@ async def open_loop(times: Sequence[float], send: Callable[[int], Awaitable[_T]]
         await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
         return await send(index)
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(at(index, due)) for index, due in enumerate(times)]
-    return [task.result() for task in tasks]
+    return await _all([at(index, due) for index, due in enumerate(times)])
 
 
 async def at_most(number: int, count: int, send: Callable[[int], Awaitable[_T]]) -> list[_T]:
-    """Call ``send`` with 0 … ``count`` - 1, ``number`` of them at a time; returns what came of each, in order."""
+    """Call ``send`` with 0 … ``count`` - 1, ``number`` of them at a time; returns what came of each, in order.
+
+    The first that raises ends the others.
+    """
     turn = asyncio.Semaphore(number)
 
     async def one(index: int) -> _T:
         async with turn:
             return await send(index)
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(index)) for index in range(count)]
+    return await _all([one(index) for index in range(count)])
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """What came of each, in order. Raises what the first raises, and not a group of it, as a TaskGroup does."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
     return [task.result() for task in tasks]

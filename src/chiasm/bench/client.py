@@ -140,8 +140,8 @@ class Client:
                     if answer.error is not None:
                         raise RequestFailedError(f"{url} broke off its stream: {answer.error[:500]}")
                     yield answer
-        except aiohttp.ClientError as error:
-            raise RequestFailedError(f"{url} could not be reached: {type(error).__name__}: {error}") from error
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise RequestFailedError(f"{url} did not answer: {type(error).__name__}: {error}") from error
 
     async def post(self, url: str, body: bytes) -> tuple[float, Mapping[str, float], Any]:
         """Post a chat completion that is not streamed.
@@ -156,8 +156,8 @@ class Client:
                 if reply.status != 200:
                     raise RequestFailedError(f"{url} answered {reply.status}: {content[:500].decode(errors='replace')}")
                 return seconds, durations(reply.headers.get("server-timing", "")), msgspec.json.decode(content)
-        except aiohttp.ClientError as error:
-            raise RequestFailedError(f"{url} could not be reached: {type(error).__name__}: {error}") from error
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise RequestFailedError(f"{url} did not answer: {type(error).__name__}: {error}") from error
 
     async def metrics(self, url: str) -> dict[str, float]:
         """Samples of GET /metrics by name, labels included as Prometheus writes them."""

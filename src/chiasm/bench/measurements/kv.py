@@ -126,7 +126,7 @@ async def _hand_over(bench: Bench, connector: str, outcome: Outcome) -> None:
         texts = prompts.Texts(deployment.folder, bench.seed)
         (decode,) = deployment.urls(Role.DECODE)
         bench.step(f"{connector}, {PROMPT_TOKENS} tokens")
-        bench.total(rounds)
+        bench.total(rounds + warm_up)
         for index in range(-warm_up, rounds):
             before = await bench.client.metrics(decode)
             answer = await bench.client.chat(deployment.url, prompts.stream(texts.of(PROMPT_TOKENS), _ANSWER_TOKENS))

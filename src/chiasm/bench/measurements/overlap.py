@@ -30,7 +30,7 @@ class Overlap(Measurement):
         found: dict[int, list[float]] = {number: [] for number in _NUMBERS}
         async with running(bench, pinned(model)) as (deployment,):
             bench.step("pictures in one request")
-            bench.total(rounds)
+            bench.total(rounds + _WARM_UP)
             for index in range(-_WARM_UP, rounds):
                 name = f"overlap {bench.seed} {index}"
                 alone = await measure_alone(bench, deployment, photo(name, SIDE), identifier_of(name))

@@ -42,7 +42,7 @@ class Proxy(Measurement):
             await picture.publish(bench)
             for kind, limit in (("text", _TEXT_AT_MOST_MS), ("1 MB picture", _IMAGE_AT_MOST_MS)):
                 bench.step(kind)
-                bench.total(pairs)
+                bench.total(pairs + _WARM_UP)
                 straight: list[float] = []
                 through: list[float] = []
                 own: list[float] = []

@@ -35,7 +35,7 @@ class Reuse(Measurement):
             texts = prompts.Texts(deployment.folder, bench.seed)
             extra = await self._template_tokens(bench, deployment, texts)
             bench.step("the same picture, another PD")
-            bench.total(rounds)
+            bench.total(rounds + _WARM_UP)
             before = await self._counts(bench, deployment)
             for index in range(-_WARM_UP, rounds):
                 if index == 0:

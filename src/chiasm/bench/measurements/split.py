@@ -58,7 +58,7 @@ class Split(Measurement):
             found: dict[str, list[list[Answer]]] = {"picture": [[], []], "text": [[], []]}
             for kind, body_of in (("picture", picture_body), ("text", text_body)):
                 bench.step(f"{label}, {kind}")
-                bench.total(pairs)
+                bench.total(pairs + warm_up)
                 for index in range(-warm_up, pairs):
                     body = body_of(index)
                     for which in (0, 1) if index % 2 else (1, 0):

@@ -40,7 +40,7 @@ class Ttft(Measurement):
             texts = prompts.Texts(deployments[0].folder, bench.seed)
             for kind, limit in (("picture", _AT_MOST), ("text", None)):
                 bench.step(f"{label}, {kind}")
-                bench.total(pairs)
+                bench.total(pairs + _WARM_UP)
                 found: list[list[float]] = [[], []]
                 for index in range(-_WARM_UP, pairs):
                     if kind == "picture":
