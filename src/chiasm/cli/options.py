@@ -10,6 +10,7 @@ import typer
 
 from chiasm.cli.groups import OptionGroup
 from chiasm.cli.values import CpuSet, Names, parse_arguments, parse_cpus, parse_names, parse_size
+from chiasm.launch.config import Engine
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, a hub name, or demo.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -52,6 +53,46 @@ Arguments = Annotated[
     Names | None,
     typer.Option(parser=parse_arguments, metavar="ARGS", help="More arguments, in quotes, for each such instance."),
 ]
+
+
+@dataclass(frozen=True)
+class DeploymentOptions(OptionGroup):
+    """Which instances a deployment has, and what all of it has in common."""
+
+    engine: Annotated[
+        Engine, typer.Option(help="What instances run: the built-in engine, or `vllm serve` of the same environment.")
+    ] = Engine.CHIASM
+    encoders: Annotated[
+        int | None, typer.Option(min=0, help="Encoder instances.", show_default="1, or 0 with --aggregated")
+    ] = None
+    pds: Annotated[
+        int | None,
+        typer.Option(min=0, help="Prefill-and-decode instances.", show_default="1, or 0 if there are others"),
+    ] = None
+    aggregated: Annotated[int | None, typer.Option(min=0, help="Instances that do it all.", show_default="0")] = None
+    prefills: Annotated[
+        int | None, typer.Option(min=0, help="Prefill instances, with --decodes.", show_default="0")
+    ] = None
+    decodes: Annotated[int | None, typer.Option(min=0, help="Decode instances, with --prefills.", show_default="0")] = (
+        None
+    )
+    host: Host = "127.0.0.1"
+    port: Port = 8000
+    served_model_name: ServedModelName = None
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of each instance on CPU.", show_default="the cores shared out evenly"),
+    ] = None
+    encoder_cpus: Cpus = None
+    pd_cpus: Cpus = None
+    aggregated_cpus: Cpus = None
+    prefill_cpus: Cpus = None
+    decode_cpus: Cpus = None
+    deadline_seconds: Annotated[
+        float | None, typer.Option(help="The longest that a request may take.", show_default="600")
+    ] = None
+    admin_key: AdminKey = None
+    log_level: LogLevel = "info"
 
 
 @dataclass(frozen=True)
