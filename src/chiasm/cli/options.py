@@ -113,7 +113,7 @@ class DeviceOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class ArgumentOptions(OptionGroup):
-    """Arguments that go on to the command of each instance: ``chiasm instance``, or ``vllm serve``."""
+    """Arguments that go on to the command of each process: ``chiasm instance`` or ``vllm serve``, and ``chiasm proxy``."""
 
     vllm_args: Annotated[
         Names | None,
@@ -124,6 +124,10 @@ class ArgumentOptions(OptionGroup):
     aggregated_args: Arguments = None
     prefill_args: Arguments = None
     decode_args: Arguments = None
+    proxy_args: Annotated[
+        Names | None,
+        typer.Option(parser=parse_arguments, metavar="ARGS", help="More arguments, in quotes, of `chiasm proxy`."),
+    ] = None
 
 
 @dataclass(frozen=True)

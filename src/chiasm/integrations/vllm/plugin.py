@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 
+from chiasm.integrations.vllm import nixl_patience
+
 _logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.001
 
@@ -28,5 +30,6 @@ def register() -> None:
                     self.busy_loop_s = _POLL_SECONDS
 
             condition.__init__ = make_patient
+            nixl_patience.install()
     except (ImportError, AttributeError) as error:
         _logger.warning("vLLM's workers keep polling: %s", error)
