@@ -127,6 +127,7 @@ class FakeEngine:
         self.config = EngineConfig(Path("/nowhere/bytes"), role, kv=kv, **config)
         self.processor = ByteProcessor()
         self.model_fingerprint = FINGERPRINT
+        self.dtype = "float32"
         self.ec_store = "store-1"
         self.max_model_len = self.processor.max_model_len
         self.healthy = True

@@ -21,6 +21,7 @@ def test_health_tells_what_the_proxy_needs(pd: Served) -> None:
         "role": "pd",
         "model": "bytes",
         "fingerprint": "f1" * 16,
+        "dtype": "float32",
         "ec_store": "store-1",
         "version": __version__,
         "max_model_len": 512,

@@ -31,6 +31,7 @@ class Status:
                 "role": str(engine.config.role),
                 "model": instance.model,
                 "fingerprint": engine.model_fingerprint,
+                "dtype": str(engine.dtype).removeprefix("torch."),
                 "ec_store": engine.ec_store,
                 "version": __version__,
                 "max_model_len": engine.max_model_len,
