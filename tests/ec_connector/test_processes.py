@@ -227,7 +227,9 @@ def test_threads_publish_at_once(folder: Path) -> None:
     stats = instance.worker.stats
     assert 49 <= stats.saves <= 52
     assert stats.saved_bytes == stats.saves * embedding_of("a").nbytes
-    assert stored_bytes(folder) == ROOM * ENTRY_BYTES == int((folder / ".usage").read_text())
+    # Each that was written twice at the same time made room for both, and one is left.
+    assert (ROOM - 3) * ENTRY_BYTES <= stored_bytes(folder) <= ROOM * ENTRY_BYTES
+    assert stored_bytes(folder) == int((folder / ".usage").read_text())
     for name in sorted(set(names)):
         loaded = instance.load(identifier_of(name))
         assert loaded is None or torch.equal(loaded, embedding_of(name))

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from chiasm.checkpoints import folder
 
 MODEL = "demo"
 CHECKPOINT = folder(MODEL)
+ROOT = Path(__file__).resolve().parents[2]
 MIDDLEWARE = "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
 START_SECONDS = 400
 """For processes that start at the same time, on two slow cores."""
@@ -30,7 +32,9 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOG_STATS_INTERVAL": "1",
 }
+_UNTIL_SECONDS = 60
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Server:
     command: list[str]
     port: int
     log: Path
+    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,7 +54,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **_ENVIRONMENT},
+                env={**os.environ, **_ENVIRONMENT, **self.environment},
                 start_new_session=True,
             )
 
@@ -68,6 +73,13 @@ class Server:
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what is bound to come, such as a count."""
+        end = time.monotonic() + _UNTIL_SECONDS
+        while not condition():
+            assert time.monotonic() < end, f"it does not come; the server's log ends with\n{self.text()[-2000:]}"
+            time.sleep(0.05)
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -121,7 +133,13 @@ def transfer_config(role: str, store: Path, **extra: Any) -> dict[str, Any]:
     }
 
 
-def vllm(logs: Path, name: str, transfer: dict[str, Any] | None = None, *flags: str) -> Server:
+def vllm(
+    logs: Path,
+    name: str,
+    transfer: dict[str, Any] | None = None,
+    *flags: str,
+    environment: dict[str, str] | None = None,
+) -> Server:
     """`vllm serve` of the demo checkpoint, with chiasm's middleware, and its connector where ``transfer`` is given."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(CHECKPOINT), "--port", str(port)]
@@ -129,7 +147,7 @@ def vllm(logs: Path, name: str, transfer: dict[str, Any] | None = None, *flags: 
     command += ["--max-model-len", "2048", "--max-num-seqs", "8", "--middleware", MIDDLEWARE, *flags]
     if transfer is not None:
         command += ["--ec-transfer-config", json.dumps(transfer)]
-    return Server(command, port, logs / f"{name}.log")
+    return Server(command, port, logs / f"{name}.log", environment or {})
 
 
 def chiasm(logs: Path, name: str, *arguments: str) -> Server:

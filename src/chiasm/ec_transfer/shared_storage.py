@@ -256,11 +256,15 @@ class SharedStorageConnector(ECConnector):
         if not self.is_consumer:
             return entry if self._is_intact(identifier, entry) else None
         signature = entry.known.signature
+        started = time.perf_counter()
         try:
             copy = entry.copied(checked=self._verified.get(identifier) == signature)
         except OSError as error:
             self._warn_once(error)
             return None
+        finally:
+            with self._lock:
+                self.stats.load_seconds += time.perf_counter() - started
         if copy is None:
             self._reject(identifier, signature, "its checksum is wrong")
             return None

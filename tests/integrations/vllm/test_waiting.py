@@ -151,6 +151,36 @@ def test_a_request_past_its_items_costs_no_look(encoder: Encoder, pd: Engine, fo
     assert pd.step(one).tokens == {"request": 1}
 
 
+# ---- while nothing runs ------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_that_comes_is_news(encoder: Encoder, pd: Engine) -> None:
+    pd.step(request(("a", 2), of="first"), request(("b", 2), of="second"))
+    assert pd.scheduler.num_deferred == 2
+    assert not pd.scheduler.has_news()
+    encoder.publish("b")
+    assert pd.scheduler.has_news()
+
+
+def test_a_deadline_that_passes_is_news(pd: Engine) -> None:
+    pd.step(request(("a", 2)))
+    pd.clock.now = WAIT_SECONDS + 0.1
+    assert pd.scheduler.has_news()
+    pd.update()
+    assert pd.scheduler.num_deferred == 0
+
+
+def test_the_longer_all_have_waited_the_less_often_one_looks(pd: Engine) -> None:
+    pd.step(request(("a", 2), of="first"))
+    assert pd.scheduler.poll_seconds() == pytest.approx(0.0005)
+    pd.clock.now = 0.2
+    assert pd.scheduler.poll_seconds() == pytest.approx(0.002)
+    pd.clock.now = 5.0
+    assert pd.scheduler.poll_seconds() == pytest.approx(0.01)
+    pd.step(request(("b", 2), of="second"))
+    assert pd.scheduler.poll_seconds() == pytest.approx(0.0005)
+
+
 # ---- how far prefill goes ----------------------------------------------------------------------------------------------
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from chiasm import __version__
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
 from chiasm.errors import ConfigurationError
-from chiasm.integrations.vllm.identity import fingerprint_of, folder_of
+from chiasm.integrations.vllm.identity import dtype_name, fingerprint_of, folder_of
 from chiasm.integrations.vllm.settings import Settings
 from chiasm.models.base import Processor
 from chiasm.models.families.base import SIZE_KEY
@@ -26,7 +27,7 @@ class Description:
     processor: Processor | None
 
 
-def describe(state: Any, vllm_version: str) -> Description:
+def describe(state: Any) -> Description:
     """Of the ``state`` of vLLM's application. Reads the checkpoint's files: not to be called on an event loop.
 
     Raises ChiasmError, OSError where the checkpoint or the store cannot be read.
@@ -40,9 +41,10 @@ def describe(state: Any, vllm_version: str) -> Description:
         "role": role_of(config),
         "model": (names[0] if isinstance(names, list) else names) if names else arguments.model,
         "fingerprint": _fingerprint(config.model_config, settings),
+        "dtype": dtype_name(config.model_config),
         "ec_store": _store_id(settings),
         "version": __version__,
-        "engine": f"vllm {vllm_version}",
+        "engine": f"vllm {sys.modules['vllm'].__version__}",
         "max_model_len": int(config.model_config.max_model_len),
         "max_items": _max_items(config.model_config),
         "max_num_seqs": int(config.scheduler_config.max_num_seqs),

@@ -32,7 +32,7 @@ from vllm.platforms import current_platform  # noqa: E402
 from chiasm import ec_transfer  # noqa: E402
 from chiasm.ec_transfer.shared_storage import SharedStorageConnector  # noqa: E402
 from chiasm.errors import ConfigurationError  # noqa: E402
-from chiasm.integrations.vllm.encoder_cache import install  # noqa: E402
+from chiasm.integrations.vllm import encoder_cache, patience  # noqa: E402
 from chiasm.integrations.vllm.identity import fingerprint_of  # noqa: E402
 from chiasm.integrations.vllm.layout import Layout  # noqa: E402
 from chiasm.integrations.vllm.scheduler_half import Reach, SchedulerHalf  # noqa: E402
@@ -52,8 +52,7 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, role=role)
         model_config = vllm_config.model_config
         settings = Settings.read(vllm_config.ec_transfer_config.ec_connector_extra_config)
-        if model_config.is_encoder_decoder:
-            raise ConfigurationError("ChiasmECConnector cannot serve encoder-decoder models")
+        _check(model_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role is ECConnectorRole.SCHEDULER:
@@ -69,7 +68,8 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
                 is_producer=self.is_producer,
                 is_reader=self.is_consumer,
             )
-            install(vllm_config, self._scheduler)
+            encoder_cache.install(vllm_config, self._scheduler)
+            patience.install()
         else:
             self._store = self._make_store(settings, ec_transfer.ECConnectorRole.WORKER, _device())
             self._worker = WorkerHalf(self._store, model_config.dtype, is_writer=_is_writer)
@@ -94,39 +94,39 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
     # ---- scheduler ------------------------------------------------------------------------------------------------
 
     @property
-    def _scheduling(self) -> SchedulerHalf:
+    def half(self) -> SchedulerHalf:
         assert self._scheduler is not None, "this is the workers' half"
         return self._scheduler
 
     def ensure_cache_available(self, request: Any, num_computed_tokens: int) -> bool:
-        return self._scheduling.ensure_cache_available(request, num_computed_tokens)
+        return self.half.ensure_cache_available(request, num_computed_tokens)
 
     def has_cache_item(self, identifier: str) -> bool:
-        return self._scheduling.has_cache_item(identifier)
+        return self.half.has_cache_item(identifier)
 
     def update_state_after_alloc(self, request: Any, index: int) -> None:
-        self._scheduling.update_state_after_alloc(request, index)
+        self.half.update_state_after_alloc(request, index)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
-        return self._scheduling.build_connector_meta()
+        return self.half.build_connector_meta()
 
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.ec_connector_worker_meta
         if isinstance(report, StepReport):
-            self._scheduling.update_connector_output(report)
+            self.half.update_connector_output(report)
 
     def take_unavailable_requests(self) -> set[str]:
-        return self._scheduling.take_unavailable_requests()
+        return self.half.take_unavailable_requests()
 
     def request_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """What the request's answer says of its items, for those that a consumer will find; nothing is kept back."""
-        self._scheduling.request_finished(request)
+        self.half.request_finished(request)
         if not self.is_producer:
             return False, None
         items = {
             identifier: entry
             for identifier, entry in collect_ec_item_metadata(request.mm_features, self._fields).items()
-            if self._scheduling.is_published(identifier)
+            if self.half.is_published(identifier)
         }
         return False, items or None
 
@@ -183,6 +183,17 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         per_engine_labelvalues: dict[int, list[object]],
     ) -> ChiasmECPromMetrics:
         return ChiasmECPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _check(model_config: Any) -> None:
+    """Raises ConfigurationError for what would fail when the first request comes."""
+    if model_config.is_encoder_decoder:
+        raise ConfigurationError("ChiasmECConnector cannot serve encoder-decoder models")
+    if model_config.multimodal_config is None:
+        raise ConfigurationError(f"ChiasmECConnector has nothing to do for {model_config.model}, which takes text only")
+    if model_config.multimodal_config.mm_processor_cache_type == "shm":
+        # The scheduler then sees where items lie, and not what they are.
+        raise ConfigurationError("ChiasmECConnector needs --mm-processor-cache-type lru")
 
 
 def _reach_of(vllm_config: Any) -> Reach:

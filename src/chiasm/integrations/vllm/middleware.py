@@ -103,10 +103,7 @@ class ChiasmMiddleware:
         """Found out once; what has failed is tried again."""
         task = self._describing
         if task is None or (task.done() and task.exception() is not None):
-            import vllm
-
-            describing = asyncio.to_thread(describe, scope["app"].state, vllm.__version__)
-            task = self._describing = asyncio.create_task(describing)
+            task = self._describing = asyncio.create_task(asyncio.to_thread(describe, scope["app"].state))
         return await asyncio.shield(task)
 
 

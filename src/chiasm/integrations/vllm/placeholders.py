@@ -11,13 +11,13 @@ from typing import Any
 
 import msgspec
 
+from chiasm.ec_transfer import check_identifier
 from chiasm.models.base import ItemGeometry, Metadata
 from chiasm.models.families.base import SIZE_KEY
 
 GeometryOf = Callable[[Metadata], ItemGeometry]
 
 _SIZE_NAME = f'"{SIZE_KEY}"'.encode()
-
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _list = msgspec.json.Decoder(list[msgspec.Raw])
@@ -31,35 +31,38 @@ def may_hold_sizes(body: bytes) -> bool:
 def with_grids(body: bytes, geometry_of: GeometryOf) -> bytes:
     """The body with each ``image_size`` of an ``image_embeds`` part replaced; all else in it keeps its bytes.
 
-    What is no chat completion is given back as it came, for vLLM to refuse. Raises InvalidRequestError for a bad size.
+    What is no chat completion is given back as it came, for vLLM to refuse. Raises InvalidRequestError for a bad size or
+    name of a picture.
     """
     try:
         fields = _fields.decode(body)
         messages = _list.decode(fields.get("messages", b""))
         changed = [_with_grids(message, geometry_of) for message in messages]
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return body
-    fields["messages"] = msgspec.Raw(msgspec.json.encode(changed))
-    return msgspec.json.encode(fields)
+    return body if changed == messages else msgspec.json.encode({**fields, "messages": changed})
 
 
 def _with_grids(message: msgspec.Raw, geometry_of: GeometryOf) -> msgspec.Raw:
-    fields = _fields.decode(message)
+    fields: dict[str, Any] = _fields.decode(message)
     content = fields.get("content")
     if content is None or not bytes(content).lstrip().startswith(b"["):
         return message
-    fields["content"] = msgspec.Raw(
-        msgspec.json.encode([_with_grid(part, geometry_of) for part in _list.decode(content)])
-    )
-    return msgspec.Raw(msgspec.json.encode(fields))
+    parts = _list.decode(content)
+    changed = [_with_grid(part, geometry_of) for part in parts]
+    return message if changed == parts else _raw({**fields, "content": changed})
 
 
 def _with_grid(part: msgspec.Raw, geometry_of: GeometryOf) -> msgspec.Raw:
     if not may_hold_sizes(bytes(part)):
         return part
-    fields = _fields.decode(part)
+    fields: dict[str, Any] = _fields.decode(part)
     embeds: Any = msgspec.json.decode(fields.get("image_embeds", b"null"))
     if not isinstance(embeds, dict) or SIZE_KEY not in embeds:
         return part
-    fields["image_embeds"] = msgspec.Raw(msgspec.json.encode(geometry_of(embeds).metadata))
-    return msgspec.Raw(msgspec.json.encode(fields))
+    check_identifier(msgspec.json.decode(fields.get("uuid", b"null")))
+    return _raw({**fields, "image_embeds": geometry_of(embeds).metadata})
+
+
+def _raw(value: object) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from chiasm.ec_transfer import ECConnectorMetadata, check_identifier
@@ -29,6 +29,9 @@ _logger = logging.getLogger(__name__)
 _MAX_PINNED_STEPS = 64
 """Steps whose entries are kept although no worker has reported them. vLLM has two or so under way."""
 _MAX_SPOILED = 1024
+_MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.0005, 0.01
+_POLL_SHARE = 0.01
+"""Of the time waited so far, so that the delay stays within a hundredth of it."""
 
 
 class EncoderMemory(Protocol):
@@ -86,7 +89,7 @@ class SchedulerHalf:
         self._memory: EncoderMemory | None = None
         self._counters = CounterPage()
         self._counts: dict[str, float] = {}
-        self._own_corrupt_entries = 0
+        self._own_stats = asdict(store.stats)
 
         self._requests: dict[str, TrackedRequest] = {}
         self._deferred: dict[str, TrackedRequest] = {}
@@ -136,7 +139,7 @@ class SchedulerHalf:
             if tracked.request_id in self._unavailable:
                 return False
             if not self._may_run_ahead(tracked, item.offset - num_computed_tokens, begins):
-                self._defer(tracked)
+                self._defer(tracked, item)
                 return False
             tracked.stop = index
             end = item.offset
@@ -255,12 +258,32 @@ class SchedulerHalf:
     def take_counts(self) -> dict[str, float]:
         """What both halves have counted since the last call."""
         counts, self._counts = self._counts, {}
+        own = asdict(self._store.stats)
         for name, value in self._counters.added().items():
-            counts[name] = counts.get(name, 0) + value
-        corrupt = self._store.stats.corrupt_entries
-        counts["corrupt_entries"] = counts.get("corrupt_entries", 0) + corrupt - self._own_corrupt_entries
-        self._own_corrupt_entries = corrupt
+            counts[name] = counts.get(name, 0) + value + own[name] - self._own_stats[name]
+        self._own_stats = own
         return {name: value for name, value in counts.items() if value}
+
+    # ---- while nothing runs -----------------------------------------------------------------------------------------
+
+    @property
+    def num_deferred(self) -> int:
+        """Requests that wait for an entry."""
+        return len(self._deferred)
+
+    def has_news(self) -> bool:
+        """Whether one of them can go on or has waited too long."""
+        now = self._clock()
+        return any(
+            now - since > self._wait_seconds or self.is_published(tracked.missing)
+            for tracked in self._deferred.values()
+            if (since := tracked.deferred_since) is not None
+        )
+
+    def poll_seconds(self) -> float:
+        """After which to look again."""
+        latest = max(tracked.deferred_since or 0.0 for tracked in self._deferred.values())
+        return min(max((self._clock() - latest) * _POLL_SHARE, _MIN_POLL_SECONDS), _MAX_POLL_SECONDS)
 
     # ---- what is there --------------------------------------------------------------------------------------------
 
@@ -329,7 +352,8 @@ class SchedulerHalf:
         has_place = tracked.request_id in self._ahead or len(self._ahead) < reach.max_ahead
         return not begins or (tokens >= reach.min_tokens and has_place)
 
-    def _defer(self, tracked: TrackedRequest) -> None:
+    def _defer(self, tracked: TrackedRequest, item: TrackedItem) -> None:
+        tracked.missing = item.identifier
         if tracked.deferred_since is None and tracked.request_id not in self._unavailable:
             tracked.deferred_since = self._clock()
             self._deferred[tracked.request_id] = tracked

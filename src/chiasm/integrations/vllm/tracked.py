@@ -35,8 +35,9 @@ class TrackedItem:
 class TrackedRequest:
     """``items`` in the order of their places.
 
-    ``stop`` is the index of the item that prefill may not reach in this step, if there is one. ``counted_on`` says of an
-    identifier in which step the request last made use of its embedding.
+    ``stop`` is the index of the item that prefill may not reach in this step, if there is one. ``missing`` names the item
+    that a deferred request waits for. ``counted_on`` says of an identifier in which step the request last made use of its
+    embedding.
     """
 
     request_id: str
@@ -45,6 +46,7 @@ class TrackedRequest:
     refusal: str | None
     stop: int | None = None
     deferred_since: float | None = None
+    missing: str = ""
     counted_on: dict[str, int] = field(default_factory=dict)
 
     @classmethod

@@ -1,0 +1,319 @@
+"""The middleware around an application that answers as vLLM's does, with the real demo checkpoint behind it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from chiasm import __version__, checkpoints
+from chiasm.integrations.vllm.middleware import ChiasmMiddleware
+from chiasm.models import load_processor
+from chiasm.models.identity import fingerprint
+
+CHECKPOINT = checkpoints.folder("demo")
+NAME = "ab" * 32
+
+
+@dataclass
+class VLLM:
+    """vLLM's application as far as the middleware sees it."""
+
+    config: SimpleNamespace
+    status: int = 200
+    bodies: list[bytes] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    lengths: list[str] = field(default_factory=list)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.paths.append(scope["path"])
+        self.lengths.append(dict(scope["headers"]).get(b"content-length", b"").decode())
+        body, more = b"", scope["method"] == "POST"
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        self.bodies.append(body)
+        await send({"type": "http.response.start", "status": self.status, "headers": [(b"x-from", b"vllm")]})
+        await send({"type": "http.response.body", "body": b"" if scope["path"] == "/health" else b"answered"})
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[bytes, bytes]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Server:
+    """vLLM's server: its application, its state, and the middleware."""
+
+    def __init__(self, vllm: VLLM, **options: Any) -> None:
+        arguments = SimpleNamespace(served_model_name=["demo", "other"], model=str(CHECKPOINT))
+        self.app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm.config, args=arguments))
+        self.middleware = ChiasmMiddleware(vllm, **options)
+
+    async def call(self, method: str, path: str, *chunks: bytes, length: int | None = None) -> Answer:
+        headers = [(b"host", b"here"), (b"x-own", b"1")]
+        if length is not None:
+            headers.append((b"content-length", str(length).encode()))
+        scope = {"type": "http", "method": method, "path": path, "headers": headers, "app": self.app}
+        left = [
+            {"type": "http.request", "body": chunk, "more_body": index < len(chunks) - 1}
+            for index, chunk in enumerate(chunks)
+        ]
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            return left.pop(0) if left else {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await self.middleware(scope, receive, send)
+        if not sent:
+            return Answer(0, {}, b"")
+        return Answer(sent[0]["status"], dict(sent[0]["headers"]), b"".join(each["body"] for each in sent[1:]))
+
+    async def chat(self, *chunks: bytes) -> Answer:
+        return await self.call("POST", "/v1/chat/completions", *chunks, length=sum(map(len, chunks)))
+
+
+def role(name: str | None) -> SimpleNamespace | None:
+    """vLLM's ECTransferConfig."""
+    if name is None:
+        return None
+    return SimpleNamespace(
+        is_ec_producer=name in ("ec_producer", "ec_both"),
+        is_ec_consumer=name in ("ec_consumer", "ec_both"),
+        ec_connector_module_path="chiasm.integrations.vllm.ec_connector",
+        ec_connector_extra_config={},
+    )
+
+
+def config(ec: str | None = None, kv: str | None = None, store: Path | None = None, **model: Any) -> SimpleNamespace:
+    """vLLM's VllmConfig."""
+    transfer = role(ec)
+    if transfer is not None:
+        transfer.ec_connector_extra_config = {"shared_storage_path": str(store)}
+    return SimpleNamespace(
+        ec_transfer_config=transfer,
+        kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector", kv_role=kv) if kv else None,
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        model_config=SimpleNamespace(
+            **{
+                "model": str(CHECKPOINT),
+                "revision": None,
+                "dtype": "torch.float32",
+                "max_model_len": 2048,
+                "multimodal_config": SimpleNamespace(get_limit_per_prompt=lambda modality: 5),
+            }
+            | model
+        ),
+    )
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The middleware runs where vLLM is loaded."""
+    module = ModuleType("vllm")
+    module.__version__ = "0.32.0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    folder = tmp_path / "store"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def ask(*parts: object, **more: object) -> bytes:
+    return json.dumps({"model": "demo", "messages": [{"role": "user", "content": list(parts)}], **more}).encode()
+
+
+def sized(height: int, width: int, name: object = NAME) -> dict[str, object]:
+    return {"type": "image_embeds", "image_embeds": {"image_size": [height, width]}, "uuid": name}
+
+
+# ---- /health -----------------------------------------------------------------------------------------------------------
+
+
+async def test_health_says_what_the_instance_is(store: Path) -> None:
+    answer = await Server(VLLM(config("ec_consumer", store=store))).call("GET", "/health")
+    assert (answer.status, answer.headers[b"content-type"]) == (200, b"application/json")
+    assert answer.json == {
+        "status": "ok",
+        "role": "pd",
+        "model": "demo",
+        "fingerprint": fingerprint(CHECKPOINT, "float32"),
+        "dtype": "float32",
+        "ec_store": (store / "store-id").read_text(),
+        "version": __version__,
+        "engine": "vllm 0.32.0",
+        "max_model_len": 2048,
+        "max_items": 5,
+        "max_num_seqs": 8,
+        "takes_image_size": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ec", "kv", "expected"),
+    [
+        ("ec_producer", None, "encoder"),
+        ("ec_consumer", None, "pd"),
+        ("ec_both", None, "aggregated"),
+        (None, None, "aggregated"),
+        (None, "kv_both", "aggregated"),
+        ("ec_consumer", "kv_producer", "prefill"),
+        ("ec_consumer", "kv_consumer", "decode"),
+        (None, "kv_consumer", "decode"),
+    ],
+)
+async def test_roles(store: Path, ec: str | None, kv: str | None, expected: str) -> None:
+    health = (await Server(VLLM(config(ec, kv, store))).call("GET", "/health")).json
+    assert health["role"] == expected
+    assert health.get("kv_connector") == ("NixlConnector" if kv else None)
+
+
+async def test_a_fingerprint_that_was_given_counts(store: Path) -> None:
+    given = config("ec_consumer", store=store)
+    given.ec_transfer_config.ec_connector_extra_config["fingerprint"] = "abcd"
+    assert (await Server(VLLM(given)).call("GET", "/health")).json["fingerprint"] == "abcd"
+
+
+async def test_a_model_that_chiasm_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    server = Server(VLLM(config(model=str(tmp_path))))
+    health = (await server.call("GET", "/health")).json
+    assert (health["status"], health["fingerprint"], health["takes_image_size"]) == ("ok", "", False)
+    answer = await server.chat(ask(sized(96, 96)))
+    assert answer.status == 400
+    assert "cannot tell how many tokens" in answer.json["error"]["message"]
+
+
+async def test_a_dead_engine_has_failed() -> None:
+    answer = await Server(VLLM(config(), status=503)).call("GET", "/health")
+    assert answer.status == 503
+    assert answer.json["status"] == "failed"
+    assert answer.json["message"]
+
+
+async def test_a_store_that_cannot_be_read_is_a_failure_until_it_can(store: Path) -> None:
+    (store / "store-id").mkdir()
+    server = Server(VLLM(config("ec_consumer", store=store)))
+    answer = await server.call("GET", "/health")
+    assert (answer.status, answer.json["status"]) == (503, "failed")
+    (store / "store-id").rmdir()
+    assert (await server.call("GET", "/health")).status == 200
+
+
+# ---- chat completions --------------------------------------------------------------------------------------------------
+
+
+async def test_a_size_becomes_the_grid_that_the_encoder_will_answer() -> None:
+    vllm = VLLM(config())
+    assert (await Server(vllm).chat(ask("x", sized(70, 130), {"type": "text", "text": "what?"}))).body == b"answered"
+    grid = load_processor(CHECKPOINT).geometry_of_size(70, 130).metadata
+    (body,) = vllm.bodies
+    assert json.loads(body) == json.loads(
+        ask("x", {"type": "image_embeds", "image_embeds": grid, "uuid": NAME}, {"type": "text", "text": "what?"})
+    )
+    assert vllm.lengths == [str(len(body))]
+
+
+async def test_what_is_no_size_keeps_its_bytes() -> None:
+    odd = b'{"image_size" : [ 1 ], "x":1.50e0}'
+    rest = b'"temperature" :1.0e-1,"x":{"image_size":[7,7]},"y": 12345678901234567890123}'
+    part = json.dumps(sized(96, 96)).encode()
+    body = b'{"messages":[{"role":"user","content":[%b,{"type":"text","text":"a","z":%b}]},{"role":"user","content":"t"}],%b'
+    vllm = VLLM(config())
+    await Server(vllm).chat(body % (part, odd, rest))
+    assert odd in vllm.bodies[0]
+    assert b'"temperature":1.0e-1,"x":{"image_size":[7,7]},"y":12345678901234567890123}' in vllm.bodies[0]
+    assert vllm.bodies[0].count(b"image_size") == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ask("no picture", temperature=0),
+        ask({"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 6, 6]}, "uuid": "anything"}),
+        b'{"messages" : [ ] }',
+        b"no json",
+        b'{"image_size": 1',
+        b'{"messages": [{"role": "user", "content": [{"image_size": "\xff"}]}]}',
+        b'{"messages": {"image_size": 1}}',
+        b"[" * 100_000 + b'"image_size"',
+    ],
+)
+async def test_other_bodies_pass_byte_for_byte(body: bytes) -> None:
+    vllm = VLLM(config())
+    assert (await Server(vllm).chat(body)).body == b"answered"
+    assert vllm.bodies == [body]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        sized(0, 96),
+        sized(96, 1 << 21),
+        sized(1, 5000),
+        {"type": "image_embeds", "image_embeds": {"image_size": ["96", 96]}, "uuid": NAME},
+        {"type": "image_embeds", "image_embeds": {"image_size": [96]}, "uuid": NAME},
+        {"type": "image_embeds", "image_embeds": {"image_size": [96, 96], "more": 1}, "uuid": NAME},
+        sized(96, 96, "../escaped"),
+        sized(96, 96, None),
+        sized(96, 96, ["list"]),
+    ],
+)
+async def test_a_bad_size_or_name_is_refused(part: dict[str, object]) -> None:
+    vllm = VLLM(config())
+    answer = await Server(vllm).chat(ask(part))
+    assert answer.status == 400
+    assert answer.json["error"]["type"] == "invalid_request_error"
+    assert vllm.bodies == []
+
+
+async def test_a_body_in_pieces_arrives_whole() -> None:
+    body = ask("x" * 1000)
+    vllm = VLLM(config())
+    await Server(vllm).chat(body[:10], body[10:500], body[500:])
+    assert vllm.bodies == [body]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_past_the_limit_is_refused(declared: bool) -> None:
+    vllm = VLLM(config())
+    server = Server(vllm, max_body_bytes=100)
+    answer = await server.call("POST", "/v1/chat/completions", b"x" * 60, b"x" * 60, length=120 if declared else None)
+    assert answer.status == 413
+    assert answer.json["error"]["type"] == "invalid_request_error"
+    assert vllm.bodies == []
+    assert (await server.chat(b"x" * 100)).body == b"answered"
+
+
+async def test_a_client_that_leaves_before_its_body_is_whole() -> None:
+    vllm = VLLM(config())
+    assert (await Server(vllm).call("POST", "/v1/chat/completions", length=10)).status == 0
+    assert vllm.bodies == []
+
+
+async def test_other_paths_and_methods_pass_untouched() -> None:
+    vllm = VLLM(config())
+    server = Server(vllm, max_body_bytes=10)
+    body = ask(sized(96, 96))
+    assert (await server.call("POST", "/v1/completions", body)).body == b"answered"
+    assert (await server.call("POST", "/health", body)).headers == {b"x-from": b"vllm"}
+    assert (await server.call("GET", "/v1/chat/completions")).body == b"answered"
+    assert vllm.bodies == [body, body, b""]

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from chiasm.ec_transfer import ECConnectorStats
+from chiasm.errors import ConfigurationError
+from chiasm.integrations.vllm.counters import CounterPage, CounterWriter
+from chiasm.integrations.vllm.layout import Layout
+from chiasm.integrations.vllm.settings import Settings
+from chiasm.integrations.vllm.step import StepReport
+from chiasm.integrations.vllm.versions import check_version
+
+
+def test_settings_are_read() -> None:
+    extra = {"shared_storage_path": "/store", "max_bytes": 1 << 20, "wait_seconds": 2, "fingerprint": "ab"}
+    assert Settings.read(extra) == Settings(Path("/store"), 1 << 20, 2.0, "ab")
+    assert Settings.read({"shared_storage_path": "/store"}) == Settings(Path("/store"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({}, "needs shared_storage_path"),
+        ({"shared_storage_path": ""}, "needs shared_storage_path"),
+        ({"shared_storage_path": "/s", "max_byte": 1}, "no setting 'max_byte'; there are shared_storage_path"),
+        ({"shared_storage_path": "/s", "max_bytes": "1"}, "whole number"),
+        ({"shared_storage_path": "/s", "max_bytes": True}, "whole number"),
+        ({"shared_storage_path": "/s", "wait_seconds": -1}, "wait_seconds must be"),
+        ({"shared_storage_path": "/s", "wait_seconds": float("nan")}, "wait_seconds must be"),
+        ({"shared_storage_path": "/s", "fingerprint": 7}, "fingerprint must be"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(extra: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        Settings.read(extra)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.33.0rc1+cpu", "0.32.0+cpu", "0.33"])
+def test_versions_that_work(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "0.3", "0.320.0", "1.32.0", "dev", ""])
+def test_other_versions_are_refused_with_those_that_work(version: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"works with vLLM 0\.32 and 0\.33"):
+        check_version(version)
+
+
+def test_counters_go_from_one_process_to_the_other() -> None:
+    page = CounterPage()
+    writer = CounterWriter(page.path)
+    assert set(page.added().values()) == {0.0}
+    writer.write(ECConnectorStats(saves=2, save_seconds=0.5))
+    added = page.added()
+    assert (added["saves"], added["save_seconds"], added["loads"]) == (2, 0.5, 0)
+    writer.write(ECConnectorStats(saves=3, save_seconds=0.5))
+    assert page.added()["saves"] == 1
+    page.close()
+    page.close()
+    assert (page.path, page.added()) == ("", {})
+
+
+def test_the_layout_of_a_model_with_levels() -> None:
+    vision = SimpleNamespace(deepstack_visual_indexes=[0, 1])
+    model = SimpleNamespace(
+        hf_config=SimpleNamespace(vision_config=vision),
+        dtype="torch.bfloat16",
+        get_inputs_embeds_size=lambda: 192,
+    )
+    assert Layout.of(model) == Layout(192, 2, "bfloat16")
+    assert Layout.of(model).width == 576
+
+
+def test_what_failed_on_one_rank_has_failed() -> None:
+    merged = StepReport(4, frozenset({"a"})).aggregate(StepReport(4, frozenset({"b"})))
+    assert merged == StepReport(4, frozenset({"a", "b"}))

@@ -1,0 +1,140 @@
+"""Requests that name embeddings which are late, never come, or are not what they should be."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .conftest import WAIT_SECONDS
+from .processes import Server
+from .wire import chat, embeds_part, encode, image_part, name_of, picture, published
+
+QUESTION = "what shape is it?"
+GRID = {"image_grid_thw": [1, 6, 6]}
+
+
+def entry(store: Path, data: bytes) -> Path:
+    return store / f"{name_of(data)}.safetensors"
+
+
+def sized(data: bytes, size: tuple[int, int] = (96, 96)) -> dict[str, object]:
+    """The picture as a proxy sends it before the encoder has answered."""
+    return embeds_part(name_of(data), {"image_size": [size[1], size[0]]})
+
+
+def test_a_late_embedding_is_waited_for(encoder: Server, pd: Server, aggregated: Server) -> None:
+    data = picture(10)
+    expected = aggregated.answer(chat(image_part(data), QUESTION))
+    before = pd.count("waits")
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(pd.answer, chat(sized(data), QUESTION))
+        pd.until(lambda: pd.metric("vllm:num_requests_waiting") == 1)
+        encode(encoder, data)
+        assert answer.result() == expected
+    pd.until(lambda: pd.count("waits") == before + 1)
+
+
+def test_one_that_never_comes_fails_its_request_in_time(pd: Server) -> None:
+    before = pd.count("failed_requests")
+    started = time.monotonic()
+    response = pd.post(chat(sized(picture(11)), QUESTION))
+    assert response.status_code == 500
+    assert time.monotonic() - started < WAIT_SECONDS + 10
+    pd.until(lambda: pd.count("failed_requests") == before + 1)
+    assert "an embedding has not come within" in pd.text()
+
+
+def test_others_are_answered_meanwhile(encoder: Server, pd: Server, aggregated: Server) -> None:
+    data = picture(12)
+    with ThreadPoolExecutor(6) as pool:
+        lost = [pool.submit(pd.post, chat(sized(picture(13)), QUESTION)) for _ in range(5)]
+        pd.until(lambda: pd.metric("vllm:num_requests_waiting") == 5)
+        assert pd.answer(chat(published(encoder, data), QUESTION)) == aggregated.answer(
+            chat(image_part(data), QUESTION)
+        )
+        assert pd.answer(chat("hello")) == aggregated.answer(chat("hello"))
+        assert not any(each.done() for each in lost)
+        assert {each.result().status_code for each in lost} == {500}
+
+
+HARMS = ("removed", "empty", "cut off", "foreign", "a folder")
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_an_entry_that_is_none_counts_as_missing(
+    encoder: Server, pd: Server, aggregated: Server, store: Path, harm: str
+) -> None:
+    data = picture(20 + HARMS.index(harm))
+    part, path = published(encoder, data), entry(store, data)
+    match harm:
+        case "removed":
+            path.unlink()
+        case "empty":
+            os.truncate(path, 0)
+        case "cut off":
+            os.truncate(path, path.stat().st_size - 1)
+        case "foreign":
+            path.write_bytes(b"something else")
+        case "a folder":
+            path.unlink()
+            path.mkdir()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(pd.answer, chat(part, QUESTION))
+        pd.until(lambda: pd.metric("vllm:num_requests_waiting") == 1)
+        if path.is_dir():
+            path.rmdir()
+        encode(encoder, data)  # The encoder has it in memory, and sees that the store has lost it.
+        assert answer.result() == aggregated.answer(chat(image_part(data), QUESTION))
+
+
+def test_an_entry_of_another_size_fails_its_request(encoder: Server, pd: Server) -> None:
+    data = picture(30)
+    ((name, metadata),) = encode(encoder, data).items()
+    assert metadata["image_grid_thw"] != [1, 2, 2]
+    assert pd.post(chat(embeds_part(name, {"image_grid_thw": [1, 2, 2]}), QUESTION)).status_code == 500
+    assert pd.post(chat(embeds_part(name, metadata), QUESTION)).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a/b", "nul\0", "x" * 10_000, "A" * 64])
+@pytest.mark.parametrize("role", ["encoder", "pd"])
+def test_a_bad_name_is_refused_and_nothing_is_written_outside(
+    encoder: Server, pd: Server, store: Path, role: str, name: str
+) -> None:
+    before = sorted(store.parent.glob("*"))
+    if role == "encoder":
+        response = encoder.post(chat(image_part(picture(31), name), max_tokens=1))
+    else:
+        response = pd.post(chat(embeds_part(name, GRID), QUESTION))
+        assert pd.post(chat(embeds_part(name, {"image_size": [96, 96]}), QUESTION)).status_code == 400
+    assert response.status_code in (400, 500)
+    assert sorted(store.parent.glob("*")) == before
+    assert pd.post(chat("hello")).status_code == encoder.post(chat(image_part(picture(32)))).status_code == 200
+
+
+def test_ten_identical_at_once(encoder: Server, pd: Server, aggregated: Server) -> None:
+    data = picture(33)
+    saves, loads = encoder.count("saves"), pd.count("loads")
+    with ThreadPoolExecutor(11) as pool:
+        answers = [pool.submit(pd.answer, chat(sized(data), QUESTION)) for _ in range(10)]
+        for each in [pool.submit(encode, encoder, data) for _ in range(10)]:
+            each.result()
+        expected = aggregated.answer(chat(image_part(data), QUESTION))
+        assert [answer.result() for answer in answers] == [expected] * 10
+    pd.until(lambda: pd.count("loads") == loads + 1)
+    encoder.until(lambda: encoder.count("saves") == saves + 1)
+
+
+def test_prefill_begins_before_all_pictures_are_there(encoder: Server, pd: Server, aggregated: Server) -> None:
+    first, second, between = picture(34), picture(35), "and then there is something else to see: " * 4
+    encode(encoder, first)
+    hits = pd.count("hits")
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(pd.answer, chat(sized(first), between, sized(second), QUESTION))
+        pd.until(lambda: pd.count("hits") == hits + 1)  # The first is loaded: what lies before the second is prefilled.
+        pd.until(lambda: pd.metric("vllm:num_requests_running") == 1)
+        encode(encoder, second)
+        assert answer.result() == aggregated.answer(chat(image_part(first), between, image_part(second), QUESTION))
