@@ -41,7 +41,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-$(VLLM)/.installed: scripts/vllm/install.sh scripts/vllm/chiasm_torchvision_schemas.py pyproject.toml
+$(VLLM)/.installed: scripts/vllm/install.sh scripts/vllm/example_proxy.sh scripts/vllm/chiasm_torchvision_schemas.py pyproject.toml
 	PYTHON="$(PYTHON)" scripts/vllm/install.sh $(VLLM)
 	touch $@
 
