@@ -297,6 +297,56 @@ def end_of_stream() -> bytes:
     return finish + b": server-timing decode;dur=3\n\ndata: [DONE]\n\n"
 
 
+# P and D of vLLM, with chiasm's middleware.
+
+VLLM = {"engine": "vllm 0.32.0", "kv_connector": "NixlConnector"}
+VLLM_HANDLE = {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [[3, 4]], "remote_port": 5600}
+
+
+def vllm_prefill() -> FakeInstance:
+    instance = FakeInstance("prefill", **VLLM)
+    instance.answer = prefill_of_vllm
+    return instance
+
+
+def vllm_decode() -> FakeInstance:
+    instance = FakeInstance("decode", **VLLM)
+    instance.answer = decode_of_vllm
+    return instance
+
+
+async def prefill_of_vllm(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """A handle where one is asked for, with the number of the call; else an answer as a PD's."""
+    if "kv_transfer_params" not in received.json:
+        return await chat(instance, request, received)
+    handle = VLLM_HANDLE | {"remote_engine_id": instance.url, "remote_request_id": f"r{len(instance.received)}"}
+    return web.json_response(whole(WORDS[0], "length") | {"kv_transfer_params": handle})
+
+
+async def decode_of_vllm(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """The whole answer, its first word included."""
+    if not received.json.get("stream"):
+        return web.json_response(whole(SAID, "stop"))
+    response = await begin_stream(request)
+    await response.write(role_event())
+    for word in WORDS:
+        await response.write(event(word))
+    await response.write(end_of_stream())
+    return response
+
+
+async def vllm_error_event(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """As vLLM tells, after the head of a stream, that a request failed in its engine."""
+    if not received.json.get("stream"):
+        return web.json_response({"error": _VLLM_FAILURE}, status=500)
+    response = await begin_stream(request)
+    await response.write(b"data: " + json.dumps({"error": _VLLM_FAILURE}).encode() + b"\n\ndata: [DONE]\n\n")
+    return response
+
+
+_VLLM_FAILURE = {"message": "Internal server error", "type": "InternalServerError", "param": None, "code": 500}
+
+
 def whole(text: str, finish_reason: str) -> dict[str, Any]:
     message = {"role": "assistant", "content": text}
     head = {"id": "c", "object": "chat.completion", "created": 1, "model": MODEL}

@@ -58,7 +58,7 @@ def test_p_and_d_move_kv_by_the_same_connector() -> None:
     assert add(fleet, "d", Role.DECODE, kv_connector="SharedMemoryConnector", ec_store="").state is State.HEALTHY
     other = add(fleet, "o", Role.DECODE, kv_connector="NixlConnector")
     assert other.state is State.MISMATCHED
-    assert str(other.reason) == "it moves KV by NixlConnector, the fleet by SharedMemoryConnector"
+    assert str(other.reason) == "it moves KV by NixlConnector of chiasm, the fleet by SharedMemoryConnector of chiasm"
     assert add(fleet, "e", Role.ENCODER).state is State.HEALTHY
 
 

@@ -25,6 +25,7 @@ async def test_health_lists_every_instance(start: Start) -> None:
             "reason": None,
             "model": MODEL,
             "version": "1",
+            "engine": None,
             "outstanding_work": 0.0,
             "in_flight": 0,
         }

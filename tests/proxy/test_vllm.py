@@ -1,15 +1,20 @@
-"""Instances that are vLLM: an empty /health, and placeholders that only the encoder's metadata sizes."""
+"""Instances that are vLLM: with chiasm's middleware, or with an empty /health and placeholders that only the encoder's
+metadata sizes."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 
+import pytest
 from aiohttp import web
 
 from chiasm.media import identifier
 
 from .conftest import Start, ask, image, picture
-from .instances import MODEL, FakeInstance, Received, encode, refuse
+from .instances import MODEL, Answering, FakeInstance, Received, encode, refuse, vllm_error_event
+
+ENGINE = {"engine": "vllm 0.32.0"}
 
 
 def vllm(role: str) -> FakeInstance:
@@ -48,10 +53,74 @@ async def test_as_p_or_d_it_is_not_used(start: Start) -> None:
     front = await start([p, d, other])
     shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[other.url]
     assert shown["state"] == "mismatched"
-    assert "needs chiasm's own instances" in shown["reason"]
+    assert "chiasm's middleware" in shown["reason"]
     for _ in range(2):
         assert (await front.post(ask("x"))).status == 200
     assert not other.received
+
+
+async def test_with_the_middleware_pd_is_called_beside_the_encoders(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder", **ENGINE), FakeInstance("pd", **ENGINE)
+    encoder.answer = after(pd.arrived)
+    front = await start([encoder, pd])
+    assert (await front.post(ask("x", image(picture(size=(6, 4)))))).status == 200
+    assert pd.received[0].parts[1]["image_embeds"] == {"image_size": [4, 6]}
+    shown = (await front.get("/health")).json["instances"]
+    assert [one["engine"] for one in shown] == ["vllm 0.32.0"] * 2
+
+
+async def test_pd_that_cannot_size_a_picture_waits_for_the_encoders_metadata(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder", **ENGINE), FakeInstance("pd", takes_image_size=False, **ENGINE)
+    front = await start([encoder, pd])
+    assert (await front.post(ask("x", image(picture()), image(picture("blue"))))).status == 200
+    assert [part["image_embeds"] for part in pd.received[0].parts[1:]] == [{"image_grid_thw": [1, 4, 6]}] * 2
+    assert pd.received[0].identifiers == encoder.received[0].identifiers
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"dtype": "bfloat16"}, "its dtype is bfloat16, the fleet's float32"),
+        ({"dtype": "float32"}, "its fingerprint (model or processor) differs from the fleet's"),
+        ({}, "its fingerprint (model, processor or dtype) differs from the fleet's"),
+    ],
+)
+async def test_one_with_another_fingerprint_is_not_used(start: Start, said: dict[str, str], reason: str) -> None:
+    pd = FakeInstance("pd", dtype="float32", **ENGINE)
+    encoder = FakeInstance("encoder", dtype="float32")
+    other = FakeInstance("encoder", fingerprint="e" * 64, **said, **ENGINE)
+    front = await start([pd, encoder, other])
+    shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[other.url]
+    assert (shown["state"], shown["reason"]) == ("mismatched", reason)
+    for colour in ("red", "green", "blue"):
+        assert (await front.post(ask(image(picture(colour))))).status == 200
+    assert not other.received
+
+
+async def test_a_limit_of_no_images_is_none(start: Start) -> None:
+    """vLLM says so where it has no vision tower."""
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd", max_items=0, **ENGINE)
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(picture()), image(picture("blue"))))).status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_fails_in_the_engine_has_a_status(start: Start, stream: bool) -> None:
+    pd = FakeInstance("pd", **ENGINE)
+    pd.answer = vllm_error_event
+    front = await start([pd])
+    answer = await front.post(ask("x", stream=stream))
+    assert (answer.status, answer.error["type"]) == (500, "InternalServerError")
+
+
+def after(arrived: asyncio.Semaphore) -> Answering:
+    """An encoder that answers when another instance has been called."""
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await arrived.acquire()
+        return await encode(instance, request, received)
+
+    return answer
 
 
 async def test_identity_without_a_fingerprint_is_by_the_models_name(start: Start) -> None:

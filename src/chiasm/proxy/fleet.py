@@ -56,12 +56,18 @@ class Report:
     models: tuple[str, ...]
     """Served names, the model's own first."""
     role: str | None = None
-    """None for an engine that doesn't say (vLLM)."""
+    """None for an engine that doesn't say (vLLM without chiasm's middleware)."""
     fingerprint: str = ""
     """Empty if the instance doesn't say."""
     ec_store: str = ""
     """Where embeddings go to and come from; empty if the instance doesn't say."""
     version: str = ""
+    engine: str = ""
+    """Name and version of an engine that isn't chiasm's own."""
+    dtype: str = ""
+    """Empty if the instance doesn't say."""
+    takes_image_size: bool = True
+    """Whether ``image_size`` sizes placeholders for it; else it needs the metadata that the encoder answers."""
     max_model_len: int | None = None
     max_items: int | None = None
     kv_connector: str = ""
@@ -69,11 +75,6 @@ class Report:
     kv_blocks_total: int | None = None
     kv_blocks_free: int | None = None
     max_num_seqs: int | None = None
-
-    @property
-    def understands_image_size(self) -> bool:
-        """Whether ``image_size`` sizes placeholders for it; else it needs the metadata that the encoder answers."""
-        return self.role is not None
 
 
 class Instance:
@@ -133,6 +134,7 @@ class Instance:
             "reason": self.reason,
             "model": report.models[0] if report else None,
             "version": report.version if report else None,
+            "engine": (report.engine or None) if report else None,
             "outstanding_work": self.outstanding,
             "in_flight": self.in_flight,
         }
@@ -163,6 +165,12 @@ class Fleet:
     def hands_over(self) -> bool:
         """Whether requests go from a prefill to a decode instance; else each goes to one instance."""
         return any(one.role in PART_ROLES and not one.draining for one in self._instances.values())
+
+    @property
+    def hands_over_by_vllm(self) -> bool:
+        """Whether its prefill and decode instances are vLLM's."""
+        agreed = self._agreed
+        return self.hands_over and agreed is not None and bool(agreed.kv_connector) and agreed.engine.startswith("vllm")
 
     @property
     def missing(self) -> Role | None:
@@ -294,13 +302,17 @@ class Fleet:
                 continue
             if instance.report.role is None and instance.role in PART_ROLES:
                 instance.mismatch = (
-                    "it doesn't say its role; the handover from prefill to decode needs chiasm's own instances"
+                    "it doesn't say its role; the handover from prefill to decode needs chiasm's own instances, or vLLM's "
+                    "with chiasm's middleware"
                 )
                 continue
             members.append((instance, instance.report))
         agreed = self._agreed
         if agreed is not None and all(_difference(agreed, report) for _, report in members):
             agreed = None
+        movers = [report for _, report in members if report.kv_connector]
+        if agreed is not None and movers and all(_moves_kv_by(agreed) != _moves_kv_by(report) for report in movers):
+            agreed = replace(agreed, kv_connector="", engine="")  # encoders alone hold to it
         for instance, report in members:
             if agreed is None:
                 agreed = report
@@ -311,7 +323,9 @@ class Fleet:
                     agreed,
                     fingerprint=agreed.fingerprint or report.fingerprint,
                     ec_store=agreed.ec_store or report.ec_store,
+                    dtype=agreed.dtype or report.dtype,
                     kv_connector=agreed.kv_connector or report.kv_connector,
+                    engine=agreed.engine if agreed.kv_connector else report.engine,
                 )
         self._agreed = agreed or self._agreed
 
@@ -320,9 +334,21 @@ def _difference(agreed: Report, report: Report) -> str | None:
     if not set(agreed.models) & set(report.models):
         return f"it serves {report.models[0]}, the fleet {agreed.models[0]}"
     if agreed.fingerprint and report.fingerprint and agreed.fingerprint != report.fingerprint:
-        return "its fingerprint (model, processor or dtype) differs from the fleet's"
+        if agreed.dtype and report.dtype and agreed.dtype != report.dtype:
+            return f"its dtype is {report.dtype}, the fleet's {agreed.dtype}"
+        return f"its fingerprint ({_named_by(agreed, report)}) differs from the fleet's"
     if agreed.ec_store and report.ec_store and agreed.ec_store != report.ec_store:
         return "it exchanges embeddings through another store than the fleet"
-    if agreed.kv_connector and report.kv_connector and agreed.kv_connector != report.kv_connector:
-        return f"it moves KV by {report.kv_connector}, the fleet by {agreed.kv_connector}"
+    if agreed.kv_connector and report.kv_connector and _moves_kv_by(agreed) != _moves_kv_by(report):
+        return f"it moves KV by {_moves_kv_by(report)}, the fleet by {_moves_kv_by(agreed)}"
     return None
+
+
+def _named_by(one: Report, other: Report) -> str:
+    """What of the things that a fingerprint is made of may differ."""
+    return "model or processor" if one.dtype and one.dtype == other.dtype else "model, processor or dtype"
+
+
+def _moves_kv_by(report: Report) -> str:
+    """Connectors of one name don't understand each other across engines, nor across versions of vLLM."""
+    return f"{report.kv_connector} of {report.engine or 'chiasm'}"

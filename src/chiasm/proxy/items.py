@@ -36,10 +36,9 @@ class Item:
         # Neither value can hold a character that JSON would have to escape.
         return b'{"type":"image_url","image_url":{"url":"%b"},"uuid":"%b"}' % (self.url, self.identifier.encode())
 
-    def image_embeds_part(self, metadata: bytes | None = None) -> bytes:
-        """The part that stands for its embedding; sized by the encoder's ``metadata`` (JSON), else by its pixels."""
-        size = metadata or b'{"image_size":[%d,%d]}' % (self.height, self.width)
-        return b'{"type":"image_embeds","image_embeds":%b,"uuid":"%b"}' % (size, self.identifier.encode())
+    def image_embeds_part(self) -> bytes:
+        """The part that stands for its embedding, sized by its pixels."""
+        return embeds_part(self.identifier, b'{"image_size":[%d,%d]}' % (self.height, self.width))
 
 
 class Items(NamedTuple):
@@ -48,6 +47,11 @@ class Items(NamedTuple):
     items: list[Item]
     fetch_seconds: float | None
     """Wall time in which URLs were fetched; None if there were none to fetch."""
+
+
+def embeds_part(identifier: str, metadata: bytes) -> bytes:
+    """The part that stands for an embedding, sized by the encoder's ``metadata`` (JSON)."""
+    return b'{"type":"image_embeds","image_embeds":%b,"uuid":"%b"}' % (metadata, identifier.encode())
 
 
 async def read_items(

@@ -27,6 +27,9 @@ class _Health(msgspec.Struct):
     fingerprint: str = ""
     ec_store: str = ""
     version: str = ""
+    engine: str = ""
+    dtype: str = ""
+    takes_image_size: bool = True
     max_model_len: int | None = None
     max_items: int | None = None
     kv_connector: str | None = None
@@ -151,8 +154,12 @@ class Prober:
                 fingerprint=health.fingerprint,
                 ec_store=health.ec_store,
                 version=health.version,
+                engine=health.engine,
+                dtype=health.dtype,
+                takes_image_size=health.takes_image_size,
                 max_model_len=health.max_model_len,
-                max_items=health.max_items,
+                max_items=health.max_items
+                or None,  # vLLM without a vision tower says 0, and takes embeddings all the same
                 kv_connector=health.kv_connector or "",
                 kv_blocks_total=health.kv_blocks_total,
                 kv_blocks_free=health.kv_blocks_free,
@@ -167,7 +174,9 @@ class Prober:
             models = []
         if answer.status != 200 or not models:
             raise UpstreamError("/v1/models names no model")
-        return Report(models=tuple(model.id for model in models), max_model_len=models[0].max_model_len)
+        return Report(
+            models=tuple(model.id for model in models), takes_image_size=False, max_model_len=models[0].max_model_len
+        )
 
 
 def _said(body: bytes) -> str:

@@ -59,6 +59,28 @@ class EventRelay:
         return b"data: " + error_body(error) + _END
 
 
+class FirstEvent:
+    """The beginning of a stream, held back until it is known that it isn't an error: that can still come with a status."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        """All that was taken."""
+
+    def take(self, chunk: bytes) -> None:
+        self.data += chunk
+
+    @property
+    def is_whole(self) -> bool:
+        return _end_of_events(self.data) > 0 or len(self.data) > _MAX_HELD_BYTES
+
+    @property
+    def error(self) -> ToldError | None:
+        """What the instance says went wrong, if that is the first that it says."""
+        block = _BLOCK.match(self.data)
+        told = _ERROR.match(block[0]) if block else None
+        return ToldError(told[1], "the instance gave the answer up") if told else None
+
+
 class PartRelay:
     """The same for the answer of a P or a D, which is a part of the client's: what it says to the proxy is taken out."""
 

@@ -65,6 +65,8 @@ class Request:
 
     def _without_long_urls(self) -> bytes:
         """The body without the media that is replaced anyway, so that megabytes aren't scanned level by level."""
+        if not any(part.is_lifted for part in self.media):
+            return self.body
         pieces: list[bytes] = []
         start = 0
         for part in self.media:

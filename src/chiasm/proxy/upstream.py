@@ -65,6 +65,8 @@ class ToldError(ChiasmError):
         code = words.code if words.code is None else str(words.code)
         super().__init__(words.message or otherwise, param=words.param, code=code)
         self.kind = words.type or self.kind
+        if isinstance(words.code, int) and 400 <= words.code <= 599:  # vLLM's way to tell the status
+            self.status = words.code
 
     @property
     def is_kv_unavailable(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from chiasm.errors import InvalidRequestError, MediaError, OverloadedError
 from chiasm.proxy.admission import Ticket
@@ -13,12 +13,14 @@ from chiasm.proxy.encode import Encoded
 from chiasm.proxy.exchange import Exchange
 from chiasm.proxy.fleet import WHOLE_ROLES, Instance, Role
 from chiasm.proxy.handover import Handover
-from chiasm.proxy.items import Item, read_items
+from chiasm.proxy.items import Item, embeds_part, read_items
 from chiasm.proxy.language import Place
 from chiasm.proxy.racing import end, unless_fails
+from chiasm.proxy.relay import FirstEvent
 from chiasm.proxy.request import Request
 from chiasm.proxy.services import Services
 from chiasm.proxy.upstream import Call, UpstreamError
+from chiasm.proxy.vllm_handover import VllmHandover, can_be_handed_over
 
 _Encoding = asyncio.Future[dict[str, Encoded]]
 
@@ -61,7 +63,7 @@ class Way:
         self._check_media()
         items = await self._read_items()
         cost = _cost(self._request, items)
-        if self._services.fleet.hands_over:
+        if self._is_handed_over():
             await self._handed_over(cost, items)
             return
         with self._services.language.place(self._request.model, cost, self._roles_for_media()) as place:
@@ -73,10 +75,10 @@ class Way:
     async def _text(self) -> None:
         """The body as it came."""
         cost = _cost(self._request, ())
-        if self._services.fleet.hands_over:
+        if self._is_handed_over():
             await self._handed_over(cost, [])
             return
-        with self._services.language.place(self._request.model, cost) as place:
+        with self._services.language.place(self._request.model, cost, self._roles) as place:
             await self._whole(place, "text")
 
     async def _aggregated(self, place: Place, items: list[Item]) -> None:
@@ -92,31 +94,16 @@ class Way:
 
     async def _whole(self, place: Place, kind: str) -> None:
         """One call, whose body is the request's."""
-
-        async def body_for(instance: Instance) -> bytes:
-            return self._request.body
-
         self._note_overhead(kind)
-        with await self._services.language.open(place, self._path, body_for, self._context) as call:
+        with await self._services.language.open(place, self._path, self._as_it_is, self._context) as call:
             await self._send_back(call, None)
 
     async def _disaggregated(self, place: Place, items: list[Item]) -> None:
         """Pixels to encoders and text to PD, at the same time; each ends the other when it fails."""
-        sized = self._request.with_parts([item.image_embeds_part() for item in items])
-        self._note_overhead("media")
-        encoding = asyncio.ensure_future(self._services.encoders.encode(items, self._context))
-
-        async def body_for(instance: Instance) -> bytes:
-            if instance.report is not None and instance.report.understands_image_size:
-                return sized
-            encoded = await asyncio.shield(encoding)
-            parts = [item.image_embeds_part(encoded[item.identifier].metadata) for item in items]
-            return self._request.with_parts(parts)
-
+        body_for, encoding = self._without_pixels(items)
         opening = asyncio.ensure_future(self._services.language.open(place, self._path, body_for, self._context))
         try:
             call = await unless_fails(encoding, opening)
-            items.clear()
             await self._send_back(call, encoding)
         finally:
             await end(encoding)
@@ -126,16 +113,27 @@ class Way:
     async def _handed_over(self, cost: Callable[[Instance], float], items: list[Item]) -> None:
         """Text to P and then to D, and pixels to encoders at the same time as to P."""
         request = self._request
-        if items:
-            request.body = request.with_parts([item.image_embeds_part() for item in items])
-            request.media = []
-        self._note_overhead("media" if items else "text")
         encoding: _Encoding | None = None
         if items:
-            encoding = asyncio.ensure_future(self._services.encoders.encode(tuple(items), self._context))
-            items.clear()
-        try:
-            await Handover(
+            body_for, encoding = self._without_pixels(items)
+        else:
+            body_for = self._as_it_is
+            self._note_overhead("text")
+        handover: Handover | VllmHandover
+        if self._services.fleet.hands_over_by_vllm:
+            handover = VllmHandover(
+                self._services,
+                self._path,
+                request,
+                body_for,
+                cost,
+                exchange=self._exchange,
+                ticket=self._ticket,
+                context=self._context,
+                encoding=encoding,
+            )
+        else:
+            handover = Handover(
                 self._services,
                 self._path,
                 request,
@@ -144,10 +142,33 @@ class Way:
                 ticket=self._ticket,
                 context=self._context,
                 encoding=encoding,
-            ).go()
+            )
+        try:
+            await handover.go()
         finally:
             if encoding is not None:
                 await end(encoding)
+
+    def _without_pixels(self, items: list[Item]) -> tuple[Callable[[Instance], Awaitable[bytes]], _Encoding]:
+        """Give the pictures to encoders, and the request what stands for them: what goes to an instance, and the encoding."""
+        request = self._request
+        request.body = request.with_parts([item.image_embeds_part() for item in items])
+        request.media = []
+        identifiers = [item.identifier for item in items]
+        self._note_overhead("media")
+        encoding = asyncio.ensure_future(self._services.encoders.encode(tuple(items), self._context))
+        items.clear()
+
+        async def body_for(instance: Instance) -> bytes:
+            if instance.report is not None and instance.report.takes_image_size:
+                return request.body
+            encoded = await asyncio.shield(encoding)
+            return request.with_parts([embeds_part(name, encoded[name].metadata) for name in identifiers])
+
+        return body_for, encoding
+
+    async def _as_it_is(self, instance: Instance) -> bytes:
+        return self._request.body
 
     async def _send_back(self, call: Call, encoding: _Encoding | None) -> None:
         """The instance's answer, unless encoding fails before there is one."""
@@ -159,10 +180,15 @@ class Way:
             await self._exchange.answer(answer)
             return
         # No head for the client before there is something to tell: until then all can still fail with a status.
-        chunk = await unless_fails(encoding, call.chunk())
+        first = FirstEvent()
+        while not first.is_whole and (chunk := await unless_fails(encoding, call.chunk())):
+            first.take(chunk)
+        if error := first.error:
+            raise error
         if encoding is None or encoding.done():
             self._ticket.give_back_bytes()
         await self._exchange.start_stream(call.headers)
+        chunk = first.data
         while chunk:
             await self._exchange.send_events(chunk)
             chunk = await unless_fails(encoding, call.chunk())
@@ -179,12 +205,21 @@ class Way:
         if not self._roles_for_media():
             raise OverloadedError("no encoder is healthy; try again", code="no_encoder")
 
+    @property
+    def _roles(self) -> tuple[Role, ...]:
+        """Who is asked first."""
+        return (Role.PREFILL,) if self._services.fleet.hands_over else WHOLE_ROLES
+
+    def _is_handed_over(self) -> bool:
+        """Whether the answer is D's, at least from its second token on."""
+        fleet = self._services.fleet
+        return fleet.hands_over and (not fleet.hands_over_by_vllm or can_be_handed_over(self._request.body))
+
     def _roles_for_media(self) -> tuple[Role, ...]:
         """Only an aggregated instance can take media where no encoder makes the embeddings."""
         fleet = self._services.fleet
         encoders = fleet.healthy(Role.ENCODER)
-        roles = (Role.PREFILL,) if fleet.hands_over else WHOLE_ROLES
-        return tuple(role for role in roles if fleet.healthy(role) and (role is Role.AGGREGATED or encoders))
+        return tuple(role for role in self._roles if fleet.healthy(role) and (role is Role.AGGREGATED or encoders))
 
     async def _read_items(self) -> list[Item]:
         services = self._services

@@ -1,0 +1,322 @@
+"""P and D that are vLLM's: D answers from its first token on, with the KV that P has computed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from .conftest import Start, ask, image, leave, listen, picture, until_idle
+from .instances import (
+    SAID,
+    VLLM,
+    VLLM_HANDLE,
+    WORDS,
+    Answering,
+    FakeInstance,
+    Received,
+    begin_stream,
+    break_off,
+    decode_of_vllm,
+    event,
+    full,
+    never,
+    prefill_of_vllm,
+    refuse,
+    role_event,
+    vllm_decode,
+    vllm_error_event,
+    vllm_prefill,
+)
+
+PREFILL_PARAMS = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+def once(first: Answering, then: Answering, *some: FakeInstance) -> None:
+    """Of all calls of these instances, the first is answered so and the others so."""
+    answers = iter([first])
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return await next(answers, then)(instance, request, received)
+
+    for one in some:
+        one.answer = answer
+
+
+async def lose(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """The connection is lost before any answer."""
+    await break_off(request)
+    raise ConnectionError
+
+
+async def only_a_head(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    response = await begin_stream(request)
+    await break_off(request)
+    return response
+
+
+async def half_an_answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "1000"})
+    await response.prepare(request)
+    await break_off(request)
+    return response
+
+
+# The way
+
+
+async def test_p_prefills_and_d_answers(start: Start) -> None:
+    p, d = vllm_prefill(), vllm_decode()
+    front = await start([p, d])
+    body = ask("x", temperature=0.5, seed=3, stop=["."], min_tokens=4, max_tokens=20)
+    answer = await front.post(body)
+    assert answer.json["choices"][0]["message"]["content"] == SAID
+    assert p.received[0].json == body | {
+        "stream": False,
+        "stream_options": None,
+        "max_tokens": 1,
+        "max_completion_tokens": 1,
+        "min_tokens": 0,
+        "kv_transfer_params": PREFILL_PARAMS,
+    }
+    handle = VLLM_HANDLE | {"remote_engine_id": p.url, "remote_request_id": "r1"}
+    assert d.received[0].json == body | {"kv_transfer_params": handle}
+    assert await front.metric("chiasm_proxy_handovers_total") == 1
+    await until_idle(front)
+
+
+async def test_a_stream_is_d_s_from_its_first_token(start: Start) -> None:
+    p, d = vllm_prefill(), vllm_decode()
+    front = await start([p, d])
+    heard = await listen(front, ask("x", stream=True, stream_options={"include_usage": True}))
+    assert (heard.words, heard.ended) == (list(WORDS), True)
+    assert p.received[0].json["stream"] is False
+    assert p.received[0].json["stream_options"] is None
+    assert d.received[0].json["stream_options"] == {"include_usage": True}
+    await until_idle(front)
+
+
+async def test_a_text_completion(start: Start) -> None:
+    p, d = vllm_prefill(), vllm_decode()
+    front = await start([p, d])
+    body = {"model": "tiny", "prompt": [1, 2, 3]}
+    assert (await front.post(body, path="/v1/completions")).status == 200
+    assert [len(one.received) for one in (p, d)] == [1, 1]
+    assert p.received[0].json["max_tokens"] == 1
+    assert "max_completion_tokens" not in p.received[0].json
+
+
+async def test_both_get_what_stands_for_a_picture(start: Start) -> None:
+    encoder, p, d = FakeInstance("encoder", **VLLM), vllm_prefill(), vllm_decode()
+    front = await start([encoder, p, d])
+    assert (await front.post(ask("x", image(picture(size=(6, 4)))))).status == 200
+    for one in (p, d):
+        assert one.received[0].parts[1]["image_embeds"] == {"image_size": [4, 6]}
+        assert one.received[0].identifiers == encoder.received[0].identifiers
+    await until_idle(front)
+
+
+async def test_d_that_cannot_size_a_picture_gets_the_encoders_metadata(start: Start) -> None:
+    encoder, p = FakeInstance("encoder"), vllm_prefill()
+    d = FakeInstance("decode", takes_image_size=False, **VLLM)
+    d.answer = decode_of_vllm
+    front = await start([encoder, p, d])
+    assert (await front.post(ask("x", image(picture())))).status == 200
+    assert d.received[0].parts[1]["image_embeds"] == {"image_grid_thw": [1, 4, 6]}
+
+
+async def test_an_encoder_that_refuses_a_picture_ends_prefill(start: Start) -> None:
+    encoder, p, d = FakeInstance("encoder"), vllm_prefill(), vllm_decode()
+    encoder.answer = refuse(422, "not decodable")
+    p.answer = never
+    front = await start([encoder, p, d])
+    answer = await front.post(ask(image(picture())))
+    assert (answer.status, answer.error["message"]) == (422, "not decodable")
+    assert not d.received
+    await until_idle(front)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 1},
+        {"max_completion_tokens": 1, "max_tokens": 9},
+        {"n": 2},
+        {"prompt_logprobs": 1},
+        {"echo": True},
+        {"use_beam_search": True},
+    ],
+)
+@pytest.mark.parametrize("media", [False, True])
+async def test_what_d_cannot_answer_or_need_not_is_p_s_alone(
+    start: Start, options: dict[str, Any], media: bool
+) -> None:
+    encoder, p, d = FakeInstance("encoder"), vllm_prefill(), vllm_decode()
+    front = await start([encoder, p, d])
+    body = ask("x", *([image(picture())] if media else []), **options)
+    assert (await front.post(body)).json["choices"][0]["message"]["content"] == "a cat"
+    assert "kv_transfer_params" not in p.received[0].json
+    assert p.received[0].json | {"messages": []} == body | {"messages": []}
+    assert not d.received
+
+
+@pytest.mark.parametrize(
+    ("prompt", "calls"),
+    [(["one"], 1), (["one", "two"], 0), ([[1, 2]], 1), ([[1, 2], [3]], 0), ([1, 2], 1), ("one", 1), ([], 1)],
+)
+async def test_several_prompts_are_p_s_alone(start: Start, prompt: Any, calls: int) -> None:
+    p, d = vllm_prefill(), vllm_decode()
+    front = await start([p, d])
+    assert (await front.post({"model": "tiny", "prompt": prompt}, path="/v1/completions")).status == 200
+    assert len(d.received) == calls
+
+
+# Who fits whom
+
+
+async def test_p_and_d_of_different_engines_do_not_mix(start: Start) -> None:
+    p, d, other = vllm_prefill(), vllm_decode(), FakeInstance("decode", kv_connector="NixlConnector")
+    front = await start([p, d, other])
+    shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[other.url]
+    assert shown["state"] == "mismatched"
+    assert shown["reason"] == "it moves KV by NixlConnector of chiasm, the fleet by NixlConnector of vllm 0.32.0"
+    for _ in range(2):
+        assert (await front.post(ask("x"))).status == 200
+    assert not other.received
+
+
+async def test_the_engine_of_an_encoder_does_not_matter(start: Start) -> None:
+    encoder, p, d = FakeInstance("encoder", engine="vllm 0.32.0"), FakeInstance("prefill"), FakeInstance("decode")
+    front = await start([encoder, p, d], probe_interval_seconds=60)
+    assert set((await front.states()).values()) == {"healthy"}
+    assert (await front.post(ask(image(picture()), stream=True))).status == 200
+    assert p.received[0].params == {"do_remote_decode": True, "continues": True}
+
+
+# P lost
+
+
+@pytest.mark.parametrize("first", [lose, half_an_answer, refuse(500, "the engine is dead")])
+async def test_p_that_is_lost_costs_a_prefill_elsewhere(start: Start, first: Answering) -> None:
+    ps, d = [vllm_prefill(), vllm_prefill()], vllm_decode()
+    once(first, prefill_of_vllm, *ps)
+    front = await start([*ps, d])
+    assert (await listen(front, ask("x", stream=True))).text == SAID
+    assert [len(p.received) for p in ps] == [1, 1]
+    assert len(d.received) == 1
+    assert await front.metric("chiasm_proxy_prefill_retries_total") == 1
+    await until_idle(front)
+
+
+async def test_prefills_of_a_request_are_bounded(start: Start) -> None:
+    p, d = vllm_prefill(), vllm_decode()
+    p.answer = refuse(500, "no embedding")
+    front = await start([p, d], max_prefill_attempts=3)
+    answer = await front.post(ask("x"))
+    assert (answer.status, answer.error["message"]) == (500, "no embedding")
+    assert len(p.received) == 3
+
+
+@pytest.mark.parametrize("answer", [refuse(400, "too long"), full])
+async def test_what_p_refuses_reaches_the_client(start: Start, answer: Answering) -> None:
+    p, d = vllm_prefill(), vllm_decode()
+    p.answer = answer
+    front = await start([p, d])
+    assert (await front.post(ask("x", stream=True))).status in {400, 503}
+    assert len(p.received) == 1
+    assert not d.received
+
+
+async def test_p_without_a_handle_is_an_error(start: Start) -> None:
+    async def plain(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return web.json_response({"choices": [], "kv_transfer_params": None})
+
+    p, d = vllm_prefill(), vllm_decode()
+    p.answer = plain
+    front = await start([p, d])
+    answer = await front.post(ask("x"))
+    assert answer.status == 502
+    assert "kv_transfer_params" in answer.error["message"]
+
+
+# D lost
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("first", [lose, only_a_head, vllm_error_event])
+async def test_d_that_is_lost_before_its_first_event_costs_a_prefill(
+    start: Start, first: Answering, stream: bool
+) -> None:
+    """A handle serves one D: P may have given the blocks away since the first one has read them."""
+    encoder, p, ds = FakeInstance("encoder"), vllm_prefill(), [vllm_decode(), vllm_decode()]
+    once(first, decode_of_vllm, *ds)
+    front = await start([encoder, p, *ds])
+    body = ask("x", image(picture()), stream=stream)
+    if stream:
+        assert (await listen(front, body)).text == SAID
+    else:
+        assert (await front.post(body)).json["choices"][0]["message"]["content"] == SAID
+    calls = [received.params["remote_request_id"] for d in ds for received in d.received]
+    assert sorted(calls) == ["r1", "r2"]
+    assert len(encoder.received) == 1
+    await until_idle(front)
+
+
+async def test_d_that_breaks_off_later_ends_the_stream(start: Start) -> None:
+    seen = asyncio.Event()
+
+    async def half(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(role_event() + event(WORDS[0]))
+        await seen.wait()
+        await break_off(request)
+        return response
+
+    p, ds = vllm_prefill(), [vllm_decode(), vllm_decode()]
+    for d in ds:
+        d.answer = half
+    front = await start([p, *ds])
+    heard = await listen(front, ask("x", stream=True), {1: seen})
+    assert heard.text == WORDS[0]
+    assert heard.error is not None
+    assert not heard.ended
+    assert len(p.received) == 1
+    await until_idle(front)
+
+
+@pytest.mark.parametrize("answer", [refuse(400, "no"), full])
+async def test_what_d_refuses_reaches_the_client(start: Start, answer: Answering) -> None:
+    p, d = vllm_prefill(), vllm_decode()
+    d.answer = answer
+    front = await start([p, d])
+    assert (await front.post(ask("x"))).status in {400, 503}
+    assert [len(one.received) for one in (p, d)] == [1, 1]
+
+
+async def test_without_d_a_request_is_told_to_come_again(start: Start) -> None:
+    p, d = vllm_prefill(), vllm_decode()
+    d.answer = lose
+    front = await start([p, d])
+    answer = await front.post(ask("x"))
+    assert answer.status == 502
+    await d.kill()
+    answer = await front.post(ask("x"))
+    assert (answer.status, answer.error["code"]) == (503, "no_decode")
+
+
+async def test_a_client_that_leaves_ends_the_call_of_d(start: Start) -> None:
+    p, d = vllm_prefill(), vllm_decode()
+    d.answer = never
+    front = await start([p, d])
+    await leave(front, ask("x"), d)
+    await asyncio.wait_for(d.gone.acquire(), 10)
+    await until_idle(front)
