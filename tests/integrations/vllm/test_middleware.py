@@ -285,6 +285,26 @@ async def test_a_bad_size_or_name_is_refused(part: dict[str, object]) -> None:
     assert vllm.bodies == []
 
 
+async def test_names_are_checked_where_chiasms_connector_looks_for_them(store: Path) -> None:
+    vllm = VLLM(config("ec_consumer", store=store))
+    grid = {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 6, 6]}}
+    assert (await Server(vllm).chat(ask({**grid, "uuid": "../escaped"}))).status == 400
+    assert vllm.bodies == []
+    good = ask({**grid, "uuid": NAME})
+    assert (await Server(vllm).chat(good)).status == 200
+    assert vllm.bodies == [good]
+
+
+async def test_an_error_of_a_request_that_names_embeddings_is_explained() -> None:
+    server = Server(VLLM(config(), status=500))
+    answer = await server.chat(ask(sized(96, 96)))
+    assert answer.status == 503
+    assert answer.json["error"]["type"] == "embedding_unavailable_error"
+    assert answer.headers[b"retry-after"] == b"1"
+    other = await server.chat(ask("no picture"))
+    assert (other.status, other.body) == (500, b"answered")
+
+
 async def test_a_body_in_pieces_arrives_whole() -> None:
     body = ask("x" * 1000)
     vllm = VLLM(config())

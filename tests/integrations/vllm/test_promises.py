@@ -133,6 +133,38 @@ def test_lost_there_it_is_loaded_when_it_is_back(encoder: Encoder, pd: Engine) -
     assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
 
 
+def test_lost_there_it_is_loaded_at_once_when_it_is_back_already(encoder: Encoder, pd: Engine) -> None:
+    lose(pd, encoder, request(("a", 2), of="lost"))
+    encoder.publish("a")
+    assert pd.step(request(("a", 2))).tokens == {"request": 8}
+    assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+
+
+def test_another_entry_in_its_place_there_is_not_taken_for_it(encoder: Encoder, pd: Engine) -> None:
+    path = encoder.publish("a")
+    one = request(("a", 2))
+    step = pd.schedule(one)
+    path.unlink()
+    encoder.publish("a", embedding_of("a", rows=2))
+    pd.update(report=pd.run(far(step)))
+    assert pd.update(one) == {"request"}
+
+
+def test_zeros_are_never_published(folder: Path, encoder: Encoder) -> None:
+    both = Engine(folder, ECTransferRole.BOTH)
+    path = encoder.publish("a")
+    first, second = request(("a", 2), of="1"), request(("a", 2), of="2")
+    step = both.schedule(first)
+    path.unlink()
+    following = both.schedule(second)  # before it is known that the first step has failed
+    assert following.metadata.publish == (identifier_of("a"),)
+    report = both.run(far(step))
+    both.run(following)
+    assert not path.exists()
+    both.update(report=report)
+    assert both.update(first, second) == {"1", "2"}
+
+
 def test_one_that_had_it_before_goes_on(encoder: Encoder, pd: Engine) -> None:
     path = encoder.publish("a")
     earlier = request(("a", 2), of="earlier")

@@ -21,10 +21,14 @@ _IMAGE = "image"
 
 @dataclass(frozen=True)
 class Description:
-    """``health`` is what /health says; ``processor`` sizes pictures, if chiasm knows the model as vLLM wants it known."""
+    """``health`` is what /health says; ``processor`` sizes pictures, if chiasm knows the model as vLLM wants it known.
+
+    ``has_connector``: whether embeddings come by chiasm's connector.
+    """
 
     health: dict[str, Any]
     processor: Processor | None
+    has_connector: bool
 
 
 def describe(state: Any) -> Description:
@@ -52,7 +56,7 @@ def describe(state: Any) -> Description:
     }
     if config.kv_transfer_config is not None:
         health["kv_connector"] = config.kv_transfer_config.kv_connector
-    return Description(health, processor)
+    return Description(health, processor, settings is not None)
 
 
 def role_of(config: Any) -> str:
@@ -103,4 +107,5 @@ def _processor(model_config: Any) -> Processor | None:
 
 def _max_items(model_config: Any) -> int | None:
     multimodal = model_config.multimodal_config
-    return None if multimodal is None else int(multimodal.get_limit_per_prompt(_IMAGE))
+    # With 0, no picture is let in, and any number of embeddings.
+    return None if multimodal is None else int(multimodal.get_limit_per_prompt(_IMAGE)) or None

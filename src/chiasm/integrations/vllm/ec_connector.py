@@ -32,7 +32,6 @@ from vllm.platforms import current_platform  # noqa: E402
 from chiasm import ec_transfer  # noqa: E402
 from chiasm.ec_transfer.shared_storage import SharedStorageConnector  # noqa: E402
 from chiasm.errors import ConfigurationError  # noqa: E402
-from chiasm.integrations.vllm import encoder_cache, patience  # noqa: E402
 from chiasm.integrations.vllm.identity import fingerprint_of  # noqa: E402
 from chiasm.integrations.vllm.layout import Layout  # noqa: E402
 from chiasm.integrations.vllm.scheduler_half import Reach, SchedulerHalf  # noqa: E402
@@ -56,6 +55,9 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role is ECConnectorRole.SCHEDULER:
+            # They need vLLM's engine, which workers do without.
+            from chiasm.integrations.vllm import encoder_cache, patience
+
             self._store = self._make_store(settings, ec_transfer.ECConnectorRole.SCHEDULER, "cpu")
             self._fields = PlaceholderMetadataResolver(model_config)
             self._fields.fields_for("image")  # takes a while: better now than when a request waits

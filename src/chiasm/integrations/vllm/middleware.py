@@ -7,12 +7,13 @@ proxy: that then waits for the encoder's answer before it calls a PD, and cannot
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chiasm.errors import ChiasmError, InvalidRequestError
+from chiasm.errors import ChiasmError, EmbeddingUnavailableError, InvalidRequestError
 from chiasm.integrations.vllm import placeholders
 from chiasm.integrations.vllm.description import Description, describe
 from chiasm.integrations.vllm.request_body import read_body, receive_of, scope_of
@@ -23,12 +24,17 @@ from chiasm.server.config import ServerConfig
 _CHAT = ("POST", "/v1/chat/completions")
 _HEALTH = ("GET", "/health")
 _SAID_BYTES = 200
+_NO_EMBEDDING = EmbeddingUnavailableError(
+    "An embedding of this request has not come in time or could not be used, or vLLM's engine has failed; the instance's log "
+    "says which."
+)
 
 
 class ChiasmMiddleware:
     """Answers /health with what the instance is, and turns pictures' sizes in chat completions into vLLM's metadata.
 
-    Everything else passes as it is, but for bodies of chat completions larger than chiasm's instances take.
+    Everything else passes as it is, but for bodies of chat completions larger than chiasm's instances take, and the error of
+    a request whose embeddings were not there.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int = ServerConfig.max_body_bytes) -> None:
@@ -77,16 +83,17 @@ class ChiasmMiddleware:
             body = await read_body(scope, receive, self._max_body_bytes)
             if body is None:
                 return
-            if placeholders.may_hold_sizes(body):
+            if placeholders.may_name_embeddings(body):
                 body = await self._with_grids(scope, body)
-                scope = scope_of(scope, body)
+                scope, send = scope_of(scope, body), _explained(send)
         except ChiasmError as error:
-            await _reply(send, errors.body_of(error), error.status)
+            await _refuse(send, error)
             return
         await self._app(scope, receive_of(body, receive), send)
 
     async def _with_grids(self, scope: Scope, body: bytes) -> bytes:
-        processor = (await self._described(scope)).processor
+        described = await self._described(scope)
+        processor = described.processor
 
         def geometry_of(metadata: Metadata) -> ItemGeometry:
             if processor is None:
@@ -97,7 +104,7 @@ class ChiasmMiddleware:
                 )
             return processor.geometry_of_metadata(metadata)
 
-        return placeholders.with_grids(body, geometry_of)
+        return placeholders.with_grids(body, geometry_of, are_named=described.has_connector)
 
     async def _described(self, scope: Scope) -> Description:
         """Found out once; what has failed is tried again."""
@@ -107,7 +114,27 @@ class ChiasmMiddleware:
         return await asyncio.shield(task)
 
 
-async def _reply(send: Send, body: bytes, status: int) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+def _explained(send: Send) -> Send:
+    """vLLM answers with no more than "Internal server error" when the connector fails a request."""
+    replaced = False
+
+    async def explained(message: Message) -> None:
+        nonlocal replaced
+        if message["type"] == "http.response.start" and message["status"] == 500:
+            replaced = True
+            await _refuse(send, _NO_EMBEDDING)
+        elif not replaced:
+            await send(message)
+
+    return explained
+
+
+async def _refuse(send: Send, error: ChiasmError) -> None:
+    await _reply(send, errors.body_of(error), error.status, errors.headers_of(error))
+
+
+async def _reply(send: Send, body: bytes, status: int, headers: Iterable[tuple[str, str]] = ()) -> None:
+    named = [("content-type", "application/json"), ("content-length", str(len(body))), *headers]
+    raw = [(name.encode(), value.encode()) for name, value in named]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body, "more_body": False})
