@@ -151,7 +151,7 @@ def attention_heads(folder: Path) -> int | None:
     """The greatest number that divides the heads of the language model and of the vision tower; None if it isn't told."""
     config = _config_of(folder)
     text, vision = _section(config, "text_config", "llm_config"), _section(config, "vision_config")
-    heads = [text.get("num_attention_heads") or config.get("num_attention_heads")]
+    heads: list[Any] = [text.get("num_attention_heads") or config.get("num_attention_heads")]
     heads += [vision.get("num_heads") or vision.get("num_attention_heads") or 0]
     return math.gcd(*heads) if all(isinstance(count, int) for count in heads) and heads[0] else None
 
