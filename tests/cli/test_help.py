@@ -13,7 +13,9 @@ from tests.cli.running import run
 HEAVY = {"torch", "transformers", "starlette", "uvicorn", "aiohttp", "PIL", "numpy", "rich"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["--version"], ["models"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["serve", "--help"], ["doctor", "--help"], ["--version"], ["models"]]
+)
 def test_what_needs_no_model_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from chiasm.cli import main; sys.argv = ['chiasm', *sys.argv[1:]]\n"
@@ -35,7 +37,7 @@ def test_the_version_is_the_packages() -> None:
     assert run("--version").stdout == f"chiasm {chiasm.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "instance", "proxy", "demo", "models"])
+@pytest.mark.parametrize("command", ["serve", "instance", "proxy", "demo", "models", "doctor"])
 def test_every_command_is_listed(command: str) -> None:
     assert f"\n  {command} " in run("--help").stdout
 

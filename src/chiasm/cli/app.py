@@ -10,6 +10,7 @@ import typer
 from chiasm import __version__
 from chiasm.cli.bench import bench
 from chiasm.cli.demo import demo
+from chiasm.cli.doctor import doctor
 from chiasm.cli.groups import grouped
 from chiasm.cli.instance import instance
 from chiasm.cli.models import models
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's help takes longer to import than all else together
     pretty_exceptions_enable=False,
 )
-for _command in (serve, instance, proxy, demo, models, bench):
+for _command in (serve, instance, proxy, demo, models, bench, doctor):
     app.command()(grouped(_command))
 
 

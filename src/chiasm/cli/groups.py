@@ -27,6 +27,11 @@ class OptionGroup:
         """Of the options that were given, as a person writes them."""
         return tuple(_flag(name) for name in self.given())
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Of the options whose value is not the default, as a person writes them."""
+        return tuple(_flag(option.name) for option in fields(self) if getattr(self, option.name) != option.default)  # type: ignore[arg-type]
+
     def arguments(self) -> tuple[str, ...]:
         """The options that were given, as arguments for another command of chiasm."""
         arguments: list[str] = []

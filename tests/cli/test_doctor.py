@@ -1,0 +1,50 @@
+"""Usage of ``chiasm doctor``; what it finds is in tests/doctor."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+from tests.cli.running import run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--encoders", "2"], "name the MODEL that is planned"),
+        (["http://127.0.0.1:1", "--encoders", "2"], "has its options already"),
+        (["http://127.0.0.1:1", "--pd", "http://127.0.0.1:2"], "not both"),
+        (["--pd", "localhost:8000"], "'localhost:8000' is no URL"),
+        (["http://"], "is no URL"),
+        (["demo", "--prefills", "1"], "ask for at least one decode instance"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str) -> None:
+    done = run("doctor", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+def test_nobody_at_the_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    done = run("doctor", f"{url}/v1/", "--json")
+    assert done.returncode == 1
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert finding["check"] == "proxy"
+    assert "cannot be reached" in finding["says"]
+    assert finding["command"] == f"curl -m 5 {url}/health"
+
+
+def test_this_machine() -> None:
+    done = run("doctor")
+    assert done.returncode == 0, done.stdout
+    assert {line.split()[0] for line in done.stdout.splitlines()[:-1] if not line.startswith(" ")} <= {
+        "ok",
+        "warning",
+        "skipped",
+    }

@@ -1,0 +1,124 @@
+"""Whatever stands at an address, the answer is there in time, is of bounded size, or there is a clear line."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+
+from chiasm.doctor.client import Client, NoAnswerError
+
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def talking(talk: Talk) -> AsyncIterator[str]:
+    """A server that does as ``talk`` says with each connection."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await talk(reader, writer)
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+def saying(text: bytes) -> Talk:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(text)
+        await writer.drain()
+
+    return talk
+
+
+async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+
+
+async def dripping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Never long without a byte, and never done."""
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+    while True:
+        writer.write(b" ")
+        await writer.drain()
+        await asyncio.sleep(0.01)
+
+
+async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        writer.write(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+        await writer.drain()
+
+
+OTHER = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+ENDLESS_HEADER = b"HTTP/1.1 200 OK\r\nX: " + b"x" * (1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("talk", "message"),
+    [
+        (silent, "did not answer within 0.5 s"),
+        (dripping, "did not answer within 0.5 s"),
+        (endless, "more than 100000 bytes"),
+        (saying(b"220 mail.example.org ESMTP\r\n"), "does not speak HTTP"),
+        (saying(b""), "closed the connection without an answer"),
+        (saying(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"), "broke off"),
+        (saying(ENDLESS_HEADER), "does not speak HTTP"),
+    ],
+    ids=["silent", "dripping", "endless", "mail", "closing", "half", "endless header"],
+)
+async def test_what_cannot_be_used_is_said(talk: Talk, message: str) -> None:
+    async with talking(talk) as url, Client() as client:
+        with pytest.raises(NoAnswerError, match=message):
+            await client.get(url, timeout_seconds=0.5 if talk in (silent, dripping) else 20, max_bytes=100_000)
+
+
+async def test_nobody_there() -> None:
+    async with talking(silent) as url:
+        pass
+    async with Client() as client:
+        with pytest.raises(NoAnswerError, match="cannot be reached"):
+            await client.get(url)
+
+
+async def test_redirects_are_not_followed() -> None:
+    async with talking(saying(OTHER)) as url, Client() as client:
+        assert (await client.get(url)).status == 302
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[1]", b'{"a":' * 100_000])
+async def test_what_is_no_json_object_is_said(body: bytes) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    async with talking(saying(answer)) as url, Client() as client:
+        with pytest.raises(NoAnswerError, match="JSON"):
+            (await client.get(url)).json()
+
+
+@pytest.mark.parametrize("hours", [-2, 2])
+async def test_the_clock_of_the_sender(hours: int) -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(hours=hours), usegmt=True)
+    head = f"HTTP/1.1 200 OK\r\nDate: {date}\r\nContent-Length: 0\r\n\r\n".encode()
+    async with talking(saying(head)) as url, Client() as client:
+        ahead = (await client.get(url)).clock_seconds
+    assert ahead is not None
+    assert round(ahead / 3600, 1) == hours
+
+
+@pytest.mark.parametrize("date", ["yesterday", "", "Mon, 99 Foo 2026 10:00:00 GMT"])
+async def test_a_date_that_is_none(date: str) -> None:
+    head = f"HTTP/1.1 200 OK\r\nDate: {date}\r\nContent-Length: 0\r\n\r\n".encode()
+    async with talking(saying(head)) as url, Client() as client:
+        assert (await client.get(url)).clock_seconds is None

@@ -1,0 +1,150 @@
+"""Instances against each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from chiasm.doctor import fleet
+from chiasm.doctor.instances import Instance, Listed, Proxy
+from tests.doctor.findings import problem, verdicts, warning
+
+
+def instance(role: str, number: int = 1, **said: object) -> Instance:
+    well = Instance(
+        f"http://10.0.0.{number}:8000",
+        role,
+        own_role=role,
+        model="m",
+        fingerprint="f" * 64,
+        dtype="bfloat16",
+        ec_store="s" * 32,
+        kv_connector="NixlConnector" if role in ("prefill", "decode") else "",
+        version="0.1.0",
+        engine="chiasm",
+        max_model_len=512,
+        clock_seconds=0.2,
+    )
+    return replace(well, **said)  # type: ignore[arg-type]
+
+
+E, PD = instance("encoder", 1), instance("pd", 2)
+P, D = instance("prefill", 3), instance("decode", 4)
+
+
+@pytest.mark.parametrize("members", [[E, PD], [E, P, D], [instance("aggregated")]])
+def test_a_fleet_that_fits(members: list[Instance]) -> None:
+    for check in (fleet.reachable, *fleet.CHECKS):
+        assert set(verdicts(check(members))) <= {"ok", "skipped"}
+
+
+def test_an_instance_in_trouble() -> None:
+    found = problem(fleet.reachable([E, instance("pd", 2, trouble="did not answer within 5 s")]))
+    assert found.says == "pd http://10.0.0.2:8000 did not answer within 5 s"
+    assert found.command == "curl -m 5 http://10.0.0.2:8000/health"
+
+
+def test_a_password_in_an_address_is_not_shown() -> None:
+    secret = instance("pd", trouble="is ill")
+    secret = replace(secret, url="http://me:secret@host:1")
+    found = problem(fleet.reachable([secret]))
+    assert "secret" not in f"{found.says} {found.command}"
+
+
+def test_a_role_that_is_another() -> None:
+    assert "its role is pd" in problem(fleet.roles([PD, instance("encoder", 5, own_role="pd")])).says
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ([E], "no pd or prefill"),
+        ([E, P], "no decode"),
+        ([D], "no prefill"),
+    ],
+)
+def test_roles_that_need_others(members: list[Instance], says: str) -> None:
+    assert says in problem(fleet.roles(members)).says
+
+
+def test_without_an_encoder_text_alone_is_answered() -> None:
+    assert "no encoder" in warning(fleet.roles([PD])).says
+
+
+def test_vllm_without_middleware_says_not_what_it_is() -> None:
+    plain = Instance("http://h:1", "pd", model="m", engine="vllm 0.32.0", max_model_len=512)
+    for check in (fleet.roles, fleet.model, fleet.ec_store):
+        assert "skipped" in verdicts(check([E, plain]))
+        assert "ok" not in verdicts(check([E, plain])) or check is fleet.roles
+
+
+def test_other_names() -> None:
+    found = problem(fleet.model([E, instance("pd", 2, model="n")]))
+    assert "m at encoder" in found.says
+    assert "n at pd" in found.says
+
+
+def test_another_dtype_is_named() -> None:
+    found = problem(fleet.model([E, instance("pd", 2, fingerprint="a" * 64, dtype="float32")]))
+    assert "float32 at pd http://10.0.0.2:8000" in found.says
+    assert "bfloat16 at encoder" in found.says
+
+
+def test_another_checkpoint_under_the_same_name() -> None:
+    found = problem(fleet.model([E, instance("pd", 2, fingerprint="a" * 64)]))
+    assert "different checkpoints under one name" in found.says
+    assert "ok" not in verdicts(fleet.model([E, instance("pd", 2, fingerprint="a" * 64)]))
+
+
+def test_another_length() -> None:
+    assert "256 tokens at pd" in warning(fleet.context_length([PD, instance("pd", 3, max_model_len=256)])).says
+
+
+def test_another_store() -> None:
+    assert "different folders" in problem(fleet.ec_store([E, instance("pd", 2, ec_store="t" * 32)])).says
+
+
+def test_a_store_that_nobody_names_is_not_called_ok() -> None:
+    assert verdicts(fleet.ec_store([E, instance("pd", 2, ec_store="")])) == ["skipped"]
+
+
+def test_another_kv_connector() -> None:
+    other = instance("decode", 4, kv_connector="SharedMemoryConnector")
+    assert "different KV connectors" in problem(fleet.kv_connector([P, other])).says
+
+
+def test_kv_does_not_travel_between_engines() -> None:
+    other = instance("decode", 4, engine="vllm 0.32.0")
+    assert "different engines" in problem(fleet.kv_connector([P, other])).says
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"), [("0.32.1", "ok"), ("0.33.0", "ok"), ("0.31.0", "problem"), ("1.0", "problem")]
+)
+def test_versions_of_vllm(version: str, verdict: str) -> None:
+    assert verdict in verdicts(fleet.versions([E, instance("pd", 2, engine=f"vllm {version}")]))
+
+
+def test_other_versions_of_chiasm() -> None:
+    assert "0.0.9 at pd" in warning(fleet.versions([E, instance("pd", 2, version="0.0.9")])).says
+
+
+@pytest.mark.parametrize(("ahead", "says"), [(90.0, "about 90 s ahead of"), (-60.0, "about 60 s behind")])
+def test_a_clock_that_is_off(ahead: float, says: str) -> None:
+    assert says in warning(fleet.clocks([E, instance("pd", 2, clock_seconds=ahead)])).says
+
+
+def test_a_second_is_within_what_a_date_can_tell() -> None:
+    assert verdicts(fleet.clocks([instance("pd", clock_seconds=-1.5)])) == ["ok"]
+
+
+def test_what_a_proxy_makes_of_its_instances() -> None:
+    listed = (
+        Listed("http://a:1", "pd", "mismatched", "its fingerprint differs"),
+        Listed("http://b:1", "encoder", "starting", ""),
+    )
+    findings = list(fleet.proxy(Proxy("http://p:1", "unavailable", (), listed, 0, None)))
+    assert verdicts(findings) == ["problem", "warning", "problem"]
+    assert "its fingerprint differs" in findings[0].says
+    assert "unavailable" in findings[2].says

@@ -1,0 +1,139 @@
+"""What this machine has, against what is planned for it."""
+
+from __future__ import annotations
+
+import resource
+import socket
+from pathlib import Path
+
+import pytest
+
+from chiasm.doctor import machine
+from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
+from chiasm.launch.cores import usable_cores
+from tests.doctor.findings import problem, verdicts, warning
+
+GIB = 1 << 30
+H100 = Gpu("0", "NVIDIA H100", 80 * GIB, 79 * GIB, 9.0)
+V100 = Gpu("1", "Tesla V100", 16 * GIB, 15 * GIB, 7.0)
+
+
+def test_threads_beyond_the_cores() -> None:
+    cores = usable_cores()
+    assert verdicts(machine.cores([1] * cores)) == ["ok"]
+    found = warning(machine.cores([cores, 1]))
+    assert f"{cores + 1} threads of 2 instances" in found.says
+    assert verdicts(machine.cores()) == ["ok"]
+
+
+def test_weights_beyond_the_memory() -> None:
+    assert "20.0 GiB for weights" in problem(machine.memory(8 * GIB, Need(20 * GIB, GIB))).says
+
+
+def test_an_upper_bound_of_weights_is_only_warned_of() -> None:
+    assert "up to 20.0 GiB" in warning(machine.memory(8 * GIB, Need(20 * GIB, GIB, at_most=True))).says
+
+
+def test_caches_beyond_the_memory() -> None:
+    assert "3.0 GiB for caches" in warning(machine.memory(8 * GIB, Need(6 * GIB, 3 * GIB))).says
+    assert verdicts(machine.memory(8 * GIB, Need(4 * GIB, 3 * GIB))) == ["ok"]
+
+
+def test_there_is_memory() -> None:
+    assert machine.available_memory() > 0
+
+
+def test_a_container_bounds_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    assert machine._container_memory(tmp_path) == 450
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine._container_memory(tmp_path) is None
+    assert machine._container_memory(tmp_path / "none") is None
+
+
+def test_shared_memory_that_is_not_there(tmp_path: Path) -> None:
+    assert verdicts(machine.shared_memory(tmp_path / "none")) == ["skipped"]
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [(1024, "warning"), (65536, "ok"), (resource.RLIM_INFINITY, "ok")])
+def test_open_files(limit: int, verdict: str) -> None:
+    assert verdicts(machine.open_files(limit)) == [verdict]
+
+
+def test_what_nvidia_smi_lists() -> None:
+    listing = "0, NVIDIA H100 80GB HBM3, 81559, 80994, 9.0\n1, Tesla V100-SXM2-16GB, 16384, 100, 7.0\n"
+    first, second = machine.gpus_of(listing)
+    assert (first.index, first.name, first.total_bytes, first.capability) == (
+        "0",
+        "NVIDIA H100 80GB HBM3",
+        81559 << 20,
+        9.0,
+    )
+    assert second.free_bytes == 100 << 20
+    assert machine.gpus_of("") == []
+
+
+@pytest.mark.parametrize("listing", ["No devices were found", "0, A, B, C, D", "0, H100, 1, 2"])
+def test_what_nvidia_smi_should_not_list(listing: str) -> None:
+    with pytest.raises(NoDriverError, match="isn't understood"):
+        machine.gpus_of(listing)
+
+
+def test_an_nvidia_smi_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'cannot talk to the driver' >&2\nexit 9\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(NoDriverError, match="nvidia-smi failed"):
+        machine.find_gpus()
+
+
+def test_gpus_that_are_asked_for_by_their_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '0, NVIDIA H100, 81920, 80896, 9.0'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert machine.find_gpus() == [H100]
+
+
+def test_a_gpu_that_vllm_is_not_built_for() -> None:
+    assert "compute capability 7.0" in warning(machine.gpus([H100, V100], for_vllm=True)).says
+    assert verdicts(machine.gpus([H100, V100], for_vllm=False)) == ["ok"]
+
+
+def test_a_gpu_that_others_use() -> None:
+    busy = Gpu("0", "NVIDIA H100", 80 * GIB, 10 * GIB, 9.0)
+    assert "10.0 GiB free of 80.0 GiB" in warning(machine.gpus([busy], for_vllm=True)).says
+
+
+def test_a_gpu_and_a_torch_without() -> None:
+    assert "build for CPUs" in warning(machine.gpus([H100], for_vllm=False, torch_version="2.13.0+cpu")).says
+
+
+def test_weights_beyond_a_gpu() -> None:
+    tenants = [Tenant("encoder-0", ("0",), GIB), Tenant("pd-0", ("1",), 20 * GIB)]
+    assert "pd-0 takes 20.0 GiB" in problem(machine.gpu_memory([H100, V100], tenants)).says
+
+
+def test_a_share_of_a_gpu() -> None:
+    tenant = Tenant("pd-0", ("0",), 20 * GIB, memory_share=0.1)
+    assert "has 8.0 GiB" in problem(machine.gpu_memory([H100], [tenant])).says
+    assert verdicts(machine.gpu_memory([H100], [Tenant("pd-0", ("0",), 20 * GIB, memory_share=0.5)])) == ["ok"]
+
+
+def test_a_gpu_of_which_nothing_is_known() -> None:
+    assert verdicts(machine.gpu_memory([H100], [Tenant("pd-0", ("GPU-1a2b",), 1)])) == ["skipped"]
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
+        found = problem(machine.port("127.0.0.1", number))
+    assert f"port {number}" in found.says
+    assert str(number) in found.command
+
+
+def test_a_free_port() -> None:
+    assert verdicts(machine.port("127.0.0.1", 0)) == ["ok"]

@@ -1,0 +1,89 @@
+"""A deployment that is planned: what `chiasm serve` would run into is found before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiasm.doctor import Finding
+from chiasm.doctor.planned import Wanted, examine_plan
+from chiasm.launch import DeploymentConfig, Engine, Role, RoleConfig
+from tests.doctor.findings import collected, problem, verdicts, warning
+
+
+async def examined(config: DeploymentConfig, **wanted: Any) -> list[Finding]:
+    return await collected(examine_plan(config, Wanted(**wanted)))
+
+
+async def test_a_plan_that_works(checkpoint: Path, tmp_path: Path) -> None:
+    config = DeploymentConfig(str(checkpoint), shared_storage_path=tmp_path / "store", ec_max_bytes=64 << 20)
+    found = await examined(config)
+    assert "problem" not in verdicts(found)
+    for check in ("plan", "versions", "port", "model", "storage folder", "storage space"):
+        assert verdicts(found, check) == ["ok"], check
+    assert "1 encoder, 1 pd" in found[0].says
+    (space,) = [one for one in found if one.check == "storage space"]
+    assert "1024 × 1024 takes" in space.says
+
+
+async def test_a_port_in_use(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
+        assert f"port {number}" in problem(await examined(DeploymentConfig(str(checkpoint), port=number))).says
+
+
+async def test_a_model_that_is_not_there() -> None:
+    found = await examined(DeploymentConfig("/nowhere/at/all"))
+    assert "no model '/nowhere/at/all'" in problem(found).says
+    assert verdicts(found, "memory") == ["skipped"]
+
+
+async def test_a_model_that_is_not_whole(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "part"
+    shutil.copytree(checkpoint, folder)
+    (folder / "model.safetensors").unlink()
+    assert "are missing" in problem(await examined(DeploymentConfig(str(folder)))).says
+
+
+async def test_a_model_that_cannot_be_run(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gemma"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "gemma3"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "attend to each other in both directions" in problem(await examined(DeploymentConfig(str(folder)))).says
+
+
+async def test_a_hub_name_without_cache_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = problem(await examined(DeploymentConfig("nobody/has-this")))
+    assert "not in the cache" in found.says
+    assert found.command == "HF_HUB_OFFLINE=0 hf download nobody/has-this"
+
+
+async def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert "the hub cannot be reached" in problem(await examined(DeploymentConfig("nobody/has-this"))).says
+
+
+async def test_more_memory_than_there_is(checkpoint: Path) -> None:
+    found = await examined(DeploymentConfig(str(checkpoint)), device="cpu", kv_cache_bytes=1 << 50)
+    assert "for caches and processes" in warning([one for one in found if one.check == "memory"]).says
+
+
+async def test_cpus_that_are_not_there(checkpoint: Path) -> None:
+    roles = {Role.AGGREGATED: RoleConfig(cpus=(4096,))}
+    assert "CPU 4096 cannot be used" in problem(await examined(DeploymentConfig(str(checkpoint), roles))).says
+
+
+async def test_vllm_that_is_not_installed(checkpoint: Path) -> None:
+    found = await examined(DeploymentConfig(str(checkpoint), engine=Engine.VLLM))
+    if "ok" in verdicts(found, "vLLM"):
+        pytest.skip("vLLM is installed here")
+    assert "make vllm" in problem(found).why
+    assert verdicts(found, "devices") == ["skipped"]

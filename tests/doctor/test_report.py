@@ -1,0 +1,67 @@
+"""Lines for people, JSON for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from chiasm.doctor.base import Check
+from chiasm.doctor.report import Report, as_json, summary
+
+CHECK = Check("port")
+FINDINGS = [
+    CHECK.ok("8000 is free"),
+    CHECK.problem("8001 is in use", why="nobody could listen there. " * 8, do="choose another.", command="ss -ltnp"),
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(stream: io.StringIO) -> str:
+    report = Report(stream)
+    for finding in FINDINGS:
+        report.show(finding)
+    report.end(FINDINGS)
+    return stream.getvalue()
+
+
+def test_each_finding_is_a_line_and_says_below_what_to_do() -> None:
+    lines = shown(io.StringIO()).splitlines()
+    assert lines[0].split(maxsplit=2) == ["ok", "port", "8000 is free"]
+    assert lines[1].split(maxsplit=2) == ["problem", "port", "8001 is in use"]
+    assert lines[2].strip().startswith("why: nobody could listen there.")
+    assert lines[-3].strip() == "do:  choose another."
+    assert lines[-2].strip() == "ss -ltnp"
+    assert lines[-1] == "1 problem, 1 ok"
+    assert max(map(len, lines)) <= 120
+
+
+def test_a_terminal_gets_colours_and_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = shown(Terminal())
+    assert "\x1b[32mok" in text
+    assert "8001 is in use" in text
+
+
+def test_json() -> None:
+    report = json.loads(as_json(FINDINGS))
+    assert report["problems"] is True
+    assert report["findings"][0] == {
+        "check": "port",
+        "verdict": "ok",
+        "says": "8000 is free",
+        "why": "",
+        "do": "",
+        "command": "",
+    }
+
+
+def test_nothing_wrong() -> None:
+    assert json.loads(as_json(FINDINGS[:1]))["problems"] is False
+    assert summary(FINDINGS[:1]) == "1 ok"

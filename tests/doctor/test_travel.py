@@ -1,0 +1,136 @@
+"""What proves that an embedding has travelled, and what does not. With real instances: test_deployments.py."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import pytest
+
+from chiasm.doctor import Finding
+from chiasm.doctor.instances import Instance
+from chiasm.doctor.running import examine_instances
+from chiasm.doctor.travel import MOST_PAIRS, pairs
+from tests.doctor import played
+from tests.doctor.findings import collected, problem, verdicts, warning
+from tests.doctor.played import Played
+
+ENCODED, LOADED, KV = "chiasm_images_encoded_total", "chiasm_ec_loads_total", "chiasm_kv_transfers_total"
+
+
+@pytest.fixture(autouse=True)
+def _counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The instances here count before they answer."""
+    monkeypatch.setattr("chiasm.doctor.travel._COUNT_SECONDS", 0.0)
+
+
+async def travel(*instances: Played) -> list[Finding]:
+    """Of the findings those about travel."""
+    async with AsyncExitStack() as stack:
+        urls: dict[str, list[str]] = {}
+        for one in instances:
+            await stack.enter_async_context(one)
+            urls.setdefault(one.role, []).append(one.url)
+        found = await collected(examine_instances(urls, timeout_seconds=20))
+    return [one for one in found if one.check in ("embedding travels", "KV travels", "pictures")]
+
+
+async def test_encoded_once_and_loaded() -> None:
+    encoder, pd = played.encoder(), played.reader()
+    assert verdicts(await travel(encoder, pd)) == ["ok"]
+    (sent,) = encoder.bodies[0]["messages"][0]["content"]
+    (embeds, text) = pd.bodies[0]["messages"][0]["content"]
+    assert sent["type"] == "image_url"
+    assert embeds == {"type": "image_embeds", "image_embeds": played.METADATA, "uuid": sent["uuid"]}
+    assert text["type"] == "text"
+
+
+async def test_each_pair_gets_a_picture_of_its_own() -> None:
+    encoders, pds = [played.encoder(), played.encoder()], [played.reader(), played.reader()]
+    assert verdicts(await travel(*encoders, *pds)) == ["ok"] * 4
+    names = [body["messages"][0]["content"][0]["uuid"] for one in encoders for body in one.bodies]
+    assert len(set(names)) == 4
+
+
+async def test_an_embedding_that_does_not_come() -> None:
+    pd = played.reader(ec_store="t" * 32)
+    pd.status = 503
+    found = problem(await travel(played.encoder(), pd))
+    assert "answered HTTP 503: no embedding came within 2 s" in found.says
+    assert "different folders" in found.do
+
+
+async def test_an_encoder_that_fails() -> None:
+    encoder = played.encoder()
+    encoder.status = 500
+    assert "was sent a picture, and answered HTTP 500" in problem(await travel(encoder, played.reader())).says
+
+
+async def test_an_answer_without_counters_is_no_proof() -> None:
+    pd = played.reader()
+    pd.counts_are_shown = False
+    assert "unproven" in warning(await travel(played.encoder(), pd)).says
+
+
+async def test_a_pd_that_encodes_again() -> None:
+    pd = played.reader()
+    pd.adds = {ENCODED: 1, LOADED: 1}
+    assert "encoded again" in problem(await travel(played.encoder(), pd)).says
+
+
+async def test_a_pd_that_loads_nothing() -> None:
+    pd = played.reader()
+    pd.adds = {}
+    assert "was not loaded" in problem(await travel(played.encoder(), pd)).says
+
+
+async def test_an_encoder_that_encodes_nothing() -> None:
+    encoder = played.encoder()
+    encoder.adds = {}
+    assert "no encoder has encoded" in problem(await travel(encoder, played.reader())).says
+
+
+async def test_pictures_of_others_leave_it_unproven() -> None:
+    encoder = played.encoder()
+    encoder.adds = {ENCODED: 3}
+    assert "3 pictures were encoded meanwhile" in warning(await travel(encoder, played.reader())).says
+    assert len(encoder.bodies) == 3  # it has tried again
+
+
+async def test_kv_that_is_fetched() -> None:
+    prefill, decode = played.reader("prefill", kv_connector="c"), played.decode(kv_connector="c")
+    assert verdicts(await travel(played.encoder(), prefill, decode)) == ["ok", "ok"]
+    assert prefill.bodies[0]["kv_transfer_params"]["do_remote_decode"] is True
+    assert decode.bodies[0]["kv_transfer_params"]["remote_engine_id"] == "p"
+
+
+async def test_kv_that_is_not_fetched() -> None:
+    decode = played.decode(kv_connector="c")
+    decode.adds = {}
+    assert "no KV was fetched" in problem(await travel(played.encoder(), played.reader("prefill"), decode)).says
+
+
+async def test_a_decode_that_does_not_reach_prefill() -> None:
+    decode = played.decode(kv_connector="c")
+    decode.status = 503
+    assert (
+        "sent its handle, answered HTTP 503"
+        in problem(await travel(played.encoder(), played.reader("prefill"), decode)).says
+    )
+
+
+async def test_without_an_encoder_nothing_is_called_ok() -> None:
+    assert verdicts(await travel(played.reader())) == ["skipped"]
+
+
+async def test_an_aggregated_instance_answers_by_itself() -> None:
+    assert verdicts(await travel(Played("aggregated"))) == ["ok"]
+
+
+@pytest.mark.parametrize(("encoders", "readers"), [(2, 3), (1, 40), (30, 7), (MOST_PAIRS, 1)])
+def test_each_instance_is_in_a_pair(encoders: int, readers: int) -> None:
+    made = [Instance(f"e{n}", "encoder") for n in range(encoders)]
+    reading = [Instance(f"r{n}", "pd") for n in range(readers)]
+    chosen = pairs(made, reading)
+    assert {one.url for one, _ in chosen} == {one.url for one in made}
+    assert {one.url for _, one in chosen} == {one.url for one in reading}
+    assert len(chosen) <= max(MOST_PAIRS, encoders, readers)

@@ -1,0 +1,59 @@
+"""How many weights each role has, by names and shapes alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from chiasm.checkpoints import synthetic
+from chiasm.doctor.weights import Weights, dtype_in_use, read_weights
+from chiasm.errors import ConfigurationError
+from chiasm.models import load_vision
+from chiasm.models.checkpoint import open_checkpoint
+
+
+def in_files(folder: Path) -> int:
+    return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("family", synthetic.FAMILIES)
+def test_each_role_has_what_it_loads(family: str, tmp_path: Path) -> None:
+    folder = synthetic.make(family, tmp_path / family)
+    vision = load_vision(folder, dtype=torch.float32, device=torch.device("cpu"))
+    assert read_weights(open_checkpoint(folder)) == Weights(
+        parameters(vision.module), in_files(folder) - parameters(vision.module)
+    )
+
+
+def test_bytes_of_a_role() -> None:
+    weights = Weights(10, 100)
+    assert weights.bytes_of("bfloat16", vision=True, language=False) == 20
+    assert weights.bytes_of("float32", vision=True, language=True) == 440
+
+
+def test_what_auto_comes_to(checkpoint: Path) -> None:
+    opened = open_checkpoint(checkpoint)
+    assert dtype_in_use(opened, "float16", on_cpu=True, is_vllm=False) == "float16"
+    assert dtype_in_use(opened, "auto", on_cpu=True, is_vllm=False) == "float32"
+    own = opened.config.get("dtype") or opened.config["text_config"]["dtype"]
+    assert dtype_in_use(opened, "auto", on_cpu=False, is_vllm=False) == own
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "endless header"])
+def test_files_that_are_damaged(damage: str, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    damaged = {"cut": data[:-100], "garbage": b"\x08" + bytes(200), "endless header": b"\xff" * 100}
+    file.write_bytes(damaged[damage])
+    with pytest.raises(ConfigurationError, match="no whole safetensors file"):
+        read_weights(open_checkpoint(folder))
