@@ -8,6 +8,7 @@ about as likely, even without randomness. And vLLM takes no tokens to go on from
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 
@@ -48,6 +49,7 @@ _OF_PREFILL = {
 _OF_CHAT = {b"max_completion_tokens": b"1"}
 _CHAT = "/v1/chat/completions"
 _ABSENT = (b"", b"null")
+_LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[]')
 
 
 class _LostError(Exception):
@@ -232,10 +234,7 @@ def for_prefill(body: bytes, path: str) -> bytes:
 
 def _has_several(prompt: bytes) -> bool:
     """A prompt is a text or a list of token ids."""
-    if prompt[:1] != b"[":
-        return False
-    parts = [bytes(part) for part in _list.decode(prompt)]
-    return len(parts) > 1 and parts[0][:1] in (b'"', b"[")
+    return bool(_LIST_OF_PROMPTS.match(prompt)) and len(_list.decode(prompt)) > 1
 
 
 class _Reply(msgspec.Struct):
