@@ -35,7 +35,7 @@ P, D = instance("prefill", 3), instance("decode", 4)
 
 @pytest.mark.parametrize("members", [[E, PD], [E, P, D], [instance("aggregated")]])
 def test_a_fleet_that_fits(members: list[Instance]) -> None:
-    for check in (fleet.reachable, *fleet.CHECKS):
+    for check in (fleet.reachable, fleet.composition, *fleet.CHECKS):
         assert set(verdicts(check(members))) <= {"ok", "skipped"}
 
 
@@ -65,18 +65,18 @@ def test_a_role_that_is_another() -> None:
     ],
 )
 def test_roles_that_need_others(members: list[Instance], says: str) -> None:
-    assert says in problem(fleet.roles(members)).says
+    assert says in problem(fleet.composition(members)).says
 
 
 def test_without_an_encoder_text_alone_is_answered() -> None:
-    assert "no encoder" in warning(fleet.roles([PD])).says
+    assert "no encoder" in warning(fleet.composition([PD])).says
 
 
 def test_vllm_without_middleware_says_not_what_it_is() -> None:
     plain = Instance("http://h:1", "pd", model="m", engine="vllm 0.32.0", max_model_len=512)
     for check in (fleet.roles, fleet.model, fleet.ec_store):
         assert "skipped" in verdicts(check([E, plain]))
-        assert "ok" not in verdicts(check([E, plain])) or check is fleet.roles
+        assert "ok" not in verdicts(check([E, plain]))
 
 
 def test_other_names() -> None:

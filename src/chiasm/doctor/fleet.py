@@ -67,12 +67,35 @@ def reachable(fleet: Fleet) -> Iterator[Finding]:
         yield _INSTANCES.ok(f"all {len(fleet)} answer and are well")
 
 
+def composition(fleet: Fleet) -> Iterator[Finding]:
+    """Whether the roles make a deployment together; of all instances that there are, well or not."""
+    found = {one.role for one in fleet}
+    whole = True
+    for needs, needed in (("prefill", ("decode",)), ("decode", ("prefill",)), ("encoder", _USES_EMBEDDINGS)):
+        if needs in found and not found.intersection(needed):
+            whole = False
+            yield _ROLES.problem(
+                f"there are {needs} instances and no {' or '.join(needed)} instance",
+                why=f"{needs} instances do a part of the work that {' or '.join(needed)} instances go on with.",
+                do=f"start at least one {needed[0]} instance.",
+                command=f"chiasm instance MODEL --role {needed[0]}",
+            )
+    if found.intersection(_USES_EMBEDDINGS) and "encoder" not in found:
+        whole = False
+        yield _ROLES.warning(
+            "there is no encoder",
+            why="text is answered; requests with pictures get a 503.",
+            do="start an encoder, unless there are to be none.",
+            command="chiasm instance MODEL --role encoder",
+        )
+    if whole:
+        yield _ROLES.ok(", ".join(f"{sum(one.role == role for one in fleet)} {role}" for role in sorted(found)))
+
+
 def roles(fleet: Fleet) -> Iterator[Finding]:
-    """Whether each does what it is used for, and whether they make a deployment together."""
-    fits = True
+    """Whether each does what it is used for."""
     for one in fleet:
         if one.own_role and one.own_role != one.role:
-            fits = False
             yield _ROLES.problem(
                 f"{one.name} says that its role is {one.own_role}",
                 why="each role does a part of the work, and no other.",
@@ -83,27 +106,6 @@ def roles(fleet: Fleet) -> Iterator[Finding]:
                 f"{one.name} is vLLM without chiasm's middleware, and doesn't say what it is; add "
                 "--middleware chiasm.integrations.vllm.middleware.ChiasmMiddleware to its command"
             )
-    found = {one.role for one in fleet}
-    for needs, needed in (("prefill", ("decode",)), ("decode", ("prefill",)), ("encoder", _USES_EMBEDDINGS)):
-        if needs in found and not found.intersection(needed):
-            fits = False
-            yield _ROLES.problem(
-                f"there are {needs} instances and no {' or '.join(needed)} instance",
-                why=f"{needs} instances do a part of the work that {' or '.join(needed)} instances go on with.",
-                do=f"start at least one {needed[0]} instance.",
-                command=f"chiasm instance MODEL --role {needed[0]}",
-            )
-    if found.intersection(_USES_EMBEDDINGS) and "encoder" not in found:
-        fits = False
-        yield _ROLES.warning(
-            "there is no encoder",
-            why="text is answered; requests with pictures get a 503.",
-            do="start an encoder, unless there are to be none.",
-            command="chiasm instance MODEL --role encoder",
-        )
-    if fits and any(one.says_what_it_is for one in fleet):
-        counts = ", ".join(f"{sum(one.role == role for one in fleet)} {role}" for role in sorted(found))
-        yield _ROLES.ok(counts)
 
 
 def model(fleet: Fleet) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,13 @@ from chiasm.doctor.travel import Travel, pairs
 from chiasm.launch.storage import DEFAULT_MAX_BYTES
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
+_PATIENCE = 10
+"""Timeouts of one message, that all pairs together are given."""
+_TOO_SLOW = "not tried, since those before it have taken too long"
 
 _PROXY = Check("proxy")
 _TRAVEL = Check("embedding travels")
+_KV = Check("KV travels")
 _ELSEWHERE = Check("instances")
 
 
@@ -55,6 +60,8 @@ async def examine_proxy(
                 "have it looked at"
             )
         seen = [one for one in found if one not in hidden]
+        for finding in fleet.composition(found):
+            yield finding
         async for finding in _examine(client, seen, timeout_seconds, folder):
             yield finding
         yield await _through(client, proxy, seen, hidden, timeout_seconds)
@@ -69,6 +76,8 @@ async def examine_instances(
     """Instances without a proxy: base URLs by role."""
     async with Client() as client:
         found = await _ask(client, [(url, role) for role, several in urls.items() for url in several])
+        for finding in fleet.composition(found):
+            yield finding
         async for finding in _examine(client, found, timeout_seconds, folder):
             yield finding
 
@@ -94,17 +103,25 @@ async def _examine(
         if folder.path.is_dir():
             for finding in storage.room(folder.path, folder.max_bytes, None):
                 yield finding
-    async for finding in _travel(Travel(client, timeout_seconds), well):
+    patience_seconds = _PATIENCE * timeout_seconds
+    async for finding in _travel(Travel(client, timeout_seconds), well, patience_seconds):
         yield finding
 
 
-async def _travel(travel: Travel, well: Sequence[Instance]) -> AsyncIterator[Finding]:
-    """Each pair, or each reader and each encoder at least once."""
+async def _travel(travel: Travel, well: Sequence[Instance], patience_seconds: float) -> AsyncIterator[Finding]:
+    """Each pair, or each reader and each encoder at least once; none begins when ``patience_seconds`` are over."""
+    until = time.monotonic() + patience_seconds
     usable = [one for one in well if one.own_role in ("", one.role)]
     of = {role: [one for one in usable if one.role == role] for role in ("encoder", "pd", "prefill", "decode")}
     for encoder, pd in pairs(of["encoder"], of["pd"]):
+        if time.monotonic() > until:
+            yield _TRAVEL.skipped(f"{encoder.name} to {pd.name}: {_TOO_SLOW}")
+            continue
         yield await travel.embedding(encoder, pd)
     for number, (prefill, decode) in enumerate(pairs(of["prefill"], of["decode"])):
+        if time.monotonic() > until:
+            yield _KV.skipped(f"{prefill.name} to {decode.name}: {_TOO_SLOW}")
+            continue
         encoder_of_it = of["encoder"][number % len(of["encoder"])] if of["encoder"] else None
         for finding in await travel.handover(encoder_of_it, prefill, decode):
             yield finding

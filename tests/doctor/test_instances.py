@@ -1,0 +1,150 @@
+"""What instances and proxies say of themselves, and others that only seem to be some."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from chiasm.doctor.client import Client, NoAnswerError
+from chiasm.doctor.instances import Instance, Proxy, ask_instance, ask_proxy
+from chiasm.doctor.running import examine_proxy
+from tests.doctor import played
+from tests.doctor.findings import collected, problem, verdicts
+
+
+@asynccontextmanager
+async def answering(pages: dict[str, Any], status: int = 200) -> AsyncIterator[str]:
+    """A server with these pages: text as it is, anything else as JSON."""
+
+    async def page(request: web.Request) -> web.Response:
+        if request.path not in pages:
+            return web.Response(status=404, text="nothing here")
+        content = pages[request.path]
+        return web.Response(status=status, text=content if isinstance(content, str) else json.dumps(content))
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", page)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def instance(pages: dict[str, Any], status: int = 200) -> Instance:
+    async with answering(pages, status) as url, Client() as client:
+        return await ask_instance(client, url, "pd")
+
+
+async def proxy(page: Any) -> Proxy:
+    async with answering({"/health": page}) as url, Client() as client:
+        return await ask_proxy(client, url)
+
+
+async def test_vllm_without_middleware() -> None:
+    models = {"data": [{"id": "m", "max_model_len": 128}]}
+    found = await instance({"/health": "", "/v1/models": models, "/version": {"version": "0.32.0"}})
+    assert (found.model, found.engine, found.max_model_len) == ("m", "vllm 0.32.0", 128)
+    assert not found.trouble
+    assert not found.says_what_it_is
+
+
+@pytest.mark.parametrize(
+    ("pages", "trouble"),
+    [
+        ({}, "answered what is no JSON: 'nothing here'"),
+        ({"/health": "<html>"}, "answered what is no JSON"),
+        ({"/health": ["ok"]}, "JSON that is no object"),
+        ({"/health": {"status": "ok"}}, "no instance that chiasm knows"),
+        ({"/health": {"status": "ok", "role": "king"}}, "no instance that chiasm knows"),
+        ({"/health": {"status": "ok", "role": ["pd"]}}, "no instance that chiasm knows"),
+        ({"/health": {"status": "ok", "instances": []}}, "is a proxy"),
+        ({"/health": ""}, "no JSON"),
+        ({"/health": "", "/v1/models": {"data": [1]}}, "neither chiasm nor vLLM"),
+        (
+            {"/health": {"status": "failed", "message": "no memory\x1b[2J"}},
+            r"not well \(HTTP 200\): failed: no memory\?\[2J",
+        ),
+    ],
+)
+async def test_what_is_no_instance_that_is_well(pages: dict[str, Any], trouble: str) -> None:
+    with pytest.raises(AssertionError, match=trouble):
+        raise AssertionError((await instance(pages)).trouble)
+
+
+async def test_an_instance_that_starts() -> None:
+    assert (
+        await instance({"/health": {"status": "loading"}}, 503)
+    ).trouble == "says that it is not well (HTTP 503): loading"
+
+
+async def test_fields_of_other_types_count_as_not_said() -> None:
+    health = {"status": "ok", "role": "pd", "model": 7, "fingerprint": None, "ec_store": {}, "max_model_len": "long"}
+    found = await instance({"/health": health})
+    assert (found.model, found.fingerprint, found.ec_store, found.max_model_len, found.trouble) == (
+        "",
+        "",
+        "",
+        None,
+        "",
+    )
+
+
+async def test_a_proxy_that_lists_nonsense() -> None:
+    good = {"url": "http://a:1/", "role": "pd", "state": "healthy", "reason": None}
+    others = [
+        1,
+        {},
+        {"url": "file:///etc/passwd", "role": "pd"},
+        {"url": "http://[", "role": "pd"},
+        good | {"role": "king"},
+    ]
+    found = await proxy({"status": "ok", "models": ["m"], "instances": [*others, good]})
+    assert [one.url for one in found.instances] == ["http://a:1"]
+
+
+async def test_a_proxy_that_lists_without_end() -> None:
+    one = {"url": "http://a:1", "role": "pd", "state": "healthy"}
+    found = await proxy({"status": "ok", "models": [], "instances": [one] * 300})
+    assert (len(found.instances), found.left_out) == (256, 44)
+
+
+async def test_what_is_no_proxy() -> None:
+    with pytest.raises(NoAnswerError, match="is no proxy but one instance"):
+        await proxy({"status": "ok", "role": "aggregated"})
+    with pytest.raises(NoAnswerError, match="is no proxy of chiasm's"):
+        await proxy({"hello": "world"})
+
+
+async def test_instances_that_only_the_proxy_reaches_are_not_called_ok() -> None:
+    async with answering({}) as hidden:
+        pass
+    async with played.encoder() as encoder:
+        listed = [
+            {"url": encoder.url, "role": "encoder", "state": "healthy"},
+            {"url": hidden, "role": "pd", "state": "healthy"},
+        ]
+        pages = {
+            "/health": {"status": "ok", "models": ["m"], "instances": listed},
+            "/v1/chat/completions": {"choices": []},
+        }
+        encoder.adds = {}
+        async with answering(pages) as url:
+            found = await collected(examine_proxy(url, timeout_seconds=20))
+    assert hidden in next(one.says for one in found if one.check == "instances" and one.verdict == "skipped")
+    assert "problem" not in verdicts(found)
+    assert verdicts(found, "through the proxy") == ["warning"]
+
+
+async def test_nothing_is_asked_of_what_is_no_proxy() -> None:
+    async with answering({"/health": "<html>"}) as url:
+        found = await collected(examine_proxy(url))
+    assert len(found) == 1
+    assert "no JSON" in problem(found).says
