@@ -46,8 +46,9 @@ def placements_of(config: DeploymentConfig, folder: Path) -> Placements:
     """Which instance computes where. Raises ConfigurationError for what the machine or the engine cannot do."""
     named = any(role.devices for role in config.roles.values())
     if config.engine is Engine.VLLM:
-        found = () if vllm.installed().on_cpu else found_devices()
-        if not found and not vllm.installed().on_cpu:
+        on_cpu = vllm.installed().on_cpu
+        found = () if on_cpu else found_devices()
+        if not found and not on_cpu:
             raise ConfigurationError(
                 "this vLLM is built for GPUs, and no NVIDIA GPU was found; on a machine without one, install the build for "
                 "CPUs (`make vllm` does)"
@@ -85,11 +86,7 @@ def plan_instances(
         address = hold()
         if config.engine is Engine.VLLM:
             side_channel = hold() if role in vllm.KV_ROLES else None
-            turn = _turn(placement, surroundings.scratch)
-            site = vllm.Site(address, placement, surroundings.storage, surroundings.ec_max_bytes, side_channel, turn)
-            found = vllm.installed()
-            command = vllm.instance_command(config, folder, role, site, found=found, kv_bytes=_kv_bytes(config))
-            environment = vllm.instance_environment(config, role, site, found=found)
+            command, environment = _vllm(config, folder, role, placement, surroundings, address, side_channel)
         else:
             command = commands.instance_command(
                 config, folder, role, address, surroundings.storage, surroundings.ec_max_bytes, placement
@@ -106,12 +103,23 @@ def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[
     return ProcessPlan(PROXY, None, address, command, commands.proxy_environment(config))
 
 
-def _turn(placement: Placement, scratch: Path | None) -> Path | None:
-    """vLLM measures what is free on its devices while it starts, so that those who share one start one after the other."""
-    return scratch / f"turn-{placement.devices[0]}" if placement.shared and scratch is not None else None
-
-
-def _kv_bytes(config: DeploymentConfig) -> int:
+def _vllm(
+    config: DeploymentConfig,
+    folder: Path,
+    role: Role,
+    placement: Placement,
+    surroundings: Surroundings,
+    address: HeldPort,
+    side_channel: HeldPort | None,
+) -> tuple[list[str], dict[str, str]]:
     import psutil
 
-    return vllm.default_kv_bytes(config, int(psutil.virtual_memory().available))
+    turn = None
+    if placement.shared and surroundings.scratch is not None:
+        # vLLM measures what is free on its devices while it starts, so those who share one start one after the other.
+        turn = surroundings.scratch / f"turn-{placement.devices[0]}"
+    site = vllm.Site(address, placement, surroundings.storage, surroundings.ec_max_bytes, side_channel, turn)
+    found = vllm.installed()
+    kv_bytes = vllm.default_kv_bytes(config, int(psutil.virtual_memory().available))
+    command = vllm.instance_command(config, folder, role, site, found=found, kv_bytes=kv_bytes)
+    return command, vllm.instance_environment(config, role, site, found=found)

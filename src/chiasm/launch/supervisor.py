@@ -30,9 +30,9 @@ from chiasm.launch.cores import pin_to
 from chiasm.launch.diagnosis import decisive_line
 from chiasm.launch.locked_folder import LockedFolder
 
-END_SECONDS = 1.8
+END_SECONDS = 1.5
 """For the server to end by itself when it is asked to; all that follows has to fit into ``lifeline.GRACE_SECONDS``."""
-_TRACKER_SECONDS = 0.5
+_TRACKER_SECONDS = 0.4
 _PROBE_SECONDS = 0.25
 _LOCK_SECONDS = 0.1
 _LINES_KEPT = 1000
