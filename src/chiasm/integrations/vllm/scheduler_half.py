@@ -322,7 +322,7 @@ class SchedulerHalf:
             if not self._store.has_cache_item(item.identifier):
                 return False
             self._promised[item.identifier] = (header.shape[0], header.shape[1])
-        return True
+        return self._promised[item.identifier][0] == item.rows
 
     def _is_spoiled(self, tracked: TrackedRequest, num_computed_tokens: int) -> bool:
         """Whether the prefix cache gives blocks that may have been computed from zeros."""
