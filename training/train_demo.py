@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=2400)
     parser.add_argument("--vision-stop", type=int, default=2000, help="steps done before the second stage takes over")
     parser.add_argument("--vision-batch", type=int, default=64, help="pictures a step, over all processes")
-    parser.add_argument("--whole-steps", type=int, default=3000)
+    parser.add_argument("--whole-steps", type=int, default=2400)
     parser.add_argument("--whole-minutes", type=float, help="end the second stage by the clock, not by its steps")
     parser.add_argument("--longer-rate", type=float, default=0.6, help="learning rates of longer, to the stage's own")
     parser.add_argument("--whole-batch", type=int, default=48, help="conversations a step, over all processes")

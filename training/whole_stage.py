@@ -147,3 +147,4 @@ def train_whole(
             total = 0.0
         if step % 200 == 0:
             save()
+    log(f"whole step {step} (100%), {time.monotonic() - started:.0f} s, the end")

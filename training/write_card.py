@@ -1,6 +1,6 @@
 """Write the checkpoint's model card from ``evaluate_demo.py --json`` and the training log.
 
-``python training/write_card.py build/demo/results.json build/demo/train.log [longer.log ...]``
+``python training/write_card.py build/demo/results.json build/demo/train.log --whole-minutes 58``
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ picture that was not sent is answered by saying so. `chiasm.demo.pictures` draws
 Held-out pictures, n = {n} a kind, drawn from seeds that training never uses; their numbers never occur in training.
 Answers are generated greedily with plain transformers from the files in this folder, and count only if equal to the
 expected text. Canvases are of mixed sizes and aspect ratios; `upload` is a 512 x 512 canvas with the kinds of
-one picture in turn. *Zeroed* replaces all image features, DeepStack levels included, by zeros. *Chance* is the share of
-the commonest answer to the same question.
+one picture in turn. *Zeroed* replaces all image features, DeepStack levels included, by zeros; the answer then is nearly
+always that there is no picture. *Chance* is the share of the commonest answer to the same question.
 
 {table}
 
@@ -65,11 +65,11 @@ Measured with `python training/evaluate_demo.py`.
 
 ## How it was made
 
-`training/train_demo.py` draws the pictures and trains on two CPU cores, two processes of one thread. This checkpoint took
-{minutes:.0f} minutes on a machine shared with other work: {vision}, then of the whole model
-{whole}, each run going on from the one before (`--stage longer`). Pictures, question mix
-and rates changed between the runs (the first ones had smaller print and up to six shapes), so a new run of the script gives
-a similar checkpoint, not the same bytes.
+`python training/train_demo.py --whole-minutes {asked}` draws the pictures and trains from scratch in one go, on two CPU cores,
+two processes of one thread. It made this checkpoint in {minutes:.0f} minutes, on a machine that other work shared:
+{vision}, then
+{whole}. The second stage ends by the clock, so a faster or idler machine takes more steps in
+the same time; a run gives a checkpoint like this one, not the same bytes.
 
 ## Limits
 
@@ -92,34 +92,34 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def stages(logs: list[str]) -> tuple[dict[str, str], float]:
-    """Return a phrase a stage and the minutes of all, from the last line that each stage logged in each run."""
+def stages(log: str) -> tuple[dict[str, str], float]:
+    """Return a phrase a stage and the minutes of both, from the last line that each stage logged."""
 
-    def last(stage: str, log: str) -> tuple[int, float]:
+    def last(stage: str) -> tuple[int, float]:
         steps, spent = re.findall(rf"^{stage} step (\d+) [^,]*, (\d+) s", log, re.M)[-1]
         return int(steps), int(spent) / 60
 
-    steps, minutes = last("vision", logs[0])
-    runs = [last("whole", log) for log in logs]
+    vision, whole = last("vision"), last("whole")
     said = {
-        "vision": f"{steps} steps of the vision tower alone in {minutes:.0f} minutes",
-        "whole": ", ".join(f"{steps} steps in {minutes:.0f} minutes" for steps, minutes in runs),
+        "vision": f"{vision[0]} steps of the vision tower alone in {vision[1]:.0f} minutes",
+        "whole": f"{whole[0]} steps of the whole model in {whole[1]:.0f}",
     }
-    return said, minutes + sum(minutes for _, minutes in runs)
+    return said, vision[1] + whole[1]
 
 
 def main() -> None:
     """Fill in the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("logs", type=Path, nargs="+", help="of the run from scratch, then of longer ones")
+    parser.add_argument("log", type=Path, help="of the training")
+    parser.add_argument("--whole-minutes", type=int, required=True, help="what the training was given")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     options = parser.parse_args()
     rows = json.loads(options.results.read_text())
-    logs = [log.read_text() for log in options.logs]
-    said, minutes = stages(logs)
+    log = options.log.read_text()
+    said, minutes = stages(log)
     weights = (options.checkpoint / "model.safetensors").stat().st_size
-    parameters = re.findall(r"^(\d+) parameters", logs[0], re.M)[-1]
+    parameters = re.findall(r"^(\d+) parameters", log, re.M)[-1]
     card = _CARD.format(
         parameters=f"{int(parameters):,}",
         megabytes=weights / 1e6,
@@ -134,6 +134,7 @@ def main() -> None:
         n=min(r["n"] for r in rows),
         table=table(rows),
         minutes=minutes,
+        asked=options.whole_minutes,
         **said,
     )
     (options.checkpoint / "README.md").write_text(card)
