@@ -32,7 +32,8 @@ _PROXY_READY_SECONDS = 60.0
 _NO_REWRITE = "--no-rewrite"
 NOT_THERE = (
     f"Not measured: vLLM's example proxy is not in this environment ({_FILE}), and {_VARIABLE} names no such file. Of what "
-    "vLLM publishes, only the source distribution has it."
+    "vLLM publishes, only the source distribution has it; `make vllm` fetches it from there, and so does "
+    "scripts/vllm/example_proxy.sh."
 )
 
 

@@ -21,7 +21,7 @@ _AGGREGATED = "aggregated"
 
 
 class VllmIdentity(Measurement):
-    """All requests, eight at a time, through each topology, one topology after the other."""
+    """All requests, eight at a time, through each topology."""
 
     name = "vllm-identity"
     purpose = (
@@ -46,9 +46,11 @@ async def _compare(bench: Bench, outcome: Outcome, label: str, model: str, reque
     bodies = [
         prompts.ask(request.images, request.question, max_tokens=_MAX_TOKENS, logprobs=True) for request in requests
     ]
+    topologies = _topologies(model)
     answers: dict[str, Answers] = {}
-    for topology, config in _topologies(model).items():
-        async with running(bench, on_vllm(config)) as (deployment,):
+    # All start at once: an instance alone would leave cores idle for as long as it loads.
+    async with running(bench, *map(on_vllm, topologies.values())) as deployments:
+        for topology, deployment in zip(topologies, deployments, strict=True):
             bench.step(f"{label}, {topology}")
             bench.total(len(bodies))
             answers[topology] = await ask_all(bench, deployment.url, bodies)
