@@ -15,6 +15,7 @@ from chiasm.doctor.instances import Instance, Proxy, ask_instance, ask_proxy
 from chiasm.doctor.running import examine_proxy
 from tests.doctor import played
 from tests.doctor.findings import collected, problem, verdicts
+from tests.doctor.test_client import silent, talking
 
 
 @asynccontextmanager
@@ -123,7 +124,8 @@ async def test_what_is_no_proxy() -> None:
         await proxy({"hello": "world"})
 
 
-async def test_instances_that_only_the_proxy_reaches_are_not_called_ok() -> None:
+async def test_instances_that_only_the_proxy_reaches_are_not_called_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiasm.doctor.travel._COUNT_SECONDS", 0.0)
     async with answering({}) as hidden:
         pass
     async with played.encoder() as encoder:
@@ -141,6 +143,17 @@ async def test_instances_that_only_the_proxy_reaches_are_not_called_ok() -> None
     assert hidden in next(one.says for one in found if one.check == "instances" and one.verdict == "skipped")
     assert "problem" not in verdicts(found)
     assert verdicts(found, "through the proxy") == ["warning"]
+
+
+async def test_an_instance_that_hangs_is_a_problem_whatever_the_proxy_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiasm.doctor.client.PAGE_SECONDS", 0.5)
+    async with talking(silent) as hanging:
+        listed = [{"url": hanging, "role": "pd", "state": "healthy"}]
+        pages = {"/health": {"status": "ok", "models": ["m"], "instances": listed}}
+        async with answering(pages) as url:
+            found = await collected(examine_proxy(url, timeout_seconds=1))
+    assert [one.says for one in found if one.check == "instances"] == [f"pd {hanging} did not answer within 0.5 s"]
+    assert verdicts(found, "instances") == ["problem"]
 
 
 async def test_nothing_is_asked_of_what_is_no_proxy() -> None:

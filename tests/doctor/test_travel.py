@@ -122,6 +122,13 @@ async def test_without_an_encoder_nothing_is_called_ok() -> None:
     assert verdicts(await travel(played.reader())) == ["skipped"]
 
 
+async def test_pairs_have_a_bound_of_time_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiasm.doctor.running._PATIENCE", 0)
+    encoder, pd = played.encoder(), played.reader()
+    assert verdicts(await travel(encoder, pd)) == ["skipped"]
+    assert encoder.bodies == []
+
+
 async def test_an_aggregated_instance_answers_by_itself() -> None:
     assert verdicts(await travel(Played("aggregated"))) == ["ok"]
 

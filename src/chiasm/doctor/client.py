@@ -17,10 +17,16 @@ from chiasm.doctor.base import shown
 PAGE_SECONDS = 5.0
 """For /health, /metrics and the like."""
 MAX_PAGE_BYTES = 4 << 20
+_CONNECT_SECONDS = 3.0
+"""Less than for a page: that nobody takes the connection says something else than that nobody answers."""
 
 
 class NoAnswerError(Exception):
     """Why there is no answer that could be used; the text goes on after an address."""
+
+
+class NoConnectionError(NoAnswerError):
+    """Nobody could be reached from this machine."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Client:
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
             trust_env=False,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"accept-encoding": "identity", "connection": "close", "user-agent": "chiasm-doctor"},
@@ -76,9 +83,9 @@ class Client:
         assert self._session is not None
         await self._session.close()
 
-    async def get(self, url: str, *, timeout_seconds: float = PAGE_SECONDS, max_bytes: int = MAX_PAGE_BYTES) -> Answer:
-        """Raises NoAnswerError."""
-        return await self._ask("GET", url, None, {}, timeout_seconds, max_bytes)
+    async def get(self, url: str, *, timeout_seconds: float | None = None, max_bytes: int = MAX_PAGE_BYTES) -> Answer:
+        """Within ``PAGE_SECONDS``, if nothing else is said. Raises NoAnswerError."""
+        return await self._ask("GET", url, None, {}, timeout_seconds or PAGE_SECONDS, max_bytes)
 
     async def post(self, url: str, body: object, *, timeout_seconds: float, max_bytes: int = MAX_PAGE_BYTES) -> Answer:
         """Send JSON; the instance is told the deadline. Raises NoAnswerError."""
@@ -97,10 +104,12 @@ class Client:
                 ) as response:
                     clock = _ahead(response.headers.get("date"), began, time.time())
                     return Answer(response.status, await _read(response, max_bytes), clock)
+        except aiohttp.ConnectionTimeoutError:
+            raise NoConnectionError(f"cannot be reached: no connection within {_CONNECT_SECONDS:g} s") from None
         except TimeoutError:
             raise NoAnswerError(f"did not answer within {timeout_seconds:g} s") from None
         except aiohttp.ClientConnectorError as error:
-            raise NoAnswerError(f"cannot be reached: {shown(error.os_error.strerror or error)}") from None
+            raise NoConnectionError(f"cannot be reached: {shown(error.os_error.strerror or error)}") from None
         except aiohttp.InvalidURL:
             raise NoAnswerError("is no URL that can be asked") from None
         except aiohttp.ServerDisconnectedError:

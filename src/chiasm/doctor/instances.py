@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from chiasm.doctor.base import shown
-from chiasm.doctor.client import Client, NoAnswerError
+from chiasm.doctor.client import Client, NoAnswerError, NoConnectionError
 from chiasm.engine.config import Role
 
 _MAX_INSTANCES = 256
@@ -24,6 +24,8 @@ class Instance:
     """What it is used as; empty if nobody has said."""
     trouble: str = ""
     """Why it couldn't be asked, or what it says is wrong with it; empty if it is well."""
+    out_of_reach: bool = False
+    """Whether no connection came about; from elsewhere one may."""
     own_role: str = ""
     model: str = ""
     fingerprint: str = ""
@@ -119,7 +121,7 @@ async def ask_instance(client: Client, url: str, role: str) -> Instance:
         if found.get("role") not in ROLES:
             return Instance(url, role, "answered, but is no instance that chiasm knows: its /health names no role")
     except NoAnswerError as error:
-        return Instance(url, role, str(error))
+        return Instance(url, role, str(error), isinstance(error, NoConnectionError))
     own_role = str(found["role"])
     length = found.get("max_model_len")
     return Instance(

@@ -53,16 +53,14 @@ async def examine_proxy(
             yield finding
         found = await _ask(client, [(one.url, one.role) for one in proxy.instances])
         healthy = {one.url for one in proxy.instances if one.state == "healthy"}
-        hidden = [one for one in found if one.trouble and one.url in healthy]
+        hidden = [one for one in found if one.out_of_reach and one.url in healthy]
         for one in hidden:
             yield _ELSEWHERE.skipped(
                 f"{one.name} {one.trouble}; the proxy reaches it, and finds it well: run doctor on the proxy's machine to "
                 "have it looked at"
             )
         seen = [one for one in found if one not in hidden]
-        for finding in fleet.composition(found):
-            yield finding
-        async for finding in _examine(client, seen, timeout_seconds, folder):
+        async for finding in _examine(client, seen, found, timeout_seconds, folder):
             yield finding
         yield await _through(client, proxy, seen, hidden, timeout_seconds)
 
@@ -76,9 +74,7 @@ async def examine_instances(
     """Instances without a proxy: base URLs by role."""
     async with Client() as client:
         found = await _ask(client, [(url, role) for role, several in urls.items() for url in several])
-        for finding in fleet.composition(found):
-            yield finding
-        async for finding in _examine(client, found, timeout_seconds, folder):
+        async for finding in _examine(client, found, found, timeout_seconds, folder):
             yield finding
 
 
@@ -87,9 +83,14 @@ async def _ask(client: Client, urls: Sequence[tuple[str, str]]) -> list[Instance
 
 
 async def _examine(
-    client: Client, found: Sequence[Instance], timeout_seconds: float, folder: Folder | None
+    client: Client,
+    found: Sequence[Instance],
+    everyone: Sequence[Instance],
+    timeout_seconds: float,
+    folder: Folder | None,
 ) -> AsyncIterator[Finding]:
-    for finding in fleet.reachable(found):
+    """``found`` is to be looked at; ``everyone`` are those and others that do their part out of sight."""
+    for finding in (*fleet.reachable(found), *fleet.composition(everyone)):
         yield finding
     well = [one for one in found if not one.trouble]
     if not well:
