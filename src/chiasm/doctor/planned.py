@@ -118,6 +118,7 @@ def _places(
 ) -> Iterator[Finding]:
     """Which instance computes where, and whether its weights have room there."""
     from chiasm.launch.plan import placements_of
+    from chiasm.launch.vllm import default_kv_bytes
 
     if config.engine is Engine.VLLM and not installed.version_of("vllm"):
         yield _PLACES.skipped("without vLLM it stays open where it would compute, and with how much memory")
@@ -139,16 +140,21 @@ def _places(
     if tenants:
         yield from machine.gpu_memory(gpus, tenants)
         return
+    available_bytes = machine.available_memory()
     count = sum(config.count(role) for role in config.roles)
+    kv_bytes = wanted.kv_cache_bytes
+    if kv_bytes is None:
+        # The built-in engine takes of what is left, and no more than a request needs.
+        kv_bytes = default_kv_bytes(config, available_bytes) if config.engine is Engine.VLLM else 0
     in_memory = config.shared_storage_path is not None and storage.is_memory(config.shared_storage_path)
     need = Need(
         sum(weights[role] * config.count(role) for role in config.roles),
         count * _PROCESS_BYTES[config.engine]
-        + (wanted.kv_cache_bytes or 0) * (count - config.count(Role.ENCODER))
+        + kv_bytes * (count - config.count(Role.ENCODER))
         + ((config.ec_max_bytes or DEFAULT_MAX_BYTES) if in_memory else 0),
         at_most=config.engine is Engine.VLLM,
     )
-    yield from machine.memory(machine.available_memory(), need)
+    yield from machine.memory(available_bytes, need)
 
 
 def _weights_of(role: Role, config: DeploymentConfig, found: checkpoint.Found, dtype: str) -> int:
