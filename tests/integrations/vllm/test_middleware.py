@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,6 +166,16 @@ async def test_health_says_what_the_instance_is(store: Path) -> None:
         "max_num_seqs": 8,
         "takes_image_size": True,
     }
+
+
+async def test_health_names_the_store_that_there_is_now(store: Path) -> None:
+    server = Server(VLLM(config("ec_consumer", store=store)))
+    before = (await server.call("GET", "/health")).json["ec_store"]
+    shutil.rmtree(store)
+    other = Server(VLLM(config("ec_producer", store=store)))
+    made_anew = (await other.call("GET", "/health")).json["ec_store"]
+    assert made_anew != before
+    assert (await server.call("GET", "/health")).json["ec_store"] == made_anew
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,20 @@ _IMAGE = "image"
 class Description:
     """``health`` is what /health says; ``processor`` sizes pictures, if chiasm knows the model as vLLM wants it known.
 
-    ``has_connector``: whether embeddings come by chiasm's connector.
+    ``has_connector``: whether embeddings come by chiasm's connector; ``folder`` is then where they lie.
     """
 
     health: dict[str, Any]
     processor: Processor | None
     has_connector: bool
+    folder: BoundedFolder | None
+
+    def current_health(self) -> dict[str, Any]:
+        """``health`` with the store as it is now: the folder may have been removed and made anew since.
+
+        Reads a file: not to be called on an event loop. Raises OSError where the folder cannot be read.
+        """
+        return self.health if self.folder is None else self.health | {"ec_store": self.folder.store_id()}
 
 
 def describe(state: Any) -> Description:
@@ -46,7 +54,7 @@ def describe(state: Any) -> Description:
         "model": (names[0] if isinstance(names, list) else names) if names else arguments.model,
         "fingerprint": _fingerprint(config.model_config, settings),
         "dtype": dtype_name(config.model_config),
-        "ec_store": _store_id(settings),
+        "ec_store": "",
         "version": __version__,
         "engine": f"vllm {sys.modules['vllm'].__version__}",
         "max_model_len": int(config.model_config.max_model_len),
@@ -56,7 +64,7 @@ def describe(state: Any) -> Description:
     }
     if config.kv_transfer_config is not None:
         health["kv_connector"] = config.kv_transfer_config.kv_connector
-    return Description(health, processor, settings is not None)
+    return Description(health, processor, settings is not None, _folder(settings))
 
 
 def role_of(config: Any) -> str:
@@ -87,10 +95,10 @@ def _fingerprint(model_config: Any, settings: Settings | None) -> str:
         return ""
 
 
-def _store_id(settings: Settings | None) -> str:
+def _folder(settings: Settings | None) -> BoundedFolder | None:
     if settings is None:
-        return ""
-    return BoundedFolder(settings.shared_storage_path.resolve(), settings.max_bytes, lambda size_bytes: None).store_id()
+        return None
+    return BoundedFolder(settings.shared_storage_path.resolve(), settings.max_bytes, lambda size_bytes: None)
 
 
 def _processor(model_config: Any) -> Processor | None:

@@ -59,7 +59,7 @@ class ChiasmMiddleware:
         }
         if status == 200:
             try:
-                answer = (await self._described(scope)).health
+                answer = await asyncio.to_thread((await self._described(scope)).current_health)
             except (ChiasmError, OSError) as error:
                 status, answer = 503, {"status": "failed", "message": str(error)}
         await _reply(send, msgspec.json.encode(answer), status)
