@@ -35,6 +35,8 @@ class Played:
         self.adds: dict[str, float] = {}
         """To its counters, with each chat completion."""
         self.status = 200
+        self.outcome = ""
+        """Of the first picture, as the answers' Server-Timing says."""
         self.bodies: list[dict[str, Any]] = []
         self.counts_are_shown = True
         self._runner: web.AppRunner | None = None
@@ -77,7 +79,8 @@ class Played:
             }
         if self.role == "prefill":
             answer["kv_transfer_params"] = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [1]}
-        return web.json_response(answer)
+        timing = {"server-timing": f'total;dur=1, item0;desc="{self.outcome}";dur=1.000'} if self.outcome else {}
+        return web.json_response(answer, headers=timing)
 
 
 def encoder(**health: Any) -> Played:

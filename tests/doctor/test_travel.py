@@ -96,6 +96,23 @@ async def test_pictures_of_others_leave_it_unproven() -> None:
     assert len(encoder.bodies) == 3  # it has tried again
 
 
+@pytest.mark.parametrize(
+    ("of_encoder", "of_reader", "verdict"),
+    [("encoded", "hit", "ok"), ("encoded", "waited", "ok"), ("hit", "hit", "warning"), ("encoded", "", "warning")],
+)
+async def test_among_pictures_of_others_answers_may_tell(of_encoder: str, of_reader: str, verdict: str) -> None:
+    encoder, pd = played.encoder(), played.reader()
+    encoder.adds = {ENCODED: 3}
+    encoder.outcome, pd.outcome = of_encoder, of_reader
+    assert verdicts(await travel(encoder, pd)) == [verdict]
+
+
+async def test_what_answers_tell_does_not_stand_against_counters() -> None:
+    encoder, pd = played.encoder(), played.reader()
+    encoder.outcome, pd.outcome, pd.adds = "encoded", "hit", {}
+    assert verdicts(await travel(encoder, pd)) == ["problem"]
+
+
 async def test_kv_that_is_fetched() -> None:
     prefill, decode = played.reader("prefill", kv_connector="c"), played.decode(kv_connector="c")
     assert verdicts(await travel(played.encoder(), prefill, decode)) == ["ok", "ok"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -17,6 +18,7 @@ from chiasm.doctor.base import shown
 PAGE_SECONDS = 5.0
 """For /health, /metrics and the like."""
 MAX_PAGE_BYTES = 4 << 20
+_OUTCOME = re.compile(r'\bitem0;desc="([a-z]{1,16})"')
 _CONNECT_SECONDS = 3.0
 """Less than for a page: that nobody takes the connection says something else than that nobody answers."""
 
@@ -37,6 +39,8 @@ class Answer:
     body: bytes
     clock_seconds: float | None
     """How far the sender's clock is ahead of this machine's, to about a second; None if it doesn't say."""
+    outcome: str = ""
+    """What became of the request's first picture, as ``Server-Timing`` of the built-in engine says: ``hit``, ``encoded``, …"""
 
     def json(self) -> dict[str, Any]:
         """The JSON object that it holds. Raises NoAnswerError."""
@@ -103,7 +107,9 @@ class Client:
                     method, url, data=body, headers=headers, allow_redirects=False
                 ) as response:
                     clock = _ahead(response.headers.get("date"), began, time.time())
-                    return Answer(response.status, await _read(response, max_bytes), clock)
+                    outcome = _OUTCOME.search(response.headers.get("server-timing", ""))
+                    body = await _read(response, max_bytes)
+                    return Answer(response.status, body, clock, outcome[1] if outcome else "")
         except aiohttp.ConnectionTimeoutError:
             raise NoConnectionError(f"cannot be reached: no connection within {_CONNECT_SECONDS:g} s") from None
         except TimeoutError:

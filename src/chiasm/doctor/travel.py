@@ -57,28 +57,37 @@ class Travel:
         """From ``encoder`` to ``reader``, a pd."""
         way = f"{encoder.name} to {reader.name}"
 
+        told = False
+
         async def send() -> None:
-            picture, metadata = await self._encoded(encoder)
-            await self._read(encoder, reader, wire.ask_about(*self._message(reader, picture, metadata)))
+            nonlocal told
+            picture, encoded = await self._encoded(encoder)
+            answer = await self._read(
+                encoder, reader, wire.ask_about(*self._message(reader, picture, encoded.metadata))
+            )
+            told = _tell(encoded.outcome, answer.outcome)
 
         try:
             deltas = await self._counted((encoder, reader), send, lambda found: _has_travelled(found, encoder, reader))
         except BrokenError as broken:
             return broken.finding
-        return _judged(_EMBEDDING, way, [deltas[encoder.url]], [deltas[reader.url]])
+        return _judged(_EMBEDDING, way, [deltas[encoder.url]], [deltas[reader.url]], told)
 
     async def handover(self, encoder: Instance | None, prefill: Instance, decode: Instance) -> list[Finding]:
         """A picture from ``encoder`` to ``prefill``, and the prompt's KV from there to ``decode``."""
         if encoder is None:
             return [_KV.skipped(f"{prefill.name} to {decode.name}: there is no encoder for the picture that is sent")]
         source = encoder
+        told = False
 
         async def send() -> None:
-            picture, metadata = await self._encoded(source)
-            message = self._message(prefill, picture, metadata)
-            handle = await self._read(source, prefill, wire.prefill(*message))
+            nonlocal told
+            picture, encoded = await self._encoded(source)
+            message = self._message(prefill, picture, encoded.metadata)
+            left = await self._read(source, prefill, wire.prefill(*message))
+            told = _tell(encoded.outcome, left.outcome)
             try:
-                await wire.ask_about(*self._message(decode, picture, metadata), handle)
+                await wire.ask_about(*self._message(decode, picture, encoded.metadata), left.handle)
             except NoAnswerError as error:
                 raise BrokenError(_kv_problem(prefill, decode, str(error))) from None
 
@@ -90,7 +99,7 @@ class Travel:
         except BrokenError as broken:
             return [broken.finding]
         return [
-            _judged(_EMBEDDING, f"{source.name} to {prefill.name}", [deltas[source.url]], [deltas[prefill.url]]),
+            _judged(_EMBEDDING, f"{source.name} to {prefill.name}", [deltas[source.url]], [deltas[prefill.url]], told),
             _judged_kv(prefill, decode, deltas[decode.url].kv_transfers),
         ]
 
@@ -149,7 +158,7 @@ class Travel:
     ) -> tuple[Client, Instance, wire.Picture, dict[str, Any], float]:
         return self._client, instance, picture, metadata, self._timeout_seconds
 
-    async def _encoded(self, encoder: Instance) -> tuple[wire.Picture, dict[str, Any]]:
+    async def _encoded(self, encoder: Instance) -> tuple[wire.Picture, wire.Encoded]:
         picture = wire.fresh_picture(encoder.fingerprint)
         try:
             return picture, await wire.encode(self._client, encoder, picture, self._timeout_seconds)
@@ -218,8 +227,15 @@ def _has_travelled(found: Deltas, encoder: Instance, reader: Instance) -> bool:
     return found[encoder.url].encoded != 0 and found[reader.url].loaded != 0
 
 
-def _judged(check: Check, way: str, encoders: Sequence[Counters], readers: Sequence[Counters]) -> Finding:
-    """What the counters say of one picture that was asked about and answered."""
+def _tell(of_encoder: str, of_reader: str) -> bool:
+    """Whether both answers themselves say that the picture has travelled; those of the built-in engine do."""
+    return of_encoder == "encoded" and of_reader in ("hit", "waited")
+
+
+def _judged(
+    check: Check, way: str, encoders: Sequence[Counters], readers: Sequence[Counters], told: bool = False
+) -> Finding:
+    """What the counters say of one picture that was asked about and answered; ``told``: whether the answers say it too."""
     encoded, loaded = _sum(one.encoded for one in encoders), _sum(one.loaded for one in readers)
     encoded_again = _sum(one.encoded for one in readers)
     if encoded_again:
@@ -247,6 +263,10 @@ def _judged(check: Check, way: str, encoders: Sequence[Counters], readers: Seque
             f"{way}: answered, but the embedding was not loaded",
             why="the answer cannot be about the picture that was sent.",
             do="look whether the instances' addresses are theirs, and all run the same version of chiasm.",
+        )
+    if encoded > 1 and told:
+        return check.ok(
+            f"{way}: encoded, loaded, not encoded again, as both answers say ({encoded:g} pictures were counted meanwhile)"
         )
     if encoded > 1:
         return check.warning(

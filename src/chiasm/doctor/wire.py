@@ -41,15 +41,34 @@ def fresh_picture(fingerprint: str = "") -> Picture:
     return Picture(data, identifier(data, fingerprint=fingerprint, salt=f"chiasm doctor {secrets.token_hex(8)}"))
 
 
-async def encode(client: Client, encoder: Instance, picture: Picture, timeout_seconds: float) -> dict[str, Any]:
-    """Have the picture encoded and published; gives what sizes its placeholders. Raises NoAnswerError."""
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder answers."""
+
+    metadata: dict[str, Any]
+    """What sizes the picture's placeholders."""
+    outcome: str
+    """What it did, if it says so."""
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What a prefill instance answers."""
+
+    handle: dict[str, Any]
+    outcome: str
+    """How it came by the embedding, if it says so."""
+
+
+async def encode(client: Client, encoder: Instance, picture: Picture, timeout_seconds: float) -> Encoded:
+    """Have the picture encoded and published. Raises NoAnswerError."""
     body = _chat(encoder, [picture.part | {"uuid": picture.identifier}], max_tokens=1, stream=False)
     answer = checked(await client.post(encoder.url + CHAT, body, timeout_seconds=timeout_seconds))
     items = answer.json().get("ec_transfer_params")
     item = items.get(picture.identifier) if isinstance(items, dict) else None
     if not isinstance(item, dict) or not isinstance(item.get("metadata"), dict):
         raise NoAnswerError("answered, but not that the embedding is published (no ec_transfer_params of the picture)")
-    return dict(item["metadata"])
+    return Encoded(item["metadata"], answer.outcome)
 
 
 async def ask_about(
@@ -72,15 +91,15 @@ async def ask_about(
 
 async def prefill(
     client: Client, instance: Instance, picture: Picture, metadata: dict[str, Any], timeout_seconds: float
-) -> dict[str, Any]:
-    """Have P leave the KV of the question for a D; gives the handle. Raises NoAnswerError."""
+) -> Prefilled:
+    """Have P leave the KV of the question for a D. Raises NoAnswerError."""
     wanted = dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
     params = {"do_remote_decode": True, "do_remote_prefill": False, **wanted}
     answer = await ask_about(client, instance, picture, metadata, timeout_seconds, params)
     handle = answer.json().get("kv_transfer_params")
     if not isinstance(handle, dict):
         raise NoAnswerError("answered without a handle of its KV (no kv_transfer_params)")
-    return handle
+    return Prefilled(handle, answer.outcome)
 
 
 async def ask_proxy_about(client: Client, url: str, model: str, picture: Picture, timeout_seconds: float) -> None:
