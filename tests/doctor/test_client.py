@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import ssl
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +20,7 @@ Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @asynccontextmanager
-async def talking(talk: Talk) -> AsyncIterator[str]:
+async def talking(talk: Talk, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """A server that does as ``talk`` says with each connection."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -27,7 +31,7 @@ async def talking(talk: Talk) -> AsyncIterator[str]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context)
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
@@ -92,6 +96,29 @@ async def test_nobody_there() -> None:
     async with Client() as client:
         with pytest.raises(NoAnswerError, match="cannot be reached"):
             await client.get(url)
+
+
+async def test_what_does_not_speak_tls() -> None:
+    async with talking(dripping) as url, Client() as client:
+        with pytest.raises(NoAnswerError, match="no certificate that could be verified"):
+            await client.get(url.replace("http:", "https:"))
+
+
+@pytest.fixture
+def self_signed(tmp_path: Path) -> ssl.SSLContext:
+    key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+async def test_a_certificate_that_nobody_vouches_for(self_signed: ssl.SSLContext) -> None:
+    async with talking(saying(b""), self_signed) as url, Client() as client:
+        with pytest.raises(NoAnswerError, match="no certificate that could be verified"):
+            await client.get(url.replace("http:", "https:"))
 
 
 async def test_redirects_are_not_followed() -> None:

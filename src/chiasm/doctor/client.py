@@ -114,6 +114,8 @@ class Client:
             raise NoConnectionError(f"cannot be reached: no connection within {_CONNECT_SECONDS:g} s") from None
         except TimeoutError:
             raise NoAnswerError(f"did not answer within {timeout_seconds:g} s") from None
+        except aiohttp.ClientSSLError as error:
+            raise NoAnswerError(f"has no certificate that could be verified: {shown(error)}") from None
         except aiohttp.ClientConnectorError as error:
             raise NoConnectionError(f"cannot be reached: {shown(error.os_error.strerror or error)}") from None
         except aiohttp.InvalidURL:
