@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from chiasm.bench.topology import NIXL, SHARED_MEMORY, kv_connectors, pd_alone, prefill_and_decode
+from chiasm.bench.client import opened
+from chiasm.bench.measurement import Bench
+from chiasm.bench.topology import (
+    NIXL,
+    SHARED_MEMORY,
+    encoder_and_pds,
+    kv_connectors,
+    pd_alone,
+    prefill_and_decode,
+    running,
+)
 from chiasm.engine.config import Role
+from chiasm.errors import ConfigurationError
 
 
 def test_prefill_and_decode_have_an_encoder_and_as_many_threads_as_others_have() -> None:
@@ -29,3 +43,11 @@ def test_nixl_is_measured_where_it_is_installed(monkeypatch: pytest.MonkeyPatch)
     assert kv_connectors() == (SHARED_MEMORY,)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert kv_connectors() == (SHARED_MEMORY, NIXL)
+
+
+async def test_what_cannot_start_is_named_with_its_model(checkpoint: Path, tmp_path: Path) -> None:
+    config = replace(encoder_and_pds(str(checkpoint)), instance_flags=("--dtype", "int3"))
+    async with opened() as client:
+        with pytest.raises(ConfigurationError, match=f"^(encoder-0|pd-0|encoder-0, pd-0) of {checkpoint}: .*int3"):
+            async with running(Bench(str(checkpoint), tmp_path, client), config):
+                pytest.fail("it never was ready")

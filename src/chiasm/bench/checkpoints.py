@@ -67,8 +67,8 @@ THIRD_OF_A_BILLION = SyntheticSize(
 """0.3 billion parameters, nearly all of them the decoder's; takes a picture of 512 x 512 pixels as 256 tokens."""
 
 HEADS_OF_64 = SyntheticSize(
-    text_hidden=128,
-    text_intermediate=256,
+    text_hidden=256,
+    text_intermediate=512,
     text_heads=4,
     text_kv_heads=2,
     head_dim=64,
@@ -76,7 +76,7 @@ HEADS_OF_64 = SyntheticSize(
     vision_intermediate=256,
     vision_heads=2,
 )
-"""Small, with heads as wide as vLLM's kernels for CPU want them."""
+"""Small, with heads as wide as vLLM's kernels for CPU want them. Qwen2.5-VL's are as wide as its hidden size lets them be."""
 
 
 async def synthetic(bench: Bench, text_layers: int = TEXT_LAYERS) -> str:

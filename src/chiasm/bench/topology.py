@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from chiasm.bench.measurement import SERVED_NAME, Bench
 from chiasm.engine.config import Role
 from chiasm.errors import ChiasmError, ConfigurationError
-from chiasm.launch import Deployment, DeploymentConfig, DeploymentNotReadyError, RoleConfig
+from chiasm.launch import Deployment, DeploymentConfig, DeploymentNotReadyError, ProcessState, RoleConfig
 from chiasm.launch.config import Engine
 from chiasm.launch.cores import usable_cores
 
@@ -116,11 +116,20 @@ async def _ready(deployment: Deployment) -> None:
     seconds = VLLM_READY_SECONDS if deployment.config.engine is Engine.VLLM else _READY_SECONDS
     until = time.monotonic() + seconds
     while not await asyncio.to_thread(deployment.is_ready):
-        deployment.check()
+        _check(deployment)
         if time.monotonic() > until:
             logs = (line for one in deployment.processes for line in deployment.lines(one.name)[-_LINES_SHOWN:])
             raise DeploymentNotReadyError(f"not ready after {seconds:g} s; last lines: {' | '.join(logs)}")
         await asyncio.sleep(_POLL_SECONDS)
+
+
+def _check(deployment: Deployment) -> None:
+    """As ``Deployment.check``, and names the process and its model, since a measurement may start several of each."""
+    try:
+        deployment.check()
+    except ConfigurationError as error:
+        failed = ", ".join(one.name for one in deployment.processes if one.state is ProcessState.FAILED)
+        raise ConfigurationError(f"{failed} of {deployment.config.model}: {error.message}") from error
 
 
 async def _stop(deployment: Deployment) -> None:
