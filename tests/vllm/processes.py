@@ -81,6 +81,11 @@ class Server:
             assert time.monotonic() < end, f"it does not come; the server's log ends with\n{self.text()[-2000:]}"
             time.sleep(0.05)
 
+    def kill(self) -> None:
+        """With all its children, at once."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
@@ -139,10 +144,11 @@ def vllm(
     transfer: dict[str, Any] | None = None,
     *flags: str,
     environment: dict[str, str] | None = None,
+    checkpoint: Path = CHECKPOINT,
 ) -> Server:
-    """`vllm serve` of the demo checkpoint, with chiasm's middleware, and its connector where ``transfer`` is given."""
+    """`vllm serve` of a checkpoint, with chiasm's middleware, and its connector where ``transfer`` is given."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(CHECKPOINT), "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--port", str(port)]
     command += ["--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "2048", "--max-num-seqs", "8", "--middleware", MIDDLEWARE, *flags]
     if transfer is not None:
@@ -156,10 +162,24 @@ def chiasm(logs: Path, name: str, *arguments: str) -> Server:
     return Server(command, port, logs / f"{name}.log")
 
 
-def chiasm_instance(logs: Path, role: str, store: Path) -> Server:
-    flags = ["--role", role, "--shared-storage-path", str(store), "--served-model-name", MODEL, "--dtype", "float32"]
-    flags += ["--threads", "1", "--max-model-len", "2048"]
-    return chiasm(logs, f"chiasm-{role}", "instance", str(CHECKPOINT), *flags)
+def chiasm_instance(
+    logs: Path, role: str, store: Path, dtype: str = "float32", checkpoint: Path = CHECKPOINT
+) -> Server:
+    flags = [
+        "--role",
+        role,
+        "--served-model-name",
+        MODEL,
+        "--dtype",
+        dtype,
+        "--threads",
+        "1",
+        "--max-model-len",
+        "2048",
+    ]
+    if role in ("encoder", "pd", "prefill"):
+        flags += ["--shared-storage-path", str(store)]
+    return chiasm(logs, f"chiasm-{checkpoint.name}-{role}-{dtype}", "instance", str(checkpoint), *flags)
 
 
 def proxy(logs: Path, name: str, encoder: Server, pd: Server) -> Server:

@@ -1,0 +1,107 @@
+"""Instances of vLLM and chiasm behind chiasm's proxy, and what their answers are compared by."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2 as httpx
+
+from .processes import CHECKPOINT, Server, chiasm, free_port, transfer_config, vllm
+from .wire import Body, chat, image_part, picture
+
+WAIT_SECONDS = 20.0
+"""After which an instance gives up a request whose embedding does not come."""
+_AT_ONCE = 4
+
+
+class Answer(NamedTuple):
+    """What a client has in the end."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def front(logs: Path, name: str, **instances: list[Server]) -> Server:
+    """chiasm's proxy before instances, by role."""
+    flags = [flag for role, some in instances.items() for one in some for flag in (f"--{role}", one.url)]
+    return chiasm(logs, name, "proxy", *flags, "--probe-interval-seconds", "0.25")
+
+
+def prefill_and_decode(logs: Path, name: str, store: Path, checkpoint: Path = CHECKPOINT) -> tuple[Server, Server]:
+    """Two instances of vLLM that exchange KV by vLLM's own NixlConnector; not ready yet."""
+    made = []
+    for role, kv_role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
+        kv = json.dumps({"kv_connector": "NixlConnector", "kv_role": kv_role})
+        environment = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+        transfer = transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)
+        made.append(
+            vllm(
+                logs,
+                f"{name}-{role}",
+                transfer,
+                "--kv-transfer-config",
+                kv,
+                environment=environment,
+                checkpoint=checkpoint,
+            )
+        )
+    return made[0], made[1]
+
+
+def bodies(first_seed: int) -> list[Body]:
+    """A dozen requests: texts, and one to three pictures of several sizes, the same one twice among them."""
+    sizes = ((96, 96), (130, 70), (64, 200), (224, 160))
+    pictures = [image_part(picture(first_seed + index, sizes[index % len(sizes)])) for index in range(9)]
+    one, two, three, four, five, six, seven, eight, nine = pictures
+    return [
+        chat("who are you?"),
+        chat("what is in a picture, and what is not?"),
+        chat(one, "what shape is it?"),
+        chat(two, "what colour is it?"),
+        chat("here is a picture:", three, "where is it?"),
+        chat(four, "describe it"),
+        chat(five, six, "what shape is the second?"),
+        chat(six, "and", one, "what colour is the first?"),
+        chat(seven, seven, "are they the same?"),
+        chat(seven, eight, nine, "what shape is the last?"),
+        chat(two, four, two, "what colour is the second?"),
+        chat(eight, "how many are there?", max_tokens=1),
+    ]
+
+
+def ask(server: Server, body: Body) -> Answer:
+    response = server.post(body, timeout=120)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    choice, usage = answer["choices"][0], answer["usage"]
+    return _answer(choice["message"]["content"], choice["finish_reason"], usage)
+
+
+def ask_for_stream(server: Server, body: Body) -> Answer:
+    body = body | {"stream": True, "stream_options": {"include_usage": True}}
+    text, finish_reason, usage = "", "", {}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as response:
+        assert response.status_code == 200, response.read()
+        events = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    for event in map(json.loads, events[:-1]):
+        usage = event.get("usage") or usage
+        for choice in event["choices"]:
+            text += choice["delta"].get("content") or ""
+            finish_reason = choice["finish_reason"] or finish_reason
+    return _answer(text, finish_reason, usage)
+
+
+def ask_all(server: Server, some: list[Body], *, stream: bool = False) -> list[Answer]:
+    """Several at a time, as clients do."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(lambda body: (ask_for_stream if stream else ask)(server, body), some))
+
+
+def _answer(text: str, finish_reason: str, usage: dict[str, Any]) -> Answer:
+    return Answer(text, finish_reason, usage["prompt_tokens"], usage["completion_tokens"])

@@ -1,0 +1,118 @@
+"""Fleets of both engines, and both projects' proxies: one wire. That answers are the same is test_identity's, too."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from .conftest import Launch
+from .fleet import ask, ask_all, ask_for_stream, bodies, front
+from .processes import Server, chiasm_instance, free_port
+from .wire import chat, image_part, picture
+
+EXAMPLE_PROXY = Path(sys.prefix) / "share" / "vllm" / "disagg_epd_proxy.py"
+ENCODED = "chiasm_images_encoded_total"
+QUESTION = "what shape is it?"
+
+Before = Callable[..., Server]
+Instances = dict[str, Server]
+
+
+@pytest.fixture(scope="module")
+def chiasms(launch: Launch, logs: Path, store: Path) -> Instances:
+    """chiasm's own instances by role, on the store that vLLM's are on."""
+    instances = {role: launch(chiasm_instance(logs, role, store)) for role in ("encoder", "pd", "prefill", "decode")}
+    for server in instances.values():
+        server.wait_ready()
+    return instances
+
+
+@pytest.fixture
+def before(logs: Path, request: pytest.FixtureRequest) -> Iterator[Before]:
+    """``before(encoder=[…], pd=[…])`` is chiasm's proxy before these instances; it ends with the test."""
+    with ExitStack() as stack:
+
+        def start(**instances: list[Server]) -> Server:
+            server = front(logs, f"{request.node.name}-{free_port()}", **instances)
+            stack.callback(server.stop)
+            server.wait_ready()
+            return server
+
+        yield start
+
+
+# Mixed
+
+
+def test_vllms_encoder_and_chiasms_prefill_and_decode(
+    before: Before, encoder: Server, chiasms: Instances, aggregated: Server
+) -> None:
+    some = bodies(4000)
+    server = before(encoder=[encoder], prefill=[chiasms["prefill"]], decode=[chiasms["decode"]])
+    assert ask_all(server, some, stream=True) == ask_all(aggregated, some)
+
+
+def test_a_cached_picture_is_not_encoded_for_another_pd(
+    before: Before, encoder: Server, pd: Server, other_pd: Server, chiasms: Instances
+) -> None:
+    """Not even where the encoder is another one as well, which has not seen it."""
+    body = chat(image_part(picture(5000)), QUESTION)
+    first = ask(before(encoder=[encoder], pd=[pd]), body)
+    saved, encoded, hits = encoder.count("saves"), chiasms["encoder"].metric(ENCODED), other_pd.count("hits")
+    assert ask(before(encoder=[encoder], pd=[other_pd]), body) == first
+    assert other_pd.count("hits") == hits + 1
+    assert ask(before(encoder=[chiasms["encoder"]], pd=[chiasms["pd"]]), body) == first
+    assert encoder.count("saves") == saved
+    assert chiasms["encoder"].metric(ENCODED) == encoded
+
+
+def test_an_encoder_with_another_dtype_is_not_used(
+    before: Before, launch: Launch, logs: Path, store: Path, encoder: Server, pd: Server
+) -> None:
+    wrong = launch(chiasm_instance(logs, "encoder", store, "bfloat16"))
+    wrong.wait_ready()
+    server = before(encoder=[wrong, encoder], pd=[pd])
+    instances = httpx.get(f"{server.url}/health", timeout=10).json()["instances"]
+    (shown,) = [one for one in instances if one["url"] == wrong.url]
+    assert shown["state"] == "mismatched"
+    assert shown["reason"] == "its dtype is bfloat16, the fleet's float32"
+    for seed in range(5100, 5104):
+        ask(server, chat(image_part(picture(seed)), QUESTION))
+    assert wrong.metric(ENCODED) == 0
+
+
+# vLLM's own example proxy before chiasm's instances
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["pd", "prefill and decode"])
+def example(request: pytest.FixtureRequest, logs: Path, chiasms: Instances) -> Iterator[Server]:
+    if not EXAMPLE_PROXY.exists():
+        pytest.skip("vLLM's example proxy is not here; scripts/vllm/example_proxy.sh fetches it")
+    port, apart = free_port(), request.param
+    command = [sys.executable, str(EXAMPLE_PROXY), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--encode-servers-urls", chiasms["encoder"].url]
+    command += ["--prefill-servers-urls", chiasms["prefill"].url if apart else "disable"]
+    command += ["--decode-servers-urls", chiasms["decode" if apart else "pd"].url]
+    server = Server(command, port, logs / f"example-proxy-{port}.log")
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_vllms_example_proxy_before_chiasms_instances(example: Server, aggregated: Server, stream: bool) -> None:
+    some = bodies(6000)
+    assert ask_all(example, some, stream=stream) == ask_all(aggregated, some)
+
+
+def test_vllms_example_proxy_passes_a_refusal_on(example: Server) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    assert example.post(chat(part, QUESTION)).status_code == 400
+    assert ask_for_stream(example, chat("who are you?")).text
