@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from chiasm.cli.engines import flags_of
-from chiasm.cli.options import ArgumentOptions, EngineOptions, MediaOptions
+from chiasm.cli.options import (
+    ArgumentOptions,
+    DeploymentOptions,
+    DeviceOptions,
+    ECOptions,
+    EngineOptions,
+    KVOptions,
+    MediaOptions,
+)
+from chiasm.cli.serve import configured
 from chiasm.cli.values import Names
 from chiasm.engine.config import Role
 from chiasm.errors import ConfigurationError
@@ -85,6 +94,21 @@ def test_arguments_for_all_come_before_those_for_a_role() -> None:
     flags = flags_of(Engine.VLLM, EngineOptions(), NO_MEDIA, arguments, "info")
     assert flags.of_role(Role.PD) == ("--seed", "1", "--seed", "2")
     assert flags.of_role(Role.ENCODER) == ("--seed", "1")
+
+
+def test_arguments_for_the_proxy_come_last_there() -> None:
+    config = configured(
+        "demo",
+        DeploymentOptions(),
+        EngineOptions(max_items=3),
+        DeviceOptions(pd_devices=Names(("1",))),
+        ArgumentOptions(proxy_args=Names(("--max-items", "2"))),
+        ECOptions(),
+        KVOptions(),
+        NO_MEDIA,
+    )
+    assert config.proxy_flags[-4:] == ("--max-items", "3", "--max-items", "2")
+    assert config.roles[Role.PD].devices == ("1",)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def configured(
         served_model_name=chosen.served_model_name,
         deadline_seconds=chosen.deadline_seconds,
         instance_flags=flags.of_all,
-        proxy_flags=of_proxy,
+        proxy_flags=(*of_proxy, *(arguments.proxy_args or ())),
         admin_key=chosen.admin_key,
         **ec.given(),
         **kv.given(),

@@ -1,0 +1,128 @@
+"""``chiasm serve --engine vllm`` as a process, and what a person with tools can see of it and do to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+import psutil
+
+from chiasm.demo.pictures import draw_example
+from tests.cli.running import Running
+from tests.launch.waiting import eventually
+
+from .processes import START_SECONDS
+from .wire import Body, chat, encoded, image_part
+
+SMALL = (
+    "--port",
+    "0",
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "1024",
+    "--max-num-seqs",
+    "8",
+    "--kv-cache-bytes",
+    "256MiB",
+)
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Service:
+    """A deployment that is ready."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+        self.url = running.wait_ready(START_SECONDS)
+
+    # ---- what it answers ----------------------------------------------------------------------------------------------
+
+    def post(self, body: Body, seconds: float = 120) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=seconds)
+
+    def answer(self, body: Body) -> str:
+        response = self.post(body)
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["message"]["content"])
+
+    # ---- what it is ---------------------------------------------------------------------------------------------------
+
+    def instances(self, role: str | None = None) -> list[dict[str, Any]]:
+        """What the proxy says of them."""
+        found: list[dict[str, Any]] = httpx.get(f"{self.url}/health", timeout=30).json()["instances"]
+        return [one for one in found if role in (None, one["role"])]
+
+    def is_whole(self) -> bool:
+        return all(one["state"] == "healthy" for one in self.instances())
+
+    def wait(self, holds: Callable[[], object]) -> None:
+        assert eventually(holds, START_SECONDS), self.running.stderr[-4000:]
+
+    def server(self, url: str) -> psutil.Process:
+        """The ``vllm serve`` that listens at ``url``."""
+        port = str(urlsplit(url).port)
+        for process in self.running.children:
+            with contextlib.suppress(psutil.Error):
+                command = process.cmdline()
+                if "chiasm.launch.supervisor" not in command and "serve" in command and port in command:
+                    return process
+        raise AssertionError(f"nothing serves {url}")
+
+    def metric(self, name: str, role: str) -> float:
+        """Sum of a metric over the instances of a role."""
+        total = 0.0
+        for one in self.instances(role):
+            lines = httpx.get(f"{one['url']}/metrics", timeout=30).text.splitlines()
+            total += sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+        return total
+
+
+class Question:
+    """A picture that the demo model has not seen, a question of a kind that it never gets wrong, and the right answer."""
+
+    def __init__(self, seed: int, size: tuple[int, int] | None = None) -> None:
+        example = draw_example(seed, random.Random(seed).choice(("colour", "shape")))
+        picture = example.images[0] if size is None else example.images[0].resize(size)
+        self.answer = example.answer
+        self.picture = encoded(picture)
+        self.body = chat(image_part(self.picture), example.question, max_tokens=16)
+
+
+def what_is_left(before: set[Path]) -> set[Path]:
+    """Files in shared memory that were not there before, but for those of other programs."""
+    return {path for path in SHARED_MEMORY.iterdir() if path.name.startswith(("psm_", "sem.mp-", "chiasm-"))} - before
+
+
+def shared_memory() -> set[Path]:
+    return set(SHARED_MEMORY.iterdir())
+
+
+@contextlib.contextmanager
+def stopped(*processes: psutil.Process) -> Iterator[None]:
+    """None of them runs meanwhile; those that are still there go on afterwards."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def events(response: httpx.Response) -> Iterator[str]:
+    """The events of a stream."""
+    for line in response.iter_lines():
+        if line.startswith("data: "):
+            yield line.removeprefix("data: ")
+
+
+def error_of(response: httpx.Response) -> str:
+    return str(json.loads(response.text)["error"]["message"])

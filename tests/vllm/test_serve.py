@@ -1,0 +1,85 @@
+"""One command starts vLLM as encoder and PD, and ends with all that it has started."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from tests.cli.running import Running, run
+from tests.launch.waiting import alive, eventually
+
+from .serving import SMALL, Question, Service, shared_memory, what_is_left
+from .wire import chat
+
+
+@pytest.fixture(scope="module")
+def before() -> set[Path]:
+    """What lies in shared memory without the service."""
+    return shared_memory()
+
+
+@pytest.fixture(scope="module")
+def service(before: set[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One encoder and one PD; the last test of this file ends it."""
+    with Running(tmp_path_factory.mktemp("served"), "serve", "demo", "--engine", "vllm", *SMALL) as running:
+        yield Service(running)
+
+
+def test_instances_are_known_like_chiasms_own(service: Service) -> None:
+    assert sorted(one["role"] for one in service.instances()) == ["encoder", "pd"]
+    assert service.is_whole()
+    for one in service.instances():
+        health = httpx.get(f"{one['url']}/health", timeout=30).json()
+        assert health["engine"].startswith("vllm ")
+        assert health["max_model_len"] == 1024
+        assert health["model"] == "demo"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_question_about_a_picture_gets_the_right_answer(service: Service, seed: int) -> None:
+    question = Question(seed)
+    assert service.answer(question.body).strip() == question.answer
+
+
+def test_text_is_answered(service: Service) -> None:
+    assert service.answer(chat("What can you do?"))
+
+
+def test_only_the_language_model_has_kv_and_only_the_encoder_encodes(service: Service) -> None:
+    before = service.metric("vllm:chiasm_ec_saves_total", "encoder")
+    service.answer(Question(50).body)
+    assert service.metric("vllm:chiasm_ec_saves_total", "encoder") == before + 1
+    assert service.metric("vllm:chiasm_ec_saves_total", "pd") == 0
+    assert service.metric("vllm:chiasm_ec_misses_total", "pd") == 0
+
+
+def test_ctrl_c_ends_all_of_it_and_leaves_nothing(service: Service, before: set[Path]) -> None:
+    family = service.running.children
+    scratch = [
+        Path(one.environ()["TMPDIR"]) for one in family if "TMPDIR" in one.environ() and "vllm" in one.name().lower()
+    ]
+    urls = [service.url, *(one["url"] for one in service.instances())]
+    assert len(family) > 5
+    assert all(folder.is_dir() for folder in scratch)
+
+    assert service.running.end(signal.SIGINT) < 5
+    assert service.running.process.returncode == 0
+    assert not alive(family)
+    assert not what_is_left(before)
+    assert not any(folder.exists() for folder in scratch)
+    for url in urls:
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health", timeout=5)
+    assert service.running.stdout == f"ready {service.url}\n"
+
+
+def test_a_flag_that_vllm_does_not_know_ends_the_command_with_vllms_own_words(before: set[Path]) -> None:
+    done = run("serve", "demo", "--engine", "vllm", *SMALL, "--pd-args", "--frobnicate 'three times'")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "Error: unrecognized arguments: --frobnicate three times"
+    assert eventually(lambda: not what_is_left(before), 10)
