@@ -31,8 +31,12 @@ from chiasm.launch.diagnosis import decisive_line
 from chiasm.launch.locked_folder import LockedFolder
 
 END_SECONDS = 1.5
-"""For the server to end by itself when it is asked to; all that follows has to fit into ``lifeline.GRACE_SECONDS``."""
-_TRACKER_SECONDS = 0.4
+"""For the server to end by itself when it is asked to."""
+_TRACKER_SECONDS = 1.2
+"""For what is left in shared memory to be removed."""
+_KILLED_SECONDS = 0.4
+_GRACE_SECONDS = 4.5
+"""For all of that, where nobody is left who would wait longer."""
 _PROBE_SECONDS = 0.25
 _LOCK_SECONDS = 0.1
 _LINES_KEPT = 1000
@@ -63,7 +67,7 @@ class Supervisor:
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
         _adopt_orphans()
-        lifeline.end_with_stdin()
+        lifeline.end_with_stdin(_GRACE_SECONDS)
         with _Turn(turn) as mine, LockedFolder.temporary(_SCRATCH_PREFIX) as scratch:
             while not mine.taken():
                 if _await_signal(_LOCK_SECONDS) in _ENDING:
@@ -88,7 +92,7 @@ class Supervisor:
         finally:
             self._over.set()
             _end_all(process)
-            reading.join(_TRACKER_SECONDS)
+            reading.join(_KILLED_SECONDS)
         return 0 if asked else self._tell_failure(process.returncode)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> bool:
@@ -166,7 +170,7 @@ def _end_all(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     _, left = psutil.wait_procs(_descendants(), _TRACKER_SECONDS)
     _kill(left)
-    psutil.wait_procs(_descendants(), _TRACKER_SECONDS)
+    psutil.wait_procs(_descendants(), _KILLED_SECONDS)
 
 
 def _descendants() -> list[psutil.Process]:
