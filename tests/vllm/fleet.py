@@ -12,7 +12,7 @@ import httpx2 as httpx
 from .processes import CHECKPOINT, Server, chiasm, free_port, transfer_config, vllm
 from .wire import Body, chat, image_part, picture
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 120.0
 """After which an instance gives up a request whose embedding does not come."""
 _AT_ONCE = 4
 

@@ -1,0 +1,140 @@
+"""E, P and D apart, over vLLM and chiasm, behind chiasm's proxy: every answer is the one that one instance of vLLM gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from chiasm.bench.checkpoints import HEADS_OF_64
+from chiasm.checkpoints import synthetic
+from chiasm.proxy.vllm_handover import for_prefill
+
+from .fleet import WAIT_SECONDS, Answer, ask_all, bodies, front, prefill_and_decode
+from .processes import CHECKPOINT, Server, chiasm_instance, transfer_config, vllm
+from .wire import Body
+
+HANDOVERS = "chiasm_proxy_handovers_total"
+
+
+@dataclass
+class Fleet:
+    """The instances of one checkpoint, and a proxy for each way to split the work."""
+
+    encoder: Server
+    prefill: Server
+    decode: Server
+    encoder_of_chiasm: Server
+    split: Server
+    """1E 1PD."""
+    split_twice: Server
+    """1E 1P 1D."""
+    chiasms_encoder: Server
+    """Before vLLM's PD."""
+    chiasms_pd: Server
+    """Behind vLLM's encoder."""
+    aggregated: Server
+    bodies: list[Body]
+    expected: list[Answer]
+    """By vLLM alone."""
+
+
+@pytest.fixture(scope="module", params=["demo", "qwen2_5_vl", "qwen3_vl"])
+def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    name: str = request.param
+    with ExitStack() as stack:
+
+        def keep(server: Server) -> Server:
+            stack.callback(server.stop)
+            return server
+
+        if name == "demo":
+            checkpoint, store = CHECKPOINT, request.getfixturevalue("store")
+            encoder, pd, aggregated = (request.getfixturevalue(one) for one in ("encoder", "pd", "aggregated"))
+            started = []
+        else:
+            checkpoint = synthetic.make(name, tmp_path_factory.mktemp("checkpoint") / name, size=HEADS_OF_64)
+            store = tmp_path_factory.mktemp("store")
+            consumer = transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)
+            started = [
+                keep(vllm(logs, f"{name}-{role}", transfer, checkpoint=checkpoint))
+                for role, transfer in (
+                    ("encoder", transfer_config("ec_producer", store)),
+                    ("pd", consumer),
+                    ("aggregated", None),
+                )
+            ]
+            encoder, pd, aggregated = started
+        prefill, decode = map(keep, prefill_and_decode(logs, name, store, checkpoint))
+        own = [keep(chiasm_instance(logs, role, store, checkpoint=checkpoint)) for role in ("encoder", "pd")]
+        for server in (*started, prefill, decode, *own):
+            server.wait_ready()
+        fronts = [
+            keep(front(logs, f"{name}-split", encoder=[encoder], pd=[pd])),
+            keep(front(logs, f"{name}-twice", encoder=[encoder], prefill=[prefill], decode=[decode])),
+            keep(front(logs, f"{name}-chiasms-encoder", encoder=[own[0]], pd=[pd])),
+            keep(front(logs, f"{name}-chiasms-pd", encoder=[encoder], pd=[own[1]])),
+        ]
+        for server in fronts:
+            server.wait_ready()
+        some = bodies(1000)
+        yield Fleet(encoder, prefill, decode, own[0], *fronts, aggregated, some, ask_all(aggregated, some))
+
+
+def test_answers_differ_from_request_to_request(fleet: Fleet) -> None:
+    """Else the others would say little."""
+    assert len({answer.text for answer in fleet.expected}) > len(fleet.expected) // 2
+
+
+def test_one_encoder_and_one_pd(fleet: Fleet) -> None:
+    assert ask_all(fleet.split, fleet.bodies) == fleet.expected
+
+
+def test_one_encoder_one_prefill_and_one_decode(fleet: Fleet) -> None:
+    handed_over = fleet.split_twice.metric(HANDOVERS)
+    assert ask_all(fleet.split_twice, fleet.bodies) == fleet.expected
+    assert fleet.split_twice.metric(HANDOVERS) == handed_over + sum(body["max_tokens"] > 1 for body in fleet.bodies)
+    assert fleet.split_twice.metric("chiasm_proxy_prefill_retries_total") == 0
+    assert fleet.decode.metric("vllm:external_prefix_cache_hits_total") > 0
+
+
+def test_chiasms_encoder_and_vllms_pd(fleet: Fleet) -> None:
+    some = bodies(1100)  # which vLLM's encoder has not seen
+    assert ask_all(fleet.chiasms_encoder, some) == ask_all(fleet.aggregated, some)
+    assert fleet.encoder_of_chiasm.metric("chiasm_images_encoded_total") == 9
+
+
+def test_vllms_encoder_and_chiasms_pd(fleet: Fleet) -> None:
+    assert ask_all(fleet.chiasms_pd, fleet.bodies) == fleet.expected
+
+
+@pytest.mark.parametrize("way", ["split", "split_twice"])
+def test_streams(fleet: Fleet, way: str) -> None:
+    server: Server = getattr(fleet, way)
+    assert ask_all(server, fleet.bodies, stream=True) == fleet.expected
+
+
+def test_several_answers_are_prefills_alone(fleet: Fleet) -> None:
+    body = fleet.bodies[6] | {"n": 2, "temperature": 1, "top_k": 1}
+    response = fleet.split_twice.post(body)
+    assert response.status_code == 200, response.text
+    texts = [choice["message"]["content"] for choice in response.json()["choices"]]
+    assert texts == [fleet.expected[6].text] * 2
+
+
+def test_kv_of_a_prefill_instance_that_died(fleet: Fleet) -> None:
+    """The last test of these instances: the request fails, and D lives on."""
+    body = fleet.bodies[1]
+    answer = fleet.prefill.post(json.loads(for_prefill(json.dumps(body).encode(), "/v1/chat/completions")))
+    assert answer.status_code == 200, answer.text
+    fleet.prefill.kill()
+    lost = fleet.decode.post(body | {"kv_transfer_params": answer.json()["kv_transfer_params"]}, timeout=120)
+    assert lost.status_code == 500, lost.text
+    refused = fleet.split_twice.post(body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_prefill")
+    assert fleet.decode.health()["status"] == "ok"
+    assert fleet.decode.answer(fleet.bodies[0]) == fleet.expected[0].text
