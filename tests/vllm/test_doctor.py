@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .processes import CHECKPOINT, MODEL, Server, chiasm, proxy
+from chiasm.launch import Deployment, DeploymentConfig, Engine, Role, RoleConfig
+
+from .processes import CHECKPOINT, MODEL, START_SECONDS, Server, chiasm, proxy
 
 Launch = Callable[[Server], Server]
 
@@ -54,6 +56,33 @@ def test_a_deployment_behind_its_proxy(launch: Launch, logs: Path, encoder: Serv
     assert examined.exit_code == 0, examined.findings
     assert examined.verdicts("embedding travels") == ["ok"]
     assert examined.verdicts("through the proxy") == ["ok"]
+
+
+@pytest.fixture(scope="module")
+def apart(store: Path) -> Iterator[Deployment]:
+    """One prefill and one decode instance."""
+    flags = ("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "8")
+    roles = {Role.PREFILL: RoleConfig(threads=1), Role.DECODE: RoleConfig(threads=1)}
+    config = DeploymentConfig(MODEL, roles, engine=Engine.VLLM, shared_storage_path=store, instance_flags=flags)
+    with Deployment(config) as deployment:
+        deployment.wait_ready(START_SECONDS)
+        yield deployment
+
+
+def test_kv_is_proven_to_travel_between_instances_of_vllm(encoder: Server, apart: Deployment) -> None:
+    (prefill,), (decode,) = apart.urls(Role.PREFILL), apart.urls(Role.DECODE)
+    examined = examine("--encoder", encoder.url, "--prefill", prefill, "--decode", decode)
+    assert examined.exit_code == 0, examined.findings
+    assert examined.verdicts("embedding travels") == ["ok"]
+    assert examined.verdicts("KV travels") == ["ok"], examined.findings
+    assert examined.verdicts("KV connector") == ["ok"]
+
+
+def test_prefill_alone_is_no_deployment(encoder: Server, apart: Deployment) -> None:
+    examined = examine("--encoder", encoder.url, "--prefill", *apart.urls(Role.PREFILL))
+    assert examined.exit_code == 1
+    assert "no decode instance" in examined.said("roles")
+    assert examined.verdicts("KV travels") == []
 
 
 @pytest.fixture(scope="module")
