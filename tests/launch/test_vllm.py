@@ -63,6 +63,7 @@ def test_a_supervisor_starts_vllm_on_a_port_of_its_own(site: Site) -> None:
         (EACH, Role.ENCODER, "ec_producer"),
         (EACH, Role.PD, "ec_consumer"),
         (APART, Role.PREFILL, "ec_consumer"),
+        (APART, Role.DECODE, "ec_consumer"),
     ],
 )
 def test_embeddings_go_through_chiasms_connector(
@@ -87,8 +88,7 @@ def test_kv_goes_through_vllms_own_connector(role: Role, kv_role: str, site: Sit
     }
 
 
-def test_an_aggregated_instance_and_a_decode_instance_exchange_no_embeddings(site: Site) -> None:
-    assert "--ec-transfer-config" not in _command(_config(APART), Role.DECODE, site)
+def test_an_aggregated_instance_exchanges_nothing(site: Site) -> None:
     aggregated = _command(_config({Role.AGGREGATED: RoleConfig()}), Role.AGGREGATED, site)
     assert not {"--ec-transfer-config", "--kv-transfer-config", "--limit-mm-per-prompt"} & set(aggregated)
 
