@@ -35,8 +35,8 @@ _EC_ROLES = {
     Role.PREFILL: "ec_consumer",
     Role.DECODE: "ec_consumer",
 }
-"""A decode instance asks for no embedding while it has P's KV. When it is short of blocks it computes a prompt again, and vLLM without
-a connector would then encode pictures that it has not, which ends the engine."""
+"""A decode instance asks for no embedding while it has P's KV. When it is short of blocks it computes a prompt again, and vLLM
+without a connector would then encode pictures that it has not, which ends the engine."""
 _RUN_WITHOUT_TOWER = ("qwen2_vl", "qwen2_5_vl")
 """Model types whose language model takes embeddings in without the vision tower. Where there is DeepStack, vLLM looks for it in
 the tower, and stops at the first embedding without one."""
