@@ -1,12 +1,14 @@
 """Tests with the real vLLM, which has an environment of its own: `make test-vllm`. Without vLLM none of them is collected.
 
-Instances start when a test first asks for them, serve all tests of the session, and are stopped at its end.
+Instances start when a test first asks for them. Those of this file serve all tests of the session and are stopped at its end;
+those that one file of tests asks for are stopped with its last test, to leave memory for the next.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -40,17 +42,28 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def launch_for_all() -> Iterator[Launch]:
+    """Stops at the session's end what a fixture hands to it."""
+    with _stopping() as launch:
+        yield launch
+
+
+@pytest.fixture(scope="module")
 def launch() -> Iterator[Launch]:
-    """Stops at the session's end what a test or fixture hands to it."""
-    servers: list[Server] = []
+    """Stops after the last test of a file what a test or fixture hands to it."""
+    with _stopping() as launch:
+        yield launch
 
-    def keep(server: Server) -> Server:
-        servers.append(server)
-        return server
 
-    yield keep
-    for server in servers:
-        server.stop()
+@contextmanager
+def _stopping() -> Iterator[Launch]:
+    with ExitStack() as stack:
+
+        def keep(server: Server) -> Server:
+            stack.callback(server.stop)
+            return server
+
+        yield keep
 
 
 @pytest.fixture(scope="session")
@@ -60,10 +73,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _split(launch: Launch, logs: Path, store: Path) -> tuple[Server, Server]:
+def _split(launch_for_all: Launch, logs: Path, store: Path) -> tuple[Server, Server]:
     """Started at the same time, since nearly every test wants both."""
-    encoder = launch(vllm(logs, "encoder", transfer_config("ec_producer", store)))
-    pd = launch(vllm(logs, "pd", transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)))
+    encoder = launch_for_all(vllm(logs, "encoder", transfer_config("ec_producer", store)))
+    pd = launch_for_all(vllm(logs, "pd", transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)))
     encoder.wait_ready()
     pd.wait_ready()
     return encoder, pd
@@ -82,16 +95,16 @@ def pd(_split: tuple[Server, Server]) -> Server:
 
 
 @pytest.fixture(scope="session")
-def other_pd(launch: Launch, logs: Path, store: Path) -> Server:
+def other_pd(launch_for_all: Launch, logs: Path, store: Path) -> Server:
     """Another one like ``pd``."""
-    server = launch(vllm(logs, "other-pd", transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)))
+    server = launch_for_all(vllm(logs, "other-pd", transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)))
     server.wait_ready()
     return server
 
 
 @pytest.fixture(scope="session")
-def aggregated(launch: Launch, logs: Path) -> Server:
+def aggregated(launch_for_all: Launch, logs: Path) -> Server:
     """A vLLM instance that does everything itself: what the others' answers are compared with."""
-    server = launch(vllm(logs, "aggregated"))
+    server = launch_for_all(vllm(logs, "aggregated"))
     server.wait_ready()
     return server

@@ -13,7 +13,7 @@ from .wire import chat, embeds_part, encode, image_part, name_of, picture, publi
 QUESTION = "what shape is it?"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def both(launch: Launch, logs: Path, store: Path) -> Server:
     transfer = transfer_config("ec_both", store, wait_seconds=WAIT_SECONDS)
     server = launch(vllm(logs, "both", transfer, "--tensor-parallel-size", "2"))

@@ -15,12 +15,12 @@ from .wire import Body, chat, embeds_part, image_part, name_of, picture, publish
 QUESTION = "what shape is it?"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def faulty_pd(launch: Launch, logs: Path, store: Path, faults: Path) -> Server:
     """A PD that waits half a second, and whose connector harms entries."""
     transfer = transfer_config("ec_consumer", store, wait_seconds=0.5)
