@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,6 +24,9 @@ MODEL = "demo"
 CHECKPOINT = folder(MODEL)
 ROOT = Path(__file__).resolve().parents[2]
 MIDDLEWARE = "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
+_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""From which the system takes ports for outgoing connections."""
+_PORTS = 10_000
 START_SECONDS = 400
 """For processes that start at the same time, on two slow cores."""
 
@@ -122,10 +126,20 @@ class Server:
         return dict(response.json())
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that no program gets by chance: vLLM takes half a minute until it listens, and the system's own choice could go to
+    an outgoing connection meanwhile."""
+    first = int(_PORT_RANGE.read_text().split()[0])
+    while True:
+        port = random.randrange(first - _PORTS, first)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 def transfer_config(role: str, store: Path, **extra: Any) -> dict[str, Any]:
