@@ -114,6 +114,11 @@ class Call:
     def is_stream(self) -> bool:
         return self._response.content_type == "text/event-stream"
 
+    def check_status(self) -> None:
+        """Raises UpstreamError if this is neither an answer nor an error."""
+        if self.status != 200 and not 400 <= self.status <= 599:
+            raise UpstreamError(f"the instance answered with status {self.status}")
+
     async def chunk(self) -> bytes:
         """What has arrived; empty at the end. Raises BrokenOffError if the connection breaks."""
         try:

@@ -184,8 +184,7 @@ class VllmHandover:
         self._metrics.handovers.inc()
 
     async def _read(self, call: Call) -> Answer:
-        if not 400 <= call.status <= 599 and call.status != 200:
-            raise UpstreamError(f"the instance answered with status {call.status}")
+        call.check_status()
         answer = await call.read(self._config.max_answer_bytes)
         if call.status != 200:
             raise AnsweredError(answer)

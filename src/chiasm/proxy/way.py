@@ -19,7 +19,7 @@ from chiasm.proxy.racing import end, unless_fails
 from chiasm.proxy.relay import FirstEvent
 from chiasm.proxy.request import Request
 from chiasm.proxy.services import Services
-from chiasm.proxy.upstream import Call, UpstreamError
+from chiasm.proxy.upstream import Call
 from chiasm.proxy.vllm_handover import VllmHandover, can_be_handed_over
 
 _Encoding = asyncio.Future[dict[str, Encoded]]
@@ -173,8 +173,7 @@ class Way:
     async def _send_back(self, call: Call, encoding: _Encoding | None) -> None:
         """The instance's answer, unless encoding fails before there is one."""
         self._request.forget()
-        if call.status != 200 and not 400 <= call.status <= 599:
-            raise UpstreamError(f"the instance answered with status {call.status}")
+        call.check_status()
         if call.status != 200 or not call.is_stream:
             answer = await unless_fails(encoding, call.read(self._services.config.max_answer_bytes))
             await self._exchange.answer(answer)
