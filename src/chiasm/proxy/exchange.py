@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from starlette.types import Message, Receive, Scope, Send
@@ -129,6 +129,16 @@ class Exchange:
     async def end_stream(self) -> None:
         assert self._relay is not None
         await self._send_chunk(self._relay.finish(), last=True)
+
+    async def send_stream(
+        self, upstream: Mapping[str, str], chunk: bytes, next_chunk: Callable[[], Awaitable[bytes]]
+    ) -> None:
+        """Pass on a stream that begins with ``chunk``, from its head to its end."""
+        await self.start_stream(upstream)
+        while chunk:
+            await self.send_events(chunk)
+            chunk = await next_chunk()
+        await self.end_stream()
 
     async def fail(self, error: ChiasmError) -> None:
         """Send an error as the OpenAI API shows it; where a stream has begun, as its last event."""

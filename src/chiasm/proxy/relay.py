@@ -8,6 +8,7 @@ to have another instance go on, in comments that are taken out.
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 
 import msgspec
 from msgspec import Raw
@@ -59,26 +60,18 @@ class EventRelay:
         return b"data: " + error_body(error) + _END
 
 
-class FirstEvent:
-    """The beginning of a stream, held back until it is known that it isn't an error: that can still come with a status."""
+async def begin(next_chunk: Callable[[], Awaitable[bytes]]) -> bytes:
+    """The beginning of a stream, held back until it is known that it isn't an error: that can still come with a status.
 
-    def __init__(self) -> None:
-        self.data = b""
-        """All that was taken."""
-
-    def take(self, chunk: bytes) -> None:
-        self.data += chunk
-
-    @property
-    def is_whole(self) -> bool:
-        return _end_of_events(self.data) > 0 or len(self.data) > _MAX_HELD_BYTES
-
-    @property
-    def error(self) -> ToldError | None:
-        """What the instance says went wrong, if that is the first that it says."""
-        block = _BLOCK.match(self.data)
-        told = _ERROR.match(block[0]) if block else None
-        return ToldError(told[1], "the instance gave the answer up") if told else None
+    Raises ToldError if what the instance says first is that something went wrong.
+    """
+    data = b""
+    while _end_of_events(data) <= 0 and len(data) <= _MAX_HELD_BYTES and (chunk := await next_chunk()):
+        data += chunk
+    block = _BLOCK.match(data)
+    if told := _ERROR.match(block[0]) if block else None:
+        raise ToldError(told[1], "the instance gave the answer up")
+    return data
 
 
 class PartRelay:

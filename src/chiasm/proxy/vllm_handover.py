@@ -21,7 +21,7 @@ from chiasm.proxy.encode import Encoded
 from chiasm.proxy.exchange import Exchange
 from chiasm.proxy.fleet import Instance, Role
 from chiasm.proxy.racing import unless_fails
-from chiasm.proxy.relay import FirstEvent
+from chiasm.proxy.relay import begin
 from chiasm.proxy.request import Request, with_member
 from chiasm.proxy.services import Services
 from chiasm.proxy.upstream import (
@@ -163,21 +163,12 @@ class VllmHandover:
             self._note_handover(started)
             await self._exchange.answer(answer)
             return
-        first = FirstEvent()
-        while not first.is_whole and (chunk := await call.chunk()):
-            first.take(chunk)
-        if error := first.error:
-            raise error
+        first = await begin(call.chunk)
         self._note_handover(started)
         self._request.forget()
         if self._encoding is None or self._encoding.done():
             self._ticket.give_back_bytes()
-        await self._exchange.start_stream(call.headers)
-        chunk = first.data
-        while chunk:
-            await self._exchange.send_events(chunk)
-            chunk = await call.chunk()
-        await self._exchange.end_stream()
+        await self._exchange.send_stream(call.headers, first, call.chunk)
 
     def _note_handover(self, started: float) -> None:
         self._context.timing.handover = time.perf_counter() - started

@@ -16,7 +16,7 @@ from chiasm.proxy.handover import Handover
 from chiasm.proxy.items import Item, embeds_part, read_items
 from chiasm.proxy.language import Place
 from chiasm.proxy.racing import end, unless_fails
-from chiasm.proxy.relay import FirstEvent
+from chiasm.proxy.relay import begin
 from chiasm.proxy.request import Request
 from chiasm.proxy.services import Services
 from chiasm.proxy.upstream import Call
@@ -178,20 +178,15 @@ class Way:
             answer = await unless_fails(encoding, call.read(self._services.config.max_answer_bytes))
             await self._exchange.answer(answer)
             return
+
+        async def next_chunk() -> bytes:
+            return await unless_fails(encoding, call.chunk())
+
         # No head for the client before there is something to tell: until then all can still fail with a status.
-        first = FirstEvent()
-        while not first.is_whole and (chunk := await unless_fails(encoding, call.chunk())):
-            first.take(chunk)
-        if error := first.error:
-            raise error
+        first = await begin(next_chunk)
         if encoding is None or encoding.done():
             self._ticket.give_back_bytes()
-        await self._exchange.start_stream(call.headers)
-        chunk = first.data
-        while chunk:
-            await self._exchange.send_events(chunk)
-            chunk = await unless_fails(encoding, call.chunk())
-        await self._exchange.end_stream()
+        await self._exchange.send_stream(call.headers, first, next_chunk)
 
     def _check_media(self) -> None:
         count = len(self._request.media)
