@@ -90,9 +90,11 @@ PYTHON
 }
 
 all_are_healthy() {
-  local health
-  health=$(get "$proxy_url/health" 2>/dev/null) || return 1
-  [[ $(grep -o '"state":"healthy"' <<<"$health" | wc -l) -eq 3 ]]
+  # Through files: Ctrl-C while bash reads $(...) can make it stumble over the trap (seen with 5.2).
+  get "$proxy_url/health" >"$work/health" 2>/dev/null || return 1
+  grep -o '"state":"healthy"' "$work/health" >"$work/healthy" || return 1
+  mapfile -t healthy <"$work/healthy"
+  ((${#healthy[@]} == 3))
 }
 
 # 1. The four processes. They may start in any order: the proxy looks after its instances until they answer.

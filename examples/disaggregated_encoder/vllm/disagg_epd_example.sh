@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # On vLLM: an encoder, a prefill instance (P), a decode instance (D) and chiasm's proxy, and one question about a picture.
 #
-# Embeddings go from the encoder to P through a folder, the prompt's KV from P to D through vLLM's NixlConnector. D sees neither
-# the picture nor its embedding. Settings are in setup.sh; and ENCODER_DEVICES, PREFILL_DEVICES, DECODE_DEVICES: GPUs of each
-# (0, 1, 2).
+# Embeddings go from the encoder to P through a folder, the prompt's KV from P to D through vLLM's NixlConnector. D
+# reads an embedding only when it is short of KV blocks and computes a prompt again. Settings are in setup.sh; and
+# ENCODER_DEVICES, PREFILL_DEVICES, DECODE_DEVICES: GPUs of each (0, 1, 2).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -20,7 +20,7 @@ start_vllm encoder "$encoder_port" "${ENCODER_DEVICES:-0}" --ec-transfer-config 
 VLLM_NIXL_SIDE_CHANNEL_PORT=$((PROXY_PORT + 4)) start_vllm prefill "$prefill_port" "${PREFILL_DEVICES:-1}" \
   --ec-transfer-config "$(ec_transfer ec_consumer)" --kv-transfer-config "$(kv_transfer kv_producer)" --skip-mm-profiling
 VLLM_NIXL_SIDE_CHANNEL_PORT=$((PROXY_PORT + 5)) start_vllm decode "$decode_port" "${DECODE_DEVICES:-2}" \
-  --kv-transfer-config "$(kv_transfer kv_consumer)" --skip-mm-profiling
+  --ec-transfer-config "$(ec_transfer ec_consumer)" --kv-transfer-config "$(kv_transfer kv_consumer)" --skip-mm-profiling
 start_proxy --encoder "http://127.0.0.1:$encoder_port" \
   --prefill "http://127.0.0.1:$prefill_port" --decode "http://127.0.0.1:$decode_port"
 echo "Starting an encoder, a prefill instance, a decode instance and the proxy ..."

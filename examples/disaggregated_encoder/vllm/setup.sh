@@ -96,7 +96,8 @@ wait_until_healthy() { # COUNT: of instances
     done
     if ((SECONDS > TIMEOUT_SECONDS)); then fail "Not ready after $TIMEOUT_SECONDS seconds:"; fi
     sleep 0.5
-    healthy=$("$PYTHON" - "$proxy_url/health" <<'EOF'
+    # Through a file: Ctrl-C while bash reads $(...) can make it stumble over the trap (seen with 5.2).
+    "$PYTHON" - "$proxy_url/health" >"$work/healthy" <<'EOF'
 import json, sys, urllib.error, urllib.request
 
 try:
@@ -107,7 +108,7 @@ except OSError:
     sys.exit(print(0))
 print(sum(one["state"] == "healthy" for one in json.load(answer)["instances"]))
 EOF
-)
+    read -r healthy <"$work/healthy"
   done
   echo "Ready: $proxy_url"
 }
