@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from chiasm.cores import usable_cores
 from chiasm.doctor import machine
 from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
-from chiasm.launch.cores import usable_cores
 from tests.doctor.findings import problem, verdicts, warning
 
 GIB = 1 << 30

@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     import psutil
 
-    from chiasm.launch.cores import usable_cores
+    from chiasm.cores import usable_cores
 
     return {
         "cpu": _cpu(),

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from chiasm.bench.measurement import SERVED_NAME, Bench
+from chiasm.cores import usable_cores
 from chiasm.engine.config import Role
 from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.launch import Deployment, DeploymentConfig, DeploymentNotReadyError, ProcessState, RoleConfig
 from chiasm.launch.config import Engine
-from chiasm.launch.cores import usable_cores
 
 SHARED_MEMORY = "SharedMemoryConnector"
 NIXL = "NixlConnector"

@@ -39,8 +39,8 @@ def instance(
     end_with_stdin: options.EndWithStdin = False,
 ) -> None:
     """Run one instance of MODEL; prints `ready http://HOST:PORT` when it serves."""
+    from chiasm.cores import pin_to, share_cores
     from chiasm.launch.commands import model_name
-    from chiasm.launch.cores import pin_to, share_cores
     from chiasm.launch.lifeline import end_with_stdin as watch_stdin
     from chiasm.launch.ports import HeldPort
     from chiasm.models import resolve_folder

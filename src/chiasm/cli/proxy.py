@@ -29,7 +29,7 @@ def proxy(
     end_with_stdin: options.EndWithStdin = False,
 ) -> None:
     """Run the proxy in front of instances; prints `ready http://HOST:PORT` when it takes requests."""
-    from chiasm.launch.cores import pin_to
+    from chiasm.cores import pin_to
     from chiasm.launch.lifeline import end_with_stdin as watch_stdin
     from chiasm.launch.ports import HeldPort
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from chiasm.cores import usable_cores
 from chiasm.doctor.base import Check, Finding, shown, size
 from chiasm.errors import ConfigurationError
-from chiasm.launch.cores import usable_cores
 from chiasm.launch.storage import LEAST_BYTES, SHARED_MEMORY
 
 _CORES = Check("cores")

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from chiasm.cores import check_cpus
 from chiasm.doctor import checkpoint, installed, machine, storage, transports
 from chiasm.doctor.base import Check, Finding
 from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
@@ -14,7 +15,6 @@ from chiasm.engine.config import Role
 from chiasm.errors import ConfigurationError
 from chiasm.launch.commands import threads_of
 from chiasm.launch.config import DeploymentConfig, Engine
-from chiasm.launch.cores import check_cpus
 from chiasm.launch.devices import Placements, describe
 from chiasm.launch.storage import DEFAULT_MAX_BYTES
 

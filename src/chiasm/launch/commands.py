@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from chiasm.cores import usable_cores
 from chiasm.engine.config import Role
 from chiasm.launch.config import DeploymentConfig, RoleConfig
-from chiasm.launch.cores import usable_cores
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
 

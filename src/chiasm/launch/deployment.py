@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
+from chiasm.cores import check_cpus
 from chiasm.engine.config import Role
 from chiasm.errors import ChiasmError
 from chiasm.launch import health
 from chiasm.launch.child import Child, ProcessState
 from chiasm.launch.config import DeploymentConfig
-from chiasm.launch.cores import check_cpus
 from chiasm.launch.locked_folder import LockedFolder
 from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, placements_of, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort

@@ -24,9 +24,9 @@ from typing import BinaryIO
 
 import psutil
 
+from chiasm.cores import pin_to
 from chiasm.launch import health, lifeline
 from chiasm.launch.child import CONFIGURATION_EXIT_CODE, READY, describe_exit
-from chiasm.launch.cores import pin_to
 from chiasm.launch.diagnosis import decisive_line
 from chiasm.launch.locked_folder import LockedFolder
 

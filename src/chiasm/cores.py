@@ -15,13 +15,18 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 def usable_cores() -> int:
     """Cores that this process may keep busy: those it may run on, and no more than its container's share of time."""
     quota = _container_quota()
-    cores = len(_allowed()) or os.cpu_count() or 1
+    cores = len(allowed_cpus()) or os.cpu_count() or 1
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def allowed_cpus() -> set[int]:
+    """The CPUs that this process may run on; empty where the system doesn't say."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def check_cpus(cpus: Sequence[int]) -> None:
     """Raise ConfigurationError unless this process, and so a child of it, may run on all of ``cpus``."""
-    allowed = _allowed()
+    allowed = allowed_cpus()
     if cpus and not allowed:
         raise ConfigurationError("this system cannot pin a process to CPUs; leave the pinning out")
     if missing := sorted(set(cpus) - allowed):
@@ -46,10 +51,6 @@ def share_cores(threads: int | None, environment: MutableMapping[str, str] = os.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-
-
-def _allowed() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def _container_quota() -> float | None:
