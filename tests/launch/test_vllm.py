@@ -124,6 +124,7 @@ def test_devices_are_all_that_it_sees_and_it_splits_the_model_over_them(site: Si
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert "OMP_NUM_THREADS" not in environment
+    assert int(environment["PYTHONHASHSEED"]) < 1 << 32
 
 
 def test_on_cpu_it_runs_eagerly_with_kv_of_a_known_size(site: Site) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,8 @@ QUESTION = "what shape is it?"
 @pytest.fixture(scope="module")
 def both(launch: Launch, logs: Path, store: Path) -> Server:
     transfer = transfer_config("ec_both", store, wait_seconds=WAIT_SECONDS)
-    server = launch(vllm(logs, "both", transfer, "--tensor-parallel-size", "2"))
+    environment = {"PYTHONHASHSEED": "1"}
+    server = launch(vllm(logs, "both", transfer, "--tensor-parallel-size", "2", environment=environment))
     server.wait_ready()
     return server
 
@@ -47,3 +51,31 @@ def test_a_picture_that_another_has_published_is_not_encoded(both: Server, encod
 
 def test_it_says_what_it_is(both: Server) -> None:
     assert both.health()["role"] == "aggregated"
+
+
+_WITHOUT_HASH_SEED = """
+from types import SimpleNamespace
+from chiasm.integrations.vllm.ec_connector import _check
+
+config = SimpleNamespace(
+    model_config=SimpleNamespace(),
+    parallel_config=SimpleNamespace(tensor_parallel_size=2),
+    ec_transfer_config=SimpleNamespace(is_ec_producer=True),
+)
+_check(config)
+"""
+
+
+def test_ranks_that_might_differ_in_the_order_of_modalities_are_refused() -> None:
+    """vLLM's start would end in half of all cases, and say that a connection was reset."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
+    run = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_HASH_SEED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "set PYTHONHASHSEED in its environment to a number" in run.stderr.splitlines()[-1]

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,8 @@ def instance_environment(
     chosen = {**environment}
     chosen.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder by now
     chosen.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Of all ranks: they go through sets of modalities, and have to do it in the same order.
+    chosen.setdefault("PYTHONHASHSEED", str(secrets.randbelow(1 << 32)))
     if found.on_cpu:
         # vLLM would bind the threads of every instance to the same cores.
         chosen.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

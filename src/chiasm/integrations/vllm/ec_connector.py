@@ -7,6 +7,7 @@ the workers' objects to WorkerHalf; this file only translates between vLLM's typ
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, role=role)
         model_config = vllm_config.model_config
         settings = Settings.read(vllm_config.ec_transfer_config.ec_connector_extra_config)
-        _check(model_config)
+        _check(vllm_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role is ECConnectorRole.SCHEDULER:
@@ -187,8 +188,16 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         return ChiasmECPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
 
-def _check(model_config: Any) -> None:
-    """Raises ConfigurationError for what would fail when the first request comes."""
+def _check(vllm_config: Any) -> None:
+    """Raises ConfigurationError for what would fail at the first request, or end the start without a reason."""
+    model_config = vllm_config.model_config
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if ranks > 1 and vllm_config.ec_transfer_config.is_ec_producer and not _has_hash_seed():
+        # vLLM has each rank encode a sample of each modality, in the order of a set: they wait for each other in vain.
+        raise ConfigurationError(
+            f"an encoder over {ranks} ranks needs the same order of Python's sets in all of them: set PYTHONHASHSEED in its "
+            "environment to a number, such as 1 (`chiasm serve` does)"
+        )
     if model_config.is_encoder_decoder:
         raise ConfigurationError("ChiasmECConnector cannot serve encoder-decoder models")
     if model_config.multimodal_config is None:
@@ -196,6 +205,10 @@ def _check(model_config: Any) -> None:
     if model_config.multimodal_config.mm_processor_cache_type == "shm":
         # The scheduler then sees where items lie, and not what they are.
         raise ConfigurationError("ChiasmECConnector needs --mm-processor-cache-type lru")
+
+
+def _has_hash_seed() -> bool:
+    return os.environ.get("PYTHONHASHSEED", "random") not in ("", "random")
 
 
 def _reach_of(vllm_config: Any) -> Reach:
