@@ -24,6 +24,9 @@ def instance(role: str, number: int = 1, **said: object) -> Instance:
         version="0.1.0",
         engine="chiasm",
         max_model_len=512,
+        device="cpu",
+        threads=1,
+        cpus=frozenset({0, 1}),
         clock_seconds=0.2,
     )
     return replace(well, **said)  # type: ignore[arg-type]
@@ -128,6 +131,47 @@ def test_versions_of_vllm(version: str, verdict: str) -> None:
 
 def test_other_versions_of_chiasm() -> None:
     assert "0.0.9 at pd" in warning(fleet.versions([E, instance("pd", 2, version="0.0.9")])).says
+
+
+def test_what_instances_compute_on() -> None:
+    assert "cpu: encoder http://10.0.0.1:8000" in next(fleet.devices([E, PD])).says
+    found = warning(fleet.devices([E, PD, instance("pd", 3, device="cuda:0")]))
+    assert "cuda at pd http://10.0.0.3:8000" in found.says
+
+
+def test_an_encoder_on_another_kind_of_device_is_as_well() -> None:
+    assert verdicts(fleet.devices([instance("encoder", device="cuda:0"), PD])) == ["ok"]
+
+
+def on_one_host(*several: Instance) -> list[Instance]:
+    return [replace(one, url=f"http://10.0.0.1:{8000 + index}") for index, one in enumerate(several)]
+
+
+def test_threads_that_have_a_core_each() -> None:
+    (found,) = fleet.threads(on_one_host(E, PD))
+    assert (found.verdict, found.says) == ("ok", "2 of 2 instances on 2 cores at 10.0.0.1")
+    pinned = [replace(one, cpus=frozenset({cpu})) for cpu, one in enumerate((E, PD))]
+    assert verdicts(fleet.threads(on_one_host(*pinned))) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [E, PD, replace(PD, threads=2)],
+        [replace(E, cpus=frozenset({0})), replace(PD, cpus=frozenset({0}))],
+    ],
+)
+def test_threads_that_share_a_core(members: list[Instance]) -> None:
+    assert "wait for each other" in warning(fleet.threads(on_one_host(*members))).why
+
+
+def test_threads_of_each_host_count_for_themselves() -> None:
+    assert verdicts(fleet.threads([E, P, PD])) == ["ok", "ok", "ok"]
+
+
+def test_threads_that_nobody_tells_are_not_called_ok() -> None:
+    assert verdicts(fleet.threads([replace(PD, threads=None)])) == ["skipped"]
+    assert verdicts(fleet.threads([replace(PD, device="cuda:0", threads=None)])) == []
 
 
 @pytest.mark.parametrize(("ahead", "says"), [(90.0, "about 90 s ahead of"), (-60.0, "about 60 s behind")])

@@ -128,7 +128,9 @@ class FakeEngine:
         self.processor = ByteProcessor()
         self.model_fingerprint = FINGERPRINT
         self.dtype = "float32"
-        self.ec_store = "store-1"
+        self.device = "cpu"
+        self.num_threads = 2
+        self.store_error: Exception | None = None
         self.max_model_len = self.processor.max_model_len
         self.healthy = True
         self.script: Script | None = None
@@ -145,6 +147,7 @@ class FakeEngine:
     def reset(self) -> None:
         self.healthy = True
         self.script = None
+        self.store_error = None
         self.encode_error = None
         self.encode_blocks = False
         self.requests.clear()
@@ -158,6 +161,11 @@ class FakeEngine:
 
     def stop(self) -> None:
         pass
+
+    def store_id(self) -> str:
+        if self.store_error is not None:
+            raise self.store_error
+        return "store-1"
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Output]:
         self.requests.append(request)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from chiasm import __version__
+from chiasm.errors import StorageError
 from chiasm.server.app import app_of
 from chiasm.server.config import ServerConfig
 from chiasm.server.instance import Instance
@@ -26,6 +29,9 @@ def test_health_tells_what_the_proxy_needs(pd: Served) -> None:
         "version": __version__,
         "max_model_len": 512,
         "max_items": 3,
+        "device": "cpu",
+        "threads": 2,
+        "cpus": sorted(os.sched_getaffinity(0)),
     }
 
 
@@ -57,6 +63,15 @@ def test_dead_engine_shows(pd: Served) -> None:
     assert reply.status == 503
     assert reply.json["status"] == "failed"
     assert reply.json["role"] == "pd"
+
+
+def test_a_store_out_of_reach_shows(pd: Served) -> None:
+    pd.engine.store_error = StorageError("cannot read the store-id of /gone")
+    reply = get(f"{pd.url}/health")
+    assert reply.status == 503
+    assert (reply.json["status"], reply.json["message"]) == ("failed", "cannot read the store-id of /gone")
+    pd.engine.store_error = None
+    assert get(f"{pd.url}/health").json["ec_store"] == "store-1"
 
 
 def test_models_lists_the_one(pd: Served) -> None:

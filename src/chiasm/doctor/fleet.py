@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from urllib.parse import urlsplit
 
 from chiasm.doctor.base import Check, Finding, shown
 from chiasm.doctor.instances import Instance, Proxy
@@ -20,8 +21,11 @@ _STORE = Check("EC store")
 _KV = Check("KV connector")
 _VERSIONS = Check("versions of instances")
 _CLOCK = Check("clock")
+_DEVICES = Check("devices of instances")
+_THREADS = Check("threads")
 
 _CLOCK_SECONDS = 3.0
+_ROUNDING = 1e-6
 _USES_EMBEDDINGS = ("pd", "prefill")
 _EXCHANGES_EMBEDDINGS = ("encoder", *_USES_EMBEDDINGS)
 _ANSWERS = ("pd", "aggregated", "prefill", "decode")
@@ -260,6 +264,43 @@ def clocks(fleet: Fleet) -> Iterator[Finding]:
         yield _CLOCK.ok(f"{len(told)} instances agree with this machine to {_CLOCK_SECONDS:.0f} s")
 
 
+def devices(fleet: Fleet) -> Iterator[Finding]:
+    """What each computes on, and whether those that answer compute on the same kind of thing."""
+    found = _by(fleet, lambda one: one.device)
+    kinds = _by([one for one in fleet if one.role in _ANSWERS], lambda one: one.device.partition(":")[0])
+    if len(kinds) > 1:
+        yield _DEVICES.warning(
+            f"instances that answer compute on different kinds of devices: {_listing(kinds)}",
+            why="requests take far longer at the slower ones, and answers may differ where two tokens are about as likely.",
+            do="start them with the same --device; where a GPU is not found, the instance's own log says why.",
+        )
+    elif found:
+        yield _DEVICES.ok("; ".join(f"{device}: {_names(several)}" for device, several in found.items()))
+    if silent := [one for one in fleet if not one.device]:
+        yield _DEVICES.skipped(f"{_names(silent)} don't say what they compute on")
+
+
+def threads(fleet: Fleet) -> Iterator[Finding]:
+    """Whether instances that compute on one machine's CPUs leave each thread a core; of each address' host."""
+    computing = [one for one in fleet if one.device == "cpu" and one.threads and one.cpus]
+    for host, several in _by(computing, lambda one: urlsplit(one.url).hostname or "").items():
+        load: defaultdict[int, float] = defaultdict(float)
+        for one in several:
+            for cpu in one.cpus:
+                load[cpu] += (one.threads or 0) / len(one.cpus)
+        said = f"{sum(one.threads or 0 for one in several)} of {len(several)} instances on {len(load)} cores at {host}"
+        if max(load.values()) > 1 + _ROUNDING:
+            yield _THREADS.warning(
+                said,
+                why="threads that share a core wait for each other, in the middle of each operator.",
+                do="run fewer instances there, give each fewer --threads, or CPUs of its own (--encoder-cpus, --pd-cpus).",
+            )
+        else:
+            yield _THREADS.ok(said)
+    if silent := [one for one in fleet if one.device in ("", "cpu") and one not in computing]:
+        yield _THREADS.skipped(f"{_names(silent)} don't say how many threads they compute with")
+
+
 CHECKS: tuple[Callable[[Fleet], Iterator[Finding]], ...] = (
     roles,
     model,
@@ -267,6 +308,8 @@ CHECKS: tuple[Callable[[Fleet], Iterator[Finding]], ...] = (
     ec_store,
     kv_connector,
     versions,
+    devices,
+    threads,
     clocks,
 )
 """Of the instances that answer."""

@@ -12,6 +12,7 @@ from chiasm.doctor.client import Client, NoAnswerError, NoConnectionError
 from chiasm.engine.config import Role
 
 _MAX_INSTANCES = 256
+_MAX_CPUS = 4096
 ROLES = tuple(role.value for role in Role)
 
 
@@ -37,6 +38,12 @@ class Instance:
     engine: str = ""
     """``chiasm``, or ``vllm`` with its version."""
     max_model_len: int | None = None
+    device: str = ""
+    """``cpu``, ``cuda:0``; of vLLM with all that it may use: ``cuda:0,1``."""
+    threads: int | None = None
+    """That it computes with on the CPU."""
+    cpus: frozenset[int] = frozenset()
+    """Those that it may run on."""
     clock_seconds: float | None = None
     """How far its clock is ahead of this machine's."""
 
@@ -136,6 +143,9 @@ async def ask_instance(client: Client, url: str, role: str) -> Instance:
         version=_text(found, "version"),
         engine=_text(found, "engine") or "chiasm",
         max_model_len=length if isinstance(length, int) else None,
+        device=_text(found, "device"),
+        threads=threads if isinstance(threads := found.get("threads"), int) and threads > 0 else None,
+        cpus=_numbers(found.get("cpus")),
         clock_seconds=answer.clock_seconds,
     )
 
@@ -177,6 +187,11 @@ def _is_http(url: str) -> bool:
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and bool(parts.hostname)
+
+
+def _numbers(value: object) -> frozenset[int]:
+    listed = value[:_MAX_CPUS] if isinstance(value, list) else []
+    return frozenset(number for number in listed if isinstance(number, int))
 
 
 def _text(found: Mapping[str, Any], name: str) -> str:

@@ -64,6 +64,11 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def threads_used(count: int | None) -> int:
+    """How many that makes."""
+    return count or int(torch.get_num_threads())
+
+
 def check_memory(model: Path, device: torch.device) -> None:
     """Raise ConfigurationError when the checkpoint is plainly larger than the memory that is free."""
     needed = sum(file.stat().st_size for file in model.glob("*.safetensors"))

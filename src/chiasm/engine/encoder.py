@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole
 from chiasm.engine.config import EngineConfig
-from chiasm.engine.device import check_memory, choose_device, choose_dtype, use_threads
+from chiasm.engine.device import check_memory, choose_device, choose_dtype, threads_used, use_threads
 from chiasm.engine.request import EncodedItem, EncodeItem, ItemOutcome
 from chiasm.engine.stats import EngineStats
 from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestError, OverloadedError
@@ -75,7 +75,7 @@ class EncoderEngine:
         self.processor = load_processor(config.model)
         self.model_fingerprint = fingerprint(config.model, str(self.dtype).removeprefix("torch."))
         self.max_model_len = min(config.max_model_len or self.processor.max_model_len, self.processor.max_model_len)
-        self.ec_store = ""
+        self._store_id: Callable[[], str] = str
         self._started = False
         self._in_flight: dict[str, _Encoding] = {}
         self._items: Counter[ItemOutcome] = Counter()
@@ -91,7 +91,8 @@ class EncoderEngine:
         ec = replace(config.ec, fingerprint=self.model_fingerprint, device=str(self.device))
         self._ec_scheduler = ECConnectorFactory.create_connector(ec, ECConnectorRole.SCHEDULER)
         self._ec_worker: ECConnector = ECConnectorFactory.create_connector(ec, ECConnectorRole.WORKER)
-        self.ec_store = self._ec_scheduler.store_id()
+        self._store_id = self._ec_scheduler.store_id
+        self._store_id()  # what cannot be reached fails now
         self._preprocess_pool = ThreadPoolExecutor(1, "chiasm-preprocess")
         self._encode_pool = ThreadPoolExecutor(1, "chiasm-encode", initializer=use_threads, initargs=(config.threads,))
         self._publish_pool = ThreadPoolExecutor(2, "chiasm-publish")
@@ -106,6 +107,18 @@ class EncoderEngine:
                 pool.shutdown(cancel_futures=True)
             self._ec_scheduler.shutdown()
             self._ec_worker.shutdown()
+
+    def store_id(self) -> str:
+        """Names the place of the embeddings as it is now; empty where none are exchanged.
+
+        May read a file: not to be called on an event loop. Raises StorageError.
+        """
+        return self._store_id()
+
+    @property
+    def num_threads(self) -> int:
+        """That one operator uses, on the CPU."""
+        return threads_used(self.config.threads)
 
     @property
     def healthy(self) -> bool:

@@ -9,7 +9,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from chiasm.engine.device import (
     choose_device,
     choose_dtype,
     kv_cache_blocks,
+    threads_used,
     use_threads,
 )
 from chiasm.engine.embeddings import Embeddings
@@ -105,7 +106,7 @@ class LanguageEngine:
         self.processor = load_processor(config.model)
         self.model_fingerprint = fingerprint(config.model, str(self.dtype).removeprefix("torch."))
         self.max_model_len = min(config.max_model_len or self.processor.max_model_len, self.processor.max_model_len)
-        self.ec_store = ""
+        self._store_id: Callable[[], str] = str
         self._inbox: queue.SimpleQueue[RequestState | _Abort | _Stop | _Wake] = queue.SimpleQueue()
         self._states: dict[str, RequestState] = {}
         self._arrivals = itertools.count()
@@ -135,7 +136,8 @@ class LanguageEngine:
                 ECConnectorFactory.create_connector(ec, ECConnectorRole.SCHEDULER),
                 ECConnectorFactory.create_connector(ec, ECConnectorRole.WORKER),
             )
-            self.ec_store = connectors[0].store_id()
+            self._store_id = connectors[0].store_id
+            self._store_id()  # what cannot be reached fails now
         if config.kv is not None:
             self._handover = Handover(
                 config.kv, _KV_ROLES[config.role], fingerprint=self.model_fingerprint, device=str(self.device)
@@ -201,6 +203,18 @@ class LanguageEngine:
             dtype=str(self.dtype).removeprefix("torch."),
             bytes_per_block=kv_cache.blocks.shape[1],
         )
+
+    def store_id(self) -> str:
+        """Names the place of the embeddings as it is now; empty where none are exchanged.
+
+        May read a file: not to be called on an event loop. Raises StorageError.
+        """
+        return self._store_id()
+
+    @property
+    def num_threads(self) -> int:
+        """That one operator uses, on the CPU."""
+        return threads_used(self.config.threads)
 
     @property
     def healthy(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -10,6 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chiasm import __version__
+from chiasm.cores import allowed_cpus
+from chiasm.errors import StorageError
 from chiasm.server.instance import Instance
 from chiasm.server.protocol import ModelCard, ModelList
 
@@ -23,8 +26,9 @@ class Status:
     async def health(self, request: Request) -> Response:
         """200 when requests are taken, else 503."""
         instance = self._instance
-        state = instance.state
-        answer: dict[str, Any] = {"status": state}
+        state: str = instance.state
+        answer: dict[str, Any] = {}
+        reason = instance.failure.message if instance.failure else "the engine has stopped; its log says why"
         if instance.loaded_engine is not None:
             engine = instance.loaded_engine
             answer |= {
@@ -32,11 +36,18 @@ class Status:
                 "model": instance.model,
                 "fingerprint": engine.model_fingerprint,
                 "dtype": str(engine.dtype).removeprefix("torch."),
-                "ec_store": engine.ec_store,
                 "version": __version__,
                 "max_model_len": engine.max_model_len,
                 "max_items": engine.config.max_items,
+                "device": str(engine.device),
+                "threads": engine.num_threads,
+                "cpus": sorted(allowed_cpus()),
             }
+            try:
+                # As it is now: the folder may have been removed and made anew since.
+                answer["ec_store"] = await asyncio.to_thread(engine.store_id)
+            except StorageError as error:
+                state, reason = "failed", error.message
             if engine.config.kv is not None:
                 stats = engine.stats()
                 answer |= {
@@ -46,9 +57,8 @@ class Status:
                     "max_num_seqs": engine.config.max_num_seqs,
                 }
         if state == "failed":
-            reason = instance.failure.message if instance.failure else "the engine has stopped; its log says why"
             answer["message"] = reason
-        return _json(answer, 200 if state == "ok" else 503)
+        return _json({"status": state, **answer}, 200 if state == "ok" else 503)
 
     async def models(self, request: Request) -> Response:
         """The one model, as a list."""

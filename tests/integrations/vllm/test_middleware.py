@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -110,6 +111,8 @@ def config(ec: str | None = None, kv: str | None = None, store: Path | None = No
         ec_transfer_config=transfer,
         kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector", kv_role=kv) if kv else None,
         scheduler_config=SimpleNamespace(max_num_seqs=8),
+        device_config=SimpleNamespace(device_type="cpu"),
+        parallel_config=SimpleNamespace(world_size=2),
         model_config=SimpleNamespace(
             **{
                 "model": str(CHECKPOINT),
@@ -149,7 +152,8 @@ def sized(height: int, width: int, name: object = NAME) -> dict[str, object]:
 # ---- /health -----------------------------------------------------------------------------------------------------------
 
 
-async def test_health_says_what_the_instance_is(store: Path) -> None:
+async def test_health_says_what_the_instance_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     answer = await Server(VLLM(config("ec_consumer", store=store))).call("GET", "/health")
     assert (answer.status, answer.headers[b"content-type"]) == (200, b"application/json")
     assert answer.json == {
@@ -165,6 +169,9 @@ async def test_health_says_what_the_instance_is(store: Path) -> None:
         "max_items": 5,
         "max_num_seqs": 8,
         "takes_image_size": True,
+        "device": "cpu",
+        "threads": 6,
+        "cpus": sorted(os.sched_getaffinity(0)),
     }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from chiasm import __version__
+from chiasm.cores import allowed_cpus
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
 from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm.identity import dtype_name, fingerprint_of, folder_of
@@ -61,6 +63,9 @@ def describe(state: Any) -> Description:
         "max_items": _max_items(config.model_config),
         "max_num_seqs": int(config.scheduler_config.max_num_seqs),
         "takes_image_size": processor is not None,
+        "device": _device(config),
+        "threads": _threads(config),
+        "cpus": sorted(allowed_cpus()),
     }
     if config.kv_transfer_config is not None:
         health["kv_connector"] = config.kv_transfer_config.kv_connector
@@ -77,6 +82,19 @@ def role_of(config: Any) -> str:
     if kv is not None and kv.kv_role == "kv_consumer":
         return "decode"
     return "pd" if ec is not None and ec.is_ec_consumer and not ec.is_ec_producer else "aggregated"
+
+
+def _device(config: Any) -> str:
+    """``cpu``, or the kind of device and, where the environment says it, which ones."""
+    kind = str(config.device_config.device_type)
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "") if kind == "cuda" else ""
+    return f"{kind}:{devices}" if devices else kind
+
+
+def _threads(config: Any) -> int | None:
+    """That the workers compute with together; None if nobody has said how many they are to use."""
+    each = os.environ.get("OMP_NUM_THREADS", "")
+    return int(each) * int(config.parallel_config.world_size) if each.isdecimal() else None
 
 
 def _settings(config: Any) -> Settings | None:
