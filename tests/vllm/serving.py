@@ -17,7 +17,7 @@ from chiasm.demo.pictures import draw_example
 from tests.cli.running import Running
 from tests.launch.waiting import eventually
 
-from .processes import START_SECONDS
+from .processes import CLIENT, START_SECONDS
 from .wire import Body, chat, encoded, image_part
 
 SMALL = (
@@ -45,7 +45,7 @@ class Service:
     # ---- what it answers ----------------------------------------------------------------------------------------------
 
     def post(self, body: Body, seconds: float = 120) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=seconds)
+        return CLIENT.post(f"{self.url}/v1/chat/completions", json=body, timeout=seconds)
 
     def answer(self, body: Body) -> str:
         response = self.post(body)
@@ -56,7 +56,7 @@ class Service:
 
     def instances(self, role: str | None = None) -> list[dict[str, Any]]:
         """What the proxy says of them."""
-        found: list[dict[str, Any]] = httpx.get(f"{self.url}/health", timeout=30).json()["instances"]
+        found: list[dict[str, Any]] = CLIENT.get(f"{self.url}/health", timeout=30).json()["instances"]
         return [one for one in found if role in (None, one["role"])]
 
     def is_whole(self) -> bool:
@@ -79,7 +79,7 @@ class Service:
         """Sum of a metric over the instances of a role."""
         total = 0.0
         for one in self.instances(role):
-            lines = httpx.get(f"{one['url']}/metrics", timeout=30).text.splitlines()
+            lines = CLIENT.get(f"{one['url']}/metrics", timeout=30).text.splitlines()
             total += sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
         return total
 
