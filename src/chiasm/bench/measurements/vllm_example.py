@@ -23,7 +23,7 @@ from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
 from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import median, paired_ratio
-from chiasm.bench.topology import encoder_and_pds, running
+from chiasm.bench.topology import pinned, running
 from chiasm.bench.vllm import on_vllm
 from chiasm.engine.config import Role
 from chiasm.launch import Deployment
@@ -59,7 +59,7 @@ class VllmExample(Measurement):
             return Outcome(notes=[NOT_THERE])
         outcome = Outcome()
         async with (
-            running(bench, on_vllm(encoder_and_pds(bench.model))) as (deployment,),
+            running(bench, on_vllm(pinned(bench.model))) as (deployment,),
             example_instances(bench, deployment) as example,
         ):
             mix = Mix(bench, deployment.folder)
