@@ -65,13 +65,14 @@ def test_dead_engine_shows(pd: Served) -> None:
     assert reply.json["role"] == "pd"
 
 
-def test_a_store_out_of_reach_shows(pd: Served) -> None:
-    pd.engine.store_error = StorageError("cannot read the store-id of /gone")
-    reply = get(f"{pd.url}/health")
-    assert reply.status == 503
-    assert (reply.json["status"], reply.json["message"]) == ("failed", "cannot read the store-id of /gone")
-    pd.engine.store_error = None
-    assert get(f"{pd.url}/health").json["ec_store"] == "store-1"
+def test_a_store_out_of_reach_takes_an_encoder_out_and_leaves_others_to_text(encoder: Served, pd: Served) -> None:
+    for served, status in ((encoder, 503), (pd, 200)):
+        served.engine.store_error = StorageError("cannot read the store-id of /gone")
+        reply = get(f"{served.url}/health")
+        assert reply.status == status
+        assert (reply.json["ec_store"], reply.json["message"]) == ("", "cannot read the store-id of /gone")
+        served.engine.store_error = None
+        assert get(f"{served.url}/health").json["ec_store"] == "store-1"
 
 
 def test_models_lists_the_one(pd: Served) -> None:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from chiasm import __version__
 from chiasm.cores import allowed_cpus
+from chiasm.engine.config import Role
 from chiasm.errors import StorageError
 from chiasm.server.instance import Instance
 from chiasm.server.protocol import ModelCard, ModelList
@@ -47,7 +48,9 @@ class Status:
                 # As it is now: the folder may have been removed and made anew since.
                 answer["ec_store"] = await asyncio.to_thread(engine.store_id)
             except StorageError as error:
-                state, reason = "failed", error.message
+                answer |= {"ec_store": "", "message": error.message}
+                if engine.config.role is Role.ENCODER:  # the others still answer text
+                    state = "failed"
             if engine.config.kv is not None:
                 stats = engine.stats()
                 answer |= {
@@ -57,7 +60,7 @@ class Status:
                     "max_num_seqs": engine.config.max_num_seqs,
                 }
         if state == "failed":
-            answer["message"] = reason
+            answer.setdefault("message", reason)
         return _json({"status": state, **answer}, 200 if state == "ok" else 503)
 
     async def models(self, request: Request) -> Response:

@@ -185,6 +185,18 @@ async def test_health_names_the_store_that_there_is_now(store: Path) -> None:
     assert (await server.call("GET", "/health")).json["ec_store"] == made_anew
 
 
+@pytest.mark.parametrize(("ec", "status"), [("ec_producer", 503), ("ec_consumer", 200)])
+async def test_a_store_out_of_reach_takes_an_encoder_out_and_leaves_others_to_text(
+    store: Path, ec: str, status: int
+) -> None:
+    store.rmdir()
+    store.touch()  # in the folder's place
+    answer = await Server(VLLM(config(ec, store=store))).call("GET", "/health")
+    assert answer.status == status
+    assert str(store) in answer.json["message"]
+    assert not answer.json.get("ec_store")
+
+
 @pytest.mark.parametrize(
     ("ec", "kv", "expected"),
     [

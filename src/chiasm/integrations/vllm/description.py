@@ -19,6 +19,7 @@ from chiasm.models.families.base import SIZE_KEY
 
 _logger = logging.getLogger(__name__)
 _IMAGE = "image"
+_ENCODER = "encoder"
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,17 @@ class Description:
     def current_health(self) -> dict[str, Any]:
         """``health`` with the store as it is now: the folder may have been removed and made anew since.
 
-        Reads a file: not to be called on an event loop. Raises OSError where the folder cannot be read.
+        Reads a file: not to be called on an event loop. Raises OSError where an encoder cannot reach the folder; the others
+        still answer text, and say why they name no store.
         """
-        return self.health if self.folder is None else self.health | {"ec_store": self.folder.store_id()}
+        if self.folder is None:
+            return self.health
+        try:
+            return self.health | {"ec_store": self.folder.store_id()}
+        except OSError as error:
+            if self.health["role"] == _ENCODER:
+                raise
+            return self.health | {"message": f"{self.folder.path}: {error}"}
 
 
 def describe(state: Any) -> Description:
@@ -76,7 +85,7 @@ def role_of(config: Any) -> str:
     """Of a ``VllmConfig``, from what it does with embeddings and with KV."""
     ec, kv = config.ec_transfer_config, config.kv_transfer_config
     if ec is not None and ec.is_ec_producer and not ec.is_ec_consumer:
-        return "encoder"
+        return _ENCODER
     if kv is not None and kv.kv_role == "kv_producer":
         return "prefill"
     if kv is not None and kv.kv_role == "kv_consumer":
