@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.launch import DeploymentConfig, Role, RoleConfig, commands, cores
+from chiasm.launch import DeploymentConfig, Role, RoleConfig, commands
 from chiasm.launch.commands import (
     instance_command,
     model_name,
@@ -45,16 +45,6 @@ def test_instances_share_the_cores(
 ) -> None:
     monkeypatch.setattr(commands, "usable_cores", lambda: usable)
     assert threads_of(roles, Role.ENCODER) == threads
-
-
-@pytest.mark.parametrize(("limit", "count"), [("100000 100000", 1), ("150000 100000", 2), ("max 100000", 8), ("?", 8)])
-def test_a_container_has_its_share_of_the_cores(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, count: int
-) -> None:
-    (tmp_path / "cpu.max").write_text(limit)
-    monkeypatch.setattr(cores, "_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr(cores, "_allowed", lambda: set(range(8)))
-    assert cores.usable_cores() == count
 
 
 def test_an_instance_is_told_all_that_its_role_needs(address: HeldPort, tmp_path: Path) -> None:
@@ -101,15 +91,6 @@ def test_the_proxy_is_told_every_instance(address: HeldPort) -> None:
     assert "--encoder http://a --encoder http://b --pd http://c" in text
     urls = [(Role.PREFILL, "http://d"), (Role.DECODE, "http://e")]
     assert "--prefill http://d --decode http://e" in " ".join(proxy_command(DeploymentConfig("demo"), address, urls))
-
-
-def test_threads_that_wait_sleep_unless_a_person_has_set_it_otherwise() -> None:
-    environment: dict[str, str] = {}
-    cores.share_cores(3, environment)
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}
-    environment = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
-    cores.share_cores(3, environment)
-    assert environment == {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
 
 
 def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:

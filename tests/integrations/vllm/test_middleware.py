@@ -189,11 +189,11 @@ async def test_health_names_the_store_that_there_is_now(store: Path) -> None:
 async def test_a_store_out_of_reach_takes_an_encoder_out_and_leaves_others_to_text(
     store: Path, ec: str, status: int
 ) -> None:
-    store.rmdir()
-    store.touch()  # in the folder's place
-    answer = await Server(VLLM(config(ec, store=store))).call("GET", "/health")
+    no_folder = store / "file"
+    no_folder.touch()
+    answer = await Server(VLLM(config(ec, store=no_folder))).call("GET", "/health")
     assert answer.status == status
-    assert str(store) in answer.json["message"]
+    assert str(no_folder) in answer.json["message"]
     assert not answer.json.get("ec_store")
 
 
@@ -241,7 +241,7 @@ async def test_a_dead_engine_has_failed() -> None:
 
 async def test_a_store_that_cannot_be_read_is_a_failure_until_it_can(store: Path) -> None:
     (store / "store-id").mkdir()
-    server = Server(VLLM(config("ec_consumer", store=store)))
+    server = Server(VLLM(config("ec_producer", store=store)))
     answer = await server.call("GET", "/health")
     assert (answer.status, answer.json["status"]) == (503, "failed")
     (store / "store-id").rmdir()
