@@ -149,7 +149,7 @@ def on_one_host(*several: Instance) -> list[Instance]:
 
 def test_threads_that_have_a_core_each() -> None:
     (found,) = fleet.threads(on_one_host(E, PD))
-    assert (found.verdict, found.says) == ("ok", "2 of 2 instances on 2 cores at 10.0.0.1")
+    assert (found.verdict, found.says) == ("ok", "2 threads of 2 instances on 2 cores at 10.0.0.1")
     pinned = [replace(one, cpus=frozenset({cpu})) for cpu, one in enumerate((E, PD))]
     assert verdicts(fleet.threads(on_one_host(*pinned))) == ["ok"]
 

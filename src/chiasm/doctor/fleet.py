@@ -288,7 +288,8 @@ def threads(fleet: Fleet) -> Iterator[Finding]:
         for one in several:
             for cpu in one.cpus:
                 load[cpu] += (one.threads or 0) / len(one.cpus)
-        said = f"{sum(one.threads or 0 for one in several)} of {len(several)} instances on {len(load)} cores at {host}"
+        total = sum(one.threads or 0 for one in several)
+        said = f"{total} threads of {len(several)} instances on {len(load)} cores at {host}"
         if max(load.values()) > 1 + _ROUNDING:
             yield _THREADS.warning(
                 said,
