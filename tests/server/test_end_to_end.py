@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,9 +58,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def live(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Role], Live]]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def live(model: Path, store: Path) -> Iterator[Callable[[Role], Live]]:
     """Starts the instance of a role when a test first asks for it."""
-    store = tmp_path_factory.mktemp("store")
     started: dict[Role, Live] = {}
     with contextlib.ExitStack() as stack:
 
@@ -255,6 +260,13 @@ class TestEncoderAndPD:
         assert (first["role"], second["role"]) == ("encoder", "pd")
         assert first["fingerprint"] == second["fingerprint"]
         assert first["ec_store"] == second["ec_store"]
+
+    def test_health_names_the_store_that_there_is_now(self, encoder: Live, pd: Live, store: Path) -> None:
+        before = get(f"{pd.url}/health").json["ec_store"]
+        shutil.rmtree(store)
+        now = get(f"{pd.url}/health").json["ec_store"]
+        assert now not in ("", before)
+        assert get(f"{encoder.url}/health").json["ec_store"] == now
 
 
 def eventually(condition: Callable[[], bool]) -> None:

@@ -65,7 +65,7 @@ def use_threads(count: int | None) -> None:
 
 
 def threads_used(count: int | None) -> int:
-    """How many that makes."""
+    """How many there are then, for one operator."""
     return count or int(torch.get_num_threads())
 
 
