@@ -119,6 +119,16 @@ def test_figures_that_are_to_be_large_have_a_place_in_the_plot(tmp_path: Path) -
         assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
 
 
+def test_a_run_without_targets_leaves_no_place_for_them(tmp_path: Path) -> None:
+    panels = [Panel("first token", "ms", [Series("vLLM", [1.0, 2.0])])]
+    heights = []
+    for figures in ([], [Figure("ratio", 1.0, "x", 1.1)]):
+        write_plot(tmp_path / "results.png", {"engines": Outcome(figures=figures, panels=panels)}, "a run")
+        with Image.open(tmp_path / "results.png") as picture:
+            heights.append(picture.height)
+    assert heights[0] < heights[1]
+
+
 def test_a_run_without_samples_has_a_plot_too(tmp_path: Path) -> None:
     write_plot(tmp_path / "results.png", {"identity": Outcome()}, "a run")
     assert (tmp_path / "results.png").stat().st_size > 0

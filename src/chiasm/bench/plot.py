@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,15 +28,16 @@ _LEAST_HEIGHT = 1.9
 
 
 def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
-    """Draw every target with what was reached, then each measurement's samples, into a PNG file."""
+    """Draw every target with what was reached, where there are any, then each measurement's samples, into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     judged = [(name, one) for name, outcome in outcomes.items() for one in outcome.figures if _has_place(one)]
     panels = [panel for outcome in outcomes.values() for panel in outcome.panels]
     rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
-    heights = [0.5 + 0.3 * max(2, len(judged)), *(_height(row) for row in rows)]
-    total = _TITLE + sum(height + _BELOW for height in heights)
+    of_targets = [0.5 + 0.3 * max(2, len(judged))] if judged or not rows else []
+    heights = [*of_targets, *(_height(row) for row in rows)]
+    *tops, total = itertools.accumulate((height + _BELOW for height in heights), initial=_TITLE)
     canvas = Canvas(figsize=(_WIDTH, total), dpi=110)
     FigureCanvasAgg(canvas)
     canvas.text(0.5, 1 - 0.25 / total, title, ha="center", va="center", fontsize=12, color=_INK)
@@ -46,11 +48,10 @@ def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         return axes
 
-    top = _TITLE
-    _draw_targets(axes_at(_WIDEST_LABEL, top, _WIDTH - _WIDEST_LABEL - _RIGHT, heights[0]), judged)
+    if of_targets:
+        _draw_targets(axes_at(_WIDEST_LABEL, tops.pop(0), _WIDTH - _WIDEST_LABEL - _RIGHT, heights.pop(0)), judged)
     column = _WIDTH / _COLUMNS
-    for row, above, height in zip(rows, heights, heights[1:], strict=False):
-        top += _BELOW + above
+    for row, top, height in zip(rows, tops, heights, strict=True):
         for place, panel in enumerate(row):
             axes = axes_at(place * column + _LABEL, top, column - _LABEL - _RIGHT, height)
             axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=_INK)
@@ -115,10 +116,10 @@ def _draw_spread(axes: Any, panel: Panel) -> None:
     axes.set_yticks(range(len(panel.series)), [series.label for series in panel.series], fontsize=8)
     axes.set_ylim(len(panel.series) - 0.45, -0.75)
     _scale(axes, panel)
-    label = f"{panel.unit}; line: median, triangle: target"
+    limits = [series.at_most for series in panel.series if series.at_most is not None]
+    label = f"{panel.unit}; line: median" + (", triangle: target" if limits else "")
     if not panel.logarithmic:
         values = [value for series in panel.series for value in series.values]
-        limits = [series.at_most for series in panel.series if series.at_most is not None]
         middles = [median(one.values) for one in panel.series]
         right = 1.15 * max([quantile(values, _DRAWN_SHARE), *limits, *middles])
         axes.set_xlim(1.15 * min([0.0, *middles]), right)
