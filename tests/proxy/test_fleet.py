@@ -154,6 +154,25 @@ def test_pds_have_the_first_word() -> None:
     assert (pd.state, encoder.state) == (State.HEALTHY, State.MISMATCHED)
 
 
+def test_an_encoder_that_came_first_does_not_keep_pds_out() -> None:
+    fleet = Fleet()
+    wrong = add(fleet, "w", Role.ENCODER, fingerprint="e" * 64)
+    right = add(fleet, "e", Role.ENCODER)
+    assert (wrong.state, right.state) == (State.HEALTHY, State.MISMATCHED)
+    pd = add(fleet, "p")
+    assert (wrong.state, right.state, pd.state) == (State.MISMATCHED, State.HEALTHY, State.HEALTHY)
+
+
+def test_a_wrong_pd_does_not_take_over_while_the_right_one_is_away() -> None:
+    fleet = Fleet()
+    encoder, right = add(fleet, "e", Role.ENCODER), add(fleet, "r")
+    wrong = add(fleet, "w", fingerprint="e" * 64)
+    fleet.fail(right, "busy")
+    assert (encoder.state, wrong.state) == (State.HEALTHY, State.MISMATCHED)
+    fleet.succeed(right, replace(REPORT, role="pd"))
+    assert right.state is State.HEALTHY
+
+
 def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> None:
     fleet = Fleet()
     pd, encoder = add(fleet, "p"), add(fleet, "e", Role.ENCODER)

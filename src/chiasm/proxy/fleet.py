@@ -146,6 +146,8 @@ class Fleet:
     def __init__(self) -> None:
         self._instances: dict[str, Instance] = {}
         self._agreed: Report | None = None
+        self._is_confirmed = False
+        """Whether an instance that answers has held to it."""
         self._taken = 0
         self.on_remove: Callable[[Instance], None] = lambda instance: None
 
@@ -289,8 +291,8 @@ class Fleet:
     def _agree(self) -> None:
         """Judge every reachable instance against what the fleet serves.
 
-        What was agreed on stays as long as one instance holds to it; then those that answer have the first word, encoders
-        follow.
+        Those that answer have the first word, encoders follow: what encoders alone have agreed on goes when the first of
+        those that answer says otherwise. Else it stays as long as one instance holds to it.
         """
         members: list[tuple[Instance, Report]] = []
         for instance in sorted(self._instances.values(), key=lambda one: one.role is Role.ENCODER):
@@ -308,8 +310,11 @@ class Fleet:
                 continue
             members.append((instance, instance.report))
         agreed = self._agreed
-        if agreed is not None and all(_difference(agreed, report) for _, report in members):
+        answering = [report for instance, report in members if instance.role in LANGUAGE_ROLES]
+        holders = answering if answering and not self._is_confirmed else [report for _, report in members]
+        if agreed is not None and all(_difference(agreed, report) for report in holders):
             agreed = None
+            self._is_confirmed = False
         movers = [report for _, report in members if report.kv_connector]
         if agreed is not None and movers and all(_moves_kv_by(agreed) != _moves_kv_by(report) for report in movers):
             agreed = replace(agreed, kv_connector="", engine="")  # encoders alone hold to it
@@ -319,6 +324,7 @@ class Fleet:
             instance.mismatch = _difference(agreed, report)
             if instance.mismatch is None:
                 instance.seen_healthy = True
+                self._is_confirmed = self._is_confirmed or instance.role in LANGUAGE_ROLES
                 agreed = replace(
                     agreed,
                     fingerprint=agreed.fingerprint or report.fingerprint,
