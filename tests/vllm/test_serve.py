@@ -52,7 +52,7 @@ def test_text_is_answered(service: Service) -> None:
 def test_only_the_language_model_has_kv_and_only_the_encoder_encodes(service: Service) -> None:
     before = service.metric("vllm:chiasm_ec_saves_total", "encoder")
     service.answer(Question(50).body)
-    assert service.metric("vllm:chiasm_ec_saves_total", "encoder") == before + 1
+    service.wait(lambda: service.metric("vllm:chiasm_ec_saves_total", "encoder") == before + 1)
     assert service.metric("vllm:chiasm_ec_saves_total", "pd") == 0
     assert service.metric("vllm:chiasm_ec_misses_total", "pd") == 0
 
