@@ -2,6 +2,10 @@
 
 vLLM's workers poll for one second after each step before they sleep. On a machine with a GPU that saves a wake-up; where
 encoder, prefill and decode share a few CPU cores, it takes the core that the next instance needs.
+
+A reader that sleeps is woken by a message, and vLLM's may get lost when two are sent at nearly the same time (its sockets drop
+what they have no room for). It then looks again by itself, after five seconds: a running answer stands still for as long.
+Since readers sleep much more often here, they look again much sooner.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from chiasm.integrations.vllm import nixl_patience
 
 _logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.001
+_LOOK_AGAIN_MILLISECONDS = 20
 
 
 def register() -> None:
@@ -30,6 +35,7 @@ def register() -> None:
                     self.busy_loop_s = _POLL_SECONDS
 
             condition.__init__ = make_patient
+            shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = _LOOK_AGAIN_MILLISECONDS
             nixl_patience.install()
     except (ImportError, AttributeError) as error:
         _logger.warning("vLLM's workers keep polling: %s", error)
