@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -184,6 +185,50 @@ def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> No
     fleet.succeed(pd, replace(new, role="pd"))
     assert (pd.state, encoder.state) == (State.HEALTHY, State.HEALTHY)
     assert fleet.fingerprint == "e" * 64
+
+
+@pytest.mark.parametrize("order", list(permutations(("pd", "a", "b"))))
+def test_a_store_that_was_made_anew_keeps_nobody_out(order: tuple[str, ...]) -> None:
+    fleet = Fleet()
+    roles = {"pd": Role.PD, "a": Role.ENCODER, "b": Role.ENCODER}
+    instances = [add(fleet, name, role) for name, role in roles.items()]
+    for store in ("anew", "once more"):
+        for name in order:
+            add(fleet, name, roles[name], ec_store=store)
+            assert [one.state for one in instances] == [State.HEALTHY] * 3
+    assert add(fleet, "late", Role.ENCODER).state is State.MISMATCHED
+
+
+def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_others_were_asked_again() -> None:
+    fleet = Fleet()
+    pd = add(fleet, "pd")
+    moved = add(fleet, "a", Role.ENCODER)
+    add(fleet, "b", Role.ENCODER)
+    add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
+    add(fleet, "b", Role.ENCODER)
+    add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
+    assert moved.state is State.HEALTHY
+    add(fleet, "pd")
+    assert moved.state is State.MISMATCHED
+    assert "store" in str(moved.reason)
+    assert pd.state is State.HEALTHY
+
+
+def test_an_instance_that_comes_back_with_another_store_is_mismatched_at_once() -> None:
+    fleet = Fleet()
+    add(fleet, "pd")
+    encoder = add(fleet, "a", Role.ENCODER)
+    fleet.fail(encoder, "refused")
+    add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
+    assert encoder.state is State.MISMATCHED
+
+
+def test_a_moved_store_excuses_no_other_difference() -> None:
+    fleet = Fleet()
+    add(fleet, "pd")
+    encoder = add(fleet, "a", Role.ENCODER)
+    add(fleet, "a", Role.ENCODER, ec_store="anew", fingerprint="e" * 64)
+    assert encoder.state is State.MISMATCHED
 
 
 def test_what_was_agreed_outlives_a_moment_without_anybody() -> None:

@@ -96,6 +96,10 @@ class Instance:
         self.last_taken = 0
         self.missed_probes = 0
         """Probes in a row that weren't answered in time."""
+        self.reported_at = 0
+        """Which report of all that the fleet has had is the latest of this instance."""
+        self.store_since = 0
+        """The report with which it named another store while it was healthy: a folder that was removed is made anew."""
 
     @property
     def state(self) -> State:
@@ -149,6 +153,7 @@ class Fleet:
         self._is_confirmed = False
         """Whether an instance that answers has held to it."""
         self._taken = 0
+        self._reports = 0
         self.on_remove: Callable[[Instance], None] = lambda instance: None
 
     # What there is
@@ -240,6 +245,10 @@ class Fleet:
 
     def succeed(self, instance: Instance, report: Report) -> None:
         """A probe succeeded."""
+        self._reports += 1
+        instance.reported_at = self._reports
+        if instance.state is State.HEALTHY and instance.report and instance.report.ec_store != report.ec_store:
+            instance.store_since = self._reports
         instance.report = report
         instance.failure = None
         self._agree()
@@ -292,7 +301,9 @@ class Fleet:
         """Judge every reachable instance against what the fleet serves.
 
         Those that answer have the first word, encoders follow: what encoders alone have agreed on goes when the first of
-        those that answer says otherwise. Else it stays as long as one instance holds to it.
+        those that answer says otherwise. Else it stays as long as one instance holds to it. An instance that names
+        another store than before is not judged by it until those that hold to the old one have been asked again: where the
+        folder was made anew, they will say the same.
         """
         members: list[tuple[Instance, Report]] = []
         for instance in sorted(self._instances.values(), key=lambda one: one.role is Role.ENCODER):
@@ -321,7 +332,11 @@ class Fleet:
         for instance, report in members:
             if agreed is None:
                 agreed = report
-            instance.mismatch = _difference(agreed, report)
+            is_ahead = any(
+                other.reported_at < instance.store_since and known.ec_store == agreed.ec_store
+                for other, known in members
+            )
+            instance.mismatch = _difference(agreed, replace(report, ec_store="") if is_ahead else report)
             if instance.mismatch is None:
                 instance.seen_healthy = True
                 self._is_confirmed = self._is_confirmed or instance.role in LANGUAGE_ROLES
