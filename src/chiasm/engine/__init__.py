@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 from chiasm.engine.config import EngineConfig, Role
 
 if TYPE_CHECKING:
-    from chiasm.engine.encoder import EncoderEngine
-    from chiasm.engine.engine import LanguageEngine
+    from chiasm.engine.base import Engine
 
 __all__ = ["EngineConfig", "Role", "create_engine"]
 
 
-def create_engine(config: EngineConfig) -> LanguageEngine | EncoderEngine:
+def create_engine(config: EngineConfig) -> Engine:
     """The engine of the config's role, not started. Raises ConfigurationError for a model that can't be served."""
     if config.role is Role.ENCODER:
         from chiasm.engine.encoder import EncoderEngine

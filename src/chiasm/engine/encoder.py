@@ -8,21 +8,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole
+from chiasm.engine.base import Engine
 from chiasm.engine.config import EngineConfig
-from chiasm.engine.device import check_memory, choose_device, choose_dtype, threads_used, use_threads
+from chiasm.engine.device import check_memory, use_threads
 from chiasm.engine.request import EncodedItem, EncodeItem, ItemOutcome
 from chiasm.engine.stats import EngineStats
 from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestError, OverloadedError
 from chiasm.media import MediaConfig
 from chiasm.media.image import decode
-from chiasm.models import fingerprint, load_processor, load_vision
+from chiasm.models import load_vision
 from chiasm.models.base import Pixels
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class _Progress:
         )
 
 
-class EncoderEngine:
+class EncoderEngine(Engine):
     """Role ``encoder``. Each stage has threads of its own, so that an item is published while the next is encoded.
 
     An item is encoded by itself, in order of arrival; the same item asked for twice at once is encoded once.
@@ -69,30 +69,19 @@ class EncoderEngine:
     def __init__(self, config: EngineConfig) -> None:
         if config.ec is None:
             raise ValueError("an encoder publishes through a connector: EngineConfig.ec is missing")
-        self.config = config
-        self.device = choose_device(config.device)
-        self.dtype = choose_dtype(config.dtype, config.model, self.device)
-        self.processor = load_processor(config.model)
-        self.model_fingerprint = fingerprint(config.model, str(self.dtype).removeprefix("torch."))
-        self.max_model_len = min(config.max_model_len or self.processor.max_model_len, self.processor.max_model_len)
-        self._store_id: Callable[[], str] = str
+        super().__init__(config)
         self._started = False
         self._in_flight: dict[str, _Encoding] = {}
         self._items: Counter[ItemOutcome] = Counter()
         self._encode_seconds = 0.0
 
     def start(self) -> None:
-        """Load the vision tower and open the connector. Slow; raises ConfigurationError when it can't be served."""
         config = self.config
         assert config.ec is not None
         use_threads(config.threads)
         check_memory(config.model, self.device)
         self._vision = load_vision(config.model, dtype=self.dtype, device=self.device)
-        ec = replace(config.ec, fingerprint=self.model_fingerprint, device=str(self.device))
-        self._ec_scheduler = ECConnectorFactory.create_connector(ec, ECConnectorRole.SCHEDULER)
-        self._ec_worker: ECConnector = ECConnectorFactory.create_connector(ec, ECConnectorRole.WORKER)
-        self._store_id = self._ec_scheduler.store_id
-        self._store_id()  # what cannot be reached fails now
+        self._ec_scheduler, self._ec_worker = self._connect(config.ec)
         self._preprocess_pool = ThreadPoolExecutor(1, "chiasm-preprocess")
         self._encode_pool = ThreadPoolExecutor(1, "chiasm-encode", initializer=use_threads, initargs=(config.threads,))
         self._publish_pool = ThreadPoolExecutor(2, "chiasm-publish")
@@ -107,18 +96,6 @@ class EncoderEngine:
                 pool.shutdown(cancel_futures=True)
             self._ec_scheduler.shutdown()
             self._ec_worker.shutdown()
-
-    def store_id(self) -> str:
-        """Names the place of the embeddings as it is now; empty where none are exchanged.
-
-        May read a file: not to be called on an event loop. Raises StorageError.
-        """
-        return self._store_id()
-
-    @property
-    def num_threads(self) -> int:
-        """That one operator uses, on the CPU."""
-        return threads_used(self.config.threads)
 
     @property
     def healthy(self) -> bool:

@@ -9,22 +9,19 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole
 from chiasm.engine.attention import KVCache, register_paged_attention
+from chiasm.engine.base import Engine
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.config import EngineConfig, Role
 from chiasm.engine.detokenizer import Detokenizer
 from chiasm.engine.device import (
     MIXED_PREFILL_TOKENS,
     check_memory,
-    choose_device,
-    choose_dtype,
     kv_cache_blocks,
-    threads_used,
     use_threads,
 )
 from chiasm.engine.embeddings import Embeddings
@@ -51,7 +48,7 @@ from chiasm.errors import (
 )
 from chiasm.kv_transfer import KVLayout, KVTransferRole
 from chiasm.kv_transfer.params import TokenLogprob
-from chiasm.models import fingerprint, load_language, load_processor, load_vision
+from chiasm.models import load_language, load_vision
 
 if TYPE_CHECKING:
     from chiasm.kv_transfer import KVTransferParams
@@ -85,7 +82,7 @@ class _Wake:
 _KV_ROLES = {Role.PREFILL: KVTransferRole.PRODUCER, Role.DECODE: KVTransferRole.CONSUMER}
 
 
-class LanguageEngine:
+class LanguageEngine(Engine):
     """All roles but the encoder's: prefill and decode in one thread, with continuous batching.
 
     A ``prefill`` engine ends each request after one token and leaves the prompt's KV for a ``decode`` engine, which begins
@@ -100,13 +97,7 @@ class LanguageEngine:
             raise ValueError(f"a {config.role} engine takes embeddings from a connector: EngineConfig.ec is missing")
         if (config.role in _KV_ROLES) != (config.kv is not None):
             raise ValueError("prefill and decode engines, and no others, have EngineConfig.kv")
-        self.device = choose_device(config.device)
-        self.dtype = choose_dtype(config.dtype, config.model, self.device)
-        self.config = config
-        self.processor = load_processor(config.model)
-        self.model_fingerprint = fingerprint(config.model, str(self.dtype).removeprefix("torch."))
-        self.max_model_len = min(config.max_model_len or self.processor.max_model_len, self.processor.max_model_len)
-        self._store_id: Callable[[], str] = str
+        super().__init__(config)
         self._inbox: queue.SimpleQueue[RequestState | _Abort | _Stop | _Wake] = queue.SimpleQueue()
         self._states: dict[str, RequestState] = {}
         self._arrivals = itertools.count()
@@ -120,7 +111,6 @@ class LanguageEngine:
     # ---- life ---------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Load the role's weights and begin to serve. Slow; raises ConfigurationError when the model can't be served."""
         config = self.config
         use_threads(config.threads)
         check_memory(config.model, self.device)
@@ -129,15 +119,7 @@ class LanguageEngine:
         vision: VisionModel | None = None
         if config.role is Role.AGGREGATED:
             vision = load_vision(config.model, dtype=self.dtype, device=self.device)
-        connectors: tuple[ECConnector, ECConnector] | None = None
-        if config.ec is not None:
-            ec = replace(config.ec, fingerprint=self.model_fingerprint, device=str(self.device))
-            connectors = (
-                ECConnectorFactory.create_connector(ec, ECConnectorRole.SCHEDULER),
-                ECConnectorFactory.create_connector(ec, ECConnectorRole.WORKER),
-            )
-            self._store_id = connectors[0].store_id
-            self._store_id()  # what cannot be reached fails now
+        connectors = None if config.ec is None else self._connect(config.ec)
         if config.kv is not None:
             self._handover = Handover(
                 config.kv, _KV_ROLES[config.role], fingerprint=self.model_fingerprint, device=str(self.device)
@@ -203,18 +185,6 @@ class LanguageEngine:
             dtype=str(self.dtype).removeprefix("torch."),
             bytes_per_block=kv_cache.blocks.shape[1],
         )
-
-    def store_id(self) -> str:
-        """Names the place of the embeddings as it is now; empty where none are exchanged.
-
-        May read a file: not to be called on an event loop. Raises StorageError.
-        """
-        return self._store_id()
-
-    @property
-    def num_threads(self) -> int:
-        """That one operator uses, on the CPU."""
-        return threads_used(self.config.threads)
 
     @property
     def healthy(self) -> bool:

@@ -22,7 +22,7 @@ from chiasm.server.instance import Instance
 from chiasm.server.status import Status
 
 if TYPE_CHECKING:
-    from chiasm.server.instance import Engine
+    from chiasm.engine.base import Engine
 
 
 def create_app(engine: Engine, *, served_model_name: str, config: ServerConfig | None = None) -> Starlette:

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from chiasm.errors import ChiasmError, InvalidRequestError, ModelNotFoundError, OverloadedError
 from chiasm.media import Fetcher
@@ -15,11 +15,10 @@ from chiasm.server.config import ServerConfig
 from chiasm.server.metrics import Metrics
 
 if TYPE_CHECKING:
+    from chiasm.engine.base import Engine
     from chiasm.engine.encoder import EncoderEngine
     from chiasm.engine.engine import LanguageEngine
     from chiasm.server.exchange import Exchange
-
-    Engine: TypeAlias = LanguageEngine | EncoderEngine
 
 State = Literal["starting", "ok", "failed", "stopping"]
 _T = TypeVar("_T")

@@ -15,7 +15,7 @@ from chiasm.server.exchange import Exchange
 from chiasm.server.protocol import ChatRequest, ImageURL, Part
 
 if TYPE_CHECKING:
-    from chiasm.server.instance import Engine
+    from chiasm.engine.base import Engine
 
 IMAGE_URL = "image_url"
 IMAGE_EMBEDS = "image_embeds"
