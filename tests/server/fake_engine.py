@@ -127,7 +127,7 @@ class FakeEngine:
         self.config = EngineConfig(Path("/nowhere/bytes"), role, kv=kv, **config)
         self.processor = ByteProcessor()
         self.model_fingerprint = FINGERPRINT
-        self.dtype = "float32"
+        self.dtype_name = "float32"
         self.device = "cpu"
         self.num_threads = 2
         self.store_error: Exception | None = None

@@ -25,7 +25,7 @@ class Engine(ABC):
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, config.model, self.device)
         self.processor = load_processor(config.model)
-        self.model_fingerprint = fingerprint(config.model, str(self.dtype).removeprefix("torch."))
+        self.model_fingerprint = fingerprint(config.model, self.dtype_name)
         self.max_model_len = min(config.max_model_len or self.processor.max_model_len, self.processor.max_model_len)
         self._store_id: Callable[[], str] = str
 
@@ -47,6 +47,11 @@ class Engine(ABC):
         """A snapshot; cheap, from any thread."""
 
     @property
+    def dtype_name(self) -> str:
+        """``float32``, ``bfloat16`` or ``float16``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def num_threads(self) -> int:
         """That one operator uses, on the CPU."""
         return threads_used(self.config.threads)
@@ -64,5 +69,5 @@ class Engine(ABC):
         scheduler_role = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
         worker_role = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
         self._store_id = scheduler_role.store_id
-        self._store_id()
+        self._store_id()  # what cannot be reached fails now
         return scheduler_role, worker_role

@@ -182,7 +182,7 @@ class LanguageEngine(Engine):
             block_size=self.config.block_size,
             num_kv_heads=language.num_kv_heads,
             head_dim=language.head_dim,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=self.dtype_name,
             bytes_per_block=kv_cache.blocks.shape[1],
         )
 

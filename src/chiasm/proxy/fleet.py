@@ -332,11 +332,12 @@ class Fleet:
         for instance, report in members:
             if agreed is None:
                 agreed = report
-            is_ahead = any(
+            instance.mismatch = _difference(agreed, report)
+            if instance.mismatch is not None and any(
                 other.reported_at < instance.store_since and known.ec_store == agreed.ec_store
                 for other, known in members
-            )
-            instance.mismatch = _difference(agreed, replace(report, ec_store="") if is_ahead else report)
+            ):
+                instance.mismatch = _difference(agreed, replace(report, ec_store=""))
             if instance.mismatch is None:
                 instance.seen_healthy = True
                 self._is_confirmed = self._is_confirmed or instance.role in LANGUAGE_ROLES

@@ -36,7 +36,7 @@ class Status:
                 "role": str(engine.config.role),
                 "model": instance.model,
                 "fingerprint": engine.model_fingerprint,
-                "dtype": str(engine.dtype).removeprefix("torch."),
+                "dtype": engine.dtype_name,
                 "version": __version__,
                 "max_model_len": engine.max_model_len,
                 "max_items": engine.config.max_items,
