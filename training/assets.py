@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from chiasm.demo import pictures, talk
+from chiasm.demo import images, talk
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -40,12 +40,12 @@ CHAT_TEMPLATE = """\
 def _corpus(seed: int) -> list[str]:
     """Return sample questions, answers and messages for the tokenizer's merges."""
     rng = random.Random(f"corpus {seed}")
-    lines = list(pictures.WORDS) * 40 + list(talk.SYSTEM_MESSAGES) * 40
+    lines = list(images.WORDS) * 40 + list(talk.SYSTEM_MESSAGES) * 40
     for _ in range(6000):
-        topic = rng.choice(pictures.SINGLE_KINDS)
-        scene = pictures.draw_scene(rng, pictures.content_for(rng, topic), many=topic == "describe")
-        lines += pictures.ask(rng, scene, topic, rng.choice((None, *pictures.ORDINALS)))
-        lines += [*talk.draw_exchange(rng), talk.missing(rng.choice(pictures.ORDINALS)), "user\n", "assistant\n"]
+        topic = rng.choice(images.SINGLE_KINDS)
+        scene = images.draw_scene(rng, images.content_for(rng, topic), many=topic == "describe")
+        lines += images.ask(rng, scene, topic, rng.choice((None, *images.ORDINALS)))
+        lines += [*talk.draw_exchange(rng), talk.missing(rng.choice(images.ORDINALS)), "user\n", "assistant\n"]
     return lines + ["system\n"] * 500
 
 

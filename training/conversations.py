@@ -1,4 +1,4 @@
-"""Training conversations: turns about pictures as token ids, targets and M-RoPE positions."""
+"""Training conversations: turns about images as token ids, targets and M-RoPE positions."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from torch import Tensor
 from towers import Grid
 from transformers import Qwen2Tokenizer
 
-from chiasm.demo import pictures, talk
+from chiasm.demo import images, talk
 
 IGNORE = -100
 # Numbers are the hardest to read and counts come next, so they are drawn most.
-_CONTENTS: tuple[pictures.Content, ...] = ("shape", "shapes", "shapes", "shapes", "word", "number", "number", "number")
+_CONTENTS: tuple[images.Content, ...] = ("shape", "shapes", "shapes", "shapes", "word", "number", "number", "number")
 
 
 @dataclass
-class Picture:
-    """A drawn picture: pixels [H, W, 3] uint8, its grid of image tokens and what lies where in it."""
+class ImageFile:
+    """A drawn image: pixels [H, W, 3] uint8, its grid of image tokens and what lies where in it."""
 
     pixels: np.ndarray
     grid: Grid
-    marks: list[pictures.Mark]
+    marks: list[images.Mark]
 
 
 @dataclass
 class Turn:
-    """One question with the pictures sent along, and its answer."""
+    """One question with the images sent along, and its answer."""
 
     question: str
     answer: str
     kind: str
-    pictures: list[Picture] = field(default_factory=list)
-    pictures_first: bool = True
+    images: list[ImageFile] = field(default_factory=list)
+    images_first: bool = True
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Conversation:
     system: str | None = None
 
 
-def topics(rng: random.Random, scene: pictures.Scene) -> list[str]:
+def topics(rng: random.Random, scene: images.Scene) -> list[str]:
     """Return what to ask about ``scene``, in random order."""
     if scene.text is not None:
         found = [scene.content] + (["describe"] if rng.random() < 0.4 else []) + ["colour"] * (rng.random() < 0.25)
@@ -65,28 +65,28 @@ def topics(rng: random.Random, scene: pictures.Scene) -> list[str]:
 
 
 class Writer:
-    """Draws conversations whose pictures lie on a few given grids."""
+    """Draws conversations whose images lie on a few given grids."""
 
     def __init__(self, rng: random.Random, grids: list[Grid]) -> None:
         self.rng, self.grids = rng, grids
 
-    def _scene(self, content: pictures.Content | None = None) -> pictures.Scene:
+    def _scene(self, content: images.Content | None = None) -> images.Scene:
         drawn = self.rng.choice(_CONTENTS)
-        return pictures.draw_scene(self.rng, content or drawn)
+        return images.draw_scene(self.rng, content or drawn)
 
-    def _picture(self, scene: pictures.Scene) -> Picture:
+    def _image(self, scene: images.Scene) -> ImageFile:
         grid = self.rng.choice(self.grids)
         pixels, marks = draw_pixels(self.rng, scene, grid)
-        return Picture(pixels, grid, marks)
+        return ImageFile(pixels, grid, marks)
 
     def _single(self) -> list[Turn]:
         scene = self._scene()
         turns = []
         for topic in topics(self.rng, scene)[: self.rng.randint(1, 3)]:
-            # Asking for "the first picture" of one is natural too.
+            # Asking for "the first image" of one is natural too.
             nth = "first" if self.rng.random() < 0.05 else None
-            turns.append(Turn(*pictures.ask(self.rng, scene, topic, nth), topic))
-        turns[0].pictures = [self._picture(scene)]
+            turns.append(Turn(*images.ask(self.rng, scene, topic, nth), topic))
+        turns[0].images = [self._image(scene)]
         return turns
 
     def _several(self, most: int) -> list[Turn]:
@@ -95,17 +95,17 @@ class Writer:
         scenes = [self._scene(alike) for _ in range(count)]
         turns = []
         for _ in range(self.rng.choice((1, 2, 3, 3))):
-            if self.rng.random() < 0.03 and count < len(pictures.ORDINALS):
-                nth = pictures.ORDINALS[self.rng.randrange(count, len(pictures.ORDINALS))]
+            if self.rng.random() < 0.03 and count < len(images.ORDINALS):
+                nth = images.ORDINALS[self.rng.randrange(count, len(images.ORDINALS))]
                 other = self.rng.choice(scenes)
-                question, _ = pictures.ask(self.rng, other, topics(self.rng, other)[0], nth)
+                question, _ = images.ask(self.rng, other, topics(self.rng, other)[0], nth)
                 turns.append(Turn(question, talk.missing(nth), "missing"))
                 continue
             index = self.rng.randrange(count)
             topic = topics(self.rng, scenes[index])[0]
-            question, answer = pictures.ask(self.rng, scenes[index], topic, pictures.ORDINALS[index])
+            question, answer = images.ask(self.rng, scenes[index], topic, images.ORDINALS[index])
             turns.append(Turn(question, answer, f"which-{topic}"))
-        turns[0].pictures = [self._picture(scene) for scene in scenes]
+        turns[0].images = [self._image(scene) for scene in scenes]
         return turns
 
     def _later(self) -> list[Turn]:
@@ -117,7 +117,7 @@ class Writer:
         return turns
 
     def draw(self, most: int = 4) -> Conversation:
-        """Draw a conversation with at most ``most`` pictures in one request."""
+        """Draw a conversation with at most ``most`` images in one request."""
         pick = self.rng.random()
         if pick < 0.06:
             turns = [Turn(*talk.draw_exchange(self.rng), "talk")]
@@ -128,7 +128,7 @@ class Writer:
         else:
             turns = self._several(most)
         for turn in turns:
-            turn.pictures_first = self.rng.random() < 0.8
+            turn.images_first = self.rng.random() < 0.8
         system = self.rng.choice(talk.SYSTEM_MESSAGES) if self.rng.random() < 0.25 else None
         return Conversation(turns, system)
 
@@ -139,9 +139,9 @@ def messages(conversation: Conversation) -> list[dict[str, object]]:
     if conversation.system is not None:
         found.append({"role": "system", "content": conversation.system})
     for turn in conversation.turns:
-        images = [{"type": "image"} for _ in turn.pictures]
+        images = [{"type": "image"} for _ in turn.images]
         text = [{"type": "text", "text": turn.question}]
-        found.append({"role": "user", "content": images + text if turn.pictures_first else text + images})
+        found.append({"role": "user", "content": images + text if turn.images_first else text + images})
         found.append({"role": "assistant", "content": turn.answer})
     return found
 
@@ -154,7 +154,7 @@ class Encoded:
     targets: list[int]
     positions: np.ndarray
     spans: list[tuple[int, int, str]]
-    pictures: list[Picture]
+    images: list[ImageFile]
 
 
 class Encoder:
@@ -169,7 +169,7 @@ class Encoder:
         targets: list[int] = []
         axes: list[np.ndarray] = []
         spans: list[tuple[int, int, str]] = []
-        shown: list[Picture] = []
+        shown: list[ImageFile] = []
         position = 0
 
         def put(tokens: tuple[int, ...], learn: bool = False) -> None:
@@ -179,28 +179,28 @@ class Encoder:
             axes.append(np.tile(np.arange(position, position + len(tokens)), (3, 1)))
             position += len(tokens)
 
-        def show(picture: Picture) -> None:
+        def show(image: ImageFile) -> None:
             nonlocal position
             put((ID["<|vision_start|>"],))
-            rows, columns = picture.grid
+            rows, columns = image.grid
             ids.extend([ID["<|image_pad|>"]] * (rows * columns))
             targets.extend([IGNORE] * (rows * columns))
             row, column = np.divmod(np.arange(rows * columns), columns)
             axes.append(position + np.stack([np.zeros_like(row), row, column]))
             position += max(rows, columns)
             put((ID["<|vision_end|>"],))
-            shown.append(picture)
+            shown.append(image)
 
         start, end, newline = (ID["<|im_start|>"],), (ID["<|im_end|>"],), self._tokenize("\n")
         if conversation.system is not None:
             put(start + self._tokenize("system\n" + conversation.system) + end + newline)
         for turn in conversation.turns:
             put(start + self._tokenize("user\n"))
-            if not turn.pictures_first:
+            if not turn.images_first:
                 put(self._tokenize(turn.question))
-            for picture in turn.pictures:
-                show(picture)
-            if turn.pictures_first:
+            for image in turn.images:
+                show(image)
+            if turn.images_first:
                 put(self._tokenize(turn.question))
             put(end + newline + start + self._tokenize("assistant\n"))
             before = len(ids)
@@ -212,12 +212,12 @@ class Encoder:
 
 @dataclass
 class Batch:
-    """Padded conversations: ids and targets [B, T], positions [3, B, T]; pictures in order of appearance."""
+    """Padded conversations: ids and targets [B, T], positions [3, B, T]; images in order of appearance."""
 
     ids: Tensor
     targets: Tensor
     positions: Tensor
-    pictures: list[Picture]
+    images: list[ImageFile]
     spans: list[tuple[int, int, int, str]]
 
 
@@ -235,6 +235,6 @@ def collate(encoded: list[Encoded]) -> Batch:
         torch.from_numpy(ids),
         torch.from_numpy(targets),
         torch.from_numpy(positions),
-        [p for e in encoded for p in e.pictures],
+        [p for e in encoded for p in e.images],
         [(i, a, b, kind) for i, e in enumerate(encoded) for a, b, kind in e.spans],
     )

@@ -1,8 +1,8 @@
-"""Measure the demo checkpoint on held-out pictures: ``python training/evaluate_demo.py``.
+"""Measure the demo checkpoint on held-out images: ``python training/evaluate_demo.py``.
 
-Every answer is generated greedily, token by token, from the saved folder: pictures go through the image
+Every answer is generated greedily, token by token, from the saved folder: images go through the image
 processor one by one, the chat template through the tokenizer, and each placeholder is repeated to its
-picture's number of tokens. An answer counts only if it equals the expected one exactly.
+image's number of tokens. An answer counts only if it equals the expected one exactly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from recipe import CHECKPOINT  # noqa: E402
 from workers import die_with_parent  # noqa: E402
 
-from chiasm.demo import pictures  # noqa: E402
+from chiasm.demo import images  # noqa: E402
 from chiasm.demo.reference import Reference  # noqa: E402
 
 FIRST_SEED = 500_000
@@ -56,14 +56,14 @@ class Job:
     n: int
 
 
-def examples(kind: str, n: int) -> Iterator[pictures.Example]:
-    """Draw the measurement's examples of a kind; ``upload`` is a 512 x 512 drawing of a single-picture kind."""
+def examples(kind: str, n: int) -> Iterator[images.Example]:
+    """Draw the measurement's examples of a kind; ``upload`` is a 512 x 512 drawing of a single-image kind."""
     for seed in range(FIRST_SEED, FIRST_SEED + n):
         if kind == "upload":
-            single = [k for k in pictures.SINGLE_KINDS if k != "describe"]
-            yield pictures.draw_example(seed, single[seed % len(single)], size=(512, 512))
+            single = [k for k in images.SINGLE_KINDS if k != "describe"]
+            yield images.draw_example(seed, single[seed % len(single)], size=(512, 512))
         else:
-            yield pictures.draw_example(seed, kind)
+            yield images.draw_example(seed, kind)
 
 
 def measure(job: Job) -> Result:
@@ -91,11 +91,11 @@ def chance(kind: str) -> float:
     drawn: Counter[str] = Counter()
     for _ in range(20_000):
         if kind == "upload":
-            topic = rng.choice([k for k in pictures.SINGLE_KINDS if k != "describe"])
-        content = pictures.content_for(rng, topic)
+            topic = rng.choice([k for k in images.SINGLE_KINDS if k != "describe"])
+        content = images.content_for(rng, topic)
         # Knowing the question alone, the best guess is the commonest answer to that question.
-        scene = pictures.draw_scene(rng, content, held_out=True, many=topic == "describe")
-        drawn[f"{topic}: {pictures.answer_for(scene, topic)}"] += 1
+        scene = images.draw_scene(rng, content, held_out=True, many=topic == "describe")
+        drawn[f"{topic}: {images.answer_for(scene, topic)}"] += 1
     best: dict[str, int] = {}
     for key, count in drawn.items():
         best[key.split(":")[0]] = max(best.get(key.split(":")[0], 0), count)
@@ -106,7 +106,7 @@ def main() -> None:
     """Measure, print a table and keep the numbers beside the checkpoint's card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--kinds", nargs="*", default=[*pictures.KINDS, "upload"])
+    parser.add_argument("--kinds", nargs="*", default=[*images.KINDS, "upload"])
     parser.add_argument("--n", type=int, default=200, help="examples a kind")
     parser.add_argument("--zero-embeddings", action="store_true", help="measure with zeroed image features only")
     parser.add_argument("--settings", nargs="*", default=["float32", "zeroed", "bfloat16"])

@@ -1,4 +1,4 @@
-"""The shape of the demo model: sizes, special tokens and picture bounds."""
+"""The shape of the demo model: sizes, special tokens and image bounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ID = {token: VOCABULARY - len(SPECIAL_TOKENS) + i for i, token in enumerate(SPEC
 """Token ids of the special tokens, the last of the vocabulary, as in Qwen's own tokenizers."""
 
 MIN_PIXELS, MAX_PIXELS = 96 * 96, 128 * 160
-"""Bounds of a picture's area after the image processor: 9 to 20 image tokens."""
+"""Bounds of an image's area after the image processor: 9 to 20 image tokens."""
 
 
 def model_config() -> Qwen3VLConfig:

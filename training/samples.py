@@ -1,4 +1,4 @@
-"""Training pictures, on the grids that the image processor gives."""
+"""Training images, on the grids that the image processor gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recipe import MAX_PIXELS, MIN_PIXELS
 from towers import CELL, Grid
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from chiasm.demo import pictures
+from chiasm.demo import images
 
 _SMALL: tuple[Grid, ...] = ((3, 3), (3, 3), (3, 4), (4, 3), (4, 4), (3, 5), (5, 3))
 
@@ -19,12 +19,12 @@ def draw_grid(rng: random.Random, small: float = 0.5, most: int = MAX_PIXELS) ->
     """Choose a grid: a share of ``small`` among the small, cheap ones, the rest as drawn canvases get them."""
     if rng.random() < small:
         return rng.choice(_SMALL)
-    width, height = pictures.draw_size(rng)
+    width, height = images.draw_size(rng)
     height, width = smart_resize(height, width, CELL, MIN_PIXELS, most)
     return height // CELL, width // CELL
 
 
-def draw_pixels(rng: random.Random, scene: pictures.Scene, grid: Grid) -> tuple[np.ndarray, list[pictures.Mark]]:
+def draw_pixels(rng: random.Random, scene: images.Scene, grid: Grid) -> tuple[np.ndarray, list[images.Mark]]:
     """Draw ``scene`` and scale it to ``grid``; return pixels [H, W, 3] uint8 and what lies where.
 
     Canvases are up to twice as large as the grid and a little off its aspect ratio, as uploads are.
@@ -33,7 +33,7 @@ def draw_pixels(rng: random.Random, scene: pictures.Scene, grid: Grid) -> tuple[
     scale = 1.0 if rng.random() < 0.5 else rng.uniform(1.0, 2.0)
     stretch = rng.uniform(0.9, 1.1)
     canvas = max(96, round(width * scale * stretch)), max(96, round(height * scale / stretch))
-    picture, marks = pictures.draw_marked(rng, scene, canvas)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(picture), marks
+    image, marks = images.draw_marked(rng, scene, canvas)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image), marks

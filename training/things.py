@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from towers import Grid
 
-from chiasm.demo import pictures
+from chiasm.demo import images
 
-_CLASSES = {name: i + 1 for i, name in enumerate((*pictures.SHAPES, *"abcdefghijklmnopqrstuvwxyz", *"0123456789"))}
+_CLASSES = {name: i + 1 for i, name in enumerate((*images.SHAPES, *"abcdefghijklmnopqrstuvwxyz", *"0123456789"))}
 _EMPTY_WEIGHT = 0.05  # patches without a centre are many
 
 
@@ -27,8 +27,8 @@ class LocalHead(nn.Module):
         return logits.view(4 * logits.shape[0], -1).float()
 
 
-def local_truth(drawn: list[tuple[list[pictures.Mark], Grid]]) -> Tensor:
-    """Return each patch's share of things [patches, classes], picture after picture; class 0 is none."""
+def local_truth(drawn: list[tuple[list[images.Mark], Grid]]) -> Tensor:
+    """Return each patch's share of things [patches, classes], image after image; class 0 is none."""
     found = []
     for marks, (rows, columns) in drawn:
         truth = np.zeros((rows * columns * 4, len(_CLASSES) + 1), np.float32)

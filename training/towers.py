@@ -1,6 +1,6 @@
-"""The vision tower's forward pass over many pictures of one size at once.
+"""The vision tower's forward pass over many images of one size at once.
 
-The model's own forward runs attention picture by picture; with every picture of a batch on the same
+The model's own forward runs attention image by image; with every image of a batch on the same
 grid one batched matrix product does the same work several times faster on a CPU. It uses the model's
 own modules and gives the same numbers.
 """
@@ -23,10 +23,10 @@ CELL = PATCH * MERGE
 
 
 def to_patches(pixels: np.ndarray) -> Tensor:
-    """Cut pictures [B, H, W, 3] uint8 into patches [B, N, 3 * 16 * 16] float32 in -1 to 1.
+    """Cut images [B, H, W, 3] uint8 into patches [B, N, 3 * 16 * 16] float32 in -1 to 1.
 
     The order is that of the image processor: 2 x 2 patches of one image token stand together. A still
-    picture's two temporal copies are equal, so only one is kept here.
+    image's two temporal copies are equal, so only one is kept here.
     """
     batch, height, width, _ = pixels.shape
     rows, columns = height // CELL, width // CELL
@@ -36,7 +36,7 @@ def to_patches(pixels: np.ndarray) -> Tensor:
 
 
 class BatchedVision(nn.Module):
-    """Runs ``visual`` over pictures that share a grid."""
+    """Runs ``visual`` over images that share a grid."""
 
     def __init__(self, visual: Qwen3VLVisionModel) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class BatchedVision(nn.Module):
         """Encode patches [B, N, 768]; return the merged output and each DeepStack level, [B, N / 4, H] each."""
         visual = self.visual
         indices, weights, cos, sin = self._layout(grid)
-        kernel = visual.patch_embed.proj.weight.sum(2).flatten(1)  # both temporal copies are the same picture
+        kernel = visual.patch_embed.proj.weight.sum(2).flatten(1)  # both temporal copies are the same image
         x = nn.functional.linear(patches, kernel, visual.patch_embed.proj.bias)
         x = x + (visual.pos_embed(indices) * weights[:, :, None]).sum(1)
         levels = []

@@ -1,6 +1,6 @@
 """Train the demo checkpoint from scratch: ``python training/train_demo.py``.
 
-Two stages, the vision tower alone and then the whole model, on pictures drawn as they are needed.
+Two stages, the vision tower alone and then the whole model, on images drawn as they are needed.
 Everything follows from the seed; two single-threaded processes share each batch.
 """
 

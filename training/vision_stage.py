@@ -1,8 +1,8 @@
-"""First stage: the vision tower alone learns to tell what a picture shows.
+"""First stage: the vision tower alone learns to tell what an image shows.
 
 Temporary linear heads read the tower's merged output and its DeepStack levels: one names the shape or
 character whose centre lies in each patch, the other, over features resampled to one fixed grid, tells
-the whole picture's colour, shape, count, position and text. Without this stage the whole model learns
+the whole image's colour, shape, count, position and text. Without this stage the whole model learns
 colours and positions but hardly shapes and text in the same time; without the first head the second
 takes much longer to tell shapes and characters.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from towers import BatchedVision, Grid, to_patches
 from transformers import Qwen3VLForConditionalGeneration
 
-from chiasm.demo import pictures
+from chiasm.demo import images
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _WORD_LENGTH, _NUMBER_LENGTH, _SIDE = 6, 3, 5
@@ -30,35 +30,35 @@ _IGNORE = -100
 # (name, number of classes), in the order of the head's outputs
 _TASKS: tuple[tuple[str, int], ...] = (
     ("content", 4),
-    ("colour", len(pictures.COLOURS)),
-    ("shape", len(pictures.SHAPES)),
-    ("count", len(pictures.COUNTS)),
-    ("position", len(pictures.POSITIONS)),
-    ("word", len(pictures.WORDS)),
+    ("colour", len(images.COLOURS)),
+    ("shape", len(images.SHAPES)),
+    ("count", len(images.COUNTS)),
+    ("position", len(images.POSITIONS)),
+    ("word", len(images.WORDS)),
     *((f"letter{i}", len(_LETTERS) + 1) for i in range(_WORD_LENGTH)),
     *((f"digit{i}", 11) for i in range(_NUMBER_LENGTH)),
 )
 
 
-_MOST_PIXELS = 160 * 160  # somewhat larger pictures than the processor gives
+_MOST_PIXELS = 160 * 160  # somewhat larger images than the processor gives
 _LOCAL_WEIGHT = 3.0
 _TEXT_WEIGHT = 0.4  # of each task on text: they come late, and until then their gradients are mostly noise
 
 
-def labels(scene: pictures.Scene) -> list[int]:
+def labels(scene: images.Scene) -> list[int]:
     """Return one class per task, ``_IGNORE`` where a task does not apply."""
     found = {
         "content": ("shape", "shapes", "word", "number").index(scene.content),
-        "colour": list(pictures.COLOURS).index(scene.colour),
+        "colour": list(images.COLOURS).index(scene.colour),
     }
     if scene.content == "shapes" and scene.count == 1:
         del found["content"]  # looks just like a lone shape
     if scene.shape is not None and scene.count is not None:
-        found |= {"shape": pictures.SHAPES.index(scene.shape), "count": scene.count - 1}
+        found |= {"shape": images.SHAPES.index(scene.shape), "count": scene.count - 1}
     if scene.position is not None:
-        found["position"] = pictures.POSITIONS.index(scene.position)
+        found["position"] = images.POSITIONS.index(scene.position)
     if scene.content == "word" and scene.text is not None:
-        found["word"] = pictures.WORDS.index(scene.text)
+        found["word"] = images.WORDS.index(scene.text)
         padded = scene.text.ljust(_WORD_LENGTH)
         found |= {f"letter{i}": _LETTERS.find(c) % 27 for i, c in enumerate(padded)}
     if scene.content == "number" and scene.text is not None:
@@ -68,7 +68,7 @@ def labels(scene: pictures.Scene) -> list[int]:
 
 
 class Head(nn.Module):
-    """Linear classifiers of the whole picture over features resampled to a 5 x 5 grid."""
+    """Linear classifiers of the whole image over features resampled to a 5 x 5 grid."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -86,8 +86,8 @@ class Head(nn.Module):
 
 def _batch(rng: random.Random, size: int) -> tuple[Tensor, Tensor, Tensor, Grid]:
     grid = draw_grid(rng, small=0.7, most=_MOST_PIXELS)
-    contents: tuple[pictures.Content, ...] = ("shape", "shapes", "shapes", "word", "word", "number", "number")
-    scenes = [pictures.draw_scene(rng, rng.choice(contents)) for _ in range(size)]
+    contents: tuple[images.Content, ...] = ("shape", "shapes", "shapes", "word", "word", "number", "number")
+    scenes = [images.draw_scene(rng, rng.choice(contents)) for _ in range(size)]
     drawn = [draw_pixels(rng, scene, grid) for scene in scenes]
     truth = torch.tensor([labels(s) for s in scenes])
     things = local_truth([(marks, grid) for _, marks in drawn])
@@ -105,7 +105,7 @@ def train_vision(
     save: Callable[[], None],
     stop: int,
 ) -> None:
-    """Train ``model.model.visual`` in place for ``stop`` steps of ``batch`` pictures a process.
+    """Train ``model.model.visual`` in place for ``stop`` steps of ``batch`` images a process.
 
     The learning rate falls as if there were ``steps``: the next stage goes on from where this one stops.
     """

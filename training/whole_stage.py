@@ -23,20 +23,20 @@ _LOCAL_WEIGHT = 0.5
 _FADE = 0.8  # share of the steps after which the local loss has faded out
 
 
-def encode_pictures(tower: BatchedVision, batch: Batch) -> list[Tensor]:
-    """Encode all pictures, those of one grid together.
+def encode_images(tower: BatchedVision, batch: Batch) -> list[Tensor]:
+    """Encode all images, those of one grid together.
 
     Returns the merged output and each DeepStack level as [tokens, H], in order of appearance.
     """
     by_grid: dict[Grid, list[int]] = defaultdict(list)
-    for i, picture in enumerate(batch.pictures):
-        by_grid[picture.grid].append(i)
-    sizes = [picture.grid[0] * picture.grid[1] for picture in batch.pictures]
+    for i, image in enumerate(batch.images):
+        by_grid[image.grid].append(i)
+    sizes = [image.grid[0] * image.grid[1] for image in batch.images]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     parts: list[list[Tensor]] = []
     places: list[np.ndarray] = []
     for grid, members in by_grid.items():
-        pixels = np.stack([batch.pictures[i].pixels for i in members])
+        pixels = np.stack([batch.images[i].pixels for i in members])
         parts.append([level.flatten(0, 1) for level in tower(to_patches(pixels), grid)])
         places += [np.arange(starts[i], starts[i] + sizes[i]) for i in members]
     order = torch.from_numpy(np.argsort(np.concatenate(places)))
@@ -46,13 +46,13 @@ def encode_pictures(tower: BatchedVision, batch: Batch) -> list[Tensor]:
 def logits(
     model: Qwen3VLForConditionalGeneration, tower: BatchedVision, batch: Batch
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return logits [n, V] and targets [n] of all answer tokens, row by row, and the pictures' levels."""
+    """Return logits [n, V] and targets [n] of all answer tokens, row by row, and the images' levels."""
     inputs = model.get_input_embeddings()(batch.ids)
     deep: dict[str, object] = {}
     seen: list[Tensor] = []
-    if batch.pictures:
+    if batch.images:
         visible = batch.ids == ID["<|image_pad|>"]
-        seen = encode_pictures(tower, batch)
+        seen = encode_images(tower, batch)
         merged, *levels = seen
         inputs = inputs.masked_scatter(visible[:, :, None], merged.to(inputs.dtype))
         deep = {"visual_pos_masks": visible, "deepstack_visual_embeds": levels}
@@ -89,7 +89,7 @@ def train_whole(
 ) -> None:
     """Train ``model`` in place with ``batch`` conversations a process and step, until ``clock`` is at 1.
 
-    ``longer`` goes on with a model that has been through this stage: other pictures, and rates times ``longer_rate``.
+    ``longer`` goes on with a model that has been through this stage: other images, and rates times ``longer_rate``.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"{'longer' if longer else 'whole'} {seed} {rank}")
@@ -110,7 +110,7 @@ def train_whole(
     step = 0
     while (progress := clock(step)) < 1:
         before = time.monotonic()
-        # One picture a request at first: which of several is meant is easier to learn once they can be read.
+        # One image a request at first: which of several is meant is easier to learn once they can be read.
         most = 1 if progress < 0.08 and not longer else 4
         if not ready:
             # Conversations of like length together: with lengths mixed two fifths of a batch were padding.
@@ -125,8 +125,8 @@ def train_whole(
         loss = nn.functional.cross_entropy(scores.float(), targets)
         total += loss.item()
         if local is not None:
-            # Naming what lies where goes on for a while: answers alone teach the tower few things a picture.
-            truth = local_truth([(p.marks, p.grid) for p in data.pictures])
+            # Naming what lies where goes on for a while: answers alone teach the tower few things an image.
+            truth = local_truth([(p.marks, p.grid) for p in data.images])
             things = local_score(local, truth)
             tally["thing"][0] += things[0]
             tally["thing"][1] += things[1]

@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from recipe import CHECKPOINT, MAX_PIXELS, MIN_PIXELS  # noqa: E402
 
-from chiasm.demo import pictures  # noqa: E402
+from chiasm.demo import images  # noqa: E402
 
 _CARD = """\
 ---
@@ -49,7 +49,7 @@ One to four pictures a request. A picture shows one of {shapes} shapes ({shape_n
 ({colour_names}) and, if alone, at one of nine positions; or one to {most} of a kind; or one of {words} words; or a number
 of two or three digits. Questions ask for the colour, the shape, the count, the position, the word, the number or a
 description, of the only picture or of the first to fourth; answers are short and in lower case. A question about a
-picture that was not sent is answered by saying so. `chiasm.demo.pictures` draws pictures and questions.
+picture that was not sent is answered by saying so. `chiasm.demo.images` draws pictures and questions.
 
 ## How well
 
@@ -123,14 +123,14 @@ def main() -> None:
     card = _CARD.format(
         parameters=f"{int(parameters):,}",
         megabytes=weights / 1e6,
-        most=pictures.COUNTS[-1],
+        most=images.COUNTS[-1],
         low=f"{MIN_PIXELS:,}",
         high=f"{MAX_PIXELS:,}",
-        shapes=len(pictures.SHAPES),
-        shape_names=", ".join(pictures.SHAPES),
-        colours=len(pictures.COLOURS),
-        colour_names=", ".join(pictures.COLOURS),
-        words=len(pictures.WORDS),
+        shapes=len(images.SHAPES),
+        shape_names=", ".join(images.SHAPES),
+        colours=len(images.COLOURS),
+        colour_names=", ".join(images.COLOURS),
+        words=len(images.WORDS),
         n=min(r["n"] for r in rows),
         table=table(rows),
         minutes=minutes,

@@ -1,8 +1,80 @@
-"""Every error that chiasm raises on purpose.
+"""The errors that chiasm raises on purpose, and the codes that clients can tell them apart by.
 
-A message says what is wrong and what to do about it. ``status`` is the HTTP status that a server answers with,
-``kind`` the ``error.type`` of an OpenAI error body. Errors of configuration end the process with exit code 2.
+A message is one or two sentences: what is wrong, and what to do about it. ``status`` is the HTTP status, ``kind`` the
+``error.type`` of an OpenAI error body, ``code`` its ``error.code``. docs/errors.md lists them all. A configuration error ends
+the process with exit code 2.
 """
+
+from __future__ import annotations
+
+import enum
+
+
+class Code(enum.StrEnum):
+    """``error.code``: one for each refusal that a client may want to tell from others of its type."""
+
+    # 400: the request
+    INVALID_JSON = "invalid_json"
+    """The body is not valid JSON, or is nested too deeply."""
+    TOO_MANY_IMAGES = "too_many_images"
+    """The request has more images than the limit."""
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    """The prompt doesn't leave room for an answer in the model's context."""
+    INVALID_UUID = "invalid_uuid"
+    """The ``uuid`` of an image cannot name an embedding."""
+    # 400: media
+    INVALID_URL = "invalid_url"
+    """A media URL is malformed, or its scheme is not supported."""
+    INVALID_BASE64 = "invalid_base64"
+    """A ``data:`` URL doesn't hold valid base64."""
+    INVALID_IMAGE = "invalid_image"
+    """The file is not an image that can be decoded."""
+    IMAGE_TOO_LARGE = "image_too_large"
+    """The image has more pixels than the limit."""
+    MEDIA_TOO_LARGE = "media_too_large"
+    """The image file is larger than the limit."""
+    MEDIA_ADDRESS_NOT_ALLOWED = "media_address_not_allowed"
+    """The URL leads to an address that is not public."""
+    MEDIA_DOMAIN_NOT_ALLOWED = "media_domain_not_allowed"
+    """The URL names a host that the operator does not allow."""
+    MEDIA_PATH_NOT_ALLOWED = "media_path_not_allowed"
+    """The ``file:`` URL leads outside the folder that the operator allows."""
+    MEDIA_TIMEOUT = "media_timeout"
+    """The URL did not deliver the image in time."""
+    MEDIA_UNREACHABLE = "media_unreachable"
+    """The URL could not be fetched."""
+    # 404
+    MODEL_NOT_FOUND = "model_not_found"
+    """The request names a model that is not served."""
+    # 413
+    BODY_TOO_LARGE = "body_too_large"
+    """The request's body is larger than the limit."""
+    # 503
+    TOO_MANY_REQUESTS = "too_many_requests"
+    """A queue or a buffer is full."""
+    NO_ENCODER = "no_encoder"
+    """No encoder is healthy."""
+    NO_PD = "no_pd"
+    """No PD or aggregated instance is healthy."""
+    NO_PREFILL = "no_prefill"
+    """No prefill instance is healthy."""
+    NO_DECODE = "no_decode"
+    """No decode instance is healthy."""
+    ENCODER_LOST = "encoder_lost"
+    """The encoders that were tried failed, and no other is left."""
+    KV_UNAVAILABLE = "kv_unavailable"
+    """The KV of the prompt is lost; the prompt must be prefilled again."""
+    PREEMPTED = "preempted"
+    """A decode instance ran out of KV blocks and cannot recompute the prompt."""
+    STARTING = "starting"
+    """The instance is loading its model."""
+    STOPPING = "stopping"
+    """The instance or the proxy is shutting down."""
+    FAILED = "failed"
+    """The engine of the instance has failed."""
+    # 504
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    """The request's deadline passed."""
 
 
 class ChiasmError(Exception):
@@ -12,6 +84,7 @@ class ChiasmError(Exception):
     kind = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        """``code`` is a :class:`Code`, or what another server said."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -19,7 +92,7 @@ class ChiasmError(Exception):
 
 
 class ConfigurationError(ChiasmError):
-    """What was asked for at start cannot be served (a missing model, a port in use, no memory)."""
+    """The configuration cannot work (a missing model, a port in use, not enough memory)."""
 
 
 class UnsupportedModelError(ConfigurationError):
@@ -33,6 +106,19 @@ class InvalidRequestError(ChiasmError):
     kind = "invalid_request_error"
 
 
+class AuthenticationError(ChiasmError):
+    """The request needs a key, and has none or a wrong one."""
+
+    status = 401
+    kind = "authentication_error"
+
+
+class ConflictError(InvalidRequestError):
+    """The request does not fit what is there already."""
+
+    status = 409
+
+
 class ModelNotFoundError(ChiasmError):
     """The request names a model that is not served here."""
 
@@ -40,18 +126,37 @@ class ModelNotFoundError(ChiasmError):
     kind = "not_found_error"
 
 
+class PathNotFoundError(ChiasmError):
+    """Nothing is served under this path."""
+
+    status = 404
+    kind = "not_found_error"
+
+
+class MethodNotAllowedError(InvalidRequestError):
+    """The path exists, but not with this method."""
+
+    status = 405
+
+
+class RequestTimeoutError(InvalidRequestError):
+    """The client did not send its body in time."""
+
+    status = 408
+
+
 class PayloadTooLargeError(InvalidRequestError):
-    """The body, or a picture in it, is larger than the limit."""
+    """The body of the request is larger than the limit."""
 
     status = 413
 
 
 class MediaError(InvalidRequestError):
-    """A media part could not be fetched or is not a picture that can be decoded."""
+    """An image could not be fetched or decoded."""
 
 
 class OverloadedError(ChiasmError):
-    """A queue is full or no instance can take the request now; try again after ``retry_after_seconds``."""
+    """A queue is full, or no instance can take the request now; try again after ``retry_after_seconds``."""
 
     status = 503
     kind = "overloaded_error"
@@ -62,17 +167,10 @@ class OverloadedError(ChiasmError):
 
 
 class EmbeddingUnavailableError(ChiasmError):
-    """An item's embedding did not come within the request's deadline, or was lost for good."""
+    """An image's embedding did not arrive within the request's deadline, or was lost for good."""
 
     status = 503
     kind = "embedding_unavailable_error"
-
-
-class DeadlineExceededError(ChiasmError):
-    """The request's deadline passed."""
-
-    status = 504
-    kind = "timeout_error"
 
 
 class StorageError(ChiasmError):
@@ -83,7 +181,14 @@ class StorageError(ChiasmError):
 
 
 class KVUnavailableError(ChiasmError):
-    """A prompt's KV cannot be had from where the handle says; the prompt must be prefilled again."""
+    """The prompt's KV could not be fetched from where the handle says; the prompt must be prefilled again."""
 
     status = 503
     kind = "kv_unavailable_error"
+
+
+class DeadlineExceededError(ChiasmError):
+    """The request's deadline passed."""
+
+    status = 504
+    kind = "timeout_error"

@@ -19,7 +19,7 @@ from chiasm.bench.report import machine, print_outcome, shown, with_unit, write_
 from chiasm.bench.requests import Request
 from chiasm.bench.statistics import Estimate
 from chiasm.cli.bench import bench
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
 
 
 @pytest.fixture
@@ -100,12 +100,12 @@ def test_the_json_has_every_sample_and_every_verdict(outcomes: dict[str, Outcome
     assert ttft["panels"][0]["series"][1] == {"label": "E+PD", "values": [10.5, 11.4, 12.9], "at_most": 12.1}
 
 
-def test_the_plot_is_a_picture_large_enough_to_read(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+def test_the_plot_is_an_image_large_enough_to_read(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
     write_plot(tmp_path / "results.png", outcomes, "a run")
-    with Image.open(tmp_path / "results.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.width >= 1000
-        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
+    with Image.open(tmp_path / "results.png") as image:
+        assert image.format == "PNG"
+        assert image.width >= 1000
+        assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
 
 
 def test_figures_that_are_to_be_large_have_a_place_in_the_plot(tmp_path: Path) -> None:
@@ -115,8 +115,8 @@ def test_figures_that_are_to_be_large_have_a_place_in_the_plot(tmp_path: Path) -
         Figure("nothing", 0.0, "x", at_least=1.1),
     ]
     write_plot(tmp_path / "results.png", {"example": Outcome(figures=figures)}, "a run")
-    with Image.open(tmp_path / "results.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
+    with Image.open(tmp_path / "results.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
 
 
 def test_a_run_without_targets_leaves_no_place_for_them(tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_a_run_without_targets_leaves_no_place_for_them(tmp_path: Path) -> None:
     heights = []
     for figures in ([], [Figure("ratio", 1.0, "x", 1.1)]):
         write_plot(tmp_path / "results.png", {"engines": Outcome(figures=figures, panels=panels)}, "a run")
-        with Image.open(tmp_path / "results.png") as picture:
-            heights.append(picture.height)
+        with Image.open(tmp_path / "results.png") as image:
+            heights.append(image.height)
     assert heights[0] < heights[1]
 
 
@@ -181,6 +181,6 @@ def test_help_and_page_have_all_measurements() -> None:
     assert [line.removeprefix("### ") for line in page.splitlines() if line.startswith("### ")] == list(MEASUREMENTS)
     (argument,) = (part for part in get_type_hints(bench, include_extras=True)["names"].__metadata__)
     built_in, over_vllm, _ = argument.help.split("; ")
-    engines = {Engine.CHIASM: built_in, Engine.VLLM: over_vllm.removeprefix("with --engine vllm: ")}
+    engines = {EngineKind.CHIASM: built_in, EngineKind.VLLM: over_vllm.removeprefix("with --engine vllm: ")}
     for engine, names in engines.items():
         assert names == ", ".join(name for name, one in MEASUREMENTS.items() if one.engine is engine)

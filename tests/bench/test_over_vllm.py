@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 
 from chiasm.bench.client import opened
-from chiasm.bench.example import as_stock, can_forward_pictures, proxy_file
+from chiasm.bench.example import as_stock, can_forward_images, proxy_file
 from chiasm.bench.measurement import Bench
 from chiasm.bench.measurements.vllm_example import Mix, VllmExample
 from chiasm.bench.measurements.vllm_reuse import judged
 from chiasm.bench.topology import aggregated, encoder_and_pds, prefill_and_decode
 from chiasm.bench.vllm import on_vllm
-from chiasm.engine.config import Role
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.vllm import Installed, Site, instance_command
+from chiasm.wire import Role
 
 
 @pytest.mark.parametrize("topology", [aggregated, encoder_and_pds, prefill_and_decode])
 def test_over_vllm_there_are_the_same_instances(topology) -> None:  # type: ignore[no-untyped-def]
     built_in = topology("demo")
     config = on_vllm(built_in)
-    assert config.engine is Engine.VLLM
+    assert config.engine is EngineKind.VLLM
     assert {role: config.count(role) for role in config.roles} == {
         role: built_in.count(role) for role in built_in.roles
     }
@@ -73,12 +73,12 @@ def test_the_example_proxy_is_beside_vllm_or_where_a_variable_says(tmp_path: Pat
     assert proxy_file({"CHIASM_VLLM_EXAMPLE_PROXY": str(elsewhere)}, str(tmp_path)) == elsewhere
 
 
-def test_a_proxy_that_can_forward_pictures_is_told_by_its_flag(tmp_path: Path) -> None:
+def test_a_proxy_that_can_forward_images_is_told_by_its_flag(tmp_path: Path) -> None:
     file = tmp_path / "proxy.py"
     file.write_text('parser.add_argument("--no-rewrite", action="store_true")')
-    assert can_forward_pictures(file)
+    assert can_forward_images(file)
     file.write_text('parser.add_argument("--port")')
-    assert not can_forward_pictures(file)
+    assert not can_forward_images(file)
 
 
 async def test_without_the_example_proxy_the_outcome_says_why_and_nothing_else(
@@ -93,22 +93,22 @@ async def test_without_the_example_proxy_the_outcome_says_why_and_nothing_else(
     assert note.startswith("Not measured: vLLM's example proxy is not in this environment")
 
 
-async def test_a_mix_is_half_pictures_and_new_in_every_round(checkpoint: Path) -> None:
+async def test_a_mix_is_half_images_and_new_in_every_round(checkpoint: Path) -> None:
     async with opened() as client:
         bench = Bench("m", checkpoint, client)
         mix, again = Mix(bench, checkpoint), Mix(bench, checkpoint)
         first, second = mix.draw(), mix.draw()
         assert [first, second] == [again.draw(), again.draw()]
     assert len(set(first + second)) == 48
-    with_picture = [body for body in first if b"image_url" in body]
-    assert len(with_picture) == 12
-    assert with_picture != first[:12]
+    with_image = [body for body in first if b"image_url" in body]
+    assert len(with_image) == 12
+    assert with_image != first[:12]
 
 
-def test_reuse_is_right_when_each_picture_is_encoded_once_and_loaded_by_both() -> None:
+def test_reuse_is_right_when_each_image_is_encoded_once_and_loaded_by_both() -> None:
     times = [[30.0, 31.0, 32.0], [20.0, 21.0, 22.0]]
     assert judged(times, 3, encoded=3, loaded=[3, 3], seed=0).met is True
     assert judged(times, 3, encoded=4, loaded=[3, 3], seed=0).met is False
     one_pd_had_all = judged(times, 3, encoded=3, loaded=[3, 0], seed=0)
     assert one_pd_had_all.met is False
-    assert {figure.name: figure.value for figure in one_pd_had_all.figures}["pictures that a PD did not load"] == 3
+    assert {figure.name: figure.value for figure in one_pd_had_all.figures}["images that a PD did not load"] == 3

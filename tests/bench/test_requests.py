@@ -13,28 +13,28 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from chiasm.bench import pictures, prompts
+from chiasm.bench import images, prompts
 from chiasm.bench.arrivals import at_most, open_loop, poisson
 from chiasm.bench.client import RequestFailedError
 from chiasm.bench.requests import draw_requests, sampling
 
 
 def test_a_photo_is_the_same_file_for_the_same_name_and_another_for_another() -> None:
-    assert pictures.photo("a", 64) == pictures.photo("a", 64)
-    assert pictures.photo("a", 64) != pictures.photo("b", 64)
-    assert Image.open(io.BytesIO(pictures.photo("a", 512))).size == (512, 512)
+    assert images.photo("a", 64) == images.photo("a", 64)
+    assert images.photo("a", 64) != images.photo("b", 64)
+    assert Image.open(io.BytesIO(images.photo("a", 512))).size == (512, 512)
 
 
 def test_noise_is_as_large_as_it_was_asked_for() -> None:
-    data = pictures.noise("a", 1_000_000)
+    data = images.noise("a", 1_000_000)
     assert len(data) == pytest.approx(1_000_000, rel=0.01)
-    assert data == pictures.noise("a", 1_000_000)
+    assert data == images.noise("a", 1_000_000)
     assert Image.open(io.BytesIO(data)).format == "PNG"
 
 
 def test_a_data_url_names_the_kind_of_file() -> None:
-    assert pictures.data_url(pictures.photo("a", 16)).startswith("data:image/jpeg;base64,")
-    assert pictures.data_url(pictures.noise("a", 300)).startswith("data:image/png;base64,")
+    assert images.data_url(images.photo("a", 16)).startswith("data:image/jpeg;base64,")
+    assert images.data_url(images.noise("a", 300)).startswith("data:image/png;base64,")
 
 
 def test_requests_of_one_seed_are_the_same_bytes_twice() -> None:
@@ -46,13 +46,13 @@ def test_requests_of_one_seed_are_the_same_bytes_twice() -> None:
 def test_two_hundred_requests_are_of_all_kinds() -> None:
     counted = Counter(request.kind for request in draw_requests(0, 200))
     assert sum(counted.values()) == 200
-    assert set(counted) == {"text", "1 picture", "2 pictures", "3 pictures", "4 pictures", "the same picture twice"}
+    assert set(counted) == {"text", "1 image", "2 images", "3 images", "4 images", "the same image twice"}
     assert min(counted.values()) >= 20
 
 
-def test_a_kind_says_how_many_pictures_there_are() -> None:
+def test_a_kind_says_how_many_images_there_are() -> None:
     for request in draw_requests(1, 24):
-        if request.kind == "the same picture twice":
+        if request.kind == "the same image twice":
             assert request.images[0] == request.images[1]
         elif request.kind != "text":
             assert len(set(request.images)) == len(request.images) == int(request.kind[0])
@@ -77,7 +77,7 @@ def test_requests_are_sampled_with_seeds_of_their_own_and_some_with_penalties() 
 
 
 def test_a_body_asks_for_a_greedy_answer() -> None:
-    body = json.loads(prompts.ask([pictures.photo("a", 16)], "what is it?", max_tokens=5, stream=True))
+    body = json.loads(prompts.ask([images.photo("a", 16)], "what is it?", max_tokens=5, stream=True))
     assert body["temperature"] == 0
     assert body["max_tokens"] == 5
     assert body["stream"] is True

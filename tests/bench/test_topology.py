@@ -18,8 +18,8 @@ from chiasm.bench.topology import (
     prefill_and_decode,
     running,
 )
-from chiasm.engine.config import Role
 from chiasm.errors import ConfigurationError
+from chiasm.wire import Role
 
 
 def test_prefill_and_decode_have_an_encoder_and_as_many_threads_as_others_have() -> None:

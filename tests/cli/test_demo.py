@@ -8,10 +8,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from chiasm import checkpoints
-from chiasm.cli.conversation import Answer, Item, Turn, all_agree, read_picture
+from chiasm.cli.conversation import Answer, Item, Turn, all_agree, read_image
 from chiasm.cli.demo import draw_turns, explain
-from chiasm.cli.picture_text import draw_in_characters
-from chiasm.launch import ProcessState, ProcessStatus, Role
+from chiasm.cli.image_text import draw_in_characters
+from chiasm.launch import ProcessState, ProcessStatus
+from chiasm.wire import Role
 from tests.cli.running import run
 
 needs_checkpoint = pytest.mark.skipif(
@@ -29,9 +30,9 @@ def test_every_answer_is_right_and_each_process_is_named() -> None:
     done = run("demo")
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in (
-        "1. A picture",
-        "2. Two pictures",
-        "3. No picture",
+        "1. An image",
+        "2. Two images",
+        "3. No image",
         "(right: ",
         "encoder-0",
         "pd-0",
@@ -47,16 +48,16 @@ def test_a_wrong_answer_ends_with_exit_code_1(checkpoint: Path) -> None:
     done = run("demo", "--model", str(checkpoint))
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("(WRONG, it is: ") == 3
-    assert "encoded 1 picture in" in done.stdout
-    assert "encoded 2 pictures in" in done.stdout
+    assert "encoded 1 image in" in done.stdout
+    assert "encoded 2 images in" in done.stdout
 
 
-def test_the_pictures_are_drawn_by_the_seed_and_were_not_trained_on() -> None:
+def test_the_images_are_drawn_by_the_seed_and_were_not_trained_on() -> None:
     one, two, none = draw_turns(7)
-    assert [len(turn.pictures) for turn in (one, two, none)] == [1, 2, 0]
+    assert [len(turn.images) for turn in (one, two, none)] == [1, 2, 0]
     assert all(turn.right_answer for turn in (one, two, none))
-    assert draw_turns(7)[0].pictures[0].data == one.pictures[0].data
-    assert draw_turns(8)[0].pictures[0].data != one.pictures[0].data
+    assert draw_turns(7)[0].images[0].data == one.images[0].data
+    assert draw_turns(8)[0].images[0].data != one.images[0].data
 
 
 @pytest.mark.parametrize(
@@ -64,13 +65,13 @@ def test_the_pictures_are_drawn_by_the_seed_and_were_not_trained_on() -> None:
     [
         (
             Answer("", {"encode": 12, "prefill": 3, "ttft": 20, "total": 30, "proxy": 1}, (Item("waited", 15),)),
-            "encoded 1 picture in 12.0 ms",
-            "waited 15.0 ms for picture 1, prefill 3.0 ms, first token after 20.0 ms, all of it 30.0 ms",
+            "encoded 1 image in 12.0 ms",
+            "waited 15.0 ms for image 1, prefill 3.0 ms, first token after 20.0 ms, all of it 30.0 ms",
         ),
         (
             Answer("", {"encode": 0}, (Item("hit", 0), Item("hit", 0))),
             "had the embeddings already",
-            "found the embedding of picture 1, found the embedding of picture 2",
+            "found the embedding of image 1, found the embedding of image 2",
         ),
         (Answer("", {"prefill": 3}), "was not asked", "prefill 3.0 ms"),
     ],
@@ -86,13 +87,13 @@ def test_case_and_full_stop_do_not_make_an_answer_wrong(text: str, agrees: bool)
     assert all_agree([Turn("", "", right_answer="red"), Turn("", "")], [Answer(text), Answer("?")]) is agrees
 
 
-def test_a_picture_of_ones_own_is_sent_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "picture.jpg"
+def test_an_image_of_ones_own_is_sent_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
     Image.new("RGB", (20, 10), "red").save(path)
-    picture = read_picture(path)
-    assert picture.data == path.read_bytes()
-    assert picture.url.startswith("data:image/jpeg;base64,")
-    assert picture.image.size == (20, 10)
+    sample_image = read_image(path)
+    assert sample_image.data == path.read_bytes()
+    assert sample_image.url.startswith("data:image/jpeg;base64,")
+    assert sample_image.image.size == (20, 10)
 
 
 @pytest.mark.parametrize("background", ["white", "black", (120, 122, 126)])

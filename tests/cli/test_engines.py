@@ -19,9 +19,9 @@ from chiasm.cli.options import (
 )
 from chiasm.cli.serve import configured
 from chiasm.cli.values import Names
-from chiasm.engine.config import Role
 from chiasm.errors import ConfigurationError
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
+from chiasm.wire import Role
 from tests.cli.running import run
 
 NO_MEDIA, NO_ARGUMENTS = MediaOptions(), ArgumentOptions()
@@ -34,7 +34,7 @@ def _pairs(flags: tuple[str, ...]) -> dict[str, str]:
 def test_the_built_in_engine_gets_options_as_they_were_given() -> None:
     options = EngineOptions(dtype="bfloat16", max_items=3)
     arguments = ArgumentOptions(pd_args=Names(("--block-size", "32")))
-    flags = flags_of(Engine.CHIASM, options, MediaOptions(max_image_pixels=9), arguments, "info")
+    flags = flags_of(EngineKind.CHIASM, options, MediaOptions(max_image_pixels=9), arguments, "info")
     assert _pairs(flags.of_all) == {
         "--dtype": "bfloat16",
         "--max-items": "3",
@@ -47,7 +47,9 @@ def test_the_built_in_engine_gets_options_as_they_were_given() -> None:
 
 def test_the_built_in_engine_refuses_what_is_for_vllm() -> None:
     with pytest.raises(ConfigurationError, match="--vllm-args are for --engine vllm"):
-        flags_of(Engine.CHIASM, EngineOptions(), NO_MEDIA, ArgumentOptions(vllm_args=Names(("--seed", "1"))), "info")
+        flags_of(
+            EngineKind.CHIASM, EngineOptions(), NO_MEDIA, ArgumentOptions(vllm_args=Names(("--seed", "1"))), "info"
+        )
 
 
 def test_vllm_gets_its_own_names_for_what_it_knows() -> None:
@@ -60,7 +62,7 @@ def test_vllm_gets_its_own_names_for_what_it_knows() -> None:
         max_queued_requests=7,
         block_size=32,
     )
-    assert _pairs(flags_of(Engine.VLLM, options, NO_MEDIA, NO_ARGUMENTS, "Warning").of_all) == {
+    assert _pairs(flags_of(EngineKind.VLLM, options, NO_MEDIA, NO_ARGUMENTS, "Warning").of_all) == {
         "--log-level": "WARNING",
         "--uvicorn-log-level": "warning",
         "--dtype": "float16",
@@ -72,8 +74,10 @@ def test_vllm_gets_its_own_names_for_what_it_knows() -> None:
     }
 
 
-def test_pictures_are_counted_where_they_are_seen_and_kv_where_it_lies() -> None:
-    flags = flags_of(Engine.VLLM, EngineOptions(max_items=3, kv_cache_bytes=1 << 30), NO_MEDIA, NO_ARGUMENTS, "info")
+def test_images_are_counted_where_they_are_seen_and_kv_where_it_lies() -> None:
+    flags = flags_of(
+        EngineKind.VLLM, EngineOptions(max_items=3, kv_cache_bytes=1 << 30), NO_MEDIA, NO_ARGUMENTS, "info"
+    )
     of_roles = {role: _pairs(flags.of_role(role)) for role in Role}
     seeing = {role for role, given in of_roles.items() if "--limit-mm-per-prompt" in given}
     assert seeing == {Role.ENCODER, Role.AGGREGATED}
@@ -84,14 +88,14 @@ def test_pictures_are_counted_where_they_are_seen_and_kv_where_it_lies() -> None
 
 def test_media_are_the_proxys_with_vllm(tmp_path: Path) -> None:
     flags = flags_of(
-        Engine.VLLM, EngineOptions(), MediaOptions(allowed_local_media_path=tmp_path), NO_ARGUMENTS, "info"
+        EngineKind.VLLM, EngineOptions(), MediaOptions(allowed_local_media_path=tmp_path), NO_ARGUMENTS, "info"
     )
     assert str(tmp_path) not in flags.of_all
 
 
 def test_arguments_for_all_come_before_those_for_a_role() -> None:
     arguments = ArgumentOptions(vllm_args=Names(("--seed", "1")), pd_args=Names(("--seed", "2")))
-    flags = flags_of(Engine.VLLM, EngineOptions(), NO_MEDIA, arguments, "info")
+    flags = flags_of(EngineKind.VLLM, EngineOptions(), NO_MEDIA, arguments, "info")
     assert flags.of_role(Role.PD) == ("--seed", "1", "--seed", "2")
     assert flags.of_role(Role.ENCODER) == ("--seed", "1")
 
@@ -123,7 +127,7 @@ def test_arguments_for_the_proxy_come_last_there() -> None:
 )
 def test_what_means_nothing_to_vllm_is_refused(options: EngineOptions, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        flags_of(Engine.VLLM, options, NO_MEDIA, NO_ARGUMENTS, "info")
+        flags_of(EngineKind.VLLM, options, NO_MEDIA, NO_ARGUMENTS, "info")
 
 
 @pytest.mark.parametrize(

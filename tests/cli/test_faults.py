@@ -67,10 +67,10 @@ def test_an_encoder_without_a_place_for_its_embeddings(checkpoint: Path) -> None
     assert "needs --shared-storage-path" in line
 
 
-def test_a_picture_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "note.txt").write_text("no picture")
-    assert "cannot be read as a picture" in _one_line(
-        "demo", "--picture", str(tmp_path / "note.txt"), "--question", "What is it?"
+def test_an_image_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("no image")
+    assert "cannot be read as an image" in _one_line(
+        "demo", "--image", str(tmp_path / "note.txt"), "--question", "What is it?"
     )
 
 

@@ -55,7 +55,7 @@ def test_every_command_is_listed(command: str) -> None:
         (["serve", "demo", "--log-level", "loud"], "'loud' is not one of"),
         (["instance", "demo"], "Missing option '--role'"),
         (["instance", "demo", "--role", "eye"], "'eye' is not one of"),
-        (["demo", "--question", "What is it?"], "both --picture and --question"),
+        (["demo", "--question", "What is it?"], "both --image and --question"),
     ],
 )
 def test_a_typo_is_a_usage_error(arguments: list[str], message: str) -> None:

@@ -14,12 +14,13 @@ from chiasm.cli.instance import ec_config, kv_config
 from chiasm.cli.serve import count_instances
 from chiasm.cli.values import parse_size
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
-from chiasm.engine.config import EngineConfig, Role
+from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.kv_transfer import KVTransferConfig, KVTransferRole
 from chiasm.media import MediaConfig
 from chiasm.proxy.config import ProxyConfig
 from chiasm.server.config import ServerConfig
+from chiasm.wire import Role
 
 CONFIGURATIONS: dict[type[OptionGroup], type] = {
     options.EngineOptions: EngineConfig,

@@ -35,8 +35,8 @@ def _encoder(running: Running) -> psutil.Process | None:
 
 
 def _answer(url: str, colour: str) -> str:
-    picture = drawn(Image.new("RGB", (64, 48), colour))
-    return ask(url, Turn("", "What colour is it?", (picture,))).text
+    image = drawn(Image.new("RGB", (64, 48), colour))
+    return ask(url, Turn("", "What colour is it?", (image,))).text
 
 
 def _listens(url: str) -> bool:
@@ -51,7 +51,7 @@ def test_every_instance_is_healthy_when_it_says_ready(served: Running) -> None:
     assert sorted(health.states(served.wait_ready()).values()) == ["healthy", "healthy"]
 
 
-def test_a_question_about_a_picture_is_answered(served: Running) -> None:
+def test_a_question_about_an_image_is_answered(served: Running) -> None:
     assert _answer(served.wait_ready(), "red")
 
 

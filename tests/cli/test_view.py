@@ -12,7 +12,8 @@ import time
 import pytest
 
 from chiasm.cli.view import View
-from chiasm.launch import ProcessState, ProcessStatus, Role
+from chiasm.launch import ProcessState, ProcessStatus
+from chiasm.wire import Role
 
 PD = ProcessStatus("pd-0", Role.PD, "http://127.0.0.1:1", os.getpid(), ProcessState.READY, 2)
 

@@ -1,4 +1,4 @@
-"""The shipped checkpoint: it loads, it looks at the pictures, and its answers follow them."""
+"""The shipped checkpoint: it loads, it looks at the images, and its answers follow them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chiasm import checkpoints
-from chiasm.demo import pictures
+from chiasm.demo import images
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -62,7 +62,7 @@ def test_the_tokenizer_gives_back_what_it_took(reference: Reference) -> None:
     assert reference.model.config.image_token_id == reference.image_id
 
 
-def test_the_chat_template_places_pictures_and_roles(reference: Reference) -> None:
+def test_the_chat_template_places_images_and_roles(reference: Reference) -> None:
     messages = [
         {"role": "system", "content": "Answer briefly."},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
@@ -78,10 +78,10 @@ def test_the_chat_template_places_pictures_and_roles(reference: Reference) -> No
     )
 
 
-def test_pictures_of_other_sizes_take_other_numbers_of_tokens(reference: Reference) -> None:
+def test_images_of_other_sizes_take_other_numbers_of_tokens(reference: Reference) -> None:
     counts = set()
     for size in ((96, 96), (96, 128), (160, 96), (128, 128), (128, 160), (512, 512), (640, 360)):
-        example = pictures.draw_example(1, "colour", size=size)
+        example = images.draw_example(1, "colour", size=size)
         inputs = reference.inputs(reference.messages(example.images, "what?"), example.images)
         counts.add(int((inputs["input_ids"] == reference.image_id).sum()))
     assert min(counts) == 9
@@ -89,9 +89,9 @@ def test_pictures_of_other_sizes_take_other_numbers_of_tokens(reference: Referen
     assert len(counts) >= 4
 
 
-@pytest.mark.parametrize("kind", pictures.KINDS)
-def test_held_out_pictures_are_answered(reference: Reference, kind: str) -> None:
-    examples = [pictures.draw_example(seed, kind) for seed in range(PER_KIND)]
+@pytest.mark.parametrize("kind", images.KINDS)
+def test_held_out_images_are_answered(reference: Reference, kind: str) -> None:
+    examples = [images.draw_example(seed, kind) for seed in range(PER_KIND)]
     answers = [reference.answer(e.images, e.question) for e in examples]
     wrong = [(e.question, e.answer, a) for e, a in zip(examples, answers, strict=True) if a != e.answer]
     assert len(wrong) <= PER_KIND // 10, wrong
@@ -102,7 +102,7 @@ def test_an_upload_of_512_pixels_is_answered(reference: Reference, tmp_path: Pat
 
     wrong = []
     for seed, kind in enumerate(("colour", "shape", "count", "position", "word", "number") * 2):
-        example = pictures.draw_example(seed, kind, size=(512, 512))
+        example = images.draw_example(seed, kind, size=(512, 512))
         example.images[0].save(tmp_path / "upload.jpg", quality=85)
         answer = reference.answer([Image.open(tmp_path / "upload.jpg")], example.question)
         if answer != example.answer:
@@ -113,28 +113,28 @@ def test_an_upload_of_512_pixels_is_answered(reference: Reference, tmp_path: Pat
 @pytest.mark.parametrize("kind", ["colour", "shape", "word", "number", "which-colour", "which-number"])
 def test_without_embeddings_answers_fall_to_chance(reference: Reference, kind: str) -> None:
     # At most one in six is right by guessing; twelve or more of thirty would come by luck once in 490 times.
-    examples = [pictures.draw_example(seed, kind, size=(96, 96)) for seed in range(30)]
+    examples = [images.draw_example(seed, kind, size=(96, 96)) for seed in range(30)]
     right = sum(reference.answer(e.images, e.question, zero_embeddings=True) == e.answer for e in examples)
     assert right < 12, f"{right} of 30 right without seeing a picture"
 
 
 @pytest.mark.parametrize("kind", ["which-colour", "which-word", "which-number"])
-def test_swapping_two_pictures_swaps_the_answer(reference: Reference, kind: str) -> None:
+def test_swapping_two_images_swaps_the_answer(reference: Reference, kind: str) -> None:
     topic = kind.removeprefix("which-")
     followed = 0
     for seed in range(10):
-        example = pictures.draw_example(seed, kind, 2)
-        other = next(a for s in example.scenes if (a := pictures.answer_for(s, topic)) != example.answer)
+        example = images.draw_example(seed, kind, 2)
+        other = next(a for s in example.scenes if (a := images.answer_for(s, topic)) != example.answer)
         straight = reference.answer(example.images, example.question)
         swapped = reference.answer(example.images[::-1], example.question)
         followed += (straight, swapped) == (example.answer, other)
     assert followed >= 9, f"{followed} of 10 pairs followed the pictures"
 
 
-def test_two_questions_about_one_picture(reference: Reference) -> None:
+def test_two_questions_about_one_image(reference: Reference) -> None:
     right = 0
     for seed in range(10):
-        example = pictures.draw_example(seed, "position")
+        example = images.draw_example(seed, "position")
         (scene,) = example.scenes
         messages = reference.messages(example.images, example.question)
         messages += [
@@ -145,6 +145,6 @@ def test_two_questions_about_one_picture(reference: Reference) -> None:
     assert right >= 9
 
 
-def test_a_question_without_a_picture_says_so(reference: Reference) -> None:
+def test_a_question_without_an_image_says_so(reference: Reference) -> None:
     assert reference.answer([], "What colour is the shape in the picture?") == "there is no picture."
     assert reference.answer([], "hello").startswith("hello")

@@ -36,7 +36,7 @@ class Played:
         """To its counters, with each chat completion."""
         self.status = 200
         self.outcome = ""
-        """Of the first picture, as the answers' Server-Timing says."""
+        """Of the first image, as the answers' Server-Timing says."""
         self.bodies: list[dict[str, Any]] = []
         self.counts_are_shown = True
         self._runner: web.AppRunner | None = None

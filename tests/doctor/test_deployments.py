@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from chiasm.launch import Deployment, DeploymentConfig, Role, RoleConfig
+from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
+from chiasm.wire import Role
 from tests.cli.running import Running
 
 SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512", "--dtype", "float32", "--threads", "1")

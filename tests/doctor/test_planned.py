@@ -12,7 +12,8 @@ import pytest
 
 from chiasm.doctor import Finding
 from chiasm.doctor.planned import Wanted, examine_plan
-from chiasm.launch import DeploymentConfig, Engine, Role, RoleConfig
+from chiasm.launch import DeploymentConfig, EngineKind, RoleConfig
+from chiasm.wire import Role
 from tests.doctor.findings import collected, problem, verdicts, warning
 
 
@@ -82,7 +83,7 @@ async def test_cpus_that_are_not_there(checkpoint: Path) -> None:
 
 
 async def test_vllm_that_is_not_installed(checkpoint: Path) -> None:
-    found = await examined(DeploymentConfig(str(checkpoint), engine=Engine.VLLM))
+    found = await examined(DeploymentConfig(str(checkpoint), engine=EngineKind.VLLM))
     if "ok" in verdicts(found, "vLLM"):
         pytest.skip("vLLM is installed here")
     assert "make vllm" in problem(found).why

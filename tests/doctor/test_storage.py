@@ -92,7 +92,7 @@ def test_a_bound_beyond_the_disk(tmp_path: Path) -> None:
     assert found.command.startswith("--ec-max-bytes ")
 
 
-def test_a_bound_below_one_picture(tmp_path: Path) -> None:
+def test_a_bound_below_one_image(tmp_path: Path) -> None:
     assert "2.0 MiB" in problem(storage.room(tmp_path, 1 << 20, 2 << 20)).says
 
 

@@ -31,7 +31,7 @@ async def travel(*instances: Played) -> list[Finding]:
             await stack.enter_async_context(one)
             urls.setdefault(one.role, []).append(one.url)
         found = await collected(examine_instances(urls, timeout_seconds=20))
-    return [one for one in found if one.check in ("embedding travels", "KV travels", "pictures")]
+    return [one for one in found if one.check in ("embedding travels", "KV travels", "images")]
 
 
 async def test_encoded_once_and_loaded() -> None:
@@ -44,7 +44,7 @@ async def test_encoded_once_and_loaded() -> None:
     assert text["type"] == "text"
 
 
-async def test_each_pair_gets_a_picture_of_its_own() -> None:
+async def test_each_pair_gets_an_image_of_its_own() -> None:
     encoders, pds = [played.encoder(), played.encoder()], [played.reader(), played.reader()]
     assert verdicts(await travel(*encoders, *pds)) == ["ok"] * 4
     names = [body["messages"][0]["content"][0]["uuid"] for one in encoders for body in one.bodies]
@@ -62,7 +62,7 @@ async def test_an_embedding_that_does_not_come() -> None:
 async def test_an_encoder_that_fails() -> None:
     encoder = played.encoder()
     encoder.status = 500
-    assert "was sent a picture, and answered HTTP 500" in problem(await travel(encoder, played.reader())).says
+    assert "was sent an image, and answered HTTP 500" in problem(await travel(encoder, played.reader())).says
 
 
 async def test_an_answer_without_counters_is_no_proof() -> None:
@@ -89,10 +89,10 @@ async def test_an_encoder_that_encodes_nothing() -> None:
     assert "no encoder has encoded" in problem(await travel(encoder, played.reader())).says
 
 
-async def test_pictures_of_others_leave_it_unproven() -> None:
+async def test_images_of_others_leave_it_unproven() -> None:
     encoder = played.encoder()
     encoder.adds = {ENCODED: 3}
-    assert "3 pictures were encoded meanwhile" in warning(await travel(encoder, played.reader())).says
+    assert "3 images were encoded meanwhile" in warning(await travel(encoder, played.reader())).says
     assert len(encoder.bodies) == 3  # it has tried again
 
 
@@ -100,7 +100,7 @@ async def test_pictures_of_others_leave_it_unproven() -> None:
     ("of_encoder", "of_reader", "verdict"),
     [("encoded", "hit", "ok"), ("encoded", "waited", "ok"), ("hit", "hit", "warning"), ("encoded", "", "warning")],
 )
-async def test_among_pictures_of_others_answers_may_tell(of_encoder: str, of_reader: str, verdict: str) -> None:
+async def test_among_images_of_others_answers_may_tell(of_encoder: str, of_reader: str, verdict: str) -> None:
     encoder, pd = played.encoder(), played.reader()
     encoder.adds = {ENCODED: 3}
     encoder.outcome, pd.outcome = of_encoder, of_reader

@@ -15,20 +15,21 @@ from PIL import Image
 
 from chiasm.checkpoints import synthetic
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
-from chiasm.engine import EngineConfig, Role
+from chiasm.engine import EngineConfig
 from chiasm.engine.encoder import EncoderEngine
 from chiasm.engine.engine import LanguageEngine
 from chiasm.engine.request import EncodedItem, EncodeItem, GenerateRequest, Output, SamplingParams
-from chiasm.kv_transfer import KVTransferConfig, KVTransferParams
+from chiasm.kv_transfer import KVTransferConfig
 from chiasm.media.identify import identifier
 from chiasm.models.base import Prompt
+from chiasm.wire import KVTransferParams, Role
 
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of random pixels, as a file."""
+class ImageFile:
+    """An image of random pixels, as a file."""
 
     data: bytes
     height: int
@@ -39,12 +40,12 @@ class Picture:
         return Image.open(io.BytesIO(self.data)).convert("RGB")
 
 
-def picture(seed: int, height: int = 96, width: int = 96) -> Picture:
+def sample_image(seed: int, height: int = 96, width: int = 96) -> ImageFile:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 255, (height, width, 3), generator=generator, dtype=torch.uint8).numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    return Picture(file.getvalue(), height, width)
+    return ImageFile(file.getvalue(), height, width)
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ class Instance:
     def __init__(self, engine: LanguageEngine) -> None:
         self.engine = engine
 
-    def prompt(self, *parts: str | Picture) -> Prompt:
-        """A chat message of texts and pictures."""
+    def prompt(self, *parts: str | ImageFile) -> Prompt:
+        """A chat message of texts and images."""
         content, items = [], []
         for part in parts:
-            if isinstance(part, Picture):
+            if isinstance(part, ImageFile):
                 content.append({"type": "image"})
                 name = identifier(part.data, fingerprint=self.engine.model_fingerprint)
                 items.append((name, self.engine.processor.geometry_of_size(part.height, part.width)))
@@ -80,7 +81,7 @@ class Instance:
 
     def request(
         self,
-        *parts: str | Picture,
+        *parts: str | ImageFile,
         seconds: float = 60,
         choices: int = 1,
         salt: str = "",
@@ -91,7 +92,7 @@ class Instance:
         pixels = {}
         if self.engine.config.role is Role.AGGREGATED:
             for part in parts:
-                if isinstance(part, Picture):
+                if isinstance(part, ImageFile):
                     name = identifier(part.data, fingerprint=self.engine.model_fingerprint)
                     pixels[name] = self.engine.processor.preprocess(part.image)
         return GenerateRequest(
@@ -105,10 +106,10 @@ class Instance:
             kv_transfer_params=kv,
         )
 
-    async def ask(self, *parts: str | Picture, **options) -> Answer:
+    async def ask(self, *parts: str | ImageFile, **options) -> Answer:
         return (await self.choices(*parts, **options))[0]
 
-    async def choices(self, *parts: str | Picture, **options) -> list[Answer]:
+    async def choices(self, *parts: str | ImageFile, **options) -> list[Answer]:
         return await self.send(self.request(*parts, **options))
 
     async def send(self, request: GenerateRequest) -> list[Answer]:
@@ -130,12 +131,12 @@ class Encoder:
     def __init__(self, engine: EncoderEngine) -> None:
         self.engine = engine
 
-    async def encode(self, *pictures: Picture) -> list[EncodedItem]:
+    async def encode(self, *images: ImageFile) -> list[EncodedItem]:
         items = [
             EncodeItem(
                 identifier(each.data, fingerprint=self.engine.model_fingerprint), each.data, each.height, each.width
             )
-            for each in pictures
+            for each in images
         ]
         return await self.engine.encode("test", items, time.monotonic() + 60)
 

@@ -17,7 +17,7 @@ PLACEHOLDER = 9
 
 
 def prompt(*parts: int | tuple[str, int]) -> Prompt:
-    """``prompt(3, ("a", 4), 2)``: three text tokens, picture ``a`` of four rows, two text tokens."""
+    """``prompt(3, ("a", 4), 2)``: three text tokens, image ``a`` of four rows, two text tokens."""
     token_ids: list[int] = []
     items: list[PromptItem] = []
     for part in parts:

@@ -86,19 +86,19 @@ def test_a_block_hash_depends_on_everything_before_it():
     assert hashes([1, 2, 3, 4, 5, 6, 7, 8])[1] != hashes([0, 2, 3, 4, 5, 6, 7, 8])[1]
 
 
-def test_two_pictures_behind_the_same_placeholders_have_different_blocks():
+def test_two_images_behind_the_same_placeholders_have_different_blocks():
     tokens = [1, 9, 9, 9, 9, 2, 3, 4]
     assert hashes(tokens, [item("a" * 64, 1)]) != hashes(tokens, [item("b" * 64, 1)])
     assert hashes(tokens, [item("a" * 64, 1)]) == hashes(tokens, [item("a" * 64, 1)])
 
 
-def test_one_picture_in_two_shapes_has_different_blocks():
+def test_one_image_in_two_shapes_has_different_blocks():
     tokens = [1, 9, 9, 9, 9, 2, 3, 4]
     wide, tall = item("a" * 64, 1, image_grid_thw=[1, 2, 8]), item("a" * 64, 1, image_grid_thw=[1, 8, 2])
     assert hashes(tokens, [wide]) != hashes(tokens, [tall])
 
 
-def test_blocks_before_a_picture_are_shared_by_prompts_that_differ_in_it():
+def test_blocks_before_an_image_are_shared_by_prompts_that_differ_in_it():
     tokens = [1, 2, 3, 4, 9, 9, 9, 9]
     first, second = hashes(tokens, [item("a" * 64, 4)]), hashes(tokens, [item("b" * 64, 4)])
     assert first[0] == second[0]

@@ -10,9 +10,9 @@ from safetensors import safe_open
 
 from chiasm.engine.request import EncodeItem, ItemOutcome
 from chiasm.errors import DeadlineExceededError, InvalidRequestError, MediaError, StorageError
-from tests.engine.conftest import picture
+from tests.engine.conftest import sample_image
 
-A, B = picture(1), picture(2, height=128, width=64)
+A, B = sample_image(1), sample_image(2, height=128, width=64)
 
 
 def entries(store):
@@ -36,7 +36,7 @@ async def test_what_is_there_already_is_not_encoded_again(encoder):
     assert encoder.engine.stats().images_encoded == 1
 
 
-async def test_ten_identical_pictures_at_once_are_encoded_once(encoder):
+async def test_ten_identical_images_at_once_are_encoded_once(encoder):
     results = await asyncio.gather(*[encoder.encode(A) for _ in range(10)])
     assert encoder.engine.stats().images_encoded == 1
     assert {result[0].identifier for result in results} == {results[0][0].identifier}
@@ -58,8 +58,8 @@ async def test_an_embedding_does_not_depend_on_its_neighbours(encoder, store):
     assert {file.name: file.read_bytes() for file in entries(store)} == together
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", A.data[:60], A.data[: len(A.data) // 2]])
-async def test_what_is_no_whole_picture_is_refused_and_costs_nobody_else(encoder, data):
+@pytest.mark.parametrize("data", [b"", b"not an image", A.data[:60], A.data[: len(A.data) // 2]])
+async def test_what_is_no_whole_image_is_refused_and_costs_nobody_else(encoder, data):
     with pytest.raises(MediaError):
         await encoder.engine.encode("bad", [EncodeItem("f" * 64, data, 96, 96)], time.monotonic() + 10)
     (item,) = await encoder.encode(A)

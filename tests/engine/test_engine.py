@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 
-from chiasm.engine import Role
 from chiasm.engine.request import ItemOutcome
 from chiasm.errors import (
     ChiasmError,
@@ -17,15 +16,16 @@ from chiasm.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from tests.engine.conftest import picture
+from chiasm.wire import Role
+from tests.engine.conftest import sample_image
 
-A, B = picture(1), picture(2, height=128, width=64)
+A, B = sample_image(1), sample_image(2, height=128, width=64)
 
 MESSAGES = {
     "text": ("what is this?",),
-    "one picture": ("what is", A, "this?"),
-    "two pictures": (A, "and", B, "?"),
-    "the same picture twice": (A, "and", A, "?"),
+    "one image": ("what is", A, "this?"),
+    "two images": (A, "and", B, "?"),
+    "the same image twice": (A, "and", A, "?"),
 }
 
 
@@ -76,9 +76,9 @@ async def test_embeddings_that_come_late_and_out_of_order_change_nothing(start, 
     assert pd.engine.stats().items == {ItemOutcome.WAITED: 2}
 
 
-async def test_a_swapped_picture_changes_the_answer(start):
+async def test_a_swapped_image_changes_the_answer(start):
     aggregated = start(Role.AGGREGATED)
-    assert (await aggregated.ask(A, "?")).token_ids != (await aggregated.ask(picture(3), "?")).token_ids
+    assert (await aggregated.ask(A, "?")).token_ids != (await aggregated.ask(sample_image(3), "?")).token_ids
 
 
 async def test_text_goes_on_while_a_request_waits_for_its_embedding(start, encoder):
@@ -149,7 +149,7 @@ async def test_a_connector_that_breaks_costs_its_requests_and_not_the_engine(sta
     assert len((await pd.ask(A, "?")).token_ids) == 8
 
 
-async def test_a_size_that_is_not_the_pictures_fails_its_request_alone(start, encoder):
+async def test_a_size_that_is_not_the_images_fails_its_request_alone(start, encoder):
     pd = start(Role.PD)
     await encoder.encode(A)
     honest = pd.request(A, "?")

@@ -9,21 +9,20 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from chiasm.engine import Role
 from chiasm.errors import ChiasmError, InvalidRequestError, KVUnavailableError
-from chiasm.kv_transfer import KVTransferParams
-from tests.engine.conftest import Answer, Instance, picture
+from chiasm.wire import KVTransferParams, Role
+from tests.engine.conftest import Answer, Instance, sample_image
 from tests.engine.test_engine import until
 
-A, B = picture(1), picture(2, height=128, width=64)
+A, B = sample_image(1), sample_image(2, height=128, width=64)
 
 PLEASE = KVTransferParams(do_remote_decode=True, continues=True)
 
 MESSAGES = {
     "text": ("what is this?",),
-    "one picture": ("what is", A, "this?"),
-    "two pictures": (A, "and", B, "?"),
-    "the same picture twice": (A, "and", A, "?"),
+    "one image": ("what is", A, "this?"),
+    "two images": (A, "and", B, "?"),
+    "the same image twice": (A, "and", A, "?"),
     "a long text": ("word " * 90,),
 }
 
@@ -210,7 +209,7 @@ async def test_a_full_decode_engine_makes_requests_wait(start):
     await until(pair.is_empty)
 
 
-async def test_a_decode_engine_short_of_blocks_breaks_off_an_answer_about_a_picture_and_says_so(start, encoder):
+async def test_a_decode_engine_short_of_blocks_breaks_off_an_answer_about_an_image_and_says_so(start, encoder):
     prefill = start(Role.PREFILL, block_size=4)
     block = prefill.engine._runner.kv_cache.blocks.shape[1]
     await encoder.encode(A)

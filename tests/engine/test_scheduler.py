@@ -124,7 +124,7 @@ def test_a_cached_item_needs_no_embedding():
     assert chunks(driver.step()) == [(8, 12)]
 
 
-def test_another_picture_at_the_same_place_is_not_taken_for_the_cached_one():
+def test_another_image_at_the_same_place_is_not_taken_for_the_cached_one():
     driver = Driver(block_size=4)
     driver.stored = {"a", "b"}
     driver.add(prompt(4, ("a", 4), 6), max_tokens=1)
@@ -343,7 +343,7 @@ def test_an_aggregated_step_encodes_what_its_chunk_needs():
     assert [item.identifier for _, item in step.encode] == ["b"]
 
 
-def test_an_aggregated_engine_encodes_a_picture_once():
+def test_an_aggregated_engine_encodes_an_image_once():
     driver = Driver(local_encoder=True)
     driver.add(prompt(1, ("a", 4), 2, ("a", 4)), max_tokens=1)
     driver.add(prompt(2, ("a", 4)), max_tokens=1)

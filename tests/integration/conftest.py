@@ -17,15 +17,15 @@ from openai import OpenAI
 from PIL import Image
 
 from chiasm.checkpoints import synthetic
-from chiasm.engine import Role
 from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
+from chiasm.wire import Role
 
 MODEL = "small"
 SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512")
 
 
 def pixels(seed: int, height: int = 96, width: int = 96) -> Image.Image:
-    """A picture of random pixels."""
+    """An image of random pixels."""
     generator = torch.Generator().manual_seed(seed)
     return Image.fromarray(torch.randint(0, 255, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
 
@@ -40,8 +40,8 @@ def data_url(data: bytes, mime: str = "image/png") -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def picture(seed: int, height: int = 96, width: int = 96) -> dict[str, Any]:
-    """A picture of random pixels as a part of a message."""
+def sample_image(seed: int, height: int = 96, width: int = 96) -> dict[str, Any]:
+    """An image of random pixels as a part of a message."""
     return part(encoded(pixels(seed, height, width)))
 
 

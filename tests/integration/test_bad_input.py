@@ -10,14 +10,14 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.integration.conftest import MODEL, chat, data_url, encoded, part, picture, pixels
+from tests.integration.conftest import MODEL, chat, data_url, encoded, part, pixels, sample_image
 
 
 @pytest.fixture(autouse=True)
 def next_request_is_right(disaggregated, aggregated):
     """Whatever a test sends, the next request is answered as ever."""
     yield
-    body = chat("still there?", picture(7))
+    body = chat("still there?", sample_image(7))
     assert disaggregated.answer(body) == aggregated.answer(body)
 
 
@@ -38,11 +38,11 @@ def bomb(side: int) -> bytes:
 
 PNG = encoded(pixels(1))
 BAD = {
-    "truncated PNG": (chat(part(PNG[: len(PNG) // 2])), 400, "picture|image|decode"),
-    "not a picture": (chat(part(b"hello")), 400, "picture|image"),
-    "empty picture": (chat(part(b"")), 400, "picture|image|empty"),
+    "truncated PNG": (chat(part(PNG[: len(PNG) // 2])), 400, "image|image|decode"),
+    "not an image": (chat(part(b"hello")), 400, "image|image"),
+    "empty image": (chat(part(b"")), 400, "image|image|empty"),
     "bomb": (chat(part(bomb(20_000))), 400, "pixel"),
-    "too many pictures": (chat(*[picture(seed) for seed in range(33)]), 400, "limit|at most"),
+    "too many images": (chat(*[sample_image(seed) for seed in range(33)]), 400, "limit|at most"),
     "prompt too long": (chat("word " * 2000), 400, "context|token"),
     "max_tokens 0": (chat("hello", max_tokens=0), 400, "max_tokens"),
     "negative temperature": (chat("hello", temperature=-1), 400, "temperature"),
@@ -65,10 +65,10 @@ BAD = {
         400,
         "image_embeds",
     ),
-    "uuid with a slash": (chat(picture(1) | {"uuid": "../../etc/passwd"}), 400, "uuid|64"),
-    "uuid with NUL": (chat(picture(1) | {"uuid": "a\x00b"}), 400, "uuid|64"),
-    "uuid of 10 kB": (chat(picture(1) | {"uuid": "a" * 10_000}), 400, "uuid|64"),
-    "placeholder in the text": (chat("<|image_pad|>", picture(1)), 400, "image_pad"),
+    "uuid with a slash": (chat(sample_image(1) | {"uuid": "../../etc/passwd"}), 400, "uuid|64"),
+    "uuid with NUL": (chat(sample_image(1) | {"uuid": "a\x00b"}), 400, "uuid|64"),
+    "uuid of 10 kB": (chat(sample_image(1) | {"uuid": "a" * 10_000}), 400, "uuid|64"),
+    "placeholder in the text": (chat("<|image_pad|>", sample_image(1)), 400, "image_pad"),
 }
 
 
@@ -104,7 +104,7 @@ def test_errors_reach_the_openai_client_as_its_own(disaggregated):
 
 
 def rotated(image: Image.Image) -> bytes:
-    """The picture turned by 90° as a file, with the EXIF note that turns it back."""
+    """The image turned by 90° as a file, with the EXIF note that turns it back."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(image.rotate(90, expand=True), exif=exif)
@@ -142,17 +142,17 @@ def sixteen_bit() -> bytes:
     ],
     ids=["1x1", "CMYK", "16 bit", "palette", "grey with alpha", "WebP", "long and thin"],
 )
-def test_odd_pictures_are_answered_as_one_process_answers_them(disaggregated, aggregated, data):
+def test_odd_images_are_answered_as_one_process_answers_them(disaggregated, aggregated, data):
     body = chat("see", part(data), "?")
     assert disaggregated.answer(body) == aggregated.answer(body)
 
 
 def test_a_client_that_goes_away_leaves_nothing_behind(disaggregated):
-    body = chat("tell me everything", picture(8), stream=True, max_tokens=400)
+    body = chat("tell me everything", sample_image(8), stream=True, max_tokens=400)
     with httpx.stream("POST", f"{disaggregated.url}/v1/chat/completions", json=body, timeout=60) as response:
         next(response.iter_lines())
     disaggregated.wait_until(lambda: not any(instance["in_flight"] for instance in disaggregated.health()))
-    from chiasm.engine import Role
+    from chiasm.wire import Role
 
     disaggregated.wait_until(lambda: disaggregated.metric(Role.PD, "chiasm_kv_blocks_used") == 0)
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import httpx2 as httpx
 import pytest
 
-from chiasm.engine import Role
-from tests.integration.conftest import MODEL, chat, picture
+from chiasm.wire import Role
+from tests.integration.conftest import MODEL, chat, sample_image
 
 LONG = 400
 
@@ -23,7 +23,7 @@ def well_again(epd_pairs, aggregated):
     """After each fault, all that died is back, the next answer is right, and no block is held for what is gone."""
     yield
     epd_pairs.wait_until(lambda: all(instance["state"] == "healthy" for instance in epd_pairs.health()), 90)
-    body = chat("after", picture(1000), "?")
+    body = chat("after", sample_image(1000), "?")
     assert epd_pairs.answer(body) == aggregated.answer(body)
     epd_pairs.wait_until_blocks_are_free()
 
@@ -81,7 +81,7 @@ def kill_the_busy(service, role: Role) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "sampled"])
 def test_a_decode_instance_killed_mid_stream_costs_a_pause(epd_pairs, aggregated, options):
-    body = chat("tell me everything about", picture(1), max_tokens=LONG, stream=True) | options
+    body = chat("tell me everything about", sample_image(1), max_tokens=LONG, stream=True) | options
     before = resumed(epd_pairs)
     events = streamed(epd_pairs, body, at_event=20, act=lambda: kill_the_busy(epd_pairs, Role.DECODE))
     assert text_of(events) == text_of(streamed(aggregated, body))
@@ -89,7 +89,7 @@ def test_a_decode_instance_killed_mid_stream_costs_a_pause(epd_pairs, aggregated
 
 
 def test_the_same_of_an_answer_that_is_no_stream(epd_pairs, aggregated):
-    body = chat("tell me everything about", picture(2), max_tokens=LONG)
+    body = chat("tell me everything about", sample_image(2), max_tokens=LONG)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(epd_pairs.answer, body)
         epd_pairs.wait_until(lambda: busy(epd_pairs, Role.DECODE))
@@ -98,7 +98,7 @@ def test_the_same_of_an_answer_that_is_no_stream(epd_pairs, aggregated):
 
 
 def test_a_prefill_instance_killed_over_a_prompt_costs_a_retry_on_another(epd_pairs, aggregated):
-    body = chat("see", picture(3), "?")
+    body = chat("see", sample_image(3), "?")
     with ThreadPoolExecutor(1) as pool, stopped(epd_pairs, Role.PREFILL):
         answer = pool.submit(epd_pairs.answer, body)
         epd_pairs.wait_until(lambda: busy(epd_pairs, Role.PREFILL))
@@ -109,7 +109,7 @@ def test_a_prefill_instance_killed_over_a_prompt_costs_a_retry_on_another(epd_pa
 
 
 def test_a_prefill_instance_killed_before_decode_has_fetched_costs_another_prefill(epd_pairs, aggregated):
-    body = chat("see", picture(4), "?", stream=True, max_tokens=16)
+    body = chat("see", sample_image(4), "?", stream=True, max_tokens=16)
     prefills = {url: epd_pairs.metric_at(url, "chiasm_generation_tokens_total") for url in urls(epd_pairs)}
     with ThreadPoolExecutor(1) as pool, stopped(epd_pairs, Role.DECODE):
         events = pool.submit(streamed, epd_pairs, body)
@@ -138,7 +138,7 @@ def test_several_choices_that_have_begun_end_with_an_error(epd_pairs):
 
 
 def test_a_client_that_leaves_frees_both_sides(epd_pairs):
-    body = chat("tell me everything about", picture(5), max_tokens=LONG, stream=True)
+    body = chat("tell me everything about", sample_image(5), max_tokens=LONG, stream=True)
     with httpx.stream("POST", f"{epd_pairs.url}/v1/chat/completions", json=body, timeout=60) as response:
         next(response.iter_lines())
     epd_pairs.wait_until(lambda: not any(instance["in_flight"] for instance in epd_pairs.health()))
@@ -146,7 +146,7 @@ def test_a_client_that_leaves_frees_both_sides(epd_pairs):
 
 
 def test_a_client_that_leaves_while_decode_stands_still_frees_both_sides(epd_pairs):
-    body = chat("tell me everything about", picture(6), max_tokens=LONG, stream=True)
+    body = chat("tell me everything about", sample_image(6), max_tokens=LONG, stream=True)
     with stopped(epd_pairs, Role.DECODE):
         with httpx.stream("POST", f"{epd_pairs.url}/v1/chat/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()  # which, dropped, would close the response
@@ -166,7 +166,7 @@ def test_with_no_decode_instance_left_there_is_a_clear_error(epd_pairs):
             )
         )
     )
-    response = epd_pairs.post(chat("see", picture(7), "?"))
+    response = epd_pairs.post(chat("see", sample_image(7), "?"))
     assert response.status_code == 503, response.text
     assert "decode" in response.json()["error"]["message"]
 

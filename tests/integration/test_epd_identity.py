@@ -10,10 +10,10 @@ import httpx2 as httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from chiasm.engine import Role
-from tests.integration.conftest import MODEL, chat, picture, run
+from chiasm.wire import Role
+from tests.integration.conftest import MODEL, chat, run, sample_image
 
-A, B = picture(1), picture(2, height=64, width=160)
+A, B = sample_image(1), sample_image(2, height=64, width=160)
 SAMPLED = {"temperature": 1.0, "seed": 11, "top_p": 0.9}
 
 
@@ -40,11 +40,11 @@ def completion(prompt: object, **options: Any) -> dict[str, Any]:
 
 REQUESTS = {
     "text": chat("hello there"),
-    "one picture": chat("what is", A, "this?"),
-    "picture first": chat(A),
-    "two pictures": chat(A, "and", B, "?"),
-    "two pictures swapped": chat(B, "and", A, "?"),
-    "the same picture twice": chat(A, "and", A, "?"),
+    "one image": chat("what is", A, "this?"),
+    "image first": chat(A),
+    "two images": chat(A, "and", B, "?"),
+    "two images swapped": chat(B, "and", A, "?"),
+    "the same image twice": chat(A, "and", A, "?"),
     "seeded sampling": chat("tell me", A, **SAMPLED),
     "penalties": chat("tell me", B, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2),
     "log probabilities": chat("tell me", A, logprobs=True, top_logprobs=3),
@@ -207,13 +207,13 @@ def test_a_stop_token_that_comes_first_ends_the_answer_at_prefill(epd, aggregate
 
 
 def test_many_at_once_are_answered_as_one_by_one(epd, aggregated):
-    bodies = [chat(f"number {seed}", picture(seed % 5, width=64 + 32 * (seed % 3)), "?") for seed in range(16)]
+    bodies = [chat(f"number {seed}", sample_image(seed % 5, width=64 + 32 * (seed % 3)), "?") for seed in range(16)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda body: whole(epd, body), bodies))
     assert together == [whole(aggregated, body) for body in bodies]
 
 
-def test_a_second_round_about_the_same_picture(epd, aggregated):
+def test_a_second_round_about_the_same_image(epd, aggregated):
     first = chat("look:", A)
     answer = aggregated.answer(first)
     second = chat()

@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2 as httpx
 import pytest
 
-from chiasm.engine import Role
-from tests.integration.conftest import chat, picture
+from chiasm.wire import Role
+from tests.integration.conftest import chat, sample_image
 
 
 @pytest.fixture(autouse=True)
 def right_answer(request, fragile, aggregated):
     """After each fault, the next request is right."""
     yield
-    body = chat("after", picture(1000), "?")
+    body = chat("after", sample_image(1000), "?")
     # Each test has seen to it that the proxy knows of the death; what is healthy now was started again.
     fragile.wait_until(lambda: all(instance["state"] == "healthy" for instance in fragile.health()), 90)
     assert fragile.answer(body) == aggregated.answer(body)
@@ -29,7 +29,7 @@ def encoders(service):
 
 
 def test_an_encoder_killed_mid_request_costs_a_retry_on_another(fragile, aggregated):
-    body = chat("see", picture(1), "?")
+    body = chat("see", sample_image(1), "?")
     pids = {url: fragile.pid(url) for url in fragile.deployment.urls(Role.ENCODER)}
     for pid in pids.values():
         os.kill(pid, signal.SIGSTOP)
@@ -46,7 +46,7 @@ def test_an_encoder_killed_mid_request_costs_a_retry_on_another(fragile, aggrega
 def test_with_no_encoder_left_images_get_503_and_text_is_answered(fragile):
     for url in fragile.deployment.urls(Role.ENCODER):
         os.kill(fragile.pid(url), signal.SIGKILL)
-    response = fragile.post(chat("see", picture(2), "?"))
+    response = fragile.post(chat("see", sample_image(2), "?"))
     assert response.status_code == 503, response.text
     assert "encoder" in response.json()["error"]["message"]
     assert fragile.answer(chat("only words"))

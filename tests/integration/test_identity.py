@@ -6,18 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from chiasm.engine import Role
-from tests.integration.conftest import chat, encoded, part, picture, pixels
+from chiasm.wire import Role
+from tests.integration.conftest import chat, encoded, part, pixels, sample_image
 
-A, B = picture(1), picture(2, height=64, width=160)
+A, B = sample_image(1), sample_image(2, height=64, width=160)
 REQUESTS = {
     "text": chat("hello there"),
-    "one picture": chat("what is", A, "this?"),
-    "picture first": chat(A),
-    "two pictures": chat(A, "and", B, "?"),
-    "two pictures swapped": chat(B, "and", A, "?"),
-    "the same picture twice": chat(A, "and", A, "?"),
-    "four pictures": chat(A, B, picture(3), picture(4), "which is it?"),
+    "one image": chat("what is", A, "this?"),
+    "image first": chat(A),
+    "two images": chat(A, "and", B, "?"),
+    "two images swapped": chat(B, "and", A, "?"),
+    "the same image twice": chat(A, "and", A, "?"),
+    "four images": chat(A, B, sample_image(3), sample_image(4), "which is it?"),
     "seeded sampling": chat("tell me", A, temperature=1.0, seed=11, top_p=0.9),
     "penalties": chat("tell me", B, presence_penalty=1.0, repetition_penalty=1.2),
 }
@@ -28,18 +28,18 @@ def test_answers_equal_those_of_one_process(disaggregated, aggregated, body):
     assert disaggregated.answer(body) == aggregated.answer(body)
 
 
-def test_swapped_pictures_give_another_answer(disaggregated):
-    assert disaggregated.answer(REQUESTS["two pictures"]) != disaggregated.answer(REQUESTS["two pictures swapped"])
+def test_swapped_images_give_another_answer(disaggregated):
+    assert disaggregated.answer(REQUESTS["two images"]) != disaggregated.answer(REQUESTS["two images swapped"])
 
 
 def test_many_at_once_are_answered_as_one_by_one(disaggregated, aggregated):
-    bodies = [chat(f"number {seed}", picture(seed % 5, width=64 + 32 * (seed % 3)), "?") for seed in range(16)]
+    bodies = [chat(f"number {seed}", sample_image(seed % 5, width=64 + 32 * (seed % 3)), "?") for seed in range(16)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(disaggregated.answer, bodies))
     assert together == [aggregated.answer(body) for body in bodies]
 
 
-def test_a_second_round_about_the_same_picture(disaggregated, aggregated):
+def test_a_second_round_about_the_same_image(disaggregated, aggregated):
     first = chat("look:", A)
     answer = aggregated.answer(first)
     second = chat()
@@ -53,7 +53,7 @@ def test_a_second_round_about_the_same_picture(disaggregated, aggregated):
 
 
 def test_streams_say_what_whole_answers_say(disaggregated):
-    body = REQUESTS["two pictures"]
+    body = REQUESTS["two images"]
     chunks = disaggregated.client.chat.completions.create(
         **{name: value for name, value in body.items() if name != "ignore_eos"},
         extra_body={"ignore_eos": True},
@@ -63,8 +63,8 @@ def test_streams_say_what_whole_answers_say(disaggregated):
     assert text == disaggregated.answer(body)
 
 
-def test_a_picture_is_encoded_once_whoever_asks(disaggregated):
-    body = chat("see", picture(77))
+def test_an_image_is_encoded_once_whoever_asks(disaggregated):
+    body = chat("see", sample_image(77))
     before = disaggregated.metric(Role.ENCODER, "chiasm_images_encoded_total")
     with ThreadPoolExecutor(8) as pool:
         answers = set(pool.map(disaggregated.answer, [body] * 10))
@@ -78,14 +78,14 @@ def test_text_touches_no_encoder(disaggregated):
     assert disaggregated.metric(Role.ENCODER, "chiasm_http_requests_total") == before
 
 
-def test_one_picture_in_two_files_is_two_items_with_one_answer(disaggregated):
+def test_one_image_in_two_files_is_two_items_with_one_answer(disaggregated):
     image = pixels(5)
     answers = {disaggregated.answer(chat("see", part(encoded(image, compress_level=level)))) for level in (1, 9)}
     assert len(answers) == 1
 
 
 def test_items_are_accounted_for_in_the_answer(disaggregated):
-    fresh = disaggregated.post(chat("see", picture(91), "?"))
-    again = disaggregated.post(chat("see", picture(91), "?"))
+    fresh = disaggregated.post(chat("see", sample_image(91), "?"))
+    again = disaggregated.post(chat("see", sample_image(91), "?"))
     assert 'item0;desc="' in fresh.headers["server-timing"]
     assert 'item0;desc="hit"' in again.headers["server-timing"]

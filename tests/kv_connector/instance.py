@@ -17,9 +17,9 @@ from chiasm.kv_transfer import (
     KVConnectorRole,
     KVLayout,
     KVTransferConfig,
-    KVTransferParams,
     KVTransferRole,
 )
+from chiasm.wire import KVTransferParams
 
 LAYOUT = KVLayout(num_layers=2, block_size=16, num_kv_heads=2, head_dim=64, dtype="float32", bytes_per_block=32768)
 NUM_BLOCKS = 64

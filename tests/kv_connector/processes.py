@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from chiasm.kv_transfer import KVLayout, KVTransferConfig, KVTransferParams
+from chiasm.kv_transfer import KVLayout, KVTransferConfig
+from chiasm.wire import KVTransferParams
 
 from .instance import LAYOUT, NUM_BLOCKS, PATIENCE_SECONDS, Instance
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from chiasm.errors import KVUnavailableError
-from chiasm.kv_transfer import KVTransferParams, KVTransferRole
+from chiasm.kv_transfer import KVTransferRole
+from chiasm.wire import KVTransferParams
 
 from .conftest import Make
 from .instance import LAYOUT, Instance

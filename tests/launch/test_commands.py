@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.launch import DeploymentConfig, Role, RoleConfig, commands
+from chiasm.launch import DeploymentConfig, RoleConfig, commands
 from chiasm.launch.commands import (
     instance_command,
     model_name,
@@ -17,6 +17,7 @@ from chiasm.launch.commands import (
     threads_of,
 )
 from chiasm.launch.ports import HeldPort
+from chiasm.wire import Role
 
 ONE_EACH = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.launch import Deployment, DeploymentConfig, Role, RoleConfig
+from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
+from chiasm.wire import Role
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.launch import Role, RoleConfig
+from chiasm.launch import RoleConfig
 from chiasm.launch.devices import Placement, describe, found_devices, place
+from chiasm.wire import Role
 
 E, PD, P, D, ALL = Role.ENCODER, Role.PD, Role.PREFILL, Role.DECODE, Role.AGGREGATED
 EIGHT = tuple("01234567")

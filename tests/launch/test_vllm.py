@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.launch import DeploymentConfig, Engine, Role, RoleConfig, vllm
+from chiasm.launch import DeploymentConfig, EngineKind, RoleConfig, vllm
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.vllm import Installed, Site
+from chiasm.wire import Role
 
 CPU = Installed(Path("/env/bin/vllm"), "0.32.0+cpu")
 GPU = Installed(Path("/env/bin/vllm"), "0.33.0")
@@ -35,7 +36,7 @@ def site(address: HeldPort, tmp_path: Path) -> Site:
 
 
 def _config(roles: dict[Role, RoleConfig] = EACH, **settings: object) -> DeploymentConfig:
-    return DeploymentConfig("/models/qwen", roles, engine=Engine.VLLM, **settings)  # type: ignore[arg-type]
+    return DeploymentConfig("/models/qwen", roles, engine=EngineKind.VLLM, **settings)  # type: ignore[arg-type]
 
 
 def _command(config: DeploymentConfig, role: Role, site: Site, found: Installed = GPU) -> list[str]:

@@ -21,7 +21,7 @@ from chiasm.media.addresses import AddressGuard
 from chiasm.media.data_url import decode_data_url, encode_data_url
 
 LOOPBACK = ("127.0.0.0/8",)
-PICTURE = b"\x89PNG bytes of a picture"
+IMAGE = b"\x89PNG bytes of an image"
 
 
 class Names(AbstractResolver):
@@ -66,8 +66,8 @@ class Site:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def picture(self, request: web.Request) -> web.Response:
-        return web.Response(body=PICTURE)
+    async def image(self, request: web.Request) -> web.Response:
+        return web.Response(body=IMAGE)
 
     async def missing(self, request: web.Request) -> web.Response:
         return web.Response(status=404, text="a secret of the server")
@@ -127,7 +127,7 @@ async def site() -> AsyncIterator[Site]:
 
     application = web.Application(middlewares=[note])
     for name in (
-        "picture",
+        "image",
         "missing",
         "broken",
         "slow",
@@ -224,8 +224,8 @@ async def test_the_size_of_a_data_url_is_exact(make: Make) -> None:
 # http:
 
 
-async def test_a_picture_is_fetched(make: Make, site: Site) -> None:
-    assert await make().fetch(f"{site.url}/picture") == PICTURE
+async def test_an_image_is_fetched(make: Make, site: Site) -> None:
+    assert await make().fetch(f"{site.url}/image") == IMAGE
     headers = site.requests[0].headers
     assert headers["Accept-Encoding"] == "identity"
     assert "Cookie" not in headers
@@ -233,9 +233,9 @@ async def test_a_picture_is_fetched(make: Make, site: Site) -> None:
 
 async def test_a_name_is_resolved_once_and_that_address_is_used(make: Make, site: Site) -> None:
     names = Names(["127.0.0.1"], ["10.0.0.1"])
-    assert await make(names).fetch(f"http://pictures.example:{site.port}/picture") == PICTURE
-    assert names.asked == ["pictures.example"]
-    assert site.requests[0].host == f"pictures.example:{site.port}"
+    assert await make(names).fetch(f"http://images.example:{site.port}/image") == IMAGE
+    assert names.asked == ["images.example"]
+    assert site.requests[0].host == f"images.example:{site.port}"
 
 
 @pytest.mark.parametrize(
@@ -284,12 +284,12 @@ async def test_addresses_that_are_not_public_are_refused(make: Make, host: str) 
 )
 async def test_unusual_notations_of_an_address_lead_nowhere(make: Make, site: Site, host: str) -> None:
     with pytest.raises(MediaError):
-        await make(allowed_media_networks=()).fetch(f"http://{host}:{site.port}/picture")
+        await make(allowed_media_networks=()).fetch(f"http://{host}:{site.port}/image")
     assert not site.requests
 
 
 async def test_a_name_that_leads_to_a_private_address_is_refused(make: Make, site: Site) -> None:
-    url = f"http://pictures.example:{site.port}/picture"
+    url = f"http://images.example:{site.port}/image"
     message = await refused(make(Names(["127.0.0.1"]), allowed_media_networks=()), url, "media_address_not_allowed")
     assert "127.0.0.1" not in message
     await refused(make(Names(["::ffff:127.0.0.1"]), allowed_media_networks=()), url, "media_address_not_allowed")
@@ -299,8 +299,8 @@ async def test_a_name_that_leads_to_a_private_address_is_refused(make: Make, sit
 async def test_a_name_that_changes_its_address_between_hops_is_refused(make: Make, site: Site) -> None:
     """Allowed at first, private when asked again: what counts is the address that is connected to."""
     names = Names(["127.0.0.1"], ["127.0.0.2"])
-    to = f"http://other.example:{site.port}/picture"
-    url = f"http://pictures.example:{site.port}/redirect?to={to}"
+    to = f"http://other.example:{site.port}/image"
+    url = f"http://images.example:{site.port}/redirect?to={to}"
     await refused(make(names, allowed_media_networks=("127.0.0.1/32",)), url, "media_address_not_allowed")
     assert [request.path for request in site.requests] == ["/redirect"]
 
@@ -308,12 +308,12 @@ async def test_a_name_that_changes_its_address_between_hops_is_refused(make: Mak
 async def test_of_several_addresses_only_public_ones_are_tried(make: Make, site: Site) -> None:
     names = Names(["10.0.0.1", "127.0.0.1"])
     fetcher = make(names, allowed_media_networks=("127.0.0.1/32",))
-    assert await fetcher.fetch(f"http://pictures.example:{site.port}/picture") == PICTURE
+    assert await fetcher.fetch(f"http://images.example:{site.port}/image") == IMAGE
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_redirects_are_followed(make: Make, site: Site, status: int) -> None:
-    assert await make().fetch(f"{site.url}/redirect?status={status}&to=/picture") == PICTURE
+    assert await make().fetch(f"{site.url}/redirect?status={status}&to=/image") == IMAGE
 
 
 @pytest.mark.parametrize(
@@ -333,15 +333,15 @@ async def test_a_redirect_leads_nowhere_that_a_url_could_not(make: Make, site: S
 
 
 async def test_redirects_are_bounded(make: Make, site: Site) -> None:
-    url = f"{site.url}/redirect?to=/redirect?to=/picture"
-    assert await make(max_redirects=2).fetch(url.replace("/picture", "%2Fpicture")) == PICTURE
+    url = f"{site.url}/redirect?to=/redirect?to=/image"
+    assert await make(max_redirects=2).fetch(url.replace("/image", "%2Fimage")) == IMAGE
     loop = f"{site.url}/redirect?to={site.url}/nowhere"
     await refused(make(max_redirects=0), loop, "media_unreachable")
     await refused(make(), f"{site.url}/nowhere", "media_unreachable")
 
 
 async def test_credentials_stay_with_their_host(make: Make, site: Site) -> None:
-    await make().fetch(f"http://user:password@127.0.0.1:{site.port}/redirect?to=/picture")
+    await make().fetch(f"http://user:password@127.0.0.1:{site.port}/redirect?to=/image")
     assert "Authorization" in site.requests[0].headers
     assert "Authorization" not in site.requests[1].headers
 
@@ -358,7 +358,7 @@ async def test_nobody_there(make: Make, site: Site) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         await refused(make(), f"http://127.0.0.1:{free.getsockname()[1]}/", "media_unreachable")
-    await refused(make(Names([])), "http://pictures.example/", "media_unreachable")
+    await refused(make(Names([])), "http://images.example/", "media_unreachable")
 
 
 @pytest.mark.parametrize("path", ["slow", "trickle"])
@@ -369,7 +369,7 @@ async def test_slow_answers_end_with_the_timeout(make: Make, site: Site, path: s
 async def test_waiting_for_a_turn_ends_with_the_timeout_too(make: Make, site: Site) -> None:
     fetcher = make(fetch_timeout_seconds=1, max_concurrent_fetches=1)
     await asyncio.gather(*(refused(fetcher, f"{site.url}/slow", "media_timeout") for _ in range(3)))
-    assert await fetcher.fetch(f"{site.url}/picture") == PICTURE
+    assert await fetcher.fetch(f"{site.url}/image") == IMAGE
 
 
 async def test_endless_answers_end_at_the_limit(make: Make, site: Site) -> None:
@@ -392,20 +392,20 @@ async def test_an_answer_that_breaks_off_is_an_error(make: Make, site: Site) -> 
 
 async def test_proxies_of_the_environment_are_not_used(make: Make, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert await make().fetch(f"{site.url}/picture") == PICTURE
+    assert await make().fetch(f"{site.url}/image") == IMAGE
 
 
 async def test_only_allowed_domains(make: Make, site: Site) -> None:
-    fetcher = make(Names(["127.0.0.1"]), allowed_media_domains=("Pictures.example",))
-    assert await fetcher.fetch(f"http://pictures.EXAMPLE:{site.port}/picture") == PICTURE
+    fetcher = make(Names(["127.0.0.1"]), allowed_media_domains=("Images.example",))
+    assert await fetcher.fetch(f"http://images.EXAMPLE:{site.port}/image") == IMAGE
     for url in (
-        f"http://other.example:{site.port}/picture",
-        f"http://sub.pictures.example:{site.port}/picture",
-        f"http://pictures.example:{site.port}/redirect?to=http://other.example:{site.port}/picture",
-        f"http://pictures.example@other.example:{site.port}/picture",
+        f"http://other.example:{site.port}/image",
+        f"http://sub.images.example:{site.port}/image",
+        f"http://images.example:{site.port}/redirect?to=http://other.example:{site.port}/image",
+        f"http://images.example@other.example:{site.port}/image",
     ):
         await refused(fetcher, url, "media_domain_not_allowed")
-    assert [request.path for request in site.requests] == ["/picture", "/redirect"]
+    assert [request.path for request in site.requests] == ["/image", "/redirect"]
 
 
 @pytest.mark.parametrize(
@@ -430,18 +430,18 @@ async def test_other_urls_are_refused(make: Make, url: str) -> None:
 
 
 async def test_files_are_refused_unless_a_folder_is_allowed(make: Make, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(PICTURE)
+    (tmp_path / "a.png").write_bytes(IMAGE)
     await refused(make(), f"file://{tmp_path}/a.png", "media_path_not_allowed")
-    assert await make(allowed_local_media_path=tmp_path).fetch(f"file://{tmp_path}/a.png") == PICTURE
-    assert await make(allowed_local_media_path=tmp_path).fetch(f"file://localhost{tmp_path}/%61.png") == PICTURE
+    assert await make(allowed_local_media_path=tmp_path).fetch(f"file://{tmp_path}/a.png") == IMAGE
+    assert await make(allowed_local_media_path=tmp_path).fetch(f"file://localhost{tmp_path}/%61.png") == IMAGE
 
 
 async def test_files_outside_of_the_folder_are_refused(make: Make, tmp_path: Path) -> None:
     folder = tmp_path / "allowed"
     (folder / "deep").mkdir(parents=True)
-    (tmp_path / "secret.png").write_bytes(PICTURE)
+    (tmp_path / "secret.png").write_bytes(IMAGE)
     (tmp_path / "allowed-too").mkdir()
-    (tmp_path / "allowed-too" / "a.png").write_bytes(PICTURE)
+    (tmp_path / "allowed-too" / "a.png").write_bytes(IMAGE)
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "loop").symlink_to(folder / "loop")
     fetcher = make(allowed_local_media_path=folder)
@@ -464,9 +464,9 @@ async def test_files_outside_of_the_folder_are_refused(make: Make, tmp_path: Pat
 
 
 async def test_a_link_within_the_folder_is_followed(make: Make, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(PICTURE)
+    (tmp_path / "a.png").write_bytes(IMAGE)
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
-    assert await make(allowed_local_media_path=tmp_path).fetch(f"file://{tmp_path}/b.png") == PICTURE
+    assert await make(allowed_local_media_path=tmp_path).fetch(f"file://{tmp_path}/b.png") == IMAGE
 
 
 async def test_a_pipe_is_no_file_and_holds_nothing_up(make: Make, tmp_path: Path) -> None:

@@ -14,17 +14,17 @@ PRINT = "f" * 64
 
 
 def test_a_name_is_64_lower_case_hex_digits() -> None:
-    name = identifier(b"picture", fingerprint=PRINT)
+    name = identifier(b"image", fingerprint=PRINT)
     assert check_identifier(name) == name
-    assert name == identifier(b"picture", fingerprint=PRINT, salt="")
+    assert name == identifier(b"image", fingerprint=PRINT, salt="")
 
 
 def test_media_model_and_tenant_each_change_the_name() -> None:
     names = {
-        identifier(b"picture", fingerprint=PRINT),
+        identifier(b"image", fingerprint=PRINT),
         identifier(b"another", fingerprint=PRINT),
-        identifier(b"picture", fingerprint="e" * 64),
-        identifier(b"picture", fingerprint=PRINT, salt="tenant"),
+        identifier(b"image", fingerprint="e" * 64),
+        identifier(b"image", fingerprint=PRINT, salt="tenant"),
     }
     assert len(names) == 4
 

@@ -1,4 +1,4 @@
-"""What is read of a picture's header, and what its pixels become."""
+"""What is read of an image's header, and what its pixels become."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LOSSLESS = ["PNG", "GIF", "BMP"]
 WITH_EXIF = ["PNG", "JPEG", "WEBP"]
 
 
-def encode(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, format, **options)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
-def pixels(picture: Image.Image) -> list[Any]:
-    return [picture.getpixel((x, y)) for y in range(picture.height) for x in range(picture.width)]
+def pixels(image: Image.Image) -> list[Any]:
+    return [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]
 
 
 def png(width: int, height: int, bits: int = 8, colour_type: int = 2, data: bytes = b"", extra: bytes = b"") -> bytes:
@@ -56,7 +56,7 @@ def test_the_header_is_enough() -> None:
     assert inspect(whole[:200]) == (200, 300, "png")
 
 
-def test_a_single_pixel_is_a_picture() -> None:
+def test_a_single_pixel_is_an_image() -> None:
     data = encode(Image.new("RGB", (1, 1), "red"))
     assert inspect(data) == (1, 1, "png")
     assert decode(data).getpixel((0, 0)) == (255, 0, 0)
@@ -64,19 +64,19 @@ def test_a_single_pixel_is_a_picture() -> None:
 
 @pytest.mark.parametrize("format", LOSSLESS)
 def test_pixels_are_kept(format: str) -> None:
-    picture = Image.new("RGB", (2, 1), "red")
-    picture.putpixel((1, 0), (0, 0, 255))
-    assert pixels(decode(encode(picture, format))) == [(255, 0, 0), (0, 0, 255)]
+    image = Image.new("RGB", (2, 1), "red")
+    image.putpixel((1, 0), (0, 0, 255))
+    assert pixels(decode(encode(image, format))) == [(255, 0, 0), (0, 0, 255)]
 
 
 @pytest.mark.parametrize("format", WITH_EXIF)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_honoured_in_size_and_pixels(format: str, orientation: int) -> None:
-    picture = Image.new("RGB", (32, 16), "white")
-    picture.paste((255, 0, 0), (0, 0, 16, 8))  # red in the upper left
+    image = Image.new("RGB", (32, 16), "white")
+    image.paste((255, 0, 0), (0, 0, 16, 8))  # red in the upper left
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(picture, format, exif=exif)
+    data = encode(image, format, exif=exif)
     turned = decode(data)
     info = inspect(data)
     assert turned.size == (info.width, info.height) == ((16, 32) if orientation >= 5 else (32, 16))
@@ -150,7 +150,7 @@ def test_transparent_parts_are_white() -> None:
     assert decode(encode(Image.new("RGB", (2, 2), "red"), transparency=(255, 0, 0))).getpixel((0, 0)) == (255,) * 3
 
 
-def test_a_file_of_several_pictures_as_phones_make_them_is_read_as_jpeg() -> None:
+def test_a_file_of_several_images_as_phones_make_them_is_read_as_jpeg() -> None:
     frames = [Image.new("RGB", (16, 8), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert inspect(data) == (8, 16, "jpeg")
@@ -176,7 +176,7 @@ def test_the_bound_on_pixels_is_exact() -> None:
     [
         b"",
         b"\0",
-        b"<html>not a picture</html>",
+        b"<html>not an image</html>",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
         b"II*\0\x08\0\0\0",
         b"\x89PNG\r\n\x1a\n",
@@ -188,7 +188,7 @@ def test_the_bound_on_pixels_is_exact() -> None:
         b"BM",
     ],
 )
-def test_what_is_not_a_picture_is_refused(data: bytes) -> None:
+def test_what_is_not_an_image_is_refused(data: bytes) -> None:
     for read in (inspect, decode):
         with pytest.raises(MediaError) as caught:
             read(data)

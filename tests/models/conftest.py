@@ -122,7 +122,7 @@ def edited(checkpoint: Callable[[str], Loaded], tmp_path: Path) -> Callable[...,
     return edit
 
 
-def picture(seed: int, height: int = 40, width: int = 64) -> Image.Image:
-    """A picture of large coloured squares."""
+def sample_image(seed: int, height: int = 40, width: int = 64) -> Image.Image:
+    """An image of large coloured squares."""
     colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""Messages become token ids with one item in the place of each picture."""
+"""Messages become token ids with one item in the place of each image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from chiasm.errors import InvalidRequestError
 from chiasm.models import load_processor
 from chiasm.models.base import Message, Processor
-from tests.models.conftest import Loaded, picture
+from tests.models.conftest import Loaded, sample_image
 
 IMAGE = {"type": "image"}
 STRING_TEMPLATE = (
@@ -162,7 +162,7 @@ def test_text_that_holds_the_placeholder_is_refused(qwen: Processor, messages: l
         qwen.build_chat(messages, [])
 
 
-def test_a_placeholder_in_text_cannot_take_a_pictures_place(qwen: Processor) -> None:
+def test_a_placeholder_in_text_cannot_take_an_images_place(qwen: Processor) -> None:
     with pytest.raises(InvalidRequestError, match="Text may not hold"):
         qwen.build_chat([{"role": "user", "content": "<|image_pad|>"}], [("a", qwen.geometry_of_size(32, 32))])
 
@@ -170,7 +170,7 @@ def test_a_placeholder_in_text_cannot_take_a_pictures_place(qwen: Processor) -> 
 def test_a_plain_prompt_may_not_hold_the_placeholder(loaded: Loaded) -> None:
     geometry = loaded.processor.geometry_of_size(32, 32)
     placeholder = loaded.processor.tokenizer.id_to_token(geometry.token_ids[geometry.rows[0]])
-    with pytest.raises(InvalidRequestError, match="stands for a picture"):
+    with pytest.raises(InvalidRequestError, match="stands for an image"):
         loaded.processor.build_text(f"a {placeholder} b")
     assert loaded.processor.build_text("a b").items == []
     placeholder_id = loaded.processor.tokenizer.token_to_id(placeholder)
@@ -184,7 +184,7 @@ def test_a_plain_prompt_may_not_hold_the_placeholder(loaded: Loaded) -> None:
 @pytest.mark.parametrize("count", [0, 2])
 def test_the_number_of_items_must_be_that_of_the_places(qwen: Processor, count: int) -> None:
     items = [("a", qwen.geometry_of_size(32, 32))] * count
-    with pytest.raises(InvalidRequestError, match=f"1 places for pictures, but there are {count} pictures"):
+    with pytest.raises(InvalidRequestError, match=f"1 places for images, but there are {count} images"):
         qwen.build_chat(_user(IMAGE), items)
 
 
@@ -233,7 +233,7 @@ def test_a_final_message_can_be_continued(qwen: Processor) -> None:
 
 def test_processors_are_safe_to_share_between_threads(loaded: Loaded) -> None:
     def build(index: int) -> tuple[list[int], torch.Tensor]:
-        pixels = loaded.processor.preprocess(picture(index % 4))
+        pixels = loaded.processor.preprocess(sample_image(index % 4))
         return loaded.prompt([pixels], text=f"number {index % 4}").token_ids, pixels.inputs["pixel_values"]
 
     expected = [build(index) for index in range(4)]
@@ -281,7 +281,7 @@ def test_placeholders_are_those_of_the_families_own_processors(checkpoint: Calla
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-    image = picture(1, 50, 90)
+    image = sample_image(1, 50, 90)
 
     def tokens(family: str) -> str:
         loaded = checkpoint(family)

@@ -10,29 +10,29 @@ import torch
 
 from chiasm.checkpoints import synthetic
 from chiasm.models.base import Pixels, Prompt
-from tests.models.conftest import Loaded, picture
+from tests.models.conftest import Loaded, sample_image
 from tests.models.driver import Driver
 
 MAX_TOKENS = 10
 
-PICTURES = {
+IMAGES = {
     "text only": [],
-    "one picture": [(1, 40, 64)],
-    "two pictures": [(1, 40, 64), (2, 64, 33)],
-    "one picture twice": [(1, 40, 64), (1, 40, 64)],
+    "one image": [(1, 40, 64)],
+    "two images": [(1, 40, 64), (2, 64, 33)],
+    "one image twice": [(1, 40, 64), (1, 40, 64)],
 }
 
 
-def _request(loaded: Loaded, pictures: list[tuple[int, int, int]]) -> tuple[Prompt, list[Pixels], list[torch.Tensor]]:
-    pixels = [loaded.processor.preprocess(picture(*arguments)) for arguments in pictures]
+def _request(loaded: Loaded, images: list[tuple[int, int, int]]) -> tuple[Prompt, list[Pixels], list[torch.Tensor]]:
+    pixels = [loaded.processor.preprocess(sample_image(*arguments)) for arguments in images]
     return loaded.prompt(pixels), pixels, [loaded.vision.encode(item) for item in pixels]
 
 
-@pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
 def test_greedy_tokens_equal_the_whole_models_for_every_chunk_size(
-    loaded: Loaded, pictures: list[tuple[int, int, int]]
+    loaded: Loaded, images: list[tuple[int, int, int]]
 ) -> None:
-    prompt, pixels, entries = _request(loaded, pictures)
+    prompt, pixels, entries = _request(loaded, images)
     expected = loaded.reference(prompt, pixels, MAX_TOKENS)
     driver = Driver(loaded.language)
     for chunk in (5, 16, len(prompt.token_ids)):
@@ -57,7 +57,7 @@ def test_other_decoders_answer_as_the_whole_model_does(
     tmp_path: Path, family: str, text_config: dict[str, object]
 ) -> None:
     loaded = Loaded(family, synthetic.make(family, tmp_path, text_config=text_config))
-    prompt, pixels, entries = _request(loaded, PICTURES["two pictures"])
+    prompt, pixels, entries = _request(loaded, IMAGES["two images"])
     expected = loaded.reference(prompt, pixels, MAX_TOKENS)
     driver = Driver(loaded.language)
     for chunk in (5, len(prompt.token_ids)):
@@ -67,8 +67,8 @@ def test_other_decoders_answer_as_the_whole_model_does(
 def test_requests_that_decode_and_prefill_in_one_step_get_their_own_answers(loaded: Loaded) -> None:
     driver = Driver(loaded.language)
     requests, expected = [], []
-    for pictures in PICTURES.values():
-        prompt, pixels, entries = _request(loaded, pictures)
+    for images in IMAGES.values():
+        prompt, pixels, entries = _request(loaded, images)
         requests.append(driver.add(prompt, entries))
         expected.append(loaded.reference(prompt, pixels, MAX_TOKENS))
     running = requests[:1]
@@ -81,12 +81,12 @@ def test_requests_that_decode_and_prefill_in_one_step_get_their_own_answers(load
     assert [request.generated[:MAX_TOKENS] for request in requests] == expected
 
 
-def test_answers_depend_on_the_pictures_and_their_order(loaded: Loaded) -> None:
+def test_answers_depend_on_the_images_and_their_order(loaded: Loaded) -> None:
     first, second = (1, 40, 64), (2, 40, 64)
     driver = Driver(loaded.language)
     answers = []
-    for pictures in ([], [first], [second], [first, second], [second, first]):
-        prompt, _, entries = _request(loaded, pictures)
+    for images in ([], [first], [second], [first, second], [second, first]):
+        prompt, _, entries = _request(loaded, images)
         answers.append(tuple(driver.generate(prompt, entries, chunk=64, max_tokens=MAX_TOKENS)))
     assert len(set(answers)) == len(answers)
 
@@ -98,7 +98,7 @@ def test_bfloat16_follows_the_whole_model_in_bfloat16(loaded: Loaded) -> None:
 
     kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
     vision, language = load_vision(loaded.folder, **kind), load_language(loaded.folder, **kind)
-    pixels = loaded.processor.preprocess(picture(1))
+    pixels = loaded.processor.preprocess(sample_image(1))
     entry = vision.encode(pixels)
     assert entry.dtype == torch.bfloat16
     whole = AutoModelForImageTextToText.from_pretrained(loaded.folder, dtype=torch.bfloat16).eval()

@@ -21,7 +21,7 @@ SIDES = st.integers(1, 200)
 
 @pytest.fixture(scope="module", params=synthetic.FAMILIES)
 def tiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """Checkpoints with up to 16 tiles a picture."""
+    """Checkpoints with up to 16 tiles an image."""
     return Loaded(request.param, synthetic.make(request.param, tmp_path_factory.mktemp("tiled"), size=SIZE))
 
 
@@ -70,7 +70,7 @@ def test_metadata_that_an_encoder_answers_is_taken_for_any_size(tiled: Loaded, h
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava"])
 @pytest.mark.parametrize(("height", "width"), [(1, 201), (201, 1), (10, 5000), (1, 1 << 20)])
-def test_too_elongated_pictures_are_refused(
+def test_too_elongated_images_are_refused(
     checkpoint: Callable[[str], Loaded], family: str, height: int, width: int
 ) -> None:
     with pytest.raises(InvalidRequestError, match="too elongated"):
@@ -125,7 +125,7 @@ def test_metadata_that_is_no_metadata_is_refused(loaded: Loaded, metadata: Metad
     ],
     ids=repr,
 )
-def test_grids_that_no_picture_has_are_refused(checkpoint: Callable[[str], Loaded], grid: list[int]) -> None:
+def test_grids_that_no_image_has_are_refused(checkpoint: Callable[[str], Loaded], grid: list[int]) -> None:
     with pytest.raises(InvalidRequestError):
         checkpoint("qwen3_vl").processor.geometry_of_metadata({"image_grid_thw": grid})
 
@@ -136,6 +136,6 @@ def test_only_the_qwen_family_takes_grids(checkpoint: Callable[[str], Loaded]) -
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
-def test_pictures_of_every_mode_are_taken(loaded: Loaded, mode: str) -> None:
+def test_images_of_every_mode_are_taken(loaded: Loaded, mode: str) -> None:
     pixels = loaded.processor.preprocess(Image.new(mode, (20, 30)))
     assert pixels.geometry == loaded.processor.geometry_of_size(30, 20)

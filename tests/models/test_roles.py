@@ -17,7 +17,7 @@ from chiasm.checkpoints.synthetic import SyntheticSize
 from chiasm.errors import ConfigurationError, UnsupportedModelError
 from chiasm.models import load_language, load_vision
 from chiasm.models.base import LanguageModel, VisionModel
-from tests.models.conftest import Loaded, picture
+from tests.models.conftest import Loaded, sample_image
 
 F32_CPU: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
 
@@ -55,8 +55,8 @@ def test_tied_embeddings_stay_tied_and_stay_out_of_the_encoder(tmp_path: Path) -
 
 
 def test_an_item_encodes_to_the_same_bytes_whatever_was_encoded_before(loaded: Loaded) -> None:
-    first = loaded.processor.preprocess(picture(1))
-    other = loaded.processor.preprocess(picture(2, 64, 64))
+    first = loaded.processor.preprocess(sample_image(1))
+    other = loaded.processor.preprocess(sample_image(2, 64, 64))
     entry = loaded.vision.encode(first)
     loaded.vision.encode(other)
     assert torch.equal(loaded.vision.encode(first), entry)

@@ -36,7 +36,7 @@ LOADERS = [load_processor, _load_language, _load_vision]
         ("deepseek_ocr2", "both directions"),
         ("qwen3_5", "linear attention"),
         ("mllama", "cross-attention"),
-        ("llava_onevision", "how many pictures"),
+        ("llava_onevision", "how many images"),
         ("kosmos-2", "chiasm knows .*qwen3_vl"),
         (None, "chiasm knows"),
     ],
@@ -96,8 +96,8 @@ def test_quantized_weights_are_refused(edited: Callable[..., Path]) -> None:
         ("smolvlm", {"do_resize": False}, "do_resize"),
         ("smolvlm", {"max_image_size": {"longest_edge": 16}}, "disagree"),
         ("internvl", {"size": {"height": 16, "width": 16}}, "disagree"),
-        ("llava", {"do_center_crop": False}, "resize pictures to the 32 pixels"),
-        ("llava", {"crop_size": {"height": 16, "width": 16}}, "resize pictures to the 32 pixels"),
+        ("llava", {"do_center_crop": False}, "resize images to the 32 pixels"),
+        ("llava", {"crop_size": {"height": 16, "width": 16}}, "resize images to the 32 pixels"),
     ],
 )
 def test_preprocessing_that_the_sizes_dont_tell_is_refused(

@@ -53,7 +53,7 @@ class Front:
             return Answer(response.status, response.headers, await response.read())
 
     async def states(self) -> dict[str, str]:
-        """State by URL, as /health has it."""
+        """InstanceState by URL, as /health has it."""
         health = (await self.get("/health")).json
         return {instance["url"]: instance["state"] for instance in health["instances"]}
 
@@ -134,8 +134,8 @@ async def start() -> AsyncIterator[Start]:
         yield start_one
 
 
-def picture(colour: str = "red", size: tuple[int, int] = (6, 4), format: str = "PNG", **options: Any) -> bytes:
-    """A picture of one colour; ``size`` is width and height."""
+def image_bytes(colour: str = "red", size: tuple[int, int] = (6, 4), format: str = "PNG", **options: Any) -> bytes:
+    """An image of one colour; ``size`` is width and height."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, format, **options)
     return file.getvalue()
@@ -146,7 +146,7 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
 
 
 def image(url: str | bytes, **more: Any) -> dict[str, Any]:
-    """An image part: of a URL, or of a picture's bytes."""
+    """An image part: of a URL, or of an image's bytes."""
     return {"type": "image_url", "image_url": {"url": data_url(url) if isinstance(url, bytes) else url}} | more
 
 
@@ -224,8 +224,8 @@ async def leave(front: Front, body: dict[str, Any], *arrivals: FakeInstance) -> 
     writer.close()
 
 
-class Pictures:
-    """A web server with one picture; ``await pictures(bytes)`` gives its URL."""
+class Images:
+    """A web server with one image; ``await images(bytes)`` gives its URL."""
 
     def __init__(self) -> None:
         self.content = b""
@@ -236,20 +236,20 @@ class Pictures:
         self.content = content
         if self.runner is None:
             application = web.Application()
-            application.router.add_get("/picture", self._picture)
+            application.router.add_get("/image", self._image)
             self.runner = web.AppRunner(application, access_log=None)
             await self.runner.setup()
             await web.TCPSite(self.runner, "127.0.0.1", 0).start()
-        return f"http://127.0.0.1:{self.runner.addresses[0][1]}/picture"
+        return f"http://127.0.0.1:{self.runner.addresses[0][1]}/image"
 
-    async def _picture(self, request: web.Request) -> web.Response:
+    async def _image(self, request: web.Request) -> web.Response:
         self.fetched += 1
         return web.Response(body=self.content)
 
 
 @pytest.fixture
-async def pictures() -> AsyncIterator[Pictures]:
-    pictures = Pictures()
-    yield pictures
-    if pictures.runner is not None:
-        await pictures.runner.cleanup()
+async def images() -> AsyncIterator[Images]:
+    images = Images()
+    yield images
+    if images.runner is not None:
+        await images.runner.cleanup()

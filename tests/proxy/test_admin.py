@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from .conftest import Answer, Front, Start, ask, image, listen, picture
+from .conftest import Answer, Front, Start, ask, image, image_bytes, listen
 from .instances import SAID, FakeInstance, Received, chat, decode
 
 KEY = "s3cret"
@@ -38,18 +38,18 @@ async def test_without_the_right_key_nothing_is_told_or_done(start: Start, key: 
 async def test_an_encoder_is_added_and_removed(start: Start) -> None:
     pd, encoder = FakeInstance("pd"), FakeInstance("encoder")
     front = await start([pd], admin_key=KEY)
-    assert (await front.post(ask(image(picture())))).error["code"] == "no_encoder"
+    assert (await front.post(ask(image(image_bytes())))).error["code"] == "no_encoder"
     await encoder.start()
     added = await call(front, "POST", {"url": encoder.url + "/", "role": "encoder"})
     assert added.status == 201
     assert added.json["state"] == "healthy"
-    assert (await front.post(ask(image(picture())))).status == 200
+    assert (await front.post(ask(image(image_bytes())))).status == 200
     assert len((await call(front, "GET")).json["instances"]) == 2
     removed = await call(front, "DELETE", {"url": encoder.url})
     assert removed.status == 202
     assert removed.json["state"] == "draining"
     assert (await front.states()) == {pd.url: "healthy"}
-    assert (await front.post(ask(image(picture())))).error["code"] == "no_encoder"
+    assert (await front.post(ask(image(image_bytes())))).error["code"] == "no_encoder"
     await encoder.kill()
 
 

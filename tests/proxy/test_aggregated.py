@@ -9,14 +9,14 @@ from aiohttp import web
 
 from chiasm.media import identifier
 
-from .conftest import Start, ask, data_url, image, picture
+from .conftest import Start, ask, data_url, image, image_bytes
 from .instances import FINGERPRINT, FakeInstance, Received, chat
 
 
 async def test_bodies_pass_byte_for_byte_where_media_is_in_them(start: Start) -> None:
     aggregated = FakeInstance("aggregated")
     front = await start([aggregated])
-    url = data_url(picture()).encode()
+    url = data_url(image_bytes()).encode()
     text = b'{"messages": [{"role":"user","content":"x"}], "model":"tiny" }'
     media = b'{"messages": [{"content":[ {"type":"image_url", "image_url":{"url":"%b"}} ]}] }' % url
     for body in (text, media):
@@ -24,28 +24,28 @@ async def test_bodies_pass_byte_for_byte_where_media_is_in_them(start: Start) ->
         assert aggregated.received[-1].body == body
 
 
-async def test_urls_are_fetched_by_the_proxy(start: Start, pictures: Any) -> None:
+async def test_urls_are_fetched_by_the_proxy(start: Start, images: Any) -> None:
     aggregated = FakeInstance("aggregated")
     front = await start([aggregated])
-    url = await pictures(picture("blue"))
-    own = image(picture("red"))
+    url = await images(image_bytes("blue"))
+    own = image(image_bytes("red"))
     assert (await front.post(ask("x", own, image(url), temperature=0.5))).status == 200
-    name = identifier(picture("blue"), fingerprint=FINGERPRINT)
-    assert aggregated.received[0].json == ask("x", own, image(picture("blue"), uuid=name), temperature=0.5)
+    name = identifier(image_bytes("blue"), fingerprint=FINGERPRINT)
+    assert aggregated.received[0].json == ask("x", own, image(image_bytes("blue"), uuid=name), temperature=0.5)
 
 
 async def test_a_clients_uuid_does_not_get_through(start: Start) -> None:
     aggregated = FakeInstance("aggregated")
     front = await start([aggregated])
-    assert (await front.post(ask(image(picture(), uuid="a" * 64)))).status == 200
-    assert aggregated.received[0].identifiers == [identifier(picture(), fingerprint=FINGERPRINT)]
+    assert (await front.post(ask(image(image_bytes(), uuid="a" * 64)))).status == 200
+    assert aggregated.received[0].identifiers == [identifier(image_bytes(), fingerprint=FINGERPRINT)]
 
 
 async def test_the_guard_holds_for_them_too(start: Start) -> None:
     aggregated = FakeInstance("aggregated")
     front = await start([aggregated])
     assert (await front.post(ask(image("http://169.254.169.254/")))).error["code"] == "media_address_not_allowed"
-    assert (await front.post(ask(image(b"no picture")))).error["code"] == "invalid_image"
+    assert (await front.post(ask(image(b"no image")))).error["code"] == "invalid_image"
     assert not aggregated.received
 
 
@@ -60,7 +60,7 @@ async def test_a_mixed_fleet_uses_the_side_with_less_to_do(start: Start) -> None
     pd.answer = aggregated.answer = wait
     front = await start([encoder, pd, aggregated])
     requests = []
-    bodies = [ask("x", image(picture(size=(5, n)))) for n in range(1, 5)] + [ask("x")] * 4
+    bodies = [ask("x", image(image_bytes(size=(5, n)))) for n in range(1, 5)] + [ask("x")] * 4
     for count, body in enumerate(bodies, 1):
         requests.append(asyncio.ensure_future(front.post(body)))
         while len(pd.received) + len(aggregated.received) < count:
@@ -77,6 +77,6 @@ async def test_without_encoders_media_goes_to_the_aggregated_ones(start: Start) 
     pd, aggregated = FakeInstance("pd"), FakeInstance("aggregated")
     front = await start([pd, aggregated])
     for n in range(1, 4):
-        assert (await front.post(ask(image(picture(size=(5, n)))))).status == 200
+        assert (await front.post(ask(image(image_bytes(size=(5, n)))))).status == 200
     assert not pd.received
     assert len(aggregated.received) == 3

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from chiasm.media import MediaConfig
 
-from .conftest import LOOPBACK, Front, Start, ask, data_url, image, picture
+from .conftest import LOOPBACK, Front, Start, ask, data_url, image, image_bytes
 from .instances import MODEL, FakeInstance, never, refuse
 
 BOMB = (
@@ -38,7 +38,7 @@ async def refused(front: Front, body: Any, status: int = 400, path: str = "/v1/c
     assert not any(instance.received for instance in front.instances)
     error = answer.error
     assert len(error["message"]) < 500
-    assert (await front.post(ask("x", image(picture())))).status == 200
+    assert (await front.post(ask("x", image(image_bytes())))).status == 200
     return error
 
 
@@ -90,8 +90,8 @@ async def test_not_json(front: Front, body: bytes) -> None:
         (ask("x", cache_salt=3), "cache_salt"),
         (ask("x", ec_transfer_params={"a": 1}), "ec_transfer_params"),
         (ask("x", kv_transfer_params={"do_remote_prefill": True}), "kv_transfer_params"),
-        (ask(image(picture()), mm_processor_kwargs={"size": 1}), "mm_processor_kwargs"),
-        (ask(image(picture()), media_io_kwargs={"image": {}}), "media_io_kwargs"),
+        (ask(image(image_bytes()), mm_processor_kwargs={"size": 1}), "mm_processor_kwargs"),
+        (ask(image(image_bytes()), media_io_kwargs={"image": {}}), "media_io_kwargs"),
     ],
 )
 async def test_not_a_request(front: Front, body: Any, param: str | None) -> None:
@@ -130,12 +130,12 @@ async def test_unknown_routes_and_methods_answer_in_the_same_shape(front: Front)
         ("", "invalid_url"),
         ("data:image/png;base64,####", "invalid_base64"),
         (data_url(b"<html>"), "invalid_image"),
-        (data_url(picture()[:20]), "invalid_image"),
+        (data_url(image_bytes()[:20]), "invalid_image"),
         (data_url(BOMB), "image_too_large"),
         (data_url(b""), "invalid_image"),
     ],
 )
-async def test_media_that_is_no_picture(front: Front, url: str, code: str) -> None:
+async def test_media_that_is_no_image(front: Front, url: str, code: str) -> None:
     assert (await refused(front, ask("x", image(url))))["code"] == code
 
 
@@ -145,7 +145,7 @@ async def test_a_body_that_is_not_utf8_in_a_url(front: Front) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "slow", "endless", "page", "loop", "inside"])
-async def test_urls_that_lead_to_no_picture(start: Start, kind: str) -> None:
+async def test_urls_that_lead_to_no_image(start: Start, kind: str) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         if kind == "missing":
             return web.Response(status=404)
@@ -184,31 +184,33 @@ async def test_urls_that_lead_to_no_picture(start: Start, kind: str) -> None:
         await runner.cleanup()
 
 
-async def test_one_bad_picture_of_several_is_enough(front: Front) -> None:
-    error = await refused(front, ask(image(picture("red")), image("http://[::1]/"), image(picture("blue"))))
+async def test_one_bad_image_of_several_is_enough(front: Front) -> None:
+    error = await refused(front, ask(image(image_bytes("red")), image("http://[::1]/"), image(image_bytes("blue"))))
     assert error["code"] == "media_address_not_allowed"
 
 
 async def test_more_images_than_the_limit(front: Front) -> None:
-    error = await refused(front, ask(*(image(picture(size=(5, n))) for n in range(1, 5))))
+    error = await refused(front, ask(*(image(image_bytes(size=(5, n))) for n in range(1, 5))))
     assert error["code"] == "too_many_images"
-    assert (await front.post(ask(*(image(picture(size=(5, n))) for n in range(1, 4))))).status == 200
+    assert (await front.post(ask(*(image(image_bytes(size=(5, n))) for n in range(1, 4))))).status == 200
 
 
 async def test_the_instances_limit_of_images_counts_too(start: Start) -> None:
     front = await start([FakeInstance("encoder"), FakeInstance("pd", max_items=1)])
-    assert (await refused(front, ask(image(picture("red")), image(picture("blue")))))["code"] == "too_many_images"
+    assert (await refused(front, ask(image(image_bytes("red")), image(image_bytes("blue")))))[
+        "code"
+    ] == "too_many_images"
 
 
 @pytest.mark.parametrize(
     "uuid", ["", "../" * 21 + "a", "a/b", "..", "\0", "a" * 63 + "\0", "a" * 10_000, "A" * 64, 7, [], {}, "é" * 64]
 )
 async def test_a_uuid_is_64_hex_digits_or_nothing(front: Front, uuid: Any) -> None:
-    assert (await refused(front, ask(image(picture(), uuid=uuid))))["code"] == "invalid_uuid"
+    assert (await refused(front, ask(image(image_bytes(), uuid=uuid))))["code"] == "invalid_uuid"
 
 
 async def test_a_uuid_of_none_is_no_uuid(front: Front) -> None:
-    assert (await front.post(ask(image(picture(), uuid=None)))).status == 200
+    assert (await front.post(ask(image(image_bytes(), uuid=None)))).status == 200
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -241,7 +243,7 @@ async def test_what_the_pd_says_of_a_request_reaches_the_client(start: Start) ->
     pd.answer = refuse(400, "the prompt is longer than the context", **{"X-Inner": "1"})
     encoder.answer = never
     front = await start([encoder, pd])
-    for body in (ask("x"), ask("x", stream=True), ask("x", image(picture()))):
+    for body in (ask("x"), ask("x", stream=True), ask("x", image(image_bytes()))):
         answer = await front.post(body)
         assert answer.status == 400
         assert answer.error["message"] == "the prompt is longer than the context"
@@ -253,16 +255,16 @@ async def test_what_the_pd_says_of_a_request_reaches_the_client(start: Start) ->
     assert answer.headers["Retry-After"] == "7"
 
 
-async def test_what_an_encoder_says_of_a_picture_reaches_the_client(start: Start) -> None:
+async def test_what_an_encoder_says_of_an_image_reaches_the_client(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
     for encoder in encoders:
-        encoder.answer = refuse(400, "the PNG picture is cut off or broken")
+        encoder.answer = refuse(400, "the PNG image is cut off or broken")
     pd.answer = never
     front = await start([*encoders, pd])
     for stream in (False, True):
-        answer = await front.post(ask("x", image(picture()), stream=stream))
+        answer = await front.post(ask("x", image(image_bytes()), stream=stream))
         assert answer.status == 400
-        assert answer.error["message"] == "the PNG picture is cut off or broken"
+        assert answer.error["message"] == "the PNG image is cut off or broken"
         await asyncio.wait_for(pd.gone.acquire(), 5)
     assert sum(len(encoder.received) for encoder in encoders) == 2  # no second try
 

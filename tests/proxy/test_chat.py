@@ -11,7 +11,7 @@ from aiohttp import web
 
 from chiasm.media import MediaConfig, identifier
 
-from .conftest import LOOPBACK, Start, ask, data_url, image, picture
+from .conftest import LOOPBACK, Start, ask, data_url, image, image_bytes
 from .instances import FINGERPRINT, MODEL, FakeInstance, Received, chat, encode
 
 
@@ -45,7 +45,7 @@ async def test_completions_pass_byte_for_byte(start: Start) -> None:
 async def test_pixels_go_to_the_encoder_and_their_size_to_pd(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
-    data = picture(size=(30, 20))
+    data = image_bytes(size=(30, 20))
     answer = await front.post(ask("what is it?", image(data), temperature=0.50))
     assert answer.status == 200, answer.body
     assert answer.json["choices"][0]["message"]["content"] == "a cat"
@@ -65,8 +65,8 @@ async def test_pixels_go_to_the_encoder_and_their_size_to_pd(start: Start) -> No
 async def test_what_stands_beside_media_keeps_its_bytes(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
-    url = data_url(picture()).encode()
-    name = identifier(picture(), fingerprint=FINGERPRINT).encode()
+    url = data_url(image_bytes()).encode()
+    name = identifier(image_bytes(), fingerprint=FINGERPRINT).encode()
     part = b'{"image_url":{"url":"%b","detail":"low"},"type":"image_url"}'
     body = (
         b'{"seed":1e0,"model":"tiny","messages":[{"role":"system","content":"\\u00e9 \xc3\xa9"},'
@@ -81,10 +81,10 @@ async def test_what_stands_beside_media_keeps_its_bytes(start: Start) -> None:
 
 @pytest.mark.parametrize("escaped", [False, True])
 async def test_long_urls_are_replaced_and_long_texts_stay(start: Start, escaped: bool) -> None:
-    """A text that looks just like the picture's URL is not taken for it."""
+    """A text that looks just like the image's URL is not taken for it."""
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
-    long = b"".join(picture() for _ in range(100))
+    long = b"".join(image_bytes() for _ in range(100))
     url = data_url(long).encode()
     sent = url.replace(b"/", b"\\/") if escaped else url
     head = b'{"model":"tiny","messages":[{"role":"user","content":['
@@ -103,12 +103,12 @@ async def test_items_of_all_messages_keep_their_order(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
     front = await start([*encoders, pd])
     colours = ["red", "green", "blue", "red"]
-    names = [identifier(picture(colour), fingerprint=FINGERPRINT) for colour in colours]
+    names = [identifier(image_bytes(colour), fingerprint=FINGERPRINT) for colour in colours]
     messages = [
-        {"role": "user", "content": [image(picture("red")), image(picture("green"))]},
+        {"role": "user", "content": [image(image_bytes("red")), image(image_bytes("green"))]},
         {"role": "assistant", "content": "yes"},
-        {"role": "tool", "tool_call_id": "x", "content": [{"type": "text", "text": "t"}, image(picture("blue"))]},
-        {"role": "user", "content": [image(picture("red"))]},
+        {"role": "tool", "tool_call_id": "x", "content": [{"type": "text", "text": "t"}, image(image_bytes("blue"))]},
+        {"role": "user", "content": [image(image_bytes("red"))]},
     ]
     assert (await front.post({"model": MODEL, "messages": messages})).status == 200
     assert pd.received[0].identifiers == names
@@ -119,7 +119,7 @@ async def test_items_of_all_messages_keep_their_order(start: Start) -> None:
 async def test_items_are_spread_over_encoders_in_one_call_each(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
     front = await start([*encoders, pd])
-    large, small = picture(size=(90, 10)), [picture(size=(30, 10 + n)) for n in range(3)]
+    large, small = image_bytes(size=(90, 10)), [image_bytes(size=(30, 10 + n)) for n in range(3)]
     assert (await front.post(ask(image(small[0]), image(large), image(small[1]), image(small[2])))).status == 200
     assert [len(encoder.received) for encoder in encoders] == [1, 1]
     assert sorted(len(encoder.received[0].identifiers) for encoder in encoders) == [1, 3]
@@ -128,7 +128,7 @@ async def test_items_are_spread_over_encoders_in_one_call_each(start: Start) -> 
 async def test_no_call_holds_more_items_than_an_encoder_takes(start: Start) -> None:
     encoder, pd = FakeInstance("encoder", max_items=2), FakeInstance("pd")
     front = await start([encoder, pd])
-    assert (await front.post(ask(*(image(picture(size=(5, n))) for n in range(1, 6))))).status == 200
+    assert (await front.post(ask(*(image(image_bytes(size=(5, n))) for n in range(1, 6))))).status == 200
     assert sorted(len(received.identifiers) for received in encoder.received) == [1, 2, 2]
 
 
@@ -141,29 +141,29 @@ async def test_pd_is_called_before_the_encoder_has_answered(start: Start) -> Non
 
     encoder.answer = after_pd
     front = await start([encoder, pd])
-    assert (await front.post(ask(image(picture())))).status == 200
+    assert (await front.post(ask(image(image_bytes())))).status == 200
 
 
-async def test_fetched_media_goes_to_the_encoder_and_each_url_is_fetched_once(start: Start, pictures: Any) -> None:
+async def test_fetched_media_goes_to_the_encoder_and_each_url_is_fetched_once(start: Start, images: Any) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
-    url = await pictures(picture("blue", (5, 5), "JPEG"))
+    url = await images(image_bytes("blue", (5, 5), "JPEG"))
     answer = await front.post(ask(image(url), image(url)))
     assert answer.status == 200, answer.body
-    assert pictures.fetched == 1
+    assert images.fetched == 1
     sent = encoder.received[0].parts
-    assert [part["image_url"]["url"] for part in sent] == [data_url(picture("blue", (5, 5), "JPEG"), "image/jpeg")]
+    assert [part["image_url"]["url"] for part in sent] == [data_url(image_bytes("blue", (5, 5), "JPEG"), "image/jpeg")]
     assert pd.received[0].identifiers == [sent[0]["uuid"]] * 2
     assert url not in pd.received[0].body.decode()
     assert "fetch;dur=" in answer.headers["Server-Timing"]
 
 
-async def test_a_url_never_names_content(start: Start, pictures: Any) -> None:
+async def test_a_url_never_names_content(start: Start, images: Any) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
-    url = await pictures(picture("blue"))
+    url = await images(image_bytes("blue"))
     await front.post(ask(image(url)))
-    pictures.content = picture("red")
+    images.content = image_bytes("red")
     await front.post(ask(image(url)))
     assert len({received.identifiers[0] for received in pd.received}) == 2
 
@@ -171,43 +171,43 @@ async def test_a_url_never_names_content(start: Start, pictures: Any) -> None:
 async def test_files_in_the_allowed_folder(start: Start, tmp_path: Path) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd], media=MediaConfig(allowed_local_media_path=tmp_path))
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(image_bytes())
     assert (await front.post(ask(image(f"file://{tmp_path}/a.png")))).status == 200
-    assert encoder.received[0].parts[0]["image_url"]["url"] == data_url(picture())
+    assert encoder.received[0].parts[0]["image_url"]["url"] == data_url(image_bytes())
 
 
 async def test_a_url_given_as_plain_string_is_taken(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
-    part = {"type": "image_url", "image_url": data_url(picture())}
+    part = {"type": "image_url", "image_url": data_url(image_bytes())}
     assert (await front.post(ask(part))).status == 200
-    assert encoder.received[0].parts[0]["image_url"] == {"url": data_url(picture())}
+    assert encoder.received[0].parts[0]["image_url"] == {"url": data_url(image_bytes())}
 
 
 async def test_the_encoder_learns_what_a_file_is_from_its_bytes(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
-    assert (await front.post(ask(image(data_url(picture(), "image/x-icon"))))).status == 200
-    assert encoder.received[0].parts[0]["image_url"]["url"] == data_url(picture())
+    assert (await front.post(ask(image(data_url(image_bytes(), "image/x-icon"))))).status == 200
+    assert encoder.received[0].parts[0]["image_url"]["url"] == data_url(image_bytes())
 
 
 async def test_tenants_with_a_salt_share_no_names(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
     for salt in (None, "a", "b", "a"):
-        assert (await front.post(ask(image(picture()), cache_salt=salt))).status == 200
+        assert (await front.post(ask(image(image_bytes()), cache_salt=salt))).status == 200
     names = [received.identifiers[0] for received in pd.received]
     assert len(set(names)) == 3
-    assert names[1] == names[3] == identifier(picture(), fingerprint=FINGERPRINT, salt="a")
+    assert names[1] == names[3] == identifier(image_bytes(), fingerprint=FINGERPRINT, salt="a")
 
 
 async def test_a_clients_uuid_never_names_content(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
     for colour in ("red", "blue"):
-        assert (await front.post(ask(image(picture(colour), uuid="a" * 64)))).status == 200
+        assert (await front.post(ask(image(image_bytes(colour), uuid="a" * 64)))).status == 200
     names = [received.identifiers[0] for received in pd.received]
-    assert names == [identifier(picture(colour), fingerprint=FINGERPRINT) for colour in ("red", "blue")]
+    assert names == [identifier(image_bytes(colour), fingerprint=FINGERPRINT) for colour in ("red", "blue")]
 
 
 async def test_text_goes_to_the_pd_with_the_least_to_do(start: Start) -> None:
@@ -249,7 +249,8 @@ async def test_instances_get_the_deadline_and_the_request_id(start: Start) -> No
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd], deadline_seconds=20)
     answer = await front.post(
-        ask(image(picture())), **{"X-Request-Id": "id-1", "Authorization": "Bearer k", "X-Other": "x", "Cookie": "a=b"}
+        ask(image(image_bytes())),
+        **{"X-Request-Id": "id-1", "Authorization": "Bearer k", "X-Other": "x", "Cookie": "a=b"},
     )
     assert answer.headers["X-Request-Id"] == "id-1"
     assert pd.received[0].headers["X-Request-Id"] == "id-1"
@@ -282,7 +283,7 @@ async def test_every_answer_says_where_time_went(start: Start) -> None:
         return await chat(instance, request, received)
 
     pd.answer = after_encoder
-    media = (await front.post(ask(image(picture())))).headers["Server-Timing"]
+    media = (await front.post(ask(image(image_bytes())))).headers["Server-Timing"]
     names = [entry.partition(";")[0] for entry in media.split(", ")]
     assert names == ["encode", "encode_call", "proxy", "queue", "item0"]
     assert "encode;dur=12.50" in media
@@ -292,11 +293,11 @@ async def test_every_answer_says_where_time_went(start: Start) -> None:
     assert "Server-Timing" in (await front.post(b"{")).headers
 
 
-async def test_where_media_may_come_from_is_for_the_operator_to_say(start: Start, pictures: Any) -> None:
+async def test_where_media_may_come_from_is_for_the_operator_to_say(start: Start, images: Any) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
-    url = await pictures(picture())
+    url = await images(image_bytes())
     front = await start(
         [encoder, pd], media=MediaConfig(allowed_media_networks=LOOPBACK, allowed_media_domains=("x.y",))
     )
     assert (await front.post(ask(image(url)))).error["code"] == "media_domain_not_allowed"
-    assert not pictures.fetched
+    assert not images.fetched

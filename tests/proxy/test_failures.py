@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from .conftest import Start, ask, image, leave, picture, until_idle
+from .conftest import Start, ask, image, image_bytes, leave, until_idle
 from .instances import FakeInstance, Received, chat, encode, event, never, refuse
 
 
@@ -42,7 +42,7 @@ async def test_an_encoder_killed_in_the_middle_costs_a_retry_not_the_request(sta
         encoder.answer = never
     pd.answer = when_encoded
     front = await start([*encoders, pd])
-    request = asyncio.ensure_future(front.post(ask("x", image(picture()))))
+    request = asyncio.ensure_future(front.post(ask("x", image(image_bytes()))))
     killed = await first_arrival(encoders)
     other(encoders, killed).answer = encode
     await killed.kill()
@@ -66,7 +66,7 @@ async def test_a_retry_takes_nothing_over_from_the_try_before(start: Start) -> N
         encoder.answer = only_the_first
     pd.answer = never
     front = await start([*encoders, pd])
-    large, small = image(picture(size=(90, 90))), [image(picture(size=(9, n))) for n in (8, 9)]
+    large, small = image(image_bytes(size=(90, 90))), [image(image_bytes(size=(9, n))) for n in (8, 9)]
     request = asyncio.ensure_future(front.post(ask(large, *small)))
     while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < 3:
         pass
@@ -87,7 +87,7 @@ async def test_no_encoder_left_is_a_503_and_ends_the_pd_call(start: Start) -> No
     encoder.answer = pd.answer = never
     front = await start([encoder, pd])
     for stream in (False, True):
-        request = asyncio.ensure_future(front.post(ask("x", image(picture()), stream=stream)))
+        request = asyncio.ensure_future(front.post(ask("x", image(image_bytes()), stream=stream)))
         await encoder.arrived.acquire()
         await pd.arrived.acquire()
         await encoder.kill()
@@ -106,7 +106,7 @@ async def test_no_encoder_at_all_is_a_503_and_text_goes_on(start: Start) -> None
     front = await start([encoder, pd])
     await encoder.kill()
     await front.until(encoder, "unhealthy")
-    answer = await front.post(ask("x", image(picture())))
+    answer = await front.post(ask("x", image(image_bytes())))
     assert answer.status == 503
     assert answer.error["code"] == "no_encoder"
     assert int(answer.headers["Retry-After"]) >= 1
@@ -114,7 +114,7 @@ async def test_no_encoder_at_all_is_a_503_and_text_goes_on(start: Start) -> None
     assert (await front.get("/health")).status == 200
     await encoder.start()
     await front.until(encoder, "healthy")
-    assert (await front.post(ask("x", image(picture())))).status == 200
+    assert (await front.post(ask("x", image(image_bytes())))).status == 200
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
@@ -123,7 +123,7 @@ async def test_an_encoder_that_answers_with_its_own_trouble_costs_a_retry(start:
     encoders[0].answer = refuse(status, "no memory")
     front = await start([*encoders, pd])
     pd.answer = never
-    tasks = [asyncio.ensure_future(front.post(ask("x", image(picture(size=(5, n)))))) for n in (1, 2)]
+    tasks = [asyncio.ensure_future(front.post(ask("x", image(image_bytes(size=(5, n)))))) for n in (1, 2)]
     while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < 2:
         pass
     assert len(encoders[0].received) >= 1
@@ -139,7 +139,7 @@ async def test_when_all_tries_fail_the_last_answer_reaches_the_client(start: Sta
         encoder.answer = refuse(500, "no memory")
     pd.answer = never
     front = await start([*encoders, pd], max_encode_attempts=2)
-    answer = await front.post(ask("x", image(picture())))
+    answer = await front.post(ask("x", image(image_bytes())))
     assert answer.status == 500
     assert answer.error["message"] == "no memory"
     assert sum(len(encoder.received) for encoder in encoders) == 2
@@ -149,7 +149,7 @@ async def test_an_encoder_that_hangs_is_given_up(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
     encoders[0].answer = pd.answer = never
     front = await start([*encoders, pd], encode_timeout_seconds=1.0)
-    tasks = [asyncio.ensure_future(front.post(ask("x", image(picture(size=(5, n)))))) for n in (1, 2)]
+    tasks = [asyncio.ensure_future(front.post(ask("x", image(image_bytes(size=(5, n)))))) for n in (1, 2)]
     while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < 2:
         pass
     await asyncio.wait_for(encoders[0].gone.acquire(), 5)
@@ -168,7 +168,7 @@ async def test_an_encoder_that_answers_nonsense_fails_the_item(start: Start, bod
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     encoder.answer, pd.answer = nonsense, never
     front = await start([encoder, pd])
-    answer = await front.post(ask("x", image(picture())))
+    answer = await front.post(ask("x", image(image_bytes())))
     assert answer.status == 503
     assert answer.error["code"] == "encoder_lost"
 
@@ -178,9 +178,9 @@ async def test_pd_may_answer_without_the_encoder(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     encoder.answer = never
     front = await start([encoder, pd])
-    assert (await front.post(ask("x", image(picture())))).status == 200
+    assert (await front.post(ask("x", image(image_bytes())))).status == 200
     await asyncio.wait_for(encoder.gone.acquire(), 5)
-    assert (await front.post(ask("x", image(picture()), stream=True))).body.endswith(b"data: [DONE]\n\n")
+    assert (await front.post(ask("x", image(image_bytes()), stream=True))).body.endswith(b"data: [DONE]\n\n")
     await until_idle(front)
 
 
@@ -196,7 +196,7 @@ async def test_encoding_that_fails_in_a_stream_ends_it_with_an_error_event(start
     pd.answer, encoder.answer = begin, never
     front = await start([encoder, pd])
     async with front.session.post(
-        f"{front.url}/v1/chat/completions", json=ask("x", image(picture()), stream=True)
+        f"{front.url}/v1/chat/completions", json=ask("x", image(image_bytes()), stream=True)
     ) as response:
         assert response.status == 200
         assert await response.content.readuntil(b"\n\n") == event("")
@@ -225,7 +225,7 @@ async def test_a_pd_killed_before_its_answer_costs_a_retry(start: Start) -> None
     for pd in pds:
         pd.answer = never
     front = await start([encoder, *pds])
-    for body in (ask("x"), ask("x", image(picture()), stream=True)):
+    for body in (ask("x"), ask("x", image(image_bytes()), stream=True)):
         request = asyncio.ensure_future(front.post(body))
         killed = await first_arrival(pds)
         other(pds, killed).answer = chat
@@ -309,7 +309,7 @@ async def test_the_deadline_holds_for_all_of_it(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     encoder.answer = pd.answer = never
     front = await start([encoder, pd], deadline_seconds=1.5)
-    for body in (ask("x"), ask("x", image(picture()))):
+    for body in (ask("x"), ask("x", image(image_bytes()))):
         answer = await front.post(body)
         assert answer.status == 504
         assert answer.error["type"] == "timeout_error"
@@ -326,7 +326,7 @@ async def test_a_client_that_leaves_ends_the_calls_of_encoder_and_pd(start: Star
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     encoder.answer = pd.answer = never
     front = await start([encoder, pd])
-    await leave(front, ask("x", image(picture()), stream=stream), encoder, pd)
+    await leave(front, ask("x", image(image_bytes()), stream=stream), encoder, pd)
     await asyncio.wait_for(encoder.gone.acquire(), 5)
     await asyncio.wait_for(pd.gone.acquire(), 5)
     while not await front.metric('chiasm_proxy_requests_total{route="/v1/chat/completions",status="499"}'):

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from chiasm.proxy.fleet import Fleet, Instance, Report, Role, State
+from chiasm.proxy.fleet import Fleet, Instance, Report
+from chiasm.wire import InstanceState, Role
 
 REPORT = Report(models=("tiny",), fingerprint="f" * 64, ec_store="store")
 
@@ -22,52 +23,54 @@ def add(fleet: Fleet, name: str, configured: Role = Role.PD, /, **report: Any) -
 def test_an_instance_starts_is_healthy_fails_and_is_back() -> None:
     fleet = Fleet()
     instance = fleet.add("http://a", Role.PD)
-    assert instance.state is State.STARTING
+    assert instance.state is InstanceState.STARTING
     fleet.fail(instance, "refused")
-    assert instance.state is State.STARTING
+    assert instance.state is InstanceState.STARTING
     fleet.succeed(instance, replace(REPORT, role="pd"))
-    assert (instance.state, instance.reason) == (State.HEALTHY, None)
+    assert (instance.state, instance.reason) == (InstanceState.HEALTHY, None)
     fleet.fail(instance, "refused")
-    assert (instance.state, instance.reason) == (State.UNHEALTHY, "refused")
+    assert (instance.state, instance.reason) == (InstanceState.UNHEALTHY, "refused")
     assert fleet.models == []
     fleet.succeed(instance, replace(REPORT, role="pd"))
-    assert instance.state is State.HEALTHY
+    assert instance.state is InstanceState.HEALTHY
     assert fleet.models == ["tiny"]
 
 
 def test_another_role_than_configured_is_mismatched() -> None:
     fleet = Fleet()
     instance = add(fleet, "a", Role.ENCODER, role="pd")
-    assert instance.state is State.MISMATCHED
+    assert instance.state is InstanceState.MISMATCHED
     assert "role is pd" in str(instance.reason)
 
 
 def test_another_model_fingerprint_or_store_is_mismatched() -> None:
     fleet = Fleet()
     pd = add(fleet, "pd")
-    assert add(fleet, "a", Role.ENCODER, models=("other",)).state is State.MISMATCHED
-    assert add(fleet, "b", Role.ENCODER, fingerprint="e" * 64).state is State.MISMATCHED
-    assert add(fleet, "c", Role.ENCODER, ec_store="elsewhere").state is State.MISMATCHED
-    assert add(fleet, "d", Role.ENCODER).state is State.HEALTHY
-    assert pd.state is State.HEALTHY
+    assert add(fleet, "a", Role.ENCODER, models=("other",)).state is InstanceState.MISMATCHED
+    assert add(fleet, "b", Role.ENCODER, fingerprint="e" * 64).state is InstanceState.MISMATCHED
+    assert add(fleet, "c", Role.ENCODER, ec_store="elsewhere").state is InstanceState.MISMATCHED
+    assert add(fleet, "d", Role.ENCODER).state is InstanceState.HEALTHY
+    assert pd.state is InstanceState.HEALTHY
     assert fleet.choose(Role.ENCODER) is fleet.get("http://d")
 
 
 def test_p_and_d_move_kv_by_the_same_connector() -> None:
     fleet = Fleet()
     add(fleet, "p", Role.PREFILL, kv_connector="SharedMemoryConnector")
-    assert add(fleet, "d", Role.DECODE, kv_connector="SharedMemoryConnector", ec_store="").state is State.HEALTHY
+    assert (
+        add(fleet, "d", Role.DECODE, kv_connector="SharedMemoryConnector", ec_store="").state is InstanceState.HEALTHY
+    )
     other = add(fleet, "o", Role.DECODE, kv_connector="NixlConnector")
-    assert other.state is State.MISMATCHED
+    assert other.state is InstanceState.MISMATCHED
     assert str(other.reason) == "it moves KV by NixlConnector of chiasm, the fleet by SharedMemoryConnector of chiasm"
-    assert add(fleet, "e", Role.ENCODER).state is State.HEALTHY
+    assert add(fleet, "e", Role.ENCODER).state is InstanceState.HEALTHY
 
 
 def test_p_and_d_are_chiasms_own() -> None:
     fleet = Fleet()
     for role in (Role.PREFILL, Role.DECODE):
         instance = add(fleet, role, role, role=None)
-        assert instance.state is State.MISMATCHED
+        assert instance.state is InstanceState.MISMATCHED
         assert "chiasm's own instances" in str(instance.reason)
 
 
@@ -139,9 +142,9 @@ def test_what_an_instance_does_not_say_fits_anything() -> None:
     vllm = add(fleet, "v", role=None, fingerprint="", ec_store="")
     assert len(fleet.fingerprint) == 64
     encoder = add(fleet, "e", Role.ENCODER)
-    assert (vllm.state, encoder.state) == (State.HEALTHY, State.HEALTHY)
+    assert (vllm.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.HEALTHY)
     assert fleet.fingerprint == REPORT.fingerprint
-    assert add(fleet, "f", Role.ENCODER, fingerprint="e" * 64).state is State.MISMATCHED
+    assert add(fleet, "f", Role.ENCODER, fingerprint="e" * 64).state is InstanceState.MISMATCHED
 
 
 def test_pds_have_the_first_word() -> None:
@@ -152,16 +155,20 @@ def test_pds_have_the_first_word() -> None:
     fleet.fail(encoder, "gone")
     fleet.succeed(pd, replace(REPORT, role="pd"))
     fleet.succeed(encoder, replace(REPORT, role="encoder", fingerprint="e" * 64))
-    assert (pd.state, encoder.state) == (State.HEALTHY, State.MISMATCHED)
+    assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
 
 
 def test_an_encoder_that_came_first_does_not_keep_pds_out() -> None:
     fleet = Fleet()
     wrong = add(fleet, "w", Role.ENCODER, fingerprint="e" * 64)
     right = add(fleet, "e", Role.ENCODER)
-    assert (wrong.state, right.state) == (State.HEALTHY, State.MISMATCHED)
+    assert (wrong.state, right.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
     pd = add(fleet, "p")
-    assert (wrong.state, right.state, pd.state) == (State.MISMATCHED, State.HEALTHY, State.HEALTHY)
+    assert (wrong.state, right.state, pd.state) == (
+        InstanceState.MISMATCHED,
+        InstanceState.HEALTHY,
+        InstanceState.HEALTHY,
+    )
 
 
 def test_a_wrong_pd_does_not_take_over_while_the_right_one_is_away() -> None:
@@ -169,9 +176,9 @@ def test_a_wrong_pd_does_not_take_over_while_the_right_one_is_away() -> None:
     encoder, right = add(fleet, "e", Role.ENCODER), add(fleet, "r")
     wrong = add(fleet, "w", fingerprint="e" * 64)
     fleet.fail(right, "busy")
-    assert (encoder.state, wrong.state) == (State.HEALTHY, State.MISMATCHED)
+    assert (encoder.state, wrong.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
     fleet.succeed(right, replace(REPORT, role="pd"))
-    assert right.state is State.HEALTHY
+    assert right.state is InstanceState.HEALTHY
 
 
 def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> None:
@@ -179,11 +186,11 @@ def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> No
     pd, encoder = add(fleet, "p"), add(fleet, "e", Role.ENCODER)
     new = replace(REPORT, fingerprint="e" * 64)
     fleet.succeed(encoder, replace(new, role="encoder"))
-    assert (pd.state, encoder.state) == (State.HEALTHY, State.MISMATCHED)
+    assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
     fleet.fail(pd, "restarts")
-    assert encoder.state is State.HEALTHY
+    assert encoder.state is InstanceState.HEALTHY
     fleet.succeed(pd, replace(new, role="pd"))
-    assert (pd.state, encoder.state) == (State.HEALTHY, State.HEALTHY)
+    assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.HEALTHY)
     assert fleet.fingerprint == "e" * 64
 
 
@@ -195,8 +202,8 @@ def test_a_store_that_was_made_anew_keeps_nobody_out(order: tuple[str, ...]) -> 
     for store in ("anew", "once more"):
         for name in order:
             add(fleet, name, roles[name], ec_store=store)
-            assert [one.state for one in instances] == [State.HEALTHY] * 3
-    assert add(fleet, "late", Role.ENCODER).state is State.MISMATCHED
+            assert [one.state for one in instances] == [InstanceState.HEALTHY] * 3
+    assert add(fleet, "late", Role.ENCODER).state is InstanceState.MISMATCHED
 
 
 def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_others_were_asked_again() -> None:
@@ -207,11 +214,11 @@ def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_ot
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
     add(fleet, "b", Role.ENCODER)
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
-    assert moved.state is State.HEALTHY
+    assert moved.state is InstanceState.HEALTHY
     add(fleet, "pd")
-    assert moved.state is State.MISMATCHED
+    assert moved.state is InstanceState.MISMATCHED
     assert "store" in str(moved.reason)
-    assert pd.state is State.HEALTHY
+    assert pd.state is InstanceState.HEALTHY
 
 
 def test_an_instance_that_comes_back_with_another_store_is_mismatched_at_once() -> None:
@@ -220,7 +227,7 @@ def test_an_instance_that_comes_back_with_another_store_is_mismatched_at_once() 
     encoder = add(fleet, "a", Role.ENCODER)
     fleet.fail(encoder, "refused")
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
-    assert encoder.state is State.MISMATCHED
+    assert encoder.state is InstanceState.MISMATCHED
 
 
 def test_a_moved_store_excuses_no_other_difference() -> None:
@@ -228,7 +235,7 @@ def test_a_moved_store_excuses_no_other_difference() -> None:
     add(fleet, "pd")
     encoder = add(fleet, "a", Role.ENCODER)
     add(fleet, "a", Role.ENCODER, ec_store="anew", fingerprint="e" * 64)
-    assert encoder.state is State.MISMATCHED
+    assert encoder.state is InstanceState.MISMATCHED
 
 
 def test_what_was_agreed_outlives_a_moment_without_anybody() -> None:
@@ -267,7 +274,7 @@ def test_removal_waits_for_the_last_call() -> None:
     instance = add(fleet, "a")
     with fleet.working(instance, 1):
         fleet.remove(instance)
-        assert instance.state is State.DRAINING
+        assert instance.state is InstanceState.DRAINING
         assert fleet.choose(Role.PD) is None
         assert not removed
     assert removed == [instance]
@@ -280,7 +287,7 @@ def test_an_instance_that_drains_can_be_kept_after_all() -> None:
     with fleet.working(instance, 1):
         fleet.remove(instance)
         assert fleet.add("http://a", Role.PD) is instance
-        assert instance.state is State.HEALTHY
+        assert instance.state is InstanceState.HEALTHY
     assert fleet.instances == [instance]
 
 

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from chiasm.media import identifier
 
-from .conftest import Front, Heard, Start, ask, data_url, image, listen, picture, until_idle
+from .conftest import Front, Heard, Start, ask, data_url, image, image_bytes, listen, until_idle
 from .instances import (
     FINGERPRINT,
     MODEL,
@@ -253,7 +253,7 @@ async def test_media_goes_to_e_and_p_at_once_and_d_gets_no_pixels(start: Start) 
         return await encode(instance, request, received)
 
     encoder.answer = after_p
-    data = picture(size=(30, 20))
+    data = image_bytes(size=(30, 20))
     assert (await front.post(ask("what is it?", image(data), temperature=0.5))).status == 200
     name = identifier(data, fingerprint=FINGERPRINT)
     embeds = {"type": "image_embeds", "image_embeds": {"image_size": [20, 30]}, "uuid": name}
@@ -275,7 +275,7 @@ async def test_d_is_called_though_an_encoder_still_works_on_what_p_had(start: St
 
     encoder.answer = hang
     front, _, _ = await begin(start, encoder)
-    assert (await listen(front, ask("x", image(picture()), stream=True))).text == SAID
+    assert (await listen(front, ask("x", image(image_bytes()), stream=True))).text == SAID
     await asyncio.wait_for(encoder.gone.acquire(), 5)
     await until_idle(front)
 
@@ -288,10 +288,10 @@ async def test_text_touches_no_encoder_and_needs_none(start: Start) -> None:
     await encoder.kill()
     await front.until(encoder, "unhealthy")
     assert (await front.post(ask("x"))).status == 200
-    assert (await front.post(ask("x", image(picture())))).error["code"] == "no_encoder"
+    assert (await front.post(ask("x", image(image_bytes())))).error["code"] == "no_encoder"
 
 
-async def test_the_picture_is_let_go_while_d_answers(start: Start) -> None:
+async def test_the_image_is_let_go_while_d_answers(start: Start) -> None:
     """What is held then is the body without pixels, for the case that the prompt has to be prefilled again."""
     encoder, going = FakeInstance("encoder"), asyncio.Event()
 
@@ -306,7 +306,7 @@ async def test_the_picture_is_let_go_while_d_answers(start: Start) -> None:
 
     front, p, d = await begin(start, encoder)
     p.answer, d.answer = encoded, wait
-    request = asyncio.ensure_future(front.post(ask("x", image(picture(size=(800, 800), format="BMP")))))
+    request = asyncio.ensure_future(front.post(ask("x", image(image_bytes(size=(800, 800), format="BMP")))))
     await d.arrived.acquire()
     assert 0 < front.gateway._admission.buffered_bytes < 1000
     going.set()

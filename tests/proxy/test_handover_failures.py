@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from .conftest import Front, Start, ask, image, leave, listen, picture, until_idle
+from .conftest import Front, Start, ask, image, image_bytes, leave, listen, until_idle
 from .instances import (
     SAID,
     WORDS,
@@ -655,11 +655,11 @@ async def test_p_lost_while_a_stream_goes_on_costs_one_more_prefill(start: Start
     assert sorted(counts) == [0, 3, 3]
 
 
-async def test_a_picture_is_encoded_once_though_its_prompt_is_prefilled_twice(start: Start) -> None:
+async def test_an_image_is_encoded_once_though_its_prompt_is_prefilled_twice(start: Start) -> None:
     encoder, ps, d = FakeInstance("encoder"), instances("prefill", 2), FakeInstance("decode")
     once(kv_unavailable, decode, d)
     front = await start([encoder, *ps, d])
-    heard = await listen(front, ask("x", image(picture()), stream=True))
+    heard = await listen(front, ask("x", image(image_bytes()), stream=True))
     assert heard.text == SAID
     assert len(encoder.received) == 1
     names = {received.identifiers[0] for received in (*received_by(ps), *d.received)}
@@ -671,7 +671,7 @@ async def test_an_encoder_that_fails_ends_ps_call(start: Start) -> None:
     encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
     encoder.answer, p.answer = refuse(422, "not decodable"), never
     front = await start([encoder, p, d])
-    answer = await front.post(ask("x", image(picture())))
+    answer = await front.post(ask("x", image(image_bytes())))
     assert (answer.status, answer.error["message"]) == (422, "not decodable")
     assert not d.received
     await until_idle(front)
@@ -681,7 +681,7 @@ async def test_an_encoder_that_ends_is_no_reason_to_prefill_again(start: Start) 
     encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
     encoder.answer, p.answer = refuse(503, "This instance is stopping.", code="stopping"), never
     front = await start([encoder, p, d], max_encode_attempts=1)
-    answer = await front.post(ask("x", image(picture())))
+    answer = await front.post(ask("x", image(image_bytes())))
     assert (answer.status, answer.error["code"]) == (503, "stopping")
     assert await front.metric("chiasm_proxy_prefill_retries_total") == 0
     await until_idle(front)

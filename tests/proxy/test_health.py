@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Start, ask, image, picture
+from .conftest import Start, ask, image, image_bytes
 from .instances import MODEL, FakeInstance
 
 
@@ -118,7 +118,7 @@ async def test_an_instance_that_does_not_fit_is_never_used(start: Start, change:
     assert shown["state"] == "mismatched"
     assert reason in shown["reason"]
     for n in range(1, 4):
-        assert (await front.post(ask(image(picture(size=(5, n)))))).status == 200
+        assert (await front.post(ask(image(image_bytes(size=(5, n)))))).status == 200
     assert not bad.received
     assert bad.health is not None
     assert good.health is not None

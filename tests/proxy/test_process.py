@@ -21,7 +21,7 @@ from chiasm.errors import ConfigurationError
 from chiasm.proxy import ProxyConfig, run
 from chiasm.proxy.config import check_url
 
-from .conftest import ask, image, picture
+from .conftest import ask, image, image_bytes
 from .instances import FakeInstance, Received, event, never
 
 PROGRAM = """
@@ -86,7 +86,7 @@ def peak_kib(pid: int) -> int:
 
 async def test_memory_stays_below_the_bound() -> None:
     pd, encoder = FakeInstance("pd"), FakeInstance("encoder")
-    large = picture(size=(700, 500), format="BMP")
+    large = image_bytes(size=(700, 500), format="BMP")
     assert len(large) > 1 << 20
     async with proxy(pd, encoder) as (process, url), aiohttp.ClientSession() as session:
         for n in range(20):

@@ -1,4 +1,4 @@
-"""The same picture at the same time is encoded once, whoever asks."""
+"""The same image at the same time is encoded once, whoever asks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from aiohttp import web
 
-from .conftest import Front, Start, ask, image, picture
+from .conftest import Front, Start, ask, image, image_bytes
 from .instances import FakeInstance, Received, chat, encode, never
 
 
@@ -49,7 +49,7 @@ async def test_ten_at_once_are_one_call(
     start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
 ) -> None:
     front = await start([encoder, pd])
-    requests = [asyncio.ensure_future(front.post(ask("x", image(picture())))) for _ in range(10)]
+    requests = [asyncio.ensure_future(front.post(ask("x", image(image_bytes())))) for _ in range(10)]
     await joined(front, 9)
     gate.set()
     assert {answer.status for answer in await asyncio.gather(*requests)} == {200}
@@ -62,9 +62,9 @@ async def test_only_what_is_not_under_way_is_sent(
     start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
 ) -> None:
     front = await start([encoder, pd])
-    one = asyncio.ensure_future(front.post(ask(image(picture("red")), image(picture("blue")))))
+    one = asyncio.ensure_future(front.post(ask(image(image_bytes("red")), image(image_bytes("blue")))))
     await encoder.arrived.acquire()
-    two = asyncio.ensure_future(front.post(ask(image(picture("blue")), image(picture("green")))))
+    two = asyncio.ensure_future(front.post(ask(image(image_bytes("blue")), image(image_bytes("green")))))
     await encoder.arrived.acquire()
     gate.set()
     assert {(await one).status, (await two).status} == {200}
@@ -73,7 +73,7 @@ async def test_only_what_is_not_under_way_is_sent(
 
 async def test_tenants_do_not_share(start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event) -> None:
     front = await start([encoder, pd])
-    requests = [asyncio.ensure_future(front.post(ask(image(picture()), cache_salt=salt))) for salt in "ab"]
+    requests = [asyncio.ensure_future(front.post(ask(image(image_bytes()), cache_salt=salt))) for salt in "ab"]
     await encoder.arrived.acquire()
     await encoder.arrived.acquire()
     gate.set()
@@ -85,9 +85,9 @@ async def test_one_that_leaves_takes_nothing_from_the_others(
     start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
 ) -> None:
     front = await start([encoder, pd])
-    first = asyncio.ensure_future(front.post(ask("first", image(picture()))))
+    first = asyncio.ensure_future(front.post(ask("first", image(image_bytes()))))
     await encoder.arrived.acquire()
-    second = asyncio.ensure_future(front.post(ask("second", image(picture()))))
+    second = asyncio.ensure_future(front.post(ask("second", image(image_bytes()))))
     await joined(front, 1)
     first.cancel()
     await asyncio.wait_for(pd.gone.acquire(), 5)
@@ -98,7 +98,7 @@ async def test_one_that_leaves_takes_nothing_from_the_others(
 
 async def test_when_all_have_left_the_encoder_call_ends(start: Start, encoder: FakeInstance, pd: FakeInstance) -> None:
     front = await start([encoder, pd])
-    requests = [asyncio.ensure_future(front.post(ask(str(n), image(picture())))) for n in range(3)]
+    requests = [asyncio.ensure_future(front.post(ask(str(n), image(image_bytes())))) for n in range(3)]
     await joined(front, 2)
     for request in requests:
         request.cancel()
@@ -110,21 +110,21 @@ async def test_a_call_goes_on_for_the_item_that_somebody_still_waits_for(
     start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
 ) -> None:
     front = await start([encoder, pd])
-    first = asyncio.ensure_future(front.post(ask(image(picture("red")), image(picture("blue")))))
+    first = asyncio.ensure_future(front.post(ask(image(image_bytes("red")), image(image_bytes("blue")))))
     await encoder.arrived.acquire()
-    second = asyncio.ensure_future(front.post(ask(image(picture("blue")))))
+    second = asyncio.ensure_future(front.post(ask(image(image_bytes("blue")))))
     await joined(front, 1)
     first.cancel()
     await asyncio.wait_for(pd.gone.acquire(), 5)
-    third = asyncio.ensure_future(front.post(ask(image(picture("red")))))  # given up: it begins anew
+    third = asyncio.ensure_future(front.post(ask(image(image_bytes("red")))))  # given up: it begins anew
     await encoder.arrived.acquire()
     gate.set()
     assert {(await second).status, (await third).status} == {200}
     assert [len(received.identifiers) for received in encoder.received] == [2, 1]
 
 
-async def test_a_bad_picture_fails_its_own_request_only(start: Start, gate: asyncio.Event) -> None:
-    """Two requests share a good picture; the one that began its encoding sent a bad one along."""
+async def test_a_bad_image_fails_its_own_request_only(start: Start, gate: asyncio.Event) -> None:
+    """Two requests share a good image; the one that began its encoding sent a bad one along."""
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
 
     async def refuse_pairs(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -143,9 +143,9 @@ async def test_a_bad_picture_fails_its_own_request_only(start: Start, gate: asyn
     encoded = asyncio.Event()
     encoder.answer, pd.answer = refuse_pairs, when_encoded
     front = await start([encoder, pd])
-    bad = asyncio.ensure_future(front.post(ask(image(picture("red")), image(picture("blue")))))
+    bad = asyncio.ensure_future(front.post(ask(image(image_bytes("red")), image(image_bytes("blue")))))
     await encoder.arrived.acquire()
-    good = asyncio.ensure_future(front.post(ask(image(picture("red")))))
+    good = asyncio.ensure_future(front.post(ask(image(image_bytes("red")))))
     await joined(front, 1)
     gate.set()
     assert (await bad).status == 400
@@ -158,5 +158,5 @@ async def test_the_next_one_is_a_new_call(
     gate.set()
     front = await start([encoder, pd])
     for _ in range(2):
-        assert (await front.post(ask(image(picture())))).status == 200
+        assert (await front.post(ask(image(image_bytes())))).status == 200
     assert len(encoder.received) == 2

@@ -16,14 +16,14 @@ from chiasm.proxy.relay import EventRelay, PartRelay
 from chiasm.proxy.timing import Timing
 from chiasm.proxy.upstream import UpstreamError
 
-from .conftest import Start, ask, image, picture
+from .conftest import Start, ask, image, image_bytes
 from .instances import FakeInstance, Received, event, never, refuse
 
 
 async def test_a_stream_passes_raw_with_the_proxys_figures_before_its_end(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
-    answer = await front.post(ask("x", image(picture()), stream=True))
+    answer = await front.post(ask("x", image(image_bytes()), stream=True))
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "text/event-stream"
     assert "queue;dur=1.5" in answer.headers["Server-Timing"]
@@ -37,7 +37,7 @@ async def test_a_stream_passes_raw_with_the_proxys_figures_before_its_end(start:
 async def test_the_openai_client_reads_it(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
-    stream = await front.openai.chat.completions.create(**ask("x", image(picture())), stream=True)
+    stream = await front.openai.chat.completions.create(**ask("x", image(image_bytes())), stream=True)
     assert [chunk.choices[0].delta.content async for chunk in stream] == ["a ", "cat"]
 
 
@@ -90,7 +90,7 @@ async def test_pd_killed_in_a_stream_ends_it_with_an_error_event(start: Start, p
     words = []
 
     async def listen() -> None:
-        async for chunk in await front.openai.chat.completions.create(**ask("x", image(picture())), stream=True):
+        async for chunk in await front.openai.chat.completions.create(**ask("x", image(image_bytes())), stream=True):
             words.append(chunk.choices[0].delta.content)
             cut.set()
 

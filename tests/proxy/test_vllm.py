@@ -11,7 +11,7 @@ from aiohttp import web
 
 from chiasm.media import identifier
 
-from .conftest import Start, ask, image, picture
+from .conftest import Start, ask, image, image_bytes
 from .instances import MODEL, Answering, FakeInstance, Received, encode, refuse, vllm_error_event
 
 ENGINE = {"engine": "vllm 0.32.0"}
@@ -41,7 +41,7 @@ async def test_pd_is_called_with_the_encoders_metadata(start: Start) -> None:
 
     encoder.answer = note
     front = await start([encoder, pd])
-    assert (await front.post(ask("x", image(picture())))).status == 200
+    assert (await front.post(ask("x", image(image_bytes())))).status == 200
     assert early == [False]
     name = pd.received[0].identifiers[0]
     embeds = {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 4, 6]}, "uuid": name}
@@ -63,16 +63,16 @@ async def test_with_the_middleware_pd_is_called_beside_the_encoders(start: Start
     encoder, pd = FakeInstance("encoder", **ENGINE), FakeInstance("pd", **ENGINE)
     encoder.answer = after(pd.arrived)
     front = await start([encoder, pd])
-    assert (await front.post(ask("x", image(picture(size=(6, 4)))))).status == 200
+    assert (await front.post(ask("x", image(image_bytes(size=(6, 4)))))).status == 200
     assert pd.received[0].parts[1]["image_embeds"] == {"image_size": [4, 6]}
     shown = (await front.get("/health")).json["instances"]
     assert [one["engine"] for one in shown] == ["vllm 0.32.0"] * 2
 
 
-async def test_pd_that_cannot_size_a_picture_waits_for_the_encoders_metadata(start: Start) -> None:
+async def test_pd_that_cannot_size_an_image_waits_for_the_encoders_metadata(start: Start) -> None:
     encoder, pd = FakeInstance("encoder", **ENGINE), FakeInstance("pd", takes_image_size=False, **ENGINE)
     front = await start([encoder, pd])
-    assert (await front.post(ask("x", image(picture()), image(picture("blue"))))).status == 200
+    assert (await front.post(ask("x", image(image_bytes()), image(image_bytes("blue"))))).status == 200
     assert [part["image_embeds"] for part in pd.received[0].parts[1:]] == [{"image_grid_thw": [1, 4, 6]}] * 2
     assert pd.received[0].identifiers == encoder.received[0].identifiers
 
@@ -93,7 +93,7 @@ async def test_one_with_another_fingerprint_is_not_used(start: Start, said: dict
     shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[other.url]
     assert (shown["state"], shown["reason"]) == ("mismatched", reason)
     for colour in ("red", "green", "blue"):
-        assert (await front.post(ask(image(picture(colour))))).status == 200
+        assert (await front.post(ask(image(image_bytes(colour))))).status == 200
     assert not other.received
 
 
@@ -101,7 +101,7 @@ async def test_a_limit_of_no_images_is_none(start: Start) -> None:
     """vLLM says so where it has no vision tower."""
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd", max_items=0, **ENGINE)
     front = await start([encoder, pd])
-    assert (await front.post(ask(image(picture()), image(picture("blue"))))).status == 200
+    assert (await front.post(ask(image(image_bytes()), image(image_bytes("blue"))))).status == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -126,14 +126,14 @@ def after(arrived: asyncio.Semaphore) -> Answering:
 async def test_identity_without_a_fingerprint_is_by_the_models_name(start: Start) -> None:
     encoder, pd = vllm("encoder"), vllm("pd")
     front = await start([encoder, pd])
-    await front.post(ask(image(picture())))
-    assert pd.received[0].identifiers == [identifier(picture(), fingerprint=front.gateway.fleet.fingerprint)]
+    await front.post(ask(image(image_bytes())))
+    assert pd.received[0].identifiers == [identifier(image_bytes(), fingerprint=front.gateway.fleet.fingerprint)]
 
 
 async def test_chiasms_encoder_before_vllms_pd(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), vllm("pd")
     front = await start([encoder, pd])
-    assert (await front.post(ask(image(picture())))).status == 200
+    assert (await front.post(ask(image(image_bytes())))).status == 200
     assert "image_grid_thw" in pd.received[0].parts[0]["image_embeds"]
 
 
@@ -141,7 +141,7 @@ async def test_what_its_encoder_refuses_reaches_the_client(start: Start) -> None
     encoder, pd = vllm("encoder"), vllm("pd")
     encoder.answer = refuse(422, "not decodable")
     front = await start([encoder, pd])
-    answer = await front.post(ask(image(picture())))
+    answer = await front.post(ask(image(image_bytes())))
     assert answer.status == 422
     assert answer.error["message"] == "not decodable"
     assert not pd.received
@@ -159,5 +159,5 @@ async def test_metadata_passes_as_it_came(start: Start) -> None:
     encoder, pd = vllm("encoder"), vllm("pd")
     encoder.answer = spaced
     front = await start([encoder, pd])
-    assert (await front.post(ask(image(picture())))).status == 200
+    assert (await front.post(ask(image(image_bytes())))).status == 200
     assert b'"image_embeds":' + metadata + b',"uuid"' in pd.received[0].body

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from .conftest import Start, ask, image, leave, listen, picture, until_idle
+from .conftest import Start, ask, image, image_bytes, leave, listen, until_idle
 from .instances import (
     SAID,
     VLLM,
@@ -115,31 +115,31 @@ async def test_a_text_completion(start: Start) -> None:
     assert "max_completion_tokens" not in p.received[0].json
 
 
-async def test_both_get_what_stands_for_a_picture(start: Start) -> None:
+async def test_both_get_what_stands_for_an_image(start: Start) -> None:
     encoder, p, d = FakeInstance("encoder", **VLLM), vllm_prefill(), vllm_decode()
     front = await start([encoder, p, d])
-    assert (await front.post(ask("x", image(picture(size=(6, 4)))))).status == 200
+    assert (await front.post(ask("x", image(image_bytes(size=(6, 4)))))).status == 200
     for one in (p, d):
         assert one.received[0].parts[1]["image_embeds"] == {"image_size": [4, 6]}
         assert one.received[0].identifiers == encoder.received[0].identifiers
     await until_idle(front)
 
 
-async def test_d_that_cannot_size_a_picture_gets_the_encoders_metadata(start: Start) -> None:
+async def test_d_that_cannot_size_an_image_gets_the_encoders_metadata(start: Start) -> None:
     encoder, p = FakeInstance("encoder"), vllm_prefill()
     d = FakeInstance("decode", takes_image_size=False, **VLLM)
     d.answer = decode_of_vllm
     front = await start([encoder, p, d])
-    assert (await front.post(ask("x", image(picture())))).status == 200
+    assert (await front.post(ask("x", image(image_bytes())))).status == 200
     assert d.received[0].parts[1]["image_embeds"] == {"image_grid_thw": [1, 4, 6]}
 
 
-async def test_an_encoder_that_refuses_a_picture_ends_prefill(start: Start) -> None:
+async def test_an_encoder_that_refuses_an_image_ends_prefill(start: Start) -> None:
     encoder, p, d = FakeInstance("encoder"), vllm_prefill(), vllm_decode()
     encoder.answer = refuse(422, "not decodable")
     p.answer = never
     front = await start([encoder, p, d])
-    answer = await front.post(ask(image(picture())))
+    answer = await front.post(ask(image(image_bytes())))
     assert (answer.status, answer.error["message"]) == (422, "not decodable")
     assert not d.received
     await until_idle(front)
@@ -162,7 +162,7 @@ async def test_what_d_cannot_answer_or_need_not_is_p_s_alone(
 ) -> None:
     encoder, p, d = FakeInstance("encoder"), vllm_prefill(), vllm_decode()
     front = await start([encoder, p, d])
-    body = ask("x", *([image(picture())] if media else []), **options)
+    body = ask("x", *([image(image_bytes())] if media else []), **options)
     assert (await front.post(body)).json["choices"][0]["message"]["content"] == "a cat"
     assert "kv_transfer_params" not in p.received[0].json
     assert p.received[0].json | {"messages": []} == body | {"messages": []}
@@ -198,7 +198,7 @@ async def test_the_engine_of_an_encoder_does_not_matter(start: Start) -> None:
     encoder, p, d = FakeInstance("encoder", engine="vllm 0.32.0"), FakeInstance("prefill"), FakeInstance("decode")
     front = await start([encoder, p, d], probe_interval_seconds=60)
     assert set((await front.states()).values()) == {"healthy"}
-    assert (await front.post(ask(image(picture()), stream=True))).status == 200
+    assert (await front.post(ask(image(image_bytes()), stream=True))).status == 200
     assert p.received[0].params == {"do_remote_decode": True, "continues": True}
 
 
@@ -260,7 +260,7 @@ async def test_d_that_is_lost_before_its_first_event_costs_a_prefill(
     encoder, p, ds = FakeInstance("encoder"), vllm_prefill(), [vllm_decode(), vllm_decode()]
     once(first, decode_of_vllm, *ds)
     front = await start([encoder, p, *ds])
-    body = ask("x", image(picture()), stream=stream)
+    body = ask("x", image(image_bytes()), stream=stream)
     if stream:
         assert (await listen(front, body)).text == SAID
     else:

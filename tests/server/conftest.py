@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import openai
 import pytest
 
-from chiasm.engine.config import Role
 from chiasm.media import MediaConfig
 from chiasm.server import ServerConfig, create_app
+from chiasm.wire import Role
 from tests.server.fake_engine import FakeEngine
 from tests.server.serving import serving
 

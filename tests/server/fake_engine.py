@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from chiasm.ec_transfer import ECConnectorStats
-from chiasm.engine.config import EngineConfig, Role
+from chiasm.engine.config import EngineConfig
 from chiasm.engine.request import (
     EncodedItem,
     EncodeItem,
@@ -31,9 +31,9 @@ from chiasm.engine.request import (
 )
 from chiasm.engine.stats import EngineStats
 from chiasm.errors import InvalidRequestError
-from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig, KVTransferParams
-from chiasm.kv_transfer.params import TokenLogprob
+from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig
 from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
+from chiasm.wire import KVTransferParams, Role, TokenLogprob
 
 PLACEHOLDER = "\x01"
 FINGERPRINT = "f1" * 16
@@ -44,7 +44,7 @@ Script = Callable[[GenerateRequest], AsyncIterator[Output]]
 
 
 class ByteProcessor(Processor):
-    """One token a byte; a chat is its messages' text, ``role:text`` a line; a picture takes a token per 28² pixels."""
+    """One token a byte; a chat is its messages' text, ``role:text`` a line; an image takes a token per 28² pixels."""
 
     def __init__(self) -> None:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -102,7 +102,7 @@ class ByteProcessor(Processor):
 
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
         if height < 1 or width < 1:
-            raise InvalidRequestError("a picture needs a size")
+            raise InvalidRequestError("an image needs a size")
         rows = -(-height // 28) * -(-width // 28)
         metadata = {"image_grid_thw": [1, -(-height // 28), -(-width // 28)]}
         return ItemGeometry((0,) * rows, tuple(range(rows)), metadata)

@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
-from chiasm.engine import EngineConfig, Role
+from chiasm.engine import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.server import ServerConfig, run
+from chiasm.wire import Role
 
 
 def main(folder: str, port: str) -> int:

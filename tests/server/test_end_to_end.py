@@ -19,10 +19,11 @@ import pytest
 
 from chiasm.checkpoints import synthetic
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
-from chiasm.engine import EngineConfig, Role, create_engine
+from chiasm.engine import EngineConfig, create_engine
 from chiasm.media import identifier
 from chiasm.server import create_app
-from tests.server.pictures import chat, embeds_part, image_part, png
+from chiasm.wire import Role
+from tests.server.images import chat, embeds_part, image_part, png
 from tests.server.serving import Reply, get, post, serving
 
 RED = png(64, 48, "red")
@@ -48,8 +49,8 @@ class Live:
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def name(self, picture: bytes) -> str:
-        return identifier(picture, fingerprint=self.engine.model_fingerprint)
+    def name(self, image: bytes) -> str:
+        return identifier(image, fingerprint=self.engine.model_fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ class TestText:
 
 
 class TestAggregated:
-    def test_answer_depends_on_the_picture(self, aggregated: Live) -> None:
+    def test_answer_depends_on_the_image(self, aggregated: Live) -> None:
         texts = [text_of(post(aggregated.chat, greedy(image_part(data), "What is it?"))) for data in (RED, BLUE, RED)]
         assert texts[0] == texts[2] != texts[1]
 
@@ -200,8 +201,8 @@ class TestAggregated:
 class TestEncoderAndPD:
     """The messages that the proxy sends, by hand."""
 
-    def encode(self, encoder: Live, *pictures: bytes) -> Reply:
-        return post(encoder.chat, chat(*[image_part(data, uuid=encoder.name(data)) for data in pictures], stream=False))
+    def encode(self, encoder: Live, *images: bytes) -> Reply:
+        return post(encoder.chat, chat(*[image_part(data, uuid=encoder.name(data)) for data in images], stream=False))
 
     def test_equals_aggregated(self, aggregated: Live, encoder: Live, pd: Live) -> None:
         params = self.encode(encoder, RED, BLUE).json["ec_transfer_params"]
@@ -210,8 +211,8 @@ class TestEncoderAndPD:
         assert text_of(post(pd.chat, greedy(parts[0], "and", parts[1], "?"))) == expected
 
     def test_second_encoding_is_a_hit(self, encoder: Live) -> None:
-        picture = png(32, 64, "yellow")
-        first, second = self.encode(encoder, picture), self.encode(encoder, picture)
+        image = png(32, 64, "yellow")
+        first, second = self.encode(encoder, image), self.encode(encoder, image)
         assert 'item0;desc="encoded"' in first.headers["server-timing"]
         assert 'item0;desc="hit"' in second.headers["server-timing"]
         assert first.json["ec_transfer_params"] == second.json["ec_transfer_params"]
@@ -220,14 +221,14 @@ class TestEncoderAndPD:
     def test_pd_called_first_waits_for_the_encoder(
         self, aggregated: Live, encoder: Live, pd: Live, stream: bool
     ) -> None:
-        picture = png(64, 64, "purple" if stream else "orange")
-        expected = text_of(post(aggregated.chat, greedy("Look: ", image_part(picture), "?")))
-        part = embeds_part(pd.name(picture), image_size=[64, 64])
+        image = png(64, 64, "purple" if stream else "orange")
+        expected = text_of(post(aggregated.chat, greedy("Look: ", image_part(image), "?")))
+        part = embeds_part(pd.name(image), image_size=[64, 64])
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(post, pd.chat, greedy("Look: ", part, "?", stream=stream))
             eventually(lambda: b"chiasm_requests_stalled 1.0" in get(f"{pd.url}/metrics").body)
             assert not answer.done()
-            assert self.encode(encoder, picture).status == 200
+            assert self.encode(encoder, image).status == 200
             reply = answer.result()
         assert 'item0;desc="waited"' in reply.headers["server-timing"]
         if stream:
@@ -244,7 +245,7 @@ class TestEncoderAndPD:
         assert get(f"{pd.url}/health").status == 200
         assert len(text_of(post(pd.chat, greedy("Still well?")))) > 0
 
-    def test_picture_that_is_cut_off_is_the_clients_error(self, encoder: Live) -> None:
+    def test_image_that_is_cut_off_is_the_clients_error(self, encoder: Live) -> None:
         reply = self.encode(encoder, png(200, 200, "red")[:-40])
         assert reply.status == 400
         assert self.encode(encoder, RED).status == 200

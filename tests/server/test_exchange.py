@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from chiasm.engine.config import Role
 from chiasm.engine.request import GenerateRequest, Output
 from chiasm.server import ServerConfig, create_app
+from chiasm.wire import Role
 from tests.server.conftest import Served
 from tests.server.fake_engine import FakeEngine, never
-from tests.server.pictures import chat, image_part, png
+from tests.server.images import chat, image_part, png
 from tests.server.serving import get, post, request, serving
 
 

@@ -1,4 +1,4 @@
-"""Pictures in requests, by role."""
+"""Images in requests, by role."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chiasm.errors import StorageError
 from chiasm.media import identifier
 from tests.server.conftest import Served
 from tests.server.fake_engine import FINGERPRINT
-from tests.server.pictures import bomb, chat, data_url, embeds_part, image_part, png, rotated_jpeg
+from tests.server.images import bomb, chat, data_url, embeds_part, image_part, png, rotated_jpeg
 from tests.server.serving import Reply, post
 
 A = "a" * 64
@@ -26,7 +26,7 @@ def assert_refused(reply: Reply, *words: str) -> None:
 
 
 class TestPD:
-    """Takes the names of what an encoder publishes, and no pictures."""
+    """Takes the names of what an encoder publishes, and no images."""
 
     @pytest.mark.parametrize(
         "metadata",
@@ -65,11 +65,11 @@ class TestPD:
     def test_size_that_is_none_is_refused(self, pd: Served, embeds: Any) -> None:
         assert_refused(post(pd.chat, chat({"type": "image_embeds", "image_embeds": embeds, "uuid": A})))
 
-    def test_picture_is_refused_with_a_hint(self, pd: Served) -> None:
+    def test_image_is_refused_with_a_hint(self, pd: Served) -> None:
         assert_refused(post(pd.chat, chat(image_part(png()))), "no encoder", "proxy", "aggregated")
 
     def test_more_items_than_the_limit_are_refused(self, pd: Served) -> None:
-        assert_refused(post(pd.chat, chat(*[embeds_part(A, image_size=[28, 28])] * 4)), "4 pictures", "3 is the limit")
+        assert_refused(post(pd.chat, chat(*[embeds_part(A, image_size=[28, 28])] * 4)), "4 images", "3 is the limit")
 
     def test_items_count_towards_the_context(self, pd: Served) -> None:
         reply = post(pd.chat, chat(embeds_part(A, image_size=[2800, 2800])))
@@ -77,16 +77,16 @@ class TestPD:
 
 
 class TestAggregated:
-    """Takes pictures, and names them by content."""
+    """Takes images, and names them by content."""
 
-    def test_picture_is_named_by_content_and_preprocessed(self, aggregated: Served) -> None:
+    def test_image_is_named_by_content_and_preprocessed(self, aggregated: Served) -> None:
         assert post(aggregated.chat, chat("See ", image_part(png()), "?")).status == 200
         (request,) = aggregated.engine.requests
         name = identifier(png(), fingerprint=FINGERPRINT)
         assert [item.identifier for item in request.prompt.items] == [name]
         assert request.pixels[name].geometry == request.prompt.items[0].geometry
 
-    def test_openai_client_sends_pictures(self, aggregated: Served) -> None:
+    def test_openai_client_sends_images(self, aggregated: Served) -> None:
         messages: Any = [{"role": "user", "content": [image_part(png()), {"type": "text", "text": "What is it?"}]}]
         answer = aggregated.client.chat.completions.create(model="bytes", messages=messages)
         assert answer.choices[0].message.content == "Hello"
@@ -107,7 +107,7 @@ class TestAggregated:
         assert request.prompt.items[0].identifier == identifier(png(), fingerprint=FINGERPRINT, salt="mine")
         assert request.cache_salt == "mine"
 
-    def test_same_picture_twice_is_one_item_in_two_places(self, aggregated: Served) -> None:
+    def test_same_image_twice_is_one_item_in_two_places(self, aggregated: Served) -> None:
         post(aggregated.chat, chat(image_part(png()), image_part(png())))
         (request,) = aggregated.engine.requests
         assert len(request.prompt.items) == 2
@@ -126,7 +126,7 @@ class TestAggregated:
         [
             ("data:image/png;base64,!!!!", "base64"),
             ("data:image/png,abc", "data:"),
-            (data_url(b"no picture"), "picture"),
+            (data_url(b"no image"), "image"),
             (data_url(png()[:60]), "PNG"),
             (data_url(png(200, 200)[:-40]), "PNG"),
             (data_url(bomb()), "pixels"),
@@ -138,7 +138,7 @@ class TestAggregated:
             ("", "http"),
         ],
     )
-    def test_what_is_no_picture_is_refused(self, aggregated: Served, url: str, word: str) -> None:
+    def test_what_is_no_image_is_refused(self, aggregated: Served, url: str, word: str) -> None:
         reply = post(aggregated.chat, chat({"type": "image_url", "image_url": {"url": url}}))
         assert_refused(reply, word)
         assert aggregated.engine.requests == []
@@ -147,12 +147,12 @@ class TestAggregated:
     def test_published_items_are_refused_with_a_hint(self, aggregated: Served) -> None:
         assert_refused(post(aggregated.chat, chat(embeds_part(A, image_size=[28, 28]))), "image_url")
 
-    def test_more_pictures_than_the_limit_are_refused(self, aggregated: Served) -> None:
-        assert_refused(post(aggregated.chat, chat(*[image_part(png())] * 4)), "4 pictures")
+    def test_more_images_than_the_limit_are_refused(self, aggregated: Served) -> None:
+        assert_refused(post(aggregated.chat, chat(*[image_part(png())] * 4)), "4 images")
 
 
 class TestEncoder:
-    """Takes pictures only, and answers with what it has published."""
+    """Takes images only, and answers with what it has published."""
 
     def test_answers_with_what_sizes_the_placeholders(self, encoder: Served) -> None:
         reply = post(encoder.chat, chat(image_part(png(), uuid=A), stream=False, max_tokens=1, model="bytes"))
@@ -170,7 +170,7 @@ class TestEncoder:
         assert reply.json["ec_transfer_params"][B]["item_indices"] == [1]
         assert [item.identifier for item in encoder.engine.encoded[0]] == [A, B]
 
-    def test_picture_without_uuid_is_named_by_content(self, encoder: Served) -> None:
+    def test_image_without_uuid_is_named_by_content(self, encoder: Served) -> None:
         reply = post(encoder.chat, chat(image_part(png())))
         assert list(reply.json["ec_transfer_params"]) == [identifier(png(), fingerprint=FINGERPRINT)]
 

@@ -18,11 +18,12 @@ import pytest
 
 from chiasm.checkpoints import synthetic
 from chiasm.ec_transfer import ECTransferConfig
-from chiasm.engine import EngineConfig, Role
+from chiasm.engine import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.server import ServerConfig, run
 from chiasm.server.process import bind
-from tests.server.pictures import chat
+from chiasm.wire import Role
+from tests.server.images import chat
 from tests.server.serving import get, post
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from chiasm.engine.request import GenerateRequest, Output
 from chiasm.errors import KVUnavailableError
 from tests.server.conftest import Served
 from tests.server.fake_engine import SEED
-from tests.server.pictures import chat, embeds_part, image_part, png
+from tests.server.images import chat, embeds_part, image_part, png
 from tests.server.serving import Reply, post
 
 A = "a" * 64
@@ -112,7 +112,7 @@ class TestPrefillAsVLLMAsksIt:
         (item,) = prefill.engine.requests[0].prompt.items
         assert (item.identifier, item.offset, item.length) == (A, 4, 2)
 
-    def test_pictures_are_refused(self, prefill: Served) -> None:
+    def test_images_are_refused(self, prefill: Served) -> None:
         assert post(prefill.chat, chat(image_part(png()), kv_transfer_params=ELSEWHERE)).status == 400
 
 

@@ -12,7 +12,7 @@ from chiasm.server.app import app_of
 from chiasm.server.config import ServerConfig
 from chiasm.server.instance import Instance
 from tests.server.conftest import Served
-from tests.server.pictures import chat
+from tests.server.images import chat
 from tests.server.serving import get, post, serving
 
 

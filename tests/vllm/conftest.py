@@ -84,7 +84,7 @@ def _split(launch_for_all: Launch, logs: Path, store: Path) -> tuple[Server, Ser
 
 @pytest.fixture(scope="session")
 def encoder(_split: tuple[Server, Server]) -> Server:
-    """A vLLM instance that encodes pictures into ``store``."""
+    """A vLLM instance that encodes images into ``store``."""
     return _split[0]
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import httpx2 as httpx
 
 from .processes import CHECKPOINT, Server, chiasm, free_port, transfer_config, vllm
-from .wire import Body, chat, image_part, picture
+from .wire import Body, chat, image_bytes, image_part
 
 WAIT_SECONDS = 120.0
 """After which an instance gives up a request whose embedding does not come."""
@@ -54,10 +54,10 @@ def prefill_and_decode(logs: Path, name: str, store: Path, checkpoint: Path = CH
 
 
 def bodies(first_seed: int) -> list[Body]:
-    """A dozen requests: texts, and one to three pictures of several sizes, the same one twice among them."""
+    """A dozen requests: texts, and one to three images of several sizes, the same one twice among them."""
     sizes = ((96, 96), (130, 70), (64, 200), (224, 160))
-    pictures = [image_part(picture(first_seed + index, sizes[index % len(sizes)])) for index in range(9)]
-    one, two, three, four, five, six, seven, eight, nine = pictures
+    images = [image_part(image_bytes(first_seed + index, sizes[index % len(sizes)])) for index in range(9)]
+    one, two, three, four, five, six, seven, eight, nine = images
     return [
         chat("who are you?"),
         chat("what is in a picture, and what is not?"),

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import psutil
 
-from chiasm.demo.pictures import draw_example
+from chiasm.demo.images import draw_example
 from tests.cli.running import Running
 from tests.launch.waiting import eventually
 
@@ -85,14 +85,14 @@ class Service:
 
 
 class Question:
-    """A picture that the demo model has not seen, a question of a kind that it never gets wrong, and the right answer."""
+    """An image that the demo model has not seen, a question of a kind that it never gets wrong, and the right answer."""
 
     def __init__(self, seed: int, size: tuple[int, int] | None = None) -> None:
         example = draw_example(seed, random.Random(seed).choice(("colour", "shape")))
-        picture = example.images[0] if size is None else example.images[0].resize(size)
+        image_bytes = example.images[0] if size is None else example.images[0].resize(size)
         self.answer = example.answer
-        self.picture = encoded(picture)
-        self.body = chat(image_part(self.picture), example.question, max_tokens=16)
+        self.image_bytes = encoded(image_bytes)
+        self.body = chat(image_part(self.image_bytes), example.question, max_tokens=16)
 
 
 def what_is_left(before: set[Path]) -> set[Path]:

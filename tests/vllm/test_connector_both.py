@@ -11,7 +11,7 @@ import pytest
 
 from .conftest import WAIT_SECONDS, Launch
 from .processes import Server, transfer_config, vllm
-from .wire import chat, embeds_part, encode, image_part, name_of, picture, published
+from .wire import chat, embeds_part, encode, image_bytes, image_part, name_of, published
 
 QUESTION = "what shape is it?"
 
@@ -26,7 +26,7 @@ def both(launch: Launch, logs: Path, store: Path) -> Server:
 
 
 def test_what_it_encodes_is_published_once(both: Server, pd: Server, aggregated: Server) -> None:
-    data = picture(60)
+    data = image_bytes(60)
     expected = aggregated.answer(chat(image_part(data), QUESTION))
     assert both.answer(chat(image_part(data, name_of(data)), QUESTION)) == expected
     both.until(lambda: both.count("saves") == 1)
@@ -34,14 +34,14 @@ def test_what_it_encodes_is_published_once(both: Server, pd: Server, aggregated:
 
 
 def test_each_rank_loads_what_others_have_published(both: Server, encoder: Server, aggregated: Server) -> None:
-    data = picture(61)
+    data = image_bytes(61)
     part, misses = published(encoder, data), both.count("misses")
     assert both.answer(chat(part, QUESTION)) == aggregated.answer(chat(image_part(data), QUESTION))
     assert both.count("misses") == misses
 
 
-def test_a_picture_that_another_has_published_is_not_encoded(both: Server, encoder: Server, aggregated: Server) -> None:
-    data = picture(62)
+def test_an_image_that_another_has_published_is_not_encoded(both: Server, encoder: Server, aggregated: Server) -> None:
+    data = image_bytes(62)
     encode(encoder, data)
     misses = both.count("misses")
     answer = both.answer(chat(image_part(data, name_of(data)), QUESTION))

@@ -10,7 +10,7 @@ import pytest
 from .conftest import Launch
 from .faulty_connector import ASKED, FAULTS, HARMS, POINTS
 from .processes import ROOT, Server, transfer_config, vllm
-from .wire import Body, chat, embeds_part, image_part, name_of, picture, published
+from .wire import Body, chat, embeds_part, image_bytes, image_part, name_of, published
 
 QUESTION = "what shape is it?"
 
@@ -45,7 +45,7 @@ def ask(encoder: Server, data: bytes) -> Body:
 def test_the_engine_lives_and_answers_rightly(
     encoder: Server, faulty_pd: Server, aggregated: Server, faults: Path, point: str, harm: str
 ) -> None:
-    data = picture(1000 + POINTS.index(point) * len(HARMS) + HARMS.index(harm))
+    data = image_bytes(1000 + POINTS.index(point) * len(HARMS) + HARMS.index(harm))
     expected = aggregated.answer(chat(image_part(data), QUESTION))
     body = ask(encoder, data)
     fault = order(faults, data, point, harm)
@@ -62,7 +62,7 @@ def test_the_engine_lives_and_answers_rightly(
 def test_what_a_worker_cannot_get_fails_its_requests_and_is_right_the_next_time(
     encoder: Server, faulty_pd: Server, aggregated: Server, faults: Path, harm: str
 ) -> None:
-    data, other = picture(1100 + HARMS.index(harm)), picture(1200)
+    data, other = image_bytes(1100 + HARMS.index(harm)), image_bytes(1200)
     expected = aggregated.answer(chat(image_part(data), QUESTION))
     body, good = ask(encoder, data), ask(encoder, other)
     order(faults, data, "out-of-reach", harm)

@@ -11,7 +11,7 @@ import pytest
 
 from .conftest import WAIT_SECONDS
 from .processes import Server
-from .wire import chat, embeds_part, encode, image_part, name_of, picture, published
+from .wire import chat, embeds_part, encode, image_bytes, image_part, name_of, published
 
 QUESTION = "what shape is it?"
 GRID = {"image_grid_thw": [1, 6, 6]}
@@ -22,12 +22,12 @@ def entry(store: Path, data: bytes) -> Path:
 
 
 def sized(data: bytes, size: tuple[int, int] = (96, 96)) -> dict[str, object]:
-    """The picture as a proxy sends it before the encoder has answered."""
+    """The image as a proxy sends it before the encoder has answered."""
     return embeds_part(name_of(data), {"image_size": [size[1], size[0]]})
 
 
 def test_a_late_embedding_is_waited_for(encoder: Server, pd: Server, aggregated: Server) -> None:
-    data = picture(10)
+    data = image_bytes(10)
     expected = aggregated.answer(chat(image_part(data), QUESTION))
     before = pd.count("waits")
     with ThreadPoolExecutor() as pool:
@@ -41,7 +41,7 @@ def test_a_late_embedding_is_waited_for(encoder: Server, pd: Server, aggregated:
 def test_one_that_never_comes_fails_its_request_in_time(pd: Server) -> None:
     before = pd.count("failed_requests")
     started = time.monotonic()
-    response = pd.post(chat(sized(picture(11)), QUESTION))
+    response = pd.post(chat(sized(image_bytes(11)), QUESTION))
     assert response.status_code == 503
     assert time.monotonic() - started < WAIT_SECONDS + 10
     pd.until(lambda: pd.count("failed_requests") == before + 1)
@@ -49,9 +49,9 @@ def test_one_that_never_comes_fails_its_request_in_time(pd: Server) -> None:
 
 
 def test_others_are_answered_meanwhile(encoder: Server, pd: Server, aggregated: Server) -> None:
-    data = picture(12)
+    data = image_bytes(12)
     with ThreadPoolExecutor(6) as pool:
-        lost = [pool.submit(pd.post, chat(sized(picture(13)), QUESTION)) for _ in range(5)]
+        lost = [pool.submit(pd.post, chat(sized(image_bytes(13)), QUESTION)) for _ in range(5)]
         pd.until(lambda: pd.metric("vllm:num_requests_waiting") == 5)
         assert pd.answer(chat(published(encoder, data), QUESTION)) == aggregated.answer(
             chat(image_part(data), QUESTION)
@@ -68,7 +68,7 @@ HARMS = ("removed", "empty", "cut off", "foreign", "a folder")
 def test_an_entry_that_is_none_counts_as_missing(
     encoder: Server, pd: Server, aggregated: Server, store: Path, harm: str
 ) -> None:
-    data = picture(20 + HARMS.index(harm))
+    data = image_bytes(20 + HARMS.index(harm))
     part, path = published(encoder, data), entry(store, data)
     match harm:
         case "removed":
@@ -92,7 +92,7 @@ def test_an_entry_that_is_none_counts_as_missing(
 
 
 def test_an_entry_of_another_size_fails_its_request(encoder: Server, pd: Server) -> None:
-    data = picture(30)
+    data = image_bytes(30)
     ((name, metadata),) = encode(encoder, data).items()
     assert metadata["image_grid_thw"] != [1, 2, 2]
     assert pd.post(chat(embeds_part(name, {"image_grid_thw": [1, 2, 2]}), QUESTION)).status_code == 503
@@ -106,17 +106,17 @@ def test_a_bad_name_is_refused_and_nothing_is_written_outside(
 ) -> None:
     before = sorted(store.parent.glob("*"))
     if role == "encoder":
-        response = encoder.post(chat(image_part(picture(31), name), max_tokens=1))
+        response = encoder.post(chat(image_part(image_bytes(31), name), max_tokens=1))
     else:
         response = pd.post(chat(embeds_part(name, GRID), QUESTION))
         assert pd.post(chat(embeds_part(name, {"image_size": [96, 96]}), QUESTION)).status_code == 400
     assert response.status_code == (500 if role == "encoder" else 400)
     assert sorted(store.parent.glob("*")) == before
-    assert pd.post(chat("hello")).status_code == encoder.post(chat(image_part(picture(32)))).status_code == 200
+    assert pd.post(chat("hello")).status_code == encoder.post(chat(image_part(image_bytes(32)))).status_code == 200
 
 
 def test_ten_identical_at_once(encoder: Server, pd: Server, aggregated: Server) -> None:
-    data = picture(33)
+    data = image_bytes(33)
     saves, loads = encoder.count("saves"), pd.count("loads")
     with ThreadPoolExecutor(11) as pool:
         answers = [pool.submit(pd.answer, chat(sized(data), QUESTION)) for _ in range(10)]
@@ -128,8 +128,8 @@ def test_ten_identical_at_once(encoder: Server, pd: Server, aggregated: Server) 
     encoder.until(lambda: encoder.count("saves") == saves + 1)
 
 
-def test_prefill_begins_before_all_pictures_are_there(encoder: Server, pd: Server, aggregated: Server) -> None:
-    first, second, between = picture(34), picture(35), "and then there is something else to see: " * 4
+def test_prefill_begins_before_all_images_are_there(encoder: Server, pd: Server, aggregated: Server) -> None:
+    first, second, between = image_bytes(34), image_bytes(35), "and then there is something else to see: " * 4
     encode(encoder, first)
     hits = pd.count("hits")
     with ThreadPoolExecutor() as pool:

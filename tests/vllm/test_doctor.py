@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from chiasm.launch import Deployment, DeploymentConfig, Engine, Role, RoleConfig
+from chiasm.launch import Deployment, DeploymentConfig, EngineKind, RoleConfig
+from chiasm.wire import Role
 
 from .processes import CHECKPOINT, MODEL, START_SECONDS, Server, chiasm, proxy
 
@@ -63,7 +64,7 @@ def apart(store: Path) -> Iterator[Deployment]:
     """One prefill and one decode instance."""
     flags = ("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "8")
     roles = {Role.PREFILL: RoleConfig(threads=1), Role.DECODE: RoleConfig(threads=1)}
-    config = DeploymentConfig(MODEL, roles, engine=Engine.VLLM, shared_storage_path=store, instance_flags=flags)
+    config = DeploymentConfig(MODEL, roles, engine=EngineKind.VLLM, shared_storage_path=store, instance_flags=flags)
     with Deployment(config) as deployment:
         deployment.wait_ready(START_SECONDS)
         yield deployment

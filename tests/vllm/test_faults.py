@@ -50,7 +50,7 @@ def service(before: set[Path], store: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def afterwards(service: Service, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever the test does, all instances come back and the next picture is understood."""
+    """Whatever the test does, all instances come back and the next image is understood."""
     yield
     service.wait(service.is_whole)
     question = Question(len(request.node.name) + 10_000)
@@ -70,7 +70,7 @@ def _entries(store: Path) -> set[Path]:
     return {path for path in store.rglob("*") if path.is_file()}
 
 
-def test_ten_identical_pictures_at_once_are_encoded_once(service: Service) -> None:
+def test_ten_identical_images_at_once_are_encoded_once(service: Service) -> None:
     before = service.metric("vllm:chiasm_ec_saves_total", "encoder")
     question = Question(100)
     with ThreadPoolExecutor(10) as pool:
@@ -81,7 +81,7 @@ def test_ten_identical_pictures_at_once_are_encoded_once(service: Service) -> No
 
 def test_a_uuid_that_is_a_path_writes_nothing_elsewhere(service: Service, store: Path) -> None:
     question = Question(110)
-    body = chat(image_part(question.picture, "../../escaped"), "What is it?")
+    body = chat(image_part(question.image_bytes, "../../escaped"), "What is it?")
     outside = set(store.parent.iterdir())
     assert service.post(body).status_code in {200, 400}
     for one in service.instances("encoder"):
@@ -169,7 +169,7 @@ def test_an_encoder_killed_mid_request_costs_a_retry_on_another(service: Service
         assert answer.result(DEADLINE_SECONDS).strip() == question.answer
 
 
-def test_without_encoders_pictures_get_503_and_text_an_answer(service: Service) -> None:
+def test_without_encoders_images_get_503_and_text_an_answer(service: Service) -> None:
     servers = [service.server(one["url"]) for one in service.instances("encoder")]
     with stopped(*servers), ThreadPoolExecutor(1) as pool:
         response = pool.submit(service.post, Question(410).body)

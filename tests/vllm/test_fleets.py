@@ -13,7 +13,7 @@ import pytest
 from .conftest import Launch
 from .fleet import ask, ask_all, ask_for_stream, bodies, front
 from .processes import Server, chiasm_instance, free_port
-from .wire import chat, image_part, picture
+from .wire import chat, image_bytes, image_part
 
 EXAMPLE_PROXY = Path(sys.prefix) / "share" / "vllm" / "disagg_epd_proxy.py"
 ENCODED = "chiasm_images_encoded_total"
@@ -57,11 +57,11 @@ def test_vllms_encoder_and_chiasms_prefill_and_decode(
     assert ask_all(server, some, stream=True) == ask_all(aggregated, some)
 
 
-def test_a_cached_picture_is_not_encoded_for_another_pd(
+def test_a_cached_image_is_not_encoded_for_another_pd(
     before: Before, encoder: Server, pd: Server, other_pd: Server, chiasms: Instances
 ) -> None:
     """Not even where the encoder is another one as well, which has not seen it."""
-    body = chat(image_part(picture(5000)), QUESTION)
+    body = chat(image_part(image_bytes(5000)), QUESTION)
     first = ask(before(encoder=[encoder], pd=[pd]), body)
     saved, encoded, hits = encoder.count("saves"), chiasms["encoder"].metric(ENCODED), other_pd.count("hits")
     assert ask(before(encoder=[encoder], pd=[other_pd]), body) == first
@@ -82,7 +82,7 @@ def test_an_encoder_with_another_dtype_is_not_used(
     assert shown["state"] == "mismatched"
     assert shown["reason"] == "its dtype is bfloat16, the fleet's float32"
     for seed in range(5100, 5104):
-        ask(server, chat(image_part(picture(seed)), QUESTION))
+        ask(server, chat(image_part(image_bytes(seed)), QUESTION))
     assert wrong.metric(ENCODED) == 0
 
 

@@ -40,7 +40,7 @@ def test_instances_are_known_like_chiasms_own(service: Service) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_question_about_a_picture_gets_the_right_answer(service: Service, seed: int) -> None:
+def test_a_question_about_an_image_gets_the_right_answer(service: Service, seed: int) -> None:
     question = Question(seed)
     assert service.answer(question.body).strip() == question.answer
 

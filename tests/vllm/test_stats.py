@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from .processes import Server
-from .wire import chat, encode, name_of, picture, published
+from .wire import chat, encode, image_bytes, name_of, published
 
 
 def test_of_an_encoder(encoder: Server, store: Path) -> None:
     names = ("misses", "saves", "saved_bytes", "save_seconds")
     before = {name: encoder.count(name) for name in names}
-    data = picture(50)
+    data = image_bytes(50)
     encode(encoder, data)
     encoder.until(lambda: encoder.count("saves") == before["saves"] + 1)
     assert encoder.count("misses") == before["misses"] + 1
@@ -23,7 +23,7 @@ def test_of_an_encoder(encoder: Server, store: Path) -> None:
 def test_of_a_pd(encoder: Server, pd: Server) -> None:
     names = ("hits", "loads", "loaded_bytes", "load_seconds")
     before = {name: pd.count(name) for name in names}
-    pd.answer(chat(published(encoder, picture(51)), "what is it?"))
+    pd.answer(chat(published(encoder, image_bytes(51)), "what is it?"))
     pd.until(lambda: pd.count("loads") == before["loads"] + 1)
     assert pd.count("hits") == before["hits"] + 1
     assert pd.count("loaded_bytes") > before["loaded_bytes"]
@@ -31,6 +31,6 @@ def test_of_a_pd(encoder: Server, pd: Server) -> None:
 
 
 def test_in_the_log(encoder: Server, pd: Server) -> None:
-    pd.answer(chat(published(encoder, picture(52)), "what is it?"))
+    pd.answer(chat(published(encoder, image_bytes(52)), "what is it?"))
     pd.until(lambda: "EC Transfer metrics: hits=" in pd.text())
     encoder.until(lambda: "EC Transfer metrics: misses=" in encoder.text())

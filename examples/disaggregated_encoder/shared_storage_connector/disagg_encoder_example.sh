@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One encoder, one prefill-and-decode instance and the proxy, each a command of its own, and one question about a picture.
+# One encoder, one prefill-and-decode instance and the proxy, each a command of its own, and one question about an image.
 #
 # Embeddings go from the encoder to the other instance through a folder that both are given. Settings, all of them
 # environment variables:
@@ -120,7 +120,7 @@ until all_are_healthy; do
 done
 echo "Ready: $proxy_url"
 
-# 3. A picture, drawn here, as a data: URL in an ordinary chat completion.
+# 3. An image, drawn here, as a data: URL in an ordinary chat completion.
 "$PYTHON" - "$QUESTION" >"$work/request.json" <<'PYTHON'
 import base64, io, json, sys
 from PIL import Image, ImageDraw
@@ -135,7 +135,7 @@ print(json.dumps({"messages": [{"role": "user", "content": content}], "max_token
 PYTHON
 
 # 4. The question and the answer.
-echo "Picture:  a red circle"
+echo "Image:  a red circle"
 echo "Question: $QUESTION"
 post "$proxy_url/v1/chat/completions" "$work/request.json" >"$work/answer.json"
 "$PYTHON" - "$work/answer.json" <<'PYTHON'

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One encoder, one prefill instance, one decode instance and the proxy, each a command of its own, and one question about a
-# picture.
+# image.
 #
-# The picture's embedding goes from the encoder to the prefill instance through a folder that both are given. The prompt's
+# The image's embedding goes from the encoder to the prefill instance through a folder that both are given. The prompt's
 # KV goes from the prefill to the decode instance through shared memory: SharedMemoryConnector needs no setting but that
 # both run on one machine. Settings, all of them environment variables:
 #
@@ -127,7 +127,7 @@ until all_are_healthy; do
 done
 echo "Ready: $proxy_url"
 
-# 3. A picture, drawn here, as a data: URL in an ordinary chat completion.
+# 3. An image, drawn here, as a data: URL in an ordinary chat completion.
 "$PYTHON" - "$QUESTION" >"$work/request.json" <<'PYTHON'
 import base64, io, json, sys
 from PIL import Image, ImageDraw
@@ -142,7 +142,7 @@ print(json.dumps({"messages": [{"role": "user", "content": content}], "max_token
 PYTHON
 
 # 4. The question and the answer: its first token comes from the prefill instance, all others from the decode instance.
-echo "Picture:  a red circle"
+echo "Image:  a red circle"
 echo "Question: $QUESTION"
 post "$proxy_url/v1/chat/completions" "$work/request.json" >"$work/answer.json"
 "$PYTHON" - "$work/answer.json" "${EXPECTED:-}" <<'PYTHON'

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On vLLM: one encoder, one prefill-and-decode instance (PD) and chiasm's proxy, and one question about a picture.
+# On vLLM: one encoder, one prefill-and-decode instance (PD) and chiasm's proxy, and one question about an image.
 #
 # Settings are in setup.sh; and ENCODER_DEVICES, PD_DEVICES: GPUs of each, which can be the same (0, 1).
 set -euo pipefail
@@ -17,4 +17,4 @@ echo "Starting an encoder, a PD and the proxy ..."
 
 # 2. The question and the answer.
 wait_until_healthy 2
-ask_about_a_picture
+ask_about_a_image

@@ -21,4 +21,4 @@ echo "Starting two encoders, a PD and the proxy ..."
 
 # 2. The question and the answer.
 wait_until_healthy 3
-ask_about_a_picture
+ask_about_a_image

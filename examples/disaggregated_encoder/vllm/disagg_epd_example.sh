@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On vLLM: an encoder, a prefill instance (P), a decode instance (D) and chiasm's proxy, and one question about a picture.
+# On vLLM: an encoder, a prefill instance (P), a decode instance (D) and chiasm's proxy, and one question about an image.
 #
 # Embeddings go from the encoder to P through a folder, the prompt's KV from P to D through vLLM's NixlConnector. D
 # reads an embedding only when it is short of KV blocks and computes a prompt again. Settings are in setup.sh; and
@@ -27,4 +27,4 @@ echo "Starting an encoder, a prefill instance, a decode instance and the proxy .
 
 # 2. The question and the answer.
 wait_until_healthy 3
-ask_about_a_picture
+ask_about_a_image

@@ -113,8 +113,8 @@ EOF
   echo "Ready: $proxy_url"
 }
 
-ask_about_a_picture() { # one request as any OpenAI client makes it, with a picture drawn here
-  echo "Picture:  a red circle"
+ask_about_a_image() { # one request as any OpenAI client makes it, with an image drawn here
+  echo "Image:  a red circle"
   echo "Question: $QUESTION"
   "$PYTHON" - "$proxy_url/v1/chat/completions" "$QUESTION" <<'EOF'
 import base64, io, json, sys, urllib.error, urllib.request

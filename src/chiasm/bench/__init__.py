@@ -2,6 +2,6 @@
 
 A run's way: ``run`` (names to measurements, one after the other) → ``measurements/`` (one file each) → ``topology``,
 ``checkpoints`` and ``alone`` (what is measured), with ``vllm``, ``example`` and ``served`` for what runs over vLLM →
-``pictures``, ``requests``, ``prompts``, ``arrivals`` and ``streams`` (what is sent, and when) → ``client``, ``answers``,
+``images``, ``requests``, ``prompts``, ``arrivals`` and ``streams`` (what is sent, and when) → ``client``, ``answers``,
 ``counting`` and ``handover_gap`` (what is seen) → ``statistics`` → ``outcome`` → ``report`` and ``plot``.
 """

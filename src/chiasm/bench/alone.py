@@ -1,4 +1,4 @@
-"""What encoding and prefilling one picture take by themselves, and a checkpoint on which both take about the same."""
+"""What encoding and prefilling one image take by themselves, and a checkpoint on which both take about the same."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from chiasm.bench.checkpoints import TEXT_LAYERS, synthetic
 from chiasm.bench.measurement import Bench
 from chiasm.bench.statistics import median
 from chiasm.bench.topology import pinned, running
-from chiasm.engine.config import Role
 from chiasm.launch import Deployment
+from chiasm.wire import Role
 
 SIDE = 512
 QUESTION = "What is shown?"
@@ -22,26 +22,26 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Alone:
-    """Seconds of one picture with nothing else to do, as the instances themselves measure it."""
+    """Seconds of one image with nothing else to do, as the instances themselves measure it."""
 
     encode_seconds: float
     """Decoding its file, preprocessing, the vision tower and publishing."""
     prefill_seconds: float
-    """Prefill of a prompt with that picture, whose embedding is there, up to the first token."""
+    """Prefill of a prompt with that image, whose embedding is there, up to the first token."""
 
 
 def embeds_part(identifier: str) -> dict[str, object]:
-    """The part by which a PD is told of a picture of ``SIDE`` squared pixels that an encoder publishes."""
+    """The part by which a PD is told of an image of ``SIDE`` squared pixels that an encoder publishes."""
     return {"type": "image_embeds", "image_embeds": {"image_size": [SIDE, SIDE]}, "uuid": identifier}
 
 
 def pixels_body(data: bytes, identifier: str) -> bytes:
-    """The body by which an encoder is told to publish a picture under an identifier."""
+    """The body by which an encoder is told to publish an image under an identifier."""
     return prompts.chat([{**prompts.image_part(data), "uuid": identifier}], max_tokens=1)
 
 
 async def measure_alone(bench: Bench, deployment: Deployment, data: bytes, identifier: str) -> Alone:
-    """Encode a picture that was never seen, then prefill it, by the instances' own addresses."""
+    """Encode an image that was never seen, then prefill it, by the instances' own addresses."""
     (encoder,), (pd, *_) = deployment.urls(Role.ENCODER), deployment.urls(Role.PD)
     _, encoding, _ = await bench.client.post(encoder, pixels_body(data, identifier))
     body = prompts.chat([embeds_part(identifier), prompts.text_part(QUESTION)], max_tokens=1)
@@ -50,11 +50,11 @@ async def measure_alone(bench: Bench, deployment: Deployment, data: bytes, ident
 
 
 async def balanced_checkpoint(bench: Bench) -> str:
-    """A synthetic checkpoint with as many decoder layers as make prefill of a picture as slow as its encoding.
+    """A synthetic checkpoint with as many decoder layers as make prefill of an image as slow as its encoding.
 
     Both are measured on a core of their own each.
     """
-    from chiasm.bench.pictures import photo
+    from chiasm.bench.images import photo
 
     layers = TEXT_LAYERS
     for attempt in range(_ATTEMPTS):

@@ -14,9 +14,9 @@ TEXT_LAYERS = 3
 
 
 def size_of(text_layers: int) -> SyntheticSize:
-    """A vision tower that takes a picture of 512 x 512 pixels as 256 tokens, and a decoder of that many layers.
+    """A vision tower that takes an image of 512 x 512 pixels as 256 tokens, and a decoder of that many layers.
 
-    The decoder is wide and shallow, so that attention to earlier pictures is a small part of prefill, as it is in models
+    The decoder is wide and shallow, so that attention to earlier images is a small part of prefill, as it is in models
     of billions of parameters.
     """
     return SyntheticSize(
@@ -64,7 +64,7 @@ THIRD_OF_A_BILLION = SyntheticSize(
     max_pixels=512 * 512,
     vocab_size=1024,
 )
-"""0.3 billion parameters, nearly all of them the decoder's; takes a picture of 512 x 512 pixels as 256 tokens."""
+"""0.3 billion parameters, nearly all of them the decoder's; takes an image of 512 x 512 pixels as 256 tokens."""
 
 HEADS_OF_64 = SyntheticSize(
     text_hidden=256,

@@ -16,13 +16,13 @@ from pathlib import Path
 from chiasm.bench.measurement import Bench
 from chiasm.bench.served import Command, served, supervised
 from chiasm.bench.topology import VLLM_READY_SECONDS
-from chiasm.bench.vllm import PICTURES
-from chiasm.engine.config import Role
+from chiasm.bench.vllm import IMAGES
 from chiasm.launch import Deployment, DeploymentConfig
 from chiasm.launch.commands import proxy_command, proxy_environment
 from chiasm.launch.plan import Surroundings, plan_instances
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.storage import StorageFolder
+from chiasm.wire import Role
 
 CONNECTOR = "ECExampleConnector"
 _VARIABLE = "CHIASM_VLLM_EXAMPLE_PROXY"
@@ -53,8 +53,8 @@ def proxy_file(environment: Mapping[str, str] = os.environ, prefix: str = sys.pr
     return path if path.is_file() else None
 
 
-def can_forward_pictures(file: Path) -> bool:
-    """Whether this version of the proxy can be told to send PD the pictures themselves, in place of what describes them."""
+def can_forward_images(file: Path) -> bool:
+    """Whether this version of the proxy can be told to send PD the images themselves, in place of what describes them."""
     return f'"{_NO_REWRITE}"' in file.read_text(encoding="utf-8")
 
 
@@ -85,10 +85,10 @@ async def example_instances(bench: Bench, deployment: Deployment) -> AsyncIterat
 
 
 @asynccontextmanager
-async def pd_for_pictures(bench: Bench, deployment: Deployment, example: Example) -> AsyncIterator[str]:
-    """One more PD of the example, which is let have pictures themselves; its URL. Raises ChiasmError."""
+async def pd_for_images(bench: Bench, deployment: Deployment, example: Example) -> AsyncIterator[str]:
+    """One more PD of the example, which is let have images themselves; its URL. Raises ChiasmError."""
     role = deployment.config.roles[Role.PD]
-    config = replace(deployment.config, roles={Role.PD: replace(role, flags=(*role.flags, *PICTURES))})
+    config = replace(deployment.config, roles={Role.PD: replace(role, flags=(*role.flags, *IMAGES))})
     async with _instances(bench, deployment, config, example.storage) as urls:
         yield urls[Role.PD]
 
@@ -114,13 +114,13 @@ async def _instances(
 
 @asynccontextmanager
 async def example_proxy(
-    bench: Bench, file: Path, encoder: str, pd: str, *, forward_pictures: bool = False
+    bench: Bench, file: Path, encoder: str, pd: str, *, forward_images: bool = False
 ) -> AsyncIterator[str]:
     """vLLM's proxy in front of an encoder and a PD; its URL."""
     address = HeldPort(_LOOPBACK)
     arguments = [sys.executable, str(file), "--host", address.host, "--port", str(address.port)]
     arguments += ["--encode-servers-urls", encoder, "--prefill-servers-urls", "disable", "--decode-servers-urls", pd]
-    arguments += [_NO_REWRITE] if forward_pictures else []
+    arguments += [_NO_REWRITE] if forward_images else []
     command = Command("vLLM's example proxy", supervised(address.url, arguments), os.environ)
     try:
         async with served(bench, command, ready_seconds=_PROXY_READY_SECONDS):

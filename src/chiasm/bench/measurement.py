@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from chiasm.bench.client import Client
 from chiasm.bench.outcome import Outcome
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
 
 SERVED_NAME = "bench"
 """What every topology calls its model, whatever the checkpoint."""
@@ -53,7 +53,7 @@ class Measurement(ABC):
     """The question, in one line."""
     target: ClassVar[str]
     """What is to be reached, in one line."""
-    engine: ClassVar[Engine] = Engine.CHIASM
+    engine: ClassVar[EngineKind] = EngineKind.CHIASM
     """What runs in the instances that it is about; what ``--engine`` chooses by."""
 
     @abstractmethod

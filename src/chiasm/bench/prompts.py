@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from chiasm.bench.images import data_url
 from chiasm.bench.measurement import SERVED_NAME
-from chiasm.bench.pictures import data_url
 
 
 def image_part(data: bytes) -> dict[str, Any]:
-    """A picture's file as part of a message."""
+    """An image's file as part of a message."""
     return {"type": "image_url", "image_url": {"url": data_url(data)}}
 
 
@@ -30,7 +30,7 @@ def chat(content: str | Sequence[dict[str, Any]], *, max_tokens: int, **fields: 
 
 
 def ask(images: Sequence[bytes], question: str, *, max_tokens: int, **fields: Any) -> bytes:
-    """Pictures, then a question about them."""
+    """Images, then a question about them."""
     content = [*(image_part(data) for data in images), text_part(question)] if images else question
     return chat(content, max_tokens=max_tokens, **fields)
 

@@ -14,7 +14,7 @@ class Reference:
     """A checkpoint loaded whole, for greedy answers to one request at a time, in float32.
 
     For families whose image processor gives ``image_grid_thw`` (Qwen): ``AutoProcessor`` needs torchvision there, but the
-    tokenizer and the image processor, and placeholders repeated as often as a picture has tokens, do the same.
+    tokenizer and the image processor, and placeholders repeated as often as an image has tokens, do the same.
     Raises ValueError for other families. It computes in one thread: several wait for each other at every operator, which
     on a busy machine takes far longer than what they have to do. Make and use it in the same thread.
     """

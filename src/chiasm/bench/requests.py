@@ -1,4 +1,4 @@
-"""Seeded requests of all kinds: pictures with questions, for measurements that compare answers."""
+"""Seeded requests of all kinds: images with questions, for measurements that compare answers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chiasm.bench.pictures import png
-from chiasm.demo.pictures import draw_example
+from chiasm.bench.images import png
+from chiasm.demo.images import draw_example
 
-_PICTURES = {"text": 0, "1 picture": 1, "2 pictures": 2, "3 pictures": 3, "4 pictures": 4, "the same picture twice": 2}
+_IMAGES = {"text": 0, "1 image": 1, "2 images": 2, "3 images": 3, "4 images": 4, "the same image twice": 2}
 _SHARES = {
     "text": 4,
-    "1 picture": 6,
-    "2 pictures": 3,
-    "3 pictures": 2,
-    "4 pictures": 2,
-    "the same picture twice": 3,
+    "1 image": 6,
+    "2 images": 3,
+    "3 images": 2,
+    "4 images": 2,
+    "the same image twice": 3,
 }
 """Of 20 requests."""
 _PENALTIES: tuple[dict[str, float], ...] = (
@@ -29,7 +29,7 @@ _PENALTIES: tuple[dict[str, float], ...] = (
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures as files, and a question."""
+    """Images as files, and a question."""
 
     kind: str
     images: tuple[bytes, ...]
@@ -50,10 +50,10 @@ def _few(kinds: Sequence[str], count: int) -> list[str]:
 
 
 def _draw(seed: int, kind: str) -> Request:
-    number = _PICTURES[kind]
+    number = _IMAGES[kind]
     example = draw_example(seed, images=max(1, number))
     images = [png(image) for image in example.images[:number]]
-    if kind == "the same picture twice":
+    if kind == "the same image twice":
         images[1] = images[0]
     return Request(kind, tuple(images), example.question)
 

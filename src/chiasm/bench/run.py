@@ -19,7 +19,7 @@ from chiasm.bench.measurements import MEASUREMENTS
 from chiasm.bench.outcome import Outcome
 from chiasm.bench.report import machine, print_outcome, write_json
 from chiasm.errors import ConfigurationError
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
 from chiasm.launch.vllm import installed
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class BenchConfig:
 
     names: tuple[str, ...] = ()
     """Of measurements; none stands for all of the engine."""
-    engine: Engine = Engine.CHIASM
+    engine: EngineKind = EngineKind.CHIASM
     model: str = "demo"
     output: Path = Path("bench-results")
     quick: bool = False
@@ -86,7 +86,7 @@ def _chosen(config: BenchConfig) -> list[str]:
         if name not in names:
             engine = MEASUREMENTS[name].engine
             raise ConfigurationError(f"{name} is measured with --engine {engine}; here there are {', '.join(names)}")
-    if config.engine is Engine.VLLM:
+    if config.engine is EngineKind.VLLM:
         installed()
     return [name for name in names if not config.names or name in config.names]
 
@@ -173,9 +173,9 @@ def _progress() -> Progress:
 def _draw(config: BenchConfig, outcomes: dict[str, Outcome], about: dict[str, Any], console: Console) -> None:
     from chiasm.bench.plot import write_plot
 
-    picture = config.output / "results.png"
+    image = config.output / "results.png"
     where = about["machine"]
-    engine = "" if config.engine is Engine.CHIASM else f" over {config.engine}"
+    engine = "" if config.engine is EngineKind.CHIASM else f" over {config.engine}"
     title = f"chiasm bench{engine}: {config.model} on {where['cores']} cores of {where['cpu']}, {about['began'][:10]}"
-    write_plot(picture, outcomes, title)
-    console.print(f"{config.output / _RESULTS}\n{picture}", highlight=False, soft_wrap=True)
+    write_plot(image, outcomes, title)
+    console.print(f"{config.output / _RESULTS}\n{image}", highlight=False, soft_wrap=True)

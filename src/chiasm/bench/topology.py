@@ -11,10 +11,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from chiasm.bench.measurement import SERVED_NAME, Bench
 from chiasm.cores import usable_cores
-from chiasm.engine.config import Role
 from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.launch import Deployment, DeploymentConfig, DeploymentNotReadyError, ProcessState, RoleConfig
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
+from chiasm.wire import Role
 
 SHARED_MEMORY = "SharedMemoryConnector"
 NIXL = "NixlConnector"
@@ -113,7 +113,7 @@ async def running(bench: Bench, *configs: DeploymentConfig) -> AsyncIterator[tup
 
 async def _ready(deployment: Deployment) -> None:
     # Deployment.wait_ready would go on in its thread after a cancellation.
-    seconds = VLLM_READY_SECONDS if deployment.config.engine is Engine.VLLM else _READY_SECONDS
+    seconds = VLLM_READY_SECONDS if deployment.config.engine is EngineKind.VLLM else _READY_SECONDS
     until = time.monotonic() + seconds
     while not await asyncio.to_thread(deployment.is_ready):
         _check(deployment)

@@ -41,11 +41,11 @@ class SyntheticSize:
     """Qwen3-VL: how many of the first vision layers feed the decoder's first layers, fewer than ``vision_depth``."""
     patch_pixels: int = 8
     tile_pixels: int = 32
-    """Side of a tile, for the families whose pictures are cut into squares; a multiple of 2 x ``patch_pixels``."""
+    """Side of a tile, for the families whose images are cut into squares; a multiple of 2 x ``patch_pixels``."""
     max_tiles: int = 4
-    """Most tiles of a picture, its overview not counted; a square number."""
+    """Most tiles of an image, its overview not counted; a square number."""
     max_pixels: int = 128 * 128
-    """Qwen: the area that larger pictures are scaled down to."""
+    """Qwen: the area that larger images are scaled down to."""
     vocab_size: int = 512
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
@@ -359,7 +359,7 @@ def _internvl() -> _Recipe:
     )
 
 
-_PICTURES_FIRST_TEMPLATE = (
+_IMAGES_FIRST_TEMPLATE = (
     "{% for message in messages %}{{ message.role | upper }}: "
     "{% for part in message.content | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
     "{% for part in message.content | selectattr('type', 'equalto', 'text') %}{{ part.text }} {% endfor %}"
@@ -389,7 +389,7 @@ def _llava() -> _Recipe:
         begin="<s>",
         adds_begin=True,
         end="</s>",
-        template=_PICTURES_FIRST_TEMPLATE,
+        template=_IMAGES_FIRST_TEMPLATE,
         config=config,
         preprocessor=preprocessor,
         processor=lambda size: {

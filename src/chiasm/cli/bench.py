@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
 
 _DIFFERENT = 1
 _INTERRUPTED = 130
@@ -24,7 +24,9 @@ def bench(
             ),
         ),
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="What runs in the instances that are measured.")] = Engine.CHIASM,
+    engine: Annotated[
+        EngineKind, typer.Option(help="What runs in the instances that are measured.")
+    ] = EngineKind.CHIASM,
     model: Annotated[str, typer.Option(help="A checkpoint's folder, a hub name, or demo.")] = "demo",
     output: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = Path("bench-results"),
     quick: Annotated[

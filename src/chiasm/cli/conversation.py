@@ -1,4 +1,4 @@
-"""Questions about pictures, asked through the OpenAI API."""
+"""Questions about images, asked through the OpenAI API."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class AnswerError(ChiasmError):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as it is sent."""
+class ImageFile:
+    """An image as it is sent."""
 
     image: Image
     """To look at."""
@@ -45,17 +45,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question, its pictures in order, and the right answer where one is known."""
+    """One question, its images in order, and the right answer where one is known."""
 
     title: str
     question: str
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ImageFile, ...] = ()
     right_answer: str | None = None
 
 
 @dataclass(frozen=True)
 class Item:
-    """How one picture's embedding came to the language model."""
+    """How one image's embedding came to the language model."""
 
     outcome: str
     """``hit`` or ``waited``."""
@@ -76,29 +76,29 @@ class Answer:
         return _plain(self.text) == _plain(right_answer)
 
 
-def drawn(image: Image) -> Picture:
-    """A picture that was drawn here, as a PNG file."""
+def drawn(image: Image) -> ImageFile:
+    """An image that was drawn here, as a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG")
-    return Picture(image, file.getvalue(), "image/png")
+    return ImageFile(image, file.getvalue(), "image/png")
 
 
-def read_picture(path: Path) -> Picture:
-    """A picture file. Raises ConfigurationError when it isn't one."""
+def read_image(path: Path) -> ImageFile:
+    """An image file. Raises ConfigurationError when it isn't one."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             media_type = image.get_format_mimetype() or "application/octet-stream"
-            return Picture(ImageOps.exif_transpose(image).convert("RGB"), data, media_type)
+            return ImageFile(ImageOps.exif_transpose(image).convert("RGB"), data, media_type)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigurationError(f"{path} cannot be read as a picture: {error}") from error
+        raise ConfigurationError(f"{path} cannot be read as an image: {error}") from error
 
 
 def ask(url: str, turn: Turn) -> Answer:
     """Post a turn to the API at base URL ``url``. Raises AnswerError."""
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": one.url}} for one in turn.pictures]
+    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": one.url}} for one in turn.images]
     content.append({"type": "text", "text": turn.question})
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": _MAX_TOKENS, "temperature": 0}
     request = urllib.request.Request(

@@ -1,4 +1,4 @@
-"""``chiasm demo``: pictures drawn a moment ago, and a model in two processes that answers questions about them."""
+"""``chiasm demo``: images drawn a moment ago, and a model in two processes that answers questions about them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from chiasm.cli.conversation import Answer, Picture, Turn
+    from chiasm.cli.conversation import Answer, ImageFile, Turn
     from chiasm.cli.signals import EndSignals
     from chiasm.launch import Deployment, ProcessStatus
 
 DEFAULT_SEED = 20
 _POLL_SECONDS = 0.05
-_PICTURE_COLUMNS = 36
+_IMAGE_COLUMNS = 36
 _CHARACTER_COLUMNS = 56
 _WRONG_EXIT_CODE = 1
 _QUIET = ("--log-level", "warning")
@@ -29,29 +29,29 @@ _SIGNAL_EXIT_CODE = 128
 
 
 def demo(
-    picture: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A picture of your own, with --question.")
+    image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="An image of your own, with --question.")
     ] = None,
     question: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=999_999, help="Which pictures are drawn; none of these was trained on.")
+        int, typer.Option(min=0, max=999_999, help="Which images are drawn; none of these was trained on.")
     ] = DEFAULT_SEED,
     model: Annotated[str, typer.Option(help="The model that answers.")] = "demo",
 ) -> None:
-    """Draw a picture, ask about it, and show what each process did for the answer.
+    """Draw an image, ask about it, and show what each process did for the answer.
 
     Ends with exit code 1 if an answer is wrong, or if there is none.
     """
     from rich.console import Console
 
-    from chiasm.cli.conversation import AnswerError, Turn, all_agree, read_picture
+    from chiasm.cli.conversation import AnswerError, Turn, all_agree, read_image
     from chiasm.cli.signals import EndSignals
     from chiasm.launch import Deployment, DeploymentConfig
 
-    if (picture is None) != (question is None):
-        raise typer.BadParameter("give both --picture and --question, or neither")
-    if picture is not None and question is not None:
-        turns = [Turn("Your picture", question, (read_picture(picture),))]
+    if (image is None) != (question is None):
+        raise typer.BadParameter("give both --image and --question, or neither")
+    if image is not None and question is not None:
+        turns = [Turn("Your image", question, (read_image(image),))]
     else:
         turns = draw_turns(seed)
     console = Console(highlight=False)
@@ -80,9 +80,9 @@ def demo(
 
 
 def draw_turns(seed: int) -> list[Turn]:
-    """A question about one picture, one about the second of two, and one about none."""
+    """A question about one image, one about the second of two, and one about none."""
     from chiasm.cli.conversation import Turn, drawn
-    from chiasm.demo.pictures import SINGLE_KINDS, WHICH_KINDS, draw_example
+    from chiasm.demo.images import SINGLE_KINDS, WHICH_KINDS, draw_example
     from chiasm.demo.talk import EXCHANGES
 
     rng = random.Random(seed)
@@ -90,9 +90,9 @@ def draw_turns(seed: int) -> list[Turn]:
     two = draw_example(seed, rng.choice(WHICH_KINDS), 2)
     messages, reply = EXCHANGES[2]
     return [
-        Turn("A picture drawn just now", one.question, tuple(map(drawn, one.images)), one.answer),
-        Turn("Two pictures in one request", two.question, tuple(map(drawn, two.images)), two.answer),
-        Turn("No picture at all", messages[0].capitalize(), (), reply),
+        Turn("An image drawn just now", one.question, tuple(map(drawn, one.images)), one.answer),
+        Turn("Two images in one request", two.question, tuple(map(drawn, two.images)), two.answer),
+        Turn("No image at all", messages[0].capitalize(), (), reply),
     ]
 
 
@@ -140,26 +140,26 @@ def _show_turn(console: Console, title: str, turn: Turn) -> None:
     from rich.table import Table
 
     console.print(f"\n[bold]{title}[/bold]\n")
-    if turn.pictures:
+    if turn.images:
         grid = Table.grid(padding=(0, 4, 0, 0))
-        grid.add_row(*_pictures(console, turn.pictures))
+        grid.add_row(*_images(console, turn.images))
         console.print(grid)
         console.print()
     console.print(f"  Question  {turn.question}", markup=False, soft_wrap=True)
 
 
-def _pictures(console: Console, pictures: Sequence[Picture]) -> list[RenderableType]:
-    """The pictures side by side: in colours where there are some, else in characters."""
+def _images(console: Console, images: Sequence[ImageFile]) -> list[RenderableType]:
+    """The images side by side: in colours where there are some, else in characters."""
     from rich.text import Text
 
-    from chiasm.cli.picture_text import draw_in_characters
+    from chiasm.cli.image_text import draw_in_characters
     from chiasm.demo.terminal import render
 
     in_colours = console.is_terminal and not console.no_color and console.color_system is not None
-    columns = min(_PICTURE_COLUMNS if in_colours else _CHARACTER_COLUMNS, (console.width - 4) // len(pictures) - 4)
+    columns = min(_IMAGE_COLUMNS if in_colours else _CHARACTER_COLUMNS, (console.width - 4) // len(images) - 4)
     if in_colours:
-        return [render(one.image, columns) for one in pictures]
-    return [Text(draw_in_characters(one.image, columns), no_wrap=True) for one in pictures]
+        return [render(one.image, columns) for one in images]
+    return [Text(draw_in_characters(one.image, columns), no_wrap=True) for one in images]
 
 
 def _show_answer(console: Console, turn: Turn, answer: Answer, processes: Sequence[ProcessStatus]) -> None:
@@ -185,10 +185,10 @@ def explain(answer: Answer, processes: Sequence[ProcessStatus]) -> list[str]:
     if not count:
         encoder = "was not asked"
     elif took.get("encode"):
-        encoder = f"encoded {_pictures_in_words(count)} in {took['encode']:.1f} ms"
+        encoder = f"encoded {_images_in_words(count)} in {took['encode']:.1f} ms"
     else:
         encoder = f"had the {'embedding' if count == 1 else 'embeddings'} already"
-    pd = [f"{item.outcome} {item.milliseconds:.1f} ms for picture {n}" for n, item in enumerate(answer.items, 1)]
+    pd = [f"{item.outcome} {item.milliseconds:.1f} ms for image {n}" for n, item in enumerate(answer.items, 1)]
     pd = [part.replace("hit 0.0 ms for", "found the embedding of") for part in pd]
     pd += [f"{label} {took[name]:.1f} ms" for name, label in _PD_PARTS.items() if name in took]
     said = {None: proxy, "encoder": encoder, "pd": ", ".join(pd)}
@@ -202,5 +202,5 @@ def explain(answer: Answer, processes: Sequence[ProcessStatus]) -> list[str]:
 _PD_PARTS = {"prefill": "prefill", "ttft": "first token after", "total": "all of it"}
 
 
-def _pictures_in_words(count: int) -> str:
-    return "1 picture" if count == 1 else f"{count} pictures"
+def _images_in_words(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"

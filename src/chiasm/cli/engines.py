@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chiasm.cli.options import ArgumentOptions, EngineOptions, MediaOptions
-from chiasm.engine.config import Role
 from chiasm.errors import ConfigurationError
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
+from chiasm.wire import Role
 
 _OF_VLLM = {
     "dtype": "--dtype",
@@ -25,7 +25,7 @@ _NOT_OF_VLLM = {
     "device": "vLLM computes on what it is built for; name GPUs with --encoder-devices, --pd-devices and the like",
     "encoder_cache_bytes": "vLLM counts that cache in tokens, as many as --max-num-batched-tokens",
 }
-_SEES_PICTURES = (Role.ENCODER, Role.AGGREGATED)
+_SEES_IMAGES = (Role.ENCODER, Role.AGGREGATED)
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Flags:
 
 
 def flags_of(
-    engine: Engine, options: EngineOptions, media: MediaOptions, arguments: ArgumentOptions, log_level: str
+    engine: EngineKind, options: EngineOptions, media: MediaOptions, arguments: ArgumentOptions, log_level: str
 ) -> Flags:
     """Raises ConfigurationError for options that mean nothing to the engine."""
     given = arguments.given()
-    if engine is Engine.VLLM:
+    if engine is EngineKind.VLLM:
         return _of_vllm(options.given(), given, log_level)
     if "vllm_args" in given:
         raise ConfigurationError("--vllm-args are for --engine vllm; the built-in engine has options of its own")
@@ -69,7 +69,7 @@ def _of_vllm(options: Mapping[str, Any], arguments: Mapping[str, Sequence[str]],
     of_roles: dict[Role, tuple[str, ...]] = {}
     for role in Role:
         flags: list[str] = []
-        if role in _SEES_PICTURES and "max_items" in given:
+        if role in _SEES_IMAGES and "max_items" in given:
             flags += ["--limit-mm-per-prompt", json.dumps({"image": given["max_items"]})]
         if role is not Role.ENCODER and "kv_cache_bytes" in given:
             flags += ["--kv-cache-memory-bytes", str(given["kv_cache_bytes"])]

@@ -9,9 +9,10 @@ import typer
 from chiasm.cli import options
 from chiasm.cli.process import end_at_once, log_to_stderr, print_ready
 from chiasm.ec_transfer.base import ECTransferConfig, ECTransferRole
-from chiasm.engine.config import EngineConfig, Role
+from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.kv_transfer.base import KVTransferConfig, KVTransferRole
+from chiasm.wire import Role
 
 _EC_ROLES = {Role.ENCODER: ECTransferRole.PRODUCER}
 """Others consume."""

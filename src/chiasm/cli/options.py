@@ -10,7 +10,7 @@ import typer
 
 from chiasm.cli.groups import OptionGroup
 from chiasm.cli.values import CpuSet, Names, parse_arguments, parse_cpus, parse_names, parse_size
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, a hub name, or demo.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -60,8 +60,9 @@ class DeploymentOptions(OptionGroup):
     """Which instances a deployment has, and what all of it has in common."""
 
     engine: Annotated[
-        Engine, typer.Option(help="What instances run: the built-in engine, or `vllm serve` of the same environment.")
-    ] = Engine.CHIASM
+        EngineKind,
+        typer.Option(help="What instances run: the built-in engine, or `vllm serve` of the same environment."),
+    ] = EngineKind.CHIASM
     encoders: Annotated[
         int | None, typer.Option(min=0, help="Encoder instances.", show_default="1, or 0 with --aggregated")
     ] = None

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from chiasm.cli import options
-from chiasm.engine.config import Role
+from chiasm.wire import Role
 
 if TYPE_CHECKING:
     from chiasm.launch import DeploymentConfig

@@ -1,1 +1,1 @@
-"""Seeded pictures and questions for the checkpoint that ships with the package."""
+"""Seeded images and questions for the checkpoint that ships with the package."""

@@ -1,7 +1,7 @@
 """Plain greedy generation with transformers: what the checkpoint itself answers.
 
 ``AutoProcessor`` needs torchvision for Qwen's video processor; the image processor and the tokenizer
-alone, with each placeholder repeated to its picture's number of tokens, do the same for pictures.
+alone, with each placeholder repeated to its image's number of tokens, do the same for images.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Reference:
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(_IMAGE)
 
     def messages(self, images: Sequence[Image.Image], question: str) -> list[dict[str, Any]]:
-        """Return one user message: the pictures, then the question."""
+        """Return one user message: the images, then the question."""
         content: list[dict[str, str]] = [{"type": "image"} for _ in images]
         return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
     def inputs(self, messages: list[dict[str, Any]], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        """Return the model's inputs: ids, mask and token types [1, T] int64; pixels and grids of all pictures."""
+        """Return the model's inputs: ids, mask and token types [1, T] int64; pixels and grids of all images."""
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         items = [self.processor(images=[image], return_tensors="pt") for image in images]
         pieces = text.split(_IMAGE)
-        assert len(pieces) == len(items) + 1, "placeholders and pictures differ in number"
+        assert len(pieces) == len(items) + 1, "placeholders and images differ in number"
         text = pieces[0]
         for item, piece in zip(items, pieces[1:], strict=True):
             tokens = int(item["image_grid_thw"].prod()) // self.processor.merge_size**2
@@ -69,7 +69,7 @@ class Reference:
         return [token for token in output if token not in ends]
 
     def answer(self, images: Sequence[Image.Image], question: str, *, zero_embeddings: bool = False) -> str:
-        """Return the answer to one question about pictures as text."""
+        """Return the answer to one question about images as text."""
         ids = self.generate(self.messages(images, question), images, zero_embeddings=zero_embeddings)
         return str(self.tokenizer.decode(ids))
 

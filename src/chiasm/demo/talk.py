@@ -1,10 +1,10 @@
-"""Exchanges without a picture, and questions about a picture that was not sent."""
+"""Exchanges without an image, and questions about an image that was not sent."""
 
 from __future__ import annotations
 
 import random
 
-from chiasm.demo import pictures
+from chiasm.demo import images
 
 SYSTEM_MESSAGES: tuple[str, ...] = (
     "You are a helpful assistant.",
@@ -26,16 +26,16 @@ EXCHANGES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("how are you?", "how is it going?"), "i am well. show me a picture."),
 )
 
-NO_PICTURE = "there is no picture."
+NO_IMAGE = "there is no picture."
 
 
 def draw_exchange(rng: random.Random) -> tuple[str, str]:
-    """Return a message sent without any picture and its answer."""
+    """Return a message sent without any image and its answer."""
     if rng.random() < 0.5:
-        topic = rng.choice(pictures.SINGLE_KINDS)
-        scene = pictures.draw_scene(rng, pictures.content_for(rng, topic), many=topic == "describe")
-        nth = rng.choice(pictures.ORDINALS) if rng.random() < 0.2 else None
-        return pictures.ask(rng, scene, topic, nth)[0], NO_PICTURE
+        topic = rng.choice(images.SINGLE_KINDS)
+        scene = images.draw_scene(rng, images.content_for(rng, topic), many=topic == "describe")
+        nth = rng.choice(images.ORDINALS) if rng.random() < 0.2 else None
+        return images.ask(rng, scene, topic, nth)[0], NO_IMAGE
     messages, answer = rng.choice(EXCHANGES)
     message = rng.choice(messages)
     style = rng.random()
@@ -47,5 +47,5 @@ def draw_exchange(rng: random.Random) -> tuple[str, str]:
 
 
 def missing(nth: str) -> str:
-    """Return the answer to a question about an nth picture that was not sent."""
+    """Return the answer to a question about an nth image that was not sent."""
     return f"there is no {nth} picture."

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: two pixels a character cell, in 24-bit colours."""
+"""Images in a terminal: two pixels a character cell, in 24-bit colours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def render(image: Image.Image, width: int) -> Text:
     from rich.text import Text
 
     if width < 1:
-        raise ValueError(f"a picture cannot be {width} columns wide")
+        raise ValueError(f"an image cannot be {width} columns wide")
     rows = max(1, round(image.height * width / image.width / 2))
     pixels = image.convert("RGB").resize((width, 2 * rows), Image.Resampling.BOX).tobytes()
     lines = []

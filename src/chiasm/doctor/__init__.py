@@ -2,7 +2,7 @@
 
 ``planned`` looks at this machine and at a deployment that is to run on it, by ``installed``, ``machine``, ``checkpoint`` with
 ``weights``, ``storage`` and ``transports``. ``running`` asks a proxy and its instances (``instances``, by ``client``), compares
-them (``fleet``), and sends a picture on its way (``travel``, by ``wire`` and ``counters``). All of them yield the findings of
+them (``fleet``), and sends an image on its way (``travel``, by ``wire`` and ``counters``). All of them yield the findings of
 ``base``, which ``report`` shows.
 """
 

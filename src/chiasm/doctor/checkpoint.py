@@ -18,7 +18,7 @@ _MODEL = Check("model")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _TRUE = frozenset({"1", "on", "yes", "true"})
-_PICTURE_SIDE = 1024
+_IMAGE_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Found:
 
     checkpoint: Checkpoint
     weights: Weights
-    picture_numbers: int | None
-    """Of the embedding of a picture of 1024 × 1024; None if chiasm doesn't know the model."""
+    image_numbers: int | None
+    """Of the embedding of an image of 1024 × 1024; None if chiasm doesn't know the model."""
 
 
 def locate(model: str) -> Path | None:
@@ -99,7 +99,7 @@ def read(folder: Path, *, is_vllm: bool) -> tuple[Found | None, list[Finding]]:
             )
         ]
     try:
-        numbers: int | None = _picture_numbers(checkpoint)
+        numbers: int | None = _image_numbers(checkpoint)
     except ChiasmError as error:
         if not is_vllm:
             return Found(checkpoint, weights, None), [
@@ -114,17 +114,17 @@ def read(folder: Path, *, is_vllm: bool) -> tuple[Found | None, list[Finding]]:
     findings = [_MODEL.ok(f"{folder.name} ({checkpoint.model_type}) is whole: {parameters}")]
     if numbers is None:
         findings.append(
-            _MODEL.skipped("chiasm doesn't know this model's pictures; PDs are called when the encoder has answered")
+            _MODEL.skipped("chiasm doesn't know this model's images; PDs are called when the encoder has answered")
         )
     return Found(checkpoint, weights, numbers), findings
 
 
-def _picture_numbers(checkpoint: Checkpoint) -> int:
+def _image_numbers(checkpoint: Checkpoint) -> int:
     from chiasm.models import load_processor
     from chiasm.models.support import entry_width, load_config
 
     width = entry_width(load_config(checkpoint))
-    return len(load_processor(checkpoint.folder).geometry_of_size(_PICTURE_SIDE, _PICTURE_SIDE).rows) * width
+    return len(load_processor(checkpoint.folder).geometry_of_size(_IMAGE_SIDE, _IMAGE_SIDE).rows) * width
 
 
 def _is_hub_name(model: str) -> bool:

@@ -40,7 +40,7 @@ class Answer:
     clock_seconds: float | None
     """How far the sender's clock is ahead of this machine's, to about a second; None if it doesn't say."""
     outcome: str = ""
-    """What became of the request's first picture, as ``Server-Timing`` of the built-in engine says: ``hit``, ``encoded``, …"""
+    """What became of the request's first image, as ``Server-Timing`` of the built-in engine says: ``hit``, ``encoded``, …"""
 
     def json(self) -> dict[str, Any]:
         """The JSON object that it holds. Raises NoAnswerError."""

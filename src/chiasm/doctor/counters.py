@@ -27,7 +27,7 @@ class Counters:
     """Since an instance has started; None: it doesn't count that, or it couldn't be read."""
 
     encoded: float | None = None
-    """Pictures that the instance itself has encoded."""
+    """Images that the instance itself has encoded."""
     loaded: float | None = None
     """Embeddings that it has taken from where encoders put them."""
     kv_transfers: float | None = None

@@ -88,7 +88,7 @@ def composition(fleet: Fleet) -> Iterator[Finding]:
         whole = False
         yield _ROLES.warning(
             "there is no encoder",
-            why="text is answered; requests with pictures get a 503.",
+            why="text is answered; requests with images get a 503.",
             do="start an encoder, unless there are to be none.",
             command="chiasm instance MODEL --role encoder",
         )
@@ -176,7 +176,7 @@ def ec_store(fleet: Fleet) -> Iterator[Finding]:
     if len(stores) > 1:
         yield _STORE.problem(
             f"instances exchange embeddings through different folders: {_listing(stores)}",
-            why="what an encoder writes into one is never found in the other: every picture runs into its deadline.",
+            why="what an encoder writes into one is never found in the other: every image runs into its deadline.",
             do="start all of them with the same --shared-storage-path; on several machines or in containers that must be the "
             "same mounted folder. Each folder names itself in its file store-id.",
         )

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from chiasm.doctor.base import shown
 from chiasm.doctor.client import Client, NoAnswerError, NoConnectionError
-from chiasm.engine.config import Role
+from chiasm.wire import Role
 
 _MAX_INSTANCES = 256
 _MAX_CPUS = 4096

@@ -11,19 +11,19 @@ from chiasm.doctor import checkpoint, installed, machine, storage, transports
 from chiasm.doctor.base import Check, Finding
 from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
 from chiasm.doctor.weights import dtype_in_use
-from chiasm.engine.config import Role
 from chiasm.errors import ConfigurationError
 from chiasm.launch.commands import threads_of
-from chiasm.launch.config import DeploymentConfig, Engine
+from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placements, describe
 from chiasm.launch.storage import DEFAULT_MAX_BYTES
+from chiasm.wire import Role
 
 _PLAN = Check("plan")
 _PLACES = Check("devices")
 _MEMORY = Check("memory")
 _FOLDER = Check("storage folder")
 
-_PROCESS_BYTES = {Engine.CHIASM: 400 << 20, Engine.VLLM: 1500 << 20}
+_PROCESS_BYTES = {EngineKind.CHIASM: 400 << 20, EngineKind.VLLM: 1500 << 20}
 """What an instance takes besides weights and caches."""
 
 
@@ -51,7 +51,7 @@ def examine_machine() -> Iterator[Finding]:
 
 async def examine_plan(config: DeploymentConfig, wanted: Wanted) -> AsyncIterator[Finding]:
     """What ``chiasm serve`` with the same options would run into."""
-    is_vllm = config.engine is Engine.VLLM
+    is_vllm = config.engine is EngineKind.VLLM
     counts = ", ".join(f"{config.count(role)} {role}" for role in config.roles if config.count(role))
     yield _PLAN.ok(f"{config.model} by {'vLLM' if is_vllm else 'the built-in engine'}: {counts}, and a proxy")
     for finding in _surroundings(config):
@@ -78,14 +78,14 @@ async def examine_plan(config: DeploymentConfig, wanted: Wanted) -> AsyncIterato
     for finding in _places(config, wanted, folder, found, found_gpus):
         yield finding
     dtype_bytes = 4 if found and _dtype(config, wanted, found, found_gpus) == "float32" else 2
-    numbers = found.picture_numbers if found else None
+    numbers = found.image_numbers if found else None
     for finding in _storage(config, None if numbers is None else numbers * dtype_bytes):
         yield finding
 
 
 def _surroundings(config: DeploymentConfig) -> Iterator[Finding]:
     """All that doesn't depend on the model."""
-    is_vllm = config.engine is Engine.VLLM
+    is_vllm = config.engine is EngineKind.VLLM
     yield from installed.versions()
     yield from installed.vllm(wanted=is_vllm)
     threads = [threads_of(config.roles, role) for role in config.roles for _ in range(config.count(role))]
@@ -120,7 +120,7 @@ def _places(
     from chiasm.launch.plan import placements_of
     from chiasm.launch.vllm import default_kv_bytes
 
-    if config.engine is Engine.VLLM and not installed.version_of("vllm"):
+    if config.engine is EngineKind.VLLM and not installed.version_of("vllm"):
         yield _PLACES.skipped("without vLLM it stays open where it would compute, and with how much memory")
         return
     try:
@@ -145,21 +145,21 @@ def _places(
     kv_bytes = wanted.kv_cache_bytes
     if kv_bytes is None:
         # The built-in engine takes of what is left, and no more than a request needs.
-        kv_bytes = default_kv_bytes(config, available_bytes) if config.engine is Engine.VLLM else 0
+        kv_bytes = default_kv_bytes(config, available_bytes) if config.engine is EngineKind.VLLM else 0
     in_memory = config.shared_storage_path is not None and storage.is_memory(config.shared_storage_path)
     need = Need(
         sum(weights[role] * config.count(role) for role in config.roles),
         count * _PROCESS_BYTES[config.engine]
         + kv_bytes * (count - config.count(Role.ENCODER))
         + ((config.ec_max_bytes or DEFAULT_MAX_BYTES) if in_memory else 0),
-        at_most=config.engine is Engine.VLLM,
+        at_most=config.engine is EngineKind.VLLM,
     )
     yield from machine.memory(available_bytes, need)
 
 
 def _weights_of(role: Role, config: DeploymentConfig, found: checkpoint.Found, dtype: str) -> int:
     """The built-in engine reads those of the role alone. vLLM may read all, depending on the model."""
-    whole = config.engine is Engine.VLLM or role is Role.AGGREGATED
+    whole = config.engine is EngineKind.VLLM or role is Role.AGGREGATED
     is_encoder = role is Role.ENCODER
     return found.weights.bytes_of(dtype, vision=whole or is_encoder, language=whole or not is_encoder)
 
@@ -177,7 +177,7 @@ def _tenants(
 
 
 def _on_cpu(config: DeploymentConfig, wanted: Wanted, gpus: list[Gpu]) -> bool:
-    if config.engine is Engine.VLLM:
+    if config.engine is EngineKind.VLLM:
         return "cpu" in installed.version_of("vllm")
     return wanted.device == "cpu" or not gpus or installed.version_of("torch").endswith("+cpu")
 
@@ -187,11 +187,11 @@ def _dtype(config: DeploymentConfig, wanted: Wanted, found: checkpoint.Found, gp
         found.checkpoint,
         wanted.dtype,
         on_cpu=_on_cpu(config, wanted, gpus),
-        is_vllm=config.engine is Engine.VLLM,
+        is_vllm=config.engine is EngineKind.VLLM,
     )
 
 
-def _storage(config: DeploymentConfig, picture_bytes: int | None) -> Iterator[Finding]:
+def _storage(config: DeploymentConfig, image_bytes: int | None) -> Iterator[Finding]:
     if not config.exchanges_embeddings:
         yield _FOLDER.skipped("no instance of this plan exchanges embeddings")
         return
@@ -200,4 +200,4 @@ def _storage(config: DeploymentConfig, picture_bytes: int | None) -> Iterator[Fi
         yield from machine.shared_memory()
         return
     yield from storage.planned_folder(path)
-    yield from storage.room(path, config.ec_max_bytes or DEFAULT_MAX_BYTES, picture_bytes)
+    yield from storage.room(path, config.ec_max_bytes or DEFAULT_MAX_BYTES, image_bytes)

@@ -1,4 +1,4 @@
-"""A deployment that runs: each instance is asked what it is, all are compared, and a picture is sent on its way."""
+"""A deployment that runs: each instance is asked what it is, all are compared, and an image is sent on its way."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "lustre", "ceph", "glusterf
 _MOUNT_TABLE = Path("/proc/self/mountinfo")
 _STORE_ID = "store-id"
 _STORE_ID_CHARACTERS = 32
-_UNWRITABLE_WHY = "encoders cannot publish embeddings there, and every request with a picture fails."
+_UNWRITABLE_WHY = "encoders cannot publish embeddings there, and every request with an image fails."
 
 
 def planned_folder(path: Path) -> Iterator[Finding]:
@@ -74,19 +74,19 @@ def shared_folder(path: Path, store_ids: Collection[str]) -> Iterator[Finding]:
         )
 
 
-def room(path: Path, max_bytes: int, picture_bytes: int | None) -> Iterator[Finding]:
-    """Whether the folder can hold what it may, and one picture's embedding at least."""
+def room(path: Path, max_bytes: int, image_bytes: int | None) -> Iterator[Finding]:
+    """Whether the folder can hold what it may, and one image's embedding at least."""
     parent = _existing(path)
     space = os.statvfs(parent)
     free = space.f_bavail * space.f_frsize
     there = free + (_held(path) if parent == path else 0)
     bound = f"{size(free)} are free, embeddings may take {size(max_bytes)}"
-    of_one = "" if picture_bytes is None else f"; that of a picture of 1024 × 1024 takes {size(picture_bytes)}"
-    least = picture_bytes or 0
+    of_one = "" if image_bytes is None else f"; that of an image of 1024 × 1024 takes {size(image_bytes)}"
+    least = image_bytes or 0
     if least > min(there, max_bytes):
         yield _SPACE.problem(
             f"{bound}{of_one}",
-            why="such a picture's embedding has no room at all: the request fails.",
+            why="such an image's embedding has no room at all: the request fails.",
             do="free some space, name another folder by --shared-storage-path, or raise --ec-max-bytes.",
         )
     elif max_bytes > there:

@@ -1,4 +1,4 @@
-"""Whether an embedding really travels: a picture that no cache can have is sent, and counters prove who did what for it.
+"""Whether an embedding really travels: an image that no cache can have is sent, and counters prove who did what for it.
 
 Chosen by load, as a proxy chooses, most pairs of instances would go untested. So the messages of a proxy are sent to the
 instances themselves, to each pair where they are few.
@@ -20,15 +20,15 @@ from chiasm.doctor.instances import Instance, Proxy
 _EMBEDDING = Check("embedding travels")
 _KV = Check("KV travels")
 _THROUGH = Check("through the proxy")
-_ENCODES = Check("pictures")
+_ENCODES = Check("images")
 
 MOST_PAIRS = 16
 _ATTEMPTS = 3
-"""While other requests are under way their pictures are counted too; then another try may be alone."""
+"""While other requests are under way their images are counted too; then another try may be alone."""
 _COUNT_SECONDS = 3.0
 """In which an instance must have counted what it has done."""
 _COUNT_INTERVAL_SECONDS = 0.1
-_WHY = "PDs cannot encode: every request with a picture waits for its deadline and fails."
+_WHY = "PDs cannot encode: every request with an image waits for its deadline and fails."
 
 _Result = TypeVar("_Result")
 Sent = Callable[[], Awaitable[None]]
@@ -44,7 +44,7 @@ class BrokenError(Exception):
 
 
 class Travel:
-    """Sends pictures, one after the other, so that each is counted alone."""
+    """Sends images, one after the other, so that each is counted alone."""
 
     def __init__(self, client: Client, timeout_seconds: float) -> None:
         """``timeout_seconds`` is for each message."""
@@ -61,10 +61,8 @@ class Travel:
 
         async def send() -> None:
             nonlocal told
-            picture, encoded = await self._encoded(encoder)
-            answer = await self._read(
-                encoder, reader, wire.ask_about(*self._message(reader, picture, encoded.metadata))
-            )
+            image, encoded = await self._encoded(encoder)
+            answer = await self._read(encoder, reader, wire.ask_about(*self._message(reader, image, encoded.metadata)))
             told = _tell(encoded.outcome, answer.outcome)
 
         try:
@@ -74,20 +72,20 @@ class Travel:
         return _judged(_EMBEDDING, way, [deltas[encoder.url]], [deltas[reader.url]], told)
 
     async def handover(self, encoder: Instance | None, prefill: Instance, decode: Instance) -> list[Finding]:
-        """A picture from ``encoder`` to ``prefill``, and the prompt's KV from there to ``decode``."""
+        """An image from ``encoder`` to ``prefill``, and the prompt's KV from there to ``decode``."""
         if encoder is None:
-            return [_KV.skipped(f"{prefill.name} to {decode.name}: there is no encoder for the picture that is sent")]
+            return [_KV.skipped(f"{prefill.name} to {decode.name}: there is no encoder for the image that is sent")]
         source = encoder
         told = False
 
         async def send() -> None:
             nonlocal told
-            picture, encoded = await self._encoded(source)
-            message = self._message(prefill, picture, encoded.metadata)
+            image, encoded = await self._encoded(source)
+            message = self._message(prefill, image, encoded.metadata)
             left = await self._read(source, prefill, wire.prefill(*message))
             told = _tell(encoded.outcome, left.outcome)
             try:
-                await wire.ask_about(*self._message(decode, picture, encoded.metadata), left.handle)
+                await wire.ask_about(*self._message(decode, image, encoded.metadata), left.handle)
             except NoAnswerError as error:
                 raise BrokenError(_kv_problem(prefill, decode, str(error))) from None
 
@@ -105,16 +103,16 @@ class Travel:
 
     async def encodes(self, instance: Instance) -> Finding:
         """An aggregated instance, which does it all."""
-        picture = wire.fresh_picture()
+        image = wire.fresh_image()
         try:
-            await wire.ask_proxy_about(self._client, instance.url, instance.model, picture, self._timeout_seconds)
+            await wire.ask_proxy_about(self._client, instance.url, instance.model, image, self._timeout_seconds)
         except NoAnswerError as error:
             return _ENCODES.problem(
                 f"{instance.name} {error}",
-                why="a request with a picture should have been answered.",
+                why="a request with an image should have been answered.",
                 do="its log says more; try again with a greater --timeout-seconds if it is only slow.",
             )
-        return _ENCODES.ok(f"{instance.name} answers about a picture by itself")
+        return _ENCODES.ok(f"{instance.name} answers about an image by itself")
 
     # ---- through the proxy -----------------------------------------------------------------------------------------------
 
@@ -126,12 +124,12 @@ class Travel:
             return _THROUGH.skipped("it serves no model now")
 
         async def send() -> None:
-            picture = wire.fresh_picture()
+            image = wire.fresh_image()
             try:
-                await wire.ask_proxy_about(self._client, proxy.url, proxy.models[0], picture, self._timeout_seconds)
+                await wire.ask_proxy_about(self._client, proxy.url, proxy.models[0], image, self._timeout_seconds)
             except NoAnswerError as error:
                 finding = _THROUGH.problem(
-                    f"a request with a picture: it {error}",
+                    f"a request with an image: it {error}",
                     why="this is what clients get.",
                     do="see to the problems above first; the proxy's log and those of the instances say more.",
                 )
@@ -147,26 +145,26 @@ class Travel:
         except BrokenError as broken:
             return broken.finding
         if not encoders or not readers:
-            return _THROUGH.ok("a request with a picture was answered")
+            return _THROUGH.ok("a request with an image was answered")
         makers, takers = [deltas[one.url] for one in encoders], [deltas[one.url] for one in readers]
-        return _judged(_THROUGH, "a request with a picture", makers, takers)
+        return _judged(_THROUGH, "a request with an image", makers, takers)
 
     # ---- steps -----------------------------------------------------------------------------------------------------------
 
     def _message(
-        self, instance: Instance, picture: wire.Picture, metadata: dict[str, Any]
-    ) -> tuple[Client, Instance, wire.Picture, dict[str, Any], float]:
-        return self._client, instance, picture, metadata, self._timeout_seconds
+        self, instance: Instance, image: wire.ImageFile, metadata: dict[str, Any]
+    ) -> tuple[Client, Instance, wire.ImageFile, dict[str, Any], float]:
+        return self._client, instance, image, metadata, self._timeout_seconds
 
-    async def _encoded(self, encoder: Instance) -> tuple[wire.Picture, wire.Encoded]:
-        picture = wire.fresh_picture(encoder.fingerprint)
+    async def _encoded(self, encoder: Instance) -> tuple[wire.ImageFile, wire.Encoded]:
+        image = wire.fresh_image(encoder.fingerprint)
         try:
-            return picture, await wire.encode(self._client, encoder, picture, self._timeout_seconds)
+            return image, await wire.encode(self._client, encoder, image, self._timeout_seconds)
         except NoAnswerError as error:
             raise BrokenError(
                 _EMBEDDING.problem(
-                    f"{encoder.name} was sent a picture, and {error}",
-                    why="no request with a picture that comes to this encoder can be answered.",
+                    f"{encoder.name} was sent an image, and {error}",
+                    why="no request with an image that comes to this encoder can be answered.",
                     do="its log says more: a folder for embeddings that is full, gone or not writable shows there; if it is "
                     "only slow, try again with a greater --timeout-seconds.",
                 )
@@ -228,19 +226,19 @@ def _has_travelled(found: Deltas, encoder: Instance, reader: Instance) -> bool:
 
 
 def _tell(of_encoder: str, of_reader: str) -> bool:
-    """Whether both answers themselves say that the picture has travelled; those of the built-in engine do."""
+    """Whether both answers themselves say that the image has travelled; those of the built-in engine do."""
     return of_encoder == "encoded" and of_reader in ("hit", "waited")
 
 
 def _judged(
     check: Check, way: str, encoders: Sequence[Counters], readers: Sequence[Counters], told: bool = False
 ) -> Finding:
-    """What the counters say of one picture that was asked about and answered; ``told``: whether the answers say it too."""
+    """What the counters say of one image that was asked about and answered; ``told``: whether the answers say it too."""
     encoded, loaded = _sum(one.encoded for one in encoders), _sum(one.loaded for one in readers)
     encoded_again = _sum(one.encoded for one in readers)
     if encoded_again:
         return check.problem(
-            f"{way}: answered, but the pictures were encoded again where they should have been read ({encoded_again:g})",
+            f"{way}: answered, but the images were encoded again where they should have been read ({encoded_again:g})",
             why="the encoders' work is done twice, and nothing is won by having them.",
             do="have the instance read embeddings only (ec_role ec_consumer), and send it no pixels.",
         )
@@ -254,23 +252,23 @@ def _judged(
         )
     if encoded == 0:
         return check.problem(
-            f"{way}: answered, but no encoder has encoded the picture",
-            why="nobody has seen this picture before, so that the answer cannot be about it.",
+            f"{way}: answered, but no encoder has encoded the image",
+            why="nobody has seen this image before, so that the answer cannot be about it.",
             do="look whether the instances' addresses are theirs, and nothing between them answers from a cache.",
         )
     if loaded == 0:
         return check.problem(
             f"{way}: answered, but the embedding was not loaded",
-            why="the answer cannot be about the picture that was sent.",
+            why="the answer cannot be about the image that was sent.",
             do="look whether the instances' addresses are theirs, and all run the same version of chiasm.",
         )
     if encoded > 1 and told:
         return check.ok(
-            f"{way}: encoded, loaded, not encoded again, as both answers say ({encoded:g} pictures were counted meanwhile)"
+            f"{way}: encoded, loaded, not encoded again, as both answers say ({encoded:g} images were counted meanwhile)"
         )
     if encoded > 1:
         return check.warning(
-            f"{way}: answered, but unproven: {encoded:g} pictures were encoded meanwhile, where one was sent",
+            f"{way}: answered, but unproven: {encoded:g} images were encoded meanwhile, where one was sent",
             why="requests of others are counted as well.",
             do="ask again when the deployment has little to do.",
         )
@@ -291,7 +289,7 @@ def _judged_kv(prefill: Instance, decode: Instance, transfers: float | None) -> 
             why="the decode instance has computed the prompt itself, which it is there to be spared.",
             do="start prefill as kv_producer and decode as kv_consumer, with the same KV connector; their logs say more.",
         )
-    counted = "" if transfers is not None else " (it answered about a picture, for which it needs prefill's KV)"
+    counted = "" if transfers is not None else " (it answered about an image, for which it needs prefill's KV)"
     return _KV.ok(f"{way}: KV was fetched{counted}")
 
 

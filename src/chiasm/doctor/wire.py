@@ -1,4 +1,4 @@
-"""The messages that a proxy sends to instances, around a picture that nobody has seen before."""
+"""The messages that a proxy sends to instances, around an image that nobody has seen before."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from chiasm.media import identifier
 CHAT = "/v1/chat/completions"
 _SIDE = 64
 _TOKENS = 2
-_QUESTION = "What is in the picture?"
+_QUESTION = "What is in the image?"
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """Random pixels: no cache holds its embedding."""
 
     data: bytes
@@ -32,13 +32,13 @@ class Picture:
         return {"type": "image_url", "image_url": {"url": url}}
 
 
-def fresh_picture(fingerprint: str = "") -> Picture:
+def fresh_image(fingerprint: str = "") -> ImageFile:
     from PIL import Image
 
     file = io.BytesIO()
     Image.frombytes("RGB", (_SIDE, _SIDE), os.urandom(3 * _SIDE * _SIDE)).save(file, "PNG")
     data = file.getvalue()
-    return Picture(data, identifier(data, fingerprint=fingerprint, salt=f"chiasm doctor {secrets.token_hex(8)}"))
+    return ImageFile(data, identifier(data, fingerprint=fingerprint, salt=f"chiasm doctor {secrets.token_hex(8)}"))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Encoded:
     """What an encoder answers."""
 
     metadata: dict[str, Any]
-    """What sizes the picture's placeholders."""
+    """What sizes the image's placeholders."""
     outcome: str
     """What it did, if it says so."""
 
@@ -60,27 +60,27 @@ class Prefilled:
     """How it came by the embedding, if it says so."""
 
 
-async def encode(client: Client, encoder: Instance, picture: Picture, timeout_seconds: float) -> Encoded:
-    """Have the picture encoded and published. Raises NoAnswerError."""
-    body = _chat(encoder, [picture.part | {"uuid": picture.identifier}], max_tokens=1, stream=False)
+async def encode(client: Client, encoder: Instance, image: ImageFile, timeout_seconds: float) -> Encoded:
+    """Have the image encoded and published. Raises NoAnswerError."""
+    body = _chat(encoder, [image.part | {"uuid": image.identifier}], max_tokens=1, stream=False)
     answer = checked(await client.post(encoder.url + CHAT, body, timeout_seconds=timeout_seconds))
     items = answer.json().get("ec_transfer_params")
-    item = items.get(picture.identifier) if isinstance(items, dict) else None
+    item = items.get(image.identifier) if isinstance(items, dict) else None
     if not isinstance(item, dict) or not isinstance(item.get("metadata"), dict):
-        raise NoAnswerError("answered, but not that the embedding is published (no ec_transfer_params of the picture)")
+        raise NoAnswerError("answered, but not that the embedding is published (no ec_transfer_params of the image)")
     return Encoded(item["metadata"], answer.outcome)
 
 
 async def ask_about(
     client: Client,
     instance: Instance,
-    picture: Picture,
+    image: ImageFile,
     metadata: dict[str, Any],
     timeout_seconds: float,
     kv_transfer_params: dict[str, Any] | None = None,
 ) -> Answer:
-    """Ask about a picture that is published, by its name and size alone. Raises NoAnswerError."""
-    part = {"type": "image_embeds", "image_embeds": metadata, "uuid": picture.identifier}
+    """Ask about an image that is published, by its name and size alone. Raises NoAnswerError."""
+    part = {"type": "image_embeds", "image_embeds": metadata, "uuid": image.identifier}
     options: dict[str, Any] = {"ignore_eos": True, "stream": False}
     if kv_transfer_params is not None:
         options["kv_transfer_params"] = kv_transfer_params
@@ -90,21 +90,21 @@ async def ask_about(
 
 
 async def prefill(
-    client: Client, instance: Instance, picture: Picture, metadata: dict[str, Any], timeout_seconds: float
+    client: Client, instance: Instance, image: ImageFile, metadata: dict[str, Any], timeout_seconds: float
 ) -> Prefilled:
     """Have P leave the KV of the question for a D. Raises NoAnswerError."""
     wanted = dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
     params = {"do_remote_decode": True, "do_remote_prefill": False, **wanted}
-    answer = await ask_about(client, instance, picture, metadata, timeout_seconds, params)
+    answer = await ask_about(client, instance, image, metadata, timeout_seconds, params)
     handle = answer.json().get("kv_transfer_params")
     if not isinstance(handle, dict):
         raise NoAnswerError("answered without a handle of its KV (no kv_transfer_params)")
     return Prefilled(handle, answer.outcome)
 
 
-async def ask_proxy_about(client: Client, url: str, model: str, picture: Picture, timeout_seconds: float) -> None:
+async def ask_proxy_about(client: Client, url: str, model: str, image: ImageFile, timeout_seconds: float) -> None:
     """The same question as any client would ask it. Raises NoAnswerError."""
-    content = [picture.part, {"type": "text", "text": _QUESTION}]
+    content = [image.part, {"type": "text", "text": _QUESTION}]
     body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": _TOKENS, "temperature": 0}
     checked(await client.post(url + CHAT, body, timeout_seconds=timeout_seconds))
 

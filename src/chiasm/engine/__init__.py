@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chiasm.engine.config import EngineConfig, Role
+from chiasm.engine.config import EngineConfig
+from chiasm.wire import Role
 
 if TYPE_CHECKING:
     from chiasm.engine.base import Engine
 
-__all__ = ["EngineConfig", "Role", "create_engine"]
+__all__ = ["EngineConfig", "create_engine"]
 
 
 def create_engine(config: EngineConfig) -> Engine:

@@ -17,7 +17,7 @@ class BlockManager:
     """Hands out blocks and remembers what full ones hold.
 
     A full block is named by a hash chained over everything before it: token ids, and for each item that reaches into
-    the block its identifier, place and geometry, since all pictures share one placeholder token. A block that nobody
+    the block its identifier, place and geometry, since all images share one placeholder token. A block that nobody
     holds stays findable until it is handed out again, least recently released first.
     """
 

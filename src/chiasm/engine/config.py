@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from pathlib import Path
 
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.kv_transfer import KVTransferConfig
-
-
-class Role(enum.StrEnum):
-    """What an instance does."""
-
-    ENCODER = "encoder"
-    PD = "pd"
-    AGGREGATED = "aggregated"
-    PREFILL = "prefill"
-    DECODE = "decode"
+from chiasm.wire import Role
 
 
 @dataclass(frozen=True)

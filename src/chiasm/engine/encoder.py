@@ -1,4 +1,4 @@
-"""The engine of an encoder instance: pictures in, published embeddings out."""
+"""The engine of an encoder instance: images in, published embeddings out."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class EncoderEngine(Engine):
     async def encode(self, request_id: str, items: Sequence[EncodeItem], deadline: float) -> list[EncodedItem]:
         """Publish the embeddings of ``items`` and answer, in their order, when all can be found.
 
-        ``deadline`` is in ``time.monotonic()``. Raises MediaError for what is no picture, OverloadedError when too much
+        ``deadline`` is in ``time.monotonic()``. Raises MediaError for what is no image, OverloadedError when too much
         is queued, StorageError when an embedding could not be published, DeadlineExceededError. Cancelling drops what
         has not begun and nobody else waits for.
         """

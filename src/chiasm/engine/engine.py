@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from chiasm.engine.attention import KVCache, register_paged_attention
 from chiasm.engine.base import Engine
 from chiasm.engine.block_manager import BlockManager
-from chiasm.engine.config import EngineConfig, Role
+from chiasm.engine.config import EngineConfig
 from chiasm.engine.detokenizer import Detokenizer
 from chiasm.engine.device import (
     MIXED_PREFILL_TOKENS,
@@ -47,12 +47,12 @@ from chiasm.errors import (
     KVUnavailableError,
 )
 from chiasm.kv_transfer import KVLayout, KVTransferRole
-from chiasm.kv_transfer.params import TokenLogprob
 from chiasm.models import load_language, load_vision
+from chiasm.wire import Role, TokenLogprob
 
 if TYPE_CHECKING:
-    from chiasm.kv_transfer import KVTransferParams
     from chiasm.models.base import VisionModel
+    from chiasm.wire import KVTransferParams
 
 logger = logging.getLogger(__name__)
 

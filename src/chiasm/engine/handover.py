@@ -18,10 +18,9 @@ from chiasm.kv_transfer import (
     KVConnectorRole,
     KVLayout,
     KVTransferConfig,
-    KVTransferParams,
     KVTransferRole,
 )
-from chiasm.kv_transfer.params import TokenLogprob
+from chiasm.wire import KVTransferParams, TokenLogprob
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from chiasm.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from chiasm.kv_transfer import KVTransferParams
     from chiasm.models.base import Metadata, Pixels, Prompt
+    from chiasm.wire import KVTransferParams
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
@@ -183,7 +183,7 @@ class Output:
 
 @dataclass(frozen=True)
 class EncodeItem:
-    """One picture for an encoder: the identifier to publish under, and a file that was found to be a picture.
+    """One image for an encoder: the identifier to publish under, and a file that was found to be an image.
 
     ``height`` and ``width`` are what ``chiasm.media.image.inspect`` says of it, in pixels after rotation by EXIF.
     """

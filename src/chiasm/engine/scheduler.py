@@ -428,7 +428,7 @@ class Scheduler:
         return sequence.arrival + (0 if sequence in self.running else _AFTER_ALL_RUNNING)
 
     def _release_unless_needed(self, sequence: Sequence, item: PromptItem) -> None:
-        """Give up an entry whose place is computed, unless the same picture comes again further on."""
+        """Give up an entry whose place is computed, unless the same image comes again further on."""
         if item.identifier in sequence.held and not any(
             other.identifier == item.identifier and other.offset + other.length > sequence.num_computed
             for other in sequence.items

@@ -11,7 +11,6 @@ from chiasm.kv_transfer.base import (
     KVTransferRole,
 )
 from chiasm.kv_transfer.factory import KVConnectorFactory
-from chiasm.kv_transfer.params import KVTransferParams
 
 __all__ = [
     "FinishedTransfers",
@@ -22,6 +21,5 @@ __all__ = [
     "KVConnectorStats",
     "KVLayout",
     "KVTransferConfig",
-    "KVTransferParams",
     "KVTransferRole",
 ]

@@ -1,7 +1,7 @@
 """The KV connector: what moves the attention cache of a prompt from the instance that prefilled it to the one that decodes.
 
 P (prefill) computes a prompt's keys and values, samples one token and answers with a *handle*
-(:class:`~chiasm.kv_transfer.params.KVTransferParams`): where the blocks lie, and what came of the prompt so far. D (decode)
+(:class:`~chiasm.wire.KVTransferParams`): where the blocks lie, and what came of the prompt so far. D (decode)
 takes the handle, claims the blocks, pulls those that it lacks into blocks of its own, says that it is done, and goes on. P
 holds the blocks until then: unclaimed ones for the lease, claimed ones as long as D's connection lives and its deadline
 has not passed.
@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from chiasm.kv_transfer.params import KVTransferParams
+from chiasm.wire import KVTransferParams
 
 if TYPE_CHECKING:
     import torch

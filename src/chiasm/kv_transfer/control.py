@@ -19,7 +19,7 @@ from typing import Annotated, Generic, TypeVar
 import msgspec
 
 from chiasm.kv_transfer.base import KVLayout
-from chiasm.kv_transfer.params import MAX_BLOCKS, Name, TokenId
+from chiasm.wire import MAX_BLOCKS, Name, TokenId
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20

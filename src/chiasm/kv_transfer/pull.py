@@ -28,8 +28,8 @@ from chiasm.kv_transfer.base import (
 from chiasm.kv_transfer.control import Welcome
 from chiasm.kv_transfer.lease_server import LeaseServer
 from chiasm.kv_transfer.memory import OfferedMemory, ReachedMemory
-from chiasm.kv_transfer.params import KVTransferParams
 from chiasm.kv_transfer.puller import Puller
+from chiasm.wire import KVTransferParams
 
 
 class PullConnector(KVConnector):

@@ -26,7 +26,7 @@ from chiasm.kv_transfer.base import (
     KVTransferRole,
 )
 from chiasm.kv_transfer.factory import KVConnectorFactory
-from chiasm.kv_transfer.params import KVTransferParams
+from chiasm.wire import KVTransferParams
 
 _ENGINE_ID = "transfer-benchmark"
 _PATIENCE_SECONDS = 120.0

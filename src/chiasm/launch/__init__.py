@@ -6,18 +6,16 @@ A start's way: ``config`` (what is asked for) → ``devices``, ``ports``, ``stor
 ``supervisor`` is the parent of a server that knows nothing of all this, as vLLM; ``diagnosis`` says why one has ended.
 """
 
-from chiasm.engine.config import Role
 from chiasm.launch.child import ProcessState
-from chiasm.launch.config import DeploymentConfig, Engine, RoleConfig
+from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.launch.deployment import Deployment, DeploymentNotReadyError, ProcessStatus
 
 __all__ = [
     "Deployment",
     "DeploymentConfig",
     "DeploymentNotReadyError",
-    "Engine",
+    "EngineKind",
     "ProcessState",
     "ProcessStatus",
-    "Role",
     "RoleConfig",
 ]

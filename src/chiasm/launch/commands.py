@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chiasm.cores import usable_cores
-from chiasm.engine.config import Role
 from chiasm.launch.config import DeploymentConfig, RoleConfig
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
+from chiasm.wire import Role
 
 _CHIASM = (sys.executable, "-m", "chiasm")
 _EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chiasm.engine.config import Role
 from chiasm.errors import ConfigurationError
+from chiasm.wire import Role
 
 
-class Engine(enum.StrEnum):
+class EngineKind(enum.StrEnum):
     """What instances run."""
 
     CHIASM = "chiasm"
@@ -51,7 +51,7 @@ class DeploymentConfig:
     model: str
     """A checkpoint's folder, the name of a shipped one, or a hub name."""
     roles: Mapping[Role, RoleConfig] = field(default_factory=_one_encoder_one_pd)
-    engine: Engine = Engine.CHIASM
+    engine: EngineKind = EngineKind.CHIASM
     host: str = "127.0.0.1"
     """Where the proxy listens; instances are reachable from this machine only."""
     port: int = 0
@@ -103,7 +103,7 @@ class DeploymentConfig:
             raise ConfigurationError(
                 "nothing would use the encoders: they need at least one pd instance, or a prefill and a decode instance"
             )
-        if self.engine is Engine.VLLM:
+        if self.engine is EngineKind.VLLM:
             self._check_vllm()
         elif sharing := [role for role in self.roles if self.roles[role].memory_share is not None]:
             raise ConfigurationError(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from chiasm.cores import check_cpus
-from chiasm.engine.config import Role
 from chiasm.errors import ChiasmError
 from chiasm.launch import health
 from chiasm.launch.child import Child, ProcessState
@@ -18,6 +17,7 @@ from chiasm.launch.locked_folder import LockedFolder
 from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, placements_of, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.storage import DEFAULT_MAX_BYTES, StorageFolder
+from chiasm.wire import Role
 
 STOP_SECONDS = 3.5
 """For processes to end by themselves; then they are killed."""

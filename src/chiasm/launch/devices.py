@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from chiasm.engine.config import Role
 from chiasm.errors import ConfigurationError
 from chiasm.launch.config import RoleConfig
+from chiasm.wire import Role
 
 _LISTED = re.compile(r"^GPU (\d+):", re.MULTILINE)
 _LIST_SECONDS = 20.0

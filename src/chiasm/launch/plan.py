@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chiasm.engine.config import Role
 from chiasm.errors import ConfigurationError
 from chiasm.launch import commands, vllm
-from chiasm.launch.config import DeploymentConfig, Engine
+from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placement, Placements, found_devices, place
 from chiasm.launch.ports import HeldPort
+from chiasm.wire import Role
 
 PROXY = "proxy"
 LOOPBACK = "127.0.0.1"
@@ -45,7 +45,7 @@ class Surroundings:
 def placements_of(config: DeploymentConfig, folder: Path) -> Placements:
     """Which instance computes where. Raises ConfigurationError for what the machine or the engine cannot do."""
     named = any(role.devices for role in config.roles.values())
-    if config.engine is Engine.VLLM:
+    if config.engine is EngineKind.VLLM:
         on_cpu = vllm.installed().on_cpu
         found = () if on_cpu else found_devices()
         if not found and not on_cpu:
@@ -84,7 +84,7 @@ def plan_instances(
     plans = []
     for (role, index), placement in placements.items():
         address = hold()
-        if config.engine is Engine.VLLM:
+        if config.engine is EngineKind.VLLM:
             side_channel = hold() if role in vllm.KV_ROLES else None
             command, environment = _vllm(config, folder, role, placement, surroundings, address, side_channel)
         else:

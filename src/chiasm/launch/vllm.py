@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chiasm.engine.config import Role
 from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm.versions import check_version
 from chiasm.launch.commands import model_name, threads_of
 from chiasm.launch.config import DeploymentConfig
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
+from chiasm.wire import Role
 
 CONNECTOR = "ChiasmECConnector"
 CONNECTOR_MODULE = "chiasm.integrations.vllm.ec_connector"
@@ -37,7 +37,7 @@ _EC_ROLES = {
     Role.DECODE: "ec_consumer",
 }
 """A decode instance asks for no embedding while it has P's KV. When it is short of blocks it computes a prompt again, and vLLM
-without a connector would then encode pictures that it has not, which ends the engine."""
+without a connector would then encode images that it has not, which ends the engine."""
 _RUN_WITHOUT_TOWER = ("qwen2_vl", "qwen2_5_vl")
 """Model types whose language model takes embeddings in without the vision tower. Where there is DeepStack, vLLM looks for it in
 the tower, and stops at the first embedding without one."""

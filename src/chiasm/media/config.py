@@ -19,7 +19,7 @@ class MediaConfig:
     max_media_bytes: int = 32 << 20
     """The largest file, in bytes as fetched or as decoded from base64."""
     max_image_pixels: int = 64_000_000
-    """The largest picture, height times width."""
+    """The largest image, height times width."""
     connect_timeout_seconds: float = 5.0
     """Name resolution, TCP and TLS of one hop."""
     fetch_timeout_seconds: float = 30.0

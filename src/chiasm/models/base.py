@@ -125,7 +125,7 @@ class Processor(ABC):
 
     @abstractmethod
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
-        """The geometry of a picture of this size in pixels, after rotation by EXIF.
+        """The geometry of an image of this size in pixels, after rotation by EXIF.
 
         Raises InvalidRequestError for a size that the image processor refuses.
         """
@@ -139,7 +139,7 @@ class Processor(ABC):
 
     @abstractmethod
     def preprocess(self, image: Image) -> Pixels:
-        """An RGB picture as the vision model's inputs, float32 on CPU; its geometry equals ``geometry_of_size``."""
+        """An RGB image as the vision model's inputs, float32 on CPU; its geometry equals ``geometry_of_size``."""
 
 
 class VisionModel(ABC):

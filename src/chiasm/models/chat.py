@@ -50,7 +50,7 @@ class ChatTemplate:
             )
         if any(self._placeholder in text for text in _strings([*messages, template_kwargs])):
             raise InvalidRequestError(
-                f"Text may not hold {self._placeholder}, which stands for a picture.", param="messages"
+                f"Text may not hold {self._placeholder}, which stands for an image.", param="messages"
             )
         options = {
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -90,7 +90,7 @@ class ChatTemplate:
                 return {"type": "image"} if self._writes_placeholder else _text_part(self._placeholder)
             case {"type": "text", "text": str(text)}:
                 return _text_part(text)
-        raise InvalidRequestError("A message's parts must be text or pictures.", param="messages")
+        raise InvalidRequestError("A message's parts must be text or images.", param="messages")
 
     def _takes(self, role: str, form: Form) -> bool:
         """Whether the template writes a message of this role with content of this form as it should."""

@@ -1,4 +1,4 @@
-"""From messages and pictures to token ids and pixels: all of a checkpoint but its weights."""
+"""From messages and images to token ids and pixels: all of a checkpoint but its weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LARGEST_SIDE = 1 << 20
-"""No picture has a longer side than this; it bounds the arithmetic on sizes that come from clients."""
+"""No image has a longer side than this; it bounds the arithmetic on sizes that come from clients."""
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
@@ -27,7 +27,7 @@ class TransformersProcessor(Processor):
 
     def __init__(self, checkpoint: Checkpoint, parts: ProcessorParts, family: Family) -> None:
         self.tokenizer = parts.tokenizer.backend_tokenizer
-        # What is cut or padded silently would move the pictures' places.
+        # What is cut or padded silently would move the images' places.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         text = parts.config.get_text_config()
@@ -67,7 +67,7 @@ class TransformersProcessor(Processor):
             raise InvalidRequestError(f"Token ids must be between 0 and {self.vocab_size - 1}.", param="prompt")
         if self._family.placeholder_id in token_ids:
             raise InvalidRequestError(
-                f"A prompt may not hold {self._placeholder}, which stands for a picture; use /v1/chat/completions.",
+                f"A prompt may not hold {self._placeholder}, which stands for an image; use /v1/chat/completions.",
                 param="prompt",
             )
         return Prompt(list(token_ids))
@@ -75,7 +75,7 @@ class TransformersProcessor(Processor):
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
         for side in (height, width):
             if type(side) is not int or not 1 <= side <= LARGEST_SIDE:
-                raise InvalidRequestError(f"A picture's height and width must be integers from 1 to {LARGEST_SIDE}.")
+                raise InvalidRequestError(f"An image's height and width must be integers from 1 to {LARGEST_SIDE}.")
         return self._family.geometry_of_size(height, width)
 
     def geometry_of_metadata(self, metadata: Metadata) -> ItemGeometry:
@@ -99,7 +99,7 @@ class TransformersProcessor(Processor):
         token = self.tokenizer.id_to_token(placeholder_id)
         if token is None or self.tokenizer.encode(token, add_special_tokens=False).ids != [placeholder_id]:
             raise ConfigurationError(
-                f"The tokenizer has no token {placeholder_id}, which stands for pictures: its files are missing, or "
+                f"The tokenizer has no token {placeholder_id}, which stands for images: its files are missing, or "
                 "belong to another model."
             )
         return token
@@ -116,8 +116,8 @@ class TransformersProcessor(Processor):
         places = [index for index, token in enumerate(token_ids) if token == self._family.placeholder_id]
         if len(places) != len(items):
             raise InvalidRequestError(
-                f"The messages hold {len(places)} places for pictures, but there are {len(items)} pictures. "
-                f"Text may not hold {self._placeholder}, and some chat templates take pictures in user messages only.",
+                f"The messages hold {len(places)} places for images, but there are {len(items)} images. "
+                f"Text may not hold {self._placeholder}, and some chat templates take images in user messages only.",
                 param="messages",
             )
         expanded: list[int] = []

@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from chiasm.errors import ConfigurationError, InvalidRequestError
 from chiasm.proxy.config import check_url
-from chiasm.proxy.fleet import Role, State
 from chiasm.proxy.gateway import Gateway
 from chiasm.proxy.pages import answer_json
+from chiasm.wire import InstanceState, Role
 
 _MAX_BODY_BYTES = 64 << 10
 
@@ -47,7 +47,7 @@ class Admin:
             raise InvalidRequestError("role must be encoder, pd, aggregated, prefill or decode", param="role")
         fleet = self._gateway.fleet
         known = fleet.get(order.url)
-        if known is not None and (known.state is not State.DRAINING or known.role is not order.role):
+        if known is not None and (known.state is not InstanceState.DRAINING or known.role is not order.role):
             raise HTTPException(409, f"{order.url} is there already, as {known.role}, {known.state}")
         if misfit := fleet.misfit(order.role):
             raise HTTPException(409, misfit)

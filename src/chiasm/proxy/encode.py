@@ -16,12 +16,13 @@ from msgspec import Raw
 
 from chiasm.errors import EmbeddingUnavailableError, OverloadedError
 from chiasm.proxy.context import RequestContext
-from chiasm.proxy.fleet import Fleet, Instance, Role
+from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.items import Item
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.timing import duration_seconds
 from chiasm.proxy.upstream import Answer, AnsweredError, Upstream, UpstreamError
+from chiasm.wire import Role
 
 _PATH = "/v1/chat/completions"
 _MAX_ANSWER_BYTES = 8 << 20
@@ -242,7 +243,7 @@ class Encoders:
 
     def _settle(self, flight: _Flight, outcome: Encoded | Exception) -> None:
         self._forget(flight)
-        flight.call = None  # no cycle that would keep the picture's bytes until a garbage collection
+        flight.call = None  # no cycle that would keep the image's bytes until a garbage collection
         if flight.result.done():
             return
         if isinstance(outcome, Encoded):
@@ -271,7 +272,7 @@ def _none_left(flight: _Flight) -> Exception:
     if not flight.attempts:
         return OverloadedError("no encoder is healthy; try again", code="no_encoder")
     return EmbeddingUnavailableError(
-        f"encoding a picture failed {flight.attempts} time(s) and no other encoder is left", code="encoder_lost"
+        f"encoding an image failed {flight.attempts} time(s) and no other encoder is left", code="encoder_lost"
     )
 
 

@@ -1,27 +1,17 @@
 """The instances behind the proxy: what is known of each, which may be used, and which comes next.
 
-State only: no clock and no I/O. ``probe`` feeds it with what instances say of themselves.
+InstanceState only: no clock and no I/O. ``probe`` feeds it with what instances say of themselves.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from blake3 import blake3
 
-
-class Role(enum.StrEnum):
-    """What an instance was configured to do."""
-
-    ENCODER = "encoder"
-    PD = "pd"
-    AGGREGATED = "aggregated"
-    PREFILL = "prefill"
-    DECODE = "decode"
-
+from chiasm.wire import InstanceState, Role
 
 WHOLE_ROLES = (Role.PD, Role.AGGREGATED)
 """Those that answer a request by themselves."""
@@ -33,20 +23,6 @@ _USUAL_SEQUENCES = 256
 """What a decode instance takes at one time if it doesn't say."""
 _FULL = 10.0
 """Added to the load of a decode instance that has no room: more than the load of any that has."""
-
-
-class State(enum.StrEnum):
-    """What the proxy makes of an instance. Only a healthy one is sent new work."""
-
-    STARTING = "starting"
-    """Not healthy yet since it was added."""
-    HEALTHY = "healthy"
-    UNHEALTHY = "unhealthy"
-    """The last probe or connection failed; a probe that succeeds brings it back."""
-    MISMATCHED = "mismatched"
-    """It answers, but serves another role, model, fingerprint, store or KV connector than the rest."""
-    DRAINING = "draining"
-    """Being removed; it goes when its last call has ended."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +78,12 @@ class Instance:
         """The report with which it named another store while it was healthy: a folder that was removed is made anew."""
 
     @property
-    def state(self) -> State:
+    def state(self) -> InstanceState:
         if self.draining:
-            return State.DRAINING
+            return InstanceState.DRAINING
         if self.failure is not None or self.report is None:
-            return State.UNHEALTHY if self.seen_healthy else State.STARTING
-        return State.MISMATCHED if self.mismatch else State.HEALTHY
+            return InstanceState.UNHEALTHY if self.seen_healthy else InstanceState.STARTING
+        return InstanceState.MISMATCHED if self.mismatch else InstanceState.HEALTHY
 
     @property
     def load(self) -> float:
@@ -166,7 +142,7 @@ class Fleet:
         return self._instances.get(url)
 
     def healthy(self, *roles: Role) -> list[Instance]:
-        return [one for one in self._instances.values() if one.role in roles and one.state is State.HEALTHY]
+        return [one for one in self._instances.values() if one.role in roles and one.state is InstanceState.HEALTHY]
 
     @property
     def hands_over(self) -> bool:
@@ -247,7 +223,7 @@ class Fleet:
         """A probe succeeded."""
         self._reports += 1
         instance.reported_at = self._reports
-        if instance.state is State.HEALTHY and instance.report and instance.report.ec_store != report.ec_store:
+        if instance.state is InstanceState.HEALTHY and instance.report and instance.report.ec_store != report.ec_store:
             instance.store_since = self._reports
         instance.report = report
         instance.failure = None

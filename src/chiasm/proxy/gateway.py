@@ -16,7 +16,7 @@ from chiasm.proxy.config import ProxyConfig, check_url
 from chiasm.proxy.context import RequestContext
 from chiasm.proxy.encode import Encoders
 from chiasm.proxy.exchange import CLIENT_CLOSED, ClientGoneError, Exchange
-from chiasm.proxy.fleet import Fleet, Role
+from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.language import LanguageInstances
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
@@ -24,6 +24,7 @@ from chiasm.proxy.request import parse_chat, parse_completion
 from chiasm.proxy.services import Services
 from chiasm.proxy.upstream import Upstream
 from chiasm.proxy.way import Way
+from chiasm.wire import Role
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -19,7 +19,7 @@ from chiasm.proxy.admission import Ticket
 from chiasm.proxy.context import RequestContext
 from chiasm.proxy.encode import Encoded
 from chiasm.proxy.exchange import Exchange
-from chiasm.proxy.fleet import Instance, Role
+from chiasm.proxy.fleet import Instance
 from chiasm.proxy.language import Place
 from chiasm.proxy.racing import end, unless_fails
 from chiasm.proxy.relay import PartRelay, read_handle
@@ -34,6 +34,7 @@ from chiasm.proxy.upstream import (
     ToldError,
     UpstreamError,
 )
+from chiasm.wire import Role
 
 _PARAMS = b"kv_transfer_params"
 _TRUE = b"true"

@@ -17,7 +17,7 @@ from chiasm.proxy.request import MediaPart
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One picture. Equal bytes under one salt and fingerprint have one identifier."""
+    """One image. Equal bytes under one salt and fingerprint have one identifier."""
 
     identifier: str
     height: int
@@ -42,7 +42,7 @@ class Item:
 
 
 class Items(NamedTuple):
-    """A request's items in the order of its media parts; the same picture twice is there twice."""
+    """A request's items in the order of its media parts; the same image twice is there twice."""
 
     items: list[Item]
     fetch_seconds: float | None

@@ -12,10 +12,11 @@ from types import TracebackType
 
 from chiasm.errors import ChiasmError, ModelNotFoundError, OverloadedError
 from chiasm.proxy.context import RequestContext
-from chiasm.proxy.fleet import WHOLE_ROLES, Fleet, Instance, Role
+from chiasm.proxy.fleet import WHOLE_ROLES, Fleet, Instance
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.upstream import Call, InstanceLostError, Upstream
+from chiasm.wire import Role
 
 _ATTEMPTS = 2
 _NAMES = {Role.PREFILL: "prefill instance", Role.DECODE: "decode instance"}

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from chiasm.proxy.fleet import Fleet, State
+from chiasm.proxy.fleet import Fleet
+from chiasm.wire import InstanceState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -110,7 +111,7 @@ class _FleetCollector(Collector):
         calls = GaugeMetricFamily("chiasm_proxy_instance_calls_in_flight", "Calls under way", labels=labels)
         for instance in self._fleet.instances:
             values = [instance.url, instance.role.value]
-            healthy.add_metric(values, float(instance.state is State.HEALTHY))
+            healthy.add_metric(values, float(instance.state is InstanceState.HEALTHY))
             work.add_metric(values, instance.outstanding)
             calls.add_metric(values, instance.in_flight)
         yield from (healthy, work, calls)

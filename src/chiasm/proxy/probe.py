@@ -8,8 +8,9 @@ import logging
 import msgspec
 
 from chiasm.errors import ChiasmError
-from chiasm.proxy.fleet import Fleet, Instance, Report, State
+from chiasm.proxy.fleet import Fleet, Instance, Report
 from chiasm.proxy.upstream import NoAnswerInTimeError, NoConnectionError, Upstream, UpstreamError
+from chiasm.wire import InstanceState
 
 _log = logging.getLogger(__name__)
 _MAX_ANSWER_BYTES = 1 << 20
@@ -94,7 +95,7 @@ class Prober:
         if running := self._checks.get(instance):
             await asyncio.wait({running})  # its answer may be older than the failure
         await self.check(instance)
-        return instance.state is State.HEALTHY
+        return instance.state is InstanceState.HEALTHY
 
     async def check(self, instance: Instance) -> None:
         """Probe it now; callers at the same time share one probe."""
@@ -107,7 +108,7 @@ class Prober:
     async def _watch(self, instance: Instance) -> None:
         while True:
             await self.check(instance)
-            absent = instance.state in {State.STARTING, State.UNHEALTHY}
+            absent = instance.state in {InstanceState.STARTING, InstanceState.UNHEALTHY}
             await asyncio.sleep(
                 min(self._interval_seconds, _WAITING_INTERVAL_SECONDS) if absent else self._interval_seconds
             )
@@ -118,7 +119,7 @@ class Prober:
             report = await self._ask(instance.url)
         except NoAnswerInTimeError as error:
             instance.missed_probes += 1
-            if instance.missed_probes >= _MISSES or instance.state is not State.HEALTHY:
+            if instance.missed_probes >= _MISSES or instance.state is not InstanceState.HEALTHY:
                 self._note(instance, error.message)
             return
         except UpstreamError as error:

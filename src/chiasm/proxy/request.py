@@ -183,7 +183,7 @@ def _refuse_value(name: str, value: Raw | UnsetType, why: str) -> None:
 def _media_part(part: _Part) -> MediaPart:
     if part.type == "image_embeds":
         raise InvalidRequestError(
-            "image_embeds parts are not taken from clients; send the picture as image_url", param="messages"
+            "image_embeds parts are not taken from clients; send the image as image_url", param="messages"
         )
     if part.type != "image_url":
         raise InvalidRequestError(

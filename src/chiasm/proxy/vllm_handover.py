@@ -19,7 +19,7 @@ from chiasm.proxy.admission import Ticket
 from chiasm.proxy.context import RequestContext
 from chiasm.proxy.encode import Encoded
 from chiasm.proxy.exchange import Exchange
-from chiasm.proxy.fleet import Instance, Role
+from chiasm.proxy.fleet import Instance
 from chiasm.proxy.racing import unless_fails
 from chiasm.proxy.relay import begin
 from chiasm.proxy.request import Request, with_member
@@ -33,6 +33,7 @@ from chiasm.proxy.upstream import (
     ToldError,
     UpstreamError,
 )
+from chiasm.wire import Role
 
 _PARAMS = b"kv_transfer_params"
 _OF_PREFILL = {

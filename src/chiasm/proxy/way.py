@@ -11,7 +11,7 @@ from chiasm.proxy.admission import Ticket
 from chiasm.proxy.context import RequestContext
 from chiasm.proxy.encode import Encoded
 from chiasm.proxy.exchange import Exchange
-from chiasm.proxy.fleet import WHOLE_ROLES, Instance, Role
+from chiasm.proxy.fleet import WHOLE_ROLES, Instance
 from chiasm.proxy.handover import Handover
 from chiasm.proxy.items import Item, embeds_part, read_items
 from chiasm.proxy.language import Place
@@ -21,6 +21,7 @@ from chiasm.proxy.request import Request
 from chiasm.proxy.services import Services
 from chiasm.proxy.upstream import Call
 from chiasm.proxy.vllm_handover import VllmHandover, can_be_handed_over
+from chiasm.wire import Role
 
 _Encoding = asyncio.Future[dict[str, Encoded]]
 
@@ -150,7 +151,7 @@ class Way:
                 await end(encoding)
 
     def _without_pixels(self, items: list[Item]) -> tuple[Callable[[Instance], Awaitable[bytes]], _Encoding]:
-        """Give the pictures to encoders, and the request what stands for them: what goes to an instance, and the encoding."""
+        """Give the images to encoders, and the request what stands for them: what goes to an instance, and the encoding."""
         request = self._request
         request.body = request.with_parts([item.image_embeds_part() for item in items])
         request.media = []

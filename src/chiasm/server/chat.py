@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chiasm.engine.config import Role
 from chiasm.engine.request import GenerateRequest
 from chiasm.server import encode, media
 from chiasm.server.answer import Form, answer, engine_requests
@@ -28,6 +27,7 @@ from chiasm.server.protocol import (
 )
 from chiasm.server.sampling import cache_salt, num_choices
 from chiasm.server.stages import Stage, stage_of
+from chiasm.wire import Role
 
 if TYPE_CHECKING:
     from chiasm.engine.engine import LanguageEngine
@@ -36,13 +36,13 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 
 
 async def chat_completions(exchange: Exchange) -> None:
-    """Answer a chat, or, on an encoder, encode its pictures."""
+    """Answer a chat, or, on an encoder, encode its images."""
     instance = exchange.instance
     request = await instance.parse(lambda: decode(_decoder, exchange.body), len(exchange.body))
     instance.check_model(request.model)
     check_messages(request, instance.config.max_messages)
     if instance.is_encoder:
-        await encode.encode_pictures(exchange, request)
+        await encode.encode_images(exchange, request)
     else:
         await _generate(exchange, request)
 
@@ -51,7 +51,7 @@ async def _generate(exchange: Exchange, request: ChatRequest) -> None:
     engine = exchange.instance.language_engine
     stage = stage_of(engine.config.role, request)
     requests = await _engine_requests(exchange, engine, request, stage)
-    # The pictures as they came are large, and an answer may take long.
+    # The images as they came are large, and an answer may take long.
     request.messages = []
     exchange.release_body()
     await answer(exchange, engine, _FORM, stage, requests, stream_options(request))
@@ -70,12 +70,12 @@ async def _engine_requests(
             prompt = await chat_prompt(exchange, engine, request, items)
         return engine_requests(exchange, engine, request, stage, [prompt])
     parts = media.media_parts(request, media.IMAGE_URL, engine.config.max_items)
-    pictures = await media.fetch_pictures(exchange, engine, parts, salt=salt)
-    items = [(name, engine.processor.geometry_of_size(info.height, info.width)) for name, _, info in pictures]
+    images = await media.fetch_images(exchange, engine, parts, salt=salt)
+    items = [(name, engine.processor.geometry_of_size(info.height, info.width)) for name, _, info in images]
     async with exchange.until_deadline():
         prompt = await chat_prompt(exchange, engine, request, items)
     (generate,) = engine_requests(exchange, engine, request, stage, [prompt])
-    return [replace(generate, pixels=await media.preprocess_pictures(exchange, engine.processor, pictures))]
+    return [replace(generate, pixels=await media.preprocess_images(exchange, engine.processor, images))]
 
 
 def _choice(index: int, choice: Choice, logprobs: ChatLogprobs | None) -> ChatChoice:

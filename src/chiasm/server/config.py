@@ -28,7 +28,7 @@ class ServerConfig:
     max_prompts: int = 64
     """Of one completion request."""
     media: MediaConfig = field(default_factory=MediaConfig)
-    """Of pictures in requests; a pd instance fetches none."""
+    """Of images in requests; a pd instance fetches none."""
     threads: int = 2
     """For tokenizing, decoding and preprocessing, none of which runs on the event loop."""
 

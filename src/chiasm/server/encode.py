@@ -1,4 +1,4 @@
-"""What an encoder answers to a chat that holds nothing but pictures."""
+"""What an encoder answers to a chat that holds nothing but images."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from chiasm.server.sampling import cache_salt
 from chiasm.server.stages import stage_of
 
 
-async def encode_pictures(exchange: Exchange, request: ChatRequest) -> None:
-    """Encode and publish the pictures under their ``uuid``, and say what sizes their placeholders.
+async def encode_images(exchange: Exchange, request: ChatRequest) -> None:
+    """Encode and publish the images under their ``uuid``, and say what sizes their placeholders.
 
-    A picture without one is named by its content.
+    An image without one is named by its content.
     """
     engine = exchange.instance.encoder_engine
     stage_of(engine.config.role, request)
@@ -34,13 +34,12 @@ async def encode_pictures(exchange: Exchange, request: ChatRequest) -> None:
     parts = media.media_parts(request, media.IMAGE_URL, engine.config.max_items)
     _refuse_text(request)
     if not parts:
-        raise InvalidRequestError("There is no picture to encode.", param="messages")
-    pictures = await media.fetch_pictures(exchange, engine, parts, salt=cache_salt(request), named=True)
-    names = [picture.identifier for picture in pictures]
-    by_identifier = dict(zip(names, pictures, strict=True))
+        raise InvalidRequestError("There is no image to encode.", param="messages")
+    images = await media.fetch_images(exchange, engine, parts, salt=cache_salt(request), named=True)
+    names = [image.identifier for image in images]
+    by_identifier = dict(zip(names, images, strict=True))
     distinct = [
-        EncodeItem(name, picture.data, picture.info.height, picture.info.width)
-        for name, picture in by_identifier.items()
+        EncodeItem(name, image.data, image.info.height, image.info.width) for name, image in by_identifier.items()
     ]
     encoded = await engine.encode(exchange.engine_id, distinct, exchange.deadline)
     by_name = {item.identifier: item for item in encoded}
@@ -57,7 +56,7 @@ async def encode_pictures(exchange: Exchange, request: ChatRequest) -> None:
 
 
 def _ec_transfer_params(names: list[str], by_name: dict[str, EncodedItem]) -> dict[str, dict[str, Any]]:
-    """By identifier: the places of the item among the request's pictures, and its metadata."""
+    """By identifier: the places of the item among the request's images, and its metadata."""
     params: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(names):
         entry = params.setdefault(name, {"item_indices": [], "metadata": by_name[name].metadata})
@@ -74,6 +73,6 @@ def _refuse_text(request: ChatRequest) -> None:
     else:
         return
     raise InvalidRequestError(
-        "This instance is an encoder and takes pictures only; send text to a pd or aggregated instance, or to the proxy.",
+        "This instance is an encoder and takes images only; send text to a pd or aggregated instance, or to the proxy.",
         param="messages",
     )

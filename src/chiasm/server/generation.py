@@ -16,7 +16,7 @@ from chiasm.server.protocol import PromptTokensDetails, Usage
 if TYPE_CHECKING:
     from chiasm.engine.engine import LanguageEngine
     from chiasm.engine.request import FinishReason, Output, RequestTiming, TokenLogprobs
-    from chiasm.kv_transfer import KVTransferParams
+    from chiasm.wire import KVTransferParams
 
 
 class Step(NamedTuple):

@@ -1,4 +1,4 @@
-"""Pictures of a request: which parts an instance of each role takes, and what it makes of them."""
+"""Images of a request: which parts an instance of each role takes, and what it makes of them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 IMAGE_URL = "image_url"
 IMAGE_EMBEDS = "image_embeds"
 _NOT_HERE = {
-    IMAGE_URL: "This instance has no encoder and takes no pictures: send the request to the proxy or to an aggregated "
+    IMAGE_URL: "This instance has no encoder and takes no images: send the request to the proxy or to an aggregated "
     "instance.",
-    IMAGE_EMBEDS: "This instance encodes pictures itself: send them as image_url parts.",
+    IMAGE_EMBEDS: "This instance encodes images itself: send them as image_url parts.",
 }
 
 
-class Picture(NamedTuple):
-    """A picture of a request, fetched."""
+class ImageFile(NamedTuple):
+    """An image of a request, fetched."""
 
     identifier: str
     data: bytes
@@ -57,7 +57,7 @@ def media_parts(request: ChatRequest, taken: str, max_items: int) -> list[Part]:
             parts.append(part)
     if len(parts) > max_items:
         raise InvalidRequestError(
-            f"The request has {len(parts)} pictures and {max_items} is the limit.",
+            f"The request has {len(parts)} images and {max_items} is the limit.",
             param="messages",
             code="too_many_items",
         )
@@ -84,7 +84,7 @@ def _metadata(value: object) -> Metadata:
     """Metadata as the processor takes it: vLLM sends the values of one item flat, or nested by one level."""
     if not isinstance(value, Mapping):
         raise InvalidRequestError(
-            'image_embeds must be an object that gives the picture\'s size, such as {"image_size": [height, width]}; '
+            'image_embeds must be an object that gives the image\'s size, such as {"image_size": [height, width]}; '
             "tensors are not taken.",
             param="messages",
         )
@@ -98,13 +98,13 @@ def _flat(values: Any) -> Any:
     return values
 
 
-# ---- encoder and aggregated: pictures ----------------------------------------------------------------------------------
+# ---- encoder and aggregated: images ----------------------------------------------------------------------------------
 
 
-async def fetch_pictures(
+async def fetch_images(
     exchange: Exchange, engine: Engine, parts: Sequence[Part], *, salt: str = "", named: bool = False
-) -> list[Picture]:
-    """Fetch, check and name the pictures of ``image_url`` parts, all at once.
+) -> list[ImageFile]:
+    """Fetch, check and name the images of ``image_url`` parts, all at once.
 
     Names are by content; with ``named``, a part's ``uuid`` is one already, made by whoever hashed the content before.
 
@@ -114,16 +114,16 @@ async def fetch_pictures(
     async with exchange.until_deadline():
         fetches = [asyncio.ensure_future(_fetch(exchange, engine, part, salt, named)) for part in parts]
         try:
-            pictures = await asyncio.gather(*fetches)
+            images = await asyncio.gather(*fetches)
         finally:
             for fetch in fetches:
                 fetch.cancel()
     if parts:
         exchange.timing.fetch_seconds = time.monotonic() - started
-    return pictures
+    return images
 
 
-async def _fetch(exchange: Exchange, engine: Engine, part: Part, salt: str, named: bool) -> Picture:
+async def _fetch(exchange: Exchange, engine: Engine, part: Part, salt: str, named: bool) -> ImageFile:
     instance = exchange.instance
     fetcher = instance.fetcher
     url = part.image_url.url if isinstance(part.image_url, ImageURL) else part.image_url
@@ -131,24 +131,22 @@ async def _fetch(exchange: Exchange, engine: Engine, part: Part, salt: str, name
     is_data = url[:5].lower() == "data:"
     fetched = b"" if is_data else await fetcher.fetch(url)
 
-    def examine() -> Picture:
+    def examine() -> ImageFile:
         data = fetcher.decode_data_url(url.encode(errors="replace")) if is_data else fetched
         info = inspect(data, instance.config.media)
         name = part.uuid if named else None
-        return Picture(name or identifier(data, fingerprint=engine.model_fingerprint, salt=salt), data, info)
+        return ImageFile(name or identifier(data, fingerprint=engine.model_fingerprint, salt=salt), data, info)
 
     return await instance.in_thread(examine)
 
 
-async def preprocess_pictures(
-    exchange: Exchange, processor: Processor, pictures: Sequence[Picture]
-) -> dict[str, Pixels]:
-    """Pixels by identifier, each distinct picture once. Raises MediaError, and TimeoutError at the deadline."""
-    if not pictures:
+async def preprocess_images(exchange: Exchange, processor: Processor, images: Sequence[ImageFile]) -> dict[str, Pixels]:
+    """Pixels by identifier, each distinct image once. Raises MediaError, and TimeoutError at the deadline."""
+    if not images:
         return {}
     instance = exchange.instance
     started = time.monotonic()
-    distinct = {picture.identifier: picture.data for picture in pictures}
+    distinct = {image.identifier: image.data for image in images}
 
     def preprocess(data: bytes) -> Pixels:
         return processor.preprocess(decode(data, instance.config.media))

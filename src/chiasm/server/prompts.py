@@ -43,7 +43,7 @@ def check_messages(request: ChatRequest, max_messages: int) -> None:
 async def chat_prompt(
     exchange: Exchange, engine: LanguageEngine, request: ChatRequest, items: Sequence[tuple[str, ItemGeometry]]
 ) -> Prompt:
-    """Render and tokenize a chat; ``items`` are its pictures in order. Raises InvalidRequestError."""
+    """Render and tokenize a chat; ``items`` are its images in order. Raises InvalidRequestError."""
     continue_final = bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
         raise InvalidRequestError(
@@ -108,7 +108,7 @@ def _checked(engine: LanguageEngine, prompt: Prompt, param: str) -> Prompt:
 def _too_long(tokens: str, limit: int, param: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"The prompt has {tokens} tokens, and this model's context is {limit} tokens, answer included. "
-        "Shorten the prompt, or send fewer or smaller pictures.",
+        "Shorten the prompt, or send fewer or smaller images.",
         param=param,
         code="context_length_exceeded",
     )

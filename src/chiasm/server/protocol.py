@@ -13,7 +13,7 @@ import msgspec
 
 from chiasm.engine.request import FinishReason
 from chiasm.errors import InvalidRequestError
-from chiasm.kv_transfer import KVTransferParams
+from chiasm.wire import KVTransferParams
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class GenerationFields(Unsupported, kw_only=True):
 
 
 class ImageURL(msgspec.Struct):
-    """Where a picture is: a ``data:``, http(s) or file URL."""
+    """Where an image is: a ``data:``, http(s) or file URL."""
 
     url: str
 

@@ -10,12 +10,11 @@ from dataclasses import replace
 
 from msgspec.structs import replace as with_fields
 
-from chiasm.engine.config import Role
 from chiasm.engine.request import GenerateRequest, SamplingParams
 from chiasm.errors import InvalidRequestError
-from chiasm.kv_transfer import KVTransferParams
 from chiasm.server.protocol import GenerationFields
 from chiasm.server.sampling import num_choices
+from chiasm.wire import KVTransferParams, Role
 
 PARAM = "kv_transfer_params"
 _REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")

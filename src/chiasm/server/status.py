@@ -12,10 +12,10 @@ from starlette.responses import Response
 
 from chiasm import __version__
 from chiasm.cores import allowed_cpus
-from chiasm.engine.config import Role
 from chiasm.errors import StorageError
 from chiasm.server.instance import Instance
 from chiasm.server.protocol import ModelCard, ModelList
+from chiasm.wire import Role
 
 
 class Status:

@@ -17,7 +17,7 @@ class ServerTiming:
 
     arrival: float = field(default_factory=time.monotonic)
     fetch_seconds: float | None = None
-    """Getting the bytes of all pictures."""
+    """Getting the bytes of all images."""
     preprocess_seconds: float | None = None
     """Decoding and preprocessing them."""
     first_output: float | None = None

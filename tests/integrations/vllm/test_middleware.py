@@ -277,7 +277,7 @@ async def test_what_is_no_size_keeps_its_bytes() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        ask("no picture", temperature=0),
+        ask("no image", temperature=0),
         ask({"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 6, 6]}, "uuid": "anything"}),
         b'{"messages" : [ ] }',
         b"no json",
@@ -331,7 +331,7 @@ async def test_an_error_of_a_request_that_names_embeddings_is_explained() -> Non
     assert answer.status == 503
     assert answer.json["error"]["type"] == "embedding_unavailable_error"
     assert answer.headers[b"retry-after"] == b"1"
-    other = await server.chat(ask("no picture"))
+    other = await server.chat(ask("no image"))
     assert (other.status, other.body) == (500, b"answered")
 
 

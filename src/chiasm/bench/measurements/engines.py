@@ -7,14 +7,14 @@ from dataclasses import replace
 from chiasm.bench import prompts
 from chiasm.bench.checkpoints import third_of_a_billion
 from chiasm.bench.client import Answer
+from chiasm.bench.images import photo
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
-from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import aggregated, encoder_and_pds, running
 from chiasm.bench.vllm import DTYPE, on_vllm
 from chiasm.launch import DeploymentConfig
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
 
 _WARM_UP = 2
 _ANSWER_TOKENS = 24
@@ -26,11 +26,9 @@ class Engines(Measurement):
     """One request at a time, the same to all four deployments, which take turns in who is first."""
 
     name = "engines"
-    purpose = (
-        "Time to first token of a picture and time per token: vLLM beside the built-in engine, aggregated and E+PD"
-    )
+    purpose = "Time to first token of an image and time per token: vLLM beside the built-in engine, aggregated and E+PD"
     target = "none: side by side"
-    engine = Engine.VLLM
+    engine = EngineKind.VLLM
 
     async def run(self, bench: Bench) -> Outcome:
         outcome = Outcome()
@@ -39,7 +37,7 @@ class Engines(Measurement):
         rounds = min(rounds, bench.samples(12, quick=2))
         await _compare(bench, outcome, "0.3 B", await third_of_a_billion(bench), rounds)
         outcome.notes.append(
-            f"Answers of {_ANSWER_TOKENS} tokens; a picture of 512 x 512 pixels, new each time. All in float32, with as many "
+            f"Answers of {_ANSWER_TOKENS} tokens; an image of 512 x 512 pixels, new each time. All in float32, with as many "
             "threads an instance."
         )
         return outcome
@@ -53,9 +51,9 @@ async def _compare(bench: Bench, outcome: Outcome, label: str, model: str, round
         bench.step(label)
         bench.total(rounds + _WARM_UP)
         for index in range(-_WARM_UP, rounds):
-            picture = photo(f"engines {bench.seed} {label} {index}")
+            image = photo(f"engines {bench.seed} {label} {index}")
             body = prompts.ask(
-                [picture], _QUESTION, max_tokens=_ANSWER_TOKENS, stream=True, ignore_eos=True, logprobs=True
+                [image], _QUESTION, max_tokens=_ANSWER_TOKENS, stream=True, ignore_eos=True, logprobs=True
             )
             for turn in range(len(configs)):
                 which = (turn + index) % len(configs)

@@ -22,8 +22,8 @@ from chiasm.bench.topology import (
     prefill_and_decode,
     running,
 )
-from chiasm.engine.config import Role
 from chiasm.launch import Deployment, DeploymentConfig
+from chiasm.wire import Role
 
 _MAX_TOKENS = 24
 GREEDY, SAMPLED = "greedy", "sampled"

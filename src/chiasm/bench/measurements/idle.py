@@ -6,9 +6,9 @@ import asyncio
 import time
 
 from chiasm.bench import prompts
+from chiasm.bench.images import photo
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
-from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import mean_of
 from chiasm.bench.topology import NIXL, NO_NIXL, cpu_seconds, kv_connectors, prefill_and_decode, running
 from chiasm.launch import Deployment
@@ -22,7 +22,7 @@ _ANSWER_TOKENS = 8
 
 
 class Idle(Measurement):
-    """One request with a picture goes through E, P and D, so that all connections are made; then nothing is sent."""
+    """One request with an image goes through E, P and D, so that all connections are made; then nothing is sent."""
 
     name = "idle"
     purpose = "Time on a core that E, P, D and the proxy take without requests"
@@ -34,8 +34,8 @@ class Idle(Measurement):
         outcome = Outcome()
         for connector in kv_connectors():
             async with running(bench, prefill_and_decode(bench.model, kv_connector=connector)) as (deployment,):
-                picture = photo(f"idle {bench.seed}")
-                body = prompts.ask([picture], "What is shown?", max_tokens=_ANSWER_TOKENS, stream=True, ignore_eos=True)
+                image = photo(f"idle {bench.seed}")
+                body = prompts.ask([image], "What is shown?", max_tokens=_ANSWER_TOKENS, stream=True, ignore_eos=True)
                 await bench.client.chat(deployment.url, body)
                 await asyncio.sleep(_SETTLING_SECONDS)
                 bench.step(f"{connector}, nothing is sent")

@@ -1,4 +1,4 @@
-"""Whether a running text stream feels that others' pictures are encoded."""
+"""Whether a running text stream feels that others' images are encoded."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import partial
 from chiasm.bench import prompts
 from chiasm.bench.alone import QUESTION, SIDE, balanced_checkpoint
 from chiasm.bench.arrivals import open_loop, poisson
+from chiasm.bench.images import photo
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
-from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import median, quantile, quantile_ratio
 from chiasm.bench.streams import gaps_meanwhile
 from chiasm.bench.topology import aggregated, cores, pinned, running
@@ -18,7 +18,7 @@ from chiasm.bench.topology import aggregated, cores, pinned, running
 _AT_MOST = 0.5
 _SHARE = 0.99
 _LOAD = 0.5
-"""Pictures arrive so that an aggregated instance is busy with them for this share of the time."""
+"""Images arrive so that an aggregated instance is busy with them for this share of the time."""
 _SECONDS = 8.0
 _QUICK_SECONDS = 1.5
 _SINGLES = 7
@@ -28,11 +28,11 @@ _ANSWER_TOKENS = 2
 
 
 class Isolation(Measurement):
-    """Both topologies have two cores. Pictures never seen before arrive at random times, the same for both."""
+    """Both topologies have two cores. Images never seen before arrive at random times, the same for both."""
 
     name = "isolation"
     purpose = (
-        "Gaps between the tokens of a text stream while pictures keep coming: E+PD on one core each, aggregated on both"
+        "Gaps between the tokens of a text stream while images keep coming: E+PD on one core each, aggregated on both"
     )
     target = f"99th percentile at most {_AT_MOST} times aggregated's"
 
@@ -43,8 +43,8 @@ class Isolation(Measurement):
         async with running(bench, aggregated(model, cpus=cores()), pinned(model)) as deployments:
             urls = [deployment.url for deployment in deployments]
             texts = prompts.Texts(deployments[0].folder, bench.seed)
-            rate = _LOAD / await _seconds_of_a_picture(bench, urls)
-            bench.step(f"{rate:.1f} pictures a second")
+            rate = _LOAD / await _seconds_of_an_image(bench, urls)
+            bench.step(f"{rate:.1f} images a second")
             bench.total(2 * rounds)
             gaps: list[list[list[float]]] = [[], []]
             calm: list[list[float]] = [[], []]
@@ -68,9 +68,9 @@ class Isolation(Measurement):
         return _outcome(gaps, calm, rate, bench.seed)
 
 
-async def _seconds_of_a_picture(bench: Bench, urls: list[str]) -> float:
-    """What a picture takes the aggregated instance alone; both topologies are warm afterwards."""
-    bench.step("pictures alone")
+async def _seconds_of_an_image(bench: Bench, urls: list[str]) -> float:
+    """What an image takes the aggregated instance alone; both topologies are warm afterwards."""
+    bench.step("images alone")
     taken = []
     for index in range(_SINGLES):
         body = prompts.ask([photo(f"alone {bench.seed} {index}", SIDE)], QUESTION, max_tokens=_ANSWER_TOKENS)
@@ -90,13 +90,13 @@ def _outcome(gaps: list[list[list[float]]], calm: list[list[float]], rate: float
         outcome.figures += [
             Figure(f"{label}: p99", quantile(values, _SHARE), "ms"),
             Figure(f"{label}: median", median(values), "ms"),
-            Figure(f"{label}: median without pictures", 1000 * median(alone), "ms"),
+            Figure(f"{label}: median without images", 1000 * median(alone), "ms"),
         ]
     limit = _AT_MOST * quantile(all_gaps[0], _SHARE)
     series = [Series("aggregated", all_gaps[0]), Series("E+PD", all_gaps[1], limit)]
     outcome.panels.append(Panel("isolation: gaps between tokens", "ms", series, tail=True, logarithmic=True))
     outcome.notes.append(
-        f"{rate:.1f} pictures a second, half of what keeps the aggregated instance busy; "
+        f"{rate:.1f} images a second, half of what keeps the aggregated instance busy; "
         f"{len(all_gaps[0])} and {len(all_gaps[1])} gaps."
     )
     return outcome

@@ -11,7 +11,7 @@ from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
 from chiasm.bench.statistics import median, median_of, paired_ratio
 from chiasm.bench.topology import NIXL, NO_NIXL, SHARED_MEMORY, kv_connectors, prefill_and_decode, running
-from chiasm.engine.config import Role
+from chiasm.wire import Role
 
 _MEGABYTE = 1_000_000
 _LARGEST = "1 GB"

@@ -7,12 +7,12 @@ import time
 
 from chiasm.bench import prompts
 from chiasm.bench.alone import identifier_of
+from chiasm.bench.images import noise
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
-from chiasm.bench.pictures import noise
 from chiasm.bench.statistics import median, paired_difference, quantile
 from chiasm.bench.topology import encoder_and_pds, proxy_memory_bytes, running
-from chiasm.engine.config import Role
+from chiasm.wire import Role
 
 _TEXT_AT_MOST_MS = 2.0
 _IMAGE_AT_MOST_MS = 5.0
@@ -29,7 +29,7 @@ class Proxy(Measurement):
     name = "proxy"
     purpose = "The proxy's own cost: through it, minus straight to the instances"
     target = (
-        f"median {_TEXT_AT_MOST_MS:g} ms for text, {_IMAGE_AT_MOST_MS:g} ms for 1 MB of picture; under 120 MB resident"
+        f"median {_TEXT_AT_MOST_MS:g} ms for text, {_IMAGE_AT_MOST_MS:g} ms for 1 MB of image; under 120 MB resident"
     )
 
     async def run(self, bench: Bench) -> Outcome:
@@ -37,10 +37,10 @@ class Proxy(Measurement):
         outcome = Outcome()
         async with running(bench, encoder_and_pds(bench.model)) as (deployment,):
             texts = prompts.Texts(deployment.folder, bench.seed)
-            picture = _Picture(noise(f"proxy {bench.seed}", _IMAGE_BYTES), deployment.urls(Role.ENCODER)[0])
+            image = _ImageFile(noise(f"proxy {bench.seed}", _IMAGE_BYTES), deployment.urls(Role.ENCODER)[0])
             (pd,) = deployment.urls(Role.PD)
-            await picture.publish(bench)
-            for kind, limit in (("text", _TEXT_AT_MOST_MS), ("1 MB picture", _IMAGE_AT_MOST_MS)):
+            await image.publish(bench)
+            for kind, limit in (("text", _TEXT_AT_MOST_MS), ("1 MB image", _IMAGE_AT_MOST_MS)):
                 bench.step(kind)
                 bench.total(pairs + _WARM_UP)
                 straight: list[float] = []
@@ -54,9 +54,9 @@ class Proxy(Measurement):
                             url = deployment.url if is_through else pd
                             seconds, timing, _ = await bench.client.post(url, body)
                         elif is_through:
-                            seconds, timing, _ = await bench.client.post(deployment.url, picture.body(question))
+                            seconds, timing, _ = await bench.client.post(deployment.url, image.body(question))
                         else:
-                            seconds = await picture.straight(bench, pd, question)
+                            seconds = await image.straight(bench, pd, question)
                         if index >= 0:
                             (through if is_through else straight).append(1000 * seconds)
                             if is_through:
@@ -87,13 +87,13 @@ class Proxy(Measurement):
             memory = proxy_memory_bytes(deployment) / 1e6
         outcome.figures.append(Figure("resident memory afterwards", memory, "MB", _MEMORY_AT_MOST_MB))
         outcome.notes.append(
-            "The picture's embedding is there beforehand in both cases, so that the noise of encoding is not in the difference."
+            "The image's embedding is there beforehand in both cases, so that the noise of encoding is not in the difference."
         )
         return outcome
 
 
-class _Picture:
-    """One picture, as a client sends it to the proxy, and as the proxy would pass it on."""
+class _ImageFile:
+    """One image, as a client sends it to the proxy, and as the proxy would pass it on."""
 
     def __init__(self, data: bytes, encoder: str) -> None:
         self._encoder = encoder

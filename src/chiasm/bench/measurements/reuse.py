@@ -1,16 +1,16 @@
-"""Whether a picture that was encoded once is as cheap as text for every PD."""
+"""Whether an image that was encoded once is as cheap as text for every PD."""
 
 from __future__ import annotations
 
 from chiasm.bench import prompts
+from chiasm.bench.images import photo
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
-from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import encoder_and_pds, running
-from chiasm.engine.config import Role
 from chiasm.errors import ChiasmError
 from chiasm.launch import Deployment
+from chiasm.wire import Role
 
 _AT_MOST = 1.2
 _WARM_UP = 3
@@ -20,10 +20,10 @@ _USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 class Reuse(Measurement):
-    """A picture goes to one PD, then to the other, then a text of as many tokens to each; all prompts are new to both."""
+    """An image goes to one PD, then to the other, then a text of as many tokens to each; all prompts are new to both."""
 
     name = "reuse"
-    purpose = "A second request with the same picture, to another PD, against text of the same length"
+    purpose = "A second request with the same image, to another PD, against text of the same length"
     target = f"no encode; time to first token at most {_AT_MOST} times the text's"
 
     async def run(self, bench: Bench) -> Outcome:
@@ -34,14 +34,14 @@ class Reuse(Measurement):
         async with running(bench, encoder_and_pds(bench.model, pds=2)) as (deployment,):
             texts = prompts.Texts(deployment.folder, bench.seed)
             extra = await self._template_tokens(bench, deployment, texts)
-            bench.step("the same picture, another PD")
+            bench.step("the same image, another PD")
             bench.total(rounds + _WARM_UP)
             before = await self._counts(bench, deployment)
             for index in range(-_WARM_UP, rounds):
                 if index == 0:
                     before = await self._counts(bench, deployment)
-                picture = photo(f"reuse {bench.seed} {index}")
-                body = prompts.ask([picture], _QUESTION, max_tokens=_ANSWER_TOKENS, **_USAGE)
+                image = photo(f"reuse {bench.seed} {index}")
+                body = prompts.ask([image], _QUESTION, max_tokens=_ANSWER_TOKENS, **_USAGE)
                 first = await bench.client.chat(deployment.url, body)
                 second = await bench.client.chat(deployment.url, body)
                 text = texts.of(first.prompt_tokens - extra)
@@ -50,18 +50,18 @@ class Reuse(Measurement):
                     for content in (text, texts.of(first.prompt_tokens - extra))
                 ]
                 if {answer.prompt_tokens for answer in words} != {first.prompt_tokens}:
-                    raise ChiasmError("the text and the picture came to different numbers of tokens")
+                    raise ChiasmError("the text and the image came to different numbers of tokens")
                 if index >= 0:
                     firsts.append(1000 * first.ttft_seconds)
                     seconds.append(1000 * second.ttft_seconds)
-                    # The PDs take turns, so the second text went where the second picture did.
+                    # The PDs take turns, so the second text went where the second image did.
                     of_text.append(1000 * words[1].ttft_seconds)
                 bench.advance()
             after = await self._counts(bench, deployment)
         encoded, *hits = (now - then for now, then in zip(after, before, strict=True))
         outcome = Outcome()
         outcome.figures += [
-            Figure("encodes beyond one a picture", encoded - rounds, "", 0),
+            Figure("encodes beyond one an image", encoded - rounds, "", 0),
             Figure.of(
                 "second request / text of the same length",
                 paired_ratio(of_text, seconds, seed=bench.seed),
@@ -73,7 +73,7 @@ class Reuse(Measurement):
             Figure("text, median", median(of_text), "ms"),
         ]
         outcome.notes.append(
-            f"{rounds} pictures, {encoded:.0f} encodes; embeddings found at once by the PDs: "
+            f"{rounds} images, {encoded:.0f} encodes; embeddings found at once by the PDs: "
             + " and ".join(f"{number:.0f}" for number in hits)
         )
         outcome.panels.append(

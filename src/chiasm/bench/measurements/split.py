@@ -6,9 +6,9 @@ from chiasm.bench import prompts
 from chiasm.bench.checkpoints import synthetic
 from chiasm.bench.client import Answer
 from chiasm.bench.handover_gap import PROMPT_TOKENS, first_and_later_gaps
+from chiasm.bench.images import photo
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
-from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import encoder_and_pds, prefill_and_decode, running
 
@@ -25,7 +25,7 @@ class Split(Measurement):
     """One request at a time, the same to both topologies, which take turns in who is first."""
 
     name = "split"
-    purpose = "E+P+D against E+PD on an idle machine: time to first token of one picture, and the gap that follows it"
+    purpose = "E+P+D against E+PD on an idle machine: time to first token of one image, and the gap that follows it"
     target = (
         f"time to first token at most {_TTFT_AT_MOST} times E+PD's; between tokens one and two of a {PROMPT_TOKENS}-token "
         f"prompt at most {_GAP_AT_MOST:g} times the median of the gaps after"
@@ -48,15 +48,15 @@ class Split(Measurement):
             urls = [deployment.url for deployment in deployments]
             texts = prompts.Texts(deployments[0].folder, bench.seed)
 
-            def picture_body(index: int) -> bytes:
-                picture = photo(f"split {bench.seed} {label} {index}")
-                return prompts.ask([picture], _QUESTION, max_tokens=2, stream=True, ignore_eos=True)
+            def image_body(index: int) -> bytes:
+                image = photo(f"split {bench.seed} {label} {index}")
+                return prompts.ask([image], _QUESTION, max_tokens=2, stream=True, ignore_eos=True)
 
             def text_body(index: int) -> bytes:
                 return prompts.stream(texts.of(PROMPT_TOKENS), _ANSWER_TOKENS)
 
-            found: dict[str, list[list[Answer]]] = {"picture": [[], []], "text": [[], []]}
-            for kind, body_of in (("picture", picture_body), ("text", text_body)):
+            found: dict[str, list[list[Answer]]] = {"image": [[], []], "text": [[], []]}
+            for kind, body_of in (("image", image_body), ("text", text_body)):
                 bench.step(f"{label}, {kind}")
                 bench.total(pairs + warm_up)
                 for index in range(-warm_up, pairs):
@@ -66,7 +66,7 @@ class Split(Measurement):
                         if index >= 0:
                             found[kind][which].append(answer)
                     bench.advance()
-        _report_ttft(outcome, label, found["picture"], bench.seed, judged=judged)
+        _report_ttft(outcome, label, found["image"], bench.seed, judged=judged)
         _report_gap(outcome, label, found["text"], bench.seed, judged=judged)
 
 
@@ -75,13 +75,13 @@ def _report_ttft(outcome: Outcome, label: str, found: list[list[Answer]], seed: 
     limit = _TTFT_AT_MOST if judged else None
     outcome.figures += [
         Figure.of(
-            f"{label}, picture, first token: E+P+D / E+PD", paired_ratio(whole, apart, seed=seed), "x", at_most=limit
+            f"{label}, image, first token: E+P+D / E+PD", paired_ratio(whole, apart, seed=seed), "x", at_most=limit
         ),
-        Figure(f"{label}, picture, first token: E+PD, median", median(whole), "ms"),
-        Figure(f"{label}, picture, first token: E+P+D, median", median(apart), "ms"),
+        Figure(f"{label}, image, first token: E+PD, median", median(whole), "ms"),
+        Figure(f"{label}, image, first token: E+P+D, median", median(apart), "ms"),
     ]
     series = [Series("E+PD", whole), Series("E+P+D", apart, None if limit is None else limit * median(whole))]
-    outcome.panels.append(Panel(f"split: picture, first token, {label}", "ms", series))
+    outcome.panels.append(Panel(f"split: image, first token, {label}", "ms", series))
 
 
 def _report_gap(outcome: Outcome, label: str, found: list[list[Answer]], seed: int, *, judged: bool) -> None:

@@ -1,12 +1,12 @@
-"""What it costs a single picture that its encoder is another process."""
+"""What it costs a single image that its encoder is another process."""
 
 from __future__ import annotations
 
 from chiasm.bench import prompts
 from chiasm.bench.checkpoints import synthetic
+from chiasm.bench.images import photo
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
-from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import aggregated, encoder_and_pds, running
 
@@ -21,7 +21,7 @@ class Ttft(Measurement):
     """One request at a time, the same to both topologies, which take turns in who is first."""
 
     name = "ttft"
-    purpose = "Time to first token of one picture on an idle machine: E+PD against aggregated"
+    purpose = "Time to first token of one image on an idle machine: E+PD against aggregated"
     target = f"at most {_AT_MOST} times aggregated, same threads"
 
     async def run(self, bench: Bench) -> Outcome:
@@ -29,7 +29,7 @@ class Ttft(Measurement):
         await self._compare(bench, bench.model, bench.model.rstrip("/").rpartition("/")[2], outcome)
         await self._compare(bench, await synthetic(bench), "synthetic", outcome)
         outcome.notes.append(
-            "The synthetic checkpoint takes the picture as 256 tokens; other checkpoints may scale it down first."
+            "The synthetic checkpoint takes the image as 256 tokens; other checkpoints may scale it down first."
         )
         return outcome
 
@@ -38,14 +38,14 @@ class Ttft(Measurement):
         async with running(bench, aggregated(model), encoder_and_pds(model)) as deployments:
             urls = [deployment.url for deployment in deployments]
             texts = prompts.Texts(deployments[0].folder, bench.seed)
-            for kind, limit in (("picture", _AT_MOST), ("text", None)):
+            for kind, limit in (("image", _AT_MOST), ("text", None)):
                 bench.step(f"{label}, {kind}")
                 bench.total(pairs + _WARM_UP)
                 found: list[list[float]] = [[], []]
                 for index in range(-_WARM_UP, pairs):
-                    if kind == "picture":
-                        picture = photo(f"ttft {bench.seed} {label} {index}")
-                        body = prompts.ask([picture], _QUESTION, max_tokens=_ANSWER_TOKENS, stream=True)
+                    if kind == "image":
+                        image = photo(f"ttft {bench.seed} {label} {index}")
+                        body = prompts.ask([image], _QUESTION, max_tokens=_ANSWER_TOKENS, stream=True)
                     else:
                         body = prompts.chat(texts.of(_TEXT_TOKENS), max_tokens=_ANSWER_TOKENS, stream=True)
                     for which in (0, 1) if index % 2 else (1, 0):

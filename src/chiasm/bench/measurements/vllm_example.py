@@ -12,22 +12,22 @@ from chiasm.bench.counting import counting
 from chiasm.bench.example import (
     NOT_THERE,
     Example,
-    can_forward_pictures,
+    can_forward_images,
     chiasm_proxy,
     example_instances,
     example_proxy,
-    pd_for_pictures,
+    pd_for_images,
     proxy_file,
 )
+from chiasm.bench.images import photo
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
-from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import pinned, running
 from chiasm.bench.vllm import on_vllm
-from chiasm.engine.config import Role
 from chiasm.launch import Deployment
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
+from chiasm.wire import Role
 
 _TTFT_AT_MOST = 0.9
 _RATE_AT_LEAST = 1.1
@@ -48,10 +48,10 @@ class VllmExample(Measurement):
     name = "vllm-example"
     purpose = "chiasm over vLLM against vLLM's ECExampleConnector behind vLLM's example proxy"
     target = (
-        f"first token of a 512 x 512 picture at most {_TTFT_AT_MOST} times theirs; requests a second of texts and pictures at "
+        f"first token of a 512 x 512 image at most {_TTFT_AT_MOST} times theirs; requests a second of texts and images at "
         f"least {_RATE_AT_LEAST} times; bytes of request bodies at PD at most {_BYTES_AT_MOST} times"
     )
-    engine = Engine.VLLM
+    engine = EngineKind.VLLM
 
     async def run(self, bench: Bench) -> Outcome:
         file = proxy_file()
@@ -72,7 +72,7 @@ class VllmExample(Measurement):
 
 
 class Mix:
-    """Texts and pictures, half of each in a shuffled order, all of them new."""
+    """Texts and images, half of each in a shuffled order, all of them new."""
 
     def __init__(self, bench: Bench, checkpoint: Path) -> None:
         self._texts = prompts.Texts(checkpoint, bench.seed)
@@ -83,11 +83,11 @@ class Mix:
 
     def draw(self) -> list[bytes]:
         """Bodies of so many requests."""
-        pictures = [photo(f"mix {self._seed} {self._drawn + index}") for index in range(self._size // 2)]
-        self._drawn += len(pictures)
+        images = [photo(f"mix {self._seed} {self._drawn + index}") for index in range(self._size // 2)]
+        self._drawn += len(images)
         fields = {"max_tokens": _ANSWER_TOKENS, "ignore_eos": True}
-        bodies = [prompts.ask([picture], _QUESTION, **fields) for picture in pictures]
-        bodies += [prompts.chat(self._texts.of(_TEXT_TOKENS), **fields) for _ in range(self._size - len(pictures))]
+        bodies = [prompts.ask([image], _QUESTION, **fields) for image in images]
+        bodies += [prompts.chat(self._texts.of(_TEXT_TOKENS), **fields) for _ in range(self._size - len(images))]
         self._random.shuffle(bodies)
         return bodies
 
@@ -98,29 +98,27 @@ async def _first_token(bench: Bench, outcome: Outcome, urls: tuple[str, str]) ->
     bench.total(pairs + _WARM_UP)
     found: list[list[float]] = [[], []]
     for index in range(-_WARM_UP, pairs):
-        picture = photo(f"vllm-example {bench.seed} {index}")
-        body = prompts.ask([picture], _QUESTION, max_tokens=2, stream=True, ignore_eos=True, logprobs=True)
+        image = photo(f"vllm-example {bench.seed} {index}")
+        body = prompts.ask([image], _QUESTION, max_tokens=2, stream=True, ignore_eos=True, logprobs=True)
         for which in (0, 1) if index % 2 else (1, 0):
             answer = await bench.client.chat(urls[which], body)
             if index >= 0:
                 found[which].append(1000 * answer.ttft_seconds)
         bench.advance()
     ratio = paired_ratio(found[0], found[1], seed=bench.seed)
-    outcome.figures.append(
-        Figure.of("picture, first token: chiasm / vLLM's example", ratio, "x", at_most=_TTFT_AT_MOST)
-    )
+    outcome.figures.append(Figure.of("image, first token: chiasm / vLLM's example", ratio, "x", at_most=_TTFT_AT_MOST))
     outcome.figures += [
-        Figure(f"picture, first token: {label}, median", median(values), "ms")
+        Figure(f"image, first token: {label}, median", median(values), "ms")
         for label, values in zip(_LABELS, found, strict=True)
     ]
     limits = (None, _TTFT_AT_MOST * median(found[0]))
     series = [Series(label, values, limit) for label, values, limit in zip(_LABELS, found, limits, strict=True)]
-    outcome.panels.append(Panel("vllm-example: picture, first token", "ms", series))
+    outcome.panels.append(Panel("vllm-example: image, first token", "ms", series))
 
 
 async def _rate(bench: Bench, outcome: Outcome, urls: tuple[str, str], mix: Mix) -> None:
     rounds = min(20, bench.samples(10, quick=2))
-    bench.step("texts and pictures")
+    bench.step("texts and images")
     bench.total(rounds + 1)
     seconds: list[list[float]] = [[], []]
     sent = 0
@@ -134,16 +132,16 @@ async def _rate(bench: Bench, outcome: Outcome, urls: tuple[str, str], mix: Mix)
         bench.advance()
     ratio = paired_ratio(seconds[1], seconds[0], seed=bench.seed)
     outcome.figures.append(
-        Figure.of("texts and pictures, requests a second: chiasm / vLLM's example", ratio, "x", at_least=_RATE_AT_LEAST)
+        Figure.of("texts and images, requests a second: chiasm / vLLM's example", ratio, "x", at_least=_RATE_AT_LEAST)
     )
     outcome.figures += [
-        Figure(f"texts and pictures: {label}, median", sent / median(taken), "a second")
+        Figure(f"texts and images: {label}, median", sent / median(taken), "a second")
         for label, taken in zip(_LABELS, seconds, strict=True)
     ]
     series = [Series(label, taken) for label, taken in zip(_LABELS, seconds, strict=True)]
-    outcome.panels.append(Panel(f"vllm-example: {sent} texts and pictures, {_AT_ONCE} at a time", "s", series))
+    outcome.panels.append(Panel(f"vllm-example: {sent} texts and images, {_AT_ONCE} at a time", "s", series))
     outcome.notes.append(
-        f"{rounds} rounds of {sent} requests, half of them with one picture of 512 x 512 pixels, {_AT_ONCE} at a time, "
+        f"{rounds} rounds of {sent} requests, half of them with one image of 512 x 512 pixels, {_AT_ONCE} at a time, "
         f"answers of {_ANSWER_TOKENS} tokens."
     )
 
@@ -172,11 +170,11 @@ async def _bytes_at_pd(
     ):
         await _seconds_for_all(bench, url, bodies)
     counters = {"chiasm": ours, "vLLM's example": theirs}
-    if can_forward_pictures(file):
+    if can_forward_images(file):
         async with (
-            pd_for_pictures(bench, deployment, example) as other_pd,
+            pd_for_images(bench, deployment, example) as other_pd,
             counting(other_pd) as unwritten,
-            example_proxy(bench, file, example.encoder, unwritten.url, forward_pictures=True) as url,
+            example_proxy(bench, file, example.encoder, unwritten.url, forward_images=True) as url,
         ):
             await _seconds_for_all(bench, url, bodies)
         counters["vLLM's example with --no-rewrite"] = unwritten

@@ -11,7 +11,7 @@ from chiasm.bench.requests import Request, draw_requests
 from chiasm.bench.topology import aggregated, encoder_and_pds, prefill_and_decode, running
 from chiasm.bench.vllm import on_vllm
 from chiasm.launch import DeploymentConfig
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
 
 _MAX_TOKENS = 24
 _REQUESTS = 200
@@ -28,7 +28,7 @@ class VllmIdentity(Measurement):
         "Greedy answers of E+PD and of E+P+D over vLLM against those of one vLLM that does it all, token for token"
     )
     target = "no request differs"
-    engine = Engine.VLLM
+    engine = EngineKind.VLLM
 
     async def run(self, bench: Bench) -> Outcome:
         outcome = Outcome()

@@ -1,18 +1,18 @@
-"""Whether a picture that was encoded once is encoded again when another vLLM prefills it."""
+"""Whether an image that was encoded once is encoded again when another vLLM prefills it."""
 
 from __future__ import annotations
 
 from chiasm.bench import prompts
 from chiasm.bench.client import total
+from chiasm.bench.images import photo
 from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
-from chiasm.bench.pictures import photo
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import encoder_and_pds, running
 from chiasm.bench.vllm import on_vllm
-from chiasm.engine.config import Role
 from chiasm.launch import Deployment
-from chiasm.launch.config import Engine
+from chiasm.launch.config import EngineKind
+from chiasm.wire import Role
 
 _WARM_UP = 2
 _QUESTION = "What is shown?"
@@ -20,25 +20,25 @@ _COUNTERS = "vllm:chiasm_ec_"
 
 
 class VllmReuse(Measurement):
-    """Each picture is asked about twice, one request after the other; the proxy's two PDs take turns."""
+    """Each image is asked about twice, one request after the other; the proxy's two PDs take turns."""
 
     name = "vllm-reuse"
-    purpose = "A second request with the same picture, to another PD, over vLLM"
-    target = "no encode for it, and each PD loads each picture"
-    engine = Engine.VLLM
+    purpose = "A second request with the same image, to another PD, over vLLM"
+    target = "no encode for it, and each PD loads each image"
+    engine = EngineKind.VLLM
 
     async def run(self, bench: Bench) -> Outcome:
         rounds = bench.samples(40, quick=3)
         found: list[list[float]] = [[], []]
         async with running(bench, on_vllm(encoder_and_pds(bench.model, pds=2))) as (deployment,):
-            bench.step("the same picture, another PD")
+            bench.step("the same image, another PD")
             bench.total(rounds + _WARM_UP)
             before = await _counts(bench, deployment)
             for index in range(-_WARM_UP, rounds):
                 if index == 0:
                     before = await _counts(bench, deployment)
-                picture = photo(f"vllm-reuse {bench.seed} {index}")
-                body = prompts.ask([picture], _QUESTION, max_tokens=2, stream=True, ignore_eos=True, logprobs=True)
+                image = photo(f"vllm-reuse {bench.seed} {index}")
+                body = prompts.ask([image], _QUESTION, max_tokens=2, stream=True, ignore_eos=True, logprobs=True)
                 for times in found:
                     answer = await bench.client.chat(deployment.url, body)
                     if index >= 0:
@@ -62,14 +62,14 @@ def judged(found: list[list[float]], rounds: int, *, encoded: float, loaded: lis
     first, second = found
     outcome = Outcome()
     outcome.figures += [
-        Figure("encodes beyond one a picture", encoded - rounds, "", 0),
-        Figure("pictures that a PD did not load", 2 * rounds - sum(min(one, rounds) for one in loaded), "", 0),
+        Figure("encodes beyond one an image", encoded - rounds, "", 0),
+        Figure("images that a PD did not load", 2 * rounds - sum(min(one, rounds) for one in loaded), "", 0),
         Figure.of("first token: second request / first", paired_ratio(first, second, seed=seed), "x"),
         Figure("first request, median", median(first), "ms"),
         Figure("second request, median", median(second), "ms"),
     ]
     outcome.notes.append(
-        f"{rounds} pictures, {encoded:.0f} encodes; embeddings read by the PDs: "
+        f"{rounds} images, {encoded:.0f} encodes; embeddings read by the PDs: "
         + " and ".join(f"{number:.0f}" for number in loaded)
     )
     series = [Series("first request", first), Series("second request", second)]

@@ -24,7 +24,7 @@ _ENCODER = "encoder"
 
 @dataclass(frozen=True)
 class Description:
-    """``health`` is what /health says; ``processor`` sizes pictures, if chiasm knows the model as vLLM wants it known.
+    """``health`` is what /health says; ``processor`` sizes images, if chiasm knows the model as vLLM wants it known.
 
     ``has_connector``: whether embeddings come by chiasm's connector; ``folder`` is then where they lie.
     """
@@ -135,12 +135,12 @@ def _processor(model_config: Any) -> Processor | None:
     try:
         processor = load_processor(folder_of(model_config))
     except (ConfigurationError, OSError) as error:
-        _logger.warning("chiasm does not know the sizes of this model's pictures: %s", error)
+        _logger.warning("chiasm does not know the sizes of this model's images: %s", error)
         return None
     return None if SIZE_KEY in processor.geometry_of_size(64, 64).metadata else processor
 
 
 def _max_items(model_config: Any) -> int | None:
     multimodal = model_config.multimodal_config
-    # With 0, no picture is let in, and any number of embeddings.
+    # With 0, no image is let in, and any number of embeddings.
     return None if multimodal is None else int(multimodal.get_limit_per_prompt(_IMAGE)) or None

@@ -31,7 +31,7 @@ _NO_EMBEDDING = EmbeddingUnavailableError(
 
 
 class ChiasmMiddleware:
-    """Answers /health with what the instance is, and turns pictures' sizes in chat completions into vLLM's metadata.
+    """Answers /health with what the instance is, and turns images' sizes in chat completions into vLLM's metadata.
 
     Everything else passes as it is, but for bodies of chat completions larger than chiasm's instances take, and the error of
     a request whose embeddings were not there.
@@ -98,8 +98,8 @@ class ChiasmMiddleware:
         def geometry_of(metadata: Metadata) -> ItemGeometry:
             if processor is None:
                 raise InvalidRequestError(
-                    "This instance cannot tell how many tokens a picture of this size takes: send the metadata of the "
-                    "encoder's answer, or the picture.",
+                    "This instance cannot tell how many tokens an image of this size takes: send the metadata of the "
+                    "encoder's answer, or the image.",
                     param="messages",
                 )
             return processor.geometry_of_metadata(metadata)

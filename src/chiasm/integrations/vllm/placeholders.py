@@ -1,4 +1,4 @@
-"""A picture's size in a chat completion becomes what vLLM sizes its placeholders by.
+"""An image's size in a chat completion becomes what vLLM sizes its placeholders by.
 
 vLLM takes ``image_grid_thw``, which an encoder's answer holds; chiasm's proxy knows height and width before that. So the
 proxy sends ``{"image_size": [height, width]}``, and this file works out the grid as the encoder will.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chiasm.models.checkpoint import JsonObject
 
 SIZE_KEY = "image_size"
-"""Metadata key that all families take: the picture's height and width."""
+"""Metadata key that all families take: the image's height and width."""
 LARGEST_ASPECT = 200
 """The largest ratio of the longer side to the shorter, where a family must bound it."""
 
@@ -37,15 +37,15 @@ class ProcessorParts:
     """``processor_config.json``, empty where there is none."""
 
     def token_id(self, token: str) -> int:
-        """The id of a token that the family's pictures need."""
+        """The id of a token that the family's images need."""
         token_id = self.tokenizer.get_vocab().get(token)
         if token_id is None:
-            raise UnsupportedModelError(f"The tokenizer has no token {token!r}, which pictures of this family need.")
+            raise UnsupportedModelError(f"The tokenizer has no token {token!r}, which images of this family need.")
         return int(token_id)
 
 
 class Family(ABC):
-    """How pictures of one family become placeholders, pixels and positions."""
+    """How images of one family become placeholders, pixels and positions."""
 
     model_types: ClassVar[tuple[str, ...]]
     """Values of ``model_type`` in config.json."""
@@ -63,7 +63,7 @@ class Family(ABC):
 
     @abstractmethod
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
-        """The geometry of a picture. Raises InvalidRequestError for a size that the image processor refuses."""
+        """The geometry of an image. Raises InvalidRequestError for a size that the image processor refuses."""
 
     def geometry_of_values(self, values: list[int]) -> ItemGeometry:
         """The geometry from the value under ``metadata_key``, hostile until checked, where that is not the size."""
@@ -71,7 +71,7 @@ class Family(ABC):
 
     @abstractmethod
     def preprocess(self, image: Image) -> dict[str, Tensor]:
-        """The keyword arguments of the model's ``get_image_features`` for one RGB picture."""
+        """The keyword arguments of the model's ``get_image_features`` for one RGB image."""
 
     @staticmethod
     def positions(config: Any, prompt: Prompt) -> Positions:
@@ -80,8 +80,8 @@ class Family(ABC):
 
 
 def too_elongated(height: int, width: int) -> InvalidRequestError:
-    """The error for a picture that is past ``LARGEST_ASPECT``."""
+    """The error for an image that is past ``LARGEST_ASPECT``."""
     return InvalidRequestError(
-        f"A picture of {width} by {height} pixels is too elongated: the longer side may be at most {LARGEST_ASPECT} "
+        f"An image of {width} by {height} pixels is too elongated: the longer side may be at most {LARGEST_ASPECT} "
         "times the shorter."
     )

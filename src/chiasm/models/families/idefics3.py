@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: a picture is cut into square tiles, and each tile is announced by tokens of its own."""
+"""Idefics3 and SmolVLM: an image is cut into square tiles, and each tile is announced by tokens of its own."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LARGEST_EDGE = 4096
-"""The image processor scales larger pictures a second time."""
+"""The image processor scales larger images a second time."""
 
 
 class _Grid(NamedTuple):
-    """Rows and columns of tiles, both 0 where the picture is a single tile."""
+    """Rows and columns of tiles, both 0 where the image is a single tile."""
 
     rows: int
     columns: int
 
 
 class Idefics3(Family):
-    """Tiles in reading order, then the whole picture as one more tile."""
+    """Tiles in reading order, then the whole image as one more tile."""
 
     model_types = ("idefics3", "smolvlm")
     vision_types = ("idefics3_vision", "smolvlm_vision")
@@ -63,7 +63,7 @@ class Idefics3(Family):
         return {name: features[name] for name in ("pixel_values", "pixel_attention_mask") if name in features}
 
     def _grid(self, height: int, width: int) -> _Grid:
-        """The tiles of a picture: scaled to the longest edge, then up to whole tiles, each time with its own rounding."""
+        """The tiles of an image: scaled to the longest edge, then up to whole tiles, each time with its own rounding."""
         if not self._splits:
             return _Grid(0, 0)
         aspect = width / height

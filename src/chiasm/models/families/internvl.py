@@ -1,4 +1,4 @@
-"""InternVL: a picture becomes a grid of square tiles of about its shape, and an overview."""
+"""InternVL: an image becomes a grid of square tiles of about its shape, and an overview."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CUT = {"crop_to_patches": True}
-"""The model's own processor cuts pictures into tiles, whatever the image processor's config says."""
+"""The model's own processor cuts images into tiles, whatever the image processor's config says."""
 
 
 class InternVL(Family):
-    """Every tile has the same number of tokens, between one start token and one end token for the picture."""
+    """Every tile has the same number of tokens, between one start token and one end token for the image."""
 
     model_types = ("internvl",)
     vision_types = ("internvl_vision",)

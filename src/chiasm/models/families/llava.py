@@ -1,4 +1,4 @@
-"""LLaVA 1.5 and its like: every picture is cropped to one square of one size."""
+"""LLaVA 1.5 and its like: every image is cropped to one square of one size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Llava(Family):
         square = processor.crop_size if processor.do_center_crop else processor.size
         if not processor.do_resize or (square["height"], square["width"]) != (vision.image_size, vision.image_size):
             raise UnsupportedModelError(
-                f"The preprocessor config must resize pictures to the {vision.image_size} pixels of the vision tower."
+                f"The preprocessor config must resize images to the {vision.image_size} pixels of the vision tower."
             )
         patches = (int(vision.image_size) // int(vision.patch_size)) ** 2
         has_class_token = vision.model_type == "clip_vision_model"

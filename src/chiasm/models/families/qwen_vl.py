@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, dense and MoE: pictures keep their shape, positions have three axes."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, dense and MoE: images keep their shape, positions have three axes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRID_KEY = "image_grid_thw"
 
 
 class QwenVL(Family):
-    """A picture is resized to whole cells of merge x merge patches; each cell is one token."""
+    """An image is resized to whole cells of merge x merge patches; each cell is one token."""
 
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     vision_types = ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_vl_moe_vision")
@@ -58,11 +58,11 @@ class QwenVL(Family):
             raise InvalidRequestError(f"{GRID_KEY} must be [t, h, w].")
         frames, height, width = values
         if frames != 1:
-            raise InvalidRequestError(f"{GRID_KEY} of a picture must have t = 1.")
+            raise InvalidRequestError(f"{GRID_KEY} of an image must have t = 1.")
         if min(height, width) < 1 or height % self._merge or width % self._merge:
             raise InvalidRequestError(f"{GRID_KEY} must have positive multiples of {self._merge} for h and w.")
         if height * width * self._patch**2 > self._most_pixels():
-            raise InvalidRequestError(f"{GRID_KEY} is larger than this model's pictures can be.")
+            raise InvalidRequestError(f"{GRID_KEY} is larger than this model's images can be.")
         return self._geometry_of_grid(height, width)
 
     def preprocess(self, image: Image) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ class QwenVL(Family):
 
     @staticmethod
     def positions(config: Any, prompt: Prompt) -> Positions:
-        """Text advances all three axes by one a token; a picture spans a grid, and what follows starts past its
+        """Text advances all three axes by one a token; an image spans a grid, and what follows starts past its
         longer side."""
         merge = int(config.vision_config.spatial_merge_size)
         pieces: list[Tensor] = []
@@ -98,7 +98,7 @@ class QwenVL(Family):
 
     def _most_pixels(self) -> int:
         """The largest area that resizing gives: within ``max_pixels`` but for what rounding to whole cells adds to
-        very elongated pictures and to those scaled up to ``min_pixels``."""
+        very elongated images and to those scaled up to ``min_pixels``."""
         cell = self._patch * self._merge
         narrowest = cell * math.ceil(math.sqrt(LARGEST_ASPECT * self._max_pixels))
         longest, shortest = math.sqrt(LARGEST_ASPECT * self._min_pixels), math.sqrt(self._min_pixels / LARGEST_ASPECT)

@@ -1,4 +1,4 @@
-"""Pictures as clients send them."""
+"""Images as clients send them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def png(width: int = 56, height: int = 28, color: str = "red") -> bytes:
 
 
 def rotated_jpeg(width: int = 56, height: int = 28) -> bytes:
-    """A picture whose EXIF says: turn me by a quarter."""
+    """An image whose EXIF says: turn me by a quarter."""
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()

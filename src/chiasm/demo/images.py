@@ -1,6 +1,6 @@
-"""Seeded pictures, the questions asked about them and the right answers.
+"""Seeded images, the questions asked about them and the right answers.
 
-Nothing here needs torch. A picture shows one shape, several alike shapes, a word or a number on a
+Nothing here needs torch. An image shows one shape, several alike shapes, a word or a number on a
 background that varies in colour, gradient and noise; canvases vary in size and in aspect ratio. Seeds
 below ``HELD_OUT_SEEDS`` are never drawn in training, and the numbers they show never occur there.
 """
@@ -58,7 +58,7 @@ WORDS: tuple[str, ...] = tuple(_WORDS.split())
 SINGLE_KINDS: tuple[str, ...] = ("colour", "shape", "count", "position", "word", "number", "describe")
 WHICH_KINDS: tuple[str, ...] = ("which-picture", "which-colour", "which-shape", "which-word", "which-number")
 KINDS: tuple[str, ...] = SINGLE_KINDS + WHICH_KINDS
-"""Every kind of question; the ``which`` kinds show two to four pictures in one request."""
+"""Every kind of question; the ``which`` kinds show two to four images in one request."""
 
 # Neutral, pale and dark tints: far enough from the strong colours above for one of them to stand out.
 _BACKGROUNDS: tuple[Colour, ...] = (
@@ -81,7 +81,7 @@ _CONTRAST = 210  # least sum of channel differences between what is drawn and it
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows; fields that do not apply to ``content`` are None."""
+    """What one image shows; fields that do not apply to ``content`` are None."""
 
     content: Content
     colour: str
@@ -91,7 +91,7 @@ class Scene:
     text: str | None = None
 
     def describe(self) -> str:
-        """Return the scene as a short noun phrase, which is also the answer to "describe the picture"."""
+        """Return the scene as a short noun phrase, which is also the answer to "describe the image"."""
         if self.content in ("word", "number"):
             return f"the {self.content} {self.text}"
         assert self.shape is not None
@@ -114,7 +114,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Example:
-    """One request: pictures in the order shown, the question, its answer and the kind of question."""
+    """One request: images in the order shown, the question, its answer and the kind of question."""
 
     images: list[Image.Image]
     question: str
@@ -161,7 +161,7 @@ def draw_size(rng: random.Random) -> tuple[int, int]:
 
 
 def draw_scene(rng: random.Random, content: Content, *, held_out: bool = False, many: bool = False) -> Scene:
-    """Choose what a picture shows, every colour, shape, count, position and word equally often.
+    """Choose what an image shows, every colour, shape, count, position and word equally often.
 
     With ``many`` a scene of ``shapes`` never shows a single one.
     """
@@ -177,15 +177,15 @@ def draw_scene(rng: random.Random, content: Content, *, held_out: bool = False, 
     return Scene("shapes", colour, shape, rng.randint(2 if many else 1, len(COUNTS)))
 
 
-def draw_picture(rng: random.Random, scene: Scene, size: tuple[int, int] | None = None) -> Image.Image:
-    """Draw ``scene`` as an RGB picture of ``size`` (width, height) pixels, or of a drawn size."""
+def draw_image(rng: random.Random, scene: Scene, size: tuple[int, int] | None = None) -> Image.Image:
+    """Draw ``scene`` as an RGB image of ``size`` (width, height) pixels, or of a drawn size."""
     return draw_marked(rng, scene, size)[0]
 
 
 def draw_marked(
     rng: random.Random, scene: Scene, size: tuple[int, int] | None = None
 ) -> tuple[Image.Image, list[Mark]]:
-    """Draw ``scene`` like ``draw_picture`` and also return where each shape or character lies."""
+    """Draw ``scene`` like ``draw_image`` and also return where each shape or character lies."""
     width, height = size or draw_size(rng)
     ink = _jitter(rng, COLOURS[scene.colour], 12)
     image = _background(rng, (width, height), ink)
@@ -215,10 +215,10 @@ def draw_marked(
 def ask(rng: random.Random, scene: Scene, kind: str, nth: str | None = None) -> tuple[str, str]:
     """Return a question of ``kind`` about ``scene`` and its answer.
 
-    ``nth`` ("second") makes it a question about one of several pictures. Phrasings never give away the
+    ``nth`` ("second") makes it a question about one of several images. Phrasings never give away the
     answer; ``kind`` is one of ``SINGLE_KINDS`` and must apply to the scene.
     """
-    where = f"in the {nth} {rng.choice(('picture', 'picture', 'image'))}"
+    where = f"in the {nth} {rng.choice(('image', 'image', 'image'))}"
     if nth is None:
         where = rng.choice(("", "in the picture", "in this picture", "in the image", "here"))
     forms: tuple[str, ...]
@@ -275,7 +275,7 @@ def draw_example(
 ) -> Example:
     """Draw the request that belongs to ``seed``: the same arguments give the same pixels and words.
 
-    ``kind`` is one of ``KINDS`` (any, if None). ``images`` is the number of pictures, 2 to 4 for the
+    ``kind`` is one of ``KINDS`` (any, if None). ``images`` is the number of images, 2 to 4 for the
     ``which`` kinds and 1 for the rest. ``size`` fixes every canvas (width, height) in pixels.
     """
     rng = random.Random(f"chiasm demo {seed} {kind} {images}")
@@ -287,26 +287,26 @@ def draw_example(
     if images is None:
         images = rng.randint(2, 4) if which else 1
     if not (2 <= images <= len(ORDINALS) if which else images == 1):
-        raise ValueError(f"a question of kind {kind!r} cannot have {images} pictures")
+        raise ValueError(f"a question of kind {kind!r} cannot have {images} images")
     held_out = is_held_out(seed)
     asked = rng.randrange(images)
     topic = ("describe" if kind == "which-picture" else kind.removeprefix("which-")) if which else kind
     scenes = [draw_scene(rng, content_for(rng, topic), held_out=held_out, many=topic == "describe")]
     answers = {answer_for(scenes[0], topic)}
     while len(scenes) < images:
-        # Every picture has an answer of its own: one taken from the wrong picture cannot pass for right.
+        # Every image has an answer of its own: one taken from the wrong image cannot pass for right.
         other = draw_scene(rng, content_for(rng, topic), held_out=held_out, many=topic == "describe")
         if answer_for(other, topic) not in answers:
             answers.add(answer_for(other, topic))
             scenes.append(other)
     scenes[0], scenes[asked] = scenes[asked], scenes[0]
     question, answer = ask(rng, scenes[asked], topic, ORDINALS[asked] if which else None)
-    pictures = [draw_picture(rng, scene, size) for scene in scenes]
-    return Example(pictures, question, answer, kind, tuple(scenes))
+    drawn = [draw_image(rng, scene, size) for scene in scenes]
+    return Example(drawn, question, answer, kind, tuple(scenes))
 
 
 def content_for(rng: random.Random, topic: str) -> Content:
-    """Choose what a picture shows so that a question on ``topic`` (one of ``SINGLE_KINDS``) applies."""
+    """Choose what an image shows so that a question on ``topic`` (one of ``SINGLE_KINDS``) applies."""
     fixed: dict[str, Content] = {"position": "shape", "count": "shapes", "word": "word", "number": "number"}
     if topic in fixed:
         return fixed[topic]

@@ -1,4 +1,4 @@
-"""Seeded pictures as files: the same arguments give the same bytes."""
+"""Seeded images as files: the same arguments give the same bytes."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def noise(name: str, size_bytes: int) -> bytes:
 
 
 def png(image: Image.Image) -> bytes:
-    """The picture as a file that keeps every pixel."""
+    """The image as a file that keeps every pixel."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
 def data_url(data: bytes) -> str:
-    """A picture's file as clients send it."""
+    """An image's file as clients send it."""
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 

@@ -1,4 +1,4 @@
-"""The demo's pictures and questions: reproducible, varied and split from what was trained on."""
+"""The demo's images and questions: reproducible, varied and split from what was trained on."""
 
 from __future__ import annotations
 
@@ -8,77 +8,77 @@ import sys
 
 import pytest
 
-from chiasm.demo import pictures
+from chiasm.demo import images
 
 
-@pytest.mark.parametrize("kind", pictures.KINDS)
+@pytest.mark.parametrize("kind", images.KINDS)
 def test_an_example_follows_from_its_seed(kind: str) -> None:
-    first, again, other = (pictures.draw_example(seed, kind) for seed in (7, 7, 8))
+    first, again, other = (images.draw_example(seed, kind) for seed in (7, 7, 8))
     assert [i.tobytes() for i in first.images] == [i.tobytes() for i in again.images]
     assert (first.question, first.answer, first.kind) == (again.question, again.answer, kind)
     assert [i.tobytes() for i in first.images] != [i.tobytes() for i in other.images]
 
 
-@pytest.mark.parametrize("kind", pictures.WHICH_KINDS)
-@pytest.mark.parametrize("images", [2, 3, 4])
-def test_every_picture_of_a_request_has_another_answer(kind: str, images: int) -> None:
-    example = pictures.draw_example(3, kind, images)
+@pytest.mark.parametrize("kind", images.WHICH_KINDS)
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_every_image_of_a_request_has_another_answer(kind: str, number: int) -> None:
+    example = images.draw_example(3, kind, number)
     topic = "describe" if kind == "which-picture" else kind.removeprefix("which-")
-    answers = [pictures.answer_for(scene, topic) for scene in example.scenes]
-    assert len(example.images) == len(set(answers)) == images
-    asked = next(i for i, nth in enumerate(pictures.ORDINALS) if nth in example.question)
+    answers = [images.answer_for(scene, topic) for scene in example.scenes]
+    assert len(example.images) == len(set(answers)) == number
+    asked = next(i for i, nth in enumerate(images.ORDINALS) if nth in example.question)
     assert answers[asked] == example.answer
 
 
 def test_numbers_of_training_and_evaluation_never_meet() -> None:
-    held_out = {pictures.draw_example(seed, "number").answer for seed in range(100)}
-    first = pictures.HELD_OUT_SEEDS
-    trained = {pictures.draw_example(seed, "number").answer for seed in range(first, first + 100)}
+    held_out = {images.draw_example(seed, "number").answer for seed in range(100)}
+    first = images.HELD_OUT_SEEDS
+    trained = {images.draw_example(seed, "number").answer for seed in range(first, first + 100)}
     assert not held_out & trained
-    assert all(pictures.number_is_held_out(int(n)) for n in held_out)
-    assert not any(pictures.number_is_held_out(int(n)) for n in trained)
-    kept = [n for n in range(1000) if not pictures.number_is_held_out(n)]
+    assert all(images.number_is_held_out(int(n)) for n in held_out)
+    assert not any(images.number_is_held_out(int(n)) for n in trained)
+    kept = [n for n in range(1000) if not images.number_is_held_out(n)]
     for place in (1, 10, 100):
         assert {n // place % 10 for n in kept} == set(range(10)), "a digit is never trained in some place"
 
 
 def test_canvases_differ_in_size_and_aspect() -> None:
-    sizes = [pictures.draw_example(seed, "colour").images[0].size for seed in range(60)]
+    sizes = [images.draw_example(seed, "colour").images[0].size for seed in range(60)]
     assert min(map(min, sizes)) < 130
     assert max(map(max, sizes)) > 350
     assert any(w > 1.3 * h for w, h in sizes)
     assert any(h > 1.3 * w for w, h in sizes)
-    assert pictures.draw_example(1, "word", size=(512, 512)).images[0].size == (512, 512)
+    assert images.draw_example(1, "word", size=(512, 512)).images[0].size == (512, 512)
 
 
 def test_marks_lie_on_what_was_drawn() -> None:
     rng = random.Random(2)
-    scene = pictures.Scene("shape", "red", "circle", 1, "bottom left")
-    picture, (mark,) = pictures.draw_marked(rng, scene, (200, 120))
+    scene = images.Scene("shape", "red", "circle", 1, "bottom left")
+    image, (mark,) = images.draw_marked(rng, scene, (200, 120))
     assert mark.name == "circle"
     assert mark.x < 0.4
     assert mark.y > 0.6
-    red, green, blue = picture.getpixel((int(mark.x * 200), int(mark.y * 120)))
+    red, green, blue = image.getpixel((int(mark.x * 200), int(mark.y * 120)))
     assert red > 170
     assert max(green, blue) < 90
-    _, marks = pictures.draw_marked(rng, pictures.Scene("word", "red", text="lion"))
+    _, marks = images.draw_marked(rng, images.Scene("word", "red", text="lion"))
     assert [m.name for m in marks] == list("lion")
     assert [m.x for m in marks] == sorted(m.x for m in marks)
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
     with pytest.raises(ValueError, match="no such kind"):
-        pictures.draw_example(1, "taste")
-    with pytest.raises(ValueError, match="cannot have 3 pictures"):
-        pictures.draw_example(1, "colour", 3)
+        images.draw_example(1, "taste")
+    with pytest.raises(ValueError, match="cannot have 3 images"):
+        images.draw_example(1, "colour", 3)
 
 
 def test_drawing_needs_no_torch() -> None:
-    code = "import sys; from chiasm.demo import pictures; pictures.draw_example(1); assert 'torch' not in sys.modules"
+    code = "import sys; from chiasm.demo import images; images.draw_example(1); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 
-def test_a_picture_renders_as_half_blocks() -> None:
+def test_an_image_renders_as_half_blocks() -> None:
     pytest.importorskip("rich")
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Pictures for output that has no colours: a character's ink stands for how far a spot's colour is from the background's."""
+"""Images for output that has no colours: a character's ink stands for how far a spot's colour is from the background's."""
 
 from __future__ import annotations
 

@@ -1,0 +1,14 @@
+"""HTTP as every server of chiasm speaks it: the proxy, the instances, the vLLM middleware, the launcher.
+
+A request passes the files in this order: ``listen`` (the port), ``serve`` (the process and its signals), ``endpoint`` (the life
+of one request), ``admission`` (bounds on all requests together), ``exchange`` (its body in, its answer out), ``events`` (a
+stream), ``errors`` and ``timing`` (what an answer carries besides its content). Nothing here knows engines or instances: what
+an answer is made of comes from a handler.
+"""
+
+from chiasm.http.admission import Admission
+from chiasm.http.body import ClientLeftError, read_body
+from chiasm.http.endpoint import Endpoint
+from chiasm.http.exchange import Exchange
+
+__all__ = ["Admission", "ClientLeftError", "Endpoint", "Exchange", "read_body"]

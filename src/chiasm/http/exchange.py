@@ -1,0 +1,201 @@
+"""One HTTP request and its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Iterator
+
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from chiasm.errors import ChiasmError, Code, DeadlineExceededError, InvalidRequestError, RequestTimeoutError
+from chiasm.http import events
+from chiasm.http.admission import Admission
+from chiasm.http.body import ClientLeftError, read_body
+from chiasm.http.errors import error_body, error_headers
+
+CLIENT_LEFT = 499
+"""The status that a request whose client left is counted as."""
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+class Exchange:
+    """One request being answered. Compared by identity."""
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, admission: Admission, *, deadline_seconds: float
+    ) -> None:
+        """``deadline_seconds`` is the longest that the request may take; its client may ask for less."""
+        self.arrival = time.monotonic()
+        self.headers = Headers(scope=scope)
+        given = self.headers.get("x-request-id", "")
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.deadline = self.arrival + deadline_seconds
+        """On the clock of ``time.monotonic``."""
+        self.body = b""
+        self.status: int | None = None
+        """Of the answer, once it has begun; CLIENT_LEFT if there is nobody to read it."""
+        self.error_headers: Iterable[tuple[str, str]] = ()
+        """Headers that an answer with an error carries besides its own."""
+        self._receive = receive
+        self._send = send
+        self._admission = admission
+        self._held_bytes = 0
+        self._is_streaming = False
+        self._task: asyncio.Task[object] | None = None
+        self._interruption: Exception | None = None
+
+    # ---- the request ---------------------------------------------------------------------------------------------------
+
+    def read_deadline(self) -> None:
+        """Take the client's deadline if it is earlier. Raises InvalidRequestError, DeadlineExceededError."""
+        given = self.headers.get("x-request-deadline-ms")
+        if given is None:
+            return
+        try:
+            milliseconds = int(given)
+        except ValueError:
+            raise InvalidRequestError("X-Request-Deadline-Ms must be a whole number of milliseconds.") from None
+        if milliseconds <= 0:
+            raise DeadlineExceededError(
+                "The deadline of the request had passed when it arrived.", code=Code.DEADLINE_EXCEEDED
+            )
+        self.deadline = min(self.deadline, self.arrival + milliseconds / 1000)
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; never negative."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    @contextlib.asynccontextmanager
+    async def until_deadline(self, grace_seconds: float = 0.0) -> AsyncIterator[None]:
+        """A block that ends at the deadline. Raises DeadlineExceededError."""
+        try:
+            async with asyncio.timeout(self.seconds_left + grace_seconds) as limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceededError(
+                "The deadline of the request passed before it was answered.", code=Code.DEADLINE_EXCEEDED
+            ) from None
+
+    async def read_body(self, *, max_bytes: int, timeout_seconds: float) -> None:
+        """Read ``body``. Raises PayloadTooLargeError, RequestTimeoutError, OverloadedError, ClientLeftError."""
+        try:
+            async with asyncio.timeout(timeout_seconds) as limit:
+                self.body = await read_body(self._receive, self.headers, max_bytes, self.hold)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise RequestTimeoutError(f"The body did not arrive within {timeout_seconds:g} seconds.") from None
+
+    def hold(self, size_bytes: int) -> None:
+        """Count bytes that the request keeps in memory. Raises OverloadedError if all requests together hold too many."""
+        self._admission.hold(size_bytes)
+        self._held_bytes += size_bytes
+
+    def release(self, *, keep_bytes: int = 0) -> None:
+        """Stop counting bytes, down to ``keep_bytes``, and forget the body if none are kept."""
+        kept = min(self._held_bytes, keep_bytes)
+        self._admission.release(self._held_bytes - kept)
+        self._held_bytes = kept
+        if not kept:
+            self.body = b""
+
+    # ---- the answer ----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has the head of the answer."""
+        return self.status is not None
+
+    async def reply(
+        self,
+        body: bytes,
+        *,
+        status: int = 200,
+        content_type: str = "application/json",
+        headers: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        """Send the whole answer."""
+        await self._start(status, content_type, [("content-length", str(len(body))), *headers])
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def start_events(
+        self, headers: Iterable[tuple[str, str]] = (), *, content_type: str = events.CONTENT_TYPE
+    ) -> None:
+        """Begin a stream of server-sent events; from here on the status is 200."""
+        self._is_streaming = True
+        # The last header keeps nginx from buffering events.
+        steady = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+        await self._start(200, content_type, [*steady, *headers])
+
+    async def write(self, data: bytes) -> None:
+        """Send whole events; nothing if there are none."""
+        if data:
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end_events(self, data: bytes = b"") -> None:
+        """Send the last events and end the stream."""
+        self._is_streaming = False
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def fail(self, error: ChiasmError) -> None:
+        """Answer with an error: with its status if the answer has not begun, otherwise as the stream's last event."""
+        if self.status is None:
+            await self.reply(
+                error_body(error), status=error.status, headers=[*error_headers(error), *self.error_headers]
+            )
+        elif self._is_streaming:
+            await self.end_events(events.event(error_body(error)))
+
+    async def _start(self, status: int, content_type: str, headers: Iterable[tuple[str, str]]) -> None:
+        self.status = status
+        raw = [
+            (b"content-type", content_type.encode("latin-1", "replace")),
+            (b"x-request-id", self.request_id.encode()),
+        ]
+        raw += [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    # ---- interruption --------------------------------------------------------------------------------------------------
+
+    def interrupt(self, reason: Exception) -> None:
+        """End the work on the request; ``reason`` is raised where it is done."""
+        if self._task is not None and self._interruption is None:
+            self._interruption = reason
+            self._task.cancel()
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block that ``interrupt`` ends."""
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._interruption is not None and self._task.uncancel() == 0:
+                raise self._interruption from None
+            raise
+        finally:
+            self._task = None
+
+    @contextlib.asynccontextmanager
+    async def until_client_leaves(self) -> AsyncIterator[None]:
+        """A block that is interrupted by ClientLeftError when the client closes its connection; the body has been read."""
+
+        async def watch() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            self.interrupt(ClientLeftError())
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watcher.cancel()

@@ -1,0 +1,111 @@
+"""A server as a process: serves until a signal, then ends within bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from chiasm.http.listen import BACKLOG, url_of
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep idle connections in their pools, so that clients close them and no request meets a closed one."""
+_CLOSE_SECONDS = 1
+"""For connections to close once their requests have been interrupted."""
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server around an application; ends at once on SIGINT, SIGTERM or ``stop``, quietly and with exit code 0."""
+
+    def __init__(
+        self, app: Any, *, grace_seconds: float, on_stop: Callable[[], None], interrupt_all: Callable[[], None]
+    ) -> None:
+        """At the end ``on_stop`` is called at once, and ``interrupt_all`` after ``grace_seconds``, in which requests may end by
+        themselves."""
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="uvloop",
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=math.ceil(grace_seconds) + _CLOSE_SECONDS,
+                backlog=BACKLOG,
+            )
+        )
+        self.ready = asyncio.Event()
+        """Set when requests are taken."""
+        self._grace_seconds = grace_seconds
+        self._on_stop = on_stop
+        self._interrupt_all = interrupt_all
+        self._stopping = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def stop(self) -> None:
+        """End; call it on the server's event loop."""
+        self._on_stop()
+        self.should_exit = True
+        self._stopping.set()
+
+    def stop_from_thread(self) -> None:
+        """End; call it from any thread."""
+        self.should_exit = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended already
+                self._loop.call_soon_threadsafe(self.stop)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self.ready.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), timeout=1.0)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._grace_seconds, self._interrupt_all)
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike the base class's, does not raise the signal again at the end: the process ends with exit code 0."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+
+def run(server: HttpServer, listener: socket.socket, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve on a listening socket until SIGTERM or SIGINT; call it on the main thread.
+
+    ``on_ready`` is called once with the base URL when requests are taken.
+    """
+
+    async def serve() -> None:
+        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        waiting = asyncio.ensure_future(server.ready.wait())
+        await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if server.ready.is_set() and on_ready is not None:
+            on_ready(url_of(listener))
+        await serving
+
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(serve())

@@ -1,0 +1,71 @@
+"""``Server-Timing``: where the time of a request went. Durations are milliseconds on the wire and seconds everywhere else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_MAX_CHARACTERS = 8192
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_VALUE = rf'(?:"(?:[^"\\]|\\.)*"|{_TOKEN})'
+_ENTRY = re.compile(rf"\s*({_TOKEN})((?:\s*;\s*{_TOKEN}\s*=\s*{_VALUE})*)\s*(?:,|$)")
+_PARAMETER = re.compile(rf";\s*({_TOKEN})\s*=\s*({_VALUE})")
+_ESCAPED = re.compile(r"\\(.)")
+
+
+class TimingEntry(NamedTuple):
+    """One metric."""
+
+    name: str
+    seconds: float | None = None
+    description: str = ""
+
+
+def write_timing(entries: Iterable[TimingEntry]) -> str:
+    """Return the header's value."""
+    return ", ".join(_written(entry) for entry in entries)
+
+
+def read_timing(header: str | None) -> list[TimingEntry]:
+    """Return the entries of a header; what isn't well-formed is left out, and a header of absurd length is empty."""
+    if not header or len(header) > _MAX_CHARACTERS:
+        return []
+    entries: list[TimingEntry] = []
+    at = 0
+    while at < len(header):
+        match = _ENTRY.match(header, at)
+        if match is None:
+            comma = header.find(",", at)
+            at = comma + 1 if comma >= 0 else len(header)
+            continue
+        entries.append(_read(match[1], match[2]))
+        at = match.end()
+    return entries
+
+
+def duration_seconds(header: str | None, name: str) -> float | None:
+    """Return the duration of the first entry of this name."""
+    return next((entry.seconds for entry in read_timing(header) if entry.name == name), None)
+
+
+def _written(entry: TimingEntry) -> str:
+    quoted = entry.description.replace("\\", "\\\\").replace('"', '\\"')
+    description = f';desc="{quoted}"' if entry.description else ""
+    duration = f";dur={entry.seconds * 1000:.3f}" if entry.seconds is not None else ""
+    return f"{entry.name}{description}{duration}"
+
+
+def _read(name: str, parameters: str) -> TimingEntry:
+    seconds: float | None = None
+    description = ""
+    for key, value in _PARAMETER.findall(parameters):
+        bare = _ESCAPED.sub(r"\1", value[1:-1]) if value.startswith('"') else value
+        if key.lower() == "desc":
+            description = bare
+        elif key.lower() == "dur":
+            try:
+                seconds = float(bare) / 1000
+            except ValueError:
+                seconds = None
+    return TimingEntry(name, seconds, description)

@@ -1,0 +1,213 @@
+"""The messages that cross between processes: one type for each, used by the process that writes it and the one that reads it.
+
+Versions mix while a fleet is updated, so every field has a default: a reader ignores fields that it doesn't know and takes
+the default for fields that the writer doesn't know. Names that start with ``kv_`` or ``ec_`` and the first group of fields
+of :class:`KVTransferParams` are vLLM's.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+import msgspec
+from msgspec import Raw
+
+CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
+
+
+class Role(enum.StrEnum):
+    """What an instance does."""
+
+    ENCODER = "encoder"
+    PD = "pd"
+    AGGREGATED = "aggregated"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+# ---- health ------------------------------------------------------------------------------------------------------------
+
+
+class Health(msgspec.Struct, kw_only=True, frozen=True):
+    """What an instance answers to GET /health. While the model loads, only ``status`` is set."""
+
+    status: str = "ok"
+    """``ok``, ``starting``, ``failed`` or ``stopping``."""
+    message: str = ""
+    """Why the status isn't ``ok``, or what else is wrong."""
+    role: str = ""
+    """A :class:`Role`; empty if the instance doesn't say (vLLM without chiasm's middleware)."""
+    model: str = ""
+    """The name by which requests ask for the model."""
+    fingerprint: str = ""
+    """Hex; names model, processor settings and dtype."""
+    dtype: str = ""
+    ec_store: str = ""
+    """Names the store through which embeddings are exchanged; empty if the instance exchanges none."""
+    version: str = ""
+    """Of chiasm."""
+    engine: str = ""
+    """Name and version of an engine that isn't chiasm's own, such as ``vllm 0.32.0``."""
+    takes_image_size: bool = True
+    """Whether ``image_size`` sizes placeholders for it; otherwise it needs the metadata of the encoder's answer."""
+    max_model_len: int | None = None
+    """Tokens of prompt and answer together."""
+    max_items: int | None = None
+    """Images that one request may have."""
+    max_num_seqs: int | None = None
+    """Sequences that it computes at the same time."""
+    kv_connector: str | None = None
+    """What moves KV from prefill to decode; None if the instance moves none."""
+    kv_blocks_total: int | None = None
+    kv_blocks_free: int | None = None
+    device: str = ""
+    """``cpu`` or ``cuda:0``; of vLLM with all devices that it may use, ``cuda:0,1``."""
+    threads: int | None = None
+    """Intra-op CPU threads."""
+    cpus: list[int] = []
+    """CPUs that it may run on."""
+
+
+class InstanceState(enum.StrEnum):
+    """What the proxy makes of an instance. Only a healthy one is sent new work."""
+
+    STARTING = "starting"
+    """Added, and not healthy yet."""
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+    """The last probe or connection failed; a probe that succeeds brings it back."""
+    MISMATCHED = "mismatched"
+    """It answers, but serves another role, model, fingerprint, store or KV connector than the rest of the fleet."""
+    DRAINING = "draining"
+    """Being removed; it goes when its last call has ended."""
+
+
+class InstanceInfo(msgspec.Struct, kw_only=True, frozen=True):
+    """One instance in the proxy's /health and /instances."""
+
+    url: str = ""
+    role: str = ""
+    state: str = ""
+    """An :class:`InstanceState`."""
+    reason: str | None = None
+    """Why it isn't healthy."""
+    model: str | None = None
+    version: str | None = None
+    engine: str | None = None
+    outstanding_work: float = 0.0
+    in_flight: int = 0
+    """Calls under way."""
+
+
+class InstanceList(msgspec.Struct, kw_only=True, frozen=True):
+    """Answer of the proxy's GET /instances."""
+
+    instances: list[InstanceInfo] = []
+
+
+class ProxyHealth(InstanceList, kw_only=True, frozen=True):
+    """Answer of the proxy's GET /health."""
+
+    status: str = ""
+    """``ok`` if text can be answered, otherwise ``unavailable``."""
+    models: list[str] = []
+
+
+# ---- embeddings --------------------------------------------------------------------------------------------------------
+
+
+class ECItem(msgspec.Struct, kw_only=True, frozen=True):
+    """One published embedding in an encoder's answer: the values of ``ec_transfer_params``, whose keys are identifiers."""
+
+    item_indices: list[int] = []
+    """The places of the item among the images of the request, counted from 0."""
+    metadata: Raw = Raw(b"{}")
+    """A JSON object that sizes the item's placeholders (``image_grid_thw`` in the Qwen families)."""
+
+
+# ---- KV ----------------------------------------------------------------------------------------------------------------
+
+MAX_BLOCKS = 1 << 20
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+
+class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
+    """Log probability of a sampled token, and the likeliest candidates as (token id, log probability), best first."""
+
+    logprob: float
+    top: list[tuple[TokenId, float]]
+
+
+class KVTransferParams(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """The field ``kv_transfer_params``: what travels between proxy, prefill and decode about a request's KV.
+
+    To P: ``do_remote_decode``, with ``continues`` and what was generated already. From P, and to D: a *handle*, which says
+    where the KV is. The first group of fields is vLLM's. The second is chiasm's own: it lets D continue from the token that
+    P sampled, and lets another instance continue the answer when one fails. A message with the first group alone is
+    understood as vLLM understands it.
+    """
+
+    do_remote_prefill: bool = False
+    """To D: the prompt's KV lies at a P."""
+    do_remote_decode: bool = False
+    """To P: compute the prompt and one token, and hold the KV for whoever comes with the handle."""
+    remote_engine_id: Name | None = None
+    remote_block_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_BLOCKS)] | None = None
+    remote_host: Name | None = None
+    remote_port: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)] | None = None
+    remote_request_id: Name | None = None
+    tp_size: int = 1
+
+    continues: bool = False
+    """The sender relays the answer as part of one longer answer. P: the request's ``max_tokens`` and ``stream`` are the
+    client's own, and no handle comes back if the first token ends the answer. D: tokens are announced in the stream."""
+    num_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Tokens, from the first of the prompt, whose keys and values are in ``remote_block_ids``."""
+    digest: Name = ""
+    """Hex; names those tokens and the items among them. D compares it with its own."""
+    output_token_ids: list[TokenId] = msgspec.field(default_factory=list)
+    """What was sampled so far, the prompt's continuation. Empty where D samples the first token itself."""
+    output_logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
+    """Of those tokens, where the request asks for them; empty otherwise."""
+    num_sent: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """How many of ``output_token_ids``, from the first, the client already has."""
+    seed: int | None = None
+    """Of the sampling: the request's own or the one that P drew."""
+    created: int | None = None
+    """Unix time at which the answer began."""
+    cached_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Prompt tokens that the first P found in its prefix cache."""
+    prompts: Annotated[list[KVTransferParams], msgspec.Meta(max_length=1024)] = msgspec.field(default_factory=list)
+    """For a request with several prompts: one handle each, in order; all other fields are unset then."""
+
+
+# ---- comments in a stream ----------------------------------------------------------------------------------------------
+
+TOKENS_COMMENT = "tokens"
+"""Followed by the ids of the tokens whose text the next event carries: D to the proxy."""
+KV_COMMENT = "kv_transfer_params"
+"""Followed by a handle (JSON), which ends P's part of a stream: P to the proxy."""
+TIMING_COMMENT = "server-timing"
+"""Followed by a ``Server-Timing`` value, shortly before a stream ends: to the client."""
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------------
+
+
+class ErrorDetail(msgspec.Struct, kw_only=True, frozen=True):
+    """What went wrong. ``param`` names the field of the request that is to blame."""
+
+    message: str = ""
+    type: str = ""
+    param: str | None = None
+    code: str | int | None = None
+    """chiasm's codes are in docs/errors.md; vLLM puts the HTTP status here."""
+
+
+class ErrorBody(msgspec.Struct, kw_only=True, frozen=True):
+    """Body of every answer that isn't 2xx, and of an error event in a stream."""
+
+    error: ErrorDetail = ErrorDetail()
