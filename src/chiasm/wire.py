@@ -30,10 +30,11 @@ class Role(enum.StrEnum):
 # ---- health ------------------------------------------------------------------------------------------------------------
 
 
-class Health(msgspec.Struct, kw_only=True, frozen=True):
-    """What an instance answers to GET /health. While the model loads, only ``status`` is set."""
+class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """What an instance answers to GET /health. Fields with their default are left out, except for ``status``; while the model
+    loads, nothing else is set."""
 
-    status: str = "ok"
+    status: str = msgspec.field(default_factory=lambda: "ok")  # msgspec omits no field that has a factory
     """``ok``, ``starting``, ``failed`` or ``stopping``."""
     message: str = ""
     """Why the status isn't ``ok``, or what else is wrong."""
