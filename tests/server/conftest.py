@@ -11,7 +11,7 @@ import pytest
 from chiasm.media import MediaConfig
 from chiasm.server import ServerConfig, create_app
 from chiasm.wire import Role
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import FakeEncoderEngine, FakeLanguageEngine
 from tests.server.serving import serving
 
 MODEL = "bytes"
@@ -25,10 +25,7 @@ SMALL = ServerConfig(
 
 
 @dataclass
-class Served:
-    """A fake engine behind a real server."""
-
-    engine: FakeEngine
+class _Served:
     url: str
 
     @property
@@ -44,10 +41,24 @@ class Served:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
 
+@dataclass
+class Served(_Served):
+    """A fake language engine behind a real server."""
+
+    engine: FakeLanguageEngine
+
+
+@dataclass
+class ServedEncoder(_Served):
+    """A fake encoder engine behind a real server."""
+
+    engine: FakeEncoderEngine
+
+
 def _served(role: Role) -> Iterator[Served]:
-    engine = FakeEngine(role, max_items=3)
-    with serving(create_app(engine, served_model_name=MODEL, config=SMALL)) as url:  # type: ignore[arg-type]
-        yield Served(engine, url)
+    engine = FakeLanguageEngine(role, max_items=3)
+    with serving(create_app(engine, served_model_name=MODEL, config=SMALL)) as url:
+        yield Served(url, engine)
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +72,10 @@ def _aggregated() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def _encoder() -> Iterator[Served]:
-    yield from _served(Role.ENCODER)
+def _encoder() -> Iterator[ServedEncoder]:
+    engine = FakeEncoderEngine(max_items=3)
+    with serving(create_app(engine, served_model_name=MODEL, config=SMALL)) as url:
+        yield ServedEncoder(url, engine)
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +101,7 @@ def aggregated(_aggregated: Served) -> Served:
 
 
 @pytest.fixture
-def encoder(_encoder: Served) -> Served:
+def encoder(_encoder: ServedEncoder) -> ServedEncoder:
     _encoder.engine.reset()
     return _encoder
 

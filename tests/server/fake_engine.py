@@ -1,8 +1,8 @@
-"""An engine that says what it is told to, so that tests of the protocol need no model.
+"""Engines that answer what a test tells them, so that tests of the protocol need no model.
 
-It is the one test double here, and stands for what lies behind the facade of ``chiasm.engine``: all roles in one class,
-a processor whose every byte is a token, and an answer that a test can script. As a prefill instance it ends after one letter
-of the answer, with a handle; as a decode instance it goes on from what comes with a handle.
+They are the only test doubles here, and stand for the engines of all roles: a processor that makes a token of every byte, and
+an answer that a test can script. As a prefill instance the fake ends after one letter of the answer, with a handle; as a
+decode instance it continues from what comes with a handle. test_engine_contract.py holds them to the real engines.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from chiasm.ec_transfer import ECConnectorStats
+from chiasm.engine.base import Engine
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.request import (
     EncodedItem,
@@ -39,7 +41,7 @@ PLACEHOLDER = "\x01"
 FINGERPRINT = "f1" * 16
 ANSWER = "Hello"
 SEED = 99
-"""Of requests that have none."""
+"""The seed of requests without one."""
 Script = Callable[[GenerateRequest], AsyncIterator[Output]]
 
 
@@ -119,53 +121,67 @@ class ByteProcessor(Processor):
         return Pixels({}, self.geometry_of_size(image.height, image.width))
 
 
-class FakeEngine:
-    """Answers ``Hello`` to everything, until ``script`` says otherwise."""
+class FakeEngine(Engine):
+    """What the fakes of all roles have in common."""
 
-    def __init__(self, role: Role, **config: Any) -> None:
+    processor: ByteProcessor
+    healthy = True
+
+    def __init__(self, role: Role, *, max_items: int = EngineConfig.max_items) -> None:
+        # Not the base class's: it loads a processor from a checkpoint.
         kv = KVTransferConfig() if role in (Role.PREFILL, Role.DECODE) else None
-        self.config = EngineConfig(Path("/nowhere/bytes"), role, kv=kv, **config)
+        self.config = EngineConfig(Path("/nowhere/bytes"), role, kv=kv, max_items=max_items, threads=2)
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
         self.processor = ByteProcessor()
         self.model_fingerprint = FINGERPRINT
-        self.dtype_name = "float32"
-        self.device = "cpu"
-        self.num_threads = 2
-        self.store_error: Exception | None = None
         self.max_model_len = self.processor.max_model_len
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what tests have done to it."""
         self.healthy = True
-        self.script: Script | None = None
-        self._scripts = {Role.PREFILL: self._prefill, Role.DECODE: self._decode}
-        self.encode_error: Exception | None = None
-        self.encode_blocks = False
-        self.requests: list[GenerateRequest] = []
-        self.encoded: list[list[EncodeItem]] = []
+        self.store_error: Exception | None = None
+        self.processor.rendered.clear()
         self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Ids of requests that began."""
         self.aborted: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Ids of requests that were closed before their end."""
 
-    def reset(self) -> None:
-        self.healthy = True
-        self.script = None
-        self.store_error = None
-        self.encode_error = None
-        self.encode_blocks = False
-        self.requests.clear()
-        self.started = queue.SimpleQueue()
-        self.aborted = queue.SimpleQueue()
-        self.encoded.clear()
-        self.processor.rendered.clear()
-
     def start(self) -> None:
         pass
 
     def stop(self) -> None:
-        pass
+        self.healthy = False
 
     def store_id(self) -> str:
         if self.store_error is not None:
             raise self.store_error
         return "store-1"
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=2,
+            items={ItemOutcome.HIT: 3},
+            generation_tokens=11,
+            kv_blocks_total=8,
+            kv_blocks_used=3,
+            ec=ECConnectorStats(loads=4),
+            kv=None if self.config.kv is None else KVConnectorStats(transfers=5, transferred_bytes=640, leases_held=1),
+        )
+
+
+class FakeLanguageEngine(FakeEngine):
+    """Answers ``Hello`` to everything, until ``script`` says otherwise."""
+
+    def __init__(self, role: Role, *, max_items: int = EngineConfig.max_items) -> None:
+        super().__init__(role, max_items=max_items)
+        self._scripts: dict[Role, Script] = {Role.PREFILL: self.prefill, Role.DECODE: self._decode}
+
+    def reset(self) -> None:
+        super().reset()
+        self.script: Script | None = None
+        self.requests: list[GenerateRequest] = []
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Output]:
         self.requests.append(request)
@@ -184,7 +200,7 @@ class FakeEngine:
             for index in range(request.num_choices):
                 yield self._letter(request, place, index)
 
-    async def _prefill(self, request: GenerateRequest) -> AsyncIterator[Output]:
+    async def prefill(self, request: GenerateRequest) -> AsyncIterator[Output]:
         params = request.kv_transfer_params
         assert params is not None
         for output in self._given(request):
@@ -272,6 +288,19 @@ class FakeEngine:
             num_cached_tokens=3,
         )
 
+
+class FakeEncoderEngine(FakeEngine):
+    """Publishes nothing, and says that it encoded everything."""
+
+    def __init__(self, *, max_items: int = EngineConfig.max_items) -> None:
+        super().__init__(Role.ENCODER, max_items=max_items)
+
+    def reset(self) -> None:
+        super().reset()
+        self.encode_error: Exception | None = None
+        self.encode_blocks = False
+        self.encoded: list[list[EncodeItem]] = []
+
     async def encode(self, request_id: str, items: Sequence[EncodeItem], deadline: float) -> list[EncodedItem]:
         self.encoded.append(list(items))
         self.started.put(request_id)
@@ -287,17 +316,6 @@ class FakeEngine:
             EncodedItem(item.identifier, metadata, ItemOutcome.ENCODED, 0.001, 0.002, 0.003, 0.004) for item in items
         ]
 
-    def stats(self) -> EngineStats:
-        return EngineStats(
-            num_running=2,
-            items={ItemOutcome.HIT: 3},
-            generation_tokens=11,
-            kv_blocks_total=8,
-            kv_blocks_used=3,
-            ec=ECConnectorStats(loads=4),
-            kv=None if self.config.kv is None else KVConnectorStats(transfers=5, transferred_bytes=640, leases_held=1),
-        )
-
 
 def _length(request: GenerateRequest) -> int:
     return min(len(ANSWER), request.sampling.max_tokens)
@@ -305,5 +323,5 @@ def _length(request: GenerateRequest) -> int:
 
 async def never(request: GenerateRequest) -> AsyncIterator[Output]:
     """A script without any output."""
-    await asyncio.Event().wait()
-    yield  # type: ignore[misc]
+    outputs: asyncio.Queue[Output] = asyncio.Queue()
+    yield await outputs.get()

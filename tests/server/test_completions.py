@@ -9,7 +9,7 @@ import pytest
 
 from chiasm.engine.request import GenerateRequest, Output
 from chiasm.errors import StorageError
-from tests.server.conftest import Served
+from tests.server.conftest import Served, ServedEncoder
 from tests.server.fake_engine import never
 from tests.server.serving import post
 
@@ -118,7 +118,7 @@ def test_prompt_longer_than_the_context_is_refused(pd: Served) -> None:
     assert reply.error["param"] == "prompt"
 
 
-def test_an_encoder_has_no_text_to_give(encoder: Served) -> None:
+def test_an_encoder_has_no_text_to_give(encoder: ServedEncoder) -> None:
     reply = post(encoder.completions, {"prompt": "x"})
     assert reply.status == 400
     assert "encoder" in reply.error["message"]

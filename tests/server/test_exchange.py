@@ -15,8 +15,8 @@ import pytest
 from chiasm.engine.request import GenerateRequest, Output
 from chiasm.server import ServerConfig, create_app
 from chiasm.wire import Role
-from tests.server.conftest import Served
-from tests.server.fake_engine import FakeEngine, never
+from tests.server.conftest import Served, ServedEncoder
+from tests.server.fake_engine import FakeLanguageEngine, never
 from tests.server.images import chat, image_part, png
 from tests.server.serving import get, post, request, serving
 
@@ -81,9 +81,9 @@ class TestBounds:
         connection.close()
 
     def test_one_request_too_many_is_told_to_come_back(self) -> None:
-        engine = FakeEngine(Role.PD)
+        engine = FakeLanguageEngine(Role.PD)
         engine.script = never
-        app = create_app(engine, served_model_name="bytes", config=ServerConfig(max_inflight_requests=1))  # type: ignore[arg-type]
+        app = create_app(engine, served_model_name="bytes", config=ServerConfig(max_inflight_requests=1))
         with serving(app) as url, ThreadPoolExecutor() as pool:
             first = pool.submit(post, f"{url}/v1/completions", {"prompt": "x"}, {"X-Request-Deadline-Ms": "3000"})
             engine.started.get(timeout=10)
@@ -96,7 +96,7 @@ class TestBounds:
 
     def test_bodies_together_are_bounded(self) -> None:
         config = ServerConfig(max_inflight_body_bytes=100)
-        with serving(create_app(FakeEngine(Role.PD), served_model_name="bytes", config=config)) as url:  # type: ignore[arg-type]
+        with serving(create_app(FakeLanguageEngine(Role.PD), served_model_name="bytes", config=config)) as url:
             assert post(f"{url}/v1/completions", {"prompt": "x" * 100}).status == 503
             for _ in range(5):
                 assert post(f"{url}/v1/completions", {"prompt": "x" * 50}).status == 200
@@ -134,7 +134,7 @@ class TestDisconnect:
         connection.close()
         assert {pd.engine.aborted.get(timeout=10), pd.engine.aborted.get(timeout=10)} == started
 
-    def test_client_that_leaves_an_encoder_cancels_the_encoding(self, encoder: Served) -> None:
+    def test_client_that_leaves_an_encoder_cancels_the_encoding(self, encoder: ServedEncoder) -> None:
         encoder.engine.encode_blocks = True
         connection = http.client.HTTPConnection(urlsplit(encoder.url).netloc)
         connection.request("POST", "/v1/chat/completions", json.dumps(chat(image_part(png()))))
@@ -159,7 +159,7 @@ class TestPaths:
     def test_unknown_path(self, pd: Served) -> None:
         reply = get(f"{pd.url}/v1/embeddings")
         assert reply.status == 404
-        assert reply.error["type"] == "invalid_request_error"
+        assert reply.error["type"] == "not_found_error"
 
     def test_wrong_method(self, pd: Served) -> None:
         reply = get(pd.chat)

@@ -9,7 +9,7 @@ import pytest
 from chiasm.engine.request import ItemOutcome
 from chiasm.errors import StorageError
 from chiasm.media import identifier
-from tests.server.conftest import Served
+from tests.server.conftest import Served, ServedEncoder
 from tests.server.fake_engine import FINGERPRINT
 from tests.server.images import bomb, chat, data_url, embeds_part, image_part, png, rotated_jpeg
 from tests.server.serving import Reply, post
@@ -154,7 +154,7 @@ class TestAggregated:
 class TestEncoder:
     """Takes images only, and answers with what it has published."""
 
-    def test_answers_with_what_sizes_the_placeholders(self, encoder: Served) -> None:
+    def test_answers_with_what_sizes_the_placeholders(self, encoder: ServedEncoder) -> None:
         reply = post(encoder.chat, chat(image_part(png(), uuid=A), stream=False, max_tokens=1, model="bytes"))
         assert reply.status == 200
         assert reply.json["object"] == "chat.completion"
@@ -163,18 +163,18 @@ class TestEncoder:
         assert reply.json["ec_transfer_params"] == {A: {"item_indices": [0], "metadata": {"image_grid_thw": [1, 2, 3]}}}
         assert [(item.identifier, item.data) for item in encoder.engine.encoded[0]] == [(A, png())]
 
-    def test_item_that_occurs_twice_is_encoded_once_and_keeps_both_places(self, encoder: Served) -> None:
+    def test_item_that_occurs_twice_is_encoded_once_and_keeps_both_places(self, encoder: ServedEncoder) -> None:
         parts = [image_part(png(), uuid=A), image_part(png(color="blue"), uuid=B), image_part(png(), uuid=A)]
         reply = post(encoder.chat, chat(*parts))
         assert reply.json["ec_transfer_params"][A]["item_indices"] == [0, 2]
         assert reply.json["ec_transfer_params"][B]["item_indices"] == [1]
         assert [item.identifier for item in encoder.engine.encoded[0]] == [A, B]
 
-    def test_image_without_uuid_is_named_by_content(self, encoder: Served) -> None:
+    def test_image_without_uuid_is_named_by_content(self, encoder: ServedEncoder) -> None:
         reply = post(encoder.chat, chat(image_part(png())))
         assert list(reply.json["ec_transfer_params"]) == [identifier(png(), fingerprint=FINGERPRINT)]
 
-    def test_server_timing_has_the_encoders_stages(self, encoder: Served) -> None:
+    def test_server_timing_has_the_encoders_stages(self, encoder: ServedEncoder) -> None:
         reply = post(encoder.chat, chat(image_part(png(), uuid=A)))
         assert {"queue", "preprocess", "encode", "publish", "item0"} <= reply.timing.keys()
         assert f'item0;desc="{ItemOutcome.ENCODED}";dur=10.000' in reply.headers["server-timing"]
@@ -193,11 +193,11 @@ class TestEncoder:
             chat(*[image_part(png())] * 4),
         ],
     )
-    def test_everything_else_is_refused(self, encoder: Served, body: Any) -> None:
+    def test_everything_else_is_refused(self, encoder: ServedEncoder, body: Any) -> None:
         assert_refused(post(encoder.chat, body))
         assert encoder.engine.encoded == []
 
-    def test_failure_to_publish_is_a_503(self, encoder: Served) -> None:
+    def test_failure_to_publish_is_a_503(self, encoder: ServedEncoder) -> None:
         encoder.engine.encode_error = StorageError("the disk is full")
         reply = post(encoder.chat, chat(image_part(png(), uuid=A)))
         assert reply.status == 503

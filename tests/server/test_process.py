@@ -20,8 +20,8 @@ from chiasm.checkpoints import synthetic
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine import EngineConfig
 from chiasm.errors import ConfigurationError
+from chiasm.http.listen import bind
 from chiasm.server import ServerConfig, run
-from chiasm.server.process import bind
 from chiasm.wire import Role
 from tests.server.images import chat
 from tests.server.serving import get, post

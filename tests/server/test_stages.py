@@ -11,7 +11,7 @@ import pytest
 
 from chiasm.engine.request import GenerateRequest, Output
 from chiasm.errors import KVUnavailableError
-from tests.server.conftest import Served
+from tests.server.conftest import Served, ServedEncoder
 from tests.server.fake_engine import SEED
 from tests.server.images import chat, embeds_part, image_part, png
 from tests.server.serving import Reply, post
@@ -147,7 +147,7 @@ class TestPrefillOfAnAnswerThatContinues:
     @pytest.mark.parametrize("text", ["", "H"])
     def test_text_that_may_become_a_stop_string_is_left_to_decode(self, prefill: Served, text: str) -> None:
         async def script(request: GenerateRequest) -> AsyncIterator[Output]:
-            async for output in prefill.engine._prefill(request):
+            async for output in prefill.engine.prefill(request):
                 yield replace(output, text=text)
 
         prefill.engine.script = script
@@ -477,11 +477,11 @@ class TestOtherRoles:
             assert (reply.status, reply.error["param"]) == (400, "kv_transfer_params")
             assert "not supported" in reply.error["message"]
 
-    def test_encoder_refuses_the_field(self, encoder: Served) -> None:
+    def test_encoder_refuses_the_field(self, encoder: ServedEncoder) -> None:
         reply = post(encoder.chat, chat(image_part(png(), uuid=A), kv_transfer_params=ELSEWHERE))
         assert (reply.status, reply.error["param"]) == (400, "kv_transfer_params")
 
     @pytest.mark.parametrize("params", [None, {}])
-    def test_a_field_that_asks_for_nothing_is_taken(self, pd: Served, encoder: Served, params: Any) -> None:
+    def test_a_field_that_asks_for_nothing_is_taken(self, pd: Served, encoder: ServedEncoder, params: Any) -> None:
         assert post(pd.chat, hi(kv_transfer_params=params)).status == 200
         assert post(encoder.chat, chat(image_part(png(), uuid=A), kv_transfer_params=params)).status == 200

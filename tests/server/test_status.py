@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import pytest
 
 from chiasm import __version__
 from chiasm.errors import StorageError
 from chiasm.server.app import app_of
 from chiasm.server.config import ServerConfig
-from chiasm.server.instance import Instance
-from tests.server.conftest import Served
+from chiasm.server.context import ServerContext
+from chiasm.wire import Health
+from tests.server.conftest import Served, ServedEncoder
 from tests.server.images import chat
 from tests.server.serving import get, post, serving
 
@@ -46,7 +48,7 @@ def test_health_of_prefill_and_decode_tells_how_much_fits(request: pytest.Fixtur
 
 
 def test_instance_that_loads_answers_503() -> None:
-    with serving(app_of(Instance("bytes", ServerConfig()))) as url:
+    with serving(app_of(ServerContext("bytes", ServerConfig()))) as url:
         health = get(f"{url}/health")
         assert (health.status, health.json) == (503, {"status": "starting"})
         reply = post(f"{url}/v1/chat/completions", chat("x"))
@@ -65,12 +67,15 @@ def test_dead_engine_shows(pd: Served) -> None:
     assert reply.json["role"] == "pd"
 
 
-def test_a_store_out_of_reach_takes_an_encoder_out_and_leaves_others_to_text(encoder: Served, pd: Served) -> None:
+def test_a_store_out_of_reach_takes_an_encoder_out_and_leaves_others_to_text(
+    encoder: ServedEncoder, pd: Served
+) -> None:
     for served, status in ((encoder, 503), (pd, 200)):
         served.engine.store_error = StorageError("cannot read the store-id of /gone")
         reply = get(f"{served.url}/health")
         assert reply.status == status
-        assert (reply.json["ec_store"], reply.json["message"]) == ("", "cannot read the store-id of /gone")
+        health = msgspec.json.decode(reply.body, type=Health)
+        assert (health.ec_store, health.message) == ("", "cannot read the store-id of /gone")
         served.engine.store_error = None
         assert get(f"{served.url}/health").json["ec_store"] == "store-1"
 

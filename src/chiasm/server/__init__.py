@@ -1,9 +1,10 @@
 """The OpenAI-compatible HTTP API of one instance.
 
-A request's way: ``app`` (path) → ``exchange`` (identity, deadline, body, disconnect) → ``chat`` or ``completions``
-(``protocol``: fields; ``media`` and ``prompts``: the prompt; ``sampling``; ``stages``: which part of the answer is made
-here) → ``answer`` → ``generation`` (the engine) → ``streaming`` and ``chunks``, or one body. On an encoder ``chat`` leads to
-``encode``.
+``process`` runs it, ``app`` has its routes, ``context`` what all requests share. A request passes these files in order:
+``completions`` (the two handlers), ``protocol`` (its body), ``prefill_decode`` (which part of the answer is made here),
+``images`` and ``prompt`` (what the engine reads), ``sampling``, ``generation`` (the engine's outputs), ``answer`` (one body or
+a stream) and ``answer_format`` (its JSON). On an encoder, ``encode`` does all of it. ``status`` and ``metrics`` are the other
+endpoints.
 """
 
 from chiasm.server.app import create_app

@@ -1,118 +1,77 @@
-"""From prompts to an answer: what chat and text completions have in common."""
+"""From the engine's outputs to the response: one body, or a stream of events."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from chiasm.engine.request import GenerateRequest
-from chiasm.server.chunks import Chunks
-from chiasm.server.exchange import Exchange
-from chiasm.server.generation import Choice, Generation, Step
-from chiasm.server.protocol import (
-    ChatLogprobs,
-    ChatRequest,
-    CompletionLogprobs,
-    CompletionRequest,
-    StreamOptions,
-)
-from chiasm.server.sampling import cache_salt, num_choices, sampling_of
-from chiasm.server.stages import Stage
-from chiasm.server.streaming import stream
+from chiasm.http import Exchange, events
+from chiasm.server.answer_format import AnswerFormat
+from chiasm.server.generation import ChoiceOutput, Generation
+from chiasm.server.prefill_decode import AnswerPart, handle_for_decode
+from chiasm.server.protocol import StreamOptions
+from chiasm.wire import KV_COMMENT, TIMING_COMMENT, TOKENS_COMMENT
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from chiasm.engine.engine import LanguageEngine
-    from chiasm.engine.request import TokenLogprobs
-    from chiasm.models.base import Prompt
+    from chiasm.server.protocol import Usage
 
 
-@dataclass(frozen=True)
-class Form:
-    """How the answers of one endpoint look."""
-
-    id_prefix: str
-    chunks: type[Chunks]
-    response: Callable[..., msgspec.Struct]
-    choice: Callable[[int, Choice, Any], msgspec.Struct]
-    """From its index, what came of it, and its log probabilities or None."""
-    logprobs: Callable[[Tokenizer, Sequence[TokenLogprobs], int], ChatLogprobs | CompletionLogprobs]
-    """Of some tokens of a choice; the number is that of the characters before the first of them."""
-
-
-def engine_requests(
-    exchange: Exchange,
-    engine: LanguageEngine,
-    request: ChatRequest | CompletionRequest,
-    stage: Stage,
-    prompts: Sequence[Prompt],
-) -> Sequence[GenerateRequest]:
-    """What the engine is to do for the prompts. Raises InvalidRequestError."""
-    choices, salt = num_choices(request), cache_salt(request)
-    requests = [
-        GenerateRequest(
-            request_id=f"{exchange.engine_id}-{index}",
-            prompt=prompt,
-            sampling=sampling_of(
-                request, engine.processor.default_sampling, room_tokens=engine.max_model_len - len(prompt.token_ids)
-            ),
-            deadline=exchange.deadline,
-            num_choices=choices,
-            cache_salt=salt,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-    return stage.engine_requests(requests, engine.processor.vocab_size)
-
-
-async def answer(
-    exchange: Exchange,
-    engine: LanguageEngine,
-    form: Form,
-    stage: Stage,
-    requests: Sequence[GenerateRequest],
-    stream_options: StreamOptions | None,
+async def answer_whole(
+    exchange: Exchange, generation: Generation, part: AnswerPart, answer_format: AnswerFormat
 ) -> None:
-    """Have the engine do ``requests``, and answer with what comes of them: as a stream, if there are options for one."""
-    generation = Generation(exchange, engine, requests)
-    answer_id = f"{form.id_prefix}-{exchange.request_id}"
-    created = exchange.created if stage.created is None else stage.created
-    model = exchange.instance.model
-    tokenizer = engine.processor.tokenizer
-    if stream_options is not None:
-        chunks = form.chunks(
-            answer_id,
-            created,
-            model,
-            len(generation.choices),
-            announces_usage=bool(stream_options.include_usage),
-        )
-
-        def logprobs(step: Step) -> ChatLogprobs | CompletionLogprobs | None:
-            if step.output.logprobs is None:
-                return None
-            return form.logprobs(tokenizer, step.output.logprobs, generation.choices[step.choice].num_characters)
-
-        await stream(exchange, generation, stage, chunks, logprobs, stream_options)
-        return
+    """Answer with one body when everything has been generated."""
     choices = await generation.collect()
-    response = form.response(
-        id=answer_id,
-        created=created,
-        model=model,
-        choices=[
-            form.choice(
-                index, choice, form.logprobs(tokenizer, choice.logprobs, 0) if generation.wants_logprobs else None
-            )
-            for index, choice in enumerate(choices)
-        ],
-        usage=generation.usage(),
-        kv_transfer_params=stage.handle(generation.handles, created) or msgspec.UNSET,
-    )
+    handle = handle_for_decode(part, generation.handles, answer_format.created)
     await exchange.reply(
-        msgspec.json.encode(response), headers=[("server-timing", generation.server_timing(ended=True))]
+        answer_format.body(choices, generation.usage(), handle),
+        headers=[("server-timing", generation.server_timing(has_ended=True))],
     )
+
+
+async def answer_as_stream(
+    exchange: Exchange,
+    generation: Generation,
+    part: AnswerPart,
+    answer_format: AnswerFormat,
+    options: StreamOptions,
+) -> None:
+    """Answer with events as they are generated.
+
+    The response begins with the first output that the client doesn't have yet: an error before it has a status of its own.
+    """
+    async with aclosing(generation.outputs()) as outputs:
+        async for step in outputs:
+            usage = generation.usage() if options.continuous_usage_stats else None
+            data = _events(part, answer_format, step, usage)
+            if not exchange.has_begun:
+                if step.output.already_sent and not data:
+                    continue
+                await exchange.start_events([("server-timing", generation.server_timing())])
+                if part.begins_here and part.has_text:
+                    data = b"".join(answer_format.role(index) for index in range(len(generation.choices))) + data
+            await exchange.write(data)
+    handle = handle_for_decode(part, generation.handles, answer_format.created)
+    if handle is not None:
+        await exchange.end_events(events.comment(KV_COMMENT, msgspec.json.encode(handle).decode()))
+        return
+    usage_event = answer_format.usage(generation.usage()) if options.include_usage else b""
+    timing = events.comment(TIMING_COMMENT, generation.server_timing(has_ended=True))
+    await exchange.end_events(usage_event + timing + events.DONE)
+
+
+def _events(part: AnswerPart, answer_format: AnswerFormat, step: ChoiceOutput, usage: Usage | None) -> bytes:
+    """Return what one output makes known: text or log probabilities, and the end of the choice. May be empty."""
+    if not part.has_text:
+        return b""
+    index, output, text_offset = step
+    data = b""
+    if (output.text or output.logprobs) and not output.already_sent:
+        data = answer_format.text(index, output.text, output.logprobs, text_offset, usage)
+    if output.finish_reason is not None and output.kv_transfer_params is None:
+        data += answer_format.finish(index, output.finish_reason, output.stop_reason, usage)
+    if part.announces_tokens and output.token_ids and not output.already_sent:
+        token_ids = " ".join(map(str, output.token_ids))
+        return (events.comment_line if data else events.comment)(TOKENS_COMMENT, token_ids) + data
+    return data

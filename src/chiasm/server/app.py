@@ -1,75 +1,93 @@
-"""The application: which path leads where, and what an error looks like."""
+"""The routes of an instance, and what is measured of every request."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 
 from chiasm.errors import ChiasmError
-from chiasm.server import errors
-from chiasm.server.chat import chat_completions
-from chiasm.server.completions import completions
+from chiasm.http import Endpoint, Exchange
+from chiasm.http.endpoint import Bounds
+from chiasm.http.errors import EXCEPTION_HANDLERS
+from chiasm.http.timing import TimingEntry, write_timing
+from chiasm.server.completions import chat_completions, completions
 from chiasm.server.config import ServerConfig
-from chiasm.server.exchange import Endpoint
-from chiasm.server.instance import Instance
+from chiasm.server.context import ServerContext
 from chiasm.server.status import Status
+from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH
 
 if TYPE_CHECKING:
     from chiasm.engine.base import Engine
 
+_GRACE_SECONDS = 1.0
+"""After the deadline, for the engine to raise its own error, which says what was late."""
+
 
 def create_app(engine: Engine, *, served_model_name: str, config: ServerConfig | None = None) -> Starlette:
-    """The API of an instance whose engine has been started; who started it stops it."""
-    return app_of(Instance(served_model_name, config or ServerConfig(), engine))
+    """Return the API of an instance whose engine has been started; the caller stops the engine."""
+    return app_of(ServerContext(served_model_name, config or ServerConfig(), engine))
 
 
-def app_of(instance: Instance) -> Starlette:
-    """The API of an instance in whatever state it is."""
-    status = Status(instance)
-    chat_path = "/v1/chat/completions"
-    completions_path = "/v1/completions"
+def app_of(context: ServerContext) -> Starlette:
+    """Return the API of an instance in any state."""
+    status = Status(context)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with instance.opened():
+        async with context.opened():
             yield
 
     return Starlette(
         routes=[
-            Route(chat_path, Endpoint(instance, chat_path, chat_completions), methods=["POST"]),
-            Route(completions_path, Endpoint(instance, completions_path, completions), methods=["POST"]),
+            Route(CHAT_PATH, _endpoint(context, CHAT_PATH, chat_completions), methods=["POST"]),
+            Route(COMPLETIONS_PATH, _endpoint(context, COMPLETIONS_PATH, completions), methods=["POST"]),
             Route("/v1/models", status.models),
             Route("/v1/models/{name:path}", status.model),
             Route("/health", status.health),
             Route("/metrics", status.metrics),
             Route("/version", status.version),
         ],
-        exception_handlers={
-            ChiasmError: _on_error,
-            HTTPException: _on_http_exception,
-            Exception: _on_error,
-        },
+        exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
 
 
-async def _on_error(request: Request, error: Exception) -> Response:
-    known = errors.as_chiasm_error(error)
-    return Response(
-        errors.body_of(known), known.status, headers=dict(errors.headers_of(known)), media_type="application/json"
+def _endpoint(
+    context: ServerContext, path: str, handler: Callable[[ServerContext, Exchange], Awaitable[None]]
+) -> Endpoint:
+    config, metrics = context.config, context.metrics
+
+    def on_start(exchange: Exchange) -> None:
+        metrics.in_flight.inc()
+        context.check_ready()
+
+    def on_error(exchange: Exchange, error: ChiasmError) -> None:
+        if exchange.is_streaming:
+            metrics.stream_errors.inc()
+        total = TimingEntry("total", time.monotonic() - exchange.arrival)
+        exchange.error_headers = [("server-timing", write_timing([*exchange.timing, total]))]
+
+    def on_end(exchange: Exchange) -> None:
+        metrics.in_flight.dec()
+        metrics.requests.labels(path, str(exchange.status)).inc()
+        metrics.end_to_end.labels(path).observe(time.monotonic() - exchange.arrival)
+
+    return Endpoint(
+        partial(handler, context),
+        context.admission,
+        Bounds(
+            deadline_seconds=config.deadline_seconds,
+            max_body_bytes=config.max_body_bytes,
+            body_timeout_seconds=config.body_timeout_seconds,
+            grace_seconds=_GRACE_SECONDS,
+        ),
+        on_start=on_start,
+        on_error=on_error,
+        on_end=on_end,
     )
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    wrong = f"{request.method} {request.url.path[:200]}"
-    if error.status_code == 405:
-        return await _on_error(request, errors.MethodNotAllowedError(f"{wrong} is not possible here."))
-    return await _on_error(request, errors.PathNotFoundError(f"{wrong}: nothing is served under this path."))

@@ -1,78 +1,101 @@
-"""What an encoder answers to a chat that holds nothing but images."""
+"""The chat endpoint of an encoder: images in, published embeddings out."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Sequence
 
 import msgspec
 
 from chiasm.engine.request import EncodedItem, EncodeItem
 from chiasm.errors import InvalidRequestError
-from chiasm.server import media
-from chiasm.server.exchange import Exchange
+from chiasm.http import Exchange
+from chiasm.http.timing import TimingEntry, write_timing
+from chiasm.server.context import EncodingEngine, ServerContext
+from chiasm.server.images import fetch_images
+from chiasm.server.prefill_decode import answer_part
 from chiasm.server.protocol import (
     AssistantMessage,
     ChatChoice,
     ChatRequest,
-    ChatResponse,
     PromptTokensDetails,
+    Response,
     Usage,
 )
 from chiasm.server.sampling import cache_salt
-from chiasm.server.stages import stage_of
+from chiasm.wire import ECItem
 
 
-async def encode_images(exchange: Exchange, request: ChatRequest) -> None:
-    """Encode and publish the images under their ``uuid``, and say what sizes their placeholders.
+async def encode_images(
+    context: ServerContext, exchange: Exchange, engine: EncodingEngine, request: ChatRequest
+) -> None:
+    """Encode the images of a chat without text and publish the embeddings, each under its ``uuid``.
 
-    An image without one is named by its content.
+    An image without ``uuid`` is named by its content. The response says how to size the placeholders of each image.
     """
-    engine = exchange.instance.encoder_engine
-    stage_of(engine.config.role, request)
+    answer_part(engine.config.role, request)
     if request.stream:
         raise InvalidRequestError("An encoder does not stream; send stream=false.", param="stream")
-    parts = media.media_parts(request, media.IMAGE_URL, engine.config.max_items)
     _refuse_text(request)
-    if not parts:
+    images = await fetch_images(context, exchange, engine, request, salt=cache_salt(request), trust_names=True)
+    if not images:
         raise InvalidRequestError("There is no image to encode.", param="messages")
-    images = await media.fetch_images(exchange, engine, parts, salt=cache_salt(request), named=True)
-    names = [image.identifier for image in images]
-    by_identifier = dict(zip(names, images, strict=True))
-    distinct = [
-        EncodeItem(name, image.data, image.info.height, image.info.width) for name, image in by_identifier.items()
-    ]
-    encoded = await engine.encode(exchange.engine_id, distinct, exchange.deadline)
+
+    distinct = {image.identifier: image for image in images}
+    encoded = await engine.encode(
+        context.unique_id(exchange.request_id),
+        [EncodeItem(name, image.data, image.info.height, image.info.width) for name, image in distinct.items()],
+        exchange.deadline,
+    )
+
     by_name = {item.identifier: item for item in encoded}
-    response = ChatResponse(
+    item_indices: dict[str, list[int]] = {name: [] for name in distinct}
+    for index, image in enumerate(images):
+        item_indices[image.identifier].append(index)
+    response = Response(
         id=f"chatcmpl-{exchange.request_id}",
-        created=exchange.created,
-        model=exchange.instance.model,
+        object="chat.completion",
+        created=int(time.time()),
+        model=context.model,
         choices=[ChatChoice(index=0, message=AssistantMessage(""), finish_reason="stop")],
         usage=Usage(0, 0, 0, PromptTokensDetails(0)),
-        ec_transfer_params=_ec_transfer_params(names, by_name),
+        ec_transfer_params={
+            name: ECItem(item_indices=indices, metadata=msgspec.Raw(msgspec.json.encode(by_name[name].metadata)))
+            for name, indices in item_indices.items()
+        },
     )
-    timing = exchange.timing.encoder_header([by_name[name] for name in names])
+    timing = _server_timing(exchange, encoded, [by_name[image.identifier] for image in images])
     await exchange.reply(msgspec.json.encode(response), headers=[("server-timing", timing)])
-
-
-def _ec_transfer_params(names: list[str], by_name: dict[str, EncodedItem]) -> dict[str, dict[str, Any]]:
-    """By identifier: the places of the item among the request's images, and its metadata."""
-    params: dict[str, dict[str, Any]] = {}
-    for index, name in enumerate(names):
-        entry = params.setdefault(name, {"item_indices": [], "metadata": by_name[name].metadata})
-        entry["item_indices"].append(index)
-    return params
 
 
 def _refuse_text(request: ChatRequest) -> None:
     for message in request.messages:
-        if isinstance(message.content, str) and message.content:
-            break
-        if isinstance(message.content, list) and any(part.type == "text" for part in message.content):
-            break
-    else:
-        return
-    raise InvalidRequestError(
-        "This instance is an encoder and takes images only; send text to a pd or aggregated instance, or to the proxy.",
-        param="messages",
+        content = message.content or ""
+        if content if isinstance(content, str) else any(part.type == "text" for part in content):
+            raise InvalidRequestError(
+                "This instance is an encoder and takes images only; send text to a pd or aggregated instance, or to the "
+                "proxy.",
+                param="messages",
+            )
+
+
+def _server_timing(exchange: Exchange, encoded: Sequence[EncodedItem], in_order: Sequence[EncodedItem]) -> str:
+    """Return the ``Server-Timing``; ``in_order`` has one entry for each image of the request, so an item may occur twice."""
+    return write_timing(
+        [
+            *exchange.timing,
+            TimingEntry("queue", max(item.queue_seconds for item in encoded)),
+            TimingEntry("preprocess", sum(item.preprocess_seconds for item in encoded)),
+            TimingEntry("encode", sum(item.encode_seconds for item in encoded)),
+            TimingEntry("publish", sum(item.publish_seconds for item in encoded)),
+            TimingEntry("total", time.monotonic() - exchange.arrival),
+            *(
+                TimingEntry(
+                    f"item{index}",
+                    item.queue_seconds + item.preprocess_seconds + item.encode_seconds + item.publish_seconds,
+                    item.outcome,
+                )
+                for index, item in enumerate(in_order)
+            ),
+        ]
     )

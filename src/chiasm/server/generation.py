@@ -1,4 +1,4 @@
-"""Running a request's prompts through the engine, and putting their outputs together."""
+"""The outputs of the engine for one HTTP request, over all its prompts and choices."""
 
 from __future__ import annotations
 
@@ -10,88 +10,101 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from chiasm.engine.request import GenerateRequest
-from chiasm.server.exchange import Exchange
+from chiasm.http import Exchange
+from chiasm.http.timing import TimingEntry, write_timing
+from chiasm.server.context import GeneratingEngine
+from chiasm.server.metrics import Metrics
 from chiasm.server.protocol import PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
-    from chiasm.engine.engine import LanguageEngine
     from chiasm.engine.request import FinishReason, Output, RequestTiming, TokenLogprobs
     from chiasm.wire import KVTransferParams
 
 
-class Step(NamedTuple):
-    """What one step added to one choice of an HTTP request."""
-
-    choice: int
-    """Which, counted over all prompts: those of the first prompt come first."""
-    output: Output
-
-
 @dataclass
-class Choice:
-    """One choice as far as it has come."""
+class ChoiceState:
+    """One choice as far as it has been generated."""
 
     text: list[str] = field(default_factory=list)
+    """Pieces; filled by ``collect`` alone, as are the log probabilities."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_characters: int = 0
-    last_output: float = 0.0
+    last_output_at: float = 0.0
+
+
+class ChoiceOutput(NamedTuple):
+    """What one step of the engine adds to one choice."""
+
+    choice: int
+    """Counted over all prompts; the choices of the first prompt come first."""
+    output: Output
+    text_offset: int
+    """Characters of the choice before this output."""
 
 
 class Generation:
-    """The outputs of one HTTP request: iterated once, and counted on the way."""
+    """The outputs of one HTTP request, iterated once, and what they add up to."""
 
-    def __init__(self, exchange: Exchange, engine: LanguageEngine, requests: Sequence[GenerateRequest]) -> None:
+    def __init__(
+        self, exchange: Exchange, engine: GeneratingEngine, metrics: Metrics, requests: Sequence[GenerateRequest]
+    ) -> None:
+        """``requests`` has one for each prompt, all with the same number of choices."""
         self._exchange = exchange
         self._engine = engine
+        self._metrics = metrics
         self._requests = requests
+        self._has_output = False
         self._cached_tokens = [0] * len(requests)
         self._completion_tokens = 0
-        self.choices = [Choice() for request in requests for _ in range(request.num_choices)]
-        self.wants_logprobs = requests[0].sampling.logprobs is not None
+        self._timing: RequestTiming | None = None
+        """Of the first prompt."""
+        self.choices = [ChoiceState() for request in requests for _ in range(request.num_choices)]
         self.handles: list[KVTransferParams | None] = [None] * len(requests)
-        """With what each prompt's answer goes on elsewhere, if it does (prefill role)."""
-        self.timing: RequestTiming | None = None
-        """Of the first prompt, as far as known."""
+        """The engine's handle for each prompt whose answer continues elsewhere (prefill role)."""
 
-    async def steps(self) -> AsyncGenerator[Step, None]:
-        """All outputs as they come. Closing it aborts what still runs."""
-        metrics = self._exchange.instance.metrics
-        async with aclosing(self._outputs()) as outputs:
-            async for which, output in outputs:
-                now = time.monotonic()
-                step = Step(which * self._requests[0].num_choices + output.index, output)
-                choice = self.choices[step.choice]
-                if not output.already_sent:
-                    if self._exchange.timing.first_output is None:
-                        self._exchange.timing.first_output = now
-                        metrics.first_token.observe(now - self._exchange.timing.arrival)
-                    if choice.last_output and output.token_ids:
-                        metrics.inter_token.observe((now - choice.last_output) / len(output.token_ids))
-                    choice.last_output = now
-                choice.finish_reason = output.finish_reason
-                choice.stop_reason = output.stop_reason
-                self._completion_tokens += len(output.token_ids)
-                if output.index == 0:  # the others find the first one's blocks
-                    self._cached_tokens[which] = output.num_cached_tokens
-                if which == 0:
-                    self.timing = output.timing
-                if output.kv_transfer_params is not None:
-                    self.handles[which] = output.kv_transfer_params
-                yield step
-                choice.num_characters += len(output.text)
+    async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
+        """Yield all outputs as they come. Closing it aborts what still runs. Raises what the engine raises."""
+        streams = [self._engine.generate(request) for request in self._requests]
+        async with aclosing(_merged(streams) if len(streams) > 1 else _single(streams[0])) as outputs:
+            async for prompt, output in outputs:
+                index = prompt * self._requests[0].num_choices + output.index
+                text_offset = self.choices[index].num_characters
+                self._add(prompt, self.choices[index], output)
+                yield ChoiceOutput(index, output, text_offset)
 
-    async def collect(self) -> list[Choice]:
-        """Run to the end; the choices, complete."""
-        async with aclosing(self.steps()) as steps:
-            async for index, output in steps:
+    async def collect(self) -> list[ChoiceState]:
+        """Return the complete choices. Raises what the engine raises."""
+        async with aclosing(self.outputs()) as outputs:
+            async for index, output, _ in outputs:
                 self.choices[index].text.append(output.text)
                 self.choices[index].logprobs += output.logprobs or ()
         return self.choices
 
+    def _add(self, prompt: int, choice: ChoiceState, output: Output) -> None:
+        if not output.already_sent:
+            now = time.monotonic()
+            if not self._has_output:
+                self._has_output = True
+                self._exchange.timing.append(TimingEntry("ttft", now - self._exchange.arrival))
+                self._metrics.first_token.observe(now - self._exchange.arrival)
+            if choice.last_output_at and output.token_ids:
+                self._metrics.inter_token.observe((now - choice.last_output_at) / len(output.token_ids))
+            choice.last_output_at = now
+        choice.num_characters += len(output.text)
+        choice.finish_reason = output.finish_reason
+        choice.stop_reason = output.stop_reason
+        self._completion_tokens += len(output.token_ids)
+        if output.index == 0:  # the other choices find the blocks of the first
+            self._cached_tokens[prompt] = output.num_cached_tokens
+        if prompt == 0:
+            self._timing = output.timing
+        if output.kv_transfer_params is not None:
+            self.handles[prompt] = output.kv_transfer_params
+
     def usage(self) -> Usage:
-        """Tokens so far."""
+        """Return the tokens so far."""
         prompt_tokens = sum(len(request.prompt.token_ids) for request in self._requests)
         return Usage(
             prompt_tokens=prompt_tokens,
@@ -100,44 +113,57 @@ class Generation:
             prompt_tokens_details=PromptTokensDetails(sum(self._cached_tokens)),
         )
 
-    def server_timing(self, *, ended: bool = False) -> str:
-        """The Server-Timing of the answer."""
-        return self._exchange.timing.header(self.timing, ended=ended)
+    def server_timing(self, *, has_ended: bool = False) -> str:
+        """Return the ``Server-Timing`` of the answer so far; with ``total`` if it has ended."""
+        entries = list(self._exchange.timing)
+        timing = self._timing
+        if timing is not None:
+            seconds = {
+                "queue": timing.queue_seconds,
+                "wait": timing.wait_seconds,
+                "transfer": timing.transfer_seconds,
+                "kv": timing.kv_seconds,
+                "encode": timing.encode_seconds or None,
+                "prefill": timing.prefill_seconds,
+            }
+            entries += [TimingEntry(name, value) for name, value in seconds.items() if value is not None]
+        if has_ended:
+            entries.append(TimingEntry("total", time.monotonic() - self._exchange.arrival))
+        if timing is not None:
+            entries += [
+                TimingEntry(f"item{index}", item.wait_seconds, item.outcome) for index, item in enumerate(timing.items)
+            ]
+        return write_timing(entries)
 
-    async def _outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
-        """Outputs with the index of their prompt."""
-        if len(self._requests) > 1:
-            async with aclosing(_merged([self._engine.generate(request) for request in self._requests])) as merged:
-                async for pair in merged:
-                    yield pair
-            return
-        async with aclosing(_generator(self._engine.generate(self._requests[0]))) as outputs:
-            async for output in outputs:
-                yield 0, output
+
+async def _single(outputs: AsyncIterator[Output]) -> AsyncGenerator[tuple[int, Output], None]:
+    async with aclosing(_generator(outputs)) as generator:
+        async for output in generator:
+            yield 0, output
 
 
-async def _merged(sources: Sequence[AsyncIterator[Output]]) -> AsyncGenerator[tuple[int, Output], None]:
-    """What several iterators yield, as it comes; the first error ends all of them."""
-    queue: asyncio.Queue[tuple[int, Output] | BaseException | None] = asyncio.Queue()
+async def _merged(streams: Sequence[AsyncIterator[Output]]) -> AsyncGenerator[tuple[int, Output], None]:
+    """Yield the outputs of several prompts as they come, with the prompt's index; the first error ends all of them."""
+    queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
 
-    async def drain(which: int, source: AsyncIterator[Output]) -> None:
+    async def drain(prompt: int, outputs: AsyncIterator[Output]) -> None:
         try:
-            async with aclosing(_generator(source)) as outputs:
-                async for output in outputs:
-                    queue.put_nowait((which, output))
+            async with aclosing(_generator(outputs)) as generator:
+                async for output in generator:
+                    queue.put_nowait((prompt, output))
         except Exception as error:
             queue.put_nowait(error)
         else:
             queue.put_nowait(None)
 
-    tasks = [asyncio.create_task(drain(which, source)) for which, source in enumerate(sources)]
+    tasks = [asyncio.create_task(drain(prompt, outputs)) for prompt, outputs in enumerate(streams)]
     try:
         running = len(tasks)
         while running:
             match await queue.get():
                 case None:
                     running -= 1
-                case BaseException() as error:
+                case Exception() as error:
                     raise error
                 case pair:
                     yield pair
@@ -148,6 +174,6 @@ async def _merged(sources: Sequence[AsyncIterator[Output]]) -> AsyncGenerator[tu
 
 
 def _generator(outputs: AsyncIterator[Output]) -> AsyncGenerator[Output, None]:
-    """The engine's iterator is a generator: closing it aborts the request."""
+    """Return the engine's iterator as what it is: a generator, which can be closed, and aborts the request then."""
     assert isinstance(outputs, AsyncGenerator)
     return outputs

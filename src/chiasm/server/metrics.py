@@ -1,4 +1,4 @@
-"""What an instance counts, for Prometheus: its HTTP side here, the engine's snapshot at each scrape."""
+"""The Prometheus metrics of an instance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chiasm import __version__
 
 if TYPE_CHECKING:
     from chiasm.engine.stats import EngineStats
-    from chiasm.server.instance import Instance
+    from chiasm.server.context import ServerContext
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80)
 _ITL_BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 5)
@@ -22,9 +22,9 @@ _E2E_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    """The registry of one instance, and its HTTP metrics."""
+    """The registry of one instance, and the metrics of its HTTP API."""
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, context: ServerContext) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "chiasm_http_requests",
@@ -32,72 +32,70 @@ class Metrics:
             ("path", "status"),
             registry=self.registry,
         )
-        self.in_flight = Gauge(
-            "chiasm_http_requests_in_flight", "Requests that are being answered.", registry=self.registry
-        )
+        self.in_flight = Gauge("chiasm_http_requests_in_flight", "Requests being answered.", registry=self.registry)
         self.stream_errors = Counter(
             "chiasm_stream_errors", "Streams that ended with an error event.", registry=self.registry
         )
         self.first_token = Histogram(
             "chiasm_time_to_first_token_seconds",
-            "From a request's arrival to its first output.",
+            "Time from the arrival of a request to its first output.",
             buckets=_TTFT_BUCKETS,
             registry=self.registry,
         )
         self.inter_token = Histogram(
             "chiasm_inter_token_seconds",
-            "Between two tokens of a choice.",
+            "Time between two tokens of a choice.",
             buckets=_ITL_BUCKETS,
             registry=self.registry,
         )
         self.end_to_end = Histogram(
             "chiasm_request_seconds",
-            "From a request's arrival to the end of its answer.",
+            "Time from the arrival of a request to the end of its response.",
             ("path",),
             buckets=_E2E_BUCKETS,
             registry=self.registry,
         )
-        self.registry.register(_InstanceCollector(instance))
+        self.registry.register(_InstanceCollector(context))
         ProcessCollector(namespace="chiasm", registry=self.registry)
 
     def expose(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _InstanceCollector(Collector):
-    """State of the instance and the engine's counters, read when they are asked for."""
+    """The state of the instance and the counters of its engine, read at each scrape."""
 
-    def __init__(self, instance: Instance) -> None:
-        self._instance = instance
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
 
     def describe(self) -> list[Metric]:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        instance = self._instance
-        yield GaugeMetricFamily("chiasm_up", "Whether the instance takes requests.", instance.state == "ok")
-        engine = instance.loaded_engine
+        context = self._context
+        yield GaugeMetricFamily("chiasm_up", "1 if the instance takes requests, else 0.", context.state == "ok")
+        engine = context.loaded_engine
         if engine is None:
             return
         labels = {
-            "model": instance.model,
+            "model": context.model,
             "role": str(engine.config.role),
             "fingerprint": engine.model_fingerprint,
             "version": __version__,
         }
-        yield InfoMetricFamily("chiasm_instance", "What this instance is.", labels)
+        yield InfoMetricFamily("chiasm_instance", "Model, role and version of the instance.", labels)
         yield from _engine_metrics(engine.stats())
 
 
 def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
     for name, help_text, value in (
-        ("requests_running", "Requests that compute.", stats.num_running),
-        ("requests_waiting", "Requests that wait for room.", stats.num_waiting),
+        ("requests_running", "Requests that the engine is computing.", stats.num_running),
+        ("requests_waiting", "Requests that wait for a place in the engine.", stats.num_waiting),
         ("requests_stalled", "Requests that wait for an embedding.", stats.num_stalled),
         ("kv_blocks", "Blocks of the KV cache.", stats.kv_blocks_total),
-        ("kv_blocks_used", "Blocks of the KV cache that a request holds.", stats.kv_blocks_used),
-        ("encoder_cache_bytes", "Embeddings held in memory.", stats.encoder_cache_bytes),
+        ("kv_blocks_used", "Blocks of the KV cache that requests hold.", stats.kv_blocks_used),
+        ("encoder_cache_bytes", "Size of the embeddings held in memory.", stats.encoder_cache_bytes),
     ):
         yield GaugeMetricFamily(f"chiasm_{name}", help_text, value)
     for name, help_text, count in (
@@ -105,13 +103,13 @@ def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
         ("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hit_tokens),
         ("prompt_tokens", "Prompt tokens of admitted requests.", stats.prompt_tokens),
         ("generation_tokens", "Tokens generated.", stats.generation_tokens),
-        ("preemptions", "Times that a request lost its blocks and began again.", stats.preemptions),
+        ("preemptions", "Times that a request lost its KV blocks and was computed again.", stats.preemptions),
         ("item_wait_seconds", "Time that requests waited for embeddings.", stats.item_wait_seconds),
         ("images_encoded", "Images encoded by this instance.", stats.images_encoded),
-        ("encode_seconds", "Time spent encoding them.", stats.encode_seconds),
+        ("encode_seconds", "Time spent encoding images.", stats.encode_seconds),
     ):
         yield CounterMetricFamily(f"chiasm_{name}", help_text, count)
-    items = CounterMetricFamily("chiasm_items", "Items by how their embedding became usable.", labels=("outcome",))
+    items = CounterMetricFamily("chiasm_items", "Items, by how their embedding became usable.", labels=("outcome",))
     for outcome, number in stats.items.items():
         items.add_metric((str(outcome),), number)
     yield items

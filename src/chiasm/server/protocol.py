@@ -1,34 +1,35 @@
-"""Bodies of the OpenAI API as far as an instance speaks it, with vLLM's extensions.
+"""The bodies of requests and responses: the part of OpenAI's API that an instance supports, with vLLM's extensions.
 
-Requests are checked for types here and for meaning where they are used. Fields that nobody here knows are ignored, as
-OpenAI-compatible servers do; fields that would change the answer, and that this engine does not have, are refused.
+Types are checked here, values where they are used. Unknown fields are ignored, as by other servers of this API; known fields
+that would change the answer but are not supported are refused.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from chiasm.engine.request import FinishReason
-from chiasm.errors import InvalidRequestError
-from chiasm.wire import KVTransferParams
+from chiasm.errors import Code, InvalidRequestError
+from chiasm.wire import ECItem, KVTransferParams
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 
 class StreamOptions(msgspec.Struct):
-    """What a stream carries besides text."""
+    """What a stream contains besides text."""
 
     include_usage: bool | None = False
-    """One more chunk with the usage, before the end."""
+    """A last chunk has the usage."""
     continuous_usage_stats: bool | None = False
-    """The usage so far in every chunk."""
+    """Every chunk has the usage so far."""
 
 
 class Unsupported(msgspec.Struct):
-    """Fields that would change the answer and that this engine does not have."""
+    """Fields that would change the answer and are not supported."""
 
     add_special_tokens: Any = None
     allowed_token_ids: Any = None
@@ -68,7 +69,7 @@ class Unsupported(msgspec.Struct):
     web_search_options: Any = None
 
 
-HARMLESS: dict[str, tuple[Any, ...]] = {
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "best_of": (1,),
     "function_call": ("none", "auto"),
@@ -79,11 +80,11 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "tool_choice": ("none", "auto"),
 }
-"""Values with which a field of ``Unsupported`` asks for nothing, besides null, false and what is empty."""
+"""Values of ``Unsupported`` fields that change nothing and are accepted, as are null, false and empty values."""
 
 
 class GenerationFields(Unsupported, kw_only=True):
-    """What chat and text completions have in common; None stands for: not given."""
+    """Fields of both chat and text completions; None if the client left them out."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -107,23 +108,23 @@ class GenerationFields(Unsupported, kw_only=True):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
     kv_transfer_params: KVTransferParams | None = None
-    """From the proxy to prefill and decode instances; the others take none."""
+    """What the proxy sends to prefill and decode instances; the others refuse it."""
 
 
 class ImageURL(msgspec.Struct):
-    """Where an image is: a ``data:``, http(s) or file URL."""
+    """The URL of an image: ``data:``, ``http:``, ``https:`` or ``file:``."""
 
     url: str
 
 
 class Part(msgspec.Struct):
-    """One part of a message's content; which fields count depends on ``type``."""
+    """One part of a message's content; ``type`` says which other fields are used."""
 
     type: str
     text: str | None = None
     image_url: ImageURL | str | None = None
     image_embeds: Any = None
-    """What sizes the placeholders of an item that an encoder holds ready under ``uuid``."""
+    """Metadata that sizes the placeholders of an image whose embedding an encoder publishes under ``uuid``."""
     uuid: str | None = None
 
 
@@ -163,7 +164,7 @@ _FIELD = re.compile(r"\$\.(\w+)")
 
 
 def decode(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Request:
-    """The request in a body. Raises InvalidRequestError that names the field at fault."""
+    """Return the request in a body. Raises InvalidRequestError that names the wrong field."""
     try:
         request = decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -173,39 +174,37 @@ def decode(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Request:
         where = f" at {(place['outer'] or place['place']).removeprefix('$.')}" if place else ""
         raise InvalidRequestError(f"{message}{where}.", param=field and field[1]) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.", code=Code.INVALID_JSON) from None
     except RecursionError:
-        raise InvalidRequestError("The body is nested too deeply.") from None
+        raise InvalidRequestError("The body is nested too deeply.", code=Code.INVALID_JSON) from None
     _refuse_unsupported(request)
     if request.stream_options is not None and not request.stream:
-        raise InvalidRequestError("stream_options goes only with stream=true.", param="stream_options")
+        raise InvalidRequestError("stream_options needs stream=true.", param="stream_options")
     return request
-
-
-def stream_options(request: GenerationFields) -> StreamOptions | None:
-    """What the stream that the request asks for carries; None if it asks for none."""
-    return (request.stream_options or StreamOptions()) if request.stream else None
 
 
 def _refuse_unsupported(request: Unsupported) -> None:
     for name in Unsupported.__struct_fields__:
         value = getattr(request, name)
-        if value and value not in HARMLESS.get(name, ()):
-            raise InvalidRequestError(f"{name} is not supported by this engine; leave it out.", param=name)
+        if value and value not in _WITHOUT_EFFECT.get(name, ()):
+            raise InvalidRequestError(
+                f"{name} is not supported by the built-in engine; leave it out, or serve the model with --engine vllm.",
+                param=name,
+            )
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
+# ---- responses -------------------------------------------------------------------------------------------------------
 
 
 class PromptTokensDetails(msgspec.Struct):
-    """How the prompt's tokens came about."""
+    """How many tokens of the prompt did not have to be computed."""
 
     cached_tokens: int
-    """Taken from the prefix cache."""
+    """Found in the prefix cache."""
 
 
 class Usage(msgspec.Struct):
-    """Tokens of one HTTP request, all its prompts and choices together."""
+    """Tokens of one HTTP request, over all its prompts and choices."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -214,7 +213,7 @@ class Usage(msgspec.Struct):
 
 
 class TopLogprob(msgspec.Struct):
-    """One candidate for a token's place."""
+    """One candidate for a token."""
 
     token: str
     logprob: float
@@ -222,7 +221,7 @@ class TopLogprob(msgspec.Struct):
 
 
 class ChatLogprob(msgspec.Struct):
-    """The token that was chosen, and the likeliest candidates."""
+    """A sampled token and the likeliest candidates."""
 
     token: str
     logprob: float
@@ -231,13 +230,13 @@ class ChatLogprob(msgspec.Struct):
 
 
 class ChatLogprobs(msgspec.Struct):
-    """Of the tokens of a choice or of a chunk."""
+    """Log probabilities of the tokens of a choice or a chunk."""
 
     content: list[ChatLogprob]
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Of the tokens of a choice or of a chunk, as parallel lists."""
+    """Log probabilities of the tokens of a choice or a chunk, as parallel lists."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -246,7 +245,7 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class AssistantMessage(msgspec.Struct):
-    """The answer of a choice."""
+    """The text of a choice."""
 
     content: str
     role: Literal["assistant"] = "assistant"
@@ -262,21 +261,6 @@ class ChatChoice(msgspec.Struct):
     stop_reason: int | str | None = None
 
 
-class ChatResponse(msgspec.Struct):
-    """Answer of POST /v1/chat/completions."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    object: Literal["chat.completion"] = "chat.completion"
-    ec_transfer_params: dict[str, dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
-    """What an encoder holds ready, by identifier."""
-    kv_transfer_params: KVTransferParams | msgspec.UnsetType = msgspec.UNSET
-    """With what a decode instance goes on from a prefill instance's answer."""
-
-
 class CompletionChoice(msgspec.Struct):
     """One continuation of a prompt."""
 
@@ -287,16 +271,19 @@ class CompletionChoice(msgspec.Struct):
     stop_reason: int | str | None = None
 
 
-class CompletionResponse(msgspec.Struct):
-    """Answer of POST /v1/completions."""
+class Response(msgspec.Struct, kw_only=True):
+    """Response of both endpoints."""
 
     id: str
+    object: Literal["chat.completion", "text_completion"]
     created: int
     model: str
-    choices: list[CompletionChoice]
+    choices: Sequence[ChatChoice | CompletionChoice]
     usage: Usage
-    object: Literal["text_completion"] = "text_completion"
+    ec_transfer_params: dict[str, ECItem] | msgspec.UnsetType = msgspec.UNSET
+    """The embeddings that an encoder has published, by identifier."""
     kv_transfer_params: KVTransferParams | msgspec.UnsetType = msgspec.UNSET
+    """The handle with which a decode instance continues the answer of a prefill instance."""
 
 
 class ModelCard(msgspec.Struct):
@@ -311,7 +298,7 @@ class ModelCard(msgspec.Struct):
 
 
 class ModelList(msgspec.Struct):
-    """Answer of GET /v1/models."""
+    """Response of GET /v1/models."""
 
     data: list[ModelCard]
     object: Literal["list"] = "list"

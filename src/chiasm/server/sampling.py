@@ -1,13 +1,18 @@
-"""From a request's fields to sampling parameters: the client's value, else the checkpoint's, else OpenAI's default."""
+"""From the fields of a request to the engine's sampling parameters.
+
+The client's value comes first, then the checkpoint's, then OpenAI's default.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chiasm.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, SamplingParams
 from chiasm.errors import InvalidRequestError
 from chiasm.server.protocol import ChatRequest, CompletionRequest, GenerationFields
+
+if TYPE_CHECKING:
+    from chiasm.models.base import Processor
 
 _SAME_NAME = (
     "min_tokens",
@@ -24,13 +29,13 @@ _SAME_NAME = (
     "ignore_eos",
     "skip_special_tokens",
 )
-MAX_SALT_CHARACTERS = 1024
-COMPLETION_MAX_TOKENS = 16
-"""Of a text completion that does not say how long it may be; a chat may fill the context."""
+_MAX_SALT_CHARACTERS = 1024
+_COMPLETION_MAX_TOKENS = 16
+"""``max_tokens`` of a text completion that doesn't give it; a chat may fill the context."""
 
 
 def num_choices(request: GenerationFields) -> int:
-    """``n``, checked."""
+    """Return ``n``. Raises InvalidRequestError if it is out of range."""
     choices = 1 if request.n is None else request.n
     if not 1 <= choices <= MAX_CHOICES:
         raise InvalidRequestError(f"n must be between 1 and {MAX_CHOICES}, got {choices}.", param="n")
@@ -38,21 +43,26 @@ def num_choices(request: GenerationFields) -> int:
 
 
 def cache_salt(request: GenerationFields) -> str:
-    """What keeps a tenant's cached blocks and items apart from others'; empty where nobody asks for it."""
+    """Return the salt that separates a tenant's cached blocks and items from others'; empty if none is given.
+
+    Raises InvalidRequestError if it is too long.
+    """
     salt = request.cache_salt or ""
-    if len(salt) > MAX_SALT_CHARACTERS:
-        raise InvalidRequestError(f"cache_salt may have {MAX_SALT_CHARACTERS} characters.", param="cache_salt")
+    if len(salt) > _MAX_SALT_CHARACTERS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(salt)} characters and {_MAX_SALT_CHARACTERS} is the limit.", param="cache_salt"
+        )
     return salt
 
 
-def sampling_of(
-    request: ChatRequest | CompletionRequest, defaults: Mapping[str, float | int], *, room_tokens: int
+def sampling_params(
+    request: ChatRequest | CompletionRequest, processor: Processor, *, room_tokens: int
 ) -> SamplingParams:
-    """How to choose tokens; ``room_tokens`` is what the prompt leaves of the context, and bounds ``max_tokens``.
+    """Return how the engine samples; ``room_tokens`` is what the prompt leaves of the context, and bounds ``max_tokens``.
 
     Raises InvalidRequestError for values out of range.
     """
-    values: dict[str, Any] = dict(defaults)
+    values: dict[str, Any] = dict(processor.default_sampling)
     for name in _SAME_NAME:
         if (value := getattr(request, name)) is not None:
             values[name] = value
@@ -61,6 +71,13 @@ def sampling_of(
     stop = request.stop or ()
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     values["stop_token_ids"] = tuple(request.stop_token_ids or ())
+    for name in ("logit_bias", "stop_token_ids"):
+        for token_id in values.get(name, ()):
+            if not 0 <= token_id < processor.vocab_size:
+                raise InvalidRequestError(
+                    f"{name}: token id {token_id} is not in the vocabulary of {processor.vocab_size} tokens.",
+                    param=name,
+                )
     return SamplingParams(**values)
 
 
@@ -71,7 +88,7 @@ def _max_tokens(request: ChatRequest | CompletionRequest, room_tokens: int) -> i
         name = "max_completion_tokens"
         value = request.max_completion_tokens
     if value is None:
-        return room_tokens if isinstance(request, ChatRequest) else COMPLETION_MAX_TOKENS
+        return room_tokens if isinstance(request, ChatRequest) else _COMPLETION_MAX_TOKENS
     if value < 1:
         raise InvalidRequestError(f"{name} must be at least 1, got {value}.", param=name)
     return value
@@ -84,5 +101,7 @@ def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
     if top and not request.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs=true.", param="top_logprobs")
     if not 0 <= top <= MAX_TOP_LOGPROBS:
-        raise InvalidRequestError(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}.", param="top_logprobs")
+        raise InvalidRequestError(
+            f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got {top}.", param="top_logprobs"
+        )
     return top if request.logprobs else None

@@ -14,11 +14,11 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.errors import ChiasmError, EmbeddingUnavailableError, InvalidRequestError
+from chiasm.http.errors import error_body, error_headers
 from chiasm.integrations.vllm import placeholders
 from chiasm.integrations.vllm.description import Description, describe
 from chiasm.integrations.vllm.request_body import read_body, receive_of, scope_of
 from chiasm.models.base import ItemGeometry, Metadata
-from chiasm.server import errors
 from chiasm.server.config import ServerConfig
 
 _CHAT = ("POST", "/v1/chat/completions")
@@ -130,7 +130,7 @@ def _explained(send: Send) -> Send:
 
 
 async def _refuse(send: Send, error: ChiasmError) -> None:
-    await _reply(send, errors.body_of(error), error.status, errors.headers_of(error))
+    await _reply(send, error_body(error), error.status, error_headers(error))
 
 
 async def _reply(send: Send, body: bytes, status: int, headers: Iterable[tuple[str, str]] = ()) -> None:

@@ -1,0 +1,233 @@
+"""The JSON of answers: bodies and stream events of both endpoints.
+
+What all events of a stream have in common is encoded once; for each token only its text is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import msgspec
+
+from chiasm.http import events
+from chiasm.server.protocol import (
+    AssistantMessage,
+    ChatChoice,
+    ChatLogprob,
+    ChatLogprobs,
+    CompletionChoice,
+    CompletionLogprobs,
+    Response,
+    TopLogprob,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from chiasm.engine.request import FinishReason, TokenLogprobs
+    from chiasm.server.generation import ChoiceState
+    from chiasm.wire import KVTransferParams
+
+_encode = msgspec.json.Encoder().encode
+_USAGE_TO_COME = b',"usage":null}\n\n'
+_NO_USAGE = b"}\n\n"
+
+
+class _Head(msgspec.Struct):
+    """The fields that all chunks of a stream begin with."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+
+class AnswerFormat(ABC):
+    """One answer of one endpoint."""
+
+    id_prefix: ClassVar[str]
+    object: ClassVar[Literal["chat.completion", "text_completion"]]
+    chunk_object: ClassVar[str]
+    before_text: ClassVar[bytes]
+    """Of a chunk, from the choice's index to its text."""
+    after_text: ClassVar[bytes]
+    """From its text to its log probabilities."""
+    without_text: ClassVar[bytes]
+    """What stands for all of these in the last chunk of a choice."""
+
+    def __init__(
+        self,
+        request_id: str,
+        created: int,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        num_choices: int,
+        has_logprobs: bool,
+        announces_usage: bool,
+    ) -> None:
+        """``created`` is a Unix time. ``announces_usage``: every chunk has the field ``usage``, null but in the last."""
+        self._id = f"{self.id_prefix}-{request_id}"
+        self.created = created
+        self._model = model
+        self._tokenizer = tokenizer
+        self._has_logprobs = has_logprobs
+        self._head = _encode(_Head(self._id, self.chunk_object, created, model))[:-1] + b',"choices":['
+        self._opens = [b'data: %s{"index":%d,' % (self._head, index) for index in range(num_choices)]
+        self._end = _USAGE_TO_COME if announces_usage else _NO_USAGE
+
+    # ---- one body ----------------------------------------------------------------------------------------------------
+
+    def body(self, choices: Sequence[ChoiceState], usage: Usage, handle: KVTransferParams | None) -> bytes:
+        """Return the whole answer, with the handle with which it continues elsewhere, if it does."""
+        return _encode(
+            Response(
+                id=self._id,
+                object=self.object,
+                created=self.created,
+                model=self._model,
+                choices=[self.choice(index, choice) for index, choice in enumerate(choices)],
+                usage=usage,
+                kv_transfer_params=handle or msgspec.UNSET,
+            )
+        )
+
+    @abstractmethod
+    def choice(self, index: int, choice: ChoiceState) -> ChatChoice | CompletionChoice:
+        """Return a complete choice."""
+
+    @abstractmethod
+    def logprobs(self, logprobs: Sequence[TokenLogprobs], text_offset: int) -> ChatLogprobs | CompletionLogprobs:
+        """Return the log probabilities of some tokens of a choice, which come after ``text_offset`` characters."""
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of a token alone; an incomplete character is U+FFFD."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
+    # ---- a stream ----------------------------------------------------------------------------------------------------
+
+    def role(self, index: int) -> bytes:
+        """Return the event that comes before the text of a choice, if there is one."""
+        return b""
+
+    def text(
+        self,
+        index: int,
+        text: str,
+        logprobs: Sequence[TokenLogprobs] | None,
+        text_offset: int,
+        usage: Usage | None,
+    ) -> bytes:
+        """Return an event with more text of a choice."""
+        return b"".join(
+            (
+                self._opens[index],
+                self.before_text,
+                _encode(text),
+                self.after_text,
+                b"null" if logprobs is None else _encode(self.logprobs(logprobs, text_offset)),
+                b',"finish_reason":null}]',
+                self._ending(usage),
+            )
+        )
+
+    def finish(self, index: int, reason: FinishReason, stop_reason: int | str | None, usage: Usage | None) -> bytes:
+        """Return the last event of a choice."""
+        return b"".join(
+            (
+                self._opens[index],
+                self.without_text,
+                b'"finish_reason":',
+                _encode(reason),
+                b',"stop_reason":',
+                _encode(stop_reason),
+                b"}]",
+                self._ending(usage),
+            )
+        )
+
+    def usage(self, usage: Usage) -> bytes:
+        """Return the event with the usage, which has no choices."""
+        return events.event(self._head + b'],"usage":' + _encode(usage) + b"}")
+
+    def _ending(self, usage: Usage | None) -> bytes:
+        return self._end if usage is None else b',"usage":' + _encode(usage) + _NO_USAGE
+
+
+class ChatFormat(AnswerFormat):
+    """``chat.completion`` and ``chat.completion.chunk``."""
+
+    id_prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    before_text = b'"delta":{"content":'
+    after_text = b'},"logprobs":'
+    without_text = b'"delta":{},"logprobs":null,'
+
+    def choice(self, index: int, choice: ChoiceState) -> ChatChoice:
+        assert choice.finish_reason is not None
+        return ChatChoice(
+            index=index,
+            message=AssistantMessage("".join(choice.text)),
+            finish_reason=choice.finish_reason,
+            logprobs=self.logprobs(choice.logprobs, 0) if self._has_logprobs else None,
+            stop_reason=choice.stop_reason,
+        )
+
+    def logprobs(self, logprobs: Sequence[TokenLogprobs], text_offset: int) -> ChatLogprobs:
+        return ChatLogprobs([self._logprob(entry) for entry in logprobs])
+
+    def _logprob(self, entry: TokenLogprobs) -> ChatLogprob:
+        token = self.token_text(entry.token_id)
+        top = [(self.token_text(token_id), logprob) for token_id, logprob in entry.top]
+        return ChatLogprob(
+            token=token,
+            logprob=entry.logprob,
+            bytes=list(token.encode()),
+            top_logprobs=[TopLogprob(token=text, logprob=logprob, bytes=list(text.encode())) for text, logprob in top],
+        )
+
+    def role(self, index: int) -> bytes:
+        return b"".join(
+            (
+                self._opens[index],
+                b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]',
+                self._end,
+            )
+        )
+
+
+class CompletionFormat(AnswerFormat):
+    """``text_completion``."""
+
+    id_prefix = "cmpl"
+    object = "text_completion"
+    chunk_object = "text_completion"
+    before_text = b'"text":'
+    after_text = b',"logprobs":'
+    without_text = b'"text":"","logprobs":null,'
+
+    def choice(self, index: int, choice: ChoiceState) -> CompletionChoice:
+        assert choice.finish_reason is not None
+        return CompletionChoice(
+            index=index,
+            text="".join(choice.text),
+            finish_reason=choice.finish_reason,
+            logprobs=self.logprobs(choice.logprobs, 0) if self._has_logprobs else None,
+            stop_reason=choice.stop_reason,
+        )
+
+    def logprobs(self, logprobs: Sequence[TokenLogprobs], text_offset: int) -> CompletionLogprobs:
+        result = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for entry in logprobs:
+            token = self.token_text(entry.token_id)
+            result.tokens.append(token)
+            result.token_logprobs.append(entry.logprob)
+            result.top_logprobs.append({self.token_text(token_id): logprob for token_id, logprob in entry.top})
+            result.text_offset.append(text_offset)
+            text_offset += len(token)
+        return result

@@ -1,0 +1,154 @@
+"""What all requests of an instance share: its engine, its state, its bounds, its threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
+
+from chiasm.errors import ChiasmError, Code, InvalidRequestError, ModelNotFoundError, OverloadedError
+from chiasm.http import Admission
+from chiasm.media import Fetcher
+from chiasm.server.config import ServerConfig
+from chiasm.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from chiasm.engine.base import Engine
+    from chiasm.engine.config import EngineConfig
+    from chiasm.engine.request import EncodedItem, EncodeItem, GenerateRequest, Output
+    from chiasm.models.base import Processor
+
+State = Literal["starting", "ok", "failed", "stopping"]
+_T = TypeVar("_T")
+_SHOWN_CHARACTERS = 200
+
+
+@runtime_checkable
+class GeneratingEngine(Protocol):
+    """What requests use of the engine of a pd, aggregated, prefill or decode instance (``LanguageEngine``)."""
+
+    config: EngineConfig
+    processor: Processor
+    model_fingerprint: str
+    max_model_len: int
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Output]: ...
+
+
+@runtime_checkable
+class EncodingEngine(Protocol):
+    """What requests use of the engine of an encoder instance (``EncoderEngine``)."""
+
+    config: EngineConfig
+    model_fingerprint: str
+
+    async def encode(self, request_id: str, items: Sequence[EncodeItem], deadline: float) -> list[EncodedItem]: ...
+
+
+class ServerContext:
+    """One instance, from the moment its port is open."""
+
+    def __init__(self, model: str, config: ServerConfig, engine: Engine | None = None) -> None:
+        self.model = model
+        """The name by which requests ask for it."""
+        self.config = config
+        self.created = int(time.time())
+        self.loaded_engine = engine
+        """None while the model loads."""
+        self.failure: ChiasmError | None = None
+        """Why the model could not be loaded."""
+        self.is_stopping = False
+        self.admission = Admission(config.max_inflight_requests, config.max_inflight_body_bytes)
+        self.metrics = Metrics(self)
+        self._numbers = itertools.count()
+        self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="chiasm-server")
+        self._fetcher: Fetcher | None = None
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """A block in which requests are served, on the event loop of the server."""
+        self._fetcher = Fetcher(self.config.media)
+        try:
+            yield
+        finally:
+            await self._fetcher.close()
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """The ``status`` of /health."""
+        if self.failure is not None:
+            return "failed"
+        if self.is_stopping:
+            return "stopping"
+        if self.loaded_engine is None:
+            return "starting"
+        return "ok" if self.loaded_engine.healthy else "failed"
+
+    def stop(self) -> None:
+        """Refuse new requests from now on."""
+        self.is_stopping = True
+
+    def interrupt_all(self) -> None:
+        """End all requests with an error, because the instance stops."""
+        self.admission.interrupt_all(_stopping())
+
+    def check_ready(self) -> None:
+        """Raise OverloadedError unless requests can be taken now."""
+        match self.state:
+            case "starting":
+                raise OverloadedError("This instance is still loading its model; try again later.", code=Code.STARTING)
+            case "failed":
+                raise OverloadedError("The engine of this instance has failed; restart the instance.", code=Code.FAILED)
+            case "stopping":
+                raise _stopping()
+
+    def check_model(self, model: str | None) -> None:
+        """Raise ModelNotFoundError if a request names a model that is not served here."""
+        if model is not None and model != self.model:
+            raise ModelNotFoundError(
+                f"The model {model[:_SHOWN_CHARACTERS]!r} is not served here; this instance serves {self.model!r}.",
+                param="model",
+                code=Code.MODEL_NOT_FOUND,
+            )
+
+    # ---- what requests use -------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises OverloadedError unless it is ready."""
+        self.check_ready()
+        assert self.loaded_engine is not None
+        return self.loaded_engine
+
+    @property
+    def generating_engine(self) -> GeneratingEngine:
+        """The engine. Raises InvalidRequestError on an encoder, OverloadedError unless it is ready."""
+        engine = self.engine
+        if not isinstance(engine, GeneratingEngine):
+            raise InvalidRequestError("This instance is an encoder and generates no text; send text to the proxy.")
+        return engine
+
+    @property
+    def fetcher(self) -> Fetcher:
+        """Fetches images."""
+        assert self._fetcher is not None
+        return self._fetcher
+
+    def unique_id(self, request_id: str) -> str:
+        """Return an id that is unique in this process even if clients repeat theirs."""
+        return f"{request_id}-{next(self._numbers)}"
+
+    async def in_thread(self, function: Callable[[], _T]) -> _T:
+        """Call a slow function outside the event loop; at most ``config.threads`` run at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+
+def _stopping() -> OverloadedError:
+    return OverloadedError("This instance is stopping; send the request to another one.", code=Code.STOPPING)

@@ -1,0 +1,189 @@
+"""From messages or text to prompts that the engine can run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from chiasm.errors import Code, InvalidRequestError
+from chiasm.http import Exchange
+from chiasm.models.base import ItemGeometry, Message, Prompt
+from chiasm.server.context import GeneratingEngine, ServerContext
+from chiasm.server.protocol import ChatMessage, ChatRequest, CompletionRequest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_INLINE_BYTES = 8 << 10
+"""Up to this size of body, tokenizing takes less time than waking a thread on a busy machine."""
+_TEMPLATE_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+"""From roles of OpenAI's API to roles that chat templates know."""
+_SHOWN_CHARACTERS = 50
+
+
+# ---- chats -------------------------------------------------------------------------------------------------------------
+
+
+def check_messages(request: ChatRequest, *, max_messages: int) -> None:
+    """Raise InvalidRequestError unless there are messages, not too many, of known roles."""
+    if not request.messages:
+        raise InvalidRequestError("messages is empty; send at least one.", param="messages")
+    if len(request.messages) > max_messages:
+        raise InvalidRequestError(
+            f"There are {len(request.messages)} messages and {max_messages} is the limit.", param="messages"
+        )
+    for index, message in enumerate(request.messages):
+        if message.role not in _TEMPLATE_ROLES:
+            raise InvalidRequestError(
+                f"messages[{index}].role must be one of {', '.join(_TEMPLATE_ROLES)}, "
+                f"got {message.role[:_SHOWN_CHARACTERS]!r}.",
+                param="messages",
+            )
+
+
+async def chat_prompt(
+    context: ServerContext,
+    exchange: Exchange,
+    engine: GeneratingEngine,
+    request: ChatRequest,
+    items: Sequence[tuple[str, ItemGeometry]],
+) -> Prompt:
+    """Render and tokenize a chat; ``items`` are its images in order. Raises InvalidRequestError, DeadlineExceededError."""
+    continue_final = bool(request.continue_final_message)
+    if continue_final and request.add_generation_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt cannot be combined.", param="continue_final_message"
+        )
+    messages = [_template_message(message) for message in request.messages]
+
+    def build() -> Prompt:
+        _check_length(engine, sum(len(text) for message in request.messages for text in _texts(message)), "messages")
+        return engine.processor.build_chat(
+            messages,
+            items,
+            add_generation_prompt=not continue_final and request.add_generation_prompt is not False,
+            continue_final_message=continue_final,
+            template_kwargs=request.chat_template_kwargs,
+        )
+
+    return _checked(engine, await _built(context, exchange, build), "messages")
+
+
+def _texts(message: ChatMessage) -> list[str]:
+    if isinstance(message.content, list):
+        return [part.text for part in message.content if part.text is not None]
+    return [message.content] if message.content else []
+
+
+def _template_message(message: ChatMessage) -> Message:
+    """Return the message as chat templates expect it."""
+    result: Message = {"role": _TEMPLATE_ROLES[message.role], "content": _template_content(message)}
+    if message.name is not None:
+        result["name"] = message.name
+    if message.tool_call_id is not None:
+        result["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        result["tool_calls"] = [_template_tool_call(call) for call in message.tool_calls]
+    return result
+
+
+def _template_content(message: ChatMessage) -> str | list[dict[str, str]]:
+    if not isinstance(message.content, list):
+        return message.content or ""
+    return [
+        {"type": "text", "text": part.text or ""} if part.type == "text" else {"type": "image"}
+        for part in message.content
+    ]
+
+
+def _template_tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the call with its arguments decoded: a JSON string in requests, an object in templates."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+# ---- text completions --------------------------------------------------------------------------------------------------
+
+
+def given_prompts(request: CompletionRequest, *, max_prompts: int) -> list[str | list[int]]:
+    """Return the prompts of a text completion, as texts or token ids. Raises InvalidRequestError."""
+    given = request.prompt
+    if isinstance(given, str):
+        return [given]
+    token_ids = [element for element in given if isinstance(element, int)]
+    if given and len(token_ids) == len(given):
+        return [token_ids]
+    prompts = [element for element in given if not isinstance(element, int)]
+    if not given or len({type(element) for element in given}) > 1:
+        raise InvalidRequestError(
+            "prompt must be a string, a list of strings, a list of token ids, or a list of such lists, and not empty.",
+            param="prompt",
+        )
+    if len(prompts) > max_prompts:
+        raise InvalidRequestError(f"There are {len(prompts)} prompts and {max_prompts} is the limit.", param="prompt")
+    return prompts
+
+
+async def completion_prompt(
+    context: ServerContext, exchange: Exchange, engine: GeneratingEngine, given: str | list[int]
+) -> Prompt:
+    """Return one prompt of a text completion. Raises InvalidRequestError, DeadlineExceededError."""
+
+    def build() -> Prompt:
+        if not isinstance(given, str):
+            return engine.processor.build_tokens(given)
+        _check_length(engine, len(given), "prompt")
+        return engine.processor.build_text(given)
+
+    return _checked(engine, await _built(context, exchange, build), "prompt")
+
+
+# ---- both --------------------------------------------------------------------------------------------------------------
+
+
+async def _built(context: ServerContext, exchange: Exchange, build: Callable[[], Prompt]) -> Prompt:
+    if len(exchange.body) <= _INLINE_BYTES:
+        return build()
+    async with exchange.until_deadline():
+        return await context.in_thread(build)
+
+
+def _check_length(engine: GeneratingEngine, characters: int, param: str) -> None:
+    """Refuse text that cannot fit the context before time is spent on tokenizing it."""
+    if characters < engine.max_model_len:
+        return
+    at_least = characters // _longest_token(engine.processor.tokenizer)
+    if at_least >= engine.max_model_len:
+        raise _too_long(f"at least {at_least}", engine.max_model_len, param)
+
+
+@lru_cache(maxsize=2)
+def _longest_token(tokenizer: Tokenizer) -> int:
+    """Return the length of the longest token in characters: a text has at least its length divided by this in tokens."""
+    return max((len(token) for token in tokenizer.get_vocab()), default=1)
+
+
+def _checked(engine: GeneratingEngine, prompt: Prompt, param: str) -> Prompt:
+    """Return the prompt. Raises InvalidRequestError if it is empty or leaves no room for an answer."""
+    if not prompt.token_ids:
+        raise InvalidRequestError("The prompt is empty; send at least one token.", param=param)
+    if len(prompt.token_ids) >= engine.max_model_len:
+        raise _too_long(str(len(prompt.token_ids)), engine.max_model_len, param)
+    return prompt
+
+
+def _too_long(tokens: str, limit: int, param: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"The prompt has {tokens} tokens, and the context of this model is {limit} tokens, answer included. "
+        "Shorten the prompt, or send fewer or smaller images.",
+        param=param,
+        code=Code.CONTEXT_LENGTH_EXCEEDED,
+    )
