@@ -6,7 +6,8 @@ import contextlib
 import http.client
 import json
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -93,3 +94,10 @@ def post(url: str, body: object, headers: Mapping[str, str] | None = None) -> Re
 
 def get(url: str) -> Reply:
     return request("GET", url)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Ask until it holds; the asking itself, over HTTP, gives the pace."""
+    give_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up

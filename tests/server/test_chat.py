@@ -11,7 +11,7 @@ import pytest
 from chiasm.engine.request import GenerateRequest, Output
 from chiasm.errors import EmbeddingUnavailableError, OverloadedError
 from tests.server.conftest import Served
-from tests.server.serving import parse_timing, post
+from tests.server.serving import get, parse_timing, post
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 
@@ -262,6 +262,10 @@ def test_fields_that_would_change_the_answer_are_refused(pd: Served, fields: dic
         ({"logprobs": True, "top_logprobs": 50}, "top_logprobs"),
         ({"stop": ["a"] * 99}, "stop"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"257": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"stop_token_ids": [257]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"seed": 1 << 70}, "seed"),
         ({"cache_salt": "s" * 2000}, "cache_salt"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -282,8 +286,11 @@ def test_what_is_no_request_is_refused(pd: Served, body: bytes) -> None:
     reply = post(pd.chat, body)
     assert reply.status == 400
     assert reply.error["type"] == "invalid_request_error"
-    if body.startswith(b"[["):
-        assert post(pd.chat, b'{"tools":' + body).status == 400
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"nonsense", b'{"tools":' + b"[" * 200_000])
+def test_a_body_that_is_not_json_has_a_code_of_its_own(pd: Served, body: bytes) -> None:
+    assert post(pd.chat, body).error["code"] == "invalid_json"
 
 
 def test_prompt_longer_than_the_context_is_refused_with_both_numbers(pd: Served) -> None:
@@ -325,13 +332,23 @@ def test_error_after_the_first_output_ends_the_stream_with_an_event(pd: Served) 
         raise EmbeddingUnavailableError("it was lost")
 
     pd.engine.script = script
+    before = stream_errors(pd)
     reply = post(pd.chat, {"messages": HI, "stream": True})
     assert reply.status == 200
     assert reply.events[-1]["error"]["message"] == "it was lost"
     assert "[DONE]" not in reply.events
+    assert stream_errors(pd) == before + 1
     with pytest.raises(openai.APIError, match="it was lost"):
         list(pd.client.chat.completions.create(model="bytes", messages=HI, stream=True))
+    counted = stream_errors(pd)
     assert post(pd.chat, {"messages": HI}).status == 503
+    assert stream_errors(pd) == counted
+
+
+def stream_errors(served: Served) -> float:
+    lines = get(f"{served.url}/metrics").body.decode().splitlines()
+    (value,) = [line.split(" ")[1] for line in lines if line.startswith("chiasm_stream_errors_total ")]
+    return float(value)
 
 
 def test_unforeseen_error_is_a_500_without_details(pd: Served) -> None:

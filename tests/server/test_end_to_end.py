@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from chiasm.media import identifier
 from chiasm.server import create_app
 from chiasm.wire import Role
 from tests.server.images import chat, embeds_part, image_part, png
-from tests.server.serving import Reply, get, post, serving
+from tests.server.serving import Reply, eventually, get, post, serving
 
 RED = png(64, 48, "red")
 BLUE = png(48, 64, "blue")
@@ -268,10 +267,3 @@ class TestEncoderAndPD:
         now = get(f"{pd.url}/health").json["ec_store"]
         assert now not in ("", before)
         assert get(f"{encoder.url}/health").json["ec_store"] == now
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Ask until it holds; the asking itself, over HTTP, gives the pace."""
-    give_up = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < give_up

@@ -18,7 +18,11 @@ from chiasm.wire import Role
 from tests.server.conftest import Served, ServedEncoder
 from tests.server.fake_engine import FakeLanguageEngine, never
 from tests.server.images import chat, image_part, png
-from tests.server.serving import get, post, request, serving
+from tests.server.serving import eventually, get, post, request, serving
+
+
+def metrics(url: str) -> list[str]:
+    return get(f"{url}/metrics").body.decode().splitlines()
 
 
 class TestIdentity:
@@ -101,6 +105,17 @@ class TestBounds:
             for _ in range(5):
                 assert post(f"{url}/v1/completions", {"prompt": "x" * 50}).status == 200
 
+    def test_a_body_that_does_not_come_is_an_error(self) -> None:
+        config = ServerConfig(body_timeout_seconds=0.1)
+        app = create_app(FakeLanguageEngine(Role.PD), served_model_name="bytes", config=config)
+        with serving(app) as url:
+            connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+            connection.putrequest("POST", "/v1/completions")
+            connection.putheader("Content-Length", "1000")
+            connection.endheaders(b'{"prompt"')
+            assert connection.getresponse().status == 408
+            connection.close()
+
 
 class TestDisconnect:
     @pytest.mark.parametrize("stream", [False, True])
@@ -111,6 +126,21 @@ class TestDisconnect:
         started = pd.engine.started.get(timeout=10)
         connection.close()
         assert pd.engine.aborted.get(timeout=10) == started
+
+    def test_it_is_counted_with_a_status_of_its_own(self) -> None:
+        engine = FakeLanguageEngine(Role.PD)
+        engine.script = never
+        with serving(create_app(engine, served_model_name="bytes")) as url:
+            connection = http.client.HTTPConnection(urlsplit(url).netloc)
+            connection.request("POST", "/v1/completions", json.dumps({"prompt": "x"}))
+            engine.started.get(timeout=10)
+            assert "chiasm_http_requests_in_flight 1.0" in metrics(url)
+            connection.close()
+            engine.aborted.get(timeout=10)
+            eventually(lambda: "chiasm_http_requests_in_flight 0.0" in metrics(url))
+            lines = metrics(url)
+            assert 'chiasm_http_requests_total{path="/v1/completions",status="499"} 1.0' in lines
+            assert 'chiasm_request_seconds_count{path="/v1/completions"} 1.0' in lines
 
     def test_client_that_leaves_a_stream_aborts_the_request(self, pd: Served) -> None:
         async def script(request: GenerateRequest) -> AsyncIterator[Output]:

@@ -69,7 +69,9 @@ class TestPD:
         assert_refused(post(pd.chat, chat(image_part(png()))), "no encoder", "proxy", "aggregated")
 
     def test_more_items_than_the_limit_are_refused(self, pd: Served) -> None:
-        assert_refused(post(pd.chat, chat(*[embeds_part(A, image_size=[28, 28])] * 4)), "4 images", "3 is the limit")
+        reply = post(pd.chat, chat(*[embeds_part(A, image_size=[28, 28])] * 4))
+        assert_refused(reply, "4 images", "3 is the limit")
+        assert reply.error["code"] == "too_many_images"
 
     def test_items_count_towards_the_context(self, pd: Served) -> None:
         reply = post(pd.chat, chat(embeds_part(A, image_size=[2800, 2800])))
