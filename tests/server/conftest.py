@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import openai
 import pytest
 
+from chiasm.checkpoints import synthetic
 from chiasm.media import MediaConfig
 from chiasm.server import ServerConfig, create_app
 from chiasm.wire import Role
@@ -59,6 +61,12 @@ def _served(role: Role) -> Iterator[Served]:
     engine = FakeLanguageEngine(role, max_items=3)
     with serving(create_app(engine, served_model_name=MODEL, config=SMALL)) as url:
         yield Served(url, engine)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint for real engines."""
+    return synthetic.make("qwen3_vl", tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

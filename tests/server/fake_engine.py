@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from chiasm.engine.request import (
     TokenLogprobs,
 )
 from chiasm.engine.stats import EngineStats
-from chiasm.errors import InvalidRequestError
+from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestError
 from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig
 from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
 from chiasm.wire import KVTransferParams, Role, TokenLogprob
@@ -42,6 +43,7 @@ FINGERPRINT = "f1" * 16
 ANSWER = "Hello"
 SEED = 99
 """The seed of requests without one."""
+_WITHOUT_STORE = (Role.AGGREGATED, Role.DECODE)
 Script = Callable[[GenerateRequest], AsyncIterator[Output]]
 
 
@@ -157,7 +159,7 @@ class FakeEngine(Engine):
     def store_id(self) -> str:
         if self.store_error is not None:
             raise self.store_error
-        return "store-1"
+        return "" if self.config.role in _WITHOUT_STORE else "store-1"
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -166,7 +168,7 @@ class FakeEngine(Engine):
             generation_tokens=11,
             kv_blocks_total=8,
             kv_blocks_used=3,
-            ec=ECConnectorStats(loads=4),
+            ec=None if self.config.role in _WITHOUT_STORE else ECConnectorStats(loads=4),
             kv=None if self.config.kv is None else KVConnectorStats(transfers=5, transferred_bytes=640, leases_held=1),
         )
 
@@ -184,8 +186,12 @@ class FakeLanguageEngine(FakeEngine):
         self.requests: list[GenerateRequest] = []
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Output]:
+        if not self.healthy:
+            raise ChiasmError("The engine has stopped.")
         self.requests.append(request)
         self.started.put(request.request_id)
+        if request.deadline <= time.monotonic():
+            raise DeadlineExceededError("The deadline has passed.")
         ended = False
         try:
             async for output in (self.script or self._scripts.get(self.config.role, self._hello))(request):

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from chiasm.checkpoints import synthetic
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
 from chiasm.engine import EngineConfig, create_engine
 from chiasm.media import identifier
@@ -50,11 +49,6 @@ class Live:
 
     def name(self, image: bytes) -> str:
         return identifier(image, fingerprint=self.engine.model_fingerprint)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic.make("qwen3_vl", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

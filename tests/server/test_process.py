@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from chiasm.checkpoints import synthetic
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine import EngineConfig
 from chiasm.errors import ConfigurationError
@@ -53,8 +52,8 @@ def free_port() -> int:
         return port
 
 
-def test_serves_until_told_to_stop_and_ends_open_streams_with_an_error(tmp_path: Path) -> None:
-    with instance(synthetic.make("qwen3_vl", tmp_path / "tiny")) as process:
+def test_serves_until_told_to_stop_and_ends_open_streams_with_an_error(model: Path) -> None:
+    with instance(model) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         assert get(f"{url}/health").json["model"] == "tiny"

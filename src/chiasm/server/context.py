@@ -32,9 +32,11 @@ class GeneratingEngine(Protocol):
     """What requests use of the engine of a pd, aggregated, prefill or decode instance (``LanguageEngine``)."""
 
     config: EngineConfig
-    processor: Processor
     model_fingerprint: str
     max_model_len: int
+
+    @property
+    def processor(self) -> Processor: ...
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Output]: ...
 
