@@ -23,7 +23,7 @@ async def answer_whole(
 ) -> None:
     """Answer with one body when everything has been generated."""
     choices = await generation.collect()
-    handle = handle_for_decode(part, generation.handles, answer_format.created)
+    handle = handle_for_decode(part, generation.handles, answer_format.created, is_sent=False)
     await exchange.reply(
         answer_format.body(choices, generation.usage(), handle),
         headers=[("server-timing", generation.server_timing(has_ended=True))],
@@ -52,7 +52,7 @@ async def answer_as_stream(
                 if part.begins_here and part.has_text:
                     data = b"".join(answer_format.role(index) for index in range(len(generation.choices))) + data
             await exchange.write(data)
-    handle = handle_for_decode(part, generation.handles, answer_format.created)
+    handle = handle_for_decode(part, generation.handles, answer_format.created, is_sent=True)
     if handle is not None:
         await exchange.end_events(events.comment(KV_COMMENT, msgspec.json.encode(handle).decode()))
         return

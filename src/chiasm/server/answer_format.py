@@ -52,11 +52,11 @@ class AnswerFormat(ABC):
     object: ClassVar[Literal["chat.completion", "text_completion"]]
     chunk_object: ClassVar[str]
     before_text: ClassVar[bytes]
-    """Of a chunk, from the choice's index to its text."""
+    """What a chunk has between the index and the text of its choice."""
     after_text: ClassVar[bytes]
-    """From its text to its log probabilities."""
+    """What it has between the text and the log probabilities."""
     without_text: ClassVar[bytes]
-    """What stands for all of these in the last chunk of a choice."""
+    """What the last chunk of a choice, which has no text, has in place of all that."""
 
     def __init__(
         self,

@@ -61,8 +61,7 @@ class Generation:
         self._timing: RequestTiming | None = None
         """Of the first prompt."""
         self.choices = [ChoiceState() for request in requests for _ in range(request.num_choices)]
-        self.handles: list[KVTransferParams | None] = [None] * len(requests)
-        """The engine's handle for each prompt whose answer continues elsewhere (prefill role)."""
+        self._handles: dict[int, KVTransferParams] = {}
 
     async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
         """Yield all outputs as they come. Closing it aborts what still runs. Raises what the engine raises."""
@@ -101,7 +100,12 @@ class Generation:
         if prompt == 0:
             self._timing = output.timing
         if output.kv_transfer_params is not None:
-            self.handles[prompt] = output.kv_transfer_params
+            self._handles[prompt] = output.kv_transfer_params
+
+    @property
+    def handles(self) -> list[KVTransferParams]:
+        """The engine's handles, one for each prompt; none unless the answer continues elsewhere (prefill role)."""
+        return [self._handles[prompt] for prompt in sorted(self._handles)]
 
     def usage(self) -> Usage:
         """Return the tokens so far."""

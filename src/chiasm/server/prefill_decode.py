@@ -38,10 +38,6 @@ class AnswerPart:
     """Whether tokens that are sampled here belong to the answer; otherwise only the prompt is computed."""
     announces_tokens: bool = False
     """Whether a stream carries the ids of its tokens, so that another instance can continue from any of them."""
-    leaves_handle: bool = False
-    """Whether the answer continues elsewhere unless it ends here."""
-    streams: bool = False
-    """Whether the client has the text by the time it has the handle."""
 
 
 def answer_part(role: Role, request: GenerationFields, *, num_prompts: int = 1) -> AnswerPart:
@@ -80,8 +76,6 @@ def _first_part(given: KVTransferParams, *, is_single: bool, num_prompts: int, s
         created=given.created,
         begins_here=not given.output_token_ids,
         has_text=is_single,
-        leaves_handle=True,
-        streams=streams,
     )
 
 
@@ -133,25 +127,22 @@ def engine_requests(
 
 
 def handle_for_decode(
-    part: AnswerPart, handles: Sequence[KVTransferParams | None], created: int
+    part: AnswerPart, handles: Sequence[KVTransferParams], created: int, *, is_sent: bool
 ) -> KVTransferParams | None:
     """Return the handle with which the answer continues at a decode instance; None if it is complete.
 
-    ``handles`` are the engine's, one for each prompt; ``created`` is the Unix time at which the answer began.
+    ``handles`` are the engine's, one for each prompt or none at all; ``created`` is the Unix time at which the answer began,
+    and ``is_sent`` tells whether the client already has its text.
     """
-    if not part.leaves_handle:
+    if not handles:
         return None
     if part.has_text:
         (handle,) = handles
-        if handle is None:  # the first token ended the answer
-            return None
-        return with_fields(handle, created=created, num_sent=len(handle.output_token_ids) if part.streams else 0)
-    prompts: list[KVTransferParams] = []
-    for handle, given in zip(handles, part.given, strict=True):
-        assert handle is not None
-        prompts.append(
-            with_fields(handle, continues=given.continues, output_token_ids=[], output_logprobs=[], created=created)
-        )
+        return with_fields(handle, created=created, num_sent=len(handle.output_token_ids) if is_sent else 0)
+    prompts = [
+        with_fields(handle, continues=given.continues, output_token_ids=[], output_logprobs=[], created=created)
+        for handle, given in zip(handles, part.given, strict=True)
+    ]
     return prompts[0] if len(prompts) == 1 else KVTransferParams(prompts=prompts)
 
 
