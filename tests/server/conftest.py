@@ -1,4 +1,4 @@
-"""Servers around the fake engine, one of each role, shared by all tests and reset before each."""
+"""One server for each role, around a fake engine; all tests share them, and the engines are reset before each test."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ Script = Callable[[GenerateRequest], AsyncIterator[Output]]
 
 
 class ByteProcessor(Processor):
-    """One token a byte; a chat is its messages' text, ``role:text`` a line; an image takes a token per 28² pixels."""
+    """Makes a token of each byte; a chat is the text of its messages, and an image has a token for each 28 x 28 pixels."""
 
     def __init__(self) -> None:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -141,14 +141,14 @@ class FakeEngine(Engine):
         self.reset()
 
     def reset(self) -> None:
-        """Forget what tests have done to it."""
+        """Undo what tests have changed."""
         self.healthy = True
         self.store_error: Exception | None = None
         self.processor.rendered.clear()
         self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Ids of requests that began."""
         self.aborted: queue.SimpleQueue[str] = queue.SimpleQueue()
-        """Ids of requests that were closed before their end."""
+        """Ids of requests that were closed before they ended."""
 
     def start(self) -> None:
         pass
@@ -245,7 +245,7 @@ class FakeLanguageEngine(FakeEngine):
                 yield self._letter(request, place, index)
 
     def _given(self, request: GenerateRequest) -> Iterator[Output]:
-        """What came with the request: what the client has, and what it hasn't."""
+        """Yield the tokens that came with the request: those that the client has, then the others."""
         params = request.kv_transfer_params
         assert params is not None
         text: str = self.processor.tokenizer.decode(params.output_token_ids)
@@ -256,7 +256,7 @@ class FakeLanguageEngine(FakeEngine):
             yield self.output(request, text[params.num_sent :], finish_reason="length" if ended else None)
 
     def _letter(self, request: GenerateRequest, place: int, index: int = 0) -> Output:
-        """One letter of the answer, the last with the reason."""
+        """Return one letter of the answer; the last has the finish reason."""
         length = _length(request)
         reason: FinishReason = "stop" if length == len(ANSWER) else "length"
         return self.output(request, ANSWER[place], index=index, finish_reason=reason if place == length - 1 else None)
@@ -270,7 +270,7 @@ class FakeLanguageEngine(FakeEngine):
         finish_reason: FinishReason | None = None,
         stop_reason: int | str | None = None,
     ) -> Output:
-        """A step's output; every token has the log probability -0.5."""
+        """Return the output of a step; every token has the log probability -0.5."""
         token_ids = tuple(self.processor.tokenizer.encode(text).ids)
         wanted = request.sampling.logprobs
         top = tuple((token, -0.5 - token) for token in range(wanted or 0))
@@ -328,6 +328,6 @@ def _length(request: GenerateRequest) -> int:
 
 
 async def never(request: GenerateRequest) -> AsyncIterator[Output]:
-    """A script without any output."""
+    """Yield no output, for ever."""
     outputs: asyncio.Queue[Output] = asyncio.Queue()
     yield await outputs.get()

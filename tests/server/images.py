@@ -18,7 +18,7 @@ def png(width: int = 56, height: int = 28, color: str = "red") -> bytes:
 
 
 def rotated_jpeg(width: int = 56, height: int = 28) -> bytes:
-    """An image whose EXIF says: turn me by a quarter."""
+    """Return an image that its EXIF data rotates by 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -27,7 +27,7 @@ def rotated_jpeg(width: int = 56, height: int = 28) -> bytes:
 
 
 def bomb(side: int = 20_000) -> bytes:
-    """A small file that says that it holds side² pixels."""
+    """Return a small file that claims to hold side x side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -49,6 +49,6 @@ def embeds_part(uuid: str | None, **metadata: Any) -> dict[str, Any]:
 
 
 def chat(*parts: dict[str, Any] | str, **fields: Any) -> dict[str, Any]:
-    """A chat of one message; strings are text parts."""
+    """Return a chat of one message; strings are text parts."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return {"messages": [{"role": "user", "content": content}], **fields}

@@ -1,4 +1,4 @@
-"""``python -m tests.server.instance_process FOLDER PORT``: a pd instance, as the command line would run one."""
+"""``python -m tests.server.instance_process FOLDER PORT`` runs a pd instance as the command line would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server on a real socket in a thread of this process, and a plain HTTP client that hides nothing."""
+"""A server on a real socket in a thread of this process, and a plain HTTP client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chiasm.http.listen import bind, url_of
 
 @contextlib.contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
-    """Serve ``app`` on a free port; gives the base URL."""
+    """Serve ``app`` on a free port and yield the base URL."""
     listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -34,7 +34,7 @@ def serving(app: ASGIApp) -> Iterator[str]:
 
 @dataclass
 class Reply:
-    """An answer, whole."""
+    """A whole response."""
 
     status: int
     headers: Mapping[str, str]
@@ -51,7 +51,7 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        """Data of the stream's events: JSON, or ``"[DONE]"``."""
+        """The data of the stream's events: JSON, or ``"[DONE]"``."""
         data = [line[6:] for line in self.body.decode().split("\n") if line.startswith("data: ")]
         return [line if line == "[DONE]" else json.loads(line) for line in data]
 
@@ -75,7 +75,7 @@ def parse_timing(header: str) -> dict[str, float | None]:
 
 
 def request(method: str, url: str, body: object = None, headers: Mapping[str, str] | None = None) -> Reply:
-    """One request on a connection of its own; a body that isn't bytes is sent as JSON."""
+    """Send a request on a connection of its own; a body that isn't bytes is sent as JSON."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=30)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
@@ -97,7 +97,7 @@ def get(url: str) -> Reply:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    """Ask until it holds; the asking itself, over HTTP, gives the pace."""
+    """Wait until the condition holds. It must make an HTTP request, so that the loop doesn't spin."""
     give_up = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < give_up

@@ -71,7 +71,7 @@ def test_continuous_usage_counts_up(pd: Served) -> None:
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5, 5, 5]
 
 
-def test_text_that_needs_escapes_arrives_as_it_was(pd: Served) -> None:
+def test_text_with_characters_that_json_escapes_arrives_unchanged(pd: Served) -> None:
     text = 'a "quoted"\nline\t\\ é 漢 🙂 \x07'
 
     async def script(request: GenerateRequest) -> AsyncIterator[Output]:
@@ -82,7 +82,7 @@ def test_text_that_needs_escapes_arrives_as_it_was(pd: Served) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text
 
 
-def test_steps_without_text_send_nothing(pd: Served) -> None:
+def test_outputs_without_text_send_nothing(pd: Served) -> None:
     async def script(request: GenerateRequest) -> AsyncIterator[Output]:
         yield pd.engine.output(request, "")
         yield pd.engine.output(request, "ab")
@@ -157,7 +157,7 @@ def test_sampling_fields_reach_the_engine(pd: Served) -> None:
     assert {name: getattr(sampling, name) for name in same} == {name: fields[name] for name in same}
 
 
-def test_what_the_client_leaves_out_comes_from_the_checkpoint(pd: Served) -> None:
+def test_sampling_fields_that_are_left_out_come_from_the_checkpoint(pd: Served) -> None:
     post(pd.chat, {"messages": HI, "top_k": None})
     assert pd.engine.requests[0].sampling.temperature == 0.5
     assert pd.engine.requests[0].sampling.top_k == 7
@@ -210,7 +210,7 @@ def test_unknown_fields_are_ignored(pd: Served) -> None:
     assert post(pd.chat, body).status == 200
 
 
-def test_fields_that_ask_for_nothing_are_taken(pd: Served) -> None:
+def test_unsupported_fields_without_effect_are_accepted(pd: Served) -> None:
     body: dict[str, Any] = {
         "tools": [],
         "tool_choice": "none",
@@ -282,7 +282,7 @@ def test_wrong_fields_are_named(pd: Served, fields: dict[str, Any], param: str) 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"nonsense", b'{"messages": "\xff"}', b"[" * 200_000, b'{"model":"b"}']
 )
-def test_what_is_no_request_is_refused(pd: Served, body: bytes) -> None:
+def test_a_malformed_request_is_refused(pd: Served, body: bytes) -> None:
     reply = post(pd.chat, body)
     assert reply.status == 400
     assert reply.error["type"] == "invalid_request_error"
@@ -351,7 +351,7 @@ def stream_errors(served: Served) -> float:
     return float(value)
 
 
-def test_unforeseen_error_is_a_500_without_details(pd: Served) -> None:
+def test_an_unexpected_error_is_a_500_without_details(pd: Served) -> None:
     async def script(request: GenerateRequest) -> AsyncIterator[Output]:
         raise RuntimeError("secret")
         yield

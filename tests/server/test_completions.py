@@ -59,7 +59,7 @@ def test_one_failing_prompt_fails_the_request_and_aborts_the_others(pd: Served) 
     assert {pd.engine.aborted.get(timeout=10), pd.engine.aborted.get(timeout=10)} == ids
 
 
-def test_token_ids_are_taken_as_they_are(pd: Served) -> None:
+def test_token_ids_are_not_tokenized(pd: Served) -> None:
     post(pd.completions, {"prompt": [5, 6]})
     post(pd.completions, {"prompt": [[7], [8, 9]]})
     assert [request.prompt.token_ids for request in pd.engine.requests] == [[5, 6], [7], [8, 9]]
@@ -86,7 +86,7 @@ def test_logprobs_are_parallel_lists(pd: Served) -> None:
     assert list(logprobs.top_logprobs[0].values()) == [-0.5]
 
 
-def test_streamed_logprobs_go_on_counting_characters(pd: Served) -> None:
+def test_streamed_logprobs_count_characters_across_chunks(pd: Served) -> None:
     events = post(pd.completions, {"prompt": "x", "logprobs": 0, "stream": True}).events
     offsets = [event["choices"][0]["logprobs"]["text_offset"] for event in events[:-2]]
     assert offsets == [[0], [1], [2], [3], [4]]
@@ -95,7 +95,7 @@ def test_streamed_logprobs_go_on_counting_characters(pd: Served) -> None:
 @pytest.mark.parametrize(
     "prompt", [None, "", [], [[]], ["a", 1], ["a", ""], [True], [1.5], [257], [-1], {"a": 1}, ["a"] * 5, "\x01"]
 )
-def test_what_is_no_prompt_is_refused(pd: Served, prompt: Any) -> None:
+def test_a_malformed_prompt_is_refused(pd: Served, prompt: Any) -> None:
     reply = post(pd.completions, {"prompt": prompt})
     assert reply.status == 400
     assert reply.error["param"] == "prompt"
@@ -105,7 +105,7 @@ def test_what_is_no_prompt_is_refused(pd: Served, prompt: Any) -> None:
 @pytest.mark.parametrize(
     "fields", [{"echo": True}, {"suffix": "x"}, {"best_of": 3}, {"max_tokens": 0}, {"logprobs": 21}, {"n": 99}]
 )
-def test_what_is_not_offered_is_refused(pd: Served, fields: dict[str, Any]) -> None:
+def test_unsupported_values_are_refused(pd: Served, fields: dict[str, Any]) -> None:
     reply = post(pd.completions, {"prompt": "x", **fields})
     assert reply.status == 400
     assert reply.error["param"] in fields
@@ -118,7 +118,7 @@ def test_prompt_longer_than_the_context_is_refused(pd: Served) -> None:
     assert reply.error["param"] == "prompt"
 
 
-def test_an_encoder_has_no_text_to_give(encoder: ServedEncoder) -> None:
+def test_an_encoder_generates_no_text(encoder: ServedEncoder) -> None:
     reply = post(encoder.completions, {"prompt": "x"})
     assert reply.status == 400
     assert "encoder" in reply.error["message"]

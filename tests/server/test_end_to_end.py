@@ -58,7 +58,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def live(model: Path, store: Path) -> Iterator[Callable[[Role], Live]]:
-    """Starts the instance of a role when a test first asks for it."""
+    """Return a function that starts the instance of a role when a test first asks for it."""
     started: dict[Role, Live] = {}
     with contextlib.ExitStack() as stack:
 
@@ -108,7 +108,7 @@ class TestText:
         assert len(chunks) > 1
         assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == whole
 
-    def test_length_ends_an_answer(self, pd: Live) -> None:
+    def test_max_tokens_ends_an_answer(self, pd: Live) -> None:
         answer = pd.client.chat.completions.create(
             model="synthetic", messages=[{"role": "user", "content": "Go on"}], max_tokens=7
         )
@@ -192,7 +192,7 @@ class TestAggregated:
 
 
 class TestEncoderAndPD:
-    """The messages that the proxy sends, by hand."""
+    """The messages that the proxy sends."""
 
     def encode(self, encoder: Live, *images: bytes) -> Reply:
         return post(encoder.chat, chat(*[image_part(data, uuid=encoder.name(data)) for data in images], stream=False))
@@ -249,13 +249,13 @@ class TestEncoderAndPD:
         assert reply.status == 503
         assert len(text_of(post(pd.chat, greedy("Still well?")))) > 0
 
-    def test_health_names_one_fingerprint_and_store(self, encoder: Live, pd: Live) -> None:
+    def test_health_of_encoder_and_pd_names_the_same_fingerprint_and_store(self, encoder: Live, pd: Live) -> None:
         first, second = (get(f"{instance.url}/health").json for instance in (encoder, pd))
         assert (first["role"], second["role"]) == ("encoder", "pd")
         assert first["fingerprint"] == second["fingerprint"]
         assert first["ec_store"] == second["ec_store"]
 
-    def test_health_names_the_store_that_there_is_now(self, encoder: Live, pd: Live, store: Path) -> None:
+    def test_health_names_a_store_that_was_made_anew(self, encoder: Live, pd: Live, store: Path) -> None:
         before = get(f"{pd.url}/health").json["ec_store"]
         shutil.rmtree(store)
         now = get(f"{pd.url}/health").json["ec_store"]

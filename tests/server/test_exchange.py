@@ -1,4 +1,4 @@
-"""What holds for every request: identity, deadline, bounds, disconnect, errors."""
+"""Every request: identity, deadline, bounds, disconnect, errors."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ class TestDeadline:
         post(pd.chat, chat("x"), {"X-Request-Deadline-Ms": "7000"})
         assert before + 7 <= pd.engine.requests[0].deadline <= time.monotonic() + 7
 
-    def test_it_cannot_exceed_the_servers(self, pd: Served) -> None:
+    def test_callers_deadline_cannot_exceed_the_servers(self, pd: Served) -> None:
         post(pd.chat, chat("x"), {"X-Request-Deadline-Ms": "99999999"})
         assert pd.engine.requests[0].deadline <= time.monotonic() + 20
 
     @pytest.mark.parametrize(("value", "status"), [("soon", 400), ("1.5", 400), ("0", 504), ("-5", 504)])
-    def test_deadline_that_is_none_or_past(self, pd: Served, value: str, status: int) -> None:
+    def test_a_malformed_or_past_deadline_is_refused(self, pd: Served, value: str, status: int) -> None:
         assert post(pd.chat, chat("x"), {"X-Request-Deadline-Ms": value}).status == status
         assert pd.engine.requests == []
 
-    def test_engine_that_does_not_keep_it_is_cut_off(self, pd: Served) -> None:
+    def test_an_engine_that_misses_the_deadline_is_interrupted(self, pd: Served) -> None:
         pd.engine.script = never
         reply = post(pd.chat, chat("x"), {"X-Request-Deadline-Ms": "300"})
         assert reply.status == 504
@@ -84,7 +84,7 @@ class TestBounds:
         assert connection.getresponse().status == 413
         connection.close()
 
-    def test_one_request_too_many_is_told_to_come_back(self) -> None:
+    def test_one_request_too_many_is_told_to_try_again(self) -> None:
         engine = FakeLanguageEngine(Role.PD)
         engine.script = never
         app = create_app(engine, served_model_name="bytes", config=ServerConfig(max_inflight_requests=1))
@@ -127,7 +127,7 @@ class TestDisconnect:
         connection.close()
         assert pd.engine.aborted.get(timeout=10) == started
 
-    def test_it_is_counted_with_a_status_of_its_own(self) -> None:
+    def test_client_that_leaves_is_counted_with_status_499(self) -> None:
         engine = FakeLanguageEngine(Role.PD)
         engine.script = never
         with serving(create_app(engine, served_model_name="bytes")) as url:

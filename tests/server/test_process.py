@@ -27,7 +27,7 @@ from tests.server.serving import get, post
 
 ROOT = Path(__file__).parents[2]
 STOP_SECONDS = 10
-"""Far more than the 3 s that are promised, for a machine that is busy with other tests."""
+"""Far more than the 3 s that are promised, because other tests may keep the machine busy."""
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def test_port_in_use_is_one_clear_error() -> None:
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70_000), ("no.such.host.invalid", 0)])
-def test_address_that_cannot_be_had_is_one_clear_error(host: str, port: int) -> None:
+def test_an_address_that_cannot_be_bound_is_one_clear_error(host: str, port: int) -> None:
     with pytest.raises(ConfigurationError):
         bind(host, port)
 

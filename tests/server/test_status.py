@@ -1,4 +1,4 @@
-"""What an instance says of itself."""
+"""What an instance says about itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.server.images import chat
 from tests.server.serving import get, post, serving
 
 
-def test_health_tells_what_the_proxy_needs(pd: Served) -> None:
+def test_health_has_what_the_proxy_needs(pd: Served) -> None:
     reply = get(f"{pd.url}/health")
     assert reply.status == 200
     assert reply.json == {
@@ -38,7 +38,7 @@ def test_health_tells_what_the_proxy_needs(pd: Served) -> None:
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_health_of_prefill_and_decode_tells_how_much_fits(request: pytest.FixtureRequest, role: str) -> None:
+def test_health_of_prefill_and_decode_has_their_capacity(request: pytest.FixtureRequest, role: str) -> None:
     served: Served = request.getfixturevalue(role)
     health = get(f"{served.url}/health").json
     assert health["role"] == role
@@ -47,7 +47,7 @@ def test_health_of_prefill_and_decode_tells_how_much_fits(request: pytest.Fixtur
     assert health["max_num_seqs"] == 64
 
 
-def test_instance_that_loads_answers_503() -> None:
+def test_a_loading_instance_answers_503() -> None:
     with serving(app_of(ServerContext("bytes", ServerConfig()))) as url:
         health = get(f"{url}/health")
         assert (health.status, health.json) == (503, {"status": "starting"})
@@ -59,7 +59,7 @@ def test_instance_that_loads_answers_503() -> None:
         assert b"chiasm_up 0.0" in get(f"{url}/metrics").body
 
 
-def test_dead_engine_shows(pd: Served) -> None:
+def test_health_shows_that_the_engine_has_died(pd: Served) -> None:
     pd.engine.healthy = False
     reply = get(f"{pd.url}/health")
     assert reply.status == 503
@@ -67,7 +67,7 @@ def test_dead_engine_shows(pd: Served) -> None:
     assert reply.json["role"] == "pd"
 
 
-def test_a_store_out_of_reach_takes_an_encoder_out_and_leaves_others_to_text(
+def test_an_unreachable_store_makes_an_encoder_fail_and_leaves_text_to_the_others(
     encoder: ServedEncoder, pd: Served
 ) -> None:
     for served, status in ((encoder, 503), (pd, 200)):
@@ -80,7 +80,7 @@ def test_a_store_out_of_reach_takes_an_encoder_out_and_leaves_others_to_text(
         assert get(f"{served.url}/health").json["ec_store"] == "store-1"
 
 
-def test_models_lists_the_one(pd: Served) -> None:
+def test_models_lists_the_model(pd: Served) -> None:
     assert [model.id for model in pd.client.models.list()] == ["bytes"]
     assert pd.client.models.retrieve("bytes").owned_by == "chiasm"
     assert get(f"{pd.url}/v1/models/other").status == 404
@@ -113,7 +113,7 @@ def test_metrics_show_the_engine_and_the_requests(pd: Served) -> None:
     assert any('path="/v1/chat/completions",status="400"' in line for line in lines)
 
 
-def test_metrics_show_the_transfers_of_kv(prefill: Served, pd: Served) -> None:
+def test_metrics_show_kv_transfers(prefill: Served, pd: Served) -> None:
     lines = get(f"{prefill.url}/metrics").body.decode().splitlines()
     for line in (
         "chiasm_kv_transfers_total 5.0",

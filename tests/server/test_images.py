@@ -26,7 +26,7 @@ def assert_refused(reply: Reply, *words: str) -> None:
 
 
 class TestPD:
-    """Takes the names of what an encoder publishes, and no images."""
+    """Takes names of published embeddings, and no images."""
 
     @pytest.mark.parametrize(
         "metadata",
@@ -54,7 +54,7 @@ class TestPD:
         "uuid",
         [None, "", "a" * 63, "a" * 65, "A" * 64, "../" + "a" * 61, "a/b", "..", "a\x00" + "a" * 62, "a" * 10_000],
     )
-    def test_uuid_that_is_no_identifier_is_refused(self, pd: Served, uuid: str | None) -> None:
+    def test_a_malformed_uuid_is_refused(self, pd: Served, uuid: str | None) -> None:
         reply = post(pd.chat, chat(embeds_part(uuid, image_size=[28, 28])))
         assert_refused(reply, "64 lower-case hex digits")
         assert len(reply.body) < 1000
@@ -62,7 +62,7 @@ class TestPD:
     @pytest.mark.parametrize(
         "embeds", [None, {}, "AAAA", [1, 2], {"image_size": [0, 5]}, {"image_size": ["a", 5]}, {"other": [1]}, 7]
     )
-    def test_size_that_is_none_is_refused(self, pd: Served, embeds: Any) -> None:
+    def test_a_malformed_size_is_refused(self, pd: Served, embeds: Any) -> None:
         assert_refused(post(pd.chat, chat({"type": "image_embeds", "image_embeds": embeds, "uuid": A})))
 
     def test_image_is_refused_with_a_hint(self, pd: Served) -> None:
@@ -79,7 +79,7 @@ class TestPD:
 
 
 class TestAggregated:
-    """Takes images, and names them by content."""
+    """Takes images and names them by content."""
 
     def test_image_is_named_by_content_and_preprocessed(self, aggregated: Served) -> None:
         assert post(aggregated.chat, chat("See ", image_part(png()), "?")).status == 200
@@ -93,14 +93,14 @@ class TestAggregated:
         answer = aggregated.client.chat.completions.create(model="bytes", messages=messages)
         assert answer.choices[0].message.content == "Hello"
 
-    def test_own_uuid_does_not_name_content(self, aggregated: Served) -> None:
+    def test_a_uuid_does_not_name_content(self, aggregated: Served) -> None:
         parts = [image_part(png(color="red"), uuid=A), image_part(png(color="blue"), uuid=A)]
         assert post(aggregated.chat, chat(*parts)).status == 200
         names = {item.identifier for item in aggregated.engine.requests[0].prompt.items}
         assert len(names) == 2
         assert A not in names
 
-    def test_own_uuid_must_be_an_identifier_all_the_same(self, aggregated: Served) -> None:
+    def test_a_uuid_must_be_an_identifier_nevertheless(self, aggregated: Served) -> None:
         assert_refused(post(aggregated.chat, chat(image_part(png(), uuid="../x"))), "64 lower-case hex digits")
 
     def test_salt_keeps_tenants_apart(self, aggregated: Served) -> None:
@@ -115,7 +115,7 @@ class TestAggregated:
         assert len(request.prompt.items) == 2
         assert len(request.pixels) == 1
 
-    def test_exif_rotation_counts(self, aggregated: Served) -> None:
+    def test_size_is_that_after_exif_rotation(self, aggregated: Served) -> None:
         post(aggregated.chat, chat(image_part(rotated_jpeg(width=56, height=28))))
         (item,) = aggregated.engine.requests[0].prompt.items
         assert item.geometry.metadata == {"image_grid_thw": [1, 2, 1]}
@@ -140,7 +140,7 @@ class TestAggregated:
             ("", "http"),
         ],
     )
-    def test_what_is_no_image_is_refused(self, aggregated: Served, url: str, word: str) -> None:
+    def test_an_image_that_cannot_be_had_is_refused(self, aggregated: Served, url: str, word: str) -> None:
         reply = post(aggregated.chat, chat({"type": "image_url", "image_url": {"url": url}}))
         assert_refused(reply, word)
         assert aggregated.engine.requests == []
@@ -154,9 +154,9 @@ class TestAggregated:
 
 
 class TestEncoder:
-    """Takes images only, and answers with what it has published."""
+    """Takes images only, and answers with what it published."""
 
-    def test_answers_with_what_sizes_the_placeholders(self, encoder: ServedEncoder) -> None:
+    def test_answers_with_metadata_that_sizes_placeholders(self, encoder: ServedEncoder) -> None:
         reply = post(encoder.chat, chat(image_part(png(), uuid=A), stream=False, max_tokens=1, model="bytes"))
         assert reply.status == 200
         assert reply.json["object"] == "chat.completion"
@@ -199,7 +199,7 @@ class TestEncoder:
         assert_refused(post(encoder.chat, body))
         assert encoder.engine.encoded == []
 
-    def test_failure_to_publish_is_a_503(self, encoder: ServedEncoder) -> None:
+    def test_an_embedding_that_cannot_be_published_is_a_503(self, encoder: ServedEncoder) -> None:
         encoder.engine.encode_error = StorageError("the disk is full")
         reply = post(encoder.chat, chat(image_part(png(), uuid=A)))
         assert reply.status == 503

@@ -1,4 +1,4 @@
-"""Answers that begin on a prefill instance and go on at a decode instance."""
+"""Answers that begin at a prefill instance and continue at a decode instance."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VLLM = {
     "remote_host": None,
     "remote_port": None,
 }
-"""As vLLM's proxies write it."""
+"""As vLLM's proxies send it."""
 HANDLE: dict[str, Any] = {
     "do_remote_prefill": True,
     "remote_engine_id": "engine-p",
@@ -45,7 +45,7 @@ def hi(**fields: Any) -> dict[str, Any]:
 
 
 def letters(text: str) -> list[int]:
-    """Token ids of the byte tokenizer that the fake engine has."""
+    """Return the token ids of the fake engine's tokenizer."""
     from tests.server.fake_engine import ByteProcessor
 
     ids: list[int] = ByteProcessor().tokenizer.encode(text).ids
@@ -53,7 +53,7 @@ def letters(text: str) -> list[int]:
 
 
 def handle_of(reply: Reply) -> dict[str, Any]:
-    """The handle with which an answer goes on, of a stream or not."""
+    """Return the handle with which an answer continues, from a stream or a body."""
     assert reply.status == 200, reply.body
     if reply.headers["content-type"].startswith("application/json"):
         found: dict[str, Any] = reply.json["kv_transfer_params"]
@@ -75,8 +75,8 @@ def text_of(*replies: Reply) -> str:
 ROLE = {"role": "assistant", "content": ""}
 
 
-class TestPrefillAsVLLMAsksIt:
-    """One token, no stream, and the handle in the answer."""
+class TestPrefillForVLLMsProxies:
+    """They send max_tokens=1 and no stream, and the response has a handle."""
 
     def test_answers_with_a_handle(self, prefill: Served) -> None:
         reply = post(prefill.chat, hi(max_tokens=1, stream=False, kv_transfer_params=VLLM))
@@ -99,7 +99,7 @@ class TestPrefillAsVLLMAsksIt:
         assert (reply.status, reply.error["param"]) == (400, "stream")
 
     @pytest.mark.parametrize("params", [None, {}, {"do_remote_decode": False}, {"do_remote_prefill": True}])
-    def test_what_does_not_go_on_elsewhere_is_refused(self, prefill: Served, params: Any) -> None:
+    def test_an_answer_that_does_not_continue_elsewhere_is_refused(self, prefill: Served, params: Any) -> None:
         reply = post(prefill.chat, hi(kv_transfer_params=params))
         assert (reply.status, reply.error["param"]) == (400, "kv_transfer_params")
         assert "only prefills" in reply.error["message"]
@@ -117,7 +117,7 @@ class TestPrefillAsVLLMAsksIt:
 
 
 class TestPrefillOfAnAnswerThatContinues:
-    """The sender relays both parts as one answer, and leaves the client's fields as they are."""
+    """The sender relays both parts as one answer, and leaves the client's fields unchanged."""
 
     def test_stream_begins_and_ends_with_a_handle(self, prefill: Served) -> None:
         body = hi(stream=True, stream_options={"include_usage": True}, kv_transfer_params=CONTINUES)
@@ -131,7 +131,7 @@ class TestPrefillOfAnAnswerThatContinues:
         assert handle["continues"] is True
         assert b"[DONE]" not in reply.body
 
-    def test_answer_that_is_no_stream_has_the_handle_in_it(self, prefill: Served) -> None:
+    def test_answer_without_a_stream_contains_the_handle(self, prefill: Served) -> None:
         reply = post(prefill.chat, hi(max_tokens=4, kv_transfer_params=CONTINUES))
         assert prefill.engine.requests[0].sampling.max_tokens == 4
         handle = handle_of(reply)
@@ -170,7 +170,7 @@ class TestPrefillOfAnAnswerThatContinues:
             assert "kv_transfer_params" not in replies[0].json
         assert first == second
 
-    def test_resumed_answer_shows_what_is_new_alone(self, prefill: Served) -> None:
+    def test_resumed_answer_shows_only_new_text(self, prefill: Served) -> None:
         params = CONTINUES | {"output_token_ids": letters("Hel"), "num_sent": 3, "created": 12345, "seed": 7}
         reply = post(prefill.chat, hi(stream=True, kv_transfer_params=params))
         assert deltas(reply) == [{"content": "l"}]
@@ -199,7 +199,7 @@ class TestPrefillOfAnAnswerThatContinues:
 
 
 class TestPrefillOfSeveralChoices:
-    """The prompt alone: each choice samples its first token at the decode instance."""
+    """Only the prompt is computed: each choice samples its first token at the decode instance."""
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_several_choices_are_one_prompt(self, prefill: Served, stream: bool) -> None:
@@ -223,29 +223,29 @@ class TestPrefillOfSeveralChoices:
         assert [one["num_tokens"] for one in handle["prompts"]] == [2, 3]
         assert all("output_token_ids" not in one and "output_logprobs" not in one for one in handle["prompts"])
 
-    def test_end_of_the_answer_is_no_matter_for_the_prompt(self, prefill: Served) -> None:
+    def test_fields_that_end_an_answer_do_not_affect_the_prompt(self, prefill: Served) -> None:
         reply = post(prefill.chat, hi(n=2, max_tokens=1, stop=["H"], kv_transfer_params=CONTINUES))
         assert handle_of(reply)["num_tokens"] == 2
         sampling = prefill.engine.requests[0].sampling
         assert sampling.ignore_eos
         assert sampling.stop == ()
 
-    def test_clients_fields_are_checked_all_the_same(self, prefill: Served) -> None:
+    def test_clients_fields_are_checked_nevertheless(self, prefill: Served) -> None:
         assert post(prefill.chat, hi(n=2, temperature=-1, kv_transfer_params=CONTINUES)).error["param"] == "temperature"
 
-    def test_they_cannot_be_resumed(self, prefill: Served) -> None:
+    def test_several_choices_cannot_be_resumed(self, prefill: Served) -> None:
         params = CONTINUES | {"output_token_ids": letters("H")}
         assert post(prefill.chat, hi(n=2, kv_transfer_params=params)).status == 400
         body = {"prompt": ["a", "b"], "kv_transfer_params": params}
         assert post(prefill.completions, body).status == 400
 
-    def test_what_came_with_them_is_checked_too(self, prefill: Served) -> None:
+    def test_what_came_with_several_choices_is_checked_too(self, prefill: Served) -> None:
         params = CONTINUES | {"seed": 1 << 64}
         assert post(prefill.chat, hi(n=2, kv_transfer_params=params)).error["param"] == "kv_transfer_params"
 
 
 class TestDecode:
-    def test_goes_on_from_a_handle(self, decode: Served) -> None:
+    def test_continues_from_a_handle(self, decode: Served) -> None:
         reply = post(decode.chat, hi(kv_transfer_params=HANDLE | {"output_token_ids": letters("H"), "unknown": 1}))
         assert reply.json["choices"][0]["message"]["content"] == "Hello"
         assert reply.json["usage"]["completion_tokens"] == 5
@@ -267,13 +267,13 @@ class TestDecode:
         assert [event["usage"]["completion_tokens"] for event in reply.events[:-1]] == [2, 3, 4, 5, 5, 5]
         assert {event["created"] for event in reply.events[:-1]} == {777}
 
-    def test_offsets_go_on_counting_from_what_was_sent(self, decode: Served) -> None:
+    def test_offsets_count_what_was_sent(self, decode: Served) -> None:
         params = HANDLE | {"output_token_ids": letters("He"), "num_sent": 2, "output_logprobs": [[-0.5, []]] * 2}
         body = {"prompt": "Hi", "logprobs": 0, "stream": True, "kv_transfer_params": params}
         events = post(decode.completions, body).events
         assert [event["choices"][0]["logprobs"]["text_offset"] for event in events[:-2]] == [[2], [3], [4]]
 
-    def test_answer_whose_tokens_are_all_there_ends_at_once(self, decode: Served) -> None:
+    def test_answer_that_came_with_all_its_tokens_ends_at_once(self, decode: Served) -> None:
         params = HANDLE | {"output_token_ids": letters("H")}
         reply = post(decode.chat, hi(max_tokens=1, kv_transfer_params=params))
         assert reply.json["choices"][0]["message"]["content"] == "H"
@@ -303,7 +303,7 @@ class TestDecode:
         assert deltas(reply)[:2] == [ROLE, ROLE]
         assert b": tokens" not in reply.body
 
-    def test_several_prompts_go_on_from_a_handle_each(self, prefill: Served, decode: Served) -> None:
+    def test_several_prompts_continue_from_one_handle_each(self, prefill: Served, decode: Served) -> None:
         first = post(prefill.completions, {"prompt": ["Hi", "You"], "kv_transfer_params": CONTINUES})
         reply = post(decode.completions, {"prompt": ["Hi", "You"], "kv_transfer_params": handle_of(first)})
         assert [choice["text"] for choice in reply.json["choices"]] == ["Hello", "Hello"]
@@ -319,7 +319,7 @@ class TestDecode:
         assert post(decode.chat, hi(kv_transfer_params=HANDLE)).timing["kv"] == 5
 
     @pytest.mark.parametrize("stream", [False, True])
-    def test_kv_that_is_gone_keeps_its_status(self, decode: Served, stream: bool) -> None:
+    def test_lost_kv_is_an_error_with_its_status(self, decode: Served, stream: bool) -> None:
         async def script(request: GenerateRequest) -> AsyncIterator[Output]:
             yield replace(decode.engine.output(request, "H"), already_sent=True)
             raise KVUnavailableError("the lease ran out")
@@ -331,21 +331,21 @@ class TestDecode:
 
 
 class TestTokensAreAnnounced:
-    """So that whoever relays the stream can have another instance go on from any of them."""
+    """The proxy that relays the stream can have another instance continue from any of them."""
 
     def stream(self, decode: Served, **fields: Any) -> list[str]:
         params = HANDLE | {"continues": True, "output_token_ids": letters("H"), "num_sent": 1}
         reply = post(decode.chat, hi(stream=True, kv_transfer_params=params, **fields))
         return reply.body.decode().split("\n\n")
 
-    def test_before_the_event_that_they_make(self, decode: Served) -> None:
+    def test_before_the_event_with_their_text(self, decode: Served) -> None:
         blocks = self.stream(decode)
         for block, letter in zip(blocks, "ello", strict=False):
             comment, data = block.split("\n")
             assert comment == f": tokens {letters(letter)[0]}"
             assert json.loads(data.removeprefix("data: "))["choices"][0]["delta"] == {"content": letter}
 
-    def test_by_themselves_where_they_make_none(self, decode: Served) -> None:
+    def test_in_an_event_of_their_own_if_they_have_no_text(self, decode: Served) -> None:
         async def script(request: GenerateRequest) -> AsyncIterator[Output]:
             yield replace(decode.engine.output(request, "H"), already_sent=True)
             yield replace(decode.engine.output(request, "el"), text="")
@@ -357,19 +357,19 @@ class TestTokensAreAnnounced:
         assert blocks[1].startswith(": tokens {} {}\ndata: ".format(*letters("lo")))
         assert blocks[2].startswith("data: ")
 
-    def test_those_that_came_with_the_request_and_were_not_sent_too(self, decode: Served) -> None:
+    def test_tokens_that_came_with_the_request_and_were_not_sent_too(self, decode: Served) -> None:
         params = HANDLE | {"continues": True, "output_token_ids": letters("He")}
         reply = post(decode.chat, hi(stream=True, kv_transfer_params=params))
         blocks = reply.body.decode().split("\n\n")
         assert json.loads(blocks[0].removeprefix("data: "))["choices"][0]["delta"] == ROLE
         assert blocks[1].startswith(": tokens {} {}\ndata: ".format(*letters("He")))
 
-    def test_only_where_the_answer_continues(self, decode: Served) -> None:
+    def test_only_if_the_answer_continues(self, decode: Served) -> None:
         reply = post(decode.chat, hi(stream=True, kv_transfer_params=HANDLE))
         assert b": tokens" not in reply.body
 
 
-class TestWhatIsNoHandle:
+class TestMalformedHandles:
     @pytest.mark.parametrize("missing", [name for name in HANDLE if name not in {"num_tokens", "digest"}])
     def test_decode_names_what_is_missing(self, decode: Served, missing: str) -> None:
         for without in (HANDLE | {missing: None}, {name: HANDLE[name] for name in HANDLE if name != missing}):
@@ -425,7 +425,7 @@ class TestWhatIsNoHandle:
         ],
         ids=str,
     )
-    def test_what_cannot_be_is_the_senders_error(self, decode: Served, fields: dict[str, Any]) -> None:
+    def test_contradictions_are_the_senders_error(self, decode: Served, fields: dict[str, Any]) -> None:
         reply = post(decode.chat, hi(max_tokens=5, kv_transfer_params=HANDLE | fields))
         assert reply.status == 400, reply.body
         assert reply.error["type"] == "invalid_request_error"
@@ -433,17 +433,17 @@ class TestWhatIsNoHandle:
         assert "kv_transfer_params" in reply.error["message"]
         assert decode.engine.requests == []
 
-    def test_handles_must_be_as_many_as_prompts(self, decode: Served) -> None:
+    def test_there_must_be_one_handle_for_each_prompt(self, decode: Served) -> None:
         for params in (HANDLE, {"prompts": [HANDLE]}, {"prompts": [HANDLE] * 3}):
             reply = post(decode.completions, {"prompt": ["Hi", "Ho"], "kv_transfer_params": params})
             assert reply.status == 400
             assert "one for each prompt" in reply.error["message"]
 
-    def test_tokens_of_one_choice_are_not_those_of_several(self, decode: Served) -> None:
+    def test_output_tokens_are_refused_with_several_choices(self, decode: Served) -> None:
         params = HANDLE | {"output_token_ids": [1]}
         assert post(decode.chat, hi(n=2, kv_transfer_params=params)).status == 400
 
-    def test_log_probabilities_that_are_asked_for_must_be_there(self, decode: Served) -> None:
+    def test_requested_log_probabilities_must_come_with_the_tokens(self, decode: Served) -> None:
         params = HANDLE | {"output_token_ids": letters("He"), "num_sent": 1}
         assert post(decode.chat, hi(logprobs=True, kv_transfer_params=params)).status == 400
         assert post(decode.chat, hi(logprobs=True, kv_transfer_params=params | {"num_sent": 2})).status == 200
@@ -458,18 +458,18 @@ class TestWhatIsNoHandle:
             CONTINUES | {"output_token_ids": [1] * 6},
         ],
     )
-    def test_prefill_refuses_what_cannot_be(self, prefill: Served, params: Any) -> None:
+    def test_prefill_refuses_contradictions(self, prefill: Served, params: Any) -> None:
         reply = post(prefill.chat, hi(max_tokens=5, kv_transfer_params=params))
         assert (reply.status, reply.error["param"]) == (400, "kv_transfer_params")
 
-    def test_text_that_is_no_unicode_is_refused(self, decode: Served) -> None:
+    def test_text_that_is_not_unicode_is_refused(self, decode: Served) -> None:
         body = json.dumps(hi(kv_transfer_params=HANDLE | {"digest": "?"})).replace('"?"', '"\\ud800"')
         assert post(decode.chat, body.encode()).status == 400
 
 
 class TestOtherRoles:
     @pytest.mark.parametrize("params", [ELSEWHERE, HANDLE])
-    def test_instances_that_do_both_refuse_the_field(self, pd: Served, params: dict[str, Any]) -> None:
+    def test_pd_instances_refuse_the_field(self, pd: Served, params: dict[str, Any]) -> None:
         for reply in (
             post(pd.chat, hi(kv_transfer_params=params)),
             post(pd.completions, {"prompt": "Hi", "kv_transfer_params": params}),
@@ -482,6 +482,6 @@ class TestOtherRoles:
         assert (reply.status, reply.error["param"]) == (400, "kv_transfer_params")
 
     @pytest.mark.parametrize("params", [None, {}])
-    def test_a_field_that_asks_for_nothing_is_taken(self, pd: Served, encoder: ServedEncoder, params: Any) -> None:
+    def test_an_empty_field_is_accepted(self, pd: Served, encoder: ServedEncoder, params: Any) -> None:
         assert post(pd.chat, hi(kv_transfer_params=params)).status == 200
         assert post(encoder.chat, chat(image_part(png(), uuid=A), kv_transfer_params=params)).status == 200
