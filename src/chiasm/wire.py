@@ -135,10 +135,11 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
-    """Log probability of a sampled token, and the likeliest candidates as (token id, log probability), best first."""
+    """Log probability of one token of an answer, and the likeliest candidates as (token id, log probability), best first."""
 
+    token_id: TokenId
     logprob: float
-    top: list[tuple[TokenId, float]]
+    top: tuple[tuple[TokenId, float], ...]
 
 
 class KVTransferParams(msgspec.Struct, omit_defaults=True, kw_only=True):

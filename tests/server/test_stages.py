@@ -142,7 +142,7 @@ class TestPrefillOfAnAnswerThatContinues:
     def test_logprobs_of_the_first_token_are_sent_and_handed_over(self, prefill: Served) -> None:
         reply = post(prefill.chat, hi(stream=True, logprobs=True, top_logprobs=1, kv_transfer_params=CONTINUES))
         assert reply.events[1]["choices"][0]["logprobs"]["content"][0]["logprob"] == -0.5
-        assert handle_of(reply)["output_logprobs"] == [[-0.5, [[0, -0.5]]]]
+        assert handle_of(reply)["output_logprobs"] == [[*letters("H"), -0.5, [[0, -0.5]]]]
 
     @pytest.mark.parametrize("text", ["", "H"])
     def test_text_that_may_become_a_stop_string_is_left_to_decode(self, prefill: Served, text: str) -> None:
@@ -268,7 +268,8 @@ class TestDecode:
         assert {event["created"] for event in reply.events[:-1]} == {777}
 
     def test_offsets_go_on_counting_from_what_was_sent(self, decode: Served) -> None:
-        params = HANDLE | {"output_token_ids": letters("He"), "num_sent": 2, "output_logprobs": [[-0.5, []]] * 2}
+        logprobs = [[token_id, -0.5, []] for token_id in letters("He")]
+        params = HANDLE | {"output_token_ids": letters("He"), "num_sent": 2, "output_logprobs": logprobs}
         body = {"prompt": "Hi", "logprobs": 0, "stream": True, "kv_transfer_params": params}
         events = post(decode.completions, body).events
         assert [event["choices"][0]["logprobs"]["text_offset"] for event in events[:-2]] == [[2], [3], [4]]
@@ -409,10 +410,11 @@ class TestWhatIsNoHandle:
             {"output_token_ids": [1] * 6},
             {"num_sent": 1},
             {"output_token_ids": [1], "num_sent": 2},
-            {"output_token_ids": [1, 2], "output_logprobs": [[-0.5, []]]},
-            {"output_token_ids": [1], "output_logprobs": [[-0.5, [[400, -0.5]]]]},
+            {"output_token_ids": [1, 2], "output_logprobs": [[1, -0.5, []]]},
+            {"output_token_ids": [1], "output_logprobs": [[2, -0.5, []]]},
+            {"output_token_ids": [1], "output_logprobs": [[1, -0.5, [[400, -0.5]]]]},
             {"output_token_ids": [1], "output_logprobs": [-0.5]},
-            {"output_token_ids": [1], "output_logprobs": [[None, []]]},
+            {"output_token_ids": [1], "output_logprobs": [[1, None, []]]},
             {"seed": 1 << 64},
             {"seed": "x"},
             {"created": -1},

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from chiasm.engine.engine import LanguageEngine
-    from chiasm.engine.request import TokenLogprobs
     from chiasm.models.base import Prompt
+    from chiasm.wire import TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Form:
     response: Callable[..., msgspec.Struct]
     choice: Callable[[int, Choice, Any], msgspec.Struct]
     """From its index, what came of it, and its log probabilities or None."""
-    logprobs: Callable[[Tokenizer, Sequence[TokenLogprobs], int], ChatLogprobs | CompletionLogprobs]
+    logprobs: Callable[[Tokenizer, Sequence[TokenLogprob], int], ChatLogprobs | CompletionLogprobs]
     """Of some tokens of a choice; the number is that of the characters before the first of them."""
 
 

@@ -15,8 +15,8 @@ from chiasm.server.protocol import PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
     from chiasm.engine.engine import LanguageEngine
-    from chiasm.engine.request import FinishReason, Output, RequestTiming, TokenLogprobs
-    from chiasm.wire import KVTransferParams
+    from chiasm.engine.request import FinishReason, Output, RequestTiming
+    from chiasm.wire import KVTransferParams, TokenLogprob
 
 
 class Step(NamedTuple):
@@ -32,7 +32,7 @@ class Choice:
     """One choice as far as it has come."""
 
     text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_characters: int = 0

@@ -10,15 +10,15 @@ from chiasm.server.protocol import ChatLogprob, ChatLogprobs, CompletionLogprobs
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from chiasm.engine.request import TokenLogprobs
+    from chiasm.wire import TokenLogprob
 
 
-def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs]) -> ChatLogprobs:
+def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
     """For a chat: one entry a token."""
     return ChatLogprobs([_chat_logprob(tokenizer, entry) for entry in logprobs])
 
 
-def _chat_logprob(tokenizer: Tokenizer, entry: TokenLogprobs) -> ChatLogprob:
+def _chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob) -> ChatLogprob:
     token = token_text(tokenizer, entry.token_id)
     return ChatLogprob(
         token=token,
@@ -32,7 +32,7 @@ def _chat_logprob(tokenizer: Tokenizer, entry: TokenLogprobs) -> ChatLogprob:
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs], text_offset: int
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], text_offset: int
 ) -> CompletionLogprobs:
     """For a text completion; ``text_offset`` is the number of characters before the first of these tokens."""
     result = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])

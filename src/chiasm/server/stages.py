@@ -192,10 +192,9 @@ def _check_given(given: KVTransferParams, request: GenerateRequest, vocab_size: 
         raise InvalidRequestError(
             f"{PARAM}: num_sent is {given.num_sent}, of {num_given} output_token_ids.", param=PARAM
         )
-    if len(given.output_logprobs) not in {0, num_given}:
+    if given.output_logprobs and [entry.token_id for entry in given.output_logprobs] != given.output_token_ids:
         raise InvalidRequestError(
-            f"{PARAM}: there are {len(given.output_logprobs)} output_logprobs for {num_given} output_token_ids.",
-            param=PARAM,
+            f"{PARAM}: output_logprobs must have one entry for each of output_token_ids, in their order.", param=PARAM
         )
     if sampling.logprobs is not None and given.num_sent < num_given and not given.output_logprobs:
         raise InvalidRequestError(
