@@ -54,7 +54,6 @@ class Driver:
                 max_mixed_prefill_tokens=mixed,
                 max_num_seqs=max_num_seqs,
                 max_queued_requests=max_queued,
-                max_model_len=blocks * block_size,
                 entry_bytes_per_row=BYTES_PER_ROW,
                 local_encoder=local_encoder,
                 recomputes_items=recomputes_items,

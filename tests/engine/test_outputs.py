@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from chiasm.engine.detokenizer import Detokenizer
+from chiasm.engine.outputs import Detokenizer
 from chiasm.engine.request import SamplingParams
 
 
@@ -20,7 +22,7 @@ def tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def run(tokenizer: Tokenizer, text: str, prompt: str = "", **params) -> tuple[list[str], str | None]:
+def run(tokenizer: Tokenizer, text: str, prompt: str = "", **params: Any) -> tuple[list[str], str | None]:
     """The pieces that come out for the tokens of ``text``, up to a stop."""
     detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000, **params), tokenizer.encode(prompt).ids)
     pieces: list[str] = []
@@ -33,55 +35,55 @@ def run(tokenizer: Tokenizer, text: str, prompt: str = "", **params) -> tuple[li
 
 
 @pytest.mark.parametrize("text", ["hello world", "naïve café", "日本語 🙂 x", " leading"])
-def test_the_pieces_make_the_text(tokenizer, text):
+def test_the_pieces_make_the_text(tokenizer: Tokenizer, text: str) -> None:
     pieces, stop = run(tokenizer, text)
     assert "".join(pieces) == text
     assert stop is None
 
 
-def test_half_a_character_is_held_back(tokenizer):
+def test_half_a_character_is_held_back(tokenizer: Tokenizer) -> None:
     pieces, _ = run(tokenizer, "é")
     assert pieces[0] == ""
     assert "".join(pieces) == "é"
 
 
-def test_the_prompt_is_not_repeated(tokenizer):
+def test_the_prompt_is_not_repeated(tokenizer: Tokenizer) -> None:
     assert "".join(run(tokenizer, " there", prompt="hello")[0]) == " there"
 
 
-def test_a_stop_string_ends_the_text_before_it(tokenizer):
+def test_a_stop_string_ends_the_text_before_it(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "one STOP two", stop=("STOP",))
     assert "".join(pieces) == "one "
     assert stop == "STOP"
 
 
-def test_a_stop_string_can_be_kept(tokenizer):
+def test_a_stop_string_can_be_kept(tokenizer: Tokenizer) -> None:
     pieces, _ = run(tokenizer, "one STOP two", stop=("STOP",), include_stop_str_in_output=True)
     assert "".join(pieces) == "one STOP"
 
 
-def test_what_may_become_a_stop_string_is_held_back_and_comes_if_it_does_not(tokenizer):
+def test_what_may_become_a_stop_string_is_held_back_and_comes_if_it_does_not(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "a STOx", stop=("STOP",))
     assert pieces[:5] == ["a", " ", "", "", ""]
     assert "".join(pieces) == "a STOx"
     assert stop is None
 
 
-def test_an_unfinished_stop_string_comes_at_the_end(tokenizer):
+def test_an_unfinished_stop_string_comes_at_the_end(tokenizer: Tokenizer) -> None:
     assert "".join(run(tokenizer, "a STO", stop=("STOP",))[0]) == "a STO"
 
 
-def test_the_first_of_several_stop_strings_counts(tokenizer):
+def test_the_first_of_several_stop_strings_counts(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "x one two", stop=("two", "one"))
     assert ("".join(pieces), stop) == ("x ", "one")
 
 
-def test_no_stop_before_min_tokens(tokenizer):
+def test_no_stop_before_min_tokens(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "abab", stop=("ab",), min_tokens=3)
     assert stop == "ab"
     assert len(pieces) == 4
 
 
-def test_special_tokens_are_left_out_unless_asked_for(tokenizer):
+def test_special_tokens_are_left_out_unless_asked_for(tokenizer: Tokenizer) -> None:
     assert "".join(run(tokenizer, "a<end>b")[0]) == "ab"
     assert "".join(run(tokenizer, "a<end>b", skip_special_tokens=False)[0]) == "a<end>b"

@@ -9,7 +9,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+import uuid
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from chiasm.engine.attention import KVCache, register_paged_attention
@@ -26,7 +28,7 @@ from chiasm.engine.request_state import RequestState, deliver
 from chiasm.engine.sampler import Sampled
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, KVUnavailableError
-from chiasm.kv_transfer import KVTransferRole
+from chiasm.kv_transfer import KVConnector, KVConnectorFactory, KVConnectorRole, KVTransferConfig, KVTransferRole
 from chiasm.models import load_language, load_vision
 from chiasm.wire import Role
 
@@ -94,7 +96,14 @@ class LanguageEngine(Engine):
         if config.role is Role.AGGREGATED:
             vision = load_vision(config.model, dtype=self.dtype, device=self.device)
         connectors = None if config.ec is None else self._connect(config.ec)
+        kv_connectors = None if config.kv is None else self._connect_kv(config.kv)
         num_blocks, self.max_model_len = kv_cache_blocks(config, self._language, self.max_model_len)
+        kv_cache = KVCache(
+            self._language,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            allocate=None if kv_connectors is None else kv_connectors[1].allocate_kv_cache,
+        )
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=config.max_num_batched_tokens,
@@ -109,23 +118,9 @@ class LanguageEngine(Engine):
             EncoderCacheManager(config.encoder_cache_bytes),
         )
         self._embeddings = Embeddings(self._scheduler, self._language.entry_width, connectors=connectors, vision=vision)
-        if config.kv is not None:
-            self._kv_transfers = KVTransfers(
-                self._scheduler,
-                config.kv,
-                _KV_ROLES[config.role],
-                fingerprint=self.model_fingerprint,
-                device=str(self.device),
-            )
-        transfers = self._kv_transfers
-        kv_cache = KVCache(
-            self._language,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            allocate=None if transfers is None else transfers.allocate,
-        )
-        if transfers is not None:
-            transfers.start(kv_cache, self._language, lambda: self._inbox.put(_Signal.WAKE))
+        if kv_connectors is not None:
+            self._kv_transfers = KVTransfers(self._scheduler, kv_connectors)
+            self._kv_transfers.start(kv_cache, self._language, lambda: self._inbox.put(_Signal.WAKE))
         self._runner = ModelRunner(self._language, kv_cache, self.processor.eos_token_ids)
         logger.info(
             "The %s engine is ready: %s on %s, %d KV blocks of %d tokens, a context of %d tokens.",
@@ -138,6 +133,18 @@ class LanguageEngine(Engine):
         )
         self._thread = threading.Thread(target=self._run, name="chiasm-engine", daemon=True)
         self._thread.start()
+
+    def _connect_kv(self, config: KVTransferConfig) -> tuple[KVConnector, KVConnector]:
+        """Make both halves of the KV connector, scheduler role first."""
+        config = replace(
+            config,
+            role=_KV_ROLES[self.config.role],
+            engine_id=uuid.uuid4().hex,
+            fingerprint=self.model_fingerprint,
+            device=str(self.device),
+        )
+        scheduler_role = KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER)
+        return scheduler_role, KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER)
 
     def stop(self) -> None:
         """End the engine's thread after its current step; running requests end with an error. Idempotent."""
@@ -156,7 +163,7 @@ class LanguageEngine(Engine):
 
     # ---- the event loop's side ----------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Output]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         """Yield the outputs of all choices as they come, each choice's last one with its ``finish_reason``.
 
         Raises InvalidRequestError, OverloadedError, EmbeddingUnavailableError, KVUnavailableError or DeadlineExceededError,

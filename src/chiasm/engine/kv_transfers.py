@@ -6,7 +6,6 @@ Between the engine, which knows requests and sequences, and its KV connector, wh
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,12 +15,10 @@ from chiasm.engine.request_state import RequestState
 from chiasm.engine.scheduler import Scheduler, Step
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, KVUnavailableError
-from chiasm.kv_transfer import KVConnectorFactory, KVConnectorRole, KVLayout, KVTransferConfig, KVTransferRole
+from chiasm.kv_transfer import KVConnector, KVLayout
 from chiasm.wire import KVTransferParams, TokenLogprob
 
 if TYPE_CHECKING:
-    import torch
-
     from chiasm.engine.attention import KVCache
     from chiasm.kv_transfer import KVConnectorStats
     from chiasm.models.base import LanguageModel
@@ -30,13 +27,10 @@ if TYPE_CHECKING:
 class KVTransfers:
     """The adapter of the KV connector, both halves. All methods belong to the engine's thread."""
 
-    def __init__(
-        self, scheduler: Scheduler, config: KVTransferConfig, role: KVTransferRole, *, fingerprint: str, device: str
-    ) -> None:
-        config = replace(config, role=role, engine_id=uuid.uuid4().hex, fingerprint=fingerprint, device=device)
+    def __init__(self, scheduler: Scheduler, connectors: tuple[KVConnector, KVConnector]) -> None:
+        """``connectors`` are the scheduler role and the worker role."""
         self._scheduler = scheduler
-        self._scheduler_role = KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER)
-        self._worker_role = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER)
+        self._scheduler_role, self._worker_role = connectors
         self._loads: dict[tuple[str, int], Sequence] = {}
         """Loads that have begun and not ended, by request and choice; some outlive their request."""
 
@@ -44,10 +38,6 @@ class KVTransfers:
     def stats(self) -> KVConnectorStats:
         """The connector's counters."""
         return self._worker_role.stats
-
-    def allocate(self, num_bytes: int) -> torch.Tensor | None:
-        """Return memory for the KV cache, or None if the connector can use any."""
-        return self._worker_role.allocate_kv_cache(num_bytes)
 
     def start(self, kv_cache: KVCache, language: LanguageModel, wake: Callable[[], None]) -> None:
         """Make the connector ready. It calls ``wake``, from any thread, when there is something for :meth:`collect`.
