@@ -77,11 +77,16 @@ class Driver:
         salt: str = "",
         outputs: tuple[int, ...] = (),
         remote: int = 0,
+        seniority: int = 0,
     ) -> Sequence:
-        """``outputs`` were sampled elsewhere; the KV of the first ``remote`` tokens is elsewhere."""
+        """Add a request, and return its first choice.
+
+        ``outputs`` were sampled on another instance, which holds the KV of the first ``remote`` tokens. ``seniority`` puts the
+        request before others.
+        """
         added: list[Sequence] = []
         for index in range(choices):
-            arrival = next(self._arrivals)
+            arrival = next(self._arrivals) - seniority
             added.append(
                 Sequence(
                     request_id=f"r{arrival - index}",

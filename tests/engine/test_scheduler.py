@@ -65,6 +65,17 @@ def test_no_more_sequences_run_than_are_allowed() -> None:
     assert len(driver.scheduler.waiting) == 1
 
 
+def test_an_answer_that_was_cut_off_elsewhere_goes_before_new_ones() -> None:
+    driver = Driver(max_num_seqs=1)
+    driver.add(prompt(4), max_tokens=2)
+    driver.step()
+    new = driver.add(prompt(4), salt="new")
+    resumed = driver.add(prompt(4), salt="resumed", outputs=(7,), seniority=100)
+    driver.run_until(lambda: resumed.finished)
+    assert not new.was_scheduled
+    driver.run()
+
+
 def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
     driver = Driver(max_queued=2)
     driver.add(prompt(4))

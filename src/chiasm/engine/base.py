@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole, ECTransferConfig
 from chiasm.engine.config import EngineConfig
-from chiasm.engine.device import choose_device, choose_dtype, num_threads
+from chiasm.engine.device import choose_device, choose_dtype
 from chiasm.engine.request import EngineStats
 from chiasm.models import fingerprint, load_processor
 
@@ -54,7 +56,7 @@ class Engine(ABC):
     @property
     def num_threads(self) -> int:
         """Intra-op CPU threads."""
-        return num_threads(self.config.threads)
+        return self.config.threads or int(torch.get_num_threads())
 
     def store_id(self) -> str:
         """Return the current name of the store of embeddings, or "" if this engine exchanges none.

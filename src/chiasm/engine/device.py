@@ -68,11 +68,6 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def num_threads(count: int | None) -> int:
-    """Return the number of intra-op threads after ``use_threads(count)``."""
-    return count or int(torch.get_num_threads())
-
-
 def check_memory(model: Path, device: torch.device) -> None:
     """Raise ConfigurationError if the checkpoint is clearly larger than the free memory."""
     needed = sum(file.stat().st_size for file in model.glob("*.safetensors"))

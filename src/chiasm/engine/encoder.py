@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from chiasm.errors import ChiasmError, Code, DeadlineExceededError, OverloadedEr
 from chiasm.media import MediaConfig
 from chiasm.media.image import decode
 from chiasm.models import load_vision
-from chiasm.models.base import Metadata, Pixels
+from chiasm.models.base import Pixels
 
 logger = logging.getLogger(__name__)
 
@@ -35,28 +35,6 @@ class _Encoding:
 
     task: asyncio.Task[EncodedItem]
     waiters: int = 0
-
-
-@dataclass
-class _Progress:
-    """Seconds that one item spent in each stage; the rest is queueing."""
-
-    started: float = field(default_factory=time.monotonic)
-    preprocess: float = 0.0
-    encode: float = 0.0
-    publish: float = 0.0
-
-    def result(self, identifier: str, metadata: Metadata, outcome: ItemOutcome) -> EncodedItem:
-        total = time.monotonic() - self.started
-        return EncodedItem(
-            identifier,
-            metadata,
-            outcome,
-            self.preprocess,
-            self.encode,
-            self.publish,
-            max(0.0, total - self.preprocess - self.encode - self.publish),
-        )
 
 
 class EncoderEngine(Engine):
@@ -154,19 +132,25 @@ class EncoderEngine(Engine):
                     del self._in_flight[item.identifier]
 
     async def _encode(self, item: EncodeItem) -> EncodedItem:
-        progress = _Progress()
-        geometry = self.processor.geometry_of_size(item.height, item.width)
+        started = time.monotonic()
+        metadata = self.processor.geometry_of_size(item.height, item.width).metadata
+
+        def result(
+            outcome: ItemOutcome, preprocess: float = 0.0, encode: float = 0.0, publish: float = 0.0
+        ) -> EncodedItem:
+            self._items[outcome] += 1
+            queue_seconds = max(0.0, time.monotonic() - started - preprocess - encode - publish)
+            return EncodedItem(item.identifier, metadata, outcome, preprocess, encode, publish, queue_seconds)
+
         if self._ec_scheduler.has_cache_item(item.identifier):
-            self._items[ItemOutcome.HIT] += 1
-            return progress.result(item.identifier, geometry.metadata, ItemOutcome.HIT)
-        pixels, progress.preprocess = await self._in(self._preprocess_pool, lambda: self._preprocess(item))
-        entry, progress.encode = await self._in(self._encode_pool, lambda: self._run(pixels))
-        _, progress.publish = await self._in(
+            return result(ItemOutcome.HIT)
+        pixels, preprocess_seconds = await self._in(self._preprocess_pool, lambda: self._preprocess(item))
+        entry, encode_seconds = await self._in(self._encode_pool, lambda: self._run(pixels))
+        _, publish_seconds = await self._in(
             self._publish_pool, lambda: self._ec_worker.save_caches({item.identifier: entry}, item.identifier)
         )
-        self._items[ItemOutcome.ENCODED] += 1
-        self._encode_seconds += progress.encode
-        return progress.result(item.identifier, geometry.metadata, ItemOutcome.ENCODED)
+        self._encode_seconds += encode_seconds
+        return result(ItemOutcome.ENCODED, preprocess_seconds, encode_seconds, publish_seconds)
 
     def _preprocess(self, item: EncodeItem) -> Pixels:
         # The server found this size in the header and within its limits; decoding to a larger one must fail.

@@ -116,7 +116,8 @@ class Scheduler:
                 f"{queued} requests are queued here and {self.config.max_queued_requests} is the limit; try again later.",
                 code=Code.TOO_MANY_REQUESTS,
             )
-        self.waiting.extend(sequences)
+        for sequence in sequences:
+            _insert(self.waiting, sequence)
 
     def finish(self, sequence: Sequence, *, leave_blocks: bool = False) -> None:
         """End the sequence, for whatever reason and at whatever point, and free all that it holds.
@@ -147,10 +148,8 @@ class Scheduler:
             self._let_go(sequence)
             return
         sequence.num_computed, sequence.num_remote = sequence.num_remote, 0
-        hashes = sequence.block_hashes()
-        for index in range(sequence.num_computed // self.block_manager.block_size):
-            self.block_manager.remember(sequence.block_ids[index], hashes[index])
-        insort(self.running, sequence, key=lambda other: other.arrival)
+        self._remember_blocks(sequence, 0)
+        _insert(self.running, sequence)
 
     def not_loaded(self, sequence: Sequence) -> None:
         """End the sequence: the transfer into its blocks was broken off, and nothing writes into them any more."""
@@ -264,10 +263,7 @@ class Scheduler:
             if sequence.finished:
                 continue
             sequence.num_computed = part.end
-            hashes = sequence.block_hashes()
-            first_changed = part.start // self.block_manager.block_size
-            for index in range(first_changed, part.end // self.block_manager.block_size):
-                self.block_manager.remember(sequence.block_ids[index], hashes[index])
+            self._remember_blocks(sequence, part.start)
             for item in sequence.items:
                 if item.offset + item.length <= sequence.num_computed:
                     self._release_unless_needed(sequence, item)
@@ -296,12 +292,8 @@ class Scheduler:
             if stalled is None:
                 return None
             self._preempt(stalled, step)
-        self.block_manager.share(prefix)
-        sequence.block_ids = list(prefix)
-        sequence.num_computed = start
-        self._note_prefix(sequence, start)
-        self.waiting.remove(sequence)
-        insort(self.running, sequence, key=lambda other: other.arrival)
+        self._take_prefix(sequence, prefix)
+        _insert(self.running, sequence)
         return True
 
     def _receive(self, sequence: Sequence, step: Step) -> bool:
@@ -315,21 +307,29 @@ class Scheduler:
         needed = self.block_manager.blocks_for(sequence.num_remote + 1) - len(prefix)
         if self.block_manager.num_free_after_sharing(prefix) < needed + len(self.running):
             return False
-        self.block_manager.share(prefix)
-        sequence.block_ids = prefix + self.block_manager.allocate(needed)
-        sequence.num_computed = len(prefix) * self.block_manager.block_size
-        self._note_prefix(sequence, sequence.num_computed)
-        self.waiting.remove(sequence)
+        self._take_prefix(sequence, prefix)
+        sequence.block_ids += self.block_manager.allocate(needed)
         self.loading.append(sequence)
         step.load.append(sequence)
         return True
 
-    def _note_prefix(self, sequence: Sequence, num_tokens: int) -> None:
+    def _take_prefix(self, sequence: Sequence, prefix: list[int]) -> None:
+        """Take the sequence out of the waiting ones and give it the blocks of its cached prefix."""
+        self.waiting.remove(sequence)
+        self.block_manager.share(prefix)
+        sequence.block_ids = list(prefix)
+        sequence.num_computed = len(prefix) * self.block_manager.block_size
         if not sequence.was_scheduled:
             sequence.was_scheduled = True
-            sequence.num_cached = num_tokens
+            sequence.num_cached = sequence.num_computed
             self.prefix_query_tokens += sequence.num_prompt
-            self.prefix_hit_tokens += num_tokens
+            self.prefix_hit_tokens += sequence.num_computed
+
+    def _remember_blocks(self, sequence: Sequence, start: int) -> None:
+        """Make the sequence's full blocks findable, from the one that holds token ``start``."""
+        block_size, hashes = self.block_manager.block_size, sequence.block_hashes()
+        for index in range(start // block_size, sequence.num_computed // block_size):
+            self.block_manager.remember(sequence.block_ids[index], hashes[index])
 
     def _schedule_prefill(self, sequence: Sequence, budget: int, step: Step) -> int:
         """Add the sequence's next chunk to the step; return its number of tokens, 0 if it cannot continue now."""
@@ -405,7 +405,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self.running.remove(sequence)
-        insort(self.waiting, sequence, key=lambda other: other.arrival)
+        _insert(self.waiting, sequence)
         self._let_go(sequence)
         step.preempted.append(sequence)
         self.num_preemptions += 1
@@ -444,3 +444,8 @@ class Scheduler:
     def _follows(sequence: Sequence) -> bool:
         leader = sequence.leader
         return leader is not None and not leader.finished and not leader.prompt_computed
+
+
+def _insert(queue: list[Sequence], sequence: Sequence) -> None:
+    """Insert the sequence in order of arrival."""
+    insort(queue, sequence, key=lambda other: other.arrival)
