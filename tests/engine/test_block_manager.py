@@ -1,4 +1,4 @@
-"""Blocks of the KV cache: holding, sharing by prefix, forgetting."""
+"""Blocks of the KV cache: allocation, sharing by prefix, reuse."""
 
 from chiasm.engine.block_manager import BlockHasher, BlockManager
 from chiasm.models.base import ItemGeometry, PromptItem

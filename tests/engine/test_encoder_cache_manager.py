@@ -1,9 +1,9 @@
-"""Which embeddings stay in memory when room is short."""
+"""Which embeddings the encoder cache evicts when room is short."""
 
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 
 
-def test_entries_fit_until_the_bound() -> None:
+def test_entries_fit_up_to_the_capacity() -> None:
     cache = EncoderCacheManager(100)
     assert cache.allocate("a", 60, arrival=0)
     cache.hold("a", "first", 0)
@@ -11,7 +11,7 @@ def test_entries_fit_until_the_bound() -> None:
     assert cache.used_bytes == 60
 
 
-def test_unheld_entries_go_first_and_least_recently_used_first() -> None:
+def test_unheld_entries_are_evicted_first_least_recently_used_first() -> None:
     cache = EncoderCacheManager(100)
     for name in ("a", "b"):
         cache.allocate(name, 50, arrival=0)
@@ -39,7 +39,7 @@ def test_an_entry_that_an_older_sequence_shares_stays() -> None:
     assert not cache.allocate("other", 50, arrival=3)
 
 
-def test_what_is_to_be_kept_is_not_evicted_even_if_nobody_holds_it() -> None:
+def test_an_entry_to_keep_is_not_evicted_even_if_no_sequence_holds_it() -> None:
     cache = EncoderCacheManager(100)
     cache.allocate("a", 50, arrival=0)
     cache.allocate("b", 50, arrival=0)
@@ -48,7 +48,7 @@ def test_what_is_to_be_kept_is_not_evicted_even_if_nobody_holds_it() -> None:
     assert "b" not in cache
 
 
-def test_an_entry_larger_than_the_bound_evicts_nothing() -> None:
+def test_an_entry_larger_than_the_capacity_evicts_nothing() -> None:
     cache = EncoderCacheManager(100)
     cache.allocate("a", 50, arrival=0)
     assert not cache.allocate("huge", 101, arrival=0)

@@ -32,7 +32,9 @@ MESSAGES: dict[str, Parts] = {
 
 
 @pytest.mark.parametrize("parts", MESSAGES.values(), ids=MESSAGES.keys())
-async def test_encoder_apart_answers_as_aggregated_does(start: Start, encoder: Encoder, parts: Parts) -> None:
+async def test_a_separate_encoder_gives_the_same_answer_as_an_aggregated_engine(
+    start: Start, encoder: Encoder, parts: Parts
+) -> None:
     aggregated, pd = start(Role.AGGREGATED), start(Role.PD)
     expected = await aggregated.ask(*parts)
     await encoder.encode(*[part for part in parts if not isinstance(part, str)])
@@ -78,7 +80,7 @@ async def test_a_swapped_image_changes_the_answer(start: Start) -> None:
     assert (await aggregated.ask(A, "?")).token_ids != (await aggregated.ask(sample_image(3), "?")).token_ids
 
 
-async def test_text_goes_on_while_a_request_waits_for_its_embedding(start: Start, encoder: Encoder) -> None:
+async def test_text_is_answered_while_a_request_waits_for_its_embedding(start: Start, encoder: Encoder) -> None:
     pd = start(Role.PD)
     late = asyncio.create_task(pd.ask("look:", A))
     await until(lambda: pd.engine.stats().num_stalled == 1)
@@ -88,7 +90,7 @@ async def test_text_goes_on_while_a_request_waits_for_its_embedding(start: Start
     await late
 
 
-async def test_an_embedding_that_is_there_counts_as_hit(start: Start, encoder: Encoder) -> None:
+async def test_an_embedding_that_exists_counts_as_hit(start: Start, encoder: Encoder) -> None:
     pd = start(Role.PD)
     await encoder.encode(A)
     for _ in range(2):
@@ -122,9 +124,7 @@ async def test_a_torn_entry_is_waited_for_and_never_used(start: Start, encoder: 
     assert (await answer).token_ids == (await start(Role.AGGREGATED).ask(A, "?")).token_ids
 
 
-async def test_a_store_that_is_deleted_costs_nobody_but_those_who_wait(
-    start: Start, encoder: Encoder, store: Path
-) -> None:
+async def test_a_deleted_store_only_delays_requests_with_images(start: Start, encoder: Encoder, store: Path) -> None:
     pd = start(Role.PD)
     await encoder.encode(A)
     shutil.rmtree(store)
@@ -135,7 +135,7 @@ async def test_a_store_that_is_deleted_costs_nobody_but_those_who_wait(
     assert (await late).token_ids == (await start(Role.AGGREGATED).ask(A, "?")).token_ids
 
 
-async def test_a_connector_that_breaks_costs_its_requests_and_not_the_engine(
+async def test_a_failing_connector_fails_its_requests_and_not_the_engine(
     start: Start, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pd = start(Role.PD)
@@ -152,7 +152,7 @@ async def test_a_connector_that_breaks_costs_its_requests_and_not_the_engine(
     assert len((await pd.ask(A, "?")).token_ids) == 8
 
 
-async def test_a_size_that_is_not_the_images_fails_its_request_alone(start: Start, encoder: Encoder) -> None:
+async def test_a_wrong_image_size_fails_its_request_alone(start: Start, encoder: Encoder) -> None:
     pd = start(Role.PD)
     await encoder.encode(A)
     honest = pd.request(A, "?")
@@ -167,7 +167,7 @@ async def test_a_size_that_is_not_the_images_fails_its_request_alone(start: Star
     assert (await answers)[0].token_ids == (await pd.ask(A, "?")).token_ids
 
 
-async def test_many_requests_at_once_are_answered_as_one_by_one(start: Start, encoder: Encoder) -> None:
+async def test_many_requests_at_once_get_the_same_answers_as_one_by_one(start: Start, encoder: Encoder) -> None:
     pd = start(Role.PD, max_num_batched_tokens=48)
     await encoder.encode(A, B)
     messages = [("one",), (A, "two"), ("three", B), (A, B), ("five " * 9,), (B, "six", A), (A, A), ("eight",)]

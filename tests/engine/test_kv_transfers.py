@@ -1,4 +1,4 @@
-"""Prefill and decode in engines of their own: what comes out is what one engine would have said."""
+"""Prefill and decode in separate engines give the answers of one engine."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def pair(start: Start) -> Pair:
 
 
 @pytest.mark.parametrize("parts", MESSAGES.values(), ids=MESSAGES.keys())
-async def test_prefill_apart_from_decode_answers_as_one_engine_does(
+async def test_separate_prefill_and_decode_give_the_same_answer_as_one_engine(
     start: Start, encoder: Encoder, pair: Pair, parts: Parts
 ) -> None:
     expected = await start(Role.AGGREGATED).ask(*parts)
@@ -95,7 +95,7 @@ async def test_prefill_apart_from_decode_answers_as_one_engine_does(
 
 
 @pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING.keys())
-async def test_sampling_goes_on_as_in_one_engine(
+async def test_decode_continues_sampling_as_one_engine_does(
     start: Start, encoder: Encoder, pair: Pair, options: dict[str, Any]
 ) -> None:
     expected = await start(Role.AGGREGATED).ask("what is", A, "this?", **options)
@@ -109,7 +109,7 @@ async def test_sampling_goes_on_as_in_one_engine(
         assert [token.logprob for token in answer.logprobs] == pytest.approx(wanted, abs=1e-4)
 
 
-async def test_without_a_seed_decode_goes_on_with_the_one_that_prefill_drew(pair: Pair) -> None:
+async def test_without_a_seed_decode_continues_with_the_one_that_prefill_drew(pair: Pair) -> None:
     first = await pair.prefill.ask("hello", kv=PLEASE, temperature=1.0)
     rest = await pair.go_on(first.handle, "hello", temperature=1.0)
     again = await pair.prefill.ask("hello", temperature=1.0, kv=PLEASE, seed=first.handle.seed)
@@ -139,7 +139,9 @@ async def test_an_answer_of_one_token_ends_at_prefill(pair: Pair) -> None:
     assert pair.prefill.is_empty()
 
 
-async def test_a_sender_that_speaks_as_vllm_does_gets_a_handle_and_decode_says_it_all(start: Start, pair: Pair) -> None:
+async def test_a_sender_that_speaks_vllms_protocol_always_gets_a_handle_and_the_whole_answer_from_decode(
+    start: Start, pair: Pair
+) -> None:
     expected = await start(Role.AGGREGATED).ask("hello", logprobs=0)
     first = await pair.prefill.ask("hello", kv=KVTransferParams(do_remote_decode=True), max_tokens=1, logprobs=0)
     answer = await pair.decode.ask("hello", kv=over_the_wire(first.handle), logprobs=0)
@@ -169,7 +171,9 @@ async def test_several_choices_are_all_sampled_at_decode(start: Start, encoder: 
     await until(pair.is_empty)
 
 
-async def test_an_answer_broken_off_anywhere_goes_on_elsewhere(start: Start, encoder: Encoder, pair: Pair) -> None:
+async def test_an_answer_cut_off_at_any_token_continues_on_other_engines(
+    start: Start, encoder: Encoder, pair: Pair
+) -> None:
     options: dict[str, Any] = {"max_tokens": 10, "temperature": 0.9, "seed": 4}
     expected = await start(Role.AGGREGATED).ask(A, "?", **options)
     await encoder.encode(A)
@@ -185,7 +189,7 @@ async def test_an_answer_broken_off_anywhere_goes_on_elsewhere(start: Start, enc
     await until(pair.is_empty)
 
 
-async def test_blocks_that_decode_has_already_are_not_moved(pair: Pair) -> None:
+async def test_blocks_in_decodes_prefix_cache_are_not_transferred(pair: Pair) -> None:
     parts = ("word " * 60,)
     await pair.ask(*parts)
     before = pair.decode.kv_stats().transferred_bytes
@@ -194,7 +198,9 @@ async def test_blocks_that_decode_has_already_are_not_moved(pair: Pair) -> None:
     assert again.token_ids == (await pair.ask(*parts)).token_ids
 
 
-async def test_many_requests_at_once(start: Start, encoder: Encoder, pair: Pair) -> None:
+async def test_many_requests_at_once_get_the_same_answers_as_from_one_engine(
+    start: Start, encoder: Encoder, pair: Pair
+) -> None:
     aggregated = start(Role.AGGREGATED)
     await encoder.encode(A, B)
     messages = [(f"number {n}", A if n % 2 else B, "?") for n in range(12)]
@@ -214,7 +220,7 @@ async def test_a_full_decode_engine_makes_requests_wait(start: Start) -> None:
     await until(pair.is_empty)
 
 
-async def test_a_decode_engine_short_of_blocks_breaks_off_an_answer_about_an_image_and_says_so(
+async def test_a_decode_engine_out_of_blocks_fails_one_answer_about_an_image_as_preempted(
     start: Start, encoder: Encoder
 ) -> None:
     prefill = start(Role.PREFILL, block_size=4)
@@ -248,7 +254,7 @@ async def test_a_handle_of_another_salt_is_refused(pair: Pair) -> None:
         await pair.go_on(handle, "number 1", salt="b")
 
 
-async def test_a_handle_is_good_once(pair: Pair) -> None:
+async def test_a_handle_can_be_used_once(pair: Pair) -> None:
     handle = await pair.begin("hello")
     await pair.go_on(handle, "hello")
     with pytest.raises(KVUnavailableError):
@@ -257,7 +263,7 @@ async def test_a_handle_is_good_once(pair: Pair) -> None:
     await until(pair.is_empty)
 
 
-async def test_a_handle_of_an_engine_that_has_ended_is_refused_and_the_next_request_is_right(
+async def test_a_handle_of_a_stopped_engine_is_refused_and_the_next_request_is_answered(
     start: Start, pair: Pair
 ) -> None:
     other = start(Role.PREFILL)
@@ -276,7 +282,7 @@ async def test_engines_that_differ_do_not_exchange_kv(start: Start, field: str, 
         await pair.go_on(handle, "hello")
 
 
-async def test_a_lease_that_ran_out_gives_its_blocks_back(start: Start) -> None:
+async def test_an_expired_lease_frees_its_blocks(start: Start) -> None:
     pair = Pair(start(Role.PREFILL, kv={"lease_seconds": 0.2}), start(Role.DECODE))
     handle = await pair.begin("hello")
     assert not pair.prefill.is_empty()
@@ -286,7 +292,7 @@ async def test_a_lease_that_ran_out_gives_its_blocks_back(start: Start) -> None:
         await pair.go_on(handle, "hello")
 
 
-async def test_a_request_cancelled_at_decode_gives_its_blocks_back_on_both_sides(pair: Pair) -> None:
+async def test_cancelling_a_request_at_decode_frees_its_blocks_on_both_sides(pair: Pair) -> None:
     parts = ("word " * 90,)
     for outputs_before in (0, 1, 3):
         handle = await pair.begin(*parts, max_tokens=100)
@@ -304,7 +310,7 @@ async def test_a_request_cancelled_at_decode_gives_its_blocks_back_on_both_sides
         await until(pair.is_empty)
 
 
-async def test_prefill_leaves_no_decoding_to_do(pair: Pair) -> None:
+async def test_prefill_samples_one_token_and_stops(pair: Pair) -> None:
     await pair.prefill.ask("hello", kv=PLEASE)
     assert pair.prefill.engine.stats().generation_tokens == 1
 

@@ -1,4 +1,4 @@
-"""Text that comes token by token."""
+"""Text that comes token by token, and the stop strings in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chiasm.engine.request import SamplingParams
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Every byte is a token, so that a character may take several."""
+    """A tokenizer with one token per byte, so that a character may take several."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -23,7 +23,7 @@ def tokenizer() -> Tokenizer:
 
 
 def run(tokenizer: Tokenizer, text: str, prompt: str = "", **params: Any) -> tuple[list[str], str | None]:
-    """The pieces that come out for the tokens of ``text``, up to a stop."""
+    """Return the pieces of text that the tokens of ``text`` yield, and the stop string that ended them."""
     detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000, **params), tokenizer.encode(prompt).ids)
     pieces: list[str] = []
     for token_id in tokenizer.encode(text).ids:
@@ -35,13 +35,13 @@ def run(tokenizer: Tokenizer, text: str, prompt: str = "", **params: Any) -> tup
 
 
 @pytest.mark.parametrize("text", ["hello world", "naïve café", "日本語 🙂 x", " leading"])
-def test_the_pieces_make_the_text(tokenizer: Tokenizer, text: str) -> None:
+def test_the_pieces_add_up_to_the_text(tokenizer: Tokenizer, text: str) -> None:
     pieces, stop = run(tokenizer, text)
     assert "".join(pieces) == text
     assert stop is None
 
 
-def test_half_a_character_is_held_back(tokenizer: Tokenizer) -> None:
+def test_an_incomplete_character_is_held_back(tokenizer: Tokenizer) -> None:
     pieces, _ = run(tokenizer, "é")
     assert pieces[0] == ""
     assert "".join(pieces) == "é"
@@ -62,14 +62,14 @@ def test_a_stop_string_can_be_kept(tokenizer: Tokenizer) -> None:
     assert "".join(pieces) == "one STOP"
 
 
-def test_what_may_become_a_stop_string_is_held_back_and_comes_if_it_does_not(tokenizer: Tokenizer) -> None:
+def test_text_that_may_become_a_stop_string_is_held_back_until_it_cannot(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "a STOx", stop=("STOP",))
     assert pieces[:5] == ["a", " ", "", "", ""]
     assert "".join(pieces) == "a STOx"
     assert stop is None
 
 
-def test_an_unfinished_stop_string_comes_at_the_end(tokenizer: Tokenizer) -> None:
+def test_an_incomplete_stop_string_is_given_out_at_the_end(tokenizer: Tokenizer) -> None:
     assert "".join(run(tokenizer, "a STO", stop=("STOP",))[0]) == "a STO"
 
 

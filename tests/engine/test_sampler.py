@@ -62,7 +62,7 @@ def test_top_p_always_keeps_one() -> None:
     assert set(draws(temperature=1.0, top_p=1e-6)) == {4}
 
 
-def test_min_p_drops_what_is_unlikely_beside_the_best() -> None:
+def test_min_p_drops_tokens_that_are_unlikely_relative_to_the_best() -> None:
     probabilities = torch.softmax(LOGITS, 0)
     limit = float(probabilities[3] / probabilities[4]) - 0.01
     assert set(draws(temperature=1.0, min_p=limit)) == {3, 4}

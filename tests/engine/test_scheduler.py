@@ -37,7 +37,7 @@ def test_decodes_come_before_prefills_and_share_the_budget() -> None:
     assert chunks(step) == [(0, 7)]
 
 
-def test_prefill_beside_decodes_is_cut_shorter_so_that_streams_go_on() -> None:
+def test_prefill_chunks_are_shorter_in_steps_that_also_decode() -> None:
     driver = Driver(budget=32, mixed=8)
     stream = driver.add(prompt(4), max_tokens=3)
     driver.step()
@@ -56,7 +56,7 @@ def test_several_prompts_share_a_step_in_order_of_arrival() -> None:
     assert chunks(driver.step()) == [(0, 6), (0, 6), (0, 4)]
 
 
-def test_no_more_sequences_run_than_are_allowed() -> None:
+def test_at_most_max_num_seqs_sequences_are_admitted() -> None:
     driver = Driver(max_num_seqs=2)
     for salt in "abc":
         driver.add(prompt(4), salt=salt)
@@ -143,7 +143,7 @@ def test_further_choices_wait_for_the_first_and_share_its_prompt() -> None:
     assert driver.nothing_is_left()
 
 
-def test_further_choices_go_on_when_the_first_is_cancelled() -> None:
+def test_further_choices_continue_when_the_first_is_cancelled() -> None:
     driver = Driver()
     first = driver.add(prompt(9, ("late", 4)), choices=2)
     driver.step()
@@ -155,7 +155,7 @@ def test_further_choices_go_on_when_the_first_is_cancelled() -> None:
 # ---- late embeddings ----------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_prefilled_up_to_the_first_missing_item_and_goes_on_when_it_comes() -> None:
+def test_a_prompt_is_prefilled_up_to_the_first_missing_item_and_continues_when_it_arrives() -> None:
     driver = Driver()
     sequence = driver.add(prompt(5, ("a", 4), 3), max_tokens=1)
     assert chunks(driver.step()) == [(0, 5)]
@@ -218,7 +218,7 @@ def test_the_same_item_twice_in_a_prompt_is_loaded_once_and_kept_until_its_last_
     assert driver.nothing_is_left()
 
 
-def test_two_requests_for_one_missing_item_both_go_on_when_it_comes() -> None:
+def test_two_requests_for_one_missing_item_both_continue_when_it_arrives() -> None:
     driver = Driver()
     driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
     driver.add(prompt(3, ("a", 4), 1), max_tokens=1)
@@ -227,7 +227,7 @@ def test_two_requests_for_one_missing_item_both_go_on_when_it_comes() -> None:
     assert len(driver.step().prefills) == 2
 
 
-def test_an_item_is_cut_by_the_budget_and_continued() -> None:
+def test_an_item_may_be_split_by_the_budget() -> None:
     driver = Driver(budget=4)
     driver.stored = {"a"}
     driver.add(prompt(2, ("a", 6), 1), max_tokens=1)
@@ -256,7 +256,7 @@ def test_an_encoder_cache_of_one_item_serves_a_request_of_several() -> None:
     assert driver.nothing_is_left()
 
 
-def test_the_older_of_two_requests_goes_on_when_the_encoder_cache_is_full_of_the_younger() -> None:
+def test_an_older_request_continues_when_a_younger_one_fills_the_encoder_cache() -> None:
     driver = Driver(cache_rows=4)
     old = driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
     driver.step()
@@ -272,7 +272,7 @@ def test_the_older_of_two_requests_goes_on_when_the_encoder_cache_is_full_of_the
     assert young.finished
 
 
-def test_a_cancelled_request_gives_back_all_that_it_holds_at_any_point() -> None:
+def test_cancelling_a_request_at_any_point_frees_all_that_it_holds() -> None:
     for steps in range(4):
         driver = Driver(budget=4)
         driver.stored = {"a"}
@@ -287,7 +287,7 @@ def test_a_cancelled_request_gives_back_all_that_it_holds_at_any_point() -> None
 # ---- preemption ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_youngest_is_preempted_when_blocks_run_out_and_is_computed_again() -> None:
+def test_the_youngest_is_preempted_when_blocks_run_out_and_is_recomputed() -> None:
     driver = Driver(blocks=4, block_size=4)
     old = driver.add(prompt(6), max_tokens=8, salt="a")
     young = driver.add(prompt(6), max_tokens=8, salt="b")
@@ -309,7 +309,7 @@ def test_a_stalled_request_is_preempted_before_one_that_runs() -> None:
     driver.run()
 
 
-def test_stalled_requests_don_t_keep_text_out_of_their_blocks() -> None:
+def test_stalled_requests_give_up_their_blocks_for_text() -> None:
     driver = Driver(blocks=4, block_size=4)
     driver.add(prompt(12, ("late", 2)), max_tokens=1)
     driver.step()
@@ -350,7 +350,7 @@ def test_an_aggregated_engine_encodes_an_image_once() -> None:
     assert driver.encoded == ["a"]
 
 
-def test_one_that_waits_for_blocks_leaves_the_encoder_cache_to_one_that_runs() -> None:
+def test_a_request_that_waits_for_blocks_leaves_the_encoder_cache_to_a_running_one() -> None:
     driver = Driver(budget=2, blocks=10, cache_rows=4, local_encoder=True)
     for salt, (request, choices) in enumerate(
         [((1,), 1), ((13, ("a", 4), ("a", 4)), 2), ((17, ("b", 4)), 1)],
@@ -385,7 +385,7 @@ parts = st.lists(
     cancelled=st.sets(st.integers(0, 7)),
     local_encoder=st.booleans(),
 )
-def test_whatever_arrives_in_whatever_order_everything_ends_and_nothing_is_left(
+def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
     requests: list[tuple[list[int | tuple[str, int]], int, int]],
     budget: int,
     blocks: int,
