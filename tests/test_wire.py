@@ -190,7 +190,7 @@ MESSAGES: list[tuple[bytes, object]] = [
             num_tokens=20,
             digest="d1",
             output_token_ids=[5],
-            output_logprobs=[TokenLogprob(-0.5, [(5, -0.5), (9, -1.5)])],
+            output_logprobs=[TokenLogprob(-0.5, ((5, -0.5), (9, -1.5)))],
             num_sent=1,
             seed=42,
             created=1700000000,
@@ -254,6 +254,11 @@ class OldItem(msgspec.Struct):
 
 class OldEncoderResponse(msgspec.Struct):
     ec_transfer_params: dict[str, OldItem] | None = None
+
+
+class OldTokenLogprob(msgspec.Struct, array_like=True, frozen=True):
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 class OldErrorDetail(msgspec.Struct):
@@ -357,8 +362,14 @@ def test_an_old_proxy_reads_an_encoders_response() -> None:
 
 
 @pytest.mark.parametrize("message", [TO_PREFILL, HANDLE, HANDLE_OF_PROMPTS])
-def test_handles_are_written_as_ever(message: bytes) -> None:
-    assert msgspec.json.encode(msgspec.json.decode(message, type=KVTransferParams)) == message
+def test_handles_are_written_as_ever_but_for_token_ids_at_the_end_of_log_probabilities(message: bytes) -> None:
+    sent = msgspec.json.encode(msgspec.json.decode(message, type=KVTransferParams))
+    assert sent == message.replace(b"[9,-1.5]]]", b"[9,-1.5]],-1]")
+
+
+def test_an_old_instance_reads_log_probabilities() -> None:
+    sent = msgspec.json.encode(TokenLogprob(-0.5, ((5, -0.5),), 5))
+    assert msgspec.json.decode(sent, type=OldTokenLogprob) == OldTokenLogprob(-0.5, [(5, -0.5)])
 
 
 def test_an_old_proxy_reads_errors() -> None:

@@ -136,10 +136,12 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
-    """Log probability of a sampled token, and the likeliest candidates as (token id, log probability), best first."""
+    """Log probability of one token of an answer, and the likeliest candidates as (token id, log probability), best first."""
 
     logprob: float
-    top: list[tuple[TokenId, float]]
+    top: tuple[tuple[TokenId, float], ...]
+    token_id: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)] = -1
+    """-1 only on the wire: versions before 0.4 don't send it, so it is the last of the array."""
 
 
 class KVTransferParams(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -97,7 +97,7 @@ def test_instances_that_do_not_belong_together(service: Service) -> None:
     }
     assert [one["verdict"] for one in travels["apart"]] == ["problem"], travels
     assert [one["verdict"] for one in travels["bfloat16"]] == ["problem"], travels
-    assert "no embedding came" in travels["apart"][0]["says"]
+    assert "No embedding came" in travels["apart"][0]["says"]
     assert "--shared-storage-path" in travels["apart"][0]["do"]
     (model,) = of(findings, "model")
     assert model["verdict"] == "problem"

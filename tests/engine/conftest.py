@@ -1,13 +1,15 @@
-"""A small random checkpoint, and engines of all roles over it."""
+"""A small random checkpoint, and engines of all roles that serve it."""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,17 +21,17 @@ from chiasm.engine import EngineConfig
 from chiasm.engine.encoder import EncoderEngine
 from chiasm.engine.engine import LanguageEngine
 from chiasm.engine.request import EncodedItem, EncodeItem, GenerateRequest, Output, SamplingParams
-from chiasm.kv_transfer import KVTransferConfig
+from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig
 from chiasm.media.identify import identifier
-from chiasm.models.base import Prompt
-from chiasm.wire import KVTransferParams, Role
+from chiasm.models.base import ItemGeometry, Pixels, Prompt
+from chiasm.wire import KVTransferParams, Role, TokenLogprob
 
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of random pixels, as a file."""
+    """A file with an image of random pixels."""
 
     data: bytes
     height: int
@@ -48,9 +50,25 @@ def sample_image(seed: int, height: int = 96, width: int = 96) -> ImageFile:
     return ImageFile(file.getvalue(), height, width)
 
 
+A, B = sample_image(1), sample_image(2, height=128, width=64)
+Parts = tuple[str | ImageFile, ...]
+
+
+def entries(store: Path) -> list[Path]:
+    """Return the files of the embeddings in the store."""
+    return sorted(store.rglob("*.safetensors"))
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait until ``condition()`` holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - the engine's state has no event
+            await asyncio.sleep(0.002)
+
+
 @dataclass(frozen=True)
 class Answer:
-    """All that came out for one choice."""
+    """Everything that came for one choice."""
 
     token_ids: list[int]
     text: str
@@ -60,16 +78,27 @@ class Answer:
     def last(self) -> Output:
         return self.outputs[-1]
 
+    @property
+    def handle(self) -> KVTransferParams:
+        """The handle with which the answer continues on a decode engine."""
+        assert self.last.kv_transfer_params is not None
+        return self.last.kv_transfer_params
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [token for output in self.outputs for token in output.logprobs or ()]
+
 
 class Instance:
-    """An engine, and the requests that a test makes of it."""
+    """A language engine, and the requests that a test sends to it."""
 
     def __init__(self, engine: LanguageEngine) -> None:
         self.engine = engine
 
     def prompt(self, *parts: str | ImageFile) -> Prompt:
-        """A chat message of texts and images."""
-        content, items = [], []
+        """Return the prompt for a chat message of texts and images."""
+        content: list[dict[str, str]] = []
+        items: list[tuple[str, ItemGeometry]] = []
         for part in parts:
             if isinstance(part, ImageFile):
                 content.append({"type": "image"})
@@ -86,10 +115,10 @@ class Instance:
         choices: int = 1,
         salt: str = "",
         kv: KVTransferParams | None = None,
-        **params,
+        **params: Any,
     ) -> GenerateRequest:
         params = {"temperature": 0, "max_tokens": 8, "ignore_eos": True} | params
-        pixels = {}
+        pixels: dict[str, Pixels] = {}
         if self.engine.config.role is Role.AGGREGATED:
             for part in parts:
                 if isinstance(part, ImageFile):
@@ -106,10 +135,10 @@ class Instance:
             kv_transfer_params=kv,
         )
 
-    async def ask(self, *parts: str | ImageFile, **options) -> Answer:
+    async def ask(self, *parts: str | ImageFile, **options: Any) -> Answer:
         return (await self.choices(*parts, **options))[0]
 
-    async def choices(self, *parts: str | ImageFile, **options) -> list[Answer]:
+    async def choices(self, *parts: str | ImageFile, **options: Any) -> list[Answer]:
         return await self.send(self.request(*parts, **options))
 
     async def send(self, request: GenerateRequest) -> list[Answer]:
@@ -124,9 +153,18 @@ class Instance:
         stats = self.engine.stats()
         return stats.num_running == stats.num_waiting == stats.kv_blocks_used == 0
 
+    def kv_stats(self) -> KVConnectorStats:
+        stats = self.engine.stats().kv
+        assert stats is not None
+        return stats
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.engine._runner.kv_cache.blocks.shape[1]
+
 
 class Encoder:
-    """An encoder engine, and what a test asks of it."""
+    """An encoder engine, and the images that a test sends to it."""
 
     def __init__(self, engine: EncoderEngine) -> None:
         self.engine = engine
@@ -141,27 +179,34 @@ class Encoder:
         return await self.engine.encode("test", items, time.monotonic() + 60)
 
 
+Start = Callable[..., Instance]
+StartEncoder = Callable[..., Encoder]
+
+
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.make("qwen3_vl", tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
-def store(tmp_path) -> Path:
+def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
 @pytest.fixture
-def start(checkpoint, store) -> Iterator[Callable[..., Instance]]:
-    """Starts language engines of a role; they end with the test."""
+def start(checkpoint: Path, store: Path) -> Iterator[Start]:
+    """Start language engines of a role; they end with the test."""
     engines: list[LanguageEngine] = []
 
-    def start(role: Role = Role.PD, *, kv: dict[str, object] | None = None, **config) -> Instance:
+    def start(role: Role = Role.PD, *, kv: dict[str, Any] | None = None, **config: Any) -> Instance:
         consumes = role in (Role.PD, Role.PREFILL)
-        ec = ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=store) if consumes else None
-        kv = KVTransferConfig(**(kv or {})) if role in (Role.PREFILL, Role.DECODE) else None
-        config = {"threads": 1, "kv_cache_bytes": 8 << 20} | config
-        engine = LanguageEngine(EngineConfig(checkpoint, role, ec=ec, kv=kv, **config))
+        config = {
+            "ec": ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=store) if consumes else None,
+            "kv": KVTransferConfig(**(kv or {})) if role in (Role.PREFILL, Role.DECODE) else None,
+            "threads": 1,
+            "kv_cache_bytes": 8 << 20,
+        } | config
+        engine = LanguageEngine(EngineConfig(checkpoint, role, **config))
         engines.append(engine)
         engine.start()
         return Instance(engine)
@@ -172,11 +217,11 @@ def start(checkpoint, store) -> Iterator[Callable[..., Instance]]:
 
 
 @pytest.fixture
-def encoders(checkpoint, store) -> Iterator[Callable[..., Encoder]]:
-    """Starts encoder engines; they end with the test."""
+def encoders(checkpoint: Path, store: Path) -> Iterator[StartEncoder]:
+    """Start encoder engines; they end with the test."""
     engines: list[EncoderEngine] = []
 
-    def start(**config) -> Encoder:
+    def start(**config: Any) -> Encoder:
         ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=store)
         engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, threads=1, **config))
         engines.append(engine)
@@ -189,5 +234,5 @@ def encoders(checkpoint, store) -> Iterator[Callable[..., Encoder]]:
 
 
 @pytest.fixture
-def encoder(encoders) -> Encoder:
+def encoder(encoders: StartEncoder) -> Encoder:
     return encoders()

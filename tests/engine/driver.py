@@ -1,4 +1,4 @@
-"""Drives the scheduler step by step, the way the engine does, with numbers for tokens and no tensors."""
+"""Drives the scheduler step by step, as the engine does, with numbers for tokens and without tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def prompt(*parts: int | tuple[str, int]) -> Prompt:
 
 
 class Driver:
-    """A scheduler with its surroundings: what the connector holds, and requests that run to ``max_tokens``."""
+    """A scheduler, the embeddings in its store, and requests that run to ``max_tokens``."""
 
     def __init__(
         self,
@@ -54,7 +54,6 @@ class Driver:
                 max_mixed_prefill_tokens=mixed,
                 max_num_seqs=max_num_seqs,
                 max_queued_requests=max_queued,
-                max_model_len=blocks * block_size,
                 entry_bytes_per_row=BYTES_PER_ROW,
                 local_encoder=local_encoder,
                 recomputes_items=recomputes_items,
@@ -63,7 +62,7 @@ class Driver:
             EncoderCacheManager(cache_rows * BYTES_PER_ROW),
         )
         self.stored: set[str] = set()
-        """Identifiers that the connector holds by now."""
+        """Identifiers of the embeddings that exist by now."""
         self.encoded: list[str] = []
         self.sequences: list[Sequence] = []
         self._tokens = itertools.count(1000)
@@ -78,11 +77,16 @@ class Driver:
         salt: str = "",
         outputs: tuple[int, ...] = (),
         remote: int = 0,
+        seniority: int = 0,
     ) -> Sequence:
-        """``outputs`` were sampled elsewhere; the KV of the first ``remote`` tokens is elsewhere."""
+        """Add a request, and return its first choice.
+
+        ``outputs`` were sampled on another instance, which holds the KV of the first ``remote`` tokens. ``seniority`` puts the
+        request before others.
+        """
         added: list[Sequence] = []
         for index in range(choices):
-            arrival = next(self._arrivals)
+            arrival = next(self._arrivals) - seniority
             added.append(
                 Sequence(
                     request_id=f"r{arrival - index}",
@@ -102,20 +106,17 @@ class Driver:
         self.sequences += added
         return added[0]
 
-    def load(self) -> list[str]:
-        """Load what is wanted and stored; returns what was loaded."""
-        loaded: list[str] = []
+    def load(self) -> None:
+        """Load the wanted embeddings that exist."""
         for sequence, items in self.scheduler.wanted_items():
             for item in items:
                 if item.identifier not in self.scheduler.encoder_cache:
                     if item.identifier not in self.stored or not self.scheduler.make_room(sequence, item):
                         break
-                    loaded.append(item.identifier)
                 self.scheduler.item_arrived(sequence, item)
-        return loaded
 
     def step(self) -> Step:
-        """Load, plan, run (every sampled token is new), and end what has all its tokens."""
+        """Load, plan and run a step in which every sampled token is new, and end the sequences that have all their tokens."""
         self.load()
         step = self.scheduler.schedule()
         self.check(step)
@@ -127,11 +128,11 @@ class Driver:
                 self.scheduler.finish(sequence)
         return step
 
-    def run(self, limit: int = 1000) -> int:
-        """Step until all ended; returns how many steps it took."""
-        for count in range(limit):
+    def run(self, limit: int = 1000) -> None:
+        """Step until all have ended."""
+        for _ in range(limit):
             if not self.scheduler.running and not self.scheduler.waiting:
-                return count
+                return
             step = self.step()
             assert step.scheduled or step.encode, "no step can be made, and not all have ended"
         raise AssertionError(f"not finished after {limit} steps")
@@ -145,7 +146,7 @@ class Driver:
         raise AssertionError(f"the condition does not hold after {limit} steps")
 
     def check(self, step: Step) -> None:
-        """What must hold of every step."""
+        """Assert what must hold for every step."""
         scheduler = self.scheduler
         assert sum(part.num_tokens for part in step.scheduled) <= scheduler.config.max_num_batched_tokens
         names = [part.sequence.sequence_id for part in step.scheduled]

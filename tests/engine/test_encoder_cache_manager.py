@@ -1,9 +1,9 @@
-"""Which embeddings stay in memory when room is short."""
+"""Which embeddings the encoder cache evicts when room is short."""
 
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 
 
-def test_entries_fit_until_the_bound():
+def test_entries_fit_up_to_the_capacity() -> None:
     cache = EncoderCacheManager(100)
     assert cache.allocate("a", 60, arrival=0)
     cache.hold("a", "first", 0)
@@ -11,7 +11,7 @@ def test_entries_fit_until_the_bound():
     assert cache.used_bytes == 60
 
 
-def test_unheld_entries_go_first_and_least_recently_used_first():
+def test_unheld_entries_are_evicted_first_least_recently_used_first() -> None:
     cache = EncoderCacheManager(100)
     for name in ("a", "b"):
         cache.allocate(name, 50, arrival=0)
@@ -22,7 +22,7 @@ def test_unheld_entries_go_first_and_least_recently_used_first():
     assert cache.take_evicted() == ["b"]
 
 
-def test_an_older_sequence_takes_room_from_a_younger_one_but_not_the_other_way_round():
+def test_an_older_sequence_takes_room_from_a_younger_one_but_not_the_other_way_round() -> None:
     cache = EncoderCacheManager(50)
     cache.allocate("young", 50, arrival=5)
     cache.hold("young", "s5", 5)
@@ -31,7 +31,7 @@ def test_an_older_sequence_takes_room_from_a_younger_one_but_not_the_other_way_r
     assert "young" not in cache
 
 
-def test_an_entry_that_an_older_sequence_shares_stays():
+def test_an_entry_that_an_older_sequence_shares_stays() -> None:
     cache = EncoderCacheManager(50)
     cache.allocate("shared", 50, arrival=5)
     cache.hold("shared", "s5", 5)
@@ -39,7 +39,7 @@ def test_an_entry_that_an_older_sequence_shares_stays():
     assert not cache.allocate("other", 50, arrival=3)
 
 
-def test_what_is_to_be_kept_is_not_evicted_even_if_nobody_holds_it():
+def test_an_entry_to_keep_is_not_evicted_even_if_no_sequence_holds_it() -> None:
     cache = EncoderCacheManager(100)
     cache.allocate("a", 50, arrival=0)
     cache.allocate("b", 50, arrival=0)
@@ -48,14 +48,14 @@ def test_what_is_to_be_kept_is_not_evicted_even_if_nobody_holds_it():
     assert "b" not in cache
 
 
-def test_an_entry_larger_than_the_bound_evicts_nothing():
+def test_an_entry_larger_than_the_capacity_evicts_nothing() -> None:
     cache = EncoderCacheManager(100)
     cache.allocate("a", 50, arrival=0)
     assert not cache.allocate("huge", 101, arrival=0)
     assert "a" in cache
 
 
-def test_an_entry_that_came_back_is_not_reported_as_evicted():
+def test_an_entry_that_came_back_is_not_reported_as_evicted() -> None:
     cache = EncoderCacheManager(50)
     cache.allocate("a", 50, arrival=0)
     cache.allocate("b", 50, arrival=0)
@@ -64,7 +64,7 @@ def test_an_entry_that_came_back_is_not_reported_as_evicted():
     assert cache.take_evicted() == []
 
 
-def test_removing_an_unknown_entry_changes_nothing():
+def test_removing_an_unknown_entry_changes_nothing() -> None:
     cache = EncoderCacheManager(50)
     cache.remove("nothing")
     cache.release("nothing", "s")

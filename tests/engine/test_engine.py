@@ -1,9 +1,12 @@
-"""The engine as a whole, on a small random checkpoint: what comes out, late embeddings, faults."""
+"""Language engines on a small random checkpoint: answers, late embeddings, faults."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -16,12 +19,11 @@ from chiasm.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from chiasm.wire import Role
-from tests.engine.conftest import sample_image
+from chiasm.models.base import Prompt
+from chiasm.wire import KVTransferParams, Role
+from tests.engine.conftest import A, B, Encoder, Parts, Start, StartEncoder, entries, sample_image, until
 
-A, B = sample_image(1), sample_image(2, height=128, width=64)
-
-MESSAGES = {
+MESSAGES: dict[str, Parts] = {
     "text": ("what is this?",),
     "one image": ("what is", A, "this?"),
     "two images": (A, "and", B, "?"),
@@ -29,15 +31,10 @@ MESSAGES = {
 }
 
 
-async def until(condition, seconds: float = 20) -> None:
-    """Wait until ``condition()`` holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the engine's state has no event
-            await asyncio.sleep(0.002)
-
-
 @pytest.mark.parametrize("parts", MESSAGES.values(), ids=MESSAGES.keys())
-async def test_encoder_apart_answers_as_aggregated_does(start, encoder, parts):
+async def test_a_separate_encoder_gives_the_same_answer_as_an_aggregated_engine(
+    start: Start, encoder: Encoder, parts: Parts
+) -> None:
     aggregated, pd = start(Role.AGGREGATED), start(Role.PD)
     expected = await aggregated.ask(*parts)
     await encoder.encode(*[part for part in parts if not isinstance(part, str)])
@@ -47,13 +44,13 @@ async def test_encoder_apart_answers_as_aggregated_does(start, encoder, parts):
     assert len(answer.token_ids) == 8
 
 
-async def test_bfloat16_answers_are_equal_too(start, encoders):
+async def test_bfloat16_answers_are_equal_too(start: Start, encoders: StartEncoder) -> None:
     expected = await start(Role.AGGREGATED, dtype="bfloat16").ask(A, "and", B, "?")
     await encoders(dtype="bfloat16").encode(A, B)
     assert (await start(Role.PD, dtype="bfloat16").ask(A, "and", B, "?")).token_ids == expected.token_ids
 
 
-async def test_an_embedding_of_another_dtype_is_not_taken(start, encoders):
+async def test_an_embedding_of_another_dtype_is_not_taken(start: Start, encoders: StartEncoder) -> None:
     pd = start(Role.PD)
     await encoders(dtype="bfloat16").encode(A)
     with pytest.raises(EmbeddingUnavailableError):
@@ -61,7 +58,9 @@ async def test_an_embedding_of_another_dtype_is_not_taken(start, encoders):
 
 
 @pytest.mark.parametrize("budget", [7, 64])
-async def test_embeddings_that_come_late_and_out_of_order_change_nothing(start, encoder, budget):
+async def test_embeddings_that_come_late_and_out_of_order_change_nothing(
+    start: Start, encoder: Encoder, budget: int
+) -> None:
     expected = await start(Role.AGGREGATED).ask(A, "and", B, "?")
     pd = start(Role.PD, max_num_batched_tokens=budget)
     answer = asyncio.create_task(pd.ask(A, "and", B, "?"))
@@ -76,12 +75,12 @@ async def test_embeddings_that_come_late_and_out_of_order_change_nothing(start, 
     assert pd.engine.stats().items == {ItemOutcome.WAITED: 2}
 
 
-async def test_a_swapped_image_changes_the_answer(start):
+async def test_a_swapped_image_changes_the_answer(start: Start) -> None:
     aggregated = start(Role.AGGREGATED)
     assert (await aggregated.ask(A, "?")).token_ids != (await aggregated.ask(sample_image(3), "?")).token_ids
 
 
-async def test_text_goes_on_while_a_request_waits_for_its_embedding(start, encoder):
+async def test_text_is_answered_while_a_request_waits_for_its_embedding(start: Start, encoder: Encoder) -> None:
     pd = start(Role.PD)
     late = asyncio.create_task(pd.ask("look:", A))
     await until(lambda: pd.engine.stats().num_stalled == 1)
@@ -91,19 +90,21 @@ async def test_text_goes_on_while_a_request_waits_for_its_embedding(start, encod
     await late
 
 
-async def test_an_embedding_that_is_there_counts_as_hit(start, encoder):
+async def test_an_embedding_that_exists_counts_as_hit(start: Start, encoder: Encoder) -> None:
     pd = start(Role.PD)
     await encoder.encode(A)
     for _ in range(2):
         answer = await pd.ask(A, "?")
         assert [item.outcome for item in answer.last.timing.items] == [ItemOutcome.HIT]
     assert pd.engine.stats().items == {ItemOutcome.HIT: 2}
-    assert pd.engine.stats().ec.loads == 1
+    ec = pd.engine.stats().ec
+    assert ec is not None
+    assert ec.loads == 1
 
 
-async def test_an_embedding_that_never_comes_fails_its_request_alone(start, encoder):
+async def test_an_embedding_that_never_comes_fails_its_request_alone(start: Start, encoder: Encoder) -> None:
     pd = start(Role.PD)
-    with pytest.raises(EmbeddingUnavailableError, match="no embedding came within"):
+    with pytest.raises(EmbeddingUnavailableError, match="No embedding came within"):
         await pd.ask("see", A, seconds=1)
     assert pd.engine.stats().items == {ItemOutcome.MISSED: 1}
     assert pd.is_empty()
@@ -111,10 +112,10 @@ async def test_an_embedding_that_never_comes_fails_its_request_alone(start, enco
     assert (await pd.ask("see", A)).token_ids == (await start(Role.AGGREGATED).ask("see", A)).token_ids
 
 
-async def test_a_torn_entry_is_waited_for_and_never_used(start, encoder, store):
+async def test_a_torn_entry_is_waited_for_and_never_used(start: Start, encoder: Encoder, store: Path) -> None:
     pd = start(Role.PD)
     await encoder.encode(A)
-    (entry,) = store.rglob("*.safetensors")
+    (entry,) = entries(store)
     whole = entry.read_bytes()
     entry.write_bytes(whole[: len(whole) // 2])
     answer = asyncio.create_task(pd.ask(A, "?"))
@@ -123,7 +124,7 @@ async def test_a_torn_entry_is_waited_for_and_never_used(start, encoder, store):
     assert (await answer).token_ids == (await start(Role.AGGREGATED).ask(A, "?")).token_ids
 
 
-async def test_a_store_that_is_deleted_costs_nobody_but_those_who_wait(start, encoder, store):
+async def test_a_deleted_store_only_delays_requests_with_images(start: Start, encoder: Encoder, store: Path) -> None:
     pd = start(Role.PD)
     await encoder.encode(A)
     shutil.rmtree(store)
@@ -134,11 +135,13 @@ async def test_a_store_that_is_deleted_costs_nobody_but_those_who_wait(start, en
     assert (await late).token_ids == (await start(Role.AGGREGATED).ask(A, "?")).token_ids
 
 
-async def test_a_connector_that_breaks_costs_its_requests_and_not_the_engine(start, encoder, monkeypatch):
+async def test_a_failing_connector_fails_its_requests_and_not_the_engine(
+    start: Start, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pd = start(Role.PD)
     await encoder.encode(A)
 
-    def broken(*args):
+    def broken(*args: object) -> NoReturn:
         raise OSError("the file system is gone")
 
     with monkeypatch.context() as patch:
@@ -149,7 +152,7 @@ async def test_a_connector_that_breaks_costs_its_requests_and_not_the_engine(sta
     assert len((await pd.ask(A, "?")).token_ids) == 8
 
 
-async def test_a_size_that_is_not_the_images_fails_its_request_alone(start, encoder):
+async def test_a_wrong_image_size_fails_its_request_alone(start: Start, encoder: Encoder) -> None:
     pd = start(Role.PD)
     await encoder.encode(A)
     honest = pd.request(A, "?")
@@ -158,13 +161,13 @@ async def test_a_size_that_is_not_the_images_fails_its_request_alone(start, enco
     name = lying.prompt.items[0].identifier
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     object.__setattr__(lying, "prompt", pd.engine.processor.build_chat(message, [(name, wrong)]))
-    results = await asyncio.gather(pd.send(honest), pd.send(lying), return_exceptions=True)
-    assert isinstance(results[1], EmbeddingUnavailableError)
-    assert "the image size sent is right" in str(results[1])
-    assert results[0][0].token_ids == (await pd.ask(A, "?")).token_ids
+    answers = asyncio.create_task(pd.send(honest))
+    with pytest.raises(EmbeddingUnavailableError, match="the image size sent is right"):
+        await pd.send(lying)
+    assert (await answers)[0].token_ids == (await pd.ask(A, "?")).token_ids
 
 
-async def test_many_requests_at_once_are_answered_as_one_by_one(start, encoder):
+async def test_many_requests_at_once_get_the_same_answers_as_one_by_one(start: Start, encoder: Encoder) -> None:
     pd = start(Role.PD, max_num_batched_tokens=48)
     await encoder.encode(A, B)
     messages = [("one",), (A, "two"), ("three", B), (A, B), ("five " * 9,), (B, "six", A), (A, A), ("eight",)]
@@ -176,9 +179,9 @@ async def test_many_requests_at_once_are_answered_as_one_by_one(start, encoder):
     assert pd.engine.stats().prefix_cache_hit_tokens > 0
 
 
-async def test_preemption_changes_no_answer(start):
+async def test_preemption_changes_no_answer(start: Start) -> None:
     roomy = start(Role.AGGREGATED)
-    tight = start(Role.AGGREGATED, kv_cache_bytes=roomy_bytes(roomy, tokens=144), max_model_len=144, block_size=4)
+    tight = start(Role.AGGREGATED, kv_cache_bytes=roomy.bytes_per_block * 9, max_model_len=144, block_size=4)
     messages = [(name, A) for name in ("abc", "def", "ghi", "jkl")]
     expected = [(await roomy.ask(*parts, max_tokens=32)).token_ids for parts in messages]
     answers = await asyncio.gather(*[tight.ask(*parts, max_tokens=32) for parts in messages])
@@ -187,13 +190,7 @@ async def test_preemption_changes_no_answer(start):
     assert tight.is_empty()
 
 
-def roomy_bytes(instance, tokens: int) -> int:
-    """KV cache bytes for so many tokens of the instance's model."""
-    cache = instance.engine._runner.kv_cache
-    return cache.blocks.nbytes // (cache.num_blocks * cache.block_size) * tokens
-
-
-async def test_choices_differ_by_seed_and_repeat_with_it(start):
+async def test_choices_differ_by_seed_and_repeat_with_it(start: Start) -> None:
     instance = start(Role.AGGREGATED)
     first = await instance.choices("hello", A, choices=3, temperature=1.0, seed=5)
     second = await instance.choices("hello", A, choices=3, temperature=1.0, seed=5)
@@ -202,18 +199,18 @@ async def test_choices_differ_by_seed_and_repeat_with_it(start):
     assert (await instance.ask("hello", A, temperature=1.0, seed=6)).token_ids == first[1].token_ids
 
 
-async def test_an_answer_ends_at_max_tokens_with_length(start):
+async def test_an_answer_ends_at_max_tokens_with_length(start: Start) -> None:
     answer = await start(Role.AGGREGATED).ask("hello", max_tokens=3)
     assert (len(answer.token_ids), answer.last.finish_reason) == (3, "length")
 
 
-async def test_an_answer_ends_at_the_end_of_the_context(start):
+async def test_an_answer_ends_at_the_end_of_the_context(start: Start) -> None:
     answer = await start(Role.AGGREGATED, max_model_len=48).ask("hello", max_tokens=1000)
     assert answer.last.finish_reason == "length"
     assert len(answer.token_ids) < 48
 
 
-async def test_a_stop_string_ends_the_answer(start):
+async def test_a_stop_string_ends_the_answer(start: Start) -> None:
     instance = start(Role.AGGREGATED)
     whole = await instance.ask("hello", max_tokens=12)
     stop = whole.text[4:6]
@@ -222,7 +219,7 @@ async def test_a_stop_string_ends_the_answer(start):
     assert (answer.last.finish_reason, answer.last.stop_reason) == ("stop", stop)
 
 
-async def test_a_stop_token_ends_the_answer(start):
+async def test_a_stop_token_ends_the_answer(start: Start) -> None:
     instance = start(Role.AGGREGATED)
     whole = await instance.ask("hello")
     stop = whole.token_ids[3]
@@ -231,15 +228,14 @@ async def test_a_stop_token_ends_the_answer(start):
     assert answer.last.stop_reason == stop
 
 
-async def test_logprobs_come_with_each_token(start):
+async def test_logprobs_come_with_each_token(start: Start) -> None:
     answer = await start(Role.AGGREGATED).ask("hello", logprobs=2)
-    for output in answer.outputs:
-        (token,) = output.logprobs
-        assert (token.token_id,) == output.token_ids
-        assert token.top[0] == (token.token_id, pytest.approx(token.logprob))
+    assert [token.token_id for token in answer.logprobs] == answer.token_ids
+    for token in answer.logprobs:
+        assert token.top[0] == (token.token_id, token.logprob)
 
 
-async def test_closing_the_iterator_frees_everything(start):
+async def test_closing_the_iterator_frees_everything(start: Start) -> None:
     instance = start(Role.AGGREGATED)
     stream = instance.engine.generate(instance.request("hello", A, max_tokens=500))
     await anext(stream)
@@ -248,7 +244,7 @@ async def test_closing_the_iterator_frees_everything(start):
     await until(instance.is_empty)
 
 
-async def test_cancelling_a_request_that_waits_frees_everything(start):
+async def test_cancelling_a_request_that_waits_frees_everything(start: Start) -> None:
     pd = start(Role.PD)
     task = asyncio.create_task(pd.ask("hello", A))
     await until(lambda: pd.engine.stats().num_stalled == 1)
@@ -258,14 +254,14 @@ async def test_cancelling_a_request_that_waits_frees_everything(start):
     await until(pd.is_empty)
 
 
-async def test_a_deadline_ends_a_running_request(start):
+async def test_a_deadline_ends_a_running_request(start: Start) -> None:
     instance = start(Role.AGGREGATED, max_model_len=4096, kv_cache_bytes=64 << 20)
     with pytest.raises(DeadlineExceededError):
         await instance.ask("hello", max_tokens=4000, seconds=0.3)
     assert instance.is_empty()
 
 
-async def test_a_full_queue_refuses_and_goes_on(start):
+async def test_a_full_queue_refuses_and_goes_on(start: Start) -> None:
     pd = start(Role.PD, max_queued_requests=2)
     waiting = [asyncio.create_task(pd.ask(A, str(number), seconds=5)) for number in range(2)]
     await until(lambda: pd.engine.stats().num_stalled == 2)
@@ -278,24 +274,39 @@ async def test_a_full_queue_refuses_and_goes_on(start):
     assert len((await pd.ask("hello")).token_ids) == 8
 
 
-async def test_what_can_never_run_is_refused_at_once(start):
+@pytest.mark.parametrize("option", [{"logit_bias": {10**6: 1.0}}, {"stop_token_ids": (10**6,)}], ids=str)
+async def test_a_token_outside_the_vocabulary_is_refused_by_name(start: Start, option: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="vocabulary") as caught:
+        await start(Role.AGGREGATED).ask("hello", **option)
+    assert caught.value.param in option
+
+
+async def test_an_item_that_can_never_fit_the_encoder_cache_is_refused(start: Start) -> None:
+    with pytest.raises(InvalidRequestError, match="encoder cache"):
+        await start(Role.AGGREGATED, encoder_cache_bytes=64).ask(A)
+
+
+async def test_the_engine_asserts_what_the_server_has_checked(start: Start) -> None:
     instance = start(Role.AGGREGATED, max_model_len=64, max_items=2)
-    with pytest.raises(InvalidRequestError, match="is 64") as caught:
-        await instance.ask("word " * 100)
-    assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(InvalidRequestError, match="3 images and 2 is the limit"):
-        await instance.ask(A, A, A)
-    with pytest.raises(InvalidRequestError, match="vocabulary"):
-        await instance.ask("hello", logit_bias={10**6: 1.0})
-    with pytest.raises(InvalidRequestError, match="n must be"):
-        await instance.choices("hello", choices=17)
+    for request in (
+        instance.request("word " * 100),
+        instance.request(A, A, A),
+        instance.request("hello", choices=17),
+        replace(instance.request(), prompt=Prompt([])),
+        instance.request("hello", kv=KVTransferParams(do_remote_decode=True)),
+    ):
+        with pytest.raises(AssertionError):
+            await instance.send(request)
+    assert len((await instance.ask("hello")).token_ids) == 8
 
 
-async def test_a_failing_step_fails_its_requests_and_not_the_engine(start, monkeypatch):
+async def test_a_failing_step_fails_its_requests_and_not_the_engine(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     instance = start(Role.AGGREGATED)
     whole = instance.engine._language.forward
 
-    def broken(*args, **kwargs):
+    def broken(*args: object, **kwargs: object) -> NoReturn:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(instance.engine._language, "forward", broken)
@@ -306,14 +317,14 @@ async def test_a_failing_step_fails_its_requests_and_not_the_engine(start, monke
     assert instance.engine.healthy
 
 
-def test_a_kv_cache_that_does_not_fit_is_refused_at_start(start):
+def test_a_kv_cache_that_does_not_fit_is_refused_at_start(start: Start) -> None:
     with pytest.raises(ConfigurationError, match="lower --kv-cache-bytes"):
         start(Role.AGGREGATED, kv_cache_bytes=1 << 50)
     with pytest.raises(ConfigurationError, match="lower --max-model-len or raise --kv-cache-bytes"):
         start(Role.AGGREGATED, kv_cache_bytes=1 << 20, max_model_len=4096)
 
 
-async def test_stopping_ends_running_requests_with_an_error(start):
+async def test_stopping_ends_running_requests_with_an_error(start: Start) -> None:
     instance = start(Role.AGGREGATED)
     stream = instance.engine.generate(instance.request("hello", max_tokens=500))
     await anext(stream)

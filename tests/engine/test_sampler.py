@@ -3,106 +3,116 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from chiasm.engine.request import SamplingParams
-from chiasm.engine.sampler import SamplingInput, sample, uniform
+from chiasm.engine.sampler import Sampled, SamplingInput, sample, uniform
 from chiasm.errors import InvalidRequestError
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
 
 
-def choose(logits: torch.Tensor = LOGITS, *, prompt=(), output=(), seed: int = 0, stops=(), **params):
+def choose(
+    logits: torch.Tensor = LOGITS,
+    *,
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
+    seed: int = 0,
+    stops: Sequence[int] = (),
+    **params: Any,
+) -> Sampled:
     inputs = SamplingInput(SamplingParams(**params), seed, list(prompt), list(output), frozenset(stops))
     return sample(logits[None], [inputs])[0]
 
 
-def draws(count: int = 400, **params) -> Counter[int]:
+def draws(count: int = 400, **params: Any) -> Counter[int]:
     return Counter(choose(seed=seed, **params).token_id for seed in range(count))
 
 
-def test_temperature_zero_takes_the_most_likely():
+def test_temperature_zero_takes_the_most_likely() -> None:
     assert choose(temperature=0).token_id == 4
 
 
-def test_frequencies_follow_the_probabilities():
+def test_frequencies_follow_the_probabilities() -> None:
     seen = draws(4000, temperature=1.0)
     expected = torch.softmax(LOGITS, 0)
     for token in range(5):
         assert seen[token] / 4000 == pytest.approx(float(expected[token]), abs=0.03)
 
 
-def test_a_higher_temperature_flattens():
+def test_a_higher_temperature_flattens() -> None:
     assert draws(temperature=2.0)[0] > draws(temperature=0.5)[0]
 
 
-def test_top_k_keeps_the_k_most_likely():
+def test_top_k_keeps_the_k_most_likely() -> None:
     assert set(draws(temperature=2.0, top_k=2)) == {3, 4}
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_p():
+def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     probabilities = torch.softmax(LOGITS / 2.0, 0)
     assert float(probabilities[4]) < 0.6 < float(probabilities[3:].sum())
     assert set(draws(temperature=2.0, top_p=0.6)) == {3, 4}
 
 
-def test_top_p_always_keeps_one():
+def test_top_p_always_keeps_one() -> None:
     assert set(draws(temperature=1.0, top_p=1e-6)) == {4}
 
 
-def test_min_p_drops_what_is_unlikely_beside_the_best():
+def test_min_p_drops_tokens_that_are_unlikely_relative_to_the_best() -> None:
     probabilities = torch.softmax(LOGITS, 0)
     limit = float(probabilities[3] / probabilities[4]) - 0.01
     assert set(draws(temperature=1.0, min_p=limit)) == {3, 4}
 
 
-def test_a_seed_gives_the_same_token_in_any_batch():
+def test_a_seed_gives_the_same_token_in_any_batch() -> None:
     inputs = [SamplingInput(SamplingParams(temperature=1.0), seed, [], [], frozenset()) for seed in range(8)]
     together = [token.token_id for token in sample(LOGITS.expand(8, -1), inputs)]
     alone = [choose(seed=seed, temperature=1.0).token_id for seed in range(8)]
     assert together == alone
 
 
-def test_a_draw_depends_on_the_position_not_on_what_was_drawn_before():
+def test_a_draw_depends_on_the_position_not_on_what_was_drawn_before() -> None:
     numbers = [uniform(7, position) for position in range(1000)]
     assert len(set(numbers)) == 1000
     assert all(0 <= number < 1 for number in numbers)
     assert sum(numbers) / 1000 == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_token_of_probability_zero_is_never_drawn():
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
     logits = torch.tensor([float("-inf"), 0.0, float("-inf")])
     assert {choose(logits, seed=seed, temperature=1.0).token_id for seed in range(200)} == {1}
 
 
-def test_presence_and_frequency_penalties_count_the_output_only():
+def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     assert choose(temperature=0, prompt=[4, 4], presence_penalty=2.0).token_id == 4
     assert choose(temperature=0, output=[4], presence_penalty=2.0).token_id == 3
     assert choose(temperature=0, output=[4], frequency_penalty=0.9).token_id == 4
     assert choose(temperature=0, output=[4, 4], frequency_penalty=0.9).token_id == 3
 
 
-def test_repetition_penalty_counts_prompt_and_output():
+def test_repetition_penalty_counts_prompt_and_output() -> None:
     assert choose(temperature=0, prompt=[4], repetition_penalty=2.0).token_id == 3
     assert choose(temperature=0, prompt=[4], output=[3], repetition_penalty=3.0).token_id == 2
 
 
-def test_repetition_penalty_pushes_negative_logits_down():
+def test_repetition_penalty_pushes_negative_logits_down() -> None:
     assert choose(torch.tensor([-1.0, -1.5]), temperature=0, prompt=[0], repetition_penalty=2.0).token_id == 1
 
 
-def test_logit_bias_is_added():
+def test_logit_bias_is_added() -> None:
     assert choose(temperature=0, logit_bias={0: 10.0}).token_id == 0
 
 
-def test_stop_tokens_are_kept_out_until_min_tokens():
+def test_stop_tokens_are_kept_out_until_min_tokens() -> None:
     assert choose(temperature=0, stops=[4], min_tokens=2, output=[1]).token_id == 3
     assert choose(temperature=0, stops=[4], min_tokens=2, output=[1, 1]).token_id == 4
 
 
-def test_logprobs_are_those_of_the_raw_logits_and_sum_to_one():
+def test_logprobs_are_those_of_the_raw_logits_and_sum_to_one() -> None:
     token = choose(temperature=0, logprobs=5, logit_bias={0: 10.0})
     assert token.logprobs is not None
     assert token.logprobs.token_id == 0
@@ -111,14 +121,14 @@ def test_logprobs_are_those_of_the_raw_logits_and_sum_to_one():
     assert sum(torch.tensor(value).exp() for _, value in token.logprobs.top) == pytest.approx(1.0)
 
 
-def test_no_logprobs_unless_asked_for():
+def test_no_logprobs_unless_asked_for() -> None:
     assert choose(temperature=0).logprobs is None
     asked = choose(temperature=0, logprobs=0).logprobs
     assert asked is not None
     assert asked.top == ()
 
 
-def test_sampling_leaves_the_logits_as_they_are():
+def test_sampling_leaves_the_logits_as_they_are() -> None:
     before = LOGITS.clone()
     choose(temperature=1.0, logit_bias={0: 5.0}, output=[1], presence_penalty=1.0, top_p=0.5)
     assert torch.equal(LOGITS, before)
@@ -146,7 +156,7 @@ def test_sampling_leaves_the_logits_as_they_are():
         ("repetition_penalty", float("nan")),
     ],
 )
-def test_a_parameter_out_of_range_is_refused_by_name(name, value):
+def test_a_parameter_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         SamplingParams(**{name: value})
     assert caught.value.param == name

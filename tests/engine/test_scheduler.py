@@ -10,7 +10,7 @@ from chiasm.errors import InvalidRequestError, OverloadedError
 from tests.engine.driver import Driver, chunks, prompt
 
 
-def test_a_short_prompt_is_prefilled_in_one_step_and_then_decoded_token_by_token():
+def test_a_short_prompt_is_prefilled_in_one_step_and_then_decoded_token_by_token() -> None:
     driver = Driver()
     sequence = driver.add(prompt(10), max_tokens=3)
     assert chunks(driver.step()) == [(0, 10)]
@@ -21,13 +21,13 @@ def test_a_short_prompt_is_prefilled_in_one_step_and_then_decoded_token_by_token
     assert driver.nothing_is_left()
 
 
-def test_a_long_prompt_is_prefilled_in_chunks_of_the_budget():
+def test_a_long_prompt_is_prefilled_in_chunks_of_the_budget() -> None:
     driver = Driver(budget=8)
     driver.add(prompt(20), max_tokens=1)
     assert [chunks(driver.step()) for _ in range(3)] == [[(0, 8)], [(8, 16)], [(16, 20)]]
 
 
-def test_decodes_come_before_prefills_and_share_the_budget():
+def test_decodes_come_before_prefills_and_share_the_budget() -> None:
     driver = Driver(budget=8)
     driver.add(prompt(4), max_tokens=9)
     driver.step()
@@ -37,7 +37,7 @@ def test_decodes_come_before_prefills_and_share_the_budget():
     assert chunks(step) == [(0, 7)]
 
 
-def test_prefill_beside_decodes_is_cut_shorter_so_that_streams_go_on():
+def test_prefill_chunks_are_shorter_in_steps_that_also_decode() -> None:
     driver = Driver(budget=32, mixed=8)
     stream = driver.add(prompt(4), max_tokens=3)
     driver.step()
@@ -48,7 +48,7 @@ def test_prefill_beside_decodes_is_cut_shorter_so_that_streams_go_on():
     assert chunks(driver.step()) == [(16, 24)]
 
 
-def test_several_prompts_share_a_step_in_order_of_arrival():
+def test_several_prompts_share_a_step_in_order_of_arrival() -> None:
     driver = Driver(budget=16)
     driver.add(prompt(6))
     driver.add(prompt(6), salt="other")
@@ -56,7 +56,7 @@ def test_several_prompts_share_a_step_in_order_of_arrival():
     assert chunks(driver.step()) == [(0, 6), (0, 6), (0, 4)]
 
 
-def test_no_more_sequences_run_than_are_allowed():
+def test_at_most_max_num_seqs_sequences_are_admitted() -> None:
     driver = Driver(max_num_seqs=2)
     for salt in "abc":
         driver.add(prompt(4), salt=salt)
@@ -65,7 +65,18 @@ def test_no_more_sequences_run_than_are_allowed():
     assert len(driver.scheduler.waiting) == 1
 
 
-def test_a_full_queue_refuses_and_keeps_what_it_has():
+def test_an_answer_that_was_cut_off_elsewhere_goes_before_new_ones() -> None:
+    driver = Driver(max_num_seqs=1)
+    driver.add(prompt(4), max_tokens=2)
+    driver.step()
+    new = driver.add(prompt(4), salt="new")
+    resumed = driver.add(prompt(4), salt="resumed", outputs=(7,), seniority=100)
+    driver.run_until(lambda: resumed.finished)
+    assert not new.was_scheduled
+    driver.run()
+
+
+def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
     driver = Driver(max_queued=2)
     driver.add(prompt(4))
     driver.add(prompt(4))
@@ -74,29 +85,17 @@ def test_a_full_queue_refuses_and_keeps_what_it_has():
     driver.run()
 
 
-def test_a_prompt_as_long_as_the_context_is_refused_with_both_numbers():
-    driver = Driver(blocks=4, block_size=4)
-    with pytest.raises(InvalidRequestError, match=r"16 tokens.*is 16") as caught:
-        driver.scheduler.check(16, [])
-    assert caught.value.code == "context_length_exceeded"
-    driver.scheduler.check(15, [])
-
-
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(InvalidRequestError, match="empty"):
-        Driver().scheduler.check(0, [])
-
-
-def test_an_item_that_can_never_fit_the_encoder_cache_is_refused():
+def test_an_item_that_can_never_fit_the_encoder_cache_is_refused() -> None:
     driver = Driver(cache_rows=4)
+    driver.scheduler.check_items(prompt(1, ("a", 4)).items)
     with pytest.raises(InvalidRequestError, match="5 tokens"):
-        driver.scheduler.check(6, prompt(1, ("a", 5)).items)
+        driver.scheduler.check_items(prompt(1, ("a", 5)).items)
 
 
 # ---- prefix cache -------------------------------------------------------------------------------------------------------
 
 
-def test_a_repeated_prompt_computes_only_what_follows_its_full_blocks():
+def test_a_repeated_prompt_computes_only_what_follows_its_full_blocks() -> None:
     driver = Driver(block_size=4)
     driver.add(prompt(10), max_tokens=1)
     driver.run()
@@ -105,7 +104,7 @@ def test_a_repeated_prompt_computes_only_what_follows_its_full_blocks():
     assert again.num_cached == 8
 
 
-def test_the_last_token_is_computed_even_if_all_blocks_are_known():
+def test_the_last_token_is_computed_even_if_all_blocks_are_known() -> None:
     driver = Driver(block_size=4)
     driver.add(prompt(8), max_tokens=1)
     driver.run()
@@ -113,7 +112,7 @@ def test_the_last_token_is_computed_even_if_all_blocks_are_known():
     assert chunks(driver.step()) == [(4, 8)]
 
 
-def test_a_cached_item_needs_no_embedding():
+def test_a_cached_item_needs_no_embedding() -> None:
     driver = Driver(block_size=4)
     driver.stored = {"a"}
     driver.add(prompt(2, ("a", 4), 6), max_tokens=1)
@@ -124,7 +123,7 @@ def test_a_cached_item_needs_no_embedding():
     assert chunks(driver.step()) == [(8, 12)]
 
 
-def test_another_image_at_the_same_place_is_not_taken_for_the_cached_one():
+def test_another_image_at_the_same_place_is_not_taken_for_the_cached_one() -> None:
     driver = Driver(block_size=4)
     driver.stored = {"a", "b"}
     driver.add(prompt(4, ("a", 4), 6), max_tokens=1)
@@ -133,7 +132,7 @@ def test_another_image_at_the_same_place_is_not_taken_for_the_cached_one():
     assert chunks(driver.step()) == [(4, 14)]
 
 
-def test_further_choices_wait_for_the_first_and_share_its_prompt():
+def test_further_choices_wait_for_the_first_and_share_its_prompt() -> None:
     driver = Driver(block_size=4)
     driver.add(prompt(9), max_tokens=2, choices=3)
     assert chunks(driver.step()) == [(0, 9)]
@@ -144,7 +143,7 @@ def test_further_choices_wait_for_the_first_and_share_its_prompt():
     assert driver.nothing_is_left()
 
 
-def test_further_choices_go_on_when_the_first_is_cancelled():
+def test_further_choices_continue_when_the_first_is_cancelled() -> None:
     driver = Driver()
     first = driver.add(prompt(9, ("late", 4)), choices=2)
     driver.step()
@@ -156,7 +155,7 @@ def test_further_choices_go_on_when_the_first_is_cancelled():
 # ---- late embeddings ----------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_prefilled_up_to_the_first_missing_item_and_goes_on_when_it_comes():
+def test_a_prompt_is_prefilled_up_to_the_first_missing_item_and_continues_when_it_arrives() -> None:
     driver = Driver()
     sequence = driver.add(prompt(5, ("a", 4), 3), max_tokens=1)
     assert chunks(driver.step()) == [(0, 5)]
@@ -167,7 +166,7 @@ def test_a_prompt_is_prefilled_up_to_the_first_missing_item_and_goes_on_when_it_
     assert driver.nothing_is_left()
 
 
-def test_items_that_arrive_in_order_overlap_with_prefill():
+def test_items_that_arrive_in_order_overlap_with_prefill() -> None:
     driver = Driver()
     driver.add(prompt(1, ("a", 4), 1, ("b", 4), 1, ("c", 4), 1), max_tokens=1)
     seen = [chunks(driver.step())]
@@ -177,7 +176,7 @@ def test_items_that_arrive_in_order_overlap_with_prefill():
     assert seen == [[(0, 1)], [(1, 6)], [(6, 11)], [(11, 16)]]
 
 
-def test_an_item_that_arrives_before_its_predecessor_waits_its_turn():
+def test_an_item_that_arrives_before_its_predecessor_waits_its_turn() -> None:
     driver = Driver()
     driver.add(prompt(1, ("a", 4), ("b", 4), 2), max_tokens=1)
     driver.step()
@@ -188,7 +187,7 @@ def test_an_item_that_arrives_before_its_predecessor_waits_its_turn():
     assert chunks(driver.step()) == [(1, 11)]
 
 
-def test_a_prompt_that_begins_with_a_missing_item_holds_nothing():
+def test_a_prompt_that_begins_with_a_missing_item_holds_nothing() -> None:
     driver = Driver()
     sequence = driver.add(prompt(("a", 4), 2), max_tokens=1)
     assert driver.step().scheduled == []
@@ -197,7 +196,7 @@ def test_a_prompt_that_begins_with_a_missing_item_holds_nothing():
     driver.run()
 
 
-def test_a_stalled_request_delays_nobody():
+def test_a_stalled_request_delays_nobody() -> None:
     driver = Driver(max_num_seqs=1)
     driver.add(prompt(3, ("never", 4), 2))
     driver.step()
@@ -207,7 +206,7 @@ def test_a_stalled_request_delays_nobody():
     assert text.finished
 
 
-def test_the_same_item_twice_in_a_prompt_is_loaded_once_and_kept_until_its_last_place():
+def test_the_same_item_twice_in_a_prompt_is_loaded_once_and_kept_until_its_last_place() -> None:
     driver = Driver(budget=6)
     driver.stored = {"a"}
     sequence = driver.add(prompt(1, ("a", 4), 3, ("a", 4), 1), max_tokens=1)
@@ -219,7 +218,7 @@ def test_the_same_item_twice_in_a_prompt_is_loaded_once_and_kept_until_its_last_
     assert driver.nothing_is_left()
 
 
-def test_two_requests_for_one_missing_item_both_go_on_when_it_comes():
+def test_two_requests_for_one_missing_item_both_continue_when_it_arrives() -> None:
     driver = Driver()
     driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
     driver.add(prompt(3, ("a", 4), 1), max_tokens=1)
@@ -228,14 +227,14 @@ def test_two_requests_for_one_missing_item_both_go_on_when_it_comes():
     assert len(driver.step().prefills) == 2
 
 
-def test_an_item_is_cut_by_the_budget_and_continued():
+def test_an_item_may_be_split_by_the_budget() -> None:
     driver = Driver(budget=4)
     driver.stored = {"a"}
     driver.add(prompt(2, ("a", 6), 1), max_tokens=1)
     assert [chunks(driver.step()) for _ in range(3)] == [[(0, 4)], [(4, 8)], [(8, 9)]]
 
 
-def test_an_item_lost_after_it_was_found_is_waited_for_again():
+def test_an_item_lost_after_it_was_found_is_waited_for_again() -> None:
     driver = Driver()
     sequence = driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
     driver.stored.add("a")
@@ -249,7 +248,7 @@ def test_an_item_lost_after_it_was_found_is_waited_for_again():
     assert driver.nothing_is_left()
 
 
-def test_an_encoder_cache_of_one_item_serves_a_request_of_several():
+def test_an_encoder_cache_of_one_item_serves_a_request_of_several() -> None:
     driver = Driver(cache_rows=4)
     driver.stored = {"a", "b", "c"}
     driver.add(prompt(1, ("a", 4), ("b", 4), ("c", 4), 1), max_tokens=1)
@@ -257,7 +256,7 @@ def test_an_encoder_cache_of_one_item_serves_a_request_of_several():
     assert driver.nothing_is_left()
 
 
-def test_the_older_of_two_requests_goes_on_when_the_encoder_cache_is_full_of_the_younger():
+def test_an_older_request_continues_when_a_younger_one_fills_the_encoder_cache() -> None:
     driver = Driver(cache_rows=4)
     old = driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
     driver.step()
@@ -273,7 +272,7 @@ def test_the_older_of_two_requests_goes_on_when_the_encoder_cache_is_full_of_the
     assert young.finished
 
 
-def test_a_cancelled_request_gives_back_all_that_it_holds_at_any_point():
+def test_cancelling_a_request_at_any_point_frees_all_that_it_holds() -> None:
     for steps in range(4):
         driver = Driver(budget=4)
         driver.stored = {"a"}
@@ -288,7 +287,7 @@ def test_a_cancelled_request_gives_back_all_that_it_holds_at_any_point():
 # ---- preemption ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_youngest_is_preempted_when_blocks_run_out_and_is_computed_again():
+def test_the_youngest_is_preempted_when_blocks_run_out_and_is_recomputed() -> None:
     driver = Driver(blocks=4, block_size=4)
     old = driver.add(prompt(6), max_tokens=8, salt="a")
     young = driver.add(prompt(6), max_tokens=8, salt="b")
@@ -298,7 +297,7 @@ def test_the_youngest_is_preempted_when_blocks_run_out_and_is_computed_again():
     assert driver.nothing_is_left()
 
 
-def test_a_stalled_request_is_preempted_before_one_that_runs():
+def test_a_stalled_request_is_preempted_before_one_that_runs() -> None:
     driver = Driver(blocks=4, block_size=4)
     stalled = driver.add(prompt(8, ("late", 4)), max_tokens=1)
     driver.step()
@@ -310,7 +309,7 @@ def test_a_stalled_request_is_preempted_before_one_that_runs():
     driver.run()
 
 
-def test_stalled_requests_don_t_keep_text_out_of_their_blocks():
+def test_stalled_requests_give_up_their_blocks_for_text() -> None:
     driver = Driver(blocks=4, block_size=4)
     driver.add(prompt(12, ("late", 2)), max_tokens=1)
     driver.step()
@@ -319,7 +318,7 @@ def test_stalled_requests_don_t_keep_text_out_of_their_blocks():
     assert text.finished
 
 
-def test_a_preempted_sequence_keeps_its_tokens():
+def test_a_preempted_sequence_keeps_its_tokens() -> None:
     driver = Driver(blocks=4, block_size=4)
     driver.add(prompt(6), max_tokens=10, salt="a")
     young = driver.add(prompt(6), max_tokens=10, salt="b")
@@ -333,7 +332,7 @@ def test_a_preempted_sequence_keeps_its_tokens():
 # ---- a local encoder (aggregated) ------------------------------------------------------------------------------------------
 
 
-def test_an_aggregated_step_encodes_what_its_chunk_needs():
+def test_an_aggregated_step_encodes_what_its_chunk_needs() -> None:
     driver = Driver(budget=8, local_encoder=True)
     driver.add(prompt(2, ("a", 4), 6, ("b", 4), 1), max_tokens=1)
     step = driver.step()
@@ -343,7 +342,7 @@ def test_an_aggregated_step_encodes_what_its_chunk_needs():
     assert [item.identifier for _, item in step.encode] == ["b"]
 
 
-def test_an_aggregated_engine_encodes_an_image_once():
+def test_an_aggregated_engine_encodes_an_image_once() -> None:
     driver = Driver(local_encoder=True)
     driver.add(prompt(1, ("a", 4), 2, ("a", 4)), max_tokens=1)
     driver.add(prompt(2, ("a", 4)), max_tokens=1)
@@ -351,7 +350,7 @@ def test_an_aggregated_engine_encodes_an_image_once():
     assert driver.encoded == ["a"]
 
 
-def test_one_that_waits_for_blocks_leaves_the_encoder_cache_to_one_that_runs():
+def test_a_request_that_waits_for_blocks_leaves_the_encoder_cache_to_a_running_one() -> None:
     driver = Driver(budget=2, blocks=10, cache_rows=4, local_encoder=True)
     for salt, (request, choices) in enumerate(
         [((1,), 1), ((13, ("a", 4), ("a", 4)), 2), ((17, ("b", 4)), 1)],
@@ -362,7 +361,7 @@ def test_one_that_waits_for_blocks_leaves_the_encoder_cache_to_one_that_runs():
     assert driver.nothing_is_left()
 
 
-def test_an_aggregated_engine_with_room_for_one_item_serves_a_request_of_several():
+def test_an_aggregated_engine_with_room_for_one_item_serves_a_request_of_several() -> None:
     driver = Driver(local_encoder=True, cache_rows=4)
     driver.add(prompt(1, ("a", 4), ("b", 4), ("c", 4), 1), max_tokens=2)
     driver.run()
@@ -386,9 +385,15 @@ parts = st.lists(
     cancelled=st.sets(st.integers(0, 7)),
     local_encoder=st.booleans(),
 )
-def test_whatever_arrives_in_whatever_order_everything_ends_and_nothing_is_left(
-    requests, budget, blocks, cache_rows, arrivals, cancelled, local_encoder
-):
+def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
+    requests: list[tuple[list[int | tuple[str, int]], int, int]],
+    budget: int,
+    blocks: int,
+    cache_rows: int,
+    arrivals: list[str],
+    cancelled: set[int],
+    local_encoder: bool,
+) -> None:
     driver = Driver(budget=budget, blocks=blocks, cache_rows=cache_rows, local_encoder=local_encoder)
     for number, (request, max_tokens, choices) in enumerate(requests):
         driver.add(prompt(*request), max_tokens=max_tokens, choices=choices, salt=str(number % 3))

@@ -35,15 +35,7 @@ class Driver:
 
     def __init__(self, language: LanguageModel, *, num_blocks: int = 256) -> None:
         self._language = language
-        self._cache = KVCache(
-            num_layers=language.num_layers,
-            num_blocks=num_blocks,
-            block_size=BLOCK_SIZE,
-            num_kv_heads=language.num_kv_heads,
-            head_dim=language.head_dim,
-            dtype=language.dtype,
-            device=language.device,
-        )
+        self._cache = KVCache(language, num_blocks=num_blocks, block_size=BLOCK_SIZE)
         self._free = list(range(num_blocks))
         random.Random(0).shuffle(self._free)
 

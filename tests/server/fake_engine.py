@@ -24,15 +24,14 @@ from chiasm.engine.config import EngineConfig
 from chiasm.engine.request import (
     EncodedItem,
     EncodeItem,
+    EngineStats,
     FinishReason,
     GenerateRequest,
     ItemOutcome,
     ItemTiming,
     Output,
     RequestTiming,
-    TokenLogprobs,
 )
-from chiasm.engine.stats import EngineStats
 from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestError
 from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig
 from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
@@ -227,10 +226,7 @@ class FakeLanguageEngine(FakeEngine):
             num_tokens=len(request.prompt.token_ids) + len(given),
             digest="d1",
             output_token_ids=[*given, *output.token_ids],
-            output_logprobs=[
-                *params.output_logprobs,
-                *(TokenLogprob(entry.logprob, list(entry.top)) for entry in output.logprobs or ()),
-            ],
+            output_logprobs=[*params.output_logprobs, *(output.logprobs or ())],
             seed=SEED if request.sampling.seed is None else request.sampling.seed,
             cached_tokens=1,
         )
@@ -278,7 +274,7 @@ class FakeLanguageEngine(FakeEngine):
             index=index,
             token_ids=token_ids,
             text=text,
-            logprobs=None if wanted is None else tuple(TokenLogprobs(token, -0.5, top) for token in token_ids),
+            logprobs=None if wanted is None else tuple(TokenLogprob(-0.5, top, token) for token in token_ids),
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             timing=RequestTiming(

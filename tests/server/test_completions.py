@@ -111,6 +111,13 @@ def test_unsupported_values_are_refused(pd: Served, fields: dict[str, Any]) -> N
     assert reply.error["param"] in fields
 
 
+def test_empty_prompt_is_refused(pd: Served) -> None:
+    reply = post(pd.completions, {"prompt": ""})
+    assert reply.status == 400
+    assert "empty" in reply.error["message"]
+    assert reply.error["param"] == "prompt"
+
+
 def test_prompt_longer_than_the_context_is_refused(pd: Served) -> None:
     reply = post(pd.completions, {"prompt": [1] * 512})
     assert reply.status == 400

@@ -142,7 +142,7 @@ class TestPrefillOfAnAnswerThatContinues:
     def test_logprobs_of_the_first_token_are_sent_and_handed_over(self, prefill: Served) -> None:
         reply = post(prefill.chat, hi(stream=True, logprobs=True, top_logprobs=1, kv_transfer_params=CONTINUES))
         assert reply.events[1]["choices"][0]["logprobs"]["content"][0]["logprob"] == -0.5
-        assert handle_of(reply)["output_logprobs"] == [[-0.5, [[0, -0.5]]]]
+        assert handle_of(reply)["output_logprobs"] == [[-0.5, [[0, -0.5]], *letters("H")]]
 
     @pytest.mark.parametrize("text", ["", "H"])
     def test_text_that_may_become_a_stop_string_is_left_to_decode(self, prefill: Served, text: str) -> None:
@@ -267,8 +267,20 @@ class TestDecode:
         assert [event["usage"]["completion_tokens"] for event in reply.events[:-1]] == [2, 3, 4, 5, 5, 5]
         assert {event["created"] for event in reply.events[:-1]} == {777}
 
+    @pytest.mark.parametrize("token_ids", [[], letters("H")], ids=["from version 0.3", "with token ids"])
+    def test_log_probabilities_reach_the_engine_with_their_token_ids(
+        self, decode: Served, token_ids: list[int]
+    ) -> None:
+        logprobs = [[-0.5, [], *token_ids]]
+        params = HANDLE | {"output_token_ids": letters("H"), "output_logprobs": logprobs}
+        assert post(decode.chat, hi(logprobs=True, kv_transfer_params=params)).status == 200
+        given = decode.engine.requests[0].kv_transfer_params
+        assert given is not None
+        assert [entry.token_id for entry in given.output_logprobs] == letters("H")
+
     def test_offsets_count_what_was_sent(self, decode: Served) -> None:
-        params = HANDLE | {"output_token_ids": letters("He"), "num_sent": 2, "output_logprobs": [[-0.5, []]] * 2}
+        logprobs = [[-0.5, [], token_id] for token_id in letters("He")]
+        params = HANDLE | {"output_token_ids": letters("He"), "num_sent": 2, "output_logprobs": logprobs}
         body = {"prompt": "Hi", "logprobs": 0, "stream": True, "kv_transfer_params": params}
         events = post(decode.completions, body).events
         assert [event["choices"][0]["logprobs"]["text_offset"] for event in events[:-2]] == [[2], [3], [4]]
@@ -410,6 +422,8 @@ class TestMalformedHandles:
             {"num_sent": 1},
             {"output_token_ids": [1], "num_sent": 2},
             {"output_token_ids": [1, 2], "output_logprobs": [[-0.5, []]]},
+            {"output_token_ids": [1, 2], "output_logprobs": [[-0.5, [], 1]]},
+            {"output_token_ids": [1], "output_logprobs": [[-0.5, [], 2]]},
             {"output_token_ids": [1], "output_logprobs": [[-0.5, [[400, -0.5]]]]},
             {"output_token_ids": [1], "output_logprobs": [-0.5]},
             {"output_token_ids": [1], "output_logprobs": [[None, []]]},

@@ -1,4 +1,10 @@
-"""The built-in engine: scheduler, block manager, encoder cache manager, model runner, sampler."""
+"""The built-in engine: what schedules requests, runs the model and samples tokens. It knows no HTTP.
+
+A request to the language model passes ``engine`` (LanguageEngine.generate, then the step), ``request_state``,
+``embeddings`` and ``kv_transfers`` (what it needs from other instances), ``scheduler`` with ``sequence``, ``block_manager``
+and ``encoder_cache_manager``, ``model_runner`` with ``attention`` and ``sampler``, and ``outputs``. An encoder's request
+passes ``encoder`` alone. The connectors themselves are in :mod:`chiasm.ec_transfer` and :mod:`chiasm.kv_transfer`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,7 @@ __all__ = ["EngineConfig", "create_engine"]
 
 
 def create_engine(config: EngineConfig) -> Engine:
-    """The engine of the config's role, not started. Raises ConfigurationError for a model that can't be served."""
+    """Return the engine for the config's role, not started. Raises ConfigurationError for a model that can't be served."""
     if config.role is Role.ENCODER:
         from chiasm.engine.encoder import EncoderEngine
 

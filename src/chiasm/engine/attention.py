@@ -1,7 +1,7 @@
 """Attention over a paged KV cache, plugged into transformers' models through ``AttentionInterface``.
 
-The model classes of transformers call the registered function in every layer with the rows of the whole step, all
-requests flattened into one sequence: first one row for each decoding request, then the chunk of each prefilling one.
+The model classes of transformers call the registered function in every layer with the rows of the whole step, all requests
+flattened into one sequence: first one row for each decoding request, then the chunk of each prefilling one.
 """
 
 from __future__ import annotations
@@ -19,60 +19,60 @@ from chiasm.models.base import ATTENTION_NAME
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from chiasm.models.base import LanguageModel
+
 
 class KVCache:
     """Keys and values of all layers, in ``num_blocks`` blocks of ``block_size`` token slots.
 
-    A block is one piece of memory, ``[num_layers, 2, block_size, num_kv_heads, head_dim]``, so that what moves a block moves
-    one piece. ``keys[layer]`` and ``values[layer]`` are ``[slots, num_kv_heads, head_dim]``, views that begin where that
+    A block is one piece of memory, ``[num_layers, 2, block_size, num_kv_heads, head_dim]``, so that moving a block moves one
+    piece. ``keys[layer]`` and ``values[layer]`` are ``[slots, num_kv_heads, head_dim]``, views that begin where that
     layer's part of block 0 begins; in each of them token ``i`` of a request is at slot
     ``block_ids[i // block_size] * slots_per_block + i % block_size``.
     """
 
     def __init__(
         self,
+        language: LanguageModel,
         *,
-        num_layers: int,
         num_blocks: int,
         block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        allocate: Callable[[int], Tensor | None] = lambda num_bytes: None,
+        allocate: Callable[[int], Tensor | None] | None = None,
     ) -> None:
-        """``allocate`` gives zeroed memory, uint8 ``[num_bytes]`` on ``device``, or None to have it made here."""
+        """``allocate`` returns zeroed memory, uint8 ``[num_bytes]`` on the model's device, or None for ordinary memory.
+
+        Raises ConfigurationError if there is not enough memory.
+        """
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.slots_per_block = 2 * num_layers * block_size
-        num_bytes = num_blocks * self.slots_per_block * num_kv_heads * head_dim * dtype.itemsize
+        self.slots_per_block = 2 * language.num_layers * block_size
+        num_bytes = num_blocks * self.bytes_per_block(language, block_size)
         try:
             # Zeros, not empty: padded rows of a decode batch read slot 0 under a mask, and NaN would survive the mask.
-            memory = allocate(num_bytes)
+            memory = None if allocate is None else allocate(num_bytes)
             if memory is None:
-                memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one, and CPU raises nothing more precise
+                memory = torch.zeros(num_bytes, dtype=torch.uint8, device=language.device)
+        except (RuntimeError, OSError) as error:  # on CUDA torch.OutOfMemoryError, a RuntimeError; on CPU a plain one
             raise ConfigurationError(
-                f"there is no memory on {device} for a KV cache of {num_blocks} blocks of {block_size} tokens; "
-                "lower --kv-cache-bytes"
+                f"There is not enough memory on {language.device} for a KV cache of {num_blocks} blocks of {block_size} "
+                "tokens; lower --kv-cache-bytes."
             ) from error
         self.blocks = memory.view(num_blocks, -1)
         """uint8 ``[num_blocks, bytes_per_block]``: the same memory."""
-        slots = memory.view(dtype).view(-1, num_kv_heads, head_dim)
-        self.keys = [slots[2 * layer * block_size :] for layer in range(num_layers)]
-        self.values = [slots[(2 * layer + 1) * block_size :] for layer in range(num_layers)]
+        slots = memory.view(language.dtype).view(-1, language.num_kv_heads, language.head_dim)
+        self.keys = [slots[2 * layer * block_size :] for layer in range(language.num_layers)]
+        self.values = [slots[(2 * layer + 1) * block_size :] for layer in range(language.num_layers)]
 
     @staticmethod
-    def bytes_per_block(
-        *, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
-        """Memory of one block, keys and values of all layers."""
-        return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+    def bytes_per_block(language: LanguageModel, block_size: int) -> int:
+        """Return the size of one block: keys and values of all layers."""
+        slot_bytes = language.num_kv_heads * language.head_dim * language.dtype.itemsize
+        return 2 * language.num_layers * block_size * slot_bytes
 
 
 @dataclass(frozen=True)
 class PrefillSegment:
-    """One request's chunk: rows ``[start, end)`` of the step, which see ``slots``: context first, then themselves."""
+    """One request's chunk: rows ``[start, end)`` of the step. They attend to ``slots``: context first, then themselves."""
 
     start: int
     end: int
@@ -90,20 +90,20 @@ class PrefillSegment:
 
 @dataclass
 class AttentionStep:
-    """What attention needs to know of one step. Rows are the decodes first, then the prefill segments in order."""
+    """What attention needs to know about one step. Its rows are the decodes first, then the prefill segments in order."""
 
     cache: KVCache
     slots: Tensor
-    """int64 [T]: where each row's key and value go."""
+    """int64 [T]: the slot for each row's key and value."""
     prefills: list[PrefillSegment]
     decode_slots: Tensor | None = None
-    """int64 [B, longest]: the slots that each decoding request sees, its own included, padded with 0."""
+    """int64 [B, longest]: the slots that each decoding request attends to, its own included, padded with 0."""
     decode_lengths: Tensor | None = None
-    """int64 [B]: how many of them are real."""
+    """int64 [B]: how many of them are not padding."""
     _masks: dict[object, Tensor] = field(default_factory=dict)
 
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask ``[B, 1, 1, longest]``, made once a step and window."""
+        """Return the additive mask ``[B, 1, 1, longest]``, made once per step and window."""
         key = ("decode", window, dtype)
         if key not in self._masks:
             assert self.decode_slots is not None
@@ -117,7 +117,7 @@ class AttentionStep:
         return self._masks[key]
 
     def prefill_mask(self, segment: PrefillSegment, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive causal mask ``[rows, context + rows]``, made once a step, segment and window."""
+        """Return the additive causal mask ``[rows, context + rows]``, made once per step, segment and window."""
         key = (segment.start, window, dtype)
         if key not in self._masks:
             device = segment.slots.device
@@ -146,7 +146,7 @@ def paged_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Write the step's keys and values to the cache, and attend over it.
+    """Write the step's keys and values to the cache, and attend to it.
 
     ``query`` is ``[1, Hq, T, D]``, ``key`` and ``value`` ``[1, Hkv, T, D]`` after rotary embedding; the result is
     ``[1, T, Hq, D]``. ``attention_mask`` is always None: no mask is registered for this name.
@@ -197,7 +197,7 @@ def paged_attention(
 
 
 def register_paged_attention() -> None:
-    """Make ``ATTENTION_NAME`` known to transformers; idempotent."""
+    """Register ``ATTENTION_NAME`` with transformers; idempotent."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -1,4 +1,4 @@
-"""What the engines of all roles are made of, and what each says of itself."""
+"""The interface of all engines."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole, ECTransferConfig
 from chiasm.engine.config import EngineConfig
-from chiasm.engine.device import choose_device, choose_dtype, threads_used
-from chiasm.engine.stats import EngineStats
+from chiasm.engine.device import choose_device, choose_dtype
+from chiasm.engine.request import EngineStats
 from chiasm.models import fingerprint, load_processor
 
 
 class Engine(ABC):
-    """A model's processor, and where and in which dtype its weights will be.
+    """One role of one model: its processor, its device and dtype, and its connection to the store of embeddings.
 
     ``max_model_len`` is the longest context, prompt and answer, in tokens. ``model_fingerprint`` (hex) names model, processor
-    and dtype. Raises ConfigurationError for a device or a dtype that isn't there.
+    settings and dtype. Raises ConfigurationError for a device or a dtype that is not available.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -31,11 +33,11 @@ class Engine(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Load the role's weights and begin to serve. Slow; raises ConfigurationError when the model can't be served."""
+        """Load the role's weights and begin to serve. Slow; raises ConfigurationError if the model can't be served."""
 
     @abstractmethod
     def stop(self) -> None:
-        """End what runs. Idempotent."""
+        """Stop serving. Idempotent."""
 
     @property
     @abstractmethod
@@ -44,7 +46,7 @@ class Engine(ABC):
 
     @abstractmethod
     def stats(self) -> EngineStats:
-        """A snapshot; cheap, from any thread."""
+        """Return a snapshot; cheap, from any thread."""
 
     @property
     def dtype_name(self) -> str:
@@ -53,21 +55,21 @@ class Engine(ABC):
 
     @property
     def num_threads(self) -> int:
-        """That one operator uses, on the CPU."""
-        return threads_used(self.config.threads)
+        """Intra-op CPU threads."""
+        return self.config.threads or int(torch.get_num_threads())
 
     def store_id(self) -> str:
-        """Names the place of the embeddings as it is now; empty where none are exchanged.
+        """Return the current name of the store of embeddings, or "" if this engine exchanges none.
 
-        May read a file: not to be called on an event loop. Raises StorageError.
+        May read a file, so don't call it on an event loop. Raises StorageError.
         """
         return self._store_id()
 
     def _connect(self, config: ECTransferConfig) -> tuple[ECConnector, ECConnector]:
-        """Both halves of the EC connector, scheduler role first. Raises what says that its place can't be reached."""
+        """Make both halves of the EC connector, scheduler role first. Raises StorageError if the store is unreachable."""
         config = replace(config, fingerprint=self.model_fingerprint, device=str(self.device))
         scheduler_role = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
         worker_role = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
         self._store_id = scheduler_role.store_id
-        self._store_id()  # what cannot be reached fails now
+        self._store_id()  # an unreachable store fails the start
         return scheduler_role, worker_role

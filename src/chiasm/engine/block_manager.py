@@ -1,4 +1,4 @@
-"""Blocks of the KV cache: who holds them, and which may be shared by prefix."""
+"""Blocks of the KV cache: how many hold each, and which can be shared by prefix."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ BlockHash = bytes
 
 
 class BlockManager:
-    """Hands out blocks and remembers what full ones hold.
+    """Allocates blocks and remembers what full ones contain.
 
     A full block is named by a hash chained over everything before it: token ids, and for each item that reaches into
-    the block its identifier, place and geometry, since all images share one placeholder token. A block that nobody
-    holds stays findable until it is handed out again, least recently released first.
+    the block its identifier, place and geometry, since all images share one placeholder token. A released block can
+    still be found until it is allocated again, least recently released first.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -34,11 +34,11 @@ class BlockManager:
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks ``num_tokens`` tokens fill."""
+        """Return how many blocks ``num_tokens`` tokens need."""
         return -(-num_tokens // self.block_size)
 
     def find(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """Blocks of the longest known prefix of ``hashes``; nothing is taken."""
+        """Return the blocks of the longest known prefix of ``hashes``, without taking them."""
         found: list[int] = []
         for block_hash in hashes:
             block = self._block_of.get(block_hash)
@@ -48,18 +48,18 @@ class BlockManager:
         return found
 
     def num_free_after_sharing(self, blocks: Sequence[int]) -> int:
-        """Free blocks that would be left once ``blocks`` are shared: unheld ones among them leave the free list."""
+        """Return how many blocks would be free once ``blocks`` are shared: free ones among them leave the free list."""
         return self.num_free - sum(1 for block in blocks if self._holders[block] == 0)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Take one more hold of each of ``blocks``, as found by :meth:`find`."""
+        """Take one more hold on each of ``blocks``, as found by :meth:`find`."""
         for block in blocks:
             if self._holders[block] == 0:
                 del self._free[block]
             self._holders[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Take ``count`` free blocks; what they held is forgotten. The caller has checked :attr:`num_free`."""
+        """Take ``count`` free blocks and forget their content. The caller has checked :attr:`num_free`."""
         taken: list[int] = []
         for _ in range(count):
             block, _ = self._free.popitem(last=False)
@@ -69,14 +69,14 @@ class BlockManager:
         return taken
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back one hold of each block. The last of a sequence is reused first, since its prefix is worth more."""
+        """Give back one hold on each block. The last is reused first, since the beginning of a prompt is shared more often."""
         for block in reversed(blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:
                 self._free[block] = None
 
     def remember(self, block: int, block_hash: BlockHash) -> None:
-        """A held block is full and computed: from now on it is found by its hash."""
+        """Make a full, computed block findable by its hash. The caller holds it."""
         if self._hash_of[block] is None and block_hash not in self._block_of:
             self._hash_of[block] = block_hash
             self._block_of[block_hash] = block
@@ -89,7 +89,7 @@ class BlockManager:
 
 
 class BlockHasher:
-    """Hashes of the full blocks of one growing sequence, each computed once."""
+    """Computes the hashes of the full blocks of one growing sequence, each once."""
 
     def __init__(self, block_size: int, items: Sequence[PromptItem], salt: str) -> None:
         self._block_size = block_size
@@ -98,7 +98,7 @@ class BlockHasher:
         self._root = blake3(salt.encode()).digest()
 
     def hashes(self, token_ids: Sequence[int]) -> list[BlockHash]:
-        """Hashes of all full blocks of ``token_ids``, which only ever grows."""
+        """Return the hashes of all full blocks of ``token_ids``, which may only have grown since the last call."""
         for index in range(len(self._hashes), len(token_ids) // self._block_size):
             start = index * self._block_size
             before = self._hashes[-1] if self._hashes else self._root
@@ -106,11 +106,11 @@ class BlockHasher:
         return self._hashes
 
     def digest(self, token_ids: Sequence[int]) -> str:
-        """Hex that names all of ``token_ids`` and the items among them, whatever the size of a block."""
+        """Return hex that names ``token_ids`` and the items among them, independent of the block size."""
         return self._chained(self._root, 0, token_ids).hex()
 
     def _chained(self, before: BlockHash, start: int, token_ids: Sequence[int]) -> BlockHash:
-        """Hash of the tokens from ``start`` on, and of all before them."""
+        """Return the hash of the tokens from ``start`` on and, through ``before``, of all that precede them."""
         end = start + len(token_ids)
         content = blake3(before)
         content.update(array("q", token_ids).tobytes())

@@ -1,4 +1,4 @@
-"""What one engine is made from."""
+"""The configuration of one engine."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from chiasm.wire import Role
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One engine. None means: chosen at start from the model and the machine, and reported in the log."""
+    """One engine. None means that the engine chooses at start, from the model and the machine, and logs its choice."""
 
     model: Path
-    """Folder of the checkpoint."""
+    """The folder of the checkpoint."""
     role: Role
     dtype: str = "auto"
     """``auto`` (float32 on CPU, the checkpoint's on CUDA), ``float32``, ``bfloat16`` or ``float16``."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     threads: int | None = None
-    """Threads of one operator on CPU; None leaves PyTorch's default, which is all cores."""
+    """Intra-op CPU threads; None keeps PyTorch's default, which is all cores."""
     block_size: int = 16
-    """Tokens of one KV block."""
+    """Tokens per KV block."""
     kv_cache_bytes: int | None = None
     encoder_cache_bytes: int = 512 << 20
-    """Bound of the embeddings held in memory."""
+    """Maximum total size of the embeddings held in memory."""
     max_num_batched_tokens: int = 2048
-    """Rows of one step, decodes and prefill chunks together."""
+    """Maximum rows of one step, decodes and prefill chunks together."""
     max_num_seqs: int = 64
-    """Sequences that compute at the same time."""
+    """Maximum number of sequences that compute at the same time."""
     max_queued_requests: int = 256
     max_model_len: int | None = None
-    """Tokens of prompt and answer together."""
+    """Maximum tokens of prompt and answer together."""
     max_items: int = 16
-    """Images of one request."""
+    """Maximum number of images per request."""
     ec: ECTransferConfig | None = None
     """How embeddings travel; None for an aggregated instance, which makes its own, and for decode, which needs none."""
     kv: KVTransferConfig | None = None

@@ -1,4 +1,4 @@
-"""What of the machine an engine uses: device, dtype, threads, memory."""
+"""The parts of the machine that an engine uses: device, dtype, threads, memory."""
 
 from __future__ import annotations
 
@@ -21,76 +21,70 @@ logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 1 << 30
 MIXED_PREFILL_TOKENS = {"cpu": 64, "cuda": 1024}
-"""Prefill rows beside decodes that keep a step short for the streams that run, and still use the device well."""
+"""Prefill rows in a step that also decodes: few enough to keep running streams fluent, enough to use the device well."""
 KV_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
-"""Of the memory that is free once the weights are loaded, the part that the KV cache may take."""
+"""Share of the memory that is free once the weights are loaded, which the KV cache may take."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` takes CUDA where there is one. Raises ConfigurationError for a device that isn't there."""
+    """Return the device called ``name``; ``auto`` prefers CUDA. Raises ConfigurationError if the device is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigurationError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from error
+        raise ConfigurationError(f"Unknown device {name!r}; use auto, cpu, cuda or cuda:N.") from error
     if device.type not in KV_CACHE_SHARE:
-        raise ConfigurationError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+        raise ConfigurationError(f"Device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigurationError(f"device {name!r}: this PyTorch sees no CUDA device; use --device cpu")
+            raise ConfigurationError(
+                f"Device {name!r} does not exist: this PyTorch sees no CUDA device. Use --device cpu."
+            )
         if (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigurationError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+            raise ConfigurationError(
+                f"Device {name!r} does not exist; there are {torch.cuda.device_count()} CUDA devices."
+            )
         device = torch.device("cuda", device.index or 0)
     return device
 
 
 def choose_dtype(name: str, model: Path, device: torch.device) -> torch.dtype:
-    """``auto`` is float32 on CPU and the checkpoint's own on CUDA."""
+    """Return the dtype called ``name``; ``auto`` is float32 on CPU and the checkpoint's own on CUDA."""
     if name == "auto":
         if device.type == "cpu":
             return torch.float32
         config = json.loads((model / "config.json").read_text())
         name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     if name not in _DTYPES:
-        raise ConfigurationError(f"unknown dtype {name!r}; use auto, {', '.join(_DTYPES)}")
+        raise ConfigurationError(f"Unknown dtype {name!r}; use auto, {', '.join(_DTYPES)}.")
     return _DTYPES[name]
 
 
 def use_threads(count: int | None) -> None:
-    """Bound the threads of one operator, for the calling thread and those made later."""
+    """Set the number of intra-op threads, for the calling thread and those made later; None keeps PyTorch's default."""
     if count is not None:
         torch.set_num_threads(count)
 
 
-def threads_used(count: int | None) -> int:
-    """How many there are then, for one operator."""
-    return count or int(torch.get_num_threads())
-
-
 def check_memory(model: Path, device: torch.device) -> None:
-    """Raise ConfigurationError when the checkpoint is plainly larger than the memory that is free."""
+    """Raise ConfigurationError if the checkpoint is clearly larger than the free memory."""
     needed = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if needed > free:
         raise ConfigurationError(
-            f"{model} has {needed / 2**30:.1f} GiB of weights and {free / 2**30:.1f} GiB of memory is free on {device}"
+            f"{model} has {needed / 2**30:.1f} GiB of weights, but only {free / 2**30:.1f} GiB of memory is free on {device}."
         )
 
 
 def kv_cache_blocks(config: EngineConfig, language: LanguageModel, max_model_len: int) -> tuple[int, int]:
-    """How many KV blocks there are, and the context that they allow.
+    """Return the number of KV blocks, and the context that they allow.
 
-    A context that nobody asked for gives way to the memory (with a warning); one that was asked for does not.
+    If memory is short, a context that the config doesn't ask for shrinks, with a warning. Raises ConfigurationError for one
+    that it asks for.
     """
-    block_bytes = KVCache.bytes_per_block(
-        num_layers=language.num_layers,
-        block_size=config.block_size,
-        num_kv_heads=language.num_kv_heads,
-        head_dim=language.head_dim,
-        dtype=language.dtype,
-    )
+    block_bytes = KVCache.bytes_per_block(language, config.block_size)
     total_bytes = config.kv_cache_bytes
     if total_bytes is None:
         if language.device.type == "cpu":
@@ -106,9 +100,11 @@ def kv_cache_blocks(config: EngineConfig, language: LanguageModel, max_model_len
     if context < max_model_len:
         if config.max_model_len is not None or context < config.block_size:
             raise ConfigurationError(
-                f"a context of {max_model_len} tokens needs {-(-max_model_len // config.block_size) * block_bytes} bytes of "
-                f"KV cache and there are {total_bytes}; lower --max-model-len or raise --kv-cache-bytes"
+                f"A context of {max_model_len} tokens needs {-(-max_model_len // config.block_size) * block_bytes} bytes of "
+                f"KV cache, but there are {total_bytes}; lower --max-model-len or raise --kv-cache-bytes."
             )
-        logger.warning("the KV cache holds %d tokens: the context is that, not the model's %d", context, max_model_len)
+        logger.warning(
+            "The KV cache holds %d tokens, so the context is limited to them instead of %d.", context, max_model_len
+        )
         max_model_len = context
     return num_blocks, max_model_len

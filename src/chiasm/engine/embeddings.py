@@ -1,4 +1,7 @@
-"""The embeddings of an engine: those in memory, how they get there, and how each item was had."""
+"""The embeddings in an engine's memory: how they get there, and what each item of a request cost.
+
+Between the engine, which knows requests and sequences, and its EC connector, which knows neither.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from torch import Tensor
 
 from chiasm.ec_transfer import ECConnector
 from chiasm.engine.request import ItemOutcome, ItemTiming
+from chiasm.engine.request_state import RequestState
 from chiasm.engine.scheduler import Scheduler, Step
 from chiasm.engine.sequence import Sequence
-from chiasm.engine.state import RequestState
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, EmbeddingUnavailableError
 from chiasm.models.base import PromptItem
 
 if TYPE_CHECKING:
@@ -26,15 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 class Embeddings:
-    """The encoder cache's tensors, which the scheduler's encoder cache manager accounts for.
+    """The adapter of the EC connector, both halves, and the tensors that the encoder cache manager accounts for.
 
-    They come through an EC connector (both its halves are here), or, in an aggregated engine, from its own vision tower; a
-    decode engine has neither and never asks. All methods belong to the engine's thread.
+    An aggregated engine has a vision tower instead of a connector; a decode engine has neither, since it computes no images.
+    All methods belong to the engine's thread.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
+        entry_width: int,
         *,
         connectors: tuple[ECConnector, ECConnector] | None = None,
         vision: VisionModel | None = None,
@@ -42,6 +46,7 @@ class Embeddings:
         """``connectors`` are the scheduler role and the worker role."""
         self.entries: dict[str, Tensor] = {}
         """``[rows, entry_width]`` by identifier."""
+        self._entry_width = entry_width
         self.outcomes: Counter[ItemOutcome] = Counter()
         self.wait_seconds = 0.0
         self.images_encoded = 0
@@ -53,18 +58,19 @@ class Embeddings:
 
     @property
     def stats(self) -> ECConnectorStats | None:
-        """The connector's."""
+        """The connector's counters."""
         return self._worker_role.stats if self._worker_role is not None else None
 
     def stop(self) -> None:
+        """Shut the connector down."""
         for connector in (self._scheduler_role, self._worker_role):
             if connector is not None:
                 connector.shutdown()
 
-    # ---- how each item was had ------------------------------------------------------------------------------------------
+    # ---- how a request gets its items ---------------------------------------------------------------------------------
 
-    def count(self, state: RequestState) -> None:
-        """See which items are there on admission; the others count when they come, or when the request fails."""
+    def admit(self, state: RequestState) -> None:
+        """Count the items that exist on admission as hits; the others count when they come, or when the request fails."""
         sequence = state.sequences[0]
         num_cached = self._scheduler.num_cached_tokens(sequence)
         stored = self._scheduler_role is not None and self._scheduler_role.ensure_cache_available(sequence, num_cached)
@@ -85,7 +91,7 @@ class Embeddings:
                 state.missing[item.identifier] = timing
 
     def note(self, state: RequestState, identifier: str, outcome: ItemOutcome) -> None:
-        """An item that was missing is there now, or never will be."""
+        """Count an item that was missing: it is there now, or never will be."""
         timing = state.missing.pop(identifier, None)
         if timing is not None:
             timing.outcome = outcome
@@ -93,10 +99,10 @@ class Embeddings:
             self.outcomes[outcome] += 1
             self.wait_seconds += timing.wait_seconds
 
-    # ---- how it gets here -----------------------------------------------------------------------------------------------
+    # ---- how entries get into memory ----------------------------------------------------------------------------------
 
     def load(self, states: Mapping[str, RequestState]) -> None:
-        """Load, through the connector, the embeddings that the next chunks want and that exist by now."""
+        """Load those embeddings through the connector that the next chunks want and that exist by now."""
         if self._scheduler_role is None or self._worker_role is None:
             return
         arrivals: list[tuple[Sequence, PromptItem]] = []
@@ -127,7 +133,7 @@ class Embeddings:
                 self.note(states[sequence.request_id], item.identifier, ItemOutcome.WAITED)
 
     def encode(self, step: Step, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
-        """Make the embeddings that the step needs (aggregated role); returns the requests for which that failed."""
+        """Encode what the step needs (aggregated role), and return the requests for which that failed."""
         failed: list[tuple[RequestState, ChiasmError]] = []
         for sequence, item in step.encode:
             state = states[sequence.request_id]
@@ -139,9 +145,9 @@ class Embeddings:
             try:
                 entry = self._vision.encode(state.request.pixels[item.identifier])
             except Exception as error:
-                logger.exception("encoding failed")
+                logger.exception("Encoding an image failed.")
                 self._scheduler.item_lost(item.identifier)
-                failed.append((state, ChiasmError(f"the encoder failed on an image: {type(error).__name__}")))
+                failed.append((state, ChiasmError(f"The encoder failed on an image: {type(error).__name__}.")))
                 continue
             self.entries[item.identifier] = entry
             seconds = time.monotonic() - started
@@ -154,10 +160,27 @@ class Embeddings:
                 self.note(state, item.identifier, ItemOutcome.ENCODED)
         return failed
 
-    # ---- how it goes ----------------------------------------------------------------------------------------------------
+    def unusable(self, step: Step, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
+        """Return the requests in the step with an entry of another shape than they expect, or one lost since planning."""
+        failed: list[tuple[RequestState, ChiasmError]] = []
+        for part in step.prefills:
+            for item in part.sequence.items_between(part.start, part.end):
+                entry = self.entries.get(item.identifier)
+                expected = (len(item.geometry.rows), self._entry_width)
+                if entry is None or tuple(entry.shape) != expected:
+                    found = "is gone" if entry is None else f"has the shape {tuple(entry.shape)}"
+                    error = EmbeddingUnavailableError(
+                        f"The embedding of item {item.identifier[:12]}… {found}, but the request needs the shape {expected}. "
+                        "Check that encoder and prefill serve the same model, and that the image size sent is right."
+                    )
+                    failed.append((states[part.sequence.request_id], error))
+                    break
+        return failed
+
+    # ---- how entries leave it -----------------------------------------------------------------------------------------
 
     def drop_evicted(self) -> None:
-        """Free the tensors of what the manager has thrown out."""
+        """Free the tensors that the manager has evicted."""
         for identifier in self._scheduler.encoder_cache.take_evicted():
             self.entries.pop(identifier, None)
 

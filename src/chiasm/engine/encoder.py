@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor
 from chiasm.engine.base import Engine
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.device import check_memory, use_threads
-from chiasm.engine.request import EncodedItem, EncodeItem, ItemOutcome
-from chiasm.engine.stats import EngineStats
-from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestError, OverloadedError
+from chiasm.engine.request import EncodedItem, EncodeItem, EngineStats, ItemOutcome
+from chiasm.errors import ChiasmError, Code, DeadlineExceededError, OverloadedError
 from chiasm.media import MediaConfig
 from chiasm.media.image import decode
 from chiasm.models import load_vision
@@ -32,43 +31,21 @@ T = TypeVar("T")
 
 @dataclass
 class _Encoding:
-    """An item that is being encoded, and how many requests wait for it."""
+    """An item that is being encoded, and the number of requests that wait for it."""
 
     task: asyncio.Task[EncodedItem]
     waiters: int = 0
 
 
-@dataclass
-class _Progress:
-    """Seconds of the stages of one item; what is neither is queueing."""
-
-    started: float = field(default_factory=time.monotonic)
-    preprocess: float = 0.0
-    encode: float = 0.0
-    publish: float = 0.0
-
-    def result(self, identifier: str, metadata: dict[str, list[int]], outcome: ItemOutcome) -> EncodedItem:
-        total = time.monotonic() - self.started
-        return EncodedItem(
-            identifier,
-            metadata,
-            outcome,
-            self.preprocess,
-            self.encode,
-            self.publish,
-            max(0.0, total - self.preprocess - self.encode - self.publish),
-        )
-
-
 class EncoderEngine(Engine):
-    """Role ``encoder``. Each stage has threads of its own, so that an item is published while the next is encoded.
+    """Role ``encoder``. Each stage has its own threads, so that one item is published while the next is encoded.
 
-    An item is encoded by itself, in order of arrival; the same item asked for twice at once is encoded once.
+    Items are encoded one by one, in order of arrival; requests for the same item at the same time share one encoding.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         if config.ec is None:
-            raise ValueError("an encoder publishes through a connector: EngineConfig.ec is missing")
+            raise ValueError("An encoder publishes through an EC connector, but EngineConfig.ec is missing.")
         super().__init__(config)
         self._started = False
         self._in_flight: dict[str, _Encoding] = {}
@@ -86,10 +63,10 @@ class EncoderEngine(Engine):
         self._encode_pool = ThreadPoolExecutor(1, "chiasm-encode", initializer=use_threads, initargs=(config.threads,))
         self._publish_pool = ThreadPoolExecutor(2, "chiasm-publish")
         self._started = True
-        logger.info("encoder ready: %s on %s", self.dtype, self.device)
+        logger.info("The encoder is ready: %s on %s.", self.dtype, self.device)
 
     def stop(self) -> None:
-        """Drop what has not begun and wait for what has. Idempotent."""
+        """Drop items that have not begun, and wait for those that have. Idempotent."""
         if self._started:
             self._started = False
             for pool in (self._preprocess_pool, self._encode_pool, self._publish_pool):
@@ -102,7 +79,7 @@ class EncoderEngine(Engine):
         return self._started
 
     def stats(self) -> EngineStats:
-        """A snapshot; cheap, from any thread."""
+        """Return a snapshot; cheap, from any thread."""
         return EngineStats(
             num_running=min(1, len(self._in_flight)),
             num_waiting=max(0, len(self._in_flight) - 1),
@@ -113,14 +90,13 @@ class EncoderEngine(Engine):
         )
 
     async def encode(self, request_id: str, items: Sequence[EncodeItem], deadline: float) -> list[EncodedItem]:
-        """Publish the embeddings of ``items`` and answer, in their order, when all can be found.
+        """Publish the embeddings of ``items``; return the results in the same order when all are in the store.
 
-        ``deadline`` is in ``time.monotonic()``. Raises MediaError for what is no image, OverloadedError when too much
-        is queued, StorageError when an embedding could not be published, DeadlineExceededError. Cancelling drops what
-        has not begun and nobody else waits for.
+        ``deadline`` is in ``time.monotonic()``. Raises MediaError for data that is not an image, OverloadedError if too
+        many images are queued, StorageError if an embedding could not be published, and DeadlineExceededError.
+        Cancelling drops the items that have not begun, unless another request waits for them.
         """
-        if len(items) > self.config.max_items:
-            raise InvalidRequestError(f"the request has {len(items)} images and {self.config.max_items} is the limit")
+        assert len(items) <= self.config.max_items
         timeout = deadline - time.monotonic()
         tasks = [asyncio.ensure_future(self._share(item)) for item in items]
         try:
@@ -128,18 +104,21 @@ class EncoderEngine(Engine):
                 return list(await asyncio.gather(*tasks))
         except TimeoutError as error:
             raise DeadlineExceededError(
-                f"the images of {request_id} were not encoded within {timeout:.1f} s"
+                f"The images of {request_id} were not encoded within {timeout:.1f} s.", code=Code.DEADLINE_EXCEEDED
             ) from error
         finally:
             for task in tasks:
                 task.cancel()
 
     async def _share(self, item: EncodeItem) -> EncodedItem:
-        """Encode an item, together with whoever else asks for it at this time."""
+        """Encode an item, or join the encoding of the same item that is under way."""
         encoding = self._in_flight.get(item.identifier)
         if encoding is None:
             if len(self._in_flight) >= self.config.max_queued_requests:
-                raise OverloadedError(f"{len(self._in_flight)} images are queued on this encoder; try again later")
+                raise OverloadedError(
+                    f"{len(self._in_flight)} images are queued on this encoder; try again later.",
+                    code=Code.TOO_MANY_REQUESTS,
+                )
             encoding = _Encoding(asyncio.create_task(self._encode(item)))
             self._in_flight[item.identifier] = encoding
         encoding.waiters += 1
@@ -153,22 +132,28 @@ class EncoderEngine(Engine):
                     del self._in_flight[item.identifier]
 
     async def _encode(self, item: EncodeItem) -> EncodedItem:
-        progress = _Progress()
-        geometry = self.processor.geometry_of_size(item.height, item.width)
+        started = time.monotonic()
+        metadata = self.processor.geometry_of_size(item.height, item.width).metadata
+
+        def result(
+            outcome: ItemOutcome, preprocess: float = 0.0, encode: float = 0.0, publish: float = 0.0
+        ) -> EncodedItem:
+            self._items[outcome] += 1
+            queue_seconds = max(0.0, time.monotonic() - started - preprocess - encode - publish)
+            return EncodedItem(item.identifier, metadata, outcome, preprocess, encode, publish, queue_seconds)
+
         if self._ec_scheduler.has_cache_item(item.identifier):
-            self._items[ItemOutcome.HIT] += 1
-            return progress.result(item.identifier, geometry.metadata, ItemOutcome.HIT)
-        pixels, progress.preprocess = await self._in(self._preprocess_pool, lambda: self._preprocess(item))
-        entry, progress.encode = await self._in(self._encode_pool, lambda: self._run(pixels))
-        _, progress.publish = await self._in(
+            return result(ItemOutcome.HIT)
+        pixels, preprocess_seconds = await self._in(self._preprocess_pool, lambda: self._preprocess(item))
+        entry, encode_seconds = await self._in(self._encode_pool, lambda: self._run(pixels))
+        _, publish_seconds = await self._in(
             self._publish_pool, lambda: self._ec_worker.save_caches({item.identifier: entry}, item.identifier)
         )
-        self._items[ItemOutcome.ENCODED] += 1
-        self._encode_seconds += progress.encode
-        return progress.result(item.identifier, geometry.metadata, ItemOutcome.ENCODED)
+        self._encode_seconds += encode_seconds
+        return result(ItemOutcome.ENCODED, preprocess_seconds, encode_seconds, publish_seconds)
 
     def _preprocess(self, item: EncodeItem) -> Pixels:
-        # Whoever inspected the file found this size within its limits; a larger one now would be a lie.
+        # The server found this size in the header and within its limits; decoding to a larger one must fail.
         return self.processor.preprocess(decode(item.data, MediaConfig(max_image_pixels=item.height * item.width)))
 
     def _run(self, pixels: Pixels) -> Tensor:
@@ -181,12 +166,12 @@ class EncoderEngine(Engine):
         except ChiasmError:
             raise
         except Exception as error:
-            logger.exception("encoding failed")
-            raise ChiasmError(f"the encoder failed on an image: {type(error).__name__}") from error
+            logger.exception("Encoding an image failed.")
+            raise ChiasmError(f"The encoder failed on an image: {type(error).__name__}.") from error
 
     @staticmethod
     async def _in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> tuple[T, float]:
-        """Run ``work`` in a thread of the pool; returns its result and the seconds that it took there."""
+        """Run ``work`` in a thread of the pool; return its result and the seconds that it took there."""
 
         def timed() -> tuple[T, float]:
             started = time.monotonic()

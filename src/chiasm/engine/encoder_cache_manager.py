@@ -1,4 +1,4 @@
-"""Accounts for the embeddings that are in memory: which are, who needs them, and which go when room is short."""
+"""Accounting for the embeddings in memory: which are there, who needs them, and which are evicted when room is short."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 class _Entry:
     num_bytes: int
     holders: dict[str, int] = field(default_factory=dict)
-    """Sequences that still need it, with their arrival number."""
+    """Arrival numbers of the sequences that still need it, by sequence."""
 
 
 class EncoderCacheManager:
-    """Bounds the encoder cache. Pure bookkeeping: the tensors are in the dict of whoever runs the model.
+    """Bounds the encoder cache. Pure bookkeeping: :class:`~chiasm.engine.embeddings.Embeddings` has the tensors.
 
-    An entry is held by the sequences whose prefill has not passed it. Entries that nobody holds go first, least recently
-    used first. When only held ones are left, a sequence may take room from those that come after it, or from what it
-    needs later itself, so that the oldest can always go on: what was taken is loaded again when its turn comes.
+    An entry is held by the sequences whose prefill has not passed it. Entries that no sequence holds are evicted first, least
+    recently used first. If only held ones are left, a sequence may evict those of later sequences, and those that it needs
+    later itself, so that the oldest sequence can always continue; an evicted entry is loaded again when it is needed.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -33,13 +33,13 @@ class EncoderCacheManager:
 
     @property
     def identifiers(self) -> Set[str]:
-        """Of all entries that have room."""
+        """Identifiers of all entries that have room."""
         return self._entries.keys()
 
     def allocate(self, identifier: str, num_bytes: int, *, arrival: int, keep: Set[str] = frozenset()) -> bool:
-        """Make room for an entry on behalf of a sequence that arrived as number ``arrival``; False if there is none.
+        """Make room for an entry that the sequence with this arrival number needs; return False if there is none.
 
-        What is in ``keep`` stays: what the sequence needs before this entry, and what the step uses already.
+        Entries in ``keep`` stay: those that the sequence needs before this one, and those that the step uses already.
         """
         if identifier in self._entries:
             return True
@@ -64,25 +64,25 @@ class EncoderCacheManager:
         return True
 
     def hold(self, identifier: str, sequence_id: str, arrival: int) -> None:
-        """The sequence needs the entry until it releases it."""
+        """Note that the sequence needs the entry until it releases it."""
         self._entries[identifier].holders[sequence_id] = arrival
         self._entries.move_to_end(identifier)
 
     def release(self, identifier: str, sequence_id: str) -> None:
-        """The sequence needs the entry no more, or never got to it."""
+        """Note that the sequence no longer needs the entry."""
         entry = self._entries.get(identifier)
         if entry is not None:
             entry.holders.pop(sequence_id, None)
 
     def remove(self, identifier: str) -> None:
-        """Drop the entry now, held or not."""
+        """Drop the entry, held or not."""
         entry = self._entries.pop(identifier, None)
         if entry is not None:
             self.used_bytes -= entry.num_bytes
             self._evicted.append(identifier)
 
     def take_evicted(self) -> list[str]:
-        """Identifiers dropped since the last call, whose tensors are to be freed, unless they came back since."""
+        """Return the identifiers dropped since the last call and not allocated again: their tensors are to be freed."""
         evicted = [identifier for identifier in self._evicted if identifier not in self._entries]
         self._evicted.clear()
         return evicted

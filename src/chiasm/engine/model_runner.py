@@ -1,4 +1,4 @@
-"""Runs one planned step on the language model: rows in, one token per sampling sequence out."""
+"""Running a planned step on the language model: rows in, one token per sampling sequence out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chiasm.models.base import LanguageModel, Positions
 
 
 class ModelRunner:
-    """Holds the KV cache and the rotary positions of the sequences that run."""
+    """Runs steps. Holds the KV cache, and the rotary positions of the prompts that run."""
 
     def __init__(self, language: LanguageModel, kv_cache: KVCache, eos_token_ids: frozenset[int]) -> None:
         self.language = language
@@ -25,14 +25,14 @@ class ModelRunner:
         self._positions: dict[str, Positions] = {}
 
     def forget(self, request_id: str) -> None:
-        """Drop what is kept for a request that ended."""
+        """Drop the positions of a request that ended."""
         self._positions.pop(request_id, None)
 
     @torch.inference_mode()
     def execute(self, step: Step, encoder_cache: Mapping[str, Tensor]) -> dict[str, Sampled]:
-        """Run the step; returns the new token of each sequence that samples, by ``sequence_id``.
+        """Run the step; return the new token of each sequence that samples, by ``sequence_id``.
 
-        ``encoder_cache`` holds the entry ``[rows, entry_width]`` of every item that the step's chunks reach into.
+        ``encoder_cache`` has the entry ``[rows, entry_width]`` of every item that the step's chunks reach into.
         """
         device = self.language.device
         parts = step.scheduled
@@ -88,7 +88,7 @@ class ModelRunner:
         return torch.cat([positions.ids[:, part.start :], generated], dim=1)
 
     def _entries(self, step: Step, encoder_cache: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Embedding rows of the step, and the rows of the step that they replace."""
+        """Return the embedding rows that the step uses, and the indices of the step's rows that they replace."""
         rows: list[Tensor] = []
         index: list[int] = []
         base = len(step.decodes)

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it."""
+"""What goes into an engine and what comes out of it: requests, outputs, their costs, and counters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal
 from chiasm.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from chiasm.ec_transfer import ECConnectorStats
+    from chiasm.kv_transfer import KVConnectorStats
     from chiasm.models.base import Metadata, Pixels, Prompt
-    from chiasm.wire import KVTransferParams
+    from chiasm.wire import KVTransferParams, TokenLogprob
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
@@ -20,10 +22,11 @@ MAX_STOP_STRINGS = 16
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen, with OpenAI's meanings and vLLM's extensions. Raises InvalidRequestError when out of range.
+    """How tokens are chosen; fields mean what they mean in OpenAI's API and in vLLM's extensions of it.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 and ``seed`` None switch those off. ``logprobs`` is None (none wanted) or
-    the number of alternatives to report beside the chosen token. Log probabilities are those of the model's raw logits.
+    Raises InvalidRequestError for a value out of range. ``temperature`` 0 is greedy; ``top_k`` 0 and -1 and ``seed`` None
+    switch the feature off. ``logprobs`` is None (none wanted) or the number of candidates to report beside the chosen
+    token; log probabilities are those of the model's raw logits.
     """
 
     max_tokens: int = 16
@@ -58,18 +61,20 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise InvalidRequestError(f"{name} must be between {low} and {high}, got {value}", param=name)
+                raise InvalidRequestError(f"{name} must be between {low} and {high}, got {value}.", param=name)
         if not 0.0 < self.top_p <= 1.0:
-            raise InvalidRequestError(f"top_p must be above 0 and at most 1, got {self.top_p}", param="top_p")
+            raise InvalidRequestError(f"top_p must be above 0 and at most 1, got {self.top_p}.", param="top_p")
         if not 0.0 < self.repetition_penalty <= 10.0:
             raise InvalidRequestError(
-                f"repetition_penalty must be above 0 and at most 10, got {self.repetition_penalty}",
+                f"repetition_penalty must be above 0 and at most 10, got {self.repetition_penalty}.",
                 param="repetition_penalty",
             )
         if len(self.stop) > MAX_STOP_STRINGS or any(not stop for stop in self.stop):
-            raise InvalidRequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, none empty", param="stop")
+            raise InvalidRequestError(
+                f"stop must have at most {MAX_STOP_STRINGS} strings, none of them empty.", param="stop"
+            )
         if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
-            raise InvalidRequestError("logit_bias values must be between -100 and 100", param="logit_bias")
+            raise InvalidRequestError("logit_bias values must be between -100 and 100.", param="logit_bias")
 
     @property
     def greedy(self) -> bool:
@@ -78,31 +83,31 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One request to the language model."""
+    """One request to a language engine. The server has checked it; an engine asserts what it relies on."""
 
     request_id: str
     prompt: Prompt
     sampling: SamplingParams
     deadline: float
-    """``time.monotonic()`` at which it fails if it has not ended; the wait for embeddings counts towards it."""
+    """``time.monotonic()`` at which it fails if it has not ended; includes the wait for embeddings."""
     num_choices: int = 1
-    """Independent continuations (OpenAI's ``n``); choice ``i`` samples with ``seed + i`` where a seed is given."""
+    """Independent continuations (OpenAI's ``n``); choice ``i`` samples with ``seed + i``."""
     pixels: Mapping[str, Pixels] = field(default_factory=dict)
-    """Preprocessed items by identifier; an aggregated engine encodes them, a PD takes none."""
+    """Preprocessed items by identifier, which an aggregated engine encodes; empty for the other roles."""
     cache_salt: str = ""
-    """Requests of different salts share no KV blocks."""
+    """Requests with different salts share no KV blocks."""
     kv_transfer_params: KVTransferParams | None = None
-    """What a prefill instance is to do, or the handle that a decode instance goes on from; None for the other roles.
+    """What a prefill instance is asked to do, or the handle with which a decode instance continues; None in other roles.
 
     Its ``output_token_ids`` are part of the answer: they count towards ``max_tokens`` and every limit, as if sampled here.
     """
 
 
 class ItemOutcome(enum.StrEnum):
-    """How an item's embedding became usable."""
+    """How a request got the embedding of an item."""
 
     HIT = "hit"
-    """It was there when the request was admitted: in memory, in the connector, or its KV in the prefix cache."""
+    """It existed when the request was admitted: in memory, in the store, or as KV in the prefix cache."""
     WAITED = "waited"
     """It came later, within the deadline."""
     MISSED = "missed"
@@ -124,32 +129,23 @@ class ItemTiming:
 
 @dataclass
 class RequestTiming:
-    """Where the time to the first token went. Seconds; None where it did not happen (yet)."""
+    """Where the time to the first token went. Seconds; None for what has not happened."""
 
     queue_seconds: float | None = None
-    """From arrival to the first scheduled chunk, time spent waiting for embeddings aside."""
+    """From arrival to the first scheduled chunk, without waits for embeddings."""
     wait_seconds: float = 0.0
-    """In which the request could not go on for want of an embedding."""
+    """Time during which the request could not continue because an embedding was missing."""
     transfer_seconds: float = 0.0
     """Loading embeddings through the connector."""
     kv_seconds: float | None = None
-    """From arrival at a decode instance until the prompt's KV was in its blocks, time in the queue aside."""
+    """From the allocation of blocks on a decode instance until the prompt's KV was in them."""
     encode_seconds: float = 0.0
-    """Encoding here (aggregated role)."""
+    """Encoding on this instance (aggregated role)."""
     prefill_seconds: float | None = None
-    """From the first scheduled chunk to the first token, waits and encoding aside."""
+    """From the first scheduled chunk to the first token, without waits and loads."""
     first_token_seconds: float | None = None
     """From arrival to the first token."""
     items: list[ItemTiming] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log probability of one chosen token and of the most likely alternatives, best first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 FinishReason = Literal["stop", "length"]
@@ -160,32 +156,33 @@ class Output:
     """What one step added to one choice of a request."""
 
     index: int
-    """Which choice."""
+    """Index of the choice."""
     token_ids: tuple[int, ...]
     text: str
-    """Text that became certain in this step: whole characters, and nothing that may still turn into a stop string."""
-    logprobs: tuple[TokenLogprobs, ...] | None
+    """Text that became certain in this step: whole characters, and nothing that may still become a stop string."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    """One for each of ``token_ids``; None if the request asks for none."""
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     """The stop string or stop token that ended the choice; None for the model's own end of answer."""
     timing: RequestTiming
-    """Of the whole request, filled in as far as known."""
+    """The timing of the whole request, filled in as it becomes known."""
     num_cached_tokens: int
     """Prompt tokens taken from the prefix cache."""
     already_sent: bool = False
-    """These tokens came with the request, and the client has them: they count, and are not sent again."""
+    """Whether these tokens came with the request because the client has them: they count, but are not sent again."""
     kv_transfer_params: KVTransferParams | None = None
-    """The handle with which the answer goes on at a decode instance; only with a choice's last output (prefill role).
+    """The handle with which a decode instance continues; only in a choice's last output (prefill role).
 
-    ``finish_reason`` is ``length`` then, as in vLLM, and ``text`` leaves out what may still become a stop string.
+    ``finish_reason`` is then ``length``, as in vLLM, and ``text`` leaves out what may still become a stop string.
     """
 
 
 @dataclass(frozen=True)
 class EncodeItem:
-    """One image for an encoder: the identifier to publish under, and a file that was found to be an image.
+    """One image for an encoder: the identifier to publish it under, and the image file.
 
-    ``height`` and ``width`` are what ``chiasm.media.image.inspect`` says of it, in pixels after rotation by EXIF.
+    ``height`` and ``width`` are in pixels after rotation by EXIF, as :func:`chiasm.media.image.inspect` reports them.
     """
 
     identifier: str
@@ -196,7 +193,7 @@ class EncodeItem:
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """What an encoder answers for one item."""
+    """The result of encoding one image."""
 
     identifier: str
     metadata: Metadata
@@ -206,3 +203,27 @@ class EncodedItem:
     encode_seconds: float
     publish_seconds: float
     queue_seconds: float
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since start and gauges of an engine, for the server's metrics. What does not apply to a role stays 0."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_stalled: int = 0
+    """Requests that wait for an embedding."""
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    prefix_cache_query_tokens: int = 0
+    prefix_cache_hit_tokens: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    items: dict[ItemOutcome, int] = field(default_factory=dict)
+    item_wait_seconds: float = 0.0
+    encoder_cache_bytes: int = 0
+    images_encoded: int = 0
+    encode_seconds: float = 0.0
+    ec: ECConnectorStats | None = None
+    kv: KVConnectorStats | None = None

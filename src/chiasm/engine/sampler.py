@@ -1,6 +1,6 @@
 """Choosing the next token from logits.
 
-Sampling keeps no state: the random number of an output position is a function of the sequence's seed and that position,
+Sampling keeps no state: the random number for an output position is a function of the sequence's seed and that position,
 so that a request continues identically after preemption, in another batch, or in another process.
 """
 
@@ -13,37 +13,38 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from chiasm.engine.request import SamplingParams, TokenLogprobs
+from chiasm.engine.request import SamplingParams
+from chiasm.wire import TokenLogprob
 
 
 @dataclass(frozen=True)
 class SamplingInput:
-    """What the sampler needs of one sequence besides its logits."""
+    """What the sampler needs to know of one sequence besides its logits."""
 
     params: SamplingParams
     seed: int
     prompt_token_ids: AbstractSequence[int]
     output_token_ids: AbstractSequence[int]
     stop_token_ids: frozenset[int]
-    """Tokens that end the answer, kept out until ``min_tokens`` are there."""
+    """Tokens that end the answer; not sampled before there are ``min_tokens``."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The chosen token, and its log probabilities where the request asked for them."""
+    """The chosen token, and its log probability if the request asks for it."""
 
     token_id: int
-    logprobs: TokenLogprobs | None
+    logprobs: TokenLogprob | None
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for output token ``position`` of a sequence: 53 bits of BLAKE3 over both."""
+    """Return a number in [0, 1) for output token ``position`` of a sequence: 53 bits of BLAKE3 over both."""
     digest = blake3(seed.to_bytes(9, "little", signed=True) + position.to_bytes(8, "little")).digest(8)
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
 def sample(logits: Tensor, inputs: AbstractSequence[SamplingInput]) -> list[Sampled]:
-    """Choose one token a row. ``logits`` is float32 ``[B, vocab]`` and is not changed."""
+    """Choose one token per row. ``logits`` is float32 ``[B, vocab]`` and is not changed."""
     best = logits.argmax(dim=-1).tolist()
     return [
         Sampled(best[row], None) if _is_plain_greedy(sequence) else _sample_row(logits[row], sequence)
@@ -75,7 +76,11 @@ def _sample_row(raw: Tensor, sequence: SamplingInput) -> Sampled:
 
 
 def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
-    """Bias, penalties (OpenAI's over the output, repetition over prompt and output after Keskar et al. 2019)."""
+    """Change ``logits`` in place, and return them.
+
+    Presence and frequency penalties count the output, as OpenAI's do; the repetition penalty (Keskar et al. 2019) counts
+    prompt and output.
+    """
     params = sequence.params
     device = logits.device
     if params.repetition_penalty != 1:
@@ -93,7 +98,7 @@ def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
 
 
 def _draw(logits: Tensor, sequence: SamplingInput) -> int:
-    """One draw by inversion of the cumulative distribution, after top-k, top-p (Holtzman et al. 2020) and min-p."""
+    """Draw by inversion of the cumulative distribution, after top-k, top-p (Holtzman et al. 2020) and min-p."""
     params = sequence.params
     probabilities = torch.softmax(logits / params.temperature, dim=-1)
     target = uniform(sequence.seed, len(sequence.output_token_ids))
@@ -114,8 +119,8 @@ def _draw(logits: Tensor, sequence: SamplingInput) -> int:
     return index if order is None else int(order[index])
 
 
-def _logprobs(raw: Tensor, token_id: int, count: int) -> TokenLogprobs:
+def _logprobs(raw: Tensor, token_id: int, count: int) -> TokenLogprob:
     logprobs = torch.log_softmax(raw, dim=-1)
     top = logprobs.topk(min(count, len(logprobs))) if count else None
     alternatives = zip(top.indices.tolist(), top.values.tolist(), strict=True) if top else ()
-    return TokenLogprobs(token_id, float(logprobs[token_id]), tuple(alternatives))
+    return TokenLogprob(float(logprobs[token_id]), tuple(alternatives), token_id)

@@ -1,11 +1,11 @@
-"""Which tokens of which requests run in the next step.
+"""The scheduler: which tokens of which requests run in the next step.
 
-A pure state machine: no clock, no I/O, no tensors. What happens outside comes in as events (``add``, ``item_arrived``,
-``finish``), and ``schedule`` is a function of the state. Prefill is chunked under a token budget (Sarathi-Serve, Agrawal
-et al. 2024), preemption is by recomputation (vLLM, Kwon et al. 2023). What is new here are late embeddings: a prompt is
-prefilled up to the first item whose embedding is missing, and goes on from there when it comes. A sequence whose KV another
-instance holds gets its blocks when there is room for all of them, and runs when they are filled; one that goes on elsewhere
-leaves its blocks behind, held until nobody reads them.
+A pure state machine: no clock, no I/O, no tensors. Everything that happens outside is an event (``add``, ``item_arrived``,
+``finish``, …), and ``schedule`` is a function of the state. Prefill is chunked under a token budget (Sarathi-Serve, Agrawal
+et al. 2024), preemption is by recomputation (vLLM, Kwon et al. 2023). Late embeddings are new here: a prompt is prefilled up
+to the first item whose embedding is missing, and continues when it arrives. A sequence whose KV is on another instance gets
+blocks when there is room for all of it, and runs once they are filled; a sequence that is handed over leaves its blocks
+behind until they have been read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 from chiasm.engine.sequence import Sequence
-from chiasm.errors import InvalidRequestError, OverloadedError
+from chiasm.errors import Code, InvalidRequestError, OverloadedError
 from chiasm.models.base import PromptItem
 
 _AFTER_ALL_RUNNING = 1 << 62
@@ -25,25 +25,25 @@ _AFTER_ALL_RUNNING = 1 << 62
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Bounds of one engine. Tokens are rows of a step; bytes are those of embeddings in the encoder cache."""
+    """The limits of one engine. A token is a row of a step."""
 
     max_num_batched_tokens: int
     max_num_seqs: int
     max_queued_requests: int
-    max_model_len: int
     max_mixed_prefill_tokens: int
-    """Prefill rows of a step that decodes as well: running streams wait for them, so they are fewer."""
+    """Maximum prefill rows of a step that also decodes: fewer, since running streams wait for them."""
     entry_bytes_per_row: int
+    """Size of one row of an embedding in the encoder cache."""
     local_encoder: bool = False
-    """Whether missing embeddings are made in the step itself (aggregated) instead of waited for."""
+    """Whether the step itself encodes missing items (aggregated) instead of waiting for their embeddings."""
     recomputes_items: bool = True
-    """Whether a preempted sequence with items can begin anew here. Where it can't (decode) it waits for a block as long as
-    any other sequence goes on."""
+    """Whether a preempted sequence with items can be recomputed here. If not (decode), it is not preempted while any other
+    sequence can continue."""
 
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """Tokens ``[start, start + num_tokens)`` of a sequence; ``samples`` if a new token follows from the last of them."""
+    """Tokens ``[start, start + num_tokens)`` of a sequence; with ``samples``, the last of them yields a new token."""
 
     sequence: Sequence
     start: int
@@ -62,14 +62,19 @@ class Step:
     decodes: list[ScheduledSequence] = field(default_factory=list)
     prefills: list[ScheduledSequence] = field(default_factory=list)
     encode: list[tuple[Sequence, PromptItem]] = field(default_factory=list)
-    """Items to encode before the language model runs (aggregated), each identifier once."""
+    """Items to encode before the language model runs (aggregated), each once."""
     preempted: list[Sequence] = field(default_factory=list)
     load: list[Sequence] = field(default_factory=list)
-    """Sequences that have blocks now for the KV that is elsewhere."""
+    """Sequences that have just received blocks for KV from another instance."""
 
     @property
     def scheduled(self) -> list[ScheduledSequence]:
         return self.decodes + self.prefills
+
+    def drop_finished(self) -> None:
+        """Take out the sequences that have ended since the step was planned."""
+        self.decodes = [part for part in self.decodes if not part.sequence.finished]
+        self.prefills = [part for part in self.prefills if not part.sequence.finished]
 
 
 class Scheduler:
@@ -84,49 +89,41 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.loading: list[Sequence] = []
-        """Those whose blocks are being filled from elsewhere; finished ones stay until that has ended."""
+        """Sequences whose blocks are being filled from another instance; finished ones stay until that has ended."""
         self._left_behind: dict[str, list[int]] = {}
-        """Blocks of finished sequences that others still read, by request."""
+        """Blocks of finished sequences that decode instances still read, by request."""
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
 
     # ---- events -----------------------------------------------------------------------------------------------------
 
-    def check(self, num_prompt: int, items: list[PromptItem]) -> None:
-        """Raise InvalidRequestError for a prompt that could never run here."""
-        limit = self.config.max_model_len
-        if num_prompt == 0:
-            raise InvalidRequestError("the prompt is empty; send at least one token", param="messages")
-        if num_prompt >= limit:
-            raise InvalidRequestError(
-                f"the prompt has {num_prompt} tokens and the context of this model is {limit}, answer included; "
-                "shorten the prompt, or send fewer or smaller images",
-                param="messages",
-                code="context_length_exceeded",
-            )
+    def check_items(self, items: list[PromptItem]) -> None:
+        """Raise InvalidRequestError for an item that can never fit the encoder cache."""
         for item in items:
             if self.entry_bytes(item) > self.encoder_cache.capacity_bytes:
                 raise InvalidRequestError(
-                    f"an image of {len(item.geometry.rows)} tokens does not fit the encoder cache of "
-                    f"{self.encoder_cache.capacity_bytes} bytes; send a smaller image",
+                    f"An image of {len(item.geometry.rows)} tokens does not fit the encoder cache of "
+                    f"{self.encoder_cache.capacity_bytes} bytes; send a smaller image.",
                     param="messages",
                 )
 
     def add(self, sequences: list[Sequence]) -> None:
-        """Queue the choices of one request. Raises OverloadedError when too many wait already, for whatever reason."""
+        """Queue the choices of one request. Raises OverloadedError if too many wait already, for whatever reason."""
         queued = len(self.waiting) + sum(1 for sequence in self.running if self.is_stalled(sequence))
         if queued + len(sequences) > self.config.max_queued_requests:
             raise OverloadedError(
-                f"{queued} requests are queued here and {self.config.max_queued_requests} is the limit; try again later"
+                f"{queued} requests are queued here and {self.config.max_queued_requests} is the limit; try again later.",
+                code=Code.TOO_MANY_REQUESTS,
             )
-        self.waiting.extend(sequences)
+        for sequence in sequences:
+            _insert(self.waiting, sequence)
 
     def finish(self, sequence: Sequence, *, leave_blocks: bool = False) -> None:
-        """The sequence ended, for whatever reason, at whatever point; all that it holds is free.
+        """End the sequence, for whatever reason and at whatever point, and free all that it holds.
 
-        With ``leave_blocks`` its blocks stay as they are until ``blocks_read``. Blocks that are being filled are free when
-        that has ended (``loaded`` or ``not_loaded``).
+        With ``leave_blocks`` its blocks stay as they are until ``blocks_read``. Blocks that are being filled become free when
+        the transfer has ended (``loaded`` or ``not_loaded``).
         """
         if sequence.finished:
             return
@@ -141,43 +138,41 @@ class Scheduler:
         self._let_go(sequence)
 
     def blocks_read(self, request_id: str) -> None:
-        """Nobody reads any more what the request left behind."""
+        """Free the blocks that the request left behind: nobody reads them any more."""
         self.block_manager.release(self._left_behind.pop(request_id, []))
 
     def loaded(self, sequence: Sequence) -> None:
-        """The sequence's blocks hold the KV of its first ``num_remote`` tokens; it can go on."""
+        """Let the sequence continue: its blocks hold the KV of its first ``num_remote`` tokens."""
         self.loading.remove(sequence)
         if sequence.finished:
             self._let_go(sequence)
             return
         sequence.num_computed, sequence.num_remote = sequence.num_remote, 0
-        hashes = sequence.block_hashes()
-        for index in range(sequence.num_computed // self.block_manager.block_size):
-            self.block_manager.remember(sequence.block_ids[index], hashes[index])
-        insort(self.running, sequence, key=lambda other: other.arrival)
+        self._remember_blocks(sequence, 0)
+        _insert(self.running, sequence)
 
     def not_loaded(self, sequence: Sequence) -> None:
-        """Nothing writes into the sequence's blocks any more, and they are not all filled; the sequence has ended."""
+        """End the sequence: the transfer into its blocks was broken off, and nothing writes into them any more."""
         self.loading.remove(sequence)
         sequence.finished = True
         self._let_go(sequence)
 
     def item_arrived(self, sequence: Sequence, item: PromptItem) -> None:
-        """The embedding is in memory, in room that ``make_room`` gave; sequences that want it can go on."""
+        """Note that an embedding is in memory, in room made by ``make_room``; the sequence holds it."""
         assert item.identifier in self.encoder_cache
         self._hold(sequence, item)
 
     def item_lost(self, identifier: str) -> None:
-        """The embedding could not be loaded after all; it is missing again."""
+        """Note that an embedding could not be loaded or made after all; it is missing again."""
         self.encoder_cache.remove(identifier)
 
     # ---- what is missing --------------------------------------------------------------------------------------------
 
     def wanted_items(self) -> list[tuple[Sequence, list[PromptItem]]]:
-        """Items that the next chunks need and that are not in memory, in the order in which each sequence needs them.
+        """Return the items that the next chunks need and that are not in memory, in the order in which they are needed.
 
         The caller goes through a sequence's items and stops at the first that doesn't exist yet or finds no room, so that
-        what a sequence holds in memory is always what it needs next.
+        a sequence only holds entries that it needs next.
         """
         wanted: list[tuple[Sequence, list[PromptItem]]] = []
         for sequence in [*self.running, *self.waiting[: self.config.max_num_seqs]]:
@@ -195,15 +190,15 @@ class Scheduler:
         return wanted
 
     def num_cached_tokens(self, sequence: Sequence) -> int:
-        """Tokens of a waiting sequence that the prefix cache holds now."""
+        """Return how many tokens of a waiting sequence the prefix cache holds now."""
         return len(self._cached_prefix(sequence)) * self.block_manager.block_size
 
     def _next_token(self, sequence: Sequence) -> int:
-        """The first token that is still to compute, were the sequence scheduled now."""
+        """Return the first token that would be computed if the sequence were scheduled now."""
         return sequence.num_computed or self.num_cached_tokens(sequence)
 
     def make_room(self, sequence: Sequence, item: PromptItem, keep: Set[str] = frozenset()) -> bool:
-        """Reserve room in the encoder cache for an embedding that exists and is about to be loaded or made."""
+        """Reserve room in the encoder cache for an embedding that is about to be loaded or made; return whether there is."""
         before = sequence.items_between(self._next_token(sequence), item.offset)
         needed_before = {other.identifier for other in before}
         return self.encoder_cache.allocate(
@@ -214,7 +209,7 @@ class Scheduler:
         return len(item.geometry.rows) * self.config.entry_bytes_per_row
 
     def is_stalled(self, sequence: Sequence) -> bool:
-        """Whether the sequence cannot go on for want of an embedding."""
+        """Return whether the sequence cannot continue because an embedding is missing."""
         if self.config.local_encoder or sequence.prompt_computed:
             return False
         return self._runnable_end(sequence, sequence.num_computed, sequence.num_tokens) == sequence.num_computed
@@ -237,7 +232,7 @@ class Scheduler:
             if budget > 0 and sequence in self.running:
                 budget -= self._schedule_prefill(sequence, budget, step)
 
-        # Those that wait for an embedding compute nothing, so they take no one's place.
+        # Sequences that wait for an embedding compute nothing, so they don't count.
         computing = sum(1 for sequence in self.running if not self.is_stalled(sequence))
         places = self.config.max_num_seqs - computing - len(self.loading)
         for sequence in list(self.waiting):
@@ -262,16 +257,13 @@ class Scheduler:
         return step
 
     def complete(self, step: Step, sampled: dict[str, int]) -> None:
-        """The step ran: ``sampled`` has the new token of each sequence (by ``sequence_id``) that samples."""
+        """Note that the step ran; ``sampled`` has the new token of each sequence that samples, by ``sequence_id``."""
         for part in step.scheduled:
             sequence = part.sequence
             if sequence.finished:
                 continue
             sequence.num_computed = part.end
-            hashes = sequence.block_hashes()
-            first_changed = part.start // self.block_manager.block_size
-            for index in range(first_changed, part.end // self.block_manager.block_size):
-                self.block_manager.remember(sequence.block_ids[index], hashes[index])
+            self._remember_blocks(sequence, part.start)
             for item in sequence.items:
                 if item.offset + item.length <= sequence.num_computed:
                     self._release_unless_needed(sequence, item)
@@ -281,7 +273,10 @@ class Scheduler:
     # ---- steps of the policy ----------------------------------------------------------------------------------------
 
     def _admit(self, sequence: Sequence, budget: int, step: Step) -> bool | None:
-        """Move a waiting sequence to running if its first chunk can run now. None: no room, and nobody passes it."""
+        """Move a waiting sequence to running if its first chunk can run now.
+
+        Return None if blocks are short: later sequences must not overtake it.
+        """
         prefix = self._cached_prefix(sequence)
         start = len(prefix) * self.block_manager.block_size
         end = min(sequence.num_tokens, start + budget)
@@ -297,18 +292,14 @@ class Scheduler:
             if stalled is None:
                 return None
             self._preempt(stalled, step)
-        self.block_manager.share(prefix)
-        sequence.block_ids = list(prefix)
-        sequence.num_computed = start
-        self._note_prefix(sequence, start)
-        self.waiting.remove(sequence)
-        insort(self.running, sequence, key=lambda other: other.arrival)
+        self._take_prefix(sequence, prefix)
+        _insert(self.running, sequence)
         return True
 
     def _receive(self, sequence: Sequence, step: Step) -> bool:
-        """Give a waiting sequence all blocks that it needs to go on from KV that is elsewhere, if there are as many.
+        """Give a waiting sequence all blocks that it needs for its KV from another instance; return whether there were enough.
 
-        One more stays free for each sequence that runs: what was brought here should not be thrown out again at once.
+        One block stays free for each running sequence, so that KV is not preempted as soon as it has arrived.
         """
         prefix = self.block_manager.find(
             sequence.block_hashes()[: sequence.num_remote // self.block_manager.block_size]
@@ -316,24 +307,32 @@ class Scheduler:
         needed = self.block_manager.blocks_for(sequence.num_remote + 1) - len(prefix)
         if self.block_manager.num_free_after_sharing(prefix) < needed + len(self.running):
             return False
-        self.block_manager.share(prefix)
-        sequence.block_ids = prefix + self.block_manager.allocate(needed)
-        sequence.num_computed = len(prefix) * self.block_manager.block_size
-        self._note_prefix(sequence, sequence.num_computed)
-        self.waiting.remove(sequence)
+        self._take_prefix(sequence, prefix)
+        sequence.block_ids += self.block_manager.allocate(needed)
         self.loading.append(sequence)
         step.load.append(sequence)
         return True
 
-    def _note_prefix(self, sequence: Sequence, num_tokens: int) -> None:
+    def _take_prefix(self, sequence: Sequence, prefix: list[int]) -> None:
+        """Take the sequence out of the waiting ones and give it the blocks of its cached prefix."""
+        self.waiting.remove(sequence)
+        self.block_manager.share(prefix)
+        sequence.block_ids = list(prefix)
+        sequence.num_computed = len(prefix) * self.block_manager.block_size
         if not sequence.was_scheduled:
             sequence.was_scheduled = True
-            sequence.num_cached = num_tokens
+            sequence.num_cached = sequence.num_computed
             self.prefix_query_tokens += sequence.num_prompt
-            self.prefix_hit_tokens += num_tokens
+            self.prefix_hit_tokens += sequence.num_computed
+
+    def _remember_blocks(self, sequence: Sequence, start: int) -> None:
+        """Make the sequence's full blocks findable, from the one that holds token ``start``."""
+        block_size, hashes = self.block_manager.block_size, sequence.block_hashes()
+        for index in range(start // block_size, sequence.num_computed // block_size):
+            self.block_manager.remember(sequence.block_ids[index], hashes[index])
 
     def _schedule_prefill(self, sequence: Sequence, budget: int, step: Step) -> int:
-        """Add the sequence's next chunk to the step; returns its tokens, 0 if it cannot go on now."""
+        """Add the sequence's next chunk to the step; return its number of tokens, 0 if it cannot continue now."""
         start = sequence.num_computed
         end = min(sequence.num_tokens, start + budget)
         if self.config.local_encoder:
@@ -345,7 +344,7 @@ class Scheduler:
         return end - start
 
     def _plan_encoding(self, sequence: Sequence, start: int, end: int, step: Step) -> int:
-        """Have the step encode what the chunk needs, as far as room and the step's budget of rows go."""
+        """Have the step encode what the chunk needs, within room and row budget; return where the chunk has to end."""
         planned = sum(len(item.geometry.rows) for _, item in step.encode)
         for item in sequence.items_between(start, end):
             if item.identifier in self.encoder_cache:
@@ -363,18 +362,18 @@ class Scheduler:
 
     @staticmethod
     def _used_by(step: Step) -> set[str]:
-        """Identifiers of the embeddings that the chunks planned so far read."""
+        """Return the identifiers of the embeddings that the chunks planned so far read."""
         return {item.identifier for part in step.prefills for item in part.sequence.items_between(part.start, part.end)}
 
     def _runnable_end(self, sequence: Sequence, start: int, end: int) -> int:
-        """The furthest that tokens from ``start`` can run: ``end``, or the first item whose embedding is missing."""
+        """Return how far tokens from ``start`` can run: to ``end``, or to the first item whose embedding is missing."""
         for item in sequence.items_between(start, end):
             if item.identifier not in self.encoder_cache:
                 return max(start, item.offset)
         return end
 
     def _reserve(self, sequence: Sequence, num_tokens: int, step: Step) -> bool:
-        """See that the sequence has blocks for ``num_tokens`` tokens, at the cost of others if need be."""
+        """Give the sequence blocks for ``num_tokens`` tokens, preempting others if necessary; return whether it has them."""
         needed = self.block_manager.blocks_for(num_tokens) - len(sequence.block_ids)
         while self.block_manager.num_free < needed:
             victim = self._victim(sequence, step)
@@ -386,11 +385,11 @@ class Scheduler:
         return True
 
     def _is_stuck(self, step: Step) -> bool:
-        """Whether all that run wait for blocks that only one of them could give."""
+        """Return whether nothing can continue until a running sequence gives up its blocks."""
         return bool(self.running) and not (step.scheduled or step.load or step.preempted or self.loading)
 
     def _victim(self, sequence: Sequence, step: Step) -> Sequence | None:
-        """Whose blocks go: the youngest that waits for an embedding, else the youngest that came after ``sequence``."""
+        """Return whom to preempt: the youngest that waits for an embedding, else the youngest that came after ``sequence``."""
         scheduled = {part.sequence.sequence_id for part in step.scheduled}
         others = [
             other
@@ -406,7 +405,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self.running.remove(sequence)
-        insort(self.waiting, sequence, key=lambda other: other.arrival)
+        _insert(self.waiting, sequence)
         self._let_go(sequence)
         step.preempted.append(sequence)
         self.num_preemptions += 1
@@ -424,11 +423,11 @@ class Scheduler:
         sequence.held.add(item.identifier)
 
     def _rank(self, sequence: Sequence) -> int:
-        """Who may take room in the encoder cache from whom: lower from higher. All that run come before all that wait."""
+        """Return the rank for room in the encoder cache: lower evicts higher, and running comes before waiting."""
         return sequence.arrival + (0 if sequence in self.running else _AFTER_ALL_RUNNING)
 
     def _release_unless_needed(self, sequence: Sequence, item: PromptItem) -> None:
-        """Give up an entry whose place is computed, unless the same image comes again further on."""
+        """Release an entry whose place is computed, unless the same image occurs again further on."""
         if item.identifier in sequence.held and not any(
             other.identifier == item.identifier and other.offset + other.length > sequence.num_computed
             for other in sequence.items
@@ -437,7 +436,7 @@ class Scheduler:
             self.encoder_cache.release(item.identifier, sequence.sequence_id)
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks of the prefix cache that serve the sequence; its last token always runs, since it makes the logits."""
+        """Return the prefix cache's blocks for the sequence, without its last token, which must run to make the logits."""
         usable = (sequence.num_tokens - 1) // self.block_manager.block_size
         return self.block_manager.find(sequence.block_hashes()[:usable])
 
@@ -445,3 +444,8 @@ class Scheduler:
     def _follows(sequence: Sequence) -> bool:
         leader = sequence.leader
         return leader is not None and not leader.finished and not leader.prompt_computed
+
+
+def _insert(queue: list[Sequence], sequence: Sequence) -> None:
+    """Insert the sequence in order of arrival."""
+    insort(queue, sequence, key=lambda other: other.arrival)

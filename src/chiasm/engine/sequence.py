@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Sequence:
-    """Tokens, blocks and progress of one choice of a request. The scheduler alone changes its progress."""
+    """Tokens, blocks and progress of one choice of a request. Only the scheduler changes its progress."""
 
     def __init__(
         self,
@@ -34,24 +34,24 @@ class Sequence:
         self.index = index
         self.sequence_id = f"{request_id}/{index}"
         self.arrival = arrival
-        """Number in order of arrival; a lower one goes first."""
+        """Number in order of arrival; the lowest goes first."""
         self.prompt = prompt
         self.sampling = sampling
         self.seed = seed
         self.leader = leader
-        """The first choice of the same request, whose prefill the others wait for, to share its blocks."""
+        """The request's first choice; the others wait for its prefill, to share its blocks."""
         self.token_ids: list[int] = [*prompt.token_ids, *output_token_ids]
         self.block_ids: list[int] = []
         self.num_computed = 0
-        """Tokens whose keys and values are in the blocks."""
+        """Number of tokens whose keys and values are in the blocks."""
         self.num_cached = 0
-        """Of the prompt, those found in the prefix cache when it was first scheduled."""
+        """Prompt tokens that the prefix cache held when the sequence was first scheduled."""
         self.num_remote = num_remote
-        """Tokens, from the first, whose keys and values another instance holds for this one; 0 once they are here."""
+        """Number of tokens, from the first, whose KV is still to come from another instance."""
         self.was_scheduled = False
         self.finished = False
         self.held: set[str] = set()
-        """Identifiers that it holds in the encoder cache."""
+        """Identifiers of the entries that it holds in the encoder cache."""
         self._hasher = BlockHasher(block_size, prompt.items, cache_salt)
 
     @property
@@ -76,7 +76,7 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether one step with one token makes the next one."""
+        """Whether all tokens but the last are computed, and the last was sampled."""
         return self.num_output > 0 and self.num_computed == self.num_tokens - 1
 
     @property
@@ -84,13 +84,13 @@ class Sequence:
         return self.num_computed >= self.num_prompt
 
     def block_hashes(self) -> list[BlockHash]:
-        """Hashes of the full blocks of all tokens so far."""
+        """Return the hashes of the full blocks of all tokens so far."""
         return self._hasher.hashes(self.token_ids)
 
     def digest(self, num_tokens: int) -> str:
-        """Hex; names the first ``num_tokens`` tokens, the items among them and the salt, the same in every instance."""
+        """Return hex that names the first ``num_tokens`` tokens, the items among them and the salt, equal in all instances."""
         return self._hasher.digest(self.token_ids[:num_tokens])
 
     def items_between(self, start: int, end: int) -> list[PromptItem]:
-        """Items with a token in ``[start, end)``, in order."""
+        """Return the items with a token in ``[start, end)``, in order."""
         return [item for item in self.prompt.items if item.offset < end and item.offset + item.length > start]

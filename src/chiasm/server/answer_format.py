@@ -27,9 +27,9 @@ from chiasm.server.protocol import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from chiasm.engine.request import FinishReason, TokenLogprobs
+    from chiasm.engine.request import FinishReason
     from chiasm.server.generation import ChoiceState
-    from chiasm.wire import KVTransferParams
+    from chiasm.wire import KVTransferParams, TokenLogprob
 
 _encode = msgspec.json.Encoder().encode
 _USAGE_TO_COME = b',"usage":null}\n\n'
@@ -100,7 +100,7 @@ class AnswerFormat(ABC):
         """Return a complete choice."""
 
     @abstractmethod
-    def logprobs(self, logprobs: Sequence[TokenLogprobs], text_offset: int) -> ChatLogprobs | CompletionLogprobs:
+    def logprobs(self, logprobs: Sequence[TokenLogprob], text_offset: int) -> ChatLogprobs | CompletionLogprobs:
         """Return the log probabilities of some tokens of a choice, which come after ``text_offset`` characters."""
 
     def token_text(self, token_id: int) -> str:
@@ -118,7 +118,7 @@ class AnswerFormat(ABC):
         self,
         index: int,
         text: str,
-        logprobs: Sequence[TokenLogprobs] | None,
+        logprobs: Sequence[TokenLogprob] | None,
         text_offset: int,
         usage: Usage | None,
     ) -> bytes:
@@ -178,10 +178,10 @@ class ChatFormat(AnswerFormat):
             stop_reason=choice.stop_reason,
         )
 
-    def logprobs(self, logprobs: Sequence[TokenLogprobs], text_offset: int) -> ChatLogprobs:
+    def logprobs(self, logprobs: Sequence[TokenLogprob], text_offset: int) -> ChatLogprobs:
         return ChatLogprobs([self._logprob(entry) for entry in logprobs])
 
-    def _logprob(self, entry: TokenLogprobs) -> ChatLogprob:
+    def _logprob(self, entry: TokenLogprob) -> ChatLogprob:
         token = self.token_text(entry.token_id)
         top = [(self.token_text(token_id), logprob) for token_id, logprob in entry.top]
         return ChatLogprob(
@@ -221,7 +221,7 @@ class CompletionFormat(AnswerFormat):
             stop_reason=choice.stop_reason,
         )
 
-    def logprobs(self, logprobs: Sequence[TokenLogprobs], text_offset: int) -> CompletionLogprobs:
+    def logprobs(self, logprobs: Sequence[TokenLogprob], text_offset: int) -> CompletionLogprobs:
         result = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for entry in logprobs:
             token = self.token_text(entry.token_id)

@@ -17,8 +17,8 @@ from chiasm.server.metrics import Metrics
 from chiasm.server.protocol import PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
-    from chiasm.engine.request import FinishReason, Output, RequestTiming, TokenLogprobs
-    from chiasm.wire import KVTransferParams
+    from chiasm.engine.request import FinishReason, Output, RequestTiming
+    from chiasm.wire import KVTransferParams, TokenLogprob
 
 
 @dataclass
@@ -27,7 +27,7 @@ class ChoiceState:
 
     text: list[str] = field(default_factory=list)
     """Pieces; filled by ``collect`` alone, as are the log probabilities."""
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_characters: int = 0

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from chiasm import __version__
 
 if TYPE_CHECKING:
-    from chiasm.engine.stats import EngineStats
+    from chiasm.engine.request import EngineStats
     from chiasm.server.context import ServerContext
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80)

@@ -72,7 +72,7 @@ def _first_part(given: KVTransferParams, *, is_single: bool, num_prompts: int, s
         )
     _check_handle(given, is_single=is_single)
     return AnswerPart(
-        given=[given] * num_prompts,
+        given=[_with_token_ids(given)] * num_prompts,
         created=given.created,
         begins_here=not given.output_token_ids,
         has_text=is_single,
@@ -91,11 +91,22 @@ def _last_part(given: KVTransferParams, *, is_single: bool, num_prompts: int) ->
             param=_PARAM,
         )
     return AnswerPart(
-        given=handles,
+        given=[_with_token_ids(handle) for handle in handles],
         created=handles[0].created,
         begins_here=not is_single or handles[0].num_sent == 0,
         announces_tokens=is_single and handles[0].continues,
     )
+
+
+def _with_token_ids(given: KVTransferParams) -> KVTransferParams:
+    """Return ``given`` with the token ids of its log probabilities, which versions before 0.4 don't send."""
+    if len(given.output_logprobs) != len(given.output_token_ids):  # none, or what _check_given refuses
+        return given
+    logprobs = [
+        with_fields(entry, token_id=token_id) if entry.token_id < 0 else entry
+        for entry, token_id in zip(given.output_logprobs, given.output_token_ids, strict=True)
+    ]
+    return with_fields(given, output_logprobs=logprobs)
 
 
 # ---- what the engine does ----------------------------------------------------------------------------------------------
@@ -200,10 +211,9 @@ def _check_given(given: KVTransferParams, request: GenerateRequest, vocab_size: 
         raise InvalidRequestError(
             f"{_PARAM}: num_sent is {given.num_sent}, but there are {num_given} output_token_ids.", param=_PARAM
         )
-    if len(given.output_logprobs) not in {0, num_given}:
+    if given.output_logprobs and [entry.token_id for entry in given.output_logprobs] != given.output_token_ids:
         raise InvalidRequestError(
-            f"{_PARAM} has {len(given.output_logprobs)} output_logprobs for {num_given} output_token_ids.",
-            param=_PARAM,
+            f"{_PARAM}: output_logprobs must have one entry for each of output_token_ids, in their order.", param=_PARAM
         )
     if sampling.logprobs is not None and given.num_sent < num_given and not given.output_logprobs:
         raise InvalidRequestError(

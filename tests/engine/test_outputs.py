@@ -1,17 +1,19 @@
-"""Text that comes token by token."""
+"""Text that comes token by token, and the stop strings in it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from chiasm.engine.detokenizer import Detokenizer
+from chiasm.engine.outputs import Detokenizer
 from chiasm.engine.request import SamplingParams
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Every byte is a token, so that a character may take several."""
+    """A tokenizer with one token per byte, so that a character may take several."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -20,8 +22,8 @@ def tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def run(tokenizer: Tokenizer, text: str, prompt: str = "", **params) -> tuple[list[str], str | None]:
-    """The pieces that come out for the tokens of ``text``, up to a stop."""
+def run(tokenizer: Tokenizer, text: str, prompt: str = "", **params: Any) -> tuple[list[str], str | None]:
+    """Return the pieces of text that the tokens of ``text`` yield, and the stop string that ended them."""
     detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000, **params), tokenizer.encode(prompt).ids)
     pieces: list[str] = []
     for token_id in tokenizer.encode(text).ids:
@@ -33,55 +35,55 @@ def run(tokenizer: Tokenizer, text: str, prompt: str = "", **params) -> tuple[li
 
 
 @pytest.mark.parametrize("text", ["hello world", "naïve café", "日本語 🙂 x", " leading"])
-def test_the_pieces_make_the_text(tokenizer, text):
+def test_the_pieces_add_up_to_the_text(tokenizer: Tokenizer, text: str) -> None:
     pieces, stop = run(tokenizer, text)
     assert "".join(pieces) == text
     assert stop is None
 
 
-def test_half_a_character_is_held_back(tokenizer):
+def test_an_incomplete_character_is_held_back(tokenizer: Tokenizer) -> None:
     pieces, _ = run(tokenizer, "é")
     assert pieces[0] == ""
     assert "".join(pieces) == "é"
 
 
-def test_the_prompt_is_not_repeated(tokenizer):
+def test_the_prompt_is_not_repeated(tokenizer: Tokenizer) -> None:
     assert "".join(run(tokenizer, " there", prompt="hello")[0]) == " there"
 
 
-def test_a_stop_string_ends_the_text_before_it(tokenizer):
+def test_a_stop_string_ends_the_text_before_it(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "one STOP two", stop=("STOP",))
     assert "".join(pieces) == "one "
     assert stop == "STOP"
 
 
-def test_a_stop_string_can_be_kept(tokenizer):
+def test_a_stop_string_can_be_kept(tokenizer: Tokenizer) -> None:
     pieces, _ = run(tokenizer, "one STOP two", stop=("STOP",), include_stop_str_in_output=True)
     assert "".join(pieces) == "one STOP"
 
 
-def test_what_may_become_a_stop_string_is_held_back_and_comes_if_it_does_not(tokenizer):
+def test_text_that_may_become_a_stop_string_is_held_back_until_it_cannot(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "a STOx", stop=("STOP",))
     assert pieces[:5] == ["a", " ", "", "", ""]
     assert "".join(pieces) == "a STOx"
     assert stop is None
 
 
-def test_an_unfinished_stop_string_comes_at_the_end(tokenizer):
+def test_an_incomplete_stop_string_is_given_out_at_the_end(tokenizer: Tokenizer) -> None:
     assert "".join(run(tokenizer, "a STO", stop=("STOP",))[0]) == "a STO"
 
 
-def test_the_first_of_several_stop_strings_counts(tokenizer):
+def test_the_first_of_several_stop_strings_counts(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "x one two", stop=("two", "one"))
     assert ("".join(pieces), stop) == ("x ", "one")
 
 
-def test_no_stop_before_min_tokens(tokenizer):
+def test_no_stop_before_min_tokens(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "abab", stop=("ab",), min_tokens=3)
     assert stop == "ab"
     assert len(pieces) == 4
 
 
-def test_special_tokens_are_left_out_unless_asked_for(tokenizer):
+def test_special_tokens_are_left_out_unless_asked_for(tokenizer: Tokenizer) -> None:
     assert "".join(run(tokenizer, "a<end>b")[0]) == "ab"
     assert "".join(run(tokenizer, "a<end>b", skip_special_tokens=False)[0]) == "a<end>b"

@@ -1,4 +1,4 @@
-"""Sequences that go on from KV that is elsewhere, and those that leave theirs behind."""
+"""Sequences whose KV comes from another instance, and sequences that leave theirs behind."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import random
 
 import pytest
 
+from chiasm.engine.sequence import Sequence
 from tests.engine.driver import Driver, chunks, prompt
 
 
-def hand_over(driver: Driver, sequence):
-    """Run a sequence's prompt to its first token, and end it as a prefill instance does."""
+def hand_over(driver: Driver, sequence: Sequence) -> None:
+    """Run a sequence up to its first token, and end it as a prefill instance does."""
     while sequence.num_output == 0:
         driver.step()
     driver.scheduler.finish(sequence, leave_blocks=True)
 
 
-def test_a_sequence_gets_all_its_blocks_and_runs_when_they_are_filled():
+def test_a_sequence_gets_all_its_blocks_and_runs_when_they_are_filled() -> None:
     driver = Driver(block_size=4)
     sequence = driver.add(prompt(10), outputs=(7,), remote=10)
     step = driver.step()
@@ -32,14 +33,14 @@ def test_a_sequence_gets_all_its_blocks_and_runs_when_they_are_filled():
     assert driver.nothing_is_left()
 
 
-def test_room_for_the_next_token_is_taken_along():
+def test_the_blocks_include_room_for_the_next_token() -> None:
     driver = Driver(block_size=4)
     sequence = driver.add(prompt(8), outputs=(7,), remote=8)
     driver.step()
     assert len(sequence.block_ids) == 3
 
 
-def test_blocks_that_are_here_already_are_shared():
+def test_blocks_in_the_prefix_cache_are_shared() -> None:
     driver = Driver(block_size=4)
     first = driver.add(prompt(10), outputs=(7,), remote=10)
     driver.step()
@@ -52,7 +53,7 @@ def test_blocks_that_are_here_already_are_shared():
     assert second.num_cached == 8
 
 
-def test_others_run_while_blocks_are_being_filled():
+def test_others_run_while_blocks_are_being_filled() -> None:
     driver = Driver()
     text = driver.add(prompt(5))
     driver.step()
@@ -62,7 +63,7 @@ def test_others_run_while_blocks_are_being_filled():
     assert [part.sequence for part in step.decodes] == [text]
 
 
-def test_who_finds_no_room_waits_in_order():
+def test_a_sequence_without_room_waits_its_turn() -> None:
     driver = Driver(blocks=4, block_size=4)
     first = driver.add(prompt(10), outputs=(7,), remote=10, max_tokens=2)
     second = driver.add(prompt(("a", 1), 10), outputs=(7,), remote=11, max_tokens=2)
@@ -73,7 +74,7 @@ def test_who_finds_no_room_waits_in_order():
     assert driver.step().load == [second]
 
 
-def test_a_block_for_each_that_runs_stays_free():
+def test_one_block_per_running_sequence_stays_free() -> None:
     driver = Driver(blocks=7, block_size=4)
     running = driver.add(prompt(10), outputs=(7,), remote=10, max_tokens=9)
     driver.step()
@@ -84,7 +85,7 @@ def test_a_block_for_each_that_runs_stays_free():
     assert driver.step().load == [late]
 
 
-def test_those_being_filled_count_as_running():
+def test_loading_sequences_count_as_running() -> None:
     driver = Driver(max_num_seqs=1)
     first = driver.add(prompt(10), outputs=(7,), remote=10)
     driver.add(prompt(("a", 1), 10), outputs=(7,), remote=11)
@@ -92,7 +93,7 @@ def test_those_being_filled_count_as_running():
     assert driver.step().load == []
 
 
-def test_an_end_during_the_load_keeps_the_blocks_until_nothing_writes_into_them():
+def test_a_sequence_that_ends_while_loading_keeps_its_blocks_until_the_load_is_broken_off() -> None:
     driver = Driver()
     sequence = driver.add(prompt(10), outputs=(7,), remote=10)
     driver.step()
@@ -103,7 +104,7 @@ def test_an_end_during_the_load_keeps_the_blocks_until_nothing_writes_into_them(
     assert driver.nothing_is_left()
 
 
-def test_an_end_during_the_load_that_comes_to_its_end_all_the_same():
+def test_a_sequence_that_ends_while_loading_frees_its_blocks_when_the_load_succeeds() -> None:
     driver = Driver()
     sequence = driver.add(prompt(10), outputs=(7,), remote=10)
     driver.step()
@@ -112,7 +113,7 @@ def test_an_end_during_the_load_that_comes_to_its_end_all_the_same():
     assert driver.nothing_is_left()
 
 
-def test_a_load_that_failed_ends_the_sequence():
+def test_a_load_that_failed_ends_the_sequence() -> None:
     driver = Driver()
     sequence = driver.add(prompt(10), outputs=(7,), remote=10)
     driver.step()
@@ -121,7 +122,7 @@ def test_a_load_that_failed_ends_the_sequence():
     assert driver.nothing_is_left()
 
 
-def test_an_end_before_there_was_room_holds_nothing():
+def test_a_sequence_that_ends_before_it_got_blocks_holds_nothing() -> None:
     driver = Driver(blocks=4, block_size=4)
     driver.add(prompt(10), outputs=(7,), remote=10)
     second = driver.add(prompt(("a", 1), 10), outputs=(7,), remote=11)
@@ -130,7 +131,7 @@ def test_an_end_before_there_was_room_holds_nothing():
     assert not second.block_ids
 
 
-def test_several_choices_share_what_the_first_one_brought():
+def test_several_choices_share_the_blocks_that_the_first_one_loaded() -> None:
     driver = Driver(block_size=4)
     leader = driver.add(prompt(10), choices=2, remote=9, max_tokens=3)
     follower = driver.sequences[1]
@@ -145,7 +146,7 @@ def test_several_choices_share_what_the_first_one_brought():
     assert driver.nothing_is_left()
 
 
-def test_what_is_left_behind_is_nobody_elses_until_it_was_read():
+def test_blocks_left_behind_are_not_reused_until_they_have_been_read() -> None:
     driver = Driver(blocks=4, block_size=4)
     first = driver.add(prompt(10))
     hand_over(driver, first)
@@ -159,7 +160,7 @@ def test_what_is_left_behind_is_nobody_elses_until_it_was_read():
     assert driver.nothing_is_left()
 
 
-def test_what_is_left_behind_still_serves_as_prefix():
+def test_blocks_left_behind_stay_in_the_prefix_cache() -> None:
     driver = Driver(block_size=4)
     first = driver.add(prompt(10))
     hand_over(driver, first)
@@ -171,7 +172,7 @@ def test_what_is_left_behind_still_serves_as_prefix():
     assert driver.nothing_is_left()
 
 
-def test_blocks_are_read_once():
+def test_reporting_blocks_as_read_twice_changes_nothing() -> None:
     driver = Driver()
     first = driver.add(prompt(10))
     hand_over(driver, first)
@@ -181,7 +182,7 @@ def test_blocks_are_read_once():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_of_arrivals_loads_and_ends_leaves_nothing(seed):
+def test_any_order_of_arrivals_loads_and_ends_frees_everything(seed: int) -> None:
     rng = random.Random(seed)
     driver = Driver(blocks=24, block_size=4, max_num_seqs=4, budget=16)
     for number in range(40):
@@ -205,20 +206,19 @@ def test_any_order_of_arrivals_loads_and_ends_leaves_nothing(seed):
     assert driver.nothing_is_left()
 
 
-def decoding(driver: Driver, *lengths: int, items: bool = True, max_tokens: int = 20):
-    """Sequences of so many tokens whose KV has come."""
-    sequences = []
-    for number, length in enumerate(lengths):
-        parts = ((f"p{number}", 1), length - 1) if items else (length,)
-        salt = "" if items else str(number)
-        sequences.append(driver.add(prompt(*parts), outputs=(7,), remote=length, max_tokens=max_tokens, salt=salt))
+def decoding(driver: Driver, *lengths: int, max_tokens: int) -> list[Sequence]:
+    """Return sequences, each with an image and so many tokens, whose KV has come."""
+    sequences = [
+        driver.add(prompt((f"p{number}", 1), length - 1), outputs=(7,), remote=length, max_tokens=max_tokens)
+        for number, length in enumerate(lengths)
+    ]
     while driver.step().load:
         for sequence in list(driver.scheduler.loading):
             driver.scheduler.loaded(sequence)
     return sequences
 
 
-def test_where_items_cannot_be_computed_again_a_sequence_waits_for_the_others_blocks():
+def test_where_items_cannot_be_recomputed_a_sequence_waits_for_blocks_instead_of_preempting() -> None:
     driver = Driver(blocks=9, block_size=4, recomputes_items=False)
     first, second = decoding(driver, 8, 8, max_tokens=8)
     third = driver.add(prompt(("p3", 1), 3), outputs=(7,), remote=4, max_tokens=2)
@@ -228,7 +228,7 @@ def test_where_items_cannot_be_computed_again_a_sequence_waits_for_the_others_bl
     assert driver.scheduler.num_preemptions == 0
 
 
-def test_only_where_none_could_go_on_is_the_youngest_broken_off():
+def test_the_youngest_is_preempted_only_when_no_sequence_can_continue() -> None:
     driver = Driver(blocks=6, block_size=4, recomputes_items=False)
     first, second = decoding(driver, 7, 7, max_tokens=15)
     while not (step := driver.step()).preempted:
@@ -239,7 +239,7 @@ def test_only_where_none_could_go_on_is_the_youngest_broken_off():
     assert driver.nothing_is_left()
 
 
-def test_a_text_gives_its_blocks_to_an_older_sequence_and_begins_anew():
+def test_a_text_gives_its_blocks_to_an_older_sequence_and_is_recomputed() -> None:
     driver = Driver(blocks=8, block_size=4, recomputes_items=False)
     (first,) = decoding(driver, 7, max_tokens=18)
     text = driver.add(prompt(7), outputs=(7,), remote=7, max_tokens=12, salt="text")

@@ -1,24 +1,22 @@
-"""Prefill and decode in engines of their own: what comes out is what one engine would have said."""
+"""Prefill and decode in separate engines give the answers of one engine."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import pytest
 
 from chiasm.errors import ChiasmError, InvalidRequestError, KVUnavailableError
 from chiasm.wire import KVTransferParams, Role
-from tests.engine.conftest import Answer, Instance, sample_image
-from tests.engine.test_engine import until
-
-A, B = sample_image(1), sample_image(2, height=128, width=64)
+from tests.engine.conftest import A, Answer, B, Encoder, ImageFile, Instance, Parts, Start, until
 
 PLEASE = KVTransferParams(do_remote_decode=True, continues=True)
 
-MESSAGES = {
+MESSAGES: dict[str, Parts] = {
     "text": ("what is this?",),
     "one image": ("what is", A, "this?"),
     "two images": (A, "and", B, "?"),
@@ -26,7 +24,7 @@ MESSAGES = {
     "a long text": ("word " * 90,),
 }
 
-SAMPLING = {
+SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {},
     "seeded": {"temperature": 1.0, "seed": 5},
     "penalties": {"temperature": 0.8, "seed": 1, "presence_penalty": 1.5, "repetition_penalty": 1.3},
@@ -43,15 +41,18 @@ class Pair:
     prefill: Instance
     decode: Instance
 
-    async def ask(self, *parts, **options) -> Answer:
-        """Both in turn, as the proxy has them answer a stream: what the client would get."""
-        first = await self.prefill.ask(*parts, kv=PLEASE, **options)
-        handle = first.last.kv_transfer_params
-        if handle is None:
-            return first
-        return joined(first, await self.go_on(handle, *parts, **options))
+    async def begin(self, *parts: str | ImageFile, **options: Any) -> KVTransferParams:
+        """Have the prompt prefilled, and return the handle."""
+        return (await self.prefill.ask(*parts, kv=PLEASE, **options)).handle
 
-    async def go_on(self, handle: KVTransferParams, *parts, **options) -> Answer:
+    async def ask(self, *parts: str | ImageFile, **options: Any) -> Answer:
+        """Return what a client would get for a stream, for which the proxy asks both in turn."""
+        first = await self.prefill.ask(*parts, kv=PLEASE, **options)
+        if first.last.kv_transfer_params is None:
+            return first
+        return joined(first, await self.go_on(first.handle, *parts, **options))
+
+    async def go_on(self, handle: KVTransferParams, *parts: str | ImageFile, **options: Any) -> Answer:
         sent = msgspec.structs.replace(over_the_wire(handle), num_sent=len(handle.output_token_ids))
         return await self.decode.ask(*parts, kv=sent, **options)
 
@@ -63,6 +64,11 @@ def over_the_wire(handle: KVTransferParams) -> KVTransferParams:
     return msgspec.json.decode(msgspec.json.encode(handle), type=KVTransferParams)
 
 
+def resumed(given: list[int], **fields: Any) -> KVTransferParams:
+    """Return what a prefill instance is sent to continue an answer of which the client has these tokens."""
+    return msgspec.structs.replace(PLEASE, output_token_ids=given, num_sent=len(given), **fields)
+
+
 def joined(first: Answer, rest: Answer) -> Answer:
     new = [output for output in rest.outputs if not output.already_sent]
     outputs = [*first.outputs, *new]
@@ -71,12 +77,14 @@ def joined(first: Answer, rest: Answer) -> Answer:
 
 
 @pytest.fixture
-def pair(start) -> Pair:
+def pair(start: Start) -> Pair:
     return Pair(start(Role.PREFILL), start(Role.DECODE))
 
 
 @pytest.mark.parametrize("parts", MESSAGES.values(), ids=MESSAGES.keys())
-async def test_prefill_apart_from_decode_answers_as_one_engine_does(start, encoder, pair, parts):
+async def test_separate_prefill_and_decode_give_the_same_answer_as_one_engine(
+    start: Start, encoder: Encoder, pair: Pair, parts: Parts
+) -> None:
     expected = await start(Role.AGGREGATED).ask(*parts)
     await encoder.encode(*[part for part in parts if not isinstance(part, str)])
     answer = await pair.ask(*parts)
@@ -87,30 +95,31 @@ async def test_prefill_apart_from_decode_answers_as_one_engine_does(start, encod
 
 
 @pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING.keys())
-async def test_sampling_goes_on_as_in_one_engine(start, encoder, pair, options):
+async def test_decode_continues_sampling_as_one_engine_does(
+    start: Start, encoder: Encoder, pair: Pair, options: dict[str, Any]
+) -> None:
     expected = await start(Role.AGGREGATED).ask("what is", A, "this?", **options)
     await encoder.encode(A)
     answer = await pair.ask("what is", A, "this?", **options)
     assert answer.token_ids == expected.token_ids
     assert answer.text == expected.text
     if "logprobs" in options:
-        found, wanted = (
-            [logprob for output in each.outputs for logprob in output.logprobs] for each in (answer, expected)
-        )
-        assert [one.token_id for one in found] == [one.token_id for one in wanted]
-        assert [one.logprob for one in found] == pytest.approx([one.logprob for one in wanted], abs=1e-4)
+        assert [token.token_id for token in answer.logprobs] == expected.token_ids
+        wanted = [token.logprob for token in expected.logprobs]
+        assert [token.logprob for token in answer.logprobs] == pytest.approx(wanted, abs=1e-4)
 
 
-async def test_without_a_seed_decode_goes_on_with_the_one_that_prefill_drew(pair):
+async def test_without_a_seed_decode_continues_with_the_one_that_prefill_drew(pair: Pair) -> None:
     first = await pair.prefill.ask("hello", kv=PLEASE, temperature=1.0)
-    handle = first.last.kv_transfer_params
-    rest = await pair.go_on(handle, "hello", temperature=1.0)
-    again = await pair.prefill.ask("hello", temperature=1.0, kv=PLEASE, seed=handle.seed)
-    repeated = await pair.go_on(again.last.kv_transfer_params, "hello", temperature=1.0)
+    rest = await pair.go_on(first.handle, "hello", temperature=1.0)
+    again = await pair.prefill.ask("hello", temperature=1.0, kv=PLEASE, seed=first.handle.seed)
+    repeated = await pair.go_on(again.handle, "hello", temperature=1.0)
     assert joined(again, repeated).token_ids == joined(first, rest).token_ids
 
 
-async def test_a_stop_string_across_the_handover_ends_the_answer_where_one_engine_would(start, pair):
+async def test_a_stop_string_across_the_handover_ends_the_answer_where_one_engine_would(
+    start: Start, pair: Pair
+) -> None:
     aggregated = start(Role.AGGREGATED)
     plain = await aggregated.ask("hello", max_tokens=12, temperature=1.0, seed=3)
     text = plain.text
@@ -123,53 +132,56 @@ async def test_a_stop_string_across_the_handover_ends_the_answer_where_one_engin
             assert answer.last.stop_reason == expected.last.stop_reason
 
 
-async def test_an_answer_of_one_token_ends_at_prefill(pair):
+async def test_an_answer_of_one_token_ends_at_prefill(pair: Pair) -> None:
     answer = await pair.prefill.ask("hello", kv=PLEASE, max_tokens=1)
     assert answer.last.finish_reason == "length"
     assert answer.last.kv_transfer_params is None
     assert pair.prefill.is_empty()
 
 
-async def test_a_sender_that_speaks_as_vllm_does_gets_a_handle_and_decode_says_it_all(start, pair):
+async def test_a_sender_that_speaks_vllms_protocol_always_gets_a_handle_and_the_whole_answer_from_decode(
+    start: Start, pair: Pair
+) -> None:
     expected = await start(Role.AGGREGATED).ask("hello", logprobs=0)
     first = await pair.prefill.ask("hello", kv=KVTransferParams(do_remote_decode=True), max_tokens=1, logprobs=0)
-    answer = await pair.decode.ask("hello", kv=over_the_wire(first.last.kv_transfer_params), logprobs=0)
+    answer = await pair.decode.ask("hello", kv=over_the_wire(first.handle), logprobs=0)
     assert answer.token_ids == expected.token_ids
     assert answer.text == expected.text
-    assert sum(len(output.logprobs) for output in answer.outputs) == 8
+    assert [token.token_id for token in answer.logprobs] == answer.token_ids
     await until(pair.is_empty)
 
 
-async def test_a_handle_whose_token_ends_the_answer_ends_it_at_decode(start, pair):
+async def test_a_handle_whose_token_ends_the_answer_ends_it_at_decode(start: Start, pair: Pair) -> None:
     expected = await start(Role.AGGREGATED).ask("hello", max_tokens=1)
     first = await pair.prefill.ask("hello", kv=KVTransferParams(do_remote_decode=True), max_tokens=1)
-    answer = await pair.decode.ask("hello", kv=first.last.kv_transfer_params, max_tokens=1)
+    answer = await pair.decode.ask("hello", kv=first.handle, max_tokens=1)
     assert answer.token_ids == expected.token_ids
     assert answer.last.finish_reason == "length"
     await until(pair.is_empty)
 
 
-async def test_several_choices_are_all_sampled_at_decode(start, encoder, pair):
-    options = {"choices": 3, "temperature": 1.0, "seed": 9}
+async def test_several_choices_are_all_sampled_at_decode(start: Start, encoder: Encoder, pair: Pair) -> None:
+    options: dict[str, Any] = {"choices": 3, "temperature": 1.0, "seed": 9}
     expected = await start(Role.AGGREGATED).choices("what is", A, **options)
     await encoder.encode(A)
     first = await pair.prefill.ask("what is", A, kv=KVTransferParams(do_remote_decode=True), temperature=1.0, seed=9)
-    handle = msgspec.structs.replace(first.last.kv_transfer_params, output_token_ids=[])
+    handle = msgspec.structs.replace(first.handle, output_token_ids=[])
     answers = await pair.decode.choices("what is", A, kv=handle, **options)
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
     await until(pair.is_empty)
 
 
-async def test_an_answer_broken_off_anywhere_goes_on_elsewhere(start, encoder, pair):
-    options = {"max_tokens": 10, "temperature": 0.9, "seed": 4}
+async def test_an_answer_cut_off_at_any_token_continues_on_other_engines(
+    start: Start, encoder: Encoder, pair: Pair
+) -> None:
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 0.9, "seed": 4}
     expected = await start(Role.AGGREGATED).ask(A, "?", **options)
     await encoder.encode(A)
     for sent in (1, 4, 9):
         given = expected.token_ids[:sent]
-        please = msgspec.structs.replace(PLEASE, output_token_ids=given, num_sent=sent, seed=4)
-        first = await pair.prefill.ask(A, "?", kv=please, **options)
-        handle = first.last.kv_transfer_params
-        rest = first if handle is None else joined(first, await pair.go_on(handle, A, "?", **options))
+        first = await pair.prefill.ask(A, "?", kv=resumed(given, seed=4), **options)
+        ended = first.last.kv_transfer_params is None
+        rest = first if ended else joined(first, await pair.go_on(first.handle, A, "?", **options))
         before = sum(len(output.text) for output in first.outputs if output.already_sent)
         assert rest.token_ids == expected.token_ids
         assert rest.text == expected.text
@@ -177,18 +189,18 @@ async def test_an_answer_broken_off_anywhere_goes_on_elsewhere(start, encoder, p
     await until(pair.is_empty)
 
 
-async def test_blocks_that_decode_has_already_are_not_moved(pair):
+async def test_blocks_in_decodes_prefix_cache_are_not_transferred(pair: Pair) -> None:
     parts = ("word " * 60,)
     await pair.ask(*parts)
-    before = pair.decode.engine.stats().kv.transferred_bytes
+    before = pair.decode.kv_stats().transferred_bytes
     again = await pair.ask(*parts)
-    moved = pair.decode.engine.stats().kv.transferred_bytes - before
-    block = pair.decode.engine._runner.kv_cache.blocks.shape[1]
-    assert moved <= block
+    assert pair.decode.kv_stats().transferred_bytes - before <= pair.decode.bytes_per_block
     assert again.token_ids == (await pair.ask(*parts)).token_ids
 
 
-async def test_many_requests_at_once(start, encoder, pair):
+async def test_many_requests_at_once_get_the_same_answers_as_from_one_engine(
+    start: Start, encoder: Encoder, pair: Pair
+) -> None:
     aggregated = start(Role.AGGREGATED)
     await encoder.encode(A, B)
     messages = [(f"number {n}", A if n % 2 else B, "?") for n in range(12)]
@@ -198,10 +210,9 @@ async def test_many_requests_at_once(start, encoder, pair):
     await until(pair.is_empty)
 
 
-async def test_a_full_decode_engine_makes_requests_wait(start):
+async def test_a_full_decode_engine_makes_requests_wait(start: Start) -> None:
     prefill = start(Role.PREFILL)
-    per_token = prefill.engine._runner.kv_cache.blocks.shape[1] // 16
-    pair = Pair(prefill, start(Role.DECODE, kv_cache_bytes=per_token * 16 * 5, max_model_len=80))
+    pair = Pair(prefill, start(Role.DECODE, kv_cache_bytes=prefill.bytes_per_block * 5, max_model_len=80))
     messages = [(f"number {n}",) for n in range(8)]
     expected = [(await start(Role.AGGREGATED).ask(*parts)).token_ids for parts in messages]
     answers = await asyncio.gather(*[pair.ask(*parts) for parts in messages])
@@ -209,17 +220,18 @@ async def test_a_full_decode_engine_makes_requests_wait(start):
     await until(pair.is_empty)
 
 
-async def test_a_decode_engine_short_of_blocks_breaks_off_an_answer_about_an_image_and_says_so(start, encoder):
+async def test_a_decode_engine_out_of_blocks_fails_one_answer_about_an_image_as_preempted(
+    start: Start, encoder: Encoder
+) -> None:
     prefill = start(Role.PREFILL, block_size=4)
-    block = prefill.engine._runner.kv_cache.blocks.shape[1]
     await encoder.encode(A)
     length = len(prefill.prompt(A, "number 1").token_ids)
     # Room for both prompts and one answer: however late the second comes, both can't be finished.
     tokens = 100
     num_blocks = 2 * -(-length // 4) + tokens // 4 + 1
-    limits = {"kv_cache_bytes": block * num_blocks, "max_model_len": length + tokens + 4}
+    limits = {"kv_cache_bytes": prefill.bytes_per_block * num_blocks, "max_model_len": length + tokens + 4}
     pair = Pair(prefill, start(Role.DECODE, block_size=4, **limits))
-    handles = [(await prefill.ask(A, f"number {n}", kv=PLEASE)).last.kv_transfer_params for n in (1, 2)]
+    handles = [await pair.begin(A, f"number {n}") for n in (1, 2)]
     asked = [pair.go_on(handle, A, f"number {n}", max_tokens=tokens) for n, handle in zip((1, 2), handles, strict=True)]
     answers = await asyncio.gather(*asked, return_exceptions=True)
     broken = [answer for answer in answers if isinstance(answer, KVUnavailableError)]
@@ -228,22 +240,22 @@ async def test_a_decode_engine_short_of_blocks_breaks_off_an_answer_about_an_ima
     await until(pair.is_empty)
 
 
-async def test_a_handle_of_another_prompt_is_refused(pair):
-    handle = (await pair.prefill.ask("number 1", kv=PLEASE)).last.kv_transfer_params
+async def test_a_handle_of_another_prompt_is_refused(pair: Pair) -> None:
+    handle = await pair.begin("number 1")
     with pytest.raises(InvalidRequestError, match="another prompt"):
         await pair.go_on(handle, "number 2")
     with pytest.raises(InvalidRequestError, match="tokens"):
         await pair.go_on(handle, "number 1 and more")
 
 
-async def test_a_handle_of_another_salt_is_refused(pair):
-    handle = (await pair.prefill.ask("number 1", kv=PLEASE, salt="a")).last.kv_transfer_params
+async def test_a_handle_of_another_salt_is_refused(pair: Pair) -> None:
+    handle = await pair.begin("number 1", salt="a")
     with pytest.raises(InvalidRequestError, match="another prompt"):
         await pair.go_on(handle, "number 1", salt="b")
 
 
-async def test_a_handle_is_good_once(pair):
-    handle = (await pair.prefill.ask("hello", kv=PLEASE)).last.kv_transfer_params
+async def test_a_handle_can_be_used_once(pair: Pair) -> None:
+    handle = await pair.begin("hello")
     await pair.go_on(handle, "hello")
     with pytest.raises(KVUnavailableError):
         await pair.go_on(handle, "hello")
@@ -251,9 +263,11 @@ async def test_a_handle_is_good_once(pair):
     await until(pair.is_empty)
 
 
-async def test_a_handle_of_an_engine_that_has_ended_is_refused_and_the_next_request_is_right(start, pair):
+async def test_a_handle_of_a_stopped_engine_is_refused_and_the_next_request_is_answered(
+    start: Start, pair: Pair
+) -> None:
     other = start(Role.PREFILL)
-    handle = (await other.ask("hello", kv=PLEASE)).last.kv_transfer_params
+    handle = (await other.ask("hello", kv=PLEASE)).handle
     other.engine.stop()
     with pytest.raises(KVUnavailableError):
         await pair.go_on(handle, "hello")
@@ -261,27 +275,27 @@ async def test_a_handle_of_an_engine_that_has_ended_is_refused_and_the_next_requ
 
 
 @pytest.mark.parametrize(("field", "value"), [("dtype", "bfloat16"), ("block_size", 8)])
-async def test_engines_that_differ_do_not_exchange_kv(start, field, value):
-    prefill, decode = start(Role.PREFILL), start(Role.DECODE, **{field: value})
-    handle = (await prefill.ask("hello", kv=PLEASE)).last.kv_transfer_params
+async def test_engines_that_differ_do_not_exchange_kv(start: Start, field: str, value: Any) -> None:
+    pair = Pair(start(Role.PREFILL), start(Role.DECODE, **{field: value}))
+    handle = await pair.begin("hello")
     with pytest.raises(ChiasmError, match=r"block|dtype|model|fingerprint"):
-        await Pair(prefill, decode).go_on(handle, "hello")
+        await pair.go_on(handle, "hello")
 
 
-async def test_a_lease_that_ran_out_gives_its_blocks_back(start):
-    prefill, decode = start(Role.PREFILL, kv={"lease_seconds": 0.2}), start(Role.DECODE)
-    handle = (await prefill.ask("hello", kv=PLEASE)).last.kv_transfer_params
-    assert not prefill.is_empty()
-    await until(prefill.is_empty)
-    assert prefill.engine.stats().kv.leases_expired == 1
+async def test_an_expired_lease_frees_its_blocks(start: Start) -> None:
+    pair = Pair(start(Role.PREFILL, kv={"lease_seconds": 0.2}), start(Role.DECODE))
+    handle = await pair.begin("hello")
+    assert not pair.prefill.is_empty()
+    await until(pair.prefill.is_empty)
+    assert pair.prefill.kv_stats().leases_expired == 1
     with pytest.raises(KVUnavailableError):
-        await Pair(prefill, decode).go_on(handle, "hello")
+        await pair.go_on(handle, "hello")
 
 
-async def test_a_request_cancelled_at_decode_gives_its_blocks_back_on_both_sides(pair):
+async def test_cancelling_a_request_at_decode_frees_its_blocks_on_both_sides(pair: Pair) -> None:
     parts = ("word " * 90,)
     for outputs_before in (0, 1, 3):
-        handle = (await pair.prefill.ask(*parts, kv=PLEASE, max_tokens=100)).last.kv_transfer_params
+        handle = await pair.begin(*parts, max_tokens=100)
         sent = msgspec.structs.replace(handle, num_sent=1)
         outputs = pair.decode.engine.generate(pair.decode.request(*parts, kv=sent, max_tokens=100))
         if outputs_before == 0:
@@ -296,13 +310,18 @@ async def test_a_request_cancelled_at_decode_gives_its_blocks_back_on_both_sides
         await until(pair.is_empty)
 
 
-async def test_prefill_leaves_no_decoding_to_do(pair):
+async def test_prefill_samples_one_token_and_stops(pair: Pair) -> None:
     await pair.prefill.ask("hello", kv=PLEASE)
     assert pair.prefill.engine.stats().generation_tokens == 1
 
 
-async def test_params_belong_to_prefill_and_decode(start, pair):
-    with pytest.raises(InvalidRequestError):
-        await start(Role.AGGREGATED).ask("hello", kv=PLEASE)
-    with pytest.raises(InvalidRequestError):
+async def test_the_engine_asserts_what_the_server_has_checked(pair: Pair) -> None:
+    with pytest.raises(AssertionError):
         await pair.prefill.ask("hello")
+    with pytest.raises(AssertionError):
+        await pair.decode.ask("hello")
+    for given in ([10**6], [1] * 10**6):
+        with pytest.raises(AssertionError):
+            await pair.prefill.ask("hello", kv=resumed(given))
+    with pytest.raises(AssertionError):
+        await pair.prefill.ask("hello", choices=2, kv=resumed([1]))

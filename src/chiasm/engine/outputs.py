@@ -1,0 +1,165 @@
+"""From sampled tokens to outputs: text as it becomes certain, stop strings, and the end of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from chiasm.engine.request import FinishReason, GenerateRequest, Output, RequestTiming, SamplingParams
+from chiasm.engine.sampler import Sampled
+from chiasm.engine.sequence import Sequence
+from chiasm.models.base import Processor
+from chiasm.wire import TokenLogprob
+
+
+class TextStep(NamedTuple):
+    """Text that one token makes certain, and the stop string that it completes, if any."""
+
+    text: str
+    stop: str | None
+
+
+class Detokenizer:
+    """The text of one growing answer. Holds back incomplete characters and text that may become a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: list[int]) -> None:
+        # The last tokens of the prompt decide whether the first of the answer begins with a space.
+        self._stream = DecodeStream(prompt_token_ids[-8:], skip_special_tokens=params.skip_special_tokens)
+        self._tokenizer = tokenizer
+        self._params = params
+        self._num_tokens = 0
+        self._longest = max((len(stop) for stop in params.stop), default=0)
+        self._pending = ""
+
+    def add(self, token_id: int) -> TextStep:
+        """Return the text that this token makes certain. Stop strings count only beyond ``min_tokens``."""
+        self._num_tokens += 1
+        self._pending += self._decode(token_id)
+        stops = self._params.stop
+        if not stops:
+            return self._take(len(self._pending), None)
+        if self._num_tokens > self._params.min_tokens:
+            found = [(position, stop) for stop in stops if (position := self._pending.find(stop)) >= 0]
+            if found:
+                position, stop = min(found)
+                kept = len(stop) if self._params.include_stop_str_in_output else 0
+                return self._take(position + kept, stop)
+        return self._take(len(self._pending) - self._held_back(), None)
+
+    def finish(self) -> str:
+        """Return the text that was held back, when the answer ends without a stop string."""
+        return self._take(len(self._pending), None).text
+
+    def _decode(self, token_id: int) -> str:
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # tokenizers raises a bare Exception if this token changes how earlier ones decode
+            self._stream = DecodeStream(skip_special_tokens=self._params.skip_special_tokens)
+            return self._stream.step(self._tokenizer, token_id) or ""
+
+    def _held_back(self) -> int:
+        """Return the length of the longest suffix of the text that begins a stop string."""
+        for length in range(min(self._longest - 1, len(self._pending)), 0, -1):
+            if any(stop.startswith(self._pending[-length:]) for stop in self._params.stop):
+                return length
+        return 0
+
+    def _take(self, length: int, stop: str | None) -> TextStep:
+        text, self._pending = self._pending[:length], self._pending[length:]
+        return TextStep(text, stop)
+
+
+class _Addition(NamedTuple):
+    """What one token adds to a choice: text, and the reason if the answer ends with it."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class Choice:
+    """One continuation of a request: makes outputs of its tokens, and finds where it ends."""
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        sequence: Sequence,
+        timing: RequestTiming,
+        *,
+        processor: Processor,
+        max_model_len: int,
+    ) -> None:
+        self.sequence = sequence
+        self.done = False
+        """Whether the engine has sent its last output."""
+        self._request = request
+        self._timing = timing
+        self._eos_token_ids = processor.eos_token_ids
+        self._max_model_len = max_model_len
+        self._detokenizer = Detokenizer(processor.tokenizer, request.sampling, request.prompt.token_ids)
+
+    def output(self, sampled: Sampled) -> Output:
+        """Return the output for the token that a step sampled."""
+        addition = self._add(sampled.token_id, self.sequence.num_output)
+        logprobs = None if sampled.logprobs is None else (sampled.logprobs,)
+        return self._output((sampled.token_id,), addition, logprobs)
+
+    def resume(self) -> list[Output]:
+        """Return outputs for the tokens that came with the request: one for those that the client has, one for the rest."""
+        params = self._request.kv_transfer_params
+        assert params is not None
+        additions: list[_Addition] = []
+        for number, token_id in enumerate(params.output_token_ids, start=1):
+            additions.append(self._add(token_id, number))
+            if additions[-1].finish_reason is not None:
+                break
+        token_ids, num_sent = tuple(params.output_token_ids[: len(additions)]), params.num_sent
+        outputs: list[Output] = []
+        if num_sent:
+            sent = _Addition("".join(addition.text for addition in additions[:num_sent]))
+            outputs.append(self._output(token_ids[:num_sent], sent, already_sent=True))
+        rest = additions[-1]._replace(text="".join(addition.text for addition in additions[num_sent:]))
+        if len(token_ids) > num_sent or rest.finish_reason is not None:
+            logprobs = tuple(params.output_logprobs[num_sent : len(token_ids)]) if params.output_logprobs else None
+            outputs.append(self._output(token_ids[num_sent:], rest, logprobs))
+        return outputs
+
+    def _add(self, token_id: int, number: int) -> _Addition:
+        """Add output token ``number``, counted from 1. Each is added once, in order."""
+        params = self._request.sampling
+        enough = number >= params.min_tokens
+        if enough and not params.ignore_eos and token_id in self._eos_token_ids:
+            return _Addition(self._detokenizer.finish(), "stop")
+        if enough and token_id in params.stop_token_ids:
+            return _Addition(self._detokenizer.finish(), "stop", token_id)
+        text, stop = self._detokenizer.add(token_id)
+        if stop is not None:
+            return _Addition(text, "stop", stop)
+        if number >= params.max_tokens or self.sequence.num_prompt + number >= self._max_model_len:
+            return _Addition(text + self._detokenizer.finish(), "length")
+        return _Addition(text)
+
+    def _output(
+        self,
+        token_ids: AbstractSequence[int],
+        addition: _Addition,
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        *,
+        already_sent: bool = False,
+    ) -> Output:
+        params = self._request.kv_transfer_params
+        begun_elsewhere = params is not None and (params.do_remote_prefill or bool(params.output_token_ids))
+        return Output(
+            index=self.sequence.index,
+            token_ids=tuple(token_ids),
+            text=addition.text,
+            logprobs=logprobs,
+            finish_reason=addition.finish_reason,
+            stop_reason=addition.stop_reason,
+            timing=self._timing,
+            num_cached_tokens=params.cached_tokens if params and begun_elsewhere else self.sequence.num_cached,
+            already_sent=already_sent,
+        )
