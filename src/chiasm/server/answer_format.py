@@ -115,40 +115,24 @@ class AnswerFormat(ABC):
         return b""
 
     def text(
-        self,
-        index: int,
-        text: str,
-        logprobs: Sequence[TokenLogprob] | None,
-        text_offset: int,
-        usage: Usage | None,
+        self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None, text_offset: int, usage: Usage | None
     ) -> bytes:
         """Return an event with more text of a choice."""
-        return b"".join(
-            (
-                self._opens[index],
-                self.before_text,
-                _encode(text),
-                self.after_text,
-                b"null" if logprobs is None else _encode(self.logprobs(logprobs, text_offset)),
-                b',"finish_reason":null}]',
-                self._ending(usage),
-            )
+        written = b"null" if logprobs is None else _encode(self.logprobs(logprobs, text_offset))
+        head, ending = self._opens[index], self._ending(usage)
+        return b'%b%b%b%b%b,"finish_reason":null}]%b' % (
+            head,
+            self.before_text,
+            _encode(text),
+            self.after_text,
+            written,
+            ending,
         )
 
     def finish(self, index: int, reason: FinishReason, stop_reason: int | str | None, usage: Usage | None) -> bytes:
         """Return the last event of a choice."""
-        return b"".join(
-            (
-                self._opens[index],
-                self.without_text,
-                b'"finish_reason":',
-                _encode(reason),
-                b',"stop_reason":',
-                _encode(stop_reason),
-                b"}]",
-                self._ending(usage),
-            )
-        )
+        head, ending = self._opens[index] + self.without_text, self._ending(usage)
+        return b'%b"finish_reason":%b,"stop_reason":%b}]%b' % (head, _encode(reason), _encode(stop_reason), ending)
 
     def usage(self, usage: Usage) -> bytes:
         """Return the event with the usage, which has no choices."""
@@ -192,13 +176,8 @@ class ChatFormat(AnswerFormat):
         )
 
     def role(self, index: int) -> bytes:
-        return b"".join(
-            (
-                self._opens[index],
-                b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]',
-                self._end,
-            )
-        )
+        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        return self._opens[index] + delta + self._end
 
 
 class CompletionFormat(AnswerFormat):
