@@ -40,8 +40,6 @@ class Exchange:
         self.body = b""
         self.status: int | None = None
         """Of the answer, once it has begun; CLIENT_LEFT if there is nobody to read it."""
-        self.is_streaming = False
-        """Whether a stream of events has begun and not ended."""
         self.timing: list[TimingEntry] = []
         """What handlers know so far of where the time went, for the ``Server-Timing`` of the answer or of an error."""
         self.error_headers: Iterable[tuple[str, str]] = ()
@@ -50,6 +48,7 @@ class Exchange:
         self._send = send
         self._admission = admission
         self._held_bytes = 0
+        self._is_streaming = False
         self._task: asyncio.Task[object] | None = None
         self._interruption: Exception | None = None
 
@@ -118,6 +117,11 @@ class Exchange:
         """Whether the client has the head of the answer."""
         return self.status is not None
 
+    @property
+    def is_streaming(self) -> bool:
+        """Whether a stream of events has begun and not ended."""
+        return self._is_streaming
+
     async def reply(
         self,
         body: bytes,
@@ -134,7 +138,7 @@ class Exchange:
         self, headers: Iterable[tuple[str, str]] = (), *, content_type: str = events.CONTENT_TYPE
     ) -> None:
         """Begin a stream of server-sent events; from here on the status is 200."""
-        self.is_streaming = True
+        self._is_streaming = True
         # The last header keeps nginx from buffering events.
         steady = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         await self._start(200, content_type, [*steady, *headers])
@@ -146,7 +150,7 @@ class Exchange:
 
     async def end_events(self, data: bytes = b"") -> None:
         """Send the last events and end the stream."""
-        self.is_streaming = False
+        self._is_streaming = False
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def fail(self, error: ChiasmError) -> None:
@@ -155,7 +159,7 @@ class Exchange:
             await self.reply(
                 error_body(error), status=error.status, headers=[*error_headers(error), *self.error_headers]
             )
-        elif self.is_streaming:
+        elif self._is_streaming:
             await self.end_events(events.event(error_body(error)))
 
     async def _start(self, status: int, content_type: str, headers: Iterable[tuple[str, str]]) -> None:
