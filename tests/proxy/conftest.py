@@ -18,10 +18,12 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver
 from PIL import Image
 
+from chiasm.http.listen import bind, url_of
 from chiasm.media import MediaConfig
 from chiasm.proxy import ProxyConfig
-from chiasm.proxy.gateway import Gateway
-from chiasm.proxy.serve import ProxyServer, bind, url_of
+from chiasm.proxy.app import create_app
+from chiasm.proxy.process import create_server
+from chiasm.proxy.service import ProxyService
 
 from .instances import MODEL, FakeInstance
 
@@ -33,7 +35,7 @@ class Front:
     """A running proxy, what stands behind it, and ways to talk to it."""
 
     url: str
-    gateway: Gateway
+    service: ProxyService
     session: aiohttp.ClientSession
     instances: list[FakeInstance] = field(default_factory=list)
 
@@ -117,7 +119,9 @@ async def start() -> AsyncIterator[Start]:
                 "probe_interval_seconds": 0.05,
                 "deadline_seconds": 20.0,
             }
-            server = ProxyServer(ProxyConfig(**(defaults | urls | config)), resolver=resolver)
+            settings = ProxyConfig(**(defaults | urls | config))
+            app = create_app(settings, resolver=resolver)
+            server = create_server(app, settings)
             listener = bind("127.0.0.1", 0)
             serving = asyncio.ensure_future(server.serve(sockets=[listener]))
             url = url_of(listener)
@@ -129,7 +133,7 @@ async def start() -> AsyncIterator[Start]:
             stack.push_async_callback(stop)
             await server.ready.wait()
             session = await stack.enter_async_context(aiohttp.ClientSession())
-            return Front(url, server.gateway, session, instances)
+            return Front(url, app.state.service, session, instances)
 
         yield start_one
 
@@ -200,14 +204,15 @@ async def _block(content: aiohttp.StreamReader) -> bytes:
 
 async def until_idle(front: Front) -> None:
     """Returns when nothing is held, counted or under way."""
-    gateway = front.gateway
+    service = front.service
+    encoders = service.router.encoders
     async with asyncio.timeout(5):
         while (
-            gateway._services.encoders._flights
-            or gateway._services.encoders._tasks
-            or gateway._admission.requests
-            or gateway._admission.buffered_bytes
-            or any(one.in_flight or one.outstanding for one in gateway.fleet.instances)
+            encoders._flights
+            or encoders._tasks
+            or service.admission.requests
+            or service.admission.held_bytes
+            or any(one.in_flight or one.outstanding for one in service.fleet.instances)
         ):
             await front.get("/health")
 

@@ -226,7 +226,7 @@ async def test_a_body_that_is_too_large(start: Start, announced: bool) -> None:
         assert response.status == 413
         assert (await response.json())["error"]["code"] == "body_too_large"
     assert (await front.post(ask("x"))).status == 200
-    assert front.gateway._admission.buffered_bytes == 0
+    assert front.service.admission.held_bytes == 0
 
 
 async def test_a_body_that_does_not_come(start: Start) -> None:
@@ -285,7 +285,7 @@ async def test_errors_as_the_openai_client_sees_them(front: Front) -> None:
 
 
 async def test_a_fault_of_the_proxy_is_a_500_that_tells_nothing(front: Front, caplog: pytest.LogCaptureFixture) -> None:
-    front.gateway._services = None  # type: ignore[assignment]
+    front.service.router = None  # type: ignore[assignment]
     answer = await front.post(ask("x"))
     assert answer.status == 500
     assert "NoneType" not in answer.error["message"]

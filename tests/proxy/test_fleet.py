@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from chiasm.proxy.fleet import Fleet, Instance, Report
-from chiasm.wire import InstanceState, Role
+from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.wire import Health, InstanceState, Role
 
-REPORT = Report(models=("tiny",), fingerprint="f" * 64, ec_store="store")
+HEALTH = Health(model="tiny", fingerprint="f" * 64, ec_store="store")
 
 
-def add(fleet: Fleet, name: str, configured: Role = Role.PD, /, **report: Any) -> Instance:
+def add(fleet: Fleet, name: str, configured: Role = Role.PD, /, **health: Any) -> Instance:
     instance = fleet.add(f"http://{name}", configured)
-    fleet.succeed(instance, replace(REPORT, **({"role": configured.value} | report)))
+    fleet.succeed(instance, replace(HEALTH, **({"role": configured.value} | health)))
     return instance
 
 
@@ -26,12 +26,12 @@ def test_an_instance_starts_is_healthy_fails_and_is_back() -> None:
     assert instance.state is InstanceState.STARTING
     fleet.fail(instance, "refused")
     assert instance.state is InstanceState.STARTING
-    fleet.succeed(instance, replace(REPORT, role="pd"))
+    fleet.succeed(instance, replace(HEALTH, role="pd"))
     assert (instance.state, instance.reason) == (InstanceState.HEALTHY, None)
     fleet.fail(instance, "refused")
     assert (instance.state, instance.reason) == (InstanceState.UNHEALTHY, "refused")
     assert fleet.models == []
-    fleet.succeed(instance, replace(REPORT, role="pd"))
+    fleet.succeed(instance, replace(HEALTH, role="pd"))
     assert instance.state is InstanceState.HEALTHY
     assert fleet.models == ["tiny"]
 
@@ -46,7 +46,7 @@ def test_another_role_than_configured_is_mismatched() -> None:
 def test_another_model_fingerprint_or_store_is_mismatched() -> None:
     fleet = Fleet()
     pd = add(fleet, "pd")
-    assert add(fleet, "a", Role.ENCODER, models=("other",)).state is InstanceState.MISMATCHED
+    assert add(fleet, "a", Role.ENCODER, model="other").state is InstanceState.MISMATCHED
     assert add(fleet, "b", Role.ENCODER, fingerprint="e" * 64).state is InstanceState.MISMATCHED
     assert add(fleet, "c", Role.ENCODER, ec_store="elsewhere").state is InstanceState.MISMATCHED
     assert add(fleet, "d", Role.ENCODER).state is InstanceState.HEALTHY
@@ -69,7 +69,7 @@ def test_p_and_d_move_kv_by_the_same_connector() -> None:
 def test_p_and_d_are_chiasms_own() -> None:
     fleet = Fleet()
     for role in (Role.PREFILL, Role.DECODE):
-        instance = add(fleet, role, role, role=None)
+        instance = add(fleet, role, role, role="")
         assert instance.state is InstanceState.MISMATCHED
         assert "chiasm's own instances" in str(instance.reason)
 
@@ -81,7 +81,7 @@ def test_a_fleet_has_instances_that_answer_whole_or_in_parts() -> None:
     add(fleet, "e", Role.ENCODER)
     assert not fleet.hands_over
     for role in (Role.PREFILL, Role.DECODE):
-        assert f"beside which none can be {role}" in str(fleet.misfit(role))
+        assert f"can't be combined with {role} instances" in str(fleet.misfit(role))
     assert not fleet.misfit(Role.AGGREGATED)
     assert not fleet.misfit(Role.ENCODER)
     with fleet.working(pd, 1):
@@ -139,11 +139,11 @@ def test_a_decode_instance_that_says_nothing_of_its_room_is_chosen_by_its_calls(
 
 def test_what_an_instance_does_not_say_fits_anything() -> None:
     fleet = Fleet()
-    vllm = add(fleet, "v", role=None, fingerprint="", ec_store="")
+    vllm = add(fleet, "v", role="", fingerprint="", ec_store="")
     assert len(fleet.fingerprint) == 64
     encoder = add(fleet, "e", Role.ENCODER)
     assert (vllm.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.HEALTHY)
-    assert fleet.fingerprint == REPORT.fingerprint
+    assert fleet.fingerprint == HEALTH.fingerprint
     assert add(fleet, "f", Role.ENCODER, fingerprint="e" * 64).state is InstanceState.MISMATCHED
 
 
@@ -151,10 +151,10 @@ def test_pds_have_the_first_word() -> None:
     fleet = Fleet()
     encoder = fleet.add("http://e", Role.ENCODER)
     pd = fleet.add("http://p", Role.PD)
-    fleet.succeed(encoder, replace(REPORT, role="encoder", fingerprint="e" * 64))
+    fleet.succeed(encoder, replace(HEALTH, role="encoder", fingerprint="e" * 64))
     fleet.fail(encoder, "gone")
-    fleet.succeed(pd, replace(REPORT, role="pd"))
-    fleet.succeed(encoder, replace(REPORT, role="encoder", fingerprint="e" * 64))
+    fleet.succeed(pd, replace(HEALTH, role="pd"))
+    fleet.succeed(encoder, replace(HEALTH, role="encoder", fingerprint="e" * 64))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
 
 
@@ -177,14 +177,14 @@ def test_a_wrong_pd_does_not_take_over_while_the_right_one_is_away() -> None:
     wrong = add(fleet, "w", fingerprint="e" * 64)
     fleet.fail(right, "busy")
     assert (encoder.state, wrong.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
-    fleet.succeed(right, replace(REPORT, role="pd"))
+    fleet.succeed(right, replace(HEALTH, role="pd"))
     assert right.state is InstanceState.HEALTHY
 
 
 def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> None:
     fleet = Fleet()
     pd, encoder = add(fleet, "p"), add(fleet, "e", Role.ENCODER)
-    new = replace(REPORT, fingerprint="e" * 64)
+    new = replace(HEALTH, fingerprint="e" * 64)
     fleet.succeed(encoder, replace(new, role="encoder"))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
     fleet.fail(pd, "restarts")
@@ -242,7 +242,7 @@ def test_what_was_agreed_outlives_a_moment_without_anybody() -> None:
     fleet = Fleet()
     pd = add(fleet, "p")
     fleet.fail(pd, "busy")
-    assert fleet.fingerprint == REPORT.fingerprint
+    assert fleet.fingerprint == HEALTH.fingerprint
 
 
 def test_the_least_outstanding_work_is_chosen_and_equals_take_turns() -> None:

@@ -308,7 +308,7 @@ async def test_the_image_is_let_go_while_d_answers(start: Start) -> None:
     p.answer, d.answer = encoded, wait
     request = asyncio.ensure_future(front.post(ask("x", image(image_bytes(size=(800, 800), format="BMP")))))
     await d.arrived.acquire()
-    assert 0 < front.gateway._admission.buffered_bytes < 1000
+    assert 0 < front.service.admission.held_bytes < 1000
     going.set()
     assert (await request).status == 200
 

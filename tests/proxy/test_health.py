@@ -82,13 +82,13 @@ async def test_an_instance_that_no_longer_answers_probes_is_taken_out(start: Sta
 async def test_one_probe_that_comes_late_changes_nothing(start: Start) -> None:
     pd = FakeInstance("pd")
     front = await start([pd], probe_timeout_seconds=0.2, probe_interval_seconds=60)
-    instance = front.gateway.fleet.instances[0]
+    instance = front.service.fleet.instances[0]
     pd.awake.clear()
-    await front.gateway.prober.check(instance)
+    await front.service.prober.check(instance)
     assert instance.missed_probes == 1
     assert (await front.post(ask("x"))).status == 200
     pd.awake.set()
-    await front.gateway.prober.check(instance)
+    await front.service.prober.check(instance)
     assert instance.missed_probes == 0
 
 

@@ -58,4 +58,4 @@ async def test_fetched_media_counts_as_buffered(start: Start, images: object) ->
     front = await start([FakeInstance("encoder"), FakeInstance("pd")], max_buffered_bytes=10_000)
     url = await images(image_bytes(size=(2000, 900), format="BMP"))  # type: ignore[operator]
     assert (await front.post(ask(image(url)))).status == 503
-    assert front.gateway._admission.buffered_bytes == 0
+    assert front.service.admission.held_bytes == 0

@@ -18,8 +18,8 @@ import aiohttp
 import pytest
 
 from chiasm.errors import ConfigurationError
+from chiasm.http.listen import check_url
 from chiasm.proxy import ProxyConfig, run
-from chiasm.proxy.config import check_url
 
 from .conftest import ask, image, image_bytes
 from .instances import FakeInstance, Received, event, never
@@ -111,7 +111,7 @@ def test_neither_media_nor_proxy_load_torch_transformers_or_numpy() -> None:
 def test_a_port_in_use_is_one_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1:{port}"):
+        with pytest.raises(ConfigurationError, match=f"Port {port} on 127.0.0.1 is in use"):
             run(ProxyConfig(port=port, pds=("http://127.0.0.1:1",)))
 
 

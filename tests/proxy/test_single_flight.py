@@ -103,7 +103,7 @@ async def test_when_all_have_left_the_encoder_call_ends(start: Start, encoder: F
     for request in requests:
         request.cancel()
     await asyncio.wait_for(encoder.gone.acquire(), 5)
-    assert not front.gateway._services.encoders._flights
+    assert not front.service.router.encoders._flights
 
 
 async def test_a_call_goes_on_for_the_item_that_somebody_still_waits_for(

@@ -127,7 +127,7 @@ async def test_identity_without_a_fingerprint_is_by_the_models_name(start: Start
     encoder, pd = vllm("encoder"), vllm("pd")
     front = await start([encoder, pd])
     await front.post(ask(image(image_bytes())))
-    assert pd.received[0].identifiers == [identifier(image_bytes(), fingerprint=front.gateway.fleet.fingerprint)]
+    assert pd.received[0].identifiers == [identifier(image_bytes(), fingerprint=front.service.fleet.fingerprint)]
 
 
 async def test_chiasms_encoder_before_vllms_pd(start: Start) -> None:
