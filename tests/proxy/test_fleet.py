@@ -23,34 +23,34 @@ def add(fleet: Fleet, name: str, configured: Role = Role.PD, /, **health: Any) -
 def test_an_instance_starts_is_healthy_fails_and_is_back() -> None:
     fleet = Fleet()
     instance = fleet.add("http://a", Role.PD)
-    assert instance.state is InstanceState.STARTING
+    assert instance.state == InstanceState.STARTING
     fleet.fail(instance, "refused")
-    assert instance.state is InstanceState.STARTING
+    assert instance.state == InstanceState.STARTING
     fleet.succeed(instance, replace(HEALTH, role="pd"))
     assert (instance.state, instance.reason) == (InstanceState.HEALTHY, None)
     fleet.fail(instance, "refused")
     assert (instance.state, instance.reason) == (InstanceState.UNHEALTHY, "refused")
     assert fleet.models == []
     fleet.succeed(instance, replace(HEALTH, role="pd"))
-    assert instance.state is InstanceState.HEALTHY
+    assert instance.state == InstanceState.HEALTHY
     assert fleet.models == ["tiny"]
 
 
 def test_another_role_than_configured_is_mismatched() -> None:
     fleet = Fleet()
     instance = add(fleet, "a", Role.ENCODER, role="pd")
-    assert instance.state is InstanceState.MISMATCHED
+    assert instance.state == InstanceState.MISMATCHED
     assert "role is pd" in str(instance.reason)
 
 
 def test_another_model_fingerprint_or_store_is_mismatched() -> None:
     fleet = Fleet()
     pd = add(fleet, "pd")
-    assert add(fleet, "a", Role.ENCODER, model="other").state is InstanceState.MISMATCHED
-    assert add(fleet, "b", Role.ENCODER, fingerprint="e" * 64).state is InstanceState.MISMATCHED
-    assert add(fleet, "c", Role.ENCODER, ec_store="elsewhere").state is InstanceState.MISMATCHED
-    assert add(fleet, "d", Role.ENCODER).state is InstanceState.HEALTHY
-    assert pd.state is InstanceState.HEALTHY
+    assert add(fleet, "a", Role.ENCODER, model="other").state == InstanceState.MISMATCHED
+    assert add(fleet, "b", Role.ENCODER, fingerprint="e" * 64).state == InstanceState.MISMATCHED
+    assert add(fleet, "c", Role.ENCODER, ec_store="elsewhere").state == InstanceState.MISMATCHED
+    assert add(fleet, "d", Role.ENCODER).state == InstanceState.HEALTHY
+    assert pd.state == InstanceState.HEALTHY
     assert fleet.choose(Role.ENCODER) is fleet.get("http://d")
 
 
@@ -61,16 +61,16 @@ def test_p_and_d_move_kv_by_the_same_connector() -> None:
         add(fleet, "d", Role.DECODE, kv_connector="SharedMemoryConnector", ec_store="").state is InstanceState.HEALTHY
     )
     other = add(fleet, "o", Role.DECODE, kv_connector="NixlConnector")
-    assert other.state is InstanceState.MISMATCHED
+    assert other.state == InstanceState.MISMATCHED
     assert str(other.reason) == "it moves KV by NixlConnector of chiasm, the fleet by SharedMemoryConnector of chiasm"
-    assert add(fleet, "e", Role.ENCODER).state is InstanceState.HEALTHY
+    assert add(fleet, "e", Role.ENCODER).state == InstanceState.HEALTHY
 
 
 def test_p_and_d_are_chiasms_own() -> None:
     fleet = Fleet()
     for role in (Role.PREFILL, Role.DECODE):
         instance = add(fleet, role, role, role="")
-        assert instance.state is InstanceState.MISMATCHED
+        assert instance.state == InstanceState.MISMATCHED
         assert "chiasm's own instances" in str(instance.reason)
 
 
@@ -94,17 +94,17 @@ def test_a_fleet_has_instances_that_answer_whole_or_in_parts() -> None:
 
 def test_text_can_be_answered_when_p_and_d_are_there() -> None:
     fleet = Fleet()
-    assert fleet.missing is Role.PD
+    assert fleet.missing == Role.PD
     d = add(fleet, "d", Role.DECODE)
-    assert fleet.missing is Role.PREFILL
+    assert fleet.missing == Role.PREFILL
     assert fleet.models == []
     p = add(fleet, "p", Role.PREFILL)
     assert fleet.missing is None
     assert fleet.models == ["tiny"]
     fleet.fail(d, "gone")
-    assert fleet.missing is Role.DECODE
+    assert fleet.missing == Role.DECODE
     fleet.fail(p, "gone")
-    assert fleet.missing is Role.PREFILL
+    assert fleet.missing == Role.PREFILL
 
 
 def test_a_decode_instance_is_chosen_by_sequences_and_blocks() -> None:
@@ -144,7 +144,7 @@ def test_what_an_instance_does_not_say_fits_anything() -> None:
     encoder = add(fleet, "e", Role.ENCODER)
     assert (vllm.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.HEALTHY)
     assert fleet.fingerprint == HEALTH.fingerprint
-    assert add(fleet, "f", Role.ENCODER, fingerprint="e" * 64).state is InstanceState.MISMATCHED
+    assert add(fleet, "f", Role.ENCODER, fingerprint="e" * 64).state == InstanceState.MISMATCHED
 
 
 def test_pds_have_the_first_word() -> None:
@@ -178,7 +178,7 @@ def test_a_wrong_pd_does_not_take_over_while_the_right_one_is_away() -> None:
     fleet.fail(right, "busy")
     assert (encoder.state, wrong.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
     fleet.succeed(right, replace(HEALTH, role="pd"))
-    assert right.state is InstanceState.HEALTHY
+    assert right.state == InstanceState.HEALTHY
 
 
 def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> None:
@@ -188,7 +188,7 @@ def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> No
     fleet.succeed(encoder, replace(new, role="encoder"))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
     fleet.fail(pd, "restarts")
-    assert encoder.state is InstanceState.HEALTHY
+    assert encoder.state == InstanceState.HEALTHY
     fleet.succeed(pd, replace(new, role="pd"))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.HEALTHY)
     assert fleet.fingerprint == "e" * 64
@@ -203,7 +203,7 @@ def test_a_store_that_was_made_anew_keeps_nobody_out(order: tuple[str, ...]) -> 
         for name in order:
             add(fleet, name, roles[name], ec_store=store)
             assert [one.state for one in instances] == [InstanceState.HEALTHY] * 3
-    assert add(fleet, "late", Role.ENCODER).state is InstanceState.MISMATCHED
+    assert add(fleet, "late", Role.ENCODER).state == InstanceState.MISMATCHED
 
 
 def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_others_were_asked_again() -> None:
@@ -214,11 +214,11 @@ def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_ot
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
     add(fleet, "b", Role.ENCODER)
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
-    assert moved.state is InstanceState.HEALTHY
+    assert moved.state == InstanceState.HEALTHY
     add(fleet, "pd")
-    assert moved.state is InstanceState.MISMATCHED
+    assert moved.state == InstanceState.MISMATCHED
     assert "store" in str(moved.reason)
-    assert pd.state is InstanceState.HEALTHY
+    assert pd.state == InstanceState.HEALTHY
 
 
 def test_an_instance_that_comes_back_with_another_store_is_mismatched_at_once() -> None:
@@ -227,7 +227,7 @@ def test_an_instance_that_comes_back_with_another_store_is_mismatched_at_once() 
     encoder = add(fleet, "a", Role.ENCODER)
     fleet.fail(encoder, "refused")
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
-    assert encoder.state is InstanceState.MISMATCHED
+    assert encoder.state == InstanceState.MISMATCHED
 
 
 def test_a_moved_store_excuses_no_other_difference() -> None:
@@ -235,7 +235,7 @@ def test_a_moved_store_excuses_no_other_difference() -> None:
     add(fleet, "pd")
     encoder = add(fleet, "a", Role.ENCODER)
     add(fleet, "a", Role.ENCODER, ec_store="anew", fingerprint="e" * 64)
-    assert encoder.state is InstanceState.MISMATCHED
+    assert encoder.state == InstanceState.MISMATCHED
 
 
 def test_what_was_agreed_outlives_a_moment_without_anybody() -> None:
@@ -274,7 +274,7 @@ def test_removal_waits_for_the_last_call() -> None:
     instance = add(fleet, "a")
     with fleet.working(instance, 1):
         fleet.remove(instance)
-        assert instance.state is InstanceState.DRAINING
+        assert instance.state == InstanceState.DRAINING
         assert fleet.choose(Role.PD) is None
         assert not removed
     assert removed == [instance]
@@ -287,7 +287,7 @@ def test_an_instance_that_drains_can_be_kept_after_all() -> None:
     with fleet.working(instance, 1):
         fleet.remove(instance)
         assert fleet.add("http://a", Role.PD) is instance
-        assert instance.state is InstanceState.HEALTHY
+        assert instance.state == InstanceState.HEALTHY
     assert fleet.instances == [instance]
 
 
