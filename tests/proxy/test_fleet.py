@@ -23,9 +23,9 @@ def add(fleet: Fleet, name: str, configured: Role = Role.PD, /, **health: Any) -
 def test_an_instance_starts_is_healthy_fails_and_is_back() -> None:
     fleet = Fleet()
     instance = fleet.add("http://a", Role.PD)
-    assert instance.state == InstanceState.STARTING
+    assert (instance.state, instance.reason) == (InstanceState.STARTING, "not probed yet")
     fleet.fail(instance, "refused")
-    assert instance.state == InstanceState.STARTING
+    assert (instance.state, instance.reason) == (InstanceState.STARTING, "refused")
     fleet.succeed(instance, replace(HEALTH, role="pd"))
     assert (instance.state, instance.reason) == (InstanceState.HEALTHY, None)
     fleet.fail(instance, "refused")
@@ -94,10 +94,9 @@ def test_a_fleet_has_instances_that_answer_whole_or_in_parts() -> None:
 
 def test_text_can_be_answered_when_p_and_d_are_there() -> None:
     fleet = Fleet()
-    assert fleet.missing == Role.PD
+    assert (fleet.missing, fleet.models) == (Role.PD, [])
     d = add(fleet, "d", Role.DECODE)
-    assert fleet.missing == Role.PREFILL
-    assert fleet.models == []
+    assert (fleet.missing, fleet.models) == (Role.PREFILL, [])
     p = add(fleet, "p", Role.PREFILL)
     assert fleet.missing is None
     assert fleet.models == ["tiny"]
@@ -214,7 +213,7 @@ def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_ot
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
     add(fleet, "b", Role.ENCODER)
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
-    assert moved.state == InstanceState.HEALTHY
+    assert (moved.state, moved.reason) == (InstanceState.HEALTHY, None)
     add(fleet, "pd")
     assert moved.state == InstanceState.MISMATCHED
     assert "store" in str(moved.reason)
