@@ -366,3 +366,73 @@ def whole(text: str, finish_reason: str) -> dict[str, Any]:
     message = {"role": "assistant", "content": text}
     head = {"id": "c", "object": "chat.completion", "created": 1, "model": MODEL}
     return head | {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}
+
+
+# Faults.
+
+Then = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
+
+
+def once(first: Answering, then: Answering, *some: FakeInstance) -> None:
+    """Have the first call of any of these instances answered by ``first``, and all others by ``then``."""
+    in_order([first], then, *some)
+
+
+def in_order(answers: list[Answering], then: Answering, *some: FakeInstance) -> None:
+    """Have the calls of these instances answered by ``answers`` one after another, and all others by ``then``."""
+    left = iter(answers)
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return await next(left, then)(instance, request, received)
+
+    for one in some:
+        one.answer = answer
+
+
+def when(event: asyncio.Event, then: Then = break_off) -> Then:
+    """Wait for an event before a fault."""
+
+    async def wait(request: web.Request, response: web.StreamResponse) -> None:
+        await event.wait()
+        await then(request, response)
+
+    return wait
+
+
+async def lose(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """Reset the connection before any response."""
+    await break_off(request)
+    raise ConnectionError
+
+
+async def only_a_head(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """Reset the connection after the head of a stream."""
+    response = await begin_stream(request)
+    await break_off(request)
+    return response
+
+
+async def half_a_response(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """Reset the connection in the middle of a response that isn't a stream."""
+    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "1000"})
+    await response.prepare(request)
+    await break_off(request)
+    return response
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Prefill and decode of one engine, for tests of what is the same for both engines."""
+
+    prefill: Callable[[], FakeInstance]
+    decode: Callable[[], FakeInstance]
+    answer_prefill: Answering
+    answer_decode: Answering
+
+
+CHIASM = Pair(lambda: FakeInstance("prefill"), lambda: FakeInstance("decode"), prefill, decode)
+VLLM_PAIR = Pair(vllm_prefill, vllm_decode, prefill_of_vllm, decode_of_vllm)
+
+
+def received_by(some: list[FakeInstance]) -> list[Received]:
+    return [received for one in some for received in one.received]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from .instances import (
     WORDS,
     FakeInstance,
     Received,
+    Then,
     begin_stream,
     break_off,
     decode,
@@ -25,67 +25,27 @@ from .instances import (
     full,
     handle_comment,
     handle_of,
+    in_order,
     kv_unavailable,
+    lose,
     never,
+    once,
+    only_a_head,
     prefill,
+    received_by,
     refuse,
     role_event,
     tell,
     token_event,
+    when,
 )
-
-Then = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
 
 def instances(role: str, count: int) -> list[FakeInstance]:
     return [FakeInstance(role) for _ in range(count)]
 
 
-def received_by(some: list[FakeInstance]) -> list[Received]:
-    return [received for one in some for received in one.received]
-
-
-def once(first: Any, then: Any, *some: FakeInstance) -> None:
-    """Of all calls of these instances, the first is answered so and the others so."""
-    answers = iter([first])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, then)(instance, request, received)  # type: ignore[no-any-return]
-
-    for one in some:
-        one.answer = answer
-
-
-def when(event: asyncio.Event, then: Then = break_off) -> Then:
-    async def wait(request: web.Request, response: web.StreamResponse) -> None:
-        await event.wait()
-        await then(request, response)
-
-    return wait
-
-
-async def lose(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """The connection is lost before any answer."""
-    await break_off(request)
-    raise ConnectionError
-
-
 # P
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_p_lost_before_its_token_costs_a_retry_elsewhere(start: Start, stream: bool) -> None:
-    ps, d = instances("prefill", 2), FakeInstance("decode")
-    once(lose, prefill, *ps)
-    front = await start([*ps, d])
-    answer = await front.post(ask("x", stream=stream))
-    assert answer.status == 200
-    assert [len(p.received) for p in ps] == [1, 1]
-    assert ps[0].received[0].body == ps[1].received[0].body
-    assert len(d.received) == 1
-    assert await front.metric("chiasm_proxy_prefill_retries_total") == 1
-    assert await front.metric('chiasm_proxy_resumed_streams_total{reason="prefill_lost"}') == 0
-    await until_idle(front)
 
 
 async def test_the_last_p_is_asked_again_if_it_is_well(start: Start) -> None:
@@ -124,36 +84,7 @@ async def test_p_that_ends_says_so_and_another_is_asked(start: Start) -> None:
     assert [len(p.received) for p in ps] == [1, 1]
 
 
-async def test_prefills_of_a_request_are_bounded(start: Start) -> None:
-    ps, d = instances("prefill", 2), FakeInstance("decode")
-    for p in ps:
-        p.answer = lose
-    front = await start([*ps, d], max_prefill_attempts=3)
-    answer = await front.post(ask("x"))
-    assert answer.status == 502
-    assert len(received_by(ps)) == 3
-
-
-@pytest.mark.parametrize("answer", [refuse(400, "no"), refuse(503, "full", kind="overloaded_error"), refuse(500, "oh")])
-async def test_what_p_answers_before_its_token_reaches_the_client(start: Start, answer: Any) -> None:
-    ps, d = instances("prefill", 2), FakeInstance("decode")
-    for p in ps:
-        p.answer = answer
-    front = await start([*ps, d])
-    for stream in (False, True):
-        got = await front.post(ask("x", stream=stream))
-        assert got.status in {400, 500, 503}
-        assert got.error["message"] in {"no", "full", "oh"}
-    assert len(received_by(ps)) == 2
-    assert not d.received
-
-
 async def test_p_that_breaks_off_before_its_first_chunk_is_asked_elsewhere(start: Start) -> None:
-    async def only_a_head(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        response = await begin_stream(request)
-        await break_off(request)
-        return response
-
     ps, d = instances("prefill", 2), FakeInstance("decode")
     once(only_a_head, prefill, *ps)
     front = await start([*ps, d])
@@ -311,12 +242,7 @@ async def test_d_that_gives_up_before_its_head(start: Start) -> None:
 
 async def test_a_lease_that_ran_out_while_d_was_full(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
-    answers = iter([full, full, kv_unavailable, full])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, decode)(instance, request, received)
-
-    d.answer = answer
+    in_order([full, full, kv_unavailable, full], decode, d)
     front = await start([p, d])
     assert (await listen(front, ask("x", stream=True))).text == SAID
     assert (len(p.received), len(d.received)) == (2, 5)
@@ -450,18 +376,13 @@ async def test_tokens_without_text_are_remembered_too(start: Start) -> None:
 
 async def test_a_stream_survives_several_losses_and_then_no_more(start: Start) -> None:
     seen = {count: asyncio.Event() for count in (2, 4, 6, 8)}
-    answers = iter([decode_until(count, when(seen[count])) for count in (2, 4, 6)])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, decode)(instance, request, received)
-
+    losses = [decode_until(count, when(seen[count])) for count in (2, 4, 6)]
     ps, ds = instances("prefill", 2), instances("decode", 2)
-    for d in ds:
-        d.answer = answer
+    in_order(losses, decode, *ds)
     front = await start([*ps, *ds])
     assert (await listen(front, ask("x", stream=True), seen)).words == list(WORDS)
     assert len(received_by(ps)) == 4
-    answers = iter([decode_until(count, when(seen[count])) for count in (2, 4, 6)])
+    in_order(losses, decode, *ds)
     short = await start([], prefills=tuple(p.url for p in ps), decodes=tuple(d.url for d in ds), max_prefill_attempts=3)
     for one in seen.values():
         one.clear()
@@ -614,12 +535,7 @@ async def test_an_answer_that_goes_on_waits_for_a_p_that_is_full(start: Start) -
     """Whoever has nothing yet is told to come again; a stream in its middle isn't."""
     seen = asyncio.Event()
     p, d = FakeInstance("prefill"), FakeInstance("decode")
-    answers = iter([prefill, full, full])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, prefill)(instance, request, received)
-
-    p.answer = answer
+    in_order([prefill, full, full], prefill, p)
     once(decode_until(3, when(seen)), decode, d)
     front = await start([p, d])
     assert (await listen(front, ask("x", stream=True), {3: seen})).words == list(WORDS)
@@ -641,13 +557,7 @@ async def test_an_answer_that_goes_on_does_not_wait_for_an_embedding_that_is_los
 async def test_p_lost_while_a_stream_goes_on_costs_one_more_prefill(start: Start) -> None:
     seen = asyncio.Event()
     ps, d = instances("prefill", 2), FakeInstance("decode")
-    answers = iter([prefill, lose])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, prefill)(instance, request, received)
-
-    for p in ps:
-        p.answer = answer
+    in_order([prefill, lose], prefill, *ps)
     once(decode_until(3, when(seen)), decode, d)
     front = await start([*ps, d])
     assert (await listen(front, ask("x", stream=True), {3: seen})).words == list(WORDS)
@@ -665,16 +575,6 @@ async def test_an_image_is_encoded_once_though_its_prompt_is_prefilled_twice(sta
     names = {received.identifiers[0] for received in (*received_by(ps), *d.received)}
     assert len(received_by(ps)) == 2
     assert names == set(encoder.received[0].identifiers)
-
-
-async def test_an_encoder_that_fails_ends_ps_call(start: Start) -> None:
-    encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
-    encoder.answer, p.answer = refuse(422, "not decodable"), never
-    front = await start([encoder, p, d])
-    answer = await front.post(ask("x", image(image_bytes())))
-    assert (answer.status, answer.error["message"]) == (422, "not decodable")
-    assert not d.received
-    await until_idle(front)
 
 
 async def test_an_encoder_that_ends_is_no_reason_to_prefill_again(start: Start) -> None:
@@ -701,20 +601,6 @@ async def test_the_deadline_holds_for_p_and_d_together(start: Start, silent: str
     assert answer.status == (504 if hanging is p else 200)
     await asyncio.wait_for(hanging.gone.acquire(), 5)
     assert all(0 < int(one.headers["X-Request-Deadline-Ms"]) <= 1000 for one in received_by([p, d]))
-    await until_idle(front)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("working", ["prefill", "decode"])
-async def test_a_client_that_leaves_ends_the_call_that_is_open(start: Start, working: str, stream: bool) -> None:
-    p, d = FakeInstance("prefill"), FakeInstance("decode")
-    at = p if working == "prefill" else d
-    at.answer = never
-    front = await start([p, d])
-    await leave(front, ask("x", stream=stream), at)
-    await asyncio.wait_for(at.gone.acquire(), 5)
-    while not await front.metric('chiasm_proxy_requests_total{route="/v1/chat/completions",status="499"}'):
-        pass
     await until_idle(front)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from .conftest import Start, ask, image, image_bytes, leave, listen, until_idle
+from .conftest import Start, ask, image, image_bytes, listen, until_idle
 from .instances import (
     SAID,
     VLLM,
@@ -22,8 +22,9 @@ from .instances import (
     decode_of_vllm,
     event,
     full,
-    never,
-    prefill_of_vllm,
+    lose,
+    once,
+    only_a_head,
     refuse,
     role_event,
     vllm_decode,
@@ -39,36 +40,6 @@ PREFILL_PARAMS = {
     "remote_host": None,
     "remote_port": None,
 }
-
-
-def once(first: Answering, then: Answering, *some: FakeInstance) -> None:
-    """Of all calls of these instances, the first is answered so and the others so."""
-    answers = iter([first])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, then)(instance, request, received)
-
-    for one in some:
-        one.answer = answer
-
-
-async def lose(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """The connection is lost before any answer."""
-    await break_off(request)
-    raise ConnectionError
-
-
-async def only_a_head(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    response = await begin_stream(request)
-    await break_off(request)
-    return response
-
-
-async def half_an_answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "1000"})
-    await response.prepare(request)
-    await break_off(request)
-    return response
 
 
 # The way
@@ -134,17 +105,6 @@ async def test_d_that_cannot_size_an_image_gets_the_encoders_metadata(start: Sta
     assert d.received[0].parts[1]["image_embeds"] == {"image_grid_thw": [1, 4, 6]}
 
 
-async def test_an_encoder_that_refuses_an_image_ends_prefill(start: Start) -> None:
-    encoder, p, d = FakeInstance("encoder"), vllm_prefill(), vllm_decode()
-    encoder.answer = refuse(422, "not decodable")
-    p.answer = never
-    front = await start([encoder, p, d])
-    answer = await front.post(ask(image(image_bytes())))
-    assert (answer.status, answer.error["message"]) == (422, "not decodable")
-    assert not d.received
-    await until_idle(front)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -200,40 +160,6 @@ async def test_the_engine_of_an_encoder_does_not_matter(start: Start) -> None:
     assert set((await front.states()).values()) == {"healthy"}
     assert (await front.post(ask(image(image_bytes()), stream=True))).status == 200
     assert p.received[0].params == {"do_remote_decode": True, "continues": True}
-
-
-# P lost
-
-
-@pytest.mark.parametrize("first", [lose, half_an_answer, refuse(500, "the engine is dead")])
-async def test_p_that_is_lost_costs_a_prefill_elsewhere(start: Start, first: Answering) -> None:
-    ps, d = [vllm_prefill(), vllm_prefill()], vllm_decode()
-    once(first, prefill_of_vllm, *ps)
-    front = await start([*ps, d])
-    assert (await listen(front, ask("x", stream=True))).text == SAID
-    assert [len(p.received) for p in ps] == [1, 1]
-    assert len(d.received) == 1
-    assert await front.metric("chiasm_proxy_prefill_retries_total") == 1
-    await until_idle(front)
-
-
-async def test_prefills_of_a_request_are_bounded(start: Start) -> None:
-    p, d = vllm_prefill(), vllm_decode()
-    p.answer = refuse(500, "no embedding")
-    front = await start([p, d], max_prefill_attempts=3)
-    answer = await front.post(ask("x"))
-    assert (answer.status, answer.error["message"]) == (500, "no embedding")
-    assert len(p.received) == 3
-
-
-@pytest.mark.parametrize("answer", [refuse(400, "too long"), full])
-async def test_what_p_refuses_reaches_the_client(start: Start, answer: Answering) -> None:
-    p, d = vllm_prefill(), vllm_decode()
-    p.answer = answer
-    front = await start([p, d])
-    assert (await front.post(ask("x", stream=True))).status in {400, 503}
-    assert len(p.received) == 1
-    assert not d.received
 
 
 async def test_p_without_a_handle_is_an_error(start: Start) -> None:
@@ -311,12 +237,3 @@ async def test_without_d_a_request_is_told_to_come_again(start: Start) -> None:
     await d.kill()
     answer = await front.post(ask("x"))
     assert (answer.status, answer.error["code"]) == (503, "no_decode")
-
-
-async def test_a_client_that_leaves_ends_the_call_of_d(start: Start) -> None:
-    p, d = vllm_prefill(), vllm_decode()
-    d.answer = never
-    front = await start([p, d])
-    await leave(front, ask("x"), d)
-    await asyncio.wait_for(d.gone.acquire(), 10)
-    await until_idle(front)
