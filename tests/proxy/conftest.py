@@ -1,4 +1,4 @@
-"""Fleets of fake instances, with a real proxy before them on a real socket."""
+"""Fleets of fake instances, with a real proxy in front of them on a real socket."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOOPBACK = ("127.0.0.0/8",)
 
 @dataclass
 class Front:
-    """A running proxy, what stands behind it, and ways to talk to it."""
+    """A running proxy, the instances behind it, and ways to talk to it."""
 
     url: str
     service: ProxyService
@@ -60,7 +60,7 @@ class Front:
         return {instance["url"]: instance["state"] for instance in health["instances"]}
 
     async def until(self, instance: FakeInstance, state: str) -> None:
-        """Returns when the proxy sees the instance in this state."""
+        """Return when the proxy sees the instance in this state."""
         async with asyncio.timeout(10):
             while (await self.states()).get(instance.url, "removed") != state:
                 pass  # each look takes a turn of its own
@@ -95,7 +95,7 @@ Start = Callable[..., Awaitable[Front]]
 
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
-    """``await start([encoder, pd], …)`` runs a proxy before these instances; all ends with the test."""
+    """``await start([encoder, pd], …)`` runs a proxy in front of these instances until the end of the test."""
     async with AsyncExitStack() as stack:
 
         async def start_one(
@@ -139,7 +139,7 @@ async def start() -> AsyncIterator[Start]:
 
 
 def image_bytes(colour: str = "red", size: tuple[int, int] = (6, 4), format: str = "PNG", **options: Any) -> bytes:
-    """An image of one colour; ``size`` is width and height."""
+    """Return an image file of one colour; ``size`` is width and height."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, format, **options)
     return file.getvalue()
@@ -150,24 +150,24 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
 
 
 def image(url: str | bytes, **more: Any) -> dict[str, Any]:
-    """An image part: of a URL, or of an image's bytes."""
+    """Return an image part with a URL, or with an image's bytes."""
     return {"type": "image_url", "image_url": {"url": data_url(url) if isinstance(url, bytes) else url}} | more
 
 
 def ask(*parts: dict[str, Any] | str, **more: Any) -> dict[str, Any]:
-    """A chat completion of one user message."""
+    """Return the body of a chat completion with one user message."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return {"model": MODEL, "messages": [{"role": "user", "content": content}]} | more
 
 
 @dataclass
 class Heard:
-    """What a client got of a stream."""
+    """What a client received of a stream."""
 
     raw: bytes = b""
     words: list[str] = field(default_factory=list)
     error: dict[str, Any] | None = None
-    """Of the error event, if one ended the stream."""
+    """The error event that ended the stream, if one did."""
     ended: bool = False
     """Whether ``[DONE]`` came."""
 
@@ -177,7 +177,7 @@ class Heard:
 
 
 async def listen(front: Front, body: Any, at: Mapping[int, asyncio.Event] | None = None) -> Heard:
-    """Take a stream event by event; ``at`` has an event to set when so many words are there."""
+    """Read a stream event by event; set ``at[n]`` when n words have arrived."""
     heard = Heard()
     async with front.session.post(f"{front.url}/v1/chat/completions", json=body) as response:
         assert response.status == 200, await response.read()
@@ -203,7 +203,7 @@ async def _block(content: aiohttp.StreamReader) -> bytes:
 
 
 async def until_idle(front: Front) -> None:
-    """Returns when nothing is held, counted or under way."""
+    """Return when the proxy holds, counts and does nothing."""
     service = front.service
     encoders = service.router.encoders
     async with asyncio.timeout(5):
@@ -218,7 +218,7 @@ async def until_idle(front: Front) -> None:
 
 
 async def leave(front: Front, body: dict[str, Any], *arrivals: FakeInstance) -> None:
-    """Send a request on a socket of its own, and close it when these instances have theirs."""
+    """Send a request on a socket of its own, and close it when these instances have been called."""
     host, port = front.url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     _, writer = await asyncio.open_connection(host, int(port))

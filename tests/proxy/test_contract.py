@@ -79,7 +79,7 @@ async def instances(request: pytest.FixtureRequest) -> AsyncIterator[Instances]:
 
 
 @pytest.mark.parametrize("role", ROLES)
-async def test_health_has_what_the_proxy_judges_by(instances: Instances, role: Role) -> None:
+async def test_health_reports_what_the_proxy_decides_by(instances: Instances, role: Role) -> None:
     answer = await instances.health(role)
     assert answer.status == 200
     assert set(answer.json) <= set(Health.__struct_fields__)
@@ -186,7 +186,7 @@ async def test_decode_gives_a_whole_answer(instances: Instances) -> None:
     assert choice["finish_reason"] in {"stop", "length"}
 
 
-async def test_decode_says_that_kv_is_gone(instances: Instances) -> None:
+async def test_decode_reports_lost_kv(instances: Instances) -> None:
     handle = handle_in(await instances.ask(Role.PREFILL, ASKED, stream=True)) | {"continues": True, "num_sent": 1}
     if instances.fakes:
         instances.fakes[Role.DECODE].answer = kv_unavailable

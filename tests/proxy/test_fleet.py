@@ -1,4 +1,4 @@
-"""What the fleet makes of what instances say: states, agreement, choice. No clock, no I/O."""
+"""States of instances, agreement on what they serve, choice of the next one. No clock, no I/O."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add(fleet: Fleet, name: str, configured: Role = Role.PD, /, **health: Any) -
     return instance
 
 
-def test_an_instance_starts_is_healthy_fails_and_is_back() -> None:
+def test_an_instance_starts_becomes_healthy_fails_and_recovers() -> None:
     fleet = Fleet()
     instance = fleet.add("http://a", Role.PD)
     assert (instance.state, instance.reason) == (InstanceState.STARTING, "not probed yet")
@@ -54,7 +54,7 @@ def test_another_model_fingerprint_or_store_is_mismatched() -> None:
     assert fleet.choose(Role.ENCODER) is fleet.get("http://d")
 
 
-def test_p_and_d_move_kv_by_the_same_connector() -> None:
+def test_prefill_and_decode_need_the_same_connector() -> None:
     fleet = Fleet()
     add(fleet, "p", Role.PREFILL, kv_connector="SharedMemoryConnector")
     assert (
@@ -66,7 +66,7 @@ def test_p_and_d_move_kv_by_the_same_connector() -> None:
     assert add(fleet, "e", Role.ENCODER).state == InstanceState.HEALTHY
 
 
-def test_p_and_d_are_chiasms_own() -> None:
+def test_prefill_and_decode_must_report_their_role() -> None:
     fleet = Fleet()
     for role in (Role.PREFILL, Role.DECODE):
         instance = add(fleet, role, role, role="")
@@ -74,7 +74,7 @@ def test_p_and_d_are_chiasms_own() -> None:
         assert "chiasm's own instances" in str(instance.reason)
 
 
-def test_a_fleet_has_instances_that_answer_whole_or_in_parts() -> None:
+def test_pds_cannot_be_combined_with_prefill_and_decode() -> None:
     fleet = Fleet()
     assert not any(fleet.misfit(role) for role in Role)
     pd = add(fleet, "pd")
@@ -92,7 +92,7 @@ def test_a_fleet_has_instances_that_answer_whole_or_in_parts() -> None:
         assert "prefill" in str(fleet.misfit(Role.PD))
 
 
-def test_text_can_be_answered_when_p_and_d_are_there() -> None:
+def test_text_needs_both_prefill_and_decode() -> None:
     fleet = Fleet()
     assert (fleet.missing, fleet.models) == (Role.PD, [])
     d = add(fleet, "d", Role.DECODE)
@@ -129,14 +129,14 @@ def test_a_decode_instance_without_room_comes_last(few: dict[str, Any]) -> None:
         assert fleet.choose(Role.DECODE, exclude={busy}) is full
 
 
-def test_a_decode_instance_that_says_nothing_of_its_room_is_chosen_by_its_calls() -> None:
+def test_a_decode_instance_that_reports_no_limits_is_chosen_by_its_calls() -> None:
     fleet = Fleet()
     one, two = add(fleet, "1", Role.DECODE), add(fleet, "2", Role.DECODE)
     with fleet.working(one, 1):
         assert fleet.choose(Role.DECODE) is two
 
 
-def test_what_an_instance_does_not_say_fits_anything() -> None:
+def test_fields_that_an_instance_does_not_report_fit_anything() -> None:
     fleet = Fleet()
     vllm = add(fleet, "v", role="", fingerprint="", ec_store="")
     assert len(fleet.fingerprint) == 64
@@ -146,7 +146,7 @@ def test_what_an_instance_does_not_say_fits_anything() -> None:
     assert add(fleet, "f", Role.ENCODER, fingerprint="e" * 64).state == InstanceState.MISMATCHED
 
 
-def test_pds_have_the_first_word() -> None:
+def test_pds_decide_and_encoders_follow() -> None:
     fleet = Fleet()
     encoder = fleet.add("http://e", Role.ENCODER)
     pd = fleet.add("http://p", Role.PD)
@@ -180,7 +180,7 @@ def test_a_wrong_pd_does_not_take_over_while_the_right_one_is_away() -> None:
     assert right.state == InstanceState.HEALTHY
 
 
-def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> None:
+def test_a_fleet_moves_to_another_model_when_no_instance_serves_the_old_one() -> None:
     fleet = Fleet()
     pd, encoder = add(fleet, "p"), add(fleet, "e", Role.ENCODER)
     new = replace(HEALTH, fingerprint="e" * 64)
@@ -194,7 +194,7 @@ def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> No
 
 
 @pytest.mark.parametrize("order", list(permutations(("pd", "a", "b"))))
-def test_a_store_that_was_made_anew_keeps_nobody_out(order: tuple[str, ...]) -> None:
+def test_recreating_the_store_excludes_no_instance(order: tuple[str, ...]) -> None:
     fleet = Fleet()
     roles = {"pd": Role.PD, "a": Role.ENCODER, "b": Role.ENCODER}
     instances = [add(fleet, name, role) for name, role in roles.items()]
@@ -205,7 +205,7 @@ def test_a_store_that_was_made_anew_keeps_nobody_out(order: tuple[str, ...]) -> 
     assert add(fleet, "late", Role.ENCODER).state == InstanceState.MISMATCHED
 
 
-def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_others_were_asked_again() -> None:
+def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_others_were_probed_again() -> None:
     fleet = Fleet()
     pd = add(fleet, "pd")
     moved = add(fleet, "a", Role.ENCODER)
@@ -237,14 +237,14 @@ def test_a_moved_store_excuses_no_other_difference() -> None:
     assert encoder.state == InstanceState.MISMATCHED
 
 
-def test_what_was_agreed_outlives_a_moment_without_anybody() -> None:
+def test_the_agreement_outlives_a_moment_without_instances() -> None:
     fleet = Fleet()
     pd = add(fleet, "p")
     fleet.fail(pd, "busy")
     assert fleet.fingerprint == HEALTH.fingerprint
 
 
-def test_the_least_outstanding_work_is_chosen_and_equals_take_turns() -> None:
+def test_the_instance_with_the_least_work_is_chosen_and_equals_take_turns() -> None:
     fleet = Fleet()
     one, two = add(fleet, "1"), add(fleet, "2")
     with fleet.working(one, 10):
@@ -280,7 +280,7 @@ def test_removal_waits_for_the_last_call() -> None:
     assert not fleet.instances
 
 
-def test_an_instance_that_drains_can_be_kept_after_all() -> None:
+def test_a_draining_instance_can_be_added_again() -> None:
     fleet = Fleet()
     instance = add(fleet, "a")
     with fleet.working(instance, 1):
@@ -290,7 +290,7 @@ def test_an_instance_that_drains_can_be_kept_after_all() -> None:
     assert fleet.instances == [instance]
 
 
-def test_the_lowest_limit_of_items_counts() -> None:
+def test_the_lowest_limit_of_images_applies() -> None:
     fleet = Fleet()
     assert fleet.max_items is None
     add(fleet, "a", max_items=4)

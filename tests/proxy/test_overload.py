@@ -1,4 +1,4 @@
-"""More than the proxy takes on: everybody gets an answer."""
+"""Overload: every request gets an answer."""
 
 from __future__ import annotations
 
