@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from chiasm.proxy.agreement import difference
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.wire import Health, InstanceState, Role
 
@@ -297,3 +298,26 @@ def test_the_lowest_limit_of_images_applies() -> None:
     add(fleet, "b", max_items=2)
     add(fleet, "c", max_items=None)
     assert fleet.max_items == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({}, None),
+        ({"model": "other"}, "it serves other, the fleet tiny"),
+        ({"fingerprint": "e" * 64, "dtype": "bfloat16"}, "its dtype is bfloat16, the fleet's float32"),
+        ({"fingerprint": "e" * 64}, "its fingerprint (model or processor) differs from the fleet's"),
+        (
+            {"fingerprint": "e" * 64, "dtype": ""},
+            "its fingerprint (model, processor or dtype) differs from the fleet's",
+        ),
+        ({"ec_store": "elsewhere"}, "it exchanges embeddings through another store than the fleet"),
+        ({"kv_connector": "B"}, "it moves KV by B of chiasm, the fleet by A of chiasm"),
+        ({"engine": "vllm 1"}, "it moves KV by A of vllm 1, the fleet by A of chiasm"),
+        ({"fingerprint": "", "ec_store": "", "kv_connector": None}, None),
+        ({"role": "encoder", "version": "2", "max_items": 1}, None),
+    ],
+)
+def test_two_instances_differ_in_what_they_both_report(said: dict[str, Any], reason: str | None) -> None:
+    health = replace(HEALTH, dtype="float32", kv_connector="A")
+    assert difference(health, replace(health, **said)) == reason
