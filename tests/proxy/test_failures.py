@@ -182,6 +182,7 @@ async def test_pd_may_answer_without_the_encoder(start: Start) -> None:
     await asyncio.wait_for(encoder.gone.acquire(), 5)
     assert (await front.post(ask("x", image(image_bytes()), stream=True))).body.endswith(b"data: [DONE]\n\n")
     await until_idle(front)
+    assert await front.metric('chiasm_proxy_requests_total{route="/v1/chat/completions",status="200"}') == 2
 
 
 async def test_an_encoding_failure_during_a_stream_ends_it_with_an_error_event(start: Start) -> None:
