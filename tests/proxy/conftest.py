@@ -85,9 +85,9 @@ class Answer:
 
     @property
     def error(self) -> dict[str, Any]:
-        error = self.json["error"]
+        error: dict[str, Any] = self.json["error"]
         assert set(error) == {"message", "type", "param", "code"}
-        return error  # type: ignore[no-any-return]
+        return error
 
 
 Start = Callable[..., Awaitable[Front]]

@@ -45,7 +45,7 @@ class Received:
 
     @property
     def params(self) -> dict[str, Any]:
-        return self.json["kv_transfer_params"]  # type: ignore[no-any-return]
+        return dict(self.json["kv_transfer_params"])
 
     @property
     def identifiers(self) -> list[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from aiohttp import web
 
 from chiasm.media import identifier
 
-from .conftest import Start, ask, data_url, image, image_bytes
+from .conftest import Images, Start, ask, data_url, image, image_bytes
 from .instances import FINGERPRINT, FakeInstance, Received, chat
 
 
@@ -24,7 +23,7 @@ async def test_bodies_with_data_urls_pass_unchanged(start: Start) -> None:
         assert aggregated.received[-1].body == body
 
 
-async def test_urls_are_fetched_by_the_proxy(start: Start, images: Any) -> None:
+async def test_urls_are_fetched_by_the_proxy(start: Start, images: Images) -> None:
     aggregated = FakeInstance("aggregated")
     front = await start([aggregated])
     url = await images(image_bytes("blue"))

@@ -284,8 +284,10 @@ async def test_the_openai_client_understands_errors(front: Front) -> None:
         await client.models.retrieve("other")
 
 
-async def test_a_bug_in_the_proxy_is_a_500_without_details(front: Front, caplog: pytest.LogCaptureFixture) -> None:
-    front.service.router = None  # type: ignore[assignment]
+async def test_a_bug_in_the_proxy_is_a_500_without_details(
+    front: Front, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front.service.router, "answer", None)
     answer = await front.post(ask("x"))
     assert answer.status == 500
     assert "NoneType" not in answer.error["message"]

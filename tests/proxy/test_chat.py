@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import web
 
 from chiasm.media import MediaConfig, identifier
 
-from .conftest import LOOPBACK, Start, ask, data_url, image, image_bytes
+from .conftest import LOOPBACK, Images, Start, ask, data_url, image, image_bytes
 from .instances import FINGERPRINT, MODEL, FakeInstance, Received, chat, encode
 
 
@@ -144,7 +143,7 @@ async def test_pd_is_called_before_the_encoder_has_answered(start: Start) -> Non
     assert (await front.post(ask(image(image_bytes())))).status == 200
 
 
-async def test_fetched_media_goes_to_the_encoder_and_each_url_is_fetched_once(start: Start, images: Any) -> None:
+async def test_fetched_media_goes_to_the_encoder_and_each_url_is_fetched_once(start: Start, images: Images) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
     url = await images(image_bytes("blue", (5, 5), "JPEG"))
@@ -158,7 +157,7 @@ async def test_fetched_media_goes_to_the_encoder_and_each_url_is_fetched_once(st
     assert "fetch;dur=" in answer.headers["Server-Timing"]
 
 
-async def test_a_url_never_names_content(start: Start, images: Any) -> None:
+async def test_a_url_never_names_content(start: Start, images: Images) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
     url = await images(image_bytes("blue"))
@@ -299,7 +298,7 @@ async def test_every_answer_has_a_server_timing(start: Start) -> None:
     assert "Server-Timing" in (await front.post(b"{")).headers
 
 
-async def test_the_operator_can_limit_the_domains_of_images(start: Start, images: Any) -> None:
+async def test_the_operator_can_limit_the_domains_of_images(start: Start, images: Images) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     url = await images(image_bytes())
     front = await start(

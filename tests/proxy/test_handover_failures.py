@@ -616,7 +616,7 @@ async def test_a_client_may_leave_while_its_request_waits_for_decode(start: Star
 
 async def test_a_client_that_leaves_ends_the_stream_of_decode(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
-    d.answer = decode_until(4, lambda request, response: asyncio.Event().wait())  # type: ignore[arg-type,return-value]
+    d.answer = decode_until(4, when(asyncio.Event()))
     front: Front = await start([p, d])
     response = await front.session.post(f"{front.url}/v1/chat/completions", json=ask("x", stream=True))
     for _ in range(3):
