@@ -1,4 +1,4 @@
-"""Fleets of fake instances, with a real proxy before them on a real socket."""
+"""Fleets of fake instances, with a real proxy in front of them on a real socket."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver
 from PIL import Image
 
+from chiasm.http.listen import bind, url_of
 from chiasm.media import MediaConfig
 from chiasm.proxy import ProxyConfig
-from chiasm.proxy.gateway import Gateway
-from chiasm.proxy.serve import ProxyServer, bind, url_of
+from chiasm.proxy.app import create_app
+from chiasm.proxy.process import create_server
+from chiasm.proxy.service import ProxyService
 
 from .instances import MODEL, FakeInstance
 
@@ -30,10 +32,10 @@ LOOPBACK = ("127.0.0.0/8",)
 
 @dataclass
 class Front:
-    """A running proxy, what stands behind it, and ways to talk to it."""
+    """A running proxy, the instances behind it, and ways to talk to it."""
 
     url: str
-    gateway: Gateway
+    service: ProxyService
     session: aiohttp.ClientSession
     instances: list[FakeInstance] = field(default_factory=list)
 
@@ -58,7 +60,7 @@ class Front:
         return {instance["url"]: instance["state"] for instance in health["instances"]}
 
     async def until(self, instance: FakeInstance, state: str) -> None:
-        """Returns when the proxy sees the instance in this state."""
+        """Return when the proxy sees the instance in this state."""
         async with asyncio.timeout(10):
             while (await self.states()).get(instance.url, "removed") != state:
                 pass  # each look takes a turn of its own
@@ -83,9 +85,9 @@ class Answer:
 
     @property
     def error(self) -> dict[str, Any]:
-        error = self.json["error"]
+        error: dict[str, Any] = self.json["error"]
         assert set(error) == {"message", "type", "param", "code"}
-        return error  # type: ignore[no-any-return]
+        return error
 
 
 Start = Callable[..., Awaitable[Front]]
@@ -93,7 +95,7 @@ Start = Callable[..., Awaitable[Front]]
 
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
-    """``await start([encoder, pd], …)`` runs a proxy before these instances; all ends with the test."""
+    """``await start([encoder, pd], …)`` runs a proxy in front of these instances until the end of the test."""
     async with AsyncExitStack() as stack:
 
         async def start_one(
@@ -117,7 +119,9 @@ async def start() -> AsyncIterator[Start]:
                 "probe_interval_seconds": 0.05,
                 "deadline_seconds": 20.0,
             }
-            server = ProxyServer(ProxyConfig(**(defaults | urls | config)), resolver=resolver)
+            settings = ProxyConfig(**(defaults | urls | config))
+            app = create_app(settings, resolver=resolver)
+            server = create_server(app, settings)
             listener = bind("127.0.0.1", 0)
             serving = asyncio.ensure_future(server.serve(sockets=[listener]))
             url = url_of(listener)
@@ -129,13 +133,13 @@ async def start() -> AsyncIterator[Start]:
             stack.push_async_callback(stop)
             await server.ready.wait()
             session = await stack.enter_async_context(aiohttp.ClientSession())
-            return Front(url, server.gateway, session, instances)
+            return Front(url, app.state.service, session, instances)
 
         yield start_one
 
 
 def image_bytes(colour: str = "red", size: tuple[int, int] = (6, 4), format: str = "PNG", **options: Any) -> bytes:
-    """An image of one colour; ``size`` is width and height."""
+    """Return an image file of one colour; ``size`` is width and height."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, format, **options)
     return file.getvalue()
@@ -146,24 +150,24 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
 
 
 def image(url: str | bytes, **more: Any) -> dict[str, Any]:
-    """An image part: of a URL, or of an image's bytes."""
+    """Return an image part with a URL, or with an image's bytes."""
     return {"type": "image_url", "image_url": {"url": data_url(url) if isinstance(url, bytes) else url}} | more
 
 
 def ask(*parts: dict[str, Any] | str, **more: Any) -> dict[str, Any]:
-    """A chat completion of one user message."""
+    """Return the body of a chat completion with one user message."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return {"model": MODEL, "messages": [{"role": "user", "content": content}]} | more
 
 
 @dataclass
 class Heard:
-    """What a client got of a stream."""
+    """What a client received of a stream."""
 
     raw: bytes = b""
     words: list[str] = field(default_factory=list)
     error: dict[str, Any] | None = None
-    """Of the error event, if one ended the stream."""
+    """The error event that ended the stream, if one did."""
     ended: bool = False
     """Whether ``[DONE]`` came."""
 
@@ -173,7 +177,7 @@ class Heard:
 
 
 async def listen(front: Front, body: Any, at: Mapping[int, asyncio.Event] | None = None) -> Heard:
-    """Take a stream event by event; ``at`` has an event to set when so many words are there."""
+    """Read a stream event by event; set ``at[n]`` when n words have arrived."""
     heard = Heard()
     async with front.session.post(f"{front.url}/v1/chat/completions", json=body) as response:
         assert response.status == 200, await response.read()
@@ -199,21 +203,22 @@ async def _block(content: aiohttp.StreamReader) -> bytes:
 
 
 async def until_idle(front: Front) -> None:
-    """Returns when nothing is held, counted or under way."""
-    gateway = front.gateway
+    """Return when the proxy holds, counts and does nothing."""
+    service = front.service
+    encoders = service.router.encoders
     async with asyncio.timeout(5):
         while (
-            gateway._services.encoders._flights
-            or gateway._services.encoders._tasks
-            or gateway._admission.requests
-            or gateway._admission.buffered_bytes
-            or any(one.in_flight or one.outstanding for one in gateway.fleet.instances)
+            encoders._flights
+            or encoders._tasks
+            or service.admission.requests
+            or service.admission.held_bytes
+            or any(one.in_flight or one.outstanding for one in service.fleet.instances)
         ):
             await front.get("/health")
 
 
 async def leave(front: Front, body: dict[str, Any], *arrivals: FakeInstance) -> None:
-    """Send a request on a socket of its own, and close it when these instances have theirs."""
+    """Send a request on a socket of its own, and close it when these instances have been called."""
     host, port = front.url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     _, writer = await asyncio.open_connection(host, int(port))

@@ -1,4 +1,7 @@
-"""Small real servers that play instances of all roles: they speak the wire and note what they get."""
+"""Small servers that stand in for instances of all roles, and record what they receive.
+
+They build what they send from the types in ``chiasm.wire``; test_contract.py holds them to real instances.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,22 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from aiohttp import web
+
+from chiasm.wire import ECItem, ErrorBody, ErrorDetail, Health, KVTransferParams
 
 Answering = Callable[..., Awaitable[web.StreamResponse]]
 
 FINGERPRINT = "f" * 64
 MODEL = "tiny"
 PART = {"kv_connector": "SharedMemoryConnector", "kv_blocks_total": 100, "kv_blocks_free": 100, "max_num_seqs": 8}
-"""What P and D say in addition."""
+"""Health of prefill and decode instances, besides the other fields."""
 
 
 @dataclass
 class Received:
-    """One request as it came."""
+    """One request as it was received."""
 
     path: str
     headers: Mapping[str, str]
@@ -39,7 +45,7 @@ class Received:
 
     @property
     def params(self) -> dict[str, Any]:
-        return self.json["kv_transfer_params"]  # type: ignore[no-any-return]
+        return dict(self.json["kv_transfer_params"])
 
     @property
     def identifiers(self) -> list[str]:
@@ -47,33 +53,29 @@ class Received:
 
 
 class FakeInstance:
-    """An instance on a port of its own. Replace ``answer`` to have it behave otherwise."""
+    """An instance on a port of its own. Set ``answer`` to change its behaviour."""
 
     def __init__(self, role: str, /, **health: Any) -> None:
         self.role = role
-        self.health: dict[str, Any] | None = (
-            {
-                "status": "ok",
-                "role": role,
-                "model": MODEL,
-                "fingerprint": FINGERPRINT,
-                "ec_store": "store",
-                "version": "1",
-                "max_model_len": 4096,
-                "max_items": 8,
-            }
-            | (PART if role in {"prefill", "decode"} else {})
-            | health
-        )
-        """None answers like vLLM: an empty 200, and the model's name elsewhere."""
+        known: dict[str, Any] = {
+            "role": role,
+            "model": MODEL,
+            "fingerprint": FINGERPRINT,
+            "ec_store": "store",
+            "version": "1",
+            "max_model_len": 4096,
+            "max_items": 8,
+        }
+        self.health: Health | None = Health(**(known | (PART if role in {"prefill", "decode"} else {}) | health))
+        """None responds like vLLM without chiasm's middleware: an empty 200, and the model's name elsewhere."""
         self.health_status = 200
         self.awake = asyncio.Event()
-        """As long as it isn't set, /health doesn't answer."""
+        """While it is clear, /health doesn't respond."""
         self.awake.set()
         self.received: list[Received] = []
         self.arrived = asyncio.Semaphore(0)
         self.gone = asyncio.Semaphore(0)
-        """Released for each call that the proxy ended before it had its answer."""
+        """Released for each call that the proxy ended before it was answered."""
         self.answer: Callable[[FakeInstance, web.Request, Received], Awaitable[web.StreamResponse]] = {
             "encoder": encode,
             "prefill": prefill,
@@ -101,7 +103,7 @@ class FakeInstance:
         return self
 
     async def kill(self) -> None:
-        """As SIGKILL does: nobody listens, and all connections are reset."""
+        """Close the port and reset all connections, as SIGKILL does."""
         runner, self._runner = self._runner, None
         if runner is None:
             return
@@ -117,7 +119,7 @@ class FakeInstance:
         await self.awake.wait()
         if self.health is None:
             return web.Response(status=self.health_status)
-        return web.json_response(self.health, status=self.health_status)
+        return respond(self.health, status=self.health_status)
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 2048}]})
@@ -133,20 +135,26 @@ class FakeInstance:
             raise
 
 
+def respond(content: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(content), status=status, headers=headers, content_type="application/json"
+    )
+
+
 async def encode(instance: FakeInstance, request: web.Request, received: Received) -> web.Response:
-    """What an encoder answers: every item is where it should be."""
-    entries: dict[str, Any] = {}
+    """Answer as an encoder that has published all images."""
+    items: dict[str, ECItem] = {}
     for index, name in enumerate(received.identifiers):
-        entry = entries.setdefault(name, {"item_indices": [], "metadata": {"image_grid_thw": [1, 4, 6]}})
-        entry["item_indices"].append(index)
-    return web.json_response(
-        {"object": "chat.completion", "choices": [], "ec_transfer_params": entries},
+        indices = items[name].item_indices if name in items else []
+        items[name] = ECItem(item_indices=[*indices, index], metadata=msgspec.Raw(b'{"image_grid_thw":[1,4,6]}'))
+    return respond(
+        {"object": "chat.completion", "choices": [], "ec_transfer_params": items},
         headers={"Server-Timing": "encode;dur=12.5"},
     )
 
 
 async def chat(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """What a PD answers: two tokens, as a stream where one is asked for."""
+    """Answer as a PD, with two tokens."""
     timing = {"Server-Timing": 'queue;dur=1.5, item0;desc="hit"'}
     head = {"id": "c", "object": "chat.completion", "created": 1, "model": MODEL}
     if not received.json.get("stream"):
@@ -168,7 +176,7 @@ def event(word: str) -> bytes:
 
 
 async def never(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """No answer, until the proxy ends the call."""
+    """Don't answer until the proxy ends the call."""
     await asyncio.Event().wait()
     raise AssertionError
 
@@ -176,19 +184,23 @@ async def never(instance: FakeInstance, request: web.Request, received: Received
 def refuse(
     status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None, **headers: str
 ) -> Answering:
-    """An error answer in the shape of the OpenAI API."""
+    """Answer with an error."""
 
     async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return web.json_response(error_of(message, kind, code), status=status, headers=headers)
+        return respond(error_of(message, kind, code), status=status, headers=headers)
 
     return answer
 
 
-def error_of(message: str, kind: str = "internal_error", code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+def error_of(message: str, kind: str = "internal_error", code: str | int | None = None) -> ErrorBody:
+    return ErrorBody(error=ErrorDetail(message=message, type=kind, code=code))
 
 
-# P and D. What they answer to any prompt is WORDS; the token id of a word is its index, plus 100.
+def error_event(error: ErrorBody) -> bytes:
+    return b"data: " + msgspec.json.encode(error) + b"\n\n"
+
+
+# Prefill and decode. Their answer to any prompt is WORDS; the token id of a word is its index plus 100.
 
 WORDS = ("the ", "cat ", "sat ", "on ", "a ", "mat ", "and ", "slept")
 SAID = "".join(WORDS)
@@ -199,11 +211,11 @@ kv_unavailable = refuse(503, "the lease has run out", kind="kv_unavailable_error
 
 
 async def prefill(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """What a P answers: the next word and a handle; after the last word, the end of the answer."""
+    """Answer as prefill: with the next word and a handle; with the last word, the answer ends."""
     known = received.params.get("output_token_ids", [])
     index = len(known)
     handle = handle_of(instance, index, received.params)
-    ends = index == len(WORDS) - 1
+    ends = index + 1 == min(len(WORDS), received.json.get("max_tokens", len(WORDS)))
     if not received.json.get("stream"):
         answer = whole("".join(WORDS[: index + 1]), "stop" if ends else "length")
         return web.json_response(answer | ({} if ends else {"kv_transfer_params": handle}), headers=TIMING)
@@ -214,23 +226,26 @@ async def prefill(instance: FakeInstance, request: web.Request, received: Receiv
 
 
 def handle_of(instance: FakeInstance, index: int, given: dict[str, Any]) -> dict[str, Any]:
-    """Of an answer whose words up to and with ``index`` are sampled."""
-    return {
-        "do_remote_prefill": True,
-        "remote_engine_id": instance.url,
-        "remote_block_ids": [1, 2],
-        "remote_request_id": f"r{len(instance.received)}",
-        "digest": "d1",
-        "output_token_ids": [100 + one for one in range(index + 1)],
-        "num_sent": index,
-        "seed": given.get("seed", 7),
-        "created": given.get("created", 1),
-        "cached_tokens": given.get("cached_tokens", 16),
-    }
+    """Return the handle of an answer whose words up to and including ``index`` are sampled."""
+    handle = KVTransferParams(
+        do_remote_prefill=True,
+        remote_engine_id=instance.url,
+        remote_block_ids=[1, 2],
+        remote_request_id=f"r{len(instance.received)}",
+        num_tokens=32 + index,
+        digest="d1",
+        output_token_ids=[100 + one for one in range(index + 1)],
+        num_sent=index,
+        seed=given.get("seed", 7),
+        created=given.get("created", 1),
+        cached_tokens=given.get("cached_tokens", 16),
+    )
+    built: dict[str, Any] = msgspec.to_builtins(handle)
+    return built
 
 
 async def decode(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """What a D answers: the words after those that were sent, or all of them."""
+    """Answer as decode: in a stream with the words that were not sent yet, otherwise with all."""
     if not received.json.get("stream"):
         return web.json_response(whole(SAID, "stop"))
     response = await begin_stream(request)
@@ -241,7 +256,7 @@ async def decode(instance: FakeInstance, request: web.Request, received: Receive
 
 
 def decode_until(words: int, then: Callable[[web.Request, web.StreamResponse], Awaitable[None]]) -> Answering:
-    """A D that comes to this many words of the answer, P's included; then something happens."""
+    """Answer as decode up to this many words, including prefill's; then do something else."""
 
     async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         if not received.json.get("stream"):
@@ -258,17 +273,17 @@ def decode_until(words: int, then: Callable[[web.Request, web.StreamResponse], A
 
 
 async def break_off(request: web.Request, response: web.StreamResponse | None = None) -> None:
-    """The connection is reset, what was written before reaches the proxy."""
+    """Reset the connection; what was written before reaches the proxy."""
     await asyncio.sleep(0)
     assert request.transport is not None
     request.transport.abort()
 
 
 def tell(message: str, kind: str, code: str | None) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
-    """An error event."""
+    """Send an error event."""
 
     async def write(request: web.Request, response: web.StreamResponse) -> None:
-        await response.write(b"data: " + json.dumps(error_of(message, kind, code)).encode() + b"\n\n")
+        await response.write(error_event(error_of(message, kind, code)))
 
     return write
 
@@ -284,7 +299,7 @@ def role_event() -> bytes:
 
 
 def token_event(index: int) -> bytes:
-    """A word of D's, with what it announces to the proxy."""
+    """Return the event of a word of decode, with the announcement of its token."""
     return b": tokens %d\n" % (100 + index) + event(WORDS[index])
 
 
@@ -297,7 +312,7 @@ def end_of_stream() -> bytes:
     return finish + b": server-timing decode;dur=3\n\ndata: [DONE]\n\n"
 
 
-# P and D of vLLM, with chiasm's middleware.
+# Prefill and decode of vLLM with chiasm's middleware.
 
 VLLM = {"engine": "vllm 0.32.0", "kv_connector": "NixlConnector"}
 VLLM_HANDLE = {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [[3, 4]], "remote_port": 5600}
@@ -316,7 +331,7 @@ def vllm_decode() -> FakeInstance:
 
 
 async def prefill_of_vllm(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """A handle where one is asked for, with the number of the call; else an answer as a PD's."""
+    """Answer with a handle that has the number of the call if one is asked for, otherwise as a PD."""
     if "kv_transfer_params" not in received.json:
         return await chat(instance, request, received)
     handle = VLLM_HANDLE | {"remote_engine_id": instance.url, "remote_request_id": f"r{len(instance.received)}"}
@@ -324,7 +339,7 @@ async def prefill_of_vllm(instance: FakeInstance, request: web.Request, received
 
 
 async def decode_of_vllm(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """The whole answer, its first word included."""
+    """Answer with all words, including the first."""
     if not received.json.get("stream"):
         return web.json_response(whole(SAID, "stop"))
     response = await begin_stream(request)
@@ -336,18 +351,88 @@ async def decode_of_vllm(instance: FakeInstance, request: web.Request, received:
 
 
 async def vllm_error_event(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """As vLLM tells, after the head of a stream, that a request failed in its engine."""
+    """Report like vLLM, after the head of a stream, that its engine failed on a request."""
     if not received.json.get("stream"):
-        return web.json_response({"error": _VLLM_FAILURE}, status=500)
+        return respond(_VLLM_FAILURE, status=500)
     response = await begin_stream(request)
-    await response.write(b"data: " + json.dumps({"error": _VLLM_FAILURE}).encode() + b"\n\ndata: [DONE]\n\n")
+    await response.write(error_event(_VLLM_FAILURE) + b"data: [DONE]\n\n")
     return response
 
 
-_VLLM_FAILURE = {"message": "Internal server error", "type": "InternalServerError", "param": None, "code": 500}
+_VLLM_FAILURE = error_of("Internal server error", "InternalServerError", 500)
 
 
 def whole(text: str, finish_reason: str) -> dict[str, Any]:
     message = {"role": "assistant", "content": text}
     head = {"id": "c", "object": "chat.completion", "created": 1, "model": MODEL}
     return head | {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}
+
+
+# Faults.
+
+Then = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
+
+
+def once(first: Answering, then: Answering, *some: FakeInstance) -> None:
+    """Have the first call of any of these instances answered by ``first``, and all others by ``then``."""
+    in_order([first], then, *some)
+
+
+def in_order(answers: list[Answering], then: Answering, *some: FakeInstance) -> None:
+    """Have the calls of these instances answered by ``answers`` one after another, and all others by ``then``."""
+    left = iter(answers)
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return await next(left, then)(instance, request, received)
+
+    for one in some:
+        one.answer = answer
+
+
+def when(event: asyncio.Event, then: Then = break_off) -> Then:
+    """Wait for an event before a fault."""
+
+    async def wait(request: web.Request, response: web.StreamResponse) -> None:
+        await event.wait()
+        await then(request, response)
+
+    return wait
+
+
+async def lose(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """Reset the connection before any response."""
+    await break_off(request)
+    raise ConnectionError
+
+
+async def only_a_head(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """Reset the connection after the head of a stream."""
+    response = await begin_stream(request)
+    await break_off(request)
+    return response
+
+
+async def half_a_response(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """Reset the connection in the middle of a response that isn't a stream."""
+    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "1000"})
+    await response.prepare(request)
+    await break_off(request)
+    return response
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Prefill and decode of one engine, for tests of what is the same for both engines."""
+
+    prefill: Callable[[], FakeInstance]
+    decode: Callable[[], FakeInstance]
+    answer_prefill: Answering
+    answer_decode: Answering
+
+
+CHIASM = Pair(lambda: FakeInstance("prefill"), lambda: FakeInstance("decode"), prefill, decode)
+VLLM_PAIR = Pair(vllm_prefill, vllm_decode, prefill_of_vllm, decode_of_vllm)
+
+
+def received_by(some: list[FakeInstance]) -> list[Received]:
+    return [received for one in some for received in one.received]

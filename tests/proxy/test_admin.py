@@ -20,13 +20,13 @@ async def call(front: Front, method: str, body: Any = None, key: str | None = KE
         return Answer(response.status, response.headers, await response.read())
 
 
-async def test_without_a_key_there_is_no_such_route(start: Start) -> None:
+async def test_the_route_does_not_exist_without_a_key(start: Start) -> None:
     front = await start([FakeInstance("pd")])
     assert (await call(front, "GET")).status == 404
 
 
 @pytest.mark.parametrize("key", [None, "", "wrong", KEY + "x"])
-async def test_without_the_right_key_nothing_is_told_or_done(start: Start, key: str | None) -> None:
+async def test_requests_without_the_right_key_are_refused(start: Start, key: str | None) -> None:
     front = await start([FakeInstance("pd")], admin_key=KEY)
     for method in ("GET", "POST", "DELETE"):
         answer = await call(front, method, {"url": front.instances[0].url, "role": "pd"}, key)
@@ -53,7 +53,7 @@ async def test_an_encoder_is_added_and_removed(start: Start) -> None:
     await encoder.kill()
 
 
-async def test_removal_lets_calls_end(start: Start) -> None:
+async def test_a_removed_instance_finishes_its_calls(start: Start) -> None:
     pds, gate = [FakeInstance("pd"), FakeInstance("pd")], asyncio.Event()
 
     async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -73,7 +73,7 @@ async def test_removal_lets_calls_end(start: Start) -> None:
     await front.until(pds[0], "removed")
 
 
-async def test_ps_and_ds_are_added_and_removed(start: Start) -> None:
+async def test_prefill_and_decode_are_added_and_removed(start: Start) -> None:
     first = [FakeInstance("prefill"), FakeInstance("decode")]
     second = [FakeInstance("prefill"), FakeInstance("decode")]
     front = await start([*first], admin_key=KEY)
@@ -91,7 +91,7 @@ async def test_ps_and_ds_are_added_and_removed(start: Start) -> None:
         await instance.kill()
 
 
-async def test_removal_lets_d_end_its_streams(start: Start) -> None:
+async def test_a_removed_decode_instance_finishes_its_streams(start: Start) -> None:
     p, ds, seen = FakeInstance("prefill"), [FakeInstance("decode"), FakeInstance("decode")], asyncio.Event()
 
     async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -120,15 +120,15 @@ async def test_removal_lets_d_end_its_streams(start: Start) -> None:
         (("prefill", "decode"), "aggregated"),
     ],
 )
-async def test_a_role_of_the_other_kind_is_refused(start: Start, fleet: tuple[str, ...], role: str) -> None:
+async def test_a_role_of_the_other_kind_of_fleet_is_refused(start: Start, fleet: tuple[str, ...], role: str) -> None:
     front = await start([FakeInstance(one) for one in fleet], admin_key=KEY)
     answer = await call(front, "POST", {"url": "http://127.0.0.1:1", "role": role})
     assert answer.status == 409
-    assert f"none can be {role}" in answer.error["message"]
+    assert f"combined with {role} instances" in answer.error["message"]
     assert len(await front.states()) == len(fleet)
 
 
-async def test_a_fleet_of_p_and_d_may_be_put_together_from_nothing(start: Start) -> None:
+async def test_an_empty_fleet_can_be_filled_with_prefill_and_decode(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     front = await start([], admin_key=KEY)
     codes = []
@@ -142,7 +142,7 @@ async def test_a_fleet_of_p_and_d_may_be_put_together_from_nothing(start: Start)
         await instance.kill()
 
 
-async def test_a_proxy_may_begin_without_instances(start: Start) -> None:
+async def test_a_proxy_can_start_without_instances(start: Start) -> None:
     pd = FakeInstance("pd")
     front = await start([], admin_key=KEY)
     assert (await front.get("/health")).status == 503
@@ -163,7 +163,7 @@ async def test_a_proxy_may_begin_without_instances(start: Start) -> None:
         {"url": 1, "role": "pd"},
     ],
 )
-async def test_orders_that_make_no_sense(start: Start, body: Any) -> None:
+async def test_malformed_orders_are_refused(start: Start, body: Any) -> None:
     front = await start([FakeInstance("pd")], admin_key=KEY)
     answer = await call(front, "POST", body)
     assert answer.status == 400
@@ -171,7 +171,7 @@ async def test_orders_that_make_no_sense(start: Start, body: Any) -> None:
     assert len(await front.states()) == 1
 
 
-async def test_what_is_there_or_not_there_already(start: Start) -> None:
+async def test_adding_a_known_url_and_removing_an_unknown_one_are_refused(start: Start) -> None:
     pd = FakeInstance("pd")
     front = await start([pd], admin_key=KEY)
     assert (await call(front, "POST", {"url": pd.url, "role": "pd"})).status == 409

@@ -1,19 +1,18 @@
-"""Aggregated instances: they get the media itself, and never a URL to fetch."""
+"""Aggregated instances: they get images as bytes, never as a URL to fetch."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from aiohttp import web
 
 from chiasm.media import identifier
 
-from .conftest import Start, ask, data_url, image, image_bytes
+from .conftest import Images, Start, ask, data_url, image, image_bytes
 from .instances import FINGERPRINT, FakeInstance, Received, chat
 
 
-async def test_bodies_pass_byte_for_byte_where_media_is_in_them(start: Start) -> None:
+async def test_bodies_with_data_urls_pass_unchanged(start: Start) -> None:
     aggregated = FakeInstance("aggregated")
     front = await start([aggregated])
     url = data_url(image_bytes()).encode()
@@ -24,7 +23,7 @@ async def test_bodies_pass_byte_for_byte_where_media_is_in_them(start: Start) ->
         assert aggregated.received[-1].body == body
 
 
-async def test_urls_are_fetched_by_the_proxy(start: Start, images: Any) -> None:
+async def test_urls_are_fetched_by_the_proxy(start: Start, images: Images) -> None:
     aggregated = FakeInstance("aggregated")
     front = await start([aggregated])
     url = await images(image_bytes("blue"))
@@ -34,14 +33,14 @@ async def test_urls_are_fetched_by_the_proxy(start: Start, images: Any) -> None:
     assert aggregated.received[0].json == ask("x", own, image(image_bytes("blue"), uuid=name), temperature=0.5)
 
 
-async def test_a_clients_uuid_does_not_get_through(start: Start) -> None:
+async def test_a_clients_uuid_is_not_passed_on(start: Start) -> None:
     aggregated = FakeInstance("aggregated")
     front = await start([aggregated])
     assert (await front.post(ask(image(image_bytes(), uuid="a" * 64)))).status == 200
     assert aggregated.received[0].identifiers == [identifier(image_bytes(), fingerprint=FINGERPRINT)]
 
 
-async def test_the_guard_holds_for_them_too(start: Start) -> None:
+async def test_the_guarded_fetcher_is_used_for_aggregated_instances_too(start: Start) -> None:
     aggregated = FakeInstance("aggregated")
     front = await start([aggregated])
     assert (await front.post(ask(image("http://169.254.169.254/")))).error["code"] == "media_address_not_allowed"
@@ -73,7 +72,7 @@ async def test_a_mixed_fleet_uses_the_side_with_less_to_do(start: Start) -> None
     assert all(part["type"] != "image_url" for received in pd.received for part in received.parts)
 
 
-async def test_without_encoders_media_goes_to_the_aggregated_ones(start: Start) -> None:
+async def test_images_go_to_aggregated_instances_if_there_are_no_encoders(start: Start) -> None:
     pd, aggregated = FakeInstance("pd"), FakeInstance("aggregated")
     front = await start([pd, aggregated])
     for n in range(1, 4):

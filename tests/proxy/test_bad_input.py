@@ -1,4 +1,4 @@
-"""What a client may get wrong: each a clear error, and nothing reaches an instance."""
+"""Invalid requests: each gets a clear error, and none reaches an instance."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def front(start: Start) -> Front:
 
 
 async def refused(front: Front, body: Any, status: int = 400, path: str = "/v1/chat/completions") -> dict[str, Any]:
-    """The error; and the next request is right."""
+    """Return the error, after checking that the next request succeeds."""
     answer = await front.post(body, path)
     assert answer.status == status, answer.body
     assert answer.headers["Content-Type"] == "application/json"
@@ -55,7 +55,7 @@ async def refused(front: Front, body: Any, status: int = 400, path: str = "/v1/c
         b'{"model":"tiny","messages":[{"role":"user","content":"x"}],"a":NaN}',
     ],
 )
-async def test_not_json(front: Front, body: bytes) -> None:
+async def test_a_body_that_is_not_json_is_refused(front: Front, body: bytes) -> None:
     assert (await refused(front, body))["code"] == "invalid_json"
     assert (await front.post(body, "/v1/completions")).status == 400
 
@@ -94,17 +94,17 @@ async def test_not_json(front: Front, body: bytes) -> None:
         (ask(image(image_bytes()), media_io_kwargs={"image": {}}), "media_io_kwargs"),
     ],
 )
-async def test_not_a_request(front: Front, body: Any, param: str | None) -> None:
+async def test_a_body_that_is_not_a_request_is_refused(front: Front, body: Any, param: str | None) -> None:
     error = await refused(front, body)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
 
 
-async def test_transfer_parameters_that_say_nothing_pass(front: Front) -> None:
+async def test_empty_transfer_parameters_are_accepted(front: Front) -> None:
     assert (await front.post(ask("x", ec_transfer_params=None, kv_transfer_params={}))).status == 200
 
 
-async def test_unknown_model(front: Front) -> None:
+async def test_an_unknown_model_is_refused(front: Front) -> None:
     error = await refused(front, ask("x", model="other"), 404)
     assert error["code"] == "model_not_found"
     assert "tiny" in error["message"]
@@ -112,7 +112,7 @@ async def test_unknown_model(front: Front) -> None:
     assert (await front.post({"prompt": "x"}, "/v1/completions")).status == 200
 
 
-async def test_unknown_routes_and_methods_answer_in_the_same_shape(front: Front) -> None:
+async def test_unknown_routes_and_methods_are_refused_in_the_same_shape(front: Front) -> None:
     assert (await front.post({}, "/v1/embeddings")).error["type"] == "not_found_error"
     answer = await front.get("/v1/chat/completions")
     assert answer.status == 405
@@ -135,17 +135,17 @@ async def test_unknown_routes_and_methods_answer_in_the_same_shape(front: Front)
         (data_url(b""), "invalid_image"),
     ],
 )
-async def test_media_that_is_no_image(front: Front, url: str, code: str) -> None:
+async def test_urls_that_hold_no_usable_image_are_refused(front: Front, url: str, code: str) -> None:
     assert (await refused(front, ask("x", image(url))))["code"] == code
 
 
-async def test_a_body_that_is_not_utf8_in_a_url(front: Front) -> None:
+async def test_a_url_that_is_not_utf8_is_refused(front: Front) -> None:
     body = b'{"model":"tiny","messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"http://\xff/"}}]}]}'
     assert (await front.post(body)).status == 400
 
 
 @pytest.mark.parametrize("kind", ["missing", "slow", "endless", "page", "loop", "inside"])
-async def test_urls_that_lead_to_no_image(start: Start, kind: str) -> None:
+async def test_urls_that_cannot_be_fetched_are_refused(start: Start, kind: str) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         if kind == "missing":
             return web.Response(status=404)
@@ -184,18 +184,18 @@ async def test_urls_that_lead_to_no_image(start: Start, kind: str) -> None:
         await runner.cleanup()
 
 
-async def test_one_bad_image_of_several_is_enough(front: Front) -> None:
+async def test_one_bad_image_fails_the_request(front: Front) -> None:
     error = await refused(front, ask(image(image_bytes("red")), image("http://[::1]/"), image(image_bytes("blue"))))
     assert error["code"] == "media_address_not_allowed"
 
 
-async def test_more_images_than_the_limit(front: Front) -> None:
+async def test_more_images_than_the_limit_are_refused(front: Front) -> None:
     error = await refused(front, ask(*(image(image_bytes(size=(5, n))) for n in range(1, 5))))
     assert error["code"] == "too_many_images"
     assert (await front.post(ask(*(image(image_bytes(size=(5, n))) for n in range(1, 4))))).status == 200
 
 
-async def test_the_instances_limit_of_images_counts_too(start: Start) -> None:
+async def test_a_lower_limit_of_an_instance_applies_too(start: Start) -> None:
     front = await start([FakeInstance("encoder"), FakeInstance("pd", max_items=1)])
     assert (await refused(front, ask(image(image_bytes("red")), image(image_bytes("blue")))))[
         "code"
@@ -209,12 +209,12 @@ async def test_a_uuid_is_64_hex_digits_or_nothing(front: Front, uuid: Any) -> No
     assert (await refused(front, ask(image(image_bytes(), uuid=uuid))))["code"] == "invalid_uuid"
 
 
-async def test_a_uuid_of_none_is_no_uuid(front: Front) -> None:
+async def test_a_uuid_may_be_null(front: Front) -> None:
     assert (await front.post(ask(image(image_bytes(), uuid=None)))).status == 200
 
 
 @pytest.mark.parametrize("announced", [True, False])
-async def test_a_body_that_is_too_large(start: Start, announced: bool) -> None:
+async def test_a_body_that_is_too_large_is_refused(start: Start, announced: bool) -> None:
     front = await start([FakeInstance("pd")], max_body_bytes=10_000)
 
     async def endless() -> Any:
@@ -226,10 +226,10 @@ async def test_a_body_that_is_too_large(start: Start, announced: bool) -> None:
         assert response.status == 413
         assert (await response.json())["error"]["code"] == "body_too_large"
     assert (await front.post(ask("x"))).status == 200
-    assert front.gateway._admission.buffered_bytes == 0
+    assert front.service.admission.held_bytes == 0
 
 
-async def test_a_body_that_does_not_come(start: Start) -> None:
+async def test_a_body_that_does_not_arrive_times_out(start: Start) -> None:
     front = await start([FakeInstance("pd")], body_timeout_seconds=0.2)
     host, port = front.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -238,7 +238,7 @@ async def test_a_body_that_does_not_come(start: Start) -> None:
     writer.close()
 
 
-async def test_what_the_pd_says_of_a_request_reaches_the_client(start: Start) -> None:
+async def test_an_error_of_pd_reaches_the_client(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     pd.answer = refuse(400, "the prompt is longer than the context", **{"X-Inner": "1"})
     encoder.answer = never
@@ -255,7 +255,7 @@ async def test_what_the_pd_says_of_a_request_reaches_the_client(start: Start) ->
     assert answer.headers["Retry-After"] == "7"
 
 
-async def test_what_an_encoder_says_of_an_image_reaches_the_client(start: Start) -> None:
+async def test_an_encoders_refusal_reaches_the_client(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
     for encoder in encoders:
         encoder.answer = refuse(400, "the PNG image is cut off or broken")
@@ -269,7 +269,7 @@ async def test_what_an_encoder_says_of_an_image_reaches_the_client(start: Start)
     assert sum(len(encoder.received) for encoder in encoders) == 2  # no second try
 
 
-async def test_errors_as_the_openai_client_sees_them(front: Front) -> None:
+async def test_the_openai_client_understands_errors(front: Front) -> None:
     client = front.openai
     with pytest.raises(openai.NotFoundError) as missing:
         await client.chat.completions.create(**(ask("x") | {"model": "other"}))
@@ -284,8 +284,10 @@ async def test_errors_as_the_openai_client_sees_them(front: Front) -> None:
         await client.models.retrieve("other")
 
 
-async def test_a_fault_of_the_proxy_is_a_500_that_tells_nothing(front: Front, caplog: pytest.LogCaptureFixture) -> None:
-    front.gateway._services = None  # type: ignore[assignment]
+async def test_a_bug_in_the_proxy_is_a_500_without_details(
+    front: Front, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front.service.router, "answer", None)
     answer = await front.post(ask("x"))
     assert answer.status == 500
     assert "NoneType" not in answer.error["message"]

@@ -30,7 +30,7 @@ async def first_arrival(instances: list[FakeInstance]) -> FakeInstance:
 # Encoders
 
 
-async def test_an_encoder_killed_in_the_middle_costs_a_retry_not_the_request(start: Start) -> None:
+async def test_an_encoder_killed_during_a_call_costs_a_retry(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
 
     async def when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -54,8 +54,8 @@ async def test_an_encoder_killed_in_the_middle_costs_a_retry_not_the_request(sta
     await until_idle(front)
 
 
-async def test_a_retry_takes_nothing_over_from_the_try_before(start: Start) -> None:
-    """Of two items in a call the encoder does one: only the other goes to the next encoder, in a call like any first."""
+async def test_a_retry_is_a_call_like_the_first(start: Start) -> None:
+    """The encoder publishes one of two images; only the other one goes to the next encoder."""
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
 
     async def only_the_first(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -101,7 +101,7 @@ async def test_no_encoder_left_is_a_503_and_ends_the_pd_call(start: Start) -> No
     await until_idle(front)
 
 
-async def test_no_encoder_at_all_is_a_503_and_text_goes_on(start: Start) -> None:
+async def test_text_is_answered_without_any_encoder(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])
     await encoder.kill()
@@ -118,7 +118,7 @@ async def test_no_encoder_at_all_is_a_503_and_text_goes_on(start: Start) -> None
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
-async def test_an_encoder_that_answers_with_its_own_trouble_costs_a_retry(start: Start, status: int) -> None:
+async def test_an_encoder_error_costs_a_retry(start: Start, status: int) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
     encoders[0].answer = refuse(status, "no memory")
     front = await start([*encoders, pd])
@@ -133,7 +133,7 @@ async def test_an_encoder_that_answers_with_its_own_trouble_costs_a_retry(start:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_when_all_tries_fail_the_last_answer_reaches_the_client(start: Start) -> None:
+async def test_the_last_of_all_failed_attempts_reaches_the_client(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder") for _ in range(3)], FakeInstance("pd")
     for encoder in encoders:
         encoder.answer = refuse(500, "no memory")
@@ -145,7 +145,7 @@ async def test_when_all_tries_fail_the_last_answer_reaches_the_client(start: Sta
     assert sum(len(encoder.received) for encoder in encoders) == 2
 
 
-async def test_an_encoder_that_hangs_is_given_up(start: Start) -> None:
+async def test_an_encoder_that_hangs_is_abandoned(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
     encoders[0].answer = pd.answer = never
     front = await start([*encoders, pd], encode_timeout_seconds=1.0)
@@ -161,7 +161,7 @@ async def test_an_encoder_that_hangs_is_given_up(start: Start) -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"no json", b"{}", b'{"ec_transfer_params": {"x": {}}}', b'{"ec_transfer_params": 1}']
 )
-async def test_an_encoder_that_answers_nonsense_fails_the_item(start: Start, body: bytes) -> None:
+async def test_a_malformed_encoder_answer_fails_the_image(start: Start, body: bytes) -> None:
     async def nonsense(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         return web.Response(body=body)
 
@@ -174,7 +174,7 @@ async def test_an_encoder_that_answers_nonsense_fails_the_item(start: Start, bod
 
 
 async def test_pd_may_answer_without_the_encoder(start: Start) -> None:
-    """It had the embedding: what the encoder still does is not waited for."""
+    """If it had the embedding, the encoder isn't waited for."""
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     encoder.answer = never
     front = await start([encoder, pd])
@@ -182,9 +182,10 @@ async def test_pd_may_answer_without_the_encoder(start: Start) -> None:
     await asyncio.wait_for(encoder.gone.acquire(), 5)
     assert (await front.post(ask("x", image(image_bytes()), stream=True))).body.endswith(b"data: [DONE]\n\n")
     await until_idle(front)
+    assert await front.metric('chiasm_proxy_requests_total{route="/v1/chat/completions",status="200"}') == 2
 
 
-async def test_encoding_that_fails_in_a_stream_ends_it_with_an_error_event(start: Start) -> None:
+async def test_an_encoding_failure_during_a_stream_ends_it_with_an_error_event(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
 
     async def begin(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -209,7 +210,7 @@ async def test_encoding_that_fails_in_a_stream_ends_it_with_an_error_event(start
 # PD
 
 
-async def test_a_pd_that_is_gone_costs_a_retry(start: Start) -> None:
+async def test_an_unreachable_pd_costs_a_retry(start: Start) -> None:
     pds = [FakeInstance("pd"), FakeInstance("pd")]
     front = await start([*pds], probe_interval_seconds=60)
     await pds[0].kill()
@@ -241,7 +242,7 @@ async def test_a_pd_killed_before_its_answer_costs_a_retry(start: Start) -> None
     assert await front.metric("chiasm_proxy_language_retries_total") == 2
 
 
-async def test_the_last_pd_killed_is_an_error_not_a_hang(start: Start) -> None:
+async def test_losing_the_last_pd_is_an_error(start: Start) -> None:
     pd = FakeInstance("pd")
     pd.answer = never
     front = await start([pd])
@@ -258,7 +259,7 @@ async def test_the_last_pd_killed_is_an_error_not_a_hang(start: Start) -> None:
     assert (await front.get("/health")).status == 503
 
 
-async def test_a_pd_that_breaks_off_in_its_answer_is_not_asked_again(start: Start) -> None:
+async def test_a_pd_lost_during_its_answer_is_not_called_again(start: Start) -> None:
     pds = [FakeInstance("pd"), FakeInstance("pd")]
 
     async def half(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -284,7 +285,7 @@ async def test_an_answer_that_is_too_long_is_an_error(start: Start) -> None:
 
 
 async def test_a_connection_closed_while_idle_costs_nothing(start: Start) -> None:
-    """The instance closes a kept connection just when the next request is sent on it."""
+    """The instance closes an idle connection just when the next request is sent on it."""
     pd = FakeInstance("pd")
     front = await start([pd], probe_interval_seconds=60)
     closed = 0
@@ -305,7 +306,7 @@ async def test_a_connection_closed_while_idle_costs_nothing(start: Start) -> Non
 # Deadlines
 
 
-async def test_the_deadline_holds_for_all_of_it(start: Start) -> None:
+async def test_the_deadline_covers_encoding_and_answering(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     encoder.answer = pd.answer = never
     front = await start([encoder, pd], deadline_seconds=1.5)

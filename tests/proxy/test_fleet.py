@@ -1,87 +1,88 @@
-"""What the fleet makes of what instances say: states, agreement, choice. No clock, no I/O."""
+"""States of instances, agreement on what they serve, choice of the next one. No clock, no I/O."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from chiasm.proxy.fleet import Fleet, Instance, Report
-from chiasm.wire import InstanceState, Role
+from chiasm.proxy.agreement import difference
+from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.wire import Health, InstanceState, Role
 
-REPORT = Report(models=("tiny",), fingerprint="f" * 64, ec_store="store")
+HEALTH = Health(model="tiny", fingerprint="f" * 64, ec_store="store")
 
 
-def add(fleet: Fleet, name: str, configured: Role = Role.PD, /, **report: Any) -> Instance:
+def add(fleet: Fleet, name: str, configured: Role = Role.PD, /, **health: Any) -> Instance:
     instance = fleet.add(f"http://{name}", configured)
-    fleet.succeed(instance, replace(REPORT, **({"role": configured.value} | report)))
+    fleet.succeed(instance, replace(HEALTH, **({"role": configured.value} | health)))
     return instance
 
 
-def test_an_instance_starts_is_healthy_fails_and_is_back() -> None:
+def test_an_instance_starts_becomes_healthy_fails_and_recovers() -> None:
     fleet = Fleet()
     instance = fleet.add("http://a", Role.PD)
-    assert instance.state is InstanceState.STARTING
+    assert (instance.state, instance.reason) == (InstanceState.STARTING, "not probed yet")
     fleet.fail(instance, "refused")
-    assert instance.state is InstanceState.STARTING
-    fleet.succeed(instance, replace(REPORT, role="pd"))
+    assert (instance.state, instance.reason) == (InstanceState.STARTING, "refused")
+    fleet.succeed(instance, replace(HEALTH, role="pd"))
     assert (instance.state, instance.reason) == (InstanceState.HEALTHY, None)
     fleet.fail(instance, "refused")
     assert (instance.state, instance.reason) == (InstanceState.UNHEALTHY, "refused")
     assert fleet.models == []
-    fleet.succeed(instance, replace(REPORT, role="pd"))
-    assert instance.state is InstanceState.HEALTHY
+    fleet.succeed(instance, replace(HEALTH, role="pd"))
+    assert instance.state == InstanceState.HEALTHY
     assert fleet.models == ["tiny"]
 
 
 def test_another_role_than_configured_is_mismatched() -> None:
     fleet = Fleet()
     instance = add(fleet, "a", Role.ENCODER, role="pd")
-    assert instance.state is InstanceState.MISMATCHED
+    assert instance.state == InstanceState.MISMATCHED
     assert "role is pd" in str(instance.reason)
 
 
 def test_another_model_fingerprint_or_store_is_mismatched() -> None:
     fleet = Fleet()
     pd = add(fleet, "pd")
-    assert add(fleet, "a", Role.ENCODER, models=("other",)).state is InstanceState.MISMATCHED
-    assert add(fleet, "b", Role.ENCODER, fingerprint="e" * 64).state is InstanceState.MISMATCHED
-    assert add(fleet, "c", Role.ENCODER, ec_store="elsewhere").state is InstanceState.MISMATCHED
-    assert add(fleet, "d", Role.ENCODER).state is InstanceState.HEALTHY
-    assert pd.state is InstanceState.HEALTHY
+    assert add(fleet, "a", Role.ENCODER, model="other").state == InstanceState.MISMATCHED
+    assert add(fleet, "b", Role.ENCODER, fingerprint="e" * 64).state == InstanceState.MISMATCHED
+    assert add(fleet, "c", Role.ENCODER, ec_store="elsewhere").state == InstanceState.MISMATCHED
+    assert add(fleet, "d", Role.ENCODER).state == InstanceState.HEALTHY
+    assert pd.state == InstanceState.HEALTHY
     assert fleet.choose(Role.ENCODER) is fleet.get("http://d")
 
 
-def test_p_and_d_move_kv_by_the_same_connector() -> None:
+def test_prefill_and_decode_need_the_same_connector() -> None:
     fleet = Fleet()
     add(fleet, "p", Role.PREFILL, kv_connector="SharedMemoryConnector")
     assert (
         add(fleet, "d", Role.DECODE, kv_connector="SharedMemoryConnector", ec_store="").state is InstanceState.HEALTHY
     )
     other = add(fleet, "o", Role.DECODE, kv_connector="NixlConnector")
-    assert other.state is InstanceState.MISMATCHED
+    assert other.state == InstanceState.MISMATCHED
     assert str(other.reason) == "it moves KV by NixlConnector of chiasm, the fleet by SharedMemoryConnector of chiasm"
-    assert add(fleet, "e", Role.ENCODER).state is InstanceState.HEALTHY
+    assert add(fleet, "e", Role.ENCODER).state == InstanceState.HEALTHY
 
 
-def test_p_and_d_are_chiasms_own() -> None:
+def test_prefill_and_decode_must_report_their_role() -> None:
     fleet = Fleet()
     for role in (Role.PREFILL, Role.DECODE):
-        instance = add(fleet, role, role, role=None)
-        assert instance.state is InstanceState.MISMATCHED
+        instance = add(fleet, role, role, role="")
+        assert instance.state == InstanceState.MISMATCHED
         assert "chiasm's own instances" in str(instance.reason)
 
 
-def test_a_fleet_has_instances_that_answer_whole_or_in_parts() -> None:
+def test_pds_cannot_be_combined_with_prefill_and_decode() -> None:
     fleet = Fleet()
     assert not any(fleet.misfit(role) for role in Role)
     pd = add(fleet, "pd")
     add(fleet, "e", Role.ENCODER)
     assert not fleet.hands_over
     for role in (Role.PREFILL, Role.DECODE):
-        assert f"beside which none can be {role}" in str(fleet.misfit(role))
+        assert f"can't be combined with {role} instances" in str(fleet.misfit(role))
     assert not fleet.misfit(Role.AGGREGATED)
     assert not fleet.misfit(Role.ENCODER)
     with fleet.working(pd, 1):
@@ -92,19 +93,18 @@ def test_a_fleet_has_instances_that_answer_whole_or_in_parts() -> None:
         assert "prefill" in str(fleet.misfit(Role.PD))
 
 
-def test_text_can_be_answered_when_p_and_d_are_there() -> None:
+def test_text_needs_both_prefill_and_decode() -> None:
     fleet = Fleet()
-    assert fleet.missing is Role.PD
+    assert (fleet.missing, fleet.models) == (Role.PD, [])
     d = add(fleet, "d", Role.DECODE)
-    assert fleet.missing is Role.PREFILL
-    assert fleet.models == []
+    assert (fleet.missing, fleet.models) == (Role.PREFILL, [])
     p = add(fleet, "p", Role.PREFILL)
     assert fleet.missing is None
     assert fleet.models == ["tiny"]
     fleet.fail(d, "gone")
-    assert fleet.missing is Role.DECODE
+    assert fleet.missing == Role.DECODE
     fleet.fail(p, "gone")
-    assert fleet.missing is Role.PREFILL
+    assert fleet.missing == Role.PREFILL
 
 
 def test_a_decode_instance_is_chosen_by_sequences_and_blocks() -> None:
@@ -130,31 +130,31 @@ def test_a_decode_instance_without_room_comes_last(few: dict[str, Any]) -> None:
         assert fleet.choose(Role.DECODE, exclude={busy}) is full
 
 
-def test_a_decode_instance_that_says_nothing_of_its_room_is_chosen_by_its_calls() -> None:
+def test_a_decode_instance_that_reports_no_limits_is_chosen_by_its_calls() -> None:
     fleet = Fleet()
     one, two = add(fleet, "1", Role.DECODE), add(fleet, "2", Role.DECODE)
     with fleet.working(one, 1):
         assert fleet.choose(Role.DECODE) is two
 
 
-def test_what_an_instance_does_not_say_fits_anything() -> None:
+def test_fields_that_an_instance_does_not_report_fit_anything() -> None:
     fleet = Fleet()
-    vllm = add(fleet, "v", role=None, fingerprint="", ec_store="")
+    vllm = add(fleet, "v", role="", fingerprint="", ec_store="")
     assert len(fleet.fingerprint) == 64
     encoder = add(fleet, "e", Role.ENCODER)
     assert (vllm.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.HEALTHY)
-    assert fleet.fingerprint == REPORT.fingerprint
-    assert add(fleet, "f", Role.ENCODER, fingerprint="e" * 64).state is InstanceState.MISMATCHED
+    assert fleet.fingerprint == HEALTH.fingerprint
+    assert add(fleet, "f", Role.ENCODER, fingerprint="e" * 64).state == InstanceState.MISMATCHED
 
 
-def test_pds_have_the_first_word() -> None:
+def test_pds_decide_and_encoders_follow() -> None:
     fleet = Fleet()
     encoder = fleet.add("http://e", Role.ENCODER)
     pd = fleet.add("http://p", Role.PD)
-    fleet.succeed(encoder, replace(REPORT, role="encoder", fingerprint="e" * 64))
+    fleet.succeed(encoder, replace(HEALTH, role="encoder", fingerprint="e" * 64))
     fleet.fail(encoder, "gone")
-    fleet.succeed(pd, replace(REPORT, role="pd"))
-    fleet.succeed(encoder, replace(REPORT, role="encoder", fingerprint="e" * 64))
+    fleet.succeed(pd, replace(HEALTH, role="pd"))
+    fleet.succeed(encoder, replace(HEALTH, role="encoder", fingerprint="e" * 64))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
 
 
@@ -177,25 +177,25 @@ def test_a_wrong_pd_does_not_take_over_while_the_right_one_is_away() -> None:
     wrong = add(fleet, "w", fingerprint="e" * 64)
     fleet.fail(right, "busy")
     assert (encoder.state, wrong.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
-    fleet.succeed(right, replace(REPORT, role="pd"))
-    assert right.state is InstanceState.HEALTHY
+    fleet.succeed(right, replace(HEALTH, role="pd"))
+    assert right.state == InstanceState.HEALTHY
 
 
-def test_a_fleet_moves_to_another_model_when_nobody_holds_to_the_old_one() -> None:
+def test_a_fleet_moves_to_another_model_when_no_instance_serves_the_old_one() -> None:
     fleet = Fleet()
     pd, encoder = add(fleet, "p"), add(fleet, "e", Role.ENCODER)
-    new = replace(REPORT, fingerprint="e" * 64)
+    new = replace(HEALTH, fingerprint="e" * 64)
     fleet.succeed(encoder, replace(new, role="encoder"))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
     fleet.fail(pd, "restarts")
-    assert encoder.state is InstanceState.HEALTHY
+    assert encoder.state == InstanceState.HEALTHY
     fleet.succeed(pd, replace(new, role="pd"))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.HEALTHY)
     assert fleet.fingerprint == "e" * 64
 
 
 @pytest.mark.parametrize("order", list(permutations(("pd", "a", "b"))))
-def test_a_store_that_was_made_anew_keeps_nobody_out(order: tuple[str, ...]) -> None:
+def test_recreating_the_store_excludes_no_instance(order: tuple[str, ...]) -> None:
     fleet = Fleet()
     roles = {"pd": Role.PD, "a": Role.ENCODER, "b": Role.ENCODER}
     instances = [add(fleet, name, role) for name, role in roles.items()]
@@ -203,10 +203,10 @@ def test_a_store_that_was_made_anew_keeps_nobody_out(order: tuple[str, ...]) -> 
         for name in order:
             add(fleet, name, roles[name], ec_store=store)
             assert [one.state for one in instances] == [InstanceState.HEALTHY] * 3
-    assert add(fleet, "late", Role.ENCODER).state is InstanceState.MISMATCHED
+    assert add(fleet, "late", Role.ENCODER).state == InstanceState.MISMATCHED
 
 
-def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_others_were_asked_again() -> None:
+def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_others_were_probed_again() -> None:
     fleet = Fleet()
     pd = add(fleet, "pd")
     moved = add(fleet, "a", Role.ENCODER)
@@ -214,11 +214,11 @@ def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_ot
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
     add(fleet, "b", Role.ENCODER)
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
-    assert moved.state is InstanceState.HEALTHY
+    assert (moved.state, moved.reason) == (InstanceState.HEALTHY, None)
     add(fleet, "pd")
-    assert moved.state is InstanceState.MISMATCHED
+    assert moved.state == InstanceState.MISMATCHED
     assert "store" in str(moved.reason)
-    assert pd.state is InstanceState.HEALTHY
+    assert pd.state == InstanceState.HEALTHY
 
 
 def test_an_instance_that_comes_back_with_another_store_is_mismatched_at_once() -> None:
@@ -227,7 +227,7 @@ def test_an_instance_that_comes_back_with_another_store_is_mismatched_at_once() 
     encoder = add(fleet, "a", Role.ENCODER)
     fleet.fail(encoder, "refused")
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
-    assert encoder.state is InstanceState.MISMATCHED
+    assert encoder.state == InstanceState.MISMATCHED
 
 
 def test_a_moved_store_excuses_no_other_difference() -> None:
@@ -235,17 +235,17 @@ def test_a_moved_store_excuses_no_other_difference() -> None:
     add(fleet, "pd")
     encoder = add(fleet, "a", Role.ENCODER)
     add(fleet, "a", Role.ENCODER, ec_store="anew", fingerprint="e" * 64)
-    assert encoder.state is InstanceState.MISMATCHED
+    assert encoder.state == InstanceState.MISMATCHED
 
 
-def test_what_was_agreed_outlives_a_moment_without_anybody() -> None:
+def test_the_agreement_outlives_a_moment_without_instances() -> None:
     fleet = Fleet()
     pd = add(fleet, "p")
     fleet.fail(pd, "busy")
-    assert fleet.fingerprint == REPORT.fingerprint
+    assert fleet.fingerprint == HEALTH.fingerprint
 
 
-def test_the_least_outstanding_work_is_chosen_and_equals_take_turns() -> None:
+def test_the_instance_with_the_least_work_is_chosen_and_equals_take_turns() -> None:
     fleet = Fleet()
     one, two = add(fleet, "1"), add(fleet, "2")
     with fleet.working(one, 10):
@@ -274,27 +274,50 @@ def test_removal_waits_for_the_last_call() -> None:
     instance = add(fleet, "a")
     with fleet.working(instance, 1):
         fleet.remove(instance)
-        assert instance.state is InstanceState.DRAINING
+        assert instance.state == InstanceState.DRAINING
         assert fleet.choose(Role.PD) is None
         assert not removed
     assert removed == [instance]
     assert not fleet.instances
 
 
-def test_an_instance_that_drains_can_be_kept_after_all() -> None:
+def test_a_draining_instance_can_be_added_again() -> None:
     fleet = Fleet()
     instance = add(fleet, "a")
     with fleet.working(instance, 1):
         fleet.remove(instance)
         assert fleet.add("http://a", Role.PD) is instance
-        assert instance.state is InstanceState.HEALTHY
+        assert instance.state == InstanceState.HEALTHY
     assert fleet.instances == [instance]
 
 
-def test_the_lowest_limit_of_items_counts() -> None:
+def test_the_lowest_limit_of_images_applies() -> None:
     fleet = Fleet()
     assert fleet.max_items is None
     add(fleet, "a", max_items=4)
     add(fleet, "b", max_items=2)
     add(fleet, "c", max_items=None)
     assert fleet.max_items == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({}, None),
+        ({"model": "other"}, "it serves other, the fleet tiny"),
+        ({"fingerprint": "e" * 64, "dtype": "bfloat16"}, "its dtype is bfloat16, the fleet's float32"),
+        ({"fingerprint": "e" * 64}, "its fingerprint (model or processor) differs from the fleet's"),
+        (
+            {"fingerprint": "e" * 64, "dtype": ""},
+            "its fingerprint (model, processor or dtype) differs from the fleet's",
+        ),
+        ({"ec_store": "elsewhere"}, "it exchanges embeddings through another store than the fleet"),
+        ({"kv_connector": "B"}, "it moves KV by B of chiasm, the fleet by A of chiasm"),
+        ({"engine": "vllm 1"}, "it moves KV by A of vllm 1, the fleet by A of chiasm"),
+        ({"fingerprint": "", "ec_store": "", "kv_connector": None}, None),
+        ({"role": "encoder", "version": "2", "max_items": 1}, None),
+    ],
+)
+def test_two_instances_differ_in_what_they_both_report(said: dict[str, Any], reason: str | None) -> None:
+    health = replace(HEALTH, dtype="float32", kv_connector="A")
+    assert difference(health, replace(health, **said)) == reason

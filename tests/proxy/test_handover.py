@@ -1,4 +1,4 @@
-"""From P to D: P's first token goes out at once, D goes on from it."""
+"""From prefill to decode: the first token goes to the client at once, decode continues from it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BODY = b'{ "model":"tiny" ,\n "messages":[{"role":"user","content":"h\\u00e9llo 
 
 
 async def begin(start: Start, *more: FakeInstance, **config: Any) -> tuple[Front, FakeInstance, FakeInstance]:
-    """A proxy before one P and one D."""
+    """Start a proxy in front of one prefill and one decode instance."""
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     return await start([p, d, *more], **config), p, d
 
@@ -48,10 +48,10 @@ def text_of(answer: Any) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-# In one piece
+# Without a stream.
 
 
-async def test_the_whole_answer_is_ds(start: Start) -> None:
+async def test_an_answer_that_is_not_a_stream_is_passed_on_from_decode_unchanged(start: Start) -> None:
     front, p, d = await begin(start)
     answer = await front.post(BODY % b"")
     assert answer.status == 200, answer.body
@@ -62,7 +62,7 @@ async def test_the_whole_answer_is_ds(start: Start) -> None:
 
 @pytest.mark.parametrize("end", [b"", b" \r\n\t", b"\n\n"])
 @pytest.mark.parametrize("own", [b"", b',"kv_transfer_params": null', b', "kv_transfer_params":{}, "y":[1e2]'])
-async def test_a_body_passes_byte_for_byte_with_one_member_more(start: Start, own: bytes, end: bytes) -> None:
+async def test_a_body_passes_unchanged_except_for_an_appended_member(start: Start, own: bytes, end: bytes) -> None:
     front, p, d = await begin(start)
     body = BODY % own
     assert (await front.post(body + end)).status == 200
@@ -94,7 +94,9 @@ async def test_the_handle_keeps_its_bytes(start: Start) -> None:
 
 
 @pytest.mark.parametrize("params", [b"", b', "kv_transfer_params": null'])
-async def test_an_answer_that_ends_at_p_passes_byte_for_byte_and_d_is_not_called(start: Start, params: bytes) -> None:
+async def test_an_answer_that_prefill_completes_passes_unchanged_and_decode_is_not_called(
+    start: Start, params: bytes
+) -> None:
     body = b'{"choices":[ {"message":{"content":"yes"}} ] %b}' % params
 
     async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -107,7 +109,7 @@ async def test_an_answer_that_ends_at_p_passes_byte_for_byte_and_d_is_not_called
     assert await front.metric("chiasm_proxy_handovers_total") == 0
 
 
-async def test_several_answers_are_ds_alone_and_the_handle_passes_as_it_is(start: Start) -> None:
+async def test_the_handle_for_several_answers_passes_unchanged(start: Start) -> None:
     handle = {"remote_block_ids": [3], "output_token_ids": [], "created": 4, "continues": True}
     handles = {"prompts": [handle, handle]}
     front, p, d = await begin(start)
@@ -129,7 +131,7 @@ def tokens_of(heard: Heard) -> bytes:
     return b"".join(block + b"\n\n" for block in heard.raw.split(b"\n\n")[:-1] if b": server-timing" not in block)
 
 
-async def test_a_stream_is_one_whole_of_two_parts(start: Start) -> None:
+async def test_a_stream_of_two_parts_looks_like_one(start: Start) -> None:
     front, p, d = await begin(start)
     heard = await listen(front, ask("x", stream=True))
     assert heard.text == SAID
@@ -141,7 +143,7 @@ async def test_a_stream_is_one_whole_of_two_parts(start: Start) -> None:
     await until_idle(front)
 
 
-async def test_the_first_token_is_there_before_d_has_answered(start: Start) -> None:
+async def test_the_first_token_reaches_the_client_before_decode_has_answered(start: Start) -> None:
     seen = asyncio.Event()
 
     async def after_the_first(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -154,7 +156,7 @@ async def test_the_first_token_is_there_before_d_has_answered(start: Start) -> N
     assert heard.text == SAID
 
 
-async def test_the_first_token_is_there_before_the_handle(start: Start) -> None:
+async def test_the_first_token_reaches_the_client_before_the_handle_has_arrived(start: Start) -> None:
     seen = asyncio.Event()
 
     async def slowly(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -169,7 +171,7 @@ async def test_the_first_token_is_there_before_the_handle(start: Start) -> None:
     assert (await listen(front, ask("x", stream=True), {1: seen})).text == SAID
 
 
-async def test_ds_tokens_pass_as_they_come(start: Start) -> None:
+async def test_tokens_of_decode_are_passed_on_as_they_arrive(start: Start) -> None:
     seen = {count: asyncio.Event() for count in range(len(WORDS) + 1)}
 
     async def one_by_one(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -185,7 +187,7 @@ async def test_ds_tokens_pass_as_they_come(start: Start) -> None:
     assert (await listen(front, ask("x", stream=True), seen)).text == SAID
 
 
-async def test_a_stream_that_ends_at_p_never_reaches_d(start: Start) -> None:
+async def test_decode_is_not_called_for_a_stream_that_prefill_completes(start: Start) -> None:
     async def only_a_token(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         response = await begin_stream(request)
         await response.write(role_event() + event("yes") + end_of_stream())
@@ -215,7 +217,7 @@ async def test_a_stream_whose_first_tokens_d_samples_begins_with_d(start: Start,
     assert d.received[0].params == given
 
 
-async def test_a_refusal_of_d_is_a_status_as_long_as_nothing_was_sent(start: Start) -> None:
+async def test_a_refusal_of_decode_has_a_status_if_nothing_was_sent(start: Start) -> None:
     async def nothing_yet(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         response = await begin_stream(request)
         await response.write(handle_comment({"prompts": [{}]}))
@@ -241,10 +243,10 @@ async def test_the_openai_client_reads_it(start: Start) -> None:
     assert answer.choices[0].message.content == SAID
 
 
-# Media
+# Images.
 
 
-async def test_media_goes_to_e_and_p_at_once_and_d_gets_no_pixels(start: Start) -> None:
+async def test_encoders_and_prefill_are_called_at_once_and_decode_gets_no_pixels(start: Start) -> None:
     encoder = FakeInstance("encoder")
     front, p, d = await begin(start, encoder)
 
@@ -266,7 +268,7 @@ async def test_media_goes_to_e_and_p_at_once_and_d_gets_no_pixels(start: Start) 
     await until_idle(front)
 
 
-async def test_d_is_called_though_an_encoder_still_works_on_what_p_had(start: Start) -> None:
+async def test_decode_is_called_even_if_an_encoder_still_works_on_what_prefill_had(start: Start) -> None:
     encoder, never_done = FakeInstance("encoder"), asyncio.Event()
 
     async def hang(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -280,7 +282,7 @@ async def test_d_is_called_though_an_encoder_still_works_on_what_p_had(start: St
     await until_idle(front)
 
 
-async def test_text_touches_no_encoder_and_needs_none(start: Start) -> None:
+async def test_text_calls_no_encoder_and_needs_none(start: Start) -> None:
     encoder = FakeInstance("encoder")
     front, _, _ = await begin(start, encoder)
     await front.post(ask("x"))
@@ -291,8 +293,8 @@ async def test_text_touches_no_encoder_and_needs_none(start: Start) -> None:
     assert (await front.post(ask("x", image(image_bytes())))).error["code"] == "no_encoder"
 
 
-async def test_the_image_is_let_go_while_d_answers(start: Start) -> None:
-    """What is held then is the body without pixels, for the case that the prompt has to be prefilled again."""
+async def test_images_are_freed_while_decode_answers(start: Start) -> None:
+    """Only the body without pixels is kept, in case the prompt must be prefilled again."""
     encoder, going = FakeInstance("encoder"), asyncio.Event()
 
     async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -308,15 +310,15 @@ async def test_the_image_is_let_go_while_d_answers(start: Start) -> None:
     p.answer, d.answer = encoded, wait
     request = asyncio.ensure_future(front.post(ask("x", image(image_bytes(size=(800, 800), format="BMP")))))
     await d.arrived.acquire()
-    assert 0 < front.gateway._admission.buffered_bytes < 1000
+    assert 0 < front.service.admission.held_bytes < 1000
     going.set()
     assert (await request).status == 200
 
 
-# Who is called
+# Which instance is called.
 
 
-async def test_p_is_chosen_by_the_prompts_that_it_has_not_answered(start: Start) -> None:
+async def test_the_prefill_instance_with_the_fewest_unanswered_prompts_is_chosen(start: Start) -> None:
     ps, d, gate = [FakeInstance("prefill"), FakeInstance("prefill")], FakeInstance("decode"), asyncio.Event()
 
     async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -337,7 +339,7 @@ async def test_p_is_chosen_by_the_prompts_that_it_has_not_answered(start: Start)
     assert {answer.status for answer in await asyncio.gather(*requests)} == {200}
 
 
-async def test_a_prompt_is_no_work_of_ps_any_more_when_p_has_answered(start: Start) -> None:
+async def test_a_prompt_stops_counting_as_work_when_prefill_has_answered(start: Start) -> None:
     front, _, d = await begin(start)
     going = asyncio.Event()
 
@@ -357,7 +359,7 @@ async def test_a_prompt_is_no_work_of_ps_any_more_when_p_has_answered(start: Sta
     assert (await request).status == 200
 
 
-async def test_d_is_chosen_by_its_running_sequences(start: Start) -> None:
+async def test_decode_is_chosen_by_its_running_sequences(start: Start) -> None:
     p, ds, gate = FakeInstance("prefill"), [FakeInstance("decode"), FakeInstance("decode")], asyncio.Event()
 
     async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -375,7 +377,7 @@ async def test_d_is_chosen_by_its_running_sequences(start: Start) -> None:
     assert {answer.status for answer in await asyncio.gather(*requests)} == {200}
 
 
-async def test_d_is_chosen_by_its_free_blocks(start: Start) -> None:
+async def test_decode_is_chosen_by_its_free_blocks(start: Start) -> None:
     p, crowded, empty = FakeInstance("prefill"), FakeInstance("decode", kv_blocks_free=40), FakeInstance("decode")
     front = await start([p, crowded, empty])
     for _ in range(3):
@@ -383,7 +385,7 @@ async def test_d_is_chosen_by_its_free_blocks(start: Start) -> None:
     assert (len(crowded.received), len(empty.received)) == (0, 3)
 
 
-async def test_where_a_d_is_full_another_is_asked(start: Start) -> None:
+async def test_another_decode_instance_is_called_if_one_is_full(start: Start) -> None:
     p, first, second = FakeInstance("prefill"), FakeInstance("decode"), FakeInstance("decode")
     first.answer = full
     front = await start([p, first, second])
@@ -393,10 +395,10 @@ async def test_where_a_d_is_full_another_is_asked(start: Start) -> None:
     assert await front.metric("chiasm_proxy_decode_refusals_total") == len(first.received)
 
 
-# What is told of it
+# Timing, metrics, health.
 
 
-async def test_the_head_is_ps_and_the_end_has_the_proxys_figures(start: Start) -> None:
+async def test_a_stream_has_the_timing_of_prefill_in_its_head_and_the_proxys_at_its_end(start: Start) -> None:
     front, _, _ = await begin(start)
     answer = await front.post(ask("x", stream=True))
     names = [entry.partition(";")[0] for entry in answer.headers["Server-Timing"].split(", ")]
@@ -417,7 +419,7 @@ async def test_handovers_and_their_gap_are_counted(start: Start) -> None:
     assert await front.metric("chiasm_proxy_prefill_retries_total") == 0
 
 
-async def test_health_and_models_are_of_p_and_d_together(start: Start) -> None:
+async def test_health_and_models_need_both_prefill_and_decode(start: Start) -> None:
     front, p, d = await begin(start)
     shown = (await front.get("/health")).json
     assert (shown["status"], shown["models"]) == ("ok", [MODEL])

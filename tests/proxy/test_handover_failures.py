@@ -1,10 +1,9 @@
-"""P or D lost on the way: the answer goes on elsewhere, and the client has every token once."""
+"""Prefill or decode is lost: the answer continues elsewhere, and the client gets every token once."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from .instances import (
     WORDS,
     FakeInstance,
     Received,
+    Then,
     begin_stream,
     break_off,
     decode,
@@ -25,70 +25,30 @@ from .instances import (
     full,
     handle_comment,
     handle_of,
+    in_order,
     kv_unavailable,
+    lose,
     never,
+    once,
+    only_a_head,
     prefill,
+    received_by,
     refuse,
     role_event,
     tell,
     token_event,
+    when,
 )
-
-Then = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
 
 def instances(role: str, count: int) -> list[FakeInstance]:
     return [FakeInstance(role) for _ in range(count)]
 
 
-def received_by(some: list[FakeInstance]) -> list[Received]:
-    return [received for one in some for received in one.received]
+# Prefill.
 
 
-def once(first: Any, then: Any, *some: FakeInstance) -> None:
-    """Of all calls of these instances, the first is answered so and the others so."""
-    answers = iter([first])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, then)(instance, request, received)  # type: ignore[no-any-return]
-
-    for one in some:
-        one.answer = answer
-
-
-def when(event: asyncio.Event, then: Then = break_off) -> Then:
-    async def wait(request: web.Request, response: web.StreamResponse) -> None:
-        await event.wait()
-        await then(request, response)
-
-    return wait
-
-
-async def lose(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """The connection is lost before any answer."""
-    await break_off(request)
-    raise ConnectionError
-
-
-# P
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_p_lost_before_its_token_costs_a_retry_elsewhere(start: Start, stream: bool) -> None:
-    ps, d = instances("prefill", 2), FakeInstance("decode")
-    once(lose, prefill, *ps)
-    front = await start([*ps, d])
-    answer = await front.post(ask("x", stream=stream))
-    assert answer.status == 200
-    assert [len(p.received) for p in ps] == [1, 1]
-    assert ps[0].received[0].body == ps[1].received[0].body
-    assert len(d.received) == 1
-    assert await front.metric("chiasm_proxy_prefill_retries_total") == 1
-    assert await front.metric('chiasm_proxy_resumed_streams_total{reason="prefill_lost"}') == 0
-    await until_idle(front)
-
-
-async def test_the_last_p_is_asked_again_if_it_is_well(start: Start) -> None:
+async def test_the_last_prefill_instance_is_called_again_if_it_is_healthy(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     once(lose, prefill, p)
     front = await start([p, d])
@@ -96,7 +56,7 @@ async def test_the_last_p_is_asked_again_if_it_is_well(start: Start) -> None:
     assert len(p.received) == 2
 
 
-async def test_p_that_is_gone_costs_a_retry(start: Start) -> None:
+async def test_an_unreachable_prefill_instance_costs_a_retry(start: Start) -> None:
     ps, d = instances("prefill", 2), FakeInstance("decode")
     front = await start([*ps, d], probe_interval_seconds=60)
     await ps[0].kill()
@@ -105,7 +65,7 @@ async def test_p_that_is_gone_costs_a_retry(start: Start) -> None:
     assert len(ps[1].received) == 3
 
 
-async def test_the_last_p_killed_is_an_error_not_a_hang(start: Start) -> None:
+async def test_losing_the_last_prefill_instance_is_an_error(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     p.answer = never
     front = await start([p, d])
@@ -116,7 +76,7 @@ async def test_the_last_p_killed_is_an_error_not_a_hang(start: Start) -> None:
     assert (answer.status, answer.error["code"]) == (503, "no_prefill")
 
 
-async def test_p_that_ends_says_so_and_another_is_asked(start: Start) -> None:
+async def test_a_prefill_instance_that_is_stopping_is_replaced_by_another(start: Start) -> None:
     ps, d = instances("prefill", 2), FakeInstance("decode")
     once(refuse(503, "This instance is stopping.", kind="overloaded_error", code="stopping"), prefill, *ps)
     front = await start([*ps, d])
@@ -124,44 +84,15 @@ async def test_p_that_ends_says_so_and_another_is_asked(start: Start) -> None:
     assert [len(p.received) for p in ps] == [1, 1]
 
 
-async def test_prefills_of_a_request_are_bounded(start: Start) -> None:
-    ps, d = instances("prefill", 2), FakeInstance("decode")
-    for p in ps:
-        p.answer = lose
-    front = await start([*ps, d], max_prefill_attempts=3)
-    answer = await front.post(ask("x"))
-    assert answer.status == 502
-    assert len(received_by(ps)) == 3
-
-
-@pytest.mark.parametrize("answer", [refuse(400, "no"), refuse(503, "full", kind="overloaded_error"), refuse(500, "oh")])
-async def test_what_p_answers_before_its_token_reaches_the_client(start: Start, answer: Any) -> None:
-    ps, d = instances("prefill", 2), FakeInstance("decode")
-    for p in ps:
-        p.answer = answer
-    front = await start([*ps, d])
-    for stream in (False, True):
-        got = await front.post(ask("x", stream=stream))
-        assert got.status in {400, 500, 503}
-        assert got.error["message"] in {"no", "full", "oh"}
-    assert len(received_by(ps)) == 2
-    assert not d.received
-
-
-async def test_p_that_breaks_off_before_its_first_chunk_is_asked_elsewhere(start: Start) -> None:
-    async def only_a_head(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        response = await begin_stream(request)
-        await break_off(request)
-        return response
-
+async def test_losing_prefill_before_its_first_chunk_costs_a_retry_elsewhere(start: Start) -> None:
     ps, d = instances("prefill", 2), FakeInstance("decode")
     once(only_a_head, prefill, *ps)
     front = await start([*ps, d])
     assert (await listen(front, ask("x", stream=True))).text == SAID
 
 
-async def test_p_that_breaks_off_between_token_and_handle_ends_the_stream(start: Start) -> None:
-    """Nobody knows then which token it was that the client has the text of."""
+async def test_losing_prefill_between_token_and_handle_ends_the_stream(start: Start) -> None:
+    """Nobody knows which token the client has the text of."""
     seen = asyncio.Event()
 
     async def half(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -183,12 +114,12 @@ async def test_p_that_breaks_off_between_token_and_handle_ends_the_stream(start:
     assert len(received_by(ps)) == 1
 
 
-async def test_p_that_breaks_off_after_its_handle_has_done_its_part(start: Start) -> None:
+async def test_losing_prefill_after_its_handle_changes_nothing(start: Start) -> None:
     seen = asyncio.Event()
 
     async def handed_over(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         response = await begin_stream(request)
-        # The text comes after the handle, so that who has seen it knows that the handle is there.
+        # The text comes after the handle, so whoever has seen the text knows that the handle has arrived.
         await response.write(handle_comment(handle_of(instance, 0, {})) + role_event() + event(WORDS[0]))
         await seen.wait()
         await break_off(request)
@@ -201,7 +132,7 @@ async def test_p_that_breaks_off_after_its_handle_has_done_its_part(start: Start
     assert len(p.received) == 1
 
 
-async def test_a_handle_that_makes_no_sense_is_an_error(start: Start) -> None:
+async def test_a_malformed_handle_is_an_error(start: Start) -> None:
     async def nonsense(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         response = await begin_stream(request)
         await response.write(handle_comment({"output_token_ids": "none"}))
@@ -216,11 +147,11 @@ async def test_a_handle_that_makes_no_sense_is_an_error(start: Start) -> None:
     assert not d.received
 
 
-# D before its first token
+# Decode, before its first token.
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_d_that_is_full_makes_the_request_wait(start: Start, stream: bool) -> None:
+async def test_a_request_waits_for_a_full_decode_instance(start: Start, stream: bool) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     d.answer = full
     front = await start([p, d])
@@ -236,7 +167,7 @@ async def test_a_d_that_is_full_makes_the_request_wait(start: Start, stream: boo
     await until_idle(front)
 
 
-async def test_a_d_that_stays_full_is_waited_for_until_the_deadline(start: Start) -> None:
+async def test_a_request_waits_for_a_full_decode_instance_until_its_deadline(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     d.answer = full
     front = await start([p, d], deadline_seconds=1.0)
@@ -247,7 +178,7 @@ async def test_a_d_that_stays_full_is_waited_for_until_the_deadline(start: Start
     assert left[-1] < left[0] <= 1000
 
 
-async def test_nobody_waits_for_a_d_that_is_gone(start: Start) -> None:
+async def test_a_request_does_not_wait_for_a_decode_instance_that_is_lost(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     d.answer = full
     front = await start([p, d])
@@ -259,7 +190,7 @@ async def test_nobody_waits_for_a_d_that_is_gone(start: Start) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_kv_that_is_gone_is_computed_again_elsewhere(start: Start, stream: bool) -> None:
+async def test_lost_kv_is_computed_again_elsewhere(start: Start, stream: bool) -> None:
     ps, d = instances("prefill", 2), FakeInstance("decode")
     once(kv_unavailable, decode, d)
     front = await start([*ps, d])
@@ -279,7 +210,7 @@ async def test_kv_that_is_gone_is_computed_again_elsewhere(start: Start, stream:
     assert await front.metric("chiasm_proxy_prefill_retries_total") == 1
 
 
-async def test_the_p_whose_kv_is_gone_is_avoided_even_if_the_other_has_more_to_do(start: Start) -> None:
+async def test_the_prefill_instance_that_lost_the_kv_is_avoided_even_if_the_other_has_more_work(start: Start) -> None:
     ps, d, gate = instances("prefill", 2), FakeInstance("decode"), asyncio.Event()
 
     async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -301,7 +232,7 @@ async def test_the_p_whose_kv_is_gone_is_avoided_even_if_the_other_has_more_to_d
     assert (await long).status == 200
 
 
-async def test_d_that_gives_up_before_its_head(start: Start) -> None:
+async def test_decode_may_be_preempted_before_its_answer(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     once(refuse(503, "no blocks", kind="kv_unavailable_error", code="preempted"), decode, d)
     front = await start([p, d])
@@ -309,20 +240,15 @@ async def test_d_that_gives_up_before_its_head(start: Start) -> None:
     assert await front.metric('chiasm_proxy_resumed_streams_total{reason="preempted"}') == 1
 
 
-async def test_a_lease_that_ran_out_while_d_was_full(start: Start) -> None:
+async def test_a_lease_may_run_out_while_decode_is_full(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
-    answers = iter([full, full, kv_unavailable, full])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, decode)(instance, request, received)
-
-    d.answer = answer
+    in_order([full, full, kv_unavailable, full], decode, d)
     front = await start([p, d])
     assert (await listen(front, ask("x", stream=True))).text == SAID
     assert (len(p.received), len(d.received)) == (2, 5)
 
 
-async def test_kv_that_is_always_gone_is_given_up(start: Start) -> None:
+async def test_attempts_to_recompute_lost_kv_are_bounded(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     d.answer = kv_unavailable
     front = await start([p, d])
@@ -337,8 +263,8 @@ async def test_kv_that_is_always_gone_is_given_up(start: Start) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_d_lost_before_its_head_costs_no_prefill(start: Start, stream: bool) -> None:
-    """As long as none has fetched the KV, another D can."""
+async def test_losing_decode_before_its_answer_costs_no_prefill(start: Start, stream: bool) -> None:
+    """Another instance can fetch the KV as long as none has."""
     p, ds = FakeInstance("prefill"), instances("decode", 2)
     once(lose, decode, *ds)
     front = await start([p, *ds])
@@ -350,7 +276,7 @@ async def test_d_lost_before_its_head_costs_no_prefill(start: Start, stream: boo
     assert ds[0].received[0].body == ds[1].received[0].body
 
 
-async def test_d_that_is_gone_costs_another_call(start: Start) -> None:
+async def test_an_unreachable_decode_instance_costs_another_call(start: Start) -> None:
     p, ds = FakeInstance("prefill"), instances("decode", 2)
     front = await start([p, *ds], probe_interval_seconds=60)
     await ds[0].kill()
@@ -359,7 +285,7 @@ async def test_d_that_is_gone_costs_another_call(start: Start) -> None:
     assert len(p.received) == len(ds[1].received) == 3
 
 
-async def test_d_refusing_ends_the_stream_with_its_own_words(start: Start) -> None:
+async def test_a_refusal_of_decode_ends_the_stream_with_its_error(start: Start) -> None:
     p, ds = FakeInstance("prefill"), instances("decode", 2)
     for d in ds:
         d.answer = refuse(400, "too long", code="context_length_exceeded")
@@ -375,7 +301,7 @@ async def test_d_refusing_ends_the_stream_with_its_own_words(start: Start) -> No
     assert (await front.post(ask("x"))).status == 400
 
 
-# D in its answer
+# Decode, during its answer.
 
 
 @pytest.mark.parametrize("words", [1, 2, 5, 7])
@@ -388,7 +314,7 @@ async def test_d_refusing_ends_the_stream_with_its_own_words(start: Start) -> No
         (tell("This instance is stopping.", "overloaded_error", "stopping"), "decode_lost"),
     ],
 )
-async def test_a_stream_goes_on_where_d_was_lost(start: Start, words: int, then: Then, reason: str) -> None:
+async def test_a_stream_continues_after_decode_is_lost(start: Start, words: int, then: Then, reason: str) -> None:
     seen = asyncio.Event()
     ps, ds = instances("prefill", 2), instances("decode", 2)
     once(decode_until(words, when(seen, then)), decode, *ds)
@@ -416,7 +342,7 @@ async def test_a_stream_goes_on_where_d_was_lost(start: Start, words: int, then:
     await until_idle(front)
 
 
-async def test_an_event_cut_in_its_middle_is_not_taken_for_sent(start: Start) -> None:
+async def test_an_incomplete_event_does_not_count_as_sent(start: Start) -> None:
     seen = asyncio.Event()
 
     async def cut(request: web.Request, response: web.StreamResponse) -> None:
@@ -431,8 +357,8 @@ async def test_an_event_cut_in_its_middle_is_not_taken_for_sent(start: Start) ->
     assert p.received[1].params["num_sent"] == 3
 
 
-async def test_tokens_without_text_are_remembered_too(start: Start) -> None:
-    """A token may be a part of a character: its text comes with the next."""
+async def test_tokens_without_text_are_kept_too(start: Start) -> None:
+    """A token may be a part of a character, whose text comes with the next token."""
     seen = asyncio.Event()
 
     async def silently(request: web.Request, response: web.StreamResponse) -> None:
@@ -448,20 +374,15 @@ async def test_tokens_without_text_are_remembered_too(start: Start) -> None:
     assert p.received[1].params["output_token_ids"] == list(range(100, 106))
 
 
-async def test_a_stream_survives_several_losses_and_then_no_more(start: Start) -> None:
+async def test_a_stream_survives_as_many_losses_as_allowed(start: Start) -> None:
     seen = {count: asyncio.Event() for count in (2, 4, 6, 8)}
-    answers = iter([decode_until(count, when(seen[count])) for count in (2, 4, 6)])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, decode)(instance, request, received)
-
+    losses = [decode_until(count, when(seen[count])) for count in (2, 4, 6)]
     ps, ds = instances("prefill", 2), instances("decode", 2)
-    for d in ds:
-        d.answer = answer
+    in_order(losses, decode, *ds)
     front = await start([*ps, *ds])
     assert (await listen(front, ask("x", stream=True), seen)).words == list(WORDS)
     assert len(received_by(ps)) == 4
-    answers = iter([decode_until(count, when(seen[count])) for count in (2, 4, 6)])
+    in_order(losses, decode, *ds)
     short = await start([], prefills=tuple(p.url for p in ps), decodes=tuple(d.url for d in ds), max_prefill_attempts=3)
     for one in seen.values():
         one.clear()
@@ -471,7 +392,7 @@ async def test_a_stream_survives_several_losses_and_then_no_more(start: Start) -
     assert not heard.ended
 
 
-async def test_an_answer_that_gets_further_each_time_is_broken_off_for_want_of_blocks_as_often_as_need_be(
+async def test_an_answer_that_progresses_each_time_may_be_preempted_any_number_of_times(
     start: Start,
 ) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
@@ -489,7 +410,7 @@ async def test_an_answer_that_gets_further_each_time_is_broken_off_for_want_of_b
     assert len(p.received) > 2
 
 
-async def test_all_ds_dead_end_the_stream_with_an_error(start: Start) -> None:
+async def test_losing_all_decode_instances_ends_the_stream_with_an_error(start: Start) -> None:
     seen = asyncio.Event()
     p, ds = FakeInstance("prefill"), instances("decode", 2)
 
@@ -510,7 +431,7 @@ async def test_all_ds_dead_end_the_stream_with_an_error(start: Start) -> None:
     assert len(p.received) <= 4
 
 
-async def test_nothing_is_prefilled_again_for_a_d_that_isnt_there(start: Start) -> None:
+async def test_nothing_is_prefilled_again_without_a_decode_instance(start: Start) -> None:
     seen = asyncio.Event()
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     d.answer = decode_until(5, when(seen))
@@ -525,7 +446,7 @@ async def test_nothing_is_prefilled_again_for_a_d_that_isnt_there(start: Start) 
     assert len(p.received) == 1
 
 
-async def test_other_errors_of_d_end_the_stream_as_they_are(start: Start) -> None:
+async def test_other_errors_of_decode_are_passed_on_and_end_the_stream(start: Start) -> None:
     p, ds = FakeInstance("prefill"), instances("decode", 2)
     for d in ds:
         d.answer = decode_until(3, tell("the engine failed", "internal_error", None))
@@ -537,7 +458,7 @@ async def test_other_errors_of_d_end_the_stream_as_they_are(start: Start) -> Non
 
 
 @pytest.mark.parametrize("given", [{"output_token_ids": []}, {"prompts": [{}, {}]}])
-async def test_several_answers_in_one_stream_cannot_go_on(start: Start, given: dict[str, Any]) -> None:
+async def test_a_stream_of_several_answers_cannot_be_resumed(start: Start, given: dict[str, Any]) -> None:
     seen = asyncio.Event()
 
     async def nothing_yet(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -561,7 +482,7 @@ async def test_several_answers_in_one_stream_cannot_go_on(start: Start, given: d
     assert len(p.received) == 1
 
 
-async def test_several_answers_of_which_nothing_was_sent_begin_anew(start: Start) -> None:
+async def test_several_answers_start_again_if_nothing_was_sent(start: Start) -> None:
     async def nothing_yet(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         response = await begin_stream(request)
         await response.write(handle_comment({"output_token_ids": []}))
@@ -581,7 +502,7 @@ async def test_several_answers_of_which_nothing_was_sent_begin_anew(start: Start
     assert heard.ended
 
 
-async def test_d_lost_after_the_end_of_the_text_adds_none(start: Start) -> None:
+async def test_losing_decode_after_the_end_of_the_text_adds_no_text(start: Start) -> None:
     seen = asyncio.Event()
 
     async def finish(request: web.Request, response: web.StreamResponse) -> None:
@@ -601,7 +522,7 @@ async def test_d_lost_after_the_end_of_the_text_adds_none(start: Start) -> None:
     assert len(p.received) == 1
 
 
-async def test_an_answer_in_one_piece_is_done_again_from_the_start(start: Start) -> None:
+async def test_an_answer_that_is_not_a_stream_starts_again(start: Start) -> None:
     ps, ds = instances("prefill", 2), instances("decode", 2)
     once(decode_until(0, break_off), decode, *ds)
     front = await start([*ps, *ds])
@@ -610,23 +531,18 @@ async def test_an_answer_in_one_piece_is_done_again_from_the_start(start: Start)
     assert [received.params for received in received_by(ps)] == [{"do_remote_decode": True, "continues": True}] * 2
 
 
-async def test_an_answer_that_goes_on_waits_for_a_p_that_is_full(start: Start) -> None:
-    """Whoever has nothing yet is told to come again; a stream in its middle isn't."""
+async def test_a_resumed_answer_waits_for_a_full_prefill_instance(start: Start) -> None:
+    """Only a client that has nothing yet is told to try again."""
     seen = asyncio.Event()
     p, d = FakeInstance("prefill"), FakeInstance("decode")
-    answers = iter([prefill, full, full])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, prefill)(instance, request, received)
-
-    p.answer = answer
+    in_order([prefill, full, full], prefill, p)
     once(decode_until(3, when(seen)), decode, d)
     front = await start([p, d])
     assert (await listen(front, ask("x", stream=True), {3: seen})).words == list(WORDS)
     assert len(p.received) == 4
 
 
-async def test_an_answer_that_goes_on_does_not_wait_for_an_embedding_that_is_lost(start: Start) -> None:
+async def test_a_resumed_answer_does_not_wait_for_a_lost_embedding(start: Start) -> None:
     seen = asyncio.Event()
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     once(prefill, refuse(503, "the embedding is lost", kind="embedding_unavailable_error"), p)
@@ -638,16 +554,10 @@ async def test_an_answer_that_goes_on_does_not_wait_for_an_embedding_that_is_los
     assert len(p.received) == 2
 
 
-async def test_p_lost_while_a_stream_goes_on_costs_one_more_prefill(start: Start) -> None:
+async def test_losing_prefill_while_resuming_costs_one_more_prefill(start: Start) -> None:
     seen = asyncio.Event()
     ps, d = instances("prefill", 2), FakeInstance("decode")
-    answers = iter([prefill, lose])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, prefill)(instance, request, received)
-
-    for p in ps:
-        p.answer = answer
+    in_order([prefill, lose], prefill, *ps)
     once(decode_until(3, when(seen)), decode, d)
     front = await start([*ps, d])
     assert (await listen(front, ask("x", stream=True), {3: seen})).words == list(WORDS)
@@ -667,17 +577,7 @@ async def test_an_image_is_encoded_once_though_its_prompt_is_prefilled_twice(sta
     assert names == set(encoder.received[0].identifiers)
 
 
-async def test_an_encoder_that_fails_ends_ps_call(start: Start) -> None:
-    encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
-    encoder.answer, p.answer = refuse(422, "not decodable"), never
-    front = await start([encoder, p, d])
-    answer = await front.post(ask("x", image(image_bytes())))
-    assert (answer.status, answer.error["message"]) == (422, "not decodable")
-    assert not d.received
-    await until_idle(front)
-
-
-async def test_an_encoder_that_ends_is_no_reason_to_prefill_again(start: Start) -> None:
+async def test_an_encoder_that_stops_does_not_cause_another_prefill(start: Start) -> None:
     encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
     encoder.answer, p.answer = refuse(503, "This instance is stopping.", code="stopping"), never
     front = await start([encoder, p, d], max_encode_attempts=1)
@@ -691,7 +591,7 @@ async def test_an_encoder_that_ends_is_no_reason_to_prefill_again(start: Start) 
 
 
 @pytest.mark.parametrize("silent", ["prefill", "decode"])
-async def test_the_deadline_holds_for_p_and_d_together(start: Start, silent: str) -> None:
+async def test_the_deadline_covers_prefill_and_decode_together(start: Start, silent: str) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     hanging = p if silent == "prefill" else d
     hanging.answer = never
@@ -704,21 +604,7 @@ async def test_the_deadline_holds_for_p_and_d_together(start: Start, silent: str
     await until_idle(front)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("working", ["prefill", "decode"])
-async def test_a_client_that_leaves_ends_the_call_that_is_open(start: Start, working: str, stream: bool) -> None:
-    p, d = FakeInstance("prefill"), FakeInstance("decode")
-    at = p if working == "prefill" else d
-    at.answer = never
-    front = await start([p, d])
-    await leave(front, ask("x", stream=stream), at)
-    await asyncio.wait_for(at.gone.acquire(), 5)
-    while not await front.metric('chiasm_proxy_requests_total{route="/v1/chat/completions",status="499"}'):
-        pass
-    await until_idle(front)
-
-
-async def test_a_client_that_leaves_while_its_request_waits_for_d(start: Start) -> None:
+async def test_a_client_may_leave_while_its_request_waits_for_decode(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     d.answer = full
     front = await start([p, d])
@@ -728,9 +614,9 @@ async def test_a_client_that_leaves_while_its_request_waits_for_d(start: Start) 
     await until_idle(front)
 
 
-async def test_a_client_that_leaves_in_ds_stream_ends_it(start: Start) -> None:
+async def test_a_client_that_leaves_ends_the_stream_of_decode(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
-    d.answer = decode_until(4, lambda request, response: asyncio.Event().wait())  # type: ignore[arg-type,return-value]
+    d.answer = decode_until(4, when(asyncio.Event()))
     front: Front = await start([p, d])
     response = await front.session.post(f"{front.url}/v1/chat/completions", json=ask("x", stream=True))
     for _ in range(3):
@@ -740,7 +626,7 @@ async def test_a_client_that_leaves_in_ds_stream_ends_it(start: Start) -> None:
     await until_idle(front)
 
 
-def test_the_words_are_told_apart() -> None:
-    """The tests above see a token lost or doubled only if no two words are the same."""
+def test_the_words_of_the_fake_answer_are_distinct() -> None:
+    """Otherwise the tests above wouldn't notice a missing or repeated token."""
     assert len(set(WORDS)) == len(WORDS)
     assert handle_of(FakeInstance("prefill"), 2, {})["output_token_ids"] == [100, 101, 102]

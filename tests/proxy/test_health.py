@@ -1,10 +1,12 @@
-"""Probes, states and what /health, /metrics and /v1/models show of them."""
+"""Probes, states, and how /health, /metrics and /v1/models show them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+
+from chiasm.wire import Health
 
 from .conftest import Start, ask, image, image_bytes
 from .instances import MODEL, FakeInstance
@@ -31,7 +33,7 @@ async def test_health_lists_every_instance(start: Start) -> None:
         }
 
 
-async def test_an_instance_that_is_not_there_yet_is_starting(start: Start) -> None:
+async def test_an_instance_that_was_never_reachable_is_starting(start: Start) -> None:
     pd = FakeInstance("pd")
     await pd.start()
     url = pd.url
@@ -49,11 +51,11 @@ async def test_an_instance_that_is_not_there_yet_is_starting(start: Start) -> No
     await pd.kill()
 
 
-async def test_probes_take_an_instance_out_and_in_again(start: Start) -> None:
+async def test_probes_make_an_instance_unhealthy_and_healthy_again(start: Start) -> None:
     pds = [FakeInstance("pd"), FakeInstance("pd")]
     front = await start([*pds])
     pds[0].health_status = 503
-    pds[0].health = {"status": "failed", "message": "the engine has stopped"}
+    pds[0].health = Health(status="failed", message="the engine has stopped")
     await front.until(pds[0], "unhealthy")
     shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[pds[0].url]
     assert shown["reason"] == "/health answered with status 503 (failed: the engine has stopped)"
@@ -68,7 +70,7 @@ async def test_probes_take_an_instance_out_and_in_again(start: Start) -> None:
     assert pds[0].received
 
 
-async def test_an_instance_that_no_longer_answers_probes_is_taken_out(start: Start) -> None:
+async def test_an_instance_that_stops_answering_probes_is_unhealthy(start: Start) -> None:
     pd = FakeInstance("pd")
     front = await start([pd], probe_timeout_seconds=0.2)
     pd.awake.clear()
@@ -79,16 +81,16 @@ async def test_an_instance_that_no_longer_answers_probes_is_taken_out(start: Sta
     await front.until(pd, "healthy")
 
 
-async def test_one_probe_that_comes_late_changes_nothing(start: Start) -> None:
+async def test_one_late_probe_changes_nothing(start: Start) -> None:
     pd = FakeInstance("pd")
     front = await start([pd], probe_timeout_seconds=0.2, probe_interval_seconds=60)
-    instance = front.gateway.fleet.instances[0]
+    instance = front.service.fleet.instances[0]
     pd.awake.clear()
-    await front.gateway.prober.check(instance)
+    await front.service.prober.check(instance)
     assert instance.missed_probes == 1
     assert (await front.post(ask("x"))).status == 200
     pd.awake.set()
-    await front.gateway.prober.check(instance)
+    await front.service.prober.check(instance)
     assert instance.missed_probes == 0
 
 
@@ -120,13 +122,11 @@ async def test_an_instance_that_does_not_fit_is_never_used(start: Start, change:
     for n in range(1, 4):
         assert (await front.post(ask(image(image_bytes(size=(5, n)))))).status == 200
     assert not bad.received
-    assert bad.health is not None
-    assert good.health is not None
-    bad.health |= good.health
+    bad.health = good.health
     await front.until(bad, "healthy")
 
 
-async def test_a_d_with_another_connector_is_never_used(start: Start) -> None:
+async def test_a_decode_instance_with_another_connector_is_never_used(start: Start) -> None:
     p, good, bad = FakeInstance("prefill"), FakeInstance("decode"), FakeInstance("decode", kv_connector="Other")
     front = await start([p, good, bad])
     assert (await front.states())[bad.url] == "mismatched"
@@ -135,21 +135,21 @@ async def test_a_d_with_another_connector_is_never_used(start: Start) -> None:
     assert not bad.received
 
 
-async def test_p_and_d_may_say_less(start: Start) -> None:
+async def test_prefill_and_decode_may_report_less(start: Start) -> None:
     unsaid = dict.fromkeys(("kv_connector", "kv_blocks_total", "kv_blocks_free", "max_num_seqs"))
     front = await start([FakeInstance("prefill", **unsaid), FakeInstance("decode", **unsaid)])
     assert (await front.post(ask("x"))).status == 200
 
 
 @pytest.mark.parametrize("health", [{"status": "starting"}, {"role": None}, {"model": 3}])
-async def test_a_health_that_is_not_good_is_not_healthy(start: Start, health: dict[str, Any]) -> None:
+async def test_a_bad_health_answer_is_not_healthy(start: Start, health: dict[str, Any]) -> None:
     front = await start([FakeInstance("pd", **health)])
     shown = (await front.get("/health")).json["instances"][0]
     assert shown["state"] == "starting"
     assert "/health" in shown["reason"]
 
 
-async def test_models_are_those_that_can_be_asked_for(start: Start) -> None:
+async def test_models_lists_what_requests_can_ask_for(start: Start) -> None:
     pd = FakeInstance("pd")
     front = await start([pd])
     listed = (await front.get("/v1/models")).json

@@ -1,4 +1,4 @@
-"""More than the proxy takes on: everybody gets an answer."""
+"""Overload: every request gets an answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 from aiohttp import web
 
-from .conftest import Start, ask, image, image_bytes
+from .conftest import Images, Start, ask, image, image_bytes
 from .instances import FakeInstance, Received, chat
 
 
@@ -54,8 +54,8 @@ async def test_buffered_bytes_are_bounded_over_all_requests(start: Start) -> Non
     assert (await front.post(ask("x" * 100_000))).status == 200
 
 
-async def test_fetched_media_counts_as_buffered(start: Start, images: object) -> None:
+async def test_fetched_media_counts_as_buffered(start: Start, images: Images) -> None:
     front = await start([FakeInstance("encoder"), FakeInstance("pd")], max_buffered_bytes=10_000)
-    url = await images(image_bytes(size=(2000, 900), format="BMP"))  # type: ignore[operator]
+    url = await images(image_bytes(size=(2000, 900), format="BMP"))
     assert (await front.post(ask(image(url)))).status == 503
-    assert front.gateway._admission.buffered_bytes == 0
+    assert front.service.admission.held_bytes == 0

@@ -1,4 +1,4 @@
-"""The proxy as a process of its own: start, signals, what it loads, what it costs to be there."""
+"""The proxy as a process: start, signals, imports, memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import aiohttp
 import pytest
 
 from chiasm.errors import ConfigurationError
+from chiasm.http.listen import check_url
 from chiasm.proxy import ProxyConfig, run
-from chiasm.proxy.config import check_url
 
 from .conftest import ask, image, image_bytes
 from .instances import FakeInstance, Received, event, never
@@ -52,7 +52,7 @@ async def proxy(pd: FakeInstance, encoder: FakeInstance) -> AsyncIterator[tuple[
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_it_soon_and_quietly_even_in_a_stream(number: signal.Signals) -> None:
+async def test_a_signal_ends_the_process_soon_and_quietly_even_during_a_stream(number: signal.Signals) -> None:
     pd, encoder = FakeInstance("pd"), FakeInstance("encoder")
 
     async def endless(instance: FakeInstance, request: Any, received: Received) -> Any:
@@ -80,7 +80,7 @@ async def test_a_signal_ends_it_soon_and_quietly_even_in_a_stream(number: signal
 
 
 def peak_kib(pid: int) -> int:
-    """The most memory that a process ever had resident."""
+    """Return the peak resident memory of a process."""
     return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
@@ -111,7 +111,7 @@ def test_neither_media_nor_proxy_load_torch_transformers_or_numpy() -> None:
 def test_a_port_in_use_is_one_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1:{port}"):
+        with pytest.raises(ConfigurationError, match=f"Port {port} on 127.0.0.1 is in use"):
             run(ProxyConfig(port=port, pds=("http://127.0.0.1:1",)))
 
 
@@ -134,7 +134,7 @@ def test_a_port_in_use_is_one_clear_error() -> None:
         {"prefills": ("http://a:1",), "aggregated": ("http://c:1",), "admin_key": "k"},
     ],
 )
-def test_a_configuration_that_cannot_work(config: dict[str, Any]) -> None:
+def test_an_impossible_configuration_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         ProxyConfig(**config)
 
@@ -147,17 +147,17 @@ def test_a_configuration_that_cannot_work(config: dict[str, Any]) -> None:
         {"admin_key": "k"},
     ],
 )
-def test_a_configuration_that_works(config: dict[str, Any]) -> None:
+def test_a_possible_configuration_is_accepted(config: dict[str, Any]) -> None:
     assert ProxyConfig(**config).max_prefill_attempts == 4
 
 
 @pytest.mark.parametrize(
     "url", ["", "a", "http://", "ftp://a", "http://a/v1", "http://a?x", "http://a:port", "http://[a"]
 )
-def test_what_is_not_the_url_of_an_instance(url: str) -> None:
+def test_malformed_base_urls_are_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="http://host:port"):
         check_url(url)
 
 
-def test_urls_of_instances_lose_their_last_slash() -> None:
+def test_base_urls_lose_their_final_slash() -> None:
     assert [check_url(url) for url in ("http://a:1/", "https://[::1]:2")] == ["http://a:1", "https://[::1]:2"]

@@ -1,4 +1,4 @@
-"""Bodies taken apart and put together again."""
+"""Parsing of bodies, and replacing parts of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def media_parts(body: dict[str, Any]) -> list[dict[str, Any]]:
 
 @settings(deadline=None, max_examples=200)
 @given(BODIES, st.booleans(), st.booleans(), st.data())
-def test_media_parts_are_replaced_and_nothing_else(
+def test_only_media_parts_are_replaced(
     body: dict[str, Any], ascii_only: bool, spaced: bool, data: st.DataObject
 ) -> None:
     encoded = json.dumps(body, ensure_ascii=ascii_only, indent=1 if spaced else None).encode()
@@ -60,7 +60,7 @@ def test_media_parts_are_replaced_and_nothing_else(
     assert json.loads(request.with_parts(parts)) == body
 
 
-def test_keys_given_twice_count_as_the_last() -> None:
+def test_the_last_of_repeated_keys_counts() -> None:
     image = b'{"type":"image_url","image_url":{"url":"http://a/"}}'
     body = b'{"messages":[{"content":[%b]}],"messages":[{"content":"x","content":[%b],"role":"user"}],"a":1,"a":2}'
     request = parse_chat(body % (image, image))
@@ -68,14 +68,14 @@ def test_keys_given_twice_count_as_the_last() -> None:
     assert request.with_parts([EMBEDS]) == b'{"messages":[{"content":[%b],"role":"user"}],"a":2}' % EMBEDS
 
 
-def test_escaped_keys_are_keys() -> None:
+def test_escaped_keys_are_recognized() -> None:
     body = b'{"mess\\u0061ges":[{"cont\\u0065nt":[{"t\\u0079pe":"image\\u005furl","image\\u005furl":{"url":"http:\\/\\/a"}}]}]}'
     request = parse_chat(body)
     assert [part.url for part in request.media] == [b"http://a"]
     assert request.with_parts([EMBEDS]) == b'{"messages":[{"content":[%b]}]}' % EMBEDS
 
 
-def test_a_request_forgets_what_was_sent() -> None:
+def test_a_request_frees_its_body_and_images() -> None:
     request = parse_chat(b'{"messages":[{"content":"x"}]}')
     request.forget()
     assert (request.body, request.media) == (b"", [])
@@ -87,7 +87,7 @@ def test_a_request_forgets_what_was_sent() -> None:
     st.sampled_from([None, 1]),
     st.text(" \n\r\t", max_size=3),
 )
-def test_a_member_is_appended_and_counts(body: dict[str, Any], indent: int | None, end: str) -> None:
+def test_an_appended_member_overrides_earlier_ones(body: dict[str, Any], indent: int | None, end: str) -> None:
     encoded = (json.dumps(body, indent=indent) + end).encode()
     assert json.loads(with_member(encoded, b"k", b"[1]")) == body | {"k": [1]}
     taken = json.dumps({"k": 0} | body).encode()

@@ -1,4 +1,4 @@
-"""The same image at the same time is encoded once, whoever asks."""
+"""An image that several requests need at the same time is encoded once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def joined(front: Front, count: int) -> None:
         pass
 
 
-async def test_ten_at_once_are_one_call(
+async def test_ten_simultaneous_requests_cost_one_call(
     start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
 ) -> None:
     front = await start([encoder, pd])
@@ -58,7 +58,7 @@ async def test_ten_at_once_are_one_call(
     assert len({received.identifiers[0] for received in pd.received}) == 1
 
 
-async def test_only_what_is_not_under_way_is_sent(
+async def test_images_that_are_being_encoded_are_not_sent_again(
     start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
 ) -> None:
     front = await start([encoder, pd])
@@ -81,7 +81,7 @@ async def test_tenants_do_not_share(start: Start, encoder: FakeInstance, pd: Fak
     assert len(encoder.received) == 2
 
 
-async def test_one_that_leaves_takes_nothing_from_the_others(
+async def test_a_client_that_leaves_does_not_affect_others(
     start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
 ) -> None:
     front = await start([encoder, pd])
@@ -96,17 +96,19 @@ async def test_one_that_leaves_takes_nothing_from_the_others(
     assert len(encoder.received) == 1
 
 
-async def test_when_all_have_left_the_encoder_call_ends(start: Start, encoder: FakeInstance, pd: FakeInstance) -> None:
+async def test_the_encoder_call_ends_when_all_clients_have_left(
+    start: Start, encoder: FakeInstance, pd: FakeInstance
+) -> None:
     front = await start([encoder, pd])
     requests = [asyncio.ensure_future(front.post(ask(str(n), image(image_bytes())))) for n in range(3)]
     await joined(front, 2)
     for request in requests:
         request.cancel()
     await asyncio.wait_for(encoder.gone.acquire(), 5)
-    assert not front.gateway._services.encoders._flights
+    assert not front.service.router.encoders._flights
 
 
-async def test_a_call_goes_on_for_the_item_that_somebody_still_waits_for(
+async def test_a_call_continues_for_an_image_that_somebody_waits_for(
     start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
 ) -> None:
     front = await start([encoder, pd])
@@ -123,7 +125,7 @@ async def test_a_call_goes_on_for_the_item_that_somebody_still_waits_for(
     assert [len(received.identifiers) for received in encoder.received] == [2, 1]
 
 
-async def test_a_bad_image_fails_its_own_request_only(start: Start, gate: asyncio.Event) -> None:
+async def test_a_bad_image_fails_only_its_own_request(start: Start, gate: asyncio.Event) -> None:
     """Two requests share a good image; the one that began its encoding sent a bad one along."""
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
 
@@ -152,7 +154,7 @@ async def test_a_bad_image_fails_its_own_request_only(start: Start, gate: asynci
     assert (await good).status == 200
 
 
-async def test_the_next_one_is_a_new_call(
+async def test_a_later_request_is_a_new_call(
     start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
 ) -> None:
     gate.set()

@@ -23,7 +23,7 @@ def vllm(role: str) -> FakeInstance:
     return instance
 
 
-async def test_the_model_comes_from_its_list(start: Start) -> None:
+async def test_the_model_comes_from_v1_models(start: Start) -> None:
     pd = vllm("pd")
     front = await start([pd])
     assert (await front.get("/health")).json["models"] == [MODEL]
@@ -48,7 +48,7 @@ async def test_pd_is_called_with_the_encoders_metadata(start: Start) -> None:
     assert pd.received[0].json == ask("x", embeds)
 
 
-async def test_as_p_or_d_it_is_not_used(start: Start) -> None:
+async def test_prefill_and_decode_without_the_middleware_are_not_used(start: Start) -> None:
     p, d, other = FakeInstance("prefill"), FakeInstance("decode"), vllm("decode")
     front = await start([p, d, other])
     shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[other.url]
@@ -59,7 +59,7 @@ async def test_as_p_or_d_it_is_not_used(start: Start) -> None:
     assert not other.received
 
 
-async def test_with_the_middleware_pd_is_called_beside_the_encoders(start: Start) -> None:
+async def test_a_pd_with_the_middleware_is_called_while_encoders_work(start: Start) -> None:
     encoder, pd = FakeInstance("encoder", **ENGINE), FakeInstance("pd", **ENGINE)
     encoder.answer = after(pd.arrived)
     front = await start([encoder, pd])
@@ -85,7 +85,9 @@ async def test_pd_that_cannot_size_an_image_waits_for_the_encoders_metadata(star
         ({}, "its fingerprint (model, processor or dtype) differs from the fleet's"),
     ],
 )
-async def test_one_with_another_fingerprint_is_not_used(start: Start, said: dict[str, str], reason: str) -> None:
+async def test_an_instance_with_another_fingerprint_is_not_used(
+    start: Start, said: dict[str, str], reason: str
+) -> None:
     pd = FakeInstance("pd", dtype="float32", **ENGINE)
     encoder = FakeInstance("encoder", dtype="float32")
     other = FakeInstance("encoder", fingerprint="e" * 64, **said, **ENGINE)
@@ -97,15 +99,15 @@ async def test_one_with_another_fingerprint_is_not_used(start: Start, said: dict
     assert not other.received
 
 
-async def test_a_limit_of_no_images_is_none(start: Start) -> None:
-    """vLLM says so where it has no vision tower."""
+async def test_a_limit_of_zero_images_is_ignored(start: Start) -> None:
+    """vLLM reports it if it has loaded no vision tower."""
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd", max_items=0, **ENGINE)
     front = await start([encoder, pd])
     assert (await front.post(ask(image(image_bytes()), image(image_bytes("blue"))))).status == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_fails_in_the_engine_has_a_status(start: Start, stream: bool) -> None:
+async def test_a_failure_of_the_engine_has_a_status(start: Start, stream: bool) -> None:
     pd = FakeInstance("pd", **ENGINE)
     pd.answer = vllm_error_event
     front = await start([pd])
@@ -114,7 +116,7 @@ async def test_what_fails_in_the_engine_has_a_status(start: Start, stream: bool)
 
 
 def after(arrived: asyncio.Semaphore) -> Answering:
-    """An encoder that answers when another instance has been called."""
+    """Answer as an encoder, once another instance has been called."""
 
     async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         await arrived.acquire()
@@ -123,21 +125,21 @@ def after(arrived: asyncio.Semaphore) -> Answering:
     return answer
 
 
-async def test_identity_without_a_fingerprint_is_by_the_models_name(start: Start) -> None:
+async def test_identifiers_without_a_fingerprint_use_the_models_name(start: Start) -> None:
     encoder, pd = vllm("encoder"), vllm("pd")
     front = await start([encoder, pd])
     await front.post(ask(image(image_bytes())))
-    assert pd.received[0].identifiers == [identifier(image_bytes(), fingerprint=front.gateway.fleet.fingerprint)]
+    assert pd.received[0].identifiers == [identifier(image_bytes(), fingerprint=front.service.fleet.fingerprint)]
 
 
-async def test_chiasms_encoder_before_vllms_pd(start: Start) -> None:
+async def test_chiasms_encoder_works_with_vllms_pd(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), vllm("pd")
     front = await start([encoder, pd])
     assert (await front.post(ask(image(image_bytes())))).status == 200
     assert "image_grid_thw" in pd.received[0].parts[0]["image_embeds"]
 
 
-async def test_what_its_encoder_refuses_reaches_the_client(start: Start) -> None:
+async def test_a_refusal_of_vllms_encoder_reaches_the_client(start: Start) -> None:
     encoder, pd = vllm("encoder"), vllm("pd")
     encoder.answer = refuse(422, "not decodable")
     front = await start([encoder, pd])
@@ -147,7 +149,7 @@ async def test_what_its_encoder_refuses_reaches_the_client(start: Start) -> None
     assert not pd.received
 
 
-async def test_metadata_passes_as_it_came(start: Start) -> None:
+async def test_metadata_passes_unchanged(start: Start) -> None:
     metadata = b'{"image_grid_thw": [[1, 2,  3]], "x": 1.50}'
 
     async def spaced(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""P and D that are vLLM's: D answers from its first token on, with the KV that P has computed."""
+"""Prefill and decode of vLLM: decode answers from the first token, with the KV that prefill has computed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from .conftest import Start, ask, image, image_bytes, leave, listen, until_idle
+from .conftest import Start, ask, image, image_bytes, listen, until_idle
 from .instances import (
     SAID,
     VLLM,
@@ -22,8 +22,9 @@ from .instances import (
     decode_of_vllm,
     event,
     full,
-    never,
-    prefill_of_vllm,
+    lose,
+    once,
+    only_a_head,
     refuse,
     role_event,
     vllm_decode,
@@ -41,40 +42,10 @@ PREFILL_PARAMS = {
 }
 
 
-def once(first: Answering, then: Answering, *some: FakeInstance) -> None:
-    """Of all calls of these instances, the first is answered so and the others so."""
-    answers = iter([first])
-
-    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        return await next(answers, then)(instance, request, received)
-
-    for one in some:
-        one.answer = answer
+# How a request flows.
 
 
-async def lose(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    """The connection is lost before any answer."""
-    await break_off(request)
-    raise ConnectionError
-
-
-async def only_a_head(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    response = await begin_stream(request)
-    await break_off(request)
-    return response
-
-
-async def half_an_answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "1000"})
-    await response.prepare(request)
-    await break_off(request)
-    return response
-
-
-# The way
-
-
-async def test_p_prefills_and_d_answers(start: Start) -> None:
+async def test_prefill_computes_the_prompt_and_decode_answers(start: Start) -> None:
     p, d = vllm_prefill(), vllm_decode()
     front = await start([p, d])
     body = ask("x", temperature=0.5, seed=3, stop=["."], min_tokens=4, max_tokens=20)
@@ -94,7 +65,7 @@ async def test_p_prefills_and_d_answers(start: Start) -> None:
     await until_idle(front)
 
 
-async def test_a_stream_is_d_s_from_its_first_token(start: Start) -> None:
+async def test_a_stream_comes_from_decode_from_its_first_token(start: Start) -> None:
     p, d = vllm_prefill(), vllm_decode()
     front = await start([p, d])
     heard = await listen(front, ask("x", stream=True, stream_options={"include_usage": True}))
@@ -115,7 +86,7 @@ async def test_a_text_completion(start: Start) -> None:
     assert "max_completion_tokens" not in p.received[0].json
 
 
-async def test_both_get_what_stands_for_an_image(start: Start) -> None:
+async def test_prefill_and_decode_get_placeholders_for_an_image(start: Start) -> None:
     encoder, p, d = FakeInstance("encoder", **VLLM), vllm_prefill(), vllm_decode()
     front = await start([encoder, p, d])
     assert (await front.post(ask("x", image(image_bytes(size=(6, 4)))))).status == 200
@@ -125,24 +96,13 @@ async def test_both_get_what_stands_for_an_image(start: Start) -> None:
     await until_idle(front)
 
 
-async def test_d_that_cannot_size_an_image_gets_the_encoders_metadata(start: Start) -> None:
+async def test_a_decode_instance_that_cannot_size_an_image_gets_the_encoders_metadata(start: Start) -> None:
     encoder, p = FakeInstance("encoder"), vllm_prefill()
     d = FakeInstance("decode", takes_image_size=False, **VLLM)
     d.answer = decode_of_vllm
     front = await start([encoder, p, d])
     assert (await front.post(ask("x", image(image_bytes())))).status == 200
     assert d.received[0].parts[1]["image_embeds"] == {"image_grid_thw": [1, 4, 6]}
-
-
-async def test_an_encoder_that_refuses_an_image_ends_prefill(start: Start) -> None:
-    encoder, p, d = FakeInstance("encoder"), vllm_prefill(), vllm_decode()
-    encoder.answer = refuse(422, "not decodable")
-    p.answer = never
-    front = await start([encoder, p, d])
-    answer = await front.post(ask(image(image_bytes())))
-    assert (answer.status, answer.error["message"]) == (422, "not decodable")
-    assert not d.received
-    await until_idle(front)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +117,7 @@ async def test_an_encoder_that_refuses_an_image_ends_prefill(start: Start) -> No
     ],
 )
 @pytest.mark.parametrize("media", [False, True])
-async def test_what_d_cannot_answer_or_need_not_is_p_s_alone(
+async def test_prefill_answers_alone_what_decode_cannot_answer(
     start: Start, options: dict[str, Any], media: bool
 ) -> None:
     encoder, p, d = FakeInstance("encoder"), vllm_prefill(), vllm_decode()
@@ -173,17 +133,17 @@ async def test_what_d_cannot_answer_or_need_not_is_p_s_alone(
     ("prompt", "calls"),
     [(["one"], 1), (["one", "two"], 0), ([[1, 2]], 1), ([[1, 2], [3]], 0), ([1, 2], 1), ("one", 1), ([], 1)],
 )
-async def test_several_prompts_are_p_s_alone(start: Start, prompt: Any, calls: int) -> None:
+async def test_prefill_answers_several_prompts_alone(start: Start, prompt: Any, calls: int) -> None:
     p, d = vllm_prefill(), vllm_decode()
     front = await start([p, d])
     assert (await front.post({"model": "tiny", "prompt": prompt}, path="/v1/completions")).status == 200
     assert len(d.received) == calls
 
 
-# Who fits whom
+# Which instances fit together.
 
 
-async def test_p_and_d_of_different_engines_do_not_mix(start: Start) -> None:
+async def test_prefill_and_decode_of_different_engines_do_not_mix(start: Start) -> None:
     p, d, other = vllm_prefill(), vllm_decode(), FakeInstance("decode", kv_connector="NixlConnector")
     front = await start([p, d, other])
     shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[other.url]
@@ -202,41 +162,7 @@ async def test_the_engine_of_an_encoder_does_not_matter(start: Start) -> None:
     assert p.received[0].params == {"do_remote_decode": True, "continues": True}
 
 
-# P lost
-
-
-@pytest.mark.parametrize("first", [lose, half_an_answer, refuse(500, "the engine is dead")])
-async def test_p_that_is_lost_costs_a_prefill_elsewhere(start: Start, first: Answering) -> None:
-    ps, d = [vllm_prefill(), vllm_prefill()], vllm_decode()
-    once(first, prefill_of_vllm, *ps)
-    front = await start([*ps, d])
-    assert (await listen(front, ask("x", stream=True))).text == SAID
-    assert [len(p.received) for p in ps] == [1, 1]
-    assert len(d.received) == 1
-    assert await front.metric("chiasm_proxy_prefill_retries_total") == 1
-    await until_idle(front)
-
-
-async def test_prefills_of_a_request_are_bounded(start: Start) -> None:
-    p, d = vllm_prefill(), vllm_decode()
-    p.answer = refuse(500, "no embedding")
-    front = await start([p, d], max_prefill_attempts=3)
-    answer = await front.post(ask("x"))
-    assert (answer.status, answer.error["message"]) == (500, "no embedding")
-    assert len(p.received) == 3
-
-
-@pytest.mark.parametrize("answer", [refuse(400, "too long"), full])
-async def test_what_p_refuses_reaches_the_client(start: Start, answer: Answering) -> None:
-    p, d = vllm_prefill(), vllm_decode()
-    p.answer = answer
-    front = await start([p, d])
-    assert (await front.post(ask("x", stream=True))).status in {400, 503}
-    assert len(p.received) == 1
-    assert not d.received
-
-
-async def test_p_without_a_handle_is_an_error(start: Start) -> None:
+async def test_a_prefill_answer_without_a_handle_is_an_error(start: Start) -> None:
     async def plain(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         return web.json_response({"choices": [], "kv_transfer_params": None})
 
@@ -248,15 +174,15 @@ async def test_p_without_a_handle_is_an_error(start: Start) -> None:
     assert "kv_transfer_params" in answer.error["message"]
 
 
-# D lost
+# Decode is lost.
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("first", [lose, only_a_head, vllm_error_event])
-async def test_d_that_is_lost_before_its_first_event_costs_a_prefill(
+async def test_losing_decode_before_its_first_event_costs_a_prefill(
     start: Start, first: Answering, stream: bool
 ) -> None:
-    """A handle serves one D: P may have given the blocks away since the first one has read them."""
+    """A handle serves one decode instance: prefill frees the blocks once they have been read."""
     encoder, p, ds = FakeInstance("encoder"), vllm_prefill(), [vllm_decode(), vllm_decode()]
     once(first, decode_of_vllm, *ds)
     front = await start([encoder, p, *ds])
@@ -271,7 +197,7 @@ async def test_d_that_is_lost_before_its_first_event_costs_a_prefill(
     await until_idle(front)
 
 
-async def test_d_that_breaks_off_later_ends_the_stream(start: Start) -> None:
+async def test_losing_decode_later_ends_the_stream(start: Start) -> None:
     seen = asyncio.Event()
 
     async def half(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -294,7 +220,7 @@ async def test_d_that_breaks_off_later_ends_the_stream(start: Start) -> None:
 
 
 @pytest.mark.parametrize("answer", [refuse(400, "no"), full])
-async def test_what_d_refuses_reaches_the_client(start: Start, answer: Answering) -> None:
+async def test_a_refusal_of_decode_reaches_the_client(start: Start, answer: Answering) -> None:
     p, d = vllm_prefill(), vllm_decode()
     d.answer = answer
     front = await start([p, d])
@@ -302,7 +228,7 @@ async def test_what_d_refuses_reaches_the_client(start: Start, answer: Answering
     assert [len(one.received) for one in (p, d)] == [1, 1]
 
 
-async def test_without_d_a_request_is_told_to_come_again(start: Start) -> None:
+async def test_a_request_is_refused_without_a_decode_instance(start: Start) -> None:
     p, d = vllm_prefill(), vllm_decode()
     d.answer = lose
     front = await start([p, d])
@@ -311,12 +237,3 @@ async def test_without_d_a_request_is_told_to_come_again(start: Start) -> None:
     await d.kill()
     answer = await front.post(ask("x"))
     assert (answer.status, answer.error["code"]) == (503, "no_decode")
-
-
-async def test_a_client_that_leaves_ends_the_call_of_d(start: Start) -> None:
-    p, d = vllm_prefill(), vllm_decode()
-    d.answer = never
-    front = await start([p, d])
-    await leave(front, ask("x"), d)
-    await asyncio.wait_for(d.gone.acquire(), 10)
-    await until_idle(front)

@@ -12,7 +12,7 @@ import pytest
 
 from chiasm.bench.checkpoints import HEADS_OF_64
 from chiasm.checkpoints import synthetic
-from chiasm.proxy.vllm_handover import for_prefill
+from chiasm.proxy.handover_engines import vllm_prefill_body
 
 from .fleet import WAIT_SECONDS, Answer, ask_all, bodies, front, prefill_and_decode
 from .processes import CHECKPOINT, Server, chiasm_instance, transfer_config, vllm
@@ -129,7 +129,7 @@ def test_several_answers_are_prefills_alone(fleet: Fleet) -> None:
 def test_kv_of_a_prefill_instance_that_died(fleet: Fleet) -> None:
     """The last test of these instances: the request fails, and D lives on."""
     body = fleet.bodies[1]
-    answer = fleet.prefill.post(json.loads(for_prefill(json.dumps(body).encode(), "/v1/chat/completions")))
+    answer = fleet.prefill.post(json.loads(vllm_prefill_body(json.dumps(body).encode(), "/v1/chat/completions")))
     assert answer.status_code == 200, answer.text
     fleet.prefill.kill()
     lost = fleet.decode.post(body | {"kv_transfer_params": answer.json()["kv_transfer_params"]}, timeout=120)

@@ -49,6 +49,7 @@ class Exchange:
         self._admission = admission
         self._held_bytes = 0
         self._is_streaming = False
+        self._is_complete = False
         self._task: asyncio.Task[object] | None = None
         self._interruption: Exception | None = None
 
@@ -132,7 +133,7 @@ class Exchange:
     ) -> None:
         """Send the whole answer."""
         await self._start(status, content_type, [("content-length", str(len(body))), *headers])
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        await self._send_last(body)
 
     async def start_events(
         self, headers: Iterable[tuple[str, str]] = (), *, content_type: str = events.CONTENT_TYPE
@@ -151,7 +152,7 @@ class Exchange:
     async def end_events(self, data: bytes = b"") -> None:
         """Send the last events and end the stream."""
         self._is_streaming = False
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        await self._send_last(data)
 
     async def fail(self, error: ChiasmError) -> None:
         """Answer with an error: with its status if the answer has not begun, otherwise as the stream's last event."""
@@ -161,6 +162,10 @@ class Exchange:
             )
         elif self._is_streaming:
             await self.end_events(events.event(error_body(error)))
+
+    async def _send_last(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        self._is_complete = True
 
     async def _start(self, status: int, content_type: str, headers: Iterable[tuple[str, str]]) -> None:
         self.status = status
@@ -200,7 +205,8 @@ class Exchange:
         async def watch() -> None:
             while (await self._receive())["type"] != "http.disconnect":
                 pass
-            self.interrupt(ClientLeftError())
+            if not self._is_complete:  # the server reports a disconnection after a complete answer too
+                self.interrupt(ClientLeftError())
 
         watcher = asyncio.create_task(watch())
         try:

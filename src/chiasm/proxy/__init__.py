@@ -1,13 +1,14 @@
-"""The front door: speaks the OpenAI API to clients, and sends text to PD, or to P and D, and pixels to encoders.
+"""The front door: speaks the OpenAI API to clients, and sends text to language instances and images to encoders.
 
-A request passes the files in this order: ``app`` (routes), ``gateway`` (bounds), ``exchange`` (its body in, its answer
-out), ``request`` (parse), ``way`` (what happens to it, from here to the end), ``items`` (fetch, inspect, name), ``fleet``
-(choose), ``encode`` (pixels to encoders), ``language`` (text to PD), ``handover`` (text to P, and what comes of it to D),
-``relay`` (a stream back).
+A request passes the files in this order: ``app`` (routes), ``service`` (from the first byte to the last), ``request``
+(parse), ``job`` (what it carries from here on), ``routing`` (what happens to it), ``media`` (fetch, inspect, name),
+``encoders`` (images to encoders), ``balancing`` (which instance gets the text), ``handover`` and ``handover_engines`` (from
+prefill to decode), ``relay`` (a stream back). All calls of instances go through ``upstream``. Beside it run ``probe``, which
+asks instances how they are, and ``fleet``, which holds what they said; ``agreement`` decides which of them fit together.
 """
 
 from chiasm.proxy.app import create_app
 from chiasm.proxy.config import ProxyConfig
-from chiasm.proxy.serve import run
+from chiasm.proxy.process import run
 
 __all__ = ["ProxyConfig", "create_app", "run"]

@@ -1,77 +1,176 @@
-"""The proxy's routes."""
+"""The proxy's routes: answers, what can be read about the proxy, and its instances for whoever has the admin key."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
 from aiohttp.abc import AbstractResolver
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import Receive, Scope, Send
 
-from chiasm.errors import ChiasmError
-from chiasm.proxy.admin import Admin
+from chiasm.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    ConflictError,
+    InvalidRequestError,
+    PathNotFoundError,
+)
+from chiasm.http import read_body
+from chiasm.http.errors import EXCEPTION_HANDLERS, error_response
+from chiasm.http.listen import check_url
+from chiasm.proxy.balancing import model_not_found
 from chiasm.proxy.config import ProxyConfig
-from chiasm.proxy.exchange import Exchange
-from chiasm.proxy.gateway import CHAT, COMPLETIONS, Gateway
-from chiasm.proxy.pages import Pages
-from chiasm.proxy.relay import error_body
+from chiasm.proxy.metrics import CONTENT_TYPE
+from chiasm.proxy.service import ProxyService
+from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, InstanceList, InstanceState, ProxyHealth, Role
+
+_MAX_ORDER_BYTES = 64 << 10
 
 
 def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None) -> Starlette:
-    """The proxy as an ASGI application. ``resolver`` looks up the names of media hosts, in place of the system's."""
-    gateway = Gateway(config, resolver)
+    """Return the proxy as an ASGI application; its ``state.service`` is the ProxyService.
+
+    ``resolver`` looks up the names of media hosts, in place of the system's.
+    """
+    service = ProxyService(config, resolver)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await gateway.start()
+        await service.start()
         try:
             yield
         finally:
-            await gateway.close()
+            await service.close()
 
-    pages = Pages(gateway)
+    pages = _Pages(service)
     routes: list[BaseRoute] = [
-        Route(CHAT, _Answered(gateway, CHAT), methods=["POST"]),
-        Route(COMPLETIONS, _Answered(gateway, COMPLETIONS), methods=["POST"]),
+        Route(CHAT_PATH, service.endpoint(CHAT_PATH), methods=["POST"]),
+        Route(COMPLETIONS_PATH, service.endpoint(COMPLETIONS_PATH), methods=["POST"]),
         Route("/v1/models", pages.models),
         Route("/v1/models/{model:path}", pages.model),
         Route("/health", pages.health),
         Route("/metrics", pages.metrics),
     ]
     if config.admin_key is not None:
-        routes.append(Route("/instances", Admin(gateway, config.admin_key).handle, methods=["GET", "POST", "DELETE"]))
-    app = Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, ChiasmError: _error}
-    )
-    app.state.gateway = gateway
+        admin = _Admin(service, config.admin_key)
+        routes.append(Route("/instances", admin.handle, methods=["GET", "POST", "DELETE"]))
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=EXCEPTION_HANDLERS)
+    app.state.service = service
     return app
 
 
-class _Answered:
-    """A route whose requests take the gateway's way; as plain ASGI, since it streams and watches the client."""
+class _Pages:
+    """Handlers of the routes that only read."""
 
-    def __init__(self, gateway: Gateway, path: str) -> None:
-        self._gateway = gateway
-        self._path = path
+    def __init__(self, service: ProxyService) -> None:
+        self._fleet = service.fleet
+        self._metrics = service.metrics
+        self._created = int(time.time())
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._gateway.handle(self._path, Exchange(scope, receive, send))
+    async def health(self, request: Request) -> Response:
+        """Answer with 200 if text can be answered, otherwise with 503."""
+        fleet = self._fleet
+        ready = fleet.missing is None
+        return _json(
+            200 if ready else 503,
+            ProxyHealth(
+                status="ok" if ready else "unavailable",
+                models=fleet.models,
+                instances=[instance.describe() for instance in fleet.instances],
+            ),
+        )
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.render(), media_type=None, headers={"content-type": CONTENT_TYPE})
+
+    async def models(self, request: Request) -> Response:
+        return _json(200, {"object": "list", "data": [self._describe(name) for name in self._fleet.models]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name not in self._fleet.models:
+            raise model_not_found(name, self._fleet)
+        return _json(200, self._describe(name))
+
+    def _describe(self, name: str) -> dict[str, object]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "chiasm",
+            "max_model_len": self._fleet.max_model_len,
+        }
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-    shown = {"message": error.detail, "type": kind, "param": None, "code": None}
-    body = msgspec.json.encode({"error": shown})
-    return Response(body, error.status_code, dict(error.headers or {}), "application/json")
+class _Order(msgspec.Struct):
+    """The body of a POST or DELETE of ``/instances``."""
+
+    url: str
+    role: Role | None = None
 
 
-async def _error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ChiasmError)
-    return Response(error_body(error), error.status, media_type="application/json")
+class _Admin:
+    """Lists, adds and removes instances for whoever has the key."""
+
+    def __init__(self, service: ProxyService, key: str) -> None:
+        self._service = service
+        self._key = key.encode()
+
+    async def handle(self, request: Request) -> Response:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key):
+            refusal = error_response(AuthenticationError("Send the admin key as a bearer token."))
+            refusal.headers["www-authenticate"] = "Bearer"
+            return refusal
+        actions: dict[str, Callable[[Request], Awaitable[Response]]] = {"POST": self._add, "DELETE": self._remove}
+        return await actions.get(request.method, self._list)(request)
+
+    async def _list(self, request: Request) -> Response:
+        return _json(200, InstanceList(instances=[one.describe() for one in self._service.fleet.instances]))
+
+    async def _add(self, request: Request) -> Response:
+        order = await _read_order(request)
+        if order.role is None:
+            raise InvalidRequestError(f"role must be one of {', '.join(Role)}.", param="role")
+        fleet, prober = self._service.fleet, self._service.prober
+        known = fleet.get(order.url)
+        if known is not None and (known.state is not InstanceState.DRAINING or known.role is not order.role):
+            raise ConflictError(
+                f"{order.url} is already an instance; its role is {known.role}, its state {known.state}."
+            )
+        if misfit := fleet.misfit(order.role):
+            raise ConflictError(misfit)
+        instance = fleet.add(order.url, order.role)
+        prober.watch(instance)
+        await prober.check(instance)
+        return _json(201, instance.describe())
+
+    async def _remove(self, request: Request) -> Response:
+        order = await _read_order(request)
+        instance = self._service.fleet.get(order.url)
+        if instance is None:
+            raise PathNotFoundError(f"{order.url} is not an instance.")
+        self._service.fleet.remove(instance)
+        return _json(202, instance.describe())
+
+
+async def _read_order(request: Request) -> _Order:
+    body = await read_body(request.receive, request.headers, _MAX_ORDER_BYTES)
+    try:
+        order = msgspec.json.decode(body, type=_Order)
+        order.url = check_url(order.url)
+    except (msgspec.MsgspecError, ConfigurationError) as error:
+        raise InvalidRequestError(
+            f'The body must look like {{"url": "http://host:port", "role": "encoder"}}: {error}'
+        ) from None
+    return order
+
+
+def _json(status: int, content: object) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")

@@ -1,4 +1,4 @@
-"""What the proxy counts. One registry per proxy; labels take few values, none of them from a client."""
+"""The proxy's metrics. Labels take few values, and none of them comes from a client."""
 
 from __future__ import annotations
 
@@ -19,70 +19,70 @@ _FETCH_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 class Metrics:
-    """Counters, gauges and histograms of one proxy, and the fleet's figures at the time of a scrape."""
+    """Counters, gauges and histograms of one proxy in a registry of its own, and the fleet's figures at each scrape."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "chiasm_proxy_requests",
-            "Requests answered, by route and HTTP status",
+            "Requests answered, by route and HTTP status (499: the client left)",
             ["route", "status"],
             registry=self.registry,
         )
         self.in_flight = Gauge("chiasm_proxy_requests_in_flight", "Requests being answered", registry=self.registry)
         self.items = Counter(
             "chiasm_proxy_items",
-            "Media items by outcome: encoded, joined (an encode of the same item under way), refused, failed",
+            "Images by outcome: encoded, joined (waited for the encoding of an equal image), refused, failed",
             ["outcome"],
             registry=self.registry,
         )
         self.encode_retries = Counter(
-            "chiasm_proxy_encode_retries", "Items sent to another encoder after a failure", registry=self.registry
+            "chiasm_proxy_encode_retries", "Images sent to an encoder again after a failure", registry=self.registry
         )
         self.language_retries = Counter(
             "chiasm_proxy_language_retries",
-            "Requests sent to another PD after a lost connection",
+            "Requests sent to an instance again after a lost connection",
             registry=self.registry,
         )
         self.prefill_retries = Counter(
             "chiasm_proxy_prefill_retries",
-            "Requests prefilled again, whatever the reason",
+            "Prompts prefilled again, for any reason",
             registry=self.registry,
         )
         self.resumed_streams = Counter(
             "chiasm_proxy_resumed_streams",
-            "Those whose client had a part of the answer; reason: prefill_lost, decode_lost, kv_unavailable, preempted",
+            "Streams resumed on another instance after the client had received tokens, by reason",
             ["reason"],
             registry=self.registry,
         )
         self.handovers = Counter(
-            "chiasm_proxy_handovers", "Requests that a decode instance took over", registry=self.registry
+            "chiasm_proxy_handovers", "Requests handed over to a decode instance", registry=self.registry
         )
         self.decode_refusals = Counter(
-            "chiasm_proxy_decode_refusals", "Calls that a full decode instance refused", registry=self.registry
+            "chiasm_proxy_decode_refusals", "Calls refused by a full decode instance", registry=self.registry
         )
         self.gap = Histogram(
             "chiasm_proxy_handover_gap_seconds",
-            "Time between the first token of prefill and the next, of decode, in a stream",
+            "Time in a stream between the first token, from prefill, and the second, from decode",
             buckets=_GAP_BUCKETS,
             registry=self.registry,
         )
         self.overhead = Histogram(
             "chiasm_proxy_overhead_seconds",
-            "The proxy's own time from a body's last byte to the call of an instance, without fetching media",
+            "The proxy's own time from the last byte of the body to the call of an instance, without fetching images",
             ["kind"],
             buckets=_OVERHEAD_BUCKETS,
             registry=self.registry,
         )
         self.fetch = Histogram(
             "chiasm_proxy_fetch_seconds",
-            "Time to fetch a request's media",
+            "Time to fetch a request's images",
             buckets=_FETCH_BUCKETS,
             registry=self.registry,
         )
         self.encode = Histogram(
             "chiasm_proxy_encode_seconds",
-            "Time until all encoders of a request have answered",
+            "Time until all encoders of a request had answered",
             buckets=_FETCH_BUCKETS,
             registry=self.registry,
         )
@@ -90,6 +90,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def render(self) -> bytes:
+        """Return the page in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -102,13 +103,17 @@ class _FleetCollector(Collector):
 
     def _families(self) -> Iterator[GaugeMetricFamily]:
         labels = ["url", "role"]
-        healthy = GaugeMetricFamily("chiasm_proxy_instance_healthy", "1 if requests may go to it", labels=labels)
+        healthy = GaugeMetricFamily(
+            "chiasm_proxy_instance_healthy", "1 if the instance can be used, otherwise 0", labels=labels
+        )
         work = GaugeMetricFamily(
             "chiasm_proxy_instance_outstanding_work",
-            "Pixels at an encoder; calls at a decode instance; bytes of text, and what media stands for, at the others",
+            "Pixels at an encoder, calls at a decode instance, otherwise bytes of text and an equivalent for images",
             labels=labels,
         )
-        calls = GaugeMetricFamily("chiasm_proxy_instance_calls_in_flight", "Calls under way", labels=labels)
+        calls = GaugeMetricFamily(
+            "chiasm_proxy_instance_calls_in_flight", "Calls of the instance under way", labels=labels
+        )
         for instance in self._fleet.instances:
             values = [instance.url, instance.role.value]
             healthy.add_metric(values, float(instance.state is InstanceState.HEALTHY))

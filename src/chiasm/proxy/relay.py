@@ -1,8 +1,8 @@
-"""A stream of server-sent events, from an instance to the client, as raw bytes.
+"""Streams from instances to the client, as raw bytes.
 
-Only whole events go out, so that when the instance breaks off, the error event stands by itself and what came before
-stays readable. Nothing is parsed; the one event that is looked for is the last. P and D also tell the proxy what it needs
-to have another instance go on, in comments that are taken out.
+Only whole events are passed on, so that an error event stands by itself when an instance is lost, and what came before it
+stays readable. Events aren't parsed; only the last one is recognized. Prefill and decode also tell the proxy in comments what
+it needs to resume an answer elsewhere; these are taken out.
 """
 
 from __future__ import annotations
@@ -13,102 +13,85 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from msgspec import Raw
 
-from chiasm.errors import ChiasmError
-from chiasm.proxy.timing import Timing
-from chiasm.proxy.upstream import ToldError, UpstreamError
+from chiasm.http.events import MAX_EVENT_BYTES, EventSplitter, end_of_events
+from chiasm.proxy.upstream import InstanceError, UpstreamError
+from chiasm.wire import KV_COMMENT, TOKENS_COMMENT
 
-_END = b"\n\n"
-_END_CRLF = b"\r\n\r\n"
 _DONE = (b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n")
-_MAX_HELD_BYTES = 16 << 20
+_ABORTED = "An instance aborted its answer."
 
+_KV_PREFIX, _TOKENS_PREFIX = f": {KV_COMMENT} ".encode(), f": {TOKENS_COMMENT}".encode()
 _BLOCK = re.compile(rb".*?(?:\r\n\r\n|\n\n)|.+", re.DOTALL)
-_HANDLE = re.compile(rb": kv_transfer_params (\{.*)\r?\n")
-_TOKENS = re.compile(rb": tokens((?: [0-9]{1,10})*) ?\r?\n")
+_HANDLE = re.compile(_KV_PREFIX + rb"(\{.*)\r?\n")
+_TOKENS = re.compile(_TOKENS_PREFIX + rb"((?: [0-9]{1,10})*) ?\r?\n")
 _ERROR = re.compile(rb"data: ?(\{\s*\"error\".*)", re.DOTALL)
 _FINISH = re.compile(rb"\"finish_reason\":\s*\"")
+_members = msgspec.json.Decoder(dict[str, Raw])
 
 
 class EventRelay:
-    """What of the received bytes may be sent now."""
+    """Passes on a stream in whole events, with the proxy's own comment before the last one."""
 
-    def __init__(self, timing: Timing) -> None:
-        self._timing = timing
-        self._whole = _WholeEvents()
-        self._announced = False
+    def __init__(self, last_comment: Callable[[], bytes]) -> None:
+        self._last_comment = last_comment
+        self._splitter = EventSplitter()
+        self._commented = False
 
     def pass_on(self, chunk: bytes) -> bytes:
-        """The whole events that are there with ``chunk``; before the last one comes a comment with the proxy's figures."""
-        events = self._whole.take(chunk)
+        """Return the whole events that have arrived with ``chunk``."""
+        events = self._splitter.take(chunk)
         for done in _DONE:
-            if events.endswith(done) and not self._announced:
-                self._announced = True
-                return events[: -len(done)] + self._timing.comment() + done
+            if events.endswith(done) and not self._commented:
+                self._commented = True
+                return events[: -len(done)] + self._last_comment() + done
         return events
 
     def finish(self) -> bytes:
-        """What is left when the instance has ended the stream as it should."""
-        rest = self._whole.rest()
-        if self._announced:
+        """Return what is left when the instance has ended the stream properly."""
+        rest = self._splitter.rest()
+        if self._commented:
             return rest
-        self._announced = True
-        return rest + (_END if rest else b"") + self._timing.comment()
-
-    def fail(self, error: ChiasmError) -> bytes:
-        """The error event that ends a stream; an event that was cut off before it is dropped."""
-        self._whole.rest()
-        return b"data: " + error_body(error) + _END
-
-
-async def begin(next_chunk: Callable[[], Awaitable[bytes]]) -> bytes:
-    """The beginning of a stream, held back until it is known that it isn't an error: that can still come with a status.
-
-    Raises ToldError if what the instance says first is that something went wrong.
-    """
-    data = b""
-    while _end_of_events(data) <= 0 and len(data) <= _MAX_HELD_BYTES and (chunk := await next_chunk()):
-        data += chunk
-    block = _BLOCK.match(data)
-    if told := _ERROR.match(block[0]) if block else None:
-        raise ToldError(told[1], "the instance gave the answer up")
-    return data
+        self._commented = True
+        return rest + (b"\n\n" if rest else b"") + self._last_comment()
 
 
 class PartRelay:
-    """The same for the answer of a P or a D, which is a part of the client's: what it says to the proxy is taken out."""
+    """Passes on what prefill or decode sends of a stream, without what is meant for the proxy."""
 
     def __init__(self) -> None:
-        self._whole = _WholeEvents()
+        self._splitter = EventSplitter()
         self.handle: dict[str, Raw] | None = None
-        """What P says for D: the answer goes on there."""
+        """The members of the handle with which prefill ends its part."""
         self._token_ids: list[int] = []
         self.has_finished = False
-        """Whether a choice's end was passed on."""
-        self.failure: ToldError | None = None
-        """An error by which the instance gives the answer up, so that another may go on with it; it is held back."""
+        """Whether the event that ends a choice was passed on."""
+        self.failure: InstanceError | None = None
+        """An error with which the instance leaves the answer to another one; it isn't passed on, nor is anything after it."""
 
     def pass_on(self, chunk: bytes) -> bytes:
-        """The whole events that are there with ``chunk``, without what is for the proxy. Raises UpstreamError."""
-        return b"".join([self._pass_on(block) for block in _BLOCK.findall(self._whole.take(chunk))])
+        """Return the whole events that have arrived with ``chunk``. Raises UpstreamError for a malformed handle."""
+        return b"".join([self._pass_on(block) for block in _BLOCK.findall(self._splitter.take(chunk))])
 
     def take_token_ids(self) -> list[int]:
-        """Those announced since the last call: the text of the events passed on meanwhile is of these tokens."""
+        """Return the tokens announced since the last call, whose text is in the events passed on since then."""
         taken, self._token_ids = self._token_ids, []
         return taken
 
     def finish(self) -> bytes:
-        """What is left when the instance has ended the stream as it should."""
-        return self._whole.rest()
+        """Return what is left when the instance has ended the stream properly."""
+        return self._splitter.rest()
 
     def _pass_on(self, block: bytes) -> bytes:
         if self.failure is not None:
             return b""
-        if (error := _ERROR.match(block)) and (failure := _giving_up(error[1])):
-            self.failure = failure
-            return b""
+        if error := _ERROR.match(block):
+            reported = InstanceError(error[1], _ABORTED)
+            if reported.is_kv_unavailable or reported.is_preempted or reported.is_leaving:
+                self.failure = reported
+                return b""
         if not self.has_finished and _FINISH.search(block):
             self.has_finished = True
-        if b": tokens" not in block and b": kv_transfer_params " not in block:
+        if _TOKENS_PREFIX not in block and _KV_PREFIX not in block:
             return block
         lines = block.splitlines(keepends=True)
         kept = [line for line in lines if not self._is_for_proxy(line)]
@@ -126,49 +109,23 @@ class PartRelay:
         return False
 
 
-class _WholeEvents:
-    """Holds an event back until all of it is there."""
+async def begin(next_chunk: Callable[[], Awaitable[bytes]]) -> bytes:
+    """Return the beginning of a stream, at least its first event, before the client gets any of it.
 
-    def __init__(self) -> None:
-        self._held = b""
-
-    def take(self, chunk: bytes) -> bytes:
-        data = self._held + chunk if self._held else chunk
-        cut = _end_of_events(data)
-        if not cut and len(data) > _MAX_HELD_BYTES:
-            cut = len(data)  # whatever this is, it isn't held any longer
-        self._held = data[cut:]
-        return data[:cut]
-
-    def rest(self) -> bytes:
-        rest, self._held = self._held, b""
-        return rest
+    Raises InstanceError if that event is an error, so that the client gets it with a status.
+    """
+    data = b""
+    while end_of_events(data) <= 0 and len(data) <= MAX_EVENT_BYTES and (chunk := await next_chunk()):
+        data += chunk
+    block = _BLOCK.match(data)
+    if error := _ERROR.match(block[0]) if block else None:
+        raise InstanceError(error[1], _ABORTED)
+    return data
 
 
-def read_handle(value: bytes | Raw) -> dict[str, Raw]:
-    """The members of ``kv_transfer_params``, as they came. Raises UpstreamError if it isn't an object."""
+def read_handle(value: bytes) -> dict[str, Raw]:
+    """Return the members of a handle as they came. Raises UpstreamError if it isn't an object."""
     try:
-        return _handle.decode(value)
+        return _members.decode(value)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UpstreamError(f"the prefill instance's kv_transfer_params aren't understood: {error}") from None
-
-
-_handle = msgspec.json.Decoder(dict[str, Raw])
-
-
-def _giving_up(told: bytes) -> ToldError | None:
-    error = ToldError(told, "the instance gave the answer up")
-    return error if error.is_kv_unavailable or error.is_preempted or error.is_leaving else None
-
-
-def _end_of_events(data: bytes) -> int:
-    """The length of the part of ``data`` that is whole events."""
-    plain = data.rfind(_END)
-    with_returns = data.rfind(_END_CRLF)
-    return max(plain + len(_END) if plain >= 0 else 0, with_returns + len(_END_CRLF) if with_returns >= 0 else 0)
-
-
-def error_body(error: ChiasmError) -> bytes:
-    """An error as the OpenAI API shows it."""
-    shown = {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}
-    return msgspec.json.encode({"error": shown})
+        raise UpstreamError(f"The kv_transfer_params of the prefill instance are malformed: {error}") from None

@@ -1,6 +1,6 @@
-"""What the proxy reads of a request's body, and how it puts another media part in a part's place.
+"""Parses a request's body, and replaces its media parts.
 
-Only what decides the request's way is decoded. Every other value keeps the bytes that the client sent.
+Only what the proxy decides by is decoded. Every other value keeps the bytes that the client sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from chiasm.ec_transfer import check_identifier
-from chiasm.errors import InvalidRequestError
+from chiasm.errors import Code, InvalidRequestError
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
 _PATH = re.compile(r" - at `\$\.?([A-Za-z_]+)?.*`$")
@@ -29,34 +29,35 @@ class MediaPart(NamedTuple):
     url: bytes
     has_uuid: bool
     verbatim: bool
-    """Whether the body holds the URL's bytes just so, in quotes."""
+    """Whether the body holds exactly these bytes, in quotes."""
 
     @property
     def is_lifted(self) -> bool:
+        """Whether the URL is cut out before the body is taken apart."""
         return self.verbatim and len(self.url) >= _LONG_URL_BYTES
 
 
 @dataclass
 class Request:
-    """A body, and what decides its way."""
+    """A body, and what the proxy reads of it."""
 
     body: bytes
     model: str | None
     salt: str = ""
-    """What keeps a tenant's names apart from others' (``cache_salt``)."""
+    """``cache_salt``, which keeps the identifiers of tenants apart."""
     media: list[MediaPart] = field(default_factory=list)
     """Media parts in the order in which they occur."""
 
     def forget(self) -> None:
-        """Let go of what was sent; an answer may take minutes."""
+        """Free the memory of what was sent; the answer may take minutes."""
         self.body = b""
         self.media = []
 
     def with_parts(self, parts: Sequence[bytes | None]) -> bytes:
-        """The body with each media part replaced by the JSON of ``parts``; None leaves one as it is.
+        """Return the body with each media part replaced by the JSON in ``parts``; None leaves one as it is.
 
-        It is put together from what was understood, value by value, so that an instance can find nothing in it that
-        wasn't checked here. Keys given twice count once, as the last.
+        It is put together from what was parsed, value by value, so that an instance can't find anything in it that
+        wasn't checked here. Of keys given twice, the last counts.
         """
         replacements = iter(parts)
         members = _raw_object.decode(self.body if None in parts else self._without_long_urls())
@@ -64,7 +65,7 @@ class Request:
         return json_object({**members, "messages": _array(messages)})
 
     def _without_long_urls(self) -> bytes:
-        """The body without the media that is replaced anyway, so that megabytes aren't scanned level by level."""
+        """Return the body without the long URLs, which are replaced anyway, so that megabytes aren't scanned level by level."""
         if not any(part.is_lifted for part in self.media):
             return self.body
         pieces: list[bytes] = []
@@ -80,7 +81,7 @@ class Request:
             start = end + 1
         pieces.append(self.body[start:])
         body = b'""'.join(pieces)
-        # The same words may stand elsewhere, say in a text: then something else was cut out.
+        # The same bytes may occur elsewhere, such as in a text: then the wrong ones were cut out.
         found = [part.url for part in parse_chat(body).media]
         return body if found == [b"" if part.is_lifted else part.url for part in self.media] else self.body
 
@@ -101,7 +102,7 @@ class _Message(msgspec.Struct):
 
 class _Body(msgspec.Struct):
     model: str | None = None
-    stream: bool | None = None  # only its type is looked at
+    stream: bool | None = None  # only its type is checked
     cache_salt: str | None = None
     ec_transfer_params: Raw | UnsetType = UNSET
     kv_transfer_params: Raw | UnsetType = UNSET
@@ -129,16 +130,16 @@ _kind = msgspec.json.Decoder(_Kind)
 
 
 def parse_completion(body: bytes) -> Request:
-    """Raises InvalidRequestError."""
+    """Parse the body of a completion. Raises InvalidRequestError."""
     parsed = _decode(_completion, body)
     return Request(body, parsed.model)
 
 
 def parse_chat(body: bytes) -> Request:
-    """Raises InvalidRequestError for everything that is known to be wrong without asking an instance."""
+    """Parse the body of a chat completion. Raises InvalidRequestError for what is wrong whatever the instances are."""
     parsed = _decode(_chat, body)
     if not parsed.messages:
-        raise InvalidRequestError("messages must hold at least one message", param="messages")
+        raise InvalidRequestError("messages must contain at least one message.", param="messages")
     media = [
         _media_part(part)
         for message in parsed.messages
@@ -148,12 +149,12 @@ def parse_chat(body: bytes) -> Request:
     ]
     if media:
         for name in ("mm_processor_kwargs", "media_io_kwargs"):
-            _refuse_value(name, getattr(parsed, name), "settings of the processor are the same for all requests")
+            _refuse_value(name, getattr(parsed, name), "the processor's settings are the same for all requests")
     return Request(body, parsed.model, parsed.cache_salt or "", media)
 
 
 def with_member(body: bytes, name: bytes, value: bytes) -> bytes:
-    """``body``, a JSON object, with one member more at its end: it counts, should there be another of this name."""
+    """Return ``body``, a JSON object, with a member added at its end, where it counts even if the name occurs before."""
     head = body.rstrip()[:-1]
     comma = b"" if head.strip() == b"{" else b","
     return b'%b%b"%b":%b}' % (head, comma, name, value)
@@ -165,32 +166,32 @@ def _decode(decoder: msgspec.json.Decoder[_B], body: bytes) -> _B:
     except msgspec.ValidationError as error:
         message = str(error)
         match = _PATH.search(message)
-        raise InvalidRequestError(f"the body is not a valid request: {message}", param=match and match[1]) from None
+        raise InvalidRequestError(f"The body is not a valid request: {message}.", param=match and match[1]) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.", code=Code.INVALID_JSON) from None
     except RecursionError:
-        raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from None
+        raise InvalidRequestError("The body is nested too deeply.", code=Code.INVALID_JSON) from None
     for name in ("ec_transfer_params", "kv_transfer_params"):
-        _refuse_value(name, getattr(parsed, name), "it is for instances to set")
+        _refuse_value(name, getattr(parsed, name), "only the proxy and its instances set it")
     return parsed
 
 
 def _refuse_value(name: str, value: Raw | UnsetType, why: str) -> None:
     if value is not UNSET and bytes(value) not in {_NULL, b"{}"}:
-        raise InvalidRequestError(f"{name} is not taken here: {why}", param=name)
+        raise InvalidRequestError(f"{name} is not accepted from clients: {why}.", param=name)
 
 
 def _media_part(part: _Part) -> MediaPart:
     if part.type == "image_embeds":
         raise InvalidRequestError(
-            "image_embeds parts are not taken from clients; send the image as image_url", param="messages"
+            "image_embeds parts are not accepted from clients; send the image as image_url.", param="messages"
         )
     if part.type != "image_url":
         raise InvalidRequestError(
-            f"content parts of type {part.type[:40]!r} are not supported; text and image_url are", param="messages"
+            f"Content parts of type {part.type[:40]!r} are not supported; use text or image_url.", param="messages"
         )
     if part.image_url is None:
-        raise InvalidRequestError("an image_url part needs an image_url with a url", param="messages")
+        raise InvalidRequestError("An image_url part needs an image_url with a url.", param="messages")
     if isinstance(part.image_url, str):
         url, verbatim = part.image_url.encode(errors="replace"), False
     else:
@@ -202,10 +203,10 @@ def _media_part(part: _Part) -> MediaPart:
 
 
 def _text_of(raw: Raw) -> tuple[bytes, bool]:
-    """A JSON string's characters, and whether they stand in it as they are."""
+    """Return a JSON string's characters, and whether it holds them as they are, without escapes."""
     quoted = memoryview(raw)
     if bytes(quoted[:1]) != b'"':
-        raise InvalidRequestError("the url of an image_url part must be a string", param="messages")
+        raise InvalidRequestError("The url of an image_url part must be a string.", param="messages")
     text = bytes(quoted[1:-1])
     if b"\\" in text:
         return _string.decode(raw).encode(errors="replace"), False
@@ -231,7 +232,7 @@ def _with_content(message: dict[str, Raw], replacements: Iterator[bytes | None])
 
 
 def json_object(members: Mapping[str, Raw | bytes]) -> bytes:
-    """A JSON object of these members, whose values are JSON."""
+    """Return a JSON object of these members, whose values are JSON."""
     return b"{" + b",".join([msgspec.json.encode(key) + b":" + bytes(value) for key, value in members.items()]) + b"}"
 
 

@@ -1,109 +1,98 @@
-"""HTTP to instances."""
+"""HTTP to instances: calls, responses, and the ways in which they fail."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
+from typing import NamedTuple
 
 import aiohttp
 import msgspec
 
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, Code
+from chiasm.wire import ErrorBody, ErrorDetail
 
 _KEEP_ALIVE_SECONDS = 3.0
-"""Below the 5 s after which uvicorn, on the other side, closes idle connections, so that we aren't the one surprised."""
+"""Shorter than uvicorn's default of 5 s, so that the proxy never sends on a connection that the instance is just closing."""
+_error = msgspec.json.Decoder(ErrorBody)
 
 
 class UpstreamError(ChiasmError):
-    """An instance broke off, or answered what cannot be passed on."""
+    """An instance was lost, or sent a response that cannot be passed on."""
 
     status = 502
     kind = "upstream_error"
 
 
-class BrokenOffError(UpstreamError):
-    """A connection that ended in the middle of an answer."""
+class ResponseCutOffError(UpstreamError):
+    """The connection was lost in the middle of a response."""
 
 
 class InstanceLostError(UpstreamError):
-    """A connection that ended before any answer: another instance may be asked."""
+    """The connection was lost before any response: another instance may be called."""
 
 
-class NoAnswerInTimeError(InstanceLostError):
-    """It may be gone, or only busy."""
+class NoResponseInTimeError(InstanceLostError):
+    """The instance may be gone, or only busy."""
 
 
-class NoConnectionError(InstanceLostError):
-    """Nobody there: no connection came about."""
+class UnreachableError(InstanceLostError):
+    """No connection could be made."""
 
 
-class _Words(msgspec.Struct):
-    message: str = ""
-    type: str = ""
-    param: str | None = None
-    code: str | int | None = None
-
-
-class _Told(msgspec.Struct):
-    error: _Words
-
-
-_told = msgspec.json.Decoder(_Told)
-
-
-class ToldError(ChiasmError):
-    """What an instance says went wrong, in its own words where they have the shape of the OpenAI API's errors."""
+class InstanceError(ChiasmError):
+    """An error that an instance reports: its message, type, param and code, if they have the shape of the OpenAI API."""
 
     status = 502
     kind = "upstream_error"
 
-    def __init__(self, body: bytes, otherwise: str) -> None:
+    def __init__(self, body: bytes, fallback: str) -> None:
+        """``fallback`` is the message if ``body`` holds none."""
         try:
-            words = _told.decode(body).error
+            detail = _error.decode(body).error
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            words = _Words()
-        code = words.code if words.code is None else str(words.code)
-        super().__init__(words.message or otherwise, param=words.param, code=code)
-        self.kind = words.type or self.kind
-        if isinstance(words.code, int) and 400 <= words.code <= 599:  # vLLM's way to tell the status
-            self.status = words.code
+            detail = ErrorDetail()
+        code = detail.code if detail.code is None else str(detail.code)
+        super().__init__(detail.message or fallback, param=detail.param, code=code)
+        self.kind = detail.type or self.kind
+        if isinstance(detail.code, int) and 400 <= detail.code <= 599:  # vLLM puts the status there
+            self.status = detail.code
 
     @property
     def is_kv_unavailable(self) -> bool:
-        """D says that the prompt must be prefilled again."""
-        return self.code == "kv_unavailable" or self.kind == "kv_unavailable_error"
+        """Whether the prompt must be prefilled again, because its KV is lost."""
+        return self.code == Code.KV_UNAVAILABLE or self.kind == "kv_unavailable_error"
 
     @property
     def is_preempted(self) -> bool:
-        """D gives up an answer that it has no room for any more."""
-        return self.code == "preempted"
+        """Whether a decode instance ran out of room for the answer."""
+        return self.code == Code.PREEMPTED
 
     @property
     def is_leaving(self) -> bool:
-        """The instance ends, or its engine has; it says so as long as it can."""
-        return self.code in {"stopping", "failed"}
+        """Whether the instance is shutting down, or its engine has failed."""
+        return self.code in {Code.STOPPING, Code.FAILED}
 
 
-class AnsweredError(ToldError):
-    """An instance answered with an error status; its answer goes to the client as it is."""
+class RefusedError(InstanceError):
+    """An instance answered with an error status; its response goes to the client as it is."""
 
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.body, f"an instance answered with status {answer.status}")
-        self.status = answer.status
-        self.answer = answer
+    def __init__(self, response: UpstreamResponse) -> None:
+        super().__init__(response.body, f"An instance answered with status {response.status}.")
+        self.status = response.status
+        self.response = response
 
 
-class Answer:
-    """A whole answer of an instance."""
+class UpstreamResponse(NamedTuple):
+    """A whole response of an instance."""
 
-    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 class Call:
-    """An instance's answer whose head is here. Close it; closing early cancels the call there."""
+    """A call of an instance whose response has begun. Close it; closing it early cancels the request there."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -114,29 +103,32 @@ class Call:
     def is_stream(self) -> bool:
         return self._response.content_type == "text/event-stream"
 
-    def check_status(self) -> None:
-        """Raises UpstreamError if this is neither an answer nor an error."""
-        if self.status != 200 and not 400 <= self.status <= 599:
-            raise UpstreamError(f"the instance answered with status {self.status}")
-
     async def chunk(self) -> bytes:
-        """What has arrived; empty at the end. Raises BrokenOffError if the connection breaks."""
+        """Return what has arrived; empty at the end. Raises ResponseCutOffError."""
         try:
             return await self._response.content.readany()
         except (aiohttp.ClientError, OSError) as error:
-            raise BrokenOffError("the instance broke off while it answered") from error
+            raise ResponseCutOffError("The connection to an instance was lost in the middle of its answer.") from error
 
-    async def read(self, max_bytes: int) -> Answer:
-        """The rest of the answer. Raises BrokenOffError if it breaks off, UpstreamError if it is too long."""
+    async def read(self, max_bytes: int) -> UpstreamResponse:
+        """Return the whole response. Raises ResponseCutOffError, and UpstreamError if it is too long."""
         body = bytearray()
         while chunk := await self.chunk():
             body += chunk
             if len(body) > max_bytes:
-                raise UpstreamError(f"the instance's answer is longer than {max_bytes:,} bytes")
-        return Answer(self.status, self.headers, bytes(body))
+                raise UpstreamError(f"The answer of an instance is longer than the limit of {max_bytes} bytes.")
+        return UpstreamResponse(self.status, self.headers, bytes(body))
+
+    async def check(self, max_bytes: int) -> None:
+        """Raise RefusedError if the status is an error, UpstreamError if it is neither that nor 200."""
+        if self.status == 200:
+            return
+        if not 400 <= self.status <= 599:
+            raise UpstreamError(f"An instance answered with status {self.status}.")
+        raise RefusedError(await self.read(max_bytes))
 
     def close(self) -> None:
-        """Gives the connection back if the answer was read to its end, else closes it."""
+        """Give the connection back if the response was read to its end; otherwise close it."""
         self._response.close()
 
     def __enter__(self) -> Call:
@@ -166,7 +158,7 @@ class Upstream:
         await self._session.close()
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Call:
-        """Send a JSON body and wait for the answer's head. Raises InstanceLostError."""
+        """Send a JSON body and wait for the head of the response. Raises InstanceLostError."""
         try:
             response = await self._session.post(
                 url,
@@ -175,24 +167,24 @@ class Upstream:
                 allow_redirects=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise NoConnectionError("the instance is unreachable") from error
+            raise UnreachableError("An instance is unreachable.") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise InstanceLostError("the instance broke off before it answered") from error
+            raise InstanceLostError("The connection to an instance was lost before it answered.") from error
         return Call(response)
 
-    async def get(self, url: str, *, timeout_seconds: float, max_bytes: int) -> Answer:
-        """Raises UpstreamError, also if it takes too long."""
+    async def get(self, url: str, *, timeout_seconds: float, max_bytes: int) -> UpstreamResponse:
+        """Return the response. Raises UpstreamError, also if it takes too long."""
         try:
             async with self._session.get(
                 url, allow_redirects=False, timeout=aiohttp.ClientTimeout(total=timeout_seconds)
             ) as response:
                 return await Call(response).read(max_bytes)
         except TimeoutError as error:
-            raise NoAnswerInTimeError(f"no answer within {timeout_seconds:g} s") from error
+            raise NoResponseInTimeError(f"no response within {timeout_seconds:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise InstanceLostError("unreachable, or broke off") from error
+            raise InstanceLostError("the connection failed or was lost") from error
 
 
 async def _send(body: bytes) -> AsyncIterator[bytes]:
-    # Bytes given as such make aiohttp warn where they are large.
+    # aiohttp warns about large bodies that are given as bytes.
     yield body

@@ -1,4 +1,4 @@
-"""From media parts to items: bytes fetched once, size read from the header, named by content."""
+"""Images: fetched once, sized by their file's header, named by content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from chiasm.errors import MediaError
+from chiasm.errors import Code, MediaError
 from chiasm.media import Fetcher, identifier, inspect
 from chiasm.media.data_url import encode_data_url
 from chiasm.proxy.request import MediaPart
@@ -23,7 +23,7 @@ class Item:
     height: int
     width: int
     url: bytes
-    """It as a ``data:`` URL: the client's own, byte for byte, where it sent one."""
+    """The image as a ``data:`` URL; byte for byte the client's own, if it sent one."""
     fetched: bool
     """Whether the client sent a URL that had to be fetched."""
 
@@ -32,25 +32,25 @@ class Item:
         return self.height * self.width
 
     def image_url_part(self) -> bytes:
-        """The part that carries its bytes."""
+        """Return the content part that carries its bytes."""
         # Neither value can hold a character that JSON would have to escape.
         return b'{"type":"image_url","image_url":{"url":"%b"},"uuid":"%b"}' % (self.url, self.identifier.encode())
 
     def image_embeds_part(self) -> bytes:
-        """The part that stands for its embedding, sized by its pixels."""
+        """Return the content part that stands for its embedding, sized by its pixels."""
         return embeds_part(self.identifier, b'{"image_size":[%d,%d]}' % (self.height, self.width))
 
 
 class Items(NamedTuple):
-    """A request's items in the order of its media parts; the same image twice is there twice."""
+    """A request's images in the order of its media parts; an image that occurs twice is listed twice."""
 
     items: list[Item]
     fetch_seconds: float | None
-    """Wall time in which URLs were fetched; None if there were none to fetch."""
+    """Wall time of fetching; None if there was nothing to fetch."""
 
 
 def embeds_part(identifier: str, metadata: bytes) -> bytes:
-    """The part that stands for an embedding, sized by the encoder's ``metadata`` (JSON)."""
+    """Return the content part that stands for an embedding, sized by the encoder's ``metadata`` (JSON)."""
     return b'{"type":"image_embeds","image_embeds":%b,"uuid":"%b"}' % (metadata, identifier.encode())
 
 
@@ -63,9 +63,9 @@ async def read_items(
     salt: str,
     hold: Callable[[int], None],
 ) -> Items:
-    """Each distinct URL once, all at the same time; the first that fails ends the others.
+    """Read all images at the same time, each distinct URL once; the first failure ends the others.
 
-    ``hold`` is told of bytes that are kept in addition to the body. Raises MediaError and what ``hold`` raises.
+    ``hold`` is told how many bytes are kept in addition to the body. Raises MediaError and what ``hold`` raises.
     """
     loop = asyncio.get_running_loop()
     fetched_at: list[float] = []
@@ -79,7 +79,7 @@ async def read_items(
         hold(len(data) * 4 // 3)
         return await loop.run_in_executor(executor, _item_of_bytes, fetcher, data, fingerprint, salt)
 
-    # Only what is fetched is worth telling apart by its URL; to hash a data: URL takes as long as to read it.
+    # data: URLs aren't compared: hashing one takes as long as reading it.
     distinct: dict[bytes | int, bytes] = {}
     keys = [part.url if not _is_data_url(part.url) else index for index, part in enumerate(parts)]
     for key, part in zip(keys, parts, strict=True):
@@ -105,14 +105,14 @@ def _text(url: bytes) -> str:
     try:
         return url.decode()
     except UnicodeDecodeError:
-        raise MediaError("the media URL is not valid UTF-8", code="invalid_url") from None
+        raise MediaError("The media URL is not valid UTF-8.", code=Code.INVALID_URL) from None
 
 
 def _item_of_data_url(fetcher: Fetcher, url: bytes, fingerprint: str, salt: str) -> Item:
     data = fetcher.decode_data_url(url)
     info = inspect(data, fetcher.config)
     name = identifier(data, fingerprint=fingerprint, salt=salt)
-    # What the file is, is said by its bytes: the client's word for it goes no further.
+    # The media type that the client gives isn't trusted; the file's bytes decide.
     header = b"data:%b;base64," % info.media_type.encode()
     if not url.startswith(header):
         url = header + url[url.index(b",") + 1 :]

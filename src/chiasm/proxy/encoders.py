@@ -1,8 +1,8 @@
-"""Pixels to encoders: spread over them, each item once at a time, again elsewhere if one fails.
+"""Images to encoders: spread over them, each encoded once at a time, and again elsewhere if an encoder fails.
 
-A *flight* is the encoding of one item, whoever asked for it: requests that need the same item while it is under way wait
-for the one flight. A *call* is one HTTP request to one encoder and carries flights that one request began. A flight that
-nobody waits for any more is given up, and with the last flight of a call the call is cancelled.
+A *flight* is the encoding of one image, whoever asked for it: requests that need the same image meanwhile wait for the one
+flight. A *call* is one HTTP request to one encoder and carries flights that one request began. A flight for which nobody waits
+any more is abandoned, and a call is cancelled with its last flight.
 """
 
 from __future__ import annotations
@@ -12,51 +12,40 @@ import time
 from collections.abc import Iterable, Sequence
 
 import msgspec
-from msgspec import Raw
 
-from chiasm.errors import EmbeddingUnavailableError, OverloadedError
-from chiasm.proxy.context import RequestContext
+from chiasm.errors import Code, EmbeddingUnavailableError, OverloadedError
+from chiasm.http.timing import duration_seconds
 from chiasm.proxy.fleet import Fleet, Instance
-from chiasm.proxy.items import Item
+from chiasm.proxy.job import Job
+from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
-from chiasm.proxy.timing import duration_seconds
-from chiasm.proxy.upstream import Answer, AnsweredError, Upstream, UpstreamError
-from chiasm.wire import Role
+from chiasm.proxy.upstream import RefusedError, Upstream, UpstreamError, UpstreamResponse
+from chiasm.wire import CHAT_PATH, ECItem, Role
 
-_PATH = "/v1/chat/completions"
-_MAX_ANSWER_BYTES = 8 << 20
+_MAX_RESPONSE_BYTES = 8 << 20
 _TRY_ELSEWHERE = frozenset({408, 425, 429})
-"""Statuses below 500 that say something of the encoder, not of the item."""
+"""Statuses below 500 for which the encoder is to blame, not the image."""
 
 
-class Encoded(msgspec.Struct, frozen=True):
-    """What an encoder says of an item whose embedding is now where PD finds it."""
+class _Body(msgspec.Struct):
+    """The part of an encoder's response that matters here."""
 
-    metadata: bytes
-    """JSON, as it came."""
-    encode_seconds: float | None
-    """The encoder's own figure for its call."""
+    ec_transfer_params: dict[str, ECItem] | None = None
 
 
-class _Entry(msgspec.Struct):
-    metadata: Raw = Raw(b"{}")
-
-
-class _Reply(msgspec.Struct):
-    ec_transfer_params: dict[str, _Entry] | None = None
-
-
-_reply = msgspec.json.Decoder(_Reply)
+_body = msgspec.json.Decoder(_Body)
 
 
 class _Flight:
     def __init__(self, item: Item) -> None:
         self.item = item
-        self.waiters: set[RequestContext] = set()
-        self.result: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
-        # A failure that all waiters left before it came is nobody's to see.
-        self.result.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.waiters: set[Job] = set()
+        self.metadata: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        # Marks a failure as seen, also if all waiters have left before it.
+        self.metadata.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.encode_seconds: float | None = None
+        """The encoder's own figure for its call."""
         self.call: _Call | None = None
         self.attempts = 0
         self.failed_at: set[Instance] = set()
@@ -70,7 +59,7 @@ class _Call:
 
 
 class Encoders:
-    """All flights of the proxy."""
+    """All flights of the proxy. Made and used on one event loop."""
 
     def __init__(
         self,
@@ -96,11 +85,11 @@ class Encoders:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def encode(self, items: Iterable[Item], context: RequestContext) -> dict[str, Encoded]:
-        """Have all items encoded; returns by identifier when all are. Leaving early gives up what only this one wanted.
+    async def encode(self, items: Iterable[Item], job: Job) -> dict[str, bytes]:
+        """Have images encoded; return the encoders' metadata (JSON) by identifier when all embeddings are published.
 
-        Raises OverloadedError or EmbeddingUnavailableError if no encoder is left, and AnsweredError with the answer of
-        an encoder that refused an item.
+        Cancelling it abandons the images that only this request needs. Raises OverloadedError or EmbeddingUnavailableError if
+        no encoder is left, and RefusedError with the response of an encoder that refused an image.
         """
         started = time.perf_counter()
         flights: dict[str, _Flight] = {}
@@ -114,28 +103,27 @@ class Encoders:
                 fresh.append(flight)
             else:
                 self._metrics.items.labels("joined").inc()
-            flight.waiters.add(context)
+            flight.waiters.add(job)
             flights[item.identifier] = flight
         try:
             self._dispatch(fresh)
-            results = [flight.result for flight in flights.values()]
+            results = [flight.metadata for flight in flights.values()]
             done, _ = await asyncio.wait(results, return_when=asyncio.FIRST_EXCEPTION)
             for result in done:
                 if error := result.exception():
                     raise error
-            encoded = {name: flight.result.result() for name, flight in flights.items()}
+            metadata = {name: flight.metadata.result() for name, flight in flights.items()}
         finally:
             for flight in flights.values():
-                self._leave(flight, context)
-        context.timing.encode_call = time.perf_counter() - started
-        context.timing.encode = max(
-            (one.encode_seconds for one in encoded.values() if one.encode_seconds is not None), default=None
-        )
-        self._metrics.encode.observe(context.timing.encode_call)
-        return encoded
+                self._leave(flight, job)
+        job.timing.encode_call = time.perf_counter() - started
+        known = (flight.encode_seconds for flight in flights.values())
+        job.timing.encode = max((seconds for seconds in known if seconds is not None), default=None)
+        self._metrics.encode.observe(job.timing.encode_call)
+        return metadata
 
     def _dispatch(self, flights: Sequence[_Flight]) -> None:
-        """Large items are placed first, each at the encoder with the least to do; one call for each encoder."""
+        """Give large images first, each to the encoder with the least to do, in one call per encoder."""
         planned: dict[Instance, list[_Flight]] = {}
 
         def ahead(instance: Instance) -> float:
@@ -149,11 +137,11 @@ class Encoders:
                 planned.setdefault(instance, []).append(flight)
         order = {flight: index for index, flight in enumerate(flights)}
         for instance, batch in planned.items():
-            # In the prompt's order: prefill goes on with the first that is there.
+            # In the prompt's order, since prefill needs the first image first.
             batch.sort(key=order.__getitem__)
-            most = (instance.report and instance.report.max_items) or len(batch)
-            for first in range(0, len(batch), most):
-                self._start(instance, batch[first : first + most])
+            limit = (instance.health and instance.health.max_items) or len(batch)
+            for first in range(0, len(batch), limit):
+                self._start(instance, batch[first : first + limit])
 
     def _start(self, instance: Instance, flights: list[_Flight]) -> None:
         call = _Call(instance, flights)
@@ -170,7 +158,7 @@ class Encoders:
         try:
             with self._fleet.working(instance, sum(flight.item.pixels for flight in call.flights)):
                 async with asyncio.timeout(self._timeout_seconds):
-                    answer = await self._ask(call)
+                    response = await self._post(call)
         except UpstreamError as error:
             if not await self._prober.lost(instance, error):
                 self._exclude(call, instance)
@@ -178,50 +166,53 @@ class Encoders:
             return
         except TimeoutError:
             self._exclude(call, instance)
-            self._again(call.flights, UpstreamError(f"the encoder took longer than {self._timeout_seconds:g} s"))
+            self._again(call.flights, UpstreamError(f"An encoder took longer than {self._timeout_seconds:g} s."))
             return
-        if answer.status != 200:
-            self._refused(call, answer)
-            return
-        self._take(call, answer)
+        if response.status == 200:
+            self._accept(call, response)
+        else:
+            self._refuse(call, response)
 
-    async def _ask(self, call: _Call) -> Answer:
-        # Of all that wait, the request that can wait longest speaks for the call.
-        context = max((one for flight in call.flights for one in flight.waiters), key=lambda one: one.deadline)
-        url = call.instance.url + _PATH
-        with await self._upstream.post(url, _body(call, context), context.headers_for_encoder()) as response:
-            return await response.read(_MAX_ANSWER_BYTES)
+    async def _post(self, call: _Call) -> UpstreamResponse:
+        # The waiting request with the latest deadline lends the call its headers.
+        waiters = (job for flight in call.flights for job in flight.waiters)
+        job = max(waiters, key=lambda waiter: waiter.exchange.deadline)
+        url = call.instance.url + CHAT_PATH
+        with await self._upstream.post(url, _request_body(call, job), job.headers_for_encoder()) as response:
+            return await response.read(_MAX_RESPONSE_BYTES)
 
-    def _take(self, call: _Call, answer: Answer) -> None:
+    def _accept(self, call: _Call, response: UpstreamResponse) -> None:
         try:
-            entries = _reply.decode(answer.body).ec_transfer_params or {}
+            published = _body.decode(response.body).ec_transfer_params or {}
         except msgspec.MsgspecError:
-            entries = {}
-        encode_seconds = duration_seconds(answer.headers.get("Server-Timing"), "encode")
+            published = {}
+        encode_seconds = duration_seconds(response.headers.get("Server-Timing"), "encode")
         missing: list[_Flight] = []
         for flight in call.flights:
-            entry = entries.get(flight.item.identifier)
-            if entry is None:
+            item = published.get(flight.item.identifier)
+            if item is None:
                 missing.append(flight)
             else:
-                self._settle(flight, Encoded(bytes(entry.metadata), encode_seconds))
+                flight.encode_seconds = encode_seconds
+                self._settle(flight, bytes(item.metadata))
         if missing:
             self._exclude(call, call.instance)
-            self._again(missing, UpstreamError("the encoder's answer doesn't name the item in ec_transfer_params"))
+            self._again(missing, UpstreamError("An encoder's answer doesn't name the image in ec_transfer_params."))
 
-    def _refused(self, call: _Call, answer: Answer) -> None:
-        if answer.status >= 500 or answer.status in _TRY_ELSEWHERE or answer.status < 400:
+    def _refuse(self, call: _Call, response: UpstreamResponse) -> None:
+        error = RefusedError(response)
+        if response.status >= 500 or response.status in _TRY_ELSEWHERE or response.status < 400:
             self._exclude(call, call.instance)
-            self._again(call.flights, AnsweredError(answer))
+            self._again(call.flights, error)
             return
         if len(call.flights) == 1:
-            self._settle(call.flights[0], AnsweredError(answer))
+            self._settle(call.flights[0], error)
             return
-        # One item of several is bad. Whoever sent them together learns it at once; what others wait for goes alone.
+        # One of several images is bad. Requests that sent all of them get the error; images that others need go again alone.
         owners = set.intersection(*(flight.waiters for flight in call.flights))
         for flight in call.flights:
             if flight.waiters <= owners:
-                self._settle(flight, AnsweredError(answer))
+                self._settle(flight, error)
             else:
                 self._start(call.instance, [flight])
 
@@ -235,34 +226,34 @@ class Encoders:
             if not flight.waiters:
                 continue
             if flight.attempts >= self._max_attempts:
-                self._settle(flight, error if isinstance(error, AnsweredError) else _none_left(flight))
+                self._settle(flight, error if isinstance(error, RefusedError) else _none_left(flight))
             else:
                 retried.append(flight)
         self._metrics.encode_retries.inc(len(retried))
         self._dispatch(retried)
 
-    def _settle(self, flight: _Flight, outcome: Encoded | Exception) -> None:
+    def _settle(self, flight: _Flight, outcome: bytes | Exception) -> None:
         self._forget(flight)
-        flight.call = None  # no cycle that would keep the image's bytes until a garbage collection
-        if flight.result.done():
+        flight.call = None  # breaks a cycle that would keep the image's bytes until a garbage collection
+        if flight.metadata.done():
             return
-        if isinstance(outcome, Encoded):
+        if isinstance(outcome, bytes):
             self._metrics.items.labels("encoded").inc()
-            flight.result.set_result(outcome)
+            flight.metadata.set_result(outcome)
         else:
             self._metrics.items.labels("failed").inc()
-            flight.result.set_exception(outcome)
+            flight.metadata.set_exception(outcome)
 
     def _forget(self, flight: _Flight) -> None:
         if self._flights.get(flight.item.identifier) is flight:
             del self._flights[flight.item.identifier]
 
-    def _leave(self, flight: _Flight, context: RequestContext) -> None:
-        flight.waiters.discard(context)
-        if flight.waiters or flight.result.done():
+    def _leave(self, flight: _Flight, job: Job) -> None:
+        flight.waiters.discard(job)
+        if flight.waiters or flight.metadata.done():
             return
         self._forget(flight)
-        flight.result.cancel()
+        flight.metadata.cancel()
         call, flight.call = flight.call, None
         if call is not None and call.task is not None and not any(one.waiters for one in call.flights):
             call.task.cancel()
@@ -270,15 +261,22 @@ class Encoders:
 
 def _none_left(flight: _Flight) -> Exception:
     if not flight.attempts:
-        return OverloadedError("no encoder is healthy; try again", code="no_encoder")
+        return no_encoder()
     return EmbeddingUnavailableError(
-        f"encoding an image failed {flight.attempts} time(s) and no other encoder is left", code="encoder_lost"
+        f"An image could not be encoded in {flight.attempts} attempts, and no other encoder is left; try again.",
+        code=Code.ENCODER_LOST,
     )
 
 
-def _body(call: _Call, context: RequestContext) -> bytes:
-    models = call.instance.report.models if call.instance.report else ()
-    model = context.model if context.model in models or not models else models[0]
+def no_encoder() -> OverloadedError:
+    """Return the error for a request whose images nobody can encode."""
+    return OverloadedError("No encoder is healthy; try again.", code=Code.NO_ENCODER)
+
+
+def _request_body(call: _Call, job: Job) -> bytes:
+    models, model = call.instance.models, job.request.model
+    if models and model not in models:
+        model = models[0]
     return b'{"model":%b,"messages":[{"role":"user","content":[%b]}],"max_tokens":1,"stream":false}' % (
         msgspec.json.encode(model),
         b",".join([flight.item.image_url_part() for flight in call.flights]),

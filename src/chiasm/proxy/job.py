@@ -1,0 +1,186 @@
+"""What a request carries on its way through the proxy, and how its response goes back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any, TypeVar
+
+from chiasm.http import Exchange
+from chiasm.http.events import CONTENT_TYPE, comment
+from chiasm.http.timing import TimingEntry, read_timing, write_timing
+from chiasm.proxy.fleet import Instance
+from chiasm.proxy.media import embeds_part
+from chiasm.proxy.relay import EventRelay
+from chiasm.proxy.request import Request
+from chiasm.proxy.upstream import Call, UpstreamResponse
+from chiasm.wire import TIMING_COMMENT, Role
+
+_TO_INSTANCES = ("authorization", "traceparent", "tracestate")
+_TO_CLIENT = ("retry-after", "www-authenticate")
+_T = TypeVar("_T")
+
+
+@dataclass
+class Timing:
+    """Where the time of one request went, in seconds; None while unknown. The fields' names are those in ``Server-Timing``."""
+
+    fetch: float | None = None
+    """Fetching images over the network."""
+    encode: float | None = None
+    """What the slowest encoder reports of its own work."""
+    encode_call: float | None = None
+    """Until the last encoder answered."""
+    prefill_call: float | None = None
+    """Until prefill answered."""
+    handover: float | None = None
+    """From the last byte of prefill to the head of decode, which in a stream comes with its first token."""
+    proxy: float | None = None
+    """The proxy's own work before it called an instance, without ``fetch``."""
+
+    def header(self, upstream: str | None = None) -> tuple[str, str]:
+        """Return the header: the proxy's entries, then those in ``upstream``, the header of the instance."""
+        return "server-timing", write_timing([*self._entries(), *read_timing(upstream)])
+
+    def comment(self) -> bytes:
+        """Return the proxy's entries as a comment in a stream."""
+        return comment(TIMING_COMMENT, write_timing(self._entries()))
+
+    def _entries(self) -> list[TimingEntry]:
+        named = zip(fields(self), astuple(self), strict=True)
+        return [TimingEntry(field.name, seconds) for field, seconds in named if seconds is not None]
+
+
+class Job:
+    """One request on its way through the proxy. Compared by identity."""
+
+    def __init__(self, exchange: Exchange, path: str, request: Request, timing: Timing) -> None:
+        self.exchange = exchange
+        self.path = path
+        self.request = request
+        self.timing = timing
+        self.text_cost = 0.0
+        """What the request costs any language instance, in bytes of text."""
+        self.vision_cost = 0.0
+        """What it costs an aggregated instance in addition."""
+        self.encoding: asyncio.Future[dict[str, bytes]] | None = None
+        """Done when all embeddings have been published; gives the encoders' metadata (JSON) by identifier. None if it has no
+        images, or has them encoded where the text goes."""
+        self.identifiers: Sequence[str] = ()
+        """Of the images that ``encoding`` is about, in the order in which they occur."""
+        self._encoder_calls = 0
+        self._relay = EventRelay(timing.comment)
+
+    # ---- to instances --------------------------------------------------------------------------------------------------
+
+    def cost_at(self, instance: Instance) -> float:
+        """Return what the request costs this instance: one call for decode, otherwise bytes of text."""
+        if instance.role is Role.DECODE:
+            return 1.0
+        return self.text_cost + (self.vision_cost if instance.role is Role.AGGREGATED else 0.0)
+
+    async def body_for(self, instance: Instance) -> bytes:
+        """Return the body for a language instance; for one that can't size images itself, once the encoders have answered."""
+        if self.encoding is None or instance.health is None or instance.health.takes_image_size:
+            return self.request.body
+        metadata = await asyncio.shield(self.encoding)
+        return self.request.with_parts([embeds_part(name, metadata[name]) for name in self.identifiers])
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers of one call; made anew for each, since the time left shrinks."""
+        given = self.exchange.headers
+        return {
+            **{name: given[name] for name in _TO_INSTANCES if name in given},
+            "X-Request-Id": self.exchange.request_id,
+            "X-Request-Deadline-Ms": str(int(self.exchange.seconds_left * 1000)),
+        }
+
+    def headers_for_encoder(self) -> dict[str, str]:
+        """The same with a request id for each call, since an encoder may get several at a time."""
+        self._encoder_calls += 1
+        return {**self.headers(), "X-Request-Id": f"{self.exchange.request_id}-e{self._encoder_calls}"}
+
+    # ---- encoding ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether encoders need nothing of the request any more."""
+        return self.encoding is None or self.encoding.done()
+
+    async def unless_encoding_fails(self, work: Awaitable[_T]) -> _T:
+        """Return what ``work`` gives; if encoding fails first, cancel it and raise the encoders' error."""
+        encoding = self.encoding
+        if encoding is None or (encoding.done() and encoding.exception() is None):
+            return await work
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                if encoding.done():
+                    encoding.result()
+                    return await task
+                await asyncio.wait((task, encoding), return_when=asyncio.FIRST_COMPLETED)
+            return task.result()
+        finally:
+            await _end(task)
+
+    async def open_unless_encoding_fails(self, opening: Coroutine[Any, Any, Call]) -> Call:
+        """The same for a call, which is closed if it comes about too late."""
+        task = asyncio.ensure_future(opening)
+        try:
+            return await self.unless_encoding_fails(task)
+        except BaseException:
+            if call := await _end(task):
+                call.close()
+            raise
+
+    def is_error_of_encoders(self, error: Exception) -> bool:
+        """Whether encoding failed with this error."""
+        return self.encoding is not None and self.encoding.done() and self.encoding.exception() is error
+
+    async def end_encoding(self) -> None:
+        """Cancel what encoders still do for the request."""
+        if self.encoding is not None:
+            await _end(self.encoding)
+
+    # ---- to the client -------------------------------------------------------------------------------------------------
+
+    async def send_response(self, response: UpstreamResponse) -> None:
+        """Send an instance's whole response as it is."""
+        given = response.headers
+        headers = [(name, given[name]) for name in _TO_CLIENT if name in given]
+        if response.status == 503 and "retry-after" not in given:
+            headers.append(("retry-after", "1"))
+        await self.exchange.reply(
+            response.body,
+            status=response.status,
+            content_type=given.get("content-type", "application/json"),
+            headers=[*headers, self.timing.header(given.get("server-timing"))],
+        )
+
+    async def send_events(self, chunk: bytes, upstream: Mapping[str, str]) -> None:
+        """Pass on a chunk of a stream, after a head made of the headers of the instance if the stream hasn't begun."""
+        if not self.exchange.has_begun:
+            timing = self.timing.header(upstream.get("server-timing"))
+            await self.exchange.start_events([timing], content_type=upstream.get("content-type", CONTENT_TYPE))
+        await self.exchange.write(self._relay.pass_on(chunk))
+
+    async def end_events(self) -> None:
+        """End the stream, whose instance has ended it properly."""
+        await self.exchange.end_events(self._relay.finish())
+
+    async def send_stream(self, call: Call, first: bytes, next_chunk: Callable[[], Awaitable[bytes]]) -> None:
+        """Pass on a whole stream that begins with ``first``."""
+        chunk = first
+        await self.send_events(chunk, call.headers)
+        while chunk := await next_chunk():
+            await self.send_events(chunk, call.headers)
+        await self.end_events()
+
+
+async def _end(task: asyncio.Future[_T]) -> _T | None:
+    """Cancel a task unless it is done; return its result, or None if there is none. Never raises its exception."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))
+    return None if task.cancelled() or task.exception() else task.result()

@@ -1,0 +1,53 @@
+"""Runs the proxy as a process."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+from starlette.applications import Starlette
+
+from chiasm.http.listen import bind
+from chiasm.http.serve import HttpServer
+from chiasm.http.serve import run as serve
+from chiasm.proxy.app import create_app
+from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.service import ProxyService
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+
+
+def run(config: ProxyConfig, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then return within ``config.shutdown_seconds`` and one more; call it on the main thread.
+
+    ``on_ready`` is called once with the base URL, when requests are taken and each instance has been probed once. Raises
+    ConfigurationError if the address cannot be bound.
+    """
+    recycle_large_buffers()
+    listener = bind(config.host, config.port)
+    serve(create_server(create_app(config), config), listener, on_ready=on_ready)
+
+
+def create_server(app: Starlette, config: ProxyConfig) -> HttpServer:
+    """Return a server around the proxy's application."""
+    service: ProxyService = app.state.service
+    return HttpServer(
+        app, grace_seconds=config.shutdown_seconds, on_stop=lambda: None, interrupt_all=service.interrupt_all
+    )
+
+
+def recycle_large_buffers(kept_bytes: int = 16 << 20, arenas: int = 2) -> None:
+    """Have the C library take large buffers from the heap, and keep up to ``kept_bytes`` of it when they are freed.
+
+    By default glibc maps each buffer above 128 KiB anew; for the few copies of a 1 MB image, the page faults cost several
+    times what the copies cost. Does nothing if the C library isn't glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, kept_bytes)
+    mallopt(_M_ARENA_MAX, arenas)

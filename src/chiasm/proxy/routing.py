@@ -1,0 +1,193 @@
+"""What happens to a request: which kinds of instances get it, in which form, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from aiohttp.abc import AbstractResolver
+
+from chiasm.errors import Code, InvalidRequestError, MediaError
+from chiasm.media import Fetcher
+from chiasm.proxy.agreement import WHOLE_ROLES
+from chiasm.proxy.balancing import Balancer
+from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.encoders import Encoders, no_encoder
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.handover import Handover
+from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_hand_over
+from chiasm.proxy.job import Job
+from chiasm.proxy.media import Item, read_items
+from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.probe import Prober
+from chiasm.proxy.relay import begin
+from chiasm.proxy.upstream import Call, Upstream
+from chiasm.wire import Role
+
+_MEDIA_THREADS = 2
+_COST_OF_A_REQUEST = 1000.0
+_COST_OF_AN_ITEM = 4000.0
+"""In bytes of text: an image takes about as many tokens of a prompt."""
+_PIXELS_PER_COST = 64
+"""Of encoding, at an aggregated instance."""
+
+
+class Router:
+    """Answers parsed requests. Made and used on one event loop."""
+
+    def __init__(
+        self,
+        config: ProxyConfig,
+        fleet: Fleet,
+        upstream: Upstream,
+        prober: Prober,
+        metrics: Metrics,
+        *,
+        resolver: AbstractResolver | None,
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._metrics = metrics
+        self._balancer = Balancer(fleet, upstream, prober, metrics)
+        self._fetcher = Fetcher(config.media, resolver=resolver)
+        self._executor = ThreadPoolExecutor(_MEDIA_THREADS, thread_name_prefix="media")
+        self.encoders = Encoders(
+            fleet,
+            upstream,
+            prober,
+            metrics,
+            timeout_seconds=config.encode_timeout_seconds,
+            max_attempts=config.max_encode_attempts,
+        )
+
+    async def close(self) -> None:
+        await self.encoders.close()
+        await self._fetcher.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def answer(self, job: Job, started: float) -> None:
+        """Answer a request, whose body was there at ``started`` (``time.perf_counter``). Raises ChiasmError for the client."""
+        self._balancer.check_model(job.request.model)
+        has_media = bool(job.request.media)
+        items = await self._read_items(job) if has_media else []
+        job.text_cost, job.vision_cost = _costs(job, items)
+        try:
+            if self._is_handed_over(job):
+                self._send_to_encoders(job, items)
+                self._note_overhead(job, started, has_media)
+                await self._hand_over(job)
+                return
+            with self._balancer.assign(job, self._roles(has_media)) as assignment:
+                if assignment.instance.role is Role.AGGREGATED:
+                    _put_images_in(job, items)
+                else:
+                    self._send_to_encoders(job, items)
+                self._note_overhead(job, started, has_media)
+                with await job.open_unless_encoding_fails(self._balancer.open(assignment, job)) as call:
+                    await self._send_back(job, call)
+        finally:
+            await job.end_encoding()
+
+    # ---- images --------------------------------------------------------------------------------------------------------
+
+    async def _read_items(self, job: Job) -> list[Item]:
+        """Return the request's images. Raises InvalidRequestError, OverloadedError, MediaError."""
+        count = len(job.request.media)
+        limit = min(self._config.max_items, self._fleet.max_items or self._config.max_items)
+        if count > limit:
+            raise InvalidRequestError(
+                f"The request has {count} images; the limit is {limit}.", param="messages", code=Code.TOO_MANY_IMAGES
+            )
+        if not self._roles(has_media=True):
+            raise no_encoder()
+        try:
+            items, fetch_seconds = await read_items(
+                job.request.media,
+                fetcher=self._fetcher,
+                executor=self._executor,
+                fingerprint=self._fleet.fingerprint,
+                salt=job.request.salt,
+                hold=job.exchange.hold,
+            )
+        except MediaError:
+            self._metrics.items.labels("refused").inc()
+            raise
+        if fetch_seconds is not None:
+            job.timing.fetch = fetch_seconds
+            self._metrics.fetch.observe(fetch_seconds)
+        return items
+
+    def _send_to_encoders(self, job: Job, items: list[Item]) -> None:
+        """Have the images encoded, and put placeholders for their embeddings into the body."""
+        if not items:
+            return
+        job.request.body = job.request.with_parts([item.image_embeds_part() for item in items])
+        job.request.media = []
+        job.identifiers = [item.identifier for item in items]
+        job.encoding = asyncio.ensure_future(self.encoders.encode(tuple(items), job))
+        items.clear()  # the encoders free each image when it is encoded
+
+    # ---- text ----------------------------------------------------------------------------------------------------------
+
+    async def _hand_over(self, job: Job) -> None:
+        """Send the request to prefill, and then to decode."""
+        kind = VllmEngine if self._fleet.hands_over_by_vllm else ChiasmEngine
+        engine = kind(job, self._metrics, self._config.max_answer_bytes)
+        await Handover(self._balancer, engine, max_prefills=self._config.max_prefill_attempts).run()
+
+    async def _send_back(self, job: Job, call: Call) -> None:
+        """Send an instance's response to the client, unless encoding fails before it has begun."""
+        job.request.forget()
+        if call.status != 200 or not call.is_stream:
+            await job.unless_encoding_fails(call.check(self._config.max_answer_bytes))
+            response = await job.unless_encoding_fails(call.read(self._config.max_answer_bytes))
+            await job.send_response(response)
+            return
+
+        async def next_chunk() -> bytes:
+            return await job.unless_encoding_fails(call.chunk())
+
+        # The head is held back until the first event has arrived, so that failures before it still have a status.
+        first = await begin(next_chunk)
+        if job.is_encoded:
+            job.exchange.release()
+        await job.send_stream(call, first, next_chunk)
+
+    def _is_handed_over(self, job: Job) -> bool:
+        """Whether the answer comes from a decode instance, at least from its second token on."""
+        if not self._fleet.hands_over:
+            return False
+        return not self._fleet.hands_over_by_vllm or vllm_can_hand_over(job.request.body)
+
+    def _roles(self, has_media: bool) -> tuple[Role, ...]:
+        """Return the roles that can be called first; none for images that nobody can encode."""
+        roles = (Role.PREFILL,) if self._fleet.hands_over else WHOLE_ROLES
+        if not has_media:
+            return roles
+        can_encode = bool(self._fleet.healthy(Role.ENCODER))
+        return tuple(role for role in roles if self._fleet.healthy(role) and (role is Role.AGGREGATED or can_encode))
+
+    def _note_overhead(self, job: Job, started: float, has_media: bool) -> None:
+        job.timing.proxy = time.perf_counter() - started - (job.timing.fetch or 0.0)
+        self._metrics.overhead.labels("media" if has_media else "text").observe(job.timing.proxy)
+
+
+def _put_images_in(job: Job, items: list[Item]) -> None:
+    """Put fetched images into the body as data: URLs, so that the instance doesn't fetch; otherwise leave it as it came."""
+    parts = [
+        item.image_url_part() if item.fetched or part.has_uuid else None
+        for part, item in zip(job.request.media, items, strict=True)
+    ]
+    if any(parts):
+        job.request.body = job.request.with_parts(parts)
+    items.clear()
+
+
+def _costs(job: Job, items: Sequence[Item]) -> tuple[float, float]:
+    """Return the costs of text and of encoding, in bytes of text."""
+    request = job.request
+    text_bytes = max(0, len(request.body) - sum(len(part.url) for part in request.media))
+    pixels = sum(item.pixels for item in items)
+    return _COST_OF_A_REQUEST + text_bytes + _COST_OF_AN_ITEM * len(items), pixels / _PIXELS_PER_COST

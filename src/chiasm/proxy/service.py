@@ -1,0 +1,112 @@
+"""What lives as long as the proxy, and the life of a request in it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from aiohttp.abc import AbstractResolver
+
+from chiasm.errors import Code, OverloadedError
+from chiasm.http import Admission, Endpoint, Exchange
+from chiasm.http.endpoint import Bounds
+from chiasm.http.listen import check_url
+from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.job import Job, Timing
+from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.probe import Prober
+from chiasm.proxy.request import parse_chat, parse_completion
+from chiasm.proxy.routing import Router
+from chiasm.proxy.upstream import RefusedError, Upstream
+from chiasm.wire import CHAT_PATH, Role
+
+_FIRST_PROBE_SECONDS = 1.0
+
+
+class ProxyService:
+    """The proxy without its routes. Call ``start`` and ``close`` on the event loop that serves."""
+
+    def __init__(self, config: ProxyConfig, resolver: AbstractResolver | None = None) -> None:
+        """``resolver`` looks up the names of media hosts, in place of the system's."""
+        self.config = config
+        self.fleet = Fleet()
+        self.metrics = Metrics(self.fleet)
+        self.admission = Admission(config.max_concurrent_requests, config.max_buffered_bytes)
+        self._resolver = resolver
+        self._upstream: Upstream
+        self.prober: Prober
+        self.router: Router
+
+    async def start(self) -> None:
+        """Open connections and probe every instance once."""
+        config = self.config
+        self._upstream = Upstream(config.connect_timeout_seconds)
+        self.prober = Prober(
+            self.fleet,
+            self._upstream,
+            interval_seconds=config.probe_interval_seconds,
+            timeout_seconds=config.probe_timeout_seconds,
+        )
+        self.router = Router(config, self.fleet, self._upstream, self.prober, self.metrics, resolver=self._resolver)
+        roles = (
+            (Role.PD, config.pds),
+            (Role.AGGREGATED, config.aggregated),
+            (Role.PREFILL, config.prefills),
+            (Role.DECODE, config.decodes),
+            (Role.ENCODER, config.encoders),
+        )
+        instances = [self.fleet.add(check_url(url), role) for role, urls in roles for url in urls]
+        for instance in instances:
+            self.prober.watch(instance)
+        checks = [asyncio.ensure_future(self.prober.check(instance)) for instance in instances]
+        if checks:
+            await asyncio.wait(checks, timeout=_FIRST_PROBE_SECONDS)
+
+    async def close(self) -> None:
+        await self.router.close()
+        await self.prober.close()
+        await self._upstream.close()
+
+    def interrupt_all(self) -> None:
+        """End all requests with an error, because the proxy is shutting down."""
+        self.admission.interrupt_all(OverloadedError("The proxy is shutting down; try again.", code=Code.STOPPING))
+
+    def endpoint(self, path: str) -> Endpoint:
+        """Return the ASGI application that answers requests to ``path``."""
+
+        async def handle(exchange: Exchange) -> None:
+            await self._handle(path, exchange)
+
+        def count(exchange: Exchange) -> None:
+            self.metrics.in_flight.dec()
+            self.metrics.requests.labels(path, str(exchange.status)).inc()
+
+        bounds = Bounds(
+            deadline_seconds=self.config.deadline_seconds,
+            max_body_bytes=self.config.max_body_bytes,
+            body_timeout_seconds=self.config.body_timeout_seconds,
+        )
+        return Endpoint(
+            handle,
+            self.admission,
+            bounds,
+            on_start=lambda exchange: self.metrics.in_flight.inc(),
+            on_end=count,
+        )
+
+    async def _handle(self, path: str, exchange: Exchange) -> None:
+        started = time.perf_counter()
+        timing = Timing()
+        try:
+            request = parse_chat(exchange.body) if path == CHAT_PATH else parse_completion(exchange.body)
+            exchange.body = b""
+            job = Job(exchange, path, request, timing)
+            try:
+                await self.router.answer(job, started)
+            except RefusedError as error:
+                if exchange.has_begun:
+                    raise
+                await job.send_response(error.response)
+        finally:
+            exchange.error_headers = [timing.header()]
