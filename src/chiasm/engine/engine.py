@@ -103,7 +103,6 @@ class LanguageEngine(Engine):
         self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
         self._handover: Handover | None = None
-        self._finished_requests: set[str] = set()
         self._next_deadline_check = 0.0
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -483,8 +482,6 @@ class LanguageEngine(Engine):
             return True
         self._scheduler.complete(step, {name: token.token_id for name, token in sampled.items()})
         self._hand_out(step, sampled)
-        self._embeddings.requests_finished(self._finished_requests)
-        self._finished_requests.clear()
         return True
 
     def _refuse_misfits(self, step: Step) -> None:
@@ -613,7 +610,6 @@ class LanguageEngine(Engine):
         if self._handover is not None and not state.handed_over:
             self._handover.drop(state.request)
         self._runner.forget(request_id)
-        self._finished_requests.add(request_id)
 
     def _send(self, state: RequestState, error: BaseException) -> None:
         self._call(state.loop, [(state.outputs, error)])
