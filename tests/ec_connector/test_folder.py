@@ -318,9 +318,9 @@ def test_entries_on_a_small_disk(tmp_path: Path) -> None:
     if allowed.returncode != 0:
         pytest.skip("may not mount a tmpfs here")
     run_python(SMALL_DISK, tmp_path / "entries", within=(*mount, script, str(tmp_path)))
-# ---- a folder that changes under running instances --------------------------------------------------------------
 
-# ---- a folder that changes under running instances -----------------------------------------------------------------------------------
+
+# ---- a folder that changes under running instances --------------------------------------------------------------
 
 
 def test_a_probe_does_not_create_the_folder(pd: Instance, folder: Path) -> None:
