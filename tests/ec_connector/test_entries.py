@@ -172,12 +172,12 @@ def test_an_entry_that_is_not_mapped_is_read_into_memory(encoder: Instance, fold
     assert torch.equal(entry.tensor(), embedding_of("a"))
 
 
-def test_an_entry_that_is_not_mapped_is_lost_if_its_file_is_replaced(encoder: Instance, folder: Path) -> None:
+def test_an_entry_that_is_not_mapped_is_lost_if_its_file_changes(encoder: Instance, folder: Path) -> None:
     identifier = encoder.encode("a")
     path = entry_path(folder, identifier)
     entry = open_entry(str(path), identifier, "5eed", None, mapped=False)
     os.utime(path, ns=(1, 1))
-    with pytest.raises(OSError, match="Another file"):
+    with pytest.raises(OSError, match="The file has changed"):
         entry.tensor()
 
 

@@ -173,15 +173,12 @@ class Pin(NamedTuple):
 class Entry:
     """The file of one entry, whose length and header have been checked.
 
-    With a ``mapping``, the tensor is the page cache itself, mapped copy-on-write: writing to the tensor changes no file, and
-    removing the file doesn't affect it. Without one, the file is read into memory when the tensor is needed, through ``file``
-    if the entry keeps it open, otherwise through its path.
+    Given as a tensor, the file is mapped copy-on-write: the embedding is the page cache itself, writing to it changes no file,
+    and removing the file doesn't affect it. Otherwise the file is kept open, and read into memory when the tensor is needed.
     """
 
-    def __init__(self, path: str, known: Known, mapping: torch.Tensor | None, file: OpenFile | None = None) -> None:
+    def __init__(self, known: Known, file: torch.Tensor | OpenFile) -> None:
         self.known = known
-        self._path = path
-        self._mapping = mapping
         self._file = file
 
     @property
@@ -189,21 +186,21 @@ class Entry:
         return self.known.header
 
     def tensor(self) -> torch.Tensor:
-        """Return the embedding, on the CPU. Raises OSError if the file is not mapped and can no longer be read."""
+        """Return the embedding, on the CPU. Raises OSError if the file is not mapped and can't be read or has changed."""
         return self._data().view(dtype_of(self.header)).view(self.header.shape)
 
     def copied(self, *, checked: bool) -> Entry | None:
-        """Copy an entry that keeps its file open to anonymous memory, which nobody else can truncate or change.
+        """Copy the file, which is kept open, to anonymous memory, which nobody else can truncate or change.
 
         ``pin`` of the copy says where it is. Returns None if the checksum is wrong; with ``checked``, it is not computed again.
         Raises OSError.
         """
-        assert self._file is not None
+        assert isinstance(self._file, OpenFile)
         memory = OpenFile(os.memfd_create("chiasm-entry", os.MFD_CLOEXEC))
         hasher = self.header.hasher()
         done = 0
         # Written, not mapped: writing a page costs less than the page fault of touching it first.
-        for piece in _pieces(self._file.descriptor, 0, self.known.signature.size_bytes):
+        for piece in _pieces(self._file.descriptor, self.known.signature.size_bytes):
             if not checked:
                 hasher.update(piece[max(HEADER_BYTES - done, 0) :])
             _write_all(memory.descriptor, piece, done)
@@ -211,27 +208,23 @@ class Entry:
         if not checked and hasher.hexdigest() != self.header.checksum:
             return None
         signature = Signature.of(os.fstat(memory.descriptor))
-        return Entry(self._path, Known(signature, self.header), None, memory)
+        return Entry(Known(signature, self.header), memory)
 
     def matches_checksum(self) -> bool:
         """Whether the tensor's bytes are those that were written. Reads all of them. Raises OSError like ``tensor``."""
         hasher = self.header.hasher()
-        if self._file is None:
-            hasher.update(self._data().numpy().data)
-        else:
-            for piece in _pieces(self._file.descriptor, HEADER_BYTES, self.known.signature.size_bytes):
-                hasher.update(piece)
+        hasher.update(self._data().numpy().data)
         return hasher.hexdigest() == self.header.checksum
 
-    def pin(self) -> Pin | None:
-        """Return where another process can open the file as long as this object lives; None if it keeps no file open."""
-        return None if self._file is None else Pin(os.getpid(), self._file.descriptor, self.known)
+    def pin(self) -> Pin:
+        """Return where another process can open a file that is kept open, as long as this object lives."""
+        assert isinstance(self._file, OpenFile)
+        return Pin(os.getpid(), self._file.descriptor, self.known)
 
     def _data(self) -> torch.Tensor:
-        if self._mapping is None:
-            signature = self.known.signature
-            self._mapping = _read_again(self._path, signature) if self._file is None else _read(self._file, signature)
-        return self._mapping[HEADER_BYTES:]
+        if isinstance(self._file, OpenFile):
+            self._file = _read(self._file.descriptor, self.known.signature)
+        return self._file[HEADER_BYTES:]
 
 
 class OpenFile:
@@ -244,9 +237,7 @@ class OpenFile:
         os.close(self.descriptor)
 
 
-def open_entry(
-    path: str, identifier: str, fingerprint: str, known: Known | None, *, mapped: bool, kept_open: bool = False
-) -> Entry:
+def open_entry(path: str, identifier: str, fingerprint: str, known: Known | None, *, mapped: bool) -> Entry:
     """Open the entry at ``path``, and note the use of it unless another was noted within the last second.
 
     The header is read unless the file is still the one of ``known``. The checksum is left to Entry.matches_checksum. Raises
@@ -258,17 +249,14 @@ def open_entry(
     if known is None or known.signature != signature:
         known = Known(signature, _read_header(file.descriptor, status, identifier, fingerprint))
     _touch(file.descriptor, status)
-    mapping = _map(file.descriptor, signature.size_bytes) if mapped else None
-    return Entry(path, known, mapping, file if kept_open else None)
+    return Entry(known, _map(file.descriptor, signature.size_bytes) if mapped else file)
 
 
 def open_pinned(pin: Pin) -> Entry:
     """Map the copy that another process keeps. Raises OSError if it keeps it no longer, or is on another host."""
     file = OpenFile(os.open(pin.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-    signature = Signature.of(os.fstat(file.descriptor))
-    if signature != pin.known.signature:
-        raise OSError(errno.ESTALE, "Another file has taken its place", pin.path)
-    return Entry(pin.path, pin.known, _map(file.descriptor, signature.size_bytes))
+    _check_unchanged(file.descriptor, pin.known.signature)
+    return Entry(pin.known, _map(file.descriptor, pin.known.signature.size_bytes))
 
 
 def _open(path: str) -> int:
@@ -321,35 +309,33 @@ def _map(descriptor: int, size_bytes: int) -> torch.Tensor:
         raise OSError(errno.ENOMEM, f"Cannot map {size_bytes} bytes: {error}") from error
 
 
-def _read_again(path: str, signature: Signature) -> torch.Tensor:
-    file = OpenFile(_open(path))
-    if Signature.of(os.fstat(file.descriptor)) != signature:
-        raise OSError(errno.ESTALE, "Another file has taken its place", path)
-    return _read(file, signature)
-
-
-def _read(file: OpenFile, signature: Signature) -> torch.Tensor:
+def _read(descriptor: int, signature: Signature) -> torch.Tensor:
     """Return the whole file. It is read and not mapped, since truncating a mapped file kills its readers."""
+    _check_unchanged(descriptor, signature)
     data = torch.empty(signature.size_bytes, dtype=torch.uint8)
-    left = data.numpy().data
-    while left:
-        read = os.preadv(file.descriptor, [left], signature.size_bytes - len(left))
-        if read == 0:
-            raise _shorter()
-        left = left[read:]
+    at = 0
+    while at < signature.size_bytes:
+        at += _read_into(descriptor, data.numpy().data[at:], at)
     return data
 
 
-def _pieces(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
+def _pieces(descriptor: int, size_bytes: int) -> Iterator[memoryview]:
     """Yield the file's bytes in pieces, each of which is valid until the next."""
-    buffer = memoryview(bytearray(min(_PIECE_BYTES, max(end - begin, 0))))
-    while begin < end:
-        read = os.preadv(descriptor, [buffer[: end - begin]], begin)
-        if read == 0:
-            raise _shorter()
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    at = 0
+    while at < size_bytes:
+        read = _read_into(descriptor, buffer[: size_bytes - at], at)
         yield buffer[:read]
-        begin += read
+        at += read
 
 
-def _shorter() -> OSError:
-    return OSError(errno.ESTALE, "The file has become shorter")
+def _read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    read = os.preadv(descriptor, [buffer], offset)
+    if read == 0:
+        raise OSError(errno.ESTALE, "The file has become shorter")
+    return read
+
+
+def _check_unchanged(descriptor: int, signature: Signature) -> None:
+    if Signature.of(os.fstat(descriptor)) != signature:
+        raise OSError(errno.ESTALE, "The file has changed")

@@ -133,7 +133,11 @@ class SharedStorageConnector(ECConnector):
             return True
         entry = self._find(identifier)
         if entry is not None and self.config.separate_processes:
-            entry = self._secured(identifier, entry)
+            started = time.perf_counter()
+            entry = self._verify(identifier, entry, copies=self.is_consumer)
+            if self.is_consumer:
+                with self._lock:
+                    self.stats.load_seconds += time.perf_counter() - started
         if entry is not None and self.is_consumer:
             with self._lock:
                 _remember(self._held, identifier, entry, self._max_held)
@@ -150,11 +154,12 @@ class SharedStorageConnector(ECConnector):
             self._noted[identifier] = self._held[identifier]
 
     def build_connector_meta(self) -> ECConnectorMetadata:
-        pins = {identifier: pin for identifier, entry in self._noted.items() if (pin := entry.pin()) is not None}
-        metadata = SharedStorageMetadata(tuple(self._noted), dict(self._noted), pins)
-        self._noted.clear()
+        noted, self._noted = self._noted, {}
         self._held.clear()
-        return metadata
+        pins = (
+            {identifier: entry.pin() for identifier, entry in noted.items()} if self.config.separate_processes else {}
+        )
+        return SharedStorageMetadata(tuple(noted), noted, pins)
 
     # ---- worker role ----------------------------------------------------------------------------------------------
 
@@ -217,7 +222,6 @@ class SharedStorageConnector(ECConnector):
                 self.config.fingerprint,
                 known,
                 mapped=self._mapped,
-                kept_open=self.config.separate_processes,
             )
         except FileNotFoundError:
             return None
@@ -242,7 +246,7 @@ class SharedStorageConnector(ECConnector):
             except OSError as error:
                 self._warn_once(error)  # The file itself may still be good.
         entry = held or self._find(identifier)
-        if entry is None or not self._is_intact(identifier, entry):
+        if entry is None or self._verify(identifier, entry) is None:
             return None
         try:
             return entry.tensor().to(self.config.device)
@@ -250,41 +254,25 @@ class SharedStorageConnector(ECConnector):
             self._warn_once(error)
             return None
 
-    def _secured(self, identifier: str, entry: Entry) -> Entry | None:
-        """Return what a worker in another process can rely on; None if the file is damaged or cannot be read."""
-        if not self.is_consumer:
-            return entry if self._is_intact(identifier, entry) else None
+    def _verify(self, identifier: str, entry: Entry, *, copies: bool = False) -> Entry | None:
+        """Return the entry, or a copy of it, if its checksum is right, which is computed once per file; None otherwise."""
         signature = entry.known.signature
-        started = time.perf_counter()
+        is_verified = self._verified.get(identifier) == signature
+        verified: Entry | None = entry
         try:
-            copy = entry.copied(checked=self._verified.get(identifier) == signature)
+            if copies:
+                verified = entry.copied(checked=is_verified)
+            elif not is_verified and not entry.matches_checksum():
+                verified = None
         except OSError as error:
             self._warn_once(error)
             return None
-        finally:
-            with self._lock:
-                self.stats.load_seconds += time.perf_counter() - started
-        if copy is None:
+        if verified is None:
             self._reject(identifier, signature, "its checksum is wrong")
-            return None
-        with self._lock:
-            _remember(self._verified, identifier, signature, _MAX_KNOWN)
-        return copy
-
-    def _is_intact(self, identifier: str, entry: Entry) -> bool:
-        """Whether the checksum is right. It is computed once per file."""
-        if self._verified.get(identifier) == entry.known.signature:
-            return True
-        try:
-            if not entry.matches_checksum():
-                self._reject(identifier, entry.known.signature, "its checksum is wrong")
-                return False
-        except OSError as error:
-            self._warn_once(error)
-            return False
-        with self._lock:
-            _remember(self._verified, identifier, entry.known.signature, _MAX_KNOWN)
-        return True
+        elif not is_verified:
+            with self._lock:
+                _remember(self._verified, identifier, signature, _MAX_KNOWN)
+        return verified
 
     def _reject(self, identifier: str, signature: Signature, reason: str) -> None:
         """Count and remove a file that is not a usable entry, once. If the folder is locked, leave that to the next call."""
