@@ -75,8 +75,12 @@ def test_a_path_that_is_a_file_is_refused(tmp_path: Path, below: str) -> None:
 def test_a_folder_that_every_user_may_write_to_is_refused(folder: Path) -> None:
     folder.mkdir()
     folder.chmod(0o1777)
-    with pytest.raises(ConfigurationError, match="every user"):
+    (finding,) = examine_folder(folder)
+    assert "every user" in finding.problem
+    assert f"chmod o-w {folder}" in finding.advice
+    with pytest.raises(ConfigurationError) as raised:
         Instance(config_for(folder))
+    assert raised.value.message == finding.message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -41,7 +41,9 @@ class Idefics3(Family):
                 f"The preprocessor config must set do_resize to true, and size.longest_edge to 1 to {_LARGEST_EDGE}."
             )
         if self._tile != vision.image_size:
-            raise UnsupportedModelError("config.json and the preprocessor config disagree on the size of a tile.")
+            raise UnsupportedModelError(
+                "config.json and the preprocessor config disagree on the size of a tile. Download the checkpoint again."
+            )
         self._processor = processor
         self._splits = bool(processor.do_image_splitting)
         self._tokens_per_tile = (self._tile // int(vision.patch_size) // int(parts.config.scale_factor)) ** 2

@@ -26,7 +26,9 @@ class InternVL(Family):
         processor, vision = parts.image_processor, parts.config.vision_config
         tile = (processor.size["height"], processor.size["width"])
         if tile != _pair(vision.image_size):
-            raise UnsupportedModelError("config.json and the preprocessor config disagree on the size of a tile.")
+            raise UnsupportedModelError(
+                "config.json and the preprocessor config disagree on the size of a tile. Download the checkpoint again."
+            )
         patch = _pair(vision.patch_size)
         shrink = int(1 / parts.config.downsample_ratio)
         self._processor = processor

@@ -35,7 +35,9 @@ class QwenVL(Family):
                 "The preprocessor config sets do_resize to false, which chiasm doesn't support."
             )
         if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
-            raise UnsupportedModelError("config.json and the preprocessor config disagree on patch and merge sizes.")
+            raise UnsupportedModelError(
+                "config.json and the preprocessor config disagree on patch and merge sizes. Download the checkpoint again."
+            )
         self._smart_resize = smart_resize
         self._processor = processor
         self._merge = int(processor.merge_size)
