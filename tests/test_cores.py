@@ -1,4 +1,4 @@
-"""Which cores there are for a process."""
+"""How many cores a process may use, and how its threads wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chiasm import cores
 
 
 @pytest.mark.parametrize(("limit", "count"), [("100000 100000", 1), ("150000 100000", 2), ("max 100000", 8), ("?", 8)])
-def test_a_container_has_its_share_of_the_cores(
+def test_the_quota_of_a_container_limits_the_cores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, count: int
 ) -> None:
     (tmp_path / "cpu.max").write_text(limit)
@@ -19,7 +19,7 @@ def test_a_container_has_its_share_of_the_cores(
     assert cores.usable_cores() == count
 
 
-def test_threads_that_wait_sleep_unless_a_person_has_set_it_otherwise() -> None:
+def test_waiting_threads_sleep_unless_the_environment_says_otherwise() -> None:
     environment: dict[str, str] = {}
     cores.share_cores(3, environment)
     assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}

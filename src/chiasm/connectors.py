@@ -1,4 +1,4 @@
-"""Connectors by name, of either plane. Importing this loads no connector, no torch and no nixl."""
+"""Finds connectors by name, for embeddings (EC) and for KV. Importing this loads no connector, no torch and no nixl."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chiasm.errors import ConfigurationError
 
 
 class ConnectorConfig(Protocol):
-    """What names a connector."""
+    """The part of a connector's configuration that names it."""
 
     @property
     def connector(self) -> str: ...
@@ -20,7 +20,7 @@ class ConnectorConfig(Protocol):
 
 
 class ClassPath(NamedTuple):
-    """Where a class is, without importing it."""
+    """The name of a class that has not been imported yet."""
 
     module: str
     name: str
@@ -32,31 +32,33 @@ ConnectorT = TypeVar("ConnectorT")
 
 
 class ConnectorFactory(Generic[ConfigT, RoleT, ConnectorT]):
-    """The connectors of a plane that are known by name, each imported only when it is asked for."""
+    """The registered connectors of one kind, each imported when it is first used."""
 
     _plane: ClassVar[str]
+    """``EC`` or ``KV``."""
     _base: ClassVar[type[Any]]
-    """The abstract class that all of them are made from."""
+    """The abstract class that all of them derive from."""
     _module_option: ClassVar[str]
-    """How a person names the module of one that isn't known."""
+    """The option that names the module of a connector that is not registered."""
     _registry: ClassVar[dict[str, ClassPath]]
 
     @classmethod
     def register_connector(cls, name: str, module_path: str, class_name: str) -> None:
-        """Make ``name`` stand for class ``class_name`` of module ``module_path``, which is not imported yet.
+        """Register the class ``class_name`` of module ``module_path`` as ``name``, without importing it.
 
-        Raises ConfigurationError when the name is taken.
+        Raises ConfigurationError if the name is taken.
         """
         if name in cls._registry:
-            raise ConfigurationError(f"{cls._plane} connector {name!r} is registered already; choose another name")
+            raise ConfigurationError(f"The {cls._plane} connector {name!r} is registered already; choose another name.")
         cls._registry[name] = ClassPath(module_path, class_name)
 
     @classmethod
     def get_connector_class(cls, config: ConfigT) -> type[ConnectorT]:
-        """Import the class that ``config.connector`` names.
+        """Import and return the class that ``config.connector`` names.
 
-        With ``config.connector_module_path`` it is the class of that name in that module, registered or not.
-        Raises ConfigurationError when the name is unknown, the import fails or the class is none of this plane.
+        If ``config.connector_module_path`` is set, that is the class of this name in that module; otherwise it is the class
+        that is registered under the name. Raises ConfigurationError if the name is unknown, if the module cannot be imported,
+        or if it has no such connector.
         """
         if config.connector_module_path is not None:
             path = ClassPath(config.connector_module_path, config.connector)
@@ -65,24 +67,24 @@ class ConnectorFactory(Generic[ConfigT, RoleT, ConnectorT]):
         else:
             known = ", ".join(sorted(cls._registry))
             raise ConfigurationError(
-                f"unknown {cls._plane} connector {config.connector!r}; known are {known}, "
-                f"and {cls._module_option} names the module of any other"
+                f"There is no {cls._plane} connector {config.connector!r}. Choose from {known}, or name the module of another "
+                f"one with {cls._module_option}."
             )
         try:
             module = importlib.import_module(path.module)
         except ImportError as error:
             raise ConfigurationError(
-                f"{cls._plane} connector {config.connector!r}: cannot import {path.module!r}: {error}"
+                f"Cannot import {path.module!r} for the {cls._plane} connector {config.connector!r}: {error}"
             ) from error
         found = getattr(module, path.name, None)
         if not (isinstance(found, type) and issubclass(found, cls._base)):
             raise ConfigurationError(
-                f"{path.module!r} has no class {path.name!r} that is a subclass of {cls._base.__name__}"
+                f"The module {path.module!r} has no class {path.name!r} that is a subclass of {cls._base.__name__}."
             )
         return cast("type[ConnectorT]", found)
 
     @classmethod
     def create_connector(cls, config: ConfigT, role: RoleT) -> ConnectorT:
-        """Make one half of the configured connector. Raises ConfigurationError, the connector's own included."""
+        """Make one half of the configured connector. Raises ConfigurationError, also for what the connector refuses."""
         make = cast("Callable[[ConfigT, RoleT], ConnectorT]", cls.get_connector_class(config))
         return make(config, role)

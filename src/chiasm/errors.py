@@ -1,8 +1,8 @@
-"""The errors that chiasm raises on purpose, and the codes that clients can tell them apart by.
+"""The errors that chiasm raises on purpose, and the codes by which clients can tell them apart.
 
-A message is one or two sentences: what is wrong, and what to do about it. ``status`` is the HTTP status, ``kind`` the
-``error.type`` of an OpenAI error body, ``code`` its ``error.code``. docs/errors.md lists them all. A configuration error ends
-the process with exit code 2.
+A message is one or two sentences that say what is wrong and what to do about it. ``status`` is the HTTP status, ``kind`` is
+``error.type`` in an OpenAI error body, and ``code`` is its ``error.code``. docs/errors.md lists them all. A configuration error
+ends the process with exit code 2.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import enum
 
 
 class Code(enum.StrEnum):
-    """``error.code``: one for each refusal that a client may want to tell from others of its type."""
+    """``error.code``: one for each refusal that a client may want to distinguish from others of the same type."""
 
     # 400: the request
     INVALID_JSON = "invalid_json"
@@ -78,13 +78,13 @@ class Code(enum.StrEnum):
 
 
 class ChiasmError(Exception):
-    """Base of all errors that chiasm raises on purpose; ``str(error)`` is fit to be shown to a client."""
+    """Base of all errors that chiasm raises on purpose. ``str(error)`` may be shown to a client."""
 
     status = 500
     kind = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        """``code`` is a :class:`Code`, or what another server said."""
+        """``code`` is a :class:`Code`, or the code of another server whose error is passed on."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -96,25 +96,25 @@ class ConfigurationError(ChiasmError):
 
 
 class UnsupportedModelError(ConfigurationError):
-    """The checkpoint needs something that the model adapter does not do; the message names it."""
+    """The checkpoint needs something that the model adapter does not support; the message names it."""
 
 
 class InvalidRequestError(ChiasmError):
-    """The request itself is wrong; sending it again unchanged fails again."""
+    """The request is invalid; it fails again if it is sent again unchanged."""
 
     status = 400
     kind = "invalid_request_error"
 
 
 class AuthenticationError(ChiasmError):
-    """The request needs a key, and has none or a wrong one."""
+    """The request needs an API key, but has none or a wrong one."""
 
     status = 401
     kind = "authentication_error"
 
 
 class ConflictError(InvalidRequestError):
-    """The request does not fit what is there already."""
+    """The request conflicts with the current state."""
 
     status = 409
 
@@ -146,7 +146,7 @@ class RequestTimeoutError(InvalidRequestError):
 
 
 class PayloadTooLargeError(InvalidRequestError):
-    """The body of the request is larger than the limit."""
+    """The request's body is larger than the limit."""
 
     status = 413
 
@@ -156,7 +156,7 @@ class MediaError(InvalidRequestError):
 
 
 class OverloadedError(ChiasmError):
-    """A queue is full, or no instance can take the request now; try again after ``retry_after_seconds``."""
+    """A queue is full, or no instance can take the request now. It can be sent again after ``retry_after_seconds``."""
 
     status = 503
     kind = "overloaded_error"
@@ -167,21 +167,21 @@ class OverloadedError(ChiasmError):
 
 
 class EmbeddingUnavailableError(ChiasmError):
-    """An image's embedding did not arrive within the request's deadline, or was lost for good."""
+    """The embedding of an image did not arrive before the request's deadline, or is lost."""
 
     status = 503
     kind = "embedding_unavailable_error"
 
 
 class StorageError(ChiasmError):
-    """An embedding could not be written or read; the entry is lost, the instance is not."""
+    """An embedding could not be written or read. Only this entry is affected."""
 
     status = 503
     kind = "storage_error"
 
 
 class KVUnavailableError(ChiasmError):
-    """The prompt's KV could not be fetched from where the handle says; the prompt must be prefilled again."""
+    """The prompt's KV could not be fetched from the instance that the handle names; the prompt must be prefilled again."""
 
     status = 503
     kind = "kv_unavailable_error"

@@ -1,10 +1,11 @@
-"""A stand-in for an engine: it calls both halves of a connector in the order in which an engine does."""
+"""A stand-in for an engine, which calls both halves of a connector in the same order as an engine."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Request:
-    """What an engine's request shows to any connector; ``kv_transfer_params`` concerns the KV plane alone."""
+    """A request as an engine passes it to connectors; ``kv_transfer_params`` concerns only KV connectors."""
 
     items: tuple[Item, ...] = ()
     request_id: str = "request"
@@ -38,7 +39,7 @@ def identifier_of(name: object) -> str:
 
 
 def embedding_of(name: object, rows: int = 4, columns: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """A tensor that only this name has."""
+    """A tensor that is different for each name."""
     seed = int(identifier_of(name)[:12], 16)
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -48,7 +49,7 @@ def entry_path(folder: Path, identifier: str) -> Path:
 
 
 class Instance:
-    """One instance of one role: both halves of its connector and the embeddings in its memory."""
+    """Both halves of an instance's connector, and the embeddings in its memory."""
 
     def __init__(self, config: ECTransferConfig) -> None:
         self.scheduler = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
@@ -56,7 +57,7 @@ class Instance:
         self.encoder_cache: dict[str, torch.Tensor] = {}
 
     def schedule(self, *requests: Request) -> ECConnectorMetadata:
-        """The scheduler's part of a step: note every item that is not in memory and exists."""
+        """The scheduler's part of a step: note every item that exists and is not in memory."""
         for request in requests:
             for index, item in enumerate(request.items):
                 if item.identifier not in self.encoder_cache and self.scheduler.has_cache_item(item.identifier):
@@ -75,18 +76,18 @@ class Instance:
         return metadata
 
     def encode(self, name: object, embedding: torch.Tensor | None = None) -> str:
-        """Make the item's embedding and publish it, as an encoder does."""
+        """Make and publish the item's embedding, like an encoder."""
         identifier = identifier_of(name)
         self.encoder_cache[identifier] = embedding_of(name) if embedding is None else embedding
         self.worker.save_caches(self.encoder_cache, identifier)
         return identifier
 
     def load(self, identifier: str) -> torch.Tensor | None:
-        """The item's embedding as a request for it alone gets it."""
+        """Load the item's embedding for a request that has only this item."""
         self.encoder_cache.pop(identifier, None)
         self.step(Request((Item(identifier),)))
         return self.encoder_cache.get(identifier)
 
 
-def config_for(folder: Path, role: ECTransferRole = ECTransferRole.BOTH, **changes: object) -> ECTransferConfig:
-    return ECTransferConfig(role=role, shared_storage_path=folder, fingerprint="5eed", **changes)  # type: ignore[arg-type]
+def config_for(folder: Path | None, role: ECTransferRole = ECTransferRole.BOTH, **changes: Any) -> ECTransferConfig:
+    return ECTransferConfig(role=role, shared_storage_path=folder, fingerprint="5eed", **changes)

@@ -1,7 +1,8 @@
-"""A file that is torn, foreign or of another model counts as missing, is counted and removed, and harms nobody."""
+"""A file that is torn, foreign or of another model is treated as missing, counted and removed, and affects nobody else."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,8 +31,8 @@ def corrupt_entries(pd: Instance) -> int:
     return pd.scheduler.stats.corrupt_entries + pd.worker.stats.corrupt_entries
 
 
-def assert_counts_as_missing(pd: Instance, folder: Path, identifier: str) -> None:
-    """The step goes on without the entry, the file is gone and counted, and the entry can be published again."""
+def assert_treated_as_missing(pd: Instance, folder: Path, identifier: str) -> None:
+    """Assert that the step goes on without the entry, that the file is counted and removed, and that it can be replaced."""
     assert pd.load(identifier) is None
     assert not pd.scheduler.has_cache_item(identifier)
     assert not entry_path(folder, identifier).exists()
@@ -80,14 +81,16 @@ def zero(raw: bytearray, start: int, stop: int) -> None:
         pytest.param(lambda raw: raw.__setitem__(slice(None), raw.replace(b'"5eed"', b'"0ddd"')), id="other model"),
     ],
 )
-def test_a_damaged_file(pd: Instance, folder: Path, identifier: str, change: Callable[[bytearray], None]) -> None:
+def test_a_damaged_file_is_treated_as_missing(
+    pd: Instance, folder: Path, identifier: str, change: Callable[[bytearray], None]
+) -> None:
     rewrite(entry_path(folder, identifier), change)
-    assert_counts_as_missing(pd, folder, identifier)
+    assert_treated_as_missing(pd, folder, identifier)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_file_cut_off_at_any_byte(encoder: Instance, pd: Instance, folder: Path, data: st.DataObject) -> None:
+def test_a_truncated_file_is_removed(encoder: Instance, pd: Instance, folder: Path, data: st.DataObject) -> None:
     identifier = identifier_of("a")
     encoder.encode("a")
     path = entry_path(folder, identifier)
@@ -98,7 +101,9 @@ def test_a_file_cut_off_at_any_byte(encoder: Instance, pd: Instance, folder: Pat
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_file_with_one_byte_changed(encoder: Instance, pd: Instance, folder: Path, data: st.DataObject) -> None:
+def test_a_file_with_one_changed_byte_is_removed(
+    encoder: Instance, pd: Instance, folder: Path, data: st.DataObject
+) -> None:
     identifier = encoder.encode("a")
     path = entry_path(folder, identifier)
     place = data.draw(st.integers(0, path.stat().st_size - 1))
@@ -107,39 +112,37 @@ def test_a_file_with_one_byte_changed(encoder: Instance, pd: Instance, folder: P
     assert not path.exists()
 
 
-def test_the_entry_of_another_item_under_this_ones_name(
-    encoder: Instance, pd: Instance, folder: Path, identifier: str
-) -> None:
+def test_the_entry_of_another_item_is_removed(encoder: Instance, pd: Instance, folder: Path, identifier: str) -> None:
     other = encoder.encode("b")
     os.replace(entry_path(folder, other), entry_path(folder, identifier))
-    assert_counts_as_missing(pd, folder, identifier)
+    assert_treated_as_missing(pd, folder, identifier)
 
 
-def test_a_safetensors_file_of_another_program(pd: Instance, folder: Path, identifier: str) -> None:
+def test_a_safetensors_file_of_another_program_is_removed(pd: Instance, folder: Path, identifier: str) -> None:
     save_file({"ec_cache": embedding_of("a", ROWS, 128)}, entry_path(folder, identifier))
-    assert_counts_as_missing(pd, folder, identifier)
+    assert_treated_as_missing(pd, folder, identifier)
 
 
-def test_an_entry_of_another_model(pd: Instance, folder: Path) -> None:
+def test_an_entry_of_another_model_is_removed(pd: Instance, folder: Path) -> None:
     other_model = replace(config_for(folder, ECTransferRole.PRODUCER), fingerprint="0ddd")
-    assert_counts_as_missing(pd, folder, Instance(other_model).encode("b"))
+    assert_treated_as_missing(pd, folder, Instance(other_model).encode("b"))
 
 
-def test_a_pipe_makes_nobody_wait(pd: Instance, folder: Path, identifier: str) -> None:
+def test_a_pipe_is_removed_without_waiting(pd: Instance, folder: Path, identifier: str) -> None:
     entry_path(folder, identifier).unlink()
     os.mkfifo(entry_path(folder, identifier))
-    assert_counts_as_missing(pd, folder, identifier)
+    assert_treated_as_missing(pd, folder, identifier)
 
 
 def test_a_symbolic_link_is_not_followed(encoder: Instance, pd: Instance, folder: Path, identifier: str) -> None:
     path = entry_path(folder, identifier)
     target = path.rename(folder.parent / "elsewhere")
     path.symlink_to(target)
-    assert_counts_as_missing(pd, folder, identifier)
+    assert_treated_as_missing(pd, folder, identifier)
     assert target.exists()
 
 
-def test_a_folder_in_an_entrys_place_is_left_there(pd: Instance, folder: Path) -> None:
+def test_a_folder_at_the_path_of_an_entry_is_left_alone(pd: Instance, folder: Path) -> None:
     identifier = identifier_of("a")
     entry_path(folder, identifier).mkdir()
     assert not pd.scheduler.has_cache_item(identifier)
@@ -148,7 +151,7 @@ def test_a_folder_in_an_entrys_place_is_left_there(pd: Instance, folder: Path) -
     assert corrupt_entries(pd) == 1
 
 
-def test_a_damaged_item_harms_no_other_of_the_step(
+def test_a_damaged_item_does_not_affect_others_of_the_step(
     encoder: Instance, pd: Instance, folder: Path, identifier: str
 ) -> None:
     other = encoder.encode("b")
@@ -158,7 +161,9 @@ def test_a_damaged_item_harms_no_other_of_the_step(
     assert (pd.worker.stats.loads, pd.worker.stats.load_failures) == (1, 1)
 
 
-def test_damage_between_finding_and_loading_in_another_process(pd: Instance, folder: Path, identifier: str) -> None:
+def test_damage_between_probe_and_load_in_another_process_is_noticed(
+    pd: Instance, folder: Path, identifier: str
+) -> None:
     assert pd.schedule(Request((Item(identifier),))).loads == (identifier,)
     rewrite(entry_path(folder, identifier), lambda raw: zero(raw, 0, len(raw)))
     pd.execute(ECConnectorMetadata((identifier,)))
@@ -169,10 +174,10 @@ def test_damage_between_finding_and_loading_in_another_process(pd: Instance, fol
 def test_damage_after_a_good_load_is_noticed(pd: Instance, folder: Path, identifier: str) -> None:
     assert pd.load(identifier) is not None
     rewrite(entry_path(folder, identifier), lambda raw: zero(raw, 2 * HEADER_BYTES, 3 * HEADER_BYTES))
-    assert_counts_as_missing(pd, folder, identifier)
+    assert_treated_as_missing(pd, folder, identifier)
 
 
-def test_a_good_file_that_took_the_bad_ones_place_is_not_removed(
+def test_a_good_file_that_has_replaced_the_bad_one_is_not_removed(
     encoder: Instance, pd: Instance, folder: Path, identifier: str
 ) -> None:
     path = entry_path(folder, identifier)
@@ -186,7 +191,7 @@ def test_a_good_file_that_took_the_bad_ones_place_is_not_removed(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_bad_file_that_may_not_be_removed_is_counted_once(pd: Instance, folder: Path, identifier: str) -> None:
+def test_a_bad_file_that_cannot_be_removed_is_counted_once(pd: Instance, folder: Path, identifier: str) -> None:
     rewrite(entry_path(folder, identifier), lambda raw: raw.clear())
     folder.chmod(0o500)
     try:
@@ -194,4 +199,16 @@ def test_a_bad_file_that_may_not_be_removed_is_counted_once(pd: Instance, folder
         assert not pd.scheduler.has_cache_item(identifier)
     finally:
         folder.chmod(0o700)
+    assert corrupt_entries(pd) == 1
+
+
+def test_a_probe_of_a_bad_file_does_not_wait_for_the_lock(pd: Instance, folder: Path, identifier: str) -> None:
+    path = entry_path(folder, identifier)
+    rewrite(path, lambda raw: raw.clear())
+    with (folder / ".usage").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not pd.scheduler.has_cache_item(identifier)
+        assert path.exists()
+    assert not pd.scheduler.has_cache_item(identifier)
+    assert not path.exists()
     assert corrupt_entries(pd) == 1

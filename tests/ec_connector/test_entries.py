@@ -1,4 +1,4 @@
-"""An entry comes back as it was saved, without a copy, and any safetensors reader can read its file."""
+"""An entry is loaded as it was saved, without a copy, and any safetensors reader can read its file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from chiasm.ec_transfer.entry_file import EntryHeader, bytes_of, header_of, open_entry
-from chiasm.ec_transfer.mounts import file_system_of, files_may_be_mapped
 from chiasm.errors import StorageError
 
 from .instance import Instance, config_for, embedding_of, entry_path, identifier_of
@@ -27,7 +26,7 @@ def stored_bytes(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gives_back_shape_dtype_and_bytes(encoder: Instance, pd: Instance, dtype: torch.dtype) -> None:
+def test_shape_dtype_and_bytes_are_kept(encoder: Instance, pd: Instance, dtype: torch.dtype) -> None:
     embedding = embedding_of("a", rows=37, columns=3 * 48, dtype=dtype)
     loaded = pd.load(encoder.encode("a", embedding))
     assert loaded is not None
@@ -38,7 +37,7 @@ def test_gives_back_shape_dtype_and_bytes(encoder: Instance, pd: Instance, dtype
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=st.lists(st.integers(0, 9), max_size=4), dtype=st.sampled_from(DTYPES))
-def test_gives_back_any_shape(encoder: Instance, pd: Instance, shape: list[int], dtype: torch.dtype) -> None:
+def test_any_shape_is_kept(encoder: Instance, pd: Instance, shape: list[int], dtype: torch.dtype) -> None:
     embedding = torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
     loaded = pd.load(encoder.encode((tuple(shape), dtype), embedding))
     assert loaded is not None
@@ -46,7 +45,7 @@ def test_gives_back_any_shape(encoder: Instance, pd: Instance, shape: list[int],
     assert stored_bytes(loaded) == stored_bytes(embedding)
 
 
-def test_gives_back_a_large_one(encoder: Instance, pd: Instance) -> None:
+def test_a_large_tensor_is_kept(encoder: Instance, pd: Instance) -> None:
     embedding = torch.arange(10_000_000, dtype=torch.int32).view(1000, -1)
     loaded = pd.load(encoder.encode("a", embedding))
     assert loaded is not None
@@ -54,7 +53,7 @@ def test_gives_back_a_large_one(encoder: Instance, pd: Instance) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_goes_from_a_gpu_to_a_gpu(folder: Path) -> None:
+def test_a_tensor_on_a_gpu_is_loaded_to_a_gpu(folder: Path) -> None:
     gpu = Instance(config_for(folder, device="cuda:0"))
     loaded = gpu.load(gpu.encode("a", embedding_of("a").cuda()))
     assert loaded is not None
@@ -62,28 +61,28 @@ def test_goes_from_a_gpu_to_a_gpu(folder: Path) -> None:
     assert torch.equal(loaded.cpu(), embedding_of("a"))
 
 
-def test_gives_back_the_bits_of_numbers_that_are_none(encoder: Instance, pd: Instance) -> None:
+def test_the_bits_of_nan_are_kept(encoder: Instance, pd: Instance) -> None:
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(256, 256)
     loaded = pd.load(encoder.encode("a", patterns.view(torch.bfloat16)))
     assert loaded is not None
     assert torch.equal(loaded.view(torch.int16), patterns)
 
 
-def test_saves_a_view_that_is_not_contiguous(encoder: Instance, pd: Instance) -> None:
+def test_a_view_that_is_not_contiguous_is_saved(encoder: Instance, pd: Instance) -> None:
     transposed = embedding_of("a", rows=8, columns=16).T[3:]
     loaded = pd.load(encoder.encode("a", transposed))
     assert loaded is not None
     assert torch.equal(loaded, transposed)
 
 
-def test_saves_what_still_belongs_to_a_graph(encoder: Instance, pd: Instance) -> None:
+def test_a_tensor_that_requires_grad_is_saved(encoder: Instance, pd: Instance) -> None:
     embedding = embedding_of("a", dtype=torch.float32).requires_grad_()
     loaded = pd.load(encoder.encode("a", embedding))
     assert loaded is not None
     assert torch.equal(loaded, embedding.detach())
 
 
-def test_takes_a_contiguous_tensors_own_memory() -> None:
+def test_a_contiguous_tensor_is_not_copied() -> None:
     embedding = embedding_of("a")
     data = bytes_of(embedding)
     embedding.fill_(3)
@@ -91,7 +90,7 @@ def test_takes_a_contiguous_tensors_own_memory() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_safetensors_reader_reads_the_file(encoder: Instance, folder: Path, dtype: torch.dtype) -> None:
+def test_any_safetensors_reader_can_read_the_file(encoder: Instance, folder: Path, dtype: torch.dtype) -> None:
     embedding = embedding_of("a", dtype=dtype)
     path = entry_path(folder, encoder.encode("a", embedding))
     tensors = load_file(path)
@@ -103,7 +102,7 @@ def test_any_safetensors_reader_reads_the_file(encoder: Instance, folder: Path, 
         assert file.metadata()["fingerprint"] == "5eed"
 
 
-def test_the_tensor_is_the_mapped_file(encoder: Instance, pd: Instance, folder: Path) -> None:
+def test_a_loaded_tensor_is_the_mapped_file(encoder: Instance, pd: Instance, folder: Path) -> None:
     identifier = encoder.encode("a")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -122,7 +121,7 @@ def test_a_loaded_tensor_keeps_no_file_open(encoder: Instance, pd: Instance) -> 
     assert loaded is not None
 
 
-def test_writing_to_a_loaded_tensor_changes_no_file(encoder: Instance, pd: Instance) -> None:
+def test_writing_to_a_loaded_tensor_does_not_change_the_file(encoder: Instance, pd: Instance) -> None:
     identifier = encoder.encode("a")
     loaded = pd.load(identifier)
     assert loaded is not None
@@ -138,21 +137,21 @@ def test_a_dtype_that_safetensors_lacks_is_refused(encoder: Instance) -> None:
     assert encoder.worker.stats.save_failures == 1
 
 
-def test_a_shape_too_long_for_the_header_is_refused(encoder: Instance, folder: Path) -> None:
+def test_a_shape_that_is_too_long_for_the_header_is_refused(encoder: Instance, folder: Path) -> None:
     with pytest.raises(StorageError, match="dimensions"):
         encoder.encode("a", torch.zeros([1] * 3000))
     assert not [name for name in os.listdir(folder) if name.endswith(("tmp", "safetensors"))]
 
 
-def test_entries_are_for_their_owner_alone(encoder: Instance, folder: Path) -> None:
+def test_entries_are_private_to_their_owner(encoder: Instance, folder: Path) -> None:
     path = entry_path(folder, encoder.encode("a"))
     assert path.stat().st_mode & 0o777 == 0o600
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_stats_count_bytes_of_tensors_and_time(encoder: Instance, pd: Instance) -> None:
+def test_stats_count_entries_bytes_and_seconds(encoder: Instance, pd: Instance) -> None:
     identifier = encoder.encode("a")
-    encoder.worker.save_caches(encoder.encoder_cache, identifier)  # is there already
+    encoder.worker.save_caches(encoder.encoder_cache, identifier)  # exists already
     pd.load(identifier)
     saved, loaded = encoder.worker.stats, pd.worker.stats
     assert (saved.saves, saved.saved_bytes) == (1, embedding_of("a").nbytes)
@@ -173,30 +172,13 @@ def test_an_entry_that_is_not_mapped_is_read_into_memory(encoder: Instance, fold
     assert torch.equal(entry.tensor(), embedding_of("a"))
 
 
-def test_an_entry_that_is_not_mapped_can_be_lost(encoder: Instance, folder: Path) -> None:
+def test_an_entry_that_is_not_mapped_is_lost_if_its_file_changes(encoder: Instance, folder: Path) -> None:
     identifier = encoder.encode("a")
     path = entry_path(folder, identifier)
     entry = open_entry(str(path), identifier, "5eed", None, mapped=False)
     os.utime(path, ns=(1, 1))
-    with pytest.raises(OSError, match="another file"):
+    with pytest.raises(OSError, match="The file has changed"):
         entry.tensor()
-
-
-def test_files_are_mapped_on_local_file_systems_only(tmp_path: Path) -> None:
-    table = tmp_path / "mountinfo"
-    table.write_text(
-        "1 0 8:1 / / rw shared:1 - ext4 /dev/vda rw\n"
-        "2 1 0:2 / /mnt/far rw shared:2 master:1 - nfs4 server:/export rw\n"
-        "3 1 0:3 / /mnt/far/near rw - tmpfs tmpfs rw\n"
-        "4 1 0:4 / /mnt/with\\040blank rw - fuse.sshfs host: rw\n"
-    )
-    mounts = table.read_text().splitlines()
-    kinds = {path: file_system_of(path, mounts) for path in ("/", "/mnt/far/x", "/mnt/far/near", "/mnt/farther")}
-    assert kinds == {"/": "ext4", "/mnt/far/x": "nfs4", "/mnt/far/near": "tmpfs", "/mnt/farther": "ext4"}
-    assert file_system_of("/mnt/with blank/x", mounts) == "fuse.sshfs"
-    assert files_may_be_mapped(Path("/"), table)
-    assert not files_may_be_mapped(Path("/mnt/far"), table)
-    assert files_may_be_mapped(Path("/"), tmp_path / "no such table")
 
 
 # ---- the header ----------------------------------------------------------------------------------------------------
@@ -208,7 +190,7 @@ def test_a_header_is_read_as_it_was_written() -> None:
 
 
 @given(st.data())
-def test_a_changed_header_is_another_or_none(data: st.DataObject) -> None:
+def test_a_changed_header_is_never_read_as_the_original(data: st.DataObject) -> None:
     header = header_of(identifier_of("a"), "5eed", embedding_of("a"))._replace(checksum="0" * 32)
     raw = bytearray(header.to_bytes())
     place = data.draw(st.integers(0, len(raw) - 1))
@@ -218,5 +200,5 @@ def test_a_changed_header_is_another_or_none(data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=5000))
-def test_no_bytes_make_reading_a_header_fail(raw: bytes) -> None:
+def test_arbitrary_bytes_are_not_a_header(raw: bytes) -> None:
     assert EntryHeader.from_bytes(raw) is None

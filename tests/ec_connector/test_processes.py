@@ -1,4 +1,4 @@
-"""Producers, consumers and evictions in processes of their own, over one folder."""
+"""Producers and consumers in separate processes that share a folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROOM = 8
 
 @contextmanager
 def running(target: Any, *arguments: object) -> Iterator[tuple[ForkServerProcess, Connection]]:
-    """A process that runs ``target(pipe, *arguments)``, and the other end of its pipe."""
+    """Run ``target(pipe, *arguments)`` in a process; yields the process and the other end of the pipe."""
     ours, theirs = PROCESSES.Pipe()
     process = PROCESSES.Process(target=target, args=(theirs, *arguments), daemon=True)
     process.start()
@@ -66,7 +66,7 @@ def write_half(pipe: Connection, folder: Path) -> None:
     def half(descriptor: int) -> None:
         os.write(descriptor, bytes(ENTRY_BYTES // 2))
         pipe.send(True)
-        pipe.recv()  # for ever
+        pipe.recv()  # forever
 
     BoundedFolder(folder, 10 * ENTRY_BYTES, lambda size_bytes: None).publish(identifier_of("a"), ENTRY_BYTES, half)
 
@@ -83,7 +83,7 @@ def write_beyond_the_limit(pipe: Connection, folder: Path) -> None:
 
 
 def hammer(pipe: Connection, folder: Path, seed: int) -> None:
-    """Save and load at random; report what was wrong and how often a load succeeded."""
+    """Save and load at random; report wrong loads and counters."""
     instance = Instance(config_for(folder, max_bytes=ROOM * ENTRY_BYTES))
     choose = random.Random(seed)
     pipe.send("ready")
@@ -103,7 +103,7 @@ def hammer(pipe: Connection, folder: Path, seed: int) -> None:
 
 
 def stored_bytes(folder: Path) -> int:
-    """All bytes of entries and unfinished files, at a moment at which no writer adds or removes one."""
+    """The bytes of entries and unfinished files, while no writer can add or remove one."""
     with (folder / ".usage").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         files = [entry for entry in os.scandir(folder) if entry.name.endswith((".safetensors", ".tmp"))]
@@ -111,7 +111,7 @@ def stored_bytes(folder: Path) -> int:
 
 
 @pytest.mark.timeout(120)
-def test_many_processes_over_one_small_folder(folder: Path) -> None:
+def test_many_processes_share_a_small_folder(folder: Path) -> None:
     with (
         running(hammer, folder, 1) as (first, first_pipe),
         running(hammer, folder, 2) as (second, second_pipe),
@@ -137,7 +137,7 @@ def test_many_processes_over_one_small_folder(folder: Path) -> None:
     assert int((folder / ".usage").read_text()) == stored_bytes(folder) <= ROOM * ENTRY_BYTES
 
 
-def test_a_reader_in_another_process_keeps_what_is_evicted(folder: Path) -> None:
+def test_a_reader_in_another_process_keeps_an_entry_that_is_evicted(folder: Path) -> None:
     instance = Instance(config_for(folder, max_bytes=2 * ENTRY_BYTES))
     identifier = instance.encode("a")
     with running(load_and_hold, folder) as (process, pipe):
@@ -159,7 +159,7 @@ def test_metadata_from_a_scheduler_in_another_process_is_loaded(folder: Path) ->
     assert torch.equal(worker.encoder_cache[identifier], embedding_of("a"))
 
 
-def test_a_writer_that_is_killed_leaves_no_entry_and_its_file_goes(folder: Path) -> None:
+def test_a_killed_writer_leaves_no_entry_and_its_file_is_removed(folder: Path) -> None:
     with running(write_half, folder) as (process, pipe):
         assert pipe.recv()
         instance = Instance(config_for(folder))
@@ -175,7 +175,7 @@ def test_a_writer_that_is_killed_leaves_no_entry_and_its_file_goes(folder: Path)
     assert int((folder / ".usage").read_text()) == ENTRY_BYTES
 
 
-def test_a_write_that_the_system_refuses_leaves_nothing(folder: Path) -> None:
+def test_a_write_that_fails_leaves_nothing_behind(folder: Path) -> None:
     with running(write_beyond_the_limit, folder) as (process, pipe):
         assert "File too large" in pipe.recv()
     assert process.exitcode == 0
@@ -184,8 +184,8 @@ def test_a_write_that_the_system_refuses_leaves_nothing(folder: Path) -> None:
     assert int((folder / ".usage").read_text()) == stored_bytes(folder)
 
 
-def test_two_writers_of_one_entry_do_no_harm(folder: Path) -> None:
-    """The second publishes its file while the first is writing its own."""
+def test_two_writers_of_the_same_entry_leave_one_file(folder: Path) -> None:
+    """The second publishes its file while the first writes its own."""
     config = config_for(folder)
     second = Instance(config)
     evicted: list[int] = []
@@ -202,7 +202,7 @@ def test_two_writers_of_one_entry_do_no_harm(folder: Path) -> None:
     assert evicted == []
 
 
-def test_threads_publish_at_once(folder: Path) -> None:
+def test_threads_publish_concurrently(folder: Path) -> None:
     instance = Instance(config_for(folder, max_bytes=ROOM * ENTRY_BYTES))
     names = [f"{thread}-{number}" for thread in range(4) for number in range(12)] + ["same"] * 4
     for name in names:
@@ -227,7 +227,7 @@ def test_threads_publish_at_once(folder: Path) -> None:
     stats = instance.worker.stats
     assert 49 <= stats.saves <= 52
     assert stats.saved_bytes == stats.saves * embedding_of("a").nbytes
-    # Each that was written twice at the same time made room for both, and one is left.
+    # An entry that was written several times at once made room for each, and one file remains.
     assert (ROOM - 3) * ENTRY_BYTES <= stored_bytes(folder) <= ROOM * ENTRY_BYTES
     assert stored_bytes(folder) == int((folder / ".usage").read_text())
     for name in sorted(set(names)):

@@ -1,13 +1,14 @@
-"""What the engine sees: which items are loaded, in which step, and by whom."""
+"""Which items a connector loads and saves, in which step, and in which role."""
 
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
-from chiasm.ec_transfer import ECConnectorMetadata, ECTransferRole
+from chiasm.ec_transfer import ECConnectorMetadata
 
 from .instance import Instance, Item, Request, config_for, embedding_of, entry_path, identifier_of
 
@@ -20,7 +21,7 @@ def request_for(*names: str) -> Request:
     ("saved", "asked", "available"),
     [("", "", True), ("ab", "ab", True), ("", "ab", False), ("a", "ab", False), ("b", "ab", False)],
 )
-def test_existence_is_right_for_all_none_and_some(
+def test_items_are_found_if_all_some_or_none_of_them_exist(
     encoder: Instance, pd: Instance, saved: str, asked: str, available: bool
 ) -> None:
     for name in saved:
@@ -29,14 +30,14 @@ def test_existence_is_right_for_all_none_and_some(
     assert pd.scheduler.ensure_cache_available(request_for(*asked), 0) is available
 
 
-def test_an_item_whose_kv_is_cached_is_not_asked_for(encoder: Instance, pd: Instance) -> None:
+def test_an_item_whose_tokens_are_computed_need_not_exist(encoder: Instance, pd: Instance) -> None:
     encoder.encode("b")
     request = request_for("a", "b")  # a covers prompt tokens 0 to 3, b 10 to 13
     assert not pd.scheduler.ensure_cache_available(request, 3)
     assert pd.scheduler.ensure_cache_available(request, 4)
 
 
-def test_metadata_holds_this_steps_items_in_order_and_is_then_cleared(encoder: Instance, pd: Instance) -> None:
+def test_metadata_holds_the_items_of_one_step_in_order(encoder: Instance, pd: Instance) -> None:
     for name in "abc":
         encoder.encode(name)
     assert pd.step(request_for("b", "a")).loads == (identifier_of("b"), identifier_of("a"))
@@ -44,20 +45,20 @@ def test_metadata_holds_this_steps_items_in_order_and_is_then_cleared(encoder: I
     assert pd.step().loads == ()
 
 
-def test_what_does_not_exist_is_not_noted(pd: Instance) -> None:
+def test_an_item_that_does_not_exist_is_not_noted(pd: Instance) -> None:
     request = request_for("a")
     pd.scheduler.update_state_after_alloc(request, 0)
     assert pd.scheduler.build_connector_meta().loads == ()
 
 
-def test_text_only_gives_empty_metadata(pd: Instance) -> None:
+def test_a_request_without_items_gives_empty_metadata(pd: Instance) -> None:
     request = Request()
     assert pd.scheduler.ensure_cache_available(request, 0)
     assert pd.step(request).loads == ()
     assert pd.encoder_cache == {}
 
 
-def test_an_item_that_occurs_twice_is_loaded_once_and_keeps_both_places(encoder: Instance, pd: Instance) -> None:
+def test_an_item_that_occurs_twice_is_loaded_once(encoder: Instance, pd: Instance) -> None:
     encoder.encode("a")
     request = request_for("a", "a")
     assert pd.step(request, request).loads == (identifier_of("a"),)
@@ -67,7 +68,7 @@ def test_an_item_that_occurs_twice_is_loaded_once_and_keeps_both_places(encoder:
     assert torch.equal(rows, torch.cat([embedding_of("a")] * 2))
 
 
-def test_a_hit_is_an_external_load_and_no_encode(encoder: Instance, pd: Instance) -> None:
+def test_an_entry_that_exists_is_not_saved_again(encoder: Instance, pd: Instance) -> None:
     encoder.encode("a")
     again = Instance(encoder.worker.config)
     again.encode("a")
@@ -85,7 +86,7 @@ def test_an_item_in_memory_is_not_loaded_again(encoder: Instance, pd: Instance) 
     assert pd.worker.stats.loads == 0
 
 
-def test_several_rounds_of_one_request_load_what_is_new(encoder: Instance, pd: Instance) -> None:
+def test_each_step_of_a_request_loads_only_new_items(encoder: Instance, pd: Instance) -> None:
     encoder.encode("a")
     assert pd.step(request_for("a", "b")).loads == (identifier_of("a"),)
     assert pd.step(request_for("a", "b")).loads == ()
@@ -95,20 +96,19 @@ def test_several_rounds_of_one_request_load_what_is_new(encoder: Instance, pd: I
     assert pd.worker.stats.loads == 2
 
 
-def test_an_item_that_left_memory_is_loaded_again(encoder: Instance, pd: Instance) -> None:
+def test_an_item_that_was_dropped_from_memory_is_loaded_again(encoder: Instance, pd: Instance) -> None:
     identifier = encoder.encode("a")
     assert pd.load(identifier) is not None
     assert pd.load(identifier) is not None
     assert pd.worker.stats.loads == 2
 
 
-def test_leaves_to_a_kv_connector_what_is_its_own(encoder: Instance, pd: Instance) -> None:
+def test_kv_transfer_params_are_left_alone(encoder: Instance, pd: Instance) -> None:
     encoder.encode("a")
     parameters: dict[str, object] = {"do_remote_prefill": True, "remote_block_ids": [1, 2]}
     request = Request(request_for("a").items, kv_transfer_params=dict(parameters))
     pd.step(request)
     assert request.kv_transfer_params == parameters
-    assert pd.worker.get_finished({request.request_id}) == (None, None)
 
 
 def test_a_consumer_never_saves(pd: Instance) -> None:
@@ -117,7 +117,7 @@ def test_a_consumer_never_saves(pd: Instance) -> None:
     assert pd.worker.stats.saves == 0
 
 
-def test_a_producer_alone_never_loads(encoder: Instance) -> None:
+def test_a_producer_never_loads(encoder: Instance) -> None:
     identifier = encoder.encode("a")
     encoder.encoder_cache.clear()
     assert encoder.step(request_for("a")).loads == ()
@@ -125,14 +125,14 @@ def test_a_producer_alone_never_loads(encoder: Instance) -> None:
     assert encoder.encoder_cache == {}
 
 
-def test_an_instance_that_does_both_finds_what_it_made(tmp_path) -> None:
-    both = Instance(config_for(tmp_path, ECTransferRole.BOTH))
+def test_an_instance_with_both_roles_finds_its_own_entries(folder: Path) -> None:
+    both = Instance(config_for(folder))
     loaded = both.load(both.encode("a"))
     assert loaded is not None
     assert torch.equal(loaded, embedding_of("a"))
 
 
-def test_what_was_found_is_loaded_though_it_is_evicted_in_between(encoder: Instance, pd: Instance, folder) -> None:
+def test_a_noted_entry_is_loaded_even_if_it_is_evicted_before(encoder: Instance, pd: Instance, folder: Path) -> None:
     identifier = encoder.encode("a")
     metadata = pd.schedule(request_for("a"))
     entry_path(folder, identifier).unlink()
@@ -140,7 +140,7 @@ def test_what_was_found_is_loaded_though_it_is_evicted_in_between(encoder: Insta
     assert torch.equal(pd.encoder_cache[identifier], embedding_of("a"))
 
 
-def test_what_was_found_can_be_noted_though_it_is_evicted_in_between(encoder: Instance, pd: Instance, folder) -> None:
+def test_a_found_entry_can_be_noted_even_if_it_is_evicted_before(encoder: Instance, pd: Instance, folder: Path) -> None:
     identifier = encoder.encode("a")
     assert pd.scheduler.has_cache_item(identifier)
     entry_path(folder, identifier).unlink()
@@ -148,7 +148,9 @@ def test_what_was_found_can_be_noted_though_it_is_evicted_in_between(encoder: In
     assert torch.equal(pd.encoder_cache[identifier], embedding_of("a"))
 
 
-def test_what_was_found_but_not_wanted_is_let_go_with_the_step(encoder: Instance, pd: Instance, folder) -> None:
+def test_a_found_entry_that_is_not_noted_is_released_with_the_step(
+    encoder: Instance, pd: Instance, folder: Path
+) -> None:
     identifier = encoder.encode("a")
     assert pd.scheduler.has_cache_item(identifier)
     pd.scheduler.build_connector_meta()
@@ -156,7 +158,7 @@ def test_what_was_found_but_not_wanted_is_let_go_with_the_step(encoder: Instance
     assert not pd.scheduler.has_cache_item(identifier)
 
 
-def test_metadata_that_goes_to_another_process_carries_names_alone(encoder: Instance, pd: Instance, folder) -> None:
+def test_pickled_metadata_carries_only_names(encoder: Instance, pd: Instance, folder: Path) -> None:
     gone, there = encoder.encode("a"), encoder.encode("b")
     metadata = pickle.loads(pickle.dumps(pd.schedule(request_for("a", "b"))))
     assert metadata.loads == (gone, there)

@@ -1,4 +1,4 @@
-"""Halves in different processes: what the scheduler role has said yes to, the worker role finds."""
+"""Halves in different processes: the worker role can load everything that the scheduler role has found."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from chiasm.ec_transfer import ECConnectorMetadata, ECTransferRole
+from chiasm.ec_transfer.shared_storage import SharedStorageConnector
 
 from .instance import Instance, Item, Request, config_for, embedding_of, entry_path, identifier_of
 
@@ -25,7 +26,7 @@ def request_for(*names: str) -> Request:
 
 
 def sent(metadata: ECConnectorMetadata) -> ECConnectorMetadata:
-    """What arrives in another process."""
+    """The metadata as another process receives it."""
     received = pickle.loads(pickle.dumps(metadata))
     assert isinstance(received, ECConnectorMetadata)
     return received
@@ -35,7 +36,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_it_is_loaded_though_it_is_evicted_in_between(encoder: Instance, apart: Instance, folder: Path) -> None:
+def test_a_found_entry_is_loaded_even_if_it_is_evicted_before(encoder: Instance, apart: Instance, folder: Path) -> None:
     identifier = encoder.encode("a")
     metadata = apart.schedule(request_for("a"))
     entry_path(folder, identifier).unlink()
@@ -43,7 +44,9 @@ def test_it_is_loaded_though_it_is_evicted_in_between(encoder: Instance, apart: 
     assert torch.equal(apart.encoder_cache[identifier], embedding_of("a"))
 
 
-def test_it_is_loaded_though_the_whole_folder_is_removed(encoder: Instance, apart: Instance, folder: Path) -> None:
+def test_a_found_entry_is_loaded_even_if_the_folder_is_removed_before(
+    encoder: Instance, apart: Instance, folder: Path
+) -> None:
     identifier = encoder.encode("a")
     metadata = apart.schedule(request_for("a"))
     shutil.rmtree(folder)
@@ -51,7 +54,7 @@ def test_it_is_loaded_though_the_whole_folder_is_removed(encoder: Instance, apar
     assert torch.equal(apart.encoder_cache[identifier], embedding_of("a"))
 
 
-def test_the_copy_is_kept_as_long_as_the_metadata_lives(encoder: Instance, apart: Instance) -> None:
+def test_the_copy_lives_as_long_as_the_metadata(encoder: Instance, apart: Instance) -> None:
     encoder.encode("a")
     before = open_files()
     metadata = apart.schedule(request_for("a"))
@@ -60,7 +63,7 @@ def test_the_copy_is_kept_as_long_as_the_metadata_lives(encoder: Instance, apart
     assert open_files() == before
 
 
-def test_without_the_pin_it_is_found_by_its_name(encoder: Instance, apart: Instance) -> None:
+def test_an_entry_whose_copy_is_gone_is_found_by_its_name(encoder: Instance, apart: Instance) -> None:
     identifier = encoder.encode("a")
     received = sent(apart.schedule(request_for("a")))  # the metadata itself is gone, and with it the open file
     apart.execute(received)
@@ -68,7 +71,7 @@ def test_without_the_pin_it_is_found_by_its_name(encoder: Instance, apart: Insta
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_damage_is_found_before_the_promise(encoder: Instance, apart: Instance, folder: Path, damage: str) -> None:
+def test_damage_is_noticed_by_the_probe(encoder: Instance, apart: Instance, folder: Path, damage: str) -> None:
     path = entry_path(folder, encoder.encode("a"))
     with path.open("r+b") as file:
         if damage == "flip":
@@ -84,7 +87,7 @@ def test_damage_is_found_before_the_promise(encoder: Instance, apart: Instance, 
 
 
 @pytest.mark.parametrize("size_bytes", [0, 5000])
-def test_it_is_loaded_though_its_file_is_cut_off_in_between(
+def test_a_found_entry_is_loaded_even_if_its_file_is_truncated_before(
     encoder: Instance, apart: Instance, folder: Path, size_bytes: int
 ) -> None:
     identifier = encoder.encode("a")
@@ -94,7 +97,9 @@ def test_it_is_loaded_though_its_file_is_cut_off_in_between(
     assert torch.equal(apart.encoder_cache[identifier], embedding_of("a"))
 
 
-def test_cutting_off_a_loaded_file_harms_nobody(encoder: Instance, apart: Instance, folder: Path) -> None:
+def test_truncating_the_file_of_a_loaded_entry_does_not_affect_it(
+    encoder: Instance, apart: Instance, folder: Path
+) -> None:
     identifier = encoder.encode("a")
     loaded = apart.load(identifier)
     os.truncate(entry_path(folder, identifier), 0)
@@ -102,16 +107,20 @@ def test_cutting_off_a_loaded_file_harms_nobody(encoder: Instance, apart: Instan
     assert torch.equal(loaded, embedding_of("a"))
 
 
-def test_what_is_published_says_its_shape_and_promises_nothing(encoder: Instance, apart: Instance) -> None:
+def test_published_returns_the_header_and_makes_no_copy(encoder: Instance, apart: Instance) -> None:
     identifier = identifier_of("a")
-    assert apart.scheduler.published(identifier) is None
+    scheduler = apart.scheduler
+    assert isinstance(scheduler, SharedStorageConnector)
+    assert scheduler.published(identifier) is None
     encoder.encode("a")
     before = open_files()
-    assert apart.scheduler.published(identifier).shape == (4, 64)
+    header = scheduler.published(identifier)
+    assert header is not None
+    assert header.shape == (4, 64)
     assert open_files() == before
 
 
-def test_a_producer_promises_without_a_copy(encoder: Instance, folder: Path) -> None:
+def test_a_producer_verifies_an_entry_without_a_copy(encoder: Instance, folder: Path) -> None:
     producer = Instance(config_for(folder, ECTransferRole.PRODUCER, separate_processes=True))
     identifier = encoder.encode("a")
     before = open_files()
@@ -119,5 +128,5 @@ def test_a_producer_promises_without_a_copy(encoder: Instance, folder: Path) -> 
     assert open_files() == before
     with entry_path(folder, identifier).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
-        file.write(bytes([255 - embedding_of("a").view(torch.uint8).flatten()[-1].item()]))
+        file.write(bytes([255 - int(embedding_of("a").view(torch.uint8).flatten()[-1])]))
     assert not producer.scheduler.has_cache_item(identifier)

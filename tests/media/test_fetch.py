@@ -1,4 +1,4 @@
-"""The guarded way to the bytes behind a URL, against real servers on real sockets."""
+"""URLs are fetched within the limits and only from allowed places; tested with real servers on real sockets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGE = b"\x89PNG bytes of an image"
 
 
 class Names(AbstractResolver):
-    """Answers with what it was told, one list of addresses after the other; the last stays."""
+    """Resolves names to the given lists of addresses, one after the other; the last one is repeated."""
 
     def __init__(self, *answers: list[str]) -> None:
         self._answers = list(answers)
@@ -55,7 +55,7 @@ class Names(AbstractResolver):
 
 
 class Site:
-    """A web server whose routes are what the test makes of them."""
+    """A web server with one route for each kind of response."""
 
     def __init__(self) -> None:
         self.requests: list[web.Request] = []
@@ -173,7 +173,7 @@ async def refused(fetcher: Fetcher, url: str, code: str) -> str:
     return str(caught.value)
 
 
-# data:
+# ---- data: URLs ------------------------------------------------------------------------------------------------------
 
 
 async def test_data_urls_are_decoded(make: Make) -> None:
@@ -183,14 +183,14 @@ async def test_data_urls_are_decoded(make: Make) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, (3 << 18) - 1, 3 << 18, (3 << 18) + 1, 2_000_000])
-def test_data_urls_of_all_sizes_there_and_back(size: int) -> None:
+def test_data_urls_of_all_sizes_are_encoded_and_decoded(size: int) -> None:
     data = os.urandom(size)
     url = encode_data_url("image/png", data)
     assert url == b"data:image/png;base64," + base64.b64encode(data)
     assert decode_data_url(url, size) == data
 
 
-def test_padding_stands_at_the_end_only() -> None:
+def test_padding_is_allowed_only_at_the_end() -> None:
     inside = b"data:;base64," + b"QUJD" * ((1 << 18) - 1) + b"QQ==" + b"QUJD"
     with pytest.raises(MediaError):
         decode_data_url(inside, 10 << 20)
@@ -209,11 +209,11 @@ def test_padding_stands_at_the_end_only() -> None:
         ("data:image/png;base64,é===", "invalid_base64"),
     ],
 )
-async def test_what_is_not_base64_is_refused(make: Make, url: str, code: str) -> None:
+async def test_malformed_data_urls_are_refused(make: Make, url: str, code: str) -> None:
     await refused(make(), url, code)
 
 
-async def test_the_size_of_a_data_url_is_exact(make: Make) -> None:
+async def test_the_size_limit_of_data_urls_is_exact(make: Make) -> None:
     for size in (98, 99, 100):
         assert (
             len(await make(max_media_bytes=100).fetch(f"data:;base64,{base64.b64encode(bytes(size)).decode()}")) == size
@@ -221,7 +221,7 @@ async def test_the_size_of_a_data_url_is_exact(make: Make) -> None:
     await refused(make(max_media_bytes=100), f"data:;base64,{base64.b64encode(bytes(101)).decode()}", "media_too_large")
 
 
-# http:
+# ---- http(s): URLs ---------------------------------------------------------------------------------------------------
 
 
 async def test_an_image_is_fetched(make: Make, site: Site) -> None:
@@ -231,7 +231,7 @@ async def test_an_image_is_fetched(make: Make, site: Site) -> None:
     assert "Cookie" not in headers
 
 
-async def test_a_name_is_resolved_once_and_that_address_is_used(make: Make, site: Site) -> None:
+async def test_a_name_is_resolved_once_and_its_address_is_used(make: Make, site: Site) -> None:
     names = Names(["127.0.0.1"], ["10.0.0.1"])
     assert await make(names).fetch(f"http://images.example:{site.port}/image") == IMAGE
     assert names.asked == ["images.example"]
@@ -282,13 +282,13 @@ async def test_addresses_that_are_not_public_are_refused(make: Make, host: str) 
 @pytest.mark.parametrize(
     "host", ["2130706433", "0x7f000001", "017700000001", "127.1", "0", "0x7f.1", "127.0.0.1.", "①②⑦.⓪.⓪.①"]
 )
-async def test_unusual_notations_of_an_address_lead_nowhere(make: Make, site: Site, host: str) -> None:
+async def test_unusual_notations_of_an_address_are_refused(make: Make, site: Site, host: str) -> None:
     with pytest.raises(MediaError):
         await make(allowed_media_networks=()).fetch(f"http://{host}:{site.port}/image")
     assert not site.requests
 
 
-async def test_a_name_that_leads_to_a_private_address_is_refused(make: Make, site: Site) -> None:
+async def test_a_name_with_a_private_address_is_refused(make: Make, site: Site) -> None:
     url = f"http://images.example:{site.port}/image"
     message = await refused(make(Names(["127.0.0.1"]), allowed_media_networks=()), url, "media_address_not_allowed")
     assert "127.0.0.1" not in message
@@ -296,8 +296,8 @@ async def test_a_name_that_leads_to_a_private_address_is_refused(make: Make, sit
     assert not site.requests
 
 
-async def test_a_name_that_changes_its_address_between_hops_is_refused(make: Make, site: Site) -> None:
-    """Allowed at first, private when asked again: what counts is the address that is connected to."""
+async def test_a_name_whose_address_changes_between_hops_is_refused(make: Make, site: Site) -> None:
+    """The name has an allowed address at first and a private one when it is resolved again."""
     names = Names(["127.0.0.1"], ["127.0.0.2"])
     to = f"http://other.example:{site.port}/image"
     url = f"http://images.example:{site.port}/redirect?to={to}"
@@ -305,7 +305,7 @@ async def test_a_name_that_changes_its_address_between_hops_is_refused(make: Mak
     assert [request.path for request in site.requests] == ["/redirect"]
 
 
-async def test_of_several_addresses_only_public_ones_are_tried(make: Make, site: Site) -> None:
+async def test_only_allowed_addresses_of_a_name_are_tried(make: Make, site: Site) -> None:
     names = Names(["10.0.0.1", "127.0.0.1"])
     fetcher = make(names, allowed_media_networks=("127.0.0.1/32",))
     assert await fetcher.fetch(f"http://images.example:{site.port}/image") == IMAGE
@@ -327,12 +327,12 @@ async def test_redirects_are_followed(make: Make, site: Site, status: int) -> No
         ("http://[bad", "invalid_url"),
     ],
 )
-async def test_a_redirect_leads_nowhere_that_a_url_could_not(make: Make, site: Site, to: str, code: str) -> None:
+async def test_a_redirect_is_checked_like_a_url(make: Make, site: Site, to: str, code: str) -> None:
     message = await refused(make(), f"{site.url}/redirect?to={to}", code)
     assert to not in message
 
 
-async def test_redirects_are_bounded(make: Make, site: Site) -> None:
+async def test_the_number_of_redirects_is_limited(make: Make, site: Site) -> None:
     url = f"{site.url}/redirect?to=/redirect?to=/image"
     assert await make(max_redirects=2).fetch(url.replace("/image", "%2Fimage")) == IMAGE
     loop = f"{site.url}/redirect?to={site.url}/nowhere"
@@ -340,13 +340,13 @@ async def test_redirects_are_bounded(make: Make, site: Site) -> None:
     await refused(make(), f"{site.url}/nowhere", "media_unreachable")
 
 
-async def test_credentials_stay_with_their_host(make: Make, site: Site) -> None:
+async def test_credentials_are_not_sent_to_the_next_host(make: Make, site: Site) -> None:
     await make().fetch(f"http://user:password@127.0.0.1:{site.port}/redirect?to=/image")
     assert "Authorization" in site.requests[0].headers
     assert "Authorization" not in site.requests[1].headers
 
 
-async def test_other_statuses_are_an_error_that_tells_nothing_of_the_body(make: Make, site: Site) -> None:
+async def test_the_error_for_another_status_reveals_nothing_of_the_body_or_query(make: Make, site: Site) -> None:
     message = await refused(make(), f"{site.url}/missing?token=abc", "media_unreachable")
     assert "404" in message
     assert "secret" not in message
@@ -354,7 +354,7 @@ async def test_other_statuses_are_an_error_that_tells_nothing_of_the_body(make: 
     assert "500" in await refused(make(), f"{site.url}/broken", "media_unreachable")
 
 
-async def test_nobody_there(make: Make, site: Site) -> None:
+async def test_an_unreachable_host_is_an_error(make: Make, site: Site) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         await refused(make(), f"http://127.0.0.1:{free.getsockname()[1]}/", "media_unreachable")
@@ -362,22 +362,22 @@ async def test_nobody_there(make: Make, site: Site) -> None:
 
 
 @pytest.mark.parametrize("path", ["slow", "trickle"])
-async def test_slow_answers_end_with_the_timeout(make: Make, site: Site, path: str) -> None:
+async def test_a_slow_response_ends_with_the_timeout(make: Make, site: Site, path: str) -> None:
     await refused(make(fetch_timeout_seconds=0.2), f"{site.url}/{path}", "media_timeout")
 
 
-async def test_waiting_for_a_turn_ends_with_the_timeout_too(make: Make, site: Site) -> None:
+async def test_waiting_for_other_fetches_ends_with_the_timeout(make: Make, site: Site) -> None:
     fetcher = make(fetch_timeout_seconds=1, max_concurrent_fetches=1)
     await asyncio.gather(*(refused(fetcher, f"{site.url}/slow", "media_timeout") for _ in range(3)))
     assert await fetcher.fetch(f"{site.url}/image") == IMAGE
 
 
-async def test_endless_answers_end_at_the_limit(make: Make, site: Site) -> None:
+async def test_an_endless_response_ends_at_the_size_limit(make: Make, site: Site) -> None:
     await refused(make(max_media_bytes=100_000), f"{site.url}/endless", "media_too_large")
     await asyncio.wait_for(site.ended.wait(), 5)
 
 
-async def test_a_length_that_is_too_large_ends_it_before_the_body(make: Make, site: Site) -> None:
+async def test_a_content_length_above_the_limit_ends_the_fetch_before_the_body(make: Make, site: Site) -> None:
     assert len(await make(max_media_bytes=5000).fetch(f"{site.url}/large")) == 5000
     await refused(make(max_media_bytes=4999), f"{site.url}/large", "media_too_large")
 
@@ -386,16 +386,18 @@ async def test_compressed_content_is_refused(make: Make, site: Site) -> None:
     await refused(make(), f"{site.url}/compressed", "media_unreachable")
 
 
-async def test_an_answer_that_breaks_off_is_an_error(make: Make, site: Site) -> None:
+async def test_a_truncated_response_is_an_error(make: Make, site: Site) -> None:
     await refused(make(), f"{site.url}/cut", "media_unreachable")
 
 
-async def test_proxies_of_the_environment_are_not_used(make: Make, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_proxies_from_the_environment_are_not_used(
+    make: Make, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert await make().fetch(f"{site.url}/image") == IMAGE
 
 
-async def test_only_allowed_domains(make: Make, site: Site) -> None:
+async def test_only_allowed_domains_are_contacted(make: Make, site: Site) -> None:
     fetcher = make(Names(["127.0.0.1"]), allowed_media_domains=("Images.example",))
     assert await fetcher.fetch(f"http://images.EXAMPLE:{site.port}/image") == IMAGE
     for url in (
@@ -422,21 +424,21 @@ async def test_only_allowed_domains(make: Make, site: Site) -> None:
         "http://a:b:c/",
     ],
 )
-async def test_other_urls_are_refused(make: Make, url: str) -> None:
+async def test_malformed_urls_and_other_schemes_are_refused(make: Make, url: str) -> None:
     await refused(make(), url, "invalid_url")
 
 
-# file:
+# ---- file: URLs ------------------------------------------------------------------------------------------------------
 
 
-async def test_files_are_refused_unless_a_folder_is_allowed(make: Make, tmp_path: Path) -> None:
+async def test_file_urls_are_refused_unless_a_folder_is_allowed(make: Make, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(IMAGE)
     await refused(make(), f"file://{tmp_path}/a.png", "media_path_not_allowed")
     assert await make(allowed_local_media_path=tmp_path).fetch(f"file://{tmp_path}/a.png") == IMAGE
     assert await make(allowed_local_media_path=tmp_path).fetch(f"file://localhost{tmp_path}/%61.png") == IMAGE
 
 
-async def test_files_outside_of_the_folder_are_refused(make: Make, tmp_path: Path) -> None:
+async def test_files_outside_the_folder_are_refused(make: Make, tmp_path: Path) -> None:
     folder = tmp_path / "allowed"
     (folder / "deep").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(IMAGE)
@@ -469,7 +471,7 @@ async def test_a_link_within_the_folder_is_followed(make: Make, tmp_path: Path) 
     assert await make(allowed_local_media_path=tmp_path).fetch(f"file://{tmp_path}/b.png") == IMAGE
 
 
-async def test_a_pipe_is_no_file_and_holds_nothing_up(make: Make, tmp_path: Path) -> None:
+async def test_a_pipe_is_refused_without_waiting(make: Make, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     await refused(make(allowed_local_media_path=tmp_path), f"file://{tmp_path}/pipe", "media_unreachable")
 
@@ -480,10 +482,10 @@ async def test_large_files_are_refused(make: Make, tmp_path: Path) -> None:
     await refused(fetcher, f"file://{tmp_path}/a.png", "media_too_large")
 
 
-# Configuration
+# ---- configuration ---------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_work_is_refused_at_start(tmp_path: Path) -> None:
+def test_an_invalid_configuration_is_refused(tmp_path: Path) -> None:
     bad: list[dict[str, Any]] = [
         {"allowed_local_media_path": tmp_path / "none"},
         {"allowed_media_networks": ("localhost",)},
@@ -503,7 +505,7 @@ def test_public_addresses_are_permitted(address: str) -> None:
     assert AddressGuard().permits(address)
 
 
-def test_an_allowed_network_allows_no_other() -> None:
+def test_only_addresses_in_the_allowed_networks_are_permitted() -> None:
     guard = AddressGuard(("10.0.0.0/8", "fd00::/8"))
     assert [guard.permits(one) for one in ("10.9.9.9", "fd00::1", "11.0.0.1", "192.168.0.1", "fc00::1", "x")] == [
         True,

@@ -1,4 +1,4 @@
-"""What is read of an image's header, and what its pixels become."""
+"""An image's name, what its header says, and its decoded pixels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from chiasm.ec_transfer import check_identifier
 from chiasm.errors import MediaError
-from chiasm.media import MediaConfig, decode, inspect
+from chiasm.media import MediaConfig, decode, identifier, inspect
 
 LOSSLESS = ["PNG", "GIF", "BMP"]
 WITH_EXIF = ["PNG", "JPEG", "WEBP"]
@@ -31,7 +32,7 @@ def pixels(image: Image.Image) -> list[Any]:
 
 
 def png(width: int, height: int, bits: int = 8, colour_type: int = 2, data: bytes = b"", extra: bytes = b"") -> bytes:
-    """A PNG put together by hand, so that its header can claim anything."""
+    """A PNG that is assembled by hand, so that its header can claim anything."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
@@ -39,6 +40,42 @@ def png(width: int, height: int, bits: int = 8, colour_type: int = 2, data: byte
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+PRINT = "f" * 64
+
+
+def test_a_name_is_a_valid_identifier() -> None:
+    name = identifier(b"image", fingerprint=PRINT)
+    assert check_identifier(name) == name
+    assert name == identifier(b"image", fingerprint=PRINT, salt="")
+
+
+def test_media_model_and_tenant_each_change_the_name() -> None:
+    names = {
+        identifier(b"image", fingerprint=PRINT),
+        identifier(b"another", fingerprint=PRINT),
+        identifier(b"image", fingerprint="e" * 64),
+        identifier(b"image", fingerprint=PRINT, salt="tenant"),
+    }
+    assert len(names) == 4
+
+
+@settings(deadline=None)
+@given(st.binary(), st.text(), st.text(), st.binary(), st.text(), st.text())
+def test_different_triples_have_different_names(m1: bytes, f1: str, s1: str, m2: bytes, f2: str, s2: str) -> None:
+    one, other = identifier(m1, fingerprint=f1, salt=s1), identifier(m2, fingerprint=f2, salt=s2)
+    assert (one == other) == ((m1, f1, s1) == (m2, f2, s2))
+
+
+def test_moving_bytes_from_one_field_to_the_next_changes_the_name() -> None:
+    assert identifier(b"c", fingerprint="b", salt="a") != identifier(b"bc", fingerprint="", salt="a")
+    assert identifier(b"c", fingerprint="ab") != identifier(b"c", fingerprint="b", salt="a")
+
+
+# ---- headers and pixels ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
@@ -51,7 +88,7 @@ def test_size_and_format_come_from_the_header(format: str) -> None:
     assert decode(data).size == (30, 20)
 
 
-def test_the_header_is_enough() -> None:
+def test_inspect_needs_only_the_header() -> None:
     whole = encode(Image.effect_noise((300, 200), 50).convert("RGB"))
     assert inspect(whole[:200]) == (200, 300, "png")
 
@@ -63,7 +100,7 @@ def test_a_single_pixel_is_an_image() -> None:
 
 
 @pytest.mark.parametrize("format", LOSSLESS)
-def test_pixels_are_kept(format: str) -> None:
+def test_lossless_formats_keep_their_pixels(format: str) -> None:
     image = Image.new("RGB", (2, 1), "red")
     image.putpixel((1, 0), (0, 0, 255))
     assert pixels(decode(encode(image, format))) == [(255, 0, 0), (0, 0, 255)]
@@ -71,7 +108,7 @@ def test_pixels_are_kept(format: str) -> None:
 
 @pytest.mark.parametrize("format", WITH_EXIF)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_honoured_in_size_and_pixels(format: str, orientation: int) -> None:
+def test_exif_rotation_applies_to_size_and_pixels(format: str, orientation: int) -> None:
     image = Image.new("RGB", (32, 16), "white")
     image.paste((255, 0, 0), (0, 0, 16, 8))  # red in the upper left
     exif = Image.Exif()
@@ -89,7 +126,7 @@ def test_exif_rotation_is_honoured_in_size_and_pixels(format: str, orientation: 
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_a_rotation_that_does_not_exist_is_none(orientation: int) -> None:
+def test_an_invalid_exif_rotation_is_ignored(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert inspect(encode(Image.new("RGB", (3, 2)), exif=exif)) == (2, 3, "png")
@@ -102,7 +139,7 @@ def test_broken_exif_is_ignored() -> None:
     assert decode(data).size == (3, 2)
 
 
-def test_exif_behind_the_pixels_counts_for_neither_size_nor_pixels() -> None:
+def test_exif_after_the_pixels_is_ignored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     whole = encode(Image.new("RGB", (3, 2)))
@@ -111,7 +148,7 @@ def test_exif_behind_the_pixels_counts_for_neither_size_nor_pixels() -> None:
     assert decode(late).size == (3, 2)
 
 
-def test_of_an_animation_the_first_frame_counts() -> None:
+def test_the_first_frame_of_an_animation_is_taken() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for format, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
         data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
@@ -150,21 +187,21 @@ def test_transparent_parts_are_white() -> None:
     assert decode(encode(Image.new("RGB", (2, 2), "red"), transparency=(255, 0, 0))).getpixel((0, 0)) == (255,) * 3
 
 
-def test_a_file_of_several_images_as_phones_make_them_is_read_as_jpeg() -> None:
+def test_an_mpo_file_of_a_phone_is_read_as_jpeg() -> None:
     frames = [Image.new("RGB", (16, 8), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert inspect(data) == (8, 16, "jpeg")
     assert decode(data).getpixel((4, 4))[0] > 200  # type: ignore[index]
 
 
-def test_a_bomb_is_refused_by_its_header() -> None:
+def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     for read in (inspect, decode):
         with pytest.raises(MediaError, match="20000 x 20000") as caught:
             read(png(20_000, 20_000))
         assert caught.value.code == "image_too_large"
 
 
-def test_the_bound_on_pixels_is_exact() -> None:
+def test_the_limit_on_pixels_is_exact() -> None:
     data = encode(Image.new("RGB", (10, 10)))
     assert inspect(data, MediaConfig(max_image_pixels=100)).pixels == 100
     with pytest.raises(MediaError):
@@ -188,7 +225,7 @@ def test_the_bound_on_pixels_is_exact() -> None:
         b"BM",
     ],
 )
-def test_what_is_not_an_image_is_refused(data: bytes) -> None:
+def test_data_that_is_not_an_image_is_refused(data: bytes) -> None:
     for read in (inspect, decode):
         with pytest.raises(MediaError) as caught:
             read(data)
@@ -196,7 +233,7 @@ def test_what_is_not_an_image_is_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_pixels_that_are_cut_off_are_an_error(format: str) -> None:
+def test_truncated_pixels_are_an_error(format: str) -> None:
     data = encode(Image.effect_noise((200, 200), 80).convert("RGB"), format)
     with pytest.raises(MediaError):
         decode(data[: len(data) // 2])

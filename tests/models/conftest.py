@@ -1,4 +1,4 @@
-"""One synthetic checkpoint of each family, loaded in parts and, as the reference, whole."""
+"""One synthetic checkpoint of each family, loaded in parts, and as a whole for reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Loaded:
-    """A checkpoint's parts, each loaded when it is first used."""
+    """The parts of a checkpoint, each loaded when it is first used."""
 
     family: str
     folder: Path
@@ -79,7 +79,7 @@ class Loaded:
 
 @pytest.fixture(autouse=True, scope="package")
 def _torch() -> Iterator[None]:
-    """The engine's attention, and one thread: models this small lose time to every thread that waits."""
+    """Registers the engine's attention, and uses one thread, since more only slow down models this small."""
     register_paged_attention()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -89,7 +89,7 @@ def _torch() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
-    """A checkpoint by family, the same for the whole session."""
+    """Returns the checkpoint of a family, the same one for the whole session."""
     loaded: dict[str, Loaded] = {}
 
     def get(family: str) -> Loaded:
@@ -108,7 +108,7 @@ def loaded(request: pytest.FixtureRequest, checkpoint: Callable[[str], Loaded]) 
 
 @pytest.fixture
 def edited(checkpoint: Callable[[str], Loaded], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a checkpoint with values of one of its JSON files replaced."""
+    """Copies a checkpoint and replaces values in one of its JSON files."""
 
     def edit(family: str = "qwen3_vl", file: str = "config.json", **values: object) -> Path:
         folder = tmp_path / f"{family}-edited"

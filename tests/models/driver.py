@@ -1,4 +1,4 @@
-"""The least that runs a language model over a paged cache: chunked prefill and decode, several requests in a step."""
+"""Runs a language model over a paged cache: chunked prefill and decode, with several requests in a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Request:
     entries: Sequence[Tensor]
     positions: Positions
     slots: Tensor
-    """The cache's slot of each token, in blocks that lie anywhere."""
+    """The slot of each token in the cache; the blocks are not contiguous."""
     computed: int = 0
     generated: list[int] = field(default_factory=list)
 
@@ -31,7 +31,7 @@ class Request:
 
 
 class Driver:
-    """Greedy decoding, one call of ``step`` for each step."""
+    """Decodes greedily."""
 
     def __init__(self, language: LanguageModel, *, num_blocks: int = 256) -> None:
         self._language = language
@@ -45,7 +45,7 @@ class Driver:
         return Request(prompt, entries, self._language.positions(prompt), slots)
 
     def step(self, requests: Sequence[Request], chunk: int) -> None:
-        """One token for each decoding request, and at most ``chunk`` rows for each that prefills."""
+        """Compute one token for each request that decodes, and at most ``chunk`` rows for each that prefills."""
         decodes = [request for request in requests if request.is_decoding]
         prefills = [request for request in requests if not request.is_decoding]
         tokens: list[int] = []

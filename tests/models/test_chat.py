@@ -1,4 +1,4 @@
-"""Messages become token ids with one item in the place of each image."""
+"""Messages become token ids with one item at the place of each image."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_text_alone_has_no_items(qwen: Processor) -> None:
 
 @pytest.mark.parametrize("content", ["Hello there", [_text("Hello there")]], ids=["string", "parts"])
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_content_is_written_in_whatever_form_it_comes(loaded: Loaded, role: str, content: object) -> None:
+def test_content_is_accepted_as_string_and_as_parts(loaded: Loaded, role: str, content: object) -> None:
     messages: list[Message] = [{"role": "user", "content": "first"}, {"role": "user", "content": "last"}]
     messages.insert({"system": 0, "user": 1, "assistant": 1}[role], {"role": role, "content": content})
     text = _decode(loaded.processor, loaded.processor.build_chat(messages, []).token_ids)
@@ -86,7 +86,7 @@ def test_content_is_written_in_whatever_form_it_comes(loaded: Loaded, role: str,
     assert "type" not in text
 
 
-def test_a_template_of_strings_gets_strings_and_placeholders(templated: Callable[..., Processor]) -> None:
+def test_a_template_that_expects_strings_gets_strings_with_placeholders(templated: Callable[..., Processor]) -> None:
     processor = templated(STRING_TEMPLATE)
     geometry = processor.geometry_of_size(32, 32)
     messages: list[Message] = [{"role": "system", "content": [_text("Be brief.")]}, *_user(IMAGE, _text("What?"))]
@@ -96,7 +96,7 @@ def test_a_template_of_strings_gets_strings_and_placeholders(templated: Callable
     assert _decode(processor, after) == "\nWhat?\n[assistant] "
 
 
-def test_each_role_gets_the_form_that_the_template_takes_for_it(templated: Callable[..., Processor]) -> None:
+def test_each_role_gets_the_form_that_the_template_expects_for_it(templated: Callable[..., Processor]) -> None:
     processor = templated(
         "{% for message in messages %}{{ message.role }}: {% if message.role == 'user' %}{% for part in message.content %}"
         "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
@@ -157,23 +157,23 @@ def test_the_beginning_of_text_is_written_once_by_tokenizer_or_template(
     ],
     ids=["string", "part", "in halves", "role", "tool call"],
 )
-def test_text_that_holds_the_placeholder_is_refused(qwen: Processor, messages: list[Message]) -> None:
-    with pytest.raises(InvalidRequestError, match=r"Text may not hold <\|image_pad\|>"):
+def test_text_that_contains_the_placeholder_is_refused(qwen: Processor, messages: list[Message]) -> None:
+    with pytest.raises(InvalidRequestError, match=r"Text must not contain <\|image_pad\|>"):
         qwen.build_chat(messages, [])
 
 
 def test_a_placeholder_in_text_cannot_take_an_images_place(qwen: Processor) -> None:
-    with pytest.raises(InvalidRequestError, match="Text may not hold"):
+    with pytest.raises(InvalidRequestError, match="Text must not contain"):
         qwen.build_chat([{"role": "user", "content": "<|image_pad|>"}], [("a", qwen.geometry_of_size(32, 32))])
 
 
-def test_a_plain_prompt_may_not_hold_the_placeholder(loaded: Loaded) -> None:
+def test_a_plain_prompt_must_not_contain_the_placeholder(loaded: Loaded) -> None:
     geometry = loaded.processor.geometry_of_size(32, 32)
-    placeholder = loaded.processor.tokenizer.id_to_token(geometry.token_ids[geometry.rows[0]])
+    placeholder_id = geometry.token_ids[geometry.rows[0]]
+    placeholder = loaded.processor.tokenizer.id_to_token(placeholder_id)
     with pytest.raises(InvalidRequestError, match="stands for an image"):
         loaded.processor.build_text(f"a {placeholder} b")
     assert loaded.processor.build_text("a b").items == []
-    placeholder_id = loaded.processor.tokenizer.token_to_id(placeholder)
     with pytest.raises(InvalidRequestError, match="chat/completions"):
         loaded.processor.build_tokens([1, placeholder_id])
     with pytest.raises(InvalidRequestError, match="between 0 and"):
@@ -182,7 +182,7 @@ def test_a_plain_prompt_may_not_hold_the_placeholder(loaded: Loaded) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_the_number_of_items_must_be_that_of_the_places(qwen: Processor, count: int) -> None:
+def test_there_must_be_one_item_for_each_place(qwen: Processor, count: int) -> None:
     items = [("a", qwen.geometry_of_size(32, 32))] * count
     with pytest.raises(InvalidRequestError, match=f"1 places for images, but there are {count} images"):
         qwen.build_chat(_user(IMAGE), items)
@@ -201,18 +201,20 @@ def test_the_number_of_items_must_be_that_of_the_places(qwen: Processor, count: 
     ],
     ids=str,
 )
-def test_messages_that_are_no_messages_are_refused(loaded: Loaded, messages: list[Any]) -> None:
+def test_malformed_messages_are_refused(loaded: Loaded, messages: list[Any]) -> None:
     with pytest.raises(InvalidRequestError):
         loaded.processor.build_chat(messages, [])
 
 
-def test_a_template_that_refuses_is_the_requests_fault(templated: Callable[..., Processor]) -> None:
+def test_an_error_of_the_template_is_an_invalid_request(templated: Callable[..., Processor]) -> None:
     processor = templated("{{ raise_exception('roles must alternate') if messages | length > 1 }}x")
     with pytest.raises(InvalidRequestError, match="roles must alternate"):
         processor.build_chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], [])
 
 
-def test_template_variables_reach_the_template_but_not_its_machinery(templated: Callable[..., Processor]) -> None:
+def test_template_kwargs_reach_the_template_but_must_not_set_reserved_arguments(
+    templated: Callable[..., Processor],
+) -> None:
     processor = templated("{{ tone }} {{ tools }} {% for m in messages %}{{ m.content }}{% endfor %}")
     user: list[Message] = [{"role": "user", "content": "hi"}]
     prompt = processor.build_chat(user, [], template_kwargs={"tone": "kind", "tools": [{"name": "f"}]})
@@ -231,7 +233,7 @@ def test_a_final_message_can_be_continued(qwen: Processor) -> None:
     assert _decode(qwen, prompt.token_ids).endswith("assistant\nOne, two,")
 
 
-def test_processors_are_safe_to_share_between_threads(loaded: Loaded) -> None:
+def test_a_processor_can_be_shared_between_threads(loaded: Loaded) -> None:
     def build(index: int) -> tuple[list[int], torch.Tensor]:
         pixels = loaded.processor.preprocess(sample_image(index % 4))
         return loaded.prompt([pixels], text=f"number {index % 4}").token_ids, pixels.inputs["pixel_values"]
@@ -243,7 +245,7 @@ def test_processors_are_safe_to_share_between_threads(loaded: Loaded) -> None:
             assert torch.equal(pixel_values, expected[index % 4][1])
 
 
-def test_answers_end_at_every_token_that_the_checkpoint_names(edited: Callable[..., Path]) -> None:
+def test_every_eos_token_that_the_checkpoint_names_ends_an_answer(edited: Callable[..., Path]) -> None:
     folder = edited(file="generation_config.json", eos_token_id=[3, 4])
     edited(eos_token_id=5)
     text_config = json.loads((folder / "config.json").read_text())["text_config"]
@@ -268,13 +270,13 @@ def test_sampling_defaults_are_those_of_the_checkpoint(
     assert load_processor(folder).default_sampling == (values if sampling is None else sampling)
 
 
-def test_sizes_are_the_language_models(loaded: Loaded) -> None:
+def test_vocabulary_and_context_are_those_of_the_language_model(loaded: Loaded) -> None:
     assert loaded.processor.vocab_size == loaded.language.vocab_size
     assert loaded.processor.max_model_len == 4096
 
 
-def test_placeholders_are_those_of_the_families_own_processors(checkpoint: Callable[[str], Loaded]) -> None:
-    """Against transformers' processors, without the video processors that most of them want."""
+def test_placeholders_equal_those_of_the_families_own_processors(checkpoint: Callable[[str], Loaded]) -> None:
+    """Compared with the processors of transformers, without the video processors that most of them need."""
     from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
     from transformers.models.internvl.processing_internvl import InternVLProcessor
     from transformers.models.llava.processing_llava import LlavaProcessor

@@ -1,4 +1,4 @@
-"""What the parts compute together equals what transformers computes with the whole model."""
+"""The two parts together compute what transformers computes with the whole model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_greedy_tokens_equal_the_whole_models_for_every_chunk_size(
     ],
     ids=["mistral, windows", "qwen2, windows in some layers", "qwen2, dynamic rope", "qwen3", "qwen3_moe"],
 )
-def test_other_decoders_answer_as_the_whole_model_does(
+def test_other_decoders_give_the_same_tokens_as_the_whole_model(
     tmp_path: Path, family: str, text_config: dict[str, object]
 ) -> None:
     loaded = Loaded(family, synthetic.make(family, tmp_path, text_config=text_config))
@@ -64,7 +64,7 @@ def test_other_decoders_answer_as_the_whole_model_does(
         assert driver.generate(prompt, entries, chunk=chunk, max_tokens=MAX_TOKENS) == expected, f"chunk {chunk}"
 
 
-def test_requests_that_decode_and_prefill_in_one_step_get_their_own_answers(loaded: Loaded) -> None:
+def test_requests_that_decode_and_prefill_in_the_same_step_do_not_mix(loaded: Loaded) -> None:
     driver = Driver(loaded.language)
     requests, expected = [], []
     for images in IMAGES.values():
@@ -91,7 +91,7 @@ def test_answers_depend_on_the_images_and_their_order(loaded: Loaded) -> None:
     assert len(set(answers)) == len(answers)
 
 
-def test_bfloat16_follows_the_whole_model_in_bfloat16(loaded: Loaded) -> None:
+def test_bfloat16_entries_equal_those_of_the_whole_model_in_bfloat16(loaded: Loaded) -> None:
     from transformers import AutoModelForImageTextToText
 
     from chiasm.models import load_language, load_vision

@@ -1,4 +1,4 @@
-"""Sizes alone say what the prompt needs, and say the same as the pixels."""
+"""The geometry of an image follows from its size alone, and is the same as that of its pixels."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SIDES = st.integers(1, 200)
 
 @pytest.fixture(scope="module", params=synthetic.FAMILIES)
 def tiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """Checkpoints with up to 16 tiles an image."""
+    """Checkpoints with up to 16 tiles per image."""
     return Loaded(request.param, synthetic.make(request.param, tmp_path_factory.mktemp("tiled"), size=SIZE))
 
 
 def _rows(family: str, pixels: Pixels) -> int:
-    """How many embedding rows the vision model makes of the pixels, from their shape."""
+    """The number of rows that the vision model makes of the pixels, from their shape."""
     if "image_grid_thw" in pixels.inputs:
         return int(pixels.inputs["image_grid_thw"].prod()) // 4
     tiles = pixels.inputs["pixel_values"].shape[-4]
@@ -58,7 +58,7 @@ def test_the_geometry_of_a_size_is_that_of_the_pixels(tiled: Loaded, height: int
 
 @given(height=st.integers(1, 20_000), width=st.integers(1, 20_000))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_metadata_that_an_encoder_answers_is_taken_for_any_size(tiled: Loaded, height: int, width: int) -> None:
+def test_metadata_that_an_encoder_answers_is_accepted_for_any_size(tiled: Loaded, height: int, width: int) -> None:
     processor = tiled.processor
     try:
         geometry = processor.geometry_of_size(height, width)
@@ -101,7 +101,7 @@ HOSTILE: list[object] = [
 
 
 @pytest.mark.parametrize("metadata", HOSTILE, ids=repr)
-def test_metadata_that_is_no_metadata_is_refused(loaded: Loaded, metadata: Metadata) -> None:
+def test_malformed_metadata_is_refused(loaded: Loaded, metadata: Metadata) -> None:
     with pytest.raises(InvalidRequestError):
         loaded.processor.geometry_of_metadata(metadata)
 
@@ -125,17 +125,17 @@ def test_metadata_that_is_no_metadata_is_refused(loaded: Loaded, metadata: Metad
     ],
     ids=repr,
 )
-def test_grids_that_no_image_has_are_refused(checkpoint: Callable[[str], Loaded], grid: list[int]) -> None:
+def test_grids_that_no_image_can_have_are_refused(checkpoint: Callable[[str], Loaded], grid: list[int]) -> None:
     with pytest.raises(InvalidRequestError):
         checkpoint("qwen3_vl").processor.geometry_of_metadata({"image_grid_thw": grid})
 
 
-def test_only_the_qwen_family_takes_grids(checkpoint: Callable[[str], Loaded]) -> None:
+def test_only_the_qwen_family_accepts_grids(checkpoint: Callable[[str], Loaded]) -> None:
     with pytest.raises(InvalidRequestError, match="image_size"):
         checkpoint("smolvlm").processor.geometry_of_metadata({"image_grid_thw": [1, 8, 8]})
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
-def test_images_of_every_mode_are_taken(loaded: Loaded, mode: str) -> None:
+def test_images_of_every_mode_are_accepted(loaded: Loaded, mode: str) -> None:
     pixels = loaded.processor.preprocess(Image.new(mode, (20, 30)))
     assert pixels.geometry == loaded.processor.geometry_of_size(30, 20)

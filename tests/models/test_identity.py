@@ -1,4 +1,4 @@
-"""A fingerprint changes with all that changes an embedding, and with nothing else; a model's name leads to its folder."""
+"""A fingerprint changes with everything that changes an embedding, and nothing else; a model's name leads to its folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_copy_has_the_same_fingerprint(checkpoint: Callable[[str], Loaded], fo
     assert set(original) <= set("0123456789abcdef")
 
 
-def test_the_dtype_is_part_of_it(folder: Path) -> None:
+def test_another_dtype_gives_another_fingerprint(folder: Path) -> None:
     assert fingerprint(folder, "bfloat16") != fingerprint(folder, "float32")
 
 
@@ -36,7 +36,7 @@ def test_the_dtype_is_part_of_it(folder: Path) -> None:
     "name",
     ["model.visual.merger.norm.bias", "model.visual.pos_embed.weight", "model.language_model.embed_tokens.weight"],
 )
-def test_other_weights_give_another(folder: Path, name: str) -> None:
+def test_other_weights_give_another_fingerprint(folder: Path, name: str) -> None:
     before = fingerprint(folder, "bfloat16")
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = tensors[name] * 1.01
@@ -45,7 +45,7 @@ def test_other_weights_give_another(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "processor_config.json"])
-def test_other_settings_give_another(folder: Path, file: str) -> None:
+def test_other_settings_give_another_fingerprint(folder: Path, file: str) -> None:
     before = fingerprint(folder, "bfloat16")
     with (folder / file).open("a") as stream:
         stream.write(" \n")
@@ -53,7 +53,7 @@ def test_other_settings_give_another(folder: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json", "tokenizer.json"])
-def test_what_only_concerns_text_leaves_it(folder: Path, file: str) -> None:
+def test_files_that_concern_only_text_do_not_change_the_fingerprint(folder: Path, file: str) -> None:
     before = fingerprint(folder, "bfloat16")
     (folder / file).write_text("{}")
     assert fingerprint(folder, "bfloat16") == before
@@ -67,7 +67,7 @@ def test_damaged_weights_are_a_configuration_error(folder: Path, size: int) -> N
         fingerprint(folder, "bfloat16")
 
 
-def test_it_needs_no_torch(folder: Path) -> None:
+def test_a_fingerprint_does_not_load_torch(folder: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from chiasm.models import fingerprint; import chiasm.models.base;"
         "print(fingerprint(Path(sys.argv[1]), 'bfloat16'), 'torch' in sys.modules, 'transformers' in sys.modules)"
@@ -76,17 +76,19 @@ def test_it_needs_no_torch(folder: Path) -> None:
     assert output.stdout.split() == [fingerprint(folder, "bfloat16"), "False", "False"]
 
 
-def test_a_folder_is_its_own_name(folder: Path) -> None:
+def test_the_path_of_a_checkpoint_folder_names_a_model(folder: Path) -> None:
     assert resolve_folder(str(folder)) == folder
 
 
 @pytest.mark.parametrize("model", ["", "no-such-model", "./missing/folder", "/missing/folder/", "a/b/c", "~/../x y/z"])
-def test_a_name_of_nothing_says_what_to_give(model: str) -> None:
+def test_a_name_of_no_model_is_a_configuration_error(model: str) -> None:
     with pytest.raises(ConfigurationError, match="There is no model"):
         resolve_folder(model)
 
 
-def test_a_hub_name_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_model_that_cannot_be_downloaded_is_a_configuration_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigurationError, match="give the path of its folder"):

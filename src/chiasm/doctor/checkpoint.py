@@ -36,7 +36,7 @@ def locate(model: str) -> Path | None:
 
     Raises ConfigurationError for what is no model.
     """
-    from chiasm.models.folder import resolve_folder
+    from chiasm.models import resolve_folder
 
     if not _is_hub_name(model):
         return resolve_folder(model)

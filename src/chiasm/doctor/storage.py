@@ -10,14 +10,13 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from chiasm.doctor.base import Check, Finding, size
-from chiasm.ec_transfer.mounts import file_system_of
+from chiasm.ec_transfer.folder_check import file_system_of
 
 _FOLDER = Check("storage folder")
 _SPACE = Check("storage space")
 
 _MEMORY = frozenset({"tmpfs", "ramfs"})
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "lustre", "ceph", "glusterfs", "beegfs", "gpfs", "9p", "virtiofs"})
-_MOUNT_TABLE = Path("/proc/self/mountinfo")
 _STORE_ID = "store-id"
 _STORE_ID_CHARACTERS = 32
 _UNWRITABLE_WHY = "encoders cannot publish embeddings there, and every request with an image fails."
@@ -100,18 +99,9 @@ def room(path: Path, max_bytes: int, image_bytes: int | None) -> Iterator[Findin
         yield _SPACE.ok(f"{bound}{of_one}")
 
 
-def kind_of(path: Path) -> str:
-    """The type of the file system at ``path``, which exists; empty where this system doesn't tell."""
-    try:
-        mounts = _MOUNT_TABLE.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return ""
-    return file_system_of(str(path.resolve()), mounts)
-
-
 def is_memory(path: Path) -> bool:
     """Whether what lies at ``path`` takes memory."""
-    return kind_of(_existing(path)) in _MEMORY
+    return file_system_of(_existing(path)) in _MEMORY
 
 
 def _usable(path: Path) -> Iterator[Finding]:
@@ -147,7 +137,7 @@ def _usable(path: Path) -> Iterator[Finding]:
 
 
 def _kind(path: Path) -> str:
-    kind = kind_of(path)
+    kind = file_system_of(path)
     if not kind:
         return "file system not known"
     if kind in _MEMORY:

@@ -1,7 +1,13 @@
-"""The EC plane: connectors that move encoder output between instances."""
+"""Connectors that move embeddings from the encoders that make them to the instances that read them (EC: encoder cache).
+
+``base`` holds the interface and the factory that makes a connector by its name. ``shared_storage`` is the reference
+implementation: ``folder_check`` says whether a folder can be used, ``bounded_folder`` adds and removes its files, and
+``entry_file`` defines what is in a file. Importing this package loads no connector and no torch.
+"""
 
 from chiasm.ec_transfer.base import (
     ECConnector,
+    ECConnectorFactory,
     ECConnectorMetadata,
     ECConnectorRole,
     ECConnectorStats,
@@ -9,9 +15,8 @@ from chiasm.ec_transfer.base import (
     ECTransferRole,
     ItemLike,
     RequestLike,
+    check_identifier,
 )
-from chiasm.ec_transfer.factory import ECConnectorFactory
-from chiasm.ec_transfer.identifiers import check_identifier
 
 __all__ = [
     "ECConnector",

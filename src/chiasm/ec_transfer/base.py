@@ -1,36 +1,45 @@
-"""The EC connector: what moves encoder output from the instances that make it to those that read it.
+"""The EC connector: moves encoder output from the instances that make it to the instances that read it.
 
-An *item* is one image of a request, an *identifier* the 64 lower-case hex digits that name its embedding, an *entry* the
-embedding itself: one contiguous tensor ``[tokens, levels * hidden]`` in the model's dtype, where the first ``hidden``
-columns are the embedding that replaces the placeholders and the others are the DeepStack levels side by side.
+An *item* is one image of a request. An *identifier*, 64 lower-case hex digits, names its embedding. An *entry* is the
+embedding itself: one contiguous tensor ``[tokens, levels * hidden]`` in the model's dtype, where the first ``hidden`` columns
+replace the embeddings of the placeholders and the others are the DeepStack levels.
 
-A connector has two halves, and an instance makes one of each. The *scheduler role* runs where requests are scheduled:
-it checks existence and decides what to load. The *worker role* runs where tensors are: it makes entries usable, and
-publishes them. The only thing that passes from the first to the second is the metadata of one step. Names and order of
-calls are those of vLLM's ``ECConnectorBase``, so that one connector serves both engines::
+A connector has two halves, and an instance makes one of each. The half with the *scheduler role* runs where requests are
+scheduled: it checks which entries exist and notes which to load. The half with the *worker role* runs where tensors are: it
+loads entries and publishes them. The metadata of a step is all that passes from the first to the second::
 
     scheduler role                                worker role
     --------------------------------------------  -----------------------------------------
-    has_cache_item / ensure_cache_available
+    ensure_cache_available     (on admission)
+    has_cache_item             (per wanted item)
     update_state_after_alloc   (per item)
-    build_connector_meta       (once a step)  ->  bind_connector_metadata
+    build_connector_meta       (once per step) -> bind_connector_metadata
                                                   start_load_caches
-                                                  save_caches          (per encoded item, producers)
                                                   clear_connector_metadata
-                                                  get_finished
+                                                  save_caches          (per encoded item, producers)
+
+Names and meanings are those of vLLM's ``ECConnectorBase``. A connector written against this class serves chiasm's own engine;
+inside vLLM, ``chiasm.integrations.vllm`` uses SharedStorageConnector and no other.
 """
 
 from __future__ import annotations
 
 import enum
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from chiasm.connectors import ClassPath, ConnectorFactory
+from chiasm.errors import Code, InvalidRequestError
 
 if TYPE_CHECKING:
     import torch
+
+_IDENTIFIER = re.compile(r"[0-9a-f]{64}")
+_SHOWN_CHARACTERS = 72
 
 
 class ECConnectorRole(enum.Enum):
@@ -41,7 +50,7 @@ class ECConnectorRole(enum.Enum):
 
 
 class ECTransferRole(enum.Enum):
-    """What an instance does with entries: an encoder produces, a PD or P consumes."""
+    """What an instance does with entries: an encoder produces them, a PD or prefill instance consumes them."""
 
     PRODUCER = "ec_producer"
     CONSUMER = "ec_consumer"
@@ -50,24 +59,27 @@ class ECTransferRole(enum.Enum):
 
 @dataclass(frozen=True)
 class ECTransferConfig:
-    """What both halves of a connector are made from.
-
-    ``shared_storage_path`` is the folder of SharedStorageConnector; ``max_bytes`` bounds what it holds;
-    ``fingerprint`` (hex, may be empty) names model, processor and dtype: entries of another fingerprint are foreign.
-    ``device`` is where a worker makes entries usable (``"cpu"``, ``"cuda:0"``). ``separate_processes`` says that the two
-    halves live in different processes and that what the scheduler role has promised has to be there: a connector then
-    makes sure of an entry before it says yes, and keeps it until the scheduler role's metadata is gone.
-    """
+    """The configuration from which both halves of a connector are made."""
 
     connector: str = "SharedStorageConnector"
+    """The registered name of the connector, or the name of its class in ``connector_module_path``."""
     role: ECTransferRole = ECTransferRole.BOTH
     shared_storage_path: Path | None = None
+    """The folder of SharedStorageConnector."""
     max_bytes: int = 4 << 30
+    """The limit on all entries in that folder together."""
     fingerprint: str = ""
+    """Names model, processor settings and dtype, in hex. Entries with another fingerprint are treated as missing."""
     device: str = "cpu"
+    """Where a worker loads entries to, such as ``cpu`` or ``cuda:0``."""
     separate_processes: bool = False
+    """Whether the two halves live in different processes, and the worker must find everything that the scheduler role has
+    found. A connector then verifies an entry before ``has_cache_item`` returns true, and keeps it until the metadata in the
+    scheduler's process is gone."""
     connector_module_path: str | None = None
+    """The module of a connector that is not registered."""
     extra: dict[str, str] = field(default_factory=dict)
+    """Settings that only this connector understands."""
 
 
 class ItemLike(Protocol):
@@ -82,7 +94,7 @@ class ItemLike(Protocol):
 
     @property
     def length(self) -> int:
-        """Prompt tokens from the item's first placeholder to its last, both included."""
+        """Number of prompt tokens from the item's first placeholder to its last, inclusive."""
 
 
 class RequestLike(Protocol):
@@ -97,14 +109,14 @@ class RequestLike(Protocol):
 
 @dataclass(frozen=True)
 class ECConnectorMetadata:
-    """What one step loads: identifiers in the order in which they are needed, each once."""
+    """What one step loads: distinct identifiers, in the order in which they are needed."""
 
     loads: tuple[str, ...] = ()
 
 
 @dataclass
 class ECConnectorStats:
-    """Counters since the connector was made. Seconds are wall time spent inside the connector."""
+    """Counters since the connector was made. Seconds are wall-clock time spent inside the connector."""
 
     saves: int = 0
     saved_bytes: int = 0
@@ -119,8 +131,28 @@ class ECConnectorStats:
     corrupt_entries: int = 0
 
 
+def check_identifier(identifier: object) -> str:
+    """Return ``identifier`` if it is a string of 64 lower-case hex digits. Raises InvalidRequestError otherwise.
+
+    Identifiers come from clients and become part of file names and remote keys, so each must be checked before it is used.
+    """
+    if isinstance(identifier, str) and _IDENTIFIER.fullmatch(identifier):
+        return identifier
+    shown = (
+        repr(identifier[:_SHOWN_CHARACTERS])[:_SHOWN_CHARACTERS]
+        if isinstance(identifier, str)
+        else type(identifier).__name__
+    )
+    raise InvalidRequestError(
+        f"The uuid of an image must be exactly 64 lower-case hex digits, not {shown}. Without one, the image is named by its "
+        "content.",
+        param="uuid",
+        code=Code.INVALID_UUID,
+    )
+
+
 class ECConnector(ABC):
-    """Base of all EC connectors. Methods of one role are never called on an object of the other."""
+    """Base class of all EC connectors. The methods of one role are never called on an object with the other role."""
 
     def __init__(self, config: ECTransferConfig, role: ECConnectorRole) -> None:
         self.config = config
@@ -137,14 +169,14 @@ class ECConnector(ABC):
         return self.config.role in (ECTransferRole.CONSUMER, ECTransferRole.BOTH)
 
     def shutdown(self) -> None:
-        """Release what the object holds. Called once, at the end, in either role; idempotent."""
+        """Release all resources. Called at the end in either role, possibly more than once."""
         return None
 
     def store_id(self) -> str:
-        """Names the place where this connector's entries lie: instances that read the same name see the same entries.
+        """Return a name for the place that holds the entries: connectors with the same name see the same entries.
 
-        Called in either role, at start and by health checks. "" if there is no such name. Raises StorageError when the
-        place cannot be reached.
+        Called in either role, when an instance starts and by health checks. Returns "" if the place has no name. Raises
+        StorageError if it cannot be reached.
         """
         return ""
 
@@ -152,15 +184,19 @@ class ECConnector(ABC):
 
     @abstractmethod
     def has_cache_item(self, identifier: str) -> bool:
-        """Whether the entry exists, whole and of this model, now.
+        """Whether the entry exists now, complete and with this fingerprint.
 
-        Called by the scheduler for each item that it wants and does not have, many times a second while a request waits,
-        so it must cost microseconds. Raises InvalidRequestError for an identifier that is not 64 hex digits.
-        An entry found may still be gone at the load: the worker then leaves it out, and it is waited for again.
+        The scheduler calls it for each item that it wants and that is not in memory, many times per second while a request
+        waits. So it must take microseconds, create nothing, and wait for no lock and no other process. Raises
+        InvalidRequestError for a malformed identifier. If the entry is gone when the worker loads it, the worker leaves it out
+        and the scheduler waits for it again.
         """
 
     def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
-        """Whether every item that reaches past ``num_computed_tokens`` exists; called when a request is admitted."""
+        """Whether every item that ends after the first ``num_computed_tokens`` tokens exists.
+
+        Called once per request, when it is admitted.
+        """
         return all(
             self.has_cache_item(item.identifier)
             for item in request.items
@@ -169,14 +205,14 @@ class ECConnector(ABC):
 
     @abstractmethod
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
-        """Note that the encoder cache has room for item ``index`` of the request: the next step loads it.
+        """Note that the next step loads item ``index`` of the request, for which there is room in memory now.
 
-        Called after ``has_cache_item`` said yes. A connector that is no consumer notes nothing.
+        Called after ``has_cache_item`` has returned true. Does nothing unless the connector is a consumer.
         """
 
     @abstractmethod
     def build_connector_meta(self) -> ECConnectorMetadata:
-        """The metadata of this step: exactly what was noted since the last call, which it then forgets."""
+        """Return everything that was noted since the last call, and forget it. Called once per step."""
 
     # ---- worker role ----------------------------------------------------------------------------------------------
 
@@ -185,28 +221,33 @@ class ECConnector(ABC):
         self._metadata = metadata
 
     def clear_connector_metadata(self) -> None:
-        """Forget the metadata of the step that ended."""
+        """Forget the metadata of the step."""
         self._metadata = None
 
     @abstractmethod
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
-        """Put each entry of the bound metadata into ``encoder_cache`` under its identifier, on the config's device.
+        """Put each entry of the bound metadata into ``encoder_cache`` under its identifier, on ``config.device``.
 
-        What is in the dict already is not loaded again. What cannot be loaded (gone, torn, foreign) is left out of the
-        dict and counted in ``stats``; that raises nothing, since one request's item must not harm the step.
+        Called before the model runs. Skips what is in the dict already. An entry that cannot be loaded, because it is gone,
+        damaged or of another model, is left out and counted in ``stats``; no error is raised for it, since it must not affect
+        the other requests of the step.
         """
 
     @abstractmethod
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
-        """Publish ``encoder_cache[mm_hash]``; when it returns, any consumer finds the entry.
+        """Publish ``encoder_cache[mm_hash]``. Once it returns, every consumer finds the entry.
 
-        Called by producers, from any thread, once per encoded item; a consumer's call does nothing. An entry that
-        exists already is left as it is. Raises StorageError when the entry could not be published (a full disk).
+        Called by producers after each encode, from any thread. Does nothing unless the connector is a producer, or if the
+        entry exists already. Raises StorageError if the entry cannot be published, for instance because a disk is full.
         """
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Tell the worker which requests ended; returns the ids whose asynchronous (saves, loads) have completed.
 
-        Called once a step in which a request ended. A synchronous connector returns ``(None, None)``.
-        """
-        return None, None
+class ECConnectorFactory(ConnectorFactory[ECTransferConfig, ECConnectorRole, ECConnector]):
+    """Makes the EC connector that a configuration names."""
+
+    _plane = "EC"
+    _base = ECConnector
+    _module_option = "--connector-module-path"
+    _registry: ClassVar = {
+        "SharedStorageConnector": ClassPath("chiasm.ec_transfer.shared_storage", "SharedStorageConnector"),
+    }

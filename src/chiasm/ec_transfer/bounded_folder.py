@@ -1,8 +1,8 @@
-"""A folder of entries that never takes more than a bound, however many processes write into it.
+"""A folder of entries whose total size stays within a limit, however many processes write to it.
 
-Beside the entries lie three kinds of file. ``.usage`` is the lock of all writers and holds how many bytes entries and
-unfinished files take together. ``*.tmp`` are the unfinished files; each is locked by its writer as long as that lives, so
-one that can be locked was left by a dead one. ``store-id`` names the folder. Readers take no lock.
+There are three other kinds of files in it. ``.usage`` is the lock of all writers, and its content is the number of bytes that
+entries and unfinished files take together. ``*.tmp`` are unfinished files; a writer locks its file as long as it lives, so one
+that can be locked was left behind by a dead writer. ``store-id`` names the folder. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -21,36 +21,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from chiasm.ec_transfer.entry_file import Signature
-from chiasm.ec_transfer.identifiers import check_identifier
+from chiasm.ec_transfer.base import check_identifier
 from chiasm.errors import StorageError
 
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _UNFINISHED = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
 _STORE_ID = re.compile(r"[0-9a-f]{32}")
+_STORE_ID_FILE = "store-id"
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _USAGE_DIGITS = 20
 
 
+class Signature(NamedTuple):
+    """Tells a file from any other that has taken its place, and from itself after a change."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Signature:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 @dataclass
 class _Usage:
-    """What the folder holds, in the hands of whoever holds the lock: entries and unfinished files."""
+    """How much the folder holds, for whoever holds the lock."""
 
     used_bytes: int
+    """Of entries and unfinished files."""
 
 
 class _Candidate(NamedTuple):
-    """An entry as the last scan found it; the first to go is the one not used for longest."""
+    """An entry as the last scan found it. They sort by the time of last use."""
 
     accessed_ns: int
     name: str
 
 
 class BoundedFolder:
-    """Publishes files into a folder and removes the least recently used ones, so that all stay within ``max_bytes``.
+    """Publishes files in a folder, and removes the least recently used ones so that all together take at most ``max_bytes``.
 
-    Safe for any number of threads, processes and hosts, as far as the file system's ``flock`` is. ``on_evict`` is called
-    with the size in bytes of each entry that makes room.
+    Safe for any number of threads and processes, and of hosts if the file system's ``flock`` works between them. ``on_evict``
+    is called with the size in bytes of each evicted entry.
     """
 
     def __init__(self, path: Path, max_bytes: int, on_evict: Callable[[int], None]) -> None:
@@ -61,42 +75,42 @@ class BoundedFolder:
         self._oldest: deque[_Candidate] = deque()  # changed only under the lock
 
     def entry_path(self, identifier: str) -> str:
-        """Where the entry is or would be. Raises InvalidRequestError for what is no identifier."""
+        """Return the path of an entry, which need not exist. Raises InvalidRequestError for a malformed identifier."""
         return f"{self.path}/{check_identifier(identifier)}.safetensors"
 
     def recount(self) -> None:
-        """Find out what the folder holds, remove what dead writers left, and make the folder fit its bound.
+        """Count the bytes in the folder anew, remove what dead writers left behind, and evict down to the limit.
 
-        Raises OSError when the folder cannot be written or its file system cannot lock.
+        Raises OSError if the folder is not writable or its file system has no locks.
         """
         with self._locked() as usage:
             self._scan(usage)
             self._evict(usage, self.max_bytes)
 
     def store_id(self) -> str:
-        """32 hex digits, drawn when the folder was made: whoever reads the same ones sees the same folder.
+        """Return the 32 random hex digits that name the folder; processes that read the same name share the folder.
 
-        Raises OSError when the folder can be neither read nor written.
+        Draws the name if the folder has none. Raises OSError if the folder cannot be read, or has no name and cannot be
+        written.
         """
-        path = self.path / "store-id"
-        stored = _read_store_id(path)
+        stored = read_store_id(self.path)
         if stored is None:
             with self._locked():
-                stored = _read_store_id(path) or _write_store_id(path)
+                stored = read_store_id(self.path) or _write_store_id(self.path)
         return stored
 
     def publish(self, identifier: str, size_bytes: int, write: Callable[[int], None]) -> None:
-        """Make an entry of ``size_bytes`` appear, whole; ``write`` fills the open file that it is given.
+        """Add an entry of ``size_bytes``, which appears once it is complete. ``write`` fills a file, given its descriptor.
 
-        Room is made before anything is written. When the disk is full all the same, as much again is evicted and
-        ``write`` is called once more. Raises StorageError, and leaves nothing behind, when the entry is larger than the
-        bound or does not fit on the disk.
+        Room is made before anything is written. If the disk is full nevertheless, as many bytes again are evicted and
+        ``write`` is called a second time. Raises StorageError, and leaves nothing behind, if the entry is larger than
+        ``max_bytes`` or cannot be written.
         """
         path = self.entry_path(identifier)
         if size_bytes > self.max_bytes:
             raise StorageError(
-                f"an entry of {size_bytes} bytes is larger than all that {self.path} may hold; "
-                f"raise max_bytes (now {self.max_bytes})"
+                f"An entry of {size_bytes} bytes is larger than all that {self.path} may hold; raise max_bytes "
+                f"(now {self.max_bytes})."
             )
         unfinished = f"{path.removesuffix('.safetensors')}.{secrets.token_hex(8)}.tmp"
         try:
@@ -110,21 +124,31 @@ class BoundedFolder:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise StorageError(f"cannot write an entry of {size_bytes} bytes to {self.path}: {error}") from error
+            raise StorageError(f"Cannot write an entry of {size_bytes} bytes to {self.path}: {error}") from error
 
-    def remove(self, identifier: str, signature: Signature) -> None:
-        """Remove the file at the entry's place if it is still the one of ``signature``; a folder is left there."""
+    def remove(self, identifier: str, signature: Signature) -> bool:
+        """Remove the file at an entry's path, if it still is the file with ``signature``, without waiting for the lock.
+
+        Returns False if somebody else holds the lock, so that nothing was done. A folder at the path, and a file that this
+        user may not remove, stay there.
+        """
         path = self.entry_path(identifier)
-        with contextlib.suppress(OSError), self._locked() as usage:
-            status = os.lstat(path)
-            if Signature.of(status) == signature:
-                os.unlink(path)
-                usage.used_bytes -= status.st_size if stat.S_ISREG(status.st_mode) else 0
+        try:
+            with self._locked(wait=False) as usage:
+                status = os.lstat(path)
+                if Signature.of(status) == signature:
+                    os.unlink(path)
+                    usage.used_bytes -= status.st_size if stat.S_ISREG(status.st_mode) else 0
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
-    # ---- the way of one file --------------------------------------------------------------------------------------
+    # ---- the steps of publishing a file ---------------------------------------------------------------------------
 
     def _reserve(self, unfinished: str, size_bytes: int) -> int:
-        """Create the unfinished file at its full size, so that any scan counts it, and make room for it."""
+        """Make room, and create the unfinished file with its full size, so that every scan counts it."""
         with self._locked() as usage:
             self._evict(usage, self.max_bytes - size_bytes)
             descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -166,9 +190,12 @@ class BoundedFolder:
     # ---- under the lock -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[_Usage]:
-        """Hold the folder against all other writers. A folder that was removed is made anew, empty."""
-        descriptor = self._lock()
+    def _locked(self, *, wait: bool = True) -> Iterator[_Usage]:
+        """Hold the lock against all other writers, and create the folder again if it was removed.
+
+        Without ``wait``, raises BlockingIOError if somebody else holds the lock.
+        """
+        descriptor = self._lock(fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             usage = _Usage(0)
             text = os.pread(descriptor, _USAGE_DIGITS, 0)
@@ -183,7 +210,8 @@ class BoundedFolder:
         finally:
             os.close(descriptor)
 
-    def _lock(self) -> int:
+    def _lock(self, operation: int) -> int:
+        """Open and lock ``.usage``; return its descriptor."""
         while True:
             try:
                 descriptor = os.open(self._usage_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -191,18 +219,18 @@ class BoundedFolder:
                 self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
                 continue
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                fcntl.flock(descriptor, operation)
                 if os.path.samestat(os.fstat(descriptor), os.stat(self._usage_path)):
                     return descriptor
             except FileNotFoundError:
-                pass  # The folder was removed while the lock was waited for.
+                pass  # The folder was removed in the meantime.
             except BaseException:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
 
     def _scan(self, usage: _Usage) -> None:
-        """Count everything anew, remove what dead writers left, and line up the entries in the order of their use."""
+        """Count all bytes, remove what dead writers left behind, and sort the entries by their last use."""
         usage.used_bytes = 0
         candidates = []
         with os.scandir(self.path) as files:
@@ -221,16 +249,16 @@ class BoundedFolder:
         self._oldest = deque(sorted(candidates))
 
     def _evict(self, usage: _Usage, target_bytes: int, keep: str = "") -> None:
-        """Remove the least recently used entries but ``keep`` until no more than ``target_bytes`` are used.
+        """Remove the least recently used entries, except ``keep``, until at most ``target_bytes`` are used.
 
-        The order comes from the last scan, which serves until all that it found have gone or been used since; what came
-        after it is younger than all of that. Then the folder is scanned again.
+        The order is that of the last scan. Entries that were added or used since are younger than all others of it, so the
+        folder is scanned again only when no others are left.
         """
         scanned = False
         while usage.used_bytes > target_bytes:
             if not self._oldest:
                 if scanned:
-                    return  # All that is left is being written or is to be kept.
+                    return  # Nothing is left but unfinished files and the one to keep.
                 self._scan(usage)
                 scanned = True
                 continue
@@ -247,21 +275,22 @@ class BoundedFolder:
             self._on_evict(status.st_size)
 
 
-def _read_store_id(path: Path) -> str | None:
+def read_store_id(folder: Path) -> str | None:
+    """Return the name of a folder, or None if it has none. Creates nothing. Raises OSError if it cannot be read."""
     try:
-        text = path.read_text(encoding="ascii", errors="replace")
+        text = (folder / _STORE_ID_FILE).read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
         return None
     return text if _STORE_ID.fullmatch(text) else None
 
 
-def _write_store_id(path: Path) -> str:
+def _write_store_id(folder: Path) -> str:
     drawn = secrets.token_hex(16)
-    unfinished = path.with_suffix(".tmp")
+    unfinished = folder / f"{_STORE_ID_FILE}.tmp"
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with open(descriptor, "w", encoding="ascii") as file:
         file.write(drawn)
-    os.rename(unfinished, path)
+    os.rename(unfinished, folder / _STORE_ID_FILE)
     return drawn
 
 
@@ -273,7 +302,7 @@ def _size_of(path: str) -> int:
 
 
 def _remove_if_abandoned(path: str) -> bool:
-    """Remove an unfinished file unless its writer lives and holds its lock."""
+    """Remove an unfinished file unless its writer is alive and holds its lock; return whether it is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

@@ -1,11 +1,11 @@
-"""The file of one entry: a safetensors file that says what it holds and can be told from a torn or foreign one.
+"""The file of one entry: a safetensors file that says what it holds, so that torn and foreign files are recognized.
 
-The first 4096 bytes are the safetensors header: an 8-byte length and JSON, padded with spaces. The tensor's bytes follow,
-so they begin on a page of their own, and any safetensors reader finds them as the tensor ``ec_cache``. The JSON's
-``__metadata__`` carries the format's version, the identifier, the fingerprint and a checksum.
+The first 4096 bytes are the safetensors header: an 8-byte length and JSON, padded with spaces. The tensor follows, starting on
+a page of its own; any safetensors reader finds it under the name ``ec_cache``. ``__metadata__`` in the JSON holds the version
+of the format, the identifier, the fingerprint and a checksum.
 
-The checksum (XXH3, 128 bits) covers every byte of the tensor and the rest of the header. It is there for files that a
-crash, a lost page or another program left; it is no signature, and who may write into the folder may forge it.
+The checksum (XXH3, 128 bits) covers every byte of the tensor and the rest of the header. It detects what a crash, a lost page
+or another program has left behind. It is not a signature: whoever may write to the folder can forge it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import xxhash
 
+from chiasm.ec_transfer.bounded_folder import Signature
 from chiasm.errors import StorageError
 
 HEADER_BYTES = 4096
@@ -54,21 +55,8 @@ _HEADER = re.compile(
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class Signature(NamedTuple):
-    """What tells one file from the next under the same path, and from itself after a change."""
-
-    device: int
-    inode: int
-    size_bytes: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Signature:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
 class InvalidEntryError(Exception):
-    """A file stands where an entry should, and is none: torn, foreign, or of another model."""
+    """The file at an entry's path is not this entry: it is torn, foreign, or of another model."""
 
     def __init__(self, reason: str, signature: Signature) -> None:
         super().__init__(reason)
@@ -76,7 +64,7 @@ class InvalidEntryError(Exception):
 
 
 class EntryHeader(NamedTuple):
-    """What an entry's file says of itself. ``dtype`` is the name that safetensors uses, ``checksum`` 32 hex digits."""
+    """The header of an entry's file. ``dtype`` is the name in safetensors; ``checksum`` has 32 hex digits."""
 
     identifier: str
     fingerprint: str
@@ -89,7 +77,7 @@ class EntryHeader(NamedTuple):
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
     def to_bytes(self) -> bytes:
-        """The first 4096 bytes of the file. Raises StorageError for a shape too long to be written there."""
+        """Return the first 4096 bytes of the file. Raises StorageError if the shape is too long for them."""
         shape = ",".join(map(str, self.shape))
         text = (
             f'{{"__metadata__":{{"format":"{_FORMAT}","identifier":"{self.identifier}",'
@@ -98,12 +86,12 @@ class EntryHeader(NamedTuple):
         )
         room = HEADER_BYTES - _LENGTH_BYTES
         if len(text) > room:
-            raise StorageError(f"a tensor of {len(self.shape)} dimensions does not fit into the header of an entry")
+            raise StorageError(f"A tensor of {len(self.shape)} dimensions does not fit in the header of an entry.")
         return room.to_bytes(_LENGTH_BYTES, "little") + text.encode("ascii").ljust(room)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> EntryHeader | None:
-        """The header that ``to_bytes`` writes as exactly these bytes, or None if there is none."""
+        """Return the header that ``to_bytes`` turns into exactly these bytes, or None if there is none."""
         match = _HEADER.search(raw)
         if match is None:
             return None
@@ -112,19 +100,19 @@ class EntryHeader(NamedTuple):
         return header if dtype in _DTYPES and header.to_bytes() == raw else None
 
     def hasher(self) -> xxhash.xxh3_128:
-        """A hash that has taken in all of the header but the checksum, and now wants the tensor's bytes."""
+        """Start the checksum: return a hash of the header without its checksum, to be updated with the tensor's bytes."""
         return xxhash.xxh3_128(self._replace(checksum="").to_bytes())
 
 
 class Known(NamedTuple):
-    """A header that was read and checked, and the file that it stands in."""
+    """A header that has been read and checked, and the file that it is in."""
 
     signature: Signature
     header: EntryHeader
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The tensor's elements in row-major order; its own memory if it is contiguous and on the CPU."""
+    """Return the tensor's elements in row-major order, without a copy if it is contiguous and on the CPU."""
     tensor = tensor.detach().contiguous()
     if tensor.device.type == "cuda":
         staging = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -133,10 +121,10 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def header_of(identifier: str, fingerprint: str, tensor: torch.Tensor) -> EntryHeader:
-    """The header, without its checksum, of an entry that holds ``tensor``. Raises StorageError for its dtype."""
+    """Return the header for ``tensor``, without its checksum. Raises StorageError if safetensors lacks the dtype."""
     dtype = _DTYPE_NAMES.get(tensor.dtype)
     if dtype is None:
-        raise StorageError(f"an entry cannot hold {tensor.dtype}; it can hold {', '.join(map(str, _DTYPE_NAMES))}")
+        raise StorageError(f"An entry cannot hold {tensor.dtype}; it can hold {', '.join(map(str, _DTYPE_NAMES))}.")
     return EntryHeader(identifier, fingerprint, dtype, tuple(tensor.shape))
 
 
@@ -145,10 +133,10 @@ def dtype_of(header: EntryHeader) -> torch.dtype:
 
 
 def write_entry(descriptor: int, header: EntryHeader, data: memoryview) -> None:
-    """Fill an open file with the entry. Raises OSError when the disk does not take all of it.
+    """Write the entry to an open file. Raises OSError if not all of it can be written.
 
-    The header comes last: until then the file is no entry. A large tensor is hashed while it is written, since both run
-    outside the interpreter's lock; for a small one a thread costs more than it saves.
+    The header is written last, so that the file is not a valid entry before. A large tensor is hashed while it is written,
+    since both release the interpreter's lock; for a small one a thread costs more than it saves.
     """
     hasher = header.hasher()
     if len(data) < _LARGE_BYTES:
@@ -171,7 +159,7 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 class Pin(NamedTuple):
-    """Where another process finds the copy that a scheduler role keeps, whatever becomes of the file."""
+    """Says where another process finds the copy of an entry that this process keeps, even if the file is gone."""
 
     process: int
     descriptor: int
@@ -183,17 +171,14 @@ class Pin(NamedTuple):
 
 
 class Entry:
-    """The file of one entry, found to be whole in length and to be what was asked for.
+    """The file of one entry, whose length and header have been checked.
 
-    With ``mapped`` its pages are mapped copy-on-write: the tensor is the page cache itself, writing to it changes no
-    file, and removing the file leaves it as it is. Without, the file is read into memory when the tensor is asked for,
-    through ``file`` if the entry keeps it open, else through its path.
+    Given as a tensor, the file is mapped copy-on-write: the embedding is the page cache itself, writing to it changes no file,
+    and removing the file doesn't affect it. Otherwise the file is kept open, and read into memory when the tensor is needed.
     """
 
-    def __init__(self, path: str, known: Known, mapping: torch.Tensor | None, file: OpenFile | None = None) -> None:
+    def __init__(self, known: Known, file: torch.Tensor | OpenFile) -> None:
         self.known = known
-        self._path = path
-        self._mapping = mapping
         self._file = file
 
     @property
@@ -201,21 +186,21 @@ class Entry:
         return self.known.header
 
     def tensor(self) -> torch.Tensor:
-        """The embedding, on the CPU. Raises OSError when a file that is not mapped cannot be read any more."""
+        """Return the embedding, on the CPU. Raises OSError if the file is not mapped and can't be read or has changed."""
         return self._data().view(dtype_of(self.header)).view(self.header.shape)
 
     def copied(self, *, checked: bool) -> Entry | None:
-        """The same entry in memory that has no name, so that nobody cuts it off or changes it; ``pin`` says where.
+        """Copy the file, which is kept open, to anonymous memory, which nobody else can truncate or change.
 
-        None if the checksum turns out to be wrong; it is not looked at again if it has been ``checked`` before. For an
-        entry that keeps its file open. Raises OSError.
+        ``pin`` of the copy says where it is. Returns None if the checksum is wrong; with ``checked``, it is not computed again.
+        Raises OSError.
         """
-        assert self._file is not None
+        assert isinstance(self._file, OpenFile)
         memory = OpenFile(os.memfd_create("chiasm-entry", os.MFD_CLOEXEC))
         hasher = self.header.hasher()
         done = 0
-        # Written, not mapped: a page that is written costs less than one that is touched first.
-        for piece in _pieces(self._file.descriptor, 0, self.known.signature.size_bytes):
+        # Written, not mapped: writing a page costs less than the page fault of touching it first.
+        for piece in _pieces(self._file.descriptor, self.known.signature.size_bytes):
             if not checked:
                 hasher.update(piece[max(HEADER_BYTES - done, 0) :])
             _write_all(memory.descriptor, piece, done)
@@ -223,31 +208,27 @@ class Entry:
         if not checked and hasher.hexdigest() != self.header.checksum:
             return None
         signature = Signature.of(os.fstat(memory.descriptor))
-        return Entry(self._path, Known(signature, self.header), None, memory)
+        return Entry(Known(signature, self.header), memory)
 
     def matches_checksum(self) -> bool:
-        """Whether the tensor's bytes are those that were written; reads all of them. Raises OSError as ``tensor``."""
+        """Whether the tensor's bytes are those that were written. Reads all of them. Raises OSError like ``tensor``."""
         hasher = self.header.hasher()
-        if self._file is None:
-            hasher.update(self._data().numpy().data)
-        else:
-            for piece in _pieces(self._file.descriptor, HEADER_BYTES, self.known.signature.size_bytes):
-                hasher.update(piece)
+        hasher.update(self._data().numpy().data)
         return hasher.hexdigest() == self.header.checksum
 
-    def pin(self) -> Pin | None:
-        """What another process opens it by as long as this object lives; None if it does not keep its file open."""
-        return None if self._file is None else Pin(os.getpid(), self._file.descriptor, self.known)
+    def pin(self) -> Pin:
+        """Return where another process can open a file that is kept open, as long as this object lives."""
+        assert isinstance(self._file, OpenFile)
+        return Pin(os.getpid(), self._file.descriptor, self.known)
 
     def _data(self) -> torch.Tensor:
-        if self._mapping is None:
-            signature = self.known.signature
-            self._mapping = _read_again(self._path, signature) if self._file is None else _read(self._file, signature)
-        return self._mapping[HEADER_BYTES:]
+        if isinstance(self._file, OpenFile):
+            self._file = _read(self._file.descriptor, self.known.signature)
+        return self._file[HEADER_BYTES:]
 
 
 class OpenFile:
-    """A descriptor that is closed with the last reference to this object."""
+    """A file descriptor that is closed when the last reference to this object goes away."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -256,13 +237,11 @@ class OpenFile:
         os.close(self.descriptor)
 
 
-def open_entry(
-    path: str, identifier: str, fingerprint: str, known: Known | None, *, mapped: bool, kept_open: bool = False
-) -> Entry:
-    """Open the entry at ``path``, and count that as a use of it unless there was another within the last second.
+def open_entry(path: str, identifier: str, fingerprint: str, known: Known | None, *, mapped: bool) -> Entry:
+    """Open the entry at ``path``, and note the use of it unless another was noted within the last second.
 
-    The header is not read again when the file is still the one of ``known``. The checksum is not looked at: see
-    Entry.matches_checksum. Raises FileNotFoundError when there is no file, InvalidEntryError when it is no such entry.
+    The header is read unless the file is still the one of ``known``. The checksum is left to Entry.matches_checksum. Raises
+    FileNotFoundError if there is no file, InvalidEntryError if the file is not this entry, OSError if it cannot be read.
     """
     file = OpenFile(_open(path))
     status = os.fstat(file.descriptor)
@@ -270,22 +249,19 @@ def open_entry(
     if known is None or known.signature != signature:
         known = Known(signature, _read_header(file.descriptor, status, identifier, fingerprint))
     _touch(file.descriptor, status)
-    mapping = _map(file.descriptor, signature.size_bytes) if mapped else None
-    return Entry(path, known, mapping, file if kept_open else None)
+    return Entry(known, _map(file.descriptor, signature.size_bytes) if mapped else file)
 
 
 def open_pinned(pin: Pin) -> Entry:
-    """The copy that another process keeps, mapped. Raises OSError when that has let go of it, or is on another host."""
+    """Map the copy that another process keeps. Raises OSError if it keeps it no longer, or is on another host."""
     file = OpenFile(os.open(pin.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-    signature = Signature.of(os.fstat(file.descriptor))
-    if signature != pin.known.signature:
-        raise OSError(errno.ESTALE, "another file has taken its place", pin.path)
-    return Entry(pin.path, pin.known, _map(file.descriptor, signature.size_bytes))
+    _check_unchanged(file.descriptor, pin.known.signature)
+    return Entry(pin.known, _map(file.descriptor, pin.known.signature.size_bytes))
 
 
 def _open(path: str) -> int:
     try:
-        # O_NONBLOCK: a pipe under an entry's name must not make anyone wait.
+        # O_NONBLOCK: opening a pipe under an entry's name must not block.
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise
@@ -293,7 +269,7 @@ def _open(path: str) -> int:
         status = os.lstat(path)
         if stat.S_ISREG(status.st_mode):
             raise
-        raise InvalidEntryError("not a regular file", Signature.of(status)) from error
+        raise InvalidEntryError("it is not a regular file", Signature.of(status)) from error
 
 
 def _read_header(descriptor: int, status: os.stat_result, identifier: str, fingerprint: str) -> EntryHeader:
@@ -301,63 +277,65 @@ def _read_header(descriptor: int, status: os.stat_result, identifier: str, finge
         return InvalidEntryError(reason, Signature.of(status))
 
     if not stat.S_ISREG(status.st_mode):
-        raise invalid("not a regular file")
+        raise invalid("it is not a regular file")
     header = EntryHeader.from_bytes(os.pread(descriptor, HEADER_BYTES, 0))
     if header is None:
-        raise invalid("not an entry's file, or torn")
+        raise invalid("it is torn or not an entry")
     if header.identifier != identifier:
-        raise invalid("the entry of another item")
+        raise invalid("it is the entry of another item")
     if header.fingerprint != fingerprint:
-        raise invalid("the entry of another model")
+        raise invalid("it is the entry of another model")
     if HEADER_BYTES + header.data_bytes != status.st_size:
-        raise invalid("torn")
+        raise invalid("it is torn")
     return header
 
 
 def _touch(descriptor: int, status: os.stat_result) -> None:
-    """Move the access time, by which the least recently used entry is known, to now."""
+    """Set the access time, which tells the least recently used entries, to now."""
     now = time.time_ns()
     if now - status.st_atime_ns < _TOUCH_INTERVAL_NS:
         return
     try:
         os.utime(descriptor, ns=(now, status.st_mtime_ns))
     except OSError:
-        return  # Another user's file or a read-only mount: its owner keeps the order.
+        return  # The file of another user, or a read-only mount: its owner keeps the order.
 
 
 def _map(descriptor: int, size_bytes: int) -> torch.Tensor:
-    """Map the file copy-on-write. Unlike Python's mmap, what this returns keeps no descriptor open."""
+    """Map the file copy-on-write. Unlike with Python's mmap, no descriptor stays open."""
     try:
         return torch.from_file(f"/dev/fd/{descriptor}", shared=False, size=size_bytes, dtype=torch.uint8)
     except RuntimeError as error:
-        raise OSError(errno.ENOMEM, f"cannot map {size_bytes} bytes: {error}") from error
+        raise OSError(errno.ENOMEM, f"Cannot map {size_bytes} bytes: {error}") from error
 
 
-def _read_again(path: str, signature: Signature) -> torch.Tensor:
-    file = OpenFile(_open(path))
-    if Signature.of(os.fstat(file.descriptor)) != signature:
-        raise OSError(errno.ESTALE, "another file has taken its place", path)
-    return _read(file, signature)
-
-
-def _read(file: OpenFile, signature: Signature) -> torch.Tensor:
-    """The whole file. Not mapped: whoever cuts off a file under its readers must not kill them."""
+def _read(descriptor: int, signature: Signature) -> torch.Tensor:
+    """Return the whole file. It is read and not mapped, since truncating a mapped file kills its readers."""
+    _check_unchanged(descriptor, signature)
     data = torch.empty(signature.size_bytes, dtype=torch.uint8)
-    left = data.numpy().data
-    while left:
-        read = os.preadv(file.descriptor, [left], signature.size_bytes - len(left))
-        if read == 0:
-            raise OSError(errno.ESTALE, "the file has become shorter")
-        left = left[read:]
+    at = 0
+    while at < signature.size_bytes:
+        at += _read_into(descriptor, data.numpy().data[at:], at)
     return data
 
 
-def _pieces(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
-    """The file's bytes, each piece valid until the next is asked for."""
-    buffer = memoryview(bytearray(min(_PIECE_BYTES, max(end - begin, 0))))
-    while begin < end:
-        read = os.preadv(descriptor, [buffer[: end - begin]], begin)
-        if read == 0:
-            raise OSError(errno.ESTALE, "the file has become shorter")
+def _pieces(descriptor: int, size_bytes: int) -> Iterator[memoryview]:
+    """Yield the file's bytes in pieces, each of which is valid until the next."""
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    at = 0
+    while at < size_bytes:
+        read = _read_into(descriptor, buffer[: size_bytes - at], at)
         yield buffer[:read]
-        begin += read
+        at += read
+
+
+def _read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    read = os.preadv(descriptor, [buffer], offset)
+    if read == 0:
+        raise OSError(errno.ESTALE, "The file has become shorter")
+    return read
+
+
+def _check_unchanged(descriptor: int, signature: Signature) -> None:
+    if Signature.of(os.fstat(descriptor)) != signature:
+        raise OSError(errno.ESTALE, "The file has changed")

@@ -1,7 +1,6 @@
-"""The reference connector: a folder that producers and consumers share, one safetensors file per entry.
+"""The reference connector: a folder that producers and consumers share, with one safetensors file per entry.
 
-The folder lies on a tmpfs when all instances run on one host, on a shared file system otherwise. entry_file.py says what
-a file looks like, bounded_folder.py how files come and go; this file is what the engine calls.
+The folder is on a tmpfs if all instances run on one host, otherwise on a shared file system.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import stat
 import threading
 import time
 from collections import OrderedDict
@@ -25,8 +23,9 @@ from chiasm.ec_transfer.base import (
     ECConnectorRole,
     ECTransferConfig,
     RequestLike,
+    check_identifier,
 )
-from chiasm.ec_transfer.bounded_folder import BoundedFolder
+from chiasm.ec_transfer.bounded_folder import BoundedFolder, Signature
 from chiasm.ec_transfer.entry_file import (
     HEADER_BYTES,
     Entry,
@@ -34,15 +33,13 @@ from chiasm.ec_transfer.entry_file import (
     InvalidEntryError,
     Known,
     Pin,
-    Signature,
     bytes_of,
     header_of,
     open_entry,
     open_pinned,
     write_entry,
 )
-from chiasm.ec_transfer.identifiers import check_identifier
-from chiasm.ec_transfer.mounts import files_may_be_mapped
+from chiasm.ec_transfer.folder_check import examine_folder, files_may_be_mapped
 from chiasm.errors import ConfigurationError, StorageError
 
 _logger = logging.getLogger(__name__)
@@ -56,10 +53,10 @@ _MAX_HELD_OPEN = 256
 
 @dataclass(frozen=True)
 class SharedStorageMetadata(ECConnectorMetadata):
-    """The loads of one step, and in the process that made it the entries themselves, found already.
+    """What one step loads, together with the entries that were found.
 
-    Pickling leaves the entries behind; a worker in another process opens what ``pins`` names, as long as the metadata
-    lives in the first, or finds them for itself.
+    The entries are not pickled. A worker in another process opens what ``pins`` names, which exists as long as the original
+    metadata does, or else looks for the files itself.
     """
 
     held: dict[str, Entry] = field(default_factory=dict, repr=False, compare=False)
@@ -74,32 +71,35 @@ class SharedStorageMetadata(ECConnectorMetadata):
 class SharedStorageConnector(ECConnector):
     """Moves entries through files in ``config.shared_storage_path``.
 
-    An entry appears whole or not at all, is read without a copy on the CPU, and is the least recently used one when it is
-    evicted to stay within ``config.max_bytes``. A file that is torn, foreign or of another fingerprint counts as missing,
-    is counted in ``stats.corrupt_entries`` and removed.
+    An entry appears complete or not at all, and is read on the CPU without a copy. The least recently used entries are evicted
+    to stay within ``config.max_bytes``. A file that is torn, foreign or of another model is treated as missing, counted in
+    ``stats.corrupt_entries`` and removed.
 
-    What ``has_cache_item`` finds stays loadable for the step, whoever evicts it. When both roles live in one process, the
-    scheduler role maps the file and its metadata carries the mapping. With ``config.separate_processes`` it copies the
-    file instead, into memory that has no name, and looks at its checksum; the worker maps the copy through ``/proc``,
-    whatever has become of the file. A worker on another host looks for the file, and leaves out what went all the same.
+    What ``has_cache_item`` finds can be loaded until the step is over, even if it is evicted. If both roles live in one
+    process, the scheduler role maps the file and its metadata carries the mapping. With ``config.separate_processes`` it
+    copies the file to anonymous memory and verifies the checksum, and the worker maps that copy through ``/proc``. A worker on
+    another host looks for the file by its name, and leaves out an entry that is gone.
 
-    Raises ConfigurationError for a path, bound or fingerprint that cannot work.
+    Raises ConfigurationError for a path, limit or fingerprint that cannot work.
     """
 
     def __init__(self, config: ECTransferConfig, role: ECConnectorRole) -> None:
         super().__init__(config, role)
         if not _FINGERPRINT.fullmatch(config.fingerprint):
-            raise ConfigurationError("fingerprint must be at most 128 lower-case hex digits")
+            raise ConfigurationError("The fingerprint must be at most 128 lower-case hex digits.")
         if config.max_bytes <= HEADER_BYTES:
-            raise ConfigurationError(f"max_bytes must be more than {HEADER_BYTES}, the size of an entry's header")
-        path = _usable_folder(config.shared_storage_path)
+            raise ConfigurationError(
+                f"max_bytes must be more than {HEADER_BYTES} bytes, the size of an entry's header."
+            )
+        publishes = self.is_producer and role is ECConnectorRole.WORKER
+        path = _usable_folder(config.shared_storage_path, publishes)
         self._folder = BoundedFolder(path, config.max_bytes, self._count_eviction)
         if config.separate_processes and not hasattr(os, "memfd_create"):
-            raise ConfigurationError("SharedStorageConnector with halves in separate processes needs Linux")
-        # An engine that must not die of a load must not die of SIGBUS either: it maps no file that has a name.
+            raise ConfigurationError("SharedStorageConnector needs Linux if its halves are in separate processes.")
+        # Truncating a mapped file kills its readers with SIGBUS, which would end an engine whose loads must not fail.
         self._mapped = not config.separate_processes and files_may_be_mapped(path)
         self._max_held = _MAX_HELD_OPEN if config.separate_processes else _MAX_HELD
-        self._lock = threading.Lock()  # of the stats and of the tables: producers save and probe from several threads
+        self._lock = threading.Lock()  # for the stats and tables, since producers save and probe from several threads
         self._headers: OrderedDict[str, Known] = OrderedDict()
         self._verified: OrderedDict[str, Signature] = OrderedDict()
         self._rejected: OrderedDict[str, Signature] = OrderedDict()
@@ -108,17 +108,17 @@ class SharedStorageConnector(ECConnector):
         self._noted: dict[str, Entry] = {}
         try:
             self._folder.store_id()
-            if self.is_producer and role is ECConnectorRole.WORKER:
+            if publishes:
                 self._folder.recount()
         except OSError as error:
-            raise ConfigurationError(f"shared_storage_path {path} cannot be used: {error}") from error
+            raise ConfigurationError(f"Cannot use the shared storage path {path}: {error}") from error
 
     def store_id(self) -> str:
-        """32 hex digits that the folder was given when it was made. Raises StorageError when it cannot be reached."""
+        """Return the 32 hex digits that name the folder. Raises StorageError if it cannot be reached."""
         try:
             return self._folder.store_id()
         except OSError as error:
-            raise StorageError(f"cannot read the store-id of {self._folder.path}: {error}") from error
+            raise StorageError(f"Cannot read the store-id of {self._folder.path}: {error}") from error
 
     def shutdown(self) -> None:
         self._held.clear()
@@ -133,15 +133,18 @@ class SharedStorageConnector(ECConnector):
             return True
         entry = self._find(identifier)
         if entry is not None and self.config.separate_processes:
-            entry = self._made_sure_of(identifier, entry)
+            started = time.perf_counter()
+            entry = self._verify(identifier, entry, copies=self.is_consumer)
+            if self.is_consumer:
+                with self._lock:
+                    self.stats.load_seconds += time.perf_counter() - started
         if entry is not None and self.is_consumer:
             with self._lock:
                 _remember(self._held, identifier, entry, self._max_held)
         return entry is not None
 
     def published(self, identifier: str) -> EntryHeader | None:
-        """What the entry that stands there says of itself. Other than ``has_cache_item`` it promises nothing and reads
-        no tensor."""
+        """Return the header of the entry, if it exists. It may be gone the next moment, unlike after ``has_cache_item``."""
         entry = self._find(check_identifier(identifier))
         return None if entry is None else entry.header
 
@@ -151,11 +154,12 @@ class SharedStorageConnector(ECConnector):
             self._noted[identifier] = self._held[identifier]
 
     def build_connector_meta(self) -> ECConnectorMetadata:
-        pins = {identifier: pin for identifier, entry in self._noted.items() if (pin := entry.pin()) is not None}
-        metadata = SharedStorageMetadata(tuple(self._noted), dict(self._noted), pins)
-        self._noted.clear()
+        noted, self._noted = self._noted, {}
         self._held.clear()
-        return metadata
+        pins = (
+            {identifier: entry.pin() for identifier, entry in noted.items()} if self.config.separate_processes else {}
+        )
+        return SharedStorageMetadata(tuple(noted), noted, pins)
 
     # ---- worker role ----------------------------------------------------------------------------------------------
 
@@ -209,7 +213,7 @@ class SharedStorageConnector(ECConnector):
     # ---- finding and loading --------------------------------------------------------------------------------------
 
     def _find(self, identifier: str) -> Entry | None:
-        """The entry if its file is there and its header is right. Costs a few system calls, whatever its size."""
+        """Return the entry if its file exists and has the right header. Takes a few system calls, whatever its size."""
         known = self._headers.get(identifier)
         try:
             entry = open_entry(
@@ -218,7 +222,6 @@ class SharedStorageConnector(ECConnector):
                 self.config.fingerprint,
                 known,
                 mapped=self._mapped,
-                kept_open=self.config.separate_processes,
             )
         except FileNotFoundError:
             return None
@@ -236,14 +239,14 @@ class SharedStorageConnector(ECConnector):
         return entry
 
     def _load(self, identifier: str, held: Entry | None, pin: Pin | None) -> torch.Tensor | None:
-        """The tensor on the config's device, or None. What another process pinned it has also made sure of."""
+        """Return the tensor on ``config.device``, or None if it cannot be loaded. A pinned copy has been verified already."""
         if held is None and pin is not None:
             try:
                 return open_pinned(pin).tensor().to(self.config.device)
             except OSError as error:
-                self._warn_once(error)  # The name may stand for a good file all the same.
+                self._warn_once(error)  # The file itself may still be good.
         entry = held or self._find(identifier)
-        if entry is None or not self._is_intact(identifier, entry):
+        if entry is None or self._verify(identifier, entry) is None:
             return None
         try:
             return entry.tensor().to(self.config.device)
@@ -251,56 +254,43 @@ class SharedStorageConnector(ECConnector):
             self._warn_once(error)
             return None
 
-    def _made_sure_of(self, identifier: str, entry: Entry) -> Entry | None:
-        """What can be promised to another process; None if the checksum is wrong or the file cannot be read."""
-        if not self.is_consumer:
-            return entry if self._is_intact(identifier, entry) else None
+    def _verify(self, identifier: str, entry: Entry, *, copies: bool = False) -> Entry | None:
+        """Return the entry, or a copy of it, if its checksum is right, which is computed once per file; None otherwise."""
         signature = entry.known.signature
-        started = time.perf_counter()
+        is_verified = self._verified.get(identifier) == signature
+        verified: Entry | None = entry
         try:
-            copy = entry.copied(checked=self._verified.get(identifier) == signature)
+            if copies:
+                verified = entry.copied(checked=is_verified)
+            elif not is_verified and not entry.matches_checksum():
+                verified = None
         except OSError as error:
             self._warn_once(error)
             return None
-        finally:
-            with self._lock:
-                self.stats.load_seconds += time.perf_counter() - started
-        if copy is None:
+        if verified is None:
             self._reject(identifier, signature, "its checksum is wrong")
-            return None
-        with self._lock:
-            _remember(self._verified, identifier, signature, _MAX_KNOWN)
-        return copy
-
-    def _is_intact(self, identifier: str, entry: Entry) -> bool:
-        """Whether the checksum is right. It is computed once for a file, not at every use of it."""
-        if self._verified.get(identifier) == entry.known.signature:
-            return True
-        try:
-            if not entry.matches_checksum():
-                self._reject(identifier, entry.known.signature, "its checksum is wrong")
-                return False
-        except OSError as error:
-            self._warn_once(error)
-            return False
-        with self._lock:
-            _remember(self._verified, identifier, entry.known.signature, _MAX_KNOWN)
-        return True
+        elif not is_verified:
+            with self._lock:
+                _remember(self._verified, identifier, signature, _MAX_KNOWN)
+        return verified
 
     def _reject(self, identifier: str, signature: Signature, reason: str) -> None:
-        """Count and remove a file that is no usable entry; what cannot be removed is not counted again."""
+        """Count and remove a file that is not a usable entry, once. If the folder is locked, leave that to the next call."""
+        if self._rejected.get(identifier) == signature or not self._folder.remove(identifier, signature):
+            return
         with self._lock:
             if self._rejected.get(identifier) == signature:
-                return
+                return  # Another thread has removed it at the same time.
             _remember(self._rejected, identifier, signature, _MAX_KNOWN)
             self.stats.corrupt_entries += 1
-        _logger.warning("removing the file of item %s from %s: %s", identifier, self._folder.path, reason)
-        self._folder.remove(identifier, signature)
+        _logger.warning("The file of item %s in %s was rejected: %s.", identifier, self._folder.path, reason)
 
     def _warn_once(self, error: OSError) -> None:
         if error.errno not in self._warned_of:
             self._warned_of.add(error.errno)
-            _logger.warning("an entry in %s counts as missing, since it cannot be read: %s", self._folder.path, error)
+            _logger.warning(
+                "An entry in %s is treated as missing because it cannot be read: %s", self._folder.path, error
+            )
 
     def _count_eviction(self, size_bytes: int) -> None:
         with self._lock:
@@ -308,26 +298,22 @@ class SharedStorageConnector(ECConnector):
             self.stats.evicted_bytes += size_bytes
 
 
-def _usable_folder(path: Path | None) -> Path:
-    """The folder's absolute path; the folder is made, for its owner alone, if there is none."""
+def _usable_folder(path: Path | None, publishes: bool) -> Path:
+    """Return the folder's absolute path, and create it for its owner alone if there is none. Raises ConfigurationError."""
     if path is None:
-        raise ConfigurationError("SharedStorageConnector needs shared_storage_path, the folder that instances share")
+        raise ConfigurationError("SharedStorageConnector needs shared_storage_path, the folder that instances share.")
     try:
         path = path.resolve()
+        if findings := examine_folder(path, writes=publishes):
+            raise ConfigurationError(" ".join(finding.message for finding in findings))
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = path.stat().st_mode
     except OSError as error:
-        raise ConfigurationError(f"shared_storage_path {path} cannot be made a folder: {error}") from error
-    if mode & stat.S_IWOTH:
-        raise ConfigurationError(
-            f"shared_storage_path {path} is writable by every user, who could then plant embeddings there; "
-            "name a folder in it that does not exist yet, or take the permission away"
-        )
+        raise ConfigurationError(f"Cannot create the shared storage path {path}: {error}") from error
     return path
 
 
 def _remember(table: OrderedDict[str, _Value], key: str, value: _Value, limit: int) -> None:
-    """Set an item of a table that forgets its oldest ones."""
+    """Set an item of a table, and drop the oldest item above ``limit``."""
     table[key] = value
     table.move_to_end(key)
     if len(table) > limit:

@@ -1,12 +1,12 @@
-"""Media of requests: fetch their bytes once and safely, read their size, name them by content, decode them.
+"""The images of requests: how they are fetched, inspected, named and decoded.
 
-Nothing here needs torch or numpy: the proxy uses ``Fetcher``, ``inspect`` and ``identifier``; encoder instances use
-``decode``.
+An image passes the files in this order: ``fetch`` gets its bytes (from a ``data_url``, or over HTTP from ``addresses`` that
+are allowed), and ``image`` reads its size, names it by content and decodes it, within the limits of ``config``. The proxy uses
+``Fetcher``, ``inspect`` and ``identifier``; encoders use ``decode``. Nothing here loads torch or numpy.
 """
 
 from chiasm.media.config import MediaConfig
 from chiasm.media.fetch import Fetcher
-from chiasm.media.identify import identifier
-from chiasm.media.image import ImageInfo, decode, inspect
+from chiasm.media.image import ImageInfo, decode, identifier, inspect
 
 __all__ = ["Fetcher", "ImageInfo", "MediaConfig", "decode", "identifier", "inspect"]

@@ -1,8 +1,8 @@
-"""One guarded way to the bytes behind a URL.
+"""Fetches the bytes behind a URL that a client names.
 
-Where a connection goes is judged at the last moment, on the very address that the socket connects to, so that neither
-a name that resolves differently the second time, nor a redirect, nor an unusual notation of an address gets past. The
-URL is parsed once per hop, by the library that connects.
+Clients must not reach the operator's own network through chiasm. So the check is made right before the socket connects, on
+the very address that it connects to: a name that resolves differently the second time, a redirect and an unusual notation of
+an address cannot get past it. The URL is parsed once per hop, by the library that connects.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from chiasm import __version__
-from chiasm.errors import MediaError
+from chiasm.errors import Code, MediaError
 from chiasm.media.addresses import AddressGuard, RefusedAddressError
 from chiasm.media.config import MediaConfig
-from chiasm.media.data_url import decode_data_url
+from chiasm.media.data_url import decode_data_url, too_large
 
 _CHUNK_BYTES = 64 << 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -29,9 +29,9 @@ _SHOWN_CHARACTERS = 100
 
 
 class Fetcher:
-    """Gets the bytes of ``data:``, ``http(s):`` and ``file:`` URLs within the limits of a MediaConfig.
+    """Fetches ``data:``, ``http(s):`` and ``file:`` URLs within the limits of a MediaConfig.
 
-    One per process; made and used on one event loop; ``close`` it at the end.
+    A process has one, makes and uses it on one event loop, and closes it at the end.
     """
 
     def __init__(self, config: MediaConfig, *, resolver: AbstractResolver | None = None) -> None:
@@ -63,7 +63,7 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str) -> bytes:
-        """The bytes behind ``url``. Raises MediaError, with a message for the client, in every other case."""
+        """Return the bytes behind ``url``. Raises MediaError; its message is meant for the client."""
         scheme = url[:8].partition(":")[0].lower()
         if scheme == "data":
             return self.decode_data_url(url.encode(errors="replace"))
@@ -75,11 +75,13 @@ class Fetcher:
                     return await asyncio.to_thread(self._read_file, url)
         except TimeoutError:
             seconds = self.config.fetch_timeout_seconds
-            raise MediaError(f"{_show(url)} did not arrive within {seconds:g} s", code="media_timeout") from None
-        raise MediaError("a media URL must begin with data:, http: or https:", code="invalid_url")
+            raise MediaError(
+                f"{_show(url)} could not be fetched within {seconds:g} seconds.", code=Code.MEDIA_TIMEOUT
+            ) from None
+        raise MediaError("The URL of an image must begin with data:, http: or https:.", code=Code.INVALID_URL)
 
     def decode_data_url(self, url: bytes) -> bytes:
-        """The bytes that a ``data:`` URL holds. Large ones take milliseconds: use a thread. Raises MediaError."""
+        """Return the bytes of a ``data:`` URL. Takes milliseconds for large ones, so call it in a thread. Raises MediaError."""
         return decode_data_url(url, self.config.max_media_bytes)
 
     async def _fetch_http(self, url: str) -> bytes:
@@ -94,22 +96,27 @@ class Fetcher:
                     target = _follow(target, response.headers.get("Location"), shown)
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 raise _explain(error, shown) from error
-        raise MediaError(f"{shown} redirects more than {self.config.max_redirects} times", code="media_unreachable")
+        raise MediaError(f"{shown} redirects more than {self.config.max_redirects} times.", code=Code.MEDIA_UNREACHABLE)
 
     def _check_target(self, target: URL) -> None:
         host = (target.host or "").lower().rstrip(".")
         if target.scheme not in {"http", "https"} or not host:
-            raise MediaError("a media URL, or where it redirects to, is not http(s)", code="invalid_url")
+            raise MediaError(
+                "The URL of the image, or its redirect, is not an http or https URL.", code=Code.INVALID_URL
+            )
         if self._domains and host not in self._domains:
             raise MediaError(
-                "the media URL, or where it redirects to, is not of an allowed domain", code="media_domain_not_allowed"
+                "The URL of the image, or its redirect, names a host that is not allowed here.",
+                code=Code.MEDIA_DOMAIN_NOT_ALLOWED,
             )
 
     async def _read_response(self, response: aiohttp.ClientResponse, shown: str) -> bytes:
         if response.status != 200:
-            raise MediaError(f"{shown} answered with status {response.status}", code="media_unreachable")
+            raise MediaError(f"{shown} responded with status {response.status}.", code=Code.MEDIA_UNREACHABLE)
         if response.headers.get("Content-Encoding", "identity").lower() not in {"identity", ""}:
-            raise MediaError(f"{shown} sent compressed content that nobody asked for", code="media_unreachable")
+            raise MediaError(
+                f"{shown} sent compressed content although none was accepted.", code=Code.MEDIA_UNREACHABLE
+            )
         self._check_size(response.content_length or 0)
         received = bytearray()
         async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
@@ -119,34 +126,34 @@ class Fetcher:
 
     def _check_size(self, size_bytes: int) -> None:
         if size_bytes > self.config.max_media_bytes:
-            raise MediaError(f"media is larger than {self.config.max_media_bytes:,} bytes", code="media_too_large")
+            raise too_large(self.config.max_media_bytes)
 
     def _read_file(self, url: str) -> bytes:
         if self._folder is None:
-            raise MediaError("file: URLs are not enabled here", code="media_path_not_allowed")
+            raise MediaError("file: URLs are not enabled here.", code=Code.MEDIA_PATH_NOT_ALLOWED)
         authority, slash, rest = url[5:].removeprefix("//").partition("/")
         if authority not in {"", "localhost"} or not slash:
-            raise MediaError("a file: URL must look like file:///folder/name.png", code="invalid_url")
+            raise MediaError("A file: URL must look like file:///folder/name.png.", code=Code.INVALID_URL)
         raw = unquote_to_bytes(slash + rest)
         if b"\0" in raw:
-            raise MediaError("a file: URL must not hold a NUL", code="invalid_url")
+            raise MediaError("A file: URL must not contain a null byte.", code=Code.INVALID_URL)
         path = Path(os.fsdecode(raw))
         try:
             path = path.resolve()
         except (OSError, RuntimeError):
             path = Path("/")
         if self._folder not in path.parents:
-            raise MediaError("the file: URL is outside of the allowed folder", code="media_path_not_allowed")
+            raise MediaError("The file: URL leads outside the allowed folder.", code=Code.MEDIA_PATH_NOT_ALLOWED)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
             with os.fdopen(descriptor, "rb") as file:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
-                    raise MediaError("the file: URL does not name a regular file", code="media_unreachable")
+                    raise MediaError("The file: URL does not name a regular file.", code=Code.MEDIA_UNREACHABLE)
                 self._check_size(status.st_size)
                 data = file.read(self.config.max_media_bytes + 1)
         except OSError:
-            raise MediaError("the file of the file: URL cannot be read", code="media_unreachable") from None
+            raise MediaError("The file that the file: URL names cannot be read.", code=Code.MEDIA_UNREACHABLE) from None
         self._check_size(len(data))
         return data
 
@@ -155,35 +162,35 @@ def _parse(url: str) -> URL:
     try:
         return URL(url)
     except ValueError:
-        raise MediaError("the media URL is not a valid URL", code="invalid_url") from None
+        raise MediaError("The URL of the image is not a valid URL.", code=Code.INVALID_URL) from None
 
 
 def _follow(current: URL, location: str | None, shown: str) -> URL:
     if not location:
-        raise MediaError(f"{shown} redirects to nowhere", code="media_unreachable")
-    # Credentials of the first host are no business of the next.
+        raise MediaError(f"{shown} responded with a redirect that has no Location.", code=Code.MEDIA_UNREACHABLE)
+    # The next host must not see the credentials of this one.
     return current.with_user(None).join(URL(location))
 
 
 def _explain(error: Exception, shown: str) -> MediaError:
-    """What the client may know of why a connection failed: nothing of addresses, headers or names behind the URL."""
+    """Return the error that the client sees. It reveals no addresses, headers or host names behind the URL."""
     if isinstance(error, MediaError):
         return error
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, RefusedAddressError):
         return MediaError(
-            f"{shown} leads to an address that is not public; media is fetched from public addresses only",
-            code="media_address_not_allowed",
+            f"{shown} leads to an address that is not public. Images are fetched only from public addresses.",
+            code=Code.MEDIA_ADDRESS_NOT_ALLOWED,
         )
     if isinstance(error, TimeoutError):
-        return MediaError(f"{shown} did not answer in time", code="media_timeout")
+        return MediaError(f"{shown} did not respond in time.", code=Code.MEDIA_TIMEOUT)
     if isinstance(error, ValueError):
-        return MediaError("the media URL is not a valid URL", code="invalid_url")
-    return MediaError(f"{shown} is unreachable or broke off", code="media_unreachable")
+        return MediaError("The URL of the image is not a valid URL.", code=Code.INVALID_URL)
+    return MediaError(f"The connection to {shown} failed or was lost.", code=Code.MEDIA_UNREACHABLE)
 
 
 def _show(url: str) -> str:
-    """The client's URL, short, without credentials and query."""
+    """Return the client's URL, shortened and without credentials and query."""
     head, _, rest = url.partition("://")
     place = rest.split("?", 1)[0].split("#", 1)[0]
     host, slash, path = place.partition("/")

@@ -1,6 +1,10 @@
-"""What chiasm needs of a checkpoint: processor, vision encoder, language model, each loaded apart.
+"""What chiasm needs of a checkpoint: its processor, its vision encoder and its language model, each loaded separately.
 
-Names are imported when they are first used, so that ``chiasm.models.base`` and the fingerprint need no torch.
+``base`` holds the interfaces. ``checkpoint`` finds the files, ``support`` refuses what would run wrongly, ``loading`` reads
+the weights of one part. ``processor`` (with ``chat``) and ``adapter`` implement the interfaces on top of transformers, and
+``families`` holds what differs between families of models. ``identity`` names everything that embeddings depend on.
+
+Names are imported when they are first used, so that ``chiasm.models.base`` and the fingerprint don't load torch.
 """
 
 from __future__ import annotations
@@ -9,20 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chiasm.models.folder import resolve_folder
+    from chiasm.models.adapter import load_language, load_vision
+    from chiasm.models.checkpoint import resolve_folder
     from chiasm.models.identity import fingerprint
-    from chiasm.models.language import load_language
     from chiasm.models.processor import load_processor
-    from chiasm.models.vision import load_vision
 
 __all__ = ["fingerprint", "load_language", "load_processor", "load_vision", "resolve_folder"]
 
 _MODULES = {
     "fingerprint": "identity",
-    "load_language": "language",
+    "load_language": "adapter",
     "load_processor": "processor",
-    "load_vision": "vision",
-    "resolve_folder": "folder",
+    "load_vision": "adapter",
+    "resolve_folder": "checkpoint",
 }
 
 

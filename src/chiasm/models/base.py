@@ -1,11 +1,12 @@
 """What chiasm needs of a checkpoint: a processor, a vision encoder, a language model.
 
-A checkpoint is a folder in the Hugging Face layout. The three parts load apart, since an instance holds only what its
-role needs: the processor (no weights: tokenizer, chat template, sizes of items, preprocessing) is in all, the vision
-encoder in encoders, the language model in PD, prefill and decode.
+A checkpoint is a folder in the Hugging Face layout. Its three parts are loaded separately, because an instance holds only
+what its role needs. Every instance has the processor, which needs no weights: tokenizer, chat template, sizes of items and
+preprocessing. Encoders have the vision encoder; PD, prefill and decode instances have the language model.
 
-*Entry*: the encoder's output for one item, ``[rows, entry_width]`` where ``entry_width = (1 + deepstack_levels) *
-hidden_size``. The first ``hidden_size`` columns replace the placeholders' embeddings, the rest are the DeepStack levels.
+An *entry* is the encoder's output for one item: ``[rows, entry_width]``, where ``entry_width = (1 + deepstack_levels) *
+hidden_size``. The first ``hidden_size`` columns replace the embeddings of the placeholders; the others are the DeepStack
+levels.
 """
 
 from __future__ import annotations
@@ -22,55 +23,55 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ATTENTION_NAME = "chiasm_paged"
-"""Name under which the engine registers its attention with transformers, and which language models are loaded with."""
+"""The name under which the engine registers its attention with transformers. Language models are loaded with it."""
 
 Message = dict[str, Any]
 """One chat message with ``role`` and ``content``; content is a string or parts ``{"type": "text", "text": …}`` and
 ``{"type": "image"}``."""
 
 Metadata = dict[str, list[int]]
-"""What sizes an item's placeholders on the wire: ``{"image_grid_thw": [t, h, w]}``, or ``{"image_size": [height, width]}``."""
+"""The size of an item on the wire: ``{"image_grid_thw": [t, h, w]}``, or ``{"image_size": [height, width]}`` in pixels."""
 
 
 @dataclass(frozen=True)
 class ItemGeometry:
-    """What the prompt needs to know of an item, without its pixels."""
+    """What the prompt needs to know about an item. It follows from the size of the image, without its pixels."""
 
     token_ids: tuple[int, ...]
-    """The tokens that stand in the prompt for the one placeholder that the chat template wrote."""
+    """The tokens that replace the one placeholder that the chat template wrote."""
     rows: tuple[int, ...]
-    """Indices in ``token_ids`` that embedding rows replace, ascending; row ``i`` of the entry goes to ``rows[i]``."""
+    """Ascending indices in ``token_ids`` of the tokens that embeddings replace; row ``i`` of the entry goes to ``rows[i]``."""
     metadata: Metadata
-    """What the encoder answers on the wire, e.g. ``{"image_grid_thw": [1, 32, 32]}``."""
+    """What an encoder says about the item on the wire, such as ``{"image_grid_thw": [1, 32, 32]}``."""
 
 
 @dataclass(frozen=True)
 class PromptItem:
-    """One item in its place in a prompt."""
+    """One item at its place in a prompt."""
 
     identifier: str
     offset: int
     """Prompt index of the item's first token."""
     length: int
-    """Prompt tokens of the item, from the first to the last that ``geometry.token_ids`` holds."""
+    """Number of prompt tokens of the item: ``len(geometry.token_ids)``."""
     geometry: ItemGeometry
 
     @property
     def positions(self) -> list[int]:
-        """Prompt indices of the embedding rows."""
+        """Prompt indices of the tokens that the rows of the entry replace."""
         return [self.offset + row for row in self.geometry.rows]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with all placeholders expanded, and the items in order of their places (one may occur twice)."""
+    """Token ids with all placeholders expanded, and the items in prompt order. The same item may occur twice."""
 
     token_ids: list[int]
     items: list[PromptItem] = field(default_factory=list)
 
 
 class Pixels(NamedTuple):
-    """One preprocessed item: the keyword arguments of the vision model, and its geometry."""
+    """One preprocessed item: the keyword arguments for the vision model, and the geometry."""
 
     inputs: dict[str, Tensor]
     geometry: ItemGeometry
@@ -80,24 +81,24 @@ class Positions(NamedTuple):
     """Rotary positions of a prompt."""
 
     ids: Tensor
-    """int64 ``[3, tokens]`` for M-RoPE, else ``[1, tokens]``."""
+    """int64, ``[3, tokens]`` for M-RoPE, otherwise ``[1, tokens]``."""
     delta: int
-    """The position of token ``i`` past the prompt is ``i + delta``, on all axes."""
+    """After the prompt, the position of token ``i`` is ``i + delta`` on all axes."""
 
 
 class Processor(ABC):
-    """Tokenizer, chat template and image processor of one checkpoint. Thread-safe; loads no weights."""
+    """Tokenizer, chat template and image processor of one checkpoint. Thread-safe; needs no weights."""
 
     tokenizer: Tokenizer
-    """The fast tokenizer behind it."""
+    """The tokenizer of the ``tokenizers`` library."""
     eos_token_ids: frozenset[int]
-    """Tokens that end an answer (from generation_config, config and tokenizer)."""
+    """Tokens that end an answer, from generation_config.json, config.json and the tokenizer."""
     vocab_size: int
-    """Size of the logits."""
+    """Number of logits per token."""
     max_model_len: int
-    """The longest sequence that the model was made for, in tokens."""
+    """The longest sequence that the model supports, in tokens."""
     default_sampling: Mapping[str, float | int]
-    """temperature, top_p, top_k, repetition_penalty where generation_config.json sets them."""
+    """Those of temperature, top_p, top_k and repetition_penalty that generation_config.json sets."""
 
     @abstractmethod
     def build_chat(
@@ -109,37 +110,37 @@ class Processor(ABC):
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """Render with the chat template, tokenize, and put ``items`` (identifier, geometry) into the image parts' places.
+        """Render the chat template, tokenize, and put ``items`` (identifier, geometry) in the places of the image parts.
 
-        Raises InvalidRequestError where the template refuses the messages, or where text of the client holds the
-        placeholder token, so that the places don't match the items.
+        Raises InvalidRequestError if the template refuses the messages, if text contains the placeholder token, or if the
+        number of items differs from the number of places.
         """
 
     @abstractmethod
     def build_text(self, text: str) -> Prompt:
-        """Tokenize a plain prompt (``/v1/completions``). Raises InvalidRequestError if it holds a placeholder token."""
+        """Tokenize a plain prompt (``/v1/completions``). Raises InvalidRequestError if it contains a placeholder token."""
 
     @abstractmethod
     def build_tokens(self, token_ids: Sequence[int]) -> Prompt:
-        """A prompt given as token ids. Raises InvalidRequestError if one isn't in the vocabulary or is a placeholder."""
+        """Make a prompt of token ids. Raises InvalidRequestError if one is outside the vocabulary or is a placeholder."""
 
     @abstractmethod
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
-        """The geometry of an image of this size in pixels, after rotation by EXIF.
+        """Return the geometry of an image of this size in pixels, after EXIF rotation.
 
-        Raises InvalidRequestError for a size that the image processor refuses.
+        Raises InvalidRequestError if the image processor refuses the size.
         """
 
     @abstractmethod
     def geometry_of_metadata(self, metadata: Metadata) -> ItemGeometry:
-        """The geometry from what came on the wire: ``image_size``, or the family's own key.
+        """Return the geometry for metadata from the wire: ``image_size``, or the family's own key.
 
-        Hostile until checked: raises InvalidRequestError for unknown keys, wrong types, or sizes out of bounds.
+        The metadata is not trusted: raises InvalidRequestError for unknown keys, wrong types and sizes out of bounds.
         """
 
     @abstractmethod
     def preprocess(self, image: Image) -> Pixels:
-        """An RGB image as the vision model's inputs, float32 on CPU; its geometry equals ``geometry_of_size``."""
+        """Turn an image into float32 inputs of the vision model, on the CPU; the geometry equals ``geometry_of_size``."""
 
 
 class VisionModel(ABC):
@@ -152,14 +153,14 @@ class VisionModel(ABC):
 
     @abstractmethod
     def encode(self, pixels: Pixels) -> Tensor:
-        """The entry of one item, ``[rows, entry_width]``, contiguous, in ``dtype`` on ``device``.
+        """Return the entry of one item: ``[rows, entry_width]``, contiguous, in ``dtype`` on ``device``.
 
-        One item a call, so that its bytes don't depend on its neighbours: entries are cached by content.
+        Takes one item per call, because entries are cached by content and must not depend on their neighbours in a batch.
         """
 
 
 class LanguageModel(ABC):
-    """The decoder with its head, run over flattened rows of many requests."""
+    """The decoder with its head, run over the concatenated rows of many requests."""
 
     hidden_size: int
     entry_width: int
@@ -173,7 +174,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def positions(self, prompt: Prompt) -> Positions:
-        """Rotary positions of the whole prompt, computed once a request, from token ids and geometries alone."""
+        """Return the rotary positions of a whole prompt. Called once per request; needs only token ids and geometries."""
 
     @abstractmethod
     def forward(
@@ -184,14 +185,13 @@ class LanguageModel(ABC):
         entry_rows: Tensor | None = None,
         entry_index: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states ``[T, hidden_size]`` after the last norm.
+        """Return the hidden states ``[T, hidden_size]`` after the last norm.
 
-        ``token_ids`` int64 [T] (placeholders in it are replaced), ``position_ids`` int64 [3 or 1, T]; ``entry_rows``
-        [R, entry_width] are the embedding rows of this step and ``entry_index`` int64 [R], ascending, the rows of the
-        step that they replace; both None where the step has none. ``attention`` reaches the attention function of
-        ``ATTENTION_NAME`` as the keyword ``paged``.
+        ``token_ids`` is int64 ``[T]``, ``position_ids`` int64 ``[3 or 1, T]``. ``entry_rows`` ``[R, entry_width]`` replace
+        the embeddings of the placeholders at ``entry_index`` (int64 ``[R]``, ascending); both are None if the step has no
+        placeholders. ``attention`` is passed to the attention function ``ATTENTION_NAME`` as the keyword ``paged``.
         """
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[B, hidden_size]`` → float32 ``[B, vocab_size]``."""
+        """Turn hidden states ``[B, hidden_size]`` into float32 logits ``[B, vocab_size]``."""

@@ -1,7 +1,7 @@
-"""From messages to text with the checkpoint's chat template.
+"""Renders messages to text with the chat template of a checkpoint.
 
-Templates differ in what they take: some want a message's content as a string, some as a list of parts, and some drop
-silently what they don't expect. What a template takes is found out at load, by rendering probes.
+Templates differ in the content that they accept: some want a string, some a list of parts, and some silently drop what
+they don't expect. Probes that are rendered when the template is loaded show what it accepts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ROLES = ("user", "system", "assistant")
 
 
 class ChatTemplate:
-    """Renders messages; image parts become ``placeholder``."""
+    """Renders messages, with ``placeholder`` for each image part. ``template`` is None if the checkpoint has none."""
 
     def __init__(self, tokenizer: Any, template: str | None, placeholder: str) -> None:
         self._tokenizer = tokenizer
@@ -41,16 +41,16 @@ class ChatTemplate:
         continue_final_message: bool,
         template_kwargs: Mapping[str, Any],
     ) -> str:
-        """The prompt as text, one placeholder per image part. Raises InvalidRequestError."""
+        """Return the prompt as text, with one placeholder per image part. Raises InvalidRequestError."""
         if self._template is None:
-            raise InvalidRequestError("This model has no chat template; use /v1/completions.", param="messages")
+            raise InvalidRequestError("This model has no chat template. Use /v1/completions.", param="messages")
         if taken := sorted(self._reserved.intersection(template_kwargs)):
             raise InvalidRequestError(
-                f"chat_template_kwargs may not set {', '.join(taken)}.", param="chat_template_kwargs"
+                f"chat_template_kwargs must not set {', '.join(taken)}.", param="chat_template_kwargs"
             )
         if any(self._placeholder in text for text in _strings([*messages, template_kwargs])):
             raise InvalidRequestError(
-                f"Text may not hold {self._placeholder}, which stands for an image.", param="messages"
+                f"Text must not contain {self._placeholder}, which stands for an image.", param="messages"
             )
         options = {
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -63,12 +63,12 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(
                 messages, chat_template=self._template, tokenize=False, **options
             )
-        except Exception as error:  # a template is a program; whatever it raises, these messages made it
+        except Exception as error:  # a template is a program and can raise anything; the messages caused it
             raise InvalidRequestError(f"The chat template refuses the messages: {error}", param="messages") from error
         return str(text)
 
     def _adapted(self, message: Message) -> Message:
-        """The message with its content in a form that the template takes for its role."""
+        """Return the message with its content in a form that the template accepts for its role."""
         if not isinstance(message, dict):
             raise InvalidRequestError("A message must be an object with role and content.", param="messages")
         content = message.get("content")
@@ -93,7 +93,7 @@ class ChatTemplate:
         raise InvalidRequestError("A message's parts must be text or images.", param="messages")
 
     def _takes(self, role: str, form: Form) -> bool:
-        """Whether the template writes a message of this role with content of this form as it should."""
+        """Whether the template renders content of this form correctly for this role."""
         probe = _probe(role, _PROBE if form == "string" else [_text_part(_PROBE)])
         user = _probe("user", "x" if self._forms.get("user") == ("string",) else [_text_part("x")])
         conversation = {"user": [probe], "system": [probe, user], "assistant": [user, probe]}[role]
@@ -101,11 +101,11 @@ class ChatTemplate:
             text = self._apply(conversation, {})
         except InvalidRequestError:
             return False
-        # A template that prints whatever it gets shows a list of parts as Python or JSON would.
+        # A template that expects a string prints a list of parts as Python or JSON.
         return _PROBE in text and "'type'" not in text and '"type"' not in text
 
     def _takes_images(self) -> bool:
-        """Whether the template itself writes the placeholder of an image part."""
+        """Whether the template writes the placeholder for an image part."""
         try:
             text = self._apply([_probe("user", [{"type": "image"}, _text_part(_PROBE)])], {})
         except InvalidRequestError:
@@ -122,7 +122,7 @@ def _text_part(text: str) -> Message:
 
 
 def _strings(value: object) -> Iterator[str]:
-    """Every string in nested lists and mappings."""
+    """Yield every string in nested lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -1,8 +1,9 @@
-"""The files of a checkpoint in the Hugging Face layout, read without torch."""
+"""A checkpoint's files in the Hugging Face layout: found by name, and read without torch."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from chiasm.errors import ConfigurationError
 
 JsonObject = dict[str, Any]
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -18,9 +22,9 @@ class Checkpoint:
 
     folder: Path
     config: JsonObject
-    """``config.json`` as written: what it leaves out is left out here too, not filled with a class's defaults."""
+    """``config.json`` as written, without the defaults of a config class."""
     generation_config: JsonObject
-    """``generation_config.json``, empty where there is none."""
+    """``generation_config.json``; empty if there is no such file."""
 
     @property
     def model_type(self) -> str:
@@ -28,31 +32,31 @@ class Checkpoint:
 
     @property
     def text_config(self) -> JsonObject:
-        """The language model's part of the config."""
+        """The part of the config that describes the language model."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files that hold the weights, sorted by name."""
+        """Return the safetensors files that hold the weights, sorted by name. Raises ConfigurationError if one is missing."""
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise ConfigurationError(f"{index} has no weight_map; download the checkpoint again.")
+                raise ConfigurationError(f"{index} has no weight_map. Download the checkpoint again.")
             files = [self.folder / name for name in sorted({str(name) for name in weight_map.values()})]
         else:
             files = [self.folder / "model.safetensors"]
         for file in files:
             if not file.is_file():
                 raise ConfigurationError(
-                    f"The weights {file} are missing. chiasm reads safetensors only: download the rest of the "
-                    "checkpoint, or convert it with save_pretrained(folder, safe_serialization=True)."
+                    f"The weights {file} are missing. chiasm reads only safetensors: download the rest of the checkpoint, "
+                    "or convert it with save_pretrained(folder, safe_serialization=True)."
                 )
         return files
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the folder's configuration. Raises ConfigurationError where it is not a checkpoint."""
+    """Read the configuration in a folder. Raises ConfigurationError if the folder is not a checkpoint."""
     if not (folder / "config.json").is_file():
         raise ConfigurationError(f"{folder} is not a model checkpoint: it has no config.json.")
     generation_config = folder / "generation_config.json"
@@ -64,11 +68,46 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_json(path: Path) -> JsonObject:
-    """A file that holds one JSON object."""
+    """Return the JSON object in a file. Raises ConfigurationError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read as JSON: {error}") from error
+        raise ConfigurationError(f"Cannot read {path} as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path} does not hold a JSON object.")
     return value
+
+
+def resolve_folder(model: str) -> Path:
+    """Return a checkpoint's folder, given its path, the name of a shipped model, or a name on the Hugging Face hub.
+
+    A model from the hub is downloaded once and then cached. Raises ConfigurationError.
+    """
+    from chiasm import checkpoints
+
+    path = Path(model).expanduser()
+    if model and (path / "config.json").is_file():
+        return path
+    if model in checkpoints.names():
+        return checkpoints.folder(model)
+    if path.exists() or not _HUB_NAME.fullmatch(model):
+        raise ConfigurationError(
+            f"There is no model {model!r}. Give the path of a checkpoint folder, which has a config.json, one of the "
+            f"shipped models ({', '.join(checkpoints.names())}), or a name on the Hugging Face hub such as "
+            "Qwen/Qwen3-VL-2B-Instruct."
+        )
+    return _download(model)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigurationError(
+            f"{name} is not a folder, and cannot be downloaded from the Hugging Face hub. Check the name and the network, "
+            "log in with `hf auth login` if the model is gated, or download it elsewhere and give the path of its folder: "
+            f"{error}"
+        ) from error

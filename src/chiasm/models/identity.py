@@ -1,4 +1,4 @@
-"""One name for everything that an item's embedding depends on, other than the item."""
+"""The fingerprint: a name for everything that an embedding depends on, apart from the image itself."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from chiasm.errors import ConfigurationError
 from chiasm.models.checkpoint import open_checkpoint
 
 _VERSION = b"chiasm entry 1"
-"""To be changed when the layout of entries or the preprocessing changes."""
+"""Change it whenever the layout of entries or the preprocessing changes."""
 _CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 _WHOLE_BYTES = 64 * 1024
-"""Tensors up to this size count in full, larger ones by samples."""
+"""Tensors up to this size are hashed in full, larger ones by samples."""
 _SAMPLES = 16
 _SAMPLE_BYTES = 1024
 
 
 def fingerprint(folder: Path, dtype_name: str) -> str:
-    """64 hex digits over config, preprocessing, dtype and weights of a checkpoint.
+    """Hash config, preprocessing, dtype and weights of a checkpoint to 64 hex digits. Raises ConfigurationError.
 
-    Weights count by their names, shapes and sizes, and by samples from all over each tensor: it takes a fraction of a
-    second for any model, and other weights of the same architecture give another fingerprint.
+    Of the weights it reads names, shapes and sizes, and samples from all over each tensor. That takes a fraction of a
+    second for any model and tells apart different weights of the same architecture.
     """
     checkpoint = open_checkpoint(folder)
     digest = blake3(_VERSION)
@@ -39,13 +39,13 @@ def fingerprint(folder: Path, dtype_name: str) -> str:
 
 
 def _add(digest: blake3, data: bytes) -> None:
-    """Length first, so that what moves from one part to the next changes the digest."""
+    """Add the length, then the data, so that moving bytes from one part to the next changes the digest."""
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)
 
 
 def _add_weights(digest: blake3, file: Path) -> None:
-    """A safetensors file: 8 bytes for the header's length, the header as JSON, the tensors."""
+    """Add a safetensors file, which has 8 bytes for the length of the header, the header as JSON, and the tensors."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -60,11 +60,11 @@ def _add_weights(digest: blake3, file: Path) -> None:
                 for piece in _pieces(start + begin, start + end):
                     digest.update(data[piece])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigurationError(f"{file} is no safetensors file, or is damaged: {error}") from error
+        raise ConfigurationError(f"{file} is damaged or not a safetensors file. Download it again: {error}") from error
 
 
 def _pieces(begin: int, end: int) -> list[slice]:
-    """Where to look at a tensor's bytes."""
+    """Return the parts of a tensor's bytes that are hashed."""
     if end - begin <= _WHOLE_BYTES:
         return [slice(begin, end)]
     step = (end - begin - _SAMPLE_BYTES) // (_SAMPLES - 1)

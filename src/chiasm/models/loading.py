@@ -1,4 +1,4 @@
-"""Load one role's half of a checkpoint through transformers, and nothing of the other half."""
+"""Loads one part of a checkpoint through transformers, without the weights of the other part."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
     from chiasm.models.checkpoint import Checkpoint
 
-Role = Literal["vision", "language"]
+Part = Literal["vision", "language"]
+"""``language`` is the decoder and its head; ``vision`` is everything else."""
 
 
-def load_role(
-    checkpoint: Checkpoint, config: Any, role: Role, *, dtype: torch.dtype, device: torch.device
+def load_part(
+    checkpoint: Checkpoint, config: Any, part: Part, *, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    """The checkpoint's model with only the role's modules, in eval mode, without gradients.
+    """Return the checkpoint's model with only the modules of ``part``, in eval mode and without gradients.
 
-    The language role is the decoder and its head, the vision role all the rest. Only the role's tensors are read.
-    Raises ConfigurationError where the checkpoint lacks one of them, UnsupportedModelError where it holds tensors that
-    neither role knows.
+    Only the tensors of this part are read. Raises ConfigurationError if one of them is missing, UnsupportedModelError if
+    the checkpoint holds tensors that belong to neither part.
     """
     checkpoint.weight_files()
-    role_class = _role_class(_model_class(config), role)
+    part_class = _part_class(_model_class(config), part)
     try:
         with quiet():
-            model, info = role_class.from_pretrained(
+            model, info = part_class.from_pretrained(
                 checkpoint.folder,
                 config=config,
                 dtype=dtype,
                 attn_implementation={
-                    "text_config": ATTENTION_NAME if role == "language" else "eager",
+                    "text_config": ATTENTION_NAME if part == "language" else "eager",
                     "vision_config": "sdpa",
                 },
                 use_safetensors=True,
@@ -47,16 +47,16 @@ def load_role(
                 output_loading_info=True,
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ConfigurationError(f"{checkpoint.folder} cannot be loaded: {error}") from error
+        raise ConfigurationError(f"The weights of {checkpoint.folder} cannot be loaded: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ConfigurationError(
-            f"{checkpoint.folder} lacks {len(missing)} weights of the {role} model: {_few(missing)}. "
+            f"{checkpoint.folder} lacks {len(missing)} weights of the {part} model: {_few(missing)}. "
             "Download the checkpoint again."
         )
     if unexpected := sorted(info["unexpected_keys"]):
         raise UnsupportedModelError(
-            f"{checkpoint.folder} holds {len(unexpected)} weights that {config.model_type} doesn't use: "
-            f"{_few(unexpected)}. Running it without them would give wrong answers."
+            f"{checkpoint.folder} holds {len(unexpected)} weights that transformers' {config.model_type} doesn't use: "
+            f"{_few(unexpected)}. Without them the model would give wrong answers."
         )
     model.requires_grad_(False)
     return cast("nn.Module", model.eval().to(device))
@@ -68,13 +68,13 @@ def _model_class(config: Any) -> Any:
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 
 
-def _role_class(model_class: Any, role: Role) -> Any:
-    """A subclass that drops the other role's modules while they are still without storage."""
+def _part_class(model_class: Any, part: Part) -> Any:
+    """Return a subclass that drops the other part's modules before storage is allocated for them."""
 
     def __init__(self: Any, config: Any) -> None:
         model_class.__init__(self, config)
         decoder, head = self.get_decoder(), self.get_output_embeddings()
-        if role == "vision":
+        if part == "vision":
             dropped = [name for name, module in self.named_modules() if module is decoder or module is head]
             self.all_tied_weights_keys = {}
         else:
@@ -83,17 +83,17 @@ def _role_class(model_class: Any, role: Role) -> Any:
         for path in dropped:
             parent, _, name = path.rpartition(".")
             delattr(self.get_submodule(parent), name)
-        other_role = "|".join(re.escape(path) for path in dropped)
+        other_part = "|".join(re.escape(path) for path in dropped)
         ignored = set(self._keys_to_ignore_on_load_unexpected or ())
-        self._keys_to_ignore_on_load_unexpected = ignored | {rf"^(?:{other_role})(?:\.|$)"}
+        self._keys_to_ignore_on_load_unexpected = ignored | {rf"^(?:{other_part})(?:\.|$)"}
 
-    # Same name as the full class: renames of older checkpoints' tensors are looked up by it.
+    # transformers looks up the renamed tensors of older checkpoints by the name of the class.
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own report on the load, and its progress bar: chiasm checks the result itself."""
+    """Suppress transformers' load report and progress bar: chiasm checks the result itself."""
     from transformers.utils import logging
 
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()

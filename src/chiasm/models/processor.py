@@ -1,4 +1,4 @@
-"""From messages and images to token ids and pixels: all of a checkpoint but its weights."""
+"""Turns messages and images into token ids and pixels, with everything in a checkpoint except its weights."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LARGEST_SIDE = 1 << 20
-"""No image has a longer side than this; it bounds the arithmetic on sizes that come from clients."""
+"""The longest side of an image in pixels. It bounds the arithmetic on sizes that clients send."""
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 class TransformersProcessor(Processor):
-    """Tokenizer, chat template and image processor as transformers loads them."""
+    """Tokenizer, chat template and image processor, loaded by transformers."""
 
     def __init__(self, checkpoint: Checkpoint, parts: ProcessorParts, family: Family) -> None:
         self.tokenizer = parts.tokenizer.backend_tokenizer
-        # What is cut or padded silently would move the images' places.
+        # Silent truncation or padding would move the placeholders.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         text = parts.config.get_text_config()
@@ -55,7 +55,7 @@ class TransformersProcessor(Processor):
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs or {},
         )
-        # Most templates write the BOS themselves; where one doesn't, the tokenizer adds it.
+        # Most templates write the BOS token themselves; for the others the tokenizer adds it.
         has_bos = self._bos is not None and text.startswith(self._bos)
         return self._with_items(self._encode(text, add_special_tokens=not has_bos), items)
 
@@ -67,7 +67,7 @@ class TransformersProcessor(Processor):
             raise InvalidRequestError(f"Token ids must be between 0 and {self.vocab_size - 1}.", param="prompt")
         if self._family.placeholder_id in token_ids:
             raise InvalidRequestError(
-                f"A prompt may not hold {self._placeholder}, which stands for an image; use /v1/chat/completions.",
+                f"A prompt must not contain {self._placeholder}, which stands for an image. Use /v1/chat/completions.",
                 param="prompt",
             )
         return Prompt(list(token_ids))
@@ -81,7 +81,9 @@ class TransformersProcessor(Processor):
     def geometry_of_metadata(self, metadata: Metadata) -> ItemGeometry:
         keys = sorted({SIZE_KEY, self._family.metadata_key})
         if not isinstance(metadata, dict) or len(metadata) != 1 or not metadata.keys() <= set(keys):
-            raise InvalidRequestError(f"An item's metadata must hold {' or '.join(keys)}, and nothing else.")
+            raise InvalidRequestError(
+                f"An item's metadata must be an object with {' or '.join(keys)} and nothing else."
+            )
         ((key, values),) = metadata.items()
         if not isinstance(values, list) or any(type(value) is not int for value in values):
             raise InvalidRequestError(f"{key} must be a list of integers.")
@@ -99,25 +101,27 @@ class TransformersProcessor(Processor):
         token = self.tokenizer.id_to_token(placeholder_id)
         if token is None or self.tokenizer.encode(token, add_special_tokens=False).ids != [placeholder_id]:
             raise ConfigurationError(
-                f"The tokenizer has no token {placeholder_id}, which stands for images: its files are missing, or "
-                "belong to another model."
+                f"The tokenizer has no token {placeholder_id}, which stands for an image. Its files are missing or belong to "
+                "another model; download the checkpoint again."
             )
         return token
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        # Some tokenizers know more tokens than the model; on a GPU one of them would end the process.
+        # Some tokenizers have more tokens than the model. On a GPU such a token would end the process.
         if unknown := next((token for token in token_ids if token >= self.vocab_size), None):
-            raise InvalidRequestError(f"The model doesn't know the token {self.tokenizer.id_to_token(unknown)!r}.")
+            raise InvalidRequestError(
+                f"The model has no embedding for the token {self.tokenizer.id_to_token(unknown)!r}; leave it out."
+            )
         return token_ids
 
     def _with_items(self, token_ids: list[int], items: Sequence[tuple[str, ItemGeometry]]) -> Prompt:
-        """Put each item's tokens in the place of its placeholder."""
+        """Replace each placeholder by the tokens of its item."""
         places = [index for index, token in enumerate(token_ids) if token == self._family.placeholder_id]
         if len(places) != len(items):
             raise InvalidRequestError(
-                f"The messages hold {len(places)} places for images, but there are {len(items)} images. "
-                f"Text may not hold {self._placeholder}, and some chat templates take images in user messages only.",
+                f"The messages have {len(places)} places for images, but there are {len(items)} images. Text must not contain "
+                f"{self._placeholder}, and some chat templates accept images only in user messages.",
                 param="messages",
             )
         expanded: list[int] = []
@@ -132,19 +136,19 @@ class TransformersProcessor(Processor):
 
 
 def load_processor(folder: Path) -> Processor:
-    """The processor of a checkpoint. Raises ConfigurationError, UnsupportedModelError."""
+    """Load the processor of a checkpoint. Raises ConfigurationError, UnsupportedModelError."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        # One backend everywhere: torchvision's gives other bytes, and entries are cached by content.
+        # The same backend everywhere: torchvision gives other pixels, and entries are cached by the image's content.
         image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise ConfigurationError(f"The tokenizer or image processor of {folder} cannot be loaded: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise ConfigurationError(f"{folder} has no tokenizer.json, which chiasm needs.")
+        raise ConfigurationError(f"{folder} has no tokenizer.json. Choose a checkpoint with a fast tokenizer.")
     processor_config = folder / "processor_config.json"
     parts = ProcessorParts(
         config=config,
@@ -156,7 +160,7 @@ def load_processor(folder: Path) -> Processor:
 
 
 def _chat_template(folder: Path, parts: ProcessorParts) -> str | None:
-    """The template in the order in which transformers looks for it; the tokenizer knows chat_template.jinja."""
+    """Look for the template in the same order as transformers. The tokenizer has read chat_template.jinja."""
     legacy = folder / "chat_template.json"
     template = parts.tokenizer.chat_template
     if not (folder / "chat_template.jinja").is_file():
@@ -168,7 +172,7 @@ def _chat_template(folder: Path, parts: ProcessorParts) -> str | None:
 
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer_eos: int | None) -> frozenset[int]:
-    """All ends of an answer. From the files as written: a config class's default may be another model's token."""
+    """Return all tokens that end an answer. Reads the files, since a config class may default to another model's token."""
     ids: set[int] = set()
     for source in (checkpoint.generation_config, checkpoint.config, checkpoint.text_config):
         value = source.get("eos_token_id")

@@ -1,7 +1,7 @@
-"""Which checkpoints chiasm runs, and why it refuses the others.
+"""Which checkpoints chiasm can run, and why it refuses the others.
 
-The language model runs with attention over a paged cache in place of its own, which sees no mask: a model that needs
-anything but causal attention would run and answer wrongly. So what is not known to be right is refused at load.
+The engine replaces a model's attention with attention over a paged cache, which is causal and takes no mask. A model that
+needs any other attention would run and give wrong answers, so everything that is not known to be right is refused at load.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from chiasm.models.checkpoint import Checkpoint
 
 _BIDIRECTIONAL = "its image tokens attend to each other in both directions"
-_LINEAR = "it mixes linear attention with softmax attention, and its state is no KV cache"
+_LINEAR = "it mixes linear attention with softmax attention, and the state of linear attention does not fit a KV cache"
 _REASONS = {
     "deepseek_ocr2": _BIDIRECTIONAL,
     "gemma3": _BIDIRECTIONAL,
     "gemma3n": _BIDIRECTIONAL,
     "gemma4": _BIDIRECTIONAL,
-    "llava_onevision": "an image's embedding depends on how many images the request holds",
-    "mllama": "its text layers attend to the image by cross-attention, not by placeholders",
+    "llava_onevision": "an image's embedding depends on how many images the request has",
+    "mllama": "its text layers see images through cross-attention, not through placeholder tokens",
     "paligemma": _BIDIRECTIONAL,
     "qwen3_5": _LINEAR,
     "qwen3_5_moe": _LINEAR,
@@ -41,51 +41,51 @@ TEXT_TYPES = frozenset(
         "qwen3_vl_moe_text",
     }
 )
-"""Decoders that are known to need causal attention, with or without a sliding window, and nothing else."""
+"""Decoders that need only causal attention, with or without a sliding window."""
 
 _ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "mrope", "yarn"})
-"""Dynamic scaling changes nothing up to ``max_position_embeddings``, which is where ``max_model_len`` ends."""
+"""Dynamic scaling has no effect up to ``max_position_embeddings``, which is ``max_model_len``."""
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's PreTrainedConfig. Raises UnsupportedModelError, naming why chiasm can't run it."""
-    _family_of_type(checkpoint)
+    """Return the checkpoint's PreTrainedConfig. Raises ConfigurationError, or UnsupportedModelError with the reason."""
+    _check_model_type(checkpoint)
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigurationError(f"{checkpoint.folder / 'config.json'} is not valid: {error}") from error
+        raise ConfigurationError(f"{checkpoint.folder / 'config.json'} is not a valid config: {error}") from error
     _check_vision(checkpoint, config)
     _check_text(checkpoint, config.get_text_config())
     return config
 
 
 def family_of(config: Any) -> type[Family]:
-    """The family of a config that ``load_config`` returned."""
+    """Return the family of a config that ``load_config`` has accepted."""
     return FAMILIES[config.model_type]
 
 
 def entry_width(config: Any) -> int:
-    """Columns of an item's entry: the placeholders' embedding, then the DeepStack levels."""
+    """Return the number of columns of an entry: the embedding of the placeholders, then the DeepStack levels."""
     levels = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
     return (1 + levels) * int(config.get_text_config().hidden_size)
 
 
-def _family_of_type(checkpoint: Checkpoint) -> None:
+def _check_model_type(checkpoint: Checkpoint) -> None:
     model_type = checkpoint.model_type
     if model_type in FAMILIES:
         return
     if reason := _REASONS.get(model_type):
         raise _refusal(checkpoint, reason)
     if "vision_config" not in checkpoint.config:
-        raise _refusal(checkpoint, "it is no vision-language model: its config.json has no vision_config")
-    raise _refusal(checkpoint, f"chiasm knows {', '.join(sorted(FAMILIES))}")
+        raise _refusal(checkpoint, "it is not a vision-language model, since its config.json has no vision_config")
+    raise _refusal(checkpoint, f"chiasm supports {', '.join(sorted(FAMILIES))}")
 
 
 def _check_vision(checkpoint: Checkpoint, config: Any) -> None:
     if checkpoint.config.get("quantization_config") is not None:
-        raise _refusal(checkpoint, "its weights are quantized; use the checkpoint in bfloat16 or float32")
+        raise _refusal(checkpoint, "its weights are quantized; use the same model in bfloat16 or float32")
     vision_type = config.vision_config.model_type
     vision_types = family_of(config).vision_types
     if vision_type not in vision_types:
@@ -114,4 +114,4 @@ def _check_text(checkpoint: Checkpoint, text: Any) -> None:
 
 
 def _refusal(checkpoint: Checkpoint, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{checkpoint.folder} ({checkpoint.model_type}) cannot be run: {reason}.")
+    return UnsupportedModelError(f"chiasm cannot run {checkpoint.folder} ({checkpoint.model_type}): {reason}.")

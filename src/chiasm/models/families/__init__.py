@@ -1,4 +1,4 @@
-"""The families of checkpoints that chiasm runs, by ``model_type``."""
+"""The model families that chiasm supports, one file each; ``base`` says what a family has to define."""
 
 from __future__ import annotations
 
@@ -13,3 +13,4 @@ __all__ = ["FAMILIES", "Family", "ProcessorParts"]
 FAMILIES: dict[str, type[Family]] = {
     name: family for family in (QwenVL, Idefics3, InternVL, Llava) for name in family.model_types
 }
+"""By ``model_type``."""

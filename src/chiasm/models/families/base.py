@@ -1,4 +1,4 @@
-"""What differs from one family of checkpoints to the next."""
+"""What differs between families of models."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from chiasm.models.checkpoint import JsonObject
 
 SIZE_KEY = "image_size"
-"""Metadata key that all families take: the image's height and width."""
+"""The metadata key that every family accepts: the image's height and width."""
 LARGEST_ASPECT = 200
-"""The largest ratio of the longer side to the shorter, where a family must bound it."""
+"""The largest ratio of the longer side to the shorter, for families that have to limit it."""
 
 
 @dataclass(frozen=True)
 class ProcessorParts:
-    """What the files of a checkpoint give, other than weights."""
+    """Everything that is read from the files of a checkpoint, except weights."""
 
     config: Any
     """The PreTrainedConfig."""
     tokenizer: Any
     """The PreTrainedTokenizerFast."""
     image_processor: Any
-    """The image processor, of the PIL backend."""
+    """The image processor with the PIL backend."""
     processor_config: JsonObject
-    """``processor_config.json``, empty where there is none."""
+    """``processor_config.json``; empty if there is no such file."""
 
     def token_id(self, token: str) -> int:
-        """The id of a token that the family's images need."""
+        """Return the id of a token that images of the family need. Raises UnsupportedModelError if there is none."""
         token_id = self.tokenizer.get_vocab().get(token)
         if token_id is None:
             raise UnsupportedModelError(f"The tokenizer has no token {token!r}, which images of this family need.")
@@ -45,42 +45,42 @@ class ProcessorParts:
 
 
 class Family(ABC):
-    """How images of one family become placeholders, pixels and positions."""
+    """Turns images into placeholders, pixels and positions for one family of models."""
 
     model_types: ClassVar[tuple[str, ...]]
     """Values of ``model_type`` in config.json."""
     vision_types: ClassVar[tuple[str, ...]]
     """Values of ``vision_config.model_type``."""
     metadata_key: ClassVar[str] = SIZE_KEY
-    """The key of an item's metadata on the wire."""
+    """The key of an item's metadata in the answers of encoders."""
 
     placeholder_id: int
-    """The token that the chat template writes once for an image part, and that embedding rows replace."""
+    """The token that the chat template writes once for each image part, and that rows of the entry replace."""
 
     @abstractmethod
     def __init__(self, parts: ProcessorParts) -> None:
-        """Raises UnsupportedModelError for settings that the family doesn't follow."""
+        """Raises UnsupportedModelError if the checkpoint has settings that this class does not implement."""
 
     @abstractmethod
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
-        """The geometry of an image. Raises InvalidRequestError for a size that the image processor refuses."""
+        """Return the geometry of an image. Raises InvalidRequestError if the image processor refuses the size."""
 
     def geometry_of_values(self, values: list[int]) -> ItemGeometry:
-        """The geometry from the value under ``metadata_key``, hostile until checked, where that is not the size."""
+        """Return the geometry for an untrusted value of ``metadata_key``. Only for families whose key isn't ``SIZE_KEY``."""
         raise NotImplementedError
 
     @abstractmethod
     def preprocess(self, image: Image) -> dict[str, Tensor]:
-        """The keyword arguments of the model's ``get_image_features`` for one RGB image."""
+        """Turn an RGB image into keyword arguments of the model's ``get_image_features``."""
 
     @staticmethod
     def positions(config: Any, prompt: Prompt) -> Positions:
-        """Rotary positions: the index of the token, unless the family says otherwise."""
+        """Return the rotary positions of a prompt; by default, a token's position is its index."""
         return Positions(torch.arange(len(prompt.token_ids))[None], 0)
 
 
 def too_elongated(height: int, width: int) -> InvalidRequestError:
-    """The error for an image that is past ``LARGEST_ASPECT``."""
+    """Return the error for an image that exceeds ``LARGEST_ASPECT``."""
     return InvalidRequestError(
         f"An image of {width} by {height} pixels is too elongated: the longer side may be at most {LARGEST_ASPECT} "
         "times the shorter."

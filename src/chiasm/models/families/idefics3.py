@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: an image is cut into square tiles, and each tile is announced by tokens of its own."""
+"""Idefics3 and SmolVLM: an image is cut into square tiles, each of which begins with tokens that name its row and column."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LARGEST_EDGE = 4096
-"""The image processor scales larger images a second time."""
+"""The image processor scales larger images twice, which the geometry does not follow."""
 
 
 class _Grid(NamedTuple):
-    """Rows and columns of tiles, both 0 where the image is a single tile."""
+    """Rows and columns of tiles; both are 0 if the image is a single tile."""
 
     rows: int
     columns: int
 
 
 class Idefics3(Family):
-    """Tiles in reading order, then the whole image as one more tile."""
+    """The tiles come in reading order, followed by the whole image as one more tile."""
 
     model_types = ("idefics3", "smolvlm")
     vision_types = ("idefics3_vision", "smolvlm_vision")
@@ -38,10 +38,12 @@ class Idefics3(Family):
         self._tile = int(processor.max_image_size["longest_edge"])
         if not processor.do_resize or not 1 <= self._longest <= _LARGEST_EDGE:
             raise UnsupportedModelError(
-                f"The preprocessor config must set do_resize, and size.longest_edge from 1 to {_LARGEST_EDGE}."
+                f"The preprocessor config must set do_resize to true, and size.longest_edge to 1 to {_LARGEST_EDGE}."
             )
         if self._tile != vision.image_size:
-            raise UnsupportedModelError("config.json and the preprocessor config disagree on the size of a tile.")
+            raise UnsupportedModelError(
+                "config.json and the preprocessor config disagree on the size of a tile. Download the checkpoint again."
+            )
         self._processor = processor
         self._splits = bool(processor.do_image_splitting)
         self._tokens_per_tile = (self._tile // int(vision.patch_size) // int(parts.config.scale_factor)) ** 2
@@ -63,7 +65,7 @@ class Idefics3(Family):
         return {name: features[name] for name in ("pixel_values", "pixel_attention_mask") if name in features}
 
     def _grid(self, height: int, width: int) -> _Grid:
-        """The tiles of an image: scaled to the longest edge, then up to whole tiles, each time with its own rounding."""
+        """Return the tiles of an image, which is scaled to the longest edge, then up to whole tiles, with separate rounding."""
         if not self._splits:
             return _Grid(0, 0)
         aspect = width / height
@@ -85,7 +87,7 @@ class Idefics3(Family):
         return _Grid(rows, columns) if max(rows, columns) > 1 else _Grid(0, 0)
 
     def _encode_grid(self, grid: _Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The tokens of a grid of tiles, and which of them are placeholders."""
+        """Return the tokens for a grid of tiles, and the indices of the placeholders among them."""
         tile = self._placeholder * self._tokens_per_tile
         lines = [
             "".join(f"{self._fake}<row_{row + 1}_col_{column + 1}>{tile}" for column in range(grid.columns)) + "\n"

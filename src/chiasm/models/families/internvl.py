@@ -1,4 +1,4 @@
-"""InternVL: an image becomes a grid of square tiles of about its shape, and an overview."""
+"""InternVL: an image becomes a grid of square tiles with about the same aspect ratio, and an overview tile."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CUT = {"crop_to_patches": True}
-"""The model's own processor cuts images into tiles, whatever the image processor's config says."""
+"""The model's own processor always cuts images into tiles, whatever the config of the image processor says."""
 
 
 class InternVL(Family):
-    """Every tile has the same number of tokens, between one start token and one end token for the image."""
+    """All tiles have the same number of tokens; one start and one end token enclose the image."""
 
     model_types = ("internvl",)
     vision_types = ("internvl_vision",)
@@ -26,7 +26,9 @@ class InternVL(Family):
         processor, vision = parts.image_processor, parts.config.vision_config
         tile = (processor.size["height"], processor.size["width"])
         if tile != _pair(vision.image_size):
-            raise UnsupportedModelError("config.json and the preprocessor config disagree on the size of a tile.")
+            raise UnsupportedModelError(
+                "config.json and the preprocessor config disagree on the size of a tile. Download the checkpoint again."
+            )
         patch = _pair(vision.patch_size)
         shrink = int(1 / parts.config.downsample_ratio)
         self._processor = processor

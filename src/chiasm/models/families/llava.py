@@ -1,4 +1,4 @@
-"""LLaVA 1.5 and its like: every image is cropped to one square of one size."""
+"""LLaVA 1.5 and similar models: every image is cropped to a square of fixed size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Llava(Family):
-    """A CLIP or SigLIP tower over one square; one token per patch."""
+    """A CLIP or SigLIP tower over the square, with one token per patch."""
 
     model_types = ("llava",)
     vision_types = ("clip_vision_model", "siglip_vision_model")
@@ -36,7 +36,7 @@ class Llava(Family):
         self.placeholder_id = int(parts.config.image_token_id)
 
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
-        # The shorter side is scaled to the square before cropping, so a line of pixels would grow without bound.
+        # The shorter side is scaled up to the square before cropping, so a very elongated image would grow without bound.
         if max(height, width) > LARGEST_ASPECT * min(height, width):
             raise too_elongated(height, width)
         return ItemGeometry(

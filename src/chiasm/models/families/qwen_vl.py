@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, dense and MoE: images keep their shape, positions have three axes."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, dense and MoE: images keep their aspect ratio, and positions have three axes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRID_KEY = "image_grid_thw"
 
 
 class QwenVL(Family):
-    """An image is resized to whole cells of merge x merge patches; each cell is one token."""
+    """An image is resized to whole cells of merge x merge patches, and each cell becomes one token."""
 
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     vision_types = ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_vl_moe_vision")
@@ -35,7 +35,9 @@ class QwenVL(Family):
                 "The preprocessor config sets do_resize to false, which chiasm doesn't support."
             )
         if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
-            raise UnsupportedModelError("config.json and the preprocessor config disagree on patch and merge sizes.")
+            raise UnsupportedModelError(
+                "config.json and the preprocessor config disagree on patch and merge sizes. Download the checkpoint again."
+            )
         self._smart_resize = smart_resize
         self._processor = processor
         self._merge = int(processor.merge_size)
@@ -60,9 +62,9 @@ class QwenVL(Family):
         if frames != 1:
             raise InvalidRequestError(f"{GRID_KEY} of an image must have t = 1.")
         if min(height, width) < 1 or height % self._merge or width % self._merge:
-            raise InvalidRequestError(f"{GRID_KEY} must have positive multiples of {self._merge} for h and w.")
+            raise InvalidRequestError(f"In {GRID_KEY}, h and w must be positive multiples of {self._merge}.")
         if height * width * self._patch**2 > self._most_pixels():
-            raise InvalidRequestError(f"{GRID_KEY} is larger than this model's images can be.")
+            raise InvalidRequestError(f"{GRID_KEY} is larger than any image of this model.")
         return self._geometry_of_grid(height, width)
 
     def preprocess(self, image: Image) -> dict[str, Tensor]:
@@ -71,8 +73,8 @@ class QwenVL(Family):
 
     @staticmethod
     def positions(config: Any, prompt: Prompt) -> Positions:
-        """Text advances all three axes by one a token; an image spans a grid, and what follows starts past its
-        longer side."""
+        """Return M-RoPE positions. A text token advances all three axes by one; the tokens of an image form a grid, and the
+        text after it continues past the longer side of the grid."""
         merge = int(config.vision_config.spatial_merge_size)
         pieces: list[Tensor] = []
         position = index = 0
@@ -97,8 +99,8 @@ class QwenVL(Family):
         return ItemGeometry((self.placeholder_id,) * tokens, tuple(range(tokens)), {GRID_KEY: [1, height, width]})
 
     def _most_pixels(self) -> int:
-        """The largest area that resizing gives: within ``max_pixels`` but for what rounding to whole cells adds to
-        very elongated images and to those scaled up to ``min_pixels``."""
+        """Return the largest area after resizing: ``max_pixels``, plus what rounding to whole cells adds to very elongated
+        images and to images that are scaled up to ``min_pixels``."""
         cell = self._patch * self._merge
         narrowest = cell * math.ceil(math.sqrt(LARGEST_ASPECT * self._max_pixels))
         longest, shortest = math.sqrt(LARGEST_ASPECT * self._min_pixels), math.sqrt(self._min_pixels / LARGEST_ASPECT)

@@ -1,4 +1,4 @@
-"""Each loader holds its role's weights, all of them, and nothing else."""
+"""Each loader loads all weights of its part of the model, and no others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_the_two_roles_together_are_the_whole_model(loaded: Loaded) -> None:
+def test_the_two_parts_together_are_the_whole_model(loaded: Loaded) -> None:
     vision = {name for name, _ in loaded.vision.module.named_parameters()}
     language = {name for name, _ in loaded.language.module.named_parameters()}
     whole = dict(loaded.whole.named_parameters())
@@ -46,7 +46,7 @@ def test_no_weight_is_random_or_without_storage(loaded: Loaded) -> None:
             assert torch.equal(tensor, whole[name]), name
 
 
-def test_tied_embeddings_stay_tied_and_stay_out_of_the_encoder(tmp_path: Path) -> None:
+def test_tied_embeddings_stay_tied_and_are_not_in_the_vision_part(tmp_path: Path) -> None:
     folder = synthetic.make("qwen3_vl", tmp_path, size=SyntheticSize(tie_word_embeddings=True))
     language: Any = load_language(folder, **F32_CPU).module
     assert language.lm_head.weight is language.get_decoder().embed_tokens.weight
@@ -54,7 +54,7 @@ def test_tied_embeddings_stay_tied_and_stay_out_of_the_encoder(tmp_path: Path) -
     assert not [name for name in names if "embed_tokens" in name or "lm_head" in name]
 
 
-def test_an_item_encodes_to_the_same_bytes_whatever_was_encoded_before(loaded: Loaded) -> None:
+def test_an_entry_does_not_depend_on_what_was_encoded_before(loaded: Loaded) -> None:
     first = loaded.processor.preprocess(sample_image(1))
     other = loaded.processor.preprocess(sample_image(2, 64, 64))
     entry = loaded.vision.encode(first)
@@ -65,7 +65,7 @@ def test_an_item_encodes_to_the_same_bytes_whatever_was_encoded_before(loaded: L
     assert loaded.vision.entry_width == loaded.language.entry_width
 
 
-def test_deepstack_levels_stand_beside_the_placeholders_embedding(checkpoint: Callable[[str], Loaded]) -> None:
+def test_an_entry_holds_the_deepstack_levels_beside_the_embedding(checkpoint: Callable[[str], Loaded]) -> None:
     loaded = checkpoint("qwen3_vl")
     assert loaded.vision.entry_width == (1 + SyntheticSize().deepstack_levels) * loaded.language.hidden_size
 
@@ -86,23 +86,23 @@ def without(checkpoint: Callable[[str], Loaded], tmp_path: Path) -> Callable[[st
 
 
 @pytest.mark.parametrize(
-    ("load", "own", "others"),
+    ("load", "own", "other"),
     [(load_language, LANGUAGE_TENSOR, VISION_TENSOR), (load_vision, VISION_TENSOR, LANGUAGE_TENSOR)],
 )
-def test_a_missing_weight_of_the_role_is_an_error_and_one_of_the_other_role_is_not(
+def test_a_missing_weight_is_an_error_only_for_the_part_that_needs_it(
     without: Callable[[str], Path],
     tmp_path: Path,
     load: Callable[..., LanguageModel | VisionModel],
     own: str,
-    others: str,
+    other: str,
 ) -> None:
     with pytest.raises(ConfigurationError, match=own.replace(".", r"\.")):
         load(without(own), **F32_CPU)
     shutil.rmtree(tmp_path / "torn")
-    load(without(others), **F32_CPU)
+    load(without(other), **F32_CPU)
 
 
-def test_a_weight_that_no_role_knows_is_refused(checkpoint: Callable[[str], Loaded], tmp_path: Path) -> None:
+def test_a_weight_that_belongs_to_neither_part_is_refused(checkpoint: Callable[[str], Loaded], tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint("qwen3_vl").folder, tmp_path / "extra")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.language_model.layers.0.self_attn.sinks"] = torch.zeros(4)

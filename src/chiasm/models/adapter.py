@@ -1,4 +1,4 @@
-"""The decoder of a checkpoint, run over flattened rows of many requests."""
+"""The vision tower and the decoder of a checkpoint, run through the model classes of transformers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chiasm.models.base import LanguageModel, Positions, Prompt
+from chiasm.models.base import LanguageModel, Pixels, Positions, Prompt, VisionModel
 from chiasm.models.checkpoint import open_checkpoint
-from chiasm.models.loading import load_role
+from chiasm.models.loading import load_part
 from chiasm.models.support import entry_width, family_of, load_config
 
 if TYPE_CHECKING:
@@ -18,8 +18,53 @@ if TYPE_CHECKING:
     from chiasm.models.families import Family
 
 
+def load_vision(folder: Path, *, dtype: torch.dtype, device: torch.device) -> VisionModel:
+    """Load the vision tower and projector of a checkpoint. Raises ConfigurationError, UnsupportedModelError."""
+    checkpoint = open_checkpoint(folder)
+    config = load_config(checkpoint)
+    module = load_part(checkpoint, config, "vision", dtype=dtype, device=device)
+    return TransformersVisionModel(module, entry_width(config), dtype, device)
+
+
+def load_language(folder: Path, *, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """Load the decoder and head of a checkpoint. Raises ConfigurationError, UnsupportedModelError.
+
+    ``ATTENTION_NAME`` must have been registered with transformers before.
+    """
+    checkpoint = open_checkpoint(folder)
+    config = load_config(checkpoint)
+    module = load_part(checkpoint, config, "language", dtype=dtype, device=device)
+    return TransformersLanguageModel(module, config, family_of(config), entry_width(config), dtype, device)
+
+
+class TransformersVisionModel(VisionModel):
+    """The encoder half of a transformers model, behind the model's ``get_image_features``."""
+
+    def __init__(self, module: nn.Module, entry_width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.module = module
+        self.entry_width = entry_width
+        self.dtype = dtype
+        self.device = device
+        self._features: Any = module.get_image_features
+
+    @torch.inference_mode()
+    def encode(self, pixels: Pixels) -> Tensor:
+        inputs = {name: tensor.to(self.device) for name, tensor in pixels.inputs.items()}
+        output = self._features(**inputs, return_dict=True)
+        levels = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+        entry = torch.cat([_rows(level) for level in levels], dim=-1)
+        assert entry.shape == (len(pixels.geometry.rows), self.entry_width), (entry.shape, self.entry_width)
+        return entry.to(self.dtype).contiguous()
+
+
+def _rows(features: Any) -> Tensor:
+    """Return the features of one item as ``[rows, width]``; models return a list of items or a tensor of tiles."""
+    parts = list(features)
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
 class TransformersLanguageModel(LanguageModel):
-    """The decoder half of a transformers model, with attention that the caller plugs in."""
+    """The decoder half of a transformers model, with the engine's attention in place of its own."""
 
     def __init__(
         self,
@@ -62,7 +107,7 @@ class TransformersLanguageModel(LanguageModel):
         embeds = self._embed(token_ids)
         extra: dict[str, object] = {}
         if entry_rows is not None and entry_index is not None:
-            # Level 0 replaces the placeholders; DeepStack's levels are added after the first layers.
+            # Level 0 replaces the placeholders; the DeepStack levels are added after the first layers.
             first, *deeper = torch.split(entry_rows.to(self.dtype), self.hidden_size, dim=1)
             embeds = embeds.index_copy(0, entry_index, first)
             if deeper:
@@ -83,14 +128,3 @@ class TransformersLanguageModel(LanguageModel):
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._head(hidden)
         return logits.float()
-
-
-def load_language(folder: Path, *, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    """The decoder and head of a checkpoint. Raises ConfigurationError, UnsupportedModelError.
-
-    ``ATTENTION_NAME`` must be registered with transformers before.
-    """
-    checkpoint = open_checkpoint(folder)
-    config = load_config(checkpoint)
-    module = load_role(checkpoint, config, "language", dtype=dtype, device=device)
-    return TransformersLanguageModel(module, config, family_of(config), entry_width(config), dtype, device)
