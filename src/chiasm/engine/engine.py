@@ -79,7 +79,6 @@ class LanguageEngine(Engine):
         self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
         self._kv_transfers: KVTransfers | None = None
-        self._finished_requests: set[str] = set()
         self._next_deadline_check = 0.0
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -347,8 +346,6 @@ class LanguageEngine(Engine):
             return True
         self._scheduler.complete(step, {name: token.token_id for name, token in sampled.items()})
         self._send(step, sampled)
-        self._embeddings.requests_finished(self._finished_requests)
-        self._finished_requests.clear()
         return True
 
     def _start_loads(self, step: Step) -> None:
@@ -438,4 +435,3 @@ class LanguageEngine(Engine):
         if self._kv_transfers is not None and not state.handed_over:
             self._kv_transfers.drop(state.request)
         self._runner.forget(request_id)
-        self._finished_requests.add(request_id)
