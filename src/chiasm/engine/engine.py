@@ -94,7 +94,7 @@ class LanguageEngine(Engine):
         vision: VisionModel | None = None
         if config.role is Role.AGGREGATED:
             vision = load_vision(config.model, dtype=self.dtype, device=self.device)
-        connectors = None if config.ec is None else self._connect(config.ec)
+        ec_connectors = None if config.ec is None else self._connect(config.ec)
         kv_connectors = None if config.kv is None else self._connect_kv(config.kv)
         num_blocks, self.max_model_len = kv_cache_blocks(config, self._language, self.max_model_len)
         kv_cache = KVCache(
@@ -116,7 +116,9 @@ class LanguageEngine(Engine):
             BlockManager(num_blocks, config.block_size),
             EncoderCacheManager(config.encoder_cache_bytes),
         )
-        self._embeddings = Embeddings(self._scheduler, self._language.entry_width, connectors=connectors, vision=vision)
+        self._embeddings = Embeddings(
+            self._scheduler, self._language.entry_width, connectors=ec_connectors, vision=vision
+        )
         if kv_connectors is not None:
             self._kv_transfers = KVTransfers(self._scheduler, kv_connectors)
             self._kv_transfers.start(kv_cache, self._language, lambda: self._inbox.put(_Signal.WAKE))
@@ -373,7 +375,7 @@ class LanguageEngine(Engine):
             state.note_scheduled(now)
 
     def _send(self, step: Step, sampled: dict[str, Sampled]) -> None:
-        """Make outputs of the new tokens, end the choices that they end, and deliver all outputs at once."""
+        """Make outputs of the new tokens, end the choices that end with them, and deliver all outputs at once."""
         outputs: list[tuple[RequestState, Output]] = []
         now = time.monotonic()
         for part in step.scheduled:
