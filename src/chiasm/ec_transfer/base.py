@@ -27,7 +27,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+from chiasm.options import Option
 
 if TYPE_CHECKING:
     import torch
@@ -59,14 +61,16 @@ class ECTransferConfig:
     makes sure of an entry before it says yes, and keeps it until the scheduler role's metadata is gone.
     """
 
-    connector: str = "SharedStorageConnector"
+    connector: Annotated[str, Option("Connector that transfers embeddings.", metavar="NAME")] = "SharedStorageConnector"
     role: ECTransferRole = ECTransferRole.BOTH
-    shared_storage_path: Path | None = None
-    max_bytes: int = 4 << 30
+    shared_storage_path: Annotated[Path | None, Option("Folder through which instances exchange embeddings.")] = None
+    max_bytes: Annotated[int, Option("Maximum total size of the embedding store.", name="ec_max_bytes")] = 4 << 30
     fingerprint: str = ""
     device: str = "cpu"
     separate_processes: bool = False
-    connector_module_path: str | None = None
+    connector_module_path: Annotated[
+        str | None, Option("Python module of a connector that isn't chiasm's own.", metavar="MODULE")
+    ] = None
     extra: dict[str, str] = field(default_factory=dict)
 
 

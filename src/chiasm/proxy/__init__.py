@@ -6,8 +6,14 @@ out), ``request`` (parse), ``way`` (what happens to it, from here to the end), `
 ``relay`` (a stream back).
 """
 
-from chiasm.proxy.app import create_app
+from typing import TYPE_CHECKING
+
+from chiasm.lazy import names_from
 from chiasm.proxy.config import ProxyConfig
-from chiasm.proxy.serve import run
+
+if TYPE_CHECKING:
+    from chiasm.proxy.app import create_app
+    from chiasm.proxy.serve import run
 
 __all__ = ["ProxyConfig", "create_app", "run"]
+__getattr__ = names_from(__name__, {"create_app": "app", "run": "serve"})

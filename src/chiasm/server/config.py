@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from chiasm.errors import ConfigurationError
 from chiasm.media import MediaConfig
+from chiasm.options import Option
 
 
 @dataclass(frozen=True)
 class ServerConfig:
     """Address and bounds of one instance's server. Raises ConfigurationError for a bound that is not positive."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0 takes a free one; ``on_ready`` of :func:`chiasm.server.run` tells which."""
-    deadline_seconds: float = 600.0
-    """The longest that a request may take; ``X-Request-Deadline-Ms`` of a request can only shorten it."""
-    max_body_bytes: int = 64 << 20
-    """Of one request; more is answered with 413."""
-    max_inflight_requests: int = 1024
-    """Requests that are read, waited for or answered at one time; one more is answered with 503."""
+    host: Annotated[str, Option("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Option("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000
+    """``on_ready`` of :func:`chiasm.server.run` gets the URL with the port that was taken."""
+    deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
+    """``X-Request-Deadline-Ms`` of a request can only shorten it."""
+    max_body_bytes: Annotated[int, Option("Maximum size of a request; a larger one gets 413.")] = 64 << 20
+    max_inflight_requests: Annotated[int, Option("Maximum concurrent requests; one more gets 503.", min=1)] = 1024
     max_inflight_body_bytes: int = 1 << 30
     """Bodies of those requests together."""
     max_messages: int = 1024
