@@ -8,9 +8,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from chiasm import checkpoints
-from chiasm.cli.conversation import Answer, Item, Turn, all_agree, read_image
+from chiasm.cli.conversation import Answer, Item, Turn, all_agree, draw_in_characters, read_image
 from chiasm.cli.demo import draw_turns, explain
-from chiasm.cli.image_text import draw_in_characters
 from chiasm.launch import ProcessState, ProcessStatus
 from chiasm.wire import Role
 from tests.cli.running import run

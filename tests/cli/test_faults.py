@@ -24,7 +24,7 @@ def _one_line(*arguments: str) -> str:
 
 @pytest.mark.parametrize("command", [["serve"], ["instance", "--role", "aggregated", "--port", "0"]])
 def test_a_model_that_is_not_there(command: list[str]) -> None:
-    assert "no model '/nowhere/at/all'" in _one_line(*command, "/nowhere/at/all")
+    assert "no model '/nowhere/at/all'" in _one_line(*command, "/nowhere/at/all").lower()
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,12 @@ def test_a_port_in_use(command: list[str], checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         line = _one_line(*(part.format(checkpoint=checkpoint) for part in command), "--port", port)
-    assert f"port {port} on 127.0.0.1 is in use" in line
+    assert f"Port {port} on 127.0.0.1 is in use" in line
 
 
 def test_nothing_that_could_answer() -> None:
-    assert "at least one pd or aggregated" in _one_line("serve", "demo", "--pds", "0", "--encoders", "0")
-    assert "nothing could answer" in _one_line("proxy", "--port", "0")
+    assert "at least one PD or aggregated" in _one_line("serve", "demo", "--pds", "0", "--encoders", "0")
+    assert "othing could answer" in _one_line("proxy", "--port", "0")
 
 
 def test_prefill_without_decode() -> None:
@@ -67,7 +67,7 @@ def test_an_encoder_without_a_place_for_its_embeddings(checkpoint: Path) -> None
     assert "needs --shared-storage-path" in line
 
 
-def test_an_image_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("no image")
     assert "cannot be read as an image" in _one_line(
         "demo", "--image", str(tmp_path / "note.txt"), "--question", "What is it?"

@@ -13,7 +13,7 @@ import pytest
 from chiasm.launch.child import Child, ProcessState
 from tests.launch.waiting import alive, eventually
 
-Start = Callable[[str], Child]
+Start = Callable[..., Child]
 SERVES = "import time; print('ready http://127.0.0.1:1', flush=True); time.sleep(600)"
 
 
@@ -22,11 +22,12 @@ def start() -> Iterator[Start]:
     """Starts a child that runs Python code."""
     children = []
 
-    def started(code: str) -> Child:
+    def started(code: str, configuration: str = "") -> Child:
         child = Child(
             "thing",
             [sys.executable, "-c", code],
             dict(os.environ),
+            configuration=configuration,
             on_change=lambda child: None,
             on_line=lambda name, line: None,
         )
@@ -91,6 +92,13 @@ def test_what_cannot_be_executed_fails() -> None:
     assert child.failure is not None
     assert "with no process: cannot be started: " in child.failure.message
     assert "/nowhere/python" in child.failure.message
+
+
+def test_its_configuration_is_the_first_line_of_standard_input_whenever_it_starts(start: Start, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    code = f"import sys; open({str(told)!r}, 'a').write(sys.stdin.readline()); print('ready x', flush=True)"
+    child = start(code, configuration='{"a": 1}')
+    assert eventually(lambda: child.restarts >= 1 and told.read_text().startswith('{"a": 1}\n{"a": 1}\n'))
 
 
 def test_it_ends_when_asked_and_is_not_started_again(start: Start) -> None:

@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> str:
 
 
 def test_a_model_that_is_not_there_is_known_before_anything_starts() -> None:
-    with pytest.raises(ConfigurationError, match="no model '/nowhere'"):
+    with pytest.raises(ConfigurationError, match=r"(?i)no model '/nowhere'"):
         Deployment(DeploymentConfig("/nowhere"))
 
 
@@ -32,13 +32,20 @@ def test_a_port_in_use_is_known_before_anything_starts(folder: str) -> None:
         assert deployment.processes == []
 
 
+def test_a_setting_of_the_wrong_type_is_known_before_anything_starts(folder: str) -> None:
+    deployment = Deployment(DeploymentConfig(folder, settings={"kv_cache_bytes": "16MiB"}))
+    with pytest.raises(ConfigurationError, match=r"Expected `int \| null`, got `str`.*kv_cache_bytes"):
+        deployment.start()
+    assert deployment.processes == []
+
+
 def test_cpus_that_are_not_there_are_refused(folder: str) -> None:
     with pytest.raises(ConfigurationError, match="CPU 4096 cannot be used"):
         Deployment(DeploymentConfig(folder, {Role.PD: RoleConfig(cpus=(4096,))}))
 
 
 def test_an_instance_that_cannot_start_ends_the_start_with_its_error(folder: str) -> None:
-    config = DeploymentConfig(folder, {Role.AGGREGATED: RoleConfig()}, instance_flags=("--kv-cache-bytes", "much"))
-    with pytest.raises(ConfigurationError, match="'much' is not a size"), Deployment(config) as deployment:
+    config = DeploymentConfig(folder, {Role.AGGREGATED: RoleConfig()}, settings={"device": "abacus"})
+    with pytest.raises(ConfigurationError, match="abacus"), Deployment(config) as deployment:
         deployment.wait_ready(60)
     assert all(process.pid is None for process in deployment.processes)

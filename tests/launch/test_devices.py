@@ -67,7 +67,7 @@ def test_roles_without_names_get_what_the_others_leave() -> None:
     [
         ({PD: RoleConfig(2, devices=("0", "1", "2"))}, "3 devices for 2 instances"),
         ({PD: RoleConfig(devices=("0", "0"))}, "names 0 more than once"),
-        ({PD: RoleConfig(devices=("9",))}, "GPU 9 cannot be used here; there are 0, 1"),
+        ({PD: RoleConfig(devices=("9",))}, "GPU 9 cannot be used here; the GPUs are 0, 1"),
         ({E: RoleConfig(), PD: RoleConfig(devices=("0", "1", "2", "3", "4", "5", "6", "7"))}, "0 GPU.s. are left"),
         (
             {P: RoleConfig(5), D: RoleConfig(4)},
@@ -81,13 +81,13 @@ def test_roles_without_names_get_what_the_others_leave() -> None:
     ],
 )
 def test_what_cannot_be_dealt_is_refused(roles: dict[Role, RoleConfig], message: str) -> None:
-    found = ("0", "1") if "there are 0, 1" in message else EIGHT
+    found = ("0", "1") if "the GPUs are 0, 1" in message else EIGHT
     with pytest.raises(ConfigurationError, match=message):
         place(roles, found)
 
 
 def test_a_share_of_memory_needs_a_gpu() -> None:
-    with pytest.raises(ConfigurationError, match="--pd-memory-share is of a GPU's memory"):
+    with pytest.raises(ConfigurationError, match="--pd-memory-share is a fraction of a GPU's memory"):
         place({PD: RoleConfig(memory_share=0.5)}, ())
 
 

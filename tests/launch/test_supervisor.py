@@ -150,7 +150,7 @@ def test_a_killed_server_leaves_nothing_and_is_no_fault_of_configuration(start: 
     server = next(process for process in family if "server-" in " ".join(process.cmdline()))
     server.kill()
     assert one.process.wait(30) == 1
-    assert "it ended with SIGKILL" in one.said
+    assert "The server ended with SIGKILL" in one.said
     assert not one.left(family)
 
 
@@ -173,7 +173,7 @@ def test_a_server_that_cannot_start_is_told_of_in_one_line(start: Start) -> None
 def test_a_server_that_ends_without_a_word_is_told_of_as_well(start: Start) -> None:
     one = start("sys.exit(5)")
     assert one.process.wait(30) == 2
-    assert one.said.splitlines()[-1] == "Error: it ended with exit code 5 before it was ready"
+    assert one.said.splitlines()[-1] == "Error: The server ended with exit code 5 before it was ready."
 
 
 def test_of_those_that_take_turns_one_starts_at_a_time(start: Start, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,8 +36,8 @@ def site(address: HeldPort, tmp_path: Path) -> Site:
     return Site(address, Placement(), tmp_path, 1 << 20, None, None)
 
 
-def _config(roles: dict[Role, RoleConfig] = EACH, **settings: object) -> DeploymentConfig:
-    return DeploymentConfig("/models/qwen", roles, engine=EngineKind.VLLM, **settings)  # type: ignore[arg-type]
+def _config(roles: dict[Role, RoleConfig] = EACH, **settings: Any) -> DeploymentConfig:
+    return DeploymentConfig("/models/qwen", roles, engine=EngineKind.VLLM, **settings)
 
 
 def _command(config: DeploymentConfig, role: Role, site: Site, found: Installed = GPU) -> list[str]:
@@ -109,10 +110,15 @@ def test_who_never_encodes_loads_no_tower_where_vllm_can_do_without(
 
 
 def test_a_persons_flags_come_last_so_that_they_count(site: Site) -> None:
-    roles = {**EACH, Role.PD: RoleConfig(flags=("--limit-mm-per-prompt", "{}", "--seed", "2"))}
-    command = _command(_config(roles, instance_flags=("--seed", "1")), Role.PD, site)
+    roles = {**EACH, Role.PD: RoleConfig(vllm_flags=("--limit-mm-per-prompt", "{}", "--seed", "2"))}
+    command = _command(_config(roles, vllm_flags=("--seed", "1")), Role.PD, site)
     assert _value(command, "--limit-mm-per-prompt") == "{}"
     assert command[-6:] == ["--seed", "1", "--limit-mm-per-prompt", "{}", "--seed", "2"]
+
+
+def test_settings_come_before_a_persons_flags(site: Site) -> None:
+    command = _command(_config(settings={"max_num_seqs": 4}, vllm_flags=("--max-num-seqs", "5")), Role.PD, site)
+    assert command[-4:] == ["--max-num-seqs", "4", "--max-num-seqs", "5"]
 
 
 def test_devices_are_all_that_it_sees_and_it_splits_the_model_over_them(site: Site, tmp_path: Path) -> None:
@@ -138,7 +144,7 @@ def test_on_cpu_it_runs_eagerly_with_kv_of_a_known_size(site: Site) -> None:
 
 @pytest.mark.parametrize("flags", [("--kv-cache-memory-bytes", "5"), ("--gpu_memory_utilization=0.3",)])
 def test_kv_that_a_person_has_sized_keeps_that_size(flags: tuple[str, ...], site: Site) -> None:
-    command = _command(_config(instance_flags=flags), Role.PD, site, CPU)
+    command = _command(_config(vllm_flags=flags), Role.PD, site, CPU)
     assert str(1 << 30) not in command
 
 
@@ -194,16 +200,18 @@ def test_a_checkpoint_that_tells_nothing_is_not_split(tmp_path: Path) -> None:
         ({"kv_connector": "NixlConnector", "kv_connector_module_path": "mine"}, "--kv-connector: "),
     ],
 )
-def test_connectors_that_vllm_does_not_have_are_refused(settings: dict[str, object], message: str) -> None:
+def test_connectors_that_vllm_does_not_have_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         _config(**settings)
 
 
-def test_a_share_of_memory_is_nothing_that_the_built_in_engine_knows() -> None:
-    with pytest.raises(ConfigurationError, match=r"--pd-memory-share is vLLM's: .* --kv-cache-bytes"):
+def test_the_built_in_engine_takes_no_share_of_memory() -> None:
+    with pytest.raises(ConfigurationError, match=r"--pd-memory-share is for --engine vllm only; .* --kv-cache-bytes"):
         DeploymentConfig("demo", {Role.PD: RoleConfig(memory_share=0.5)})
 
 
 def test_an_environment_without_vllm_is_told_of(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"needs vLLM in the environment .* has none; `make vllm` makes one"):
+    with pytest.raises(
+        ConfigurationError, match=r"needs vLLM in chiasm's environment, .* has none; `make vllm` makes an environment"
+    ):
         vllm.installed(str(tmp_path / "bin" / "python"))

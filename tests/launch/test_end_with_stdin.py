@@ -11,12 +11,12 @@ import psutil
 from tests.launch.waiting import alive, eventually
 
 _WAIT = "print('up', flush=True); time.sleep(600)"
-_IMPORTS = "import signal, time; from chiasm.launch import lifeline"
+_IMPORTS = "import signal, time; from chiasm.launch import child"
 
 
 def test_it_ends_when_its_standard_input_closes() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{_IMPORTS}; lifeline.end_with_stdin(); {_WAIT}"],
+        [sys.executable, "-c", f"{_IMPORTS}; child.end_with_stdin(); {_WAIT}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -29,9 +29,9 @@ def test_it_ends_when_its_standard_input_closes() -> None:
 
 
 def test_it_ends_also_when_it_ignores_the_signal() -> None:
-    deaf = "lifeline.GRACE_SECONDS = 0.1; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    deaf = "child.GRACE_SECONDS = 0.1; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{_IMPORTS}; {deaf}; lifeline.end_with_stdin(); {_WAIT}"],
+        [sys.executable, "-c", f"{_IMPORTS}; {deaf}; child.end_with_stdin(); {_WAIT}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -44,7 +44,7 @@ def test_it_ends_also_when_it_ignores_the_signal() -> None:
 
 
 def test_a_killed_parent_takes_its_children_along() -> None:
-    child = f"{_IMPORTS}; lifeline.end_with_stdin(); print('ready x', flush=True); time.sleep(600)"
+    child = f"{_IMPORTS}; child.end_with_stdin(); print('ready x', flush=True); time.sleep(600)"
     parent = (
         "import os, sys, time; from chiasm.launch.child import Child\n"
         "def changed(child): print(child.state, child.pid, flush=True)\n"

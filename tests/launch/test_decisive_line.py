@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chiasm.launch.diagnosis import decisive_line
+from chiasm.launch.supervisor import decisive_line
 
 WORKER = "(Worker pid=7302) ERROR 11-24 02:22:18 [multiproc_executor.py:1063] "
 ENGINE = "(EngineCore pid=7286) ERROR 11-24 02:22:18 [core.py:1510] "

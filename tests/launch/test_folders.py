@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from chiasm.launch import storage
-from chiasm.launch.locked_folder import remove_stale
-from chiasm.launch.storage import StorageFolder
+from chiasm.launch import folders
+from chiasm.launch.folders import StorageFolder, remove_stale
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +19,7 @@ def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Away from what other deployments of this user have."""
     (tmp_path / "shm").mkdir()
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(storage, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path / "shm")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
 
 
@@ -28,7 +27,7 @@ def test_it_lies_in_shared_memory_and_is_its_owners_alone(tmp_path: Path) -> Non
     folder = StorageFolder()
     assert folder.path.parent == tmp_path / "shm"
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
-    assert 0 < folder.max_bytes <= storage.DEFAULT_MAX_BYTES
+    assert 0 < folder.max_bytes <= folders.DEFAULT_MAX_BYTES
     folder.remove()
 
 
@@ -49,9 +48,9 @@ def test_removing_it_takes_everything_in_it_along_and_can_be_repeated() -> None:
 
 def test_the_next_start_removes_what_a_killed_owner_left(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, signal; from chiasm.launch import storage\n"
-        f"storage.SHARED_MEMORY = pathlib.Path({str(tmp_path / 'shm')!r})\n"
-        "folder = storage.StorageFolder(1); (folder.path / 'entry').touch(); print(folder.path, flush=True)\n"
+        "import os, pathlib, signal; from chiasm.launch import folders\n"
+        f"folders.SHARED_MEMORY = pathlib.Path({str(tmp_path / 'shm')!r})\n"
+        "folder = folders.StorageFolder(1); (folder.path / 'entry').touch(); print(folder.path, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     owner = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
@@ -77,7 +76,7 @@ def test_what_is_named_otherwise_or_is_no_folder_stays(tmp_path: Path) -> None:
     folder.remove()
     (tmp_path / "shm" / name).symlink_to(tmp_path / "tmp")
     (tmp_path / "shm" / "other").mkdir()
-    remove_stale(tmp_path / "shm", storage.PREFIX)
+    remove_stale(tmp_path / "shm", folders.STORAGE_PREFIX)
     assert (tmp_path / "shm" / name).is_symlink()
     assert (tmp_path / "shm" / "other").is_dir()
     assert (tmp_path / "tmp").is_dir()
