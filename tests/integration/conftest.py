@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,8 @@ class Service:
     """A deployment, and what a test asks of it."""
 
     deployment: Deployment
+    _killed: dict[str, int] = field(default_factory=dict)
+    """Process ids of instances that a test killed, by URL."""
 
     @property
     def url(self) -> str:
@@ -98,7 +103,7 @@ class Service:
         """Of all instances that hold KV: what no request uses any more is to be free, soon."""
         for role in (Role.PREFILL, Role.DECODE):
             for url in self.deployment.urls(role):
-                self.wait_until(lambda url=url: _all_blocks_free(url))
+                self.wait_until(partial(_all_blocks_free, url))
 
     def health(self) -> list[dict[str, Any]]:
         return list(httpx.get(f"{self.url}/health", timeout=10).json()["instances"])
@@ -112,6 +117,29 @@ class Service:
     def pid(self, url: str) -> int:
         return next(process.pid for process in self.deployment.processes if process.url == url and process.pid)
 
+    def kill(self, url: str) -> None:
+        """Send SIGKILL to the instance at this URL."""
+        self._killed[url] = self.pid(url)
+        os.kill(self._killed[url], signal.SIGKILL)
+
+    def wait_until_recovered(self) -> None:
+        """Wait until every instance that was killed runs again, and the proxy uses all instances.
+
+        The proxy's word alone is not enough: it calls an instance healthy until it has noticed that it is gone.
+        """
+        for url, killed in self._killed.items():
+            self.wait_until(partial(self._runs_again, url, killed), 90)
+        self._killed.clear()
+        self.wait_until(lambda: all(instance["state"] == "healthy" for instance in self.health()), 90)
+
+    def _runs_again(self, url: str, killed: int) -> bool:
+        if killed in (process.pid for process in self.deployment.processes):
+            return False
+        try:
+            return httpx.get(f"{url}/health", timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
 
 def _all_blocks_free(url: str) -> bool:
     health = httpx.get(f"{url}/health", timeout=10).json()
@@ -119,7 +147,7 @@ def _all_blocks_free(url: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.make("qwen3_vl", tmp_path_factory.mktemp("integration") / MODEL)
 
 
@@ -137,29 +165,29 @@ def run(checkpoint: Path, roles: dict[Role, int], **proxy_settings: Any) -> Iter
 
 
 @pytest.fixture(scope="session")
-def aggregated(checkpoint) -> Iterator[Service]:
+def aggregated(checkpoint: Path) -> Iterator[Service]:
     yield from run(checkpoint, {Role.AGGREGATED: 1})
 
 
 @pytest.fixture(scope="session")
-def disaggregated(checkpoint) -> Iterator[Service]:
+def disaggregated(checkpoint: Path) -> Iterator[Service]:
     """Two encoders and two PDs."""
     yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 2})
 
 
 @pytest.fixture(scope="module")
-def epd(checkpoint) -> Iterator[Service]:
+def epd(checkpoint: Path) -> Iterator[Service]:
     """One encoder, one prefill and one decode instance."""
     yield from run(checkpoint, {Role.ENCODER: 1, Role.PREFILL: 1, Role.DECODE: 1})
 
 
 @pytest.fixture(scope="module")
-def epd_pairs(checkpoint) -> Iterator[Service]:
+def epd_pairs(checkpoint: Path) -> Iterator[Service]:
     """One encoder, two prefill and two decode instances, to be killed."""
     yield from run(checkpoint, {Role.ENCODER: 1, Role.PREFILL: 2, Role.DECODE: 2}, deadline_seconds=60)
 
 
 @pytest.fixture
-def fragile(checkpoint) -> Iterator[Service]:
+def fragile(checkpoint: Path) -> Iterator[Service]:
     """Two encoders and one PD, to be killed."""
     yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 1}, deadline_seconds=30)

@@ -5,31 +5,32 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import httpx2 as httpx
 import pytest
 
 from chiasm.wire import Role
-from tests.integration.conftest import MODEL, chat, sample_image
+from tests.integration.conftest import MODEL, Service, chat, sample_image
 
 LONG = 400
 
 
 @pytest.fixture(autouse=True)
-def well_again(epd_pairs, aggregated):
-    """After each fault, all that died is back, the next answer is right, and no block is held for what is gone."""
+def well_again(epd_pairs: Service, aggregated: Service) -> Iterator[None]:
+    """After each fault, every instance is back, the next answer is right, and no block is held for a request that ended."""
     yield
-    epd_pairs.wait_until(lambda: all(instance["state"] == "healthy" for instance in epd_pairs.health()), 90)
+    epd_pairs.wait_until_recovered()
     body = chat("after", sample_image(1000), "?")
     assert epd_pairs.answer(body) == aggregated.answer(body)
     epd_pairs.wait_until_blocks_are_free()
 
 
 @contextmanager
-def stopped(service, role: Role) -> Iterator[dict[str, int]]:
+def stopped(service: Service, role: Role) -> Iterator[dict[str, int]]:
     """The instances of a role stand still meanwhile; gives their process ids by URL."""
     pids = {url: service.pid(url) for url in service.deployment.urls(role)}
     for pid in pids.values():
@@ -44,12 +45,12 @@ def stopped(service, role: Role) -> Iterator[dict[str, int]]:
                 continue
 
 
-def busy(service, role: Role) -> list[str]:
+def busy(service: Service, role: Role) -> list[str]:
     """URLs of the instances of a role that a call is under way to."""
     return [instance["url"] for instance in service.health() if instance["role"] == role and instance["in_flight"]]
 
 
-def resumed(service) -> float:
+def resumed(service: Service) -> float:
     return service.proxy_metric("chiasm_proxy_resumed_streams_total")
 
 
@@ -61,7 +62,9 @@ def text_of(events: list[str]) -> str:
     return "".join(choice["delta"].get("content", "") for choice in choices)
 
 
-def streamed(service, body, *, at_event=0, act=lambda: None) -> list[str]:
+def streamed(
+    service: Service, body: dict[str, Any], *, at_event: int = 0, act: Callable[[], None] = lambda: None
+) -> list[str]:
     """The data of a stream's events; ``act`` is called when that many have come."""
     events: list[str] = []
     with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=60) as response:
@@ -74,13 +77,15 @@ def streamed(service, body, *, at_event=0, act=lambda: None) -> list[str]:
     return events
 
 
-def kill_the_busy(service, role: Role) -> None:
+def kill_the_busy(service: Service, role: Role) -> None:
     (url,) = busy(service, role)
-    os.kill(service.pid(url), signal.SIGKILL)
+    service.kill(url)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "sampled"])
-def test_a_decode_instance_killed_mid_stream_costs_a_pause(epd_pairs, aggregated, options):
+def test_a_decode_instance_killed_mid_stream_costs_a_pause(
+    epd_pairs: Service, aggregated: Service, options: dict[str, Any]
+) -> None:
     body = chat("tell me everything about", sample_image(1), max_tokens=LONG, stream=True) | options
     before = resumed(epd_pairs)
     events = streamed(epd_pairs, body, at_event=20, act=lambda: kill_the_busy(epd_pairs, Role.DECODE))
@@ -88,48 +93,52 @@ def test_a_decode_instance_killed_mid_stream_costs_a_pause(epd_pairs, aggregated
     assert resumed(epd_pairs) == before + 1
 
 
-def test_the_same_of_an_answer_that_is_no_stream(epd_pairs, aggregated):
+def test_the_same_of_an_answer_that_is_no_stream(epd_pairs: Service, aggregated: Service) -> None:
     body = chat("tell me everything about", sample_image(2), max_tokens=LONG)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(epd_pairs.answer, body)
-        epd_pairs.wait_until(lambda: busy(epd_pairs, Role.DECODE))
+        epd_pairs.wait_until(lambda: bool(busy(epd_pairs, Role.DECODE)))
         kill_the_busy(epd_pairs, Role.DECODE)
         assert answer.result(60) == aggregated.answer(body)
 
 
-def test_a_prefill_instance_killed_over_a_prompt_costs_a_retry_on_another(epd_pairs, aggregated):
+def test_a_prefill_instance_killed_over_a_prompt_costs_a_retry_on_another(
+    epd_pairs: Service, aggregated: Service
+) -> None:
     body = chat("see", sample_image(3), "?")
     with ThreadPoolExecutor(1) as pool, stopped(epd_pairs, Role.PREFILL):
         answer = pool.submit(epd_pairs.answer, body)
-        epd_pairs.wait_until(lambda: busy(epd_pairs, Role.PREFILL))
+        epd_pairs.wait_until(lambda: bool(busy(epd_pairs, Role.PREFILL)))
         kill_the_busy(epd_pairs, Role.PREFILL)
         for url in epd_pairs.deployment.urls(Role.PREFILL):
             os.kill(epd_pairs.pid(url), signal.SIGCONT)
         assert answer.result(60) == aggregated.answer(body)
 
 
-def test_a_prefill_instance_killed_before_decode_has_fetched_costs_another_prefill(epd_pairs, aggregated):
+def test_a_prefill_instance_killed_before_decode_has_fetched_costs_another_prefill(
+    epd_pairs: Service, aggregated: Service
+) -> None:
     body = chat("see", sample_image(4), "?", stream=True, max_tokens=16)
     prefills = {url: epd_pairs.metric_at(url, "chiasm_generation_tokens_total") for url in urls(epd_pairs)}
     with ThreadPoolExecutor(1) as pool, stopped(epd_pairs, Role.DECODE):
         events = pool.submit(streamed, epd_pairs, body)
-        epd_pairs.wait_until(lambda: busy(epd_pairs, Role.DECODE))
+        epd_pairs.wait_until(lambda: bool(busy(epd_pairs, Role.DECODE)))
         (used,) = [
             url
             for url, tokens in prefills.items()
             if epd_pairs.metric_at(url, "chiasm_generation_tokens_total") > tokens
         ]
-        os.kill(epd_pairs.pid(used), signal.SIGKILL)
+        epd_pairs.kill(used)
         for url in epd_pairs.deployment.urls(Role.DECODE):
             os.kill(epd_pairs.pid(url), signal.SIGCONT)
         assert text_of(events.result(60)) == text_of(streamed(aggregated, body))
 
 
-def urls(service) -> list[str]:
+def urls(service: Service) -> list[str]:
     return list(service.deployment.urls(Role.PREFILL))
 
 
-def test_several_choices_that_have_begun_end_with_an_error(epd_pairs):
+def test_several_choices_that_have_begun_end_with_an_error(epd_pairs: Service) -> None:
     """Whose tokens the client has nobody knows, so they cannot go on elsewhere."""
     body = chat("tell me everything", n=2, max_tokens=LONG, stream=True)
     events = streamed(epd_pairs, body, at_event=20, act=lambda: kill_the_busy(epd_pairs, Role.DECODE))
@@ -137,7 +146,7 @@ def test_several_choices_that_have_begun_end_with_an_error(epd_pairs):
     assert "[DONE]" not in events
 
 
-def test_a_client_that_leaves_frees_both_sides(epd_pairs):
+def test_a_client_that_leaves_frees_both_sides(epd_pairs: Service) -> None:
     body = chat("tell me everything about", sample_image(5), max_tokens=LONG, stream=True)
     with httpx.stream("POST", f"{epd_pairs.url}/v1/chat/completions", json=body, timeout=60) as response:
         next(response.iter_lines())
@@ -145,20 +154,20 @@ def test_a_client_that_leaves_frees_both_sides(epd_pairs):
     epd_pairs.wait_until_blocks_are_free()
 
 
-def test_a_client_that_leaves_while_decode_stands_still_frees_both_sides(epd_pairs):
+def test_a_client_that_leaves_while_decode_stands_still_frees_both_sides(epd_pairs: Service) -> None:
     body = chat("tell me everything about", sample_image(6), max_tokens=LONG, stream=True)
     with stopped(epd_pairs, Role.DECODE):
         with httpx.stream("POST", f"{epd_pairs.url}/v1/chat/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()  # which, dropped, would close the response
             next(lines)
-            epd_pairs.wait_until(lambda: busy(epd_pairs, Role.DECODE))
+            epd_pairs.wait_until(lambda: bool(busy(epd_pairs, Role.DECODE)))
         epd_pairs.wait_until(lambda: not busy(epd_pairs, Role.DECODE))
     epd_pairs.wait_until_blocks_are_free()
 
 
-def test_with_no_decode_instance_left_there_is_a_clear_error(epd_pairs):
+def test_with_no_decode_instance_left_there_is_a_clear_error(epd_pairs: Service) -> None:
     for url in epd_pairs.deployment.urls(Role.DECODE):
-        os.kill(epd_pairs.pid(url), signal.SIGKILL)
+        epd_pairs.kill(url)
     epd_pairs.wait_until(
         lambda: (
             not any(
@@ -171,7 +180,7 @@ def test_with_no_decode_instance_left_there_is_a_clear_error(epd_pairs):
     assert "decode" in response.json()["error"]["message"]
 
 
-def test_a_handle_of_kv_that_is_gone_is_told_as_such(epd_pairs):
+def test_a_handle_of_kv_that_is_gone_is_told_as_such(epd_pairs: Service) -> None:
     """Whoever drives P and D by hand gets 503 with a type of its own, and both stay well."""
     prefill, decode = epd_pairs.deployment.urls(Role.PREFILL)[0], epd_pairs.deployment.urls(Role.DECODE)[0]
     body = {"model": MODEL, "prompt": "once upon", "max_tokens": 4}

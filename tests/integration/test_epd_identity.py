@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2 as httpx
@@ -11,10 +13,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from chiasm.wire import Role
-from tests.integration.conftest import MODEL, chat, run, sample_image
+from tests.integration.conftest import MODEL, Service, chat, run, sample_image
 
 A, B = sample_image(1), sample_image(2, height=64, width=160)
 SAMPLED = {"temperature": 1.0, "seed": 11, "top_p": 0.9}
+
+
+Token = tuple[str, Any, list[str]]
+"""Text, log probability (compared with a tolerance), the likeliest candidates."""
 
 
 class Told(NamedTuple):
@@ -23,7 +29,7 @@ class Told(NamedTuple):
     text: str
     finish_reason: str
     stop_reason: int | str | None
-    tokens: list[tuple[str, float, list[str]]]
+    tokens: list[Token]
     """With log probability and the likeliest candidates, where they were asked for."""
 
 
@@ -68,7 +74,7 @@ REQUESTS = {
 }
 
 
-def whole(service, body: dict[str, Any]) -> Answer:
+def whole(service: Service, body: dict[str, Any]) -> Answer:
     """What a service answers in one piece."""
     response = service.post(body)
     assert response.status_code == 200, response.text
@@ -86,7 +92,7 @@ def whole(service, body: dict[str, Any]) -> Answer:
     return Answer(choices, answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"])
 
 
-def streamed(service, body: dict[str, Any]) -> Answer:
+def streamed(service: Service, body: dict[str, Any]) -> Answer:
     """The same of a stream, put together."""
     response = service.post(body | {"stream": True, "stream_options": {"include_usage": True}})
     assert response.status_code == 200, response.text
@@ -97,7 +103,7 @@ def streamed(service, body: dict[str, Any]) -> Answer:
     *chunks, last = map(json.loads, data)
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
     texts: dict[int, str] = {}
-    tokens: dict[int, list[tuple[str, float, list[str]]]] = {}
+    tokens: dict[int, list[Token]] = {}
     ends: dict[int, tuple[str, int | str | None]] = {}
     roles: list[int] = []
     for chunk in chunks:
@@ -119,7 +125,7 @@ def streamed(service, body: dict[str, Any]) -> Answer:
     return Answer(choices, last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"])
 
 
-def _tokens(logprobs: dict[str, Any] | None) -> list[tuple[str, float, list[str]]]:
+def _tokens(logprobs: dict[str, Any] | None) -> list[Token]:
     if logprobs is None:
         return []
     if "content" in logprobs:
@@ -136,20 +142,20 @@ def _tokens(logprobs: dict[str, Any] | None) -> list[tuple[str, float, list[str]
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_behind(epd):
+def nothing_stays_behind(epd: Service) -> Iterator[None]:
     """After each answer all blocks are free, of prefill and of decode."""
     yield
     epd.wait_until_blocks_are_free()
 
 
 @pytest.mark.parametrize("body", REQUESTS.values(), ids=REQUESTS.keys())
-def test_answers_equal_those_of_one_process(epd, aggregated, body):
+def test_answers_equal_those_of_one_process(epd: Service, aggregated: Service, body: dict[str, Any]) -> None:
     expected = whole(aggregated, body)
     assert whole(epd, body) == expected
     assert streamed(epd, body) == expected
 
 
-def test_text_offsets_of_a_stream_go_on_counting(epd, aggregated):
+def test_text_offsets_of_a_stream_go_on_counting(epd: Service, aggregated: Service) -> None:
     body = completion("once upon a time", logprobs=0, stream=True)
     offsets = []
     for service in (epd, aggregated):
@@ -160,7 +166,7 @@ def test_text_offsets_of_a_stream_go_on_counting(epd, aggregated):
     assert len(offsets[0]) == 8
 
 
-def readable_beginning(service) -> tuple[dict[str, Any], list[str]]:
+def readable_beginning(service: Service) -> tuple[dict[str, Any], list[str]]:
     """A chat whose answer begins with tokens that are characters each, and these tokens."""
     for number in range(50):
         body = chat(f"story {number}", max_tokens=6, logprobs=True)
@@ -172,7 +178,9 @@ def readable_beginning(service) -> tuple[dict[str, Any], list[str]]:
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("included", [False, True])
-def test_a_stop_string_ends_an_answer_wherever_it_begins(epd, aggregated, first, included):
+def test_a_stop_string_ends_an_answer_wherever_it_begins(
+    epd: Service, aggregated: Service, first: int, included: bool
+) -> None:
     """In the token of prefill, in that and the first of decode, or in decode's alone."""
     body, tokens = readable_beginning(aggregated)
     stop = {0: tokens[0], 1: tokens[0][-1] + tokens[1], 2: tokens[1] + tokens[2]}[first]
@@ -183,7 +191,7 @@ def test_a_stop_string_ends_an_answer_wherever_it_begins(epd, aggregated, first,
     assert streamed(epd, body) == expected
 
 
-def test_a_beginning_that_looks_like_a_stop_string_is_shown_when_it_is_none(epd, aggregated):
+def test_a_beginning_that_looks_like_a_stop_string_is_shown_when_it_is_none(epd: Service, aggregated: Service) -> None:
     body, tokens = readable_beginning(aggregated)
     body |= {"stop": tokens[0] + "\u2603"}
     expected = whole(aggregated, body)
@@ -192,7 +200,7 @@ def test_a_beginning_that_looks_like_a_stop_string_is_shown_when_it_is_none(epd,
     assert streamed(epd, body) == expected
 
 
-def test_a_stop_token_that_comes_first_ends_the_answer_at_prefill(epd, aggregated):
+def test_a_stop_token_that_comes_first_ends_the_answer_at_prefill(epd: Service, aggregated: Service) -> None:
     body = chat("tell me", max_tokens=8)
     prefill, decode = (epd.deployment.urls(role)[0] for role in (Role.PREFILL, Role.DECODE))
     handle = post(prefill, body | {"kv_transfer_params": {"do_remote_decode": True}})["kv_transfer_params"]
@@ -206,14 +214,14 @@ def test_a_stop_token_that_comes_first_ends_the_answer_at_prefill(epd, aggregate
     assert epd.proxy_metric("chiasm_proxy_handovers_total") == before
 
 
-def test_many_at_once_are_answered_as_one_by_one(epd, aggregated):
+def test_many_at_once_are_answered_as_one_by_one(epd: Service, aggregated: Service) -> None:
     bodies = [chat(f"number {seed}", sample_image(seed % 5, width=64 + 32 * (seed % 3)), "?") for seed in range(16)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda body: whole(epd, body), bodies))
     assert together == [whole(aggregated, body) for body in bodies]
 
 
-def test_a_second_round_about_the_same_image(epd, aggregated):
+def test_a_second_round_about_the_same_image(epd: Service, aggregated: Service) -> None:
     first = chat("look:", A)
     answer = aggregated.answer(first)
     second = chat()
@@ -226,7 +234,7 @@ def test_a_second_round_about_the_same_image(epd, aggregated):
     assert whole(epd, second) == whole(aggregated, second)
 
 
-def test_the_same_prompt_again_moves_only_what_decode_lacks(epd):
+def test_the_same_prompt_again_moves_only_what_decode_lacks(epd: Service) -> None:
     body = completion([9] * 100)
     moved = []
     for _ in range(2):
@@ -236,20 +244,20 @@ def test_the_same_prompt_again_moves_only_what_decode_lacks(epd):
     assert 0 < moved[1] < moved[0] / 5
 
 
-def test_cached_tokens_are_those_of_prefill(epd):
+def test_cached_tokens_are_those_of_prefill(epd: Service) -> None:
     body = completion([11] * 100)
     cached = [epd.post(body).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)]
     assert cached == [0, 96]
 
 
-def test_prefill_prefills_and_decode_decodes(epd):
+def test_prefill_prefills_and_decode_decodes(epd: Service) -> None:
     before = [epd.metric(role, "chiasm_generation_tokens_total") for role in (Role.PREFILL, Role.DECODE)]
     whole(epd, chat("tell me", A, max_tokens=9))
     after = [epd.metric(role, "chiasm_generation_tokens_total") for role in (Role.PREFILL, Role.DECODE)]
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 8]
 
 
-def test_the_answer_says_where_its_time_went(epd):
+def test_the_answer_says_where_its_time_went(epd: Service) -> None:
     timing = epd.post(chat("tell me", A)).headers["server-timing"]
     for name in ("encode", "prefill_call", "kv"):
         assert f"{name};dur=" in timing
@@ -258,7 +266,7 @@ def test_the_answer_says_where_its_time_went(epd):
 # ---- by vLLM's messages, without the proxy --------------------------------------------------------------------------------
 
 
-def by_hand(service, body: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+def by_hand(service: Service, body: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """The messages of vLLM's proxies: to the encoder, to P, and what P says to D."""
     encoder, prefill, decode = (service.deployment.urls(role)[0] for role in (Role.ENCODER, Role.PREFILL, Role.DECODE))
     to_encoder = {"messages": [{"role": "user", "content": [data]}], "stream": False}
@@ -289,7 +297,7 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED, {"max_tokens": 1}, {"n": 2, **SAMPLED}], ids=str)
-def test_vllms_messages_are_understood(epd, aggregated, options):
+def test_vllms_messages_are_understood(epd: Service, aggregated: Service, options: dict[str, Any]) -> None:
     body = chat("what is", A, "this?", **options)
     answer = by_hand(epd, body, A)
     expected = whole(aggregated, body)
@@ -297,7 +305,7 @@ def test_vllms_messages_are_understood(epd, aggregated, options):
     assert answer["usage"]["completion_tokens"] == expected.completion_tokens
 
 
-def test_decode_refuses_the_handle_of_another_prompt(epd):
+def test_decode_refuses_the_handle_of_another_prompt(epd: Service) -> None:
     prefill, decode = (epd.deployment.urls(role)[0] for role in (Role.PREFILL, Role.DECODE))
     params = {"do_remote_decode": True}
     first = post(prefill, chat("one prompt", max_tokens=1) | {"kv_transfer_params": params})
@@ -311,7 +319,7 @@ def test_decode_refuses_the_handle_of_another_prompt(epd):
 # ---- what an instance holds ------------------------------------------------------------------------------------------------
 
 
-def test_prefill_and_decode_need_no_vision_weights(checkpoint, aggregated, tmp_path):
+def test_prefill_and_decode_need_no_vision_weights(checkpoint: Path, aggregated: Service, tmp_path: Path) -> None:
     """Any role that loads vision weights refuses a checkpoint that lacks them."""
     folder = tmp_path / MODEL
     folder.mkdir()

@@ -5,30 +5,31 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx2 as httpx
 import pytest
 
 from chiasm.wire import Role
-from tests.integration.conftest import chat, sample_image
+from tests.integration.conftest import Service, chat, sample_image
 
 
 @pytest.fixture(autouse=True)
-def right_answer(request, fragile, aggregated):
+def right_answer(fragile: Service, aggregated: Service) -> Iterator[None]:
     """After each fault, the next request is right."""
     yield
+    fragile.wait_until_recovered()
     body = chat("after", sample_image(1000), "?")
-    # Each test has seen to it that the proxy knows of the death; what is healthy now was started again.
-    fragile.wait_until(lambda: all(instance["state"] == "healthy" for instance in fragile.health()), 90)
     assert fragile.answer(body) == aggregated.answer(body)
 
 
-def encoders(service):
+def encoders(service: Service) -> list[dict[str, Any]]:
     return [instance for instance in service.health() if instance["role"] == "encoder"]
 
 
-def test_an_encoder_killed_mid_request_costs_a_retry_on_another(fragile, aggregated):
+def test_an_encoder_killed_mid_request_costs_a_retry_on_another(fragile: Service, aggregated: Service) -> None:
     body = chat("see", sample_image(1), "?")
     pids = {url: fragile.pid(url) for url in fragile.deployment.urls(Role.ENCODER)}
     for pid in pids.values():
@@ -37,22 +38,23 @@ def test_an_encoder_killed_mid_request_costs_a_retry_on_another(fragile, aggrega
         answer = pool.submit(fragile.answer, body)
         fragile.wait_until(lambda: any(encoder["in_flight"] for encoder in encoders(fragile)))
         (busy,) = [encoder["url"] for encoder in encoders(fragile) if encoder["in_flight"]]
-        os.kill(pids.pop(busy), signal.SIGKILL)
+        pids.pop(busy)
+        fragile.kill(busy)
         for pid in pids.values():
             os.kill(pid, signal.SIGCONT)
         assert answer.result(60) == aggregated.answer(body)
 
 
-def test_with_no_encoder_left_images_get_503_and_text_is_answered(fragile):
+def test_with_no_encoder_left_images_get_503_and_text_is_answered(fragile: Service) -> None:
     for url in fragile.deployment.urls(Role.ENCODER):
-        os.kill(fragile.pid(url), signal.SIGKILL)
+        fragile.kill(url)
     response = fragile.post(chat("see", sample_image(2), "?"))
     assert response.status_code == 503, response.text
     assert "encoder" in response.json()["error"]["message"]
     assert fragile.answer(chat("only words"))
 
 
-def test_a_pd_killed_mid_stream_ends_the_stream_with_an_error(fragile):
+def test_a_pd_killed_mid_stream_ends_the_stream_with_an_error(fragile: Service) -> None:
     (url,) = fragile.deployment.urls(Role.PD)
     body = chat("tell me everything", stream=True, max_tokens=400)
     events: list[str] = []
@@ -60,9 +62,8 @@ def test_a_pd_killed_mid_stream_ends_the_stream_with_an_error(fragile):
         assert response.status_code == 200
         for line in response.iter_lines():
             if not events:
-                os.kill(fragile.pid(url), signal.SIGKILL)
+                fragile.kill(url)
             if line.startswith("data: "):
                 events.append(line.removeprefix("data: "))
     assert "error" in json.loads(events[-1])
     assert "[DONE]" not in events
-    fragile.wait_until(lambda: any(instance["state"] != "healthy" for instance in fragile.health()))

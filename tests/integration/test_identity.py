@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from chiasm.wire import Role
-from tests.integration.conftest import chat, encoded, part, pixels, sample_image
+from tests.integration.conftest import Service, chat, encoded, part, pixels, sample_image
 
 A, B = sample_image(1), sample_image(2, height=64, width=160)
 REQUESTS = {
@@ -24,22 +25,22 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("body", REQUESTS.values(), ids=REQUESTS.keys())
-def test_answers_equal_those_of_one_process(disaggregated, aggregated, body):
+def test_answers_equal_those_of_one_process(disaggregated: Service, aggregated: Service, body: dict[str, Any]) -> None:
     assert disaggregated.answer(body) == aggregated.answer(body)
 
 
-def test_swapped_images_give_another_answer(disaggregated):
+def test_swapped_images_give_another_answer(disaggregated: Service) -> None:
     assert disaggregated.answer(REQUESTS["two images"]) != disaggregated.answer(REQUESTS["two images swapped"])
 
 
-def test_many_at_once_are_answered_as_one_by_one(disaggregated, aggregated):
+def test_many_at_once_are_answered_as_one_by_one(disaggregated: Service, aggregated: Service) -> None:
     bodies = [chat(f"number {seed}", sample_image(seed % 5, width=64 + 32 * (seed % 3)), "?") for seed in range(16)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(disaggregated.answer, bodies))
     assert together == [aggregated.answer(body) for body in bodies]
 
 
-def test_a_second_round_about_the_same_image(disaggregated, aggregated):
+def test_a_second_round_about_the_same_image(disaggregated: Service, aggregated: Service) -> None:
     first = chat("look:", A)
     answer = aggregated.answer(first)
     second = chat()
@@ -52,7 +53,7 @@ def test_a_second_round_about_the_same_image(disaggregated, aggregated):
     assert disaggregated.answer(second) == aggregated.answer(second)
 
 
-def test_streams_say_what_whole_answers_say(disaggregated):
+def test_streams_say_what_whole_answers_say(disaggregated: Service) -> None:
     body = REQUESTS["two images"]
     chunks = disaggregated.client.chat.completions.create(
         **{name: value for name, value in body.items() if name != "ignore_eos"},
@@ -63,7 +64,7 @@ def test_streams_say_what_whole_answers_say(disaggregated):
     assert text == disaggregated.answer(body)
 
 
-def test_an_image_is_encoded_once_whoever_asks(disaggregated):
+def test_an_image_is_encoded_once_whoever_asks(disaggregated: Service) -> None:
     body = chat("see", sample_image(77))
     before = disaggregated.metric(Role.ENCODER, "chiasm_images_encoded_total")
     with ThreadPoolExecutor(8) as pool:
@@ -72,19 +73,19 @@ def test_an_image_is_encoded_once_whoever_asks(disaggregated):
     assert disaggregated.metric(Role.ENCODER, "chiasm_images_encoded_total") == before + 1
 
 
-def test_text_touches_no_encoder(disaggregated):
+def test_text_touches_no_encoder(disaggregated: Service) -> None:
     before = disaggregated.metric(Role.ENCODER, "chiasm_http_requests_total")
     disaggregated.answer(chat("only words"))
     assert disaggregated.metric(Role.ENCODER, "chiasm_http_requests_total") == before
 
 
-def test_one_image_in_two_files_is_two_items_with_one_answer(disaggregated):
+def test_one_image_in_two_files_is_two_items_with_one_answer(disaggregated: Service) -> None:
     image = pixels(5)
     answers = {disaggregated.answer(chat("see", part(encoded(image, compress_level=level)))) for level in (1, 9)}
     assert len(answers) == 1
 
 
-def test_items_are_accounted_for_in_the_answer(disaggregated):
+def test_items_are_accounted_for_in_the_answer(disaggregated: Service) -> None:
     fresh = disaggregated.post(chat("see", sample_image(91), "?"))
     again = disaggregated.post(chat("see", sample_image(91), "?"))
     assert 'item0;desc="' in fresh.headers["server-timing"]

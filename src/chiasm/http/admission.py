@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from chiasm.errors import Code, OverloadedError
 
-if TYPE_CHECKING:
-    from chiasm.http.exchange import Exchange
+
+class Admitted(Protocol):
+    """A request that is being answered: :class:`chiasm.http.Exchange`."""
+
+    def release(self) -> None:
+        """Give back all bytes that it still holds."""
+
+    def interrupt(self, reason: Exception) -> None:
+        """End the work on it with an error."""
 
 
 class Admission:
@@ -19,7 +26,7 @@ class Admission:
         self._max_requests = max_requests
         self._max_held_bytes = max_held_bytes
         self._held_bytes = 0
-        self._exchanges: set[Exchange] = set()
+        self._exchanges: set[Admitted] = set()
 
     @property
     def requests(self) -> int:
@@ -32,7 +39,7 @@ class Admission:
         return self._held_bytes
 
     @contextmanager
-    def admitted(self, exchange: Exchange) -> Iterator[None]:
+    def admitted(self, exchange: Admitted) -> Iterator[None]:
         """Count the exchange as being answered, and free at the end what it still holds. Raises OverloadedError."""
         if len(self._exchanges) >= self._max_requests:
             raise OverloadedError(

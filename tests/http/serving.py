@@ -1,0 +1,75 @@
+"""A server of ``chiasm.http`` in a thread, around one handler."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from chiasm.errors import ChiasmError
+from chiasm.http import Admission, Endpoint, Exchange
+from chiasm.http.endpoint import Bounds, Handler
+from chiasm.http.errors import EXCEPTION_HANDLERS
+from chiasm.http.listen import bind, url_of
+from chiasm.http.serve import HttpServer
+
+BOUNDS = Bounds(deadline_seconds=20, max_body_bytes=1000, body_timeout_seconds=20)
+
+
+@dataclass
+class Site:
+    """A running server and what it noted."""
+
+    url: str
+    admission: Admission
+    loop: asyncio.AbstractEventLoop
+    ended: list[int | None] = field(default_factory=list)
+    """The status of every request, in the order in which they ended."""
+    errors: list[ChiasmError] = field(default_factory=list)
+
+
+@contextmanager
+def site(
+    handler: Handler, bounds: Bounds = BOUNDS, *, max_requests: int = 10, max_held_bytes: int = 10_000
+) -> Iterator[Site]:
+    """Serve the handler under ``/``."""
+    admission = Admission(max_requests, max_held_bytes)
+    listener = bind("127.0.0.1", 0)
+    found: list[Site] = []
+    started = threading.Event()
+
+    def on_error(exchange: Exchange, error: ChiasmError) -> None:
+        exchange.error_headers = [("x-noted", "yes")]
+        found[0].errors.append(error)
+
+    endpoint = Endpoint(
+        handler,
+        admission,
+        bounds,
+        on_error=on_error,
+        on_end=lambda exchange: found[0].ended.append(exchange.status),
+    )
+    app = Starlette(routes=[Route("/", endpoint, methods=["POST"])], exception_handlers=EXCEPTION_HANDLERS)
+    servers: list[HttpServer] = []
+
+    async def serve() -> None:
+        server = HttpServer(app, grace_seconds=0.2, on_stop=lambda: None, interrupt_all=lambda: None)
+        servers.append(server)
+        found.append(Site(url_of(listener), admission, asyncio.get_running_loop()))
+        waiting = asyncio.ensure_future(server.ready.wait())
+        waiting.add_done_callback(lambda task: started.set())
+        await server.serve(sockets=[listener])
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        assert started.wait(20)
+        yield found[0]
+    finally:
+        servers[0].stop_from_thread()
+        thread.join()

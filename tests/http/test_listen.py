@@ -1,0 +1,63 @@
+"""Ports and URLs."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from chiasm.errors import ConfigurationError
+from chiasm.http.listen import base_url, bind, check_url, url_of
+
+
+def test_a_bound_port_takes_connections_at_once() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        socket.create_connection(listener.getsockname(), timeout=5).close()
+
+
+def test_a_port_in_use_is_one_clear_error_that_names_the_option() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=rf"^Port {port} on 127\.0\.0\.1 is in use; .* with --kv-port\.$"):
+            bind("127.0.0.1", port, option="--kv-port")
+
+
+def test_a_port_that_is_only_held_can_be_listened_on_by_a_child() -> None:
+    with bind("127.0.0.1", 0, listening=False) as held:
+        bind("127.0.0.1", held.getsockname()[1]).close()
+
+
+@pytest.mark.parametrize(
+    ("host", "port"),
+    [
+        ("127.0.0.1", 70_000),
+        ("127.0.0.1", -1),
+        ("no.such.host.invalid", 0),
+        ("192.0.2.1", 0),
+        ("a" * 300, 0),
+        ("\ud800", 0),
+    ],
+)
+def test_an_address_that_cannot_be_bound_is_one_clear_error(host: str, port: int) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        bind(host, port)
+    assert caught.value.message.endswith(".")
+
+
+def test_urls_of_addresses() -> None:
+    assert base_url("127.0.0.1", 8000) == "http://127.0.0.1:8000"
+    assert base_url("::1", 8000) == "http://[::1]:8000"
+    with bind("127.0.0.1", 0) as listener:
+        assert url_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_base_url_loses_its_final_slash() -> None:
+    assert check_url("https://host.example:8000/") == "https://host.example:8000"
+
+
+@pytest.mark.parametrize(
+    "url", ["", "host:8000", "ftp://host", "http://", "http://host/v1", "http://host:99999", "http://[::1"]
+)
+def test_anything_else_is_refused(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="http://host:port"):
+        check_url(url)
