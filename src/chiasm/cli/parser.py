@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import enum
+import functools
+import math
 import os
 import re
 import shlex
@@ -66,12 +69,9 @@ class Parser(argparse.ArgumentParser):
         if named.type is bool:
             place.add_argument(named.flag, action="store_true", help=text)
             return
-        repeated = named.type == tuple[str, ...] and not option.separator
+        action = "append" if named.type == tuple[str, ...] and not option.separator else "store"
         metavar, read = _metavar(named), _reader(named)
-        if repeated:
-            place.add_argument(named.flag, action="append", metavar=metavar, type=read, help=text)
-        else:
-            place.add_argument(named.flag, metavar=metavar, type=read, required=required, help=text)
+        place.add_argument(named.flag, action=action, metavar=metavar, type=read, required=required, help=text)
         self._takes_value.add(named.flag)
         if option.environment:
             self._variables[named.name] = option.environment
@@ -153,19 +153,42 @@ def _wrong(message: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(message)
 
 
+def _parse_choice(text: str, *, choices: tuple[str, ...], kind: Callable[[str], Any]) -> Any:
+    if text.lower() not in choices:
+        raise _wrong(f"{text!r} is not one of {', '.join(choices)}")
+    return kind(text.lower())
+
+
+def _parse_list(text: str, *, separator: str) -> tuple[str, ...]:
+    values = tuple(value.strip() for value in text.split(separator))
+    if not all(values):
+        raise _wrong(f"{text!r} is not a list; write for example {separator.join('01')}")
+    return values
+
+
+def _parse_number(text: str, *, kind: Callable[[str], float], low: float, high: float) -> float:
+    with contextlib.suppress(ValueError):
+        if low <= (value := kind(text)) <= high:
+            return value
+    bounds = "" if low == -math.inf else f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+    raise _wrong(f"{text!r} is not {'an integer' if kind is int else 'a number'}{bounds}")
+
+
 def _reader(named: NamedOption) -> Callable[[str], Any]:
-    """Return what makes a value of what a person writes."""
+    """Return what makes a value of the text that a person writes."""
     kind, option = named.type, named.option
     if choices := _choices(named):
-        return _choice(choices, kind)
+        return functools.partial(_parse_choice, choices=choices, kind=kind)
+    if option.separator:
+        return functools.partial(_parse_list, separator=option.separator)
     if kind == tuple[int, ...]:
         return parse_cpus
-    if option.separator:
-        return _list(option.separator)
     if kind is int and named.name.endswith("_bytes"):
         return parse_size
     if kind in (int, float):
-        return _number(kind, option.min, option.max)
+        low = -math.inf if option.min is None else option.min
+        high = math.inf if option.max is None else option.max
+        return functools.partial(_parse_number, kind=kind, low=low, high=high)
     return Path if kind is Path else str
 
 
@@ -173,44 +196,6 @@ def _choices(named: NamedOption) -> tuple[str, ...]:
     if isinstance(named.type, type) and issubclass(named.type, enum.StrEnum):
         return tuple(named.type)
     return named.option.choices
-
-
-def _choice(choices: tuple[str, ...], kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        if text.lower() not in choices:
-            raise _wrong(f"{text!r} is not one of {', '.join(choices)}")
-        return kind(text.lower())
-
-    return read
-
-
-def _list(separator: str) -> Callable[[str], tuple[str, ...]]:
-    def read(text: str) -> tuple[str, ...]:
-        values = tuple(value.strip() for value in text.split(separator))
-        if not all(values):
-            raise _wrong(f"{text!r} is not a list; write for example {separator.join('01')}")
-        return values
-
-    return read
-
-
-def _number(kind: type[int] | type[float], low: float | None, high: float | None) -> Callable[[str], float]:
-    what = "an integer" if kind is int else "a number"
-    if high is not None:
-        what += f" from {low or 0:g} to {high:g}"
-    elif low is not None:
-        what += f" of at least {low:g}"
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise _wrong(f"{text!r} is not {what}") from None
-        if not (float("-inf") if low is None else low) <= value <= (float("inf") if high is None else high):
-            raise _wrong(f"{text!r} is not {what}")
-        return value
-
-    return read
 
 
 def _metavar(named: NamedOption) -> str:

@@ -154,7 +154,7 @@ class Deployment:
             self._storage = StorageFolder(config.ec_max_bytes)
             storage, ec_max_bytes = self._storage.path, self._storage.max_bytes
         if any(placement.shared for placement in self.placements.values()):
-            self._scratch = LockedFolder.temporary(_SCRATCH_PREFIX)
+            self._scratch = LockedFolder(_SCRATCH_PREFIX)
         return Surroundings(storage, ec_max_bytes, self._scratch.path if self._scratch else None)
 
     def check(self) -> None:

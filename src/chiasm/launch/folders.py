@@ -29,15 +29,11 @@ class LockedFolder:
     lock belonged to a dead process, and whoever makes a new one removes it.
     """
 
-    def __init__(self, parent: Path, prefix: str) -> None:
-        """Make a folder whose name begins with ``prefix``. Raises OSError."""
+    def __init__(self, prefix: str, parent: Path | None = None) -> None:
+        """Make a folder whose name begins with ``prefix``, by default among temporary files. Raises OSError."""
+        parent = parent or Path(tempfile.gettempdir())
         remove_stale(parent, prefix)
         self.path, self._lock = _make_locked(parent, prefix)
-
-    @classmethod
-    def temporary(cls, prefix: str) -> LockedFolder:
-        """Return a new folder among temporary files."""
-        return cls(Path(tempfile.gettempdir()), prefix)
 
     def remove(self) -> None:
         """Remove the folder and all in it; idempotent."""
@@ -55,7 +51,7 @@ class LockedFolder:
         self.remove()
 
 
-class StorageFolder:
+class StorageFolder(LockedFolder):
     """A folder for the embeddings of one deployment: in shared memory if there is room, else among temporary files."""
 
     def __init__(self, max_bytes: int | None = None) -> None:
@@ -64,16 +60,11 @@ class StorageFolder:
             remove_stale(candidate, STORAGE_PREFIX)
         parent = _roomy_parent(max_bytes)
         try:
-            self._folder = LockedFolder(parent, STORAGE_PREFIX)
+            super().__init__(STORAGE_PREFIX, parent)
         except OSError as error:
             raise ConfigurationError(f"Cannot make a folder for embeddings in {parent}: {error}") from error
-        self.path = self._folder.path
         self.max_bytes = max_bytes or min(DEFAULT_MAX_BYTES, max(LEAST_BYTES, _fair_share(self.path)))
         """Maximum total size of the embeddings in it."""
-
-    def remove(self) -> None:
-        """Remove the folder and all in it; idempotent."""
-        self._folder.remove()
 
 
 def remove_stale(parent: Path, prefix: str) -> None:

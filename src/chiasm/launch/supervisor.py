@@ -77,7 +77,7 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
         _adopt_orphans()
         end_with_stdin(_GRACE_SECONDS)
-        with _Turn(turn) as mine, LockedFolder.temporary(_SCRATCH_PREFIX) as scratch:
+        with _Turn(turn) as mine, LockedFolder(_SCRATCH_PREFIX) as scratch:
             while not mine.taken():
                 if _await_signal(_LOCK_SECONDS) in _ENDING:
                     return 0
