@@ -37,7 +37,13 @@ def test_the_version_is_the_packages() -> None:
     assert run("--version").stdout == f"chiasm {chiasm.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "instance", "proxy", "demo", "models", "doctor"])
+def test_without_arguments_it_shows_its_help_and_ends_as_after_a_typo() -> None:
+    done = run()
+    assert done.returncode == 2
+    assert done.stderr == run("--help").stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "instance", "proxy", "demo", "models", "bench", "doctor"])
 def test_every_command_is_listed(command: str) -> None:
     assert f"\n  {command} " in run("--help").stdout
 

@@ -11,6 +11,7 @@ from chiasm import __version__
 from chiasm.errors import ChiasmError
 
 _EXIT_CODE = 2
+_INTERRUPTED = 130
 _COMMANDS = {
     "serve": "Run all instances of a model and the proxy on this machine.",
     "instance": "Run one instance of a model.",
@@ -22,7 +23,7 @@ _COMMANDS = {
 }
 """Each is a module of this package with ``parser()`` and ``run(settings)``, which returns an exit code or None."""
 _HELP = f"""\
-Usage: chiasm COMMAND [OPTIONS]
+usage: chiasm COMMAND [OPTIONS]
 
   Serve multimodal models with the vision encoder in processes of its own.
 
@@ -43,6 +44,8 @@ def main() -> None:
         sys.exit(_run(sys.argv[1:]))
     except ChiasmError as error:
         _fail(error.message)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
     except MemoryError:
         _fail("There is not enough memory; use a smaller model, or lower --kv-cache-bytes and --encoder-cache-bytes.")
 
@@ -55,10 +58,10 @@ def _run(arguments: Sequence[str]) -> int | None:
     if name == "--version":
         print(f"chiasm {__version__}")
         return None
-    if name == "child":  # for launch.Deployment, not for people
+    if name == "child" and len(others) == 1:  # for launch.Deployment, not for people
         from chiasm.launch.run import run_child
 
-        run_child(*others)
+        run_child(others[0])
         return None
     if name not in _COMMANDS:
         _fail(f"There is no command {name!r}; the commands are {', '.join(_COMMANDS)}.")

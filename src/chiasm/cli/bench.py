@@ -17,7 +17,6 @@ NAMES = (
     "with --engine vllm: vllm-identity, vllm-example, engines, vllm-reuse; all of them if none is given."
 )
 _DIFFERENT = 1
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,5 @@ def run(settings: Mapping[str, Any]) -> int | None:
     from chiasm.bench.run import BenchConfig
     from chiasm.bench.run import run as run_bench
 
-    try:
-        same = run_bench(BenchConfig(settings.get("names", ()), **fields_from(settings, BenchOptions)))
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+    same = run_bench(BenchConfig(settings.get("names", ()), **fields_from(settings, BenchOptions)))
     return None if same else _DIFFERENT

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,11 +82,11 @@ class Parser(argparse.ArgumentParser):
         (group or self).add_argument(flag_, metavar="ARGS", type=parse_arguments, help=text)
         self._takes_value.add(flag_)
 
-    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+    def parse(self, arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
         """Return what was given, by name. Raises ConfigurationError for what cannot be understood; ends after --help."""
         given = vars(self.parse_args(self._joined(arguments)))
-        environment = {name: os.environ[key] for name, key in self._variables.items() if os.environ.get(key)}
-        return environment | {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        variables = {name: environment[key] for name, key in self._variables.items() if environment.get(key)}
+        return variables | {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
     def error(self, message: str) -> NoReturn:
         text = message.removeprefix("argument ").rstrip(".")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from chiasm.cli import instance, proxy
@@ -95,8 +95,7 @@ def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
     """Return the deployment that a person asks for. Raises ConfigurationError for what cannot work together."""
     of_all = _chosen(settings, "log_level", *names_of(EngineConfig, MediaConfig) - {"threads"})
     of_proxy = _chosen(of_all, "log_level", "max_items", *names_of(MediaConfig))
-    if "proxy_args" in settings:
-        of_proxy |= _parsed("proxy_args", settings["proxy_args"], proxy.add_options)
+    of_proxy |= _parsed("proxy_args", settings, proxy.add_options)
     own = (*_OF_DEPLOYMENT, *_OF_PROXY, *_OF_KV, *names_of(ECTransferConfig))
     return DeploymentConfig(
         roles={role: _role_config(role, count, settings) for role, count in instance_counts(settings).items()},
@@ -118,19 +117,20 @@ def instance_counts(settings: Mapping[str, Any]) -> dict[Role, int]:
 
 def _role_config(role: Role, count: int, settings: Mapping[str, Any]) -> RoleConfig:
     own = {name: settings[f"{role}_{name}"] for name in _OF_ROLE if f"{role}_{name}" in settings}
-    arguments = settings.get(f"{role}_args", ())
+    name = f"{role}_args"
     if settings.get("engine") is EngineKind.VLLM:
-        return RoleConfig(count, settings.get("threads"), vllm_flags=arguments, **own)
-    more = _parsed(f"{role}_args", arguments, instance.add_options)
-    return RoleConfig(count, settings.get("threads"), settings=more, **own)
+        return RoleConfig(count, settings.get("threads"), vllm_flags=settings.get(name, ()), **own)
+    return RoleConfig(count, settings.get("threads"), settings=_parsed(name, settings, instance.add_options), **own)
 
 
-def _parsed(name: str, arguments: Sequence[str], add_options: Callable[[Parser], None]) -> dict[str, Any]:
+def _parsed(name: str, settings: Mapping[str, Any], add_options: Callable[[Parser], None]) -> dict[str, Any]:
     """Return the settings in the value of an option such as ``--pd-args``. Raises ConfigurationError."""
+    if name not in settings:
+        return {}
     parser = Parser(name, "", "", add_help=False)
     add_options(parser)
     try:
-        return parser.parse(arguments)
+        return parser.parse(settings[name], environment={})
     except ConfigurationError as error:
         raise ConfigurationError(f"{flag(name)}: {error.message}") from None
 
