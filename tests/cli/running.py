@@ -17,7 +17,7 @@ CHIASM = (sys.executable, "-m", "chiasm")
 
 
 def run(*arguments: str, timeout_seconds: float = 280) -> subprocess.CompletedProcess[str]:
-    """A command that ends by itself."""
+    """Run a command that ends by itself."""
     return subprocess.run(
         [*CHIASM, *arguments],
         stdin=subprocess.DEVNULL,
@@ -29,7 +29,7 @@ def run(*arguments: str, timeout_seconds: float = 280) -> subprocess.CompletedPr
 
 
 class Running:
-    """A command that runs until it is told to end; leaving it kills what is left of it."""
+    """A command that runs until it is told to end; leaving the context kills it and its children."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self._out = folder / "stdout"

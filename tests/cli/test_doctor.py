@@ -29,7 +29,7 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_nobody_at_the_address() -> None:
+def test_no_server_at_the_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
     done = run("doctor", f"{url}/v1/", "--json")

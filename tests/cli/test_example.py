@@ -26,7 +26,7 @@ PORTS = {
 
 @pytest.fixture(params=PORTS)
 def name(request: pytest.FixtureRequest) -> str:
-    """Of the script."""
+    """Name of the script."""
     script: str = request.param
     return script
 
@@ -43,7 +43,7 @@ def ports(name: str) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def running(name: str, ports: dict[str, str], tmp_path: Path, **settings: str) -> Iterator[subprocess.Popen[str]]:
-    """The script; what it leaves is killed."""
+    """Run the script, and kill what it leaves."""
     environment = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path), **ports, **settings}
     with subprocess.Popen(
         [EXAMPLES / name],

@@ -1,4 +1,4 @@
-"""Help, versions and typos: answered at once."""
+"""Help, versions and typos are answered at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAVY = {"torch", "transformers", "starlette", "uvicorn", "aiohttp", "PIL", "num
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["serve", "--help"], ["doctor", "--help"], ["--version"], ["models"]]
 )
-def test_what_needs_no_model_loads_nothing_heavy(arguments: list[str]) -> None:
+def test_commands_without_a_model_load_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from chiasm.cli import main; sys.argv = ['chiasm', *sys.argv[1:]]\n"
         "try: main()\n"
@@ -33,11 +33,11 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert not HEAVY & set(done.stdout.split())
 
 
-def test_the_version_is_the_packages() -> None:
+def test_the_version_is_that_of_the_package() -> None:
     assert run("--version").stdout == f"chiasm {chiasm.__version__}\n"
 
 
-def test_without_arguments_it_shows_its_help_and_ends_as_after_a_typo() -> None:
+def test_without_arguments_help_is_a_usage_error() -> None:
     done = run()
     assert done.returncode == 2
     assert done.stderr == run("--help").stdout

@@ -61,7 +61,7 @@ def test_a_field_is_an_option_with_its_default_in_help(config: type, option: Nam
         assert read(default) == option.default
 
 
-def test_what_is_not_given_is_left_to_the_configuration() -> None:
+def test_options_that_are_not_given_are_left_to_the_configuration() -> None:
     assert instance.parser().parse(["demo", "--role", "pd"]) == {"model": "demo", "role": Role.PD}
 
 
@@ -105,7 +105,7 @@ def test_the_environment_may_hold_the_admin_key(monkeypatch: pytest.MonkeyPatch)
     ],
     ids=str,
 )
-def test_counts_that_are_not_given(given: dict[str, Any], expected: dict[Role, int]) -> None:
+def test_default_instance_counts(given: dict[str, Any], expected: dict[Role, int]) -> None:
     assert serve.instance_counts(given) == expected
 
 
@@ -118,7 +118,7 @@ def test_instances_of_the_built_in_engine_get_options_as_they_were_given() -> No
     assert config.roles[Role.ENCODER].settings == {}
 
 
-def test_arguments_for_the_proxy_win_there() -> None:
+def test_arguments_for_the_proxy_override_common_options() -> None:
     config = _config("--max-items", "3", "--max-image-pixels", "9", "--proxy-args", "--max-items 2", "--port", "9000")
     assert config.proxy_settings == {"max_items": 2, "max_image_pixels": 9}
     assert config.port == 9000
@@ -137,7 +137,7 @@ def test_flags_for_every_vllm_instance_are_kept_apart_from_those_for_a_role() ->
 
 
 @pytest.mark.parametrize("arguments", ["--encoder", "--max-ite 3"])
-def test_further_arguments_are_checked_by_the_commands_own_parser(arguments: str) -> None:
+def test_more_arguments_are_checked_by_the_parser_of_their_command(arguments: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^--pd-args: Unrecognized arguments: "):
         _config("--pd-args", arguments)
 

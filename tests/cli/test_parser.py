@@ -32,7 +32,7 @@ def test_sizes_are_shown_as_a_person_writes_them(size: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "1 mile", "0x10", "1e9", "1,5GB"])
-def test_what_is_not_a_size_is_refused(text: str) -> None:
+def test_other_texts_are_not_sizes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         parse_size(text)
 
@@ -43,6 +43,6 @@ def test_cpus(text: str, cpus: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1,,2", "3-1"])
-def test_what_is_not_a_set_of_cpus_is_refused(text: str) -> None:
+def test_other_texts_are_not_sets_of_cpus(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a set of CPUs"):
         parse_cpus(text)

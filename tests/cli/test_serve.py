@@ -25,7 +25,7 @@ END_SECONDS = 5
 
 @pytest.fixture(scope="module")
 def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One encoder and one pd, ready; the tests of this file share it, and the last of them ends it."""
+    """One encoder and one PD, ready; the tests of this file share them, and the last of these ends them."""
     with Running(tmp_path_factory.mktemp("served"), "serve", str(checkpoint), *SMALL) as running:
         running.wait_ready()
         yield running
@@ -113,7 +113,7 @@ def test_sigterm_before_it_is_ready_ends_all_of_it(checkpoint: Path, tmp_path: P
         assert running.stdout == ""
 
 
-def test_when_it_is_killed_its_instances_end_too(checkpoint: Path, tmp_path: Path) -> None:
+def test_instances_end_when_serve_is_killed(checkpoint: Path, tmp_path: Path) -> None:
     with Running(tmp_path, "serve", str(checkpoint), "--aggregated", "1", *SMALL) as running:
         running.wait_ready()
         children = running.children

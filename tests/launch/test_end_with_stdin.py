@@ -1,4 +1,4 @@
-"""A process never outlives the one that started it, however that ended."""
+"""A process never outlives its parent, however that ended."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_it_ends_when_its_standard_input_closes() -> None:
         assert process.wait(30) == -signal.SIGTERM
 
 
-def test_it_ends_also_when_it_ignores_the_signal() -> None:
+def test_it_ends_even_if_it_ignores_sigterm() -> None:
     deaf = "child.GRACE_SECONDS = 0.1; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     process = subprocess.Popen(
         [sys.executable, "-c", f"{_IMPORTS}; {deaf}; child.end_with_stdin(); {_WAIT}"],
@@ -43,7 +43,7 @@ def test_it_ends_also_when_it_ignores_the_signal() -> None:
         assert process.wait(30) == 1
 
 
-def test_a_killed_parent_takes_its_children_along() -> None:
+def test_children_end_when_their_parent_is_killed() -> None:
     child = f"{_IMPORTS}; child.end_with_stdin(); print('ready x', flush=True); time.sleep(600)"
     parent = (
         "import os, sys, time; from chiasm.launch.child import Child\n"

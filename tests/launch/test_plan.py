@@ -66,7 +66,7 @@ def test_instances_share_the_cores(
     assert DeploymentConfig("demo", roles).threads(Role.ENCODER) == threads
 
 
-def test_an_instance_is_told_all_that_its_role_needs() -> None:
+def test_an_instance_gets_everything_that_its_role_needs() -> None:
     roles = {Role.ENCODER: RoleConfig(threads=3, cpus=(0, 2), settings={"max_items": 4}), Role.PD: RoleConfig()}
     settings = {"dtype": "bfloat16", "max_items": 5, "max_image_pixels": 9}
     (plan, _) = _plans(DeploymentConfig("demo", roles, settings=settings, deadline_seconds=7))
@@ -88,7 +88,7 @@ def test_an_aggregated_instance_exchanges_no_embeddings() -> None:
     assert _instances(wanted, None)[Role.AGGREGATED].engine.ec is None
 
 
-def test_prefill_is_told_of_embeddings_and_kv_and_decode_of_kv_alone() -> None:
+def test_prefill_exchanges_embeddings_and_kv_and_decode_only_kv() -> None:
     wanted = DeploymentConfig("demo", APART, kv_connector="NixlConnector", kv_lease_seconds=5)
     assert wanted.exchanges_embeddings
     of = {role: process.engine for role, process in _instances(wanted).items()}
@@ -112,7 +112,7 @@ def test_an_instance_computes_on_its_device() -> None:
     assert from_json(plan.configuration.encode(), InstanceProcess).engine.device == "cuda:1"
 
 
-def test_the_proxy_is_told_every_instance(address: HeldPort) -> None:
+def test_the_proxy_gets_the_url_of_every_instance(address: HeldPort) -> None:
     urls = [(Role.ENCODER, "http://a"), (Role.ENCODER, "http://b"), (Role.PD, "http://c")]
     proxy = _proxy(DeploymentConfig("demo", proxy_settings={"max_items": 3}), address, urls).proxy
     assert (proxy.encoders, proxy.pds, proxy.port) == (("http://a", "http://b"), ("http://c",), address.port)
@@ -129,7 +129,7 @@ def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:
     assert "secret" not in repr(wanted)
 
 
-def test_a_model_is_called_by_its_folders_name_or_as_it_was_given(tmp_path: Path) -> None:
+def test_a_model_has_the_name_of_its_folder_or_its_given_name(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").touch()
     assert model_name(str(tmp_path / "mine")) == "mine"

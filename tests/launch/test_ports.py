@@ -57,7 +57,7 @@ def test_a_server_can_listen_on_a_held_port_again_and_again() -> None:
     held.release()
 
 
-def test_nobody_else_is_given_a_held_port() -> None:
+def test_nobody_else_gets_a_held_port() -> None:
     held = HeldPort("127.0.0.1")
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("127.0.0.1", held.port))
@@ -72,7 +72,7 @@ def test_a_port_in_use_is_named_in_the_error() -> None:
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
-def test_an_address_that_is_not_this_machines_is_refused(host: str) -> None:
+def test_an_address_of_another_machine_is_refused(host: str) -> None:
     with pytest.raises(ConfigurationError, match="Cannot listen on"):
         HeldPort(host)
 
@@ -88,16 +88,16 @@ def test_each_instance_has_its_state(url: str) -> None:
     assert instance_states(f"{url}/good") == {"http://e": "healthy"}
 
 
-def test_a_proxy_that_cannot_answer_requests_still_tells_states(url: str) -> None:
+def test_a_proxy_that_cannot_answer_requests_still_reports_states(url: str) -> None:
     assert instance_states(f"{url}/partly") == {"http://e": "starting"}
 
 
 @pytest.mark.parametrize("path", ["strange", "broken"])
-def test_a_response_that_is_not_understood_tells_nothing(url: str, path: str) -> None:
+def test_a_response_that_cannot_be_read_yields_no_states(url: str, path: str) -> None:
     assert instance_states(f"{url}/{path}") == {}
 
 
-def test_a_proxy_that_does_not_listen_tells_nothing() -> None:
+def test_a_proxy_that_does_not_listen_yields_no_states() -> None:
     held = HeldPort("127.0.0.1")
     assert instance_states(held.url) == {}
     held.release()

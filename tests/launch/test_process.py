@@ -33,7 +33,7 @@ def _pairs(settings: dict[str, Any], role: Role = Role.PD) -> dict[str, str]:
 # ---- the built-in engine -----------------------------------------------------------------------------------------------
 
 
-def test_a_processes_configuration_survives_json(tmp_path: Path) -> None:
+def test_the_configuration_of_a_process_survives_json(tmp_path: Path) -> None:
     settings = {
         "shared_storage_path": tmp_path,
         "allowed_media_domains": ("a.example", "b.example"),
@@ -48,14 +48,14 @@ def test_a_processes_configuration_survives_json(tmp_path: Path) -> None:
     assert "\n" not in to_json(proxy)
 
 
-def test_a_prefill_instance_takes_embeddings_and_leaves_kv(tmp_path: Path) -> None:
+def test_a_prefill_instance_consumes_embeddings_and_produces_kv(tmp_path: Path) -> None:
     ec = ec_config(Role.PREFILL, {"shared_storage_path": tmp_path, "ec_max_bytes": 7})
     kv = kv_config(Role.PREFILL, {"kv_lease_seconds": 5, "kv_host": "prefill-0.example", "kv_port": 7000})
     assert ec == ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=tmp_path, max_bytes=7)
     assert kv == KVTransferConfig(role=KVTransferRole.PRODUCER, host="prefill-0.example", port=7000, lease_seconds=5)
 
 
-def test_a_decode_instance_takes_kv_alone() -> None:
+def test_a_decode_instance_consumes_only_kv() -> None:
     assert ec_config(Role.DECODE, {}) is None
     kv = kv_config(Role.DECODE, {"kv_connector": "NixlConnector"})
     assert kv == KVTransferConfig(connector="NixlConnector", role=KVTransferRole.CONSUMER)
@@ -94,7 +94,7 @@ def test_a_store_of_embeddings_is_needed(role: Role) -> None:
 # ---- vLLM --------------------------------------------------------------------------------------------------------------
 
 
-def test_vllm_gets_its_own_names_for_what_it_knows() -> None:
+def test_settings_that_vllm_knows_become_its_flags() -> None:
     settings = {
         "dtype": "float16",
         "device": "auto",
@@ -117,7 +117,7 @@ def test_vllm_gets_its_own_names_for_what_it_knows() -> None:
     }
 
 
-def test_images_are_counted_where_they_are_seen_and_kv_where_it_lies() -> None:
+def test_roles_that_see_images_limit_them_and_roles_with_kv_size_it() -> None:
     of_roles = {role: _pairs({"max_items": 3, "kv_cache_bytes": 1 << 30}, role) for role in Role}
     seeing = {role for role, given in of_roles.items() if "--limit-mm-per-prompt" in given}
     assert seeing == {Role.ENCODER, Role.AGGREGATED}
@@ -126,7 +126,7 @@ def test_images_are_counted_where_they_are_seen_and_kv_where_it_lies() -> None:
     assert holding == set(Role) - {Role.ENCODER}
 
 
-def test_vllm_gets_nothing_about_media_which_the_proxy_fetches(tmp_path: Path) -> None:
+def test_vllm_gets_no_flags_about_media_because_the_proxy_fetches_them(tmp_path: Path) -> None:
     assert vllm_flags({"allowed_local_media_path": tmp_path, "max_media_bytes": 1}, Role.ENCODER) == []
 
 
@@ -138,6 +138,6 @@ def test_vllm_gets_nothing_about_media_which_the_proxy_fetches(tmp_path: Path) -
         ({"max_body_bytes": 1}, "--max-body-bytes means nothing to vLLM"),
     ],
 )
-def test_what_means_nothing_to_vllm_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_vllm_does_not_have_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         vllm_flags(settings, Role.PD)

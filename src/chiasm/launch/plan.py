@@ -14,7 +14,7 @@ from chiasm.launch import vllm
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placement, Placements, found_devices, place
 from chiasm.launch.ports import HeldPort
-from chiasm.launch.process import instance_process, proxy_process, to_json
+from chiasm.launch.process import KV_ROLES, instance_process, proxy_process, to_json
 from chiasm.wire import Role
 
 PROXY = "proxy"
@@ -22,7 +22,6 @@ LOOPBACK = "127.0.0.1"
 PROBE_INTERVAL_SECONDS = 0.25
 """Of a proxy whose instances are all on this machine: it notices at once when one comes or goes."""
 _EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)
-_KV_ROLES = (Role.PREFILL, Role.DECODE)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def plan_instances(
     for (role, index), placement in placements.items():
         name, address = f"{role}-{index}", hold()
         if config.engine is EngineKind.VLLM:
-            side_channel = hold() if role in vllm.KV_ROLES else None
+            side_channel = hold() if role in KV_ROLES else None
             command, environment = _vllm(config, folder, role, placement, surroundings, address, side_channel)
             plans.append(ProcessPlan(name, role, address, command, environment))
         else:
@@ -149,7 +148,7 @@ def instance_settings(
             "shared_storage_path": surroundings.storage,
             "ec_max_bytes": surroundings.ec_max_bytes,
         }
-    if role in _KV_ROLES:
+    if role in KV_ROLES:
         names = ["kv_connector", "kv_connector_module_path", *(["kv_lease_seconds"] if role is Role.PREFILL else [])]
         settings |= {name: value for name in names if (value := getattr(config, name)) is not None}
     return {**settings, **config.settings, **chosen.settings}

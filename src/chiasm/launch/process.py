@@ -21,7 +21,7 @@ from chiasm.server import ServerConfig
 from chiasm.wire import Role
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-_KV_ROLES = {Role.PREFILL: KVTransferRole.PRODUCER, Role.DECODE: KVTransferRole.CONSUMER}
+KV_ROLES = {Role.PREFILL: KVTransferRole.PRODUCER, Role.DECODE: KVTransferRole.CONSUMER}
 _OF_DECODE = ("kv_connector", "kv_connector_module_path")
 """The options about KV that a decode instance shares with its prefill instances."""
 
@@ -130,13 +130,13 @@ def kv_config(role: Role, settings: Mapping[str, Any]) -> KVTransferConfig | Non
 
     Raises ConfigurationError for settings that the role has no use for.
     """
-    if role not in _KV_ROLES:
+    if role not in KV_ROLES:
         if names := _flags(settings, KVTransferConfig):
             raise ConfigurationError(f"{names}: only prefill and decode instances exchange KV, and this one is {role}.")
         return None
     if role is Role.DECODE and (names := _flags(settings, KVTransferConfig, without=_OF_DECODE)):
         raise ConfigurationError(f"{names}: only prefill instances offer KV; give it to them.")
-    return KVTransferConfig(role=_KV_ROLES[role], **fields_from(settings, KVTransferConfig))
+    return KVTransferConfig(role=KV_ROLES[role], **fields_from(settings, KVTransferConfig))
 
 
 def _flags(settings: Mapping[str, Any], config: type, without: tuple[str, ...] = ()) -> str:

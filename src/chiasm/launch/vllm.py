@@ -22,14 +22,13 @@ from chiasm.integrations.vllm.versions import check_version
 from chiasm.launch.config import DeploymentConfig
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
-from chiasm.launch.process import vllm_flags
+from chiasm.launch.process import KV_ROLES, vllm_flags
 from chiasm.wire import Role
 
 CONNECTOR = "ChiasmECConnector"
 CONNECTOR_MODULE = "chiasm.integrations.vllm.ec_connector"
 MIDDLEWARE = "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
 KV_CONNECTOR = "NixlConnector"
-KV_ROLES = (Role.PREFILL, Role.DECODE)
 _EC_ROLES = {
     Role.ENCODER: "ec_producer",
     Role.PD: "ec_consumer",
