@@ -12,12 +12,14 @@ from chiasm.cli.parser import Parser
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
 from chiasm.options import Option, fields_from, flag, names_of
+from chiasm.proxy import ProxyConfig
 
 if TYPE_CHECKING:
     from chiasm.doctor import Finding
 
 _SCHEMES = ("http://", "https://")
 _FOUND_PROBLEMS = 1
+_URLS = ("encoder", "pd", "prefill", "decode")
 _EXAMPLES = """\
 Check a deployment that runs or is planned, and say in plain words what is wrong and what to do.
 
@@ -32,32 +34,25 @@ The exit code is 0 without problems, 1 with problems, 2 for wrong usage.
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """The options of the command's own."""
+    """The command's own options."""
 
-    encoders: Annotated[
-        tuple[str, ...], Option("URL of a running encoder; can be repeated.", name="encoder", metavar="URL")
-    ] = ()
-    pds: Annotated[
-        tuple[str, ...], Option("URL of a running PD instance; can be repeated.", name="pd", metavar="URL")
-    ] = ()
-    aggregated: Annotated[
-        tuple[str, ...],
-        Option("URL of a running aggregated instance; can be repeated.", name="aggregated_at", metavar="URL"),
-    ] = ()
-    prefills: Annotated[
-        tuple[str, ...], Option("URL of a running prefill instance; can be repeated.", name="prefill", metavar="URL")
-    ] = ()
-    decodes: Annotated[
-        tuple[str, ...], Option("URL of a running decode instance; can be repeated.", name="decode", metavar="URL")
+    aggregated_at: Annotated[
+        tuple[str, ...], Option("URL of an aggregated instance; can be repeated.", metavar="URL")
     ] = ()
     timeout_seconds: Annotated[float, Option("Timeout of each request to a running instance.", min=1, max=3600)] = 30.0
     json: Annotated[bool, Option("Print the findings as JSON.")] = False
 
 
+_OF_NO_PLAN = {"target", "admin_key", "log_level", *_URLS, *names_of(DoctorConfig)}
+"""The key may be set by the environment, and changes no finding; nor does the log's level."""
+
+
 def parser() -> Parser:
     made = Parser("doctor", "[URL|MODEL] [OPTIONS]", _EXAMPLES)
     made.add_argument("target", metavar="URL|MODEL", nargs="?", help="A running proxy, or the model that is planned.")
-    made.add("doctor", DoctorConfig)
+    group = made.add_argument_group("doctor")
+    made.add(group, DoctorConfig)
+    made.add(group, ProxyConfig, only=_URLS)
     serve.add_options(made)
     return made
 
@@ -66,20 +61,13 @@ def run(settings: Mapping[str, Any]) -> int | None:
     """Print what is found, and return the exit code."""
     config = DoctorConfig(**fields_from(settings, DoctorConfig))
     target = settings.get("target")
-    urls = {
-        "encoder": config.encoders,
-        "pd": config.pds,
-        "aggregated": config.aggregated,
-        "prefill": config.prefills,
-        "decode": config.decodes,
-    }
+    urls = {"aggregated": config.aggregated_at} | {role: settings.get(role, ()) for role in _URLS}
     instances = {role: [_base_url(url) for url in named] for role, named in urls.items() if named}
     running = bool(instances) or (target is not None and target.startswith(_SCHEMES))
     if instances and target is not None:
         raise ConfigurationError("Name instances, or one proxy or model, but not both.")
-    # The key may be set by the environment, and it changes no finding; nor does the level of the log.
     about_storage = names_of(ECTransferConfig)
-    of_plan = settings.keys() - {"target", "admin_key", "log_level"} - names_of(DoctorConfig) - about_storage
+    of_plan = settings.keys() - _OF_NO_PLAN - about_storage
     if running and of_plan:
         raise ConfigurationError(f"A running deployment has its options already; leave out {_flags(of_plan)}.")
     of_plan |= settings.keys() & about_storage

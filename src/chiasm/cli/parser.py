@@ -215,7 +215,7 @@ def _note(named: NamedOption) -> str:
     elif named.type is not bool:
         notes.append(f"default: {show_size(default) if named.name.endswith('_bytes') else _plain(default)}")
     if named.option.environment:
-        notes.append(f"or the environment's {named.option.environment}")
+        notes.append(f"environment: {named.option.environment}")
     return f" [{'; '.join(notes)}]" if notes else ""
 
 
