@@ -102,7 +102,6 @@ class Deployment:
         self._held: list[HeldPort] = []
         self._storage: StorageFolder | None = None
         self._scratch: LockedFolder | None = None
-        self._was_ready = False
 
     # ---- life ---------------------------------------------------------------------------------------------------------
 
