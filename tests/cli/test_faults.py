@@ -45,7 +45,7 @@ def test_a_port_in_use(command: list[str], checkpoint: Path) -> None:
 
 def test_no_instance_that_could_answer() -> None:
     assert "at least one PD or aggregated" in _one_line("serve", "demo", "--pds", "0", "--encoders", "0")
-    assert "othing could answer" in _one_line("proxy", "--port", "0")
+    assert "at least one PD or aggregated instance" in _one_line("proxy", "--port", "0")
 
 
 def test_prefill_without_decode() -> None:
