@@ -127,6 +127,7 @@ def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:
     assert from_json(plan.configuration.encode(), ProxyProcess).proxy.admin_key == "secret"
     assert "secret" not in " ".join(plan.command)
     assert "secret" not in repr(wanted)
+    assert "secret" not in repr(plan)
 
 
 def test_a_model_has_the_name_of_its_folder_or_its_given_name(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class ProcessPlan:
     address: HeldPort
     command: list[str]
     environment: dict[str, str]
-    configuration: str = ""
+    configuration: str = field(default="", repr=False)  # it may hold the admin key
     """One line for its standard input; empty for a process that is told everything by its command line."""
 
 
