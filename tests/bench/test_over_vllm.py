@@ -34,10 +34,10 @@ def test_over_vllm_there_are_the_same_instances(topology) -> None:  # type: igno
     }
     assert config.served_model_name == built_in.served_model_name
     assert config.kv_connector is None
-    assert config.instance_flags[:2] == ("--dtype", "float32")
+    assert config.vllm_flags[:2] == ("--dtype", "float32")
     for role, one in config.roles.items():
-        assert ("--kv-cache-memory-bytes" in one.flags) is (role is not Role.ENCODER)
-        assert ("--limit-mm-per-prompt" in one.flags) is (role in (Role.ENCODER, Role.AGGREGATED))
+        assert ("--kv-cache-memory-bytes" in one.vllm_flags) is (role is not Role.ENCODER)
+        assert ("--limit-mm-per-prompt" in one.vllm_flags) is (role in (Role.ENCODER, Role.AGGREGATED))
 
 
 def test_the_example_differs_in_connector_and_middleware_alone(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_without_vllm_one_line_says_so(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     assert len(ended.stderr.splitlines()) == 1
-    assert ended.stderr.startswith("Error: --engine vllm needs vLLM in the environment")
+    assert ended.stderr.startswith("Error: --engine vllm needs vLLM in chiasm's environment")
     assert not list(tmp_path.iterdir())
 
 

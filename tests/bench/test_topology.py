@@ -46,7 +46,7 @@ def test_nixl_is_measured_where_it_is_installed(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_what_cannot_start_is_named_with_its_model(checkpoint: Path, tmp_path: Path) -> None:
-    config = replace(encoder_and_pds(str(checkpoint)), instance_flags=("--dtype", "int3"))
+    config = replace(encoder_and_pds(str(checkpoint)), settings={"dtype": "int3"})
     async with opened() as client:
         with pytest.raises(ConfigurationError, match=f"^(encoder-0|pd-0|encoder-0, pd-0) of {checkpoint}: .*int3"):
             async with running(Bench(str(checkpoint), tmp_path, client), config):

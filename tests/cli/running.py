@@ -17,7 +17,7 @@ CHIASM = (sys.executable, "-m", "chiasm")
 
 
 def run(*arguments: str, timeout_seconds: float = 280) -> subprocess.CompletedProcess[str]:
-    """A command that ends by itself."""
+    """Run a command that ends by itself."""
     return subprocess.run(
         [*CHIASM, *arguments],
         stdin=subprocess.DEVNULL,
@@ -29,13 +29,19 @@ def run(*arguments: str, timeout_seconds: float = 280) -> subprocess.CompletedPr
 
 
 class Running:
-    """A command that runs until it is told to end; leaving it kills what is left of it."""
+    """A command that runs until it is told to end; leaving the context kills it and its children."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self._out = folder / "stdout"
         self._err = folder / "stderr"
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = psutil.Popen([*CHIASM, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+            self.process = psutil.Popen(
+                [*CHIASM, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                preexec_fn=default_signals,
+            )
 
     def __enter__(self) -> Running:
         return self
@@ -78,7 +84,7 @@ class Running:
         return time.monotonic() - started
 
 
-def option_of(process: psutil.Process, name: str) -> str:
-    """The value of an option on a process' command line."""
-    command = process.cmdline()
-    return command[command.index(name) + 1]
+def default_signals() -> None:
+    """Between fork and exec: a shell starts its background jobs with SIGINT ignored, and pytest may be one of them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

@@ -8,9 +8,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from chiasm import checkpoints
-from chiasm.cli.conversation import Answer, Item, Turn, all_agree, read_image
+from chiasm.cli.conversation import Answer, Item, Turn, all_agree, draw_in_characters, read_image
 from chiasm.cli.demo import draw_turns, explain
-from chiasm.cli.image_text import draw_in_characters
 from chiasm.launch import ProcessState, ProcessStatus
 from chiasm.wire import Role
 from tests.cli.running import run
@@ -76,7 +75,7 @@ def test_the_images_are_drawn_by_the_seed_and_were_not_trained_on() -> None:
         (Answer("", {"prefill": 3}), "was not asked", "prefill 3.0 ms"),
     ],
 )
-def test_who_did_what(answer: Answer, encoder: str, pd: str) -> None:
+def test_each_process_is_explained(answer: Answer, encoder: str, pd: str) -> None:
     _, of_encoder, of_pd = explain(answer, PROCESSES)
     assert of_encoder.split(maxsplit=3) == ["encoder-0", "pid", "2", encoder]
     assert of_pd.split(maxsplit=3) == ["pd-0", "pid", "3", pd]
@@ -87,7 +86,7 @@ def test_case_and_full_stop_do_not_make_an_answer_wrong(text: str, agrees: bool)
     assert all_agree([Turn("", "", right_answer="red"), Turn("", "")], [Answer(text), Answer("?")]) is agrees
 
 
-def test_an_image_of_ones_own_is_sent_as_it_is(tmp_path: Path) -> None:
+def test_an_image_file_is_sent_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     Image.new("RGB", (20, 10), "red").save(path)
     sample_image = read_image(path)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from chiasm.launch.ports import HeldPort
+from tests.cli.running import default_signals
 from tests.launch.waiting import alive, eventually
 
 EXAMPLES = Path(__file__).parents[2] / "examples/disaggregated_encoder/shared_storage_connector"
@@ -25,7 +26,7 @@ PORTS = {
 
 @pytest.fixture(params=PORTS)
 def name(request: pytest.FixtureRequest) -> str:
-    """Of the script."""
+    """Name of the script."""
     script: str = request.param
     return script
 
@@ -42,7 +43,7 @@ def ports(name: str) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def running(name: str, ports: dict[str, str], tmp_path: Path, **settings: str) -> Iterator[subprocess.Popen[str]]:
-    """The script; what it leaves is killed."""
+    """Run the script, and kill what it leaves."""
     environment = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path), **ports, **settings}
     with subprocess.Popen(
         [EXAMPLES / name],
@@ -51,6 +52,7 @@ def running(name: str, ports: dict[str, str], tmp_path: Path, **settings: str) -
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=default_signals,  # noqa: PLW1509, pytest has no threads that matter
     ) as script:
         try:
             yield script

@@ -11,7 +11,7 @@ from tests.cli.running import run
 
 
 def _one_line(*arguments: str) -> str:
-    """The line by which a command says why it gives up."""
+    """Run a command that fails, and return its error line."""
     done = run(*arguments)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
@@ -23,8 +23,8 @@ def _one_line(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize("command", [["serve"], ["instance", "--role", "aggregated", "--port", "0"]])
-def test_a_model_that_is_not_there(command: list[str]) -> None:
-    assert "no model '/nowhere/at/all'" in _one_line(*command, "/nowhere/at/all")
+def test_a_missing_model(command: list[str]) -> None:
+    assert "no model '/nowhere/at/all'" in _one_line(*command, "/nowhere/at/all").lower()
 
 
 @pytest.mark.parametrize(
@@ -40,41 +40,41 @@ def test_a_port_in_use(command: list[str], checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         line = _one_line(*(part.format(checkpoint=checkpoint) for part in command), "--port", port)
-    assert f"port {port} on 127.0.0.1 is in use" in line
+    assert f"Port {port} on 127.0.0.1 is in use" in line
 
 
-def test_nothing_that_could_answer() -> None:
-    assert "at least one pd or aggregated" in _one_line("serve", "demo", "--pds", "0", "--encoders", "0")
-    assert "nothing could answer" in _one_line("proxy", "--port", "0")
+def test_no_instance_that_could_answer() -> None:
+    assert "at least one PD or aggregated" in _one_line("serve", "demo", "--pds", "0", "--encoders", "0")
+    assert "at least one PD or aggregated instance" in _one_line("proxy", "--port", "0")
 
 
 def test_prefill_without_decode() -> None:
     assert "ask for at least one decode instance too" in _one_line("serve", "demo", "--prefills", "1")
 
 
-def test_options_that_are_not_the_roles(checkpoint: Path) -> None:
+def test_options_that_do_not_belong_to_the_role(checkpoint: Path) -> None:
     arguments = ("instance", str(checkpoint), "--role", "decode", "--port", "0", "--shared-storage-path", "/tmp")
     assert "leave out --shared-storage-path" in _one_line(*arguments)
 
 
-def test_a_cpu_that_is_not_there(checkpoint: Path) -> None:
+def test_a_missing_cpu(checkpoint: Path) -> None:
     line = _one_line("serve", str(checkpoint), "--pd-cpus", "0,4095-4096", "--port", "0")
     assert "CPU 4095, 4096 cannot be used here" in line
 
 
-def test_an_encoder_without_a_place_for_its_embeddings(checkpoint: Path) -> None:
+def test_an_encoder_without_a_folder_for_embeddings(checkpoint: Path) -> None:
     line = _one_line("instance", str(checkpoint), "--role", "encoder", "--port", "0")
     assert "needs --shared-storage-path" in line
 
 
-def test_an_image_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("no image")
     assert "cannot be read as an image" in _one_line(
         "demo", "--image", str(tmp_path / "note.txt"), "--question", "What is it?"
     )
 
 
-def test_what_only_an_instance_finds_out_ends_the_whole(checkpoint: Path) -> None:
-    """No memory for the context that was asked for: known when the model is loaded, and no reason to try again."""
+def test_an_error_that_an_instance_reports_at_start_ends_serve(checkpoint: Path) -> None:
+    """Too little memory for the context length is known only when the model is loaded, and trying again would not help."""
     flags = ("--aggregated", "1", "--kv-cache-bytes", "4KiB", "--max-model-len", "512", "--port", "0")
     assert "lower --max-model-len or raise --kv-cache-bytes" in _one_line("serve", str(checkpoint), *flags)

@@ -1,83 +1,93 @@
-"""Options are the configurations' fields, and --help tells the configurations' defaults."""
+"""Options are the configurations' fields, and --help shows the configurations' defaults."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
-from chiasm.cli import options
-from chiasm.cli.groups import OptionGroup
-from chiasm.cli.instance import ec_config, kv_config
-from chiasm.cli.serve import count_instances
-from chiasm.cli.values import parse_size
-from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
+from chiasm.cli import doctor, instance, proxy, serve
+from chiasm.cli.bench import BenchOptions
+from chiasm.cli.demo import DemoConfig
+from chiasm.cli.doctor import DoctorConfig
+from chiasm.cli.parser import Parser, parse_size
+from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
-from chiasm.kv_transfer import KVTransferConfig, KVTransferRole
+from chiasm.kv_transfer import KVTransferConfig
+from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
+from chiasm.launch.process import INSTANCE_OPTIONS, InstanceProcess
 from chiasm.media import MediaConfig
-from chiasm.proxy.config import ProxyConfig
-from chiasm.server.config import ServerConfig
+from chiasm.options import NamedOption, fields_from, names_of, options_of
+from chiasm.proxy import ProxyConfig
+from chiasm.server import ServerConfig
 from chiasm.wire import Role
 
-CONFIGURATIONS: dict[type[OptionGroup], type] = {
-    options.EngineOptions: EngineConfig,
-    options.ECOptions: ECTransferConfig,
-    options.KVOptions: KVTransferConfig,
-    options.KVAddressOptions: KVTransferConfig,
-    options.MediaOptions: MediaConfig,
-    options.ServerOptions: ServerConfig,
-    options.ProxyOptions: ProxyConfig,
-}
-OTHER_NAMES = {
-    "ec_max_bytes": "max_bytes",
-    "kv_connector": "connector",
-    "kv_connector_module_path": "connector_module_path",
-    "kv_lease_seconds": "lease_seconds",
-    "kv_host": "host",
-    "kv_port": "port",
-}
+CONFIGURATIONS = (
+    EngineConfig,
+    ECTransferConfig,
+    KVTransferConfig,
+    MediaConfig,
+    ServerConfig,
+    ProxyConfig,
+    InstanceProcess,
+    DeploymentConfig,
+    RoleConfig,
+    BenchOptions,
+    DemoConfig,
+    DoctorConfig,
+)
 
 
-def _fields(of: Any) -> list[Field[Any]]:
-    assert is_dataclass(of)
-    return list(fields(of))
+def _config(*arguments: str) -> DeploymentConfig:
+    return serve.deployment_config(serve.parser().parse(["demo", *arguments]))
 
 
-CASES = [(group, option.name) for group in CONFIGURATIONS for option in _fields(group)]
+@pytest.mark.parametrize(
+    ("config", "option"),
+    [(config, option) for config in CONFIGURATIONS for option in options_of(config)],
+    ids=lambda value: getattr(value, "__name__", None) or value.name,
+)
+def test_a_field_is_an_option_with_its_default_in_help(config: type, option: NamedOption) -> None:
+    parser = Parser("x", "", "")
+    parser.add("group", config)
+    text = " ".join(parser.format_help().split())
+    shown = text[text.index(f"{option.flag} ") :]
+    assert option.option.help in shown
+    if option.default and option.type is not bool:
+        default = shown[shown.index("[default: ") :].removeprefix("[default: ").partition("]")[0]
+        read = parse_size if option.name.endswith("_bytes") else option.type
+        assert read(default) == option.default
 
 
-@pytest.mark.parametrize(("group", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
-def test_an_option_sets_a_field_and_shows_its_default(group: type[OptionGroup], name: str) -> None:
-    by_name = {field.name: field for field in _fields(CONFIGURATIONS[group])}
-    field = by_name[OTHER_NAMES.get(name, name)]
-    shown = get_type_hints(group, include_extras=True)[name].__metadata__[0].show_default
-    default = field.default
-    assert default is not MISSING
-    if isinstance(default, int | float) and default:
-        assert isinstance(shown, str)
-        assert (parse_size(shown) if name.endswith("_bytes") else float(shown)) == default
-    elif isinstance(default, str):
-        assert shown.split()[0] == default
-    else:
-        assert not default
+def test_options_that_are_not_given_are_left_to_the_configuration() -> None:
+    assert instance.parser().parse(["demo", "--role", "pd"]) == {"model": "demo", "role": Role.PD}
 
 
-def test_only_what_was_given_is_passed_on(tmp_path: Path) -> None:
-    media = options.MediaOptions(max_media_bytes=5, allowed_media_domains=["a", "b"], allowed_local_media_path=tmp_path)
-    assert options.MediaOptions().arguments() == ()
-    assert media.arguments() == (
-        "--max-media-bytes",
-        "5",
-        "--allowed-local-media-path",
-        str(tmp_path),
-        "--allowed-media-domains",
-        "a",
-        "--allowed-media-domains",
-        "b",
-    )
+def test_options_set_the_fields_of_their_configurations(tmp_path: Path) -> None:
+    arguments = ["demo", "--role", "encoder", "--max-media-bytes", "5K", "--allowed-media-domains", "a"]
+    arguments += ["--allowed-media-domains", "b", "--allowed-local-media-path", str(tmp_path), "--ec-max-bytes=7"]
+    settings = instance.parser().parse(arguments)
+    assert fields_from(settings, MediaConfig) == {
+        "max_media_bytes": 5 << 10,
+        "allowed_media_domains": ("a", "b"),
+        "allowed_local_media_path": tmp_path,
+    }
+    assert fields_from(settings, ECTransferConfig) == {"max_bytes": 7}
+
+
+def test_options_have_names_of_their_own() -> None:
+    names = [option.name for config in INSTANCE_OPTIONS for option in options_of(config)]
+    assert len(names) == len(set(names))
+
+
+def test_the_environment_may_hold_the_admin_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHIASM_ADMIN_KEY", "of the environment")
+    assert proxy.parser().parse([])["admin_key"] == "of the environment"
+    assert proxy.parser().parse(["--admin-key", "given"])["admin_key"] == "given"
+    config = _config("--admin-key", "given", "--proxy-args", "--max-items 2")
+    assert (config.admin_key, config.proxy_settings) == ("given", {"max_items": 2})
 
 
 @pytest.mark.parametrize(
@@ -95,52 +105,44 @@ def test_only_what_was_given_is_passed_on(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_counts_that_are_not_given(given: dict[str, int], expected: dict[Role, int]) -> None:
-    counts = dict.fromkeys(("encoders", "pds", "aggregated", "prefills", "decodes")) | given
-    assert count_instances(**counts) == expected
+def test_default_instance_counts(given: dict[str, Any], expected: dict[Role, int]) -> None:
+    assert serve.instance_counts(given) == expected
 
 
-def test_a_prefill_instance_takes_embeddings_and_leaves_kv(tmp_path: Path) -> None:
-    ec = ec_config(Role.PREFILL, options.ECOptions(shared_storage_path=tmp_path, ec_max_bytes=7))
-    address = options.KVAddressOptions(kv_host="prefill-0.example", kv_port=7000)
-    kv = kv_config(Role.PREFILL, options.KVOptions(kv_lease_seconds=5), address)
-    assert ec == ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=tmp_path, max_bytes=7)
-    assert kv == KVTransferConfig(role=KVTransferRole.PRODUCER, host="prefill-0.example", port=7000, lease_seconds=5)
+def test_instances_of_the_built_in_engine_get_options_as_they_were_given() -> None:
+    config = _config(
+        "--dtype", "bfloat16", "--max-items", "3", "--max-image-pixels", "9", "--pd-args", "--block-size 32"
+    )
+    assert config.settings == {"dtype": "bfloat16", "max_items": 3, "max_image_pixels": 9}
+    assert config.roles[Role.PD].settings == {"block_size": 32}
+    assert config.roles[Role.ENCODER].settings == {}
 
 
-def test_a_decode_instance_takes_kv_alone() -> None:
-    assert ec_config(Role.DECODE, options.ECOptions()) is None
-    kv = kv_config(Role.DECODE, options.KVOptions(kv_connector="NixlConnector"), options.KVAddressOptions())
-    assert kv == KVTransferConfig(connector="NixlConnector", role=KVTransferRole.CONSUMER)
+def test_arguments_for_the_proxy_override_common_options() -> None:
+    config = _config("--max-items", "3", "--max-image-pixels", "9", "--proxy-args", "--max-items 2", "--port", "9000")
+    assert config.proxy_settings == {"max_items": 2, "max_image_pixels": 9}
+    assert config.port == 9000
 
 
-@pytest.mark.parametrize("role", [Role.ENCODER, Role.PD, Role.AGGREGATED])
-def test_other_instances_exchange_no_kv(role: Role) -> None:
-    assert kv_config(role, options.KVOptions(), options.KVAddressOptions()) is None
-    with pytest.raises(ConfigurationError, match=f"--kv-connector, --kv-host: .* is {role}"):
-        kv_config(role, options.KVOptions(kv_connector="X"), options.KVAddressOptions(kv_host="x"))
+def test_a_role_has_devices_cpus_and_threads() -> None:
+    config = _config("--pd-devices", "1, 2", "--pd-cpus", "0-1", "--threads", "3")
+    assert config.roles[Role.PD] == RoleConfig(1, 3, (0, 1), ("1", "2"))
 
 
-@pytest.mark.parametrize(
-    ("kv", "address", "names"),
-    [
-        (options.KVOptions(), options.KVAddressOptions(kv_port=7000), "--kv-port"),
-        (options.KVOptions(kv_lease_seconds=3), options.KVAddressOptions(kv_host="x"), "--kv-lease-seconds, --kv-host"),
-    ],
-)
-def test_what_is_prefills_alone_is_refused_by_decode(
-    kv: options.KVOptions, address: options.KVAddressOptions, names: str
-) -> None:
-    with pytest.raises(ConfigurationError, match=f"^{names}: decode instances come to prefill instances"):
-        kv_config(Role.DECODE, kv, address)
+def test_flags_for_every_vllm_instance_are_kept_apart_from_those_for_a_role() -> None:
+    config = _config("--engine", "vllm", "--vllm-args", "--seed 1", "--pd-args", "--enforce-eager", "--max-items", "2")
+    assert config.engine is EngineKind.VLLM
+    assert (config.vllm_flags, config.roles[Role.PD].vllm_flags) == (("--seed", "1"), ("--enforce-eager",))
+    assert config.settings == {"max_items": 2}
 
 
-def test_a_decode_instance_refuses_a_place_for_embeddings() -> None:
-    with pytest.raises(ConfigurationError, match="leave out --connector, --ec-max-bytes"):
-        ec_config(Role.DECODE, options.ECOptions(connector="X", ec_max_bytes=1))
+@pytest.mark.parametrize("arguments", ["--encoder", "--max-ite 3"])
+def test_more_arguments_are_checked_by_the_parser_of_their_command(arguments: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^--pd-args: Unrecognized arguments: "):
+        _config("--pd-args", arguments)
 
 
-@pytest.mark.parametrize("role", [Role.ENCODER, Role.PD, Role.PREFILL])
-def test_a_place_for_embeddings_is_needed(role: Role) -> None:
-    with pytest.raises(ConfigurationError, match="needs --shared-storage-path"):
-        ec_config(role, options.ECOptions())
+def test_the_doctor_takes_every_option_of_serve() -> None:
+    names = names_of(EngineConfig, MediaConfig, ECTransferConfig) - {"threads"}
+    offered = {action.dest for action in doctor.parser()._actions}
+    assert names <= offered

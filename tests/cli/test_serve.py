@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 
 from chiasm.cli.conversation import Turn, ask, drawn
-from chiasm.launch import health
-from tests.cli.running import Running, option_of
+from chiasm.launch.folders import STORAGE_PREFIX
+from chiasm.launch.ports import instance_states
+from tests.cli.running import Running
 from tests.launch.waiting import alive, eventually
 
 SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512", "--port", "0")
@@ -23,15 +25,22 @@ END_SECONDS = 5
 
 @pytest.fixture(scope="module")
 def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One encoder and one pd, ready; the tests of this file share it, and the last of them ends it."""
+    """One encoder and one PD, ready; the tests of this file share them, and the last of these ends them."""
     with Running(tmp_path_factory.mktemp("served"), "serve", str(checkpoint), *SMALL) as running:
         running.wait_ready()
         yield running
 
 
 def _encoder(running: Running) -> psutil.Process | None:
-    found = [one for one in running.children if "instance" in one.cmdline() and option_of(one, "--role") == "encoder"]
+    found = [one for one in running.children if "encoder-0" in one.cmdline()]
     return found[0] if found else None
+
+
+def _folder(running: Running) -> Path:
+    """The folder for embeddings, which the command holds open."""
+    links = [os.readlink(link) for link in Path(f"/proc/{running.process.pid}/fd").iterdir()]
+    (folder,) = [link for link in links if Path(link).name.startswith(STORAGE_PREFIX)]
+    return Path(folder)
 
 
 def _answer(url: str, colour: str) -> str:
@@ -48,7 +57,7 @@ def _listens(url: str) -> bool:
 
 
 def test_every_instance_is_healthy_when_it_says_ready(served: Running) -> None:
-    assert sorted(health.states(served.wait_ready()).values()) == ["healthy", "healthy"]
+    assert sorted(instance_states(served.wait_ready()).values()) == ["healthy", "healthy"]
 
 
 def test_a_question_about_an_image_is_answered(served: Running) -> None:
@@ -63,25 +72,24 @@ def test_logs_carry_the_name_of_their_process(served: Running) -> None:
 
 def test_a_killed_encoder_comes_back_and_serves(served: Running) -> None:
     url = served.wait_ready()
+    urls = set(instance_states(url))
     killed = _encoder(served)
     assert killed is not None
     killed.kill()
-    assert eventually(lambda: "unhealthy" in health.states(url).values())
-    assert eventually(lambda: list(health.states(url).values()) == ["healthy", "healthy"])
+    assert eventually(lambda: "unhealthy" in instance_states(url).values())
+    assert eventually(lambda: list(instance_states(url).values()) == ["healthy", "healthy"])
     back = _encoder(served)
     assert back is not None
     assert back.pid != killed.pid
-    assert option_of(back, "--port") in "".join(health.states(url))
+    assert set(instance_states(url)) == urls
     assert _answer(url, "blue")
 
 
 def test_ctrl_c_ends_all_of_it(served: Running) -> None:
     url = served.wait_ready()
     children = served.children
-    addresses = [url, *health.states(url)]
-    encoder = _encoder(served)
-    assert encoder is not None
-    folder = Path(option_of(encoder, "--shared-storage-path"))
+    addresses = [url, *instance_states(url)]
+    folder = _folder(served)
     assert len(children) == 3
     assert any(folder.iterdir())
 
@@ -97,9 +105,7 @@ def test_sigterm_before_it_is_ready_ends_all_of_it(checkpoint: Path, tmp_path: P
     with Running(tmp_path, "serve", str(checkpoint), *SMALL) as running:
         assert eventually(lambda: len(running.children) == 3)
         children = running.children
-        encoder = _encoder(running)
-        assert encoder is not None
-        folder = Path(option_of(encoder, "--shared-storage-path"))
+        folder = _folder(running)
         assert running.end(signal.SIGTERM) < END_SECONDS
         assert running.process.returncode == 0
         assert not alive(children)
@@ -107,7 +113,7 @@ def test_sigterm_before_it_is_ready_ends_all_of_it(checkpoint: Path, tmp_path: P
         assert running.stdout == ""
 
 
-def test_when_it_is_killed_its_instances_end_too(checkpoint: Path, tmp_path: Path) -> None:
+def test_instances_end_when_serve_is_killed(checkpoint: Path, tmp_path: Path) -> None:
     with Running(tmp_path, "serve", str(checkpoint), "--aggregated", "1", *SMALL) as running:
         running.wait_ready()
         children = running.children

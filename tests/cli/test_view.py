@@ -1,4 +1,4 @@
-"""The view of a deployment on standard error, which neither a terminal nor a full pipe may hold up."""
+"""The view of a deployment on standard error."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_in_a_terminal_there_is_a_table_below_the_lines() -> None:
     assert "MiB" in last
 
 
-def test_nobody_who_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_pipe_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     full = os.fdopen(writer, "w")
     monkeypatch.setattr(sys, "stderr", full)

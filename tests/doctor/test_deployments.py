@@ -17,6 +17,7 @@ from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
 from chiasm.wire import Role
 from tests.cli.running import Running
 
+SETTINGS = {"kv_cache_bytes": 16 << 20, "max_model_len": 512, "dtype": "float32", "threads": 1}
 SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512", "--dtype", "float32", "--threads", "1")
 
 
@@ -49,7 +50,7 @@ def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """All processes start at the same time."""
     store = tmp_path_factory.mktemp("stores") / "store"
     roles = {role: RoleConfig() for role in (Role.ENCODER, Role.PREFILL, Role.DECODE)}
-    config = DeploymentConfig(str(checkpoint), roles, shared_storage_path=store, instance_flags=SMALL)
+    config = DeploymentConfig(str(checkpoint), roles, shared_storage_path=store, settings=SETTINGS)
     beside = {
         "apart": ("--shared-storage-path", str(store.with_name("other"))),
         "bfloat16": ("--shared-storage-path", str(store), "--dtype", "bfloat16"),

@@ -35,7 +35,7 @@ async def test_a_plan_that_works(checkpoint: Path, tmp_path: Path) -> None:
 async def test_a_port_in_use(checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         number = server.getsockname()[1]
-        assert f"port {number}" in problem(await examined(DeploymentConfig(str(checkpoint), port=number))).says
+        assert f"Port {number}" in problem(await examined(DeploymentConfig(str(checkpoint), port=number))).says
 
 
 async def test_a_model_that_is_not_there() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from chiasm.doctor import Verdict, storage
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
-from chiasm.launch.storage import SHARED_MEMORY
+from chiasm.launch.folders import SHARED_MEMORY
 from tests.doctor.findings import problem, the_one, verdicts, warning
 
 

@@ -24,7 +24,7 @@ from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
 from chiasm.wire import Role
 
 MODEL = "small"
-SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512")
+SMALL = {"kv_cache_bytes": 16 << 20, "max_model_len": 512}
 
 
 def pixels(seed: int, height: int = 96, width: int = 96) -> Image.Image:
@@ -151,13 +151,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.make("qwen3_vl", tmp_path_factory.mktemp("integration") / MODEL)
 
 
-def run(checkpoint: Path, roles: dict[Role, int], *proxy_flags: str) -> Iterator[Service]:
+def run(checkpoint: Path, roles: dict[Role, int], **proxy_settings: Any) -> Iterator[Service]:
     config = DeploymentConfig(
         model=str(checkpoint),
         roles={role: RoleConfig(count=count, threads=1) for role, count in roles.items()},
         served_model_name=MODEL,
-        instance_flags=SMALL,
-        proxy_flags=proxy_flags,
+        settings=SMALL,
+        proxy_settings=proxy_settings,
     )
     with Deployment(config) as deployment:
         deployment.wait_ready(180)
@@ -184,10 +184,10 @@ def epd(checkpoint: Path) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def epd_pairs(checkpoint: Path) -> Iterator[Service]:
     """One encoder, two prefill and two decode instances, to be killed."""
-    yield from run(checkpoint, {Role.ENCODER: 1, Role.PREFILL: 2, Role.DECODE: 2}, "--deadline-seconds", "60")
+    yield from run(checkpoint, {Role.ENCODER: 1, Role.PREFILL: 2, Role.DECODE: 2}, deadline_seconds=60)
 
 
 @pytest.fixture
 def fragile(checkpoint: Path) -> Iterator[Service]:
     """Two encoders and one PD, to be killed."""
-    yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 1}, "--deadline-seconds", "30")
+    yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 1}, deadline_seconds=30)

@@ -1,4 +1,4 @@
-"""One supervised process: what it may do, and what becomes of it."""
+"""One child process: started, restarted, ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from chiasm.launch.child import Child, ProcessState
 from tests.launch.waiting import alive, eventually
 
-Start = Callable[[str], Child]
+Start = Callable[..., Child]
 SERVES = "import time; print('ready http://127.0.0.1:1', flush=True); time.sleep(600)"
 
 
@@ -22,11 +22,12 @@ def start() -> Iterator[Start]:
     """Starts a child that runs Python code."""
     children = []
 
-    def started(code: str) -> Child:
+    def started(code: str, configuration: str = "") -> Child:
         child = Child(
             "thing",
             [sys.executable, "-c", code],
             dict(os.environ),
+            configuration=configuration,
             on_change=lambda child: None,
             on_line=lambda name, line: None,
         )
@@ -46,7 +47,7 @@ def test_the_ready_line_makes_it_ready(start: Start) -> None:
     assert child.pid is not None
 
 
-def test_one_that_dies_is_started_again_after_pauses_that_double(start: Start) -> None:
+def test_a_process_that_dies_is_started_again_after_pauses_that_double(start: Start) -> None:
     child = start("import sys; print('ready x', flush=True); sys.exit(3)")
     assert eventually(lambda: child.restarts >= 2)
     notes = [line for line in child.lines if "starting it again" in line]
@@ -72,7 +73,7 @@ def test_crashes_before_it_was_ever_ready_end_after_three_attempts(start: Start)
     assert child.failure.message == "thing ended 3 times before it was ready, with exit code 1: out of luck"
 
 
-def test_once_it_was_ready_no_exit_code_is_final(start: Start, tmp_path: Path) -> None:
+def test_no_exit_code_is_final_once_it_was_ready(start: Start, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     child = start(
         f"import pathlib, sys; mark = pathlib.Path({str(mark)!r})\n"
@@ -83,7 +84,7 @@ def test_once_it_was_ready_no_exit_code_is_final(start: Start, tmp_path: Path) -
     assert child.failure is None
 
 
-def test_what_cannot_be_executed_fails() -> None:
+def test_a_command_that_cannot_be_executed_fails() -> None:
     child = Child("thing", ["/nowhere/python"], {}, on_change=lambda child: None, on_line=lambda name, line: None)
     child.start()
     assert child.join(30)
@@ -91,6 +92,13 @@ def test_what_cannot_be_executed_fails() -> None:
     assert child.failure is not None
     assert "with no process: cannot be started: " in child.failure.message
     assert "/nowhere/python" in child.failure.message
+
+
+def test_each_start_gets_the_configuration_on_standard_input(start: Start, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    code = f"import sys; open({str(told)!r}, 'a').write(sys.stdin.readline()); print('ready x', flush=True)"
+    child = start(code, configuration='{"a": 1}')
+    assert eventually(lambda: child.restarts >= 1 and told.read_text().startswith('{"a": 1}\n{"a": 1}\n'))
 
 
 def test_it_ends_when_asked_and_is_not_started_again(start: Start) -> None:
@@ -102,7 +110,7 @@ def test_it_ends_when_asked_and_is_not_started_again(start: Start) -> None:
     assert child.pid is None
 
 
-def test_it_ends_when_asked_during_a_pause(start: Start) -> None:
+def test_it_ends_when_asked_while_it_waits_for_a_restart(start: Start) -> None:
     child = start("print('ready x', flush=True)")
     assert eventually(lambda: child.state is ProcessState.WAITING)
     child.end()
@@ -110,7 +118,7 @@ def test_it_ends_when_asked_during_a_pause(start: Start) -> None:
     assert child.state is ProcessState.STOPPED
 
 
-def test_killing_ends_one_that_does_not_listen_and_what_it_started(start: Start) -> None:
+def test_kill_ends_a_process_that_ignores_signals_and_its_children(start: Start) -> None:
     child = start(
         "import signal, subprocess, sys\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -126,7 +134,7 @@ def test_killing_ends_one_that_does_not_listen_and_what_it_started(start: Start)
     assert eventually(lambda: not alive(processes), 10)
 
 
-def test_what_a_killed_one_leaves_behind_is_killed(start: Start) -> None:
+def test_children_of_a_killed_process_are_killed(start: Start) -> None:
     child = start(
         "import subprocess, sys\n"
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], stdout=subprocess.DEVNULL)\n"
@@ -141,7 +149,7 @@ def test_what_a_killed_one_leaves_behind_is_killed(start: Start) -> None:
     assert eventually(lambda: child.restarts >= 1 and child.state is ProcessState.READY)
 
 
-def test_its_log_is_bounded_in_lines_and_in_their_length(start: Start) -> None:
+def test_its_log_is_bounded_in_lines_and_line_length(start: Start) -> None:
     child = start(f"import sys; print('x' * 100_000, *range(300), sep='\\n', file=sys.stderr, flush=True); {SERVES}")
     assert eventually(lambda: child.lines and child.lines[-1] == "299")
     assert len(child.lines) == 200

@@ -47,17 +47,17 @@ def test_named_devices_are_dealt_evenly(roles: dict[Role, RoleConfig], dealt: li
         ({E: 1, PD: 1}, "", ["", ""]),
     ],
 )
-def test_without_names_what_is_there_is_dealt(counts: dict[Role, int], found: str, dealt: list[str]) -> None:
+def test_without_names_all_devices_are_dealt(counts: dict[Role, int], found: str, dealt: list[str]) -> None:
     assert _devices({role: RoleConfig(count) for role, count in counts.items()}, tuple(found)) == dealt
 
 
-def test_a_model_is_not_split_where_its_heads_could_not_be() -> None:
+def test_a_model_is_split_only_by_divisors_of_its_heads() -> None:
     assert _devices({ALL: RoleConfig()}, EIGHT, 28) == ["0123"]
     assert _devices({ALL: RoleConfig()}, EIGHT, 9) == ["0"]
     assert _devices({ALL: RoleConfig()}, EIGHT, None) == ["0"]
 
 
-def test_roles_without_names_get_what_the_others_leave() -> None:
+def test_roles_without_names_get_the_devices_that_others_leave() -> None:
     roles = {E: RoleConfig(), PD: RoleConfig(devices=("0", "1"))}
     assert _devices(roles, ("0", "1", "2")) == ["2", "01"]
 
@@ -67,7 +67,7 @@ def test_roles_without_names_get_what_the_others_leave() -> None:
     [
         ({PD: RoleConfig(2, devices=("0", "1", "2"))}, "3 devices for 2 instances"),
         ({PD: RoleConfig(devices=("0", "0"))}, "names 0 more than once"),
-        ({PD: RoleConfig(devices=("9",))}, "GPU 9 cannot be used here; there are 0, 1"),
+        ({PD: RoleConfig(devices=("9",))}, "GPU 9 cannot be used here; the GPUs are 0, 1"),
         ({E: RoleConfig(), PD: RoleConfig(devices=("0", "1", "2", "3", "4", "5", "6", "7"))}, "0 GPU.s. are left"),
         (
             {P: RoleConfig(5), D: RoleConfig(4)},
@@ -80,18 +80,18 @@ def test_roles_without_names_get_what_the_others_leave() -> None:
         ({E: RoleConfig(devices=("0",), memory_share=0.9), PD: RoleConfig(devices=("0",))}, "no memory left for pd"),
     ],
 )
-def test_what_cannot_be_dealt_is_refused(roles: dict[Role, RoleConfig], message: str) -> None:
-    found = ("0", "1") if "there are 0, 1" in message else EIGHT
+def test_devices_that_cannot_be_dealt_are_refused(roles: dict[Role, RoleConfig], message: str) -> None:
+    found = ("0", "1") if "the GPUs are 0, 1" in message else EIGHT
     with pytest.raises(ConfigurationError, match=message):
         place(roles, found)
 
 
 def test_a_share_of_memory_needs_a_gpu() -> None:
-    with pytest.raises(ConfigurationError, match="--pd-memory-share is of a GPU's memory"):
+    with pytest.raises(ConfigurationError, match="--pd-memory-share is a fraction of a GPU's memory"):
         place({PD: RoleConfig(memory_share=0.5)}, ())
 
 
-def test_a_device_of_ones_own_is_the_engines_to_fill_unless_a_share_is_given() -> None:
+def test_the_engine_may_fill_a_device_of_its_own_unless_a_share_is_given() -> None:
     roles = {E: RoleConfig(devices=("0",)), PD: RoleConfig(devices=("1",), memory_share=0.5)}
     assert place(roles, EIGHT) == {(E, 0): Placement(("0",)), (PD, 0): Placement(("1",), 0.5)}
 
@@ -106,19 +106,19 @@ def test_a_given_share_leaves_the_rest_to_the_others() -> None:
     assert [placement.memory_share for placement in shared.values()] == [0.1, 0.1, 0.7]
 
 
-def test_an_instance_over_several_devices_takes_what_the_fullest_leaves() -> None:
+def test_an_instance_on_several_devices_gets_the_smallest_share_of_them() -> None:
     roles = {E: RoleConfig(devices=("0",), memory_share=0.2), PD: RoleConfig(devices=("0", "1"))}
     assert place(roles, EIGHT)[PD, 0] == Placement(("0", "1"), 0.7, True)
 
 
-def test_the_choice_is_told_in_words() -> None:
+def test_the_choice_is_described_in_one_line() -> None:
     roles = {E: RoleConfig(devices=("0",)), PD: RoleConfig(devices=("0", "1"))}
     assert describe(place(roles, EIGHT)) == (
         "encoder-0 on GPU 0, 22% of the memory; pd-0 on GPUs 0, 1, 68% of the memory"
     )
 
 
-def test_the_environment_bounds_what_is_found() -> None:
+def test_the_environment_limits_the_devices() -> None:
     assert found_devices({"CUDA_VISIBLE_DEVICES": "2, 3"}) == ("2", "3")
     assert found_devices({"CUDA_VISIBLE_DEVICES": ""}) == ()
     assert found_devices({"CUDA_VISIBLE_DEVICES": "-1"}) == ()

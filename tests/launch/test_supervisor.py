@@ -1,4 +1,4 @@
-"""A server that knows nothing of its launcher, and what its supervisor makes of it."""
+"""A server that isn't chiasm's, under its supervisor."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield started
 
 
-def test_it_says_ready_when_the_server_answers_and_ends_with_all_when_asked(start: Start) -> None:
+def test_it_says_ready_when_the_server_answers_and_ends_everything_when_asked(start: Start) -> None:
     one = start()
     family = one.wait_ready()
     one.process.terminate()
@@ -135,7 +135,7 @@ def test_it_ends_with_its_standard_input(start: Start) -> None:
     assert not one.left(family)
 
 
-def test_what_does_not_listen_is_killed_and_leaves_nothing(start: Start) -> None:
+def test_processes_that_ignore_signals_are_killed_and_leave_nothing(start: Start) -> None:
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     one = start(deaf, deaf)
     family = one.wait_ready()
@@ -144,17 +144,17 @@ def test_what_does_not_listen_is_killed_and_leaves_nothing(start: Start) -> None
     assert not one.left(family)
 
 
-def test_a_killed_server_leaves_nothing_and_is_no_fault_of_configuration(start: Start) -> None:
+def test_a_killed_server_leaves_nothing_and_may_be_started_again(start: Start) -> None:
     one = start()
     family = one.wait_ready()
     server = next(process for process in family if "server-" in " ".join(process.cmdline()))
     server.kill()
     assert one.process.wait(30) == 1
-    assert "it ended with SIGKILL" in one.said
+    assert "The server ended with SIGKILL" in one.said
     assert not one.left(family)
 
 
-def test_a_killed_supervisor_takes_the_server_along(start: Start) -> None:
+def test_the_server_dies_with_a_killed_supervisor(start: Start) -> None:
     one = start()
     family = one.wait_ready()
     server = next(process for process in family if "server-" in " ".join(process.cmdline()))
@@ -164,19 +164,19 @@ def test_a_killed_supervisor_takes_the_server_along(start: Start) -> None:
         process.kill()
 
 
-def test_a_server_that_cannot_start_is_told_of_in_one_line(start: Start) -> None:
+def test_one_line_says_why_a_server_could_not_start(start: Start) -> None:
     one = start("raise ValueError('there is no such model')")
     assert one.process.wait(30) == 2
     assert one.said.splitlines()[-1] == "Error: there is no such model"
 
 
-def test_a_server_that_ends_without_a_word_is_told_of_as_well(start: Start) -> None:
+def test_one_line_says_that_a_server_ended_without_a_reason(start: Start) -> None:
     one = start("sys.exit(5)")
     assert one.process.wait(30) == 2
-    assert one.said.splitlines()[-1] == "Error: it ended with exit code 5 before it was ready"
+    assert one.said.splitlines()[-1] == "Error: The server ended with exit code 5 before it was ready."
 
 
-def test_of_those_that_take_turns_one_starts_at_a_time(start: Start, tmp_path: Path) -> None:
+def test_supervisors_with_the_same_turn_start_one_at_a_time(start: Start, tmp_path: Path) -> None:
     turn, gate = tmp_path / "turn", tmp_path / "gate"
     first = start(f"while not os.path.exists({str(gate)!r}): time.sleep(0.02)", turn=turn)
     assert eventually(lambda: first.family)
@@ -189,7 +189,7 @@ def test_of_those_that_take_turns_one_starts_at_a_time(start: Start, tmp_path: P
     second.wait_ready()
 
 
-def test_one_that_waits_for_its_turn_ends_when_asked(start: Start, tmp_path: Path) -> None:
+def test_a_supervisor_that_waits_for_its_turn_ends_when_asked(start: Start, tmp_path: Path) -> None:
     turn, gate = tmp_path / "turn", tmp_path / "gate"
     first = start(f"while not os.path.exists({str(gate)!r}): time.sleep(0.02)", turn=turn)
     assert eventually(lambda: first.family)

@@ -1,4 +1,4 @@
-"""What `vllm serve` is told for each role. Needs no vLLM."""
+"""Command line and environment of `vllm serve` for each role. These tests need no vLLM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,8 +36,8 @@ def site(address: HeldPort, tmp_path: Path) -> Site:
     return Site(address, Placement(), tmp_path, 1 << 20, None, None)
 
 
-def _config(roles: dict[Role, RoleConfig] = EACH, **settings: object) -> DeploymentConfig:
-    return DeploymentConfig("/models/qwen", roles, engine=EngineKind.VLLM, **settings)  # type: ignore[arg-type]
+def _config(roles: dict[Role, RoleConfig] = EACH, **settings: Any) -> DeploymentConfig:
+    return DeploymentConfig("/models/qwen", roles, engine=EngineKind.VLLM, **settings)
 
 
 def _command(config: DeploymentConfig, role: Role, site: Site, found: Installed = GPU) -> list[str]:
@@ -44,7 +45,7 @@ def _command(config: DeploymentConfig, role: Role, site: Site, found: Installed 
 
 
 def _value(command: Sequence[str], flag: str) -> str:
-    """The last one given, which is the one that counts."""
+    """The last value of a flag, which is the one that counts."""
     return command[len(command) - command[::-1].index(flag)]
 
 
@@ -96,7 +97,7 @@ def test_an_aggregated_instance_exchanges_nothing(site: Site) -> None:
 
 @pytest.mark.parametrize("role", [Role.PD, Role.PREFILL, Role.DECODE])
 @pytest.mark.parametrize(("model_type", "has_tower"), [("qwen2_5_vl", False), ("qwen3_vl", True), ("unheard_of", True)])
-def test_who_never_encodes_loads_no_tower_where_vllm_can_do_without(
+def test_an_instance_that_never_encodes_loads_no_tower_if_vllm_allows_it(
     role: Role, model_type: str, has_tower: bool, site: Site, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -108,14 +109,19 @@ def test_who_never_encodes_loads_no_tower_where_vllm_can_do_without(
         assert json.loads(_value(command, "--limit-mm-per-prompt")) == {"image": 0, "video": 0}
 
 
-def test_a_persons_flags_come_last_so_that_they_count(site: Site) -> None:
-    roles = {**EACH, Role.PD: RoleConfig(flags=("--limit-mm-per-prompt", "{}", "--seed", "2"))}
-    command = _command(_config(roles, instance_flags=("--seed", "1")), Role.PD, site)
+def test_flags_of_a_person_come_last_so_that_they_win(site: Site) -> None:
+    roles = {**EACH, Role.PD: RoleConfig(vllm_flags=("--limit-mm-per-prompt", "{}", "--seed", "2"))}
+    command = _command(_config(roles, vllm_flags=("--seed", "1")), Role.PD, site)
     assert _value(command, "--limit-mm-per-prompt") == "{}"
     assert command[-6:] == ["--seed", "1", "--limit-mm-per-prompt", "{}", "--seed", "2"]
 
 
-def test_devices_are_all_that_it_sees_and_it_splits_the_model_over_them(site: Site, tmp_path: Path) -> None:
+def test_settings_come_before_the_flags_of_a_person(site: Site) -> None:
+    command = _command(_config(settings={"max_num_seqs": 4}, vllm_flags=("--max-num-seqs", "5")), Role.PD, site)
+    assert command[-4:] == ["--max-num-seqs", "4", "--max-num-seqs", "5"]
+
+
+def test_it_sees_only_its_devices_and_splits_the_model_over_them(site: Site, tmp_path: Path) -> None:
     placed = Site(site.address, Placement(("2", "3"), 0.4, True), tmp_path, 1, None, tmp_path / "turn-2")
     command = _command(_config(), Role.PD, placed)
     assert _value(command, "--tensor-parallel-size") == "2"
@@ -137,12 +143,12 @@ def test_on_cpu_it_runs_eagerly_with_kv_of_a_known_size(site: Site) -> None:
 
 
 @pytest.mark.parametrize("flags", [("--kv-cache-memory-bytes", "5"), ("--gpu_memory_utilization=0.3",)])
-def test_kv_that_a_person_has_sized_keeps_that_size(flags: tuple[str, ...], site: Site) -> None:
-    command = _command(_config(instance_flags=flags), Role.PD, site, CPU)
+def test_a_kv_size_that_a_person_has_set_is_kept(flags: tuple[str, ...], site: Site) -> None:
+    command = _command(_config(vllm_flags=flags), Role.PD, site, CPU)
     assert str(1 << 30) not in command
 
 
-def test_on_cpu_instances_share_the_cores_unless_a_person_has_set_it_otherwise(site: Site) -> None:
+def test_on_cpu_instances_share_the_cores_unless_the_environment_says_otherwise(site: Site) -> None:
     config = _config({**EACH, Role.PD: RoleConfig(threads=3, cpus=(0, 1))})
     environment = vllm.instance_environment(config, Role.PD, site, found=CPU, environment={})
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
@@ -152,7 +158,9 @@ def test_on_cpu_instances_share_the_cores_unless_a_person_has_set_it_otherwise(s
     assert vllm.instance_environment(config, Role.PD, site, found=CPU, environment=own).items() >= own.items()
 
 
-def test_who_exchanges_kv_shakes_hands_on_a_port_of_its_own(site: Site, address: HeldPort, tmp_path: Path) -> None:
+def test_an_instance_that_exchanges_kv_has_a_port_for_the_handshake(
+    site: Site, address: HeldPort, tmp_path: Path
+) -> None:
     with_channel = Site(site.address, Placement(), tmp_path, 1, address, None)
     environment = vllm.instance_environment(_config(APART), Role.PREFILL, with_channel, found=GPU, environment={})
     assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
@@ -176,12 +184,14 @@ def test_language_models_on_cpu_leave_most_of_the_memory(tmp_path: Path) -> None
         ({"num_attention_heads": "many"}, None),
     ],
 )
-def test_the_heads_bound_how_a_model_can_be_split(config: dict[str, object], heads: int | None, tmp_path: Path) -> None:
+def test_a_model_can_be_split_by_divisors_of_all_its_heads(
+    config: dict[str, object], heads: int | None, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert vllm.attention_heads(tmp_path) == heads
 
 
-def test_a_checkpoint_that_tells_nothing_is_not_split(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_config_is_not_split(tmp_path: Path) -> None:
     assert vllm.attention_heads(tmp_path) is None
 
 
@@ -194,16 +204,18 @@ def test_a_checkpoint_that_tells_nothing_is_not_split(tmp_path: Path) -> None:
         ({"kv_connector": "NixlConnector", "kv_connector_module_path": "mine"}, "--kv-connector: "),
     ],
 )
-def test_connectors_that_vllm_does_not_have_are_refused(settings: dict[str, object], message: str) -> None:
+def test_connectors_that_vllm_does_not_have_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         _config(**settings)
 
 
-def test_a_share_of_memory_is_nothing_that_the_built_in_engine_knows() -> None:
-    with pytest.raises(ConfigurationError, match=r"--pd-memory-share is vLLM's: .* --kv-cache-bytes"):
+def test_the_built_in_engine_takes_no_share_of_memory() -> None:
+    with pytest.raises(ConfigurationError, match=r"--pd-memory-share is for --engine vllm only; .* --kv-cache-bytes"):
         DeploymentConfig("demo", {Role.PD: RoleConfig(memory_share=0.5)})
 
 
-def test_an_environment_without_vllm_is_told_of(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"needs vLLM in the environment .* has none; `make vllm` makes one"):
+def test_an_environment_without_vllm_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"needs vLLM in chiasm's environment, .* has none; `make vllm` makes an environment"
+    ):
         vllm.installed(str(tmp_path / "bin" / "python"))

@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process does, with a bound."""
+"""Bounded waiting for other threads and processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psutil
 
 
 def eventually(holds: Callable[[], object], timeout_seconds: float = 60.0) -> bool:
-    """Whether ``holds`` became true in time."""
+    """Return whether ``holds`` became true in time."""
     until = time.monotonic() + timeout_seconds
     while not holds():
         if time.monotonic() > until:
@@ -19,7 +19,7 @@ def eventually(holds: Callable[[], object], timeout_seconds: float = 60.0) -> bo
 
 
 def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run; one that only waits to be reaped does not."""
+    """Return the processes that still run; a zombie does not."""
     return [process for process in processes if process.is_running() and not _is_zombie(process)]
 
 

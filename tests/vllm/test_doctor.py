@@ -62,9 +62,9 @@ def test_a_deployment_behind_its_proxy(launch: Launch, logs: Path, encoder: Serv
 @pytest.fixture(scope="module")
 def apart(store: Path) -> Iterator[Deployment]:
     """One prefill and one decode instance."""
-    flags = ("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "8")
+    settings = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8}
     roles = {Role.PREFILL: RoleConfig(threads=1), Role.DECODE: RoleConfig(threads=1)}
-    config = DeploymentConfig(MODEL, roles, engine=EngineKind.VLLM, shared_storage_path=store, instance_flags=flags)
+    config = DeploymentConfig(MODEL, roles, engine=EngineKind.VLLM, shared_storage_path=store, settings=settings)
     with Deployment(config) as deployment:
         deployment.wait_ready(START_SECONDS)
         yield deployment

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# One encoder, one prefill-and-decode instance and the proxy, each a command of its own, and one question about an image.
+# Starts an encoder, a prefill-and-decode instance (PD) and the proxy, and asks one question about an image.
 #
-# Embeddings go from the encoder to the other instance through a folder that both are given. Settings, all of them
-# environment variables:
+# Embeddings go from the encoder to the PD through a folder that both share. Settings are environment variables
+# (defaults in parentheses):
 #
 #   MODEL                 checkpoint: a folder, a hub name, or demo            (demo)
-#   PROXY_PORT            where clients ask                                    (8000)
-#   ENCODER_PORT, PD_PORT the two instances                                    (8001, 8002)
-#   SHARED_STORAGE_PATH   folder for embeddings; one that is made here is removed again   (in /dev/shm or /tmp)
-#   LOG_PATH              folder to keep the logs of the three processes in    (not kept)
-#   TIMEOUT_SECONDS       for the model to load                                (300)
-#   QUESTION              what is asked                                        (What colour is the shape?)
+#   PROXY_PORT            port for clients                                     (8000)
+#   ENCODER_PORT, PD_PORT ports of the two instances                           (8001, 8002)
+#   SHARED_STORAGE_PATH   folder for embeddings                                (a temporary one in /dev/shm or /tmp)
+#   LOG_PATH              folder for the logs of the three processes           (removed at the end)
+#   TIMEOUT_SECONDS       maximum time until all instances are healthy         (300)
+#   QUESTION              question about the image                             (What colour is the shape?)
 #   PYTHON                interpreter that has chiasm installed                (.venv of this tree, else python3)
 set -euo pipefail
 
@@ -85,14 +85,14 @@ PYTHON
 }
 
 all_are_healthy() {
-  # Through files: Ctrl-C while bash reads $(...) can make it stumble over the trap (seen with 5.2).
+  # Through files: bash 5.2 can miss the trap if Ctrl-C arrives while it reads $(...).
   get "$proxy_url/health" >"$work/health" 2>/dev/null || return 1
   grep -o '"state":"healthy"' "$work/health" >"$work/healthy" || return 1
   mapfile -t healthy <"$work/healthy"
   ((${#healthy[@]} == 2))
 }
 
-# 1. The three processes. They may start in any order: the proxy looks after its instances until they answer.
+# 1. Start the three processes, in any order: the proxy probes its instances until they answer.
 storage=(--connector SharedStorageConnector --shared-storage-path "$SHARED_STORAGE_PATH")
 cores=$(getconf _NPROCESSORS_ONLN)
 threads=(--threads "$((cores > 1 ? cores / 2 : 1))") # the two share the machine
@@ -106,13 +106,13 @@ echo "Starting an encoder, a PD instance and the proxy ..."
 until all_are_healthy; do
   for pid in "${pids[@]}"; do
     if ! kill -0 "$pid" 2>/dev/null; then
-      echo "A process has ended:" >&2
+      echo "A process has ended. The last lines of the logs:" >&2
       tail -n 20 "$LOG_PATH"/*.log >&2
       exit 1
     fi
   done
   if ((SECONDS > TIMEOUT_SECONDS)); then
-    echo "Not ready after $TIMEOUT_SECONDS seconds:" >&2
+    echo "Not ready after $TIMEOUT_SECONDS seconds. The last lines of the logs:" >&2
     tail -n 20 "$LOG_PATH"/*.log >&2
     exit 1
   fi
@@ -120,7 +120,7 @@ until all_are_healthy; do
 done
 echo "Ready: $proxy_url"
 
-# 3. An image, drawn here, as a data: URL in an ordinary chat completion.
+# 3. Draw an image and put it into an ordinary chat completion, as a data: URL.
 "$PYTHON" - "$QUESTION" >"$work/request.json" <<'PYTHON'
 import base64, io, json, sys
 from PIL import Image, ImageDraw
@@ -134,8 +134,8 @@ content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "t
 print(json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 32, "temperature": 0}))
 PYTHON
 
-# 4. The question and the answer.
-echo "Image:  a red circle"
+# 4. Ask, and print the answer.
+echo "Image:    a red circle"
 echo "Question: $QUESTION"
 post "$proxy_url/v1/chat/completions" "$work/request.json" >"$work/answer.json"
 "$PYTHON" - "$work/answer.json" <<'PYTHON'

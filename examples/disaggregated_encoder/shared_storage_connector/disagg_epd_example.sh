@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
-# One encoder, one prefill instance, one decode instance and the proxy, each a command of its own, and one question about a
-# image.
+# Starts an encoder, a prefill instance, a decode instance and the proxy, and asks one question about an image.
 #
-# The image's embedding goes from the encoder to the prefill instance through a folder that both are given. The prompt's
-# KV goes from the prefill to the decode instance through shared memory: SharedMemoryConnector needs no setting but that
-# both run on one machine. Settings, all of them environment variables:
+# The image's embedding goes from the encoder to the prefill instance through a folder that both share. The prompt's KV
+# goes from the prefill to the decode instance through shared memory: SharedMemoryConnector needs no setting if both run
+# on one machine. Settings are environment variables (defaults in parentheses):
 #
 #   MODEL                 checkpoint: a folder, a hub name, or demo            (demo)
-#   PROXY_PORT            where clients ask                                    (8000)
-#   ENCODER_PORT, PREFILL_PORT, DECODE_PORT   the three instances              (8001, 8002, 8003)
-#   SHARED_STORAGE_PATH   folder for embeddings; one that is made here is removed again   (in /dev/shm or /tmp)
-#   LOG_PATH              folder to keep the logs of the four processes in     (not kept)
-#   TIMEOUT_SECONDS       for the model to load                                (300)
-#   QUESTION              what is asked                                        (What colour is the shape?)
-#   EXPECTED              what the answer must contain                         (red, if demo is asked the question above)
+#   PROXY_PORT            port for clients                                     (8000)
+#   ENCODER_PORT, PREFILL_PORT, DECODE_PORT   ports of the three instances     (8001, 8002, 8003)
+#   SHARED_STORAGE_PATH   folder for embeddings                                (a temporary one in /dev/shm or /tmp)
+#   LOG_PATH              folder for the logs of the four processes            (removed at the end)
+#   TIMEOUT_SECONDS       maximum time until all instances are healthy         (300)
+#   QUESTION              question about the image                             (What colour is the shape?)
+#   EXPECTED              text that the answer must contain                    (red, if MODEL and QUESTION are the defaults)
 #   PYTHON                interpreter that has chiasm installed                (.venv of this tree, else python3)
 set -euo pipefail
 
@@ -90,18 +89,18 @@ PYTHON
 }
 
 all_are_healthy() {
-  # Through files: Ctrl-C while bash reads $(...) can make it stumble over the trap (seen with 5.2).
+  # Through files: bash 5.2 can miss the trap if Ctrl-C arrives while it reads $(...).
   get "$proxy_url/health" >"$work/health" 2>/dev/null || return 1
   grep -o '"state":"healthy"' "$work/health" >"$work/healthy" || return 1
   mapfile -t healthy <"$work/healthy"
   ((${#healthy[@]} == 3))
 }
 
-# 1. The four processes. They may start in any order: the proxy looks after its instances until they answer.
+# 1. Start the four processes, in any order: the proxy probes its instances until they answer.
 storage=(--connector SharedStorageConnector --shared-storage-path "$SHARED_STORAGE_PATH")
 kv=(--kv-connector SharedMemoryConnector)
 cores=$(getconf _NPROCESSORS_ONLN)
-threads=(--threads "$((cores > 2 ? cores / 3 : 1))") # the three share the machine
+threads=(--threads "$((cores > 2 ? cores / 3 : 1))") # the three instances share the cores
 start encoder instance "$MODEL" --role encoder --port "$ENCODER_PORT" "${threads[@]}" "${storage[@]}"
 start prefill instance "$MODEL" --role prefill --port "$PREFILL_PORT" "${threads[@]}" "${storage[@]}" "${kv[@]}"
 start decode instance "$MODEL" --role decode --port "$DECODE_PORT" "${threads[@]}" "${kv[@]}"
@@ -113,13 +112,13 @@ echo "Starting an encoder, a prefill instance, a decode instance and the proxy .
 until all_are_healthy; do
   for pid in "${pids[@]}"; do
     if ! kill -0 "$pid" 2>/dev/null; then
-      echo "A process has ended:" >&2
+      echo "A process has ended. The last lines of the logs:" >&2
       tail -n 20 "$LOG_PATH"/*.log >&2
       exit 1
     fi
   done
   if ((SECONDS > TIMEOUT_SECONDS)); then
-    echo "Not ready after $TIMEOUT_SECONDS seconds:" >&2
+    echo "Not ready after $TIMEOUT_SECONDS seconds. The last lines of the logs:" >&2
     tail -n 20 "$LOG_PATH"/*.log >&2
     exit 1
   fi
@@ -127,7 +126,7 @@ until all_are_healthy; do
 done
 echo "Ready: $proxy_url"
 
-# 3. An image, drawn here, as a data: URL in an ordinary chat completion.
+# 3. Draw an image and put it into an ordinary chat completion, as a data: URL.
 "$PYTHON" - "$QUESTION" >"$work/request.json" <<'PYTHON'
 import base64, io, json, sys
 from PIL import Image, ImageDraw
@@ -141,8 +140,8 @@ content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "t
 print(json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 32, "temperature": 0}))
 PYTHON
 
-# 4. The question and the answer: its first token comes from the prefill instance, all others from the decode instance.
-echo "Image:  a red circle"
+# 4. Ask, and print the answer: its first token comes from the prefill instance, all others from the decode instance.
+echo "Image:    a red circle"
 echo "Question: $QUESTION"
 post "$proxy_url/v1/chat/completions" "$work/request.json" >"$work/answer.json"
 "$PYTHON" - "$work/answer.json" "${EXPECTED:-}" <<'PYTHON'
@@ -157,6 +156,6 @@ if sys.argv[2].lower() not in text.lower():
     sys.exit(f"Error: the answer should contain {sys.argv[2]!r}")
 PYTHON
 
-# 5. How the prompt's KV went from prefill to decode.
+# 5. Show that the prompt's KV went from prefill to decode.
 transfers=$(get "http://127.0.0.1:$DECODE_PORT/metrics" | sed -n 's/^chiasm_kv_transfers_total //p')
 echo "KV:       ${transfers%.*} transfer(s) from the prefill to the decode instance"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# On vLLM: two encoders, one prefill-and-decode instance (PD) whose model is split over two GPUs, and chiasm's proxy.
+# On vLLM: starts two encoders, a prefill-and-decode instance (PD) whose model is split over two GPUs, and chiasm's proxy.
 #
-# The items of a request are spread over the encoders. Of the PD's ranks each loads an embedding to its own GPU. Settings are in
-# setup.sh; and ENCODER_0_DEVICES, ENCODER_1_DEVICES, PD_DEVICES: GPUs of each (0, 1, "2,3"), TENSOR_PARALLEL_SIZE: of the PD (2).
+# The images of a request are spread over the encoders. Each rank of the PD loads an embedding to its own GPU. Settings are
+# those of setup.sh, and ENCODER_0_DEVICES, ENCODER_1_DEVICES and PD_DEVICES: the GPUs of each (0, 1, "2,3"), and
+# TENSOR_PARALLEL_SIZE of the PD (2).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -10,7 +11,7 @@ encoder_0_port=$((PROXY_PORT + 1))
 encoder_1_port=$((PROXY_PORT + 2))
 pd_port=$((PROXY_PORT + 3))
 
-# 1. The four processes.
+# 1. Start the four processes.
 start_vllm encoder-0 "$encoder_0_port" "${ENCODER_0_DEVICES:-0}" --ec-transfer-config "$(ec_transfer ec_producer)"
 start_vllm encoder-1 "$encoder_1_port" "${ENCODER_1_DEVICES:-1}" --ec-transfer-config "$(ec_transfer ec_producer)"
 start_vllm pd "$pd_port" "${PD_DEVICES:-2,3}" --ec-transfer-config "$(ec_transfer ec_consumer)" --skip-mm-profiling \
@@ -19,6 +20,6 @@ start_proxy --encoder "http://127.0.0.1:$encoder_0_port" --encoder "http://127.0
   --pd "http://127.0.0.1:$pd_port"
 echo "Starting two encoders, a PD and the proxy ..."
 
-# 2. The question and the answer.
+# 2. Ask, and print the answer.
 wait_until_healthy 3
-ask_about_a_image
+ask_about_an_image

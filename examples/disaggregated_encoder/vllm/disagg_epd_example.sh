@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# On vLLM: an encoder, a prefill instance (P), a decode instance (D) and chiasm's proxy, and one question about an image.
+# On vLLM: starts an encoder, a prefill instance (P), a decode instance (D) and chiasm's proxy, and asks about an image.
 #
 # Embeddings go from the encoder to P through a folder, the prompt's KV from P to D through vLLM's NixlConnector. D
-# reads an embedding only when it is short of KV blocks and computes a prompt again. Settings are in setup.sh; and
-# ENCODER_DEVICES, PREFILL_DEVICES, DECODE_DEVICES: GPUs of each (0, 1, 2).
+# reads an embedding only when it runs out of KV blocks and computes a prompt again. Settings are those of setup.sh, and
+# ENCODER_DEVICES, PREFILL_DEVICES and DECODE_DEVICES: the GPUs of each (0, 1, 2).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -15,7 +15,7 @@ kv_transfer() { # kv_producer or kv_consumer
   printf '{"kv_connector": "NixlConnector", "kv_role": "%s"}' "$1"
 }
 
-# 1. The four processes. P and D each shake hands on a port of their own.
+# 1. Start the four processes. P and D each have a port of their own for NIXL's handshake.
 start_vllm encoder "$encoder_port" "${ENCODER_DEVICES:-0}" --ec-transfer-config "$(ec_transfer ec_producer)"
 VLLM_NIXL_SIDE_CHANNEL_PORT=$((PROXY_PORT + 4)) start_vllm prefill "$prefill_port" "${PREFILL_DEVICES:-1}" \
   --ec-transfer-config "$(ec_transfer ec_consumer)" --kv-transfer-config "$(kv_transfer kv_producer)" --skip-mm-profiling
@@ -25,6 +25,6 @@ start_proxy --encoder "http://127.0.0.1:$encoder_port" \
   --prefill "http://127.0.0.1:$prefill_port" --decode "http://127.0.0.1:$decode_port"
 echo "Starting an encoder, a prefill instance, a decode instance and the proxy ..."
 
-# 2. The question and the answer.
+# 2. Ask, and print the answer.
 wait_until_healthy 3
-ask_about_a_image
+ask_about_an_image

@@ -1,13 +1,13 @@
-# What the examples here have in common; they source it. Settings, all of them environment variables:
+# The common part of these examples, which source it. Settings are environment variables (defaults in parentheses):
 #
 #   MODEL                checkpoint: a folder, a hub name, or demo                       (demo)
 #   PYTHON               interpreter that has chiasm and vLLM installed                  (.venv-vllm of this tree)
-#   PROXY_PORT           where clients ask; the instances take the ports after it        (8000)
-#   SHARED_STORAGE_PATH  folder for embeddings; one that is made here is removed again   (in /dev/shm or /tmp)
-#   LOG_PATH             folder to keep the logs of the processes in                     (not kept)
-#   TIMEOUT_SECONDS      for the model to load                                           (600)
-#   QUESTION             what is asked                                                   (What colour is the shape?)
-#   VLLM_ARGS            more arguments of every `vllm serve`, separated by blanks       (none)
+#   PROXY_PORT           port for clients; the instances take the ports after it         (8000)
+#   SHARED_STORAGE_PATH  folder for embeddings                                           (a temporary one in /dev/shm or /tmp)
+#   LOG_PATH             folder for the logs of the processes                            (removed at the end)
+#   TIMEOUT_SECONDS      maximum time until all instances are healthy                    (600)
+#   QUESTION             question about the image                                        (What colour is the shape?)
+#   VLLM_ARGS            more arguments for every `vllm serve`, separated by blanks      (none)
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 tree=$(cd "$here/../../.." && pwd)
@@ -17,7 +17,7 @@ PROXY_PORT=${PROXY_PORT:-8000}
 TIMEOUT_SECONDS=${TIMEOUT_SECONDS:-600}
 QUESTION=${QUESTION:-What colour is the shape?}
 if [[ ! -x $PYTHON ]]; then
-  echo "There is no $PYTHON: run make vllm, or let PYTHON name an interpreter that has chiasm and vLLM." >&2
+  echo "There is no $PYTHON. Run \`make vllm\`, or set PYTHON to an interpreter that has chiasm and vLLM installed." >&2
   exit 2
 fi
 
@@ -47,7 +47,7 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# `demo` is a folder that comes with chiasm, and vLLM wants its path.
+# `demo` is a folder that comes with chiasm; vLLM needs its path.
 model=$("$PYTHON" -c 'import sys; from chiasm.models import resolve_folder; print(resolve_folder(sys.argv[1]))' "$MODEL")
 
 on_cpu=
@@ -57,12 +57,12 @@ if "$PYTHON" -c 'import importlib.metadata as m, sys; sys.exit("cpu" not in m.ve
   export VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 
-# What every instance of vLLM is told. With the middleware the proxy knows it like an instance of chiasm's own.
+# Arguments of every vLLM instance. With the middleware the proxy treats it like one of chiasm's own instances.
 read -r -a more <<<"${VLLM_ARGS:-}"
 common=(--served-model-name "$MODEL" --middleware chiasm.integrations.vllm.middleware.ChiasmMiddleware)
 if [[ -n $on_cpu ]]; then common+=(--enforce-eager --dtype float32 --max-model-len 1024 --kv-cache-memory-bytes 256M); fi
 
-ec_transfer() { # ec_producer or ec_consumer: embeddings go through a folder, as chiasm's own instances have it
+ec_transfer() { # ec_producer or ec_consumer; embeddings go through a folder, as between chiasm's own instances
   printf '{"ec_connector": "ChiasmECConnector", "ec_connector_module_path": "chiasm.integrations.vllm.ec_connector", '
   printf '"ec_role": "%s", "ec_connector_extra_config": {"shared_storage_path": "%s"}}' "$1" "$SHARED_STORAGE_PATH"
 }
@@ -88,15 +88,15 @@ fail() { # MESSAGE
   exit 1
 }
 
-wait_until_healthy() { # COUNT: of instances
+wait_until_healthy() { # COUNT of instances
   local healthy=0
   until ((healthy == $1)); do
     for pid in "${pids[@]}"; do
-      kill -0 "$pid" 2>/dev/null || fail "A process has ended:"
+      kill -0 "$pid" 2>/dev/null || fail "A process has ended. The last lines of the logs:"
     done
-    if ((SECONDS > TIMEOUT_SECONDS)); then fail "Not ready after $TIMEOUT_SECONDS seconds:"; fi
+    if ((SECONDS > TIMEOUT_SECONDS)); then fail "Not ready after $TIMEOUT_SECONDS seconds. The last lines of the logs:"; fi
     sleep 0.5
-    # Through a file: Ctrl-C while bash reads $(...) can make it stumble over the trap (seen with 5.2).
+    # Through a file: bash 5.2 can miss the trap if Ctrl-C arrives while it reads $(...).
     "$PYTHON" - "$proxy_url/health" >"$work/healthy" <<'EOF'
 import json, sys, urllib.error, urllib.request
 
@@ -113,8 +113,8 @@ EOF
   echo "Ready: $proxy_url"
 }
 
-ask_about_a_image() { # one request as any OpenAI client makes it, with an image drawn here
-  echo "Image:  a red circle"
+ask_about_an_image() { # draws an image and asks about it as any OpenAI client does
+  echo "Image:    a red circle"
   echo "Question: $QUESTION"
   "$PYTHON" - "$proxy_url/v1/chat/completions" "$QUESTION" <<'EOF'
 import base64, io, json, sys, urllib.error, urllib.request

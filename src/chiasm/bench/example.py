@@ -18,10 +18,9 @@ from chiasm.bench.served import Command, served, supervised
 from chiasm.bench.topology import VLLM_READY_SECONDS
 from chiasm.bench.vllm import IMAGES
 from chiasm.launch import Deployment, DeploymentConfig
-from chiasm.launch.commands import proxy_command, proxy_environment
-from chiasm.launch.plan import Surroundings, plan_instances
+from chiasm.launch.folders import StorageFolder
+from chiasm.launch.plan import Surroundings, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort
-from chiasm.launch.storage import StorageFolder
 from chiasm.wire import Role
 
 CONNECTOR = "ECExampleConnector"
@@ -88,7 +87,7 @@ async def example_instances(bench: Bench, deployment: Deployment) -> AsyncIterat
 async def pd_for_images(bench: Bench, deployment: Deployment, example: Example) -> AsyncIterator[str]:
     """One more PD of the example, which is let have images themselves; its URL. Raises ChiasmError."""
     role = deployment.config.roles[Role.PD]
-    config = replace(deployment.config, roles={Role.PD: replace(role, flags=(*role.flags, *IMAGES))})
+    config = replace(deployment.config, roles={Role.PD: replace(role, vllm_flags=(*role.vllm_flags, *IMAGES))})
     async with _instances(bench, deployment, config, example.storage) as urls:
         yield urls[Role.PD]
 
@@ -134,8 +133,8 @@ async def chiasm_proxy(bench: Bench, deployment: Deployment, pd: str) -> AsyncIt
     """One more of chiasm's proxies in front of a deployment's encoders, and of ``pd`` in place of its PD; its URL."""
     address = HeldPort(_LOOPBACK)
     urls = [*((Role.ENCODER, url) for url in deployment.urls(Role.ENCODER)), (Role.PD, pd)]
-    arguments = proxy_command(deployment.config, address, urls)
-    command = Command("chiasm's proxy", arguments, proxy_environment(deployment.config))
+    plan = plan_proxy(deployment.config, address, urls)
+    command = Command("chiasm's proxy", plan.command, plan.environment, plan.configuration)
     try:
         async with served(bench, command, ready_seconds=_PROXY_READY_SECONDS):
             yield address.url

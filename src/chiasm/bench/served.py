@@ -28,6 +28,8 @@ class Command:
     arguments: Sequence[str]
     """It says ``ready`` on its standard output, and ends with its standard input; see ``supervised``."""
     environment: Mapping[str, str]
+    configuration: str = ""
+    """A line for its standard input, if it takes one."""
 
 
 def supervised(url: str, arguments: Sequence[str]) -> list[str]:
@@ -43,7 +45,15 @@ async def served(bench: Bench, *commands: Command, ready_seconds: float) -> Asyn
     then what was measured is not what was to be measured.
     """
     children = [
-        Child(one.name, one.arguments, dict(one.environment), on_change=_ignore, on_line=_ignore) for one in commands
+        Child(
+            one.name,
+            one.arguments,
+            dict(one.environment),
+            configuration=one.configuration,
+            on_change=_ignore,
+            on_line=_ignore,
+        )
+        for one in commands
     ]
     try:
         for child in children:

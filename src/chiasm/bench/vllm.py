@@ -20,6 +20,8 @@ _OF_ROLE = {Role.ENCODER: IMAGES, Role.AGGREGATED: (*_KV, *IMAGES)}
 
 def on_vllm(config: DeploymentConfig) -> DeploymentConfig:
     """The same instances over vLLM, with chiasm's connector and proxy."""
-    roles = {role: replace(one, flags=(*one.flags, *_OF_ROLE.get(role, _KV))) for role, one in config.roles.items()}
-    flags = (*config.instance_flags, *DTYPE, *_LIMITS)
-    return replace(config, engine=EngineKind.VLLM, roles=roles, kv_connector=None, instance_flags=flags)
+    roles = {
+        role: replace(one, vllm_flags=(*one.vllm_flags, *_OF_ROLE.get(role, _KV))) for role, one in config.roles.items()
+    }
+    flags = (*config.vllm_flags, *DTYPE, *_LIMITS)
+    return replace(config, engine=EngineKind.VLLM, roles=roles, kv_connector=None, vllm_flags=flags)

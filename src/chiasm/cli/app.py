@@ -3,58 +3,71 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, NoReturn
-
-import typer
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
 
 from chiasm import __version__
-from chiasm.cli.bench import bench
-from chiasm.cli.demo import demo
-from chiasm.cli.doctor import doctor
-from chiasm.cli.groups import grouped
-from chiasm.cli.instance import instance
-from chiasm.cli.models import models
-from chiasm.cli.proxy import proxy
-from chiasm.cli.serve import serve
 from chiasm.errors import ChiasmError
 
 _EXIT_CODE = 2
+_INTERRUPTED = 130
+_COMMANDS = {
+    "serve": "Run all instances of a model and the proxy on this machine.",
+    "instance": "Run one instance of a model.",
+    "proxy": "Run the proxy in front of instances.",
+    "demo": "Ask a small model about images, and show what each process did.",
+    "models": "List the checkpoints that come with chiasm.",
+    "bench": "Benchmark E+PD and E+P+D against one aggregated instance.",
+    "doctor": "Check a running or planned deployment, and say what is wrong.",
+}
+"""Each is a module of this package with ``parser()`` and ``run(settings)``, which returns an exit code or None."""
+_HELP = f"""\
+usage: chiasm COMMAND [OPTIONS]
 
-app = typer.Typer(
-    name="chiasm",
-    help="Serve multimodal models with the vision encoder in processes of its own.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # rich's help takes longer to import than all else together
-    pretty_exceptions_enable=False,
-)
-for _command in (serve, instance, proxy, demo, models, bench, doctor):
-    app.command()(grouped(_command))
+  Serve multimodal models with the vision encoder in processes of its own.
 
+Commands:
+{chr(10).join(f"  {name:<9} {text}" for name, text in _COMMANDS.items())}
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"chiasm {__version__}")
-        raise typer.Exit
+Options:
+  --version  Print the version and exit.
+  --help     Show this message and exit.
 
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
+`chiasm COMMAND --help` shows the options of a command.
+"""
 
 
 def main() -> None:
     """Run the command that the arguments name. Expected faults end with one line on stderr and exit code 2."""
     try:
-        app()
+        sys.exit(_run(sys.argv[1:]))
     except ChiasmError as error:
         _fail(error.message)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
     except MemoryError:
-        _fail("there is not enough memory; use a smaller model, or lower --kv-cache-bytes and --encoder-cache-bytes")
+        _fail("There is not enough memory; use a smaller model, or lower --kv-cache-bytes and --encoder-cache-bytes.")
+
+
+def _run(arguments: Sequence[str]) -> int | None:
+    name, *others = arguments or [""]
+    if name in ("", "--help", "-h"):
+        print(_HELP, end="", file=sys.stdout if name else sys.stderr)
+        return None if name else _EXIT_CODE
+    if name == "--version":
+        print(f"chiasm {__version__}")
+        return None
+    if name == "child" and len(others) == 1:  # for launch.Deployment, not for people
+        from chiasm.launch.run import run_child
+
+        run_child(others[0])
+        return None
+    if name not in _COMMANDS:
+        _fail(f"There is no command {name!r}; the commands are {', '.join(_COMMANDS)}.")
+    command = import_module(f"chiasm.cli.{name}")
+    code: int | None = command.run(command.parser().parse(others))
+    return code
 
 
 def _fail(message: str) -> NoReturn:

@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
-
+from chiasm.cli.instance import MODEL_HELP
+from chiasm.cli.parser import Parser
 from chiasm.launch.config import EngineKind
+from chiasm.options import Option, fields_from
 
+NAMES = (
+    "identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, decode-isolation, idle; "
+    "with --engine vllm: vllm-identity, vllm-example, engines, vllm-reuse; all of them if none is given."
+)
 _DIFFERENT = 1
-_INTERRUPTED = 130
 
 
-def bench(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAMES]...",
-            help=(
-                "identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, decode-isolation, idle; "
-                "with --engine vllm: vllm-identity, vllm-example, engines, vllm-reuse; all of them if none is given."
-            ),
-        ),
-    ] = None,
-    engine: Annotated[
-        EngineKind, typer.Option(help="What runs in the instances that are measured.")
-    ] = EngineKind.CHIASM,
-    model: Annotated[str, typer.Option(help="A checkpoint's folder, a hub name, or demo.")] = "demo",
-    output: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = Path("bench-results"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Few samples: shows that it runs, not how fast it is.")
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of all requests and arrival times.")] = 0,
-    repeat: Annotated[
-        int | None, typer.Option(min=2, help="Samples of each measurement.", show_default="its own number")
-    ] = None,
-) -> None:
-    """Measure the encoder apart from prefill and decode, and these apart from each other, against all in one.
+@dataclass(frozen=True)
+class BenchOptions:
+    """The options of the command."""
 
-    Exits with 1 if answers differ; a target of speed that isn't met is only said.
-    """
-    from chiasm.bench.run import BenchConfig, run
+    engine: Annotated[EngineKind, Option("Engine of the instances that are measured.")] = EngineKind.CHIASM
+    model: Annotated[str, Option(MODEL_HELP, metavar="MODEL")] = "demo"
+    output: Annotated[Path, Option("Folder for results.json and results.png.")] = Path("bench-results")
+    quick: Annotated[bool, Option("Take few samples: to try the benchmark, not to measure.")] = False
+    seed: Annotated[int, Option("Seed of all requests and arrival times.", min=0)] = 0
+    repeat: Annotated[int | None, Option("Samples of each measurement.", min=2, unset="its own number")] = None
 
-    try:
-        same = run(BenchConfig(tuple(names or ()), engine, model, output, quick, seed, repeat))
-    except KeyboardInterrupt:
-        raise typer.Exit(_INTERRUPTED) from None
-    if not same:
-        raise typer.Exit(_DIFFERENT)
+
+def parser() -> Parser:
+    made = Parser(
+        "bench",
+        "[NAMES]... [OPTIONS]",
+        "Benchmark E+PD and E+P+D against one aggregated instance.\n\n"
+        "The exit code is 1 if answers differ; a speed target that is missed is only reported.",
+    )
+    made.add_argument("names", metavar="NAMES", nargs="*", help=NAMES)
+    made.add("benchmark", BenchOptions)
+    return made
+
+
+def run(settings: Mapping[str, Any]) -> int | None:
+    from chiasm.bench.run import BenchConfig
+    from chiasm.bench.run import run as run_bench
+
+    same = run_bench(BenchConfig(settings.get("names", ()), **fields_from(settings, BenchOptions)))
+    return None if same else _DIFFERENT

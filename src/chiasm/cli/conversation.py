@@ -1,11 +1,10 @@
-"""Questions about images, asked through the OpenAI API."""
+"""Questions about images, asked through the OpenAI API, and images for output that has no colours."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -13,39 +12,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.http.timing import read_timing
+from chiasm.wire import CHAT_PATH, ErrorBody
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MAX_TOKENS = 48
-_ENTRY = re.compile(r'([\w-]+)(?:;desc="([^"]*)")?(?:;dur=([\d.]+))?')
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_PROXY is not for this machine
+_INK = " .:-=+*#%@"
+_NOISE = 48
+"""Differences from the background, of 255, that are left blank."""
+_CELL_RATIO = 0.5
+"""A character cell is about half as wide as it is high."""
 
 
 class AnswerError(ChiasmError):
-    """A question was answered with an error; the message is the server's."""
+    """The server answered a question with an error, or not at all; the message is the server's."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image as it is sent."""
+    """An image, and the file that is sent for it."""
 
     image: Image
-    """To look at."""
     data: bytes
-    """Of the file."""
+    """The file's bytes."""
     media_type: str
 
     @property
     def url(self) -> str:
-        """A ``data:`` URL."""
+        """The file as a ``data:`` URL."""
         return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question, its images in order, and the right answer where one is known."""
+    """One question, its images in order, and the right answer if it is known."""
 
     title: str
     question: str
@@ -55,7 +61,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Item:
-    """How one image's embedding came to the language model."""
+    """How the language model got one image's embedding."""
 
     outcome: str
     """``hit`` or ``waited``."""
@@ -64,27 +70,27 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """The model's answer, and where its time went."""
 
     text: str
     milliseconds: dict[str, float] = field(default_factory=dict)
-    """Of the ``Server-Timing`` header, by name; the first of a name counts, which is the proxy's."""
+    """From the ``Server-Timing`` header, by name; of several with one name the first, which is the proxy's."""
     items: tuple[Item, ...] = ()
 
     def agrees_with(self, right_answer: str) -> bool:
-        """Whether it says the same, whatever the case and the last full stop."""
+        """Return whether the texts are equal except for case, spaces and a final full stop."""
         return _plain(self.text) == _plain(right_answer)
 
 
 def drawn(image: Image) -> ImageFile:
-    """An image that was drawn here, as a PNG file."""
+    """Return an image as a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return ImageFile(image, file.getvalue(), "image/png")
 
 
 def read_image(path: Path) -> ImageFile:
-    """An image file. Raises ConfigurationError when it isn't one."""
+    """Return an image file. Raises ConfigurationError if it cannot be read as an image."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -97,45 +103,41 @@ def read_image(path: Path) -> ImageFile:
 
 
 def ask(url: str, turn: Turn) -> Answer:
-    """Post a turn to the API at base URL ``url``. Raises AnswerError."""
+    """Ask a question at base URL ``url`` and return the answer. Raises AnswerError."""
     content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": one.url}} for one in turn.images]
     content.append({"type": "text", "text": turn.question})
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": _MAX_TOKENS, "temperature": 0}
     request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url}{CHAT_PATH}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with _NO_PROXY.open(request) as reply:
-            text = json.load(reply)["choices"][0]["message"]["content"]
-            timing = reply.headers.get("Server-Timing", "")
+        with _NO_PROXY.open(request) as response:
+            text = json.load(response)["choices"][0]["message"]["content"]
+            timing = response.headers.get("Server-Timing")
     except urllib.error.HTTPError as error:
         with error:
             raise AnswerError(_message(error.read()) or str(error)) from None
     except (OSError, ValueError, LookupError) as error:
-        raise AnswerError(f"no answer: {error}") from error
+        raise AnswerError(f"No answer: {error}") from error
     return _answer(text, timing)
 
 
-def _answer(text: str, server_timing: str) -> Answer:
+def _answer(text: str, server_timing: str | None) -> Answer:
     milliseconds: dict[str, float] = {}
     items: list[Item] = []
-    for entry in server_timing.split(","):
-        match = _ENTRY.fullmatch(entry.strip())
-        if match is None:
-            continue
-        name, description, duration = match.groups()
+    for name, seconds, description in read_timing(server_timing):
         if name.startswith("item") and name != "item":
-            items.append(Item(description or "", float(duration or 0)))
+            items.append(Item(description, 1000 * (seconds or 0)))
         else:
-            milliseconds.setdefault(name, float(duration or 0))
+            milliseconds.setdefault(name, 1000 * (seconds or 0))
     return Answer(text, milliseconds, tuple(items))
 
 
-def _message(body: bytes) -> str | None:
+def _message(body: bytes) -> str:
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return None
+        return msgspec.json.decode(body, type=ErrorBody).error.message
+    except msgspec.MsgspecError:
+        return ""
 
 
 def _plain(text: str) -> str:
@@ -143,8 +145,27 @@ def _plain(text: str) -> str:
 
 
 def all_agree(turns: Sequence[Turn], answers: Sequence[Answer]) -> bool:
-    """Whether every answer whose right one is known is right."""
+    """Return whether every answer is right, as far as the right one is known."""
     return all(
         turn.right_answer is None or answer.agrees_with(turn.right_answer)
         for turn, answer in zip(turns, answers, strict=True)
     )
+
+
+def draw_in_characters(image: Image, width: int) -> str:
+    """Return an image as lines of ``width`` characters, for output that has no colours.
+
+    A character's ink stands for how much a spot's colour differs from the background, which is blank.
+    """
+    from PIL import Image as PillowImage
+    from PIL import ImageChops, ImageStat
+
+    height = max(1, round(image.height * width / image.width * _CELL_RATIO))
+    small = image.convert("RGB").resize((width, height), PillowImage.Resampling.BOX)
+    red, green, blue = (int(channel) for channel in ImageStat.Stat(small).median)
+    background = PillowImage.new("RGB", small.size, (red, green, blue))
+    distances = ImageChops.difference(small, background).split()
+    furthest = ImageChops.lighter(ImageChops.lighter(distances[0], distances[1]), distances[2]).tobytes()
+    span = max(255 - _NOISE, 1) if max(furthest) <= _NOISE else max(furthest) - _NOISE
+    inks = [_INK[max(0, distance - _NOISE) * (len(_INK) - 1) // span] for distance in furthest]
+    return "\n".join("".join(inks[row * width : (row + 1) * width]).rstrip() for row in range(height))

@@ -1,15 +1,19 @@
-"""``chiasm demo``: images drawn a moment ago, and a model in two processes that answers questions about them."""
+"""``chiasm demo``: a model in two processes answers questions about images that were just drawn."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from chiasm.cli.instance import MODEL_HELP
+from chiasm.cli.parser import Parser
+from chiasm.errors import ConfigurationError
+from chiasm.options import Option, fields_from
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -18,44 +22,55 @@ if TYPE_CHECKING:
     from chiasm.cli.signals import EndSignals
     from chiasm.launch import Deployment, ProcessStatus
 
-DEFAULT_SEED = 20
 _POLL_SECONDS = 0.05
 _IMAGE_COLUMNS = 36
 _CHARACTER_COLUMNS = 56
 _WRONG_EXIT_CODE = 1
-_QUIET = ("--log-level", "warning")
+_QUIET = {"log_level": "warning"}
 _SIGNAL_EXIT_CODE = 128
-"""Plus the signal's number, as shells have it."""
+"""Plus the signal's number, as shells do."""
 
 
-def demo(
-    image: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="An image of your own, with --question.")
-    ] = None,
-    question: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
+@dataclass(frozen=True)
+class DemoConfig:
+    """What to ask about, and whom."""
+
+    image: Annotated[Path | None, Option("An image of your own, with --question.")] = None
+    question: Annotated[str | None, Option("Question about --image.")] = None
     seed: Annotated[
-        int, typer.Option(min=0, max=999_999, help="Which images are drawn; none of these was trained on.")
-    ] = DEFAULT_SEED,
-    model: Annotated[str, typer.Option(help="The model that answers.")] = "demo",
-) -> None:
-    """Draw an image, ask about it, and show what each process did for the answer.
+        int, Option("Chooses the images to draw; the model was trained on none of them.", min=0, max=999_999)
+    ] = 20
+    model: Annotated[str, Option(MODEL_HELP, metavar="MODEL")] = "demo"
 
-    Ends with exit code 1 if an answer is wrong, or if there is none.
-    """
+
+def parser() -> Parser:
+    made = Parser(
+        "demo",
+        "[OPTIONS]",
+        "Draw images, ask about them, and show what each process did for the answer.\n\n"
+        "The exit code is 1 if an answer is wrong or missing.",
+    )
+    made.add("demo", DemoConfig)
+    return made
+
+
+def run(settings: Mapping[str, Any]) -> int | None:
+    """Run a deployment, ask, show the answers, and return the exit code."""
     from rich.console import Console
 
     from chiasm.cli.conversation import AnswerError, Turn, all_agree, read_image
     from chiasm.cli.signals import EndSignals
     from chiasm.launch import Deployment, DeploymentConfig
 
-    if (image is None) != (question is None):
-        raise typer.BadParameter("give both --image and --question, or neither")
-    if image is not None and question is not None:
-        turns = [Turn("Your image", question, (read_image(image),))]
+    config = DemoConfig(**fields_from(settings, DemoConfig))
+    if (config.image is None) != (config.question is None):
+        raise ConfigurationError("Give both --image and --question, or neither.")
+    if config.image is not None and config.question is not None:
+        turns = [Turn("Your image", config.question, (read_image(config.image),))]
     else:
-        turns = draw_turns(seed)
+        turns = draw_turns(config.seed)
     console = Console(highlight=False)
-    deployment = Deployment(DeploymentConfig(model, proxy_flags=_QUIET, instance_flags=_QUIET))
+    deployment = Deployment(DeploymentConfig(config.model, settings=_QUIET, proxy_settings=_QUIET))
     answers: list[Answer] = []
     with EndSignals() as signals, deployment:
         _start(deployment, signals)
@@ -67,20 +82,21 @@ def demo(
                 answer = _ask(deployment, turn, signals)
             except AnswerError as error:
                 console.print(f"  Error     {error.message}", style="bold red", markup=False, soft_wrap=True)
-                raise typer.Exit(_WRONG_EXIT_CODE) from None
+                return _WRONG_EXIT_CODE
             if answer is None:
                 break
             answers.append(answer)
             _show_answer(console, turn, answer, deployment.processes)
     if signals.received:
-        raise typer.Exit(_SIGNAL_EXIT_CODE + signals.received)
+        return _SIGNAL_EXIT_CODE + signals.received
     if not all_agree(turns, answers):
         console.print("\n[bold red]Not all answers are right.")
-        raise typer.Exit(_WRONG_EXIT_CODE)
+        return _WRONG_EXIT_CODE
+    return None
 
 
 def draw_turns(seed: int) -> list[Turn]:
-    """A question about one image, one about the second of two, and one about none."""
+    """Return a question about one image, one about one of two images, and one without an image."""
     from chiasm.cli.conversation import Turn, drawn
     from chiasm.demo.images import SINGLE_KINDS, WHICH_KINDS, draw_example
     from chiasm.demo.talk import EXCHANGES
@@ -96,11 +112,11 @@ def draw_turns(seed: int) -> list[Turn]:
     ]
 
 
-# ---- the way -----------------------------------------------------------------------------------------------------------
+# ---- asking ------------------------------------------------------------------------------------------------------------
 
 
 def _start(deployment: Deployment, signals: EndSignals) -> None:
-    """Wait until all is healthy, or a signal comes."""
+    """Wait until every instance is healthy, or a signal comes."""
     from rich.console import Console
 
     started = time.monotonic()
@@ -118,7 +134,7 @@ def _start(deployment: Deployment, signals: EndSignals) -> None:
 
 
 def _ask(deployment: Deployment, turn: Turn, signals: EndSignals) -> Answer | None:
-    """The answer, or None if a signal came first."""
+    """Return the answer, or None if a signal came first."""
     from chiasm.cli.conversation import ask
 
     pool = ThreadPoolExecutor(1)
@@ -133,7 +149,7 @@ def _ask(deployment: Deployment, turn: Turn, signals: EndSignals) -> Answer | No
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-# ---- what a person sees ------------------------------------------------------------------------------------------------
+# ---- showing -----------------------------------------------------------------------------------------------------------
 
 
 def _show_turn(console: Console, title: str, turn: Turn) -> None:
@@ -149,10 +165,10 @@ def _show_turn(console: Console, title: str, turn: Turn) -> None:
 
 
 def _images(console: Console, images: Sequence[ImageFile]) -> list[RenderableType]:
-    """The images side by side: in colours where there are some, else in characters."""
+    """Return the images as text: half blocks where the terminal has colours, else characters."""
     from rich.text import Text
 
-    from chiasm.cli.image_text import draw_in_characters
+    from chiasm.cli.conversation import draw_in_characters
     from chiasm.demo.terminal import render
 
     in_colours = console.is_terminal and not console.no_color and console.color_system is not None
@@ -178,7 +194,7 @@ def _show_answer(console: Console, turn: Turn, answer: Answer, processes: Sequen
 
 
 def explain(answer: Answer, processes: Sequence[ProcessStatus]) -> list[str]:
-    """Which process did what for an answer, and how long it took."""
+    """Return a line for each process: what it did for an answer, and how long that took."""
     took = answer.milliseconds
     count = len(answer.items)
     proxy = f"{took['proxy']:.1f} ms of its own work" if "proxy" in took else "passed it on"

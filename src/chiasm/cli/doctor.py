@@ -4,94 +4,92 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from chiasm.cli import options
-from chiasm.cli.serve import configured
+from chiasm.cli import serve
+from chiasm.cli.parser import Parser
+from chiasm.ec_transfer import ECTransferConfig
+from chiasm.errors import ConfigurationError
+from chiasm.options import Option, fields_from, flag, names_of
+from chiasm.proxy import ProxyConfig
 
 if TYPE_CHECKING:
     from chiasm.doctor import Finding
 
 _SCHEMES = ("http://", "https://")
 _FOUND_PROBLEMS = 1
-_OF_NO_ACCOUNT = ("--admin-key", "--log-level")
-"""The first may be set by the environment; neither changes what is found."""
+_URLS = ("encoder", "pd", "prefill", "decode")
+_EXAMPLES = """\
+Check a deployment that runs or is planned, and say in plain words what is wrong and what to do.
+
+  chiasm doctor                              this machine
+  chiasm doctor MODEL --encoders 2           planned: the options of `chiasm serve`
+  chiasm doctor http://127.0.0.1:8000        running: the proxy, and the instances behind it
+  chiasm doctor --encoder URL --pd URL       running: instances without a proxy
+
+The exit code is 0 without problems, 1 with problems, 2 for wrong usage.
+"""
 
 
-def doctor(
-    deployment: options.DeploymentOptions,
-    options_of_engine: options.EngineOptions,
-    devices: options.DeviceOptions,
-    arguments: options.ArgumentOptions,
-    ec: options.ECOptions,
-    kv: options.KVOptions,
-    media: options.MediaOptions,
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[URL|MODEL]",
-            help="The proxy of a deployment that runs, or the model of one that is planned.",
-            show_default="this machine alone",
-        ),
-    ] = None,
-    encoder: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="An encoder that runs; can be repeated.")
-    ] = None,
-    pd: Annotated[list[str] | None, typer.Option(metavar="URL", help="A pd instance; can be repeated.")] = None,
+@dataclass(frozen=True)
+class DoctorConfig:
+    """The command's own options."""
+
     aggregated_at: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="An aggregated instance; can be repeated.")
-    ] = None,
-    prefill: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="A prefill instance; can be repeated.")
-    ] = None,
-    decode: Annotated[list[str] | None, typer.Option(metavar="URL", help="A decode instance; can be repeated.")] = None,
-    timeout_seconds: Annotated[
-        float, typer.Option(min=1, max=3600, help="The longest that each message to a running instance may take.")
-    ] = 30.0,
-    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
-) -> None:
-    """Check a deployment that runs or is planned, and say in plain words what is wrong and what to do.
+        tuple[str, ...], Option("URL of an aggregated instance; can be repeated.", metavar="URL")
+    ] = ()
+    timeout_seconds: Annotated[float, Option("Timeout of each request to a running instance.", min=1, max=3600)] = 30.0
+    json: Annotated[bool, Option("Print the findings as JSON.")] = False
 
-    \b
-    chiasm doctor                              this machine
-    chiasm doctor MODEL --encoders 2           planned: the options of `chiasm serve`
-    chiasm doctor http://127.0.0.1:8000        running: the proxy, and the instances behind it
-    chiasm doctor --encoder URL --pd URL       running: instances without a proxy
 
-    The exit code is 0 without problems, 1 with problems, 2 for wrong usage.
-    """
-    named = {"encoder": encoder, "pd": pd, "aggregated": aggregated_at, "prefill": prefill, "decode": decode}
-    instances = {role: [_base_url(url) for url in urls] for role, urls in named.items() if urls}
+_OF_NO_PLAN = {"target", "admin_key", "log_level", *_URLS, *names_of(DoctorConfig)}
+"""The key may be set by the environment, and changes no finding; nor does the log's level."""
+
+
+def parser() -> Parser:
+    made = Parser("doctor", "[URL|MODEL] [OPTIONS]", _EXAMPLES)
+    made.add_argument("target", metavar="URL|MODEL", nargs="?", help="A running proxy, or the model that is planned.")
+    group = made.add_argument_group("doctor")
+    made.add(group, DoctorConfig)
+    made.add(group, ProxyConfig, only=_URLS)
+    serve.add_options(made)
+    return made
+
+
+def run(settings: Mapping[str, Any]) -> int | None:
+    """Print what is found, and return the exit code."""
+    config = DoctorConfig(**fields_from(settings, DoctorConfig))
+    target = settings.get("target")
+    urls = {"aggregated": config.aggregated_at} | {role: settings.get(role, ()) for role in _URLS}
+    instances = {role: [_base_url(url) for url in named] for role, named in urls.items() if named}
     running = bool(instances) or (target is not None and target.startswith(_SCHEMES))
     if instances and target is not None:
-        raise typer.BadParameter("name instances, or one proxy or model, not both", param_hint="--encoder, --pd, …")
-    planning = (deployment, options_of_engine, devices, arguments, kv, media)
-    asked = [name for group in planning for name in group.changed if name not in _OF_NO_ACCOUNT]
-    if running and asked:
-        raise typer.BadParameter("a deployment that runs has its options already", param_hint=", ".join(asked))
-    if target is None and not instances and (asked or ec.names):
-        raise typer.BadParameter("name the MODEL that is planned", param_hint=", ".join([*asked, *ec.names]))
+        raise ConfigurationError("Name instances, or one proxy or model, but not both.")
+    about_storage = names_of(ECTransferConfig)
+    of_plan = settings.keys() - _OF_NO_PLAN - about_storage
+    if running and of_plan:
+        raise ConfigurationError(f"A running deployment has its options already; leave out {_flags(of_plan)}.")
+    of_plan |= settings.keys() & about_storage
+    if target is None and not instances and of_plan:
+        raise ConfigurationError(f"Name the MODEL that is planned with {_flags(of_plan)}.")
 
     findings: AsyncIterator[Finding]
     if running:
-        findings = _examine_running(target, instances, timeout_seconds, ec)
+        findings = _examine_running(target, instances, config.timeout_seconds, settings)
     elif target is None:
         findings = _examine_machine()
     else:
         from chiasm.doctor.planned import Wanted, examine_plan
 
-        config = configured(target, deployment, options_of_engine, devices, arguments, ec, kv, media)
-        given = options_of_engine.given()
-        wanted = Wanted(**{name: given[name] for name in ("dtype", "device", "kv_cache_bytes") if name in given})
-        findings = examine_plan(config, wanted)
-    if asyncio.run(_show(findings, in_json=json)):
-        raise typer.Exit(_FOUND_PROBLEMS)
+        planned = serve.deployment_config({**settings, "model": target})
+        names = ("dtype", "device", "kv_cache_bytes")
+        findings = examine_plan(planned, Wanted(**{name: settings[name] for name in names if name in settings}))
+    return _FOUND_PROBLEMS if asyncio.run(_show(findings, in_json=config.json)) else None
 
 
 async def _show(findings: AsyncIterator[Finding], *, in_json: bool) -> bool:
-    """Each finding as it comes; tells whether there were problems."""
+    """Show each finding as it comes; return whether there were problems."""
     from chiasm.doctor import has_problem
     from chiasm.doctor.report import Report, as_json
 
@@ -109,14 +107,14 @@ async def _show(findings: AsyncIterator[Finding], *, in_json: bool) -> bool:
 
 
 def _examine_running(
-    target: str | None, instances: Mapping[str, Sequence[str]], timeout_seconds: float, ec: options.ECOptions
+    target: str | None, instances: Mapping[str, Sequence[str]], timeout_seconds: float, settings: Mapping[str, Any]
 ) -> AsyncIterator[Finding]:
     from chiasm.doctor.running import Folder, examine_instances, examine_proxy
 
     folder = None
-    if ec.shared_storage_path is not None:
-        bound = {} if ec.ec_max_bytes is None else {"max_bytes": ec.ec_max_bytes}
-        folder = Folder(ec.shared_storage_path, **bound)
+    if "shared_storage_path" in settings:
+        bound = {"max_bytes": settings["ec_max_bytes"]} if "ec_max_bytes" in settings else {}
+        folder = Folder(settings["shared_storage_path"], **bound)
     if target is not None:
         return examine_proxy(_base_url(target), timeout_seconds=timeout_seconds, folder=folder)
     return examine_instances(instances, timeout_seconds=timeout_seconds, folder=folder)
@@ -130,13 +128,10 @@ async def _examine_machine() -> AsyncIterator[Finding]:
 
 
 def _base_url(url: str) -> str:
-    from urllib.parse import urlsplit
+    from chiasm.http.listen import check_url
 
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise typer.BadParameter(f"{url!r} is no URL; write for example http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1")
+    return check_url(url.rstrip("/").removesuffix("/v1"))
+
+
+def _flags(names: set[str]) -> str:
+    return ", ".join(map(flag, sorted(names)))

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
+
+from chiasm.cli.parser import Parser
 
 
-def models() -> None:
-    """List the checkpoints that come with chiasm: names and folders."""
+def parser() -> Parser:
+    return Parser("models", "[OPTIONS]", "List the checkpoints that come with chiasm: names and folders.")
+
+
+def run(settings: Mapping[str, Any]) -> None:
     from chiasm import checkpoints
 
     folders = {name: checkpoints.folder(name) for name in checkpoints.names()}

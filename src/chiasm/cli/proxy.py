@@ -1,58 +1,38 @@
-"""``chiasm proxy``: the front door alone."""
+"""``chiasm proxy``: the proxy alone."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Any
 
-import typer
+from chiasm.cli.instance import END_WITH_STDIN
+from chiasm.cli.parser import Parser
+from chiasm.launch.child import end_with_stdin
+from chiasm.launch.process import ProxyProcess, proxy_process
+from chiasm.launch.run import run_proxy
+from chiasm.media import MediaConfig
+from chiasm.proxy import ProxyConfig
 
-from chiasm.cli import options
-from chiasm.cli.process import log_to_stderr, print_ready
 
-
-def proxy(
-    proxy_options: options.ProxyOptions,
-    media: options.MediaOptions,
-    encoder: Annotated[list[str] | None, typer.Option(metavar="URL", help="An encoder; can be repeated.")] = None,
-    pd: Annotated[list[str] | None, typer.Option(metavar="URL", help="A pd instance; can be repeated.")] = None,
-    aggregated: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="An aggregated instance; can be repeated.")
-    ] = None,
-    prefill: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="A prefill instance; can be repeated.")
-    ] = None,
-    decode: Annotated[list[str] | None, typer.Option(metavar="URL", help="A decode instance; can be repeated.")] = None,
-    host: options.Host = "127.0.0.1",
-    port: options.Port = 8000,
-    cpus: options.Cpus = None,
-    log_level: options.LogLevel = "info",
-    end_with_stdin: options.EndWithStdin = False,
-) -> None:
-    """Run the proxy in front of instances; prints `ready http://HOST:PORT` when it takes requests."""
-    from chiasm.cores import pin_to
-    from chiasm.launch.lifeline import end_with_stdin as watch_stdin
-    from chiasm.launch.ports import HeldPort
-
-    if end_with_stdin:
-        watch_stdin()
-    log_to_stderr(log_level)
-    pin_to(cpus or ())
-    HeldPort(host, port).release()
-
-    from chiasm.media import MediaConfig
-    from chiasm.proxy import ProxyConfig, run
-
-    run(
-        ProxyConfig(
-            host,
-            port,
-            encoders=tuple(encoder or ()),
-            pds=tuple(pd or ()),
-            aggregated=tuple(aggregated or ()),
-            prefills=tuple(prefill or ()),
-            decodes=tuple(decode or ()),
-            media=MediaConfig(**media.given()),
-            **proxy_options.given(),
-        ),
-        on_ready=print_ready,
+def parser() -> Parser:
+    made = Parser(
+        "proxy",
+        "--encoder URL --pd URL [OPTIONS]",
+        "Run the proxy in front of instances. Prints `ready http://HOST:PORT` when it takes requests.",
     )
+    made.add_option(END_WITH_STDIN)
+    add_options(made)
+    return made
+
+
+def add_options(made: Parser) -> None:
+    """Add what ``--proxy-args`` may contain."""
+    made.add("proxy", ProxyConfig)
+    made.add("process", ProxyProcess)
+    made.add("images", MediaConfig)
+
+
+def run(settings: Mapping[str, Any]) -> None:
+    if settings.get("end_with_stdin"):
+        end_with_stdin()
+    run_proxy(proxy_process(settings))

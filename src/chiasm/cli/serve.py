@@ -3,106 +3,73 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from chiasm.cli import options
+from chiasm.cli import instance, proxy
+from chiasm.cli.parser import Parser, option
+from chiasm.ec_transfer import ECTransferConfig
+from chiasm.engine.config import EngineConfig
+from chiasm.errors import ConfigurationError
+from chiasm.kv_transfer import KVTransferConfig
+from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
+from chiasm.launch.process import ProcessConfig
+from chiasm.media import MediaConfig
+from chiasm.options import flag, names_of
+from chiasm.proxy import ProxyConfig
 from chiasm.wire import Role
 
-if TYPE_CHECKING:
-    from chiasm.launch import DeploymentConfig
-
 _POLL_SECONDS = 0.1
+_OF_DEPLOYMENT = ("engine", "served_model_name")
+_OF_PROXY = ("host", "port", "admin_key", "deadline_seconds")
+_OF_ROLE = ("cpus", "devices", "memory_share")
+_OF_KV = ("kv_connector", "kv_connector_module_path", "kv_lease_seconds")
+_COUNTS = {
+    Role.ENCODER: "encoders",
+    Role.PD: "pds",
+    Role.AGGREGATED: "aggregated",
+    Role.PREFILL: "prefills",
+    Role.DECODE: "decodes",
+}
+_UNSET_COUNTS = {Role.ENCODER: "1, or 0 with --aggregated", Role.PD: "1, or 0 if there are others"}
 
 
-def serve(
-    model: options.Model,
-    deployment: options.DeploymentOptions,
-    options_of_engine: options.EngineOptions,
-    devices: options.DeviceOptions,
-    arguments: options.ArgumentOptions,
-    ec: options.ECOptions,
-    kv: options.KVOptions,
-    media: options.MediaOptions,
-) -> None:
-    """Run instances of MODEL and the proxy, all on this machine.
-
-    Prints `ready http://HOST:PORT` when every instance is healthy.
-    """
-    run(configured(model, deployment, options_of_engine, devices, arguments, ec, kv, media))
-
-
-def configured(
-    model: str,
-    deployment: options.DeploymentOptions,
-    options_of_engine: options.EngineOptions,
-    devices: options.DeviceOptions,
-    arguments: options.ArgumentOptions,
-    ec: options.ECOptions,
-    kv: options.KVOptions,
-    media: options.MediaOptions,
-) -> DeploymentConfig:
-    """The deployment that these options ask for. Raises ConfigurationError for what cannot work together."""
-    from chiasm.cli.engines import flags_of
-    from chiasm.cli.process import check_level
-    from chiasm.launch import DeploymentConfig, RoleConfig
-
-    chosen = deployment
-    check_level(chosen.log_level)
-    cpus = {
-        Role.ENCODER: chosen.encoder_cpus,
-        Role.PD: chosen.pd_cpus,
-        Role.AGGREGATED: chosen.aggregated_cpus,
-        Role.PREFILL: chosen.prefill_cpus,
-        Role.DECODE: chosen.decode_cpus,
-    }
-    counts = count_instances(chosen.encoders, chosen.pds, chosen.aggregated, chosen.prefills, chosen.decodes)
-    of_proxy = (*media.arguments(), "--log-level", chosen.log_level)
-    if options_of_engine.max_items is not None:
-        of_proxy += ("--max-items", str(options_of_engine.max_items))
-    flags = flags_of(chosen.engine, options_of_engine, media, arguments, chosen.log_level)
-    dealt = devices.given()
-    return DeploymentConfig(
-        model,
-        {
-            role: RoleConfig(
-                count,
-                chosen.threads,
-                cpus[role] or (),
-                devices=dealt.get(f"{role}_devices", ()),
-                memory_share=dealt.get(f"{role}_memory_share"),
-                flags=flags.of_role(role),
-            )
-            for role, count in counts.items()
-        },
-        engine=chosen.engine,
-        host=chosen.host,
-        port=chosen.port,
-        served_model_name=chosen.served_model_name,
-        deadline_seconds=chosen.deadline_seconds,
-        instance_flags=flags.of_all,
-        proxy_flags=(*of_proxy, *(arguments.proxy_args or ())),
-        admin_key=chosen.admin_key,
-        **ec.given(),
-        **kv.given(),
+def parser() -> Parser:
+    made = Parser(
+        "serve",
+        "MODEL [OPTIONS]",
+        "Run instances of MODEL and the proxy, all on this machine.\n\n"
+        "Prints `ready http://HOST:PORT` when every instance is healthy.",
     )
+    made.add_argument("model", metavar="MODEL", help=instance.MODEL_HELP)
+    add_options(made)
+    return made
 
 
-def count_instances(
-    encoders: int | None, pds: int | None, aggregated: int | None, prefills: int | None, decodes: int | None
-) -> dict[Role, int]:
-    """How many instances of each role: without any count one encoder and one pd."""
-    apart = bool(prefills or decodes)
-    counts = {
-        Role.ENCODER: (0 if aggregated and not apart else 1) if encoders is None else encoders,
-        Role.PD: (0 if aggregated or apart else 1) if pds is None else pds,
-        Role.AGGREGATED: aggregated or 0,
-        Role.PREFILL: prefills or 0,
-        Role.DECODE: decodes or 0,
-    }
-    return {role: count for role, count in counts.items() if count}
+def add_options(made: Parser) -> None:
+    """Add all options."""
+    made.add("deployment", DeploymentConfig, only=_OF_DEPLOYMENT)
+    of_proxy = made.add_argument_group("proxy")
+    made.add(of_proxy, ProxyConfig, only=_OF_PROXY)
+    made.add_arguments("proxy_args", "More arguments for `chiasm proxy`, in quotes.", of_proxy)
+    instances = made.add_argument_group("all instances")
+    made.add(instances, RoleConfig, only=("threads",))
+    made.add(instances, ProcessConfig, only=("log_level",))
+    made.add_arguments("vllm_args", "More arguments for every `vllm serve`, in quotes.", instances)
+    for role in Role:
+        title = f"{'PD' if role is Role.PD else role} instances"
+        group = made.add_argument_group(title)
+        count = option(_COUNTS[role], int, f"Number of {title}.", min=0, unset=_UNSET_COUNTS.get(role, "0"))
+        made.add_option(count, group)
+        made.add(group, RoleConfig, only=_OF_ROLE, prefix=f"{role}_")
+        made.add_arguments(f"{role}_args", "More arguments for each of these instances, in quotes.", group)
+    made.add("engine", EngineConfig, without=("threads",))
+    made.add("embeddings", ECTransferConfig)
+    made.add("KV cache between prefill and decode", KVTransferConfig, only=_OF_KV)
+    made.add("images", MediaConfig)
 
 
-def run(config: DeploymentConfig) -> None:
+def run(settings: Mapping[str, Any]) -> None:
     """Run a deployment until a signal asks for its end."""
     from chiasm.cli.signals import EndSignals
     from chiasm.cli.view import View
@@ -110,7 +77,7 @@ def run(config: DeploymentConfig) -> None:
     from chiasm.launch.devices import describe
 
     view = View()
-    deployment = Deployment(config, on_change=view.change, on_line=view.line)
+    deployment = Deployment(deployment_config(settings), on_change=view.change, on_line=view.line)
     if placed := describe(deployment.placements):
         view.line("serve", placed)
     with EndSignals() as signals, view, deployment:
@@ -122,3 +89,51 @@ def run(config: DeploymentConfig) -> None:
                 view.ready(deployment.url)
                 announced = True
             time.sleep(_POLL_SECONDS)
+
+
+def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
+    """Return the deployment that a person asks for. Raises ConfigurationError for what cannot work together."""
+    of_all = _chosen(settings, "log_level", *names_of(EngineConfig, MediaConfig) - {"threads"})
+    of_proxy = _chosen(of_all, "log_level", "max_items", *names_of(MediaConfig))
+    of_proxy |= _parsed("proxy_args", settings, proxy.add_options)
+    own = (*_OF_DEPLOYMENT, *_OF_PROXY, *_OF_KV, *names_of(ECTransferConfig))
+    return DeploymentConfig(
+        roles={role: _role_config(role, count, settings) for role, count in instance_counts(settings).items()},
+        settings=of_all,
+        proxy_settings=of_proxy,
+        vllm_flags=settings.get("vllm_args", ()),
+        **{"port": ProxyConfig.port, **_chosen(settings, "model", *own)},
+    )
+
+
+def instance_counts(settings: Mapping[str, Any]) -> dict[Role, int]:
+    """Return the instances of each role: without any count, one encoder and one PD."""
+    apart = bool(settings.get("prefills") or settings.get("decodes"))
+    aggregated = bool(settings.get("aggregated"))
+    defaults = {Role.ENCODER: int(apart or not aggregated), Role.PD: int(not apart and not aggregated)}
+    counts = {role: settings.get(name, defaults.get(role, 0)) for role, name in _COUNTS.items()}
+    return {role: count for role, count in counts.items() if count}
+
+
+def _role_config(role: Role, count: int, settings: Mapping[str, Any]) -> RoleConfig:
+    own = {name: settings[f"{role}_{name}"] for name in _OF_ROLE if f"{role}_{name}" in settings}
+    name = f"{role}_args"
+    if settings.get("engine") is EngineKind.VLLM:
+        return RoleConfig(count, settings.get("threads"), vllm_flags=settings.get(name, ()), **own)
+    return RoleConfig(count, settings.get("threads"), settings=_parsed(name, settings, instance.add_options), **own)
+
+
+def _parsed(name: str, settings: Mapping[str, Any], add_options: Callable[[Parser], None]) -> dict[str, Any]:
+    """Return the settings in the value of an option such as ``--pd-args``. Raises ConfigurationError."""
+    if name not in settings:
+        return {}
+    parser = Parser(name, "", "", add_help=False)
+    add_options(parser)
+    try:
+        return parser.parse(settings[name], environment={})
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{flag(name)}: {error.message}") from None
+
+
+def _chosen(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: settings[name] for name in names if name in settings}

@@ -10,14 +10,14 @@ _ASKED_TO_END = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class EndSignals:
-    """While entered, notes the signals that ask for an end, in place of the process dying of them.
+    """While entered, records the signals that ask for an end instead of letting them end the process.
 
-    A loop looks at ``received``: an exception raised anywhere would interrupt the clean-up too.
+    A loop checks ``received``: an exception, which a signal could raise anywhere, would interrupt the clean-up too.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        """The first one that came."""
+        """The first one that arrived."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> EndSignals:

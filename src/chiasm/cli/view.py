@@ -1,4 +1,4 @@
-"""What a person sees of a deployment while it runs, on standard error."""
+"""Shows a running deployment on standard error."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from chiasm.launch import ProcessState, ProcessStatus
+from chiasm.launch.child import print_ready
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -29,10 +30,10 @@ _COLOURS = {
 
 
 class View:
-    """Log lines, and below them a table of the processes where standard error is a terminal.
+    """Log lines and, if standard error is a terminal, a table of the processes below them.
 
-    One thread does all the writing, so that a terminal or a pipe that takes no more output stops neither an instance nor
-    the command; lines that find no room meanwhile are counted and left out.
+    One thread does all the writing, so that a terminal or pipe that accepts no more output blocks neither an instance nor
+    the command; lines that don't fit into the queue meanwhile are counted and dropped.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class View:
             from rich.console import Console
             from rich.live import Live
 
-            # Standard output is not rich's to redirect: it carries the ready line.
+            # rich must not redirect standard output: it carries the ready line.
             self._live = Live(
                 console=Console(stderr=True), auto_refresh=False, redirect_stdout=False, redirect_stderr=False
             )
@@ -65,24 +66,22 @@ class View:
     # ---- from any thread; none of these blocks ------------------------------------------------------------------------
 
     def show(self, processes: Callable[[], Sequence[ProcessStatus]]) -> None:
-        """Show in the table what ``processes`` returns, again and again."""
+        """Keep showing what ``processes`` returns in the table."""
         self._processes = processes
 
     def line(self, name: str, text: str) -> None:
-        """Write a line of the log of the process called ``name``."""
+        """Write a log line of the process called ``name``."""
         self._put(lambda: self._print(f"[{name}] {text}"))
 
     def change(self, process: ProcessStatus) -> None:
-        """Write that a process is in another state."""
+        """Write a process's new state."""
         if process.state is ProcessState.READY:
             self.line(process.name, f"ready at {process.url}, pid {process.pid}")
-        elif process.state is not ProcessState.WAITING:  # that is a line of its log already
+        elif process.state is not ProcessState.WAITING:  # its log says so already
             self.line(process.name, str(process.state))
 
     def ready(self, url: str) -> None:
         """Write the ready line to standard output, above the table if both are in one terminal."""
-        from chiasm.cli.process import print_ready
-
         if self._live is None or not sys.stdout.isatty():
             print_ready(url)
         else:
@@ -97,7 +96,7 @@ class View:
     # ---- in its thread ------------------------------------------------------------------------------------------------
 
     def _write_all(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads standard error any more
+        with contextlib.suppress(OSError, ValueError):  # nobody reads standard error anymore
             while True:
                 try:
                     action = self._waiting.get(timeout=_REFRESH_SECONDS)
@@ -132,7 +131,7 @@ class View:
     def _report_dropped(self) -> None:
         if dropped := self._dropped:
             self._dropped -= dropped
-            self._print(f"({dropped} log lines were left out)")
+            self._print(f"({dropped} log lines were dropped)")
 
     def _refresh(self) -> None:
         if self._live is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from chiasm.cores import usable_cores
 from chiasm.doctor.base import Check, Finding, shown, size
 from chiasm.errors import ConfigurationError
-from chiasm.launch.storage import LEAST_BYTES, SHARED_MEMORY
+from chiasm.launch.folders import LEAST_BYTES, SHARED_MEMORY
 
 _CORES = Check("cores")
 _MEMORY = Check("memory")
@@ -242,10 +242,10 @@ def no_gpus(reason: str) -> Iterator[Finding]:
 
 def port(host: str, number: int) -> Iterator[Finding]:
     """Whether the proxy could listen there."""
-    from chiasm.launch.ports import HeldPort
+    from chiasm.launch.ports import check_port
 
     try:
-        HeldPort(host, number).release()
+        check_port(host, number)
     except ConfigurationError as error:
         yield _PORT.problem(
             error.message,

@@ -12,10 +12,9 @@ from chiasm.doctor.base import Check, Finding
 from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
 from chiasm.doctor.weights import dtype_in_use
 from chiasm.errors import ConfigurationError
-from chiasm.launch.commands import threads_of
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placements, describe
-from chiasm.launch.storage import DEFAULT_MAX_BYTES
+from chiasm.launch.folders import DEFAULT_MAX_BYTES
 from chiasm.wire import Role
 
 _PLAN = Check("plan")
@@ -88,7 +87,7 @@ def _surroundings(config: DeploymentConfig) -> Iterator[Finding]:
     is_vllm = config.engine is EngineKind.VLLM
     yield from installed.versions()
     yield from installed.vllm(wanted=is_vllm)
-    threads = [threads_of(config.roles, role) for role in config.roles for _ in range(config.count(role))]
+    threads = [config.threads(role) for role in config.roles for _ in range(config.count(role))]
     yield from machine.cores(threads)
     for role, chosen in config.roles.items():
         try:

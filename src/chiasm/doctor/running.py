@@ -13,7 +13,7 @@ from chiasm.doctor.base import Check, Finding, shown
 from chiasm.doctor.client import Client, NoAnswerError
 from chiasm.doctor.instances import Instance, Proxy, ask_instance, ask_proxy
 from chiasm.doctor.travel import Travel, pairs
-from chiasm.launch.storage import DEFAULT_MAX_BYTES
+from chiasm.launch.folders import DEFAULT_MAX_BYTES
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
 _PATIENCE = 10

@@ -30,10 +30,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
 
 from chiasm.connectors import ClassPath, ConnectorFactory
 from chiasm.errors import Code, InvalidRequestError
+from chiasm.options import Option
 
 if TYPE_CHECKING:
     import torch
@@ -61,13 +62,10 @@ class ECTransferRole(enum.Enum):
 class ECTransferConfig:
     """The configuration from which both halves of a connector are made."""
 
-    connector: str = "SharedStorageConnector"
-    """The registered name of the connector, or the name of its class in ``connector_module_path``."""
+    connector: Annotated[str, Option("Connector that transfers embeddings.", metavar="NAME")] = "SharedStorageConnector"
     role: ECTransferRole = ECTransferRole.BOTH
-    shared_storage_path: Path | None = None
-    """The folder of SharedStorageConnector."""
-    max_bytes: int = 4 << 30
-    """The limit on all entries in that folder together."""
+    shared_storage_path: Annotated[Path | None, Option("Folder through which instances exchange embeddings.")] = None
+    max_bytes: Annotated[int, Option("Maximum total size of the embedding store.", name="ec_max_bytes")] = 4 << 30
     fingerprint: str = ""
     """Names model, processor settings and dtype, in hex. Entries with another fingerprint are treated as missing."""
     device: str = "cpu"
@@ -76,8 +74,9 @@ class ECTransferConfig:
     """Whether the two halves live in different processes, and the worker must find everything that the scheduler role has
     found. A connector then verifies an entry before ``has_cache_item`` returns true, and keeps it until the metadata in the
     scheduler's process is gone."""
-    connector_module_path: str | None = None
-    """The module of a connector that is not registered."""
+    connector_module_path: Annotated[
+        str | None, Option("Python module of a connector that isn't chiasm's own.", metavar="MODULE")
+    ] = None
     extra: dict[str, str] = field(default_factory=dict)
     """Settings that only this connector understands."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.kv_transfer import KVTransferConfig
+from chiasm.options import Option
 from chiasm.wire import Role
 
 
@@ -17,26 +19,24 @@ class EngineConfig:
     model: Path
     """The folder of the checkpoint."""
     role: Role
-    dtype: str = "auto"
-    """``auto`` (float32 on CPU, the checkpoint's on CUDA), ``float32``, ``bfloat16`` or ``float16``."""
-    device: str = "auto"
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
-    threads: int | None = None
-    """Intra-op CPU threads; None keeps PyTorch's default, which is all cores."""
-    block_size: int = 16
-    """Tokens per KV block."""
-    kv_cache_bytes: int | None = None
-    encoder_cache_bytes: int = 512 << 20
-    """Maximum total size of the embeddings held in memory."""
-    max_num_batched_tokens: int = 2048
-    """Maximum rows of one step, decodes and prefill chunks together."""
-    max_num_seqs: int = 64
-    """Maximum number of sequences that compute at the same time."""
-    max_queued_requests: int = 256
-    max_model_len: int | None = None
-    """Maximum tokens of prompt and answer together."""
-    max_items: int = 16
-    """Maximum number of images per request."""
+    dtype: Annotated[
+        str,
+        Option("auto (float32 on CPU, the checkpoint's dtype on CUDA), float32, bfloat16 or float16.", metavar="DTYPE"),
+    ] = "auto"
+    device: Annotated[str, Option("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
+    threads: Annotated[int | None, Option("Intra-op CPU threads.", min=1, unset="all cores")] = None
+    block_size: Annotated[int, Option("Tokens in one KV block.", min=1)] = 16
+    kv_cache_bytes: Annotated[int | None, Option("Size of the KV cache.", unset="chosen from the free memory")] = None
+    encoder_cache_bytes: Annotated[int, Option("Maximum size of the embeddings held in memory.")] = 512 << 20
+    max_num_batched_tokens: Annotated[
+        int, Option("Maximum tokens in one step, decodes and prefill chunks together.", min=1)
+    ] = 2048
+    max_num_seqs: Annotated[int, Option("Maximum sequences computed at the same time.", min=1)] = 64
+    max_queued_requests: Annotated[int, Option("Maximum requests waiting to be computed.", min=1)] = 256
+    max_model_len: Annotated[
+        int | None, Option("Maximum tokens of prompt and answer together.", min=1, unset="the model's")
+    ] = None
+    max_items: Annotated[int, Option("Maximum images in one request.", min=0)] = 16
     ec: ECTransferConfig | None = None
     """How embeddings travel; None for an aggregated instance, which makes its own, and for decode, which needs none."""
     kv: KVTransferConfig | None = None

@@ -6,9 +6,24 @@ stream), ``errors`` and ``timing`` (what an answer carries besides its content).
 an answer is made of comes from a handler.
 """
 
-from chiasm.http.admission import Admission
-from chiasm.http.body import ClientLeftError, read_body
-from chiasm.http.endpoint import Endpoint
-from chiasm.http.exchange import Exchange
+from typing import TYPE_CHECKING
+
+from chiasm.lazy import names_from
+
+if TYPE_CHECKING:
+    from chiasm.http.admission import Admission
+    from chiasm.http.body import ClientLeftError, read_body
+    from chiasm.http.endpoint import Endpoint
+    from chiasm.http.exchange import Exchange
 
 __all__ = ["Admission", "ClientLeftError", "Endpoint", "Exchange", "read_body"]
+__getattr__ = names_from(
+    __name__,
+    {
+        "Admission": "admission",
+        "ClientLeftError": "body",
+        "Endpoint": "endpoint",
+        "Exchange": "exchange",
+        "read_body": "body",
+    },
+)

@@ -29,8 +29,9 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol
 
+from chiasm.options import Option
 from chiasm.wire import KVTransferParams
 
 if TYPE_CHECKING:
@@ -60,20 +61,35 @@ class KVTransferConfig:
     listens (0 takes a free one); a consumer uses neither. ``device`` is where the KV cache is (``"cpu"``, ``"cuda:0"``).
     """
 
-    connector: str = "SharedMemoryConnector"
+    connector: Annotated[str, Option("Connector that transfers the KV cache.", name="kv_connector", metavar="NAME")] = (
+        "SharedMemoryConnector"
+    )
     role: KVTransferRole = KVTransferRole.PRODUCER
     engine_id: str = ""
     fingerprint: str = ""
     device: str = "cpu"
-    host: str = "127.0.0.1"
-    port: int = 0
-    lease_seconds: float = 30.0
-    """How long a producer holds blocks that nobody claims."""
+    host: Annotated[
+        str,
+        Option(
+            "Address at which decode instances reach this prefill instance (also its bind address).", name="kv_host"
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[int, Option("Port at that address; 0 takes a free one.", name="kv_port", min=0, max=65535)] = 0
+    lease_seconds: Annotated[
+        float, Option("How long a prefill instance holds KV that nobody claims.", name="kv_lease_seconds", min=1)
+    ] = 30.0
     connect_timeout_seconds: float = 3.0
     """For a producer to accept a connection, and to answer a question."""
     max_parallel_transfers: int = 4
     """Requests whose blocks a consumer pulls at the same time; others wait for their turn."""
-    connector_module_path: str | None = None
+    connector_module_path: Annotated[
+        str | None,
+        Option(
+            "Python module of a KV connector that isn't chiasm's own.",
+            name="kv_connector_module_path",
+            metavar="MODULE",
+        ),
+    ] = None
     extra: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,14 +1,19 @@
-"""Runs instances and their proxy as processes on this machine. ``chiasm serve``, the demo, tests and the bench use it.
+"""Runs instances and their proxy as processes on this machine; ``chiasm serve``, the demo, the tests and the bench use it.
 
-A start's way: ``config`` (what is asked for) → ``devices``, ``ports``, ``storage`` (what the machine gives) →
-``plan`` (the processes), by ``commands`` or ``vllm`` (what a person would type) → ``child`` (one process, again and again) →
-``deployment`` (all of them) → ``health``. The children's side: ``lifeline`` ends a process whose parent is gone, and
-``supervisor`` is the parent of a server that knows nothing of all this, as vLLM; ``diagnosis`` says why one has ended.
+A start passes the files in this order: ``config`` (what is asked for), ``devices``, ``ports`` and ``folders`` (what the machine
+gives), ``plan`` (the processes), which uses ``process`` (what one is made from) and ``vllm`` (what ``vllm serve`` is told),
+``child`` (one process, started again when it dies), ``deployment`` (all of them). In the child, ``run`` runs an instance or the
+proxy, and ``supervisor`` is the parent of a server that isn't chiasm's, such as vLLM.
 """
 
-from chiasm.launch.child import ProcessState
-from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
-from chiasm.launch.deployment import Deployment, DeploymentNotReadyError, ProcessStatus
+from typing import TYPE_CHECKING
+
+from chiasm.lazy import names_from
+
+if TYPE_CHECKING:
+    from chiasm.launch.child import ProcessState
+    from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
+    from chiasm.launch.deployment import Deployment, DeploymentNotReadyError, ProcessStatus
 
 __all__ = [
     "Deployment",
@@ -19,3 +24,15 @@ __all__ = [
     "ProcessStatus",
     "RoleConfig",
 ]
+__getattr__ = names_from(
+    __name__,
+    {
+        "Deployment": "deployment",
+        "DeploymentConfig": "config",
+        "DeploymentNotReadyError": "deployment",
+        "EngineKind": "config",
+        "ProcessState": "child",
+        "ProcessStatus": "deployment",
+        "RoleConfig": "config",
+    },
+)

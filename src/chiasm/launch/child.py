@@ -1,4 +1,8 @@
-"""One process of a deployment: started, listened to, started again when it dies, ended."""
+"""One process of a deployment: started, listened to, started again when it dies, ended.
+
+The child's side of the contract: it takes its configuration from the first line of standard input, says ``ready URL`` on
+standard output, ends when standard input closes, and ends with exit code 2 if starting it again would not help.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,17 @@ from typing import IO
 from chiasm.errors import ConfigurationError
 
 CONFIGURATION_EXIT_CODE = 2
-"""With which chiasm's commands say that starting them again would not help."""
+"""Exit code of a command that cannot be started, however often one tries."""
 START_ATTEMPTS = 3
-"""Of a process that has never been ready and ends with another code than that."""
+"""Of a process that has never been ready and ends with another exit code."""
 FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 30.0
 STEADY_SECONDS = 60.0
-"""A process that was ready for this long starts again as if it had never failed."""
-READY = "ready "
+"""After this much time ready the back-off resets."""
+GRACE_SECONDS = 3.0
+"""For a child to end by itself when its standard input has closed."""
+_READY = "ready "
+_STDIN = 0
 _LINES_KEPT = 200
 _LINE_CHARACTERS = 8192
 
@@ -33,7 +40,7 @@ class ProcessState(enum.StrEnum):
 
     STARTING = "starting"
     READY = "ready"
-    """It has said so; whether it is healthy, the proxy knows."""
+    """It has said so; only the proxy knows whether it is healthy."""
     WAITING = "waiting"
     """It died and will be started again."""
     FAILED = "failed"
@@ -55,12 +62,14 @@ class Child:
         command: Sequence[str],
         environment: dict[str, str],
         *,
+        configuration: str = "",
         on_change: Callable[[Child], None],
         on_line: Callable[[str, str], None],
     ) -> None:
-        """``on_change`` is told of every new state, ``on_line`` of each line (name, text) of standard error.
+        """``configuration`` is one line for the process's standard input; empty: nothing is written there.
 
-        Both are called in threads of this object and must not block.
+        ``on_change`` is called at every new state, ``on_line`` with each line (name, text) of standard error. Both are called
+        in threads of this object and must not block.
         """
         self.name = name
         self.command = tuple(command)
@@ -72,6 +81,7 @@ class Child:
         self.lines: deque[str] = deque(maxlen=_LINES_KEPT)
         """The last lines of standard error, of all runs."""
         self._environment = environment
+        self._configuration = configuration
         self._on_change = on_change
         self._on_line = on_line
         self._lock = threading.Lock()  # of what decides whether there is a process, and whether there may be one
@@ -90,12 +100,12 @@ class Child:
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the process and all that it has started, without asking; it is not started again."""
+        """Kill the process and all that it has started; it is not started again."""
         self._ending.set()
         self._signal(signal.SIGKILL)
 
     def join(self, timeout_seconds: float) -> bool:
-        """Wait for the end; tells whether it came."""
+        """Wait for the end; return whether it came."""
         if self._thread.ident is not None:
             self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
@@ -160,20 +170,21 @@ class Child:
             return self._process
 
     def _follow(self, process: subprocess.Popen[str]) -> float | None:
-        """Read what the process says until it has ended; returns when it became ready, if it did."""
+        """Read what the process says until it has ended; return when it became ready, if it did."""
         ready_since = None
+        self._configure(process)
         errors = threading.Thread(
             target=self._pass_on, args=(process.stderr,), name=f"chiasm-{self.name}-log", daemon=True
         )
         errors.start()
         assert process.stdout is not None
         while line := process.stdout.readline(_LINE_CHARACTERS):
-            if ready_since is None and line.startswith(READY):
+            if ready_since is None and line.startswith(_READY):
                 ready_since = time.monotonic()
                 self._ever_ready = True
                 self._change(ProcessState.READY)
         _await_exit(process)
-        with self._lock:  # nobody signals a number that may be another's by then
+        with self._lock:  # nobody signals a number that another process may have by then
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # what a killed process leaves of its own
             process.wait()
@@ -185,14 +196,21 @@ class Child:
                 stream.close()
         return ready_since
 
+    def _configure(self, process: subprocess.Popen[str]) -> None:
+        if self._configuration:
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):  # it has died already
+                process.stdin.write(f"{self._configuration}\n")
+                process.stdin.flush()
+
     def _gives_up(self, code: int | None, failures: int) -> bool:
-        """Whether the process is beyond help; then ``failure`` says why."""
+        """Return whether to stop trying; then ``failure`` says why."""
         if self._ever_ready or (code != CONFIGURATION_EXIT_CODE and failures < START_ATTEMPTS):
             return False
         if code == CONFIGURATION_EXIT_CODE:
-            message = _last_error(self.lines) or f"{self.name} ended with {describe_exit(code)}"
+            message = _last_error(self.lines) or f"{self.name} ended with {describe_exit(code)}."
         else:
-            last = f": {self.lines[-1]}" if self.lines else ""
+            last = f": {self.lines[-1]}" if self.lines else "."
             message = f"{self.name} ended {failures} times before it was ready, with {describe_exit(code)}{last}"
         self.failure = ConfigurationError(message)
         self._change(ProcessState.FAILED)
@@ -212,8 +230,39 @@ class Child:
         self._on_change(self)
 
 
+# ---- in the child ------------------------------------------------------------------------------------------------------
+
+
+def print_ready(url: str) -> None:
+    """Print the ready line, the only one that a server of chiasm prints on standard output."""
+    print(f"{_READY}{url}", flush=True)
+
+
+def end_with_stdin(grace_seconds: float | None = None) -> None:
+    """End this process when its standard input closes: by SIGTERM, and if that does not help in time, at once.
+
+    The parent holds the other end of the pipe, and the kernel closes that when the parent dies, even by SIGKILL.
+    """
+    grace = GRACE_SECONDS if grace_seconds is None else grace_seconds
+    threading.Thread(target=_watch_stdin, args=(grace,), name="chiasm-lifeline", daemon=True).start()
+
+
+def _watch_stdin(grace_seconds: float) -> None:
+    try:
+        while os.read(_STDIN, 4096):
+            pass
+    except OSError:  # it was never open
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(grace_seconds)
+    os._exit(1)
+
+
+# ---- exits -------------------------------------------------------------------------------------------------------------
+
+
 def describe_exit(code: int | None) -> str:
-    """A return code of ``subprocess`` in words; None: there was no process."""
+    """Return a return code of ``subprocess`` in words; None: there was no process."""
     if code is None:
         return "no process"
     if code >= 0:
@@ -227,7 +276,7 @@ def describe_exit(code: int | None) -> str:
 
 
 def _await_exit(process: subprocess.Popen[str]) -> None:
-    """Until the process has ended; it keeps its number until it is waited for."""
+    """Wait until the process has ended; it keeps its number until it is reaped."""
     if hasattr(os, "waitid"):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     else:
@@ -235,7 +284,7 @@ def _await_exit(process: subprocess.Popen[str]) -> None:
 
 
 def _last_error(lines: Sequence[str]) -> str | None:
-    """The message of the last line by which a command of chiasm says why it gives up."""
+    """Return the message of the last line that begins with ``Error:``."""
     for line in reversed(lines):
         if line.startswith("Error: "):
             return line.removeprefix("Error: ")

@@ -6,9 +6,16 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
+from chiasm.cores import usable_cores
+from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
+from chiasm.launch.process import INSTANCE_OPTIONS, PROXY_OPTIONS, Cpus, ServedModelName, vllm_flags
+from chiasm.options import Option, flag, names_of
 from chiasm.wire import Role
+
+_NIXL = "NixlConnector"
 
 
 class EngineKind(enum.StrEnum):
@@ -24,17 +31,29 @@ class EngineKind(enum.StrEnum):
 class RoleConfig:
     """The instances of one role; all of them are alike."""
 
-    count: int = 1
-    threads: int | None = None
-    """Threads of one operator in each; None shares the cores out evenly."""
-    cpus: tuple[int, ...] = ()
-    """If not empty, the instances run on these CPUs only."""
-    devices: tuple[str, ...] = ()
-    """GPUs, by number or UUID, dealt to the instances in this order; empty: what the engine chooses."""
-    memory_share: float | None = None
-    """Of each device's memory, for one instance; None: all of it, or a share where instances share a device. vLLM only."""
-    flags: tuple[str, ...] = ()
-    """More arguments of ``chiasm instance`` or ``vllm serve``, after those of ``DeploymentConfig.instance_flags``."""
+    count: Annotated[int, Option("Number of these instances.", min=0)] = 1
+    threads: Annotated[
+        int | None, Option("CPU threads of each instance.", min=1, unset="an even share of the cores")
+    ] = None
+    """Intra-op threads."""
+    cpus: Cpus = ()
+    devices: Annotated[
+        tuple[str, ...],
+        Option(
+            "GPUs, shared out evenly, for example 0,1.", metavar="GPUS", separator=",", unset="chosen by the engine"
+        ),
+    ] = ()
+    """By number or UUID."""
+    memory_share: Annotated[
+        float | None,
+        Option(
+            "vLLM only: fraction of each GPU's memory for each instance.", min=0.01, max=1, unset="all that is free"
+        ),
+    ] = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Options of these instances, by name; they override those of ``DeploymentConfig.settings``."""
+    vllm_flags: tuple[str, ...] = ()
+    """More arguments of ``vllm serve``, after those of ``DeploymentConfig.vllm_flags``."""
 
 
 def _one_encoder_one_pd() -> Mapping[Role, RoleConfig]:
@@ -51,82 +70,109 @@ class DeploymentConfig:
     model: str
     """A checkpoint's folder, the name of a shipped one, or a hub name."""
     roles: Mapping[Role, RoleConfig] = field(default_factory=_one_encoder_one_pd)
-    engine: EngineKind = EngineKind.CHIASM
+    engine: Annotated[
+        EngineKind, Option("Engine of the instances: the built-in one, or `vllm serve` of the same environment.")
+    ] = EngineKind.CHIASM
     host: str = "127.0.0.1"
     """Where the proxy listens; instances are reachable from this machine only."""
     port: int = 0
     """Of the proxy; 0 takes a free one."""
-    served_model_name: str | None = None
-    """None: the name of the folder, or the shipped or hub name that was given."""
-    connector: str = "SharedStorageConnector"
+    served_model_name: ServedModelName = None
+    connector: str = ECTransferConfig.connector
     connector_module_path: str | None = None
     shared_storage_path: Path | None = None
-    """Where embeddings lie; None makes a folder, in shared memory where there is room, and removes it at the end."""
+    """Where embeddings lie; None makes a folder, in shared memory if there is room, and removes it at the end."""
     ec_max_bytes: int | None = None
-    """Bound of the embeddings there; None: 4 GiB, or less where there is less room."""
+    """Maximum size of the embeddings there; None: 4 GiB, or less if there is less room."""
     kv_connector: str | None = None
     """None: SharedMemoryConnector, and vLLM's own NixlConnector between vLLM instances."""
     kv_connector_module_path: str | None = None
     kv_lease_seconds: float | None = None
-    """How long a prefill instance holds KV that nobody asks for; None: the connector's default."""
+    """How long a prefill instance holds KV that nobody claims; None: the connector's default."""
     deadline_seconds: float | None = None
-    """The longest that a request may take; None: 600 seconds."""
-    instance_flags: tuple[str, ...] = ()
-    """More arguments of ``chiasm instance`` or ``vllm serve``, for every instance."""
-    proxy_flags: tuple[str, ...] = ()
-    """More arguments of ``chiasm proxy``."""
+    """Maximum duration of a request; None: 600 seconds."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Options of every instance, by name: ``{"max_model_len": 512}``."""
+    proxy_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the proxy, by name."""
+    vllm_flags: tuple[str, ...] = ()
+    """More arguments of every ``vllm serve``."""
     admin_key: str | None = field(default=None, repr=False)
-    """Lets whoever sends it as Bearer token change the proxy's instances."""
+    """Bearer token that may change the proxy's instances."""
     proxy_cpus: tuple[int, ...] = ()
-    """If not empty, the proxy runs on these CPUs only."""
+    """CPUs that the proxy runs on; empty: all."""
 
     def __post_init__(self) -> None:
+        self._check_roles()
+        known = names_of(*INSTANCE_OPTIONS)
+        for settings in (self.settings, *(role.settings for role in self.roles.values())):
+            _check_names(settings, known)
+        _check_names(self.proxy_settings, names_of(*PROXY_OPTIONS))
+        if self.engine is EngineKind.VLLM:
+            self._check_vllm()
+            return
+        if sharing := [role for role in self.roles if self.roles[role].memory_share is not None]:
+            raise ConfigurationError(
+                f"--{sharing[0]}-memory-share is for --engine vllm only; the built-in engine takes the size of its KV cache "
+                "from --kv-cache-bytes."
+            )
+        if self.vllm_flags or any(role.vllm_flags for role in self.roles.values()):
+            raise ConfigurationError(
+                "--vllm-args is for --engine vllm only; the built-in engine has options of its own."
+            )
+
+    def _check_roles(self) -> None:
         if any(role.count < 0 for role in self.roles.values()):
-            raise ConfigurationError("a deployment cannot have fewer than no instances of a role")
+            raise ConfigurationError("Instance counts must not be negative.")
         whole, apart = self._counts(Role.PD, Role.AGGREGATED), self._counts(Role.PREFILL, Role.DECODE)
         if any(whole) and any(apart):
-            raise ConfigurationError(
-                "prefill and decode instances stand in place of pd and aggregated instances, not beside them; "
-                "leave out the ones or the others"
-            )
+            raise ConfigurationError("--prefills/--decodes can't be combined with --pds/--aggregated.")
         if any(apart) and not all(apart):
             missing = "decode" if self.count(Role.PREFILL) else "prefill"
             raise ConfigurationError(
-                f"prefill and decode instances need each other; ask for at least one {missing} instance too"
+                f"Prefill and decode instances need each other; ask for at least one {missing} instance too."
             )
         if not any(whole) and not any(apart):
             raise ConfigurationError(
-                "nothing would answer: a deployment needs at least one pd or aggregated instance, or a prefill and a decode "
-                "instance"
+                "Nothing would answer: ask for at least one PD or aggregated instance, or a prefill and a decode instance."
             )
         if self.count(Role.ENCODER) and not self.exchanges_embeddings:
             raise ConfigurationError(
-                "nothing would use the encoders: they need at least one pd instance, or a prefill and a decode instance"
-            )
-        if self.engine is EngineKind.VLLM:
-            self._check_vllm()
-        elif sharing := [role for role in self.roles if self.roles[role].memory_share is not None]:
-            raise ConfigurationError(
-                f"--{sharing[0]}-memory-share is vLLM's: the built-in engine is told how much its KV cache takes, "
-                "--kv-cache-bytes"
+                "Nothing would use the encoders: ask for at least one PD instance, or a prefill and a decode instance."
             )
 
     def _check_vllm(self) -> None:
-        """vLLM instances exchange embeddings through chiasm's connector in vLLM, and KV through vLLM's own."""
-        if self.connector != "SharedStorageConnector" or self.connector_module_path is not None:
+        """Raise ConfigurationError for connectors and settings that vLLM instances don't have."""
+        if self.connector != ECTransferConfig.connector or self.connector_module_path is not None:
             raise ConfigurationError(
                 "--connector: vLLM instances exchange embeddings through SharedStorageConnector; for a connector of vLLM's, "
-                "give --ec-transfer-config in --encoder-args and --pd-args"
+                "give --ec-transfer-config in --encoder-args and --pd-args."
             )
-        if self.kv_connector not in (None, "NixlConnector") or self.kv_connector_module_path is not None:
+        if self.kv_connector not in (None, _NIXL) or self.kv_connector_module_path is not None:
             raise ConfigurationError(
-                "--kv-connector: vLLM instances exchange KV through NixlConnector; for another of vLLM's, give "
-                "--kv-transfer-config in --prefill-args and --decode-args"
+                f"--kv-connector: vLLM instances exchange KV through {_NIXL}; for another of vLLM's, give "
+                "--kv-transfer-config in --prefill-args and --decode-args."
             )
+        for role, chosen in self.roles.items():
+            vllm_flags({**self.settings, **chosen.settings}, role)
 
     def count(self, role: Role) -> int:
-        """Instances of ``role``."""
+        """Return the number of instances of ``role``."""
         return self.roles[role].count if role in self.roles else 0
+
+    def threads(self, role: Role) -> int:
+        """Return the threads of each instance of ``role``: as configured, else an even share of its cores, at least one."""
+        chosen = self.roles[role]
+        if chosen.threads is not None:
+            return chosen.threads
+        if chosen.cpus:
+            return max(1, len(set(chosen.cpus)) // chosen.count)
+        return max(1, usable_cores() // sum(one.count for one in self.roles.values()))
+
+    @property
+    def model_name(self) -> str:
+        """The name by which clients ask for the model."""
+        return self.served_model_name or model_name(self.model)
 
     @property
     def exchanges_embeddings(self) -> bool:
@@ -135,3 +181,14 @@ class DeploymentConfig:
 
     def _counts(self, *roles: Role) -> list[int]:
         return [self.count(role) for role in roles]
+
+
+def model_name(model: str) -> str:
+    """Return what clients call a model: a checkpoint's folder by its own name, anything else as it was given."""
+    path = Path(model).expanduser()
+    return path.resolve().name if (path / "config.json").is_file() else model
+
+
+def _check_names(settings: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := sorted(settings.keys() - known):
+        raise ConfigurationError(f"There is no option {', '.join(map(flag, unknown))}.")

@@ -10,24 +10,22 @@ from types import TracebackType
 
 from chiasm.cores import check_cpus
 from chiasm.errors import ChiasmError
-from chiasm.launch import health
 from chiasm.launch.child import Child, ProcessState
 from chiasm.launch.config import DeploymentConfig
-from chiasm.launch.locked_folder import LockedFolder
+from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder
 from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, placements_of, plan_instances, plan_proxy
-from chiasm.launch.ports import HeldPort
-from chiasm.launch.storage import DEFAULT_MAX_BYTES, StorageFolder
+from chiasm.launch.ports import HeldPort, instance_states
 from chiasm.wire import Role
 
 STOP_SECONDS = 3.5
-"""For processes to end by themselves; then they are killed."""
+"""Time for processes to end by themselves; then they are killed."""
 _KILL_SECONDS = 1.0
 _POLL_SECONDS = 0.05
 _SCRATCH_PREFIX = "chiasm-serve-"
 
 
 class DeploymentNotReadyError(ChiasmError):
-    """The instances were not all healthy in time; the message says which."""
+    """Not all instances were healthy in time; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class ProcessStatus:
 
     @property
     def memory_bytes(self) -> int | None:
-        """What is resident of the process now, or None."""
+        """Resident memory of the process now, or None."""
         import psutil
 
         with contextlib.suppress(psutil.Error):
@@ -70,8 +68,8 @@ class Deployment:
             url = deployment.wait_ready()
 
     A child that dies is started again, on the same port, after a pause that doubles each time. One that cannot be started
-    at all ends the deployment's start: ``check`` and ``wait_ready`` raise its error. When ``stop`` returns there is no
-    process, no port and no folder left; when this process is killed, the children end by themselves.
+    at all ends the deployment's start: ``check`` and ``wait_ready`` raise its error. When ``stop`` returns, no process, port or
+    folder is left; when this process is killed, the children end by themselves.
     """
 
     def __init__(
@@ -81,12 +79,12 @@ class Deployment:
         on_change: Callable[[ProcessStatus], None] | None = None,
         on_line: Callable[[str, str], None] | None = None,
     ) -> None:
-        """Find the model and, where there are GPUs, deal them out. Starts nothing.
+        """Find the model and, where there are GPUs, deal them out. Start nothing.
 
         Raises ConfigurationError when there is no such model, no such engine, or no such device.
 
-        ``on_change`` is told of a process' every new state, ``on_line`` of each line (name of the process, text) that one
-        logs. Both are called in other threads, and must return at once.
+        ``on_change`` is called at every new state of a process, ``on_line`` with each line (name of the process, text) that one
+        logs. Both are called in other threads and must return at once.
         """
         from chiasm.models import resolve_folder
 
@@ -104,7 +102,6 @@ class Deployment:
         self._held: list[HeldPort] = []
         self._storage: StorageFolder | None = None
         self._scratch: LockedFolder | None = None
-        self._was_ready = False
 
     # ---- life ---------------------------------------------------------------------------------------------------------
 
@@ -122,17 +119,29 @@ class Deployment:
         self.stop()
 
     def start(self) -> None:
-        """Start all processes at once. Raises ConfigurationError, before any is started, when the port is in use."""
+        """Start all processes at once.
+
+        Raises ConfigurationError, before any is started, if the port is in use or a setting cannot work.
+        """
         config = self.config
         try:
             address = HeldPort(config.host, config.port)
             self._held.append(address)
             instances = plan_instances(config, self.folder, self.placements, self._surroundings(), self._held)
+            urls = [(plan.role, plan.address.url) for plan in instances if plan.role is not None]
+            proxy = plan_proxy(config, address, urls)
         except BaseException:
             self._release()
             raise
-        for plan in (plan_proxy(config, address, instances), *instances):
-            child = Child(plan.name, plan.command, plan.environment, on_change=self._changed, on_line=self._on_line)
+        for plan in (proxy, *instances):
+            child = Child(
+                plan.name,
+                plan.command,
+                plan.environment,
+                configuration=plan.configuration,
+                on_change=self._changed,
+                on_line=self._on_line,
+            )
             self._members[plan.name] = _Member(plan, child)
         for member in self._members.values():
             member.child.start()
@@ -144,7 +153,7 @@ class Deployment:
             self._storage = StorageFolder(config.ec_max_bytes)
             storage, ec_max_bytes = self._storage.path, self._storage.max_bytes
         if any(placement.shared for placement in self.placements.values()):
-            self._scratch = LockedFolder.temporary(_SCRATCH_PREFIX)
+            self._scratch = LockedFolder(_SCRATCH_PREFIX)
         return Surroundings(storage, ec_max_bytes, self._scratch.path if self._scratch else None)
 
     def check(self) -> None:
@@ -154,29 +163,29 @@ class Deployment:
                 raise member.child.failure
 
     def is_ready(self) -> bool:
-        """Whether all processes run and the proxy finds every instance healthy. Asks the proxy; takes milliseconds."""
+        """Return whether all processes run and the proxy finds every instance healthy; asking it takes milliseconds."""
         members = [member for member in self._members.values() if member.plan.role is not None]
         if not all(member.child.state is ProcessState.READY for member in self._members.values()):
             return False
-        states = health.states(self.local_url)
+        states = instance_states(self.local_url)
         return all(states.get(member.plan.address.url) == "healthy" for member in members)
 
     def wait_ready(self, timeout_seconds: float = 300.0) -> str:
-        """Wait until ``is_ready``; returns the proxy's URL.
+        """Wait until ``is_ready``, and return the proxy's URL.
 
-        Raises ConfigurationError as ``check`` does, and DeploymentNotReadyError when the time is over.
+        Raises ConfigurationError as ``check`` does, and DeploymentNotReadyError after ``timeout_seconds``.
         """
         until = time.monotonic() + timeout_seconds
         while not self.is_ready():
             self.check()
             if time.monotonic() > until:
                 states = ", ".join(f"{process.name} is {process.state}" for process in self.processes)
-                raise DeploymentNotReadyError(f"not ready after {timeout_seconds:g} s: {states}")
+                raise DeploymentNotReadyError(f"Not ready after {timeout_seconds:g} s: {states}.")
             time.sleep(_POLL_SECONDS)
         return self.url
 
     def stop(self) -> None:
-        """End all processes within 5 seconds, let their ports go and remove the folder made for them; idempotent."""
+        """End all processes within 5 seconds, release their ports and remove the folders made for them; idempotent."""
         children = [member.child for member in self._members.values()]
         for child in children:
             child.end()
@@ -189,27 +198,27 @@ class Deployment:
         self._release()
 
     def _release(self) -> None:
-        """Let go of what the machine has given."""
+        """Release ports and folders."""
         for address in self._held:
             address.release()
         for folder in (self._storage, self._scratch):
             if folder is not None:
                 folder.remove()
 
-    # ---- what there is ------------------------------------------------------------------------------------------------
+    # ---- what runs ----------------------------------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
-        """Of the proxy, as configured."""
+        """Base URL of the proxy, as configured."""
         return self._members[PROXY].plan.address.url
 
     @property
     def local_url(self) -> str:
-        """Of the proxy, as this machine reaches it also where it listens on all addresses."""
+        """Base URL of the proxy for clients on this machine."""
         return self._members[PROXY].plan.address.local_url
 
     def urls(self, role: Role) -> list[str]:
-        """Of the instances of ``role``, in the order of their numbers."""
+        """Return the base URLs of the instances of ``role``, in the order of their numbers."""
         return [member.plan.address.url for member in self._members.values() if member.plan.role is role]
 
     @property
@@ -218,7 +227,7 @@ class Deployment:
         return [self._status(name) for name in list(self._members)]
 
     def lines(self, name: str) -> list[str]:
-        """The last lines that the process called ``name`` has logged, at most 200."""
+        """Return the last lines that the process called ``name`` has logged, at most 200."""
         return list(self._members[name].child.lines)
 
     def _changed(self, child: Child) -> None:

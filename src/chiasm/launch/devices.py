@@ -1,4 +1,4 @@
-"""Which GPUs there are, and which instance gets which of them."""
+"""Which GPUs there are, and which instance gets which."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from chiasm.wire import Role
 _LISTED = re.compile(r"^GPU (\d+):", re.MULTILINE)
 _LIST_SECONDS = 20.0
 _USABLE_SHARE = 0.9
-"""Of a device that instances share: the rest is for what the driver and the libraries of each take on top."""
+"""Of a shared device's memory; driver and libraries of each process take the rest."""
 _LEAST_SHARE = 0.02
 _ENCODER_WEIGHT = 1
 _LANGUAGE_WEIGHT = 3
-"""Of an encoder's memory: a language model is larger, and holds KV."""
+"""Relative to an encoder: a language model is larger, and holds KV."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Placement:
 
     devices: tuple[str, ...] = ()
     memory_share: float | None = None
-    """Of each device; None: what the engine takes of a device that it has to itself."""
+    """Fraction of each device's memory; None: what the engine takes of a device of its own."""
     shared: bool = False
     """Whether another instance computes on one of the devices."""
 
@@ -39,7 +39,7 @@ Placements = dict[tuple[Role, int], Placement]
 
 
 def found_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The NVIDIA GPUs that a process of this environment may use, by ``nvidia-smi``'s numbers or by UUID."""
+    """Return the NVIDIA GPUs that a process of this environment may use, by ``nvidia-smi``'s numbers or by UUID."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return tuple(name.strip() for name in visible.split(",") if name.strip() not in {"", "-1"})
@@ -53,15 +53,15 @@ def found_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, ...
 
 
 def place(roles: Mapping[Role, RoleConfig], found: Sequence[str], attention_heads: int | None = None) -> Placements:
-    """Deal out GPUs: those named for a role to its instances, and of ``found`` the others to the roles without names.
+    """Return the GPUs of each instance: a role's named ones, and the rest of ``found`` for the roles without names.
 
-    An instance with several devices splits its model over them. Where that is this function's choice, it takes a power of
-    two that divides ``attention_heads``, and one device if those aren't known. Raises ConfigurationError, which says what to
-    name instead, when there is no such way.
+    An instance with several devices splits its model over them. Without names an instance gets a power of two that divides
+    ``attention_heads``, or one device if those aren't known. Raises ConfigurationError, which says what to name instead, if
+    the devices cannot be dealt.
     """
     named = {role: chosen for role, chosen in roles.items() if chosen.devices and chosen.count}
     for role, chosen in named.items():
-        _check_names(role, chosen.devices, found)
+        check_names(role, chosen.devices, found)
     devices = {(role, index): dealt for role, chosen in named.items() for index, dealt in _deal(role, chosen)}
     taken = {device for dealt in devices.values() for device in dealt}
     unnamed = {role: chosen.count for role, chosen in roles.items() if chosen.count and not chosen.devices}
@@ -71,7 +71,7 @@ def place(roles: Mapping[Role, RoleConfig], found: Sequence[str], attention_head
 
 
 def describe(placements: Placements) -> str:
-    """What was chosen, in one line; empty where no GPU was dealt."""
+    """Return the choice in one line; empty if no GPU was dealt."""
     parts = []
     for (role, index), placement in placements.items():
         if not placement.devices:
@@ -82,17 +82,18 @@ def describe(placements: Placements) -> str:
     return "; ".join(parts)
 
 
-def _check_names(role: Role, names: Sequence[str], found: Sequence[str]) -> None:
+def check_names(role: Role, names: Sequence[str], found: Sequence[str]) -> None:
+    """Raise ConfigurationError unless the devices named for ``role`` are among those found, each once."""
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
-        raise ConfigurationError(f"--{role}-devices names {', '.join(repeated)} more than once")
+        raise ConfigurationError(f"--{role}-devices names {', '.join(repeated)} more than once.")
     missing = [name for name in names if name.isdecimal() and name not in found]
     if missing and all(name.isdecimal() for name in found):
-        there = f"there are {', '.join(found)}" if found else "no NVIDIA GPU was found"
-        raise ConfigurationError(f"--{role}-devices: GPU {', '.join(missing)} cannot be used here; {there}")
+        there = f"the GPUs are {', '.join(found)}" if found else "no NVIDIA GPU was found"
+        raise ConfigurationError(f"--{role}-devices: GPU {', '.join(missing)} cannot be used here; {there}.")
 
 
 def _deal(role: Role, chosen: RoleConfig) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Some devices to each instance, or some instances to each device."""
+    """Yield number and devices of each instance: several devices for one instance, or several instances on one device."""
     names, count = chosen.devices, chosen.count
     each, rest = divmod(len(names), count)
     if each and not rest:
@@ -104,21 +105,21 @@ def _deal(role: Role, chosen: RoleConfig) -> Iterator[tuple[int, tuple[str, ...]
     else:
         raise ConfigurationError(
             f"--{role}-devices names {len(names)} devices for {count} instances, which cannot be dealt evenly; "
-            f"name {count} or a multiple of that"
+            f"name {count} or a multiple of it."
         )
 
 
 def _choose(
     counts: Mapping[Role, int], free: Sequence[str], attention_heads: int | None
 ) -> dict[tuple[Role, int], tuple[str, ...]]:
-    """Each instance with a language model gets GPUs of its own; encoders get others where some are left, else share those."""
+    """Return devices: own ones for each language model; for encoders others if some are left, else the same ones."""
     language = [(role, index) for role, count in counts.items() if role is not Role.ENCODER for index in range(count)]
     encoders = [(Role.ENCODER, index) for index in range(counts.get(Role.ENCODER, 0))]
     if not free or len(language) > len(free):
         names = ", ".join(f"--{role}-devices" for role in counts)
         raise ConfigurationError(
             f"{len(free)} GPU(s) are left for {len(language)} instance(s) of the language model and {len(encoders)} "
-            f"encoder(s); ask for fewer instances, or name the devices, which instances may share: {names}"
+            f"encoder(s); ask for fewer instances, or let them share devices by naming these with {names}."
         )
     apart = min(len(encoders), len(free) - len(language))
     for_encoders, rest = list(free[:apart]), free[apart:]
@@ -147,7 +148,7 @@ def _with_shares(roles: Mapping[Role, RoleConfig], devices: Mapping[tuple[Role, 
             names = devices.get((role, index), ())
             if chosen.memory_share is not None and not names:
                 raise ConfigurationError(
-                    f"--{role}-memory-share is of a GPU's memory, and {role} instances have none here"
+                    f"--{role}-memory-share is a fraction of a GPU's memory, and {role} instances have no GPU here."
                 )
             shared = any(len(tenants[name]) > 1 for name in names)
             share = min((shares[name][role] for name in names), default=None) if shared else chosen.memory_share
@@ -156,13 +157,13 @@ def _with_shares(roles: Mapping[Role, RoleConfig], devices: Mapping[tuple[Role, 
 
 
 def _shares(roles: Mapping[Role, RoleConfig], device: str, tenants: Sequence[Role]) -> dict[Role, float]:
-    """What one instance of each role gets of a device's memory."""
+    """Return the fraction of a device's memory for one instance of each role."""
     given = {role: share for role in tenants if (share := roles[role].memory_share) is not None}
     taken = sum(given.get(role, 0.0) for role in tenants)
     others = [role for role in tenants if role not in given]
     if taken > 1:
         raise ConfigurationError(
-            f"the instances on GPU {device} are given {taken:.0%} of its memory together; lower their memory shares"
+            f"The instances on GPU {device} are given {taken:.0%} of its memory together; lower their memory shares."
         )
     weights = {role: _ENCODER_WEIGHT if role is Role.ENCODER else _LANGUAGE_WEIGHT for role in others}
     left = _USABLE_SHARE - taken
@@ -170,6 +171,6 @@ def _shares(roles: Mapping[Role, RoleConfig], device: str, tenants: Sequence[Rol
     if any(share < _LEAST_SHARE for share in shares.values()):
         names = ", ".join(sorted(set(others)))
         raise ConfigurationError(
-            f"GPU {device} has no memory left for {names}; lower the memory shares of the others on it"
+            f"GPU {device} has no memory left for {names}; lower the memory shares of the others on it."
         )
     return given | shares

@@ -1,59 +1,79 @@
-"""Ports that are ours from before a child starts until after it has ended."""
+"""Ports that are ours from before a child starts until after it has ended, and the health of what listens there."""
 
 from __future__ import annotations
 
-import errno
-import socket
+import http.client
 import sys
+import urllib.error
+import urllib.request
 
-from chiasm.errors import ConfigurationError
+import msgspec
+
+from chiasm.http.listen import base_url, bind
+from chiasm.wire import ProxyHealth
+
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+_HEALTH_SECONDS = 2.0
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_PROXY is not for this machine
 
 
 class HeldPort:
     """A port that nobody else gets, while a child of this process may listen on it.
 
-    On Linux a socket that is bound but does not listen keeps a port from everyone but those who bind with SO_REUSEADDR,
-    as servers do. Elsewhere that would keep the child away too, so there the port is only tried and let go.
+    On Linux a socket that is bound but doesn't listen keeps a port from everyone except those who bind with SO_REUSEADDR,
+    as servers do. Elsewhere that would keep the child away too, so there the port is only tried and released.
     """
 
     def __init__(self, host: str, port: int = 0) -> None:
-        """Take ``port``, or a free one for 0. Raises ConfigurationError when it is in use or cannot be bound."""
+        """Take ``port``, or a free one for 0. Raises ConfigurationError if it is in use or cannot be bound."""
         self.host = host
-        try:
-            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-                0
-            ]
-        except (OSError, OverflowError) as error:
-            raise ConfigurationError(f"cannot listen on {host!r} port {port}: {error}") from error
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.bind(address)
-        except (OSError, OverflowError) as error:
-            self._socket.close()
-            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                raise ConfigurationError(
-                    f"port {port} on {host} is in use; stop what uses it, or choose another port with --port"
-                ) from error
-            raise ConfigurationError(f"cannot listen on {host} port {port}: {error}") from error
+        self._socket = bind(host, port, listening=False)
         self.port: int = self._socket.getsockname()[1]
         if sys.platform != "linux":
             self._socket.close()
 
     @property
     def url(self) -> str:
-        """``http://host:port``."""
-        return _url(self.host, self.port)
+        """The base URL at which clients reach it."""
+        return base_url(self.host, self.port)
 
     @property
     def local_url(self) -> str:
-        """The same for a client on this machine: where all addresses are listened on, loopback is one of them."""
-        return _url({"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host), self.port)
+        """The base URL for a client on this machine: loopback, where the server listens on all addresses."""
+        return base_url(_LOOPBACK_OF.get(self.host, self.host), self.port)
 
     def release(self) -> None:
-        """Let the port go; idempotent."""
+        """Release the port; idempotent."""
         self._socket.close()
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigurationError if ``port`` cannot be listened on."""
+    HeldPort(host, port).release()
+
+
+def is_healthy(url: str) -> bool:
+    """Return whether GET /health at base URL ``url`` is answered with 200."""
+    status, _ = _get_health(url)
+    return status == 200
+
+
+def instance_states(url: str) -> dict[str, str]:
+    """Return the state of each instance behind the proxy at ``url``, by the instance's URL; empty if it doesn't answer."""
+    _, body = _get_health(url)
+    try:
+        return {instance.url: instance.state for instance in msgspec.json.decode(body, type=ProxyHealth).instances}
+    except msgspec.MsgspecError:
+        return {}
+
+
+def _get_health(url: str) -> tuple[int, bytes]:
+    """Return status and body; 0 and nothing if there is no response."""
+    try:
+        with _OPENER.open(f"{url}/health", timeout=_HEALTH_SECONDS) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""

@@ -1,7 +1,7 @@
-"""Runs a server that knows nothing of its launcher, and speaks for it: ``python -m chiasm.launch.supervisor``.
+"""Runs a server that isn't chiasm's as a child of a deployment: ``python -m chiasm.launch.supervisor``.
 
 A child of a deployment says ``ready`` on its standard output, ends with its standard input, leaves nothing behind and says in
-one line why it could not start. vLLM does none of that: it has processes of its own, which outlive it when it is killed. The
+one line why it could not start. vLLM does none of these: it has processes of its own, which outlive it when it is killed. The
 supervisor is their parent, whatever becomes of vLLM, and does all four for it.
 """
 
@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,18 +26,17 @@ from typing import BinaryIO
 import psutil
 
 from chiasm.cores import pin_to
-from chiasm.launch import health, lifeline
-from chiasm.launch.child import CONFIGURATION_EXIT_CODE, READY, describe_exit
-from chiasm.launch.diagnosis import decisive_line
-from chiasm.launch.locked_folder import LockedFolder
+from chiasm.launch.child import CONFIGURATION_EXIT_CODE, describe_exit, end_with_stdin, print_ready
+from chiasm.launch.folders import LockedFolder
+from chiasm.launch.ports import is_healthy
 
 END_SECONDS = 1.5
-"""For the server to end by itself when it is asked to."""
+"""Time for the server to end by itself when it is asked to."""
 _TRACKER_SECONDS = 1.2
-"""For what is left in shared memory to be removed."""
+"""Time for what is left in shared memory to be removed."""
 _KILLED_SECONDS = 0.4
 _GRACE_SECONDS = 4.5
-"""For all of that, where nobody is left who would wait longer."""
+"""Time for all of that when the parent is gone."""
 _PROBE_SECONDS = 0.25
 _LOCK_SECONDS = 0.1
 _LINES_KEPT = 1000
@@ -46,10 +46,19 @@ _SCRATCH_PREFIX = "chiasm-run-"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _AWAITED = {*_ENDING, signal.SIGCHLD}
+_LONGEST = 600
+# "(EngineCore pid=123) ERROR 11-24 02:21:42 [core.py:1510] " before what a process of vLLM's says.
+_PREFIX = re.compile(r"^(?:\([\w ]+ pid=\d+\) )?(?:(?:ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\] ?)?")
+_USAGE = re.compile(r"^[\w.\- ]+: error: (?P<said>.+)")
+_RAISED = re.compile(r"^(?P<kind>(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt))(?:: (?P<said>.*))?$")
+# One process of vLLM's reports that another has failed; that one has said why.
+_SECOND_HAND = ("Engine core initialization failed", "Worker failed with error", "WorkerProc initialization failed")
+_VALIDATION = re.compile(r"\d+ validation errors? for ")
+_VALUE = re.compile(r"^\s+(?:Value error, )?(?P<said>.+?)(?: \[type=.*)?$")
 
 
 class Supervisor:
-    """One command, from its start to the end of the last process that it started."""
+    """Runs one command, from its start to the end of the last process that it started."""
 
     def __init__(self, command: Sequence[str], url: str) -> None:
         """``url`` is where the command will serve; GET /health there says when it does."""
@@ -60,15 +69,15 @@ class Supervisor:
         self._over = threading.Event()
 
     def run(self, turn: Path | None = None) -> int:
-        """Start the command, pass on what it says until it ends or this process is asked to end; returns the exit code.
+        """Start the command, pass on its output until it ends or this process is asked to end, and return the exit code.
 
-        With ``turn``, a file, one at a time of those that name it is between its start and ready. Call it in the main thread
-        of a process that has started no other threads.
+        Of the supervisors with the same ``turn``, a file, only one at a time has a command that is starting. Call it in the
+        main thread of a process that has started no other threads.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
         _adopt_orphans()
-        lifeline.end_with_stdin(_GRACE_SECONDS)
-        with _Turn(turn) as mine, LockedFolder.temporary(_SCRATCH_PREFIX) as scratch:
+        end_with_stdin(_GRACE_SECONDS)
+        with _Turn(turn) as mine, LockedFolder(_SCRATCH_PREFIX) as scratch:
             while not mine.taken():
                 if _await_signal(_LOCK_SECONDS) in _ENDING:
                     return 0
@@ -96,7 +105,7 @@ class Supervisor:
         return 0 if asked else self._tell_failure(process.returncode)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> bool:
-        """Until the command has ended, or this process is asked to end: then true."""
+        """Wait until the command has ended or this process is asked to end; return whether it is asked to."""
         while process.poll() is None:
             if _await_signal() in _ENDING:
                 return True
@@ -105,17 +114,17 @@ class Supervisor:
     def _tell_failure(self, code: int) -> int:
         reason = decisive_line(self._lines)
         if self._ready.is_set() or code < 0:
-            _say(f"it ended with {describe_exit(code)}" + (f": {reason}" if reason and code >= 0 else ""))
+            _say(f"The server ended with {describe_exit(code)}" + (f": {reason}" if reason and code >= 0 else "."))
             return _FAILED
-        _say(f"Error: {reason or f'it ended with {describe_exit(code)} before it was ready'}")
+        _say(f"Error: {reason or f'The server ended with {describe_exit(code)} before it was ready.'}")
         return CONFIGURATION_EXIT_CODE
 
     def _probe(self, turn: _Turn) -> None:
         while not self._over.wait(_PROBE_SECONDS):
-            if health.answers(self._url):
+            if is_healthy(self._url):
                 self._ready.set()
                 turn.pass_on()
-                print(f"{READY}{self._url}", flush=True)
+                print_ready(self._url)
                 return
 
     def _pass_on(self, stream: BinaryIO) -> None:
@@ -127,13 +136,13 @@ class Supervisor:
 
 
 class _Turn:
-    """A lock that a file stands for; without a file, always free."""
+    """A lock on a file; without a file, it is always free."""
 
     def __init__(self, path: Path | None) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600) if path is not None else -1
 
     def taken(self) -> bool:
-        """Whether it is ours now."""
+        """Try to take it; return whether it is ours now."""
         if self._descriptor < 0:
             return True
         try:
@@ -159,8 +168,7 @@ class _Turn:
 def _end_all(process: subprocess.Popen[bytes]) -> None:
     """End the command if it runs, and kill what it leaves.
 
-    Python's resource trackers go last: they end by themselves when all others have, and remove what those left in shared
-    memory.
+    Python's resource trackers go last: they end by themselves after all others, and remove what these left in shared memory.
     """
     if process.poll() is None:
         process.terminate()
@@ -198,7 +206,7 @@ def _kill(processes: Iterator[psutil.Process] | list[psutil.Process]) -> None:
 
 
 def _await_signal(timeout_seconds: float | None = None) -> int | None:
-    """The next signal for this process, which is blocked everywhere else; None when the time is over."""
+    """Return the next signal for this process, which is blocked everywhere else; None after the timeout."""
     if timeout_seconds is None:
         return signal.sigwait(_AWAITED)
     info = signal.sigtimedwait(_AWAITED, timeout_seconds)
@@ -206,13 +214,13 @@ def _await_signal(timeout_seconds: float | None = None) -> int | None:
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of what a dead child leaves behind, in place of the system's first process."""
+    """Become the parent of the processes that a dead child leaves behind, in place of the system's first process."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _begin_as_child() -> None:
-    """Between fork and exec: end with the supervisor, and hear signals again."""
+    """Between fork and exec: have the kernel kill the command when the supervisor dies, and unblock its signals."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -222,13 +230,45 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def decisive_line(lines: Sequence[str]) -> str | None:
+    """Return the last error in a log that isn't a report of another process's error; None if there is no error."""
+    said = [_PREFIX.sub("", line, count=1) for line in lines]
+    found: str | None = None
+    second_hand: str | None = None
+    for number, line in enumerate(said):
+        if usage := _USAGE.match(line):
+            found = usage["said"]
+        elif raised := _RAISED.match(line):
+            text = (raised["said"] or "").strip()
+            if _VALIDATION.match(text):
+                text = _first_value(said[number + 1 :]) or text
+            if text.startswith(_SECOND_HAND):
+                second_hand = text
+            else:
+                found = text or raised["kind"].rpartition(".")[2]
+    chosen = found or second_hand
+    return chosen[:_LONGEST] if chosen else None
+
+
+def _first_value(lines: Sequence[str]) -> str | None:
+    """Return the reason that pydantic gives below its headline."""
+    for line in lines[:2]:
+        if match := _VALUE.match(line):
+            return match["said"]
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m chiasm.launch.supervisor", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--url", required=True, help="where the command will serve; /health says when")
-    parser.add_argument("--cpus", default="", help="CPUs that the command runs on, separated by commas")
-    parser.add_argument("--turn", type=Path, help="a file: of the commands that name it, one starts at a time")
+    parser.add_argument(
+        "--url",
+        required=True,
+        help="base URL at which the command will serve; GET /health there tells when it is ready",
+    )
+    parser.add_argument("--cpus", default="", help="CPUs for the command, separated by commas")
+    parser.add_argument("--turn", type=Path, help="file; of the commands that name it, only one at a time starts")
     parser.add_argument("command", nargs="+", help="the command, after --")
     chosen = parser.parse_args(arguments)
     pin_to([int(cpu) for cpu in chosen.cpus.split(",") if cpu])

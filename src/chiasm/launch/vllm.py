@@ -1,7 +1,7 @@
-"""What ``vllm serve`` is told so that it becomes an instance of a deployment.
+"""Command line and environment that make ``vllm serve`` an instance of a deployment.
 
-One instance is one ``vllm serve`` under a supervisor (``supervisor.py``), with chiasm's EC connector and middleware in it. The
-flags that a person gives come last and so have the last word.
+One instance is one ``vllm serve`` under a supervisor (``supervisor.py``), with chiasm's EC connector and middleware in it.
+Settings that vLLM knows under other names are translated; the flags that a person gives come last, so that they win.
 """
 
 from __future__ import annotations
@@ -19,28 +19,27 @@ from typing import Any
 
 from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm.versions import check_version
-from chiasm.launch.commands import model_name, threads_of
 from chiasm.launch.config import DeploymentConfig
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
+from chiasm.launch.process import KV_ROLES, vllm_flags
 from chiasm.wire import Role
 
 CONNECTOR = "ChiasmECConnector"
 CONNECTOR_MODULE = "chiasm.integrations.vllm.ec_connector"
 MIDDLEWARE = "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
 KV_CONNECTOR = "NixlConnector"
-KV_ROLES = (Role.PREFILL, Role.DECODE)
 _EC_ROLES = {
     Role.ENCODER: "ec_producer",
     Role.PD: "ec_consumer",
     Role.PREFILL: "ec_consumer",
     Role.DECODE: "ec_consumer",
 }
-"""A decode instance asks for no embedding while it has P's KV. When it is short of blocks it computes a prompt again, and vLLM
-without a connector would then encode images that it has not, which ends the engine."""
+"""Decode instances included: short of KV blocks, they compute a prompt again, and vLLM without a connector would then encode
+images that it doesn't have, which ends the engine."""
 _RUN_WITHOUT_TOWER = ("qwen2_vl", "qwen2_5_vl")
-"""Model types whose language model takes embeddings in without the vision tower. Where there is DeepStack, vLLM looks for it in
-the tower, and stops at the first embedding without one."""
+"""Model types whose language model accepts embeddings without the vision tower. Models with DeepStack are not among them: vLLM
+looks for it in the tower, and stops at the first embedding if there is no tower."""
 _QUIET_PATHS = "/health,/metrics,/v1/models"
 _KV_SIZES = (
     "--kv-cache-memory-bytes",
@@ -51,12 +50,12 @@ _KV_SIZES = (
 _KV_SIZE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 _MOST_KV_BYTES = 2 << 30
 _ENCODER_KV_BYTES = 64 << 20
-"""An encoder uses none; a number keeps vLLM from asking for nearly all of the machine's memory."""
+"""An encoder uses none; without a number vLLM asks for nearly all of the machine's memory."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What one instance is given by its machine."""
+    """What the machine gives one instance."""
 
     address: HeldPort
     placement: Placement
@@ -64,7 +63,7 @@ class Site:
     """Where embeddings lie; None where none are exchanged."""
     ec_max_bytes: int
     side_channel: HeldPort | None
-    """Where NIXL shakes hands; only of those that exchange KV."""
+    """Where NIXL shakes hands; None for instances that exchange no KV."""
     turn: Path | None
     """The lock that orders the starts on a device that instances share."""
 
@@ -78,12 +77,12 @@ class Installed:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it is built for machines without a GPU; vLLM itself tells it by this name."""
+        """Whether it is built for machines without a GPU; vLLM itself recognizes it by its version."""
         return "cpu" in self.version
 
 
 def installed(executable: str = sys.executable) -> Installed:
-    """Raises ConfigurationError where there is no vLLM beside chiasm, or one that chiasm's connector isn't written for."""
+    """Return the vLLM beside chiasm. Raises ConfigurationError if there is none, or one that isn't supported."""
     command = Path(executable).with_name("vllm")
     try:
         version = importlib.metadata.version("vllm")
@@ -91,8 +90,8 @@ def installed(executable: str = sys.executable) -> Installed:
         version = None
     if version is None or not command.is_file():
         raise ConfigurationError(
-            f"--engine vllm needs vLLM in the environment that chiasm runs in, and {command.parent.parent} has none; "
-            "`make vllm` makes one with both, .venv-vllm, and a machine with a GPU may `pip install vllm` beside chiasm"
+            f"--engine vllm needs vLLM in chiasm's environment, and {command.parent.parent} has none; `make vllm` makes an "
+            "environment with both, .venv-vllm, and on a machine with a GPU you can `pip install vllm` beside chiasm."
         )
     check_version(version)
     return Installed(command, version)
@@ -101,7 +100,10 @@ def installed(executable: str = sys.executable) -> Installed:
 def instance_command(
     config: DeploymentConfig, folder: Path, role: Role, site: Site, *, found: Installed, kv_bytes: int
 ) -> list[str]:
-    """The supervisor of one instance. ``kv_bytes`` is what an instance on CPU takes for KV unless it is told otherwise."""
+    """Return the supervisor's command for one instance. ``kv_bytes``: size of its KV cache on CPU unless a person has set it.
+
+    Raises ConfigurationError for settings that vLLM doesn't have.
+    """
     chosen = config.roles[role]
     command = [sys.executable, "-m", "chiasm.launch.supervisor", "--url", site.address.url]
     if chosen.cpus:
@@ -110,10 +112,11 @@ def instance_command(
         command += ["--turn", str(site.turn)]
     command += ["--", str(found.command), "serve", str(folder)]
     command += ["--host", site.address.host, "--port", str(site.address.port)]
-    command += ["--served-model-name", config.served_model_name or model_name(config.model)]
+    command += ["--served-model-name", config.model_name]
     command += ["--middleware", MIDDLEWARE, "--disable-access-log-for-endpoints", _QUIET_PATHS]
     command += _role_flags(config, folder, role, site)
-    given = (*config.instance_flags, *chosen.flags)
+    settings = {**config.settings, **chosen.settings}
+    given = (*vllm_flags(settings, role), *config.vllm_flags, *chosen.vllm_flags)
     if found.on_cpu:
         command += ["--enforce-eager"]
         if not _sizes_kv(given):
@@ -129,17 +132,17 @@ def instance_command(
 def instance_environment(
     config: DeploymentConfig, role: Role, site: Site, *, found: Installed, environment: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """The environment of one instance; what a person has set stays, but for where it runs."""
+    """Return the environment of one instance; what a person has set stays, except for devices and ports."""
     chosen = {**environment}
     chosen.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder by now
     chosen.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # Of all ranks: they go through sets of modalities, and have to do it in the same order.
+    # The same for all ranks: they iterate over sets of modalities, and deadlock unless they do it in the same order.
     chosen.setdefault("PYTHONHASHSEED", str(secrets.randbelow(1 << 32)))
     if found.on_cpu:
         # vLLM would bind the threads of every instance to the same cores.
         chosen.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         chosen.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        chosen.setdefault("OMP_NUM_THREADS", str(threads_of(config.roles, role)))
+        chosen.setdefault("OMP_NUM_THREADS", str(config.threads(role)))
     elif config.roles[role].threads is not None:
         chosen.setdefault("OMP_NUM_THREADS", str(config.roles[role].threads))
     if site.placement.devices:
@@ -152,13 +155,13 @@ def instance_environment(
 
 
 def default_kv_bytes(config: DeploymentConfig, available_bytes: int) -> int:
-    """For each language model on CPU: together they take a quarter of the memory that is free."""
+    """Return the KV cache of each language model on CPU; together they take a quarter of the free memory."""
     language = sum(config.count(role) for role in config.roles if role is not Role.ENCODER)
     return max(_ENCODER_KV_BYTES, min(_MOST_KV_BYTES, available_bytes // 4 // max(1, language)))
 
 
 def attention_heads(folder: Path) -> int | None:
-    """The greatest number that divides the heads of the language model and of the vision tower; None if it isn't told."""
+    """Return the greatest common divisor of the heads of language model and vision tower; None if they aren't known."""
     config = _config_of(folder)
     text, vision = _section(config, "text_config", "llm_config"), _section(config, "vision_config")
     heads: list[Any] = [text.get("num_attention_heads") or config.get("num_attention_heads")]
@@ -203,13 +206,13 @@ def _kv_transfer(config: DeploymentConfig, role: Role) -> dict[str, Any]:
 
 
 def _sizes_kv(flags: Sequence[str]) -> bool:
-    """Whether a person has said how much memory KV takes."""
+    """Return whether a person has set the size of the KV cache."""
     named = {flag.partition("=")[0].replace("_", "-") for flag in flags}
     return not named.isdisjoint(_KV_SIZES) or bool(os.environ.get(_KV_SIZE_VARIABLE))
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:
-    """Of the checkpoint; vLLM itself says what is wrong with one that cannot be read."""
+    """Return the checkpoint's config.json; empty if it cannot be read, which vLLM then reports."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):

@@ -5,8 +5,17 @@ are allowed), and ``image`` reads its size, names it by content and decodes it, 
 ``Fetcher``, ``inspect`` and ``identifier``; encoders use ``decode``. Nothing here loads torch or numpy.
 """
 
+from typing import TYPE_CHECKING
+
+from chiasm.lazy import names_from
 from chiasm.media.config import MediaConfig
-from chiasm.media.fetch import Fetcher
-from chiasm.media.image import ImageInfo, decode, identifier, inspect
+
+if TYPE_CHECKING:
+    from chiasm.media.fetch import Fetcher
+    from chiasm.media.image import ImageInfo, decode, identifier, inspect
 
 __all__ = ["Fetcher", "ImageInfo", "MediaConfig", "decode", "identifier", "inspect"]
+__getattr__ = names_from(
+    __name__,
+    {"Fetcher": "fetch", "ImageInfo": "image", "decode": "image", "identifier": "image", "inspect": "image"},
+)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from chiasm.errors import ConfigurationError
+from chiasm.options import Option
 
 
 @dataclass(frozen=True)
@@ -16,23 +18,27 @@ class MediaConfig:
     Raises ConfigurationError for a folder that does not exist, a malformed network, or a limit that isn't positive.
     """
 
-    max_media_bytes: int = 32 << 20
-    """The largest image file, as fetched or as decoded from base64."""
-    max_image_pixels: int = 64_000_000
-    """The largest image: height times width."""
+    max_media_bytes: Annotated[int, Option("Maximum size of an image file.")] = 32 << 20
+    """As fetched, or as decoded from base64."""
+    max_image_pixels: Annotated[int, Option("Maximum size of an image, height times width.", min=1)] = 64_000_000
     connect_timeout_seconds: float = 5.0
     """Timeout for name resolution, TCP and TLS of one hop."""
-    fetch_timeout_seconds: float = 30.0
-    """Timeout for one URL, from the first to the last byte, including redirects."""
+    fetch_timeout_seconds: Annotated[float, Option("Timeout of fetching one URL, redirects included.")] = 30.0
     max_redirects: int = 3
     max_concurrent_fetches: int = 64
     """The limit for all requests together; further fetches wait, within their ``fetch_timeout_seconds``."""
-    allowed_local_media_path: Path | None = None
-    """The folder whose files ``file://`` URLs may name; None refuses all such URLs."""
-    allowed_media_domains: tuple[str, ...] = ()
-    """If not empty, the only hosts that http(s) URLs and redirects may name."""
-    allowed_media_networks: tuple[str, ...] = ()
-    """Networks such as ``10.0.0.0/8`` that media may be fetched from although they are not public."""
+    allowed_local_media_path: Annotated[
+        Path | None, Option("Folder whose files file:// URLs may name.", unset="file:// URLs are refused")
+    ] = None
+    allowed_media_domains: Annotated[
+        tuple[str, ...],
+        Option("The only host that URLs may name; can be repeated.", metavar="HOST", unset="any public host"),
+    ] = ()
+    """Redirects included."""
+    allowed_media_networks: Annotated[
+        tuple[str, ...],
+        Option("Private network that URLs may lead to, such as 10.0.0.0/8; can be repeated.", metavar="NETWORK"),
+    ] = ()
 
     def __post_init__(self) -> None:
         for name in (

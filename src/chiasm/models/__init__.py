@@ -9,8 +9,9 @@ Names are imported when they are first used, so that ``chiasm.models.base`` and 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from chiasm.lazy import names_from
 
 if TYPE_CHECKING:
     from chiasm.models.adapter import load_language, load_vision
@@ -20,16 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["fingerprint", "load_language", "load_processor", "load_vision", "resolve_folder"]
 
-_MODULES = {
-    "fingerprint": "identity",
-    "load_language": "adapter",
-    "load_processor": "processor",
-    "load_vision": "adapter",
-    "resolve_folder": "checkpoint",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = names_from(
+    __name__,
+    {
+        "fingerprint": "identity",
+        "load_language": "adapter",
+        "load_processor": "processor",
+        "load_vision": "adapter",
+        "resolve_folder": "checkpoint",
+    },
+)

@@ -7,8 +7,14 @@ prefill to decode), ``relay`` (a stream back). All calls of instances go through
 asks instances how they are, and ``fleet``, which holds what they said; ``agreement`` decides which of them fit together.
 """
 
-from chiasm.proxy.app import create_app
+from typing import TYPE_CHECKING
+
+from chiasm.lazy import names_from
 from chiasm.proxy.config import ProxyConfig
-from chiasm.proxy.process import run
+
+if TYPE_CHECKING:
+    from chiasm.proxy.app import create_app
+    from chiasm.proxy.process import run
 
 __all__ = ["ProxyConfig", "create_app", "run"]
+__getattr__ = names_from(__name__, {"create_app": "app", "run": "process"})

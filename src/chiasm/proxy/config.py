@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from chiasm.errors import ConfigurationError
 from chiasm.http.listen import check_url
 from chiasm.media import MediaConfig
+from chiasm.options import Option
 
 _POSITIVE = (
     "deadline_seconds",
@@ -30,39 +32,48 @@ class ProxyConfig:
     """Raises ConfigurationError for settings that cannot work: no instances, roles that don't go together, a URL given twice,
     a limit that isn't positive."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0 takes a free port."""
-    encoders: tuple[str, ...] = ()
-    pds: tuple[str, ...] = ()
-    aggregated: tuple[str, ...] = ()
-    prefills: tuple[str, ...] = ()
+    host: Annotated[str, Option("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Option("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000
+    encoders: Annotated[
+        tuple[str, ...], Option("URL of an encoder; can be repeated.", name="encoder", metavar="URL")
+    ] = ()
+    pds: Annotated[tuple[str, ...], Option("URL of a PD instance; can be repeated.", name="pd", metavar="URL")] = ()
+    aggregated: Annotated[
+        tuple[str, ...], Option("URL of an aggregated instance; can be repeated.", metavar="URL")
+    ] = ()
+    prefills: Annotated[
+        tuple[str, ...], Option("URL of a prefill instance; can be repeated.", name="prefill", metavar="URL")
+    ] = ()
     """With ``decodes``, in place of PDs and aggregated instances."""
-    decodes: tuple[str, ...] = ()
-    admin_key: str | None = None
-    """Enables ``/instances`` for requests that send it as a bearer token."""
-    deadline_seconds: float = 600.0
-    """Longest time from a request's arrival to the last byte of its answer."""
+    decodes: Annotated[
+        tuple[str, ...], Option("URL of a decode instance; can be repeated.", name="decode", metavar="URL")
+    ] = ()
+    admin_key: Annotated[
+        str | None,
+        Option("Bearer token that may use /instances.", metavar="KEY", environment="CHIASM_ADMIN_KEY"),
+    ] = field(default=None, repr=False)
+    deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
+    """From a request's arrival to the last byte of its answer."""
     body_timeout_seconds: float = 60.0
     """Longest time for a client to send its body."""
-    connect_timeout_seconds: float = 3.0
-    """Longest time for an instance to accept a connection."""
-    encode_timeout_seconds: float = 120.0
-    """Longest time for one call of one encoder; after it, the images go to another encoder."""
-    max_encode_attempts: int = 3
-    """Encoder calls per image, on different encoders if possible."""
-    max_prefill_attempts: int = 4
-    """Prefills per request, including the first: after a prefill instance is lost, and to resume after a decode instance is."""
-    max_body_bytes: int = 128 << 20
-    max_buffered_bytes: int = 1 << 30
-    """Bodies and fetched images of all requests together that are held at one time."""
+    connect_timeout_seconds: Annotated[float, Option("Timeout of connecting to an instance.")] = 3.0
+    encode_timeout_seconds: Annotated[
+        float, Option("Timeout of one encoder call; its images then go to another encoder.")
+    ] = 120.0
+    max_encode_attempts: Annotated[int, Option("Maximum encoder attempts per image.", min=1)] = 3
+    max_prefill_attempts: Annotated[int, Option("Maximum prefills per request, the first included.", min=1)] = 4
+    """A prompt is prefilled again after a prefill instance is lost, and to resume after a decode instance is."""
+    max_body_bytes: Annotated[int, Option("Maximum size of a request; a larger one gets 413.")] = 128 << 20
+    max_buffered_bytes: Annotated[int, Option("Maximum size of the bodies and images that are held at one time.")] = (
+        1 << 30
+    )
     max_answer_bytes: int = 64 << 20
     """The longest answer of an instance that isn't a stream."""
-    max_concurrent_requests: int = 512
-    max_items: int = 32
-    """Images per request; a lower limit of an instance also applies."""
-    probe_interval_seconds: float = 1.0
-    probe_timeout_seconds: float = 5.0
+    max_concurrent_requests: Annotated[int, Option("Maximum concurrent requests; one more gets 503.", min=1)] = 512
+    max_items: Annotated[int, Option("Maximum images in one request.", min=1)] = 32
+    """A lower limit of an instance also applies."""
+    probe_interval_seconds: Annotated[float, Option("Interval between the health probes of an instance.")] = 1.0
+    probe_timeout_seconds: Annotated[float, Option("Timeout of a health probe.")] = 5.0
     shutdown_seconds: float = 2.0
     """Time for running requests to finish at shutdown; after it, they are ended with an error."""
     media: MediaConfig = field(default_factory=MediaConfig)

@@ -7,8 +7,14 @@ a stream) and ``answer_format`` (its JSON). On an encoder, ``encode`` does all o
 endpoints.
 """
 
-from chiasm.server.app import create_app
+from typing import TYPE_CHECKING
+
+from chiasm.lazy import names_from
 from chiasm.server.config import ServerConfig
-from chiasm.server.process import run
+
+if TYPE_CHECKING:
+    from chiasm.server.app import create_app
+    from chiasm.server.process import run
 
 __all__ = ["ServerConfig", "create_app", "run"]
+__getattr__ = names_from(__name__, {"create_app": "app", "run": "process"})

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from chiasm.errors import ConfigurationError
 from chiasm.media import MediaConfig
+from chiasm.options import Option
 
 
 @dataclass(frozen=True)
 class ServerConfig:
     """Address and bounds of an instance's server. Raises ConfigurationError for a bound that is not positive."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0 takes a free port, which ``on_ready`` of :func:`chiasm.server.run` reports."""
-    deadline_seconds: float = 600.0
-    """The longest that a request may take; its ``X-Request-Deadline-Ms`` can only shorten this."""
+    host: Annotated[str, Option("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Option("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000
+    """``on_ready`` of :func:`chiasm.server.run` gets the URL with the port that was taken."""
+    deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
+    """``X-Request-Deadline-Ms`` of a request can only shorten it."""
     body_timeout_seconds: float = 60.0
     """In which the body of a request must arrive; a slower one is answered with 408."""
-    max_body_bytes: int = 64 << 20
-    """Size of one request's body; a larger one is answered with 413."""
-    max_inflight_requests: int = 1024
-    """Requests at one time; one more is answered with 503."""
+    max_body_bytes: Annotated[int, Option("Maximum size of a request; a larger one gets 413.")] = 64 << 20
+    max_inflight_requests: Annotated[int, Option("Maximum concurrent requests; one more gets 503.", min=1)] = 1024
     max_inflight_body_bytes: int = 1 << 30
     """Bodies that all requests together hold; one more is answered with 503."""
     max_messages: int = 1024

@@ -12,7 +12,7 @@ from chiasm.bench.measurement import Bench, Measurement
 from chiasm.bench.outcome import Figure, Outcome, Panel, Series
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import aggregated, encoder_and_pds, running
-from chiasm.bench.vllm import DTYPE, on_vllm
+from chiasm.bench.vllm import on_vllm
 from chiasm.launch import DeploymentConfig
 from chiasm.launch.config import EngineKind
 
@@ -66,7 +66,7 @@ async def _compare(bench: Bench, outcome: Outcome, label: str, model: str, round
 
 
 def _built_in(config: DeploymentConfig) -> DeploymentConfig:
-    return replace(config, instance_flags=(*config.instance_flags, *DTYPE))
+    return replace(config, settings={**config.settings, "dtype": "float32"})
 
 
 def _report(outcome: Outcome, label: str, found: list[list[Answer]], seed: int) -> None:

@@ -51,6 +51,6 @@ class Handoff(Measurement):
 
 def _folder() -> Path:
     """Where a deployment of one machine keeps its embeddings."""
-    from chiasm.launch.storage import SHARED_MEMORY
+    from chiasm.launch.folders import SHARED_MEMORY
 
     return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())

@@ -1,10 +1,10 @@
-"""Which line of a server's log says why it could not start. The logs are vLLM's, shortened."""
+"""Finding the line of a server's log that says why it could not start. The logs are vLLM's, shortened."""
 
 from __future__ import annotations
 
 import pytest
 
-from chiasm.launch.diagnosis import decisive_line
+from chiasm.launch.supervisor import decisive_line
 
 WORKER = "(Worker pid=7302) ERROR 11-24 02:22:18 [multiproc_executor.py:1063] "
 ENGINE = "(EngineCore pid=7286) ERROR 11-24 02:22:18 [core.py:1510] "
@@ -60,7 +60,7 @@ BARE = "Traceback (most recent call last):\n  File 'x', line 1\nKeyboardInterrup
         ("", None),
     ],
 )
-def test_the_cause_is_told_and_not_what_others_say_of_it(log: str, line: str | None) -> None:
+def test_the_line_is_the_cause_and_not_another_process_report_of_it(log: str, line: str | None) -> None:
     assert decisive_line(log.splitlines()) == line
 
 

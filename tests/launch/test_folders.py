@@ -10,36 +10,35 @@ from pathlib import Path
 
 import pytest
 
-from chiasm.launch import storage
-from chiasm.launch.locked_folder import remove_stale
-from chiasm.launch.storage import StorageFolder
+from chiasm.launch import folders
+from chiasm.launch.folders import StorageFolder, remove_stale
 
 
 @pytest.fixture(autouse=True)
 def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Away from what other deployments of this user have."""
+    """Keep away from the folders of this user's other deployments."""
     (tmp_path / "shm").mkdir()
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(storage, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path / "shm")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
 
 
-def test_it_lies_in_shared_memory_and_is_its_owners_alone(tmp_path: Path) -> None:
+def test_it_is_in_shared_memory_and_private(tmp_path: Path) -> None:
     folder = StorageFolder()
     assert folder.path.parent == tmp_path / "shm"
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
-    assert 0 < folder.max_bytes <= storage.DEFAULT_MAX_BYTES
+    assert 0 < folder.max_bytes <= folders.DEFAULT_MAX_BYTES
     folder.remove()
 
 
-def test_it_lies_among_temporary_files_where_shared_memory_has_no_room(tmp_path: Path) -> None:
+def test_it_is_among_temporary_files_if_shared_memory_has_no_room(tmp_path: Path) -> None:
     folder = StorageFolder(max_bytes=1 << 60)
     assert folder.path.parent == tmp_path / "tmp"
     assert folder.max_bytes == 1 << 60
     folder.remove()
 
 
-def test_removing_it_takes_everything_in_it_along_and_can_be_repeated() -> None:
+def test_removing_it_removes_its_files_and_can_be_repeated() -> None:
     folder = StorageFolder()
     (folder.path / "entry").write_bytes(b"x")
     folder.remove()
@@ -47,11 +46,11 @@ def test_removing_it_takes_everything_in_it_along_and_can_be_repeated() -> None:
     assert not folder.path.exists()
 
 
-def test_the_next_start_removes_what_a_killed_owner_left(tmp_path: Path) -> None:
+def test_the_next_start_removes_the_folder_of_a_killed_owner(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, signal; from chiasm.launch import storage\n"
-        f"storage.SHARED_MEMORY = pathlib.Path({str(tmp_path / 'shm')!r})\n"
-        "folder = storage.StorageFolder(1); (folder.path / 'entry').touch(); print(folder.path, flush=True)\n"
+        "import os, pathlib, signal; from chiasm.launch import folders\n"
+        f"folders.SHARED_MEMORY = pathlib.Path({str(tmp_path / 'shm')!r})\n"
+        "folder = folders.StorageFolder(1); (folder.path / 'entry').touch(); print(folder.path, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     owner = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
@@ -63,7 +62,7 @@ def test_the_next_start_removes_what_a_killed_owner_left(tmp_path: Path) -> None
     folder.remove()
 
 
-def test_the_folder_of_one_that_lives_stays() -> None:
+def test_the_folder_of_a_live_owner_stays() -> None:
     first = StorageFolder()
     second = StorageFolder()
     assert first.path.exists()
@@ -71,13 +70,13 @@ def test_the_folder_of_one_that_lives_stays() -> None:
     second.remove()
 
 
-def test_what_is_named_otherwise_or_is_no_folder_stays(tmp_path: Path) -> None:
+def test_other_names_and_links_stay(tmp_path: Path) -> None:
     folder = StorageFolder()
     name = folder.path.name
     folder.remove()
     (tmp_path / "shm" / name).symlink_to(tmp_path / "tmp")
     (tmp_path / "shm" / "other").mkdir()
-    remove_stale(tmp_path / "shm", storage.PREFIX)
+    remove_stale(tmp_path / "shm", folders.STORAGE_PREFIX)
     assert (tmp_path / "shm" / name).is_symlink()
     assert (tmp_path / "shm" / "other").is_dir()
     assert (tmp_path / "tmp").is_dir()

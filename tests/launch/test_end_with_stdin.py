@@ -1,4 +1,4 @@
-"""A process never outlives the one that started it, however that ended."""
+"""A process never outlives its parent, however that ended."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import psutil
 from tests.launch.waiting import alive, eventually
 
 _WAIT = "print('up', flush=True); time.sleep(600)"
-_IMPORTS = "import signal, time; from chiasm.launch import lifeline"
+_IMPORTS = "import signal, time; from chiasm.launch import child"
 
 
 def test_it_ends_when_its_standard_input_closes() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{_IMPORTS}; lifeline.end_with_stdin(); {_WAIT}"],
+        [sys.executable, "-c", f"{_IMPORTS}; child.end_with_stdin(); {_WAIT}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -28,10 +28,10 @@ def test_it_ends_when_its_standard_input_closes() -> None:
         assert process.wait(30) == -signal.SIGTERM
 
 
-def test_it_ends_also_when_it_ignores_the_signal() -> None:
-    deaf = "lifeline.GRACE_SECONDS = 0.1; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+def test_it_ends_even_if_it_ignores_sigterm() -> None:
+    deaf = "child.GRACE_SECONDS = 0.1; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{_IMPORTS}; {deaf}; lifeline.end_with_stdin(); {_WAIT}"],
+        [sys.executable, "-c", f"{_IMPORTS}; {deaf}; child.end_with_stdin(); {_WAIT}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -43,8 +43,8 @@ def test_it_ends_also_when_it_ignores_the_signal() -> None:
         assert process.wait(30) == 1
 
 
-def test_a_killed_parent_takes_its_children_along() -> None:
-    child = f"{_IMPORTS}; lifeline.end_with_stdin(); print('ready x', flush=True); time.sleep(600)"
+def test_children_end_when_their_parent_is_killed() -> None:
+    child = f"{_IMPORTS}; child.end_with_stdin(); print('ready x', flush=True); time.sleep(600)"
     parent = (
         "import os, sys, time; from chiasm.launch.child import Child\n"
         "def changed(child): print(child.state, child.pid, flush=True)\n"

@@ -1,11 +1,12 @@
-"""Sizes and sets of CPUs as a person writes them."""
+"""Sizes and sets of CPUs as a person writes them, and the options that the fields of configurations become."""
 
 from __future__ import annotations
 
-import pytest
-import typer
+import argparse
 
-from chiasm.cli.values import parse_cpus, parse_size
+import pytest
+
+from chiasm.cli.parser import parse_cpus, parse_size, show_size
 
 
 @pytest.mark.parametrize(
@@ -25,9 +26,14 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
+@pytest.mark.parametrize(("size", "text"), [(4 << 30, "4GiB"), (3 << 20, "3MiB"), (1000, "1000"), (0, "0")])
+def test_sizes_are_shown_as_a_person_writes_them(size: int, text: str) -> None:
+    assert show_size(size) == text
+
+
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "1 mile", "0x10", "1e9", "1,5GB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is not a size"):
+def test_other_texts_are_not_sizes(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         parse_size(text)
 
 
@@ -37,6 +43,6 @@ def test_cpus(text: str, cpus: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1,,2", "3-1"])
-def test_what_is_no_set_of_cpus_is_refused(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is not a set of CPUs"):
+def test_other_texts_are_not_sets_of_cpus(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a set of CPUs"):
         parse_cpus(text)

@@ -1,0 +1,223 @@
+"""Makes options of configurations' fields, and reads what a person writes for their values."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import enum
+import functools
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from chiasm.errors import ConfigurationError
+from chiasm.options import NamedOption, Option, flag, options_of
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
+    **{letter: 1024**power for power, letter in enumerate("kmgt", 1)},
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+_METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
+_HELP_COLUMN = 32
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of one command. What isn't given is not in the result, so that the configurations' defaults hold."""
+
+    def __init__(self, command: str, arguments: str, description: str, *, add_help: bool = True) -> None:
+        super().__init__(
+            prog=f"chiasm {command}",
+            usage=f"chiasm {command} {arguments}",
+            description=description,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=_HELP_COLUMN),
+            argument_default=argparse.SUPPRESS,
+            add_help=add_help,
+            allow_abbrev=False,
+        )
+        self._variables: dict[str, str] = {}
+        self._takes_value: set[str] = set()
+
+    def add(
+        self,
+        place: str | argparse._ArgumentGroup,
+        config: type,
+        *,
+        only: Collection[str] | None = None,
+        without: Collection[str] = (),
+        prefix: str = "",
+    ) -> None:
+        """Add the options of a dataclass to a group of --help, or to a new one with the title ``place``."""
+        group = self.add_argument_group(place) if isinstance(place, str) else place
+        for named in options_of(config):
+            if named.name not in without and (only is None or named.name in only):
+                self.add_option(named._replace(name=f"{prefix}{named.name}"), group)
+
+    def add_option(
+        self, named: NamedOption, group: argparse._ArgumentGroup | None = None, *, required: bool = False
+    ) -> None:
+        """Add one option."""
+        option, place = named.option, group or self
+        text = f"{option.help}{_note(named)}".replace("%", "%%")
+        if named.type is bool:
+            place.add_argument(named.flag, action="store_true", help=text)
+            return
+        action = "append" if named.type == tuple[str, ...] and not option.separator else "store"
+        metavar, read = _metavar(named), _reader(named)
+        place.add_argument(named.flag, action=action, metavar=metavar, type=read, required=required, help=text)
+        self._takes_value.add(named.flag)
+        if option.environment:
+            self._variables[named.name] = option.environment
+
+    def add_arguments(self, name: str, text: str, group: argparse._ArgumentGroup | None = None) -> None:
+        """Add an option whose value is a tuple of arguments, quoted as for a shell."""
+        flag_ = flag(name)
+        (group or self).add_argument(flag_, metavar="ARGS", type=parse_arguments, help=text)
+        self._takes_value.add(flag_)
+
+    def parse(self, arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+        """Return what was given, by name. Raises ConfigurationError for what cannot be understood; ends after --help."""
+        given = vars(self.parse_args(self._joined(arguments)))
+        variables = {name: environment[key] for name, key in self._variables.items() if environment.get(key)}
+        return variables | {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+    def error(self, message: str) -> NoReturn:
+        text = message.removeprefix("argument ").rstrip(".")
+        hint = f" See {self.prog} --help." if self.add_help else ""
+        raise ConfigurationError(f"{text[0].upper()}{text[1:]}.{hint}")
+
+    def _joined(self, arguments: Sequence[str]) -> list[str]:
+        """Return the arguments with each option's value joined to it: argparse takes no value that begins with a dash."""
+        joined: list[str] = []
+        for argument in arguments:
+            if joined and joined[-1] in self._takes_value:
+                joined[-1] += f"={argument}"
+            else:
+                joined.append(argument)
+        return joined
+
+
+def option(name: str, kind: Any, text: str, **details: Any) -> NamedOption:
+    """Return an option that is no field of a configuration."""
+    return NamedOption(name, name, kind, None, Option(text, **details))
+
+
+# ---- values ------------------------------------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of ``512MiB``, ``512M`` (the same), ``1.5GB`` (decimal) or ``1048576``."""
+    match = _SIZE.fullmatch(text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise _wrong(f"{text!r} is not a size; write bytes, or a number with KiB, MiB, GiB, kB, MB or GB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def show_size(size: int) -> str:
+    """Return a size as a person writes it, with the largest unit that divides it."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size and size % (1 << power) == 0:
+            return f"{size >> power}{unit}"
+    return str(size)
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """Return the CPUs of ``0,2-3``."""
+    cpus: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not dash:
+            last = first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise _wrong(f"{text!r} is not a set of CPUs; write for example 0,2-3")
+        cpus.update(range(int(first), int(last) + 1))
+    return tuple(sorted(cpus))
+
+
+def parse_arguments(text: str) -> tuple[str, ...]:
+    """Return the arguments of a command line, quoted as for a shell."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise _wrong(f"{text!r} is not a command line: {error}") from None
+
+
+def _wrong(message: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(message)
+
+
+def _parse_choice(text: str, *, choices: tuple[str, ...], kind: Callable[[str], Any]) -> Any:
+    if text.lower() not in choices:
+        raise _wrong(f"{text!r} is not one of {', '.join(choices)}")
+    return kind(text.lower())
+
+
+def _parse_list(text: str, *, separator: str) -> tuple[str, ...]:
+    values = tuple(value.strip() for value in text.split(separator))
+    if not all(values):
+        raise _wrong(f"{text!r} is not a list; write for example {separator.join('01')}")
+    return values
+
+
+def _parse_number(text: str, *, kind: Callable[[str], float], low: float, high: float) -> float:
+    with contextlib.suppress(ValueError):
+        if low <= (value := kind(text)) <= high:
+            return value
+    bounds = "" if low == -math.inf else f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+    raise _wrong(f"{text!r} is not {'an integer' if kind is int else 'a number'}{bounds}")
+
+
+def _reader(named: NamedOption) -> Callable[[str], Any]:
+    """Return what makes a value of the text that a person writes."""
+    kind, option = named.type, named.option
+    if choices := _choices(named):
+        return functools.partial(_parse_choice, choices=choices, kind=kind)
+    if option.separator:
+        return functools.partial(_parse_list, separator=option.separator)
+    if kind == tuple[int, ...]:
+        return parse_cpus
+    if kind is int and named.name.endswith("_bytes"):
+        return parse_size
+    if kind in (int, float):
+        low = -math.inf if option.min is None else option.min
+        high = math.inf if option.max is None else option.max
+        return functools.partial(_parse_number, kind=kind, low=low, high=high)
+    return Path if kind is Path else str
+
+
+def _choices(named: NamedOption) -> tuple[str, ...]:
+    if isinstance(named.type, type) and issubclass(named.type, enum.StrEnum):
+        return tuple(named.type)
+    return named.option.choices
+
+
+def _metavar(named: NamedOption) -> str:
+    if named.option.metavar:
+        return named.option.metavar
+    if choices := _choices(named):
+        return "|".join(choices)
+    unit = named.name.rpartition("_")[2]
+    return {"bytes": "SIZE", "seconds": "SECONDS"}.get(unit) or _METAVARS.get(named.type, "TEXT")
+
+
+def _note(named: NamedOption) -> str:
+    """Return what --help shows behind the text: the default, and the variable of the environment."""
+    default, notes = named.default, []
+    if default is None or default == ():
+        notes += [f"default: {named.option.unset}"] if named.option.unset else []
+    elif named.type is not bool:
+        notes.append(f"default: {show_size(default) if named.name.endswith('_bytes') else _plain(default)}")
+    if named.option.environment:
+        notes.append(f"environment: {named.option.environment}")
+    return f" [{'; '.join(notes)}]" if notes else ""
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

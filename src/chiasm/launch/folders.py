@@ -1,0 +1,129 @@
+"""Folders that are gone with their owner, however that ends: for embeddings, and for the files of a start."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from chiasm.errors import ConfigurationError
+
+SHARED_MEMORY = Path("/dev/shm")
+DEFAULT_MAX_BYTES = 4 << 30
+LEAST_BYTES = 256 << 20
+"""A tmpfs with less room than twice this is not used."""
+STORAGE_PREFIX = "chiasm-ec-"
+_logger = logging.getLogger(__name__)
+
+
+class LockedFolder:
+    """A new folder of mode 0700.
+
+    Its owner holds a lock on it. The kernel releases the lock when the owner dies, however that happens, so a folder without a
+    lock belonged to a dead process, and whoever makes a new one removes it.
+    """
+
+    def __init__(self, prefix: str, parent: Path | None = None) -> None:
+        """Make a folder whose name begins with ``prefix``, by default among temporary files. Raises OSError."""
+        parent = parent or Path(tempfile.gettempdir())
+        remove_stale(parent, prefix)
+        self.path, self._lock = _make_locked(parent, prefix)
+
+    def remove(self) -> None:
+        """Remove the folder and all in it; idempotent."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> LockedFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+class StorageFolder(LockedFolder):
+    """A folder for the embeddings of one deployment: in shared memory if there is room, else among temporary files."""
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """``max_bytes`` bounds the embeddings; None: 4 GiB, or less where there is less room. Raises ConfigurationError."""
+        for candidate in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+            remove_stale(candidate, STORAGE_PREFIX)
+        parent = _roomy_parent(max_bytes)
+        try:
+            super().__init__(STORAGE_PREFIX, parent)
+        except OSError as error:
+            raise ConfigurationError(f"Cannot make a folder for embeddings in {parent}: {error}") from error
+        self.max_bytes = max_bytes or min(DEFAULT_MAX_BYTES, max(LEAST_BYTES, _fair_share(self.path)))
+        """Maximum total size of the embeddings in it."""
+
+
+def remove_stale(parent: Path, prefix: str) -> None:
+    """Remove the folders in ``parent`` with this prefix that this user's dead processes left behind."""
+    with contextlib.suppress(OSError):
+        for path in parent.glob(f"{prefix}{os.getuid()}-*"):
+            with _owner_gone(path) as gone:
+                if gone:
+                    shutil.rmtree(path, ignore_errors=True)
+                    _logger.info("Removed %s, left behind by a dead process.", path)
+
+
+@contextlib.contextmanager
+def _owner_gone(path: Path) -> Iterator[bool]:
+    """Yield whether the folder is ours and its lock is free; the lock is held in the body."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield os.fstat(lock).st_uid == os.getuid()
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(lock)
+
+
+def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Return a new folder and the descriptor that holds its lock."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getuid()}-", dir=parent))  # mode 0700
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # another process took it for a stale one before it had its lock
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path, lock
+        os.close(lock)
+
+
+def _roomy_parent(max_bytes: int | None) -> Path:
+    needed = max_bytes or 2 * LEAST_BYTES
+    if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK | os.X_OK) and _free_bytes(SHARED_MEMORY) >= needed:
+        return SHARED_MEMORY
+    return Path(tempfile.gettempdir())
+
+
+def _fair_share(path: Path) -> int:
+    """Return half of the room; in memory, which instances need more urgently, at most a quarter of what is free."""
+    import psutil
+
+    share = _free_bytes(path) // 2
+    in_memory = path.is_relative_to(SHARED_MEMORY)
+    return min(share, int(psutil.virtual_memory().available) // 4) if in_memory else share
+
+
+def _free_bytes(path: Path) -> int:
+    space = os.statvfs(path)
+    return space.f_bavail * space.f_frsize

@@ -1,0 +1,182 @@
+"""What one process of a deployment is made from, and what settings become for each engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
+from chiasm.engine.config import EngineConfig
+from chiasm.errors import ConfigurationError
+from chiasm.kv_transfer import KVTransferConfig, KVTransferRole
+from chiasm.media import MediaConfig
+from chiasm.options import Option, fields_from, flag, names_of
+from chiasm.proxy import ProxyConfig
+from chiasm.server import ServerConfig
+from chiasm.wire import Role
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+KV_ROLES = {Role.PREFILL: KVTransferRole.PRODUCER, Role.DECODE: KVTransferRole.CONSUMER}
+_OF_DECODE = ("kv_connector", "kv_connector_module_path")
+"""The options about KV that a decode instance shares with its prefill instances."""
+
+_SEE_IMAGES = (Role.ENCODER, Role.AGGREGATED)
+_VLLM_FLAGS = {
+    "dtype": "--dtype",
+    "max_model_len": "--max-model-len",
+    "max_num_batched_tokens": "--max-num-batched-tokens",
+    "max_num_seqs": "--max-num-seqs",
+    "max_queued_requests": "--max-num-queued-reqs",
+    "block_size": "--block-size",
+}
+"""vLLM's flags for settings that mean the same to every instance of vLLM."""
+_NOT_VLLM = {
+    "device": "vLLM computes on what it is built for; name GPUs with --encoder-devices, --pd-devices and the like",
+    "encoder_cache_bytes": "vLLM counts that cache in tokens, as many as --max-num-batched-tokens",
+}
+
+Cpus = Annotated[tuple[int, ...], Option("CPUs to run on, for example 0,2-3.", metavar="CPUS", unset="all")]
+ServedModelName = Annotated[
+    str | None, Option("Name by which clients ask for the model.", metavar="NAME", unset="the folder's or hub name")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig:
+    """What instances and proxies have in common."""
+
+    cpus: Cpus = ()
+    log_level: Annotated[str, Option("Least severe messages to log on standard error.", choices=LOG_LEVELS)] = "info"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceProcess(ProcessConfig):
+    """One instance of the built-in engine."""
+
+    engine: EngineConfig
+    server: ServerConfig
+    served_model_name: ServedModelName = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyProcess(ProcessConfig):
+    """One proxy."""
+
+    proxy: ProxyConfig
+
+
+INSTANCE_OPTIONS = (EngineConfig, ECTransferConfig, KVTransferConfig, ServerConfig, MediaConfig, InstanceProcess)
+"""The dataclasses whose options are those of one instance."""
+PROXY_OPTIONS = (ProxyConfig, MediaConfig, ProxyProcess)
+_Process = TypeVar("_Process", bound=ProcessConfig)
+
+
+def instance_process(folder: Path, role: Role, settings: Mapping[str, Any]) -> InstanceProcess:
+    """Return the process of one instance. Raises ConfigurationError for settings that the role has no use for."""
+    return InstanceProcess(
+        engine=EngineConfig(
+            folder,
+            role,
+            ec=ec_config(role, settings),
+            kv=kv_config(role, settings),
+            **fields_from(settings, EngineConfig),
+        ),
+        server=ServerConfig(media=_media(settings), **fields_from(settings, ServerConfig)),
+        **fields_from(settings, InstanceProcess),
+    )
+
+
+def proxy_process(settings: Mapping[str, Any]) -> ProxyProcess:
+    """Return the process of a proxy. Raises ConfigurationError as :class:`ProxyConfig` does."""
+    return ProxyProcess(
+        proxy=ProxyConfig(media=_media(settings), **fields_from(settings, ProxyConfig)),
+        **fields_from(settings, ProxyProcess),
+    )
+
+
+def _media(settings: Mapping[str, Any]) -> MediaConfig:
+    return MediaConfig(**fields_from(settings, MediaConfig))
+
+
+def ec_config(role: Role, settings: Mapping[str, Any]) -> ECTransferConfig | None:
+    """Return how an instance exchanges embeddings; None for decode, and for aggregated unless it is told where they are.
+
+    Raises ConfigurationError for settings that the role has no use for, and if the folder of embeddings isn't named.
+    """
+    given = fields_from(settings, ECTransferConfig)
+    if role is Role.DECODE and given:
+        raise ConfigurationError(
+            f"A decode instance uses no embeddings, its prefill instance does; leave out {_flags(settings, ECTransferConfig)}."
+        )
+    if role is Role.DECODE or (role is Role.AGGREGATED and not given):
+        return None
+    transfer_role = ECTransferRole.PRODUCER if role is Role.ENCODER else ECTransferRole.CONSUMER
+    config = ECTransferConfig(role=transfer_role, **given)
+    if config.connector == ECTransferConfig.connector and config.shared_storage_path is None:
+        raise ConfigurationError(
+            f"{config.connector} needs --shared-storage-path, the folder that encoders share with the instances that use "
+            "their embeddings."
+        )
+    return config
+
+
+def kv_config(role: Role, settings: Mapping[str, Any]) -> KVTransferConfig | None:
+    """Return how an instance exchanges KV; None unless it is a prefill or a decode instance.
+
+    Raises ConfigurationError for settings that the role has no use for.
+    """
+    if role not in KV_ROLES:
+        if names := _flags(settings, KVTransferConfig):
+            raise ConfigurationError(f"{names}: only prefill and decode instances exchange KV, and this one is {role}.")
+        return None
+    if role is Role.DECODE and (names := _flags(settings, KVTransferConfig, without=_OF_DECODE)):
+        raise ConfigurationError(f"{names}: only prefill instances offer KV; give it to them.")
+    return KVTransferConfig(role=KV_ROLES[role], **fields_from(settings, KVTransferConfig))
+
+
+def _flags(settings: Mapping[str, Any], config: type, without: tuple[str, ...] = ()) -> str:
+    """Return the settings that are options of ``config``, as a person writes them."""
+    names = names_of(config).difference(without)
+    return ", ".join(flag(name) for name in settings if name in names)
+
+
+def vllm_flags(settings: Mapping[str, Any], role: Role) -> list[str]:
+    """Return vLLM's flags for settings of an instance of ``role``.
+
+    Settings about media have none: the proxy fetches for all, and vLLM sees only ``data:`` URLs. Raises ConfigurationError for
+    settings that mean nothing to vLLM.
+    """
+    flags: list[str] = []
+    for name, value in settings.items():
+        if name in _VLLM_FLAGS:
+            flags += [_VLLM_FLAGS[name], str(value)]
+        elif name == "log_level":
+            flags += ["--log-level", value.upper(), "--uvicorn-log-level", value]
+        elif name == "max_items":
+            flags += ["--limit-mm-per-prompt", json.dumps({"image": value})] if role in _SEE_IMAGES else []
+        elif name == "kv_cache_bytes":
+            flags += ["--kv-cache-memory-bytes", str(value)] if role is not Role.ENCODER else []
+        elif name not in names_of(MediaConfig) and (name, value) != ("device", "auto"):
+            why = f": {_NOT_VLLM[name]}" if name in _NOT_VLLM else ""
+            raise ConfigurationError(f"{flag(name)} means nothing to vLLM{why}.")
+    return flags
+
+
+def to_json(process: ProcessConfig) -> str:
+    """Return the configuration as one line of JSON. Raises ConfigurationError if a setting has the wrong type."""
+    text = msgspec.json.encode(process, enc_hook=str)
+    try:
+        from_json(text, type(process))
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"A setting has the wrong type: {error}.") from None
+    return text.decode()
+
+
+def from_json(text: bytes, kind: type[_Process]) -> _Process:
+    """Return the configuration that ``to_json`` wrote. Raises msgspec.MsgspecError for anything else."""
+    return msgspec.json.decode(text, type=kind, dec_hook=lambda wanted, value: wanted(value))  # Path is not JSON's

@@ -1,0 +1,66 @@
+"""Runs one instance or one proxy in this process, until a signal asks it to end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+from chiasm.cores import pin_to, share_cores
+from chiasm.launch.child import end_with_stdin, print_ready
+from chiasm.launch.ports import check_port
+from chiasm.launch.process import InstanceProcess, ProcessConfig, ProxyProcess, from_json
+
+
+def run_instance(config: InstanceProcess) -> NoReturn:
+    """Run an instance. Raises ConfigurationError if it cannot be started."""
+    _begin(config, config.server.host, config.server.port)
+    share_cores(config.engine.threads)
+
+    from chiasm.server import run
+
+    run(config.engine, config.server, served_model_name=config.served_model_name, on_ready=print_ready)
+    _end_at_once()
+
+
+def run_proxy(config: ProxyProcess) -> None:
+    """Run a proxy. Raises ConfigurationError if it cannot be started."""
+    _begin(config, config.proxy.host, config.proxy.port)
+
+    from chiasm.proxy import run
+
+    run(config.proxy, on_ready=print_ready)
+
+
+def run_child(name: str) -> None:
+    """Run the process of a deployment called ``name``: its configuration is the first line of standard input.
+
+    It ends when standard input closes, as it does when the parent dies.
+    """
+    line = sys.stdin.buffer.readline()
+    end_with_stdin()
+    if not line:  # the parent has died already
+        return
+    if name == "proxy":
+        run_proxy(from_json(line, ProxyProcess))
+    else:
+        run_instance(from_json(line, InstanceProcess))
+
+
+def _begin(config: ProcessConfig, host: str, port: int) -> None:
+    """Set up what both have; a port in use is reported before anything slow is imported."""
+    level = config.log_level.upper()
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if level == "INFO":
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it logs each of its own steps at INFO
+    pin_to(config.cpus)
+    check_port(host, port)
+
+
+def _end_at_once() -> NoReturn:
+    """End the process without unloading torch's modules, which would take a second or more."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
