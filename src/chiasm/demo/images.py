@@ -91,7 +91,7 @@ class Scene:
     text: str | None = None
 
     def describe(self) -> str:
-        """Return the scene as a short noun phrase, which is also the answer to "describe the image"."""
+        """Return the scene as a short noun phrase, which is also the answer to "describe the picture"."""
         if self.content in ("word", "number"):
             return f"the {self.content} {self.text}"
         assert self.shape is not None
@@ -218,7 +218,7 @@ def ask(rng: random.Random, scene: Scene, kind: str, nth: str | None = None) -> 
     ``nth`` ("second") makes it a question about one of several images. Phrasings never give away the
     answer; ``kind`` is one of ``SINGLE_KINDS`` and must apply to the scene.
     """
-    where = f"in the {nth} {rng.choice(('image', 'image', 'image'))}"
+    where = f"in the {nth} {rng.choice(('picture', 'picture', 'image'))}"
     if nth is None:
         where = rng.choice(("", "in the picture", "in this picture", "in the image", "here"))
     forms: tuple[str, ...]
