@@ -23,8 +23,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from recipe import CHECKPOINT  # noqa: E402
 from workers import die_with_parent  # noqa: E402
 
+from chiasm.bench.reference import Reference  # noqa: E402
 from chiasm.demo import images  # noqa: E402
-from chiasm.demo.reference import Reference  # noqa: E402
 
 FIRST_SEED = 500_000
 """First held-out seed of the measurement; the tests of the package draw from other held-out seeds."""

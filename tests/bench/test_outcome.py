@@ -1,4 +1,4 @@
-"""Targets, and what a run writes."""
+"""Targets, and what a run prints and writes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from chiasm.bench import synthetic
+from chiasm.bench.client import opened
+from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
 from chiasm.bench.measurements import MEASUREMENTS
-from chiasm.bench.measurements.identity import _compare
-from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+from chiasm.bench.measurements.identity import Tokens, compare, generated
 from chiasm.bench.plot import write_plot
 from chiasm.bench.report import machine, print_outcome, shown, with_unit, write_json
 from chiasm.bench.requests import Request
 from chiasm.bench.statistics import Estimate
 from chiasm.cli.bench import bench
 from chiasm.launch.config import EngineKind
+
+
+class _Asked(Measurement):
+    name, purpose, target = "asked", "a question", "a target"
+
+    async def run(self, bench: Bench) -> Outcome:
+        return Outcome()
 
 
 @pytest.fixture
@@ -67,7 +76,7 @@ def test_values_are_shown_with_the_digits_that_matter() -> None:
 
 def test_the_table_says_what_was_reached_and_whether_it_is_enough(outcomes: dict[str, Outcome]) -> None:
     file = io.StringIO()
-    print_outcome(Console(file=file, width=120), "ttft", "a question", "a target", outcomes["ttft"])
+    print_outcome(Console(file=file, width=120), _Asked(), outcomes["ttft"])
     lines = file.getvalue().splitlines()
     (met,) = (line for line in lines if "E+PD / aggregated" in line)
     (missed,) = (line for line in lines if "p99 of the gaps" in line)
@@ -83,7 +92,7 @@ def test_the_table_says_what_was_reached_and_whether_it_is_enough(outcomes: dict
 def test_the_table_says_what_is_to_be_at_least() -> None:
     file = io.StringIO()
     outcome = Outcome(figures=[Figure("requests a second", 1.25, "x", at_least=1.1)])
-    print_outcome(Console(file=file, width=120), "example", "a question", "a target", outcome)
+    print_outcome(Console(file=file, width=120), _Asked(), outcome)
     (line,) = (line for line in file.getvalue().splitlines() if "requests a second" in line)
     assert "≥ 1.10x" in line
     assert "yes" in line
@@ -138,49 +147,58 @@ REQUESTS = [Request("text", (), "one?"), Request("text", (), "two?")]
 ANSWERS = [["a", "b"], ["c"]]
 
 
+def _compared(label: str, answers: dict[str, Tokens], generated: Tokens | None = None) -> Outcome:
+    outcome = Outcome()
+    compare(outcome, label, REQUESTS, answers, generated)
+    return outcome
+
+
 def test_equal_answers_are_right_and_any_other_is_wrong() -> None:
-    same = _compare(REQUESTS, {"greedy": {"aggregated": ANSWERS, "E+PD": ANSWERS}}, ANSWERS)
+    same = _compared("greedy", {"aggregated": ANSWERS, "E+PD": ANSWERS}, ANSWERS)
     assert not same.wrong
     assert same.met is True
-    different = _compare(REQUESTS, {"greedy": {"aggregated": ANSWERS, "E+PD": [["a", "b"], ["d"]]}}, ANSWERS)
+    different = _compared("greedy", {"aggregated": ANSWERS, "E+PD": [["a", "b"], ["d"]]}, ANSWERS)
     assert different.wrong
     assert {figure.name: figure.value for figure in different.figures} == {
-        "greedy, differ: E+PD and aggregated": 1,
-        "greedy, differ: aggregated and generate": 0,
-        "greedy, differ: E+PD and generate": 1,
+        "greedy, answers that differ: E+PD and aggregated": 1,
+        "greedy, answers that differ: aggregated and generate": 0,
+        "greedy, answers that differ: E+PD and generate": 1,
     }
     assert any("two?" in note and "'d'" in note and "'c'" in note for note in different.notes)
 
 
-def test_sampled_answers_are_compared_with_those_of_aggregated_alone() -> None:
-    answers = {"aggregated": ANSWERS, "E+PD": ANSWERS, "E+P+D (X)": [["a"], ["c"]]}
-    outcome = _compare(REQUESTS, {"greedy": dict.fromkeys(answers, ANSWERS), "sampled": answers}, ANSWERS)
+def test_without_generated_answers_the_topologies_are_compared_with_aggregated() -> None:
+    outcome = _compared("sampled", {"aggregated": ANSWERS, "E+PD": ANSWERS, "E+P+D (X)": [["a"], ["c"]]})
     assert outcome.wrong
-    assert {figure.name: figure.value for figure in outcome.figures if figure.name.startswith("sampled")} == {
-        "sampled, differ: E+PD and aggregated": 0,
-        "sampled, differ: E+P+D (X) and aggregated": 1,
+    assert {figure.name: figure.value for figure in outcome.figures} == {
+        "sampled, answers that differ: E+PD and aggregated": 0,
+        "sampled, answers that differ: E+P+D (X) and aggregated": 1,
     }
 
 
-def test_without_a_reference_the_topologies_are_still_compared() -> None:
-    outcome = _compare(REQUESTS, {"greedy": {"aggregated": ANSWERS, "E+PD": ANSWERS}}, None)
-    assert len(outcome.figures) == 1
-    assert outcome.met is True
-    assert any("No reference" in note for note in outcome.notes)
+async def test_without_a_reference_for_the_family_a_note_says_so(tmp_path: Path) -> None:
+    folder = synthetic.make("internvl", tmp_path / "internvl")
+    outcome = Outcome()
+    async with opened() as client:
+        assert await generated(Bench(str(folder), tmp_path, client), outcome, folder, REQUESTS) is None
+    (note,) = outcome.notes
+    assert note.startswith("No reference")
 
 
 def test_every_measurement_says_what_it_asks() -> None:
-    for name, measurement in MEASUREMENTS.items():
-        assert measurement.name == name
-        assert measurement.purpose
-        assert measurement.target
+    for measurements in MEASUREMENTS.values():
+        for name, measurement in measurements.items():
+            assert measurement.name == name
+            assert measurement.purpose
+            assert measurement.target
 
 
 def test_help_and_page_have_all_measurements() -> None:
     page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
-    assert [line.removeprefix("### ") for line in page.splitlines() if line.startswith("### ")] == list(MEASUREMENTS)
+    names = dict.fromkeys(name for measurements in MEASUREMENTS.values() for name in measurements)
+    assert [line.removeprefix("### ") for line in page.splitlines() if line.startswith("### ")] == list(names)
     (argument,) = (part for part in get_type_hints(bench, include_extras=True)["names"].__metadata__)
-    built_in, over_vllm, _ = argument.help.split("; ")
-    engines = {EngineKind.CHIASM: built_in, EngineKind.VLLM: over_vllm.removeprefix("with --engine vllm: ")}
-    for engine, names in engines.items():
-        assert names == ", ".join(name for name, one in MEASUREMENTS.items() if one.engine is engine)
+    assert argument.help == (
+        f"Measurements to run (default: all): {', '.join(MEASUREMENTS[EngineKind.CHIASM])}; "
+        f"with --engine vllm: {', '.join(MEASUREMENTS[EngineKind.VLLM])}."
+    )

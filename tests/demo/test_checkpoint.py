@@ -13,7 +13,7 @@ from chiasm.demo import images
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from chiasm.demo.reference import Reference  # noqa: E402
+from chiasm.bench.reference import Reference  # noqa: E402
 
 FOLDER = checkpoints.folder("demo")
 PER_KIND = 10
@@ -141,7 +141,7 @@ def test_two_questions_about_one_image(reference: Reference) -> None:
             {"role": "assistant", "content": example.answer},
             {"role": "user", "content": "What colour is the shape?"},
         ]
-        right += reference.tokenizer.decode(reference.generate(messages, example.images)) == scene.colour
+        right += reference.text(reference.generate(messages, example.images)) == scene.colour
     assert right >= 9
 
 

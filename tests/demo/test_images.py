@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from chiasm.demo import images
@@ -58,7 +59,7 @@ def test_marks_lie_on_what_was_drawn() -> None:
     assert mark.name == "circle"
     assert mark.x < 0.4
     assert mark.y > 0.6
-    red, green, blue = image.getpixel((int(mark.x * 200), int(mark.y * 120)))
+    red, green, blue = np.asarray(image)[int(mark.y * 120), int(mark.x * 200)]
     assert red > 170
     assert max(green, blue) < 90
     _, marks = images.draw_marked(rng, images.Scene("word", "red", text="lion"))

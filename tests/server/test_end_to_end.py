@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from chiasm.checkpoints import synthetic
+from chiasm.bench import synthetic
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
 from chiasm.engine import EngineConfig, create_engine
 from chiasm.media import identifier

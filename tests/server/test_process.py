@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from chiasm.checkpoints import synthetic
+from chiasm.bench import synthetic
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine import EngineConfig
 from chiasm.errors import ConfigurationError

@@ -1,4 +1,4 @@
-"""``chiasm bench``: what separating the encoder costs and gains, measured on this machine."""
+"""``chiasm bench``: what it costs and gains to separate the encoder, and prefill from decode, measured on this machine."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ def bench(
         typer.Argument(
             metavar="[NAMES]...",
             help=(
-                "identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, decode-isolation, idle; "
-                "with --engine vllm: vllm-identity, vllm-example, engines, vllm-reuse; all of them if none is given."
+                "Measurements to run (default: all): identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, "
+                "decode-isolation, idle; with --engine vllm: identity, vllm-example, engines, reuse."
             ),
         ),
     ] = None,
-    engine: Annotated[
-        EngineKind, typer.Option(help="What runs in the instances that are measured.")
-    ] = EngineKind.CHIASM,
-    model: Annotated[str, typer.Option(help="A checkpoint's folder, a hub name, or demo.")] = "demo",
+    engine: Annotated[EngineKind, typer.Option(help="Engine of the instances.")] = EngineKind.CHIASM,
+    model: Annotated[str, typer.Option(help="Folder of a checkpoint, name on the Hugging Face hub, or demo.")] = "demo",
     output: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = Path("bench-results"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few samples: shows that it runs, not how fast it is.")
+        bool, typer.Option("--quick", help="Take few samples, to see that everything runs rather than how fast.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of all requests and arrival times.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all requests and arrival times.")] = 0,
     repeat: Annotated[
-        int | None, typer.Option(min=2, help="Samples of each measurement.", show_default="its own number")
+        int | None,
+        typer.Option(min=2, help="Number of samples of each measurement.", show_default="each measurement's own"),
     ] = None,
 ) -> None:
-    """Measure the encoder apart from prefill and decode, and these apart from each other, against all in one.
+    """Benchmark E+PD and E+P+D against one aggregated instance.
 
-    Exits with 1 if answers differ; a target of speed that isn't met is only said.
+    Exits with code 1 if answers differ; missed speed targets are only reported.
     """
     from chiasm.bench.run import BenchConfig, run
 

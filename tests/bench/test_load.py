@@ -1,19 +1,22 @@
-"""Streams that run while something else goes on."""
+"""When requests are sent."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from chiasm.bench.client import RequestFailedError, opened
+from chiasm.bench.load import at_most, gaps_meanwhile, open_loop, poisson, stream_in_turns, turns
 from chiasm.bench.measurement import Bench
-from chiasm.bench.streams import gaps_meanwhile
+from chiasm.bench.requests import chat
+from chiasm.wire import CHAT_PATH
 
 _EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
 
@@ -47,7 +50,7 @@ class _Server:
 @asynccontextmanager
 async def _running(server: _Server, folder: Path) -> AsyncIterator[Bench]:
     app = web.Application()
-    app.router.add_post("/v1/chat/completions", server.answer)
+    app.router.add_post(CHAT_PATH, server.answer)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -57,6 +60,82 @@ async def _running(server: _Server, folder: Path) -> AsyncIterator[Bench]:
             yield Bench("m", folder, client)
     finally:
         await runner.cleanup()
+
+
+def test_arrivals_are_seeded_and_come_at_the_rate() -> None:
+    times = poisson(5, rate_per_second=20, seconds=100)
+    assert times == poisson(5, rate_per_second=20, seconds=100)
+    assert times == sorted(times)
+    assert len(times) == pytest.approx(2000, rel=0.1)
+    assert times[0] > 0
+    assert times[-1] < 100
+    with pytest.raises(ValueError, match="above 0"):
+        poisson(5, rate_per_second=0, seconds=1)
+
+
+async def test_an_open_loop_does_not_wait_for_answers() -> None:
+    sent: list[int] = []
+    all_sent = asyncio.Event()
+
+    async def send(index: int) -> int:
+        sent.append(index)
+        if len(sent) == 3:
+            all_sent.set()
+        await all_sent.wait()
+        return index * index
+
+    assert await open_loop([0.0, 0.001, 0.002], send) == [0, 1, 4]
+
+
+async def test_a_closed_loop_keeps_so_many_under_way_and_their_order() -> None:
+    under_way = most = 0
+
+    async def send(index: int) -> int:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+        return -index
+
+    assert await at_most(3, 10, send) == [-index for index in range(10)]
+    assert most == 3
+
+
+@pytest.mark.parametrize("sending", [partial(open_loop, [0.0, 0.0, 0.0]), partial(at_most, 3, 3)])
+async def test_the_first_that_fails_ends_the_others_and_is_told(
+    sending: Callable[[Callable[[int], Awaitable[None]]], Awaitable[list[None]]],
+) -> None:
+    ended: list[int] = []
+
+    async def send(index: int) -> None:
+        if index == 1:
+            raise RequestFailedError("it answered 503")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(index)
+
+    with pytest.raises(RequestFailedError, match="503"):
+        await sending(send)
+    assert sorted(ended) in ([0], [0, 2])
+
+
+def test_each_server_is_first_in_turn() -> None:
+    assert [turns(index, 3) for index in (-1, 0, 1, 2)] == [[2, 0, 1], [0, 1, 2], [1, 2, 0], [2, 0, 1]]
+
+
+async def test_streams_in_turns_are_counted_after_the_warm_up(tmp_path: Path) -> None:
+    server = _Server(tokens=1)
+    async with _running(server, tmp_path) as bench:
+        answers = await stream_in_turns(
+            bench, [server.url, server.url], lambda index: chat(str(index), max_tokens=1), rounds=2, warm_up=1
+        )
+    assert server.came == ["-1", "-1", "0", "0", "1", "1"]
+    assert [[one.text for one in given] for given in answers] == [["a", "a"], ["a", "a"]]
+
+
+# ---- streams while something else runs ---------------------------------------------------------------------------------
 
 
 async def test_gaps_of_all_streams_are_collected_while_the_other_thing_goes_on(tmp_path: Path) -> None:
