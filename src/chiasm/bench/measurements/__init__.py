@@ -6,7 +6,7 @@ from chiasm.bench.measurement import Measurement
 from chiasm.bench.measurements.handoff import Handoff
 from chiasm.bench.measurements.identity import Identity
 from chiasm.bench.measurements.idle import Idle
-from chiasm.bench.measurements.isolation import DecodeIsolation, Isolation
+from chiasm.bench.measurements.isolation import DECODE_ISOLATION, ISOLATION
 from chiasm.bench.measurements.kv import Kv
 from chiasm.bench.measurements.latency import Engines, Split, Ttft
 from chiasm.bench.measurements.overlap import Overlap
@@ -26,12 +26,12 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         Ttft(),
         Handoff(),
         Overlap(),
-        Isolation(),
+        ISOLATION,
         Reuse(EngineKind.CHIASM),
         Proxy(),
         Kv(),
         Split(),
-        DecodeIsolation(),
+        DECODE_ISOLATION,
         Idle(),
     ),
     EngineKind.VLLM: _by_name(Identity(EngineKind.VLLM), VllmExample(), Engines(), Reuse(EngineKind.VLLM)),
