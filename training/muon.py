@@ -20,7 +20,10 @@ class Muon(torch.optim.Optimizer):
     """Momentum with an update that is made nearly orthogonal for each matrix, then scaled to the RMS of an AdamW update."""
 
     def __init__(self, params: Iterable[dict[str, Any]], dtype: torch.dtype) -> None:
-        """``params`` are groups of matrices with ``weight_decay``; ``lr`` is set before each step. ``dtype`` is used to iterate."""
+        """``params`` are groups of matrices with ``weight_decay``; ``lr`` is set before each step.
+
+        ``dtype`` is the precision of the iteration.
+        """
         super().__init__(params, {"lr": 0.0, "weight_decay": 0.0})
         self._dtype = dtype
 

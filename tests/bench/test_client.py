@@ -110,7 +110,7 @@ async def test_usage_without_details_is_read() -> None:
     assert (answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) == (7, 0, 1)
 
 
-async def test_time_per_token_is_over_all_tokens_also_where_two_come_at_once() -> None:
+async def test_time_per_token_counts_all_tokens_even_if_two_arrive_at_once() -> None:
     def event(*tokens: str) -> bytes:
         entries = ",".join(f'{{"token":"{token}"}}' for token in tokens)
         return f'data: {{"choices":[{{"delta":{{"content":"x"}},"logprobs":{{"content":[{entries}]}}}}]}}\n\n'.encode()

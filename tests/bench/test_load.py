@@ -87,7 +87,7 @@ async def test_an_open_loop_does_not_wait_for_answers() -> None:
     assert await open_loop([0.0, 0.001, 0.002], send) == [0, 1, 4]
 
 
-async def test_a_closed_loop_keeps_so_many_under_way_and_their_order() -> None:
+async def test_a_closed_loop_keeps_a_number_of_calls_running_and_the_order_of_results() -> None:
     under_way = most = 0
 
     async def send(index: int) -> int:
@@ -103,7 +103,7 @@ async def test_a_closed_loop_keeps_so_many_under_way_and_their_order() -> None:
 
 
 @pytest.mark.parametrize("sending", [partial(open_loop, [0.0, 0.0, 0.0]), partial(at_most, 3, 3)])
-async def test_the_first_that_fails_ends_the_others_and_is_told(
+async def test_the_first_failure_ends_the_other_calls_and_is_raised(
     sending: Callable[[Callable[[int], Awaitable[None]]], Awaitable[list[None]]],
 ) -> None:
     ended: list[int] = []
@@ -138,16 +138,16 @@ async def test_streams_in_turns_are_counted_after_the_warm_up(tmp_path: Path) ->
 # ---- streams while something else runs ---------------------------------------------------------------------------------
 
 
-async def test_gaps_of_all_streams_are_collected_while_the_other_thing_goes_on(tmp_path: Path) -> None:
+async def test_gaps_of_all_streams_are_collected_while_something_else_runs(tmp_path: Path) -> None:
     server = _Server(tokens=5, enough=8)
     async with _running(server, tmp_path) as bench:
         gaps = await gaps_meanwhile(bench, server.url, ["one", "two"], server.had_enough.wait, max_tokens=5)
     assert set(server.came) == {"one", "two"}
-    assert len(gaps) >= 4 * 4  # eight streams, of which two began before and two run still
+    assert len(gaps) >= 4 * 4  # eight streams, two of which began before, and two of which are still running
     assert all(gap >= 0 for gap in gaps)
 
 
-async def test_the_other_thing_begins_when_all_streams_have_a_token(tmp_path: Path) -> None:
+async def test_something_else_begins_when_all_streams_have_a_token(tmp_path: Path) -> None:
     server = _Server(tokens=200)
     came_before: list[set[str]] = []
 
@@ -159,14 +159,14 @@ async def test_the_other_thing_begins_when_all_streams_have_a_token(tmp_path: Pa
     assert came_before == [{"one", "two", "three"}]
 
 
-async def test_a_stream_that_fails_at_once_ends_it(tmp_path: Path) -> None:
+async def test_a_stream_that_fails_at_once_is_an_error(tmp_path: Path) -> None:
     server = _Server(tokens=2, failing_after=0)
     async with _running(server, tmp_path) as bench:
         with pytest.raises(RequestFailedError, match="503"):
             await gaps_meanwhile(bench, server.url, ["one"], lambda: asyncio.sleep(60), max_tokens=2)
 
 
-async def test_a_stream_that_fails_later_is_told_at_the_end(tmp_path: Path) -> None:
+async def test_a_stream_that_fails_later_is_an_error_at_the_end(tmp_path: Path) -> None:
     server = _Server(tokens=2, failing_after=2, enough=3)
     async with _running(server, tmp_path) as bench:
 

@@ -22,7 +22,7 @@ from chiasm.wire import Role
 
 
 @pytest.mark.parametrize("topology", [aggregated, encoder_and_pds, prefill_and_decode])
-def test_over_vllm_there_are_the_same_instances(topology: Callable[[str], DeploymentConfig]) -> None:
+def test_topologies_over_vllm_have_the_same_instances(topology: Callable[[str], DeploymentConfig]) -> None:
     built_in = topology("demo")
     config = on_vllm(built_in)
     assert config.engine is EngineKind.VLLM
@@ -61,7 +61,7 @@ def test_the_example_differs_only_in_connector_and_middleware(tmp_path: Path) ->
     assert theirs[:place] + theirs[place + 1 :] == same
 
 
-def test_the_example_proxy_is_beside_vllm_or_where_a_variable_says(tmp_path: Path) -> None:
+def test_the_example_proxy_is_found_beside_vllm_or_by_a_variable(tmp_path: Path) -> None:
     assert proxy_file({}, str(tmp_path)) is None
     beside = tmp_path / "share" / "vllm" / "disagg_epd_proxy.py"
     beside.parent.mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_a_proxy_that_can_forward_images_is_recognized_by_its_flag(tmp_path: Pat
     assert not can_forward_images(file)
 
 
-async def test_without_the_example_proxy_the_outcome_says_why_and_nothing_else(
+async def test_without_the_example_proxy_the_outcome_is_one_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHIASM_VLLM_EXAMPLE_PROXY", str(tmp_path / "none.py"))
@@ -105,7 +105,7 @@ async def test_a_mix_is_half_images_and_new_in_every_round(checkpoint: Path) -> 
     assert with_image != first[:12]
 
 
-def test_reuse_is_right_when_each_image_is_encoded_once_and_loaded_by_both() -> None:
+def test_reuse_meets_its_target_if_each_image_is_encoded_once_and_loaded_by_both_pds() -> None:
     times: list[list[float]] = [[30.0, 31.0, 32.0], [20.0, 21.0, 22.0], []]
     assert judge(*times, encoded=3, loaded=[3, 3], seed=0).met is True
     assert judge(*times, encoded=4, loaded=[3, 3], seed=0).met is False

@@ -1,4 +1,4 @@
-"""What is sent: the same for the same seed, and as large as it was asked for."""
+"""What is sent: the same for the same seed, and of the requested size."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from chiasm.bench import requests
 from chiasm.bench.requests import draw_requests, sampling
 
 
-def test_a_photo_is_the_same_file_for_the_same_name_and_another_for_another() -> None:
+def test_the_name_of_a_photo_determines_its_file() -> None:
     assert requests.photo("a", 64) == requests.photo("a", 64)
     assert requests.photo("a", 64) != requests.photo("b", 64)
     assert Image.open(io.BytesIO(requests.photo("a", 512))).size == (512, 512)
 
 
-def test_noise_is_as_large_as_it_was_asked_for() -> None:
+def test_noise_has_the_requested_size() -> None:
     data = requests.noise("a", 1_000_000)
     assert len(data) == pytest.approx(1_000_000, rel=0.01)
     assert data == requests.noise("a", 1_000_000)
@@ -45,7 +45,7 @@ def test_two_hundred_requests_are_of_all_kinds() -> None:
     assert min(counted.values()) >= 20
 
 
-def test_a_kind_says_how_many_images_there_are() -> None:
+def test_a_kind_determines_the_number_of_images() -> None:
     for request in draw_requests(1, 24):
         if request.kind == "the same image twice":
             assert request.images[0] == request.images[1]
@@ -59,7 +59,7 @@ def test_few_requests_are_of_different_kinds() -> None:
     assert len({request.kind for request in draw_requests(0, 6)}) == 6
 
 
-def test_requests_are_sampled_with_seeds_of_their_own_and_some_with_penalties() -> None:
+def test_requests_are_sampled_with_different_seeds_and_some_with_penalties() -> None:
     drawn = [sampling(3, index) for index in range(12)]
     assert drawn == [sampling(3, index) for index in range(12)]
     assert len({fields["seed"] for fields in drawn}) == 12
@@ -80,7 +80,7 @@ def test_a_body_asks_for_a_greedy_answer() -> None:
     assert json.loads(requests.ask([], "hello", max_tokens=5))["messages"][0]["content"] == "hello"
 
 
-def test_a_text_has_exactly_the_tokens_that_were_asked_for(checkpoint: Path) -> None:
+def test_a_text_has_exactly_the_requested_number_of_tokens(checkpoint: Path) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))

@@ -30,7 +30,7 @@ def test_identity_on_a_small_checkpoint(checkpoint: Path, tmp_path: Path) -> Non
     assert (tmp_path / "results.png").is_file()
 
 
-def test_every_process_is_watched_while_nothing_is_sent(checkpoint: Path, tmp_path: Path) -> None:
+def test_idle_measures_every_process(checkpoint: Path, tmp_path: Path) -> None:
     command = [*_BENCH, "idle", "--quick", "--model", str(checkpoint), "--output", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -43,14 +43,14 @@ def test_every_process_is_watched_while_nothing_is_sent(checkpoint: Path, tmp_pa
     assert all(figure["unit"] == "%" and figure["value"] < 100 for figure in figures)
 
 
-def test_an_unknown_measurement_is_refused_at_once(tmp_path: Path) -> None:
+def test_an_unknown_measurement_is_refused(tmp_path: Path) -> None:
     command = [*_BENCH, "speed", "--output", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     assert ended.stderr.startswith("Error: There is no measurement 'speed'; with --engine chiasm there are identity, ")
 
 
-def test_a_measurement_of_another_engine_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_measurement_of_another_engine_is_refused(tmp_path: Path) -> None:
     command = [*_BENCH, "engines", "--output", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2

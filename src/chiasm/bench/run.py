@@ -81,7 +81,7 @@ def _chosen(config: BenchConfig) -> list[Measurement]:
     """Return the measurements in the order in which they run. Raises ConfigurationError."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigurationError(
-            "`chiasm bench` needs matplotlib, which is not installed; install it with: pip install 'chiasm[bench]'"
+            "`chiasm bench` needs matplotlib, which is not installed; run `pip install 'chiasm[bench]'`."
         )
     found = MEASUREMENTS[config.engine]
     for name in config.names:
