@@ -50,15 +50,15 @@ def test_the_parts_of_the_gap_add_up_to_it() -> None:
     parts = {name: round(1000 * seconds, 3) for name, seconds in handover_parts(_answer(), BEFORE, AFTER).items()}
     assert parts == {
         "gap of tokens 1 and 2": 40,
-        "P's handle after its token": 6,
-        "proxy calls D": 4,
-        "D waits for blocks": 2,
-        "D waits for KV": 10,
-        "D reads the request, first step": 18,
-        "D's later steps": 10,
-        "D's claim": 3,
-        "D's copy": 5,
-        "P reads the request, sends the token": 9,
+        "P: handle after token": 6,
+        "proxy: call of D": 4,
+        "D: wait for blocks": 2,
+        "D: wait for KV": 10,
+        "D: read, first step": 18,
+        "D: later steps": 10,
+        "D: claim": 3,
+        "D: copy": 5,
+        "P: read, token out": 9,
     }
     gap, *five = list(parts.values())[:6]
     assert sum(five) == pytest.approx(gap)

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from chiasm.bench.client import RequestFailedError, opened
-from chiasm.bench.load import at_most, gaps_meanwhile, open_loop, poisson, stream_in_turns, turns
+from chiasm.bench.load import alternate, at_most, gaps_meanwhile, open_loop, poisson, stream_in_turns, turns
 from chiasm.bench.measurement import Bench
 from chiasm.bench.requests import chat
 from chiasm.wire import CHAT_PATH
@@ -123,6 +123,21 @@ async def test_the_first_failure_ends_the_other_calls_and_is_raised(
 
 def test_each_server_is_first_in_turn() -> None:
     assert [turns(index, 3) for index in (-1, 0, 1, 2)] == [[2, 0, 1], [0, 1, 2], [1, 2, 0], [2, 0, 1]]
+
+
+def test_alternating_actions_reverse_their_order_and_the_first_round_does_not_count() -> None:
+    called: list[str] = []
+
+    def first() -> tuple[float]:
+        called.append("first")
+        return (float(called.count("first")),)
+
+    def second() -> tuple[float, float]:
+        called.append("second")
+        return -float(called.count("second")), 0.0
+
+    assert alternate([first, second], 3) == [3.0, -3.0, 0.0]
+    assert called == ["first", "second", "second", "first"] * 2
 
 
 async def test_streams_in_turns_are_counted_after_the_warm_up(tmp_path: Path) -> None:

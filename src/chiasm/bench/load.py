@@ -1,4 +1,4 @@
-"""When requests are sent: at random times, so many at once, to several servers in turns, or while streams run."""
+"""When requests are sent: at random times, so many at once, in turns, or while streams run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from chiasm.bench.client import RequestFailedError, StreamedAnswer
 from chiasm.bench.measurement import Bench
 from chiasm.bench.requests import stream
+from chiasm.bench.statistics import median
 
 _T = TypeVar("_T")
 
@@ -70,6 +71,21 @@ async def _all(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
 def turns(index: int, number: int) -> list[int]:
     """Return 0 … ``number`` - 1 in the order of round ``index``: each is first in one round of ``number``."""
     return [(index + place) % number for place in range(number)]
+
+
+def alternate(actions: Sequence[Callable[[], tuple[float, ...]]], repeats: int) -> list[float]:
+    """Call actions in turns, and return the medians of the numbers that each returns, in order.
+
+    There are ``repeats`` rounds after one that doesn't count. Every other round is in reverse order, so that the state of
+    caches and other load affect all actions alike.
+    """
+    found: list[list[tuple[float, ...]]] = [[] for _ in actions]
+    order = list(range(len(actions)))
+    for _ in range(repeats + 1):
+        for which in order:
+            found[which].append(actions[which]())
+        order.reverse()
+    return [median(values) for rounds in found for values in zip(*rounds[1:], strict=True)]
 
 
 async def stream_in_turns(

@@ -6,7 +6,6 @@ import asyncio
 import mmap
 import os
 import secrets
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from chiasm.bench.load import alternate
 from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
 
 if TYPE_CHECKING:
@@ -107,9 +107,8 @@ def measure_handoff(folder: Path, sizes_bytes: Sequence[int], repeats: int) -> l
     - The *mapped read* opens and maps that file and sums it in the same way.
     - The *memcpy* copies the bytes to memory that is mapped already.
 
-    They take turns ``repeats`` times, after one round that doesn't count, and in reverse order every other time, so that the
-    state of caches and other load affect all of them alike. Files are removed outside the measured times. Sizes are rounded
-    down to whole rows of 4096 bytes, at least one.
+    They take turns ``repeats`` times. Files are removed outside the measured times. Sizes are rounded down to whole rows of
+    4096 bytes, at least one.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         return [_measure(Path(name), max(1, size // _ROW_BYTES), repeats) for size in sizes_bytes]
@@ -124,30 +123,21 @@ def _measure(folder: Path, rows: int, repeats: int) -> HandoffResult:
     plain_path = folder / "plain"
     pair = _Pair(folder / "entries", 4 * source.nbytes)
 
-    writes, reads, copies, handoffs = [], [], [], []
-
-    def measure_plain() -> None:
-        writes.append(_seconds(lambda: _plain_write(plain_path, source)))
-        reads.append(_seconds(lambda: _mapped_read(plain_path)))
+    def write_and_read() -> tuple[float, float]:
+        seconds = _seconds(lambda: _plain_write(plain_path, source)), _seconds(lambda: _mapped_read(plain_path))
         plain_path.unlink()
+        return seconds
 
-    def measure_copy() -> None:
-        copies.append(_seconds(lambda: np.copyto(target, source)))
+    def copy() -> tuple[float]:
+        return (_seconds(lambda: np.copyto(target, source)),)
 
-    def measure_handoff_once() -> None:
+    def hand_off() -> tuple[float]:
         identifier = secrets.token_hex(32)
-        handoffs.append(_seconds(lambda: pair.hand_off(identifier, embedding)))
+        seconds = _seconds(lambda: pair.hand_off(identifier, embedding))
         pair.remove(identifier)
+        return (seconds,)
 
-    turns = [measure_plain, measure_copy, measure_handoff_once]
-    for _ in range(repeats + 1):
-        for measure in turns:
-            measure()
-        turns.reverse()
-    plain_write, mapped_read, memcpy, handoff = (
-        statistics.median(times[1:]) for times in (writes, reads, copies, handoffs)
-    )
-    return HandoffResult(source.nbytes, plain_write, mapped_read, memcpy, handoff)
+    return HandoffResult(source.nbytes, *alternate([write_and_read, copy, hand_off], repeats))
 
 
 class _Pair:

@@ -150,15 +150,15 @@ def handover_parts(answer: StreamedAnswer, before: Sequence[Sample], after: Sequ
         "gap of tokens 1 and 2": gap,
         # The gap is the sum of these five. The first is from P's token to the end of P's response, less the way of D's token
         # through the proxy; the second is the part of the proxy's call of D that D doesn't account for.
-        "P's handle after its token": gap - handover,
-        "proxy calls D": handover - at_d["ttft"],
-        "D waits for blocks": at_d["queue"],
-        "D waits for KV": at_d["kv"],
-        "D reads the request, first step": at_d["ttft"] - at_d["queue"] - at_d["kv"],
-        "D's later steps": later,
+        "P: handle after token": gap - handover,
+        "proxy: call of D": handover - at_d["ttft"],
+        "D: wait for blocks": at_d["queue"],
+        "D: wait for KV": at_d["kv"],
+        "D: read, first step": at_d["ttft"] - at_d["queue"] - at_d["kv"],
+        "D: later steps": later,
         # The claim begins before D waits for blocks; only its end may be part of the wait for KV, as all of the copy is.
-        "D's claim": claim,
-        "D's copy": copy,
+        "D: claim": claim,
+        "D: copy": copy,
         # Before the gap, and without prefill itself.
-        "P reads the request, sends the token": at_p["ttft"] - prefill,
+        "P: read, token out": at_p["ttft"] - prefill,
     }

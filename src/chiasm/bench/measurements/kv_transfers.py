@@ -5,10 +5,9 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import random
-import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from chiasm.bench.load import alternate
 from chiasm.errors import KVUnavailableError
 from chiasm.kv_transfer.base import (
     FinishedTransfers,
@@ -81,9 +81,9 @@ def measure_transfers(
     - *Bare NIXL*, for NixlConnector only, is one NIXL read of as many blocks by an agent that does nothing else and is
       polled without pause.
 
-    They take turns ``repeats`` times, after one round that doesn't count, and in reverse order every other time. Each uses
-    other blocks of two caches that are as large as the largest size. All memory has been touched before. Sizes are rounded
-    down to whole blocks, at least one. Raises ConfigurationError if the connector can't be used here.
+    They take turns ``repeats`` times, each with other blocks of two caches that are as large as the largest size. All memory
+    has been touched before. Sizes are rounded down to whole blocks, at least one. Raises ConfigurationError if the connector
+    can't be used here.
     """
     counts = [max(1, size // block_bytes) for size in sizes_bytes]
     layout = KVLayout(1, 1, 1, block_bytes, "uint8", block_bytes)
@@ -106,37 +106,21 @@ def measure_transfers(
 
 
 def _measure(pair: _Pair, connector: str, count: int, repeats: int) -> TransferResult:
-    transfers: list[float] = []
-    copies: list[float] = []
-    memcpys: list[float] = []
-    bare: list[float] = []
-
-    def measure_transfer() -> None:
-        transfer, copy = pair.transfer(pair.choose(count))
-        transfers.append(transfer)
-        copies.append(copy)
-
-    def measure_memcpy() -> None:
-        memcpys.append(pair.memcpy(count))
-
-    def measure_bare() -> None:
-        bare.append(pair.read_with_nixl(pair.choose(count)))
-
-    turns = [measure_memcpy, measure_transfer]
+    actions: list[Callable[[], tuple[float, ...]]] = [
+        lambda: (pair.memcpy(count),),
+        lambda: pair.transfer(pair.choose(count)),
+    ]
     if connector == "NixlConnector":
-        turns.append(measure_bare)
-    for _ in range(repeats + 1):
-        for measure in turns:
-            measure()
-        turns.reverse()
+        actions.append(lambda: (pair.read_with_nixl(pair.choose(count)),))
+    memcpy, transfer, copy, *bare = alternate(actions, repeats)
     return TransferResult(
         connector=connector,
         size_bytes=count * pair.block_bytes,
         block_bytes=pair.block_bytes,
-        transfer_seconds=statistics.median(transfers[1:]),
-        copy_seconds=statistics.median(copies[1:]),
-        memcpy_seconds=statistics.median(memcpys[1:]),
-        bare_nixl_seconds=statistics.median(bare[1:]) if bare else None,
+        transfer_seconds=transfer,
+        copy_seconds=copy,
+        memcpy_seconds=memcpy,
+        bare_nixl_seconds=bare[0] if bare else None,
     )
 
 
