@@ -21,6 +21,7 @@ PROMPT_TOKENS = 1000
 _WARM_UP = 3
 _TEXT_TOKENS = 64
 _ANSWER_TOKENS = 24
+_SYNTHETIC = "synthetic"
 
 Bodies = Callable[[int], bytes]
 """Gives the body of a round."""
@@ -46,6 +47,11 @@ async def _answers(
     return found
 
 
+async def _checkpoints(bench: Bench) -> list[tuple[str, str]]:
+    """Return labels and folders of the checkpoints that are measured."""
+    return [(bench.model_name, bench.model), (_SYNTHETIC, await synthetic(bench))]
+
+
 def _ttfts(answers: dict[str, list[StreamedAnswer]]) -> dict[str, list[float]]:
     """Return milliseconds to the first token, by topology."""
     return {label: [1000 * answer.ttft_seconds for answer in given] for label, given in answers.items()}
@@ -61,8 +67,8 @@ class Ttft(Measurement):
 
     async def run(self, bench: Bench) -> Outcome:
         outcome = Outcome()
-        await self._compare(bench, outcome, bench.model_name, bench.model)
-        await self._compare(bench, outcome, "synthetic", await synthetic(bench))
+        for label, model in await _checkpoints(bench):
+            await self._compare(bench, outcome, label, model)
         outcome.notes.append(
             "The synthetic checkpoint turns the image into 256 tokens; other checkpoints may scale it down first."
         )
@@ -78,9 +84,8 @@ class Ttft(Measurement):
 
         topologies = {"aggregated": aggregated(model), "E+PD": encoder_and_pds(model)}
         rounds = bench.samples(60, quick=3)
-        for kind, answers in (
-            await _answers(bench, label, topologies, bodies, rounds=rounds, warm_up=_WARM_UP)
-        ).items():
+        found = await _answers(bench, label, topologies, bodies, rounds=rounds, warm_up=_WARM_UP)
+        for kind, answers in found.items():
             outcome.compare(
                 f"{label}, {kind}",
                 _ttfts(answers),
@@ -104,8 +109,8 @@ class Split(Measurement):
 
     async def run(self, bench: Bench) -> Outcome:
         outcome = Outcome()
-        await self._compare(bench, outcome, bench.model_name, bench.model, judged=False)
-        await self._compare(bench, outcome, "synthetic", await synthetic(bench), judged=True)
+        for label, model in await _checkpoints(bench):
+            await self._compare(bench, outcome, label, model, judged=label == _SYNTHETIC)
         outcome.notes.append(
             "Only the synthetic checkpoint has targets: a small one generates tokens faster than processes can exchange "
             "messages."
