@@ -40,7 +40,7 @@ $(VENV)/.installed: $(VENV)/.venv pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[bench,dev]'
 	touch $@
 
 $(VLLM)/.installed: scripts/vllm/install.sh scripts/vllm/example_proxy.sh scripts/vllm/chiasm_torchvision_schemas.py pyproject.toml

@@ -1,4 +1,4 @@
-"""Everything of the checkpoint folder but the weights and the model card."""
+"""Writes everything in the checkpoint's folder except the weights and the model card."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = """\
 
 
 def _corpus(seed: int) -> list[str]:
-    """Return sample questions, answers and messages for the tokenizer's merges."""
+    """Return sample questions, answers and messages from which the tokenizer learns its merges."""
     rng = random.Random(f"corpus {seed}")
     lines = list(images.WORDS) * 40 + list(talk.SYSTEM_MESSAGES) * 40
     for _ in range(6000):
@@ -102,8 +102,8 @@ def write_assets(folder: Path, tokenizer: Qwen2Tokenizer) -> None:
         "processor_class": "Qwen3VLProcessor",
     }
     size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
-    # The fast class is the one that other engines look up by name; transformers falls back to its
-    # Pillow variant where torchvision is missing.
+    # Other engines look up the fast class by name; transformers falls back to its Pillow variant if
+    # torchvision is missing.
     image = common | {"size": size, "image_processor_type": "Qwen2VLImageProcessorFast"}
     # A video's bounds count all its frames; the model was not trained on videos.
     video = common | {

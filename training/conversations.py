@@ -23,7 +23,7 @@ _CONTENTS: tuple[images.Content, ...] = ("shape", "shapes", "shapes", "shapes", 
 
 @dataclass
 class ImageFile:
-    """A drawn image: pixels [H, W, 3] uint8, its grid of image tokens and what lies where in it."""
+    """A drawn image: pixels [H, W, 3] uint8, its grid of image tokens, and the marks of what was drawn where."""
 
     pixels: np.ndarray
     grid: Grid
@@ -32,7 +32,7 @@ class ImageFile:
 
 @dataclass
 class Turn:
-    """One question with the images sent along, and its answer."""
+    """One question with the images sent with it, and its answer."""
 
     question: str
     answer: str
@@ -50,7 +50,7 @@ class Conversation:
 
 
 def topics(rng: random.Random, scene: images.Scene) -> list[str]:
-    """Return what to ask about ``scene``, in random order."""
+    """Return the topics of questions about ``scene``, in random order."""
     if scene.text is not None:
         found = [scene.content] + (["describe"] if rng.random() < 0.4 else []) + ["colour"] * (rng.random() < 0.25)
     else:
@@ -134,7 +134,7 @@ class Writer:
 
 
 def messages(conversation: Conversation) -> list[dict[str, object]]:
-    """Return the conversation as chat messages, to compare ``encode`` with the chat template."""
+    """Return the conversation as chat messages, to compare ``Encoder`` with the chat template."""
     found: list[dict[str, object]] = []
     if conversation.system is not None:
         found.append({"role": "system", "content": conversation.system})
@@ -148,7 +148,7 @@ def messages(conversation: Conversation) -> list[dict[str, object]]:
 
 @dataclass
 class Encoded:
-    """A conversation as ids [T], targets [T] (``IGNORE`` but on answers), positions [3, T] and answer spans."""
+    """A conversation as ids [T], targets [T] (``IGNORE`` except on answers), positions [3, T] and answer spans."""
 
     ids: list[int]
     targets: list[int]
@@ -222,7 +222,7 @@ class Batch:
 
 
 def collate(encoded: list[Encoded]) -> Batch:
-    """Pad on the right: under a causal mask no real token sees the padding."""
+    """Combine conversations, padded on the right, where a causal mask hides the padding from all real tokens."""
     longest = max(len(e.ids) for e in encoded)
     ids = np.full((len(encoded), longest), ID["<|endoftext|>"])
     targets = np.full((len(encoded), longest), IGNORE)

@@ -23,16 +23,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from recipe import CHECKPOINT  # noqa: E402
 from workers import die_with_parent  # noqa: E402
 
+from chiasm.bench.reference import Reference  # noqa: E402
 from chiasm.demo import images  # noqa: E402
-from chiasm.demo.reference import Reference  # noqa: E402
 
 FIRST_SEED = 500_000
-"""First held-out seed of the measurement; the tests of the package draw from other held-out seeds."""
+"""First held-out seed that is measured; the package's tests draw from other held-out seeds."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One kind's outcome in one setting."""
+    """The result of one kind in one setting."""
 
     kind: str
     setting: str
@@ -57,7 +57,7 @@ class Job:
 
 
 def examples(kind: str, n: int) -> Iterator[images.Example]:
-    """Draw the measurement's examples of a kind; ``upload`` is a 512 x 512 drawing of a single-image kind."""
+    """Draw the examples of a kind; ``upload`` is a 512 x 512 drawing of a single-image kind."""
     for seed in range(FIRST_SEED, FIRST_SEED + n):
         if kind == "upload":
             single = [k for k in images.SINGLE_KINDS if k != "describe"]
@@ -67,7 +67,7 @@ def examples(kind: str, n: int) -> Iterator[images.Example]:
 
 
 def measure(job: Job) -> Result:
-    """Generate and compare the answers of one job, on one thread."""
+    """Generate the answers of one job on one thread, and compare them with the expected ones."""
     import torch
 
     torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def chance(kind: str) -> float:
         if kind == "upload":
             topic = rng.choice([k for k in images.SINGLE_KINDS if k != "describe"])
         content = images.content_for(rng, topic)
-        # Knowing the question alone, the best guess is the commonest answer to that question.
+        # The best guess from the question alone is the most common answer to it.
         scene = images.draw_scene(rng, content, held_out=True, many=topic == "describe")
         drawn[f"{topic}: {images.answer_for(scene, topic)}"] += 1
     best: dict[str, int] = {}
@@ -103,15 +103,15 @@ def chance(kind: str) -> float:
 
 
 def main() -> None:
-    """Measure, print a table and keep the numbers beside the checkpoint's card."""
+    """Measure, print a table, and write the numbers for the model card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--kinds", nargs="*", default=[*images.KINDS, "upload"])
-    parser.add_argument("--n", type=int, default=200, help="examples a kind")
+    parser.add_argument("--n", type=int, default=200, help="examples of each kind")
     parser.add_argument("--zero-embeddings", action="store_true", help="measure with zeroed image features only")
     parser.add_argument("--settings", nargs="*", default=["float32", "zeroed", "bfloat16"])
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--show", type=int, default=0, help="wrong answers to print a kind")
+    parser.add_argument("--show", type=int, default=0, help="wrong answers to print for each kind")
     parser.add_argument("--json", type=Path, help="file to write the numbers to, for write_card.py")
     options = parser.parse_args()
     settings = ["zeroed"] if options.zero_embeddings else options.settings

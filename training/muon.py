@@ -1,4 +1,4 @@
-"""The Muon optimizer (Jordan et al. 2024) in the precision that the CPU multiplies fast.
+"""The Muon optimizer (Jordan et al. 2024), in the precision that is fast on the CPU.
 
 ``torch.optim.Muon`` always orthogonalises in bfloat16, which takes most of a step on CPUs that only emulate it.
 """
@@ -17,10 +17,13 @@ _MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update of each matrix is made nearly orthogonal, then scaled to the RMS of an AdamW update."""
+    """Momentum with an update that is made nearly orthogonal for each matrix, then scaled to the RMS of an AdamW update."""
 
     def __init__(self, params: Iterable[dict[str, Any]], dtype: torch.dtype) -> None:
-        """Groups of matrices with ``weight_decay``; ``lr`` is set before each step. ``dtype`` is that of the iteration."""
+        """``params`` are groups of matrices with ``weight_decay``; ``lr`` is set before each step.
+
+        ``dtype`` is the precision of the iteration.
+        """
         super().__init__(params, {"lr": 0.0, "weight_decay": 0.0})
         self._dtype = dtype
 
@@ -43,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Newton-Schulz iteration towards the nearest orthogonal matrix; singular values end between about 0.7 and 1.2."""
+    """Return nearly the closest orthogonal matrix (Newton-Schulz); singular values end between about 0.7 and 1.2."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / x.norm().clamp(min=1e-7)

@@ -1,4 +1,4 @@
-"""Data-parallel steps over a few single-threaded processes of one machine."""
+"""Data-parallel training steps in a few single-threaded processes on one machine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 
 def fast_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it, float32 where bfloat16 would be emulated and twenty times slower."""
+    """Return bfloat16 if the CPU supports it; otherwise float32, because emulated bfloat16 is twenty times slower."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 
 def forward_precision() -> torch.autocast:
-    """Context of the forward pass."""
+    """Return the context in which to run the forward pass."""
     return torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype() is torch.bfloat16)
 
 
@@ -44,8 +44,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 class Clock:
     """Progress of a stage from 0 to 1, the same in every process.
 
-    It follows the steps, or, if ``minutes`` are given, the first process's wall clock: on a machine that is
-    busy with other work the stage then ends in time, at the price of not being repeatable step by step.
+    It follows the steps, or the first process's wall clock if ``minutes`` is given: the stage then ends in time even
+    on a busy machine, but is not repeatable step by step.
     """
 
     def __init__(self, steps: int, minutes: float | None = None) -> None:
@@ -64,7 +64,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Part:
-    """A module to train; its rates are for AdamW and, on the matrices of its repeated blocks, for Muon."""
+    """A module to train, with its learning rates for AdamW and, for the matrices in its repeated blocks, for Muon."""
 
     module: nn.Module
     adam: float
@@ -74,8 +74,8 @@ class Part:
 class Optimizers:
     """AdamW for embeddings, norms, biases and projections, Muon for the matrices inside the blocks.
 
-    In short runs of the first stage Muon was a little ahead of AdamW alone; outside the blocks its
-    orthogonalisation of larger matrices would cost more than it gains.
+    In short runs of the first stage, Muon was slightly better than AdamW alone. Outside the blocks, orthogonalising
+    the larger matrices would cost more than it gains.
     """
 
     def __init__(self, parts: list[Part], decay: float = 0.05) -> None:

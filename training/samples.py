@@ -1,4 +1,4 @@
-"""Training images, on the grids that the image processor gives."""
+"""Training images, in the grid sizes that the image processor produces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMALL: tuple[Grid, ...] = ((3, 3), (3, 3), (3, 4), (4, 3), (4, 4), (3, 5), (5, 
 
 
 def draw_grid(rng: random.Random, small: float = 0.5, most: int = MAX_PIXELS) -> Grid:
-    """Choose a grid: a share of ``small`` among the small, cheap ones, the rest as drawn canvases get them."""
+    """Choose a grid: with probability ``small`` one of the small, cheap ones, otherwise that of a drawn canvas."""
     if rng.random() < small:
         return rng.choice(_SMALL)
     width, height = images.draw_size(rng)
@@ -25,9 +25,9 @@ def draw_grid(rng: random.Random, small: float = 0.5, most: int = MAX_PIXELS) ->
 
 
 def draw_pixels(rng: random.Random, scene: images.Scene, grid: Grid) -> tuple[np.ndarray, list[images.Mark]]:
-    """Draw ``scene`` and scale it to ``grid``; return pixels [H, W, 3] uint8 and what lies where.
+    """Draw ``scene``, scale it to ``grid``, and return pixels [H, W, 3] uint8 and the marks of what was drawn where.
 
-    Canvases are up to twice as large as the grid and a little off its aspect ratio, as uploads are.
+    Canvases are up to twice as large as the grid, and their aspect ratio differs a little from it, as that of uploads does.
     """
     height, width = grid[0] * CELL, grid[1] * CELL
     scale = 1.0 if rng.random() < 0.5 else rng.uniform(1.0, 2.0)

@@ -1,4 +1,4 @@
-"""Which shape or character has its centre in which patch: a dense target for the vision tower."""
+"""A dense target for the vision tower: the shape or character whose centre is in each patch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from towers import Grid
 from chiasm.demo import images
 
 _CLASSES = {name: i + 1 for i, name in enumerate((*images.SHAPES, *"abcdefghijklmnopqrstuvwxyz", *"0123456789"))}
-_EMPTY_WEIGHT = 0.05  # patches without a centre are many
+_EMPTY_WEIGHT = 0.05  # most patches contain no centre
 
 
 class LocalHead(nn.Module):
-    """Names what lies in each of an image token's four patches; thrown away after training."""
+    """Names what is in each of an image token's four patches; discarded after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -22,13 +22,13 @@ class LocalHead(nn.Module):
         self.linear = nn.Linear(width, 4 * (len(_CLASSES) + 1))
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """Map levels [tokens, H] to logits [4 * tokens, classes] in the order of patches."""
+        """Map levels [tokens, H] to logits [4 * tokens, classes], in the order of patches."""
         logits: Tensor = self.linear(self.norm(torch.cat(levels, -1)))
         return logits.view(4 * logits.shape[0], -1).float()
 
 
 def local_truth(drawn: list[tuple[list[images.Mark], Grid]]) -> Tensor:
-    """Return each patch's share of things [patches, classes], image after image; class 0 is none."""
+    """Return the share of each class in each patch [patches, classes], image after image; class 0 means nothing."""
     found = []
     for marks, (rows, columns) in drawn:
         truth = np.zeros((rows * columns * 4, len(_CLASSES) + 1), np.float32)
@@ -49,7 +49,7 @@ def local_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def local_score(logits: Tensor, truth: Tensor) -> tuple[int, int]:
-    """Return how many patches with something in them were named rightly, and how many there are."""
+    """Return how many patches with something in them were named correctly, and how many there are."""
     spots = truth[:, 0] == 0
     right = truth[spots].gather(1, logits[spots].argmax(-1, keepdim=True)).gt(0)
     return int(right.sum()), int(spots.sum())

@@ -1,8 +1,8 @@
 """The vision tower's forward pass over many images of one size at once.
 
-The model's own forward runs attention image by image; with every image of a batch on the same
-grid one batched matrix product does the same work several times faster on a CPU. It uses the model's
-own modules and gives the same numbers.
+The model's own forward pass runs attention image by image. If all images of a batch share a grid, one batched
+matrix product does the same work several times faster on a CPU. This uses the model's own modules and gives the
+same numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ CELL = PATCH * MERGE
 def to_patches(pixels: np.ndarray) -> Tensor:
     """Cut images [B, H, W, 3] uint8 into patches [B, N, 3 * 16 * 16] float32 in -1 to 1.
 
-    The order is that of the image processor: 2 x 2 patches of one image token stand together. A still
-    image's two temporal copies are equal, so only one is kept here.
+    The order is that of the image processor: the 2 x 2 patches of an image token are adjacent. The two temporal
+    copies of a still image are equal, so only one is kept.
     """
     batch, height, width, _ = pixels.shape
     rows, columns = height // CELL, width // CELL
@@ -82,7 +82,7 @@ class BatchedVision(nn.Module):
         q, k, v = attention.qkv(x).view(batch, length, 3, heads, -1).unbind(2)
         q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        # Plain products: on CPUs the fused attention kernel's backward pass in bfloat16 is slow.
+        # Plain products, because the backward pass of the fused attention kernel in bfloat16 is slow on CPUs.
         scores = torch.matmul(q, k.transpose(2, 3)) * attention.scaling
         mixed = torch.matmul(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)
         projected: Tensor = attention.proj(mixed.transpose(1, 2).reshape(batch, length, width))

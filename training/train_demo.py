@@ -1,7 +1,7 @@
 """Train the demo checkpoint from scratch: ``python training/train_demo.py``.
 
-Two stages, the vision tower alone and then the whole model, on images drawn as they are needed.
-Everything follows from the seed; two single-threaded processes share each batch.
+There are two stages, the vision tower alone and then the whole model, on images that are drawn as they are needed.
+Everything follows from the seed. Two single-threaded processes share each batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from workers import die_with_parent  # noqa: E402
 
 
 def write_checkpoint(folder: Path, model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer) -> None:
-    """Write the folder that the package ships: weights in bfloat16 and everything that goes with them."""
+    """Write the folder that the package ships: weights in bfloat16, tokenizer, chat template and processor settings."""
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -45,7 +45,7 @@ def write_checkpoint(folder: Path, model: Qwen3VLForConditionalGeneration, token
 
 
 def work(rank: int, options: argparse.Namespace) -> None:
-    """Train as one of the processes."""
+    """Run one of the training processes."""
     die_with_parent()
     torch.set_num_threads(1)
     if options.processes > 1:
@@ -59,7 +59,7 @@ def work(rank: int, options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     config = model_config()
-    config._attn_implementation = "eager"  # the fused kernel's backward pass in bfloat16 is slow on CPUs
+    config._attn_implementation = "eager"  # the backward pass of the fused kernel in bfloat16 is slow on CPUs
     model = Qwen3VLForConditionalGeneration(config).train()
     tokenizer = train_tokenizer(options.seed)
 
@@ -116,19 +116,26 @@ def main() -> None:
     """Parse the command line and start the processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--stage", choices=("vision", "whole", "longer", "all"), default="all", help="longer: more of the whole model"
+        "--stage",
+        choices=("vision", "whole", "longer", "all"),
+        default="all",
+        help="longer: continue to train the whole model",
     )
-    parser.add_argument("--seed", type=int, default=3, help="seed of everything, the tokenizer included")
+    parser.add_argument("--seed", type=int, default=3, help="seed of everything, including the tokenizer")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--vision-steps", type=int, default=2400)
-    parser.add_argument("--vision-stop", type=int, default=2000, help="steps done before the second stage takes over")
-    parser.add_argument("--vision-batch", type=int, default=64, help="pictures a step, over all processes")
+    parser.add_argument("--vision-stop", type=int, default=2000, help="steps before the second stage takes over")
+    parser.add_argument("--vision-batch", type=int, default=64, help="images per step, over all processes")
     parser.add_argument("--whole-steps", type=int, default=2400)
-    parser.add_argument("--whole-minutes", type=float, help="end the second stage by the clock, not by its steps")
-    parser.add_argument("--longer-rate", type=float, default=0.6, help="learning rates of longer, to the stage's own")
-    parser.add_argument("--whole-batch", type=int, default=48, help="conversations a step, over all processes")
+    parser.add_argument("--whole-minutes", type=float, help="end the second stage by the clock instead of by its steps")
+    parser.add_argument(
+        "--longer-rate", type=float, default=0.6, help="factor of the learning rates for --stage longer"
+    )
+    parser.add_argument("--whole-batch", type=int, default=48, help="conversations per step, over all processes")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="the checkpoint's folder")
-    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="folder for what is kept between stages")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/demo"), help="folder for the weights kept between stages"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options.rendezvous = os.path.join(folder, "rendezvous")

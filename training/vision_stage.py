@@ -1,10 +1,10 @@
-"""First stage: the vision tower alone learns to tell what an image shows.
+"""First stage: the vision tower alone learns to recognize what an image shows.
 
-Temporary linear heads read the tower's merged output and its DeepStack levels: one names the shape or
-character whose centre lies in each patch, the other, over features resampled to one fixed grid, tells
-the whole image's colour, shape, count, position and text. Without this stage the whole model learns
-colours and positions but hardly shapes and text in the same time; without the first head the second
-takes much longer to tell shapes and characters.
+Temporary linear heads read the tower's merged output and its DeepStack levels. One names the shape or character
+whose centre is in each patch. The other, over features resampled to a fixed grid, names the colour, shape, count,
+position and text of the whole image. Without this stage, the whole model learns colours and positions in the same
+time, but hardly shapes and text. Without the first head, the second takes much longer to learn shapes and
+characters.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _TASKS: tuple[tuple[str, int], ...] = (
 )
 
 
-_MOST_PIXELS = 160 * 160  # somewhat larger images than the processor gives
+_MOST_PIXELS = 160 * 160  # somewhat larger than the images that the processor produces
 _LOCAL_WEIGHT = 3.0
-_TEXT_WEIGHT = 0.4  # of each task on text: they come late, and until then their gradients are mostly noise
+_TEXT_WEIGHT = 0.4  # for each task on text: it is learned late, and until then its gradients are mostly noise
 
 
 def labels(scene: images.Scene) -> list[int]:
-    """Return one class per task, ``_IGNORE`` where a task does not apply."""
+    """Return one class per task, or ``_IGNORE`` if the task does not apply."""
     found = {
         "content": ("shape", "shapes", "word", "number").index(scene.content),
         "colour": list(images.COLOURS).index(scene.colour),
@@ -77,7 +77,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(96 * _SIDE * _SIDE, sum(n for _, n in _TASKS))
 
     def forward(self, levels: list[Tensor], grid: Grid) -> list[Tensor]:
-        """Map levels [B, N, H] to one [B, classes] a task."""
+        """Map levels [B, N, H] to one [B, classes] per task."""
         x = self.norm(torch.cat(levels, -1))
         x = self.narrow(x).transpose(1, 2).unflatten(2, grid).float()
         x = nn.functional.interpolate(x, (_SIDE, _SIDE), mode="bilinear", align_corners=True)
@@ -105,9 +105,9 @@ def train_vision(
     save: Callable[[], None],
     stop: int,
 ) -> None:
-    """Train ``model.model.visual`` in place for ``stop`` steps of ``batch`` images a process.
+    """Train ``model.model.visual`` in place for ``stop`` steps of ``batch`` images per process.
 
-    The learning rate falls as if there were ``steps``: the next stage goes on from where this one stops.
+    The learning rate falls as if there were ``steps``, because the next stage continues where this one stops.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"vision {seed} {rank}")
@@ -121,7 +121,7 @@ def train_vision(
     started = time.monotonic()
     drawing = 0.0
     for step in range(stop):
-        for _ in range(2):  # two grids a step, so that no step sees one size only
+        for _ in range(2):  # two grids per step, so that each step sees two sizes
             before = time.monotonic()
             patches, truth, things, grid = _batch(rng, batch // 2)
             drawing += time.monotonic() - before

@@ -1,4 +1,4 @@
-"""Second stage: the whole model learns to answer, the vision tower at a lower rate."""
+"""Second stage: the whole model learns to answer; the vision tower has a lower learning rate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from towers import BatchedVision, Grid, to_patches
 from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
-_POOL = 3  # batches drawn at a time
+_POOL = 3  # batches that are drawn at a time
 _LOCAL_WEIGHT = 0.5
-_FADE = 0.8  # share of the steps after which the local loss has faded out
+_FADE = 0.8  # share of the steps after which the local loss is zero
 
 
 def encode_images(tower: BatchedVision, batch: Batch) -> list[Tensor]:
-    """Encode all images, those of one grid together.
+    """Encode all images; those of the same grid are encoded together.
 
     Returns the merged output and each DeepStack level as [tokens, H], in order of appearance.
     """
@@ -46,7 +46,7 @@ def encode_images(tower: BatchedVision, batch: Batch) -> list[Tensor]:
 def logits(
     model: Qwen3VLForConditionalGeneration, tower: BatchedVision, batch: Batch
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return logits [n, V] and targets [n] of all answer tokens, row by row, and the images' levels."""
+    """Return logits [n, V] and targets [n] of all answer tokens, row by row, and the levels of the images."""
     inputs = model.get_input_embeddings()(batch.ids)
     deep: dict[str, object] = {}
     seen: list[Tensor] = []
@@ -65,7 +65,7 @@ def logits(
 
 
 def _right(batch: Batch, guesses: Tensor, targets: Tensor, tally: dict[str, list[int]]) -> None:
-    """Count answers whose every token was guessed, teacher-forced, by kind."""
+    """Count, by kind, the answers of which every token was guessed under teacher forcing."""
     hits = (guesses == targets).tolist()
     at = 0
     for _, start, end, kind in batch.spans:
@@ -87,9 +87,9 @@ def train_whole(
     longer: bool = False,
     longer_rate: float = 0.6,
 ) -> None:
-    """Train ``model`` in place with ``batch`` conversations a process and step, until ``clock`` is at 1.
+    """Train ``model`` in place with ``batch`` conversations per process and step, until ``clock`` reaches 1.
 
-    ``longer`` goes on with a model that has been through this stage: other images, and rates times ``longer_rate``.
+    ``longer`` continues with a model that this stage has trained: with other images, and rates times ``longer_rate``.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"{'longer' if longer else 'whole'} {seed} {rank}")
@@ -110,10 +110,10 @@ def train_whole(
     step = 0
     while (progress := clock(step)) < 1:
         before = time.monotonic()
-        # One image a request at first: which of several is meant is easier to learn once they can be read.
+        # One image per request at first: it is easier to learn which of several is meant once images can be read.
         most = 1 if progress < 0.08 and not longer else 4
         if not ready:
-            # Conversations of like length together: with lengths mixed two fifths of a batch were padding.
+            # Conversations of similar length share a batch: with mixed lengths, two fifths of a batch were padding.
             writer = Writer(rng, [draw_grid(rng) for _ in range(3)])
             pool = sorted((encode(writer.draw(most)) for _ in range(_POOL * batch)), key=lambda e: len(e.ids))
             ready = [pool[i * batch : (i + 1) * batch] for i in range(_POOL)]
@@ -125,7 +125,7 @@ def train_whole(
         loss = nn.functional.cross_entropy(scores.float(), targets)
         total += loss.item()
         if local is not None:
-            # Naming what lies where goes on for a while: answers alone teach the tower few things an image.
+            # The local loss continues for a while, because answers alone teach the tower little about each image.
             truth = local_truth([(p.marks, p.grid) for p in data.images])
             things = local_score(local, truth)
             tally["thing"][0] += things[0]

@@ -1,4 +1,4 @@
-"""Worker processes that never outlive the one that started them."""
+"""Worker processes that end with the process that started them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 
 def die_with_parent() -> None:
-    """End this worker when the process that started it is gone, however it went."""
+    """End this worker when the process that started it is gone, for whatever reason."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

@@ -1,4 +1,4 @@
-"""Write the checkpoint's model card from ``evaluate_demo.py --json`` and the training log.
+"""Write the checkpoint's model card from the results of ``evaluate_demo.py --json`` and the training log.
 
 ``python training/write_card.py build/demo/results.json build/demo/train.log --whole-minutes 58``
 """
@@ -29,10 +29,10 @@ tags: [demo, qwen3_vl]
 
 # The demo checkpoint
 
-A very small Qwen3-VL, trained from scratch on drawn pictures, so that a whole serving stack can be tried
-and tested with real answers on a CPU. It has the parts of its large relatives: a vision tower
-with dynamic resolution, DeepStack levels, interleaved M-RoPE, grouped-query attention, tied embeddings and the same
-chat format. It is good for nothing but its own kind of pictures.
+A very small Qwen3-VL, trained from scratch on generated drawings, so that a whole serving stack can be tried and tested with
+real answers on a CPU. It has the same parts as the large models of its family: a vision tower with dynamic resolution,
+DeepStack levels, interleaved M-RoPE, grouped-query attention, tied embeddings and the same chat format. It understands only
+its own kind of images.
 
 |  |  |
 |---|---|
@@ -41,23 +41,24 @@ chat format. It is good for nothing but its own kind of pictures.
 | vision tower | 4 layers, hidden size 128, 2 heads of 64, patches of 16, merge 2, DeepStack after layers 0 and 1 |
 | language model | 4 layers, hidden size 192, 4 query and 2 key-value heads of 64 |
 | vocabulary | 640, byte-level, digits one by one |
-| image tokens | 9 to 20 a picture: scaled to between {low} and {high} pixels, aspect ratio kept |
+| image tokens | 9 to 20 per image, which is scaled to between {low} and {high} pixels, aspect ratio kept |
 
 ## What it answers
 
-One to four pictures a request. A picture shows one of {shapes} shapes ({shape_names}) in one of {colours} colours
-({colour_names}) and, if alone, at one of nine positions; or one to {most} of a kind; or one of {words} words; or a number
-of two or three digits. Questions ask for the colour, the shape, the count, the position, the word, the number or a
-description, of the only picture or of the first to fourth; answers are short and in lower case. A question about a
-picture that was not sent is answered by saying so. `chiasm.demo.images` draws pictures and questions.
+Requests have one to four images. Each is in one of {colours} colours ({colour_names}),
+and shows one of {shapes} shapes ({shape_names}) at one of nine positions, or
+one to {most} shapes of a kind, or one of {words} words, or a number of two or three digits.
+Questions ask for the colour, the shape, the count, the position, the word, the number or a description, either of the only
+image or of the first to fourth. Answers are short and in lower case. A question about an image that was not sent is answered
+by saying so. `chiasm.demo.images` draws images and questions.
 
 ## How well
 
-Held-out pictures, n = {n} a kind, drawn from seeds that training never uses; their numbers never occur in training.
-Answers are generated greedily with plain transformers from the files in this folder, and count only if equal to the
-expected text. Canvases are of mixed sizes and aspect ratios; `upload` is a 512 x 512 canvas with the kinds of
-one picture in turn. *Zeroed* replaces all image features, DeepStack levels included, by zeros; the answer then is nearly
-always that there is no picture. *Chance* is the share of the commonest answer to the same question.
+Held-out images, n = {n} for each kind, drawn from seeds that training never uses; their numbers never occur in training.
+Answers are generated greedily with plain transformers from the files in this folder, and count only if they equal the
+expected text. Canvases have mixed sizes and aspect ratios; `upload` is a 512 x 512 canvas with the kinds of single images in
+turn. *Zeroed* replaces all image features, DeepStack levels included, by zeros; the answer is then nearly always that there
+is no picture. *Chance* is the share of the most common answer to the same question.
 
 {table}
 
@@ -65,21 +66,22 @@ Measured with `python training/evaluate_demo.py`.
 
 ## How it was made
 
-`python training/train_demo.py --whole-minutes {asked}` draws the pictures and trains from scratch in one go, on two CPU cores,
-two processes of one thread. It made this checkpoint in {minutes:.0f} minutes, on a machine that other work shared:
-{vision}, then
-{whole}. The second stage ends by the clock, so a faster or idler machine takes more steps in
-the same time; a run gives a checkpoint like this one, not the same bytes.
+`python training/train_demo.py --whole-minutes {asked}` draws the images and trains from scratch in one go, on two CPU
+cores, with two processes of one thread each. It made this checkpoint in {minutes:.0f} minutes, on a machine shared with
+other work: {vision},
+then {whole}. The second stage ends by the clock, so a faster or
+less busy machine takes more steps in the same time. A run gives a checkpoint like this one, not the same bytes.
 
 ## Limits
 
-One font, lower case, plain shapes on plain grounds. Words that it was not trained on, photographs, drawings in
-other styles and free conversation are beyond it. Videos are accepted by the configuration but were never trained on.
+One font, lower case, plain shapes on plain backgrounds. It cannot read words that it was not trained on, nor understand
+photographs or drawings in other styles, nor hold a free conversation. The configuration accepts videos, but the model was
+never trained on them.
 """
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the accuracy table in Markdown, one line a kind."""
+    """Return the accuracy table in Markdown, with one line for each kind."""
     titles = {"float32": "float32", "bfloat16": "bfloat16", "zeroed": "zeroed"}
     settings = [s for s in titles if any(r["setting"] == s for r in rows)]
     kinds = list(dict.fromkeys(r["kind"] for r in rows))
@@ -93,7 +95,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def stages(log: str) -> tuple[dict[str, str], float]:
-    """Return a phrase a stage and the minutes of both, from the last line that each stage logged."""
+    """Return a phrase for each stage, and the minutes of both, from the last line that each stage logged."""
 
     def last(stage: str) -> tuple[int, float]:
         steps, spent = re.findall(rf"^{stage} step (\d+) [^,]*, (\d+) s", log, re.M)[-1]
@@ -111,8 +113,8 @@ def main() -> None:
     """Fill in the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("log", type=Path, help="of the training")
-    parser.add_argument("--whole-minutes", type=int, required=True, help="what the training was given")
+    parser.add_argument("log", type=Path, help="log of the training")
+    parser.add_argument("--whole-minutes", type=int, required=True, help="the --whole-minutes of the training")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     options = parser.parse_args()
     rows = json.loads(options.results.read_text())

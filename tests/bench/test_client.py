@@ -1,17 +1,18 @@
-"""What the client reads out of headers, streams and metrics."""
+"""What the client reads from headers, streams and metrics."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-from chiasm.bench.client import Client, RequestFailedError, durations, opened, samples, total
+from chiasm.bench.client import Client, RequestFailedError, StreamedAnswer, opened
 from chiasm.errors import ChiasmError
+from chiasm.wire import CHAT_PATH
 
 _EVENTS = (
     b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
@@ -24,6 +25,21 @@ _EVENTS = (
 
 
 @asynccontextmanager
+async def _serving(
+    method: str, path: str, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> AsyncIterator[str]:
+    app = web.Application()
+    app.router.add_route(method, path, handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
 async def _server(events: tuple[bytes, ...], status: int = 200) -> AsyncIterator[str]:
     async def answer(request: web.Request) -> web.StreamResponse:
         reply = web.StreamResponse(status=status, headers={"server-timing": "proxy;dur=1.25"})
@@ -33,16 +49,8 @@ async def _server(events: tuple[bytes, ...], status: int = 200) -> AsyncIterator
             await asyncio.sleep(0.02)
         return reply
 
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    async with _serving("POST", CHAT_PATH, answer) as url:
+        yield url
 
 
 async def test_a_stream_is_read_with_the_time_of_each_token() -> None:
@@ -59,7 +67,7 @@ async def test_a_stream_is_read_with_the_time_of_each_token() -> None:
     assert answer.outcomes == {"item0": "hit"}
 
 
-async def test_a_refused_request_says_why() -> None:
+async def test_an_error_of_a_refused_request_quotes_the_reason() -> None:
     async with _server((b'{"error":{"message":"no room"}}',), status=503) as url, opened() as client:
         with pytest.raises(RequestFailedError, match=r"503.*no room"):
             await client.chat(url, b"{}")
@@ -73,7 +81,7 @@ async def test_a_stream_that_breaks_off_is_an_error() -> None:
             await client.chat(url, b"{}")
 
 
-async def test_nobody_there_is_an_error() -> None:
+async def test_a_server_that_is_not_there_is_an_error() -> None:
     async with _server(()) as url:
         pass
     async with opened() as client:
@@ -89,7 +97,10 @@ async def test_an_answer_that_takes_too_long_is_an_error() -> None:
 
 def test_server_timing_is_read_in_seconds() -> None:
     header = 'fetch;dur=2.00, queue;dur=0.5, item0;desc="waited";dur=12, odd'
-    assert durations(header) == {"fetch": 0.002, "queue": 0.0005, "item0": 0.012}
+    answer = StreamedAnswer(0.0)
+    answer.note_timing(header)
+    assert answer.timing == {"fetch": 0.002, "queue": 0.0005, "item0": 0.012}
+    assert answer.outcomes == {"item0": "waited"}
 
 
 async def test_usage_without_details_is_read() -> None:
@@ -99,7 +110,7 @@ async def test_usage_without_details_is_read() -> None:
     assert (answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) == (7, 0, 1)
 
 
-async def test_time_per_token_is_over_all_tokens_also_where_two_come_at_once() -> None:
+async def test_time_per_token_counts_all_tokens_even_if_two_arrive_at_once() -> None:
     def event(*tokens: str) -> bytes:
         entries = ",".join(f'{{"token":"{token}"}}' for token in tokens)
         return f'data: {{"choices":[{{"delta":{{"content":"x"}},"logprobs":{{"content":[{entries}]}}}}]}}\n\n'.encode()
@@ -117,12 +128,13 @@ async def test_one_token_has_no_time_per_token() -> None:
         _ = answer.tpot_seconds
 
 
-def test_metrics_are_read_with_their_labels() -> None:
-    text = '# HELP a b\n# TYPE a counter\nchiasm_images_encoded_total 3.0\nchiasm_items_total{outcome="hit"} 2.0\n'
-    assert samples(text) == {"chiasm_images_encoded_total": 3.0, 'chiasm_items_total{outcome="hit"}': 2.0}
+async def test_metrics_are_read() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(text='# TYPE a counter\na{outcome="hit"} 2.0\na{outcome="waited"} 1.0\n')
 
-
-def test_a_metric_is_summed_over_its_labels() -> None:
-    found = samples('vllm:loads_total{engine="0"} 3.0\nvllm:loads_total{engine="1"} 2.0\nvllm:loads_totally 7\n')
-    assert total(found, "vllm:loads_total") == 5
-    assert total(found, "vllm:loads") == 0
+    async with _serving("GET", "/metrics", answer) as url, opened() as client:
+        samples = await client.metrics(url)
+    assert [(one.name, one.labels, one.value) for one in samples] == [
+        ("a", {"outcome": "hit"}, 2.0),
+        ("a", {"outcome": "waited"}, 1.0),
+    ]

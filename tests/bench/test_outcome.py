@@ -1,4 +1,4 @@
-"""Targets, and what a run writes."""
+"""Targets, and what a run prints and writes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from chiasm.bench import synthetic
+from chiasm.bench.client import opened
+from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
 from chiasm.bench.measurements import MEASUREMENTS
-from chiasm.bench.measurements.identity import _compare
-from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+from chiasm.bench.measurements.identity import Tokens, compare, generated
 from chiasm.bench.plot import write_plot
 from chiasm.bench.report import machine, print_outcome, shown, with_unit, write_json
 from chiasm.bench.requests import Request
 from chiasm.bench.statistics import Estimate
 from chiasm.cli.bench import NAMES
 from chiasm.launch.config import EngineKind
+
+
+class _Asked(Measurement):
+    name, purpose, target = "asked", "a question", "a target"
+
+    async def run(self, bench: Bench) -> Outcome:
+        return Outcome()
 
 
 @pytest.fixture
@@ -39,14 +48,14 @@ def outcomes() -> dict[str, Outcome]:
     return {"ttft": ttft, "identity": Outcome(figures=[Figure("differ", 0, "", 0)])}
 
 
-def test_a_target_is_met_up_to_its_value() -> None:
+def test_a_value_equal_to_its_target_meets_it() -> None:
     assert Figure("a", 1.1, "x", 1.1).met is True
     assert Figure("a", 1.11, "x", 1.1).met is False
     assert Figure("a", 0, "", 0).met is True
     assert Figure("a", 5).met is None
 
 
-def test_more_may_be_better() -> None:
+def test_larger_values_meet_a_target_that_is_a_minimum() -> None:
     assert Figure("a", 1.1, "x", at_least=1.1).met is True
     assert Figure.of("a", Estimate(1.05, 1.0, 1.2), "x", at_least=1.1).met is False
 
@@ -57,16 +66,16 @@ def test_an_outcome_meets_its_target_when_all_figures_do(outcomes: dict[str, Out
     assert Outcome(figures=[Figure("a", 5)]).met is None
 
 
-def test_values_are_shown_with_the_digits_that_matter() -> None:
+def test_values_are_shown_with_three_significant_digits() -> None:
     assert [shown(value) for value in (0, 0.012345, 1.5, 12.345, 123.45)] == ["0", "0.0123", "1.5", "12.3", "123"]
     assert with_unit(1.0444, "x") == "1.04x"
     assert with_unit(3, "") == "3"
     assert with_unit(2.5, "ms") == "2.5 ms"
 
 
-def test_the_table_says_what_was_reached_and_whether_it_is_enough(outcomes: dict[str, Outcome]) -> None:
+def test_the_table_shows_values_targets_and_whether_they_are_met(outcomes: dict[str, Outcome]) -> None:
     file = io.StringIO()
-    print_outcome(Console(file=file, width=120), "ttft", "a question", "a target", outcomes["ttft"])
+    print_outcome(Console(file=file, width=120), _Asked(), outcomes["ttft"])
     lines = file.getvalue().splitlines()
     (met,) = (line for line in lines if "E+PD / aggregated" in line)
     (missed,) = (line for line in lines if "p99 of the gaps" in line)
@@ -79,16 +88,16 @@ def test_the_table_says_what_was_reached_and_whether_it_is_enough(outcomes: dict
     assert any("3 pairs [of] requests" in line for line in lines)
 
 
-def test_the_table_says_what_is_to_be_at_least() -> None:
+def test_the_table_shows_a_minimum() -> None:
     file = io.StringIO()
     outcome = Outcome(figures=[Figure("requests a second", 1.25, "x", at_least=1.1)])
-    print_outcome(Console(file=file, width=120), "example", "a question", "a target", outcome)
+    print_outcome(Console(file=file, width=120), _Asked(), outcome)
     (line,) = (line for line in file.getvalue().splitlines() if "requests a second" in line)
     assert "≥ 1.10x" in line
     assert "yes" in line
 
 
-def test_the_json_has_every_sample_and_every_verdict(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+def test_the_json_has_every_sample_and_whether_targets_are_met(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
     write_json(tmp_path / "results.json", outcomes, {"seed": 3, "machine": machine()})
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["seed"] == 3
@@ -107,7 +116,7 @@ def test_the_plot_is_an_image_large_enough_to_read(outcomes: dict[str, Outcome],
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
 
 
-def test_figures_that_are_to_be_large_have_a_place_in_the_plot(tmp_path: Path) -> None:
+def test_minimum_targets_are_drawn(tmp_path: Path) -> None:
     figures = [
         Figure.of("met", Estimate(1.3, 1.2, 1.4), "x", at_least=1.1),
         Figure.of("of chance", Estimate(1.3, 0.0, 1.4), "x", at_least=1.1),
@@ -118,7 +127,7 @@ def test_figures_that_are_to_be_large_have_a_place_in_the_plot(tmp_path: Path) -
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50
 
 
-def test_a_run_without_targets_leaves_no_place_for_them(tmp_path: Path) -> None:
+def test_a_plot_without_targets_has_no_room_for_them(tmp_path: Path) -> None:
     panels = [Panel("first token", "ms", [Series("vLLM", [1.0, 2.0])])]
     heights = []
     for figures in ([], [Figure("ratio", 1.0, "x", 1.1)]):
@@ -128,7 +137,7 @@ def test_a_run_without_targets_leaves_no_place_for_them(tmp_path: Path) -> None:
     assert heights[0] < heights[1]
 
 
-def test_a_run_without_samples_has_a_plot_too(tmp_path: Path) -> None:
+def test_a_run_without_samples_has_a_plot(tmp_path: Path) -> None:
     write_plot(tmp_path / "results.png", {"identity": Outcome()}, "a run")
     assert (tmp_path / "results.png").stat().st_size > 0
 
@@ -137,48 +146,57 @@ REQUESTS = [Request("text", (), "one?"), Request("text", (), "two?")]
 ANSWERS = [["a", "b"], ["c"]]
 
 
-def test_equal_answers_are_right_and_any_other_is_wrong() -> None:
-    same = _compare(REQUESTS, {"greedy": {"aggregated": ANSWERS, "E+PD": ANSWERS}}, ANSWERS)
+def _compared(label: str, answers: dict[str, Tokens], generated: Tokens | None = None) -> Outcome:
+    outcome = Outcome()
+    compare(outcome, label, REQUESTS, answers, generated)
+    return outcome
+
+
+def test_a_single_different_answer_makes_the_outcome_wrong() -> None:
+    same = _compared("greedy", {"aggregated": ANSWERS, "E+PD": ANSWERS}, ANSWERS)
     assert not same.wrong
     assert same.met is True
-    different = _compare(REQUESTS, {"greedy": {"aggregated": ANSWERS, "E+PD": [["a", "b"], ["d"]]}}, ANSWERS)
+    different = _compared("greedy", {"aggregated": ANSWERS, "E+PD": [["a", "b"], ["d"]]}, ANSWERS)
     assert different.wrong
     assert {figure.name: figure.value for figure in different.figures} == {
-        "greedy, differ: E+PD and aggregated": 1,
-        "greedy, differ: aggregated and generate": 0,
-        "greedy, differ: E+PD and generate": 1,
+        "greedy, answers that differ: E+PD and aggregated": 1,
+        "greedy, answers that differ: aggregated and generate": 0,
+        "greedy, answers that differ: E+PD and generate": 1,
     }
     assert any("two?" in note and "'d'" in note and "'c'" in note for note in different.notes)
 
 
-def test_sampled_answers_are_compared_with_those_of_aggregated_alone() -> None:
-    answers = {"aggregated": ANSWERS, "E+PD": ANSWERS, "E+P+D (X)": [["a"], ["c"]]}
-    outcome = _compare(REQUESTS, {"greedy": dict.fromkeys(answers, ANSWERS), "sampled": answers}, ANSWERS)
+def test_without_generated_answers_the_topologies_are_compared_with_aggregated() -> None:
+    outcome = _compared("sampled", {"aggregated": ANSWERS, "E+PD": ANSWERS, "E+P+D (X)": [["a"], ["c"]]})
     assert outcome.wrong
-    assert {figure.name: figure.value for figure in outcome.figures if figure.name.startswith("sampled")} == {
-        "sampled, differ: E+PD and aggregated": 0,
-        "sampled, differ: E+P+D (X) and aggregated": 1,
+    assert {figure.name: figure.value for figure in outcome.figures} == {
+        "sampled, answers that differ: E+PD and aggregated": 0,
+        "sampled, answers that differ: E+P+D (X) and aggregated": 1,
     }
 
 
-def test_without_a_reference_the_topologies_are_still_compared() -> None:
-    outcome = _compare(REQUESTS, {"greedy": {"aggregated": ANSWERS, "E+PD": ANSWERS}}, None)
-    assert len(outcome.figures) == 1
-    assert outcome.met is True
-    assert any("No reference" in note for note in outcome.notes)
+async def test_without_a_reference_for_the_family_a_note_says_so(tmp_path: Path) -> None:
+    folder = synthetic.make("internvl", tmp_path / "internvl")
+    outcome = Outcome()
+    async with opened() as client:
+        assert await generated(Bench(str(folder), tmp_path, client), outcome, folder, REQUESTS) is None
+    (note,) = outcome.notes
+    assert note.startswith("No reference")
 
 
-def test_every_measurement_says_what_it_asks() -> None:
-    for name, measurement in MEASUREMENTS.items():
-        assert measurement.name == name
-        assert measurement.purpose
-        assert measurement.target
+def test_every_measurement_has_a_name_a_purpose_and_a_target() -> None:
+    for measurements in MEASUREMENTS.values():
+        for name, measurement in measurements.items():
+            assert measurement.name == name
+            assert measurement.purpose
+            assert measurement.target
 
 
-def test_help_and_page_have_all_measurements() -> None:
+def test_the_help_and_the_documentation_list_all_measurements() -> None:
     page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
-    assert [line.removeprefix("### ") for line in page.splitlines() if line.startswith("### ")] == list(MEASUREMENTS)
-    built_in, over_vllm, _ = NAMES.split("; ")
-    engines = {EngineKind.CHIASM: built_in, EngineKind.VLLM: over_vllm.removeprefix("with --engine vllm: ")}
-    for engine, names in engines.items():
-        assert names == ", ".join(name for name, one in MEASUREMENTS.items() if one.engine is engine)
+    names = dict.fromkeys(name for measurements in MEASUREMENTS.values() for name in measurements)
+    assert [line.removeprefix("### ") for line in page.splitlines() if line.startswith("### ")] == list(names)
+    assert (
+        f"Measurements to run (default: all): {', '.join(MEASUREMENTS[EngineKind.CHIASM])}; "
+        f"with --engine vllm: {', '.join(MEASUREMENTS[EngineKind.VLLM])}."
+    ) == NAMES

@@ -1,19 +1,19 @@
-"""What is compared over vLLM, as far as it can be told without vLLM."""
+"""What is compared over vLLM, as far as it can be tested without vLLM."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from chiasm.bench.client import opened
-from chiasm.bench.example import as_stock, can_forward_images, proxy_file
 from chiasm.bench.measurement import Bench
-from chiasm.bench.measurements.vllm_example import Mix, VllmExample
-from chiasm.bench.measurements.vllm_reuse import judged
-from chiasm.bench.topology import aggregated, encoder_and_pds, prefill_and_decode
-from chiasm.bench.vllm import on_vllm
+from chiasm.bench.measurements.reuse import judge
+from chiasm.bench.measurements.vllm_example import Mix, VllmExample, as_stock, can_forward_images, proxy_file
+from chiasm.bench.topology import aggregated, encoder_and_pds, on_vllm, prefill_and_decode
+from chiasm.launch import DeploymentConfig
 from chiasm.launch.config import EngineKind
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
@@ -22,7 +22,7 @@ from chiasm.wire import Role
 
 
 @pytest.mark.parametrize("topology", [aggregated, encoder_and_pds, prefill_and_decode])
-def test_over_vllm_there_are_the_same_instances(topology) -> None:  # type: ignore[no-untyped-def]
+def test_topologies_over_vllm_have_the_same_instances(topology: Callable[[str], DeploymentConfig]) -> None:
     built_in = topology("demo")
     config = on_vllm(built_in)
     assert config.engine is EngineKind.VLLM
@@ -40,7 +40,7 @@ def test_over_vllm_there_are_the_same_instances(topology) -> None:  # type: igno
         assert ("--limit-mm-per-prompt" in one.vllm_flags) is (role in (Role.ENCODER, Role.AGGREGATED))
 
 
-def test_the_example_differs_in_connector_and_middleware_alone(tmp_path: Path) -> None:
+def test_the_example_differs_only_in_connector_and_middleware(tmp_path: Path) -> None:
     config = on_vllm(encoder_and_pds("demo"))
     address = HeldPort("127.0.0.1")
     site = Site(address, Placement(), tmp_path / "ours", 1 << 30, None, None)
@@ -61,7 +61,7 @@ def test_the_example_differs_in_connector_and_middleware_alone(tmp_path: Path) -
     assert theirs[:place] + theirs[place + 1 :] == same
 
 
-def test_the_example_proxy_is_beside_vllm_or_where_a_variable_says(tmp_path: Path) -> None:
+def test_the_example_proxy_is_found_beside_vllm_or_by_a_variable(tmp_path: Path) -> None:
     assert proxy_file({}, str(tmp_path)) is None
     beside = tmp_path / "share" / "vllm" / "disagg_epd_proxy.py"
     beside.parent.mkdir(parents=True)
@@ -73,7 +73,7 @@ def test_the_example_proxy_is_beside_vllm_or_where_a_variable_says(tmp_path: Pat
     assert proxy_file({"CHIASM_VLLM_EXAMPLE_PROXY": str(elsewhere)}, str(tmp_path)) == elsewhere
 
 
-def test_a_proxy_that_can_forward_images_is_told_by_its_flag(tmp_path: Path) -> None:
+def test_a_proxy_that_can_forward_images_is_recognized_by_its_flag(tmp_path: Path) -> None:
     file = tmp_path / "proxy.py"
     file.write_text('parser.add_argument("--no-rewrite", action="store_true")')
     assert can_forward_images(file)
@@ -81,7 +81,7 @@ def test_a_proxy_that_can_forward_images_is_told_by_its_flag(tmp_path: Path) -> 
     assert not can_forward_images(file)
 
 
-async def test_without_the_example_proxy_the_outcome_says_why_and_nothing_else(
+async def test_without_the_example_proxy_the_outcome_is_one_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHIASM_VLLM_EXAMPLE_PROXY", str(tmp_path / "none.py"))
@@ -105,10 +105,19 @@ async def test_a_mix_is_half_images_and_new_in_every_round(checkpoint: Path) -> 
     assert with_image != first[:12]
 
 
-def test_reuse_is_right_when_each_image_is_encoded_once_and_loaded_by_both() -> None:
-    times = [[30.0, 31.0, 32.0], [20.0, 21.0, 22.0]]
-    assert judged(times, 3, encoded=3, loaded=[3, 3], seed=0).met is True
-    assert judged(times, 3, encoded=4, loaded=[3, 3], seed=0).met is False
-    one_pd_had_all = judged(times, 3, encoded=3, loaded=[3, 0], seed=0)
+def test_reuse_meets_its_target_if_each_image_is_encoded_once_and_loaded_by_both_pds() -> None:
+    times: list[list[float]] = [[30.0, 31.0, 32.0], [20.0, 21.0, 22.0], []]
+    assert judge(*times, encoded=3, loaded=[3, 3], seed=0).met is True
+    assert judge(*times, encoded=4, loaded=[3, 3], seed=0).met is False
+    one_pd_had_all = judge(*times, encoded=3, loaded=[3, 0], seed=0)
     assert one_pd_had_all.met is False
     assert {figure.name: figure.value for figure in one_pd_had_all.figures}["images that a PD did not load"] == 3
+
+
+def test_reuse_with_texts_compares_the_second_request_with_them() -> None:
+    outcome = judge([30.0, 31.0], [20.0, 21.0], [20.0, 21.0], encoded=2, loaded=[1, 1], seed=0)
+    assert outcome.met is True
+    figures = {figure.name: figure for figure in outcome.figures}
+    assert figures["second request / text of the same length"].value == 1
+    assert "images that a PD did not load" not in figures
+    assert judge([30.0], [30.0], [20.0], encoded=1, loaded=[0, 0], seed=0).met is False

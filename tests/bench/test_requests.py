@@ -1,40 +1,35 @@
-"""What is sent: the same for the same seed, and as large as it was asked for."""
+"""What is sent: the same for the same seed, and of the requested size."""
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from chiasm.bench import images, prompts
-from chiasm.bench.arrivals import at_most, open_loop, poisson
-from chiasm.bench.client import RequestFailedError
+from chiasm.bench import requests
 from chiasm.bench.requests import draw_requests, sampling
 
 
-def test_a_photo_is_the_same_file_for_the_same_name_and_another_for_another() -> None:
-    assert images.photo("a", 64) == images.photo("a", 64)
-    assert images.photo("a", 64) != images.photo("b", 64)
-    assert Image.open(io.BytesIO(images.photo("a", 512))).size == (512, 512)
+def test_the_name_of_a_photo_determines_its_file() -> None:
+    assert requests.photo("a", 64) == requests.photo("a", 64)
+    assert requests.photo("a", 64) != requests.photo("b", 64)
+    assert Image.open(io.BytesIO(requests.photo("a", 512))).size == (512, 512)
 
 
-def test_noise_is_as_large_as_it_was_asked_for() -> None:
-    data = images.noise("a", 1_000_000)
+def test_noise_has_the_requested_size() -> None:
+    data = requests.noise("a", 1_000_000)
     assert len(data) == pytest.approx(1_000_000, rel=0.01)
-    assert data == images.noise("a", 1_000_000)
+    assert data == requests.noise("a", 1_000_000)
     assert Image.open(io.BytesIO(data)).format == "PNG"
 
 
 def test_a_data_url_names_the_kind_of_file() -> None:
-    assert images.data_url(images.photo("a", 16)).startswith("data:image/jpeg;base64,")
-    assert images.data_url(images.noise("a", 300)).startswith("data:image/png;base64,")
+    assert requests.data_url(requests.photo("a", 16)).startswith("data:image/jpeg;base64,")
+    assert requests.data_url(requests.noise("a", 300)).startswith("data:image/png;base64,")
 
 
 def test_requests_of_one_seed_are_the_same_bytes_twice() -> None:
@@ -50,7 +45,7 @@ def test_two_hundred_requests_are_of_all_kinds() -> None:
     assert min(counted.values()) >= 20
 
 
-def test_a_kind_says_how_many_images_there_are() -> None:
+def test_a_kind_determines_the_number_of_images() -> None:
     for request in draw_requests(1, 24):
         if request.kind == "the same image twice":
             assert request.images[0] == request.images[1]
@@ -64,7 +59,7 @@ def test_few_requests_are_of_different_kinds() -> None:
     assert len({request.kind for request in draw_requests(0, 6)}) == 6
 
 
-def test_requests_are_sampled_with_seeds_of_their_own_and_some_with_penalties() -> None:
+def test_requests_are_sampled_with_different_seeds_and_some_with_penalties() -> None:
     drawn = [sampling(3, index) for index in range(12)]
     assert drawn == [sampling(3, index) for index in range(12)]
     assert len({fields["seed"] for fields in drawn}) == 12
@@ -72,85 +67,26 @@ def test_requests_are_sampled_with_seeds_of_their_own_and_some_with_penalties() 
     with_penalties = [fields for fields in drawn if {"presence_penalty", "repetition_penalty"} & set(fields)]
     assert len(with_penalties) == 8
     assert {fields["ignore_eos"] for fields in with_penalties} == {True, False}
-    body = json.loads(prompts.ask([], "hello", max_tokens=5, **drawn[0]))
+    body = json.loads(requests.ask([], "hello", max_tokens=5, **drawn[0]))
     assert body["temperature"] == 0.8
 
 
 def test_a_body_asks_for_a_greedy_answer() -> None:
-    body = json.loads(prompts.ask([images.photo("a", 16)], "what is it?", max_tokens=5, stream=True))
+    body = json.loads(requests.ask([requests.photo("a", 16)], "what is it?", max_tokens=5, stream=True))
     assert body["temperature"] == 0
     assert body["max_tokens"] == 5
     assert body["stream"] is True
     assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url", "text"]
-    assert json.loads(prompts.ask([], "hello", max_tokens=5))["messages"][0]["content"] == "hello"
+    assert json.loads(requests.ask([], "hello", max_tokens=5))["messages"][0]["content"] == "hello"
 
 
-def test_a_text_has_exactly_the_tokens_that_were_asked_for(checkpoint: Path) -> None:
+def test_a_text_has_exactly_the_requested_number_of_tokens(checkpoint: Path) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    texts = prompts.Texts(checkpoint, 0)
+    texts = requests.Texts(checkpoint, 0)
     drawn = [texts.of(tokens) for tokens in (1, 2, 17, 300)]
     assert [len(tokenizer.encode(text).ids) for text in drawn] == [1, 2, 17, 300]
-    again = prompts.Texts(checkpoint, 0)
+    again = requests.Texts(checkpoint, 0)
     assert drawn == [again.of(tokens) for tokens in (1, 2, 17, 300)]
     assert texts.of(300) != drawn[-1]
-
-
-def test_arrivals_are_seeded_and_come_at_the_rate() -> None:
-    times = poisson(5, rate_per_second=20, seconds=100)
-    assert times == poisson(5, rate_per_second=20, seconds=100)
-    assert times == sorted(times)
-    assert len(times) == pytest.approx(2000, rel=0.1)
-    assert times[0] > 0
-    assert times[-1] < 100
-    with pytest.raises(ValueError, match="above 0"):
-        poisson(5, rate_per_second=0, seconds=1)
-
-
-async def test_an_open_loop_does_not_wait_for_answers() -> None:
-    sent: list[int] = []
-    all_sent = asyncio.Event()
-
-    async def send(index: int) -> int:
-        sent.append(index)
-        if len(sent) == 3:
-            all_sent.set()
-        await all_sent.wait()
-        return index * index
-
-    assert await open_loop([0.0, 0.001, 0.002], send) == [0, 1, 4]
-
-
-async def test_a_closed_loop_keeps_so_many_under_way_and_their_order() -> None:
-    under_way = most = 0
-
-    async def send(index: int) -> int:
-        nonlocal under_way, most
-        under_way += 1
-        most = max(most, under_way)
-        await asyncio.sleep(0)
-        under_way -= 1
-        return -index
-
-    assert await at_most(3, 10, send) == [-index for index in range(10)]
-    assert most == 3
-
-
-@pytest.mark.parametrize("sending", [partial(open_loop, [0.0, 0.0, 0.0]), partial(at_most, 3, 3)])
-async def test_the_first_that_fails_ends_the_others_and_is_told(
-    sending: Callable[[Callable[[int], Awaitable[None]]], Awaitable[list[None]]],
-) -> None:
-    ended: list[int] = []
-
-    async def send(index: int) -> None:
-        if index == 1:
-            raise RequestFailedError("it answered 503")
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append(index)
-
-    with pytest.raises(RequestFailedError, match="503"):
-        await sending(send)
-    assert sorted(ended) in ([0], [0, 2])

@@ -25,12 +25,12 @@ def test_identity_on_a_small_checkpoint(checkpoint: Path, tmp_path: Path) -> Non
     assert found["met"] is True
     names = {figure["name"] for figure in found["figures"]}
     apart = {f"E+P+D ({connector})" for connector in kv_connectors()}
-    assert {f"greedy, differ: {one} and generate" for one in {"aggregated", "E+PD"} | apart} <= names
-    assert {f"sampled, differ: {one} and aggregated" for one in {"E+PD"} | apart} <= names
+    assert {f"greedy, answers that differ: {one} and generate" for one in {"aggregated", "E+PD"} | apart} <= names
+    assert {f"sampled, answers that differ: {one} and aggregated" for one in {"E+PD"} | apart} <= names
     assert (tmp_path / "results.png").is_file()
 
 
-def test_every_process_is_watched_while_nothing_is_sent(checkpoint: Path, tmp_path: Path) -> None:
+def test_idle_measures_every_process(checkpoint: Path, tmp_path: Path) -> None:
     command = [*_BENCH, "idle", "--quick", "--model", str(checkpoint), "--output", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -43,18 +43,31 @@ def test_every_process_is_watched_while_nothing_is_sent(checkpoint: Path, tmp_pa
     assert all(figure["unit"] == "%" and figure["value"] < 100 for figure in figures)
 
 
-def test_an_unknown_measurement_is_refused_at_once(tmp_path: Path) -> None:
+def test_an_unknown_measurement_is_refused(tmp_path: Path) -> None:
     command = [*_BENCH, "speed", "--output", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("Error: there is no measurement 'speed'")
+    assert ended.stderr.startswith("Error: There is no measurement 'speed'; with --engine chiasm there are identity, ")
 
 
-def test_a_measurement_of_another_engine_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_measurement_of_another_engine_is_refused(tmp_path: Path) -> None:
     command = [*_BENCH, "engines", "--output", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("Error: engines is measured with --engine vllm; here there are identity, ")
+    assert ended.stderr.startswith(
+        "Error: engines runs only with --engine vllm; with --engine chiasm there are identity, "
+    )
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; from chiasm.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", "--output", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert "pip install 'chiasm[bench]'" in ended.stderr
+    assert not ended.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")

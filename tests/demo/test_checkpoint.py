@@ -1,4 +1,4 @@
-"""The shipped checkpoint: it loads, it looks at the images, and its answers follow them."""
+"""The shipped checkpoint: it loads, and its answers depend on the images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chiasm.demo import images
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from chiasm.demo.reference import Reference  # noqa: E402
+from chiasm.bench.reference import Reference  # noqa: E402
 
 FOLDER = checkpoints.folder("demo")
 PER_KIND = 10
@@ -52,11 +52,11 @@ def test_weights_are_small_and_the_folder_is_complete() -> None:
     assert config["vision_config"]["deepstack_visual_indexes"]
 
 
-def test_the_tokenizer_gives_back_what_it_took(reference: Reference) -> None:
+def test_the_tokenizer_restores_its_input(reference: Reference) -> None:
     tokenizer = reference.tokenizer
     for text in ("What colour is the shape?", "407", "a red circle at the top left", "naïve 漢字 \n\t🙂", ""):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer("407")["input_ids"]) == 3, "digits stand alone"
+    assert len(tokenizer("407")["input_ids"]) == 3, "each digit is a token"
     for token in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"):
         assert len(tokenizer(token)["input_ids"]) == 1
     assert reference.model.config.image_token_id == reference.image_id
@@ -112,10 +112,10 @@ def test_an_upload_of_512_pixels_is_answered(reference: Reference, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["colour", "shape", "word", "number", "which-colour", "which-number"])
 def test_without_embeddings_answers_fall_to_chance(reference: Reference, kind: str) -> None:
-    # At most one in six is right by guessing; twelve or more of thirty would come by luck once in 490 times.
+    # Guesses are right at most one time in six; twelve or more of thirty would be right by chance once in 490 times.
     examples = [images.draw_example(seed, kind, size=(96, 96)) for seed in range(30)]
     right = sum(reference.answer(e.images, e.question, zero_embeddings=True) == e.answer for e in examples)
-    assert right < 12, f"{right} of 30 right without seeing a picture"
+    assert right < 12, f"{right} of 30 right without an image"
 
 
 @pytest.mark.parametrize("kind", ["which-colour", "which-word", "which-number"])
@@ -128,7 +128,7 @@ def test_swapping_two_images_swaps_the_answer(reference: Reference, kind: str) -
         straight = reference.answer(example.images, example.question)
         swapped = reference.answer(example.images[::-1], example.question)
         followed += (straight, swapped) == (example.answer, other)
-    assert followed >= 9, f"{followed} of 10 pairs followed the pictures"
+    assert followed >= 9, f"{followed} of 10 pairs followed the images"
 
 
 def test_two_questions_about_one_image(reference: Reference) -> None:
@@ -141,7 +141,7 @@ def test_two_questions_about_one_image(reference: Reference) -> None:
             {"role": "assistant", "content": example.answer},
             {"role": "user", "content": "What colour is the shape?"},
         ]
-        right += reference.tokenizer.decode(reference.generate(messages, example.images)) == scene.colour
+        right += reference.text(reference.generate(messages, example.images)) == scene.colour
     assert right >= 9
 
 

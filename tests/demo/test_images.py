@@ -1,14 +1,16 @@
-"""The demo's images and questions: reproducible, varied and split from what was trained on."""
+"""The demo's images and questions: reproducible, varied, and disjoint from those of training."""
 
 from __future__ import annotations
 
+import hashlib
 import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from chiasm.demo import images
+from chiasm.demo import images, talk
 
 
 @pytest.mark.parametrize("kind", images.KINDS)
@@ -19,9 +21,27 @@ def test_an_example_follows_from_its_seed(kind: str) -> None:
     assert [i.tobytes() for i in first.images] != [i.tobytes() for i in other.images]
 
 
+def test_questions_and_answers_are_those_of_training() -> None:
+    """The checkpoint understands these phrases only; another digest means that it must be trained again."""
+    texts: list[str] = []
+    for kind in images.KINDS:
+        for seed in range(50):
+            scenes = random.Random(f"{kind} {seed}")
+            topic = "describe" if kind == "which-picture" else kind.removeprefix("which-")
+            scene = images.draw_scene(scenes, images.content_for(scenes, topic), many=topic == "describe")
+            texts += images.ask(scenes, scene, topic, "second" if kind in images.WHICH_KINDS else None)
+    exchanges = random.Random(0)
+    texts += [text for _ in range(200) for text in talk.draw_exchange(exchanges)]
+    texts += [talk.missing("third"), *talk.SYSTEM_MESSAGES]
+    assert (
+        hashlib.sha256("\n".join(texts).encode()).hexdigest()
+        == "ef3bf71257a9e1ac210e7c6dff124f1916b1de6bc7a2bb1b941535d2e5ee9290"
+    )
+
+
 @pytest.mark.parametrize("kind", images.WHICH_KINDS)
 @pytest.mark.parametrize("number", [2, 3, 4])
-def test_every_image_of_a_request_has_another_answer(kind: str, number: int) -> None:
+def test_all_images_of_a_request_have_different_answers(kind: str, number: int) -> None:
     example = images.draw_example(3, kind, number)
     topic = "describe" if kind == "which-picture" else kind.removeprefix("which-")
     answers = [images.answer_for(scene, topic) for scene in example.scenes]
@@ -30,7 +50,7 @@ def test_every_image_of_a_request_has_another_answer(kind: str, number: int) -> 
     assert answers[asked] == example.answer
 
 
-def test_numbers_of_training_and_evaluation_never_meet() -> None:
+def test_no_number_is_in_both_training_and_evaluation() -> None:
     held_out = {images.draw_example(seed, "number").answer for seed in range(100)}
     first = images.HELD_OUT_SEEDS
     trained = {images.draw_example(seed, "number").answer for seed in range(first, first + 100)}
@@ -51,14 +71,14 @@ def test_canvases_differ_in_size_and_aspect() -> None:
     assert images.draw_example(1, "word", size=(512, 512)).images[0].size == (512, 512)
 
 
-def test_marks_lie_on_what_was_drawn() -> None:
+def test_marks_are_where_something_was_drawn() -> None:
     rng = random.Random(2)
     scene = images.Scene("shape", "red", "circle", 1, "bottom left")
     image, (mark,) = images.draw_marked(rng, scene, (200, 120))
     assert mark.name == "circle"
     assert mark.x < 0.4
     assert mark.y > 0.6
-    red, green, blue = image.getpixel((int(mark.x * 200), int(mark.y * 120)))
+    red, green, blue = np.asarray(image)[int(mark.y * 120), int(mark.x * 200)]
     assert red > 170
     assert max(green, blue) < 90
     _, marks = images.draw_marked(rng, images.Scene("word", "red", text="lion"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chiasm.checkpoints import synthetic
+from chiasm.bench import synthetic
 
 
 @pytest.fixture(scope="session")

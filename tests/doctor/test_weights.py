@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chiasm.checkpoints import synthetic
+from chiasm.bench import synthetic
 from chiasm.doctor.weights import Weights, dtype_in_use, read_weights
 from chiasm.errors import ConfigurationError
 from chiasm.models import load_vision

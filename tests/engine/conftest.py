@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from chiasm.checkpoints import synthetic
+from chiasm.bench import synthetic
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
 from chiasm.engine import EngineConfig
 from chiasm.engine.encoder import EncoderEngine

@@ -19,7 +19,7 @@ import torch
 from openai import OpenAI
 from PIL import Image
 
-from chiasm.checkpoints import synthetic
+from chiasm.bench import synthetic
 from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
 from chiasm.wire import Role
 

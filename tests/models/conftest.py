@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from chiasm.checkpoints import synthetic
+from chiasm.bench import synthetic
 from chiasm.engine.attention import register_paged_attention
 from chiasm.models import load_language, load_processor, load_vision
 from chiasm.models.base import LanguageModel, Pixels, Processor, Prompt, VisionModel

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from chiasm.checkpoints import synthetic
+from chiasm.bench import synthetic
 from chiasm.models.base import Pixels, Prompt
 from tests.models.conftest import Loaded, sample_image
 from tests.models.driver import Driver

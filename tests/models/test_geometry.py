@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from chiasm.checkpoints import synthetic
-from chiasm.checkpoints.synthetic import SyntheticSize
+from chiasm.bench import synthetic
+from chiasm.bench.synthetic import SyntheticSize
 from chiasm.errors import InvalidRequestError
 from chiasm.models.base import Metadata, Pixels
 from tests.models.conftest import Loaded

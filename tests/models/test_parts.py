@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from chiasm.checkpoints import synthetic
-from chiasm.checkpoints.synthetic import SyntheticSize
+from chiasm.bench import synthetic
+from chiasm.bench.synthetic import SyntheticSize
 from chiasm.errors import ConfigurationError, UnsupportedModelError
 from chiasm.models import load_language, load_vision
 from chiasm.models.base import LanguageModel, VisionModel

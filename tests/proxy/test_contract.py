@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from chiasm.checkpoints import synthetic
+from chiasm.bench import synthetic
 from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
 from chiasm.media import identifier
 from chiasm.wire import CHAT_PATH, KV_COMMENT, TIMING_COMMENT, ECItem, ErrorBody, Health, KVTransferParams, Role

@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from chiasm.checkpoints import synthetic
+from chiasm.bench import synthetic
 from chiasm.media import MediaConfig
 from chiasm.server import ServerConfig, create_app
 from chiasm.wire import Role

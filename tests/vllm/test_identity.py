@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from chiasm.bench import synthetic
 from chiasm.bench.checkpoints import HEADS_OF_64
-from chiasm.checkpoints import synthetic
 from chiasm.proxy.handover_engines import vllm_prefill_body
 
 from .fleet import WAIT_SECONDS, Answer, ask_all, bodies, front, prefill_and_decode

@@ -1,7 +1,7 @@
-"""``chiasm bench``: starts the topologies that it compares, sends them the same seeded requests, and says what came out.
+"""``chiasm bench``: starts the topologies that it compares, sends them the same seeded requests, and reports what it measured.
 
-A run's way: ``run`` (names to measurements, one after the other) → ``measurements/`` (one file each) → ``topology``,
-``checkpoints`` and ``alone`` (what is measured), with ``vllm``, ``example`` and ``served`` for what runs over vLLM →
-``images``, ``requests``, ``prompts``, ``arrivals`` and ``streams`` (what is sent, and when) → ``client``, ``answers``,
-``counting`` and ``handover_gap`` (what is seen) → ``statistics`` → ``outcome`` → ``report`` and ``plot``.
+A run passes ``run`` (the chosen measurements, one after the other) → ``measurements/`` (one question each) → ``topology``,
+``servers`` and ``checkpoints`` (what is measured) → ``requests`` and ``load`` (what is sent, and when) → ``client`` (what the
+client sees) and ``reference`` (what transformers answers) → ``statistics`` → ``measurement`` (the interface and the result)
+→ ``report`` and ``plot``. ``synthetic`` makes random checkpoints, for tests too.
 """

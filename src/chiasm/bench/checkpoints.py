@@ -1,20 +1,32 @@
-"""Synthetic checkpoints whose sizes measurements choose, made once a run."""
+"""Random checkpoints whose sizes suit a measurement, each made once per run."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from chiasm.bench.measurement import Bench
-from chiasm.checkpoints.synthetic import SyntheticSize
+from chiasm.bench.requests import QUESTION, chat, embeds_part, identifier_of, photo, publish, text_part
+from chiasm.bench.statistics import median
+from chiasm.bench.synthetic import SyntheticSize
+from chiasm.bench.topology import pinned, running
+from chiasm.launch import Deployment
+from chiasm.wire import Role
 
 TEXT_LAYERS = 3
-"""Of the decoder, before it is balanced against the encoder."""
+"""Decoder layers before the decoder is balanced against the encoder."""
+_ROUNDS = 5
+_ENOUGH_ALIKE = 0.15
+_MOST_LAYERS = 32
+_ATTEMPTS = 3
+SIDE = 512
+"""Width and height in pixels of the images by which encode and prefill are balanced."""
 
 
 def size_of(text_layers: int) -> SyntheticSize:
-    """A vision tower that takes an image of 512 x 512 pixels as 256 tokens, and a decoder of that many layers.
+    """Return a vision tower that turns an image of 512 x 512 pixels into 256 tokens, and a decoder of that many layers.
 
     The decoder is wide and shallow, so that attention to earlier images is a small part of prefill, as it is in models
     of billions of parameters.
@@ -64,7 +76,7 @@ THIRD_OF_A_BILLION = SyntheticSize(
     max_pixels=512 * 512,
     vocab_size=1024,
 )
-"""0.3 billion parameters, nearly all of them the decoder's; takes an image of 512 x 512 pixels as 256 tokens."""
+"""0.3 billion parameters, nearly all of them in the decoder; turns an image of 512 x 512 pixels into 256 tokens."""
 
 HEADS_OF_64 = SyntheticSize(
     text_hidden=256,
@@ -76,41 +88,71 @@ HEADS_OF_64 = SyntheticSize(
     vision_intermediate=256,
     vision_heads=2,
 )
-"""Small, with heads as wide as vLLM's kernels for CPU want them. Qwen2.5-VL's are as wide as its hidden size lets them be."""
+"""Small, with heads of the width that vLLM's CPU kernels need. Qwen2.5-VL derives that width from the hidden size."""
 
 
 async def synthetic(bench: Bench, text_layers: int = TEXT_LAYERS) -> str:
-    """The folder of a Qwen3-VL checkpoint with random weights."""
-    return await _made(bench, f"qwen3_vl-{text_layers}", size_of(text_layers))
+    """Return the folder of a Qwen3-VL checkpoint with random weights."""
+    return await make_once(bench, f"qwen3_vl-{text_layers}", size_of(text_layers))
 
 
-async def with_long_prompts(bench: Bench) -> str:
-    """The folder of one whose prompts may have thousands of tokens."""
-    return await _made(bench, "qwen3_vl-long-prompts", LONG_PROMPTS)
-
-
-async def third_of_a_billion(bench: Bench) -> str:
-    """The folder of one as large as the smallest models in use."""
-    return await _made(bench, "qwen3_vl-300m", THIRD_OF_A_BILLION)
-
-
-async def with_heads_of_64(bench: Bench, family: str) -> str:
-    """The folder of a small one of a Qwen family."""
-    return await _made(bench, f"{family}-heads-of-64", HEADS_OF_64, family)
-
-
-async def _made(bench: Bench, name: str, size: SyntheticSize, family: str = "qwen3_vl") -> str:
+async def make_once(bench: Bench, name: str, size: SyntheticSize, family: str = "qwen3_vl") -> str:
+    """Return the folder of a checkpoint called ``name``, which is made if this run has not made it yet."""
     folder = bench.scratch / name
     if not folder.is_dir():
-        bench.step("making a synthetic checkpoint")
+        bench.phase("making a synthetic checkpoint")
         await asyncio.to_thread(_make, folder, size, family)
     return str(folder)
 
 
 def _make(folder: Path, size: SyntheticSize, family: str) -> None:
-    from chiasm.checkpoints.synthetic import make
+    from chiasm.bench.synthetic import make
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     unfinished = folder.with_suffix(".unfinished")
     make(family, unfinished, size=size)
     unfinished.rename(folder)
+
+
+# ---- a checkpoint on which encode and prefill take about the same time --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Seconds that one image takes when nothing else runs, as the instances themselves measure it."""
+
+    encode_seconds: float
+    """Decoding the file, preprocessing, the vision tower and publishing."""
+    prefill_seconds: float
+    """Prefill of a prompt with that image, whose embedding is there already, up to the first token."""
+
+
+async def measure_alone(bench: Bench, deployment: Deployment, name: str) -> Alone:
+    """Encode a new image called ``name``, then prefill it; both instances are called directly."""
+    (encoder,), (pd, *_) = deployment.urls(Role.ENCODER), deployment.urls(Role.PD)
+    identifier = identifier_of(name)
+    _, encoding, _ = await bench.client.post(encoder, publish(photo(name, SIDE), identifier))
+    body = chat([embeds_part(identifier, SIDE), text_part(QUESTION)], max_tokens=1)
+    _, prefilling, _ = await bench.client.post(pd, body)
+    return Alone(encoding["preprocess"] + encoding["encode"] + encoding["publish"], prefilling["prefill"])
+
+
+async def balanced_checkpoint(bench: Bench) -> str:
+    """Return a synthetic checkpoint with so many decoder layers that prefill of an image is as slow as its encoding.
+
+    Each of the two is measured on a core of its own.
+    """
+    layers = TEXT_LAYERS
+    for attempt in range(_ATTEMPTS):
+        model = await synthetic(bench, layers)
+        async with running(bench, pinned(model)) as (deployment,):
+            bench.phase("balancing encode and prefill")
+            names = [f"balance {bench.seed} {attempt} {index}" for index in range(_ROUNDS)]
+            found = [await measure_alone(bench, deployment, name) for name in names]
+        encode = median([one.encode_seconds for one in found[1:]])
+        prefill = median([one.prefill_seconds for one in found[1:]])
+        better = max(1, min(_MOST_LAYERS, round(layers * encode / prefill)))
+        if abs(prefill / encode - 1) <= _ENOUGH_ALIKE or better == layers:
+            break
+        layers = better
+    return model

@@ -1,8 +1,7 @@
-"""A client that notes when each token came."""
+"""A client that notes when each token arrives."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -11,62 +10,98 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from prometheus_client.samples import Sample
 
+from chiasm.bench.statistics import median
 from chiasm.errors import ChiasmError
+from chiasm.http.timing import read_timing
+from chiasm.prometheus import read_samples
+from chiasm.wire import CHAT_PATH, TIMING_COMMENT, ErrorBody, ErrorDetail
 
-CHAT = "/v1/chat/completions"
 _TIMEOUT = aiohttp.ClientTimeout(total=300)
-_DURATION = re.compile(r"([\w-]+)(?:;[^,]*?)?;dur=([\d.]+)")
-_DESCRIPTION = re.compile(r'([\w-]+);desc="([^"]*)"')
-_SAMPLE = re.compile(r"^([\w:]+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
+_MAX_QUOTED = 500
+"""Characters of a response that an error message quotes."""
+_DATA, _DONE = b"data: ", b"data: [DONE]"
+_TIMING = f": {TIMING_COMMENT} ".encode()
 
 
 class RequestFailedError(ChiasmError):
-    """A request of the bench was not answered with 200; the message has the status and what the server said."""
+    """A request of the bench was not answered with status 200; the message has the status and the server's reason."""
 
 
 @dataclass
-class Answer:
-    """A streamed answer as the client saw it."""
+class StreamedAnswer:
+    """A streamed answer as the client sees it. Times are those of ``time.perf_counter()``."""
 
     sent: float
-    """``time.perf_counter()`` when the request began to be sent."""
+    """When the client began to send the request."""
     token_times: list[float] = field(default_factory=list)
-    """When each event with a token came, on the same clock."""
+    """When each event with a token arrived."""
     tokens: list[str] = field(default_factory=list)
-    """The tokens, where log probabilities were asked for."""
+    """The tokens, if the request asked for log probabilities."""
     text: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     timing: dict[str, float] = field(default_factory=dict)
-    """Durations of all Server-Timing entries in seconds; of two of one name, the later."""
+    """Durations of all Server-Timing entries in seconds; of two with the same name, the later one."""
     timing_at_start: dict[str, float] = field(default_factory=dict)
-    """Those of the response's head: of an answer that two instances give, the first one's."""
+    """The durations in the response's headers: those of the first instance if two give the answer."""
     outcomes: dict[str, str] = field(default_factory=dict)
-    """Descriptions of Server-Timing entries: ``item0`` is ``hit``, ``waited``, ``encoded``."""
+    """Descriptions of Server-Timing entries, such as ``hit``, ``waited`` or ``encoded`` of ``item0``."""
     error: str | None = None
-    """Of a stream that broke off."""
+    """The message of the event that ended the stream early."""
 
     @property
     def ttft_seconds(self) -> float:
-        """From the request's first byte to the first token."""
+        """Time from sending the request to the first token."""
         return self.token_times[0] - self.sent
 
     @property
     def gaps_seconds(self) -> list[float]:
-        """Between each token and the next."""
+        """Time between each event with a token and the next."""
         return [after - before for before, after in zip(self.token_times, self.token_times[1:], strict=False)]
 
     @property
     def tpot_seconds(self) -> float:
-        """From one token to the next on average; of an answer with log probabilities, which tell the tokens of an event.
-
-        Raises ChiasmError for fewer than two tokens.
-        """
+        """Mean time per token after the first. Raises ChiasmError unless there are log probabilities of two tokens or more."""
         if len(self.tokens) < 2:
-            raise ChiasmError("an answer of fewer than two tokens has no time per token")
+            raise ChiasmError("An answer of fewer than two tokens has no time per token.")
         return (self.token_times[-1] - self.token_times[0]) / (len(self.tokens) - 1)
+
+    def first_and_later_gaps(self) -> tuple[float, float]:
+        """Return the seconds between tokens one and two, and the median of all later gaps. Raises ChiasmError."""
+        first, *others = self.gaps_seconds
+        if len(others) < 2:
+            raise ChiasmError(f"An answer arrived in {len(self.token_times)} events, too few to compare their gaps.")
+        return first, median(others)
+
+    def note_timing(self, server_timing: str | None) -> None:
+        """Add the entries of a Server-Timing value."""
+        entries = read_timing(server_timing)
+        self.timing |= _durations(server_timing)
+        self.outcomes |= {entry.name: entry.description for entry in entries if entry.description}
+
+    def take(self, line: bytes, now: float) -> None:
+        """Add one line of the stream, which arrived at ``now``."""
+        if line.startswith(_TIMING):
+            self.note_timing(line.removeprefix(_TIMING).decode())
+        if not line.startswith(_DATA) or line == _DONE:
+            return
+        event = _event.decode(line.removeprefix(_DATA))
+        if event.error is not None:
+            self.error = event.error.message[:_MAX_QUOTED]
+        if event.usage is not None:
+            self.prompt_tokens = event.usage.prompt_tokens
+            self.completion_tokens = event.usage.completion_tokens
+            details = event.usage.prompt_tokens_details
+            self.cached_tokens = (details.cached_tokens or 0) if details is not None else 0
+        for choice in event.choices:
+            tokens = choice.logprobs.content if choice.logprobs is not None else []
+            if choice.delta.content or tokens:
+                self.token_times.append(now)
+                self.text += choice.delta.content or ""
+                self.tokens += [entry.token for entry in tokens]
 
 
 class _Delta(msgspec.Struct):
@@ -97,121 +132,90 @@ class _Usage(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    choices: list[_Choice] = msgspec.field(default_factory=list)
+    choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: dict[str, Any] | None = None
+    error: ErrorDetail | None = None
 
 
 _event = msgspec.json.Decoder(_Event)
 
 
 class Client:
-    """Keeps connections open between requests; close it with ``opened``."""
+    """Sends chat completions over connections that it keeps open; made by ``opened``."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
 
-    async def chat(self, url: str, body: bytes) -> Answer:
+    async def chat(self, url: str, body: bytes) -> StreamedAnswer:
         """Post a chat completion with ``stream: true`` and read it to its end. Raises RequestFailedError."""
-        answer: Answer | None = None
+        answer: StreamedAnswer | None = None
         async for current in self.follow(url, body):
             answer = current
-        assert answer is not None
-        if not answer.token_times:
-            raise RequestFailedError(f"{url} answered without a token")
+        if answer is None or not answer.token_times:
+            raise RequestFailedError(f"{url} answered without a token.")
         return answer
 
-    async def follow(self, url: str, body: bytes) -> AsyncGenerator[Answer, None]:
-        """The answer so far, again after everything that came, and at the end. Leaving it ends the request."""
-        sent = time.perf_counter()
-        try:
-            async with self._session.post(url + CHAT, data=body, headers={"content-type": "application/json"}) as reply:
-                if reply.status != 200:
-                    raise RequestFailedError(f"{url} answered {reply.status}: {(await reply.text())[:500]}")
-                answer = Answer(sent)
-                _note_timing(answer, reply.headers.get("server-timing", ""))
-                answer.timing_at_start = dict(answer.timing)
-                rest = b""
-                async for chunk in reply.content.iter_any():
-                    now = time.perf_counter()
-                    *lines, rest = (rest + chunk).split(b"\n")
-                    for line in lines:
-                        _take(answer, line, now)
-                    if answer.error is not None:
-                        raise RequestFailedError(f"{url} broke off its stream: {answer.error[:500]}")
-                    yield answer
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise RequestFailedError(f"{url} did not answer: {type(error).__name__}: {error}") from error
+    async def follow(self, url: str, body: bytes) -> AsyncGenerator[StreamedAnswer, None]:
+        """Yield the answer so far after each piece that arrives. Closing the generator ends the request."""
+        answer = StreamedAnswer(time.perf_counter())
+        async with self._posted(url, body) as response:
+            answer.note_timing(response.headers.get("server-timing"))
+            answer.timing_at_start = dict(answer.timing)
+            rest = b""
+            async for chunk in response.content.iter_any():
+                now = time.perf_counter()
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    answer.take(line, now)
+                if answer.error is not None:
+                    raise RequestFailedError(f"{url} ended its stream with an error: {answer.error}")
+                yield answer
 
     async def post(self, url: str, body: bytes) -> tuple[float, Mapping[str, float], Any]:
         """Post a chat completion that is not streamed.
 
-        Returns the seconds until its answer was complete, its Server-Timing in seconds, and its JSON.
+        Returns the seconds until the response was complete, its Server-Timing in seconds, and its JSON.
         """
         started = time.perf_counter()
+        async with self._posted(url, body) as response:
+            content = await response.read()
+            seconds = time.perf_counter() - started
+            return seconds, _durations(response.headers.get("server-timing")), msgspec.json.decode(content)
+
+    async def metrics(self, url: str) -> list[Sample]:
+        """Return the samples of GET /metrics."""
+        async with self._session.get(url + "/metrics") as response:
+            return read_samples(await response.text())
+
+    @asynccontextmanager
+    async def _posted(self, url: str, body: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Post a chat completion; the response has status 200. Raises RequestFailedError, also for failures inside."""
+        headers = {"content-type": "application/json"}
         try:
-            async with self._session.post(url + CHAT, data=body, headers={"content-type": "application/json"}) as reply:
-                content = await reply.read()
-                seconds = time.perf_counter() - started
-                if reply.status != 200:
-                    raise RequestFailedError(f"{url} answered {reply.status}: {content[:500].decode(errors='replace')}")
-                return seconds, durations(reply.headers.get("server-timing", "")), msgspec.json.decode(content)
+            async with self._session.post(url + CHAT_PATH, data=body, headers=headers) as response:
+                if response.status != 200:
+                    raise RequestFailedError(f"{url} answered {response.status}: {_reason(await response.read())}")
+                yield response
         except (aiohttp.ClientError, TimeoutError) as error:
             raise RequestFailedError(f"{url} did not answer: {type(error).__name__}: {error}") from error
-
-    async def metrics(self, url: str) -> dict[str, float]:
-        """Samples of GET /metrics by name, labels included as Prometheus writes them."""
-        async with self._session.get(url + "/metrics") as reply:
-            return samples(await reply.text())
 
 
 @asynccontextmanager
 async def opened() -> AsyncIterator[Client]:
-    """A client with as many connections as are needed."""
+    """A client that opens as many connections as it needs."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
     async with aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT, trust_env=False) as session:
         yield Client(session)
 
 
-def durations(server_timing: str) -> dict[str, float]:
-    """Entries of a Server-Timing header that have a duration, in seconds."""
-    return {name: float(milliseconds) / 1000 for name, milliseconds in _DURATION.findall(server_timing)}
+def _durations(server_timing: str | None) -> dict[str, float]:
+    return {entry.name: entry.seconds for entry in read_timing(server_timing) if entry.seconds is not None}
 
 
-def samples(exposition: str) -> dict[str, float]:
-    """Samples of Prometheus' text format."""
-    found: dict[str, float] = {}
-    for name, labels, value in _SAMPLE.findall(exposition):
-        found[f"{name}{{{labels}}}" if labels else name] = float(value)
-    return found
-
-
-def total(found: Mapping[str, float], name: str) -> float:
-    """A metric's sum over its labels; 0 where there is none yet."""
-    return sum(value for sample, value in found.items() if sample.partition("{")[0] == name)
-
-
-def _take(answer: Answer, line: bytes, now: float) -> None:
-    if line.startswith(b": server-timing "):
-        _note_timing(answer, line.removeprefix(b": server-timing ").decode())
-    if not line.startswith(b"data: ") or line == b"data: [DONE]":
-        return
-    event = _event.decode(line.removeprefix(b"data: "))
-    if event.error is not None:
-        answer.error = str(event.error.get("message"))
-    if event.usage is not None:
-        answer.prompt_tokens = event.usage.prompt_tokens
-        answer.completion_tokens = event.usage.completion_tokens
-        details = event.usage.prompt_tokens_details
-        answer.cached_tokens = (details.cached_tokens or 0) if details is not None else 0
-    for choice in event.choices:
-        tokens = choice.logprobs.content if choice.logprobs is not None else []
-        if choice.delta.content or tokens:
-            answer.token_times.append(now)
-            answer.text += choice.delta.content or ""
-            answer.tokens += [entry.token for entry in tokens]
-
-
-def _note_timing(answer: Answer, server_timing: str) -> None:
-    answer.timing |= durations(server_timing)
-    answer.outcomes |= dict(_DESCRIPTION.findall(server_timing))
+def _reason(content: bytes) -> str:
+    """Return the message of an error body, or the beginning of whatever else it is."""
+    try:
+        message = msgspec.json.decode(content, type=ErrorBody).error.message
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        message = ""
+    return (message or content.decode(errors="replace"))[:_MAX_QUOTED]

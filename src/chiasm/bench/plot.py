@@ -1,4 +1,4 @@
-"""The image of a run."""
+"""The plot of a run. It needs matplotlib, which comes with ``chiasm[bench]``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from chiasm.bench.outcome import Figure, Outcome, Panel
+from chiasm.bench.measurement import Figure, Outcome, Panel
 from chiasm.bench.report import shown, with_unit
 from chiasm.bench.statistics import median, quantile
 
@@ -20,19 +20,19 @@ _BLUE, _RED, _GREEN = "#2b6cb0", "#c53030", "#2f855a"
 _COLOURS = ("#718096", _BLUE, "#b7791f", "#6b46c1")
 _TAIL_SHARE = 0.99
 _DRAWN_SHARE = 0.95
-"""Of the samples: a few that were disturbed must not squeeze all others together."""
+"""Share of the samples that the axis makes room for, so that a few outliers don't squeeze all others together."""
+# In inches:
 _WIDTH, _TITLE, _BELOW, _RIGHT = 13.0, 0.9, 1.0, 0.3
 _LABEL, _WIDEST_LABEL = 1.75, 4.2
 _LEAST_HEIGHT = 1.9
-"""These in inches."""
 
 
 def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
-    """Draw every target with what was reached, where there are any, then each measurement's samples, into a PNG file."""
+    """Write a PNG file: all figures that have targets, then the samples of each measurement."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    judged = [(name, one) for name, outcome in outcomes.items() for one in outcome.figures if _has_place(one)]
+    judged = [(name, one) for name, outcome in outcomes.items() for one in outcome.figures if _has_target_to_draw(one)]
     panels = [panel for outcome in outcomes.values() for panel in outcome.panels]
     rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
     of_targets = [0.5 + 0.3 * max(2, len(judged))] if judged or not rows else []
@@ -43,7 +43,7 @@ def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
     canvas.text(0.5, 1 - 0.25 / total, title, ha="center", va="center", fontsize=12, color=_INK)
 
     def axes_at(left: float, top: float, width: float, height: float) -> Any:
-        """Axes at a place in inches, from the left and from the top."""
+        """Return axes at a place in inches from the left and from the top."""
         axes = canvas.add_axes((left / _WIDTH, 1 - (top + height) / total, width / _WIDTH, height / total))
         axes.spines[["top", "right"]].set_visible(False)
         return axes
@@ -63,13 +63,13 @@ def _height(row: Sequence[Panel]) -> float:
     return max(_LEAST_HEIGHT, 0.4 + 0.42 * max(len(panel.series) for panel in row))
 
 
-def _has_place(figure: Figure) -> bool:
-    """Whether a value can be drawn in parts of its target: neither is zero where it would be divided by."""
+def _has_target_to_draw(figure: Figure) -> bool:
+    """Tell whether a figure has a target, and its ratio to the target doesn't divide by zero."""
     return bool(figure.value > 0 if figure.at_least else figure.at_most)
 
 
 def _share(figure: Figure, value: float) -> float:
-    """``value`` in parts of the figure's target; the other way round where more is better, so that below 1 is met."""
+    """Return the ratio of ``value`` to the target; inverted if larger is better, so that below 1 is always met."""
     if figure.at_least:
         return figure.at_least / value if value > 0 else math.inf
     assert figure.at_most
@@ -77,8 +77,10 @@ def _share(figure: Figure, value: float) -> float:
 
 
 def _draw_targets(axes: Any, judged: Sequence[tuple[str, Figure]]) -> None:
-    """Each value over its target, or target over value where more is better: what ends left of 1 is met."""
-    axes.set_title("values over their targets: left of the line is met", loc="left", fontsize=10, fontweight="bold")
+    """Draw a bar for each ratio of a value to its target."""
+    axes.set_title(
+        "values relative to their targets; left of the line is met", loc="left", fontsize=10, fontweight="bold"
+    )
     widest = 1.35 * max([1.0, *(_share(figure, figure.value) for _, figure in judged)])
     for row, (_, figure) in enumerate(judged):
         share = furthest = _share(figure, figure.value)
@@ -100,7 +102,7 @@ def _draw_targets(axes: Any, judged: Sequence[tuple[str, Figure]]) -> None:
 
 
 def _draw_spread(axes: Any, panel: Panel) -> None:
-    """Every sample as a dot, its median as a line, its target as a triangle."""
+    """Draw every sample as a dot, the median as a line, the target as a triangle."""
     generator = np.random.default_rng(0)
     kinds = list(dict.fromkeys(_kind(series.label) for series in panel.series))
     for row, series in enumerate(panel.series):
@@ -124,17 +126,17 @@ def _draw_spread(axes: Any, panel: Panel) -> None:
         right = 1.15 * max([quantile(values, _DRAWN_SHARE), *limits, *middles])
         axes.set_xlim(1.15 * min([0.0, *middles]), right)
         if beyond := sum(value > right for value in values):
-            label += f"; {beyond} of {len(values)} lie further right"
+            label += f"; {beyond} of {len(values)} are further right"
     axes.set_xlabel(label, fontsize=8)
 
 
 def _kind(label: str) -> str:
-    """What series of different sizes have in common: ``10 MB, memcpy`` and ``67 MB, memcpy`` are of one colour."""
+    """Return what decides the colour of a series: ``memcpy`` for both ``10 MB, memcpy`` and ``67 MB, memcpy``."""
     return label.rpartition(", ")[2]
 
 
 def _draw_tail(axes: Any, panel: Panel) -> None:
-    """Which share of the samples is larger than a value."""
+    """Draw the share of the samples that are larger than each value."""
     for row, series in enumerate(panel.series):
         colour = _COLOURS[row % len(_COLOURS)]
         ordered = np.sort(np.asarray(series.values))

@@ -1,4 +1,4 @@
-"""The table for people and the JSON for programs."""
+"""Tables for people and JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiasm import __version__
-from chiasm.bench.outcome import Figure, Outcome
+from chiasm.bench.measurement import Figure, Measurement, Outcome
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Return what the figures were measured on."""
     import psutil
 
     from chiasm.cores import usable_cores
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_json(path: Path, outcomes: Mapping[str, Outcome], about: Mapping[str, Any]) -> None:
-    """Write figures, targets, notes and all samples; ``about`` says how and on what they were taken."""
+    """Write figures, targets, notes and all samples; ``about`` says how and on what they were measured."""
     measurements = {}
     for name, outcome in outcomes.items():
         measurements[name] = asdict(outcome) | {
@@ -51,16 +51,16 @@ def write_json(path: Path, outcomes: Mapping[str, Outcome], about: Mapping[str, 
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def print_outcome(console: Console, name: str, purpose: str, target: str, outcome: Outcome) -> None:
-    """One measurement's table, then its notes."""
+def print_outcome(console: Console, measurement: Measurement, outcome: Outcome) -> None:
+    """Print the table of a measurement, then its notes."""
     from rich.table import Table
     from rich.text import Text
 
-    console.print(Text(name, style="bold"), Text(purpose), sep=": ")
-    console.print(Text(f"target: {target}"))
+    console.print(Text(measurement.name, style="bold"), Text(measurement.purpose), sep=": ")
+    console.print(Text(f"target: {measurement.target}"))
     table = Table()
-    table.add_column("measure", overflow="fold")
-    for column in ("value", "95 % of resamplings", "target"):
+    table.add_column("figure", overflow="fold")
+    for column in ("value", "95% of resamplings", "target"):
         table.add_column(column, justify="right")
     table.add_column("met")
     for figure in outcome.figures:
@@ -75,14 +75,14 @@ def print_outcome(console: Console, name: str, purpose: str, target: str, outcom
 
 
 def shown(value: float) -> str:
-    """Three digits that matter."""
+    """Return the value with three significant digits."""
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def with_unit(value: float, unit: str) -> str:
-    """The value as people write it."""
+    """Return the value with its unit."""
     return f"{value:.2f}x" if unit == "x" else f"{shown(value)} {unit}".rstrip()
 
 

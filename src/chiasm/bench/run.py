@@ -1,8 +1,9 @@
-"""A run of the bench: the chosen measurements one after the other, then what they found."""
+"""A run of the bench: the chosen measurements one after the other, then the results."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import signal
 import sys
 import tempfile
@@ -14,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiasm.bench.client import opened
-from chiasm.bench.measurement import Bench
+from chiasm.bench.measurement import Bench, Measurement, Outcome
 from chiasm.bench.measurements import MEASUREMENTS
-from chiasm.bench.outcome import Outcome
 from chiasm.bench.report import machine, print_outcome, write_json
 from chiasm.errors import ConfigurationError
 from chiasm.launch.config import EngineKind
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _RESULTS = "results.json"
 _WIDTH = 110
-"""Of tables that go into a file or a pipe."""
+"""Width of tables that go into a file or a pipe."""
 _ASKED_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -37,7 +37,7 @@ class BenchConfig:
     """What to measure, on what, and where to write it."""
 
     names: tuple[str, ...] = ()
-    """Of measurements; none stands for all of the engine."""
+    """Names of measurements; if empty, all of the engine run."""
     engine: EngineKind = EngineKind.CHIASM
     model: str = "demo"
     output: Path = Path("bench-results")
@@ -47,10 +47,10 @@ class BenchConfig:
 
 
 def run(config: BenchConfig) -> bool:
-    """Measure, print, and write ``results.json`` and ``results.png``. False if answers differ that must not.
+    """Measure, print, and write ``results.json`` and ``results.png``. Return False if answers differ that must be equal.
 
-    What was measured is written at once, and stays when a later measurement fails. Raises ChiasmError; KeyboardInterrupt
-    when a signal asked for the end, after everything that was started has ended.
+    The results are written after each measurement, so they are kept if a later one fails. Raises ChiasmError, and
+    KeyboardInterrupt after a signal, when everything that was started has ended.
     """
     from rich.console import Console
 
@@ -58,7 +58,7 @@ def run(config: BenchConfig) -> bool:
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"results cannot be written to {config.output}: {error}") from error
+        raise ConfigurationError(f"Cannot write results to {config.output}: {error}") from error
     outcomes: dict[str, Outcome] = {}
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     about = {"machine": machine(), "engine": config.engine, "model": config.model, "seed": config.seed}
@@ -77,22 +77,25 @@ def run(config: BenchConfig) -> bool:
     return not any(outcome.wrong for outcome in outcomes.values())
 
 
-def _chosen(config: BenchConfig) -> list[str]:
-    """Names of measurements in the order in which they run. Raises ConfigurationError."""
-    names = [name for name, one in MEASUREMENTS.items() if one.engine is config.engine]
+def _chosen(config: BenchConfig) -> list[Measurement]:
+    """Return the measurements in the order in which they run. Raises ConfigurationError."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigurationError(
+            "`chiasm bench` needs matplotlib, which is not installed; run `pip install 'chiasm[bench]'`."
+        )
+    found = MEASUREMENTS[config.engine]
     for name in config.names:
-        if name not in MEASUREMENTS:
-            raise ConfigurationError(f"there is no measurement {name!r}; there are {', '.join(names)}")
-        if name not in names:
-            engine = MEASUREMENTS[name].engine
-            raise ConfigurationError(f"{name} is measured with --engine {engine}; here there are {', '.join(names)}")
+        if name not in found:
+            engines = [f"--engine {engine}" for engine, others in MEASUREMENTS.items() if name in others]
+            problem = f"{name} runs only with {engines[0]}" if engines else f"There is no measurement {name!r}"
+            raise ConfigurationError(f"{problem}; with --engine {config.engine} there are {', '.join(found)}.")
     if config.engine is EngineKind.VLLM:
         installed()
-    return [name for name in names if not config.names or name in config.names]
+    return [one for name, one in found.items() if not config.names or name in config.names]
 
 
 async def _until_signal(work: Any) -> None:
-    """Run ``work``, and cancel it at the first signal; those that follow don't disturb the clean-up."""
+    """Run ``work``, and cancel it at the first signal; later signals don't disturb the clean-up."""
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
     asked = False
@@ -114,7 +117,7 @@ async def _until_signal(work: Any) -> None:
 
 async def _measure(
     config: BenchConfig,
-    chosen: Sequence[str],
+    chosen: Sequence[Measurement],
     outcomes: dict[str, Outcome],
     console: Console,
     save: Callable[[], None],
@@ -122,8 +125,14 @@ async def _measure(
     with tempfile.TemporaryDirectory(prefix="chiasm-bench-") as scratch:
         async with opened() as client:
             with _progress() as progress:
-                for name in chosen:
-                    task = progress.add_task(name, total=None, doing="")
+                for measurement in chosen:
+                    task = progress.add_task(measurement.name, total=None, doing="")
+
+                    def show(text: str, steps: int | None, task: TaskID = task) -> None:
+                        progress.update(task, doing=text)
+                        if steps is not None:
+                            progress.reset(task, total=steps)
+
                     bench = Bench(
                         config.model,
                         Path(scratch),
@@ -131,30 +140,20 @@ async def _measure(
                         config.seed,
                         config.quick,
                         config.repeat,
-                        step=partial(_show_step, progress, task),
-                        total=partial(_show_total, progress, task),
+                        on_phase=show,
                         advance=partial(progress.advance, task),
                     )
-                    measurement = MEASUREMENTS[name]()
                     started = time.monotonic()
                     outcome = await measurement.run(bench)
                     outcome.seconds = time.monotonic() - started
-                    outcomes[name] = outcome
+                    outcomes[measurement.name] = outcome
                     save()
                     progress.remove_task(task)
-                    print_outcome(console, name, measurement.purpose, measurement.target, outcome)
-
-
-def _show_step(progress: Progress, task: TaskID, text: str) -> None:
-    progress.update(task, doing=text)
-
-
-def _show_total(progress: Progress, task: TaskID, total: int) -> None:
-    progress.reset(task, total=total)
+                    print_outcome(console, measurement, outcome)
 
 
 def _progress() -> Progress:
-    """On standard error, and only where that is a terminal."""
+    """Return a progress bar on standard error, which is shown only if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -16,7 +16,7 @@ _LOW, _HIGH = 0.025, 0.975
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic of a sample, and between which values it lies in 95 of 100 resamplings of that sample."""
+    """A statistic of a sample, and its bounds in 95 of 100 resamplings of that sample."""
 
     value: float
     low: float
@@ -24,16 +24,16 @@ class Estimate:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle value. Raises ValueError for none."""
+    """Return the middle value. Raises ValueError if there are no values."""
     if not values:
-        raise ValueError("the median of no values")
+        raise ValueError("there are no values to take the median of")
     return statistics.median(values)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` (0 to 1) of the sample lies, interpolated between neighbours."""
+    """Return the value below which ``share`` (0 to 1) of the sample lies, interpolated between neighbours."""
     if not values:
-        raise ValueError("a quantile of no values")
+        raise ValueError("there are no values to take a quantile of")
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     lower = math.floor(place)
@@ -42,31 +42,31 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def median_of(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The median of a sample that is compared with nothing."""
+    """Estimate the median of a single sample."""
     return _estimate(values, median, seed)
 
 
 def mean_of(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The mean, where samples are parts of one whole: time windows, one after the other."""
+    """Estimate the mean of consecutive time windows."""
     return _estimate(values, statistics.fmean, seed)
 
 
 def paired_ratio(baseline: Sequence[float], other: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The median over pairs of other/baseline. Both of a pair were taken one right after the other."""
+    """Estimate the median over pairs of other/baseline. The two values of a pair were taken one right after the other."""
     return _estimate([b / a for a, b in zip(baseline, other, strict=True)], median, seed)
 
 
 def paired_difference(baseline: Sequence[float], other: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The median over pairs of other - baseline, in the samples' unit."""
+    """Estimate the median over pairs of other - baseline, in the samples' unit."""
     return _estimate([b - a for a, b in zip(baseline, other, strict=True)], median, seed)
 
 
 def quantile_ratio(
     baseline: Sequence[Sequence[float]], other: Sequence[Sequence[float]], share: float, *, seed: int = 0
 ) -> Estimate:
-    """A quantile of all values of ``other`` over the same of ``baseline``.
+    """Estimate the ratio of a quantile of all values of ``other`` to that of ``baseline``.
 
-    Values come in rounds, and it is rounds that are resampled: values of one round depend on each other.
+    Values are given in rounds, and whole rounds are resampled, because the values of one round depend on each other.
     """
 
     def ratio(rounds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
@@ -78,7 +78,7 @@ def quantile_ratio(
 
 
 def _estimate(sample: Sequence[_T], statistic: Callable[[Sequence[_T]], float], seed: int) -> Estimate:
-    """A bootstrap, the same for the same seed."""
+    """Compute the statistic and its bootstrap bounds; the same seed gives the same bounds."""
     generator = random.Random(seed)
     resampled = [statistic(generator.choices(sample, k=len(sample))) for _ in range(_RESAMPLES)]
     return Estimate(statistic(sample), quantile(resampled, _LOW), quantile(resampled, _HIGH))

@@ -1,4 +1,4 @@
-"""The deployments that are compared, each running for as long as it is measured."""
+"""The deployments that are compared, over the built-in engine or vLLM; each runs only while it is measured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 from chiasm.bench.measurement import SERVED_NAME, Bench
 from chiasm.cores import usable_cores
@@ -18,57 +19,55 @@ from chiasm.wire import Role
 
 SHARED_MEMORY = "SharedMemoryConnector"
 NIXL = "NixlConnector"
-NO_NIXL = f"{NIXL} is left out: nixl is not installed (pip install 'chiasm[nixl]')."
+NO_NIXL = f"{NIXL} is left out, because NIXL is not installed (pip install 'chiasm[nixl]')."
 _READY_SECONDS = 180.0
 VLLM_READY_SECONDS = 600.0
-"""One instance of vLLM takes half a minute of a core before it answers, and several start at the same time."""
+"""An instance of vLLM needs half a minute of a core before it answers, and several start at the same time."""
+DTYPE = ("--dtype", "float32")
+"""For all instances whose answers or times are compared with each other."""
+IMAGES = ("--limit-mm-per-prompt", '{"image": 8, "video": 0}')
+"""For instances of vLLM that take images themselves."""
+_VLLM_LIMITS = ("--max-model-len", "2048", "--max-num-seqs", "8")
+_VLLM_KV = ("--kv-cache-memory-bytes", str(640 << 20))
+"""Room for as many prompts as the limits allow, with the largest checkpoint that is measured."""
+_VLLM_FLAGS = {Role.ENCODER: IMAGES, Role.AGGREGATED: (*_VLLM_KV, *IMAGES)}
 _POLL_SECONDS = 0.05
 _LINES_SHOWN = 5
 
 
 def cores() -> tuple[int, int]:
-    """The two CPUs that measurements pin instances to. Raises ConfigurationError where there is one only."""
+    """Return the two CPUs that measurements pin instances to. Raises ConfigurationError if there is only one."""
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(allowed) < 2:
-        raise ConfigurationError("this measurement pins instances to two cores, and this machine does not offer them")
+        raise ConfigurationError("This measurement pins instances to two cores, but this machine doesn't offer two.")
     return allowed[0], allowed[1]
 
 
-def _shared_threads() -> int:
-    """Threads of each instance where E and PD share the cores, as ``chiasm serve`` shares them out."""
-    return max(1, usable_cores() // 2)
+# Instances have one thread for each CPU that they are pinned to; without pinning, as many as `chiasm serve` gives a PD that
+# shares the machine with an encoder.
 
 
 def aggregated(model: str, *, cpus: tuple[int, ...] = ()) -> DeploymentConfig:
-    """One instance that does it all, behind a proxy; a thread a CPU that it is pinned to, else as many as a PD has."""
-    one = RoleConfig(1, len(cpus) or _shared_threads(), cpus)
-    return DeploymentConfig(model, {Role.AGGREGATED: one}, served_model_name=SERVED_NAME)
+    """Return one instance that does everything, behind a proxy."""
+    return _deployment(model, {Role.AGGREGATED: _role(cpus)})
 
 
 def encoder_and_pds(
-    model: str,
-    *,
-    pds: int = 1,
-    encoder_cpus: tuple[int, ...] = (),
-    pd_cpus: tuple[int, ...] = (),
+    model: str, *, pds: int = 1, encoder_cpus: tuple[int, ...] = (), pd_cpus: tuple[int, ...] = ()
 ) -> DeploymentConfig:
-    """One encoder and ``pds`` PDs behind a proxy, with a thread a CPU that they are pinned to."""
-    roles = {
-        Role.ENCODER: RoleConfig(1, len(encoder_cpus) or _shared_threads(), encoder_cpus),
-        Role.PD: RoleConfig(pds, len(pd_cpus) or _shared_threads(), pd_cpus),
-    }
-    return DeploymentConfig(model, roles, served_model_name=SERVED_NAME)
+    """Return one encoder and ``pds`` PDs behind a proxy."""
+    return _deployment(model, {Role.ENCODER: _role(encoder_cpus), Role.PD: _role(pd_cpus, pds)})
 
 
 def pinned(model: str) -> DeploymentConfig:
-    """One encoder and one PD with a core each."""
+    """Return one encoder and one PD with a core each."""
     first, second = cores()
     return encoder_and_pds(model, encoder_cpus=(first,), pd_cpus=(second,))
 
 
 def pd_alone(model: str, *, cpus: tuple[int, ...]) -> DeploymentConfig:
-    """One PD behind a proxy, for text alone."""
-    return DeploymentConfig(model, {Role.PD: RoleConfig(1, len(cpus), cpus)}, served_model_name=SERVED_NAME)
+    """Return one PD behind a proxy, for text only."""
+    return _deployment(model, {Role.PD: _role(cpus)})
 
 
 def prefill_and_decode(
@@ -79,17 +78,32 @@ def prefill_and_decode(
     prefill_cpus: tuple[int, ...] = (),
     decode_cpus: tuple[int, ...] = (),
 ) -> DeploymentConfig:
-    """``encoders``, one P and one D behind a proxy; a thread a CPU that they are pinned to, else as many as a PD has."""
+    """Return ``encoders``, one P and one D behind a proxy."""
+    prefill, decode = _role(prefill_cpus), _role(decode_cpus)
+    roles = {Role.ENCODER: _role((), encoders), Role.PREFILL: prefill, Role.DECODE: decode}
+    return replace(_deployment(model, roles), kv_connector=kv_connector)
+
+
+def _role(cpus: tuple[int, ...], count: int = 1) -> RoleConfig:
+    return RoleConfig(count, len(cpus) or max(1, usable_cores() // 2), cpus)
+
+
+def _deployment(model: str, roles: dict[Role, RoleConfig]) -> DeploymentConfig:
+    return DeploymentConfig(model, roles, served_model_name=SERVED_NAME)
+
+
+def on_vllm(config: DeploymentConfig) -> DeploymentConfig:
+    """Return the same instances over vLLM, with chiasm's EC connector and proxy, and vLLM's own KV connector."""
     roles = {
-        Role.ENCODER: RoleConfig(encoders, _shared_threads()),
-        Role.PREFILL: RoleConfig(1, len(prefill_cpus) or _shared_threads(), prefill_cpus),
-        Role.DECODE: RoleConfig(1, len(decode_cpus) or _shared_threads(), decode_cpus),
+        role: replace(one, vllm_flags=(*one.vllm_flags, *_VLLM_FLAGS.get(role, _VLLM_KV)))
+        for role, one in config.roles.items()
     }
-    return DeploymentConfig(model, roles, served_model_name=SERVED_NAME, kv_connector=kv_connector)
+    flags = (*config.vllm_flags, *DTYPE, *_VLLM_LIMITS)
+    return replace(config, engine=EngineKind.VLLM, roles=roles, kv_connector=None, vllm_flags=flags)
 
 
 def kv_connectors() -> tuple[str, ...]:
-    """Those that can be used here."""
+    """Return the KV connectors that can be used here."""
     from chiasm.kv_transfer.nixl import MODULES
 
     return (SHARED_MEMORY, NIXL) if any(importlib.util.find_spec(name) for name in MODULES) else (SHARED_MEMORY,)
@@ -98,7 +112,7 @@ def kv_connectors() -> tuple[str, ...]:
 @asynccontextmanager
 async def running(bench: Bench, *configs: DeploymentConfig) -> AsyncIterator[tuple[Deployment, ...]]:
     """Start deployments at the same time, and end them in any case. Raises ConfigurationError, DeploymentNotReadyError."""
-    bench.step("starting")
+    bench.phase("starting")
     async with AsyncExitStack() as stack:
         deployments = []
         for config in configs:
@@ -112,19 +126,19 @@ async def running(bench: Bench, *configs: DeploymentConfig) -> AsyncIterator[tup
 
 
 async def _ready(deployment: Deployment) -> None:
-    # Deployment.wait_ready would go on in its thread after a cancellation.
+    # Deployment.wait_ready would keep its thread busy after a cancellation.
     seconds = VLLM_READY_SECONDS if deployment.config.engine is EngineKind.VLLM else _READY_SECONDS
     until = time.monotonic() + seconds
     while not await asyncio.to_thread(deployment.is_ready):
         _check(deployment)
         if time.monotonic() > until:
             logs = (line for one in deployment.processes for line in deployment.lines(one.name)[-_LINES_SHOWN:])
-            raise DeploymentNotReadyError(f"not ready after {seconds:g} s; last lines: {' | '.join(logs)}")
+            raise DeploymentNotReadyError(f"Not ready after {seconds:g} s; last lines: {' | '.join(logs)}")
         await asyncio.sleep(_POLL_SECONDS)
 
 
 def _check(deployment: Deployment) -> None:
-    """As ``Deployment.check``, and names the process and its model, since a measurement may start several of each."""
+    """Do ``Deployment.check``, and name the process and its model, since a measurement may start several of each."""
     try:
         deployment.check()
     except ConfigurationError as error:
@@ -137,15 +151,15 @@ async def _stop(deployment: Deployment) -> None:
 
 
 def proxy_memory_bytes(deployment: Deployment) -> int:
-    """What is resident of the proxy now. Raises ChiasmError if it doesn't run."""
+    """Return the proxy's resident memory. Raises ChiasmError if it isn't running."""
     for process in deployment.processes:
         if process.role is None and (resident := process.memory_bytes) is not None:
             return resident
-    raise ChiasmError("the proxy does not run")
+    raise ChiasmError("The proxy is not running.")
 
 
 def cpu_seconds(deployment: Deployment) -> dict[str, float]:
-    """Time on a core that each process, and what it has started, has had until now, by its name."""
+    """Return the CPU time so far of each process and its children, by name. Raises ChiasmError if one isn't running."""
     import psutil
 
     found: dict[str, float] = {}
@@ -154,6 +168,6 @@ def cpu_seconds(deployment: Deployment) -> dict[str, float]:
             process = psutil.Process(status.pid or -1)
             times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
         except (psutil.NoSuchProcess, ValueError):
-            raise ChiasmError(f"{status.name} does not run") from None
+            raise ChiasmError(f"{status.name} is not running.") from None
         found[status.name] = sum(float(time.user + time.system) for time in times)
     return found

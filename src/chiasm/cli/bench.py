@@ -1,4 +1,4 @@
-"""``chiasm bench``: what separating the encoder costs and gains, measured on this machine."""
+"""``chiasm bench``: what it costs and gains to separate the encoder, and prefill from decode, measured on this machine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from chiasm.launch.config import EngineKind
 from chiasm.options import Option, fields_from
 
 NAMES = (
-    "identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, decode-isolation, idle; "
-    "with --engine vllm: vllm-identity, vllm-example, engines, vllm-reuse; all of them if none is given."
+    "Measurements to run (default: all): identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, "
+    "decode-isolation, idle; with --engine vllm: identity, vllm-example, engines, reuse."
 )
 _DIFFERENT = 1
 

@@ -1,8 +1,11 @@
-"""Seeded images, the questions asked about them and the right answers.
+"""Seeded images, questions about them, and the right answers. Nothing here needs torch.
 
-Nothing here needs torch. An image shows one shape, several alike shapes, a word or a number on a
-background that varies in colour, gradient and noise; canvases vary in size and in aspect ratio. Seeds
-below ``HELD_OUT_SEEDS`` are never drawn in training, and the numbers they show never occur there.
+An image shows one shape, several shapes of a kind, a word or a number on a background that varies in colour, gradient
+and noise. Canvases vary in size and aspect ratio. Seeds below ``HELD_OUT_SEEDS`` are never drawn in training, and the
+numbers that their images show never occur there.
+
+The checkpoint was trained on these images and phrases: do not change what is drawn, what is asked, or the order in
+which random numbers are drawn.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ WHICH_KINDS: tuple[str, ...] = ("which-picture", "which-colour", "which-shape", 
 KINDS: tuple[str, ...] = SINGLE_KINDS + WHICH_KINDS
 """Every kind of question; the ``which`` kinds show two to four images in one request."""
 
-# Neutral, pale and dark tints: far enough from the strong colours above for one of them to stand out.
+# Neutral, pale and dark tints, so that the strong colours above stand out.
 _BACKGROUNDS: tuple[Colour, ...] = (
     (250, 250, 248),
     (225, 225, 228),
@@ -76,12 +79,12 @@ _BACKGROUNDS: tuple[Colour, ...] = (
     (25, 60, 45),
     (75, 30, 40),
 )
-_CONTRAST = 210  # least sum of channel differences between what is drawn and its background
+_CONTRAST = 210  # smallest sum of channel differences between what is drawn and its background
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows; fields that do not apply to ``content`` are None."""
+    """What one image shows; fields that don't apply to ``content`` are None."""
 
     content: Content
     colour: str
@@ -91,7 +94,7 @@ class Scene:
     text: str | None = None
 
     def describe(self) -> str:
-        """Return the scene as a short noun phrase, which is also the answer to "describe the image"."""
+        """Return the scene as a short noun phrase, which is also the answer to "describe the picture"."""
         if self.content in ("word", "number"):
             return f"the {self.content} {self.text}"
         assert self.shape is not None
@@ -105,7 +108,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Mark:
-    """One drawn thing, a shape's name or a character of ``text``, and its centre in fractions of the canvas."""
+    """One drawn shape or character, and its centre as fractions of the canvas's width and height."""
 
     name: str
     x: float
@@ -114,7 +117,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Example:
-    """One request: images in the order shown, the question, its answer and the kind of question."""
+    """One request: images in order, the question, its answer and the kind of question."""
 
     images: list[Image.Image]
     question: str
@@ -140,7 +143,7 @@ def is_held_out(seed: int) -> bool:
 
 
 def number_is_held_out(number: int) -> bool:
-    """Tell whether ``number`` (0 to 999) is kept out of training: about one in eight, spread over all digits."""
+    """Tell whether ``number`` (0 to 999) is kept out of training: about one in eight is, spread over all digits."""
     return (number * 5417 + 1237) % 9973 % 8 == 0
 
 
@@ -153,7 +156,7 @@ def draw_number(rng: random.Random, held_out: bool) -> str:
 
 
 def draw_size(rng: random.Random) -> tuple[int, int]:
-    """Return a canvas size (width, height) in pixels: shorter side 96 to 400, sides at most 1 to 1.9."""
+    """Return a canvas size (width, height) in pixels: the shorter side has 96 to 400, the longer at most 1.9 times that."""
     short = rng.uniform(96, 224) if rng.random() < 0.7 else rng.uniform(224, 400)
     long = short * (rng.uniform(1.0, 1.9) if rng.random() < 0.7 else 1.0)
     sides = round(short), round(long)
@@ -161,7 +164,7 @@ def draw_size(rng: random.Random) -> tuple[int, int]:
 
 
 def draw_scene(rng: random.Random, content: Content, *, held_out: bool = False, many: bool = False) -> Scene:
-    """Choose what an image shows, every colour, shape, count, position and word equally often.
+    """Choose what an image shows; every colour, shape, count, position and word is equally likely.
 
     With ``many`` a scene of ``shapes`` never shows a single one.
     """
@@ -173,19 +176,19 @@ def draw_scene(rng: random.Random, content: Content, *, held_out: bool = False, 
     shape = rng.choice(SHAPES)
     if content == "shape":
         return Scene("shape", colour, shape, 1, rng.choice(POSITIONS))
-    # A lone shape among the counted ones lies anywhere, so no position is claimed for it.
+    # A single shape that is counted may be anywhere, so it has no named position.
     return Scene("shapes", colour, shape, rng.randint(2 if many else 1, len(COUNTS)))
 
 
 def draw_image(rng: random.Random, scene: Scene, size: tuple[int, int] | None = None) -> Image.Image:
-    """Draw ``scene`` as an RGB image of ``size`` (width, height) pixels, or of a drawn size."""
+    """Draw ``scene`` as an RGB image of ``size`` (width, height) pixels, by default a random size."""
     return draw_marked(rng, scene, size)[0]
 
 
 def draw_marked(
     rng: random.Random, scene: Scene, size: tuple[int, int] | None = None
 ) -> tuple[Image.Image, list[Mark]]:
-    """Draw ``scene`` like ``draw_image`` and also return where each shape or character lies."""
+    """Draw ``scene`` like ``draw_image``, and also return where each shape or character is."""
     width, height = size or draw_size(rng)
     ink = _jitter(rng, COLOURS[scene.colour], 12)
     image = _background(rng, (width, height), ink)
@@ -215,10 +218,10 @@ def draw_marked(
 def ask(rng: random.Random, scene: Scene, kind: str, nth: str | None = None) -> tuple[str, str]:
     """Return a question of ``kind`` about ``scene`` and its answer.
 
-    ``nth`` ("second") makes it a question about one of several images. Phrasings never give away the
-    answer; ``kind`` is one of ``SINGLE_KINDS`` and must apply to the scene.
+    ``nth`` ("second") makes it a question about one of several images. No phrasing gives away the answer. ``kind`` is one
+    of ``SINGLE_KINDS`` and must apply to the scene.
     """
-    where = f"in the {nth} {rng.choice(('image', 'image', 'image'))}"
+    where = f"in the {nth} {rng.choice(('picture', 'picture', 'image'))}"
     if nth is None:
         where = rng.choice(("", "in the picture", "in this picture", "in the image", "here"))
     forms: tuple[str, ...]
@@ -273,10 +276,10 @@ def ask(rng: random.Random, scene: Scene, kind: str, nth: str | None = None) -> 
 def draw_example(
     seed: int, kind: str | None = None, images: int | None = None, *, size: tuple[int, int] | None = None
 ) -> Example:
-    """Draw the request that belongs to ``seed``: the same arguments give the same pixels and words.
+    """Draw the request of ``seed``: the same arguments give the same pixels and words.
 
-    ``kind`` is one of ``KINDS`` (any, if None). ``images`` is the number of images, 2 to 4 for the
-    ``which`` kinds and 1 for the rest. ``size`` fixes every canvas (width, height) in pixels.
+    ``kind`` is one of ``KINDS``, by default a random one. ``images`` is the number of images: 2 to 4 for the ``which``
+    kinds, 1 for the others. ``size`` is that of every canvas (width, height) in pixels. Raises ValueError.
     """
     rng = random.Random(f"chiasm demo {seed} {kind} {images}")
     if kind is None:
@@ -294,7 +297,7 @@ def draw_example(
     scenes = [draw_scene(rng, content_for(rng, topic), held_out=held_out, many=topic == "describe")]
     answers = {answer_for(scenes[0], topic)}
     while len(scenes) < images:
-        # Every image has an answer of its own: one taken from the wrong image cannot pass for right.
+        # All images have different answers, so that the answer to the wrong image is wrong.
         other = draw_scene(rng, content_for(rng, topic), held_out=held_out, many=topic == "describe")
         if answer_for(other, topic) not in answers:
             answers.add(answer_for(other, topic))
@@ -306,7 +309,7 @@ def draw_example(
 
 
 def content_for(rng: random.Random, topic: str) -> Content:
-    """Choose what an image shows so that a question on ``topic`` (one of ``SINGLE_KINDS``) applies."""
+    """Choose the content of an image to which a question on ``topic`` (one of ``SINGLE_KINDS``) applies."""
     fixed: dict[str, Content] = {"position": "shape", "count": "shapes", "word": "word", "number": "number"}
     if topic in fixed:
         return fixed[topic]
@@ -318,12 +321,12 @@ def content_for(rng: random.Random, topic: str) -> Content:
 
 
 def answer_for(scene: Scene, topic: str) -> str:
-    """Return the answer to a question on ``topic`` about ``scene``, whatever its phrasing."""
+    """Return the answer to any question on ``topic`` about ``scene``."""
     return ask(random.Random(0), scene, topic)[1]
 
 
 def _tidy(rng: random.Random, question: str) -> str:
-    """Close gaps left by empty phrases and vary case and punctuation as people do."""
+    """Remove the spaces around empty phrases, and vary case and punctuation as people do."""
     question = " ".join(question.split()).replace(" ?", "?").replace(" .", ".")
     style = rng.random()
     if style < 0.45:
@@ -380,7 +383,7 @@ def _spot(rng: random.Random, size: tuple[int, int], position: str) -> tuple[flo
 
 
 def _scatter(rng: random.Random, size: tuple[int, int], count: int) -> list[tuple[float, float, float]]:
-    """Return ``count`` places (x, y, radius), in pixels, that do not touch: in some of six cells, off their middles."""
+    """Return ``count`` places (x, y, radius) in pixels that don't touch, each in one of six cells."""
     width, height = size
     columns, rows = (3, 2) if width >= height else (2, 3)
     cell_width, cell_height = width / columns, height / rows
@@ -398,7 +401,7 @@ def _scatter(rng: random.Random, size: tuple[int, int], count: int) -> list[tupl
 def _draw_shape(
     rng: random.Random, draw: ImageDraw.ImageDraw, shape: str, at: tuple[float, float], radius: float, ink: Colour
 ) -> None:
-    """Fill one shape of ``radius`` pixels, turned by at most ten degrees."""
+    """Draw one filled shape of ``radius`` pixels, rotated by at most ten degrees."""
     x, y = at
     turn = math.radians(rng.uniform(-10, 10))
     if shape == "circle":
@@ -443,18 +446,18 @@ def font(pixels: int) -> ImageFont.FreeTypeFont:
 def _draw_text(
     rng: random.Random, draw: ImageDraw.ImageDraw, size: tuple[int, int], text: str, ink: Colour
 ) -> list[Mark]:
-    """Write ``text`` in one line, wholly inside the canvas."""
+    """Write ``text`` in one line inside the canvas."""
     width, height = size
     unit = font(100).getbbox(text)
-    # As large as fits, or a little smaller: it has to survive down-scaling to a few image tokens.
+    # As large as fits, or a little smaller: it must stay readable when scaled down to a few image tokens.
     largest = min(0.92 * width / (unit[2] - unit[0]) * 100, 0.5 * min(size))
     chosen = font(max(8, int(largest * rng.uniform(0.7, 1.0))))
     left, top, right, bottom = chosen.getbbox(text)
-    # Around the middle: half of the room that is left on each side.
+    # Around the middle, moved by at most half of the room on each side.
     x = (width - (right - left)) * rng.uniform(0.25, 0.75) - left
     y = (height - (bottom - top)) * rng.uniform(0.25, 0.75) - top
     draw.text((x, y), text, fill=ink, font=chosen, stroke_width=1 if rng.random() < 0.2 and chosen.size > 24 else 0)
-    # Middle of each character's advance: kerning moves it by less than a pixel.
+    # The middle of each character's advance; kerning moves it by less than a pixel.
     middles = [(chosen.getlength(text[:i]) + chosen.getlength(text[: i + 1])) / 2 for i in range(len(text))]
     row = (y + (top + bottom) / 2) / height
     return [Mark(character, (x + middle) / width, row) for character, middle in zip(text, middles, strict=True)]

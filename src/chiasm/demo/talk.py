@@ -1,4 +1,4 @@
-"""Exchanges without an image, and questions about an image that was not sent."""
+"""Exchanges without an image, and questions about an image that was not sent. The checkpoint was trained on these texts."""
 
 from __future__ import annotations
 

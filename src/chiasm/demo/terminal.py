@@ -1,4 +1,4 @@
-"""Images in a terminal: two pixels a character cell, in 24-bit colours."""
+"""Images in a terminal: two pixels per character cell, in 24-bit colours."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _UPPER_HALF = "▀"
 def render(image: Image.Image, width: int) -> Text:
     """Return ``image`` as rich text of ``width`` columns.
 
-    A cell shows the upper pixel as its character's colour and the lower one as its background. As a cell
-    is about twice as high as wide, pixels come out square and the aspect ratio is kept.
+    A cell shows the upper pixel in the colour of its character, and the lower one in its background. A cell is about
+    twice as high as wide, so pixels are square and the aspect ratio is kept. Raises ValueError if ``width`` is below 1.
     """
     from rich.text import Text
 

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from chiasm.bench.measurement import Measurement
-from chiasm.bench.measurements.decode_isolation import DecodeIsolation
-from chiasm.bench.measurements.engines import Engines
 from chiasm.bench.measurements.handoff import Handoff
 from chiasm.bench.measurements.identity import Identity
 from chiasm.bench.measurements.idle import Idle
-from chiasm.bench.measurements.isolation import Isolation
+from chiasm.bench.measurements.isolation import DECODE_ISOLATION, ISOLATION
 from chiasm.bench.measurements.kv import Kv
+from chiasm.bench.measurements.latency import Engines, Split, Ttft
 from chiasm.bench.measurements.overlap import Overlap
 from chiasm.bench.measurements.proxy import Proxy
 from chiasm.bench.measurements.reuse import Reuse
-from chiasm.bench.measurements.split import Split
-from chiasm.bench.measurements.ttft import Ttft
 from chiasm.bench.measurements.vllm_example import VllmExample
-from chiasm.bench.measurements.vllm_identity import VllmIdentity
-from chiasm.bench.measurements.vllm_reuse import VllmReuse
+from chiasm.launch.config import EngineKind
 
-_BUILT_IN = (Identity, Ttft, Handoff, Overlap, Isolation, Reuse, Proxy, Kv, Split, DecodeIsolation, Idle)
-_OVER_VLLM = (VllmIdentity, VllmExample, Engines, VllmReuse)
 
-MEASUREMENTS: dict[str, type[Measurement]] = {one.name: one for one in (*_BUILT_IN, *_OVER_VLLM)}
-"""By name."""
+def _by_name(*measurements: Measurement) -> dict[str, Measurement]:
+    return {one.name: one for one in measurements}
+
+
+MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
+    EngineKind.CHIASM: _by_name(
+        Identity(EngineKind.CHIASM),
+        Ttft(),
+        Handoff(),
+        Overlap(),
+        ISOLATION,
+        Reuse(EngineKind.CHIASM),
+        Proxy(),
+        Kv(),
+        Split(),
+        DECODE_ISOLATION,
+        Idle(),
+    ),
+    EngineKind.VLLM: _by_name(Identity(EngineKind.VLLM), VllmExample(), Engines(), Reuse(EngineKind.VLLM)),
+}
+"""By the engine that runs in the instances, then by name."""

@@ -1,36 +1,48 @@
-"""What it costs to bring an embedding from one process's memory to another's through the shared folder."""
+"""What it costs to hand an embedding from one process's memory to another's through the shared folder."""
 
 from __future__ import annotations
 
 import asyncio
+import mmap
+import os
+import secrets
 import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from chiasm.bench.measurement import Bench, Measurement
-from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+import numpy as np
+import numpy.typing as npt
+
+from chiasm.bench.load import alternate
+from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
+
+if TYPE_CHECKING:
+    import torch
 
 _MEGABYTE = 1_000_000
 _SIZES_BYTES = {"0.5 MB": _MEGABYTE // 2, "10 MB": 10 * _MEGABYTE, "67 MB": 67 * _MEGABYTE}
 _FACTOR = 1.3
 _EXTRA_SECONDS = 1e-3
+_ROW_BYTES = 4096
+"""2048 columns of bfloat16."""
 
 
 class Handoff(Measurement):
-    """``chiasm.ec_transfer.handoff_benchmark`` says what is compared, and how."""
+    """``measure_handoff`` says what is compared, and how."""
 
     name = "handoff"
     purpose = "Time from an embedding computed to the same embedding usable in PD, at three sizes"
     target = f"at most {_FACTOR} times a plain write and a mapped read of the same bytes, plus 1 ms"
 
     async def run(self, bench: Bench) -> Outcome:
-        from chiasm.ec_transfer.handoff_benchmark import measure_handoff
-
         outcome = Outcome()
         repeats = bench.samples(31, quick=3)
         folder = _folder()
-        bench.step(f"in {folder}")
-        bench.total(len(_SIZES_BYTES))
-        copies, plains, handoffs = [], [], []
+        bench.phase(f"in {folder}", len(_SIZES_BYTES))
+        series: list[Series] = []
         for label, size_bytes in _SIZES_BYTES.items():
             (result,) = await asyncio.to_thread(measure_handoff, folder, [size_bytes], repeats)
             plain = result.plain_write_seconds + result.mapped_read_seconds
@@ -40,17 +52,148 @@ class Handoff(Measurement):
                 Figure(f"{label}: handoff / plain write and read", result.ratio, "x"),
                 Figure(f"{label}: one memcpy", 1000 * result.memcpy_seconds, "ms"),
             ]
-            copies.append(Series(f"{label}, memcpy", [1000 * result.memcpy_seconds]))
-            plains.append(Series(f"{label}, write + read", [1000 * plain]))
-            handoffs.append(Series(f"{label}, handoff", [1000 * result.handoff_seconds], 1000 * allowed))
+            series += [
+                Series(f"{label}, memcpy", [1000 * result.memcpy_seconds]),
+                Series(f"{label}, write + read", [1000 * plain]),
+                Series(f"{label}, handoff", [1000 * result.handoff_seconds], 1000 * allowed),
+            ]
             bench.advance()
-        series = [one for group in zip(copies, plains, handoffs, strict=True) for one in group]
         outcome.panels.append(Panel("handoff: medians", "ms", series, logarithmic=True))
         return outcome
 
 
 def _folder() -> Path:
-    """Where a deployment of one machine keeps its embeddings."""
+    """Return where a deployment of one machine keeps its embeddings."""
     from chiasm.launch.folders import SHARED_MEMORY
 
     return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+
+
+@dataclass(frozen=True)
+class HandoffResult:
+    """Medians in seconds for an embedding of ``size_bytes``; ``measure_handoff`` says what each is."""
+
+    size_bytes: int
+    plain_write_seconds: float
+    mapped_read_seconds: float
+    memcpy_seconds: float
+    handoff_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """The handoff over a plain write and a mapped read of the same bytes."""
+        return self.handoff_seconds / (self.plain_write_seconds + self.mapped_read_seconds)
+
+
+@dataclass(frozen=True)
+class _Item:
+    identifier: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    request_id: str
+    items: tuple[_Item, ...]
+
+
+def measure_handoff(folder: Path, sizes_bytes: Sequence[int], repeats: int) -> list[HandoffResult]:
+    """Measure handoffs through SharedStorageConnector in this process, on the CPU, in a temporary folder in ``folder``.
+
+    - The *handoff* begins with an embedding in the producer's memory and ends when every byte of the consumer's tensor has
+      been read once, which is done by summing the tensor.
+    - The *plain write* creates a file and writes the same bytes with ``os.write``.
+    - The *mapped read* opens and maps that file and sums it in the same way.
+    - The *memcpy* copies the bytes to memory that is mapped already.
+
+    They take turns ``repeats`` times. Files are removed outside the measured times. Sizes are rounded down to whole rows of
+    4096 bytes, at least one.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        return [_measure(Path(name), max(1, size // _ROW_BYTES), repeats) for size in sizes_bytes]
+
+
+def _measure(folder: Path, rows: int, repeats: int) -> HandoffResult:
+    import torch
+
+    embedding = torch.randint(0, 2**15, (rows, _ROW_BYTES // 2), dtype=torch.int16).view(torch.bfloat16)
+    source = _bytes_of(embedding)
+    target = np.empty_like(source)
+    plain_path = folder / "plain"
+    pair = _Pair(folder / "entries", 4 * source.nbytes)
+
+    def write_and_read() -> tuple[float, float]:
+        seconds = _seconds(lambda: _plain_write(plain_path, source)), _seconds(lambda: _mapped_read(plain_path))
+        plain_path.unlink()
+        return seconds
+
+    def copy() -> tuple[float]:
+        return (_seconds(lambda: np.copyto(target, source)),)
+
+    def hand_off() -> tuple[float]:
+        identifier = secrets.token_hex(32)
+        seconds = _seconds(lambda: pair.hand_off(identifier, embedding))
+        pair.remove(identifier)
+        return (seconds,)
+
+    return HandoffResult(source.nbytes, *alternate([write_and_read, copy, hand_off], repeats))
+
+
+class _Pair:
+    """A producer, and both halves of a consumer, on one folder."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        from chiasm.ec_transfer.base import ECConnectorRole, ECTransferConfig
+        from chiasm.ec_transfer.shared_storage import SharedStorageConnector
+
+        config = ECTransferConfig(shared_storage_path=folder, max_bytes=max_bytes)
+        self._folder = folder
+        self._producer = SharedStorageConnector(config, ECConnectorRole.WORKER)
+        self._scheduler = SharedStorageConnector(config, ECConnectorRole.SCHEDULER)
+        self._worker = SharedStorageConnector(config, ECConnectorRole.WORKER)
+
+    def hand_off(self, identifier: str, embedding: torch.Tensor) -> None:
+        self._producer.save_caches({identifier: embedding}, identifier)
+        request = _Request("measured", (_Item(identifier, 0, embedding.shape[0]),))
+        if self._scheduler.ensure_cache_available(request, 0):
+            self._scheduler.update_state_after_alloc(request, 0)
+        received: dict[str, torch.Tensor] = {}
+        self._worker.bind_connector_metadata(self._scheduler.build_connector_meta())
+        self._worker.start_load_caches(received)
+        self._worker.clear_connector_metadata()
+        _read_every_byte(_bytes_of(received[identifier]))
+
+    def remove(self, identifier: str) -> None:
+        (self._folder / f"{identifier}.safetensors").unlink()
+
+
+def _bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    import torch
+
+    return tensor.view(torch.uint8).numpy().reshape(-1)
+
+
+def _plain_write(path: Path, source: npt.NDArray[np.uint8]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        left = source.data
+        while left:
+            left = left[os.write(descriptor, left) :]
+    finally:
+        os.close(descriptor)
+
+
+def _mapped_read(path: Path) -> None:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        _read_every_byte(np.frombuffer(mapped, dtype=np.uint8))
+
+
+def _read_every_byte(data: npt.NDArray[np.uint8]) -> int:
+    return int(data.view(np.int64).sum())
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started

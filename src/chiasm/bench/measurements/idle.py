@@ -1,14 +1,12 @@
-"""What instances and the proxy take of the cores while nothing is asked of them."""
+"""How much CPU time instances and the proxy take when there are no requests."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 
-from chiasm.bench import prompts
-from chiasm.bench.images import photo
-from chiasm.bench.measurement import Bench, Measurement
-from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
+from chiasm.bench.requests import ask, photo
 from chiasm.bench.statistics import mean_of
 from chiasm.bench.topology import NIXL, NO_NIXL, cpu_seconds, kv_connectors, prefill_and_decode, running
 from chiasm.launch import Deployment
@@ -17,15 +15,14 @@ _AT_MOST_PERCENT = 2.0
 _WINDOW_SECONDS = 2.0
 _QUICK_WINDOW_SECONDS = 0.5
 _SETTLING_SECONDS = 1.0
-"""After the request, for what an instance does once at its end."""
-_ANSWER_TOKENS = 8
+"""For what an instance still does after a request."""
 
 
 class Idle(Measurement):
-    """One request with an image goes through E, P and D, so that all connections are made; then nothing is sent."""
+    """One request with an image goes through E, P and D, so that all connections exist; then nothing is sent."""
 
     name = "idle"
-    purpose = "Time on a core that E, P, D and the proxy take without requests"
+    purpose = "CPU time that E, P, D and the proxy take without requests"
     target = f"each process under {_AT_MOST_PERCENT:g} % of a core"
 
     async def run(self, bench: Bench) -> Outcome:
@@ -34,12 +31,10 @@ class Idle(Measurement):
         outcome = Outcome()
         for connector in kv_connectors():
             async with running(bench, prefill_and_decode(bench.model, kv_connector=connector)) as (deployment,):
-                image = photo(f"idle {bench.seed}")
-                body = prompts.ask([image], "What is shown?", max_tokens=_ANSWER_TOKENS, stream=True, ignore_eos=True)
+                body = ask([photo(f"idle {bench.seed}")], max_tokens=8, stream=True, ignore_eos=True)
                 await bench.client.chat(deployment.url, body)
                 await asyncio.sleep(_SETTLING_SECONDS)
-                bench.step(f"{connector}, nothing is sent")
-                bench.total(windows)
+                bench.phase(f"{connector}, no requests", windows)
                 used = await _percentages(bench, deployment, windows, seconds)
             series: list[Series] = []
             for name, percentages in used.items():
@@ -50,12 +45,12 @@ class Idle(Measurement):
             outcome.panels.append(Panel(f"idle: share of a core, {connector}", "%", series))
         if NIXL not in kv_connectors():
             outcome.notes.append(NO_NIXL)
-        outcome.notes.append(f"Means of {windows} windows of {seconds:g} s, one after the other.")
+        outcome.notes.append(f"Means of {windows} consecutive windows of {seconds:g} s.")
         return outcome
 
 
 async def _percentages(bench: Bench, deployment: Deployment, windows: int, seconds: float) -> dict[str, list[float]]:
-    """Of a core, by process, in each of so many windows."""
+    """Return the percentage of a core that each process used in each window."""
     found: dict[str, list[float]] = {name: [] for name in cpu_seconds(deployment)}
     before, since = cpu_seconds(deployment), time.perf_counter()
     for _ in range(windows):

@@ -1,55 +1,48 @@
-"""What it costs to bring a prompt's KV from the instance that prefilled it to the one that decodes."""
+"""What it costs to move a prompt's KV from the instance that prefilled it to the one that decodes."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
-from chiasm.bench import prompts
+from prometheus_client.samples import Sample
+
 from chiasm.bench.checkpoints import synthetic
-from chiasm.bench.handover_gap import PROMPT_TOKENS, HandoverParts
-from chiasm.bench.measurement import Bench, Measurement
-from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+from chiasm.bench.client import StreamedAnswer
+from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
+from chiasm.bench.measurements.latency import PROMPT_TOKENS
+from chiasm.bench.requests import Texts, stream
 from chiasm.bench.statistics import median, median_of, paired_ratio
 from chiasm.bench.topology import NIXL, NO_NIXL, SHARED_MEMORY, kv_connectors, prefill_and_decode, running
+from chiasm.errors import ChiasmError
+from chiasm.prometheus import total
 from chiasm.wire import Role
 
 _MEGABYTE = 1_000_000
 _LARGEST = "1 GB"
 _SIZES_BYTES = {"1 MB": _MEGABYTE, "10 MB": 10 * _MEGABYTE, "100 MB": 100 * _MEGABYTE, _LARGEST: 1000 * _MEGABYTE}
 _BLOCK_BYTES = 1 << 16
-"""As small as those of the shipped checkpoint; a block of a model of billions of parameters has a megabyte or two."""
+"""As small as the blocks of the shipped checkpoint; those of models of billions of parameters have a megabyte or two."""
 _REPEATS = 5
 _LEAST_SPEEDS = {SHARED_MEMORY: 0.7, NIXL: 0.8}
 _WARM_UP = 3
 _QUICK_WARM_UP = 1
 _ANSWER_TOKENS = 8
-_PARTS = {
-    "gap": "gap of tokens 1 and 2",
-    "handle": "P's handle after its token",
-    "call": "proxy calls D",
-    "queue": "D waits for blocks",
-    "load": "D waits for KV",
-    "step": "D reads, first step",
-    "later": "D's later steps",
-    "claim": "D's claim",
-    "copy": "D's copying",
-    "first_token": "P reads, token out",
-}
+_CLAIM, _TRANSFER = "chiasm_kv_claim_seconds_total", "chiasm_kv_transfer_seconds_total"
 
 
 class Kv(Measurement):
     """Transfers by themselves, then requests through P and D, one at a time.
 
-    ``chiasm.kv_transfer.transfer_benchmark`` says how transfers are measured.
+    ``kv_transfers.measure_transfers`` says how transfers are measured.
     """
 
     name = "kv"
-    purpose = "Speed at which KV moves, and where the time from prefill's last layer to decode's first step goes"
+    purpose = "Speed at which KV moves, and where the time between prefill's last layer and decode's first step goes"
     target = (
-        f"{SHARED_MEMORY} at least {_LEAST_SPEEDS[SHARED_MEMORY]} of the speed of one memcpy, {NIXL} "
-        f"{_LEAST_SPEEDS[NIXL]} of that of NIXL alone: at most "
-        + " and ".join(f"{1 / speed:.2f}" for speed in _LEAST_SPEEDS.values())
-        + " times their time"
+        f"{SHARED_MEMORY} at least {_LEAST_SPEEDS[SHARED_MEMORY]} of the speed of one memcpy, which is "
+        f"{1 / _LEAST_SPEEDS[SHARED_MEMORY]:.2f} times its time; {NIXL} at least {_LEAST_SPEEDS[NIXL]} of the speed of NIXL "
+        f"alone, which is {1 / _LEAST_SPEEDS[NIXL]:.2f} times its time"
     )
 
     async def run(self, bench: Bench) -> Outcome:
@@ -64,17 +57,16 @@ class Kv(Measurement):
 
 
 async def _transfer(bench: Bench, connector: str, outcome: Outcome) -> None:
-    """Blocks alone, in rounds: each makes two caches anew and takes the median of a few transfers of each size."""
-    from chiasm.kv_transfer.transfer_benchmark import TransferResult, measure_transfers
+    """Measure blocks alone, in rounds: each makes two new caches and takes the median of a few transfers of each size."""
+    from chiasm.bench.measurements.kv_transfers import TransferResult, measure_transfers
 
     rounds, labels = bench.samples(5, quick=2), list(_SIZES_BYTES)
     if bench.quick or not _has_room(_SIZES_BYTES[_LARGEST]):
         labels.remove(_LARGEST)
         if not bench.quick:
-            outcome.notes.append(f"{connector}: {_LARGEST} is left out, there isn't enough free memory for it.")
+            outcome.notes.append(f"{connector}: {_LARGEST} is left out, because there isn't enough free memory.")
     found: dict[str, list[TransferResult]] = {label: [] for label in labels}
-    bench.step(f"{connector}, transfers")
-    bench.total(rounds)
+    bench.phase(f"{connector}, transfers", rounds)
     for _ in range(rounds):
         sizes = [_SIZES_BYTES[label] for label in labels]
         results = await asyncio.to_thread(measure_transfers, connector, sizes, _BLOCK_BYTES, _REPEATS)
@@ -111,33 +103,62 @@ async def _transfer(bench: Bench, connector: str, outcome: Outcome) -> None:
 
 
 def _has_room(size_bytes: int) -> bool:
-    """For two caches of that size and the memory that memcpy reads, with some to spare."""
+    """Tell whether two caches of that size and the memory that memcpy reads fit, with some to spare."""
     import psutil
 
     return int(psutil.virtual_memory().available) > 4 * size_bytes
 
 
 async def _hand_over(bench: Bench, connector: str, outcome: Outcome) -> None:
-    """Where the time between P and D goes in real requests."""
+    """Measure where the time between P and D goes in real requests."""
     rounds, warm_up = bench.samples(40, quick=3), _QUICK_WARM_UP if bench.quick else _WARM_UP
-    found: list[HandoverParts] = []
+    found: list[dict[str, float]] = []
     config = prefill_and_decode(await synthetic(bench), encoders=0, kv_connector=connector)
     async with running(bench, config) as (deployment,):
-        texts = prompts.Texts(deployment.folder, bench.seed)
+        texts = Texts(deployment.folder, bench.seed)
         (decode,) = deployment.urls(Role.DECODE)
-        bench.step(f"{connector}, {PROMPT_TOKENS} tokens")
-        bench.total(rounds + warm_up)
+        bench.phase(f"{connector}, {PROMPT_TOKENS} tokens", rounds + warm_up)
         for index in range(-warm_up, rounds):
             before = await bench.client.metrics(decode)
-            answer = await bench.client.chat(deployment.url, prompts.stream(texts.of(PROMPT_TOKENS), _ANSWER_TOKENS))
+            answer = await bench.client.chat(deployment.url, stream(texts.of(PROMPT_TOKENS), _ANSWER_TOKENS))
             after = await bench.client.metrics(decode)
             if index >= 0:
-                found.append(HandoverParts.of(answer, before, after))
+                found.append(handover_parts(answer, before, after))
             bench.advance()
     series = []
-    for part, label in _PARTS.items():
-        milliseconds = [1000 * float(getattr(one, part)) for one in found]
+    for label in found[0]:
+        milliseconds = [1000 * parts[label] for parts in found]
         estimate = median_of(milliseconds, seed=bench.seed)
         outcome.figures.append(Figure.of(f"{connector.removesuffix('Connector')}: {label}", estimate, "ms"))
         series.append(Series(label, milliseconds))
     outcome.panels.append(Panel(f"kv: from P to D, {PROMPT_TOKENS} tokens, {connector}", "ms", series))
+
+
+def handover_parts(answer: StreamedAnswer, before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, float]:
+    """Return the gap between tokens one and two, and what it consists of, in seconds.
+
+    ``before`` and ``after`` are D's metrics before and after the answer. Client, proxy and instances measure their parts on
+    clocks of their own, so the time of P's handle may be below 0. Raises ChiasmError if D had no part in the answer.
+    """
+    at_p, at_d = answer.timing_at_start, answer.timing
+    if "handover" not in at_d or "kv" not in at_d:
+        raise ChiasmError("An answer was not handed over from a prefill to a decode instance.")
+    (gap, later), handover = answer.first_and_later_gaps(), at_d["handover"]
+    prefill = sum(at_p.get(name, 0.0) for name in ("queue", "wait", "transfer", "prefill"))
+    claim, copy = ((total(after, name) or 0.0) - (total(before, name) or 0.0) for name in (_CLAIM, _TRANSFER))
+    return {
+        "gap of tokens 1 and 2": gap,
+        # The gap is the sum of these five. The first is from P's token to the end of P's response, less the way of D's token
+        # through the proxy; the second is the part of the proxy's call of D that D doesn't account for.
+        "P: handle after token": gap - handover,
+        "proxy: call of D": handover - at_d["ttft"],
+        "D: wait for blocks": at_d["queue"],
+        "D: wait for KV": at_d["kv"],
+        "D: read, first step": at_d["ttft"] - at_d["queue"] - at_d["kv"],
+        "D: later steps": later,
+        # The claim begins before D waits for blocks; only its end may be part of the wait for KV, as all of the copy is.
+        "D: claim": claim,
+        "D: copy": copy,
+        # Before the gap, and without prefill itself.
+        "P: read, token out": at_p["ttft"] - prefill,
+    }

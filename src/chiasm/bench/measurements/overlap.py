@@ -1,12 +1,10 @@
-"""Whether PD prefills the images that are there while the encoder works on those that are not."""
+"""Whether a PD prefills images whose embeddings are there while the encoder works on the others."""
 
 from __future__ import annotations
 
-from chiasm.bench import prompts
-from chiasm.bench.alone import QUESTION, SIDE, balanced_checkpoint, identifier_of, measure_alone
-from chiasm.bench.images import photo
-from chiasm.bench.measurement import Bench, Measurement
-from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+from chiasm.bench.checkpoints import SIDE, Alone, balanced_checkpoint, measure_alone
+from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
+from chiasm.bench.requests import ask, photo
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import pinned, running
 
@@ -16,7 +14,7 @@ _WARM_UP = 1
 
 
 class Overlap(Measurement):
-    """Each round measures one image alone, then requests with several, so that all see the same machine."""
+    """Each round measures one image alone and then requests with several, so that both see the same machine."""
 
     name = "overlap"
     purpose = "Time to first token of 4 and 8 images in one request, against a perfect pipeline of encode and prefill"
@@ -25,53 +23,42 @@ class Overlap(Measurement):
     async def run(self, bench: Bench) -> Outcome:
         rounds = bench.samples(12, quick=2)
         model = await balanced_checkpoint(bench)
-        encodes: list[float] = []
-        prefills: list[float] = []
+        alone: list[Alone] = []
         found: dict[int, list[float]] = {number: [] for number in _NUMBERS}
         async with running(bench, pinned(model)) as (deployment,):
-            bench.step("images in one request")
-            bench.total(rounds + _WARM_UP)
+            bench.phase("images in one request", rounds + _WARM_UP)
             for index in range(-_WARM_UP, rounds):
                 name = f"overlap {bench.seed} {index}"
-                alone = await measure_alone(bench, deployment, photo(name, SIDE), identifier_of(name))
+                one = await measure_alone(bench, deployment, name)
+                if index >= 0:
+                    alone.append(one)
                 for number in _NUMBERS:
                     images = [photo(f"{name} {number} {place}", SIDE) for place in range(number)]
-                    body = prompts.ask(images, QUESTION, max_tokens=1, stream=True)
-                    answer = await bench.client.chat(deployment.url, body)
+                    answer = await bench.client.chat(deployment.url, ask(images, max_tokens=1, stream=True))
                     if index >= 0:
                         found[number].append(answer.ttft_seconds)
-                if index >= 0:
-                    encodes.append(alone.encode_seconds)
-                    prefills.append(alone.prefill_seconds)
                 bench.advance()
-        return _outcome(encodes, prefills, found, bench.seed)
+        return _outcome(alone, found, bench.seed)
 
 
-def _outcome(encodes: list[float], prefills: list[float], found: dict[int, list[float]], seed: int) -> Outcome:
-    encode, prefill = median(encodes), median(prefills)
+def _outcome(alone: list[Alone], found: dict[int, list[float]], seed: int) -> Outcome:
+    encodes, prefills = [one.encode_seconds for one in alone], [one.prefill_seconds for one in alone]
     outcome = Outcome()
-    outcome.figures += [
-        Figure("one image alone: encode e", 1000 * encode, "ms"),
-        Figure("one image alone: prefill p", 1000 * prefill, "ms"),
-    ]
-    series = [
-        Series("encode e", [1000 * value for value in encodes]),
-        Series("prefill p", [1000 * value for value in prefills]),
-    ]
-    for number, values in found.items():
-        # Each round's requests against what one image took in the same round.
+    series: list[Series] = []
+    for label, seconds in (("encode e", encodes), ("prefill p", prefills)):
+        outcome.figures.append(Figure(f"one image alone: {label}", 1000 * median(seconds), "ms"))
+        series.append(Series(label, [1000 * value for value in seconds]))
+    for number, ttfts in found.items():
+        # The requests of a round are compared with what one image took in the same round.
         bounds = [e + p + (number - 1) * max(e, p) for e, p in zip(encodes, prefills, strict=True)]
         serial = [number * (e + p) for e, p in zip(encodes, prefills, strict=True)]
+        name = f"{number} images: TTFT"
+        ratio = paired_ratio(bounds, ttfts, seed=seed)
         outcome.figures += [
-            Figure.of(
-                f"{number} images: TTFT / pipelined bound",
-                paired_ratio(bounds, values, seed=seed),
-                "x",
-                at_most=_AT_MOST,
-            ),
-            Figure.of(f"{number} images: TTFT / one after the other", paired_ratio(serial, values, seed=seed), "x"),
-            Figure(f"{number} images: TTFT, median", 1000 * median(values), "ms"),
+            Figure.of(f"{name} / pipelined bound", ratio, "x", at_most=_AT_MOST),
+            Figure.of(f"{name} / one image after the other", paired_ratio(serial, ttfts, seed=seed), "x"),
+            Figure(f"{name}, median", 1000 * median(ttfts), "ms"),
         ]
-        series.append(Series(f"{number} images", [1000 * value for value in values], 1000 * _AT_MOST * median(bounds)))
+        series.append(Series(f"{number} images", [1000 * value for value in ttfts], 1000 * _AT_MOST * median(bounds)))
     outcome.panels.append(Panel("overlap: time to first token", "ms", series))
     return outcome

@@ -1,106 +1,130 @@
-"""Whether an image that was encoded once is as cheap as text for every PD."""
+"""Whether an image that was encoded once is encoded again when another PD prefills it."""
 
 from __future__ import annotations
 
-from chiasm.bench import prompts
-from chiasm.bench.images import photo
-from chiasm.bench.measurement import Bench, Measurement
-from chiasm.bench.outcome import Figure, Outcome, Panel, Series
+from typing import Any
+
+from chiasm.bench.client import StreamedAnswer
+from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
+from chiasm.bench.requests import Texts, ask, chat, photo
 from chiasm.bench.statistics import median, paired_ratio
-from chiasm.bench.topology import encoder_and_pds, running
+from chiasm.bench.topology import encoder_and_pds, on_vllm, running
 from chiasm.errors import ChiasmError
-from chiasm.launch import Deployment
+from chiasm.launch import Deployment, EngineKind
+from chiasm.prometheus import total
 from chiasm.wire import Role
 
 _AT_MOST = 1.2
 _WARM_UP = 3
-_QUESTION = "What is shown?"
-_ANSWER_TOKENS = 2
-_USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+_TEMPLATE_PROBE_TOKENS = 40
+_USAGE: dict[str, Any] = {"max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
+_EVERY_TOKEN: dict[str, Any] = {"max_tokens": 2, "stream": True, "ignore_eos": True, "logprobs": True}
 
 
 class Reuse(Measurement):
-    """An image goes to one PD, then to the other, then a text of as many tokens to each; all prompts are new to both."""
+    """An image is asked about twice; the proxy's two PDs take turns.
+
+    With the built-in engine, a text with as many tokens then goes to each PD. All prompts are new to both PDs.
+    """
 
     name = "reuse"
-    purpose = "A second request with the same image, to another PD, against text of the same length"
-    target = f"no encode; time to first token at most {_AT_MOST} times the text's"
+
+    def __init__(self, engine: EngineKind) -> None:
+        self._over_vllm = engine is EngineKind.VLLM
+        self.purpose = "A second request with the same image, to another PD"
+        if self._over_vllm:
+            self.target = "no encode for the second request, and each PD loads each image"
+        else:
+            self.purpose += ", against text of the same length"
+            self.target = f"no encode for the second request; time to first token at most {_AT_MOST} times the text's"
 
     async def run(self, bench: Bench) -> Outcome:
-        rounds = bench.samples(60, quick=3)
-        firsts: list[float] = []
-        seconds: list[float] = []
-        of_text: list[float] = []
-        async with running(bench, encoder_and_pds(bench.model, pds=2)) as (deployment,):
-            texts = prompts.Texts(deployment.folder, bench.seed)
-            extra = await self._template_tokens(bench, deployment, texts)
-            bench.step("the same image, another PD")
-            bench.total(rounds + _WARM_UP)
-            before = await self._counts(bench, deployment)
+        rounds = bench.samples(40 if self._over_vllm else 60, quick=3)
+        found: tuple[list[float], list[float], list[float]] = ([], [], [])
+        config = encoder_and_pds(bench.model, pds=2)
+        async with running(bench, on_vllm(config) if self._over_vllm else config) as (deployment,):
+            texts = None if self._over_vllm else await _EqualTexts.for_deployment(bench, deployment)
+            bench.phase("the same image, another PD", rounds + _WARM_UP)
             for index in range(-_WARM_UP, rounds):
                 if index == 0:
                     before = await self._counts(bench, deployment)
-                image = photo(f"reuse {bench.seed} {index}")
-                body = prompts.ask([image], _QUESTION, max_tokens=_ANSWER_TOKENS, **_USAGE)
-                first = await bench.client.chat(deployment.url, body)
-                second = await bench.client.chat(deployment.url, body)
-                text = texts.of(first.prompt_tokens - extra)
-                words = [
-                    await bench.client.chat(deployment.url, prompts.chat(content, max_tokens=_ANSWER_TOKENS, **_USAGE))
-                    for content in (text, texts.of(first.prompt_tokens - extra))
-                ]
-                if {answer.prompt_tokens for answer in words} != {first.prompt_tokens}:
-                    raise ChiasmError("the text and the image came to different numbers of tokens")
+                body = ask([photo(f"reuse {bench.seed} {index}")], **(_EVERY_TOKEN if texts is None else _USAGE))
+                answers = [await bench.client.chat(deployment.url, body) for _ in range(2)]
+                if texts is not None:
+                    # The PDs take turns, so the second text goes where the second image went.
+                    answers.append([await texts.ask(answers[0].prompt_tokens) for _ in range(2)][1])
                 if index >= 0:
-                    firsts.append(1000 * first.ttft_seconds)
-                    seconds.append(1000 * second.ttft_seconds)
-                    # The PDs take turns, so the second text went where the second image did.
-                    of_text.append(1000 * words[1].ttft_seconds)
+                    for taken, answer in zip(found, answers, strict=False):
+                        taken.append(1000 * answer.ttft_seconds)
                 bench.advance()
             after = await self._counts(bench, deployment)
-        encoded, *hits = (now - then for now, then in zip(after, before, strict=True))
-        outcome = Outcome()
-        outcome.figures += [
-            Figure("encodes beyond one an image", encoded - rounds, "", 0),
-            Figure.of(
-                "second request / text of the same length",
-                paired_ratio(of_text, seconds, seed=bench.seed),
-                "x",
-                at_most=_AT_MOST,
-            ),
-            Figure("first request, median", median(firsts), "ms"),
-            Figure("second request, median", median(seconds), "ms"),
-            Figure("text, median", median(of_text), "ms"),
-        ]
-        outcome.notes.append(
-            f"{rounds} images, {encoded:.0f} encodes; embeddings found at once by the PDs: "
-            + " and ".join(f"{number:.0f}" for number in hits)
-        )
-        outcome.panels.append(
-            Panel(
-                "reuse: time to first token",
-                "ms",
-                [
-                    Series("first request", firsts),
-                    Series("second request", seconds, _AT_MOST * median(of_text)),
-                    Series("text of the same length", of_text),
-                ],
-            )
-        )
-        return outcome
+        encoded, *loaded = (now - then for now, then in zip(after, before, strict=True))
+        return judge(*found, encoded=encoded, loaded=loaded, seed=bench.seed)
 
-    @staticmethod
-    async def _template_tokens(bench: Bench, deployment: Deployment, texts: prompts.Texts) -> int:
-        """Tokens that the chat template adds to a text."""
-        tokens = 40
-        answer = await bench.client.chat(deployment.url, prompts.chat(texts.of(tokens), max_tokens=1, **_USAGE))
-        return answer.prompt_tokens - tokens
-
-    @staticmethod
-    async def _counts(bench: Bench, deployment: Deployment) -> list[float]:
-        """Images that the encoder has encoded, then items that each PD found at once."""
+    async def _counts(self, bench: Bench, deployment: Deployment) -> list[float]:
+        """Return how many images the encoder has encoded, and how many embeddings each PD has loaded or found at once."""
         (encoder,) = deployment.urls(Role.ENCODER)
-        counts = [(await bench.client.metrics(encoder))["chiasm_images_encoded_total"]]
-        for url in deployment.urls(Role.PD):
-            counts.append((await bench.client.metrics(url)).get('chiasm_items_total{outcome="hit"}', 0.0))
-        return counts
+        at_encoder = await bench.client.metrics(encoder)
+        at_pds = [await bench.client.metrics(url) for url in deployment.urls(Role.PD)]
+        if self._over_vllm:
+            encoded = total(at_encoder, "vllm:chiasm_ec_saves_total")
+            loaded = [total(one, "vllm:chiasm_ec_loads_total") for one in at_pds]
+        else:
+            encoded = total(at_encoder, "chiasm_images_encoded_total")
+            loaded = [total(one, "chiasm_items_total", outcome="hit") for one in at_pds]
+        return [encoded or 0.0, *(number or 0.0 for number in loaded)]
+
+
+class _EqualTexts:
+    """Texts whose prompts have as many tokens as another prompt."""
+
+    def __init__(self, bench: Bench, deployment: Deployment) -> None:
+        self._bench = bench
+        self._url = deployment.url
+        self._texts = Texts(deployment.folder, bench.seed)
+        self._template_tokens = 0
+
+    @classmethod
+    async def for_deployment(cls, bench: Bench, deployment: Deployment) -> _EqualTexts:
+        """Find out how many tokens the chat template adds to a text."""
+        texts = cls(bench, deployment)
+        texts._template_tokens = (await texts._chat(_TEMPLATE_PROBE_TOKENS)).prompt_tokens - _TEMPLATE_PROBE_TOKENS
+        return texts
+
+    async def ask(self, prompt_tokens: int) -> StreamedAnswer:
+        """Send a new text whose prompt has ``prompt_tokens`` tokens. Raises ChiasmError if it turns out otherwise."""
+        answer = await self._chat(prompt_tokens - self._template_tokens)
+        if answer.prompt_tokens != prompt_tokens:
+            raise ChiasmError("The prompts with the text and with the image have different numbers of tokens.")
+        return answer
+
+    async def _chat(self, tokens: int) -> StreamedAnswer:
+        return await self._bench.client.chat(self._url, chat(self._texts.of(tokens), **_USAGE))
+
+
+def judge(
+    first: list[float], second: list[float], of_text: list[float], *, encoded: float, loaded: list[float], seed: int
+) -> Outcome:
+    """Return the outcome of times to first token in milliseconds; without those of texts, each PD must load each image.
+
+    ``loaded`` has the number of embeddings that each PD loaded.
+    """
+    rounds = len(first)
+    outcome = Outcome()
+    outcome.figures.append(Figure("encodes beyond one an image", encoded - rounds, "", 0))
+    series = [Series("first request", first), Series("second request", second)]
+    if of_text:
+        ratio = paired_ratio(of_text, second, seed=seed)
+        outcome.figures.append(Figure.of("second request / text of the same length", ratio, "x", at_most=_AT_MOST))
+        series = [series[0], Series("second request", second, _AT_MOST * median(of_text)), Series("text", of_text)]
+    else:
+        missing = 2 * rounds - sum(min(one, rounds) for one in loaded)
+        outcome.figures.append(Figure("images that a PD did not load", missing, "", 0))
+        ratio = paired_ratio(first, second, seed=seed)
+        outcome.figures.append(Figure.of("first token: second request / first", ratio, "x"))
+    outcome.figures += [Figure(f"{one.label}, median", median(one.values), "ms") for one in series]
+    numbers = " and ".join(f"{number:.0f}" for number in loaded)
+    how = "found at once" if of_text else "loaded"
+    outcome.notes.append(f"{rounds} images, {encoded:.0f} encodes; the PDs {how} {numbers} embeddings.")
+    outcome.panels.append(Panel("reuse: time to first token", "ms", series))
+    return outcome

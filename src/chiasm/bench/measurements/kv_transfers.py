@@ -1,14 +1,13 @@
-"""How long KV takes from one process to another, beside what the machine needs for the bytes alone."""
+"""How long KV blocks take from one process to another, beside the time that the machine needs for the bytes alone."""
 
 from __future__ import annotations
 
 import ctypes
 import multiprocessing
 import random
-import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from chiasm.bench.load import alternate
 from chiasm.errors import KVUnavailableError
 from chiasm.kv_transfer.base import (
     FinishedTransfers,
@@ -30,12 +30,12 @@ from chiasm.wire import KVTransferParams
 
 _ENGINE_ID = "transfer-benchmark"
 _PATIENCE_SECONDS = 120.0
-_VALUES = 251  # of the bytes that a producer's blocks are filled with, in turn
+_VALUES = 251  # number of different bytes with which the producer's blocks are filled
 
 
 @dataclass(frozen=True)
 class TransferResult:
-    """Medians in seconds for ``size_bytes`` in scattered blocks of ``block_bytes``; measure_transfers says what each is."""
+    """Medians in seconds for ``size_bytes`` in scattered blocks of ``block_bytes``; ``measure_transfers`` says what each is."""
 
     connector: str
     size_bytes: int
@@ -47,12 +47,12 @@ class TransferResult:
 
     @property
     def memcpy_ratio(self) -> float:
-        """The speed of the connector's copy over that of one memcpy."""
+        """Speed of the connector's copy as a fraction of that of one memcpy."""
         return self.memcpy_seconds / self.copy_seconds
 
     @property
     def bare_nixl_ratio(self) -> float | None:
-        """The speed of the connector's copy over that of NIXL alone; None for another connector."""
+        """Speed of the connector's copy as a fraction of that of NIXL alone; None for other connectors."""
         return None if self.bare_nixl_seconds is None else self.bare_nixl_seconds / self.copy_seconds
 
 
@@ -72,16 +72,18 @@ class _Blocks(NamedTuple):
 def measure_transfers(
     connector: str, sizes_bytes: Sequence[int], block_bytes: int, repeats: int
 ) -> list[TransferResult]:
-    """Measure on the CPU between this process and one that is started for it.
+    """Measure transfers on the CPU, from a producer process that is started for it to this process.
 
-    A *transfer* begins when the request arrives here, with room for it, and ends when its load is reported: the claim, the
-    copy and the producer's word that the copy is whole. The *copy* is the part of it in which bytes move. The *memcpy*
-    copies as many bytes in one piece from and to memory of this process. *Bare NIXL*, for NixlConnector, is one NIXL read
-    of the same blocks by an agent that does nothing else, polled without pause. They take turns, ``repeats`` times after
-    one round that doesn't count and backwards every other time, each time in other blocks of two caches that are as large
-    as the largest size. Everything has been touched before.
+    - A *transfer* begins when the request arrives here, with blocks allocated for it, and ends when its load is reported.
+      It consists of the claim, the copy, and the producer's confirmation that the copy is whole.
+    - The *copy* is the part of the transfer in which bytes move.
+    - The *memcpy* copies as many bytes in one piece within this process.
+    - *Bare NIXL*, for NixlConnector only, is one NIXL read of as many blocks by an agent that does nothing else and is
+      polled without pause.
 
-    Sizes are rounded down to whole blocks, at least one. Raises ConfigurationError when the connector can't be had here.
+    They take turns ``repeats`` times, each with other blocks of two caches that are as large as the largest size. All memory
+    has been touched before. Sizes are rounded down to whole blocks, at least one. Raises ConfigurationError if the connector
+    can't be used here.
     """
     counts = [max(1, size // block_bytes) for size in sizes_bytes]
     layout = KVLayout(1, 1, 1, block_bytes, "uint8", block_bytes)
@@ -104,42 +106,26 @@ def measure_transfers(
 
 
 def _measure(pair: _Pair, connector: str, count: int, repeats: int) -> TransferResult:
-    transfers: list[float] = []
-    copies: list[float] = []
-    memcpys: list[float] = []
-    bare: list[float] = []
-
-    def measure_transfer() -> None:
-        transfer, copy = pair.transfer(pair.choose(count))
-        transfers.append(transfer)
-        copies.append(copy)
-
-    def measure_memcpy() -> None:
-        memcpys.append(pair.memcpy(count))
-
-    def measure_bare() -> None:
-        bare.append(pair.read_with_nixl(pair.choose(count)))
-
-    turns = [measure_memcpy, measure_transfer]
+    actions: list[Callable[[], tuple[float, ...]]] = [
+        lambda: (pair.memcpy(count),),
+        lambda: pair.transfer(pair.choose(count)),
+    ]
     if connector == "NixlConnector":
-        turns.append(measure_bare)
-    for _ in range(repeats + 1):
-        for measure in turns:
-            measure()
-        turns.reverse()
+        actions.append(lambda: (pair.read_with_nixl(pair.choose(count)),))
+    memcpy, transfer, copy, *bare = alternate(actions, repeats)
     return TransferResult(
         connector=connector,
         size_bytes=count * pair.block_bytes,
         block_bytes=pair.block_bytes,
-        transfer_seconds=statistics.median(transfers[1:]),
-        copy_seconds=statistics.median(copies[1:]),
-        memcpy_seconds=statistics.median(memcpys[1:]),
-        bare_nixl_seconds=statistics.median(bare[1:]) if bare else None,
+        transfer_seconds=transfer,
+        copy_seconds=copy,
+        memcpy_seconds=memcpy,
+        bare_nixl_seconds=bare[0] if bare else None,
     )
 
 
 class _Instance:
-    """Both halves of a connector and its KV cache."""
+    """Both halves of a connector, and a KV cache."""
 
     def __init__(self, config: KVTransferConfig, layout: KVLayout, num_blocks: int) -> None:
         self.scheduler: KVConnector = KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER)
@@ -155,20 +141,20 @@ class _Instance:
         self.scheduler.set_xfer_handshake_metadata(self.worker.get_handshake_metadata())
 
     def step(self) -> None:
-        """Begin what was noted."""
+        """Start what the scheduler half has planned."""
         metadata = self.scheduler.build_connector_meta()
         if metadata:
             self.worker.start_load_kv(metadata)
 
     def wait(self) -> FinishedTransfers:
-        """The next thing that comes to an end."""
+        """Return what finishes next. Raises KVUnavailableError after a long wait."""
         while True:
             self._news.clear()
             finished = self.worker.get_finished()
             if finished != FinishedTransfers():
                 return finished
             if not self._news.wait(_PATIENCE_SECONDS):
-                raise KVUnavailableError(f"nothing was transferred in {_PATIENCE_SECONDS:g} seconds")
+                raise KVUnavailableError(f"Nothing was transferred within {_PATIENCE_SECONDS:g} seconds.")
 
     def shutdown(self) -> None:
         self.scheduler.shutdown()
@@ -188,12 +174,12 @@ class _Pair:
         self.block_bytes: int = consumer.blocks.shape[1]
 
     def choose(self, count: int) -> _Blocks:
-        """Some blocks here and there, in no order."""
+        """Return random blocks of both caches, in random order."""
         blocks = range(len(self._consumer.blocks))
         return _Blocks(self._choose.sample(blocks, count), self._choose.sample(blocks, count))
 
     def transfer(self, blocks: _Blocks) -> tuple[float, float]:
-        """Seconds of a whole transfer, and of its copy. Raises KVUnavailableError when it fails."""
+        """Return the seconds of a transfer, and of the copy in it. Raises KVUnavailableError if it fails."""
         self._num_requests += 1
         handle = self._ask("offer", str(self._num_requests), blocks.remote)
         consumer = self._consumer
@@ -213,7 +199,7 @@ class _Pair:
         return seconds, consumer.worker.stats.transfer_seconds - copied_before
 
     def memcpy(self, count: int) -> float:
-        """Seconds of one copy of as many bytes, somewhere in the two caches."""
+        """Return the seconds of one copy of as many bytes as ``count`` blocks have."""
         room = len(self._source) - count
         target = self._consumer.blocks[self._choose.randint(0, room) :].data_ptr()
         source = self._source[self._choose.randint(0, room) :].data_ptr()
@@ -222,7 +208,7 @@ class _Pair:
         return time.perf_counter() - started
 
     def read_with_nixl(self, blocks: _Blocks) -> float:
-        """Seconds of a read without the connector."""
+        """Return the seconds of a NIXL read without the connector."""
         if self._nixl is None:
             self._nixl = _BareNixl(self._consumer.blocks, *self._ask("describe"))
         self._producer.send(("drive", ()))
@@ -236,7 +222,7 @@ class _Pair:
         got = self._consumer.blocks[torch.tensor(blocks.local)][:, [0, -1]]
         expected = (torch.tensor(blocks.remote) % _VALUES).to(torch.uint8)[:, None]
         if not bool((got == expected).all()):
-            raise KVUnavailableError("what was transferred is not what the producer holds")
+            raise KVUnavailableError("The transferred blocks differ from those of the producer.")
 
     def _ask(self, what: str, *arguments: object) -> Any:
         self._producer.send((what, arguments))
@@ -244,12 +230,12 @@ class _Pair:
 
     def _receive(self) -> Any:
         if not self._producer.poll(_PATIENCE_SECONDS):
-            raise KVUnavailableError("the producer's process does not answer")
+            raise KVUnavailableError("The producer's process does not answer.")
         return self._producer.recv()
 
 
 class _BareNixl:
-    """One agent that reads from another, and nothing else."""
+    """A NIXL agent that does nothing but read from another."""
 
     def __init__(self, blocks: torch.Tensor, agent_metadata: bytes, address: int, num_blocks: int) -> None:
         from chiasm.kv_transfer.nixl import Agent, import_nixl
@@ -270,12 +256,12 @@ class _BareNixl:
         seconds = time.perf_counter() - started
         handle.release()
         if state != "DONE":
-            raise KVUnavailableError("a bare NIXL read failed")
+            raise KVUnavailableError("A bare NIXL read failed.")
         return seconds
 
 
 def _produce(pipe: Connection, connector: str, layout: KVLayout, num_blocks: int) -> None:
-    """The producer's process: does what it is told until it is killed."""
+    """Run the producer's process: do what ``pipe`` asks for until the process is killed."""
     producer = _Instance(_config(connector, KVTransferRole.PRODUCER), layout, num_blocks)
     agent: Any = None
     is_driven = False

@@ -1,7 +1,7 @@
-"""Small random checkpoints of every family that chiasm runs, made offline in about a second.
+"""Small random checkpoints of every family that chiasm runs, made offline in about a second, for tests and measurements.
 
-Tests and benchmarks use them: their answers mean nothing, but they depend on every token and pixel, clearly enough that
-two correct computations agree on each greedy token.
+Their answers mean nothing, but depend on every token and pixel, and so clearly that two correct computations agree on each
+greedy token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ JsonObject = dict[str, Any]
 
 @dataclass(frozen=True)
 class SyntheticSize:
-    """How large a synthetic checkpoint is. The default has a fifth of a million parameters."""
+    """The size of a synthetic checkpoint. The default has 0.2 million parameters."""
 
     text_hidden: int = 64
     text_intermediate: int = 128
@@ -38,14 +38,14 @@ class SyntheticSize:
     vision_depth: int = 3
     vision_heads: int = 2
     deepstack_levels: int = 2
-    """Qwen3-VL: how many of the first vision layers feed the decoder's first layers, fewer than ``vision_depth``."""
+    """Qwen3-VL: number of vision layers, from the first, that feed the decoder's first layers; below ``vision_depth``."""
     patch_pixels: int = 8
     tile_pixels: int = 32
-    """Side of a tile, for the families whose images are cut into squares; a multiple of 2 x ``patch_pixels``."""
+    """Side of a tile, for families that cut images into squares; a multiple of 2 x ``patch_pixels``."""
     max_tiles: int = 4
-    """Most tiles of an image, its overview not counted; a square number."""
+    """Largest number of tiles of an image, without its overview; a square number."""
     max_pixels: int = 128 * 128
-    """Qwen: the area that larger images are scaled down to."""
+    """Qwen: the area to which larger images are scaled down."""
     vocab_size: int = 512
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
@@ -53,7 +53,7 @@ class SyntheticSize:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What makes a checkpoint of one family."""
+    """How to make a checkpoint of one family."""
 
     specials: tuple[str, ...]
     end: str
@@ -63,7 +63,7 @@ class _Recipe:
     processor: Callable[[SyntheticSize], JsonObject] | None = None
     begin: str | None = None
     adds_begin: bool = False
-    """The tokenizer writes ``begin`` before every text, as LLaMA's does."""
+    """Whether the tokenizer adds ``begin`` before every text, as LLaMA's does."""
 
 
 def make(
@@ -77,9 +77,9 @@ def make(
 ) -> Path:
     """Write a random checkpoint to ``folder``, and return the folder.
 
-    ``family`` is a ``model_type``, one of ``FAMILIES``; ``text_config`` adds to the language model's configuration, for
-    another decoder or a sliding window. The same arguments give the same weights. Greedy answers are printable ASCII
-    and never end by themselves, unless the embeddings are tied.
+    ``family`` is a ``model_type``, one of ``FAMILIES``. ``text_config`` adds to the language model's configuration, for
+    example another decoder or a sliding window. The same arguments give the same weights. Greedy answers are printable
+    ASCII and never end by themselves, unless the embeddings are tied.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -119,7 +119,7 @@ def _write(path: Path, value: JsonObject) -> None:
 
 
 def _tokenizer(recipe: _Recipe, vocab_size: int) -> Any:
-    """Byte-level BPE that knows all bytes, and as many short words of lower-case letters as the vocabulary has room."""
+    """Return a byte-level BPE of all bytes and as many short words of lower-case letters as the vocabulary has room for."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -147,23 +147,23 @@ def _tokenizer(recipe: _Recipe, vocab_size: int) -> Any:
 
 
 def _words() -> Iterator[str]:
-    """aa, ab, …, zz, aaa, …: each but for its last letter comes before."""
+    """Yield aa, ab, …, zz, aaa, …; the prefix of each word comes before it."""
     for length in itertools.count(2):
         for letters in itertools.product(string.ascii_lowercase, repeat=length):
             yield "".join(letters)
 
 
 def _unprintable(tokenizer: Any, vocab_size: int) -> list[int]:
-    """Tokens that don't stand for printable ASCII."""
+    """Return the tokens that aren't printable ASCII."""
     special = set(tokenizer.all_special_ids)
     texts = ((token, tokenizer.decode([token])) for token in range(vocab_size))
     return [token for token, text in texts if token in special or not (text.isascii() and text.isprintable())]
 
 
 def _randomize(name: str, module: nn.Module, parameter: Tensor, generator: Any) -> None:
-    """Weights of a size that keeps activations near one, where the usual 0.02 gives answers that hang on rounding.
+    """Draw weights of a size that keeps activations near one; with the usual 0.02, answers would depend on rounding.
 
-    Queries and keys are larger, so that attention picks tokens out rather than averaging over all of them.
+    Queries and keys are larger, so that attention selects tokens instead of averaging over all of them.
     """
     from torch import nn
 
@@ -287,7 +287,7 @@ def _qwen3_vision(size: SyntheticSize) -> JsonObject:
 
 
 def _experts(size: SyntheticSize) -> JsonObject:
-    """As many parameters in use for a token as the dense model has."""
+    """Use as many parameters for a token as the dense model has."""
     return {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": size.text_intermediate // 2}
 
 
@@ -401,7 +401,7 @@ def _llava() -> _Recipe:
 
 
 def _square_vision(size: SyntheticSize) -> JsonObject:
-    """A plain vision transformer over one square."""
+    """Return the configuration of a plain vision transformer over one square."""
     return {
         "hidden_size": size.vision_hidden,
         "intermediate_size": size.vision_intermediate,
@@ -424,4 +424,4 @@ _RECIPES = {
 }
 
 FAMILIES = tuple(_RECIPES)
-"""What ``make`` can make."""
+"""The families that ``make`` can make."""

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, and leaves nothing behind. How long things take is no matter of a test."""
+"""Handoffs are measured at every size, and leave nothing behind. How long they take is not tested."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from chiasm.ec_transfer.handoff_benchmark import HandoffResult, measure_handoff
+from chiasm.bench.measurements.handoff import HandoffResult, measure_handoff
 
 
-def test_measures_every_size_and_cleans_up(tmp_path: Path) -> None:
+def test_every_size_is_measured_and_no_file_remains(tmp_path: Path) -> None:
     results = measure_handoff(tmp_path, [1, 100_000], repeats=2)
     assert [result.size_bytes for result in results] == [4096, 98_304]
     for result in results:

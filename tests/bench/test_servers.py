@@ -1,29 +1,107 @@
-"""The counting server in front of an instance, with real sockets."""
+"""Servers that the bench starts itself with real processes, and the server that counts in front of an instance."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
+import psutil
+import pytest
 from aiohttp import web
 
-from chiasm.bench.client import CHAT, opened
-from chiasm.bench.counting import Counter, counting
+from chiasm.bench.client import opened
+from chiasm.bench.measurement import Bench
+from chiasm.bench.servers import Command, Counter, counting, served, supervised
+from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.launch.ports import HeldPort
+from chiasm.wire import CHAT_PATH
+
+_SERVER = """
+import http.server, os, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/die":
+            os._exit(1)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(str(os.getpid()).encode())
+
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def _command(address: HeldPort, code: str = _SERVER) -> Command:
+    arguments = [sys.executable, "-c", code, str(address.port)]
+    return Command("a server", supervised(address.url, arguments), os.environ)
+
+
+async def _pid(session: aiohttp.ClientSession, url: str) -> int | None:
+    try:
+        async with session.get(f"{url}/health") as reply:
+            return int(await reply.text())
+    except aiohttp.ClientError:
+        return None
+
+
+async def test_a_server_runs_from_ready_to_the_end(tmp_path: Path) -> None:
+    addresses = [HeldPort("127.0.0.1"), HeldPort("127.0.0.1")]
+    commands = map(_command, addresses)
+    async with (
+        opened() as client,
+        aiohttp.ClientSession() as session,
+        served(Bench("m", tmp_path, client), *commands, ready_seconds=60),
+    ):
+        pids = [await _pid(session, address.url) for address in addresses]
+        assert all(pid is not None and psutil.pid_exists(pid) for pid in pids)
+        assert len(set(pids)) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids if pid is not None)
+
+
+async def test_a_server_that_cannot_start_fails_with_its_last_lines(tmp_path: Path) -> None:
+    command = _command(HeldPort("127.0.0.1"), "raise ValueError('there is no such model')")
+    async with opened() as client:
+        with pytest.raises(ConfigurationError, match="there is no such model"):
+            async with served(Bench("m", tmp_path, client), command, ready_seconds=60):
+                pytest.fail("it was never ready")
+
+
+async def test_a_server_that_dies_during_a_measurement_is_an_error(tmp_path: Path) -> None:
+    async def measure(address: HeldPort) -> None:
+        async with (
+            opened() as client,
+            aiohttp.ClientSession() as session,
+            served(Bench("m", tmp_path, client), _command(address), ready_seconds=60),
+        ):
+            first = await _pid(session, address.url)
+            with pytest.raises(aiohttp.ClientError):
+                await session.get(f"{address.url}/die")
+            while await _pid(session, address.url) in (None, first):  # noqa: ASYNC110 the supervisor restarts it
+                await asyncio.sleep(0.05)
+
+    with pytest.raises(ChiasmError, match="a server died during the measurement"):
+        await measure(HeldPort("127.0.0.1"))
+
+
+# ---- counting ---------------------------------------------------------------------------------------------------------
 
 _EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
 
 
 class _Instance:
-    """Answers chat completions with what it was sent, or with a stream that waits until it is let go."""
+    """Answers chat completions with their own body, or with a stream that pauses until ``go_on`` is set."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
         self.headers: list[Mapping[str, str]] = []
         self.go_on = asyncio.Event()
         self.left = asyncio.Event()
-        """Set when somebody has left a stream before its end."""
+        """Set when a client has left a stream before its end."""
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         self.bodies.append(await request.read())
@@ -49,7 +127,7 @@ class _Instance:
 async def _counted() -> AsyncIterator[tuple[_Instance, Counter]]:
     instance = _Instance()
     app = web.Application(client_max_size=1 << 30)
-    app.router.add_post(CHAT, instance.chat)
+    app.router.add_post(CHAT_PATH, instance.chat)
     app.router.add_get("/health", instance.health)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
@@ -65,7 +143,7 @@ async def test_bodies_of_chat_completions_are_counted_and_arrive_unchanged() -> 
     bodies = [b"x" * 10, b"y" * 5_000_000]
     async with _counted() as (instance, counter), aiohttp.ClientSession() as session:
         for body in bodies:
-            async with session.post(counter.url + CHAT, data=body, headers={"authorization": "Bearer a"}) as reply:
+            async with session.post(counter.url + CHAT_PATH, data=body, headers={"authorization": "Bearer a"}) as reply:
                 assert await reply.read() == body
                 assert reply.status == 418
                 assert reply.headers["server-timing"] == "prefill;dur=2"
@@ -82,7 +160,7 @@ async def test_a_body_without_a_known_length_is_counted_too() -> None:
     async with (
         _counted() as (instance, counter),
         aiohttp.ClientSession() as session,
-        session.post(counter.url + CHAT, data=pieces()) as reply,
+        session.post(counter.url + CHAT_PATH, data=pieces()) as reply,
     ):
         assert await reply.read() == b"abcde"
     assert instance.bodies == [b"abcde"]
@@ -98,7 +176,7 @@ async def test_probes_pass_and_are_not_counted() -> None:
     assert (counter.requests, counter.body_bytes) == (0, 0)
 
 
-async def test_a_stream_passes_while_it_comes() -> None:
+async def test_a_stream_is_passed_on_while_it_arrives() -> None:
     async with _counted() as (instance, counter), opened() as client:
         seen = 0
         async for answer in client.follow(counter.url, b'{"stream":true}'):
@@ -109,7 +187,7 @@ async def test_a_stream_passes_while_it_comes() -> None:
         assert len(answer.token_times) == 2
 
 
-async def test_who_leaves_a_stream_ends_it_at_the_instance() -> None:
+async def test_a_client_that_leaves_a_stream_ends_it_at_the_instance() -> None:
     async with _counted() as (instance, counter), opened() as client:
         answers = client.follow(counter.url, b'{"stream":true}')
         await anext(answers)

@@ -1,0 +1,202 @@
+"""What another process costs a single request on an idle machine: one request at a time, to several topologies in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from chiasm.bench import requests
+from chiasm.bench.checkpoints import THIRD_OF_A_BILLION, make_once, synthetic
+from chiasm.bench.client import StreamedAnswer
+from chiasm.bench.load import stream_in_turns
+from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
+from chiasm.bench.requests import Texts, photo
+from chiasm.bench.statistics import median, paired_ratio
+from chiasm.bench.topology import aggregated, encoder_and_pds, on_vllm, prefill_and_decode, running
+from chiasm.launch import DeploymentConfig
+
+PROMPT_TOKENS = 1000
+"""Length of the prompts by which the gap between prefill and decode is measured."""
+_WARM_UP = 3
+_TEXT_TOKENS = 64
+_ANSWER_TOKENS = 24
+_SYNTHETIC = "synthetic"
+
+Bodies = Callable[[int], bytes]
+"""Gives the body of a round."""
+
+
+async def _answers(
+    bench: Bench,
+    label: str,
+    topologies: dict[str, DeploymentConfig],
+    bodies: Callable[[Texts], dict[str, Bodies]],
+    *,
+    rounds: int,
+    warm_up: int,
+) -> dict[str, dict[str, list[StreamedAnswer]]]:
+    """Return the answers to each kind of body, by topology. ``bodies`` is given texts for the checkpoint's tokenizer."""
+    found: dict[str, dict[str, list[StreamedAnswer]]] = {}
+    async with running(bench, *topologies.values()) as deployments:
+        urls = [deployment.url for deployment in deployments]
+        for kind, body_of in bodies(Texts(deployments[0].folder, bench.seed)).items():
+            bench.phase(f"{label}, {kind}", rounds + warm_up)
+            answers = await stream_in_turns(bench, urls, body_of, rounds=rounds, warm_up=warm_up)
+            found[kind] = dict(zip(topologies, answers, strict=True))
+    return found
+
+
+async def _checkpoints(bench: Bench) -> list[tuple[str, str]]:
+    """Return labels and folders of the checkpoints that are measured."""
+    return [(bench.model_name, bench.model), (_SYNTHETIC, await synthetic(bench))]
+
+
+def _ttfts(answers: dict[str, list[StreamedAnswer]]) -> dict[str, list[float]]:
+    """Return milliseconds to the first token, by topology."""
+    return {label: [1000 * answer.ttft_seconds for answer in given] for label, given in answers.items()}
+
+
+class Ttft(Measurement):
+    """A photo, and a text for comparison, to an aggregated instance and to E+PD."""
+
+    name = "ttft"
+    _at_most = 1.10
+    purpose = "Time to first token of one image on an idle machine: E+PD against aggregated"
+    target = f"at most {_at_most} times aggregated, with the same threads"
+
+    async def run(self, bench: Bench) -> Outcome:
+        outcome = Outcome()
+        for label, model in await _checkpoints(bench):
+            await self._compare(bench, outcome, label, model)
+        outcome.notes.append(
+            "The synthetic checkpoint turns the image into 256 tokens; other checkpoints may scale it down first."
+        )
+        return outcome
+
+    async def _compare(self, bench: Bench, outcome: Outcome, label: str, model: str) -> None:
+        def bodies(texts: Texts) -> dict[str, Bodies]:
+            fields: dict[str, Any] = {"max_tokens": 2, "stream": True}
+            return {
+                "image": lambda index: requests.ask([photo(f"ttft {bench.seed} {label} {index}")], **fields),
+                "text": lambda index: requests.chat(texts.of(_TEXT_TOKENS), **fields),
+            }
+
+        topologies = {"aggregated": aggregated(model), "E+PD": encoder_and_pds(model)}
+        rounds = bench.samples(60, quick=3)
+        found = await _answers(bench, label, topologies, bodies, rounds=rounds, warm_up=_WARM_UP)
+        for kind, answers in found.items():
+            outcome.compare(
+                f"{label}, {kind}",
+                _ttfts(answers),
+                title=f"ttft: {kind}, {label}",
+                seed=bench.seed,
+                at_most=self._at_most if kind == "image" else None,
+            )
+
+
+class Split(Measurement):
+    """A photo, then a long text whose gap between tokens one and two is compared with later gaps, to E+PD and E+P+D."""
+
+    name = "split"
+    _ttft_at_most = 1.05
+    _gap_at_most = 3.0
+    purpose = "E+P+D against E+PD on an idle machine: time to first token of one image, and the gap after a first token"
+    target = (
+        f"time to first token at most {_ttft_at_most} times that of E+PD; gap between tokens one and two of a "
+        f"{PROMPT_TOKENS}-token prompt at most {_gap_at_most:g} times the median of the later gaps"
+    )
+
+    async def run(self, bench: Bench) -> Outcome:
+        outcome = Outcome()
+        for label, model in await _checkpoints(bench):
+            await self._compare(bench, outcome, label, model, judged=label == _SYNTHETIC)
+        outcome.notes.append(
+            "Only the synthetic checkpoint has targets: a small one generates tokens faster than processes can exchange "
+            "messages."
+        )
+        return outcome
+
+    async def _compare(self, bench: Bench, outcome: Outcome, label: str, model: str, *, judged: bool) -> None:
+        def bodies(texts: Texts) -> dict[str, Bodies]:
+            fields: dict[str, Any] = {"max_tokens": 2, "stream": True, "ignore_eos": True}
+            return {
+                "image": lambda index: requests.ask([photo(f"split {bench.seed} {label} {index}")], **fields),
+                "text": lambda index: requests.stream(texts.of(PROMPT_TOKENS), _ANSWER_TOKENS),
+            }
+
+        topologies = {"E+PD": encoder_and_pds(model), "E+P+D": prefill_and_decode(model)}
+        rounds, warm_up = bench.samples(60, quick=3), 1 if bench.quick else _WARM_UP
+        found = await _answers(bench, label, topologies, bodies, rounds=rounds, warm_up=warm_up)
+        outcome.compare(
+            f"{label}, image, first token",
+            _ttfts(found["image"]),
+            title=f"split: image, first token, {label}",
+            seed=bench.seed,
+            at_most=self._ttft_at_most if judged else None,
+        )
+        series: list[Series] = []
+        for topology, answers in found["text"].items():
+            gaps = [answer.first_and_later_gaps() for answer in answers]
+            firsts, others = [1000 * first for first, _ in gaps], [1000 * later for _, later in gaps]
+            limit = self._gap_at_most if judged and topology == "E+P+D" else None
+            ratio, name = paired_ratio(others, firsts, seed=bench.seed), f"{label}, {topology}"
+            outcome.figures += [
+                Figure.of(f"{name}: gap of tokens 1 and 2 / later gaps", ratio, "x", at_most=limit),
+                Figure(f"{name}: gap of tokens 1 and 2, median", median(firsts), "ms"),
+                Figure(f"{name}: later gaps, median", median(others), "ms"),
+            ]
+            series += [
+                Series(f"{topology}, 1 to 2", firsts, None if limit is None else limit * median(others)),
+                Series(f"{topology}, later", others),
+            ]
+        outcome.panels.append(Panel(f"split: gaps of a {PROMPT_TOKENS}-token prompt, {label}", "ms", series))
+
+
+class Engines(Measurement):
+    """The same weights in vLLM and in the built-in engine, behind the same proxy; all four deployments run at once."""
+
+    name = "engines"
+    purpose = "Time to first token of an image and time per token: vLLM beside the built-in engine, aggregated and E+PD"
+    target = "none; the two are reported side by side"
+
+    async def run(self, bench: Bench) -> Outcome:
+        outcome = Outcome()
+        rounds = bench.samples(40, quick=2)
+        await self._compare(bench, outcome, bench.model_name, bench.model, rounds)
+        large = await make_once(bench, "qwen3_vl-300m", THIRD_OF_A_BILLION)
+        await self._compare(bench, outcome, "0.3 B", large, min(rounds, bench.samples(12, quick=2)))
+        outcome.notes.append(
+            f"Answers of {_ANSWER_TOKENS} tokens about a new image of 512 x 512 pixels each time. All instances compute in "
+            "float32 with the same number of threads."
+        )
+        return outcome
+
+    async def _compare(self, bench: Bench, outcome: Outcome, label: str, model: str, rounds: int) -> None:
+        def bodies(texts: Texts) -> dict[str, Bodies]:
+            fields: dict[str, Any] = {
+                "max_tokens": _ANSWER_TOKENS,
+                "stream": True,
+                "ignore_eos": True,
+                "logprobs": True,
+            }
+            return {"image": lambda index: requests.ask([photo(f"engines {bench.seed} {label} {index}")], **fields)}
+
+        topologies = {"aggregated": aggregated(model), "E+PD": encoder_and_pds(model)}
+        engines = {
+            "built-in": lambda config: replace(config, settings={**config.settings, "dtype": "float32"}),
+            "vLLM": on_vllm,
+        }
+        configs = {
+            f"{topology}, {engine}": adapt(config)
+            for topology, config in topologies.items()
+            for engine, adapt in engines.items()
+        }
+        answers = (await _answers(bench, label, configs, bodies, rounds=rounds, warm_up=2))["image"]
+        for topology in topologies:
+            given = {engine: answers[f"{topology}, {engine}"] for engine in engines}
+            per_token = {engine: [1000 * one.tpot_seconds for one in answers] for engine, answers in given.items()}
+            for what, samples in (("first token", _ttfts(given)), ("per token", per_token)):
+                name = f"{label}, {topology}, {what}"
+                title = f"engines: {what}, {label}, {topology}"
+                outcome.compare(name, samples, title=title, seed=bench.seed)
