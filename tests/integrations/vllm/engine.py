@@ -11,16 +11,17 @@ import torch
 
 from chiasm.ec_transfer import ECConnectorRole, ECTransferConfig, ECTransferRole
 from chiasm.ec_transfer.shared_storage import SharedStorageConnector
-from chiasm.integrations.vllm.layout import Layout
-from chiasm.integrations.vllm.scheduler_half import Reach, SchedulerHalf
+from chiasm.integrations.vllm.items import Layout
+from chiasm.integrations.vllm.messages import StepMetadata, StepReport
+from chiasm.integrations.vllm.scheduler import Reach, SchedulerHalf
 from chiasm.integrations.vllm.settings import Settings
-from chiasm.integrations.vllm.step import StepMetadata, StepReport
-from chiasm.integrations.vllm.worker_half import WorkerHalf
+from chiasm.integrations.vllm.worker import WorkerHalf
 
 LAYOUT = Layout(hidden=8, levels=1, dtype="float32")
 ROWS = 4
 WINDOW = 32
 WAIT_SECONDS = 10.0
+KV_CACHE_TOKENS = 1000
 
 
 def identifier_of(name: str) -> str:
@@ -145,6 +146,7 @@ class Engine:
             LAYOUT,
             lambda modality: {"image_grid_thw"},
             reach=reach or Reach(WINDOW),
+            kv_cache_tokens=KV_CACHE_TOKENS,
             is_producer=is_producer,
             is_reader=is_reader,
             clock=self.clock,
@@ -164,7 +166,10 @@ class Engine:
             computed = each.num_computed_tokens or hit
             if self.scheduler.ensure_cache_available(each, computed):
                 each.num_computed_tokens = computed + self._allocate(each, computed, step)
-        step.metadata, step.freed = self.scheduler.build_connector_meta(), self.memory.take_freed()
+        step.metadata, step.freed = (
+            self.scheduler.build_connector_meta(sum(step.tokens.values())),
+            self.memory.take_freed(),
+        )
         return step
 
     def _allocate(self, request: Request, computed: int, step: Step) -> int:

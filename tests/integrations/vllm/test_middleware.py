@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
@@ -18,6 +19,7 @@ from chiasm import __version__, checkpoints
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
 from chiasm.models import load_processor
 from chiasm.models.identity import fingerprint
+from chiasm.wire import CHAT_PATH, Health, Role
 
 CHECKPOINT = checkpoints.folder("demo")
 NAME = "ab" * 32
@@ -87,7 +89,7 @@ class Server:
         return Answer(sent[0]["status"], dict(sent[0]["headers"]), b"".join(each["body"] for each in sent[1:]))
 
     async def chat(self, *chunks: bytes) -> Answer:
-        return await self.call("POST", "/v1/chat/completions", *chunks, length=sum(map(len, chunks)))
+        return await self.call("POST", CHAT_PATH, *chunks, length=sum(map(len, chunks)))
 
 
 def role(name: str | None) -> SimpleNamespace | None:
@@ -156,23 +158,21 @@ async def test_health_says_what_the_instance_is(store: Path, monkeypatch: pytest
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     answer = await Server(VLLM(config("ec_consumer", store=store))).call("GET", "/health")
     assert (answer.status, answer.headers[b"content-type"]) == (200, b"application/json")
-    assert answer.json == {
-        "status": "ok",
-        "role": "pd",
-        "model": "demo",
-        "fingerprint": fingerprint(CHECKPOINT, "float32"),
-        "dtype": "float32",
-        "ec_store": (store / "store-id").read_text(),
-        "version": __version__,
-        "engine": "vllm 0.32.0",
-        "max_model_len": 2048,
-        "max_items": 5,
-        "max_num_seqs": 8,
-        "takes_image_size": True,
-        "device": "cpu",
-        "threads": 6,
-        "cpus": sorted(os.sched_getaffinity(0)),
-    }
+    assert msgspec.json.decode(answer.body, type=Health) == Health(
+        role=Role.PD,
+        model="demo",
+        fingerprint=fingerprint(CHECKPOINT, "float32"),
+        dtype="float32",
+        ec_store=(store / "store-id").read_text(),
+        version=__version__,
+        engine="vllm 0.32.0",
+        max_model_len=2048,
+        max_items=5,
+        max_num_seqs=8,
+        device="cpu",
+        threads=6,
+        cpus=sorted(os.sched_getaffinity(0)),
+    )
 
 
 async def test_health_names_the_store_that_there_is_now(store: Path) -> None:
@@ -346,7 +346,7 @@ async def test_a_body_in_pieces_arrives_whole() -> None:
 async def test_a_body_past_the_limit_is_refused(declared: bool) -> None:
     vllm = VLLM(config())
     server = Server(vllm, max_body_bytes=100)
-    answer = await server.call("POST", "/v1/chat/completions", b"x" * 60, b"x" * 60, length=120 if declared else None)
+    answer = await server.call("POST", CHAT_PATH, b"x" * 60, b"x" * 60, length=120 if declared else None)
     assert answer.status == 413
     assert answer.json["error"]["type"] == "invalid_request_error"
     assert vllm.bodies == []
@@ -355,7 +355,7 @@ async def test_a_body_past_the_limit_is_refused(declared: bool) -> None:
 
 async def test_a_client_that_leaves_before_its_body_is_whole() -> None:
     vllm = VLLM(config())
-    assert (await Server(vllm).call("POST", "/v1/chat/completions", length=10)).status == 0
+    assert (await Server(vllm).call("POST", CHAT_PATH, length=10)).status == 0
     assert vllm.bodies == []
 
 
@@ -365,5 +365,5 @@ async def test_other_paths_and_methods_pass_untouched() -> None:
     body = ask(sized(96, 96))
     assert (await server.call("POST", "/v1/completions", body)).body == b"answered"
     assert (await server.call("POST", "/health", body)).headers == {b"x-from": b"vllm"}
-    assert (await server.call("GET", "/v1/chat/completions")).body == b"answered"
+    assert (await server.call("GET", CHAT_PATH)).body == b"answered"
     assert vllm.bodies == [body, body, b""]

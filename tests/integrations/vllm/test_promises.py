@@ -14,9 +14,10 @@ import torch
 
 from chiasm.ec_transfer import ECTransferRole
 from chiasm.ec_transfer.shared_storage import SharedStorageMetadata
+from chiasm.integrations.vllm.messages import StepReport
 
 from .conftest import Encoder
-from .engine import Engine, Step, embedding_of, identifier_of, request
+from .engine import KV_CACHE_TOKENS, Engine, Step, embedding_of, identifier_of, request
 
 
 def overwrite(path: Path) -> None:
@@ -63,7 +64,7 @@ def test_it_is_waited_for_when_it_goes_before_the_promise(encoder: Encoder, pd: 
     assert pd.scheduler.ensure_cache_available(one, 0)
     HARM[harm](path)
     assert not pd.scheduler.can_get("request", 0)
-    pd.run(Step(pd.scheduler.build_connector_meta(), []))
+    pd.run(Step(pd.scheduler.build_connector_meta(0), []))
     assert pd.update(one) == set()
 
 
@@ -78,7 +79,7 @@ def test_between_promise_and_room_nothing_is_lost(encoder: Encoder, pd: Engine, 
     assert half.has_cache_item(identifier_of("a"))
     pd.memory.use(identifier_of("a"), "request")
     half.update_state_after_alloc(one, 0)
-    report = pd.run(Step(half.build_connector_meta(), [], touched={identifier_of("a")}))
+    report = pd.run(Step(half.build_connector_meta(0), [], touched={identifier_of("a")}))
     assert pd.update(one, report=report) == set()
     assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
 
@@ -184,6 +185,21 @@ def test_blocks_made_from_zeros_are_not_taken_from_the_prefix_cache(encoder: Enc
     assert one.skip_reading_prefix_cache
     assert pd.step(one, cached_tokens=8).tokens == {"request": 9}
     assert not request(("b", 2)).skip_reading_prefix_cache
+
+
+def test_such_blocks_are_forgotten_once_the_kv_cache_has_been_overwritten(encoder: Encoder, pd: Engine) -> None:
+    lose(pd, encoder, request(("a", 2), of="lost"))
+    encoder.publish("a")
+    pd.scheduler.build_connector_meta(KV_CACHE_TOKENS - 1)
+    assert pd.step(request(("a", 2), of="early", tokens=9), cached_tokens=8).tokens == {}
+    pd.scheduler.build_connector_meta(1)
+    assert pd.step(request(("a", 2), of="late", tokens=9), cached_tokens=8).tokens == {"late": 1}
+
+
+def test_many_lost_items_cost_other_images_no_prefix_hit(encoder: Encoder, pd: Engine) -> None:
+    pd.scheduler.update_connector_output(StepReport(1, frozenset(map(identifier_of, map(str, range(2000))))))
+    encoder.publish("a")
+    assert pd.step(request(("a", 2), tokens=9), cached_tokens=8).tokens == {"request": 1}
 
 
 def test_a_request_that_got_such_blocks_in_the_same_step_fails(encoder: Encoder, pd: Engine) -> None:

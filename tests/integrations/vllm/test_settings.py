@@ -8,11 +8,10 @@ import pytest
 
 from chiasm.ec_transfer import ECConnectorStats
 from chiasm.errors import ConfigurationError
-from chiasm.integrations.vllm.counters import CounterPage, CounterWriter
-from chiasm.integrations.vllm.layout import Layout
+from chiasm.integrations.vllm import check_version
+from chiasm.integrations.vllm.items import Layout
+from chiasm.integrations.vllm.messages import CounterPage, CounterWriter, StepReport
 from chiasm.integrations.vllm.settings import Settings
-from chiasm.integrations.vllm.step import StepReport
-from chiasm.integrations.vllm.versions import check_version
 
 
 def test_settings_are_read() -> None:
@@ -26,7 +25,7 @@ def test_settings_are_read() -> None:
     [
         ({}, "needs shared_storage_path"),
         ({"shared_storage_path": ""}, "needs shared_storage_path"),
-        ({"shared_storage_path": "/s", "max_byte": 1}, "no setting 'max_byte'; there are shared_storage_path"),
+        ({"shared_storage_path": "/s", "max_byte": 1}, "no setting 'max_byte'; its settings are shared_storage_path"),
         ({"shared_storage_path": "/s", "max_bytes": "1"}, "whole number"),
         ({"shared_storage_path": "/s", "max_bytes": True}, "whole number"),
         ({"shared_storage_path": "/s", "wait_seconds": -1}, "wait_seconds must be"),

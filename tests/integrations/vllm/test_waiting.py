@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chiasm.ec_transfer import ECTransferRole
-from chiasm.integrations.vllm.scheduler_half import Reach
+from chiasm.integrations.vllm.scheduler import Reach
 
 from .conftest import Encoder
 from .engine import LAYOUT, ROWS, WAIT_SECONDS, WINDOW, Engine, embedding_of, identifier_of, request
@@ -156,7 +156,7 @@ def test_a_request_past_its_items_costs_no_look(encoder: Encoder, pd: Engine, fo
 
 def test_an_entry_that_comes_is_news(encoder: Encoder, pd: Engine) -> None:
     pd.step(request(("a", 2), of="first"), request(("b", 2), of="second"))
-    assert pd.scheduler.num_deferred == 2
+    assert pd.scheduler.num_waiting == 2
     assert not pd.scheduler.has_news()
     encoder.publish("b")
     assert pd.scheduler.has_news()
@@ -167,7 +167,7 @@ def test_a_deadline_that_passes_is_news(pd: Engine) -> None:
     pd.clock.now = WAIT_SECONDS + 0.1
     assert pd.scheduler.has_news()
     pd.update()
-    assert pd.scheduler.num_deferred == 0
+    assert pd.scheduler.num_waiting == 0
 
 
 def test_the_longer_all_have_waited_the_less_often_one_looks(pd: Engine) -> None:
