@@ -6,18 +6,16 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from chiasm.ec_transfer import ECTransferRole
-from chiasm.ec_transfer.shared_storage import SharedStorageMetadata
 from chiasm.integrations.vllm.messages import StepReport
 
 from .conftest import Encoder
-from .engine import KV_CACHE_TOKENS, Engine, Step, embedding_of, identifier_of, request
+from .engine import KV_CACHE_TOKENS, Engine, Request, Step, embedding_of, far, identifier_of, request
 
 
 def overwrite(path: Path) -> None:
@@ -37,14 +35,6 @@ HARM: dict[str, Callable[[Path], None]] = {
     "folder removed": lambda path: shutil.rmtree(path.parent),
     "replaced by a folder": replace_by_folder,
 }
-
-
-def far(step: Step) -> Step:
-    """The step as it comes to a worker on another host: what the scheduler keeps is out of its reach."""
-    loads = pickle.loads(pickle.dumps(step.metadata.loads))
-    assert isinstance(loads, SharedStorageMetadata)
-    step.metadata = replace(step.metadata, loads=SharedStorageMetadata(loads.loads))
-    return step
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -104,19 +94,25 @@ def test_copies_are_let_go_of_when_the_step_is_done(encoder: Encoder, pd: Engine
 def test_there_it_is_found_by_its_name(encoder: Encoder, pd: Engine) -> None:
     encoder.publish("a")
     one = request(("a", 2))
-    assert pd.update(one, report=pd.run(far(pd.schedule(one)))) == set()
+    assert pd.update(one, report=run_far(pd, pd.schedule(one))) == set()
     assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
 
 
-def lose(pd: Engine, encoder: Encoder, *requests: object) -> set[str]:
-    """A step in which the entry "a" goes before a worker on another host has it."""
+def run_far(engine: Engine, step: Step) -> StepReport | None:
+    """Run the step on a worker on another host."""
+    step.metadata = far(step.metadata)
+    return engine.run(step)
+
+
+def lose(pd: Engine, encoder: Encoder, *requests: Request) -> set[str]:
+    """Run a step in which the entry "a" goes before a worker on another host has it; return the requests that failed."""
     path = encoder.publish("a")
-    step = pd.schedule(*requests)  # type: ignore[arg-type]
+    step = pd.schedule(*requests)
     path.unlink()
-    report = pd.run(far(step))
+    report = run_far(pd, step)
     assert not pd.encoder_cache[identifier_of("a")].any(), "zeros take the place"
     pd.update(report=report)
-    return pd.update(*requests)  # type: ignore[arg-type]
+    return pd.update(*requests)
 
 
 def test_lost_there_it_fails_all_that_counted_on_it_and_no_other(encoder: Encoder, pd: Engine) -> None:
@@ -147,7 +143,7 @@ def test_another_entry_in_its_place_there_is_not_taken_for_it(encoder: Encoder, 
     step = pd.schedule(one)
     path.unlink()
     encoder.publish("a", embedding_of("a", rows=2))
-    pd.update(report=pd.run(far(step)))
+    pd.update(report=run_far(pd, step))
     assert pd.update(one) == {"request"}
 
 
@@ -159,7 +155,7 @@ def test_zeros_are_never_published(folder: Path, encoder: Encoder) -> None:
     path.unlink()
     following = both.schedule(second)  # before it is known that the first step has failed
     assert following.metadata.publish == (identifier_of("a"),)
-    report = both.run(far(step))
+    report = run_far(both, step)
     both.run(following)
     assert not path.exists()
     both.update(report=report)
@@ -209,7 +205,7 @@ def test_a_request_that_got_such_blocks_in_the_same_step_fails(encoder: Encoder,
     following = pd.schedule(second, cached_tokens=8)  # before the first step is done
     assert following.tokens == {"2": 1}
     path.unlink()
-    pd.update(report=pd.run(far(step)))
+    pd.update(report=run_far(pd, step))
     assert pd.update(first, second) == {"1", "2"}
 
 

@@ -87,7 +87,7 @@ class SchedulerHalf:
         self._reach = reach
         self._is_producer = is_producer
         self._is_reader = is_reader
-        self._clock = clock
+        self.clock = clock
         self._attached: EncoderMemory | None = None
         self._counters = CounterPage()
         self._counts: dict[str, float] = {}
@@ -228,7 +228,7 @@ class SchedulerHalf:
 
     def take_unavailable_requests(self) -> set[str]:
         """Return the ids of the requests to fail, each once."""
-        now = self._clock()
+        now = self.clock()
         for tracked in self._requests.values():
             if tracked.waiting_since is not None and now - tracked.waiting_since > self._wait_seconds:
                 self._fail(tracked, f"Item {tracked.missing} did not arrive within {self._wait_seconds:g} seconds.")
@@ -274,7 +274,7 @@ class SchedulerHalf:
 
     def has_news(self) -> bool:
         """Return whether one of them can go on, or has waited too long."""
-        now = self._clock()
+        now = self.clock()
         return any(
             now - since > self._wait_seconds or self.is_published(tracked.missing) for tracked, since in self._waiting()
         )
@@ -282,7 +282,7 @@ class SchedulerHalf:
     def poll_seconds(self) -> float:
         """Return after how long to look again; some request waits."""
         latest = max(since for _, since in self._waiting())
-        return min(max((self._clock() - latest) * _POLL_SHARE, _MIN_POLL_SECONDS), _MAX_POLL_SECONDS)
+        return min(max((self.clock() - latest) * _POLL_SHARE, _MIN_POLL_SECONDS), _MAX_POLL_SECONDS)
 
     def _waiting(self) -> Iterator[tuple[TrackedRequest, float]]:
         for tracked in self._requests.values():
@@ -357,12 +357,12 @@ class SchedulerHalf:
     def _defer(self, tracked: TrackedRequest, item: Item) -> None:
         tracked.missing = item.identifier
         if tracked.waiting_since is None:
-            tracked.waiting_since = self._clock()
+            tracked.waiting_since = self.clock()
             self._count("waits")
 
     def _end_wait(self, tracked: TrackedRequest) -> None:
         if tracked.waiting_since is not None:
-            self._count("wait_seconds", self._clock() - tracked.waiting_since)
+            self._count("wait_seconds", self.clock() - tracked.waiting_since)
             tracked.waiting_since = None
 
     def _fail(self, tracked: TrackedRequest, reason: str) -> None:
