@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from chiasm.ec_transfer import ECConnectorRole, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer import ECConnectorMetadata, ECConnectorRole, ECTransferConfig, ECTransferRole
 from chiasm.ec_transfer.shared_storage import SharedStorageConnector, SharedStorageMetadata
 from chiasm.integrations.vllm.items import Layout
 from chiasm.integrations.vllm.messages import StepMetadata, StepReport
@@ -142,7 +142,9 @@ def far(metadata: StepMetadata) -> StepMetadata:
 class Engine:
     """One instance: scheduler and worker with their halves of the connector, each with a store of its own."""
 
-    def __init__(self, folder: Path, role: ECTransferRole, reach: Reach | None = None, **config: object) -> None:
+    def __init__(
+        self, folder: Path, role: ECTransferRole, reach: Reach | None = None, max_bytes: int = 1 << 30
+    ) -> None:
         settings = Settings(folder, wait_seconds=WAIT_SECONDS)
         is_producer, is_reader = role is not ECTransferRole.CONSUMER, role is not ECTransferRole.PRODUCER
 
@@ -152,7 +154,7 @@ class Engine:
                 shared_storage_path=folder,
                 fingerprint="aa",
                 separate_processes=True,
-                **config,  # type: ignore[arg-type]
+                max_bytes=max_bytes,
             )
             return SharedStorageConnector(made, half)
 
@@ -179,7 +181,7 @@ class Engine:
 
     def schedule(self, *requests: Request, cached_tokens: int = 0) -> Step:
         """Plan a step; the prefix cache has ``cached_tokens`` of each request that begins."""
-        step = Step(StepMetadata(0, None), [])  # type: ignore[arg-type]
+        step = Step(StepMetadata(0, ECConnectorMetadata()), [])
         for each in requests:
             hit = cached_tokens if each.num_computed_tokens == 0 and not each.skip_reading_prefix_cache else 0
             computed = each.num_computed_tokens or hit

@@ -1,4 +1,4 @@
-"""What was promised is there when the model runs, whatever happens to the folder in between."""
+"""What was promised is there when the model runs, whatever happens to the folder meanwhile."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HARM: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_it_is_loaded_whatever_happens_after_the_step_was_planned(encoder: Encoder, pd: Engine, harm: str) -> None:
+def test_an_entry_is_loaded_whatever_happens_to_it_after_planning(encoder: Encoder, pd: Engine, harm: str) -> None:
     path = encoder.publish("a")
     one = request(("a", 2))
     step = pd.schedule(one)
@@ -48,7 +48,7 @@ def test_it_is_loaded_whatever_happens_after_the_step_was_planned(encoder: Encod
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_it_is_waited_for_when_it_goes_before_the_promise(encoder: Encoder, pd: Engine, harm: str) -> None:
+def test_an_entry_that_goes_before_it_is_promised_is_waited_for(encoder: Encoder, pd: Engine, harm: str) -> None:
     path = encoder.publish("a")
     one = request(("a", 2))
     assert pd.scheduler.ensure_cache_available(one, 0)
@@ -59,7 +59,7 @@ def test_it_is_waited_for_when_it_goes_before_the_promise(encoder: Encoder, pd: 
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_between_promise_and_room_nothing_is_lost(encoder: Encoder, pd: Engine, harm: str) -> None:
+def test_an_entry_is_loaded_whatever_happens_to_it_after_the_promise(encoder: Encoder, pd: Engine, harm: str) -> None:
     path = encoder.publish("a")
     one = request(("a", 2))
     half = pd.scheduler
@@ -74,7 +74,7 @@ def test_between_promise_and_room_nothing_is_lost(encoder: Encoder, pd: Engine, 
     assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
 
 
-def test_copies_are_let_go_of_when_the_step_is_done(encoder: Encoder, pd: Engine) -> None:
+def test_copies_are_released_when_the_step_is_done(encoder: Encoder, pd: Engine) -> None:
     encoder.publish("a")
     before = len(os.listdir("/proc/self/fd"))
     one = request(("a", 2))
@@ -91,7 +91,7 @@ def test_copies_are_let_go_of_when_the_step_is_done(encoder: Encoder, pd: Engine
 # ---- a worker on another host ------------------------------------------------------------------------------------------
 
 
-def test_there_it_is_found_by_its_name(encoder: Encoder, pd: Engine) -> None:
+def test_a_far_worker_finds_the_entry_by_its_name(encoder: Encoder, pd: Engine) -> None:
     encoder.publish("a")
     one = request(("a", 2))
     assert pd.update(one, report=run_far(pd, pd.schedule(one))) == set()
@@ -115,13 +115,13 @@ def lose(pd: Engine, encoder: Encoder, *requests: Request) -> set[str]:
     return pd.update(*requests)
 
 
-def test_lost_there_it_fails_all_that_counted_on_it_and_no_other(encoder: Encoder, pd: Engine) -> None:
+def test_an_entry_that_a_far_worker_lost_fails_exactly_the_requests_that_used_it(encoder: Encoder, pd: Engine) -> None:
     encoder.publish("b")
     first, second, good = request(("a", 2), of="1"), request(("b", 2), ("a", 8), of="2"), request(("b", 2), of="good")
     assert lose(pd, encoder, first, second, good) == {"1", "2"}
 
 
-def test_lost_there_it_is_loaded_when_it_is_back(encoder: Encoder, pd: Engine) -> None:
+def test_an_entry_that_a_far_worker_lost_is_loaded_once_it_is_back(encoder: Encoder, pd: Engine) -> None:
     lose(pd, encoder, request(("a", 2), of="lost"))
     one = request(("a", 2))
     assert pd.step(one).tokens == {}
@@ -130,14 +130,14 @@ def test_lost_there_it_is_loaded_when_it_is_back(encoder: Encoder, pd: Engine) -
     assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
 
 
-def test_lost_there_it_is_loaded_at_once_when_it_is_back_already(encoder: Encoder, pd: Engine) -> None:
+def test_an_entry_that_a_far_worker_lost_is_loaded_at_once_if_it_is_back_already(encoder: Encoder, pd: Engine) -> None:
     lose(pd, encoder, request(("a", 2), of="lost"))
     encoder.publish("a")
     assert pd.step(request(("a", 2))).tokens == {"request": 8}
     assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
 
 
-def test_another_entry_in_its_place_there_is_not_taken_for_it(encoder: Encoder, pd: Engine) -> None:
+def test_a_far_worker_does_not_use_an_entry_of_another_shape(encoder: Encoder, pd: Engine) -> None:
     path = encoder.publish("a")
     one = request(("a", 2))
     step = pd.schedule(one)
@@ -153,7 +153,7 @@ def test_zeros_are_never_published(folder: Path, encoder: Encoder) -> None:
     first, second = request(("a", 2), of="1"), request(("a", 2), of="2")
     step = both.schedule(first)
     path.unlink()
-    following = both.schedule(second)  # before it is known that the first step has failed
+    following = both.schedule(second)  # planned before the first step has reported its failure
     assert following.metadata.publish == (identifier_of("a"),)
     report = run_far(both, step)
     both.run(following)
@@ -162,7 +162,7 @@ def test_zeros_are_never_published(folder: Path, encoder: Encoder) -> None:
     assert both.update(first, second) == {"1", "2"}
 
 
-def test_one_that_had_it_before_goes_on(encoder: Encoder, pd: Engine) -> None:
+def test_a_request_that_used_the_embedding_earlier_goes_on(encoder: Encoder, pd: Engine) -> None:
     path = encoder.publish("a")
     earlier = request(("a", 2), of="earlier")
     pd.step(earlier)
@@ -173,7 +173,7 @@ def test_one_that_had_it_before_goes_on(encoder: Encoder, pd: Engine) -> None:
     assert lose(pd, encoder, earlier, request(("a", 2), of="lost")) == {"lost"}
 
 
-def test_blocks_made_from_zeros_are_not_taken_from_the_prefix_cache(encoder: Encoder, pd: Engine) -> None:
+def test_blocks_computed_from_zeros_are_not_taken_from_the_prefix_cache(encoder: Encoder, pd: Engine) -> None:
     lose(pd, encoder, request(("a", 2), of="lost"))
     encoder.publish("a")
     one = request(("a", 2), tokens=9)
@@ -240,7 +240,7 @@ def test_what_the_store_has_is_not_encoded(producer: Engine, encoder: Encoder) -
     assert producer.scheduler.is_published(identifier_of("a"))
 
 
-def test_what_the_store_had_is_encoded_when_it_has_gone(producer: Engine, encoder: Encoder) -> None:
+def test_what_the_store_has_lost_is_encoded_again(producer: Engine, encoder: Encoder) -> None:
     encoder.publish("a")
     encode(producer, "a")
     encoder.path("a").unlink()
@@ -248,7 +248,7 @@ def test_what_the_store_had_is_encoded_when_it_has_gone(producer: Engine, encode
     assert encoder.path("a").exists()
 
 
-def test_what_is_in_memory_is_published_again_when_the_store_has_lost_it(producer: Engine, encoder: Encoder) -> None:
+def test_what_is_in_memory_is_published_again_if_the_store_has_lost_it(producer: Engine, encoder: Encoder) -> None:
     encode(producer, "a")
     encoder.path("a").unlink()
     assert encode(producer, "a", "again").encoded == []
@@ -264,7 +264,7 @@ def test_evictions_are_counted(folder: Path) -> None:
     assert producer.counts()["evictions"] == 1
 
 
-def test_an_instance_that_does_both_loads_what_it_has_not(folder: Path, encoder: Encoder) -> None:
+def test_an_instance_that_encodes_and_reads_loads_what_it_does_not_have(folder: Path, encoder: Encoder) -> None:
     both = Engine(folder, ECTransferRole.BOTH)
     both.embeddings = {identifier_of("b"): embedding_of("b")}
     encoder.publish("a")
