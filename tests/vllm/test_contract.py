@@ -83,13 +83,15 @@ class RealVLLM(Instance):
         tokens: int = 0,
         pixels: bool = False,
         cached_tokens: int = 0,
+        first_token: int = _TOKEN,
     ) -> None:
         features = [_feature(name, offset, pixels) for name, offset in places]
         tokens = tokens or max(offset for _, offset in places) + ROWS + 2
+        prompt = [first_token, *[_TOKEN] * (tokens - 1)]
         self._scheduler.add_request(
             Request(
                 of,
-                [_TOKEN] * tokens,
+                prompt,
                 SamplingParams(max_tokens=1),
                 None,
                 mm_features=features,
@@ -193,7 +195,7 @@ def start(
 ) -> Iterator[Start]:
     monkeypatch.setattr(ec_connector, "get_tensor_model_parallel_rank", lambda: 0)  # there is no worker process
 
-    def start(role: ECTransferRole) -> Instance:
+    def start(role: ECTransferRole) -> RealVLLM:
         config = copy.deepcopy(configs[role])
         config.ec_transfer_config.ec_connector_extra_config = store_in(tmp_path / "store")
         return RealVLLM(config)
@@ -203,7 +205,22 @@ def start(
 
 
 class TestRealVLLM(EngineContract):
-    pass
+    def test_the_prefix_cache_holds_no_block_from_before_once_the_kv_cache_has_been_overwritten(
+        self, encoder: Encoder, start: Callable[[ECTransferRole], RealVLLM], configs: dict[ECTransferRole, Any]
+    ) -> None:
+        """Only then the connector forgets which items may have blocks that were computed from zeros."""
+        pd = start(ECTransferRole.CONSUMER)
+        path = encoder.publish("a", pd.embedding_of("a"))
+        pd.begin(("a", 2), of="lost", tokens=200)
+        pd.step(path.unlink, is_far=True)
+        pd.step()
+        encoder.publish("a", pd.embedding_of("a"))
+        kv_cache_tokens = ec_connector._kv_cache_tokens(configs[ECTransferRole.CONSUMER])
+        for index in range(kv_cache_tokens // STEP_TOKENS):
+            pd.begin(of=f"text {index}", tokens=STEP_TOKENS, first_token=1000 + index)
+            assert pd.step().tokens == {f"text {index}": STEP_TOKENS}
+        pd.begin(("a", 2), of="again", tokens=100)
+        assert pd.step().tokens == {"again": 100}
 
 
 def _feature(name: str, offset: int, pixels: bool) -> MultiModalFeatureSpec:
