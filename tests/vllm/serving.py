@@ -66,14 +66,22 @@ class Service:
         assert eventually(holds, START_SECONDS), self.running.stderr[-4000:]
 
     def server(self, url: str) -> psutil.Process:
-        """Return the ``vllm serve`` process that listens at ``url``."""
+        """Return the ``vllm serve`` process that listens, or is going to listen, at ``url``."""
         port = str(urlsplit(url).port)
         for process in self.running.children:
             with contextlib.suppress(psutil.Error):
                 command = process.cmdline()
                 if "chiasm.launch.supervisor" not in command and "serve" in command and port in command:
                     return process
-        raise AssertionError(f"nothing serves {url}")
+        raise LookupError(f"nothing serves {url}")
+
+    def servers(self, role: str) -> list[psutil.Process]:
+        """Return the ``vllm serve`` processes of a role that exist now."""
+        found = []
+        for one in self.instances(role):
+            with contextlib.suppress(LookupError):
+                found.append(self.server(one["url"]))
+        return found
 
     def metric(self, name: str, role: str) -> float:
         """Return the sum of a metric over the instances of a role."""

@@ -62,7 +62,7 @@ pytestmark = pytest.mark.usefixtures("afterwards")
 
 def _workers(service: Service, role: str) -> list[psutil.Process]:
     """Return all processes of the instances of a role."""
-    servers = [service.server(one["url"]) for one in service.instances(role)]
+    servers = service.servers(role)
     return [process for server in servers for process in (server, *server.children(recursive=True))]
 
 
@@ -93,7 +93,7 @@ def test_a_uuid_that_is_a_path_writes_nothing_elsewhere(service: Service, store:
 
 def test_two_hundred_requests_at_once_are_all_answered(service: Service) -> None:
     questions = [Question(200 + number) for number in range(20)]
-    encoders = [service.server(one["url"]) for one in service.instances("encoder")]
+    encoders = service.servers("encoder")
     path = f"{service.url}/v1/chat/completions"
     with (
         httpx.Client(timeout=2 * DEADLINE_SECONDS, limits=httpx.Limits(max_connections=200)) as client,
@@ -156,29 +156,37 @@ def test_an_entry_that_is_torn_is_encoded_again(service: Service, store: Path) -
     service.wait(lambda: service.metric("vllm:chiasm_ec_saves_total", "encoder") > saved)
 
 
-def test_an_encoder_killed_mid_request_costs_a_retry_on_another(service: Service) -> None:
-    question = Question(400)
-    servers = {one["url"]: service.server(one["url"]) for one in service.instances("encoder")}
-    with stopped(*servers.values()), ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(service.answer, question.body)
-        service.wait(lambda: any(one["in_flight"] for one in service.instances("encoder")))
-        (busy,) = [one["url"] for one in service.instances("encoder") if one["in_flight"]]
-        servers.pop(busy).kill()
-        for server in servers.values():
-            server.resume()
-        assert answer.result(DEADLINE_SECONDS).strip() == question.answer
+class TestEncodersDie:
+    """The encoders start again together with the PD, which the next test kills; that test waits for all of them."""
 
+    @pytest.fixture
+    def afterwards(self) -> None:
+        """Nothing to wait for yet."""
 
-def test_without_encoders_images_get_503_and_text_is_answered(service: Service) -> None:
-    servers = [service.server(one["url"]) for one in service.instances("encoder")]
-    with stopped(*servers), ThreadPoolExecutor(1) as pool:
-        response = pool.submit(service.post, Question(410).body)
-        service.wait(lambda: any(one["in_flight"] for one in service.instances("encoder")))
-        for server in servers:
-            server.kill()
-        assert response.result(DEADLINE_SECONDS).status_code == 503
-    assert "encoder" in error_of(response.result())
-    assert service.answer(chat("What can you do?"))
+    def test_an_encoder_killed_mid_request_costs_a_retry_on_another(self, service: Service) -> None:
+        question = Question(400)
+        servers = {one["url"]: service.server(one["url"]) for one in service.instances("encoder")}
+        with stopped(*servers.values()), ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(service.answer, question.body)
+            service.wait(lambda: any(one["in_flight"] for one in service.instances("encoder")))
+            (busy,) = [one["url"] for one in service.instances("encoder") if one["in_flight"]]
+            servers.pop(busy).kill()
+            for server in servers.values():
+                server.resume()
+            assert answer.result(DEADLINE_SECONDS).strip() == question.answer
+
+    def test_without_encoders_images_get_503_and_text_is_answered(self, service: Service) -> None:
+        service.wait(lambda: any(one["state"] == "healthy" for one in service.instances("encoder")))
+        service.wait(lambda: len(service.servers("encoder")) == 2)  # the other one has begun to start again
+        servers = service.servers("encoder")
+        with stopped(*servers), ThreadPoolExecutor(1) as pool:
+            response = pool.submit(service.post, Question(410).body)
+            service.wait(lambda: any(one["in_flight"] for one in service.instances("encoder")))
+            for server in servers:
+                server.kill()
+            assert response.result(DEADLINE_SECONDS).status_code == 503
+        assert "encoder" in error_of(response.result())
+        assert service.answer(chat("What can you do?"))
 
 
 def test_a_pd_killed_mid_stream_ends_the_stream_with_an_error(service: Service) -> None:

@@ -15,7 +15,6 @@ from chiasm.cores import allowed_cpus
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
 from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_of, folder_of
-from chiasm.models import load_processor
 from chiasm.models.base import Processor
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.wire import Health, Role
@@ -102,6 +101,8 @@ def _settings(config: Any) -> Settings | None:
 
 
 def _processor(model_config: Any) -> Processor | None:
+    from chiasm.models import load_processor  # takes a second, which vLLM's start needn't wait for
+
     try:
         processor = load_processor(folder_of(model_config))
     except (ConfigurationError, OSError) as error:
