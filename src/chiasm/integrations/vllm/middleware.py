@@ -7,19 +7,19 @@ waits for the encoder's answer before it calls a PD, and cannot check that insta
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 from msgspec import Raw
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.chat_body import json_object, with_content_parts
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import ChiasmError, EmbeddingUnavailableError, InvalidRequestError
 from chiasm.http import ClientLeftError, read_body
-from chiasm.http.errors import error_body, error_headers
+from chiasm.http.errors import error_response
 from chiasm.integrations.vllm.health import Description, describe
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.server.config import ServerConfig
@@ -73,7 +73,8 @@ class ChiasmMiddleware:
                 health = await asyncio.to_thread((await self._described(scope)).current_health)
             except (ChiasmError, OSError) as error:
                 status, health = 503, Health(status="failed", message=str(error))
-        await _reply(send, msgspec.json.encode(health), status)
+        response = Response(msgspec.json.encode(health), status, media_type="application/json")
+        await response(scope, receive, send)
 
     async def _ask_vllm(self, scope: Scope, receive: Receive) -> tuple[int, str]:
         """Return the status and the beginning of the body with which vLLM itself answers."""
@@ -96,11 +97,11 @@ class ChiasmMiddleware:
             body = await read_body(receive, Headers(scope=scope), self._max_body_bytes)
             if _EMBEDS_KEY in body:
                 body = _with_grids(body, await self._described(scope))
-                scope, send = _with_length(scope, body), _explained(send)
+                scope, send = _with_length(scope, body), _explained(scope, receive, send)
         except ClientLeftError:
             return
         except ChiasmError as error:
-            await _refuse(send, error)
+            await error_response(error)(scope, receive, send)
             return
         await self._app(scope, _replayed(body, receive), send)
 
@@ -153,14 +154,14 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def _with_length(scope: Scope, body: bytes) -> Scope:
-    scope = {**scope, "headers": list(scope["headers"])}
-    headers = MutableHeaders(scope=scope)
+    scope = dict(scope)
+    headers = MutableHeaders(scope=scope)  # copies the headers into the new scope
     del headers["transfer-encoding"]
     headers["content-length"] = str(len(body))
     return scope
 
 
-def _explained(send: Send) -> Send:
+def _explained(scope: Scope, receive: Receive, send: Send) -> Send:
     """Return a ``send`` that explains status 500: vLLM says only "Internal server error" if the connector fails a request."""
     is_replaced = False
 
@@ -168,19 +169,8 @@ def _explained(send: Send) -> Send:
         nonlocal is_replaced
         if message["type"] == "http.response.start" and message["status"] == 500:
             is_replaced = True
-            await _refuse(send, _NO_EMBEDDING)
+            await error_response(_NO_EMBEDDING)(scope, receive, send)
         elif not is_replaced:
             await send(message)
 
     return explained
-
-
-async def _refuse(send: Send, error: ChiasmError) -> None:
-    await _reply(send, error_body(error), error.status, error_headers(error))
-
-
-async def _reply(send: Send, body: bytes, status: int, headers: Iterable[tuple[str, str]] = ()) -> None:
-    named = [("content-type", "application/json"), ("content-length", str(len(body))), *headers]
-    raw = [(name.encode(), value.encode()) for name, value in named]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
