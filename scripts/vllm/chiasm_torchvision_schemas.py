@@ -1,11 +1,11 @@
-"""Lets torchvision be imported beside a torch that was built for the CPU.
+"""Makes torchvision importable with a build of torch for CPUs.
 
-The wheels of torchvision are built for CUDA. Beside a CPU build of torch their compiled part doesn't load, and the import
-fails, since two operators of it have no schema. Resizing and normalising need none of them, and that is all that vLLM's
-image processors do; so the schemas are declared just before torchvision is first imported.
+The wheels of torchvision are built for CUDA. With a CPU build of torch their compiled part doesn't load, and the import fails
+because the schemas of two operators are missing. vLLM's image processors only resize and normalise, and don't use these
+operators. So this module declares the schemas just before torchvision is first imported.
 
-``install.sh`` puts this file into the environment, with a .pth file that imports it when Python starts. Torch is imported
-only with torchvision.
+``install.sh`` copies this file into the environment, with a .pth file that imports it when Python starts. It doesn't import
+torch until torchvision is imported.
 """
 
 import importlib.abc
@@ -17,7 +17,7 @@ _SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 class _Loader(importlib.abc.Loader):
-    """Torchvision's own loader, with the schemas declared before it runs."""
+    """Declares the schemas, then runs torchvision's own loader."""
 
     def __init__(self, loader):
         self._loader = loader
@@ -28,7 +28,7 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module):
         import torch
 
-        if torch.version.cuda is None:  # else the compiled part loads, and declares them itself
+        if torch.version.cuda is None:  # a CUDA build loads the compiled part, which declares them itself
             for operator in _OPERATORS:
                 torch.library.define(f"torchvision::{operator}", _SIGNATURE)
         module.__loader__ = module.__spec__.loader = self._loader

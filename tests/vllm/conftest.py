@@ -1,25 +1,30 @@
-"""Tests with the real vLLM, which has an environment of its own: `make test-vllm`. Without vLLM none of them is collected.
+"""Tests with the real vLLM, which needs an environment of its own: `make test-vllm`. Without vLLM none of them is collected.
 
-Instances start when a test first asks for them. Those of this file serve all tests of the session and are stopped at its end;
-those that one file of tests asks for are stopped with its last test, to leave memory for the next.
+A start of vLLM takes up to a minute of a core, so instances start when a test first asks for them, several at a time, and
+the fixtures of this file serve all tests of the session. Instances that only one file needs are stopped after its last test,
+to leave memory for the next.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from .processes import Server, transfer_config, vllm
+from .fleet import prefill_and_decode
+from .processes import FAULTS, ROOT, Server, transfer_config, vllm
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
 
 WAIT_SECONDS = 5.0
-"""After which the PDs here give up a request whose embedding doesn't come."""
+"""After which ``pd`` fails a request whose embedding doesn't come."""
+OTHER_WAIT_SECONDS = 0.5
+"""The same of ``other_pd``."""
 
 Launch = Callable[[Server], Server]
 
@@ -37,20 +42,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where processes write what they say."""
+    """The folder of the processes' output."""
     return tmp_path_factory.mktemp("logs")
 
 
 @pytest.fixture(scope="session")
 def launch_for_all() -> Iterator[Launch]:
-    """Stops at the session's end what a fixture hands to it."""
+    """Keeps a server until the session's end."""
     with _stopping() as launch:
         yield launch
 
 
 @pytest.fixture(scope="module")
 def launch() -> Iterator[Launch]:
-    """Stops after the last test of a file what a test or fixture hands to it."""
+    """Keeps a server until the last test of a file."""
     with _stopping() as launch:
         yield launch
 
@@ -68,43 +73,63 @@ def _stopping() -> Iterator[Launch]:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that encoder and PDs share."""
+    """The folder of embeddings that encoder and PDs share."""
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture(scope="session")
-def _split(launch_for_all: Launch, logs: Path, store: Path) -> tuple[Server, Server]:
-    """Started at the same time, since nearly every test wants both."""
-    encoder = launch_for_all(vllm(logs, "encoder", transfer_config("ec_producer", store)))
-    pd = launch_for_all(vllm(logs, "pd", transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)))
-    encoder.wait_ready()
-    pd.wait_ready()
-    return encoder, pd
+def _servers(launch_for_all: Launch, logs: Path, store: Path) -> tuple[Server, Server, Server]:
+    """Started at the same time, since nearly every file needs all three."""
+    servers = (
+        launch_for_all(vllm(logs, "encoder", transfer_config("ec_producer", store))),
+        launch_for_all(vllm(logs, "pd", transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS))),
+        launch_for_all(vllm(logs, "aggregated")),
+    )
+    for server in servers:
+        server.wait_ready()
+    return servers
 
 
 @pytest.fixture(scope="session")
-def encoder(_split: tuple[Server, Server]) -> Server:
+def encoder(_servers: tuple[Server, Server, Server]) -> Server:
     """A vLLM instance that encodes images into ``store``."""
-    return _split[0]
+    return _servers[0]
 
 
 @pytest.fixture(scope="session")
-def pd(_split: tuple[Server, Server]) -> Server:
+def pd(_servers: tuple[Server, Server, Server]) -> Server:
     """A vLLM instance that reads embeddings from ``store`` and waits ``WAIT_SECONDS`` for one."""
-    return _split[1]
+    return _servers[1]
 
 
 @pytest.fixture(scope="session")
-def other_pd(launch_for_all: Launch, logs: Path, store: Path) -> Server:
-    """Another one like ``pd``."""
-    server = launch_for_all(vllm(logs, "other-pd", transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)))
+def aggregated(_servers: tuple[Server, Server, Server]) -> Server:
+    """A vLLM instance that does everything itself; the others' responses are compared with its own."""
+    return _servers[2]
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which a test orders a fault of ``other_pd``, see faulty_connector.py."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="session")
+def other_pd(launch_for_all: Launch, logs: Path, store: Path, faults: Path) -> Server:
+    """Another one like ``pd``, which waits ``OTHER_WAIT_SECONDS`` and harms entries if a test orders it."""
+    transfer = transfer_config("ec_consumer", store, wait_seconds=OTHER_WAIT_SECONDS)
+    transfer |= {"ec_connector": "FaultyECConnector", "ec_connector_module_path": "tests.vllm.faulty_connector"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {FAULTS: str(faults), "PYTHONPATH": path}
+    server = launch_for_all(vllm(logs, "other-pd", transfer, environment=environment))
     server.wait_ready()
     return server
 
 
 @pytest.fixture(scope="session")
-def aggregated(launch_for_all: Launch, logs: Path) -> Server:
-    """A vLLM instance that does everything itself: what the others' answers are compared with."""
-    server = launch_for_all(vllm(logs, "aggregated"))
-    server.wait_ready()
-    return server
+def prefill_decode(launch_for_all: Launch, logs: Path, store: Path) -> tuple[Server, Server]:
+    """A prefill and a decode instance of vLLM on ``store``; the last test of test_identity.py kills the first."""
+    prefill, decode = map(launch_for_all, prefill_and_decode(logs, "demo", store))
+    prefill.wait_ready()
+    decode.wait_ready()
+    return prefill, decode

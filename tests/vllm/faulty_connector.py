@@ -1,24 +1,20 @@
-"""The connector, with faults where a test wants them: entries are harmed at a chosen point of a step.
+"""The connector with faults: it harms an entry at a chosen point of a step.
 
-A test puts a file ``<identifier>.<point>.<harm>`` into the folder of ``FAULTS``; it is taken away when the fault has happened.
+A test orders a fault by a file ``<identifier>.<point>.<harm>`` in the folder that the variable ``FAULTS`` names; the file is
+removed when the fault has happened.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chiasm.ec_transfer.shared_storage import SharedStorageMetadata
 from chiasm.integrations.vllm.ec_connector import ChiasmECConnector
+from tests.integrations.vllm.engine import far
 
-FAULTS = "CHIASM_TEST_FAULTS"
-ASKED = "asked"
-"""A file there, as long as the number of times that vLLM has asked whether a request can run."""
-POINTS = ("seen", "promised", "allocated", "planned", "loading")
-HARMS = ("removed", "empty", "cut-off")
+from .processes import ASKED, FAULTS
 
 
 class FaultyECConnector(ChiasmECConnector):
@@ -46,8 +42,7 @@ class FaultyECConnector(ChiasmECConnector):
         loads = metadata.loads.loads
         self._harm("planned", among=loads)
         if self._harm("out-of-reach", among=loads):
-            # As for a worker on another host, which cannot open what the scheduler keeps.
-            return replace(metadata, loads=SharedStorageMetadata(loads))
+            return far(metadata)
         return metadata
 
     def start_load_caches(self, encoder_cache: Any, **kwargs: Any) -> None:
@@ -55,7 +50,7 @@ class FaultyECConnector(ChiasmECConnector):
         super().start_load_caches(encoder_cache, **kwargs)
 
     def _harm(self, point: str, among: Collection[str] | None = None) -> bool:
-        """Do what was ordered for this point, to one of these entries; whether there was anything to do."""
+        """Do what was ordered for this point to one of these entries; return whether anything was."""
         folder = self._vllm_config.ec_transfer_config.ec_connector_extra_config["shared_storage_path"]
         for fault in Path(os.environ[FAULTS]).glob(f"*.{point}.*"):
             identifier, _, harm = fault.name.split(".")

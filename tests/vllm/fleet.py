@@ -1,4 +1,4 @@
-"""Instances of vLLM and chiasm behind chiasm's proxy, and what their answers are compared by."""
+"""Fleets of vLLM's and chiasm's instances behind chiasm's proxy, and the requests by which they are compared."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .processes import CHECKPOINT, Server, chiasm, free_port, transfer_config, v
 from .wire import Body, chat, image_bytes, image_part
 
 WAIT_SECONDS = 120.0
-"""After which an instance gives up a request whose embedding does not come."""
+"""After which an instance fails a request whose embedding doesn't come."""
 _AT_ONCE = 4
 
 
 class Answer(NamedTuple):
-    """What a client has in the end."""
+    """What a client gets in all."""
 
     text: str
     finish_reason: str
@@ -27,13 +27,13 @@ class Answer(NamedTuple):
 
 
 def front(logs: Path, name: str, **instances: list[Server]) -> Server:
-    """chiasm's proxy before instances, by role."""
+    """Start chiasm's proxy for these instances, by role."""
     flags = [flag for role, some in instances.items() for one in some for flag in (f"--{role}", one.url)]
     return chiasm(logs, name, "proxy", *flags, "--probe-interval-seconds", "0.25")
 
 
 def prefill_and_decode(logs: Path, name: str, store: Path, checkpoint: Path = CHECKPOINT) -> tuple[Server, Server]:
-    """Two instances of vLLM that exchange KV by vLLM's own NixlConnector; not ready yet."""
+    """Start two vLLM instances that exchange KV through vLLM's own NixlConnector, without waiting until they are ready."""
     made = []
     for role, kv_role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
         kv = json.dumps({"kv_connector": "NixlConnector", "kv_role": kv_role})
@@ -54,7 +54,7 @@ def prefill_and_decode(logs: Path, name: str, store: Path, checkpoint: Path = CH
 
 
 def bodies(first_seed: int) -> list[Body]:
-    """A dozen requests: texts, and one to three images of several sizes, the same one twice among them."""
+    """Return a dozen requests: text only, and with one to three images of several sizes, some of them repeated."""
     sizes = ((96, 96), (130, 70), (64, 200), (224, 160))
     images = [image_part(image_bytes(first_seed + index, sizes[index % len(sizes)])) for index in range(9)]
     one, two, three, four, five, six, seven, eight, nine = images
@@ -84,7 +84,8 @@ def ask(server: Server, body: Body) -> Answer:
 
 def ask_for_stream(server: Server, body: Body) -> Answer:
     body = body | {"stream": True, "stream_options": {"include_usage": True}}
-    text, finish_reason, usage = "", "", {}
+    text, finish_reason = "", ""
+    usage: dict[str, Any] = {}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as response:
         assert response.status_code == 200, response.read()
         events = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
@@ -98,7 +99,7 @@ def ask_for_stream(server: Server, body: Body) -> Answer:
 
 
 def ask_all(server: Server, some: list[Body], *, stream: bool = False) -> list[Answer]:
-    """Several at a time, as clients do."""
+    """Send several requests at a time, as clients do; return the answers in order."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(lambda body: (ask_for_stream if stream else ask)(server, body), some))
 

@@ -1,4 +1,4 @@
-"""vLLM's and chiasm's processes, as a person would start them."""
+"""Starts vLLM's and chiasm's processes as a person would, and talks to them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CHECKPOINT = folder(MODEL)
 ROOT = Path(__file__).resolve().parents[2]
 MIDDLEWARE = "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-"""From which the system takes ports for outgoing connections."""
+"""The range from which the system takes ports for outgoing connections."""
 _PORTS = 10_000
 START_SECONDS = 400
-"""For processes that start at the same time, on two slow cores."""
+"""The longest that several processes take to start at the same time on two slow cores."""
 
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -40,14 +40,20 @@ _ENVIRONMENT = {
 }
 _UNTIL_SECONDS = 60
 
+FAULTS = "CHIASM_TEST_FAULTS"
+"""The variable that names the folder in which faults are ordered, see faulty_connector.py."""
+ASKED = "asked"
+"""A file in it with one byte for each time that vLLM has asked whether a request can run."""
+POINTS = ("seen", "promised", "allocated", "planned", "loading")
+HARMS = ("removed", "empty", "cut-off")
+
 CLIENT = httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
-"""One for all: to make one takes 50 ms of a core, and whoever waits asks many times. No connection outlives its answer, since
-servers here are killed."""
+"""Shared, since making a client takes 50 ms of a core. It keeps no connection open, since tests kill servers."""
 
 
 @dataclass
 class Server:
-    """One process that answers HTTP, and what it wrote."""
+    """A process that serves HTTP, with its output in ``log``."""
 
     command: list[str]
     port: int
@@ -73,8 +79,8 @@ class Server:
     def wait_ready(self) -> None:
         end = time.monotonic() + START_SECONDS
         while True:
-            assert self.process.poll() is None, f"it has ended:\n{self.text()[-4000:]}"
-            assert time.monotonic() < end, f"it is not ready:\n{self.text()[-4000:]}"
+            assert self.process.poll() is None, f"the server has ended:\n{self.text()[-4000:]}"
+            assert time.monotonic() < end, f"the server is not ready:\n{self.text()[-4000:]}"
             try:
                 if CLIENT.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
@@ -83,14 +89,14 @@ class Server:
             time.sleep(0.2)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for what is bound to come, such as a count."""
+        """Wait for something that is bound to happen, such as a counter that grows."""
         end = time.monotonic() + _UNTIL_SECONDS
         while not condition():
-            assert time.monotonic() < end, f"it does not come; the server's log ends with\n{self.text()[-2000:]}"
+            assert time.monotonic() < end, f"it did not happen; the server's log ends with\n{self.text()[-2000:]}"
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """With all its children, at once."""
+        """Kill the process and all its children."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
@@ -102,7 +108,7 @@ class Server:
             os.killpg(self.process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
-        # The group outlives its leader where a child of it does.
+        # The process group outlives its leader if a child does.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -116,12 +122,12 @@ class Server:
         return str(response.json()["choices"][0]["message"]["content"])
 
     def metric(self, name: str) -> float:
-        """Sum of a metric over its labels."""
+        """Return the sum of a metric over its labels."""
         lines = CLIENT.get(f"{self.url}/metrics", timeout=10).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
     def count(self, name: str) -> float:
-        """One of the connector's own counters."""
+        """Return one of the connector's own counters."""
         return self.metric(f"vllm:chiasm_ec_{name}_total")
 
     def health(self) -> dict[str, Any]:
@@ -134,8 +140,7 @@ _given: set[int] = set()
 
 
 def free_port() -> int:
-    """A port that no program gets by chance: vLLM takes half a minute until it listens, and the system's own choice could go to
-    an outgoing connection meanwhile."""
+    """Return a port that the system gives to no outgoing connection in the half minute until vLLM listens on it."""
     first = int(_PORT_RANGE.read_text().split()[0])
     while True:
         port = random.randrange(first - _PORTS, first)
@@ -147,7 +152,7 @@ def free_port() -> int:
 
 
 def transfer_config(role: str, store: Path, **extra: Any) -> dict[str, Any]:
-    """The value of --ec-transfer-config."""
+    """Return the value of --ec-transfer-config."""
     return {
         "ec_connector": "ChiasmECConnector",
         "ec_connector_module_path": "chiasm.integrations.vllm.ec_connector",
@@ -164,7 +169,7 @@ def vllm(
     environment: dict[str, str] | None = None,
     checkpoint: Path = CHECKPOINT,
 ) -> Server:
-    """`vllm serve` of a checkpoint, with chiasm's middleware, and its connector where ``transfer`` is given."""
+    """Start `vllm serve` of a checkpoint with chiasm's middleware, and with its connector if ``transfer`` is given."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--port", str(port)]
     command += ["--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
@@ -198,8 +203,3 @@ def chiasm_instance(
     if role in ("encoder", "pd", "prefill"):
         flags += ["--shared-storage-path", str(store)]
     return chiasm(logs, f"chiasm-{checkpoint.name}-{role}-{dtype}", "instance", str(checkpoint), *flags)
-
-
-def proxy(logs: Path, name: str, encoder: Server, pd: Server) -> Server:
-    flags = ["--encoder", encoder.url, "--pd", pd.url, "--probe-interval-seconds", "0.25"]
-    return chiasm(logs, name, "proxy", *flags)

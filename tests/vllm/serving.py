@@ -1,4 +1,4 @@
-"""``chiasm serve --engine vllm`` as a process, and what a person with tools can see of it and do to it."""
+"""``chiasm serve --engine vllm`` as a process, and what can be seen of it and done to it from outside."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Service:
     # ---- what it is ---------------------------------------------------------------------------------------------------
 
     def instances(self, role: str | None = None) -> list[dict[str, Any]]:
-        """What the proxy says of them."""
+        """Return what the proxy says of its instances, or of those of one role."""
         found: list[dict[str, Any]] = CLIENT.get(f"{self.url}/health", timeout=30).json()["instances"]
         return [one for one in found if role in (None, one["role"])]
 
@@ -66,17 +66,25 @@ class Service:
         assert eventually(holds, START_SECONDS), self.running.stderr[-4000:]
 
     def server(self, url: str) -> psutil.Process:
-        """The ``vllm serve`` that listens at ``url``."""
+        """Return the ``vllm serve`` process that listens, or is going to listen, at ``url``."""
         port = str(urlsplit(url).port)
         for process in self.running.children:
             with contextlib.suppress(psutil.Error):
                 command = process.cmdline()
                 if "chiasm.launch.supervisor" not in command and "serve" in command and port in command:
                     return process
-        raise AssertionError(f"nothing serves {url}")
+        raise LookupError(f"nothing serves {url}")
+
+    def servers(self, role: str) -> list[psutil.Process]:
+        """Return the ``vllm serve`` processes of a role that exist now."""
+        found = []
+        for one in self.instances(role):
+            with contextlib.suppress(LookupError):
+                found.append(self.server(one["url"]))
+        return found
 
     def metric(self, name: str, role: str) -> float:
-        """Sum of a metric over the instances of a role."""
+        """Return the sum of a metric over the instances of a role."""
         total = 0.0
         for one in self.instances(role):
             lines = CLIENT.get(f"{one['url']}/metrics", timeout=30).text.splitlines()
@@ -85,7 +93,7 @@ class Service:
 
 
 class Question:
-    """An image that the demo model has not seen, a question of a kind that it never gets wrong, and the right answer."""
+    """An image that the demo model was not trained on, a question that it always answers correctly, and the answer."""
 
     def __init__(self, seed: int, size: tuple[int, int] | None = None) -> None:
         example = draw_example(seed, random.Random(seed).choice(("colour", "shape")))
@@ -96,7 +104,7 @@ class Question:
 
 
 def what_is_left(before: set[Path]) -> set[Path]:
-    """Files in shared memory that were not there before, but for those of other programs."""
+    """Return the new files in shared memory, other than those of other programs."""
     return {path for path in SHARED_MEMORY.iterdir() if path.name.startswith(("psm_", "sem.mp-", "chiasm-"))} - before
 
 
@@ -106,7 +114,7 @@ def shared_memory() -> set[Path]:
 
 @contextlib.contextmanager
 def stopped(*processes: psutil.Process) -> Iterator[None]:
-    """None of them runs meanwhile; those that are still there go on afterwards."""
+    """A block in which none of the processes runs; afterwards those that still exist go on."""
     for process in processes:
         process.suspend()
     try:
@@ -118,7 +126,7 @@ def stopped(*processes: psutil.Process) -> Iterator[None]:
 
 
 def events(response: httpx.Response) -> Iterator[str]:
-    """The events of a stream."""
+    """Yield the data of each event of a stream."""
     for line in response.iter_lines():
         if line.startswith("data: "):
             yield line.removeprefix("data: ")

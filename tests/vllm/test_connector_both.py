@@ -1,4 +1,4 @@
-"""One instance that encodes, publishes and reads, on two tensor-parallel ranks."""
+"""An instance that encodes, publishes and reads, on two tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_each_rank_loads_what_others_have_published(both: Server, encoder: Serve
     assert both.count("misses") == misses
 
 
-def test_an_image_that_another_has_published_is_not_encoded(both: Server, encoder: Server, aggregated: Server) -> None:
+def test_an_image_that_another_instance_has_published_is_not_encoded(
+    both: Server, encoder: Server, aggregated: Server
+) -> None:
     data = image_bytes(62)
     encode(encoder, data)
     misses = both.count("misses")
@@ -49,7 +51,7 @@ def test_an_image_that_another_has_published_is_not_encoded(both: Server, encode
     assert both.count("misses") == misses
 
 
-def test_it_says_what_it_is(both: Server) -> None:
+def test_its_role_is_aggregated(both: Server) -> None:
     assert both.health()["role"] == "aggregated"
 
 
@@ -67,7 +69,7 @@ _check(config)
 
 
 def test_ranks_that_might_differ_in_the_order_of_modalities_are_refused() -> None:
-    """vLLM's start would end in half of all cases, and say that a connection was reset."""
+    """Half of all starts would otherwise end with "connection reset"."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
     run = subprocess.run(
         [sys.executable, "-c", _WITHOUT_HASH_SEED],

@@ -1,4 +1,4 @@
-"""Encoder and PD apart, without a proxy: what they answer is what one instance alone answers."""
+"""An encoder and a PD without a proxy: their response is the same as that of one instance alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM's server says with chiasm's middleware."""
+"""vLLM's HTTP server with chiasm's middleware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM finds the plugin by its entry point, and workers on a CPU then poll for a moment only, and look again soon."""
+"""vLLM finds the plugin by its entry point; workers on a CPU then poll only for a moment, and soon look again."""
 
 from __future__ import annotations
 

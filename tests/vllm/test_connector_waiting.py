@@ -1,4 +1,4 @@
-"""Requests that name embeddings which are late, never come, or are not what they should be."""
+"""Requests for embeddings that are late, never come, or are not what they should be."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def entry(store: Path, data: bytes) -> Path:
 
 
 def sized(data: bytes, size: tuple[int, int] = (96, 96)) -> dict[str, object]:
-    """The image as a proxy sends it before the encoder has answered."""
+    """Return the image part that a proxy sends before the encoder has answered."""
     return embeds_part(name_of(data), {"image_size": [size[1], size[0]]})
 
 
@@ -38,14 +38,14 @@ def test_a_late_embedding_is_waited_for(encoder: Server, pd: Server, aggregated:
     pd.until(lambda: pd.count("waits") == before + 1)
 
 
-def test_one_that_never_comes_fails_its_request_in_time(pd: Server) -> None:
+def test_an_embedding_that_never_comes_fails_its_request_in_time(pd: Server) -> None:
     before = pd.count("failed_requests")
     started = time.monotonic()
     response = pd.post(chat(sized(image_bytes(11)), QUESTION))
     assert response.status_code == 503
     assert time.monotonic() - started < WAIT_SECONDS + 10
     pd.until(lambda: pd.count("failed_requests") == before + 1)
-    assert "an embedding has not come within" in pd.text()
+    assert "did not arrive within" in pd.text()
 
 
 def test_others_are_answered_meanwhile(encoder: Server, pd: Server, aggregated: Server) -> None:
@@ -65,7 +65,7 @@ HARMS = ("removed", "empty", "cut off", "foreign", "a folder")
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_an_entry_that_is_none_counts_as_missing(
+def test_a_file_that_is_not_an_entry_counts_as_missing(
     encoder: Server, pd: Server, aggregated: Server, store: Path, harm: str
 ) -> None:
     data = image_bytes(20 + HARMS.index(harm))
@@ -87,7 +87,7 @@ def test_an_entry_that_is_none_counts_as_missing(
         pd.until(lambda: pd.metric("vllm:num_requests_waiting") == 1)
         if path.is_dir():
             path.rmdir()
-        encode(encoder, data)  # The encoder has it in memory, and sees that the store has lost it.
+        encode(encoder, data)  # it has the embedding in memory, and sees that the store has lost it
         assert answer.result() == aggregated.answer(chat(image_part(data), QUESTION))
 
 
@@ -134,7 +134,7 @@ def test_prefill_begins_before_all_images_are_there(encoder: Server, pd: Server,
     hits = pd.count("hits")
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(pd.answer, chat(sized(first), between, sized(second), QUESTION))
-        pd.until(lambda: pd.count("hits") == hits + 1)  # The first is loaded: what lies before the second is prefilled.
+        pd.until(lambda: pd.count("hits") == hits + 1)  # the first is loaded, so prefill has begun
         pd.until(lambda: pd.metric("vllm:num_requests_running") == 1)
         encode(encoder, second)
         assert answer.result() == aggregated.answer(chat(image_part(first), between, image_part(second), QUESTION))

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chiasm.launch import Deployment, DeploymentConfig, EngineKind, RoleConfig
-from chiasm.wire import Role
-
-from .processes import CHECKPOINT, MODEL, START_SECONDS, Server, chiasm, proxy
-
-Launch = Callable[[Server], Server]
+from .conftest import Launch
+from .fleet import front
+from .processes import MODEL, Server, chiasm_instance
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ def examine(*arguments: str) -> Examined:
     return Examined(done.returncode, json.loads(done.stdout)["findings"])
 
 
-def test_an_embedding_is_proven_to_travel_between_instances_of_vllm(encoder: Server, pd: Server) -> None:
+def test_an_embedding_passes_between_instances_of_vllm(encoder: Server, pd: Server) -> None:
     saved, loaded, own = encoder.count("saves"), pd.count("loads"), pd.count("misses")
     examined = examine("--encoder", encoder.url, "--pd", pd.url)
     assert examined.exit_code == 0, examined.findings
@@ -51,36 +47,25 @@ def test_an_embedding_is_proven_to_travel_between_instances_of_vllm(encoder: Ser
 
 
 def test_a_deployment_behind_its_proxy(launch: Launch, logs: Path, encoder: Server, pd: Server) -> None:
-    front = launch(proxy(logs, "doctor-proxy", encoder, pd))
-    front.wait_ready()
-    examined = examine(front.url)
+    server = launch(front(logs, "doctor-proxy", encoder=[encoder], pd=[pd]))
+    server.wait_ready()
+    examined = examine(server.url)
     assert examined.exit_code == 0, examined.findings
     assert examined.verdicts("embedding travels") == ["ok"]
     assert examined.verdicts("through the proxy") == ["ok"]
 
 
-@pytest.fixture(scope="module")
-def apart(store: Path) -> Iterator[Deployment]:
-    """One prefill and one decode instance."""
-    settings = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8}
-    roles = {Role.PREFILL: RoleConfig(threads=1), Role.DECODE: RoleConfig(threads=1)}
-    config = DeploymentConfig(MODEL, roles, engine=EngineKind.VLLM, shared_storage_path=store, settings=settings)
-    with Deployment(config) as deployment:
-        deployment.wait_ready(START_SECONDS)
-        yield deployment
-
-
-def test_kv_is_proven_to_travel_between_instances_of_vllm(encoder: Server, apart: Deployment) -> None:
-    (prefill,), (decode,) = apart.urls(Role.PREFILL), apart.urls(Role.DECODE)
-    examined = examine("--encoder", encoder.url, "--prefill", prefill, "--decode", decode)
+def test_kv_passes_between_instances_of_vllm(encoder: Server, prefill_decode: tuple[Server, Server]) -> None:
+    prefill, decode = prefill_decode
+    examined = examine("--encoder", encoder.url, "--prefill", prefill.url, "--decode", decode.url)
     assert examined.exit_code == 0, examined.findings
     assert examined.verdicts("embedding travels") == ["ok"]
     assert examined.verdicts("KV travels") == ["ok"], examined.findings
     assert examined.verdicts("KV connector") == ["ok"]
 
 
-def test_prefill_alone_is_no_deployment(encoder: Server, apart: Deployment) -> None:
-    examined = examine("--encoder", encoder.url, "--prefill", *apart.urls(Role.PREFILL))
+def test_a_prefill_instance_needs_a_decode_instance(encoder: Server, prefill_decode: tuple[Server, Server]) -> None:
+    examined = examine("--encoder", encoder.url, "--prefill", prefill_decode[0].url)
     assert examined.exit_code == 1
     assert "no decode instance" in examined.said("roles")
     assert examined.verdicts("KV travels") == []
@@ -88,9 +73,7 @@ def test_prefill_alone_is_no_deployment(encoder: Server, apart: Deployment) -> N
 
 @pytest.fixture(scope="module")
 def encoder_of_another_dtype(launch: Launch, logs: Path, store: Path) -> Server:
-    flags = ["--role", "encoder", "--shared-storage-path", str(store), "--served-model-name", MODEL]
-    flags += ["--dtype", "bfloat16", "--threads", "1", "--max-model-len", "2048"]
-    server = launch(chiasm(logs, "doctor-encoder", "instance", str(CHECKPOINT), *flags))
+    server = launch(chiasm_instance(logs, "encoder", store, "bfloat16"))
     server.wait_ready()
     return server
 
@@ -103,7 +86,7 @@ def test_an_instance_of_another_dtype_is_found(encoder_of_another_dtype: Server,
     assert examined.verdicts("embedding travels") == ["problem"]
 
 
-def test_a_plan_for_vllm_where_vllm_is_installed(tmp_path: Path) -> None:
+def test_a_plan_for_vllm_in_an_environment_with_vllm(tmp_path: Path) -> None:
     examined = examine(MODEL, "--engine", "vllm", "--port", "0", "--shared-storage-path", str(tmp_path / "embeddings"))
     assert examined.exit_code == 0, examined.findings
     assert examined.verdicts("vLLM") == ["ok"]

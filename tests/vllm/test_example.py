@@ -1,4 +1,4 @@
-"""The example script with the most processes starts them, gets an answer, and leaves nothing behind."""
+"""The example script with the most processes starts them, gets a response, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .processes import ROOT, START_SECONDS, free_port
 
 SCRIPT = ROOT / "examples/disaggregated_encoder/vllm/disagg_epd_example.sh"
 PORTS = 6
-"""The proxy's and those after it, which the script takes."""
+"""The script uses the proxy's port and the ones after it."""
 
 
 def free_ports() -> int:
-    """The first of several in a row."""
+    """Return the first of ``PORTS`` free ports in a row."""
     while True:
         first = free_port()
         with ExitStack() as stack, suppress(OSError):

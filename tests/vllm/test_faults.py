@@ -1,4 +1,4 @@
-"""Processes that die and a store that fails, with vLLM in every role. After each fault the next request is right."""
+"""Processes that die and a store that fails, with vLLM as encoder and PD. After each fault the next response is right."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ DEADLINE_SECONDS = 60
 
 @pytest.fixture(scope="module")
 def before() -> set[Path]:
-    """What lies in shared memory without the service."""
+    """The files in shared memory before the service starts."""
     return shared_memory()
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where embeddings lie."""
+    """The folder of embeddings."""
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture(scope="module")
 def service(before: set[Path], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Two encoders and a PD, behind a proxy that takes few requests at once; the last test of this file kills it."""
+    """Two encoders and a PD behind a proxy that takes few requests at once; the last test of this file kills it."""
     arguments = ["--encoders", "2", "--pds", "1", "--deadline-seconds", str(DEADLINE_SECONDS), *SMALL]
     arguments += ["--shared-storage-path", str(store), "--proxy-args", f"--max-concurrent-requests {MOST_AT_ONCE}"]
     with Running(tmp_path_factory.mktemp("faults"), "serve", "demo", "--engine", "vllm", *arguments) as running:
@@ -50,7 +50,7 @@ def service(before: set[Path], store: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def afterwards(service: Service, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever the test does, all instances come back and the next image is understood."""
+    """After each test all instances come back, and the next question about an image gets the right answer."""
     yield
     service.wait(service.is_whole)
     question = Question(len(request.node.name) + 10_000)
@@ -61,8 +61,8 @@ pytestmark = pytest.mark.usefixtures("afterwards")
 
 
 def _workers(service: Service, role: str) -> list[psutil.Process]:
-    """All processes of the instances of a role."""
-    servers = [service.server(one["url"]) for one in service.instances(role)]
+    """Return all processes of the instances of a role."""
+    servers = service.servers(role)
     return [process for server in servers for process in (server, *server.children(recursive=True))]
 
 
@@ -93,13 +93,13 @@ def test_a_uuid_that_is_a_path_writes_nothing_elsewhere(service: Service, store:
 
 def test_two_hundred_requests_at_once_are_all_answered(service: Service) -> None:
     questions = [Question(200 + number) for number in range(20)]
-    encoders = [service.server(one["url"]) for one in service.instances("encoder")]
+    encoders = service.servers("encoder")
     path = f"{service.url}/v1/chat/completions"
     with (
         httpx.Client(timeout=2 * DEADLINE_SECONDS, limits=httpx.Limits(max_connections=200)) as client,
         ThreadPoolExecutor(200) as pool,
     ):
-        with stopped(*encoders):  # none is done before all have come
+        with stopped(*encoders):  # no request ends before all have arrived
             calls = [pool.submit(client.post, path, json=questions[number % 20].body) for number in range(200)]
             service.wait(lambda: sum(call.done() for call in calls) >= 200 - MOST_AT_ONCE)
         responses = [call.result() for call in calls]
@@ -133,7 +133,7 @@ def test_a_store_that_cannot_be_written_fails_the_request_and_says_why(service: 
     assert error_of(response)
 
 
-def test_a_store_that_is_deleted_is_made_anew(service: Service, store: Path) -> None:
+def test_a_store_that_is_deleted_is_created_again(service: Service, store: Path) -> None:
     service.answer(Question(320).body)
     shutil.rmtree(store)
     question = Question(321)
@@ -147,7 +147,7 @@ def test_an_entry_that_is_torn_is_encoded_again(service: Service, store: Path) -
     assert service.answer(question.body).strip() == question.answer
     (entry,) = _entries(store) - known
     os.truncate(entry, entry.stat().st_size // 2)
-    for number in range(8):  # the PD forgets what it has in memory
+    for number in range(8):  # so that the PD evicts the embedding from its memory
         service.answer(Question(340 + number, (512, 512)).body)
     saved = service.metric("vllm:chiasm_ec_saves_total", "encoder")
     again = chat(*reversed(question.body["messages"][0]["content"]), max_tokens=16)
@@ -156,29 +156,37 @@ def test_an_entry_that_is_torn_is_encoded_again(service: Service, store: Path) -
     service.wait(lambda: service.metric("vllm:chiasm_ec_saves_total", "encoder") > saved)
 
 
-def test_an_encoder_killed_mid_request_costs_a_retry_on_another(service: Service) -> None:
-    question = Question(400)
-    servers = {one["url"]: service.server(one["url"]) for one in service.instances("encoder")}
-    with stopped(*servers.values()), ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(service.answer, question.body)
-        service.wait(lambda: any(one["in_flight"] for one in service.instances("encoder")))
-        (busy,) = [one["url"] for one in service.instances("encoder") if one["in_flight"]]
-        servers.pop(busy).kill()
-        for server in servers.values():
-            server.resume()
-        assert answer.result(DEADLINE_SECONDS).strip() == question.answer
+class TestEncodersDie:
+    """The encoders start again together with the PD, which the next test kills; that test waits for all of them."""
 
+    @pytest.fixture
+    def afterwards(self) -> None:
+        """Nothing to wait for yet."""
 
-def test_without_encoders_images_get_503_and_text_an_answer(service: Service) -> None:
-    servers = [service.server(one["url"]) for one in service.instances("encoder")]
-    with stopped(*servers), ThreadPoolExecutor(1) as pool:
-        response = pool.submit(service.post, Question(410).body)
-        service.wait(lambda: any(one["in_flight"] for one in service.instances("encoder")))
-        for server in servers:
-            server.kill()
-        assert response.result(DEADLINE_SECONDS).status_code == 503
-    assert "encoder" in error_of(response.result())
-    assert service.answer(chat("What can you do?"))
+    def test_an_encoder_killed_mid_request_costs_a_retry_on_another(self, service: Service) -> None:
+        question = Question(400)
+        servers = {one["url"]: service.server(one["url"]) for one in service.instances("encoder")}
+        with stopped(*servers.values()), ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(service.answer, question.body)
+            service.wait(lambda: any(one["in_flight"] for one in service.instances("encoder")))
+            (busy,) = [one["url"] for one in service.instances("encoder") if one["in_flight"]]
+            servers.pop(busy).kill()
+            for server in servers.values():
+                server.resume()
+            assert answer.result(DEADLINE_SECONDS).strip() == question.answer
+
+    def test_without_encoders_images_get_503_and_text_is_answered(self, service: Service) -> None:
+        service.wait(lambda: any(one["state"] == "healthy" for one in service.instances("encoder")))
+        service.wait(lambda: len(service.servers("encoder")) == 2)  # the other one has begun to start again
+        servers = service.servers("encoder")
+        with stopped(*servers), ThreadPoolExecutor(1) as pool:
+            response = pool.submit(service.post, Question(410).body)
+            service.wait(lambda: any(one["in_flight"] for one in service.instances("encoder")))
+            for server in servers:
+                server.kill()
+            assert response.result(DEADLINE_SECONDS).status_code == 503
+        assert "encoder" in error_of(response.result())
+        assert service.answer(chat("What can you do?"))
 
 
 def test_a_pd_killed_mid_stream_ends_the_stream_with_an_error(service: Service) -> None:
@@ -199,7 +207,7 @@ def test_a_pd_killed_mid_stream_ends_the_stream_with_an_error(service: Service) 
 
 @contextlib.contextmanager
 def _read_only(folder: Path) -> Iterator[None]:
-    """Nobody can write into ``folder``. The superuser can everywhere but in a mount that is read-only."""
+    """A block in which nobody can write into ``folder``; the superuser is kept out by a read-only mount."""
     if os.geteuid() != 0:
         folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
         modes = [path.stat().st_mode for path in folders]
@@ -222,11 +230,11 @@ def _read_only(folder: Path) -> Iterator[None]:
 
 
 class TestTheEnd:
-    """Runs last: nothing comes back."""
+    """Runs last, since nothing starts again."""
 
     @pytest.fixture
     def afterwards(self) -> None:
-        """Nothing to come back."""
+        """Nothing comes back."""
 
     def test_when_the_command_is_killed_its_instances_end_too(self, service: Service, before: set[Path]) -> None:
         family = service.running.children

@@ -1,4 +1,7 @@
-"""Fleets of both engines, and both projects' proxies: one wire. That answers are the same is test_identity's, too."""
+"""Fleets that mix instances of both engines, and vLLM's example proxy in front of chiasm's instances.
+
+test_identity.py has the other combinations.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ Instances = dict[str, Server]
 
 @pytest.fixture(scope="module")
 def chiasms(launch: Launch, logs: Path, store: Path) -> Instances:
-    """chiasm's own instances by role, on the store that vLLM's are on."""
+    """chiasm's own instances by role, on the same store as vLLM's."""
     instances = {role: launch(chiasm_instance(logs, role, store)) for role in ("encoder", "pd", "prefill", "decode")}
     for server in instances.values():
         server.wait_ready()
@@ -34,7 +37,7 @@ def chiasms(launch: Launch, logs: Path, store: Path) -> Instances:
 
 @pytest.fixture
 def before(logs: Path, request: pytest.FixtureRequest) -> Iterator[Before]:
-    """``before(encoder=[…], pd=[…])`` is chiasm's proxy before these instances; it ends with the test."""
+    """``before(encoder=[…], pd=[…])`` starts chiasm's proxy for these instances; it ends with the test."""
     with ExitStack() as stack:
 
         def start(**instances: list[Server]) -> Server:
@@ -60,7 +63,7 @@ def test_vllms_encoder_and_chiasms_prefill_and_decode(
 def test_a_cached_image_is_not_encoded_for_another_pd(
     before: Before, encoder: Server, pd: Server, other_pd: Server, chiasms: Instances
 ) -> None:
-    """Not even where the encoder is another one as well, which has not seen it."""
+    """Not even if the encoder, too, is another one, which has not seen it."""
     body = chat(image_part(image_bytes(5000)), QUESTION)
     first = ask(before(encoder=[encoder], pd=[pd]), body)
     saved, encoded, hits = encoder.count("saves"), chiasms["encoder"].metric(ENCODED), other_pd.count("hits")
@@ -112,7 +115,7 @@ def test_vllms_example_proxy_before_chiasms_instances(example: Server, aggregate
     assert ask_all(example, some, stream=stream) == ask_all(aggregated, some)
 
 
-def test_vllms_example_proxy_passes_a_refusal_on(example: Server) -> None:
+def test_vllms_example_proxy_passes_on_a_refusal(example: Server) -> None:
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     assert example.post(chat(part, QUESTION)).status_code == 400
     assert ask_for_stream(example, chat("who are you?")).text

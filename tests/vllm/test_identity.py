@@ -1,4 +1,7 @@
-"""E, P and D apart, over vLLM and chiasm, behind chiasm's proxy: every answer is the one that one instance of vLLM gives."""
+"""Encoder, prefill and decode apart, on vLLM and on chiasm, behind chiasm's proxy.
+
+Every response is the same as that of a single vLLM instance.
+"""
 
 from __future__ import annotations
 
@@ -23,24 +26,23 @@ HANDOVERS = "chiasm_proxy_handovers_total"
 
 @dataclass
 class Fleet:
-    """The instances of one checkpoint, and a proxy for each way to split the work."""
+    """Instances with the same checkpoint, and a proxy for each way to split the work."""
 
-    encoder: Server
     prefill: Server
     decode: Server
     encoder_of_chiasm: Server
     split: Server
-    """1E 1PD."""
+    """One encoder and one PD."""
     split_twice: Server
-    """1E 1P 1D."""
+    """One encoder, one prefill and one decode instance."""
     chiasms_encoder: Server
-    """Before vLLM's PD."""
+    """chiasm's encoder and vLLM's PD."""
     chiasms_pd: Server
-    """Behind vLLM's encoder."""
+    """vLLM's encoder and chiasm's PD."""
     aggregated: Server
     bodies: list[Body]
     expected: list[Answer]
-    """By vLLM alone."""
+    """The responses of ``aggregated`` to ``bodies``."""
 
 
 @pytest.fixture(scope="module", params=["demo", "qwen2_5_vl", "qwen3_vl"])
@@ -55,7 +57,8 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
         if name == "demo":
             checkpoint, store = CHECKPOINT, request.getfixturevalue("store")
             encoder, pd, aggregated = (request.getfixturevalue(one) for one in ("encoder", "pd", "aggregated"))
-            started = []
+            prefill, decode = request.getfixturevalue("prefill_decode")
+            started: list[Server] = []
         else:
             checkpoint = synthetic.make(name, tmp_path_factory.mktemp("checkpoint") / name, size=HEADS_OF_64)
             store = tmp_path_factory.mktemp("store")
@@ -69,24 +72,31 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
                 )
             ]
             encoder, pd, aggregated = started
-        prefill, decode = map(keep, prefill_and_decode(logs, name, store, checkpoint))
+            prefill, decode = map(keep, prefill_and_decode(logs, name, store, checkpoint))
+            started += [prefill, decode]
         own = [keep(chiasm_instance(logs, role, store, checkpoint=checkpoint)) for role in ("encoder", "pd")]
-        for server in (*started, prefill, decode, *own):
-            server.wait_ready()
-        fronts = [
-            keep(front(logs, f"{name}-split", encoder=[encoder], pd=[pd])),
-            keep(front(logs, f"{name}-twice", encoder=[encoder], prefill=[prefill], decode=[decode])),
-            keep(front(logs, f"{name}-chiasms-encoder", encoder=[own[0]], pd=[pd])),
-            keep(front(logs, f"{name}-chiasms-pd", encoder=[encoder], pd=[own[1]])),
-        ]
-        for server in fronts:
+        for server in (*started, *own):
             server.wait_ready()
         some = bodies(1000)
-        yield Fleet(encoder, prefill, decode, own[0], *fronts, aggregated, some, ask_all(aggregated, some))
+        fleet = Fleet(
+            prefill=prefill,
+            decode=decode,
+            encoder_of_chiasm=own[0],
+            split=keep(front(logs, f"{name}-split", encoder=[encoder], pd=[pd])),
+            split_twice=keep(front(logs, f"{name}-twice", encoder=[encoder], prefill=[prefill], decode=[decode])),
+            chiasms_encoder=keep(front(logs, f"{name}-chiasms-encoder", encoder=[own[0]], pd=[pd])),
+            chiasms_pd=keep(front(logs, f"{name}-chiasms-pd", encoder=[encoder], pd=[own[1]])),
+            aggregated=aggregated,
+            bodies=some,
+            expected=ask_all(aggregated, some),
+        )
+        for server in (fleet.split, fleet.split_twice, fleet.chiasms_encoder, fleet.chiasms_pd):
+            server.wait_ready()
+        yield fleet
 
 
 def test_answers_differ_from_request_to_request(fleet: Fleet) -> None:
-    """Else the others would say little."""
+    """Otherwise equal responses would prove little."""
     assert len({answer.text for answer in fleet.expected}) > len(fleet.expected) // 2
 
 
@@ -118,7 +128,7 @@ def test_streams(fleet: Fleet, way: str) -> None:
     assert ask_all(server, fleet.bodies, stream=True) == fleet.expected
 
 
-def test_several_answers_are_prefills_alone(fleet: Fleet) -> None:
+def test_a_request_for_several_choices_is_answered_by_prefill_alone(fleet: Fleet) -> None:
     body = fleet.bodies[6] | {"n": 2, "temperature": 1, "top_k": 1}
     response = fleet.split_twice.post(body)
     assert response.status_code == 200, response.text
@@ -127,7 +137,7 @@ def test_several_answers_are_prefills_alone(fleet: Fleet) -> None:
 
 
 def test_kv_of_a_prefill_instance_that_died(fleet: Fleet) -> None:
-    """The last test of these instances: the request fails, and D lives on."""
+    """The request fails, and the decode instance goes on. This is the last test of these instances."""
     body = fleet.bodies[1]
     answer = fleet.prefill.post(json.loads(vllm_prefill_body(json.dumps(body).encode(), "/v1/chat/completions")))
     assert answer.status_code == 200, answer.text

@@ -1,4 +1,4 @@
-"""One command starts vLLM as encoder and PD, and ends with all that it has started."""
+"""One command starts vLLM as encoder, prefill and decode, and ends with all that it has started."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from .wire import chat
 
 @pytest.fixture(scope="module")
 def before() -> set[Path]:
-    """What lies in shared memory without the service."""
+    """The files in shared memory before the service starts."""
     return shared_memory()
 
 
 @pytest.fixture(scope="module")
 def service(before: set[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One encoder and one PD; the last test of this file ends it."""
-    with Running(tmp_path_factory.mktemp("served"), "serve", "demo", "--engine", "vllm", *SMALL) as running:
+    """One encoder, one prefill and one decode instance; a test of this file ends it. test_faults.py has a PD."""
+    roles = ("--encoders", "1", "--prefills", "1", "--decodes", "1")
+    with Running(tmp_path_factory.mktemp("served"), "serve", "demo", "--engine", "vllm", *roles, *SMALL) as running:
         yield Service(running)
 
 
-def test_instances_are_known_like_chiasms_own(service: Service) -> None:
-    assert sorted(one["role"] for one in service.instances()) == ["encoder", "pd"]
+def test_instances_describe_themselves_like_chiasms_own(service: Service) -> None:
+    assert sorted(one["role"] for one in service.instances()) == ["decode", "encoder", "prefill"]
     assert service.is_whole()
     for one in service.instances():
         health = httpx.get(f"{one['url']}/health", timeout=30).json()
@@ -49,12 +50,13 @@ def test_text_is_answered(service: Service) -> None:
     assert service.answer(chat("What can you do?"))
 
 
-def test_only_the_language_model_has_kv_and_only_the_encoder_encodes(service: Service) -> None:
+def test_only_the_encoder_encodes(service: Service) -> None:
     before = service.metric("vllm:chiasm_ec_saves_total", "encoder")
     service.answer(Question(50).body)
     service.wait(lambda: service.metric("vllm:chiasm_ec_saves_total", "encoder") == before + 1)
-    assert service.metric("vllm:chiasm_ec_saves_total", "pd") == 0
-    assert service.metric("vllm:chiasm_ec_misses_total", "pd") == 0
+    for role in ("prefill", "decode"):
+        assert service.metric("vllm:chiasm_ec_saves_total", role) == 0
+        assert service.metric("vllm:chiasm_ec_misses_total", role) == 0
 
 
 def test_ctrl_c_ends_all_of_it_and_leaves_nothing(service: Service, before: set[Path]) -> None:
@@ -77,7 +79,7 @@ def test_ctrl_c_ends_all_of_it_and_leaves_nothing(service: Service, before: set[
     assert service.running.stdout == f"ready {service.url}\n"
 
 
-def test_a_flag_that_vllm_does_not_know_ends_the_command_with_vllms_own_words(before: set[Path]) -> None:
+def test_an_unknown_vllm_flag_ends_the_command_with_vllms_own_message(before: set[Path]) -> None:
     done = run("serve", "demo", "--engine", "vllm", *SMALL, "--pd-args", "--frobnicate 'three times'")
     assert done.returncode == 2
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""What the connector counts appears on /metrics and in vLLM's log."""
+"""The connector's counters on /metrics and in vLLM's log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .processes import Server
 from .wire import chat, encode, image_bytes, name_of, published
 
 
-def test_of_an_encoder(encoder: Server, store: Path) -> None:
+def test_counters_of_an_encoder(encoder: Server, store: Path) -> None:
     names = ("misses", "saves", "saved_bytes", "save_seconds")
     before = {name: encoder.count(name) for name in names}
     data = image_bytes(50)
@@ -20,7 +20,7 @@ def test_of_an_encoder(encoder: Server, store: Path) -> None:
     assert encoder.count("save_seconds") > before["save_seconds"]
 
 
-def test_of_a_pd(encoder: Server, pd: Server) -> None:
+def test_counters_of_a_pd(encoder: Server, pd: Server) -> None:
     names = ("hits", "loads", "loaded_bytes", "load_seconds")
     before = {name: pd.count(name) for name in names}
     pd.answer(chat(published(encoder, image_bytes(51)), "what is it?"))
@@ -30,7 +30,7 @@ def test_of_a_pd(encoder: Server, pd: Server) -> None:
     assert pd.count("load_seconds") > before["load_seconds"]
 
 
-def test_in_the_log(encoder: Server, pd: Server) -> None:
+def test_counters_in_the_log(encoder: Server, pd: Server) -> None:
     pd.answer(chat(published(encoder, image_bytes(52)), "what is it?"))
     pd.until(lambda: "EC Transfer metrics: hits=" in pd.text())
     encoder.until(lambda: "EC Transfer metrics: misses=" in encoder.text())

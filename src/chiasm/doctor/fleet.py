@@ -318,7 +318,7 @@ CHECKS: tuple[Callable[[Fleet], Iterator[Finding]], ...] = (
 
 def vllm_refusal(version: str) -> str:
     """Why chiasm's connector doesn't run in this version; empty if it does."""
-    from chiasm.integrations.vllm.versions import check_version
+    from chiasm.integrations.vllm import check_version
 
     try:
         check_version(version)

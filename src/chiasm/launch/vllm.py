@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.errors import ConfigurationError
-from chiasm.integrations.vllm.versions import check_version
+from chiasm.integrations.vllm import check_version
 from chiasm.launch.config import DeploymentConfig
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort

@@ -12,7 +12,7 @@ from .engine import Engine, embedding_of, identifier_of
 
 
 class Encoder:
-    """A producer of another process: puts entries into the folder."""
+    """A producer in another process, which publishes entries in the folder."""
 
     def __init__(self, folder: Path, fingerprint: str = "aa") -> None:
         config = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=folder, fingerprint=fingerprint)

@@ -1,26 +1,30 @@
-"""A stand-in for vLLM's engine: it calls both halves in vLLM's order, and dies of what vLLM's dies of."""
+"""A stand-in for vLLM's engine: it calls both halves in vLLM's order, and stops where vLLM's engine would stop.
+
+contract.py holds it to the real one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from chiasm.ec_transfer import ECConnectorRole, ECTransferConfig, ECTransferRole
-from chiasm.ec_transfer.shared_storage import SharedStorageConnector
-from chiasm.integrations.vllm.layout import Layout
-from chiasm.integrations.vllm.scheduler_half import Reach, SchedulerHalf
+from chiasm.ec_transfer import ECConnectorMetadata, ECConnectorRole, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer.shared_storage import SharedStorageConnector, SharedStorageMetadata
+from chiasm.integrations.vllm.items import Layout
+from chiasm.integrations.vllm.messages import StepMetadata, StepReport
+from chiasm.integrations.vllm.scheduler import Reach, SchedulerHalf
 from chiasm.integrations.vllm.settings import Settings
-from chiasm.integrations.vllm.step import StepMetadata, StepReport
-from chiasm.integrations.vllm.worker_half import WorkerHalf
+from chiasm.integrations.vllm.worker import WorkerHalf
 
 LAYOUT = Layout(hidden=8, levels=1, dtype="float32")
 ROWS = 4
 WINDOW = 32
 WAIT_SECONDS = 10.0
+KV_CACHE_TOKENS = 1000
 
 
 def identifier_of(name: str) -> str:
@@ -28,7 +32,7 @@ def identifier_of(name: str) -> str:
 
 
 def embedding_of(name: str, rows: int = ROWS, width: int = LAYOUT.width) -> torch.Tensor:
-    """A tensor that only this name has."""
+    """Return a tensor that no other name has."""
     generator = torch.Generator().manual_seed(int(identifier_of(name)[:12], 16))
     return torch.randn(rows, width, generator=generator)
 
@@ -59,10 +63,12 @@ class Request:
     num_tokens: int
     num_computed_tokens: int = 0
     skip_reading_prefix_cache: bool = False
+    ends_with_prompt: bool = False
+    """Whether it is finished once its prompt is computed."""
 
 
 def request(*places: tuple[str, int], of: str = "request", tokens: int = 0, pixels: bool = False) -> Request:
-    """A request with items by name and offset; a name that is 64 hex digits or no name at all stays as it is."""
+    """Return a request with items of these names at these offsets."""
     data: dict[str, object] = {"image_grid_thw": [1, 2, 2], **({"pixel_values": b""} if pixels else {})}
     features = [Feature(identifier_of(name), Position(offset, ROWS), data) for name, offset in places]
     end = max((offset for _, offset in places), default=0) + ROWS + 2
@@ -77,7 +83,7 @@ class Clock:
 
 
 class Memory:
-    """vLLM's account of its encoder cache: who makes use of what, and what may go."""
+    """vLLM's account of its encoder cache: which requests use which items, and what may go."""
 
     def __init__(self, half: SchedulerHalf) -> None:
         self._half = half
@@ -98,8 +104,12 @@ class Memory:
     def use(self, identifier: str, request_id: str) -> None:
         self.users.setdefault(identifier, set()).add(request_id)
 
-    def release(self, request: Request) -> None:
+    def release(self, request: Request, up_to: int | None = None) -> None:
+        """End the request's use of its items, or of those that end within its first ``up_to`` tokens."""
         for feature in request.mm_features:
+            place = feature.mm_position
+            if up_to is not None and place.offset + place.length > up_to:
+                continue
             if request.request_id in self.users.get(feature.identifier, ()):
                 self.users[feature.identifier].discard(request.request_id)
                 self._half.released(feature.identifier)
@@ -111,19 +121,30 @@ class Memory:
 
 @dataclass
 class Step:
-    """What was decided: for each request how many tokens are computed, and what is encoded here."""
+    """What was decided for a step."""
 
     metadata: StepMetadata
     freed: list[str]
     tokens: dict[str, int] = field(default_factory=dict)
+    """How many tokens are computed, by request."""
     encoded: list[str] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
+    """Items whose embeddings the model reads."""
+
+
+def far(metadata: StepMetadata) -> StepMetadata:
+    """Return the message as a worker on another host gets it: the scheduler's copies of entries are out of its reach."""
+    loads = pickle.loads(pickle.dumps(metadata.loads))
+    assert isinstance(loads, SharedStorageMetadata)
+    return replace(metadata, loads=SharedStorageMetadata(loads.loads))
 
 
 class Engine:
     """One instance: scheduler and worker with their halves of the connector, each with a store of its own."""
 
-    def __init__(self, folder: Path, role: ECTransferRole, reach: Reach | None = None, **config: object) -> None:
+    def __init__(
+        self, folder: Path, role: ECTransferRole, reach: Reach | None = None, max_bytes: int = 1 << 30
+    ) -> None:
         settings = Settings(folder, wait_seconds=WAIT_SECONDS)
         is_producer, is_reader = role is not ECTransferRole.CONSUMER, role is not ECTransferRole.PRODUCER
 
@@ -133,18 +154,20 @@ class Engine:
                 shared_storage_path=folder,
                 fingerprint="aa",
                 separate_processes=True,
-                **config,  # type: ignore[arg-type]
+                max_bytes=max_bytes,
             )
             return SharedStorageConnector(made, half)
 
         self.clock = Clock()
+        self._reach = reach or Reach(WINDOW)
         self.is_producer, self.is_reader = is_producer, is_reader
         self.scheduler = SchedulerHalf(
             store(ECConnectorRole.SCHEDULER),
             settings,
             LAYOUT,
             lambda modality: {"image_grid_thw"},
-            reach=reach or Reach(WINDOW),
+            reach=self._reach,
+            kv_cache_tokens=KV_CACHE_TOKENS,
             is_producer=is_producer,
             is_reader=is_reader,
             clock=self.clock,
@@ -154,21 +177,24 @@ class Engine:
         self.memory = Memory(self.scheduler)
         self.encoder_cache: dict[str, torch.Tensor] = {}
         self.embeddings: dict[str, torch.Tensor] = {}
-        """What encoding gives, by identifier."""
+        """What the encoder computes, by identifier."""
 
     def schedule(self, *requests: Request, cached_tokens: int = 0) -> Step:
-        """``cached_tokens`` of requests that begin are in the prefix cache."""
-        step = Step(StepMetadata(0, None), [])  # type: ignore[arg-type]
+        """Plan a step; the prefix cache has ``cached_tokens`` of each request that begins."""
+        step = Step(StepMetadata(0, ECConnectorMetadata()), [])
         for each in requests:
             hit = cached_tokens if each.num_computed_tokens == 0 and not each.skip_reading_prefix_cache else 0
             computed = each.num_computed_tokens or hit
             if self.scheduler.ensure_cache_available(each, computed):
                 each.num_computed_tokens = computed + self._allocate(each, computed, step)
-        step.metadata, step.freed = self.scheduler.build_connector_meta(), self.memory.take_freed()
+        step.metadata, step.freed = (
+            self.scheduler.build_connector_meta(sum(step.tokens.values())),
+            self.memory.take_freed(),
+        )
         return step
 
     def _allocate(self, request: Request, computed: int, step: Step) -> int:
-        end = min(request.num_tokens, computed + WINDOW)
+        end = min(request.num_tokens, computed + self._reach.window_tokens)
         allocated = []
         for index, feature in enumerate(request.mm_features):
             place = feature.mm_position
@@ -192,7 +218,7 @@ class Engine:
         return end - computed
 
     def run(self, step: Step) -> StepReport | None:
-        """The workers' part, in another process."""
+        """Do the workers' part, as if in another process."""
         metadata = pickle.loads(pickle.dumps(step.metadata))
         for identifier in step.freed:
             self.encoder_cache.pop(identifier, None)
@@ -214,7 +240,11 @@ class Engine:
         return report
 
     def update(self, *requests: Request, report: StepReport | None = None) -> set[str]:
-        """After a step; gives the requests that fail, which are finished."""
+        """End a step, and return the requests that failed and so are finished."""
+        for each in requests:
+            self.memory.release(each, up_to=each.num_computed_tokens)
+            if each.ends_with_prompt and each.num_computed_tokens >= each.num_tokens:
+                self.finish(each)
         failed = self.scheduler.take_unavailable_requests()
         for each in requests:
             if each.request_id in failed:

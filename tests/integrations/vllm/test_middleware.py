@@ -1,4 +1,4 @@
-"""The middleware around an application that answers as vLLM's does, with the real demo checkpoint behind it."""
+"""The middleware around an application that responds as vLLM's does, with the real demo checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
@@ -18,6 +19,7 @@ from chiasm import __version__, checkpoints
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
 from chiasm.models import load_processor
 from chiasm.models.identity import fingerprint
+from chiasm.wire import CHAT_PATH, Health, Role
 
 CHECKPOINT = checkpoints.folder("demo")
 NAME = "ab" * 32
@@ -87,7 +89,7 @@ class Server:
         return Answer(sent[0]["status"], dict(sent[0]["headers"]), b"".join(each["body"] for each in sent[1:]))
 
     async def chat(self, *chunks: bytes) -> Answer:
-        return await self.call("POST", "/v1/chat/completions", *chunks, length=sum(map(len, chunks)))
+        return await self.call("POST", CHAT_PATH, *chunks, length=sum(map(len, chunks)))
 
 
 def role(name: str | None) -> SimpleNamespace | None:
@@ -128,9 +130,9 @@ def config(ec: str | None = None, kv: str | None = None, store: Path | None = No
 
 @pytest.fixture(autouse=True)
 def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The middleware runs where vLLM is loaded."""
+    """The middleware finds vLLM loaded."""
     module = ModuleType("vllm")
-    module.__version__ = "0.32.0"  # type: ignore[attr-defined]
+    module.__dict__["__version__"] = "0.32.0"
     monkeypatch.setitem(sys.modules, "vllm", module)
 
 
@@ -152,30 +154,28 @@ def sized(height: int, width: int, name: object = NAME) -> dict[str, object]:
 # ---- /health -----------------------------------------------------------------------------------------------------------
 
 
-async def test_health_says_what_the_instance_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_describes_the_instance(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     answer = await Server(VLLM(config("ec_consumer", store=store))).call("GET", "/health")
     assert (answer.status, answer.headers[b"content-type"]) == (200, b"application/json")
-    assert answer.json == {
-        "status": "ok",
-        "role": "pd",
-        "model": "demo",
-        "fingerprint": fingerprint(CHECKPOINT, "float32"),
-        "dtype": "float32",
-        "ec_store": (store / "store-id").read_text(),
-        "version": __version__,
-        "engine": "vllm 0.32.0",
-        "max_model_len": 2048,
-        "max_items": 5,
-        "max_num_seqs": 8,
-        "takes_image_size": True,
-        "device": "cpu",
-        "threads": 6,
-        "cpus": sorted(os.sched_getaffinity(0)),
-    }
+    assert msgspec.json.decode(answer.body, type=Health) == Health(
+        role=Role.PD,
+        model="demo",
+        fingerprint=fingerprint(CHECKPOINT, "float32"),
+        dtype="float32",
+        ec_store=(store / "store-id").read_text(),
+        version=__version__,
+        engine="vllm 0.32.0",
+        max_model_len=2048,
+        max_items=5,
+        max_num_seqs=8,
+        device="cpu",
+        threads=6,
+        cpus=sorted(os.sched_getaffinity(0)),
+    )
 
 
-async def test_health_names_the_store_that_there_is_now(store: Path) -> None:
+async def test_health_names_the_current_store(store: Path) -> None:
     server = Server(VLLM(config("ec_consumer", store=store)))
     before = (await server.call("GET", "/health")).json["ec_store"]
     shutil.rmtree(store)
@@ -186,7 +186,7 @@ async def test_health_names_the_store_that_there_is_now(store: Path) -> None:
 
 
 @pytest.mark.parametrize(("ec", "status"), [("ec_producer", 503), ("ec_consumer", 200)])
-async def test_a_store_out_of_reach_takes_an_encoder_out_and_leaves_others_to_text(
+async def test_an_unreachable_store_fails_an_encoder_and_leaves_the_others_for_text(
     store: Path, ec: str, status: int
 ) -> None:
     no_folder = store / "file"
@@ -216,7 +216,7 @@ async def test_roles(store: Path, ec: str | None, kv: str | None, expected: str)
     assert health.get("kv_connector") == ("NixlConnector" if kv else None)
 
 
-async def test_a_fingerprint_that_was_given_counts(store: Path) -> None:
+async def test_a_configured_fingerprint_is_used(store: Path) -> None:
     given = config("ec_consumer", store=store)
     given.ec_transfer_config.ec_connector_extra_config["fingerprint"] = "abcd"
     assert (await Server(VLLM(given)).call("GET", "/health")).json["fingerprint"] == "abcd"
@@ -232,7 +232,7 @@ async def test_a_model_that_chiasm_does_not_know(tmp_path: Path) -> None:
     assert "cannot tell how many tokens" in answer.json["error"]["message"]
 
 
-async def test_a_dead_engine_has_failed() -> None:
+async def test_a_dead_engine_is_a_failure() -> None:
     answer = await Server(VLLM(config(), status=503)).call("GET", "/health")
     assert answer.status == 503
     assert answer.json["status"] == "failed"
@@ -262,7 +262,7 @@ async def test_a_size_becomes_the_grid_that_the_encoder_will_answer() -> None:
     assert vllm.lengths == [str(len(body))]
 
 
-async def test_what_is_no_size_keeps_its_bytes() -> None:
+async def test_everything_but_sizes_keeps_its_bytes() -> None:
     odd = b'{"image_size" : [ 1 ], "x":1.50e0}'
     rest = b'"temperature" :1.0e-1,"x":{"image_size":[7,7]},"y": 12345678901234567890123}'
     part = json.dumps(sized(96, 96)).encode()
@@ -315,7 +315,7 @@ async def test_a_bad_size_or_name_is_refused(part: dict[str, object]) -> None:
     assert vllm.bodies == []
 
 
-async def test_names_are_checked_where_chiasms_connector_looks_for_them(store: Path) -> None:
+async def test_names_are_checked_if_chiasms_connector_looks_for_them(store: Path) -> None:
     vllm = VLLM(config("ec_consumer", store=store))
     grid = {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 6, 6]}}
     assert (await Server(vllm).chat(ask({**grid, "uuid": "../escaped"}))).status == 400
@@ -325,7 +325,7 @@ async def test_names_are_checked_where_chiasms_connector_looks_for_them(store: P
     assert vllm.bodies == [good]
 
 
-async def test_an_error_of_a_request_that_names_embeddings_is_explained() -> None:
+async def test_an_error_of_a_request_with_embeddings_is_explained() -> None:
     server = Server(VLLM(config(), status=500))
     answer = await server.chat(ask(sized(96, 96)))
     assert answer.status == 503
@@ -346,16 +346,16 @@ async def test_a_body_in_pieces_arrives_whole() -> None:
 async def test_a_body_past_the_limit_is_refused(declared: bool) -> None:
     vllm = VLLM(config())
     server = Server(vllm, max_body_bytes=100)
-    answer = await server.call("POST", "/v1/chat/completions", b"x" * 60, b"x" * 60, length=120 if declared else None)
+    answer = await server.call("POST", CHAT_PATH, b"x" * 60, b"x" * 60, length=120 if declared else None)
     assert answer.status == 413
     assert answer.json["error"]["type"] == "invalid_request_error"
     assert vllm.bodies == []
     assert (await server.chat(b"x" * 100)).body == b"answered"
 
 
-async def test_a_client_that_leaves_before_its_body_is_whole() -> None:
+async def test_a_client_that_leaves_before_its_body_is_whole_is_forgotten() -> None:
     vllm = VLLM(config())
-    assert (await Server(vllm).call("POST", "/v1/chat/completions", length=10)).status == 0
+    assert (await Server(vllm).call("POST", CHAT_PATH, length=10)).status == 0
     assert vllm.bodies == []
 
 
@@ -365,5 +365,5 @@ async def test_other_paths_and_methods_pass_untouched() -> None:
     body = ask(sized(96, 96))
     assert (await server.call("POST", "/v1/completions", body)).body == b"answered"
     assert (await server.call("POST", "/health", body)).headers == {b"x-from": b"vllm"}
-    assert (await server.call("GET", "/v1/chat/completions")).body == b"answered"
+    assert (await server.call("GET", CHAT_PATH)).body == b"answered"
     assert vllm.bodies == [body, body, b""]

@@ -1,4 +1,4 @@
-"""What was promised is there when the model runs, whatever happens to the folder in between."""
+"""What was promised is there when the model runs, whatever happens to the folder meanwhile."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from chiasm.ec_transfer import ECTransferRole
-from chiasm.ec_transfer.shared_storage import SharedStorageMetadata
+from chiasm.integrations.vllm.messages import StepReport
 
 from .conftest import Encoder
-from .engine import Engine, Step, embedding_of, identifier_of, request
+from .engine import KV_CACHE_TOKENS, Engine, Request, Step, embedding_of, far, identifier_of, request
 
 
 def overwrite(path: Path) -> None:
@@ -38,16 +37,8 @@ HARM: dict[str, Callable[[Path], None]] = {
 }
 
 
-def far(step: Step) -> Step:
-    """The step as it comes to a worker on another host: what the scheduler keeps is out of its reach."""
-    loads = pickle.loads(pickle.dumps(step.metadata.loads))
-    assert isinstance(loads, SharedStorageMetadata)
-    step.metadata = replace(step.metadata, loads=SharedStorageMetadata(loads.loads))
-    return step
-
-
 @pytest.mark.parametrize("harm", HARM)
-def test_it_is_loaded_whatever_happens_after_the_step_was_planned(encoder: Encoder, pd: Engine, harm: str) -> None:
+def test_an_entry_is_loaded_whatever_happens_to_it_after_planning(encoder: Encoder, pd: Engine, harm: str) -> None:
     path = encoder.publish("a")
     one = request(("a", 2))
     step = pd.schedule(one)
@@ -57,18 +48,18 @@ def test_it_is_loaded_whatever_happens_after_the_step_was_planned(encoder: Encod
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_it_is_waited_for_when_it_goes_before_the_promise(encoder: Encoder, pd: Engine, harm: str) -> None:
+def test_an_entry_that_goes_before_it_is_promised_is_waited_for(encoder: Encoder, pd: Engine, harm: str) -> None:
     path = encoder.publish("a")
     one = request(("a", 2))
     assert pd.scheduler.ensure_cache_available(one, 0)
     HARM[harm](path)
     assert not pd.scheduler.can_get("request", 0)
-    pd.run(Step(pd.scheduler.build_connector_meta(), []))
+    pd.run(Step(pd.scheduler.build_connector_meta(0), []))
     assert pd.update(one) == set()
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_between_promise_and_room_nothing_is_lost(encoder: Encoder, pd: Engine, harm: str) -> None:
+def test_an_entry_is_loaded_whatever_happens_to_it_after_the_promise(encoder: Encoder, pd: Engine, harm: str) -> None:
     path = encoder.publish("a")
     one = request(("a", 2))
     half = pd.scheduler
@@ -78,12 +69,12 @@ def test_between_promise_and_room_nothing_is_lost(encoder: Encoder, pd: Engine, 
     assert half.has_cache_item(identifier_of("a"))
     pd.memory.use(identifier_of("a"), "request")
     half.update_state_after_alloc(one, 0)
-    report = pd.run(Step(half.build_connector_meta(), [], touched={identifier_of("a")}))
+    report = pd.run(Step(half.build_connector_meta(0), [], touched={identifier_of("a")}))
     assert pd.update(one, report=report) == set()
     assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
 
 
-def test_copies_are_let_go_of_when_the_step_is_done(encoder: Encoder, pd: Engine) -> None:
+def test_copies_are_released_when_the_step_is_done(encoder: Encoder, pd: Engine) -> None:
     encoder.publish("a")
     before = len(os.listdir("/proc/self/fd"))
     one = request(("a", 2))
@@ -100,31 +91,37 @@ def test_copies_are_let_go_of_when_the_step_is_done(encoder: Encoder, pd: Engine
 # ---- a worker on another host ------------------------------------------------------------------------------------------
 
 
-def test_there_it_is_found_by_its_name(encoder: Encoder, pd: Engine) -> None:
+def test_a_far_worker_finds_the_entry_by_its_name(encoder: Encoder, pd: Engine) -> None:
     encoder.publish("a")
     one = request(("a", 2))
-    assert pd.update(one, report=pd.run(far(pd.schedule(one)))) == set()
+    assert pd.update(one, report=run_far(pd, pd.schedule(one))) == set()
     assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
 
 
-def lose(pd: Engine, encoder: Encoder, *requests: object) -> set[str]:
-    """A step in which the entry "a" goes before a worker on another host has it."""
+def run_far(engine: Engine, step: Step) -> StepReport | None:
+    """Run the step on a worker on another host."""
+    step.metadata = far(step.metadata)
+    return engine.run(step)
+
+
+def lose(pd: Engine, encoder: Encoder, *requests: Request) -> set[str]:
+    """Run a step in which the entry "a" goes before a worker on another host has it; return the requests that failed."""
     path = encoder.publish("a")
-    step = pd.schedule(*requests)  # type: ignore[arg-type]
+    step = pd.schedule(*requests)
     path.unlink()
-    report = pd.run(far(step))
+    report = run_far(pd, step)
     assert not pd.encoder_cache[identifier_of("a")].any(), "zeros take the place"
     pd.update(report=report)
-    return pd.update(*requests)  # type: ignore[arg-type]
+    return pd.update(*requests)
 
 
-def test_lost_there_it_fails_all_that_counted_on_it_and_no_other(encoder: Encoder, pd: Engine) -> None:
+def test_an_entry_that_a_far_worker_lost_fails_exactly_the_requests_that_used_it(encoder: Encoder, pd: Engine) -> None:
     encoder.publish("b")
     first, second, good = request(("a", 2), of="1"), request(("b", 2), ("a", 8), of="2"), request(("b", 2), of="good")
     assert lose(pd, encoder, first, second, good) == {"1", "2"}
 
 
-def test_lost_there_it_is_loaded_when_it_is_back(encoder: Encoder, pd: Engine) -> None:
+def test_an_entry_that_a_far_worker_lost_is_loaded_once_it_is_back(encoder: Encoder, pd: Engine) -> None:
     lose(pd, encoder, request(("a", 2), of="lost"))
     one = request(("a", 2))
     assert pd.step(one).tokens == {}
@@ -133,20 +130,20 @@ def test_lost_there_it_is_loaded_when_it_is_back(encoder: Encoder, pd: Engine) -
     assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
 
 
-def test_lost_there_it_is_loaded_at_once_when_it_is_back_already(encoder: Encoder, pd: Engine) -> None:
+def test_an_entry_that_a_far_worker_lost_is_loaded_at_once_if_it_is_back_already(encoder: Encoder, pd: Engine) -> None:
     lose(pd, encoder, request(("a", 2), of="lost"))
     encoder.publish("a")
     assert pd.step(request(("a", 2))).tokens == {"request": 8}
     assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
 
 
-def test_another_entry_in_its_place_there_is_not_taken_for_it(encoder: Encoder, pd: Engine) -> None:
+def test_a_far_worker_does_not_use_an_entry_of_another_shape(encoder: Encoder, pd: Engine) -> None:
     path = encoder.publish("a")
     one = request(("a", 2))
     step = pd.schedule(one)
     path.unlink()
     encoder.publish("a", embedding_of("a", rows=2))
-    pd.update(report=pd.run(far(step)))
+    pd.update(report=run_far(pd, step))
     assert pd.update(one) == {"request"}
 
 
@@ -156,16 +153,16 @@ def test_zeros_are_never_published(folder: Path, encoder: Encoder) -> None:
     first, second = request(("a", 2), of="1"), request(("a", 2), of="2")
     step = both.schedule(first)
     path.unlink()
-    following = both.schedule(second)  # before it is known that the first step has failed
+    following = both.schedule(second)  # planned before the first step has reported its failure
     assert following.metadata.publish == (identifier_of("a"),)
-    report = both.run(far(step))
+    report = run_far(both, step)
     both.run(following)
     assert not path.exists()
     both.update(report=report)
     assert both.update(first, second) == {"1", "2"}
 
 
-def test_one_that_had_it_before_goes_on(encoder: Encoder, pd: Engine) -> None:
+def test_a_request_that_used_the_embedding_earlier_goes_on(encoder: Encoder, pd: Engine) -> None:
     path = encoder.publish("a")
     earlier = request(("a", 2), of="earlier")
     pd.step(earlier)
@@ -176,7 +173,7 @@ def test_one_that_had_it_before_goes_on(encoder: Encoder, pd: Engine) -> None:
     assert lose(pd, encoder, earlier, request(("a", 2), of="lost")) == {"lost"}
 
 
-def test_blocks_made_from_zeros_are_not_taken_from_the_prefix_cache(encoder: Encoder, pd: Engine) -> None:
+def test_blocks_computed_from_zeros_are_not_taken_from_the_prefix_cache(encoder: Encoder, pd: Engine) -> None:
     lose(pd, encoder, request(("a", 2), of="lost"))
     encoder.publish("a")
     one = request(("a", 2), tokens=9)
@@ -186,6 +183,21 @@ def test_blocks_made_from_zeros_are_not_taken_from_the_prefix_cache(encoder: Enc
     assert not request(("b", 2)).skip_reading_prefix_cache
 
 
+def test_such_blocks_are_forgotten_once_the_kv_cache_has_been_overwritten(encoder: Encoder, pd: Engine) -> None:
+    lose(pd, encoder, request(("a", 2), of="lost"))
+    encoder.publish("a")
+    pd.scheduler.build_connector_meta(KV_CACHE_TOKENS - 1)
+    assert pd.step(request(("a", 2), of="early", tokens=9), cached_tokens=8).tokens == {}
+    pd.scheduler.build_connector_meta(1)
+    assert pd.step(request(("a", 2), of="late", tokens=9), cached_tokens=8).tokens == {"late": 1}
+
+
+def test_many_lost_items_cost_other_images_no_prefix_hit(encoder: Encoder, pd: Engine) -> None:
+    pd.scheduler.update_connector_output(StepReport(1, frozenset(map(identifier_of, map(str, range(2000))))))
+    encoder.publish("a")
+    assert pd.step(request(("a", 2), tokens=9), cached_tokens=8).tokens == {"request": 1}
+
+
 def test_a_request_that_got_such_blocks_in_the_same_step_fails(encoder: Encoder, pd: Engine) -> None:
     path = encoder.publish("a")
     first, second = request(("a", 2), of="1", tokens=9), request(("a", 2), of="2", tokens=9)
@@ -193,7 +205,7 @@ def test_a_request_that_got_such_blocks_in_the_same_step_fails(encoder: Encoder,
     following = pd.schedule(second, cached_tokens=8)  # before the first step is done
     assert following.tokens == {"2": 1}
     path.unlink()
-    pd.update(report=pd.run(far(step)))
+    pd.update(report=run_far(pd, step))
     assert pd.update(first, second) == {"1", "2"}
 
 
@@ -228,7 +240,7 @@ def test_what_the_store_has_is_not_encoded(producer: Engine, encoder: Encoder) -
     assert producer.scheduler.is_published(identifier_of("a"))
 
 
-def test_what_the_store_had_is_encoded_when_it_has_gone(producer: Engine, encoder: Encoder) -> None:
+def test_what_the_store_has_lost_is_encoded_again(producer: Engine, encoder: Encoder) -> None:
     encoder.publish("a")
     encode(producer, "a")
     encoder.path("a").unlink()
@@ -236,7 +248,7 @@ def test_what_the_store_had_is_encoded_when_it_has_gone(producer: Engine, encode
     assert encoder.path("a").exists()
 
 
-def test_what_is_in_memory_is_published_again_when_the_store_has_lost_it(producer: Engine, encoder: Encoder) -> None:
+def test_what_is_in_memory_is_published_again_if_the_store_has_lost_it(producer: Engine, encoder: Encoder) -> None:
     encode(producer, "a")
     encoder.path("a").unlink()
     assert encode(producer, "a", "again").encoded == []
@@ -252,7 +264,7 @@ def test_evictions_are_counted(folder: Path) -> None:
     assert producer.counts()["evictions"] == 1
 
 
-def test_an_instance_that_does_both_loads_what_it_has_not(folder: Path, encoder: Encoder) -> None:
+def test_an_instance_that_encodes_and_reads_loads_what_it_does_not_have(folder: Path, encoder: Encoder) -> None:
     both = Engine(folder, ECTransferRole.BOTH)
     both.embeddings = {identifier_of("b"): embedding_of("b")}
     encoder.publish("a")

@@ -8,11 +8,10 @@ import pytest
 
 from chiasm.ec_transfer import ECConnectorStats
 from chiasm.errors import ConfigurationError
-from chiasm.integrations.vllm.counters import CounterPage, CounterWriter
-from chiasm.integrations.vllm.layout import Layout
+from chiasm.integrations.vllm import check_version
+from chiasm.integrations.vllm.items import Layout
+from chiasm.integrations.vllm.messages import CounterPage, CounterWriter, StepReport
 from chiasm.integrations.vllm.settings import Settings
-from chiasm.integrations.vllm.step import StepReport
-from chiasm.integrations.vllm.versions import check_version
 
 
 def test_settings_are_read() -> None:
@@ -26,7 +25,7 @@ def test_settings_are_read() -> None:
     [
         ({}, "needs shared_storage_path"),
         ({"shared_storage_path": ""}, "needs shared_storage_path"),
-        ({"shared_storage_path": "/s", "max_byte": 1}, "no setting 'max_byte'; there are shared_storage_path"),
+        ({"shared_storage_path": "/s", "max_byte": 1}, "no setting 'max_byte'; its settings are shared_storage_path"),
         ({"shared_storage_path": "/s", "max_bytes": "1"}, "whole number"),
         ({"shared_storage_path": "/s", "max_bytes": True}, "whole number"),
         ({"shared_storage_path": "/s", "wait_seconds": -1}, "wait_seconds must be"),
@@ -34,23 +33,23 @@ def test_settings_are_read() -> None:
         ({"shared_storage_path": "/s", "fingerprint": 7}, "fingerprint must be"),
     ],
 )
-def test_settings_that_cannot_work_are_named(extra: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_refused_by_name(extra: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         Settings.read(extra)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.33.0rc1+cpu", "0.32.0+cpu", "0.33"])
-def test_versions_that_work(version: str) -> None:
+def test_supported_versions_are_accepted(version: str) -> None:
     check_version(version)
 
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.34.0", "0.3", "0.320.0", "1.32.0", "dev", ""])
-def test_other_versions_are_refused_with_those_that_work(version: str) -> None:
+def test_other_versions_are_refused(version: str) -> None:
     with pytest.raises(ConfigurationError, match=r"works with vLLM 0\.32 and 0\.33"):
         check_version(version)
 
 
-def test_counters_go_from_one_process_to_the_other() -> None:
+def test_counters_pass_from_worker_to_scheduler() -> None:
     page = CounterPage()
     writer = CounterWriter(page.path)
     assert set(page.added().values()) == {0.0}
@@ -64,7 +63,7 @@ def test_counters_go_from_one_process_to_the_other() -> None:
     assert (page.path, page.added()) == ("", {})
 
 
-def test_the_layout_of_a_model_with_levels() -> None:
+def test_the_layout_of_a_model_with_deepstack_levels() -> None:
     vision = SimpleNamespace(deepstack_visual_indexes=[0, 1])
     model = SimpleNamespace(
         hf_config=SimpleNamespace(vision_config=vision),
@@ -75,6 +74,6 @@ def test_the_layout_of_a_model_with_levels() -> None:
     assert Layout.of(model).width == 576
 
 
-def test_what_failed_on_one_rank_has_failed() -> None:
+def test_what_failed_on_any_rank_has_failed() -> None:
     merged = StepReport(4, frozenset({"a"})).aggregate(StepReport(4, frozenset({"b"})))
     assert merged == StepReport(4, frozenset({"a", "b"}))

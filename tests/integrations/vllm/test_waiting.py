@@ -1,4 +1,4 @@
-"""A request waits for its embeddings, runs when they are there, and fails alone when they don't come."""
+"""A request waits for its embeddings, runs once they are there, and fails alone if they don't come."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chiasm.ec_transfer import ECTransferRole
-from chiasm.integrations.vllm.scheduler_half import Reach
+from chiasm.integrations.vllm.scheduler import Reach
 
 from .conftest import Encoder
 from .engine import LAYOUT, ROWS, WAIT_SECONDS, WINDOW, Engine, embedding_of, identifier_of, request
@@ -19,7 +19,7 @@ def loaded(pd: Engine, name: str) -> torch.Tensor:
     return pd.encoder_cache[identifier_of(name)]
 
 
-def test_it_is_loaded_when_it_has_come(encoder: Encoder, pd: Engine) -> None:
+def test_an_item_is_loaded_once_it_has_arrived(encoder: Encoder, pd: Engine) -> None:
     one = request(("a", 2))
     assert pd.step(one).tokens == {}
     encoder.publish("a")
@@ -40,7 +40,7 @@ def test_waiting_is_counted_once_and_timed(encoder: Encoder, pd: Engine) -> None
     assert pd.counts() == {}
 
 
-def test_one_that_does_not_come_fails_its_request_alone(encoder: Encoder, pd: Engine) -> None:
+def test_an_item_that_does_not_arrive_fails_its_request_alone(encoder: Encoder, pd: Engine) -> None:
     encoder.publish("b")
     lost, good = request(("a", 2), of="lost"), request(("b", 2), of="good")
     pd.step(lost, good)
@@ -62,7 +62,7 @@ def test_the_next_request_with_the_same_item_waits_anew(encoder: Encoder, pd: En
     assert pd.step(second).tokens == {"second": 8}
 
 
-def test_a_client_that_leaves_is_forgotten(pd: Engine) -> None:
+def test_a_request_whose_client_leaves_is_forgotten(pd: Engine) -> None:
     one = request(("a", 2))
     pd.step(one)
     pd.finish(one)
@@ -71,7 +71,7 @@ def test_a_client_that_leaves_is_forgotten(pd: Engine) -> None:
 
 
 @pytest.mark.parametrize("name", ["../escaped", "a/b", "nul\0", "x" * 10_000, "", "A" * 64])
-def test_a_name_that_is_no_identifier_fails_its_request(pd: Engine, folder: Path, name: str) -> None:
+def test_a_name_that_is_not_an_identifier_fails_its_request(pd: Engine, folder: Path, name: str) -> None:
     before = sorted(folder.parent.rglob("*"))
     bad = request(("a", 2))
     bad.mm_features = [type(bad.mm_features[0])(name, bad.mm_features[0].mm_position, bad.mm_features[0].data)]
@@ -99,7 +99,7 @@ def test_a_torn_entry_counts_as_missing(encoder: Encoder, pd: Engine, size_bytes
     assert pd.step(one).tokens == {"request": 8}
 
 
-def test_damaged_bytes_are_found_before_the_promise(encoder: Encoder, pd: Engine) -> None:
+def test_damaged_bytes_are_found_before_the_entry_is_promised(encoder: Encoder, pd: Engine) -> None:
     path = encoder.publish("a")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -133,14 +133,14 @@ def test_an_item_that_occurs_twice_is_loaded_once(encoder: Encoder, pd: Engine) 
     assert pd.counts()["loads"] == 1
 
 
-def test_in_memory_it_needs_no_entry(encoder: Encoder, pd: Engine) -> None:
+def test_an_item_in_memory_needs_no_entry(encoder: Encoder, pd: Engine) -> None:
     path = encoder.publish("a")
     pd.step(request(("a", 2), of="first"))
     path.unlink()
     assert pd.step(request(("a", 2), of="second")).tokens == {"second": 8}
 
 
-def test_a_request_past_its_items_costs_no_look(encoder: Encoder, pd: Engine, folder: Path) -> None:
+def test_a_request_past_its_items_does_not_look_for_them(encoder: Encoder, pd: Engine, folder: Path) -> None:
     encoder.publish("a")
     one = request(("a", 2), tokens=8)
     pd.step(one)
@@ -154,9 +154,9 @@ def test_a_request_past_its_items_costs_no_look(encoder: Encoder, pd: Engine, fo
 # ---- while nothing runs ------------------------------------------------------------------------------------------------
 
 
-def test_an_entry_that_comes_is_news(encoder: Encoder, pd: Engine) -> None:
+def test_an_entry_that_arrives_is_news(encoder: Encoder, pd: Engine) -> None:
     pd.step(request(("a", 2), of="first"), request(("b", 2), of="second"))
-    assert pd.scheduler.num_deferred == 2
+    assert pd.scheduler.num_waiting == 2
     assert not pd.scheduler.has_news()
     encoder.publish("b")
     assert pd.scheduler.has_news()
@@ -167,10 +167,10 @@ def test_a_deadline_that_passes_is_news(pd: Engine) -> None:
     pd.clock.now = WAIT_SECONDS + 0.1
     assert pd.scheduler.has_news()
     pd.update()
-    assert pd.scheduler.num_deferred == 0
+    assert pd.scheduler.num_waiting == 0
 
 
-def test_the_longer_all_have_waited_the_less_often_one_looks(pd: Engine) -> None:
+def test_polling_slows_down_the_longer_all_have_waited(pd: Engine) -> None:
     pd.step(request(("a", 2), of="first"))
     assert pd.scheduler.poll_seconds() == pytest.approx(0.0005)
     pd.clock.now = 0.2
@@ -193,7 +193,7 @@ def test_an_item_beyond_the_step_need_not_be_there(encoder: Encoder, pd: Engine)
     assert pd.step(one).tokens == {"request": 8}
 
 
-def test_prefill_goes_up_to_the_first_item_that_is_missing(folder: Path, encoder: Encoder) -> None:
+def test_prefill_runs_up_to_the_first_item_that_is_missing(folder: Path, encoder: Encoder) -> None:
     pd = Engine(folder, ECTransferRole.CONSUMER, Reach(WINDOW, max_ahead=1, min_tokens=6))
     encoder.publish("a")
     one = request(("a", 2), ("b", 8), ("c", 14))
@@ -206,7 +206,7 @@ def test_prefill_goes_up_to_the_first_item_that_is_missing(folder: Path, encoder
     assert all(torch.equal(loaded(pd, name), embedding_of(name)) for name in "abc")
 
 
-def test_for_few_tokens_none_begins(folder: Path) -> None:
+def test_a_request_does_not_begin_for_few_tokens(folder: Path) -> None:
     pd = Engine(folder, ECTransferRole.CONSUMER, Reach(WINDOW, max_ahead=1, min_tokens=6))
     assert pd.step(request(("a", 5))).tokens == {}
     assert pd.step(request(("a", 6), of="other")).tokens == {"other": 6}
@@ -220,7 +220,7 @@ def test_only_so_many_requests_run_ahead(folder: Path, encoder: Encoder) -> None
     assert pd.step(second).tokens == {"second": 6}
 
 
-def test_one_that_has_run_ahead_fails_in_time(folder: Path) -> None:
+def test_a_request_that_has_run_ahead_fails_in_time(folder: Path) -> None:
     pd = Engine(folder, ECTransferRole.CONSUMER, Reach(WINDOW, max_ahead=1, min_tokens=6))
     one = request(("a", 6))
     pd.step(one)
@@ -229,7 +229,7 @@ def test_one_that_has_run_ahead_fails_in_time(folder: Path) -> None:
     assert pd.update(one) == {"request"}
 
 
-def test_what_goes_from_memory_in_the_same_step_stops_prefill(folder: Path, encoder: Encoder) -> None:
+def test_an_item_that_leaves_memory_in_the_same_step_stops_prefill(folder: Path, encoder: Encoder) -> None:
     pd = Engine(folder, ECTransferRole.CONSUMER)
     path = encoder.publish("a")
     pd.step(request(("a", 2), of="first"))

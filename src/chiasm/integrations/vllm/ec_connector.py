@@ -1,7 +1,7 @@
 """The class that vLLM loads: ``--ec-transfer-config`` names it as ``ChiasmECConnector`` of this module.
 
-It is SharedStorageConnector in vLLM's clothes. What vLLM asks its scheduler's object goes to SchedulerHalf, what it asks
-the workers' objects to WorkerHalf; this file only translates between vLLM's types and theirs.
+It is an adapter around SharedStorageConnector. vLLM's scheduler has one object, whose calls go to SchedulerHalf, and each
+worker has one, whose calls go to WorkerHalf; this file only translates between vLLM's types and theirs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import vllm
 
-from chiasm.integrations.vllm.versions import check_version
+from chiasm.integrations.vllm import check_version
 
-check_version(vllm.__version__)  # before the imports that another version might not have
+check_version(vllm.__version__)  # before imports that another version might not have
 
 from vllm.distributed.ec_transfer.ec_connector.base import (  # noqa: E402
     ECConnectorBase,
@@ -33,13 +33,12 @@ from vllm.platforms import current_platform  # noqa: E402
 from chiasm import ec_transfer  # noqa: E402
 from chiasm.ec_transfer.shared_storage import SharedStorageConnector  # noqa: E402
 from chiasm.errors import ConfigurationError  # noqa: E402
-from chiasm.integrations.vllm.identity import fingerprint_of  # noqa: E402
-from chiasm.integrations.vllm.layout import Layout  # noqa: E402
-from chiasm.integrations.vllm.scheduler_half import Reach, SchedulerHalf  # noqa: E402
-from chiasm.integrations.vllm.settings import Settings  # noqa: E402
-from chiasm.integrations.vllm.stats import ChiasmECPromMetrics, ChiasmECStats  # noqa: E402
-from chiasm.integrations.vllm.step import StepMetadata, StepReport  # noqa: E402
-from chiasm.integrations.vllm.worker_half import WorkerHalf  # noqa: E402
+from chiasm.integrations.vllm.items import Layout  # noqa: E402
+from chiasm.integrations.vllm.messages import StepMetadata, StepReport  # noqa: E402
+from chiasm.integrations.vllm.metrics import ChiasmECPromMetrics, ChiasmECStats  # noqa: E402
+from chiasm.integrations.vllm.scheduler import Reach, SchedulerHalf  # noqa: E402
+from chiasm.integrations.vllm.settings import Settings, fingerprint_of  # noqa: E402
+from chiasm.integrations.vllm.worker import WorkerHalf  # noqa: E402
 
 ECConnectorMetadata.register(StepMetadata)
 ECConnectorWorkerMetadata.register(StepReport)
@@ -56,23 +55,22 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role is ECConnectorRole.SCHEDULER:
-            # They need vLLM's engine, which workers do without.
-            from chiasm.integrations.vllm import encoder_cache, patience
+            from chiasm.integrations.vllm import engine_hooks  # needs vLLM's engine, which workers do without
 
             self._store = self._make_store(settings, ec_transfer.ECConnectorRole.SCHEDULER, "cpu")
             self._fields = PlaceholderMetadataResolver(model_config)
-            self._fields.fields_for("image")  # takes a while: better now than when a request waits
+            self._fields.fields_for("image")  # takes a while, so not when a request waits
             self._scheduler = SchedulerHalf(
                 self._store,
                 settings,
                 Layout.of(model_config),
                 self._fields.fields_for,
                 reach=_reach_of(vllm_config),
+                kv_cache_tokens=_kv_cache_tokens(vllm_config),
                 is_producer=self.is_producer,
                 is_reader=self.is_consumer,
             )
-            encoder_cache.install(vllm_config, self._scheduler)
-            patience.install()
+            engine_hooks.install(vllm_config, self._scheduler)
         else:
             self._store = self._make_store(settings, ec_transfer.ECConnectorRole.WORKER, _device())
             self._worker = WorkerHalf(self._store, model_config.dtype, is_writer=_is_writer)
@@ -97,77 +95,77 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
     # ---- scheduler ------------------------------------------------------------------------------------------------
 
     @property
-    def half(self) -> SchedulerHalf:
-        assert self._scheduler is not None, "this is the workers' half"
+    def scheduler_half(self) -> SchedulerHalf:
+        assert self._scheduler is not None, "this is a worker's connector"
         return self._scheduler
 
     def ensure_cache_available(self, request: Any, num_computed_tokens: int) -> bool:
-        return self.half.ensure_cache_available(request, num_computed_tokens)
+        return self.scheduler_half.ensure_cache_available(request, num_computed_tokens)
 
     def has_cache_item(self, identifier: str) -> bool:
-        return self.half.has_cache_item(identifier)
+        return self.scheduler_half.has_cache_item(identifier)
 
     def update_state_after_alloc(self, request: Any, index: int) -> None:
-        self.half.update_state_after_alloc(request, index)
+        self.scheduler_half.update_state_after_alloc(request, index)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
-        return self.half.build_connector_meta()
+        return self.scheduler_half.build_connector_meta(scheduler_output.total_num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.ec_connector_worker_meta
         if isinstance(report, StepReport):
-            self.half.update_connector_output(report)
+            self.scheduler_half.update_connector_output(report)
 
     def take_unavailable_requests(self) -> set[str]:
-        return self.half.take_unavailable_requests()
+        return self.scheduler_half.take_unavailable_requests()
 
     def request_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
-        """What the request's answer says of its items, for those that a consumer will find; nothing is kept back."""
-        self.half.request_finished(request)
+        """Return False, since nothing is kept back, and the ``ec_transfer_params`` of the answer: the items in the store."""
+        self.scheduler_half.request_finished(request)
         if not self.is_producer:
             return False, None
         items = {
             identifier: entry
             for identifier, entry in collect_ec_item_metadata(request.mm_features, self._fields).items()
-            if self.half.is_published(identifier)
+            if self.scheduler_half.is_published(identifier)
         }
         return False, items or None
 
     # ---- worker ---------------------------------------------------------------------------------------------------
 
     @property
-    def _working(self) -> WorkerHalf:
-        assert self._worker is not None, "this is the scheduler's half"
+    def worker_half(self) -> WorkerHalf:
+        assert self._worker is not None, "this is the scheduler's connector"
         return self._worker
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
-        self._working.bind(connector_metadata)
+        self.worker_half.bind(connector_metadata)
 
     def clear_connector_metadata(self) -> None:
         super().clear_connector_metadata()
-        self._working.clear()
+        self.worker_half.clear()
 
     def start_save_caches(self, **kwargs: Any) -> None:
         with _syncing():
-            self._working.start_save_caches(kwargs["encoder_cache"])
+            self.worker_half.start_save_caches(kwargs["encoder_cache"])
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
         with _syncing():
-            self._working.start_load_caches(encoder_cache)
+            self.worker_half.start_load_caches(encoder_cache)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
         if self.is_producer:
             with _syncing():
-                self._working.save_caches(encoder_cache, mm_hash)
+                self.worker_half.save_caches(encoder_cache, mm_hash)
 
     def build_connector_worker_meta(self) -> StepReport | None:
-        return self._working.report()
+        return self.worker_half.report()
 
     # ---- statistics -----------------------------------------------------------------------------------------------
 
     def get_ec_connector_stats(self) -> ChiasmECStats | None:
-        """The scheduler's object answers for the workers too; see counters.py."""
+        """Return what has been counted since the last call; the scheduler's object answers for the workers too."""
         if self._scheduler is None:
             return None
         counts = self._scheduler.take_counts()
@@ -189,32 +187,37 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
 
 
 def _check(vllm_config: Any) -> None:
-    """Raises ConfigurationError for what would fail at the first request, or end the start without a reason."""
+    """Raise ConfigurationError for what would fail at the first request, or end the start without a reason."""
     model_config = vllm_config.model_config
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if ranks > 1 and vllm_config.ec_transfer_config.is_ec_producer and not _has_hash_seed():
-        # vLLM has each rank encode a sample of each modality, in the order of a set: they wait for each other in vain.
+        # At start each rank encodes a sample of each modality, in the order of a set; in different orders they deadlock.
         raise ConfigurationError(
-            f"an encoder over {ranks} ranks needs the same order of Python's sets in all of them: set PYTHONHASHSEED in its "
-            "environment to a number, such as 1 (`chiasm serve` does)"
+            f"An encoder on {ranks} ranks needs the same order of Python's sets in all of them: set PYTHONHASHSEED in its "
+            "environment to a number, such as 1 (`chiasm serve` does this)."
         )
     if model_config.is_encoder_decoder:
-        raise ConfigurationError("ChiasmECConnector cannot serve encoder-decoder models")
+        raise ConfigurationError("ChiasmECConnector cannot serve encoder-decoder models.")
     if model_config.multimodal_config is None:
-        raise ConfigurationError(f"ChiasmECConnector has nothing to do for {model_config.model}, which takes text only")
+        raise ConfigurationError(f"{model_config.model} takes text only; run it without ChiasmECConnector.")
     if model_config.multimodal_config.mm_processor_cache_type == "shm":
-        # The scheduler then sees where items lie, and not what they are.
-        raise ConfigurationError("ChiasmECConnector needs --mm-processor-cache-type lru")
+        # The scheduler would see where items are, but not what they are.
+        raise ConfigurationError("ChiasmECConnector needs --mm-processor-cache-type lru.")
 
 
 def _has_hash_seed() -> bool:
     return os.environ.get("PYTHONHASHSEED", "random") not in ("", "random")
 
 
+def _lookahead_tokens(vllm_config: Any) -> int:
+    """Return how many tokens of a sequence a step computes beyond those that it keeps."""
+    speculative = vllm_config.speculative_config
+    return int(speculative.num_speculative_tokens or 0) + 1 if speculative is not None else 0
+
+
 def _reach_of(vllm_config: Any) -> Reach:
-    scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
-    lookahead = int(speculative.num_speculative_tokens or 0) + 1 if speculative is not None else 0
-    # Chunks of a hybrid model end where its state can be kept.
+    scheduler, lookahead = vllm_config.scheduler_config, _lookahead_tokens(vllm_config)
+    # The state of a hybrid model can be kept only at certain positions, so its chunks cannot end anywhere.
     ends_anywhere = scheduler.enable_chunked_prefill and not vllm_config.model_config.is_hybrid
     return Reach(
         window_tokens=int(scheduler.max_num_batched_tokens) + lookahead,
@@ -223,19 +226,30 @@ def _reach_of(vllm_config: Any) -> Reach:
     )
 
 
+def _kv_cache_tokens(vllm_config: Any) -> int:
+    """Return after how many computed tokens each block of the KV cache that was free has been reused.
+
+    That is twice its size, since the first tokens may fill blocks that requests had already, and more if drafts are computed
+    and rejected.
+    """
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    block_tokens = cache.block_size * parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size
+    return int(2 * cache.num_gpu_blocks * block_tokens * (1 + _lookahead_tokens(vllm_config)))
+
+
 def _is_writer() -> bool:
-    """One rank saves for all, since all have the same embeddings."""
+    """Return whether this rank saves: one does for all, since all have the same embeddings."""
     return bool(get_tensor_model_parallel_rank() == 0)
 
 
 def _device() -> str:
-    """The worker's own: a bare "cuda" would be the first GPU, whatever the rank."""
+    """Return the worker's own device: a bare ``cuda`` would be the first GPU, whatever the rank."""
     kind = str(current_platform.device_type)
     return f"{kind}:{current_platform.current_device()}" if current_platform.is_cuda_alike() else kind
 
 
 def _syncing() -> contextlib.AbstractContextManager[Any]:
-    """vLLM can be told to complain of code that waits for the GPU; copying an embedding does."""
+    """A block that may wait for the GPU, as copying an embedding does; vLLM can be told to complain of any other."""
     try:
         from vllm.utils.gpu_sync_debug import gpu_sync_allowed
     except ImportError:

@@ -1,40 +1,45 @@
-"""What vLLM's HTTP server needs so that chiasm's proxy knows it like one of chiasm's own instances.
+"""What vLLM's HTTP server needs so that chiasm's proxy can treat it like one of chiasm's own instances.
 
-``vllm serve --middleware chiasm.integrations.vllm.middleware.ChiasmMiddleware``. Without it vLLM is still of use to the
-proxy: that then waits for the encoder's answer before it calls a PD, and cannot check that instances fit each other.
+``vllm serve --middleware chiasm.integrations.vllm.middleware.ChiasmMiddleware``. Without it the proxy can use vLLM too, but
+waits for the encoder's answer before it calls a PD, and cannot check that instances match.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+from msgspec import Raw
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chiasm.chat_body import json_object, with_content_parts
+from chiasm.ec_transfer import check_identifier
 from chiasm.errors import ChiasmError, EmbeddingUnavailableError, InvalidRequestError
-from chiasm.http.errors import error_body, error_headers
-from chiasm.integrations.vllm import placeholders
-from chiasm.integrations.vllm.description import Description, describe
-from chiasm.integrations.vllm.request_body import read_body, receive_of, scope_of
-from chiasm.models.base import ItemGeometry, Metadata
+from chiasm.http import ClientLeftError, read_body
+from chiasm.http.errors import error_response
+from chiasm.integrations.vllm.health import Description, describe
+from chiasm.models.families.base import SIZE_KEY
 from chiasm.server.config import ServerConfig
+from chiasm.wire import CHAT_PATH, Health
 
-_CHAT = ("POST", "/v1/chat/completions")
-_HEALTH = ("GET", "/health")
-_SAID_BYTES = 200
+_EMBEDS = "image_embeds"
+_EMBEDS_KEY = f'"{_EMBEDS}"'.encode()
+_SHOWN_BYTES = 200
 _NO_EMBEDDING = EmbeddingUnavailableError(
-    "An embedding of this request has not come in time or could not be used, or vLLM's engine has failed; the instance's log "
-    "says which."
+    "An embedding of this request did not arrive in time or could not be used, or vLLM's engine has failed; the log of the "
+    "instance says which."
 )
+_fields = msgspec.json.Decoder(dict[str, Raw])
 
 
 class ChiasmMiddleware:
-    """Answers /health with what the instance is, and turns images' sizes in chat completions into vLLM's metadata.
+    """Answers /health with what the instance is, and replaces image sizes in chat completions by vLLM's metadata.
 
-    Everything else passes as it is, but for bodies of chat completions larger than chiasm's instances take, and the error of
-    a request whose embeddings were not there.
+    It also refuses bodies of chat completions that are larger than chiasm's own instances take, and explains the error of a
+    request that failed for want of an embedding. Everything else passes unchanged.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int = ServerConfig.max_body_bytes) -> None:
@@ -44,97 +49,128 @@ class ChiasmMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         called = (scope["method"], scope["path"]) if scope["type"] == "http" else None
-        if called == _HEALTH:
+        if called == ("GET", "/health"):
             await self._health(scope, receive, send)
-        elif called == _CHAT:
+        elif called == ("POST", CHAT_PATH):
             await self._chat(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, message = await self._ask(scope, receive)
-        answer: dict[str, Any] = {
-            "status": "failed",
-            "message": message or "vLLM's engine has stopped; its log says why",
-        }
-        if status == 200:
-            try:
-                answer = await asyncio.to_thread((await self._described(scope)).current_health)
-            except (ChiasmError, OSError) as error:
-                status, answer = 503, {"status": "failed", "message": str(error)}
-        await _reply(send, msgspec.json.encode(answer), status)
-
-    async def _ask(self, scope: Scope, receive: Receive) -> tuple[int, str]:
-        """What vLLM itself answers."""
-        status, said = 500, b""
-
-        async def note(message: Message) -> None:
-            nonlocal status, said
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            else:
-                said += message.get("body", b"")[: _SAID_BYTES - len(said)]
-
-        await self._app(scope, receive, note)
-        return status, said.decode(errors="replace")
-
-    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await read_body(scope, receive, self._max_body_bytes)
-            if body is None:
-                return
-            if placeholders.may_name_embeddings(body):
-                body = await self._with_grids(scope, body)
-                scope, send = scope_of(scope, body), _explained(send)
-        except ChiasmError as error:
-            await _refuse(send, error)
-            return
-        await self._app(scope, receive_of(body, receive), send)
-
-    async def _with_grids(self, scope: Scope, body: bytes) -> bytes:
-        described = await self._described(scope)
-        processor = described.processor
-
-        def geometry_of(metadata: Metadata) -> ItemGeometry:
-            if processor is None:
-                raise InvalidRequestError(
-                    "This instance cannot tell how many tokens an image of this size takes: send the metadata of the "
-                    "encoder's answer, or the image.",
-                    param="messages",
-                )
-            return processor.geometry_of_metadata(metadata)
-
-        return placeholders.with_grids(body, geometry_of, are_named=described.has_connector)
-
     async def _described(self, scope: Scope) -> Description:
-        """Found out once; what has failed is tried again."""
+        """Return the instance's description, which is made once; after a failure it is tried again."""
         task = self._describing
         if task is None or (task.done() and task.exception() is not None):
             task = self._describing = asyncio.create_task(asyncio.to_thread(describe, scope["app"].state))
         return await asyncio.shield(task)
 
+    # ---- /health ----------------------------------------------------------------------------------------------------
 
-def _explained(send: Send) -> Send:
-    """vLLM answers with no more than "Internal server error" when the connector fails a request."""
-    replaced = False
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status, message = await self._ask_vllm(scope, receive)
+        health = Health(status="failed", message=message or "vLLM's engine has stopped; its log says why.")
+        if status == 200:
+            try:
+                health = await asyncio.to_thread((await self._described(scope)).current_health)
+            except (ChiasmError, OSError) as error:
+                status, health = 503, Health(status="failed", message=str(error))
+        response = Response(msgspec.json.encode(health), status, media_type="application/json")
+        await response(scope, receive, send)
+
+    async def _ask_vllm(self, scope: Scope, receive: Receive) -> tuple[int, str]:
+        """Return the status and the beginning of the body with which vLLM itself answers."""
+        status, body = 500, b""
+
+        async def note(message: Message) -> None:
+            nonlocal status, body
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            else:
+                body += message.get("body", b"")[: _SHOWN_BYTES - len(body)]
+
+        await self._app(scope, receive, note)
+        return status, body.decode(errors="replace")
+
+    # ---- chat completions -------------------------------------------------------------------------------------------
+
+    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await read_body(receive, Headers(scope=scope), self._max_body_bytes)
+            if _EMBEDS_KEY in body:
+                body = _with_grids(body, await self._described(scope))
+                scope, send = _with_length(scope, body), _explained(scope, receive, send)
+        except ClientLeftError:
+            return
+        except ChiasmError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, _replayed(body, receive), send)
+
+
+def _with_grids(body: bytes, described: Description) -> bytes:
+    """Return the body with each ``image_size`` of an ``image_embeds`` part replaced by what vLLM sizes placeholders by.
+
+    vLLM takes ``image_grid_thw``, which is in the encoder's answer. chiasm's proxy knows height and width before that, and the
+    grid follows from them. A body that isn't a chat completion is returned as it is, for vLLM to refuse. Raises
+    InvalidRequestError for a bad size, and for a bad name of an embedding that chiasm's connector would look for.
+    """
+    is_changed = False
+
+    def with_grid(part: Raw) -> bytes | Raw:
+        nonlocal is_changed
+        fields: dict[str, Any] = _fields.decode(part) if _EMBEDS_KEY in bytes(part) else {}
+        embeds: Any = msgspec.json.decode(fields.get(_EMBEDS, b"null"))
+        if not isinstance(embeds, dict):
+            return part
+        is_sized = SIZE_KEY in embeds
+        if is_sized or described.has_connector:
+            check_identifier(msgspec.json.decode(fields.get("uuid", b"null")))
+        if not is_sized:
+            return part
+        if described.processor is None:
+            raise InvalidRequestError(
+                "This instance cannot tell how many tokens an image of this size takes; send the metadata of the encoder's "
+                "answer, or the image.",
+                param="messages",
+            )
+        is_changed = True
+        grid = described.processor.geometry_of_metadata(embeds).metadata
+        return json_object({**fields, _EMBEDS: msgspec.json.encode(grid)})
+
+    try:
+        rewritten = with_content_parts(body, with_grid)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return body
+    return rewritten if is_changed else body
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Return the ``receive`` of an application that has yet to read a body that was read here."""
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return left.pop() if left else await receive()
+
+    return replayed
+
+
+def _with_length(scope: Scope, body: bytes) -> Scope:
+    scope = dict(scope)
+    headers = MutableHeaders(scope=scope)  # copies the headers into the new scope
+    del headers["transfer-encoding"]
+    headers["content-length"] = str(len(body))
+    return scope
+
+
+def _explained(scope: Scope, receive: Receive, send: Send) -> Send:
+    """Return a ``send`` that explains status 500: vLLM says only "Internal server error" if the connector fails a request."""
+    is_replaced = False
 
     async def explained(message: Message) -> None:
-        nonlocal replaced
+        nonlocal is_replaced
         if message["type"] == "http.response.start" and message["status"] == 500:
-            replaced = True
-            await _refuse(send, _NO_EMBEDDING)
-        elif not replaced:
+            is_replaced = True
+            await error_response(_NO_EMBEDDING)(scope, receive, send)
+        elif not is_replaced:
             await send(message)
 
     return explained
-
-
-async def _refuse(send: Send, error: ChiasmError) -> None:
-    await _reply(send, error_body(error), error.status, error_headers(error))
-
-
-async def _reply(send: Send, body: bytes, status: int, headers: Iterable[tuple[str, str]] = ()) -> None:
-    named = [("content-type", "application/json"), ("content-length", str(len(body))), *headers]
-    raw = [(name.encode(), value.encode()) for name, value in named]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body, "more_body": False})

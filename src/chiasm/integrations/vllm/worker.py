@@ -1,4 +1,4 @@
-"""What runs in vLLM's workers: entries into the encoder cache, embeddings into the store."""
+"""The connector's half in vLLM's workers: loads entries into the encoder cache, and publishes embeddings to the store."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ import torch
 
 from chiasm.ec_transfer.shared_storage import SharedStorageConnector
 from chiasm.errors import InvalidRequestError, StorageError
-from chiasm.integrations.vllm.counters import CounterWriter
-from chiasm.integrations.vllm.step import StepMetadata, StepReport
+from chiasm.integrations.vllm.messages import CounterWriter, StepMetadata, StepReport
 
 _logger = logging.getLogger(__name__)
 
 
 class WorkerHalf:
-    """Keeps one promise above all: what the scheduler counts on is in ``encoder_cache`` when the model runs.
+    """Sees to it that what the scheduler counts on is in ``encoder_cache`` when the model runs.
 
-    vLLM's engine stops if it is not. So for an entry that cannot be loaded, in spite of all that the scheduler does, zeros
-    of its shape take the place, and the scheduler is told, which fails the requests that use them.
-
-    ``is_writer`` says whether this rank saves what is encoded; it is asked when there is something to save.
+    vLLM's engine stops if it is not. So if an entry cannot be loaded in spite of all that the scheduler does, zeros of its
+    shape take its place, and the scheduler is told, which fails the requests that use them.
     """
 
     def __init__(self, store: SharedStorageConnector, dtype: torch.dtype, *, is_writer: Callable[[], bool]) -> None:
+        """``is_writer`` returns whether this rank saves what is encoded; it is called when there is something to save."""
         self._store = store
         self._dtype = dtype
         self._is_writer = is_writer
@@ -36,6 +34,7 @@ class WorkerHalf:
         self._zeros: dict[str, torch.Tensor] = {}
 
     def bind(self, metadata: StepMetadata) -> None:
+        """Begin a step."""
         self._metadata = metadata
         self._report = None
         self._store.bind_connector_metadata(metadata.loads)
@@ -45,16 +44,18 @@ class WorkerHalf:
                 self._counters = CounterWriter(metadata.counters)
 
     def clear(self) -> None:
+        """End the step."""
         self._metadata = None
         self._store.clear_connector_metadata()
 
     def start_save_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
-        """Before the encoder runs, on a producer: publish again what the store has lost."""
+        """Publish again what the store has lost; called on a producer before its encoder runs."""
         for identifier in self._metadata.publish if self._metadata is not None else ():
             if identifier in encoder_cache:
                 self.save_caches(encoder_cache, identifier)
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
+        """Put the embeddings of the step, or zeros, into ``encoder_cache``; called before the model runs."""
         metadata = self._metadata
         if metadata is None or not metadata.expected:
             return
@@ -63,8 +64,8 @@ class WorkerHalf:
             del encoder_cache[identifier], self._zeros[identifier]
         try:
             self._store.start_load_caches(encoder_cache)
-        except (OSError, RuntimeError) as error:  # such as no memory on the device
-            _logger.warning("loading entries has failed: %s", error)
+        except (OSError, RuntimeError) as error:  # such as too little memory on the device
+            _logger.warning("Embeddings could not be loaded: %s", error)
         failed = []
         for identifier, shape in metadata.expected.items():
             loaded = encoder_cache.get(identifier)
@@ -73,24 +74,25 @@ class WorkerHalf:
                 encoder_cache[identifier] = self._zeros[identifier] = zeros
                 failed.append(identifier)
         self._report = StepReport(metadata.step, frozenset(failed))
-        self._count()
+        self._write_counters()
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
-        """What cannot be saved costs the entry: the scheduler looks before it says that an item is in the store."""
+        """Publish an embedding. A failure costs the entry and nothing else: the scheduler looks before it names an item."""
         if not self._is_writer() or encoder_cache[mm_hash] is self._zeros.get(mm_hash):
             return
         try:
             self._store.save_caches(encoder_cache, mm_hash)
         except InvalidRequestError:
-            return  # The scheduler has refused the request already.
+            return  # the scheduler has refused the request already
         except StorageError as error:
-            _logger.warning("the embedding of item %s is not saved: %s", mm_hash, error)
-        self._count()
+            _logger.warning("The embedding of item %s is not saved: %s", mm_hash, error)
+        self._write_counters()
 
     def report(self) -> StepReport | None:
+        """Return the report of the step, once; None if it loaded nothing."""
         report, self._report = self._report, None
         return report
 
-    def _count(self) -> None:
+    def _write_counters(self) -> None:
         if self._counters is not None:
             self._counters.write(self._store.stats)

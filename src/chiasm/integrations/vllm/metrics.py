@@ -1,4 +1,4 @@
-"""What the connector counts, in the shapes that vLLM's log line and /metrics want."""
+"""The connector's counters, in the shapes that vLLM's log line and /metrics want."""
 
 from __future__ import annotations
 
@@ -10,28 +10,34 @@ from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorPromMet
 
 _PREFIX = "vllm:chiasm_ec_"
 _COUNTERS = {
-    "hits": "Embeddings that were taken from the store.",
+    "hits": "Embeddings taken from the store.",
     "misses": "Embeddings that were not in the store and were encoded here.",
     "waits": "Times that a request had to wait for an embedding.",
-    "wait_seconds": "Seconds that requests have waited for embeddings.",
-    "failed_requests": "Requests that were failed since an embedding did not come, was unusable or had a wrong name.",
-    "saves": "Embeddings that were written to the store.",
-    "saved_bytes": "Bytes of the embeddings that were written to the store.",
+    "wait_seconds": "Seconds that requests waited for embeddings.",
+    "failed_requests": "Requests that failed because an embedding did not arrive, was unusable or had an invalid name.",
+    "saves": "Embeddings written to the store.",
+    "saved_bytes": "Bytes of embeddings written to the store.",
     "save_seconds": "Seconds spent writing embeddings.",
     "save_failures": "Embeddings that could not be written.",
-    "loads": "Embeddings that were read from the store.",
-    "loaded_bytes": "Bytes of the embeddings that were read from the store.",
+    "loads": "Embeddings read from the store.",
+    "loaded_bytes": "Bytes of embeddings read from the store.",
     "load_seconds": "Seconds spent reading embeddings.",
-    "load_failures": "Embeddings that were found and then could not be read.",
-    "evictions": "Entries that made room for new ones.",
-    "evicted_bytes": "Bytes of the entries that made room for new ones.",
+    "load_failures": "Embeddings that were found but could not be read.",
+    "evictions": "Entries evicted from the store to make room.",
+    "evicted_bytes": "Bytes of entries evicted from the store.",
     "corrupt_entries": "Files in the store that were torn, foreign or of another model.",
+}
+_MEGABYTES = {"saved_bytes": "saved_MB", "loaded_bytes": "loaded_MB"}
+_MILLISECONDS = {
+    "save_seconds": ("saves", "save_ms"),
+    "load_seconds": ("loads", "load_ms"),
+    "wait_seconds": ("waits", "wait_ms"),
 }
 
 
 @dataclass
 class ChiasmECStats(ECConnectorStats):  # type: ignore[misc]
-    """Counts of an interval, by the names of ``_COUNTERS``; what is absent is 0."""
+    """Counts of an interval, by the names of ``_COUNTERS``; an absent one is 0."""
 
     def reset(self) -> None:
         self.data: dict[str, Any] = {}
@@ -45,26 +51,20 @@ class ChiasmECStats(ECConnectorStats):  # type: ignore[misc]
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """For the log line: what has happened, with bytes as megabytes and seconds as milliseconds for each time."""
+        """Return what the log line shows: counts, megabytes, and the average milliseconds of each operation."""
         data: dict[str, float] = self.data
         line: dict[str, int | float] = {
             name: int(data[name]) for name in _COUNTERS if name in data and not name.endswith(("_bytes", "_seconds"))
         }
-        for name, of in (("saved_bytes", "saved_MB"), ("loaded_bytes", "loaded_MB")):
-            if name in data:
-                line[of] = round(data[name] / 1e6, 3)
-        for seconds, times, of in (
-            ("save_seconds", "saves", "save_ms"),
-            ("load_seconds", "loads", "load_ms"),
-            ("wait_seconds", "waits", "wait_ms"),
-        ):
-            if data.get(times) and seconds in data:
-                line[of] = round(data[seconds] / data[times] * 1e3, 3)
+        line |= {shown: round(data[name] / 1e6, 3) for name, shown in _MEGABYTES.items() if name in data}
+        for name, (times, shown) in _MILLISECONDS.items():
+            if data.get(times) and name in data:
+                line[shown] = round(data[name] / data[times] * 1e3, 3)
         return line
 
 
 class ChiasmECPromMetrics(ECConnectorPromMetrics):  # type: ignore[misc]
-    """One Prometheus counter for each of ``_COUNTERS``, for each engine."""
+    """One Prometheus counter for each of ``_COUNTERS`` and each engine."""
 
     def __init__(
         self,

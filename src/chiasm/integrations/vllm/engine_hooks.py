@@ -1,0 +1,121 @@
+"""Where the connector takes part in decisions of vLLM's engine that the interface of EC connectors doesn't cover.
+
+- *Is there room for an item?* vLLM asks its encoder cache manager right before it decides to load or to encode an item; a no
+  makes prefill stop before the item. Through this question prefill goes as far as there are embeddings, and nothing is decided
+  for an embedding that has gone in the meantime.
+- *What to do while every request waits for an embedding?* By itself vLLM goes round once a millisecond, through scheduler,
+  workers and statistics, which takes most of a core. Here it only looks for the embeddings, twice a millisecond at first and
+  less often the longer the wait has been, and goes on at once when one has come or a client sends something.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import time
+from typing import Any
+from weakref import WeakValueDictionary
+
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+from vllm.v1.engine.core import EngineCoreProc
+
+from chiasm.errors import ConfigurationError
+from chiasm.integrations.vllm.scheduler import SchedulerHalf
+
+_logger = logging.getLogger(__name__)
+_MAX_WAIT_SECONDS = 0.1
+"""After which vLLM goes round once, since its watchdog wants to see that it lives."""
+
+_halves: WeakValueDictionary[str, SchedulerHalf] = WeakValueDictionary()
+"""By the id that vLLM gives to an engine. The connector is made before the encoder cache manager."""
+
+
+def install(vllm_config: Any, half: SchedulerHalf) -> None:
+    """Take part in the engine whose scheduler is being made. Raises ConfigurationError."""
+    config, name = vllm_config.ec_manager_config, f"{__name__}.{ChiasmEncoderCacheManager.__name__}"
+    if config.encoder_cache_manager_cls not in (None, name):
+        raise ConfigurationError("ChiasmECConnector brings its own encoder cache manager; remove --ec-manager-config.")
+    config.encoder_cache_manager_cls = name
+    _halves[vllm_config.ec_transfer_config.engine_id] = half
+    _wait_between_steps()
+
+
+class ChiasmEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
+    """Has room for an item only if the connector lets prefill reach it."""
+
+    def __init__(self, cache_size: int, half: SchedulerHalf) -> None:
+        super().__init__(cache_size)
+        self._half = half
+        half.attach(self)
+
+    @classmethod
+    def create_manager(cls, *, cache_size: int, vllm_config: Any) -> ChiasmEncoderCacheManager:
+        return cls(cache_size, _halves[vllm_config.ec_transfer_config.engine_id])
+
+    def can_allocate(
+        self, request: Any, input_id: int, encoder_compute_budget: int, num_embeds_to_schedule: int
+    ) -> bool:
+        half, request_id = self._half, request.request_id
+        if half.is_out_of_reach(request_id, input_id):
+            return False
+        has_room = super().can_allocate(request, input_id, encoder_compute_budget, num_embeds_to_schedule)
+        return has_room and half.can_get(request_id, input_id)
+
+    def free_encoder_input(self, request: Any, input_id: int) -> None:
+        super().free_encoder_input(request, input_id)
+        self._half.released(request.mm_features[input_id].identifier)
+
+    def holds(self, identifier: str) -> bool:
+        return identifier in self.cached
+
+    def forget(self, identifier: str) -> bool:
+        rows = self.freeable.pop(identifier, None)
+        if rows is None:
+            return identifier not in self.cached
+        del self.cached[identifier]
+        del self.num_embeds_by_hash[identifier]
+        self.freed.append(identifier)
+        self.num_free_slots += rows
+        return True
+
+
+@functools.cache
+def _wait_between_steps() -> None:
+    """Make the engine of this process wait as described above, before it has run a step."""
+    step = getattr(EngineCoreProc, "_process_engine_step", None)
+    if step is None:
+        _logger.warning(
+            "vLLM's engine keeps a core busy while requests wait for embeddings: it has no EngineCoreProc._process_engine_step."
+        )
+        return
+
+    @functools.wraps(step)
+    def patient(engine: Any) -> Any:
+        executed = step(engine)
+        # Engines in lockstep wait for each other's steps.
+        if not executed and type(engine) is EngineCoreProc:
+            _wait(engine)
+        return executed
+
+    EngineCoreProc._process_engine_step = patient
+
+
+def _wait(engine: Any) -> None:
+    """Return when an embedding or a message has come, or if some request doesn't wait for an embedding."""
+    scheduler = engine.scheduler
+    half = getattr(scheduler.get_ec_connector(), "scheduler_half", None)
+    has_work = engine.batch_queue or scheduler.has_finished_requests()
+    if has_work or not isinstance(half, SchedulerHalf):
+        return
+    num_waiting = half.num_waiting
+    if num_waiting == 0 or num_waiting != sum(scheduler.get_request_counts()):
+        return
+    end = time.monotonic() + _MAX_WAIT_SECONDS
+    while not half.has_news() and time.monotonic() < end and not _has_input(engine.input_queue, half.poll_seconds()):
+        pass
+
+
+def _has_input(inbox: queue.Queue[Any], timeout_seconds: float) -> bool:
+    with inbox.not_empty:
+        return bool(inbox.queue) or inbox.not_empty.wait(timeout_seconds)

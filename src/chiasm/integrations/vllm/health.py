@@ -1,0 +1,143 @@
+"""What an instance of vLLM says of itself at /health, in the words of chiasm's own instances."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from chiasm import __version__
+from chiasm.cores import allowed_cpus
+from chiasm.ec_transfer.bounded_folder import BoundedFolder
+from chiasm.errors import ConfigurationError
+from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_of, folder_of
+from chiasm.models.base import Processor
+from chiasm.models.families.base import SIZE_KEY
+from chiasm.wire import Health, Role
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the middleware knows of the instance."""
+
+    health: Health
+    processor: Processor | None
+    """Sizes images; None for a model that chiasm doesn't know, or whose placeholders vLLM doesn't size by a grid."""
+    has_connector: bool
+    """Whether embeddings come through chiasm's connector."""
+    folder: BoundedFolder | None
+    """Where the embeddings are, with chiasm's connector."""
+
+    def current_health(self) -> Health:
+        """Return ``health`` with the store that there is now: the folder may have been removed and created again.
+
+        Reads a file, so don't call it on an event loop. An instance that cannot reach the folder says so and names no store,
+        since it can still answer text; an encoder cannot, and OSError is raised.
+        """
+        if self.folder is None:
+            return self.health
+        try:
+            return msgspec.structs.replace(self.health, ec_store=self.folder.store_id())
+        except OSError as error:
+            if self.health.role == Role.ENCODER:
+                raise
+            return msgspec.structs.replace(self.health, message=f"{self.folder.path}: {error}")
+
+
+def describe(state: Any) -> Description:
+    """Describe the instance from the ``state`` of vLLM's application.
+
+    Reads the checkpoint's files, so don't call it on an event loop. Raises ConfigurationError if the connector's settings are
+    wrong.
+    """
+    config, arguments = state.vllm_config, state.args
+    model_config, kv = config.model_config, config.kv_transfer_config
+    settings = _settings(config)
+    processor = _processor(model_config)
+    names = arguments.served_model_name
+    health = Health(
+        role=role_of(config),
+        model=(names[0] if isinstance(names, list) else names) if names else arguments.model,
+        fingerprint=_fingerprint(model_config, settings),
+        dtype=dtype_name(model_config),
+        version=__version__,
+        engine=f"vllm {sys.modules['vllm'].__version__}",
+        takes_image_size=processor is not None,
+        max_model_len=int(model_config.max_model_len),
+        max_items=_max_items(model_config),
+        max_num_seqs=int(config.scheduler_config.max_num_seqs),
+        kv_connector=kv.kv_connector if kv is not None else None,
+        device=_device(config),
+        threads=_threads(config),
+        cpus=sorted(allowed_cpus()),
+    )
+    return Description(health, processor, settings is not None, _folder(settings))
+
+
+def role_of(config: Any) -> Role:
+    """Return the role of an instance with this ``VllmConfig``, from what it does with embeddings and KV."""
+    ec, kv = config.ec_transfer_config, config.kv_transfer_config
+    if ec is not None and ec.is_ec_producer and not ec.is_ec_consumer:
+        return Role.ENCODER
+    if kv is not None and kv.kv_role == "kv_producer":
+        return Role.PREFILL
+    if kv is not None and kv.kv_role == "kv_consumer":
+        return Role.DECODE
+    return Role.PD if ec is not None and ec.is_ec_consumer and not ec.is_ec_producer else Role.AGGREGATED
+
+
+def _settings(config: Any) -> Settings | None:
+    """Return the settings of chiasm's connector, or None if the instance doesn't use it."""
+    ec = config.ec_transfer_config
+    if ec is None or not str(ec.ec_connector_module_path or "").startswith("chiasm."):
+        return None
+    return Settings.read(ec.ec_connector_extra_config)
+
+
+def _processor(model_config: Any) -> Processor | None:
+    from chiasm.models import load_processor  # takes a second, which vLLM's start needn't wait for
+
+    try:
+        processor = load_processor(folder_of(model_config))
+    except (ConfigurationError, OSError) as error:
+        _logger.warning("chiasm cannot size the images of this model, so the proxy waits for encoders: %s", error)
+        return None
+    return None if SIZE_KEY in processor.geometry_of_size(64, 64).metadata else processor
+
+
+def _fingerprint(model_config: Any, settings: Settings | None) -> str:
+    try:
+        return fingerprint_of(model_config, settings.fingerprint if settings else None)
+    except (ConfigurationError, OSError) as error:
+        _logger.warning("This instance has no fingerprint; the proxy compares only the model's name: %s", error)
+        return ""
+
+
+def _folder(settings: Settings | None) -> BoundedFolder | None:
+    if settings is None:
+        return None
+    return BoundedFolder(settings.shared_storage_path.resolve(), settings.max_bytes, lambda size_bytes: None)
+
+
+def _max_items(model_config: Any) -> int | None:
+    multimodal = model_config.multimodal_config
+    # With a limit of 0 vLLM takes no images, but any number of embeddings.
+    return None if multimodal is None else int(multimodal.get_limit_per_prompt("image")) or None
+
+
+def _device(config: Any) -> str:
+    kind = str(config.device_config.device_type)
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "") if kind == "cuda" else ""
+    return f"{kind}:{devices}" if devices else kind
+
+
+def _threads(config: Any) -> int | None:
+    """Return how many threads all workers compute with, or None if the environment doesn't say."""
+    each = os.environ.get("OMP_NUM_THREADS", "")
+    return int(each) * int(config.parallel_config.world_size) if each.isdecimal() else None

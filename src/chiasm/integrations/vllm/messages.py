@@ -1,0 +1,89 @@
+"""What passes between the two halves of the connector: a message each way with every step, and a page of counters."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from dataclasses import astuple, dataclass, field, fields
+
+from chiasm.ec_transfer import ECConnectorMetadata, ECConnectorStats
+
+_NAMES = tuple(counter.name for counter in fields(ECConnectorStats))
+_PAGE = struct.Struct(f"={len(_NAMES)}d")
+
+
+@dataclass(frozen=True)
+class StepMetadata:
+    """From the scheduler to the workers, with each step."""
+
+    step: int
+    loads: ECConnectorMetadata
+    """The store's own metadata: what is loaded, and where the scheduler keeps copies of it."""
+    expected: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The shapes of the embeddings that must be in the encoder cache once this step has loaded, by identifier."""
+    publish: tuple[str, ...] = ()
+    """Identifiers of embeddings in the encoder cache that the store has lost."""
+    counters: str = ""
+    """The path of the page in which the first worker keeps its counters."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """From the workers to the scheduler, after a step that loads."""
+
+    step: int
+    failed: frozenset[str] = frozenset()
+    """Identifiers that could not be loaded, and are zeros now."""
+
+    def aggregate(self, other: StepReport) -> StepReport:
+        """Return the report of several ranks: what failed on any of them has failed."""
+        return StepReport(min(self.step, other.step), self.failed | other.failed)
+
+
+class CounterPage:
+    """The scheduler's side of the page of memory in which the first worker keeps its counters.
+
+    vLLM has a way for workers to report counters with a step, but drops the reports in some roles and model runners.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor = os.memfd_create("chiasm-ec-counters")
+        os.ftruncate(self._descriptor, _PAGE.size)
+        self._last = dict.fromkeys(_NAMES, 0.0)
+
+    @property
+    def path(self) -> str:
+        """Where workers on this host open the page; empty once it is closed."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}" if self._descriptor >= 0 else ""
+
+    def added(self) -> dict[str, float]:
+        """Return by how much each counter has grown since the last call."""
+        if self._descriptor < 0:
+            return {}
+        now = dict(zip(_NAMES, _PAGE.unpack(os.pread(self._descriptor, _PAGE.size, 0)), strict=True))
+        added = {name: value - self._last[name] for name, value in now.items()}
+        self._last = now
+        return added
+
+    def close(self) -> None:
+        """Release the page; idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class CounterWriter:
+    """The worker's side of the page."""
+
+    def __init__(self, path: str) -> None:
+        """Open the page. Raises OSError where it cannot be opened, as on another host."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._page = mmap.mmap(descriptor, _PAGE.size)
+        finally:
+            os.close(descriptor)
+
+    def write(self, stats: ECConnectorStats) -> None:
+        """Replace all counters."""
+        _PAGE.pack_into(self._page, 0, *astuple(stats))

@@ -1,0 +1,377 @@
+"""The connector's half in vLLM's scheduler: which requests wait for an embedding, what a step loads, which requests fail.
+
+vLLM asks in this order. For each request in turn: ``ensure_cache_available`` (may it run at all?); for each of its items that
+is not in memory ``is_out_of_reach`` and ``can_get`` (does prefill go that far?) and ``has_cache_item`` (is the item loaded, or
+encoded?); and ``update_state_after_alloc`` for each item that got room. ``build_connector_meta`` ends the step. When the
+workers have run it come ``take_unavailable_requests`` and ``update_connector_output``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from chiasm.ec_transfer import ECConnectorMetadata, check_identifier
+from chiasm.ec_transfer.shared_storage import SharedStorageConnector
+from chiasm.errors import InvalidRequestError
+from chiasm.integrations.vllm.items import (
+    Content,
+    Item,
+    ItemState,
+    Layout,
+    MetadataFields,
+    SpoiledItems,
+    TrackedRequest,
+)
+from chiasm.integrations.vllm.messages import CounterPage, StepMetadata, StepReport
+from chiasm.integrations.vllm.settings import Settings
+
+_logger = logging.getLogger(__name__)
+
+_MAX_PINNED_STEPS = 64
+"""Steps whose entries are kept while no worker has reported them. vLLM has about two under way."""
+_MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.0005, 0.01
+_POLL_SHARE = 0.01
+"""Of the time waited so far, so that polling delays a request by at most a hundredth."""
+
+
+class EncoderMemory(Protocol):
+    """What vLLM's scheduler believes to be in the workers' encoder cache."""
+
+    def holds(self, identifier: str) -> bool: ...
+
+    def forget(self, identifier: str) -> bool:
+        """Have vLLM load or encode the item anew when it is next wanted; return False if a request still uses it."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far prefill goes while items are missing."""
+
+    window_tokens: int
+    """How far ahead of a request's computed tokens one step can get: items beyond that need not be there."""
+    max_ahead: int = 0
+    """How many requests may run up to an item in that window that is missing. They hold a place among the running requests
+    while they wait."""
+    min_tokens: int = 64
+    """A request begins to run ahead only for this many tokens; once it has begun, any number will do."""
+    lookahead_tokens: int = 0
+    """How many tokens a draft model looks ahead; prefill stops this far before a missing item."""
+
+
+class SchedulerHalf:
+    """Promises only what cannot be lost before the workers have it, since a missing embedding stops vLLM's engine."""
+
+    def __init__(
+        self,
+        store: SharedStorageConnector,
+        settings: Settings,
+        layout: Layout,
+        metadata_fields: MetadataFields,
+        *,
+        reach: Reach,
+        kv_cache_tokens: int,
+        is_producer: bool,
+        is_reader: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``is_producer``: whether what is encoded here is published. ``is_reader``: whether a language model runs here."""
+        self._store = store
+        self._wait_seconds = settings.wait_seconds
+        self._layout = layout
+        self._metadata_fields = metadata_fields
+        self._reach = reach
+        self._is_producer = is_producer
+        self._is_reader = is_reader
+        self.clock = clock
+        self._attached: EncoderMemory | None = None
+        self._counters = CounterPage()
+        self._counts: dict[str, float] = {}
+        self._own_stats = asdict(store.stats)
+
+        self._requests: dict[str, TrackedRequest] = {}
+        self._failed: set[str] = set()
+        """Requests whose failure has not been reported to vLLM yet."""
+        self._ahead: set[str] = set()
+        """Requests that run, or have run, up to an item that is missing."""
+        self._items: dict[str, ItemState] = {}
+        """Items of this step, and those whose content isn't the embedding."""
+        self._spoiled = SpoiledItems(kv_cache_tokens)
+        self._step = 1
+        self._current: TrackedRequest | None = None
+        """The request that vLLM looked at last in this step."""
+        self._pinned: deque[tuple[int, ECConnectorMetadata]] = deque(maxlen=_MAX_PINNED_STEPS)
+        """Keeps the copies of entries that steps under way load."""
+
+    def attach(self, memory: EncoderMemory) -> None:
+        """Set vLLM's account of the encoder cache; called once, before the first request."""
+        self._attached = memory
+
+    def shutdown(self) -> None:
+        """Release the copies and the counters; idempotent."""
+        self._pinned.clear()
+        self._counters.close()
+
+    # ---- a step is scheduled ----------------------------------------------------------------------------------------
+
+    def ensure_cache_available(self, request: Any, num_computed_tokens: int) -> bool:
+        """Return whether the request can run in this step: each item that it reaches is there, or can be encoded here."""
+        tracked = self._current = self._tracked(request)
+        tracked.stop = None
+        if tracked.refusal is not None or tracked.request_id in self._failed:
+            return False
+        begins = request.num_computed_tokens == 0
+        if begins and any(item.identifier in self._spoiled for _, item in tracked.between(0, num_computed_tokens)):
+            request.skip_reading_prefix_cache = True
+            return False
+        if not begins and num_computed_tokens >= tracked.end:
+            return True
+        end = num_computed_tokens + self._reach.window_tokens
+        for index, item in tracked.between(num_computed_tokens, end):
+            if self._is_available(tracked, item):
+                continue
+            if tracked.request_id in self._failed:
+                return False
+            if not self._may_run_ahead(tracked, item.offset - num_computed_tokens, begins):
+                self._defer(tracked, item)
+                return False
+            tracked.stop = index
+            end = item.offset
+            break
+        if tracked.stop is None:
+            self._ahead.discard(tracked.request_id)
+        else:
+            self._ahead.add(tracked.request_id)
+        self._end_wait(tracked)
+        # What the prefix cache gives to a request that begins is as good as the embeddings that its blocks were made from.
+        used = tracked.between(0 if begins else num_computed_tokens, end)
+        tracked.counted_on.update((item.identifier, self._step) for _, item in used)
+        return True
+
+    def is_out_of_reach(self, request_id: str, index: int) -> bool:
+        """Return whether prefill has to stop before the item, which is not in memory."""
+        stop = self._requests[request_id].stop
+        return stop is not None and index >= stop
+
+    def can_get(self, request_id: str, index: int) -> bool:
+        """Return whether the item can be loaded or encoded in this step; a yes is a promise.
+
+        Called if there is room for it, right before ``has_cache_item``.
+        """
+        item = self._requests[request_id].items[index]
+        return item.has_pixels or self._is_promised(item)
+
+    def has_cache_item(self, identifier: str) -> bool:
+        """Return whether an item of the request that was looked at last is loaded; if not, vLLM encodes it."""
+        item = self._current.item(identifier) if self._current is not None else None
+        # Encoding an item that has no pixels would stop the engine.
+        is_loaded = item is not None and (self._is_promised(item) or not item.has_pixels)
+        self._state(identifier).is_loaded = is_loaded
+        return is_loaded
+
+    def update_state_after_alloc(self, request: Any, index: int) -> None:
+        """Take note that vLLM has made room for an item: it is loaded or encoded in this step."""
+        tracked = self._requests[request.request_id]
+        item = tracked.items[index]
+        state = self._state(item.identifier)
+        state.content = Content.EMBEDDING
+        if not state.is_loaded:
+            self._count("misses")
+            return
+        self._count("hits")
+        if self._is_reader:
+            state.expected = state.promised or (item.rows, self._layout.width)
+            self._store.update_state_after_alloc(tracked, index)
+        else:
+            state.content = Content.NOTHING
+
+    def build_connector_meta(self, num_scheduled_tokens: int) -> StepMetadata:
+        """Return the message to the workers for the step that was scheduled, and begin the next one."""
+        loads = self._store.build_connector_meta()
+        items = self._items
+        metadata = StepMetadata(
+            step=self._step,
+            loads=loads,
+            expected={identifier: state.expected for identifier, state in items.items() if state.expected is not None},
+            publish=tuple(identifier for identifier, state in items.items() if state.is_republished),
+            counters=self._counters.path,
+        )
+        if loads.loads:
+            self._pinned.append((self._step, loads))
+        self._items = {
+            identifier: ItemState(content=state.content)
+            for identifier, state in items.items()
+            if state.content is not Content.EMBEDDING and self._memory.holds(identifier)
+        }
+        self._spoiled.advance(num_scheduled_tokens)
+        self._step += 1
+        self._current = None
+        return metadata
+
+    # ---- a step is done ---------------------------------------------------------------------------------------------
+
+    def update_connector_output(self, report: StepReport) -> None:
+        """Let go of what has been loaded, and fail every request that used what could not be loaded."""
+        while self._pinned and self._pinned[0][0] <= report.step:
+            self._pinned.popleft()
+        for identifier in report.failed:
+            if self._memory.holds(identifier) and not self._memory.forget(identifier):
+                self._state(identifier).content = Content.ZEROS
+            self._spoiled.add(identifier)
+            for tracked in self._requests.values():
+                if tracked.counted_on.get(identifier, -1) >= report.step:
+                    self._fail(tracked, f"Item {identifier} could not be loaded.")
+
+    def take_unavailable_requests(self) -> set[str]:
+        """Return the ids of the requests to fail, each once."""
+        now = self.clock()
+        for tracked in self._requests.values():
+            if tracked.waiting_since is not None and now - tracked.waiting_since > self._wait_seconds:
+                self._fail(tracked, f"Item {tracked.missing} did not arrive within {self._wait_seconds:g} seconds.")
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def released(self, identifier: str) -> None:
+        """Have vLLM forget an item that the workers don't have, now that a request no longer uses it."""
+        state = self._items.get(identifier)
+        if state is not None and state.content is not Content.EMBEDDING and self._memory.forget(identifier):
+            state.content = Content.EMBEDDING
+
+    def request_finished(self, request: Any) -> None:
+        """Forget a request that is finished, whatever the reason."""
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is not None:
+            self._end_wait(tracked)
+        self._ahead.discard(request.request_id)
+        self._failed.discard(request.request_id)
+
+    def is_published(self, identifier: str) -> bool:
+        """Return whether the store has the item; False for a name that is not an identifier."""
+        try:
+            return self._store.published(check_identifier(identifier)) is not None
+        except InvalidRequestError:
+            return False
+
+    def take_counts(self) -> dict[str, float]:
+        """Return what both halves have counted since the last call, without zeros."""
+        counts, self._counts = self._counts, {}
+        own = asdict(self._store.stats)
+        for name, value in self._counters.added().items():
+            counts[name] = counts.get(name, 0) + value + own[name] - self._own_stats[name]
+        self._own_stats = own
+        return {name: value for name, value in counts.items() if value}
+
+    # ---- all requests wait ------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait for an embedding."""
+        return sum(1 for _ in self._waiting())
+
+    def has_news(self) -> bool:
+        """Return whether one of them can go on, or has waited too long."""
+        now = self.clock()
+        return any(
+            now - since > self._wait_seconds or self.is_published(tracked.missing) for tracked, since in self._waiting()
+        )
+
+    def poll_seconds(self) -> float:
+        """Return after how long to look again; some request waits."""
+        latest = max(since for _, since in self._waiting())
+        return min(max((self.clock() - latest) * _POLL_SHARE, _MIN_POLL_SECONDS), _MAX_POLL_SECONDS)
+
+    def _waiting(self) -> Iterator[tuple[TrackedRequest, float]]:
+        for tracked in self._requests.values():
+            if tracked.waiting_since is not None:
+                yield tracked, tracked.waiting_since
+
+    # ---- items ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _memory(self) -> EncoderMemory:
+        assert self._attached is not None, "vLLM has made its scheduler without chiasm's encoder cache manager"
+        return self._attached
+
+    def _state(self, identifier: str) -> ItemState:
+        return self._items.setdefault(identifier, ItemState())
+
+    def _content(self, identifier: str) -> Content:
+        state = self._items.get(identifier)
+        return Content.EMBEDDING if state is None else state.content
+
+    def _is_available(self, tracked: TrackedRequest, item: Item) -> bool:
+        """Return whether the item is in memory, can be encoded here, or is in the store; none of this is a promise."""
+        identifier = item.identifier
+        if self._memory.holds(identifier):
+            content = self._content(identifier)
+            if content is Content.EMBEDDING and self._is_producer and not self.is_published(identifier):
+                self._state(identifier).is_republished = True
+            return content is not Content.ZEROS  # zeros go when the requests that use them have failed
+        if item.has_pixels:
+            return True
+        header = self._store.published(identifier)
+        if header is None:
+            return False
+        if (misfit := self._layout.misfit(header, item.rows)) is not None:
+            self._fail(tracked, f"Item {identifier} does not fit: {misfit}.")
+            return False
+        return True
+
+    def _is_promised(self, item: Item) -> bool:
+        """Return whether the store has the entry. On a reader it then stays loadable until the step's end."""
+        state = self._state(item.identifier)
+        if state.promised is None:
+            header = self._store.published(item.identifier)
+            if header is None or self._layout.misfit(header, item.rows) is not None:
+                return False
+            if not self._store.has_cache_item(item.identifier):
+                return False
+            state.promised = (header.shape[0], header.shape[1])
+        return state.promised[0] == item.rows
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def _tracked(self, request: Any) -> TrackedRequest:
+        tracked = self._requests.get(request.request_id)
+        if tracked is not None and len(tracked.items) == len(request.mm_features):
+            return tracked
+        if tracked is not None:  # a session to which the client has added items
+            self._end_wait(tracked)
+        tracked = self._requests[request.request_id] = TrackedRequest.of(request, self._metadata_fields)
+        if tracked.refusal is not None:
+            self._fail(tracked, tracked.refusal)
+        return tracked
+
+    def _may_run_ahead(self, tracked: TrackedRequest, tokens: int, begins: bool) -> bool:
+        """Return whether the request computes the ``tokens`` before an item that is missing."""
+        reach = self._reach
+        if tokens <= reach.lookahead_tokens or reach.max_ahead == 0:
+            return False
+        has_place = tracked.request_id in self._ahead or len(self._ahead) < reach.max_ahead
+        return not begins or (tokens >= reach.min_tokens and has_place)
+
+    def _defer(self, tracked: TrackedRequest, item: Item) -> None:
+        tracked.missing = item.identifier
+        if tracked.waiting_since is None:
+            tracked.waiting_since = self.clock()
+            self._count("waits")
+
+    def _end_wait(self, tracked: TrackedRequest) -> None:
+        if tracked.waiting_since is not None:
+            self._count("wait_seconds", self.clock() - tracked.waiting_since)
+            tracked.waiting_since = None
+
+    def _fail(self, tracked: TrackedRequest, reason: str) -> None:
+        if tracked.request_id in self._failed:
+            return
+        self._end_wait(tracked)
+        self._failed.add(tracked.request_id)
+        self._count("failed_requests")
+        _logger.warning("Request %s fails. %s", tracked.request_id, reason)
+
+    def _count(self, name: str, value: float = 1) -> None:
+        self._counts[name] = self._counts.get(name, 0) + value
