@@ -104,10 +104,8 @@ class Instance:
         """Fill the blocks with what only this request has, and hand them over."""
         for place, block in enumerate(block_ids):
             self.blocks[block] = content_of((request_id, place), self.layout.bytes_per_block)
-        held, handle = self.scheduler.request_finished(Request(request_id), block_ids)
+        handle = self.scheduler.leave(Request(request_id), block_ids)
         self.step()
-        assert held
-        assert handle is not None
         handle.num_tokens = len(block_ids) * self.layout.block_size
         return handle
 
@@ -118,7 +116,7 @@ class Instance:
     ) -> Request:
         """A request comes with a handle."""
         request = Request(request_id, handle, num_choices, deadline)
-        self.scheduler.get_num_new_matched_tokens(request, 0)
+        self.scheduler.claim(request)
         return request
 
     def load(self, request: Request, local: Sequence[int], remote: Sequence[int] | None = None, index: int = 0) -> None:
@@ -129,7 +127,7 @@ class Instance:
         self.scheduler.update_state_after_alloc(request, index, list(zip(local, remote, strict=True)))
 
     def drop(self, request: Request) -> None:
-        self.scheduler.request_finished(request, ())
+        self.scheduler.drop(request)
 
     def fetch(self, request_id: str, handle: KVTransferParams, local: Sequence[int]) -> None:
         """All of a request, until its blocks are here. Raises AssertionError with the reason if they can't be had."""

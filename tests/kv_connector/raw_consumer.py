@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from chiasm.kv_transfer.control import PROTOCOL_VERSION, Answer, Hello, Question
+from chiasm.kv_transfer.control import PROTOCOL_VERSION, ConsumerMessage, Hello, ProducerMessage
 
 from .instance import LAYOUT, PATIENCE_SECONDS, Instance
 
@@ -30,7 +30,7 @@ class RawConsumer:
 
     def hello(self, **changes: Any) -> Hello:
         config = self._producer.config
-        fields = {
+        fields: dict[str, Any] = {
             "version": PROTOCOL_VERSION,
             "connector": config.connector,
             "engine_id": config.engine_id,
@@ -39,19 +39,19 @@ class RawConsumer:
         }
         return Hello(**(fields | changes))
 
-    def say(self, *messages: Question) -> None:
+    def say(self, *messages: ConsumerMessage) -> None:
         for message in messages:
             self.send_frame(msgspec.msgpack.encode(message))
 
     def send_frame(self, body: bytes) -> None:
         self.socket.sendall(struct.pack(">I", len(body)) + body)
 
-    def hear(self) -> Answer:
+    def hear(self) -> ProducerMessage:
         (length,) = struct.unpack(">I", self._exactly(4))
-        answer: Answer = msgspec.msgpack.decode(self._exactly(length), type=Answer)
+        answer: ProducerMessage = msgspec.msgpack.decode(self._exactly(length), type=ProducerMessage)
         return answer
 
-    def ask(self, message: Question) -> Answer:
+    def ask(self, message: ConsumerMessage) -> ProducerMessage:
         self.say(message)
         return self.hear()
 

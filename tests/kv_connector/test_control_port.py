@@ -230,7 +230,7 @@ def test_connections_are_bounded(prefill: Instance, greeted: RawConsumer) -> Non
 
 def test_a_port_in_use_is_named(make: Make, prefill: Instance) -> None:
     port = int(prefill.worker.get_handshake_metadata()["port"])
-    with pytest.raises(ConfigurationError, match=f"port {port} on 127.0.0.1 is in use"):
+    with pytest.raises(ConfigurationError, match=f"Port {port} on 127.0.0.1 is in use.*--kv-port"):
         make("SharedMemoryConnector", KVTransferRole.PRODUCER, port=port)
 
 

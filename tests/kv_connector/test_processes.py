@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from chiasm.kv_transfer import KVTransferRole
-from chiasm.kv_transfer.puller import MAX_IDLE_PEERS
+from chiasm.kv_transfer.puller import MAX_IDLE_PRODUCERS
 
 from .conftest import NEEDS_NIXL, Make
 from .instance import LAYOUT, PATIENCE_SECONDS, Instance, config_for
@@ -83,7 +83,7 @@ def test_a_producer_that_is_killed_fails_its_own_requests(
     big_decode.load(pulled, range(1, BIG))
     big_decode.step()
     dying.kill()
-    assert "cannot be had from the prefill instance" in big_decode.failure_of(waiting)
+    assert "Could not fetch KV from the prefill instance" in big_decode.failure_of(waiting)
     big_decode.wait_for(lambda seen: ("pulled", 0) in seen.loaded | seen.broken_off)
     assert (("pulled", 0) in big_decode.seen.loaded) != ("pulled" in big_decode.seen.failed)
     big_decode.drop(pulled)
@@ -102,7 +102,7 @@ def test_a_producer_that_comes_back_on_its_port_is_met_anew(start: Start, decode
     assert again.remote_port == handle.remote_port
     decode.fetch("e", again, [2])
     assert decode.holds("again", [2])
-    assert "was it restarted?" in decode.failure_of(decode.arrive("f", lost))
+    assert "before a restart" in decode.failure_of(decode.arrive("f", lost))
 
 
 def test_a_producer_that_stands_still_costs_its_own_requests(start: Start, make: Make, connector: str) -> None:
@@ -177,15 +177,15 @@ def test_nothing_is_left_after_shutdown(connector: str) -> None:
 def test_connections_that_are_not_used_are_kept_within_a_bound(make: Make) -> None:
     decode = make("SharedMemoryConnector", KVTransferRole.CONSUMER)
     producers = [
-        make("SharedMemoryConnector", KVTransferRole.PRODUCER, engine_id=f"P{n}") for n in range(MAX_IDLE_PEERS + 2)
+        make("SharedMemoryConnector", KVTransferRole.PRODUCER, engine_id=f"P{n}") for n in range(MAX_IDLE_PRODUCERS + 2)
     ]
     before = num_shared_maps()
     for n, prefill in enumerate(producers):
         decode.fetch(f"d{n}", prefill.prefill(f"p{n}", [1]), [1])
-    assert num_shared_maps() == before + MAX_IDLE_PEERS
+    assert num_shared_maps() == before + MAX_IDLE_PRODUCERS
     decode.fetch("again", producers[0].prefill("again", [2]), [2])
     assert decode.holds("again", [2])
-    assert num_shared_maps() == before + MAX_IDLE_PEERS
+    assert num_shared_maps() == before + MAX_IDLE_PRODUCERS
 
 
 def test_a_producer_that_is_gone_is_forgotten(make: Make) -> None:

@@ -70,8 +70,7 @@ class Handover:
         params = request.kv_transfer_params
         assert params is not None
         num_blocks = scheduler.block_manager.blocks_for(sequence.num_computed)
-        _, handle = self._scheduler_role.request_finished(request, sequence.block_ids[:num_blocks])
-        assert handle is not None
+        handle = self._scheduler_role.leave(request, sequence.block_ids[:num_blocks])
         handle.do_remote_prefill = True
         handle.num_tokens = sequence.num_computed
         handle.digest = sequence.digest(sequence.num_computed)
@@ -111,7 +110,7 @@ class Handover:
                     param="kv_transfer_params",
                 )
             sequence.num_remote = min(handle.num_tokens, sequence.num_tokens - 1)
-        self._scheduler_role.get_num_new_matched_tokens(request, 0)
+        self._scheduler_role.claim(request)
 
     def load(self, request: GenerateRequest, sequence: Sequence, scheduler: Scheduler) -> None:
         """The sequence has its blocks: have those filled that the prefix cache did not."""
@@ -126,7 +125,7 @@ class Handover:
 
     def drop(self, request: GenerateRequest) -> None:
         """The request ended here, for whatever reason."""
-        self._scheduler_role.request_finished(request, ())
+        self._scheduler_role.drop(request)
 
     # ---- both ---------------------------------------------------------------------------------------------------------
 

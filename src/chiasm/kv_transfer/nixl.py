@@ -25,10 +25,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from chiasm.errors import ConfigurationError, KVUnavailableError
-from chiasm.kv_transfer.base import KVConnectorRole, KVTransferConfig
+from chiasm.errors import ConfigurationError
+from chiasm.kv_transfer.base import KVConnectorRole, KVTransferConfig, OfferedMemory, ReachedMemory, TransferError
 from chiasm.kv_transfer.control import Welcome
-from chiasm.kv_transfer.memory import OfferedMemory, ReachedMemory
 from chiasm.kv_transfer.pull import PullConnector
 
 _logger = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class NixlConnector(PullConnector):
         try:
             agent = Agent(self._library, self._new_name(), self._blocks)
         except ConfigurationError as error:
-            raise KVUnavailableError(error.message) from error
+            raise TransferError(error.message) from error
         return _RemoteBlocks(agent, welcome)
 
     def close_memory(self) -> None:
@@ -166,14 +165,14 @@ class _RemoteBlocks(ReachedMemory):
             self._remote: Any = agent.list_blocks(*remote)
         except Exception as error:
             self.close()
-            raise KVUnavailableError(f"NIXL cannot reach its memory: {error}") from error
+            raise TransferError(f"NIXL cannot reach its memory: {error}") from error
 
     def read(self, local: Sequence[int], remote: Sequence[int], stop: Callable[[], bool]) -> bool:
         if max(remote) >= self._num_blocks:
-            raise KVUnavailableError("the handle names a block that the prefill instance does not have")
+            raise TransferError("the handle names a block that the prefill instance does not have")
         with self._lock:
             if self._broken:
-                raise KVUnavailableError("NIXL lost it")
+                raise TransferError("NIXL lost it")
             self._num_readers += 1
         try:
             at_a_time = max(1, _BYTES_AT_A_TIME // self._agent.blocks.shape[1])
@@ -184,7 +183,7 @@ class _RemoteBlocks(ReachedMemory):
                 failure = self._read(np.array(local[start:end], np.int32), np.array(remote[start:end], np.int32), stop)
                 if failure is not None:
                     self._broken = True
-                    raise KVUnavailableError(failure)
+                    raise TransferError(failure)
             return not stop()
         finally:
             self._leave()

@@ -21,10 +21,9 @@ import msgspec
 import numpy as np
 import torch
 
-from chiasm.errors import ConfigurationError, KVUnavailableError
-from chiasm.kv_transfer.base import KVConnectorRole, KVTransferConfig
+from chiasm.errors import ConfigurationError
+from chiasm.kv_transfer.base import KVConnectorRole, KVTransferConfig, OfferedMemory, ReachedMemory, TransferError
 from chiasm.kv_transfer.control import Welcome
-from chiasm.kv_transfer.memory import OfferedMemory, ReachedMemory
 from chiasm.kv_transfer.pull import PullConnector
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -173,12 +172,12 @@ class _MappedBlocks(ReachedMemory):
         try:
             description = msgspec.msgpack.decode(welcome.memory, type=_Description)
         except msgspec.MsgspecError as error:
-            raise KVUnavailableError(f"it describes its memory in a way that is not understood: {error}") from error
+            raise TransferError(f"it describes its memory in a way that is not understood: {error}") from error
         self._block_bytes = blocks.shape[1]
         self._num_remote_blocks = welcome.num_blocks
         end = description.offset_bytes + welcome.num_blocks * self._block_bytes
         if description.offset_bytes < 0 or end > description.size_bytes - _TOKEN_BYTES:
-            raise KVUnavailableError("it offers blocks that lie outside its memory")
+            raise TransferError("it offers blocks that lie outside its memory")
         self._blocks = blocks  # keeps them in memory
         self._mapped = _map(description)
         array = np.frombuffer(self._mapped, dtype=np.uint8)
@@ -187,7 +186,7 @@ class _MappedBlocks(ReachedMemory):
 
     def read(self, local: Sequence[int], remote: Sequence[int], stop: Callable[[], bool]) -> bool:
         if max(remote) >= self._num_remote_blocks:
-            raise KVUnavailableError("the handle names a block that the prefill instance does not have")
+            raise TransferError("the handle names a block that the prefill instance does not have")
         block_bytes, source, target = self._block_bytes, self._remote_address, self._local_address
         unchecked = 0
         for run in runs(local, remote, max(1, _BYTES_BETWEEN_CHECKS // block_bytes)):
@@ -206,24 +205,24 @@ class _MappedBlocks(ReachedMemory):
 
 
 def _map(description: _Description) -> mmap.mmap:
-    """Raises KVUnavailableError when the file can't be had, or is another one."""
+    """Raises TransferError when the file can't be had, or is another one."""
     if description.boot_id != _BOOT_ID.read_text().strip():
-        raise KVUnavailableError(_ELSEWHERE)
+        raise TransferError(_ELSEWHERE)
     try:
         path = f"/proc/{description.pid}/fd/{description.descriptor}"
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise KVUnavailableError(f"{_ELSEWHERE} ({error})") from error
+        raise TransferError(f"{_ELSEWHERE} ({error})") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size != description.size_bytes:
-            raise KVUnavailableError(_ELSEWHERE)
+            raise TransferError(_ELSEWHERE)
         if os.pread(descriptor, _TOKEN_BYTES, description.size_bytes - _TOKEN_BYTES) != description.token:
-            raise KVUnavailableError(_ELSEWHERE)
+            raise TransferError(_ELSEWHERE)
         if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            raise KVUnavailableError("its memory could be cut off while it is read")
+            raise TransferError("its memory could be cut off while it is read")
         return mmap.mmap(descriptor, description.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
     except (OSError, ValueError, OverflowError) as error:
-        raise KVUnavailableError(f"its memory cannot be mapped: {error}") from error
+        raise TransferError(f"its memory cannot be mapped: {error}") from error
     finally:
         os.close(descriptor)
