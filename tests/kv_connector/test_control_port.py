@@ -25,7 +25,7 @@ from chiasm.kv_transfer.control import (
 
 from .conftest import Make
 from .instance import NUM_BLOCKS, Instance
-from .raw_consumer import RawConsumer
+from .raw_peers import RawConsumer
 
 
 @pytest.fixture

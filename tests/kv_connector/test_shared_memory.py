@@ -14,7 +14,7 @@ from chiasm.kv_transfer.shared_memory import Run, SharedMemoryConnector, runs
 
 from .conftest import Make
 from .instance import LAYOUT, Instance, config_for
-from .raw_consumer import RawConsumer
+from .raw_peers import RawConsumer
 
 PRODUCER, CONSUMER = KVTransferRole.PRODUCER, KVTransferRole.CONSUMER
 NAME = "SharedMemoryConnector"

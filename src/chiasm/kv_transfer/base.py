@@ -152,14 +152,14 @@ class KVSend(NamedTuple):
     block_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class KVConnectorMetadata:
     """What the worker role is to begin: sends and claims first, then loads, then drops."""
 
-    sends: tuple[KVSend, ...] = ()
-    claims: tuple[KVClaim, ...] = ()
-    loads: tuple[KVLoad, ...] = ()
-    dropped: tuple[str, ...] = ()
+    sends: list[KVSend] = field(default_factory=list)
+    claims: list[KVClaim] = field(default_factory=list)
+    loads: list[KVLoad] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
     """Consumer: requests that ended. Their transfers are broken off, and the producer's blocks are given back."""
 
     def __bool__(self) -> bool:

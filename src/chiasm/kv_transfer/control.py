@@ -32,6 +32,7 @@ MAX_CLAIM_SECONDS = 86_400.0
 READ_AHEAD_BYTES = 1 << 16
 """How much of one connection is read before it is looked at; twice that at most, unless a frame is longer."""
 _LENGTH = struct.Struct(">I")
+_OTHER_PROTOCOL = "it does not speak the control protocol"
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A host that vanished is noticed within half a minute."""
 
@@ -133,20 +134,22 @@ class Channel(Generic[_Incoming]):
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if length > MAX_FRAME_BYTES:
-                raise ChannelClosed(f"a message of {length} bytes came, and {MAX_FRAME_BYTES} are allowed")
+                raise ChannelClosed(
+                    f"{_OTHER_PROTOCOL}: a message of {length} bytes came, {MAX_FRAME_BYTES} are allowed"
+                )
             return self._decoder.decode(await self._reader.readexactly(length))
         except asyncio.IncompleteReadError:
             raise ChannelClosed("the connection was closed") from None
         except OSError as error:
-            raise ChannelClosed(str(error)) from error
+            raise ChannelClosed(f"the connection broke: {error}") from error
         except msgspec.MsgspecError as error:
-            raise ChannelClosed(f"a message came that is not understood: {error}") from error
+            raise ChannelClosed(f"{_OTHER_PROTOCOL}: {error}") from error
 
     def send(self, message: ConsumerMessage | ProducerMessage) -> None:
-        """Send a message without waiting. Raises TransferError if it is too long, ChannelClosed if it can't be sent."""
+        """Send a message without waiting. Raises ValueError if it is too long, ChannelClosed if it can't be sent."""
         body = msgspec.msgpack.encode(message)
         if len(body) > MAX_FRAME_BYTES:
-            raise TransferError(f"a message of {len(body)} bytes is longer than the {MAX_FRAME_BYTES} that are allowed")
+            raise ValueError(f"a message of {len(body)} bytes is longer than the {MAX_FRAME_BYTES} that are allowed")
         if self._writer.is_closing():
             raise ChannelClosed("the connection was closed")
         self._writer.write(_LENGTH.pack(len(body)) + body)

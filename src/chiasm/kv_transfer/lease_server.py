@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from socket import socket
+from functools import partial
 
 import msgspec
 
@@ -41,16 +42,6 @@ _ANY_ADDRESS = frozenset({"", "0.0.0.0", "::", "*"})
 _DECODER: msgspec.msgpack.Decoder[ConsumerMessage] = msgspec.msgpack.Decoder(ConsumerMessage)
 
 
-@dataclass(eq=False)
-class _Connection:
-    """One consumer. ``number`` is the holder of its leases."""
-
-    number: int
-    channel: Channel[ConsumerMessage]
-    claims: dict[int, str] = field(default_factory=dict)
-    """The requests that it has claimed and not given back, by its own numbers for the claims."""
-
-
 class LeaseServer:
     """Holds blocks for whoever comes with the handle.
 
@@ -73,17 +64,21 @@ class LeaseServer:
         self._memory = memory
         self._stats = stats
         self._wake = wake
-        self._lock = threading.Lock()  # guards the table, the leases in the stats, and _sent
+        self._lock = threading.Lock()  # guards the table, the stats and _sent
         self._table = LeaseTable(config.lease_seconds)
         self._sent: set[str] = set()
-        self._connections: dict[int, _Connection] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._next_number = 0
+        self._claims: dict[tuple[int, int], str] = {}
+        """The request of each claim that was granted and not given back, by holder and the number that it chose. While
+        there are any, somebody may be reading: a consumer gives back even a claim that it has lost, once it reads no more."""
+        self._holders = itertools.count(1)
+        self._connections: set[asyncio.Task[None]] = set()
         self._expiry_changed = asyncio.Event()
         self._claimed = asyncio.Event()
-        """Set while something is claimed, so that somebody may be reading. A consumer gives back even a claim that it
-        has lost, as soon as it has stopped reading."""
-        self._listener: socket = _bind(config.host, config.port)
+        if config.host in _ANY_ADDRESS:
+            raise ConfigurationError(
+                f"{config.host!r} names no instance; give --kv-host the address under which decode instances reach this one."
+            )
+        self._listener = bind(config.host, config.port, option="--kv-port")
         self.port: int = self._listener.getsockname()[1]
         self._control = ControlThread("kv-leases", self._run)
 
@@ -111,16 +106,12 @@ class LeaseServer:
 
     async def _run(self, closing: asyncio.Event) -> None:
         server = await asyncio.start_server(self._accept, sock=self._listener, backlog=BACKLOG, limit=READ_AHEAD_BYTES)
-        async with asyncio.TaskGroup() as tasks:
-            timers = [tasks.create_task(self._expire()), tasks.create_task(self._progress())]
-            await closing.wait()
-            for timer in timers:
-                timer.cancel()
+        timers = [asyncio.create_task(self._expire()), asyncio.create_task(self._progress())]
+        await closing.wait()
         server.close()
-        for connection in self._connections.values():
-            connection.channel.close()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        for task in [*timers, *self._connections]:
+            task.cancel()
+        await asyncio.gather(*timers, *self._connections, return_exceptions=True)
 
     async def _expire(self) -> None:
         """End each lease when its time is over."""
@@ -128,17 +119,14 @@ class LeaseServer:
             self._expiry_changed.clear()
             with self._lock:
                 next_expiry = self._table.next_expiry
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(next_expiry):  # the loop's clock is time.monotonic
                     await self._expiry_changed.wait()
-            except TimeoutError:
-                pass
             with self._lock:
                 expired = self._table.expire(time.monotonic())
-                self._stats.leases_expired += len(expired)
             if expired:
                 _logger.warning("Nobody fetched the KV of %s in time; its blocks are free again.", ", ".join(expired))
-                self._report(expired)
+            self._report(expired, num_expired=len(expired))
 
     async def _progress(self) -> None:
         """Do the transport's part while somebody may be reading."""
@@ -153,22 +141,20 @@ class LeaseServer:
             _logger.warning("A decode instance was turned away: there are %d connections already.", MAX_CONNECTIONS)
             writer.transport.abort()
             return
-        self._next_number += 1
-        connection = _Connection(self._next_number, Channel(reader, writer, _DECODER))
-        self._connections[connection.number] = connection
-        task = asyncio.create_task(self._serve(connection))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        holder, channel = next(self._holders), Channel(reader, writer, _DECODER)
+        task = asyncio.create_task(self._serve(holder, channel))
+        self._connections.add(task)
+        task.add_done_callback(partial(self._disconnect, holder, channel))
 
-    async def _serve(self, connection: _Connection) -> None:
-        """Talk to one consumer until its connection ends, and release what it has claimed."""
+    async def _serve(self, holder: int, channel: Channel[ConsumerMessage]) -> None:
+        """Talk to one consumer until its connection ends or has to end."""
         reason = "an error here"
         try:
             async with asyncio.timeout(self._config.connect_timeout_seconds):
-                hello = await connection.channel.receive()
-            self._greet(connection, hello)
+                hello = await channel.receive()
+            self._greet(channel, hello)
             while True:
-                self._answer(connection, await connection.channel.receive())
+                self._answer(holder, channel, await channel.receive())
                 await asyncio.sleep(0)  # take turns: a message that is here already is received without waiting
         except TimeoutError:
             reason = "it did not say hello in time"
@@ -176,90 +162,77 @@ class LeaseServer:
             reason = str(error)
         except Exception:
             _logger.exception("An error in the KV control thread ends one connection.")
-        finally:
-            _logger.debug("Connection %d of a decode instance ended: %s.", connection.number, reason)
-            del self._connections[connection.number]
-            connection.channel.close()
-            with self._lock:
-                released = self._table.release_all(connection.number)
-                self._stats.leases_expired += len(released)
-            self._report(released)
+        _logger.debug("Connection %d of a decode instance ended: %s.", holder, reason)
 
-    def _greet(self, connection: _Connection, hello: ConsumerMessage) -> None:
+    def _disconnect(self, holder: int, channel: Channel[ConsumerMessage], task: asyncio.Task[None]) -> None:
+        """End a connection, and release what was claimed on it."""
+        self._connections.discard(task)
+        channel.close()
+        self._claims = {key: request_id for key, request_id in self._claims.items() if key[0] != holder}
+        with self._lock:
+            released = self._table.release_all(holder)
+        self._report(released, num_expired=len(released))
+
+    def _greet(self, channel: Channel[ConsumerMessage], hello: ConsumerMessage) -> None:
         if not isinstance(hello, Hello):
             raise ChannelClosed("a question came before the greeting")
         difference = self._difference(hello)
         if difference is not None:
-            connection.channel.send(Refused(difference))
+            channel.send(Refused(difference))
             raise ChannelClosed(difference)
-        connection.channel.send(self._welcome)
+        channel.send(self._welcome)
 
     def _difference(self, hello: Hello) -> str | None:
-        """Return in what the consumer differs, a clause for its client; None if the two match."""
+        """Return how the consumer differs, as a clause for its client; None if the two match."""
         if hello.version != PROTOCOL_VERSION:
             return f"it speaks version {PROTOCOL_VERSION} of the control channel, and this instance {hello.version}"
-        if hello.engine_id != self._config.engine_id:
-            return (
-                f"it is instance {self._config.engine_id!r}, and the handle is of {hello.engine_id!r}, before a restart"
-            )
-        theirs = {"connector": self._config.connector, "fingerprint": self._config.fingerprint}
-        ours = {"connector": hello.connector, "fingerprint": hello.fingerprint}
-        theirs |= dataclasses.asdict(self._layout)
-        ours |= dataclasses.asdict(hello.layout)
+        config = self._config
+        if hello.engine_id != config.engine_id:
+            return f"it is instance {config.engine_id!r}, and the handle is of {hello.engine_id!r}, before a restart"
+        theirs = {"connector": config.connector, "fingerprint": config.fingerprint} | dataclasses.asdict(self._layout)
+        ours = {"connector": hello.connector, "fingerprint": hello.fingerprint} | dataclasses.asdict(hello.layout)
         differing = [
             f"{name} is {theirs[name]} there and {ours[name]} here" for name in theirs if theirs[name] != ours[name]
         ]
         return "the instances do not match: " + ", ".join(differing) if differing else None
 
-    def _answer(self, connection: _Connection, message: ConsumerMessage) -> None:
+    def _answer(self, holder: int, channel: Channel[ConsumerMessage], message: ConsumerMessage) -> None:
         if isinstance(message, Claim):
-            connection.channel.send(self._claim(connection, message))
+            if (holder, message.claim) in self._claims:
+                raise ChannelClosed("two claims came with the same number")
+            channel.send(self._claim(holder, message))
         elif isinstance(message, Copied):
-            request_id = connection.claims.get(message.claim)
+            request_id = self._claims.get((holder, message.claim), "")
             with self._lock:
-                whole = request_id is not None and self._table.is_claimed(
-                    request_id, connection.number, time.monotonic()
-                )
+                is_whole = self._table.is_claimed(request_id, holder, time.monotonic())
             lost = Refused("the blocks were taken back, because the request's deadline passed", message.claim)
-            connection.channel.send(Whole(message.claim, message.load) if whole else lost)
+            channel.send(Whole(message.claim, message.load) if is_whole else lost)
         elif isinstance(message, Release):
-            request_id = connection.claims.pop(message.claim, None)
-            if request_id is not None:
-                with self._lock:
-                    released = self._table.release(request_id, connection.number)
-                self._report([request_id] if released else [])
+            request_id = self._claims.pop((holder, message.claim), "")
+            with self._lock:
+                released = self._table.release(request_id, holder)
+            self._report([request_id] if released else [])
         else:
             raise ChannelClosed("it greeted twice")
 
-    def _claim(self, connection: _Connection, claim: Claim) -> Granted | Refused:
-        if claim.claim in connection.claims:
-            raise ChannelClosed("two claims came with the same number")
+    def _claim(self, holder: int, claim: Claim) -> Granted | Refused:
         try:
             with self._lock:
-                self._table.claim(
-                    claim.request_id, claim.block_ids, connection.number, claim.seconds_left, time.monotonic()
-                )
+                self._table.claim(claim.request_id, claim.block_ids, holder, claim.seconds_left, time.monotonic())
         except LeaseRefused as error:
             return Refused(str(error), claim.claim)
-        connection.claims[claim.claim] = claim.request_id
+        self._claims[holder, claim.claim] = claim.request_id
         self._claimed.set()
         self._expiry_changed.set()
         return Granted(claim.claim)
 
-    def _report(self, ended: list[str]) -> None:
-        """Tell the engine that these leases have ended."""
-        if not any(connection.claims for connection in self._connections.values()):
+    def _report(self, ended: list[str], num_expired: int = 0) -> None:
+        """Tell the engine that the leases of these requests have ended."""
+        if not self._claims:
             self._claimed.clear()
         if ended:
             with self._lock:
                 self._sent.update(ended)
                 self._stats.leases_held = len(self._table)
+                self._stats.leases_expired += num_expired
             self._wake()
-
-
-def _bind(host: str, port: int) -> socket:
-    if host in _ANY_ADDRESS:
-        raise ConfigurationError(
-            f"{host!r} names no instance; give --kv-host the address under which decode instances reach this one."
-        )
-    return bind(host, port, option="--kv-port")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 class LeaseRefused(Exception):
-    """A claim was refused; ``str(error)`` is a clause for the client that says why."""
+    """A claim was refused or lost; ``str(error)`` is a clause for the client that says why."""
 
 
 @dataclass

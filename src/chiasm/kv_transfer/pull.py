@@ -42,10 +42,7 @@ class PullConnector(KVConnector):
         super().__init__(config, role)
         self._handshake: dict[str, str | int] = {}
         self._claimed: set[str] = set()
-        self._sends: list[KVSend] = []
-        self._claims: list[KVClaim] = []
-        self._loads: list[KVLoad] = []
-        self._dropped: list[str] = []
+        self._noted = KVConnectorMetadata()
         self._lease_server: LeaseServer | None = None
         self._puller: Puller | None = None
 
@@ -93,16 +90,16 @@ class PullConnector(KVConnector):
                 code=Code.KV_UNAVAILABLE,
             )
         self._claimed.add(request.request_id)
-        self._claims.append(KVClaim(request.request_id, params, request.num_choices, request.deadline))
+        self._noted.claims.append(KVClaim(request.request_id, params, request.num_choices, request.deadline))
 
     def update_state_after_alloc(self, request: KVRequestLike, index: int, blocks: Sequence[tuple[int, int]]) -> None:
         if request.request_id in self._claimed:
             local, remote = tuple(pair[0] for pair in blocks), tuple(pair[1] for pair in blocks)
-            self._loads.append(KVLoad(request.request_id, index, local, remote))
+            self._noted.loads.append(KVLoad(request.request_id, index, local, remote))
 
     def leave(self, request: KVRequestLike, block_ids: Sequence[int]) -> KVTransferParams:
         assert block_ids, "a prompt that is computed has blocks"
-        self._sends.append(KVSend(request.request_id, tuple(block_ids)))
+        self._noted.sends.append(KVSend(request.request_id, tuple(block_ids)))
         return KVTransferParams(
             do_remote_prefill=True,
             remote_engine_id=self.config.engine_id,
@@ -115,15 +112,11 @@ class PullConnector(KVConnector):
     def drop(self, request: KVRequestLike) -> None:
         if request.request_id in self._claimed:
             self._claimed.remove(request.request_id)
-            self._dropped.append(request.request_id)
+            self._noted.dropped.append(request.request_id)
 
     def build_connector_meta(self) -> KVConnectorMetadata:
-        metadata = KVConnectorMetadata(
-            tuple(self._sends), tuple(self._claims), tuple(self._loads), tuple(self._dropped)
-        )
-        for noted in (self._sends, self._claims, self._loads, self._dropped):
-            noted.clear()
-        return metadata
+        noted, self._noted = self._noted, KVConnectorMetadata()
+        return noted
 
     # ---- worker role ------------------------------------------------------------------------------------------------
 
@@ -155,7 +148,7 @@ class PullConnector(KVConnector):
     def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
         if self._lease_server is not None and metadata.sends:
             self._lease_server.hold(metadata.sends)
-        if self._puller is not None and (metadata.claims or metadata.loads or metadata.dropped):
+        if self._puller is not None:
             self._puller.begin(metadata)
 
     def get_finished(self) -> FinishedTransfers:

@@ -7,6 +7,7 @@ names and map memory.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVarTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -46,6 +47,7 @@ from chiasm.kv_transfer.control import (
     Welcome,
     Whole,
 )
+from chiasm.kv_transfer.leases import LeaseRefused
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +55,6 @@ MAX_IDLE_PRODUCERS = 16
 """Producers whose connection and memory are kept although nothing is pulled from them."""
 _MAX_CONNECTING = 32  # threads that resolve names and map memory
 _DECODER: msgspec.msgpack.Decoder[ProducerMessage] = msgspec.msgpack.Decoder(ProducerMessage)
-_Arguments = TypeVarTuple("_Arguments")
 
 
 class _Address(NamedTuple):
@@ -67,81 +68,43 @@ class _Address(NamedTuple):
 
 @dataclass(eq=False)
 class _Producer:
-    """One producer, from the first request for its blocks until its connection is lost."""
+    """One producer, from the first request for its blocks until the connection is lost."""
 
     address: _Address
-    channel: Channel[ProducerMessage] | None = None
-    memory: ReachedMemory | None = None
     task: asyncio.Task[None] | None = None
     """Connects, and then receives the answers."""
-    welcomed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set once there are a channel and memory, or it is lost."""
+    channel: Channel[ProducerMessage] | None = None
+    memory: ReachedMemory | None = None
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when there are a channel and memory, or when it is lost."""
     lost: bool = False
     questions: deque[tuple[Granted | Whole, asyncio.Future[None]]] = field(default_factory=deque)
-    """In the order of the answers, the good one of which is the first element."""
+    """The good answer to each open question, in order, and what waits for it."""
     pulls: set[_Pull] = field(default_factory=set)
-    """Those whose blocks haven't been given back."""
-    num_copying: int = 0
-
-    def refuse_all(self, reason: str) -> None:
-        """Answer all open questions, since nobody else will."""
-        for _, answer in self.questions:
-            if not answer.done():
-                answer.set_exception(TransferError(reason))
-        self.questions.clear()
-
-    @property
-    def is_idle(self) -> bool:
-        return self.welcomed.is_set() and not self.pulls
-
-    def ask(self, question: Claim | Copied, good_answer: Granted | Whole) -> asyncio.Future[None]:
-        """Ask, and return what gets the answer: no result, or TransferError. Raises TransferError if it can't be asked."""
-        if self.lost or self.channel is None:
-            raise TransferError("the connection was closed")
-        self.channel.send(question)
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.questions.append((good_answer, answer))
-        return answer
-
-    async def receive_answers(self, channel: Channel[ProducerMessage]) -> None:
-        """Hand out the answers until the connection ends. Raises ChannelClosed."""
-        while True:
-            message = await channel.receive()
-            if not self.questions:
-                raise ChannelClosed("it answered what was not asked")
-            good_answer, answer = self.questions.popleft()
-            is_refusal = isinstance(message, Refused) and message.claim == good_answer.claim
-            if message != good_answer and not is_refusal:
-                raise ChannelClosed("it answered another question than the one that was asked")
-            if answer.done():
-                continue
-            if isinstance(message, Refused):
-                answer.set_exception(TransferError(message.reason))
-            else:
-                answer.set_result(None)
+    """Those whose blocks have not been given back."""
 
 
 @dataclass(eq=False)
 class _Pull:
-    """One request's blocks, on their way."""
+    """The transfer of one request's blocks."""
 
     claim: KVClaim
     number: int
-    """Of the claim, on this connection."""
+    """Of the claim, on the connection to the producer."""
     producer: _Producer
     begun: float
     remote_blocks: frozenset[int]
     granted: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by the grant, or at the end."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when all is loaded, when it failed, or when the request was dropped."""
+    """Set when everything is loaded, when it failed, or when the request was dropped."""
     num_loaded: int = 0
     waiting: dict[int, KVLoad] = field(default_factory=dict)
-    """By index: the loads that have not ended and into whose blocks nothing is being copied."""
+    """The loads, by index, that have not ended and into whose blocks nothing is being copied."""
     copies: set[asyncio.Future[float | None]] = field(default_factory=set)
 
     def should_stop(self) -> bool:
-        """Return whether a copy is of no use any more. Called on transfer threads too."""
+        """Return whether copying is of no use any more. Called on transfer threads."""
         return self.over.is_set() or time.monotonic() >= self.claim.deadline
 
 
@@ -172,7 +135,7 @@ class Puller:
         self._will_wake = False
         self._producers: dict[_Address, _Producer] = {}  # the least recently used comes first
         self._pulls: dict[str, _Pull] = {}
-        self._next_number = 0
+        self._claim_numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         self._pool = ThreadPoolExecutor(max(1, config.max_parallel_transfers), thread_name_prefix="kv-transfer")
@@ -206,21 +169,20 @@ class Puller:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _start(
-        self, producer: _Producer, work: Callable[[*_Arguments], Coroutine[Any, Any, None]], *args: *_Arguments
-    ) -> asyncio.Task[None]:
-        """Start a task. An error that it doesn't expect loses the producer."""
+    def _start(self, producer: _Producer, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run ``work`` as a task. If it raises, the producer is lost."""
 
-        async def run() -> None:
-            try:
-                await work(*args)
-            except Exception as error:
-                _logger.exception("An error in the KV control thread ends one connection.")
-                self._lose(producer, f"an unexpected error: {error}")
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            error = None if task.cancelled() else task.exception()
+            if error is not None:
+                if not isinstance(error, TransferError):
+                    _logger.error("An error in the KV control thread ends one connection.", exc_info=error)
+                self._lose(producer, str(error))
 
-        task = asyncio.create_task(run())
+        task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(end)
         return task
 
     def _begin(self, metadata: KVConnectorMetadata) -> None:
@@ -242,21 +204,22 @@ class Puller:
         address = _Address(params.remote_host or "", params.remote_port or 0, params.remote_engine_id or "")
         producer = self._producers.pop(address, None) or self._meet(address)
         self._producers[address] = producer
-        self._next_number += 1
         blocks = frozenset(params.remote_block_ids or ())
-        pull = _Pull(claim, self._next_number, producer, time.monotonic(), blocks)
+        pull = _Pull(claim, next(self._claim_numbers), producer, time.monotonic(), blocks)
         self._pulls[claim.request_id] = pull
         producer.pulls.add(pull)
-        self._start(producer, self._pull, pull)
+        self._start(producer, self._pull(pull))
 
     async def _pull(self, pull: _Pull) -> None:
         """Claim a request's blocks, and give them back when the pull is over and nothing reads them.
 
-        Some transports need the producer's part in a read until its end. The blocks of a request that was dropped early are
-        claimed nevertheless: giving them back frees them before their lease ends.
+        Some transports need the producer's part in a read until its end. A request that was dropped early is claimed all
+        the same: giving its blocks back frees them before their lease ends.
         """
         producer, params = pull.producer, pull.claim.params
-        await producer.welcomed.wait()
+        await producer.reached.wait()
+        if producer.channel is None or producer.lost:
+            return
         seconds = min(max(0.0, pull.claim.deadline - time.monotonic()), MAX_CLAIM_SECONDS)
         claim = Claim(pull.number, params.remote_request_id or "", params.remote_block_ids or [], seconds)
         if await self._ask(pull, claim, Granted(pull.number)):
@@ -266,23 +229,23 @@ class Puller:
         if pull.copies:
             await asyncio.wait(pull.copies)
         producer.pulls.discard(pull)
-        if producer.channel is not None and not producer.lost:
-            try:
-                producer.channel.send(Release(pull.number))
-            except ChannelClosed as error:
-                self._lose(producer, f"the connection broke: {error}")
+        producer.channel.send(Release(pull.number))
 
     async def _ask(self, pull: _Pull, question: Claim | Copied, good_answer: Granted | Whole) -> bool:
-        """Return whether the producer says yes; otherwise the pull has failed."""
+        """Return whether the producer gives this answer. If it doesn't, the pull has failed."""
+        producer, answer = pull.producer, asyncio.get_running_loop().create_future()
+        assert producer.channel is not None
         try:
+            producer.channel.send(question)
+            producer.questions.append((good_answer, answer))
             async with asyncio.timeout(self._config.connect_timeout_seconds):
-                await pull.producer.ask(question, good_answer)
-        except TimeoutError:
-            self._lose(pull.producer, self._late("answer"))
-        except ChannelClosed as error:
-            self._lose(pull.producer, f"the connection broke: {error}")
-        except TransferError as error:
+                await answer
+        except (LeaseRefused, ValueError) as error:
             self._fail(pull, str(error))
+        except TimeoutError:
+            self._lose(producer, self._no_answer)
+        except TransferError as error:
+            self._lose(producer, str(error))
         else:
             return True
         return False
@@ -293,49 +256,42 @@ class Puller:
             self._note(FinishedTransfers(broken_off={load.key}))
         elif not load.local:
             self._end_load(pull, load)
-        elif not self._fits(pull, load):
-            self._note(FinishedTransfers(broken_off={load.key}))
-            self._fail(pull, "the load names blocks that the handle or this instance doesn't have")
         else:
             pull.waiting[load.index] = load
-            self._start(pull.producer, self._load, pull, load)
-
-    def _fits(self, pull: _Pull, load: KVLoad) -> bool:
-        return (
-            len(load.local) == len(load.remote)
-            and pull.remote_blocks.issuperset(load.remote)
-            and min(load.local) >= 0
-            and max(load.local) < self._num_blocks
-        )
+            if (
+                len(load.local) == len(load.remote)
+                and pull.remote_blocks.issuperset(load.remote)
+                and min(load.local) >= 0
+                and max(load.local) < self._num_blocks
+            ):
+                self._start(pull.producer, self._load(pull, load))
+            else:
+                self._fail(pull, "the load names blocks that the handle or this instance doesn't have")
 
     async def _load(self, pull: _Pull, load: KVLoad) -> None:
-        """Copy the blocks of one load, and ask the producer whether what was copied is what it offered."""
+        """Copy the blocks of one load, and ask the producer whether it still held them at the end."""
         await pull.granted.wait()
         if pull.over.is_set():
-            return  # it was broken off
-        del pull.waiting[load.index]
+            return  # the load is broken off
         producer = pull.producer
-        assert producer.memory is not None, "nothing is granted before the producer's memory is reached"
+        assert producer.memory is not None, "nothing is granted before the memory is reached"
+        del pull.waiting[load.index]
         copying = asyncio.get_running_loop().run_in_executor(self._pool, _copy, producer.memory, pull, load)
         pull.copies.add(copying)
-        producer.num_copying += 1
-        seconds, failure = None, "the request's deadline passed"
         try:
             seconds = await copying
         except TransferError as error:
-            failure = str(error)
-            self._lose(producer, failure)
+            seconds = None
+            self._lose(producer, str(error))
         pull.copies.discard(copying)
-        producer.num_copying -= 1
-        self._close_memory_if_lost(producer)
+        self._close_memory_if_unused(producer)
         if pull.over.is_set() or seconds is None:
             self._note(FinishedTransfers(broken_off={load.key}))
-            self._fail(pull, failure)
+            self._fail(pull, "the request's deadline passed")
             return
         pull.waiting[load.index] = load
-        if await self._ask(pull, Copied(pull.number, load.index), Whole(pull.number, load.index)):
-            if pull.waiting.pop(load.index, None) is None:
-                return  # it was broken off
+        is_whole = await self._ask(pull, Copied(pull.number, load.index), Whole(pull.number, load.index))
+        if is_whole and pull.waiting.pop(load.index, None) is not None:
             self._stats.transfers += 1
             self._stats.transferred_bytes += len(load.local) * self._layout.bytes_per_block
             self._stats.transfer_seconds += seconds
@@ -380,82 +336,86 @@ class Puller:
     # ---- producers --------------------------------------------------------------------------------------------------
 
     def _meet(self, address: _Address) -> _Producer:
-        idle = [producer for producer in self._producers.values() if producer.is_idle]
+        idle = [producer for producer in self._producers.values() if producer.reached.is_set() and not producer.pulls]
         for producer in idle[: max(0, len(idle) - MAX_IDLE_PRODUCERS + 1)]:
             self._lose(producer, "it was idle")
         producer = _Producer(address)
-        producer.task = self._start(producer, self._converse, producer)
+        producer.task = self._start(producer, self._converse(producer))
         return producer
 
     async def _converse(self, producer: _Producer) -> None:
-        """Connect to a producer, reach its memory, and hand out its answers until the connection is lost."""
+        """Connect to a producer, reach its memory, and hand out its answers until the connection ends."""
         try:
-            producer.channel = channel = await self._connect(producer.address)
-            welcome = await self._greet(channel, producer.address.engine_id)
-            memory = await asyncio.get_running_loop().run_in_executor(None, self._reach, welcome)
-            if producer.lost:
-                memory.close()
-                return
-            producer.memory = memory
-            producer.welcomed.set()
-            await producer.receive_answers(channel)
-        except ChannelClosed as error:
-            self._lose(producer, f"the connection broke: {error}")
-        except TransferError as error:
-            self._lose(producer, str(error))
-
-    async def _connect(self, address: _Address) -> Channel[ProducerMessage]:
-        try:
-            async with asyncio.timeout(self._config.connect_timeout_seconds):
-                streams = await asyncio.open_connection(address.host, address.port, limit=READ_AHEAD_BYTES)
+            channel, welcome = await self._connect(producer)
         except TimeoutError:
-            raise TransferError(self._late("accept a connection")) from None
-        except (OSError, ValueError) as error:  # ValueError: a host that can't be one
+            raise TransferError(self._no_answer) from None
+        except (OSError, ValueError) as error:  # ValueError: no host can have this name
             raise TransferError(f"it cannot be reached: {error}") from error
-        return Channel(*streams, _DECODER)
+        memory = await asyncio.get_running_loop().run_in_executor(None, self._reach, welcome)
+        if producer.lost:
+            memory.close()
+            return
+        producer.memory = memory
+        producer.reached.set()
+        while True:
+            message = await channel.receive()
+            if not producer.questions:
+                raise ChannelClosed("it answered what was not asked")
+            good_answer, answer = producer.questions[0]
+            refused = isinstance(message, Refused) and message.claim == good_answer.claim
+            if message != good_answer and not refused:
+                raise ChannelClosed("it answered another question than the one that was asked")
+            producer.questions.popleft()
+            if answer.done():  # it comes too late, and the producer is about to be lost
+                continue
+            if isinstance(message, Refused):
+                answer.set_exception(LeaseRefused(message.reason))
+            else:
+                answer.set_result(None)
 
-    async def _greet(self, channel: Channel[ProducerMessage], engine_id: str) -> Welcome:
-        config = self._config
-        try:
-            channel.send(Hello(PROTOCOL_VERSION, config.connector, engine_id, config.fingerprint, self._layout))
-            async with asyncio.timeout(config.connect_timeout_seconds):
-                answer = await channel.receive()
-        except TimeoutError:
-            raise TransferError(self._late("answer")) from None
-        except ChannelClosed as error:
-            raise TransferError(f"it does not speak the control protocol: {error}") from error
+    async def _connect(self, producer: _Producer) -> tuple[Channel[ProducerMessage], Welcome]:
+        address, config = producer.address, self._config
+        async with asyncio.timeout(config.connect_timeout_seconds):
+            streams = await asyncio.open_connection(address.host, address.port, limit=READ_AHEAD_BYTES)
+        producer.channel = channel = Channel(*streams, _DECODER)
+        channel.send(Hello(PROTOCOL_VERSION, config.connector, address.engine_id, config.fingerprint, self._layout))
+        async with asyncio.timeout(config.connect_timeout_seconds):
+            answer = await channel.receive()
         if isinstance(answer, Refused):
             raise TransferError(answer.reason)
         if not isinstance(answer, Welcome):
-            raise TransferError("it does not speak the control protocol: it answered before it was asked")
-        return answer
+            raise ChannelClosed("it greeted with something else than a welcome")
+        return channel, answer
 
     def _lose(self, producer: _Producer, reason: str) -> None:
         """End the connection to a producer, and fail what was to come over it."""
         if producer.lost:
             return
         producer.lost = True
+        producer.reached.set()
         if self._producers.get(producer.address) is producer:
             del self._producers[producer.address]
         if producer.channel is not None:
             producer.channel.close()
         if producer.pulls and not self._closing:
-            _logger.warning(
-                "Gave up prefill instance %s at %s: %s.", producer.address.engine_id, producer.address, reason
-            )
+            engine_id, address = producer.address.engine_id, producer.address
+            _logger.warning("Gave up prefill instance %s at %s: %s.", engine_id, address, reason)
         for pull in producer.pulls:
             self._fail(pull, reason)
-        producer.welcomed.set()
-        producer.refuse_all(reason)
-        self._close_memory_if_lost(producer)
+        for _, answer in producer.questions:
+            if not answer.done():
+                answer.set_exception(TransferError(reason))
+        self._close_memory_if_unused(producer)
 
-    def _close_memory_if_lost(self, producer: _Producer) -> None:
-        if producer.lost and not producer.num_copying and producer.memory is not None:
+    def _close_memory_if_unused(self, producer: _Producer) -> None:
+        is_read = any(pull.copies for pull in producer.pulls)
+        if producer.lost and not is_read and producer.memory is not None:
             producer.memory.close()
             producer.memory = None
 
-    def _late(self, what: str) -> str:
-        return f"it did not {what} within {self._config.connect_timeout_seconds:g} seconds"
+    @property
+    def _no_answer(self) -> str:
+        return f"it did not answer within {self._config.connect_timeout_seconds:g} seconds"
 
 
 def _copy(memory: ReachedMemory, pull: _Pull, load: KVLoad) -> float | None:
