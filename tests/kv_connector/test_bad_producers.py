@@ -12,7 +12,7 @@ from chiasm.kv_transfer import KVTransferRole
 from chiasm.kv_transfer.control import MAX_FRAME_BYTES, Claim, Copied, Granted, ProducerMessage, Refused, Release, Whole
 
 from .conftest import Make
-from .instance import Instance
+from .instance import NUM_BLOCKS, Instance
 from .raw_peers import RawConsumer, RawProducer
 
 CONNECTOR = "SharedMemoryConnector"
@@ -75,6 +75,19 @@ def test_a_copy_that_is_not_whole_fails_the_request(decode: Instance, producer: 
     )
     assert decode.seen.broken_off == {("d", 0)}
     assert producer.hear() == Release(claim.claim)
+
+
+def test_blocks_that_the_producer_does_not_have_are_not_read(decode: Instance, producer: RawProducer) -> None:
+    request = decode.arrive("d", producer.handle("p", [NUM_BLOCKS]))
+    decode.load(request, [5])
+    decode.step()
+    producer.greet()
+    claim = producer.hear()
+    assert isinstance(claim, Claim)
+    producer.say(Granted(claim.claim))
+    assert "it granted a block that it does not have" in decode.failure_of(request)
+    assert decode.seen.broken_off == {("d", 0)}
+    assert producer.is_closed()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What can't be had is said in one sentence, and costs the request that asked for it and no other."""
+"""KV that can't be fetched fails one request, with one sentence that says why, and no other request."""
 
 from __future__ import annotations
 

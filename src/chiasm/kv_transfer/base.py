@@ -313,9 +313,9 @@ class ReachedMemory(ABC):
     def read(self, local: Sequence[int], remote: Sequence[int], stop: Callable[[], bool]) -> bool:
         """Copy the producer's block ``remote[i]`` to block ``local[i]`` here, and return when nothing is written any more.
 
-        Called on several transfer threads at once, with at least one block. Calls ``stop`` every few megabytes; if it
-        returns True, returns False, and some blocks may be missing. Raises TransferError if no blocks of this producer can
-        be read any more.
+        Called on several transfer threads at once, with at least one block, and only with ids that exist on both sides.
+        Calls ``stop`` every few megabytes; if it returns True, returns False, and some blocks may be missing. Raises
+        TransferError if no blocks of this producer can be read any more.
         """
 
     @abstractmethod

@@ -75,6 +75,8 @@ class _Producer:
     """Connects, and then receives the answers."""
     channel: Channel[ProducerMessage] | None = None
     memory: ReachedMemory | None = None
+    num_blocks: int = 0
+    """In its memory."""
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when there are a channel and memory, or when it is lost."""
     lost: bool = False
@@ -274,6 +276,8 @@ class Puller:
         if pull.over.is_set():
             return  # the load is broken off
         producer = pull.producer
+        if max(load.remote) >= producer.num_blocks:
+            raise TransferError("it granted a block that it does not have")
         assert producer.memory is not None, "nothing is granted before the memory is reached"
         del pull.waiting[load.index]
         copying = asyncio.get_running_loop().run_in_executor(self._pool, _copy, producer.memory, pull, load)
@@ -355,7 +359,7 @@ class Puller:
         if producer.lost:
             memory.close()
             return
-        producer.memory = memory
+        producer.memory, producer.num_blocks = memory, welcome.num_blocks
         producer.reached.set()
         while True:
             message = await channel.receive()

@@ -176,7 +176,6 @@ class _MappedBlocks(ReachedMemory):
         except msgspec.MsgspecError as error:
             raise TransferError(f"the description of its memory is not understood: {error}") from error
         self._block_bytes = blocks.shape[1]
-        self._num_remote_blocks = welcome.num_blocks
         end = description.offset_bytes + welcome.num_blocks * self._block_bytes
         if description.offset_bytes < 0 or end > description.size_bytes - _TOKEN_BYTES:
             raise TransferError("it offers blocks outside its memory")
@@ -187,8 +186,6 @@ class _MappedBlocks(ReachedMemory):
         self._local_address: int = blocks.data_ptr()
 
     def read(self, local: Sequence[int], remote: Sequence[int], stop: Callable[[], bool]) -> bool:
-        if max(remote) >= self._num_remote_blocks:
-            raise TransferError("the handle names a block that it does not have")
         block_bytes, source, target = self._block_bytes, self._remote_address, self._local_address
         unchecked = 0
         for run in runs(local, remote, max(1, _BYTES_BETWEEN_CHECKS // block_bytes)):
