@@ -177,10 +177,11 @@ class Puller:
         def end(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
             error = None if task.cancelled() else task.exception()
-            if error is not None:
-                if not isinstance(error, TransferError):
-                    _logger.error("An error in the KV control thread ends one connection.", exc_info=error)
+            if isinstance(error, TransferError):
                 self._lose(producer, str(error))
+            elif error is not None:
+                _logger.error("An error in the KV control thread ends one connection.", exc_info=error)
+                self._lose(producer, f"an unexpected error: {error!r}")
 
         task = asyncio.create_task(work)
         self._tasks.add(task)
