@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -192,3 +193,17 @@ def test_a_producer_stops_without_waiting_for_its_consumers(prefill: Instance) -
         prefill.shutdown()
         assert silent.is_closed()
         assert greeted.is_closed()
+
+
+def test_a_consumer_stops_while_it_connects(make: Make, producer: RawProducer) -> None:
+    decode = make(CONNECTOR, KVTransferRole.CONSUMER, connect_timeout_seconds=600.0)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as stack:
+        for _ in range(3):  # no more are let in then
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        handle = producer.handle("p", [1])
+        handle.remote_port = full.getsockname()[1]
+        decode.arrive("d", handle)
+        decode.step()
+        decode.shutdown()
