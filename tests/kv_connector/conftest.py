@@ -27,7 +27,7 @@ Make = Callable[..., Instance]
     ]
 )
 def connector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each connector, by name; NIXL by the best way that there is and by one that needs the producer's part."""
+    """The name of each connector; NIXL over its best transport, and over TCP, which needs the producer's part."""
     name, _, way = request.param.partition(" over ")
     if way:
         monkeypatch.setenv("UCX_TLS", way.lower())
@@ -36,7 +36,7 @@ def connector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Makes instances, and shuts them down at the end."""
+    """Create instances, and shut them down at the end."""
     with ExitStack() as stack:
 
         def make(connector: str, role: KVTransferRole, *arguments: Any, **changes: Any) -> Instance:

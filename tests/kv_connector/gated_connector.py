@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from chiasm.kv_transfer.base import OfferedMemory, ReachedMemory
 from chiasm.kv_transfer.control import Welcome
-from chiasm.kv_transfer.memory import OfferedMemory, ReachedMemory
 from chiasm.kv_transfer.pull import PullConnector
 
 from .instance import PATIENCE_SECONDS

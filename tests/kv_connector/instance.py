@@ -50,7 +50,7 @@ def content_of(name: object, num_bytes: int = LAYOUT.bytes_per_block) -> torch.T
 
 
 class Instance:
-    """One instance of one role: both halves of its connector, its KV cache, and what the connector said so far."""
+    """One instance of one role: both halves of its connector, its KV cache, and what the connector has reported."""
 
     def __init__(self, config: KVTransferConfig, layout: KVLayout = LAYOUT, num_blocks: int = NUM_BLOCKS) -> None:
         self.config = config
@@ -88,7 +88,7 @@ class Instance:
         self.seen.failed |= finished.failed
 
     def wait_for(self, condition: Callable[[FinishedTransfers], object]) -> None:
-        """Step, whenever the connector wakes the engine, until what it said is enough."""
+        """Step, whenever the connector wakes the engine, until what it has reported satisfies ``condition``."""
         give_up = time.monotonic() + PATIENCE_SECONDS
         while True:
             self._news.clear()
@@ -101,13 +101,11 @@ class Instance:
     # ---- as a producer ----------------------------------------------------------------------------------------------
 
     def prefill(self, request_id: str, block_ids: Sequence[int]) -> KVTransferParams:
-        """Fill the blocks with what only this request has, and hand them over."""
+        """Fill the blocks with content that only this request has, and leave them."""
         for place, block in enumerate(block_ids):
             self.blocks[block] = content_of((request_id, place), self.layout.bytes_per_block)
-        held, handle = self.scheduler.request_finished(Request(request_id), block_ids)
+        handle = self.scheduler.leave(Request(request_id), block_ids)
         self.step()
-        assert held
-        assert handle is not None
         handle.num_tokens = len(block_ids) * self.layout.block_size
         return handle
 
@@ -118,21 +116,21 @@ class Instance:
     ) -> Request:
         """A request comes with a handle."""
         request = Request(request_id, handle, num_choices, deadline)
-        self.scheduler.get_num_new_matched_tokens(request, 0)
+        self.scheduler.claim(request)
         return request
 
     def load(self, request: Request, local: Sequence[int], remote: Sequence[int] | None = None, index: int = 0) -> None:
-        """There is room for the request: its blocks are to come to ``local``."""
+        """There is room for the request: load its blocks into ``local``."""
         handle = request.kv_transfer_params
         assert handle is not None
         remote = handle.remote_block_ids or () if remote is None else remote
         self.scheduler.update_state_after_alloc(request, index, list(zip(local, remote, strict=True)))
 
     def drop(self, request: Request) -> None:
-        self.scheduler.request_finished(request, ())
+        self.scheduler.drop(request)
 
     def fetch(self, request_id: str, handle: KVTransferParams, local: Sequence[int]) -> None:
-        """All of a request, until its blocks are here. Raises AssertionError with the reason if they can't be had."""
+        """Do all that a request does until its blocks are here. Raises AssertionError with the reason if it fails."""
         request = self.arrive(request_id, handle)
         self.load(request, local)
         self.wait_for(lambda seen: (request_id, 0) in seen.loaded or request_id in seen.failed)
@@ -140,7 +138,7 @@ class Instance:
         self.drop(request)
 
     def failure_of(self, request: Request) -> str:
-        """Why the request's KV can't be had, once that is known."""
+        """Wait until the request has failed, and return why."""
         self.wait_for(lambda seen: request.request_id in seen.failed)
         self.drop(request)
         return self.seen.failed[request.request_id]

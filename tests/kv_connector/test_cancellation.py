@@ -1,4 +1,4 @@
-"""A request can end at any moment: what runs for it is broken off, and the producer's blocks are free."""
+"""A request can end at any moment: its transfers are broken off, and the producer's blocks are given back."""
 
 from __future__ import annotations
 

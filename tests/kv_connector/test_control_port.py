@@ -1,4 +1,4 @@
-"""What a producer does with whoever comes to its control port, and that others do not notice."""
+"""A producer answers consumers on its control port, and sends away those that break the protocol; others are not affected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from chiasm.kv_transfer.control import (
 
 from .conftest import Make
 from .instance import NUM_BLOCKS, Instance
-from .raw_consumer import RawConsumer
+from .raw_peers import RawConsumer
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_question_may_come_in_pieces(prefill: Instance, greeted: RawConsumer) 
     assert greeted.hear() == Granted(0)
 
 
-def test_what_was_copied_after_the_lease_was_lost_is_not_whole(prefill: Instance, greeted: RawConsumer) -> None:
+def test_a_copy_that_ended_after_the_lease_is_not_whole(prefill: Instance, greeted: RawConsumer) -> None:
     prefill.prefill("p", [1])
     assert greeted.ask(Claim(0, "p", [1], 0.01)) == Granted(0)
     prefill.wait_for(lambda seen: seen.sent == {"p"})
@@ -98,7 +98,7 @@ def test_another_version_is_refused(consumer: RawConsumer) -> None:
     assert consumer.is_closed()
 
 
-def test_nothing_is_answered_before_the_greeting(prefill: Instance, consumer: RawConsumer) -> None:
+def test_a_question_before_the_greeting_ends_the_connection(prefill: Instance, consumer: RawConsumer) -> None:
     prefill.prefill("p", [1])
     consumer.say(Claim(0, "p", [1], 60.0))
     assert consumer.is_closed()
@@ -113,7 +113,7 @@ def test_a_claim_number_is_used_once(prefill: Instance, greeted: RawConsumer) ->
     prefill.wait_for(lambda seen: seen.sent == {"p"})
 
 
-def test_nobody_gives_back_what_another_has_claimed(prefill: Instance, greeted: RawConsumer) -> None:
+def test_a_consumer_cannot_release_the_claim_of_another(prefill: Instance, greeted: RawConsumer) -> None:
     prefill.prefill("p", [1])
     assert greeted.ask(Claim(0, "p", [1], 60.0)) == Granted(0)
     with RawConsumer(prefill) as other:
@@ -145,7 +145,7 @@ def wrong_claim(**changes: object) -> bytes:
         b"GET / HTTP/1.1\r\n\r\n",
         os.urandom(300),
         b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94.",  # a pickle
-        b"\xdd\xff\xff\xff\xff",  # an array of four thousand million elements, it says
+        b"\xdd\xff\xff\xff\xff",  # it announces an array of four billion elements
         b"\x91" * 100_000,  # arrays in arrays
         msgspec.msgpack.encode({"type": "nonsense"}),
         wrong_claim(claim=-1),
@@ -160,7 +160,7 @@ def wrong_claim(**changes: object) -> bytes:
     ],
     ids=range(16),
 )
-def test_what_is_not_understood_ends_the_connection_and_no_other(
+def test_a_malformed_message_ends_its_connection_and_no_other(
     prefill: Instance, decode: Instance, greeted: RawConsumer, body: bytes
 ) -> None:
     handle = prefill.prefill("p", [1])
@@ -180,12 +180,12 @@ def test_bytes_without_frames_end_the_connection(prefill: Instance) -> None:
             assert other.is_closed()
 
 
-def test_a_frame_that_would_be_too_large_is_not_waited_for(greeted: RawConsumer) -> None:
+def test_a_frame_that_would_be_too_long_is_not_waited_for(greeted: RawConsumer) -> None:
     greeted.socket.sendall(struct.pack(">I", MAX_FRAME_BYTES + 1))
     assert greeted.is_closed()
 
 
-def test_who_says_nothing_is_sent_away(make: Make) -> None:
+def test_a_consumer_that_does_not_greet_in_time_is_sent_away(make: Make) -> None:
     prefill = make("SharedMemoryConnector", KVTransferRole.PRODUCER, connect_timeout_seconds=0.05)
     with RawConsumer(prefill) as silent, RawConsumer(prefill) as slow:
         slow.socket.sendall(b"\x00\x00")
@@ -193,14 +193,16 @@ def test_who_says_nothing_is_sent_away(make: Make) -> None:
         assert slow.is_closed()
 
 
-def test_who_stops_in_the_middle_delays_nobody(prefill: Instance, decode: Instance, greeted: RawConsumer) -> None:
+def test_a_consumer_that_stops_in_the_middle_of_a_frame_delays_no_other(
+    prefill: Instance, decode: Instance, greeted: RawConsumer
+) -> None:
     greeted.socket.sendall(struct.pack(">I", 1000) + b"x")
     decode.fetch("d", prefill.prefill("p", [1]), [1])
     assert decode.holds("p", [1])
 
 
-def test_who_does_not_read_the_answers_is_sent_away(prefill: Instance, greeted: RawConsumer) -> None:
-    # Little, so that it is soon full; with less the system throws acknowledgements away too, and nothing moves for long.
+def test_a_consumer_that_does_not_read_its_answers_is_sent_away(prefill: Instance, greeted: RawConsumer) -> None:
+    # Small, so that it is full soon. With a smaller one the kernel drops acknowledgements too, and everything stalls.
     greeted.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
     question = msgspec.msgpack.encode(Copied(0, 0))
     data = (struct.pack(">I", len(question)) + question) * 1000
@@ -213,7 +215,7 @@ def test_who_does_not_read_the_answers_is_sent_away(prefill: Instance, greeted: 
         flood()
 
 
-def test_who_greets_twice_is_sent_away(greeted: RawConsumer) -> None:
+def test_a_consumer_that_greets_twice_is_sent_away(greeted: RawConsumer) -> None:
     greeted.say(greeted.hello())
     assert greeted.is_closed()
 
@@ -230,7 +232,7 @@ def test_connections_are_bounded(prefill: Instance, greeted: RawConsumer) -> Non
 
 def test_a_port_in_use_is_named(make: Make, prefill: Instance) -> None:
     port = int(prefill.worker.get_handshake_metadata()["port"])
-    with pytest.raises(ConfigurationError, match=f"port {port} on 127.0.0.1 is in use"):
+    with pytest.raises(ConfigurationError, match=f"Port {port} on 127.0.0.1 is in use.*--kv-port"):
         make("SharedMemoryConnector", KVTransferRole.PRODUCER, port=port)
 
 

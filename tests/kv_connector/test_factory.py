@@ -1,4 +1,4 @@
-"""The factory imports a connector when it is asked for, and says what is wrong with a name that it cannot serve."""
+"""The factory imports a connector only when it is created, and says what is wrong with a name."""
 
 from __future__ import annotations
 

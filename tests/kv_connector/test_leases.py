@@ -1,4 +1,4 @@
-"""What a producer holds, step by step. The time is the test's."""
+"""The table of leases, at times that the tests choose."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def test_an_unclaimed_lease_ends_when_its_seconds_are_over(table: LeaseTable) ->
     assert table.next_expiry == 130
     assert table.expire(now=129.9) == []
     assert table.expire(now=130) == ["r"]
-    assert (len(table), table.next_expiry) == (0, None)
+    assert len(table) == 0
+    assert table.next_expiry is None
 
 
 def test_a_claim_holds_the_blocks_until_the_deadline_of_the_request(table: LeaseTable) -> None:
@@ -53,17 +54,17 @@ def test_a_claim_names_exactly_the_blocks_of_its_request(table: LeaseTable, bloc
     table.claim("r", [5, 3, 8], B, seconds=60, now=110)
 
 
-def test_what_ran_out_cannot_be_claimed_even_if_nobody_swept(table: LeaseTable) -> None:
-    with pytest.raises(LeaseRefused, match="ran out"):
+def test_an_expired_lease_cannot_be_claimed_even_before_it_is_swept(table: LeaseTable) -> None:
+    with pytest.raises(LeaseRefused, match="lease ended"):
         table.claim("r", [5, 3, 8], A, seconds=60, now=130)
 
 
-def test_what_was_never_here_cannot_be_claimed(table: LeaseTable) -> None:
-    with pytest.raises(LeaseRefused, match="never here"):
+def test_an_unknown_request_cannot_be_claimed(table: LeaseTable) -> None:
+    with pytest.raises(LeaseRefused, match="never had any"):
         table.claim("s", [5, 3, 8], A, seconds=60, now=110)
 
 
-def test_its_holder_alone_gives_a_lease_back(table: LeaseTable) -> None:
+def test_only_the_holder_can_release_a_lease(table: LeaseTable) -> None:
     assert not table.release("r", A)
     table.claim("r", [5, 3, 8], A, seconds=60, now=110)
     assert not table.release("r", B)
@@ -72,7 +73,7 @@ def test_its_holder_alone_gives_a_lease_back(table: LeaseTable) -> None:
     assert len(table) == 0
 
 
-def test_a_holder_that_is_gone_holds_nothing(table: LeaseTable) -> None:
+def test_all_leases_of_a_holder_can_be_released(table: LeaseTable) -> None:
     for request_id in ("s", "t", "u"):
         table.hold(request_id, [1], now=100)
     for request_id, holder in (("s", A), ("t", B)):

@@ -1,4 +1,4 @@
-"""What is peculiar to NIXL: that it has to be there."""
+"""Specific to NIXL: it may be missing, or unable to work here."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_a_build_for_one_cuda_version_is_enough(monkeypatch: pytest.MonkeyPatch,
 @NEEDS_NIXL
 def test_a_library_without_ucx_is_refused(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
     monkeypatch.setattr("chiasm.kv_transfer.nixl.BACKEND", "NO_SUCH_BACKEND")
-    with pytest.raises(ConfigurationError, match="comes without its NO_SUCH_BACKEND backend"):
+    with pytest.raises(ConfigurationError, match="NO_SUCH_BACKEND backend, and this NIXL comes without it"):
         make("NixlConnector", KVTransferRole.PRODUCER)
 
 
 @NEEDS_NIXL
 @pytest.mark.parametrize("role", KVTransferRole)
-def test_a_way_of_transport_that_does_not_exist_is_named_at_the_start(
+def test_a_transport_that_does_not_exist_is_named_at_the_start(
     monkeypatch: pytest.MonkeyPatch, make: Make, role: KVTransferRole
 ) -> None:
     monkeypatch.setenv("UCX_TLS", "pigeon")

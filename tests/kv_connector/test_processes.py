@@ -1,4 +1,4 @@
-"""Producers and consumers in processes of their own, which die, stop and come back."""
+"""Producers and consumers in processes of their own, which die, hang and come back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from chiasm.kv_transfer import KVTransferRole
-from chiasm.kv_transfer.puller import MAX_IDLE_PEERS
+from chiasm.kv_transfer.puller import MAX_IDLE_PRODUCERS
 
 from .conftest import NEEDS_NIXL, Make
 from .instance import LAYOUT, PATIENCE_SECONDS, Instance, config_for
@@ -74,7 +74,7 @@ def test_a_consumer_that_is_killed_in_a_pull_harms_no_other(
 def test_a_producer_that_is_killed_fails_its_own_requests(
     start: Start, make: Make, connector: str, big_decode: Instance
 ) -> None:
-    """Those that wait for room fail at once, one that is being pulled fails or is whole, and another producer's go on."""
+    """Requests that wait for room fail at once, one that is being pulled fails or is whole, others continue."""
     dying = start(KVTransferRole.PRODUCER, LAYOUT, BIG, engine_id="dying")
     living = make(connector, KVTransferRole.PRODUCER, engine_id="living")
     waiting = big_decode.arrive("waiting", dying.call("prefill", "w", [0]))
@@ -83,7 +83,7 @@ def test_a_producer_that_is_killed_fails_its_own_requests(
     big_decode.load(pulled, range(1, BIG))
     big_decode.step()
     dying.kill()
-    assert "cannot be had from the prefill instance" in big_decode.failure_of(waiting)
+    assert "Could not fetch KV from the prefill instance" in big_decode.failure_of(waiting)
     big_decode.wait_for(lambda seen: ("pulled", 0) in seen.loaded | seen.broken_off)
     assert (("pulled", 0) in big_decode.seen.loaded) != ("pulled" in big_decode.seen.failed)
     big_decode.drop(pulled)
@@ -102,11 +102,11 @@ def test_a_producer_that_comes_back_on_its_port_is_met_anew(start: Start, decode
     assert again.remote_port == handle.remote_port
     decode.fetch("e", again, [2])
     assert decode.holds("again", [2])
-    assert "was it restarted?" in decode.failure_of(decode.arrive("f", lost))
+    assert "before a restart" in decode.failure_of(decode.arrive("f", lost))
 
 
-def test_a_producer_that_stands_still_costs_its_own_requests(start: Start, make: Make, connector: str) -> None:
-    """And what it might still send when it goes on changes nothing here."""
+def test_a_producer_that_hangs_fails_its_own_requests(start: Start, make: Make, connector: str) -> None:
+    """Whatever it sends when it continues is ignored."""
     decode = make(connector, KVTransferRole.CONSUMER, connect_timeout_seconds=0.2)
     still = start(KVTransferRole.PRODUCER, engine_id="still")
     living = make(connector, KVTransferRole.PRODUCER, engine_id="living")
@@ -120,8 +120,8 @@ def test_a_producer_that_stands_still_costs_its_own_requests(start: Start, make:
 
 
 @NEEDS_NIXL
-def test_a_read_that_does_not_end_is_let_go_of(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
-    """Over TCP the producer has its part in a read. One that stands still in the middle of it must not write later."""
+def test_a_read_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
+    """Over TCP the producer takes part in a read. One that hangs in the middle of it must not write later."""
     monkeypatch.setenv("UCX_TLS", "tcp")
     monkeypatch.setattr("chiasm.kv_transfer.nixl._PATIENCE_SECONDS", 0.2)
     decode = make("NixlConnector", KVTransferRole.CONSUMER, LAYOUT, 4 * BIG, connect_timeout_seconds=30.0)
@@ -164,28 +164,28 @@ def test_nothing_is_left_after_shutdown(connector: str) -> None:
             instance.shutdown()
             instance.shutdown()
 
-    run()  # what libraries keep for good they have by now
+    run()  # afterwards libraries hold what they keep for good
     before = held_by_this_process()
     for _ in range(3):
         run()
     give_up = time.monotonic() + PATIENCE_SECONDS
     while not held_by_this_process() <= before and time.monotonic() < give_up:
-        time.sleep(0.01)  # the system takes a moment to bury a thread
+        time.sleep(0.01)  # a thread takes a moment to disappear
     assert held_by_this_process() <= before
 
 
-def test_connections_that_are_not_used_are_kept_within_a_bound(make: Make) -> None:
+def test_idle_connections_are_bounded(make: Make) -> None:
     decode = make("SharedMemoryConnector", KVTransferRole.CONSUMER)
     producers = [
-        make("SharedMemoryConnector", KVTransferRole.PRODUCER, engine_id=f"P{n}") for n in range(MAX_IDLE_PEERS + 2)
+        make("SharedMemoryConnector", KVTransferRole.PRODUCER, engine_id=f"P{n}") for n in range(MAX_IDLE_PRODUCERS + 2)
     ]
     before = num_shared_maps()
     for n, prefill in enumerate(producers):
         decode.fetch(f"d{n}", prefill.prefill(f"p{n}", [1]), [1])
-    assert num_shared_maps() == before + MAX_IDLE_PEERS
+    assert num_shared_maps() == before + MAX_IDLE_PRODUCERS
     decode.fetch("again", producers[0].prefill("again", [2]), [2])
     assert decode.holds("again", [2])
-    assert num_shared_maps() == before + MAX_IDLE_PEERS
+    assert num_shared_maps() == before + MAX_IDLE_PRODUCERS
 
 
 def test_a_producer_that_is_gone_is_forgotten(make: Make) -> None:

@@ -1,4 +1,4 @@
-"""What is peculiar to shared memory: who may map it, and what is copied in one piece."""
+"""Specific to shared memory: who may map it, and which blocks are copied in one piece."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chiasm.kv_transfer.shared_memory import Run, SharedMemoryConnector, runs
 
 from .conftest import Make
 from .instance import LAYOUT, Instance, config_for
-from .raw_consumer import RawConsumer
+from .raw_peers import RawConsumer
 
 PRODUCER, CONSUMER = KVTransferRole.PRODUCER, KVTransferRole.CONSUMER
 NAME = "SharedMemoryConnector"
@@ -89,8 +89,8 @@ def test_a_producer_on_another_host(
 @pytest.mark.parametrize(
     "change", [{"pid": 1 << 30}, {"descriptor": 1 << 20}, {"token": b"x" * 32}, {"size_bytes": 1 << 40}, {"pid": 1}]
 )
-def test_what_is_not_the_producers_memory_is_not_mapped(make: Make, change: dict[str, object]) -> None:
-    """As it would be for one in another container, whose numbers mean something else here."""
+def test_a_file_that_is_not_the_producers_memory_is_not_mapped(make: Make, change: dict[str, object]) -> None:
+    """As would happen with a producer in another container, whose ids mean something else here."""
     prefill, decode = make(NAME, PRODUCER), make(NAME, CONSUMER)
     with pytest.raises(Exception, match="NixlConnector"):
         reach_changed(prefill, decode, change)
@@ -114,7 +114,7 @@ def reach_changed(prefill: Instance, decode: Instance, change: dict[str, object]
 
 
 def test_a_copy_stops_between_blocks(make: Make) -> None:
-    """After every few megabytes it is asked whether to go on."""
+    """It asks after every few megabytes whether to stop."""
     num_blocks = 1024  # 32 MB
     prefill, decode = make(NAME, PRODUCER, LAYOUT, num_blocks), make(NAME, CONSUMER, LAYOUT, num_blocks)
     prefill.blocks.fill_(1)

@@ -1,4 +1,4 @@
-"""What P offered is what D has, byte for byte, and P hears when its blocks are free."""
+"""D gets the blocks that P offered, byte for byte, and P learns when its blocks are free."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_producer_holds_its_blocks_until_the_last_load(gated: tuple[Instance, 
     second = decode.arrive("e", prefill.prefill("q", [5]))
     decode.load(second, [], [])
     decode.step()
-    prefill.wait_for(lambda seen: "q" in seen.sent)  # what was said of the first has arrived before
+    prefill.wait_for(lambda seen: "q" in seen.sent)  # messages arrive in order
     assert prefill.seen.sent == {"q"}
     assert prefill.worker.stats.leases_held == 1
 

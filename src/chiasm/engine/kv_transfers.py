@@ -91,8 +91,7 @@ class KVTransfers:
         params = request.kv_transfer_params
         assert params is not None
         num_blocks = self._scheduler.block_manager.blocks_for(sequence.num_computed)
-        _, handle = self._scheduler_role.request_finished(request, sequence.block_ids[:num_blocks])
-        assert handle is not None
+        handle = self._scheduler_role.leave(request, sequence.block_ids[:num_blocks])
         handle.do_remote_prefill = True
         handle.num_tokens = sequence.num_computed
         handle.digest = sequence.digest(sequence.num_computed)
@@ -135,7 +134,7 @@ class KVTransfers:
                     param="kv_transfer_params",
                 )
             sequence.num_remote = min(handle.num_tokens, sequence.num_tokens - 1)
-        self._scheduler_role.get_num_new_matched_tokens(request, 0)
+        self._scheduler_role.claim(request)
 
     def load(self, step: Step, states: Mapping[str, RequestState]) -> None:
         """Have the blocks filled that the step gave to sequences, except for those that the prefix cache shares."""
@@ -174,4 +173,4 @@ class KVTransfers:
 
     def drop(self, request: GenerateRequest) -> None:
         """Note that the request ended here, for whatever reason."""
-        self._scheduler_role.request_finished(request, ())
+        self._scheduler_role.drop(request)

@@ -1,8 +1,15 @@
-"""The KV plane: connectors that move a prompt's attention cache from P to D. Importing this loads no torch."""
+"""The KV plane: connectors that move the attention cache of a prompt from P to D. Importing this loads no torch.
+
+In the order in which a request passes: ``base.py`` is the interface that engines use, ``pull.py`` its implementation for
+connectors whose consumers pull. ``control.py`` has the messages between consumer and producer. ``puller.py`` is the
+consumer's side of that conversation, ``lease_server.py`` the producer's, and ``leases.py`` the table of what it holds.
+``shared_memory.py`` and ``nixl.py`` are the data planes: they copy.
+"""
 
 from chiasm.kv_transfer.base import (
     FinishedTransfers,
     KVConnector,
+    KVConnectorFactory,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorStats,
@@ -10,7 +17,6 @@ from chiasm.kv_transfer.base import (
     KVTransferConfig,
     KVTransferRole,
 )
-from chiasm.kv_transfer.factory import KVConnectorFactory
 
 __all__ = [
     "FinishedTransfers",

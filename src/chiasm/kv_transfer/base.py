@@ -1,26 +1,28 @@
-"""The KV connector: what moves the attention cache of a prompt from the instance that prefilled it to the one that decodes.
+"""The interface of KV connectors, which move the attention cache (KV) of a prompt from the prefill to the decode instance.
 
-P (prefill) computes a prompt's keys and values, samples one token and answers with a *handle*
-(:class:`~chiasm.wire.KVTransferParams`): where the blocks lie, and what came of the prompt so far. D (decode)
-takes the handle, claims the blocks, pulls those that it lacks into blocks of its own, says that it is done, and goes on. P
-holds the blocks until then: unclaimed ones for the lease, claimed ones as long as D's connection lives and its deadline
-has not passed.
+P (prefill) computes the keys and values of a prompt, samples one token and returns a *handle*
+(:class:`~chiasm.wire.KVTransferParams`), which says where the blocks are and what has been generated so far. D (decode) gets
+the handle, claims the blocks, pulls those that it doesn't have into blocks of its own, gives P's back, and continues the
+answer. P holds the blocks until then: unclaimed ones until their lease ends, claimed ones while D's connection lives, but no
+longer than the deadline of D's request.
 
-A connector has two halves, and an instance makes one of each. The *scheduler role* runs where requests are scheduled and
-knows no memory; the *worker role* knows the memory and no requests. What passes from the first to the second is the metadata
-of one step. Names are those of vLLM's ``KVConnectorBase_V1``::
+A connector consists of two halves, and an instance creates one of each. The *scheduler role* lives where requests are
+scheduled and never touches memory; the *worker role* owns the memory and knows no requests. The metadata of one step passes
+from the first to the second. ``claim``, ``leave`` and ``drop`` are chiasm's own; the other methods have the names that
+vLLM's ``KVConnectorBase_V1`` gives to the same hooks::
 
-    scheduler role                                   worker role
-    -----------------------------------------------  -------------------------------------------------
-                                                     allocate_kv_cache, register_kv_caches   (once)
-    set_xfer_handshake_metadata  (once)         <-   get_handshake_metadata                  (once)
-    get_num_new_matched_tokens   (D, request came)
-    update_state_after_alloc     (D, has its blocks)
-    request_finished             (P and D, at its end)
-    build_connector_meta         (when noted)   ->   start_load_kv
-                                                     get_finished            (before each step)
+    scheduler role                                     worker role
+    -------------------------------------------------  -----------------------------------------------
+                                                       allocate_kv_cache, register_kv_caches   (once)
+    set_xfer_handshake_metadata  (once)           <-   get_handshake_metadata                  (once)
+    claim                        (D: a request came)
+    update_state_after_alloc     (D: it has its blocks)
+    leave                        (P: it goes on at D)
+    drop                         (P and D: it ended)
+    build_connector_meta         (after any of these)  ->   start_load_kv
+                                                       get_finished                     (before each step)
 
-P computes nothing on D's behalf and D asks P for nothing but permission, so a transfer costs P's engine thread no time.
+P does nothing on behalf of D, and D asks P for nothing but permission, so a transfer costs P's engine thread no time.
 """
 
 from __future__ import annotations
@@ -29,13 +31,18 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Protocol
 
+from chiasm.connectors import ClassPath, ConnectorFactory
 from chiasm.options import Option
 from chiasm.wire import KVTransferParams
 
 if TYPE_CHECKING:
     import torch
+
+
+class TransferError(Exception):
+    """KV could not be transferred. ``str(error)`` is a clause without full stop that can follow "Could not fetch KV: "."""
 
 
 class KVConnectorRole(enum.Enum):
@@ -46,7 +53,7 @@ class KVConnectorRole(enum.Enum):
 
 
 class KVTransferRole(enum.Enum):
-    """What an instance does with KV: a prefill instance produces, a decode instance consumes."""
+    """What an instance does with KV: a prefill instance produces it, a decode instance consumes it."""
 
     PRODUCER = "kv_producer"
     CONSUMER = "kv_consumer"
@@ -54,11 +61,11 @@ class KVTransferRole(enum.Enum):
 
 @dataclass(frozen=True)
 class KVTransferConfig:
-    """What both halves of a connector are made from.
+    """The configuration of both halves of a connector.
 
-    ``engine_id`` names this process and no other; ``fingerprint`` (hex) names model, processor and dtype: KV of another one
-    is refused. ``host`` is the name or address under which decode instances reach this prefill instance, ``port`` where it
-    listens (0 takes a free one); a consumer uses neither. ``device`` is where the KV cache is (``"cpu"``, ``"cuda:0"``).
+    ``engine_id`` identifies this process. ``fingerprint`` (hex) identifies model, processor and dtype; KV with another
+    fingerprint is refused. A producer listens on ``port`` (0 takes a free one) of ``host``, the name or address under which
+    decode instances reach it; a consumer uses neither. ``device`` is where the KV cache is (``"cpu"``, ``"cuda:0"``).
     """
 
     connector: Annotated[str, Option("Connector that transfers the KV cache.", name="kv_connector", metavar="NAME")] = (
@@ -79,9 +86,9 @@ class KVTransferConfig:
         float, Option("How long a prefill instance holds KV that nobody claims.", name="kv_lease_seconds", min=1)
     ] = 30.0
     connect_timeout_seconds: float = 3.0
-    """For a producer to accept a connection, and to answer a question."""
+    """How long a producer may take to accept a connection, and to answer a question."""
     max_parallel_transfers: int = 4
-    """Requests whose blocks a consumer pulls at the same time; others wait for their turn."""
+    """How many loads a consumer copies at the same time; further ones wait for their turn."""
     connector_module_path: Annotated[
         str | None,
         Option(
@@ -95,9 +102,9 @@ class KVTransferConfig:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """What one block is. Two instances can exchange blocks if theirs are equal.
+    """The layout of a block. Two instances can exchange blocks if their layouts are equal.
 
-    A block is ``bytes_per_block`` bytes in one piece: ``[num_layers, 2 (keys, values), block_size, num_kv_heads, head_dim]``.
+    A block is ``bytes_per_block`` contiguous bytes: ``[num_layers, 2 (keys, values), block_size, num_kv_heads, head_dim]``.
     """
 
     num_layers: int
@@ -111,14 +118,14 @@ class KVLayout:
 
 
 class KVRequestLike(Protocol):
-    """A request, as a connector sees it."""
+    """What a connector needs to know of a request."""
 
     @property
     def request_id(self) -> str: ...
 
     @property
     def num_choices(self) -> int:
-        """Loads that a consumer will ask for: one for each continuation of the prompt."""
+        """How many loads a consumer will ask for: one for each continuation of the prompt."""
 
     @property
     def deadline(self) -> float:
@@ -126,11 +133,11 @@ class KVRequestLike(Protocol):
 
     @property
     def kv_transfer_params(self) -> KVTransferParams | None:
-        """What came with the request."""
+        """The handle that came with the request."""
 
 
 class KVClaim(NamedTuple):
-    """Consumer: a request came; its blocks at the producer are to be held from now on."""
+    """Consumer: have the producer hold the blocks of a request from now on."""
 
     request_id: str
     params: KVTransferParams
@@ -140,31 +147,36 @@ class KVClaim(NamedTuple):
 
 @dataclass(frozen=True)
 class KVLoad:
-    """Consumer: blocks to pull, ``remote[i]`` of the producer into ``local[i]`` of this instance."""
+    """Consumer: copy the producer's block ``remote[i]`` to block ``local[i]`` of this instance."""
 
     request_id: str
     index: int
-    """Which of the request's loads, from 0."""
+    """Which of the request's loads this is, from 0."""
     local: tuple[int, ...]
     remote: tuple[int, ...]
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """How :class:`FinishedTransfers` names the load."""
+        return self.request_id, self.index
+
 
 class KVSend(NamedTuple):
-    """Producer: blocks to hold for whoever comes with the handle."""
+    """Producer: hold these blocks for whoever comes with the handle."""
 
     request_id: str
     block_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class KVConnectorMetadata:
-    """What the worker is to begin: sends and claims first, then loads, then what is dropped."""
+    """What the worker role is to begin: sends and claims first, then loads, then drops."""
 
-    sends: tuple[KVSend, ...] = ()
-    claims: tuple[KVClaim, ...] = ()
-    loads: tuple[KVLoad, ...] = ()
-    dropped: tuple[str, ...] = ()
-    """Consumer: requests that ended. What still runs for them is broken off, and the producer's blocks are given back."""
+    sends: list[KVSend] = field(default_factory=list)
+    claims: list[KVClaim] = field(default_factory=list)
+    loads: list[KVLoad] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    """Consumer: requests that ended. Their transfers are broken off, and the producer's blocks are given back."""
 
     def __bool__(self) -> bool:
         return bool(self.sends or self.claims or self.loads or self.dropped)
@@ -172,34 +184,34 @@ class KVConnectorMetadata:
 
 @dataclass
 class FinishedTransfers:
-    """What came to an end since the last call."""
+    """What has ended since the last call."""
 
     sent: set[str] = field(default_factory=set)
-    """Producer: requests whose blocks nobody reads any more, whether they were fetched or the lease ran out."""
+    """Producer: requests whose blocks nobody reads any more, because they were fetched or because the lease ended."""
     loaded: set[tuple[str, int]] = field(default_factory=set)
-    """Consumer: loads (request id, index) whose blocks are here, whole."""
+    """Consumer: loads (request id, index) whose blocks are complete."""
     broken_off: set[tuple[str, int]] = field(default_factory=set)
-    """Consumer: loads of failed or dropped requests that write into no block any more."""
+    """Consumer: loads of failed or dropped requests. Nothing writes to their blocks any more."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Consumer: requests whose KV cannot be had, and why (a sentence for the client). Each is told once; loads of it
-    that had begun are in ``broken_off`` by then or will be."""
+    """Consumer: requests whose KV could not be fetched, with the reason (a sentence for the client). Each is reported
+    once. The loads of a failed request appear in ``broken_off``, at the same time or later."""
 
 
 @dataclass
 class KVConnectorStats:
-    """Counters since the worker was made, and what is held now. Seconds are wall time."""
+    """Counters since the worker role was created, and what is held now. Seconds are wall time."""
 
     transfers: int = 0
     transferred_bytes: int = 0
     transfer_seconds: float = 0.0
-    """From the first to the last byte of each transfer, added up."""
+    """The sum over all transfers of the time from the first to the last byte."""
     claim_seconds: float = 0.0
-    """Consumer: from a request's arrival to the producer's permission, added up."""
+    """Consumer: the sum over all requests of the time from arrival until the producer granted the claim."""
     failures: int = 0
     leases_held: int = 0
     """Producer: requests whose blocks are held now."""
     leases_expired: int = 0
-    """Producer: leases that ran out before anybody came, and claims whose deadline passed or whose connection broke."""
+    """Producer: leases that ended before anybody came, and claims whose deadline passed or whose connection broke."""
 
 
 class KVConnector(ABC):
@@ -219,69 +231,121 @@ class KVConnector(ABC):
         return self.config.role is KVTransferRole.CONSUMER
 
     def shutdown(self) -> None:
-        """Release what the object holds. Called once, at the end, in either role; idempotent."""
+        """Release what the object holds. Called at the end, in either role; idempotent."""
         return None
 
     # ---- scheduler role: called on the engine's thread, must return at once ---------------------------------------
 
     @abstractmethod
     def set_xfer_handshake_metadata(self, metadata: dict[str, str | int]) -> None:
-        """What the worker's ``get_handshake_metadata`` said: what this instance's handles carry."""
+        """Take what the worker role's ``get_handshake_metadata`` returned; a producer puts it into its handles."""
 
     @abstractmethod
-    def get_num_new_matched_tokens(self, request: KVRequestLike, num_computed_tokens: int) -> int:
-        """How many tokens beyond ``num_computed_tokens`` the request's handle stands for; 0 without a handle.
+    def claim(self, request: KVRequestLike) -> None:
+        """Consumer: begin to hold the producer's blocks for a request that came with a handle.
 
-        Called once, when the request comes. The connector notes the claim: the producer's blocks are to be held while the
-        request waits for room here. Raises KVUnavailableError for a handle that can't be this connector's.
+        Called once, when the request comes, so that the blocks are held while it waits for room. Raises KVUnavailableError
+        if the handle is not one of this connector.
         """
 
     @abstractmethod
     def update_state_after_alloc(self, request: KVRequestLike, index: int, blocks: Sequence[tuple[int, int]]) -> None:
-        """Choice ``index`` of the request has its blocks; pull ``blocks``, pairs (block here, block at the producer).
+        """Consumer: pull ``blocks``, pairs (block here, block at the producer), for choice ``index`` of a claimed request.
 
-        No pairs: everything is here already. The load counts and ends all the same.
+        Called once for each choice, when it has its blocks. A load without pairs (everything is here already) counts, and
+        ends, like any other.
         """
 
     @abstractmethod
-    def request_finished(
-        self, request: KVRequestLike, block_ids: Sequence[int]
-    ) -> tuple[bool, KVTransferParams | None]:
-        """The request ended here, for whatever reason. Called once for each.
+    def leave(self, request: KVRequestLike, block_ids: Sequence[int]) -> KVTransferParams:
+        """Producer: begin to hold the blocks (at least one) of a prompt that is computed and goes on elsewhere.
 
-        Producer: with ``block_ids`` (not empty) its prompt is computed and goes on elsewhere. Returns True, the blocks
-        must stay untouched until ``get_finished`` names the request in ``sent``, and the handle with the ``remote_``
-        fields set. Without them it returns (False, None). Consumer: returns (False, None) and notes that the request is
-        dropped; once each load that was begun has been named in ``loaded`` or ``broken_off``, its blocks may be used
-        again.
+        Returns the handle, with the ``remote_`` fields set. The blocks must stay untouched until ``get_finished`` names
+        the request in ``sent``.
+        """
+
+    @abstractmethod
+    def drop(self, request: KVRequestLike) -> None:
+        """Forget a request that ended here, for whatever reason. Called once for each, except those that were left.
+
+        Consumer: the transfers of a claimed request are broken off. Once each load that was begun has been named in
+        ``loaded`` or ``broken_off``, its blocks may be used again.
         """
 
     @abstractmethod
     def build_connector_meta(self) -> KVConnectorMetadata:
-        """Everything that was noted since the last call, which it then forgets."""
+        """Return everything that was noted since the last call, and forget it."""
 
     # ---- worker role: called on the engine's thread; none of them waits for the network or a copy -------------------
 
     @abstractmethod
     def allocate_kv_cache(self, num_bytes: int) -> torch.Tensor | None:
-        """Memory for the KV cache, zeroed uint8 ``[num_bytes]``, where it has to lie somewhere special; else None."""
+        """Return memory for the KV cache, zeroed uint8 ``[num_bytes]``; None if it may lie anywhere."""
 
     @abstractmethod
     def register_kv_caches(self, blocks: torch.Tensor, layout: KVLayout, wake: Callable[[], None]) -> None:
-        """The KV cache, uint8 ``[num_blocks, bytes_per_block]``, contiguous on the config's device, written in place for ever.
+        """Take the KV cache, uint8 ``[num_blocks, bytes_per_block]``, contiguous on the config's device, at a fixed place.
 
         ``wake`` may be called from any thread when ``get_finished`` has something new. A producer listens from now on.
-        Raises ConfigurationError when it can't (a port in use, a device that it can't reach).
+        Raises ConfigurationError if that is impossible (a port in use, a device that the connector can't reach).
         """
 
     @abstractmethod
     def get_handshake_metadata(self) -> dict[str, str | int]:
-        """What the scheduler role needs of the worker: ``host`` and ``port`` of a producer, nothing of a consumer."""
+        """Return what the scheduler role needs to know: ``host`` and ``port`` of a producer, nothing of a consumer."""
 
     @abstractmethod
     def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
-        """Begin what the metadata says; returns at once."""
+        """Begin what the metadata says."""
 
     @abstractmethod
     def get_finished(self) -> FinishedTransfers:
-        """What came to an end since the last call. Cheap when there is nothing."""
+        """Return what has ended since the last call. Cheap if nothing has."""
+
+
+class OfferedMemory(ABC):
+    """Data plane of a producer: its blocks, as they are offered to all consumers."""
+
+    progress_seconds: float | None = None
+    """How often the transport needs :meth:`progress` while blocks may be read; None if never."""
+
+    @abstractmethod
+    def description(self) -> bytes:
+        """Return what a consumer needs to reach the blocks. It is part of the handshake, and stays valid."""
+
+    def progress(self) -> None:
+        """Do the producer's part of reads that consumers have begun. Called on the control thread."""
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop offering the blocks. Called once, when nobody claims them any more."""
+
+
+class ReachedMemory(ABC):
+    """Data plane of a consumer: the blocks of one producer, as this consumer reads them."""
+
+    @abstractmethod
+    def read(self, local: Sequence[int], remote: Sequence[int], stop: Callable[[], bool]) -> bool:
+        """Copy the producer's block ``remote[i]`` to block ``local[i]`` here, and return when nothing is written any more.
+
+        Called on several transfer threads at once, with at least one block, and only with ids that exist on both sides.
+        Calls ``stop`` every few megabytes; if it returns True, returns False, and some blocks may be missing. Raises
+        TransferError if no blocks of this producer can be read any more.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the producer's memory. Called once, when nobody reads it."""
+
+
+class KVConnectorFactory(ConnectorFactory[KVTransferConfig, KVConnectorRole, KVConnector]):
+    """Creates the KV connector that a configuration names, and imports its module only then."""
+
+    _plane = "KV"
+    _base = KVConnector
+    _module_option = "--kv-connector-module-path"
+    _registry: ClassVar = {
+        "SharedMemoryConnector": ClassPath("chiasm.kv_transfer.shared_memory", "SharedMemoryConnector"),
+        "NixlConnector": ClassPath("chiasm.kv_transfer.nixl", "NixlConnector"),
+    }

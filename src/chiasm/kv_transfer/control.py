@@ -1,34 +1,38 @@
-"""What a consumer and a producer say to each other about blocks, and how: the control channel.
+"""The control channel: what a consumer and a producer tell each other about blocks.
 
-A connection carries frames, each the length of its body (4 bytes, big-endian) and the body, one msgpack message. The
-consumer says Hello and is told Welcome or Refused. Then, for each request, it says Claim (told Granted or Refused), Copied
-after each load (told Whole or Refused), and Release, which nobody answers. Answers come in the order of the questions. The end
-of a connection releases all that was claimed on it.
+A connection carries frames. Each is the length of its body (4 bytes, big-endian) and the body, one msgpack message. The
+consumer sends Hello and receives Welcome or Refused. Then, for each request, it sends Claim (answered by Granted or Refused),
+Copied after each load (answered by Whole or Refused), and Release, which has no answer. Answers come in the order of the
+questions. When a connection ends, everything that was claimed on it is released.
 
-Whatever comes in is bounded and checked; what isn't understood ends the connection it came on.
+What comes in is bounded and checked; a message that isn't understood ends its connection.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import struct
-from collections import deque
-from typing import Annotated, Generic, TypeVar
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, Generic, TypeVar, TypeVarTuple
 
 import msgspec
 
-from chiasm.kv_transfer.base import KVLayout
+from chiasm.kv_transfer.base import KVLayout, TransferError
 from chiasm.wire import MAX_BLOCKS, Name, TokenId
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20
-"""A claim of two hundred thousand blocks fits."""
+"""Enough for a claim of two hundred thousand blocks."""
 MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES
-"""Of one connection, before the other side counts as gone."""
+"""How much may wait to be sent on one connection before the other side counts as gone."""
 MAX_CLAIM_SECONDS = 86_400.0
-_RECEIVE_BYTES = 1 << 16
+READ_AHEAD_BYTES = 1 << 16
+"""How much of one connection is read before it is looked at; twice that at most, unless a frame is longer."""
 _LENGTH = struct.Struct(">I")
+_OTHER_PROTOCOL = "it does not speak the control protocol"
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A host that vanished is noticed within half a minute."""
 
@@ -36,7 +40,7 @@ ClaimNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
-    """First on a connection: what the consumer takes the producer for. ``engine_id`` is the producer's."""
+    """The first message: what the consumer expects of the producer, whose ``engine_id`` this is."""
 
     version: int
     connector: Name
@@ -46,20 +50,20 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """The two fit; ``memory`` tells the connector how to reach the producer's blocks."""
+    """The two match. ``memory`` tells the connector how to reach the producer's blocks."""
 
     num_blocks: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     memory: bytes
 
 
 class Claim(msgspec.Struct, tag="claim", frozen=True):
-    """Hold the blocks of a handle. ``claim`` numbers it, once on a connection."""
+    """Hold the blocks of a handle. ``claim`` is a number that the consumer uses once on a connection."""
 
     claim: ClaimNumber
     request_id: Name
     block_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_BLOCKS)]
     seconds_left: Annotated[float, msgspec.Meta(ge=0, le=MAX_CLAIM_SECONDS)]
-    """Until the consumer's request fails, and the blocks may go."""
+    """Until the consumer's request fails. Then the blocks may be used again."""
 
 
 class Granted(msgspec.Struct, tag="granted", frozen=True):
@@ -83,122 +87,102 @@ class Whole(msgspec.Struct, tag="whole", frozen=True):
 
 
 class Release(msgspec.Struct, tag="release", frozen=True):
-    """The blocks are needed no longer."""
+    """The blocks are no longer needed."""
 
     claim: ClaimNumber
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
-    """A claim, or without one the whole connection, was refused or lost; ``reason`` is a part of a sentence."""
+    """A claim was refused or lost, or without ``claim`` the whole connection. ``reason`` is a clause without full stop."""
 
     reason: Annotated[str, msgspec.Meta(max_length=4096)]
     claim: ClaimNumber | None = None
 
 
-Question = Hello | Claim | Copied | Release
-Answer = Welcome | Granted | Whole | Refused
+ConsumerMessage = Hello | Claim | Copied | Release
+ProducerMessage = Welcome | Granted | Whole | Refused
 
 _Incoming = TypeVar("_Incoming")
-_Item = TypeVar("_Item")
+_Arguments = TypeVarTuple("_Arguments")
 
 
-class ChannelClosed(Exception):
-    """The connection has ended or must end; ``str(error)`` says why."""
+class ChannelClosed(TransferError):
+    """The connection has ended or must end; ``str(error)`` is a clause that says why."""
 
 
 class Channel(Generic[_Incoming]):
-    """One end of a connection. The owner closes it when any method raised ChannelClosed."""
+    """One end of a connection. Whoever opened it closes it, also after ChannelClosed."""
 
-    def __init__(self, connection: socket.socket, decoder: msgspec.msgpack.Decoder[_Incoming]) -> None:
-        self.socket = connection
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        decoder: msgspec.msgpack.Decoder[_Incoming],
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
         self._decoder = decoder
-        self._received = bytearray()
-        self._unsent = bytearray()
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _KEEPALIVE.items():
-            if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        connection = writer.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # it broke already, which receive will tell
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEPALIVE.items():
+                if hasattr(socket, name):
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
-    @property
-    def has_unsent(self) -> bool:
-        return bool(self._unsent)
-
-    def receive(self) -> list[_Incoming]:
-        """The messages that are whole by now, after one read; may be none."""
+    async def receive(self) -> _Incoming:
+        """Wait for the next message. Raises ChannelClosed if the connection ends or something else comes."""
         try:
-            data = self.socket.recv(_RECEIVE_BYTES)
-        except BlockingIOError:
-            return []
-        except OSError as error:
-            raise ChannelClosed(str(error)) from error
-        if not data:
-            raise ChannelClosed("the connection was closed")
-        self._received += data
-        messages: list[_Incoming] = []
-        while len(self._received) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._received)
+            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if length > MAX_FRAME_BYTES:
-                raise ChannelClosed(f"a message of {length} bytes came, and {MAX_FRAME_BYTES} are allowed")
-            end = _LENGTH.size + length
-            if len(self._received) < end:
-                break
-            try:
-                messages.append(self._decoder.decode(memoryview(self._received)[_LENGTH.size : end]))
-            except msgspec.MsgspecError as error:
-                raise ChannelClosed(f"a message came that is not understood: {error}") from error
-            del self._received[:end]
-        return messages
-
-    def send(self, *messages: Question | Answer) -> None:
-        """Send now what the socket takes, and the rest with the next :meth:`flush`."""
-        for message in messages:
-            body = msgspec.msgpack.encode(message)
-            if len(body) > MAX_FRAME_BYTES:
-                raise ValueError(f"a message of {len(body)} bytes is more than the {MAX_FRAME_BYTES} that are allowed")
-            self._unsent += _LENGTH.pack(len(body)) + body
-        if len(self._unsent) > MAX_UNSENT_BYTES:
-            raise ChannelClosed("the other side does not read what it is told")
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what the socket takes."""
-        try:
-            while self._unsent:
-                del self._unsent[: self.socket.send(self._unsent)]
-        except BlockingIOError:
-            return
+                raise ChannelClosed(
+                    f"{_OTHER_PROTOCOL}: a message of {length} bytes came, {MAX_FRAME_BYTES} are allowed"
+                )
+            return self._decoder.decode(await self._reader.readexactly(length))
+        except asyncio.IncompleteReadError:
+            raise ChannelClosed("the connection was closed") from None
         except OSError as error:
-            raise ChannelClosed(str(error)) from error
+            raise ChannelClosed(f"the connection broke: {error}") from error
+        except msgspec.MsgspecError as error:
+            raise ChannelClosed(f"{_OTHER_PROTOCOL}: {error}") from error
+
+    def send(self, message: ConsumerMessage | ProducerMessage) -> None:
+        """Send a message without waiting. Raises ValueError if it is too long, ChannelClosed if it can't be sent."""
+        body = msgspec.msgpack.encode(message)
+        if len(body) > MAX_FRAME_BYTES:
+            raise ValueError(f"a message of {len(body)} bytes is longer than the {MAX_FRAME_BYTES} that are allowed")
+        if self._writer.is_closing():
+            raise ChannelClosed("the connection was closed")
+        self._writer.write(_LENGTH.pack(len(body)) + body)
+        if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            raise ChannelClosed("the other side does not read what it is sent")
 
     def close(self) -> None:
-        self.socket.close()
+        """End the connection at once. What the socket hasn't taken yet isn't sent; idempotent."""
+        self._writer.transport.abort()
 
 
-class Inbox(Generic[_Item]):
-    """What other threads tell one that waits in a selector, to which ``socket`` becomes readable."""
+class ControlThread:
+    """A thread that runs an event loop: ``main`` until :meth:`close`, then what ``main`` has started until it ends."""
 
-    def __init__(self) -> None:
-        self.socket, self._ringer = socket.socketpair()
-        self.socket.setblocking(False)
-        self._ringer.setblocking(False)
-        self._items: deque[_Item] = deque()
+    def __init__(self, name: str, main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+        """``main`` gets an event that is set when it is to end."""
+        # uvloop, which servers may install for all loops, sends nothing before the end of a callback.
+        self._runner = asyncio.Runner(loop_factory=asyncio.SelectorEventLoop)
+        self._loop = self._runner.get_loop()
+        self._closing = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, args=(main,), name=name, daemon=True)
+        self._thread.start()
 
-    def put(self, item: _Item) -> None:
-        """From any thread; never waits."""
-        self._items.append(item)
-        with contextlib.suppress(OSError):  # full, so it rings already; or closed
-            self._ringer.send(b"!")
+    def _run(self, main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+        with self._runner:
+            self._runner.run(main(self._closing))
 
-    def take(self) -> list[_Item]:
-        """What came since the last call. Only for the thread that waits."""
-        with contextlib.suppress(BlockingIOError):
-            self.socket.recv(4096)
-        items: list[_Item] = []
-        while self._items:
-            items.append(self._items.popleft())
-        return items
+    def call(self, function: Callable[[*_Arguments], object], *args: *_Arguments) -> None:
+        """Have the thread call a function soon, in the order of these calls. Any thread; does nothing after the end."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(function, *args)
 
     def close(self) -> None:
-        self.socket.close()
-        self._ringer.close()
+        """Wait until everything on the thread has ended; idempotent."""
+        self.call(self._closing.set)
+        self._thread.join()

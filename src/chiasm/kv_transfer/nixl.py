@@ -1,12 +1,12 @@
-"""The connector for instances anywhere: NIXL reads the producer's blocks, over whatever UCX finds between the two.
+"""The connector for instances on any hosts: NIXL reads the producer's blocks over the best transport that UCX finds.
 
-A producer registers its KV cache with an agent; the handshake carries the agent's metadata. A consumer makes an agent for each
-producer, so that a producer that hangs can be let go of without the others: what UCX has begun can be broken off in no other
-way than with all that its worker does.
+A producer registers its KV cache with an agent, whose metadata is part of the handshake. A consumer creates one agent for each
+producer, so that it can give up a producer that hangs without the others: UCX can break off a read only together with
+everything else that its worker does.
 
-No agent has a thread for progress, which would take a core. A consumer drives its agents while it reads, and a producer's
-control thread drives its own while blocks are claimed, which transports without remote memory access (TCP) need. UCX reads
-its own environment, such as ``UCX_TLS``.
+No agent has a progress thread, which would keep a core busy. A consumer drives its agents on the transfer threads while it
+reads. A producer drives its agent on the control thread while blocks are claimed, for transports without remote memory access
+(TCP). UCX reads its own environment, such as ``UCX_TLS``.
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from chiasm.errors import ConfigurationError, KVUnavailableError
-from chiasm.kv_transfer.base import KVConnectorRole, KVTransferConfig
+from chiasm.errors import ConfigurationError
+from chiasm.kv_transfer.base import KVConnectorRole, KVTransferConfig, OfferedMemory, ReachedMemory, TransferError
 from chiasm.kv_transfer.control import Welcome
-from chiasm.kv_transfer.memory import OfferedMemory, ReachedMemory
 from chiasm.kv_transfer.pull import PullConnector
 
 _logger = logging.getLogger(__name__)
 
 MODULES = ("nixl", "nixl_cu13", "nixl_cu12")
-"""The library under all its names: its own, which picks one of the others, and the builds for one CUDA version."""
+"""The names of the library: the first package picks one of the others, which are builds for one CUDA version."""
 BACKEND = "UCX"
 _BYTES_AT_A_TIME = 64 << 20
 _SHORTEST_SLEEP_SECONDS = 20e-6
 _LONGEST_SLEEP_SECONDS = 1e-3
 _PATIENCE_SECONDS = 5.0
-"""For a producer to end a read that is needed no longer, before its agent is destroyed."""
+"""How long a producer may take to end a read that is no longer needed, before its agent is destroyed."""
 
 
 class _Description(msgspec.Struct, frozen=True):
-    """How an agent elsewhere reads a producer's blocks, the first of which lies at ``address``."""
+    """How another agent reads a producer's blocks, the first of which is at ``address``."""
 
     agent_metadata: bytes
     address: int
@@ -54,7 +53,7 @@ class _Description(msgspec.Struct, frozen=True):
 class NixlConnector(PullConnector):
     """Moves blocks between instances on any hosts, in host or GPU memory.
 
-    Raises ConfigurationError when NIXL or its UCX backend can't be had.
+    Raises ConfigurationError if NIXL or its UCX backend is missing.
     """
 
     def __init__(self, config: KVTransferConfig, role: KVConnectorRole) -> None:
@@ -66,7 +65,7 @@ class NixlConnector(PullConnector):
         return _RegisteredBlocks(Agent(self._library, self.config.engine_id, blocks))
 
     def prepare(self, blocks: torch.Tensor) -> None:
-        Agent(self._library, self._new_name(), blocks).close()  # what is wrong is known at the start
+        Agent(self._library, self._new_name(), blocks).close()  # report at the start what doesn't work
         self._blocks = blocks
 
     def reach(self, welcome: Welcome) -> ReachedMemory:
@@ -74,7 +73,7 @@ class NixlConnector(PullConnector):
         try:
             agent = Agent(self._library, self._new_name(), self._blocks)
         except ConfigurationError as error:
-            raise KVUnavailableError(error.message) from error
+            raise TransferError(error.message.removesuffix(".")) from error
         return _RemoteBlocks(agent, welcome)
 
     def close_memory(self) -> None:
@@ -85,7 +84,7 @@ class NixlConnector(PullConnector):
 
 
 class Agent:
-    """An agent that has one KV cache registered. Raises ConfigurationError when there can't be one."""
+    """An agent with one registered KV cache. Raises ConfigurationError if NIXL can't create it."""
 
     def __init__(self, library: Any, name: str, blocks: torch.Tensor) -> None:
         self.blocks = blocks
@@ -97,7 +96,7 @@ class Agent:
                 name, library.nixl_agent_config(enable_prog_thread=False, backends=[BACKEND], sync_mode=sync)
             )
             if BACKEND not in self.api.backends:
-                raise ConfigurationError(f"this NIXL comes without its {BACKEND} backend, which NixlConnector needs")
+                raise ConfigurationError(f"NixlConnector needs the {BACKEND} backend, and this NIXL comes without it.")
             region = [(blocks.data_ptr(), blocks.nbytes, self.device_id, "")]
             self._registered: Any = self.api.register_memory(region, self.kind, [BACKEND])
         except ConfigurationError:
@@ -105,11 +104,11 @@ class Agent:
         except Exception as error:  # the library's errors have no common base
             raise ConfigurationError(
                 f"NIXL cannot serve the KV cache on {blocks.device}: {error}; "
-                f"UCX_TLS is {os.environ.get('UCX_TLS', 'not set')}"
+                f"UCX_TLS is {os.environ.get('UCX_TLS', 'not set')}."
             ) from error
 
     def list_blocks(self, agent_name: str, address: int, num_blocks: int, device_id: int) -> Any:
-        """A prepared list of blocks that lie one after the other from ``address``, of the agent of that name."""
+        """Prepare the list of an agent's blocks, which are contiguous from ``address`` on."""
         block_bytes = self.blocks.shape[1]
         addresses = np.arange(num_blocks, dtype=np.uint64) * np.uint64(block_bytes) + np.uint64(address)
         sizes, devices = np.full(num_blocks, block_bytes), np.full(num_blocks, device_id)
@@ -117,12 +116,12 @@ class Agent:
         return self.api.prep_xfer_dlist(agent_name, descriptors, self.kind, [BACKEND])
 
     def close(self) -> None:
-        """Nothing moves any more, whatever was under way; idempotent."""
+        """Break off everything that is under way; idempotent."""
         if self.api is not None:
             try:
                 self.api.deregister_memory(self._registered, [BACKEND])
             except Exception as error:
-                _logger.warning("NIXL could not let go of the KV cache: %s", error)
+                _logger.warning("NIXL could not deregister the KV cache: %s", error)
             self.api = self._registered = None
 
 
@@ -139,20 +138,19 @@ class _RegisteredBlocks(OfferedMemory):
 
     def progress(self) -> None:
         try:
-            self._agent.api.get_new_notifs()  # there are none; asking drives UCX
+            self._agent.api.get_new_notifs()  # returns nothing, but drives UCX
         except Exception as error:
-            _logger.warning("NIXL could not go on with what decode instances read: %s", error)
+            _logger.warning("NIXL could not continue what decode instances read: %s", error)
 
     def close(self) -> None:
         self._agent.close()
 
 
 class _RemoteBlocks(ReachedMemory):
-    """A producer's blocks, and an agent that reads them and nothing else."""
+    """A producer's blocks, and the agent that reads them and no others."""
 
     def __init__(self, agent: Agent, welcome: Welcome) -> None:
         self._agent = agent
-        self._num_blocks = welcome.num_blocks
         self._lock = threading.Lock()
         self._num_readers = 0
         self._broken = False
@@ -166,14 +164,12 @@ class _RemoteBlocks(ReachedMemory):
             self._remote: Any = agent.list_blocks(*remote)
         except Exception as error:
             self.close()
-            raise KVUnavailableError(f"NIXL cannot reach its memory: {error}") from error
+            raise TransferError(f"NIXL cannot reach its memory: {error}") from error
 
     def read(self, local: Sequence[int], remote: Sequence[int], stop: Callable[[], bool]) -> bool:
-        if max(remote) >= self._num_blocks:
-            raise KVUnavailableError("the handle names a block that the prefill instance does not have")
         with self._lock:
             if self._broken:
-                raise KVUnavailableError("NIXL lost it")
+                raise TransferError("another read from it failed")
             self._num_readers += 1
         try:
             at_a_time = max(1, _BYTES_AT_A_TIME // self._agent.blocks.shape[1])
@@ -184,7 +180,7 @@ class _RemoteBlocks(ReachedMemory):
                 failure = self._read(np.array(local[start:end], np.int32), np.array(remote[start:end], np.int32), stop)
                 if failure is not None:
                     self._broken = True
-                    raise KVUnavailableError(failure)
+                    raise TransferError(failure)
             return not stop()
         finally:
             self._leave()
@@ -192,9 +188,9 @@ class _RemoteBlocks(ReachedMemory):
     def _read(
         self, local: npt.NDArray[np.int32], remote: npt.NDArray[np.int32], stop: Callable[[], bool]
     ) -> str | None:
-        """Read some blocks: None once they are here, or why they aren't. The agent reads no more after that.
+        """Read some blocks. Return None if they are here, otherwise why not; then the agent can't be used any more.
 
-        When this returns nothing refers to the agent but its owner, which an exception on its way would.
+        This doesn't raise: the traceback would refer to the agent, which has to be destroyed.
         """
         api = self._agent.api
         begun = time.monotonic()
@@ -209,13 +205,13 @@ class _RemoteBlocks(ReachedMemory):
                 if give_up is None and stop():
                     give_up = now + _PATIENCE_SECONDS
                 if self._broken or (give_up is not None and now > give_up):
-                    return "NIXL's read did not come to an end"
+                    return "NIXL's read did not end"
             return None if state == "DONE" else "NIXL's read failed"
         except Exception as error:  # the library's errors have no common base
             return f"NIXL cannot read its memory: {error}"
 
     def _leave(self) -> None:
-        """The last one out destroys a broken agent; the others wait for that, so that nothing is written any more."""
+        """End a read. The last reader of a broken agent destroys it; the others wait, so that nothing is written later."""
         with self._lock:
             self._num_readers -= 1
             if self._broken and not self._num_readers:
@@ -230,7 +226,7 @@ class _RemoteBlocks(ReachedMemory):
 
 
 def import_nixl() -> Any:
-    """The library. Raises ConfigurationError when none is installed or none can be loaded."""
+    """Import and return the library. Raises ConfigurationError if it isn't installed or can't be loaded."""
     reasons: list[str] = []
     for name in MODULES:
         try:
@@ -238,12 +234,12 @@ def import_nixl() -> Any:
         except ImportError as error:
             reasons.append(str(error))
             continue
-        if not hasattr(library, "nixl_agent"):  # some folder of that name
+        if not hasattr(library, "nixl_agent"):  # a folder with that name
             reasons.append(f"{name!r} is another module")
             continue
         if "NIXL_LOG_LEVEL" not in os.environ:
-            logging.getLogger("nixl").setLevel(logging.WARNING)  # it writes to the standard output otherwise
+            logging.getLogger("nixl").setLevel(logging.WARNING)  # otherwise it writes to standard output
         return library
     raise ConfigurationError(
-        f"NixlConnector needs NIXL: pip install 'chiasm[nixl]' (or nixl-cu12, nixl-cu13; {'; '.join(reasons)})"
+        f"NixlConnector needs NIXL: pip install 'chiasm[nixl]' (or nixl-cu12, nixl-cu13): {'; '.join(reasons)}."
     )

@@ -1,8 +1,8 @@
-"""What connectors share whose consumers pull: all of a connector but its memory.
+"""The base of connectors whose consumers pull: everything but the data plane.
 
-The scheduler role notes what is to be done and knows no memory. The worker role hands it to the thread that does it: a
-:class:`LeaseServer` in a producer, a :class:`Puller` in a consumer. A connector derives from :class:`PullConnector` and says
-how blocks are offered and how they are reached.
+The scheduler role collects what is to be done. The worker role hands it to the thread that does it: a :class:`LeaseServer` in
+a producer, a :class:`Puller` in a consumer. A connector derives from :class:`PullConnector` and implements how blocks are
+offered and how they are reached.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from chiasm.errors import ConfigurationError, KVUnavailableError
+from chiasm.errors import Code, ConfigurationError, KVUnavailableError
 from chiasm.kv_transfer.base import (
     FinishedTransfers,
     KVClaim,
@@ -24,42 +24,42 @@ from chiasm.kv_transfer.base import (
     KVRequestLike,
     KVSend,
     KVTransferConfig,
+    OfferedMemory,
+    ReachedMemory,
 )
 from chiasm.kv_transfer.control import Welcome
 from chiasm.kv_transfer.lease_server import LeaseServer
-from chiasm.kv_transfer.memory import OfferedMemory, ReachedMemory
 from chiasm.kv_transfer.puller import Puller
 from chiasm.wire import KVTransferParams
 
+_HANDLE_FIELDS = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
+
 
 class PullConnector(KVConnector):
-    """Consumers read the producer's blocks one-sidedly, under leases that they claim over the control channel."""
+    """Consumers read the producer's blocks without its help, under leases that they claim over the control channel."""
 
     def __init__(self, config: KVTransferConfig, role: KVConnectorRole) -> None:
         super().__init__(config, role)
         self._handshake: dict[str, str | int] = {}
         self._claimed: set[str] = set()
-        self._sends: list[KVSend] = []
-        self._claims: list[KVClaim] = []
-        self._loads: list[KVLoad] = []
-        self._dropped: list[str] = []
+        self._noted = KVConnectorMetadata()
         self._lease_server: LeaseServer | None = None
         self._puller: Puller | None = None
 
     @abstractmethod
     def offer(self, blocks: torch.Tensor) -> OfferedMemory:
-        """Producer: let consumers read ``blocks``. Raises ConfigurationError when they can't be offered."""
+        """Producer: let consumers read ``blocks``. Raises ConfigurationError if they can't be offered."""
 
     @abstractmethod
     def prepare(self, blocks: torch.Tensor) -> None:
-        """Consumer: ``blocks`` are those that are written to. Raises ConfigurationError when they can't be."""
+        """Consumer: take the blocks that will be written to. Raises ConfigurationError if they can't be."""
 
     @abstractmethod
     def reach(self, welcome: Welcome) -> ReachedMemory:
-        """Consumer: make the blocks of a producer readable, on any thread. Raises KVUnavailableError when they aren't."""
+        """Consumer: make the blocks of a producer readable. Called on any thread. Raises TransferError if they can't be."""
 
     def close_memory(self) -> None:
-        """Let go of what ``prepare`` or ``allocate_kv_cache`` took, if anything, and nobody else does. Idempotent."""
+        """Release what ``prepare`` or ``allocate_kv_cache`` took and nobody else releases. Idempotent."""
         return None
 
     def shutdown(self) -> None:
@@ -75,64 +75,48 @@ class PullConnector(KVConnector):
     def set_xfer_handshake_metadata(self, metadata: dict[str, str | int]) -> None:
         self._handshake = dict(metadata)
 
-    def get_num_new_matched_tokens(self, request: KVRequestLike, num_computed_tokens: int) -> int:
+    def claim(self, request: KVRequestLike) -> None:
         params = request.kv_transfer_params
-        if not self.is_consumer or params is None or not params.do_remote_prefill:
-            return 0
-        self._check(params)
+        missing = [name for name in _HANDLE_FIELDS if not getattr(params, name, None)]
+        if params is None or missing:
+            raise KVUnavailableError(
+                f"The handle in kv_transfer_params lacks {', '.join(missing)}; send the one that prefill returned.",
+                code=Code.KV_UNAVAILABLE,
+            )
+        if params.tp_size != 1:
+            raise KVUnavailableError(
+                f"The handle in kv_transfer_params is of a prefill instance that spreads its KV over {params.tp_size} ranks; "
+                f"{self.config.connector} reads from one.",
+                code=Code.KV_UNAVAILABLE,
+            )
         self._claimed.add(request.request_id)
-        self._claims.append(KVClaim(request.request_id, params, request.num_choices, request.deadline))
-        return max(0, params.num_tokens - num_computed_tokens)
+        self._noted.claims.append(KVClaim(request.request_id, params, request.num_choices, request.deadline))
 
     def update_state_after_alloc(self, request: KVRequestLike, index: int, blocks: Sequence[tuple[int, int]]) -> None:
         if request.request_id in self._claimed:
             local, remote = tuple(pair[0] for pair in blocks), tuple(pair[1] for pair in blocks)
-            self._loads.append(KVLoad(request.request_id, index, local, remote))
+            self._noted.loads.append(KVLoad(request.request_id, index, local, remote))
 
-    def request_finished(
-        self, request: KVRequestLike, block_ids: Sequence[int]
-    ) -> tuple[bool, KVTransferParams | None]:
-        if self.is_producer:
-            if not block_ids:
-                return False, None
-            self._sends.append(KVSend(request.request_id, tuple(block_ids)))
-            handle = KVTransferParams(
-                do_remote_prefill=True,
-                remote_engine_id=self.config.engine_id,
-                remote_block_ids=list(block_ids),
-                remote_host=str(self._handshake["host"]),
-                remote_port=int(self._handshake["port"]),
-                remote_request_id=request.request_id,
-            )
-            return True, handle
+    def leave(self, request: KVRequestLike, block_ids: Sequence[int]) -> KVTransferParams:
+        assert block_ids, "a prompt that is computed has blocks"
+        self._noted.sends.append(KVSend(request.request_id, tuple(block_ids)))
+        return KVTransferParams(
+            do_remote_prefill=True,
+            remote_engine_id=self.config.engine_id,
+            remote_block_ids=list(block_ids),
+            remote_host=str(self._handshake["host"]),
+            remote_port=int(self._handshake["port"]),
+            remote_request_id=request.request_id,
+        )
+
+    def drop(self, request: KVRequestLike) -> None:
         if request.request_id in self._claimed:
             self._claimed.remove(request.request_id)
-            self._dropped.append(request.request_id)
-        return False, None
+            self._noted.dropped.append(request.request_id)
 
     def build_connector_meta(self) -> KVConnectorMetadata:
-        metadata = KVConnectorMetadata(
-            tuple(self._sends), tuple(self._claims), tuple(self._loads), tuple(self._dropped)
-        )
-        self._sends.clear()
-        self._claims.clear()
-        self._loads.clear()
-        self._dropped.clear()
-        return metadata
-
-    def _check(self, params: KVTransferParams) -> None:
-        missing = [
-            name
-            for name in ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
-            if not getattr(params, name)
-        ]
-        if missing:
-            raise KVUnavailableError(f"the handle of the prompt's KV lacks {', '.join(missing)}")
-        if params.tp_size != 1:
-            raise KVUnavailableError(
-                f"the handle is of a prefill instance that spreads its KV over {params.tp_size} ranks, "
-                f"and {self.config.connector} reads from one"
-            )
+        noted, self._noted = self._noted, KVConnectorMetadata()
+        return noted
 
     # ---- worker role ------------------------------------------------------------------------------------------------
 
@@ -141,9 +125,9 @@ class PullConnector(KVConnector):
 
     def register_kv_caches(self, blocks: torch.Tensor, layout: KVLayout, wake: Callable[[], None]) -> None:
         if blocks.dtype is not torch.uint8 or blocks.dim() != 2 or blocks.shape[1] != layout.bytes_per_block:
-            raise ConfigurationError(f"the KV cache must be uint8 [blocks, {layout.bytes_per_block}]")
+            raise ConfigurationError(f"The KV cache must be uint8 [blocks, {layout.bytes_per_block}].")
         if not blocks.is_contiguous():
-            raise ConfigurationError("the KV cache must be contiguous")
+            raise ConfigurationError("The KV cache must be contiguous.")
         num_blocks = blocks.shape[0]
         if self.is_producer:
             memory = self.offer(blocks)
@@ -164,7 +148,7 @@ class PullConnector(KVConnector):
     def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
         if self._lease_server is not None and metadata.sends:
             self._lease_server.hold(metadata.sends)
-        if self._puller is not None and (metadata.claims or metadata.loads or metadata.dropped):
+        if self._puller is not None:
             self._puller.begin(metadata)
 
     def get_finished(self) -> FinishedTransfers:

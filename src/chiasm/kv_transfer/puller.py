@@ -1,27 +1,24 @@
-"""A consumer's side of the control channel: claims, copies and gives back, beside the engine.
+"""The consumer's side of the control channel: claims blocks, has them copied, and gives them back.
 
-One thread talks to all producers, and does nothing else, so that a claim never waits for a copy. A bounded pool of threads
-copies. A short-lived thread makes each connection, since names may take time to resolve and hosts to answer.
+One thread talks to all producers and does nothing else, so that a claim never waits for a copy. Other threads copy, resolve
+names and map memory.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import itertools
 import logging
-import selectors
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
-from chiasm.errors import KVUnavailableError
 from chiasm.kv_transfer.base import (
     FinishedTransfers,
     KVClaim,
@@ -30,29 +27,34 @@ from chiasm.kv_transfer.base import (
     KVLayout,
     KVLoad,
     KVTransferConfig,
+    ReachedMemory,
+    TransferError,
 )
 from chiasm.kv_transfer.control import (
     MAX_CLAIM_SECONDS,
     PROTOCOL_VERSION,
-    Answer,
+    READ_AHEAD_BYTES,
     Channel,
     ChannelClosed,
     Claim,
+    ControlThread,
     Copied,
     Granted,
     Hello,
-    Inbox,
-    Question,
+    ProducerMessage,
     Refused,
     Release,
     Welcome,
+    Whole,
 )
-from chiasm.kv_transfer.memory import ReachedMemory
+from chiasm.kv_transfer.leases import LeaseRefused
 
 _logger = logging.getLogger(__name__)
 
-MAX_IDLE_PEERS = 16
-"""Producers whose connection and memory are kept while nothing is pulled from them."""
+MAX_IDLE_PRODUCERS = 16
+"""Producers whose connection and memory are kept although nothing is pulled from them."""
+_MAX_CONNECTING = 32  # threads that resolve names and map memory
+_DECODER: msgspec.msgpack.Decoder[ProducerMessage] = msgspec.msgpack.Decoder(ProducerMessage)
 
 
 class _Address(NamedTuple):
@@ -65,74 +67,54 @@ class _Address(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Peer:
-    """One producer. Its memory may be let go when it is lost and nothing reads any more."""
+class _Producer:
+    """One producer, from the first request for its blocks until the connection is lost."""
 
     address: _Address
-    channel: Channel[Answer] | None = None
+    task: asyncio.Task[None] | None = None
+    """Connects, and then receives the answers."""
+    channel: Channel[ProducerMessage] | None = None
     memory: ReachedMemory | None = None
-    pulls: dict[int, _Pull] = field(default_factory=dict)
-    """By number; those that are over too, until they have been told to the producer."""
-    answers_by: deque[float] = field(default_factory=deque)
-    """Until when each question must be answered, in order."""
-    num_reading: int = 0
+    num_blocks: int = 0
+    """In its memory."""
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when there are a channel and memory, or when it is lost."""
     lost: bool = False
-
-    @property
-    def is_idle(self) -> bool:
-        return not self.pulls and not self.num_reading and self.channel is not None
+    questions: deque[tuple[Granted | Whole, asyncio.Future[None]]] = field(default_factory=deque)
+    """The good answer to each open question, in order, and what waits for it."""
+    pulls: set[_Pull] = field(default_factory=set)
+    """Those whose blocks have not been given back."""
 
 
 @dataclass(eq=False)
 class _Pull:
-    """One request's blocks, on their way."""
+    """The transfer of one request's blocks."""
 
     claim: KVClaim
     number: int
-    peer: _Peer
+    """Of the claim, on the connection to the producer."""
+    producer: _Producer
     begun: float
     remote_blocks: frozenset[int]
-    granted: bool = False
-    over: bool = False
-    """Loaded, failed or dropped. Read by transfer threads too."""
+    granted: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by the grant, or at the end."""
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when everything is loaded, when it failed, or when the request was dropped."""
     num_loaded: int = 0
-    num_reading: int = 0
-    waiting: list[KVLoad] = field(default_factory=list)
-    checking: dict[int, _Read] = field(default_factory=dict)
-    """Loads that were copied, by index, until the producer says that they are whole."""
+    waiting: dict[int, KVLoad] = field(default_factory=dict)
+    """The loads, by index, that have not ended and into whose blocks nothing is being copied."""
+    copies: set[asyncio.Future[float | None]] = field(default_factory=set)
 
     def should_stop(self) -> bool:
-        return self.over or time.monotonic() >= self.claim.deadline
-
-
-class _Greeted(NamedTuple):
-    peer: _Peer
-    channel: Channel[Answer]
-    memory: ReachedMemory
-
-
-class _NotGreeted(NamedTuple):
-    peer: _Peer
-    reason: str
-
-
-class _Read(NamedTuple):
-    """A transfer thread is done with a load, of which all was copied or ``failure`` says why not.
-
-    ``is_broken``: nothing can be read from this producer any more, over the connection that there is.
-    """
-
-    pull: _Pull
-    load: KVLoad
-    seconds: float
-    failure: str | None
-    is_broken: bool
+        """Return whether copying is of no use any more. Called on transfer threads."""
+        return self.over.is_set() or time.monotonic() >= self.claim.deadline
 
 
 class Puller:
     """Pulls the blocks of this consumer's requests from any number of producers.
 
-    ``reach`` makes a producer's memory readable, from its Welcome; it raises KVUnavailableError when it can't.
+    ``reach`` makes a producer's memory readable, given its Welcome; it runs on any thread and raises TransferError if it
+    can't. ``wake`` is called, on the control thread, when :meth:`take_finished` has something new.
     """
 
     def __init__(
@@ -150,360 +132,309 @@ class Puller:
         self._reach = reach
         self._stats = stats
         self._wake = wake
-        self._lock = threading.Lock()  # of what finished
+        self._lock = threading.Lock()  # guards _finished
         self._finished = FinishedTransfers()
-        self._news = False
-        self._decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
-        self._peers: dict[_Address, _Peer] = {}  # the one used last comes last
+        self._will_wake = False
+        self._producers: dict[_Address, _Producer] = {}  # the least recently used comes first
         self._pulls: dict[str, _Pull] = {}
-        self._next_number = 0
+        self._claim_numbers = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
-        self._greeters: set[threading.Thread] = set()
         self._pool = ThreadPoolExecutor(max(1, config.max_parallel_transfers), thread_name_prefix="kv-transfer")
-        self._inbox: Inbox[KVConnectorMetadata | _Greeted | _NotGreeted | _Read] = Inbox()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._inbox.socket, selectors.EVENT_READ, self._read_inbox)
-        self._thread = threading.Thread(target=self._run, name="kv-pull", daemon=True)
-        self._thread.start()
+        self._control = ControlThread("kv-pull", self._run)
 
     def begin(self, metadata: KVConnectorMetadata) -> None:
         """Begin what the metadata says. Any thread; returns at once."""
-        self._inbox.put(metadata)
+        self._control.call(self._begin, metadata)
 
     def take_finished(self) -> FinishedTransfers:
-        """What came to an end since the last call. Any thread."""
+        """Return what ended since the last call. Any thread."""
         with self._lock:
             finished, self._finished = self._finished, FinishedTransfers()
         return finished
 
     def close(self) -> None:
         """Break everything off. When this returns nothing is written any more; idempotent."""
-        if self._closing:
-            return
-        self._closing = True
-        self._inbox.put(KVConnectorMetadata())
-        self._thread.join()
-        for greeter in list(self._greeters):
-            greeter.join()
+        self._control.close()
         self._pool.shutdown()
-        for item in self._inbox.take():
-            if isinstance(item, _Greeted):
-                item.channel.close()
-                item.memory.close()
-            elif isinstance(item, _Read):
-                self._end_read(item)
-        self._inbox.close()
 
     # ---- the control thread -----------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while not self._closing:
-            for key, _ in self._selector.select(self._seconds_to_sleep()):
-                key.data()
-            now = time.monotonic()
-            for peer in list(self._peers.values()):
-                if peer.answers_by and peer.answers_by[0] <= now:
-                    self._lose(peer, f"it did not answer within {self._config.connect_timeout_seconds:g} seconds")
-            self._tell()
-        for peer in list(self._peers.values()):
-            self._lose(peer, "this instance stops")
-        self._selector.close()
+    async def _run(self, closing: asyncio.Event) -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_MAX_CONNECTING, "kv-connect"))
+        await closing.wait()
+        self._closing = True
+        for producer in list(self._producers.values()):
+            self._lose(producer, "this instance stops")
+            if producer.channel is None and producer.task is not None:
+                producer.task.cancel()  # it connects
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
-    def _seconds_to_sleep(self) -> float | None:
-        now = time.monotonic()
-        times = [peer.answers_by[0] - now for peer in self._peers.values() if peer.answers_by]
-        return max(0.0, min(times)) if times else None
+    def _start(self, producer: _Producer, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run ``work`` as a task. If it raises, the producer is lost."""
 
-    def _tell(self) -> None:
-        """Wake the engine if something has finished."""
-        if self._news:
-            self._news = False
-            self._wake()
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            error = None if task.cancelled() else task.exception()
+            if isinstance(error, TransferError):
+                self._lose(producer, str(error))
+            elif error is not None:
+                _logger.error("An error in the KV control thread ends one connection.", exc_info=error)
+                self._lose(producer, f"an unexpected error: {error!r}")
 
-    def _read_inbox(self) -> None:
-        for item in self._inbox.take():
-            if isinstance(item, _Read):
-                self._end_read(item)
-            elif isinstance(item, _Greeted):
-                self._welcome(item)
-            elif isinstance(item, _NotGreeted):
-                self._lose(item.peer, item.reason)
-            else:
-                for claim in item.claims:
-                    self._claim(claim)
-                for load in item.loads:
-                    self._load(load)
-                for request_id in item.dropped:
-                    pull = self._pulls.get(request_id)
-                    if pull is not None:
-                        self._end(pull)
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(end)
+        return task
+
+    def _begin(self, metadata: KVConnectorMetadata) -> None:
+        if self._closing:
+            return
+        for claim in metadata.claims:
+            self._begin_pull(claim)
+        for load in metadata.loads:
+            self._begin_load(load)
+        for request_id in metadata.dropped:
+            pull = self._pulls.get(request_id)
+            if pull is not None:
+                self._end(pull)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
-    def _claim(self, claim: KVClaim) -> None:
+    def _begin_pull(self, claim: KVClaim) -> None:
         params = claim.params
         address = _Address(params.remote_host or "", params.remote_port or 0, params.remote_engine_id or "")
-        peer = self._peers.pop(address, None) or self._meet(address)
-        self._peers[address] = peer
-        self._next_number += 1
+        producer = self._producers.pop(address, None) or self._meet(address)
+        self._producers[address] = producer
         blocks = frozenset(params.remote_block_ids or ())
-        pull = _Pull(claim, self._next_number, peer, time.monotonic(), blocks)
+        pull = _Pull(claim, next(self._claim_numbers), producer, time.monotonic(), blocks)
         self._pulls[claim.request_id] = pull
-        peer.pulls[pull.number] = pull
-        if peer.channel is not None:
-            self._ask_for(pull)
+        producer.pulls.add(pull)
+        self._start(producer, self._pull(pull))
 
-    def _ask_for(self, pull: _Pull) -> None:
-        params = pull.claim.params
+    async def _pull(self, pull: _Pull) -> None:
+        """Claim a request's blocks, and give them back when the pull is over and nothing reads them.
+
+        Some transports need the producer's part in a read until its end. A request that was dropped early is claimed all
+        the same: giving its blocks back frees them before their lease ends.
+        """
+        producer, params = pull.producer, pull.claim.params
+        await producer.reached.wait()
+        if producer.channel is None or producer.lost:
+            return
         seconds = min(max(0.0, pull.claim.deadline - time.monotonic()), MAX_CLAIM_SECONDS)
         claim = Claim(pull.number, params.remote_request_id or "", params.remote_block_ids or [], seconds)
-        self._say(pull.peer, claim)
+        if await self._ask(pull, claim, Granted(pull.number)):
+            self._stats.claim_seconds += time.monotonic() - pull.begun
+            pull.granted.set()
+        await pull.over.wait()
+        if pull.copies:
+            await asyncio.wait(pull.copies)
+        producer.pulls.discard(pull)
+        producer.channel.send(Release(pull.number))
 
-    def _load(self, load: KVLoad) -> None:
+    async def _ask(self, pull: _Pull, question: Claim | Copied, good_answer: Granted | Whole) -> bool:
+        """Return whether the producer gives this answer. If it doesn't, the pull has failed."""
+        producer, answer = pull.producer, asyncio.get_running_loop().create_future()
+        assert producer.channel is not None
+        try:
+            producer.channel.send(question)
+            producer.questions.append((good_answer, answer))
+            async with asyncio.timeout(self._config.connect_timeout_seconds):
+                await answer
+        except (LeaseRefused, ValueError) as error:
+            self._fail(pull, str(error))
+        except TimeoutError:
+            self._lose(producer, self._no_answer)
+        except TransferError as error:
+            self._lose(producer, str(error))
+        else:
+            return True
+        return False
+
+    def _begin_load(self, load: KVLoad) -> None:
         pull = self._pulls.get(load.request_id)
         if pull is None:  # it failed already
-            self._note_broken_off(load.request_id, load.index)
+            self._note(FinishedTransfers(broken_off={load.key}))
         elif not load.local:
-            self._note_loaded(pull, load.index)
-        elif not self._fits(pull, load):
-            self._note_broken_off(load.request_id, load.index)
-            self._fail(pull, "the load names blocks that are not the handle's, or not this instance's")
-        elif pull.granted:
-            self._read(pull, load)
+            self._end_load(pull, load)
         else:
-            pull.waiting.append(load)
+            pull.waiting[load.index] = load
+            if (
+                len(load.local) == len(load.remote)
+                and pull.remote_blocks.issuperset(load.remote)
+                and min(load.local) >= 0
+                and max(load.local) < self._num_blocks
+            ):
+                self._start(pull.producer, self._load(pull, load))
+            else:
+                self._fail(pull, "the load names blocks that the handle or this instance doesn't have")
 
-    def _fits(self, pull: _Pull, load: KVLoad) -> bool:
-        return (
-            len(load.local) == len(load.remote)
-            and pull.remote_blocks.issuperset(load.remote)
-            and min(load.local) >= 0
-            and max(load.local) < self._num_blocks
-        )
-
-    def _read(self, pull: _Pull, load: KVLoad) -> None:
-        pull.num_reading += 1
-        pull.peer.num_reading += 1
-        self._pool.submit(self._read_blocks, pull, load)
-
-    def _read_blocks(self, pull: _Pull, load: KVLoad) -> None:
-        """On a transfer thread."""
-        memory = pull.peer.memory
-        assert memory is not None, "nothing is granted before the producer's memory is reached"
-        started = time.perf_counter()
-        failure, is_broken = None, False
+    async def _load(self, pull: _Pull, load: KVLoad) -> None:
+        """Copy the blocks of one load, and ask the producer whether it still held them at the end."""
+        await pull.granted.wait()
+        if pull.over.is_set():
+            return  # the load is broken off
+        producer = pull.producer
+        if max(load.remote) >= producer.num_blocks:
+            raise TransferError("it granted a block that it does not have")
+        assert producer.memory is not None, "nothing is granted before the memory is reached"
+        del pull.waiting[load.index]
+        copying = asyncio.get_running_loop().run_in_executor(self._pool, _copy, producer.memory, pull, load)
+        pull.copies.add(copying)
         try:
-            if pull.should_stop() or not memory.read(load.local, load.remote, pull.should_stop):
-                failure = "the request's deadline passed"
-        except KVUnavailableError as error:
-            failure, is_broken = error.message, True
-        except Exception as error:
-            _logger.exception("a transfer failed")
-            failure, is_broken = f"the transfer failed: {error}", True
-        self._inbox.put(_Read(pull, load, time.perf_counter() - started, failure, is_broken))
+            seconds = await copying
+        except TransferError as error:
+            seconds = None
+            self._lose(producer, str(error))
+        pull.copies.discard(copying)
+        self._close_memory_if_unused(producer)
+        if pull.over.is_set() or seconds is None:
+            self._note(FinishedTransfers(broken_off={load.key}))
+            self._fail(pull, "the request's deadline passed")
+            return
+        pull.waiting[load.index] = load
+        is_whole = await self._ask(pull, Copied(pull.number, load.index), Whole(pull.number, load.index))
+        if is_whole and pull.waiting.pop(load.index, None) is not None:
+            self._stats.transfers += 1
+            self._stats.transferred_bytes += len(load.local) * self._layout.bytes_per_block
+            self._stats.transfer_seconds += seconds
+            self._end_load(pull, load)
 
-    def _end_read(self, read: _Read) -> None:
-        pull, peer = read.pull, read.pull.peer
-        pull.num_reading -= 1
-        peer.num_reading -= 1
-        if pull.over:
-            self._note_broken_off(pull.claim.request_id, read.load.index)
-            self._give_back(pull)
-        elif read.failure is not None:
-            self._note_broken_off(pull.claim.request_id, read.load.index)
-            self._fail(pull, read.failure)
-        else:
-            pull.checking[read.load.index] = read
-            self._say(peer, Copied(pull.number, read.load.index))
-        if read.is_broken and read.failure is not None:
-            self._lose(peer, read.failure)
-        self._let_go_of_memory(peer)
-
-    def _note_loaded(self, pull: _Pull, index: int) -> None:
-        with self._lock:
-            self._finished.loaded.add((pull.claim.request_id, index))
-        self._news = True
+    def _end_load(self, pull: _Pull, load: KVLoad) -> None:
+        """Note that a load is whole."""
+        self._note(FinishedTransfers(loaded={load.key}))
         pull.num_loaded += 1
         if pull.num_loaded == pull.claim.num_loads:
             self._end(pull)
 
-    def _note_broken_off(self, request_id: str, index: int) -> None:
-        with self._lock:
-            self._finished.broken_off.add((request_id, index))
-        self._news = True
-
     def _fail(self, pull: _Pull, reason: str) -> None:
-        if pull.over:
-            return
-        sentence = f"the KV cannot be had from the prefill instance at {pull.peer.address}: {reason}"
-        self._stats.failures += 1
-        with self._lock:
-            self._finished.failed[pull.claim.request_id] = sentence
-        self._news = True
-        self._end(pull)
+        if not pull.over.is_set():
+            self._stats.failures += 1
+            self._end(pull, f"Could not fetch KV from the prefill instance at {pull.producer.address}: {reason}.")
 
-    def _end(self, pull: _Pull) -> None:
-        """Nothing more comes of it; what waits is broken off, and what is read ends soon."""
-        pull.over = True
+    def _end(self, pull: _Pull, failure: str | None = None) -> None:
+        """Break off the loads that wait, and have the others stop copying. ``failure`` is a sentence for the client."""
         self._pulls.pop(pull.claim.request_id, None)
-        for load in [*pull.waiting, *(read.load for read in pull.checking.values())]:
-            self._note_broken_off(load.request_id, load.index)
+        pull.over.set()
+        pull.granted.set()
+        failed = {} if failure is None else {pull.claim.request_id: failure}
+        self._note(FinishedTransfers(broken_off={load.key for load in pull.waiting.values()}, failed=failed))
         pull.waiting.clear()
-        pull.checking.clear()
-        self._give_back(pull)
 
-    def _give_back(self, pull: _Pull) -> None:
-        """Tell the producer, once nothing is read any more: some transports need its part until then."""
-        if pull.peer.channel is not None and not pull.num_reading:
-            pull.peer.pulls.pop(pull.number, None)
-            self._say(pull.peer, Release(pull.number))
+    def _note(self, ended: FinishedTransfers) -> None:
+        """Keep this for the engine, and wake it soon."""
+        with self._lock:
+            self._finished.loaded |= ended.loaded
+            self._finished.broken_off |= ended.broken_off
+            self._finished.failed |= ended.failed
+        if ended != FinishedTransfers() and not self._will_wake:
+            self._will_wake = True
+            asyncio.get_running_loop().call_soon(self._wake_engine)
+
+    def _wake_engine(self) -> None:
+        self._will_wake = False
+        if not self._closing:
+            self._wake()
 
     # ---- producers --------------------------------------------------------------------------------------------------
 
-    def _meet(self, address: _Address) -> _Peer:
-        idle = [peer for peer in self._peers.values() if peer.is_idle]
-        for peer in idle[: max(0, len(idle) - MAX_IDLE_PEERS + 1)]:
-            self._lose(peer, "it was idle")
-        peer = _Peer(address)
-        greeter = threading.Thread(target=self._greet, args=(peer,), name="kv-greeting", daemon=True)
-        self._greeters.add(greeter)
-        greeter.start()
-        return peer
+    def _meet(self, address: _Address) -> _Producer:
+        idle = [producer for producer in self._producers.values() if producer.reached.is_set() and not producer.pulls]
+        for producer in idle[: max(0, len(idle) - MAX_IDLE_PRODUCERS + 1)]:
+            self._lose(producer, "it was idle")
+        producer = _Producer(address)
+        producer.task = self._start(producer, self._converse(producer))
+        return producer
 
-    def _greet(self, peer: _Peer) -> None:
-        """On a thread of its own: connect, introduce ourselves and reach the memory."""
+    async def _converse(self, producer: _Producer) -> None:
+        """Connect to a producer, reach its memory, and hand out its answers until the connection ends."""
         try:
-            with contextlib.ExitStack() as undo:
-                channel, welcome = self._connect(peer.address)
-                undo.callback(channel.close)
-                memory = self._reach(welcome)
-                undo.pop_all()
-            channel.socket.setblocking(False)
-            self._inbox.put(_Greeted(peer, channel, memory))
-        except KVUnavailableError as error:
-            self._inbox.put(_NotGreeted(peer, error.message))
-        except ChannelClosed as error:
-            self._inbox.put(_NotGreeted(peer, f"it could not be talked to: {error}"))
-        except (OSError, UnicodeError) as error:
-            self._inbox.put(_NotGreeted(peer, f"it cannot be reached: {error}"))
-        except Exception as error:
-            _logger.exception("a prefill instance could not be greeted")
-            self._inbox.put(_NotGreeted(peer, f"it cannot be reached: {error}"))
-        finally:
-            self._greeters.discard(threading.current_thread())
-
-    def _connect(self, address: _Address) -> tuple[Channel[Answer], Welcome]:
-        timeout = self._config.connect_timeout_seconds
-        hello = Hello(
-            PROTOCOL_VERSION, self._config.connector, address.engine_id, self._config.fingerprint, self._layout
-        )
-        connection = socket.create_connection((address.host, address.port), timeout)
-        answer_by = time.monotonic() + timeout
-        with contextlib.ExitStack() as undo:
-            undo.callback(connection.close)
-            channel = Channel(connection, self._decoder)
-            channel.send(hello)
-            while True:
-                connection.settimeout(max(0.001, answer_by - time.monotonic()))
-                for answer in channel.receive():
-                    if isinstance(answer, Refused):
-                        raise KVUnavailableError(answer.reason)
-                    if not isinstance(answer, Welcome):
-                        raise ChannelClosed("it answered before it was asked")
-                    undo.pop_all()
-                    return channel, answer
-
-    def _welcome(self, greeted: _Greeted) -> None:
-        peer, channel, memory = greeted
-        if peer.lost:
-            channel.close()
+            channel, welcome = await self._connect(producer)
+        except TimeoutError:
+            raise TransferError(self._no_answer) from None
+        except (OSError, ValueError) as error:  # ValueError: no host can have this name
+            raise TransferError(f"it cannot be reached: {error}") from error
+        memory = await asyncio.get_running_loop().run_in_executor(None, self._reach, welcome)
+        if producer.lost:
             memory.close()
             return
-        peer.channel, peer.memory = channel, memory
-        self._selector.register(channel.socket, selectors.EVENT_READ, partial(self._listen, peer))
-        for pull in list(peer.pulls.values()):
-            self._ask_for(pull)
-            if pull.over:  # so that the producer's blocks are free at once
-                self._give_back(pull)
+        producer.memory, producer.num_blocks = memory, welcome.num_blocks
+        producer.reached.set()
+        while True:
+            message = await channel.receive()
+            if not producer.questions:
+                raise ChannelClosed("it answered what was not asked")
+            good_answer, answer = producer.questions[0]
+            refused = isinstance(message, Refused) and message.claim == good_answer.claim
+            if message != good_answer and not refused:
+                raise ChannelClosed("it answered another question than the one that was asked")
+            producer.questions.popleft()
+            if answer.done():  # it comes too late, and the producer is about to be lost
+                continue
+            if isinstance(message, Refused):
+                answer.set_exception(LeaseRefused(message.reason))
+            else:
+                answer.set_result(None)
 
-    def _say(self, peer: _Peer, message: Question) -> None:
-        if peer.channel is None:
-            return
-        try:
-            peer.channel.send(message)
-        except ChannelClosed as error:
-            self._lose(peer, f"the connection broke: {error}")
-        except ValueError as error:
-            if isinstance(message, Claim):
-                self._fail(peer.pulls[message.claim], str(error))
-        else:
-            if not isinstance(message, Release):
-                peer.answers_by.append(time.monotonic() + self._config.connect_timeout_seconds)
-            self._watch(peer)
-
-    def _watch(self, peer: _Peer) -> None:
-        """Hear of the socket's room too while something waits for it."""
-        if peer.channel is not None:
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.channel.has_unsent else 0)
-            key = self._selector.get_key(peer.channel.socket)
-            if key.events != events:
-                self._selector.modify(key.fileobj, events, key.data)
-
-    def _listen(self, peer: _Peer) -> None:
-        try:
-            if peer.channel is not None:
-                peer.channel.flush()
-                for answer in peer.channel.receive():
-                    self._hear(peer, answer)
-            self._watch(peer)
-        except ChannelClosed as error:
-            self._lose(peer, f"the connection broke: {error}")
-        except Exception:
-            _logger.exception("an error in the control thread ends one connection")
-            self._lose(peer, "an error here ended the connection")
-
-    def _hear(self, peer: _Peer, answer: Answer) -> None:
-        if isinstance(answer, Welcome) or not peer.answers_by or answer.claim is None:
-            raise ChannelClosed("it answered what was not asked")
-        peer.answers_by.popleft()
-        pull = peer.pulls.get(answer.claim)
-        if pull is None:  # over by now
-            return
+    async def _connect(self, producer: _Producer) -> tuple[Channel[ProducerMessage], Welcome]:
+        address, config = producer.address, self._config
+        async with asyncio.timeout(config.connect_timeout_seconds):
+            streams = await asyncio.open_connection(address.host, address.port, limit=READ_AHEAD_BYTES)
+        producer.channel = channel = Channel(*streams, _DECODER)
+        channel.send(Hello(PROTOCOL_VERSION, config.connector, address.engine_id, config.fingerprint, self._layout))
+        async with asyncio.timeout(config.connect_timeout_seconds):
+            answer = await channel.receive()
         if isinstance(answer, Refused):
-            self._fail(pull, answer.reason)
-        elif isinstance(answer, Granted):
-            pull.granted = True
-            self._stats.claim_seconds += time.monotonic() - pull.begun
-            loads, pull.waiting = pull.waiting, []
-            for load in loads:
-                self._read(pull, load)
-        elif answer.load in pull.checking:
-            read = pull.checking.pop(answer.load)
-            self._stats.transfers += 1
-            self._stats.transferred_bytes += len(read.load.local) * self._layout.bytes_per_block
-            self._stats.transfer_seconds += read.seconds
-            self._note_loaded(pull, answer.load)
+            raise TransferError(answer.reason)
+        if not isinstance(answer, Welcome):
+            raise ChannelClosed("it greeted with something else than a welcome")
+        return channel, answer
 
-    def _lose(self, peer: _Peer, reason: str) -> None:
-        """End the connection, if there is one, and fail what was to come over it."""
-        if peer.lost:
+    def _lose(self, producer: _Producer, reason: str) -> None:
+        """End the connection to a producer, and fail what was to come over it."""
+        if producer.lost:
             return
-        peer.lost = True
-        if self._peers.get(peer.address) is peer:
-            del self._peers[peer.address]
-        channel, peer.channel = peer.channel, None
-        if channel is not None:
-            self._selector.unregister(channel.socket)
-            channel.close()
-        peer.answers_by.clear()
-        pulls, peer.pulls = peer.pulls, {}
-        if pulls and not self._closing:
-            _logger.warning("prefill instance %s at %s is given up: %s", peer.address.engine_id, peer.address, reason)
-        for pull in pulls.values():
+        producer.lost = True
+        producer.reached.set()
+        if self._producers.get(producer.address) is producer:
+            del self._producers[producer.address]
+        if producer.channel is not None:
+            producer.channel.close()
+        if producer.pulls and not self._closing:
+            engine_id, address = producer.address.engine_id, producer.address
+            _logger.warning("Gave up prefill instance %s at %s: %s.", engine_id, address, reason)
+        for pull in producer.pulls:
             self._fail(pull, reason)
-        self._let_go_of_memory(peer)
+        for _, answer in producer.questions:
+            if not answer.done():
+                answer.set_exception(TransferError(reason))
+        self._close_memory_if_unused(producer)
 
-    def _let_go_of_memory(self, peer: _Peer) -> None:
-        if peer.lost and not peer.num_reading and peer.memory is not None:
-            peer.memory.close()
-            peer.memory = None
+    def _close_memory_if_unused(self, producer: _Producer) -> None:
+        is_read = any(pull.copies for pull in producer.pulls)
+        if producer.lost and not is_read and producer.memory is not None:
+            producer.memory.close()
+            producer.memory = None
+
+    @property
+    def _no_answer(self) -> str:
+        return f"it did not answer within {self._config.connect_timeout_seconds:g} seconds"
+
+
+def _copy(memory: ReachedMemory, pull: _Pull, load: KVLoad) -> float | None:
+    """Copy the blocks of a load, on a transfer thread. Return the seconds it took, None if it was stopped.
+
+    Raises TransferError if no blocks of this producer can be read any more.
+    """
+    started = time.perf_counter()
+    try:
+        if pull.should_stop() or not memory.read(load.local, load.remote, pull.should_stop):
+            return None
+    except TransferError:
+        raise
+    except Exception as error:
+        _logger.exception("A transfer failed.")
+        raise TransferError(f"the transfer failed: {error}") from error
+    return time.perf_counter() - started

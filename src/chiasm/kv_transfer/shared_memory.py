@@ -1,8 +1,8 @@
 """The connector for instances of one host: a consumer maps the producer's KV cache and copies blocks straight from it.
 
-A producer's KV cache is an anonymous file of shared memory, which no folder names: it is gone with the last process that has
-it mapped, however that process ends. A consumer opens it through the producer's ``/proc``. A block is copied once, from
-the producer's memory to its place in the consumer's.
+A producer's KV cache is an anonymous file of shared memory, which is in no folder: it disappears with the last process that
+has it mapped, however that process ends. A consumer opens it through the producer's ``/proc``. Each block is copied once, on a
+transfer thread, from the producer's memory to its place in the consumer's.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ import msgspec
 import numpy as np
 import torch
 
-from chiasm.errors import ConfigurationError, KVUnavailableError
-from chiasm.kv_transfer.base import KVConnectorRole, KVTransferConfig
+from chiasm.errors import ConfigurationError
+from chiasm.kv_transfer.base import KVConnectorRole, KVTransferConfig, OfferedMemory, ReachedMemory, TransferError
 from chiasm.kv_transfer.control import Welcome
-from chiasm.kv_transfer.memory import OfferedMemory, ReachedMemory
 from chiasm.kv_transfer.pull import PullConnector
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TOKEN_BYTES = 32
 _BYTES_BETWEEN_CHECKS = 8 << 20
 _ELSEWHERE = (
-    "its memory cannot be mapped here, since it runs on another host, in another container or as another user; "
+    "its memory cannot be mapped here, because it runs on another host, in another container or as another user; "
     "use NixlConnector between the two"
 )
 
 
 class _Description(msgspec.Struct, frozen=True):
-    """Where a producer's blocks are. The file ends with ``token``, which no other file does."""
+    """Where a producer's blocks are. The file ends with ``token``, and no other file does."""
 
     boot_id: str
     pid: int
@@ -48,7 +47,7 @@ class _Description(msgspec.Struct, frozen=True):
 
 
 class Run(NamedTuple):
-    """Blocks that lie next to each other in both places: ``num_blocks`` of them, from ``remote`` to ``local``."""
+    """Blocks that are adjacent on both sides: ``num_blocks`` of them, from ``remote`` on, to ``local``."""
 
     local: int
     remote: int
@@ -56,7 +55,7 @@ class Run(NamedTuple):
 
 
 def runs(local: Sequence[int], remote: Sequence[int], longest: int) -> Iterator[Run]:
-    """Pairs of blocks, in order, joined where they are adjacent; no run is longer than ``longest``, which is at least 1."""
+    """Join pairs of blocks, in order, where they are adjacent. No run has more than ``longest`` blocks (at least 1)."""
     start, count = 0, 0
     for index in range(len(local)):
         adjacent = count and local[index] == local[start] + count and remote[index] == remote[start] + count
@@ -71,19 +70,19 @@ def runs(local: Sequence[int], remote: Sequence[int], longest: int) -> Iterator[
 
 
 class SharedMemoryConnector(PullConnector):
-    """Moves blocks between instances of one host, one user and one pid namespace, on the CPU.
+    """Moves blocks in host memory between processes of one host, one user and one pid namespace.
 
-    Raises ConfigurationError elsewhere, or for another device.
+    Raises ConfigurationError on systems other than Linux, and for other devices than the CPU.
     """
 
     def __init__(self, config: KVTransferConfig, role: KVConnectorRole) -> None:
         super().__init__(config, role)
         if torch.device(config.device).type != "cpu":
             raise ConfigurationError(
-                f"SharedMemoryConnector moves KV in host memory and the KV cache is on {config.device}; use NixlConnector"
+                f"SharedMemoryConnector moves KV in host memory, and the KV cache is on {config.device}; use NixlConnector."
             )
         if not hasattr(os, "memfd_create"):
-            raise ConfigurationError("SharedMemoryConnector needs Linux; use NixlConnector")
+            raise ConfigurationError("SharedMemoryConnector needs Linux; use NixlConnector.")
         self._file: _SharedFile | None = None
         self._blocks: torch.Tensor | None = None
 
@@ -95,7 +94,7 @@ class SharedMemoryConnector(PullConnector):
 
     def offer(self, blocks: torch.Tensor) -> OfferedMemory:
         if self._file is None or not self._file.holds(blocks):
-            raise ConfigurationError("the KV cache must lie in the memory that allocate_kv_cache returned")
+            raise ConfigurationError("The KV cache must lie in the memory that allocate_kv_cache returned.")
         file, self._file = self._file, None
         return _SharedBlocks(file, blocks)
 
@@ -114,7 +113,7 @@ class SharedMemoryConnector(PullConnector):
 
 
 class _SharedFile:
-    """Memory that other processes can map by this process's id and a descriptor."""
+    """Memory that other processes can map, given the id of this process and a descriptor."""
 
     def __init__(self, num_bytes: int) -> None:
         end = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -123,16 +122,18 @@ class _SharedFile:
         try:
             self.descriptor = os.memfd_create("chiasm-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise ConfigurationError(f"the system gives no shared memory for the KV cache: {error}") from error
+            raise ConfigurationError(f"Cannot create shared memory for the KV cache: {error}.") from error
         try:
             os.ftruncate(self.descriptor, self.size_bytes)
             os.pwrite(self.descriptor, self.token, end)
-            # Nobody can cut it off, so nobody who has it mapped dies of that.
+            # Sealed, so that it cannot be truncated: reading it would then kill whoever has it mapped.
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             mapped = mmap.mmap(self.descriptor, self.size_bytes)
         except (OSError, ValueError, OverflowError) as error:
             os.close(self.descriptor)
-            raise ConfigurationError(f"no shared memory of {num_bytes} bytes for the KV cache: {error}") from error
+            raise ConfigurationError(
+                f"Cannot create {num_bytes} bytes of shared memory for the KV cache: {error}."
+            ) from error
         self.memory = torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes)
 
     def offset_of(self, blocks: torch.Tensor) -> int:
@@ -142,7 +143,7 @@ class _SharedFile:
         return 0 <= self.offset_of(blocks) <= self.memory.nbytes - blocks.nbytes
 
     def close(self) -> None:
-        """Let nobody map it from now on; it lives as long as anybody has it mapped."""
+        """Let nobody map the file from now on. Those who have it mapped keep it."""
         os.close(self.descriptor)
 
 
@@ -173,12 +174,11 @@ class _MappedBlocks(ReachedMemory):
         try:
             description = msgspec.msgpack.decode(welcome.memory, type=_Description)
         except msgspec.MsgspecError as error:
-            raise KVUnavailableError(f"it describes its memory in a way that is not understood: {error}") from error
+            raise TransferError(f"the description of its memory is not understood: {error}") from error
         self._block_bytes = blocks.shape[1]
-        self._num_remote_blocks = welcome.num_blocks
         end = description.offset_bytes + welcome.num_blocks * self._block_bytes
         if description.offset_bytes < 0 or end > description.size_bytes - _TOKEN_BYTES:
-            raise KVUnavailableError("it offers blocks that lie outside its memory")
+            raise TransferError("it offers blocks outside its memory")
         self._blocks = blocks  # keeps them in memory
         self._mapped = _map(description)
         array = np.frombuffer(self._mapped, dtype=np.uint8)
@@ -186,8 +186,6 @@ class _MappedBlocks(ReachedMemory):
         self._local_address: int = blocks.data_ptr()
 
     def read(self, local: Sequence[int], remote: Sequence[int], stop: Callable[[], bool]) -> bool:
-        if max(remote) >= self._num_remote_blocks:
-            raise KVUnavailableError("the handle names a block that the prefill instance does not have")
         block_bytes, source, target = self._block_bytes, self._remote_address, self._local_address
         unchecked = 0
         for run in runs(local, remote, max(1, _BYTES_BETWEEN_CHECKS // block_bytes)):
@@ -196,7 +194,7 @@ class _MappedBlocks(ReachedMemory):
                 if stop():
                     return False
                 unchecked = 0
-            # memmove lets other threads run meanwhile.
+            # memmove releases the GIL.
             ctypes.memmove(target + run.local * block_bytes, source + run.remote * block_bytes, size)
             unchecked += size
         return not stop()
@@ -206,24 +204,24 @@ class _MappedBlocks(ReachedMemory):
 
 
 def _map(description: _Description) -> mmap.mmap:
-    """Raises KVUnavailableError when the file can't be had, or is another one."""
+    """Map a producer's file for reading. Raises TransferError if it can't be opened or is another file."""
     if description.boot_id != _BOOT_ID.read_text().strip():
-        raise KVUnavailableError(_ELSEWHERE)
+        raise TransferError(_ELSEWHERE)
     try:
         path = f"/proc/{description.pid}/fd/{description.descriptor}"
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise KVUnavailableError(f"{_ELSEWHERE} ({error})") from error
+        raise TransferError(f"{_ELSEWHERE} ({error})") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size != description.size_bytes:
-            raise KVUnavailableError(_ELSEWHERE)
+            raise TransferError(_ELSEWHERE)
         if os.pread(descriptor, _TOKEN_BYTES, description.size_bytes - _TOKEN_BYTES) != description.token:
-            raise KVUnavailableError(_ELSEWHERE)
+            raise TransferError(_ELSEWHERE)
         if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            raise KVUnavailableError("its memory could be cut off while it is read")
+            raise TransferError("its memory is not sealed, and could be truncated while it is read")
         return mmap.mmap(descriptor, description.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
     except (OSError, ValueError, OverflowError) as error:
-        raise KVUnavailableError(f"its memory cannot be mapped: {error}") from error
+        raise TransferError(f"its memory cannot be mapped: {error}") from error
     finally:
         os.close(descriptor)

@@ -20,12 +20,12 @@ from chiasm.errors import KVUnavailableError
 from chiasm.kv_transfer.base import (
     FinishedTransfers,
     KVConnector,
+    KVConnectorFactory,
     KVConnectorRole,
     KVLayout,
     KVTransferConfig,
     KVTransferRole,
 )
-from chiasm.kv_transfer.factory import KVConnectorFactory
 from chiasm.wire import KVTransferParams
 
 _ENGINE_ID = "transfer-benchmark"
@@ -186,14 +186,14 @@ class _Pair:
         request = _Request(str(self._num_requests), handle)
         copied_before = consumer.worker.stats.transfer_seconds
         started = time.perf_counter()
-        consumer.scheduler.get_num_new_matched_tokens(request, 0)
+        consumer.scheduler.claim(request)
         consumer.scheduler.update_state_after_alloc(request, 0, list(zip(*blocks, strict=True)))
         consumer.step()
         finished = consumer.wait()
         seconds = time.perf_counter() - started
         for reason in finished.failed.values():
             raise KVUnavailableError(reason)
-        consumer.scheduler.request_finished(request, ())
+        consumer.scheduler.drop(request)
         consumer.step()
         self._check(blocks)
         return seconds, consumer.worker.stats.transfer_seconds - copied_before
@@ -271,7 +271,7 @@ def _produce(pipe: Connection, connector: str, layout: KVLayout, num_blocks: int
         what, arguments = pipe.recv()
         if what == "offer":
             request_id, block_ids = arguments
-            _, handle = producer.scheduler.request_finished(_Request(request_id), block_ids)
+            handle = producer.scheduler.leave(_Request(request_id), block_ids)
             producer.step()
             producer.worker.get_finished()
             pipe.send(handle)

@@ -1,0 +1,129 @@
+"""A consumer and a producer that say on the control channel what a test wants them to say."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from chiasm.kv_transfer.control import PROTOCOL_VERSION, ConsumerMessage, Hello, ProducerMessage, Welcome
+from chiasm.wire import KVTransferParams
+
+from .instance import LAYOUT, PATIENCE_SECONDS, Instance
+
+
+class _Peer:
+    """One end of a connection, with blocking calls."""
+
+    socket: socket.socket
+
+    def say(self, *messages: ConsumerMessage | ProducerMessage) -> None:
+        for message in messages:
+            self.send_frame(msgspec.msgpack.encode(message))
+
+    def send_frame(self, body: bytes) -> None:
+        self.socket.sendall(struct.pack(">I", len(body)) + body)
+
+    def is_closed(self) -> bool:
+        """Whether the other side has ended the connection and said no more; waits until it does something."""
+        try:
+            return self.socket.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def _hear(self) -> bytes:
+        (length,) = struct.unpack(">I", self._exactly(4))
+        return self._exactly(length)
+
+    def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            more = self.socket.recv(count - len(data))
+            assert more, "the other side ended the connection"
+            data += more
+        return data
+
+
+class RawConsumer(_Peer):
+    """A connection to ``producer``, from the moment on which it is made; greets when told so."""
+
+    def __init__(self, producer: Instance) -> None:
+        self._producer = producer
+        host, port = (producer.worker.get_handshake_metadata()[name] for name in ("host", "port"))
+        self.socket = socket.create_connection((str(host), int(port)), PATIENCE_SECONDS)
+
+    def __enter__(self) -> RawConsumer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.socket.close()
+
+    def hello(self, **changes: Any) -> Hello:
+        config = self._producer.config
+        fields: dict[str, Any] = {
+            "version": PROTOCOL_VERSION,
+            "connector": config.connector,
+            "engine_id": config.engine_id,
+            "fingerprint": config.fingerprint,
+            "layout": LAYOUT,
+        }
+        return Hello(**(fields | changes))
+
+    def hear(self) -> ProducerMessage:
+        message: ProducerMessage = msgspec.msgpack.decode(self._hear(), type=ProducerMessage)
+        return message
+
+    def ask(self, message: ConsumerMessage) -> ProducerMessage:
+        self.say(message)
+        return self.hear()
+
+    def welcome(self) -> Welcome:
+        welcome = self.ask(self.hello())
+        assert isinstance(welcome, Welcome)
+        return welcome
+
+
+class RawProducer(_Peer):
+    """A producer that listens, and takes one consumer when told so. It lends the memory of a real one."""
+
+    def __init__(self, lender: Instance) -> None:
+        with RawConsumer(lender) as consumer:
+            self._welcome = consumer.welcome()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(PATIENCE_SECONDS)
+
+    def __enter__(self) -> RawProducer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.listener.close()
+        if hasattr(self, "socket"):
+            self.socket.close()
+
+    def handle(self, request_id: str, block_ids: list[int]) -> KVTransferParams:
+        return KVTransferParams(
+            do_remote_prefill=True,
+            remote_engine_id="P",
+            remote_block_ids=block_ids,
+            remote_host="127.0.0.1",
+            remote_port=self.listener.getsockname()[1],
+            remote_request_id=request_id,
+        )
+
+    def accept(self) -> None:
+        """Take the consumer that comes, and hear its hello."""
+        self.socket, _ = self.listener.accept()
+        self.socket.settimeout(PATIENCE_SECONDS)
+        assert isinstance(self.hear(), Hello)
+
+    def greet(self) -> None:
+        """Take the consumer that comes, and welcome it."""
+        self.accept()
+        self.say(self._welcome)
+
+    def hear(self) -> ConsumerMessage:
+        message: ConsumerMessage = msgspec.msgpack.decode(self._hear(), type=ConsumerMessage)
+        return message
