@@ -59,7 +59,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Role, str]]:
         model=str(synthetic.make("qwen3_vl", tmp_path_factory.mktemp("contract") / MODEL)),
         roles={role: RoleConfig(count=1, threads=1) for role in ROLES},
         served_model_name=MODEL,
-        instance_flags=("--kv-cache-bytes", "16MiB", "--max-model-len", "512"),
+        settings={"kv_cache_bytes": 16 << 20, "max_model_len": 512},
     )
     with Deployment(config) as deployment:
         deployment.wait_ready(180)

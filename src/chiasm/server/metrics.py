@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -13,18 +13,28 @@ from prometheus_client.registry import Collector
 from chiasm import __version__
 
 if TYPE_CHECKING:
+    from chiasm.engine.base import Engine
     from chiasm.engine.request import EngineStats
-    from chiasm.server.context import ServerContext
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80)
 _ITL_BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 5)
 _E2E_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
+class Scraped(Protocol):
+    """The instance whose state is shown: :class:`chiasm.server.context.ServerContext`."""
+
+    model: str
+    loaded_engine: Engine | None
+
+    @property
+    def state(self) -> str: ...
+
+
 class Metrics:
     """The registry of one instance, and the metrics of its HTTP API."""
 
-    def __init__(self, context: ServerContext) -> None:
+    def __init__(self, instance: Scraped) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "chiasm_http_requests",
@@ -55,7 +65,7 @@ class Metrics:
             buckets=_E2E_BUCKETS,
             registry=self.registry,
         )
-        self.registry.register(_InstanceCollector(context))
+        self.registry.register(_InstanceCollector(instance))
         ProcessCollector(namespace="chiasm", registry=self.registry)
 
     def expose(self) -> bytes:
@@ -66,20 +76,20 @@ class Metrics:
 class _InstanceCollector(Collector):
     """The state of the instance and the counters of its engine, read at each scrape."""
 
-    def __init__(self, context: ServerContext) -> None:
-        self._context = context
+    def __init__(self, instance: Scraped) -> None:
+        self._instance = instance
 
     def describe(self) -> list[Metric]:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        context = self._context
-        yield GaugeMetricFamily("chiasm_up", "1 if the instance takes requests, else 0.", context.state == "ok")
-        engine = context.loaded_engine
+        instance = self._instance
+        yield GaugeMetricFamily("chiasm_up", "1 if the instance takes requests, else 0.", instance.state == "ok")
+        engine = instance.loaded_engine
         if engine is None:
             return
         labels = {
-            "model": context.model,
+            "model": instance.model,
             "role": str(engine.config.role),
             "fingerprint": engine.model_fingerprint,
             "version": __version__,
