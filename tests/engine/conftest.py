@@ -22,7 +22,7 @@ from chiasm.engine.encoder import EncoderEngine
 from chiasm.engine.engine import LanguageEngine
 from chiasm.engine.request import EncodedItem, EncodeItem, GenerateRequest, Output, SamplingParams
 from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig
-from chiasm.media.identify import identifier
+from chiasm.media import identifier
 from chiasm.models.base import ItemGeometry, Pixels, Prompt
 from chiasm.wire import KVTransferParams, Role, TokenLogprob
 

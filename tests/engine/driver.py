@@ -110,9 +110,9 @@ class Driver:
         """Load the wanted embeddings that exist."""
         for sequence, items in self.scheduler.wanted_items():
             for item in items:
-                if item.identifier not in self.scheduler.encoder_cache:
-                    if item.identifier not in self.stored or not self.scheduler.make_room(sequence, item):
-                        break
+                here = item.identifier in self.scheduler.encoder_cache
+                if not here and (item.identifier not in self.stored or not self.scheduler.make_room(sequence, item)):
+                    break
                 self.scheduler.item_arrived(sequence, item)
 
     def step(self) -> Step:

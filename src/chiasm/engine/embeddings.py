@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -188,8 +188,3 @@ class Embeddings:
         """Give up room that was taken for entries that never came."""
         for identifier in self._scheduler.encoder_cache.identifiers - self.entries.keys():
             self._scheduler.item_lost(identifier)
-
-    def requests_finished(self, request_ids: Collection[str]) -> None:
-        """Tell the connector which requests have ended."""
-        if self._worker_role is not None and request_ids:
-            self._worker_role.get_finished(set(request_ids))

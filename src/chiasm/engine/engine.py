@@ -79,7 +79,6 @@ class LanguageEngine(Engine):
         self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
         self._kv_transfers: KVTransfers | None = None
-        self._finished_requests: set[str] = set()
         self._next_deadline_check = 0.0
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -95,7 +94,7 @@ class LanguageEngine(Engine):
         vision: VisionModel | None = None
         if config.role is Role.AGGREGATED:
             vision = load_vision(config.model, dtype=self.dtype, device=self.device)
-        connectors = None if config.ec is None else self._connect(config.ec)
+        ec_connectors = None if config.ec is None else self._connect(config.ec)
         kv_connectors = None if config.kv is None else self._connect_kv(config.kv)
         num_blocks, self.max_model_len = kv_cache_blocks(config, self._language, self.max_model_len)
         kv_cache = KVCache(
@@ -117,7 +116,9 @@ class LanguageEngine(Engine):
             BlockManager(num_blocks, config.block_size),
             EncoderCacheManager(config.encoder_cache_bytes),
         )
-        self._embeddings = Embeddings(self._scheduler, self._language.entry_width, connectors=connectors, vision=vision)
+        self._embeddings = Embeddings(
+            self._scheduler, self._language.entry_width, connectors=ec_connectors, vision=vision
+        )
         if kv_connectors is not None:
             self._kv_transfers = KVTransfers(self._scheduler, kv_connectors)
             self._kv_transfers.start(kv_cache, self._language, lambda: self._inbox.put(_Signal.WAKE))
@@ -345,8 +346,6 @@ class LanguageEngine(Engine):
             return True
         self._scheduler.complete(step, {name: token.token_id for name, token in sampled.items()})
         self._send(step, sampled)
-        self._embeddings.requests_finished(self._finished_requests)
-        self._finished_requests.clear()
         return True
 
     def _start_loads(self, step: Step) -> None:
@@ -376,7 +375,7 @@ class LanguageEngine(Engine):
             state.note_scheduled(now)
 
     def _send(self, step: Step, sampled: dict[str, Sampled]) -> None:
-        """Make outputs of the new tokens, end the choices that they end, and deliver all outputs at once."""
+        """Make outputs of the new tokens, end the choices that end with them, and deliver all outputs at once."""
         outputs: list[tuple[RequestState, Output]] = []
         now = time.monotonic()
         for part in step.scheduled:
@@ -436,4 +435,3 @@ class LanguageEngine(Engine):
         if self._kv_transfers is not None and not state.handed_over:
             self._kv_transfers.drop(state.request)
         self._runner.forget(request_id)
-        self._finished_requests.add(request_id)

@@ -71,8 +71,8 @@ class KVTransfers:
     def hand_over(self, state: RequestState, sequence: Sequence, output: Output) -> Output:
         """End the sequence here, after its first token, and leave its blocks; return the output with the handle.
 
-        No handle is made if that token ends the answer, unless the sender hasn't said that it ``continues`` the answer
-        itself: vLLM's proxies always expect one.
+        If that token ends the answer, a sender that ``continues`` answers needs no handle and gets none. Other senders, such
+        as vLLM's proxies, always expect one.
         """
         params = state.request.kv_transfer_params
         assert params is not None
