@@ -49,8 +49,8 @@ def test_the_handler_gets_the_body_and_its_reply_is_the_answer() -> None:
     with site(echo) as server:
         response = post(server.url, b"hello")
         assert (response.status_code, response.content) == (200, b"hello")
-        assert server.ended == [200]
-        assert (server.admission.requests, server.admission.held_bytes) == (0, 0)
+    assert server.ended == [200]
+    assert (server.admission.requests, server.admission.held_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ class TestDeadline:
             response = post(server.url, x_request_deadline_ms="100")
             assert response.status_code == 504
             assert error_of(response)["code"] == Code.DEADLINE_EXCEEDED
-            assert server.ended == [504]
+        assert server.ended == [504]
 
     def test_a_handler_may_raise_a_more_precise_error_within_the_grace(self) -> None:
         async def handler(exchange: Exchange) -> None:
@@ -119,7 +119,7 @@ class TestBounds:
             connection.request("POST", "/", iter([b"x" * 600] * 2), encode_chunked=True)
             assert connection.getresponse().status == 413
             connection.close()
-            assert server.admission.held_bytes == 0
+        assert server.admission.held_bytes == 0
 
     def test_a_body_that_does_not_arrive_in_time_is_refused(self) -> None:
         with site(echo, Bounds(20, 1000, body_timeout_seconds=0.1)) as server:

@@ -40,7 +40,7 @@ class Admission:
 
     @contextmanager
     def admitted(self, exchange: Admitted) -> Iterator[None]:
-        """Count the exchange as being answered, and free at the end what it still holds. Raises OverloadedError."""
+        """Count the exchange as being answered until it leaves, at the end of the block at the latest. Raises OverloadedError."""
         if len(self._exchanges) >= self._max_requests:
             raise OverloadedError(
                 f"{len(self._exchanges)} requests are being answered, which is the limit; try again later.",
@@ -50,8 +50,12 @@ class Admission:
         try:
             yield
         finally:
-            self._exchanges.remove(exchange)
-            exchange.release()
+            self.leave(exchange)
+
+    def leave(self, exchange: Admitted) -> None:
+        """Free the place and the bytes that the exchange holds; does nothing the second time."""
+        self._exchanges.discard(exchange)
+        exchange.release()
 
     def hold(self, size_bytes: int) -> None:
         """Raises OverloadedError if all requests together would hold too much."""

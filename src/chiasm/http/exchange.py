@@ -164,6 +164,8 @@ class Exchange:
             await self.end_events(events.event(error_body(error)))
 
     async def _send_last(self, data: bytes) -> None:
+        # Before the client has the answer: its next request finds the place free.
+        self._admission.leave(self)
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
         self._is_complete = True
 
