@@ -184,7 +184,7 @@ class FakeLanguageEngine(FakeEngine):
         self.script: Script | None = None
         self.requests: list[GenerateRequest] = []
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Output]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         if not self.healthy:
             raise ChiasmError("The engine has stopped.")
         self.requests.append(request)

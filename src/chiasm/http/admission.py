@@ -40,7 +40,7 @@ class Admission:
 
     @contextmanager
     def admitted(self, exchange: Admitted) -> Iterator[None]:
-        """Count the exchange as being answered until it leaves, at the end of the block at the latest. Raises OverloadedError."""
+        """Count the exchange as being answered until it leaves, at the latest at the end. Raises OverloadedError."""
         if len(self._exchanges) >= self._max_requests:
             raise OverloadedError(
                 f"{len(self._exchanges)} requests are being answered, which is the limit; try again later.",

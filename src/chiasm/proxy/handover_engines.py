@@ -18,10 +18,11 @@ from typing import NamedTuple
 import msgspec
 from msgspec import Raw
 
+from chiasm.chat_body import json_object
 from chiasm.proxy.job import Job
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.relay import PartRelay, begin, read_handle
-from chiasm.proxy.request import json_object, with_member
+from chiasm.proxy.request import with_member
 from chiasm.proxy.upstream import Call, InstanceError, ResponseCutOffError, UpstreamError, UpstreamResponse
 from chiasm.wire import CHAT_PATH, KVTransferParams
 

@@ -6,13 +6,14 @@ Only what the proxy decides by is decoded. Every other value keeps the bytes tha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
+from chiasm.chat_body import with_content_parts
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import Code, InvalidRequestError
 
@@ -60,9 +61,11 @@ class Request:
         wasn't checked here. Of keys given twice, the last counts.
         """
         replacements = iter(parts)
-        members = _raw_object.decode(self.body if None in parts else self._without_long_urls())
-        messages = [_with_content(message, replacements) for message in _raw_objects.decode(members["messages"])]
-        return json_object({**members, "messages": _array(messages)})
+
+        def replace(part: Raw) -> bytes | Raw:
+            return part if _kind.decode(part).type in _TEXT_PARTS else next(replacements) or part
+
+        return with_content_parts(self.body if None in parts else self._without_long_urls(), replace)
 
     def _without_long_urls(self) -> bytes:
         """Return the body without the long URLs, which are replaced anyway, so that megabytes aren't scanned level by level."""
@@ -122,9 +125,6 @@ _B = TypeVar("_B", bound=_Body)
 
 _chat = msgspec.json.Decoder(_ChatBody)
 _completion = msgspec.json.Decoder(_Body)
-_raw_object = msgspec.json.Decoder(dict[str, Raw])
-_raw_objects = msgspec.json.Decoder(list[dict[str, Raw]])
-_raw_list = msgspec.json.Decoder(list[Raw])
 _string = msgspec.json.Decoder(str)
 _kind = msgspec.json.Decoder(_Kind)
 
@@ -218,23 +218,3 @@ def _string_or_none(raw: Raw | UnsetType) -> str | None:
         return _string.decode(raw) if isinstance(raw, Raw) else None
     except msgspec.ValidationError:
         return None
-
-
-def _with_content(message: dict[str, Raw], replacements: Iterator[bytes | None]) -> bytes:
-    content = message.get("content")
-    if content is None or bytes(memoryview(content)[:1]) != b"[":
-        return json_object(message)
-    parts = [
-        part if _kind.decode(part).type in _TEXT_PARTS else next(replacements) or part
-        for part in _raw_list.decode(content)
-    ]
-    return json_object({**message, "content": _array(parts)})
-
-
-def json_object(members: Mapping[str, Raw | bytes]) -> bytes:
-    """Return a JSON object of these members, whose values are JSON."""
-    return b"{" + b",".join([msgspec.json.encode(key) + b":" + bytes(value) for key, value in members.items()]) + b"}"
-
-
-def _array(values: Sequence[Raw | bytes]) -> bytes:
-    return b"[" + b",".join([bytes(value) for value in values]) + b"]"

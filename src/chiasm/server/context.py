@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -38,7 +38,7 @@ class GeneratingEngine(Protocol):
     @property
     def processor(self) -> Processor: ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Output]: ...
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]: ...
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -140,20 +140,20 @@ class Generation:
         return write_timing(entries)
 
 
-async def _single(outputs: AsyncIterator[Output]) -> AsyncGenerator[tuple[int, Output], None]:
-    async with aclosing(_generator(outputs)) as generator:
-        async for output in generator:
+async def _single(outputs: AsyncGenerator[Output, None]) -> AsyncGenerator[tuple[int, Output], None]:
+    async with aclosing(outputs):
+        async for output in outputs:
             yield 0, output
 
 
-async def _merged(streams: Sequence[AsyncIterator[Output]]) -> AsyncGenerator[tuple[int, Output], None]:
+async def _merged(streams: Sequence[AsyncGenerator[Output, None]]) -> AsyncGenerator[tuple[int, Output], None]:
     """Yield the outputs of several prompts as they come, with the prompt's index; the first error ends all of them."""
     queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
 
-    async def drain(prompt: int, outputs: AsyncIterator[Output]) -> None:
+    async def drain(prompt: int, outputs: AsyncGenerator[Output, None]) -> None:
         try:
-            async with aclosing(_generator(outputs)) as generator:
-                async for output in generator:
+            async with aclosing(outputs):
+                async for output in outputs:
                     queue.put_nowait((prompt, output))
         except Exception as error:
             queue.put_nowait(error)
@@ -175,9 +175,3 @@ async def _merged(streams: Sequence[AsyncIterator[Output]]) -> AsyncGenerator[tu
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _generator(outputs: AsyncIterator[Output]) -> AsyncGenerator[Output, None]:
-    """Return the engine's iterator as what it is: a generator, which can be closed, and aborts the request then."""
-    assert isinstance(outputs, AsyncGenerator)
-    return outputs
