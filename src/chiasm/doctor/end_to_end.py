@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
-from typing import TypeVar
 
 from chiasm.doctor import messages
 from chiasm.doctor.client import Client, NoAnswerError
@@ -29,11 +29,14 @@ MAX_PAIRS = 16
 _ATTEMPTS = 3
 """If other requests are under way, their images are counted too; another attempt may be alone."""
 _COUNT_INTERVAL_SECONDS = 0.1
-_RESENT = "if it is only slow, try again with a larger --timeout-seconds."
+_RETRY = "if it is only slow, try again with a larger --timeout-seconds."
+_SEE_READER = (
+    f"see its log; both must use the same folder for embeddings, the same checkpoint and the same dtype; {_RETRY}"
+)
+_OTHER_FOLDER = "the two use different folders for embeddings: start both with the same --shared-storage-path."
 _TOO_LATE = "not tried, because the pairs before it took too long"
 _ADDRESSES = "check that the addresses are those of the instances,"
 
-_Read = TypeVar("_Read")
 Deltas = dict[str, Counters]
 """What was added to the counters of instances, by their URLs."""
 
@@ -56,7 +59,8 @@ async def check_instances(client: Client, instances: Sequence[Observed]) -> Asyn
         if time.monotonic() >= until:
             yield _EMBEDDING.skipped(f"{encoder.name} to {pd.name}: {_TOO_LATE}")
         else:
-            yield await _check_embedding(client, encoder, pd)
+            for result in await _check_pair(client, encoder, pd):
+                yield result
     for number, (prefill, decode) in enumerate(pairs(of[Role.PREFILL], of[Role.DECODE])):
         way = f"{prefill.name} to {decode.name}"
         if time.monotonic() >= until:
@@ -64,7 +68,7 @@ async def check_instances(client: Client, instances: Sequence[Observed]) -> Asyn
         elif not encoders:
             yield _KV.skipped(f"{way}: there is no encoder for the image to be sent")
         else:
-            for result in await _check_handover(client, encoders[number % len(encoders)], prefill, decode):
+            for result in await _check_pair(client, encoders[number % len(encoders)], prefill, decode):
                 yield result
     if (of[Role.PD] or of[Role.PREFILL]) and not encoders:
         yield _EMBEDDING.skipped("no healthy encoder could send one")
@@ -91,15 +95,13 @@ async def check_proxy(client: Client, proxy: ObservedProxy, instances: Sequence[
         return _THROUGH.skipped("it serves no model now")
 
     async def send() -> None:
-        try:
+        with _failing_as(
+            _THROUGH,
+            "a request with an image: the proxy",
+            why="clients get the same answer.",
+            do="fix the problems above first; the logs of the proxy and the instances say more.",
+        ):
             await messages.ask_with_pixels(client, proxy.url, models[0])
-        except NoAnswerError as error:
-            result = _THROUGH.problem(
-                f"a request with an image: the proxy {error}",
-                why="clients get the same answer.",
-                do="fix the problems above first; the logs of the proxy and the instances say more.",
-            )
-            raise _FailedError(result) from None
 
     try:
         deltas = await _count(client, encoders, readers, send)
@@ -110,88 +112,70 @@ async def check_proxy(client: Client, proxy: ObservedProxy, instances: Sequence[
     return _judge(_THROUGH, "a request with an image", encoders, readers, deltas)
 
 
-async def _check_embedding(client: Client, encoder: Observed, reader: Observed) -> Result:
-    is_confirmed = False
+async def _check_pair(
+    client: Client, encoder: Observed, reader: Observed, decode: Observed | None = None
+) -> list[Result]:
+    """Send an image from ``encoder`` to ``reader``; a prefill instance passes the prompt's KV on to ``decode``."""
+    outcomes = ("", "")
 
     async def send() -> None:
-        nonlocal is_confirmed
-        encoded = await _encode(client, encoder)
-        response = await _read(encoder, reader, messages.ask(client, reader, encoded))
-        is_confirmed = _confirm(encoded.outcome, response.outcome)
-
-    try:
-        deltas = await _count(client, [encoder], [reader], send)
-    except _FailedError as failed:
-        return failed.result
-    return _judge(_EMBEDDING, f"{encoder.name} to {reader.name}", [encoder], [reader], deltas, is_confirmed)
-
-
-async def _check_handover(client: Client, encoder: Observed, prefill: Observed, decode: Observed) -> list[Result]:
-    """Send an image from ``encoder`` to ``prefill``, and the prompt's KV from there to ``decode``."""
-    is_confirmed = False
-
-    async def send() -> None:
-        nonlocal is_confirmed
-        encoded = await _encode(client, encoder)
-        prefilled = await _read(encoder, prefill, messages.prefill(client, prefill, encoded))
-        is_confirmed = _confirm(encoded.outcome, prefilled.outcome)
-        try:
+        nonlocal outcomes
+        with _failing_as(
+            _EMBEDDING,
+            f"{encoder.name} was sent an image, and",
+            why="no request with an image that is sent to this encoder can be answered.",
+            do=f"see its log: the folder for embeddings may be full, missing or not writable; {_RETRY}",
+        ):
+            encoded = await messages.encode(client, encoder)
+        with _failing_as(
+            _EMBEDDING,
+            f"{encoder.name} has published an embedding, and {reader.name}, asked about it,",
+            why="PDs can't encode: every request with an image waits until its deadline and fails.",
+            do=_OTHER_FOLDER if len({encoder.health.ec_store, reader.health.ec_store} - {""}) > 1 else _SEE_READER,
+        ):
+            if decode is None:
+                outcomes = encoded.outcome, (await messages.ask(client, reader, encoded)).outcome
+                return
+            prefilled = await messages.prefill(client, reader, encoded)
+            outcomes = encoded.outcome, prefilled.outcome
+        with _failing_as(
+            _KV,
+            f"{reader.name} holds KV, and {decode.name}, which was sent its handle,",
+            why="answers end after their first token.",
+            do="decode must reach prefill at the address in the handle: give prefill --kv-host NAME (vLLM: "
+            "VLLM_NIXL_SIDE_CHANNEL_HOST), a name by which decode finds it, and open that port between them.",
+        ):
             await messages.ask(client, decode, encoded, prefilled.handle)
-        except NoAnswerError as error:
-            result = _KV.problem(
-                f"{prefill.name} holds KV, and {decode.name}, which was sent its handle, {error}",
-                why="answers end after their first token.",
-                do="decode must reach prefill at the address in the handle: give prefill --kv-host NAME (vLLM: "
-                "VLLM_NIXL_SIDE_CHANNEL_HOST), a name by which decode finds it, and open that port between them.",
-            )
-            raise _FailedError(result) from None
 
     try:
-        deltas = await _count(client, [encoder], [prefill], send, decode)
+        deltas = await _count(client, [encoder], [reader], send, decode)
     except _FailedError as failed:
         return [failed.result]
-    way = f"{encoder.name} to {prefill.name}"
-    return [
-        _judge(_EMBEDDING, way, [encoder], [prefill], deltas, is_confirmed),
-        _judge_kv(prefill, decode, deltas[decode.url].kv_transfers),
-    ]
+    # The responses of the built-in engine say themselves whether the embedding has passed.
+    is_confirmed = outcomes in (("encoded", "hit"), ("encoded", "waited"))
+    way = f"{encoder.name} to {reader.name}"
+    results = [_judge(_EMBEDDING, way, [encoder], [reader], deltas, is_confirmed)]
+    return results if decode is None else [*results, _judge_kv(reader, decode, deltas[decode.url].kv_transfers)]
 
 
 async def _check_aggregated(client: Client, instance: Observed) -> Result:
     try:
-        await messages.ask_with_pixels(client, instance.url, instance.health.model)
-    except NoAnswerError as error:
-        why = "it should have answered a request with an image."
-        return _IMAGES.problem(f"{instance.name} {error}", why, f"see its log; {_RESENT}")
+        with _failing_as(
+            _IMAGES, instance.name, why="it should have answered a request with an image.", do=f"see its log; {_RETRY}"
+        ):
+            await messages.ask_with_pixels(client, instance.url, instance.health.model)
+    except _FailedError as failed:
+        return failed.result
     return _IMAGES.ok(f"{instance.name} answers a question about an image by itself")
 
 
-async def _encode(client: Client, encoder: Observed) -> messages.Encoded:
+@contextmanager
+def _failing_as(check: Check, says: str, *, why: str, do: str) -> Iterator[None]:
+    """Raise _FailedError instead of NoAnswerError, whose reason continues ``says``."""
     try:
-        return await messages.encode(client, encoder)
+        yield
     except NoAnswerError as error:
-        result = _EMBEDDING.problem(
-            f"{encoder.name} was sent an image, and {error}",
-            why="no request with an image that is sent to this encoder can be answered.",
-            do=f"see its log: the folder for embeddings may be full, missing or not writable; {_RESENT}",
-        )
-        raise _FailedError(result) from None
-
-
-async def _read(encoder: Observed, reader: Observed, asking: Awaitable[_Read]) -> _Read:
-    try:
-        return await asking
-    except NoAnswerError as error:
-        stores = {encoder.health.ec_store, reader.health.ec_store} - {""}
-        do = f"see its log; both must use the same folder for embeddings, the same checkpoint and the same dtype; {_RESENT}"
-        if len(stores) > 1:
-            do = "the two use different folders for embeddings: start both with the same --shared-storage-path."
-        result = _EMBEDDING.problem(
-            f"{encoder.name} has published an embedding, and {reader.name}, asked about it, {error}",
-            why="PDs can't encode: every request with an image waits until its deadline and fails.",
-            do=do,
-        )
-        raise _FailedError(result) from None
+        raise _FailedError(check.problem(f"{says} {error}", why, do)) from None
 
 
 async def _count(
@@ -227,11 +211,6 @@ async def _read_all(client: Client, urls: Sequence[str]) -> Deltas:
 
 def _sum(instances: Sequence[Observed], deltas: Deltas) -> Counters:
     return Counters.of_all(deltas[one.url] for one in instances)
-
-
-def _confirm(encoder_outcome: str, reader_outcome: str) -> bool:
-    """Whether both responses themselves say that the embedding has passed; the built-in engine's do."""
-    return encoder_outcome == "encoded" and reader_outcome in ("hit", "waited")
 
 
 def _judge(
