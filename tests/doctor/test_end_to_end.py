@@ -65,6 +65,25 @@ async def test_an_encoder_that_fails() -> None:
     assert "was sent an image, and answered HTTP 500" in problem(await travel(encoder, played.reader())).says
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [[], {}, {"ec_transfer_params": None}, {"ec_transfer_params": 7}, {"ec_transfer_params": {"a": {"metadata": {}}}}],
+    ids=["list", "nothing", "null", "number", "another image"],
+)
+async def test_an_encoder_whose_answer_names_no_embedding(reply: object) -> None:
+    encoder = played.encoder()
+    encoder.reply = reply
+    assert "was sent an image, and answered" in problem(await travel(encoder, played.reader())).says
+
+
+@pytest.mark.parametrize("handle", [None, 7, {"remote_port": "x"}])
+async def test_a_prefill_instance_that_answers_without_a_handle(handle: object) -> None:
+    prefill = played.reader("prefill", kv_connector="c")
+    prefill.reply = {"kv_transfer_params": handle}
+    found = problem(await travel(played.encoder(), prefill, played.decode(kv_connector="c")))
+    assert "without a valid handle of its KV" in found.says
+
+
 async def test_an_answer_without_counters_is_no_proof() -> None:
     pd = played.reader()
     pd.counts_are_shown = False

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from chiasm.doctor import Result
-from chiasm.doctor.planned import Wanted, examine_plan
+from chiasm.doctor.planned import examine_plan
 from chiasm.launch import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.wire import Role
 from tests.doctor.results import collected, problem, verdicts, warning
 
 
-async def examined(config: DeploymentConfig, **wanted: Any) -> list[Result]:
-    return await collected(examine_plan(config, Wanted(**wanted)))
+async def examined(config: DeploymentConfig, **settings: Any) -> list[Result]:
+    return await collected(examine_plan(replace(config, settings=settings)))
 
 
 async def test_a_plan_that_works(checkpoint: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ async def test_options_that_an_instance_has_no_use_for(checkpoint: Path) -> None
 
 async def image_size(config: DeploymentConfig, dtype: str) -> str:
     """The size of one image's embedding, as the room for it is checked."""
-    (space,) = [one for one in await examined(config, dtype=dtype, device="cpu") if one.check == "storage space"]
+    (space,) = [one for one in await examined(config, dtype=dtype) if one.check == "storage space"]
     return space.says.rpartition(" takes ")[2]
 
 

@@ -80,11 +80,9 @@ def run(settings: Mapping[str, Any]) -> int | None:
     elif target is None:
         results = _examine_machine()
     else:
-        from chiasm.doctor.planned import Wanted, examine_plan
+        from chiasm.doctor.planned import examine_plan
 
-        planned = serve.deployment_config({**settings, "model": target})
-        names = ("dtype", "device", "kv_cache_bytes")
-        results = examine_plan(planned, Wanted(**{name: settings[name] for name in names if name in settings}))
+        results = examine_plan(serve.deployment_config({**settings, "model": target}))
     return _FOUND_PROBLEMS if asyncio.run(_show(results, in_json=config.json)) else None
 
 

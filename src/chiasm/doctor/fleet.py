@@ -50,7 +50,7 @@ def proxy(seen: ObservedProxy) -> Iterator[Result]:
             yield PROXY.warning(
                 says,
                 why="the proxy sends it nothing meanwhile.",
-                do="wait until it has started; its own log shows the progress.",
+                do="wait until it has started, or if it is draining, until its last request has ended; its own log says more.",
             )
     if seen.left_out:
         yield PROXY.skipped(f"there are {seen.left_out} more instances behind it, too many to check")

@@ -77,7 +77,7 @@ class Prefilled(NamedTuple):
 
 
 class _EncoderAnswer(msgspec.Struct):
-    ec_transfer_params: dict[str, ECItem] = {}
+    ec_transfer_params: dict[str, ECItem] | None = None
 
 
 class _PrefillAnswer(msgspec.Struct):
@@ -90,7 +90,7 @@ async def encode(client: Client, encoder: Observed) -> Encoded:
     image = fresh_image(encoder.health.fingerprint)
     content = [image.part | {"uuid": image.identifier}]
     response = await _chat(client, encoder.url, encoder.health.model, content, max_tokens=1, stream=False)
-    item = response.read(_EncoderAnswer).ec_transfer_params.get(image.identifier)
+    item = (response.read(_EncoderAnswer).ec_transfer_params or {}).get(image.identifier)
     if item is None:
         raise NoAnswerError(
             "answered, but not that it has published the embedding (no ec_transfer_params of the image)"
@@ -111,7 +111,7 @@ async def prefill(client: Client, instance: Observed, encoded: Encoded) -> Prefi
     try:
         msgspec.json.decode(handle, type=KVTransferParams)
     except msgspec.MsgspecError:
-        raise NoAnswerError("answered without a handle of its KV (kv_transfer_params)") from None
+        raise NoAnswerError("answered without a valid handle of its KV (kv_transfer_params)") from None
     return Prefilled(handle, response.outcome)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from chiasm.cores import check_cpus
@@ -24,26 +23,9 @@ _DEVICES = Check("devices")
 
 _PROCESS_BYTES = {EngineKind.CHIASM: 400 << 20, EngineKind.VLLM: 1500 << 20}
 """What an instance takes besides weights and caches."""
+_VLLM_DTYPES = {"half": "float16", "float": "float32"}
+"""vLLM's other names."""
 _FIX_OPTIONS = "change the options that the message names."
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The engine's options that decide about memory."""
-
-    dtype: str = "auto"
-    device: str = "auto"
-    kv_cache_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class _Computing:
-    """What instances compute with."""
-
-    device: str
-    """The GPU of the built-in engine's instances whose role names none, by number; empty on CPU."""
-    item_bytes: int
-    """Size of a weight, and of a number of an embedding."""
 
 
 def examine_machine() -> Iterator[Result]:
@@ -59,7 +41,7 @@ def examine_machine() -> Iterator[Result]:
     yield from transports.ucx()
 
 
-async def examine_plan(config: DeploymentConfig, wanted: Wanted) -> AsyncIterator[Result]:
+async def examine_plan(config: DeploymentConfig) -> AsyncIterator[Result]:
     """Check what ``chiasm serve`` with the same options would run into."""
     is_vllm = config.engine is EngineKind.VLLM
     counts = ", ".join(f"{config.count(role)} {role}" for role in config.roles if config.count(role))
@@ -80,15 +62,13 @@ async def examine_plan(config: DeploymentConfig, wanted: Wanted) -> AsyncIterato
             yield result
         if found is not None:
             try:
-                computing = _computing(config, wanted, folder)
+                device, item_bytes = _choose(config, folder)
             except ConfigurationError as error:
                 yield _DEVICES.refused(error, "choose a device and a dtype that exist.")
-                computing = None
-            if computing is not None:
-                for result in _places(config, wanted, folder, found, computing, gpus):
+            else:
+                for result in _places(config, folder, found, device, item_bytes, gpus):
                     yield result
-                if found.image_numbers is not None:
-                    image_bytes = found.image_numbers * computing.item_bytes
+                image_bytes = found.image_numbers and found.image_numbers * item_bytes
     for result in _storage(config, image_bytes):
         yield result
 
@@ -129,26 +109,29 @@ def _gpus(*, for_vllm: bool) -> tuple[list[Gpu], list[Result]]:
     return found, list(machine.gpus(found, for_vllm=for_vllm, torch_version=machine.version_of("torch")))
 
 
-def _computing(config: DeploymentConfig, wanted: Wanted, folder: Path) -> _Computing:
-    """Choose as instances do. Raises ConfigurationError as they do."""
+def _choose(config: DeploymentConfig, folder: Path) -> tuple[str, int]:
+    """Choose device and dtype as instances do, and raise ConfigurationError as they do.
+
+    Return the GPU of instances whose role names none, by number, or "" if they compute on CPU or vLLM chooses; and the size
+    of a weight, which is that of a number of an embedding.
+    """
     import torch
 
     from chiasm.engine.device import choose_device, choose_dtype
 
-    if config.engine is EngineKind.VLLM:
-        dtype = choose_dtype(wanted.dtype, folder, torch.device("cuda"))  # the checkpoint's own, on CPU too
-        return _Computing("", dtype.itemsize)
-    device = choose_device(wanted.device)
-    dtype = choose_dtype(wanted.dtype, folder, device)
-    return _Computing("" if device.type == "cpu" else str(device.index), dtype.itemsize)
+    name = str(config.settings.get("dtype", "auto"))
+    is_vllm = config.engine is EngineKind.VLLM  # it takes the checkpoint's own dtype on CPU too
+    device = torch.device("cuda") if is_vllm else choose_device(config.settings.get("device", "auto"))
+    dtype = choose_dtype(_VLLM_DTYPES.get(name, name) if is_vllm else name, folder, device)
+    return "" if is_vllm or device.type == "cpu" else str(device.index), dtype.itemsize
 
 
 def _places(
     config: DeploymentConfig,
-    wanted: Wanted,
     folder: Path,
     found: model.Found,
-    computing: _Computing,
+    device: str,
+    item_bytes: int,
     gpus: list[Gpu],
 ) -> Iterator[Result]:
     """Check which instance computes where, whether it would start there, and whether its weights fit."""
@@ -167,18 +150,18 @@ def _places(
         yield _PLAN.refused(error, _FIX_OPTIONS)
     if description := describe(placements):
         yield _DEVICES.ok(description)
-    weights = {role: _weights_of(role, config, found, computing) for role in config.roles}
+    weights = {role: _weights_of(role, config, found, item_bytes) for role in config.roles}
     tenants = [
         Tenant(f"{role}-{index}", devices, weights[role], placement.memory_share)
         for (role, index), placement in placements.items()
-        if (devices := placement.devices or ((computing.device,) if computing.device else ()))
+        if (devices := placement.devices or ((device,) if device else ()))
     ]
     if tenants:
         yield from machine.gpu_memory(gpus, tenants)
         return
     available_bytes = machine.available_memory()
     count = sum(config.count(role) for role in config.roles)
-    kv_bytes = wanted.kv_cache_bytes
+    kv_bytes = config.settings.get("kv_cache_bytes")
     if kv_bytes is None:
         # The built-in engine takes a part of what is left, and no more than the longest request needs.
         kv_bytes = default_kv_bytes(config, available_bytes) if is_vllm else 0
@@ -208,13 +191,11 @@ def _check_processes(config: DeploymentConfig, folder: Path, placements: Placeme
             address.release()
 
 
-def _weights_of(role: Role, config: DeploymentConfig, found: model.Found, computing: _Computing) -> int:
+def _weights_of(role: Role, config: DeploymentConfig, found: model.Found, item_bytes: int) -> int:
     """The built-in engine reads the weights of the role only. vLLM may read all, depending on the model."""
     reads_all = config.engine is EngineKind.VLLM or role is Role.AGGREGATED
     is_encoder = role is Role.ENCODER
-    return found.weights.bytes_of(
-        computing.item_bytes, vision=reads_all or is_encoder, language=reads_all or not is_encoder
-    )
+    return found.weights.bytes_of(item_bytes, vision=reads_all or is_encoder, language=reads_all or not is_encoder)
 
 
 def _storage(config: DeploymentConfig, image_bytes: int | None) -> Iterator[Result]:
