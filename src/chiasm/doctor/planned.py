@@ -43,33 +43,7 @@ def examine_machine() -> Iterator[Result]:
 
 async def examine_plan(config: DeploymentConfig) -> AsyncIterator[Result]:
     """Check what ``chiasm serve`` with the same options would run into."""
-    is_vllm = config.engine is EngineKind.VLLM
-    counts = ", ".join(f"{config.count(role)} {role}" for role in config.roles if config.count(role))
-    yield _PLAN.ok(f"{config.model} by {'vLLM' if is_vllm else 'the built-in engine'}: {counts}, and a proxy")
-    for result in _without_model(config):
-        yield result
-    gpus, results = _gpus(for_vllm=is_vllm)
-    for result in results:
-        yield result
-    image_bytes = None
-    folder = await _find(config.model)
-    if isinstance(folder, Result):
-        yield folder
-        yield machine.MEMORY.skipped("the size of the weights is unknown without the model's files")
-    else:
-        found, results = model.read(folder, is_vllm=is_vllm)
-        for result in results:
-            yield result
-        if found is not None:
-            try:
-                device, item_bytes = _choose(config, folder)
-            except ConfigurationError as error:
-                yield _DEVICES.refused(error, "choose a device and a dtype that exist.")
-            else:
-                for result in _places(config, folder, found, device, item_bytes, gpus):
-                    yield result
-                image_bytes = found.image_numbers and found.image_numbers * item_bytes
-    for result in _storage(config, image_bytes):
+    for result in _examine(config, await _find(config.model)):
         yield result
 
 
@@ -81,6 +55,32 @@ async def _find(name: str) -> Path | Result:
         return cached_folder(name) or await model.ask_hub(name)
     except ConfigurationError as error:
         return model.MODEL.refused(error, "name a model that exists.")
+
+
+def _examine(config: DeploymentConfig, folder: Path | Result) -> Iterator[Result]:
+    is_vllm = config.engine is EngineKind.VLLM
+    counts = ", ".join(f"{config.count(role)} {role}" for role in config.roles if config.count(role))
+    yield _PLAN.ok(f"{config.model} by {'vLLM' if is_vllm else 'the built-in engine'}: {counts}, and a proxy")
+    yield from _without_model(config)
+    gpus, results = _gpus(for_vllm=is_vllm)
+    yield from results
+    if isinstance(folder, Result):
+        yield folder
+        yield machine.MEMORY.skipped("the size of the weights is unknown without the model's files")
+        yield from _storage(config, None)
+        return
+    found, results = model.read(folder, is_vllm=is_vllm)
+    yield from results
+    image_bytes = None
+    if found is not None:
+        try:
+            device, item_bytes = _choose(config, folder)
+        except ConfigurationError as error:
+            yield _DEVICES.refused(error, "choose a device and a dtype that exist.")
+        else:
+            yield from _places(config, folder, found, device, item_bytes, gpus)
+            image_bytes = found.image_numbers and found.image_numbers * item_bytes
+    yield from _storage(config, image_bytes)
 
 
 def _without_model(config: DeploymentConfig) -> Iterator[Result]:

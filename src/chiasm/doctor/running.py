@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from chiasm.doctor import fleet, storage
@@ -72,19 +73,19 @@ async def _examine(
     client: Client, reached: Sequence[Observed], everyone: Sequence[Observed], folder: Folder | None
 ) -> AsyncIterator[Result]:
     """Check ``reached``; ``everyone`` includes instances that can't be reached from here, but do their part."""
-    for result in (*fleet.health(reached), *fleet.composition(everyone)):
-        yield result
     healthy = [one for one in reached if not one.trouble]
+    results = [
+        fleet.health(reached),
+        fleet.composition(everyone),
+        *(check(healthy) for check in fleet.CHECKS if healthy),
+    ]
+    if folder is not None and healthy:
+        results.append(storage.shared_folder(folder.path, {one.health.ec_store for one in healthy} - {""}))
+        if folder.path.is_dir():
+            results.append(storage.room(folder.path, folder.max_bytes, None))
+    for result in chain(*results):
+        yield result
     if not healthy:
         return
-    for check in fleet.CHECKS:
-        for result in check(healthy):
-            yield result
-    if folder is not None:
-        for result in storage.shared_folder(folder.path, {one.health.ec_store for one in healthy} - {""}):
-            yield result
-        if folder.path.is_dir():
-            for result in storage.room(folder.path, folder.max_bytes, None):
-                yield result
     async for result in check_instances(client, healthy):
         yield result
