@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chiasm.doctor.base import shown, size
+from chiasm.doctor.report import shown, size
 
 
 def test_what_steers_a_terminal_is_taken_out() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from chiasm.doctor.client import Client, NoAnswerError
+from chiasm.doctor.client import Client, Limits, NoAnswerError
+from chiasm.wire import Health
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -79,15 +80,16 @@ ENDLESS_HEADER = b"HTTP/1.1 200 OK\r\nX: " + b"x" * (1 << 20)
         (endless, "more than 100000 bytes"),
         (saying(b"220 mail.example.org ESMTP\r\n"), "does not speak HTTP"),
         (saying(b""), "closed the connection without an answer"),
-        (saying(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"), "broke off"),
+        (saying(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"), "in the middle of its answer"),
         (saying(ENDLESS_HEADER), "does not speak HTTP"),
     ],
     ids=["silent", "dripping", "endless", "mail", "closing", "half", "endless header"],
 )
 async def test_what_cannot_be_used_is_said(talk: Talk, message: str) -> None:
-    async with talking(talk) as url, Client() as client:
+    limits = Limits(page_seconds=0.5 if talk in (silent, dripping) else 20)
+    async with talking(talk) as url, Client(limits) as client:
         with pytest.raises(NoAnswerError, match=message):
-            await client.get(url, timeout_seconds=0.5 if talk in (silent, dripping) else 20, max_bytes=100_000)
+            await client.get(url, max_bytes=100_000)
 
 
 async def test_nobody_there() -> None:
@@ -131,7 +133,7 @@ async def test_what_is_no_json_object_is_said(body: bytes) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
     async with talking(saying(answer)) as url, Client() as client:
         with pytest.raises(NoAnswerError, match="JSON"):
-            (await client.get(url)).json()
+            (await client.get(url)).read(Health)
 
 
 @pytest.mark.parametrize("hours", [-2, 2])

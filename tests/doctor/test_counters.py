@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chiasm.doctor.counters import Counters, counters_of
+from chiasm.doctor.messages import Counters, counters_of
 
 CHIASM = """# HELP chiasm_images_encoded_total Images encoded by this instance.
 # TYPE chiasm_images_encoded_total counter
@@ -40,3 +40,7 @@ def test_a_page_that_tells_nothing(page: str) -> None:
 
 def test_what_was_added() -> None:
     assert Counters(3, 4, None).since(Counters(1, 4, None)) == Counters(2, 0, None)
+
+
+def test_sums_leave_out_what_one_does_not_count() -> None:
+    assert Counters.of_all([Counters(1, 2, None), Counters(3, 4, 5)]) == Counters(4, 6, None)

@@ -109,7 +109,7 @@ def test_instances_that_do_not_belong_together(service: Service) -> None:
 def test_an_address_of_another_kind(service: Service) -> None:
     code, (finding,) = doctor(service.pds["apart"])
     assert code == 1
-    assert "is no proxy but one instance (pd)" in finding["says"]
+    assert "is an instance (pd), not a proxy" in finding["says"]
     code, findings = doctor("--pd", service.deployment.local_url)
     assert code == 1
     assert "is a proxy, not an instance" in findings[0]["says"]

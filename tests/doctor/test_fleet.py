@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from chiasm.doctor import fleet
-from chiasm.doctor.instances import Instance, Listed, Proxy
-from tests.doctor.findings import problem, verdicts, warning
+from chiasm.doctor.observed import Observed, ObservedProxy
+from chiasm.wire import Health, InstanceInfo, ProxyHealth
+from tests.doctor.results import problem, verdicts, warning
+
+HEALTHY: dict[str, Any] = {
+    "model": "m",
+    "fingerprint": "f" * 64,
+    "dtype": "bfloat16",
+    "ec_store": "s" * 32,
+    "version": "0.1.0",
+    "max_model_len": 512,
+    "device": "cpu",
+    "threads": 1,
+    "cpus": [0, 1],
+}
 
 
-def instance(role: str, number: int = 1, **said: object) -> Instance:
-    well = Instance(
-        f"http://10.0.0.{number}:8000",
-        role,
-        own_role=role,
-        model="m",
-        fingerprint="f" * 64,
-        dtype="bfloat16",
-        ec_store="s" * 32,
-        kv_connector="NixlConnector" if role in ("prefill", "decode") else "",
-        version="0.1.0",
-        engine="chiasm",
-        max_model_len=512,
-        device="cpu",
-        threads=1,
-        cpus=frozenset({0, 1}),
-        clock_seconds=0.2,
-    )
-    return replace(well, **said)  # type: ignore[arg-type]
+def instance(role: str, number: int = 1, clock_seconds: float = 0.2, **said: Any) -> Observed:
+    kv_connector = "NixlConnector" if role in ("prefill", "decode") else None
+    health = Health(**(HEALTHY | {"role": role, "kv_connector": kv_connector} | said))
+    return Observed(f"http://10.0.0.{number}:8000", role, health, clock_seconds=clock_seconds)
 
 
 E, PD = instance("encoder", 1), instance("pd", 2)
@@ -37,26 +36,25 @@ P, D = instance("prefill", 3), instance("decode", 4)
 
 
 @pytest.mark.parametrize("members", [[E, PD], [E, P, D], [instance("aggregated")]])
-def test_a_fleet_that_fits(members: list[Instance]) -> None:
-    for check in (fleet.reachable, fleet.composition, *fleet.CHECKS):
+def test_a_fleet_that_fits(members: list[Observed]) -> None:
+    for check in (fleet.health, fleet.composition, *fleet.CHECKS):
         assert set(verdicts(check(members))) <= {"ok", "skipped"}
 
 
 def test_an_instance_in_trouble() -> None:
-    found = problem(fleet.reachable([E, instance("pd", 2, trouble="did not answer within 5 s")]))
+    found = problem(fleet.health([E, replace(PD, trouble="did not answer within 5 s")]))
     assert found.says == "pd http://10.0.0.2:8000 did not answer within 5 s"
     assert found.command == "curl -m 5 http://10.0.0.2:8000/health"
 
 
 def test_a_password_in_an_address_is_not_shown() -> None:
-    secret = instance("pd", trouble="is ill")
-    secret = replace(secret, url="http://me:secret@host:1")
-    found = problem(fleet.reachable([secret]))
+    secret = replace(PD, url="http://me:secret@host:1", trouble="is ill")
+    found = problem(fleet.health([secret]))
     assert "secret" not in f"{found.says} {found.command}"
 
 
 def test_a_role_that_is_another() -> None:
-    assert "its role is pd" in problem(fleet.roles([PD, instance("encoder", 5, own_role="pd")])).says
+    assert "its role is pd" in problem(fleet.roles([PD, replace(PD, role="encoder")])).says
 
 
 @pytest.mark.parametrize(
@@ -67,7 +65,7 @@ def test_a_role_that_is_another() -> None:
         ([D], "no prefill"),
     ],
 )
-def test_roles_that_need_others(members: list[Instance], says: str) -> None:
+def test_roles_that_need_others(members: list[Observed], says: str) -> None:
     assert says in problem(fleet.composition(members)).says
 
 
@@ -76,7 +74,7 @@ def test_without_an_encoder_text_alone_is_answered() -> None:
 
 
 def test_vllm_without_middleware_says_not_what_it_is() -> None:
-    plain = Instance("http://h:1", "pd", model="m", engine="vllm 0.32.0", max_model_len=512)
+    plain = Observed("http://h:1", "pd", Health(model="m", engine="vllm 0.32.0", max_model_len=512))
     for check in (fleet.roles, fleet.model, fleet.ec_store):
         assert "skipped" in verdicts(check([E, plain]))
         assert "ok" not in verdicts(check([E, plain]))
@@ -133,6 +131,11 @@ def test_other_versions_of_chiasm() -> None:
     assert "0.0.9 at pd" in warning(fleet.versions([E, instance("pd", 2, version="0.0.9")])).says
 
 
+def test_kv_does_not_pass_between_versions_of_vllm() -> None:
+    members = [instance("prefill", 3, engine="vllm 0.32.0"), instance("decode", 4, engine="vllm 0.33.0")]
+    assert "vllm 0.33.0 at decode" in problem(fleet.kv_connector(members)).says
+
+
 def test_what_instances_compute_on() -> None:
     assert "cpu: encoder http://10.0.0.1:8000" in next(fleet.devices([E, PD])).says
     found = warning(fleet.devices([E, PD, instance("pd", 3, device="cuda:0")]))
@@ -143,25 +146,25 @@ def test_an_encoder_on_another_kind_of_device_is_as_well() -> None:
     assert verdicts(fleet.devices([instance("encoder", device="cuda:0"), PD])) == ["ok"]
 
 
-def on_one_host(*several: Instance) -> list[Instance]:
+def on_one_host(*several: Observed) -> list[Observed]:
     return [replace(one, url=f"http://10.0.0.1:{8000 + index}") for index, one in enumerate(several)]
 
 
 def test_threads_that_have_a_core_each() -> None:
     (found,) = fleet.threads(on_one_host(E, PD))
     assert (found.verdict, found.says) == ("ok", "2 threads of 2 instances on 2 cores at 10.0.0.1")
-    pinned = [replace(one, cpus=frozenset({cpu})) for cpu, one in enumerate((E, PD))]
+    pinned = [instance("encoder", cpus=[0]), instance("pd", cpus=[1])]
     assert verdicts(fleet.threads(on_one_host(*pinned))) == ["ok"]
 
 
 @pytest.mark.parametrize(
     "members",
     [
-        [E, PD, replace(PD, threads=2)],
-        [replace(E, cpus=frozenset({0})), replace(PD, cpus=frozenset({0}))],
+        [E, PD, instance("pd", threads=2)],
+        [instance("encoder", cpus=[0]), instance("pd", cpus=[0])],
     ],
 )
-def test_threads_that_share_a_core(members: list[Instance]) -> None:
+def test_threads_that_share_a_core(members: list[Observed]) -> None:
     assert "wait for each other" in warning(fleet.threads(on_one_host(*members))).why
 
 
@@ -170,8 +173,8 @@ def test_threads_of_each_host_count_for_themselves() -> None:
 
 
 def test_threads_that_nobody_tells_are_not_called_ok() -> None:
-    assert verdicts(fleet.threads([replace(PD, threads=None)])) == ["skipped"]
-    assert verdicts(fleet.threads([replace(PD, device="cuda:0", threads=None)])) == []
+    assert verdicts(fleet.threads([instance("pd", threads=None)])) == ["skipped"]
+    assert verdicts(fleet.threads([instance("pd", device="cuda:0", threads=None)])) == []
 
 
 @pytest.mark.parametrize(("ahead", "says"), [(90.0, "about 90 s ahead of"), (-60.0, "about 60 s behind")])
@@ -184,11 +187,12 @@ def test_a_second_is_within_what_a_date_can_tell() -> None:
 
 
 def test_what_a_proxy_makes_of_its_instances() -> None:
-    listed = (
-        Listed("http://a:1", "pd", "mismatched", "its fingerprint differs"),
-        Listed("http://b:1", "encoder", "starting", ""),
-    )
-    findings = list(fleet.proxy(Proxy("http://p:1", "unavailable", (), listed, 0, None)))
-    assert verdicts(findings) == ["problem", "warning", "problem"]
-    assert "its fingerprint differs" in findings[0].says
-    assert "unavailable" in findings[2].says
+    listed = [
+        InstanceInfo(url="http://a:1", role="pd", state="mismatched", reason="its fingerprint differs"),
+        InstanceInfo(url="http://b:1", role="encoder", state="starting"),
+    ]
+    health = ProxyHealth(status="unavailable", instances=listed)
+    results = list(fleet.proxy(ObservedProxy("http://p:1", health)))
+    assert verdicts(results) == ["problem", "warning", "problem"]
+    assert "its fingerprint differs" in results[0].says
+    assert "unavailable" in results[2].says

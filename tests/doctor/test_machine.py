@@ -11,7 +11,7 @@ import pytest
 from chiasm.cores import usable_cores
 from chiasm.doctor import machine
 from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
-from tests.doctor.findings import problem, verdicts, warning
+from tests.doctor.results import problem, verdicts, warning
 
 GIB = 1 << 30
 H100 = Gpu("0", "NVIDIA H100", 80 * GIB, 79 * GIB, 9.0)
@@ -31,7 +31,7 @@ def test_weights_beyond_the_memory() -> None:
 
 
 def test_an_upper_bound_of_weights_is_only_warned_of() -> None:
-    assert "up to 20.0 GiB" in warning(machine.memory(8 * GIB, Need(20 * GIB, GIB, at_most=True))).says
+    assert "up to 20.0 GiB" in warning(machine.memory(8 * GIB, Need(20 * GIB, GIB, is_upper_bound=True))).says
 
 
 def test_caches_beyond_the_memory() -> None:
@@ -47,10 +47,10 @@ def test_a_container_bounds_the_memory(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    assert machine._container_memory(tmp_path) == 450
+    assert machine.free_in_container(tmp_path) == 450
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine._container_memory(tmp_path) is None
-    assert machine._container_memory(tmp_path / "none") is None
+    assert machine.free_in_container(tmp_path) is None
+    assert machine.free_in_container(tmp_path / "none") is None
 
 
 def test_shared_memory_that_is_not_there(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_what_nvidia_smi_lists() -> None:
 
 @pytest.mark.parametrize("listing", ["No devices were found", "0, A, B, C, D", "0, H100, 1, 2"])
 def test_what_nvidia_smi_should_not_list(listing: str) -> None:
-    with pytest.raises(NoDriverError, match="isn't understood"):
+    with pytest.raises(NoDriverError, match="is not understood"):
         machine.gpus_of(listing)
 
 
@@ -114,7 +114,7 @@ def test_a_gpu_and_a_torch_without() -> None:
 
 def test_weights_beyond_a_gpu() -> None:
     tenants = [Tenant("encoder-0", ("0",), GIB), Tenant("pd-0", ("1",), 20 * GIB)]
-    assert "pd-0 takes 20.0 GiB" in problem(machine.gpu_memory([H100, V100], tenants)).says
+    assert "pd-0 needs 20.0 GiB" in problem(machine.gpu_memory([H100, V100], tenants)).says
 
 
 def test_a_share_of_a_gpu() -> None:
@@ -131,7 +131,7 @@ def test_a_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         number = server.getsockname()[1]
         found = problem(machine.port("127.0.0.1", number))
-    assert f"port {number}" in found.says
+    assert f"Port {number}" in found.says
     assert str(number) in found.command
 
 

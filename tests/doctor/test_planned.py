@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chiasm.doctor import Finding
-from chiasm.doctor.planned import Wanted, examine_plan
+from chiasm.doctor import Result
+from chiasm.doctor.planned import examine_plan
 from chiasm.launch import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.wire import Role
-from tests.doctor.findings import collected, problem, verdicts, warning
+from tests.doctor.results import collected, problem, verdicts, warning
 
 
-async def examined(config: DeploymentConfig, **wanted: Any) -> list[Finding]:
-    return await collected(examine_plan(config, Wanted(**wanted)))
+async def examined(config: DeploymentConfig, **settings: Any) -> list[Result]:
+    return await collected(examine_plan(replace(config, settings=settings)))
 
 
 async def test_a_plan_that_works(checkpoint: Path, tmp_path: Path) -> None:
@@ -77,6 +78,37 @@ async def test_more_memory_than_there_is(checkpoint: Path) -> None:
     assert "for caches and processes" in warning([one for one in found if one.check == "memory"]).says
 
 
+async def test_a_device_that_does_not_exist(checkpoint: Path) -> None:
+    found = await examined(DeploymentConfig(str(checkpoint)), device="cuda:99")
+    assert "'cuda:99' does not exist" in problem(found).says
+
+
+async def test_options_that_an_instance_has_no_use_for(checkpoint: Path) -> None:
+    roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig(settings={"kv_host": "127.0.0.1"})}
+    found = problem(await examined(DeploymentConfig(str(checkpoint), roles)))
+    assert "--kv-host: only prefill and decode instances exchange KV" in found.says
+
+
+async def image_size(config: DeploymentConfig, dtype: str) -> str:
+    """The size of one image's embedding, as the room for it is checked."""
+    (space,) = [one for one in await examined(config, dtype=dtype) if one.check == "storage space"]
+    return space.says.rpartition(" takes ")[2]
+
+
+async def test_auto_is_float32_on_cpu_and_the_own_dtype_of_the_checkpoint_for_vllm(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    built_in = DeploymentConfig(str(folder), shared_storage_path=tmp_path)
+    for_vllm = replace(built_in, engine=EngineKind.VLLM)
+    assert await image_size(built_in, "auto") == await image_size(built_in, "float32")
+    assert await image_size(for_vllm, "auto") == await image_size(built_in, "float16")
+    assert await image_size(built_in, "float16") != await image_size(built_in, "float32")
+
+
 async def test_cpus_that_are_not_there(checkpoint: Path) -> None:
     roles = {Role.AGGREGATED: RoleConfig(cpus=(4096,))}
     assert "CPU 4096 cannot be used" in problem(await examined(DeploymentConfig(str(checkpoint), roles))).says
@@ -86,5 +118,5 @@ async def test_vllm_that_is_not_installed(checkpoint: Path) -> None:
     found = await examined(DeploymentConfig(str(checkpoint), engine=EngineKind.VLLM))
     if "ok" in verdicts(found, "vLLM"):
         pytest.skip("vLLM is installed here")
-    assert "make vllm" in problem(found).why
+    assert "make vllm" in problem(found).says
     assert verdicts(found, "devices") == ["skipped"]

@@ -7,11 +7,10 @@ import json
 
 import pytest
 
-from chiasm.doctor.base import Check
-from chiasm.doctor.report import Report, as_json, summary
+from chiasm.doctor.report import Check, Report, as_json, summary
 
 CHECK = Check("port")
-FINDINGS = [
+RESULTS = [
     CHECK.ok("8000 is free"),
     CHECK.problem("8001 is in use", why="nobody could listen there. " * 8, do="choose another.", command="ss -ltnp"),
 ]
@@ -24,13 +23,13 @@ class Terminal(io.StringIO):
 
 def shown(stream: io.StringIO) -> str:
     report = Report(stream)
-    for finding in FINDINGS:
-        report.show(finding)
-    report.end(FINDINGS)
+    for result in RESULTS:
+        report.show(result)
+    report.end(RESULTS)
     return stream.getvalue()
 
 
-def test_each_finding_is_a_line_and_says_below_what_to_do() -> None:
+def test_each_result_is_a_line_with_what_to_do_below() -> None:
     lines = shown(io.StringIO()).splitlines()
     assert lines[0].split(maxsplit=2) == ["ok", "port", "8000 is free"]
     assert lines[1].split(maxsplit=2) == ["problem", "port", "8001 is in use"]
@@ -50,7 +49,7 @@ def test_a_terminal_gets_colours_and_the_same_words(monkeypatch: pytest.MonkeyPa
 
 
 def test_json() -> None:
-    report = json.loads(as_json(FINDINGS))
+    report = json.loads(as_json(RESULTS))
     assert report["problems"] is True
     assert report["findings"][0] == {
         "check": "port",
@@ -63,5 +62,5 @@ def test_json() -> None:
 
 
 def test_nothing_wrong() -> None:
-    assert json.loads(as_json(FINDINGS[:1]))["problems"] is False
-    assert summary(FINDINGS[:1]) == "1 ok"
+    assert json.loads(as_json(RESULTS[:1]))["problems"] is False
+    assert summary(RESULTS[:1]) == "1 ok"

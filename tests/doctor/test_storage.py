@@ -10,7 +10,7 @@ import pytest
 from chiasm.doctor import Verdict, storage
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
 from chiasm.launch.folders import SHARED_MEMORY
-from tests.doctor.findings import problem, the_one, verdicts, warning
+from tests.doctor.results import problem, the_one, verdicts, warning
 
 
 def store(path: Path) -> str:
@@ -27,13 +27,13 @@ def test_a_folder_that_can_be_used(tmp_path: Path) -> None:
 def test_a_folder_that_is_yet_to_be_made(tmp_path: Path) -> None:
     (found,) = storage.planned_folder(tmp_path / "a" / "b")
     assert found.verdict == "ok"
-    assert "instances make it" in found.says
+    assert "instances create it" in found.says
     assert not (tmp_path / "a").exists()
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "is no folder" in problem(storage.planned_folder(tmp_path / "file")).says
+    assert "is not a folder" in problem(storage.planned_folder(tmp_path / "file")).says
 
 
 def test_a_folder_that_everybody_may_write_to(tmp_path: Path) -> None:
@@ -44,12 +44,12 @@ def test_a_folder_that_everybody_may_write_to(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    assert "could not be written" in problem(storage.planned_folder(tmp_path)).says
-    assert "may not be written to" in problem(storage.planned_folder(tmp_path / "new")).says
+    assert "cannot be written" in problem(storage.planned_folder(tmp_path)).says
+    assert "cannot create it" in problem(storage.planned_folder(tmp_path / "new")).says
 
 
 def test_a_place_where_nothing_can_be_written() -> None:
-    assert "could not be written and locked" in problem(storage.planned_folder(Path("/proc/self/task"))).says
+    assert "cannot be written and locked" in problem(storage.planned_folder(Path("/proc/self/task"))).says
 
 
 def test_the_folder_of_all_instances(tmp_path: Path) -> None:
@@ -98,5 +98,5 @@ def test_a_bound_below_one_image(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no /dev/shm here")
 def test_what_lies_in_memory_is_told(tmp_path: Path) -> None:
-    assert storage.is_memory(SHARED_MEMORY / "not-yet")
+    assert storage.is_in_memory(SHARED_MEMORY / "not-yet")
     assert "in memory" in the_one(storage.planned_folder(SHARED_MEMORY / "not-yet"), Verdict.OK).says

@@ -9,14 +9,14 @@ import pytest
 
 from chiasm.doctor import transports
 from chiasm.doctor.transports import Nixl
-from tests.doctor.findings import problem, verdicts
+from tests.doctor.results import problem, verdicts
 
 HAS_NIXL = any(importlib.util.find_spec(name) for name in ("nixl", "nixl_cu12", "nixl_cu13"))
 
 
 @pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed")
 def test_nixl_is_asked_for_its_plugins() -> None:
-    (found,) = transports.nixl(needed=True)
+    (found,) = transports.nixl(is_needed=True)
     assert found.verdict == "ok"
     assert "UCX" in found.says
 
@@ -26,19 +26,19 @@ def test_nixl_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / f"{name}.py").write_text("raise ImportError('libcuda.so.1: no such file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert "cannot be used" in (says := problem(transports.nixl(needed=False)).says)
+    assert "can't be used" in (says := problem(transports.nixl(is_needed=False)).says)
     assert "libcuda.so.1: no such file" in says
 
 
-def test_nixl_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transports, "_MODULES", ("nixl_of_no_machine",))
-    assert verdicts(transports.nixl(needed=False)) == ["skipped"]
-    assert problem(transports.nixl(needed=True)).command == "pip install 'chiasm[nixl]'"
+def test_nixl_that_is_missing() -> None:
+    modules = ("nixl_of_no_machine",)
+    assert verdicts(transports.nixl(is_needed=False, modules=modules)) == ["skipped"]
+    assert problem(transports.nixl(is_needed=True, modules=modules)).command == "pip install 'chiasm[nixl]'"
 
 
-def test_nixl_without_ucx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transports, "ask_nixl", lambda: Nixl("nixl", ("POSIX",)))
-    assert "no UCX plugin, only POSIX" in problem(transports.nixl(needed=True)).says
+def test_nixl_without_ucx() -> None:
+    found = transports.judge_nixl(Nixl("nixl", ["POSIX"]), is_needed=True)
+    assert "no UCX plugin, only POSIX" in problem([found]).says
 
 
 @pytest.fixture
@@ -52,17 +52,15 @@ def _ucx_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_ucx_info")
-def test_transports_that_ucx_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transports_that_ucx_lists(tmp_path: Path) -> None:
     (tmp_path / "infiniband" / "mlx5_0").mkdir(parents=True)
-    monkeypatch.setattr(transports, "_INFINIBAND", tmp_path / "infiniband")
-    (found,) = transports.ucx()
+    (found,) = transports.ucx(infiniband=tmp_path / "infiniband")
     assert found.verdict == "ok"
     assert "rc_mlx5, tcp (ucx_info); devices for RDMA: mlx5_0" in found.says
 
 
 def test_ucx_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(transports, "_MODULES", ())
-    (found,) = transports.ucx()
+    (found,) = transports.ucx(modules=())
     assert found.verdict == "skipped"
     assert "UCX_LOG_LEVEL=info" in found.says

@@ -15,20 +15,20 @@ from chiasm.options import Option, fields_from, flag, names_of
 from chiasm.proxy import ProxyConfig
 
 if TYPE_CHECKING:
-    from chiasm.doctor import Finding
+    from chiasm.doctor import Result
 
 _SCHEMES = ("http://", "https://")
 _FOUND_PROBLEMS = 1
 _URLS = ("encoder", "pd", "prefill", "decode")
 _EXAMPLES = """\
-Check a deployment that runs or is planned, and say in plain words what is wrong and what to do.
+Check a running or planned deployment, and say what is wrong and what to do about it.
 
   chiasm doctor                              this machine
-  chiasm doctor MODEL --encoders 2           planned: the options of `chiasm serve`
-  chiasm doctor http://127.0.0.1:8000        running: the proxy, and the instances behind it
-  chiasm doctor --encoder URL --pd URL       running: instances without a proxy
+  chiasm doctor MODEL --encoders 2           a plan: takes the options of `chiasm serve`
+  chiasm doctor http://127.0.0.1:8000        a running proxy, and the instances behind it
+  chiasm doctor --encoder URL --pd URL       running instances, without a proxy
 
-The exit code is 0 without problems, 1 with problems, 2 for wrong usage.
+The exit code is 0 if there are no problems, 1 if there are, and 2 for wrong usage.
 """
 
 
@@ -43,13 +43,13 @@ class DoctorConfig:
     json: Annotated[bool, Option("Print the findings as JSON.")] = False
 
 
-_OF_NO_PLAN = {"target", "admin_key", "log_level", *_URLS, *names_of(DoctorConfig)}
-"""The key may be set by the environment, and changes no finding; nor does the log's level."""
+_NOT_OF_A_PLAN = {"target", "admin_key", "log_level", *_URLS, *names_of(DoctorConfig)}
+"""The key may be set in the environment and changes no result; nor does the log level."""
 
 
 def parser() -> Parser:
     made = Parser("doctor", "[URL|MODEL] [OPTIONS]", _EXAMPLES)
-    made.add_argument("target", metavar="URL|MODEL", nargs="?", help="A running proxy, or the model that is planned.")
+    made.add_argument("target", metavar="URL|MODEL", nargs="?", help="Running proxy, or the model of a plan.")
     group = made.add_argument_group("doctor")
     made.add(group, DoctorConfig)
     made.add(group, ProxyConfig, only=_URLS)
@@ -58,73 +58,73 @@ def parser() -> Parser:
 
 
 def run(settings: Mapping[str, Any]) -> int | None:
-    """Print what is found, and return the exit code."""
+    """Print the results, and return the exit code."""
     config = DoctorConfig(**fields_from(settings, DoctorConfig))
     target = settings.get("target")
     urls = {"aggregated": config.aggregated_at} | {role: settings.get(role, ()) for role in _URLS}
     instances = {role: [_base_url(url) for url in named] for role, named in urls.items() if named}
     running = bool(instances) or (target is not None and target.startswith(_SCHEMES))
     if instances and target is not None:
-        raise ConfigurationError("Name instances, or one proxy or model, but not both.")
+        raise ConfigurationError("Name either instances, or one proxy or model, but not both.")
     about_storage = names_of(ECTransferConfig)
-    of_plan = settings.keys() - _OF_NO_PLAN - about_storage
+    of_plan = settings.keys() - _NOT_OF_A_PLAN - about_storage
     if running and of_plan:
         raise ConfigurationError(f"A running deployment has its options already; leave out {_flags(of_plan)}.")
     of_plan |= settings.keys() & about_storage
     if target is None and not instances and of_plan:
-        raise ConfigurationError(f"Name the MODEL that is planned with {_flags(of_plan)}.")
+        raise ConfigurationError(f"{_flags(of_plan)} describe a planned deployment: name its MODEL too.")
 
-    findings: AsyncIterator[Finding]
+    results: AsyncIterator[Result]
     if running:
-        findings = _examine_running(target, instances, config.timeout_seconds, settings)
+        results = _examine_running(target, instances, config.timeout_seconds, settings)
     elif target is None:
-        findings = _examine_machine()
+        results = _examine_machine()
     else:
-        from chiasm.doctor.planned import Wanted, examine_plan
+        from chiasm.doctor.planned import examine_plan
 
-        planned = serve.deployment_config({**settings, "model": target})
-        names = ("dtype", "device", "kv_cache_bytes")
-        findings = examine_plan(planned, Wanted(**{name: settings[name] for name in names if name in settings}))
-    return _FOUND_PROBLEMS if asyncio.run(_show(findings, in_json=config.json)) else None
+        results = examine_plan(serve.deployment_config({**settings, "model": target}))
+    return _FOUND_PROBLEMS if asyncio.run(_show(results, in_json=config.json)) else None
 
 
-async def _show(findings: AsyncIterator[Finding], *, in_json: bool) -> bool:
-    """Show each finding as it comes; return whether there were problems."""
+async def _show(results: AsyncIterator[Result], *, in_json: bool) -> bool:
+    """Print each result as it comes, or all as JSON at the end; return whether there are problems."""
     from chiasm.doctor import has_problem
     from chiasm.doctor.report import Report, as_json
 
-    found: list[Finding] = []
-    shown = None if in_json else Report()
-    async for finding in findings:
-        found.append(finding)
-        if shown is not None:
-            shown.show(finding)
-    if shown is None:
+    found: list[Result] = []
+    report = None if in_json else Report()
+    async for result in results:
+        found.append(result)
+        if report is not None:
+            report.show(result)
+    if report is None:
         print(as_json(found))
     else:
-        shown.end(found)
+        report.end(found)
     return has_problem(found)
 
 
 def _examine_running(
     target: str | None, instances: Mapping[str, Sequence[str]], timeout_seconds: float, settings: Mapping[str, Any]
-) -> AsyncIterator[Finding]:
+) -> AsyncIterator[Result]:
+    from chiasm.doctor.client import Limits
     from chiasm.doctor.running import Folder, examine_instances, examine_proxy
 
     folder = None
     if "shared_storage_path" in settings:
         bound = {"max_bytes": settings["ec_max_bytes"]} if "ec_max_bytes" in settings else {}
         folder = Folder(settings["shared_storage_path"], **bound)
+    limits = Limits(timeout_seconds)
     if target is not None:
-        return examine_proxy(_base_url(target), timeout_seconds=timeout_seconds, folder=folder)
-    return examine_instances(instances, timeout_seconds=timeout_seconds, folder=folder)
+        return examine_proxy(_base_url(target), limits=limits, folder=folder)
+    return examine_instances(instances, limits=limits, folder=folder)
 
 
-async def _examine_machine() -> AsyncIterator[Finding]:
+async def _examine_machine() -> AsyncIterator[Result]:
     from chiasm.doctor.planned import examine_machine
 
-    for finding in examine_machine():
-        yield finding
+    for result in examine_machine():
+        yield result
 
 
 def _base_url(url: str) -> str:

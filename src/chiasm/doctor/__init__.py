@@ -1,11 +1,11 @@
-"""What is wrong with a deployment, in plain words, and what to do about it. ``chiasm doctor`` shows it.
+"""``chiasm doctor``: checks of a machine, a planned deployment or a running one, and what to do about what they find.
 
-``planned`` looks at this machine and at a deployment that is to run on it, by ``installed``, ``machine``, ``checkpoint`` with
-``weights``, ``storage`` and ``transports``. ``running`` asks a proxy and its instances (``instances``, by ``client``), compares
-them (``fleet``), and sends an image on its way (``travel``, by ``wire`` and ``counters``). All of them yield the findings of
-``base``, which ``report`` shows.
+``planned`` checks this machine and a deployment that is to run on it: ``machine``, ``model``, ``storage``, ``transports``. It
+calls the same functions that let a deployment refuse to start. ``running`` asks a proxy and its instances how they are
+(``observed``, by ``client``), compares the instances (``fleet``), and sends images through them (``end_to_end``, by
+``messages``). Each check yields results, which ``report`` prints.
 """
 
-from chiasm.doctor.base import Finding, Verdict, has_problem
+from chiasm.doctor.report import Result, Verdict, has_problem
 
-__all__ = ["Finding", "Verdict", "has_problem"]
+__all__ = ["Result", "Verdict", "has_problem"]

@@ -1,74 +1,85 @@
-"""HTTP to whatever stands at an address: it may not be chiasm, may never answer, and may answer without end."""
+"""HTTP to whatever is at an address: it may not be chiasm, may never answer, and may never stop answering."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import Any
+from typing import TypeVar
 
 import aiohttp
+import msgspec
 
-from chiasm.doctor.base import shown
+from chiasm.doctor.report import shown
+from chiasm.http.timing import read_timing
+from chiasm.wire import ErrorBody
 
-PAGE_SECONDS = 5.0
-"""For /health, /metrics and the like."""
-MAX_PAGE_BYTES = 4 << 20
-_OUTCOME = re.compile(r'\bitem0;desc="([a-z]{1,16})"')
+_MAX_BYTES = 4 << 20
 _CONNECT_SECONDS = 3.0
-"""Less than for a page: that nobody takes the connection says something else than that nobody answers."""
-
-
-class NoAnswerError(Exception):
-    """Why there is no answer that could be used; the text goes on after an address."""
-
-
-class NoConnectionError(NoAnswerError):
-    """Nobody could be reached from this machine."""
+"""Less than for a page, because a connection that isn't accepted means something else than a missing response."""
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A whole answer."""
+class Limits:
+    """How long to wait for what."""
+
+    message_seconds: float = 30.0
+    """For the response to one request with an image."""
+    page_seconds: float = 5.0
+    """For /health, /metrics and the like."""
+    count_seconds: float = 3.0
+    """For an instance's counters to show what it has done."""
+    pairs_messages: int = 10
+    """For all pairs of instances together, in multiples of ``message_seconds``."""
+
+
+class NoAnswerError(Exception):
+    """Why there is no usable response. The text follows an address: "{url} did not answer within 5 s"."""
+
+
+class NoConnectionError(NoAnswerError):
+    """The address can't be reached from this machine."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """A complete response."""
 
     status: int
     body: bytes
     clock_seconds: float | None
-    """How far the sender's clock is ahead of this machine's, to about a second; None if it doesn't say."""
+    """How far the sender's clock is ahead of this machine's, to about a second; None if it sends no date."""
     outcome: str = ""
-    """What became of the request's first image, as ``Server-Timing`` of the built-in engine says: ``hit``, ``encoded``, …"""
+    """What became of the request's first image (``hit``, ``encoded``, …), as the built-in engine's ``Server-Timing`` says."""
 
-    def json(self) -> dict[str, Any]:
-        """The JSON object that it holds. Raises NoAnswerError."""
+    def read(self, kind: type[_Read]) -> _Read:
+        """Return the JSON body as a message of this type. Raises NoAnswerError if it is anything else."""
         try:
-            found = json.loads(self.body)
-        except (ValueError, RecursionError):
-            raise NoAnswerError(f"answered what is no JSON: {shown(self.text(), 80)!r}") from None
-        if not isinstance(found, dict):
-            raise NoAnswerError("answered JSON that is no object")
-        return found
+            return msgspec.json.decode(self.body, type=kind)
+        except msgspec.ValidationError as error:
+            raise NoAnswerError(f"answered JSON that chiasm doesn't understand: {shown(error)}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise NoAnswerError(f"answered something that isn't JSON: {shown(self.text(), 80)!r}") from None
 
     def text(self) -> str:
         return self.body.decode("utf-8", errors="replace")
 
-    def complaint(self) -> str:
-        """What an answer with an error status says of the error."""
+    def error_message(self) -> str:
+        """Return what a response with an error status says about the error."""
         try:
-            error = self.json().get("error")
+            return shown(self.read(ErrorBody).error.message or self.text())
         except NoAnswerError:
             return shown(self.text())
-        message = error.get("message") if isinstance(error, dict) else None
-        return shown(message or self.text())
 
 
 class Client:
-    """Each call has a bound of time, from the first byte sent to the last received, and of size. No redirects, no proxies."""
+    """Bounds each call in time, from the first byte sent to the last received, and in size. No redirects, no proxies."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = Limits()) -> None:
+        self.limits = limits
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Client:
@@ -87,29 +98,33 @@ class Client:
         assert self._session is not None
         await self._session.close()
 
-    async def get(self, url: str, *, timeout_seconds: float | None = None, max_bytes: int = MAX_PAGE_BYTES) -> Answer:
-        """Within ``PAGE_SECONDS``, if nothing else is said. Raises NoAnswerError."""
-        return await self._ask("GET", url, None, {}, timeout_seconds or PAGE_SECONDS, max_bytes)
+    async def get(self, url: str, *, max_bytes: int = _MAX_BYTES) -> Response:
+        """Return a page. Raises NoAnswerError."""
+        return await self._ask("GET", url, None, {}, self.limits.page_seconds, max_bytes)
 
-    async def post(self, url: str, body: object, *, timeout_seconds: float, max_bytes: int = MAX_PAGE_BYTES) -> Answer:
-        """Send JSON; the instance is told the deadline. Raises NoAnswerError."""
-        headers = {"content-type": "application/json", "x-request-deadline-ms": str(round(timeout_seconds * 900))}
-        return await self._ask("POST", url, json.dumps(body).encode(), headers, timeout_seconds, max_bytes)
+    async def post(self, url: str, body: object) -> Response:
+        """Send JSON, with the deadline in a header. Raises NoAnswerError, also for an error status."""
+        seconds = self.limits.message_seconds
+        headers = {"content-type": "application/json", "x-request-deadline-ms": str(round(seconds * 900))}
+        response = await self._ask("POST", url, msgspec.json.encode(body), headers, seconds, _MAX_BYTES)
+        if response.status != 200:
+            raise NoAnswerError(f"answered HTTP {response.status}: {response.error_message()}")
+        return response
 
     async def _ask(
         self, method: str, url: str, body: bytes | None, headers: dict[str, str], timeout_seconds: float, max_bytes: int
-    ) -> Answer:
+    ) -> Response:
         assert self._session is not None
         began = time.time()
         try:
-            async with asyncio.timeout(timeout_seconds):
-                async with self._session.request(
-                    method, url, data=body, headers=headers, allow_redirects=False
-                ) as response:
-                    clock = _ahead(response.headers.get("date"), began, time.time())
-                    outcome = _OUTCOME.search(response.headers.get("server-timing", ""))
-                    body = await _read(response, max_bytes)
-                    return Answer(response.status, body, clock, outcome[1] if outcome else "")
+            async with (
+                asyncio.timeout(timeout_seconds),
+                self._session.request(method, url, data=body, headers=headers, allow_redirects=False) as response,
+            ):
+                clock = _seconds_ahead(response.headers.get("date"), began, time.time())
+                timing = read_timing(response.headers.get("server-timing"))
+                outcome = next((entry.description for entry in timing if entry.name == "item0"), "")
+                return Response(response.status, await _read(response, max_bytes), clock, outcome)
         except aiohttp.ConnectionTimeoutError:
             raise NoConnectionError(f"cannot be reached: no connection within {_CONNECT_SECONDS:g} s") from None
         except TimeoutError:
@@ -119,29 +134,27 @@ class Client:
         except aiohttp.ClientConnectorError as error:
             raise NoConnectionError(f"cannot be reached: {shown(error.os_error.strerror or error)}") from None
         except aiohttp.InvalidURL:
-            raise NoAnswerError("is no URL that can be asked") from None
+            raise NoAnswerError("is not a valid URL") from None
         except aiohttp.ServerDisconnectedError:
             raise NoAnswerError("closed the connection without an answer") from None
         except aiohttp.ClientResponseError as error:
             raise NoAnswerError(f"does not speak HTTP: {shown(error.message)}") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise NoAnswerError(f"broke off: {shown(error)}") from None
+            raise NoAnswerError(f"closed the connection in the middle of its answer: {shown(error)}") from None
 
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    chunks: list[bytes] = []
-    held = 0
+    body = bytearray()
     while chunk := await response.content.readany():
-        held += len(chunk)
-        if held > max_bytes:
+        body += chunk
+        if len(body) > max_bytes:
             response.close()
             raise NoAnswerError(f"answered with more than {max_bytes} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)
+    return bytes(body)
 
 
-def _ahead(date: str | None, began: float, ended: float) -> float | None:
-    """By a Date header, which leaves out fractions of its second."""
+def _seconds_ahead(date: str | None, began: float, ended: float) -> float | None:
+    """Return how far the clock that wrote a ``Date`` header is ahead; the header has no fractions of a second."""
     try:
         said = parsedate_to_datetime(date or "").timestamp()
     except (ValueError, TypeError, OverflowError):

@@ -1,19 +1,24 @@
-"""Checks of instances against each other: whether those that answer can work together."""
+"""Checks of instances against each other: whether those that answer can work together.
+
+Whether two instances fit is decided by ``proxy.agreement``, as in the proxy; here it is explained.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
 from urllib.parse import urlsplit
 
-from chiasm.doctor.base import Check, Finding, shown
-from chiasm.doctor.instances import Instance, Proxy
+from chiasm.doctor.observed import Observed, ObservedProxy
+from chiasm.doctor.report import Check, Result, shown
 from chiasm.errors import ConfigurationError
+from chiasm.integrations.vllm import check_version
+from chiasm.proxy.agreement import LANGUAGE_ROLES, PART_ROLES, difference
+from chiasm.wire import Health, InstanceState, Role
 
-Fleet = Sequence[Instance]
-
-_PROXY = Check("proxy")
-_INSTANCES = Check("instances")
+PROXY = Check("proxy")
+INSTANCES = Check("instances")
 _ROLES = Check("roles")
 _MODEL = Check("model")
 _CONTEXT = Check("context length")
@@ -26,319 +31,296 @@ _THREADS = Check("threads")
 
 _CLOCK_SECONDS = 3.0
 _ROUNDING = 1e-6
-_USES_EMBEDDINGS = ("pd", "prefill")
-_EXCHANGES_EMBEDDINGS = ("encoder", *_USES_EMBEDDINGS)
-_ANSWERS = ("pd", "aggregated", "prefill", "decode")
+EMBEDDING_READERS = (Role.PD, Role.PREFILL)
+_MIDDLEWARE = "--middleware chiasm.integrations.vllm.middleware.ChiasmMiddleware"
+_SAME_VERSION = "install the same version everywhere."
 
 
-def proxy(seen: Proxy) -> Iterator[Finding]:
-    """What the proxy makes of its instances."""
-    for one in seen.instances:
-        if one.state in ("unhealthy", "mismatched"):
-            yield _PROXY.problem(
-                f"it sends nothing to {one.role} {shown(one.url)}, which is {one.state}: {one.reason or 'no reason given'}",
-                why="the rest of the fleet does its work, if it can.",
-                do="start it again, or mend what the reason says; the proxy takes it back by itself.",
+def proxy(seen: ObservedProxy) -> Iterator[Result]:
+    """Check what the proxy says about itself and its instances."""
+    for one in seen.health.instances:
+        says = f"{one.role} {shown(one.url)} is {one.state}" + (f": {one.reason}" if one.reason else "")
+        if one.state in (InstanceState.UNHEALTHY, InstanceState.MISMATCHED):
+            yield PROXY.problem(
+                says,
+                why="the proxy sends it nothing; the other instances do its work, if they can.",
+                do="restart it, or fix the cause shown; the proxy uses it again by itself.",
             )
-        elif one.state != "healthy":
-            yield _PROXY.warning(
-                f"{one.role} {shown(one.url)} is {one.state}" + (f": {one.reason}" if one.reason else ""),
+        elif one.state != InstanceState.HEALTHY:
+            yield PROXY.warning(
+                says,
                 why="the proxy sends it nothing meanwhile.",
-                do="wait until it has started; its own log says how far it is.",
+                do="wait until it has started, or if it is draining, until its last request has ended; its own log says more.",
             )
     if seen.left_out:
-        yield _PROXY.skipped(f"{seen.left_out} more instances than are looked at are behind it")
-    if seen.status == "ok":
-        yield _PROXY.ok(f"takes requests for {', '.join(seen.models)}; {len(seen.instances)} instances")
+        yield PROXY.skipped(f"there are {seen.left_out} more instances behind it, too many to check")
+    if seen.health.status == "ok":
+        yield PROXY.ok(f"serves {', '.join(seen.health.models)}; {len(seen.health.instances)} instances")
     else:
-        yield _PROXY.problem(
-            f"it takes no requests: its status is {seen.status or 'not told'}",
+        yield PROXY.problem(
+            f"it accepts no requests: its status is {seen.health.status or 'unknown'}",
             why="clients get a 503.",
-            do="see to the instances below; one pd or aggregated one has to be well, or one prefill and one decode.",
+            do="fix the instances below; it needs one healthy PD or aggregated instance, or one prefill and one decode.",
         )
 
 
-def reachable(fleet: Fleet) -> Iterator[Finding]:
-    for one in fleet:
+def health(instances: Sequence[Observed]) -> Iterator[Result]:
+    """Check whether each instance answers and is healthy."""
+    for one in instances:
         if one.trouble:
-            yield _INSTANCES.problem(
+            yield INSTANCES.problem(
                 f"{one.name} {one.trouble}",
-                why="it can do no work, and nothing more can be found out about it.",
-                do="check the address, that the process runs, and its log; from here, this should answer:",
+                why="it can't do any work, and can't be checked further.",
+                do="check the address, whether the process runs, and its log; this should answer from here:",
                 command=f"curl -m 5 {shown(one.url)}/health",
             )
-    if fleet and not any(one.trouble for one in fleet):
-        yield _INSTANCES.ok(f"all {len(fleet)} answer and are well")
+    if instances and not any(one.trouble for one in instances):
+        yield INSTANCES.ok(f"all {len(instances)} are healthy")
 
 
-def composition(fleet: Fleet) -> Iterator[Finding]:
-    """Whether the roles make a deployment together; of all instances that there are, well or not."""
-    found = {one.role for one in fleet}
-    whole = True
-    for needs, needed in (("prefill", ("decode",)), ("decode", ("prefill",)), ("encoder", _USES_EMBEDDINGS)):
-        if needs in found and not found.intersection(needed):
-            whole = False
+def composition(instances: Sequence[Observed]) -> Iterator[Result]:
+    """Check whether the roles make a deployment; ``instances`` are all that there are, healthy or not."""
+    found = {one.role for one in instances}
+    is_complete = True
+    needs = {Role.PREFILL: (Role.DECODE,), Role.DECODE: (Role.PREFILL,), Role.ENCODER: EMBEDDING_READERS}
+    for role, needed in needs.items():
+        if role in found and not found.intersection(needed):
+            is_complete = False
+            others = " or ".join(needed)
             yield _ROLES.problem(
-                f"there are {needs} instances and no {' or '.join(needed)} instance",
-                why=f"{needs} instances do a part of the work that {' or '.join(needed)} instances go on with.",
+                f"there are {role} instances and no {others} instance",
+                why=f"{role} instances do only a part of the work, and {others} instances do the rest.",
                 do=f"start at least one {needed[0]} instance.",
                 command=f"chiasm instance MODEL --role {needed[0]}",
             )
-    if found.intersection(_USES_EMBEDDINGS) and "encoder" not in found:
-        whole = False
+    if found.intersection(EMBEDDING_READERS) and Role.ENCODER not in found:
+        is_complete = False
         yield _ROLES.warning(
             "there is no encoder",
-            why="text is answered; requests with images get a 503.",
-            do="start an encoder, unless there are to be none.",
+            why="requests with text alone are answered, requests with images get a 503.",
+            do="start an encoder, unless you want none.",
             command="chiasm instance MODEL --role encoder",
         )
-    if whole:
-        yield _ROLES.ok(", ".join(f"{sum(one.role == role for one in fleet)} {role}" for role in sorted(found)))
+    if is_complete:
+        yield _ROLES.ok(", ".join(f"{sum(one.role == role for one in instances)} {role}" for role in sorted(found)))
 
 
-def roles(fleet: Fleet) -> Iterator[Finding]:
-    """Whether each does what it is used for."""
-    for one in fleet:
-        if one.own_role and one.own_role != one.role:
+def roles(instances: Sequence[Observed]) -> Iterator[Result]:
+    """Check whether each instance has the role that it is used as."""
+    for one in instances:
+        if one.health.role and one.health.role != one.role:
             yield _ROLES.problem(
-                f"{one.name} says that its role is {one.own_role}",
-                why="each role does a part of the work, and no other.",
-                do=f"use it as {one.own_role}, or start it with --role {one.role}.",
+                f"{one.name} says that its role is {one.health.role}",
+                why="an instance can do the work of its own role only.",
+                do=f"use it as {one.health.role}, or start it with --role {one.role}.",
             )
-        elif one.is_vllm and not one.says_what_it_is:
+        elif one.is_vllm and not one.health.role:
             yield _ROLES.skipped(
-                f"{one.name} is vLLM without chiasm's middleware, and doesn't say what it is; add "
-                "--middleware chiasm.integrations.vllm.middleware.ChiasmMiddleware to its command"
+                f"{one.name} is vLLM without chiasm's middleware and doesn't report its role; add {_MIDDLEWARE} to its command"
             )
 
 
-def model(fleet: Fleet) -> Iterator[Finding]:
-    """Served name, and what the fingerprint covers: weights, preprocessing and dtype."""
-    names = _by(fleet, lambda one: one.model)
-    if len(names) > 1:
+def model(instances: Sequence[Observed]) -> Iterator[Result]:
+    """Check the model's name, and what the fingerprint covers: weights, preprocessing and dtype."""
+    names = _by(instances, lambda one: one.health.model or "no model")
+    dtypes = _by(instances, lambda one: one.health.dtype)
+    fingerprints = _by(instances, lambda one: one.health.fingerprint[:12])
+    one_name, one_fingerprint = _fit(instances, "model"), _fit(instances, "fingerprint", "dtype")
+    if not one_name:
         yield _MODEL.problem(
             f"instances serve different models: {_listing(names)}",
-            why="embeddings and KV of one model mean nothing to another; the proxy sends nothing to those that differ.",
+            why="one model can't use another's embeddings or KV; the proxy sends nothing to the instances that differ.",
             do="start all instances with the same MODEL and the same --served-model-name.",
         )
-    dtypes = _by(fleet, lambda one: one.dtype)
-    prints = _by(fleet, lambda one: one.fingerprint)
-    if len(prints) > 1:
-        if len(dtypes) > 1:
-            yield _MODEL.problem(
-                f"instances compute in different dtypes: {_listing(dtypes)}",
-                why="an embedding is in the encoder's dtype and is of no use to an instance with another: it never finds it.",
-                do="start all instances with the same dtype.",
-                command="--dtype bfloat16",
-            )
-        else:
-            short = {value[:12]: instances for value, instances in prints.items()}
-            yield _MODEL.problem(
-                f"instances have different checkpoints under {'one name' if len(names) == 1 else 'different names'}: "
-                f"{_listing(short)} (fingerprints of weights, preprocessing and dtype)",
-                why="an embedding of one checkpoint is of no use to another: it is never found.",
-                do="give all instances the same checkpoint folder, preprocessor_config.json included, and the same --dtype.",
-            )
-    silent = [one for one in fleet if not one.fingerprint]
-    if silent:
-        yield _MODEL.skipped(
-            f"{_names(silent)} name no fingerprint, so that weights, preprocessing and dtype cannot be compared"
+    if not one_fingerprint and len(dtypes) > 1:
+        yield _MODEL.problem(
+            f"instances compute in different dtypes: {_listing(dtypes)}",
+            why="an embedding has the encoder's dtype, and an instance with another dtype never finds it.",
+            do="start all instances with the same dtype.",
+            command="--dtype bfloat16",
         )
-    elif len(names) == 1 and len(prints) == 1:
+    elif not one_fingerprint:
+        yield _MODEL.problem(
+            f"instances have different checkpoints under {'one name' if one_name else 'different names'}: "
+            f"{_listing(fingerprints)} (fingerprints of weights, preprocessing and dtype)",
+            why="an instance never finds the embeddings of another checkpoint.",
+            do="give all instances the same checkpoint folder, preprocessor_config.json included, and the same --dtype.",
+        )
+    if silent := [one for one in instances if not one.health.fingerprint]:
+        yield _MODEL.skipped(
+            f"{_names(silent)} report no fingerprint, so weights, preprocessing and dtype can't be compared"
+        )
+    elif one_name and one_fingerprint:
         dtype = f", {next(iter(dtypes))}" if len(dtypes) == 1 else ""
-        yield _MODEL.ok(f"all serve {next(iter(names))}{dtype}, fingerprint {next(iter(prints))[:12]}")
+        yield _MODEL.ok(f"all serve {next(iter(names))}{dtype}, fingerprint {next(iter(fingerprints))}")
 
 
-def context_length(fleet: Fleet) -> Iterator[Finding]:
-    lengths = _by(
-        [one for one in fleet if one.role in _ANSWERS],
-        lambda one: f"{one.max_model_len} tokens" if one.max_model_len else "",
-    )
+def context_length(instances: Sequence[Observed]) -> Iterator[Result]:
+    answering = [one for one in instances if one.role in LANGUAGE_ROLES and one.health.max_model_len]
+    lengths = _by(answering, lambda one: f"{one.health.max_model_len} tokens")
     if len(lengths) > 1:
         yield _CONTEXT.warning(
-            f"instances that answer take different lengths: {_listing(lengths)}",
-            why="the longest prompts are refused or not, depending on the instance that they come to.",
+            f"instances have different context lengths: {_listing(lengths)}",
+            why="whether a long prompt is refused depends on the instance that it is sent to.",
             do="start them with the same --max-model-len.",
         )
     elif lengths:
         yield _CONTEXT.ok(next(iter(lengths)))
     else:
-        yield _CONTEXT.skipped("no instance that answers says how long a prompt may be")
+        yield _CONTEXT.skipped("no instance reports its context length")
 
 
-def ec_store(fleet: Fleet) -> Iterator[Finding]:
-    """Whether embeddings go where they are looked for."""
-    exchanging = [one for one in fleet if one.role in _EXCHANGES_EMBEDDINGS]
+def ec_store(instances: Sequence[Observed]) -> Iterator[Result]:
+    """Check whether embeddings are written to where they are read from."""
+    exchanging = [one for one in instances if one.role in (Role.ENCODER, *EMBEDDING_READERS)]
+    stores = _by(exchanging, lambda one: one.health.ec_store)
+    fit = _fit(exchanging, "ec_store")
     if not exchanging:
         yield _STORE.skipped("no instance here exchanges embeddings")
-        return
-    stores = _by(exchanging, lambda one: one.ec_store)
-    if len(stores) > 1:
+    if not fit:
         yield _STORE.problem(
             f"instances exchange embeddings through different folders: {_listing(stores)}",
-            why="what an encoder writes into one is never found in the other: every image runs into its deadline.",
-            do="start all of them with the same --shared-storage-path; on several machines or in containers that must be the "
-            "same mounted folder. Each folder names itself in its file store-id.",
+            why="what an encoder writes to one folder is never found in the other: every image runs into its deadline.",
+            do="start all of them with the same --shared-storage-path; on several machines or in containers, mount "
+            "the same folder. Each folder has a name of its own in its file store-id.",
         )
-    silent = [one for one in exchanging if not one.ec_store]
-    if silent:
-        yield _STORE.skipped(f"{_names(silent)} don't say through which folder they exchange embeddings")
-    elif len(stores) == 1:
-        yield _STORE.ok(f"one for all {len(exchanging)} instances that exchange embeddings: {next(iter(stores))}")
+    if silent := [one for one in exchanging if not one.health.ec_store]:
+        yield _STORE.skipped(f"{_names(silent)} don't report the folder through which they exchange embeddings")
+    elif exchanging and fit:
+        yield _STORE.ok(f"{len(exchanging)} instances exchange embeddings through {next(iter(stores))}")
 
 
-def kv_connector(fleet: Fleet) -> Iterator[Finding]:
-    exchanging = [one for one in fleet if one.role in ("prefill", "decode")]
+def kv_connector(instances: Sequence[Observed]) -> Iterator[Result]:
+    exchanging = [one for one in instances if one.role in PART_ROLES]
+    connectors = _by(exchanging, lambda one: one.health.kv_connector or "")
+    engines = _by(exchanging, lambda one: one.engine)
+    one_engine = len({one.engine.partition(" ")[0] for one in exchanging}) == 1
+    fit = one_engine and _fit(exchanging, "kv_connector", "engine")
     if not exchanging:
-        yield _KV.skipped("no instance here hands KV over")
-        return
-    connectors = _by(exchanging, lambda one: one.kv_connector)
-    engines = _by(exchanging, lambda one: one.engine.partition(" ")[0])
-    if len(connectors) > 1:
+        yield _KV.skipped("no instance here exchanges KV")
+    elif len(connectors) > 1:
         yield _KV.problem(
             f"prefill and decode instances use different KV connectors: {_listing(connectors)}",
-            why="decode cannot read what prefill offers.",
+            why="decode can't read what prefill offers.",
             do="start all of them with the same --kv-connector.",
         )
-    if len(engines) > 1:
+    elif not fit:
         yield _KV.problem(
             f"prefill and decode instances run different engines: {_listing(engines)}",
-            why="each lays out KV in its own way; only embeddings travel between engines.",
-            do="run prefill and decode instances with the same engine.",
+            why="each engine, and each version of vLLM, has its own layout of KV; only embeddings pass between them.",
+            do="run prefill and decode instances with the same engine of the same version.",
         )
-    silent = [one for one in exchanging if not one.kv_connector]
-    if silent:
-        yield _KV.skipped(f"{_names(silent)} don't say how they exchange KV")
-    elif len(connectors) == 1 and len(engines) == 1:
+    if silent := [one for one in exchanging if not one.health.kv_connector]:
+        yield _KV.skipped(f"{_names(silent)} don't report how they exchange KV")
+    elif exchanging and fit:
         yield _KV.ok(f"{next(iter(connectors))} at all {len(exchanging)} prefill and decode instances")
 
 
-def versions(fleet: Fleet) -> Iterator[Finding]:
-    well = True
-    own = _by(fleet, lambda one: one.version)
+def versions(instances: Sequence[Observed]) -> Iterator[Result]:
+    results = []
+    own = _by(instances, lambda one: one.health.version)
     if len(own) > 1:
-        well = False
-        yield _VERSIONS.warning(
-            f"instances run different versions of chiasm: {_listing(own)}",
-            why="entries and messages may differ between versions.",
-            do="install the same version everywhere.",
-        )
-    engines = _by([one for one in fleet if one.vllm_version], lambda one: one.engine)
-    for engine, instances in engines.items():
-        if refused := vllm_refusal(engine.partition(" ")[2]):
-            well = False
-            yield _VERSIONS.problem(
-                f"{_names(instances)}: {engine}",
-                why=refused,
-                do="install a version that is supported, or a newer chiasm.",
-            )
+        says = f"instances run different versions of chiasm: {_listing(own)}"
+        why = "embeddings and messages may differ between versions."
+        results.append(_VERSIONS.warning(says, why, _SAME_VERSION))
+    engines = _by([one for one in instances if one.vllm_version], lambda one: one.engine)
+    for engine, several in engines.items():
+        try:
+            check_version(several[0].vllm_version)
+        except ConfigurationError as error:
+            do = "install a version that is supported, or a newer chiasm."
+            results.append(_VERSIONS.problem(f"{_names(several)}: {engine}", error.message, do))
     if len(engines) > 1:
-        well = False
-        yield _VERSIONS.warning(
-            f"instances run different versions of vLLM: {_listing(engines)}",
-            why="the messages between vLLM instances, and their KV, change from release to release.",
-            do="install the same version everywhere.",
+        says = f"instances run different versions of vLLM: {_listing(engines)}"
+        why = "vLLM's messages and its layout of KV change from release to release."
+        results.append(_VERSIONS.warning(says, why, _SAME_VERSION))
+    yield from results
+    if silent := [one for one in instances if not one.health.version and not one.vllm_version]:
+        yield _VERSIONS.skipped(f"{_names(silent)} report no version")
+    elif not results:
+        yield _VERSIONS.ok(", ".join([*(f"chiasm {version}" for version in own), *engines]))
+
+
+def clocks(instances: Sequence[Observed]) -> Iterator[Result]:
+    ahead = [(one, one.clock_seconds) for one in instances if one.clock_seconds is not None]
+    wrong = [(one, seconds) for one, seconds in ahead if abs(seconds) > _CLOCK_SECONDS]
+    for one, seconds in wrong:
+        yield _CLOCK.warning(
+            f"the clock of {one.name} is about {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} this machine's",
+            why="the age of embeddings in a shared folder is compared across machines, and logs can't be put in order.",
+            do="synchronize the clocks of the machines over the network.",
+            command="timedatectl set-ntp true",
         )
-    silent = [one for one in fleet if not one.version and not one.vllm_version]
-    if silent:
-        yield _VERSIONS.skipped(f"{_names(silent)} name no version")
-    elif well:
-        named = [*(f"chiasm {version}" for version in own), *engines]
-        yield _VERSIONS.ok(", ".join(named))
-
-
-def clocks(fleet: Fleet) -> Iterator[Finding]:
-    told = [one for one in fleet if one.clock_seconds is not None]
-    for one in told:
-        ahead = one.clock_seconds or 0.0
-        if abs(ahead) > _CLOCK_SECONDS:
-            yield _CLOCK.warning(
-                f"the clock of {one.name} is about {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's",
-                why="the age of embeddings in a shared folder is compared across machines, and logs cannot be put in order.",
-                do="let the machines take their time from the network.",
-                command="timedatectl set-ntp true",
-            )
-    if silent := [one for one in fleet if one.clock_seconds is None]:
+    if silent := [one for one in instances if one.clock_seconds is None]:
         yield _CLOCK.skipped(f"{_names(silent)} send no date")
-    if told and all(abs(one.clock_seconds or 0.0) <= _CLOCK_SECONDS for one in told):
-        yield _CLOCK.ok(f"{len(told)} instances agree with this machine to {_CLOCK_SECONDS:.0f} s")
+    if ahead and not wrong:
+        yield _CLOCK.ok(f"{len(ahead)} instances are within {_CLOCK_SECONDS:.0f} s of this machine")
 
 
-def devices(fleet: Fleet) -> Iterator[Finding]:
-    """What each computes on, and whether those that answer compute on the same kind of thing."""
-    found = _by(fleet, lambda one: one.device)
-    kinds = _by([one for one in fleet if one.role in _ANSWERS], lambda one: one.device.partition(":")[0])
+def devices(instances: Sequence[Observed]) -> Iterator[Result]:
+    """Check what each instance computes on, and whether all language instances compute on the same kind of device."""
+    found = _by(instances, lambda one: one.health.device)
+    language = [one for one in instances if one.role in LANGUAGE_ROLES]
+    kinds = _by(language, lambda one: one.health.device.partition(":")[0])
     if len(kinds) > 1:
         yield _DEVICES.warning(
             f"instances that answer compute on different kinds of devices: {_listing(kinds)}",
-            why="requests take far longer at the slower ones, and answers may differ where two tokens are about as likely.",
-            do="start them with the same --device; where a GPU is not found, the instance's own log says why.",
+            why="requests take far longer at the slower ones, and answers may differ where two tokens are equally likely.",
+            do="start them with the same --device; if an instance finds no GPU, its own log says why.",
         )
     elif found:
         yield _DEVICES.ok("; ".join(f"{device}: {_names(several)}" for device, several in found.items()))
-    if silent := [one for one in fleet if not one.device]:
-        yield _DEVICES.skipped(f"{_names(silent)} don't say what they compute on")
+    if silent := [one for one in instances if not one.health.device]:
+        yield _DEVICES.skipped(f"{_names(silent)} don't report what they compute on")
 
 
-def threads(fleet: Fleet) -> Iterator[Finding]:
-    """Whether instances that compute on one machine's CPUs leave each thread a core; of each address' host."""
-    computing = [one for one in fleet if one.device == "cpu" and one.threads and one.cpus]
+def threads(instances: Sequence[Observed]) -> Iterator[Result]:
+    """Check, for the host of each address, whether each thread that computes on its CPUs has a core of its own."""
+    computing = [one for one in instances if one.health.device == "cpu" and one.health.threads and one.health.cpus]
     for host, several in _by(computing, lambda one: urlsplit(one.url).hostname or "").items():
         load: defaultdict[int, float] = defaultdict(float)
         for one in several:
-            for cpu in one.cpus:
-                load[cpu] += (one.threads or 0) / len(one.cpus)
-        total = sum(one.threads or 0 for one in several)
-        said = f"{total} threads of {len(several)} instances on {len(load)} cores at {host}"
+            for cpu in one.health.cpus:
+                load[cpu] += (one.health.threads or 0) / len(one.health.cpus)
+        total = sum(one.health.threads or 0 for one in several)
+        says = f"{total} threads of {len(several)} instances on {len(load)} cores at {host}"
         if max(load.values()) > 1 + _ROUNDING:
             yield _THREADS.warning(
-                said,
-                why="threads that share a core wait for each other, in the middle of each operator.",
-                do="run fewer instances there, give each fewer --threads, or CPUs of its own (--encoder-cpus, --pd-cpus).",
+                says,
+                why="threads that share a core wait for each other in the middle of each operator.",
+                do="run fewer instances there, or give each fewer --threads or its own CPUs (--encoder-cpus, --pd-cpus).",
             )
         else:
-            yield _THREADS.ok(said)
-    if silent := [one for one in fleet if one.device in ("", "cpu") and one not in computing]:
-        yield _THREADS.skipped(f"{_names(silent)} don't say how many threads they compute with")
+            yield _THREADS.ok(says)
+    if silent := [one for one in instances if one.health.device in ("", "cpu") and one not in computing]:
+        yield _THREADS.skipped(f"{_names(silent)} don't report how many threads they compute with")
 
 
-CHECKS: tuple[Callable[[Fleet], Iterator[Finding]], ...] = (
-    roles,
-    model,
-    context_length,
-    ec_store,
-    kv_connector,
-    versions,
-    devices,
-    threads,
-    clocks,
+CHECKS: tuple[Callable[[Sequence[Observed]], Iterator[Result]], ...] = (
+    *(roles, model, context_length, ec_store, kv_connector, versions, devices, threads, clocks),
 )
-"""Of the instances that answer."""
+"""The checks of healthy instances."""
 
 
-def vllm_refusal(version: str) -> str:
-    """Why chiasm's connector doesn't run in this version; empty if it does."""
-    from chiasm.integrations.vllm import check_version
-
-    try:
-        check_version(version)
-    except ConfigurationError as error:
-        return error.message
-    return ""
+def _fit(instances: Sequence[Observed], *fields: str) -> bool:
+    """Whether the proxy would use these instances together, judging by these fields of their health alone."""
+    said = {tuple(getattr(one.health, name) for name in fields) for one in instances}
+    parts = [Health(**dict(zip(fields, values, strict=True))) for values in said]
+    return all(difference(one, other) is None for one, other in combinations(parts, 2))
 
 
-def _by(fleet: Fleet, value: Callable[[Instance], str]) -> dict[str, list[Instance]]:
-    """Instances by a value, those left out that don't tell it."""
-    found: defaultdict[str, list[Instance]] = defaultdict(list)
-    for one in fleet:
-        if told := value(one):
-            found[told].append(one)
+def _by(instances: Sequence[Observed], value: Callable[[Observed], str]) -> dict[str, list[Observed]]:
+    """Group instances by a value; those that don't report it are left out."""
+    found: defaultdict[str, list[Observed]] = defaultdict(list)
+    for one in instances:
+        if reported := value(one):
+            found[reported].append(one)
     return dict(found)
 
 
-def _listing(groups: dict[str, list[Instance]]) -> str:
+def _listing(groups: Mapping[str, Sequence[Observed]]) -> str:
     return "; ".join(f"{value} at {_names(instances)}" for value, instances in groups.items())
 
 
-def _names(instances: Sequence[Instance]) -> str:
+def _names(instances: Sequence[Observed]) -> str:
     return ", ".join(one.name for one in instances)

@@ -1,202 +1,209 @@
-"""A deployment that is planned: whether this machine can run it. And this machine alone, where nothing is planned."""
+"""Checks whether this machine can run a planned deployment, or of this machine alone if nothing is planned."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from chiasm.cores import check_cpus
-from chiasm.doctor import checkpoint, installed, machine, storage, transports
-from chiasm.doctor.base import Check, Finding
+from chiasm.doctor import machine, model, storage, transports
 from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
-from chiasm.doctor.weights import dtype_in_use
+from chiasm.doctor.report import Check, Result
 from chiasm.errors import ConfigurationError
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placements, describe
-from chiasm.launch.folders import DEFAULT_MAX_BYTES
+from chiasm.launch.folders import DEFAULT_MAX_BYTES, SHARED_MEMORY
+from chiasm.launch.plan import LOOPBACK, Surroundings, placements_of, plan_instances, plan_proxy
+from chiasm.launch.ports import HeldPort
+from chiasm.launch.vllm import default_kv_bytes
 from chiasm.wire import Role
 
 _PLAN = Check("plan")
-_PLACES = Check("devices")
-_MEMORY = Check("memory")
-_FOLDER = Check("storage folder")
+_DEVICES = Check("devices")
 
 _PROCESS_BYTES = {EngineKind.CHIASM: 400 << 20, EngineKind.VLLM: 1500 << 20}
 """What an instance takes besides weights and caches."""
+_VLLM_DTYPES = {"half": "float16", "float": "float32"}
+"""vLLM's other names."""
+_FIX_OPTIONS = "change the options that the message names."
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Of the options of engines, those that decide about memory."""
-
-    dtype: str = "auto"
-    device: str = "auto"
-    kv_cache_bytes: int | None = None
-
-
-def examine_machine() -> Iterator[Finding]:
-    """What anything that runs here has to live with."""
-    yield from installed.versions()
-    yield from installed.vllm(wanted=False)
+def examine_machine() -> Iterator[Result]:
+    """Check what concerns everything that runs here."""
+    yield from machine.versions()
+    yield from machine.vllm(is_planned=False)
     yield from machine.cores()
     yield from machine.memory(machine.available_memory())
     yield from machine.shared_memory()
     yield from machine.open_files()
-    yield from _gpus(for_vllm=bool(installed.version_of("vllm")))[1]
-    yield from transports.nixl(needed=False)
+    yield from _gpus(for_vllm=bool(machine.version_of("vllm")))[1]
+    yield from transports.nixl(is_needed=False)
     yield from transports.ucx()
 
 
-async def examine_plan(config: DeploymentConfig, wanted: Wanted) -> AsyncIterator[Finding]:
-    """What ``chiasm serve`` with the same options would run into."""
+async def examine_plan(config: DeploymentConfig) -> AsyncIterator[Result]:
+    """Check what ``chiasm serve`` with the same options would run into."""
+    for result in _examine(config, await _find(config.model)):
+        yield result
+
+
+async def _find(name: str) -> Path | Result:
+    """Return the model's folder, or why there is none here."""
+    from chiasm.models.checkpoint import cached_folder
+
+    try:
+        return cached_folder(name) or await model.ask_hub(name)
+    except ConfigurationError as error:
+        return model.MODEL.refused(error, "name a model that exists.")
+
+
+def _examine(config: DeploymentConfig, folder: Path | Result) -> Iterator[Result]:
     is_vllm = config.engine is EngineKind.VLLM
     counts = ", ".join(f"{config.count(role)} {role}" for role in config.roles if config.count(role))
     yield _PLAN.ok(f"{config.model} by {'vLLM' if is_vllm else 'the built-in engine'}: {counts}, and a proxy")
-    for finding in _surroundings(config):
-        yield finding
-    found_gpus, findings = _gpus(for_vllm=is_vllm)
-    for finding in findings:
-        yield finding
-    try:
-        folder = checkpoint.locate(config.model)
-    except ConfigurationError as error:
-        yield Check("model").problem(error.message, why="nothing could be served.", do="name a model that there is.")
-        folder = None
-    else:
-        if folder is None:
-            yield await checkpoint.ask_hub(config.model)
-    if folder is None:
-        yield _MEMORY.skipped("without the model's files it stays open how much memory its weights take")
-        for finding in _storage(config, None):
-            yield finding
+    yield from _without_model(config)
+    gpus, results = _gpus(for_vllm=is_vllm)
+    yield from results
+    if isinstance(folder, Result):
+        yield folder
+        yield machine.MEMORY.skipped("the size of the weights is unknown without the model's files")
+        yield from _storage(config, None)
         return
-    found, findings = checkpoint.read(folder, is_vllm=is_vllm)
-    for finding in findings:
-        yield finding
-    for finding in _places(config, wanted, folder, found, found_gpus):
-        yield finding
-    dtype_bytes = 4 if found and _dtype(config, wanted, found, found_gpus) == "float32" else 2
-    numbers = found.image_numbers if found else None
-    for finding in _storage(config, None if numbers is None else numbers * dtype_bytes):
-        yield finding
-
-
-def _surroundings(config: DeploymentConfig) -> Iterator[Finding]:
-    """All that doesn't depend on the model."""
-    is_vllm = config.engine is EngineKind.VLLM
-    yield from installed.versions()
-    yield from installed.vllm(wanted=is_vllm)
-    threads = [config.threads(role) for role in config.roles for _ in range(config.count(role))]
-    yield from machine.cores(threads)
-    for role, chosen in config.roles.items():
+    found, results = model.read(folder, is_vllm=is_vllm)
+    yield from results
+    image_bytes = None
+    if found is not None:
         try:
-            check_cpus(chosen.cpus)
+            device, item_bytes = _choose(config, folder)
         except ConfigurationError as error:
-            yield _PLAN.problem(
-                f"--{role}-cpus: {error.message}", why="the deployment would not start.", do="name CPUs that there are."
-            )
+            yield _DEVICES.refused(error, "choose a device and a dtype that exist.")
+        else:
+            yield from _places(config, folder, found, device, item_bytes, gpus)
+            image_bytes = found.image_numbers and found.image_numbers * item_bytes
+    yield from _storage(config, image_bytes)
+
+
+def _without_model(config: DeploymentConfig) -> Iterator[Result]:
+    """Check everything that doesn't depend on the model."""
+    is_vllm = config.engine is EngineKind.VLLM
+    yield from machine.versions()
+    yield from machine.vllm(is_planned=is_vllm)
+    yield from machine.cores([config.threads(role) for role in config.roles for _ in range(config.count(role))])
+    for name, cpus in (("proxy", config.proxy_cpus), *((role, one.cpus) for role, one in config.roles.items())):
+        try:
+            check_cpus(cpus)
+        except ConfigurationError as error:
+            yield _PLAN.refused(error, f"name CPUs that exist with --{name}-cpus.")
     yield from machine.open_files()
     yield from machine.port(config.host, config.port)
-    uses_nixl = bool(config.count(Role.PREFILL)) and (is_vllm or config.kv_connector == "NixlConnector")
-    if uses_nixl:
-        yield from transports.nixl(needed=True)
+    if config.count(Role.PREFILL) and (is_vllm or config.kv_connector == "NixlConnector"):
+        yield from transports.nixl(is_needed=True)
         yield from transports.ucx()
 
 
-def _gpus(*, for_vllm: bool) -> tuple[list[Gpu], list[Finding]]:
+def _gpus(*, for_vllm: bool) -> tuple[list[Gpu], list[Result]]:
     try:
         found = machine.find_gpus()
     except NoDriverError as error:
-        return [], list(machine.no_gpus(str(error)))
-    return found, list(machine.gpus(found, for_vllm=for_vllm, torch_version=installed.version_of("torch")))
+        return [], [machine.no_gpus(str(error))]
+    return found, list(machine.gpus(found, for_vllm=for_vllm, torch_version=machine.version_of("torch")))
+
+
+def _choose(config: DeploymentConfig, folder: Path) -> tuple[str, int]:
+    """Choose device and dtype as instances do, and raise ConfigurationError as they do.
+
+    Return the GPU of instances whose role names none, by number, or "" if they compute on CPU or vLLM chooses; and the size
+    of a weight, which is that of a number of an embedding.
+    """
+    import torch
+
+    from chiasm.engine.device import choose_device, choose_dtype
+
+    name = str(config.settings.get("dtype", "auto"))
+    is_vllm = config.engine is EngineKind.VLLM  # it takes the checkpoint's own dtype on CPU too
+    device = torch.device("cuda") if is_vllm else choose_device(config.settings.get("device", "auto"))
+    dtype = choose_dtype(_VLLM_DTYPES.get(name, name) if is_vllm else name, folder, device)
+    return "" if is_vllm or device.type == "cpu" else str(device.index), dtype.itemsize
 
 
 def _places(
-    config: DeploymentConfig, wanted: Wanted, folder: Path, found: checkpoint.Found | None, gpus: list[Gpu]
-) -> Iterator[Finding]:
-    """Which instance computes where, and whether its weights have room there."""
-    from chiasm.launch.plan import placements_of
-    from chiasm.launch.vllm import default_kv_bytes
-
-    if config.engine is EngineKind.VLLM and not installed.version_of("vllm"):
-        yield _PLACES.skipped("without vLLM it stays open where it would compute, and with how much memory")
+    config: DeploymentConfig,
+    folder: Path,
+    found: model.Found,
+    device: str,
+    item_bytes: int,
+    gpus: list[Gpu],
+) -> Iterator[Result]:
+    """Check which instance computes where, whether it would start there, and whether its weights fit."""
+    is_vllm = config.engine is EngineKind.VLLM
+    if is_vllm and not machine.version_of("vllm"):
+        yield _DEVICES.skipped("where instances compute is decided by the vLLM that is installed, and there is none")
         return
     try:
         placements = placements_of(config, folder)
     except ConfigurationError as error:
-        yield _PLACES.problem(
-            error.message, why="the deployment would not start.", do="change the options that it names, or the machine."
-        )
+        yield _DEVICES.refused(error, _FIX_OPTIONS)
         return
-    if dealt := describe(placements):
-        yield _PLACES.ok(dealt)
-    if found is None:
-        return
-    dtype = _dtype(config, wanted, found, gpus)
-    weights = {role: _weights_of(role, config, found, dtype) for role in config.roles}
-    tenants = _tenants(config, wanted, placements, weights, gpus)
+    try:
+        _check_processes(config, folder, placements)
+    except ConfigurationError as error:
+        yield _PLAN.refused(error, _FIX_OPTIONS)
+    if description := describe(placements):
+        yield _DEVICES.ok(description)
+    weights = {role: _weights_of(role, config, found, item_bytes) for role in config.roles}
+    tenants = [
+        Tenant(f"{role}-{index}", devices, weights[role], placement.memory_share)
+        for (role, index), placement in placements.items()
+        if (devices := placement.devices or ((device,) if device else ()))
+    ]
     if tenants:
         yield from machine.gpu_memory(gpus, tenants)
         return
     available_bytes = machine.available_memory()
     count = sum(config.count(role) for role in config.roles)
-    kv_bytes = wanted.kv_cache_bytes
+    kv_bytes = config.settings.get("kv_cache_bytes")
     if kv_bytes is None:
-        # The built-in engine takes of what is left, and no more than a request needs.
-        kv_bytes = default_kv_bytes(config, available_bytes) if config.engine is EngineKind.VLLM else 0
-    in_memory = config.shared_storage_path is not None and storage.is_memory(config.shared_storage_path)
+        # The built-in engine takes a part of what is left, and no more than the longest request needs.
+        kv_bytes = default_kv_bytes(config, available_bytes) if is_vllm else 0
+    in_memory = config.shared_storage_path is not None and storage.is_in_memory(config.shared_storage_path)
     need = Need(
         sum(weights[role] * config.count(role) for role in config.roles),
         count * _PROCESS_BYTES[config.engine]
         + kv_bytes * (count - config.count(Role.ENCODER))
         + ((config.ec_max_bytes or DEFAULT_MAX_BYTES) if in_memory else 0),
-        at_most=config.engine is EngineKind.VLLM,
+        is_upper_bound=is_vllm,
     )
     yield from machine.memory(available_bytes, need)
 
 
-def _weights_of(role: Role, config: DeploymentConfig, found: checkpoint.Found, dtype: str) -> int:
-    """The built-in engine reads those of the role alone. vLLM may read all, depending on the model."""
-    whole = config.engine is EngineKind.VLLM or role is Role.AGGREGATED
-    is_encoder = role is Role.ENCODER
-    return found.weights.bytes_of(dtype, vision=whole or is_encoder, language=whole or not is_encoder)
-
-
-def _tenants(
-    config: DeploymentConfig, wanted: Wanted, placements: Placements, weights: dict[Role, int], gpus: list[Gpu]
-) -> list[Tenant]:
-    """The instances that compute on GPUs; of the built-in engine also those for which nobody has named one."""
-    chosen = () if _on_cpu(config, wanted, gpus) else (wanted.device.partition(":")[2] or "0",)
-    return [
-        Tenant(f"{role}-{index}", devices, weights[role], placement.memory_share)
-        for (role, index), placement in placements.items()
-        if (devices := placement.devices or chosen)
-    ]
-
-
-def _on_cpu(config: DeploymentConfig, wanted: Wanted, gpus: list[Gpu]) -> bool:
-    if config.engine is EngineKind.VLLM:
-        return "cpu" in installed.version_of("vllm")
-    return wanted.device == "cpu" or not gpus or installed.version_of("torch").endswith("+cpu")
-
-
-def _dtype(config: DeploymentConfig, wanted: Wanted, found: checkpoint.Found, gpus: list[Gpu]) -> str:
-    return dtype_in_use(
-        found.checkpoint,
-        wanted.dtype,
-        on_cpu=_on_cpu(config, wanted, gpus),
-        is_vllm=config.engine is EngineKind.VLLM,
+def _check_processes(config: DeploymentConfig, folder: Path, placements: Placements) -> None:
+    """Raise ConfigurationError if the start would refuse the options of an instance or the proxy."""
+    path = config.shared_storage_path or SHARED_MEMORY
+    surroundings = Surroundings(
+        path if config.exchanges_embeddings else None, config.ec_max_bytes or DEFAULT_MAX_BYTES, None
     )
+    held = [HeldPort(LOOPBACK)]
+    try:
+        instances = plan_instances(config, folder, placements, surroundings, held)
+        plan_proxy(config, held[0], [(one.role, one.address.url) for one in instances if one.role])
+    finally:
+        for address in held:
+            address.release()
 
 
-def _storage(config: DeploymentConfig, image_bytes: int | None) -> Iterator[Finding]:
-    if not config.exchanges_embeddings:
-        yield _FOLDER.skipped("no instance of this plan exchanges embeddings")
-        return
+def _weights_of(role: Role, config: DeploymentConfig, found: model.Found, item_bytes: int) -> int:
+    """The built-in engine reads the weights of the role only. vLLM may read all, depending on the model."""
+    reads_all = config.engine is EngineKind.VLLM or role is Role.AGGREGATED
+    is_encoder = role is Role.ENCODER
+    return found.weights.bytes_of(item_bytes, vision=reads_all or is_encoder, language=reads_all or not is_encoder)
+
+
+def _storage(config: DeploymentConfig, image_bytes: int | None) -> Iterator[Result]:
     path = config.shared_storage_path
-    if path is None:
+    if not config.exchanges_embeddings:
+        yield storage.FOLDER.skipped("no instance of this plan exchanges embeddings")
+    elif path is None:
         yield from machine.shared_memory()
-        return
-    yield from storage.planned_folder(path)
-    yield from storage.room(path, config.ec_max_bytes or DEFAULT_MAX_BYTES, image_bytes)
+    else:
+        yield from storage.planned_folder(path)
+        yield from storage.room(path, config.ec_max_bytes or DEFAULT_MAX_BYTES, image_bytes)

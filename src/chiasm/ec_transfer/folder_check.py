@@ -22,7 +22,7 @@ def examine_folder(path: Path, *, writes: bool = True) -> list[Finding]:
     The folder need not exist if this user can create it. With ``writes``, a file is written and locked in it as encoders do;
     it is removed again.
     """
-    nearest = _nearest_existing(path)
+    nearest = nearest_existing(path)
     if not nearest.is_dir():
         return [Finding(f"{nearest} is not a folder", "name another path")]
     if nearest != path:
@@ -84,7 +84,7 @@ def file_system_of(path: Path, mount_table: Path = _MOUNT_TABLE) -> str:
     return kind
 
 
-def _nearest_existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return the path itself, or the nearest path above it that exists."""
     while not os.path.exists(path) and path != path.parent:
         path = path.parent

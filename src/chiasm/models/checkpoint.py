@@ -83,6 +83,25 @@ def resolve_folder(model: str) -> Path:
 
     A model from the hub is downloaded once and then cached. Raises ConfigurationError.
     """
+    return _folder_without_hub(model) or _download(model)
+
+
+def cached_folder(model: str) -> Path | None:
+    """Like :func:`resolve_folder` without the network: return None for a model of the hub that isn't in the cache."""
+    folder = _folder_without_hub(model)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        return None
+
+
+def _folder_without_hub(model: str) -> Path | None:
+    """Return None for a name on the hub. Raises ConfigurationError if it names no model at all."""
     from chiasm import checkpoints
 
     path = Path(model).expanduser()
@@ -96,7 +115,7 @@ def resolve_folder(model: str) -> Path:
             f"shipped models ({', '.join(checkpoints.names())}), or a name on the Hugging Face hub such as "
             "Qwen/Qwen3-VL-2B-Instruct."
         )
-    return _download(model)
+    return None
 
 
 def _download(name: str) -> Path:

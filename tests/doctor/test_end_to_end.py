@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 
-from chiasm.doctor import Finding
-from chiasm.doctor.instances import Instance
+from chiasm.doctor import Result
+from chiasm.doctor.client import Limits
+from chiasm.doctor.end_to_end import MAX_PAIRS, pairs
+from chiasm.doctor.observed import Observed
 from chiasm.doctor.running import examine_instances
-from chiasm.doctor.travel import MOST_PAIRS, pairs
 from tests.doctor import played
-from tests.doctor.findings import collected, problem, verdicts, warning
 from tests.doctor.played import Played
+from tests.doctor.results import collected, problem, verdicts, warning
 
 ENCODED, LOADED, KV = "chiasm_images_encoded_total", "chiasm_ec_loads_total", "chiasm_kv_transfers_total"
 
 
-@pytest.fixture(autouse=True)
-def _counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The instances here count before they answer."""
-    monkeypatch.setattr("chiasm.doctor.travel._COUNT_SECONDS", 0.0)
+LIMITS = Limits(message_seconds=20, count_seconds=0)
+"""The instances here count before they answer."""
 
 
-async def travel(*instances: Played) -> list[Finding]:
-    """Of the findings those about travel."""
+async def travel(*instances: Played, limits: Limits = LIMITS) -> list[Result]:
+    """Return the results about images that were sent."""
     async with AsyncExitStack() as stack:
         urls: dict[str, list[str]] = {}
         for one in instances:
             await stack.enter_async_context(one)
             urls.setdefault(one.role, []).append(one.url)
-        found = await collected(examine_instances(urls, timeout_seconds=20))
+        found = await collected(examine_instances(urls, limits=limits))
     return [one for one in found if one.check in ("embedding travels", "KV travels", "images")]
 
 
@@ -63,6 +63,25 @@ async def test_an_encoder_that_fails() -> None:
     encoder = played.encoder()
     encoder.status = 500
     assert "was sent an image, and answered HTTP 500" in problem(await travel(encoder, played.reader())).says
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [[], {}, {"ec_transfer_params": None}, {"ec_transfer_params": 7}, {"ec_transfer_params": {"a": {"metadata": {}}}}],
+    ids=["list", "nothing", "null", "number", "another image"],
+)
+async def test_an_encoder_whose_answer_names_no_embedding(reply: object) -> None:
+    encoder = played.encoder()
+    encoder.reply = reply
+    assert "was sent an image, and answered" in problem(await travel(encoder, played.reader())).says
+
+
+@pytest.mark.parametrize("handle", [None, 7, {"remote_port": "x"}])
+async def test_a_prefill_instance_that_answers_without_a_handle(handle: object) -> None:
+    prefill = played.reader("prefill", kv_connector="c")
+    prefill.reply = {"kv_transfer_params": handle}
+    found = problem(await travel(played.encoder(), prefill, played.decode(kv_connector="c")))
+    assert "without a valid handle of its KV" in found.says
 
 
 async def test_an_answer_without_counters_is_no_proof() -> None:
@@ -139,10 +158,9 @@ async def test_without_an_encoder_nothing_is_called_ok() -> None:
     assert verdicts(await travel(played.reader())) == ["skipped"]
 
 
-async def test_pairs_have_a_bound_of_time_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chiasm.doctor.running._PATIENCE", 0)
+async def test_pairs_have_a_bound_of_time_together() -> None:
     encoder, pd = played.encoder(), played.reader()
-    assert verdicts(await travel(encoder, pd)) == ["skipped"]
+    assert verdicts(await travel(encoder, pd, limits=replace(LIMITS, pairs_messages=0))) == ["skipped"]
     assert encoder.bodies == []
 
 
@@ -150,11 +168,11 @@ async def test_an_aggregated_instance_answers_by_itself() -> None:
     assert verdicts(await travel(Played("aggregated"))) == ["ok"]
 
 
-@pytest.mark.parametrize(("encoders", "readers"), [(2, 3), (1, 40), (30, 7), (MOST_PAIRS, 1)])
+@pytest.mark.parametrize(("encoders", "readers"), [(2, 3), (1, 40), (30, 7), (MAX_PAIRS, 1)])
 def test_each_instance_is_in_a_pair(encoders: int, readers: int) -> None:
-    made = [Instance(f"e{n}", "encoder") for n in range(encoders)]
-    reading = [Instance(f"r{n}", "pd") for n in range(readers)]
+    made = [Observed(f"e{n}", "encoder") for n in range(encoders)]
+    reading = [Observed(f"r{n}", "pd") for n in range(readers)]
     chosen = pairs(made, reading)
     assert {one.url for one, _ in chosen} == {one.url for one in made}
     assert {one.url for _, one in chosen} == {one.url for one in reading}
-    assert len(chosen) <= max(MOST_PAIRS, encoders, readers)
+    assert len(chosen) <= max(MAX_PAIRS, encoders, readers)

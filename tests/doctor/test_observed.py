@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from chiasm.doctor.client import Client, NoAnswerError
-from chiasm.doctor.instances import Instance, Proxy, ask_instance, ask_proxy
+from chiasm.doctor.client import Client, Limits, NoAnswerError
+from chiasm.doctor.observed import Observed, ObservedProxy, ask_instance, ask_proxy
 from chiasm.doctor.running import examine_proxy
+from chiasm.wire import Health
 from tests.doctor import played
-from tests.doctor.findings import collected, problem, verdicts
+from tests.doctor.results import collected, problem, verdicts
 from tests.doctor.test_client import silent, talking
 
 
@@ -39,12 +40,12 @@ async def answering(pages: dict[str, Any], status: int = 200) -> AsyncIterator[s
         await runner.cleanup()
 
 
-async def instance(pages: dict[str, Any], status: int = 200) -> Instance:
+async def instance(pages: dict[str, Any], status: int = 200) -> Observed:
     async with answering(pages, status) as url, Client() as client:
         return await ask_instance(client, url, "pd")
 
 
-async def proxy(page: Any) -> Proxy:
+async def proxy(page: Any) -> ObservedProxy:
     async with answering({"/health": page}) as url, Client() as client:
         return await ask_proxy(client, url)
 
@@ -52,26 +53,26 @@ async def proxy(page: Any) -> Proxy:
 async def test_vllm_without_middleware() -> None:
     models = {"data": [{"id": "m", "max_model_len": 128}]}
     found = await instance({"/health": "", "/v1/models": models, "/version": {"version": "0.32.0"}})
-    assert (found.model, found.engine, found.max_model_len) == ("m", "vllm 0.32.0", 128)
+    assert (found.health.model, found.engine, found.health.max_model_len) == ("m", "vllm 0.32.0", 128)
     assert not found.trouble
-    assert not found.says_what_it_is
+    assert not found.health.role
 
 
 @pytest.mark.parametrize(
     ("pages", "trouble"),
     [
-        ({}, "answered what is no JSON: 'nothing here'"),
-        ({"/health": "<html>"}, "answered what is no JSON"),
-        ({"/health": ["ok"]}, "JSON that is no object"),
-        ({"/health": {"status": "ok"}}, "no instance that chiasm knows"),
-        ({"/health": {"status": "ok", "role": "king"}}, "no instance that chiasm knows"),
-        ({"/health": {"status": "ok", "role": ["pd"]}}, "no instance that chiasm knows"),
+        ({}, "answered something that isn't JSON: 'nothing here'"),
+        ({"/health": "<html>"}, "isn't JSON"),
+        ({"/health": ["ok"]}, "JSON that chiasm doesn't understand"),
+        ({"/health": {"status": "ok"}}, "isn't an instance that chiasm knows"),
+        ({"/health": {"status": "ok", "role": "king"}}, "isn't an instance that chiasm knows"),
+        ({"/health": {"status": "ok", "role": ["pd"]}}, r"doesn't understand: .*\$\.role"),
         ({"/health": {"status": "ok", "instances": []}}, "is a proxy"),
-        ({"/health": ""}, "no JSON"),
+        ({"/health": ""}, "neither chiasm nor vLLM"),
         ({"/health": "", "/v1/models": {"data": [1]}}, "neither chiasm nor vLLM"),
         (
             {"/health": {"status": "failed", "message": "no memory\x1b[2J"}},
-            r"not well \(HTTP 200\): failed: no memory\?\[2J",
+            r"is not healthy \(HTTP 200\): failed: no memory\?\[2J",
         ),
     ],
 )
@@ -81,51 +82,70 @@ async def test_what_is_no_instance_that_is_well(pages: dict[str, Any], trouble: 
 
 
 async def test_an_instance_that_starts() -> None:
-    assert (
-        await instance({"/health": {"status": "loading"}}, 503)
-    ).trouble == "says that it is not well (HTTP 503): loading"
+    assert (await instance({"/health": {"status": "loading"}}, 503)).trouble == "is not healthy (HTTP 503): loading"
 
 
-async def test_fields_of_other_types_count_as_not_said() -> None:
-    health = {"status": "ok", "role": "pd", "model": 7, "fingerprint": None, "ec_store": {}, "max_model_len": "long"}
-    found = await instance({"/health": health})
-    assert (found.model, found.fingerprint, found.ec_store, found.max_model_len, found.trouble) == (
-        "",
-        "",
-        "",
-        None,
-        "",
-    )
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"model": 7},
+        {"fingerprint": None},
+        {"ec_store": {}},
+        {"max_model_len": "long"},
+        {"cpus": [0, "1"]},
+        {"threads": 1e400},
+    ],
+)
+async def test_fields_of_other_types_are_a_trouble(said: dict[str, Any]) -> None:
+    found = await instance({"/health": {"status": "ok", "role": "pd"} | said})
+    assert found.trouble.startswith("answered")
+    assert found.health == Health()
+
+
+async def test_absurd_numbers_count_as_not_said() -> None:
+    said = {"status": "ok", "role": "pd", "threads": 10**18, "cpus": [*range(10_000)]}
+    health = (await instance({"/health": said})).health
+    assert (health.threads, len(health.cpus)) == (None, 4096)
+
+
+async def test_text_is_fit_for_a_terminal() -> None:
+    said = {"status": "ok", "role": "pd", "model": "m\x1b[2J" + "x" * 1000}
+    model = (await instance({"/health": said})).health.model
+    assert model.startswith("m?[2Jx")
+    assert len(model) == 201
 
 
 async def test_a_proxy_that_lists_nonsense() -> None:
     good = {"url": "http://a:1/", "role": "pd", "state": "healthy", "reason": None}
     others = [
-        1,
         {},
         {"url": "file:///etc/passwd", "role": "pd"},
         {"url": "http://[", "role": "pd"},
         good | {"role": "king"},
     ]
     found = await proxy({"status": "ok", "models": ["m"], "instances": [*others, good]})
-    assert [one.url for one in found.instances] == ["http://a:1"]
+    assert [one.url for one in found.health.instances] == ["http://a:1"]
+
+
+async def test_a_proxy_whose_list_is_malformed() -> None:
+    with pytest.raises(NoAnswerError, match=r"doesn't understand: .*\$\.instances"):
+        await proxy({"status": "ok", "models": ["m"], "instances": [1]})
 
 
 async def test_a_proxy_that_lists_without_end() -> None:
     one = {"url": "http://a:1", "role": "pd", "state": "healthy"}
     found = await proxy({"status": "ok", "models": [], "instances": [one] * 300})
-    assert (len(found.instances), found.left_out) == (256, 44)
+    assert (len(found.health.instances), found.left_out) == (256, 44)
 
 
 async def test_what_is_no_proxy() -> None:
-    with pytest.raises(NoAnswerError, match="is no proxy but one instance"):
+    with pytest.raises(NoAnswerError, match=r"is an instance \(aggregated\), not a proxy"):
         await proxy({"status": "ok", "role": "aggregated"})
-    with pytest.raises(NoAnswerError, match="is no proxy of chiasm's"):
+    with pytest.raises(NoAnswerError, match="isn't chiasm's proxy"):
         await proxy({"hello": "world"})
 
 
-async def test_instances_that_only_the_proxy_reaches_are_not_called_ok(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chiasm.doctor.travel._COUNT_SECONDS", 0.0)
+async def test_instances_that_only_the_proxy_reaches_are_not_called_ok() -> None:
     async with answering({}) as hidden:
         pass
     async with played.encoder() as encoder:
@@ -139,25 +159,24 @@ async def test_instances_that_only_the_proxy_reaches_are_not_called_ok(monkeypat
         }
         encoder.adds = {}
         async with answering(pages) as url:
-            found = await collected(examine_proxy(url, timeout_seconds=20))
+            found = await collected(examine_proxy(url, limits=Limits(message_seconds=20, count_seconds=0)))
     assert hidden in next(one.says for one in found if one.check == "instances" and one.verdict == "skipped")
     assert "problem" not in verdicts(found)
     assert verdicts(found, "through the proxy") == ["warning"]
 
 
-async def test_an_instance_that_hangs_is_a_problem_whatever_the_proxy_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chiasm.doctor.client.PAGE_SECONDS", 0.5)
+async def test_an_instance_that_hangs_is_a_problem_whatever_the_proxy_says() -> None:
     async with talking(silent) as hanging:
         listed = [{"url": hanging, "role": "pd", "state": "healthy"}]
         pages = {"/health": {"status": "ok", "models": ["m"], "instances": listed}}
         async with answering(pages) as url:
-            found = await collected(examine_proxy(url, timeout_seconds=1))
+            found = await collected(examine_proxy(url, limits=Limits(message_seconds=1, page_seconds=0.5)))
     assert [one.says for one in found if one.check == "instances"] == [f"pd {hanging} did not answer within 0.5 s"]
     assert verdicts(found, "instances") == ["problem"]
 
 
 async def test_nothing_is_asked_of_what_is_no_proxy() -> None:
     async with answering({"/health": "<html>"}) as url:
-        found = await collected(examine_proxy(url))
+        found = await collected(examine_proxy(url, limits=Limits()))
     assert len(found) == 1
-    assert "no JSON" in problem(found).says
+    assert "isn't JSON" in problem(found).says

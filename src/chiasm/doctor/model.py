@@ -1,0 +1,146 @@
+"""Checks of the model that a deployment is planned for: whether it is here, complete, and one that the engine can run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from chiasm.doctor.client import Client, NoAnswerError
+from chiasm.doctor.report import Check, Result, shown
+from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.models.checkpoint import Checkpoint, open_checkpoint
+
+MODEL = Check("model")
+
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+_TRUE = frozenset({"1", "on", "yes", "true"})
+_IMAGE_SIDE = 1024
+_MAX_HEADER_BYTES = 100 << 20
+_VISION = frozenset(
+    [
+        "visual",
+        "vision_tower",
+        "vision_model",
+        "multi_modal_projector",
+        "mm_projector",
+        "connector",
+        "image_newline",
+        "mlp1",
+    ]
+)
+"""Parts of the names of the vision tower's and the projector's tensors, in all families."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of a checkpoint's parameters."""
+
+    vision: int
+    language: int
+
+    def bytes_of(self, item_bytes: int, *, vision: bool, language: bool) -> int:
+        """Return the memory that these parts take with ``item_bytes`` for each parameter."""
+        return (self.vision * vision + self.language * language) * item_bytes
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that could be read."""
+
+    checkpoint: Checkpoint
+    weights: Weights
+    image_numbers: int | None
+    """Numbers in the embedding of an image of 1024 × 1024; None if chiasm doesn't know the model."""
+
+
+async def ask_hub(model: str) -> Result:
+    """Return whether a model of the hub that isn't cached could be downloaded."""
+    missing = f"{model} is not in the cache"
+    why = "it is downloaded at the first start, and nothing is served before that."
+    if any(os.environ.get(name, "").lower() in _TRUE for name in _OFFLINE):
+        do = "download it where there is a network, or give the path of its folder."
+        command = f"HF_HUB_OFFLINE=0 hf download {model}"
+        return MODEL.problem(f"{missing}, and HF_HUB_OFFLINE forbids downloading it", why, do, command)
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    try:
+        async with Client() as client:
+            status = (await client.get(f"{hub}/api/models/{model}")).status
+    except NoAnswerError as error:
+        do = "download it where there is a network, and give the path of its folder."
+        command = f"hf download {model} --local-dir FOLDER"
+        return MODEL.problem(f"{missing}, and the hub {shown(error)}", why, do, command)
+    if status == 200:
+        do = "download it beforehand; then its size and type can be checked too."
+        return MODEL.warning(f"{missing}; the hub has it", why, do, f"hf download {model}")
+    do = "check the name, and log in if access to it is restricted."
+    return MODEL.problem(f"{missing}, and the hub answers HTTP {status} for it", why, do, "hf auth login")
+
+
+def read(folder: Path, *, is_vllm: bool) -> tuple[Found | None, list[Result]]:
+    """Read what is in the folder. vLLM also runs models that chiasm itself doesn't know."""
+    try:
+        checkpoint = open_checkpoint(folder)
+        weights = read_weights(checkpoint)
+    except ConfigurationError as error:
+        return None, [MODEL.refused(error, "download the checkpoint again.", why="no instance can load it.")]
+    numbers: int | None = None
+    try:
+        numbers = _image_numbers(checkpoint)
+    except ChiasmError as error:
+        if not is_vllm:
+            do = "choose another model, or use --engine vllm for this one."
+            return Found(checkpoint, weights, None), [MODEL.refused(error, do)]
+    parameters = f"{_count(weights.vision)} parameters for encoders, {_count(weights.language)} for language"
+    results = [MODEL.ok(f"{folder.name} ({checkpoint.model_type}) is complete: {parameters}")]
+    if numbers is None:
+        results.append(
+            MODEL.skipped("chiasm can't size this model's images; PDs are called only after the encoder has answered")
+        )
+    return Found(checkpoint, weights, numbers), results
+
+
+def read_weights(checkpoint: Checkpoint) -> Weights:
+    """Count parameters by the headers of the files; no tensor is read. Raises ConfigurationError if files are damaged."""
+    vision = language = 0
+    for file in checkpoint.weight_files():
+        for name, count in _parameters(file):
+            if _VISION.isdisjoint(name.split(".")):
+                language += count
+            else:
+                vision += count
+    return Weights(vision, language)
+
+
+def _parameters(file: Path) -> list[tuple[str, int]]:
+    """Return names and sizes of the tensors of a safetensors file, which must be as long as its header says."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError("its header is too long")
+            header = json.loads(stream.read(length))
+            tensors = [(name, tensor) for name, tensor in header.items() if name != "__metadata__"]
+            end = max((tensor["data_offsets"][1] for _, tensor in tensors), default=0)
+            if file.stat().st_size != 8 + length + end:
+                raise ValueError("it is shorter or longer than its header says")
+            return [(name, math.prod(tensor["shape"])) for name, tensor in tensors]
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ConfigurationError(f"{file} is not a complete safetensors file: {error}") from error
+
+
+def _image_numbers(checkpoint: Checkpoint) -> int:
+    from chiasm.models import load_processor
+    from chiasm.models.support import entry_width, load_config
+
+    width = entry_width(load_config(checkpoint))
+    return len(load_processor(checkpoint.folder).geometry_of_size(_IMAGE_SIDE, _IMAGE_SIDE).rows) * width
+
+
+def _count(number: int) -> str:
+    for bound, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= bound:
+            return f"{number / bound:.1f} {unit}"
+    return str(number)
