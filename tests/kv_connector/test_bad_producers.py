@@ -117,7 +117,7 @@ def test_a_surplus_answer_ends_the_connection(decode: Instance, producer: RawPro
     claim = producer.hear()
     assert isinstance(claim, Claim)
     producer.say(Granted(claim.claim), Granted(claim.claim))
-    assert "it answered what was not asked" in decode.failure_of(request)
+    assert "it sent an answer without a question" in decode.failure_of(request)
     assert producer.is_closed()
 
 

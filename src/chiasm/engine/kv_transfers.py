@@ -61,7 +61,7 @@ class KVTransfers:
         self._worker_role.shutdown()
 
     def flush(self) -> None:
-        """Have the worker role begin what was noted; due before anybody outside hears of it."""
+        """Have the worker role begin what was noted. Must be called before the handle leaves the engine."""
         metadata = self._scheduler_role.build_connector_meta()
         if metadata:
             self._worker_role.start_load_kv(metadata)

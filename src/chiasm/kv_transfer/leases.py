@@ -63,7 +63,7 @@ class LeaseTable:
         return lease is not None and lease.holder == holder and lease.expires > now
 
     def release(self, request_id: str, holder: int) -> bool:
-        """End the lease if ``holder`` has it; return whether it had."""
+        """End the lease if ``holder`` has it; return whether it did."""
         lease = self._leases.get(request_id)
         if lease is None or lease.holder != holder:
             return False

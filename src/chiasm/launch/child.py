@@ -49,7 +49,7 @@ class ProcessState(enum.StrEnum):
 
 
 class Child:
-    """A command that runs until it is told to end.
+    """A command that runs until it is asked to end.
 
     One thread starts it, reads its standard output and waits for it, again and again; another passes on its standard
     error. Its standard input is a pipe that closes when this process dies, however that happens: a child that ends with
@@ -95,7 +95,7 @@ class Child:
         self._thread.start()
 
     def end(self) -> None:
-        """Ask the process to end, and start it no more. Returns at once."""
+        """Ask the process to end, and don't start it again. Returns at once."""
         self._ending.set()
         self._signal(signal.SIGTERM)
 

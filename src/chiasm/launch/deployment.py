@@ -93,7 +93,7 @@ class Deployment:
             check_cpus(role.cpus)
         check_cpus(config.proxy_cpus)
         self.folder = resolve_folder(config.model)
-        """Of the checkpoint."""
+        """Folder of the checkpoint."""
         self.placements = placements_of(config, self.folder)
         """Which instance computes on which devices."""
         self._on_change = on_change or (lambda status: None)

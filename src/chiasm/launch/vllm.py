@@ -60,7 +60,7 @@ class Site:
     address: HeldPort
     placement: Placement
     storage: Path | None
-    """Where embeddings lie; None where none are exchanged."""
+    """Folder of the embeddings; None if none are exchanged."""
     ec_max_bytes: int
     side_channel: HeldPort | None
     """Where NIXL shakes hands; None for instances that exchange no KV."""

@@ -43,7 +43,7 @@ class Instance:
         """Probes in a row that weren't answered in time."""
         self.reported_at = 0
         self.moved_at = 0
-        """Of these two, see :class:`Member`."""
+        """See :class:`Member` for these two."""
 
     @property
     def state(self) -> InstanceState:
@@ -245,7 +245,7 @@ class Fleet:
     # ---- agreement -----------------------------------------------------------------------------------------------------
 
     def _judge(self) -> None:
-        """Judge every reachable instance anew."""
+        """Judge every reachable instance again."""
         reachable: list[tuple[Instance, Member]] = []
         for instance in self._instances.values():
             instance.mismatch = None

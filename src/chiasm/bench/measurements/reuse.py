@@ -105,7 +105,7 @@ class _EqualTexts:
 def judge(
     first: list[float], second: list[float], of_text: list[float], *, encoded: float, loaded: list[float], seed: int
 ) -> Outcome:
-    """Return the outcome of times to first token in milliseconds; without those of texts, each PD must load each image.
+    """Return the outcome for times to first token in milliseconds. Without those of texts, each PD must load each image.
 
     ``loaded`` has the number of embeddings that each PD loaded.
     """

@@ -1,4 +1,4 @@
-"""What the scheduler half remembers: requests, their items, and what becomes of each item."""
+"""What the scheduler half remembers: requests, their items, and what happens to each item."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Content(enum.Enum):
 class ItemState:
     """What is known of one identifier.
 
-    In a step it goes from top to bottom through the fields: the store promises it, vLLM is told to load it (or else encodes
+    In a step it goes from top to bottom through the fields: the store promises it, vLLM is asked to load it (or else encodes
     it), and once vLLM has made room, the workers are expected to have it. With the step's end all of this is forgotten, and the
     state is kept only if the content is not the embedding. ``Content`` then returns to EMBEDDING when the last request that
     uses the item has released it (vLLM forgets the item) or when it is loaded or encoded again.
@@ -122,7 +122,7 @@ class ItemState:
 
 
 class SpoiledItems:
-    """Items of which vLLM's prefix cache may hold blocks that were computed from zeros.
+    """Items for which vLLM's prefix cache may hold blocks that were computed from zeros.
 
     Nothing reads such blocks, so vLLM reuses them in the order in which they became free: when it has computed as many tokens
     as the KV cache holds, none is left, and the items are forgotten. That also bounds their number.

@@ -45,7 +45,7 @@ class EncoderMemory(Protocol):
     def holds(self, identifier: str) -> bool: ...
 
     def forget(self, identifier: str) -> bool:
-        """Have vLLM load or encode the item anew when it is next wanted; return False if a request still uses it."""
+        """Have vLLM load or encode the item again when it is next wanted; return False if a request still uses it."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class SchedulerHalf:
         return is_loaded
 
     def update_state_after_alloc(self, request: Any, index: int) -> None:
-        """Take note that vLLM has made room for an item: it is loaded or encoded in this step."""
+        """Note that vLLM has made room for an item: it is loaded or encoded in this step."""
         tracked = self._requests[request.request_id]
         item = tracked.items[index]
         state = self._state(item.identifier)
@@ -215,7 +215,7 @@ class SchedulerHalf:
     # ---- a step is done ---------------------------------------------------------------------------------------------
 
     def update_connector_output(self, report: StepReport) -> None:
-        """Let go of what has been loaded, and fail every request that used what could not be loaded."""
+        """Release what has been loaded, and fail every request that used what could not be loaded."""
         while self._pinned and self._pinned[0][0] <= report.step:
             self._pinned.popleft()
         for identifier in report.failed:
@@ -273,7 +273,7 @@ class SchedulerHalf:
         return sum(1 for _ in self._waiting())
 
     def has_news(self) -> bool:
-        """Return whether one of them can go on, or has waited too long."""
+        """Return whether one of them can continue, or has waited too long."""
         now = self.clock()
         return any(
             now - since > self._wait_seconds or self.is_published(tracked.missing) for tracked, since in self._waiting()
