@@ -48,7 +48,7 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     ec_store: str = ""
     """Names the store through which embeddings are exchanged; empty if the instance exchanges none."""
     version: str = ""
-    """Of chiasm."""
+    """Version of chiasm."""
     engine: str = ""
     """Name and version of an engine that isn't chiasm's own, such as ``vllm 0.32.0``."""
     takes_image_size: bool = True

@@ -118,7 +118,7 @@ class KVLayout:
 
 
 class KVRequestLike(Protocol):
-    """What a connector needs to know of a request."""
+    """What a connector needs to know about a request."""
 
     @property
     def request_id(self) -> str: ...

@@ -49,7 +49,7 @@ class LeaseTable:
         """Give the lease to ``holder`` for ``seconds``. Raises LeaseRefused, and then changes nothing."""
         lease = self._leases.get(request_id)
         if lease is None or lease.expires <= now:
-            raise LeaseRefused("its lease ended, its KV was fetched already, or it never had any")
+            raise LeaseRefused("its lease has ended, its KV was fetched already, or it never had KV here")
         if lease.holder is not None:
             raise LeaseRefused("its KV is claimed already, and a handle serves one request")
         if lease.block_ids != list(block_ids):

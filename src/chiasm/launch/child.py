@@ -20,15 +20,15 @@ from typing import IO
 from chiasm.errors import ConfigurationError
 
 CONFIGURATION_EXIT_CODE = 2
-"""Exit code of a command that cannot be started, however often one tries."""
+"""Exit code of a command that would fail at every further start."""
 START_ATTEMPTS = 3
-"""Of a process that has never been ready and ends with another exit code."""
+"""Attempts to start a process that was never ready and ends with another exit code."""
 FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 30.0
 STEADY_SECONDS = 60.0
-"""After this much time ready the back-off resets."""
+"""Time of being ready after which the back-off resets."""
 GRACE_SECONDS = 3.0
-"""For a child to end by itself when its standard input has closed."""
+"""Time for a child to end by itself when its standard input has closed."""
 _READY = "ready "
 _STDIN = 0
 _LINES_KEPT = 200
@@ -84,7 +84,7 @@ class Child:
         self._configuration = configuration
         self._on_change = on_change
         self._on_line = on_line
-        self._lock = threading.Lock()  # of what decides whether there is a process, and whether there may be one
+        self._lock = threading.Lock()  # guards the process, and whether one may be started
         self._process: subprocess.Popen[str] | None = None
         self._ending = threading.Event()
         self._ever_ready = False

@@ -40,7 +40,10 @@ class RoleConfig:
     devices: Annotated[
         tuple[str, ...],
         Option(
-            "GPUs, shared out evenly, for example 0,1.", metavar="GPUS", separator=",", unset="chosen by the engine"
+            "GPUs, divided evenly among these instances, for example 0,1.",
+            metavar="GPUS",
+            separator=",",
+            unset="chosen by the engine",
         ),
     ] = ()
     """Numbers or UUIDs."""

@@ -20,7 +20,7 @@ from chiasm.wire import Role
 PROXY = "proxy"
 LOOPBACK = "127.0.0.1"
 PROBE_INTERVAL_SECONDS = 0.25
-"""Of a proxy whose instances are all on this machine: it notices at once when one comes or goes."""
+"""Interval of the proxy's probes, so short that it notices quickly when an instance of this machine comes or goes."""
 _EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)
 
 

@@ -51,7 +51,7 @@ class ProcessConfig:
     """What instances and proxies have in common."""
 
     cpus: Cpus = ()
-    log_level: Annotated[str, Option("Least severe messages to log on standard error.", choices=LOG_LEVELS)] = "info"
+    log_level: Annotated[str, Option("Lowest level of messages to log on standard error.", choices=LOG_LEVELS)] = "info"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,8 +35,8 @@ _EC_ROLES = {
     Role.PREFILL: "ec_consumer",
     Role.DECODE: "ec_consumer",
 }
-"""Decode instances included: short of KV blocks, they compute a prompt again, and vLLM without a connector would then encode
-images that it doesn't have, which ends the engine."""
+"""Decode instances need embeddings when they are short of KV blocks and compute a prompt again. Without a connector vLLM would
+then encode images that it doesn't have, which ends the engine."""
 _RUN_WITHOUT_TOWER = ("qwen2_vl", "qwen2_5_vl")
 """Model types whose language model accepts embeddings without the vision tower. Models with DeepStack are not among them: vLLM
 looks for it in the tower, and stops at the first embedding if there is no tower."""
@@ -50,7 +50,7 @@ _KV_SIZES = (
 _KV_SIZE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 _MOST_KV_BYTES = 2 << 30
 _ENCODER_KV_BYTES = 64 << 20
-"""An encoder uses none; without a number vLLM asks for nearly all of the machine's memory."""
+"""An encoder uses no KV cache, but without a size vLLM asks for nearly all of the machine's memory."""
 
 
 @dataclass(frozen=True)

@@ -332,7 +332,7 @@ def _handle_in(response: UpstreamResponse) -> dict[str, Raw] | None:
 
 
 def _view(members: dict[str, Raw]) -> KVTransferParams:
-    """Return what chiasm knows of a handle of its own engine. Raises UpstreamError."""
+    """Return the handle of a prefill instance of chiasm's own engine. Raises UpstreamError."""
     try:
         return _params.decode(json_object(members))
     except msgspec.MsgspecError as error:

@@ -117,7 +117,7 @@ def engine_requests(
 ) -> Sequence[GenerateRequest]:
     """Return what the engine does for ``requests``, which ask for the whole answer, one for each prompt.
 
-    Raises InvalidRequestError if what the sender says of a prompt contradicts its request.
+    Raises InvalidRequestError if what the sender says about a prompt contradicts its request.
     """
     if not part.given:
         return requests

@@ -111,7 +111,7 @@ def judge(
     """
     rounds = len(first)
     outcome = Outcome()
-    outcome.figures.append(Figure("encodes beyond one an image", encoded - rounds, "", 0))
+    outcome.figures.append(Figure("encodes beyond one per image", encoded - rounds, "", 0))
     series = [Series("first request", first), Series("second request", second)]
     if of_text:
         ratio = paired_ratio(of_text, second, seed=seed)

@@ -28,7 +28,7 @@ _MAX_WAIT_SECONDS = 0.1
 """Time after which vLLM runs one round, since its watchdog needs a sign of life."""
 
 _halves: WeakValueDictionary[str, SchedulerHalf] = WeakValueDictionary()
-"""By the id that vLLM gives to an engine. The connector is made before the encoder cache manager."""
+"""The halves by vLLM's id of their engine, for its encoder cache manager, which is made after the connector."""
 
 
 def install(vllm_config: Any, half: SchedulerHalf) -> None:

@@ -58,7 +58,7 @@ class TrackedRequest:
 
     @classmethod
     def of(cls, request: Any, metadata_fields: MetadataFields) -> TrackedRequest:
-        """Return what there is to know of a vLLM ``Request``."""
+        """Return the record of a vLLM ``Request``."""
         items = tuple(_item(feature, metadata_fields) for feature in request.mm_features)
         end = max((item.end for item in items), default=0)
         return cls(request.request_id, items, end, _refusal(item.identifier for item in items))
@@ -91,7 +91,7 @@ def _refusal(identifiers: Iterable[str]) -> str | None:
 
 
 class Content(enum.Enum):
-    """What the workers really have of an item that vLLM believes to be in their encoder cache."""
+    """What the workers really have for an item that vLLM believes to be in their encoder cache."""
 
     EMBEDDING = enum.auto()
     ZEROS = enum.auto()
@@ -102,7 +102,7 @@ class Content(enum.Enum):
 
 @dataclass
 class ItemState:
-    """What is known of one identifier.
+    """What is known about one identifier.
 
     In a step it goes from top to bottom through the fields: the store promises it, vLLM is asked to load it (or else encodes
     it), and once vLLM has made room, the workers are expected to have it. With the step's end all of this is forgotten, and the

@@ -36,7 +36,7 @@ _MAX_PINNED_STEPS = 64
 """Steps whose entries are kept while no worker has reported them. vLLM has about two under way."""
 _MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.0005, 0.01
 _POLL_SHARE = 0.01
-"""Of the time waited so far, so that polling delays a request by at most a hundredth."""
+"""Interval between polls as a fraction of the time waited so far, so that polling delays a request by at most a hundredth."""
 
 
 class EncoderMemory(Protocol):
@@ -53,12 +53,12 @@ class Reach:
     """How far prefill goes while items are missing."""
 
     window_tokens: int
-    """How far ahead of a request's computed tokens one step can get: items beyond that need not be there."""
+    """Tokens that one step can add to those computed so far: items beyond them need not exist yet."""
     max_ahead: int = 0
-    """How many requests may run up to an item in that window that is missing. They hold a place among the running requests
+    """Maximum number of requests that run up to a missing item in that window. They hold a place among the running requests
     while they wait."""
     min_tokens: int = 64
-    """A request begins to run ahead only for this many tokens; once it has begun, any number will do."""
+    """A request begins to run ahead only if it can compute this many tokens; once it has begun, any number is enough."""
     lookahead_tokens: int = 0
     """How many tokens a draft model looks ahead; prefill stops this far before a missing item."""
 

@@ -85,7 +85,7 @@ class WorkerHalf:
         except InvalidRequestError:
             return  # the scheduler has refused the request already
         except StorageError as error:
-            _logger.warning("The embedding of item %s is not saved: %s", mm_hash, error)
+            _logger.warning("The embedding of item %s was not saved: %s", mm_hash, error)
         self._write_counters()
 
     def report(self) -> StepReport | None:
