@@ -184,7 +184,7 @@ class Child:
                 self._ever_ready = True
                 self._change(ProcessState.READY)
         _await_exit(process)
-        with self._lock:  # nobody signals a number that another process may have by then
+        with self._lock:  # once waited for, its number may belong to another process
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # what a killed process leaves of its own
             process.wait()
