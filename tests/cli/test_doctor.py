@@ -13,7 +13,7 @@ from tests.cli.running import run
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--encoders", "2"], "--encoders describe a planned deployment; name its MODEL too"),
+        (["--encoders", "2"], "Name the MODEL that is planned with --encoders"),
         (["http://127.0.0.1:1", "--encoders", "2"], "has its options already; leave out --encoders"),
         (["http://127.0.0.1:1", "--pd", "http://127.0.0.1:2"], "but not both"),
         (["--pd", "localhost:8000"], "'localhost:8000' is not the base URL"),

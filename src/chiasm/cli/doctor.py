@@ -44,7 +44,7 @@ class DoctorConfig:
 
 
 _OF_NO_PLAN = {"target", "admin_key", "log_level", *_URLS, *names_of(DoctorConfig)}
-"""Options that don't belong to a plan. The key may come from the environment; key and log level change no finding."""
+"""The key may be set by the environment, and changes no finding; nor does the log's level."""
 
 
 def parser() -> Parser:
@@ -72,7 +72,7 @@ def run(settings: Mapping[str, Any]) -> int | None:
         raise ConfigurationError(f"A running deployment has its options already; leave out {_flags(of_plan)}.")
     of_plan |= settings.keys() & about_storage
     if target is None and not instances and of_plan:
-        raise ConfigurationError(f"{_flags(of_plan)} describe a planned deployment; name its MODEL too.")
+        raise ConfigurationError(f"Name the MODEL that is planned with {_flags(of_plan)}.")
 
     findings: AsyncIterator[Finding]
     if running:
