@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import msgspec
 
 from chiasm.checkpoints import folder
+from chiasm.wire import Health
 
 MODEL = "demo"
 CHECKPOINT = folder(MODEL)
@@ -130,10 +132,10 @@ class Server:
         """Return one of the connector's own counters."""
         return self.metric(f"vllm:chiasm_ec_{name}_total")
 
-    def health(self) -> dict[str, Any]:
+    def health(self) -> Health:
         response = CLIENT.get(f"{self.url}/health", timeout=10)
         assert response.status_code == 200, response.text
-        return dict(response.json())
+        return msgspec.json.decode(response.content, type=Health)
 
 
 _given: set[int] = set()

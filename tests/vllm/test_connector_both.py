@@ -52,7 +52,7 @@ def test_an_image_that_another_instance_has_published_is_not_encoded(
 
 
 def test_its_role_is_aggregated(both: Server) -> None:
-    assert both.health()["role"] == "aggregated"
+    assert both.health().role == "aggregated"
 
 
 _WITHOUT_HASH_SEED = """

@@ -15,17 +15,17 @@ from .wire import chat, embeds_part
 def test_health_of_an_encoder_and_a_pd(encoder: Server, pd: Server, store: Path) -> None:
     for server, role in ((encoder, "encoder"), (pd, "pd")):
         health = server.health()
-        assert health["status"] == "ok"
-        assert (health["role"], health["model"], health["max_model_len"]) == (role, MODEL, 2048)
-        assert health["fingerprint"] == fingerprint(CHECKPOINT, "float32")
-        assert health["ec_store"] == (store / "store-id").read_text()
-        assert health["engine"].startswith("vllm 0.3")
-        assert health["takes_image_size"]
+        assert health.status == "ok"
+        assert (health.role, health.model, health.max_model_len) == (role, MODEL, 2048)
+        assert health.fingerprint == fingerprint(CHECKPOINT, "float32")
+        assert health.ec_store == (store / "store-id").read_text()
+        assert health.engine.startswith("vllm 0.3")
+        assert health.takes_image_size
 
 
 def test_health_of_an_aggregated_instance(aggregated: Server) -> None:
     health = aggregated.health()
-    assert (health["role"], health["ec_store"]) == ("aggregated", "")
+    assert (health.role, health.ec_store) == ("aggregated", "")
 
 
 def test_a_bad_size_is_refused(pd: Server) -> None:

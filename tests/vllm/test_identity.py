@@ -146,5 +146,5 @@ def test_kv_of_a_prefill_instance_that_died(fleet: Fleet) -> None:
     assert lost.status_code == 500, lost.text
     refused = fleet.split_twice.post(body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_prefill")
-    assert fleet.decode.health()["status"] == "ok"
+    assert fleet.decode.health().status == "ok"
     assert fleet.decode.answer(fleet.bodies[0]) == fleet.expected[0].text

@@ -47,9 +47,10 @@ def cores() -> tuple[int, int]:
 # shares the machine with an encoder.
 
 
-def aggregated(model: str, *, cpus: tuple[int, ...] = ()) -> DeploymentConfig:
+def aggregated(model: str, *, cpus: tuple[int, ...] = (), threads: int | None = None) -> DeploymentConfig:
     """Return one instance that does everything, behind a proxy."""
-    return _deployment(model, {Role.AGGREGATED: _role(cpus)})
+    role = _role(cpus)
+    return _deployment(model, {Role.AGGREGATED: role if threads is None else replace(role, threads=threads)})
 
 
 def encoder_and_pds(

@@ -225,8 +225,8 @@ async def test_a_configured_fingerprint_is_used(store: Path) -> None:
 async def test_a_model_that_chiasm_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     server = Server(VLLM(config(model=str(tmp_path))))
-    health = (await server.call("GET", "/health")).json
-    assert (health["status"], health["fingerprint"], health["takes_image_size"]) == ("ok", "", False)
+    health = msgspec.convert((await server.call("GET", "/health")).json, Health)
+    assert (health.status, health.fingerprint, health.takes_image_size) == ("ok", "", False)
     answer = await server.chat(ask(sized(96, 96)))
     assert answer.status == 400
     assert "cannot tell how many tokens" in answer.json["error"]["message"]
