@@ -1,6 +1,6 @@
 """KV that moves between instances: what a prefill engine leaves behind, and what a decode engine continues from.
 
-Between the engine, which knows requests and sequences, and its KV connector, which knows neither.
+This is the layer between the engine, which knows requests and sequences, and its KV connector, which knows neither.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of what a producer holds, for whom and until when. It knows no sockets, and the time is an argument.
+"""The table of what a producer holds, for whom and until when. It has no sockets and no clock: the time is an argument.
 
 A lease begins when a prompt is computed. If nobody claims it, it ends after ``lease_seconds``. If it is claimed, it ends when
 its holder gives it back or goes away, or when the deadline of the holder's request passes.

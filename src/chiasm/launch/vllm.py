@@ -63,7 +63,7 @@ class Site:
     """Folder of the embeddings; None if none are exchanged."""
     ec_max_bytes: int
     side_channel: HeldPort | None
-    """Where NIXL shakes hands; None for instances that exchange no KV."""
+    """Port of NIXL's handshake; None for instances that exchange no KV."""
     turn: Path | None
     """The lock that orders the starts on a device that instances share."""
 

@@ -81,7 +81,7 @@ def unusable(role: Role, health: Health) -> str | None:
 
 
 def elect(before: Agreement | None, members: Sequence[Member]) -> Agreement:
-    """Return the agreement by which to judge; ``members``, of which there is at least one, in the order in which they decide.
+    """Return the agreement by which to judge. ``members`` has at least one, in the order in which they decide.
 
     What was agreed stays as long as one member holds to it. What only encoders have agreed on goes as soon as language
     instances report and none of them shares it.
