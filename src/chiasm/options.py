@@ -4,7 +4,7 @@ A field becomes an option by its annotation::
 
     max_num_seqs: Annotated[int, Option("Sequences that compute at the same time.", min=1)] = 64
 
-The option is called as the field, ``--max-num-seqs``, and has its type and its default. *Settings* are values of options by
+The option has the field's name, ``--max-num-seqs``, its type and its default. *Settings* are values of options by
 name: what a person gave, and nothing else, so that the defaults stay the configurations' own.
 """
 
@@ -25,7 +25,7 @@ class Option:
     help: str
     """One sentence for --help."""
     name: str = ""
-    """Of the option, where the field's own name would be ambiguous."""
+    """Name of the option, if the field's own would be ambiguous."""
     metavar: str = ""
     """What stands for the value in --help; by default it follows from the type."""
     unset: str = ""
@@ -34,9 +34,9 @@ class Option:
     max: float | None = None
     choices: tuple[str, ...] = ()
     separator: str = ""
-    """Between the values of a tuple that are given at once; without one, the option is repeated."""
+    """Separates the values of a tuple; if empty, the option is repeated instead."""
     environment: str = ""
-    """A variable that is read where the option is not given."""
+    """Environment variable that is read if the option is not given."""
 
 
 class NamedOption(NamedTuple):
@@ -45,14 +45,14 @@ class NamedOption(NamedTuple):
     name: str
     field: str
     type: Any
-    """Without ``| None``."""
+    """The field's type without ``| None``."""
     default: Any
     """None if the field has none of its own."""
     option: Option
 
     @property
     def flag(self) -> str:
-        """As a person writes it."""
+        """The option as a person writes it."""
         return flag(self.name)
 
 

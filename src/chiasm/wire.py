@@ -48,7 +48,7 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     ec_store: str = ""
     """Names the store through which embeddings are exchanged; empty if the instance exchanges none."""
     version: str = ""
-    """Of chiasm."""
+    """Version of chiasm."""
     engine: str = ""
     """Name and version of an engine that isn't chiasm's own, such as ``vllm 0.32.0``."""
     takes_image_size: bool = True
@@ -72,7 +72,7 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class InstanceState(enum.StrEnum):
-    """What the proxy makes of an instance. Only a healthy one is sent new work."""
+    """How the proxy judges an instance. Only a healthy one gets new work."""
 
     STARTING = "starting"
     """Added, and not healthy yet."""
@@ -156,7 +156,7 @@ class KVTransferParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     do_remote_prefill: bool = False
     """To D: the prompt's KV lies at a P."""
     do_remote_decode: bool = False
-    """To P: compute the prompt and one token, and hold the KV for whoever comes with the handle."""
+    """To P: compute the prompt and one token, and hold the KV for the D that gets the handle."""
     remote_engine_id: Name | None = None
     remote_block_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_BLOCKS)] | None = None
     remote_host: Name | None = None
@@ -172,13 +172,13 @@ class KVTransferParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     digest: Name = ""
     """Hex; names those tokens and the items among them. D compares it with its own."""
     output_token_ids: list[TokenId] = msgspec.field(default_factory=list)
-    """What was sampled so far, the prompt's continuation. Empty where D samples the first token itself."""
+    """What was sampled so far, the prompt's continuation. Empty if D samples the first token itself."""
     output_logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
-    """Of those tokens, where the request asks for them; empty otherwise."""
+    """Log probabilities of those tokens, if the request asks for them; otherwise empty."""
     num_sent: Annotated[int, msgspec.Meta(ge=0)] = 0
     """How many of ``output_token_ids``, from the first, the client already has."""
     seed: int | None = None
-    """Of the sampling: the request's own or the one that P drew."""
+    """Seed of the sampling: the request's own or the one that P drew."""
     created: int | None = None
     """Unix time at which the answer began."""
     cached_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0

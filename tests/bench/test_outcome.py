@@ -90,9 +90,9 @@ def test_the_table_shows_values_targets_and_whether_they_are_met(outcomes: dict[
 
 def test_the_table_shows_a_minimum() -> None:
     file = io.StringIO()
-    outcome = Outcome(figures=[Figure("requests a second", 1.25, "x", at_least=1.1)])
+    outcome = Outcome(figures=[Figure("requests per second", 1.25, "x", at_least=1.1)])
     print_outcome(Console(file=file, width=120), _Asked(), outcome)
-    (line,) = (line for line in file.getvalue().splitlines() if "requests a second" in line)
+    (line,) = (line for line in file.getvalue().splitlines() if "requests per second" in line)
     assert "≥ 1.10x" in line
     assert "yes" in line
 

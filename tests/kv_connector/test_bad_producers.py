@@ -104,7 +104,7 @@ def test_an_answer_to_what_was_not_asked_ends_the_connection(
     producer.greet()
     assert isinstance(producer.hear(), Claim)
     producer.say(answer)
-    assert "it answered another question" in decode.failure_of(request)
+    assert "its answer belongs to another question" in decode.failure_of(request)
     assert producer.is_closed()
     decode.fetch("e", prefill.prefill("q", [1]), [1])
     assert decode.holds("q", [1])
@@ -117,7 +117,7 @@ def test_a_surplus_answer_ends_the_connection(decode: Instance, producer: RawPro
     claim = producer.hear()
     assert isinstance(claim, Claim)
     producer.say(Granted(claim.claim), Granted(claim.claim))
-    assert "it answered what was not asked" in decode.failure_of(request)
+    assert "it sent an answer without a question" in decode.failure_of(request)
     assert producer.is_closed()
 
 

@@ -55,12 +55,12 @@ def test_a_claim_names_exactly_the_blocks_of_its_request(table: LeaseTable, bloc
 
 
 def test_an_expired_lease_cannot_be_claimed_even_before_it_is_swept(table: LeaseTable) -> None:
-    with pytest.raises(LeaseRefused, match="lease ended"):
+    with pytest.raises(LeaseRefused, match="lease has ended"):
         table.claim("r", [5, 3, 8], A, seconds=60, now=130)
 
 
 def test_an_unknown_request_cannot_be_claimed(table: LeaseTable) -> None:
-    with pytest.raises(LeaseRefused, match="never had any"):
+    with pytest.raises(LeaseRefused, match="never had KV here"):
         table.claim("s", [5, 3, 8], A, seconds=60, now=110)
 
 

@@ -94,7 +94,7 @@ def test_somebody_who_answers_something_else(prefill: Instance, decode: Instance
 
 def test_a_request_that_was_never_there(prefill: Instance, decode: Instance) -> None:
     handle = changed(prefill.prefill("p", [1]), remote_request_id="q")
-    assert "it never had any" in decode.failure_of(decode.arrive("d", handle))
+    assert "it never had KV here" in decode.failure_of(decode.arrive("d", handle))
 
 
 @pytest.mark.parametrize("blocks", [[1, 2], [1, 2, 4], [1, 2, 3, 4], [3, 2, 1], [1, 2, 1 << 30], [11, 12, 13]])
@@ -134,7 +134,7 @@ def test_a_lease_that_ran_out(make: Make, connector: str, decode: Instance) -> N
     handle = prefill.prefill("p", [1])
     prefill.wait_for(lambda seen: seen.sent == {"p"})
     assert prefill.worker.stats.leases_expired == 1
-    assert "its lease ended" in decode.failure_of(decode.arrive("d", handle))
+    assert "its lease has ended" in decode.failure_of(decode.arrive("d", handle))
 
 
 def test_a_deadline_that_passes_while_blocks_are_claimed(prefill: Instance, decode: Instance) -> None:

@@ -63,7 +63,10 @@ def test_prefill_and_decode_need_the_same_connector() -> None:
     )
     other = add(fleet, "o", Role.DECODE, kv_connector="NixlConnector")
     assert other.state == InstanceState.MISMATCHED
-    assert str(other.reason) == "it moves KV by NixlConnector of chiasm, the fleet by SharedMemoryConnector of chiasm"
+    assert (
+        str(other.reason)
+        == "it moves KV with NixlConnector of chiasm, but the fleet with SharedMemoryConnector of chiasm"
+    )
     assert add(fleet, "e", Role.ENCODER).state == InstanceState.HEALTHY
 
 
@@ -304,16 +307,16 @@ def test_the_lowest_limit_of_images_applies() -> None:
     ("said", "reason"),
     [
         ({}, None),
-        ({"model": "other"}, "it serves other, the fleet tiny"),
-        ({"fingerprint": "e" * 64, "dtype": "bfloat16"}, "its dtype is bfloat16, the fleet's float32"),
+        ({"model": "other"}, "it serves other, but the fleet serves tiny"),
+        ({"fingerprint": "e" * 64, "dtype": "bfloat16"}, "its dtype is bfloat16, but the fleet's is float32"),
         ({"fingerprint": "e" * 64}, "its fingerprint (model or processor) differs from the fleet's"),
         (
             {"fingerprint": "e" * 64, "dtype": ""},
             "its fingerprint (model, processor or dtype) differs from the fleet's",
         ),
         ({"ec_store": "elsewhere"}, "it exchanges embeddings through another store than the fleet"),
-        ({"kv_connector": "B"}, "it moves KV by B of chiasm, the fleet by A of chiasm"),
-        ({"engine": "vllm 1"}, "it moves KV by A of vllm 1, the fleet by A of chiasm"),
+        ({"kv_connector": "B"}, "it moves KV with B of chiasm, but the fleet with A of chiasm"),
+        ({"engine": "vllm 1"}, "it moves KV with A of vllm 1, but the fleet with A of chiasm"),
         ({"fingerprint": "", "ec_store": "", "kv_connector": None}, None),
         ({"role": "encoder", "version": "2", "max_items": 1}, None),
     ],

@@ -80,7 +80,7 @@ async def test_pd_that_cannot_size_an_image_waits_for_the_encoders_metadata(star
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
-        ({"dtype": "bfloat16"}, "its dtype is bfloat16, the fleet's float32"),
+        ({"dtype": "bfloat16"}, "its dtype is bfloat16, but the fleet's is float32"),
         ({"dtype": "float32"}, "its fingerprint (model or processor) differs from the fleet's"),
         ({}, "its fingerprint (model, processor or dtype) differs from the fleet's"),
     ],

@@ -148,7 +148,9 @@ async def test_prefill_and_decode_of_different_engines_do_not_mix(start: Start) 
     front = await start([p, d, other])
     shown = {one["url"]: one for one in (await front.get("/health")).json["instances"]}[other.url]
     assert shown["state"] == "mismatched"
-    assert shown["reason"] == "it moves KV by NixlConnector of chiasm, the fleet by NixlConnector of vllm 0.32.0"
+    assert (
+        shown["reason"] == "it moves KV with NixlConnector of chiasm, but the fleet with NixlConnector of vllm 0.32.0"
+    )
     for _ in range(2):
         assert (await front.post(ask("x"))).status == 200
     assert not other.received

@@ -83,7 +83,7 @@ def test_an_encoder_with_another_dtype_is_not_used(
     instances = httpx.get(f"{server.url}/health", timeout=10).json()["instances"]
     (shown,) = [one for one in instances if one["url"] == wrong.url]
     assert shown["state"] == "mismatched"
-    assert shown["reason"] == "its dtype is bfloat16, the fleet's float32"
+    assert shown["reason"] == "its dtype is bfloat16, but the fleet's is float32"
     for seed in range(5100, 5104):
         ask(server, chat(image_part(image_bytes(seed)), QUESTION))
     assert wrong.metric(ENCODED) == 0

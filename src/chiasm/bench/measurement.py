@@ -146,7 +146,7 @@ class Measurement(ABC):
     purpose: str
     """What is measured, in one line."""
     target: str
-    """What is to be reached, in one line."""
+    """The target in words, in one line."""
 
     @abstractmethod
     async def run(self, bench: Bench) -> Outcome:

@@ -22,7 +22,7 @@ from chiasm.bench.measurement import SERVED_NAME
 from chiasm.demo.images import draw_example
 
 QUESTION = "What is shown?"
-"""About an image, where the answer doesn't matter."""
+"""Asked about an image if the answer doesn't matter."""
 
 # ---- images ------------------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class Texts:
 
 _IMAGES = {"text": 0, "1 image": 1, "2 images": 2, "3 images": 3, "4 images": 4, "the same image twice": 2}
 _SHARES = {"text": 4, "1 image": 6, "2 images": 3, "3 images": 2, "4 images": 2, "the same image twice": 3}
-"""Of 20 requests."""
+"""Number of each kind in 20 requests."""
 _PENALTIES: tuple[dict[str, float], ...] = (
     {},
     {"presence_penalty": 1.0, "frequency_penalty": 0.5},

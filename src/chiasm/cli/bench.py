@@ -26,7 +26,7 @@ class BenchOptions:
     engine: Annotated[EngineKind, Option("Engine of the instances that are measured.")] = EngineKind.CHIASM
     model: Annotated[str, Option(MODEL_HELP, metavar="MODEL")] = "demo"
     output: Annotated[Path, Option("Folder for results.json and results.png.")] = Path("bench-results")
-    quick: Annotated[bool, Option("Take few samples: to try the benchmark, not to measure.")] = False
+    quick: Annotated[bool, Option("Take few samples, to try the benchmark rather than to measure.")] = False
     seed: Annotated[int, Option("Seed of all requests and arrival times.", min=0)] = 0
     repeat: Annotated[int | None, Option("Samples of each measurement.", min=2, unset="its own number")] = None
 

@@ -25,7 +25,7 @@ _MAX_TOKENS = 48
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_PROXY is not for this machine
 _INK = " .:-=+*#%@"
 _NOISE = 48
-"""Differences from the background, of 255, that are left blank."""
+"""Differences from the background up to this, of 255, are left blank."""
 _CELL_RATIO = 0.5
 """A character cell is about half as wide as it is high."""
 
@@ -74,7 +74,7 @@ class Answer:
 
     text: str
     milliseconds: dict[str, float] = field(default_factory=dict)
-    """From the ``Server-Timing`` header, by name; of several with one name the first, which is the proxy's."""
+    """Durations in the ``Server-Timing`` header, by name; if a name occurs twice, the first one, which is the proxy's."""
     items: tuple[Item, ...] = ()
 
     def agrees_with(self, right_answer: str) -> bool:

@@ -28,12 +28,12 @@ _CHARACTER_COLUMNS = 56
 _WRONG_EXIT_CODE = 1
 _QUIET = {"log_level": "warning"}
 _SIGNAL_EXIT_CODE = 128
-"""Plus the signal's number, as shells do."""
+"""Exit code after a signal, to which the signal's number is added, as shells do."""
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What to ask about, and whom."""
+    """What to ask, and which model."""
 
     image: Annotated[Path | None, Option("An image of your own, with --question.")] = None
     question: Annotated[str | None, Option("Question about --image.")] = None

@@ -30,7 +30,7 @@ _HELP_COLUMN = 32
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of one command. What isn't given is not in the result, so that the configurations' defaults hold."""
+    """The options of one command. Options that aren't given are not in the result, so the configurations' defaults apply."""
 
     def __init__(self, command: str, arguments: str, description: str, *, add_help: bool = True) -> None:
         super().__init__(

@@ -47,10 +47,10 @@ class Signature(NamedTuple):
 
 @dataclass
 class _Usage:
-    """How much the folder holds, for whoever holds the lock."""
+    """How much the folder holds. Only the holder of the lock may use it."""
 
     used_bytes: int
-    """Of entries and unfinished files."""
+    """Size of entries and unfinished files."""
 
 
 class _Candidate(NamedTuple):
@@ -79,7 +79,7 @@ class BoundedFolder:
         return f"{self.path}/{check_identifier(identifier)}.safetensors"
 
     def recount(self) -> None:
-        """Count the bytes in the folder anew, remove what dead writers left behind, and evict down to the limit.
+        """Count the bytes in the folder again, remove what dead writers left behind, and evict down to the limit.
 
         Raises OSError if the folder is not writable or its file system has no locks.
         """

@@ -5,7 +5,7 @@ a page of its own; any safetensors reader finds it under the name ``ec_cache``. 
 of the format, the identifier, the fingerprint and a checksum.
 
 The checksum (XXH3, 128 bits) covers every byte of the tensor and the rest of the header. It detects what a crash, a lost page
-or another program has left behind. It is not a signature: whoever may write to the folder can forge it.
+or another program has left behind. It is not a signature: anyone who may write to the folder can forge it.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def open_entry(path: str, identifier: str, fingerprint: str, known: Known | None
 
 
 def open_pinned(pin: Pin) -> Entry:
-    """Map the copy that another process keeps. Raises OSError if it keeps it no longer, or is on another host."""
+    """Map the copy that another process keeps. Raises OSError if that process is on another host or has dropped it."""
     file = OpenFile(os.open(pin.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
     _check_unchanged(file.descriptor, pin.known.signature)
     return Entry(pin.known, _map(file.descriptor, pin.known.signature.size_bytes))

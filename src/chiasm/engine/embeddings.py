@@ -1,6 +1,6 @@
 """The embeddings in an engine's memory: how they get there, and what each item of a request cost.
 
-Between the engine, which knows requests and sequences, and its EC connector, which knows neither.
+This is the layer between the engine, which knows requests and sequences, and its EC connector, which knows neither.
 """
 
 from __future__ import annotations

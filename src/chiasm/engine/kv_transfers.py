@@ -1,6 +1,6 @@
 """KV that moves between instances: what a prefill engine leaves behind, and what a decode engine continues from.
 
-Between the engine, which knows requests and sequences, and its KV connector, which knows neither.
+This is the layer between the engine, which knows requests and sequences, and its KV connector, which knows neither.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class KVTransfers:
         self._worker_role.shutdown()
 
     def flush(self) -> None:
-        """Have the worker role begin what was noted; due before anybody outside hears of it."""
+        """Have the worker role begin what was noted. Must be called before the handle leaves the engine."""
         metadata = self._scheduler_role.build_connector_meta()
         if metadata:
             self._worker_role.start_load_kv(metadata)

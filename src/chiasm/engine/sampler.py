@@ -19,7 +19,7 @@ from chiasm.wire import TokenLogprob
 
 @dataclass(frozen=True)
 class SamplingInput:
-    """What the sampler needs to know of one sequence besides its logits."""
+    """What the sampler needs to know about one sequence besides its logits."""
 
     params: SamplingParams
     seed: int

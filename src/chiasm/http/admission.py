@@ -20,7 +20,7 @@ class Admitted(Protocol):
 
 
 class Admission:
-    """The requests that are being answered; one beyond the bounds is told to come again later."""
+    """The requests that are being answered; one beyond the bounds is refused with ``Retry-After``."""
 
     def __init__(self, max_requests: int, max_held_bytes: int) -> None:
         self._max_requests = max_requests
@@ -40,7 +40,7 @@ class Admission:
 
     @contextmanager
     def admitted(self, exchange: Admitted) -> Iterator[None]:
-        """Count the exchange as being answered until it leaves, at the latest at the end. Raises OverloadedError."""
+        """Count the exchange as being answered until ``leave``, or until the block ends. Raises OverloadedError."""
         if len(self._exchanges) >= self._max_requests:
             raise OverloadedError(
                 f"{len(self._exchanges)} requests are being answered, which is the limit; try again later.",

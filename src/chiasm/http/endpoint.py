@@ -18,7 +18,7 @@ from chiasm.http.exchange import CLIENT_LEFT, Exchange
 Handler = Callable[[Exchange], Awaitable[None]]
 
 _FAIL_SECONDS = 1.0
-"""For a client to take an error: one that doesn't read would hold up its request for ever."""
+"""Time for a client to read an error: one that doesn't read would hold its request forever."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Bounds:
     """What one request may take."""
 
     deadline_seconds: float
-    """From its arrival to the last byte of its answer."""
+    """Time from its arrival to the last byte of its answer."""
     max_body_bytes: int
     body_timeout_seconds: float
     grace_seconds: float = 0.0
-    """After the deadline, for the handler to raise a more precise error itself."""
+    """Time after the deadline for the handler to raise a more precise error itself."""
 
 
 class Endpoint:

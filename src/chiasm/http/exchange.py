@@ -20,7 +20,7 @@ from chiasm.http.errors import error_body, error_headers
 from chiasm.http.timing import TimingEntry
 
 CLIENT_LEFT = 499
-"""The status that a request whose client left is counted as."""
+"""The status under which a request is counted if its client left."""
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -39,9 +39,9 @@ class Exchange:
         """On the clock of ``time.monotonic``."""
         self.body = b""
         self.status: int | None = None
-        """Of the answer, once it has begun; CLIENT_LEFT if there is nobody to read it."""
+        """Status of the answer, once it has begun; CLIENT_LEFT if the client has gone."""
         self.timing: list[TimingEntry] = []
-        """What handlers know so far of where the time went, for the ``Server-Timing`` of the answer or of an error."""
+        """Where the time went, as far as it is known: the ``Server-Timing`` of the answer or of an error."""
         self.error_headers: Iterable[tuple[str, str]] = ()
         """Headers that an answer with an error carries besides its own."""
         self._receive = receive
@@ -72,7 +72,7 @@ class Exchange:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline; never negative."""
+        """Time until the deadline; never negative."""
         return max(0.0, self.deadline - time.monotonic())
 
     @contextlib.asynccontextmanager

@@ -19,7 +19,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections in their pools, so that clients close them and no request meets a closed one."""
 _CLOSE_SECONDS = 1
-"""For connections to close once their requests have been interrupted."""
+"""Time for connections to close once their requests have been interrupted."""
 
 
 class HttpServer(uvicorn.Server):

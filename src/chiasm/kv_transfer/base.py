@@ -17,7 +17,7 @@ vLLM's ``KVConnectorBase_V1`` gives to the same hooks::
     set_xfer_handshake_metadata  (once)           <-   get_handshake_metadata                  (once)
     claim                        (D: a request came)
     update_state_after_alloc     (D: it has its blocks)
-    leave                        (P: it goes on at D)
+    leave                        (P: D continues it)
     drop                         (P and D: it ended)
     build_connector_meta         (after any of these)  ->   start_load_kv
                                                        get_finished                     (before each step)
@@ -113,12 +113,12 @@ class KVLayout:
     num_kv_heads: int
     head_dim: int
     dtype: str
-    """As torch names it, without ``torch.``."""
+    """Torch's name without ``torch.``, such as ``float32``."""
     bytes_per_block: int
 
 
 class KVRequestLike(Protocol):
-    """What a connector needs to know of a request."""
+    """What a connector needs to know about a request."""
 
     @property
     def request_id(self) -> str: ...
@@ -162,7 +162,7 @@ class KVLoad:
 
 
 class KVSend(NamedTuple):
-    """Producer: hold these blocks for whoever comes with the handle."""
+    """Producer: hold these blocks for the consumer that gets the handle."""
 
     request_id: str
     block_ids: tuple[int, ...]
@@ -170,7 +170,7 @@ class KVSend(NamedTuple):
 
 @dataclass
 class KVConnectorMetadata:
-    """What the worker role is to begin: sends and claims first, then loads, then drops."""
+    """What the worker role has to begin: sends and claims first, then loads, then drops."""
 
     sends: list[KVSend] = field(default_factory=list)
     claims: list[KVClaim] = field(default_factory=list)
@@ -211,7 +211,7 @@ class KVConnectorStats:
     leases_held: int = 0
     """Producer: requests whose blocks are held now."""
     leases_expired: int = 0
-    """Producer: leases that ended before anybody came, and claims whose deadline passed or whose connection broke."""
+    """Producer: leases that ended before a claim, and claims whose deadline passed or whose connection broke."""
 
 
 class KVConnector(ABC):
@@ -258,7 +258,7 @@ class KVConnector(ABC):
 
     @abstractmethod
     def leave(self, request: KVRequestLike, block_ids: Sequence[int]) -> KVTransferParams:
-        """Producer: begin to hold the blocks (at least one) of a prompt that is computed and goes on elsewhere.
+        """Producer: begin to hold the blocks (at least one) of a computed prompt that another instance continues.
 
         Returns the handle, with the ``remote_`` fields set. The blocks must stay untouched until ``get_finished`` names
         the request in ``sent``.

@@ -63,7 +63,7 @@ class Claim(msgspec.Struct, tag="claim", frozen=True):
     request_id: Name
     block_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_BLOCKS)]
     seconds_left: Annotated[float, msgspec.Meta(ge=0, le=MAX_CLAIM_SECONDS)]
-    """Until the consumer's request fails. Then the blocks may be used again."""
+    """Time until the consumer's request fails and the blocks may be used again."""
 
 
 class Granted(msgspec.Struct, tag="granted", frozen=True):
@@ -80,7 +80,7 @@ class Copied(msgspec.Struct, tag="copied", frozen=True):
 
 
 class Whole(msgspec.Struct, tag="whole", frozen=True):
-    """They were: what was read is what was offered."""
+    """The blocks were held throughout, so what was read is what was offered."""
 
     claim: ClaimNumber
     load: int
@@ -111,7 +111,7 @@ class ChannelClosed(TransferError):
 
 
 class Channel(Generic[_Incoming]):
-    """One end of a connection. Whoever opened it closes it, also after ChannelClosed."""
+    """One end of a connection. The code that creates it closes it, also after ChannelClosed."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Channel(Generic[_Incoming]):
         self._writer = writer
         self._decoder = decoder
         connection = writer.get_extra_info("socket")
-        with contextlib.suppress(OSError):  # it broke already, which receive will tell
+        with contextlib.suppress(OSError):  # it broke already, and receive raises the error
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in _KEEPALIVE.items():
                 if hasattr(socket, name):

@@ -43,7 +43,7 @@ _DECODER: msgspec.msgpack.Decoder[ConsumerMessage] = msgspec.msgpack.Decoder(Con
 
 
 class LeaseServer:
-    """Holds blocks for whoever comes with the handle.
+    """Holds blocks for the consumers that get the handles.
 
     Listens from the start. Raises ConfigurationError if it can't. Calls ``wake``, on its own thread, when
     :meth:`take_sent` has something new.
@@ -69,7 +69,7 @@ class LeaseServer:
         self._sent: set[str] = set()
         self._claims: dict[tuple[int, int], str] = {}
         """The request of each claim that was granted and not given back, by holder and the number that it chose. While
-        there are any, somebody may be reading: a consumer gives back even a claim that it has lost, once it reads no more."""
+        there are any, somebody may be reading: a consumer that has stopped reading gives back even a claim that it has lost."""
         self._holders = itertools.count(1)
         self._connections: set[asyncio.Task[None]] = set()
         self._expiry_changed = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The table of what a producer holds, for whom and until when. It knows no sockets, and the time is an argument.
+"""The table of what a producer holds, for whom and until when. It has no sockets and no clock: the time is an argument.
 
 A lease begins when a prompt is computed. If nobody claims it, it ends after ``lease_seconds``. If it is claimed, it ends when
 its holder gives it back or goes away, or when the deadline of the holder's request passes.
@@ -49,7 +49,7 @@ class LeaseTable:
         """Give the lease to ``holder`` for ``seconds``. Raises LeaseRefused, and then changes nothing."""
         lease = self._leases.get(request_id)
         if lease is None or lease.expires <= now:
-            raise LeaseRefused("its lease ended, its KV was fetched already, or it never had any")
+            raise LeaseRefused("its lease has ended, its KV was fetched already, or it never had KV here")
         if lease.holder is not None:
             raise LeaseRefused("its KV is claimed already, and a handle serves one request")
         if lease.block_ids != list(block_ids):
@@ -63,7 +63,7 @@ class LeaseTable:
         return lease is not None and lease.holder == holder and lease.expires > now
 
     def release(self, request_id: str, holder: int) -> bool:
-        """End the lease if ``holder`` has it; return whether it had."""
+        """End the lease if ``holder`` has it; return whether it did."""
         lease = self._leases.get(request_id)
         if lease is None or lease.holder != holder:
             return False

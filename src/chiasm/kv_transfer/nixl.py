@@ -140,7 +140,7 @@ class _RegisteredBlocks(OfferedMemory):
         try:
             self._agent.api.get_new_notifs()  # returns nothing, but drives UCX
         except Exception as error:
-            _logger.warning("NIXL could not continue what decode instances read: %s", error)
+            _logger.warning("NIXL could not continue the reads of decode instances: %s", error)
 
     def close(self) -> None:
         self._agent.close()

@@ -76,14 +76,14 @@ class _Producer:
     channel: Channel[ProducerMessage] | None = None
     memory: ReachedMemory | None = None
     num_blocks: int = 0
-    """In its memory."""
+    """Number of blocks in its memory."""
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when there are a channel and memory, or when it is lost."""
     lost: bool = False
     questions: deque[tuple[Granted | Whole, asyncio.Future[None]]] = field(default_factory=deque)
     """The good answer to each open question, in order, and what waits for it."""
     pulls: set[_Pull] = field(default_factory=set)
-    """Those whose blocks have not been given back."""
+    """The pulls whose blocks have not been given back."""
 
 
 @dataclass(eq=False)
@@ -92,7 +92,7 @@ class _Pull:
 
     claim: KVClaim
     number: int
-    """Of the claim, on the connection to the producer."""
+    """Number of the claim on the connection to the producer."""
     producer: _Producer
     begun: float
     remote_blocks: frozenset[int]
@@ -365,11 +365,11 @@ class Puller:
         while True:
             message = await channel.receive()
             if not producer.questions:
-                raise ChannelClosed("it answered what was not asked")
+                raise ChannelClosed("it sent an answer without a question")
             good_answer, answer = producer.questions[0]
             refused = isinstance(message, Refused) and message.claim == good_answer.claim
             if message != good_answer and not refused:
-                raise ChannelClosed("it answered another question than the one that was asked")
+                raise ChannelClosed("its answer belongs to another question")
             producer.questions.popleft()
             if answer.done():  # it comes too late, and the producer is about to be lost
                 continue
@@ -389,11 +389,11 @@ class Puller:
         if isinstance(answer, Refused):
             raise TransferError(answer.reason)
         if not isinstance(answer, Welcome):
-            raise ChannelClosed("it greeted with something else than a welcome")
+            raise ChannelClosed("its greeting is not a welcome")
         return channel, answer
 
     def _lose(self, producer: _Producer, reason: str) -> None:
-        """End the connection to a producer, and fail what was to come over it."""
+        """End the connection to a producer, and fail the pulls that depend on it."""
         if producer.lost:
             return
         producer.lost = True

@@ -126,7 +126,7 @@ class _SharedFile:
         try:
             os.ftruncate(self.descriptor, self.size_bytes)
             os.pwrite(self.descriptor, self.token, end)
-            # Sealed, so that it cannot be truncated: reading it would then kill whoever has it mapped.
+            # Sealed, so that it cannot be truncated: reading it would then kill the processes that map it.
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             mapped = mmap.mmap(self.descriptor, self.size_bytes)
         except (OSError, ValueError, OverflowError) as error:

@@ -20,15 +20,15 @@ from typing import IO
 from chiasm.errors import ConfigurationError
 
 CONFIGURATION_EXIT_CODE = 2
-"""Exit code of a command that cannot be started, however often one tries."""
+"""Exit code of a command that would fail at every further start."""
 START_ATTEMPTS = 3
-"""Of a process that has never been ready and ends with another exit code."""
+"""Attempts to start a process that was never ready and ends with another exit code."""
 FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 30.0
 STEADY_SECONDS = 60.0
-"""After this much time ready the back-off resets."""
+"""Time of being ready after which the back-off resets."""
 GRACE_SECONDS = 3.0
-"""For a child to end by itself when its standard input has closed."""
+"""Time for a child to end by itself when its standard input has closed."""
 _READY = "ready "
 _STDIN = 0
 _LINES_KEPT = 200
@@ -49,7 +49,7 @@ class ProcessState(enum.StrEnum):
 
 
 class Child:
-    """A command that runs until it is told to end.
+    """A command that runs until it is asked to end.
 
     One thread starts it, reads its standard output and waits for it, again and again; another passes on its standard
     error. Its standard input is a pipe that closes when this process dies, however that happens: a child that ends with
@@ -84,7 +84,7 @@ class Child:
         self._configuration = configuration
         self._on_change = on_change
         self._on_line = on_line
-        self._lock = threading.Lock()  # of what decides whether there is a process, and whether there may be one
+        self._lock = threading.Lock()  # guards the process, and whether one may be started
         self._process: subprocess.Popen[str] | None = None
         self._ending = threading.Event()
         self._ever_ready = False
@@ -95,7 +95,7 @@ class Child:
         self._thread.start()
 
     def end(self) -> None:
-        """Ask the process to end, and start it no more. Returns at once."""
+        """Ask the process to end, and don't start it again. Returns at once."""
         self._ending.set()
         self._signal(signal.SIGTERM)
 
@@ -184,7 +184,7 @@ class Child:
                 self._ever_ready = True
                 self._change(ProcessState.READY)
         _await_exit(process)
-        with self._lock:  # nobody signals a number that another process may have by then
+        with self._lock:  # once waited for, its number may belong to another process
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # what a killed process leaves of its own
             process.wait()

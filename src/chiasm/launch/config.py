@@ -40,10 +40,13 @@ class RoleConfig:
     devices: Annotated[
         tuple[str, ...],
         Option(
-            "GPUs, shared out evenly, for example 0,1.", metavar="GPUS", separator=",", unset="chosen by the engine"
+            "GPUs, divided evenly among these instances, for example 0,1.",
+            metavar="GPUS",
+            separator=",",
+            unset="chosen by the engine",
         ),
     ] = ()
-    """By number or UUID."""
+    """Numbers or UUIDs."""
     memory_share: Annotated[
         float | None,
         Option(
@@ -76,12 +79,12 @@ class DeploymentConfig:
     host: str = "127.0.0.1"
     """Where the proxy listens; instances are reachable from this machine only."""
     port: int = 0
-    """Of the proxy; 0 takes a free one."""
+    """Port of the proxy; 0 takes a free one."""
     served_model_name: ServedModelName = None
     connector: str = ECTransferConfig.connector
     connector_module_path: str | None = None
     shared_storage_path: Path | None = None
-    """Where embeddings lie; None makes a folder, in shared memory if there is room, and removes it at the end."""
+    """Folder of the embeddings; None makes one, in shared memory if there is room, and removes it at the end."""
     ec_max_bytes: int | None = None
     """Maximum size of the embeddings there; None: 4 GiB, or less if there is less room."""
     kv_connector: str | None = None

@@ -79,9 +79,9 @@ class Deployment:
         on_change: Callable[[ProcessStatus], None] | None = None,
         on_line: Callable[[str, str], None] | None = None,
     ) -> None:
-        """Find the model and, where there are GPUs, deal them out. Start nothing.
+        """Find the model and, if there are GPUs, divide them among the instances. Starts nothing.
 
-        Raises ConfigurationError when there is no such model, no such engine, or no such device.
+        Raises ConfigurationError if there is no such model, engine or device.
 
         ``on_change`` is called at every new state of a process, ``on_line`` with each line (name of the process, text) that one
         logs. Both are called in other threads and must return at once.
@@ -93,7 +93,7 @@ class Deployment:
             check_cpus(role.cpus)
         check_cpus(config.proxy_cpus)
         self.folder = resolve_folder(config.model)
-        """Of the checkpoint."""
+        """Folder of the checkpoint."""
         self.placements = placements_of(config, self.folder)
         """Which instance computes on which devices."""
         self._on_change = on_change or (lambda status: None)

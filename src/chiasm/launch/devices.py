@@ -16,11 +16,11 @@ from chiasm.wire import Role
 _LISTED = re.compile(r"^GPU (\d+):", re.MULTILINE)
 _LIST_SECONDS = 20.0
 _USABLE_SHARE = 0.9
-"""Of a shared device's memory; driver and libraries of each process take the rest."""
+"""Fraction of a shared device's memory that instances get; driver and libraries of each process take the rest."""
 _LEAST_SHARE = 0.02
 _ENCODER_WEIGHT = 1
 _LANGUAGE_WEIGHT = 3
-"""Relative to an encoder: a language model is larger, and holds KV."""
+"""Share of the memory relative to an encoder: a language model is larger, and holds KV."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def place(roles: Mapping[Role, RoleConfig], found: Sequence[str], attention_head
 
     An instance with several devices splits its model over them. Without names an instance gets a power of two that divides
     ``attention_heads``, or one device if those aren't known. Raises ConfigurationError, which says what to name instead, if
-    the devices cannot be dealt.
+    the devices cannot be divided.
     """
     named = {role: chosen for role, chosen in roles.items() if chosen.devices and chosen.count}
     for role, chosen in named.items():
@@ -71,7 +71,7 @@ def place(roles: Mapping[Role, RoleConfig], found: Sequence[str], attention_head
 
 
 def describe(placements: Placements) -> str:
-    """Return the choice in one line; empty if no GPU was dealt."""
+    """Return the choice in one line; empty if no instance has a GPU."""
     parts = []
     for (role, index), placement in placements.items():
         if not placement.devices:
@@ -104,7 +104,7 @@ def _deal(role: Role, chosen: RoleConfig) -> Iterator[tuple[int, tuple[str, ...]
             yield index, (names[index * len(names) // count],)
     else:
         raise ConfigurationError(
-            f"--{role}-devices names {len(names)} devices for {count} instances, which cannot be dealt evenly; "
+            f"--{role}-devices names {len(names)} devices for {count} instances, which cannot be divided evenly; "
             f"name {count} or a multiple of it."
         )
 

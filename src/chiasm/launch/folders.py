@@ -1,4 +1,4 @@
-"""Folders that are gone with their owner, however that ends: for embeddings, and for the files of a start."""
+"""Folders that disappear with their owner, however that ends: for embeddings, and for the files of a start."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LockedFolder:
     """A new folder of mode 0700.
 
     Its owner holds a lock on it. The kernel releases the lock when the owner dies, however that happens, so a folder without a
-    lock belonged to a dead process, and whoever makes a new one removes it.
+    lock belonged to a dead process, and the process that makes the next one removes it.
     """
 
     def __init__(self, prefix: str, parent: Path | None = None) -> None:

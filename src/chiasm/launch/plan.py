@@ -20,7 +20,7 @@ from chiasm.wire import Role
 PROXY = "proxy"
 LOOPBACK = "127.0.0.1"
 PROBE_INTERVAL_SECONDS = 0.25
-"""Of a proxy whose instances are all on this machine: it notices at once when one comes or goes."""
+"""Interval of the proxy's probes, so short that it notices quickly when an instance of this machine comes or goes."""
 _EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)
 
 
@@ -36,7 +36,7 @@ class ProcessPlan:
     command: list[str]
     environment: dict[str, str]
     configuration: str = field(default="", repr=False)  # it may hold the admin key
-    """One line for its standard input; empty for a process that is told everything by its command line."""
+    """One line for its standard input; empty for a process that gets everything on its command line."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Surroundings:
     """What all instances of a deployment have in common on this machine."""
 
     storage: Path | None
-    """Where embeddings lie; None where none are exchanged."""
+    """Folder of the embeddings; None if none are exchanged."""
     ec_max_bytes: int
     scratch: Path | None
     """A folder for the locks that order starts; None where no instances share a device."""

@@ -1,4 +1,4 @@
-"""Ports that are ours from before a child starts until after it has ended, and the health of what listens there."""
+"""Ports that stay reserved from before a child starts until after it has ended, and the health of what listens there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_P
 
 
 class HeldPort:
-    """A port that nobody else gets, while a child of this process may listen on it.
+    """A port that nobody else can take, while a child of this process may listen on it.
 
     On Linux a socket that is bound but doesn't listen keeps a port from everyone except those who bind with SO_REUSEADDR,
     as servers do. Elsewhere that would keep the child away too, so there the port is only tried and released.

@@ -51,7 +51,7 @@ class ProcessConfig:
     """What instances and proxies have in common."""
 
     cpus: Cpus = ()
-    log_level: Annotated[str, Option("Least severe messages to log on standard error.", choices=LOG_LEVELS)] = "info"
+    log_level: Annotated[str, Option("Lowest level of messages to log on standard error.", choices=LOG_LEVELS)] = "info"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ _Process = TypeVar("_Process", bound=ProcessConfig)
 
 
 def instance_process(folder: Path, role: Role, settings: Mapping[str, Any]) -> InstanceProcess:
-    """Return the process of one instance. Raises ConfigurationError for settings that the role has no use for."""
+    """Return the process of one instance. Raises ConfigurationError for settings that the role doesn't use."""
     return InstanceProcess(
         engine=EngineConfig(
             folder,
@@ -104,9 +104,9 @@ def _media(settings: Mapping[str, Any]) -> MediaConfig:
 
 
 def ec_config(role: Role, settings: Mapping[str, Any]) -> ECTransferConfig | None:
-    """Return how an instance exchanges embeddings; None for decode, and for aggregated unless it is told where they are.
+    """Return how an instance exchanges embeddings; None for decode, and for aggregated without a folder.
 
-    Raises ConfigurationError for settings that the role has no use for, and if the folder of embeddings isn't named.
+    Raises ConfigurationError for settings that the role doesn't use, and if the folder of embeddings isn't named.
     """
     given = fields_from(settings, ECTransferConfig)
     if role is Role.DECODE and given:
@@ -128,7 +128,7 @@ def ec_config(role: Role, settings: Mapping[str, Any]) -> ECTransferConfig | Non
 def kv_config(role: Role, settings: Mapping[str, Any]) -> KVTransferConfig | None:
     """Return how an instance exchanges KV; None unless it is a prefill or a decode instance.
 
-    Raises ConfigurationError for settings that the role has no use for.
+    Raises ConfigurationError for settings that the role doesn't use.
     """
     if role not in KV_ROLES:
         if names := _flags(settings, KVTransferConfig):

@@ -2,7 +2,7 @@
 
 A child of a deployment says ``ready`` on its standard output, ends with its standard input, leaves nothing behind and says in
 one line why it could not start. vLLM does none of these: it has processes of its own, which outlive it when it is killed. The
-supervisor is their parent, whatever becomes of vLLM, and does all four for it.
+supervisor is their parent, whatever happens to vLLM, and does all four for it.
 """
 
 from __future__ import annotations

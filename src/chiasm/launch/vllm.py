@@ -35,8 +35,8 @@ _EC_ROLES = {
     Role.PREFILL: "ec_consumer",
     Role.DECODE: "ec_consumer",
 }
-"""Decode instances included: short of KV blocks, they compute a prompt again, and vLLM without a connector would then encode
-images that it doesn't have, which ends the engine."""
+"""Decode instances need embeddings when they are short of KV blocks and compute a prompt again. Without a connector vLLM would
+then encode images that it doesn't have, which ends the engine."""
 _RUN_WITHOUT_TOWER = ("qwen2_vl", "qwen2_5_vl")
 """Model types whose language model accepts embeddings without the vision tower. Models with DeepStack are not among them: vLLM
 looks for it in the tower, and stops at the first embedding if there is no tower."""
@@ -50,7 +50,7 @@ _KV_SIZES = (
 _KV_SIZE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 _MOST_KV_BYTES = 2 << 30
 _ENCODER_KV_BYTES = 64 << 20
-"""An encoder uses none; without a number vLLM asks for nearly all of the machine's memory."""
+"""An encoder uses no KV cache, but without a size vLLM asks for nearly all of the machine's memory."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Site:
     address: HeldPort
     placement: Placement
     storage: Path | None
-    """Where embeddings lie; None where none are exchanged."""
+    """Folder of the embeddings; None if none are exchanged."""
     ec_max_bytes: int
     side_channel: HeldPort | None
-    """Where NIXL shakes hands; None for instances that exchange no KV."""
+    """Port of NIXL's handshake; None for instances that exchange no KV."""
     turn: Path | None
     """The lock that orders the starts on a device that instances share."""
 

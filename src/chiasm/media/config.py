@@ -32,7 +32,7 @@ class MediaConfig:
     ] = None
     allowed_media_domains: Annotated[
         tuple[str, ...],
-        Option("The only host that URLs may name; can be repeated.", metavar="HOST", unset="any public host"),
+        Option("Host that URLs may name, and no other; can be repeated.", metavar="HOST", unset="any public host"),
     ] = ()
     """Redirects included."""
     allowed_media_networks: Annotated[

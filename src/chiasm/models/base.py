@@ -98,7 +98,7 @@ class Processor(ABC):
     max_model_len: int
     """The longest sequence that the model supports, in tokens."""
     default_sampling: Mapping[str, float | int]
-    """Those of temperature, top_p, top_k and repetition_penalty that generation_config.json sets."""
+    """The values of temperature, top_p, top_k and repetition_penalty in generation_config.json, as far as it sets them."""
 
     @abstractmethod
     def build_chat(

@@ -13,9 +13,9 @@ from msgspec.structs import replace
 from chiasm.wire import Health, Role
 
 WHOLE_ROLES = (Role.PD, Role.AGGREGATED)
-"""Those that answer a request by themselves."""
+"""Roles that answer a request by themselves."""
 PART_ROLES = (Role.PREFILL, Role.DECODE)
-"""Those that answer a request together. A fleet has either these or those."""
+"""Roles that answer a request together. A fleet has either these or the others."""
 LANGUAGE_ROLES = WHOLE_ROLES + PART_ROLES
 
 
@@ -48,7 +48,7 @@ class Verdicts(NamedTuple):
 
     agreement: Agreement | None
     mismatches: list[str | None]
-    """For each member in order, why it doesn't fit; None if it does."""
+    """Why each member doesn't fit, in order; None if it fits."""
 
 
 def agree(before: Agreement | None, members: Sequence[Member]) -> Verdicts:
@@ -81,7 +81,7 @@ def unusable(role: Role, health: Health) -> str | None:
 
 
 def elect(before: Agreement | None, members: Sequence[Member]) -> Agreement:
-    """Return the agreement by which to judge; ``members``, of which there is at least one, in the order in which they decide.
+    """Return the agreement by which to judge. ``members`` has at least one, in the order in which they decide.
 
     What was agreed stays as long as one member holds to it. What only encoders have agreed on goes as soon as language
     instances report and none of them shares it.
@@ -128,12 +128,12 @@ def merge(agreement: Agreement, member: Member) -> Agreement:
 
 
 def difference(fleet: Health, instance: Health) -> str | None:
-    """Return why ``instance`` can't work together with ``fleet``; None if it can. What either doesn't say fits anything."""
+    """Return why ``instance`` can't work together with ``fleet``; None if it can. Unreported values match any."""
     if fleet.model != instance.model:
-        return f"it serves {instance.model}, the fleet {fleet.model}"
+        return f"it serves {instance.model}, but the fleet serves {fleet.model}"
     if _differ(fleet.fingerprint, instance.fingerprint):
         if _differ(fleet.dtype, instance.dtype):
-            return f"its dtype is {instance.dtype}, the fleet's {fleet.dtype}"
+            return f"its dtype is {instance.dtype}, but the fleet's is {fleet.dtype}"
         # A fingerprint is made of model, processor settings and dtype.
         same_dtype = fleet.dtype and fleet.dtype == instance.dtype
         causes = "model or processor" if same_dtype else "model, processor or dtype"
@@ -141,7 +141,7 @@ def difference(fleet: Health, instance: Health) -> str | None:
     if _differ(fleet.ec_store, instance.ec_store):
         return "it exchanges embeddings through another store than the fleet"
     if fleet.kv_connector and instance.kv_connector and _kv_mover(fleet) != _kv_mover(instance):
-        return f"it moves KV by {_kv_mover(instance)}, the fleet by {_kv_mover(fleet)}"
+        return f"it moves KV with {_kv_mover(instance)}, but the fleet with {_kv_mover(fleet)}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The proxy's routes: answers, what can be read about the proxy, and its instances for whoever has the admin key."""
+"""The proxy's routes: answers, what can be read about the proxy, and changes of its instances with the admin key."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class _Order(msgspec.Struct):
 
 
 class _Admin:
-    """Lists, adds and removes instances for whoever has the key."""
+    """Lists, adds and removes instances for requests with the admin key."""
 
     def __init__(self, service: ProxyService, key: str) -> None:
         self._service = service

@@ -1,8 +1,8 @@
 """Images to encoders: spread over them, each encoded once at a time, and again elsewhere if an encoder fails.
 
-A *flight* is the encoding of one image, whoever asked for it: requests that need the same image meanwhile wait for the one
-flight. A *call* is one HTTP request to one encoder and carries flights that one request began. A flight for which nobody waits
-any more is abandoned, and a call is cancelled with its last flight.
+A *flight* is the encoding of one image, whichever request asked for it: requests that need the same image meanwhile wait for
+the one flight. A *call* is one HTTP request to one encoder and carries flights that one request began. A flight for which
+nobody waits any more is abandoned, and a call is cancelled with its last flight.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Flight:
         # Marks a failure as seen, also if all waiters have left before it.
         self.metadata.add_done_callback(lambda future: future.cancelled() or future.exception())
         self.encode_seconds: float | None = None
-        """The encoder's own figure for its call."""
+        """The time that the encoder itself reports for its call."""
         self.call: _Call | None = None
         self.attempts = 0
         self.failed_at: set[Instance] = set()

@@ -1,6 +1,6 @@
 """The instances behind the proxy: what each last said, which can be used, and which gets the next call.
 
-State only: no clock and no I/O. ``probe`` feeds it with what instances say of themselves.
+State only: no clock and no I/O. ``probe`` feeds it with what instances report about themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from chiasm.proxy.agreement import LANGUAGE_ROLES, PART_ROLES, WHOLE_ROLES, Agre
 from chiasm.wire import Health, InstanceInfo, InstanceState, Role
 
 _USUAL_SEQUENCES = 256
-"""What a decode instance computes at the same time if it doesn't say."""
+"""Sequences that a decode instance is assumed to compute at the same time if it doesn't report a limit."""
 _FULL = 10.0
 """Added to the load of a full decode instance: more than the load of any that has room."""
 
@@ -43,7 +43,7 @@ class Instance:
         """Probes in a row that weren't answered in time."""
         self.reported_at = 0
         self.moved_at = 0
-        """Of these two, see :class:`Member`."""
+        """See :class:`Member` for these two."""
 
     @property
     def state(self) -> InstanceState:
@@ -245,7 +245,7 @@ class Fleet:
     # ---- agreement -----------------------------------------------------------------------------------------------------
 
     def _judge(self) -> None:
-        """Judge every reachable instance anew."""
+        """Judge every reachable instance again."""
         reachable: list[tuple[Instance, Member]] = []
         for instance in self._instances.values():
             instance.mismatch = None

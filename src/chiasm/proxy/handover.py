@@ -1,7 +1,7 @@
 """From prefill to decode: prefill computes the prompt, decode takes over its KV and generates the answer.
 
-Both are called in :meth:`Handover.run`. When either is lost, both are called again, elsewhere if possible: an answer of which
-the client has nothing starts from the beginning; one that the client has a part of is resumed, if the engine can do that.
+Both are called in :meth:`Handover.run`. When either is lost, both are called again, elsewhere if possible: an answer
+that the client has no part of starts from the beginning; otherwise it is resumed, if the engine can do that.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Handover:
         with self._balancer.assign(job, (Role.PREFILL,), avoid=self._avoided) as assignment:
             self._prefill_at = assignment.instance
             try:
-                # A client that has nothing yet is told that prefill is full; an answer that has begun waits for room.
+                # A client that has nothing yet gets the error of the full prefill instance; an answer that has begun waits.
                 opening = self._open(assignment, self._engine.prefill_body, waits_for_room=job.exchange.has_begun)
                 with await job.open_unless_encoding_fails(opening) as call:
                     timing.prefill_call = timing.prefill_call or time.perf_counter() - self._began

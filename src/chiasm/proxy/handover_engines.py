@@ -49,7 +49,7 @@ class Handle(NamedTuple):
     token_ids: list[int]
     """Tokens sampled so far, if decode is to continue from them; empty if decode samples the first one."""
     num_sent: int = 0
-    """How many of them the client has the text of."""
+    """How many of them the client has as text."""
 
     def for_decode(self) -> bytes:
         """Return the ``kv_transfer_params`` for decode."""
@@ -60,7 +60,7 @@ class Handle(NamedTuple):
 
 
 class HandoverEngine(ABC):
-    """How one engine's prefill and decode instances are called, for one request. Made anew for each."""
+    """How one engine's prefill and decode instances are called, for one request. Each request has its own."""
 
     waits_for_decode: bool
     """Whether a request waits for a full decode instance; otherwise the client gets its refusal."""
@@ -89,7 +89,7 @@ class HandoverEngine(ABC):
 
     @abstractmethod
     def prefill_body(self, body: bytes) -> bytes:
-        """Return the body for prefill, made of the one for any language instance."""
+        """Return the body for prefill, made from the one for any language instance."""
 
     @abstractmethod
     async def relay_prefill(self, call: Call) -> Handle | None:
@@ -109,7 +109,7 @@ class ChiasmEngine(HandoverEngine):
     def __init__(self, job: Job, metrics: Metrics, max_response_bytes: int) -> None:
         super().__init__(job, metrics, max_response_bytes)
         self._token_ids: list[int] = []
-        """Tokens that the client has the text of."""
+        """Tokens that the client has as text."""
         self._num_of_prefill = 0
         """How many of them were known when the last prefill ended."""
         self._first: KVTransferParams | None = None
@@ -138,7 +138,7 @@ class ChiasmEngine(HandoverEngine):
         return lost if error.is_leaving else None
 
     def prefill_body(self, body: bytes) -> bytes:
-        if not self.job.exchange.has_begun:  # nothing was sent: the answer begins anew
+        if not self.job.exchange.has_begun:  # nothing was sent: the answer starts again
             self._token_ids, self._first, self._knows_all_sent = [], None, True
         params = KVTransferParams(do_remote_decode=True, continues=True)
         if self._token_ids and self._first is not None:
@@ -332,7 +332,7 @@ def _handle_in(response: UpstreamResponse) -> dict[str, Raw] | None:
 
 
 def _view(members: dict[str, Raw]) -> KVTransferParams:
-    """Return what chiasm knows of a handle of its own engine. Raises UpstreamError."""
+    """Return the handle of a prefill instance of chiasm's own engine. Raises UpstreamError."""
     try:
         return _params.decode(json_object(members))
     except msgspec.MsgspecError as error:

@@ -31,11 +31,11 @@ class Timing:
     encode: float | None = None
     """What the slowest encoder reports of its own work."""
     encode_call: float | None = None
-    """Until the last encoder answered."""
+    """Time until the last encoder answered."""
     prefill_call: float | None = None
-    """Until prefill answered."""
+    """Time until prefill answered."""
     handover: float | None = None
-    """From the last byte of prefill to the head of decode, which in a stream comes with its first token."""
+    """Time from the last byte of prefill to the head of decode, which in a stream comes with its first token."""
     proxy: float | None = None
     """The proxy's own work before it called an instance, without ``fetch``."""
 
@@ -68,7 +68,7 @@ class Job:
         """Done when all embeddings have been published; gives the encoders' metadata (JSON) by identifier. None if it has no
         images, or has them encoded where the text goes."""
         self.identifiers: Sequence[str] = ()
-        """Of the images that ``encoding`` is about, in the order in which they occur."""
+        """Identifiers of the images that ``encoding`` is about, in the order in which they occur."""
         self._encoder_calls = 0
         self._relay = EventRelay(timing.comment)
 
@@ -88,7 +88,7 @@ class Job:
         return self.request.with_parts([embeds_part(name, metadata[name]) for name in self.identifiers])
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of one call; made anew for each, since the time left shrinks."""
+        """Return the headers of one call; each call has its own, since the time left shrinks."""
         given = self.exchange.headers
         return {
             **{name: given[name] for name in _TO_INSTANCES if name in given},
@@ -105,7 +105,7 @@ class Job:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether encoders need nothing of the request any more."""
+        """Whether the encoders are done with the request."""
         return self.encoding is None or self.encoding.done()
 
     async def unless_encoding_fails(self, work: Awaitable[_T]) -> _T:
@@ -125,7 +125,7 @@ class Job:
             await _end(task)
 
     async def open_unless_encoding_fails(self, opening: Coroutine[Any, Any, Call]) -> Call:
-        """The same for a call, which is closed if it comes about too late."""
+        """Like :meth:`unless_encoding_fails` for a call, which is closed if it comes too late."""
         task = asyncio.ensure_future(opening)
         try:
             return await self.unless_encoding_fails(task)
@@ -159,7 +159,7 @@ class Job:
         )
 
     async def send_events(self, chunk: bytes, upstream: Mapping[str, str]) -> None:
-        """Pass on a chunk of a stream, after a head made of the headers of the instance if the stream hasn't begun."""
+        """Pass on a chunk of a stream; if the stream hasn't begun, begin it with the instance's headers."""
         if not self.exchange.has_begun:
             timing = self.timing.header(upstream.get("server-timing"))
             await self.exchange.start_events([timing], content_type=upstream.get("content-type", CONTENT_TYPE))

@@ -25,64 +25,64 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "chiasm_proxy_requests",
-            "Requests answered, by route and HTTP status (499: the client left)",
+            "Requests answered, by route and HTTP status (499: the client left).",
             ["route", "status"],
             registry=self.registry,
         )
-        self.in_flight = Gauge("chiasm_proxy_requests_in_flight", "Requests being answered", registry=self.registry)
+        self.in_flight = Gauge("chiasm_proxy_requests_in_flight", "Requests being answered.", registry=self.registry)
         self.items = Counter(
             "chiasm_proxy_items",
-            "Images by outcome: encoded, joined (waited for the encoding of an equal image), refused, failed",
+            "Images by outcome: encoded, joined (waited for the encoding of an equal image), refused, failed.",
             ["outcome"],
             registry=self.registry,
         )
         self.encode_retries = Counter(
-            "chiasm_proxy_encode_retries", "Images sent to an encoder again after a failure", registry=self.registry
+            "chiasm_proxy_encode_retries", "Images sent to an encoder again after a failure.", registry=self.registry
         )
         self.language_retries = Counter(
             "chiasm_proxy_language_retries",
-            "Requests sent to an instance again after a lost connection",
+            "Requests sent to an instance again after a lost connection.",
             registry=self.registry,
         )
         self.prefill_retries = Counter(
             "chiasm_proxy_prefill_retries",
-            "Prompts prefilled again, for any reason",
+            "Prompts prefilled again, for any reason.",
             registry=self.registry,
         )
         self.resumed_streams = Counter(
             "chiasm_proxy_resumed_streams",
-            "Streams resumed on another instance after the client had received tokens, by reason",
+            "Streams resumed on another instance after the client had received tokens, by reason.",
             ["reason"],
             registry=self.registry,
         )
         self.handovers = Counter(
-            "chiasm_proxy_handovers", "Requests handed over to a decode instance", registry=self.registry
+            "chiasm_proxy_handovers", "Requests handed over to a decode instance.", registry=self.registry
         )
         self.decode_refusals = Counter(
-            "chiasm_proxy_decode_refusals", "Calls refused by a full decode instance", registry=self.registry
+            "chiasm_proxy_decode_refusals", "Calls refused by a full decode instance.", registry=self.registry
         )
         self.gap = Histogram(
             "chiasm_proxy_handover_gap_seconds",
-            "Time in a stream between the first token, from prefill, and the second, from decode",
+            "Time in a stream between the first token, from prefill, and the second, from decode.",
             buckets=_GAP_BUCKETS,
             registry=self.registry,
         )
         self.overhead = Histogram(
             "chiasm_proxy_overhead_seconds",
-            "The proxy's own time from the last byte of the body to the call of an instance, without fetching images",
+            "The proxy's own time from the last byte of the body to the call of an instance, without fetching images.",
             ["kind"],
             buckets=_OVERHEAD_BUCKETS,
             registry=self.registry,
         )
         self.fetch = Histogram(
             "chiasm_proxy_fetch_seconds",
-            "Time to fetch a request's images",
+            "Time to fetch a request's images.",
             buckets=_FETCH_BUCKETS,
             registry=self.registry,
         )
         self.encode = Histogram(
             "chiasm_proxy_encode_seconds",
-            "Time until all encoders of a request had answered",
+            "Time until all encoders of a request had answered.",
             buckets=_FETCH_BUCKETS,
             registry=self.registry,
         )
@@ -104,15 +104,15 @@ class _FleetCollector(Collector):
     def _families(self) -> Iterator[GaugeMetricFamily]:
         labels = ["url", "role"]
         healthy = GaugeMetricFamily(
-            "chiasm_proxy_instance_healthy", "1 if the instance can be used, otherwise 0", labels=labels
+            "chiasm_proxy_instance_healthy", "1 if the instance can be used, otherwise 0.", labels=labels
         )
         work = GaugeMetricFamily(
             "chiasm_proxy_instance_outstanding_work",
-            "Pixels at an encoder, calls at a decode instance, otherwise bytes of text and an equivalent for images",
+            "Pixels at an encoder, calls at a decode instance, otherwise bytes of text and an equivalent for images.",
             labels=labels,
         )
         calls = GaugeMetricFamily(
-            "chiasm_proxy_instance_calls_in_flight", "Calls of the instance under way", labels=labels
+            "chiasm_proxy_instance_calls_in_flight", "Calls of the instance under way.", labels=labels
         )
         for instance in self._fleet.instances:
             values = [instance.url, instance.role.value]

@@ -130,7 +130,7 @@ class Prober:
         try:
             health = _health.decode(response.body)
         except msgspec.MsgspecError as error:
-            raise UpstreamError(f"/health answered with something else than expected: {error}") from error
+            raise UpstreamError(f"/health answered with an unexpected body: {error}") from error
         if health.status != "ok":
             raise UpstreamError(f"/health reports the status {health.status[:40]!r}")
         if not health.model:

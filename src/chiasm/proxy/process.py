@@ -41,7 +41,7 @@ def create_server(app: Starlette, config: ProxyConfig) -> HttpServer:
 def recycle_large_buffers(kept_bytes: int = 16 << 20, arenas: int = 2) -> None:
     """Have the C library take large buffers from the heap, and keep up to ``kept_bytes`` of it when they are freed.
 
-    By default glibc maps each buffer above 128 KiB anew; for the few copies of a 1 MB image, the page faults cost several
+    By default glibc maps each buffer above 128 KiB separately; for the few copies of a 1 MB image, the page faults cost several
     times what the copies cost. Does nothing if the C library isn't glibc.
     """
     try:

@@ -29,9 +29,9 @@ from chiasm.wire import Role
 _MEDIA_THREADS = 2
 _COST_OF_A_REQUEST = 1000.0
 _COST_OF_AN_ITEM = 4000.0
-"""In bytes of text: an image takes about as many tokens of a prompt."""
+"""Cost of an image in bytes of text: both take about as many tokens of a prompt."""
 _PIXELS_PER_COST = 64
-"""Of encoding, at an aggregated instance."""
+"""Pixels that cost an aggregated instance as much to encode as one byte of text to prefill."""
 
 
 class Router:

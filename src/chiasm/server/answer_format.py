@@ -54,9 +54,9 @@ class AnswerFormat(ABC):
     before_text: ClassVar[bytes]
     """What a chunk has between the index and the text of its choice."""
     after_text: ClassVar[bytes]
-    """What it has between the text and the log probabilities."""
+    """What a chunk has between the text and the log probabilities."""
     without_text: ClassVar[bytes]
-    """What the last chunk of a choice, which has no text, has in place of all that."""
+    """What the last chunk of a choice has in place of both and the text."""
 
     def __init__(
         self,

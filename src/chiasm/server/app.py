@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chiasm.engine.base import Engine
 
 _GRACE_SECONDS = 1.0
-"""After the deadline, for the engine to raise its own error, which says what was late."""
+"""Time after the deadline for the engine to raise its own error, which says what was late."""
 
 
 def create_app(engine: Engine, *, served_model_name: str, config: ServerConfig | None = None) -> Starlette:

@@ -20,13 +20,13 @@ class ServerConfig:
     deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
     """``X-Request-Deadline-Ms`` of a request can only shorten it."""
     body_timeout_seconds: float = 60.0
-    """In which the body of a request must arrive; a slower one is answered with 408."""
+    """Time in which the body of a request must arrive; a slower one is answered with 408."""
     max_body_bytes: Annotated[int, Option("Maximum size of a request; a larger one gets 413.")] = 64 << 20
     max_inflight_requests: Annotated[int, Option("Maximum concurrent requests; one more gets 503.", min=1)] = 1024
     max_inflight_body_bytes: int = 1 << 30
-    """Bodies that all requests together hold; one more is answered with 503."""
+    """Size of the bodies that all requests together may hold; beyond it they are answered with 503."""
     max_messages: int = 1024
-    """Messages of one chat."""
+    """Maximum number of messages in one chat."""
     max_prompts: int = 64
     """Prompts of one text completion."""
     media: MediaConfig = field(default_factory=MediaConfig)

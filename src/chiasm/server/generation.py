@@ -59,7 +59,7 @@ class Generation:
         self._cached_tokens = [0] * len(requests)
         self._completion_tokens = 0
         self._timing: RequestTiming | None = None
-        """Of the first prompt."""
+        """Timing of the first prompt."""
         self.choices = [ChoiceState() for request in requests for _ in range(request.num_choices)]
         self._handles: dict[int, KVTransferParams] = {}
 

@@ -1,4 +1,4 @@
-"""The images of a request: what each role takes, and what it makes of them.
+"""The images of a request: what each role takes, and what it does with them.
 
 Encoder and aggregated instances take images (``image_url``) and fetch them. The others take the names of embeddings that an
 encoder publishes, with the metadata that sizes their placeholders (``image_embeds``).

@@ -84,7 +84,7 @@ class _InstanceCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         instance = self._instance
-        yield GaugeMetricFamily("chiasm_up", "1 if the instance takes requests, else 0.", instance.state == "ok")
+        yield GaugeMetricFamily("chiasm_up", "1 if the instance takes requests, otherwise 0.", instance.state == "ok")
         engine = instance.loaded_engine
         if engine is None:
             return

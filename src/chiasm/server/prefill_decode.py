@@ -29,7 +29,7 @@ class AnswerPart:
     """The part of an answer that is made here. The defaults are those of pd and aggregated instances: all of it."""
 
     given: Sequence[KVTransferParams] = ()
-    """What the sender says of each prompt; none for pd and aggregated instances."""
+    """What the sender says about each prompt; empty for pd and aggregated instances."""
     created: int | None = None
     """Unix time at which the answer began, if that was elsewhere."""
     begins_here: bool = True
@@ -41,7 +41,7 @@ class AnswerPart:
 
 
 def answer_part(role: Role, request: GenerationFields, *, num_prompts: int = 1) -> AnswerPart:
-    """Return what an instance of ``role`` makes of the answer. Raises InvalidRequestError if the request asks for more."""
+    """Return which part of the answer an instance of ``role`` makes. Raises InvalidRequestError if it is asked for more."""
     given = request.kv_transfer_params or KVTransferParams()
     is_single = num_prompts == 1 and num_choices(request) == 1
     match role:
@@ -117,7 +117,7 @@ def engine_requests(
 ) -> Sequence[GenerateRequest]:
     """Return what the engine does for ``requests``, which ask for the whole answer, one for each prompt.
 
-    Raises InvalidRequestError if what the sender says of a prompt contradicts its request.
+    Raises InvalidRequestError if what the sender says about a prompt contradicts its request.
     """
     if not part.given:
         return requests

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 0.5
-"""After the signal to stop, for requests to end by themselves."""
+"""Time for requests to end by themselves after the signal to stop."""
 _ENGINE_STOP_SECONDS = 1.0
-"""For a load or a step of the engine, neither of which can be interrupted."""
+"""Time for a load or a step of the engine to end, since neither can be interrupted."""
 
 
 def run(

@@ -55,7 +55,7 @@ class Status:
         if engine is None:
             return Health(status=status, message=message)
         try:
-            ec_store = await asyncio.to_thread(engine.store_id)  # not cached: the folder may have been made anew since
+            ec_store = await asyncio.to_thread(engine.store_id)  # not cached: the folder may have been recreated
         except StorageError as error:
             ec_store, message = "", error.message
             if engine.config.role is Role.ENCODER:  # the other roles still answer text

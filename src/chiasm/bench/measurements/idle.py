@@ -15,7 +15,7 @@ _AT_MOST_PERCENT = 2.0
 _WINDOW_SECONDS = 2.0
 _QUICK_WINDOW_SECONDS = 0.5
 _SETTLING_SECONDS = 1.0
-"""For what an instance still does after a request."""
+"""Time for what an instance still does after a request."""
 
 
 class Idle(Measurement):

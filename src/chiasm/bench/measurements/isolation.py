@@ -65,7 +65,7 @@ class Isolation(Measurement):
             texts = Texts(deployments[0].folder, bench.seed)
             alone = await self._seconds_alone(bench, urls, texts)
             rate = _LOAD / self.pace(alone)
-            bench.phase(f"{rate:.2f} {self.load} a second", 2 * rounds)
+            bench.phase(f"{rate:.2f} {self.load} per second", 2 * rounds)
             for index in range(rounds):
                 times = poisson(bench.seed * 1000 + index, rate, seconds)
                 times = times or [0.0]  # there may be none in a short time
@@ -81,7 +81,7 @@ class Isolation(Measurement):
         outcome = self._outcome(gaps, calm, bench.seed)
         outcome.notes.append(
             f"One of the {self.load} alone takes {self.labels[0]} {alone[0]:.3g} s and {self.labels[1]} {alone[1]:.3g} s; "
-            f"{rate:.2f} a second arrived. {sum(map(len, gaps[0]))} and {sum(map(len, gaps[1]))} gaps."
+            f"{rate:.2f} per second arrived. {sum(map(len, gaps[0]))} and {sum(map(len, gaps[1]))} gaps."
         )
         return outcome
 

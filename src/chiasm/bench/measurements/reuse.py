@@ -105,13 +105,13 @@ class _EqualTexts:
 def judge(
     first: list[float], second: list[float], of_text: list[float], *, encoded: float, loaded: list[float], seed: int
 ) -> Outcome:
-    """Return the outcome of times to first token in milliseconds; without those of texts, each PD must load each image.
+    """Return the outcome for times to first token in milliseconds. Without those of texts, each PD must load each image.
 
     ``loaded`` has the number of embeddings that each PD loaded.
     """
     rounds = len(first)
     outcome = Outcome()
-    outcome.figures.append(Figure("encodes beyond one an image", encoded - rounds, "", 0))
+    outcome.figures.append(Figure("encodes beyond one per image", encoded - rounds, "", 0))
     series = [Series("first request", first), Series("second request", second)]
     if of_text:
         ratio = paired_ratio(of_text, second, seed=seed)

@@ -58,7 +58,7 @@ class VllmExample(Measurement):
     name = "vllm-example"
     purpose = "chiasm over vLLM against vLLM's ECExampleConnector behind vLLM's example proxy"
     target = (
-        f"first token of a 512 x 512 image at most {_TTFT_AT_MOST} times theirs; requests a second with texts and images at "
+        f"first token of a 512 x 512 image at most {_TTFT_AT_MOST} times theirs; requests per second with texts and images at "
         f"least {_RATE_AT_LEAST} times theirs; bytes of request bodies at PD at most {_BYTES_AT_MOST} times theirs"
     )
 
@@ -134,7 +134,7 @@ async def _rate(bench: Bench, outcome: Outcome, urls: tuple[str, str], mix: Mix)
         bench.advance()
     ratio = paired_ratio(seconds[1], seconds[0], seed=bench.seed)
     outcome.figures.append(
-        Figure.of("texts and images, requests a second: chiasm / vLLM's example", ratio, "x", at_least=_RATE_AT_LEAST)
+        Figure.of("texts and images, requests per second: chiasm / vLLM's example", ratio, "x", at_least=_RATE_AT_LEAST)
     )
     outcome.figures += [
         Figure(f"texts and images: {label}, median", sent / median(taken), "a second")
@@ -189,12 +189,12 @@ async def _bytes_at_pd(
             outcome.figures.append(Figure(f"bytes of bodies at PD: chiasm / {label}", ratio, "x", limit))
     for label, counter in counters.items():
         outcome.figures.append(
-            Figure(f"bytes of bodies at PD: {label}", counter.body_bytes / counter.requests / 1000, "kB a request")
+            Figure(f"bytes of bodies at PD: {label}", counter.body_bytes / counter.requests / 1000, "kB per request")
         )
         if counter.requests != len(bodies):
             outcome.notes.append(f"The PD of {label} got {counter.requests} requests for {len(bodies)} of the client.")
     sent = sum(map(len, bodies)) / len(bodies)
-    outcome.figures.append(Figure("bytes of bodies from the client", sent / 1000, "kB a request"))
+    outcome.figures.append(Figure("bytes of bodies from the client", sent / 1000, "kB per request"))
 
 
 # ---- vLLM's example -----------------------------------------------------------------------------------------------------

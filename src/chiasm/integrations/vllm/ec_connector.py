@@ -249,7 +249,7 @@ def _device() -> str:
 
 
 def _syncing() -> contextlib.AbstractContextManager[Any]:
-    """A block that may wait for the GPU, as copying an embedding does; vLLM can be told to complain of any other."""
+    """A block that may wait for the GPU, as copying an embedding does; vLLM can be set to complain about all others."""
     try:
         from vllm.utils.gpu_sync_debug import gpu_sync_allowed
     except ImportError:

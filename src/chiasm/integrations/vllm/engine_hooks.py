@@ -1,11 +1,11 @@
 """Where the connector takes part in decisions of vLLM's engine that the interface of EC connectors doesn't cover.
 
-- *Is there room for an item?* vLLM asks its encoder cache manager right before it decides to load or to encode an item; a no
-  makes prefill stop before the item. Through this question prefill goes as far as there are embeddings, and nothing is decided
-  for an embedding that has gone in the meantime.
-- *What to do while every request waits for an embedding?* By itself vLLM goes round once a millisecond, through scheduler,
+- *Is there room for an item?* vLLM asks its encoder cache manager right before it decides to load or to encode an item; a
+  refusal makes prefill stop before the item. So prefill gets as far as there are embeddings, and nothing is decided for an
+  embedding that has disappeared in the meantime.
+- *What to do while every request waits for an embedding?* By itself vLLM runs one round per millisecond, through scheduler,
   workers and statistics, which takes most of a core. Here it only looks for the embeddings, twice a millisecond at first and
-  less often the longer the wait has been, and goes on at once when one has come or a client sends something.
+  less often the longer the wait has been, and continues at once when one has come or a client sends something.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from chiasm.integrations.vllm.scheduler import SchedulerHalf
 
 _logger = logging.getLogger(__name__)
 _MAX_WAIT_SECONDS = 0.1
-"""After which vLLM goes round once, since its watchdog wants to see that it lives."""
+"""Time after which vLLM runs one round, since its watchdog needs a sign of life."""
 
 _halves: WeakValueDictionary[str, SchedulerHalf] = WeakValueDictionary()
-"""By the id that vLLM gives to an engine. The connector is made before the encoder cache manager."""
+"""The halves by vLLM's id of their engine, for its encoder cache manager, which is made after the connector."""
 
 
 def install(vllm_config: Any, half: SchedulerHalf) -> None:

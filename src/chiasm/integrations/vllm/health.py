@@ -1,4 +1,4 @@
-"""What an instance of vLLM says of itself at /health, in the words of chiasm's own instances."""
+"""What an instance of vLLM reports at /health, in the same format as chiasm's own instances."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Description:
-    """What the middleware knows of the instance."""
+    """What the middleware knows about the instance."""
 
     health: Health
     processor: Processor | None
@@ -32,7 +32,7 @@ class Description:
     has_connector: bool
     """Whether embeddings come through chiasm's connector."""
     folder: BoundedFolder | None
-    """Where the embeddings are, with chiasm's connector."""
+    """Folder of the embeddings, if they come through chiasm's connector."""
 
     def current_health(self) -> Health:
         """Return ``health`` with the store that there is now: the folder may have been removed and created again.

@@ -1,4 +1,4 @@
-"""What the scheduler half remembers: requests, their items, and what becomes of each item."""
+"""What the scheduler half remembers: requests, their items, and what happens to each item."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TrackedRequest:
 
     @classmethod
     def of(cls, request: Any, metadata_fields: MetadataFields) -> TrackedRequest:
-        """Return what there is to know of a vLLM ``Request``."""
+        """Return the record of a vLLM ``Request``."""
         items = tuple(_item(feature, metadata_fields) for feature in request.mm_features)
         end = max((item.end for item in items), default=0)
         return cls(request.request_id, items, end, _refusal(item.identifier for item in items))
@@ -91,7 +91,7 @@ def _refusal(identifiers: Iterable[str]) -> str | None:
 
 
 class Content(enum.Enum):
-    """What the workers really have of an item that vLLM believes to be in their encoder cache."""
+    """What the workers really have for an item that vLLM believes to be in their encoder cache."""
 
     EMBEDDING = enum.auto()
     ZEROS = enum.auto()
@@ -102,9 +102,9 @@ class Content(enum.Enum):
 
 @dataclass
 class ItemState:
-    """What is known of one identifier.
+    """What is known about one identifier.
 
-    In a step it goes from top to bottom through the fields: the store promises it, vLLM is told to load it (or else encodes
+    In a step it goes from top to bottom through the fields: the store promises it, vLLM is asked to load it (or else encodes
     it), and once vLLM has made room, the workers are expected to have it. With the step's end all of this is forgotten, and the
     state is kept only if the content is not the embedding. ``Content`` then returns to EMBEDDING when the last request that
     uses the item has released it (vLLM forgets the item) or when it is loaded or encoded again.
@@ -122,7 +122,7 @@ class ItemState:
 
 
 class SpoiledItems:
-    """Items of which vLLM's prefix cache may hold blocks that were computed from zeros.
+    """Items for which vLLM's prefix cache may hold blocks that were computed from zeros.
 
     Nothing reads such blocks, so vLLM reuses them in the order in which they became free: when it has computed as many tokens
     as the KV cache holds, none is left, and the items are forgotten. That also bounds their number.

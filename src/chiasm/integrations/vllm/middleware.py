@@ -39,7 +39,7 @@ class ChiasmMiddleware:
     """Answers /health with what the instance is, and replaces image sizes in chat completions by vLLM's metadata.
 
     It also refuses bodies of chat completions that are larger than chiasm's own instances take, and explains the error of a
-    request that failed for want of an embedding. Everything else passes unchanged.
+    request that failed for lack of an embedding. Everything else passes unchanged.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int = ServerConfig.max_body_bytes) -> None:

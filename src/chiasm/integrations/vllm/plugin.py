@@ -32,7 +32,7 @@ def register() -> None:
             _shorten_polling()
             _pause_nixl()
     except (ImportError, AttributeError) as error:
-        _logger.warning("vLLM's workers keep polling, since this vLLM is not the one that chiasm knows: %s", error)
+        _logger.warning("vLLM's workers keep polling, because chiasm doesn't know this version of vLLM: %s", error)
 
 
 def _shorten_polling() -> None:

@@ -36,7 +36,7 @@ _MAX_PINNED_STEPS = 64
 """Steps whose entries are kept while no worker has reported them. vLLM has about two under way."""
 _MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.0005, 0.01
 _POLL_SHARE = 0.01
-"""Of the time waited so far, so that polling delays a request by at most a hundredth."""
+"""Interval between polls as a fraction of the time waited so far, so that polling delays a request by at most a hundredth."""
 
 
 class EncoderMemory(Protocol):
@@ -45,7 +45,7 @@ class EncoderMemory(Protocol):
     def holds(self, identifier: str) -> bool: ...
 
     def forget(self, identifier: str) -> bool:
-        """Have vLLM load or encode the item anew when it is next wanted; return False if a request still uses it."""
+        """Have vLLM load or encode the item again when it is next wanted; return False if a request still uses it."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Reach:
     """How far prefill goes while items are missing."""
 
     window_tokens: int
-    """How far ahead of a request's computed tokens one step can get: items beyond that need not be there."""
+    """Tokens that one step can add to those computed so far: items beyond them need not exist yet."""
     max_ahead: int = 0
-    """How many requests may run up to an item in that window that is missing. They hold a place among the running requests
+    """Maximum number of requests that run up to a missing item in that window. They hold a place among the running requests
     while they wait."""
     min_tokens: int = 64
-    """A request begins to run ahead only for this many tokens; once it has begun, any number will do."""
+    """A request begins to run ahead only if it can compute this many tokens; once it has begun, any number is enough."""
     lookahead_tokens: int = 0
     """How many tokens a draft model looks ahead; prefill stops this far before a missing item."""
 
@@ -174,7 +174,7 @@ class SchedulerHalf:
         return is_loaded
 
     def update_state_after_alloc(self, request: Any, index: int) -> None:
-        """Take note that vLLM has made room for an item: it is loaded or encoded in this step."""
+        """Note that vLLM has made room for an item: it is loaded or encoded in this step."""
         tracked = self._requests[request.request_id]
         item = tracked.items[index]
         state = self._state(item.identifier)
@@ -215,7 +215,7 @@ class SchedulerHalf:
     # ---- a step is done ---------------------------------------------------------------------------------------------
 
     def update_connector_output(self, report: StepReport) -> None:
-        """Let go of what has been loaded, and fail every request that used what could not be loaded."""
+        """Release what has been loaded, and fail every request that used what could not be loaded."""
         while self._pinned and self._pinned[0][0] <= report.step:
             self._pinned.popleft()
         for identifier in report.failed:
@@ -273,7 +273,7 @@ class SchedulerHalf:
         return sum(1 for _ in self._waiting())
 
     def has_news(self) -> bool:
-        """Return whether one of them can go on, or has waited too long."""
+        """Return whether one of them can continue, or has waited too long."""
         now = self.clock()
         return any(
             now - since > self._wait_seconds or self.is_published(tracked.missing) for tracked, since in self._waiting()

@@ -21,7 +21,7 @@ class Settings:
     shared_storage_path: Path
     """The folder that encoders and PDs share."""
     max_bytes: int = ECTransferConfig.max_bytes
-    """The most that the folder may hold."""
+    """Maximum size of what the folder holds."""
     wait_seconds: float = 60.0
     """How long a request waits for an embedding before it fails."""
     fingerprint: str | None = None

@@ -16,10 +16,10 @@ _logger = logging.getLogger(__name__)
 
 
 class WorkerHalf:
-    """Sees to it that what the scheduler counts on is in ``encoder_cache`` when the model runs.
+    """Ensures that ``encoder_cache`` has what the scheduler relies on when the model runs.
 
     vLLM's engine stops if it is not. So if an entry cannot be loaded in spite of all that the scheduler does, zeros of its
-    shape take its place, and the scheduler is told, which fails the requests that use them.
+    shape take its place, and the scheduler is informed and fails the requests that use them.
     """
 
     def __init__(self, store: SharedStorageConnector, dtype: torch.dtype, *, is_writer: Callable[[], bool]) -> None:
@@ -85,7 +85,7 @@ class WorkerHalf:
         except InvalidRequestError:
             return  # the scheduler has refused the request already
         except StorageError as error:
-            _logger.warning("The embedding of item %s is not saved: %s", mm_hash, error)
+            _logger.warning("The embedding of item %s was not saved: %s", mm_hash, error)
         self._write_counters()
 
     def report(self) -> StepReport | None:
