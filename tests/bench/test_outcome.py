@@ -17,7 +17,7 @@ from chiasm.bench.measurements import MEASUREMENTS
 from chiasm.bench.measurements.identity import Tokens, compare, generated
 from chiasm.bench.plot import write_plot
 from chiasm.bench.report import machine, print_outcome, shown, with_unit, write_json
-from chiasm.bench.requests import Request
+from chiasm.bench.requests import DrawnRequest
 from chiasm.bench.statistics import Estimate
 from chiasm.cli.bench import NAMES
 from chiasm.launch.config import EngineKind
@@ -142,7 +142,7 @@ def test_a_run_without_samples_has_a_plot(tmp_path: Path) -> None:
     assert (tmp_path / "results.png").stat().st_size > 0
 
 
-REQUESTS = [Request("text", (), "one?"), Request("text", (), "two?")]
+REQUESTS = [DrawnRequest("text", (), "one?"), DrawnRequest("text", (), "two?")]
 ANSWERS = [["a", "b"], ["c"]]
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from chiasm import checkpoints
-from chiasm.cli.conversation import Answer, Item, Turn, all_agree, draw_in_characters, read_image
+from chiasm.cli.conversation import Answer, ImageTiming, Turn, all_agree, draw_in_characters, read_image
 from chiasm.cli.demo import draw_turns, explain
 from chiasm.launch import ProcessState, ProcessStatus
 from chiasm.wire import Role
@@ -63,12 +63,12 @@ def test_the_images_are_drawn_by_the_seed_and_were_not_trained_on() -> None:
     ("answer", "encoder", "pd"),
     [
         (
-            Answer("", {"encode": 12, "prefill": 3, "ttft": 20, "total": 30, "proxy": 1}, (Item("waited", 15),)),
+            Answer("", {"encode": 12, "prefill": 3, "ttft": 20, "total": 30, "proxy": 1}, (ImageTiming("waited", 15),)),
             "encoded 1 image in 12.0 ms",
             "waited 15.0 ms for image 1, prefill 3.0 ms, first token after 20.0 ms, all of it 30.0 ms",
         ),
         (
-            Answer("", {"encode": 0}, (Item("hit", 0), Item("hit", 0))),
+            Answer("", {"encode": 0}, (ImageTiming("hit", 0), ImageTiming("hit", 0))),
             "had the embeddings already",
             "found the embedding of image 1, found the embedding of image 2",
         ),

@@ -147,7 +147,7 @@ _PENALTIES: tuple[dict[str, float], ...] = (
 
 
 @dataclass(frozen=True)
-class Request:
+class DrawnRequest:
     """Image files, and a question about them."""
 
     kind: str
@@ -155,7 +155,7 @@ class Request:
     question: str
 
 
-def draw_requests(seed: int, count: int) -> list[Request]:
+def draw_requests(seed: int, count: int) -> list[DrawnRequest]:
     """Return requests of all kinds in a shuffled order."""
     kinds = [kind for kind, share in _SHARES.items() for _ in range(share)]
     if count < len(kinds):
@@ -165,16 +165,16 @@ def draw_requests(seed: int, count: int) -> list[Request]:
     return [_draw(seed * 100_000 + index, kind) for index, kind in enumerate(drawn)]
 
 
-def _draw(seed: int, kind: str) -> Request:
+def _draw(seed: int, kind: str) -> DrawnRequest:
     number = _IMAGES[kind]
     example = draw_example(seed, images=max(1, number))
     images = [_encoded(image, "PNG") for image in example.images[:number]]
     if kind == "the same image twice":
         images[1] = images[0]
-    return Request(kind, tuple(images), example.question)
+    return DrawnRequest(kind, tuple(images), example.question)
 
 
-def count_kinds(requests: Sequence[Request]) -> str:
+def count_kinds(requests: Sequence[DrawnRequest]) -> str:
     """Return a sentence that says how many requests there are of each kind."""
     counted = Counter(request.kind for request in requests)
     return f"{len(requests)} requests: {', '.join(f'{number} × {kind}' for kind, number in counted.items())}."

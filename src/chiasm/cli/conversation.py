@@ -60,7 +60,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Item:
+class ImageTiming:
     """How the language model got one image's embedding."""
 
     outcome: str
@@ -75,7 +75,7 @@ class Answer:
     text: str
     milliseconds: dict[str, float] = field(default_factory=dict)
     """Durations in the ``Server-Timing`` header, by name; if a name occurs twice, the first one, which is the proxy's."""
-    items: tuple[Item, ...] = ()
+    items: tuple[ImageTiming, ...] = ()
 
     def agrees_with(self, right_answer: str) -> bool:
         """Return whether the texts are equal except for case, spaces and a final full stop."""
@@ -124,10 +124,10 @@ def ask(url: str, turn: Turn) -> Answer:
 
 def _answer(text: str, server_timing: str | None) -> Answer:
     milliseconds: dict[str, float] = {}
-    items: list[Item] = []
+    items: list[ImageTiming] = []
     for name, seconds, description in read_timing(server_timing):
         if name.startswith("item") and name != "item":
-            items.append(Item(description, 1000 * (seconds or 0)))
+            items.append(ImageTiming(description, 1000 * (seconds or 0)))
         else:
             milliseconds.setdefault(name, 1000 * (seconds or 0))
     return Answer(text, milliseconds, tuple(items))

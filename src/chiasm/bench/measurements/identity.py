@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from chiasm.bench.checkpoints import HEADS_OF_64, make_once
 from chiasm.bench.load import at_most
 from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome
-from chiasm.bench.requests import Request, ask, count_kinds, draw_requests, sampling
+from chiasm.bench.requests import DrawnRequest, ask, count_kinds, draw_requests, sampling
 from chiasm.bench.topology import (
     NIXL,
     NO_NIXL,
@@ -73,7 +73,7 @@ class Identity(Measurement):
         return outcome
 
 
-async def _compare_built_in(bench: Bench, outcome: Outcome, requests: Sequence[Request]) -> None:
+async def _compare_built_in(bench: Bench, outcome: Outcome, requests: Sequence[DrawnRequest]) -> None:
     """Compare greedy answers of all topologies and of ``generate``, then sampled ones of all topologies."""
     apart = {f"E+P+D ({one})": prefill_and_decode(bench.model, kv_connector=one) for one in kv_connectors()}
     topologies = {AGGREGATED: aggregated(bench.model), "E+PD": encoder_and_pds(bench.model), **apart}
@@ -94,7 +94,7 @@ async def _compare_built_in(bench: Bench, outcome: Outcome, requests: Sequence[R
 
 
 async def _compare_over_vllm(
-    bench: Bench, outcome: Outcome, label: str, model: str, requests: Sequence[Request]
+    bench: Bench, outcome: Outcome, label: str, model: str, requests: Sequence[DrawnRequest]
 ) -> None:
     """Compare greedy answers of all topologies."""
     topologies: dict[str, DeploymentConfig] = {
@@ -112,7 +112,7 @@ async def _compare_over_vllm(
     compare(outcome, label, requests, answers)
 
 
-def _bodies(requests: Sequence[Request], fields: Sequence[dict[str, object]] | None = None) -> list[bytes]:
+def _bodies(requests: Sequence[DrawnRequest], fields: Sequence[dict[str, object]] | None = None) -> list[bytes]:
     return [
         ask(request.images, request.question, max_tokens=_MAX_TOKENS, logprobs=True, **more)
         for request, more in zip(requests, fields or [{}] * len(requests), strict=True)
@@ -131,7 +131,7 @@ async def _ask_all(bench: Bench, phase: str, url: str, bodies: Sequence[bytes]) 
     return await at_most(_AT_ONCE, len(bodies), send)
 
 
-async def generated(bench: Bench, outcome: Outcome, folder: Path, requests: Sequence[Request]) -> Tokens | None:
+async def generated(bench: Bench, outcome: Outcome, folder: Path, requests: Sequence[DrawnRequest]) -> Tokens | None:
     """Return what ``generate`` answers; None, with a note, if there is no reference for the checkpoint's family."""
     bench.phase("generate", len(requests))
     with ThreadPoolExecutor(1, "chiasm-reference") as thread:
@@ -175,7 +175,7 @@ async def _note_handovers(bench: Bench, outcome: Outcome, deployment: Deployment
 def compare(
     outcome: Outcome,
     label: str,
-    requests: Sequence[Request],
+    requests: Sequence[DrawnRequest],
     answers: Mapping[str, Tokens],
     generated: Tokens | None = None,
 ) -> None:
