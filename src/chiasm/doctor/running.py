@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -81,7 +82,7 @@ async def _examine(
     ]
     if folder is not None and healthy:
         results.append(storage.shared_folder(folder.path, {one.health.ec_store for one in healthy} - {""}))
-        if folder.path.is_dir():
+        if os.path.isdir(folder.path):
             results.append(storage.room(folder.path, folder.max_bytes, None))
     for result in chain(*results):
         yield result
