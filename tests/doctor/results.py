@@ -16,13 +16,13 @@ def verdicts(results: Iterable[Result], check: str | None = None) -> list[str]:
 
 
 def the_one(results: Iterable[Result], verdict: Verdict) -> Result:
-    """The only finding with this verdict."""
+    """Return the only result with this verdict."""
     (found,) = [one for one in results if one.verdict is verdict]
     return found
 
 
 def problem(results: Iterable[Result]) -> Result:
-    """The only problem, which says why it is one and what to do."""
+    """Return the only problem, which says why it is one and what to do."""
     found = the_one(results, Verdict.PROBLEM)
     assert found.why
     assert found.do
@@ -30,7 +30,7 @@ def problem(results: Iterable[Result]) -> Result:
 
 
 def warning(results: Iterable[Result]) -> Result:
-    """The only warning, which says why it is one and what to do."""
+    """Return the only warning, which says why it is one and what to do."""
     found = the_one(results, Verdict.WARNING)
     assert found.why
     assert found.do

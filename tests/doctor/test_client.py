@@ -1,4 +1,4 @@
-"""Whatever stands at an address, the answer is there in time, is of bounded size, or there is a clear line."""
+"""Whatever is at an address: a response arrives in time and has a bounded size, or the reason is clear."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ ENDLESS_HEADER = b"HTTP/1.1 200 OK\r\nX: " + b"x" * (1 << 20)
     ],
     ids=["silent", "dripping", "endless", "mail", "closing", "half", "endless header"],
 )
-async def test_what_cannot_be_used_is_said(talk: Talk, message: str) -> None:
+async def test_an_unusable_response_is_explained(talk: Talk, message: str) -> None:
     limits = Limits(page_seconds=0.5 if talk in (silent, dripping) else 20)
     async with talking(talk) as url, Client(limits) as client:
         with pytest.raises(NoAnswerError, match=message):
             await client.get(url, max_bytes=100_000)
 
 
-async def test_nobody_there() -> None:
+async def test_an_address_without_a_server_cannot_be_reached() -> None:
     async with talking(silent) as url:
         pass
     async with Client() as client:
@@ -100,7 +100,7 @@ async def test_nobody_there() -> None:
             await client.get(url)
 
 
-async def test_what_does_not_speak_tls() -> None:
+async def test_a_server_without_tls_has_no_certificate() -> None:
     async with talking(dripping) as url, Client() as client:
         with pytest.raises(NoAnswerError, match="no certificate that could be verified"):
             await client.get(url.replace("http:", "https:"))
@@ -117,7 +117,7 @@ def self_signed(tmp_path: Path) -> ssl.SSLContext:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-async def test_a_certificate_that_nobody_vouches_for(self_signed: ssl.SSLContext) -> None:
+async def test_a_self_signed_certificate_is_not_trusted(self_signed: ssl.SSLContext) -> None:
     async with talking(saying(b""), self_signed) as url, Client() as client:
         with pytest.raises(NoAnswerError, match="no certificate that could be verified"):
             await client.get(url.replace("http:", "https:"))
@@ -129,7 +129,7 @@ async def test_redirects_are_not_followed() -> None:
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[1]", b'{"a":' * 100_000])
-async def test_what_is_no_json_object_is_said(body: bytes) -> None:
+async def test_a_body_that_is_no_json_object_is_explained(body: bytes) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
     async with talking(saying(answer)) as url, Client() as client:
         with pytest.raises(NoAnswerError, match="JSON"):
@@ -137,7 +137,7 @@ async def test_what_is_no_json_object_is_said(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("hours", [-2, 2])
-async def test_the_clock_of_the_sender(hours: int) -> None:
+async def test_the_date_header_tells_the_clock_of_the_sender(hours: int) -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(hours=hours), usegmt=True)
     head = f"HTTP/1.1 200 OK\r\nDate: {date}\r\nContent-Length: 0\r\n\r\n".encode()
     async with talking(saying(head)) as url, Client() as client:
@@ -147,7 +147,7 @@ async def test_the_clock_of_the_sender(hours: int) -> None:
 
 
 @pytest.mark.parametrize("date", ["yesterday", "", "Mon, 99 Foo 2026 10:00:00 GMT"])
-async def test_a_date_that_is_none(date: str) -> None:
+async def test_a_malformed_date_tells_no_clock(date: str) -> None:
     head = f"HTTP/1.1 200 OK\r\nDate: {date}\r\nContent-Length: 0\r\n\r\n".encode()
     async with talking(saying(head)) as url, Client() as client:
         assert (await client.get(url)).clock_seconds is None

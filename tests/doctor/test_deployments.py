@@ -1,4 +1,4 @@
-"""Real deployments: one that works, and one with instances that do not belong to it."""
+"""Real deployments: one that works, and one with instances that do not fit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield Service(deployment, store, {name: one.wait_ready() for name, one in started.items()})
 
 
-def test_a_deployment_that_works(service: Service) -> None:
+def test_a_working_deployment_has_no_problems(service: Service) -> None:
     code, findings = doctor(service.deployment.local_url, "--shared-storage-path", str(service.store))
     assert code == 0, findings
     for check in (
@@ -87,7 +87,7 @@ def test_a_deployment_that_works(service: Service) -> None:
     assert {one["verdict"] for one in of(findings, "storage folder")} == {"ok"}
 
 
-def test_instances_that_do_not_belong_together(service: Service) -> None:
+def test_instances_that_do_not_fit_are_found(service: Service) -> None:
     (encoder,) = service.deployment.urls(Role.ENCODER)
     pds = [argument for url in service.pds.values() for argument in ("--pd", url)]
     code, findings = doctor("--encoder", encoder, *pds, "--timeout-seconds", "3")
@@ -106,7 +106,7 @@ def test_instances_that_do_not_belong_together(service: Service) -> None:
     assert [one["verdict"] for one in of(findings, "EC store")] == ["problem"]
 
 
-def test_an_address_of_another_kind(service: Service) -> None:
+def test_an_instance_is_not_taken_for_a_proxy_nor_a_proxy_for_an_instance(service: Service) -> None:
     code, (finding,) = doctor(service.pds["apart"])
     assert code == 1
     assert "is an instance (pd), not a proxy" in finding["says"]

@@ -1,4 +1,4 @@
-"""What proves that an embedding has travelled, and what does not. With real instances: test_deployments.py."""
+"""What proves that an embedding was passed on, and what does not. With real instances: test_deployments.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def travel(*instances: Played, limits: Limits = LIMITS) -> list[Result]:
     return [one for one in found if one.check in ("embedding travels", "KV travels", "images")]
 
 
-async def test_encoded_once_and_loaded() -> None:
+async def test_an_embedding_that_is_encoded_once_and_loaded_is_ok() -> None:
     encoder, pd = played.encoder(), played.reader()
     assert verdicts(await travel(encoder, pd)) == ["ok"]
     (sent,) = encoder.bodies[0]["messages"][0]["content"]
@@ -51,7 +51,7 @@ async def test_each_pair_gets_an_image_of_its_own() -> None:
     assert len(set(names)) == 4
 
 
-async def test_an_embedding_that_does_not_come() -> None:
+async def test_an_embedding_that_does_not_arrive_is_a_problem() -> None:
     pd = played.reader(ec_store="t" * 32)
     pd.status = 503
     found = problem(await travel(played.encoder(), pd))
@@ -59,7 +59,7 @@ async def test_an_embedding_that_does_not_come() -> None:
     assert "different folders" in found.do
 
 
-async def test_an_encoder_that_fails() -> None:
+async def test_an_encoder_that_fails_is_a_problem() -> None:
     encoder = played.encoder()
     encoder.status = 500
     assert "was sent an image, and answered HTTP 500" in problem(await travel(encoder, played.reader())).says
@@ -70,18 +70,18 @@ async def test_an_encoder_that_fails() -> None:
     [[], {}, {"ec_transfer_params": None}, {"ec_transfer_params": 7}, {"ec_transfer_params": {"a": {"metadata": {}}}}],
     ids=["list", "nothing", "null", "number", "another image"],
 )
-async def test_an_encoder_whose_answer_names_no_embedding(reply: object) -> None:
+async def test_an_encoder_whose_answer_names_no_embedding_is_a_problem(reply: object) -> None:
     encoder = played.encoder()
     encoder.reply = reply
     assert "was sent an image, and answered" in problem(await travel(encoder, played.reader())).says
 
 
-@pytest.mark.parametrize("handle", [None, 7, {"remote_port": "x"}])
-async def test_a_prefill_instance_that_answers_without_a_handle(handle: object) -> None:
+@pytest.mark.parametrize("handle", [None, 7, {}])
+async def test_a_prefill_instance_that_answers_without_a_handle_is_a_problem(handle: object) -> None:
     prefill = played.reader("prefill", kv_connector="c")
     prefill.reply = {"kv_transfer_params": handle}
     found = problem(await travel(played.encoder(), prefill, played.decode(kv_connector="c")))
-    assert "without a valid handle of its KV" in found.says
+    assert "kv_transfer_params" in found.says
 
 
 async def test_an_answer_without_counters_is_no_proof() -> None:
@@ -90,25 +90,25 @@ async def test_an_answer_without_counters_is_no_proof() -> None:
     assert "unproven" in warning(await travel(played.encoder(), pd)).says
 
 
-async def test_a_pd_that_encodes_again() -> None:
+async def test_a_pd_that_encodes_again_is_a_problem() -> None:
     pd = played.reader()
     pd.adds = {ENCODED: 1, LOADED: 1}
     assert "encoded again" in problem(await travel(played.encoder(), pd)).says
 
 
-async def test_a_pd_that_loads_nothing() -> None:
+async def test_a_pd_that_loads_nothing_is_a_problem() -> None:
     pd = played.reader()
     pd.adds = {}
     assert "was not loaded" in problem(await travel(played.encoder(), pd)).says
 
 
-async def test_an_encoder_that_encodes_nothing() -> None:
+async def test_an_encoder_that_encodes_nothing_is_a_problem() -> None:
     encoder = played.encoder()
     encoder.adds = {}
     assert "no encoder has encoded" in problem(await travel(encoder, played.reader())).says
 
 
-async def test_images_of_others_leave_it_unproven() -> None:
+async def test_images_of_other_requests_leave_it_unproven() -> None:
     encoder = played.encoder()
     encoder.adds = {ENCODED: 3}
     assert "3 images were encoded meanwhile" in warning(await travel(encoder, played.reader())).says
@@ -119,33 +119,35 @@ async def test_images_of_others_leave_it_unproven() -> None:
     ("of_encoder", "of_reader", "verdict"),
     [("encoded", "hit", "ok"), ("encoded", "waited", "ok"), ("hit", "hit", "warning"), ("encoded", "", "warning")],
 )
-async def test_among_images_of_others_answers_may_tell(of_encoder: str, of_reader: str, verdict: str) -> None:
+async def test_server_timing_proves_it_among_images_of_other_requests(
+    of_encoder: str, of_reader: str, verdict: str
+) -> None:
     encoder, pd = played.encoder(), played.reader()
     encoder.adds = {ENCODED: 3}
     encoder.outcome, pd.outcome = of_encoder, of_reader
     assert verdicts(await travel(encoder, pd)) == [verdict]
 
 
-async def test_what_answers_tell_does_not_stand_against_counters() -> None:
+async def test_counters_outweigh_server_timing() -> None:
     encoder, pd = played.encoder(), played.reader()
     encoder.outcome, pd.outcome, pd.adds = "encoded", "hit", {}
     assert verdicts(await travel(encoder, pd)) == ["problem"]
 
 
-async def test_kv_that_is_fetched() -> None:
+async def test_kv_that_is_fetched_is_ok() -> None:
     prefill, decode = played.reader("prefill", kv_connector="c"), played.decode(kv_connector="c")
     assert verdicts(await travel(played.encoder(), prefill, decode)) == ["ok", "ok"]
     assert prefill.bodies[0]["kv_transfer_params"]["do_remote_decode"] is True
     assert decode.bodies[0]["kv_transfer_params"]["remote_engine_id"] == "p"
 
 
-async def test_kv_that_is_not_fetched() -> None:
+async def test_kv_that_is_not_fetched_is_a_problem() -> None:
     decode = played.decode(kv_connector="c")
     decode.adds = {}
     assert "no KV was fetched" in problem(await travel(played.encoder(), played.reader("prefill"), decode)).says
 
 
-async def test_a_decode_that_does_not_reach_prefill() -> None:
+async def test_a_decode_instance_that_does_not_reach_prefill_is_a_problem() -> None:
     decode = played.decode(kv_connector="c")
     decode.status = 503
     assert (
@@ -158,18 +160,18 @@ async def test_without_an_encoder_nothing_is_called_ok() -> None:
     assert verdicts(await travel(played.reader())) == ["skipped"]
 
 
-async def test_pairs_have_a_bound_of_time_together() -> None:
+async def test_pairs_are_skipped_when_time_is_over() -> None:
     encoder, pd = played.encoder(), played.reader()
     assert verdicts(await travel(encoder, pd, limits=replace(LIMITS, pairs_messages=0))) == ["skipped"]
     assert encoder.bodies == []
 
 
-async def test_an_aggregated_instance_answers_by_itself() -> None:
+async def test_an_aggregated_instance_that_answers_is_ok() -> None:
     assert verdicts(await travel(Played("aggregated"))) == ["ok"]
 
 
 @pytest.mark.parametrize(("encoders", "readers"), [(2, 3), (1, 40), (30, 7), (MAX_PAIRS, 1)])
-def test_each_instance_is_in_a_pair(encoders: int, readers: int) -> None:
+def test_each_instance_is_in_at_least_one_pair(encoders: int, readers: int) -> None:
     made = [Observed(f"e{n}", "encoder") for n in range(encoders)]
     reading = [Observed(f"r{n}", "pd") for n in range(readers)]
     chosen = pairs(made, reading)

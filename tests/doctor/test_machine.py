@@ -1,4 +1,4 @@
-"""What this machine has, against what is planned for it."""
+"""What this machine has, compared with what a plan needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ H100 = Gpu("0", "NVIDIA H100", 80 * GIB, 79 * GIB, 9.0)
 V100 = Gpu("1", "Tesla V100", 16 * GIB, 15 * GIB, 7.0)
 
 
-def test_threads_beyond_the_cores() -> None:
+def test_more_threads_than_cores_are_warned_about() -> None:
     cores = usable_cores()
     assert verdicts(machine.cores([1] * cores)) == ["ok"]
     found = warning(machine.cores([cores, 1]))
@@ -26,24 +26,24 @@ def test_threads_beyond_the_cores() -> None:
     assert verdicts(machine.cores()) == ["ok"]
 
 
-def test_weights_beyond_the_memory() -> None:
+def test_weights_larger_than_the_memory_are_a_problem() -> None:
     assert "20.0 GiB for weights" in problem(machine.memory(8 * GIB, Need(20 * GIB, GIB))).says
 
 
-def test_an_upper_bound_of_weights_is_only_warned_of() -> None:
+def test_an_upper_bound_of_weights_is_only_warned_about() -> None:
     assert "up to 20.0 GiB" in warning(machine.memory(8 * GIB, Need(20 * GIB, GIB, is_upper_bound=True))).says
 
 
-def test_caches_beyond_the_memory() -> None:
+def test_caches_larger_than_the_rest_of_the_memory_are_warned_about() -> None:
     assert "3.0 GiB for caches" in warning(machine.memory(8 * GIB, Need(6 * GIB, 3 * GIB))).says
     assert verdicts(machine.memory(8 * GIB, Need(4 * GIB, 3 * GIB))) == ["ok"]
 
 
-def test_there_is_memory() -> None:
+def test_the_free_memory_is_positive() -> None:
     assert machine.available_memory() > 0
 
 
-def test_a_container_bounds_the_memory(tmp_path: Path) -> None:
+def test_a_container_limits_the_memory(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
@@ -53,16 +53,16 @@ def test_a_container_bounds_the_memory(tmp_path: Path) -> None:
     assert machine.free_in_container(tmp_path / "none") is None
 
 
-def test_shared_memory_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_shared_memory_is_skipped(tmp_path: Path) -> None:
     assert verdicts(machine.shared_memory(tmp_path / "none")) == ["skipped"]
 
 
 @pytest.mark.parametrize(("limit", "verdict"), [(1024, "warning"), (65536, "ok"), (resource.RLIM_INFINITY, "ok")])
-def test_open_files(limit: int, verdict: str) -> None:
+def test_a_low_limit_of_open_files_is_warned_about(limit: int, verdict: str) -> None:
     assert verdicts(machine.open_files(limit)) == [verdict]
 
 
-def test_what_nvidia_smi_lists() -> None:
+def test_the_output_of_nvidia_smi_is_read() -> None:
     listing = "0, NVIDIA H100 80GB HBM3, 81559, 80994, 9.0\n1, Tesla V100-SXM2-16GB, 16384, 100, 7.0\n"
     first, second = machine.gpus_of(listing)
     assert (first.index, first.name, first.total_bytes, first.capability) == (
@@ -76,12 +76,12 @@ def test_what_nvidia_smi_lists() -> None:
 
 
 @pytest.mark.parametrize("listing", ["No devices were found", "0, A, B, C, D", "0, H100, 1, 2"])
-def test_what_nvidia_smi_should_not_list(listing: str) -> None:
+def test_unknown_output_of_nvidia_smi_is_refused(listing: str) -> None:
     with pytest.raises(NoDriverError, match="is not understood"):
         machine.gpus_of(listing)
 
 
-def test_an_nvidia_smi_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_nvidia_smi_that_fails_means_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'cannot talk to the driver' >&2\nexit 9\n")
     smi.chmod(0o755)
@@ -90,7 +90,7 @@ def test_an_nvidia_smi_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         machine.find_gpus()
 
 
-def test_gpus_that_are_asked_for_by_their_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_found_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho '0, NVIDIA H100, 81920, 80896, 9.0'\n")
     smi.chmod(0o755)
@@ -98,36 +98,36 @@ def test_gpus_that_are_asked_for_by_their_driver(tmp_path: Path, monkeypatch: py
     assert machine.find_gpus() == [H100]
 
 
-def test_a_gpu_that_vllm_is_not_built_for() -> None:
+def test_a_gpu_that_vllm_does_not_support_is_warned_about() -> None:
     assert "compute capability 7.0" in warning(machine.gpus([H100, V100], for_vllm=True)).says
     assert verdicts(machine.gpus([H100, V100], for_vllm=False)) == ["ok"]
 
 
-def test_a_gpu_that_others_use() -> None:
+def test_a_gpu_that_other_processes_use_is_warned_about() -> None:
     busy = Gpu("0", "NVIDIA H100", 80 * GIB, 10 * GIB, 9.0)
     assert "10.0 GiB free of 80.0 GiB" in warning(machine.gpus([busy], for_vllm=True)).says
 
 
-def test_a_gpu_and_a_torch_without() -> None:
+def test_a_torch_without_cuda_beside_a_gpu_is_warned_about() -> None:
     assert "build for CPUs" in warning(machine.gpus([H100], for_vllm=False, torch_version="2.13.0+cpu")).says
 
 
-def test_weights_beyond_a_gpu() -> None:
+def test_weights_larger_than_their_gpu_are_a_problem() -> None:
     tenants = [Tenant("encoder-0", ("0",), GIB), Tenant("pd-0", ("1",), 20 * GIB)]
     assert "pd-0 needs 20.0 GiB" in problem(machine.gpu_memory([H100, V100], tenants)).says
 
 
-def test_a_share_of_a_gpu() -> None:
+def test_weights_larger_than_their_share_of_a_gpu_are_a_problem() -> None:
     tenant = Tenant("pd-0", ("0",), 20 * GIB, memory_share=0.1)
     assert "has 8.0 GiB" in problem(machine.gpu_memory([H100], [tenant])).says
     assert verdicts(machine.gpu_memory([H100], [Tenant("pd-0", ("0",), 20 * GIB, memory_share=0.5)])) == ["ok"]
 
 
-def test_a_gpu_of_which_nothing_is_known() -> None:
+def test_an_unlisted_gpu_is_skipped() -> None:
     assert verdicts(machine.gpu_memory([H100], [Tenant("pd-0", ("GPU-1a2b",), 1)])) == ["skipped"]
 
 
-def test_a_port_in_use() -> None:
+def test_a_port_in_use_is_a_problem() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         number = server.getsockname()[1]
         found = problem(machine.port("127.0.0.1", number))
@@ -135,5 +135,5 @@ def test_a_port_in_use() -> None:
     assert str(number) in found.command
 
 
-def test_a_free_port() -> None:
+def test_a_free_port_is_ok() -> None:
     assert verdicts(machine.port("127.0.0.1", 0)) == ["ok"]

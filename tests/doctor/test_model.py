@@ -1,4 +1,4 @@
-"""How many weights each role has, by names and shapes alone."""
+"""The number of weights of each part, by names and shapes alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parameters(module: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("family", synthetic.FAMILIES)
-def test_each_role_has_what_it_loads(family: str, tmp_path: Path) -> None:
+def test_parameters_are_counted_for_the_part_that_loads_them(family: str, tmp_path: Path) -> None:
     folder = synthetic.make(family, tmp_path / family)
     vision = load_vision(folder, dtype=torch.float32, device=torch.device("cpu"))
     assert read_weights(open_checkpoint(folder)) == Weights(
@@ -33,14 +33,14 @@ def test_each_role_has_what_it_loads(family: str, tmp_path: Path) -> None:
     )
 
 
-def test_bytes_of_a_role() -> None:
+def test_the_size_of_a_part() -> None:
     weights = Weights(10, 100)
     assert weights.bytes_of(2, vision=True, language=False) == 20
     assert weights.bytes_of(4, vision=True, language=True) == 440
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "endless header"])
-def test_files_that_are_damaged(damage: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(damage: str, checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
     file = folder / "model.safetensors"

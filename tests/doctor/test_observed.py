@@ -1,4 +1,4 @@
-"""What instances and proxies say of themselves, and others that only seem to be some."""
+"""What instances and proxies say about themselves, and servers that only look like them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def proxy(page: Any) -> ObservedProxy:
         return await ask_proxy(client, url)
 
 
-async def test_vllm_without_middleware() -> None:
+async def test_vllm_without_middleware_is_recognized() -> None:
     models = {"data": [{"id": "m", "max_model_len": 128}]}
     found = await instance({"/health": "", "/v1/models": models, "/version": {"version": "0.32.0"}})
     assert (found.health.model, found.engine, found.health.max_model_len) == ("m", "vllm 0.32.0", 128)
@@ -76,12 +76,12 @@ async def test_vllm_without_middleware() -> None:
         ),
     ],
 )
-async def test_what_is_no_instance_that_is_well(pages: dict[str, Any], trouble: str) -> None:
+async def test_everything_but_a_healthy_instance_is_in_trouble(pages: dict[str, Any], trouble: str) -> None:
     with pytest.raises(AssertionError, match=trouble):
         raise AssertionError((await instance(pages)).trouble)
 
 
-async def test_an_instance_that_starts() -> None:
+async def test_a_starting_instance_is_in_trouble() -> None:
     assert (await instance({"/health": {"status": "loading"}}, 503)).trouble == "is not healthy (HTTP 503): loading"
 
 
@@ -96,26 +96,26 @@ async def test_an_instance_that_starts() -> None:
         {"threads": 1e400},
     ],
 )
-async def test_fields_of_other_types_are_a_trouble(said: dict[str, Any]) -> None:
+async def test_an_instance_whose_fields_have_other_types_is_in_trouble(said: dict[str, Any]) -> None:
     found = await instance({"/health": {"status": "ok", "role": "pd"} | said})
     assert found.trouble.startswith("answered")
     assert found.health == Health()
 
 
-async def test_absurd_numbers_count_as_not_said() -> None:
+async def test_absurd_numbers_are_dropped() -> None:
     said = {"status": "ok", "role": "pd", "threads": 10**18, "cpus": [*range(10_000)]}
     health = (await instance({"/health": said})).health
     assert (health.threads, len(health.cpus)) == (None, 4096)
 
 
-async def test_text_is_fit_for_a_terminal() -> None:
+async def test_text_is_made_fit_for_a_terminal() -> None:
     said = {"status": "ok", "role": "pd", "model": "m\x1b[2J" + "x" * 1000}
     model = (await instance({"/health": said})).health.model
     assert model.startswith("m?[2Jx")
     assert len(model) == 201
 
 
-async def test_a_proxy_that_lists_nonsense() -> None:
+async def test_instances_without_usable_role_or_url_are_left_out() -> None:
     good = {"url": "http://a:1/", "role": "pd", "state": "healthy", "reason": None}
     others = [
         {},
@@ -127,25 +127,25 @@ async def test_a_proxy_that_lists_nonsense() -> None:
     assert [one.url for one in found.health.instances] == ["http://a:1"]
 
 
-async def test_a_proxy_whose_list_is_malformed() -> None:
+async def test_a_malformed_list_of_instances_is_explained() -> None:
     with pytest.raises(NoAnswerError, match=r"doesn't understand: .*\$\.instances"):
         await proxy({"status": "ok", "models": ["m"], "instances": [1]})
 
 
-async def test_a_proxy_that_lists_without_end() -> None:
+async def test_a_long_list_of_instances_is_cut() -> None:
     one = {"url": "http://a:1", "role": "pd", "state": "healthy"}
     found = await proxy({"status": "ok", "models": [], "instances": [one] * 300})
     assert (len(found.health.instances), found.left_out) == (256, 44)
 
 
-async def test_what_is_no_proxy() -> None:
+async def test_a_server_that_is_no_proxy_is_explained() -> None:
     with pytest.raises(NoAnswerError, match=r"is an instance \(aggregated\), not a proxy"):
         await proxy({"status": "ok", "role": "aggregated"})
     with pytest.raises(NoAnswerError, match="isn't chiasm's proxy"):
         await proxy({"hello": "world"})
 
 
-async def test_instances_that_only_the_proxy_reaches_are_not_called_ok() -> None:
+async def test_instances_that_only_the_proxy_reaches_are_skipped() -> None:
     async with answering({}) as hidden:
         pass
     async with played.encoder() as encoder:
@@ -175,7 +175,7 @@ async def test_an_instance_that_hangs_is_a_problem_whatever_the_proxy_says() -> 
     assert verdicts(found, "instances") == ["problem"]
 
 
-async def test_nothing_is_asked_of_what_is_no_proxy() -> None:
+async def test_a_server_that_is_no_proxy_is_the_only_problem() -> None:
     async with answering({"/health": "<html>"}) as url:
         found = await collected(examine_proxy(url, limits=Limits()))
     assert len(found) == 1

@@ -1,4 +1,4 @@
-"""A deployment that is planned: what `chiasm serve` would run into is found before."""
+"""A planned deployment: what `chiasm serve` would run into is found beforehand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def examined(config: DeploymentConfig, **settings: Any) -> list[Result]:
     return await collected(examine_plan(replace(config, settings=settings)))
 
 
-async def test_a_plan_that_works(checkpoint: Path, tmp_path: Path) -> None:
+async def test_a_plan_that_works_is_ok(checkpoint: Path, tmp_path: Path) -> None:
     config = DeploymentConfig(str(checkpoint), shared_storage_path=tmp_path / "store", ec_max_bytes=64 << 20)
     found = await examined(config)
     assert "problem" not in verdicts(found)
@@ -33,26 +33,26 @@ async def test_a_plan_that_works(checkpoint: Path, tmp_path: Path) -> None:
     assert "1024 × 1024 takes" in space.says
 
 
-async def test_a_port_in_use(checkpoint: Path) -> None:
+async def test_a_port_in_use_is_a_problem(checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         number = server.getsockname()[1]
         assert f"Port {number}" in problem(await examined(DeploymentConfig(str(checkpoint), port=number))).says
 
 
-async def test_a_model_that_is_not_there() -> None:
+async def test_a_missing_model_is_a_problem() -> None:
     found = await examined(DeploymentConfig("/nowhere/at/all"))
     assert "no model '/nowhere/at/all'" in problem(found).says
     assert verdicts(found, "memory") == ["skipped"]
 
 
-async def test_a_model_that_is_not_whole(checkpoint: Path, tmp_path: Path) -> None:
+async def test_an_incomplete_model_is_a_problem(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "part"
     shutil.copytree(checkpoint, folder)
     (folder / "model.safetensors").unlink()
     assert "are missing" in problem(await examined(DeploymentConfig(str(folder)))).says
 
 
-async def test_a_model_that_cannot_be_run(checkpoint: Path, tmp_path: Path) -> None:
+async def test_an_unsupported_model_is_a_problem(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "gemma"
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "gemma3"}
@@ -60,30 +60,30 @@ async def test_a_model_that_cannot_be_run(checkpoint: Path, tmp_path: Path) -> N
     assert "attend to each other in both directions" in problem(await examined(DeploymentConfig(str(folder)))).says
 
 
-async def test_a_hub_name_without_cache_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_uncached_hub_name_is_a_problem_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = problem(await examined(DeploymentConfig("nobody/has-this")))
     assert "not in the cache" in found.says
     assert found.command == "HF_HUB_OFFLINE=0 hf download nobody/has-this"
 
 
-async def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_hub_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     assert "the hub cannot be reached" in problem(await examined(DeploymentConfig("nobody/has-this"))).says
 
 
-async def test_more_memory_than_there_is(checkpoint: Path) -> None:
+async def test_a_plan_larger_than_the_memory_is_warned_about(checkpoint: Path) -> None:
     found = await examined(DeploymentConfig(str(checkpoint)), device="cpu", kv_cache_bytes=1 << 50)
     assert "for caches and processes" in warning([one for one in found if one.check == "memory"]).says
 
 
-async def test_a_device_that_does_not_exist(checkpoint: Path) -> None:
+async def test_a_device_that_does_not_exist_is_a_problem(checkpoint: Path) -> None:
     found = await examined(DeploymentConfig(str(checkpoint)), device="cuda:99")
     assert "'cuda:99' does not exist" in problem(found).says
 
 
-async def test_options_that_an_instance_has_no_use_for(checkpoint: Path) -> None:
+async def test_an_option_that_an_instance_refuses_is_a_problem(checkpoint: Path) -> None:
     roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig(settings={"kv_host": "127.0.0.1"})}
     found = problem(await examined(DeploymentConfig(str(checkpoint), roles)))
     assert "--kv-host: only prefill and decode instances exchange KV" in found.says
@@ -95,7 +95,7 @@ async def image_size(config: DeploymentConfig, dtype: str) -> str:
     return space.says.rpartition(" takes ")[2]
 
 
-async def test_auto_is_float32_on_cpu_and_the_own_dtype_of_the_checkpoint_for_vllm(
+async def test_auto_is_float32_on_cpu_and_the_dtype_of_the_checkpoint_for_vllm(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "half"
@@ -109,12 +109,12 @@ async def test_auto_is_float32_on_cpu_and_the_own_dtype_of_the_checkpoint_for_vl
     assert await image_size(built_in, "float16") != await image_size(built_in, "float32")
 
 
-async def test_cpus_that_are_not_there(checkpoint: Path) -> None:
+async def test_cpus_that_do_not_exist_are_a_problem(checkpoint: Path) -> None:
     roles = {Role.AGGREGATED: RoleConfig(cpus=(4096,))}
     assert "CPU 4096 cannot be used" in problem(await examined(DeploymentConfig(str(checkpoint), roles))).says
 
 
-async def test_vllm_that_is_not_installed(checkpoint: Path) -> None:
+async def test_missing_vllm_is_a_problem(checkpoint: Path) -> None:
     found = await examined(DeploymentConfig(str(checkpoint), engine=EngineKind.VLLM))
     if "ok" in verdicts(found, "vLLM"):
         pytest.skip("vLLM is installed here")

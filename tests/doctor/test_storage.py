@@ -19,84 +19,84 @@ def store(path: Path) -> str:
     return BoundedFolder(path, 1 << 20, lambda size_bytes: None).store_id()
 
 
-def test_a_folder_that_can_be_used(tmp_path: Path) -> None:
+def test_a_writable_folder_is_ok(tmp_path: Path) -> None:
     assert verdicts(storage.planned_folder(tmp_path)) == ["ok"]
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
-def test_a_folder_that_is_yet_to_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_can_be_created_is_ok(tmp_path: Path) -> None:
     (found,) = storage.planned_folder(tmp_path / "a" / "b")
     assert found.verdict == "ok"
     assert "instances create it" in found.says
     assert not (tmp_path / "a").exists()
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "is not a folder" in problem(storage.planned_folder(tmp_path / "file")).says
 
 
-def test_a_folder_that_everybody_may_write_to(tmp_path: Path) -> None:
+def test_a_folder_that_everybody_may_write_to_is_a_problem(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     assert "writable by every user" in problem(storage.planned_folder(tmp_path)).says
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_a_problem(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     assert "cannot be written" in problem(storage.planned_folder(tmp_path)).says
     assert "cannot create it" in problem(storage.planned_folder(tmp_path / "new")).says
 
 
-def test_a_place_where_nothing_can_be_written() -> None:
+def test_a_folder_in_which_no_file_can_be_written_is_a_problem() -> None:
     assert "cannot be written and locked" in problem(storage.planned_folder(Path("/proc/self/task"))).says
 
 
-def test_the_folder_of_all_instances(tmp_path: Path) -> None:
+def test_the_folder_of_all_instances_is_ok(tmp_path: Path) -> None:
     name = store(tmp_path / "store")
     assert verdicts(storage.shared_folder(tmp_path / "store", {name})) == ["ok", "ok"]
 
 
-def test_a_folder_of_others(tmp_path: Path) -> None:
+def test_a_folder_of_other_instances_is_a_problem(tmp_path: Path) -> None:
     name = store(tmp_path / "store")
     found = problem(storage.shared_folder(tmp_path / "store", {"e" * 32}))
     assert name in found.says
     assert "e" * 32 in found.says
 
 
-def test_a_folder_of_some_instances(tmp_path: Path) -> None:
+def test_a_folder_of_some_instances_is_a_problem(tmp_path: Path) -> None:
     name = store(tmp_path / "store")
     assert "not the folder that all" in problem(storage.shared_folder(tmp_path / "store", {name, "e" * 32})).says
 
 
-def test_a_folder_that_nobody_has_used_is_not_theirs(tmp_path: Path) -> None:
+def test_an_unused_folder_is_a_problem(tmp_path: Path) -> None:
     assert "a folder without a name" in problem(storage.shared_folder(tmp_path, {"e" * 32})).says
 
 
-def test_instances_that_name_no_folder_prove_nothing(tmp_path: Path) -> None:
+def test_an_unreported_folder_is_skipped(tmp_path: Path) -> None:
     assert verdicts(storage.shared_folder(tmp_path, set())) == ["ok", "skipped"]
 
 
-def test_a_folder_that_is_not_here(tmp_path: Path) -> None:
+def test_a_missing_folder_is_a_problem(tmp_path: Path) -> None:
     assert "not a folder on this machine" in problem(storage.shared_folder(tmp_path / "none", set())).says
 
 
-def test_room(tmp_path: Path) -> None:
+def test_enough_room_is_ok(tmp_path: Path) -> None:
     assert verdicts(storage.room(tmp_path, 1 << 20, 1 << 10)) == ["ok"]
     assert verdicts(storage.room(tmp_path / "not" / "yet", 1 << 20, None)) == ["ok"]
 
 
-def test_a_bound_beyond_the_disk(tmp_path: Path) -> None:
+def test_a_limit_larger_than_the_disk_is_warned_about(tmp_path: Path) -> None:
     found = warning(storage.room(tmp_path, 1 << 60, 1 << 10))
     assert "1073741824.0 GiB" in found.says
     assert found.command.startswith("--ec-max-bytes ")
 
 
-def test_a_bound_below_one_image(tmp_path: Path) -> None:
+def test_a_limit_smaller_than_one_image_is_a_problem(tmp_path: Path) -> None:
     assert "2.0 MiB" in problem(storage.room(tmp_path, 1 << 20, 2 << 20)).says
 
 
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no /dev/shm here")
-def test_what_lies_in_memory_is_told(tmp_path: Path) -> None:
+def test_a_folder_in_memory_is_recognized(tmp_path: Path) -> None:
     assert storage.is_in_memory(SHARED_MEMORY / "not-yet")
     assert "in memory" in the_one(storage.planned_folder(SHARED_MEMORY / "not-yet"), Verdict.OK).says

@@ -1,4 +1,4 @@
-"""NIXL and UCX, where they are and where they are not."""
+"""NIXL and UCX, installed or not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_nixl_is_asked_for_its_plugins() -> None:
     assert "UCX" in found.says
 
 
-def test_nixl_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nixl_that_cannot_be_used_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nixl", "nixl_cu12", "nixl_cu13"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('libcuda.so.1: no such file')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -30,13 +30,13 @@ def test_nixl_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "libcuda.so.1: no such file" in says
 
 
-def test_nixl_that_is_missing() -> None:
+def test_missing_nixl_is_a_problem_if_it_is_needed() -> None:
     modules = ("nixl_of_no_machine",)
     assert verdicts(transports.nixl(is_needed=False, modules=modules)) == ["skipped"]
     assert problem(transports.nixl(is_needed=True, modules=modules)).command == "pip install 'chiasm[nixl]'"
 
 
-def test_nixl_without_ucx() -> None:
+def test_nixl_without_ucx_is_a_problem() -> None:
     found = transports.judge_nixl(Nixl("nixl", ["POSIX"]), is_needed=True)
     assert "no UCX plugin, only POSIX" in problem([found]).says
 
@@ -52,14 +52,14 @@ def _ucx_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_ucx_info")
-def test_transports_that_ucx_lists(tmp_path: Path) -> None:
+def test_transports_are_listed_by_ucx_info(tmp_path: Path) -> None:
     (tmp_path / "infiniband" / "mlx5_0").mkdir(parents=True)
     (found,) = transports.ucx(infiniband=tmp_path / "infiniband")
     assert found.verdict == "ok"
     assert "rc_mlx5, tcp (ucx_info); devices for RDMA: mlx5_0" in found.says
 
 
-def test_ucx_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ucx_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     (found,) = transports.ucx(modules=())
     assert found.verdict == "skipped"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -80,12 +81,16 @@ async def _examine(
         *(check(healthy) for check in fleet.CHECKS if healthy),
     ]
     if folder is not None and healthy:
-        results.append(storage.shared_folder(folder.path, {one.health.ec_store for one in healthy} - {""}))
-        if folder.path.is_dir():
-            results.append(storage.room(folder.path, folder.max_bytes, None))
+        results.append(_check_folder(folder, healthy))
     for result in chain(*results):
         yield result
     if not healthy:
         return
     async for result in check_instances(client, healthy):
         yield result
+
+
+def _check_folder(folder: Folder, instances: Sequence[Observed]) -> Iterator[Result]:
+    yield from storage.shared_folder(folder.path, {one.health.ec_store for one in instances} - {""})
+    if os.path.isdir(folder.path):
+        yield from storage.room(folder.path, folder.max_bytes, None)

@@ -29,7 +29,7 @@ def planned_folder(path: Path) -> Iterator[Result]:
 
 def shared_folder(path: Path, store_ids: Collection[str]) -> Iterator[Result]:
     """Check whether ``path`` is the folder that running instances use, which they call ``store_ids``."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises PermissionError
         yield FOLDER.problem(
             f"{path} is not a folder on this machine",
             why="instances on this machine would exchange embeddings through another folder than they were given.",

@@ -1,4 +1,4 @@
-"""Counters of both engines, and pages that are none."""
+"""Counters of both engines, and pages without any."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ vllm:nixl_xfer_time_seconds_count{engine="0"} 7.0
 """
 
 
-def test_the_built_in_engine() -> None:
+def test_counters_of_the_built_in_engine() -> None:
     assert counters_of(CHIASM) == Counters(3.0, 4.0, None)
 
 
-def test_vllm_counts_for_each_engine() -> None:
+def test_counters_of_vllm_are_summed_over_its_engines() -> None:
     assert counters_of(VLLM) == Counters(3.0, 5.0, 7.0)
 
 
@@ -34,11 +34,11 @@ def test_vllm_without_the_connector_counts_no_embeddings() -> None:
     "page",
     ["", "<html>", "chiasm_ec_loads_total", "chiasm_ec_loads_total many", "chiasm_ec_loads_total NaN", "\x00" * 100],
 )
-def test_a_page_that_tells_nothing(page: str) -> None:
+def test_a_page_without_samples_has_no_counters(page: str) -> None:
     assert counters_of(page) == Counters()
 
 
-def test_what_was_added() -> None:
+def test_counters_are_subtracted() -> None:
     assert Counters(3, 4, None).since(Counters(1, 4, None)) == Counters(2, 0, None)
 
 
