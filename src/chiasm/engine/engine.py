@@ -27,7 +27,7 @@ from chiasm.engine.request import MAX_CHOICES, EngineStats, GenerateRequest, Ite
 from chiasm.engine.request_state import RequestState, deliver
 from chiasm.engine.sampler import Sampled
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
-from chiasm.errors import ChiasmError, Code, InvalidRequestError, KVUnavailableError
+from chiasm.errors import ChiasmError, Code, KVUnavailableError
 from chiasm.kv_transfer import KVConnector, KVConnectorFactory, KVConnectorRole, KVTransferConfig, KVTransferRole
 from chiasm.models import load_language, load_vision
 from chiasm.wire import Role
@@ -201,13 +201,7 @@ class LanguageEngine(Engine):
         assert not given or request.num_choices == 1
         assert len(prompt.token_ids) + len(given) <= self.max_model_len
         assert all(0 <= token_id < self.processor.vocab_size for token_id in given)
-        for name in ("logit_bias", "stop_token_ids"):
-            for token_id in getattr(request.sampling, name):
-                if not 0 <= token_id < self.processor.vocab_size:
-                    raise InvalidRequestError(
-                        f"{name} has token id {token_id}, but the vocabulary has {self.processor.vocab_size} tokens.",
-                        param=name,
-                    )
+        request.sampling.check_vocabulary(self.processor.vocab_size)
         self._scheduler.check_items(prompt.items)
 
     def stats(self) -> EngineStats:

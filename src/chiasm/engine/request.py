@@ -76,6 +76,15 @@ class SamplingParams:
         if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
             raise InvalidRequestError("logit_bias values must be between -100 and 100.", param="logit_bias")
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise InvalidRequestError for a token id that the vocabulary doesn't have."""
+        for name in ("logit_bias", "stop_token_ids"):
+            for token_id in getattr(self, name):
+                if not 0 <= token_id < vocab_size:
+                    raise InvalidRequestError(
+                        f"{name}: token id {token_id} is not in the vocabulary of {vocab_size} tokens.", param=name
+                    )
+
     @property
     def greedy(self) -> bool:
         return self.temperature < 1e-5

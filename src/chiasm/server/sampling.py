@@ -71,14 +71,9 @@ def sampling_params(
     stop = request.stop or ()
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     values["stop_token_ids"] = tuple(request.stop_token_ids or ())
-    for name in ("logit_bias", "stop_token_ids"):
-        for token_id in values.get(name, ()):
-            if not 0 <= token_id < processor.vocab_size:
-                raise InvalidRequestError(
-                    f"{name}: token id {token_id} is not in the vocabulary of {processor.vocab_size} tokens.",
-                    param=name,
-                )
-    return SamplingParams(**values)
+    params = SamplingParams(**values)
+    params.check_vocabulary(processor.vocab_size)
+    return params
 
 
 def _max_tokens(request: ChatRequest | CompletionRequest, room_tokens: int) -> int:
