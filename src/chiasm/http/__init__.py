@@ -12,11 +12,11 @@ from chiasm.lazy import names_from
 
 if TYPE_CHECKING:
     from chiasm.http.admission import Admission
-    from chiasm.http.body import ClientLeftError, read_body
+    from chiasm.http.body import ClientLeftError, json_response, read_body
     from chiasm.http.endpoint import Endpoint
     from chiasm.http.exchange import Exchange
 
-__all__ = ["Admission", "ClientLeftError", "Endpoint", "Exchange", "read_body"]
+__all__ = ["Admission", "ClientLeftError", "Endpoint", "Exchange", "json_response", "read_body"]
 __getattr__ = names_from(
     __name__,
     {
@@ -24,6 +24,7 @@ __getattr__ = names_from(
         "ClientLeftError": "body",
         "Endpoint": "endpoint",
         "Exchange": "exchange",
+        "json_response": "body",
         "read_body": "body",
     },
 )

@@ -1,10 +1,12 @@
-"""The body of a request, read within bounds."""
+"""Bodies: a request's, read within bounds, and a JSON response's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import msgspec
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import Receive
 
 from chiasm.errors import Code, PayloadTooLargeError
@@ -39,6 +41,11 @@ async def read_body(
         chunks.append(chunk)
         if not message.get("more_body", False):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a response whose body is the JSON of ``content``."""
+    return Response(msgspec.json.encode(content), status, headers, "application/json")
 
 
 def _too_large(max_bytes: int) -> PayloadTooLargeError:

@@ -21,7 +21,7 @@ from chiasm.errors import (
     InvalidRequestError,
     PathNotFoundError,
 )
-from chiasm.http import read_body
+from chiasm.http import json_response, read_body
 from chiasm.http.errors import EXCEPTION_HANDLERS, error_response
 from chiasm.http.listen import check_url
 from chiasm.proxy.balancing import model_not_found
@@ -77,26 +77,24 @@ class _Pages:
         """Answer with 200 if text can be answered, otherwise with 503."""
         fleet = self._fleet
         ready = fleet.missing is None
-        return _json(
-            200 if ready else 503,
-            ProxyHealth(
-                status="ok" if ready else "unavailable",
-                models=fleet.models,
-                instances=[instance.describe() for instance in fleet.instances],
-            ),
+        health = ProxyHealth(
+            status="ok" if ready else "unavailable",
+            models=fleet.models,
+            instances=[instance.describe() for instance in fleet.instances],
         )
+        return json_response(health, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), media_type=None, headers={"content-type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
-        return _json(200, {"object": "list", "data": [self._describe(name) for name in self._fleet.models]})
+        return json_response({"object": "list", "data": [self._describe(name) for name in self._fleet.models]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in self._fleet.models:
             raise model_not_found(name, self._fleet)
-        return _json(200, self._describe(name))
+        return json_response(self._describe(name))
 
     def _describe(self, name: str) -> dict[str, object]:
         return {
@@ -132,7 +130,7 @@ class _Admin:
         return await actions.get(request.method, self._list)(request)
 
     async def _list(self, request: Request) -> Response:
-        return _json(200, InstanceList(instances=[one.describe() for one in self._service.fleet.instances]))
+        return json_response(InstanceList(instances=[one.describe() for one in self._service.fleet.instances]))
 
     async def _add(self, request: Request) -> Response:
         order = await _read_order(request)
@@ -149,7 +147,7 @@ class _Admin:
         instance = fleet.add(order.url, order.role)
         prober.watch(instance)
         await prober.check(instance)
-        return _json(201, instance.describe())
+        return json_response(instance.describe(), 201)
 
     async def _remove(self, request: Request) -> Response:
         order = await _read_order(request)
@@ -157,7 +155,7 @@ class _Admin:
         if instance is None:
             raise PathNotFoundError(f"{order.url} is not an instance.")
         self._service.fleet.remove(instance)
-        return _json(202, instance.describe())
+        return json_response(instance.describe(), 202)
 
 
 async def _read_order(request: Request) -> _Order:
@@ -170,7 +168,3 @@ async def _read_order(request: Request) -> _Order:
             f'The body must look like {{"url": "http://host:port", "role": "encoder"}}: {error}'
         ) from None
     return order
-
-
-def _json(status: int, content: object) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")

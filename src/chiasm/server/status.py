@@ -12,6 +12,7 @@ from starlette.responses import Response
 from chiasm import __version__
 from chiasm.cores import allowed_cpus
 from chiasm.errors import StorageError
+from chiasm.http import json_response
 from chiasm.server.context import ServerContext
 from chiasm.server.protocol import ModelCard, ModelList
 from chiasm.wire import Health, Role
@@ -26,16 +27,16 @@ class Status:
     async def health(self, request: Request) -> Response:
         """Answer with 200 if requests are taken, otherwise with 503."""
         health = await self._health()
-        return _json(health, 200 if health.status == "ok" else 503)
+        return json_response(health, 200 if health.status == "ok" else 503)
 
     async def models(self, request: Request) -> Response:
         """List the model."""
-        return _json(ModelList([self._card()]))
+        return json_response(ModelList([self._card()]))
 
     async def model(self, request: Request) -> Response:
         """Describe the model that the path names."""
         self._context.check_model(request.path_params["name"])
-        return _json(self._card())
+        return json_response(self._card())
 
     async def metrics(self, request: Request) -> Response:
         """Answer in Prometheus' text format."""
@@ -43,7 +44,7 @@ class Status:
 
     async def version(self, request: Request) -> Response:
         """Tell the version of chiasm."""
-        return _json({"version": __version__})
+        return json_response({"version": __version__})
 
     async def _health(self) -> Health:
         context = self._context
@@ -89,7 +90,3 @@ class Status:
     def _card(self) -> ModelCard:
         context = self._context
         return ModelCard(context.model, context.created, context.model, context.engine.max_model_len)
-
-
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")

@@ -12,13 +12,12 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.chat_body import json_object, with_content_parts
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import ChiasmError, EmbeddingUnavailableError, InvalidRequestError
-from chiasm.http import ClientLeftError, read_body
+from chiasm.http import ClientLeftError, json_response, read_body
 from chiasm.http.errors import error_response
 from chiasm.integrations.vllm.health import Description, describe
 from chiasm.models.families.base import SIZE_KEY
@@ -73,7 +72,7 @@ class ChiasmMiddleware:
                 health = await asyncio.to_thread((await self._described(scope)).current_health)
             except (ChiasmError, OSError) as error:
                 status, health = 503, Health(status="failed", message=str(error))
-        response = Response(msgspec.json.encode(health), status, media_type="application/json")
+        response = json_response(health, status)
         await response(scope, receive, send)
 
     async def _ask_vllm(self, scope: Scope, receive: Receive) -> tuple[int, str]:
