@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from chiasm.http import Exchange
@@ -48,8 +48,8 @@ class Timing:
         return comment(TIMING_COMMENT, write_timing(self._entries()))
 
     def _entries(self) -> list[TimingEntry]:
-        named = zip(fields(self), astuple(self), strict=True)
-        return [TimingEntry(field.name, seconds) for field, seconds in named if seconds is not None]
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return [TimingEntry(name, seconds) for name, seconds in named if seconds is not None]
 
 
 class Job:
