@@ -14,33 +14,24 @@ _WAIT = "print('up', flush=True); time.sleep(600)"
 _IMPORTS = "import signal, time; from chiasm.launch import child"
 
 
-def test_it_ends_when_its_standard_input_closes() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"{_IMPORTS}; child.end_with_stdin(); {_WAIT}"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with process:
+def exit_code_after_stdin_closes(preparation: str) -> int:
+    """Return how a process ends that runs ``preparation``, ends with its standard input, and would wait for long."""
+    command = [sys.executable, "-c", f"{_IMPORTS}; {preparation}; child.end_with_stdin(); {_WAIT}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdin is not None
         process.stdout.readline()
         process.stdin.close()
-        assert process.wait(30) == -signal.SIGTERM
+        return process.wait(30)
+
+
+def test_it_ends_when_its_standard_input_closes() -> None:
+    assert exit_code_after_stdin_closes("pass") == -signal.SIGTERM
 
 
 def test_it_ends_even_if_it_ignores_sigterm() -> None:
     deaf = "child.GRACE_SECONDS = 0.1; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"{_IMPORTS}; {deaf}; child.end_with_stdin(); {_WAIT}"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdin is not None
-        process.stdout.readline()
-        process.stdin.close()
-        assert process.wait(30) == 1
+    assert exit_code_after_stdin_closes(deaf) == 1
 
 
 def test_children_end_when_their_parent_is_killed() -> None:
