@@ -30,6 +30,27 @@ class Role(enum.StrEnum):
 # ---- health ------------------------------------------------------------------------------------------------------------
 
 
+class ImageCost(msgspec.Struct, kw_only=True, frozen=True):
+    """What an image of one size costs an instance that has nothing else to do."""
+
+    pixels: int = 0
+    """Width times height of the image as a client sends it."""
+    tokens: int = 0
+    """Tokens that the image takes in a prompt."""
+    encode_seconds: float = 0.0
+    """Decoding the file, preprocessing and the vision tower; 0 if the instance encodes no images."""
+
+
+class Costs(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """What work costs an instance that has nothing else to do, as it measured at start. 0 and empty mean unknown."""
+
+    prefill_seconds_per_token: float = 0.0
+    decode_step_seconds: float = 0.0
+    """A step that generates one token of one sequence."""
+    images: list[ImageCost] = []
+    """In ascending order of pixels."""
+
+
 class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """What an instance answers to GET /health. Fields with their default are left out, except for ``status``; while the model
     loads, nothing else is set."""
@@ -69,6 +90,10 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Intra-op CPU threads."""
     cpus: list[int] = []
     """CPUs that it may run on."""
+    device_id: str = ""
+    """Names the device among all machines, such as ``host/cpu:0-3`` or ``host/GPU-…``; instances with the same one share it."""
+    costs: Costs | None = None
+    """None if it has not measured them."""
 
 
 class InstanceState(enum.StrEnum):
