@@ -50,7 +50,12 @@ def test_a_thread_of_lower_priority_hands_its_niceness_to_the_threads_that_it_st
 
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel has no automatic groups")
 def test_a_process_that_leads_a_session_lowers_the_priority_of_its_session() -> None:
-    script = "from chiasm.cores import lower_session_priority; lower_session_priority(5); print(open('/proc/self/autogroup').read())"
+    script = """
+from pathlib import Path
+from chiasm.cores import lower_session_priority
+lower_session_priority(5)
+print(Path("/proc/self/autogroup").read_text())
+"""
     found = subprocess.run(
         [sys.executable, "-c", script], check=False, start_new_session=True, capture_output=True, text=True
     )
