@@ -38,6 +38,7 @@ class Driver:
         self,
         *,
         budget: int = 64,
+        max_prefill: int = 64,
         mixed: int = 64,
         blocks: int = 64,
         block_size: int = 4,
@@ -51,6 +52,7 @@ class Driver:
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=budget,
+                max_prefill_tokens=max_prefill,
                 max_mixed_prefill_tokens=mixed,
                 max_num_seqs=max_num_seqs,
                 max_queued_requests=max_queued,
@@ -77,21 +79,22 @@ class Driver:
         salt: str = "",
         outputs: tuple[int, ...] = (),
         remote: int = 0,
-        seniority: int = 0,
+        due: float = 0.0,
     ) -> Sequence:
         """Add a request, and return its first choice.
 
-        ``outputs`` were sampled on another instance, which holds the KV of the first ``remote`` tokens. ``seniority`` puts the
-        request before others.
+        ``outputs`` were sampled on another instance, which holds the KV of the first ``remote`` tokens. Requests that are due
+        at the same time go in order of arrival.
         """
         added: list[Sequence] = []
         for index in range(choices):
-            arrival = next(self._arrivals) - seniority
+            arrival = next(self._arrivals)
             added.append(
                 Sequence(
                     request_id=f"r{arrival - index}",
                     index=index,
                     arrival=arrival,
+                    due=due,
                     prompt=prompt,
                     sampling=SamplingParams(max_tokens=max_tokens),
                     seed=0,
@@ -168,7 +171,7 @@ class Driver:
         held.update(left)
         assert len(held) == blocks.num_blocks - blocks.num_free
         for queue in (scheduler.running, scheduler.waiting):
-            assert [sequence.arrival for sequence in queue] == sorted(sequence.arrival for sequence in queue)
+            assert [sequence.order for sequence in queue] == sorted(sequence.order for sequence in queue)
 
     def nothing_is_left(self) -> bool:
         scheduler = self.scheduler

@@ -18,7 +18,8 @@ from chiasm.engine.attention import KVCache, register_paged_attention
 from chiasm.engine.base import Engine
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.config import EngineConfig
-from chiasm.engine.device import MIXED_PREFILL_TOKENS, check_memory, kv_cache_blocks, use_threads
+from chiasm.engine.device import MAX_PREFILL_TOKENS, MIXED_PREFILL_TOKENS, check_memory, kv_cache_blocks, use_threads
+from chiasm.engine.due import PrefillPace
 from chiasm.engine.embeddings import Embeddings
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 from chiasm.engine.kv_transfers import KVTransfers
@@ -77,6 +78,7 @@ class LanguageEngine(Engine):
         self._inbox: queue.SimpleQueue[RequestState | _Abort | _Signal] = queue.SimpleQueue()
         self._states: dict[str, RequestState] = {}
         self._arrivals = itertools.count()
+        self._pace = PrefillPace()
         self._thread: threading.Thread | None = None
         self._kv_transfers: KVTransfers | None = None
         self._next_deadline_check = 0.0
@@ -106,6 +108,7 @@ class LanguageEngine(Engine):
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=config.max_num_batched_tokens,
+                max_prefill_tokens=MAX_PREFILL_TOKENS[self.device.type],
                 max_mixed_prefill_tokens=MIXED_PREFILL_TOKENS[self.device.type],
                 max_num_seqs=config.max_num_seqs,
                 max_queued_requests=config.max_queued_requests,
@@ -283,6 +286,7 @@ class LanguageEngine(Engine):
             processor=self.processor,
             block_size=self.config.block_size,
             max_model_len=self.max_model_len,
+            seconds_per_token=self._pace.seconds_per_token,
         )
         try:
             if self.config.role is Role.DECODE:
@@ -331,6 +335,7 @@ class LanguageEngine(Engine):
         self._note_scheduled(step)
         if not step.scheduled:
             return True
+        started = time.monotonic()
         try:
             sampled = self._runner.execute(step, self._embeddings.entries)
         except Exception as error:
@@ -338,6 +343,8 @@ class LanguageEngine(Engine):
             states = [self._states[part.sequence.request_id] for part in step.scheduled]
             self._fail_all(states, f"The model failed on this request: {type(error).__name__}.")
             return True
+        if step.prefills:
+            self._pace.note(step.num_rows, time.monotonic() - started)
         self._scheduler.complete(step, {name: token.token_id for name, token in sampled.items()})
         self._send(step, sampled)
         return True
