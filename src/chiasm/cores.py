@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import threading
+import time
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from chiasm.errors import ConfigurationError
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_AUTOGROUP = Path("/proc/self/autogroup")
+_AUTOGROUP_ATTEMPTS, _AUTOGROUP_SECONDS = 50, 0.1
 
 
 def usable_cores() -> int:
@@ -40,6 +45,34 @@ def pin_to(cpus: Sequence[int]) -> None:
     check_cpus(cpus)
     if cpus:
         os.sched_setaffinity(0, cpus)
+
+
+def lower_priority(nice: int) -> None:
+    """Let the calling thread, and the threads that it starts from now on, compute when others leave cores idle.
+
+    ``nice`` is a niceness from 0 to 19. Every step of it is worth a tenth of a core among threads that compete for one, so
+    a thread of niceness 5 keeps a quarter of what the others get. Does nothing where threads have no niceness of their own.
+    """
+    if nice and sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+
+
+def lower_session_priority(nice: int) -> None:
+    """Do the same for this process's session, if it leads one.
+
+    Linux weighs sessions before threads where automatic groups are on (``kernel.sched_autogroup_enabled``): there, the
+    niceness of a thread counts within its own session only.
+    """
+    if not nice or not _AUTOGROUP.exists() or os.getsid(0) != os.getpid():
+        return
+    for _ in range(_AUTOGROUP_ATTEMPTS):
+        try:
+            _AUTOGROUP.write_text(str(nice))
+            return
+        except BlockingIOError:  # the kernel takes one change in a tenth of a second from all processes
+            time.sleep(_AUTOGROUP_SECONDS)
+        except OSError:
+            return
 
 
 def share_cores(threads: int | None, environment: MutableMapping[str, str] = os.environ) -> None:
