@@ -45,7 +45,7 @@ class Driver:
         max_num_seqs: int = 16,
         max_queued: int = 64,
         cache_rows: int = 1000,
-        local_encoder: bool = False,
+        encode_ahead: int = 0,
         recomputes_items: bool = True,
     ) -> None:
         self.block_size = block_size
@@ -57,7 +57,6 @@ class Driver:
                 max_num_seqs=max_num_seqs,
                 max_queued_requests=max_queued,
                 entry_bytes_per_row=BYTES_PER_ROW,
-                local_encoder=local_encoder,
                 recomputes_items=recomputes_items,
             ),
             BlockManager(blocks, block_size),
@@ -65,6 +64,8 @@ class Driver:
         )
         self.stored: set[str] = set()
         """Identifiers of the embeddings that exist by now."""
+        self.encode_ahead = encode_ahead
+        """If not 0, an encoder beside the scheduler makes one item per step, and keeps at most so many."""
         self.encoded: list[str] = []
         self.sequences: list[Sequence] = []
         self._tokens = itertools.count(1000)
@@ -118,12 +119,24 @@ class Driver:
                     break
                 self.scheduler.item_arrived(sequence, item)
 
+    def encode(self) -> None:
+        """Make the first item that is wanted and not made yet, and drop those that are not wanted."""
+        wanted = [item.identifier for _, item in self.scheduler.items_to_encode(self.encode_ahead)]
+        assert len(wanted) <= self.encode_ahead
+        self.stored.intersection_update(wanted)
+        for identifier in wanted:
+            if identifier not in self.stored:
+                self.stored.add(identifier)
+                self.encoded.append(identifier)
+                return
+
     def step(self) -> Step:
         """Load, plan and run a step in which every sampled token is new, and end the sequences that have all their tokens."""
         self.load()
+        if self.encode_ahead:
+            self.encode()
         step = self.scheduler.schedule()
         self.check(step)
-        self.encoded += [item.identifier for _, item in step.encode]
         samples = [part.sequence for part in step.scheduled if part.samples]
         self.scheduler.complete(step, {sequence.sequence_id: next(self._tokens) for sequence in samples})
         for sequence in samples:
@@ -136,8 +149,9 @@ class Driver:
         for _ in range(limit):
             if not self.scheduler.running and not self.scheduler.waiting:
                 return
+            encoded = len(self.encoded)
             step = self.step()
-            assert step.scheduled or step.encode, "no step can be made, and not all have ended"
+            assert step.scheduled or len(self.encoded) > encoded, "no step can be made, and not all have ended"
         raise AssertionError(f"not finished after {limit} steps")
 
     def run_until(self, condition: Callable[[], bool], limit: int = 1000) -> None:
