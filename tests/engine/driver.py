@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.local_encoder import choose
 from chiasm.engine.request import SamplingParams
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
 from chiasm.engine.sequence import Sequence
@@ -45,7 +46,7 @@ class Driver:
         max_num_seqs: int = 16,
         max_queued: int = 64,
         cache_rows: int = 1000,
-        encode_ahead: int = 0,
+        max_finished: int = 0,
         recomputes_items: bool = True,
     ) -> None:
         self.block_size = block_size
@@ -64,8 +65,8 @@ class Driver:
         )
         self.stored: set[str] = set()
         """Identifiers of the embeddings that exist by now."""
-        self.encode_ahead = encode_ahead
-        """If not 0, an encoder beside the scheduler makes one item per step, and keeps at most so many."""
+        self.max_finished = max_finished
+        """If not 0, an encoder beside the scheduler makes one item per step, and keeps so many for which there is no room."""
         self.encoded: list[str] = []
         self.sequences: list[Sequence] = []
         self._tokens = itertools.count(1000)
@@ -120,20 +121,20 @@ class Driver:
                 self.scheduler.item_arrived(sequence, item)
 
     def encode(self) -> None:
-        """Make the first item that is wanted and not made yet, and drop those that are not wanted."""
-        wanted = [item.identifier for _, item in self.scheduler.items_to_encode(self.encode_ahead)]
-        assert len(wanted) <= self.encode_ahead
+        """Do what the encoder does: drop what is not wanted, and make the first item that is."""
+        wanted = [item.identifier for _, item in self.scheduler.items_to_encode()]
         self.stored.intersection_update(wanted)
-        for identifier in wanted:
-            if identifier not in self.stored:
-                self.stored.add(identifier)
-                self.encoded.append(identifier)
-                return
+        item, dropped = choose(wanted, self.stored, self.max_finished)
+        if dropped is not None:
+            self.stored.remove(dropped)
+        if item is not None:
+            self.stored.add(item)
+            self.encoded.append(item)
 
     def step(self) -> Step:
         """Load, plan and run a step in which every sampled token is new, and end the sequences that have all their tokens."""
         self.load()
-        if self.encode_ahead:
+        if self.max_finished:
             self.encode()
         step = self.scheduler.schedule()
         self.check(step)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chiasm.engine.local_encoder import choose
 from chiasm.errors import InvalidRequestError, OverloadedError
 from tests.engine.driver import Driver, chunks, prompt
 
@@ -474,14 +475,14 @@ def test_a_preempted_sequence_keeps_its_tokens() -> None:
 
 
 def test_an_image_is_encoded_beside_the_prefill_of_what_comes_before_it() -> None:
-    driver = Driver(encode_ahead=2)
+    driver = Driver(max_finished=2)
     driver.add(prompt(2, ("a", 4), 6, ("b", 4), 1), max_tokens=1)
     seen = [(chunks(driver.step()), "".join(driver.encoded)) for _ in range(3)]
     assert seen == [([(0, 2)], "a"), ([(2, 12)], "ab"), ([(12, 17)], "ab")]
 
 
 def test_an_image_that_several_places_need_is_encoded_once() -> None:
-    driver = Driver(encode_ahead=2)
+    driver = Driver(max_finished=2)
     driver.add(prompt(1, ("a", 4), 2, ("a", 4)), max_tokens=1)
     driver.add(prompt(2, ("a", 4)), max_tokens=1)
     driver.run()
@@ -489,7 +490,7 @@ def test_an_image_that_several_places_need_is_encoded_once() -> None:
 
 
 def test_images_are_encoded_in_order_of_due() -> None:
-    driver = Driver(encode_ahead=4)
+    driver = Driver(max_finished=2)
     driver.add(prompt(1, ("a", 4), ("b", 4)), max_tokens=1, due=2)
     driver.add(prompt(2, ("c", 4)), max_tokens=1, due=1)
     driver.run()
@@ -497,7 +498,7 @@ def test_images_are_encoded_in_order_of_due() -> None:
 
 
 def test_an_image_in_memory_is_not_encoded_again() -> None:
-    driver = Driver(encode_ahead=2)
+    driver = Driver(max_finished=2)
     driver.add(prompt(1, ("a", 4), 1), max_tokens=1)
     driver.run()
     driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
@@ -506,13 +507,13 @@ def test_an_image_in_memory_is_not_encoded_again() -> None:
 
 
 def test_images_of_a_request_that_ended_are_not_encoded() -> None:
-    driver = Driver(encode_ahead=2)
+    driver = Driver(max_finished=2)
     driver.scheduler.finish(driver.add(prompt(1, ("a", 4), 1)))
-    assert driver.scheduler.items_to_encode(2) == []
+    assert driver.scheduler.items_to_encode() == []
 
 
 def test_entries_that_find_no_room_do_not_keep_a_running_prompt_from_its_image() -> None:
-    driver = Driver(encode_ahead=1, cache_rows=4, max_num_seqs=1)
+    driver = Driver(max_finished=1, cache_rows=4, max_num_seqs=1)
     running = driver.add(prompt(1, ("a", 4), 1, ("b", 4), 1), max_tokens=1, due=9)
     driver.step()
     waiting = driver.add(prompt(("c", 4), 1), max_tokens=1, due=1)
@@ -521,8 +522,15 @@ def test_entries_that_find_no_room_do_not_keep_a_running_prompt_from_its_image()
     assert waiting.finished
 
 
+def test_a_finished_entry_without_room_makes_place_for_a_more_urgent_item() -> None:
+    assert choose(["a", "b", "c"], {"b", "c"}, limit=2) == ("a", "c")
+    assert choose(["a", "b", "c"], {"a", "b"}, limit=2) == (None, None)
+    assert choose(["a", "b", "c"], {"b"}, limit=2) == ("a", None)
+    assert choose(["a"], {"a"}, limit=2) == (None, None)
+
+
 def test_an_encoder_cache_of_one_item_serves_requests_of_several_that_are_encoded_here() -> None:
-    driver = Driver(encode_ahead=2, cache_rows=4)
+    driver = Driver(max_finished=2, cache_rows=4)
     driver.add(prompt(1, ("a", 4), ("b", 4), ("c", 4), 1), max_tokens=2)
     driver.run()
     assert driver.encoded == ["a", "b", "c"]
@@ -546,7 +554,7 @@ parts = st.lists(
     cache_rows=st.integers(4, 24),
     arrivals=st.permutations("abcdef"),
     cancelled=st.sets(st.integers(0, 7)),
-    encode_ahead=st.integers(0, 3),
+    max_finished=st.integers(0, 3),
 )
 def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
     requests: list[tuple[list[int | tuple[str, int]], int, int, int]],
@@ -556,16 +564,16 @@ def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
     cache_rows: int,
     arrivals: list[str],
     cancelled: set[int],
-    encode_ahead: int,
+    max_finished: int,
 ) -> None:
     driver = Driver(
-        budget=budget, max_prefill=max_prefill, blocks=blocks, cache_rows=cache_rows, encode_ahead=encode_ahead
+        budget=budget, max_prefill=max_prefill, blocks=blocks, cache_rows=cache_rows, max_finished=max_finished
     )
     for number, (request, max_tokens, choices, due) in enumerate(requests):
         driver.add(prompt(*request), max_tokens=max_tokens, choices=choices, due=due, salt=str(number % 3))
         driver.step()
     for name in arrivals:
-        if not encode_ahead:
+        if not max_finished:
             driver.stored.add(name)
         driver.step()
     for number in cancelled:

@@ -24,16 +24,12 @@ from chiasm.models.base import PromptItem
 if TYPE_CHECKING:
     from chiasm.ec_transfer import ECConnectorStats
 
-ENCODE_AHEAD = 8
-"""Maximum items that an encoder of the engine's own works on or has finished before there is room for them."""
-
 
 class Embeddings:
     """The adapter of the EC connector, both halves, and the tensors that the encoder cache manager accounts for.
 
     An aggregated engine has an encoder of its own instead of a connector; a decode engine has neither, since it computes no
-    images.
-    All methods belong to the engine's thread.
+    images. All methods belong to the engine's thread.
     """
 
     def __init__(
@@ -186,7 +182,7 @@ class Embeddings:
             self._encoder.want(
                 {
                     item.identifier: states[sequence.request_id].request.pixels[item.identifier]
-                    for sequence, item in self._scheduler.items_to_encode(ENCODE_AHEAD)
+                    for sequence, item in self._scheduler.items_to_encode()
                 }
             )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 NICE = 5
 """Niceness of the thread that encodes: streams go first, and it keeps a quarter of a core that they want too."""
+MAX_FINISHED = 8
+"""Maximum entries that wait for room in the encoder cache."""
 LOW_PRIORITY, HIGH_PRIORITY = 0, -1
 """Priorities of CUDA streams: kernels of the engine's steps go before those that encode."""
 
@@ -43,8 +45,7 @@ class Encoded:
 class LocalEncoder:
     """Encodes the items that the engine wants, one by one, the first first.
 
-    An entry waits here until the engine takes it into its encoder cache, and as long as the engine wants it. The engine bounds
-    what it wants at a time, and so how many entries wait here.
+    A finished entry waits here until the engine takes it into its encoder cache, or doesn't want it any more.
     """
 
     def __init__(self, vision: VisionModel, worker: Worker, notify: Callable[[], None]) -> None:
@@ -120,9 +121,11 @@ class LocalEncoder:
         """Wait for an item to encode; return None when the thread has to end."""
         with self._changed:
             while not self._stopping:
-                for item in self._wanted.items():
-                    if item[0] not in self._encoded:
-                        return item
+                item, dropped = choose(list(self._wanted), self._encoded.keys())
+                if dropped is not None:
+                    del self._encoded[dropped]
+                if item is not None:
+                    return item, self._wanted[item]
                 self._changed.wait()
             return None
 
@@ -134,6 +137,18 @@ class LocalEncoder:
             logger.exception("Encoding an image failed.")
             return Encoded(torch.empty(0), time.monotonic() - started, error)
         return Encoded(entry, time.monotonic() - started)
+
+
+def choose(wanted: Sequence[str], finished: Set[str], limit: int = MAX_FINISHED) -> tuple[str | None, str | None]:
+    """Return the item to encode next, and the finished one to drop to make place for it; None where there is none.
+
+    ``wanted`` has all items in order, also the finished ones, of which at most ``limit`` are kept.
+    """
+    item = next((name for name in wanted if name not in finished), None)
+    if item is None or len(finished) < limit:
+        return item, None
+    last = max(finished, key=wanted.index)
+    return (item, last) if wanted.index(item) < wanted.index(last) else (None, None)
 
 
 def on_stream(device: torch.device, priority: int) -> AbstractContextManager[object]:

@@ -188,10 +188,10 @@ class Scheduler:
                 wanted.append((sequence, missing))
         return wanted
 
-    def items_to_encode(self, limit: int) -> list[tuple[Sequence, PromptItem]]:
-        """Return the missing items that an encoder of the engine's own should make next, first come first, each once.
+    def items_to_encode(self) -> list[tuple[Sequence, PromptItem]]:
+        """Return the missing items that an encoder of the engine's own should make, first come first, each once.
 
-        They are in order of due, and one of them is always the item that the first in rank needs, for which there will be
+        They are in order of due, but the item that the first in rank needs comes before all, since for that one there will be
         room: so entries that find no room never keep the encoder from the one that does.
         """
         wanted = [
@@ -200,11 +200,10 @@ class Scheduler:
             for item in items
             if item.identifier not in self.encoder_cache
         ]
-        found = {item.identifier: (sequence, item) for sequence, item in wanted[:1]}
-        for sequence, item in sorted(wanted, key=lambda pair: pair[0].order):
-            if len(found) < limit:
-                found.setdefault(item.identifier, (sequence, item))
-        return sorted(found.values(), key=lambda pair: pair[0].order)
+        found: dict[str, tuple[Sequence, PromptItem]] = {}
+        for sequence, item in wanted[:1] + sorted(wanted, key=lambda pair: pair[0].order):
+            found.setdefault(item.identifier, (sequence, item))
+        return list(found.values())
 
     def num_cached_tokens(self, sequence: Sequence) -> int:
         """Return how many tokens of a waiting sequence the prefix cache holds now."""
