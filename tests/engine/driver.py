@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.local_encoder import choose
 from chiasm.engine.request import SamplingParams
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
 from chiasm.engine.sequence import Sequence
@@ -38,24 +39,25 @@ class Driver:
         self,
         *,
         budget: int = 64,
+        max_prefill: int = 64,
         mixed: int = 64,
         blocks: int = 64,
         block_size: int = 4,
         max_num_seqs: int = 16,
         max_queued: int = 64,
         cache_rows: int = 1000,
-        local_encoder: bool = False,
+        max_finished: int = 0,
         recomputes_items: bool = True,
     ) -> None:
         self.block_size = block_size
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=budget,
+                max_prefill_tokens=max_prefill,
                 max_mixed_prefill_tokens=mixed,
                 max_num_seqs=max_num_seqs,
                 max_queued_requests=max_queued,
                 entry_bytes_per_row=BYTES_PER_ROW,
-                local_encoder=local_encoder,
                 recomputes_items=recomputes_items,
             ),
             BlockManager(blocks, block_size),
@@ -63,6 +65,8 @@ class Driver:
         )
         self.stored: set[str] = set()
         """Identifiers of the embeddings that exist by now."""
+        self.max_finished = max_finished
+        """If not 0, an encoder beside the scheduler makes one item per step, and keeps so many for which there is no room."""
         self.encoded: list[str] = []
         self.sequences: list[Sequence] = []
         self._tokens = itertools.count(1000)
@@ -77,21 +81,22 @@ class Driver:
         salt: str = "",
         outputs: tuple[int, ...] = (),
         remote: int = 0,
-        seniority: int = 0,
+        due: float = 0.0,
     ) -> Sequence:
         """Add a request, and return its first choice.
 
-        ``outputs`` were sampled on another instance, which holds the KV of the first ``remote`` tokens. ``seniority`` puts the
-        request before others.
+        ``outputs`` were sampled on another instance, which holds the KV of the first ``remote`` tokens. Requests that are due
+        at the same time go in order of arrival.
         """
         added: list[Sequence] = []
         for index in range(choices):
-            arrival = next(self._arrivals) - seniority
+            arrival = next(self._arrivals)
             added.append(
                 Sequence(
                     request_id=f"r{arrival - index}",
                     index=index,
                     arrival=arrival,
+                    due=due,
                     prompt=prompt,
                     sampling=SamplingParams(max_tokens=max_tokens),
                     seed=0,
@@ -115,12 +120,24 @@ class Driver:
                     break
                 self.scheduler.item_arrived(sequence, item)
 
+    def encode(self) -> None:
+        """Do what the encoder does: drop what is not wanted, and make the first item that is."""
+        wanted = [item.identifier for _, item in self.scheduler.items_to_encode()]
+        self.stored.intersection_update(wanted)
+        item, dropped = choose(wanted, self.stored, self.max_finished)
+        if dropped is not None:
+            self.stored.remove(dropped)
+        if item is not None:
+            self.stored.add(item)
+            self.encoded.append(item)
+
     def step(self) -> Step:
         """Load, plan and run a step in which every sampled token is new, and end the sequences that have all their tokens."""
         self.load()
+        if self.max_finished:
+            self.encode()
         step = self.scheduler.schedule()
         self.check(step)
-        self.encoded += [item.identifier for _, item in step.encode]
         samples = [part.sequence for part in step.scheduled if part.samples]
         self.scheduler.complete(step, {sequence.sequence_id: next(self._tokens) for sequence in samples})
         for sequence in samples:
@@ -133,8 +150,9 @@ class Driver:
         for _ in range(limit):
             if not self.scheduler.running and not self.scheduler.waiting:
                 return
+            encoded = len(self.encoded)
             step = self.step()
-            assert step.scheduled or step.encode, "no step can be made, and not all have ended"
+            assert step.scheduled or len(self.encoded) > encoded, "no step can be made, and not all have ended"
         raise AssertionError(f"not finished after {limit} steps")
 
     def run_until(self, condition: Callable[[], bool], limit: int = 1000) -> None:
@@ -168,7 +186,7 @@ class Driver:
         held.update(left)
         assert len(held) == blocks.num_blocks - blocks.num_free
         for queue in (scheduler.running, scheduler.waiting):
-            assert [sequence.arrival for sequence in queue] == sorted(sequence.arrival for sequence in queue)
+            assert [sequence.order for sequence in queue] == sorted(sequence.order for sequence in queue)
 
     def nothing_is_left(self) -> bool:
         scheduler = self.scheduler

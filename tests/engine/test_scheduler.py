@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chiasm.engine.local_encoder import choose
 from chiasm.errors import InvalidRequestError, OverloadedError
 from tests.engine.driver import Driver, chunks, prompt
 
@@ -70,7 +73,7 @@ def test_an_answer_that_was_cut_off_elsewhere_goes_before_new_ones() -> None:
     driver.add(prompt(4), max_tokens=2)
     driver.step()
     new = driver.add(prompt(4), salt="new")
-    resumed = driver.add(prompt(4), salt="resumed", outputs=(7,), seniority=100)
+    resumed = driver.add(prompt(4), salt="resumed", outputs=(7,), due=-math.inf)
     driver.run_until(lambda: resumed.finished)
     assert not new.was_scheduled
     driver.run()
@@ -90,6 +93,84 @@ def test_an_item_that_can_never_fit_the_encoder_cache_is_refused() -> None:
     driver.scheduler.check_items(prompt(1, ("a", 4)).items)
     with pytest.raises(InvalidRequestError, match="5 tokens"):
         driver.scheduler.check_items(prompt(1, ("a", 5)).items)
+
+
+# ---- the order of due ---------------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_that_is_due_first_goes_first() -> None:
+    driver = Driver(budget=8)
+    late = driver.add(prompt(8), due=9, salt="late")
+    early = driver.add(prompt(12), due=3, salt="early")
+    assert [part.sequence for part in driver.step().prefills] == [early]
+    assert [part.sequence for part in driver.step().prefills] == [early, late]
+
+
+def test_a_prompt_that_is_due_earlier_overtakes_one_whose_prefill_has_begun() -> None:
+    driver = Driver(budget=8)
+    long = driver.add(prompt(30), due=9)
+    driver.step()
+    short = driver.add(prompt(6), due=3, max_tokens=1, salt="short")
+    step = driver.step()
+    assert [part.sequence for part in step.prefills] == [short, long]
+    assert chunks(step) == [(0, 6), (8, 10)]
+
+
+def test_prompts_that_are_due_at_the_same_time_go_in_order_of_arrival() -> None:
+    driver = Driver(budget=8)
+    first, second = driver.add(prompt(8), due=1, salt="a"), driver.add(prompt(8), due=1, salt="b")
+    assert [driver.step().prefills[0].sequence for _ in range(2)] == [first, second]
+
+
+def test_a_request_that_is_overtaken_ends_although_shorter_ones_keep_coming() -> None:
+    driver = Driver(budget=8)
+    long = driver.add(prompt(40), due=20, max_tokens=1)
+    for number in range(40):
+        driver.add(prompt(8), due=number, max_tokens=1, salt=str(number))
+        driver.step()
+        if long.finished:
+            return
+    raise AssertionError("the long prompt starved")
+
+
+def test_the_sequence_that_is_due_last_is_preempted_whenever_it_came() -> None:
+    driver = Driver(blocks=4, block_size=4)
+    late = driver.add(prompt(6), max_tokens=8, due=2, salt="a")
+    early = driver.add(prompt(6), max_tokens=8, due=1, salt="b")
+    driver.run_until(lambda: driver.scheduler.num_preemptions > 0)
+    assert driver.scheduler.waiting == [late]
+    driver.run()
+    assert early.num_output == late.num_output == 8
+
+
+def test_the_sequence_that_is_due_first_takes_room_in_the_encoder_cache_whenever_it_came() -> None:
+    driver = Driver(cache_rows=4, budget=2)
+    late = driver.add(prompt(2, ("a", 4), 1), max_tokens=1, due=2)
+    early = driver.add(prompt(2, ("b", 4), 1), max_tokens=1, due=1)
+    for _ in range(2):
+        driver.step()
+    driver.stored = {"a", "b"}
+    driver.run_until(lambda: early.finished)
+    assert not late.finished
+    driver.run()
+
+
+def test_later_prompts_do_not_overtake_one_that_needs_blocks() -> None:
+    driver = Driver(blocks=6, block_size=4)
+    running = driver.add(prompt(11), max_tokens=4, due=0)
+    driver.step()
+    large = driver.add(prompt(16), max_tokens=1, due=1, salt="large")
+    small = driver.add(prompt(2), max_tokens=1, due=2, salt="small")
+    driver.run_until(lambda: running.finished)
+    assert not small.was_scheduled
+    driver.run_until(lambda: large.finished)
+    driver.run()
+
+
+def test_prefill_chunks_have_a_limit_in_steps_without_decodes_too() -> None:
+    driver = Driver(budget=32, max_prefill=16, mixed=8)
+    driver.add(prompt(40), max_tokens=1)
+    assert [chunks(driver.step()) for _ in range(3)] == [[(0, 16)], [(16, 32)], [(32, 40)]]
 
 
 # ---- prefix cache -------------------------------------------------------------------------------------------------------
@@ -284,6 +365,67 @@ def test_cancelling_a_request_at_any_point_frees_all_that_it_holds() -> None:
         assert driver.nothing_is_left()
 
 
+# ---- who gives way to whom ----------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_waits_for_an_image_takes_no_rows_from_one_that_can_run() -> None:
+    driver = Driver(max_prefill=8)
+    waits = driver.add(prompt(12, ("late", 4)), due=1)
+    text = driver.add(prompt(6), due=2, salt="text")
+    step = driver.step()
+    assert [part.sequence for part in step.prefills] == [text, waits]
+    assert chunks(step) == [(0, 6), (0, 2)]
+
+
+def test_a_prompt_whose_prefill_has_begun_takes_no_rows_while_an_image_is_missing() -> None:
+    driver = Driver(max_prefill=8)
+    driver.add(prompt(20, ("late", 4)), due=1)
+    driver.step()
+    text = driver.add(prompt(8), due=2, salt="text")
+    assert [part.sequence for part in driver.step().prefills] == [text]
+
+
+def test_a_prompt_goes_in_its_order_again_once_its_images_are_there() -> None:
+    driver = Driver(budget=8)
+    first = driver.add(prompt(4, ("a", 4), 2), due=1)
+    driver.add(prompt(6), due=2, salt="text")
+    driver.stored.add("a")
+    assert driver.step().prefills[0].sequence is first
+
+
+def test_a_prompt_with_more_images_than_the_encoder_cache_holds_goes_in_its_order() -> None:
+    driver = Driver(budget=6, cache_rows=4)
+    driver.stored = {"a", "b"}
+    first = driver.add(prompt(2, ("a", 4), ("b", 4)), max_tokens=1, due=1)
+    for number in range(9):
+        driver.add(prompt(6), max_tokens=1, due=2 + number, salt=str(number))
+    driver.step()
+    driver.step()
+    assert first.finished
+
+
+def test_a_prompt_that_can_run_takes_blocks_from_one_that_will_have_to_wait() -> None:
+    driver = Driver(budget=8, blocks=4, block_size=4)
+    waits = driver.add(prompt(14, ("late", 2)), max_tokens=1, due=1)
+    driver.step()
+    text = driver.add(prompt(12), max_tokens=1, due=2, salt="text")
+    driver.run_until(lambda: text.finished)
+    driver.stored.add("late")
+    driver.run()
+    assert waits.finished
+
+
+def test_prompts_that_wait_for_images_do_not_take_blocks_from_each_other_in_turn() -> None:
+    driver = Driver(blocks=4, block_size=4)
+    for number, name in enumerate("abc"):
+        driver.add(prompt(10, (name, 2)), max_tokens=1, due=number, salt=name)
+    for _ in range(9):
+        driver.step()
+    assert driver.scheduler.num_preemptions == 0
+    driver.stored = set("abc")
+    driver.run()
+
+
 # ---- preemption ---------------------------------------------------------------------------------------------------------
 
 
@@ -329,40 +471,66 @@ def test_a_preempted_sequence_keeps_its_tokens() -> None:
         tokens = list(young.token_ids)
 
 
-# ---- a local encoder (aggregated) ------------------------------------------------------------------------------------------
+# ---- an encoder beside the scheduler (aggregated) ---------------------------------------------------------------------------
 
 
-def test_an_aggregated_step_encodes_what_its_chunk_needs() -> None:
-    driver = Driver(budget=8, local_encoder=True)
+def test_an_image_is_encoded_beside_the_prefill_of_what_comes_before_it() -> None:
+    driver = Driver(max_finished=2)
     driver.add(prompt(2, ("a", 4), 6, ("b", 4), 1), max_tokens=1)
-    step = driver.step()
-    assert [item.identifier for _, item in step.encode] == ["a"]
-    assert chunks(step) == [(0, 8)]
-    step = driver.step()
-    assert [item.identifier for _, item in step.encode] == ["b"]
+    seen = [(chunks(driver.step()), "".join(driver.encoded)) for _ in range(3)]
+    assert seen == [([(0, 2)], "a"), ([(2, 12)], "ab"), ([(12, 17)], "ab")]
 
 
-def test_an_aggregated_engine_encodes_an_image_once() -> None:
-    driver = Driver(local_encoder=True)
+def test_an_image_that_several_places_need_is_encoded_once() -> None:
+    driver = Driver(max_finished=2)
     driver.add(prompt(1, ("a", 4), 2, ("a", 4)), max_tokens=1)
     driver.add(prompt(2, ("a", 4)), max_tokens=1)
     driver.run()
     assert driver.encoded == ["a"]
 
 
-def test_a_request_that_waits_for_blocks_leaves_the_encoder_cache_to_a_running_one() -> None:
-    driver = Driver(budget=2, blocks=10, cache_rows=4, local_encoder=True)
-    for salt, (request, choices) in enumerate(
-        [((1,), 1), ((13, ("a", 4), ("a", 4)), 2), ((17, ("b", 4)), 1)],
-    ):
-        driver.add(prompt(*request), max_tokens=1, choices=choices, salt=str(salt % 3))
-        driver.step()
+def test_images_are_encoded_in_order_of_due() -> None:
+    driver = Driver(max_finished=2)
+    driver.add(prompt(1, ("a", 4), ("b", 4)), max_tokens=1, due=2)
+    driver.add(prompt(2, ("c", 4)), max_tokens=1, due=1)
     driver.run()
-    assert driver.nothing_is_left()
+    assert driver.encoded == ["c", "a", "b"]
 
 
-def test_an_aggregated_engine_with_room_for_one_item_serves_a_request_of_several() -> None:
-    driver = Driver(local_encoder=True, cache_rows=4)
+def test_an_image_in_memory_is_not_encoded_again() -> None:
+    driver = Driver(max_finished=2)
+    driver.add(prompt(1, ("a", 4), 1), max_tokens=1)
+    driver.run()
+    driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
+    driver.run()
+    assert driver.encoded == ["a"]
+
+
+def test_images_of_a_request_that_ended_are_not_encoded() -> None:
+    driver = Driver(max_finished=2)
+    driver.scheduler.finish(driver.add(prompt(1, ("a", 4), 1)))
+    assert driver.scheduler.items_to_encode() == []
+
+
+def test_entries_that_find_no_room_do_not_keep_a_running_prompt_from_its_image() -> None:
+    driver = Driver(max_finished=1, cache_rows=4, max_num_seqs=1)
+    running = driver.add(prompt(1, ("a", 4), 1, ("b", 4), 1), max_tokens=1, due=9)
+    driver.step()
+    waiting = driver.add(prompt(("c", 4), 1), max_tokens=1, due=1)
+    driver.run_until(lambda: running.finished)
+    driver.run()
+    assert waiting.finished
+
+
+def test_a_finished_entry_without_room_makes_place_for_a_more_urgent_item() -> None:
+    assert choose(["a", "b", "c"], {"b", "c"}, limit=2) == ("a", "c")
+    assert choose(["a", "b", "c"], {"a", "b"}, limit=2) == (None, None)
+    assert choose(["a", "b", "c"], {"b"}, limit=2) == ("a", None)
+    assert choose(["a"], {"a"}, limit=2) == (None, None)
+
+
+def test_an_encoder_cache_of_one_item_serves_requests_of_several_that_are_encoded_here() -> None:
+    driver = Driver(max_finished=2, cache_rows=4)
     driver.add(prompt(1, ("a", 4), ("b", 4), ("c", 4), 1), max_tokens=2)
     driver.run()
     assert driver.encoded == ["a", "b", "c"]
@@ -377,29 +545,36 @@ parts = st.lists(
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    requests=st.lists(st.tuples(parts, st.integers(1, 6), st.integers(1, 2)), min_size=1, max_size=8),
+    requests=st.lists(
+        st.tuples(parts, st.integers(1, 6), st.integers(1, 2), st.integers(0, 5)), min_size=1, max_size=8
+    ),
     budget=st.integers(2, 24),
+    max_prefill=st.integers(2, 24),
     blocks=st.integers(10, 20),
     cache_rows=st.integers(4, 24),
     arrivals=st.permutations("abcdef"),
     cancelled=st.sets(st.integers(0, 7)),
-    local_encoder=st.booleans(),
+    max_finished=st.integers(0, 3),
 )
 def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
-    requests: list[tuple[list[int | tuple[str, int]], int, int]],
+    requests: list[tuple[list[int | tuple[str, int]], int, int, int]],
     budget: int,
+    max_prefill: int,
     blocks: int,
     cache_rows: int,
     arrivals: list[str],
     cancelled: set[int],
-    local_encoder: bool,
+    max_finished: int,
 ) -> None:
-    driver = Driver(budget=budget, blocks=blocks, cache_rows=cache_rows, local_encoder=local_encoder)
-    for number, (request, max_tokens, choices) in enumerate(requests):
-        driver.add(prompt(*request), max_tokens=max_tokens, choices=choices, salt=str(number % 3))
+    driver = Driver(
+        budget=budget, max_prefill=max_prefill, blocks=blocks, cache_rows=cache_rows, max_finished=max_finished
+    )
+    for number, (request, max_tokens, choices, due) in enumerate(requests):
+        driver.add(prompt(*request), max_tokens=max_tokens, choices=choices, due=due, salt=str(number % 3))
         driver.step()
     for name in arrivals:
-        driver.stored.add(name)
+        if not max_finished:
+            driver.stored.add(name)
         driver.step()
     for number in cancelled:
         if number < len(driver.sequences):

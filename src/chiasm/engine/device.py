@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 CPU_KV_CACHE_BYTES = 1 << 30
 MIXED_PREFILL_TOKENS = {"cpu": 64, "cuda": 1024}
 """Prefill rows in a step that also decodes: few enough to keep running streams fluent, enough to use the device well."""
+MAX_PREFILL_TOKENS = {"cpu": 256, "cuda": 1 << 30}
+"""Prefill rows in any step: enough to use the device well, few enough that a new request soon gets its turn."""
 KV_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Share of the memory that is free once the weights are loaded, which the KV cache may take."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -6,12 +6,15 @@ from collections import OrderedDict
 from collections.abc import Set
 from dataclasses import dataclass, field
 
+Rank = tuple[bool, float, int]
+"""Who comes first for room, lowest first: whether the sequence still waits to run, then its place in the order of due."""
+
 
 @dataclass
 class _Entry:
     num_bytes: int
-    holders: dict[str, int] = field(default_factory=dict)
-    """Arrival numbers of the sequences that still need it, by sequence."""
+    holders: dict[str, Rank] = field(default_factory=dict)
+    """Ranks of the sequences that still need it, by sequence."""
 
 
 class EncoderCacheManager:
@@ -19,7 +22,7 @@ class EncoderCacheManager:
 
     An entry is held by the sequences whose prefill has not passed it. Entries that no sequence holds are evicted first, least
     recently used first. If only held ones are left, a sequence may evict those of later sequences, and those that it needs
-    later itself, so that the oldest sequence can always continue; an evicted entry is loaded again when it is needed.
+    later itself, so that the first sequence can always continue; an evicted entry is loaded again when it is needed.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -36,8 +39,8 @@ class EncoderCacheManager:
         """Identifiers of all entries that have room."""
         return self._entries.keys()
 
-    def allocate(self, identifier: str, num_bytes: int, *, arrival: int, keep: Set[str] = frozenset()) -> bool:
-        """Make room for an entry that the sequence with this arrival number needs; return False if there is none.
+    def allocate(self, identifier: str, num_bytes: int, *, rank: Rank, keep: Set[str] = frozenset()) -> bool:
+        """Make room for an entry that the sequence with this rank needs; return False if there is none.
 
         Entries in ``keep`` stay: those that the sequence needs before this one, and those that the step uses already.
         """
@@ -48,9 +51,9 @@ class EncoderCacheManager:
         if room < num_bytes:
             others = {name: entry.holders for name, entry in self._entries.items() if name not in keep}
             unheld = [name for name, holders in others.items() if not holders]
-            younger = [name for name, holders in others.items() if holders and min(holders.values()) >= arrival]
-            younger.sort(key=lambda name: -min(self._entries[name].holders.values()))
-            for name in unheld + younger:
+            later = [name for name, holders in others.items() if holders and min(holders.values()) >= rank]
+            later.sort(key=lambda name: min(self._entries[name].holders.values()), reverse=True)
+            for name in unheld + later:
                 victims.append(name)
                 room += self._entries[name].num_bytes
                 if room >= num_bytes:
@@ -63,9 +66,9 @@ class EncoderCacheManager:
         self.used_bytes += num_bytes
         return True
 
-    def hold(self, identifier: str, sequence_id: str, arrival: int) -> None:
+    def hold(self, identifier: str, sequence_id: str, rank: Rank) -> None:
         """Note that the sequence needs the entry until it releases it."""
-        self._entries[identifier].holders[sequence_id] = arrival
+        self._entries[identifier].holders[sequence_id] = rank
         self._entries.move_to_end(identifier)
 
     def release(self, identifier: str, sequence_id: str) -> None:

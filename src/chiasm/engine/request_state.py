@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from chiasm.engine.due import due
 from chiasm.engine.outputs import Choice
 from chiasm.engine.request import GenerateRequest, ItemTiming, Output, RequestTiming
 from chiasm.engine.sequence import Sequence
@@ -16,8 +18,8 @@ from chiasm.models.base import Processor
 
 logger = logging.getLogger(__name__)
 
-_SENIORITY = 1 << 62
-"""An answer that was cut off on another instance goes before all new ones, so that it is not cut off again."""
+_BEFORE_ALL_NEW = -math.inf
+"""When an answer is due that was cut off on another instance, so that it is not cut off again."""
 
 
 @dataclass(eq=False)
@@ -40,18 +42,30 @@ class RequestState:
     waited_before_start: float = 0.0
 
     def make_choices(
-        self, arrivals: Iterator[int], *, processor: Processor, block_size: int, max_model_len: int
+        self,
+        arrivals: Iterator[int],
+        *,
+        processor: Processor,
+        block_size: int,
+        max_model_len: int,
+        seconds_per_token: float,
     ) -> None:
-        """Make the request's choices and their sequences; ``arrivals`` numbers all sequences of the engine."""
+        """Make the request's choices and their sequences.
+
+        ``arrivals`` numbers all sequences of the engine; ``seconds_per_token`` is what a prompt token costs it now.
+        """
         request, params = self.request, self.request.kv_transfer_params
         seed = request.sampling.seed if params is None or params.seed is None else params.seed
         if seed is None:
             seed = secrets.randbits(62)
+        resumed = params is not None and params.num_sent > 1
+        due_at = _BEFORE_ALL_NEW if resumed else due(self.arrived, request.prompt, seconds_per_token)
         for index in range(request.num_choices):
             sequence = Sequence(
                 request_id=request.request_id,
                 index=index,
-                arrival=next(arrivals) - (_SENIORITY if params and params.num_sent > 1 else 0),
+                arrival=next(arrivals),
+                due=due_at,
                 prompt=request.prompt,
                 sampling=request.sampling,
                 seed=seed + index,
@@ -74,7 +88,7 @@ class RequestState:
     def overdue_error(self, now: float) -> ChiasmError:
         """Return the error for a request whose deadline has passed."""
         seconds = now - self.arrived
-        if self.stalled_since is None:
+        if self.stalled_since is None or self.request.pixels:
             return DeadlineExceededError(
                 f"The request did not end within its deadline of {seconds:.1f} s.", code=Code.DEADLINE_EXCEEDED
             )
@@ -90,7 +104,7 @@ class RequestState:
         """Note that a chunk of its prompt is in the step that begins."""
         if self.first_scheduled is None:
             self.first_scheduled = now
-            self.timing.queue_seconds = now - self.arrived - self.waited_before_start - self.timing.encode_seconds
+            self.timing.queue_seconds = now - self.arrived - self.waited_before_start
 
     def note_stalled(self, stalled: bool, now: float) -> None:
         """Note whether it waits for an embedding."""

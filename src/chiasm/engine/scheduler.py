@@ -2,25 +2,23 @@
 
 A pure state machine: no clock, no I/O, no tensors. Everything that happens outside is an event (``add``, ``item_arrived``,
 ``finish``, …), and ``schedule`` is a function of the state. Prefill is chunked under a token budget (Sarathi-Serve, Agrawal
-et al. 2024), preemption is by recomputation (vLLM, Kwon et al. 2023). Late embeddings are new here: a prompt is prefilled up
-to the first item whose embedding is missing, and continues when it arrives. A sequence whose KV is on another instance gets
-blocks when there is room for all of it, and runs once they are filled; a sequence that is handed over leaves its blocks
-behind until they have been read.
+et al. 2024), preemption is by recomputation (vLLM, Kwon et al. 2023). All sequences have one order, which never changes: when
+their work is due (:mod:`chiasm.engine.due`). Late embeddings are new here: a prompt is prefilled up to the first item whose
+embedding is missing, and continues when it arrives. A sequence whose KV is on another instance gets blocks when there is room
+for all of it, and runs once they are filled; a sequence that is handed over leaves its blocks behind until they have been
+read.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Set
 from dataclasses import dataclass, field
 
 from chiasm.engine.block_manager import BlockManager
-from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.encoder_cache_manager import EncoderCacheManager, Rank
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import Code, InvalidRequestError, OverloadedError
 from chiasm.models.base import PromptItem
-
-_AFTER_ALL_RUNNING = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,12 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     max_num_seqs: int
     max_queued_requests: int
+    max_prefill_tokens: int
+    """Maximum prefill rows of a step: a request that arrives meanwhile waits for the step's end."""
     max_mixed_prefill_tokens: int
     """Maximum prefill rows of a step that also decodes: fewer, since running streams wait for them."""
     entry_bytes_per_row: int
     """Size of one row of an embedding in the encoder cache."""
-    local_encoder: bool = False
-    """Whether the step itself encodes missing items (aggregated) instead of waiting for their embeddings."""
     recomputes_items: bool = True
     """Whether a preempted sequence with items can be recomputed here. If not (decode), it is not preempted while any other
     sequence can continue."""
@@ -61,8 +59,6 @@ class Step:
 
     decodes: list[ScheduledSequence] = field(default_factory=list)
     prefills: list[ScheduledSequence] = field(default_factory=list)
-    encode: list[tuple[Sequence, PromptItem]] = field(default_factory=list)
-    """Items to encode before the language model runs (aggregated), each once."""
     preempted: list[Sequence] = field(default_factory=list)
     load: list[Sequence] = field(default_factory=list)
     """Sequences that have just received blocks for KV from another instance."""
@@ -71,6 +67,10 @@ class Step:
     def scheduled(self) -> list[ScheduledSequence]:
         return self.decodes + self.prefills
 
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_tokens for part in self.scheduled)
+
     def drop_finished(self) -> None:
         """Take out the sequences that have ended since the step was planned."""
         self.decodes = [part for part in self.decodes if not part.sequence.finished]
@@ -78,7 +78,7 @@ class Step:
 
 
 class Scheduler:
-    """Waiting and running sequences of one engine, both in order of arrival."""
+    """Waiting and running sequences of one engine, both in order of due."""
 
     def __init__(
         self, config: SchedulerConfig, block_manager: BlockManager, encoder_cache: EncoderCacheManager
@@ -178,9 +178,8 @@ class Scheduler:
         for sequence in [*self.running, *self.waiting[: self.config.max_num_seqs]]:
             if not sequence.items or sequence.prompt_computed or self._follows(sequence):
                 continue
-            start = self._next_token(sequence)
             missing: list[PromptItem] = []
-            for item in sequence.items_between(start, start + self.config.max_num_batched_tokens):
+            for item in self._next_items(sequence):
                 if missing or item.identifier not in self.encoder_cache:
                     missing.append(item)
                 else:
@@ -188,6 +187,23 @@ class Scheduler:
             if missing:
                 wanted.append((sequence, missing))
         return wanted
+
+    def items_to_encode(self) -> list[tuple[Sequence, PromptItem]]:
+        """Return the missing items that an encoder of the engine's own should make, first come first, each once.
+
+        They are in order of due, but the item that the first in rank needs comes before all, since for that one there will be
+        room: so entries that find no room never keep the encoder from the one that does.
+        """
+        wanted = [
+            (sequence, item)
+            for sequence, items in self.wanted_items()
+            for item in items
+            if item.identifier not in self.encoder_cache
+        ]
+        found: dict[str, tuple[Sequence, PromptItem]] = {}
+        for sequence, item in wanted[:1] + sorted(wanted, key=lambda pair: pair[0].order):
+            found.setdefault(item.identifier, (sequence, item))
+        return list(found.values())
 
     def num_cached_tokens(self, sequence: Sequence) -> int:
         """Return how many tokens of a waiting sequence the prefix cache holds now."""
@@ -197,12 +213,17 @@ class Scheduler:
         """Return the first token that would be computed if the sequence were scheduled now."""
         return sequence.num_computed or self.num_cached_tokens(sequence)
 
-    def make_room(self, sequence: Sequence, item: PromptItem, keep: Set[str] = frozenset()) -> bool:
+    def _next_items(self, sequence: Sequence) -> list[PromptItem]:
+        """Return the items that the next chunks of a prompt need."""
+        start = self._next_token(sequence)
+        return sequence.items_between(start, start + self.config.max_num_batched_tokens)
+
+    def make_room(self, sequence: Sequence, item: PromptItem) -> bool:
         """Reserve room in the encoder cache for an embedding that is about to be loaded or made; return whether there is."""
         before = sequence.items_between(self._next_token(sequence), item.offset)
         needed_before = {other.identifier for other in before}
         return self.encoder_cache.allocate(
-            item.identifier, self.entry_bytes(item), arrival=self._rank(sequence), keep=needed_before | keep
+            item.identifier, self.entry_bytes(item), rank=self._rank(sequence), keep=needed_before
         )
 
     def entry_bytes(self, item: PromptItem) -> int:
@@ -210,50 +231,65 @@ class Scheduler:
 
     def is_stalled(self, sequence: Sequence) -> bool:
         """Return whether the sequence cannot continue because an embedding is missing."""
-        if self.config.local_encoder or sequence.prompt_computed:
+        if sequence.prompt_computed:
             return False
         return self._runnable_end(sequence, sequence.num_computed, sequence.num_tokens) == sequence.num_computed
+
+    def _will_stall(self, sequence: Sequence) -> bool:
+        """Return whether an embedding is missing that the rest of the prompt needs, now or further on.
+
+        Only so many are looked for as the encoder cache can hold at once, since no prompt ever finds more there.
+        """
+        if not sequence.items or sequence.prompt_computed or sequence.num_remote:
+            return False
+        room = self.encoder_cache.capacity_bytes
+        for identifier, num_bytes in {
+            item.identifier: self.entry_bytes(item) for item in self._next_items(sequence)
+        }.items():
+            room -= num_bytes
+            if room < 0:
+                return False
+            if identifier not in self.encoder_cache:
+                return True
+        return False
 
     # ---- the policy -------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Step:
-        """Plan one step: every decode first, then prefills in order of arrival, all under one token budget."""
+        """Plan one step: every decode first, then prefills in order of due, all under one token budget.
+
+        Prompts that can run to their end come before those that would stop at a missing embedding: they get the rows that are
+        left.
+        """
         step = Step()
-        budget = self.config.max_num_batched_tokens
-
-        for sequence in [sequence for sequence in self.running if sequence.is_decoding]:
-            if budget > 0 and sequence in self.running and self._reserve(sequence, sequence.num_tokens, step):
-                step.decodes.append(ScheduledSequence(sequence, sequence.num_computed, 1, samples=True))
-                budget -= 1
-        if step.decodes:
-            budget = min(budget, self.config.max_mixed_prefill_tokens)
-
-        for sequence in [sequence for sequence in self.running if not sequence.is_decoding]:
-            if budget > 0 and sequence in self.running:
-                budget -= self._schedule_prefill(sequence, budget, step)
-
+        budget = self._schedule_decodes(step)
         # Sequences that wait for an embedding compute nothing, so they don't count.
         computing = sum(1 for sequence in self.running if not self.is_stalled(sequence))
         places = self.config.max_num_seqs - computing - len(self.loading)
-        for sequence in list(self.waiting):
-            if budget == 0 or places <= 0:
+        blocks_are_short = False
+        for sequence, waits in self._prefill_order():
+            if budget == 0:
                 break
-            if sequence in step.preempted or self._follows(sequence):
+            if sequence in step.preempted:
                 continue
-            if sequence.num_remote:
-                if not self._receive(sequence, step):
-                    break
+            if waits:
+                # Nobody is admitted after one that needs blocks: later sequences must not overtake it.
+                if places <= 0 or blocks_are_short:
+                    continue
+                if sequence.num_remote:
+                    blocks_are_short = not self._receive(sequence, step)
+                    places -= 1
+                    continue
+                admitted = self._admit(sequence, budget, step)
+                blocks_are_short = admitted is None
+                if not admitted:
+                    continue
                 places -= 1
-                continue
-            admitted = self._admit(sequence, budget, step)
-            if admitted is None:
-                break
-            if admitted:
-                places -= 1
-                budget -= self._schedule_prefill(sequence, budget, step)
+            num_tokens = self._schedule_prefill(sequence, budget, step)
+            blocks_are_short = blocks_are_short or num_tokens is None
+            budget -= num_tokens or 0
         if not self.config.recomputes_items and self._is_stuck(step):
             self._preempt(self.running[-1], step)
-        step.encode = [(sequence, item) for sequence, item in step.encode if item.identifier in self.encoder_cache]
         return step
 
     def complete(self, step: Step, sampled: dict[str, int]) -> None:
@@ -272,6 +308,21 @@ class Scheduler:
 
     # ---- steps of the policy ----------------------------------------------------------------------------------------
 
+    def _schedule_decodes(self, step: Step) -> int:
+        """Add all decodes to the step; return how many rows are left for prefills."""
+        budget = self.config.max_num_batched_tokens
+        for sequence in [sequence for sequence in self.running if sequence.is_decoding]:
+            if budget > 0 and sequence in self.running and self._reserve(sequence, sequence.num_tokens, step):
+                step.decodes.append(ScheduledSequence(sequence, sequence.num_computed, 1, samples=True))
+                budget -= 1
+        return min(budget, self.config.max_mixed_prefill_tokens if step.decodes else self.config.max_prefill_tokens)
+
+    def _prefill_order(self) -> list[tuple[Sequence, bool]]:
+        """Return the sequences that have tokens to prefill, first come first, each with whether it still waits to run."""
+        candidates = [(sequence, False) for sequence in self.running if not sequence.is_decoding]
+        candidates += [(sequence, True) for sequence in self.waiting if not self._follows(sequence)]
+        return sorted(candidates, key=lambda candidate: (self._will_stall(candidate[0]), candidate[0].order))
+
     def _admit(self, sequence: Sequence, budget: int, step: Step) -> bool | None:
         """Move a waiting sequence to running if its first chunk can run now.
 
@@ -279,19 +330,15 @@ class Scheduler:
         """
         prefix = self._cached_prefix(sequence)
         start = len(prefix) * self.block_manager.block_size
-        end = min(sequence.num_tokens, start + budget)
-        if not self.config.local_encoder:
-            end = self._runnable_end(sequence, start, end)
+        end = self._runnable_end(sequence, start, min(sequence.num_tokens, start + budget))
         if end == start:
             return False
         needed = self.block_manager.blocks_for(end) - len(prefix)
         while self.block_manager.num_free_after_sharing(prefix) < needed:
-            stalled = next(
-                (other for other in reversed(self.running) if other.block_ids and self.is_stalled(other)), None
-            )
-            if stalled is None:
+            victim = self._waiting_victim(sequence, step)
+            if victim is None:
                 return None
-            self._preempt(stalled, step)
+            self._preempt(victim, step)
         self._take_prefix(sequence, prefix)
         _insert(self.running, sequence)
         return True
@@ -331,39 +378,19 @@ class Scheduler:
         for index in range(start // block_size, sequence.num_computed // block_size):
             self.block_manager.remember(sequence.block_ids[index], hashes[index])
 
-    def _schedule_prefill(self, sequence: Sequence, budget: int, step: Step) -> int:
-        """Add the sequence's next chunk to the step; return its number of tokens, 0 if it cannot continue now."""
+    def _schedule_prefill(self, sequence: Sequence, budget: int, step: Step) -> int | None:
+        """Add the sequence's next chunk to the step; return its number of tokens.
+
+        It is 0 if the sequence cannot continue because an embedding is missing, and None if blocks are short.
+        """
         start = sequence.num_computed
-        end = min(sequence.num_tokens, start + budget)
-        if self.config.local_encoder:
-            end = self._plan_encoding(sequence, start, end, step)
-        end = self._runnable_end(sequence, start, end)
-        if end == start or not self._reserve(sequence, end, step):
+        end = self._runnable_end(sequence, start, min(sequence.num_tokens, start + budget))
+        if end == start:
             return 0
+        if not self._reserve(sequence, end, step):
+            return None
         step.prefills.append(ScheduledSequence(sequence, start, end - start, samples=end == sequence.num_tokens))
         return end - start
-
-    def _plan_encoding(self, sequence: Sequence, start: int, end: int, step: Step) -> int:
-        """Have the step encode what the chunk needs, within room and row budget; return where the chunk has to end."""
-        planned = sum(len(item.geometry.rows) for _, item in step.encode)
-        for item in sequence.items_between(start, end):
-            if item.identifier in self.encoder_cache:
-                self._hold(sequence, item)
-                continue
-            rows = len(item.geometry.rows)
-            if planned and planned + rows > self.config.max_num_batched_tokens:
-                return max(start, item.offset)
-            if not self.make_room(sequence, item, keep=self._used_by(step)):
-                return max(start, item.offset)
-            self._hold(sequence, item)
-            step.encode.append((sequence, item))
-            planned += rows
-        return end
-
-    @staticmethod
-    def _used_by(step: Step) -> set[str]:
-        """Return the identifiers of the embeddings that the chunks planned so far read."""
-        return {item.identifier for part in step.prefills for item in part.sequence.items_between(part.start, part.end)}
 
     def _runnable_end(self, sequence: Sequence, start: int, end: int) -> int:
         """Return how far tokens from ``start`` can run: to ``end``, or to the first item whose embedding is missing."""
@@ -389,7 +416,25 @@ class Scheduler:
         return bool(self.running) and not (step.scheduled or step.load or step.preempted or self.loading)
 
     def _victim(self, sequence: Sequence, step: Step) -> Sequence | None:
-        """Return whom to preempt: the youngest that waits for an embedding, else the youngest that came after ``sequence``."""
+        """Return whom to preempt: one that gives way because it waits, else the last that comes after ``sequence``."""
+        waiting = self._waiting_victim(sequence, step)
+        if waiting is not None or self._will_stall(sequence):
+            return waiting
+        others = self._preemptible(sequence, step)
+        return next((other for other in others if other.order > sequence.order), None)
+
+    def _waiting_victim(self, sequence: Sequence, step: Step) -> Sequence | None:
+        """Return the last that waits for an embedding; if ``sequence`` waits for one too, only from those that come after it.
+
+        So prompts that wait don't take blocks from each other in turn.
+        """
+        others = self._preemptible(sequence, step)
+        if self._will_stall(sequence):
+            others = [other for other in others if other.order > sequence.order]
+        return next((other for other in others if self._will_stall(other)), None)
+
+    def _preemptible(self, sequence: Sequence, step: Step) -> list[Sequence]:
+        """Return the other sequences that could give up blocks, the last in order first."""
         scheduled = {part.sequence.sequence_id for part in step.scheduled}
         others = [
             other
@@ -398,10 +443,7 @@ class Scheduler:
         ]
         if not self.config.recomputes_items:
             others = [other for other in others if not other.items]
-        for other in others:
-            if self.is_stalled(other):
-                return other
-        return next((other for other in others if other.arrival > sequence.arrival), None)
+        return others
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self.running.remove(sequence)
@@ -422,9 +464,9 @@ class Scheduler:
         self.encoder_cache.hold(item.identifier, sequence.sequence_id, self._rank(sequence))
         sequence.held.add(item.identifier)
 
-    def _rank(self, sequence: Sequence) -> int:
+    def _rank(self, sequence: Sequence) -> Rank:
         """Return the rank for room in the encoder cache: lower evicts higher, and running comes before waiting."""
-        return sequence.arrival + (0 if sequence in self.running else _AFTER_ALL_RUNNING)
+        return sequence not in self.running, *sequence.order
 
     def _release_unless_needed(self, sequence: Sequence, item: PromptItem) -> None:
         """Release an entry whose place is computed, unless the same image occurs again further on."""
@@ -447,5 +489,5 @@ class Scheduler:
 
 
 def _insert(queue: list[Sequence], sequence: Sequence) -> None:
-    """Insert the sequence in order of arrival."""
-    insort(queue, sequence, key=lambda other: other.arrival)
+    """Insert the sequence in order of due."""
+    insort(queue, sequence, key=lambda other: other.order)

@@ -21,6 +21,7 @@ class Sequence:
         request_id: str,
         index: int,
         arrival: int,
+        due: float = 0.0,
         prompt: Prompt,
         sampling: SamplingParams,
         seed: int,
@@ -34,7 +35,9 @@ class Sequence:
         self.index = index
         self.sequence_id = f"{request_id}/{index}"
         self.arrival = arrival
-        """Number in order of arrival; the lowest goes first."""
+        """Number in order of arrival."""
+        self.due = due
+        """When its work should be done, on any clock that all sequences share (:mod:`chiasm.engine.due`)."""
         self.prompt = prompt
         self.sampling = sampling
         self.seed = seed
@@ -53,6 +56,11 @@ class Sequence:
         self.held: set[str] = set()
         """Identifiers of the entries that it holds in the encoder cache."""
         self._hasher = BlockHasher(block_size, prompt.items, cache_salt)
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Its place among all sequences, which never changes: the lowest goes first."""
+        return self.due, self.arrival
 
     @property
     def items(self) -> AbstractSequence[PromptItem]:

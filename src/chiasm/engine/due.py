@@ -1,0 +1,43 @@
+"""When a request's work is due, which is the order in which an engine serves requests.
+
+Earliest deadline first (Liu and Layland, 1973), with a deadline in proportion to the request's own work: small requests
+overtake large ones, and nobody starves, since whatever comes late enough is due later.
+"""
+
+from __future__ import annotations
+
+from chiasm.models.base import Prompt
+
+STRETCH = 5.0
+"""A request is due when this many times the seconds that its own work takes have passed since it arrived."""
+ITEM_WEIGHT = 2.0
+"""Work of an item's token in tokens of text: it is encoded and prefilled."""
+_MEMORY = 0.9
+"""Share of what was learned that a further step leaves."""
+_START_ROWS = 256.0
+"""Rows that the measurement at start counts for."""
+
+
+def due(arrived: float, prompt: Prompt, seconds_per_token: float) -> float:
+    """Return when the prompt's work is due, on the clock of ``arrived``."""
+    item_tokens = sum(item.length for item in prompt.items)
+    work = len(prompt.token_ids) + (ITEM_WEIGHT - 1) * item_tokens
+    return arrived + STRETCH * work * seconds_per_token
+
+
+class PrefillPace:
+    """What a prompt token costs this engine now: an exponential average over the steps that prefill, by rows."""
+
+    def __init__(self, seconds_per_token: float) -> None:
+        """``seconds_per_token`` is where it begins, as measured at start; while it is 0, requests are due as they arrive."""
+        self._rows = _START_ROWS
+        self._seconds = _START_ROWS * seconds_per_token
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self._seconds / self._rows
+
+    def note(self, rows: int, seconds: float) -> None:
+        """Learn from a step of so many rows, prefill and decode together."""
+        self._seconds = _MEMORY * self._seconds + seconds
+        self._rows = _MEMORY * self._rows + rows
