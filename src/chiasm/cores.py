@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import MutableMapping, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from chiasm.errors import ConfigurationError
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_AUTOGROUP = Path("/proc/self/autogroup")
+_MOST_CPUS = 1 << 16
 
 
 def usable_cores() -> int:
@@ -22,6 +25,30 @@ def usable_cores() -> int:
 def allowed_cpus() -> set[int]:
     """Return the CPUs that this process may run on; empty if the system doesn't tell."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """Return the CPUs of ``0,2-3``, sorted. Raises ConfigurationError."""
+    cpus: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not dash:
+            last = first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < _MOST_CPUS):
+            raise ConfigurationError(f"{text!r} is not a set of CPUs; write for example 0,2-3.")
+        cpus.update(range(int(first), int(last) + 1))
+    return tuple(sorted(cpus))
+
+
+def show_cpus(cpus: Sequence[int]) -> str:
+    """Return CPUs as a person writes them: ``0,2-3``."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def check_cpus(cpus: Sequence[int]) -> None:
@@ -40,6 +67,17 @@ def pin_to(cpus: Sequence[int]) -> None:
     check_cpus(cpus)
     if cpus:
         os.sched_setaffinity(0, cpus)
+
+
+def give_way(nice: int) -> None:
+    """Lower the priority of this process, and of what it starts from now on, as the command ``nice`` does.
+
+    Where the kernel groups processes by session, nice values count only within a session. The session's own value is set too
+    there, so call it in a process that has a session of its own.
+    """
+    os.setpriority(os.PRIO_PROCESS, 0, nice)
+    with contextlib.suppress(OSError):  # the kernel has no such groups, or the container doesn't show them
+        _AUTOGROUP.write_text(str(nice))
 
 
 def share_cores(threads: int | None, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from chiasm.errors import ConfigurationError
 from chiasm.launch import RoleConfig
-from chiasm.launch.devices import Placement, describe, found_devices, place
+from chiasm.launch.devices import Gpu, Placement, describe, found_gpus, gpus_of, place
 from chiasm.wire import Role
 
 E, PD, P, D, ALL = Role.ENCODER, Role.PD, Role.PREFILL, Role.DECODE, Role.AGGREGATED
@@ -119,7 +119,22 @@ def test_the_choice_is_described_in_one_line() -> None:
 
 
 def test_the_environment_limits_the_devices() -> None:
-    assert found_devices({"CUDA_VISIBLE_DEVICES": "2, 3"}) == ("2", "3")
-    assert found_devices({"CUDA_VISIBLE_DEVICES": ""}) == ()
-    assert found_devices({"CUDA_VISIBLE_DEVICES": "-1"}) == ()
-    assert found_devices({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}) == ("GPU-1a2b",)
+    assert [gpu.name for gpu in found_gpus({"CUDA_VISIBLE_DEVICES": "2, 3"})] == ["2", "3"]
+    assert found_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()
+    assert found_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == ()
+    assert [gpu.name for gpu in found_gpus({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"})] == ["GPU-1a2b"]
+
+
+def test_gpus_are_read_from_nvidia_smi() -> None:
+    listing = "0, NVIDIA A10, 23028, GPU-aa\n1, NVIDIA GB10, [N/A], GPU-bb\n"
+    assert gpus_of(listing) == (
+        Gpu("0", "NVIDIA A10", 23028 << 20, "GPU-aa"),
+        Gpu("1", "NVIDIA GB10", 0, "GPU-bb"),
+    )
+
+
+def test_a_lost_gpu_is_reported_and_the_others_are_found(caplog: pytest.LogCaptureFixture) -> None:
+    lost = "Unable to determine the device handle for GPU0000:3B:00.0: Unknown Error"
+    listing = f"{lost}\n1, NVIDIA A10, 23028, GPU-bb\n"
+    assert [gpu.name for gpu in gpus_of(listing)] == ["1"]
+    assert lost in caplog.text

@@ -41,3 +41,7 @@ class EngineConfig:
     """How embeddings travel; None for an aggregated instance, which makes its own, and for decode, which needs none."""
     kv: KVTransferConfig | None = None
     """How a prompt's KV travels from prefill to decode; None for the other roles."""
+    core_share: Path | None = None
+    """File through which the instances on the same cores tell each other which of them compute; None: no others are there."""
+    nice: int = 0
+    """How far the instance gives way to others on its cores, as the command ``nice`` counts."""

@@ -10,10 +10,12 @@ from types import TracebackType
 
 from chiasm.cores import check_cpus
 from chiasm.errors import ChiasmError
+from chiasm.launch.arrangement import arrange
 from chiasm.launch.child import Child, ProcessState
 from chiasm.launch.config import DeploymentConfig
-from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder
-from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, placements_of, plan_instances, plan_proxy
+from chiasm.launch.devices import Placements
+from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory
+from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort, instance_states
 from chiasm.wire import Role
 
@@ -79,7 +81,7 @@ class Deployment:
         on_change: Callable[[ProcessStatus], None] | None = None,
         on_line: Callable[[str, str], None] | None = None,
     ) -> None:
-        """Find the model and, if there are GPUs, divide them among the instances. Starts nothing.
+        """Find the model, and apply the layout to the devices of this machine. Starts nothing.
 
         Raises ConfigurationError if there is no such model, engine or device.
 
@@ -94,8 +96,8 @@ class Deployment:
         check_cpus(config.proxy_cpus)
         self.folder = resolve_folder(config.model)
         """Folder of the checkpoint."""
-        self.placements = placements_of(config, self.folder)
-        """Which instance computes on which devices."""
+        self.arrangement = arrange(config, self.folder)
+        """Which instances there are, and where each of them computes."""
         self._on_change = on_change or (lambda status: None)
         self._on_line = on_line or (lambda name, line: None)
         self._members: dict[str, _Member] = {}
@@ -123,7 +125,7 @@ class Deployment:
 
         Raises ConfigurationError, before any is started, if the port is in use or a setting cannot work.
         """
-        config = self.config
+        config = self.arrangement.config
         try:
             address = HeldPort(config.host, config.port)
             self._held.append(address)
@@ -147,13 +149,13 @@ class Deployment:
             member.child.start()
 
     def _surroundings(self) -> Surroundings:
-        config = self.config
+        config = self.arrangement.config
         storage, ec_max_bytes = config.shared_storage_path, config.ec_max_bytes or DEFAULT_MAX_BYTES
         if storage is None and config.exchanges_embeddings:
             self._storage = StorageFolder(config.ec_max_bytes)
             storage, ec_max_bytes = self._storage.path, self._storage.max_bytes
-        if any(placement.shared for placement in self.placements.values()):
-            self._scratch = LockedFolder(_SCRATCH_PREFIX)
+        if any(placement.shared or placement.core_share for placement in self.placements.values()):
+            self._scratch = LockedFolder(_SCRATCH_PREFIX, in_memory())
         return Surroundings(storage, ec_max_bytes, self._scratch.path if self._scratch else None)
 
     def check(self) -> None:
@@ -206,6 +208,11 @@ class Deployment:
                 folder.remove()
 
     # ---- what runs ----------------------------------------------------------------------------------------------------
+
+    @property
+    def placements(self) -> Placements:
+        """Where each instance computes."""
+        return self.arrangement.placements
 
     @property
     def url(self) -> str:
