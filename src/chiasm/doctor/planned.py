@@ -10,7 +10,7 @@ from chiasm.doctor import machine, model, storage, transports
 from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
 from chiasm.doctor.report import Check, Result
 from chiasm.errors import ConfigurationError
-from chiasm.launch.arrangement import Arrangement, arrange
+from chiasm.launch.arrangement import Arrangement, arrange, one_of_each
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import describe
 from chiasm.launch.folders import DEFAULT_MAX_BYTES, SHARED_MEMORY
@@ -74,6 +74,7 @@ def _examine(config: DeploymentConfig, folder: Path | Result) -> Iterator[Result
             config = arrangement.config
         except ConfigurationError as error:
             refusal = _DEVICES.refused(error, _FIX_OPTIONS)
+    config = one_of_each(config)
     yield _PLAN.ok(f"{config.model} by {'vLLM' if is_vllm else 'the built-in engine'}, and a proxy")
     if arrangement is not None:
         yield _LAYOUT.ok(arrangement.description)

@@ -63,6 +63,15 @@ def arrange(config: DeploymentConfig, folder: Path | None) -> Arrangement:
     return _shared(config, layout, devices, gpus, model_bytes, why)
 
 
+def one_of_each(config: DeploymentConfig) -> DeploymentConfig:
+    """Return a deployment with one instance of each role of its layout, unless its instances are counted."""
+    if config.is_counted:
+        return config
+    roles = (Role.AGGREGATED,) if config.layout is Layout.AGGREGATED else (Role.ENCODER, Role.PD)
+    given = config.roles
+    return replace(config, roles={role: replace(given.get(role, RoleConfig()), count=1) for role in roles})
+
+
 def weights_bytes(config: DeploymentConfig, folder: Path) -> int:
     """Return the size of a checkpoint's weights in memory. On CPU, the built-in engine makes float32 of 16 bits."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -240,11 +249,7 @@ def _describe_shared(layout: Layout, each: Mapping[Role, int], devices: Sequence
 
 def _split(config: DeploymentConfig, folder: Path | None, gpus: Sequence[Gpu], why: str) -> Arrangement:
     """Return an arrangement in which roles divide GPUs and cores."""
-    resolved = config
-    if not config.is_counted:
-        given = config.roles
-        both = {role: replace(given.get(role, RoleConfig()), count=1) for role in (Role.ENCODER, Role.PD)}
-        resolved = replace(config, roles=both)
+    resolved = one_of_each(config)
     if config.devices and not gpus:
         raise ConfigurationError(
             "--devices: sets of cores are devices that instances share; choose --layout colocated or aggregated, or pin the "
