@@ -97,6 +97,7 @@ def test_the_environment_may_hold_the_admin_key(monkeypatch: pytest.MonkeyPatch)
         ({"encoders": 3}, {Role.ENCODER: 3, Role.PD: 1}),
         ({"pds": 2}, {Role.ENCODER: 1, Role.PD: 2}),
         ({"encoders": 0, "pds": 1}, {Role.PD: 1}),
+        ({"encoders": 0, "pds": 0}, dict.fromkeys(Role, 0)),
         ({"aggregated": 2}, {Role.AGGREGATED: 2}),
         ({"encoders": 1, "pds": 1, "aggregated": 1}, {Role.ENCODER: 1, Role.PD: 1, Role.AGGREGATED: 1}),
         ({"prefills": 1, "decodes": 2}, {Role.ENCODER: 1, Role.PREFILL: 1, Role.DECODE: 2}),

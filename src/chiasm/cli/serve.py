@@ -119,7 +119,7 @@ def instance_counts(settings: Mapping[str, Any]) -> Mapping[Role, int | None]:
     aggregated = bool(settings.get("aggregated"))
     defaults = {Role.ENCODER: int(apart or not aggregated), Role.PD: int(not apart and not aggregated)}
     counts = {role: settings.get(name, defaults.get(role, 0)) for role, name in _COUNTS.items()}
-    return {role: count for role, count in counts.items() if count}
+    return {role: count for role, count in counts.items() if count} or counts
 
 
 def _role_config(role: Role, count: int | None, settings: Mapping[str, Any]) -> RoleConfig:

@@ -20,6 +20,7 @@ ENCODER_NICE = 5
 """Decode steps go before encoding on the same cores; of a core that both want, the kernel still gives encoding a quarter."""
 _LANGUAGE_SHARE = 0.6
 """Fraction of a GPU's memory that weights may take there beside an encoder."""
+_UUIDS = ("GPU-", "MIG-")
 _HALF = ("bfloat16", "float16")
 
 
@@ -149,7 +150,7 @@ def _named_gpus(config: DeploymentConfig, gpus: Sequence[Gpu]) -> tuple[Gpu, ...
     check_names("--devices", numbers, [gpu.name for gpu in gpus])
     # Where UUIDs are known, a GPU that isn't among them is gone; CUDA accepts the beginning of one.
     if all(gpu.uuid for gpu in gpus):
-        gone = [n for n in names if n.startswith("GPU-") and not any(gpu.uuid.startswith(n) for gpu in gpus)]
+        gone = [n for n in names if n.startswith(_UUIDS[0]) and not any(gpu.uuid.startswith(n) for gpu in gpus)]
         if gone:
             there = ", ".join(f"{gpu.name} ({gpu.uuid})" for gpu in gpus)
             raise ConfigurationError(f"--devices: {', '.join(gone)} cannot be used here; the GPUs are {there}.")
@@ -285,6 +286,10 @@ def _check_built_in(placements: Placements) -> None:
             raise ConfigurationError(
                 f"The built-in engine computes on one device, and --{role}-devices gives each instance "
                 f"{len(placement.devices)}; name one for each, or use --engine vllm, which splits a model."
+            )
+        if placement.devices and not placement.devices[0].isdecimal() and not placement.devices[0].startswith(_UUIDS):
+            raise ConfigurationError(
+                f"--{role}-devices: the built-in engine takes numbers and UUIDs of GPUs, not {placement.devices[0]!r}."
             )
 
 
