@@ -21,6 +21,8 @@ from chiasm.wire import Role
 
 _POLL_SECONDS = 0.1
 _OF_DEPLOYMENT = ("engine", "layout", "devices", "served_model_name")
+_OF_LAYOUT = ("threads", "core_share", "nice")
+"""Options of the engine that the layout chooses for each instance."""
 _OF_PROXY = ("host", "port", "admin_key", "deadline_seconds")
 _OF_ROLE = ("cpus", "devices", "memory_share")
 _OF_KV = ("kv_connector", "kv_connector_module_path", "kv_lease_seconds")
@@ -66,7 +68,7 @@ def add_options(made: Parser) -> None:
         made.add_option(count, group)
         made.add(group, RoleConfig, only=_OF_ROLE, prefix=f"{role}_")
         made.add_arguments(f"{role}_args", "More arguments for each of these instances, in quotes.", group)
-    made.add("engine", EngineConfig, without=("threads",))
+    made.add("engine", EngineConfig, without=_OF_LAYOUT)
     made.add("embeddings", ECTransferConfig)
     made.add("KV cache between prefill and decode", KVTransferConfig, only=_OF_KV)
     made.add("images", MediaConfig)
@@ -97,7 +99,7 @@ def run(settings: Mapping[str, Any]) -> None:
 
 def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
     """Return the deployment that a person asks for. Raises ConfigurationError for what cannot work together."""
-    of_all = _chosen(settings, "log_level", *names_of(EngineConfig, MediaConfig) - {"threads"})
+    of_all = _chosen(settings, "log_level", *names_of(EngineConfig, MediaConfig).difference(_OF_LAYOUT))
     of_proxy = _chosen(of_all, "log_level", "max_items", *names_of(MediaConfig))
     of_proxy |= _parsed("proxy_args", settings, proxy.add_options)
     own = (*_OF_DEPLOYMENT, *_OF_PROXY, *_OF_KV, *names_of(ECTransferConfig))

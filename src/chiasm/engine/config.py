@@ -25,6 +25,15 @@ class EngineConfig:
     ] = "auto"
     device: Annotated[str, Option("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
     threads: Annotated[int | None, Option("Intra-op CPU threads.", min=1, unset="all cores")] = None
+    core_share: Annotated[
+        Path | None,
+        Option(
+            "File through which instances of this machine share cores; each computes on those that the others leave.",
+            metavar="FILE",
+            unset="cores are not shared",
+        ),
+    ] = None
+    nice: Annotated[int, Option("Niceness of an encoder's compute threads; 5 lets others go first.", min=0, max=19)] = 0
     block_size: Annotated[int, Option("Tokens in one KV block.", min=1)] = 16
     kv_cache_bytes: Annotated[int | None, Option("Size of the KV cache.", unset="chosen from the free memory")] = None
     encoder_cache_bytes: Annotated[int, Option("Maximum size of the embeddings held in memory.")] = 512 << 20
@@ -41,7 +50,3 @@ class EngineConfig:
     """How embeddings travel; None for an aggregated instance, which makes its own, and for decode, which needs none."""
     kv: KVTransferConfig | None = None
     """How a prompt's KV travels from prefill to decode; None for the other roles."""
-    core_share: Path | None = None
-    """File through which the instances on the same cores tell each other which of them compute; None: no others are there."""
-    nice: int = 0
-    """How far the instance gives way to others on its cores, as the command ``nice`` counts."""

@@ -75,8 +75,7 @@ def plan_instances(
             plans.append(ProcessPlan(name, role, address, command, environment))
         else:
             settings = instance_settings(config, role, address, surroundings, placement)
-            share = _core_share(placement, surroundings)
-            process = instance_process(folder, role, settings, core_share=share, nice=placement.nice)
+            process = instance_process(folder, role, settings)
             environment = {**os.environ, **_cuda_environment(placement)}
             plans.append(ProcessPlan(name, role, address, _child(name), environment, to_json(process)))
         plans[-1].environment.update(_mps_environment(placement))
@@ -109,8 +108,11 @@ def instance_settings(
         "served_model_name": config.model_name,
         "threads": placement.threads,
         "cpus": placement.cpus,
+        "nice": placement.nice,
         **_deadline(config),
     }
+    if placement.core_share and surroundings.scratch is not None:
+        settings["core_share"] = surroundings.scratch / placement.core_share  # the first instance makes it
     if placement.devices:
         settings["device"] = "cuda:0"  # the only one that the process sees
     if role in _EC_ROLES and surroundings.storage is not None:
@@ -124,11 +126,6 @@ def instance_settings(
         names = ["kv_connector", "kv_connector_module_path", *(["kv_lease_seconds"] if role is Role.PREFILL else [])]
         settings |= {name: value for name in names if (value := getattr(config, name)) is not None}
     return {**settings, **config.settings, **chosen.settings}
-
-
-def _core_share(placement: Placement, surroundings: Surroundings) -> Path | None:
-    """Return the file that the instances on the same cores share; the first of them makes it."""
-    return surroundings.scratch / placement.core_share if placement.core_share and surroundings.scratch else None
 
 
 def _cuda_environment(placement: Placement) -> dict[str, str]:

@@ -76,21 +76,14 @@ PROXY_OPTIONS = (ProxyConfig, MediaConfig, ProxyProcess)
 _Process = TypeVar("_Process", bound=ProcessConfig)
 
 
-def instance_process(
-    folder: Path, role: Role, settings: Mapping[str, Any], *, core_share: Path | None = None, nice: int = 0
-) -> InstanceProcess:
-    """Return the process of one instance. Raises ConfigurationError for settings that the role doesn't use.
-
-    ``core_share`` and ``nice`` are no options, since only a deployment knows which instances share cores.
-    """
+def instance_process(folder: Path, role: Role, settings: Mapping[str, Any]) -> InstanceProcess:
+    """Return the process of one instance. Raises ConfigurationError for settings that the role doesn't use."""
     return InstanceProcess(
         engine=EngineConfig(
             folder,
             role,
             ec=ec_config(role, settings),
             kv=kv_config(role, settings),
-            core_share=core_share,
-            nice=nice,
             **fields_from(settings, EngineConfig),
         ),
         server=ServerConfig(media=_media(settings), **fields_from(settings, ServerConfig)),

@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 import psutil
 
-from chiasm.cores import give_way, pin_to
+from chiasm.cores import lower_priority, lower_session_priority, pin_to
 from chiasm.launch.child import CONFIGURATION_EXIT_CODE, describe_exit, end_with_stdin, print_ready
 from chiasm.launch.folders import LockedFolder
 from chiasm.launch.ports import is_healthy
@@ -273,8 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs="+", help="the command, after --")
     chosen = parser.parse_args(arguments)
     pin_to([int(cpu) for cpu in chosen.cpus.split(",") if cpu])
-    if chosen.nice:
-        give_way(chosen.nice)
+    lower_priority(chosen.nice)
+    lower_session_priority(chosen.nice)
     return Supervisor(chosen.command, chosen.url).run(chosen.turn)
 
 
