@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,6 +134,15 @@ def describe(placements: Placements) -> str:
         plural = "s" if len(placement.devices) > 1 else ""
         parts.append(f"{role}-{index} on GPU{plural} {', '.join(placement.devices)}{share}")
     return "; ".join(parts)
+
+
+def others_serve(placements: Placements, lost: Collection[tuple[Role, int]]) -> bool:
+    """Return whether instances on GPUs can be done without: every role that lost one has another, on other GPUs."""
+    gone = {device for place in lost for device in placements[place].devices}
+    left = {
+        role for (role, index), one in placements.items() if (role, index) not in lost and gone.isdisjoint(one.devices)
+    }
+    return all(placements[place].devices and place[0] in left for place in lost)
 
 
 def check_names(option: str, names: Sequence[str], found: Sequence[str]) -> None:

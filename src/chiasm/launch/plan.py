@@ -32,6 +32,8 @@ class ProcessPlan:
     """``proxy``, or the role and a number: ``encoder-0``."""
     role: Role | None
     """None for the proxy."""
+    index: int
+    """The number of an instance within its role."""
     address: HeldPort
     command: list[str]
     environment: dict[str, str]
@@ -72,12 +74,12 @@ def plan_instances(
         if config.engine is EngineKind.VLLM:
             side_channel = hold() if role in KV_ROLES else None
             command, environment = _vllm(config, folder, role, placement, surroundings, address, side_channel)
-            plans.append(ProcessPlan(name, role, address, command, environment))
+            plans.append(ProcessPlan(name, role, index, address, command, environment))
         else:
             settings = instance_settings(config, role, address, surroundings, placement)
             process = instance_process(folder, role, settings)
             environment = {**os.environ, **_cuda_environment(placement)}
-            plans.append(ProcessPlan(name, role, address, _child(name), environment, to_json(process)))
+            plans.append(ProcessPlan(name, role, index, address, _child(name), environment, to_json(process)))
         plans[-1].environment.update(_mps_environment(placement))
     return plans
 
@@ -94,7 +96,7 @@ def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[
         **_deadline(config),
         **config.proxy_settings,
     }
-    return ProcessPlan(PROXY, None, address, _child(PROXY), dict(os.environ), to_json(proxy_process(settings)))
+    return ProcessPlan(PROXY, None, 0, address, _child(PROXY), dict(os.environ), to_json(proxy_process(settings)))
 
 
 def instance_settings(
