@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from blake3 import blake3
 
 from chiasm.proxy.agreement import LANGUAGE_ROLES, PART_ROLES, WHOLE_ROLES, Agreement, Member, agree
-from chiasm.wire import Health, InstanceInfo, InstanceState, Role
+from chiasm.proxy.costs import InstanceCosts
+from chiasm.wire import Costs, Health, InstanceInfo, InstanceState, Role
 
 _USUAL_SEQUENCES = 256
 """Sequences that a decode instance is assumed to compute at the same time if it doesn't report a limit."""
@@ -22,9 +23,11 @@ _FULL = 10.0
 class Instance:
     """One instance, known by its URL. Compared by identity."""
 
-    def __init__(self, url: str, role: Role) -> None:
+    def __init__(self, url: str, role: Role, number: int = 0) -> None:
         self.url = url
         self.role = role
+        self.number = number
+        """Names it to clients, who don't see its URL."""
         self.health: Health | None = None
         """What it last said; kept when it becomes unreachable."""
         self.models: tuple[str, ...] = ()
@@ -33,10 +36,11 @@ class Instance:
         """Why the last probe or connection failed."""
         self.mismatch: str | None = None
         """Why it doesn't fit the fleet."""
+        self.costs = InstanceCosts()
         self.draining = False
         self.seen_healthy = False
         self.outstanding = 0.0
-        """Cost of the calls under way, in the unit of its role."""
+        """Estimated seconds of the calls under way; of a decode instance, their number."""
         self.in_flight = 0
         self.last_taken = 0
         self.missed_probes = 0
@@ -52,6 +56,20 @@ class Instance:
         if self.failure is not None or self.health is None:
             return InstanceState.UNHEALTHY if self.seen_healthy else InstanceState.STARTING
         return InstanceState.MISMATCHED if self.mismatch else InstanceState.HEALTHY
+
+    @property
+    def device_id(self) -> str:
+        """Names the device that it computes on; empty if it doesn't say."""
+        return self.health.device_id if self.health else ""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it encodes images."""
+        return self.role in {Role.ENCODER, Role.AGGREGATED}
+
+    @property
+    def is_vllm(self) -> bool:
+        return self.health is not None and self.health.engine.startswith("vllm")
 
     @property
     def load(self) -> float:
@@ -74,7 +92,8 @@ class Instance:
         """Why it isn't healthy."""
         return self.failure or self.mismatch
 
-    def describe(self) -> InstanceInfo:
+    def describe(self, now: float) -> InstanceInfo:
+        """Return what others may know of it; ``now`` is on the clock on which its costs are learned."""
         health = self.health
         return InstanceInfo(
             url=self.url,
@@ -86,6 +105,8 @@ class Instance:
             engine=(health.engine or None) if health else None,
             outstanding_work=self.outstanding,
             in_flight=self.in_flight,
+            number=self.number,
+            costs=self.costs.learned(now),
         )
 
 
@@ -95,6 +116,7 @@ class Fleet:
     def __init__(self) -> None:
         self._instances: dict[str, Instance] = {}
         self._agreement: Agreement | None = None
+        self._added = 0
         self._taken = 0
         self._reports = 0
         self.on_remove: Callable[[Instance], None] = lambda instance: None
@@ -179,7 +201,8 @@ class Fleet:
         """Return a new instance, or the one of this URL if it was being removed."""
         instance = self._instances.get(url)
         if instance is None or instance.role is not role:
-            instance = self._instances[url] = Instance(url, role)
+            self._added += 1
+            instance = self._instances[url] = Instance(url, role, self._added)
         instance.draining = False
         self._judge()
         return instance
@@ -198,6 +221,7 @@ class Fleet:
         if instance.state is InstanceState.HEALTHY and known is not None and known.ec_store != health.ec_store:
             instance.moved_at = self._reports
         instance.health = health
+        instance.costs.reported = health.costs or Costs()
         instance.models = models or (health.model,)
         instance.failure = None
         self._judge()
