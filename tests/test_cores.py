@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,10 +24,44 @@ def test_the_quota_of_a_container_limits_the_cores(
     assert cores.usable_cores() == count
 
 
-def test_waiting_threads_sleep_unless_the_environment_says_otherwise() -> None:
+def test_waiting_threads_spin_briefly_and_sleep_then_unless_the_environment_says_otherwise() -> None:
     environment: dict[str, str] = {}
     cores.share_cores(3, environment)
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}
+    assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000", "OMP_NUM_THREADS": "3"}
     environment = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
     cores.share_cores(3, environment)
     assert environment == {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux only")
+def test_a_thread_of_lower_priority_hands_its_niceness_to_the_threads_that_it_starts() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def lowered() -> tuple[int, int]:
+        cores.lower_priority(5)
+        with ThreadPoolExecutor(1) as started:
+            return niceness(), started.submit(niceness).result()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lowered).result() == (5, 5)
+    assert niceness() == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel has no automatic groups")
+def test_a_process_that_leads_a_session_lowers_the_priority_of_its_session() -> None:
+    script = """
+from pathlib import Path
+from chiasm.cores import lower_session_priority
+lower_session_priority(5)
+print(Path("/proc/self/autogroup").read_text())
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], check=False, start_new_session=True, capture_output=True, text=True
+    )
+    assert found.stdout.split()[-2:] == ["nice", "5"], found.stderr
+
+
+@pytest.mark.parametrize(("cpus", "text"), [((0,), "0"), ((0, 1, 2, 5), "0-2,5"), ((3, 2), "2-3"), ((), "")])
+def test_cpus_are_shown_as_a_person_writes_them(cpus: tuple[int, ...], text: str) -> None:
+    assert cores.show_cpus(cpus) == text

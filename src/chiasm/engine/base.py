@@ -10,9 +10,11 @@ import torch
 
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole, ECTransferConfig
 from chiasm.engine.config import EngineConfig
-from chiasm.engine.device import choose_device, choose_dtype
+from chiasm.engine.core_sharing import CoreShare
+from chiasm.engine.device import choose_device, choose_dtype, device_id
 from chiasm.engine.request import EngineStats
 from chiasm.models import fingerprint, load_processor
+from chiasm.wire import Costs
 
 
 class Engine(ABC):
@@ -29,6 +31,11 @@ class Engine(ABC):
         self.processor = load_processor(config.model)
         self.model_fingerprint = fingerprint(config.model, self.dtype_name)
         self.max_model_len = min(config.max_model_len or self.processor.max_model_len, self.processor.max_model_len)
+        self.device_id = device_id(self.device)
+        """Names the device among all machines."""
+        self.costs: Costs | None = None
+        """What work costs, measured at start."""
+        self._core_share = CoreShare(config.core_share, self.num_threads)
         self._store_id: Callable[[], str] = str
 
     @abstractmethod

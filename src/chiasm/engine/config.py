@@ -25,6 +25,15 @@ class EngineConfig:
     ] = "auto"
     device: Annotated[str, Option("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
     threads: Annotated[int | None, Option("Intra-op CPU threads.", min=1, unset="all cores")] = None
+    core_share: Annotated[
+        Path | None,
+        Option(
+            "File through which instances of this machine share cores; each computes on those that the others leave.",
+            metavar="FILE",
+            unset="cores are not shared",
+        ),
+    ] = None
+    nice: Annotated[int, Option("Niceness of an encoder's compute threads; 5 lets others go first.", min=0, max=19)] = 0
     block_size: Annotated[int, Option("Tokens in one KV block.", min=1)] = 16
     kv_cache_bytes: Annotated[int | None, Option("Size of the KV cache.", unset="chosen from the free memory")] = None
     encoder_cache_bytes: Annotated[int, Option("Maximum size of the embeddings held in memory.")] = 512 << 20

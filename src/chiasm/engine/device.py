@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
+from chiasm.cores import allowed_cpus
 from chiasm.engine.attention import KVCache
 from chiasm.errors import ConfigurationError
 
@@ -48,6 +50,13 @@ def choose_device(name: str) -> torch.device:
             )
         device = torch.device("cuda", device.index or 0)
     return device
+
+
+def device_id(device: torch.device) -> str:
+    """Return a name of the device that no device of another machine has; of a CPU, with the cores that may be used."""
+    if device.type == "cuda":
+        return f"{socket.gethostname()}/GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return f"{socket.gethostname()}/cpu:{','.join(map(str, sorted(allowed_cpus())))}"
 
 
 def choose_dtype(name: str, model: Path, device: torch.device) -> torch.dtype:

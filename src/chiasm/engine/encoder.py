@@ -14,7 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from chiasm.cores import lower_priority, lower_session_priority
 from chiasm.engine.base import Engine
+from chiasm.engine.calibration import image_costs
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.device import check_memory, use_threads
 from chiasm.engine.request import EncodedItem, EncodeItem, EngineStats, ItemOutcome
@@ -23,6 +25,7 @@ from chiasm.media import MediaConfig
 from chiasm.media.image import decode
 from chiasm.models import load_vision
 from chiasm.models.base import Pixels
+from chiasm.wire import Costs
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +62,15 @@ class EncoderEngine(Engine):
         check_memory(config.model, self.device)
         self._vision = load_vision(config.model, dtype=self.dtype, device=self.device)
         self._ec_scheduler, self._ec_worker = self._connect(config.ec)
-        self._preprocess_pool = ThreadPoolExecutor(1, "chiasm-preprocess")
-        self._encode_pool = ThreadPoolExecutor(1, "chiasm-encode", initializer=use_threads, initargs=(config.threads,))
+        lower_session_priority(config.nice)
+        self._preprocess_pool = ThreadPoolExecutor(
+            1, "chiasm-preprocess", initializer=lower_priority, initargs=(config.nice,)
+        )
+        self._worker = self._core_share.worker()
+        self._worker.follow(self._vision.module)
+        self._encode_pool = ThreadPoolExecutor(1, "chiasm-encode", initializer=lower_priority, initargs=(config.nice,))
         self._publish_pool = ThreadPoolExecutor(2, "chiasm-publish")
+        self.costs = Costs(images=self._encode_pool.submit(image_costs, self.processor, self._run).result())
         self._started = True
         logger.info("The encoder is ready: %s on %s.", self.dtype, self.device)
 
@@ -158,7 +167,7 @@ class EncoderEngine(Engine):
 
     def _run(self, pixels: Pixels) -> Tensor:
         try:
-            with torch.inference_mode():
+            with self._worker.computing(), torch.inference_mode():
                 entry = self._vision.encode(pixels)
                 if entry.is_cuda:
                     torch.cuda.synchronize(entry.device)

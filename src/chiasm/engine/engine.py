@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from chiasm.engine.attention import KVCache, register_paged_attention
 from chiasm.engine.base import Engine
 from chiasm.engine.block_manager import BlockManager
+from chiasm.engine.calibration import language_costs
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.device import MIXED_PREFILL_TOKENS, check_memory, kv_cache_blocks, use_threads
 from chiasm.engine.embeddings import Embeddings
@@ -123,6 +124,10 @@ class LanguageEngine(Engine):
             self._kv_transfers = KVTransfers(self._scheduler, kv_connectors)
             self._kv_transfers.start(kv_cache, self._language, lambda: self._inbox.put(_Signal.WAKE))
         self._runner = ModelRunner(self._language, kv_cache, self.processor.eos_token_ids)
+        self._worker = self._core_share.worker()
+        self._worker.follow(self._language.module)
+        with self._worker.computing():
+            self.costs = language_costs(self.processor, self._runner, self.max_model_len)
         logger.info(
             "The %s engine is ready: %s on %s, %d KV blocks of %d tokens, a context of %d tokens.",
             config.role,
@@ -332,7 +337,8 @@ class LanguageEngine(Engine):
         if not step.scheduled:
             return True
         try:
-            sampled = self._runner.execute(step, self._embeddings.entries)
+            with self._worker.computing():
+                sampled = self._runner.execute(step, self._embeddings.entries)
         except Exception as error:
             logger.exception("A step failed; its %d requests fail with it.", len(step.scheduled))
             states = [self._states[part.sequence.request_id] for part in step.scheduled]

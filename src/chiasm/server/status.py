@@ -75,6 +75,8 @@ class Status:
             device=str(engine.device),
             threads=engine.num_threads,
             cpus=sorted(allowed_cpus()),
+            device_id=engine.device_id,
+            costs=engine.costs,
         )
         if engine.config.kv is None:
             return health

@@ -1,0 +1,117 @@
+"""What work costs an engine: a few measurements at start, which also warm it up.
+
+Each takes a fraction of a second, whatever the model: the work grows until it has taken long enough to judge by. Instances
+that start at the same time disturb each other, so the figures are where the proxy begins, and what requests take corrects
+them.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from chiasm.engine.block_manager import BlockManager
+from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.request import SamplingParams
+from chiasm.engine.scheduler import Scheduler, SchedulerConfig
+from chiasm.engine.sequence import Sequence
+from chiasm.errors import InvalidRequestError
+from chiasm.models.base import Pixels, Processor, Prompt
+from chiasm.wire import Costs, ImageCost
+
+if TYPE_CHECKING:
+    from chiasm.engine.model_runner import ModelRunner
+
+_SIDES = (256, 512, 1024, 2048)
+"""Sides in pixels of the square images that are encoded."""
+_PROMPTS = (32, 128, 256)
+"""Tokens of the prompts that are prefilled."""
+_STEPS = 4
+_ENOUGH_SECONDS = 0.25
+"""Larger work is not tried after work that took this long; it is taken to cost as much per token."""
+
+
+def image_costs(processor: Processor, encode: Callable[[Pixels], object] | None = None) -> list[ImageCost]:
+    """Return what images of some sizes cost; without ``encode``, only their tokens."""
+    found: list[ImageCost] = []
+    measured: ImageCost | None = None
+    for side in _SIDES:
+        try:
+            tokens = len(processor.geometry_of_size(side, side).token_ids)
+        except InvalidRequestError:
+            continue
+        seconds = 0.0
+        if encode is not None:
+            if measured is None or (measured.encode_seconds < _ENOUGH_SECONDS and measured.tokens < tokens):
+                seconds = min(_encode_seconds(processor, encode, side) for _ in range(2))
+                measured = ImageCost(pixels=side * side, tokens=tokens, encode_seconds=seconds)
+            else:
+                seconds = measured.encode_seconds * tokens / max(1, measured.tokens)
+        found.append(ImageCost(pixels=side * side, tokens=tokens, encode_seconds=seconds))
+    return found
+
+
+def _encode_seconds(processor: Processor, encode: Callable[[Pixels], object], side: int) -> float:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(side).integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((side, side)).save(file, "JPEG")
+    started = time.perf_counter()
+    with Image.open(file) as image:
+        encode(processor.preprocess(image.convert("RGB")))
+    return time.perf_counter() - started
+
+
+def language_costs(processor: Processor, runner: ModelRunner, max_model_len: int) -> Costs:
+    """Return what prefill and decode cost, and the tokens of images. The engine must have nothing else to do.
+
+    It uses the first blocks of the KV cache and leaves nothing behind that a request could find.
+    """
+    per_token = step = 0.0
+    for tokens in _PROMPTS:
+        if tokens + _STEPS > max_model_len or tokens + _STEPS > runner.kv_cache.num_blocks * runner.kv_cache.block_size:
+            break
+        prefill, *steps = _seconds(processor, runner, tokens)
+        per_token, step = prefill / tokens, min(steps)
+        if prefill > _ENOUGH_SECONDS:
+            break
+    return Costs(prefill_seconds_per_token=per_token, decode_step_seconds=step, images=image_costs(processor))
+
+
+def _seconds(processor: Processor, runner: ModelRunner, tokens: int) -> list[float]:
+    """Return the seconds of each step that a prompt and some tokens of its answer take."""
+    cache = runner.kv_cache
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_batched_tokens=tokens,
+            max_num_seqs=1,
+            max_queued_requests=1,
+            max_mixed_prefill_tokens=tokens,
+            entry_bytes_per_row=1,
+        ),
+        BlockManager(cache.num_blocks, cache.block_size),
+        EncoderCacheManager(0),
+    )
+    sequence = Sequence(
+        request_id="calibration",
+        index=0,
+        arrival=0,
+        prompt=Prompt([min(processor.eos_token_ids)] * tokens),
+        sampling=SamplingParams(temperature=0.0, max_tokens=_STEPS, ignore_eos=True),
+        seed=0,
+        block_size=cache.block_size,
+    )
+    scheduler.add([sequence])
+    found = []
+    for _ in range(_STEPS):
+        planned = scheduler.schedule()
+        started = time.perf_counter()
+        sampled = runner.execute(planned, {})
+        found.append(time.perf_counter() - started)
+        scheduler.complete(planned, {name: token.token_id for name, token in sampled.items()})
+    runner.forget(sequence.request_id)
+    return found

@@ -1,0 +1,141 @@
+"""Cores that several instances share: each thread that computes takes an even part of them, layer by layer.
+
+A lone request gets all cores, and on a busy machine each thread computes on one, which is what both cases want: one operator on
+two cores takes more than half of its time on one. The instances see each other through a small file, one slot of eight bytes
+for each compute thread. A slot holds the time at which its thread last said that it computes, or 0. A thread says so before
+each layer of its model, so a slot that was written long ago belongs to a thread that has died and doesn't count.
+
+All of it is a matter of speed: a thread that counts the others wrongly computes the same numbers with more or fewer threads.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from chiasm.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+SLOTS = 64
+"""Maximum number of compute threads that share cores."""
+_SLOT_BYTES = 8
+_LONG_AGO_NS = 5_000_000_000
+_INTERVAL_NS = 500_000
+"""Shortest time between two looks at the other threads."""
+
+
+class CoreShare:
+    """The threads that compute on some cores, as they show themselves in a file; without a file, those of this process."""
+
+    def __init__(self, path: Path | None, cores: int) -> None:
+        """Raises ConfigurationError if the file cannot be opened."""
+        self.cores = cores
+        self._taken: set[int] = set()
+        self._lock = threading.Lock()
+        self._file: int | None = None
+        if path is None:
+            self._memory = memoryview(bytearray(SLOTS * _SLOT_BYTES)).cast("Q")
+            return
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.ftruncate(self._file, SLOTS * _SLOT_BYTES)
+            self._memory = memoryview(mmap.mmap(self._file, SLOTS * _SLOT_BYTES)).cast("Q")
+        except OSError as error:
+            raise ConfigurationError(
+                f"The file {path}, in which instances share cores, cannot be opened: {error}."
+            ) from error
+
+    def worker(self) -> Worker:
+        """Return a slot for one compute thread. Raises ConfigurationError if there is none left."""
+        with self._lock:
+            for slot in range(SLOTS):
+                if slot not in self._taken and self._lock_slot(slot):
+                    self._taken.add(slot)
+                    self._memory[slot] = 0  # its last owner may have died while it computed
+                    return Worker(self, slot)
+        raise ConfigurationError(f"More than {SLOTS} threads would share {self.cores} cores; run fewer instances.")
+
+    def _lock_slot(self, slot: int) -> bool:
+        """Take the slot among all processes. The kernel gives it back when this process ends."""
+        if self._file is None:
+            return True
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
+        except OSError:
+            return False
+        return True
+
+    def show(self, slot: int, stamp: int) -> None:
+        """Write a slot: the time in nanoseconds, or 0 for a thread that doesn't compute."""
+        self._memory[slot] = stamp
+
+    def part_of(self, slot: int, now: int) -> int:
+        """Return the number of cores for the thread of ``slot``, at least 1."""
+        since = now - _LONG_AGO_NS
+        computing = [other for other, stamp in enumerate(self._memory.tolist()) if stamp > since or other == slot]
+        part, rest = divmod(self.cores, len(computing))
+        return max(1, part + (computing.index(slot) < rest))
+
+
+class Worker:
+    """One compute thread. All methods are called in that thread."""
+
+    def __init__(self, share: CoreShare, slot: int) -> None:
+        self._share = share
+        self._slot = slot
+        self._computing = False
+        self._threads = 0
+        self._looked_at = 0
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """A block that computes; the thread's intra-op threads follow its part of the cores."""
+        self._computing = True
+        self._looked_at = self._threads = 0  # torch keeps the number by thread, and another may have computed last
+        self.adapt()
+        try:
+            yield
+        finally:
+            self._computing = False
+            self._share.show(self._slot, 0)
+
+    def adapt(self) -> None:
+        """Use as many intra-op threads as this thread's part of the cores has. Called before each layer; costs microseconds."""
+        now = time.monotonic_ns()
+        if not self._computing or now - self._looked_at < _INTERVAL_NS:
+            return
+        self._looked_at = now
+        self._share.show(self._slot, now)
+        threads = self._share.part_of(self._slot, now)
+        if threads != self._threads:
+            torch.set_num_threads(threads)
+            self._threads = threads
+
+    def follow(self, module: nn.Module) -> None:
+        """Adapt before each layer of a model."""
+        for layer in _layers(module):
+            layer.register_forward_pre_hook(lambda *_: self.adapt())
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """Return the members of all lists of modules that are in no other list: the layers, but not the experts in them."""
+    from torch import nn
+
+    found: list[nn.Module] = []
+    for child in module.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else _layers(child)
+    return found

@@ -1,0 +1,148 @@
+"""Threads that share cores see each other and divide the cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from chiasm.engine.core_sharing import SLOTS, CoreShare
+from chiasm.errors import ConfigurationError
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["a file", "one process"])
+def share(request: pytest.FixtureRequest, tmp_path: Path) -> CoreShare:
+    return CoreShare(tmp_path / "cores" if request.param == "a file" else None, 4)
+
+
+def test_a_thread_that_computes_alone_has_all_cores(share: CoreShare) -> None:
+    with share.worker().computing():
+        assert torch.get_num_threads() == 4
+
+
+def test_threads_that_compute_at_the_same_time_divide_the_cores(share: CoreShare) -> None:
+    now = time.monotonic_ns()
+    for slot in range(3):
+        share.show(slot, now)
+    assert [share.part_of(slot, now) for slot in range(3)] == [2, 1, 1]
+
+
+def test_each_thread_has_a_core_even_if_there_are_fewer_cores_than_threads(share: CoreShare) -> None:
+    now = time.monotonic_ns()
+    for slot in range(9):
+        share.show(slot, now)
+    assert {share.part_of(slot, now) for slot in range(9)} == {1}
+
+
+def test_a_thread_that_no_longer_computes_leaves_its_cores_to_the_others(share: CoreShare) -> None:
+    first, second = share.worker(), share.worker()
+    with first.computing():
+        with second.computing():
+            assert torch.get_num_threads() == 2
+        now = time.monotonic_ns()
+        assert share.part_of(0, now) == 4
+
+
+def test_a_thread_follows_its_part_from_layer_to_layer(share: CoreShare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiasm.engine.core_sharing._INTERVAL_NS", 0)
+    seen: list[int] = []
+
+    class Layer(nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            share.show(1, time.monotonic_ns() if len(seen) == 1 else 0)  # another computes during the second layer
+            return hidden
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(), Layer(), Layer()])
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                hidden = layer(hidden)
+            return hidden
+
+    model = Model()
+    worker = share.worker()
+    worker.follow(model)
+    with worker.computing():
+        model(torch.zeros(1))
+    assert seen == [4, 2, 4]
+
+
+def test_a_model_that_runs_outside_the_block_keeps_its_threads(share: CoreShare) -> None:
+    model = nn.Sequential(nn.ModuleList([nn.Linear(1, 1)]))
+    share.worker().follow(model)
+    torch.set_num_threads(1)
+    model[0][0](torch.zeros(1))  # type: ignore[index]
+    assert torch.get_num_threads() == 1
+
+
+def test_instances_in_several_processes_see_each_other(tmp_path: Path) -> None:
+    computing, done, process = _another_process(tmp_path / "cores")
+    assert computing.wait(60)
+    share = CoreShare(tmp_path / "cores", 4)
+    with share.worker().computing():
+        assert torch.get_num_threads() == 2
+    done.set()
+    process.join(60)
+    with share.worker().computing():
+        assert torch.get_num_threads() == 4
+
+
+def test_the_slot_of_a_process_that_was_killed_is_given_to_the_next_thread(tmp_path: Path) -> None:
+    computing, _, process = _another_process(tmp_path / "cores")
+    assert computing.wait(60)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    share = CoreShare(tmp_path / "cores", 4)
+    with share.worker().computing():
+        assert torch.get_num_threads() == 4
+
+
+def test_a_thread_that_showed_itself_long_ago_does_not_count(share: CoreShare) -> None:
+    share.show(1, time.monotonic_ns() - 10_000_000_000)
+    assert share.part_of(0, time.monotonic_ns()) == 4
+
+
+def test_more_threads_than_there_are_slots_are_refused(share: CoreShare) -> None:
+    for _ in range(SLOTS):
+        share.worker()
+    with pytest.raises(ConfigurationError, match="run fewer instances"):
+        share.worker()
+
+
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be opened"):
+        CoreShare(tmp_path / "missing" / "cores", 4)
+
+
+def _another_process(path: Path) -> tuple[Event, Event, multiprocessing.process.BaseProcess]:
+    context = multiprocessing.get_context("spawn")
+    computing, done = context.Event(), context.Event()
+    process = context.Process(target=_compute, args=(path, computing, done), daemon=True)
+    process.start()
+    return computing, done, process
+
+
+def _compute(path: Path, computing: Event, done: Event) -> None:
+    with CoreShare(path, 4).worker().computing():
+        computing.set()
+        done.wait(60)
