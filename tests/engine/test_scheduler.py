@@ -268,6 +268,29 @@ def test_an_item_that_arrives_before_its_predecessor_waits_its_turn() -> None:
     assert chunks(driver.step()) == [(1, 11)]
 
 
+def test_little_text_before_a_missing_item_waits_for_it_and_runs_in_the_same_step() -> None:
+    driver = Driver(min_text_before_item=4)
+    sequence = driver.add(prompt(3, ("a", 4), 2))
+    assert not driver.step().scheduled
+    driver.stored.add("a")
+    driver.step()
+    assert sequence.prompt_computed
+
+
+def test_much_text_before_a_missing_item_runs_without_it() -> None:
+    driver = Driver(min_text_before_item=4)
+    sequence = driver.add(prompt(4, ("a", 4), 2))
+    driver.step()
+    assert sequence.num_computed == 4
+
+
+def test_little_text_between_items_runs_so_that_the_first_item_makes_room_for_the_second() -> None:
+    driver = Driver(min_text_before_item=8, cache_rows=4)
+    driver.stored |= {"a", "b"}
+    driver.add(prompt(2, ("a", 4), 2, ("b", 4), 2))
+    driver.run()
+
+
 def test_a_prompt_that_begins_with_a_missing_item_holds_nothing() -> None:
     driver = Driver()
     sequence = driver.add(prompt(("a", 4), 2), max_tokens=1)

@@ -88,6 +88,7 @@ def _seconds(processor: Processor, runner: ModelRunner, tokens: int) -> list[flo
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_batched_tokens=tokens,
+            min_text_before_item=0,
             max_num_seqs=1,
             max_queued_requests=1,
             max_prefill_tokens=tokens,

@@ -26,6 +26,9 @@ MIXED_PREFILL_TOKENS = {"cpu": 64, "cuda": 1024}
 """Prefill rows in a step that also decodes: few enough to keep running streams fluent, enough to use the device well."""
 MAX_PREFILL_TOKENS = {"cpu": 256, "cuda": 1 << 30}
 """Prefill rows in any step: enough to use the device well, few enough that a new request soon gets its turn."""
+MIN_TEXT_BEFORE_ITEM = 32
+"""Tokens of text that are worth a step of their own while the image after them is encoded: fewer cost as much time, and are
+computed with the image for nothing."""
 KV_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Share of the memory that is free once the weights are loaded, which the KV cache may take."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

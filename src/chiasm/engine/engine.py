@@ -22,7 +22,14 @@ from chiasm.engine.base import Engine
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.calibration import image_costs, language_costs
 from chiasm.engine.config import EngineConfig
-from chiasm.engine.device import MAX_PREFILL_TOKENS, MIXED_PREFILL_TOKENS, check_memory, kv_cache_blocks, use_threads
+from chiasm.engine.device import (
+    MAX_PREFILL_TOKENS,
+    MIN_TEXT_BEFORE_ITEM,
+    MIXED_PREFILL_TOKENS,
+    check_memory,
+    kv_cache_blocks,
+    use_threads,
+)
 from chiasm.engine.due import PrefillPace
 from chiasm.engine.embeddings import Embeddings
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
@@ -112,6 +119,7 @@ class LanguageEngine(Engine):
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_prefill_tokens=MAX_PREFILL_TOKENS[self.device.type],
                 max_mixed_prefill_tokens=MIXED_PREFILL_TOKENS[self.device.type],
+                min_text_before_item=MIN_TEXT_BEFORE_ITEM,
                 max_num_seqs=config.max_num_seqs,
                 max_queued_requests=config.max_queued_requests,
                 entry_bytes_per_row=self._language.entry_width * self.dtype.itemsize,

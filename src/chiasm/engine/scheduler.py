@@ -32,6 +32,8 @@ class SchedulerConfig:
     """Maximum prefill rows of a step: a request that arrives meanwhile waits for the step's end."""
     max_mixed_prefill_tokens: int
     """Maximum prefill rows of a step that also decodes: fewer, since running streams wait for them."""
+    min_text_before_item: int
+    """Fewest tokens of text that run by themselves before a missing embedding has arrived: a step costs as much for fewer."""
     entry_bytes_per_row: int
     """Size of one row of an embedding in the encoder cache."""
     recomputes_items: bool = True
@@ -393,10 +395,16 @@ class Scheduler:
         return end - start
 
     def _runnable_end(self, sequence: Sequence, start: int, end: int) -> int:
-        """Return how far tokens from ``start`` can run: to ``end``, or to the first item whose embedding is missing."""
-        for item in sequence.items_between(start, end):
+        """Return how far tokens from ``start`` can run: to ``end``, or to the first item whose embedding is missing.
+
+        Little text before a missing item doesn't run without it. (A chunk with items always runs, however small: the entries
+        that it holds may fill the encoder cache, and then no others could come.)
+        """
+        items = sequence.items_between(start, end)
+        for item in items:
             if item.identifier not in self.encoder_cache:
-                return max(start, item.offset)
+                is_little = item is items[0] and item.offset - start < self.config.min_text_before_item
+                return start if is_little else max(start, item.offset)
         return end
 
     def _reserve(self, sequence: Sequence, num_tokens: int, step: Step) -> bool:
