@@ -256,8 +256,10 @@ def _split(config: DeploymentConfig, folder: Path | None, gpus: Sequence[Gpu], w
             "--devices: sets of cores are devices that instances share; choose --layout colocated or aggregated, or pin the "
             "roles with --encoder-cpus, --pd-cpus and the like."
         )
-    # An encoder comes first, and a smaller GPU is enough for it.
-    found = [gpu.name for gpu in sorted(_named_gpus(config, gpus), key=lambda gpu: gpu.memory_bytes)]
+    dealt = _named_gpus(config, gpus)
+    if not config.is_counted:  # the encoder comes first, and the smallest GPU is enough for it
+        dealt = tuple(sorted(dealt, key=lambda gpu: gpu.memory_bytes))
+    found = [gpu.name for gpu in dealt]
     if config.engine is EngineKind.VLLM:
         placed = place(resolved.roles, found, vllm.attention_heads(folder) if folder is not None else None)
     else:
