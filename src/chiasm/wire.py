@@ -90,6 +90,8 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Intra-op CPU threads."""
     cpus: list[int] = []
     """CPUs that it may run on."""
+    shares_cores: bool = False
+    """Whether it leaves cores to the instances of its machine that compute at the same time."""
     device_id: str = ""
     """Names the device among all machines, such as ``host/cpu:0-3`` or ``host/GPU-…``; instances with the same one share it."""
     costs: Costs | None = None

@@ -168,6 +168,11 @@ def test_threads_that_share_a_core_are_warned_about(members: list[Observed]) -> 
     assert "wait for each other" in warning(fleet.threads(on_one_host(*members))).why
 
 
+def test_instances_that_share_cores_may_have_more_threads_than_there_are_cores() -> None:
+    sharing = [instance(role, threads=2, shares_cores=True) for role in ("encoder", "pd")]
+    assert verdicts(fleet.threads(on_one_host(*sharing))) == ["ok"]
+
+
 def test_threads_are_counted_for_each_host() -> None:
     assert verdicts(fleet.threads([E, P, PD])) == ["ok", "ok", "ok"]
 

@@ -61,6 +61,7 @@ def run(settings: Mapping[str, Any]) -> int | None:
     from chiasm.cli.conversation import AnswerError, Turn, all_agree, read_image
     from chiasm.cli.signals import EndSignals
     from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
+    from chiasm.launch.layout import Layout
     from chiasm.wire import Role
 
     config = DemoConfig(**fields_from(settings, DemoConfig))
@@ -72,7 +73,9 @@ def run(settings: Mapping[str, Any]) -> int | None:
         turns = draw_turns(config.seed)
     console = Console(highlight=False)
     roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()}
-    deployment = Deployment(DeploymentConfig(config.model, roles, settings=_QUIET, proxy_settings=_QUIET))
+    deployment = Deployment(
+        DeploymentConfig(config.model, roles, layout=Layout.COLOCATED, settings=_QUIET, proxy_settings=_QUIET)
+    )
     answers: list[Answer] = []
     with EndSignals() as signals, deployment:
         _start(deployment, signals)

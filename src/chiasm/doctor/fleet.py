@@ -276,7 +276,11 @@ def devices(instances: Sequence[Observed]) -> Iterator[Result]:
 
 def threads(instances: Sequence[Observed]) -> Iterator[Result]:
     """Check, for the host of each address, whether each thread that computes on its CPUs has a core of its own."""
-    computing = [one for one in instances if one.health.device == "cpu" and one.health.threads and one.health.cpus]
+    on_cpu = [one for one in instances if one.health.device == "cpu" and one.health.threads and one.health.cpus]
+    sharing = [one for one in on_cpu if one.health.shares_cores]
+    if sharing:
+        yield _THREADS.ok(f"{_names(sharing)} leave cores to each other")
+    computing = [one for one in on_cpu if one not in sharing]
     for host, several in _by(computing, lambda one: urlsplit(one.url).hostname or "").items():
         load: defaultdict[int, float] = defaultdict(float)
         for one in several:
@@ -292,7 +296,7 @@ def threads(instances: Sequence[Observed]) -> Iterator[Result]:
             )
         else:
             yield _THREADS.ok(says)
-    if silent := [one for one in instances if one.health.device in ("", "cpu") and one not in computing]:
+    if silent := [one for one in instances if one.health.device in ("", "cpu") and one not in on_cpu]:
         yield _THREADS.skipped(f"{_names(silent)} don't report how many threads they compute with")
 
 

@@ -75,6 +75,7 @@ class Status:
             device=str(engine.device),
             threads=engine.num_threads,
             cpus=sorted(allowed_cpus()),
+            shares_cores=engine.config.core_share is not None,
             device_id=engine.device_id,
             costs=engine.costs,
         )
