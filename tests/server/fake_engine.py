@@ -35,7 +35,7 @@ from chiasm.engine.request import (
 from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestError
 from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig
 from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
-from chiasm.wire import KVTransferParams, Role, TokenLogprob
+from chiasm.wire import Costs, KVTransferParams, Role, TokenLogprob
 
 PLACEHOLDER = "\x01"
 FINGERPRINT = "f1" * 16
@@ -137,6 +137,8 @@ class FakeEngine(Engine):
         self.processor = ByteProcessor()
         self.model_fingerprint = FINGERPRINT
         self.max_model_len = self.processor.max_model_len
+        self.device_id = "host/cpu:0,1"
+        self.costs = Costs(prefill_seconds_per_token=0.001, decode_step_seconds=0.01)
         self.reset()
 
     def reset(self) -> None:

@@ -34,6 +34,8 @@ def test_health_has_what_the_proxy_needs(pd: Served) -> None:
         "device": "cpu",
         "threads": 2,
         "cpus": sorted(os.sched_getaffinity(0)),
+        "device_id": "host/cpu:0,1",
+        "costs": {"prefill_seconds_per_token": 0.001, "decode_step_seconds": 0.01},
     }
 
 
