@@ -97,9 +97,10 @@ class _Desk:
         # A call that takes longer than estimated is expected to take as long again as it is late.
         return sum(entry.seconds for entry in self.entries) - first + abs(first - elapsed)
 
-    def has_room(self, now: float) -> bool:
-        count = sum(1 for entry in self.entries if entry.seconds)
-        return count < _ENOUGH_ITEMS or (count < _MOST_ITEMS and self.seconds_left(now) < _ENOUGH_SECONDS)
+    @property
+    def has_room(self) -> bool:
+        seconds = [entry.seconds for entry in self.entries if entry.seconds]
+        return len(seconds) < _ENOUGH_ITEMS or (len(seconds) < _MOST_ITEMS and sum(seconds) < _ENOUGH_SECONDS)
 
 
 class EncodeQueue:
@@ -176,7 +177,7 @@ class EncodeQueue:
             return []
         plan = self._plan(now)
         plan.leave_out(encoder for encoder in list(plan.left) if self._desk(encoder).full_until > now)
-        roomy = {encoder for encoder in plan.left if self._desk(encoder).has_room(now)}
+        roomy = {encoder for encoder in plan.left if self._desk(encoder).has_room}
         given: list[Entry] = []
         for entry in self._waiting[:_EXAMINED]:
             is_published = entry.item.identifier in self._published
@@ -186,7 +187,7 @@ class EncodeQueue:
             if choice is not None and (choice.encoder in roomy or is_published):
                 self._give(entry, choice, now)
                 given.append(entry)
-                if not self._desk(choice.encoder).has_room(now):
+                if not self._desk(choice.encoder).has_room:
                     roomy.discard(choice.encoder)
         for entry in given:
             self._take_out(entry)

@@ -32,7 +32,9 @@ _ALIKE = 0.02
 _ALIKE_SECONDS = 0.0005
 _STREAM_SLOWS = 0.03
 """Share by which each running stream slows down prefill beside it."""
-_STEP_TOKENS = 512
+_DELAY = 0.05
+"""What a second by which a prompt that is due later is delayed counts against a second until a first token."""
+_STEP_TOKENS = 1024
 """Tokens that an instance computes in a step, half of which a prompt that overtakes waits for."""
 _BYTES_PER_TOKEN = 4.0
 _REQUEST_TOKENS = 16
@@ -64,6 +66,8 @@ class _Estimate(NamedTuple):
     """From now."""
     own_seconds: float
     """What the instance computes for it until then."""
+    last_seconds: float
+    """The part of it that is left when it has all embeddings but the last."""
     hindered_seconds: float
     """What that costs others, as it counts in the choice."""
     ready_seconds: Sequence[float]
@@ -123,7 +127,9 @@ class Placement:
         expected_at = now + chosen.first_token_seconds
         is_seen = work.streams or chosen.instance.role is Role.PREFILL
         prompt = Prompt(work, due, chosen.own_seconds, expected_at, is_seen=is_seen)
-        prompt.waits = bool(chosen.ready_seconds)
+        prompt.waits = len(chosen.ready_seconds) > chosen.cached_items
+        prompt.last_seconds = chosen.last_seconds
+        prompt.ready_at = now + max(chosen.ready_seconds, default=0.0)
         self._prompts_of(chosen.instance).add(prompt, now)
         placed = Placed(chosen.instance, prompt, chosen.first_token_seconds, chosen.ready_seconds)
         placed.cached = chosen.cached_items
@@ -187,7 +193,8 @@ class Placement:
         per_token = costs.prefill_seconds_per_token(now) * (1 + _STREAM_SLOWS * prompts.streams)
         ready = plan.ready_seconds(work.items, instance) if plan and instance.role not in _ENCODES_ITSELF else []
         # vLLM computes prompts in the order in which they come.
-        seconds, later = prompts.seconds_before(math.inf if instance.is_vllm else due, now)
+        ready_at = now + ready[cached] if cached < len(ready) else now
+        seconds, later = prompts.seconds_before(math.inf if instance.is_vllm else due, now, ready_at)
         if later:
             seconds += _STEP_TOKENS / 2 * per_token
         own = 0.0
@@ -207,13 +214,14 @@ class Placement:
             image = costs.image_tokens(item.pixels) * per_token
             seconds += image
             own += text + image
+        last = costs.image_tokens(work.items[-1].pixels) * per_token if work.items else 0.0
         rest = self._text_tokens(work.text_bytes - text_bytes) * self._text.factor(now) + _REQUEST_TOKENS
         seconds += rest * per_token
         own += rest * per_token
         others = self._device_of(instance, now, without=instance)
         seconds += min(own, others.seconds)
-        hindered = own * (later + prompts.streams + others.streams) * HINDRANCE
-        return _Estimate(instance, seconds, own, hindered, ready, cached)
+        hindered = own * (later * _DELAY + (prompts.streams + others.streams) * HINDRANCE)
+        return _Estimate(instance, seconds, own, last + rest * per_token, hindered, ready, cached)
 
     def _tokens(self, instance: Instance, work: Work, now: float) -> float:
         images = sum(instance.costs.image_tokens(item.pixels) for item in work.items)
