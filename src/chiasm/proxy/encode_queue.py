@@ -42,6 +42,9 @@ class Device(NamedTuple):
     streams: int = 0
 
 
+_IDLE = Device()
+
+
 class Entry:
     """One image to encode. Compared by identity."""
 
@@ -104,11 +107,11 @@ class _Desk:
 
 
 class EncodeQueue:
-    """One for the fleet. ``device_of`` tells what language instances do on an encoder's device."""
+    """One for the fleet. ``devices`` tells what language instances do on each device that is known."""
 
-    def __init__(self, fleet: Fleet, device_of: Callable[[Instance, float], Device]) -> None:
+    def __init__(self, fleet: Fleet, devices: Callable[[float], Mapping[str, Device]]) -> None:
         self._fleet = fleet
-        self._device_of = device_of
+        self._devices = devices
         self._waiting: list[Entry] = []
         self._desks: WeakKeyDictionary[Instance, _Desk] = WeakKeyDictionary()
         self._published: OrderedDict[str, None] = OrderedDict()
@@ -229,7 +232,7 @@ class EncodeQueue:
         encoders = self._fleet.healthy(Role.ENCODER)
         return Plan(
             left={encoder: self._desk(encoder).seconds_left(now) for encoder in encoders},
-            devices={encoder: self._device_of(encoder, now) for encoder in encoders},
+            devices=self._devices(now),
             encode_seconds=lambda encoder, item: self.encode_seconds(encoder, item, now),
         )
 
@@ -288,7 +291,7 @@ class Plan:
         self,
         *,
         left: dict[Instance, float],
-        devices: Mapping[Instance, Device],
+        devices: Mapping[str, Device],
         encode_seconds: Callable[[Instance, ItemWork], float],
     ) -> None:
         self.left = left
@@ -325,7 +328,7 @@ class Plan:
             if encoder in excluded:
                 continue
             seconds = self._encode_seconds(encoder, entry.item)
-            device = self._devices[encoder]
+            device = self._devices.get(encoder.device_id, _IDLE)
             ready = left + seconds + min(seconds, device.seconds) if seconds else 0.0
             rank = (
                 ready + seconds * device.streams * HINDRANCE,

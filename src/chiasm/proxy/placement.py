@@ -13,7 +13,7 @@ A pure state machine: no clock and no I/O. Instants are seconds on the caller's 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -39,6 +39,7 @@ _STEP_TOKENS = 1024
 _BYTES_PER_TOKEN = 4.0
 _REQUEST_TOKENS = 16
 """Tokens that a chat template adds to a prompt."""
+_IDLE = Device()
 _ENCODES_ITSELF = (Role.AGGREGATED,)
 
 
@@ -86,7 +87,7 @@ class Placement:
         self._prompts: WeakKeyDictionary[Instance, Prompts] = WeakKeyDictionary()
         self._text = Correction()
         """Tokens per byte of text."""
-        self.images = EncodeQueue(fleet, self._device_of)
+        self.images = EncodeQueue(fleet, self._devices)
 
     # ---- decisions -----------------------------------------------------------------------------------------------------
 
@@ -120,7 +121,8 @@ class Placement:
             return None
         due = self.due(work, now)
         plan = self.images.plan(due, now) if work.items else None
-        estimates = [self._estimate(instance, work, due, plan, now) for instance in candidates]
+        devices = self._devices(now)
+        estimates = [self._estimate(instance, work, due, plan, devices, now) for instance in candidates]
         best = min(one.score for one in estimates)
         limit = best + max(_ALIKE * best, _ALIKE_SECONDS) if best < math.inf else best
         chosen = min((one for one in estimates if one.score <= limit), key=lambda one: one.instance.last_taken)
@@ -187,7 +189,15 @@ class Placement:
 
     # ---- estimates -----------------------------------------------------------------------------------------------------
 
-    def _estimate(self, instance: Instance, work: Work, due: float, plan: Plan | None, now: float) -> _Estimate:
+    def _estimate(
+        self,
+        instance: Instance,
+        work: Work,
+        due: float,
+        plan: Plan | None,
+        devices: Mapping[str, Device],
+        now: float,
+    ) -> _Estimate:
         prompts, costs = self._prompts_of(instance), instance.costs
         cached = prompts.cached_items(work.prefixes)
         per_token = costs.prefill_seconds_per_token(now) * (1 + _STREAM_SLOWS * prompts.streams)
@@ -218,9 +228,11 @@ class Placement:
         rest = self._text_tokens(work.text_bytes - text_bytes) * self._text.factor(now) + _REQUEST_TOKENS
         seconds += rest * per_token
         own += rest * per_token
-        others = self._device_of(instance, now, without=instance)
-        seconds += min(own, others.seconds)
-        hindered = own * (later * _DELAY + (prompts.streams + others.streams) * HINDRANCE)
+        device = devices.get(instance.device_id)
+        if device is not None:
+            seconds += min(own, max(0.0, device.seconds - prompts.seconds_computing(now)))
+        streams = prompts.streams if device is None else device.streams
+        hindered = own * (later * _DELAY + streams * HINDRANCE)
         return _Estimate(instance, seconds, own, last + rest * per_token, hindered, ready, cached)
 
     def _tokens(self, instance: Instance, work: Work, now: float) -> float:
@@ -230,19 +242,20 @@ class Placement:
     def _text_tokens(self, size_bytes: int) -> float:
         return size_bytes / _BYTES_PER_TOKEN
 
-    def _device_of(self, instance: Instance, now: float, without: Instance | None = None) -> Device:
-        """Return what language instances do on an instance's device."""
-        if not instance.device_id:
-            return Device()
-        seconds, streams = 0.0, 0
-        for other, prompts in self._prompts.items():
-            if other is not without and other.device_id == instance.device_id:
-                seconds += prompts.seconds_computing(now)
-                streams += prompts.streams
+    def _devices(self, now: float) -> dict[str, Device]:
+        """Return what language instances do on each device that is known."""
+        devices: dict[str, Device] = {}
+        for instance, prompts in self._prompts.items():
+            if instance.device_id:
+                seconds, streams = devices.get(instance.device_id, _IDLE)
+                devices[instance.device_id] = Device(
+                    seconds + prompts.seconds_computing(now), streams + prompts.streams
+                )
         for decode in self._fleet.healthy(Role.DECODE):
-            if decode.device_id == instance.device_id:
-                streams += decode.in_flight
-        return Device(seconds, streams)
+            if decode.device_id and decode.in_flight:
+                seconds, streams = devices.get(decode.device_id, _IDLE)
+                devices[decode.device_id] = Device(seconds, streams + decode.in_flight)
+        return devices
 
     def _prompts_of(self, instance: Instance) -> Prompts:
         prompts = self._prompts.get(instance)
