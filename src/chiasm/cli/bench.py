@@ -41,8 +41,9 @@ class BenchOptions:
 def parser() -> Parser:
     made = Parser(
         "bench",
-        "[NAMES]... [OPTIONS]",
+        "[NAMES]... [OPTIONS]\n       chiasm bench trace FILE [OPTIONS]",
         "Benchmark E+PD and E+P+D against one aggregated instance.\n\n"
+        "`chiasm bench trace FILE` is goodput with the arrivals and sizes of a file of JSON lines.\n"
         "The exit code is 1 if answers differ; a speed target that is missed is only reported.",
     )
     made.add_argument("names", metavar="NAMES", nargs="*", help=NAMES)
@@ -60,8 +61,18 @@ def run(settings: Mapping[str, Any]) -> int | None:
     goodput = GoodputOptions(
         **fields_from(settings, GoodputOptions), model=settings.get("model"), more_arms=_more_arms(settings)
     )
-    config = BenchConfig(settings.get("names", ()), **fields_from(settings, BenchOptions), goodput=goodput)
+    names, trace = _trace(settings.get("names", ()))
+    config = BenchConfig(names, **fields_from(settings, BenchOptions), goodput=goodput, trace=trace)
     return None if run_bench(config) else _DIFFERENT
+
+
+def _trace(names: tuple[str, ...]) -> tuple[tuple[str, ...], Path | None]:
+    """Return the measurements, or the file of ``trace FILE``. Raises ConfigurationError."""
+    if "trace" not in names:
+        return names, None
+    if names[0] != "trace" or len(names) != 2:
+        raise ConfigurationError("`chiasm bench trace` takes one file, and runs alone: chiasm bench trace FILE.")
+    return (), Path(names[1])
 
 
 def _more_arms(settings: Mapping[str, Any]) -> dict[str, DeploymentConfig]:
