@@ -3,8 +3,8 @@
 A rate is tried by *trials*: so many requests, sent in an open loop. The *goodput* is the highest rate at which 90 % of the
 requests meet their limits. Whether a trial of fifty requests reaches 90 % is mostly chance, so the rate isn't bisected by
 passed and failed trials. Instead, the share that met its limits is taken as a logistic function of the logarithm of the rate,
-which is fitted to all trials, each weighted by its requests, and is read off at 90 %. The next trial is made where the fit so
-far puts that rate, since it says most there. That is how thresholds of perception are estimated from yes and no answers
+which is fitted to all trials, each weighted by its requests, and is read off at 90 %. The next trials are made where the fit so
+far puts that rate, since they say most there. That is how thresholds of perception are estimated from yes and no answers
 (QUEST: Watson and Pelli, Perception & Psychophysics 33, 1983, with a fitted slope as in Kontsevich and Tyler, Vision Research
 39, 1999).
 """
@@ -193,114 +193,149 @@ class Curve:
         return 1 / (1 + math.exp(min(700.0, -logit)))
 
 
-def fit(trials: Sequence[Trial]) -> Curve:
-    """Return the curve that is likeliest after all trials. Raises ValueError without trials."""
-    rates, slopes = _rates(trials), np.array(_SLOPES)
-    strangeness = (np.log(slopes / _USUAL_SLOPE) / _SLOPE_SPREAD) ** 2 / 2
-    scores = _log_likelihood(rates[:, None], slopes[None, :], trials) - strangeness
-    rate, slope = np.unravel_index(int(scores.argmax()), scores.shape)
-    return Curve(float(rates[rate]), float(slopes[slope]))
+class Trials:
+    """What several deployments did with the same traffic, and the curves that are likeliest after it.
+
+    The curves of all deployments have one slope. Deployments are compared by resampling rounds, in each of which all of them
+    got the same requests at the same rate: what makes one round hard makes it hard for all.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.of: dict[str, list[Trial]] = {name: [] for name in names}
+        """Trials by deployment."""
+
+    def add(self, name: str, trial: Trial) -> None:
+        self.of[name].append(trial)
+        self.__dict__.pop("curves", None)
+        self.__dict__.pop("_table", None)
+
+    @functools.cached_property
+    def curves(self) -> dict[str, Curve | None]:
+        """By deployment; None if no trial of a deployment passed."""
+        return self._fit(np.ones(len(self._table.seeds)))
+
+    def rate(self, name: str) -> float:
+        """Return the goodput of a deployment in requests per second; 0 if no rate will do."""
+        curve = self.curves[name]
+        return 0.0 if curve is None else curve.goodput
+
+    def ratio(self, baseline: str, other: str, *, seed: int) -> Estimate | None:
+        """Estimate the ratio of two goodputs; None if the baseline has none."""
+        if not self.rate(baseline):
+            return None
+        if not self.rate(other):
+            return Estimate(0.0, 0.0, 0.0)
+        seeds = self._table.seeds
+
+        def of(chosen: Sequence[int]) -> float:
+            weights = np.array([chosen.count(one) for one in seeds], dtype=np.float64)
+            curves = self._fit(weights)
+            before, after = curves[baseline], curves[other]
+            return after.goodput / before.goodput if before is not None and after is not None else 1.0
+
+        return bootstrap(seeds, of, seed)
+
+    def _fit(self, weights: Rates) -> dict[str, Curve | None]:
+        """Return the likeliest curves if the rounds count by ``weights``."""
+        table = self._table
+        scores = {name: np.tensordot(weights, one, 1) for name, one in table.log_likelihoods.items()}
+        by_slope = sum(score.max(axis=1) for score in scores.values()) - table.strangeness
+        slope = int(np.argmax(by_slope))
+        found: dict[str, Curve | None] = dict.fromkeys(self.of)
+        for name, score in scores.items():
+            found[name] = Curve(float(table.rates[int(score[slope].argmax())]), _SLOPES[slope])
+        return found
+
+    @functools.cached_property
+    def _table(self) -> _Table:
+        return _Table(self.of)
 
 
-def _rates(trials: Sequence[Trial]) -> Rates:
-    """Return the rates that are considered, in ascending order."""
-    if not trials:
-        raise ValueError("there are no trials to fit")
-    low = min(trial.rate for trial in trials) / _BEYOND
-    high = max(trial.rate for trial in trials) * _BEYOND
-    return np.geomspace(low, high, _RATE_STEPS)
+class _Table:
+    """The logarithm of the likelihood of each round, for each deployment that has passed a trial, slope and goodput."""
+
+    def __init__(self, trials: Mapping[str, Sequence[Trial]]) -> None:
+        every = [trial for several in trials.values() for trial in several]
+        if not every:
+            raise ValueError("there are no trials to fit")
+        low, high = min(trial.rate for trial in every), max(trial.rate for trial in every)
+        self.rates = np.geomspace(low / _BEYOND, high * _BEYOND, _RATE_STEPS)
+        self.seeds = sorted({trial.seed for trial in every})
+        slopes = np.array(_SLOPES)
+        self.strangeness = (np.log(slopes / _USUAL_SLOPE) / _SLOPE_SPREAD) ** 2 / 2
+        self.log_likelihoods: dict[str, Rates] = {}
+        """``[rounds, slopes, rates]``."""
+        for name, several in trials.items():
+            if any(trial.passed for trial in several):
+                rounds = np.zeros((len(self.seeds), len(slopes), _RATE_STEPS))
+                for trial in several:
+                    rounds[self.seeds.index(trial.seed)] += _log_likelihood(self.rates, slopes[:, None], trial)
+                self.log_likelihoods[name] = rounds
 
 
-def _log_likelihood(goodputs: Rates, slopes: Rates, trials: Sequence[Trial]) -> Rates:
+def _log_likelihood(goodputs: Rates, slopes: Rates, trial: Trial) -> Rates:
     """Return the logarithm of the likelihood of each curve, in the shape that goodputs and slopes have together."""
-    total = np.zeros(np.broadcast_shapes(goodputs.shape, slopes.shape))
-    for trial in trials:
-        logit = math.log(TARGET / (1 - TARGET)) + slopes * np.log(goodputs / trial.rate)
-        good, number = trial.good, len(trial.served)
-        total -= good * np.logaddexp(0.0, -logit) + (number - good) * np.logaddexp(0.0, logit)
+    logit = math.log(TARGET / (1 - TARGET)) + slopes * np.log(goodputs / trial.rate)
+    bad = len(trial.served) - trial.good
+    total: Rates = -(trial.good * np.logaddexp(0.0, -logit) + bad * np.logaddexp(0.0, logit))
     return total / _DISPERSION
 
 
 # ---- the search --------------------------------------------------------------------------------------------------------
 
-_STEP = 2.0
-_NEAR = 1.5
-"""The next rate is at most by this factor outside of those tried."""
+_STEP = 1.6
+_CLEAR = 1.3
+"""A deployment is not tried at rates beyond this factor from one that it clearly failed or passed."""
+_FAILED, _PASSED = 0.6, 0.97
+"""Shares of good requests by which a trial clearly failed or passed."""
 
 
 class RateSearch:
-    """Chooses the rates at which one deployment is tried with one kind of traffic."""
+    """Chooses the rates at which deployments are tried, all at the same ones, and where each of them needs no trial."""
 
-    def __init__(self, first_rate: float, lowest_rate: float) -> None:
-        """``lowest_rate``: if a trial there fails, no rate will do."""
-        self.trials: list[Trial] = []
+    def __init__(self, names: Sequence[str], first_rate: float, lowest_rate: float) -> None:
+        """``lowest_rate``: what fails there has no goodput."""
+        self.trials = Trials(names)
         self._first = first_rate
         self._lowest = lowest_rate
+        self._turn = 0
 
     @property
-    def bracketed(self) -> bool:
-        """Whether one trial has passed and another has failed."""
-        return len({trial.passed for trial in self.trials}) == 2
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether every trial has failed, down to the lowest rate."""
-        return bool(self.trials) and not any(one.passed for one in self.trials) and self._tried()[0] <= self._lowest
+    def over(self) -> bool:
+        """Whether no rate will do for any deployment."""
+        return not any(self._is_open(name) for name in self.trials.of)
 
     def next_rate(self) -> float:
-        """Return the rate to try next: twice or half of those tried until bracketed, then where the fit expects the goodput."""
-        if not self.trials:
+        """Return the rate of the next round.
+
+        It rises while a deployment has passed everywhere, falls while one has passed nowhere, and is then where the curves so
+        far put the goodput of each deployment in turn.
+        """
+        tried = {name: several for name, several in self.trials.of.items() if several and self._is_open(name)}
+        if not tried:
             return self._first
-        low, high = self._tried()
-        if not self.bracketed:
-            return _STEP * high if self.trials[0].passed else max(self._lowest, low / _STEP)
-        return min(high * _NEAR, max(low / _NEAR, self._lowest, fit(self.trials).goodput))
+        rates = [trial.rate for several in self.trials.of.values() for trial in several]
+        if any(all(trial.passed for trial in several) for several in tried.values()):
+            return _STEP * max(rates)
+        if any(not any(trial.passed for trial in several) for several in tried.values()):
+            return max(self._lowest, min(rates) / _STEP)
+        names = sorted(tried, key=self.trials.rate)
+        self._turn += 1
+        wanted = self.trials.rate(names[self._turn % len(names)])
+        return min(max(rates) * _STEP, max(self._lowest, min(rates) / _STEP, wanted))
 
-    def add(self, trial: Trial) -> None:
-        self.trials.append(trial)
+    def names_at(self, rate: float) -> list[str]:
+        """Return the deployments for which a trial at this rate says something."""
+        return [name for name in self.trials.of if self._is_open(name) and not self._is_clear(name, rate)]
 
-    def _tried(self) -> tuple[float, float]:
-        rates = [trial.rate for trial in self.trials]
-        return min(rates), max(rates)
+    def _is_open(self, name: str) -> bool:
+        """Tell whether there may be a rate that will do."""
+        several = self.trials.of[name]
+        return not several or any(one.passed for one in several) or min(one.rate for one in several) > self._lowest
 
-
-@dataclass(frozen=True)
-class Goodput:
-    """What the trials of one deployment with one kind of traffic say."""
-
-    trials: Sequence[Trial]
-    seeds: Sequence[int]
-    """Those that all deployments were tried with; other trials only looked for the rate."""
-
-    @functools.cached_property
-    def curve(self) -> Curve | None:
-        """The curve of all trials; None if no rate will do."""
-        return fit(self.trials) if any(trial.passed for trial in self.trials) else None
-
-    @property
-    def rate(self) -> float:
-        """Requests per second; 0 if no rate will do."""
-        return 0.0 if self.curve is None else self.curve.goodput
-
-    def rate_of(self, seeds: Sequence[int]) -> float:
-        """Return the requests per second by the trials of some seeds, which may occur several times."""
-        other = [trial for trial in self.trials if trial.seed not in self.seeds]
-        chosen = [trial for seed in seeds for trial in self.trials if trial.seed == seed]
-        return fit([*other, *chosen]).goodput
-
-
-def ratio(baseline: Goodput, other: Goodput, *, seed: int) -> Estimate | None:
-    """Estimate the ratio of two goodputs; None if the baseline has none.
-
-    The seeds are resampled, the same for both, since the requests of one seed wait for each other.
-    """
-    if baseline.curve is None:
-        return None
-    if other.curve is None:
-        return Estimate(0.0, 0.0, 0.0)
-
-    @functools.cache
-    def of(seeds: tuple[int, ...]) -> float:
-        return other.rate_of(seeds) / baseline.rate_of(seeds)
-
-    return bootstrap(list(baseline.seeds), lambda seeds: of(tuple(sorted(seeds))), seed)
+    def _is_clear(self, name: str, rate: float) -> bool:
+        return any(
+            (trial.attained <= _FAILED and rate >= _CLEAR * trial.rate)
+            or (trial.attained >= _PASSED and rate <= trial.rate / _CLEAR)
+            for trial in self.trials.of[name]
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT, TARGET, Goodput, Limits, ratio
+from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT, TARGET, Limits, Trial, Trials
 from chiasm.bench.measurement import Curve, Curves, Figure, Outcome
 
 _AT_LEAST, _LOW_AT_LEAST = 1.0, 0.97
@@ -13,24 +13,28 @@ _OVER_AGGREGATED = {"heavy": 1.1, "repeats": 1.2}
 """How many times the goodput of aggregated deployments the colocated one shall have on some mixes."""
 _LINE_STEPS = 40
 
-Found = Mapping[str, Mapping[str, Goodput]]
-"""Goodput by the traffic's name, then by the deployment's."""
+Found = Mapping[str, Trials]
+"""By the traffic's name."""
 
 
 def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outcome:
     """Return figures, curves and trials, those first in which the split loses most, and as the first note what to use."""
-    names = list(dict.fromkeys(name for arms in found.values() for name in arms))
+    names = list(dict.fromkeys(name for arms in found.values() for name in arms.of))
     tested = next((name for name in (COLOCATED, SPLIT) if name in names), names[-1])
     outcome = Outcome(notes=[advice(found)])
     ordered = sorted(found, key=lambda traffic: _against_best(found[traffic], tested))
     for traffic in ordered:
         arms = found[traffic]
         outcome.figures += _ratios(traffic, arms, tested, seed)
-        for name, goodput in arms.items():
-            outcome.figures.append(Figure(f"{traffic}: {name}", goodput.rate, "requests/s"))
-            if not goodput.rate:
-                outcome.notes.append(_why_none(traffic, name, goodput))
-            summaries = [trial.summary() for trial in goodput.trials]
+        for name, trials in arms.of.items():
+            outcome.figures.append(Figure(f"{traffic}: {name}", arms.rate(name), "requests/s"))
+            if not arms.rate(name):
+                outcome.notes.append(_why_none(traffic, name, trials))
+            elif all(trial.passed for trial in trials):
+                outcome.notes.append(
+                    f"{traffic}: {name} failed at no rate that was tried; its goodput is an extrapolation."
+                )
+            summaries = [trial.summary() for trial in trials]
             outcome.trials += [{"traffic": traffic, "arm": name, **summary} for summary in summaries]
         outcome.panels.append(_curves(traffic, arms))
     shown = [
@@ -41,18 +45,18 @@ def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outc
     return outcome
 
 
-def _against_best(arms: Mapping[str, Goodput], tested: str) -> float:
-    best = max((one.rate for name, one in arms.items() if name != tested), default=0.0)
-    return arms[tested].rate / best if best else math.inf
+def _against_best(arms: Trials, tested: str) -> float:
+    best = max((arms.rate(name) for name in arms.of if name != tested), default=0.0)
+    return arms.rate(tested) / best if best else math.inf
 
 
-def _ratios(traffic: str, arms: Mapping[str, Goodput], tested: str, seed: int) -> list[Figure]:
+def _ratios(traffic: str, arms: Trials, tested: str, seed: int) -> list[Figure]:
     """Return the ratios of the tested deployment to the others, with targets if it is the colocated one."""
     judged = tested == COLOCATED
     figures = []
-    others = sorted((name for name in arms if name != tested), key=lambda name: -arms[name].rate)
+    others = sorted((name for name in arms.of if name != tested), key=lambda name: -arms.rate(name))
     for place, other in enumerate(others):
-        estimate = ratio(arms[other], arms[tested], seed=seed)
+        estimate = arms.ratio(other, tested, seed=seed)
         if estimate is None:
             continue
         name = f"{traffic}: {tested} / {other}"
@@ -65,26 +69,27 @@ def _ratios(traffic: str, arms: Mapping[str, Goodput], tested: str, seed: int) -
     return figures
 
 
-def _why_none(traffic: str, name: str, goodput: Goodput) -> str:
-    if not goodput.trials:
+def _why_none(traffic: str, name: str, trials: Sequence[Trial]) -> str:
+    if not trials:
         return f"{traffic}: {name} misses the limits even with one request at a time, so no rate was tried."
-    best = max(goodput.trials, key=lambda trial: trial.attained)
+    best = max(trials, key=lambda trial: trial.attained)
     return (
         f"{traffic}: {name} meets the limits at no rate that was tried; at best {100 * best.attained:.0f} % of the "
         f"requests met them, at {best.rate:.2g} per second."
     )
 
 
-def _curves(traffic: str, arms: Mapping[str, Goodput]) -> Curves:
+def _curves(traffic: str, arms: Trials) -> Curves:
     curves = []
-    for name, one in arms.items():
-        points = [(trial.rate, trial.attained) for trial in one.trials]
+    for name, trials in arms.of.items():
+        points = [(trial.rate, trial.attained) for trial in trials]
         line: list[tuple[float, float]] = []
-        if one.curve is not None and points:
+        curve = arms.curves[name] if points else None
+        if curve is not None:
             low, high = min(points)[0], max(points)[0]
             rates = [low * (high / low) ** (step / _LINE_STEPS) for step in range(_LINE_STEPS + 1)]
-            line = [(rate, one.curve.attained(rate)) for rate in rates]
-        curves.append(Curve(f"{name} ({one.rate:.2g}/s)", points, line))
+            line = [(rate, curve.attained(rate)) for rate in rates]
+        curves.append(Curve(f"{name} ({arms.rate(name):.2g}/s)", points, line))
     return Curves(f"goodput: {traffic}", "requests per second", "share in time", curves, TARGET)
 
 
@@ -93,8 +98,8 @@ def _curves(traffic: str, arms: Mapping[str, Goodput]) -> Curves:
 
 def advice(found: Found) -> str:
     """Return a sentence that says which deployment to use, and what it gains over the next best and on which traffic."""
-    names = [name for name in next(iter(found.values())) if all(name in arms for arms in found.values())]
-    able = [traffic for traffic, arms in found.items() if any(one.rate for one in arms.values())]
+    names = [name for name in next(iter(found.values())).of if all(name in arms.of for arms in found.values())]
+    able = [traffic for traffic, arms in found.items() if any(map(arms.rate, arms.of))]
     if not able:
         return "No deployment meets the limits of time at any rate; allow more time, or use a faster machine."
     ranked = sorted(names, key=lambda name: -_score(found, able, name))
@@ -115,10 +120,10 @@ def advice(found: Found) -> str:
 
 def _score(found: Found, traffics: Sequence[str], name: str) -> float:
     """Return the geometric mean, over kinds of traffic, of the goodput relative to the best deployment's."""
-    shares = [found[one][name].rate / max(arm.rate for arm in found[one].values()) for one in traffics]
+    shares = [found[one].rate(name) / max(map(found[one].rate, found[one].of)) for one in traffics]
     return math.exp(sum(math.log(max(share, 1e-3)) for share in shares) / len(shares))
 
 
-def _gain(arms: Mapping[str, Goodput], best: str, others: Sequence[str]) -> float:
-    highest = max(arms[name].rate for name in others)
-    return arms[best].rate / highest if highest else math.inf
+def _gain(arms: Trials, best: str, others: Sequence[str]) -> float:
+    highest = max(map(arms.rate, others))
+    return arms.rate(best) / highest if highest else math.inf

@@ -14,7 +14,7 @@ from pathlib import Path
 from chiasm.bench import arms as arms_module
 from chiasm.bench.arms import Arm
 from chiasm.bench.checkpoints import GOODPUT, make_once
-from chiasm.bench.goodput import AGGREGATED, Goodput, Limits, RateSearch
+from chiasm.bench.goodput import AGGREGATED, Limits, RateSearch, Trials
 from chiasm.bench.goodput_outcome import outcome_of
 from chiasm.bench.load import turns
 from chiasm.bench.measurement import Bench, Measurement, Outcome
@@ -28,16 +28,14 @@ from chiasm.errors import ConfigurationError
 from chiasm.launch import Deployment
 from chiasm.launch.config import EngineKind
 
-_SEEDS = 6
-_TRIALS_PER_SEED = 1
+_ROUNDS = 10
 _UNLOADED_ROUNDS = 5
 _UNLOADED_TOKENS = 8
 _LEAST_TPOT_SECONDS = 0.01
 """No lower limit is set by a factor, since tokens that are faster arrive several at a time."""
 _FIRST_SHARE, _LOWEST_SHARE = 0.4, 0.05
 """Rates, relative to that at which requests that are answered one after the other take all of the time."""
-_BRACKET_REQUESTS, _BRACKET_TRIALS = 24, 7
-_LEAST_REQUESTS, _LONGEST_SECONDS = 8, 20.0
+_LEAST_REQUESTS, _LONGEST_SECONDS = 8, 12.0
 """At a low rate a trial has fewer requests, so that it doesn't take much longer."""
 _QUICK_MIXES = ("mixed", "heavy")
 _INSTANCE_BYTES = {EngineKind.CHIASM: 600 << 20, EngineKind.VLLM: 2500 << 20}
@@ -97,8 +95,7 @@ class Comparison:
         self._bench = bench
         self._engine = engine
         base = bench.seed * 1000
-        self._seeds = range(base, base + bench.samples(_SEEDS, quick=2))
-        self._bracket_seed = base + 999
+        self._seeds = range(base, base + bench.samples(_ROUNDS, quick=3))
         self._limits: dict[str, Limits] = {}
         self._serial: dict[str, float] = {}
         """Mean seconds of a request of each traffic, answered alone by one aggregated instance."""
@@ -113,7 +110,7 @@ class Comparison:
         groups = [arms] if self._fit_together(model, arms) else [[arm] for arm in arms]
         if AGGREGATED not in [arm.name for arm in groups[0]]:
             await self._reference(model, traffics)
-        found: dict[str, dict[str, Goodput]] = {traffic.name: {} for traffic in traffics}
+        found = {traffic.name: Trials([arm.name for arm in arms]) for traffic in traffics}
         for group in groups:
             async with running(self._bench, *(arm.config for arm in group)) as deployments:
                 urls = {arm.name: one.url for arm, one in zip(group, deployments, strict=True)}
@@ -122,7 +119,7 @@ class Comparison:
                 if AGGREGATED in alone:
                     self._take_reference(alone[AGGREGATED], traffics)
                 for traffic in traffics:
-                    found[traffic.name] |= await self._try(traffic, urls, texts, alone)
+                    await self._try(traffic, urls, texts, alone, found[traffic.name])
         outcome = outcome_of(found, self._limits, seed=self._bench.seed)
         outcome.notes += [f"{arm.name}: {arm.description}." for arm in arms]
         if len(groups) > 1:
@@ -198,48 +195,30 @@ class Comparison:
     # ---- under load ---------------------------------------------------------------------------------------------------
 
     async def _try(
-        self, traffic: Traffic, urls: Mapping[str, str], texts: Texts, alone: Mapping[str, Alone]
-    ) -> dict[str, Goodput]:
-        """Return the goodput of each deployment."""
-        serial = self._serial[traffic.name]
-        searches = {name: RateSearch(_FIRST_SHARE / serial, _LOWEST_SHARE / serial) for name in urls}
-        able = [name for name in urls if self._can_meet(traffic, alone[name])]
-        names = list(able)
-        for index in range(_BRACKET_TRIALS):
-            names = [name for name in names if not searches[name].bracketed and not searches[name].hopeless]
-            if names:
-                self._bench.phase(f"{traffic.name}: looking for the rate", len(names))
-                pattern = traffic.pattern(self._bracket_seed)[:_BRACKET_REQUESTS]
-                await self._round(index, self._bracket_seed, pattern, traffic, texts, urls, searches, names)
-        able = [name for name in able if not searches[name].hopeless]
-        for place, seed in enumerate(self._seeds):
-            for again in range(_TRIALS_PER_SEED):
-                index = _BRACKET_TRIALS + place * _TRIALS_PER_SEED + again
-                self._bench.phase(f"{traffic.name}: seed {place + 1} of {len(self._seeds)}", len(able))
-                await self._round(index, seed, traffic.pattern(seed), traffic, texts, urls, searches, able)
-        return {name: Goodput(search.trials, self._seeds) for name, search in searches.items()}
-
-    async def _round(
-        self,
-        index: int,
-        seed: int,
-        pattern: Sequence[Arrival],
-        traffic: Traffic,
-        texts: Texts,
-        urls: Mapping[str, str],
-        searches: Mapping[str, RateSearch],
-        names: Sequence[str],
+        self, traffic: Traffic, urls: Mapping[str, str], texts: Texts, alone: Mapping[str, Alone], trials: Trials
     ) -> None:
-        """Send the same requests to each of the deployments called ``names``, one after the other, each at its own rate."""
-        requests = await self._prepare(texts, pattern, f"{traffic.name} {seed} {index}")
-        for which in turns(index, len(names)):
-            name = names[which]
-            rate = searches[name].next_rate()
+        """Try the deployments in ``urls``, all with the same requests in each round, and add to ``trials``."""
+        serial = self._serial[traffic.name]
+        able = [name for name in urls if self._can_meet(traffic, alone[name])]
+        search = RateSearch(able, _FIRST_SHARE / serial, _LOWEST_SHARE / serial)
+        for index, seed in enumerate(self._seeds):
+            if search.over:
+                break
+            rate = search.next_rate()
+            names = search.names_at(rate)
+            self._bench.phase(f"{traffic.name}, round {index + 1} of {len(self._seeds)}", len(names))
+            requests = await self._prepare(texts, traffic.pattern(seed), f"{traffic.name} {seed}")
             in_time = sum(request.time / rate <= _LONGEST_SECONDS for request in requests)
             sent = requests[: max(_LEAST_REQUESTS, in_time)]
-            trial = await play(self._bench, urls[name], sent, rate=rate, seed=seed, limits=self._limits)
-            searches[name].add(trial)
-            self._bench.advance()
+            for which in turns(index, len(names)):
+                name = names[which]
+                search.trials.add(
+                    name, await play(self._bench, urls[name], sent, rate=rate, seed=seed, limits=self._limits)
+                )
+                self._bench.advance()
+        for name in able:
+            for trial in search.trials.of[name]:
+                trials.add(name, trial)
 
     def _can_meet(self, traffic: Traffic, alone: Alone) -> bool:
         """Tell whether a deployment meets the limits at least when nothing else runs."""
