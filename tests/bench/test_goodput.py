@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 
 import pytest
 
-from chiasm.bench.goodput import Curve, Goodput, Limits, RateSearch, Served, Trial, Verdict, fit, judge, ratio
+from chiasm.bench.goodput import Curve, Limits, RateSearch, Served, Trial, Trials, Verdict, judge
 from chiasm.bench.goodput_outcome import advice, outcome_of
 
 _LIMITS = Limits(1.0, 0.1)
@@ -18,16 +19,27 @@ def _trial(rate: float, share: float, *, seed: int = 0, number: int = 50) -> Tri
     return Trial(rate, seed, [Served("x", Verdict.GOOD)] * good + [Served("x", Verdict.LATE)] * (number - good))
 
 
-def _searched(curve: Curve, *, first: float = 1.0, seeds: int = 6, noise: float = 0.03) -> Goodput:
-    """Search a deployment that attains what a curve says, give or take some noise."""
+def _searched(curves: Mapping[str, Curve], *, first: float = 1.0, rounds: int = 12, noise: float = 0.05) -> Trials:
+    """Search deployments that attain what their curves say, if each round is somewhat harder or easier for all of them."""
     generator = random.Random(0)
-    search = RateSearch(first, first / 100)
-    for seed in (-1,) * 7 + tuple(range(seeds)):
-        if seed < 0 and search.bracketed:
-            continue
+    search = RateSearch(list(curves), first, first / 100)
+    for seed in range(rounds):
         rate = search.next_rate()
-        search.add(_trial(rate, min(1, max(0, curve.attained(rate) + generator.gauss(0, noise))), seed=seed))
-    return Goodput(search.trials, range(seeds))
+        harder = math.exp(generator.gauss(0, noise))
+        for name in search.names_at(rate):
+            search.trials.add(name, _trial(rate, curves[name].attained(rate * harder), seed=seed))
+    return search.trials
+
+
+def _of(**trials: list[Trial]) -> Trials:
+    found = Trials(list(trials))
+    for name, several in trials.items():
+        for trial in several:
+            found.add(name, trial)
+    return found
+
+
+SLOW, FAST = Curve(1.0, 8.0), Curve(2.0, 8.0)
 
 
 @pytest.mark.parametrize(
@@ -54,15 +66,18 @@ def test_every_other_verdict_counts_as_bad(verdict: Verdict) -> None:
 @pytest.mark.parametrize("goodput", [0.2, 1.0, 3.7, 20.0])
 @pytest.mark.parametrize("slope", [4.0, 8.0, 16.0])
 def test_the_search_finds_the_goodput_within_fifteen_percent(goodput: float, slope: float) -> None:
-    assert _searched(Curve(goodput, slope)).rate == pytest.approx(goodput, rel=0.15)
+    assert _searched({"one": Curve(goodput, slope)}).rate("one") == pytest.approx(goodput, rel=0.15)
 
 
 def test_a_search_without_noise_finds_the_goodput_within_five_percent() -> None:
-    assert _searched(Curve(3.0, 8.0), noise=0.0).rate == pytest.approx(3.0, rel=0.05)
+    found = _searched({"slow": SLOW, "fast": FAST}, noise=0.0)
+    assert found.rate("slow") == pytest.approx(1.0, rel=0.05)
+    assert found.rate("fast") == pytest.approx(2.0, rel=0.05)
 
 
 def test_the_fit_falls_with_the_rate() -> None:
-    curve = fit([_trial(1.0, 1.0), _trial(2.0, 0.8), _trial(1.5, 0.95), _trial(4.0, 0.1)])
+    curve = _of(one=[_trial(1.0, 1.0), _trial(2.0, 0.8), _trial(1.5, 0.95), _trial(4.0, 0.1)]).curves["one"]
+    assert curve is not None
     shares = [curve.attained(rate) for rate in (0.5, 1, 2, 4, 8)]
     assert shares == sorted(shares, reverse=True)
     assert 1.0 < curve.goodput < 2.0
@@ -74,70 +89,83 @@ def test_the_curve_is_at_the_target_at_its_goodput() -> None:
 
 
 def test_a_search_ends_where_no_rate_meets_the_limits() -> None:
-    search = RateSearch(1.0, 0.1)
+    search = RateSearch(["one"], 1.0, 0.2)
     rates = []
-    while not search.hopeless:
+    while not search.over:
         rates.append(search.next_rate())
-        search.add(_trial(rates[-1], 0.5))
-    assert rates == [1.0, 0.5, 0.25, 0.125, 0.1]
-    assert Goodput(search.trials, (0,)).rate == 0.0
+        search.trials.add("one", _trial(rates[-1], 0.7, seed=len(rates)))
+    assert rates == pytest.approx([1.0, 1 / 1.6, 1 / 1.6**2, 1 / 1.6**3, 0.2])
+    assert search.trials.rate("one") == 0.0
 
 
-def test_a_search_doubles_the_rate_until_a_trial_fails() -> None:
-    search = RateSearch(1.0, 0.1)
-    for rate in (1.0, 2.0, 4.0):
-        assert search.next_rate() == rate
-        search.add(_trial(rate, 1.0))
-    search.add(_trial(8.0, 0.2))
-    assert search.bracketed
-    assert 4.0 <= search.next_rate() <= 8.0
+def test_a_search_raises_the_rate_until_every_deployment_has_failed() -> None:
+    search = RateSearch(["slow", "fast"], 1.0, 0.1)
+    for seed, rate in enumerate((1.0, 1.6, 2.56)):
+        assert search.next_rate() == pytest.approx(rate)
+        search.trials.add("fast", _trial(rate, 1.0, seed=seed))
+        search.trials.add("slow", _trial(rate, 1.0 if rate == 1.0 else 0.7, seed=seed))
+    search.trials.add("fast", _trial(4.1, 0.2, seed=3))
+    assert 1.0 <= search.next_rate() <= 4.1
 
 
-def test_the_same_trials_have_the_ratio_one() -> None:
-    found = _searched(Curve(3.0, 8.0))
-    estimate = ratio(found, found, seed=0)
+def test_a_deployment_that_has_clearly_failed_is_not_tried_at_higher_rates() -> None:
+    search = RateSearch(["slow", "fast"], 1.0, 0.1)
+    search.trials.add("slow", _trial(1.0, 0.3))
+    search.trials.add("fast", _trial(1.0, 1.0))
+    assert search.names_at(2.0) == ["fast"]
+    assert search.names_at(0.5) == ["slow"]
+    assert search.names_at(1.0) == ["slow", "fast"]
+
+
+def test_deployments_that_do_the_same_have_the_ratio_one() -> None:
+    estimate = _searched({"one": FAST, "other": FAST}).ratio("one", "other", seed=0)
     assert estimate is not None
     assert (estimate.low, estimate.value, estimate.high) == (1.0, 1.0, 1.0)
 
 
 def test_the_interval_of_a_ratio_contains_it() -> None:
-    estimate = ratio(_searched(Curve(2.0, 8.0)), _searched(Curve(3.0, 8.0)), seed=0)
+    estimate = _searched({"slow": Curve(2.0, 8.0), "fast": Curve(3.0, 8.0)}).ratio("slow", "fast", seed=0)
     assert estimate is not None
-    assert estimate.low <= estimate.value <= estimate.high
+    assert estimate.low <= 1.5 <= estimate.high
     assert estimate.value == pytest.approx(1.5, rel=0.15)
 
 
 def test_nothing_is_compared_with_a_deployment_without_goodput() -> None:
-    none = Goodput([_trial(1.0, 0.5)], (0,))
-    some = _searched(Curve(2.0, 8.0))
-    assert ratio(none, some, seed=0) is None
-    estimate = ratio(some, none, seed=0)
+    found = _of(none=[_trial(1.0, 0.5)], some=[_trial(1.0, 1.0), _trial(2.0, 0.5, seed=1)])
+    assert found.ratio("none", "some", seed=0) is None
+    estimate = found.ratio("some", "none", seed=0)
     assert estimate is not None
     assert estimate.value == 0.0
 
 
 def test_the_mix_in_which_the_colocated_layout_loses_comes_first() -> None:
-    slow, fast = _searched(Curve(1.0, 8.0)), _searched(Curve(2.0, 8.0))
-    found = {"text": {"aggregated": slow, "colocated": fast}, "heavy": {"aggregated": fast, "colocated": slow}}
+    found = {
+        "text": _searched({"aggregated": SLOW, "colocated": FAST}),
+        "heavy": _searched({"aggregated": FAST, "colocated": SLOW}),
+    }
     outcome = outcome_of(found, {"text": _LIMITS}, seed=0)
     assert outcome.figures[0].name == "heavy: colocated / aggregated"
     assert outcome.figures[0].at_least == 1.1
     assert [panel.title for panel in outcome.panels] == ["goodput: heavy", "goodput: text"]
-    assert len(outcome.trials) == sum(len(one.trials) for arms in found.values() for one in arms.values())
+    assert len(outcome.trials) == sum(len(several) for arms in found.values() for several in arms.of.values())
 
 
 def test_the_advice_names_the_deployment_that_answers_most_in_time() -> None:
-    slow, fast = _searched(Curve(1.0, 8.0)), _searched(Curve(2.0, 8.0))
-    text = advice({"text": {"aggregated": slow, "colocated": fast}})
+    text = advice({"text": _searched({"aggregated": SLOW, "colocated": FAST})})
     assert text.startswith("For this model on this machine use colocated: ")
     assert "as aggregated" in text
 
 
 def test_limits_that_nothing_meets_are_said() -> None:
-    none = Goodput([_trial(1.0, 0.5)], (0,))
-    outcome = outcome_of({"text": {"aggregated": none, "colocated": none}}, {}, seed=0)
+    found = {"text": _of(aggregated=[_trial(1.0, 0.5)], colocated=[_trial(1.0, 0.4)])}
+    outcome = outcome_of(found, {}, seed=0)
     assert outcome.notes[0].startswith("No deployment meets the limits of time at any rate")
     assert "text: aggregated meets the limits at no rate that was tried; at best 50 %" in " ".join(outcome.notes)
+
+
+def test_a_goodput_beyond_all_rates_that_were_tried_is_said_to_be_an_extrapolation() -> None:
+    outcome = outcome_of({"text": _of(aggregated=[_trial(1.0, 1.0)])}, {}, seed=0)
+    assert "text: aggregated failed at no rate that was tried" in " ".join(outcome.notes)
 
 
 def test_a_summary_counts_every_verdict_once() -> None:
