@@ -1,0 +1,95 @@
+"""The encoder of the simulation: one image is prepared while another is encoded, in order of arrival."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from chiasm.plan.costs import CostModel
+from chiasm.plan.sharing import Stage, Work
+
+
+@dataclass(eq=False)
+class Picture:
+    """An image that is to be encoded."""
+
+    identifier: str
+    height: int
+    width: int
+    done: Callable[[float], None]
+    """Called when it is encoded, with the seconds that preparing and encoding took."""
+
+
+class Encoder:
+    """An encoder instance, or the one inside an aggregated instance. Knows no clock: ``begin`` starts work on its device.
+
+    ``prepare`` starts the work of one CPU core: on the encoder's own cores, or for a GPU on those of its host.
+    """
+
+    def __init__(
+        self,
+        costs: CostModel,
+        *,
+        threads: int,
+        weight: float,
+        adapts: bool,
+        clock: Callable[[], float],
+        prepare: Callable[[Work], None],
+        begin: Callable[[Work], None],
+    ) -> None:
+        self._costs = costs
+        self._threads = threads
+        self._weight = weight
+        self._adapts = adapts
+        self._clock = clock
+        self._prepare = prepare
+        self._begin = begin
+        self._unprepared: deque[Picture] = deque()
+        self._prepared: deque[tuple[Picture, float]] = deque()
+        self._preparing: Picture | None = None
+        self._encoding: Picture | None = None
+
+    def add(self, picture: Picture) -> None:
+        """Queue an image."""
+        self._unprepared.append(picture)
+        self._next()
+
+    def drop(self, identifier: str) -> bool:
+        """Forget an image that nobody needs any more; return False if it is being computed already."""
+        waiting = [one for one in self._unprepared if one.identifier == identifier]
+        for one in waiting:
+            self._unprepared.remove(one)
+        return bool(waiting)
+
+    def _next(self) -> None:
+        if self._preparing is None and self._unprepared:
+            self._start_preparing(self._unprepared.popleft())
+        if self._encoding is None and self._prepared:
+            self._start_encoding(*self._prepared.popleft())
+
+    def _start_preparing(self, picture: Picture) -> None:
+        self._preparing = picture
+        started = self._clock()
+        seconds = self._costs.prepare_seconds(picture.height, picture.width)
+
+        def ended() -> None:
+            self._preparing = None
+            self._prepared.append((picture, self._clock() - started))
+            self._next()
+
+        self._prepare(Work(lambda threads: seconds, ended, Stage.ENCODE, self._weight))
+
+    def _start_encoding(self, picture: Picture, prepare_seconds: float) -> None:
+        self._encoding = picture
+        started = self._clock()
+
+        def ended() -> None:
+            self._encoding = None
+            picture.done(prepare_seconds + self._clock() - started)
+            self._next()
+
+        def seconds(threads: int) -> float:
+            return self._costs.encode_seconds(picture.height, picture.width, threads)
+
+        self._begin(Work(seconds, ended, Stage.ENCODE, self._weight, self._threads, self._adapts))
