@@ -181,10 +181,13 @@ class DoesNotFitError(Exception):
     """A candidate needs more memory than there is. The message says what doesn't fit."""
 
 
-def limits_of(candidate: Candidate, shape: ModelShape, longest_tokens: int) -> list[LanguageLimits | None]:
+def limits_of(
+    candidate: Candidate, shape: ModelShape, longest_tokens: int, total_tokens: int
+) -> list[LanguageLimits | None]:
     """Return what each instance has room for, None for encoders. Raises DoesNotFitError.
 
-    ``longest_tokens`` is the length of the longest request, prompt and answer together.
+    ``longest_tokens`` is the length of the longest request, prompt and answer together, ``total_tokens`` that of all. Room that
+    they can never use is left out, since it would only take the simulation's time.
     """
     rooms = [_room(candidate, index, shape) for index in range(len(candidate.places))]
     found: list[LanguageLimits | None] = []
@@ -231,9 +234,10 @@ def _language_limits(place: Place, shape: ModelShape, room: float, longest_token
     useful = EngineConfig.max_num_seqs * -(-shape.max_model_len // block_size)
     blocks = int(kv_bytes // (block_size * shape.kv_bytes_per_token))
     if blocks * block_size < longest_tokens:
+        needed = longest_tokens * shape.kv_bytes_per_token
         raise DoesNotFitError(
-            f"the KV of the longest request, {longest_tokens} tokens, takes "
-            f"{longest_tokens * shape.kv_bytes_per_token / 1e9:.1f} GB and does not fit the {kv_bytes / 1e9:.1f} GB that {place.device.name} has for it"
+            f"the KV of the longest request, {longest_tokens} tokens, takes {needed / 1e9:.1f} GB, and {place.device.name} has "
+            f"{kv_bytes / 1e9:.1f} GB for it"
         )
     return LanguageLimits(
         num_blocks=min(blocks, useful),
@@ -263,7 +267,7 @@ def fitting(
     reasons: list[str] = []
     for candidate in candidates_:
         try:
-            limits_of(candidate, shape, longest_tokens)
+            limits_of(candidate, shape, longest_tokens, longest_tokens)
         except DoesNotFitError as error:
             reasons.append(str(error))
             note(candidate, str(error))

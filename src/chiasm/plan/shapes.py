@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class LanguageShape:
     tied: bool = False
     """Whether the head is the embedding matrix."""
 
-    @property
+    @cached_property
     def layer_parameters(self) -> int:
         """Matrix parameters of all layers: the work of a row is two FLOPs for each."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)

@@ -153,11 +153,17 @@ class Simulation:
         candidate: Candidate,
         shape: ModelShape,
         costs: Sequence[CostModel],
+        arrivals: Sequence[Arrival],
         *,
         limits: Mapping[str, Limits] | None = None,
     ) -> None:
         """``costs`` are those of the candidate's places. With ``limits``, by size class, clients give up as those of the
-        benchmark do. Raises DoesNotFitError."""
+        benchmark do. Raises DoesNotFitError, and ConfigurationError for too many requests."""
+        if len(arrivals) > MAX_REQUESTS:
+            raise ConfigurationError(
+                f"There are {len(arrivals)} requests, and a simulation takes at most {MAX_REQUESTS}; give a part of the trace."
+            )
+        self._arrivals = arrivals
         self._shape = shape
         self._limits = limits
         self.now = 0.0
@@ -178,9 +184,11 @@ class Simulation:
         self._flights: dict[str, _Flight] = {}
 
     def _make_servers(self, candidate: Candidate, costs: Sequence[CostModel]) -> list[_Server]:
-        longest = 1
+        sizes = [tokens_of(arrival.shape, self._shape) for arrival in self._arrivals]
         servers: list[_Server] = []
-        for planned, limits in zip(candidate.instances, limits_of(candidate, self._shape, longest), strict=True):
+        for planned, limits in zip(
+            candidate.instances, limits_of(candidate, self._shape, max(sizes, default=1), sum(sizes)), strict=True
+        ):
             device, cost = self._devices[planned.place], costs[planned.place]
             own = planned.role is Role.AGGREGATED
             server = _Server(planned, device, cost, self._store)
@@ -207,13 +215,9 @@ class Simulation:
 
     # ---- the loop --------------------------------------------------------------------------------------------------------
 
-    def run(self, arrivals: Sequence[Arrival], rate: float) -> Result:
-        """Simulate requests whose times are scaled to ``rate`` per second. Raises ConfigurationError for too many."""
-        if len(arrivals) > MAX_REQUESTS:
-            raise ConfigurationError(
-                f"There are {len(arrivals)} requests, and a simulation takes at most {MAX_REQUESTS}; give a part of the trace."
-            )
-        outcomes = [self._schedule_arrival(number, arrival, rate) for number, arrival in enumerate(arrivals)]
+    def run(self, rate: float) -> Result:
+        """Simulate the requests, whose times are scaled to ``rate`` per second. Raises ConfigurationError if it doesn't end."""
+        outcomes = [self._schedule_arrival(number, arrival, rate) for number, arrival in enumerate(self._arrivals)]
         while self._events:
             self.now, _, event = heapq.heappop(self._events)
             self._num_events += 1
@@ -583,3 +587,9 @@ class Simulation:
         elif flight.entry is not None and flight.entry.encoder is None:
             self._proxy.discard(flight.entry, self.now)
             del self._flights[key]
+
+
+def tokens_of(request: Shape, model: ModelShape) -> int:
+    """Return the length of a request, prompt and answer together."""
+    images = sum(model.tokens_of(height, width) for width, height in request.images)
+    return request.prompt_tokens + images + request.answer_tokens
