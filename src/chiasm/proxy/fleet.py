@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from blake3 import blake3
 
 from chiasm.proxy.agreement import LANGUAGE_ROLES, PART_ROLES, WHOLE_ROLES, Agreement, Member, agree
-from chiasm.wire import Health, InstanceInfo, InstanceState, Role
+from chiasm.proxy.costs import InstanceCosts
+from chiasm.wire import Costs, Health, InstanceInfo, InstanceState, Role
 
 _USUAL_SEQUENCES = 256
 """Sequences that a decode instance is assumed to compute at the same time if it doesn't report a limit."""
@@ -33,6 +34,7 @@ class Instance:
         """Why the last probe or connection failed."""
         self.mismatch: str | None = None
         """Why it doesn't fit the fleet."""
+        self.costs = InstanceCosts()
         self.draining = False
         self.seen_healthy = False
         self.outstanding = 0.0
@@ -52,6 +54,15 @@ class Instance:
         if self.failure is not None or self.health is None:
             return InstanceState.UNHEALTHY if self.seen_healthy else InstanceState.STARTING
         return InstanceState.MISMATCHED if self.mismatch else InstanceState.HEALTHY
+
+    @property
+    def device_id(self) -> str:
+        """Names the device that it computes on; empty if it doesn't say."""
+        return self.health.device_id if self.health else ""
+
+    @property
+    def is_vllm(self) -> bool:
+        return self.health is not None and self.health.engine.startswith("vllm")
 
     @property
     def load(self) -> float:
@@ -198,6 +209,7 @@ class Fleet:
         if instance.state is InstanceState.HEALTHY and known is not None and known.ec_store != health.ec_store:
             instance.moved_at = self._reports
         instance.health = health
+        instance.costs.reported = health.costs or Costs()
         instance.models = models or (health.model,)
         instance.failure = None
         self._judge()

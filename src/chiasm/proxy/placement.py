@@ -1,0 +1,223 @@
+"""Which language instance gets a request, and which encoder an image and when: where the first token is earliest.
+
+A pure state machine: no clock and no I/O. Instants are seconds on the caller's clock. The proxy drives it with what happens,
+``chiasm plan`` with what it simulates:
+
+1. :meth:`Placement.place` chooses the language instance and estimates the time to the first token.
+2. :meth:`Placement.queue` lets the images wait for encoders, unless the instance encodes them itself.
+3. ``Placement.images.feed`` says which images go to which encoder now. Call it after every event.
+4. ``images.finish`` when an encoder has answered; :meth:`Placement.first_token` and :meth:`Placement.end` when the language
+   instance has begun and ended its answer. What they report corrects the costs that the next estimates rest on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from chiasm.proxy.costs import Correction
+from chiasm.proxy.encode_queue import HINDRANCE, Device, EncodeQueue, Entry, Plan
+from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.prompts import ItemWork, Prefix, Prompt, Prompts, Work
+from chiasm.wire import Role
+
+__all__ = ["STRETCH", "Entry", "ItemWork", "Placed", "Placement", "Prefix", "Work"]
+
+STRETCH = 5.0
+"""A request is due this many times its own work after its arrival: small ones overtake large ones, and none starves."""
+_ALIKE = 0.02
+"""Instances whose estimates differ by less than this share take turns."""
+_ALIKE_SECONDS = 0.0005
+_STREAM_SLOWS = 0.03
+"""Share by which each running stream slows down prefill beside it."""
+_BYTES_PER_TOKEN = 4.0
+_REQUEST_TOKENS = 16
+"""Tokens that a chat template adds to a prompt."""
+_ENCODES_ITSELF = (Role.AGGREGATED,)
+
+
+class Placed:
+    """A request at a language instance. Compared by identity."""
+
+    def __init__(
+        self, instance: Instance, prompt: Prompt, estimate_seconds: float, ready_seconds: Sequence[float]
+    ) -> None:
+        self.instance = instance
+        self.prompt = prompt
+        self.estimate_seconds = estimate_seconds
+        """From the decision to the first token."""
+        self.ready_seconds = ready_seconds
+        """From the decision until the embedding of each image is published; empty if the instance encodes them itself."""
+
+
+class _Estimate(NamedTuple):
+    instance: Instance
+    first_token_seconds: float
+    """From now."""
+    own_seconds: float
+    """What the instance computes for it until then."""
+    hindered_seconds: float
+    """What that costs others, as it counts in the choice."""
+    ready_seconds: Sequence[float]
+
+    @property
+    def score(self) -> float:
+        return self.first_token_seconds + self.hindered_seconds
+
+
+class Placement:
+    """One for the fleet."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._prompts: WeakKeyDictionary[Instance, Prompts] = WeakKeyDictionary()
+        self._text = Correction()
+        """Tokens per byte of text."""
+        self.images = EncodeQueue(fleet, self._device_of)
+
+    # ---- decisions -----------------------------------------------------------------------------------------------------
+
+    def due(self, work: Work, now: float) -> float:
+        """Return when a request is due: STRETCH times the work that it is for the fastest instances, after its arrival."""
+        language = self._fleet.healthy(Role.PD, Role.AGGREGATED, Role.PREFILL)
+        encoders = self._fleet.healthy(Role.ENCODER) or language
+        per_token = min((one.costs.prefill_seconds_per_token(now) for one in language), default=0.0)
+        seconds = per_token * self._tokens(language[0], work, now) if language else 0.0
+        for item in work.items:
+            seconds += min((self.images.encode_seconds(one, item, now) for one in encoders), default=0.0)
+        return work.arrival + STRETCH * seconds
+
+    def place(
+        self,
+        work: Work,
+        roles: Sequence[Role],
+        now: float,
+        *,
+        model: str | None = None,
+        exclude: Collection[Instance] = (),
+    ) -> Placed | None:
+        """Give a request to the instance of these roles where its first token is earliest; None if none is healthy.
+
+        The caller reports its first token and its end.
+        """
+        candidates = [
+            one for one in self._fleet.healthy(*roles) if one not in exclude and (model is None or model in one.models)
+        ]
+        if not candidates:
+            return None
+        due = self.due(work, now)
+        plan = self.images.plan(due, now) if work.items else None
+        estimates = [self._estimate(instance, work, due, plan, now) for instance in candidates]
+        best = min(one.score for one in estimates)
+        limit = best + max(_ALIKE * best, _ALIKE_SECONDS) if best < math.inf else best
+        chosen = min((one for one in estimates if one.score <= limit), key=lambda one: one.instance.last_taken)
+        prompt = Prompt(work, due, chosen.own_seconds)
+        prompt.waits = bool(chosen.ready_seconds)
+        self._prompts_of(chosen.instance).add(prompt, now)
+        return Placed(chosen.instance, prompt, chosen.first_token_seconds, chosen.ready_seconds)
+
+    def queue(self, placed: Placed, items: Sequence[ItemWork]) -> list[Entry]:
+        """Let images of a placed request wait for encoders, and return what :attr:`images` knows them by."""
+        entries = [Entry(item, placed.prompt.due, request=placed, language=placed.instance) for item in items]
+        for entry in entries:
+            self.images.add(entry)
+        return entries
+
+    # ---- outcomes ------------------------------------------------------------------------------------------------------
+
+    def embedded(self, placed: Placed) -> None:
+        """Note that all embeddings of a request have been published."""
+        placed.prompt.waits = False
+
+    def first_token(
+        self,
+        placed: Placed,
+        now: float,
+        *,
+        prefill_seconds: float | None = None,
+        prompt_tokens: int | None = None,
+        cached_tokens: int = 0,
+    ) -> None:
+        """Note that an instance has begun its answer, and what it reports of its work."""
+        instance, work = placed.instance, placed.prompt.work
+        self._prompts_of(instance).begin_stream(placed.prompt, now)
+        if prompt_tokens is None:
+            return
+        image_tokens = sum(instance.costs.image_tokens(item.pixels) for item in work.items)
+        self._text.learn(prompt_tokens - image_tokens, self._text_tokens(work.text_bytes), now)
+        if prefill_seconds is not None:
+            instance.costs.learn_prefill(prompt_tokens - cached_tokens, prefill_seconds, now)
+
+    def end(self, placed: Placed, now: float, *, step_seconds: float | None = None) -> None:
+        """Note that an answer has ended or failed; ``step_seconds`` is the mean time between its tokens."""
+        self._prompts_of(placed.instance).remove(placed.prompt, now)
+        if step_seconds is not None:
+            placed.instance.costs.learn_decode(step_seconds, now)
+
+    # ---- estimates -----------------------------------------------------------------------------------------------------
+
+    def _estimate(self, instance: Instance, work: Work, due: float, plan: Plan | None, now: float) -> _Estimate:
+        prompts, costs = self._prompts_of(instance), instance.costs
+        cached = prompts.cached_items(work.prefixes)
+        per_token = costs.prefill_seconds_per_token(now) * (1 + _STREAM_SLOWS * prompts.streams)
+        ready = self._ready_seconds(instance, work, plan, due) if instance.role not in _ENCODES_ITSELF else []
+        # vLLM computes prompts in the order in which they come.
+        seconds, later = prompts.seconds_before(math.inf if instance.is_vllm else due, now)
+        own = 0.0
+        text_bytes = work.prefixes[cached - 1].text_bytes if cached else 0
+        for index in range(cached, len(work.items)):
+            item = work.items[index]
+            before = work.prefixes[index].text_bytes if work.prefixes else 0
+            text = self._text_tokens(before - text_bytes) * self._text.factor(now) * per_token
+            text_bytes = before
+            seconds += text
+            if ready:
+                seconds = max(seconds, ready[index] + costs.transfer_seconds)
+            else:
+                encode = costs.encode_seconds(item.pixels, now)
+                seconds += encode
+                own += encode
+            image = costs.image_tokens(item.pixels) * per_token
+            seconds += image
+            own += text + image
+        rest = self._text_tokens(work.text_bytes - text_bytes) * self._text.factor(now) + _REQUEST_TOKENS
+        seconds += rest * per_token
+        own += rest * per_token
+        others = self._device_of(instance, now, without=instance)
+        seconds += min(own, others.seconds)
+        hindered = own * (later + prompts.streams + others.streams) * HINDRANCE
+        return _Estimate(instance, seconds, own, hindered, ready)
+
+    def _ready_seconds(self, instance: Instance, work: Work, plan: Plan | None, due: float) -> list[float]:
+        """Return when each embedding would be published, from now on; infinite if there is no encoder."""
+        if plan is None:
+            return []
+        plan = plan.copy()
+        choices = [plan.add(Entry(item, due, language=instance)) for item in work.items]
+        return [choice.ready_seconds if choice else math.inf for choice in choices]
+
+    def _tokens(self, instance: Instance, work: Work, now: float) -> float:
+        images = sum(instance.costs.image_tokens(item.pixels) for item in work.items)
+        return images + self._text_tokens(work.text_bytes) * self._text.factor(now) + _REQUEST_TOKENS
+
+    def _text_tokens(self, size_bytes: int) -> float:
+        return size_bytes / _BYTES_PER_TOKEN
+
+    def _device_of(self, instance: Instance, now: float, without: Instance | None = None) -> Device:
+        """Return what language instances do on an instance's device."""
+        if not instance.device_id:
+            return Device()
+        seconds, streams = 0.0, 0
+        for other, prompts in self._prompts.items():
+            if other is not without and other.device_id == instance.device_id:
+                seconds += prompts.seconds_computing(now)
+                streams += prompts.streams
+        return Device(seconds, streams)
+
+    def _prompts_of(self, instance: Instance) -> Prompts:
+        prompts = self._prompts.get(instance)
+        if prompts is None:
+            prompts = self._prompts[instance] = Prompts()
+        return prompts

@@ -1,0 +1,120 @@
+"""The prompts at one language instance: what must be computed before a new one, what streams, what its prefix cache holds.
+
+State only: no clock and no I/O. Instants are seconds on the caller's clock.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_MAX_PREFIXES = 4096
+
+
+class ItemWork(NamedTuple):
+    """One image."""
+
+    identifier: str
+    pixels: int
+
+
+class Prefix(NamedTuple):
+    """The beginning of a prompt up to and including one of its images."""
+
+    key: int
+    """Equal for equal beginnings, and practically for no others."""
+    text_bytes: int
+    """Bytes of text in it."""
+
+
+class Work(NamedTuple):
+    """What a request asks for."""
+
+    arrival: float
+    text_bytes: int
+    """Bytes of text of the whole prompt."""
+    items: Sequence[ItemWork] = ()
+    """In the order of the prompt."""
+    prefixes: Sequence[Prefix] = ()
+    """One for each item, or none if they aren't known."""
+
+
+class Prompt:
+    """A request that was given to a language instance. Compared by identity."""
+
+    def __init__(self, work: Work, due: float, seconds: float) -> None:
+        self.work = work
+        self.due = due
+        self.seconds = seconds
+        """Computing until its first token: prefill, and in an aggregated instance encoding."""
+        self.waits = False
+        """Whether it waits for embeddings, so that it doesn't compute."""
+        self.streams = False
+        """Whether it has its first token."""
+
+
+class Prompts:
+    """All prompts of one instance."""
+
+    def __init__(self) -> None:
+        self._computing: dict[Prompt, None] = {}
+        """Those without a first token, in order of arrival."""
+        self._progressed_at = 0.0
+        """When the last of them got its first token, or the first one came."""
+        self.streams = 0
+        self._prefixes: OrderedDict[int, None] = OrderedDict()
+
+    def add(self, prompt: Prompt, now: float) -> None:
+        """Take a prompt. Its prefixes count as cached from now on, since those that come later are computed later."""
+        if not self._computing:
+            self._progressed_at = now
+        self._computing[prompt] = None
+        for prefix in prompt.work.prefixes:
+            self._prefixes[prefix.key] = None
+            self._prefixes.move_to_end(prefix.key)
+        while len(self._prefixes) > _MAX_PREFIXES:
+            self._prefixes.popitem(last=False)
+
+    def begin_stream(self, prompt: Prompt, now: float) -> None:
+        """Note that a prompt has its first token."""
+        if prompt in self._computing:
+            del self._computing[prompt]
+            self._progressed_at = now
+            self.streams += 1
+            prompt.streams = True
+
+    def remove(self, prompt: Prompt, now: float) -> None:
+        """Forget a prompt that has ended."""
+        if prompt.streams:
+            self.streams -= 1
+            prompt.streams = False
+        elif prompt in self._computing:
+            del self._computing[prompt]
+            self._progressed_at = now
+
+    def seconds_before(self, due: float, now: float) -> tuple[float, int]:
+        """Return the computing that is left of prompts that are due before ``due``, and how many are due later."""
+        before = [prompt for prompt in self._computing if prompt.due <= due]
+        later = len(self._computing) - len(before)
+        if not before:
+            return 0.0, later
+        done = min(max(0.0, now - self._progressed_at), min(before, key=lambda one: one.due).seconds)
+        return sum(prompt.seconds for prompt in before) - done, later
+
+    def seconds_computing(self, now: float) -> float:
+        """Return the computing that is left of prompts that wait for nothing."""
+        seconds = sum(prompt.seconds for prompt in self._computing if not prompt.waits)
+        return max(0.0, seconds - max(0.0, now - self._progressed_at)) if seconds else 0.0
+
+    def cached_items(self, prefixes: Sequence[Prefix]) -> int:
+        """Return how many items, from the first, are in a beginning that the prefix cache holds."""
+        for count in range(len(prefixes), 0, -1):
+            if prefixes[count - 1].key in self._prefixes:
+                return count
+        return 0
+
+    def forget_prefixes(self, prefixes: Sequence[Prefix]) -> None:
+        """Note that the cache doesn't hold these."""
+        for prefix in prefixes:
+            self._prefixes.pop(prefix.key, None)
