@@ -16,9 +16,10 @@ from chiasm.bench.statistics import median
 from chiasm.errors import ChiasmError
 from chiasm.http.timing import read_timing
 from chiasm.prometheus import read_samples
-from chiasm.wire import CHAT_PATH, TIMING_COMMENT, ErrorBody, ErrorDetail
+from chiasm.wire import CHAT_PATH, TIMING_COMMENT, ErrorBody, ErrorDetail, ProxyHealth
 
 _TIMEOUT = aiohttp.ClientTimeout(total=300)
+_HEALTH_PATH = "/health"
 _MAX_QUOTED = 500
 """Characters of a response that an error message quotes."""
 _DATA, _DONE = b"data: ", b"data: [DONE]"
@@ -27,6 +28,11 @@ _TIMING = f": {TIMING_COMMENT} ".encode()
 
 class RequestFailedError(ChiasmError):
     """A request of the bench was not answered with status 200; the message has the status and the server's reason."""
+
+    def __init__(self, message: str, http_status: int | None = None) -> None:
+        """``http_status`` is None if there was no answer, or if a stream ended early."""
+        super().__init__(message)
+        self.http_status = http_status
 
 
 @dataclass
@@ -182,6 +188,14 @@ class Client:
             seconds = time.perf_counter() - started
             return seconds, _durations(response.headers.get("server-timing")), msgspec.json.decode(content)
 
+    async def proxy_health(self, url: str) -> ProxyHealth:
+        """Return what a proxy says of itself and its instances. Raises RequestFailedError."""
+        try:
+            async with self._session.get(url + _HEALTH_PATH) as response:
+                return msgspec.json.decode(await response.read(), type=ProxyHealth)
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            raise RequestFailedError(f"{url}{_HEALTH_PATH} did not answer: {error}") from error
+
     async def metrics(self, url: str) -> list[Sample]:
         """Return the samples of GET /metrics."""
         async with self._session.get(url + "/metrics") as response:
@@ -194,7 +208,8 @@ class Client:
         try:
             async with self._session.post(url + CHAT_PATH, data=body, headers=headers) as response:
                 if response.status != 200:
-                    raise RequestFailedError(f"{url} answered {response.status}: {_reason(await response.read())}")
+                    reason = _reason(await response.read())
+                    raise RequestFailedError(f"{url} answered {response.status}: {reason}", response.status)
                 yield response
         except (aiohttp.ClientError, TimeoutError) as error:
             raise RequestFailedError(f"{url} did not answer: {type(error).__name__}: {error}") from error

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from chiasm.bench.client import Client
+from chiasm.bench.goodput import GoodputOptions
 from chiasm.bench.statistics import Estimate, median, paired_ratio
 
 SERVED_NAME = "bench"
@@ -28,6 +30,7 @@ class Bench:
     """Take few samples, to see that everything runs rather than how fast."""
     repeat: int | None = None
     """Number of samples, in place of each measurement's own."""
+    goodput: GoodputOptions = field(default_factory=GoodputOptions)
     on_phase: Callable[[str, int | None], None] = field(default=lambda text, steps: None)
     advance: Callable[[], None] = field(default=lambda: None)
     """Move the progress bar by one step."""
@@ -104,12 +107,35 @@ class Panel:
     logarithmic: bool = False
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Measured points of one thing, and the line that was fitted to them, as pairs of x and y."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    line: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One part of the plot: shares of 0 to 1 over something that is drawn on a logarithmic scale."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Sequence[Curve]
+    target: float
+    """The share that is marked by a line."""
+
+
 @dataclass
 class Outcome:
     """Everything that one measurement found."""
 
     figures: list[Figure] = field(default_factory=list)
-    panels: list[Panel] = field(default_factory=list)
+    panels: list[Panel | Curves] = field(default_factory=list)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    """What was tried, for results.json."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the reader: what was sent, what differed, why something was left out."""
     wrong: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from chiasm.bench.measurement import Figure, Outcome, Panel
+from chiasm.bench.measurement import Curves, Figure, Outcome, Panel
 from chiasm.bench.report import shown, with_unit
 from chiasm.bench.statistics import median, quantile
 
@@ -24,7 +24,7 @@ _DRAWN_SHARE = 0.95
 # In inches:
 _WIDTH, _TITLE, _BELOW, _RIGHT = 13.0, 0.9, 1.0, 0.3
 _LABEL, _WIDEST_LABEL = 1.75, 4.2
-_LEAST_HEIGHT = 1.9
+_LEAST_HEIGHT, _CURVES_HEIGHT = 1.9, 2.6
 
 
 def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
@@ -55,12 +55,18 @@ def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
         for place, panel in enumerate(row):
             axes = axes_at(place * column + _LABEL, top, column - _LABEL - _RIGHT, height)
             axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=_INK)
-            (_draw_tail if panel.tail else _draw_spread)(axes, panel)
+            if isinstance(panel, Curves):
+                _draw_curves(axes, panel)
+            else:
+                (_draw_tail if panel.tail else _draw_spread)(axes, panel)
     canvas.savefig(path)
 
 
-def _height(row: Sequence[Panel]) -> float:
-    return max(_LEAST_HEIGHT, 0.4 + 0.42 * max(len(panel.series) for panel in row))
+def _height(row: Sequence[Panel | Curves]) -> float:
+    return max(
+        _CURVES_HEIGHT if isinstance(panel, Curves) else max(_LEAST_HEIGHT, 0.4 + 0.42 * len(panel.series))
+        for panel in row
+    )
 
 
 def _has_target_to_draw(figure: Figure) -> bool:
@@ -158,10 +164,35 @@ def _draw_tail(axes: Any, panel: Panel) -> None:
     axes.set_xlabel(panel.unit, fontsize=8)
 
 
+def _draw_curves(axes: Any, panel: Curves) -> None:
+    """Draw points, and the line that was fitted to them."""
+    for row, curve in enumerate(panel.curves):
+        colour = _COLOURS[row % len(_COLOURS)]
+        axes.plot(*_columns(curve.line), color=colour, lw=1.8, label=curve.label)
+        axes.plot(*_columns(curve.points), "o", ms=3.5, alpha=0.55, color=colour, mew=0)
+    axes.axhline(panel.target, color=_INK, lw=0.8, ls=":")
+    axes.set_ylim(0, 1.03)
+    axes.set_ylabel(panel.y_label, fontsize=8)
+    axes.set_xlabel(panel.x_label, fontsize=8)
+    _logarithmic(axes)
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(f"{value:g}").strip("0.")[0] in "25" else "")
+    axes.tick_params(axis="both", which="both", labelsize=8)
+    axes.grid(color="#e2e8f0", lw=0.7)
+    axes.legend(fontsize=8, frameon=False, loc="lower left")
+
+
+def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _logarithmic(axes: Any) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def _scale(axes: Any, panel: Panel) -> None:
     if panel.logarithmic:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _logarithmic(axes)
     axes.grid(axis="x", color="#e2e8f0", lw=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(axis="x", labelsize=8)

@@ -30,12 +30,16 @@ _GRID = 12
 _GRAIN = 6
 
 
-def photo(name: str, side: int = 512) -> bytes:
-    """Return a JPEG of ``side`` x ``side`` pixels with soft shapes and some grain, like a camera's; ``name`` seeds it."""
+def photo(name: str, side: int = 512, height: int | None = None) -> bytes:
+    """Return a JPEG of ``side`` x ``side`` pixels with soft shapes and some grain, like a camera's; ``name`` seeds it.
+
+    With ``height``, ``side`` is its width only.
+    """
+    height = side if height is None else height
     generator = _generator(name)
     coarse = generator.integers(0, 256, (_GRID, _GRID, 3), dtype=np.uint8)
-    soft = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
-    grain = generator.integers(-_GRAIN, _GRAIN + 1, (side, side, 1), dtype=np.int16)
+    soft = Image.fromarray(coarse).resize((side, height), Image.Resampling.BICUBIC)
+    grain = generator.integers(-_GRAIN, _GRAIN + 1, (height, side, 1), dtype=np.int16)
     pixels = np.clip(np.asarray(soft, dtype=np.int16) + grain, 0, 255).astype(np.uint8)
     return _encoded(Image.fromarray(pixels), "JPEG", quality=85)
 
@@ -94,9 +98,9 @@ def ask(images: Sequence[bytes], question: str = QUESTION, *, max_tokens: int, *
     return chat(content, max_tokens=max_tokens, **fields)
 
 
-def stream(text: str, tokens: int) -> bytes:
+def stream(content: str | Sequence[dict[str, Any]], tokens: int) -> bytes:
     """Return the body of a streamed answer of exactly ``tokens`` tokens, one event each even if its text is empty."""
-    return chat(text, max_tokens=tokens, stream=True, ignore_eos=True, logprobs=True)
+    return chat(content, max_tokens=tokens, stream=True, ignore_eos=True, logprobs=True)
 
 
 def publish(data: bytes, identifier: str) -> bytes:
@@ -109,6 +113,9 @@ def identifier_of(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
+_NEW_TOKENS = 128
+
+
 class Texts:
     """Seeded texts that a checkpoint's tokenizer splits into a chosen number of tokens."""
 
@@ -117,6 +124,7 @@ class Texts:
 
         self._tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
         self._random = random.Random(f"texts {seed}")
+        self._piece = ""
 
     def of(self, tokens: int) -> str:
         """Return a new text of exactly ``tokens`` tokens, at least 1."""
@@ -129,6 +137,14 @@ class Texts:
             # More letters can make fewer tokens, and some chat templates remove spaces at the ends.
             if found == tokens and text == text.strip():
                 return text
+
+    def long(self, tokens: int) -> str:
+        """Return a new text of about ``tokens`` tokens, at least 1. Only the beginning and the end of a long one are new."""
+        first = self.of(min(tokens, _NEW_TOKENS))
+        pieces, rest = divmod(tokens - min(tokens, _NEW_TOKENS), _NEW_TOKENS)
+        if not self._piece:
+            self._piece = self.of(_NEW_TOKENS)
+        return first + self._piece * pieces + (self.of(rest) if rest else "")
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)

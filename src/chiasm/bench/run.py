@@ -9,12 +9,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiasm.bench.client import opened
+from chiasm.bench.goodput import GoodputOptions
 from chiasm.bench.measurement import Bench, Measurement, Outcome
 from chiasm.bench.measurements import MEASUREMENTS
 from chiasm.bench.report import machine, print_outcome, write_json
@@ -44,6 +45,7 @@ class BenchConfig:
     quick: bool = False
     seed: int = 0
     repeat: int | None = None
+    goodput: GoodputOptions = field(default_factory=GoodputOptions)
 
 
 def run(config: BenchConfig) -> bool:
@@ -140,6 +142,7 @@ async def _measure(
                         config.seed,
                         config.quick,
                         config.repeat,
+                        config.goodput,
                         on_phase=show,
                         advance=partial(progress.advance, task),
                     )

@@ -61,6 +61,11 @@ def paired_difference(baseline: Sequence[float], other: Sequence[float], *, seed
     return _estimate([b - a for a, b in zip(baseline, other, strict=True)], median, seed)
 
 
+def mean_ratio(baseline: Sequence[float], other: Sequence[float], *, seed: int = 0) -> Estimate:
+    """Estimate the geometric mean over pairs of other/baseline, which suits a handful of pairs; all values are above 0."""
+    return _estimate([b / a for a, b in zip(baseline, other, strict=True)], statistics.geometric_mean, seed)
+
+
 def quantile_ratio(
     baseline: Sequence[Sequence[float]], other: Sequence[Sequence[float]], share: float, *, seed: int = 0
 ) -> Estimate:

@@ -27,7 +27,8 @@ DTYPE = ("--dtype", "float32")
 """For all instances whose answers or times are compared with each other."""
 IMAGES = ("--limit-mm-per-prompt", '{"image": 8, "video": 0}')
 """For instances of vLLM that take images themselves."""
-_VLLM_LIMITS = ("--max-model-len", "2048", "--max-num-seqs", "8")
+VLLM_LIMITS = ("--max-model-len", "2048", "--max-num-seqs", "8")
+"""Of the length of a sequence and of their number, for all instances of vLLM that one measurement compares."""
 _VLLM_KV = ("--kv-cache-memory-bytes", str(640 << 20))
 """Room for as many prompts as the limits allow, with the largest checkpoint that is measured."""
 _VLLM_FLAGS = {Role.ENCODER: IMAGES, Role.AGGREGATED: (*_VLLM_KV, *IMAGES)}
@@ -93,13 +94,13 @@ def _deployment(model: str, roles: dict[Role, RoleConfig]) -> DeploymentConfig:
     return DeploymentConfig(model, roles, served_model_name=SERVED_NAME)
 
 
-def on_vllm(config: DeploymentConfig) -> DeploymentConfig:
+def on_vllm(config: DeploymentConfig, limits: tuple[str, ...] = VLLM_LIMITS) -> DeploymentConfig:
     """Return the same instances over vLLM, with chiasm's EC connector and proxy, and vLLM's own KV connector."""
     roles = {
         role: replace(one, vllm_flags=(*one.vllm_flags, *_VLLM_FLAGS.get(role, _VLLM_KV)))
         for role, one in config.roles.items()
     }
-    flags = (*config.vllm_flags, *DTYPE, *_VLLM_LIMITS)
+    flags = (*config.vllm_flags, *DTYPE, *limits)
     return replace(config, engine=EngineKind.VLLM, roles=roles, kv_connector=None, vllm_flags=flags)
 
 

@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from chiasm.bench.goodput import STANDARD, GoodputOptions
+from chiasm.cli import serve
 from chiasm.cli.instance import MODEL_HELP
-from chiasm.cli.parser import Parser
-from chiasm.launch.config import EngineKind
+from chiasm.cli.parser import Parser, option, parse_arguments
+from chiasm.errors import ConfigurationError
+from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.options import Option, fields_from
 
 NAMES = (
     "Measurements to run (default: all): identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, "
-    "decode-isolation, idle; with --engine vllm: identity, vllm-example, engines, reuse."
+    "decode-isolation, idle, goodput; with --engine vllm: identity, vllm-example, engines, reuse, goodput."
+)
+ARM_EXAMPLE = '"mine=--encoders 2 --pds 2 --threads 1"'
+ARM_HELP = (
+    f"Another deployment to compare, by the options of `chiasm serve`, for example {ARM_EXAMPLE}; may be repeated."
 )
 _DIFFERENT = 1
 
@@ -40,6 +47,9 @@ def parser() -> Parser:
     )
     made.add_argument("names", metavar="NAMES", nargs="*", help=NAMES)
     made.add("benchmark", BenchOptions)
+    of_goodput = made.add_argument_group("goodput and trace")
+    made.add(of_goodput, GoodputOptions)
+    made.add_option(option("arm", tuple[str, ...], ARM_HELP, metavar='"NAME=FLAGS"'), of_goodput)
     return made
 
 
@@ -47,5 +57,27 @@ def run(settings: Mapping[str, Any]) -> int | None:
     from chiasm.bench.run import BenchConfig
     from chiasm.bench.run import run as run_bench
 
-    same = run_bench(BenchConfig(settings.get("names", ()), **fields_from(settings, BenchOptions)))
-    return None if same else _DIFFERENT
+    goodput = GoodputOptions(
+        **fields_from(settings, GoodputOptions), model=settings.get("model"), more_arms=_more_arms(settings)
+    )
+    config = BenchConfig(settings.get("names", ()), **fields_from(settings, BenchOptions), goodput=goodput)
+    return None if run_bench(config) else _DIFFERENT
+
+
+def _more_arms(settings: Mapping[str, Any]) -> dict[str, DeploymentConfig]:
+    """Return the deployments of ``--arm``. Raises ConfigurationError."""
+    engine = settings.get("engine", EngineKind.CHIASM)
+    found: dict[str, DeploymentConfig] = {}
+    for text in settings.get("arm", ()):
+        name, _, flags = text.partition("=")
+        name = name.strip()
+        if not flags or not name or "," in name:
+            raise ConfigurationError(f"--arm: {text!r} is no arm; write for example {ARM_EXAMPLE}.")
+        if name in STANDARD or name in found:
+            raise ConfigurationError(f"--arm: there is an arm {name} already; choose another name.")
+        arguments = ["bench", "--engine", engine, *parse_arguments(flags)]
+        try:
+            found[name] = serve.deployment_config(serve.parser().parse(arguments, environment={}))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"--arm {name}: {error.message}") from None
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from chiasm.bench.measurement import Measurement
+from chiasm.bench.measurements.goodput import GoodputMeasurement
 from chiasm.bench.measurements.handoff import Handoff
 from chiasm.bench.measurements.identity import Identity
 from chiasm.bench.measurements.idle import Idle
@@ -33,7 +34,14 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         Split(),
         DECODE_ISOLATION,
         Idle(),
+        GoodputMeasurement(EngineKind.CHIASM),
     ),
-    EngineKind.VLLM: _by_name(Identity(EngineKind.VLLM), VllmExample(), Engines(), Reuse(EngineKind.VLLM)),
+    EngineKind.VLLM: _by_name(
+        Identity(EngineKind.VLLM),
+        VllmExample(),
+        Engines(),
+        Reuse(EngineKind.VLLM),
+        GoodputMeasurement(EngineKind.VLLM),
+    ),
 }
 """By the engine that runs in the instances, then by name."""

@@ -191,7 +191,7 @@ class Engines(Measurement):
             return {"image": lambda index: requests.ask([photo(f"engines {bench.seed} {label} {index}")], **fields)}
 
         topologies = {"aggregated": aggregated(model), "E+PD": encoder_and_pds(model)}
-        engines = {
+        engines: dict[str, Callable[[DeploymentConfig], DeploymentConfig]] = {
             "built-in": lambda config: replace(config, settings={**config.settings, "dtype": "float32"}),
             "vLLM": on_vllm,
         }

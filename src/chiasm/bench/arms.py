@@ -1,0 +1,101 @@
+"""Deployments that are compared at equal resources: each may use all cores, or all GPUs, of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT
+from chiasm.bench.measurement import SERVED_NAME
+from chiasm.bench.topology import on_vllm
+from chiasm.cores import usable_cores
+from chiasm.errors import ConfigurationError
+from chiasm.launch import DeploymentConfig, RoleConfig
+from chiasm.launch.config import EngineKind
+from chiasm.launch.devices import found_devices
+from chiasm.launch.vllm import installed
+from chiasm.wire import Role
+
+_MOST_REPLICAS = 4
+"""Aggregated instances on a CPU, and pairs of an encoder and a PD."""
+_VLLM_LIMITS = ("--max-model-len", "4096", "--max-num-seqs", "32")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the deployments that are compared."""
+
+    name: str
+    config: DeploymentConfig
+
+    @property
+    def description(self) -> str:
+        """What it runs: ``2 x pd with 1 thread``."""
+        parts = []
+        for role, chosen in self.config.roles.items():
+            where = f" on GPU {', '.join(chosen.devices)}" if chosen.devices else ""
+            threads = self.config.threads(role)
+            own = where or f" with {threads} thread{'s' if threads > 1 else ''}"
+            parts.append(f"{chosen.count} x {role}{own}")
+        return " and ".join(parts)
+
+
+def choose(
+    model: str, engine: EngineKind, names: Sequence[str] = (), more: Mapping[str, DeploymentConfig] | None = None
+) -> list[Arm]:
+    """Return the arms called ``names``, or all. ``more`` has other deployments, which get the model.
+
+    Raises ConfigurationError if there is no such arm, or nothing to compare on this machine.
+    """
+    found = standard(model, _devices(engine)) | {
+        name: replace(config, model=model, served_model_name=SERVED_NAME) for name, config in (more or {}).items()
+    }
+    if missing := [name for name in names if name not in found]:
+        raise ConfigurationError(
+            f"There is no arm {missing[0]!r} on this machine; the arms are {', '.join(found)}, and --arm adds others."
+        )
+    over = (lambda config: on_vllm(config, _VLLM_LIMITS)) if engine is EngineKind.VLLM else (lambda config: config)
+    return [Arm(name, over(config)) for name, config in found.items() if not names or name in names]
+
+
+def standard(model: str, devices: Sequence[str]) -> dict[str, DeploymentConfig]:
+    """Return the deployments that use all GPUs named in ``devices``, or all cores if it is empty, by name.
+
+    Raises ConfigurationError if there is only one core.
+    """
+    roles = _on_gpus(tuple(devices)) if devices else _on_cores(usable_cores())
+    return {name: DeploymentConfig(model, of, served_model_name=SERVED_NAME) for name, of in roles.items()}
+
+
+def _on_cores(cores: int) -> dict[str, dict[Role, RoleConfig]]:
+    if cores < 2:
+        raise ConfigurationError(
+            "This measurement divides the machine's cores among instances in several ways, and there is only one core here."
+        )
+    number = min(cores, _MOST_REPLICAS)
+    each, half = RoleConfig(number, cores // number), RoleConfig(1, cores // 2)
+    return {
+        AGGREGATED: {Role.AGGREGATED: RoleConfig(1, cores)},
+        REPLICAS: {Role.AGGREGATED: each},
+        SPLIT: {Role.ENCODER: half, Role.PD: half},
+        COLOCATED: {Role.ENCODER: each, Role.PD: each},
+    }
+
+
+def _on_gpus(devices: tuple[str, ...]) -> dict[str, dict[Role, RoleConfig]]:
+    every = RoleConfig(len(devices), devices=devices)
+    found = {AGGREGATED: {Role.AGGREGATED: RoleConfig(1, devices=devices)}}
+    if len(devices) > 1:
+        rest = RoleConfig(len(devices) - 1, devices=devices[1:])
+        found[REPLICAS] = {Role.AGGREGATED: every}
+        found[SPLIT] = {Role.ENCODER: RoleConfig(1, devices=devices[:1]), Role.PD: rest}
+    return found | {COLOCATED: {Role.ENCODER: every, Role.PD: every}}
+
+
+def _devices(engine: EngineKind) -> tuple[str, ...]:
+    """Return the GPUs that instances of the engine use by themselves."""
+    if engine is EngineKind.VLLM:
+        return () if installed().on_cpu else found_devices()
+    import torch
+
+    return found_devices() if torch.cuda.is_available() else ()

@@ -1,0 +1,299 @@
+"""How many requests per second are answered in time: judges requests, searches the rate, and compares. Nothing here sends.
+
+A rate is tried by *trials*: so many requests, sent in an open loop. The *goodput* is the highest rate at which 90 % of the
+requests meet their limits. Whether a trial of fifty requests reaches 90 % is mostly chance, so the rate isn't bisected by
+passed and failed trials. Instead, the share that met its limits is taken as a logistic function of the logarithm of the rate,
+which is fitted to all trials, each weighted by its requests, and is read off at 90 %. The next trial is made where the fit so
+far puts that rate, since it says most there. That is how thresholds of perception are estimated from yes and no answers
+(QUEST: Watson and Pelli, Perception & Psychophysics 33, 1983, with a fitted slope as in Kontsevich and Tyler, Vision Research
+39, 1999).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from chiasm.bench.statistics import quantile
+from chiasm.launch import DeploymentConfig
+from chiasm.options import Option
+
+AGGREGATED, REPLICAS, SPLIT, COLOCATED = STANDARD = ("aggregated", "replicas", "split", "colocated")
+"""The deployments that are always compared; see ``arms``."""
+TARGET = 0.9
+"""Share of the requests that must meet both limits."""
+
+
+@dataclass(frozen=True)
+class GoodputOptions:
+    """What a person chooses for ``goodput`` and ``trace``."""
+
+    arms: Annotated[
+        tuple[str, ...],
+        Option(
+            "Deployments to compare: aggregated, replicas, split, colocated, and the names given with --arm.",
+            metavar="ARMS",
+            separator=",",
+            unset="all",
+        ),
+    ] = ()
+    mixes: Annotated[
+        tuple[str, ...],
+        Option(
+            "Mixes of requests: text, mixed, images, heavy, repeats, burst.",
+            metavar="MIXES",
+            separator=",",
+            unset="all; with --quick, mixed and heavy",
+        ),
+    ] = ()
+    ttft_slo_factor: Annotated[
+        float, Option("Limit of the time to first token, as a multiple of that on an idle machine.", min=1)
+    ] = 5.0
+    tpot_slo_factor: Annotated[
+        float, Option("Limit of the time per output token, as a multiple of that on an idle machine.", min=1)
+    ] = 3.0
+    ttft_slo: Annotated[
+        float | None,
+        Option(
+            "Limit of the time to first token of every request.", metavar="SECONDS", min=0.001, unset="by the factor"
+        ),
+    ] = None
+    tpot_slo: Annotated[
+        float | None,
+        Option(
+            "Limit of the time per output token of every request.", metavar="SECONDS", min=0.001, unset="by the factor"
+        ),
+    ] = None
+    model: str | None = None
+    """The checkpoint that a person asked for; None: a synthetic one."""
+    more_arms: Mapping[str, DeploymentConfig] = field(default_factory=dict)
+    """Other deployments by name. Their model is replaced by the one that is measured."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request of one size class must meet to count as good."""
+
+    ttft_seconds: float
+    tpot_seconds: float
+
+
+class Verdict(enum.StrEnum):
+    """What became of a request."""
+
+    GOOD = "good"
+    LATE = "late"
+    """The first token came too late, or the request was given up because it was far too late."""
+    SLOW = "slow"
+    """The first token came in time, the others took too long."""
+    REFUSED = "refused"
+    """Answered with 429 or 503."""
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Served:
+    """One request of a trial."""
+
+    size_class: str
+    verdict: Verdict
+    ttft_seconds: float | None = None
+    """From when the request was due; None if no token came."""
+    tpot_seconds: float | None = None
+    """Mean time per token after the first; None for one token, and if the answer didn't end."""
+
+
+def judge(limits: Limits, ttft_seconds: float, tpot_seconds: float | None) -> Verdict:
+    """Return the verdict on a complete answer."""
+    if ttft_seconds > limits.ttft_seconds:
+        return Verdict.LATE
+    if tpot_seconds is not None and tpot_seconds > limits.tpot_seconds:
+        return Verdict.SLOW
+    return Verdict.GOOD
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The requests of one seed at one rate."""
+
+    rate: float
+    """Requests per second."""
+    seed: int
+    served: Sequence[Served]
+
+    @property
+    def good(self) -> int:
+        """Number of requests that met both limits."""
+        return self.count(Verdict.GOOD)
+
+    @property
+    def attained(self) -> float:
+        """Share of the requests that met both limits."""
+        return self.good / len(self.served)
+
+    @property
+    def passed(self) -> bool:
+        return self.attained >= TARGET
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(one.verdict is verdict for one in self.served)
+
+    def summary(self) -> dict[str, object]:
+        """Return what results.json keeps of the trial; times in seconds, at the 50th, 90th and 99th percentile."""
+        ttfts = [one.ttft_seconds for one in self.served if one.ttft_seconds is not None]
+        tpots = [one.tpot_seconds for one in self.served if one.tpot_seconds is not None]
+        return {
+            "rate": self.rate,
+            "seed": self.seed,
+            "requests": len(self.served),
+            "attained": self.attained,
+            **{str(verdict): self.count(verdict) for verdict in Verdict},
+            "ttft_seconds": _quantiles(ttfts),
+            "tpot_seconds": _quantiles(tpots),
+        }
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{share:.0f}": quantile(values, share / 100) for share in (50, 90, 99)} if values else {}
+
+
+# ---- the fit -----------------------------------------------------------------------------------------------------------
+
+_USUAL_SLOPE = 7.0
+_SLOPE_SPREAD = 0.5
+"""Standard deviation of the logarithm of the slope, before anything is measured."""
+_SLOPES = tuple(2.0 * 1.2**step for step in range(15))
+_RATE_STEPS = 240
+_BEYOND = 3.0
+"""The fit looks for the rate up to this factor beyond those tried."""
+_DISPERSION = 3.0
+"""Requests that wait behind the same others are good or bad together: a trial says as much as a third of its requests."""
+_SEED_SPREAD = math.log(1.5)
+"""By how much the rates of single seeds are expected to differ from that of all."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The share of good requests as a logistic function of the logarithm of the rate."""
+
+    goodput: float
+    """The rate at which the share is ``TARGET``."""
+    slope: float
+
+    def attained(self, rate: float) -> float:
+        """Return the share at a rate."""
+        logit = math.log(TARGET / (1 - TARGET)) + self.slope * math.log(self.goodput / rate)
+        return 1 / (1 + math.exp(min(700.0, -logit)))
+
+
+def fit(trials: Sequence[Trial]) -> Curve:
+    """Return the curve that is likeliest after all trials. Raises ValueError without trials."""
+    return max(
+        (Curve(rate, slope) for rate in _rates(trials) for slope in _SLOPES),
+        key=lambda curve: _log_likelihood(curve, trials) - _strangeness(curve.slope),
+    )
+
+
+def fit_seed(trials: Sequence[Trial], of_all: Curve) -> Curve:
+    """Return the curve of one seed's trials, which has the slope of all and probably a rate near theirs."""
+
+    def score(curve: Curve) -> float:
+        away = math.log(curve.goodput / of_all.goodput) / _SEED_SPREAD
+        return _log_likelihood(curve, trials) - away**2 / 2
+
+    return max((Curve(rate, of_all.slope) for rate in _rates(trials)), key=score)
+
+
+def _rates(trials: Sequence[Trial]) -> Iterable[float]:
+    if not trials:
+        raise ValueError("there are no trials to fit")
+    low = min(trial.rate for trial in trials) / _BEYOND
+    high = max(trial.rate for trial in trials) * _BEYOND
+    return (low * (high / low) ** (step / _RATE_STEPS) for step in range(_RATE_STEPS + 1))
+
+
+def _strangeness(slope: float) -> float:
+    return (math.log(slope / _USUAL_SLOPE) / _SLOPE_SPREAD) ** 2 / 2
+
+
+def _log_likelihood(curve: Curve, trials: Sequence[Trial]) -> float:
+    total = 0.0
+    for trial in trials:
+        share = min(1 - 1e-9, max(1e-9, curve.attained(trial.rate)))
+        number, good = len(trial.served), trial.good
+        total += good * math.log(share) + (number - good) * math.log1p(-share)
+    return total / _DISPERSION
+
+
+# ---- the search --------------------------------------------------------------------------------------------------------
+
+_STEP = 2.0
+_NEAR = 1.5
+"""The next rate is at most by this factor outside of those tried."""
+
+
+class RateSearch:
+    """Chooses the rates at which one deployment is tried with one kind of traffic."""
+
+    def __init__(self, first_rate: float, lowest_rate: float) -> None:
+        """``lowest_rate``: if a trial there fails, no rate will do."""
+        self.trials: list[Trial] = []
+        self._first = first_rate
+        self._lowest = lowest_rate
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether one trial has passed and another has failed."""
+        return len({trial.passed for trial in self.trials}) == 2
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether every trial has failed, down to the lowest rate."""
+        return bool(self.trials) and not any(one.passed for one in self.trials) and self._tried()[0] <= self._lowest
+
+    def next_rate(self) -> float:
+        """Return the rate to try next: twice or half of those tried until bracketed, then where the fit expects the goodput."""
+        if not self.trials:
+            return self._first
+        low, high = self._tried()
+        if not self.bracketed:
+            return _STEP * high if self.trials[0].passed else max(self._lowest, low / _STEP)
+        return min(high * _NEAR, max(low / _NEAR, self._lowest, fit(self.trials).goodput))
+
+    def add(self, trial: Trial) -> None:
+        self.trials.append(trial)
+
+    def _tried(self) -> tuple[float, float]:
+        rates = [trial.rate for trial in self.trials]
+        return min(rates), max(rates)
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """What the trials of one deployment with one kind of traffic say."""
+
+    trials: Sequence[Trial]
+    curve: Curve | None
+    """Of all trials; None if no rate will do."""
+    by_seed: dict[int, float]
+    """Rate by seed, of the seeds that were tried near the goodput."""
+
+    @property
+    def rate(self) -> float:
+        """Requests per second: the geometric mean over the seeds; 0 if no rate will do."""
+        if self.curve is None or not self.by_seed:
+            return 0.0
+        return math.exp(sum(map(math.log, self.by_seed.values())) / len(self.by_seed))
+
+    @classmethod
+    def of(cls, search: RateSearch, seeds: Sequence[int]) -> Goodput:
+        """Return what a search has found; ``seeds`` are those that are compared."""
+        if not any(trial.passed for trial in search.trials):
+            return cls(search.trials, None, {})
+        curve = fit(search.trials)
+        own = {seed: [trial for trial in search.trials if trial.seed == seed] for seed in seeds}
+        rates = {seed: fit_seed(trials, curve).goodput for seed, trials in own.items() if trials}
+        return cls(search.trials, curve, rates)

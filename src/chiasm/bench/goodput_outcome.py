@@ -1,0 +1,135 @@
+"""What the goodput of several deployments means: figures, curves, and which deployment to use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT, TARGET, Goodput, Limits
+from chiasm.bench.measurement import Curve, Curves, Figure, Outcome
+from chiasm.bench.statistics import Estimate, mean_ratio
+
+_AT_LEAST, _LOW_AT_LEAST = 1.0, 0.97
+_OVER_AGGREGATED = {"heavy": 1.1, "repeats": 1.2}
+"""How many times the goodput of aggregated deployments the colocated one shall have on some mixes."""
+_LINE_STEPS = 40
+
+Found = Mapping[str, Mapping[str, Goodput]]
+"""Goodput by the traffic's name, then by the deployment's."""
+
+
+def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outcome:
+    """Return figures, curves and trials, those first in which the split loses most, and as the first note what to use."""
+    names = list(dict.fromkeys(name for arms in found.values() for name in arms))
+    tested = next((name for name in (COLOCATED, SPLIT) if name in names), names[-1])
+    outcome = Outcome(notes=[advice(found)])
+    ordered = sorted(found, key=lambda traffic: _against_best(found[traffic], tested))
+    for traffic in ordered:
+        arms = found[traffic]
+        outcome.figures += _ratios(traffic, arms, tested, seed)
+        for name, goodput in arms.items():
+            outcome.figures.append(Figure(f"{traffic}: {name}", goodput.rate, "requests/s"))
+            if not goodput.rate:
+                outcome.notes.append(_why_none(traffic, name, goodput))
+            summaries = [trial.summary() for trial in goodput.trials]
+            outcome.trials += [{"traffic": traffic, "arm": name, **summary} for summary in summaries]
+        outcome.panels.append(_curves(traffic, arms))
+    shown = [
+        f"{name} {1000 * limit.ttft_seconds:.0f} ms, {1000 * limit.tpot_seconds:.1f} ms"
+        for name, limit in limits.items()
+    ]
+    outcome.notes.append(f"Limits of the time to first token and per token: {'; '.join(shown)}.")
+    return outcome
+
+
+def _against_best(arms: Mapping[str, Goodput], tested: str) -> float:
+    best = max((one.rate for name, one in arms.items() if name != tested), default=0.0)
+    return arms[tested].rate / best if best else math.inf
+
+
+def _ratios(traffic: str, arms: Mapping[str, Goodput], tested: str, seed: int) -> list[Figure]:
+    """Return the ratios of the tested deployment to the others, with targets if it is the colocated one."""
+    judged = tested == COLOCATED
+    figures = []
+    others = sorted((name for name in arms if name != tested), key=lambda name: -arms[name].rate)
+    for place, other in enumerate(others):
+        ratio = _ratio(arms[other], arms[tested], seed)
+        if ratio is None:
+            continue
+        name = f"{traffic}: {tested} / {other}"
+        wanted = _OVER_AGGREGATED.get(traffic) if other in (AGGREGATED, REPLICAS) else None
+        if place == 0:
+            wanted = max(_AT_LEAST, wanted or 0.0)
+        figures.append(Figure.of(name, ratio, "x", at_least=wanted if judged else None))
+        if place == 0 and judged:
+            figures.append(Figure(f"{name}, low end of the interval", ratio.low, "x", at_least=_LOW_AT_LEAST))
+    return figures
+
+
+def _ratio(baseline: Goodput, other: Goodput, seed: int) -> Estimate | None:
+    """Return the ratio over the seeds that both have; None if the baseline has no goodput."""
+    if not baseline.rate:
+        return None
+    both = sorted(baseline.by_seed.keys() & other.by_seed.keys())
+    if not both:
+        return Estimate(0.0, 0.0, 0.0)
+    return mean_ratio([baseline.by_seed[one] for one in both], [other.by_seed[one] for one in both], seed=seed)
+
+
+def _why_none(traffic: str, name: str, goodput: Goodput) -> str:
+    if not goodput.trials:
+        return f"{traffic}: {name} misses the limits even with one request at a time, so no rate was tried."
+    best = max(goodput.trials, key=lambda trial: trial.attained)
+    return (
+        f"{traffic}: {name} meets the limits at no rate that was tried; at best {100 * best.attained:.0f} % of the "
+        f"requests met them, at {best.rate:.2g} per second."
+    )
+
+
+def _curves(traffic: str, arms: Mapping[str, Goodput]) -> Curves:
+    curves = []
+    for name, one in arms.items():
+        points = [(trial.rate, trial.attained) for trial in one.trials]
+        line: list[tuple[float, float]] = []
+        if one.curve is not None and points:
+            low, high = min(points)[0], max(points)[0]
+            rates = [low * (high / low) ** (step / _LINE_STEPS) for step in range(_LINE_STEPS + 1)]
+            line = [(rate, one.curve.attained(rate)) for rate in rates]
+        curves.append(Curve(f"{name} ({one.rate:.2g}/s)", points, line))
+    return Curves(f"goodput: {traffic}", "requests per second", "share in time", curves, TARGET)
+
+
+# ---- which one to use --------------------------------------------------------------------------------------------------
+
+
+def advice(found: Found) -> str:
+    """Return a sentence that says which deployment to use, and what it gains over the next best and on which traffic."""
+    names = [name for name in next(iter(found.values())) if all(name in arms for arms in found.values())]
+    able = [traffic for traffic, arms in found.items() if any(one.rate for one in arms.values())]
+    if not able:
+        return "No deployment meets the limits of time at any rate; allow more time, or use a faster machine."
+    ranked = sorted(names, key=lambda name: -_score(found, able, name))
+    best, *others = ranked
+    left_out = "" if len(able) == len(found) else f" (without {', '.join(one for one in found if one not in able)})"
+    if not others:
+        return f"On this machine, {best} answers in time what is listed above; there is nothing to compare it with."
+    gains = {traffic: _gain(found[traffic], best, others) for traffic in able}
+    low, high = min(gains, key=lambda one: gains[one]), max(gains, key=lambda one: gains[one])
+    overall = _score(found, able, best) / max(_score(found, able, others[0]), 1e-12)
+    between = f"from {gains[low]:.2f} times the best of the others on {low} to {gains[high]:.2f} times on {high}"
+    only = f"{gains[low]:.2f} times the best of the others on {low}"
+    return (
+        f"For this model on this machine use {best}: it answers in time {overall:.2f} times as many requests per second as "
+        f"{others[0]}, the next best{left_out}; {between if len(able) > 1 else only}."
+    )
+
+
+def _score(found: Found, traffics: Sequence[str], name: str) -> float:
+    """Return the geometric mean, over kinds of traffic, of the goodput relative to the best deployment's."""
+    shares = [found[one][name].rate / max(arm.rate for arm in found[one].values()) for one in traffics]
+    return math.exp(sum(math.log(max(share, 1e-3)) for share in shares) / len(shares))
+
+
+def _gain(arms: Mapping[str, Goodput], best: str, others: Sequence[str]) -> float:
+    highest = max(arms[name].rate for name in others)
+    return arms[best].rate / highest if highest else math.inf

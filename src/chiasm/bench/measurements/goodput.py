@@ -1,0 +1,241 @@
+"""How many requests per second each deployment answers in time, all of them on the same cores or GPUs.
+
+All deployments run at the same time where memory allows, and are tried in turns: the machine's speed drifts, and an idle
+deployment needs next to nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from chiasm.bench import arms as arms_module
+from chiasm.bench.arms import Arm
+from chiasm.bench.checkpoints import GOODPUT, make_once
+from chiasm.bench.goodput import AGGREGATED, Goodput, Limits, RateSearch
+from chiasm.bench.goodput_outcome import outcome_of
+from chiasm.bench.load import turns
+from chiasm.bench.measurement import Bench, Measurement, Outcome
+from chiasm.bench.requests import Texts
+from chiasm.bench.statistics import median
+from chiasm.bench.topology import running
+from chiasm.bench.traffic import MIXES, Arrival, Shape, Traffic
+from chiasm.bench.trial import Prepared, play, prepare
+from chiasm.errors import ConfigurationError
+from chiasm.launch import Deployment
+from chiasm.launch.config import EngineKind
+
+_SEEDS = 4
+_TRIALS_PER_SEED = 2
+_UNLOADED_ROUNDS = 5
+_UNLOADED_TOKENS = 8
+_FIRST_SHARE, _LOWEST_SHARE = 0.4, 0.05
+"""Rates, relative to that at which requests that are answered one after the other take all of the time."""
+_BRACKET_REQUESTS, _BRACKET_TRIALS = 24, 7
+_LEAST_REQUESTS, _LONGEST_SECONDS = 8, 20.0
+"""At a low rate a trial has fewer requests, so that it doesn't take much longer."""
+_QUICK_MIXES = ("mixed", "heavy")
+_INSTANCE_BYTES = {EngineKind.CHIASM: 600 << 20, EngineKind.VLLM: 2500 << 20}
+"""Memory of an instance without its weights."""
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """What a request takes when nothing else runs."""
+
+    ttft_seconds: float
+    tpot_seconds: float
+
+
+Alone = dict[str, Unloaded]
+"""By size class."""
+
+
+class GoodputMeasurement(Measurement):
+    """All mixes, on all arms."""
+
+    name = "goodput"
+    purpose = "Requests per second of which 90 % get their first token and all others in time, at equal cores or GPUs"
+    target = "colocated at least 1.0 times the best other deployment on every mix"
+
+    def __init__(self, engine: EngineKind) -> None:
+        self._engine = engine
+
+    async def run(self, bench: Bench) -> Outcome:
+        chosen = bench.goodput.mixes or (_QUICK_MIXES if bench.quick else tuple(MIXES))
+        if unknown := [name for name in chosen if name not in MIXES]:
+            raise ConfigurationError(f"There is no mix {unknown[0]!r}; the mixes are {', '.join(MIXES)}.")
+        return await Comparison(bench, self._engine).run([mix for name, mix in MIXES.items() if name in chosen])
+
+
+class Comparison:
+    """Tries kinds of traffic on deployments."""
+
+    def __init__(self, bench: Bench, engine: EngineKind) -> None:
+        self._bench = bench
+        self._engine = engine
+        base = bench.seed * 1000
+        self._seeds = range(base, base + bench.samples(_SEEDS, quick=2))
+        self._bracket_seed = base + 999
+        self._limits: dict[str, Limits] = {}
+        self._serial: dict[str, float] = {}
+        """Mean seconds of a request of each traffic, answered alone by one aggregated instance."""
+
+    async def run(self, traffics: Sequence[Traffic]) -> Outcome:
+        """Raises ChiasmError."""
+        options = self._bench.goodput
+        # Fail before anything is made or started:
+        arms_module.choose("", self._engine, options.arms, options.more_arms)
+        model = options.model or await make_once(self._bench, "qwen3_vl-goodput", GOODPUT)
+        arms = arms_module.choose(model, self._engine, options.arms, options.more_arms)
+        groups = [arms] if self._fit_together(model, arms) else [[arm] for arm in arms]
+        if AGGREGATED not in [arm.name for arm in groups[0]]:
+            await self._reference(model, traffics)
+        found: dict[str, dict[str, Goodput]] = {traffic.name: {} for traffic in traffics}
+        for group in groups:
+            async with running(self._bench, *(arm.config for arm in group)) as deployments:
+                urls = {arm.name: one.url for arm, one in zip(group, deployments, strict=True)}
+                texts = Texts(deployments[0].folder, self._bench.seed)
+                alone = await self._unloaded(urls, texts, traffics)
+                if AGGREGATED in alone:
+                    self._take_reference(alone[AGGREGATED], traffics)
+                for traffic in traffics:
+                    found[traffic.name] |= await self._try(traffic, urls, texts, alone)
+        outcome = outcome_of(found, self._limits, seed=self._bench.seed)
+        outcome.notes += [f"{arm.name}: {arm.description}." for arm in arms]
+        if len(groups) > 1:
+            outcome.notes.append("The deployments ran one after the other, since they don't fit beside each other.")
+        # What to do comes last.
+        outcome.notes.append(outcome.notes.pop(0))
+        return outcome
+
+    def _fit_together(self, model: str, arms: Sequence[Arm]) -> bool:
+        """Tell whether all deployments can run at the same time: on CPU, if there is memory for all."""
+        import psutil
+
+        if any(role.devices for arm in arms for role in arm.config.roles.values()):
+            return False
+        weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
+        instances = sum(role.count for arm in arms for role in arm.config.roles.values())
+        need = instances * (2 * weights + _INSTANCE_BYTES[self._engine])
+        return need < int(psutil.virtual_memory().available)
+
+    # ---- alone --------------------------------------------------------------------------------------------------------
+
+    async def _reference(self, model: str, traffics: Sequence[Traffic]) -> None:
+        """Measure one aggregated instance with everything, which is none of the arms, for the limits."""
+        (arm,) = arms_module.choose(model, self._engine, (AGGREGATED,))
+        async with running(self._bench, arm.config) as (deployment,):
+            alone = await self._unloaded({arm.name: deployment.url}, self._texts(deployment), traffics)
+            self._take_reference(alone[AGGREGATED], traffics)
+
+    def _texts(self, deployment: Deployment) -> Texts:
+        return Texts(deployment.folder, self._bench.seed)
+
+    async def _unloaded(self, urls: Mapping[str, str], texts: Texts, traffics: Sequence[Traffic]) -> dict[str, Alone]:
+        """Return what a typical request of each size class takes each deployment; all are warm afterwards."""
+        shapes = _typical([one.shape for traffic in traffics for seed in self._seeds for one in traffic.pattern(seed)])
+        rounds = 3 if self._bench.quick else _UNLOADED_ROUNDS
+        self._bench.phase("one request at a time", len(shapes) * (rounds + 1))
+        found: dict[str, Alone] = {name: {} for name in urls}
+        for size_class, shape in shapes.items():
+            taken: dict[str, list[Unloaded]] = {name: [] for name in urls}
+            for index in range(rounds + 1):
+                (request,) = await self._prepare(texts, [Arrival(0.0, shape)], f"alone {size_class} {index}")
+                for name, url in urls.items():
+                    answer = await self._bench.client.chat(url, request.body)
+                    tpot = (answer.token_times[-1] - answer.token_times[0]) / (_UNLOADED_TOKENS - 1)
+                    taken[name].append(Unloaded(answer.ttft_seconds, tpot))
+                self._bench.advance()
+            for name, several in taken.items():
+                ttft = median([one.ttft_seconds for one in several[1:]])
+                found[name][size_class] = Unloaded(ttft, median([one.tpot_seconds for one in several[1:]]))
+        return found
+
+    async def _prepare(self, texts: Texts, pattern: Sequence[Arrival], name: str) -> list[Prepared]:
+        return await asyncio.to_thread(prepare, texts, pattern, f"{self._bench.seed} {name}")
+
+    def _take_reference(self, alone: Alone, traffics: Sequence[Traffic]) -> None:
+        """Set the limits of each size class, and the time that requests take one after the other."""
+        options = self._bench.goodput
+        for size_class, one in alone.items():
+            self._limits[size_class] = Limits(
+                options.ttft_slo or options.ttft_slo_factor * one.ttft_seconds,
+                options.tpot_slo or options.tpot_slo_factor * one.tpot_seconds,
+            )
+        for traffic in traffics:
+            shapes = [arrival.shape for seed in self._seeds for arrival in traffic.pattern(seed)]
+            seconds = [
+                alone[shape.size_class].ttft_seconds + (shape.answer_tokens - 1) * alone[shape.size_class].tpot_seconds
+                for shape in shapes
+            ]
+            self._serial[traffic.name] = sum(seconds) / len(seconds)
+
+    # ---- under load ---------------------------------------------------------------------------------------------------
+
+    async def _try(
+        self, traffic: Traffic, urls: Mapping[str, str], texts: Texts, alone: Mapping[str, Alone]
+    ) -> dict[str, Goodput]:
+        """Return the goodput of each deployment."""
+        serial = self._serial[traffic.name]
+        searches = {name: RateSearch(_FIRST_SHARE / serial, _LOWEST_SHARE / serial) for name in urls}
+        able = [name for name in urls if self._can_meet(traffic, alone[name])]
+        names = list(able)
+        for index in range(_BRACKET_TRIALS):
+            names = [name for name in names if not searches[name].bracketed and not searches[name].hopeless]
+            if names:
+                self._bench.phase(f"{traffic.name}: looking for the rate", len(names))
+                pattern = traffic.pattern(self._bracket_seed)[:_BRACKET_REQUESTS]
+                await self._round(index, self._bracket_seed, pattern, traffic, texts, urls, searches, names)
+        able = [name for name in able if not searches[name].hopeless]
+        for place, seed in enumerate(self._seeds):
+            for again in range(_TRIALS_PER_SEED):
+                index = _BRACKET_TRIALS + place * _TRIALS_PER_SEED + again
+                self._bench.phase(f"{traffic.name}: seed {place + 1} of {len(self._seeds)}", len(able))
+                await self._round(index, seed, traffic.pattern(seed), traffic, texts, urls, searches, able)
+        return {name: Goodput.of(search, self._seeds) for name, search in searches.items()}
+
+    async def _round(
+        self,
+        index: int,
+        seed: int,
+        pattern: Sequence[Arrival],
+        traffic: Traffic,
+        texts: Texts,
+        urls: Mapping[str, str],
+        searches: Mapping[str, RateSearch],
+        names: Sequence[str],
+    ) -> None:
+        """Send the same requests to each of the deployments called ``names``, one after the other, each at its own rate."""
+        requests = await self._prepare(texts, pattern, f"{traffic.name} {seed} {index}")
+        for which in turns(index, len(names)):
+            name = names[which]
+            rate = searches[name].next_rate()
+            in_time = sum(request.time / rate <= _LONGEST_SECONDS for request in requests)
+            sent = requests[: max(_LEAST_REQUESTS, in_time)]
+            trial = await play(self._bench, urls[name], sent, rate=rate, seed=seed, limits=self._limits)
+            searches[name].add(trial)
+            self._bench.advance()
+
+    def _can_meet(self, traffic: Traffic, alone: Alone) -> bool:
+        """Tell whether a deployment meets the limits at least when nothing else runs."""
+        shapes = [arrival.shape for seed in self._seeds for arrival in traffic.pattern(seed)]
+        good = 0
+        for shape in shapes:
+            one, limits = alone[shape.size_class], self._limits[shape.size_class]
+            good += one.ttft_seconds <= limits.ttft_seconds and one.tpot_seconds <= limits.tpot_seconds
+        return good >= 0.9 * len(shapes)
+
+
+def _typical(shapes: Sequence[Shape]) -> dict[str, Shape]:
+    """Return the request of median size of each class, with an answer long enough to time its tokens."""
+    by_class: dict[str, list[Shape]] = {}
+    for shape in shapes:
+        by_class.setdefault(shape.size_class, []).append(shape)
+    ordered = {name: sorted(several, key=lambda shape: shape.size) for name, several in sorted(by_class.items())}
+    return {
+        name: replace(several[len(several) // 2], answer_tokens=_UNLOADED_TOKENS, image_ids=())
+        for name, several in ordered.items()
+    }
