@@ -81,12 +81,18 @@ class Candidate:
         return len({place.number for place in self.places})
 
 
+def places_of(devices: Sequence[Device]) -> list[Place]:
+    """Return all of each device."""
+    return [
+        Place(device, device.cores if isinstance(device, Cpu) else 1, number) for number, device in enumerate(devices)
+    ]
+
+
 def candidates(devices: Sequence[Device]) -> list[Candidate]:
     """Return what is worth trying on these devices."""
     if isinstance(devices[0], Cpu):
         return list(_on_cpu(devices[0]))
-    places = [Place(device, number=number) for number, device in enumerate(devices)]
-    return list(_on_gpus(places))
+    return list(_on_gpus(places_of(devices)))
 
 
 # ---- CPU ---------------------------------------------------------------------------------------------------------------

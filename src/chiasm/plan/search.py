@@ -1,6 +1,6 @@
 """How each candidate does: the share of requests in time at a rate, or the highest rate at which 90 % are in time.
 
-Rates are searched and read off a fitted curve exactly as ``chiasm bench goodput`` does, so that what it measures and what a plan
+Rates are searched and read off a fitted curve as ``chiasm bench goodput`` does, so that what it measures and what a plan
 says can be compared.
 """
 
@@ -15,7 +15,7 @@ from chiasm.bench.statistics import quantile
 from chiasm.bench.traffic import Arrival, Mix, Traffic
 from chiasm.errors import ConfigurationError
 from chiasm.plan.costs import CostModel, StepShape
-from chiasm.plan.devices import Cpu, Device, Gpu
+from chiasm.plan.devices import Device, Gpu
 from chiasm.plan.layouts import Candidate, Place
 from chiasm.plan.roofline import Roofline
 from chiasm.plan.shapes import ModelShape
@@ -31,8 +31,10 @@ _RANGE = 256.0
 _BEYOND = 1.1
 """What limits a candidate is seen a little beyond its rate, where requests are late."""
 _SLOWEST_SHARE = 0.9
-_GPU_REQUESTS = 100
-"""Requests per GPU in a trial: a fleet has to fill before its queues say anything."""
+_SPANS = 5.0
+"""A trial of a mix lasts so many times the longest time to a first token, or its queues would not fill."""
+_MOST_REQUESTS = 3000
+"""Requests in one trial of a mix, unless a person asks for more."""
 _OTHER_LIMIT = 0.2
 
 
@@ -46,17 +48,10 @@ class Workload:
     seed: int = 0
     seeds: int = SEEDS
 
-    def patterns(self) -> list[list[Arrival]]:
-        """Return the requests of each trial. Raises ConfigurationError if there are none, or too many."""
-        patterns = [self.traffic.pattern(self.seed + index) for index in range(self.seeds)]
-        if not patterns[0]:
-            raise ConfigurationError(f"{self.traffic.name} has no requests.")
-        if len(patterns[0]) > MAX_REQUESTS:
-            raise ConfigurationError(
-                f"{self.traffic.name} has {len(patterns[0])} requests, and a simulation takes at most {MAX_REQUESTS}; give a "
-                "part of it."
-            )
-        return patterns
+    rate: float | None = None
+    """Requests per second; None to search for the highest."""
+    requests: int | None = None
+    """Requests in a trial of a mix; None: enough for the devices."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +82,33 @@ class Finding:
 class Planner:
     """Simulates candidates under one workload."""
 
-    def __init__(self, shape: ModelShape, workload: Workload, cost_of: Callable[[Place], CostModel]) -> None:
-        """Raises ConfigurationError if the workload cannot be simulated."""
+    def __init__(
+        self,
+        shape: ModelShape,
+        workload: Workload,
+        cost_of: Callable[[Place], CostModel],
+        places: Sequence[Place],
+    ) -> None:
+        """``places`` are all devices. Raises ConfigurationError if the workload cannot be simulated."""
         self._shape = shape
         self._workload = workload
         self._cost_of = cost_of
-        self._patterns = workload.patterns()
+        self._best_rate = self._rate_at_best(places, workload.traffic.pattern(workload.seed))
+        traffic = self._enough(workload)
+        self._patterns = [traffic.pattern(workload.seed + index) for index in range(workload.seeds)]
         self.longest_tokens = max(tokens_of(one.shape, shape) for pattern in self._patterns for one in pattern)
+
+    def _enough(self, workload: Workload) -> Traffic:
+        """Return the traffic with enough requests in a trial; a trace has those that it has."""
+        traffic = workload.traffic
+        if not isinstance(traffic, Mix):
+            return traffic
+        requests = workload.requests
+        if requests is None:
+            longest = max(workload.limits[one.shape.size_class].ttft_seconds for one in traffic.pattern(workload.seed))
+            wanted = _SPANS * longest * (workload.rate or self._best_rate)
+            requests = int(min(_MOST_REQUESTS, max(traffic.requests, wanted)))
+        return replace(traffic, requests=requests)
 
     def at_rate(self, candidate: Candidate, rate: float) -> Finding:
         """Return how a candidate does at a rate."""
@@ -104,8 +119,7 @@ class Planner:
 
     def highest_rate(self, candidate: Candidate) -> Finding:
         """Return the highest rate at which ``TARGET`` of the requests are in time."""
-        best = self._best_rate(candidate)
-        search = RateSearch(best / 2, best / _RANGE)
+        search = RateSearch(self._best_rate / 2, self._best_rate / _RANGE)
         for number in range(_TRIALS):
             if search.hopeless:
                 break
@@ -128,15 +142,20 @@ class Planner:
         arrivals = self._patterns[pattern]
         return Simulation(candidate, self._shape, costs, arrivals, limits=self._workload.limits).run(rate)
 
-    def _best_rate(self, candidate: Candidate) -> float:
-        """Return a rate that no deployment of the candidate's devices exceeds by much: all of them always busy."""
-        pattern = self._patterns[0]
-        seconds = 0.0
-        for place in candidate.places:
+    def _rate_at_best(self, places: Sequence[Place], pattern: Sequence[Arrival]) -> float:
+        """Return a rate that no deployment exceeds by much: all devices always busy. Raises ConfigurationError."""
+        if not pattern:
+            raise ConfigurationError(f"{self._workload.traffic.name} has no requests.")
+        if len(pattern) > MAX_REQUESTS:
+            raise ConfigurationError(
+                f"{self._workload.traffic.name} has {len(pattern)} requests, and a simulation takes at most {MAX_REQUESTS}; "
+                "give a part of it."
+            )
+        total = 0.0
+        for place in places:
             cost = self._cost_of(place)
-            work = sum(self._seconds(cost, arrival) for arrival in pattern) / len(pattern)
-            seconds += place.cores / work
-        return seconds
+            total += place.cores * len(pattern) / sum(self._seconds(cost, arrival) for arrival in pattern)
+        return total
 
     def _seconds(self, cost: CostModel, arrival: Arrival) -> float:
         """Return what one request costs, on one core or GPU, when many share each step."""
@@ -216,16 +235,6 @@ class Planner:
             "prefill": first - outcome.embedded,
         }
         return max(parts, key=parts.__getitem__)
-
-
-def scaled(traffic: Traffic, devices: Sequence[Device], requests: int | None) -> Traffic:
-    """Return the traffic with ``requests`` in a trial; without a number, as many as these devices need."""
-    if not isinstance(traffic, Mix):
-        return traffic
-    if requests is None:
-        enough = 0 if isinstance(devices[0], Cpu) else _GPU_REQUESTS * len(devices)
-        requests = max(traffic.requests, enough)
-    return replace(traffic, requests=requests)
 
 
 def computed_costs(shape: ModelShape) -> Callable[[Place], CostModel]:
