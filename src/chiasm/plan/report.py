@@ -14,6 +14,9 @@ from chiasm.plan.search import Finding, Workload
 from chiasm.plan.sharing import Stage
 from chiasm.wire import Role
 
+_WIDTH = 116
+"""Columns of a terminal that the table needs."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,10 +78,11 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     from rich.text import Text
 
     console = Console()
+    console.width = max(console.width, _WIDTH)
     table = Table()
     for title in ("layout", "instances"):
         table.add_column(title, no_wrap=True)
-    for title in ("req/s", "in time", "TTFT p90", "TPOT p90", "device-s/1000", "E, P, D busy"):
+    for title in ("req/s", "in time", "TTFT ms", "TPOT ms", "device-s/1000", "busy E P D"):
         table.add_column(title, justify="right")
     table.add_column("limit")
     for one in sorted(plan.findings, key=lambda one: (-one.rate, -one.attained)):
@@ -87,13 +91,16 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
             Text(_short(one.candidate), style="bold" if one is plan.best else ""),
             shown(one.rate) if one.rate else "none",
             f"{one.attained:.0%}",
-            f"{one.ttft_seconds * 1000:.0f} ms",
-            f"{one.tpot_seconds * 1000:.1f} ms",
+            f"{one.ttft_seconds * 1000:.0f}",
+            f"{one.tpot_seconds * 1000:.1f}",
             f"{one.device_seconds:.0f}" if one.device_seconds else "",
             " ".join(f"{100 * one.busy[stage]:.0f}" for stage in Stage) + " %",
             one.limited_by,
         )
     console.print(table)
+    console.print(
+        Text("TTFT and TPOT: 90th percentile. Busy: share of the devices' time for encode, prefill and decode.")
+    )
     for candidate, reason in plan.left_out:
         console.print(Text(f"Left out: {candidate.name}, since {reason}."))
     console.print(Text(plan.sentence))

@@ -6,6 +6,8 @@ says can be compared.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +32,7 @@ _RANGE = 256.0
 """A search goes down to this part of the rate that the devices could do at best."""
 _BEYOND = 1.1
 """What limits a candidate is seen a little beyond its rate, where requests are late."""
+_LEAST_REQUESTS = 8
 _SLOWEST_SHARE = 0.9
 _SPANS = 5.0
 """A trial of a mix lasts so many times the longest time to a first token, or its queues would not fill."""
@@ -52,6 +55,8 @@ class Workload:
     """Requests per second; None to search for the highest."""
     requests: int | None = None
     """Requests in a trial of a mix; None: enough for the devices."""
+    longest_seconds: float = math.inf
+    """A trial ends with the last request that arrives until then, but has at least 8 requests."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,8 @@ class Planner:
         """Return one trial."""
         costs = [self._cost_of(place) for place in candidate.places]
         arrivals = self._patterns[pattern]
+        in_time = bisect_right(arrivals, self._workload.longest_seconds * rate, key=lambda arrival: arrival.time)
+        arrivals = arrivals[: max(_LEAST_REQUESTS, in_time)]
         return Simulation(candidate, self._shape, costs, arrivals, limits=self._workload.limits).run(rate)
 
     def _rate_at_best(self, places: Sequence[Place], pattern: Sequence[Arrival]) -> float:
