@@ -98,6 +98,7 @@ class Planner:
         self._shape = shape
         self._workload = workload
         self._cost_of = cost_of
+        self._check_requests(workload.requests or 0)
         self._best_rate = self._rate_at_best(places, workload.traffic.pattern(workload.seed))
         traffic = self._enough(workload)
         self._patterns = [traffic.pattern(workload.seed + index) for index in range(workload.seeds)]
@@ -153,16 +154,19 @@ class Planner:
         """Return a rate that no deployment exceeds by much: all devices always busy. Raises ConfigurationError."""
         if not pattern:
             raise ConfigurationError(f"{self._workload.traffic.name} has no requests.")
-        if len(pattern) > MAX_REQUESTS:
-            raise ConfigurationError(
-                f"{self._workload.traffic.name} has {len(pattern)} requests, and a simulation takes at most {MAX_REQUESTS}; "
-                "give a part of it."
-            )
+        self._check_requests(len(pattern))
         total = 0.0
         for place in places:
             cost = self._cost_of(place)
             total += place.cores * len(pattern) / sum(self._seconds(cost, arrival) for arrival in pattern)
         return total
+
+    def _check_requests(self, number: int) -> None:
+        if number > MAX_REQUESTS:
+            raise ConfigurationError(
+                f"{self._workload.traffic.name} has {number} requests, and a simulation takes at most {MAX_REQUESTS}; give "
+                "fewer of them."
+            )
 
     def _seconds(self, cost: CostModel, arrival: Arrival) -> float:
         """Return what one request costs, on one core or GPU, when many share each step."""
