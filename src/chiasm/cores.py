@@ -13,6 +13,7 @@ from pathlib import Path
 from chiasm.errors import ConfigurationError
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_MOST_CPUS = 1 << 16
 _SPINS = 3000
 _AUTOGROUP = Path("/proc/self/autogroup")
 _AUTOGROUP_ATTEMPTS, _AUTOGROUP_SECONDS = 50, 0.1
@@ -28,6 +29,30 @@ def usable_cores() -> int:
 def allowed_cpus() -> set[int]:
     """Return the CPUs that this process may run on; empty if the system doesn't tell."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """Return the CPUs of ``0,2-3``, sorted. Raises ConfigurationError."""
+    cpus: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not dash:
+            last = first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < _MOST_CPUS):
+            raise ConfigurationError(f"{text!r} is not a set of CPUs; write for example 0,2-3.")
+        cpus.update(range(int(first), int(last) + 1))
+    return tuple(sorted(cpus))
+
+
+def show_cpus(cpus: Sequence[int]) -> str:
+    """Return CPUs as a person writes them: ``0,2-3``."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def check_cpus(cpus: Sequence[int]) -> None:

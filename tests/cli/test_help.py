@@ -66,7 +66,7 @@ def test_every_command_is_listed(command: str) -> None:
         (["serve", "demo", "--pd-memory-share", "0.5"], "--pd-memory-share is for --engine vllm only"),
         (["serve", "demo", "--pd-args", "'unclosed"], "is not a command line"),
         (["serve", "demo", "--pd-devices", "0,,1"], "is not a list"),
-        (["serve", "demo", "--pd-devices", "a"], "the built-in engine takes numbers, not 'a'"),
+        (["serve", "demo", "--pd-devices", "a"], "takes numbers and UUIDs of GPUs, not 'a'"),
         (["serve", "demo", "--engine", "vllm", "--device", "cpu"], "--device means nothing to vLLM"),
         (["serve", "demo", "--engine", "vllm", "--kv-connector", "X"], "--kv-connector: vLLM instances"),
         (["bench", "--repeat", "1"], "--repeat: '1' is not an integer of at least 2"),

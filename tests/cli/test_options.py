@@ -93,10 +93,11 @@ def test_the_environment_may_hold_the_admin_key(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, {Role.ENCODER: 1, Role.PD: 1}),
+        ({}, dict.fromkeys(Role)),
         ({"encoders": 3}, {Role.ENCODER: 3, Role.PD: 1}),
         ({"pds": 2}, {Role.ENCODER: 1, Role.PD: 2}),
         ({"encoders": 0, "pds": 1}, {Role.PD: 1}),
+        ({"encoders": 0, "pds": 0}, dict.fromkeys(Role, 0)),
         ({"aggregated": 2}, {Role.AGGREGATED: 2}),
         ({"encoders": 1, "pds": 1, "aggregated": 1}, {Role.ENCODER: 1, Role.PD: 1, Role.AGGREGATED: 1}),
         ({"prefills": 1, "decodes": 2}, {Role.ENCODER: 1, Role.PREFILL: 1, Role.DECODE: 2}),
@@ -126,7 +127,7 @@ def test_arguments_for_the_proxy_override_common_options() -> None:
 
 def test_a_role_has_devices_cpus_and_threads() -> None:
     config = _config("--pd-devices", "1, 2", "--pd-cpus", "0-1", "--threads", "3")
-    assert config.roles[Role.PD] == RoleConfig(1, 3, (0, 1), ("1", "2"))
+    assert config.roles[Role.PD] == RoleConfig(None, 3, (0, 1), ("1", "2"))
 
 
 def test_flags_for_every_vllm_instance_are_kept_apart_from_those_for_a_role() -> None:
@@ -143,6 +144,6 @@ def test_more_arguments_are_checked_by_the_parser_of_their_command(arguments: st
 
 
 def test_the_doctor_takes_every_option_of_serve() -> None:
-    names = names_of(EngineConfig, MediaConfig, ECTransferConfig) - {"threads"}
+    names = names_of(EngineConfig, MediaConfig, ECTransferConfig) - {"threads", "core_share", "nice"}
     offered = {action.dest for action in doctor.parser()._actions}
     assert names <= offered

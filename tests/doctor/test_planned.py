@@ -28,7 +28,8 @@ async def test_a_plan_that_works_is_ok(checkpoint: Path, tmp_path: Path) -> None
     assert "problem" not in verdicts(found)
     for check in ("plan", "versions", "port", "model", "storage folder", "storage space"):
         assert verdicts(found, check) == ["ok"], check
-    assert "1 encoder, 1 pd" in found[0].says
+    (layout,) = [one for one in found if one.check == "layout"]
+    assert layout.says.startswith("colocated: ")
     (space,) = [one for one in found if one.check == "storage space"]
     assert "1024 × 1024 takes" in space.says
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
 from pathlib import Path
 
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
+from chiasm.launch import Deployment, DeploymentConfig, Layout, ProcessState, RoleConfig, arrangement
+from chiasm.launch.devices import Gpu
 from chiasm.wire import Role
+from tests.launch.waiting import eventually
+
+SMALL = {"kv_cache_bytes": 16 << 20, "max_model_len": 512}
 
 
 @pytest.fixture
@@ -49,3 +56,52 @@ def test_an_instance_that_cannot_start_ends_the_start_with_its_error(folder: str
     with pytest.raises(ConfigurationError, match="abacus"), Deployment(config) as deployment:
         deployment.wait_ready(60)
     assert all(process.pid is None for process in deployment.processes)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two invented GPUs."""
+    monkeypatch.setattr(arrangement, "found_gpus", lambda: (Gpu("0"), Gpu("1")))
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_instances_on_other_gpus_serve_without_one_that_cannot_be_started() -> None:
+    on_cpu = {"device": "cpu"}  # where they compute in truth
+    roles = {Role.AGGREGATED: RoleConfig(2, threads=1, devices=("0", "1"), settings=on_cpu)}
+    lines: list[str] = []
+    config = DeploymentConfig("demo", roles, settings=SMALL)
+    with Deployment(config, on_line=lambda name, text: lines.append(f"{name} {text}")) as deployment:
+
+        def given_up() -> bool:
+            (second,) = [one for one in deployment.processes if one.name == "aggregated-1"]
+            if second.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(second.pid, signal.SIGKILL)
+            return second.state is ProcessState.FAILED
+
+        assert eventually(given_up)
+        deployment.wait_ready(60)
+    assert [
+        line for line in lines if line.startswith("aggregated-1 is lost with GPU 1, and the others serve without it")
+    ]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_start_fails_with_the_name_of_the_gpu_if_no_instance_can_be_started(folder: str) -> None:
+    roles = {Role.AGGREGATED: RoleConfig(2, devices=("0", "1"))}
+    with (
+        pytest.raises(ConfigurationError, match=r"aggregated-0 on GPU 0: "),
+        Deployment(DeploymentConfig(folder, roles, settings={"dtype": "abacus"})) as deployment,
+    ):
+        deployment.wait_ready(60)
+
+
+def test_the_file_of_shared_cores_is_removed_at_the_end() -> None:
+    roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()}
+    config = DeploymentConfig("demo", roles, layout=Layout.COLOCATED, settings=SMALL)
+    with Deployment(config) as deployment:
+        deployment.wait_ready(60)
+        scratch = deployment.scratch
+        assert scratch is not None
+        assert [file.name for file in scratch.iterdir()] == ["cores-0"]
+    assert not scratch.exists()

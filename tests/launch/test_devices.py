@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from chiasm.errors import ConfigurationError
 from chiasm.launch import RoleConfig
-from chiasm.launch.devices import Placement, describe, found_devices, place
+from chiasm.launch.devices import Gpu, Placement, describe, found_gpus, gpus_of, others_serve, place
 from chiasm.wire import Role
 
 E, PD, P, D, ALL = Role.ENCODER, Role.PD, Role.PREFILL, Role.DECODE, Role.AGGREGATED
@@ -118,8 +120,48 @@ def test_the_choice_is_described_in_one_line() -> None:
     )
 
 
+def test_a_gpu_can_be_lost_if_each_of_its_roles_is_on_another() -> None:
+    two = {E: RoleConfig(2, devices=("0", "1")), PD: RoleConfig(2, devices=("0", "1"))}
+    placements = place(two, ("0", "1"))
+    assert others_serve(placements, [(PD, 1)])
+    assert others_serve(placements, [(E, 1), (PD, 1)])
+    assert not others_serve(placements, [(PD, 0), (PD, 1)])
+    assert not others_serve(placements, [(E, 0), (PD, 1)])
+
+
+def test_an_instance_without_another_on_other_gpus_cannot_be_done_without() -> None:
+    on_one = place({E: RoleConfig(2, devices=("0",)), PD: RoleConfig(devices=("1",))}, ("0", "1"))
+    assert not others_serve(on_one, [(E, 0)])
+    assert not others_serve(on_one, [(PD, 0)])
+    assert not others_serve(place({PD: RoleConfig(2)}, ()), [(PD, 0)])
+
+
+def test_gpus_are_found_although_nvidia_smi_fails_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho '1, NVIDIA A10, 23028, GPU-bb'\necho 'GPU is lost'\nexit 15\n")
+    command.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert found_gpus({}) == (Gpu("1", "NVIDIA A10", 23028 << 20, "GPU-bb"),)
+    assert [gpu.model for gpu in found_gpus({"CUDA_VISIBLE_DEVICES": "GPU-bb,7"})] == ["NVIDIA A10", ""]
+
+
 def test_the_environment_limits_the_devices() -> None:
-    assert found_devices({"CUDA_VISIBLE_DEVICES": "2, 3"}) == ("2", "3")
-    assert found_devices({"CUDA_VISIBLE_DEVICES": ""}) == ()
-    assert found_devices({"CUDA_VISIBLE_DEVICES": "-1"}) == ()
-    assert found_devices({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}) == ("GPU-1a2b",)
+    assert [gpu.name for gpu in found_gpus({"CUDA_VISIBLE_DEVICES": "2, 3"})] == ["2", "3"]
+    assert found_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()
+    assert found_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == ()
+    assert [gpu.name for gpu in found_gpus({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"})] == ["GPU-1a2b"]
+
+
+def test_gpus_are_read_from_nvidia_smi() -> None:
+    listing = "0, NVIDIA A10, 23028, GPU-aa\n1, NVIDIA GB10, [N/A], GPU-bb\n"
+    assert gpus_of(listing) == (
+        Gpu("0", "NVIDIA A10", 23028 << 20, "GPU-aa"),
+        Gpu("1", "NVIDIA GB10", 0, "GPU-bb"),
+    )
+
+
+def test_a_lost_gpu_is_reported_and_the_others_are_found(caplog: pytest.LogCaptureFixture) -> None:
+    lost = "Unable to determine the device handle for GPU0000:3B:00.0: Unknown Error"
+    listing = f"{lost}\n1, NVIDIA A10, 23028, GPU-bb\n"
+    assert [gpu.name for gpu in gpus_of(listing)] == ["1"]
+    assert lost in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ def address() -> HeldPort:
     return held
 
 
-def _plans(wanted: DeploymentConfig, storage: Path | None = Path("/ec")) -> list[ProcessPlan]:
+def _plans(
+    wanted: DeploymentConfig, storage: Path | None = Path("/ec"), placement: Placement | None = None
+) -> list[ProcessPlan]:
     held: list[HeldPort] = []
-    placements = {(role, 0): Placement() for role in wanted.roles}
+    placements = {(role, 0): placement or Placement() for role in wanted.roles}
+    surroundings = Surroundings(storage, 1 << 20, Path("/scratch"))
     try:
-        return plan_instances(wanted, Path("/models/m"), placements, Surroundings(storage, 1 << 20, None), held)
+        return plan_instances(wanted, Path("/models/m"), placements, surroundings, held)
     finally:
         for one in held:
             one.release()
@@ -67,9 +71,10 @@ def test_instances_share_the_cores(
 
 
 def test_an_instance_gets_everything_that_its_role_needs() -> None:
-    roles = {Role.ENCODER: RoleConfig(threads=3, cpus=(0, 2), settings={"max_items": 4}), Role.PD: RoleConfig()}
+    roles = {Role.ENCODER: RoleConfig(settings={"max_items": 4}), Role.PD: RoleConfig()}
     settings = {"dtype": "bfloat16", "max_items": 5, "max_image_pixels": 9}
-    (plan, _) = _plans(DeploymentConfig("demo", roles, settings=settings, deadline_seconds=7))
+    wanted = DeploymentConfig("demo", roles, settings=settings, deadline_seconds=7)
+    (plan, _) = _plans(wanted, placement=Placement(threads=3, cpus=(0, 2)))
     encoder = from_json(plan.configuration.encode(), InstanceProcess)
     assert encoder.engine.model == Path("/models/m")
     assert encoder.engine.role is Role.ENCODER
@@ -103,13 +108,29 @@ def test_prefill_exchanges_embeddings_and_kv_and_decode_only_kv() -> None:
     assert of[Role.ENCODER].kv is None
 
 
-def test_an_instance_computes_on_its_device() -> None:
+@pytest.mark.parametrize(("uuids", "visible"), [((), "1"), (("GPU-bb",), "GPU-bb")])
+def test_an_instance_sees_only_its_device(uuids: tuple[str, ...], visible: str) -> None:
     wanted = DeploymentConfig("demo", {Role.AGGREGATED: RoleConfig()})
-    placements = {(Role.AGGREGATED, 0): Placement(("1",))}
-    held: list[HeldPort] = []
-    (plan,) = plan_instances(wanted, Path("/m"), placements, Surroundings(None, 1, None), held)
-    held[0].release()
-    assert from_json(plan.configuration.encode(), InstanceProcess).engine.device == "cuda:1"
+    (plan,) = _plans(wanted, placement=Placement(("1",), uuids=uuids))
+    assert from_json(plan.configuration.encode(), InstanceProcess).engine.device == "cuda:0"
+    assert plan.environment["CUDA_VISIBLE_DEVICES"] == visible
+    assert plan.environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_instances_on_the_same_cores_share_a_file_and_encoders_give_way() -> None:
+    (plan, _) = _plans(DeploymentConfig("demo", ONE_EACH), placement=Placement(core_share="cores-1", nice=5))
+    engine = from_json(plan.configuration.encode(), InstanceProcess).engine
+    assert (engine.core_share, engine.nice) == (Path("/scratch/cores-1"), 5)
+
+
+def test_an_encoder_gives_way_on_a_gpu_if_mps_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    wanted = DeploymentConfig("demo", {Role.AGGREGATED: RoleConfig()})
+    on_gpu = Placement(("0",), nice=5)
+    assert "CUDA_MPS_CLIENT_PRIORITY" not in _plans(wanted, placement=on_gpu)[0].environment
+    (tmp_path / "control").touch()
+    assert _plans(wanted, placement=on_gpu)[0].environment["CUDA_MPS_CLIENT_PRIORITY"] == "1"
+    assert "CUDA_MPS_CLIENT_PRIORITY" not in _plans(wanted, placement=replace(on_gpu, nice=0))[0].environment
 
 
 def test_the_proxy_gets_the_url_of_every_instance(address: HeldPort) -> None:
@@ -140,7 +161,6 @@ def test_a_model_has_the_name_of_its_folder_or_its_given_name(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("roles", "message"),
     [
-        ({}, "Nothing would answer"),
         ({Role.ENCODER: RoleConfig()}, "Nothing would answer"),
         ({Role.ENCODER: RoleConfig(), Role.AGGREGATED: RoleConfig()}, "Nothing would use the encoders"),
         ({Role.PREFILL: RoleConfig()}, "at least one decode instance"),
@@ -148,6 +168,7 @@ def test_a_model_has_the_name_of_its_folder_or_its_given_name(tmp_path: Path) ->
         ({Role.PREFILL: RoleConfig(), Role.DECODE: RoleConfig(), Role.PD: RoleConfig()}, "can't be combined"),
         ({Role.PREFILL: RoleConfig(), Role.DECODE: RoleConfig(), Role.AGGREGATED: RoleConfig()}, "can't be combined"),
         ({Role.PD: RoleConfig(-1)}, "must not be negative"),
+        ({Role.ENCODER: RoleConfig(), Role.PD: RoleConfig(None)}, "of every role, or of none"),
     ],
 )
 def test_a_deployment_that_could_not_answer_is_refused(roles: Mapping[Role, RoleConfig], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,13 @@ def test_a_kv_size_that_a_person_has_set_is_kept(flags: tuple[str, ...], site: S
 
 
 def test_on_cpu_instances_share_the_cores_unless_the_environment_says_otherwise(site: Site) -> None:
-    config = _config({**EACH, Role.PD: RoleConfig(threads=3, cpus=(0, 1))})
+    config = _config()
+    site = replace(site, placement=Placement(threads=3, cpus=(0, 1), nice=5))
     environment = vllm.instance_environment(config, Role.PD, site, found=CPU, environment={})
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert environment["OMP_NUM_THREADS"] == "3"
-    assert _value(_command(config, Role.PD, site, CPU), "--cpus") == "0,1"
+    command = _command(config, Role.PD, site, CPU)
+    assert (_value(command, "--cpus"), _value(command, "--nice")) == ("0,1", "5")
     own = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "OMP_NUM_THREADS": "5", "HF_HUB_OFFLINE": "0"}
     assert vllm.instance_environment(config, Role.PD, site, found=CPU, environment=own).items() >= own.items()
 

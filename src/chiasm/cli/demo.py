@@ -60,7 +60,8 @@ def run(settings: Mapping[str, Any]) -> int | None:
 
     from chiasm.cli.conversation import AnswerError, Turn, all_agree, read_image
     from chiasm.cli.signals import EndSignals
-    from chiasm.launch import Deployment, DeploymentConfig
+    from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
+    from chiasm.wire import Role
 
     config = DemoConfig(**fields_from(settings, DemoConfig))
     if (config.image is None) != (config.question is None):
@@ -70,7 +71,8 @@ def run(settings: Mapping[str, Any]) -> int | None:
     else:
         turns = draw_turns(config.seed)
     console = Console(highlight=False)
-    deployment = Deployment(DeploymentConfig(config.model, settings=_QUIET, proxy_settings=_QUIET))
+    roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()}
+    deployment = Deployment(DeploymentConfig(config.model, roles, settings=_QUIET, proxy_settings=_QUIET))
     answers: list[Answer] = []
     with EndSignals() as signals, deployment:
         _start(deployment, signals)

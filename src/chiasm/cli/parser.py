@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from chiasm import cores
 from chiasm.errors import ConfigurationError
 from chiasm.options import NamedOption, Option, flag, options_of
 
@@ -130,15 +131,10 @@ def show_size(size: int) -> str:
 
 def parse_cpus(text: str) -> tuple[int, ...]:
     """Return the CPUs of ``0,2-3``."""
-    cpus: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not dash:
-            last = first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise _wrong(f"{text!r} is not a set of CPUs; write for example 0,2-3")
-        cpus.update(range(int(first), int(last) + 1))
-    return tuple(sorted(cpus))
+    try:
+        return cores.parse_cpus(text)
+    except ConfigurationError as error:
+        raise _wrong(error.message.rstrip(".")) from None
 
 
 def parse_arguments(text: str) -> tuple[str, ...]:

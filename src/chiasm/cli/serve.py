@@ -20,7 +20,9 @@ from chiasm.proxy import ProxyConfig
 from chiasm.wire import Role
 
 _POLL_SECONDS = 0.1
-_OF_DEPLOYMENT = ("engine", "served_model_name")
+_OF_DEPLOYMENT = ("engine", "layout", "devices", "served_model_name")
+_OF_LAYOUT = ("threads", "core_share", "nice")
+"""Options of the engine that the layout chooses for each instance."""
 _OF_PROXY = ("host", "port", "admin_key", "deadline_seconds")
 _OF_ROLE = ("cpus", "devices", "memory_share")
 _OF_KV = ("kv_connector", "kv_connector_module_path", "kv_lease_seconds")
@@ -31,7 +33,10 @@ _COUNTS = {
     Role.PREFILL: "prefills",
     Role.DECODE: "decodes",
 }
-_UNSET_COUNTS = {Role.ENCODER: "1, or 0 with --aggregated", Role.PD: "1, or 0 if there are others"}
+_UNSET_COUNTS = {
+    Role.ENCODER: "chosen by the layout; beside other counts 1, or 0 with --aggregated",
+    Role.PD: "chosen by the layout; beside other counts 1, or 0 if there are others",
+}
 
 
 def parser() -> Parser:
@@ -63,7 +68,7 @@ def add_options(made: Parser) -> None:
         made.add_option(count, group)
         made.add(group, RoleConfig, only=_OF_ROLE, prefix=f"{role}_")
         made.add_arguments(f"{role}_args", "More arguments for each of these instances, in quotes.", group)
-    made.add("engine", EngineConfig, without=("threads",))
+    made.add("engine", EngineConfig, without=_OF_LAYOUT)
     made.add("embeddings", ECTransferConfig)
     made.add("KV cache between prefill and decode", KVTransferConfig, only=_OF_KV)
     made.add("images", MediaConfig)
@@ -78,6 +83,7 @@ def run(settings: Mapping[str, Any]) -> None:
 
     view = View()
     deployment = Deployment(deployment_config(settings), on_change=view.change, on_line=view.line)
+    view.line("serve", deployment.arrangement.description)
     if placed := describe(deployment.placements):
         view.line("serve", placed)
     with EndSignals() as signals, view, deployment:
@@ -93,12 +99,13 @@ def run(settings: Mapping[str, Any]) -> None:
 
 def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
     """Return the deployment that a person asks for. Raises ConfigurationError for what cannot work together."""
-    of_all = _chosen(settings, "log_level", *names_of(EngineConfig, MediaConfig) - {"threads"})
+    of_all = _chosen(settings, "log_level", *names_of(EngineConfig, MediaConfig).difference(_OF_LAYOUT))
     of_proxy = _chosen(of_all, "log_level", "max_items", *names_of(MediaConfig))
     of_proxy |= _parsed("proxy_args", settings, proxy.add_options)
     own = (*_OF_DEPLOYMENT, *_OF_PROXY, *_OF_KV, *names_of(ECTransferConfig))
+    counts = instance_counts(settings)
     return DeploymentConfig(
-        roles={role: _role_config(role, count, settings) for role, count in instance_counts(settings).items()},
+        roles={role: _role_config(role, count, settings) for role, count in counts.items()},
         settings=of_all,
         proxy_settings=of_proxy,
         vllm_flags=settings.get("vllm_args", ()),
@@ -106,16 +113,18 @@ def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
     )
 
 
-def instance_counts(settings: Mapping[str, Any]) -> dict[Role, int]:
-    """Return the instances of each role: without any count, one encoder and one PD."""
+def instance_counts(settings: Mapping[str, Any]) -> Mapping[Role, int | None]:
+    """Return the instances of each role. Without any count it is None for every role: the layout decides."""
+    if not any(name in settings for name in _COUNTS.values()):
+        return dict.fromkeys(Role)
     apart = bool(settings.get("prefills") or settings.get("decodes"))
     aggregated = bool(settings.get("aggregated"))
     defaults = {Role.ENCODER: int(apart or not aggregated), Role.PD: int(not apart and not aggregated)}
     counts = {role: settings.get(name, defaults.get(role, 0)) for role, name in _COUNTS.items()}
-    return {role: count for role, count in counts.items() if count}
+    return {role: count for role, count in counts.items() if count} or counts
 
 
-def _role_config(role: Role, count: int, settings: Mapping[str, Any]) -> RoleConfig:
+def _role_config(role: Role, count: int | None, settings: Mapping[str, Any]) -> RoleConfig:
     own = {name: settings[f"{role}_{name}"] for name in _OF_ROLE if f"{role}_{name}" in settings}
     name = f"{role}_args"
     if settings.get("engine") is EngineKind.VLLM:

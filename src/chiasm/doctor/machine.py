@@ -74,13 +74,16 @@ def vllm(is_planned: bool) -> Iterator[Result]:
         yield make(error.message, "instances of vLLM refuse to start.", "install a supported version.", "make vllm")
 
 
-def cores(threads: Sequence[int] = ()) -> Iterator[Result]:
-    """``threads`` is how many each planned instance computes with."""
+def cores(threads: Sequence[int] = (), *, are_shared: bool = False) -> Iterator[Result]:
+    """``threads`` is how many each planned instance computes with; with ``are_shared``, if it has the cores to itself."""
     usable, total = usable_cores(), os.cpu_count() or 1
     says = f"{usable} usable" + ("" if usable == total else f" of {total} (CPU affinity or the container's quota)")
-    if threads:
-        says += f", for {sum(threads)} threads of {len(threads)} instances together"
-    if sum(threads) > usable:
+    wanted = max(threads, default=0) if are_shared else sum(threads)
+    if threads and are_shared:
+        says += f", shared by {len(threads)} instance{'s' if len(threads) > 1 else ''} of up to {wanted} threads"
+    elif threads:
+        says += f", for {wanted} threads of {len(threads)} instances together"
+    if wanted > usable:
         yield _CORES.warning(
             says,
             why="threads that share a core wait for each other in the middle of each operator.",

@@ -10,15 +10,18 @@ from chiasm.doctor import machine, model, storage, transports
 from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
 from chiasm.doctor.report import Check, Result
 from chiasm.errors import ConfigurationError
+from chiasm.launch.arrangement import Arrangement, arrange, one_of_each
 from chiasm.launch.config import DeploymentConfig, EngineKind
-from chiasm.launch.devices import Placements, describe
+from chiasm.launch.devices import describe
 from chiasm.launch.folders import DEFAULT_MAX_BYTES, SHARED_MEMORY
-from chiasm.launch.plan import LOOPBACK, Surroundings, placements_of, plan_instances, plan_proxy
+from chiasm.launch.layout import Layout
+from chiasm.launch.plan import LOOPBACK, Surroundings, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.vllm import default_kv_bytes
 from chiasm.wire import Role
 
 _PLAN = Check("plan")
+_LAYOUT = Check("layout")
 _DEVICES = Check("devices")
 
 _PROCESS_BYTES = {EngineKind.CHIASM: 400 << 20, EngineKind.VLLM: 1500 << 20}
@@ -59,11 +62,27 @@ async def _find(name: str) -> Path | Result:
 
 def _examine(config: DeploymentConfig, folder: Path | Result) -> Iterator[Result]:
     is_vllm = config.engine is EngineKind.VLLM
-    counts = ", ".join(f"{config.count(role)} {role}" for role in config.roles if config.count(role))
-    yield _PLAN.ok(f"{config.model} by {'vLLM' if is_vllm else 'the built-in engine'}: {counts}, and a proxy")
-    yield from _without_model(config)
+    arrangement: Arrangement | None = None
+    refusal: Result | None = None
+    if is_vllm and not machine.version_of("vllm"):
+        refusal = _DEVICES.skipped(
+            "where instances compute is decided by the vLLM that is installed, and there is none"
+        )
+    else:
+        try:
+            arrangement = arrange(config, None if isinstance(folder, Result) else folder)
+            config = arrangement.config
+        except ConfigurationError as error:
+            refusal = _DEVICES.refused(error, _FIX_OPTIONS)
+    config = one_of_each(config)
+    yield _PLAN.ok(f"{config.model} by {'vLLM' if is_vllm else 'the built-in engine'}, and a proxy")
+    if arrangement is not None:
+        yield _LAYOUT.ok(arrangement.description)
+    yield from _without_model(config, arrangement)
     gpus, results = _gpus(for_vllm=is_vllm)
     yield from results
+    if refusal is not None:
+        yield refusal
     if isinstance(folder, Result):
         yield folder
         yield machine.MEMORY.skipped("the size of the weights is unknown without the model's files")
@@ -78,17 +97,20 @@ def _examine(config: DeploymentConfig, folder: Path | Result) -> Iterator[Result
         except ConfigurationError as error:
             yield _DEVICES.refused(error, "choose a device and a dtype that exist.")
         else:
-            yield from _places(config, folder, found, device, item_bytes, gpus)
+            if arrangement is not None:
+                yield from _places(arrangement, folder, found, device, item_bytes, gpus)
             image_bytes = found.image_numbers and found.image_numbers * item_bytes
     yield from _storage(config, image_bytes)
 
 
-def _without_model(config: DeploymentConfig) -> Iterator[Result]:
+def _without_model(config: DeploymentConfig, arrangement: Arrangement | None) -> Iterator[Result]:
     """Check everything that doesn't depend on the model."""
     is_vllm = config.engine is EngineKind.VLLM
     yield from machine.versions()
     yield from machine.vllm(is_planned=is_vllm)
-    yield from machine.cores([config.threads(role) for role in config.roles for _ in range(config.count(role))])
+    placements = arrangement.placements.values() if arrangement is not None else ()
+    shares = arrangement is not None and arrangement.layout is not Layout.SPLIT
+    yield from machine.cores([placement.threads or 1 for placement in placements], are_shared=shares)
     for name, cpus in (("proxy", config.proxy_cpus), *((role, one.cpus) for role, one in config.roles.items())):
         try:
             check_cpus(cpus)
@@ -127,7 +149,7 @@ def _choose(config: DeploymentConfig, folder: Path) -> tuple[str, int]:
 
 
 def _places(
-    config: DeploymentConfig,
+    arrangement: Arrangement,
     folder: Path,
     found: model.Found,
     device: str,
@@ -135,17 +157,10 @@ def _places(
     gpus: list[Gpu],
 ) -> Iterator[Result]:
     """Check which instance computes where, whether it would start there, and whether its weights fit."""
+    config, placements = arrangement.config, arrangement.placements
     is_vllm = config.engine is EngineKind.VLLM
-    if is_vllm and not machine.version_of("vllm"):
-        yield _DEVICES.skipped("where instances compute is decided by the vLLM that is installed, and there is none")
-        return
     try:
-        placements = placements_of(config, folder)
-    except ConfigurationError as error:
-        yield _DEVICES.refused(error, _FIX_OPTIONS)
-        return
-    try:
-        _check_processes(config, folder, placements)
+        _check_processes(arrangement, folder)
     except ConfigurationError as error:
         yield _PLAN.refused(error, _FIX_OPTIONS)
     if description := describe(placements):
@@ -176,15 +191,16 @@ def _places(
     yield from machine.memory(available_bytes, need)
 
 
-def _check_processes(config: DeploymentConfig, folder: Path, placements: Placements) -> None:
+def _check_processes(arrangement: Arrangement, folder: Path) -> None:
     """Raise ConfigurationError if the start would refuse the options of an instance or the proxy."""
+    config = arrangement.config
     path = config.shared_storage_path or SHARED_MEMORY
     surroundings = Surroundings(
         path if config.exchanges_embeddings else None, config.ec_max_bytes or DEFAULT_MAX_BYTES, None
     )
     held = [HeldPort(LOOPBACK)]
     try:
-        instances = plan_instances(config, folder, placements, surroundings, held)
+        instances = plan_instances(config, folder, arrangement.placements, surroundings, held)
         plan_proxy(config, held[0], [(one.role, one.address.url) for one in instances if one.role])
     finally:
         for address in held:

@@ -1,9 +1,10 @@
 """Runs instances and their proxy as processes on this machine; ``chiasm serve``, the demo, the tests and the bench use it.
 
-A start passes the files in this order: ``config`` (what is asked for), ``devices``, ``ports`` and ``folders`` (what the machine
-gives), ``plan`` (the processes), which uses ``process`` (what one is made from) and ``vllm`` (the command of ``vllm serve``),
-``child`` (one process, started again when it dies), ``deployment`` (all of them). In the child, ``run`` runs an instance or the
-proxy, and ``supervisor`` is the parent of a server that isn't chiasm's, such as vLLM.
+A start passes the files in this order: ``config`` (what is asked for) and ``layout`` (who shares a device), ``arrangement`` and
+``devices`` (which instance computes where on this machine), ``ports`` and ``folders``, ``plan`` (the processes), which uses
+``process`` (what one is made from) and ``vllm`` (the command of ``vllm serve``), ``child`` (one process, started again when it
+dies), ``deployment`` (all of them). In the child, ``run`` runs an instance or the proxy, and ``supervisor`` is the parent of a
+server that isn't chiasm's, such as vLLM.
 """
 
 from typing import TYPE_CHECKING
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
     from chiasm.launch.child import ProcessState
     from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
     from chiasm.launch.deployment import Deployment, DeploymentNotReadyError, ProcessStatus
+    from chiasm.launch.layout import Layout
 
 __all__ = [
     "Deployment",
     "DeploymentConfig",
     "DeploymentNotReadyError",
     "EngineKind",
+    "Layout",
     "ProcessState",
     "ProcessStatus",
     "RoleConfig",
@@ -31,6 +34,7 @@ __getattr__ = names_from(
         "DeploymentConfig": "config",
         "DeploymentNotReadyError": "deployment",
         "EngineKind": "config",
+        "Layout": "layout",
         "ProcessState": "child",
         "ProcessStatus": "deployment",
         "RoleConfig": "config",

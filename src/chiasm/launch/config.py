@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from chiasm.cores import usable_cores
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
+from chiasm.launch.layout import Layout, check_counts
 from chiasm.launch.process import INSTANCE_OPTIONS, PROXY_OPTIONS, Cpus, ServedModelName, vllm_flags
 from chiasm.options import Option, flag, names_of
 from chiasm.wire import Role
@@ -31,9 +32,13 @@ class EngineKind(enum.StrEnum):
 class RoleConfig:
     """The instances of one role; all of them are alike."""
 
-    count: Annotated[int, Option("Number of these instances.", min=0)] = 1
+    count: Annotated[int | None, Option("Number of these instances.", min=0)] = 1
+    """On each device in the layouts ``colocated`` and ``aggregated``. None: as many as the layout puts there."""
     threads: Annotated[
-        int | None, Option("CPU threads of each instance.", min=1, unset="an even share of the cores")
+        int | None,
+        Option(
+            "CPU threads of each instance.", min=1, unset="all cores of a shared device, otherwise an even share of all"
+        ),
     ] = None
     """Intra-op threads."""
     cpus: Cpus = ()
@@ -59,10 +64,6 @@ class RoleConfig:
     """More arguments of ``vllm serve``, after those of ``DeploymentConfig.vllm_flags``."""
 
 
-def _one_encoder_one_pd() -> Mapping[Role, RoleConfig]:
-    return {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()}
-
-
 @dataclass(frozen=True)
 class DeploymentConfig:
     """Instances of one model and the proxy in front of them, all on this machine.
@@ -72,7 +73,23 @@ class DeploymentConfig:
 
     model: str
     """A checkpoint's folder, the name of a shipped one, or a hub name."""
-    roles: Mapping[Role, RoleConfig] = field(default_factory=_one_encoder_one_pd)
+    roles: Mapping[Role, RoleConfig] = field(default_factory=dict)
+    """Either all of them have a count, or none has one; then the layout decides which roles there are."""
+    layout: Annotated[
+        Layout,
+        Option(
+            "colocated: an encoder and a language model share each device; split: roles divide the devices; aggregated: one "
+            "instance on each device does everything; auto: colocated, unless you count or place roles, or the GPUs differ."
+        ),
+    ] = Layout.AUTO
+    devices: Annotated[
+        str,
+        Option(
+            "GPUs to use, for example 0,1; on a CPU sets of cores, each of which counts as a device, for example 0-3/4-7.",
+            metavar="DEVICES",
+            unset="all GPUs, or all cores",
+        ),
+    ] = ""
     engine: Annotated[
         EngineKind, Option("Engine of the instances: the built-in one, or `vllm serve` of the same environment.")
     ] = EngineKind.CHIASM
@@ -107,6 +124,7 @@ class DeploymentConfig:
 
     def __post_init__(self) -> None:
         self._check_roles()
+        self._check_devices()
         known = names_of(*INSTANCE_OPTIONS)
         for settings in (self.settings, *(role.settings for role in self.roles.values())):
             _check_names(settings, known)
@@ -125,8 +143,13 @@ class DeploymentConfig:
             )
 
     def _check_roles(self) -> None:
-        if any(role.count < 0 for role in self.roles.values()):
+        if not self.is_counted:
+            if any(role.count is not None for role in self.roles.values()):
+                raise ConfigurationError("Give the number of instances of every role, or of none.")
+            return
+        if any(self.count(role) < 0 for role in self.roles):
             raise ConfigurationError("Instance counts must not be negative.")
+        check_counts(self.layout, {role: self.count(role) for role in self.roles})
         whole, apart = self._counts(Role.PD, Role.AGGREGATED), self._counts(Role.PREFILL, Role.DECODE)
         if any(whole) and any(apart):
             raise ConfigurationError("--prefills/--decodes can't be combined with --pds/--aggregated.")
@@ -156,12 +179,31 @@ class DeploymentConfig:
                 f"--kv-connector: vLLM instances exchange KV through {_NIXL}; for another of vLLM's, give "
                 "--kv-transfer-config in --prefill-args and --decode-args."
             )
+        for role in self.roles or Role:
+            vllm_flags({**self.settings, **(self.roles[role].settings if self.roles else {})}, role)
+
+    def _check_devices(self) -> None:
+        """Raise ConfigurationError for roles that are placed where the layout or ``devices`` place all."""
         for role, chosen in self.roles.items():
-            vllm_flags({**self.settings, **chosen.settings}, role)
+            option = f"--{role}-devices" if chosen.devices else f"--{role}-cpus" if chosen.cpus else None
+            if option is not None and self.devices:
+                raise ConfigurationError(
+                    f"--devices is for all instances and {option} for some; give only one of them."
+                )
+            if option is not None and self.layout in (Layout.COLOCATED, Layout.AGGREGATED):
+                raise ConfigurationError(
+                    f"--layout {self.layout} places instances itself, so {option} contradicts it; use --devices, or --layout "
+                    "split."
+                )
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the roles and their numbers are known, so that no layout has to decide them."""
+        return bool(self.roles) and all(role.count is not None for role in self.roles.values())
 
     def count(self, role: Role) -> int:
-        """Return the number of instances of ``role``."""
-        return self.roles[role].count if role in self.roles else 0
+        """Return the number of instances of ``role``; 0 if a layout has yet to decide it."""
+        return self.roles[role].count or 0 if role in self.roles else 0
 
     def threads(self, role: Role) -> int:
         """Return the threads of each instance of ``role``: as configured, else an even share of its cores, at least one."""
@@ -169,8 +211,8 @@ class DeploymentConfig:
         if chosen.threads is not None:
             return chosen.threads
         if chosen.cpus:
-            return max(1, len(set(chosen.cpus)) // chosen.count)
-        return max(1, usable_cores() // sum(one.count for one in self.roles.values()))
+            return max(1, len(set(chosen.cpus)) // self.count(role))
+        return max(1, usable_cores() // sum(self._counts(*self.roles)))
 
     @property
     def model_name(self) -> str:

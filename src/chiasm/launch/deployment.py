@@ -6,14 +6,17 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 from chiasm.cores import check_cpus
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.launch.arrangement import arrange
 from chiasm.launch.child import Child, ProcessState
 from chiasm.launch.config import DeploymentConfig
-from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder
-from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, placements_of, plan_instances, plan_proxy
+from chiasm.launch.devices import Placements, others_serve
+from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory
+from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort, instance_states
 from chiasm.wire import Role
 
@@ -68,7 +71,8 @@ class Deployment:
             url = deployment.wait_ready()
 
     A child that dies is started again, on the same port, after a pause that doubles each time. One that cannot be started
-    at all ends the deployment's start: ``check`` and ``wait_ready`` raise its error. When ``stop`` returns, no process, port or
+    at all ends the deployment's start: ``check`` and ``wait_ready`` raise its error. Only a GPU can be lost: where its roles
+    have instances on other GPUs too, these serve without it, and a line says so. When ``stop`` returns, no process, port or
     folder is left; when this process is killed, the children end by themselves.
     """
 
@@ -79,7 +83,7 @@ class Deployment:
         on_change: Callable[[ProcessStatus], None] | None = None,
         on_line: Callable[[str, str], None] | None = None,
     ) -> None:
-        """Find the model and, if there are GPUs, divide them among the instances. Starts nothing.
+        """Find the model, and apply the layout to the devices of this machine. Starts nothing.
 
         Raises ConfigurationError if there is no such model, engine or device.
 
@@ -94,11 +98,12 @@ class Deployment:
         check_cpus(config.proxy_cpus)
         self.folder = resolve_folder(config.model)
         """Folder of the checkpoint."""
-        self.placements = placements_of(config, self.folder)
-        """Which instance computes on which devices."""
+        self.arrangement = arrange(config, self.folder)
+        """Which instances there are, and where each of them computes."""
         self._on_change = on_change or (lambda status: None)
         self._on_line = on_line or (lambda name, line: None)
         self._members: dict[str, _Member] = {}
+        self._lost: set[str] = set()
         self._held: list[HeldPort] = []
         self._storage: StorageFolder | None = None
         self._scratch: LockedFolder | None = None
@@ -123,7 +128,7 @@ class Deployment:
 
         Raises ConfigurationError, before any is started, if the port is in use or a setting cannot work.
         """
-        config = self.config
+        config = self.arrangement.config
         try:
             address = HeldPort(config.host, config.port)
             self._held.append(address)
@@ -147,26 +152,37 @@ class Deployment:
             member.child.start()
 
     def _surroundings(self) -> Surroundings:
-        config = self.config
+        config = self.arrangement.config
         storage, ec_max_bytes = config.shared_storage_path, config.ec_max_bytes or DEFAULT_MAX_BYTES
         if storage is None and config.exchanges_embeddings:
             self._storage = StorageFolder(config.ec_max_bytes)
             storage, ec_max_bytes = self._storage.path, self._storage.max_bytes
-        if any(placement.shared for placement in self.placements.values()):
-            self._scratch = LockedFolder(_SCRATCH_PREFIX)
-        return Surroundings(storage, ec_max_bytes, self._scratch.path if self._scratch else None)
+        if any(placement.shared or placement.core_share for placement in self.placements.values()):
+            self._scratch = LockedFolder(_SCRATCH_PREFIX, in_memory())
+        return Surroundings(storage, ec_max_bytes, self.scratch)
 
     def check(self) -> None:
-        """Raise ConfigurationError if a process could not be started at all."""
-        for member in list(self._members.values()):
-            if member.child.failure is not None:
-                raise member.child.failure
+        """Raise ConfigurationError if a process could not be started at all, and the others cannot serve without it."""
+        failed = [member for member in self._members.values() if member.child.failure is not None]
+        lost = [(member.plan.role, member.plan.index) for member in failed if member.plan.role is not None]
+        for member in failed:
+            name, failure, gpus = member.plan.name, member.child.failure, self._gpus_of(member.plan)
+            assert failure is not None
+            if len(lost) < len(failed) or not others_serve(self.placements, lost):
+                raise ConfigurationError(f"{name} on GPU {gpus}: {failure.message}") if gpus else failure
+            if name not in self._lost:
+                self._lost.add(name)
+                self._on_line(name, f"is lost with GPU {gpus}, and the others serve without it: {failure.message}")
 
     def is_ready(self) -> bool:
-        """Return whether all processes run and the proxy finds every instance healthy; asking it takes milliseconds."""
-        members = [member for member in self._members.values() if member.plan.role is not None]
-        if not all(member.child.state is ProcessState.READY for member in self._members.values()):
+        """Return whether all processes run and the proxy finds every instance healthy; asking it takes milliseconds.
+
+        Instances that ``check`` has given up with their GPU don't count.
+        """
+        needed = [member for member in self._members.values() if member.plan.name not in self._lost]
+        if not all(member.child.state is ProcessState.READY for member in needed):
             return False
+        members = [member for member in needed if member.plan.role is not None]
         states = instance_states(self.local_url)
         return all(states.get(member.plan.address.url) == "healthy" for member in members)
 
@@ -208,6 +224,11 @@ class Deployment:
     # ---- what runs ----------------------------------------------------------------------------------------------------
 
     @property
+    def placements(self) -> Placements:
+        """Where each instance computes."""
+        return self.arrangement.placements
+
+    @property
     def url(self) -> str:
         """Base URL of the proxy, as configured."""
         return self._members[PROXY].plan.address.url
@@ -216,6 +237,11 @@ class Deployment:
     def local_url(self) -> str:
         """Base URL of the proxy for clients on this machine."""
         return self._members[PROXY].plan.address.local_url
+
+    @property
+    def scratch(self) -> Path | None:
+        """The folder through which instances on the same device agree, while it runs; None where none share a device."""
+        return self._scratch.path if self._scratch is not None else None
 
     def urls(self, role: Role) -> list[str]:
         """Return the base URLs of the instances of ``role``, in the order of their numbers."""
@@ -230,7 +256,14 @@ class Deployment:
         """Return the last lines that the process called ``name`` has logged, at most 200."""
         return list(self._members[name].child.lines)
 
+    def _gpus_of(self, plan: ProcessPlan) -> str:
+        """Return the names of an instance's GPUs; empty for an instance on CPU and the proxy."""
+        return ", ".join(self.placements[plan.role, plan.index].devices) if plan.role is not None else ""
+
     def _changed(self, child: Child) -> None:
+        gpus = self._gpus_of(self._members[child.name].plan)
+        if child.state is ProcessState.WAITING and gpus:
+            self._on_line(child.name, f"computed on GPU {gpus}; if that is lost, the instances on other GPUs serve on")
         self._on_change(self._status(child.name))
 
     def _status(self, name: str) -> ProcessStatus:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from chiasm.errors import ConfigurationError
 from chiasm.launch.config import RoleConfig
 from chiasm.wire import Role
 
-_LISTED = re.compile(r"^GPU (\d+):", re.MULTILINE)
+_logger = logging.getLogger(__name__)
+_SMI_FIELDS = "index,name,memory.total,uuid"
 _LIST_SECONDS = 20.0
+_MPS_FOLDER = "/tmp/nvidia-mps"
 _USABLE_SHARE = 0.9
 """Fraction of a shared device's memory that instances get; driver and libraries of each process take the rest."""
 _LEAST_SHARE = 0.02
@@ -24,32 +27,83 @@ _LANGUAGE_WEIGHT = 3
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU."""
+
+    name: str
+    """The number or UUID by which CUDA_VISIBLE_DEVICES or ``nvidia-smi`` names it."""
+    model: str = ""
+    """Empty if ``nvidia-smi`` doesn't list it."""
+    memory_bytes: int = 0
+    """0 if ``nvidia-smi`` doesn't tell."""
+    uuid: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Model and memory in words; the same for GPUs that are alike."""
+        return f"{self.model}, {self.memory_bytes / 2**30:.0f} GiB" if self.model else "unknown"
+
+
+@dataclass(frozen=True)
 class Placement:
-    """Where one instance computes. Without devices: on CPU, or where the engine chooses."""
+    """Where and how one instance computes. Without devices: on CPU, or where the engine chooses."""
 
     devices: tuple[str, ...] = ()
+    """Names of GPUs."""
     memory_share: float | None = None
     """Fraction of each device's memory; None: what the engine takes of a device of its own."""
     shared: bool = False
     """Whether another instance computes on one of the devices."""
+    uuids: tuple[str, ...] = ()
+    """UUIDs of these GPUs if they are known: the numbers of the others change when a GPU is lost."""
+    cpus: tuple[int, ...] = ()
+    """CPUs that it is pinned to; empty: all."""
+    threads: int | None = None
+    """Intra-op threads; None: what the engine chooses."""
+    core_share: str = ""
+    """Names the cores that it shares with the instances of the same name; empty if their number of threads is fixed."""
+    nice: int = 0
 
 
 Placements = dict[tuple[Role, int], Placement]
 """By an instance's role and its number within the role."""
 
 
-def found_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Return the NVIDIA GPUs that a process of this environment may use, by ``nvidia-smi``'s numbers or by UUID."""
+def found_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
+    """Return the NVIDIA GPUs that a process of this environment may use."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return tuple(name.strip() for name in visible.split(",") if name.strip() not in {"", "-1"})
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_LIST_SECONDS, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
+    names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip() not in {"", "-1"}]
+    if names == []:
         return ()
-    return tuple(_LISTED.findall(listed))
+    command = ["nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"]
+    try:
+        # It lists the others when a GPU is lost, although it fails then.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIST_SECONDS, check=False)
+        listed = gpus_of(done.stdout)
+    except (OSError, subprocess.SubprocessError):
+        listed = ()
+    if names is None:
+        return listed
+    known = {name: gpu for gpu in listed for name in (gpu.name, gpu.uuid)}
+    return tuple(replace(known.get(name, Gpu(name)), name=name) for name in names)
+
+
+def gpus_of(listing: str) -> tuple[Gpu, ...]:
+    """Read the lines of ``nvidia-smi``. A line that describes no GPU is logged: it tells of one that is lost."""
+    found = []
+    for line in listing.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) == len(_SMI_FIELDS.split(",")) and fields[0].isdecimal():
+            index, model, mebibytes, uuid = fields
+            found.append(Gpu(index, model, int(mebibytes) << 20 if mebibytes.isdecimal() else 0, uuid))
+        elif line.strip():
+            _logger.warning("nvidia-smi: %s", line.strip())
+    return tuple(found)
+
+
+def mps_runs(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether CUDA's Multi-Process Service runs, so that the processes on a GPU can have priorities."""
+    return (Path(environment.get("CUDA_MPS_PIPE_DIRECTORY") or _MPS_FOLDER) / "control").exists()
 
 
 def place(roles: Mapping[Role, RoleConfig], found: Sequence[str], attention_heads: int | None = None) -> Placements:
@@ -61,13 +115,13 @@ def place(roles: Mapping[Role, RoleConfig], found: Sequence[str], attention_head
     """
     named = {role: chosen for role, chosen in roles.items() if chosen.devices and chosen.count}
     for role, chosen in named.items():
-        check_names(role, chosen.devices, found)
+        check_names(f"--{role}-devices", chosen.devices, found)
     devices = {(role, index): dealt for role, chosen in named.items() for index, dealt in _deal(role, chosen)}
     taken = {device for dealt in devices.values() for device in dealt}
     unnamed = {role: chosen.count for role, chosen in roles.items() if chosen.count and not chosen.devices}
     if unnamed and found:
         devices |= _choose(unnamed, [device for device in found if device not in taken], attention_heads)
-    return _with_shares(roles, devices)
+    return with_shares(roles, devices)
 
 
 def describe(placements: Placements) -> str:
@@ -82,19 +136,28 @@ def describe(placements: Placements) -> str:
     return "; ".join(parts)
 
 
-def check_names(role: Role, names: Sequence[str], found: Sequence[str]) -> None:
-    """Raise ConfigurationError unless the devices named for ``role`` are among those found, each once."""
+def others_serve(placements: Placements, lost: Collection[tuple[Role, int]]) -> bool:
+    """Return whether instances on GPUs can be done without: every role that lost one has another, on other GPUs."""
+    gone = {device for place in lost for device in placements[place].devices}
+    left = {
+        role for (role, index), one in placements.items() if (role, index) not in lost and gone.isdisjoint(one.devices)
+    }
+    return all(placements[place].devices and place[0] in left for place in lost)
+
+
+def check_names(option: str, names: Sequence[str], found: Sequence[str]) -> None:
+    """Raise ConfigurationError unless the devices that an option names are among those found, each once."""
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
-        raise ConfigurationError(f"--{role}-devices names {', '.join(repeated)} more than once.")
+        raise ConfigurationError(f"{option} names {', '.join(repeated)} more than once.")
     missing = [name for name in names if name.isdecimal() and name not in found]
     if missing and all(name.isdecimal() for name in found):
         there = f"the GPUs are {', '.join(found)}" if found else "no NVIDIA GPU was found"
-        raise ConfigurationError(f"--{role}-devices: GPU {', '.join(missing)} cannot be used here; {there}.")
+        raise ConfigurationError(f"{option}: GPU {', '.join(missing)} cannot be used here; {there}.")
 
 
 def _deal(role: Role, chosen: RoleConfig) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield number and devices of each instance: several devices for one instance, or several instances on one device."""
-    names, count = chosen.devices, chosen.count
+    names, count = chosen.devices, chosen.count or 0
     each, rest = divmod(len(names), count)
     if each and not rest:
         for index in range(count):
@@ -136,7 +199,8 @@ def _tensor_parallel(most: int, attention_heads: int | None) -> int:
     return size
 
 
-def _with_shares(roles: Mapping[Role, RoleConfig], devices: Mapping[tuple[Role, int], tuple[str, ...]]) -> Placements:
+def with_shares(roles: Mapping[Role, RoleConfig], devices: Mapping[tuple[Role, int], tuple[str, ...]]) -> Placements:
+    """Return the placements of instances on these devices, with what each gets of their memory. Raises ConfigurationError."""
     tenants: dict[str, list[Role]] = {}
     for (role, _), names in devices.items():
         for name in names:
@@ -144,7 +208,7 @@ def _with_shares(roles: Mapping[Role, RoleConfig], devices: Mapping[tuple[Role, 
     shares = {name: _shares(roles, name, on_it) for name, on_it in tenants.items()}
     placements: Placements = {}
     for role, chosen in roles.items():
-        for index in range(chosen.count):
+        for index in range(chosen.count or 0):
             names = devices.get((role, index), ())
             if chosen.memory_share is not None and not names:
                 raise ConfigurationError(

@@ -22,6 +22,11 @@ STORAGE_PREFIX = "chiasm-ec-"
 _logger = logging.getLogger(__name__)
 
 
+def in_memory() -> Path | None:
+    """Return where small files are kept in memory; None if this machine has no such place."""
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK | os.X_OK) else None
+
+
 class LockedFolder:
     """A new folder of mode 0700.
 

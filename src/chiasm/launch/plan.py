@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chiasm.errors import ConfigurationError
 from chiasm.launch import vllm
 from chiasm.launch.config import DeploymentConfig, EngineKind
-from chiasm.launch.devices import Placement, Placements, found_devices, place
+from chiasm.launch.devices import Placement, Placements, mps_runs
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.process import KV_ROLES, instance_process, proxy_process, to_json
 from chiasm.wire import Role
@@ -21,6 +20,7 @@ PROXY = "proxy"
 LOOPBACK = "127.0.0.1"
 PROBE_INTERVAL_SECONDS = 0.25
 """Interval of the proxy's probes, so short that it notices quickly when an instance of this machine comes or goes."""
+_MPS_PRIORITY, _MPS_BELOW_NORMAL = "CUDA_MPS_CLIENT_PRIORITY", "1"
 _EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)
 
 
@@ -32,6 +32,8 @@ class ProcessPlan:
     """``proxy``, or the role and a number: ``encoder-0``."""
     role: Role | None
     """None for the proxy."""
+    index: int
+    """The number of an instance within its role."""
     address: HeldPort
     command: list[str]
     environment: dict[str, str]
@@ -47,38 +49,7 @@ class Surroundings:
     """Folder of the embeddings; None if none are exchanged."""
     ec_max_bytes: int
     scratch: Path | None
-    """A folder for the locks that order starts; None where no instances share a device."""
-
-
-def placements_of(config: DeploymentConfig, folder: Path) -> Placements:
-    """Return which instance computes where. Raises ConfigurationError for what the machine or the engine cannot do."""
-    if config.engine is EngineKind.VLLM:
-        on_cpu = vllm.installed().on_cpu
-        found = () if on_cpu else found_devices()
-        if not found and not on_cpu:
-            raise ConfigurationError(
-                "This vLLM is built for GPUs, and no NVIDIA GPU was found; on a machine without one, install the build for "
-                "CPUs (`make vllm` does)."
-            )
-        return place(config.roles, found, vllm.attention_heads(folder))
-    named = any(role.devices for role in config.roles.values())
-    placements = place(config.roles, found_devices() if named else ())
-    check_built_in(placements)
-    return placements
-
-
-def check_built_in(placements: Placements) -> None:
-    """Raise ConfigurationError for placements that the built-in engine cannot follow."""
-    for (role, _), placement in placements.items():
-        if len(placement.devices) > 1:
-            raise ConfigurationError(
-                f"The built-in engine computes on one device, and --{role}-devices gives each instance "
-                f"{len(placement.devices)}; name one for each, or use --engine vllm, which splits a model."
-            )
-        if placement.devices and not placement.devices[0].isdecimal():
-            raise ConfigurationError(
-                f"--{role}-devices: the built-in engine takes numbers, not {placement.devices[0]!r}."
-            )
+    """A folder for the files through which instances on the same device agree; None where none share a device."""
 
 
 def plan_instances(
@@ -103,11 +74,13 @@ def plan_instances(
         if config.engine is EngineKind.VLLM:
             side_channel = hold() if role in KV_ROLES else None
             command, environment = _vllm(config, folder, role, placement, surroundings, address, side_channel)
-            plans.append(ProcessPlan(name, role, address, command, environment))
+            plans.append(ProcessPlan(name, role, index, address, command, environment))
         else:
             settings = instance_settings(config, role, address, surroundings, placement)
-            configuration = to_json(instance_process(folder, role, settings))
-            plans.append(ProcessPlan(name, role, address, _child(name), dict(os.environ), configuration))
+            process = instance_process(folder, role, settings)
+            environment = {**os.environ, **_cuda_environment(placement)}
+            plans.append(ProcessPlan(name, role, index, address, _child(name), environment, to_json(process)))
+        plans[-1].environment.update(_mps_environment(placement))
     return plans
 
 
@@ -123,7 +96,7 @@ def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[
         **_deadline(config),
         **config.proxy_settings,
     }
-    return ProcessPlan(PROXY, None, address, _child(PROXY), dict(os.environ), to_json(proxy_process(settings)))
+    return ProcessPlan(PROXY, None, 0, address, _child(PROXY), dict(os.environ), to_json(proxy_process(settings)))
 
 
 def instance_settings(
@@ -135,12 +108,15 @@ def instance_settings(
         "host": address.host,
         "port": address.port,
         "served_model_name": config.model_name,
-        "threads": config.threads(role),
-        "cpus": chosen.cpus,
+        "threads": placement.threads,
+        "cpus": placement.cpus,
+        "nice": placement.nice,
         **_deadline(config),
     }
+    if placement.core_share and surroundings.scratch is not None:
+        settings["core_share"] = surroundings.scratch / placement.core_share  # the first instance makes it
     if placement.devices:
-        settings["device"] = f"cuda:{placement.devices[0]}"
+        settings["device"] = "cuda:0"  # the only one that the process sees
     if role in _EC_ROLES and surroundings.storage is not None:
         settings |= {
             "connector": config.connector,
@@ -152,6 +128,20 @@ def instance_settings(
         names = ["kv_connector", "kv_connector_module_path", *(["kv_lease_seconds"] if role is Role.PREFILL else [])]
         settings |= {name: value for name in names if (value := getattr(config, name)) is not None}
     return {**settings, **config.settings, **chosen.settings}
+
+
+def _cuda_environment(placement: Placement) -> dict[str, str]:
+    """Return what shows a process of the built-in engine its own GPU, and no other if that one is lost."""
+    if not placement.devices:
+        return {}
+    # The numbers are nvidia-smi's.
+    visible = ",".join(placement.uuids or placement.devices)
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
+
+
+def _mps_environment(placement: Placement) -> dict[str, str]:
+    """Return what lets an instance give way on a GPU; it needs CUDA's Multi-Process Service."""
+    return {_MPS_PRIORITY: _MPS_BELOW_NORMAL} if placement.nice and placement.devices and mps_runs() else {}
 
 
 def _child(name: str) -> list[str]:

@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 import psutil
 
-from chiasm.cores import pin_to
+from chiasm.cores import lower_priority, lower_session_priority, pin_to
 from chiasm.launch.child import CONFIGURATION_EXIT_CODE, describe_exit, end_with_stdin, print_ready
 from chiasm.launch.folders import LockedFolder
 from chiasm.launch.ports import is_healthy
@@ -268,10 +268,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="base URL at which the command will serve; GET /health there tells when it is ready",
     )
     parser.add_argument("--cpus", default="", help="CPUs for the command, separated by commas")
+    parser.add_argument("--nice", type=int, default=0, help="how far the command gives way to other processes")
     parser.add_argument("--turn", type=Path, help="file; of the commands that name it, only one at a time starts")
     parser.add_argument("command", nargs="+", help="the command, after --")
     chosen = parser.parse_args(arguments)
     pin_to([int(cpu) for cpu in chosen.cpus.split(",") if cpu])
+    lower_priority(chosen.nice)
+    lower_session_priority(chosen.nice)
     return Supervisor(chosen.command, chosen.url).run(chosen.turn)
 
 

@@ -106,8 +106,10 @@ def instance_command(
     """
     chosen = config.roles[role]
     command = [sys.executable, "-m", "chiasm.launch.supervisor", "--url", site.address.url]
-    if chosen.cpus:
-        command += ["--cpus", ",".join(map(str, chosen.cpus))]
+    if site.placement.cpus:
+        command += ["--cpus", ",".join(map(str, site.placement.cpus))]
+    if site.placement.nice:
+        command += ["--nice", str(site.placement.nice)]
     if site.turn is not None:
         command += ["--turn", str(site.turn)]
     command += ["--", str(found.command), "serve", str(folder)]
@@ -142,7 +144,7 @@ def instance_environment(
         # vLLM would bind the threads of every instance to the same cores.
         chosen.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         chosen.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        chosen.setdefault("OMP_NUM_THREADS", str(config.threads(role)))
+        chosen.setdefault("OMP_NUM_THREADS", str(site.placement.threads or 1))
     elif config.roles[role].threads is not None:
         chosen.setdefault("OMP_NUM_THREADS", str(config.roles[role].threads))
     if site.placement.devices:

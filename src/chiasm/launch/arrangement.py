@@ -1,0 +1,300 @@
+"""Applies a layout to this machine: which instances there are, and where each of them computes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from chiasm.cores import check_cpus, parse_cpus, show_cpus, usable_cores
+from chiasm.errors import ConfigurationError
+from chiasm.launch import vllm
+from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
+from chiasm.launch.devices import Gpu, Placements, check_names, found_gpus, place, with_shares
+from chiasm.launch.layout import Layout, cpu_pairs, in_words
+from chiasm.wire import Role
+
+ENCODER_NICE = 5
+"""Decode steps go before encoding on the same cores; of a core that both want, the kernel still gives encoding a quarter."""
+_LANGUAGE_SHARE = 0.6
+"""Fraction of a GPU's memory that weights may take there beside an encoder."""
+_UUIDS = ("GPU-", "MIG-")
+_HALF = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The instances of a deployment on this machine."""
+
+    config: DeploymentConfig
+    """With the number of instances of every role, on all devices together."""
+    placements: Placements
+    layout: Layout
+    """Never ``auto``."""
+    description: str
+    """The layout, who shares what, and why, in one line."""
+
+
+@dataclass(frozen=True)
+class _Device:
+    """What the instances of one place share."""
+
+    name: str
+    gpu: str = ""
+    """Name of the GPU; empty for cores, and for a GPU that the engine chooses itself."""
+    cpus: tuple[int, ...] = ()
+    """Cores to pin instances to; empty: all that this process may use."""
+    cores: int = 0
+    """0 for a GPU."""
+
+
+def arrange(config: DeploymentConfig, folder: Path | None) -> Arrangement:
+    """Return what a start on this machine would run. ``folder`` is the checkpoint's; None if it isn't here yet.
+
+    Raises ConfigurationError for what the machine or the engine cannot do.
+    """
+    gpus = _usable_gpus(config)
+    model_bytes = weights_bytes(config, folder) if folder is not None else 0
+    layout, why = _choose(config, gpus, model_bytes)
+    if layout is Layout.SPLIT:
+        return _split(config, folder, gpus, why)
+    devices = _devices(config, gpus)
+    return _shared(config, layout, devices, gpus, model_bytes, why)
+
+
+def one_of_each(config: DeploymentConfig) -> DeploymentConfig:
+    """Return a deployment with one instance of each role of its layout, unless its instances are counted."""
+    if config.is_counted:
+        return config
+    roles = (Role.AGGREGATED,) if config.layout is Layout.AGGREGATED else (Role.ENCODER, Role.PD)
+    given = config.roles
+    return replace(config, roles={role: replace(given.get(role, RoleConfig()), count=1) for role in roles})
+
+
+def weights_bytes(config: DeploymentConfig, folder: Path) -> int:
+    """Return the size of a checkpoint's weights in memory. On CPU, the built-in engine makes float32 of 16 bits."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    try:
+        described = json.loads((folder / "config.json").read_text())
+        stored = described.get("dtype") or described.get("torch_dtype")
+    except (OSError, ValueError, AttributeError):  # the instances report it
+        return size
+    wanted = config.settings.get("dtype", "auto")
+    widens = wanted == "float32" or (wanted == "auto" and _on_cpu(config))
+    return 2 * size if widens and stored in _HALF else size
+
+
+def _on_cpu(config: DeploymentConfig) -> bool:
+    return config.engine is EngineKind.CHIASM and not _usable_gpus(config) and not _names_gpu(config)
+
+
+def _names_gpu(config: DeploymentConfig) -> bool:
+    """Whether ``--device`` names a GPU, which all instances of the built-in engine then use."""
+    return config.engine is EngineKind.CHIASM and str(config.settings.get("device", "")).startswith("cuda")
+
+
+def _usable_gpus(config: DeploymentConfig) -> tuple[Gpu, ...]:
+    """Return the GPUs that instances may be given. Raises ConfigurationError if vLLM is missing, or needs one."""
+    if config.engine is EngineKind.VLLM:
+        if vllm.installed().on_cpu:
+            return ()
+        if not (found := found_gpus()):
+            raise ConfigurationError(
+                "This vLLM is built for GPUs, and no NVIDIA GPU was found; on a machine without one, install the build for "
+                "CPUs (`make vllm` does)."
+            )
+        return found
+    if any(role.devices for role in config.roles.values()):
+        return found_gpus()
+    chosen = config.settings.get("device", "auto")
+    built_for_cpu = importlib.metadata.version("torch").endswith("+cpu")
+    return () if chosen != "auto" or built_for_cpu else found_gpus()
+
+
+def _choose(config: DeploymentConfig, gpus: Sequence[Gpu], model_bytes: int) -> tuple[Layout, str]:
+    """Return a layout that isn't ``auto``, and why it was chosen."""
+    if config.layout is not Layout.AUTO:
+        return config.layout, "--layout names it"
+    if config.is_counted:
+        return Layout.SPLIT, "instances are counted by role"
+    if any(role.devices or role.cpus for role in config.roles.values()):
+        return Layout.SPLIT, "roles have devices or CPUs of their own"
+    named = _named_gpus(config, gpus)
+    if len(kinds := dict.fromkeys(gpu.kind for gpu in named)) > 1:
+        return Layout.SPLIT, f"the GPUs differ: {'; '.join(kinds)}"
+    smallest = min((gpu.memory_bytes for gpu in named), default=0)
+    if len(named) > 1 and smallest and model_bytes > _LANGUAGE_SHARE * smallest:
+        return Layout.SPLIT, "the model is too large for a part of one GPU"
+    return Layout.COLOCATED, "the devices are alike" if len(
+        named
+    ) > 1 or "/" in config.devices else "there is one device"
+
+
+# ---- devices that are shared --------------------------------------------------------------------------------------------
+
+
+def _named_gpus(config: DeploymentConfig, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """Return the GPUs that ``--devices`` names, in its order, or all. Raises ConfigurationError for a name that isn't there."""
+    if not gpus or not config.devices:
+        return tuple(gpus)
+    names = [name.strip() for name in config.devices.split(",")]
+    if not all(names) or any("/" in name for name in names):
+        raise ConfigurationError(
+            f"--devices: {config.devices!r} is not a list of GPUs; write for example 0,1. Sets of cores are for machines "
+            "without a GPU, and for --device cpu."
+        )
+    known = {name: gpu for gpu in gpus for name in (gpu.name, gpu.uuid)}
+    numbers = [known[name].name if name in known else name for name in names]
+    check_names("--devices", numbers, [gpu.name for gpu in gpus])
+    # Where UUIDs are known, a GPU that isn't among them is gone; CUDA accepts the beginning of one.
+    if all(gpu.uuid for gpu in gpus):
+        gone = [n for n in names if n.startswith(_UUIDS[0]) and not any(gpu.uuid.startswith(n) for gpu in gpus)]
+        if gone:
+            there = ", ".join(f"{gpu.name} ({gpu.uuid})" for gpu in gpus)
+            raise ConfigurationError(f"--devices: {', '.join(gone)} cannot be used here; the GPUs are {there}.")
+    return tuple(replace(known.get(name, Gpu(name)), name=name) for name in names)
+
+
+def _devices(config: DeploymentConfig, gpus: Sequence[Gpu]) -> list[_Device]:
+    if gpus:
+        return [_Device(f"GPU {gpu.name}", gpu.name) for gpu in _named_gpus(config, gpus)]
+    if _names_gpu(config):
+        if config.devices:
+            raise ConfigurationError("--device and --devices both name GPUs; give only one of them.")
+        return [_Device(str(config.settings["device"]))]
+    if not config.devices:
+        cores = usable_cores()
+        return [_Device(f"{cores} core{'s' if cores > 1 else ''}", cores=cores)]
+    sets = core_sets(config.devices)
+    return [_Device(f"cores {show_cpus(cpus)}", cpus=cpus, cores=min(len(cpus), usable_cores())) for cpus in sets]
+
+
+def core_sets(text: str) -> list[tuple[int, ...]]:
+    """Return the sets of cores in ``0-3/4-7``. Raises ConfigurationError if they overlap or cannot be used here."""
+    sets: list[tuple[int, ...]] = []
+    for part in text.split("/"):
+        try:
+            cpus = parse_cpus(part)
+            check_cpus(cpus)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"--devices {text}: {error.message}") from None
+        if twice := sorted({cpu for earlier in sets for cpu in earlier}.intersection(cpus)):
+            raise ConfigurationError(
+                f"--devices {text}: CPU {show_cpus(twice)} is in more than one set; each set is a device of its own."
+            )
+        sets.append(cpus)
+    return sets
+
+
+def _shared(
+    config: DeploymentConfig,
+    layout: Layout,
+    devices: Sequence[_Device],
+    gpus: Sequence[Gpu],
+    model_bytes: int,
+    why: str,
+) -> Arrangement:
+    """Return an arrangement in which every device has the same instances, which all use the whole of it."""
+    if config.is_counted:
+        each = {role: config.count(role) for role in config.roles if config.count(role)}
+    else:
+        each = _default_counts(config, layout, devices, model_bytes)
+    given = config.roles
+    roles = {role: replace(given.get(role, RoleConfig()), count=count * len(devices)) for role, count in each.items()}
+    resolved = replace(config, roles=roles)
+    places = {(role, index): devices[index // each[role]] for role in roles for index in range(roles[role].count or 0)}
+    placed = with_shares(roles, {key: (device.gpu,) for key, device in places.items() if device.gpu})
+    lets_cores_go = config.engine is EngineKind.CHIASM and sum(each.values()) > 1
+    placements: Placements = {}
+    for (role, index), device in places.items():
+        threads = roles[role].threads
+        placements[role, index] = replace(
+            placed[role, index],
+            uuids=_uuids(placed[role, index].devices, gpus),
+            cpus=device.cpus,
+            threads=threads or device.cores or resolved.threads(role),
+            core_share=f"cores-{devices.index(device)}" if device.cores and lets_cores_go else "",
+            nice=ENCODER_NICE if layout is Layout.COLOCATED and role is Role.ENCODER else 0,
+        )
+    return Arrangement(resolved, placements, layout, _describe_shared(layout, each, devices, why))
+
+
+def _default_counts(
+    config: DeploymentConfig, layout: Layout, devices: Sequence[_Device], model_bytes: int
+) -> dict[Role, int]:
+    """Return how many instances each device gets."""
+    if layout is Layout.AGGREGATED:
+        return {Role.AGGREGATED: 1}
+    fewest = min(device.cores for device in devices)
+    if not fewest or config.engine is EngineKind.VLLM:  # vLLM's threads don't make way for others
+        return {Role.ENCODER: 1, Role.PD: 1}
+    import psutil
+
+    pairs = cpu_pairs(fewest, int(psutil.virtual_memory().available) // len(devices), model_bytes)
+    return {Role.ENCODER: pairs, Role.PD: pairs}
+
+
+def _describe_shared(layout: Layout, each: Mapping[Role, int], devices: Sequence[_Device], why: str) -> str:
+    alone = sum(each.values()) == 1
+    verb = "uses" if alone else "share"
+    names = ", ".join(device.name for device in devices)
+    if len(devices) > 1:
+        return f"{layout}: on each of {names}: {in_words(each)}{'' if alone else ', which share it'} ({why})"
+    return f"{layout}: {in_words(each)} {verb} {names} ({why})"
+
+
+# ---- devices that are divided -------------------------------------------------------------------------------------------
+
+
+def _split(config: DeploymentConfig, folder: Path | None, gpus: Sequence[Gpu], why: str) -> Arrangement:
+    """Return an arrangement in which roles divide GPUs and cores."""
+    resolved = one_of_each(config)
+    if config.devices and not gpus:
+        raise ConfigurationError(
+            "--devices: sets of cores are devices that instances share; choose --layout colocated or aggregated, or pin the "
+            "roles with --encoder-cpus, --pd-cpus and the like."
+        )
+    # An encoder comes first, and a smaller GPU is enough for it.
+    found = [gpu.name for gpu in sorted(_named_gpus(config, gpus), key=lambda gpu: gpu.memory_bytes)]
+    if config.engine is EngineKind.VLLM:
+        placed = place(resolved.roles, found, vllm.attention_heads(folder) if folder is not None else None)
+    else:
+        named = any(role.devices for role in config.roles.values())
+        as_counted = config.layout is Layout.AUTO and config.is_counted and not config.devices
+        # Instances that are only counted share the GPU that the engine chooses.
+        placed = place(resolved.roles, () if as_counted and not named else found)
+        _check_built_in(placed)
+    placements = {
+        (role, index): replace(
+            placement,
+            uuids=_uuids(placement.devices, gpus),
+            cpus=resolved.roles[role].cpus,
+            threads=resolved.threads(role),
+        )
+        for (role, index), placement in placed.items()
+    }
+    counts = {role: resolved.count(role) for role in resolved.roles}
+    return Arrangement(resolved, placements, Layout.SPLIT, f"{Layout.SPLIT}: {in_words(counts)} ({why})")
+
+
+def _check_built_in(placements: Placements) -> None:
+    """Raise ConfigurationError for placements that the built-in engine cannot follow."""
+    for (role, _), placement in placements.items():
+        if len(placement.devices) > 1:
+            raise ConfigurationError(
+                f"The built-in engine computes on one device, and --{role}-devices gives each instance "
+                f"{len(placement.devices)}; name one for each, or use --engine vllm, which splits a model."
+            )
+        if placement.devices and not placement.devices[0].isdecimal() and not placement.devices[0].startswith(_UUIDS):
+            raise ConfigurationError(
+                f"--{role}-devices: the built-in engine takes numbers and UUIDs of GPUs, not {placement.devices[0]!r}."
+            )
+
+
+def _uuids(names: Sequence[str], gpus: Sequence[Gpu]) -> tuple[str, ...]:
+    """Return the UUIDs of GPUs; none unless all are known."""
+    known = {name: gpu.uuid for gpu in gpus for name in (gpu.name, gpu.uuid)}
+    found = tuple(known.get(name, "") for name in names)
+    return found if all(found) else ()

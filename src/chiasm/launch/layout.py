@@ -1,0 +1,70 @@
+"""Layouts: whether the instances of a deployment share devices or divide them. ``arrangement`` applies them to a machine."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+
+from chiasm.errors import ConfigurationError
+from chiasm.wire import Role
+
+_MOST_PAIRS = 2
+_PAIR_BYTES = 1 << 30
+"""What an encoder and a language model take besides weights: two processes of 400 MiB, and the smallest useful caches."""
+_LANGUAGE = (Role.PD, Role.PREFILL, Role.DECODE)
+
+
+class Layout(enum.StrEnum):
+    """How instances are put on devices. A device is a GPU, or the CPU, or a set of its cores."""
+
+    AUTO = "auto"
+    """Split if instances are counted or placed by role, or if the GPUs differ; otherwise colocated."""
+    COLOCATED = "colocated"
+    """On each device an encoder beside a language model; each of them may use all of the device."""
+    SPLIT = "split"
+    """The devices are divided among the roles."""
+    AGGREGATED = "aggregated"
+    """On each device one instance that does everything."""
+
+
+def cpu_pairs(cores: int, memory_bytes: int, model_bytes: int) -> int:
+    """Return how many encoders, each with a PD, share a CPU with this many cores unless a person says how many.
+
+    ``memory_bytes`` is what is free there, ``model_bytes`` the size of all weights of the model in the instances' dtype.
+    """
+    fitting = memory_bytes // (model_bytes + _PAIR_BYTES)
+    return max(1, min(_MOST_PAIRS, cores, fitting))
+
+
+def check_counts(layout: Layout, counts: Mapping[Role, int]) -> None:
+    """Raise ConfigurationError if a layout cannot hold instances that a person has counted."""
+    given = {role for role, count in counts.items() if count}
+    if layout is Layout.AGGREGATED and given != {Role.AGGREGATED}:
+        others = ", ".join(sorted(given - {Role.AGGREGATED})) or "no"
+        raise ConfigurationError(
+            f"--layout aggregated runs aggregated instances only, but {others} instances are asked for; leave out their "
+            "counts, or choose another layout."
+        )
+    if layout is Layout.COLOCATED and Role.AGGREGATED in given:
+        raise ConfigurationError(
+            "--layout colocated puts encoders beside language models, and an aggregated instance is both; leave out "
+            "--aggregated, or choose --layout aggregated."
+        )
+    if layout is Layout.COLOCATED and (Role.ENCODER not in given or given.isdisjoint(_LANGUAGE)):
+        raise ConfigurationError(
+            "--layout colocated puts encoders beside language models; ask for at least one of each, or choose --layout split."
+        )
+
+
+def in_words(counts: Mapping[Role, int]) -> str:
+    """Return numbers of instances, such as ``2 encoders and 1 PD``."""
+    parts = [_counted(role, count) for role, count in counts.items() if count]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _counted(role: Role, count: int) -> str:
+    if role is Role.ENCODER:
+        return f"{count} encoder{'s' if count > 1 else ''}"
+    if role is Role.PD:
+        return f"{count} PD{'s' if count > 1 else ''}"
+    return f"{count} {role} instance{'s' if count > 1 else ''}"

@@ -1,0 +1,254 @@
+"""Which instances a layout puts where, on machines with CPUs and with invented GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiasm import cores
+from chiasm.errors import ConfigurationError
+from chiasm.launch import DeploymentConfig, Layout, RoleConfig, arrangement, config
+from chiasm.launch.arrangement import Arrangement, arrange
+from chiasm.launch.devices import Gpu
+from chiasm.launch.layout import cpu_pairs
+from chiasm.wire import Role
+
+E, PD, P, D, ALL = Role.ENCODER, Role.PD, Role.PREFILL, Role.DECODE, Role.AGGREGATED
+GIB = 1 << 30
+A10, H100 = ("NVIDIA A10", 24 * GIB), ("NVIDIA H100", 80 * GIB)
+Machine = Callable[..., None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Makes this a machine with so many cores and these GPUs."""
+
+    def make(usable: int = 2, *kinds: tuple[str, int]) -> None:
+        gpus = tuple(Gpu(str(n), *kind, f"GPU-{n}") for n, kind in enumerate(kinds))
+        monkeypatch.setattr(cores, "allowed_cpus", lambda: set(range(usable)))
+        for module in (arrangement, config):
+            monkeypatch.setattr(module, "usable_cores", lambda: usable)
+        monkeypatch.setattr(arrangement, "found_gpus", lambda: gpus)
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "2.9.0" if kinds else "2.9.0+cpu")
+
+    make()
+    return make
+
+
+def _arranged(roles: dict[Role, int] | None = None, **asked: Any) -> Arrangement:
+    counted = {role: RoleConfig(count) for role, count in (roles or {}).items()}
+    return arrange(DeploymentConfig("demo", counted, **asked), None)
+
+
+def _where(arranged: Arrangement) -> list[str]:
+    return [f"{role}-{index} {','.join(placement.devices)}" for (role, index), placement in arranged.placements.items()]
+
+
+# ---- on a CPU ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_options_encoders_and_pds_share_all_cores(machine: Machine) -> None:
+    machine(4)
+    arranged = _arranged()
+    assert arranged.layout is Layout.COLOCATED
+    assert arranged.description == "colocated: 2 encoders and 2 PDs share 4 cores (there is one device)"
+    assert list(arranged.placements) == [(E, 0), (E, 1), (PD, 0), (PD, 1)]
+    assert {(one.threads, one.cpus, one.core_share) for one in arranged.placements.values()} == {(4, (), "cores-0")}
+    assert [one.nice for one in arranged.placements.values()] == [5, 5, 0, 0]
+
+
+def test_one_core_has_an_encoder_and_a_pd_with_a_thread_each(machine: Machine) -> None:
+    machine(1)
+    arranged = _arranged()
+    assert arranged.description == "colocated: 1 encoder and 1 PD share 1 core (there is one device)"
+    assert [one.threads for one in arranged.placements.values()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("usable", "memory_bytes", "pairs"), [(1, 64 * GIB, 1), (2, 64 * GIB, 2), (64, 1 << 40, 2), (64, 20 * GIB, 1)]
+)
+def test_a_cpu_gets_as_many_pairs_as_its_cores_and_its_memory_hold(usable: int, memory_bytes: int, pairs: int) -> None:
+    assert cpu_pairs(usable, memory_bytes, 14 * GIB) == pairs
+
+
+@pytest.mark.usefixtures("machine")
+def test_counts_are_honoured_on_the_shared_device() -> None:
+    arranged = _arranged({E: 2, PD: 1}, layout=Layout.COLOCATED)
+    assert list(arranged.placements) == [(E, 0), (E, 1), (PD, 0)]
+    assert {one.threads for one in arranged.placements.values()} == {2}
+
+
+@pytest.mark.usefixtures("machine")
+def test_prefill_and_decode_stand_beside_encoders() -> None:
+    arranged = _arranged({E: 1, P: 1, D: 1}, layout=Layout.COLOCATED)
+    assert "1 encoder, 1 prefill instance and 1 decode instance share 2 cores" in arranged.description
+    assert [one.nice for one in arranged.placements.values()] == [5, 0, 0]
+
+
+def test_sets_of_cores_are_devices_of_their_own(machine: Machine) -> None:
+    machine(8)
+    arranged = _arranged({E: 1, PD: 1}, layout=Layout.COLOCATED, devices="0-3/4-7")
+    assert [(one.cpus, one.threads, one.core_share) for one in arranged.placements.values()] == [
+        ((0, 1, 2, 3), 4, "cores-0"),
+        ((4, 5, 6, 7), 4, "cores-1"),
+    ] * 2
+    assert arranged.config.count(E) == 2
+    assert "on each of cores 0-3, cores 4-7: 1 encoder and 1 PD, which share it" in arranged.description
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0-3/9", r"--devices 0-3/9: CPU 9 cannot be used here"),
+        ("0-2/2-3", "CPU 2 is in more than one set"),
+        ("0/", "'' is not a set of CPUs"),
+        ("GPU-1", "'GPU-1' is not a set of CPUs"),
+    ],
+)
+def test_wrong_sets_of_cores_are_refused(machine: Machine, text: str, message: str) -> None:
+    machine(4)
+    with pytest.raises(ConfigurationError, match=message):
+        _arranged(devices=text)
+
+
+@pytest.mark.usefixtures("machine")
+def test_an_aggregated_instance_has_all_cores_and_several_share_them() -> None:
+    (alone,) = _arranged(layout=Layout.AGGREGATED).placements.values()
+    assert (alone.threads, alone.core_share, alone.nice) == (2, "", 0)
+    several = _arranged({ALL: 2}, layout=Layout.AGGREGATED)
+    assert {(one.threads, one.core_share) for one in several.placements.values()} == {(2, "cores-0")}
+    assert several.description.startswith("aggregated: 2 aggregated instances share 2 cores")
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(("roles", "asked"), [({E: 1, PD: 1}, {}), ({}, {"layout": Layout.SPLIT}), ({ALL: 2}, {})])
+def test_roles_that_are_counted_or_split_divide_the_cores(roles: dict[Role, int], asked: dict[str, Any]) -> None:
+    arranged = _arranged(roles, **asked)
+    assert arranged.layout is Layout.SPLIT
+    assert [(one.threads, one.core_share, one.nice) for one in arranged.placements.values()] == [(1, "", 0)] * 2
+
+
+@pytest.mark.usefixtures("machine")
+def test_roles_with_cpus_of_their_own_split() -> None:
+    roles = {E: RoleConfig(None, cpus=(0,)), PD: RoleConfig(None, cpus=(1,))}
+    arranged = arrange(DeploymentConfig("demo", roles), None)
+    assert arranged.layout is Layout.SPLIT
+    assert [one.cpus for one in arranged.placements.values()] == [(0,), (1,)]
+
+
+@pytest.mark.usefixtures("machine")
+def test_options_of_roles_are_kept_by_the_layout() -> None:
+    roles = {role: RoleConfig(None, threads=1, settings={"max_num_seqs": 3}) for role in Role}
+    arranged = arrange(DeploymentConfig("demo", roles), None)
+    assert {one.threads for one in arranged.placements.values()} == {1}
+    assert arranged.config.roles == {role: RoleConfig(2, 1, settings={"max_num_seqs": 3}) for role in (E, PD)}
+
+
+@pytest.mark.usefixtures("machine")
+def test_weights_of_16_bits_take_twice_their_size_on_a_cpu(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    (tmp_path / "model.safetensors").write_bytes(bytes(10))
+    assert arrangement.weights_bytes(DeploymentConfig("demo"), tmp_path) == 20
+    assert arrangement.weights_bytes(DeploymentConfig("demo", settings={"dtype": "bfloat16"}), tmp_path) == 10
+
+
+# ---- on GPUs -----------------------------------------------------------------------------------------------------------
+
+
+def test_gpus_that_are_alike_have_an_encoder_and_a_pd_each(machine: Machine) -> None:
+    machine(8, H100, H100)
+    arranged = _arranged()
+    assert _where(arranged) == ["encoder-0 0", "encoder-1 1", "pd-0 0", "pd-1 1"]
+    assert arranged.description == (
+        "colocated: on each of GPU 0, GPU 1: 1 encoder and 1 PD, which share it (the devices are alike)"
+    )
+    assert arranged.placements[PD, 1].uuids == ("GPU-1",)
+    assert [one.memory_share for one in arranged.placements.values()] == [0.225, 0.225, 0.675, 0.675]
+    assert {one.core_share for one in arranged.placements.values()} == {""}
+
+
+def test_gpus_that_differ_are_split_and_the_encoder_gets_the_smaller(machine: Machine) -> None:
+    machine(8, H100, A10)
+    arranged = _arranged()
+    assert _where(arranged) == ["encoder-0 1", "pd-0 0"]
+    assert "the GPUs differ: NVIDIA H100, 80 GiB; NVIDIA A10, 24 GiB" in arranged.description
+
+
+def test_named_gpus_are_the_only_ones(machine: Machine) -> None:
+    machine(8, H100, A10, H100)
+    assert _where(_arranged(devices="0,2")) == ["encoder-0 0", "encoder-1 2", "pd-0 0", "pd-1 2"]
+    assert _where(_arranged(layout=Layout.SPLIT, devices="GPU-1,2")) == ["encoder-0 GPU-1", "pd-0 2"]
+    assert _where(_arranged(layout=Layout.AGGREGATED, devices="1")) == ["aggregated-0 1"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ("0,7", "--devices: GPU 7 cannot be used here; the GPUs are 0, 1"),
+        ("0,0", "--devices names 0 more than once"),
+        ("0,GPU-0", "--devices names 0 more than once"),
+        ("GPU-9", "--devices: GPU-9 cannot be used here"),
+        ("0/1", "is not a list of GPUs"),
+        ("0,,1", "is not a list of GPUs"),
+    ],
+)
+def test_wrong_gpus_are_refused(machine: Machine, devices: str, message: str) -> None:
+    machine(8, H100, H100)
+    with pytest.raises(ConfigurationError, match=message):
+        _arranged(devices=devices)
+
+
+def test_with_device_cpu_gpus_are_left_alone(machine: Machine) -> None:
+    machine(4, H100)
+    arranged = _arranged(settings={"device": "cpu"})
+    assert _where(arranged) == ["encoder-0 ", "encoder-1 ", "pd-0 ", "pd-1 "]
+
+
+def test_a_gpu_that_the_option_device_names_is_shared(machine: Machine) -> None:
+    machine(4, H100, H100)
+    arranged = _arranged(settings={"device": "cuda:1"})
+    assert arranged.description == "colocated: 1 encoder and 1 PD share cuda:1 (there is one device)"
+    with pytest.raises(ConfigurationError, match="--device and --devices both name GPUs"):
+        _arranged(settings={"device": "cuda:1"}, devices="0")
+
+
+def test_a_model_too_large_for_a_part_of_a_gpu_is_split(machine: Machine, tmp_path: Path) -> None:
+    machine(8, ("small", 10), ("small", 10))
+    (tmp_path / "model.safetensors").write_bytes(bytes(9))
+    arranged = arrange(DeploymentConfig("demo"), tmp_path)
+    assert arranged.layout is Layout.SPLIT
+    assert "too large" in arranged.description
+
+
+# ---- contradictions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "roles", "message"),
+    [
+        (Layout.AGGREGATED, {PD: RoleConfig()}, "aggregated instances only, but pd instances are asked for"),
+        (Layout.COLOCATED, {ALL: RoleConfig()}, "leave out --aggregated, or choose --layout aggregated"),
+        (Layout.COLOCATED, {PD: RoleConfig()}, "at least one of each"),
+        (Layout.COLOCATED, {PD: RoleConfig(None, devices=("0",))}, "--pd-devices contradicts it"),
+        (Layout.AGGREGATED, {ALL: RoleConfig(None, cpus=(0,))}, "--aggregated-cpus contradicts it"),
+    ],
+)
+def test_a_layout_and_roles_that_contradict_it_are_refused(
+    layout: Layout, roles: dict[Role, RoleConfig], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        DeploymentConfig("demo", roles, layout=layout)
+
+
+def test_devices_of_all_and_of_a_role_contradict_each_other() -> None:
+    with pytest.raises(ConfigurationError, match="--devices is for all instances and --pd-cpus for some"):
+        DeploymentConfig("demo", {PD: RoleConfig(None, cpus=(0,))}, devices="0-1")
+
+
+@pytest.mark.usefixtures("machine")
+def test_roles_do_not_divide_sets_of_cores() -> None:
+    with pytest.raises(ConfigurationError, match=r"choose --layout colocated or aggregated, or pin the roles"):
+        _arranged({E: 1, PD: 1}, devices="0/1")
