@@ -11,7 +11,7 @@ import enum
 from typing import Annotated
 
 import msgspec
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -125,6 +125,10 @@ class InstanceInfo(msgspec.Struct, kw_only=True, frozen=True):
     outstanding_work: float = 0.0
     in_flight: int = 0
     """Calls under way."""
+    number: int | UnsetType = UNSET
+    """What the proxy's ``Server-Timing`` calls it."""
+    costs: Costs | UnsetType = UNSET
+    """What work costs it, as the proxy has learned."""
 
 
 class InstanceList(msgspec.Struct, kw_only=True, frozen=True):

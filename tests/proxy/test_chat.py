@@ -290,11 +290,18 @@ async def test_every_answer_has_a_server_timing(start: Start) -> None:
     pd.answer = after_encoder
     media = (await front.post(ask(image(image_bytes())))).headers["Server-Timing"]
     names = [entry.partition(";")[0] for entry in media.split(", ")]
-    assert names == ["encode", "encode_call", "proxy", "queue", "item0"]
+    assert names == ["encode", "encode_call", "proxy", "estimate", "placement", "queue", "item0"]
     assert "encode;dur=12.50" in media
     assert 'item0;desc="hit"' in media
     text = (await front.post({"model": MODEL, "messages": [{"role": "user", "content": "x"}]})).headers["Server-Timing"]
-    assert [entry.partition(";")[0] for entry in text.split(", ")] == ["proxy", "queue", "item0"]
+    assert [entry.partition(";")[0] for entry in text.split(", ")] == [
+        "proxy",
+        "estimate",
+        "placement",
+        "queue",
+        "item0",
+    ]
+    assert 'placement;desc="pd 1"' in text
     assert "Server-Timing" in (await front.post(b"{")).headers
 
 

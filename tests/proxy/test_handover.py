@@ -402,9 +402,15 @@ async def test_a_stream_has_the_timing_of_prefill_in_its_head_and_the_proxys_at_
     front, _, _ = await begin(start)
     answer = await front.post(ask("x", stream=True))
     names = [entry.partition(";")[0] for entry in answer.headers["Server-Timing"].split(", ")]
-    assert names == ["prefill_call", "proxy", "prefill"]
+    assert names == ["prefill_call", "proxy", "estimate", "placement", "prefill"]
     last = answer.body.split(b"\n\n")[-3].decode().removeprefix(": server-timing ")
-    assert [entry.partition(";")[0] for entry in last.split(", ")] == ["prefill_call", "handover", "proxy"]
+    assert [entry.partition(";")[0] for entry in last.split(", ")] == [
+        "prefill_call",
+        "handover",
+        "proxy",
+        "estimate",
+        "placement",
+    ]
     answer = await front.post(ask("x"))
     assert "prefill_call;dur=" in answer.headers["Server-Timing"]
     assert "handover;dur=" in answer.headers["Server-Timing"]

@@ -19,7 +19,7 @@ async def test_health_lists_every_instance(start: Start) -> None:
     assert answer.status == 200
     assert answer.json["status"] == "ok"
     assert answer.json["models"] == [MODEL]
-    for instance, shown in zip([pd, encoder], answer.json["instances"], strict=True):
+    for number, (instance, shown) in enumerate(zip([pd, encoder], answer.json["instances"], strict=True), 1):
         assert shown == {
             "url": instance.url,
             "role": instance.role,
@@ -30,6 +30,8 @@ async def test_health_lists_every_instance(start: Start) -> None:
             "engine": None,
             "outstanding_work": 0.0,
             "in_flight": 0,
+            "number": number,
+            "costs": {"prefill_seconds_per_token": 0.0001, "decode_step_seconds": 0.02},
         }
 
 

@@ -46,7 +46,12 @@ def read_timing(header: str | None) -> list[TimingEntry]:
 
 def duration_seconds(header: str | None, name: str) -> float | None:
     """Return the duration of the first entry of this name."""
-    return next((entry.seconds for entry in read_timing(header) if entry.name == name), None)
+    return duration_of(read_timing(header), name)
+
+
+def duration_of(entries: Iterable[TimingEntry], name: str) -> float | None:
+    """The same of entries that were read."""
+    return next((entry.seconds for entry in entries if entry.name == name), None)
 
 
 def _written(entry: TimingEntry) -> str:

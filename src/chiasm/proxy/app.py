@@ -80,7 +80,7 @@ class _Pages:
         health = ProxyHealth(
             status="ok" if ready else "unavailable",
             models=fleet.models,
-            instances=[instance.describe() for instance in fleet.instances],
+            instances=[instance.describe(time.monotonic()) for instance in fleet.instances],
         )
         return json_response(health, 200 if ready else 503)
 
@@ -130,7 +130,9 @@ class _Admin:
         return await actions.get(request.method, self._list)(request)
 
     async def _list(self, request: Request) -> Response:
-        return json_response(InstanceList(instances=[one.describe() for one in self._service.fleet.instances]))
+        return json_response(
+            InstanceList(instances=[one.describe(time.monotonic()) for one in self._service.fleet.instances])
+        )
 
     async def _add(self, request: Request) -> Response:
         order = await _read_order(request)
@@ -147,7 +149,7 @@ class _Admin:
         instance = fleet.add(order.url, order.role)
         prober.watch(instance)
         await prober.check(instance)
-        return json_response(instance.describe(), 201)
+        return json_response(instance.describe(time.monotonic()), 201)
 
     async def _remove(self, request: Request) -> Response:
         order = await _read_order(request)
@@ -155,7 +157,7 @@ class _Admin:
         if instance is None:
             raise PathNotFoundError(f"{order.url} is not an instance.")
         self._service.fleet.remove(instance)
-        return json_response(instance.describe(), 202)
+        return json_response(instance.describe(time.monotonic()), 202)
 
 
 async def _read_order(request: Request) -> _Order:

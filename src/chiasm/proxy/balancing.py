@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from contextlib import ExitStack
 from types import TracebackType
@@ -11,6 +12,8 @@ from chiasm.proxy.agreement import WHOLE_ROLES
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.placement import Placement
+from chiasm.proxy.placement_record import PlacementRecord
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.upstream import Call, InstanceLostError, Upstream
 from chiasm.wire import Role
@@ -26,27 +29,58 @@ _UNAVAILABLE = {
 class Assignment:
     """The instance that a request is assigned to, which counts it as its work until the end of the ``with`` block."""
 
-    def __init__(self, fleet: Fleet, job: Job, roles: tuple[Role, ...]) -> None:
+    def __init__(self, fleet: Fleet, placement: Placement, metrics: Metrics, job: Job, roles: tuple[Role, ...]) -> None:
         self._fleet = fleet
+        self._placement = placement
+        self._metrics = metrics
         self._job = job
         self._roles = roles
         self._work = ExitStack()
+        self._record: PlacementRecord | None = None
         self.instance: Instance
 
     def take(self, *, avoid: Collection[Instance] = ()) -> None:
-        """Assign the instance with the least load; one of ``avoid`` only if no other is healthy. Raises OverloadedError."""
+        """Assign the best instance; one of ``avoid`` only if no other is healthy. Raises OverloadedError."""
         if not self.take_other(avoid) and not self.take_other():
             raise none_healthy(self._roles[0])
 
     def take_other(self, excluded: Collection[Instance] = ()) -> bool:
-        """Assign the instance with the least load that isn't ``excluded``; if there is none, assign none and return False."""
+        """Assign the best instance that isn't ``excluded``; if there is none, assign none and return False.
+
+        Of decode instances, the one with the least load is best; of others, the one where the first token is earliest.
+        """
         self._work.close()
-        instance = self._fleet.choose(*self._roles, model=self._job.request.model, exclude=excluded)
-        if instance is None:
-            return False
-        self._work.enter_context(self._fleet.working(instance, self._job.cost_at(instance)))
+        self._record = None
+        model = self._job.request.model
+        if self._roles == (Role.DECODE,):
+            instance = self._fleet.choose(*self._roles, model=model, exclude=excluded)
+            if instance is None:
+                return False
+            cost = 1.0
+        else:
+            now = time.monotonic()
+            placed = self._placement.place(self._job.work, self._roles, now, model=model, exclude=excluded)
+            if placed is None:
+                return False
+            instance, cost = placed.instance, placed.prompt.seconds
+            self._record = PlacementRecord(self._placement, self._metrics, self._job, placed, now)
+            self._work.callback(self._record.end)
+        self._work.enter_context(self._fleet.working(instance, cost))
         self.instance = instance
         return True
+
+    def note_answer(self, timing: str | None, *, is_whole: bool = False) -> None:
+        """Note that the first token has come; with ``is_whole`` together with all others.
+
+        ``timing`` is the ``Server-Timing`` of the instance.
+        """
+        if self._record is not None:
+            self._record.note_answer(timing, is_whole=is_whole)
+
+    def embedded(self) -> None:
+        """Note that all embeddings of the request have been published."""
+        if self._record is not None:
+            self._record.embedded()
 
     def move(self) -> None:
         """Assign another instance of the same role; the same one only if it is the last. Raises OverloadedError."""
@@ -65,8 +99,11 @@ class Assignment:
 class Balancer:
     """Assigns requests to language instances, and calls them."""
 
-    def __init__(self, fleet: Fleet, upstream: Upstream, prober: Prober, metrics: Metrics) -> None:
+    def __init__(
+        self, fleet: Fleet, placement: Placement, upstream: Upstream, prober: Prober, metrics: Metrics
+    ) -> None:
         self._fleet = fleet
+        self._placement = placement
         self._upstream = upstream
         self._prober = prober
         self._metrics = metrics
@@ -85,8 +122,8 @@ class Balancer:
     def assign(
         self, job: Job, roles: tuple[Role, ...] = WHOLE_ROLES, *, avoid: Collection[Instance] = ()
     ) -> Assignment:
-        """Assign the request to the instance of these roles with the least load. Raises OverloadedError if none is healthy."""
-        assignment = Assignment(self._fleet, job, roles)
+        """Assign the request to the best instance of these roles. Raises OverloadedError if none is healthy."""
+        assignment = Assignment(self._fleet, self._placement, self._metrics, job, roles)
         assignment.take(avoid=avoid)
         return assignment
 

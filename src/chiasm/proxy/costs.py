@@ -91,6 +91,21 @@ class InstanceCosts:
     def decode_step_seconds(self, now: float) -> float:
         return (self.reported.decode_step_seconds or _DECODE_STEP_SECONDS) * self.decode.factor(now)
 
+    def learned(self, now: float) -> Costs:
+        """Return the reported costs, corrected; of images, those sizes that it reports."""
+        return Costs(
+            prefill_seconds_per_token=self.prefill_seconds_per_token(now),
+            decode_step_seconds=self.decode_step_seconds(now),
+            images=[
+                ImageCost(
+                    pixels=one.pixels,
+                    tokens=one.tokens,
+                    encode_seconds=one.encode_seconds and self.encode_seconds(one.pixels, now),
+                )
+                for one in self.reported.images
+            ],
+        )
+
     def learn_encode(self, pixels: Sequence[int], seconds: float, now: float) -> None:
         """Take what encoding images of these sizes has cost together."""
         predicted = sum(map(self._reported_encode_seconds, pixels))

@@ -136,13 +136,13 @@ class EncodeQueue:
         self._take_out(entry)
         self._leave(entry, now)
 
-    def finish(self, entries: Sequence[Entry], now: float, *, seconds: float | None = None, hits: int = 0) -> None:
+    def finish(self, entries: Sequence[Entry], now: float, *, seconds: float | None = None) -> None:
         """Note that an encoder has published all images of a call.
 
-        ``seconds`` is what it has computed for them, None if it doesn't say; ``hits`` how many it found published.
+        ``seconds`` is what it has computed for them; None if it doesn't say, or has found some of them published.
         """
         encoder = entries[0].encoder if entries else None
-        if encoder is not None and seconds is not None and not hits:
+        if encoder is not None and seconds is not None:
             encoder.costs.learn_encode([entry.item.pixels for entry in entries], seconds, now)
         for entry in entries:
             self._leave(entry, now)
@@ -156,7 +156,6 @@ class EncodeQueue:
     def release(self, entries: Sequence[Entry], now: float) -> None:
         """Note that a call has ended without these images; :meth:`add` those that are to be tried again."""
         for entry in entries:
-            self._published.pop(entry.item.identifier, None)
             self._leave(entry, now)
 
     def note_full(self, encoder: Instance, now: float) -> None:
@@ -197,12 +196,15 @@ class EncodeQueue:
         """Return when :meth:`feed` should be called although nothing has happened; None if it needn't."""
         if not self._waiting:
             return None
-        return min((desk.full_until for desk in self._desks.values() if desk.full_until > now), default=None)
+        full = [desk.full_until for desk in self._desks.values() if desk.full_until > now]
+        return min([now + _LONGEST_WAIT_SECONDS, *full])
 
     def stranded(self) -> list[Entry]:
         """Return the waiting images that no healthy encoder may get."""
         healthy = set(self._fleet.healthy(Role.ENCODER))
-        return [entry for entry in self._waiting if healthy <= entry.failed_at]
+        if not healthy:
+            return list(self._waiting)
+        return [entry for entry in self._waiting[:_EXAMINED] if healthy <= entry.failed_at]
 
     def encode_seconds(self, encoder: Instance, item: ItemWork, now: float) -> float:
         """Return what an image costs an encoder; nothing if it was published before."""
@@ -211,10 +213,14 @@ class EncodeQueue:
     def plan(self, due: float, now: float) -> Plan:
         """Return what the encoders have to do before new images that are due at ``due``."""
         plan = self._plan(now)
+        for encoder, left in plan.left.items():
+            for entry in self._desk(encoder).entries:
+                plan.ready[entry.item.identifier] = left
         if self._waiting and plan.left:
             ahead = self._waiting[: bisect_right(self._waiting, (due, math.inf), key=_order)]
             for entry in ahead[:_FORECAST]:
-                plan.add(entry)
+                if choice := plan.add(entry, entry.failed_at):
+                    plan.ready[entry.item.identifier] = choice.ready_seconds
             plan.spread(ahead[_FORECAST:])
         return plan
 
@@ -286,12 +292,20 @@ class Plan:
     ) -> None:
         self.left = left
         """Seconds of work of each healthy encoder."""
+        self.ready: dict[str, float] = {}
+        """From now until images that wait or are being encoded already are published, by identifier."""
         self._devices = devices
         self._encode_seconds = encode_seconds
 
-    def copy(self) -> Plan:
-        """Return one that can be changed on its own."""
-        return Plan(left=dict(self.left), devices=self._devices, encode_seconds=self._encode_seconds)
+    def ready_seconds(self, items: Sequence[ItemWork], language: Instance) -> list[float]:
+        """Return the time until each of a new request's images would be published; infinite if nobody can encode it."""
+        plan = Plan(left=dict(self.left), devices=self._devices, encode_seconds=self._encode_seconds)
+        ready: list[float] = []
+        for item in items:
+            known = self.ready.get(item.identifier)
+            choice = None if known is not None else plan.add(Entry(item, 0.0, language=language))
+            ready.append(known if known is not None else choice.ready_seconds if choice else math.inf)
+        return ready
 
     def leave_out(self, encoders: Iterable[Instance]) -> None:
         """Plan nothing for these encoders."""
@@ -311,7 +325,7 @@ class Plan:
                 continue
             seconds = self._encode_seconds(encoder, entry.item)
             device = self._devices[encoder]
-            ready = left + seconds + min(seconds, device.seconds)
+            ready = left + seconds + min(seconds, device.seconds) if seconds else 0.0
             rank = (
                 ready + seconds * device.streams * HINDRANCE,
                 not near or encoder.device_id != near,

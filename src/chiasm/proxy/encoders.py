@@ -1,8 +1,9 @@
-"""Images to encoders: spread over them, each encoded once at a time, and again elsewhere if an encoder fails.
+"""Images to encoders: each encoded once at a time, and again elsewhere if an encoder fails.
 
 A *flight* is the encoding of one image, whichever request asked for it: requests that need the same image meanwhile wait for
-the one flight. A *call* is one HTTP request to one encoder and carries flights that one request began. A flight for which
-nobody waits any more is abandoned, and a call is cancelled with its last flight.
+the one flight. It waits in the queue of :mod:`chiasm.proxy.encode_queue`, which says when it goes to which encoder. A *call* is
+one HTTP request to one encoder and carries flights that one request began. A flight for which nobody waits any more is
+abandoned, and a call is cancelled with its last flight.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from chiasm.errors import Code, EmbeddingUnavailableError, OverloadedError
-from chiasm.http.timing import duration_seconds
+from chiasm.http.timing import TimingEntry, duration_of, read_timing
+from chiasm.proxy.encode_queue import EncodeQueue, Entry
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
+from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.upstream import RefusedError, Upstream, UpstreamError, UpstreamResponse
-from chiasm.wire import CHAT_PATH, ECItem, Role
+from chiasm.wire import CHAT_PATH, ECItem
 
 _MAX_RESPONSE_BYTES = 8 << 20
 _TRY_ELSEWHERE = frozenset({408, 425, 429})
@@ -38,17 +41,20 @@ _body = msgspec.json.Decoder(_Body)
 
 
 class _Flight:
-    def __init__(self, item: Item) -> None:
+    def __init__(self, item: Item, entry: Entry) -> None:
         self.item = item
+        self.entry = entry
+        """Its place in the queue."""
         self.waiters: set[Job] = set()
         self.metadata: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         # Marks a failure as seen, also if all waiters have left before it.
         self.metadata.add_done_callback(lambda future: future.cancelled() or future.exception())
         self.encode_seconds: float | None = None
         """The time that the encoder itself reports for its call."""
+        self.published_at = 0.0
+        """On the clock of ``time.monotonic``."""
         self.call: _Call | None = None
         self.attempts = 0
-        self.failed_at: set[Instance] = set()
 
 
 class _Call:
@@ -67,6 +73,7 @@ class Encoders:
         upstream: Upstream,
         prober: Prober,
         metrics: Metrics,
+        queue: EncodeQueue,
         *,
         timeout_seconds: float,
         max_attempts: int,
@@ -75,12 +82,16 @@ class Encoders:
         self._upstream = upstream
         self._prober = prober
         self._metrics = metrics
+        self._queue = queue
         self._timeout_seconds = timeout_seconds
         self._max_attempts = max_attempts
         self._flights: dict[str, _Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._waking: asyncio.TimerHandle | None = None
 
     async def close(self) -> None:
+        if self._waking is not None:
+            self._waking.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -91,22 +102,23 @@ class Encoders:
         Cancelling it abandons the images that only this request needs. Raises OverloadedError or EmbeddingUnavailableError if
         no encoder is left, and RefusedError with the response of an encoder that refused an image.
         """
-        started = time.perf_counter()
+        started = time.monotonic()
         flights: dict[str, _Flight] = {}
-        fresh: list[_Flight] = []
         for item in items:
             if item.identifier in flights:
                 continue
             flight = self._flights.get(item.identifier)
             if flight is None:
-                flight = self._flights[item.identifier] = _Flight(item)
-                fresh.append(flight)
+                entry = Entry(ItemWork(item.identifier, item.pixels), job.due, request=job, language=job.instance)
+                flight = self._flights[item.identifier] = _Flight(item, entry)
+                self._queue.add(entry)
             else:
                 self._metrics.items.labels("joined").inc()
+                self._queue.hasten(flight.entry, job.due)
             flight.waiters.add(job)
             flights[item.identifier] = flight
         try:
-            self._dispatch(fresh)
+            self._feed()
             results = [flight.metadata for flight in flights.values()]
             done, _ = await asyncio.wait(results, return_when=asyncio.FIRST_EXCEPTION)
             for result in done:
@@ -116,32 +128,27 @@ class Encoders:
         finally:
             for flight in flights.values():
                 self._leave(flight, job)
-        job.timing.encode_call = time.perf_counter() - started
+            self._feed()
+        job.published_at = {name: flight.published_at for name, flight in flights.items()}
+        job.timing.encode_call = time.monotonic() - started
         known = (flight.encode_seconds for flight in flights.values())
         job.timing.encode = max((seconds for seconds in known if seconds is not None), default=None)
         self._metrics.encode.observe(job.timing.encode_call)
         return metadata
 
-    def _dispatch(self, flights: Sequence[_Flight]) -> None:
-        """Give large images first, each to the encoder with the least to do, in one call per encoder."""
-        planned: dict[Instance, list[_Flight]] = {}
-
-        def ahead(instance: Instance) -> float:
-            return float(sum(flight.item.pixels for flight in planned.get(instance, ())))
-
-        for flight in sorted(flights, key=lambda flight: -flight.item.pixels):
-            instance = self._fleet.choose(Role.ENCODER, exclude=flight.failed_at, ahead=ahead)
-            if instance is None:
-                self._settle(flight, _none_left(flight))
-            else:
-                planned.setdefault(instance, []).append(flight)
-        order = {flight: index for index, flight in enumerate(flights)}
-        for instance, batch in planned.items():
-            # In the prompt's order, since prefill needs the first image first.
-            batch.sort(key=order.__getitem__)
-            limit = (instance.health and instance.health.max_items) or len(batch)
-            for first in range(0, len(batch), limit):
-                self._start(instance, batch[first : first + limit])
+    def _feed(self) -> None:
+        """Start the calls that are due now, and fail what no encoder is left for."""
+        now = time.monotonic()
+        for feed in self._queue.feed(now):
+            self._start(feed.encoder, [self._flights[entry.item.identifier] for entry in feed.entries])
+        for entry in self._queue.stranded():
+            self._settle(flight := self._flights[entry.item.identifier], _none_left(flight))
+        self._metrics.items_waiting.set(len(self._queue))
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
+        if wakes_at := self._queue.wakes_at(now):
+            self._waking = asyncio.get_running_loop().call_later(wakes_at - now, self._feed)
 
     def _start(self, instance: Instance, flights: list[_Flight]) -> None:
         call = _Call(instance, flights)
@@ -154,18 +161,25 @@ class Encoders:
         call.task.add_done_callback(lambda task: call.flights.clear())
 
     async def _run(self, call: _Call) -> None:
+        try:
+            await self._call(call)
+        finally:
+            self._queue.release([flight.entry for flight in call.flights], time.monotonic())
+            self._feed()
+
+    async def _call(self, call: _Call) -> None:
         instance = call.instance
         try:
-            with self._fleet.working(instance, sum(flight.item.pixels for flight in call.flights)):
+            with self._fleet.working(instance, sum(flight.entry.seconds for flight in call.flights)):
                 async with asyncio.timeout(self._timeout_seconds):
                     response = await self._post(call)
         except UpstreamError as error:
             if not await self._prober.lost(instance, error):
-                self._exclude(call, instance)
+                self._exclude(call.flights, instance)
             self._again(call.flights, error)
             return
         except TimeoutError:
-            self._exclude(call, instance)
+            self._exclude(call.flights, instance)
             self._again(call.flights, UpstreamError(f"An encoder took longer than {self._timeout_seconds:g} s."))
             return
         if response.status == 200:
@@ -186,23 +200,32 @@ class Encoders:
             published = _body.decode(response.body).ec_transfer_params or {}
         except msgspec.MsgspecError:
             published = {}
-        encode_seconds = duration_seconds(response.headers.get("Server-Timing"), "encode")
-        missing: list[_Flight] = []
-        for flight in call.flights:
-            item = published.get(flight.item.identifier)
-            if item is None:
-                missing.append(flight)
-            else:
-                flight.encode_seconds = encode_seconds
-                self._settle(flight, bytes(item.metadata))
+        now = time.monotonic()
+        timing = read_timing(response.headers.get("Server-Timing"))
+        encode_seconds = duration_of(timing, "encode")
+        done = [flight for flight in call.flights if flight.item.identifier in published]
+        missing = [flight for flight in call.flights if flight.item.identifier not in published]
+        computed = _computed_seconds(timing) if not missing else None
+        self._queue.finish([flight.entry for flight in done], now, seconds=computed)
+        for flight in done:
+            flight.encode_seconds, flight.published_at = encode_seconds, now
+            self._settle(flight, bytes(published[flight.item.identifier].metadata))
         if missing:
-            self._exclude(call, call.instance)
+            self._exclude(missing, call.instance)
             self._again(missing, UpstreamError("An encoder's answer doesn't name the image in ec_transfer_params."))
 
     def _refuse(self, call: _Call, response: UpstreamResponse) -> None:
         error = RefusedError(response)
+        if _is_full(error):
+            self._queue.note_full(call.instance, time.monotonic())
+            self._metrics.encode_refusals.inc()
+            for flight in call.flights:
+                flight.attempts -= 1  # the encoder hasn't failed
+                if flight.waiters:
+                    self._requeue(flight)
+            return
         if response.status >= 500 or response.status in _TRY_ELSEWHERE or response.status < 400:
-            self._exclude(call, call.instance)
+            self._exclude(call.flights, call.instance)
             self._again(call.flights, error)
             return
         if len(call.flights) == 1:
@@ -214,26 +237,33 @@ class Encoders:
             if flight.waiters <= owners:
                 self._settle(flight, error)
             else:
-                self._start(call.instance, [flight])
+                self._requeue(flight, alone=True)
 
-    def _exclude(self, call: _Call, instance: Instance) -> None:
-        for flight in call.flights:
-            flight.failed_at.add(instance)
+    def _exclude(self, flights: Sequence[_Flight], instance: Instance) -> None:
+        for flight in flights:
+            flight.entry.failed_at.add(instance)
 
     def _again(self, flights: Sequence[_Flight], error: Exception) -> None:
-        retried: list[_Flight] = []
         for flight in flights:
             if not flight.waiters:
                 continue
             if flight.attempts >= self._max_attempts:
                 self._settle(flight, error if isinstance(error, RefusedError) else _none_left(flight))
             else:
-                retried.append(flight)
-        self._metrics.encode_retries.inc(len(retried))
-        self._dispatch(retried)
+                self._metrics.encode_retries.inc()
+                self._requeue(flight)
+
+    def _requeue(self, flight: _Flight, *, alone: bool = False) -> None:
+        """Let a flight wait again; ``alone`` for one that must not share a call."""
+        if alone:
+            flight.entry.request = flight
+        flight.call = None
+        self._queue.release([flight.entry], time.monotonic())
+        self._queue.add(flight.entry)
 
     def _settle(self, flight: _Flight, outcome: bytes | Exception) -> None:
         self._forget(flight)
+        self._queue.discard(flight.entry, time.monotonic())
         flight.call = None  # breaks a cycle that would keep the image's bytes until a garbage collection
         if flight.metadata.done():
             return
@@ -255,7 +285,9 @@ class Encoders:
         self._forget(flight)
         flight.metadata.cancel()
         call, flight.call = flight.call, None
-        if call is not None and call.task is not None and not any(one.waiters for one in call.flights):
+        if call is None:
+            self._queue.discard(flight.entry, time.monotonic())
+        elif call.task is not None and not any(one.waiters for one in call.flights):
             call.task.cancel()
 
 
@@ -266,6 +298,19 @@ def _none_left(flight: _Flight) -> Exception:
         f"An image could not be encoded in {flight.attempts} attempts, and no other encoder is left; try again.",
         code=Code.ENCODER_LOST,
     )
+
+
+def _is_full(error: RefusedError) -> bool:
+    """Whether an encoder has no room now, so that its images may be sent there again later."""
+    return error.status in {429, 503} and error.code == Code.TOO_MANY_REQUESTS
+
+
+def _computed_seconds(timing: Sequence[TimingEntry]) -> float | None:
+    """Return what an encoder has computed for a call; None if it doesn't say, or had an image already."""
+    if any(one.name.startswith("item") and one.description == "hit" for one in timing):
+        return None
+    seconds = [one.seconds for one in timing if one.name in {"preprocess", "encode"} and one.seconds is not None]
+    return sum(seconds) if seconds else None
 
 
 def no_encoder() -> OverloadedError:

@@ -23,9 +23,11 @@ _FULL = 10.0
 class Instance:
     """One instance, known by its URL. Compared by identity."""
 
-    def __init__(self, url: str, role: Role) -> None:
+    def __init__(self, url: str, role: Role, number: int = 0) -> None:
         self.url = url
         self.role = role
+        self.number = number
+        """Names it to clients, who don't see its URL."""
         self.health: Health | None = None
         """What it last said; kept when it becomes unreachable."""
         self.models: tuple[str, ...] = ()
@@ -38,7 +40,7 @@ class Instance:
         self.draining = False
         self.seen_healthy = False
         self.outstanding = 0.0
-        """Cost of the calls under way, in the unit of its role."""
+        """Estimated seconds of the calls under way; of a decode instance, their number."""
         self.in_flight = 0
         self.last_taken = 0
         self.missed_probes = 0
@@ -59,6 +61,11 @@ class Instance:
     def device_id(self) -> str:
         """Names the device that it computes on; empty if it doesn't say."""
         return self.health.device_id if self.health else ""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it encodes images."""
+        return self.role in {Role.ENCODER, Role.AGGREGATED}
 
     @property
     def is_vllm(self) -> bool:
@@ -85,7 +92,8 @@ class Instance:
         """Why it isn't healthy."""
         return self.failure or self.mismatch
 
-    def describe(self) -> InstanceInfo:
+    def describe(self, now: float) -> InstanceInfo:
+        """Return what others may know of it; ``now`` is on the clock on which its costs are learned."""
         health = self.health
         return InstanceInfo(
             url=self.url,
@@ -97,6 +105,8 @@ class Instance:
             engine=(health.engine or None) if health else None,
             outstanding_work=self.outstanding,
             in_flight=self.in_flight,
+            number=self.number,
+            costs=self.costs.learned(now),
         )
 
 
@@ -106,6 +116,7 @@ class Fleet:
     def __init__(self) -> None:
         self._instances: dict[str, Instance] = {}
         self._agreement: Agreement | None = None
+        self._added = 0
         self._taken = 0
         self._reports = 0
         self.on_remove: Callable[[Instance], None] = lambda instance: None
@@ -190,7 +201,8 @@ class Fleet:
         """Return a new instance, or the one of this URL if it was being removed."""
         instance = self._instances.get(url)
         if instance is None or instance.role is not role:
-            instance = self._instances[url] = Instance(url, role)
+            self._added += 1
+            instance = self._instances[url] = Instance(url, role, self._added)
         instance.draining = False
         self._judge()
         return instance

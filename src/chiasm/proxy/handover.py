@@ -89,6 +89,7 @@ class Handover:
                 opening = self._open(assignment, self._engine.prefill_body, waits_for_room=job.exchange.has_begun)
                 with await job.open_unless_encoding_fails(opening) as call:
                     timing.prefill_call = timing.prefill_call or time.perf_counter() - self._began
+                    assignment.note_answer(call.headers.get("server-timing"), is_whole=not call.is_stream)
                     handle = await self._engine.relay_prefill(call)
             except (InstanceLostError, ResponseCutOffError, InstanceError) as error:
                 raise await self._examine(assignment.instance, error, Reason.PREFILL_LOST) from None

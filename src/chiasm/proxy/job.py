@@ -12,10 +12,11 @@ from chiasm.http.events import CONTENT_TYPE, comment
 from chiasm.http.timing import TimingEntry, read_timing, write_timing
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.media import embeds_part
+from chiasm.proxy.prompts import Work
 from chiasm.proxy.relay import EventRelay
 from chiasm.proxy.request import Request
 from chiasm.proxy.upstream import Call, UpstreamResponse
-from chiasm.wire import TIMING_COMMENT, Role
+from chiasm.wire import TIMING_COMMENT
 
 _TO_INSTANCES = ("authorization", "traceparent", "tracestate")
 _TO_CLIENT = ("retry-after", "www-authenticate")
@@ -38,6 +39,10 @@ class Timing:
     """Time from the last byte of prefill to the head of decode, which in a stream comes with its first token."""
     proxy: float | None = None
     """The proxy's own work before it called an instance, without ``fetch``."""
+    estimate: float | None = None
+    """Time to the first token, as estimated when the language instance was chosen."""
+    placement: str = ""
+    """That instance: its role and number."""
 
     def header(self, upstream: str | None = None) -> tuple[str, str]:
         """Return the header: the proxy's entries, then those in ``upstream``, the header of the instance."""
@@ -48,8 +53,12 @@ class Timing:
         return comment(TIMING_COMMENT, write_timing(self._entries()))
 
     def _entries(self) -> list[TimingEntry]:
-        named = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return [TimingEntry(name, seconds) for name, seconds in named if seconds is not None]
+        named = ((name, getattr(self, name)) for name in _DURATIONS)
+        entries = [TimingEntry(name, seconds) for name, seconds in named if seconds is not None]
+        return [*entries, TimingEntry("placement", description=self.placement)] if self.placement else entries
+
+
+_DURATIONS = tuple(field.name for field in fields(Timing) if field.name != "placement")
 
 
 class Job:
@@ -60,10 +69,14 @@ class Job:
         self.path = path
         self.request = request
         self.timing = timing
-        self.text_cost = 0.0
-        """What the request costs any language instance, in bytes of text."""
-        self.vision_cost = 0.0
-        """What it costs an aggregated instance in addition."""
+        self.work = Work(exchange.arrival, len(request.body), streams=request.stream)
+        """What the request asks for, as placement sees it."""
+        self.due = exchange.arrival
+        """When its images are due, on the clock of ``time.monotonic``."""
+        self.instance: Instance | None = None
+        """The language instance that gets its embeddings; None if it isn't chosen before they are encoded."""
+        self.published_at: Mapping[str, float] = {}
+        """When each embedding was there, by identifier; empty until all are. On the clock of ``time.monotonic``."""
         self.encoding: asyncio.Future[dict[str, bytes]] | None = None
         """Done when all embeddings have been published; gives the encoders' metadata (JSON) by identifier. None if it has no
         images, or has them encoded where the text goes."""
@@ -73,12 +86,6 @@ class Job:
         self._relay = EventRelay(timing.comment)
 
     # ---- to instances --------------------------------------------------------------------------------------------------
-
-    def cost_at(self, instance: Instance) -> float:
-        """Return what the request costs this instance: one call for decode, otherwise bytes of text."""
-        if instance.role is Role.DECODE:
-            return 1.0
-        return self.text_cost + (self.vision_cost if instance.role is Role.AGGREGATED else 0.0)
 
     async def body_for(self, instance: Instance) -> bytes:
         """Return the body for a language instance; for one that can't size images itself, once the encoders have answered."""

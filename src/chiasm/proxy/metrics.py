@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from chiasm.proxy.agreement import LANGUAGE_ROLES
 from chiasm.proxy.fleet import Fleet
-from chiasm.wire import InstanceState
+from chiasm.wire import InstanceState, Role
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _OVERHEAD_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
 _GAP_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 4, 10)
 _FETCH_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -36,8 +39,14 @@ class Metrics:
             ["outcome"],
             registry=self.registry,
         )
+        self.items_waiting = Gauge(
+            "chiasm_proxy_items_waiting", "Images that wait for an encoder with room.", registry=self.registry
+        )
         self.encode_retries = Counter(
             "chiasm_proxy_encode_retries", "Images sent to an encoder again after a failure.", registry=self.registry
+        )
+        self.encode_refusals = Counter(
+            "chiasm_proxy_encode_refusals", "Calls refused by a full encoder.", registry=self.registry
         )
         self.language_retries = Counter(
             "chiasm_proxy_language_retries",
@@ -86,6 +95,13 @@ class Metrics:
             buckets=_FETCH_BUCKETS,
             registry=self.registry,
         )
+        self.estimate_ratio = Histogram(
+            "chiasm_proxy_estimate_ratio",
+            "Measured time over the estimate at placement, of first tokens and of embeddings.",
+            ["what"],
+            buckets=_RATIO_BUCKETS,
+            registry=self.registry,
+        )
         self.registry.register(_FleetCollector(fleet))
         ProcessCollector(registry=self.registry)
 
@@ -108,15 +124,26 @@ class _FleetCollector(Collector):
         )
         work = GaugeMetricFamily(
             "chiasm_proxy_instance_outstanding_work",
-            "Pixels at an encoder, calls at a decode instance, otherwise bytes of text and an equivalent for images.",
+            "Calls at a decode instance, otherwise estimated seconds of the calls under way.",
             labels=labels,
         )
         calls = GaugeMetricFamily(
             "chiasm_proxy_instance_calls_in_flight", "Calls of the instance under way.", labels=labels
         )
+        encode = GaugeMetricFamily(
+            "chiasm_proxy_instance_encode_factor", "Measured over reported seconds to encode.", labels=labels
+        )
+        prefill = GaugeMetricFamily(
+            "chiasm_proxy_instance_prefill_seconds_per_token", "As learned from answers.", labels=labels
+        )
+        now = time.monotonic()
         for instance in self._fleet.instances:
             values = [instance.url, instance.role.value]
             healthy.add_metric(values, float(instance.state is InstanceState.HEALTHY))
             work.add_metric(values, instance.outstanding)
             calls.add_metric(values, instance.in_flight)
-        yield from (healthy, work, calls)
+            if instance.encodes:
+                encode.add_metric(values, instance.costs.encode.factor(now))
+            if instance.role in LANGUAGE_ROLES and instance.role is not Role.DECODE:
+                prefill.add_metric(values, instance.costs.prefill_seconds_per_token(now))
+        yield from (healthy, work, calls, encode, prefill)

@@ -32,6 +32,8 @@ _ALIKE = 0.02
 _ALIKE_SECONDS = 0.0005
 _STREAM_SLOWS = 0.03
 """Share by which each running stream slows down prefill beside it."""
+_STEP_TOKENS = 512
+"""Tokens that an instance computes in a step, half of which a prompt that overtakes waits for."""
 _BYTES_PER_TOKEN = 4.0
 _REQUEST_TOKENS = 16
 """Tokens that a chat template adds to a prompt."""
@@ -50,6 +52,10 @@ class Placed:
         """From the decision to the first token."""
         self.ready_seconds = ready_seconds
         """From the decision until the embedding of each image is published; empty if the instance encodes them itself."""
+        self.cached = 0
+        """Images, from the first, whose KV its prefix cache was expected to hold."""
+        self.was_alone = False
+        """Whether the instance had nothing else to do, and no image to wait for."""
 
 
 class _Estimate(NamedTuple):
@@ -61,6 +67,7 @@ class _Estimate(NamedTuple):
     hindered_seconds: float
     """What that costs others, as it counts in the choice."""
     ready_seconds: Sequence[float]
+    cached_items: int
 
     @property
     def score(self) -> float:
@@ -113,10 +120,17 @@ class Placement:
         best = min(one.score for one in estimates)
         limit = best + max(_ALIKE * best, _ALIKE_SECONDS) if best < math.inf else best
         chosen = min((one for one in estimates if one.score <= limit), key=lambda one: one.instance.last_taken)
-        prompt = Prompt(work, due, chosen.own_seconds)
+        expected_at = now + chosen.first_token_seconds
+        is_seen = work.streams or chosen.instance.role is Role.PREFILL
+        prompt = Prompt(work, due, chosen.own_seconds, expected_at, is_seen=is_seen)
         prompt.waits = bool(chosen.ready_seconds)
         self._prompts_of(chosen.instance).add(prompt, now)
-        return Placed(chosen.instance, prompt, chosen.first_token_seconds, chosen.ready_seconds)
+        placed = Placed(chosen.instance, prompt, chosen.first_token_seconds, chosen.ready_seconds)
+        placed.cached = chosen.cached_items
+        placed.was_alone = (
+            not work.items and chosen.first_token_seconds == chosen.own_seconds and not chosen.hindered_seconds
+        )
+        return placed
 
     def queue(self, placed: Placed, items: Sequence[ItemWork]) -> list[Entry]:
         """Let images of a placed request wait for encoders, and return what :attr:`images` knows them by."""
@@ -136,15 +150,24 @@ class Placement:
         placed: Placed,
         now: float,
         *,
+        seconds: float | None = None,
         prefill_seconds: float | None = None,
         prompt_tokens: int | None = None,
         cached_tokens: int = 0,
     ) -> None:
-        """Note that an instance has begun its answer, and what it reports of its work."""
+        """Note that an instance has begun its answer, and what it reports of its work.
+
+        ``seconds`` is the time since the decision. It tells the cost of prefill if the instance doesn't, as vLLM, and had
+        nothing else to do.
+        """
         instance, work = placed.instance, placed.prompt.work
         self._prompts_of(instance).begin_stream(placed.prompt, now)
+        if prefill_seconds is None and seconds is not None and placed.was_alone:
+            instance.costs.prefill.learn(seconds, placed.prompt.seconds / instance.costs.prefill.factor(now), now)
         if prompt_tokens is None:
             return
+        if placed.cached and not cached_tokens:
+            self._prompts_of(instance).forget_prefixes(work.prefixes[: placed.cached])
         image_tokens = sum(instance.costs.image_tokens(item.pixels) for item in work.items)
         self._text.learn(prompt_tokens - image_tokens, self._text_tokens(work.text_bytes), now)
         if prefill_seconds is not None:
@@ -162,9 +185,11 @@ class Placement:
         prompts, costs = self._prompts_of(instance), instance.costs
         cached = prompts.cached_items(work.prefixes)
         per_token = costs.prefill_seconds_per_token(now) * (1 + _STREAM_SLOWS * prompts.streams)
-        ready = self._ready_seconds(instance, work, plan, due) if instance.role not in _ENCODES_ITSELF else []
+        ready = plan.ready_seconds(work.items, instance) if plan and instance.role not in _ENCODES_ITSELF else []
         # vLLM computes prompts in the order in which they come.
         seconds, later = prompts.seconds_before(math.inf if instance.is_vllm else due, now)
+        if later:
+            seconds += _STEP_TOKENS / 2 * per_token
         own = 0.0
         text_bytes = work.prefixes[cached - 1].text_bytes if cached else 0
         for index in range(cached, len(work.items)):
@@ -188,15 +213,7 @@ class Placement:
         others = self._device_of(instance, now, without=instance)
         seconds += min(own, others.seconds)
         hindered = own * (later + prompts.streams + others.streams) * HINDRANCE
-        return _Estimate(instance, seconds, own, hindered, ready)
-
-    def _ready_seconds(self, instance: Instance, work: Work, plan: Plan | None, due: float) -> list[float]:
-        """Return when each embedding would be published, from now on; infinite if there is no encoder."""
-        if plan is None:
-            return []
-        plan = plan.copy()
-        choices = [plan.add(Entry(item, due, language=instance)) for item in work.items]
-        return [choice.ready_seconds if choice else math.inf for choice in choices]
+        return _Estimate(instance, seconds, own, hindered, ready, cached)
 
     def _tokens(self, instance: Instance, work: Work, now: float) -> float:
         images = sum(instance.costs.image_tokens(item.pixels) for item in work.items)
@@ -214,6 +231,9 @@ class Placement:
             if other is not without and other.device_id == instance.device_id:
                 seconds += prompts.seconds_computing(now)
                 streams += prompts.streams
+        for decode in self._fleet.healthy(Role.DECODE):
+            if decode.device_id == instance.device_id:
+                streams += decode.in_flight
         return Device(seconds, streams)
 
     def _prompts_of(self, instance: Instance) -> Prompts:

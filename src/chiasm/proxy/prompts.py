@@ -38,14 +38,20 @@ class Work(NamedTuple):
     """In the order of the prompt."""
     prefixes: Sequence[Prefix] = ()
     """One for each item, or none if they aren't known."""
+    streams: bool = True
+    """Whether its answer comes token by token, so that its first token can be seen."""
 
 
 class Prompt:
     """A request that was given to a language instance. Compared by identity."""
 
-    def __init__(self, work: Work, due: float, seconds: float) -> None:
+    def __init__(self, work: Work, due: float, seconds: float, expected_at: float, *, is_seen: bool = True) -> None:
         self.work = work
         self.due = due
+        self.expected_at = expected_at
+        """When its first token was expected when it was placed."""
+        self.is_seen = is_seen
+        """Whether its first token can be seen; otherwise it counts as there when it was expected."""
         self.seconds = seconds
         """Computing until its first token: prefill, and in an aggregated instance encoding."""
         self.waits = False
@@ -95,6 +101,9 @@ class Prompts:
 
     def seconds_before(self, due: float, now: float) -> tuple[float, int]:
         """Return the computing that is left of prompts that are due before ``due``, and how many are due later."""
+        if not self._computing:
+            return 0.0, 0
+        self._presume(now)
         before = [prompt for prompt in self._computing if prompt.due <= due]
         later = len(self._computing) - len(before)
         if not before:
@@ -106,6 +115,11 @@ class Prompts:
         """Return the computing that is left of prompts that wait for nothing."""
         seconds = sum(prompt.seconds for prompt in self._computing if not prompt.waits)
         return max(0.0, seconds - max(0.0, now - self._progressed_at)) if seconds else 0.0
+
+    def _presume(self, now: float) -> None:
+        """Let prompts whose first token can't be seen stream when it was expected."""
+        for prompt in [one for one in self._computing if not one.is_seen and one.expected_at <= now]:
+            self.begin_stream(prompt, prompt.expected_at)
 
     def cached_items(self, prefixes: Sequence[Prefix]) -> int:
         """Return how many items, from the first, are in a beginning that the prefix cache holds."""

@@ -48,6 +48,22 @@ class Request:
     """``cache_salt``, which keeps the identifiers of tenants apart."""
     media: list[MediaPart] = field(default_factory=list)
     """Media parts in the order in which they occur."""
+    stream: bool = False
+
+    def text_before_media(self) -> list[bytes]:
+        """Return what the messages have before each media part, beginning behind the one before it.
+
+        It ends early at a URL that the body doesn't hold as it is.
+        """
+        pieces: list[bytes] = []
+        start = max(0, self.body.find(b'"messages"'))
+        for part in self.media:
+            at = self.body.find(b'"' + part.url[:_SOUGHT_BYTES], start) if part.verbatim else -1
+            if at < 0:
+                break
+            pieces.append(self.body[start:at])
+            start = at + 1 + len(part.url)
+        return pieces
 
     def forget(self) -> None:
         """Free the memory of what was sent; the answer may take minutes."""
@@ -105,7 +121,7 @@ class _Message(msgspec.Struct):
 
 class _Body(msgspec.Struct):
     model: str | None = None
-    stream: bool | None = None  # only its type is checked
+    stream: bool | None = None
     cache_salt: str | None = None
     ec_transfer_params: Raw | UnsetType = UNSET
     kv_transfer_params: Raw | UnsetType = UNSET
@@ -132,7 +148,7 @@ _kind = msgspec.json.Decoder(_Kind)
 def parse_completion(body: bytes) -> Request:
     """Parse the body of a completion. Raises InvalidRequestError."""
     parsed = _decode(_completion, body)
-    return Request(body, parsed.model)
+    return Request(body, parsed.model, stream=bool(parsed.stream))
 
 
 def parse_chat(body: bytes) -> Request:
@@ -150,7 +166,7 @@ def parse_chat(body: bytes) -> Request:
     if media:
         for name in ("mm_processor_kwargs", "media_io_kwargs"):
             _refuse_value(name, getattr(parsed, name), "the processor's settings are the same for all requests")
-    return Request(body, parsed.model, parsed.cache_salt or "", media)
+    return Request(body, parsed.model, parsed.cache_salt or "", media, bool(parsed.stream))
 
 
 def with_member(body: bytes, name: bytes, value: bytes) -> bytes:

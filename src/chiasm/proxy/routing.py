@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp.abc import AbstractResolver
@@ -12,7 +12,7 @@ from aiohttp.abc import AbstractResolver
 from chiasm.errors import Code, InvalidRequestError, MediaError
 from chiasm.media import Fetcher
 from chiasm.proxy.agreement import WHOLE_ROLES
-from chiasm.proxy.balancing import Balancer
+from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.encoders import Encoders, no_encoder
 from chiasm.proxy.fleet import Fleet
@@ -21,17 +21,13 @@ from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_han
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item, read_items
 from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.relay import begin
 from chiasm.proxy.upstream import Call, Upstream
 from chiasm.wire import Role
 
 _MEDIA_THREADS = 2
-_COST_OF_A_REQUEST = 1000.0
-_COST_OF_AN_ITEM = 4000.0
-"""Cost of an image in bytes of text: both take about as many tokens of a prompt."""
-_PIXELS_PER_COST = 64
-"""Pixels that cost an aggregated instance as much to encode as one byte of text to prefill."""
 
 
 class Router:
@@ -50,7 +46,8 @@ class Router:
         self._config = config
         self._fleet = fleet
         self._metrics = metrics
-        self._balancer = Balancer(fleet, upstream, prober, metrics)
+        self._placement = Placement(fleet)
+        self._balancer = Balancer(fleet, self._placement, upstream, prober, metrics)
         self._fetcher = Fetcher(config.media, resolver=resolver)
         self._executor = ThreadPoolExecutor(_MEDIA_THREADS, thread_name_prefix="media")
         self.encoders = Encoders(
@@ -58,6 +55,7 @@ class Router:
             upstream,
             prober,
             metrics,
+            self._placement.images,
             timeout_seconds=config.encode_timeout_seconds,
             max_attempts=config.max_encode_attempts,
         )
@@ -72,9 +70,11 @@ class Router:
         self._balancer.check_model(job.request.model)
         has_media = bool(job.request.media)
         items = await self._read_items(job) if has_media else []
-        job.text_cost, job.vision_cost = _costs(job, items)
+        if has_media:
+            job.work = _work(job, items)
         try:
             if self._is_handed_over(job):
+                job.due = self._placement.due(job.work, time.monotonic())
                 self._send_to_encoders(job, items)
                 self._note_overhead(job, started, has_media)
                 await self._hand_over(job)
@@ -83,10 +83,10 @@ class Router:
                 if assignment.instance.role is Role.AGGREGATED:
                     _put_images_in(job, items)
                 else:
-                    self._send_to_encoders(job, items)
+                    self._send_to_encoders(job, items, assignment.embedded)
                 self._note_overhead(job, started, has_media)
                 with await job.open_unless_encoding_fails(self._balancer.open(assignment, job)) as call:
-                    await self._send_back(job, call)
+                    await self._send_back(job, call, assignment)
         finally:
             await job.end_encoding()
 
@@ -119,15 +119,20 @@ class Router:
             self._metrics.fetch.observe(fetch_seconds)
         return items
 
-    def _send_to_encoders(self, job: Job, items: list[Item]) -> None:
+    def _send_to_encoders(self, job: Job, items: list[Item], on_embedded: Callable[[], None] = lambda: None) -> None:
         """Have the images encoded, and put placeholders for their embeddings into the body."""
         if not items:
             return
         job.request.body = job.request.with_parts([item.image_embeds_part() for item in items])
         job.request.media = []
         job.identifiers = [item.identifier for item in items]
-        job.encoding = asyncio.ensure_future(self.encoders.encode(tuple(items), job))
+        job.encoding = asyncio.ensure_future(self._encode(tuple(items), job, on_embedded))
         items.clear()  # the encoders free each image when it is encoded
+
+    async def _encode(self, items: tuple[Item, ...], job: Job, on_embedded: Callable[[], None]) -> dict[str, bytes]:
+        metadata = await self.encoders.encode(items, job)
+        on_embedded()
+        return metadata
 
     # ---- text ----------------------------------------------------------------------------------------------------------
 
@@ -137,12 +142,13 @@ class Router:
         engine = kind(job, self._metrics, self._config.max_answer_bytes)
         await Handover(self._balancer, engine, max_prefills=self._config.max_prefill_attempts).run()
 
-    async def _send_back(self, job: Job, call: Call) -> None:
+    async def _send_back(self, job: Job, call: Call, assignment: Assignment) -> None:
         """Send an instance's response to the client, unless encoding fails before it has begun."""
         job.request.forget()
         if call.status != 200 or not call.is_stream:
             await job.unless_encoding_fails(call.check(self._config.max_answer_bytes))
             response = await job.unless_encoding_fails(call.read(self._config.max_answer_bytes))
+            assignment.note_answer(call.headers.get("server-timing"), is_whole=True)
             await job.send_response(response)
             return
 
@@ -151,6 +157,7 @@ class Router:
 
         # The head is held back until the first event has arrived, so that failures before it still have a status.
         first = await begin(next_chunk)
+        assignment.note_answer(call.headers.get("server-timing"))
         if job.is_encoded:
             job.exchange.release()
         await job.send_stream(call, first, next_chunk)
@@ -185,9 +192,21 @@ def _put_images_in(job: Job, items: list[Item]) -> None:
     items.clear()
 
 
-def _costs(job: Job, items: Sequence[Item]) -> tuple[float, float]:
-    """Return the costs of text and of encoding, in bytes of text."""
+def _work(job: Job, items: Sequence[Item]) -> Work:
+    """Return what a request with images asks for."""
     request = job.request
     text_bytes = max(0, len(request.body) - sum(len(part.url) for part in request.media))
-    pixels = sum(item.pixels for item in items)
-    return _COST_OF_A_REQUEST + text_bytes + _COST_OF_AN_ITEM * len(items), pixels / _PIXELS_PER_COST
+    prefixes: list[Prefix] = []
+    key = hash(request.salt)
+    before = 0
+    for text, item in zip(request.text_before_media(), items, strict=False):
+        key = hash((key, text, item.identifier))
+        before += len(text)
+        prefixes.append(Prefix(key, before))
+    return Work(
+        job.exchange.arrival,
+        text_bytes,
+        [ItemWork(item.identifier, item.pixels) for item in items],
+        prefixes if len(prefixes) == len(items) else (),
+        request.stream,
+    )

@@ -122,6 +122,7 @@ class Generation:
         entries = list(self._exchange.timing)
         timing = self._timing
         if timing is not None:
+            usage = self.usage()
             seconds = {
                 "queue": timing.queue_seconds,
                 "wait": timing.wait_seconds,
@@ -131,6 +132,8 @@ class Generation:
                 "prefill": timing.prefill_seconds,
             }
             entries += [TimingEntry(name, value) for name, value in seconds.items() if value is not None]
+            entries.append(TimingEntry("prompt_tokens", description=str(usage.prompt_tokens)))
+            entries.append(TimingEntry("cached_tokens", description=str(usage.prompt_tokens_details.cached_tokens)))
         if has_ended:
             entries.append(TimingEntry("total", time.monotonic() - self._exchange.arrival))
         if timing is not None:
