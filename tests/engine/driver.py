@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.local_encoder import choose
 from chiasm.engine.request import SamplingParams
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
 from chiasm.engine.sequence import Sequence
@@ -45,7 +46,7 @@ class Driver:
         max_num_seqs: int = 16,
         max_queued: int = 64,
         cache_rows: int = 1000,
-        local_encoder: bool = False,
+        max_finished: int = 0,
         recomputes_items: bool = True,
     ) -> None:
         self.block_size = block_size
@@ -57,7 +58,6 @@ class Driver:
                 max_num_seqs=max_num_seqs,
                 max_queued_requests=max_queued,
                 entry_bytes_per_row=BYTES_PER_ROW,
-                local_encoder=local_encoder,
                 recomputes_items=recomputes_items,
             ),
             BlockManager(blocks, block_size),
@@ -65,6 +65,8 @@ class Driver:
         )
         self.stored: set[str] = set()
         """Identifiers of the embeddings that exist by now."""
+        self.max_finished = max_finished
+        """If not 0, an encoder beside the scheduler makes one item per step, and keeps so many for which there is no room."""
         self.encoded: list[str] = []
         self.sequences: list[Sequence] = []
         self._tokens = itertools.count(1000)
@@ -118,12 +120,24 @@ class Driver:
                     break
                 self.scheduler.item_arrived(sequence, item)
 
+    def encode(self) -> None:
+        """Do what the encoder does: drop what is not wanted, and make the first item that is."""
+        wanted = [item.identifier for _, item in self.scheduler.items_to_encode()]
+        self.stored.intersection_update(wanted)
+        item, dropped = choose(wanted, self.stored, self.max_finished)
+        if dropped is not None:
+            self.stored.remove(dropped)
+        if item is not None:
+            self.stored.add(item)
+            self.encoded.append(item)
+
     def step(self) -> Step:
         """Load, plan and run a step in which every sampled token is new, and end the sequences that have all their tokens."""
         self.load()
+        if self.max_finished:
+            self.encode()
         step = self.scheduler.schedule()
         self.check(step)
-        self.encoded += [item.identifier for _, item in step.encode]
         samples = [part.sequence for part in step.scheduled if part.samples]
         self.scheduler.complete(step, {sequence.sequence_id: next(self._tokens) for sequence in samples})
         for sequence in samples:
@@ -136,8 +150,9 @@ class Driver:
         for _ in range(limit):
             if not self.scheduler.running and not self.scheduler.waiting:
                 return
+            encoded = len(self.encoded)
             step = self.step()
-            assert step.scheduled or step.encode, "no step can be made, and not all have ended"
+            assert step.scheduled or len(self.encoded) > encoded, "no step can be made, and not all have ended"
         raise AssertionError(f"not finished after {limit} steps")
 
     def run_until(self, condition: Callable[[], bool], limit: int = 1000) -> None:

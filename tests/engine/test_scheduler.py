@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chiasm.engine.local_encoder import choose
 from chiasm.errors import InvalidRequestError, OverloadedError
 from tests.engine.driver import Driver, chunks, prompt
 
@@ -470,40 +471,66 @@ def test_a_preempted_sequence_keeps_its_tokens() -> None:
         tokens = list(young.token_ids)
 
 
-# ---- a local encoder (aggregated) ------------------------------------------------------------------------------------------
+# ---- an encoder beside the scheduler (aggregated) ---------------------------------------------------------------------------
 
 
-def test_an_aggregated_step_encodes_what_its_chunk_needs() -> None:
-    driver = Driver(budget=8, local_encoder=True)
+def test_an_image_is_encoded_beside_the_prefill_of_what_comes_before_it() -> None:
+    driver = Driver(max_finished=2)
     driver.add(prompt(2, ("a", 4), 6, ("b", 4), 1), max_tokens=1)
-    step = driver.step()
-    assert [item.identifier for _, item in step.encode] == ["a"]
-    assert chunks(step) == [(0, 8)]
-    step = driver.step()
-    assert [item.identifier for _, item in step.encode] == ["b"]
+    seen = [(chunks(driver.step()), "".join(driver.encoded)) for _ in range(3)]
+    assert seen == [([(0, 2)], "a"), ([(2, 12)], "ab"), ([(12, 17)], "ab")]
 
 
-def test_an_aggregated_engine_encodes_an_image_once() -> None:
-    driver = Driver(local_encoder=True)
+def test_an_image_that_several_places_need_is_encoded_once() -> None:
+    driver = Driver(max_finished=2)
     driver.add(prompt(1, ("a", 4), 2, ("a", 4)), max_tokens=1)
     driver.add(prompt(2, ("a", 4)), max_tokens=1)
     driver.run()
     assert driver.encoded == ["a"]
 
 
-def test_a_request_that_waits_for_blocks_leaves_the_encoder_cache_to_a_running_one() -> None:
-    driver = Driver(budget=2, blocks=10, cache_rows=4, local_encoder=True)
-    for salt, (request, choices) in enumerate(
-        [((1,), 1), ((13, ("a", 4), ("a", 4)), 2), ((17, ("b", 4)), 1)],
-    ):
-        driver.add(prompt(*request), max_tokens=1, choices=choices, salt=str(salt % 3))
-        driver.step()
+def test_images_are_encoded_in_order_of_due() -> None:
+    driver = Driver(max_finished=2)
+    driver.add(prompt(1, ("a", 4), ("b", 4)), max_tokens=1, due=2)
+    driver.add(prompt(2, ("c", 4)), max_tokens=1, due=1)
     driver.run()
-    assert driver.nothing_is_left()
+    assert driver.encoded == ["c", "a", "b"]
 
 
-def test_an_aggregated_engine_with_room_for_one_item_serves_a_request_of_several() -> None:
-    driver = Driver(local_encoder=True, cache_rows=4)
+def test_an_image_in_memory_is_not_encoded_again() -> None:
+    driver = Driver(max_finished=2)
+    driver.add(prompt(1, ("a", 4), 1), max_tokens=1)
+    driver.run()
+    driver.add(prompt(2, ("a", 4), 1), max_tokens=1)
+    driver.run()
+    assert driver.encoded == ["a"]
+
+
+def test_images_of_a_request_that_ended_are_not_encoded() -> None:
+    driver = Driver(max_finished=2)
+    driver.scheduler.finish(driver.add(prompt(1, ("a", 4), 1)))
+    assert driver.scheduler.items_to_encode() == []
+
+
+def test_entries_that_find_no_room_do_not_keep_a_running_prompt_from_its_image() -> None:
+    driver = Driver(max_finished=1, cache_rows=4, max_num_seqs=1)
+    running = driver.add(prompt(1, ("a", 4), 1, ("b", 4), 1), max_tokens=1, due=9)
+    driver.step()
+    waiting = driver.add(prompt(("c", 4), 1), max_tokens=1, due=1)
+    driver.run_until(lambda: running.finished)
+    driver.run()
+    assert waiting.finished
+
+
+def test_a_finished_entry_without_room_makes_place_for_a_more_urgent_item() -> None:
+    assert choose(["a", "b", "c"], {"b", "c"}, limit=2) == ("a", "c")
+    assert choose(["a", "b", "c"], {"a", "b"}, limit=2) == (None, None)
+    assert choose(["a", "b", "c"], {"b"}, limit=2) == ("a", None)
+    assert choose(["a"], {"a"}, limit=2) == (None, None)
+
+
+def test_an_encoder_cache_of_one_item_serves_requests_of_several_that_are_encoded_here() -> None:
+    driver = Driver(max_finished=2, cache_rows=4)
     driver.add(prompt(1, ("a", 4), ("b", 4), ("c", 4), 1), max_tokens=2)
     driver.run()
     assert driver.encoded == ["a", "b", "c"]
@@ -527,7 +554,7 @@ parts = st.lists(
     cache_rows=st.integers(4, 24),
     arrivals=st.permutations("abcdef"),
     cancelled=st.sets(st.integers(0, 7)),
-    local_encoder=st.booleans(),
+    max_finished=st.integers(0, 3),
 )
 def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
     requests: list[tuple[list[int | tuple[str, int]], int, int, int]],
@@ -537,16 +564,17 @@ def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
     cache_rows: int,
     arrivals: list[str],
     cancelled: set[int],
-    local_encoder: bool,
+    max_finished: int,
 ) -> None:
     driver = Driver(
-        budget=budget, max_prefill=max_prefill, blocks=blocks, cache_rows=cache_rows, local_encoder=local_encoder
+        budget=budget, max_prefill=max_prefill, blocks=blocks, cache_rows=cache_rows, max_finished=max_finished
     )
     for number, (request, max_tokens, choices, due) in enumerate(requests):
         driver.add(prompt(*request), max_tokens=max_tokens, choices=choices, due=due, salt=str(number % 3))
         driver.step()
     for name in arrivals:
-        driver.stored.add(name)
+        if not max_finished:
+            driver.stored.add(name)
         driver.step()
     for number in cancelled:
         if number < len(driver.sequences):

@@ -90,6 +90,7 @@ def _seconds(processor: Processor, runner: ModelRunner, tokens: int) -> list[flo
             max_num_batched_tokens=tokens,
             max_num_seqs=1,
             max_queued_requests=1,
+            max_prefill_tokens=tokens,
             max_mixed_prefill_tokens=tokens,
             entry_bytes_per_row=1,
         ),

@@ -14,6 +14,8 @@ ITEM_WEIGHT = 2.0
 """Work of an item's token in tokens of text: it is encoded and prefilled."""
 _MEMORY = 0.9
 """Share of what was learned that a further step leaves."""
+_START_ROWS = 256.0
+"""Rows that the measurement at start counts for."""
 
 
 def due(arrived: float, prompt: Prompt, seconds_per_token: float) -> float:
@@ -24,18 +26,16 @@ def due(arrived: float, prompt: Prompt, seconds_per_token: float) -> float:
 
 
 class PrefillPace:
-    """What a prompt token costs this engine now: an exponential average over the steps that prefill, by rows.
+    """What a prompt token costs this engine now: an exponential average over the steps that prefill, by rows."""
 
-    Before the first such step it is 0, so requests are due in order of arrival.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._rows = 0.0
+    def __init__(self, seconds_per_token: float) -> None:
+        """``seconds_per_token`` is where it begins, as measured at start; while it is 0, requests are due as they arrive."""
+        self._rows = _START_ROWS
+        self._seconds = _START_ROWS * seconds_per_token
 
     @property
     def seconds_per_token(self) -> float:
-        return self._seconds / self._rows if self._rows else 0.0
+        return self._seconds / self._rows
 
     def note(self, rows: int, seconds: float) -> None:
         """Learn from a step of so many rows, prefill and decode together."""

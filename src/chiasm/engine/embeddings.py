@@ -5,7 +5,6 @@ This is the layer between the engine, which knows requests and sequences, and it
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from chiasm.ec_transfer import ECConnector
+from chiasm.engine.local_encoder import LocalEncoder
 from chiasm.engine.request import ItemOutcome, ItemTiming
 from chiasm.engine.request_state import RequestState
 from chiasm.engine.scheduler import Scheduler, Step
@@ -23,16 +23,13 @@ from chiasm.models.base import PromptItem
 
 if TYPE_CHECKING:
     from chiasm.ec_transfer import ECConnectorStats
-    from chiasm.models.base import VisionModel
-
-logger = logging.getLogger(__name__)
 
 
 class Embeddings:
     """The adapter of the EC connector, both halves, and the tensors that the encoder cache manager accounts for.
 
-    An aggregated engine has a vision tower instead of a connector; a decode engine has neither, since it computes no images.
-    All methods belong to the engine's thread.
+    An aggregated engine has an encoder of its own instead of a connector; a decode engine has neither, since it computes no
+    images. All methods belong to the engine's thread.
     """
 
     def __init__(
@@ -41,7 +38,7 @@ class Embeddings:
         entry_width: int,
         *,
         connectors: tuple[ECConnector, ECConnector] | None = None,
-        vision: VisionModel | None = None,
+        encoder: LocalEncoder | None = None,
     ) -> None:
         """``connectors`` are the scheduler role and the worker role."""
         self.entries: dict[str, Tensor] = {}
@@ -54,7 +51,7 @@ class Embeddings:
         self._scheduler = scheduler
         self._scheduler_role = connectors[0] if connectors is not None else None
         self._worker_role = connectors[1] if connectors is not None else None
-        self._vision = vision
+        self._encoder = encoder
 
     @property
     def stats(self) -> ECConnectorStats | None:
@@ -62,7 +59,9 @@ class Embeddings:
         return self._worker_role.stats if self._worker_role is not None else None
 
     def stop(self) -> None:
-        """Shut the connector down."""
+        """Shut the connector down, or end the encoder."""
+        if self._encoder is not None:
+            self._encoder.stop()
         for connector in (self._scheduler_role, self._worker_role):
             if connector is not None:
                 connector.shutdown()
@@ -101,27 +100,35 @@ class Embeddings:
 
     # ---- how entries get into memory ----------------------------------------------------------------------------------
 
-    def load(self, states: Mapping[str, RequestState]) -> None:
-        """Load those embeddings through the connector that the next chunks want and that exist by now."""
-        if self._scheduler_role is None or self._worker_role is None:
-            return
+    def update(self, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
+        """Take those embeddings into memory that the next chunks want and that exist by now.
+
+        Return the requests that need an item which cannot be encoded.
+        """
+        if self._encoder is not None:
+            return self._take_encoded(self._encoder, states)
+        if self._scheduler_role is not None and self._worker_role is not None:
+            self._load(self._scheduler_role, self._worker_role, states)
+        return []
+
+    def _load(self, scheduler_role: ECConnector, worker_role: ECConnector, states: Mapping[str, RequestState]) -> None:
         arrivals: list[tuple[Sequence, PromptItem]] = []
         for sequence, items in self._scheduler.wanted_items():
             for item in items:
                 if item.identifier not in self._scheduler.encoder_cache:
-                    if not self._scheduler_role.has_cache_item(item.identifier):
+                    if not scheduler_role.has_cache_item(item.identifier):
                         break
                     if not self._scheduler.make_room(sequence, item):
                         break
-                    self._scheduler_role.update_state_after_alloc(sequence, sequence.items.index(item))
+                    scheduler_role.update_state_after_alloc(sequence, sequence.items.index(item))
                 self._scheduler.item_arrived(sequence, item)
                 arrivals.append((sequence, item))
-        metadata = self._scheduler_role.build_connector_meta()
+        metadata = scheduler_role.build_connector_meta()
         if metadata.loads:
             started = time.monotonic()
-            self._worker_role.bind_connector_metadata(metadata)
-            self._worker_role.start_load_caches(self.entries)
-            self._worker_role.clear_connector_metadata()
+            worker_role.bind_connector_metadata(metadata)
+            worker_role.start_load_caches(self.entries)
+            worker_role.clear_connector_metadata()
             seconds = time.monotonic() - started
             for identifier in metadata.loads:
                 if identifier not in self.entries:
@@ -132,33 +139,52 @@ class Embeddings:
             if item.identifier in self.entries:
                 self.note(states[sequence.request_id], item.identifier, ItemOutcome.WAITED)
 
-    def encode(self, step: Step, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
-        """Encode what the step needs (aggregated role), and return the requests for which that failed."""
-        failed: list[tuple[RequestState, ChiasmError]] = []
-        for sequence, item in step.encode:
+    def _take_encoded(
+        self, encoder: LocalEncoder, states: Mapping[str, RequestState]
+    ) -> list[tuple[RequestState, ChiasmError]]:
+        """Take what the encoder has finished, as far as there is room."""
+        failed: dict[str, Exception] = {}
+        requests: list[tuple[RequestState, ChiasmError]] = []
+        for sequence, items in self._scheduler.wanted_items():
             state = states[sequence.request_id]
-            if any(other is state for other, _ in failed):
-                self._scheduler.item_lost(item.identifier)
-                continue
-            assert self._vision is not None
-            started = time.monotonic()
-            try:
-                entry = self._vision.encode(state.request.pixels[item.identifier])
-            except Exception as error:
-                logger.exception("Encoding an image failed.")
-                self._scheduler.item_lost(item.identifier)
-                failed.append((state, ChiasmError(f"The encoder failed on an image: {type(error).__name__}.")))
-                continue
-            self.entries[item.identifier] = entry
-            seconds = time.monotonic() - started
-            self.images_encoded += 1
-            self.encode_seconds += seconds
-            state.timing.encode_seconds += seconds
-            timing = state.missing.get(item.identifier)
-            if timing is not None:
-                timing.encode_seconds = seconds
-                self.note(state, item.identifier, ItemOutcome.ENCODED)
-        return failed
+            for item in items:
+                name = item.identifier
+                if name not in self._scheduler.encoder_cache and name not in failed:
+                    if name not in encoder or not self._scheduler.make_room(sequence, item):
+                        break
+                    encoded = encoder.take(name)
+                    if encoded.error is None:
+                        self.entries[name] = encoded.entry
+                        self._note_encoded(state, name, encoded.seconds)
+                    else:
+                        self._scheduler.item_lost(name)
+                        failed[name] = encoded.error
+                if name in failed:
+                    error = ChiasmError(f"The encoder failed on an image: {type(failed[name]).__name__}.")
+                    requests.append((state, error))
+                    break
+                self._scheduler.item_arrived(sequence, item)
+                self.note(state, name, ItemOutcome.WAITED)
+        return requests
+
+    def _note_encoded(self, state: RequestState, identifier: str, seconds: float) -> None:
+        self.images_encoded += 1
+        self.encode_seconds += seconds
+        state.timing.encode_seconds += seconds
+        timing = state.missing.get(identifier)
+        if timing is not None:
+            timing.encode_seconds = seconds
+            self.note(state, identifier, ItemOutcome.ENCODED)
+
+    def encode(self, states: Mapping[str, RequestState]) -> None:
+        """Have the engine's own encoder make what is missing, and nothing else."""
+        if self._encoder is not None:
+            self._encoder.want(
+                {
+                    item.identifier: states[sequence.request_id].request.pixels[item.identifier]
+                    for sequence, item in self._scheduler.items_to_encode()
+                }
+            )
 
     def unusable(self, step: Step, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
         """Return the requests in the step with an entry of another shape than they expect, or one lost since planning."""

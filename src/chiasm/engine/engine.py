@@ -11,19 +11,23 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from msgspec import structs
 
 from chiasm.engine.attention import KVCache, register_paged_attention
 from chiasm.engine.base import Engine
 from chiasm.engine.block_manager import BlockManager
-from chiasm.engine.calibration import language_costs
+from chiasm.engine.calibration import image_costs, language_costs
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.device import MAX_PREFILL_TOKENS, MIXED_PREFILL_TOKENS, check_memory, kv_cache_blocks, use_threads
 from chiasm.engine.due import PrefillPace
 from chiasm.engine.embeddings import Embeddings
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 from chiasm.engine.kv_transfers import KVTransfers
+from chiasm.engine.local_encoder import HIGH_PRIORITY, LocalEncoder, on_stream
 from chiasm.engine.model_runner import ModelRunner
 from chiasm.engine.request import MAX_CHOICES, EngineStats, GenerateRequest, ItemOutcome, Output
 from chiasm.engine.request_state import RequestState, deliver
@@ -33,9 +37,6 @@ from chiasm.errors import ChiasmError, Code, KVUnavailableError
 from chiasm.kv_transfer import KVConnector, KVConnectorFactory, KVConnectorRole, KVTransferConfig, KVTransferRole
 from chiasm.models import load_language, load_vision
 from chiasm.wire import Role
-
-if TYPE_CHECKING:
-    from chiasm.models.base import VisionModel
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class _Abort(NamedTuple):
 class _Signal(enum.Enum):
     STOP = enum.auto()
     WAKE = enum.auto()
-    """A KV transfer has ended."""
+    """A KV transfer has ended, or an item is encoded."""
 
 
 class LanguageEngine(Engine):
@@ -79,7 +80,6 @@ class LanguageEngine(Engine):
         self._inbox: queue.SimpleQueue[RequestState | _Abort | _Signal] = queue.SimpleQueue()
         self._states: dict[str, RequestState] = {}
         self._arrivals = itertools.count()
-        self._pace = PrefillPace()
         self._thread: threading.Thread | None = None
         self._kv_transfers: KVTransfers | None = None
         self._next_deadline_check = 0.0
@@ -94,9 +94,10 @@ class LanguageEngine(Engine):
         check_memory(config.model, self.device)
         register_paged_attention()
         self._language = load_language(config.model, dtype=self.dtype, device=self.device)
-        vision: VisionModel | None = None
+        encoder: LocalEncoder | None = None
         if config.role is Role.AGGREGATED:
             vision = load_vision(config.model, dtype=self.dtype, device=self.device)
+            encoder = LocalEncoder(vision, self._core_share.worker(), lambda: self._inbox.put(_Signal.WAKE))
         ec_connectors = None if config.ec is None else self._connect(config.ec)
         kv_connectors = None if config.kv is None else self._connect_kv(config.kv)
         num_blocks, self.max_model_len = kv_cache_blocks(config, self._language, self.max_model_len)
@@ -114,14 +115,13 @@ class LanguageEngine(Engine):
                 max_num_seqs=config.max_num_seqs,
                 max_queued_requests=config.max_queued_requests,
                 entry_bytes_per_row=self._language.entry_width * self.dtype.itemsize,
-                local_encoder=config.role is Role.AGGREGATED,
                 recomputes_items=config.role is not Role.DECODE,
             ),
             BlockManager(num_blocks, config.block_size),
             EncoderCacheManager(config.encoder_cache_bytes),
         )
         self._embeddings = Embeddings(
-            self._scheduler, self._language.entry_width, connectors=ec_connectors, vision=vision
+            self._scheduler, self._language.entry_width, connectors=ec_connectors, encoder=encoder
         )
         if kv_connectors is not None:
             self._kv_transfers = KVTransfers(self._scheduler, kv_connectors)
@@ -130,7 +130,12 @@ class LanguageEngine(Engine):
         self._worker = self._core_share.worker()
         self._worker.follow(self._language.module)
         with self._worker.computing():
-            self.costs = language_costs(self.processor, self._runner, self.max_model_len)
+            costs = language_costs(self.processor, self._runner, self.max_model_len)
+        self._pace = PrefillPace(costs.prefill_seconds_per_token)
+        if encoder is not None:
+            costs = structs.replace(costs, images=image_costs(self.processor, encoder.encode))
+            encoder.start()
+        self.costs = costs
         logger.info(
             "The %s engine is ready: %s on %s, %d KV blocks of %d tokens, a context of %d tokens.",
             config.role,
@@ -241,12 +246,22 @@ class LanguageEngine(Engine):
 
     def _run(self) -> None:
         use_threads(self.config.threads)
+        # Only where this process encodes too: the threads that move KV rely on the default stream.
+        encodes = self.config.role is Role.AGGREGATED
+        with on_stream(self.device, HIGH_PRIORITY) if encodes else nullcontext():
+            self._serve()
+        self._fail_all(list(self._states.values()), "The engine of this instance stopped while the request ran.")
+
+    def _serve(self) -> None:
+        """Run steps until the engine has to stop."""
         idle = True
         while self._take_inbox(wait=idle):
             try:
                 self._check_deadlines()
                 self._collect_transfers()
-                self._embeddings.load(self._states)
+                for state, failure in self._embeddings.update(self._states):
+                    self._fail(state, failure)
+                self._embeddings.encode(self._states)
                 self._measure_stalls()
                 idle = not self._step()
             except Exception as error:
@@ -255,7 +270,6 @@ class LanguageEngine(Engine):
                 self._fail_all(list(self._states.values()), f"The engine failed: {type(error).__name__}.")
                 self._embeddings.forget_unfilled()
                 idle = True
-        self._fail_all(list(self._states.values()), "The engine of this instance stopped while the request ran.")
 
     def _take_inbox(self, *, wait: bool) -> bool:
         """Process the inbox; with ``wait``, sleep until a message comes or missing embeddings should be looked for.
@@ -279,6 +293,8 @@ class LanguageEngine(Engine):
 
     def _poll_seconds(self) -> float:
         now = time.monotonic()
+        if self.config.ec is None:
+            return DEADLINE_CHECK_SECONDS  # there is no store to look into
         stalls = [now - state.stalled_since for state in self._states.values() if state.stalled_since is not None]
         if not stalls:
             return DEADLINE_CHECK_SECONDS
@@ -333,9 +349,8 @@ class LanguageEngine(Engine):
         step = self._scheduler.schedule()
         self._embeddings.drop_evicted()
         self._start_loads(step)
-        if not step.scheduled and not step.encode:
+        if not step.scheduled:
             return bool(step.preempted)
-        self._fail_in(step, self._embeddings.encode(step, self._states))
         self._fail_in(step, self._embeddings.unusable(step, self._states))
         self._note_scheduled(step)
         if not step.scheduled:

@@ -149,7 +149,7 @@ class RequestTiming:
     kv_seconds: float | None = None
     """From the allocation of blocks on a decode instance until the prompt's KV was in them."""
     encode_seconds: float = 0.0
-    """Encoding on this instance (aggregated role)."""
+    """Encoding on this instance (aggregated role), beside the prefill of what comes before the image, and within the waits."""
     prefill_seconds: float | None = None
     """From the first scheduled chunk to the first token, without waits and loads."""
     first_token_seconds: float | None = None

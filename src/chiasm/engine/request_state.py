@@ -88,7 +88,7 @@ class RequestState:
     def overdue_error(self, now: float) -> ChiasmError:
         """Return the error for a request whose deadline has passed."""
         seconds = now - self.arrived
-        if self.stalled_since is None:
+        if self.stalled_since is None or self.request.pixels:
             return DeadlineExceededError(
                 f"The request did not end within its deadline of {seconds:.1f} s.", code=Code.DEADLINE_EXCEEDED
             )
@@ -104,7 +104,7 @@ class RequestState:
         """Note that a chunk of its prompt is in the step that begins."""
         if self.first_scheduled is None:
             self.first_scheduled = now
-            self.timing.queue_seconds = now - self.arrived - self.waited_before_start - self.timing.encode_seconds
+            self.timing.queue_seconds = now - self.arrived - self.waited_before_start
 
     def note_stalled(self, stalled: bool, now: float) -> None:
         """Note whether it waits for an embedding."""

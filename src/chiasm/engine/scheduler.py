@@ -12,7 +12,6 @@ read.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Set
 from dataclasses import dataclass, field
 
 from chiasm.engine.block_manager import BlockManager
@@ -35,8 +34,6 @@ class SchedulerConfig:
     """Maximum prefill rows of a step that also decodes: fewer, since running streams wait for them."""
     entry_bytes_per_row: int
     """Size of one row of an embedding in the encoder cache."""
-    local_encoder: bool = False
-    """Whether the step itself encodes missing items (aggregated) instead of waiting for their embeddings."""
     recomputes_items: bool = True
     """Whether a preempted sequence with items can be recomputed here. If not (decode), it is not preempted while any other
     sequence can continue."""
@@ -62,8 +59,6 @@ class Step:
 
     decodes: list[ScheduledSequence] = field(default_factory=list)
     prefills: list[ScheduledSequence] = field(default_factory=list)
-    encode: list[tuple[Sequence, PromptItem]] = field(default_factory=list)
-    """Items to encode before the language model runs (aggregated), each once."""
     preempted: list[Sequence] = field(default_factory=list)
     load: list[Sequence] = field(default_factory=list)
     """Sequences that have just received blocks for KV from another instance."""
@@ -193,6 +188,23 @@ class Scheduler:
                 wanted.append((sequence, missing))
         return wanted
 
+    def items_to_encode(self) -> list[tuple[Sequence, PromptItem]]:
+        """Return the missing items that an encoder of the engine's own should make, first come first, each once.
+
+        They are in order of due, but the item that the first in rank needs comes before all, since for that one there will be
+        room: so entries that find no room never keep the encoder from the one that does.
+        """
+        wanted = [
+            (sequence, item)
+            for sequence, items in self.wanted_items()
+            for item in items
+            if item.identifier not in self.encoder_cache
+        ]
+        found: dict[str, tuple[Sequence, PromptItem]] = {}
+        for sequence, item in wanted[:1] + sorted(wanted, key=lambda pair: pair[0].order):
+            found.setdefault(item.identifier, (sequence, item))
+        return list(found.values())
+
     def num_cached_tokens(self, sequence: Sequence) -> int:
         """Return how many tokens of a waiting sequence the prefix cache holds now."""
         return len(self._cached_prefix(sequence)) * self.block_manager.block_size
@@ -206,12 +218,12 @@ class Scheduler:
         start = self._next_token(sequence)
         return sequence.items_between(start, start + self.config.max_num_batched_tokens)
 
-    def make_room(self, sequence: Sequence, item: PromptItem, keep: Set[str] = frozenset()) -> bool:
+    def make_room(self, sequence: Sequence, item: PromptItem) -> bool:
         """Reserve room in the encoder cache for an embedding that is about to be loaded or made; return whether there is."""
         before = sequence.items_between(self._next_token(sequence), item.offset)
         needed_before = {other.identifier for other in before}
         return self.encoder_cache.allocate(
-            item.identifier, self.entry_bytes(item), rank=self._rank(sequence), keep=needed_before | keep
+            item.identifier, self.entry_bytes(item), rank=self._rank(sequence), keep=needed_before
         )
 
     def entry_bytes(self, item: PromptItem) -> int:
@@ -219,7 +231,7 @@ class Scheduler:
 
     def is_stalled(self, sequence: Sequence) -> bool:
         """Return whether the sequence cannot continue because an embedding is missing."""
-        if self.config.local_encoder or sequence.prompt_computed:
+        if sequence.prompt_computed:
             return False
         return self._runnable_end(sequence, sequence.num_computed, sequence.num_tokens) == sequence.num_computed
 
@@ -228,7 +240,7 @@ class Scheduler:
 
         Only so many are looked for as the encoder cache can hold at once, since no prompt ever finds more there.
         """
-        if self.config.local_encoder or not sequence.items or sequence.prompt_computed or sequence.num_remote:
+        if not sequence.items or sequence.prompt_computed or sequence.num_remote:
             return False
         room = self.encoder_cache.capacity_bytes
         for identifier, num_bytes in {
@@ -278,7 +290,6 @@ class Scheduler:
             budget -= num_tokens or 0
         if not self.config.recomputes_items and self._is_stuck(step):
             self._preempt(self.running[-1], step)
-        step.encode = [(sequence, item) for sequence, item in step.encode if item.identifier in self.encoder_cache]
         return step
 
     def complete(self, step: Step, sampled: dict[str, int]) -> None:
@@ -319,9 +330,7 @@ class Scheduler:
         """
         prefix = self._cached_prefix(sequence)
         start = len(prefix) * self.block_manager.block_size
-        end = min(sequence.num_tokens, start + budget)
-        if not self.config.local_encoder:
-            end = self._runnable_end(sequence, start, end)
+        end = self._runnable_end(sequence, start, min(sequence.num_tokens, start + budget))
         if end == start:
             return False
         needed = self.block_manager.blocks_for(end) - len(prefix)
@@ -375,38 +384,13 @@ class Scheduler:
         It is 0 if the sequence cannot continue because an embedding is missing, and None if blocks are short.
         """
         start = sequence.num_computed
-        end = min(sequence.num_tokens, start + budget)
-        if self.config.local_encoder:
-            end = self._plan_encoding(sequence, start, end, step)
-        end = self._runnable_end(sequence, start, end)
+        end = self._runnable_end(sequence, start, min(sequence.num_tokens, start + budget))
         if end == start:
             return 0
         if not self._reserve(sequence, end, step):
             return None
         step.prefills.append(ScheduledSequence(sequence, start, end - start, samples=end == sequence.num_tokens))
         return end - start
-
-    def _plan_encoding(self, sequence: Sequence, start: int, end: int, step: Step) -> int:
-        """Have the step encode what the chunk needs, within room and row budget; return where the chunk has to end."""
-        planned = sum(len(item.geometry.rows) for _, item in step.encode)
-        for item in sequence.items_between(start, end):
-            if item.identifier in self.encoder_cache:
-                self._hold(sequence, item)
-                continue
-            rows = len(item.geometry.rows)
-            if planned and planned + rows > self.config.max_num_batched_tokens:
-                return max(start, item.offset)
-            if not self.make_room(sequence, item, keep=self._used_by(step)):
-                return max(start, item.offset)
-            self._hold(sequence, item)
-            step.encode.append((sequence, item))
-            planned += rows
-        return end
-
-    @staticmethod
-    def _used_by(step: Step) -> set[str]:
-        """Return the identifiers of the embeddings that the chunks planned so far read."""
-        return {item.identifier for part in step.prefills for item in part.sequence.items_between(part.start, part.end)}
 
     def _runnable_end(self, sequence: Sequence, start: int, end: int) -> int:
         """Return how far tokens from ``start`` can run: to ``end``, or to the first item whose embedding is missing."""
