@@ -1,7 +1,9 @@
-"""The encoder of the simulation: one image is prepared while another is encoded, in order of arrival."""
+"""The encoder of the simulation: one image is prepared while another is encoded."""
 
 from __future__ import annotations
 
+import itertools
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ class Picture:
     width: int
     done: Callable[[float], None]
     """Called when it is encoded, with the seconds that preparing and encoding took."""
+    due: float = 0.0
+    """Those that are due earlier go first, and equals in order of arrival."""
+    number: int = 0
 
 
 class Encoder:
@@ -45,14 +50,16 @@ class Encoder:
         self._clock = clock
         self._prepare = prepare
         self._begin = begin
-        self._unprepared: deque[Picture] = deque()
+        self._numbers = itertools.count()
+        self._unprepared: list[Picture] = []
         self._prepared: deque[tuple[Picture, float]] = deque()
         self._preparing: Picture | None = None
         self._encoding: Picture | None = None
 
     def add(self, picture: Picture) -> None:
         """Queue an image."""
-        self._unprepared.append(picture)
+        picture.number = next(self._numbers)
+        insort(self._unprepared, picture, key=lambda one: (one.due, one.number))
         self._next()
 
     def drop(self, identifier: str) -> bool:
@@ -64,7 +71,7 @@ class Encoder:
 
     def _next(self) -> None:
         if self._preparing is None and self._unprepared:
-            self._start_preparing(self._unprepared.popleft())
+            self._start_preparing(self._unprepared.pop(0))
         if self._encoding is None and self._prepared:
             self._start_encoding(*self._prepared.popleft())
 

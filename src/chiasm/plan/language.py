@@ -83,7 +83,8 @@ class PlannedStep:
 class LanguageInstance:
     """One PD, prefill, decode or aggregated instance. Knows no clock."""
 
-    def __init__(self, role: Role, limits: LanguageLimits) -> None:
+    def __init__(self, role: Role, limits: LanguageLimits, seconds_per_token: float) -> None:
+        """``seconds_per_token`` is what prefilling a token has cost when the instance measured it at start."""
         self.role = role
         self.limits = limits
         self._scheduler = Scheduler(
@@ -101,7 +102,7 @@ class LanguageInstance:
         )
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = itertools.count()
-        self._pace = PrefillPace()
+        self._pace = PrefillPace(seconds_per_token)
 
     @property
     def preemptions(self) -> int:
@@ -163,6 +164,10 @@ class LanguageInstance:
             prefills=tuple(part.sequence.request_id for part in step.prefills),
             failed=tuple(failed),
         )
+
+    def due_of(self, name: str) -> float:
+        """Return when the work of a request is due that is here."""
+        return self._sequences[name].due
 
     def complete(self, planned: PlannedStep, seconds: float) -> StepOutcome:
         """Note that the step ran, and how long it took."""

@@ -113,7 +113,7 @@ def _on_cpu(cpu: Cpu) -> Iterator[Candidate]:
 def aggregated_on_cpu(cpu: Cpu, count: int) -> Candidate:
     """Return aggregated instances, each with an even share of the threads."""
     threads = max(1, cpu.cores // count)
-    instances = (PlannedInstance(Role.AGGREGATED, 0, threads, adapts=False, encoder_weight=NICE_5_WEIGHT),) * count
+    instances = (PlannedInstance(Role.AGGREGATED, 0, threads, encoder_weight=NICE_5_WEIGHT),) * count
     options = f"--layout aggregated --aggregated {count} --threads {threads}"
     return Candidate(Layout.AGGREGATED, (Place(cpu, cpu.cores),), instances, options)
 

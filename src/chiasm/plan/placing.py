@@ -107,7 +107,7 @@ class Proxy:
 
     def encoded(self, entries: Sequence[Entry], now: float, *, seconds: float, hits: int) -> None:
         """Note that an encoder has answered a call."""
-        self._placement.images.finish(entries, now, seconds=seconds, hits=hits)
+        self._placement.images.finish(entries, now, seconds=None if hits else seconds)
 
     def discard(self, entry: Entry, now: float) -> None:
         """Forget an image that nobody needs any more."""

@@ -21,7 +21,7 @@ from chiasm.plan.costs import CostModel
 from chiasm.plan.encoder import Encoder, Picture
 from chiasm.plan.language import Item, LanguageInstance, PlannedStep, made_up_prompt
 from chiasm.plan.layouts import Candidate, PlannedInstance, limits_of
-from chiasm.plan.placing import Fed, Placing, Proxy, SentImage
+from chiasm.plan.placing import Fed, Placing, Proxy, SentImage, reported
 from chiasm.plan.shapes import ModelShape
 from chiasm.plan.sharing import SharedDevice, Stage, Work
 from chiasm.proxy.placement import Entry
@@ -193,7 +193,8 @@ class Simulation:
             own = planned.role is Role.AGGREGATED
             server = _Server(planned, device, cost, self._store)
             if limits is not None:
-                server.language = LanguageInstance(planned.role, limits)
+                known = reported(planned, self._shape, cost)
+                server.language = LanguageInstance(planned.role, limits, known.prefill_seconds_per_token)
                 if own:
                     server.store = _Store(limits.encoder_cache_bytes)
             if limits is None or own:
@@ -401,6 +402,7 @@ class Simulation:
     def _encode_inside(self, request: _Request, server: _Server) -> None:
         """Have an aggregated instance encode what it doesn't have."""
         assert server.encoder is not None
+        assert server.language is not None
         for image in request.images:
             if image.identifier in request.missing:
                 continue
@@ -414,7 +416,8 @@ class Simulation:
                 flight.waiters.append(request)
                 continue
             flight = self._flights[key] = _Flight(image, [request])
-            server.encoder.add(Picture(key, image.height, image.width, self._encoded_inside(flight, key, server)))
+            done = self._encoded_inside(flight, key, server)
+            server.encoder.add(Picture(key, image.height, image.width, done, due=server.language.due_of(request.name)))
 
     def _encoded_inside(self, flight: _Flight, key: str, server: _Server) -> Callable[[float], None]:
         def done(seconds: float) -> None:
