@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from chiasm.cli import serve
 from chiasm.errors import ConfigurationError
 from chiasm.launch.layout import Layout
 from chiasm.plan.devices import Cpu, parse_devices
@@ -45,6 +46,15 @@ def test_encoders_get_the_weakest_gpus() -> None:
         (encoder,) = (instance for instance in one.instances if instance.role is Role.ENCODER)
         assert one.places[encoder.place].device.name == "L4"
         assert "--encoder-devices 1" in one.options
+
+
+@pytest.mark.parametrize("text", ["cpu", "1xH100", "4xH100", "1xL4,2xH100"])
+def test_serve_takes_the_options_of_every_candidate(text: str) -> None:
+    for one in candidates(parse_devices(text)):
+        config = serve.deployment_config(serve.parser().parse(["demo", *one.options.split()]))
+        if config.is_counted:
+            counts = {role: config.count(role) for role in config.roles}
+            assert counts == one.counts, one.options
 
 
 def test_a_single_core_is_shared() -> None:

@@ -132,7 +132,7 @@ def arms_on(cpu: Cpu) -> dict[str, Candidate]:
     number = min(cpu.cores, _MOST_REPLICAS)
     return {
         AGGREGATED: aggregated_on_cpu(cpu, 1),
-        REPLICAS: aggregated_on_cpu(cpu, number),
+        REPLICAS: aggregated_on_cpu(cpu, number, threads=cpu.cores // number),
         SPLIT: split_on_cpu(cpu, 1, 1),
         COLOCATED: colocated_on_cpu(cpu, number, number),
     }

@@ -110,11 +110,10 @@ def _on_cpu(cpu: Cpu) -> Iterator[Candidate]:
             yield split_on_cpu(cpu, encoders, total - encoders)
 
 
-def aggregated_on_cpu(cpu: Cpu, count: int) -> Candidate:
-    """Return aggregated instances, each with an even share of the threads."""
-    threads = max(1, cpu.cores // count)
-    instances = (PlannedInstance(Role.AGGREGATED, 0, threads, encoder_weight=NICE_5_WEIGHT),) * count
-    options = f"--layout aggregated --aggregated {count} --threads {threads}"
+def aggregated_on_cpu(cpu: Cpu, count: int, threads: int | None = None) -> Candidate:
+    """Return aggregated instances on all cores; with ``threads``, each takes no more of them."""
+    instances = (PlannedInstance(Role.AGGREGATED, 0, threads or cpu.cores, encoder_weight=NICE_5_WEIGHT),) * count
+    options = f"--layout aggregated --aggregated {count}" + (f" --threads {threads}" if threads else "")
     return Candidate(Layout.AGGREGATED, (Place(cpu, cpu.cores),), instances, options)
 
 
@@ -169,14 +168,17 @@ def _built(layout: Layout, places: Sequence[Place], roles: Sequence[tuple[Role, 
     instances = tuple(PlannedInstance(role, index) for index, group in enumerate(roles) for role in group)
     made = Candidate(layout, tuple(places), instances, "")
     options = [f"--layout {layout}"]
-    apart = Role.PREFILL in made.counts
-    if layout is Layout.SPLIT or apart:
+    mixed = len({_gpu(place).name for place in places}) > 1
+    if layout is Layout.COLOCATED and Role.PREFILL in made.counts:
+        # The devices don't all have the same roles, so each role names its own.
+        options, mixed = [f"--layout {Layout.SPLIT}"], True
+    if options == [f"--layout {Layout.SPLIT}"]:
         options += [f"--{role}s {count}" for role, count in made.counts.items()]
-    if layout is Layout.SPLIT and len({_gpu(place).name for place in places}) > 1:
-        options += [
-            f"--{role}-devices {','.join(str(places[one.place].number) for one in instances if one.role is role)}"
-            for role in made.counts
-        ]
+        if mixed:
+            options += [
+                f"--{role}-devices {','.join(str(places[one.place].number) for one in instances if one.role is role)}"
+                for role in made.counts
+            ]
     return Candidate(layout, tuple(places), instances, " ".join(options))
 
 
