@@ -60,3 +60,8 @@ print(Path("/proc/self/autogroup").read_text())
         [sys.executable, "-c", script], check=False, start_new_session=True, capture_output=True, text=True
     )
     assert found.stdout.split()[-2:] == ["nice", "5"], found.stderr
+
+
+@pytest.mark.parametrize(("cpus", "text"), [((0,), "0"), ((0, 1, 2, 5), "0-2,5"), ((3, 2), "2-3"), ((), "")])
+def test_cpus_are_shown_as_a_person_writes_them(cpus: tuple[int, ...], text: str) -> None:
+    assert cores.show_cpus(cpus) == text

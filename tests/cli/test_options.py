@@ -17,6 +17,7 @@ from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.kv_transfer import KVTransferConfig
 from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
+from chiasm.launch.layout import Layout
 from chiasm.launch.process import INSTANCE_OPTIONS, InstanceProcess
 from chiasm.media import MediaConfig
 from chiasm.options import NamedOption, fields_from, names_of, options_of
@@ -147,3 +148,34 @@ def test_the_doctor_takes_every_option_of_serve() -> None:
     names = names_of(EngineConfig, MediaConfig, ECTransferConfig) - {"threads", "core_share", "nice"}
     offered = {action.dest for action in doctor.parser()._actions}
     assert names <= offered
+
+
+def test_without_counts_the_layout_decides_them_and_roles_keep_their_options() -> None:
+    config = _config("--pd-args", "--block-size 32", "--devices", "0-1/2-3")
+    assert (config.layout, config.devices, config.is_counted) == (Layout.AUTO, "0-1/2-3", False)
+    assert config.roles[Role.PD].settings == {"block_size": 32}
+
+
+def test_a_layout_takes_counts() -> None:
+    config = _config("--layout", "colocated", "--encoders", "2")
+    assert (config.layout, config.count(Role.ENCODER), config.count(Role.PD)) == (Layout.COLOCATED, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layout", "aggregated", "--pds", "1"], "--layout aggregated runs aggregated instances only"),
+        (["--layout", "colocated", "--aggregated", "1"], "leave out --aggregated"),
+        (["--layout", "colocated", "--pd-cpus", "0"], "--pd-cpus contradicts it"),
+        (["--layout", "stacked"], "'stacked' is not one of auto, colocated, split, aggregated"),
+        (["--devices", "0", "--encoder-devices", "1"], "give only one of them"),
+    ],
+)
+def test_options_that_contradict_the_layout_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        _config(*arguments)
+
+
+def test_what_the_layout_chooses_for_each_instance_is_no_option_of_serve() -> None:
+    offered = {action.dest for action in serve.parser()._actions}
+    assert offered.isdisjoint({"core_share", "nice"})

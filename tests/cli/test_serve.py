@@ -65,6 +65,10 @@ def test_a_question_about_an_image_is_answered(served: Running) -> None:
     assert _answer(served.wait_ready(), "red")
 
 
+def test_it_says_which_layout_it_has_chosen(served: Running) -> None:
+    assert "[serve] colocated: 1 encoder and 1 PD share " in served.stderr
+
+
 def test_logs_carry_the_name_of_their_process(served: Running) -> None:
     assert "[encoder-0] " in served.stderr
     assert "[pd-0] " in served.stderr

@@ -137,3 +137,10 @@ def test_a_port_in_use_is_a_problem() -> None:
 
 def test_a_free_port_is_ok() -> None:
     assert verdicts(machine.port("127.0.0.1", 0)) == ["ok"]
+
+
+def test_threads_of_instances_that_share_cores_are_not_added_up() -> None:
+    usable = usable_cores()
+    (found,) = machine.cores([usable, usable], are_shared=True)
+    assert (found.verdict, f"shared by 2 instances of up to {usable} threads" in found.says) == ("ok", True)
+    warning(machine.cores([usable + 1], are_shared=True))

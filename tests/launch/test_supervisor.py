@@ -46,7 +46,9 @@ if __name__ == "__main__":
 class Supervised:
     """A supervisor, with the server's code in a file; leaving it kills what is left."""
 
-    def __init__(self, folder: Path, before: str = "pass", worker: str = "pass", turn: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, before: str = "pass", worker: str = "pass", turn: Path | None = None, nice: int = 0
+    ) -> None:
         with_port = HeldPort("127.0.0.1")
         with_port.release()
         self.url = with_port.url
@@ -57,6 +59,7 @@ class Supervised:
         self._errors = folder / f"stderr-{with_port.port}"
         command = [sys.executable, "-m", "chiasm.launch.supervisor", "--url", self.url]
         command += ["--turn", str(turn)] if turn else []
+        command += ["--nice", str(nice)] if nice else []
         with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [*command, "--", sys.executable, str(file)],
@@ -110,8 +113,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a supervisor; see ``Supervised``."""
     with contextlib.ExitStack() as stack:
 
-        def started(before: str = "pass", worker: str = "pass", turn: Path | None = None) -> Supervised:
-            one = Supervised(tmp_path, before, worker, turn)
+        def started(before: str = "pass", worker: str = "pass", turn: Path | None = None, nice: int = 0) -> Supervised:
+            one = Supervised(tmp_path, before, worker, turn, nice)
             stack.callback(one.close)
             return one
 
@@ -197,3 +200,16 @@ def test_a_supervisor_that_waits_for_its_turn_ends_when_asked(start: Start, tmp_
     second.process.send_signal(signal.SIGTERM)
     assert second.process.wait(30) in {0, -signal.SIGTERM}
     assert not second.family
+
+
+def test_a_server_and_its_processes_give_way_as_far_as_asked(start: Start) -> None:
+    one = start(nice=5)
+    family = one.wait_ready()
+    assert {process.nice() for process in family} == {5}
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="the kernel weighs no sessions")
+def test_the_session_of_a_server_gives_way_too(start: Start) -> None:
+    one = start(nice=5)
+    one.wait_ready()
+    assert Path(f"/proc/{one.process.pid}/autogroup").read_text().split()[-1] == "5"

@@ -11,13 +11,15 @@ from chiasm.bench.topology import on_vllm
 from chiasm.cores import usable_cores
 from chiasm.errors import ConfigurationError
 from chiasm.launch import DeploymentConfig, RoleConfig
+from chiasm.launch.arrangement import Arrangement, arrange
 from chiasm.launch.config import EngineKind
-from chiasm.launch.devices import found_devices
+from chiasm.launch.devices import found_gpus
+from chiasm.launch.layout import Layout
 from chiasm.launch.vllm import installed
 from chiasm.wire import Role
 
 _MOST_REPLICAS = 4
-"""Aggregated instances on a CPU, and pairs of an encoder and a PD."""
+"""Aggregated instances on a CPU."""
 _VLLM_LIMITS = ("--max-model-len", "4096", "--max-num-seqs", "32")
 
 
@@ -29,15 +31,19 @@ class Arm:
     config: DeploymentConfig
 
     @property
+    def instances(self) -> int:
+        """How many there are."""
+        config = self._arrangement.config
+        return sum(config.count(role) for role in config.roles)
+
+    @property
     def description(self) -> str:
-        """What it runs: ``2 x pd with 1 thread``."""
-        parts = []
-        for role, chosen in self.config.roles.items():
-            where = f" on GPU {', '.join(chosen.devices)}" if chosen.devices else ""
-            threads = self.config.threads(role)
-            own = where or f" with {threads} thread{'s' if threads > 1 else ''}"
-            parts.append(f"{chosen.count} x {role}{own}")
-        return " and ".join(parts)
+        """What it runs and where."""
+        return self._arrangement.description
+
+    @property
+    def _arrangement(self) -> Arrangement:
+        return arrange(self.config, None)
 
 
 def choose(
@@ -64,7 +70,8 @@ def standard(model: str, devices: Sequence[str]) -> dict[str, DeploymentConfig]:
     Raises ConfigurationError if there is only one core.
     """
     roles = _on_gpus(tuple(devices)) if devices else _on_cores(usable_cores())
-    return {name: DeploymentConfig(model, of, served_model_name=SERVED_NAME) for name, of in roles.items()}
+    found = {name: DeploymentConfig(model, of, served_model_name=SERVED_NAME) for name, of in roles.items()}
+    return found | {COLOCATED: DeploymentConfig(model, layout=Layout.COLOCATED, served_model_name=SERVED_NAME)}
 
 
 def _on_cores(cores: int) -> dict[str, dict[Role, RoleConfig]]:
@@ -78,7 +85,6 @@ def _on_cores(cores: int) -> dict[str, dict[Role, RoleConfig]]:
         AGGREGATED: {Role.AGGREGATED: RoleConfig(1, cores)},
         REPLICAS: {Role.AGGREGATED: each},
         SPLIT: {Role.ENCODER: half, Role.PD: half},
-        COLOCATED: {Role.ENCODER: each, Role.PD: each},
     }
 
 
@@ -89,13 +95,17 @@ def _on_gpus(devices: tuple[str, ...]) -> dict[str, dict[Role, RoleConfig]]:
         rest = RoleConfig(len(devices) - 1, devices=devices[1:])
         found[REPLICAS] = {Role.AGGREGATED: every}
         found[SPLIT] = {Role.ENCODER: RoleConfig(1, devices=devices[:1]), Role.PD: rest}
-    return found | {COLOCATED: {Role.ENCODER: every, Role.PD: every}}
+    return found
 
 
 def _devices(engine: EngineKind) -> tuple[str, ...]:
     """Return the GPUs that instances of the engine use by themselves."""
     if engine is EngineKind.VLLM:
-        return () if installed().on_cpu else found_devices()
+        return () if installed().on_cpu else _names()
     import torch
 
-    return found_devices() if torch.cuda.is_available() else ()
+    return _names() if torch.cuda.is_available() else ()
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(gpu.name for gpu in found_gpus())

@@ -12,12 +12,16 @@ far puts that rate, since it says most there. That is how thresholds of percepti
 from __future__ import annotations
 
 import enum
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from chiasm.bench.statistics import quantile
+import numpy as np
+import numpy.typing as npt
+
+from chiasm.bench.statistics import Estimate, bootstrap, quantile
 from chiasm.launch import DeploymentConfig
 from chiasm.options import Option
 
@@ -162,17 +166,17 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 # ---- the fit -----------------------------------------------------------------------------------------------------------
 
+Rates = npt.NDArray[np.float64]
+
 _USUAL_SLOPE = 7.0
 _SLOPE_SPREAD = 0.5
 """Standard deviation of the logarithm of the slope, before anything is measured."""
 _SLOPES = tuple(2.0 * 1.2**step for step in range(15))
-_RATE_STEPS = 240
+_RATE_STEPS = 400
 _BEYOND = 3.0
 """The fit looks for the rate up to this factor beyond those tried."""
 _DISPERSION = 3.0
 """Requests that wait behind the same others are good or bad together: a trial says as much as a third of its requests."""
-_SEED_SPREAD = math.log(1.5)
-"""By how much the rates of single seeds are expected to differ from that of all."""
 
 
 @dataclass(frozen=True)
@@ -191,40 +195,29 @@ class Curve:
 
 def fit(trials: Sequence[Trial]) -> Curve:
     """Return the curve that is likeliest after all trials. Raises ValueError without trials."""
-    return max(
-        (Curve(rate, slope) for rate in _rates(trials) for slope in _SLOPES),
-        key=lambda curve: _log_likelihood(curve, trials) - _strangeness(curve.slope),
-    )
+    rates, slopes = _rates(trials), np.array(_SLOPES)
+    strangeness = (np.log(slopes / _USUAL_SLOPE) / _SLOPE_SPREAD) ** 2 / 2
+    scores = _log_likelihood(rates[:, None], slopes[None, :], trials) - strangeness
+    rate, slope = np.unravel_index(int(scores.argmax()), scores.shape)
+    return Curve(float(rates[rate]), float(slopes[slope]))
 
 
-def fit_seed(trials: Sequence[Trial], of_all: Curve) -> Curve:
-    """Return the curve of one seed's trials, which has the slope of all and probably a rate near theirs."""
-
-    def score(curve: Curve) -> float:
-        away = math.log(curve.goodput / of_all.goodput) / _SEED_SPREAD
-        return _log_likelihood(curve, trials) - away**2 / 2
-
-    return max((Curve(rate, of_all.slope) for rate in _rates(trials)), key=score)
-
-
-def _rates(trials: Sequence[Trial]) -> Iterable[float]:
+def _rates(trials: Sequence[Trial]) -> Rates:
+    """Return the rates that are considered, in ascending order."""
     if not trials:
         raise ValueError("there are no trials to fit")
     low = min(trial.rate for trial in trials) / _BEYOND
     high = max(trial.rate for trial in trials) * _BEYOND
-    return (low * (high / low) ** (step / _RATE_STEPS) for step in range(_RATE_STEPS + 1))
+    return np.geomspace(low, high, _RATE_STEPS)
 
 
-def _strangeness(slope: float) -> float:
-    return (math.log(slope / _USUAL_SLOPE) / _SLOPE_SPREAD) ** 2 / 2
-
-
-def _log_likelihood(curve: Curve, trials: Sequence[Trial]) -> float:
-    total = 0.0
+def _log_likelihood(goodputs: Rates, slopes: Rates, trials: Sequence[Trial]) -> Rates:
+    """Return the logarithm of the likelihood of each curve, in the shape that goodputs and slopes have together."""
+    total = np.zeros(np.broadcast_shapes(goodputs.shape, slopes.shape))
     for trial in trials:
-        share = min(1 - 1e-9, max(1e-9, curve.attained(trial.rate)))
-        number, good = len(trial.served), trial.good
-        total += good * math.log(share) + (number - good) * math.log1p(-share)
+        logit = math.log(TARGET / (1 - TARGET)) + slopes * np.log(goodputs / trial.rate)
+        good, number = trial.good, len(trial.served)
+        total -= good * np.logaddexp(0.0, -logit) + (number - good) * np.logaddexp(0.0, logit)
     return total / _DISPERSION
 
 
@@ -276,24 +269,38 @@ class Goodput:
     """What the trials of one deployment with one kind of traffic say."""
 
     trials: Sequence[Trial]
-    curve: Curve | None
-    """Of all trials; None if no rate will do."""
-    by_seed: dict[int, float]
-    """Rate by seed, of the seeds that were tried near the goodput."""
+    seeds: Sequence[int]
+    """Those that all deployments were tried with; other trials only looked for the rate."""
+
+    @functools.cached_property
+    def curve(self) -> Curve | None:
+        """The curve of all trials; None if no rate will do."""
+        return fit(self.trials) if any(trial.passed for trial in self.trials) else None
 
     @property
     def rate(self) -> float:
-        """Requests per second: the geometric mean over the seeds; 0 if no rate will do."""
-        if self.curve is None or not self.by_seed:
-            return 0.0
-        return math.exp(sum(map(math.log, self.by_seed.values())) / len(self.by_seed))
+        """Requests per second; 0 if no rate will do."""
+        return 0.0 if self.curve is None else self.curve.goodput
 
-    @classmethod
-    def of(cls, search: RateSearch, seeds: Sequence[int]) -> Goodput:
-        """Return what a search has found; ``seeds`` are those that are compared."""
-        if not any(trial.passed for trial in search.trials):
-            return cls(search.trials, None, {})
-        curve = fit(search.trials)
-        own = {seed: [trial for trial in search.trials if trial.seed == seed] for seed in seeds}
-        rates = {seed: fit_seed(trials, curve).goodput for seed, trials in own.items() if trials}
-        return cls(search.trials, curve, rates)
+    def rate_of(self, seeds: Sequence[int]) -> float:
+        """Return the requests per second by the trials of some seeds, which may occur several times."""
+        other = [trial for trial in self.trials if trial.seed not in self.seeds]
+        chosen = [trial for seed in seeds for trial in self.trials if trial.seed == seed]
+        return fit([*other, *chosen]).goodput
+
+
+def ratio(baseline: Goodput, other: Goodput, *, seed: int) -> Estimate | None:
+    """Estimate the ratio of two goodputs; None if the baseline has none.
+
+    The seeds are resampled, the same for both, since the requests of one seed wait for each other.
+    """
+    if baseline.curve is None:
+        return None
+    if other.curve is None:
+        return Estimate(0.0, 0.0, 0.0)
+
+    @functools.cache
+    def of(seeds: tuple[int, ...]) -> float:
+        return other.rate_of(seeds) / baseline.rate_of(seeds)
+
+    return bootstrap(list(baseline.seeds), lambda seeds: of(tuple(sorted(seeds))), seed)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT, TARGET, Goodput, Limits
+from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT, TARGET, Goodput, Limits, ratio
 from chiasm.bench.measurement import Curve, Curves, Figure, Outcome
-from chiasm.bench.statistics import Estimate, mean_ratio
 
 _AT_LEAST, _LOW_AT_LEAST = 1.0, 0.97
 _OVER_AGGREGATED = {"heavy": 1.1, "repeats": 1.2}
@@ -53,27 +52,17 @@ def _ratios(traffic: str, arms: Mapping[str, Goodput], tested: str, seed: int) -
     figures = []
     others = sorted((name for name in arms if name != tested), key=lambda name: -arms[name].rate)
     for place, other in enumerate(others):
-        ratio = _ratio(arms[other], arms[tested], seed)
-        if ratio is None:
+        estimate = ratio(arms[other], arms[tested], seed=seed)
+        if estimate is None:
             continue
         name = f"{traffic}: {tested} / {other}"
         wanted = _OVER_AGGREGATED.get(traffic) if other in (AGGREGATED, REPLICAS) else None
         if place == 0:
             wanted = max(_AT_LEAST, wanted or 0.0)
-        figures.append(Figure.of(name, ratio, "x", at_least=wanted if judged else None))
+        figures.append(Figure.of(name, estimate, "x", at_least=wanted if judged else None))
         if place == 0 and judged:
-            figures.append(Figure(f"{name}, low end of the interval", ratio.low, "x", at_least=_LOW_AT_LEAST))
+            figures.append(Figure(f"{name}, low end of the interval", estimate.low, "x", at_least=_LOW_AT_LEAST))
     return figures
-
-
-def _ratio(baseline: Goodput, other: Goodput, seed: int) -> Estimate | None:
-    """Return the ratio over the seeds that both have; None if the baseline has no goodput."""
-    if not baseline.rate:
-        return None
-    both = sorted(baseline.by_seed.keys() & other.by_seed.keys())
-    if not both:
-        return Estimate(0.0, 0.0, 0.0)
-    return mean_ratio([baseline.by_seed[one] for one in both], [other.by_seed[one] for one in both], seed=seed)
 
 
 def _why_none(traffic: str, name: str, goodput: Goodput) -> str:

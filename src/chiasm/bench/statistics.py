@@ -43,27 +43,22 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 def median_of(values: Sequence[float], *, seed: int = 0) -> Estimate:
     """Estimate the median of a single sample."""
-    return _estimate(values, median, seed)
+    return bootstrap(values, median, seed)
 
 
 def mean_of(values: Sequence[float], *, seed: int = 0) -> Estimate:
     """Estimate the mean of consecutive time windows."""
-    return _estimate(values, statistics.fmean, seed)
+    return bootstrap(values, statistics.fmean, seed)
 
 
 def paired_ratio(baseline: Sequence[float], other: Sequence[float], *, seed: int = 0) -> Estimate:
     """Estimate the median over pairs of other/baseline. The two values of a pair were taken one right after the other."""
-    return _estimate([b / a for a, b in zip(baseline, other, strict=True)], median, seed)
+    return bootstrap([b / a for a, b in zip(baseline, other, strict=True)], median, seed)
 
 
 def paired_difference(baseline: Sequence[float], other: Sequence[float], *, seed: int = 0) -> Estimate:
     """Estimate the median over pairs of other - baseline, in the samples' unit."""
-    return _estimate([b - a for a, b in zip(baseline, other, strict=True)], median, seed)
-
-
-def mean_ratio(baseline: Sequence[float], other: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Estimate the geometric mean over pairs of other/baseline, which suits a handful of pairs; all values are above 0."""
-    return _estimate([b / a for a, b in zip(baseline, other, strict=True)], statistics.geometric_mean, seed)
+    return bootstrap([b - a for a, b in zip(baseline, other, strict=True)], median, seed)
 
 
 def quantile_ratio(
@@ -79,10 +74,10 @@ def quantile_ratio(
         after = [value for _, b in rounds for value in b]
         return quantile(after, share) / quantile(before, share)
 
-    return _estimate(list(zip(baseline, other, strict=True)), ratio, seed)
+    return bootstrap(list(zip(baseline, other, strict=True)), ratio, seed)
 
 
-def _estimate(sample: Sequence[_T], statistic: Callable[[Sequence[_T]], float], seed: int) -> Estimate:
+def bootstrap(sample: Sequence[_T], statistic: Callable[[Sequence[_T]], float], seed: int) -> Estimate:
     """Compute the statistic and its bootstrap bounds; the same seed gives the same bounds."""
     generator = random.Random(seed)
     resampled = [statistic(generator.choices(sample, k=len(sample))) for _ in range(_RESAMPLES)]

@@ -27,10 +27,12 @@ from chiasm.errors import ConfigurationError
 from chiasm.launch import Deployment
 from chiasm.launch.config import EngineKind
 
-_SEEDS = 4
-_TRIALS_PER_SEED = 2
+_SEEDS = 6
+_TRIALS_PER_SEED = 1
 _UNLOADED_ROUNDS = 5
 _UNLOADED_TOKENS = 8
+_LEAST_TPOT_SECONDS = 0.01
+"""No lower limit is set by a factor, since tokens that are faster arrive several at a time."""
 _FIRST_SHARE, _LOWEST_SHARE = 0.4, 0.05
 """Rates, relative to that at which requests that are answered one after the other take all of the time."""
 _BRACKET_REQUESTS, _BRACKET_TRIALS = 24, 7
@@ -118,7 +120,7 @@ class Comparison:
         if any(role.devices for arm in arms for role in arm.config.roles.values()):
             return False
         weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
-        instances = sum(role.count for arm in arms for role in arm.config.roles.values())
+        instances = sum(arm.instances for arm in arms)
         need = instances * (2 * weights + _INSTANCE_BYTES[self._engine])
         return need < int(psutil.virtual_memory().available)
 
@@ -160,10 +162,12 @@ class Comparison:
     def _take_reference(self, alone: Alone, traffics: Sequence[Traffic]) -> None:
         """Set the limits of each size class, and the time that requests take one after the other."""
         options = self._bench.goodput
+        # The time per token hardly depends on the class, and a class has few samples.
+        usual = median([one.tpot_seconds for one in alone.values()])
         for size_class, one in alone.items():
             self._limits[size_class] = Limits(
                 options.ttft_slo or options.ttft_slo_factor * one.ttft_seconds,
-                options.tpot_slo or options.tpot_slo_factor * one.tpot_seconds,
+                options.tpot_slo or max(_LEAST_TPOT_SECONDS, options.tpot_slo_factor * max(usual, one.tpot_seconds)),
             )
         for traffic in traffics:
             shapes = [arrival.shape for seed in self._seeds for arrival in traffic.pattern(seed)]
@@ -195,7 +199,7 @@ class Comparison:
                 index = _BRACKET_TRIALS + place * _TRIALS_PER_SEED + again
                 self._bench.phase(f"{traffic.name}: seed {place + 1} of {len(self._seeds)}", len(able))
                 await self._round(index, seed, traffic.pattern(seed), traffic, texts, urls, searches, able)
-        return {name: Goodput.of(search, self._seeds) for name, search in searches.items()}
+        return {name: Goodput(search.trials, self._seeds) for name, search in searches.items()}
 
     async def _round(
         self,
