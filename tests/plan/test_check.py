@@ -37,7 +37,7 @@ def results(folder: Path, rate: float) -> Path:
     for seed in (0, 1, 999):
         for factor, verdict in ((1.0, Verdict.GOOD), (1.01, Verdict.LATE)):
             search.add(Trial(factor * rate, seed, [Served("text up to 64 tokens", verdict, 0.1)] * 50))
-    found = {mix: dict.fromkeys(arms_on(CPU), Goodput.of(search, (0, 1))) for mix in ("text", "images")}
+    found = {mix: dict.fromkeys(arms_on(CPU, SHAPE), Goodput(search.trials, (0, 1))) for mix in ("text", "images")}
     path = folder / "results.json"
     write_json(path, {"goodput": outcome_of(found, LIMITS, seed=0)}, {})
     return path
@@ -45,7 +45,7 @@ def results(folder: Path, rate: float) -> Path:
 
 def test_what_the_benchmark_writes_is_understood(tmp_path: Path) -> None:
     measured = read_measured(results(tmp_path, 3.0))
-    assert set(measured.rates) == {(mix, arm) for mix in ("text", "images") for arm in arms_on(CPU)}
+    assert set(measured.rates) == {(mix, arm) for mix in ("text", "images") for arm in arms_on(CPU, SHAPE)}
     assert measured.rates["text", "split"] == pytest.approx(3.0, rel=0.1)
     assert measured.limits == LIMITS
     assert measured.seeds == [0, 1]
@@ -54,7 +54,7 @@ def test_what_the_benchmark_writes_is_understood(tmp_path: Path) -> None:
 def test_every_mix_and_deployment_is_compared(tmp_path: Path) -> None:
     measured = read_measured(results(tmp_path, 3.0))
     workload = Workload(MIXES["text"], LIMITS, seeds=2, requests=MIXES["text"].requests, longest_seconds=20.0)
-    expected = Planner(SHAPE, workload, cost_of, places_of([CPU])).highest_rate(arms_on(CPU)["split"]).rate
+    expected = Planner(SHAPE, workload, cost_of, places_of([CPU])).highest_rate(arms_on(CPU, SHAPE)["split"]).rate
     compared = {(one.mix, one.arm): one for one in compare(measured, SHAPE, cost_of, CPU)}
     assert len(compared) == 8
     assert compared["text", "split"].simulated == pytest.approx(expected)

@@ -84,6 +84,27 @@ def test_limits_that_nothing_meets_are_said_and_give_an_exit_code(capsys: pytest
     assert "Nothing on 1xL4 answers 90% of mixed in time" in capsys.readouterr().out
 
 
+def trace(folder: Path, *lines: str) -> str:
+    (folder / "mine.jsonl").write_text("\n".join(lines))
+    return str(folder / "mine.jsonl")
+
+
+def test_a_trace_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        json.dumps({"time": number / 2, "prompt_tokens": 50, "images": [[640, 480]], "answer_tokens": 5})
+        for number in range(21)
+    ]
+    assert planned(MODEL, "--devices", "1xH100", "--trace", trace(tmp_path, *lines), *IN_TIME) == 0
+    assert "of mine in time up to" in (printed := " ".join(capsys.readouterr().out.split()))
+    assert "(the trace has 2)" in printed
+
+
+def test_nonsense_in_a_trace_is_refused(tmp_path: Path) -> None:
+    lines = trace(tmp_path, '{"time": 0, "prompt_tokens": 5, "answer_tokens": 1}', '{"time": "soon"}')
+    with pytest.raises(ConfigurationError, match="line 2"):
+        planned(MODEL, "--devices", "1xH100", "--trace", lines, *IN_TIME)
+
+
 def test_json_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     planned(MODEL, "--devices", "1xH100", *MIX, *IN_TIME, "--rate", "5", "--json")
     found = json.loads(capsys.readouterr().out)

@@ -12,9 +12,18 @@ from typing import Any
 from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT, Limits
 from chiasm.bench.traffic import MIXES
 from chiasm.errors import ConfigurationError
+from chiasm.launch.layout import cpu_pairs
 from chiasm.plan.costs import CostModel
 from chiasm.plan.devices import Cpu, Device
-from chiasm.plan.layouts import Candidate, Place, aggregated_on_cpu, colocated_on_cpu, places_of, split_on_cpu
+from chiasm.plan.layouts import (
+    Candidate,
+    Place,
+    aggregated_on_cpu,
+    colocated_on_cpu,
+    free_memory,
+    places_of,
+    split_on_cpu,
+)
 from chiasm.plan.report import shown
 from chiasm.plan.search import Planner, Workload
 from chiasm.plan.shapes import ModelShape
@@ -108,7 +117,7 @@ def compare(
     measured: Measured, shape: ModelShape, cost_of: Callable[[Place], CostModel], cpu: Cpu
 ) -> Iterator[Compared]:
     """Yield what is comparable: the benchmark's own deployments and mixes, where a rate was found."""
-    arms = arms_on(cpu)
+    arms = arms_on(cpu, shape)
     for mix in dict.fromkeys(mix for mix, _ in measured.rates):
         if mix not in MIXES or not measured.seeds:
             continue
@@ -127,14 +136,15 @@ def compare(
                 yield Compared(mix, arm, rate, planner.highest_rate(candidate).rate)
 
 
-def arms_on(cpu: Cpu) -> dict[str, Candidate]:
+def arms_on(cpu: Cpu, shape: ModelShape) -> dict[str, Candidate]:
     """Return what the benchmark's deployments are on these cores, by their names there."""
     number = min(cpu.cores, _MOST_REPLICAS)
+    pairs = cpu_pairs(cpu.cores, free_memory(), shape.language_bytes + shape.vision_bytes)
     return {
         AGGREGATED: aggregated_on_cpu(cpu, 1),
         REPLICAS: aggregated_on_cpu(cpu, number, threads=cpu.cores // number),
         SPLIT: split_on_cpu(cpu, 1, 1),
-        COLOCATED: colocated_on_cpu(cpu, number, number),
+        COLOCATED: colocated_on_cpu(cpu, pairs, pairs),
     }
 
 

@@ -217,7 +217,7 @@ def _room(candidate: Candidate, place: int, shape: ModelShape) -> float:
     weights = encoders * shape.vision_bytes + languages * shape.language_bytes
     device = candidate.places[place].device
     if isinstance(device, Cpu):
-        total = float(_free_memory())
+        total = float(free_memory())
         weights *= len(candidate.places)
         other = 0.0
     else:
@@ -261,7 +261,8 @@ def _language_limits(place: Place, shape: ModelShape, room: float, longest_token
     )
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
+    """Return how many bytes of this machine's memory are free."""
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -10,7 +10,7 @@ from typing import Any
 from chiasm.bench.goodput import TARGET
 from chiasm.launch.layout import in_words
 from chiasm.plan.layouts import Candidate
-from chiasm.plan.search import Finding, Workload
+from chiasm.plan.search import Finding, WholeTrace, Workload
 from chiasm.plan.sharing import Stage
 from chiasm.wire import Role
 
@@ -54,7 +54,9 @@ class Plan:
             )
         others = [one for one in self.findings if one.candidate.layout is not best.candidate.layout]
         if self.workload.rate is None:
-            found = f"answers {TARGET:.0%} of {name} in time up to {shown(best.rate)} requests per second"
+            found = (
+                f"answers {TARGET:.0%} of {name} in time up to {shown(best.rate)} requests per second{self._own_rate}"
+            )
             next_best = max(others, key=lambda one: one.rate, default=None)
             gain = (
                 f"; the best {next_best.candidate.layout} layout reaches {shown(next_best.rate)}" if next_best else ""
@@ -66,6 +68,11 @@ class Plan:
                 f"; the best {next_best.candidate.layout} layout answers {next_best.attained:.0%}" if next_best else ""
             )
         return f"On {self.devices} use {best.candidate.layout} with {counts}: it {found}{gain}."
+
+    @property
+    def _own_rate(self) -> str:
+        traffic = self.workload.traffic
+        return f" (the trace has {shown(traffic.trace.rate)})" if isinstance(traffic, WholeTrace) else ""
 
 
 def print_plan(plan: Plan, *, as_json: bool) -> None:

@@ -70,7 +70,7 @@ def run(config: PlanConfig) -> int:
     from chiasm.plan import report
     from chiasm.plan.devices import parse_devices
     from chiasm.plan.layouts import Candidate, candidates, fitting, places_of
-    from chiasm.plan.search import Finding, Planner, SameLimits, Workload, best
+    from chiasm.plan.search import SEEDS, Finding, Planner, SameLimits, WholeTrace, Workload, best
 
     devices = parse_devices(config.devices)
     if config.check is not None:
@@ -85,6 +85,7 @@ def run(config: PlanConfig) -> int:
         traffic,
         SameLimits(config.ttft_slo, config.tpot_slo),
         seed=config.seed,
+        seeds=1 if isinstance(traffic, WholeTrace) else SEEDS,
         rate=config.rate,
         requests=config.requests,
     )
@@ -128,8 +129,9 @@ def _traffic(config: PlanConfig) -> Traffic:
         raise ConfigurationError("Say what will be asked: either --mix NAME or --trace FILE.")
     if config.trace is not None:
         from chiasm.bench.trace import read_trace
+        from chiasm.plan.search import WholeTrace
 
-        return read_trace(config.trace)
+        return WholeTrace(read_trace(config.trace))
     if config.mix not in MIXES:
         raise ConfigurationError(f"There is no mix {config.mix!r}; the mixes are {', '.join(MIXES)}.")
     return MIXES[config.mix]

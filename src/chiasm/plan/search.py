@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from chiasm.bench.goodput import TARGET, Goodput, Limits, RateSearch, Served, Trial, Verdict, judge
 from chiasm.bench.statistics import quantile
+from chiasm.bench.trace import Trace
 from chiasm.bench.traffic import Arrival, Mix, Traffic
 from chiasm.errors import ConfigurationError
 from chiasm.plan.costs import CostModel, StepShape
@@ -39,6 +40,21 @@ _SPANS = 5.0
 _MOST_REQUESTS = 3000
 """Requests in one trial of a mix, unless a person asks for more."""
 _OTHER_LIMIT = 0.2
+
+
+@dataclass(frozen=True)
+class WholeTrace:
+    """All requests of a trace in each trial, where the benchmark takes a part of it."""
+
+    trace: Trace
+
+    @property
+    def name(self) -> str:
+        return self.trace.name
+
+    def pattern(self, seed: int) -> list[Arrival]:
+        first = self.trace.requests[0].time
+        return [replace(one, time=(one.time - first) * self.trace.rate) for one in self.trace.requests]
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,7 @@ class Planner:
             rate = search.next_rate()
             result = self.simulate(candidate, rate, seed)
             search.add(Trial(rate, seed, [self._served(outcome) for outcome in result.outcomes]))
-        found = Goodput.of(search, range(len(self._patterns)))
+        found = Goodput(search.trials, range(len(self._patterns)))
         curve = sorted((trial.rate, trial.attained) for trial in search.trials)
         if not found.rate:
             lowest = self.at_rate(candidate, search.trials[-1].rate)
