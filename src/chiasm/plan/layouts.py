@@ -12,7 +12,7 @@ from chiasm.launch.layout import Layout, in_words
 from chiasm.plan.devices import Cpu, Device, Gpu
 from chiasm.plan.language import LanguageLimits
 from chiasm.plan.shapes import ModelShape
-from chiasm.plan.sharing import NICE_5_WEIGHT, NORMAL_WEIGHT
+from chiasm.plan.sharing import NICE_5_WEIGHT, NORMAL_WEIGHT, STREAM_WEIGHT
 from chiasm.wire import Role
 
 USABLE_SHARE = 0.9
@@ -165,7 +165,7 @@ def _gpu(place: Place) -> Gpu:
 
 
 def _built(layout: Layout, places: Sequence[Place], roles: Sequence[tuple[Role, ...]]) -> Candidate:
-    instances = tuple(PlannedInstance(role, index) for index, group in enumerate(roles) for role in group)
+    instances = tuple(_on_gpu(role, index) for index, group in enumerate(roles) for role in group)
     made = Candidate(layout, tuple(places), instances, "")
     options = [f"--layout {layout}"]
     mixed = len({_gpu(place).name for place in places}) > 1
@@ -180,6 +180,11 @@ def _built(layout: Layout, places: Sequence[Place], roles: Sequence[tuple[Role, 
                 for role in made.counts
             ]
     return Candidate(layout, tuple(places), instances, " ".join(options))
+
+
+def _on_gpu(role: Role, place: int) -> PlannedInstance:
+    weight = STREAM_WEIGHT if role is Role.AGGREGATED else NORMAL_WEIGHT
+    return PlannedInstance(role, place, encoder_weight=weight)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """How the work on one device shares it: each piece has a speed that depends on what else runs there.
 
 CPU: a thread that computes takes an even part of the cores, and at least one, as ``engine/core_sharing.py`` has it; when
-there are more threads than cores, the kernel divides them by weight. GPU: one core, so processes take turns, evenly.
+there are more threads than cores, the kernel divides them by weight. GPU: one core, so processes take turns, evenly; inside one
+process, an encoder's stream of lower priority gives way to the engine's steps.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 NORMAL_WEIGHT = 1024.0
 NICE_5_WEIGHT = 335.0
 """The kernel's weights of nice 0 and 5 (``sched_prio_to_weight``)."""
+STREAM_WEIGHT = NORMAL_WEIGHT / 4
+"""Of a CUDA stream of lower priority beside one of higher priority. An assumption: it gets what steps leave, a fifth."""
 _DONE_SECONDS = 1e-9
 """Work that would end within this time has ended: sums of floats never meet exactly."""
 
