@@ -10,7 +10,7 @@ import pytest
 
 from chiasm import cores
 from chiasm.errors import ConfigurationError
-from chiasm.launch import DeploymentConfig, Layout, RoleConfig, arrangement, config
+from chiasm.launch import DeploymentConfig, EngineKind, Layout, RoleConfig, arrangement, config, vllm
 from chiasm.launch.arrangement import Arrangement, arrange
 from chiasm.launch.devices import Gpu
 from chiasm.launch.layout import cpu_pairs
@@ -151,8 +151,20 @@ def test_options_of_roles_are_kept_by_the_layout() -> None:
 def test_weights_of_16_bits_take_twice_their_size_on_a_cpu(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
     (tmp_path / "model.safetensors").write_bytes(bytes(10))
-    assert arrangement.weights_bytes(DeploymentConfig("demo"), tmp_path) == 20
-    assert arrangement.weights_bytes(DeploymentConfig("demo", settings={"dtype": "bfloat16"}), tmp_path) == 10
+    in_half = DeploymentConfig("demo", settings={"dtype": "bfloat16"})
+    assert arrangement.weights_bytes(DeploymentConfig("demo"), tmp_path, in_float32=True) == 20
+    assert arrangement.weights_bytes(DeploymentConfig("demo"), tmp_path, in_float32=False) == 10
+    assert arrangement.weights_bytes(in_half, tmp_path, in_float32=True) == 10
+
+
+def test_over_vllm_an_encoder_and_a_pd_may_each_use_all_cores(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(4)
+    monkeypatch.setattr(vllm, "installed", lambda: vllm.Installed(Path("/env/bin/vllm"), "0.32.0+cpu"))
+    arranged = _arranged(engine=EngineKind.VLLM)
+    assert list(arranged.placements) == [(E, 0), (PD, 0)]
+    assert [(one.threads, one.core_share, one.nice) for one in arranged.placements.values()] == [(4, "", 5), (4, "", 0)]
 
 
 # ---- on GPUs -----------------------------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ def arrange(config: DeploymentConfig, folder: Path | None) -> Arrangement:
     Raises ConfigurationError for what the machine or the engine cannot do.
     """
     gpus = _usable_gpus(config)
-    model_bytes = weights_bytes(config, folder) if folder is not None else 0
+    on_cpu = config.engine is EngineKind.CHIASM and not gpus and not _names_gpu(config)
+    model_bytes = weights_bytes(config, folder, in_float32=on_cpu) if folder is not None else 0
     layout, why = _choose(config, gpus, model_bytes)
     if layout is Layout.SPLIT:
         return _split(config, folder, gpus, why)
@@ -73,8 +74,8 @@ def one_of_each(config: DeploymentConfig) -> DeploymentConfig:
     return replace(config, roles={role: replace(given.get(role, RoleConfig()), count=1) for role in roles})
 
 
-def weights_bytes(config: DeploymentConfig, folder: Path) -> int:
-    """Return the size of a checkpoint's weights in memory. On CPU, the built-in engine makes float32 of 16 bits."""
+def weights_bytes(config: DeploymentConfig, folder: Path, *, in_float32: bool) -> int:
+    """Return the size of a checkpoint's weights in memory; ``in_float32`` says what the dtype ``auto`` is."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     try:
         described = json.loads((folder / "config.json").read_text())
@@ -82,12 +83,8 @@ def weights_bytes(config: DeploymentConfig, folder: Path) -> int:
     except (OSError, ValueError, AttributeError):  # the instances report it
         return size
     wanted = config.settings.get("dtype", "auto")
-    widens = wanted == "float32" or (wanted == "auto" and _on_cpu(config))
+    widens = wanted == "float32" or (wanted == "auto" and in_float32)
     return 2 * size if widens and stored in _HALF else size
-
-
-def _on_cpu(config: DeploymentConfig) -> bool:
-    return config.engine is EngineKind.CHIASM and not _usable_gpus(config) and not _names_gpu(config)
 
 
 def _names_gpu(config: DeploymentConfig) -> bool:
@@ -256,8 +253,10 @@ def _split(config: DeploymentConfig, folder: Path | None, gpus: Sequence[Gpu], w
             "--devices: sets of cores are devices that instances share; choose --layout colocated or aggregated, or pin the "
             "roles with --encoder-cpus, --pd-cpus and the like."
         )
-    # An encoder comes first, and a smaller GPU is enough for it.
-    found = [gpu.name for gpu in sorted(_named_gpus(config, gpus), key=lambda gpu: gpu.memory_bytes)]
+    dealt = _named_gpus(config, gpus)
+    if not config.is_counted:  # the encoder comes first, and the smallest GPU is enough for it
+        dealt = tuple(sorted(dealt, key=lambda gpu: gpu.memory_bytes))
+    found = [gpu.name for gpu in dealt]
     if config.engine is EngineKind.VLLM:
         placed = place(resolved.roles, found, vllm.attention_heads(folder) if folder is not None else None)
     else:
