@@ -79,3 +79,25 @@ async def test_images_go_to_aggregated_instances_if_there_are_no_encoders(start:
         assert (await front.post(ask(image(image_bytes(size=(5, n)))))).status == 200
     assert not pd.received
     assert len(aggregated.received) == 3
+
+
+async def test_images_go_to_aggregated_instances_once_the_last_encoder_is_gone(start: Start) -> None:
+    encoder, pd, aggregated = FakeInstance("encoder"), FakeInstance("pd"), FakeInstance("aggregated")
+    front = await start([encoder, pd, aggregated])
+    for n in range(1, 4):
+        assert (await front.post(ask(image(image_bytes(size=(5, n)))))).status == 200
+    await encoder.kill()
+    await front.until(encoder, "unhealthy")
+    before = len(aggregated.received), len(pd.received)
+    for n in range(1, 4):
+        assert (await front.post(ask(image(image_bytes(size=(5, n)))))).status == 200
+    assert (len(aggregated.received), len(pd.received)) == (before[0] + 3, before[1])
+
+
+async def test_an_image_that_repeats_goes_to_the_instance_that_knows_it(start: Start) -> None:
+    fleet = [FakeInstance("aggregated"), FakeInstance("aggregated")]
+    front = await start(fleet)
+    body = ask("look", image(image_bytes(size=(900, 900))), "what is it?")
+    for _ in range(4):
+        assert (await front.post(body)).status == 200
+    assert sorted(len(instance.received) for instance in fleet) == [0, 4]

@@ -86,7 +86,7 @@ def test_the_estimate_is_queue_and_own_prefill(fleet: Fleet, placement: Placemen
 def test_a_short_prompt_is_computed_before_a_long_one_that_came_first(fleet: Fleet, placement: Placement) -> None:
     add(fleet, "1", known=costs())
     place(placement, text(10_000))
-    half_a_step = 256 * PER_TOKEN
+    half_a_step = 512 * PER_TOKEN
     assert place(placement, text(84), 0.5).estimate_seconds == pytest.approx(half_a_step + 100 * PER_TOKEN)
 
 

@@ -45,12 +45,6 @@ async def joined(front: Front, count: int) -> None:
         pass
 
 
-async def waiting(front: Front, count: int) -> None:
-    """Return when this many images wait for an encoder with room."""
-    while await front.metric("chiasm_proxy_items_waiting") != count:
-        pass
-
-
 async def test_ten_simultaneous_requests_cost_one_call(
     start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
 ) -> None:
@@ -71,7 +65,7 @@ async def test_images_that_are_being_encoded_are_not_sent_again(
     one = asyncio.ensure_future(front.post(ask(image(image_bytes("red")), image(image_bytes("blue")))))
     await encoder.arrived.acquire()
     two = asyncio.ensure_future(front.post(ask(image(image_bytes("blue")), image(image_bytes("green")))))
-    await joined(front, 1)
+    await encoder.arrived.acquire()
     gate.set()
     assert {(await one).status, (await two).status} == {200}
     assert [len(received.identifiers) for received in encoder.received] == [2, 1]
@@ -125,7 +119,7 @@ async def test_a_call_continues_for_an_image_that_somebody_waits_for(
     first.cancel()
     await asyncio.wait_for(pd.gone.acquire(), 5)
     third = asyncio.ensure_future(front.post(ask(image(image_bytes("red")))))  # given up: it begins anew
-    await waiting(front, 1)
+    await encoder.arrived.acquire()
     gate.set()
     assert {(await second).status, (await third).status} == {200}
     assert [len(received.identifiers) for received in encoder.received] == [2, 1]

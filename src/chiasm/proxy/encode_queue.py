@@ -42,6 +42,9 @@ class Device(NamedTuple):
     streams: int = 0
 
 
+_IDLE = Device()
+
+
 class Entry:
     """One image to encode. Compared by identity."""
 
@@ -97,17 +100,18 @@ class _Desk:
         # A call that takes longer than estimated is expected to take as long again as it is late.
         return sum(entry.seconds for entry in self.entries) - first + abs(first - elapsed)
 
-    def has_room(self, now: float) -> bool:
-        count = sum(1 for entry in self.entries if entry.seconds)
-        return count < _ENOUGH_ITEMS or (count < _MOST_ITEMS and self.seconds_left(now) < _ENOUGH_SECONDS)
+    @property
+    def has_room(self) -> bool:
+        seconds = [entry.seconds for entry in self.entries if entry.seconds]
+        return len(seconds) < _ENOUGH_ITEMS or (len(seconds) < _MOST_ITEMS and sum(seconds) < _ENOUGH_SECONDS)
 
 
 class EncodeQueue:
-    """One for the fleet. ``device_of`` tells what language instances do on an encoder's device."""
+    """One for the fleet. ``devices`` tells what language instances do on each device that is known."""
 
-    def __init__(self, fleet: Fleet, device_of: Callable[[Instance, float], Device]) -> None:
+    def __init__(self, fleet: Fleet, devices: Callable[[float], Mapping[str, Device]]) -> None:
         self._fleet = fleet
-        self._device_of = device_of
+        self._devices = devices
         self._waiting: list[Entry] = []
         self._desks: WeakKeyDictionary[Instance, _Desk] = WeakKeyDictionary()
         self._published: OrderedDict[str, None] = OrderedDict()
@@ -176,7 +180,7 @@ class EncodeQueue:
             return []
         plan = self._plan(now)
         plan.leave_out(encoder for encoder in list(plan.left) if self._desk(encoder).full_until > now)
-        roomy = {encoder for encoder in plan.left if self._desk(encoder).has_room(now)}
+        roomy = {encoder for encoder in plan.left if self._desk(encoder).has_room}
         given: list[Entry] = []
         for entry in self._waiting[:_EXAMINED]:
             is_published = entry.item.identifier in self._published
@@ -186,7 +190,7 @@ class EncodeQueue:
             if choice is not None and (choice.encoder in roomy or is_published):
                 self._give(entry, choice, now)
                 given.append(entry)
-                if not self._desk(choice.encoder).has_room(now):
+                if not self._desk(choice.encoder).has_room:
                     roomy.discard(choice.encoder)
         for entry in given:
             self._take_out(entry)
@@ -228,7 +232,7 @@ class EncodeQueue:
         encoders = self._fleet.healthy(Role.ENCODER)
         return Plan(
             left={encoder: self._desk(encoder).seconds_left(now) for encoder in encoders},
-            devices={encoder: self._device_of(encoder, now) for encoder in encoders},
+            devices=self._devices(now),
             encode_seconds=lambda encoder, item: self.encode_seconds(encoder, item, now),
         )
 
@@ -287,7 +291,7 @@ class Plan:
         self,
         *,
         left: dict[Instance, float],
-        devices: Mapping[Instance, Device],
+        devices: Mapping[str, Device],
         encode_seconds: Callable[[Instance, ItemWork], float],
     ) -> None:
         self.left = left
@@ -324,7 +328,7 @@ class Plan:
             if encoder in excluded:
                 continue
             seconds = self._encode_seconds(encoder, entry.item)
-            device = self._devices[encoder]
+            device = self._devices.get(encoder.device_id, _IDLE)
             ready = left + seconds + min(seconds, device.seconds) if seconds else 0.0
             rank = (
                 ready + seconds * device.streams * HINDRANCE,

@@ -13,7 +13,7 @@ A pure state machine: no clock and no I/O. Instants are seconds on the caller's 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -32,11 +32,14 @@ _ALIKE = 0.02
 _ALIKE_SECONDS = 0.0005
 _STREAM_SLOWS = 0.03
 """Share by which each running stream slows down prefill beside it."""
-_STEP_TOKENS = 512
+_DELAY = 0.05
+"""What a second by which a prompt that is due later is delayed counts against a second until a first token."""
+_STEP_TOKENS = 1024
 """Tokens that an instance computes in a step, half of which a prompt that overtakes waits for."""
 _BYTES_PER_TOKEN = 4.0
 _REQUEST_TOKENS = 16
 """Tokens that a chat template adds to a prompt."""
+_IDLE = Device()
 _ENCODES_ITSELF = (Role.AGGREGATED,)
 
 
@@ -64,6 +67,8 @@ class _Estimate(NamedTuple):
     """From now."""
     own_seconds: float
     """What the instance computes for it until then."""
+    last_seconds: float
+    """The part of it that is left when it has all embeddings but the last."""
     hindered_seconds: float
     """What that costs others, as it counts in the choice."""
     ready_seconds: Sequence[float]
@@ -82,7 +87,7 @@ class Placement:
         self._prompts: WeakKeyDictionary[Instance, Prompts] = WeakKeyDictionary()
         self._text = Correction()
         """Tokens per byte of text."""
-        self.images = EncodeQueue(fleet, self._device_of)
+        self.images = EncodeQueue(fleet, self._devices)
 
     # ---- decisions -----------------------------------------------------------------------------------------------------
 
@@ -116,14 +121,17 @@ class Placement:
             return None
         due = self.due(work, now)
         plan = self.images.plan(due, now) if work.items else None
-        estimates = [self._estimate(instance, work, due, plan, now) for instance in candidates]
+        devices = self._devices(now)
+        estimates = [self._estimate(instance, work, due, plan, devices, now) for instance in candidates]
         best = min(one.score for one in estimates)
         limit = best + max(_ALIKE * best, _ALIKE_SECONDS) if best < math.inf else best
         chosen = min((one for one in estimates if one.score <= limit), key=lambda one: one.instance.last_taken)
         expected_at = now + chosen.first_token_seconds
         is_seen = work.streams or chosen.instance.role is Role.PREFILL
         prompt = Prompt(work, due, chosen.own_seconds, expected_at, is_seen=is_seen)
-        prompt.waits = bool(chosen.ready_seconds)
+        prompt.waits = len(chosen.ready_seconds) > chosen.cached_items
+        prompt.last_seconds = chosen.last_seconds
+        prompt.ready_at = now + max(chosen.ready_seconds, default=0.0)
         self._prompts_of(chosen.instance).add(prompt, now)
         placed = Placed(chosen.instance, prompt, chosen.first_token_seconds, chosen.ready_seconds)
         placed.cached = chosen.cached_items
@@ -181,13 +189,22 @@ class Placement:
 
     # ---- estimates -----------------------------------------------------------------------------------------------------
 
-    def _estimate(self, instance: Instance, work: Work, due: float, plan: Plan | None, now: float) -> _Estimate:
+    def _estimate(
+        self,
+        instance: Instance,
+        work: Work,
+        due: float,
+        plan: Plan | None,
+        devices: Mapping[str, Device],
+        now: float,
+    ) -> _Estimate:
         prompts, costs = self._prompts_of(instance), instance.costs
         cached = prompts.cached_items(work.prefixes)
         per_token = costs.prefill_seconds_per_token(now) * (1 + _STREAM_SLOWS * prompts.streams)
         ready = plan.ready_seconds(work.items, instance) if plan and instance.role not in _ENCODES_ITSELF else []
         # vLLM computes prompts in the order in which they come.
-        seconds, later = prompts.seconds_before(math.inf if instance.is_vllm else due, now)
+        ready_at = now + ready[cached] if cached < len(ready) else now
+        seconds, later = prompts.seconds_before(math.inf if instance.is_vllm else due, now, ready_at)
         if later:
             seconds += _STEP_TOKENS / 2 * per_token
         own = 0.0
@@ -207,13 +224,16 @@ class Placement:
             image = costs.image_tokens(item.pixels) * per_token
             seconds += image
             own += text + image
+        last = costs.image_tokens(work.items[-1].pixels) * per_token if work.items else 0.0
         rest = self._text_tokens(work.text_bytes - text_bytes) * self._text.factor(now) + _REQUEST_TOKENS
         seconds += rest * per_token
         own += rest * per_token
-        others = self._device_of(instance, now, without=instance)
-        seconds += min(own, others.seconds)
-        hindered = own * (later + prompts.streams + others.streams) * HINDRANCE
-        return _Estimate(instance, seconds, own, hindered, ready, cached)
+        device = devices.get(instance.device_id)
+        if device is not None:
+            seconds += min(own, max(0.0, device.seconds - prompts.seconds_computing(now)))
+        streams = prompts.streams if device is None else device.streams
+        hindered = own * (later * _DELAY + streams * HINDRANCE)
+        return _Estimate(instance, seconds, own, last + rest * per_token, hindered, ready, cached)
 
     def _tokens(self, instance: Instance, work: Work, now: float) -> float:
         images = sum(instance.costs.image_tokens(item.pixels) for item in work.items)
@@ -222,19 +242,20 @@ class Placement:
     def _text_tokens(self, size_bytes: int) -> float:
         return size_bytes / _BYTES_PER_TOKEN
 
-    def _device_of(self, instance: Instance, now: float, without: Instance | None = None) -> Device:
-        """Return what language instances do on an instance's device."""
-        if not instance.device_id:
-            return Device()
-        seconds, streams = 0.0, 0
-        for other, prompts in self._prompts.items():
-            if other is not without and other.device_id == instance.device_id:
-                seconds += prompts.seconds_computing(now)
-                streams += prompts.streams
+    def _devices(self, now: float) -> dict[str, Device]:
+        """Return what language instances do on each device that is known."""
+        devices: dict[str, Device] = {}
+        for instance, prompts in self._prompts.items():
+            if instance.device_id:
+                seconds, streams = devices.get(instance.device_id, _IDLE)
+                devices[instance.device_id] = Device(
+                    seconds + prompts.seconds_computing(now), streams + prompts.streams
+                )
         for decode in self._fleet.healthy(Role.DECODE):
-            if decode.device_id == instance.device_id:
-                streams += decode.in_flight
-        return Device(seconds, streams)
+            if decode.device_id and decode.in_flight:
+                seconds, streams = devices.get(decode.device_id, _IDLE)
+                devices[decode.device_id] = Device(seconds, streams + decode.in_flight)
+        return devices
 
     def _prompts_of(self, instance: Instance) -> Prompts:
         prompts = self._prompts.get(instance)

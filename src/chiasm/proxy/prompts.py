@@ -56,6 +56,10 @@ class Prompt:
         """Computing until its first token: prefill, and in an aggregated instance encoding."""
         self.waits = False
         """Whether it waits for embeddings, so that it doesn't compute."""
+        self.ready_at = 0.0
+        """When the last of them was expected when it was placed."""
+        self.last_seconds = seconds
+        """The part of its computing that is left when it has all embeddings but the last."""
         self.streams = False
         """Whether it has its first token."""
 
@@ -99,17 +103,27 @@ class Prompts:
             del self._computing[prompt]
             self._progressed_at = now
 
-    def seconds_before(self, due: float, now: float) -> tuple[float, int]:
-        """Return the computing that is left of prompts that are due before ``due``, and how many are due later."""
+    def seconds_before(self, due: float, now: float, ready_at: float) -> tuple[float, int]:
+        """Return the time until a new prompt could be computed, and how many prompts are due later.
+
+        Prompts that are due before it go first, but only if they have their embeddings when the new one has its own, which is
+        expected at ``ready_at``.
+        """
         if not self._computing:
             return 0.0, 0
         self._presume(now)
         before = [prompt for prompt in self._computing if prompt.due <= due]
-        later = len(self._computing) - len(before)
-        if not before:
-            return 0.0, later
-        done = min(max(0.0, now - self._progressed_at), min(before, key=lambda one: one.due).seconds)
-        return sum(prompt.seconds for prompt in before) - done, later
+        later = sum(1 for prompt in self._computing if prompt.due > due and not prompt.waits)
+        running = min((one for one in before if not one.waits), key=lambda one: one.due, default=None)
+        free_at = now
+        if running is not None:
+            free_at -= min(max(0.0, now - self._progressed_at), running.seconds)
+        for prompt in sorted(before, key=lambda one: one.ready_at if one.waits else 0.0):
+            begins_at = max(free_at, prompt.ready_at) if prompt.waits else free_at
+            if begins_at > max(free_at, ready_at):
+                break
+            free_at = begins_at + (prompt.last_seconds if prompt.waits else prompt.seconds)
+        return free_at - now, later
 
     def seconds_computing(self, now: float) -> float:
         """Return the computing that is left of prompts that wait for nothing."""

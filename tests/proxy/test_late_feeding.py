@@ -1,0 +1,115 @@
+"""Images wait in the proxy, and encoders get them when they have room."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from .conftest import Front, Start, ask, image, image_bytes, until_idle
+from .instances import FakeInstance, Received, chat, encode, never, refuse
+
+SIZE = (600, 400)
+"""Large enough that two of them are enough work for an encoder."""
+full_encoder = refuse(503, "The queue is full.", kind="overloaded_error", code="too_many_requests")
+COLOURS = ("red", "green", "blue", "white", "black")
+
+
+async def waiting(front: Front, count: int) -> None:
+    """Return when this many images wait for an encoder with room."""
+    async with asyncio.timeout(10):
+        while await front.metric("chiasm_proxy_items_waiting") != count:
+            pass
+
+
+async def test_an_encoder_gets_no_more_than_two_images_and_the_rest_when_it_has_answered(start: Start) -> None:
+    encoder, pd, gate = FakeInstance("encoder"), FakeInstance("pd"), asyncio.Event()
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        return await encode(instance, request, received)
+
+    async def when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < len(COLOURS):
+            pass
+        return await chat(instance, request, received)
+
+    encoder.answer, pd.answer = wait, when_encoded
+    front = await start([encoder, pd])
+    request = asyncio.ensure_future(front.post(ask(*(image(image_bytes(one, SIZE)) for one in COLOURS))))
+    await waiting(front, len(COLOURS) - 2)
+    assert [len(received.identifiers) for received in encoder.received] == [2]
+    gate.set()
+    assert (await request).status == 200
+    assert [len(received.identifiers) for received in encoder.received] == [2, 2, 1]
+    sent = [name for received in encoder.received for name in received.identifiers]
+    assert sent == pd.received[0].identifiers
+    await until_idle(front)
+
+
+async def test_images_that_wait_are_given_up_when_their_client_leaves(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    encoder.answer = pd.answer = never
+    front = await start([encoder, pd])
+    request = asyncio.ensure_future(front.post(ask(*(image(image_bytes(one, SIZE)) for one in COLOURS))))
+    await waiting(front, len(COLOURS) - 2)
+    request.cancel()
+    await waiting(front, 0)
+    await until_idle(front)
+
+
+async def test_images_wait_for_a_full_encoder(start: Start) -> None:
+    """Being full isn't a failure: the attempts of an image aren't used up."""
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+
+    async def full_at_first(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        answer = encode if len(encoder.received) > 3 else full_encoder
+        return await answer(instance, request, received)
+
+    async def when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        while not await front.metric('chiasm_proxy_items_total{outcome="encoded"}'):
+            pass
+        return await chat(instance, request, received)
+
+    encoder.answer, pd.answer = full_at_first, when_encoded
+    front = await start([encoder, pd], max_encode_attempts=1)
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    assert len(encoder.received) == 4
+    assert await front.metric("chiasm_proxy_encode_refusals_total") == 3
+    assert await front.metric("chiasm_proxy_encode_retries_total") == 0
+
+
+async def test_waiting_for_a_full_encoder_ends_at_the_deadline(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    encoder.answer, pd.answer = full_encoder, never
+    front = await start([encoder, pd], deadline_seconds=0.5)
+    assert (await front.post(ask(image(image_bytes())))).status == 504
+    await until_idle(front)
+
+
+async def test_images_that_wait_fail_when_the_last_encoder_is_gone(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    encoder.answer = pd.answer = never
+    front = await start([encoder, pd])
+    request = asyncio.ensure_future(front.post(ask(*(image(image_bytes(one, SIZE)) for one in COLOURS))))
+    await waiting(front, len(COLOURS) - 2)
+    await encoder.kill()
+    answer = await request
+    assert answer.status == 503
+    assert answer.error["code"] in {"encoder_lost", "no_encoder"}
+    await until_idle(front)
+
+
+async def test_an_encoder_that_is_added_gets_images_that_wait(start: Start) -> None:
+    stuck, pd, other = FakeInstance("encoder"), FakeInstance("pd"), FakeInstance("encoder")
+    stuck.answer = pd.answer = never
+    front = await start([stuck, pd], admin_key="k")
+    request = asyncio.ensure_future(front.post(ask(*(image(image_bytes(one, SIZE)) for one in COLOURS[:3]))))
+    await waiting(front, 1)
+    await other.start()
+    key = {"Authorization": "Bearer k"}
+    assert (await front.post({"url": other.url, "role": "encoder"}, "/instances", **key)).status == 201
+    await asyncio.wait_for(other.arrived.acquire(), 10)
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+    await other.kill()
