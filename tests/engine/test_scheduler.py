@@ -426,6 +426,17 @@ def test_prompts_that_wait_for_images_do_not_take_blocks_from_each_other_in_turn
     driver.run()
 
 
+def test_prompts_whose_images_are_far_off_do_not_take_blocks_from_each_other_in_turn() -> None:
+    driver = Driver(budget=8, blocks=6, block_size=4)
+    for name in "ab":
+        driver.add(prompt(16, (name, 4)), max_tokens=1, salt=name)
+    for _ in range(9):
+        driver.step()
+    assert driver.scheduler.num_preemptions == 0
+    driver.stored = set("ab")
+    driver.run()
+
+
 # ---- preemption ---------------------------------------------------------------------------------------------------------
 
 

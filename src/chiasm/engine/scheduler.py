@@ -253,6 +253,12 @@ class Scheduler:
                 return True
         return False
 
+    def _can_finish(self, sequence: Sequence) -> bool:
+        """Return whether all embeddings are in memory that the rest of the prompt needs."""
+        if not sequence.items or sequence.prompt_computed or sequence.num_remote:
+            return True
+        return self._runnable_end(sequence, self._next_token(sequence), sequence.num_tokens) == sequence.num_tokens
+
     # ---- the policy -------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Step:
@@ -424,12 +430,12 @@ class Scheduler:
         return next((other for other in others if other.order > sequence.order), None)
 
     def _waiting_victim(self, sequence: Sequence, step: Step) -> Sequence | None:
-        """Return the last that waits for an embedding; if ``sequence`` waits for one too, only from those that come after it.
+        """Return the last that waits for an embedding: of all, if ``sequence`` can run to its end, else of those after it.
 
         So prompts that wait don't take blocks from each other in turn.
         """
         others = self._preemptible(sequence, step)
-        if self._will_stall(sequence):
+        if not self._can_finish(sequence):
             others = [other for other in others if other.order > sequence.order]
         return next((other for other in others if self._will_stall(other)), None)
 
