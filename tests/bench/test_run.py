@@ -44,6 +44,47 @@ def test_idle_measures_every_process(checkpoint: Path, tmp_path: Path) -> None:
     assert all(figure["unit"] == "%" and figure["value"] < 100 for figure in figures)
 
 
+def test_goodput_compares_two_deployments(checkpoint: Path, tmp_path: Path) -> None:
+    chosen = (
+        "--mixes",
+        "text",
+        "--arms",
+        "aggregated,colocated",
+        "--repeat",
+        "2",
+        "--ttft-slo",
+        "60",
+        "--tpot-slo",
+        "60",
+    )
+    command = [*_BENCH, "goodput", "--quick", *chosen, "--model", str(checkpoint), "--output", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["measurements"]["goodput"]
+    for arm in ("aggregated", "colocated"):
+        trials = [trial for trial in found["trials"] if trial["arm"] == arm]
+        assert {trial["seed"] for trial in trials} == {0, 1, 999}
+        assert all(trial["attained"] == 1.0 and trial["good"] == trial["requests"] for trial in trials)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("goodput", "--mixes", "salad"), "There is no mix 'salad'; the mixes are text, "),
+        (("goodput", "--arms", "one"), "There is no arm 'one' on this machine; the arms are aggregated, "),
+        (("goodput", "--arm", "mine"), "--arm: 'mine' is no arm; write for example "),
+        (("goodput", "--arm", "mine=--eyes 2"), "--arm mine: "),
+        (("trace",), "`chiasm bench trace` takes one file"),
+        (("trace", "none.jsonl"), "Cannot read the trace none.jsonl"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    command = [*_BENCH, *arguments, "--output", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"Error: {message}")
+
+
 def test_an_unknown_measurement_is_refused(tmp_path: Path) -> None:
     command = [*_BENCH, "speed", "--output", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

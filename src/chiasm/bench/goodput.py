@@ -168,10 +168,10 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 Rates = npt.NDArray[np.float64]
 
-_USUAL_SLOPE = 7.0
-_SLOPE_SPREAD = 0.5
+_USUAL_SLOPE = 4.0
+_SLOPE_SPREAD = 0.8
 """Standard deviation of the logarithm of the slope, before anything is measured."""
-_SLOPES = tuple(2.0 * 1.2**step for step in range(15))
+_SLOPES = tuple(0.5 * 1.25**step for step in range(18))
 _RATE_STEPS = 400
 _BEYOND = 3.0
 """The fit looks for the rate up to this factor beyond those tried."""

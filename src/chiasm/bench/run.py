@@ -18,7 +18,9 @@ from chiasm.bench.client import opened
 from chiasm.bench.goodput import GoodputOptions
 from chiasm.bench.measurement import Bench, Measurement, Outcome
 from chiasm.bench.measurements import MEASUREMENTS
+from chiasm.bench.measurements.goodput import TraceMeasurement
 from chiasm.bench.report import machine, print_outcome, write_json
+from chiasm.bench.trace import read_trace
 from chiasm.errors import ConfigurationError
 from chiasm.launch.config import EngineKind
 from chiasm.launch.vllm import installed
@@ -46,6 +48,8 @@ class BenchConfig:
     seed: int = 0
     repeat: int | None = None
     goodput: GoodputOptions = field(default_factory=GoodputOptions)
+    trace: Path | None = None
+    """Measure the requests of this file instead."""
 
 
 def run(config: BenchConfig) -> bool:
@@ -85,6 +89,8 @@ def _chosen(config: BenchConfig) -> list[Measurement]:
         raise ConfigurationError(
             "`chiasm bench` needs matplotlib, which is not installed; run `pip install 'chiasm[bench]'`."
         )
+    if config.trace is not None:
+        return [TraceMeasurement(config.engine, read_trace(config.trace))]
     found = MEASUREMENTS[config.engine]
     for name in config.names:
         if name not in found:

@@ -17,7 +17,8 @@ from chiasm.options import Option, fields_from
 
 NAMES = (
     "Measurements to run (default: all): identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, "
-    "decode-isolation, idle, goodput; with --engine vllm: identity, vllm-example, engines, reuse, goodput."
+    "decode-isolation, idle, goodput; with --engine vllm: identity, vllm-example, engines, reuse, goodput. "
+    "Or trace and FILE: goodput with the arrivals and sizes of a file of JSON lines."
 )
 ARM_EXAMPLE = '"mine=--encoders 2 --pds 2 --threads 1"'
 ARM_HELP = (
@@ -41,7 +42,7 @@ class BenchOptions:
 def parser() -> Parser:
     made = Parser(
         "bench",
-        "[NAMES]... [OPTIONS]",
+        "[NAMES]... [OPTIONS]\n       chiasm bench trace FILE [OPTIONS]",
         "Benchmark E+PD and E+P+D against one aggregated instance.\n\n"
         "The exit code is 1 if answers differ; a speed target that is missed is only reported.",
     )
@@ -60,8 +61,18 @@ def run(settings: Mapping[str, Any]) -> int | None:
     goodput = GoodputOptions(
         **fields_from(settings, GoodputOptions), model=settings.get("model"), more_arms=_more_arms(settings)
     )
-    config = BenchConfig(settings.get("names", ()), **fields_from(settings, BenchOptions), goodput=goodput)
+    names, trace = _trace(settings.get("names", ()))
+    config = BenchConfig(names, **fields_from(settings, BenchOptions), goodput=goodput, trace=trace)
     return None if run_bench(config) else _DIFFERENT
+
+
+def _trace(names: tuple[str, ...]) -> tuple[tuple[str, ...], Path | None]:
+    """Return the measurements, or the file of ``trace FILE``. Raises ConfigurationError."""
+    if "trace" not in names:
+        return names, None
+    if names[0] != "trace" or len(names) != 2:
+        raise ConfigurationError("`chiasm bench trace` takes one file, and runs alone: chiasm bench trace FILE.")
+    return (), Path(names[1])
 
 
 def _more_arms(settings: Mapping[str, Any]) -> dict[str, DeploymentConfig]:

@@ -21,6 +21,7 @@ from chiasm.bench.measurement import Bench, Measurement, Outcome
 from chiasm.bench.requests import Texts
 from chiasm.bench.statistics import median
 from chiasm.bench.topology import running
+from chiasm.bench.trace import Trace
 from chiasm.bench.traffic import MIXES, Arrival, Shape, Traffic
 from chiasm.bench.trial import Prepared, play, prepare
 from chiasm.errors import ConfigurationError
@@ -70,6 +71,23 @@ class GoodputMeasurement(Measurement):
         if unknown := [name for name in chosen if name not in MIXES]:
             raise ConfigurationError(f"There is no mix {unknown[0]!r}; the mixes are {', '.join(MIXES)}.")
         return await Comparison(bench, self._engine).run([mix for name, mix in MIXES.items() if name in chosen])
+
+
+class TraceMeasurement(Measurement):
+    """A person's own arrivals and sizes, on all arms."""
+
+    name = "trace"
+    purpose = "Requests per second of a trace of which 90 % get their first token and all others in time"
+    target = GoodputMeasurement.target.replace("every mix", "the trace")
+
+    def __init__(self, engine: EngineKind, trace: Trace) -> None:
+        self._engine = engine
+        self._trace = trace
+
+    async def run(self, bench: Bench) -> Outcome:
+        outcome = await Comparison(bench, self._engine).run([self._trace])
+        outcome.notes.insert(-1, f"The trace has {self._trace.rate:.3g} requests per second itself.")
+        return outcome
 
 
 class Comparison:
