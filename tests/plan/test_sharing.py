@@ -67,6 +67,7 @@ def test_no_work_has_more_than_one_core_for_a_thread() -> None:
     light = [work(1.0, threads=1, weight=NORMAL_WEIGHT / 100) for _ in range(2)]
     for one in (heavy, *light):
         device.start(one, 0.0)
+    device.advance(0.0)
     assert heavy.share == pytest.approx(1.0)
     assert [one.share for one in light] == [pytest.approx(0.5)] * 2
 

@@ -59,37 +59,44 @@ class SharedDevice:
         self.busy_seconds = dict.fromkeys(Stage, 0.0)
         """Time in which all of the device was in use, by what for; half of it in use counts half."""
         self._now = 0.0
+        self._changed = False
+        """Whether the speeds are still those of other work."""
 
     def start(self, work: Work, now: float) -> None:
         """Begin a piece of work, after :meth:`advance` to the same time."""
         assert now == self._now
         self.working.append(work)
-        self._set_speeds()
+        self._changed = True
 
     def advance(self, now: float) -> list[Work]:
         """Let time pass until ``now``; return the work that has ended, which is gone from the device."""
         passed = now - self._now
         self._now = now
-        if not self.working:
+        if not self.working or (not passed and not self._changed):
             return []
+        self._set_speeds()
+        ended: list[Work] = []
         for work in self.working:
             work.left -= passed * work.speed
             self.busy_seconds[work.stage] += passed * work.share / self.cores
-        ended = [work for work in self.working if work.left <= _DONE_SECONDS * work.speed]
+            if work.left <= _DONE_SECONDS * work.speed:
+                ended.append(work)
         if ended:
             self.working = [work for work in self.working if work not in ended]
-            self._set_speeds()
+            self._changed = True
         return ended
 
     def next_end(self) -> float | None:
         """Return when the first of the work will end if nothing begins before; None if there is none."""
         if not self.working:
             return None
-        return self._now + min(max(work.left, 0.0) / work.speed for work in self.working)
+        self._set_speeds()
+        return self._now + min([max(work.left, 0.0) / work.speed for work in self.working])
 
     def _set_speeds(self) -> None:
-        if not self.working:
+        if not self._changed:
             return
+        self._changed = False
         part, rest = divmod(self.cores, len(self.working))
         threads = [
             min(work.max_threads, max(1, part + (place < rest))) if work.adapts else work.max_threads
