@@ -17,8 +17,7 @@ from chiasm.options import Option, fields_from
 
 NAMES = (
     "Measurements to run (default: all): identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, "
-    "decode-isolation, idle, goodput; with --engine vllm: identity, vllm-example, engines, reuse, goodput. "
-    "Or trace and FILE: goodput with the arrivals and sizes of a file of JSON lines."
+    "decode-isolation, idle, goodput; with --engine vllm: identity, vllm-example, engines, reuse, goodput."
 )
 ARM_EXAMPLE = '"mine=--encoders 2 --pds 2 --threads 1"'
 ARM_HELP = (
@@ -44,6 +43,7 @@ def parser() -> Parser:
         "bench",
         "[NAMES]... [OPTIONS]\n       chiasm bench trace FILE [OPTIONS]",
         "Benchmark E+PD and E+P+D against one aggregated instance.\n\n"
+        "`chiasm bench trace FILE` is goodput with the arrivals and sizes of a file of JSON lines.\n"
         "The exit code is 1 if answers differ; a speed target that is missed is only reported.",
     )
     made.add_argument("names", metavar="NAMES", nargs="*", help=NAMES)
