@@ -8,9 +8,10 @@ from chiasm.bench.traffic import Arrival, Shape
 from chiasm.plan.costs import CostModel, StepShape
 from chiasm.plan.devices import Cpu
 from chiasm.plan.layouts import Candidate
+from chiasm.plan.outcome import Result
 from chiasm.plan.search import SameLimits
 from chiasm.plan.shapes import LanguageShape, ModelShape, VisionShape, fixed
-from chiasm.plan.simulation import Result, Simulation
+from chiasm.plan.simulation import Simulation
 
 IMAGE_TOKENS = 100
 SHAPE = ModelShape(

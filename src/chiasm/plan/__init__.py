@@ -2,6 +2,7 @@
 
 A plan passes ``run`` (what is asked), ``devices`` and ``shapes`` (what there is), ``costs`` with ``roofline`` or
 ``calibration`` (what work takes), ``layouts`` (what could be started), ``search`` (how each does) and ``report`` with
-``plot``. ``simulation`` is one trial: ``placing`` is the proxy in it, ``language`` and ``encoder`` are the instances, and
-``sharing`` the devices. ``check`` compares simulated rates with measured ones.
+``plot``. ``simulation`` is one trial: ``placing`` is the proxy in it, ``language`` and ``encoder`` are the instances,
+``sharing`` the devices, ``store`` the embeddings, ``events`` the clock and ``outcome`` the result. ``check`` compares simulated
+rates with measured ones.
 """

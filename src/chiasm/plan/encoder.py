@@ -13,7 +13,7 @@ from chiasm.plan.sharing import Stage, Work
 
 
 @dataclass(eq=False)
-class Picture:
+class QueuedImage:
     """An image that is to be encoded."""
 
     identifier: str
@@ -51,15 +51,15 @@ class Encoder:
         self._prepare = prepare
         self._begin = begin
         self._numbers = itertools.count()
-        self._unprepared: list[Picture] = []
-        self._prepared: deque[tuple[Picture, float]] = deque()
-        self._preparing: Picture | None = None
-        self._encoding: Picture | None = None
+        self._unprepared: list[QueuedImage] = []
+        self._prepared: deque[tuple[QueuedImage, float]] = deque()
+        self._preparing: QueuedImage | None = None
+        self._encoding: QueuedImage | None = None
 
-    def add(self, picture: Picture) -> None:
+    def add(self, image: QueuedImage) -> None:
         """Queue an image."""
-        picture.number = next(self._numbers)
-        insort(self._unprepared, picture, key=lambda one: (one.due, one.number))
+        image.number = next(self._numbers)
+        insort(self._unprepared, image, key=lambda one: (one.due, one.number))
         self._next()
 
     def drop(self, identifier: str) -> bool:
@@ -75,28 +75,28 @@ class Encoder:
         if self._encoding is None and self._prepared:
             self._start_encoding(*self._prepared.popleft())
 
-    def _start_preparing(self, picture: Picture) -> None:
-        self._preparing = picture
+    def _start_preparing(self, image: QueuedImage) -> None:
+        self._preparing = image
         started = self._clock()
-        seconds = self._costs.prepare_seconds(picture.height, picture.width)
+        seconds = self._costs.prepare_seconds(image.height, image.width)
 
         def ended() -> None:
             self._preparing = None
-            self._prepared.append((picture, self._clock() - started))
+            self._prepared.append((image, self._clock() - started))
             self._next()
 
         self._prepare(Work(lambda threads: seconds, ended, Stage.ENCODE, self._weight))
 
-    def _start_encoding(self, picture: Picture, prepare_seconds: float) -> None:
-        self._encoding = picture
+    def _start_encoding(self, image: QueuedImage, prepare_seconds: float) -> None:
+        self._encoding = image
         started = self._clock()
 
         def ended() -> None:
             self._encoding = None
-            picture.done(prepare_seconds + self._clock() - started)
+            image.done(prepare_seconds + self._clock() - started)
             self._next()
 
         def seconds(threads: int) -> float:
-            return self._costs.encode_seconds(picture.height, picture.width, threads)
+            return self._costs.encode_seconds(image.height, image.width, threads)
 
         self._begin(Work(seconds, ended, Stage.ENCODE, self._weight, self._threads, self._adapts))

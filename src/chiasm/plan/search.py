@@ -20,10 +20,11 @@ from chiasm.errors import ConfigurationError
 from chiasm.plan.costs import CostModel, StepShape
 from chiasm.plan.devices import Device, Gpu
 from chiasm.plan.layouts import Candidate, Place
+from chiasm.plan.outcome import Outcome, Result, tokens_of
 from chiasm.plan.roofline import Roofline
 from chiasm.plan.shapes import ModelShape
 from chiasm.plan.sharing import Stage
-from chiasm.plan.simulation import MAX_REQUESTS, Outcome, Result, Simulation, tokens_of
+from chiasm.plan.simulation import MAX_REQUESTS, Simulation
 
 SEEDS = 3
 """Patterns of arrivals that are tried."""

@@ -7,28 +7,28 @@ equal results.
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from chiasm.bench.goodput import Limits
-from chiasm.bench.traffic import Arrival, Shape
+from chiasm.bench.traffic import Arrival
 from chiasm.errors import ConfigurationError
 from chiasm.models.base import Prompt
 from chiasm.plan.costs import CostModel
-from chiasm.plan.encoder import Encoder, Picture
+from chiasm.plan.encoder import Encoder, QueuedImage
+from chiasm.plan.events import Events
 from chiasm.plan.language import Item, LanguageInstance, PlannedStep, made_up_prompt
 from chiasm.plan.layouts import Candidate, PlannedInstance, limits_of
+from chiasm.plan.outcome import Outcome, Result, tokens_of
 from chiasm.plan.placing import Fed, Placing, Proxy, SentImage, reported
 from chiasm.plan.shapes import ModelShape
 from chiasm.plan.sharing import SharedDevice, Stage, Work
+from chiasm.plan.store import Store
 from chiasm.proxy.placement import Entry
 from chiasm.wire import Role
 
 MAX_REQUESTS = 100_000
-MAX_EVENTS = 50_000_000
 PATIENCE = 2.0
 """A request is given up when it has taken so many times its limit, as ``chiasm bench goodput`` does."""
 STORE_BYTES = 4 << 30
@@ -40,77 +40,13 @@ _HOST_CORES = 8
 
 
 @dataclass(eq=False)
-class Outcome:
-    """What became of one request. Times are seconds from its arrival."""
-
-    shape: Shape
-    arrival: float
-    prompt_tokens: int = 0
-    refused: bool = False
-    """Not admitted, or lost to a lack of memory."""
-    given_up: bool = False
-    """Its client left because it took too long."""
-    embedded: float = 0.0
-    """When the last embedding was there; 0 without images."""
-    moved: float = 0.0
-    """Part of the time that transfers took."""
-    first_token: float | None = None
-    end: float | None = None
-
-    @property
-    def tpot_seconds(self) -> float | None:
-        """Mean time per token after the first; None for one token and for an answer that didn't end."""
-        if self.end is None or self.first_token is None or self.shape.answer_tokens < 2:
-            return None
-        return (self.end - self.first_token) / (self.shape.answer_tokens - 1)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a simulated trial shows."""
-
-    outcomes: Sequence[Outcome]
-    seconds: float
-    """From the first arrival to the end of the last answer."""
-    busy: Mapping[Stage, float]
-    """Share of all devices' time that each stage used."""
-    preemptions: int
-    events: int
-
-
-class _Store:
-    """Identifiers of the embeddings that can be loaded, the least recently used of which are removed for new ones."""
-
-    def __init__(self, capacity_bytes: float) -> None:
-        self._capacity = capacity_bytes
-        self._entries: OrderedDict[str, float] = OrderedDict()
-        self._used = 0.0
-
-    def __contains__(self, identifier: object) -> bool:
-        return identifier in self._entries
-
-    def touch(self, identifier: str) -> None:
-        self._entries.move_to_end(identifier)
-
-    def add(self, identifier: str, num_bytes: float) -> None:
-        if identifier in self._entries:
-            self.touch(identifier)
-            return
-        self._entries[identifier] = num_bytes
-        self._used += num_bytes
-        while self._used > self._capacity and len(self._entries) > 1:
-            _, removed = self._entries.popitem(last=False)
-            self._used -= removed
-
-
-@dataclass(eq=False)
 class _Server:
     """An instance, with what the simulation knows of it."""
 
     planned: PlannedInstance
     device: SharedDevice
     costs: CostModel
-    store: _Store
+    store: Store
     language: LanguageInstance | None = None
     encoder: Encoder | None = None
     computing: bool = False
@@ -166,11 +102,7 @@ class Simulation:
         self._arrivals = arrivals
         self._shape = shape
         self._limits = limits
-        self.now = 0.0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = itertools.count()
-        self._num_events = 0
-        self._versions: dict[SharedDevice, int] = {}
+        self._events = Events()
         self._proxy = Proxy(candidate, shape, costs)
         self._devices = [
             SharedDevice(place.cores, busy_factor=cost.busy_factor)
@@ -178,7 +110,7 @@ class Simulation:
         ]
         self._on_gpus = candidate.on_gpus
         self._host = SharedDevice(_HOST_CORES * len(candidate.places))
-        self._store = _Store(STORE_BYTES)
+        self._store = Store(STORE_BYTES)
         self._servers = self._make_servers(candidate, costs)
         self._requests: dict[str, _Request] = {}
         self._flights: dict[str, _Flight] = {}
@@ -196,7 +128,7 @@ class Simulation:
                 known = reported(planned, self._shape, cost)
                 server.language = LanguageInstance(planned.role, limits, known.prefill_seconds_per_token)
                 if own:
-                    server.store = _Store(limits.encoder_cache_bytes)
+                    server.store = Store(limits.encoder_cache_bytes)
             if limits is None or own:
                 server.encoder = self._make_encoder(planned, device, cost)
             servers.append(server)
@@ -209,9 +141,9 @@ class Simulation:
             threads=planned.threads,
             weight=planned.encoder_weight,
             adapts=planned.adapts,
-            clock=lambda: self.now,
-            prepare=lambda work: self._begin(host, work),
-            begin=lambda work: self._begin(device, work),
+            clock=lambda: self._events.now,
+            prepare=lambda work: self._events.begin(host, work),
+            begin=lambda work: self._events.begin(device, work),
         )
 
     # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -219,49 +151,13 @@ class Simulation:
     def run(self, rate: float) -> Result:
         """Simulate the requests, whose times are scaled to ``rate`` per second. Raises ConfigurationError if it doesn't end."""
         outcomes = [self._schedule_arrival(number, arrival, rate) for number, arrival in enumerate(self._arrivals)]
-        while self._events:
-            self.now, _, event = heapq.heappop(self._events)
-            self._num_events += 1
-            if self._num_events > MAX_EVENTS:
-                raise ConfigurationError(
-                    f"The simulation has not ended after {MAX_EVENTS} events; give fewer requests, or shorter answers."
-                )
-            event()
+        self._events.run()
         ends = [outcome.arrival + (outcome.end or outcome.first_token or 0.0) for outcome in outcomes]
         seconds = max(ends, default=0.0) - (outcomes[0].arrival if outcomes else 0.0)
         time = max(seconds, 1e-9) * len(self._devices)
         busy = {stage: sum(device.busy_seconds[stage] for device in self._devices) / time for stage in Stage}
         preemptions = sum(server.language.preemptions for server in self._servers if server.language)
-        return Result(outcomes, seconds, busy, preemptions, self._num_events)
-
-    def _at(self, when: float, event: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (when, next(self._numbers), event))
-
-    def _begin(self, device: SharedDevice, work: Work) -> None:
-        """Start work on a device, now."""
-        self._settle(device)
-        device.start(work, self.now)
-        self._watch(device)
-
-    def _settle(self, device: SharedDevice) -> None:
-        """End the work of a device that is done by now."""
-        while ended := device.advance(self.now):
-            for work in ended:
-                work.ended()
-
-    def _watch(self, device: SharedDevice) -> None:
-        """Come back when the next work of a device will be done, unless something else changes that before."""
-        version = self._versions[device] = self._versions.get(device, 0) + 1
-        end = device.next_end()
-        if end is None:
-            return
-
-        def come_back() -> None:
-            if self._versions[device] == version:
-                self._settle(device)
-                self._watch(device)
-
-        self._at(max(end, self.now), come_back)
+        return Result(outcomes, seconds, busy, preemptions, self._events.count)
 
     # ---- a request arrives -------------------------------------------------------------------------------------------------
 
@@ -278,21 +174,23 @@ class Simulation:
             outcome.prompt_tokens = len(prompt.token_ids)
             self._place(_Request(f"r{number}", outcome, images, prompt, limits))
 
-        self._at(when, arrive)
+        self._events.at(when, arrive)
         return outcome
 
     def _place(self, request: _Request) -> None:
-        placing = request.placing = self._proxy.place(self.now, request.outcome.shape.prompt_tokens, request.images)
+        placing = request.placing = self._proxy.place(
+            self._events.now, request.outcome.shape.prompt_tokens, request.images
+        )
         if placing is None:
             self._refuse(request)
             return
         self._requests[request.name] = request
         request.server = placing.server
         if request.limits is not None:
-            self._give_up_at(request, self.now + PATIENCE * request.limits.ttft_seconds, 0)
+            self._give_up_at(request, self._events.now + PATIENCE * request.limits.ttft_seconds, unless_begun=True)
         if not placing.encodes_itself:
             self._ask_encoders(request, placing)
-        self._at(self.now + self._servers[placing.server].costs.request_seconds, lambda: self._admit(request))
+        self._events.after(self._servers[placing.server].costs.request_seconds, lambda: self._admit(request))
         self._feed()
 
     def _admit(self, request: _Request) -> None:
@@ -301,7 +199,9 @@ class Simulation:
         assert server.language is not None
         if request.over:
             return
-        if not server.language.add(request.name, request.prompt, request.outcome.shape.answer_tokens, now=self.now):
+        if not server.language.add(
+            request.name, request.prompt, request.outcome.shape.answer_tokens, now=self._events.now
+        ):
             self._refuse(request)
             return
         if server.encoder is not None:
@@ -331,7 +231,7 @@ class Simulation:
 
     def _feed(self) -> None:
         """Give encoders the images that they get now."""
-        for fed in self._proxy.feed(self.now):
+        for fed in self._proxy.feed(self._events.now):
             self._call_encoder(fed)
 
     def _call_encoder(self, fed: Fed) -> None:
@@ -342,14 +242,14 @@ class Simulation:
         computed = 0.0
         hits = 0
 
-        def answered(entry: Entry, seconds: float, *, hit: bool) -> None:
+        def answered(entry: Entry, hit: bool, seconds: float) -> None:
             nonlocal remaining, computed, hits
             remaining -= 1
             computed += seconds
             hits += hit
             self._published(entry.item.identifier, server, hit=hit)
             if remaining == 0:
-                self._proxy.encoded(fed.entries, self.now, seconds=computed, hits=hits)
+                self._proxy.encoded(fed.entries, self._events.now, seconds=computed, hits=hits)
                 for one in fed.entries:
                     self._land(one.item.identifier)
                 self._feed()
@@ -358,17 +258,10 @@ class Simulation:
             identifier = entry.item.identifier
             if identifier in self._store:
                 self._store.touch(identifier)
-                self._at(self.now + _LOOK_UP_SECONDS, lambda entry=entry: answered(entry, 0.0, hit=True))  # type: ignore[misc]
+                self._events.after(_LOOK_UP_SECONDS, partial(answered, entry, True, 0.0))
                 continue
             image = self._flights[identifier].image
-            encoder.add(
-                Picture(
-                    identifier,
-                    image.height,
-                    image.width,
-                    lambda seconds, entry=entry: answered(entry, seconds, hit=False),  # type: ignore[misc]
-                )
-            )
+            encoder.add(QueuedImage(identifier, image.height, image.width, partial(answered, entry, False)))
 
     def _published(self, identifier: str, server: _Server, *, hit: bool) -> None:
         """Let the embedding become usable after its transfer."""
@@ -384,7 +277,7 @@ class Simulation:
                 self._arrived(request, identifier)
                 self._step(self._servers[request.server])
 
-        self._at(self.now + seconds, usable)
+        self._events.after(seconds, usable)
 
     def _land(self, identifier: str) -> None:
         """An encoder's call has ended, so requests that come now ask again."""
@@ -397,7 +290,7 @@ class Simulation:
     def _arrived(self, request: _Request, identifier: str) -> None:
         request.missing.discard(identifier)
         if not request.missing and not request.outcome.embedded:
-            request.outcome.embedded = self.now - request.outcome.arrival
+            request.outcome.embedded = self._events.now - request.outcome.arrival
 
     def _encode_inside(self, request: _Request, server: _Server) -> None:
         """Have an aggregated instance encode what it doesn't have."""
@@ -417,7 +310,9 @@ class Simulation:
                 continue
             flight = self._flights[key] = _Flight(image, [request])
             done = self._encoded_inside(flight, key, server)
-            server.encoder.add(Picture(key, image.height, image.width, done, due=server.language.due_of(request.name)))
+            server.encoder.add(
+                QueuedImage(key, image.height, image.width, done, due=server.language.due_of(request.name))
+            )
 
     def _encoded_inside(self, flight: _Flight, key: str, server: _Server) -> Callable[[float], None]:
         def done(seconds: float) -> None:
@@ -446,11 +341,11 @@ class Simulation:
         if not planned.runs:
             return
         server.computing = True
-        started = self.now
+        started = self._events.now
 
         def ended() -> None:
             server.computing = False
-            self._complete(server, planned, self.now - started)
+            self._complete(server, planned, self._events.now - started)
             self._step(server)
 
         stage = Stage.PREFILL if planned.prefills else Stage.DECODE
@@ -461,7 +356,7 @@ class Simulation:
             max_threads=server.planned.threads,
             adapts=server.planned.adapts,
         )
-        self._begin(server.device, work)
+        self._events.begin(server.device, work)
 
     def _complete(self, server: _Server, planned: PlannedStep, seconds: float) -> None:
         assert server.language is not None
@@ -486,18 +381,18 @@ class Simulation:
             return
         outcome, placing = request.outcome, request.placing
         assert placing is not None
-        outcome.first_token = self.now - outcome.arrival
+        outcome.first_token = self._events.now - outcome.arrival
         self._proxy.first_token(
-            placing, self.now, prefill_seconds=request.prefill_seconds, prompt_tokens=outcome.prompt_tokens
+            placing, self._events.now, prefill_seconds=request.prefill_seconds, prompt_tokens=outcome.prompt_tokens
         )
         later = outcome.shape.answer_tokens - 1
         if request.limits is not None and later:
-            self._give_up_at(request, self.now + PATIENCE * request.limits.tpot_seconds * later, 1)
+            self._give_up_at(request, self._events.now + PATIENCE * request.limits.tpot_seconds * later)
 
     def _hand_over(self, request: _Request, prefill: _Server) -> None:
         """Bring a request whose prompt was computed to a decode instance."""
         assert request.placing is not None
-        self._proxy.end(request.placing, self.now, None)
+        self._proxy.end(request.placing, self._events.now, None)
         chosen = self._proxy.choose_decode(request.placing)
         decode = self._servers[chosen] if chosen is not None else None
         if (
@@ -505,7 +400,7 @@ class Simulation:
             or decode is None
             or decode.language is None
             or not decode.language.add(
-                request.name, request.prompt, request.outcome.shape.answer_tokens, now=self.now, remote=True
+                request.name, request.prompt, request.outcome.shape.answer_tokens, now=self._events.now, remote=True
             )
         ):
             self._free_prefilled(request, prefill)
@@ -528,7 +423,7 @@ class Simulation:
             decode.language.loaded(request.name)
             self._step(decode)
 
-        self._at(self.now + seconds, moved)
+        self._events.after(seconds, moved)
 
     def _free_prefilled(self, request: _Request, prefill: _Server) -> None:
         assert prefill.language is not None
@@ -540,31 +435,30 @@ class Simulation:
 
     def _end(self, request: _Request) -> None:
         outcome = request.outcome
-        outcome.end = self.now - outcome.arrival
+        outcome.end = self._events.now - outcome.arrival
         self._forget(request)
 
     def _refuse(self, request: _Request) -> None:
         request.outcome.refused = True
         self._forget(request)
 
-    def _give_up_at(self, request: _Request, when: float, tokens: int) -> None:
-        """Let the client leave at a time, if the answer has made no progress beyond a number of tokens until then."""
+    def _give_up_at(self, request: _Request, when: float, *, unless_begun: bool = False) -> None:
+        """Let the client leave at a time if the answer isn't complete; ``unless_begun``: if it has no token."""
 
         def give_up() -> None:
-            waits = request.tokens == 0 if tokens == 0 else True
-            if request.over or not waits:
+            if request.over or (unless_begun and request.tokens):
                 return
             request.outcome.given_up = True
-            language = self._servers[request.server].language
-            assert language is not None
+            server = self._servers[request.server]
             self._forget(request)
-            language.abort(request.name)
+            assert server.language is not None
+            server.language.abort(request.name)
             if request.prefilled_at is not None:
                 self._free_prefilled(request, request.prefilled_at)
-            self._step(self._servers[request.server])
+            self._step(server)
             self._feed()
 
-        self._at(when, give_up)
+        self._events.at(when, give_up)
 
     def _forget(self, request: _Request) -> None:
         request.over = True
@@ -572,7 +466,7 @@ class Simulation:
         for identifier in request.missing:
             self._leave(request, identifier)
         if request.placing is not None:
-            self._proxy.end(request.placing, self.now, request.outcome.tpot_seconds)
+            self._proxy.end(request.placing, self._events.now, request.outcome.tpot_seconds)
 
     def _leave(self, request: _Request, identifier: str) -> None:
         """Drop an image that only this request has waited for, unless it is being encoded."""
@@ -588,11 +482,5 @@ class Simulation:
             if server.encoder.drop(key):
                 del self._flights[key]
         elif flight.entry is not None and flight.entry.encoder is None:
-            self._proxy.discard(flight.entry, self.now)
+            self._proxy.discard(flight.entry, self._events.now)
             del self._flights[key]
-
-
-def tokens_of(request: Shape, model: ModelShape) -> int:
-    """Return the length of a request, prompt and answer together."""
-    images = sum(model.tokens_of(height, width) for width, height in request.images)
-    return request.prompt_tokens + images + request.answer_tokens
