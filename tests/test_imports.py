@@ -23,6 +23,7 @@ LAYERS = (
     {"integrations"},
     {"launch"},
     {"doctor", "bench"},
+    {"plan"},
     {"cli"},
     {"__main__"},
 )

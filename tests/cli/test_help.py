@@ -43,7 +43,7 @@ def test_without_arguments_help_is_a_usage_error() -> None:
     assert done.stderr == run("--help").stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "instance", "proxy", "demo", "models", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "instance", "proxy", "demo", "models", "bench", "plan", "doctor"])
 def test_every_command_is_listed(command: str) -> None:
     assert f"\n  {command} " in run("--help").stdout
 

@@ -19,6 +19,7 @@ _COMMANDS = {
     "demo": "Ask a small model about images, and show what each process did.",
     "models": "List the checkpoints that come with chiasm.",
     "bench": "Benchmark E+PD and E+P+D against one aggregated instance.",
+    "plan": "Say which layout suits given devices, requests and limits of time.",
     "doctor": "Check a running or planned deployment, and say what is wrong.",
 }
 """Each is a module of this package with ``parser()`` and ``run(settings)``, which returns an exit code or None."""

@@ -1,0 +1,165 @@
+"""Compares the rates that a plan would say with those that ``chiasm bench goodput`` has measured on this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT, Limits
+from chiasm.bench.traffic import MIXES
+from chiasm.errors import ConfigurationError
+from chiasm.launch.layout import cpu_pairs
+from chiasm.plan.costs import CostModel
+from chiasm.plan.devices import Cpu, Device
+from chiasm.plan.layouts import (
+    Candidate,
+    Place,
+    aggregated_on_cpu,
+    colocated_on_cpu,
+    free_memory,
+    places_of,
+    split_on_cpu,
+)
+from chiasm.plan.report import shown
+from chiasm.plan.search import Planner, Workload
+from chiasm.plan.shapes import ModelShape
+
+TOLERANCE = 0.15
+_MOST_REPLICAS = 4
+"""Instances of each kind that the benchmark starts on a CPU."""
+_LONGEST_SECONDS = 12.0
+"""How long the benchmark's trials send at most."""
+_LIMITS = re.compile(r"(?P<name>[\w ]+?) (?P<ttft>[\d.]+) ms, (?P<tpot>[\d.]+) ms")
+_LIMITS_NOTE = "Limits of the time to first token and per token: "
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One deployment under one mix."""
+
+    mix: str
+    arm: str
+    measured: float
+    """Requests per second."""
+    simulated: float
+
+    @property
+    def off(self) -> float:
+        """By how much the simulation is off, relative to what was measured."""
+        return self.simulated / self.measured - 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What results.json says."""
+
+    rates: Mapping[tuple[str, str], float]
+    """By mix and arm."""
+    limits: Mapping[str, Limits]
+    seeds: Sequence[int]
+
+
+def check(
+    path: Path,
+    shape: ModelShape,
+    cost_of: Callable[[Place], CostModel],
+    devices: Sequence[Device],
+    *,
+    as_json: bool,
+) -> int:
+    """Print the comparison; return 1 if a rate is off by more than ``TOLERANCE``. Raises ConfigurationError."""
+    (cpu,) = devices[:1]
+    if not isinstance(cpu, Cpu):
+        raise ConfigurationError(
+            "--check compares with what was measured on this machine's cores; give --devices cpu:N."
+        )
+    found = list(compare(read_measured(path), shape, cost_of, cpu))
+    if not found:
+        raise ConfigurationError(f"{path} has no rates of the benchmark's own deployments and mixes to compare with.")
+    within = all(abs(one.off) <= TOLERANCE for one in found)
+    if as_json:
+        print(json.dumps({"within": within, "compared": [{**asdict(one), "off": one.off} for one in found]}, indent=1))
+    else:
+        _print(found)
+    return 0 if within else 1
+
+
+def read_measured(path: Path) -> Measured:
+    """Read results.json of ``chiasm bench goodput``. Raises ConfigurationError if it isn't that."""
+    try:
+        measurement: Any = json.loads(path.read_text(encoding="utf-8"))["measurements"]["goodput"]
+        notes = [note for note in measurement["notes"] if note.startswith(_LIMITS_NOTE)]
+        limits = {
+            one["name"].strip(): Limits(float(one["ttft"]) / 1000, float(one["tpot"]) / 1000)
+            for one in _LIMITS.finditer(notes[0].removeprefix(_LIMITS_NOTE))
+        }
+        rates = {
+            (mix, arm): float(figure["value"])
+            for figure in measurement["figures"]
+            if figure["unit"] == "requests/s"
+            for mix, _, arm in [figure["name"].partition(": ")]
+        }
+        seeds = sorted({int(trial["seed"]) for trial in measurement["trials"]})
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"--check {path} is not a results.json of `chiasm bench goodput`: {type(error).__name__} {error}."
+        ) from error
+    return Measured(rates, limits, seeds)
+
+
+def compare(
+    measured: Measured, shape: ModelShape, cost_of: Callable[[Place], CostModel], cpu: Cpu
+) -> Iterator[Compared]:
+    """Yield what is comparable: the benchmark's own deployments and mixes, where a rate was found."""
+    arms = arms_on(cpu, shape)
+    for mix in dict.fromkeys(mix for mix, _ in measured.rates):
+        if mix not in MIXES or not measured.seeds:
+            continue
+        workload = Workload(
+            MIXES[mix],
+            measured.limits,
+            seed=measured.seeds[0],
+            seeds=len(measured.seeds),
+            requests=MIXES[mix].requests,
+            longest_seconds=_LONGEST_SECONDS,
+        )
+        planner = Planner(shape, workload, cost_of, places_of([cpu]))
+        for arm, candidate in arms.items():
+            rate = measured.rates.get((mix, arm))
+            if rate:
+                yield Compared(mix, arm, rate, planner.highest_rate(candidate).rate)
+
+
+def arms_on(cpu: Cpu, shape: ModelShape) -> dict[str, Candidate]:
+    """Return what the benchmark's deployments are on these cores, by their names there."""
+    number = min(cpu.cores, _MOST_REPLICAS)
+    pairs = cpu_pairs(cpu.cores, free_memory(), shape.language_bytes + shape.vision_bytes)
+    return {
+        AGGREGATED: aggregated_on_cpu(cpu, 1),
+        REPLICAS: aggregated_on_cpu(cpu, number, threads=cpu.cores // number),
+        SPLIT: split_on_cpu(cpu, 1, 1),
+        COLOCATED: colocated_on_cpu(cpu, pairs, pairs),
+    }
+
+
+def _print(found: Sequence[Compared]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for title in ("mix", "deployment", "measured req/s", "simulated req/s", "off"):
+        table.add_column(title, justify="left" if title in ("mix", "deployment") else "right")
+    for one in found:
+        table.add_row(one.mix, one.arm, shown(one.measured), shown(one.simulated), f"{100 * one.off:+.0f} %")
+    console = Console()
+    console.print(table)
+    worst = max(found, key=lambda one: abs(one.off))
+    number = sum(abs(one.off) <= TOLERANCE for one in found)
+    console.print(
+        f"{number} of {len(found)} rates are within {TOLERANCE:.0%}; the worst is off by {100 * worst.off:+.0f} % "
+        f"({worst.mix}, {worst.arm})."
+    )
