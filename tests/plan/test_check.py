@@ -55,7 +55,7 @@ def test_what_the_benchmark_writes_is_understood(tmp_path: Path) -> None:
 
 def test_every_mix_and_deployment_is_compared(tmp_path: Path) -> None:
     measured = read_measured(results(tmp_path, 3.0))
-    workload = Workload(MIXES["text"], LIMITS, seeds=2, requests=MIXES["text"].requests, longest_seconds=20.0)
+    workload = Workload(MIXES["text"], LIMITS, seeds=2, requests=MIXES["text"].requests, longest_seconds=12.0)
     expected = Planner(SHAPE, workload, cost_of, places_of([CPU])).highest_rate(arms_on(CPU, SHAPE)["split"]).rate
     compared = {(one.mix, one.arm): one for one in compare(measured, SHAPE, cost_of, CPU)}
     assert len(compared) == 8

@@ -44,8 +44,8 @@ def test_alone_each_later_token_takes_a_step() -> None:
 def test_alone_an_image_takes_all_that_happens_to_it() -> None:
     costs = SimpleCosts(prepare=0.05, move=0.03, request=0.02)
     (outcome,) = simulate(SPLIT, [asked(images=1)], costs=costs).outcomes
-    # The template's tokens before the image are prefilled while it is encoded.
-    after = 0.01 + (IMAGE_TOKENS + 20 - 4) * 0.001
+    # The template's few tokens before the image are prefilled with it.
+    after = 0.01 + (IMAGE_TOKENS + 20) * 0.001
     assert outcome.embedded == pytest.approx(0.05 + 0.2 + 0.03)
     assert outcome.first_token == pytest.approx(0.05 + 0.2 + 0.03 + after)
 
