@@ -142,12 +142,12 @@ def _length(generator: random.Random, median: float, sigma: float, least: int, m
 
 
 def _text(generator: random.Random) -> Shape:
-    return Shape(_length(generator, 80, 0.9, 8, 512), (), _length(generator, 12, 0.6, 4, 40))
+    return Shape(_length(generator, 80, 0.9, 8, 512), (), _length(generator, 24, 0.6, 8, 96))
 
 
 def _with_images(generator: random.Random, number: int) -> Shape:
     prompt = _length(generator, 24, 0.6, 8, 96)
-    return Shape(prompt, ((SIDE, SIDE),) * number, _length(generator, 12, 0.6, 4, 40))
+    return Shape(prompt, ((SIDE, SIDE),) * number, _length(generator, 24, 0.6, 8, 96))
 
 
 def _images(generator: random.Random) -> Shape:

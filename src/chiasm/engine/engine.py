@@ -25,9 +25,9 @@ from chiasm.engine.config import EngineConfig
 from chiasm.engine.device import (
     MAX_PREFILL_TOKENS,
     MIN_TEXT_BEFORE_ITEM,
-    MIXED_PREFILL_TOKENS,
     check_memory,
     kv_cache_blocks,
+    mixed_prefill_tokens,
     use_threads,
 )
 from chiasm.engine.due import PrefillPace
@@ -114,11 +114,21 @@ class LanguageEngine(Engine):
             block_size=config.block_size,
             allocate=None if kv_connectors is None else kv_connectors[1].allocate_kv_cache,
         )
+        self._runner = ModelRunner(self._language, kv_cache, self.processor.eos_token_ids)
+        self._worker = self._core_share.worker()
+        self._worker.follow(self._language.module)
+        with self._worker.computing():
+            costs = language_costs(self.processor, self._runner, self.max_model_len)
+        self._pace = PrefillPace(costs.prefill_seconds_per_token)
+        if encoder is not None:
+            costs = structs.replace(costs, images=image_costs(self.processor, encoder.encode))
+            encoder.start()
+        self.costs = costs
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_prefill_tokens=MAX_PREFILL_TOKENS[self.device.type],
-                max_mixed_prefill_tokens=MIXED_PREFILL_TOKENS[self.device.type],
+                max_mixed_prefill_tokens=mixed_prefill_tokens(self.device.type, costs),
                 min_text_before_item=MIN_TEXT_BEFORE_ITEM,
                 max_num_seqs=config.max_num_seqs,
                 max_queued_requests=config.max_queued_requests,
@@ -134,16 +144,6 @@ class LanguageEngine(Engine):
         if kv_connectors is not None:
             self._kv_transfers = KVTransfers(self._scheduler, kv_connectors)
             self._kv_transfers.start(kv_cache, self._language, lambda: self._inbox.put(_Signal.WAKE))
-        self._runner = ModelRunner(self._language, kv_cache, self.processor.eos_token_ids)
-        self._worker = self._core_share.worker()
-        self._worker.follow(self._language.module)
-        with self._worker.computing():
-            costs = language_costs(self.processor, self._runner, self.max_model_len)
-        self._pace = PrefillPace(costs.prefill_seconds_per_token)
-        if encoder is not None:
-            costs = structs.replace(costs, images=image_costs(self.processor, encoder.encode))
-            encoder.start()
-        self.costs = costs
         logger.info(
             "The %s engine is ready: %s on %s, %d KV blocks of %d tokens, a context of %d tokens.",
             config.role,

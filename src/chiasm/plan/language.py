@@ -20,7 +20,7 @@ from chiasm.engine.sequence import Sequence
 from chiasm.errors import ChiasmError
 from chiasm.models.base import ItemGeometry, Prompt, PromptItem
 from chiasm.plan.costs import StepShape
-from chiasm.wire import Role
+from chiasm.wire import Costs, Role
 
 _HEAD_TOKENS = 4
 """What a chat template writes before the first image."""
@@ -44,7 +44,8 @@ class LanguageLimits:
     max_model_len: int
     max_num_batched_tokens: int
     max_prefill_tokens: int
-    max_mixed_prefill_tokens: int
+    device_type: str
+    """``cpu`` or ``cuda``."""
     min_text_before_item: int
     max_num_seqs: int
     max_queued_requests: int
@@ -84,8 +85,10 @@ class PlannedStep:
 class LanguageInstance:
     """One PD, prefill, decode or aggregated instance. Knows no clock."""
 
-    def __init__(self, role: Role, limits: LanguageLimits, seconds_per_token: float) -> None:
-        """``seconds_per_token`` is what prefilling a token has cost when the instance measured it at start."""
+    def __init__(self, role: Role, limits: LanguageLimits, costs: Costs) -> None:
+        """``costs`` are what the instance measured at start."""
+        from chiasm.engine.device import mixed_prefill_tokens
+
         self.role = role
         self.limits = limits
         self._scheduler = Scheduler(
@@ -94,7 +97,7 @@ class LanguageInstance:
                 max_num_seqs=limits.max_num_seqs,
                 max_queued_requests=limits.max_queued_requests,
                 max_prefill_tokens=limits.max_prefill_tokens,
-                max_mixed_prefill_tokens=limits.max_mixed_prefill_tokens,
+                max_mixed_prefill_tokens=mixed_prefill_tokens(limits.device_type, costs),
                 min_text_before_item=limits.min_text_before_item,
                 entry_bytes_per_row=limits.entry_bytes_per_row,
                 recomputes_items=role is not Role.DECODE,
@@ -104,7 +107,7 @@ class LanguageInstance:
         )
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = itertools.count()
-        self._pace = PrefillPace(seconds_per_token)
+        self._pace = PrefillPace(costs.prefill_seconds_per_token)
 
     @property
     def preemptions(self) -> int:

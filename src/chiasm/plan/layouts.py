@@ -242,7 +242,6 @@ def _language_limits(place: Place, shape: ModelShape, room: float, longest_token
         KV_CACHE_SHARE,
         MAX_PREFILL_TOKENS,
         MIN_TEXT_BEFORE_ITEM,
-        MIXED_PREFILL_TOKENS,
     )
 
     kind = "cpu" if isinstance(place.device, Cpu) else "cuda"
@@ -264,7 +263,7 @@ def _language_limits(place: Place, shape: ModelShape, room: float, longest_token
         max_model_len=shape.max_model_len,
         max_num_batched_tokens=EngineConfig.max_num_batched_tokens,
         max_prefill_tokens=MAX_PREFILL_TOKENS[kind],
-        max_mixed_prefill_tokens=MIXED_PREFILL_TOKENS[kind],
+        device_type=kind,
         min_text_before_item=MIN_TEXT_BEFORE_ITEM,
         max_num_seqs=EngineConfig.max_num_seqs,
         max_queued_requests=EngineConfig.max_queued_requests,

@@ -126,7 +126,7 @@ class Simulation:
             server = _Server(planned, device, cost, self._store)
             if limits is not None:
                 known = reported(planned, self._shape, cost)
-                server.language = LanguageInstance(planned.role, limits, known.prefill_seconds_per_token)
+                server.language = LanguageInstance(planned.role, limits, known)
                 if own:
                     server.store = Store(limits.encoder_cache_bytes)
             if limits is None or own:
