@@ -48,9 +48,9 @@ def cores() -> tuple[int, int]:
 # are colocated share all cores.
 
 
-def aggregated(model: str, *, cpus: tuple[int, ...] = (), threads: int | None = None) -> DeploymentConfig:
+def aggregated(model: str, *, threads: int | None = None) -> DeploymentConfig:
     """Return one instance that does everything, behind a proxy."""
-    role = _role(cpus)
+    role = _role(())
     return _deployment(model, {Role.AGGREGATED: role if threads is None else replace(role, threads=threads)})
 
 

@@ -81,7 +81,7 @@ class Isolation(Measurement):
                     calm[labels[which]].append(await gaps_of(partial(asyncio.sleep, seconds / 8)))
                     gaps[labels[which]].append(await gaps_of(partial(open_loop, times, send)))
                     bench.advance()
-        outcome = self._outcome(gaps, calm, bench.seed)
+        outcome = judge(self.name, self.load, gaps, calm, seed=bench.seed)
         outcome.notes.append(f"{rate:.2f} {self.load} per second arrived.")
         outcome.notes += [
             f"{label}: one of the {self.load} alone takes {seconds:.3g} s; {sum(map(len, gaps[label]))} gaps."
@@ -99,25 +99,27 @@ class Isolation(Measurement):
                 seconds.append((await bench.client.post(url, body))[0])
         return [median(seconds[1:]) for seconds in taken]
 
-    def _outcome(self, gaps: Mapping[str, Gaps], calm: Mapping[str, Gaps], seed: int) -> Outcome:
-        baseline, judged, *_ = gaps
-        outcome = Outcome()
-        series: list[Series] = []
-        for label, rounds in gaps.items():
-            values, without = _milliseconds(rounds), _milliseconds(calm[label])
-            limit = _AT_MOST if label == judged else None
-            if label != baseline:
-                ratio = quantile_ratio(gaps[baseline], rounds, _SHARE, seed=seed)
-                outcome.figures.append(Figure.of(f"p99 gap: {label} / {baseline}", ratio, "x", at_most=limit))
-            outcome.figures += [
-                Figure(f"{label}: p99", quantile(values, _SHARE), "ms"),
-                Figure(f"{label}: median", median(values), "ms"),
-                Figure(f"{label}: median without {self.load}", median(without), "ms"),
-            ]
-            at_most = None if limit is None else limit * quantile(_milliseconds(gaps[baseline]), _SHARE)
-            series.append(Series(label, values, at_most))
-        outcome.panels.append(Panel(f"{self.name}: gaps between tokens", "ms", series, tail=True, logarithmic=True))
-        return outcome
+
+def judge(name: str, load: str, gaps: Mapping[str, Gaps], calm: Mapping[str, Gaps], *, seed: int) -> Outcome:
+    """Return the outcome for gaps by topology while ``load`` arrives, and without it (``calm``)."""
+    baseline, judged, *_ = gaps
+    outcome = Outcome()
+    for label in list(gaps)[1:]:
+        ratio = quantile_ratio(gaps[baseline], gaps[label], _SHARE, seed=seed)
+        at_most = _AT_MOST if label == judged else None
+        outcome.figures.append(Figure.of(f"p99 gap: {label} / {baseline}", ratio, "x", at_most=at_most))
+    series: list[Series] = []
+    for label, rounds in gaps.items():
+        values = _milliseconds(rounds)
+        outcome.figures += [
+            Figure(f"{label}: p99", quantile(values, _SHARE), "ms"),
+            Figure(f"{label}: median", median(values), "ms"),
+            Figure(f"{label}: median without {load}", median(_milliseconds(calm[label])), "ms"),
+        ]
+        limit = _AT_MOST * quantile(series[0].values, _SHARE) if label == judged else None
+        series.append(Series(label, values, limit))
+    outcome.panels.append(Panel(f"{name}: gaps between tokens", "ms", series, tail=True, logarithmic=True))
+    return outcome
 
 
 def _milliseconds(rounds: Gaps) -> list[float]:
