@@ -13,7 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from chiasm.bench.measurements import MEASUREMENTS
+from chiasm.bench.run import BenchConfig, choose
 from chiasm.bench.topology import kv_connectors
+from chiasm.launch.config import EngineKind
 
 _BENCH = (sys.executable, "-m", "chiasm", "bench")
 
@@ -83,6 +86,12 @@ def test_what_cannot_be_compared_is_refused(arguments: tuple[str, ...], message:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"Error: {message}")
+
+
+def test_goodput_runs_only_if_it_is_named() -> None:
+    names = list(MEASUREMENTS[EngineKind.CHIASM])
+    assert [one.name for one in choose(BenchConfig())] == [name for name in names if name != "goodput"]
+    assert [one.name for one in choose(BenchConfig(("goodput", "ttft")))] == ["ttft", "goodput"]
 
 
 def test_an_unknown_measurement_is_refused(tmp_path: Path) -> None:

@@ -12,13 +12,17 @@ from chiasm.bench.measurement import Bench
 from chiasm.bench.topology import (
     NIXL,
     SHARED_MEMORY,
+    aggregated,
+    colocated,
     encoder_and_pds,
     kv_connectors,
     pd_alone,
     prefill_and_decode,
     running,
 )
+from chiasm.cores import usable_cores
 from chiasm.errors import ConfigurationError
+from chiasm.launch.arrangement import arrange
 from chiasm.wire import Role
 
 
@@ -36,6 +40,23 @@ def test_pinned_instances_have_one_thread_per_core() -> None:
     assert [config.roles[role].threads for role in (Role.PREFILL, Role.DECODE)] == [1, 1]
     whole = pd_alone("demo", cpus=(0, 1))
     assert (whole.count(Role.PD), whole.count(Role.ENCODER), whole.roles[Role.PD].threads) == (1, 0, 2)
+
+
+@pytest.mark.parametrize("counts", [None, {Role.ENCODER: 1, Role.PD: 2}])
+def test_colocated_instances_have_all_cores_each_and_the_same_share_file(counts: dict[Role, int] | None) -> None:
+    arranged = arrange(colocated("demo", counts), None)
+    found = {role: arranged.config.count(role) for role in arranged.config.roles}
+    assert set(found) == {Role.ENCODER, Role.PD}
+    assert counts in (None, found)
+    assert {one.threads for one in arranged.placements.values()} == {usable_cores()}
+    assert len({one.core_share for one in arranged.placements.values()}) == 1
+    assert not any(one.cpus for one in arranged.placements.values())
+
+
+def test_the_aggregated_baseline_has_the_cores_of_colocated_instances() -> None:
+    arranged = arrange(aggregated("demo", threads=usable_cores()), None)
+    (placement,) = arranged.placements.values()
+    assert (placement.threads, placement.cpus) == (usable_cores(), ())
 
 
 def test_nixl_is_measured_if_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

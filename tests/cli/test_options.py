@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from chiasm.bench.goodput import GoodputOptions
 from chiasm.cli import doctor, instance, proxy, serve
 from chiasm.cli.bench import BenchOptions
 from chiasm.cli.demo import DemoConfig
@@ -36,6 +37,7 @@ CONFIGURATIONS = (
     DeploymentConfig,
     RoleConfig,
     BenchOptions,
+    GoodputOptions,
     DemoConfig,
     DoctorConfig,
 )

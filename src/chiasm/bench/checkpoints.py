@@ -145,6 +145,15 @@ class Alone:
     prefill_seconds: float
     """Prefill of a prompt with that image, whose embedding is there already, up to the first token."""
 
+    def pipelined(self, images: int) -> float:
+        """Return the seconds of so many images if each is prefilled, without delay, while the next ones are encoded."""
+        e, p = self.encode_seconds, self.prefill_seconds
+        return e + p + (images - 1) * max(e, p)
+
+    def all_busy(self, images: int) -> float:
+        """Return the seconds of so many images if nothing waits: twice as many cores work all the time, equally well."""
+        return images * (self.encode_seconds + self.prefill_seconds) / 2
+
 
 async def measure_alone(bench: Bench, deployment: Deployment, name: str) -> Alone:
     """Encode a new image called ``name``, then prefill it; both instances are called directly."""

@@ -174,6 +174,8 @@ class Measurement(ABC):
     """What is measured, in one line."""
     target: str
     """The target in words, in one line."""
+    only_by_name = False
+    """Whether it takes so long that it runs only if it is asked for by its name."""
 
     @abstractmethod
     async def run(self, bench: Bench) -> Outcome:

@@ -40,7 +40,7 @@ class BenchConfig:
     """What to measure, on what, and where to write it."""
 
     names: tuple[str, ...] = ()
-    """Names of measurements; if empty, all of the engine run."""
+    """Names of measurements; if empty, all of the engine run that don't have to be asked for by name."""
     engine: EngineKind = EngineKind.CHIASM
     model: str = "demo"
     output: Path = Path("bench-results")
@@ -60,7 +60,7 @@ def run(config: BenchConfig) -> bool:
     """
     from rich.console import Console
 
-    chosen = _chosen(config)
+    chosen = choose(config)
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,7 +83,7 @@ def run(config: BenchConfig) -> bool:
     return not any(outcome.wrong for outcome in outcomes.values())
 
 
-def _chosen(config: BenchConfig) -> list[Measurement]:
+def choose(config: BenchConfig) -> list[Measurement]:
     """Return the measurements in the order in which they run. Raises ConfigurationError."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigurationError(
@@ -99,7 +99,7 @@ def _chosen(config: BenchConfig) -> list[Measurement]:
             raise ConfigurationError(f"{problem}; with --engine {config.engine} there are {', '.join(found)}.")
     if config.engine is EngineKind.VLLM:
         installed()
-    return [one for name, one in found.items() if not config.names or name in config.names]
+    return [one for name, one in found.items() if (name in config.names if config.names else not one.only_by_name)]
 
 
 async def _until_signal(work: Any) -> None:

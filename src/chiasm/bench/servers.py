@@ -1,4 +1,4 @@
-"""Servers that no deployment has: commands that answer GET /health, and a server that counts what passes through it."""
+"""Servers that no deployment has: commands that answer GET /health, more proxies, and one that counts what it passes on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from aiohttp import web
 
 from chiasm.bench.measurement import Bench
 from chiasm.errors import ChiasmError
-from chiasm.launch import DeploymentNotReadyError, ProcessState
+from chiasm.launch import Deployment, DeploymentNotReadyError, ProcessState
 from chiasm.launch.child import Child
-from chiasm.wire import CHAT_PATH
+from chiasm.launch.plan import plan_proxy
+from chiasm.launch.ports import HeldPort
+from chiasm.wire import CHAT_PATH, Role
 
+PROXY_READY_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _STOP_SECONDS = 5.0
 _KILL_SECONDS = 2.0
@@ -100,6 +103,20 @@ def _last_lines(children: Sequence[Child]) -> str:
 
 def _ignore(*_: object) -> None:
     pass
+
+
+@asynccontextmanager
+async def chiasm_proxy(bench: Bench, deployment: Deployment, pd: str) -> AsyncIterator[str]:
+    """One more proxy of chiasm in front of a deployment's encoders, and of ``pd`` instead of its PDs; gives its URL."""
+    address = HeldPort(deployment.config.host)
+    urls = [*((Role.ENCODER, url) for url in deployment.urls(Role.ENCODER)), (Role.PD, pd)]
+    plan = plan_proxy(deployment.config, address, urls)
+    command = Command("chiasm's proxy", plan.command, plan.environment, plan.configuration)
+    try:
+        async with served(bench, command, ready_seconds=PROXY_READY_SECONDS):
+            yield address.url
+    finally:
+        address.release()
 
 
 # ---- counting ----------------------------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ import asyncio
 import importlib.util
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 from chiasm.bench.measurement import SERVED_NAME, Bench
 from chiasm.cores import usable_cores
 from chiasm.errors import ChiasmError, ConfigurationError
-from chiasm.launch import Deployment, DeploymentConfig, DeploymentNotReadyError, ProcessState, RoleConfig
+from chiasm.launch import Deployment, DeploymentConfig, DeploymentNotReadyError, Layout, ProcessState, RoleConfig
 from chiasm.launch.config import EngineKind
 from chiasm.wire import Role
 
@@ -44,13 +44,13 @@ def cores() -> tuple[int, int]:
     return allowed[0], allowed[1]
 
 
-# Instances have one thread for each CPU that they are pinned to; without pinning, as many as `chiasm serve` gives a PD that
-# shares the machine with an encoder.
+# Instances have one thread for each CPU that they are pinned to; without pinning, one for half of the cores. Only those that
+# are colocated share all cores.
 
 
-def aggregated(model: str, *, cpus: tuple[int, ...] = (), threads: int | None = None) -> DeploymentConfig:
+def aggregated(model: str, *, threads: int | None = None) -> DeploymentConfig:
     """Return one instance that does everything, behind a proxy."""
-    role = _role(cpus)
+    role = _role(())
     return _deployment(model, {Role.AGGREGATED: role if threads is None else replace(role, threads=threads)})
 
 
@@ -59,6 +59,12 @@ def encoder_and_pds(
 ) -> DeploymentConfig:
     """Return one encoder and ``pds`` PDs behind a proxy."""
     return _deployment(model, {Role.ENCODER: _role(encoder_cpus), Role.PD: _role(pd_cpus, pds)})
+
+
+def colocated(model: str, counts: Mapping[Role, int] | None = None) -> DeploymentConfig:
+    """Return encoders and PDs that share all cores behind a proxy: so many of each, or what `chiasm serve` starts here."""
+    roles = {role: RoleConfig(count) for role, count in (counts or {}).items()}
+    return replace(_deployment(model, roles), layout=Layout.COLOCATED)
 
 
 def pinned(model: str) -> DeploymentConfig:

@@ -9,10 +9,11 @@ from chiasm.bench.measurements.identity import Identity
 from chiasm.bench.measurements.idle import Idle
 from chiasm.bench.measurements.isolation import DECODE_ISOLATION, ISOLATION
 from chiasm.bench.measurements.kv import Kv
-from chiasm.bench.measurements.latency import Engines, Split, Ttft
+from chiasm.bench.measurements.latency import Engines, Split
 from chiasm.bench.measurements.overlap import Overlap
 from chiasm.bench.measurements.proxy import Proxy
 from chiasm.bench.measurements.reuse import Reuse
+from chiasm.bench.measurements.ttft import Ttft
 from chiasm.bench.measurements.vllm_example import VllmExample
 from chiasm.launch.config import EngineKind
 

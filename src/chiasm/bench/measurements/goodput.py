@@ -60,6 +60,7 @@ class GoodputMeasurement(Measurement):
     name = "goodput"
     purpose = "Requests per second of which 90 % get their first token and all others in time, at equal cores or GPUs"
     target = "colocated at least 1.0 times the best other deployment on every mix"
+    only_by_name = True
 
     def __init__(self, engine: EngineKind) -> None:
         self._engine = engine

@@ -1,4 +1,4 @@
-"""What another process costs a single request on an idle machine: one request at a time, to several topologies in turns."""
+"""What a single request takes with prefill and decode apart, and with vLLM: one at a time, to several topologies in turns."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel,
 from chiasm.bench.requests import Texts, photo
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import aggregated, encoder_and_pds, on_vllm, prefill_and_decode, running
-from chiasm.cores import usable_cores
 from chiasm.launch import DeploymentConfig
 
 PROMPT_TOKENS = 1000
 """Length of the prompts by which the gap between prefill and decode is measured."""
 _WARM_UP = 3
-_TEXT_TOKENS = 64
 _ANSWER_TOKENS = 24
 _SYNTHETIC = "synthetic"
 
@@ -56,51 +54,6 @@ async def _checkpoints(bench: Bench) -> list[tuple[str, str]]:
 def _ttfts(answers: dict[str, list[StreamedAnswer]]) -> dict[str, list[float]]:
     """Return milliseconds to the first token, by topology."""
     return {label: [1000 * answer.ttft_seconds for answer in given] for label, given in answers.items()}
-
-
-class Ttft(Measurement):
-    """A photo, and a text for comparison, to E+PD and to one aggregated instance, once with all cores and once with half."""
-
-    name = "ttft"
-    _at_most = 1.10
-    purpose = "Time to first token of one image on an idle machine: E+PD against aggregated"
-    target = f"at most {_at_most} times aggregated, which has the cores of both"
-
-    async def run(self, bench: Bench) -> Outcome:
-        outcome = Outcome()
-        for label, model in await _checkpoints(bench):
-            await self._compare(bench, outcome, label, model)
-        outcome.notes.append(
-            "The synthetic checkpoint turns the image into 256 tokens; other checkpoints may scale it down first."
-        )
-        return outcome
-
-    async def _compare(self, bench: Bench, outcome: Outcome, label: str, model: str) -> None:
-        def bodies(texts: Texts) -> dict[str, Bodies]:
-            fields: dict[str, Any] = {"max_tokens": 2, "stream": True}
-            return {
-                "image": lambda index: requests.ask([photo(f"ttft {bench.seed} {label} {index}")], **fields),
-                "text": lambda index: requests.chat(texts.of(_TEXT_TOKENS), **fields),
-            }
-
-        whole, share, split = "aggregated", "aggregated with half of the cores", "E+PD"
-        topologies = {
-            whole: aggregated(model, threads=usable_cores()),
-            share: aggregated(model),
-            split: encoder_and_pds(model),
-        }
-        rounds = bench.samples(60, quick=3)
-        found = await _answers(bench, label, topologies, bodies, rounds=rounds, warm_up=_WARM_UP)
-        for kind, answers in found.items():
-            taken = _ttfts(answers)
-            for baseline in (whole, share):
-                outcome.compare(
-                    f"{label}, {kind}",
-                    {baseline: taken[baseline], split: taken[split]},
-                    title=f"ttft: {kind}, {label}, {baseline}",
-                    seed=bench.seed,
-                    at_most=self._at_most if kind == "image" and baseline == whole else None,
-                )
 
 
 class Split(Measurement):

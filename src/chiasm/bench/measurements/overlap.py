@@ -50,7 +50,7 @@ def _outcome(alone: list[Alone], found: dict[int, list[float]], seed: int) -> Ou
         series.append(Series(label, [1000 * value for value in seconds]))
     for number, ttfts in found.items():
         # The requests of a round are compared with what one image took in the same round.
-        bounds = [e + p + (number - 1) * max(e, p) for e, p in zip(encodes, prefills, strict=True)]
+        bounds = [one.pipelined(number) for one in alone]
         serial = [number * (e + p) for e, p in zip(encodes, prefills, strict=True)]
         name = f"{number} images: TTFT"
         ratio = paired_ratio(bounds, ttfts, seed=seed)

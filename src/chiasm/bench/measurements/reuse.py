@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from chiasm.bench.client import StreamedAnswer
+from chiasm.bench.load import turns
 from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
 from chiasm.bench.requests import Texts, ask, chat, photo
+from chiasm.bench.servers import chiasm_proxy
 from chiasm.bench.statistics import median, paired_ratio
-from chiasm.bench.topology import encoder_and_pds, on_vllm, running
+from chiasm.bench.topology import colocated, encoder_and_pds, on_vllm, running
 from chiasm.errors import ChiasmError
-from chiasm.launch import Deployment, EngineKind
+from chiasm.launch import Deployment, DeploymentConfig, EngineKind
 from chiasm.prometheus import total
 from chiasm.wire import Role
 
@@ -22,9 +24,11 @@ _EVERY_TOKEN: dict[str, Any] = {"max_tokens": 2, "stream": True, "ignore_eos": T
 
 
 class Reuse(Measurement):
-    """An image is asked about twice; the proxy's two PDs take turns.
+    """An image is asked about twice, first at one PD and then at the other; with the built-in engine, a text with as many
+    tokens then goes to the second PD.
 
-    With the built-in engine, a text with as many tokens then goes to each PD. All prompts are new to both PDs.
+    Each PD has a proxy of its own: one proxy would send the second request to the PD whose prefix cache holds the prompt.
+    All prompts are new to the PD that gets them.
     """
 
     name = "reuse"
@@ -41,25 +45,35 @@ class Reuse(Measurement):
     async def run(self, bench: Bench) -> Outcome:
         rounds = bench.samples(40 if self._over_vllm else 60, quick=3)
         found: tuple[list[float], list[float], list[float]] = ([], [], [])
-        config = encoder_and_pds(bench.model, pds=2)
-        async with running(bench, on_vllm(config) if self._over_vllm else config) as (deployment,):
-            texts = None if self._over_vllm else await _EqualTexts.for_deployment(bench, deployment)
-            bench.phase("the same image, another PD", rounds + _WARM_UP)
-            for index in range(-_WARM_UP, rounds):
-                if index == 0:
-                    before = await self._counts(bench, deployment)
-                body = ask([photo(f"reuse {bench.seed} {index}")], **(_EVERY_TOKEN if texts is None else _USAGE))
-                answers = [await bench.client.chat(deployment.url, body) for _ in range(2)]
-                if texts is not None:
-                    # The PDs take turns, so the second text goes where the second image went.
-                    answers.append([await texts.ask(answers[0].prompt_tokens) for _ in range(2)][1])
-                if index >= 0:
-                    for taken, answer in zip(found, answers, strict=False):
-                        taken.append(1000 * answer.ttft_seconds)
-                bench.advance()
-            after = await self._counts(bench, deployment)
+        async with running(bench, self._topology(bench.model)) as (deployment,):
+            one, other = deployment.urls(Role.PD)
+            async with (
+                chiasm_proxy(bench, deployment, one) as to_one,
+                chiasm_proxy(bench, deployment, other) as to_other,
+            ):
+                urls = (to_one, to_other)
+                texts = None if self._over_vllm else await _EqualTexts.for_deployment(bench, deployment)
+                bench.phase("the same image, another PD", rounds + _WARM_UP)
+                for index in range(-_WARM_UP, rounds):
+                    if index == 0:
+                        before = await self._counts(bench, deployment)
+                    body = ask([photo(f"reuse {bench.seed} {index}")], **(_EVERY_TOKEN if texts is None else _USAGE))
+                    first, second = turns(index, 2)
+                    answers = [await bench.client.chat(urls[which], body) for which in (first, second)]
+                    if texts is not None:
+                        answers.append(await texts.ask(urls[second], answers[0].prompt_tokens))
+                    if index >= 0:
+                        for taken, answer in zip(found, answers, strict=False):
+                            taken.append(1000 * answer.ttft_seconds)
+                    bench.advance()
+                after = await self._counts(bench, deployment)
         encoded, *loaded = (now - then for now, then in zip(after, before, strict=True))
         return judge(*found, encoded=encoded, loaded=loaded, seed=bench.seed)
+
+    def _topology(self, model: str) -> DeploymentConfig:
+        if self._over_vllm:
+            return on_vllm(encoder_and_pds(model, pds=2))
+        return colocated(model, {Role.ENCODER: 1, Role.PD: 2})
 
     async def _counts(self, bench: Bench, deployment: Deployment) -> list[float]:
         """Return how many images the encoder has encoded, and how many embeddings each PD has loaded or found at once."""
@@ -80,7 +94,6 @@ class _EqualTexts:
 
     def __init__(self, bench: Bench, deployment: Deployment) -> None:
         self._bench = bench
-        self._url = deployment.url
         self._texts = Texts(deployment.folder, bench.seed)
         self._template_tokens = 0
 
@@ -88,18 +101,19 @@ class _EqualTexts:
     async def for_deployment(cls, bench: Bench, deployment: Deployment) -> _EqualTexts:
         """Find out how many tokens the chat template adds to a text."""
         texts = cls(bench, deployment)
-        texts._template_tokens = (await texts._chat(_TEMPLATE_PROBE_TOKENS)).prompt_tokens - _TEMPLATE_PROBE_TOKENS
+        probe = await texts._chat(deployment.url, _TEMPLATE_PROBE_TOKENS)
+        texts._template_tokens = probe.prompt_tokens - _TEMPLATE_PROBE_TOKENS
         return texts
 
-    async def ask(self, prompt_tokens: int) -> StreamedAnswer:
-        """Send a new text whose prompt has ``prompt_tokens`` tokens. Raises ChiasmError if it turns out otherwise."""
-        answer = await self._chat(prompt_tokens - self._template_tokens)
+    async def ask(self, url: str, prompt_tokens: int) -> StreamedAnswer:
+        """Send ``url`` a new text whose prompt has ``prompt_tokens`` tokens. Raises ChiasmError if it turns out otherwise."""
+        answer = await self._chat(url, prompt_tokens - self._template_tokens)
         if answer.prompt_tokens != prompt_tokens:
             raise ChiasmError("The prompts with the text and with the image have different numbers of tokens.")
         return answer
 
-    async def _chat(self, tokens: int) -> StreamedAnswer:
-        return await self._bench.client.chat(self._url, chat(self._texts.of(tokens), **_USAGE))
+    async def _chat(self, url: str, tokens: int) -> StreamedAnswer:
+        return await self._bench.client.chat(url, chat(self._texts.of(tokens), **_USAGE))
 
 
 def judge(

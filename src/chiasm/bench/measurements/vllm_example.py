@@ -19,12 +19,12 @@ from typing import Any
 from chiasm.bench.load import at_most, stream_in_turns, turns
 from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
 from chiasm.bench.requests import Texts, ask, chat, photo
-from chiasm.bench.servers import Command, counting, served, supervised
+from chiasm.bench.servers import PROXY_READY_SECONDS, Command, chiasm_proxy, counting, served, supervised
 from chiasm.bench.statistics import median, paired_ratio
 from chiasm.bench.topology import IMAGES, VLLM_READY_SECONDS, on_vllm, pinned, running
 from chiasm.launch import Deployment, DeploymentConfig
 from chiasm.launch.folders import StorageFolder
-from chiasm.launch.plan import Surroundings, plan_instances, plan_proxy
+from chiasm.launch.plan import Surroundings, plan_instances
 from chiasm.launch.ports import HeldPort
 from chiasm.wire import Role
 
@@ -32,7 +32,6 @@ CONNECTOR = "ECExampleConnector"
 _VARIABLE = "CHIASM_VLLM_EXAMPLE_PROXY"
 _FILE = Path("share") / "vllm" / "disagg_epd_proxy.py"
 _LOOPBACK = "127.0.0.1"
-_PROXY_READY_SECONDS = 60.0
 _NO_REWRITE = "--no-rewrite"
 NOT_THERE = (
     f"Not measured: vLLM's example proxy is not in this environment ({_FILE}), and {_VARIABLE} names no such file. Of what "
@@ -285,21 +284,7 @@ async def example_proxy(
     arguments += [_NO_REWRITE] if forward_images else []
     command = Command("vLLM's example proxy", supervised(address.url, arguments), os.environ)
     try:
-        async with served(bench, command, ready_seconds=_PROXY_READY_SECONDS):
-            yield address.url
-    finally:
-        address.release()
-
-
-@asynccontextmanager
-async def chiasm_proxy(bench: Bench, deployment: Deployment, pd: str) -> AsyncIterator[str]:
-    """One more proxy of chiasm in front of a deployment's encoders, and of ``pd`` instead of its PD; gives its URL."""
-    address = HeldPort(_LOOPBACK)
-    urls = [*((Role.ENCODER, url) for url in deployment.urls(Role.ENCODER)), (Role.PD, pd)]
-    plan = plan_proxy(deployment.config, address, urls)
-    command = Command("chiasm's proxy", plan.command, plan.environment, plan.configuration)
-    try:
-        async with served(bench, command, ready_seconds=_PROXY_READY_SECONDS):
+        async with served(bench, command, ready_seconds=PROXY_READY_SECONDS):
             yield address.url
     finally:
         address.release()
