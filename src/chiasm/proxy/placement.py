@@ -35,7 +35,7 @@ _STREAM_SLOWS = 0.03
 _DELAY = 0.05
 """What a second by which a prompt that is due later is delayed counts against a second until a first token."""
 _STEP_TOKENS = 1024
-"""Tokens that an instance computes in a step, half of which a prompt that overtakes waits for."""
+"""Tokens that an instance computes in a step of prefill."""
 _BYTES_PER_TOKEN = 4.0
 _REQUEST_TOKENS = 16
 """Tokens that a chat template adds to a prompt."""
@@ -181,11 +181,9 @@ class Placement:
         if prefill_seconds is not None:
             instance.costs.learn_prefill(prompt_tokens - cached_tokens, prefill_seconds, now)
 
-    def end(self, placed: Placed, now: float, *, step_seconds: float | None = None) -> None:
-        """Note that an answer has ended or failed; ``step_seconds`` is the mean time between its tokens."""
+    def end(self, placed: Placed, now: float) -> None:
+        """Note that an answer has ended or failed."""
         self._prompts_of(placed.instance).remove(placed.prompt, now)
-        if step_seconds is not None:
-            placed.instance.costs.learn_decode(step_seconds, now)
 
     # ---- estimates -----------------------------------------------------------------------------------------------------
 
@@ -205,8 +203,11 @@ class Placement:
         # vLLM computes prompts in the order in which they come.
         ready_at = now + ready[cached] if cached < len(ready) else now
         seconds, later = prompts.seconds_before(math.inf if instance.is_vllm else due, now, ready_at)
+        # It begins when the step that is being computed ends: half a step later, on average.
         if later:
             seconds += _STEP_TOKENS / 2 * per_token
+        elif prompts.streams and not seconds:
+            seconds += costs.reported.decode_step_seconds / 2
         own = 0.0
         text_bytes = work.prefixes[cached - 1].text_bytes if cached else 0
         for index in range(cached, len(work.items)):
