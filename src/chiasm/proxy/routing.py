@@ -85,6 +85,7 @@ class Router:
                     job.return_to_original()
                     await self._call(job, assignment)
         finally:
+            job.original = None
             await job.end_encoding()
 
     # ---- images --------------------------------------------------------------------------------------------------------
