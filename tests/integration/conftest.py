@@ -21,6 +21,7 @@ from PIL import Image
 
 from chiasm.bench import synthetic
 from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
+from chiasm.launch.layout import Layout
 from chiasm.wire import Role
 
 MODEL = "small"
@@ -151,10 +152,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.make("qwen3_vl", tmp_path_factory.mktemp("integration") / MODEL)
 
 
-def run(checkpoint: Path, roles: dict[Role, int], **proxy_settings: Any) -> Iterator[Service]:
+def run(
+    checkpoint: Path, roles: dict[Role, int], *, layout: Layout = Layout.AUTO, **proxy_settings: Any
+) -> Iterator[Service]:
     config = DeploymentConfig(
         model=str(checkpoint),
         roles={role: RoleConfig(count=count, threads=1) for role, count in roles.items()},
+        layout=layout,
         served_model_name=MODEL,
         settings=SMALL,
         proxy_settings=proxy_settings,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from typing import Any
 
+import pytest
 from aiohttp import web
 
 from chiasm.media import identifier
+from chiasm.proxy.job import Original
+from chiasm.wire import Costs
 
-from .conftest import Images, Start, ask, data_url, image, image_bytes
-from .instances import FINGERPRINT, FakeInstance, Received, chat
+from .conftest import Images, Start, ask, data_url, image, image_bytes, listen, until_idle
+from .instances import FINGERPRINT, FakeInstance, Received, begin_stream, chat, encode, never, refuse
 
 
 async def test_bodies_with_data_urls_pass_unchanged(start: Start) -> None:
@@ -92,6 +97,76 @@ async def test_images_go_to_aggregated_instances_once_the_last_encoder_is_gone(s
     for n in range(1, 4):
         assert (await front.post(ask(image(image_bytes(size=(5, n)))))).status == 200
     assert (len(aggregated.received), len(pd.received)) == (before[0] + 3, before[1])
+
+
+@pytest.mark.parametrize("takes_image_size", [True, False], ids=["pd was called", "pd was not called"])
+async def test_images_that_wait_go_to_an_aggregated_instance_when_the_last_encoder_is_gone(
+    start: Start, images: Images, takes_image_size: bool
+) -> None:
+    encoder, pd, aggregated = stuck_fleet(takes_image_size=takes_image_size)
+    front = await start([encoder, pd, aggregated])
+    url, name = await images(image_bytes("blue")), identifier(image_bytes("blue"), fingerprint=FINGERPRINT)
+    own = image(image_bytes("red"))
+    request = asyncio.ensure_future(front.post(ask("x", own, image(url), temperature=0.5)))
+    await asyncio.wait_for(encoder.arrived.acquire(), 10)
+    if takes_image_size:
+        await asyncio.wait_for(pd.arrived.acquire(), 10)
+    await encoder.kill()
+    answer = await request
+    assert answer.status == 200
+    assert 'placement;desc="aggregated ' in answer.headers["server-timing"]
+    assert aggregated.received[0].json == ask("x", own, image(image_bytes("blue"), uuid=name), temperature=0.5)
+    assert len(pd.received) == takes_image_size
+    await until_idle(front)
+
+
+async def test_a_stream_begins_at_an_aggregated_instance_when_the_last_encoder_is_gone(start: Start) -> None:
+    encoder, pd, aggregated = stuck_fleet()
+
+    async def head_only(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await begin_stream(request)
+        return await never(instance, request, received)
+
+    pd.answer = head_only
+    front = await start([encoder, pd, aggregated])
+    request = asyncio.ensure_future(listen(front, ask(image(image_bytes()), stream=True)))
+    await asyncio.wait_for(encoder.arrived.acquire(), 10)
+    await asyncio.wait_for(pd.arrived.acquire(), 10)
+    await encoder.kill()
+    heard = await request
+    assert (heard.text, heard.ended) == ("a cat", True)
+    await until_idle(front)
+
+
+async def test_an_image_that_an_encoder_refuses_goes_to_no_aggregated_instance(start: Start) -> None:
+    encoder, pd, aggregated = stuck_fleet()
+    encoder.answer = refuse(400, "This is no image.")
+    front = await start([encoder, pd, aggregated])
+    assert (await front.post(ask(image(image_bytes())))).status == 400
+    assert not aggregated.received
+
+
+async def test_what_was_sent_is_kept_only_until_it_is_encoded(start: Start) -> None:
+    encoder, pd, aggregated = stuck_fleet()
+    encoder.answer = encode
+    front = await start([encoder, pd, aggregated])
+    request = asyncio.ensure_future(front.post(ask(image(image_bytes()))))
+    await asyncio.wait_for(pd.arrived.acquire(), 10)
+    async with asyncio.timeout(10):
+        while any(isinstance(one, Original) for one in gc.get_objects()):
+            await front.get("/health")
+            gc.collect()  # what earlier tests have left
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+    await until_idle(front)
+
+
+def stuck_fleet(**health: Any) -> list[FakeInstance]:
+    """Return an encoder, a PD and an aggregated instance that is slow by its costs; only the last one answers."""
+    slow = Costs(prefill_seconds_per_token=1.0)
+    fleet = [FakeInstance("encoder"), FakeInstance("pd", **health), FakeInstance("aggregated", costs=slow)]
+    fleet[0].answer = fleet[1].answer = never
+    return fleet
 
 
 async def test_an_image_that_repeats_goes_to_the_instance_that_knows_it(start: Start) -> None:

@@ -139,13 +139,12 @@ def test_an_image_that_was_published_is_looked_up_at_once(fleet: Fleet, queue: E
 
 def test_a_plan_knows_images_that_other_requests_wait_for(fleet: Fleet, queue: EncodeQueue) -> None:
     encoder(fleet)
-    pd = add(fleet, "pd", known=costs())
     for name in "abc":
         wait(queue, name)
     queue.feed(0.0)
     plan = queue.plan(1.0, 0.0)
     items = [ItemWork(name, PIXELS) for name in "abcd"]
-    assert plan.ready_seconds(items, pd) == pytest.approx([2 * ENCODE, 2 * ENCODE, 3 * ENCODE, 4 * ENCODE])
+    assert plan.ready_seconds(items) == pytest.approx([2 * ENCODE, 2 * ENCODE, 3 * ENCODE, 4 * ENCODE])
 
 
 def test_a_full_encoder_gets_nothing_for_a_while_each_time_longer(fleet: Fleet, queue: EncodeQueue) -> None:

@@ -31,7 +31,7 @@ async def test_health_lists_every_instance(start: Start) -> None:
             "outstanding_work": 0.0,
             "in_flight": 0,
             "number": number,
-            "costs": {"prefill_seconds_per_token": 0.0001, "decode_step_seconds": 0.02},
+            "costs": {"prefill_seconds_per_token": 0.0001},
         }
 
 

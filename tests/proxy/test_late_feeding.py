@@ -38,6 +38,7 @@ async def test_an_encoder_gets_no_more_than_two_images_and_the_rest_when_it_has_
     front = await start([encoder, pd])
     request = asyncio.ensure_future(front.post(ask(*(image(image_bytes(one, SIZE)) for one in COLOURS))))
     await waiting(front, len(COLOURS) - 2)
+    await asyncio.wait_for(encoder.arrived.acquire(), 10)
     assert [len(received.identifiers) for received in encoder.received] == [2]
     gate.set()
     assert (await request).status == 200

@@ -101,6 +101,17 @@ def test_running_streams_count(fleet: Fleet, placement: Placement) -> None:
         placement.end(placed, now)
 
 
+def test_beside_streams_a_prompt_waits_for_half_a_decode_step(fleet: Fleet, placement: Placement) -> None:
+    one = add(fleet, "1", known=costs())
+    alone = place(placement, text(1))
+    placement.first_token(alone, 1.0)
+    beside = place(placement, text(1), 1.0)
+    waits = beside.estimate_seconds - alone.estimate_seconds * (1 + 0.03)
+    assert waits == pytest.approx(one.costs.reported.decode_step_seconds / 2)
+    behind = place(placement, text(1), 1.0)
+    assert behind.estimate_seconds < 2 * beside.estimate_seconds
+
+
 def test_an_image_is_waited_for_where_its_prefill_would_begin_earlier(fleet: Fleet, placement: Placement) -> None:
     add(fleet, "e", Role.ENCODER, known=costs())
     add(fleet, "pd", known=costs())
@@ -187,9 +198,8 @@ def test_prefill_is_learned_per_instance_and_text_for_all(fleet: Fleet, placemen
         placed = placement.place(text(1000, n), WHOLE, float(n), exclude={two})
         assert placed is not None
         placement.first_token(placed, float(n), prefill_seconds=1000 * PER_TOKEN, prompt_tokens=500)
-        placement.end(placed, float(n), step_seconds=0.06)
+        placement.end(placed, float(n))
     assert one.costs.prefill_seconds_per_token(40.0) == pytest.approx(2 * PER_TOKEN, rel=0.1)
-    assert one.costs.decode_step_seconds(40.0) == pytest.approx(0.06, rel=0.1)
     assert two.costs.prefill_seconds_per_token(40.0) == PER_TOKEN
     placed = place(placement, text(1000, 40.0), 40.0)
     assert placed.instance is two

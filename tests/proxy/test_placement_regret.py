@@ -78,6 +78,11 @@ class Simulation:
             event(now)
         return self
 
+    def throttle(self, name: str, speed: float, when: float) -> None:
+        """Let an encoder be of this speed from then on."""
+        encoder = next(one for one in self.encoders if one.url == f"http://{name}")
+        self._at(when, lambda now: self.encoders.update({encoder: speed}))
+
     def _at(self, when: float, event: Callable[[float], None]) -> None:
         heapq.heappush(self._events, (when, next(self._numbers), event))
 
@@ -209,6 +214,14 @@ def test_a_throttled_encoder_is_found_out_within_twenty_items() -> None:
     assert simulation.encoded_by[:20].count("throttled") <= 10
     assert simulation.encoded_by[20:].count("throttled") <= 8
     assert throttled.costs.encode_seconds(PIXELS, requests[-1].arrival) > 2.5 * ENCODE
+
+
+def test_an_encoder_that_was_throttled_gets_its_share_again_within_twenty_items() -> None:
+    requests = [images(str(n), arrival=n * 0.4, tokens=20) for n in range(120)]
+    simulation = Simulation({"a": 1.0}, {"good": 1.0, "throttled": 0.2})
+    simulation.throttle("throttled", 1.0, requests[60].arrival)
+    simulation.run(requests)
+    assert simulation.encoded_by[80:].count("throttled") >= 15
 
 
 def test_nobody_starves_under_a_stream_of_small_requests() -> None:

@@ -13,7 +13,6 @@ from chiasm.wire import Costs, ImageCost
 
 # Of an instance that reports no costs. Only their ratios matter until its answers have corrected them.
 _PREFILL_SECONDS_PER_TOKEN = 1e-4
-_DECODE_STEP_SECONDS = 0.02
 _TOKENS_PER_IMAGE = 1000
 _ENCODE_SECONDS_PER_PIXEL = 4e-7
 
@@ -72,7 +71,6 @@ class InstanceCosts:
         self.encode = Correction()
         """By size class: powers of two of pixels."""
         self.prefill = Correction()
-        self.decode = Correction()
         self.transfer_seconds = 0.0
         """From an encoder's answer until this language instance had the embedding."""
 
@@ -88,14 +86,11 @@ class InstanceCosts:
     def prefill_seconds_per_token(self, now: float) -> float:
         return (self.reported.prefill_seconds_per_token or _PREFILL_SECONDS_PER_TOKEN) * self.prefill.factor(now)
 
-    def decode_step_seconds(self, now: float) -> float:
-        return (self.reported.decode_step_seconds or _DECODE_STEP_SECONDS) * self.decode.factor(now)
-
     def learned(self, now: float) -> Costs:
         """Return the reported costs, corrected; of images, those sizes that it reports."""
         return Costs(
             prefill_seconds_per_token=self.prefill_seconds_per_token(now),
-            decode_step_seconds=self.decode_step_seconds(now),
+            decode_step_seconds=self.reported.decode_step_seconds,
             images=[
                 ImageCost(
                     pixels=one.pixels,
@@ -117,10 +112,6 @@ class InstanceCosts:
         self.prefill.learn(
             seconds, tokens * (self.reported.prefill_seconds_per_token or _PREFILL_SECONDS_PER_TOKEN), now
         )
-
-    def learn_decode(self, step_seconds: float, now: float) -> None:
-        """Take the mean time between the tokens of an answer."""
-        self.decode.learn(step_seconds, self.reported.decode_step_seconds or _DECODE_STEP_SECONDS, now)
 
     def learn_transfer(self, seconds: float) -> None:
         """Take the time from an encoder's answer until the embedding was usable."""

@@ -298,16 +298,17 @@ class Plan:
         """Seconds of work of each healthy encoder."""
         self.ready: dict[str, float] = {}
         """From now until images that wait or are being encoded already are published, by identifier."""
-        self._devices = devices
+        self.devices = devices
+        """What language instances do on each device that is known."""
         self._encode_seconds = encode_seconds
 
-    def ready_seconds(self, items: Sequence[ItemWork], language: Instance) -> list[float]:
+    def ready_seconds(self, items: Sequence[ItemWork]) -> list[float]:
         """Return the time until each of a new request's images would be published; infinite if nobody can encode it."""
-        plan = Plan(left=dict(self.left), devices=self._devices, encode_seconds=self._encode_seconds)
+        plan = Plan(left=dict(self.left), devices=self.devices, encode_seconds=self._encode_seconds)
         ready: list[float] = []
         for item in items:
             known = self.ready.get(item.identifier)
-            choice = None if known is not None else plan.add(Entry(item, 0.0, language=language))
+            choice = None if known is not None else plan.add(Entry(item, 0.0))
             ready.append(known if known is not None else choice.ready_seconds if choice else math.inf)
         return ready
 
@@ -328,7 +329,7 @@ class Plan:
             if encoder in excluded:
                 continue
             seconds = self._encode_seconds(encoder, entry.item)
-            device = self._devices.get(encoder.device_id, _IDLE)
+            device = self.devices.get(encoder.device_id, _IDLE)
             ready = left + seconds + min(seconds, device.seconds) if seconds else 0.0
             rank = (
                 ready + seconds * device.streams * HINDRANCE,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from chiasm.http import Exchange
 from chiasm.http.events import CONTENT_TYPE, comment
 from chiasm.http.timing import TimingEntry, read_timing, write_timing
 from chiasm.proxy.fleet import Instance
-from chiasm.proxy.media import embeds_part
+from chiasm.proxy.media import Item, embeds_part
 from chiasm.proxy.prompts import Work
 from chiasm.proxy.relay import EventRelay
 from chiasm.proxy.request import Request
@@ -61,6 +61,20 @@ class Timing:
 _DURATIONS = tuple(field.name for field in fields(Timing) if field.name != "placement")
 
 
+class Original(NamedTuple):
+    """A request as the client sent it, for an instance that encodes itself."""
+
+    request: Request
+    items: Sequence[Item | None]
+    """The images to put into its body as ``data:`` URLs, so that the instance doesn't fetch; None for one that the body has."""
+
+    def whole_body(self) -> bytes:
+        """Return the body for that instance."""
+        if not any(self.items):
+            return self.request.body
+        return self.request.with_parts([item.image_url_part() if item else None for item in self.items])
+
+
 class Job:
     """One request on its way through the proxy. Compared by identity."""
 
@@ -80,6 +94,8 @@ class Job:
         self.encoding: asyncio.Future[dict[str, bytes]] | None = None
         """Done when all embeddings have been published; gives the encoders' metadata (JSON) by identifier. None if it has no
         images, or has them encoded where the text goes."""
+        self.original: Original | None = None
+        """Kept until its images are encoded if an instance that encodes itself could still have to answer it."""
         self.identifiers: Sequence[str] = ()
         """Identifiers of the images that ``encoding`` is about, in the order in which they occur."""
         self._encoder_calls = 0
@@ -149,6 +165,13 @@ class Job:
         """Cancel what encoders still do for the request."""
         if self.encoding is not None:
             await _end(self.encoding)
+
+    def return_to_original(self) -> None:
+        """Make it a request that needs no encoder, if it has images."""
+        if self.original is not None:
+            self.request.body = self.original.whole_body()
+        self.original = self.encoding = None
+        self.identifiers = ()
 
     # ---- to the client -------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class Metrics:
         )
         self.language_retries = Counter(
             "chiasm_proxy_language_retries",
-            "Requests sent to an instance again after a lost connection.",
+            "Requests sent to an instance again after a lost connection, or after the last encoder was lost.",
             registry=self.registry,
         )
         self.prefill_retries = Counter(

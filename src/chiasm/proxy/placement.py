@@ -18,7 +18,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from chiasm.proxy.costs import Correction
-from chiasm.proxy.encode_queue import HINDRANCE, Device, EncodeQueue, Entry, Plan
+from chiasm.proxy.encode_queue import HINDRANCE, Device, EncodeQueue, Entry
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.prompts import ItemWork, Prefix, Prompt, Prompts, Work
 from chiasm.wire import Role
@@ -35,7 +35,7 @@ _STREAM_SLOWS = 0.03
 _DELAY = 0.05
 """What a second by which a prompt that is due later is delayed counts against a second until a first token."""
 _STEP_TOKENS = 1024
-"""Tokens that an instance computes in a step, half of which a prompt that overtakes waits for."""
+"""Tokens that an instance computes in a step of prefill."""
 _BYTES_PER_TOKEN = 4.0
 _REQUEST_TOKENS = 16
 """Tokens that a chat template adds to a prompt."""
@@ -121,8 +121,9 @@ class Placement:
             return None
         due = self.due(work, now)
         plan = self.images.plan(due, now) if work.items else None
-        devices = self._devices(now)
-        estimates = [self._estimate(instance, work, due, plan, devices, now) for instance in candidates]
+        ready = plan.ready_seconds(work.items) if plan else []
+        devices = plan.devices if plan else self._devices(now)
+        estimates = [self._estimate(instance, work, due, ready, devices, now) for instance in candidates]
         best = min(one.score for one in estimates)
         limit = best + max(_ALIKE * best, _ALIKE_SECONDS) if best < math.inf else best
         chosen = min((one for one in estimates if one.score <= limit), key=lambda one: one.instance.last_taken)
@@ -181,11 +182,9 @@ class Placement:
         if prefill_seconds is not None:
             instance.costs.learn_prefill(prompt_tokens - cached_tokens, prefill_seconds, now)
 
-    def end(self, placed: Placed, now: float, *, step_seconds: float | None = None) -> None:
-        """Note that an answer has ended or failed; ``step_seconds`` is the mean time between its tokens."""
+    def end(self, placed: Placed, now: float) -> None:
+        """Note that an answer has ended or failed."""
         self._prompts_of(placed.instance).remove(placed.prompt, now)
-        if step_seconds is not None:
-            placed.instance.costs.learn_decode(step_seconds, now)
 
     # ---- estimates -----------------------------------------------------------------------------------------------------
 
@@ -194,25 +193,29 @@ class Placement:
         instance: Instance,
         work: Work,
         due: float,
-        plan: Plan | None,
+        ready_seconds: Sequence[float],
         devices: Mapping[str, Device],
         now: float,
     ) -> _Estimate:
         prompts, costs = self._prompts_of(instance), instance.costs
         cached = prompts.cached_items(work.prefixes)
         per_token = costs.prefill_seconds_per_token(now) * (1 + _STREAM_SLOWS * prompts.streams)
-        ready = plan.ready_seconds(work.items, instance) if plan and instance.role not in _ENCODES_ITSELF else []
+        ready = () if instance.role in _ENCODES_ITSELF else ready_seconds
+        text_tokens = self._text.factor(now) / _BYTES_PER_TOKEN
         # vLLM computes prompts in the order in which they come.
         ready_at = now + ready[cached] if cached < len(ready) else now
         seconds, later = prompts.seconds_before(math.inf if instance.is_vllm else due, now, ready_at)
+        # It begins when the step that is being computed ends: half a step later, on average.
         if later:
             seconds += _STEP_TOKENS / 2 * per_token
+        elif prompts.streams and not seconds:
+            seconds += costs.reported.decode_step_seconds / 2
         own = 0.0
         text_bytes = work.prefixes[cached - 1].text_bytes if cached else 0
         for index in range(cached, len(work.items)):
             item = work.items[index]
             before = work.prefixes[index].text_bytes if work.prefixes else 0
-            text = self._text_tokens(before - text_bytes) * self._text.factor(now) * per_token
+            text = (before - text_bytes) * text_tokens * per_token
             text_bytes = before
             seconds += text
             if ready:
@@ -225,7 +228,7 @@ class Placement:
             seconds += image
             own += text + image
         last = costs.image_tokens(work.items[-1].pixels) * per_token if work.items else 0.0
-        rest = self._text_tokens(work.text_bytes - text_bytes) * self._text.factor(now) + _REQUEST_TOKENS
+        rest = (work.text_bytes - text_bytes) * text_tokens + _REQUEST_TOKENS
         seconds += rest * per_token
         own += rest * per_token
         device = devices.get(instance.device_id)
@@ -246,11 +249,9 @@ class Placement:
         """Return what language instances do on each device that is known."""
         devices: dict[str, Device] = {}
         for instance, prompts in self._prompts.items():
-            if instance.device_id:
-                seconds, streams = devices.get(instance.device_id, _IDLE)
-                devices[instance.device_id] = Device(
-                    seconds + prompts.seconds_computing(now), streams + prompts.streams
-                )
+            if device_id := instance.device_id:
+                seconds, streams = devices.get(device_id, _IDLE)
+                devices[device_id] = Device(seconds + prompts.seconds_computing(now), streams + prompts.streams)
         for decode in self._fleet.healthy(Role.DECODE):
             if decode.device_id and decode.in_flight:
                 seconds, streams = devices.get(decode.device_id, _IDLE)

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from aiohttp.abc import AbstractResolver
 
-from chiasm.errors import Code, InvalidRequestError, MediaError
+from chiasm.errors import ChiasmError, Code, EmbeddingUnavailableError, InvalidRequestError, MediaError, OverloadedError
 from chiasm.media import Fetcher
 from chiasm.proxy.agreement import WHOLE_ROLES
 from chiasm.proxy.balancing import Assignment, Balancer
@@ -18,7 +19,7 @@ from chiasm.proxy.encoders import Encoders, no_encoder
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.handover import Handover
 from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_hand_over
-from chiasm.proxy.job import Job
+from chiasm.proxy.job import Job, Original
 from chiasm.proxy.media import Item, read_items
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
@@ -78,16 +79,13 @@ class Router:
                 self._send_to_encoders(job, items)
                 self._note_overhead(job, started, has_media)
                 await self._hand_over(job)
-                return
-            with self._balancer.assign(job, self._roles(has_media)) as assignment:
-                if assignment.instance.role is Role.AGGREGATED:
-                    _put_images_in(job, items)
-                else:
-                    self._send_to_encoders(job, items, assignment.embedded)
-                self._note_overhead(job, started, has_media)
-                with await job.open_unless_encoding_fails(self._balancer.open(assignment, job)) as call:
-                    await self._send_back(job, call, assignment)
+            elif not await self._send_to_one(job, items, started):
+                self._metrics.language_retries.inc()
+                with self._balancer.assign(job, (Role.AGGREGATED,)) as assignment:
+                    job.return_to_original()
+                    await self._call(job, assignment)
         finally:
+            job.original = None
             await job.end_encoding()
 
     # ---- images --------------------------------------------------------------------------------------------------------
@@ -131,8 +129,18 @@ class Router:
 
     async def _encode(self, items: tuple[Item, ...], job: Job, on_embedded: Callable[[], None]) -> dict[str, bytes]:
         metadata = await self.encoders.encode(items, job)
+        job.original = None
         on_embedded()
         return metadata
+
+    def _may_go_where_it_is_encoded(self, job: Job, error: ChiasmError) -> bool:
+        """Whether a request that has failed for want of encoders can now be answered by an instance that encodes itself."""
+        return (
+            job.original is not None
+            and not job.exchange.has_begun
+            and job.is_error_of_encoders(error)
+            and self._roles(has_media=True) == (Role.AGGREGATED,)
+        )
 
     # ---- text ----------------------------------------------------------------------------------------------------------
 
@@ -141,6 +149,32 @@ class Router:
         kind = VllmEngine if self._fleet.hands_over_by_vllm else ChiasmEngine
         engine = kind(job, self._metrics, self._config.max_answer_bytes)
         await Handover(self._balancer, engine, max_prefills=self._config.max_prefill_attempts).run()
+
+    async def _send_to_one(self, job: Job, items: list[Item], started: float) -> bool:
+        """Have one instance answer the request; return False if it lacks encoders and one that encodes itself can answer it."""
+        has_media = bool(items)
+        with self._balancer.assign(job, self._roles(has_media)) as assignment:
+            encodes_itself = assignment.instance.role is Role.AGGREGATED
+            if items and (encodes_itself or self._fleet.healthy(Role.AGGREGATED)):
+                job.original = _original(job, items)
+            if encodes_itself:
+                job.return_to_original()
+                items.clear()
+            else:
+                self._send_to_encoders(job, items, assignment.embedded)
+            self._note_overhead(job, started, has_media)
+            try:
+                await self._call(job, assignment)
+            except (OverloadedError, EmbeddingUnavailableError) as error:
+                if not self._may_go_where_it_is_encoded(job, error):
+                    raise
+                return False
+        return True
+
+    async def _call(self, job: Job, assignment: Assignment) -> None:
+        """Send the request to the assigned instance, and its answer to the client."""
+        with await job.open_unless_encoding_fails(self._balancer.open(assignment, job)) as call:
+            await self._send_back(job, call, assignment)
 
     async def _send_back(self, job: Job, call: Call, assignment: Assignment) -> None:
         """Send an instance's response to the client, unless encoding fails before it has begun."""
@@ -181,15 +215,14 @@ class Router:
         self._metrics.overhead.labels("media" if has_media else "text").observe(job.timing.proxy)
 
 
-def _put_images_in(job: Job, items: list[Item]) -> None:
-    """Put fetched images into the body as data: URLs, so that the instance doesn't fetch; otherwise leave it as it came."""
-    parts = [
-        item.image_url_part() if item.fetched or part.has_uuid else None
-        for part, item in zip(job.request.media, items, strict=True)
+def _original(job: Job, items: Sequence[Item]) -> Original:
+    """Return a request as an instance that encodes itself gets it; of the images, only those that its body lacks."""
+    missing = [
+        item if item.fetched or part.has_uuid else None for part, item in zip(job.request.media, items, strict=True)
     ]
-    if any(parts):
-        job.request.body = job.request.with_parts(parts)
-    items.clear()
+    # The body has what isn't missing; only a body in which all images are replaced is made faster by knowing the URLs.
+    media = [] if None in missing else job.request.media
+    return Original(replace(job.request, media=media), missing)
 
 
 def _work(job: Job, items: Sequence[Item]) -> Work:
