@@ -31,7 +31,7 @@ class Role(enum.StrEnum):
 
 
 class ImageCost(msgspec.Struct, kw_only=True, frozen=True):
-    """What an image of one size costs an instance that has nothing else to do."""
+    """What an image of one size costs an instance, of a CPU on one core."""
 
     pixels: int = 0
     """Width times height of the image as a client sends it."""
@@ -42,7 +42,7 @@ class ImageCost(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Costs(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """What work costs an instance that has nothing else to do, as it measured at start. 0 and empty mean unknown."""
+    """What work costs an instance, of a CPU on one core, as it measured at start. 0 and empty mean unknown."""
 
     prefill_seconds_per_token: float = 0.0
     decode_step_seconds: float = 0.0

@@ -49,6 +49,15 @@ def test_each_thread_has_a_core_even_if_there_are_fewer_cores_than_threads(share
     assert {share.part_of(slot, now) for slot in range(9)} == {1}
 
 
+def test_work_with_small_layers_is_computed_on_one_core_and_leaves_the_others(share: CoreShare) -> None:
+    small, large = share.worker(), share.worker()
+    small.follow(nn.Sequential(nn.ModuleList([nn.Linear(1, 1) for _ in range(10)])))
+    with small.computing(seconds=0.01):
+        assert torch.get_num_threads() == 1
+        with large.computing(seconds=1.0):
+            assert torch.get_num_threads() == 3
+
+
 def test_a_thread_that_no_longer_computes_leaves_its_cores_to_the_others(share: CoreShare) -> None:
     first, second = share.worker(), share.worker()
     with first.computing():

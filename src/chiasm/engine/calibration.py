@@ -1,18 +1,21 @@
 """What work costs an engine: a few measurements at start, which also warm it up.
 
-Each takes a fraction of a second, whatever the model: the work grows until it has taken long enough to judge by. Instances
-that start at the same time disturb each other, so the figures are where the proxy begins, and what requests take corrects
-them.
+Each takes a fraction of a second, whatever the model: the work grows until it has taken long enough to judge by. On a CPU it
+computes on one core and counts CPU time, so that instances that start at the same time disturb each other little. The figures
+are where the proxy begins; what requests take corrects them.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 
 from chiasm.engine.block_manager import BlockManager
@@ -36,8 +39,32 @@ _ENOUGH_SECONDS = 0.25
 """Larger work is not tried after work that took this long; it is taken to cost as much per token."""
 
 
-def image_costs(processor: Processor, encode: Callable[[Pixels], object] | None = None) -> list[ImageCost]:
-    """Return what images of some sizes cost; without ``encode``, only their tokens."""
+@contextmanager
+def _clock(device: torch.device) -> Iterator[Callable[[], float]]:
+    """A block to measure in, on one core of a CPU; gives the clock, in seconds."""
+    if device.type != "cpu":
+        yield time.perf_counter
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield time.thread_time
+    finally:
+        torch.set_num_threads(threads)
+
+
+def encode_seconds(costs: Costs | None, tokens: int) -> float:
+    """Return about what encoding an image of so many tokens takes; infinite if it is unknown."""
+    if costs is None or not costs.images:
+        return math.inf
+    largest = costs.images[-1]
+    return largest.encode_seconds * tokens / max(1, largest.tokens)
+
+
+def image_costs(
+    processor: Processor, device: torch.device, encode: Callable[[Pixels], object] | None = None
+) -> list[ImageCost]:
+    """Return what images of some sizes cost; without ``encode``, which returns when it is done, only their tokens."""
     found: list[ImageCost] = []
     measured: ImageCost | None = None
     for side in _SIDES:
@@ -48,7 +75,7 @@ def image_costs(processor: Processor, encode: Callable[[Pixels], object] | None 
         seconds = 0.0
         if encode is not None:
             if measured is None or (measured.encode_seconds < _ENOUGH_SECONDS and measured.tokens < tokens):
-                seconds = min(_encode_seconds(processor, encode, side) for _ in range(2))
+                seconds = min(_encode_seconds(processor, device, encode, side) for _ in range(2))
                 measured = ImageCost(pixels=side * side, tokens=tokens, encode_seconds=seconds)
             else:
                 seconds = measured.encode_seconds * tokens / max(1, measured.tokens)
@@ -56,14 +83,14 @@ def image_costs(processor: Processor, encode: Callable[[Pixels], object] | None 
     return found
 
 
-def _encode_seconds(processor: Processor, encode: Callable[[Pixels], object], side: int) -> float:
+def _encode_seconds(processor: Processor, device: torch.device, encode: Callable[[Pixels], object], side: int) -> float:
     file = io.BytesIO()
     pixels = np.random.default_rng(side).integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((side, side)).save(file, "JPEG")
-    started = time.perf_counter()
-    with Image.open(file) as image:
+    with _clock(device) as clock, Image.open(file) as image:
+        started = clock()
         encode(processor.preprocess(image.convert("RGB")))
-    return time.perf_counter() - started
+        return clock() - started
 
 
 def language_costs(processor: Processor, runner: ModelRunner, max_model_len: int) -> Costs:
@@ -79,7 +106,11 @@ def language_costs(processor: Processor, runner: ModelRunner, max_model_len: int
         per_token, step = prefill / tokens, min(steps)
         if prefill > _ENOUGH_SECONDS:
             break
-    return Costs(prefill_seconds_per_token=per_token, decode_step_seconds=step, images=image_costs(processor))
+    return Costs(
+        prefill_seconds_per_token=per_token,
+        decode_step_seconds=step,
+        images=image_costs(processor, runner.language.device),
+    )
 
 
 def _seconds(processor: Processor, runner: ModelRunner, tokens: int) -> list[float]:
@@ -111,9 +142,10 @@ def _seconds(processor: Processor, runner: ModelRunner, tokens: int) -> list[flo
     found = []
     for _ in range(_STEPS):
         planned = scheduler.schedule()
-        started = time.perf_counter()
-        sampled = runner.execute(planned, {})
-        found.append(time.perf_counter() - started)
+        with _clock(runner.language.device) as clock:
+            started = clock()
+            sampled = runner.execute(planned, {})
+            found.append(clock() - started)
         scheduler.complete(planned, {name: token.token_id for name, token in sampled.items()})
     runner.forget(sequence.request_id)
     return found

@@ -2,8 +2,9 @@
 
 A lone request gets all cores, and on a busy machine each thread computes on one, which is what both cases want: one operator on
 two cores takes more than half of its time on one. The instances see each other through a small file, one slot of eight bytes
-for each compute thread. A slot holds the time at which its thread last said that it computes, or 0. A thread says so before
-each layer of its model, so a slot that was written long ago belongs to a thread that has died and doesn't count.
+for each compute thread. A slot holds the time at which its thread last said that it computes, and whether it can use more than
+one core for that, or 0. A thread says so before each layer of its model, so a slot that was written long ago belongs to a
+thread that has died and doesn't count.
 
 All of it is a matter of speed: a thread that counts the others wrongly computes the same numbers with more or fewer threads.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import mmap
 import os
 import threading
@@ -34,6 +36,8 @@ SLOTS = 64
 """Maximum number of compute threads that share cores."""
 _SLOT_BYTES = 8
 _LONG_AGO_NS = 5_000_000_000
+LEAST_LAYER_SECONDS = 0.008
+"""A layer that takes less time than this on one core is computed on one: waking the other threads would take too long."""
 _INTERVAL_NS = 500_000
 """Shortest time between two looks at the other threads."""
 
@@ -79,16 +83,17 @@ class CoreShare:
             return False
         return True
 
-    def show(self, slot: int, stamp: int) -> None:
-        """Write a slot: the time in nanoseconds, or 0 for a thread that doesn't compute."""
-        self._memory[slot] = stamp
+    def show(self, slot: int, now: int, *, alone: bool = False) -> None:
+        """Note that the thread of ``slot`` computes at ``now`` (nanoseconds), ``alone`` on one core; 0: it doesn't."""
+        self._memory[slot] = now << 1 | alone if now else 0
 
     def part_of(self, slot: int, now: int) -> int:
-        """Return the number of cores for the thread of ``slot``, at least 1."""
-        since = now - _LONG_AGO_NS
-        computing = [other for other, stamp in enumerate(self._memory.tolist()) if stamp > since or other == slot]
-        part, rest = divmod(self.cores, len(computing))
-        return max(1, part + (computing.index(slot) < rest))
+        """Return the number of cores for the thread of ``slot``, which can use several: at least 1."""
+        since = (now - _LONG_AGO_NS) << 1
+        computing = [other for other, shown in enumerate(self._memory.tolist()) if shown > since or other == slot]
+        several = [other for other in computing if other == slot or not self._memory[other] & 1]
+        part, rest = divmod(self.cores - (len(computing) - len(several)), len(several))
+        return max(1, part + (several.index(slot) < rest))
 
 
 class Worker:
@@ -97,14 +102,20 @@ class Worker:
     def __init__(self, share: CoreShare, slot: int) -> None:
         self._share = share
         self._slot = slot
+        self._layers = 1
         self._computing = False
+        self._alone = False
         self._threads = 0
         self._looked_at = 0
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """A block that computes; the thread's intra-op threads follow its part of the cores."""
+    def computing(self, seconds: float = math.inf) -> Iterator[None]:
+        """A block that computes; the thread's intra-op threads follow its part of the cores.
+
+        ``seconds`` is about what the work takes on one core.
+        """
         self._computing = True
+        self._alone = seconds / self._layers < LEAST_LAYER_SECONDS
         self._looked_at = self._threads = 0  # torch keeps the number by thread, and another may have computed last
         self.adapt()
         try:
@@ -119,15 +130,17 @@ class Worker:
         if not self._computing or now - self._looked_at < _INTERVAL_NS:
             return
         self._looked_at = now
-        self._share.show(self._slot, now)
-        threads = self._share.part_of(self._slot, now)
+        self._share.show(self._slot, now, alone=self._alone)
+        threads = 1 if self._alone else self._share.part_of(self._slot, now)
         if threads != self._threads:
             torch.set_num_threads(threads)
             self._threads = threads
 
     def follow(self, module: nn.Module) -> None:
         """Adapt before each layer of a model."""
-        for layer in _layers(module):
+        layers = _layers(module)
+        self._layers = max(1, len(layers))
+        for layer in layers:
             layer.register_forward_pre_hook(lambda *_: self.adapt())
 
 

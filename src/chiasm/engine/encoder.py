@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chiasm.cores import lower_priority, lower_session_priority
 from chiasm.engine.base import Engine
-from chiasm.engine.calibration import image_costs
+from chiasm.engine.calibration import encode_seconds, image_costs
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.device import check_memory, use_threads
 from chiasm.engine.request import EncodedItem, EncodeItem, EngineStats, ItemOutcome
@@ -70,7 +70,8 @@ class EncoderEngine(Engine):
         self._worker.follow(self._vision.module)
         self._encode_pool = ThreadPoolExecutor(1, "chiasm-encode", initializer=lower_priority, initargs=(config.nice,))
         self._publish_pool = ThreadPoolExecutor(2, "chiasm-publish")
-        self.costs = Costs(images=self._encode_pool.submit(image_costs, self.processor, self._run).result())
+        measuring = self._encode_pool.submit(image_costs, self.processor, self.device, self._compute)
+        self.costs = Costs(images=measuring.result())
         self._started = True
         logger.info("The encoder is ready: %s on %s.", self.dtype, self.device)
 
@@ -166,8 +167,12 @@ class EncoderEngine(Engine):
         return self.processor.preprocess(decode(item.data, MediaConfig(max_image_pixels=item.height * item.width)))
 
     def _run(self, pixels: Pixels) -> Tensor:
+        with self._worker.computing(encode_seconds(self.costs, len(pixels.geometry.rows))):
+            return self._compute(pixels)
+
+    def _compute(self, pixels: Pixels) -> Tensor:
         try:
-            with self._worker.computing(), torch.inference_mode():
+            with torch.inference_mode():
                 entry = self._vision.encode(pixels)
                 if entry.is_cuda:
                     torch.cuda.synchronize(entry.device)

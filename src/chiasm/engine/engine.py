@@ -6,6 +6,7 @@ import asyncio
 import enum
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -117,12 +118,11 @@ class LanguageEngine(Engine):
         self._runner = ModelRunner(self._language, kv_cache, self.processor.eos_token_ids)
         self._worker = self._core_share.worker()
         self._worker.follow(self._language.module)
-        with self._worker.computing():
-            costs = language_costs(self.processor, self._runner, self.max_model_len)
+        costs = language_costs(self.processor, self._runner, self.max_model_len)
         self._pace = PrefillPace(costs.prefill_seconds_per_token)
         if encoder is not None:
-            costs = structs.replace(costs, images=image_costs(self.processor, encoder.encode))
-            encoder.start()
+            costs = structs.replace(costs, images=image_costs(self.processor, self.device, encoder.encode))
+            encoder.start(costs)
         self.costs = costs
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -365,7 +365,7 @@ class LanguageEngine(Engine):
             return True
         started = time.monotonic()
         try:
-            with self._worker.computing():
+            with self._worker.computing(self._seconds_of(step)):
                 sampled = self._runner.execute(step, self._embeddings.entries)
         except Exception as error:
             logger.exception("A step failed; its %d requests fail with it.", len(step.scheduled))
@@ -377,6 +377,12 @@ class LanguageEngine(Engine):
         self._scheduler.complete(step, {name: token.token_id for name, token in sampled.items()})
         self._send(step, sampled)
         return True
+
+    def _seconds_of(self, step: Step) -> float:
+        """Return about what the step takes on one core."""
+        assert self.costs is not None
+        rows = step.num_rows * self.costs.prefill_seconds_per_token
+        return max(rows, self.costs.decode_step_seconds) if rows else math.inf
 
     def _start_loads(self, step: Step) -> None:
         """Have the blocks filled that the step gave to sequences whose KV is on another instance (decode role)."""

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from chiasm.cores import lower_priority
+from chiasm.engine.calibration import encode_seconds
 
 if TYPE_CHECKING:
     from chiasm.engine.core_sharing import Worker
-    from chiasm.models.base import Pixels, VisionModel
+    from chiasm.wire import Costs
+from chiasm.models.base import Pixels, VisionModel
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +60,20 @@ class LocalEncoder:
         self._wanted: Mapping[str, Pixels] = {}
         self._encoded: dict[str, Encoded] = {}
         self._stopping = False
+        self._costs: Costs | None = None
         self._thread = threading.Thread(target=self._run, name="chiasm-encode", daemon=True)
 
-    def start(self) -> None:
+    def start(self, costs: Costs) -> None:
+        """Start the thread; ``costs`` has those of images."""
+        self._costs = costs
         self._thread.start()
 
     def encode(self, pixels: Pixels) -> Tensor:
         """Return the entry of an item. Called in the thread, and before ``start`` to measure what images cost."""
-        with self._worker.computing():
-            entry = self._vision.encode(pixels)
-            if entry.is_cuda:
-                torch.cuda.current_stream(entry.device).synchronize()
-            return entry
+        entry = self._vision.encode(pixels)
+        if entry.is_cuda:
+            torch.cuda.current_stream(entry.device).synchronize()
+        return entry
 
     def stop(self) -> None:
         """End the thread after the item that it encodes."""
@@ -132,7 +136,8 @@ class LocalEncoder:
     def _result(self, pixels: Pixels) -> Encoded:
         started = time.monotonic()
         try:
-            entry = self.encode(pixels)
+            with self._worker.computing(encode_seconds(self._costs, len(pixels.geometry.rows))):
+                entry = self.encode(pixels)
         except Exception as error:
             logger.exception("Encoding an image failed.")
             return Encoded(torch.empty(0), time.monotonic() - started, error)

@@ -121,9 +121,9 @@ class Proxy:
         """Note the first token of a request, and what computing its prompt took."""
         self._placement.first_token(placing.placed, now, prefill_seconds=prefill_seconds, prompt_tokens=prompt_tokens)
 
-    def end(self, placing: Placing, now: float, step_seconds: float | None) -> None:
+    def end(self, placing: Placing, now: float) -> None:
         """Note that a request has left its language instance; for a prefill instance, after the first token."""
-        self._placement.end(placing.placed, now, step_seconds=step_seconds)
+        self._placement.end(placing.placed, now)
         placing.decoding.close()
 
     def choose_decode(self, placing: Placing) -> int | None:
@@ -144,7 +144,7 @@ def reported(planned: PlannedInstance, shape: ModelShape, costs: CostModel) -> C
     """Return what the instance would report of itself after its calibration at start."""
     encodes = planned.role in (Role.ENCODER, Role.AGGREGATED)
     computes = planned.role is not Role.ENCODER
-    threads = planned.threads
+    threads = 1  # an engine measures itself on one core of a CPU, and a GPU counts as one
     images = [
         ImageCost(
             pixels=side * side,

@@ -392,7 +392,7 @@ class Simulation:
     def _hand_over(self, request: _Request, prefill: _Server) -> None:
         """Bring a request whose prompt was computed to a decode instance."""
         assert request.placing is not None
-        self._proxy.end(request.placing, self._events.now, None)
+        self._proxy.end(request.placing, self._events.now)
         chosen = self._proxy.choose_decode(request.placing)
         decode = self._servers[chosen] if chosen is not None else None
         if (
@@ -466,7 +466,7 @@ class Simulation:
         for identifier in request.missing:
             self._leave(request, identifier)
         if request.placing is not None:
-            self._proxy.end(request.placing, self._events.now, request.outcome.tpot_seconds)
+            self._proxy.end(request.placing, self._events.now)
 
     def _leave(self, request: _Request, identifier: str) -> None:
         """Drop an image that only this request has waited for, unless it is being encoded."""
