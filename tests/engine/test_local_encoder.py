@@ -61,11 +61,12 @@ async def test_text_is_answered_while_an_image_is_encoded(instance: Instance, ga
 
 
 async def test_what_comes_before_an_image_is_prefilled_while_it_is_encoded(instance: Instance, gate: Gate) -> None:
-    image = asyncio.create_task(instance.ask("some words before the image " * 4, A))
+    text = "some words before the image " * 4
+    image = asyncio.create_task(instance.ask(text, A))
     await until(lambda: instance.engine.stats().num_stalled == 1)
     assert instance.engine.stats().kv_blocks_used > 0
     gate.opened.set()
-    assert (await image).token_ids == (await instance.ask("some words before", A)).token_ids
+    assert (await image).token_ids == (await instance.ask(text, A)).token_ids
 
 
 async def test_an_image_that_two_requests_need_is_encoded_once(instance: Instance, gate: Gate) -> None:
