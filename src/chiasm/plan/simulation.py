@@ -15,7 +15,7 @@ from chiasm.bench.goodput import Limits
 from chiasm.bench.traffic import Arrival
 from chiasm.errors import ConfigurationError
 from chiasm.models.base import Prompt
-from chiasm.plan.costs import CostModel
+from chiasm.plan.costs import CostModel, StepShape
 from chiasm.plan.encoder import Encoder, QueuedImage
 from chiasm.plan.events import Events
 from chiasm.plan.language import Item, LanguageInstance, PlannedStep, made_up_prompt
@@ -353,10 +353,16 @@ class Simulation:
             lambda threads: server.costs.step_seconds(planned.shape, threads),
             ended,
             stage,
-            max_threads=server.planned.threads,
+            max_threads=server.planned.threads if self._pays(server, planned.shape) else 1,
             adapts=server.planned.adapts,
         )
         self._events.begin(server.device, work)
+
+    def _pays(self, server: _Server, shape: StepShape) -> bool:
+        """Tell whether a step's layers are large enough for several threads, as the engine does."""
+        from chiasm.engine.core_sharing import LEAST_LAYER_SECONDS
+
+        return server.costs.step_seconds(shape, 1) / self._shape.language.layers >= LEAST_LAYER_SECONDS
 
     def _complete(self, server: _Server, planned: PlannedStep, seconds: float) -> None:
         assert server.language is not None
