@@ -33,7 +33,9 @@ class EngineConfig:
             unset="cores are not shared",
         ),
     ] = None
-    nice: Annotated[int, Option("Niceness of an encoder's compute threads; 5 lets others go first.", min=0, max=19)] = 0
+    nice: Annotated[
+        int, Option("Niceness of the compute threads; above 0 lets other instances go first.", min=0, max=19)
+    ] = 0
     block_size: Annotated[int, Option("Tokens in one KV block.", min=1)] = 16
     kv_cache_bytes: Annotated[int | None, Option("Size of the KV cache.", unset="chosen from the free memory")] = None
     encoder_cache_bytes: Annotated[int, Option("Maximum size of the embeddings held in memory.")] = 512 << 20

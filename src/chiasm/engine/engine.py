@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
+from chiasm.cores import lower_priority, lower_session_priority
 from chiasm.engine.attention import KVCache, register_paged_attention
 from chiasm.engine.base import Engine
 from chiasm.engine.block_manager import BlockManager
@@ -98,6 +99,7 @@ class LanguageEngine(Engine):
 
     def start(self) -> None:
         config = self.config
+        lower_session_priority(config.nice)
         use_threads(config.threads)
         check_memory(config.model, self.device)
         register_paged_attention()
@@ -253,6 +255,7 @@ class LanguageEngine(Engine):
     # ---- the engine's thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        lower_priority(self.config.nice)
         use_threads(self.config.threads)
         # Only where this process encodes too: the threads that move KV rely on the default stream.
         encodes = self.config.role is Role.AGGREGATED
