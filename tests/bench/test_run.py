@@ -66,7 +66,7 @@ def test_goodput_compares_two_deployments(checkpoint: Path, tmp_path: Path) -> N
     found = json.loads((tmp_path / "results.json").read_text())["measurements"]["goodput"]
     for arm in ("aggregated", "colocated"):
         trials = [trial for trial in found["trials"] if trial["arm"] == arm]
-        assert {trial["seed"] for trial in trials} == {0, 1, 999}
+        assert {trial["seed"] for trial in trials} == {0, 1}
         assert all(trial["attained"] == 1.0 and trial["good"] == trial["requests"] for trial in trials)
 
 
