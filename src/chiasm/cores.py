@@ -15,6 +15,8 @@ from chiasm.errors import ConfigurationError
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MOST_CPUS = 1 << 16
 _SPINS = 3000
+ENCODER_NICE = 5
+"""Niceness of threads that encode: decode steps go first, and of a core that both want, encoding keeps a quarter."""
 _AUTOGROUP = Path("/proc/self/autogroup")
 _AUTOGROUP_ATTEMPTS, _AUTOGROUP_SECONDS = 50, 0.1
 

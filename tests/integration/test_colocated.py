@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chiasm.launch.arrangement import ENCODER_NICE
+from chiasm.cores import ENCODER_NICE
 from chiasm.launch.layout import Layout
 from chiasm.wire import Role
 from tests.integration.conftest import Service, chat, run, sample_image

@@ -12,7 +12,6 @@ All of it is a matter of speed: a thread that counts the others wrongly computes
 from __future__ import annotations
 
 import fcntl
-import logging
 import math
 import mmap
 import os
@@ -29,8 +28,6 @@ from chiasm.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch import nn
-
-logger = logging.getLogger(__name__)
 
 SLOTS = 64
 """Maximum number of compute threads that share cores."""

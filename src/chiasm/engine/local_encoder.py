@@ -17,18 +17,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from chiasm.cores import lower_priority
+from chiasm.cores import ENCODER_NICE, lower_priority
 from chiasm.engine.calibration import encode_seconds
+from chiasm.models.base import Pixels, VisionModel
 
 if TYPE_CHECKING:
     from chiasm.engine.core_sharing import Worker
     from chiasm.wire import Costs
-from chiasm.models.base import Pixels, VisionModel
 
 logger = logging.getLogger(__name__)
 
-NICE = 5
-"""Niceness of the thread that encodes: streams go first, and it keeps a quarter of a core that they want too."""
 MAX_FINISHED = 8
 """Maximum entries that wait for room in the encoder cache."""
 LOW_PRIORITY, HIGH_PRIORITY = 0, -1
@@ -111,7 +109,7 @@ class LocalEncoder:
     # ---- the thread -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        lower_priority(NICE)
+        lower_priority(ENCODER_NICE)
         with on_stream(self._vision.device, LOW_PRIORITY):
             while (item := self._next()) is not None:
                 identifier, pixels = item

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from chiasm.cores import check_cpus, parse_cpus, show_cpus, usable_cores
+from chiasm.cores import ENCODER_NICE, check_cpus, parse_cpus, show_cpus, usable_cores
 from chiasm.errors import ConfigurationError
 from chiasm.launch import vllm
 from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
@@ -16,8 +16,6 @@ from chiasm.launch.devices import Gpu, Placements, check_names, found_gpus, plac
 from chiasm.launch.layout import Layout, cpu_pairs, in_words
 from chiasm.wire import Role
 
-ENCODER_NICE = 5
-"""Decode steps go before encoding on the same cores; of a core that both want, the kernel still gives encoding a quarter."""
 _LANGUAGE_SHARE = 0.6
 """Fraction of a GPU's memory that weights may take there beside an encoder."""
 _UUIDS = ("GPU-", "MIG-")
