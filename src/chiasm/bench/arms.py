@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT
+from chiasm.bench.goodput import AGGREGATED, COLOCATED, MOST_REPLICAS, REPLICAS, SPLIT
 from chiasm.bench.measurement import SERVED_NAME
 from chiasm.bench.topology import on_vllm
 from chiasm.cores import usable_cores
@@ -18,8 +18,6 @@ from chiasm.launch.layout import Layout
 from chiasm.launch.vllm import installed
 from chiasm.wire import Role
 
-_MOST_REPLICAS = 4
-"""Aggregated instances on a CPU."""
 _VLLM_LIMITS = ("--max-model-len", "4096", "--max-num-seqs", "32")
 
 
@@ -79,7 +77,7 @@ def _on_cores(cores: int) -> dict[str, dict[Role, RoleConfig]]:
         raise ConfigurationError(
             "This measurement divides the machine's cores among instances in several ways, and there is only one core here."
         )
-    number = min(cores, _MOST_REPLICAS)
+    number = min(cores, MOST_REPLICAS)
     each, half = RoleConfig(number, cores // number), RoleConfig(1, cores // 2)
     return {
         AGGREGATED: {Role.AGGREGATED: RoleConfig(1, cores)},

@@ -27,6 +27,8 @@ from chiasm.options import Option
 
 AGGREGATED, REPLICAS, SPLIT, COLOCATED = STANDARD = ("aggregated", "replicas", "split", "colocated")
 """The deployments that are always compared; see ``arms``."""
+MOST_REPLICAS = 4
+"""Aggregated instances on a CPU."""
 TARGET = 0.9
 """Share of the requests that must meet both limits."""
 

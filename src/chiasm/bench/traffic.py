@@ -10,10 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+LONGEST_SECONDS = 12.0
+"""How long a trial of the benchmark sends at most; at a low rate it has fewer requests."""
+PATIENCE = 2.0
+"""A request is given up when it has taken so many times its limit."""
+_LEAST_REQUESTS = 8
 ARRIVAL_CV = 2.2
 """Coefficient of variation of the gaps between arrivals; 1 would be a Poisson process."""
 SIDE = 512
@@ -55,6 +61,22 @@ class Arrival:
     time: float
     """Seconds from the first one, if one request per second arrives on average."""
     shape: Shape
+
+
+class Timed(Protocol):
+    """What has a time of arrival in seconds at one request per second."""
+
+    @property
+    def time(self) -> float: ...
+
+
+_T = TypeVar("_T", bound=Timed)
+
+
+def within(requests: Sequence[_T], rate: float, seconds: float) -> Sequence[_T]:
+    """Return the requests, in order of time, that arrive within so many seconds at a rate, and at least the first 8."""
+    number = bisect_right(requests, seconds * rate, key=lambda request: request.time)
+    return requests[: max(_LEAST_REQUESTS, number)]
 
 
 class Traffic(Protocol):

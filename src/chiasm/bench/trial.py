@@ -14,10 +14,8 @@ from chiasm.bench.goodput import Limits, Served, Trial, Verdict, judge
 from chiasm.bench.load import open_loop
 from chiasm.bench.measurement import Bench
 from chiasm.bench.requests import Texts, image_part, photo, stream, text_part
-from chiasm.bench.traffic import Arrival
+from chiasm.bench.traffic import PATIENCE, Arrival
 
-_PATIENCE = 2.0
-"""A request is given up when it has taken so many times its limit."""
 _REFUSED = (429, 503)
 _DRAIN_SECONDS = 20.0
 _POLL_SECONDS = 0.02
@@ -70,14 +68,14 @@ async def _serve(bench: Bench, url: str, request: Prepared, due: float, limits: 
     later_tokens = request.answer_tokens - 1
     try:
         async with (
-            asyncio.timeout(_PATIENCE * limits.ttft_seconds) as patience,
+            asyncio.timeout(PATIENCE * limits.ttft_seconds) as patience,
             aclosing(bench.client.follow(url, request.body)) as answers,
         ):
             waiting = True
             async for answer in answers:
                 if waiting and answer.token_times:
                     waiting = False
-                    patience.reschedule(clock.time() + _PATIENCE * limits.tpot_seconds * max(1, later_tokens))
+                    patience.reschedule(clock.time() + PATIENCE * limits.tpot_seconds * max(1, later_tokens))
     except TimeoutError:
         if not answer.token_times:
             return Served(request.size_class, Verdict.LATE)

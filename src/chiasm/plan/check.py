@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT, Limits
-from chiasm.bench.traffic import MIXES
+from chiasm.bench.goodput import AGGREGATED, COLOCATED, MOST_REPLICAS, REPLICAS, SPLIT, Limits
+from chiasm.bench.traffic import LONGEST_SECONDS, MIXES
 from chiasm.errors import ConfigurationError
 from chiasm.launch.layout import cpu_pairs
 from chiasm.plan.costs import CostModel
@@ -29,10 +29,6 @@ from chiasm.plan.search import Planner, Workload
 from chiasm.plan.shapes import ModelShape
 
 TOLERANCE = 0.15
-_MOST_REPLICAS = 4
-"""Instances of each kind that the benchmark starts on a CPU."""
-_LONGEST_SECONDS = 12.0
-"""How long the benchmark's trials send at most."""
 _LIMITS = re.compile(r"(?P<name>[\w ]+?) (?P<ttft>[\d.]+) ms, (?P<tpot>[\d.]+) ms")
 _LIMITS_NOTE = "Limits of the time to first token and per token: "
 
@@ -125,7 +121,7 @@ def compare(
             seed=measured.seeds[0],
             seeds=len(measured.seeds),
             requests=MIXES[mix].requests,
-            longest_seconds=_LONGEST_SECONDS,
+            longest_seconds=LONGEST_SECONDS,
         )
         planner = Planner(shape, workload, cost_of, places_of([cpu]))
         for arm, candidate in arms.items():
@@ -136,7 +132,7 @@ def compare(
 
 def arms_on(cpu: Cpu, shape: ModelShape) -> dict[str, Candidate]:
     """Return what the benchmark's deployments are on these cores, by their names there."""
-    number = min(cpu.cores, _MOST_REPLICAS)
+    number = min(cpu.cores, MOST_REPLICAS)
     pairs = cpu_pairs(cpu.cores, free_memory(), shape.language_bytes + shape.vision_bytes)
     return {
         AGGREGATED: aggregated_on_cpu(cpu, 1),

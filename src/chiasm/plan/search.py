@@ -7,7 +7,6 @@ says can be compared.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from chiasm.bench.goodput import TARGET, Limits, RateSearch, Served, Trial, Verdict, judge
 from chiasm.bench.statistics import quantile
 from chiasm.bench.trace import Trace
-from chiasm.bench.traffic import Arrival, Mix, Traffic
+from chiasm.bench.traffic import Arrival, Mix, Traffic, within
 from chiasm.errors import ConfigurationError
 from chiasm.plan.costs import CostModel, StepShape
 from chiasm.plan.devices import Device, Gpu
@@ -34,7 +33,6 @@ _RANGE = 256.0
 """A search goes down to this part of the rate that the devices could do at best."""
 _BEYOND = 1.1
 """What limits a candidate is seen a little beyond its rate, where requests are late."""
-_LEAST_REQUESTS = 8
 _SLOWEST_SHARE = 0.9
 _SPANS = 5.0
 """A trial of a mix lasts so many times the longest time to a first token, or its queues would not fill."""
@@ -163,9 +161,7 @@ class Planner:
     def simulate(self, candidate: Candidate, rate: float, pattern: int) -> Result:
         """Return one trial."""
         costs = [self._cost_of(place) for place in candidate.places]
-        arrivals = self._patterns[pattern]
-        in_time = bisect_right(arrivals, self._workload.longest_seconds * rate, key=lambda arrival: arrival.time)
-        arrivals = arrivals[: max(_LEAST_REQUESTS, in_time)]
+        arrivals = within(self._patterns[pattern], rate, self._workload.longest_seconds)
         return Simulation(candidate, self._shape, costs, arrivals, limits=self._workload.limits).run(rate)
 
     def _rate_at_best(self, places: Sequence[Place], pattern: Sequence[Arrival]) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from chiasm.bench.goodput import Limits
-from chiasm.bench.traffic import Arrival
+from chiasm.bench.traffic import PATIENCE, Arrival
 from chiasm.errors import ConfigurationError
 from chiasm.models.base import Prompt
 from chiasm.plan.costs import CostModel, StepShape
@@ -29,8 +29,6 @@ from chiasm.proxy.placement import Entry
 from chiasm.wire import Role
 
 MAX_REQUESTS = 100_000
-PATIENCE = 2.0
-"""A request is given up when it has taken so many times its limit, as ``chiasm bench goodput`` does."""
 STORE_BYTES = 4 << 30
 """Embeddings that the store of a deployment holds, the default of ``chiasm serve``."""
 _LOOK_UP_SECONDS = 0.002

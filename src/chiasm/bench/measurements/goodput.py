@@ -22,7 +22,7 @@ from chiasm.bench.requests import Texts
 from chiasm.bench.statistics import median
 from chiasm.bench.topology import running
 from chiasm.bench.trace import Trace
-from chiasm.bench.traffic import MIXES, Arrival, Shape, Traffic
+from chiasm.bench.traffic import LONGEST_SECONDS, MIXES, Arrival, Shape, Traffic, within
 from chiasm.bench.trial import Prepared, play, prepare
 from chiasm.errors import ConfigurationError
 from chiasm.launch import Deployment
@@ -35,8 +35,6 @@ _LEAST_TPOT_SECONDS = 0.01
 """No lower limit is set by a factor, since tokens that are faster arrive several at a time."""
 _FIRST_SHARE, _LOWEST_SHARE = 0.4, 0.05
 """Rates, relative to that at which requests that are answered one after the other take all of the time."""
-_LEAST_REQUESTS, _LONGEST_SECONDS = 8, 12.0
-"""At a low rate a trial has fewer requests, so that it doesn't take much longer."""
 _QUICK_MIXES = ("mixed", "heavy")
 _INSTANCE_BYTES = {EngineKind.CHIASM: 600 << 20, EngineKind.VLLM: 2500 << 20}
 """Memory of an instance without its weights."""
@@ -209,8 +207,7 @@ class Comparison:
             names = search.names_at(rate)
             self._bench.phase(f"{traffic.name}, round {index + 1} of {len(self._seeds)}", len(names))
             requests = await self._prepare(texts, traffic.pattern(seed), f"{traffic.name} {seed}")
-            in_time = sum(request.time / rate <= _LONGEST_SECONDS for request in requests)
-            sent = requests[: max(_LEAST_REQUESTS, in_time)]
+            sent = within(requests, rate, LONGEST_SECONDS)
             for which in turns(index, len(names)):
                 name = names[which]
                 search.trials.add(
