@@ -14,7 +14,7 @@ import chiasm
 SOURCE = Path(chiasm.__file__).parent
 LAYERS = (
     {"__init__", "errors", "wire", "findings", "options", "prometheus", "checkpoints", "lazy", "chat_body"},
-    {"connectors", "cores"},
+    {"connectors", "cores", "due"},
     {"http"},
     {"media"},
     {"models", "ec_transfer", "kv_transfer"},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from chiasm.due import STRETCH
 from chiasm.proxy.fleet import Fleet, Instance
-from chiasm.proxy.placement import STRETCH, Placed, Placement, Work
+from chiasm.proxy.placement import Placed, Placement, Work
 from chiasm.wire import Role
 
 from .placed_fleet import ENCODE, IMAGE_TOKENS, PER_TOKEN, add, costs, images, text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT, TARGET, Limits, Trial, Trials
 from chiasm.bench.measurement import Curve, Curves, Figure, Outcome
@@ -21,7 +22,8 @@ def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outc
     """Return figures, curves and trials, those first in which the split loses most, and as the first note what to use."""
     names = list(dict.fromkeys(name for arms in found.values() for name in arms.of))
     tested = next((name for name in (COLOCATED, SPLIT) if name in names), names[-1])
-    outcome = Outcome(notes=[advice(found)])
+    by_class = {name: asdict(limit) for name, limit in limits.items()}
+    outcome = Outcome(parameters={"limits": by_class}, notes=[advice(found)])
     ordered = sorted(found, key=lambda traffic: _against_best(found[traffic], tested))
     for traffic in ordered:
         arms = found[traffic]

@@ -136,6 +136,8 @@ class Outcome:
     panels: list[Panel | Curves] = field(default_factory=list)
     trials: list[dict[str, Any]] = field(default_factory=list)
     """What was tried, for results.json."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """What the measurement set itself, in JSON's types, for results.json."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the reader: what was sent, what differed, why something was left out."""
     wrong: bool = False

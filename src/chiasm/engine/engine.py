@@ -32,12 +32,12 @@ from chiasm.engine.device import (
     mixed_prefill_tokens,
     use_threads,
 )
-from chiasm.engine.due import PrefillPace
 from chiasm.engine.embeddings import Embeddings
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 from chiasm.engine.kv_transfers import KVTransfers
 from chiasm.engine.local_encoder import HIGH_PRIORITY, LocalEncoder, on_stream
 from chiasm.engine.model_runner import ModelRunner
+from chiasm.engine.pace import PrefillPace
 from chiasm.engine.request import MAX_CHOICES, EngineStats, GenerateRequest, ItemOutcome, Output
 from chiasm.engine.request_state import RequestState, deliver
 from chiasm.engine.sampler import Sampled

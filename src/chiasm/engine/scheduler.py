@@ -3,7 +3,7 @@
 A pure state machine: no clock, no I/O, no tensors. Everything that happens outside is an event (``add``, ``item_arrived``,
 ``finish``, …), and ``schedule`` is a function of the state. Prefill is chunked under a token budget (Sarathi-Serve, Agrawal
 et al. 2024), preemption is by recomputation (vLLM, Kwon et al. 2023). All sequences have one order, which never changes: when
-their work is due (:mod:`chiasm.engine.due`). Late embeddings are new here: a prompt is prefilled up to the first item whose
+their work is due (:mod:`chiasm.due`). Late embeddings are new here: a prompt is prefilled up to the first item whose
 embedding is missing, and continues when it arrives. A sequence whose KV is on another instance gets blocks when there is room
 for all of it, and runs once they are filled; a sequence that is handed over leaves its blocks behind until they have been
 read.

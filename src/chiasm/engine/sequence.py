@@ -37,7 +37,7 @@ class Sequence:
         self.arrival = arrival
         """Number in order of arrival."""
         self.due = due
-        """When its work should be done, on any clock that all sequences share (:mod:`chiasm.engine.due`)."""
+        """When its work should be done, on any clock that all sequences share (:mod:`chiasm.due`)."""
         self.prompt = prompt
         self.sampling = sampling
         self.seed = seed

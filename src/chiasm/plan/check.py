@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +28,6 @@ from chiasm.plan.search import Planner, Workload
 from chiasm.plan.shapes import ModelShape
 
 TOLERANCE = 0.15
-_LIMITS = re.compile(r"(?P<name>[\w ]+?) (?P<ttft>[\d.]+) ms, (?P<tpot>[\d.]+) ms")
-_LIMITS_NOTE = "Limits of the time to first token and per token: "
 
 
 @dataclass(frozen=True)
@@ -88,10 +85,9 @@ def read_measured(path: Path) -> Measured:
     """Read results.json of ``chiasm bench goodput``. Raises ConfigurationError if it isn't that."""
     try:
         measurement: Any = json.loads(path.read_text(encoding="utf-8"))["measurements"]["goodput"]
-        notes = [note for note in measurement["notes"] if note.startswith(_LIMITS_NOTE)]
         limits = {
-            one["name"].strip(): Limits(float(one["ttft"]) / 1000, float(one["tpot"]) / 1000)
-            for one in _LIMITS.finditer(notes[0].removeprefix(_LIMITS_NOTE))
+            name: Limits(float(one["ttft_seconds"]), float(one["tpot_seconds"]))
+            for name, one in measurement["parameters"]["limits"].items()
         }
         rates = {
             (mix, arm): float(figure["value"])

@@ -17,16 +17,15 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+from chiasm.due import due
 from chiasm.proxy.costs import Correction
 from chiasm.proxy.encode_queue import HINDRANCE, Device, EncodeQueue, Entry
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.prompts import ItemWork, Prefix, Prompt, Prompts, Work
 from chiasm.wire import Role
 
-__all__ = ["STRETCH", "Entry", "ItemWork", "Placed", "Placement", "Prefix", "Work"]
+__all__ = ["Entry", "ItemWork", "Placed", "Placement", "Prefix", "Work"]
 
-STRETCH = 5.0
-"""A request is due this many times its own work after its arrival: small ones overtake large ones, and none starves."""
 _ALIKE = 0.02
 """Instances whose estimates differ by less than this share take turns."""
 _ALIKE_SECONDS = 0.0005
@@ -92,14 +91,14 @@ class Placement:
     # ---- decisions -----------------------------------------------------------------------------------------------------
 
     def due(self, work: Work, now: float) -> float:
-        """Return when a request is due: STRETCH times the work that it is for the fastest instances, after its arrival."""
+        """Return when a request is due, by the work that it is for the fastest instances."""
         language = self._fleet.healthy(Role.PD, Role.AGGREGATED, Role.PREFILL)
         encoders = self._fleet.healthy(Role.ENCODER) or language
         per_token = min((one.costs.prefill_seconds_per_token(now) for one in language), default=0.0)
         seconds = per_token * self._tokens(language[0], work, now) if language else 0.0
         for item in work.items:
             seconds += min((self.images.encode_seconds(one, item, now) for one in encoders), default=0.0)
-        return work.arrival + STRETCH * seconds
+        return due(work.arrival, seconds)
 
     def place(
         self,

@@ -1,15 +1,10 @@
-"""When a request's work is due, which is the order in which an engine serves requests.
-
-Earliest deadline first (Liu and Layland, 1973), with a deadline in proportion to the request's own work: small requests
-overtake large ones, and nobody starves, since whatever comes late enough is due later.
-"""
+"""What the work of a prompt costs this engine, and so when it is due."""
 
 from __future__ import annotations
 
+from chiasm.due import due
 from chiasm.models.base import Prompt
 
-STRETCH = 5.0
-"""A request is due when this many times the seconds that its own work takes have passed since it arrived."""
 ITEM_WEIGHT = 2.0
 """Work of an item's token in tokens of text: it is encoded and prefilled."""
 _MEMORY = 0.9
@@ -18,11 +13,11 @@ _START_ROWS = 256.0
 """Rows that the measurement at start counts for."""
 
 
-def due(arrived: float, prompt: Prompt, seconds_per_token: float) -> float:
+def prompt_due(arrived: float, prompt: Prompt, seconds_per_token: float) -> float:
     """Return when the prompt's work is due, on the clock of ``arrived``."""
     item_tokens = sum(item.length for item in prompt.items)
     work = len(prompt.token_ids) + (ITEM_WEIGHT - 1) * item_tokens
-    return arrived + STRETCH * work * seconds_per_token
+    return due(arrived, work * seconds_per_token)
 
 
 class PrefillPace:
