@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,8 +106,23 @@ class Question:
 
 
 def what_is_left(before: set[Path]) -> set[Path]:
-    """Return the new files in shared memory, other than those of other programs."""
-    return {path for path in SHARED_MEMORY.iterdir() if path.name.startswith(("psm_", "sem.mp-", "chiasm-"))} - before
+    """Return the new files in shared memory, other than those of other programs and of deployments that still run."""
+    found = {path for path in SHARED_MEMORY.iterdir() if path.name.startswith(("psm_", "sem.mp-", "chiasm-"))}
+    return {path for path in found - before if not _is_in_use(path)}
+
+
+def _is_in_use(path: Path) -> bool:
+    """Whether it is a folder on which its owner, which is alive, holds a lock."""
+    if not path.is_dir():
+        return False
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(folder)
+    return False
 
 
 def shared_memory() -> set[Path]:
