@@ -129,6 +129,7 @@ def test_roles_that_are_counted_or_split_divide_the_cores(roles: dict[Role, int]
     arranged = _arranged(roles, **asked)
     assert arranged.layout is Layout.SPLIT
     assert [(one.threads, one.core_share, one.nice) for one in arranged.placements.values()] == [(1, "", 0)] * 2
+    assert arranged.description.startswith("aggregated: 2 " if ALL in roles else "split: 1 ")
 
 
 @pytest.mark.usefixtures("machine")

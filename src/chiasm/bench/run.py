@@ -184,6 +184,7 @@ def _draw(config: BenchConfig, outcomes: dict[str, Outcome], about: dict[str, An
     image = config.output / "results.png"
     where = about["machine"]
     engine = "" if config.engine is EngineKind.CHIASM else f" over {config.engine}"
-    title = f"chiasm bench{engine}: {config.model} on {where['cores']} cores of {where['cpu']}, {about['began'][:10]}"
+    models = ", ".join(dict.fromkeys(outcome.parameters.get("model", config.model) for outcome in outcomes.values()))
+    title = f"chiasm bench{engine}: {models} on {where['cores']} cores of {where['cpu']}, {about['began'][:10]}"
     write_plot(image, outcomes, title)
     console.print(f"{config.output / _RESULTS}\n{image}", highlight=False, soft_wrap=True)

@@ -273,7 +273,9 @@ def _split(config: DeploymentConfig, folder: Path | None, gpus: Sequence[Gpu], w
         for (role, index), placement in placed.items()
     }
     counts = {role: resolved.count(role) for role in resolved.roles}
-    return Arrangement(resolved, placements, Layout.SPLIT, f"{Layout.SPLIT}: {in_words(counts)} ({why})")
+    only_aggregated = all(role is Role.AGGREGATED for role, count in counts.items() if count)
+    kind = Layout.AGGREGATED if only_aggregated else Layout.SPLIT
+    return Arrangement(resolved, placements, Layout.SPLIT, f"{kind}: {in_words(counts)} ({why})")
 
 
 def _check_built_in(placements: Placements) -> None:

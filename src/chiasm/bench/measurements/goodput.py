@@ -120,6 +120,7 @@ class Comparison:
                 for traffic in traffics:
                     await self._try(traffic, urls, texts, alone, found[traffic.name])
         outcome = outcome_of(found, self._limits, seed=self._bench.seed)
+        outcome.parameters["model"] = Path(model).name
         outcome.notes += [f"{arm.name}: {arm.description}." for arm in arms]
         if len(groups) > 1:
             outcome.notes.append("The deployments ran one after the other, since they don't fit beside each other.")
