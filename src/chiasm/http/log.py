@@ -1,0 +1,113 @@
+"""The lines that requests leave in the log: one for each that fails, and one for each at all if there is an access log.
+
+Nothing that a client sent gets into a line except the method, the path without its query, a checked id and what an error
+message quotes, and these are escaped and cut. A flood of failures fills no disk: of each ten seconds, the first hundred have
+lines of their own, and the others are counted in one line at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections import Counter
+
+from chiasm.http.visit import Visit
+
+CLIENT_LEFT = 499
+"""The status under which a request is counted if its client left."""
+WINDOW_SECONDS = 10.0
+LINES_PER_WINDOW = 100
+_KINDS_COUNTED = 20
+_REASON_CHARACTERS = 300
+_PATH_BYTES = 200
+_PROBED_PATH = b"/health"
+_INPUTS = re.compile(r"""['"]?\binput(?:_value)?['"]?\s*[:=].*""", re.DOTALL)
+"""Where validators, such as vLLM's, quote the request."""
+_DATA_URL = re.compile(r"data:[^\s'\"]{20,}")
+_QUERY = re.compile(r"(https?://[^\s'\"?#]*)[?#][^\s'\"]*")
+_logger = logging.getLogger("chiasm.requests")
+_access = logging.getLogger("chiasm.access")
+
+
+class RequestLog:
+    """Writes the lines of one server; on its event loop."""
+
+    def __init__(self, *, access: bool) -> None:
+        """``access``: whether each request gets a line, whatever the level of the log."""
+        self._access = access
+        if access:
+            _access.setLevel(logging.INFO)
+        self._window_began = -WINDOW_SECONDS
+        self._written = 0
+        self._left_out: Counter[str] = Counter()
+        self._flushing: asyncio.TimerHandle | None = None
+
+    @property
+    def is_access_log(self) -> bool:
+        """Whether each request gets a line."""
+        return self._access
+
+    def note(self, visit: Visit) -> None:
+        """Write what is to be written about a request that has ended."""
+        status = visit.status if visit.is_complete or (visit.status or 0) >= 400 else CLIENT_LEFT
+        assert status is not None
+        named = f"id={visit.request_id} {visit.method} {_shown(visit.raw_path)} status={status}"
+        if self._access:
+            tokens = "".join(f" {name}_tokens={count}" for name, count in visit.tokens.items())
+            _access.info("%s seconds=%.3f%s", named, time.monotonic() - visit.arrival, tokens)
+        if status < 400 and not visit.ended_with_error:
+            return
+        level = _level(visit, status)
+        if not _logger.isEnabledFor(level):
+            return
+        code, reason = ("client_left", "The client left.") if status == CLIENT_LEFT else visit.error
+        code = _escaped(code)[:40] or "none"
+        self._write(level, f"{named} code={code}: {_reason(reason)}", f"{status} {code}")
+
+    def flush(self) -> None:
+        """Write how many lines were left out since the last call, if any were."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        if self._left_out:
+            kinds = ", ".join(f"{kind} {count} times" for kind, count in self._left_out.most_common())
+            _logger.warning("%d more requests failed: %s", self._left_out.total(), kinds)
+            self._left_out.clear()
+
+    def _write(self, level: int, line: str, kind: str) -> None:
+        now = time.monotonic()
+        if now - self._window_began >= WINDOW_SECONDS:
+            self.flush()
+            self._window_began, self._written = now, 0
+        if self._written < LINES_PER_WINDOW:
+            self._written += 1
+            _logger.log(level, "%s", line)
+            return
+        is_counted = kind in self._left_out or len(self._left_out) < _KINDS_COUNTED
+        self._left_out[kind if is_counted else "others"] += 1
+        if self._flushing is None:
+            left = self._window_began + WINDOW_SECONDS - now
+            self._flushing = asyncio.get_running_loop().call_later(left, self.flush)
+
+
+def _level(visit: Visit, status: int) -> int:
+    if status == 503 and visit.raw_path == _PROBED_PATH:
+        return logging.DEBUG  # asked several times a second, until all is well
+    return logging.WARNING if status >= 500 or visit.ended_with_error else logging.INFO
+
+
+def _reason(text: str) -> str:
+    """Return an error message without what it may quote of prompts, images and signed URLs."""
+    text = _QUERY.sub(r"\1?…", _DATA_URL.sub("data:…", _INPUTS.sub("…", text[: 10 * _REASON_CHARACTERS])))
+    return _escaped(text[:_REASON_CHARACTERS]) or "no reason was given"
+
+
+def _shown(path: bytes) -> str:
+    return _escaped(path[:_PATH_BYTES].decode("latin-1"))
+
+
+def _escaped(text: str) -> str:
+    """Return text that stays on its line and changes no terminal."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
