@@ -11,6 +11,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from chiasm.errors import (
     AuthenticationError,
@@ -68,7 +69,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    asked = f"{request.method} {request.url.path[:_SHOWN_CHARACTERS]}"
+    path: str = request.scope["path"]
+    asked = f"{request.method} {path[:_SHOWN_CHARACTERS]}"
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = ", ".join(sorted({"OPTIONS", *((error.headers or {}).get("Allow", "").split(", "))}))
         if request.method == "OPTIONS":
@@ -76,8 +78,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         return error_response(
             MethodNotAllowedError(f"{asked}: this path does not support this method; use {allowed}.", allow=allowed)
         )
-    paths = [path for route in request.app.routes if "{" not in (path := getattr(route, "path", "{"))]
-    nearest = nearest_path(request.url.path, paths)
+    known = [route.path for route in request.app.routes if isinstance(route, Route) and "{" not in route.path]
+    nearest = nearest_path(path, known)
     hint = f" Did you mean {nearest}?" if nearest else ""
     return error_response(PathNotFoundError(f"{asked}: nothing is served under this path.{hint}"))
 

@@ -26,6 +26,6 @@ def normal_path(path: str) -> str:
 def nearest_path(path: str, known: Iterable[str]) -> str | None:
     """Return the known path that a client probably means; None if none is like it."""
     asked = path[:_COMPARED_CHARACTERS].lower()
-    others = [one for one in known if one != asked]
-    endings = [one for one in others if asked.count("/") > 1 and asked.endswith(one)]
-    return next(iter(endings or difflib.get_close_matches(asked, others, n=1, cutoff=_LEAST_LIKENESS)), None)
+    paths = list(known)
+    endings = [one for one in paths if one != "/" and asked.endswith(one)]
+    return next(iter(endings or difflib.get_close_matches(asked, paths, n=1, cutoff=_LEAST_LIKENESS)), None)
