@@ -30,9 +30,11 @@ OPEN = HttpConfig(allowed_origins=(ORIGIN,))
 KEYED = HttpConfig(api_key=("first", "second"))
 
 
-def send(url: str, method: str = "POST", content: bytes = b"", **headers: str) -> httpx.Response:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx.request(method, url, content=content, headers=named, timeout=30)
+def send(url: str, method: str = "POST", /, **given: Any) -> httpx.Response:
+    """Send a request with ``content`` and headers, whose names have underscores."""
+    content = given.pop("content", b"")
+    headers = {name.replace("_", "-"): value for name, value in given.items()}
+    return httpx.request(method, url, content=content, headers=headers, timeout=30)
 
 
 async def streaming(exchange: Exchange) -> None:
@@ -208,8 +210,8 @@ class TestKeys:
     @pytest.mark.parametrize("path", [CHAT, "/v1/models", "//v1/models/", "/v1/none"])
     def test_a_request_below_v1_without_a_valid_one_is_refused(self, given: str | None, path: str) -> None:
         with site(echo, config=KEYED) as server:
-            headers = {} if given is None else {b"authorization": given.encode()}
-            response = httpx.post(server.url + path, headers=headers, content=b"x", timeout=30)  # type: ignore[arg-type]
+            headers = {} if given is None else {"authorization": given.encode()}
+            response = send(server.url + path, content=b"x", **headers)
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
         error = error_of(response)
@@ -422,6 +424,11 @@ class TestCompressedBodies:
             response = send(server.url, content=data, content_encoding=coding)
         assert (response.status_code, error_of(response)["code"]) == (400, Code.INVALID_ENCODING)
         assert server.admission.held_bytes == 0
+
+    def test_the_header_given_twice_means_compressed_twice(self) -> None:
+        with site(echo) as server:
+            headers = [("content-encoding", "gzip"), ("content-encoding", "gzip")]
+            assert httpx.post(server.url, content=gzip.compress(b"x"), headers=headers).status_code == 415
 
     def test_the_limits_hold_for_what_comes_out(self) -> None:
         bomb = gzip.compress(bytes(50_000_000))

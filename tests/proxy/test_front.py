@@ -58,7 +58,12 @@ class TestKeys:
         for headers in ({}, WRONG):
             assert (await refusal(front, images, **headers))["code"] == "invalid_api_key"
         assert (await front.post(ask("x", image(await images(image_bytes()))), **RIGHT)).status == 200
-        assert (await front.post(ask("x"), **WRONG)).status == 401
+
+    async def test_it_refuses_text_in_the_same_way(self, start: Start) -> None:
+        front = await start([keyed("pd")])
+        assert (await front.post(ask("x"), **WRONG)).error["code"] == "invalid_api_key"
+        assert (await front.post(ask("x"), **RIGHT)).status == 200
+        assert len(front.instances[0].received) == 1
 
     async def test_a_key_that_was_accepted_is_not_asked_for_again_soon(self, start: Start) -> None:
         pd = keyed("pd")

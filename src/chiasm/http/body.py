@@ -32,7 +32,7 @@ async def read_body(
     ``Content-Encoding``, and ClientLeftError.
     """
     _check_media_type(headers.get("content-type", ""))
-    compression = decompressor(headers.get("content-encoding", ""))
+    compression = decompressor(", ".join(headers.getlist("content-encoding")))
     declared = headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
         raise _too_large(max_bytes)

@@ -1,4 +1,4 @@
-"""Whether instances will accept a client's API key, asked before images are fetched and encoded for it.
+"""Whether instances will accept a client's API key, asked before anything is done for it, such as fetching images.
 
 A proxy that has the keys itself refuses at its front door. This is for one that doesn't: the keys are the instances' own, which
 say in /health that they need one, and a language instance is asked for its models with the client's key.

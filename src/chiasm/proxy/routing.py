@@ -70,10 +70,9 @@ class Router:
 
     async def answer(self, job: Job, started: float) -> None:
         """Answer a request, whose body was there at ``started`` (``time.perf_counter``). Raises ChiasmError for the client."""
+        await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
         has_media = bool(job.request.media)
-        if has_media:
-            await self._key_check.check(job.exchange.headers)
         items = await self._read_items(job) if has_media else []
         if has_media:
             job.work = _work(job, items)
