@@ -8,7 +8,7 @@ streams aren't held up, and takes no task of its own.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 
 from starlette.applications import Starlette
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chiasm.errors import InvalidRequestError
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import EXCEPTION_HANDLERS, error_response
+from chiasm.http.flood import limited
 from chiasm.http.keys import KeyGuard, read_keys
 from chiasm.http.log import RequestLog
 from chiasm.http.paths import normal_path
@@ -28,6 +29,8 @@ from chiasm.http.visit import Visit, with_visit
 
 EXPOSED_HEADERS = ("X-Request-Id", "Server-Timing", "Retry-After")
 """Headers of answers that web pages of other origins may read."""
+_LOGS_OF_CLIENTS = ("chiasm.http.errors", "uvicorn.error")
+"""Loggers to which any client can add lines, beside the log of requests: unexpected errors, and what isn't HTTP."""
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 
 
@@ -42,14 +45,13 @@ class FrontDoor(Starlette):
 
         @asynccontextmanager
         async def flushed(app: Starlette) -> AsyncIterator[None]:
-            try:
-                if lifespan is None:
-                    yield
-                else:
-                    async with lifespan(app):
-                        yield
-            finally:
-                self._log.flush()
+            async with AsyncExitStack() as stack:
+                for name in _LOGS_OF_CLIENTS:
+                    stack.enter_context(limited(name))
+                stack.callback(self._log.flush)
+                if lifespan is not None:
+                    await stack.enter_async_context(lifespan(app))
+                yield
 
         super().__init__(routes=routes, exception_handlers=EXCEPTION_HANDLERS, lifespan=flushed)
         self.router.redirect_slashes = False  # a redirect would lose the body

@@ -1,25 +1,20 @@
 """The lines that requests leave in the log: one for each that fails, and one for each at all if there is an access log.
 
 Nothing that a client sent gets into a line except the method, the path without its query, a checked id and what an error
-message quotes, and these are escaped and cut. A flood of failures fills no disk: of each ten seconds, the first hundred have
-lines of their own, and the others are counted in one line at the end.
+message quotes, and these are escaped and cut. Lines about failures are limited (``flood``).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
-from collections import Counter
 
+from chiasm.http.flood import FloodLimit
 from chiasm.http.visit import Visit
 
 CLIENT_LEFT = 499
 """The status under which a request is counted if its client left."""
-WINDOW_SECONDS = 10.0
-LINES_PER_WINDOW = 100
-_KINDS_COUNTED = 20
 _REASON_CHARACTERS = 300
 _PATH_BYTES = 200
 _PROBED_PATH = b"/health"
@@ -39,10 +34,7 @@ class RequestLog:
         self._access = access
         if access:
             _access.setLevel(logging.INFO)
-        self._window_began = -WINDOW_SECONDS
-        self._written = 0
-        self._left_out: Counter[str] = Counter()
-        self._flushing: asyncio.TimerHandle | None = None
+        self._limit = FloodLimit(_logger)
 
     @property
     def is_access_log(self) -> bool:
@@ -64,32 +56,12 @@ class RequestLog:
             return
         code, reason = ("client_left", "The client left.") if status == CLIENT_LEFT else visit.error
         code = _escaped(code)[:40] or "none"
-        self._write(level, f"{named} code={code}: {_reason(reason)}", f"{status} {code}")
+        if self._limit.admits(f"status={status} code={code}"):
+            _logger.log(level, "%s code=%s: %s", named, code, _reason(reason))
 
     def flush(self) -> None:
-        """Write how many lines were left out since the last call, if any were."""
-        if self._flushing is not None:
-            self._flushing.cancel()
-            self._flushing = None
-        if self._left_out:
-            kinds = ", ".join(f"{kind} {count} times" for kind, count in self._left_out.most_common())
-            _logger.warning("%d more requests failed: %s", self._left_out.total(), kinds)
-            self._left_out.clear()
-
-    def _write(self, level: int, line: str, kind: str) -> None:
-        now = time.monotonic()
-        if now - self._window_began >= WINDOW_SECONDS:
-            self.flush()
-            self._window_began, self._written = now, 0
-        if self._written < LINES_PER_WINDOW:
-            self._written += 1
-            _logger.log(level, "%s", line)
-            return
-        is_counted = kind in self._left_out or len(self._left_out) < _KINDS_COUNTED
-        self._left_out[kind if is_counted else "others"] += 1
-        if self._flushing is None:
-            left = self._window_began + WINDOW_SECONDS - now
-            self._flushing = asyncio.get_running_loop().call_later(left, self.flush)
+        """Write how many lines were left out, if any were."""
+        self._limit.flush()
 
 
 def _level(visit: Visit, status: int) -> int:
