@@ -20,6 +20,8 @@ class Code(enum.StrEnum):
     """The request has more images than the limit."""
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     """The prompt doesn't leave room for an answer in the model's context."""
+    INVALID_ENCODING = "invalid_encoding"
+    """The body cannot be decompressed as its ``Content-Encoding`` says."""
     INVALID_UUID = "invalid_uuid"
     """The ``uuid`` of an image cannot name an embedding."""
     # 400: media
@@ -43,12 +45,20 @@ class Code(enum.StrEnum):
     """The URL did not deliver the image in time."""
     MEDIA_UNREACHABLE = "media_unreachable"
     """The URL could not be fetched."""
+    # 401
+    INVALID_API_KEY = "invalid_api_key"
+    """The API key is missing or wrong."""
     # 404
     MODEL_NOT_FOUND = "model_not_found"
     """The request names a model that is not served."""
     # 413
     BODY_TOO_LARGE = "body_too_large"
     """The request's body is larger than the limit."""
+    # 415
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
+    """The body's ``Content-Type`` isn't JSON."""
+    UNSUPPORTED_ENCODING = "unsupported_encoding"
+    """The body's ``Content-Encoding`` isn't supported."""
     # 503
     TOO_MANY_REQUESTS = "too_many_requests"
     """A queue or a buffer is full."""
@@ -134,9 +144,13 @@ class PathNotFoundError(ChiasmError):
 
 
 class MethodNotAllowedError(InvalidRequestError):
-    """The path exists, but not with this method."""
+    """The path exists, but not with this method; ``allow`` lists those that it has."""
 
     status = 405
+
+    def __init__(self, message: str, *, allow: str = "") -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class RequestTimeoutError(InvalidRequestError):
@@ -149,6 +163,12 @@ class PayloadTooLargeError(InvalidRequestError):
     """The request's body is larger than the limit."""
 
     status = 413
+
+
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The request's body is not JSON, or is compressed in a way that is not supported."""
+
+    status = 415
 
 
 class MediaError(InvalidRequestError):

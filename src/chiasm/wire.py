@@ -72,6 +72,8 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Version of chiasm."""
     engine: str = ""
     """Name and version of an engine that isn't chiasm's own, such as ``vllm 0.32.0``."""
+    needs_key: bool = False
+    """Whether requests need an API key, which the proxy passes on."""
     takes_image_size: bool = True
     """Whether ``image_size`` sizes placeholders for it; otherwise it needs the metadata of the encoder's answer."""
     max_model_len: int | None = None
@@ -145,6 +147,53 @@ class ProxyHealth(InstanceList, kw_only=True, frozen=True):
     status: str = ""
     """``ok`` if text can be answered, otherwise ``unavailable``."""
     models: list[str] = []
+
+
+# ---- models ------------------------------------------------------------------------------------------------------------
+
+
+class ModelPermission(msgspec.Struct, kw_only=True, frozen=True):
+    """What clients may do with a model, as vLLM and older versions of the OpenAI API say it."""
+
+    id: str = ""
+    object: str = "model_permission"
+    created: int = 0
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: str | None = None
+    is_blocking: bool = False
+
+
+class ModelCard(msgspec.Struct, kw_only=True, frozen=True):
+    """One model in the answer to GET /v1/models; its fields are vLLM's."""
+
+    id: str = ""
+    """The name by which requests ask for it."""
+    object: str = "model"
+    created: int = 0
+    owned_by: str = "chiasm"
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+    permission: list[ModelPermission] = []
+
+
+class ModelList(msgspec.Struct, kw_only=True, frozen=True):
+    """Answer to GET /v1/models."""
+
+    object: str = "list"
+    data: list[ModelCard] = []
+
+
+def model_card(name: str, *, created: int, max_model_len: int | None) -> ModelCard:
+    """Return the card of a model that is served since ``created``, in seconds since 1970."""
+    permission = ModelPermission(id=f"modelperm-{created:x}", created=created)
+    return ModelCard(id=name, created=created, root=name, max_model_len=max_model_len, permission=[permission])
 
 
 # ---- embeddings --------------------------------------------------------------------------------------------------------

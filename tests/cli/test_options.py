@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from chiasm.cli.parser import Parser, parse_size
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
+from chiasm.http.config import HttpConfig
 from chiasm.kv_transfer import KVTransferConfig
 from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.launch.layout import Layout
@@ -32,6 +34,7 @@ CONFIGURATIONS = (
     KVTransferConfig,
     MediaConfig,
     ServerConfig,
+    HttpConfig,
     ProxyConfig,
     InstanceProcess,
     DeploymentConfig,
@@ -58,7 +61,9 @@ def test_a_field_is_an_option_with_its_default_in_help(config: type, option: Nam
     text = " ".join(parser.format_help().split())
     shown = text[text.index(f"{option.flag} ") :]
     assert option.option.help in shown
-    if option.default and option.type is not bool:
+    if option.option.json_list:
+        assert not option.default or f"[default: {json.dumps(option.default)}]" in shown
+    elif option.default and option.type is not bool:
         default = shown[shown.index("[default: ") :].removeprefix("[default: ").partition("]")[0]
         read = parse_size if option.name.endswith("_bytes") else option.type
         assert read(default) == option.default

@@ -6,7 +6,9 @@ import argparse
 
 import pytest
 
+from chiasm.cli import proxy
 from chiasm.cli.parser import parse_cpus, parse_size, show_size
+from chiasm.errors import ConfigurationError
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,22 @@ def test_cpus(text: str, cpus: tuple[int, ...]) -> None:
 def test_other_texts_are_not_sets_of_cpus(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a set of CPUs"):
         parse_cpus(text)
+
+
+@pytest.mark.parametrize(("text", "values"), [("[]", ()), ('["*"]', ("*",)), ('["a", "b,c"]', ("a", "b,c"))])
+def test_lists_in_json(text: str, values: tuple[str, ...]) -> None:
+    assert proxy.parser().parse(["--allowed-origins", text], {}) == {"allowed_origins": values}
+
+
+@pytest.mark.parametrize("text", ["", "*", "https://a", '"*"', "[1]", '{"a": 1}'])
+def test_other_texts_are_not_lists_in_json(text: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r'not a JSON list of strings; write for example \["https://example.com"\]'
+    ):
+        proxy.parser().parse(["--allowed-origins", text], {})
+
+
+def test_the_environment_has_one_value_of_an_option_that_can_be_repeated() -> None:
+    environment = {"CHIASM_API_KEY": "a"}
+    assert proxy.parser().parse([], environment) == {"api_key": ("a",)}
+    assert proxy.parser().parse(["--api-key", "b", "--api-key", "c"], environment) == {"api_key": ("b", "c")}

@@ -151,3 +151,20 @@ async def test_a_malformed_date_tells_no_clock(date: str) -> None:
     head = f"HTTP/1.1 200 OK\r\nDate: {date}\r\nContent-Length: 0\r\n\r\n".encode()
     async with talking(saying(head)) as url, Client() as client:
         assert (await client.get(url)).clock_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [(None, "needs an API key; give it with --api-key"), ("k", "refused the API")]
+)
+async def test_a_key_is_sent_and_its_lack_explained(key: str | None, message: str) -> None:
+    heads: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+
+    async with talking(talk) as url, Client(key=key) as client:
+        with pytest.raises(NoAnswerError, match=message):
+            await client.post(url, {})
+    assert (b"authorization: bearer k" in heads[0].lower()) == (key is not None)

@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from chiasm.errors import ChiasmError
 from chiasm.http import Admission, Endpoint, Exchange
+from chiasm.http.config import HttpConfig
 from chiasm.http.endpoint import Bounds, Handler
-from chiasm.http.errors import EXCEPTION_HANDLERS
+from chiasm.http.front import FrontDoor
 from chiasm.http.listen import bind, url_of
 from chiasm.http.serve import HttpServer
 
+DEFAULT = HttpConfig()
 BOUNDS = Bounds(deadline_seconds=20, max_body_bytes=1000, body_timeout_seconds=20)
 
 
@@ -33,11 +36,20 @@ class Site:
     errors: list[ChiasmError] = field(default_factory=list)
 
 
+async def page(request: Request) -> Response:
+    return Response(b"page")
+
+
 @contextmanager
 def site(
-    handler: Handler, bounds: Bounds = BOUNDS, *, max_requests: int = 10, max_held_bytes: int = 10_000
+    handler: Handler,
+    bounds: Bounds = BOUNDS,
+    *,
+    max_requests: int = 10,
+    max_held_bytes: int = 10_000,
+    config: HttpConfig = DEFAULT,
 ) -> Iterator[Site]:
-    """Serve the handler under ``/``."""
+    """Serve the handler for POST under ``/`` and two paths like those of the API, and a page for GET under ``/page``."""
     admission = Admission(max_requests, max_held_bytes)
     listener = bind("127.0.0.1", 0)
     found: list[Site] = []
@@ -54,7 +66,11 @@ def site(
         on_error=on_error,
         on_end=lambda exchange: found[0].ended.append(exchange.status),
     )
-    app = Starlette(routes=[Route("/", endpoint, methods=["POST"])], exception_handlers=EXCEPTION_HANDLERS)
+    paths = ("/", "/v1/chat/completions", "/v1/completions")
+    app = FrontDoor(
+        [*(Route(path, endpoint, methods=["POST"]) for path in paths), Route("/page", page), Route("/v1/models", page)],
+        config,
+    )
     servers: list[HttpServer] = []
 
     async def serve() -> None:

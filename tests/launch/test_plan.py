@@ -151,6 +151,13 @@ def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:
     assert "secret" not in repr(plan)
 
 
+def test_the_proxy_in_front_of_keyed_vllm_has_the_key_unless_it_has_its_own(address: HeldPort) -> None:
+    wanted = DeploymentConfig("demo", ONE_EACH, engine=EngineKind.VLLM, vllm_flags=("--api-key", "K"))
+    assert _proxy(wanted, address, [(Role.PD, "http://c")]).proxy.http.api_key == ("K",)
+    own = replace(wanted, proxy_settings={"api_key": ("P",)})
+    assert _proxy(own, address, [(Role.PD, "http://c")]).proxy.http.api_key == ("P",)
+
+
 def test_a_model_has_the_name_of_its_folder_or_its_given_name(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").touch()

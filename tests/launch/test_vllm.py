@@ -222,3 +222,31 @@ def test_an_environment_without_vllm_is_reported(tmp_path: Path) -> None:
         ConfigurationError, match=r"needs vLLM in chiasm's environment, .* has none; `make vllm` makes an environment"
     ):
         vllm.installed(str(tmp_path / "bin" / "python"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "of_role", "environment", "keys"),
+    [
+        ("", "", "", ()),
+        ("--api-key K", "", "", ("K",)),
+        ("--api-key=K --port 1", "", "", ("K",)),
+        ("--api_key K L --max-num-seqs 3 x", "", "", ("K", "L")),
+        ("--api-key K --api-key L", "", "", ("L",)),
+        ("", "--api-key K", "", ("K",)),
+        ("--api-key K", "--api-key L K", "", ("K",)),
+        ("", "", "E", ("E",)),
+        ("--api-key K", "", "E", ("K",)),
+    ],
+)
+def test_the_proxy_knows_the_keys_that_all_instances_accept(
+    flags: str, of_role: str, environment: str, keys: tuple[str, ...]
+) -> None:
+    roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig(vllm_flags=tuple(of_role.split()))}
+    config = _config(roles, vllm_flags=tuple(flags.split()))
+    assert vllm.api_keys(config, {"VLLM_API_KEY": environment}) == keys
+
+
+def test_instances_without_a_key_in_common_are_refused() -> None:
+    roles = {role: RoleConfig(vllm_flags=("--api-key", role)) for role in (Role.ENCODER, Role.PD)}
+    with pytest.raises(ConfigurationError, match="no key in common"):
+        vllm.api_keys(_config(roles), {})

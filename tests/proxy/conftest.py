@@ -50,8 +50,8 @@ class Front:
         ) as response:
             return Answer(response.status, response.headers, await response.read())
 
-    async def get(self, path: str) -> Answer:
-        async with self.session.get(self.url + path) as response:
+    async def get(self, path: str, **headers: str) -> Answer:
+        async with self.session.get(self.url + path, headers=headers) as response:
             return Answer(response.status, response.headers, await response.read())
 
     async def states(self) -> dict[str, str]:

@@ -72,7 +72,10 @@ class FakeInstance:
         self.awake = asyncio.Event()
         """While it is clear, /health doesn't respond."""
         self.awake.set()
+        self.key: str | None = None
+        """The API key that requests below /v1 need, as vLLM's --api-key; the health of an instance should say so."""
         self.received: list[Received] = []
+        self.models_asked = 0
         self.arrived = asyncio.Semaphore(0)
         self.gone = asyncio.Semaphore(0)
         """Released for each call that the proxy ended before it was answered."""
@@ -122,12 +125,20 @@ class FakeInstance:
         return respond(self.health, status=self.health_status)
 
     async def _models(self, request: web.Request) -> web.Response:
+        self.models_asked += 1
+        if self._is_refused(request):
+            return web.json_response({"error": "Unauthorized"}, status=401)
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 2048}]})
+
+    def _is_refused(self, request: web.Request) -> bool:
+        return self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}"
 
     async def _take(self, request: web.Request) -> web.StreamResponse:
         received = Received(request.path, request.headers, await request.read())
         self.received.append(received)
         self.arrived.release()
+        if self._is_refused(request):
+            return web.json_response({"error": "Unauthorized"}, status=401)
         try:
             return await self.answer(self, request, received)
         except (asyncio.CancelledError, ConnectionError):

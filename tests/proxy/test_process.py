@@ -75,7 +75,8 @@ async def test_a_signal_ends_the_process_soon_and_quietly_even_during_a_stream(n
         assert process.returncode == 0
         assert b"shutting down" in rest
         assert output.strip() == b"ended"
-        assert errors == b""
+        assert errors.count(b"\n") == 1, errors
+        assert b"code=stopping" in errors
         await asyncio.wait_for(pd.gone.acquire(), 5)
 
 

@@ -9,13 +9,15 @@ import pytest
 
 from chiasm import __version__
 from chiasm.errors import StorageError
-from chiasm.server.app import app_of
+from chiasm.http.config import HttpConfig
+from chiasm.server.app import app_of, create_app
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
-from chiasm.wire import Health
+from chiasm.wire import Health, ModelCard, Role
 from tests.server.conftest import Served, ServedEncoder
+from tests.server.fake_engine import FakeLanguageEngine
 from tests.server.images import chat
-from tests.server.serving import get, post, serving
+from tests.server.serving import get, post, request, serving
 
 
 def test_health_has_what_the_proxy_needs(pd: Served) -> None:
@@ -86,6 +88,24 @@ def test_models_lists_the_model(pd: Served) -> None:
     assert [model.id for model in pd.client.models.list()] == ["bytes"]
     assert pd.client.models.retrieve("bytes").owned_by == "chiasm"
     assert get(f"{pd.url}/v1/models/other").status == 404
+    (card,) = get(f"{pd.url}/v1/models/").json["data"]
+    assert set(card) == set(ModelCard.__struct_fields__)
+    assert (card["root"], card["parent"], card["max_model_len"]) == ("bytes", None, 512)
+    assert card["permission"][0]["object"] == "model_permission"
+
+
+def test_an_instance_may_need_a_key_and_says_so() -> None:
+    config = ServerConfig(http=HttpConfig(api_key=("k",)))
+    with serving(create_app(FakeLanguageEngine(Role.PD), served_model_name="bytes", config=config)) as url:
+        assert get(f"{url}/health").json["needs_key"] is True
+        assert get(f"{url}/v1/models").status == 401
+        assert request("GET", f"{url}/v1/models", headers={"Authorization": "Bearer k"}).status == 200
+
+
+def test_timing_in_a_stream_can_be_left_out(pd: Served) -> None:
+    body = chat("x", stream=True)
+    assert any("server-timing" in one for one in post(pd.chat, body).comments)
+    assert post(pd.chat, body, {"X-Timing-Comments": "off"}).comments == []
 
 
 def test_version(pd: Served) -> None:

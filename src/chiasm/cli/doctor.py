@@ -11,6 +11,7 @@ from chiasm.cli import serve
 from chiasm.cli.parser import Parser
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
+from chiasm.http.config import HttpConfig
 from chiasm.options import Option, fields_from, flag, names_of
 from chiasm.proxy import ProxyConfig
 
@@ -43,8 +44,9 @@ class DoctorConfig:
     json: Annotated[bool, Option("Print the findings as JSON.")] = False
 
 
-_NOT_OF_A_PLAN = {"target", "admin_key", "log_level", *_URLS, *names_of(DoctorConfig)}
-"""The key may be set in the environment and changes no result; nor does the log level."""
+_KEYS = ("api_key", "api_key_file")
+_NOT_OF_A_PLAN = {"target", "admin_key", "log_level", *_KEYS, *_URLS, *names_of(DoctorConfig)}
+"""Keys may be set in the environment; a running deployment is asked with the API key. The log level changes no result."""
 
 
 def parser() -> Parser:
@@ -109,15 +111,18 @@ def _examine_running(
 ) -> AsyncIterator[Result]:
     from chiasm.doctor.client import Limits
     from chiasm.doctor.running import Folder, examine_instances, examine_proxy
+    from chiasm.http.keys import read_keys
 
     folder = None
     if "shared_storage_path" in settings:
         bound = {"max_bytes": settings["ec_max_bytes"]} if "ec_max_bytes" in settings else {}
         folder = Folder(settings["shared_storage_path"], **bound)
     limits = Limits(timeout_seconds)
+    keys = read_keys(HttpConfig(**{name: settings[name] for name in _KEYS if name in settings}))
+    key = keys[0] if keys else None
     if target is not None:
-        return examine_proxy(_base_url(target), limits=limits, folder=folder)
-    return examine_instances(instances, limits=limits, folder=folder)
+        return examine_proxy(_base_url(target), limits=limits, folder=folder, key=key)
+    return examine_instances(instances, limits=limits, folder=folder, key=key)
 
 
 async def _examine_machine() -> AsyncIterator[Result]:

@@ -8,6 +8,7 @@ from typing import Any
 from chiasm.cli.parser import Parser, option
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine.config import EngineConfig
+from chiasm.http.config import HttpConfig
 from chiasm.kv_transfer import KVTransferConfig
 from chiasm.launch.child import end_with_stdin
 from chiasm.launch.config import model_name
@@ -41,6 +42,7 @@ def add_options(made: Parser) -> None:
     made.add("engine", EngineConfig)
     made.add("embeddings", ECTransferConfig)
     made.add("KV cache between prefill and decode", KVTransferConfig)
+    made.add("HTTP", HttpConfig)
     made.add("images", MediaConfig)
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import enum
 import functools
+import json
 import math
 import os
 import re
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
             add_help=add_help,
             allow_abbrev=False,
         )
-        self._variables: dict[str, str] = {}
+        self._variables: dict[str, NamedOption] = {}
         self._takes_value: set[str] = set()
 
     def add(
@@ -70,12 +71,12 @@ class Parser(argparse.ArgumentParser):
         if named.type is bool:
             place.add_argument(named.flag, action="store_true", help=text)
             return
-        action = "append" if named.type == tuple[str, ...] and not option.separator else "store"
+        action = "append" if _is_repeated(named) else "store"
         metavar, read = _metavar(named), _reader(named)
         place.add_argument(named.flag, action=action, metavar=metavar, type=read, required=required, help=text)
         self._takes_value.add(named.flag)
         if option.environment:
-            self._variables[named.name] = option.environment
+            self._variables[named.name] = named
 
     def add_arguments(self, name: str, text: str, group: argparse._ArgumentGroup | None = None) -> None:
         """Add an option whose value is a tuple of arguments, quoted as for a shell."""
@@ -86,7 +87,11 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
         """Return what was given, by name. Raises ConfigurationError for what cannot be understood; ends after --help."""
         given = vars(self.parse_args(self._joined(arguments)))
-        variables = {name: environment[key] for name, key in self._variables.items() if environment.get(key)}
+        variables = {
+            name: (value,) if _is_repeated(named) else value
+            for name, named in self._variables.items()
+            if (value := environment.get(named.option.environment))
+        }
         return variables | {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
     def error(self, message: str) -> NoReturn:
@@ -145,6 +150,14 @@ def parse_arguments(text: str) -> tuple[str, ...]:
         raise _wrong(f"{text!r} is not a command line: {error}") from None
 
 
+def _parse_json_list(text: str, *, example: str) -> tuple[str, ...]:
+    with contextlib.suppress(ValueError):
+        values = json.loads(text)
+        if isinstance(values, list) and all(isinstance(value, str) for value in values):
+            return tuple(values)
+    raise _wrong(f"{text!r} is not a JSON list of strings; write for example {example}")
+
+
 def _wrong(message: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(message)
 
@@ -175,6 +188,8 @@ def _reader(named: NamedOption) -> Callable[[str], Any]:
     kind, option = named.type, named.option
     if choices := _choices(named):
         return functools.partial(_parse_choice, choices=choices, kind=kind)
+    if option.json_list:
+        return functools.partial(_parse_json_list, example=option.json_list)
     if option.separator:
         return functools.partial(_parse_list, separator=option.separator)
     if kind == tuple[int, ...]:
@@ -188,6 +203,10 @@ def _reader(named: NamedOption) -> Callable[[str], Any]:
     return Path if kind is Path else str
 
 
+def _is_repeated(named: NamedOption) -> bool:
+    return named.type == tuple[str, ...] and not (named.option.separator or named.option.json_list)
+
+
 def _choices(named: NamedOption) -> tuple[str, ...]:
     if isinstance(named.type, type) and issubclass(named.type, enum.StrEnum):
         return tuple(named.type)
@@ -199,6 +218,8 @@ def _metavar(named: NamedOption) -> str:
         return named.option.metavar
     if choices := _choices(named):
         return "|".join(choices)
+    if named.option.json_list:
+        return "LIST"
     unit = named.name.rpartition("_")[2]
     return {"bytes": "SIZE", "seconds": "SECONDS"}.get(unit) or _METAVARS.get(named.type, "TEXT")
 
@@ -216,4 +237,6 @@ def _note(named: NamedOption) -> str:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

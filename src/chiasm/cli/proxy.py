@@ -7,6 +7,7 @@ from typing import Any
 
 from chiasm.cli.instance import END_WITH_STDIN
 from chiasm.cli.parser import Parser
+from chiasm.http.config import HttpConfig
 from chiasm.launch.child import end_with_stdin
 from chiasm.launch.process import ProxyProcess, proxy_process
 from chiasm.launch.run import run_proxy
@@ -29,6 +30,7 @@ def add_options(made: Parser) -> None:
     """Add what ``--proxy-args`` may contain."""
     made.add("proxy", ProxyConfig)
     made.add("process", ProxyProcess)
+    made.add("HTTP", HttpConfig)
     made.add("images", MediaConfig)
 
 

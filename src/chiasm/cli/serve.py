@@ -11,6 +11,7 @@ from chiasm.cli.parser import Parser, option
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
+from chiasm.http.config import HttpConfig
 from chiasm.kv_transfer import KVTransferConfig
 from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.launch.process import ProcessConfig
@@ -56,6 +57,7 @@ def add_options(made: Parser) -> None:
     made.add("deployment", DeploymentConfig, only=_OF_DEPLOYMENT)
     of_proxy = made.add_argument_group("proxy")
     made.add(of_proxy, ProxyConfig, only=_OF_PROXY)
+    made.add(of_proxy, HttpConfig)
     made.add_arguments("proxy_args", "More arguments for `chiasm proxy`, in quotes.", of_proxy)
     instances = made.add_argument_group("all instances")
     made.add(instances, RoleConfig, only=("threads",))
@@ -101,6 +103,7 @@ def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
     """Return the deployment that a person asks for. Raises ConfigurationError for what cannot work together."""
     of_all = _chosen(settings, "log_level", *names_of(EngineConfig, MediaConfig).difference(_OF_LAYOUT))
     of_proxy = _chosen(of_all, "log_level", "max_items", *names_of(MediaConfig))
+    of_proxy |= _chosen(settings, *names_of(HttpConfig))
     of_proxy |= _parsed("proxy_args", settings, proxy.add_options)
     own = (*_OF_DEPLOYMENT, *_OF_PROXY, *_OF_KV, *names_of(ECTransferConfig))
     counts = instance_counts(settings)

@@ -78,8 +78,10 @@ class Response:
 class Client:
     """Bounds each call in time, from the first byte sent to the last received, and in size. No redirects, no proxies."""
 
-    def __init__(self, limits: Limits = Limits()) -> None:
+    def __init__(self, limits: Limits = Limits(), key: str | None = None) -> None:
+        """``key`` is the API key for the deployment."""
         self.limits = limits
+        self._authorization = {"authorization": f"Bearer {key}"} if key else {}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Client:
@@ -88,7 +90,12 @@ class Client:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"accept-encoding": "identity", "connection": "close", "user-agent": "chiasm-doctor"},
+            headers={
+                "accept-encoding": "identity",
+                "connection": "close",
+                "user-agent": "chiasm-doctor",
+                **self._authorization,
+            },
         )
         return self
 
@@ -107,6 +114,12 @@ class Client:
         seconds = self.limits.message_seconds
         headers = {"content-type": "application/json", "x-request-deadline-ms": str(round(seconds * 900))}
         response = await self._ask("POST", url, msgspec.json.encode(body), headers, seconds, _MAX_BYTES)
+        if response.status == 401:
+            raise NoAnswerError(
+                "refused the API key; give another one with --api-key"
+                if self._authorization
+                else "needs an API key; give it with --api-key, --api-key-file or CHIASM_API_KEY"
+            )
         if response.status != 200:
             raise NoAnswerError(f"answered HTTP {response.status}: {response.error_message()}")
         return response

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from chiasm.doctor.client import Client, NoAnswerError, NoConnectionError
 from chiasm.doctor.report import shown
-from chiasm.wire import Health, ProxyHealth, Role
+from chiasm.wire import Health, ModelList, ProxyHealth, Role
 
 ROLES = frozenset(Role)
 _MAX_INSTANCES = 256
@@ -71,15 +71,6 @@ class _HealthPage(Health, kw_only=True, frozen=True):
     instances: msgspec.Raw = msgspec.Raw()
 
 
-class _Model(msgspec.Struct):
-    id: str
-    max_model_len: int | None = None
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
-
-
 class _Version(msgspec.Struct):
     version: str = ""
 
@@ -133,7 +124,9 @@ async def ask_instance(client: Client, url: str, role: str) -> Observed:
 async def _ask_plain_vllm(client: Client, url: str, role: str, clock_seconds: float | None) -> Observed:
     """Ask vLLM without chiasm's middleware: it has an empty /health, a list of models, and a version."""
     try:
-        (model, *_) = (await client.get(f"{url}/v1/models")).read(_Models).data
+        (model, *_) = (await client.get(f"{url}/v1/models")).read(ModelList).data
+        if not model.id:
+            raise ValueError
     except (NoAnswerError, ValueError):
         raise NoAnswerError(
             "has an empty /health, and /v1/models names no model: it is neither chiasm nor vLLM"

@@ -26,9 +26,11 @@ class Folder:
     max_bytes: int = DEFAULT_MAX_BYTES
 
 
-async def examine_proxy(url: str, *, limits: Limits, folder: Folder | None = None) -> AsyncIterator[Result]:
-    """Check the proxy at base URL ``url``, and the instances behind it."""
-    async with Client(limits) as client:
+async def examine_proxy(
+    url: str, *, limits: Limits, folder: Folder | None = None, key: str | None = None
+) -> AsyncIterator[Result]:
+    """Check the proxy at base URL ``url``, and the instances behind it; ``key`` is the API key for all of them."""
+    async with Client(limits, key) as client:
         try:
             proxy = await ask_proxy(client, url)
         except NoAnswerError as error:
@@ -57,10 +59,10 @@ async def examine_proxy(url: str, *, limits: Limits, folder: Folder | None = Non
 
 
 async def examine_instances(
-    urls: Mapping[str, Sequence[str]], *, limits: Limits, folder: Folder | None = None
+    urls: Mapping[str, Sequence[str]], *, limits: Limits, folder: Folder | None = None, key: str | None = None
 ) -> AsyncIterator[Result]:
     """Check instances without a proxy, given as base URLs by role."""
-    async with Client(limits) as client:
+    async with Client(limits, key) as client:
         instances = await _ask(client, [(url, role) for role, several in urls.items() for url in several])
         async for result in _examine(client, instances, instances, folder):
             yield result

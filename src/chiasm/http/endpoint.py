@@ -13,7 +13,8 @@ from chiasm.errors import ChiasmError
 from chiasm.http.admission import Admission
 from chiasm.http.body import ClientLeftError
 from chiasm.http.errors import as_chiasm_error
-from chiasm.http.exchange import CLIENT_LEFT, Exchange
+from chiasm.http.exchange import Exchange
+from chiasm.http.log import CLIENT_LEFT
 
 Handler = Callable[[Exchange], Awaitable[None]]
 

@@ -11,8 +11,18 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
-from chiasm.errors import ChiasmError, MethodNotAllowedError, OverloadedError, PathNotFoundError
+from chiasm.errors import (
+    AuthenticationError,
+    ChiasmError,
+    MethodNotAllowedError,
+    OverloadedError,
+    PathNotFoundError,
+    UnsupportedMediaTypeError,
+)
+from chiasm.http.encoding import ACCEPTED
+from chiasm.http.paths import nearest_path
 from chiasm.wire import ErrorBody, ErrorDetail
 
 _logger = logging.getLogger(__name__)
@@ -27,7 +37,14 @@ def error_body(error: ChiasmError) -> bytes:
 
 
 def error_headers(error: ChiasmError) -> list[tuple[str, str]]:
-    """Return the headers that go with the error: ``Retry-After`` in whole seconds if trying again can help."""
+    """Return the headers that go with the error: ``Retry-After`` in whole seconds if trying again can help, and those that say
+    what would be accepted."""
+    if isinstance(error, AuthenticationError):
+        return [("www-authenticate", "Bearer")]
+    if isinstance(error, MethodNotAllowedError):
+        return [("allow", error.allow)]
+    if isinstance(error, UnsupportedMediaTypeError):
+        return [("accept", "application/json"), ("accept-encoding", ", ".join(ACCEPTED))]
     if isinstance(error, OverloadedError):
         return [("retry-after", str(error.retry_after_seconds))]
     return [("retry-after", "1")] if error.status == HTTPStatus.SERVICE_UNAVAILABLE else []
@@ -52,10 +69,19 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    asked = f"{request.method} {request.url.path[:_SHOWN_CHARACTERS]}"
+    path: str = request.scope["path"]
+    asked = f"{request.method} {path[:_SHOWN_CHARACTERS]}"
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        return error_response(MethodNotAllowedError(f"{asked}: this path does not support this method."))
-    return error_response(PathNotFoundError(f"{asked}: nothing is served under this path."))
+        allowed = ", ".join(sorted({"OPTIONS", *((error.headers or {}).get("Allow", "").split(", "))}))
+        if request.method == "OPTIONS":
+            return Response(status_code=HTTPStatus.NO_CONTENT, headers={"allow": allowed})
+        return error_response(
+            MethodNotAllowedError(f"{asked}: this path does not support this method; use {allowed}.", allow=allowed)
+        )
+    known = [route.path for route in request.app.routes if isinstance(route, Route) and "{" not in route.path]
+    nearest = nearest_path(path, known)
+    hint = f" Did you mean {nearest}?" if nearest else ""
+    return error_response(PathNotFoundError(f"{asked}: nothing is served under this path.{hint}"))
 
 
 EXCEPTION_HANDLERS: Mapping[Any, Callable[[Request, Exception], Any]] = {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
 
 from starlette.datastructures import Headers
@@ -18,10 +16,7 @@ from chiasm.http.admission import Admission
 from chiasm.http.body import ClientLeftError, read_body
 from chiasm.http.errors import error_body, error_headers
 from chiasm.http.timing import TimingEntry
-
-CLIENT_LEFT = 499
-"""The status under which a request is counted if its client left."""
-_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+from chiasm.http.visit import visit_of
 
 
 class Exchange:
@@ -33,8 +28,10 @@ class Exchange:
         """``deadline_seconds`` is the longest that the request may take; its client may ask for less."""
         self.arrival = time.monotonic()
         self.headers = Headers(scope=scope)
-        given = self.headers.get("x-request-id", "")
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        visit = visit_of(scope)
+        self.request_id = visit.request_id
+        self.timing_comments = visit.timing_comments
+        """Whether a stream may contain comments with timing."""
         self.deadline = self.arrival + deadline_seconds
         """On the clock of ``time.monotonic``."""
         self.body = b""
@@ -171,10 +168,7 @@ class Exchange:
 
     async def _start(self, status: int, content_type: str, headers: Iterable[tuple[str, str]]) -> None:
         self.status = status
-        raw = [
-            (b"content-type", content_type.encode("latin-1", "replace")),
-            (b"x-request-id", self.request_id.encode()),
-        ]
+        raw = [(b"content-type", content_type.encode("latin-1", "replace"))]
         raw += [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 

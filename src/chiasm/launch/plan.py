@@ -86,6 +86,7 @@ def plan_instances(
 
 def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[tuple[Role, str]]) -> ProcessPlan:
     """Return the proxy in front of instances, each given by role and base URL. Raises ConfigurationError."""
+    keys = vllm.api_keys(config) if config.engine is EngineKind.VLLM else ()
     settings: dict[str, Any] = {
         "host": address.host,
         "port": address.port,
@@ -94,6 +95,7 @@ def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[
         "admin_key": config.admin_key,
         **{role: tuple(url for of, url in instances if of is role) for role in Role},
         **_deadline(config),
+        **({"api_key": keys} if keys else {}),
         **config.proxy_settings,
     }
     return ProcessPlan(PROXY, None, 0, address, _child(PROXY), dict(os.environ), to_json(proxy_process(settings)))

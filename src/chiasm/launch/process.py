@@ -13,6 +13,7 @@ import msgspec
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
+from chiasm.http.config import HttpConfig
 from chiasm.kv_transfer import KVTransferConfig, KVTransferRole
 from chiasm.media import MediaConfig
 from chiasm.options import Option, fields_from, flag, names_of
@@ -70,9 +71,17 @@ class ProxyProcess(ProcessConfig):
     proxy: ProxyConfig
 
 
-INSTANCE_OPTIONS = (EngineConfig, ECTransferConfig, KVTransferConfig, ServerConfig, MediaConfig, InstanceProcess)
+INSTANCE_OPTIONS = (
+    EngineConfig,
+    ECTransferConfig,
+    KVTransferConfig,
+    ServerConfig,
+    HttpConfig,
+    MediaConfig,
+    InstanceProcess,
+)
 """The dataclasses whose options are those of one instance."""
-PROXY_OPTIONS = (ProxyConfig, MediaConfig, ProxyProcess)
+PROXY_OPTIONS = (ProxyConfig, HttpConfig, MediaConfig, ProxyProcess)
 _Process = TypeVar("_Process", bound=ProcessConfig)
 
 
@@ -86,7 +95,7 @@ def instance_process(folder: Path, role: Role, settings: Mapping[str, Any]) -> I
             kv=kv_config(role, settings),
             **fields_from(settings, EngineConfig),
         ),
-        server=ServerConfig(media=_media(settings), **fields_from(settings, ServerConfig)),
+        server=ServerConfig(media=_media(settings), http=_http(settings), **fields_from(settings, ServerConfig)),
         **fields_from(settings, InstanceProcess),
     )
 
@@ -94,13 +103,17 @@ def instance_process(folder: Path, role: Role, settings: Mapping[str, Any]) -> I
 def proxy_process(settings: Mapping[str, Any]) -> ProxyProcess:
     """Return the process of a proxy. Raises ConfigurationError as :class:`ProxyConfig` does."""
     return ProxyProcess(
-        proxy=ProxyConfig(media=_media(settings), **fields_from(settings, ProxyConfig)),
+        proxy=ProxyConfig(media=_media(settings), http=_http(settings), **fields_from(settings, ProxyConfig)),
         **fields_from(settings, ProxyProcess),
     )
 
 
 def _media(settings: Mapping[str, Any]) -> MediaConfig:
     return MediaConfig(**fields_from(settings, MediaConfig))
+
+
+def _http(settings: Mapping[str, Any]) -> HttpConfig:
+    return HttpConfig(**fields_from(settings, HttpConfig))
 
 
 def ec_config(role: Role, settings: Mapping[str, Any]) -> ECTransferConfig | None:

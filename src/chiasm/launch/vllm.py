@@ -156,6 +156,40 @@ def instance_environment(
     return chosen
 
 
+def api_keys(config: DeploymentConfig, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Return the API keys that all instances accept, as their flags or vLLM's variable say; empty if none needs one.
+
+    Raises ConfigurationError if no key is accepted by all that need one: a request goes to several of them.
+    """
+    common: tuple[str, ...] = ()
+    from_environment = [key for key in [environment.get("VLLM_API_KEY", "")] if key]
+    for role in config.roles.values():
+        keys = _keys_in((*config.vllm_flags, *role.vllm_flags)) or from_environment
+        if not keys:
+            continue
+        common = tuple(key for key in common or keys if key in keys)
+        if not common:
+            raise ConfigurationError(
+                "--api-key: the vLLM instances have no key in common; give all roles the same one."
+            )
+    return common
+
+
+def _keys_in(flags: Sequence[str]) -> list[str]:
+    """Return the values of vLLM's last ``--api-key``, which takes several."""
+    keys: list[str] = []
+    is_key = False
+    for flag in flags:
+        name, has_value, value = flag.partition("=")
+        if name.replace("_", "-") == "--api-key":
+            keys, is_key = ([value] if has_value else []), not has_value
+        elif flag.startswith("-"):
+            is_key = False
+        elif is_key:
+            keys.append(flag)
+    return keys
+
+
 def default_kv_bytes(config: DeploymentConfig, available_bytes: int) -> int:
     """Return the KV cache of each language model on CPU; together they take a quarter of the free memory."""
     language = sum(config.count(role) for role in config.roles if role is not Role.ENCODER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -22,13 +21,25 @@ from chiasm.errors import (
     PathNotFoundError,
 )
 from chiasm.http import json_response, read_body
-from chiasm.http.errors import EXCEPTION_HANDLERS, error_response
+from chiasm.http.errors import error_response
+from chiasm.http.front import FrontDoor
+from chiasm.http.keys import bearer, digest_of, is_one_of
 from chiasm.http.listen import check_url
 from chiasm.proxy.balancing import model_not_found
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.metrics import CONTENT_TYPE
 from chiasm.proxy.service import ProxyService
-from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, InstanceList, InstanceState, ProxyHealth, Role
+from chiasm.wire import (
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    InstanceList,
+    InstanceState,
+    ModelCard,
+    ModelList,
+    ProxyHealth,
+    Role,
+    model_card,
+)
 
 _MAX_ORDER_BYTES = 64 << 10
 
@@ -60,7 +71,7 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
     if config.admin_key is not None:
         admin = _Admin(service, config.admin_key)
         routes.append(Route("/instances", admin.handle, methods=["GET", "POST", "DELETE"]))
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=EXCEPTION_HANDLERS)
+    app = FrontDoor(routes, config.http, lifespan=lifespan)
     app.state.service = service
     return app
 
@@ -88,7 +99,7 @@ class _Pages:
         return Response(self._metrics.render(), media_type=None, headers={"content-type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._describe(name) for name in self._fleet.models]})
+        return json_response(ModelList(data=[self._describe(name) for name in self._fleet.models]))
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
@@ -96,14 +107,8 @@ class _Pages:
             raise model_not_found(name, self._fleet)
         return json_response(self._describe(name))
 
-    def _describe(self, name: str) -> dict[str, object]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "chiasm",
-            "max_model_len": self._fleet.max_model_len,
-        }
+    def _describe(self, name: str) -> ModelCard:
+        return model_card(name, created=self._created, max_model_len=self._fleet.max_model_len)
 
 
 class _Order(msgspec.Struct):
@@ -118,14 +123,11 @@ class _Admin:
 
     def __init__(self, service: ProxyService, key: str) -> None:
         self._service = service
-        self._key = key.encode()
+        self._digest = digest_of(key)
 
     async def handle(self, request: Request) -> Response:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key):
-            refusal = error_response(AuthenticationError("Send the admin key as a bearer token."))
-            refusal.headers["www-authenticate"] = "Bearer"
-            return refusal
+        if not is_one_of(bearer(request.headers), (self._digest,)):
+            return error_response(AuthenticationError("Send the admin key as a bearer token."))
         actions: dict[str, Callable[[Request], Awaitable[Response]]] = {"POST": self._add, "DELETE": self._remove}
         return await actions.get(request.method, self._list)(request)
 

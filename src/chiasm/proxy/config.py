@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from chiasm.errors import ConfigurationError
+from chiasm.http.config import HttpConfig
 from chiasm.http.listen import check_url
 from chiasm.media import MediaConfig
 from chiasm.options import Option
@@ -77,6 +78,7 @@ class ProxyConfig:
     shutdown_seconds: float = 2.0
     """Time for running requests to finish at shutdown; after it, they are ended with an error."""
     media: MediaConfig = field(default_factory=MediaConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:

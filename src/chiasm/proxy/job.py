@@ -99,7 +99,7 @@ class Job:
         self.identifiers: Sequence[str] = ()
         """Identifiers of the images that ``encoding`` is about, in the order in which they occur."""
         self._encoder_calls = 0
-        self._relay = EventRelay(timing.comment)
+        self._relay = EventRelay(timing.comment if exchange.timing_comments else lambda: b"")
 
     # ---- to instances --------------------------------------------------------------------------------------------------
 
@@ -116,6 +116,7 @@ class Job:
         return {
             **{name: given[name] for name in _TO_INSTANCES if name in given},
             "X-Request-Id": self.exchange.request_id,
+            "X-Timing-Comments": "on" if self.exchange.timing_comments else "off",
             "X-Request-Deadline-Ms": str(int(self.exchange.seconds_left * 1000)),
         }
 

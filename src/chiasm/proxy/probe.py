@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 import msgspec
 
@@ -16,7 +17,7 @@ from chiasm.proxy.upstream import (
     UpstreamError,
     UpstreamResponse,
 )
-from chiasm.wire import Health, InstanceState
+from chiasm.wire import Health, InstanceState, ModelList
 
 _log = logging.getLogger(__name__)
 _MAX_RESPONSE_BYTES = 1 << 20
@@ -27,27 +28,28 @@ _MISSES = 2
 """Unanswered probes in a row that make a healthy instance unhealthy: on a busy machine, one may come late."""
 
 
-class _Model(msgspec.Struct):
-    id: str
-    max_model_len: int | None = None
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
-
-
 _health = msgspec.json.Decoder(Health)
-_models = msgspec.json.Decoder(_Models)
+_models = msgspec.json.Decoder(ModelList)
 
 
 class Prober:
     """One task per instance; each tells the fleet what it finds."""
 
-    def __init__(self, fleet: Fleet, upstream: Upstream, *, interval_seconds: float, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        upstream: Upstream,
+        *,
+        interval_seconds: float,
+        timeout_seconds: float,
+        key: str | None = None,
+    ) -> None:
+        """``key`` is the API key with which instances are asked what only they say who have one."""
         self._fleet = fleet
         self._upstream = upstream
         self._interval_seconds = interval_seconds
         self._timeout_seconds = timeout_seconds
+        self._authorization = {"Authorization": f"Bearer {key}"} if key else {}
         self._watches: dict[Instance, asyncio.Task[None]] = {}
         self._checks: dict[Instance, asyncio.Task[None]] = {}
         fleet.on_remove = self.forget
@@ -139,9 +141,11 @@ class Prober:
 
     async def _ask_models(self, url: str) -> tuple[Health, tuple[str, ...]]:
         """The same of vLLM without chiasm's middleware, whose /health is empty."""
-        response = await self._get(f"{url}/v1/models")
+        response = await self._get(f"{url}/v1/models", self._authorization)
+        if response.status == 401:
+            raise UpstreamError("/v1/models needs an API key; give the proxy one with --api-key")
         try:
-            models = _models.decode(response.body).data
+            models = [model for model in _models.decode(response.body).data if model.id]
         except msgspec.MsgspecError:
             models = []
         if response.status != 200 or not models:
@@ -149,8 +153,10 @@ class Prober:
         health = Health(model=models[0].id, takes_image_size=False, max_model_len=models[0].max_model_len)
         return health, tuple(model.id for model in models)
 
-    async def _get(self, url: str) -> UpstreamResponse:
-        return await self._upstream.get(url, timeout_seconds=self._timeout_seconds, max_bytes=_MAX_RESPONSE_BYTES)
+    async def _get(self, url: str, headers: Mapping[str, str] | None = None) -> UpstreamResponse:
+        return await self._upstream.get(
+            url, timeout_seconds=self._timeout_seconds, max_bytes=_MAX_RESPONSE_BYTES, headers=headers
+        )
 
 
 def _explanation(body: bytes) -> str:

@@ -20,6 +20,7 @@ from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.handover import Handover
 from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_hand_over
 from chiasm.proxy.job import Job, Original
+from chiasm.proxy.key_check import KeyCheck
 from chiasm.proxy.media import Item, read_items
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
@@ -50,6 +51,7 @@ class Router:
         self._placement = Placement(fleet)
         self._balancer = Balancer(fleet, self._placement, upstream, prober, metrics)
         self._fetcher = Fetcher(config.media, resolver=resolver)
+        self._key_check = KeyCheck(fleet, upstream)
         self._executor = ThreadPoolExecutor(_MEDIA_THREADS, thread_name_prefix="media")
         self.encoders = Encoders(
             fleet,
@@ -68,6 +70,7 @@ class Router:
 
     async def answer(self, job: Job, started: float) -> None:
         """Answer a request, whose body was there at ``started`` (``time.perf_counter``). Raises ChiasmError for the client."""
+        await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
         has_media = bool(job.request.media)
         items = await self._read_items(job) if has_media else []

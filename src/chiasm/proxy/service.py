@@ -10,6 +10,7 @@ from aiohttp.abc import AbstractResolver
 from chiasm.errors import Code, OverloadedError
 from chiasm.http import Admission, Endpoint, Exchange
 from chiasm.http.endpoint import Bounds
+from chiasm.http.keys import read_keys
 from chiasm.http.listen import check_url
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.fleet import Fleet
@@ -47,6 +48,7 @@ class ProxyService:
             self._upstream,
             interval_seconds=config.probe_interval_seconds,
             timeout_seconds=config.probe_timeout_seconds,
+            key=next(iter(read_keys(config.http)), None),
         )
         self.router = Router(config, self.fleet, self._upstream, self.prober, self.metrics, resolver=self._resolver)
         roles = (

@@ -172,11 +172,13 @@ class Upstream:
             raise InstanceLostError("The connection to an instance was lost before it answered.") from error
         return Call(response)
 
-    async def get(self, url: str, *, timeout_seconds: float, max_bytes: int) -> UpstreamResponse:
+    async def get(
+        self, url: str, *, timeout_seconds: float, max_bytes: int, headers: Mapping[str, str] | None = None
+    ) -> UpstreamResponse:
         """Return the response. Raises UpstreamError, also if it takes too long."""
         try:
             async with self._session.get(
-                url, allow_redirects=False, timeout=aiohttp.ClientTimeout(total=timeout_seconds)
+                url, allow_redirects=False, timeout=aiohttp.ClientTimeout(total=timeout_seconds), headers=headers
             ) as response:
                 return await Call(response).read(max_bytes)
         except TimeoutError as error:

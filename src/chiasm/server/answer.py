@@ -57,7 +57,9 @@ async def answer_as_stream(
         await exchange.end_events(events.comment(KV_COMMENT, msgspec.json.encode(handle).decode()))
         return
     usage_event = answer_format.usage(generation.usage()) if options.include_usage else b""
-    timing = events.comment(TIMING_COMMENT, generation.server_timing(has_ended=True))
+    timing = b""
+    if exchange.timing_comments:
+        timing = events.comment(TIMING_COMMENT, generation.server_timing(has_ended=True))
     await exchange.end_events(usage_event + timing + events.DONE)
 
 

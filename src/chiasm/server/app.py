@@ -14,7 +14,7 @@ from starlette.routing import Route
 from chiasm.errors import ChiasmError
 from chiasm.http import Endpoint, Exchange
 from chiasm.http.endpoint import Bounds
-from chiasm.http.errors import EXCEPTION_HANDLERS
+from chiasm.http.front import FrontDoor
 from chiasm.http.timing import TimingEntry, write_timing
 from chiasm.server.completions import chat_completions, completions
 from chiasm.server.config import ServerConfig
@@ -43,8 +43,8 @@ def app_of(context: ServerContext) -> Starlette:
         async with context.opened():
             yield
 
-    return Starlette(
-        routes=[
+    return FrontDoor(
+        [
             Route(CHAT_PATH, _endpoint(context, CHAT_PATH, chat_completions), methods=["POST"]),
             Route(COMPLETIONS_PATH, _endpoint(context, COMPLETIONS_PATH, completions), methods=["POST"]),
             Route("/v1/models", status.models),
@@ -53,7 +53,7 @@ def app_of(context: ServerContext) -> Starlette:
             Route("/metrics", status.metrics),
             Route("/version", status.version),
         ],
-        exception_handlers=EXCEPTION_HANDLERS,
+        context.config.http,
         lifespan=lifespan,
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from chiasm.errors import ConfigurationError
+from chiasm.http.config import HttpConfig
 from chiasm.media import MediaConfig
 from chiasm.options import Option
 
@@ -31,6 +32,7 @@ class ServerConfig:
     """Prompts of one text completion."""
     media: MediaConfig = field(default_factory=MediaConfig)
     """Limits of images; only encoder and aggregated instances fetch them."""
+    http: HttpConfig = field(default_factory=HttpConfig)
     threads: int = 2
     """Threads that tokenize, decode and preprocess, which would block the event loop."""
 

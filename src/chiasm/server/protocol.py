@@ -284,21 +284,3 @@ class Response(msgspec.Struct, kw_only=True):
     """The embeddings that an encoder has published, by identifier."""
     kv_transfer_params: KVTransferParams | msgspec.UnsetType = msgspec.UNSET
     """The handle with which a decode instance continues the answer of a prefill instance."""
-
-
-class ModelCard(msgspec.Struct):
-    """The model that an instance serves."""
-
-    id: str
-    created: int
-    root: str
-    max_model_len: int
-    object: Literal["model"] = "model"
-    owned_by: Literal["chiasm"] = "chiasm"
-
-
-class ModelList(msgspec.Struct):
-    """Response of GET /v1/models."""
-
-    data: list[ModelCard]
-    object: Literal["list"] = "list"

@@ -14,8 +14,7 @@ from chiasm.cores import allowed_cpus
 from chiasm.errors import StorageError
 from chiasm.http import json_response
 from chiasm.server.context import ServerContext
-from chiasm.server.protocol import ModelCard, ModelList
-from chiasm.wire import Health, Role
+from chiasm.wire import Health, ModelCard, ModelList, Role, model_card
 
 
 class Status:
@@ -31,7 +30,7 @@ class Status:
 
     async def models(self, request: Request) -> Response:
         """List the model."""
-        return json_response(ModelList([self._card()]))
+        return json_response(ModelList(data=[self._card()]))
 
     async def model(self, request: Request) -> Response:
         """Describe the model that the path names."""
@@ -70,6 +69,7 @@ class Status:
             dtype=engine.dtype_name,
             ec_store=ec_store,
             version=__version__,
+            needs_key=context.config.http.needs_key,
             max_model_len=engine.max_model_len,
             max_items=engine.config.max_items,
             device=str(engine.device),
@@ -92,4 +92,4 @@ class Status:
 
     def _card(self) -> ModelCard:
         context = self._context
-        return ModelCard(context.model, context.created, context.model, context.engine.max_model_len)
+        return model_card(context.model, created=context.created, max_model_len=context.engine.max_model_len)

@@ -68,6 +68,7 @@ def describe(state: Any) -> Description:
         dtype=dtype_name(model_config),
         version=__version__,
         engine=f"vllm {sys.modules['vllm'].__version__}",
+        needs_key=any(vars(arguments).get("api_key") or [os.environ.get("VLLM_API_KEY")]),
         takes_image_size=processor is not None,
         max_model_len=int(model_config.max_model_len),
         max_items=_max_items(model_config),

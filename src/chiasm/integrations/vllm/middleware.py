@@ -93,7 +93,10 @@ class ChiasmMiddleware:
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await read_body(receive, Headers(scope=scope), self._max_body_bytes)
+            headers = Headers(scope=scope)
+            body = await read_body(receive, headers, self._max_body_bytes)
+            if "content-encoding" in headers:
+                scope = _with_length(scope, body)
             if _EMBEDS_KEY in body:
                 body = _with_grids(body, await self._described(scope))
                 scope, send = _with_length(scope, body), _explained(scope, receive, send)
@@ -156,6 +159,7 @@ def _with_length(scope: Scope, body: bytes) -> Scope:
     scope = dict(scope)
     headers = MutableHeaders(scope=scope)  # copies the headers into the new scope
     del headers["transfer-encoding"]
+    del headers["content-encoding"]  # the body has been decompressed
     headers["content-length"] = str(len(body))
     return scope
 

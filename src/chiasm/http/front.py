@@ -1,0 +1,123 @@
+"""The front door of a server: what holds for every request, whatever its path, before any route is looked up.
+
+A request gets an id, which every answer carries; its path is read as it was meant; it is logged if it fails; web pages of other
+origins are let in or kept out; and it needs an API key if the server has any. All of it passes messages on as they come, so
+streams aren't held up, and takes no task of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from http import HTTPStatus
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chiasm.errors import InvalidRequestError
+from chiasm.http.config import HttpConfig
+from chiasm.http.errors import EXCEPTION_HANDLERS, error_response
+from chiasm.http.flood import limited
+from chiasm.http.keys import KeyGuard, read_keys
+from chiasm.http.log import RequestLog
+from chiasm.http.paths import normal_path
+from chiasm.http.visit import Visit, with_visit
+
+EXPOSED_HEADERS = ("X-Request-Id", "Server-Timing", "Retry-After")
+"""Headers of answers that web pages of other origins may read."""
+_LOGS_OF_CLIENTS = ("chiasm.http.errors", "uvicorn.error")
+"""Loggers to which any client can add lines, beside the log of requests: unexpected errors, and what isn't HTTP."""
+Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
+
+
+class FrontDoor(Starlette):
+    """An application with these routes behind the front door."""
+
+    def __init__(self, routes: Sequence[BaseRoute], config: HttpConfig, *, lifespan: Lifespan | None = None) -> None:
+        """Raises ConfigurationError for API keys that cannot be read."""
+        self._config = config
+        self._keys = read_keys(config)
+        self._log = RequestLog(access=config.access_log)
+
+        @asynccontextmanager
+        async def flushed(app: Starlette) -> AsyncIterator[None]:
+            async with AsyncExitStack() as stack:
+                for name in _LOGS_OF_CLIENTS:
+                    stack.enter_context(limited(name))
+                stack.callback(self._log.flush)
+                if lifespan is not None:
+                    await stack.enter_async_context(lifespan(app))
+                yield
+
+        super().__init__(routes=routes, exception_handlers=EXCEPTION_HANDLERS, lifespan=flushed)
+        self.router.redirect_slashes = False  # a redirect would lose the body
+
+    def build_middleware_stack(self) -> ASGIApp:
+        app = super().build_middleware_stack()
+        config = self._config
+        if self._keys:
+            app = KeyGuard(app, self._keys)
+        app = _Origins(
+            app,
+            allow_origins=config.allowed_origins,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            allow_credentials=config.allow_credentials,
+            expose_headers=EXPOSED_HEADERS,
+        )
+        return _Entrance(app, self._log, timing_comments=config.timing_comments == "on")
+
+
+class _Entrance:
+    """Names each request, reads its path, and logs what became of it."""
+
+    def __init__(self, app: ASGIApp, log: RequestLog, *, timing_comments: bool) -> None:
+        self._app = app
+        self._log = log
+        self._timing_comments = timing_comments
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        visit = Visit(scope, timing_comments=self._timing_comments, counts_tokens=self._log.is_access_log)
+        request_id = (b"x-request-id", visit.request_id.encode())
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), request_id]
+            visit.note(message)
+            await send(message)
+            visit.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        try:
+            await self._app(with_visit(scope, visit, normal_path(scope["path"])), receive, noted)
+        except Exception:
+            if not visit.is_complete:
+                visit.status = visit.status or HTTPStatus.INTERNAL_SERVER_ERROR
+                raise
+            # It was logged and answered with status 500; the server would only log it again.
+        finally:
+            self._log.note(visit)
+
+
+class _Origins(CORSMiddleware):
+    """Starlette's CORS, whose refusals have the shape of all errors."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == HTTPStatus.OK:
+            return response
+        text = bytes(response.body).decode()
+        refusal = error_response(
+            InvalidRequestError(
+                f"{text}; the server's options --allowed-origins, -methods and -headers say what is allowed."
+            )
+        )
+        for name, value in response.headers.items():
+            refusal.headers.setdefault(name, value)
+        return refusal

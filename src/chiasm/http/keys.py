@@ -1,0 +1,80 @@
+"""API keys: which paths need one, and whether a request has it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from chiasm.errors import AuthenticationError, Code, ConfigurationError
+from chiasm.http.config import HttpConfig
+from chiasm.http.errors import error_response
+
+_GUARDED = "/v1"
+"""As in vLLM, all paths that begin with it. /health and /metrics are open."""
+
+
+def read_keys(config: HttpConfig) -> tuple[str, ...]:
+    """Return all keys that a request may have; empty if it needs none.
+
+    Raises ConfigurationError for a file that cannot be read or holds no key, and for an empty key.
+    """
+    keys = list(config.api_key)
+    if config.api_key_file is not None:
+        try:
+            lines = config.api_key_file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or "it is not a text"
+            raise ConfigurationError(f"--api-key-file: {config.api_key_file} cannot be read: {reason}.") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ConfigurationError(f"--api-key-file: {config.api_key_file} holds no key; write one a line.")
+        keys += found
+    if not all(keys):
+        raise ConfigurationError("--api-key: a key must not be empty.")
+    return tuple(keys)
+
+
+def bearer(headers: Headers) -> str:
+    """Return the bearer token of a request; empty if it has none."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def is_one_of(given: str, digests: Iterable[bytes]) -> bool:
+    """Return whether a key has one of these digests, in a time that doesn't depend on the key."""
+    digest = digest_of(given)
+    found = False
+    for known in digests:
+        found |= hmac.compare_digest(digest, known)
+    return found
+
+
+def digest_of(key: str) -> bytes:
+    """Return what a key is compared by."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class KeyGuard:
+    """Refuses requests below /v1 that have no valid key, before anything of their body is read."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._digests = [digest_of(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"].startswith(_GUARDED):
+            given = bearer(Headers(scope=scope))
+            if not is_one_of(given, self._digests):
+                await error_response(wrong_key(given))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def wrong_key(given: str) -> AuthenticationError:
+    """Return the error for a request whose key is ``given``, which the message doesn't repeat."""
+    fault = "The API key of the request is wrong" if given else "The request has no API key"
+    return AuthenticationError(f"{fault}; send a valid one as `Authorization: Bearer KEY`.", code=Code.INVALID_API_KEY)

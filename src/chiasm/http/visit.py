@@ -1,0 +1,87 @@
+"""One request as the front door sees it: what it is called, what it asks of any answer, and what became of it."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.types import Message, Scope
+
+from chiasm.wire import ErrorBody
+
+_KEY = "chiasm.visit"
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_ERROR_EVENT = re.compile(rb'(?:^|\n)data: ?(\{\s*"error"[^\n]*)')
+_TOKENS = re.compile(rb'"(prompt|completion)_tokens": ?(\d{1,12})')
+_KEPT_BYTES = 4096
+_FIRST_ERROR = 400
+_error = msgspec.json.Decoder(ErrorBody)
+
+
+class Visit:
+    """One request, from its head to the last byte of its answer."""
+
+    def __init__(self, scope: Scope, *, timing_comments: bool = True, counts_tokens: bool = False) -> None:
+        """``timing_comments`` is what holds unless the request says something else; ``counts_tokens`` looks for ``usage`` in
+        its answer."""
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        self.arrival = time.monotonic()
+        self.method: str = scope["method"]
+        self.raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
+        """Without a query; percent-encoded as the client wrote it."""
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        """The client's, if it is harmless."""
+        wanted = headers.get("x-timing-comments", "").lower()
+        self.timing_comments = wanted == "on" if wanted in ("on", "off") else timing_comments
+        """Whether a stream may contain comments with timing."""
+        self.status: int | None = None
+        """Status of the answer, once it has begun."""
+        self.is_complete = False
+        """Whether the last byte of the answer was sent."""
+        self.ended_with_error = False
+        """Whether a stream ended with an error event."""
+        self.tokens: dict[str, int] = {}
+        """Tokens of ``prompt`` and ``completion``, as far as they are known."""
+        self._counts_tokens = counts_tokens
+        self._is_stream = False
+        self._error = b""
+
+    def note(self, message: Message) -> None:
+        """Take what is sent to the client."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            types = (value for name, value in message["headers"] if name == b"content-type")
+            self._is_stream = next(types, b"").startswith(b"text/event-stream")
+            return
+        body: bytes = message.get("body", b"")
+        if self.status is not None and self.status >= _FIRST_ERROR:
+            self._error += body[: _KEPT_BYTES - len(self._error)]
+        elif self._is_stream and b'"error"' in body and (found := _ERROR_EVENT.search(body)):
+            self.ended_with_error = True
+            self._error = found[1][:_KEPT_BYTES]
+        if self._counts_tokens and (at := body.rfind(b'"usage"')) >= 0:
+            self.tokens.update((name.decode(), int(count)) for name, count in _TOKENS.findall(body, at))
+
+    @property
+    def error(self) -> tuple[str, str]:
+        """Code and message of the error that was sent; of one that isn't JSON of OpenAI's shape, the text itself."""
+        try:
+            detail = _error.decode(self._error).error
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return "", self._error.decode("utf-8", "replace")
+        return str(detail.code or detail.type or ""), detail.message
+
+
+def visit_of(scope: Scope) -> Visit:
+    """Return the visit that the front door noted in the scope, or a new one if there was no front door."""
+    visit: Visit = scope.get(_KEY) or scope.setdefault(_KEY, Visit(scope))
+    return visit
+
+
+def with_visit(scope: Scope, visit: Visit, path: str) -> Scope:
+    """Return the scope of a request with its visit, and with another path."""
+    return {**scope, _KEY: visit, "path": path}

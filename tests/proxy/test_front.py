@@ -1,0 +1,192 @@
+"""The proxy's front door: what it refuses before it fetches or encodes, and what it says and logs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from chiasm.http.config import HttpConfig
+from chiasm.wire import ModelList, model_card
+
+from .conftest import Front, Images, Start, ask, image, image_bytes, listen
+from .instances import MODEL, FakeInstance, Received, begin_stream, error_event, error_of, event, refuse
+
+KEY = "right"
+RIGHT = {"Authorization": f"Bearer {KEY}"}
+WRONG = {"Authorization": "Bearer wrong"}
+
+
+def keyed(role: str, **health: Any) -> FakeInstance:
+    """Return an instance that needs a key and says so."""
+    instance = FakeInstance(role, needs_key=True, **health)
+    instance.key = KEY
+    return instance
+
+
+async def refusal(front: Front, images: Images, **headers: str) -> dict[str, Any]:
+    """Return the error for a request about an image, after checking that nobody was bothered by it."""
+    answer = await front.post(ask("x", image(await images(image_bytes()))), **headers)
+    assert answer.status == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert images.fetched == 0
+    assert not any(instance.received for instance in front.instances)
+    return answer.error
+
+
+class TestKeys:
+    async def test_a_proxy_with_a_key_refuses_others_before_it_does_anything(
+        self, start: Start, images: Images
+    ) -> None:
+        front = await start([FakeInstance("encoder"), FakeInstance("pd")], http=HttpConfig(api_key=(KEY,)))
+        for headers in ({}, WRONG):
+            assert (await refusal(front, images, **headers))["code"] == "invalid_api_key"
+        assert (await front.get("/v1/models")).status == 401
+        assert [(await front.get(path)).status for path in ("/health", "/metrics")] == [200, 200]
+        assert (await front.post(ask("x", image(await images(image_bytes()))), **RIGHT)).status == 200
+        assert [one.headers["Authorization"] for one in front.instances[1].received] == [RIGHT["Authorization"]]
+
+    @pytest.mark.parametrize("roles", [("encoder", "pd"), ("encoder", "prefill", "decode"), ("aggregated",)])
+    async def test_a_proxy_without_one_asks_an_instance_that_needs_one(
+        self, start: Start, images: Images, roles: tuple[str, ...]
+    ) -> None:
+        front = await start([keyed(role) for role in roles])
+        for headers in ({}, WRONG):
+            assert (await refusal(front, images, **headers))["code"] == "invalid_api_key"
+        assert (await front.post(ask("x", image(await images(image_bytes()))), **RIGHT)).status == 200
+
+    async def test_it_refuses_text_in_the_same_way(self, start: Start) -> None:
+        front = await start([keyed("pd")])
+        assert (await front.post(ask("x"), **WRONG)).error["code"] == "invalid_api_key"
+        assert (await front.post(ask("x"), **RIGHT)).status == 200
+        assert len(front.instances[0].received) == 1
+
+    async def test_a_key_that_was_accepted_is_not_asked_for_again_soon(self, start: Start) -> None:
+        pd = keyed("pd")
+        front = await start([keyed("encoder"), pd])
+        for colour in ("red", "blue", "green"):
+            assert (await front.post(ask("x", image(image_bytes(colour))), **RIGHT)).status == 200
+        assert pd.models_asked == 1
+
+    async def test_no_instance_is_asked_where_none_needs_a_key(self, start: Start) -> None:
+        front = await start([FakeInstance("encoder"), FakeInstance("pd")])
+        assert (await front.post(ask("x", image(image_bytes())), **WRONG)).status == 200
+        assert front.instances[1].models_asked == 0
+
+    async def test_vllm_without_the_middleware_is_asked_for_its_models_with_the_proxys_key(self, start: Start) -> None:
+        pd = FakeInstance("pd")
+        pd.health, pd.key = None, KEY
+        front = await start([pd], http=HttpConfig(api_key=(KEY, "other")))
+        assert (await front.post(ask("x"), **RIGHT)).status == 200
+
+    async def test_such_an_instance_is_unusable_without_a_key_and_the_reason_is_given(self, start: Start) -> None:
+        pd = FakeInstance("pd")
+        pd.health, pd.key = None, KEY
+        front = await start([pd])
+        (shown,) = (await front.get("/health")).json["instances"]
+        assert "--api-key" in shown["reason"]
+
+
+class TestModels:
+    async def test_a_card_has_the_fields_of_vllms(self, start: Start) -> None:
+        front = await start([FakeInstance("pd")])
+        (card,) = (await front.get("/v1/models/")).json["data"]
+        assert card | {"created": 0, "permission": []} == {
+            "id": MODEL,
+            "object": "model",
+            "created": 0,
+            "owned_by": "chiasm",
+            "root": MODEL,
+            "parent": None,
+            "max_model_len": 4096,
+            "permission": [],
+        }
+        (permission,) = card["permission"]
+        assert permission["object"] == "model_permission"
+        assert permission["allow_sampling"] is True
+        assert (await front.get(f"/v1/models/{MODEL}/")).json == card
+
+    def test_the_same_type_writes_and_reads_them(self) -> None:
+        card = model_card("m", created=5, max_model_len=7)
+        assert ModelList(data=[card]).data[0].permission[0].created == 5
+
+
+class TestStreams:
+    async def test_no_proxy_may_hold_them_up(self, start: Start) -> None:
+        front = await start([FakeInstance("pd")])
+        answer = await front.post(ask("x", stream=True))
+        assert (answer.headers["X-Accel-Buffering"], answer.headers["Cache-Control"]) == ("no", "no-cache")
+
+    @pytest.mark.parametrize("roles", [("pd",), ("prefill", "decode")])
+    @pytest.mark.parametrize(("config", "header"), [("off", None), ("on", "off")])
+    async def test_timing_can_be_left_out(
+        self, start: Start, roles: tuple[str, ...], config: str, header: str | None
+    ) -> None:
+        front = await start([FakeInstance(role) for role in roles], http=HttpConfig(timing_comments=config))
+        answer = await front.post(ask("x", stream=True), **({"X-Timing-Comments": header} if header else {}))
+        assert answer.body.endswith(b"data: [DONE]\n\n")
+        own = answer.body.count(b": server-timing") - answer.body.count(b": server-timing prefill;dur=3")
+        own -= answer.body.count(b": server-timing decode;dur=3")
+        assert own == 0
+        assert {one.headers["X-Timing-Comments"] for instance in front.instances for one in instance.received} == {
+            "off"
+        }
+
+
+class TestLog:
+    @pytest.fixture(autouse=True)
+    def level(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, "chiasm.requests")
+
+    def lines(self, caplog: pytest.LogCaptureFixture) -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "chiasm.requests"]
+
+    async def test_an_error_of_an_instance_is_logged_with_its_code(
+        self, start: Start, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        pd = FakeInstance("pd")
+        pd.answer = refuse(400, "Too long.", code="context_length_exceeded")
+        front = await start([pd])
+        await front.post(ask("x"), **{"X-Request-Id": "me"})
+        assert self.lines(caplog) == [
+            "id=me POST /v1/chat/completions status=400 code=context_length_exceeded: Too long."
+        ]
+
+    async def test_so_is_one_that_ends_a_stream(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+        async def break_down(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+            response = await begin_stream(request)
+            await response.write(event("one"))
+            await response.write(error_event(error_of("The engine failed.", "server_error", 500)))
+            return response
+
+        pd = FakeInstance("pd")
+        pd.answer = break_down
+        front = await start([pd])
+        heard = await listen(front, ask("x", stream=True))
+        assert heard.error is not None
+        assert [line.partition(" POST ")[2] for line in self.lines(caplog)] == [
+            "/v1/chat/completions status=200 code=500: The engine failed."
+        ]
+
+    async def test_no_prompt_and_no_key_gets_there(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+        front = await start([FakeInstance("pd")], http=HttpConfig(api_key=(KEY,), access_log=True))
+        await front.post(ask("a secret", stream=3), **RIGHT)
+        await front.post(ask("a secret"), Authorization="Bearer a-secret-key")
+        await front.post(ask("a secret"), "/v1/chat/completions?key=secret", **RIGHT)
+        text = "".join(self.lines(caplog))
+        assert text.count("status=") == 2
+        assert "secret" not in text
+
+
+async def test_compressed_bodies_reach_the_instance_as_they_were(start: Start) -> None:
+    front = await start([FakeInstance("pd")])
+    body = json.dumps(ask("x")).encode()
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    assert (await front.post(gzip.compress(body), **headers)).status == 200
+    (received,) = front.instances[0].received
+    assert received.body == body
+    assert "Content-Encoding" not in received.headers
