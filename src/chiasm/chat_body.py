@@ -1,4 +1,4 @@
-"""The JSON of a chat completion, rewritten part by part: the proxy and the vLLM middleware replace image parts in it."""
+"""The content parts of a chat completion: how they are replaced, and how those of unknown types are refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 from msgspec import Raw
 
+from chiasm.errors import InvalidRequestError
+
+_AS_TEXT = 'Send it as text: {"type": "text", "text": "…"}.'
+_AS_IMAGE = 'Send an image as {"type": "image_url", "image_url": {"url": "…"}}.'
+_NO_AUDIO = "Audio is not supported; leave it out."
+_NO_VIDEO = f"Video is not supported; leave it out, or send some of its frames as images. {_AS_IMAGE}"
+_NO_FILES = f"Files are not supported. {_AS_TEXT} {_AS_IMAGE}"
+_ADVICE = {
+    **dict.fromkeys(("input_text", "output_text", "refusal", "thinking", "reasoning"), _AS_TEXT),
+    **dict.fromkeys(("input_image", "image", "image_pil", "image_file", "image_embeds"), _AS_IMAGE),
+    **dict.fromkeys(("input_audio", "audio_url", "audio", "audio_embeds"), _NO_AUDIO),
+    **dict.fromkeys(("video_url", "video", "input_video"), _NO_VIDEO),
+    **dict.fromkeys(("file", "input_file", "document"), _NO_FILES),
+}
+_SHOWN_CHARACTERS = 50
 _object = msgspec.json.Decoder(dict[str, Raw])
 _objects = msgspec.json.Decoder(list[dict[str, Raw]])
 _array = msgspec.json.Decoder(list[Raw])
@@ -39,3 +54,12 @@ def _with_parts(message: Mapping[str, Raw], replace: Callable[[Raw], bytes | Raw
     if content is None or bytes(memoryview(content)[:1]) != b"[":
         return json_object(message)
     return json_object({**message, "content": json_array([replace(part) for part in _array.decode(content)])})
+
+
+def refused_part(message: int, place: int, kind: str) -> InvalidRequestError:
+    """Return the error for a content part of a type that is not supported: place ``place`` of message ``message``."""
+    advice = _ADVICE.get(kind, "The types of content parts are text and image_url.")
+    return InvalidRequestError(
+        f"messages[{message}].content[{place}] has the type {kind[:_SHOWN_CHARACTERS]!r}, which is not supported. {advice}",
+        param="messages",
+    )

@@ -6,7 +6,8 @@ import argparse
 
 import pytest
 
-from chiasm.cli.parser import parse_cpus, parse_size, show_size
+from chiasm.cli.parser import Parser, option, parse_cpus, parse_size, show_size
+from chiasm.errors import ConfigurationError
 
 
 @pytest.mark.parametrize(
@@ -46,3 +47,23 @@ def test_cpus(text: str, cpus: tuple[int, ...]) -> None:
 def test_other_texts_are_not_sets_of_cpus(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a set of CPUs"):
         parse_cpus(text)
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "9" * 30 + "TiB"])
+def test_absurd_sizes_are_refused(size: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="larger than any memory"):
+        parse_size(size)
+
+
+@pytest.mark.parametrize("kind", [int, float])
+@pytest.mark.parametrize(
+    "text", ["9" * 400, "9" * 5000, "9e400", "nan", "inf", "-inf", "", "1_000_000_000_000", "٣" * 30]
+)
+def test_absurd_numbers_are_refused(kind: type, text: str) -> None:
+    parser = Parser("x", "", "")
+    parser.add_option(option("number", kind, "A number."))
+    if kind is float and text.replace("_", "").isdigit() and len(text) < 100:
+        assert parser.parse(["--number", text])["number"] > 0
+        return
+    with pytest.raises(ConfigurationError, match="--number"):
+        parser.parse(["--number", text])

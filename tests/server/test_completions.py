@@ -105,7 +105,16 @@ def test_a_malformed_prompt_is_refused(pd: Served, prompt: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"echo": True}, {"suffix": "x"}, {"best_of": 3}, {"max_tokens": 0}, {"logprobs": 21}, {"n": 99}]
+    "fields",
+    [
+        {"echo": True},
+        {"suffix": "x"},
+        {"best_of": 3},
+        {"max_tokens": 0},
+        {"max_tokens": 513},
+        {"logprobs": 21},
+        {"n": 99},
+    ],
 )
 def test_unsupported_values_are_refused(pd: Served, fields: dict[str, Any]) -> None:
     reply = post(pd.completions, {"prompt": "x", **fields})

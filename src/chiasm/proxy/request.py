@@ -13,11 +13,12 @@ from typing import NamedTuple, TypeVar
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from chiasm.chat_body import with_content_parts
+from chiasm.chat_body import refused_part, with_content_parts
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import Code, InvalidRequestError
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+"""What vLLM takes as text. The built-in engine takes only the first of them, and says so."""
 _PATH = re.compile(r" - at `\$\.?([A-Za-z_]+)?.*`$")
 _NULL = b"null"
 _LONG_URL_BYTES = 4096
@@ -157,10 +158,10 @@ def parse_chat(body: bytes) -> Request:
     if not parsed.messages:
         raise InvalidRequestError("messages must contain at least one message.", param="messages")
     media = [
-        _media_part(part)
-        for message in parsed.messages
+        _media_part(part, index, place)
+        for index, message in enumerate(parsed.messages)
         if isinstance(message.content, list)
-        for part in message.content
+        for place, part in enumerate(message.content)
         if part.type not in _TEXT_PARTS
     ]
     if media:
@@ -197,17 +198,14 @@ def _refuse_value(name: str, value: Raw | UnsetType, why: str) -> None:
         raise InvalidRequestError(f"{name} is not accepted from clients: {why}.", param=name)
 
 
-def _media_part(part: _Part) -> MediaPart:
-    if part.type == "image_embeds":
-        raise InvalidRequestError(
-            "image_embeds parts are not accepted from clients; send the image as image_url.", param="messages"
-        )
+def _media_part(part: _Part, message: int, place: int) -> MediaPart:
     if part.type != "image_url":
-        raise InvalidRequestError(
-            f"Content parts of type {part.type[:40]!r} are not supported; use text or image_url.", param="messages"
-        )
+        raise refused_part(message, place, part.type)
     if part.image_url is None:
-        raise InvalidRequestError("An image_url part needs an image_url with a url.", param="messages")
+        raise InvalidRequestError(
+            f"messages[{message}].content[{place}] is an image_url part and needs an image_url with a url.",
+            param="messages",
+        )
     if isinstance(part.image_url, str):
         url, verbatim = part.image_url.encode(errors="replace"), False
     else:

@@ -90,7 +90,10 @@ def _engine_requests(
             request_id=f"{request_id}-{index}",
             prompt=prompt,
             sampling=sampling_params(
-                request, engine.processor, room_tokens=engine.max_model_len - len(prompt.token_ids)
+                request,
+                engine.processor,
+                context_tokens=engine.max_model_len,
+                prompt_tokens=len(prompt.token_ids),
             ),
             deadline=exchange.deadline,
             num_choices=num_choices(request),

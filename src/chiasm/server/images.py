@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from chiasm.chat_body import refused_part
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
@@ -30,7 +31,6 @@ _HINTS = {
     "instance.",
     _IMAGE_EMBEDS: "This instance encodes images itself; send them as image_url parts.",
 }
-_SHOWN_CHARACTERS = 50
 
 
 class Image(NamedTuple):
@@ -55,10 +55,9 @@ def _parts(request: ChatRequest, taken: str, max_items: int) -> list[Part]:
                     raise InvalidRequestError(f"{where} has no text.", param="messages")
                 continue
             if part.type != taken:
-                hint = _HINTS.get(part.type, f"Content parts may be text or {taken} here.")
-                raise InvalidRequestError(
-                    f"{where} has the type {part.type[:_SHOWN_CHARACTERS]!r}. {hint}", param="messages"
-                )
+                if hint := _HINTS.get(part.type):
+                    raise InvalidRequestError(f"{where} has the type {part.type!r}. {hint}", param="messages")
+                raise refused_part(index, place, part.type)
             if getattr(part, taken) is None:
                 raise InvalidRequestError(f"{where} has no {taken}.", param="messages")
             if part.uuid is not None:
