@@ -177,6 +177,14 @@ def test_malformed_messages_are_refused(loaded: Loaded, messages: list[Any]) -> 
         loaded.processor.build_chat(messages, [])
 
 
+def test_values_that_are_nested_too_deeply_are_refused(qwen: Processor) -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(InvalidRequestError, match="nested too deeply"):
+        qwen.build_chat([{"role": "user", "content": "x"}], [], template_kwargs={"tools": deep})
+
+
 def test_an_error_of_the_template_is_an_invalid_request(templated: Callable[..., Processor]) -> None:
     processor = templated("{{ raise_exception('roles must alternate') if messages | length > 1 }}x")
     with pytest.raises(InvalidRequestError, match="roles must alternate"):

@@ -283,6 +283,8 @@ def test_fields_that_would_change_the_answer_are_refused(pd: Served, fields: dic
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 50}, "top_logprobs"),
         ({"stop": ["a"] * 99}, "stop"),
+        ({"stop": "a" * 1025}, "stop"),
+        ({"logit_bias": {str(token): 1 for token in range(5000)}}, "logit_bias"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"257": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),

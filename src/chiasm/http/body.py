@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from chiasm.errors import Code, PayloadTooLargeError
+from chiasm.http.untrusted import whole_number
 
 
 class ClientLeftError(Exception):
@@ -22,10 +23,10 @@ async def read_body(
     """Return the whole body of at most ``max_bytes``.
 
     ``hold`` is told the size of every chunk before it is kept, and may raise to refuse it. Raises PayloadTooLargeError, for a
-    declared length before anything is read, and ClientLeftError.
+    declared length before anything is read, InvalidRequestError and ClientLeftError.
     """
-    declared = headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
+    declared = headers.get("content-length")
+    if declared is not None and whole_number("Content-Length", declared) > max_bytes:
         raise _too_large(max_bytes)
     chunks: list[bytes] = []
     size_bytes = 0

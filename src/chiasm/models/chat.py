@@ -68,7 +68,12 @@ class ChatTemplate:
             kwargs = template_kwargs if hide is None else _each_string(template_kwargs, hide)
             return self._apply([self._adapted(message) for message in shown], {**options, **kwargs})
 
-        texts = list(_strings([*messages, template_kwargs]))
+        try:
+            texts = list(_strings([*messages, template_kwargs]))
+        except RecursionError:
+            raise InvalidRequestError(
+                "The values in messages or chat_template_kwargs are nested too deeply.", param="messages"
+            ) from None
         if not self._words.may_come_of(texts):
             return Rendered(rendered(), None)
         # Templates look into messages, so no more is hidden from this one than necessary.

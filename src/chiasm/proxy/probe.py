@@ -16,7 +16,7 @@ from chiasm.proxy.upstream import (
     UpstreamError,
     UpstreamResponse,
 )
-from chiasm.wire import Health, InstanceState
+from chiasm.wire import UNREADABLE, Count, Health, InstanceState
 
 _log = logging.getLogger(__name__)
 _MAX_RESPONSE_BYTES = 1 << 20
@@ -29,7 +29,7 @@ _MISSES = 2
 
 class _Model(msgspec.Struct):
     id: str
-    max_model_len: int | None = None
+    max_model_len: Count | None = None
 
 
 class _Models(msgspec.Struct):
@@ -129,7 +129,7 @@ class Prober:
             return await self._ask_models(url)
         try:
             health = _health.decode(response.body)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise UpstreamError(f"/health answered with an unexpected body: {error}") from error
         if health.status != "ok":
             raise UpstreamError(f"/health reports the status {health.status[:40]!r}")
@@ -142,7 +142,7 @@ class Prober:
         response = await self._get(f"{url}/v1/models")
         try:
             models = _models.decode(response.body).data
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             models = []
         if response.status != 200 or not models:
             raise UpstreamError("/v1/models names no model")
@@ -157,7 +157,7 @@ def _explanation(body: bytes) -> str:
     """What an instance says about why it isn't healthy."""
     try:
         health = _health.decode(body)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return ""
     status = health.status if health.status != "ok" else ""
     text = ": ".join(part for part in (status, health.message) if part)

@@ -81,7 +81,11 @@ def published_items(request: ChatRequest, processor: Processor, *, max_items: in
     seen: dict[str, ItemGeometry] = {}
     for part in _parts(request, _IMAGE_EMBEDS, max_items):
         name = check_identifier(part.uuid)
-        geometry = processor.geometry_of_metadata(_metadata(part.image_embeds))
+        metadata = _metadata(part.image_embeds)
+        try:
+            geometry = processor.geometry_of_metadata(metadata)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(error.message, param="messages", code=error.code) from None
         if seen.setdefault(name, geometry) != geometry:
             raise InvalidRequestError("Two parts with the same uuid differ in their size.", param="messages")
         items.append((name, geometry))

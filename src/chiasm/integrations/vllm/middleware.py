@@ -22,7 +22,7 @@ from chiasm.http.errors import error_response
 from chiasm.integrations.vllm.health import Description, describe
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.server.config import ServerConfig
-from chiasm.wire import CHAT_PATH, Health
+from chiasm.wire import CHAT_PATH, UNREADABLE, Health
 
 _EMBEDS = "image_embeds"
 _EMBEDS_KEY = f'"{_EMBEDS}"'.encode()
@@ -137,7 +137,7 @@ def _with_grids(body: bytes, described: Description) -> bytes:
 
     try:
         rewritten = with_content_parts(body, with_grid)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return body
     return rewritten if is_changed else body
 
