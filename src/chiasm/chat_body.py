@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from msgspec import Raw
@@ -22,6 +23,8 @@ _ADVICE = {
     **dict.fromkeys(("file", "input_file", "document"), _NO_FILES),
 }
 _SHOWN_CHARACTERS = 50
+_WITH_TEXTS = {"messages", "tools", "documents", "chat_template_kwargs"}
+_WITHOUT_TEXTS = {"type", "role", "uuid", "image_url", "image_embeds"}
 _object = msgspec.json.Decoder(dict[str, Raw])
 _objects = msgspec.json.Decoder(list[dict[str, Raw]])
 _array = msgspec.json.Decoder(list[Raw])
@@ -39,6 +42,18 @@ def with_content_parts(body: bytes, replace: Callable[[Raw], bytes | Raw]) -> by
     return json_object({**members, "messages": json_array(messages)})
 
 
+def with_texts(body: bytes, change: Callable[[str], str]) -> bytes:
+    """Return the body with each text of its messages, their tool calls and the template's arguments changed, in order.
+
+    All other values keep their bytes. Raises like :func:`with_content_parts`.
+    """
+    members = _object.decode(body)
+    for name in _WITH_TEXTS & members.keys():
+        value = msgspec.json.decode(members[name])
+        members[name] = Raw(msgspec.json.encode(_changed(value, change)))
+    return json_object(members)
+
+
 def json_object(members: Mapping[str, bytes | Raw]) -> bytes:
     """Return a JSON object whose values are JSON already."""
     return b"{" + b",".join([msgspec.json.encode(key) + b":" + bytes(value) for key, value in members.items()]) + b"}"
@@ -54,6 +69,16 @@ def _with_parts(message: Mapping[str, Raw], replace: Callable[[Raw], bytes | Raw
     if content is None or bytes(memoryview(content)[:1]) != b"[":
         return json_object(message)
     return json_object({**message, "content": json_array([replace(part) for part in _array.decode(content)])})
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_changed(item, change) for item in value]
+    if isinstance(value, dict):
+        return {name: item if name in _WITHOUT_TEXTS else _changed(item, change) for name, item in value.items()}
+    return value
 
 
 def refused_part(message: int, place: int, kind: str) -> InvalidRequestError:

@@ -55,6 +55,7 @@ class ByteProcessor(Processor):
         self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.tokenizer.decoder = decoders.ByteLevel()
         self.eos_token_ids = frozenset({256})
+        self.placeholder = PLACEHOLDER
         self.vocab_size = 257
         self.max_model_len = 512
         self.default_sampling = {"temperature": 0.5, "top_k": 7}

@@ -93,6 +93,8 @@ class Processor(ABC):
     """The tokenizer of the ``tokenizers`` library."""
     eos_token_ids: frozenset[int]
     """Tokens that end an answer, from generation_config.json, config.json and the tokenizer."""
+    placeholder: str
+    """The word of the token that stands for an image in a rendered chat."""
     vocab_size: int
     """Number of logits per token."""
     max_model_len: int

@@ -38,10 +38,10 @@ class TransformersProcessor(Processor):
         self.default_sampling = _default_sampling(checkpoint.generation_config)
         self._family = family
         self._bos: str | None = parts.tokenizer.bos_token
-        self._placeholder = self._token_of(family.placeholder_id)
+        self.placeholder = self._token_of(family.placeholder_id)
         self._words = SpecialWords(self.tokenizer, {family.placeholder_id, *self.eos_token_ids})
         template = _chat_template(checkpoint.folder, parts)
-        self._chat = ChatTemplate(parts.tokenizer, template, self._placeholder, self._words)
+        self._chat = ChatTemplate(parts.tokenizer, template, self.placeholder, self._words)
 
     def build_chat(
         self,
@@ -63,7 +63,7 @@ class TransformersProcessor(Processor):
         return self._with_items(self._encode(text, add_special_tokens=not has_bos, reveal=reveal), items)
 
     def build_text(self, text: str) -> Prompt:
-        keep = {self._placeholder} if self._placeholder in text else ()
+        keep = {self.placeholder} if self.placeholder in text else ()
         return self.build_tokens(self._encode(text, add_special_tokens=True, keep=keep))
 
     def build_tokens(self, token_ids: Sequence[int]) -> Prompt:
@@ -71,7 +71,7 @@ class TransformersProcessor(Processor):
             raise InvalidRequestError(f"Token ids must be between 0 and {self.vocab_size - 1}.", param="prompt")
         if self._family.placeholder_id in token_ids:
             raise InvalidRequestError(
-                f"A prompt must not contain {self._placeholder}, which stands for an image. Use /v1/chat/completions.",
+                f"A prompt must not contain {self.placeholder}, which stands for an image. Use /v1/chat/completions.",
                 param="prompt",
             )
         return Prompt(list(token_ids))
