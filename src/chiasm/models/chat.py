@@ -71,9 +71,7 @@ class ChatTemplate:
         try:
             texts = list(_strings([*messages, template_kwargs]))
         except RecursionError:
-            raise InvalidRequestError(
-                "The values in messages or chat_template_kwargs are nested too deeply.", param="messages"
-            ) from None
+            raise _too_deep() from None
         if not self._words.may_come_of(texts):
             return Rendered(rendered(), None)
         # Templates look into messages, so no more is hidden from this one than necessary.
@@ -91,6 +89,8 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(
                 messages, chat_template=self._template, tokenize=False, **options
             )
+        except RecursionError:
+            raise _too_deep() from None
         except Exception as error:  # a template is a program and can raise anything; the messages caused it
             raise InvalidRequestError(f"The chat template refuses the messages: {error}", param="messages") from error
         return str(text)
@@ -139,6 +139,12 @@ class ChatTemplate:
         except InvalidRequestError:
             return False
         return text.count(self._placeholder) == 1
+
+
+def _too_deep() -> InvalidRequestError:
+    return InvalidRequestError(
+        "The values in messages or chat_template_kwargs are nested too deeply.", param="messages"
+    )
 
 
 def _probe(role: str, content: str | list[Message]) -> Message:
