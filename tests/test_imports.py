@@ -13,8 +13,8 @@ import chiasm
 
 SOURCE = Path(chiasm.__file__).parent
 LAYERS = (
-    {"__init__", "errors", "wire", "findings", "options", "prometheus", "checkpoints", "lazy", "chat_body"},
-    {"connectors", "cores", "due"},
+    {"__init__", "errors", "wire", "findings", "options", "prometheus", "checkpoints", "lazy"},
+    {"connectors", "cores", "due", "chat_body"},
     {"http"},
     {"media"},
     {"models", "ec_transfer", "kv_transfer"},

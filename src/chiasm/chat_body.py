@@ -1,12 +1,30 @@
-"""The JSON of a chat completion, rewritten part by part: the proxy and the vLLM middleware replace image parts in it."""
+"""The content parts of a chat completion: how they are replaced, and how those of unknown types are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from msgspec import Raw
 
+from chiasm.errors import InvalidRequestError
+
+_AS_TEXT = 'Send it as text: {"type": "text", "text": "…"}.'
+_AS_IMAGE = 'Send an image as {"type": "image_url", "image_url": {"url": "…"}}.'
+_NO_AUDIO = "Audio is not supported; leave it out."
+_NO_VIDEO = f"Video is not supported; leave it out, or send some of its frames as images. {_AS_IMAGE}"
+_NO_FILES = f"Files are not supported. {_AS_TEXT} {_AS_IMAGE}"
+_ADVICE = {
+    **dict.fromkeys(("input_text", "output_text", "refusal", "thinking", "reasoning"), _AS_TEXT),
+    **dict.fromkeys(("input_image", "image", "image_pil", "image_file", "image_embeds"), _AS_IMAGE),
+    **dict.fromkeys(("input_audio", "audio_url", "audio", "audio_embeds"), _NO_AUDIO),
+    **dict.fromkeys(("video_url", "video", "input_video"), _NO_VIDEO),
+    **dict.fromkeys(("file", "input_file", "document"), _NO_FILES),
+}
+_SHOWN_CHARACTERS = 50
+_WITH_TEXTS = {"messages", "tools", "documents", "chat_template_kwargs"}
+_WITHOUT_TEXTS = {"type", "role", "uuid", "image_url", "image_embeds"}
 _object = msgspec.json.Decoder(dict[str, Raw])
 _objects = msgspec.json.Decoder(list[dict[str, Raw]])
 _array = msgspec.json.Decoder(list[Raw])
@@ -24,6 +42,18 @@ def with_content_parts(body: bytes, replace: Callable[[Raw], bytes | Raw]) -> by
     return json_object({**members, "messages": json_array(messages)})
 
 
+def with_texts(body: bytes, change: Callable[[str], str]) -> bytes:
+    """Return the body with each text of its messages, their tool calls and the template's arguments changed, in order.
+
+    All other values keep their bytes. Raises like :func:`with_content_parts`.
+    """
+    members = _object.decode(body)
+    for name in _WITH_TEXTS & members.keys():
+        value = msgspec.json.decode(members[name])
+        members[name] = Raw(msgspec.json.encode(_changed(value, change)))
+    return json_object(members)
+
+
 def json_object(members: Mapping[str, bytes | Raw]) -> bytes:
     """Return a JSON object whose values are JSON already."""
     return b"{" + b",".join([msgspec.json.encode(key) + b":" + bytes(value) for key, value in members.items()]) + b"}"
@@ -39,3 +69,22 @@ def _with_parts(message: Mapping[str, Raw], replace: Callable[[Raw], bytes | Raw
     if content is None or bytes(memoryview(content)[:1]) != b"[":
         return json_object(message)
     return json_object({**message, "content": json_array([replace(part) for part in _array.decode(content)])})
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_changed(item, change) for item in value]
+    if isinstance(value, dict):
+        return {name: item if name in _WITHOUT_TEXTS else _changed(item, change) for name, item in value.items()}
+    return value
+
+
+def refused_part(message: int, place: int, kind: str) -> InvalidRequestError:
+    """Return the error for a content part of a type that is not supported: place ``place`` of message ``message``."""
+    advice = _ADVICE.get(kind, "The types of content parts are text and image_url.")
+    return InvalidRequestError(
+        f"messages[{message}].content[{place}] has the type {kind[:_SHOWN_CHARACTERS]!r}, which is not supported. {advice}",
+        param="messages",
+    )

@@ -172,7 +172,10 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
 
 class MediaError(InvalidRequestError):
-    """An image could not be fetched or decoded."""
+    """An image of the request's messages could not be fetched or decoded."""
+
+    def __init__(self, message: str, *, param: str | None = "messages", code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
 
 
 class OverloadedError(ChiasmError):

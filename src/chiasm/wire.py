@@ -13,6 +13,15 @@ from typing import Annotated
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What a decoder of msgspec raises for bytes that are not the message that it expects."""
+
+Integer = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+"""An integer that every language can hold; JSON's may have any number of digits."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
+"""A number of things. Up to here JavaScript represents every integer."""
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 
@@ -33,19 +42,19 @@ class Role(enum.StrEnum):
 class ImageCost(msgspec.Struct, kw_only=True, frozen=True):
     """What an image of one size costs an instance, of a CPU on one core."""
 
-    pixels: int = 0
+    pixels: Count = 0
     """Width times height of the image as a client sends it."""
-    tokens: int = 0
+    tokens: Count = 0
     """Tokens that the image takes in a prompt."""
-    encode_seconds: float = 0.0
+    encode_seconds: Seconds = 0.0
     """Decoding the file, preprocessing and the vision tower; 0 if the instance encodes no images."""
 
 
 class Costs(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """What work costs an instance, of a CPU on one core, as it measured at start. 0 and empty mean unknown."""
 
-    prefill_seconds_per_token: float = 0.0
-    decode_step_seconds: float = 0.0
+    prefill_seconds_per_token: Seconds = 0.0
+    decode_step_seconds: Seconds = 0.0
     """A step that generates one token of one sequence."""
     images: list[ImageCost] = []
     """In ascending order of pixels."""
@@ -76,21 +85,21 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Whether requests need an API key, which the proxy passes on."""
     takes_image_size: bool = True
     """Whether ``image_size`` sizes placeholders for it; otherwise it needs the metadata of the encoder's answer."""
-    max_model_len: int | None = None
+    max_model_len: Count | None = None
     """Tokens of prompt and answer together."""
-    max_items: int | None = None
+    max_items: Count | None = None
     """Images that one request may have."""
-    max_num_seqs: int | None = None
+    max_num_seqs: Count | None = None
     """Sequences that it computes at the same time."""
     kv_connector: str | None = None
     """What moves KV from prefill to decode; None if the instance moves none."""
-    kv_blocks_total: int | None = None
-    kv_blocks_free: int | None = None
+    kv_blocks_total: Count | None = None
+    kv_blocks_free: Count | None = None
     device: str = ""
     """``cpu`` or ``cuda:0``; of vLLM with all devices that it may use, ``cuda:0,1``."""
-    threads: int | None = None
+    threads: Count | None = None
     """Intra-op CPU threads."""
-    cpus: list[int] = []
+    cpus: list[Count] = []
     """CPUs that it may run on."""
     shares_cores: bool = False
     """Whether it leaves cores to the instances of its machine that compute at the same time."""
@@ -179,7 +188,7 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True):
     owned_by: str = "chiasm"
     root: str | None = None
     parent: str | None = None
-    max_model_len: int | None = None
+    max_model_len: Count | None = None
     permission: list[ModelPermission] = []
 
 
@@ -202,7 +211,7 @@ def model_card(name: str, *, created: int, max_model_len: int | None) -> ModelCa
 class ECItem(msgspec.Struct, kw_only=True, frozen=True):
     """One published embedding in an encoder's answer: the values of ``ec_transfer_params``, whose keys are identifiers."""
 
-    item_indices: list[int] = []
+    item_indices: list[Count] = []
     """The places of the item among the images of the request, counted from 0."""
     metadata: Raw = Raw(b"{}")
     """A JSON object that sizes the item's placeholders (``image_grid_thw`` in the Qwen families)."""
@@ -242,12 +251,12 @@ class KVTransferParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     remote_host: Name | None = None
     remote_port: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)] | None = None
     remote_request_id: Name | None = None
-    tp_size: int = 1
+    tp_size: Integer = 1
 
     continues: bool = False
     """The sender relays the answer as part of one longer answer. P: the request's ``max_tokens`` and ``stream`` are the
     client's own, and no handle comes back if the first token ends the answer. D: tokens are announced in the stream."""
-    num_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    num_tokens: Count = 0
     """Tokens, from the first of the prompt, whose keys and values are in ``remote_block_ids``."""
     digest: Name = ""
     """Hex; names those tokens and the items among them. D compares it with its own."""
@@ -255,13 +264,13 @@ class KVTransferParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What was sampled so far, the prompt's continuation. Empty if D samples the first token itself."""
     output_logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
     """Log probabilities of those tokens, if the request asks for them; otherwise empty."""
-    num_sent: Annotated[int, msgspec.Meta(ge=0)] = 0
+    num_sent: Count = 0
     """How many of ``output_token_ids``, from the first, the client already has."""
-    seed: int | None = None
+    seed: Integer | None = None
     """Seed of the sampling: the request's own or the one that P drew."""
-    created: int | None = None
+    created: Integer | None = None
     """Unix time at which the answer began."""
-    cached_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    cached_tokens: Count = 0
     """Prompt tokens that the first P found in its prefix cache."""
     prompts: Annotated[list[KVTransferParams], msgspec.Meta(max_length=1024)] = msgspec.field(default_factory=list)
     """For a request with several prompts: one handle each, in order; all other fields are unset then."""
@@ -286,7 +295,7 @@ class ErrorDetail(msgspec.Struct, kw_only=True, frozen=True):
     message: str = ""
     type: str = ""
     param: str | None = None
-    code: str | int | None = None
+    code: str | Integer | None = None
     """chiasm's codes are in docs/errors.md; vLLM puts the HTTP status here."""
 
 

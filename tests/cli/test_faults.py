@@ -74,6 +74,11 @@ def test_a_file_that_is_not_an_image(tmp_path: Path) -> None:
     )
 
 
+def test_a_context_that_is_longer_than_the_models() -> None:
+    line = _one_line("instance", "demo", "--role", "aggregated", "--max-model-len", "999999", "--port", "0")
+    assert "--max-model-len is 999999, but the model supports 8192 tokens" in line
+
+
 def test_an_error_that_an_instance_reports_at_start_ends_serve(checkpoint: Path) -> None:
     """Too little memory for the context length is known only when the model is loaded, and trying again would not help."""
     flags = ("--aggregated", "1", "--kv-cache-bytes", "4KiB", "--max-model-len", "512", "--port", "0")

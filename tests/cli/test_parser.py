@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from chiasm.cli import proxy
-from chiasm.cli.parser import parse_cpus, parse_size, show_size
+from chiasm.cli.parser import Parser, option, parse_cpus, parse_size, show_size
 from chiasm.errors import ConfigurationError
 
 
@@ -67,3 +67,23 @@ def test_the_environment_has_one_value_of_an_option_that_can_be_repeated() -> No
     environment = {"CHIASM_API_KEY": "a"}
     assert proxy.parser().parse([], environment) == {"api_key": ("a",)}
     assert proxy.parser().parse(["--api-key", "b", "--api-key", "c"], environment) == {"api_key": ("b", "c")}
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "9" * 30 + "TiB"])
+def test_absurd_sizes_are_refused(size: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="larger than any memory"):
+        parse_size(size)
+
+
+@pytest.mark.parametrize("kind", [int, float])
+@pytest.mark.parametrize(
+    "text", ["9" * 400, "9" * 5000, "9e400", "nan", "inf", "-inf", "", "1_000_000_000_000", "٣" * 30]
+)
+def test_absurd_numbers_are_refused(kind: type, text: str) -> None:
+    parser = Parser("x", "", "")
+    parser.add_option(option("number", kind, "A number."))
+    if kind is float and text.replace("_", "").isdigit() and len(text) < 100:
+        assert parser.parse(["--number", text])["number"] > 0
+        return
+    with pytest.raises(ConfigurationError, match="--number"):
+        parser.parse(["--number", text])

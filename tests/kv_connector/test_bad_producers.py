@@ -110,6 +110,22 @@ def test_an_answer_to_what_was_not_asked_ends_the_connection(
     assert decode.holds("q", [1])
 
 
+@pytest.mark.parametrize(
+    "body", [b"\x82\xa4type\xa7refused\xa6reason\xa1\xff", b"\x82\xa4type\xa5whole\xa1x" + b"\x91" * 90_000]
+)
+def test_an_answer_that_is_no_message_is_a_line_in_the_log(
+    decode: Instance, producer: RawProducer, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = decode.arrive("d", producer.handle("p", [1]))
+    decode.step()
+    producer.greet()
+    assert isinstance(producer.hear(), Claim)
+    producer.send_frame(body)
+    assert "does not speak the control protocol" in decode.failure_of(request)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.records[0].exc_info is None
+
+
 def test_a_surplus_answer_ends_the_connection(decode: Instance, producer: RawProducer) -> None:
     request = decode.arrive("d", producer.handle("p", [1]))
     decode.step()

@@ -157,11 +157,15 @@ def wrong_claim(**changes: object) -> bytes:
         wrong_claim(seconds_left=-1.0),
         wrong_claim(seconds_left=float("inf")),
         wrong_claim(seconds_left=float("nan")),
+        wrong_claim(seconds_left=1e308),
+        wrong_claim(request_id="\0").replace(b"\xa1\0", b"\xa1\xff"),  # no UTF-8
+        wrong_claim(claim=(1 << 64) - 1),
+        b"\x82\xa4type\xa5claim\xa1x" + b"\x91" * 100_000 + b"\x90",  # deep, in a field that nobody knows
     ],
-    ids=range(16),
+    ids=range(20),
 )
 def test_a_malformed_message_ends_its_connection_and_no_other(
-    prefill: Instance, decode: Instance, greeted: RawConsumer, body: bytes
+    prefill: Instance, decode: Instance, greeted: RawConsumer, body: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     handle = prefill.prefill("p", [1])
     with RawConsumer(prefill) as other:
@@ -171,6 +175,9 @@ def test_a_malformed_message_ends_its_connection_and_no_other(
     assert greeted.is_closed()
     decode.fetch("d", handle, [1])
     assert decode.holds("p", [1])
+    logged = [record for record in caplog.records if "does not speak the control protocol" in record.getMessage()]
+    assert len(logged) == 2
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_bytes_without_frames_end_the_connection(prefill: Instance) -> None:

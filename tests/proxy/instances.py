@@ -69,6 +69,8 @@ class FakeInstance:
         self.health: Health | None = Health(**(known | (PART if role in {"prefill", "decode"} else {}) | health))
         """None responds like vLLM without chiasm's middleware: an empty 200, and the model's name elsewhere."""
         self.health_status = 200
+        self.health_body: bytes | None = None
+        """What /health responds with in place of ``health``."""
         self.awake = asyncio.Event()
         """While it is clear, /health doesn't respond."""
         self.awake.set()
@@ -120,6 +122,8 @@ class FakeInstance:
 
     async def _health(self, request: web.Request) -> web.Response:
         await self.awake.wait()
+        if self.health_body is not None:
+            return web.Response(body=self.health_body)
         if self.health is None:
             return web.Response(status=self.health_status)
         return respond(self.health, status=self.health_status)

@@ -100,6 +100,23 @@ async def test_a_body_that_is_not_a_request_is_refused(front: Front, body: Any, 
     assert error["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("input_image", '{"type": "image_url"'),
+        ("image_embeds", '{"type": "image_url"'),
+        ("input_audio", "Audio is not supported"),
+        ("video_url", "Video is not supported"),
+        ("file", "Files are not supported"),
+        ("wonder", "text and image_url"),
+    ],
+)
+async def test_content_parts_of_other_types_are_refused_with_advice(front: Front, kind: str, advice: str) -> None:
+    error = await refused(front, ask("x", {"type": kind, kind: {}}))
+    assert f"content[1] has the type {kind!r}" in error["message"]
+    assert advice in error["message"]
+
+
 async def test_empty_transfer_parameters_are_accepted(front: Front) -> None:
     assert (await front.post(ask("x", ec_transfer_params=None, kv_transfer_params={}))).status == 200
 

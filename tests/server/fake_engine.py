@@ -55,6 +55,7 @@ class ByteProcessor(Processor):
         self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.tokenizer.decoder = decoders.ByteLevel()
         self.eos_token_ids = frozenset({256})
+        self.placeholder = PLACEHOLDER
         self.vocab_size = 257
         self.max_model_len = 512
         self.default_sampling = {"temperature": 0.5, "top_k": 7}
@@ -104,7 +105,7 @@ class ByteProcessor(Processor):
         return Prompt(list(token_ids))
 
     def geometry_of_size(self, height: int, width: int) -> ItemGeometry:
-        if height < 1 or width < 1:
+        if not (1 <= height <= 4096 and 1 <= width <= 4096):
             raise InvalidRequestError("an image needs a size")
         rows = -(-height // 28) * -(-width // 28)
         metadata = {"image_grid_thw": [1, -(-height // 28), -(-width // 28)]}
@@ -116,7 +117,7 @@ class ByteProcessor(Processor):
                 return self.geometry_of_size(height, width)
             case {"image_grid_thw": [1, int(height), int(width)]}:
                 return self.geometry_of_size(28 * height, 28 * width)
-        raise InvalidRequestError(f"unknown metadata {metadata!r}")
+        raise InvalidRequestError("unknown metadata")
 
     def preprocess(self, image: Any) -> Pixels:
         return Pixels({}, self.geometry_of_size(image.height, image.width))

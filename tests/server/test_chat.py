@@ -165,8 +165,28 @@ def test_sampling_fields_that_are_left_out_come_from_the_checkpoint(pd: Served) 
 
 def test_a_chat_may_fill_the_context_unless_told_otherwise(pd: Served) -> None:
     post(pd.chat, {"messages": HI})
-    post(pd.chat, {"messages": HI, "max_tokens": 100_000})
+    post(pd.chat, {"messages": HI, "max_tokens": 512})
     assert [request.sampling.max_tokens for request in pd.engine.requests] == [510, 510]
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("input_text", '{"type": "text"'),
+        ("output_text", '{"type": "text"'),
+        ("refusal", '{"type": "text"'),
+        ("input_image", '{"type": "image_url"'),
+        ("input_audio", "Audio is not supported"),
+        ("video_url", "Video is not supported"),
+        ("file", "Files are not supported"),
+        ("wonder", "text and image_url"),
+    ],
+)
+def test_content_parts_of_other_types_are_refused_with_advice(pd: Served, kind: str, advice: str) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": kind, kind: "x"}]
+    error = post(pd.chat, {"messages": [*HI, {"role": "user", "content": parts}]}).error
+    assert f"messages[1].content[1] has the type {kind!r}" in error["message"]
+    assert advice in error["message"]
 
 
 def test_messages_reach_the_template(pd: Served) -> None:
@@ -254,6 +274,8 @@ def test_fields_that_would_change_the_answer_are_refused(pd: Served, fields: dic
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_tokens": "many"}, "max_tokens"),
+        ({"max_tokens": 513}, "max_tokens"),
+        ({"max_completion_tokens": 513}, "max_completion_tokens"),
         ({"n": 0}, "n"),
         ({"n": 17}, "n"),
         ({"temperature": -1}, "temperature"),
@@ -261,6 +283,8 @@ def test_fields_that_would_change_the_answer_are_refused(pd: Served, fields: dic
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 50}, "top_logprobs"),
         ({"stop": ["a"] * 99}, "stop"),
+        ({"stop": "a" * 1025}, "stop"),
+        ({"logit_bias": {str(token): 1 for token in range(5000)}}, "logit_bias"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"257": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),

@@ -26,6 +26,11 @@ _UNITS = {
     **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
     **{letter: 1024**power for power, letter in enumerate("kmgt", 1)},
 }
+_MAX_SIZE = 1 << 60
+"""Bytes."""
+_MAX_INTEGER = (1 << 31) - 1
+"""What the libraries that get an option's value can hold in any case."""
+_SHOWN_CHARACTERS = 40
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 _METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 _HELP_COLUMN = 32
@@ -122,8 +127,11 @@ def parse_size(text: str) -> int:
     """Return the bytes of ``512MiB``, ``512M`` (the same), ``1.5GB`` (decimal) or ``1048576``."""
     match = _SIZE.fullmatch(text.strip().lower())
     if match is None or match[2] not in _UNITS:
-        raise _wrong(f"{text!r} is not a size; write bytes, or a number with KiB, MiB, GiB, kB, MB or GB")
-    return int(float(match[1]) * _UNITS[match[2]])
+        raise _wrong(f"{_shown(text)} is not a size; write bytes, or a number with KiB, MiB, GiB, kB, MB or GB")
+    size = float(match[1]) * _UNITS[match[2]]
+    if size > _MAX_SIZE:
+        raise _wrong(f"{_shown(text)} is larger than any memory or disk")
+    return int(size)
 
 
 def show_size(size: int) -> str:
@@ -177,10 +185,23 @@ def _parse_list(text: str, *, separator: str) -> tuple[str, ...]:
 
 def _parse_number(text: str, *, kind: Callable[[str], float], low: float, high: float) -> float:
     with contextlib.suppress(ValueError):
-        if low <= (value := kind(text)) <= high:
+        value = kind(text)
+        if low <= value <= high and math.isfinite(value):
             return value
-    bounds = "" if low == -math.inf else f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
-    raise _wrong(f"{text!r} is not {'an integer' if kind is int else 'a number'}{bounds}")
+        if value > high:
+            raise _wrong(f"{_shown(text)} is more than the limit of {high:.10g}")
+    bounds = (
+        ""
+        if low <= -_MAX_INTEGER
+        else f" of at least {low:g}"
+        if high >= _MAX_INTEGER
+        else f" from {low:g} to {high:g}"
+    )
+    raise _wrong(f"{_shown(text)} is not {'an integer' if kind is int else 'a number'}{bounds}")
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]!r}…"
 
 
 def _reader(named: NamedOption) -> Callable[[str], Any]:
@@ -197,8 +218,9 @@ def _reader(named: NamedOption) -> Callable[[str], Any]:
     if kind is int and named.name.endswith("_bytes"):
         return parse_size
     if kind in (int, float):
-        low = -math.inf if option.min is None else option.min
-        high = math.inf if option.max is None else option.max
+        limit = _MAX_INTEGER if kind is int else math.inf
+        low = -limit if option.min is None else option.min
+        high = limit if option.max is None else option.max
         return functools.partial(_parse_number, kind=kind, low=low, high=high)
     return Path if kind is Path else str
 

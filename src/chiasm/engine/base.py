@@ -13,6 +13,7 @@ from chiasm.engine.config import EngineConfig
 from chiasm.engine.core_sharing import CoreShare
 from chiasm.engine.device import choose_device, choose_dtype, device_id
 from chiasm.engine.request import EngineStats
+from chiasm.errors import ConfigurationError
 from chiasm.models import fingerprint, load_processor
 from chiasm.wire import Costs
 
@@ -21,7 +22,8 @@ class Engine(ABC):
     """One role of one model: its processor, its device and dtype, and its connection to the store of embeddings.
 
     ``max_model_len`` is the longest context, prompt and answer, in tokens. ``model_fingerprint`` (hex) names model, processor
-    settings and dtype. Raises ConfigurationError for a device or a dtype that is not available.
+    settings and dtype. Raises ConfigurationError for a device or a dtype that is not available, and for a context that is
+    longer than the model's.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -30,7 +32,7 @@ class Engine(ABC):
         self.dtype = choose_dtype(config.dtype, config.model, self.device)
         self.processor = load_processor(config.model)
         self.model_fingerprint = fingerprint(config.model, self.dtype_name)
-        self.max_model_len = min(config.max_model_len or self.processor.max_model_len, self.processor.max_model_len)
+        self.max_model_len = _context(config.max_model_len, self.processor.max_model_len)
         self.device_id = device_id(self.device)
         """Names the device among all machines."""
         self.costs: Costs | None = None
@@ -80,3 +82,13 @@ class Engine(ABC):
         self._store_id = scheduler_role.store_id
         self._store_id()  # an unreachable store fails the start
         return scheduler_role, worker_role
+
+
+def _context(wanted: int | None, longest: int) -> int:
+    """Return the tokens of prompt and answer together. Raises ConfigurationError if the model doesn't support so many."""
+    if wanted is not None and wanted > longest:
+        raise ConfigurationError(
+            f"--max-model-len is {wanted}, but the model supports {longest} tokens (max_position_embeddings in its "
+            f"config.json); give at most {longest}, or leave the option out."
+        )
+    return wanted or longest

@@ -40,7 +40,11 @@ class EngineConfig:
     kv_cache_bytes: Annotated[int | None, Option("Size of the KV cache.", unset="chosen from the free memory")] = None
     encoder_cache_bytes: Annotated[int, Option("Maximum size of the embeddings held in memory.")] = 512 << 20
     max_num_batched_tokens: Annotated[
-        int, Option("Maximum tokens in one step, decodes and prefill chunks together.", min=1)
+        int,
+        Option(
+            "Maximum tokens in one step, decodes and prefill chunks together; on a CPU at most 256 are prefilled.",
+            min=1,
+        ),
     ] = 2048
     max_num_seqs: Annotated[int, Option("Maximum sequences computed at the same time.", min=1)] = 64
     max_queued_requests: Annotated[int, Option("Maximum requests waiting to be computed.", min=1)] = 256

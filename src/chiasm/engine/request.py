@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+"""In one stop string: what could become one is looked for with each token."""
+MAX_BIASED_TOKENS = 4096
+"""Each is added with each token."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,10 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"stop must have at most {MAX_STOP_STRINGS} strings, none of them empty.", param="stop"
             )
+        if any(len(stop) > MAX_STOP_CHARACTERS for stop in self.stop):
+            raise InvalidRequestError(f"A stop string may have at most {MAX_STOP_CHARACTERS} characters.", param="stop")
+        if len(self.logit_bias) > MAX_BIASED_TOKENS:
+            raise InvalidRequestError(f"logit_bias may have at most {MAX_BIASED_TOKENS} tokens.", param="logit_bias")
         if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
             raise InvalidRequestError("logit_bias values must be between -100 and 100.", param="logit_bias")
 

@@ -12,6 +12,7 @@ from starlette.types import Receive
 
 from chiasm.errors import Code, PayloadTooLargeError, UnsupportedMediaTypeError
 from chiasm.http.encoding import Decompressor, decompressor
+from chiasm.http.untrusted import whole_number
 
 _SHOWN_CHARACTERS = 40
 _UNSPECIFIC = ("", "application/octet-stream")
@@ -29,12 +30,12 @@ async def read_body(
 
     ``hold`` is told the size of every chunk before it is kept, and may raise to refuse it. Raises UnsupportedMediaTypeError
     and, for a declared length, PayloadTooLargeError before anything is read, InvalidRequestError for a corrupt
-    ``Content-Encoding``, and ClientLeftError.
+    ``Content-Encoding`` or length, and ClientLeftError.
     """
     _check_media_type(headers.get("content-type", ""))
     compression = decompressor(", ".join(headers.getlist("content-encoding")))
-    declared = headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
+    declared = headers.get("content-length")
+    if declared is not None and whole_number("Content-Length", declared) > max_bytes:
         raise _too_large(max_bytes)
     chunks: list[bytes] = []
     size_bytes = 0

@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from chiasm.errors import ChiasmError, Code, DeadlineExceededError, InvalidRequestError, RequestTimeoutError
+from chiasm.errors import ChiasmError, Code, DeadlineExceededError, RequestTimeoutError
 from chiasm.http import events
 from chiasm.http.admission import Admission
 from chiasm.http.body import ClientLeftError, read_body
 from chiasm.http.errors import error_body, error_headers
 from chiasm.http.timing import TimingEntry
+from chiasm.http.untrusted import whole_number
 from chiasm.http.visit import visit_of
 
 
@@ -57,10 +58,7 @@ class Exchange:
         given = self.headers.get("x-request-deadline-ms")
         if given is None:
             return
-        try:
-            milliseconds = int(given)
-        except ValueError:
-            raise InvalidRequestError("X-Request-Deadline-Ms must be a whole number of milliseconds.") from None
+        milliseconds = whole_number("X-Request-Deadline-Ms", given)
         if milliseconds <= 0:
             raise DeadlineExceededError(
                 "The deadline of the request had passed when it arrived.", code=Code.DEADLINE_EXCEEDED

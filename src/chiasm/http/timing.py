@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 _MAX_CHARACTERS = 8192
+_MAX_SECONDS = 1e9
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _VALUE = rf'(?:"(?:[^"\\]|\\.)*"|{_TOKEN})'
 _ENTRY = re.compile(rf"\s*({_TOKEN})((?:\s*;\s*{_TOKEN}\s*=\s*{_VALUE})*)\s*(?:,|$)")
@@ -69,8 +70,14 @@ def _read(name: str, parameters: str) -> TimingEntry:
         if key.lower() == "desc":
             description = bare
         elif key.lower() == "dur":
-            try:
-                seconds = float(bare) / 1000
-            except ValueError:
-                seconds = None
+            seconds = _seconds(bare)
     return TimingEntry(name, seconds, description)
+
+
+def _seconds(milliseconds: str) -> float | None:
+    """Return a duration, or None for what is none: it may be not a number, negative, or longer than any request takes."""
+    try:
+        seconds = float(milliseconds) / 1000
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds <= _MAX_SECONDS else None

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Generic, TypeVar, TypeVarTuple
 import msgspec
 
 from chiasm.kv_transfer.base import KVLayout, TransferError
-from chiasm.wire import MAX_BLOCKS, Name, TokenId
+from chiasm.wire import MAX_BLOCKS, UNREADABLE, Name, TokenId
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20
@@ -110,6 +110,10 @@ class ChannelClosed(TransferError):
     """The connection has ended or must end; ``str(error)`` is a clause that says why."""
 
 
+class NotUnderstood(ChannelClosed):
+    """The other side sent what is no message, so it is no instance of a fleet, or faulty."""
+
+
 class Channel(Generic[_Incoming]):
     """One end of a connection. The code that creates it closes it, also after ChannelClosed."""
 
@@ -130,11 +134,11 @@ class Channel(Generic[_Incoming]):
                     connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     async def receive(self) -> _Incoming:
-        """Wait for the next message. Raises ChannelClosed if the connection ends or something else comes."""
+        """Wait for the next message. Raises ChannelClosed if the connection ends, NotUnderstood if something else comes."""
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if length > MAX_FRAME_BYTES:
-                raise ChannelClosed(
+                raise NotUnderstood(
                     f"{_OTHER_PROTOCOL}: a message of {length} bytes came, {MAX_FRAME_BYTES} are allowed"
                 )
             return self._decoder.decode(await self._reader.readexactly(length))
@@ -142,8 +146,8 @@ class Channel(Generic[_Incoming]):
             raise ChannelClosed("the connection was closed") from None
         except OSError as error:
             raise ChannelClosed(f"the connection broke: {error}") from error
-        except msgspec.MsgspecError as error:
-            raise ChannelClosed(f"{_OTHER_PROTOCOL}: {error}") from error
+        except UNREADABLE as error:
+            raise NotUnderstood(f"{_OTHER_PROTOCOL}: {error}") from error
 
     def send(self, message: ConsumerMessage | ProducerMessage) -> None:
         """Send a message without waiting. Raises ValueError if it is too long, ChannelClosed if it can't be sent."""

@@ -28,6 +28,7 @@ from chiasm.kv_transfer.control import (
     Copied,
     Granted,
     Hello,
+    NotUnderstood,
     Refused,
     Release,
     Welcome,
@@ -158,6 +159,9 @@ class LeaseServer:
                 await asyncio.sleep(0)  # take turns: a message that is here already is received without waiting
         except TimeoutError:
             reason = "it did not say hello in time"
+        except NotUnderstood as error:
+            reason = str(error)
+            _logger.warning("A connection to the port for KV transfers is closed: %s.", reason)
         except ChannelClosed as error:
             reason = str(error)
         except Exception:

@@ -25,6 +25,7 @@ from chiasm.errors import ConfigurationError
 from chiasm.kv_transfer.base import KVConnectorRole, KVTransferConfig, OfferedMemory, ReachedMemory, TransferError
 from chiasm.kv_transfer.control import Welcome
 from chiasm.kv_transfer.pull import PullConnector
+from chiasm.wire import UNREADABLE
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TOKEN_BYTES = 32
@@ -173,7 +174,7 @@ class _MappedBlocks(ReachedMemory):
     def __init__(self, blocks: torch.Tensor, welcome: Welcome) -> None:
         try:
             description = msgspec.msgpack.decode(welcome.memory, type=_Description)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise TransferError(f"the description of its memory is not understood: {error}") from error
         self._block_bytes = blocks.shape[1]
         end = description.offset_bytes + welcome.num_blocks * self._block_bytes

@@ -25,6 +25,7 @@ from chiasm.http.errors import error_response
 from chiasm.http.front import FrontDoor
 from chiasm.http.keys import bearer, digest_of, is_one_of
 from chiasm.http.listen import check_url
+from chiasm.http.untrusted import read_json
 from chiasm.proxy.balancing import model_not_found
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.metrics import CONTENT_TYPE
@@ -118,6 +119,9 @@ class _Order(msgspec.Struct):
     role: Role | None = None
 
 
+_order = msgspec.json.Decoder(_Order)
+
+
 class _Admin:
     """Lists, adds and removes instances for requests with the admin key."""
 
@@ -164,11 +168,9 @@ class _Admin:
 
 async def _read_order(request: Request) -> _Order:
     body = await read_body(request.receive, request.headers, _MAX_ORDER_BYTES)
+    order = read_json(_order, body)
     try:
-        order = msgspec.json.decode(body, type=_Order)
         order.url = check_url(order.url)
-    except (msgspec.MsgspecError, ConfigurationError) as error:
-        raise InvalidRequestError(
-            f'The body must look like {{"url": "http://host:port", "role": "encoder"}}: {error}'
-        ) from None
+    except ConfigurationError as error:
+        raise InvalidRequestError(error.message, param="url") from None
     return order

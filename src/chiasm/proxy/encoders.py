@@ -24,7 +24,7 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.upstream import RefusedError, Upstream, UpstreamError, UpstreamResponse
-from chiasm.wire import CHAT_PATH, ECItem
+from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem
 
 _MAX_RESPONSE_BYTES = 8 << 20
 _TRY_ELSEWHERE = frozenset({408, 425, 429})
@@ -198,7 +198,7 @@ class Encoders:
     def _accept(self, call: _Call, response: UpstreamResponse) -> None:
         try:
             published = _body.decode(response.body).ec_transfer_params or {}
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             published = {}
         now = time.monotonic()
         timing = read_timing(response.headers.get("Server-Timing"))

@@ -24,7 +24,7 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.relay import PartRelay, begin, read_handle
 from chiasm.proxy.request import with_member
 from chiasm.proxy.upstream import Call, InstanceError, ResponseCutOffError, UpstreamError, UpstreamResponse
-from chiasm.wire import CHAT_PATH, KVTransferParams
+from chiasm.wire import CHAT_PATH, UNREADABLE, KVTransferParams
 
 PARAMS = b"kv_transfer_params"
 _TRUE = b"true"
@@ -326,7 +326,7 @@ def _handle_in(response: UpstreamResponse) -> dict[str, Raw] | None:
     """Return the members of the handle in a response that isn't a stream; None if there is none. Raises UpstreamError."""
     try:
         value = bytes(_body.decode(response.body).kv_transfer_params)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
     return read_handle(value) if value[:1] == b"{" else None
 
@@ -335,7 +335,7 @@ def _view(members: dict[str, Raw]) -> KVTransferParams:
     """Return the handle of a prefill instance of chiasm's own engine. Raises UpstreamError."""
     try:
         return _params.decode(json_object(members))
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise UpstreamError(f"The kv_transfer_params of the prefill instance are malformed: {error}") from None
 
 

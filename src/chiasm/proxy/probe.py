@@ -17,7 +17,7 @@ from chiasm.proxy.upstream import (
     UpstreamError,
     UpstreamResponse,
 )
-from chiasm.wire import Health, InstanceState, ModelList
+from chiasm.wire import UNREADABLE, Health, InstanceState, ModelList
 
 _log = logging.getLogger(__name__)
 _MAX_RESPONSE_BYTES = 1 << 20
@@ -131,7 +131,7 @@ class Prober:
             return await self._ask_models(url)
         try:
             health = _health.decode(response.body)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise UpstreamError(f"/health answered with an unexpected body: {error}") from error
         if health.status != "ok":
             raise UpstreamError(f"/health reports the status {health.status[:40]!r}")
@@ -146,7 +146,7 @@ class Prober:
             raise UpstreamError("/v1/models needs an API key; give the proxy one with --api-key")
         try:
             models = [model for model in _models.decode(response.body).data if model.id]
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             models = []
         if response.status != 200 or not models:
             raise UpstreamError("/v1/models names no model")
@@ -163,7 +163,7 @@ def _explanation(body: bytes) -> str:
     """What an instance says about why it isn't healthy."""
     try:
         health = _health.decode(body)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return ""
     status = health.status if health.status != "ok" else ""
     text = ": ".join(part for part in (status, health.message) if part)

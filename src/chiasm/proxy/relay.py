@@ -15,7 +15,7 @@ from msgspec import Raw
 
 from chiasm.http.events import MAX_EVENT_BYTES, EventSplitter, end_of_events
 from chiasm.proxy.upstream import InstanceError, UpstreamError
-from chiasm.wire import KV_COMMENT, TOKENS_COMMENT
+from chiasm.wire import KV_COMMENT, TOKENS_COMMENT, UNREADABLE
 
 _DONE = (b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n")
 _ABORTED = "An instance aborted its answer."
@@ -127,5 +127,5 @@ def read_handle(value: bytes) -> dict[str, Raw]:
     """Return the members of a handle as they came. Raises UpstreamError if it isn't an object."""
     try:
         return _members.decode(value)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise UpstreamError(f"The kv_transfer_params of the prefill instance are malformed: {error}") from None

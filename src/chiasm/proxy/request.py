@@ -5,7 +5,6 @@ Only what the proxy decides by is decoded. Every other value keeps the bytes tha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -13,12 +12,14 @@ from typing import NamedTuple, TypeVar
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from chiasm.chat_body import with_content_parts
+from chiasm.chat_body import refused_part, with_content_parts
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import Code, InvalidRequestError
+from chiasm.http.untrusted import read_json
+from chiasm.wire import UNREADABLE
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
-_PATH = re.compile(r" - at `\$\.?([A-Za-z_]+)?.*`$")
+"""What vLLM takes as text. The built-in engine takes only the first of them, and says so."""
 _NULL = b"null"
 _LONG_URL_BYTES = 4096
 _SOUGHT_BYTES = 256
@@ -81,7 +82,10 @@ class Request:
         def replace(part: Raw) -> bytes | Raw:
             return part if _kind.decode(part).type in _TEXT_PARTS else next(replacements) or part
 
-        return with_content_parts(self.body if None in parts else self._without_long_urls(), replace)
+        try:
+            return with_content_parts(self.body if None in parts else self._without_long_urls(), replace)
+        except UNREADABLE as error:  # in what is only passed on, such as the name of a field that nobody knows
+            raise InvalidRequestError(f"The body is not valid JSON: {error}.", code=Code.INVALID_JSON) from None
 
     def _without_long_urls(self) -> bytes:
         """Return the body without the long URLs, which are replaced anyway, so that megabytes aren't scanned level by level."""
@@ -157,10 +161,10 @@ def parse_chat(body: bytes) -> Request:
     if not parsed.messages:
         raise InvalidRequestError("messages must contain at least one message.", param="messages")
     media = [
-        _media_part(part)
-        for message in parsed.messages
+        _media_part(part, index, place)
+        for index, message in enumerate(parsed.messages)
         if isinstance(message.content, list)
-        for part in message.content
+        for place, part in enumerate(message.content)
         if part.type not in _TEXT_PARTS
     ]
     if media:
@@ -177,16 +181,7 @@ def with_member(body: bytes, name: bytes, value: bytes) -> bytes:
 
 
 def _decode(decoder: msgspec.json.Decoder[_B], body: bytes) -> _B:
-    try:
-        parsed = decoder.decode(body)
-    except msgspec.ValidationError as error:
-        message = str(error)
-        match = _PATH.search(message)
-        raise InvalidRequestError(f"The body is not a valid request: {message}.", param=match and match[1]) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"The body is not valid JSON: {error}.", code=Code.INVALID_JSON) from None
-    except RecursionError:
-        raise InvalidRequestError("The body is nested too deeply.", code=Code.INVALID_JSON) from None
+    parsed = read_json(decoder, body)
     for name in ("ec_transfer_params", "kv_transfer_params"):
         _refuse_value(name, getattr(parsed, name), "only the proxy and its instances set it")
     return parsed
@@ -197,17 +192,14 @@ def _refuse_value(name: str, value: Raw | UnsetType, why: str) -> None:
         raise InvalidRequestError(f"{name} is not accepted from clients: {why}.", param=name)
 
 
-def _media_part(part: _Part) -> MediaPart:
-    if part.type == "image_embeds":
-        raise InvalidRequestError(
-            "image_embeds parts are not accepted from clients; send the image as image_url.", param="messages"
-        )
+def _media_part(part: _Part, message: int, place: int) -> MediaPart:
     if part.type != "image_url":
-        raise InvalidRequestError(
-            f"Content parts of type {part.type[:40]!r} are not supported; use text or image_url.", param="messages"
-        )
+        raise refused_part(message, place, part.type)
     if part.image_url is None:
-        raise InvalidRequestError("An image_url part needs an image_url with a url.", param="messages")
+        raise InvalidRequestError(
+            f"messages[{message}].content[{place}] is an image_url part and needs an image_url with a url.",
+            param="messages",
+        )
     if isinstance(part.image_url, str):
         url, verbatim = part.image_url.encode(errors="replace"), False
     else:
@@ -225,12 +217,12 @@ def _text_of(raw: Raw) -> tuple[bytes, bool]:
         raise InvalidRequestError("The url of an image_url part must be a string.", param="messages")
     text = bytes(quoted[1:-1])
     if b"\\" in text:
-        return _string.decode(raw).encode(errors="replace"), False
+        return read_json(_string, bytes(quoted)).encode(errors="replace"), False
     return text, True
 
 
 def _string_or_none(raw: Raw | UnsetType) -> str | None:
     try:
         return _string.decode(raw) if isinstance(raw, Raw) else None
-    except msgspec.ValidationError:
+    except UNREADABLE:
         return None

@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 
 from chiasm.errors import ChiasmError, Code
-from chiasm.wire import ErrorBody, ErrorDetail
+from chiasm.wire import UNREADABLE, ErrorBody, ErrorDetail
 
 _KEEP_ALIVE_SECONDS = 3.0
 """Shorter than uvicorn's default of 5 s, so that the proxy never sends on a connection that the instance is just closing."""
@@ -50,7 +50,7 @@ class InstanceError(ChiasmError):
         """``fallback`` is the message if ``body`` holds none."""
         try:
             detail = _error.decode(body).error
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except UNREADABLE:
             detail = ErrorDetail()
         code = detail.code if detail.code is None else str(detail.code)
         super().__init__(detail.message or fallback, param=detail.param, code=code)

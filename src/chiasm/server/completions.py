@@ -90,7 +90,10 @@ def _engine_requests(
             request_id=f"{request_id}-{index}",
             prompt=prompt,
             sampling=sampling_params(
-                request, engine.processor, room_tokens=engine.max_model_len - len(prompt.token_ids)
+                request,
+                engine.processor,
+                context_tokens=engine.max_model_len,
+                prompt_tokens=len(prompt.token_ids),
             ),
             deadline=exchange.deadline,
             num_choices=num_choices(request),
@@ -120,6 +123,7 @@ async def _answer(
         engine.processor.tokenizer,
         num_choices=len(generation.choices),
         has_logprobs=requests[0].sampling.logprobs is not None,
+        skip_special_tokens=requests[0].sampling.skip_special_tokens,
         announces_usage=bool(options.include_usage),
     )
     if request.stream:

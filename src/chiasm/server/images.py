@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from chiasm.chat_body import refused_part
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
@@ -30,7 +31,6 @@ _HINTS = {
     "instance.",
     _IMAGE_EMBEDS: "This instance encodes images itself; send them as image_url parts.",
 }
-_SHOWN_CHARACTERS = 50
 
 
 class Image(NamedTuple):
@@ -55,10 +55,9 @@ def _parts(request: ChatRequest, taken: str, max_items: int) -> list[Part]:
                     raise InvalidRequestError(f"{where} has no text.", param="messages")
                 continue
             if part.type != taken:
-                hint = _HINTS.get(part.type, f"Content parts may be text or {taken} here.")
-                raise InvalidRequestError(
-                    f"{where} has the type {part.type[:_SHOWN_CHARACTERS]!r}. {hint}", param="messages"
-                )
+                if hint := _HINTS.get(part.type):
+                    raise InvalidRequestError(f"{where} has the type {part.type!r}. {hint}", param="messages")
+                raise refused_part(index, place, part.type)
             if getattr(part, taken) is None:
                 raise InvalidRequestError(f"{where} has no {taken}.", param="messages")
             if part.uuid is not None:
@@ -82,7 +81,11 @@ def published_items(request: ChatRequest, processor: Processor, *, max_items: in
     seen: dict[str, ItemGeometry] = {}
     for part in _parts(request, _IMAGE_EMBEDS, max_items):
         name = check_identifier(part.uuid)
-        geometry = processor.geometry_of_metadata(_metadata(part.image_embeds))
+        metadata = _metadata(part.image_embeds)
+        try:
+            geometry = processor.geometry_of_metadata(metadata)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(error.message, param="messages", code=error.code) from None
         if seen.setdefault(name, geometry) != geometry:
             raise InvalidRequestError("Two parts with the same uuid differ in their size.", param="messages")
         items.append((name, geometry))

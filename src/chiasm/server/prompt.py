@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
 from chiasm.models.base import ItemGeometry, Message, Prompt
 from chiasm.server.context import GeneratingEngine, ServerContext
 from chiasm.server.protocol import ChatMessage, ChatRequest, CompletionRequest
+from chiasm.wire import UNREADABLE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -104,8 +106,8 @@ def _template_tool_call(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):
+        arguments = msgspec.json.decode(function["arguments"] or "{}")
+    except (*UNREADABLE, UnicodeEncodeError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}
 

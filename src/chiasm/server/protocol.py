@@ -6,15 +6,15 @@ that would change the answer but are not supported are refused.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from chiasm.engine.request import FinishReason
-from chiasm.errors import Code, InvalidRequestError
-from chiasm.wire import ECItem, KVTransferParams
+from chiasm.errors import InvalidRequestError
+from chiasm.http.untrusted import read_json
+from chiasm.wire import ECItem, Integer, KVTransferParams
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
@@ -87,20 +87,20 @@ class GenerationFields(Unsupported, kw_only=True):
     """Fields of both chat and text completions; None if the client left them out."""
 
     model: str | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    n: int | None = None
+    max_tokens: Integer | None = None
+    min_tokens: Integer | None = None
+    n: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[Integer, float] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Integer] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -142,9 +142,9 @@ class ChatRequest(GenerationFields, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -153,30 +153,17 @@ class ChatRequest(GenerationFields, kw_only=True):
 class CompletionRequest(GenerationFields, kw_only=True):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[str | int | list[int]]
+    prompt: str | list[str | Integer | list[Integer]]
     """Text, several texts, token ids, or several lists of token ids."""
-    logprobs: int | None = None
+    logprobs: Integer | None = None
 
 
 _Request = TypeVar("_Request", bound=GenerationFields)
-_PLACE = re.compile(r" - at `(?P<place>[^`]*)`(?: in `(?P<outer>[^`]*)`)?$")
-_FIELD = re.compile(r"\$\.(\w+)")
 
 
 def decode(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Request:
     """Return the request in a body. Raises InvalidRequestError that names the wrong field."""
-    try:
-        request = decoder.decode(body)
-    except msgspec.ValidationError as error:
-        place = _PLACE.search(str(error))
-        field = _FIELD.search(str(error))
-        message = str(error)[: place.start()] if place else str(error)
-        where = f" at {(place['outer'] or place['place']).removeprefix('$.')}" if place else ""
-        raise InvalidRequestError(f"{message}{where}.", param=field and field[1]) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"The body is not valid JSON: {error}.", code=Code.INVALID_JSON) from None
-    except RecursionError:
-        raise InvalidRequestError("The body is nested too deeply.", code=Code.INVALID_JSON) from None
+    request = read_json(decoder, body)
     _refuse_unsupported(request)
     if request.stream_options is not None and not request.stream:
         raise InvalidRequestError("stream_options needs stream=true.", param="stream_options")
@@ -216,8 +203,10 @@ class TopLogprob(msgspec.Struct):
     """One candidate for a token."""
 
     token: str
+    """Its text alone, in which an incomplete character is U+FFFD."""
     logprob: float
     bytes: list[int]
+    """What it adds to the text: the bytes of all tokens join to it. A special token that the text leaves out has none."""
 
 
 class ChatLogprob(msgspec.Struct):

@@ -56,17 +56,19 @@ def cache_salt(request: GenerationFields) -> str:
 
 
 def sampling_params(
-    request: ChatRequest | CompletionRequest, processor: Processor, *, room_tokens: int
+    request: ChatRequest | CompletionRequest, processor: Processor, *, context_tokens: int, prompt_tokens: int
 ) -> SamplingParams:
-    """Return how the engine samples; ``room_tokens`` is what the prompt leaves of the context, and bounds ``max_tokens``.
+    """Return how the engine samples.
 
-    Raises InvalidRequestError for values out of range.
+    As with vLLM, ``max_tokens`` must not exceed the context, and an answer ends when prompt and answer fill it. Raises
+    InvalidRequestError for values out of range.
     """
+    room_tokens = context_tokens - prompt_tokens
     values: dict[str, Any] = dict(processor.default_sampling)
     for name in _SAME_NAME:
         if (value := getattr(request, name)) is not None:
             values[name] = value
-    values["max_tokens"] = min(_max_tokens(request, room_tokens), room_tokens)
+    values["max_tokens"] = min(_max_tokens(request, context_tokens), room_tokens)
     values["logprobs"] = _logprobs(request)
     stop = request.stop or ()
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -76,16 +78,22 @@ def sampling_params(
     return params
 
 
-def _max_tokens(request: ChatRequest | CompletionRequest, room_tokens: int) -> int:
+def _max_tokens(request: ChatRequest | CompletionRequest, context_tokens: int) -> int:
     name = "max_tokens"
     value = request.max_tokens
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         name = "max_completion_tokens"
         value = request.max_completion_tokens
     if value is None:
-        return room_tokens if isinstance(request, ChatRequest) else _COMPLETION_MAX_TOKENS
+        return context_tokens if isinstance(request, ChatRequest) else _COMPLETION_MAX_TOKENS
     if value < 1:
         raise InvalidRequestError(f"{name} must be at least 1, got {value}.", param=name)
+    if value > context_tokens:
+        raise InvalidRequestError(
+            f"{name} is {value}, which cannot be greater than the context of this model, {context_tokens} tokens for prompt "
+            "and answer together; ask for fewer.",
+            param=name,
+        )
     return value
 
 

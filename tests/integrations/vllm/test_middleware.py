@@ -342,6 +342,40 @@ async def test_a_body_in_pieces_arrives_whole() -> None:
     assert vllm.bodies == [body]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "what is <|image_pad|>?",
+        [{"type": "text", "text": "what is <|image_pad|>?"}],
+        [{"type": "text", "text": "what is <|image_"}, {"type": "text", "text": "pad|>?"}],
+    ],
+    ids=["string", "part", "halves"],
+)
+@pytest.mark.parametrize("escaped", [False, True])
+async def test_a_text_does_not_name_the_place_of_an_image(content: Any, escaped: bool) -> None:
+    vllm = VLLM(config())
+    url = {"type": "image_url", "image_url": {"url": "http://host/<|image_pad|>.png"}}
+    messages = [{"role": "user", "content": content}, {"role": "user", "content": [url]}]
+    body = json.dumps({"messages": messages, "seed": 1}).encode()
+    if escaped:
+        body = body.replace(b"what is <", b"what is \\u003c")
+    await Server(vllm).chat(body)
+    sent = json.loads(vllm.bodies[0])
+    text = sent["messages"][0]["content"]
+    text = text if isinstance(text, str) else "".join(part["text"] for part in text)
+    assert "<|image_pad|>" not in text
+    assert text.replace("\u2060", "") == "what is <|image_pad|>?"
+    assert sent["messages"][1]["content"] == [url]
+    assert vllm.lengths == [str(len(vllm.bodies[0]))]
+
+
+async def test_other_special_words_and_angles_pass_byte_for_byte() -> None:
+    vllm = VLLM(config())
+    body = b'{"messages": [ {"role":"user","content":"a < b <|im_end|> \\u003cimage>"}], "seed":1.50e0}'
+    await Server(vllm).chat(body)
+    assert vllm.bodies == [body]
+
+
 @pytest.mark.parametrize("declared", [True, False])
 async def test_a_body_past_the_limit_is_refused(declared: bool) -> None:
     vllm = VLLM(config())

@@ -29,6 +29,8 @@ class Description:
     health: Health
     processor: Processor | None
     """Sizes images; None for a model that chiasm doesn't know, or whose placeholders vLLM doesn't size by a grid."""
+    placeholder: str
+    """The word that stands for an image in a rendered chat; empty for a model that chiasm doesn't know."""
     has_connector: bool
     """Whether embeddings come through chiasm's connector."""
     folder: BoundedFolder | None
@@ -59,7 +61,9 @@ def describe(state: Any) -> Description:
     config, arguments = state.vllm_config, state.args
     model_config, kv = config.model_config, config.kv_transfer_config
     settings = _settings(config)
-    processor = _processor(model_config)
+    known = _processor(model_config)
+    sizes_by_grid = known is not None and SIZE_KEY not in known.geometry_of_size(64, 64).metadata
+    processor = known if sizes_by_grid else None
     names = arguments.served_model_name
     health = Health(
         role=role_of(config),
@@ -78,7 +82,8 @@ def describe(state: Any) -> Description:
         threads=_threads(config),
         cpus=sorted(allowed_cpus()),
     )
-    return Description(health, processor, settings is not None, _folder(settings))
+    placeholder = known.placeholder if known is not None else ""
+    return Description(health, processor, placeholder, settings is not None, _folder(settings))
 
 
 def role_of(config: Any) -> Role:
@@ -105,11 +110,10 @@ def _processor(model_config: Any) -> Processor | None:
     from chiasm.models import load_processor  # takes a second, which vLLM's start needn't wait for
 
     try:
-        processor = load_processor(folder_of(model_config))
+        return load_processor(folder_of(model_config))
     except (ConfigurationError, OSError) as error:
         _logger.warning("chiasm cannot size the images of this model, so the proxy waits for encoders: %s", error)
         return None
-    return None if SIZE_KEY in processor.geometry_of_size(64, 64).metadata else processor
 
 
 def _fingerprint(model_config: Any, settings: Settings | None) -> str:

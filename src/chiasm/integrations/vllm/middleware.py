@@ -14,7 +14,7 @@ from msgspec import Raw
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chiasm.chat_body import json_object, with_content_parts
+from chiasm.chat_body import json_object, with_content_parts, with_texts
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import ChiasmError, EmbeddingUnavailableError, InvalidRequestError
 from chiasm.http import ClientLeftError, json_response, read_body
@@ -22,11 +22,13 @@ from chiasm.http.errors import error_response
 from chiasm.integrations.vllm.health import Description, describe
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.server.config import ServerConfig
-from chiasm.wire import CHAT_PATH, Health
+from chiasm.wire import CHAT_PATH, UNREADABLE, Health
 
 _EMBEDS = "image_embeds"
 _EMBEDS_KEY = f'"{_EMBEDS}"'.encode()
 _SHOWN_BYTES = 200
+_JOINER = "\u2060"
+"""A character without width, between which and its neighbours no line is broken."""
 _NO_EMBEDDING = EmbeddingUnavailableError(
     "An embedding of this request did not arrive in time or could not be used, or vLLM's engine has failed; the log of the "
     "instance says which."
@@ -37,8 +39,8 @@ _fields = msgspec.json.Decoder(dict[str, Raw])
 class ChiasmMiddleware:
     """Answers /health with what the instance is, and replaces image sizes in chat completions by vLLM's metadata.
 
-    It also refuses bodies of chat completions that are larger than chiasm's own instances take, and explains the error of a
-    request that failed for lack of an embedding. Everything else passes unchanged.
+    It also keeps texts from naming the place of an image, refuses bodies of chat completions that are larger than chiasm's own
+    instances take, and explains the error of a request that failed for lack of an embedding. Everything else passes unchanged.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int = ServerConfig.max_body_bytes) -> None:
@@ -61,6 +63,13 @@ class ChiasmMiddleware:
         if task is None or (task.done() and task.exception() is not None):
             task = self._describing = asyncio.create_task(asyncio.to_thread(describe, scope["app"].state))
         return await asyncio.shield(task)
+
+    async def _placeholder(self, scope: Scope) -> str:
+        """Return the word that stands for an image, or "" if it isn't known."""
+        try:
+            return (await self._described(scope)).placeholder
+        except (ChiasmError, OSError):  # /health says why
+            return ""
 
     # ---- /health ----------------------------------------------------------------------------------------------------
 
@@ -94,12 +103,13 @@ class ChiasmMiddleware:
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             headers = Headers(scope=scope)
-            body = await read_body(receive, headers, self._max_body_bytes)
-            if "content-encoding" in headers:
-                scope = _with_length(scope, body)
+            given = body = await read_body(receive, headers, self._max_body_bytes)
             if _EMBEDS_KEY in body:
                 body = _with_grids(body, await self._described(scope))
-                scope, send = _with_length(scope, body), _explained(scope, receive, send)
+                send = _explained(scope, receive, send)
+            body = _without_placeholders(body, await self._placeholder(scope))
+            if body is not given or "content-encoding" in headers:
+                scope = _with_length(scope, body)
         except ClientLeftError:
             return
         except ChiasmError as error:
@@ -140,7 +150,32 @@ def _with_grids(body: bytes, described: Description) -> bytes:
 
     try:
         rewritten = with_content_parts(body, with_grid)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
+        return body
+    return rewritten if is_changed else body
+
+
+def _without_placeholders(body: bytes, placeholder: str) -> bytes:
+    """Return the body with an invisible character in each placeholder of an image that a text contains.
+
+    vLLM would put the embedding of an image there, and leave the image's own place empty.
+    """
+    if not placeholder or not (placeholder[0].encode() in body or b"\\u" in body):
+        return body
+    before, is_changed = "", False
+
+    def broken(text: str) -> str:
+        nonlocal before, is_changed
+        changed = text.replace(placeholder, placeholder[0] + _JOINER + placeholder[1:])
+        if placeholder in before + changed:  # a template may join two texts
+            changed = _JOINER + changed
+        is_changed = is_changed or changed != text
+        before = (before + changed)[1 - len(placeholder) :]
+        return changed
+
+    try:
+        rewritten = with_texts(body, broken)
+    except UNREADABLE:
         return body
     return rewritten if is_changed else body
 

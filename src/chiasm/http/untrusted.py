@@ -1,0 +1,66 @@
+"""What clients send, read within limits: JSON bodies, and numbers in headers. A refusal names the field."""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from chiasm.errors import Code, InvalidRequestError
+
+_T_co = TypeVar("_T_co", covariant=True)
+_PLACE = re.compile(r" - at `(?P<place>[^`]*)`(?: in `(?P<outer>[^`]*)`)?$")
+_FIELD = re.compile(r"\$\.(\w+)")
+_BYTE = re.compile(r"\(byte (\d+)\)")
+_HALF_PAIR = re.compile(rb"(?<!\\)\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|[c-fC-F][0-9a-fA-F]{2})")
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+_BEFORE_BYTES, _AFTER_BYTES = 80, 16
+
+
+class Decoder(Protocol[_T_co]):
+    """A decoder of msgspec."""
+
+    def decode(self, body: bytes, /) -> _T_co: ...
+
+
+def read_json(decoder: Decoder[_T_co], body: bytes) -> _T_co:
+    """Return what a request's body says. Raises InvalidRequestError that names the wrong field."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        place, field = _PLACE.search(message), _FIELD.search(message)
+        what = message[: place.start()] if place else message
+        where = f" at {(place['outer'] or place['place']).removeprefix('$.')}" if place else ""
+        raise InvalidRequestError(f"{what}{where}.", param=field and field[1]) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(
+            f"The body is not valid JSON: {error}{_near(body, error)}.", code=Code.INVALID_JSON
+        ) from None
+    except RecursionError:
+        raise InvalidRequestError("The body is nested too deeply.", code=Code.INVALID_JSON) from None
+
+
+def whole_number(header: str, text: str) -> int:
+    """Return the number in a header, of at most 18 digits. Raises InvalidRequestError."""
+    if not _WHOLE_NUMBER.fullmatch(text.strip()):
+        raise InvalidRequestError(f"{header} must be a whole number of at most 18 digits.")
+    return int(text)
+
+
+def _near(body: bytes, error: Exception) -> str:
+    """Return what stands where the JSON is wrong, as far as the error tells the place or it can be found."""
+    if byte := _BYTE.search(str(error)):
+        at = int(byte[1])
+    elif half := _HALF_PAIR.search(body):
+        at = half.start()
+    else:
+        try:
+            body.decode()
+        except UnicodeDecodeError as wrong:
+            at = wrong.start
+        else:
+            return ""
+    shown = body[max(0, at - _BEFORE_BYTES) : at + _AFTER_BYTES].decode(errors="replace")
+    return f", near {shown!r}"
