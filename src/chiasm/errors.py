@@ -43,6 +43,8 @@ class Code(enum.StrEnum):
     """The URL did not deliver the image in time."""
     MEDIA_UNREACHABLE = "media_unreachable"
     """The URL could not be fetched."""
+    MEDIA_CERTIFICATE_INVALID = "media_certificate_invalid"
+    """The https site that the URL names could not prove who it is."""
     # 404
     MODEL_NOT_FOUND = "model_not_found"
     """The request names a model that is not served."""
