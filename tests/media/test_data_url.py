@@ -72,6 +72,13 @@ def test_all_sizes_are_encoded_and_decoded(size: int) -> None:
     assert decode_data_url(b"data:;base64," + base64.encodebytes(data), size).data == data
 
 
+@pytest.mark.parametrize("shift", range(3))
+def test_a_percent_code_may_lie_anywhere(shift: int) -> None:
+    data = b"\xff" * (1 << 20)  # whose base64 has nothing but slashes
+    url = b"data:;base64," + b"\n" * shift + b"%2F" * (len(data) // 3 * 4)
+    assert decode_data_url(url, len(data)).data == data[: len(data) // 3 * 3]
+
+
 def test_plain_base64_is_not_copied() -> None:
     url = encode_data_url("image/png", DATA)
     found = decode_data_url(url, 1 << 20)

@@ -48,7 +48,7 @@ def decode_data_url(url: bytes, max_bytes: int) -> DataURL:
     plain = memoryview(url)[comma + 1 :]
     if _size(plain) <= max_bytes and (data := _decoded(plain)) is not None:
         return DataURL(data, plain, is_plain=_PLAIN_HEADER.fullmatch(url, 0, comma) is not None)
-    plain = _plain(url)
+    plain = _plain(url, comma + 1)
     if _size(plain) > max_bytes:
         raise too_large(max_bytes)
     data = _decoded(plain)
@@ -90,18 +90,31 @@ def _decoded(plain: memoryview) -> bytes | None:
     return data if len(data) == _size(plain) else None
 
 
-def _plain(url: bytes) -> memoryview:
-    """Return plain base64 if the URL holds base64 of any kind that is read here."""
-    text = url.translate(_FROM_URL_SAFE, _WHITE_SPACE)
+def _plain(url: bytes, start: int) -> memoryview:
+    """Return plain base64 if the URL, from ``start``, holds base64 of any kind that is read here."""
+    pieces: list[bytes] = []
+    while start < len(url):
+        end = start + _SLICE_CHARACTERS
+        code = url.rfind(b"%", end - 2, end)  # a code is not cut in two
+        end = code if code > start else end
+        pieces.append(_plain_piece(url[start:end]))
+        start = end
+        if b"%" in pieces[-1]:  # a wrong code, which makes all of it invalid
+            break
+    text = b"".join(pieces)
+    end = len(text)
+    while end > max(0, len(text) - 2) and text[end - 1] == ord("="):
+        end -= 1
+    if text[end - 1 : end] != b"=":  # otherwise there is too much of it
+        text = text[:end] + b"=" * (-end % 4)
+    return memoryview(text)
+
+
+def _plain_piece(text: bytes) -> bytes:
+    text = text.translate(_FROM_URL_SAFE, _WHITE_SPACE)
     if b"%" in text:
         for character in b"+/=-_\r\n\t ":
             plain = bytes((character,)).translate(_FROM_URL_SAFE, _WHITE_SPACE)
             for code in {b"%%%02X" % character, b"%%%02x" % character}:
                 text = text.replace(code, plain)
-    start = text.index(b",") + 1
-    end = len(text)
-    while end > max(start, len(text) - 2) and text[end - 1] == ord("="):
-        end -= 1
-    if text[end - 1 : end] != b"=":  # otherwise there is too much of it
-        text = text[:end] + b"=" * (-(end - start) % 4)
-    return memoryview(text)[start:]
+    return text
