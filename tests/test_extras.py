@@ -130,3 +130,25 @@ def test_every_command_that_installs_chiasm_works_from_a_clone() -> None:
         assert not [word for words in commands for word in words if re.fullmatch(r"['\"]?chiasm\W?(\[.*)?", word)], file
         named = {extra for found in re.findall(r"'\.\[([^]{]+)\]'", text) for extra in found.split(",")}
         assert named <= {*Extra, "dev"}, file
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only for Linux the default build of PyTorch is that for CUDA")
+@pytest.mark.parametrize(
+    ("gpu", "is_reachable", "says"),
+    [
+        (False, True, "--extra-index-url https://download.pytorch.org/whl/cpu\n"),
+        (False, False, ""),
+        (True, True, ""),
+    ],
+)
+def test_pytorch_is_the_build_for_cpus_where_no_gpu_is(
+    tmp_path: Path, gpu: bool, is_reachable: bool, says: str
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nexit {0 if gpu else 9}\n")
+    smi.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "true" if is_reachable else "false"}
+    script = ROOT / "scripts" / "cpu_index.sh"
+    ended = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == says
+    assert ("can't be reached" in ended.stderr) == (not gpu and not is_reachable)

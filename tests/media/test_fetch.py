@@ -463,6 +463,8 @@ async def test_a_truncated_response_is_an_error(make: Make, site: Site) -> None:
 async def test_urls_go_out_byte_for_byte(make: Make, site: Site, sent: str, arrives: str | None) -> None:
     expected = f"/any/{sent if arrives is None else arrives}"
     assert await make().fetch(f"{site.url}/any/{sent}") == IMAGE
+    assert await make().fetch(f"http://u%40:p@127.0.0.1:{site.port}/any/{sent}") == IMAGE
+    assert site.requests[-1].headers["Authorization"] == "Basic dUA6cA=="  # u@:p
     site.location = f"/any/{sent}"
     if not set(sent) & set("\r\n\x01\x7f"):  # headers can't hold these
         assert await make().fetch(f"{site.url}/moved") == IMAGE
