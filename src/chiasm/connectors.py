@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from chiasm.errors import ConfigurationError
+from chiasm.extras import explained
 
 
 class ConnectorConfig(Protocol):
@@ -73,7 +74,7 @@ class ConnectorFactory(Generic[ConfigT, RoleT, ConnectorT]):
         try:
             module = importlib.import_module(path.module)
         except ImportError as error:
-            raise ConfigurationError(
+            raise explained(error, config.connector) or ConfigurationError(
                 f"Cannot import {path.module!r} for the {cls._plane} connector {config.connector!r}: {error}"
             ) from error
         found = getattr(module, path.name, None)

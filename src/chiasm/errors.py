@@ -45,6 +45,8 @@ class Code(enum.StrEnum):
     """The URL did not deliver the image in time."""
     MEDIA_UNREACHABLE = "media_unreachable"
     """The URL could not be fetched."""
+    MEDIA_CERTIFICATE_INVALID = "media_certificate_invalid"
+    """The https site that the URL names could not prove who it is."""
     # 401
     INVALID_API_KEY = "invalid_api_key"
     """The API key is missing or wrong."""

@@ -116,7 +116,7 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path) -> Non
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     assert len(ended.stderr.splitlines()) == 1
-    assert "pip install 'chiasm[bench]'" in ended.stderr
+    assert "pip install '.[bench]'" in ended.stderr
     assert not ended.stdout
     assert not list(tmp_path.iterdir())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chiasm.bench.goodput import GoodputOptions
+from chiasm.bench.goodput_options import GoodputOptions
 from chiasm.cli import doctor, instance, proxy, serve
 from chiasm.cli.bench import BenchOptions
 from chiasm.cli.demo import DemoConfig

@@ -33,7 +33,7 @@ def test_nixl_that_cannot_be_used_is_a_problem(tmp_path: Path, monkeypatch: pyte
 def test_missing_nixl_is_a_problem_if_it_is_needed() -> None:
     modules = ("nixl_of_no_machine",)
     assert verdicts(transports.nixl(is_needed=False, modules=modules)) == ["skipped"]
-    assert problem(transports.nixl(is_needed=True, modules=modules)).command == "pip install 'chiasm[nixl]'"
+    assert problem(transports.nixl(is_needed=True, modules=modules)).command == "pip install '.[nixl]'"
 
 
 def test_nixl_without_ucx_is_a_problem() -> None:

@@ -37,7 +37,7 @@ def only(monkeypatch: pytest.MonkeyPatch, available: str | None) -> None:
 
 def test_without_nixl_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'chiasm\[nixl\]'") as raised:
+    with pytest.raises(ConfigurationError, match=r"pip install '\.\[nixl\]'") as raised:
         KVConnectorFactory.create_connector(CONFIG, KVConnectorRole.WORKER)
     assert "\n" not in str(raised.value)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import gzip
 import os
 import socket
+import ssl
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from chiasm.errors import ConfigurationError, MediaError
 from chiasm.media import Fetcher, MediaConfig
 from chiasm.media.addresses import AddressGuard
-from chiasm.media.data_url import decode_data_url, encode_data_url
+from chiasm.media.url import MAX_URL_CHARACTERS, InvalidURLError, follow, parse_http_url
 
 LOOPBACK = ("127.0.0.0/8",)
 IMAGE = b"\x89PNG bytes of an image"
+CERTIFICATES = Path(__file__).parent / "certificates"
+"""Made for these tests only; ``authority`` has signed all but ``self_signed``, and ``key`` is the key of all but itself."""
 
 
 class Names(AbstractResolver):
@@ -61,6 +64,9 @@ class Site:
         self.requests: list[web.Request] = []
         self.port = 0
         self.ended = asyncio.Event()
+        self.body = b""
+        self.encoding = ""
+        self.location = ""
 
     @property
     def url(self) -> str:
@@ -98,8 +104,20 @@ class Site:
     async def large(self, request: web.Request) -> web.Response:
         return web.Response(body=bytes(5000))
 
-    async def compressed(self, request: web.Request) -> web.Response:
-        return web.Response(body=gzip.compress(bytes(1 << 20)), headers={"Content-Encoding": "gzip"})
+    async def packed(self, request: web.Request) -> web.Response:
+        return web.Response(body=self.body, headers={"Content-Encoding": self.encoding})
+
+    async def page(self, request: web.Request) -> web.Response:
+        return web.Response(text=" <!DOCTYPE html><html>Log in!</html>", content_type="image/png")
+
+    async def status(self, request: web.Request) -> web.Response:
+        return web.Response(status=int(request.query["is"]), text="a secret of the server")
+
+    async def moved(self, request: web.Request) -> web.Response:
+        return web.Response(status=302, headers={"Location": self.location})
+
+    async def any(self, request: web.Request) -> web.Response:
+        return web.Response(body=IMAGE)
 
     async def redirect(self, request: web.Request) -> web.Response:
         return web.Response(status=int(request.query.get("status", 302)), headers={"Location": request.query["to"]})
@@ -134,12 +152,16 @@ async def site() -> AsyncIterator[Site]:
         "endless",
         "trickle",
         "large",
-        "compressed",
+        "packed",
+        "page",
+        "status",
+        "moved",
         "redirect",
         "nowhere",
         "cut",
     ):
         application.router.add_get(f"/{name}", getattr(site, name))
+    application.router.add_get("/any/{path:.*}", site.any)
     runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
     await runner.setup()
     tcp = web.TCPSite(runner, "127.0.0.1", 0)
@@ -156,8 +178,11 @@ Make = Callable[..., Fetcher]
 async def make() -> AsyncIterator[Make]:
     fetchers: list[Fetcher] = []
 
-    def make_one(resolver: AbstractResolver | None = None, **config: Any) -> Fetcher:
-        fetchers.append(Fetcher(MediaConfig(**({"allowed_media_networks": LOOPBACK} | config)), resolver=resolver))
+    def make_one(
+        resolver: AbstractResolver | None = None, ssl_context: ssl.SSLContext | None = None, **config: Any
+    ) -> Fetcher:
+        media = MediaConfig(**({"allowed_media_networks": LOOPBACK} | config))
+        fetchers.append(Fetcher(media, resolver=resolver, ssl_context=ssl_context))
         return fetchers[-1]
 
     yield make_one
@@ -171,54 +196,6 @@ async def refused(fetcher: Fetcher, url: str, code: str) -> str:
     assert caught.value.status == 400
     assert caught.value.code == code, caught.value
     return str(caught.value)
-
-
-# ---- data: URLs ------------------------------------------------------------------------------------------------------
-
-
-async def test_data_urls_are_decoded(make: Make) -> None:
-    data = os.urandom(1000)
-    for head in ("data:image/png;base64,", "DATA:;base64,", "data:image/png;charset=x;BASE64,"):
-        assert await make().fetch(head + base64.b64encode(data).decode()) == data
-
-
-@pytest.mark.parametrize("size", [0, 1, 2, 3, (3 << 18) - 1, 3 << 18, (3 << 18) + 1, 2_000_000])
-def test_data_urls_of_all_sizes_are_encoded_and_decoded(size: int) -> None:
-    data = os.urandom(size)
-    url = encode_data_url("image/png", data)
-    assert url == b"data:image/png;base64," + base64.b64encode(data)
-    assert decode_data_url(url, size) == data
-
-
-def test_padding_is_allowed_only_at_the_end() -> None:
-    inside = b"data:;base64," + b"QUJD" * ((1 << 18) - 1) + b"QQ==" + b"QUJD"
-    with pytest.raises(MediaError):
-        decode_data_url(inside, 10 << 20)
-
-
-@pytest.mark.parametrize(
-    ("url", "code"),
-    [
-        ("data:image/png,abc", "invalid_url"),
-        ("data:image/png;base64", "invalid_url"),
-        ("data:," + "x" * 10, "invalid_url"),
-        ("data:image/png;base64,QUJ", "invalid_base64"),
-        ("data:image/png;base64,QU JD", "invalid_base64"),
-        ("data:image/png;base64,QUJD\n", "invalid_base64"),
-        ('data:image/png;base64,QUJD"', "invalid_base64"),
-        ("data:image/png;base64,é===", "invalid_base64"),
-    ],
-)
-async def test_malformed_data_urls_are_refused(make: Make, url: str, code: str) -> None:
-    await refused(make(), url, code)
-
-
-async def test_the_size_limit_of_data_urls_is_exact(make: Make) -> None:
-    for size in (98, 99, 100):
-        assert (
-            len(await make(max_media_bytes=100).fetch(f"data:;base64,{base64.b64encode(bytes(size)).decode()}")) == size
-        )
-    await refused(make(max_media_bytes=100), f"data:;base64,{base64.b64encode(bytes(101)).decode()}", "media_too_large")
 
 
 # ---- http(s): URLs ---------------------------------------------------------------------------------------------------
@@ -357,8 +334,9 @@ async def test_the_error_for_another_status_reveals_nothing_of_the_body_or_query
 async def test_an_unreachable_host_is_an_error(make: Make, site: Site) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        await refused(make(), f"http://127.0.0.1:{free.getsockname()[1]}/", "media_unreachable")
-    await refused(make(Names([])), "http://images.example/", "media_unreachable")
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/"
+        assert "refused the connection" in await refused(make(), url, "media_unreachable")
+    assert "name service" in await refused(make(Names([])), "http://images.example/", "media_unreachable")
 
 
 @pytest.mark.parametrize("path", ["slow", "trickle"])
@@ -382,12 +360,280 @@ async def test_a_content_length_above_the_limit_ends_the_fetch_before_the_body(m
     await refused(make(max_media_bytes=4999), f"{site.url}/large", "media_too_large")
 
 
-async def test_compressed_content_is_refused(make: Make, site: Site) -> None:
-    await refused(make(), f"{site.url}/compressed", "media_unreachable")
+# ---- what is sent ----------------------------------------------------------------------------------------------------
+
+
+def deflated(data: bytes, *, with_header: bool) -> bytes:
+    packer = zlib.compressobj(wbits=15 if with_header else -15)
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", gzip.compress(IMAGE)),
+        ("X-GZIP", gzip.compress(IMAGE)),
+        ("gzip", gzip.compress(IMAGE[:5]) + gzip.compress(IMAGE[5:])),
+        ("gzip", gzip.compress(IMAGE) + b"\0\0"),
+        ("deflate", deflated(IMAGE, with_header=True)),
+        ("deflate", deflated(IMAGE, with_header=False)),
+        ("identity", IMAGE),
+    ],
+)
+async def test_content_that_is_compressed_unasked_is_read(make: Make, site: Site, encoding: str, body: bytes) -> None:
+    site.encoding, site.body = encoding, body
+    assert await make().fetch(f"{site.url}/packed") == IMAGE
+
+
+async def test_the_size_limit_counts_decompressed_bytes(make: Make, site: Site) -> None:
+    site.encoding = "gzip"
+    site.body = gzip.compress(bytes(100_000))
+    assert len(await make(max_media_bytes=100_000).fetch(f"{site.url}/packed")) == 100_000
+    for limit in (99_999, len(site.body)):
+        await refused(make(max_media_bytes=limit), f"{site.url}/packed", "media_too_large")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", gzip.compress(IMAGE)[:-9]),
+        ("gzip", IMAGE),
+        ("gzip", b""),
+        ("gzip", gzip.compress(b"") * 1000),
+        ("deflate", b"\xff" * 100),
+        ("br", b"x"),
+        ("gzip, gzip", gzip.compress(gzip.compress(IMAGE))),
+    ],
+)
+async def test_content_that_cannot_be_decompressed_is_refused(
+    make: Make, site: Site, encoding: str, body: bytes
+) -> None:
+    site.encoding, site.body = encoding, body
+    assert encoding in await refused(make(), f"{site.url}/packed", "media_unreachable")
+
+
+async def test_a_web_page_in_place_of_an_image_is_called_so(make: Make, site: Site) -> None:
+    assert "is a web page, not an image" in await refused(make(), f"{site.url}/page", "invalid_image")
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (401, "login"),
+        (403, "expired"),
+        (404, "nothing"),
+        (410, "removed"),
+        (429, "later"),
+        (503, "fault"),
+        (204, "no image"),
+    ],
+)
+async def test_each_status_says_what_happened(make: Make, site: Site, status: int, says: str) -> None:
+    message = await refused(make(), f"{site.url}/status?is={status}", "media_unreachable")
+    assert str(status) in message
+    assert says in message
+    assert "secret" not in message
 
 
 async def test_a_truncated_response_is_an_error(make: Make, site: Site) -> None:
     await refused(make(), f"{site.url}/cut", "media_unreachable")
+
+
+# ---- URLs, byte for byte ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "arrives"),
+    [
+        ("a%40b%27c%3Ad%2Ce.png?K=a%2Fb%2Bc%3D&x=%7E~", None),
+        ("a.png?X-Amz-Credential=AK%2F20260101%2Fus&X-Amz-Signature=ab12", None),
+        ("a.png?Policy=eyJ_&Signature=a~b-c__&Key-Pair-Id=K1", None),
+        ("a'b(c)*!$&+,;=:@.png?a'b(c)*!$&+,;=:@/?", None),
+        ("%e4%E4%zz%.png?%", None),
+        ("a//b/./c/../d.png?a=1&a=2&b", None),
+        ("x%20y+z?x%20y+z", None),
+        ("a b.png?c d", "a%20b.png?c%20d"),
+        ("bücher.png?q=ü", "b%C3%BCcher.png?q=%C3%BC"),
+        ('a"<>`{}^\\b', "a%22%3C%3E%60%7B%7D%5E%5Cb"),
+        ("a\x01b?\x7f", "a%01b?%7F"),
+        ("a\tb\r\nc", "abc"),
+        ("a.png?x=1#part", "a.png?x=1"),
+    ],
+)
+async def test_urls_go_out_byte_for_byte(make: Make, site: Site, sent: str, arrives: str | None) -> None:
+    expected = f"/any/{sent if arrives is None else arrives}"
+    assert await make().fetch(f"{site.url}/any/{sent}") == IMAGE
+    assert await make().fetch(f"http://u%40:p@127.0.0.1:{site.port}/any/{sent}") == IMAGE
+    assert site.requests[-1].headers["Authorization"] == "Basic dUA6cA=="  # u@:p
+    site.location = f"/any/{sent}"
+    if not set(sent) & set("\r\n\x01\x7f"):  # headers can't hold these
+        assert await make().fetch(f"{site.url}/moved") == IMAGE
+        site.location = f"{site.url}/any/{sent}"
+        assert await make().fetch(f"http://u:p@127.0.0.1:{site.port}/moved") == IMAGE
+    paths = [request.raw_path for request in site.requests if request.path != "/moved"]
+    assert set(paths) == {expected}
+
+
+@pytest.mark.parametrize(
+    ("location", "url"),
+    [
+        ("http://b.example/%40?%27", "http://b.example/%40?%27"),
+        ("//b.example:81/x", "https://b.example:81/x"),
+        ("/x/../%2F?a=%40#f", "https://a.example:8443/x/../%2F?a=%40"),
+        ("x%40y?b", "https://a.example:8443/p/x%40y?b"),
+        ("../x", "https://a.example:8443/x"),
+        ("../../../x", "https://a.example:8443/x"),
+        ("x:y", None),
+        ("./x:y", "https://a.example:8443/p/x:y"),
+        ("?c=%2F", "https://a.example:8443/p/q%40?c=%2F"),
+        ("#f", "https://a.example:8443/p/q%40"),
+        (" /x ", "https://a.example:8443/x"),
+        ("\\\\b.example/x", "https://a.example:8443/p/%5C%5Cb.example/x"),
+        ("/\\b.example/x", "https://a.example:8443/%5Cb.example/x"),
+        ("https:/x", None),
+        ("https:x", None),
+        ("//", None),
+        ("///x", None),
+        ("file:///etc/passwd", None),
+    ],
+)
+def test_a_location_is_resolved_byte_for_byte(location: str, url: str | None) -> None:
+    current = parse_http_url("https://user:secret@a.example:8443/p/q%40?a=1")
+    if url is None:
+        with pytest.raises(InvalidURLError):
+            follow(current, location)
+    else:
+        assert str(follow(current, location)) == url
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("HTTP://Images.Example", "images.example", 80),
+        ("https://bücher.example/", "xn--bcher-kva.example", 443),
+        ("http://images.example.:81/", "images.example.", 81),
+        ("http://a@b.example/", "b.example", 80),
+        ("http://a.example:80@b.example:81/", "b.example", 81),
+        ("http://a.example@x@b.example/", "b.example", 80),
+        ("http://a.example?@b.example/", "a.example", 80),
+        ("http://a.example#@b.example/", "a.example", 80),
+        ("http://a.example/@b.example", "a.example", 80),
+        ("http://a.exam\tple\n/", "a.example", 80),
+        ("http://b.example:/", "b.example", 80),
+        ("http://0177.0.0.1/", "0177.0.0.1", 80),
+        ("http://[::FFFF:7f00:1]:8/", "::ffff:7f00:1", 8),
+        ("http://１２７.0.0.1/", "127.0.0.1", 80),
+    ],
+)
+def test_the_host_of_a_url_is_unmistakable(url: str, host: str, port: int) -> None:
+    parsed = parse_http_url(url)
+    assert (parsed.raw_host, parsed.port) == (host, port)
+
+
+@pytest.mark.parametrize(
+    "authority",
+    [
+        "a.example\\@b.example",
+        "a.example\\b",
+        "a b",
+        "a%2eexample",
+        "%31%32%37.0.0.1",
+        "a..example",
+        ".example",
+        "a\0b",
+        "a.example:0",
+        "a.example:65536",
+        "a.example:-1",
+        "a.example:8o",
+        "a.example:１",
+        "a:b:c",
+        "::1",
+        "[::1",
+        "[::1]x",
+        "[fe80::1%25eth0]",
+        "[127.0.0.1]",
+        "[a.example]",
+        "a<b",
+        "a|b",
+        "a^b",
+        "a" * 254,
+        "",
+        "user@",
+    ],
+)
+def test_what_is_no_host_is_refused(authority: str) -> None:
+    with pytest.raises(InvalidURLError):
+        parse_http_url(f"http://{authority}/x")
+
+
+async def test_the_length_of_a_url_is_bounded(make: Make, site: Site) -> None:
+    message = await refused(make(), f"{site.url}/any/{'x' * MAX_URL_CHARACTERS}", "invalid_url")
+    assert "data:" in message
+    with pytest.raises(InvalidURLError):
+        follow(parse_http_url(site.url), "/" + "x" * MAX_URL_CHARACTERS)
+
+
+async def test_white_space_around_a_url_is_ignored(make: Make, site: Site) -> None:
+    assert await make().fetch(f" \n{site.url}/image\r\n") == IMAGE
+
+
+async def test_allowed_domains_may_be_international(make: Make, site: Site) -> None:
+    for domain in ("bücher.example", "BÜCHER.example.", "xn--bcher-kva.example"):
+        fetcher = make(Names(["127.0.0.1"]), allowed_media_domains=(domain,))
+        assert await fetcher.fetch(f"http://bücher.example:{site.port}/image") == IMAGE
+        assert await fetcher.fetch(f"http://xn--bcher-kva.example.:{site.port}/image") == IMAGE
+        await refused(fetcher, f"http://bücher.example@127.0.0.1:{site.port}/image", "media_domain_not_allowed")
+
+
+# ---- certificates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def secure(site: Site) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
+    """Serves the image over TLS with a certificate of this name, and returns the URL."""
+    runners: list[web.AppRunner] = []
+
+    async def serve(name: str) -> str:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(CERTIFICATES / f"{name}.pem", CERTIFICATES / "key.pem")
+        application = web.Application()
+        application.router.add_get("/image", site.image)
+        runners.append(web.AppRunner(application, shutdown_timeout=0, access_log=None))
+        await runners[-1].setup()
+        await web.TCPSite(runners[-1], "127.0.0.1", 0, ssl_context=context).start()
+        return f"https://images.example:{runners[-1].addresses[0][1]}/image"
+
+    yield serve
+    for runner in runners:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("certificate", "says"),
+    [("self_signed", "signed by itself"), ("expired", "has expired"), ("other_host", "is for another host")],
+)
+async def test_a_bad_certificate_is_told_apart_from_a_bad_url(
+    make: Make, site: Site, secure: Callable[[str], Awaitable[str]], certificate: str, says: str
+) -> None:
+    trusting = ssl.create_default_context(cafile=str(CERTIFICATES / "authority.pem"))
+    fetcher = make(Names(["127.0.0.1"]), trusting)
+    assert await fetcher.fetch(await secure("good")) == IMAGE
+    url = await secure(certificate)
+    assert says in await refused(fetcher, url, "media_certificate_invalid")
+    site.location = url
+    assert says in await refused(fetcher, f"{site.url}/moved", "media_certificate_invalid")
+
+
+async def test_an_unknown_authority_is_not_trusted(make: Make, secure: Callable[[str], Awaitable[str]]) -> None:
+    await refused(make(Names(["127.0.0.1"])), await secure("good"), "media_certificate_invalid")
+
+
+async def test_a_site_without_tls_is_called_so(make: Make, site: Site) -> None:
+    url = f"https://127.0.0.1:{site.port}/image"
+    assert "TLS" in await refused(make(), url, "media_unreachable")
+
+
+# ---- the environment -------------------------------------------------------------------------------------------------
 
 
 async def test_proxies_from_the_environment_are_not_used(
@@ -492,6 +738,8 @@ def test_an_invalid_configuration_is_refused(tmp_path: Path) -> None:
         {"max_media_bytes": 0},
         {"fetch_timeout_seconds": 0},
         {"max_redirects": -1},
+        {"allowed_media_domains": ("https://images.example",)},
+        {"allowed_media_domains": ("images.example:80",)},
     ]
     for config in bad:
         with pytest.raises(ConfigurationError):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import MediaError
 from chiasm.media import MediaConfig, decode, identifier, inspect
+from chiasm.media.formats import FORMATS, SUPPORTED
 
-LOSSLESS = ["PNG", "GIF", "BMP"]
-WITH_EXIF = ["PNG", "JPEG", "WEBP"]
+LOSSLESS = ["PNG", "GIF", "BMP", "TIFF"]
+WITH_EXIF = ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"]
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
 
 def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -78,7 +82,7 @@ def test_moving_bytes_from_one_field_to_the_next_changes_the_name() -> None:
 # ---- headers and pixels ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("format", [one.name for one in FORMATS])
 def test_size_and_format_come_from_the_header(format: str) -> None:
     data = encode(Image.new("RGB", (30, 20)), format)
     info = inspect(data)
@@ -150,10 +154,18 @@ def test_exif_after_the_pixels_is_ignored() -> None:
 
 def test_the_first_frame_of_an_animation_is_taken() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    for format, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
+    for format, options in (
+        ("GIF", {}),
+        ("WEBP", {"lossless": True}),
+        ("PNG", {}),
+        ("TIFF", {}),
+        ("AVIF", {"quality": 100}),
+    ):
         data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
         assert inspect(data)[:2] == (8, 8)
-        assert decode(data).getpixel((4, 4)) == (255, 0, 0), format
+        red, green, blue = decode(data).getpixel((4, 4))  # type: ignore[misc]
+        assert red > 250, format
+        assert max(green, blue) < 5, format
 
 
 def test_cmyk_becomes_rgb() -> None:
@@ -194,6 +206,167 @@ def test_an_mpo_file_of_a_phone_is_read_as_jpeg() -> None:
     assert decode(data).getpixel((4, 4))[0] > 200  # type: ignore[index]
 
 
+# ---- TIFF and AVIF ---------------------------------------------------------------------------------------------------
+
+
+def tiff(tags: dict[int, tuple[int, int, int]], *, big: bool = False, tail: bytes = b"") -> bytes:
+    """A TIFF that is assembled by hand: type, count and value of each tag. ``tail`` begins at byte 1024."""
+    entries = b"".join(struct.pack("<HHQQ" if big else "<HHLL", tag, *entry) for tag, entry in sorted(tags.items()))
+    head = (
+        struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, len(tags))
+        if big
+        else struct.pack("<2sHLH", b"II", 42, 8, len(tags))
+    )
+    return (head + entries + bytes(8)).ljust(1024, b"\0") + tail
+
+
+SMALL: dict[int, tuple[int, int, int]] = {
+    256: (3, 1, 2),
+    257: (3, 1, 1),
+    258: (3, 1, 8),
+    259: (3, 1, 1),
+    262: (3, 1, 1),
+    273: (4, 1, 1024),
+    278: (3, 1, 1),
+    279: (4, 1, 2),
+}
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_a_tiff_of_either_kind_is_read(big: bool) -> None:
+    data = tiff(SMALL, big=big, tail=b"\0\xff")
+    assert inspect(data) == (1, 2, "tiff")
+    assert pixels(decode(data)) == [(0, 0, 0), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_compressed_tiffs_are_read(compression: str) -> None:
+    image = Image.linear_gradient("L").convert("RGB")
+    assert pixels(decode(encode(image, "TIFF", compression=compression))) == pixels(image)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B"])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_white_is_white_in_every_mode_of_a_tiff(mode: str, compression: str) -> None:
+    white: Any = {"1": 1, "I;16": 65535, "I;16B": 65535, "CMYK": 0}.get(mode)
+    image = Image.new(mode, (4, 4), white) if white is not None else Image.new("RGBA", (4, 4), "white").convert(mode)
+    found = decode(encode(image, "TIFF", compression=compression))
+    assert set(pixels(found)) == {(255, 255, 255)}
+
+
+def test_sixteen_bits_of_a_tiff_are_scaled() -> None:
+    image = Image.new("I;16", (2, 1), 0x5555)
+    assert pixels(decode(encode(image, "TIFF"))) == [(85, 85, 85)] * 2
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "LAB"])
+def test_a_tiff_without_a_scale_is_refused_by_name(mode: str) -> None:
+    data = encode(Image.new(mode, (3, 3)), "TIFF")
+    for read in (inspect, decode):
+        with pytest.raises(MediaError, match=r"The TIFF image holds .*8 or 16 bits") as caught:
+            read(data)
+        assert caught.value.code == "invalid_image"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+def test_xmp_rotation_applies_to_size_and_pixels(format: str) -> None:
+    image = Image.new("RGB", (32, 16), "white")
+    image.paste((255, 0, 0), (0, 0, 16, 8))
+    if format == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", XMP)
+        data = encode(image, format, pnginfo=info)
+    elif format == "TIFF":
+        data = encode(image, format, tiffinfo={700: XMP.encode()})
+    else:
+        data = encode(image, format, xmp=XMP.encode())
+    assert inspect(data)[:2] == (32, 16)
+    red, green, _ = decode(data).getpixel((12, 8))  # type: ignore[misc]
+    assert red > 200
+    assert green < 60
+
+
+EXCESSIVE: dict[str, dict[int, tuple[int, int, int]]] = {
+    "strips": {273: (4, 1 << 20, 1024)},
+    "strips of bytes": {273: (1, 1 << 22, 1024)},
+    "tiles": {324: (3, 1 << 21, 1024)},
+    "resolutions": {282: (5, 1 << 19, 1024)},
+    "large tiles": {322: (4, 1, 60_000), 323: (4, 1, 60_000)},
+}
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("what", EXCESSIVE)
+def test_a_tiff_that_asks_for_more_than_an_image_needs_is_refused_by_its_header(what: str, big: bool) -> None:
+    data = tiff(SMALL | EXCESSIVE[what], big=big, tail=bytes(4 << 20))
+    for read in (inspect, decode):
+        with pytest.raises(MediaError, match="The header of the TIFF image") as caught:
+            read(data)
+        assert caught.value.code == "invalid_image"
+
+
+def test_the_number_of_tags_of_a_tiff_is_bounded() -> None:
+    many = dict.fromkeys(range(1000, 1000 + 5000), (3, 1, 0))
+    with pytest.raises(MediaError, match="The header of the TIFF image"):
+        inspect(tiff(SMALL | many))
+
+
+def test_the_limit_on_pixels_holds_for_tiff_and_avif() -> None:
+    with pytest.raises(MediaError, match="40000 x 40000"):
+        inspect(tiff(SMALL | {256: (3, 1, 40_000), 257: (3, 1, 40_000)}))
+    data = encode(Image.new("RGB", (100, 100)), "AVIF")
+    with pytest.raises(MediaError, match="100 x 100"):
+        inspect(data, MediaConfig(max_image_pixels=9_999))
+
+
+def test_an_avif_is_known_by_any_of_its_brands() -> None:
+    data = encode(Image.new("RGB", (30, 20)), "AVIF")
+    assert data[8:12] == b"avif"
+    assert inspect(data[:8] + b"mif1" + data[12:]) == (20, 30, "avif")
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "empty"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- x -->\n<svg:svg>", "SVG"),
+        (b"\n <!DOCTYPE html><html>", "web page"),
+        (b"<HTML>", "web page"),
+        (b"<!-- a --><head>", "web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
+        (b'{"error": "no such key"}', "JSON"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x20ftypisom\0\0\0\0mp42", "video"),
+        (b"%PDF-1.7", "PDF"),
+        (b"\xff\x0a", "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"\0\0\1\0\1\0", "ICO"),
+        (b"8BPS", "Photoshop"),
+        (b"\x1f\x8b\x08", "gzip"),
+    ],
+)
+def test_other_kinds_of_files_are_refused_by_name(data: bytes, says: str) -> None:
+    for read in (inspect, decode):
+        with pytest.raises(MediaError, match=f"The file is .*{says}.*Send {SUPPORTED}") as caught:
+            read(data)
+        assert caught.value.code == "invalid_image"
+
+
+def test_every_list_of_formats_is_the_one_list() -> None:
+    root = Path(__file__).parents[2]
+    texts = [path for folder in ("src", "docs") for kind in ("*.py", "*.md") for path in (root / folder).rglob(kind)]
+    lists = [
+        (path, found)
+        for path in (root / "README.md", *texts)
+        for found in re.findall(r"PNG, [\w, ]*? or \w+", path.read_text())
+    ]
+    assert {found for _, found in lists} == {SUPPORTED}, lists
+
+
 def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     for read in (inspect, decode):
         with pytest.raises(MediaError, match="20000 x 20000") as caught:
@@ -232,7 +405,7 @@ def test_data_that_is_not_an_image_is_refused(data: bytes) -> None:
         assert caught.value.code == "invalid_image"
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "AVIF"])
 def test_truncated_pixels_are_an_error(format: str) -> None:
     data = encode(Image.effect_noise((200, 200), 80).convert("RGB"), format)
     with pytest.raises(MediaError):
@@ -241,7 +414,19 @@ def test_truncated_pixels_are_an_error(format: str) -> None:
 
 @settings(deadline=None)
 @given(
-    data=st.binary(max_size=200), head=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b""])
+    data=st.binary(max_size=200),
+    head=st.sampled_from(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            b"\xff\xd8\xff",
+            b"GIF89a",
+            b"BM",
+            b"",
+            b"II*\0\x08\0\0\0",
+            b"MM\0+",
+            b"\0\0\0\x14ftypavif",
+        ]
+    ),
 )
 def test_no_bytes_raise_anything_but_media_errors(data: bytes, head: bytes) -> None:
     config = MediaConfig(max_image_pixels=10_000)

@@ -28,6 +28,17 @@ async def test_bodies_with_data_urls_pass_unchanged(start: Start) -> None:
         assert aggregated.received[-1].body == body
 
 
+async def test_base64_that_not_every_server_reads_is_rewritten(start: Start) -> None:
+    aggregated = FakeInstance("aggregated")
+    front = await start([aggregated])
+    head, _, text = data_url(image_bytes()).partition(",")
+    assert (
+        await front.post(ask(image(f"{head},{text[:8]}\n{text[8:].rstrip('=')}"), image(image_bytes("red"))))
+    ).status == 200
+    name = identifier(image_bytes(), fingerprint=FINGERPRINT)
+    assert aggregated.received[0].json == ask(image(image_bytes(), uuid=name), image(image_bytes("red")))
+
+
 async def test_urls_are_fetched_by_the_proxy(start: Start, images: Images) -> None:
     aggregated = FakeInstance("aggregated")
     front = await start([aggregated])

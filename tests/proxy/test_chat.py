@@ -183,6 +183,18 @@ async def test_a_url_may_be_a_plain_string(start: Start) -> None:
     assert encoder.received[0].parts[0]["image_url"] == {"url": data_url(image_bytes())}
 
 
+async def test_base64_is_passed_on_in_its_plain_form(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    front = await start([encoder, pd])
+    head, _, text = data_url(image_bytes()).partition(",")
+    in_lines = "".join(f"{text[at : at + 76]}\r\n" for at in range(0, len(text), 76))
+    unpadded = text.rstrip("=").replace("+", "-").replace("/", "_")
+    for url in (f"{head},{in_lines}", f" {head.upper()},{unpadded}", f"data:;charset=utf-8;base64,{text}"):
+        assert (await front.post(ask(image(url)))).status == 200
+        assert encoder.received[-1].parts[0]["image_url"]["url"] == data_url(image_bytes())
+        assert encoder.received[-1].parts[0]["uuid"] == identifier(image_bytes(), fingerprint=FINGERPRINT)
+
+
 async def test_the_media_type_comes_from_the_files_bytes(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     front = await start([encoder, pd])

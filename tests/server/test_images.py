@@ -120,6 +120,13 @@ class TestAggregated:
         (item,) = aggregated.engine.requests[0].prompt.items
         assert item.geometry.metadata == {"image_grid_thw": [1, 2, 1]}
 
+    def test_base64_in_lines_and_without_padding_is_read(self, aggregated: Served) -> None:
+        head, _, text = data_url(png()).partition(",")
+        part = {"type": "image_url", "image_url": {"url": f"\n{head},{text[:76]}\r\n{text[76:].rstrip('=')} "}}
+        assert post(aggregated.chat, chat(part)).status == 200
+        (item,) = aggregated.engine.requests[0].prompt.items
+        assert item.identifier == identifier(png(), fingerprint=FINGERPRINT)
+
     def test_server_timing_has_fetch_and_preprocess(self, aggregated: Served) -> None:
         assert {"fetch", "preprocess"} <= post(aggregated.chat, chat(image_part(png()))).timing.keys()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from chiasm.bench.goodput import AGGREGATED, COLOCATED, MOST_REPLICAS, REPLICAS, SPLIT
+from chiasm.bench.goodput_options import AGGREGATED, COLOCATED, MOST_REPLICAS, REPLICAS, SPLIT
 from chiasm.bench.measurement import SERVED_NAME
 from chiasm.bench.topology import on_vllm
 from chiasm.cores import usable_cores

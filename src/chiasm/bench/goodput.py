@@ -15,68 +15,15 @@ import enum
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from chiasm.bench.statistics import Estimate, bootstrap, quantile
-from chiasm.launch import DeploymentConfig
-from chiasm.options import Option
 
-AGGREGATED, REPLICAS, SPLIT, COLOCATED = STANDARD = ("aggregated", "replicas", "split", "colocated")
-"""The deployments that are always compared; see ``arms``."""
-MOST_REPLICAS = 4
-"""Aggregated instances on a CPU."""
 TARGET = 0.9
 """Share of the requests that must meet both limits."""
-
-
-@dataclass(frozen=True)
-class GoodputOptions:
-    """What a person chooses for ``goodput`` and ``trace``."""
-
-    arms: Annotated[
-        tuple[str, ...],
-        Option(
-            "Deployments to compare: aggregated, replicas, split, colocated, and the names given with --arm.",
-            metavar="ARMS",
-            separator=",",
-            unset="all",
-        ),
-    ] = ()
-    mixes: Annotated[
-        tuple[str, ...],
-        Option(
-            "Mixes of requests: text, mixed, images, heavy, repeats, burst.",
-            metavar="MIXES",
-            separator=",",
-            unset="all; with --quick, mixed and heavy",
-        ),
-    ] = ()
-    ttft_slo_factor: Annotated[
-        float, Option("Limit of the time to first token, as a multiple of that on an idle machine.", min=1)
-    ] = 5.0
-    tpot_slo_factor: Annotated[
-        float, Option("Limit of the time per output token, as a multiple of that on an idle machine.", min=1)
-    ] = 3.0
-    ttft_slo: Annotated[
-        float | None,
-        Option(
-            "Limit of the time to first token of every request.", metavar="SECONDS", min=0.001, unset="by the factor"
-        ),
-    ] = None
-    tpot_slo: Annotated[
-        float | None,
-        Option(
-            "Limit of the time per output token of every request.", metavar="SECONDS", min=0.001, unset="by the factor"
-        ),
-    ] = None
-    model: str | None = None
-    """The checkpoint that a person asked for; None: a synthetic one."""
-    more_arms: Mapping[str, DeploymentConfig] = field(default_factory=dict)
-    """Other deployments by name. Their model is replaced by the one that is measured."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from chiasm.bench.goodput import AGGREGATED, COLOCATED, REPLICAS, SPLIT, TARGET, Limits, Trial, Trials
+from chiasm.bench.goodput import TARGET, Limits, Trial, Trials
+from chiasm.bench.goodput_options import AGGREGATED, COLOCATED, REPLICAS, SPLIT
 from chiasm.bench.measurement import Curve, Curves, Figure, Outcome
 
 _AT_LEAST, _LOW_AT_LEAST = 1.0, 0.97

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.bench.client import Client
-from chiasm.bench.goodput import GoodputOptions
+from chiasm.bench.goodput_options import GoodputOptions
 from chiasm.bench.statistics import Estimate, median, paired_ratio
 
 SERVED_NAME = "bench"

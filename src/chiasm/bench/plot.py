@@ -1,4 +1,4 @@
-"""The plot of a run. It needs matplotlib, which comes with ``chiasm[bench]``."""
+"""The plot of a run. It needs matplotlib, which comes with the extra ``bench``."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import signal
 import sys
 import tempfile
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiasm.bench.client import opened
-from chiasm.bench.goodput import GoodputOptions
+from chiasm.bench.goodput_options import GoodputOptions
 from chiasm.bench.measurement import Bench, Measurement, Outcome
 from chiasm.bench.measurements import MEASUREMENTS
 from chiasm.bench.measurements.goodput import TraceMeasurement
 from chiasm.bench.report import machine, print_outcome, write_json
 from chiasm.bench.trace import read_trace
 from chiasm.errors import ConfigurationError
+from chiasm.extras import Extra, require
 from chiasm.launch.config import EngineKind
 from chiasm.launch.vllm import installed
 
@@ -85,10 +85,7 @@ def run(config: BenchConfig) -> bool:
 
 def choose(config: BenchConfig) -> list[Measurement]:
     """Return the measurements in the order in which they run. Raises ConfigurationError."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError(
-            "`chiasm bench` needs matplotlib, which is not installed; run `pip install 'chiasm[bench]'`."
-        )
+    require(Extra.BENCH, "`chiasm bench`")
     if config.trace is not None:
         return [TraceMeasurement(config.engine, read_trace(config.trace))]
     found = MEASUREMENTS[config.engine]

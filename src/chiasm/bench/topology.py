@@ -13,13 +13,14 @@ from dataclasses import replace
 from chiasm.bench.measurement import SERVED_NAME, Bench
 from chiasm.cores import usable_cores
 from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.extras import Extra, install_command
 from chiasm.launch import Deployment, DeploymentConfig, DeploymentNotReadyError, Layout, ProcessState, RoleConfig
 from chiasm.launch.config import EngineKind
 from chiasm.wire import Role
 
 SHARED_MEMORY = "SharedMemoryConnector"
 NIXL = "NixlConnector"
-NO_NIXL = f"{NIXL} is left out, because NIXL is not installed (pip install 'chiasm[nixl]')."
+NO_NIXL = f"{NIXL} is left out, because NIXL is not installed ({install_command(Extra.NIXL)} in a clone of chiasm)."
 _READY_SECONDS = 180.0
 VLLM_READY_SECONDS = 600.0
 """An instance of vLLM needs half a minute of a core before it answers, and several start at the same time."""

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from chiasm import __version__
 from chiasm.errors import ChiasmError
+from chiasm.extras import explained
 
 _EXIT_CODE = 2
 _INTERRUPTED = 130
@@ -45,6 +46,11 @@ def main() -> None:
         sys.exit(_run(sys.argv[1:]))
     except ChiasmError as error:
         _fail(error.message)
+    except ModuleNotFoundError as error:
+        missing = explained(error, " ".join(["`chiasm", *sys.argv[1:2]]) + "`")
+        if missing is None:
+            raise
+        _fail(missing.message)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
     except MemoryError:

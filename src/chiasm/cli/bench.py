@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from chiasm.bench.goodput import STANDARD, GoodputOptions
+from chiasm.bench.goodput_options import STANDARD, GoodputOptions
 from chiasm.cli import serve
 from chiasm.cli.instance import MODEL_HELP
 from chiasm.cli.parser import Parser, option, parse_arguments

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.errors import ChiasmError, ConfigurationError, MediaError
 from chiasm.http.timing import read_timing
 from chiasm.wire import CHAT_PATH, ErrorBody
 
@@ -91,14 +91,12 @@ def drawn(image: Image) -> ImageFile:
 
 def read_image(path: Path) -> ImageFile:
     """Return an image file. Raises ConfigurationError if it cannot be read as an image."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from chiasm.media import decode, inspect
 
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            media_type = image.get_format_mimetype() or "application/octet-stream"
-            return ImageFile(ImageOps.exif_transpose(image).convert("RGB"), data, media_type)
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        return ImageFile(decode(data), data, inspect(data).media_type)
+    except (OSError, MediaError) as error:
         raise ConfigurationError(f"{path} cannot be read as an image: {error}") from error
 
 

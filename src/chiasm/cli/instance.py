@@ -8,6 +8,7 @@ from typing import Any
 from chiasm.cli.parser import Parser, option
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine.config import EngineConfig
+from chiasm.extras import Extra, require
 from chiasm.http.config import HttpConfig
 from chiasm.kv_transfer import KVTransferConfig
 from chiasm.launch.child import end_with_stdin
@@ -49,6 +50,7 @@ def add_options(made: Parser) -> None:
 def run(settings: Mapping[str, Any]) -> None:
     from chiasm.models import resolve_folder
 
+    require(Extra.ENGINE, "The built-in engine")
     if settings.get("end_with_stdin"):
         end_with_stdin()
     name = {"served_model_name": model_name(settings["model"])}

@@ -16,10 +16,12 @@ from chiasm import __version__
 from chiasm.cores import usable_cores
 from chiasm.doctor.report import Check, Result, shown, size
 from chiasm.errors import ConfigurationError
+from chiasm.extras import Extra, install_command
 from chiasm.launch.folders import LEAST_BYTES, SHARED_MEMORY
 from chiasm.launch.ports import check_port
 
 _VERSIONS = Check("versions")
+_ENGINE = Check("engine")
 _VLLM = Check("vLLM")
 _CORES = Check("cores")
 MEMORY = Check("memory")
@@ -47,14 +49,18 @@ def version_of(package: str) -> str:
         return ""
 
 
-def versions() -> Iterator[Result]:
+def versions(*, is_planned: bool = True) -> Iterator[Result]:
+    """``is_planned``: whether instances are to run here, and not perhaps only the proxy."""
     found = {name: version_of(name) for name in _PACKAGES}
-    if missing := [name for name, version in found.items() if not version]:
+    if not any(found.values()) and not is_planned:
+        adds = f"{install_command(Extra.ENGINE)} in a clone of chiasm adds it"
+        yield _ENGINE.skipped(f"not installed, so this machine can only run the proxy; {adds}")
+    elif missing := [name for name, version in found.items() if not version]:
         yield _VERSIONS.problem(
             f"{', '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed",
             why="instances of the built-in engine can't start.",
-            do="install chiasm together with its dependencies.",
-            command="pip install --upgrade chiasm",
+            do="install chiasm's extra for the engine, from a clone of chiasm.",
+            command=install_command(Extra.ENGINE),
         )
     named = [f"{name} {version}" for name, version in found.items() if version]
     yield _VERSIONS.ok(", ".join([f"chiasm {__version__}", f"python {platform.python_version()}", *named]))

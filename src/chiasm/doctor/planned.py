@@ -10,6 +10,7 @@ from chiasm.doctor import machine, model, storage, transports
 from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
 from chiasm.doctor.report import Check, Result
 from chiasm.errors import ConfigurationError
+from chiasm.extras import Extra, missing_modules
 from chiasm.launch.arrangement import Arrangement, arrange, one_of_each
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import describe
@@ -33,7 +34,7 @@ _FIX_OPTIONS = "change the options that the message names."
 
 def examine_machine() -> Iterator[Result]:
     """Check what concerns everything that runs here."""
-    yield from machine.versions()
+    yield from machine.versions(is_planned=False)
     yield from machine.vllm(is_planned=False)
     yield from machine.cores()
     yield from machine.memory(machine.available_memory())
@@ -46,6 +47,13 @@ def examine_machine() -> Iterator[Result]:
 
 async def examine_plan(config: DeploymentConfig) -> AsyncIterator[Result]:
     """Check what ``chiasm serve`` with the same options would run into."""
+    if missing_modules(Extra.ENGINE):
+        for result in _without_model(one_of_each(config), None):
+            yield result
+        yield model.MODEL.skipped(
+            "the model and the devices are checked with the packages of the engine, which are missing"
+        )
+        return
     for result in _examine(config, await _find(config.model)):
         yield result
 

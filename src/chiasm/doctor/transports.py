@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from chiasm.doctor.report import Check, Result, shown
+from chiasm.extras import Extra, install_command
 
 _NIXL = Check("NIXL")
 _UCX = Check("UCX transports")
@@ -86,8 +87,8 @@ def judge_nixl(found: Nixl | None, *, is_needed: bool) -> Result:
         return _NIXL.problem(
             "it is not installed",
             why="instances that move KV from prefill to decode with it refuse to start.",
-            do="install it in the environment that chiasm runs in.",
-            command="pip install 'chiasm[nixl]'",
+            do="install it in the environment that chiasm runs in, from a clone of chiasm.",
+            command=install_command(Extra.NIXL),
         )
     if "UCX" not in found.plugins:
         return _NIXL.problem(

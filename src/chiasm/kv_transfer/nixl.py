@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from chiasm.errors import ConfigurationError
+from chiasm.extras import Extra, install_command
 from chiasm.kv_transfer.base import KVConnectorRole, KVTransferConfig, OfferedMemory, ReachedMemory, TransferError
 from chiasm.kv_transfer.control import Welcome
 from chiasm.kv_transfer.pull import PullConnector
@@ -241,5 +242,6 @@ def import_nixl() -> Any:
             logging.getLogger("nixl").setLevel(logging.WARNING)  # otherwise it writes to standard output
         return library
     raise ConfigurationError(
-        f"NixlConnector needs NIXL: pip install 'chiasm[nixl]' (or nixl-cu12, nixl-cu13): {'; '.join(reasons)}."
+        f"NixlConnector needs NIXL: run {install_command(Extra.NIXL)} in a clone of chiasm, or install nixl-cu12 or nixl-cu13 "
+        f"({'; '.join(reasons)})."
     )

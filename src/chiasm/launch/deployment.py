@@ -11,9 +11,10 @@ from types import TracebackType
 
 from chiasm.cores import check_cpus
 from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.extras import Extra, require
 from chiasm.launch.arrangement import arrange
 from chiasm.launch.child import Child, ProcessState
-from chiasm.launch.config import DeploymentConfig
+from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placements, others_serve
 from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory
 from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances, plan_proxy
@@ -85,13 +86,15 @@ class Deployment:
     ) -> None:
         """Find the model, and apply the layout to the devices of this machine. Starts nothing.
 
-        Raises ConfigurationError if there is no such model, engine or device.
+        Raises ConfigurationError if there is no such model, engine or device, or if the engine is not installed.
 
         ``on_change`` is called at every new state of a process, ``on_line`` with each line (name of the process, text) that one
         logs. Both are called in other threads and must return at once.
         """
         from chiasm.models import resolve_folder
 
+        if config.engine is EngineKind.CHIASM:
+            require(Extra.ENGINE, "The built-in engine")
         self.config = config
         for role in config.roles.values():
             check_cpus(role.cpus)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.errors import ConfigurationError
+from chiasm.extras import Extra, install_command
 from chiasm.integrations.vllm import check_version
 from chiasm.launch.config import DeploymentConfig
 from chiasm.launch.devices import Placement
@@ -91,7 +92,8 @@ def installed(executable: str = sys.executable) -> Installed:
     if version is None or not command.is_file():
         raise ConfigurationError(
             f"--engine vllm needs vLLM in chiasm's environment, and {command.parent.parent} has none; `make vllm` makes an "
-            "environment with both, .venv-vllm, and on a machine with a GPU you can `pip install vllm` beside chiasm."
+            f"environment with both, .venv-vllm, and on a machine with a GPU you can run {install_command(Extra.VLLM)} in a "
+            "clone of chiasm."
         )
     check_version(version)
     return Installed(command, version)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from chiasm.errors import ConfigurationError
+from chiasm.media.url import InvalidURLError, host_of
 from chiasm.options import Option
 
 
@@ -15,7 +16,7 @@ from chiasm.options import Option
 class MediaConfig:
     """The limits for fetching, inspecting and decoding.
 
-    Raises ConfigurationError for a folder that does not exist, a malformed network, or a limit that isn't positive.
+    Raises ConfigurationError for a folder that does not exist, a malformed network or host, or a limit that isn't positive.
     """
 
     max_media_bytes: Annotated[int, Option("Maximum size of an image file.")] = 32 << 20
@@ -61,4 +62,11 @@ class MediaConfig:
             except ValueError as error:
                 raise ConfigurationError(
                     f"allowed_media_networks must hold networks such as 10.0.0.0/8: {error}"
+                ) from None
+        for domain in self.allowed_media_domains:
+            try:
+                host_of(domain)
+            except InvalidURLError:
+                raise ConfigurationError(
+                    f"allowed_media_domains must hold hosts such as images.example, without scheme and port, not {domain!r}."
                 ) from None

@@ -1,6 +1,5 @@
 """Images: their name, their size from the header alone, and their pixels.
 
-The first bytes of a file decide which plugin of Pillow reads it, and only the plugins that are imported here are used.
 ``inspect`` and ``decode`` take size and rotation from the same function, so that the encoder sees an image of the size that
 the proxy has told the PD.
 """
@@ -8,22 +7,22 @@ the proxy has told the PD.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from io import BytesIO
 from typing import NamedTuple
 
 from blake3 import blake3
-from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, ImageFile
 
 from chiasm.errors import Code, MediaError
+from chiasm.media import tiff
 from chiasm.media.config import MediaConfig
-
-SUPPORTED = "PNG, JPEG, WebP, GIF or BMP"
+from chiasm.media.formats import SUPPORTED, Format, format_of, other_kind
 
 # max_image_pixels is always enforced. Pillow's own limit is higher and only warns.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Clients can send broken EXIF data at will; it must not fill the log.
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin", category=UserWarning)
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -37,6 +36,12 @@ _TRANSPOSE = {
 }
 _SIDES_SWAPPED = 5
 """Orientations from here on swap height and width."""
+_WITHOUT_SCALE = {
+    "F": "32-bit floating-point numbers",
+    "I": "32-bit integers",
+    "LAB": "Lab colours",
+}
+"""Modes of Pillow that say nothing of what is black and what is white, or that it can't convert."""
 
 
 class ImageInfo(NamedTuple):
@@ -47,7 +52,7 @@ class ImageInfo(NamedTuple):
     width: int
     """In pixels, after EXIF rotation."""
     format: str
-    """``png``, ``jpeg``, ``webp``, ``gif`` or ``bmp``."""
+    """As in its media type: a ``key`` of ``media.formats``."""
 
     @property
     def media_type(self) -> str:
@@ -79,68 +84,60 @@ def inspect(data: bytes, config: MediaConfig | None = None) -> ImageInfo:
     the data is not an image in a supported format, if its header is truncated, or if it has more pixels than
     ``config.max_image_pixels``.
     """
-    image, format, orientation = _open(data, config or MediaConfig())
-    with image:
-        width, height = image.size
-    if orientation >= _SIDES_SWAPPED:
-        height, width = width, height
-    return ImageInfo(height, width, format)
+    opened = _open(data, config or MediaConfig())
+    opened.image.close()
+    return ImageInfo(opened.height, opened.width, opened.format.key)
 
 
 def decode(data: bytes, config: MediaConfig | None = None) -> Image.Image:
     """Return the image as RGB, with the size that ``inspect`` returns. Blocks, so call it in a thread.
 
-    Applies the EXIF rotation, takes the first frame of an animation, puts transparent parts on white, scales 16 bits per
-    channel to 8, and converts CMYK without a colour profile. Raises MediaError for everything that ``inspect`` refuses and
-    for pixel data that is truncated or corrupt.
+    Applies the EXIF rotation, takes the first frame of an animation or page of a document, puts transparent parts on white,
+    scales 16 bits per channel to 8, and converts CMYK without a colour profile. Raises MediaError for everything that
+    ``inspect`` refuses and for pixel data that is truncated or corrupt.
     """
-    image, format, orientation = _open(data, config or MediaConfig())
-    with image:
+    opened = _open(data, config or MediaConfig())
+    with opened.image as image:
         try:
             image.load()
             rgb = _to_rgb(image)
         except Exception as error:
-            raise MediaError(f"The {format.upper()} image is truncated or corrupt.", code=Code.INVALID_IMAGE) from error
-    turn = _TRANSPOSE.get(orientation)
-    return rgb if turn is None else rgb.transpose(turn)
+            raise _corrupt(f"The {opened.format.name} image") from error
+    if opened.turn is not None:
+        rgb = rgb.transpose(opened.turn)
+    if rgb.size != (opened.width, opened.height):
+        raise _corrupt(f"The header of the {opened.format.name} image")
+    return rgb
 
 
 class _Opened(NamedTuple):
     image: ImageFile.ImageFile
-    format: str
-    orientation: int
-
-
-_Opener = Callable[[BytesIO], ImageFile.ImageFile]
-
-
-def _opener(data: bytes) -> tuple[str, _Opener] | None:
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png", PngImagePlugin.PngImageFile
-    if data.startswith(b"\xff\xd8\xff"):
-        # Not Pillow's factory function, which would use another plugin for a phone's file of several images (MPO).
-        return "jpeg", JpegImagePlugin.JpegImageFile
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "webp", WebPImagePlugin.WebPImageFile
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "gif", GifImagePlugin.GifImageFile
-    if data.startswith(b"BM"):
-        return "bmp", BmpImagePlugin.BmpImageFile
-    return None
+    format: Format
+    height: int
+    """In pixels, after rotation."""
+    width: int
+    turn: Image.Transpose | None
+    """What Pillow's plugin leaves to be done after loading."""
 
 
 def _open(data: bytes, config: MediaConfig) -> _Opened:
-    found = _opener(data)
-    if found is None:
-        raise MediaError(f"The file is not an image in a supported format ({SUPPORTED}).", code=Code.INVALID_IMAGE)
-    format, opener = found
+    format = format_of(data)
+    if format is None:
+        kind = other_kind(data)
+        found = (
+            f"The file is {kind}. Send {SUPPORTED}."
+            if kind
+            else f"The file is not an image in a supported format ({SUPPORTED})."
+        )
+        raise MediaError(found, code=Code.INVALID_IMAGE)
+    is_tiff = format.key == "tiff"
     try:
-        image = opener(BytesIO(data))
+        if is_tiff and tiff.is_excessive(data, config.max_image_pixels):
+            raise ValueError("The directory asks for more than an image needs.")
+        image = format.open(BytesIO(data))
         width, height = image.size
     except Exception as error:  # a plugin can raise anything for a hostile header
-        raise MediaError(
-            f"The header of the {format.upper()} image is truncated or corrupt.", code=Code.INVALID_IMAGE
-        ) from error
+        raise _corrupt(f"The header of the {format.name} image") from error
     if width < 1 or height < 1:
         raise MediaError("The image has no pixels.", code=Code.INVALID_IMAGE)
     if width * height > config.max_image_pixels:
@@ -149,18 +146,28 @@ def _open(data: bytes, config: MediaConfig) -> _Opened:
             "smaller one.",
             code=Code.IMAGE_TOO_LARGE,
         )
-    return _Opened(image, format, _orientation(image))
+    if is_tiff and image.mode in _WITHOUT_SCALE:
+        raise MediaError(
+            f"The TIFF image holds {_WITHOUT_SCALE[image.mode]}. Send one with 8 or 16 bits per channel, in grey, RGB or CMYK.",
+            code=Code.INVALID_IMAGE,
+        )
+    orientation = _orientation(image)
+    # Of a TIFF, Pillow rotates the pixels itself, and swaps the sides in advance if a tag says so, but not if XMP says so.
+    is_swapped = is_tiff and image.tag_v2.get(_ORIENTATION_TAG) in range(_SIDES_SWAPPED, 9)  # type: ignore[attr-defined]
+    if orientation >= _SIDES_SWAPPED and not is_swapped:
+        height, width = width, height
+    return _Opened(image, format, height, width, None if is_tiff else _TRANSPOSE.get(orientation))
+
+
+def _corrupt(what: str) -> MediaError:
+    return MediaError(f"{what} is truncated or corrupt.", code=Code.INVALID_IMAGE)
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """Return the EXIF orientation, 1 to 8. Ignores EXIF data after the pixels, which is known only once they are decoded."""
-    block = image.info.get("exif")
-    if not isinstance(block, bytes):
-        return 1
-    exif = Image.Exif()
+    """Return the orientation, 1 to 8, from EXIF or XMP data. Ignores what is behind the pixels, as only decoding finds it."""
     try:
-        exif.load(block)
-        value = exif.get(_ORIENTATION_TAG)
+        # Not the method of the plugin for PNG, which decodes the pixels first.
+        value = Image.Image.getexif(image).get(_ORIENTATION_TAG)
     except Exception:  # broken EXIF data is no reason to refuse an image
         return 1
     return value if isinstance(value, int) and value in _TRANSPOSE else 1

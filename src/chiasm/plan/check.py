@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chiasm.bench.goodput import AGGREGATED, COLOCATED, MOST_REPLICAS, REPLICAS, SPLIT, Limits
+from chiasm.bench.goodput import Limits
+from chiasm.bench.goodput_options import AGGREGATED, COLOCATED, MOST_REPLICAS, REPLICAS, SPLIT
 from chiasm.bench.traffic import LONGEST_SECONDS, MIXES
 from chiasm.errors import ConfigurationError
 from chiasm.launch.layout import cpu_pairs

@@ -1,4 +1,4 @@
-"""The plot of a plan. It needs matplotlib, which comes with ``chiasm[bench]``."""
+"""The plot of a plan. It needs matplotlib, which comes with the extra ``bench``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from chiasm.bench.goodput import TARGET
 from chiasm.errors import ConfigurationError
+from chiasm.extras import explained
 from chiasm.launch.layout import Layout
 from chiasm.plan.report import Plan, shown
 
@@ -19,7 +20,7 @@ def write_plot(path: Path, plan: Plan) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigurationError("--plot needs matplotlib: pip install 'chiasm[bench]'.") from error
+        raise explained(error, "--plot") or error from error
     searched = plan.workload.rate is None
     ordered = sorted(plan.findings, key=lambda one: one.rate if searched else one.attained)
     canvas = Figure(figsize=(_WIDTH_INCHES, _MARGIN_INCHES + _BAR_INCHES * len(ordered)), dpi=110, layout="constrained")

@@ -57,7 +57,7 @@ class PlanConfig:
         int | None, Option("Requests in a trial of a mix.", min=1, max=100_000, unset="enough for the devices")
     ] = None
     seed: Annotated[int, Option("Seed of the mix.", min=0)] = 0
-    plot: Annotated[Path | None, Option("PNG file for a plot, which needs chiasm[bench].", metavar="FILE")] = None
+    plot: Annotated[Path | None, Option("PNG file for a plot, which needs the extra bench.", metavar="FILE")] = None
     json: Annotated[bool, Option("Print JSON instead of a table.")] = False
     check: Annotated[
         Path | None,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from chiasm.errors import Code, MediaError
 from chiasm.media import Fetcher, identifier, inspect
 from chiasm.media.data_url import encode_data_url
+from chiasm.media.url import is_data_url
 from chiasm.proxy.request import MediaPart
 
 
@@ -23,9 +24,9 @@ class Item:
     height: int
     width: int
     url: bytes
-    """The image as a ``data:`` URL; byte for byte the client's own, if it sent one."""
-    fetched: bool
-    """Whether the client sent a URL that had to be fetched."""
+    """The image as a ``data:`` URL in plain base64; the client's own, if it sent such a one."""
+    is_rewritten: bool
+    """Whether the client's own URL had to be fetched, or is not in the form that every instance reads."""
 
     @property
     def pixels(self) -> int:
@@ -72,8 +73,11 @@ async def read_items(
     started = time.perf_counter()
 
     async def read(url: bytes) -> Item:
-        if _is_data_url(url):
-            return await loop.run_in_executor(executor, _item_of_data_url, fetcher, url, fingerprint, salt)
+        if is_data_url(url):
+            item = await loop.run_in_executor(executor, _item_of_data_url, fetcher, url, fingerprint, salt)
+            if item.url is not url:
+                hold(len(item.url))
+            return item
         data = await fetcher.fetch(_text(url))
         fetched_at.append(time.perf_counter())
         hold(len(data) * 4 // 3)
@@ -81,7 +85,7 @@ async def read_items(
 
     # data: URLs aren't compared: hashing one takes as long as reading it.
     distinct: dict[bytes | int, bytes] = {}
-    keys = [part.url if not _is_data_url(part.url) else index for index, part in enumerate(parts)]
+    keys = [part.url if not is_data_url(part.url) else index for index, part in enumerate(parts)]
     for key, part in zip(keys, parts, strict=True):
         distinct[key] = part.url
     if len(distinct) == 1:
@@ -97,10 +101,6 @@ async def read_items(
     return Items([by_key[key] for key in keys], fetch_seconds)
 
 
-def _is_data_url(url: bytes) -> bool:
-    return url[:5].lower() == b"data:"
-
-
 def _text(url: bytes) -> str:
     try:
         return url.decode()
@@ -109,18 +109,18 @@ def _text(url: bytes) -> str:
 
 
 def _item_of_data_url(fetcher: Fetcher, url: bytes, fingerprint: str, salt: str) -> Item:
-    data = fetcher.decode_data_url(url)
-    info = inspect(data, fetcher.config)
-    name = identifier(data, fingerprint=fingerprint, salt=salt)
+    found = fetcher.decode_data_url(url)
+    info = inspect(found.data, fetcher.config)
+    name = identifier(found.data, fingerprint=fingerprint, salt=salt)
     # The media type that the client gives isn't trusted; the file's bytes decide.
     header = b"data:%b;base64," % info.media_type.encode()
-    if not url.startswith(header):
-        url = header + url[url.index(b",") + 1 :]
-    return Item(name, info.height, info.width, url, fetched=False)
+    if not found.is_plain or not url.startswith(header):
+        url = b"".join((header, found.base64))
+    return Item(name, info.height, info.width, url, is_rewritten=not found.is_plain)
 
 
 def _item_of_bytes(fetcher: Fetcher, data: bytes, fingerprint: str, salt: str) -> Item:
     info = inspect(data, fetcher.config)
     name = identifier(data, fingerprint=fingerprint, salt=salt)
     url = encode_data_url(info.media_type, data)
-    return Item(name, info.height, info.width, url, fetched=True)
+    return Item(name, info.height, info.width, url, is_rewritten=True)

@@ -221,7 +221,8 @@ class Router:
 def _original(job: Job, items: Sequence[Item]) -> Original:
     """Return a request as an instance that encodes itself gets it; of the images, only those that its body lacks."""
     missing = [
-        item if item.fetched or part.has_uuid else None for part, item in zip(job.request.media, items, strict=True)
+        item if item.is_rewritten or part.has_uuid else None
+        for part, item in zip(job.request.media, items, strict=True)
     ]
     # The body has what isn't missing; only a body in which all images are replaced is made faster by knowing the URLs.
     media = [] if None in missing else job.request.media

@@ -18,6 +18,7 @@ from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
 from chiasm.http.timing import TimingEntry
 from chiasm.media import ImageInfo, decode, identifier, inspect
+from chiasm.media.url import is_data_url
 from chiasm.models.base import ItemGeometry, Metadata, Pixels, Processor
 from chiasm.server.context import EncodingEngine, GeneratingEngine, ServerContext
 from chiasm.server.protocol import ChatRequest, ImageURL, Part
@@ -132,11 +133,11 @@ async def fetch_images(
     async def fetch(part: Part) -> Image:
         url = part.image_url.url if isinstance(part.image_url, ImageURL) else part.image_url
         assert url is not None
-        is_data = url[:5].lower() == "data:"
+        is_data = is_data_url(url)
         fetched = b"" if is_data else await context.fetcher.fetch(url)
 
         def examine() -> Image:
-            data = context.fetcher.decode_data_url(url.encode(errors="replace")) if is_data else fetched
+            data = context.fetcher.decode_data_url(url.encode(errors="replace")).data if is_data else fetched
             info = inspect(data, context.config.media)
             name = part.uuid if trust_names else None
             return Image(name or identifier(data, fingerprint=engine.model_fingerprint, salt=salt), data, info)

@@ -14,7 +14,8 @@ from pathlib import Path
 from chiasm.bench import arms as arms_module
 from chiasm.bench.arms import Arm
 from chiasm.bench.checkpoints import GOODPUT, make_once
-from chiasm.bench.goodput import AGGREGATED, Limits, RateSearch, Trials
+from chiasm.bench.goodput import Limits, RateSearch, Trials
+from chiasm.bench.goodput_options import AGGREGATED
 from chiasm.bench.goodput_outcome import outcome_of
 from chiasm.bench.load import turns
 from chiasm.bench.measurement import Bench, Measurement, Outcome
