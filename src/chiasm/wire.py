@@ -143,7 +143,7 @@ class ProxyHealth(InstanceList, kw_only=True, frozen=True):
     """Answer of the proxy's GET /health."""
 
     status: str = ""
-    """``ok`` if text can be answered, otherwise ``unavailable``."""
+    """``ok`` if text can be answered, ``stopping`` while the proxy shuts down, otherwise ``unavailable``."""
     models: list[str] = []
 
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chiasm.errors import ChiasmError, MethodNotAllowedError, OverloadedError, PathNotFoundError
+from chiasm.errors import ChiasmError, Code, MethodNotAllowedError, OverloadedError, PathNotFoundError
 from chiasm.wire import ErrorBody, ErrorDetail
 
 _logger = logging.getLogger(__name__)
@@ -27,7 +27,10 @@ def error_body(error: ChiasmError) -> bytes:
 
 
 def error_headers(error: ChiasmError) -> list[tuple[str, str]]:
-    """Return the headers that go with the error: ``Retry-After`` in whole seconds if trying again can help."""
+    """Return the headers that go with the error: ``Retry-After`` in whole seconds if trying again can help, and ``Connection``
+    if this server can't be asked again because it is stopping."""
+    if error.code == Code.STOPPING:
+        return [("retry-after", "1"), ("connection", "close")]
     if isinstance(error, OverloadedError):
         return [("retry-after", str(error.retry_after_seconds))]
     return [("retry-after", "1")] if error.status == HTTPStatus.SERVICE_UNAVAILABLE else []

@@ -97,6 +97,13 @@ class ServerContext:
         """Refuse new requests from now on."""
         self.is_stopping = True
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs: neither a request, nor a decode instance that has yet to fetch KV from here."""
+        engine = self.loaded_engine
+        kv = engine.stats().kv if engine is not None and engine.healthy else None
+        return not self.admission.requests and (kv is None or not kv.leases_held)
+
     def interrupt_all(self) -> None:
         """End all requests with an error, because the instance stops."""
         self.admission.interrupt_all(_stopping())
