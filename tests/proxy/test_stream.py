@@ -180,7 +180,7 @@ def test_only_whole_events_are_passed_on_however_the_stream_is_split(data: st.Da
 @given(st.data())
 def test_a_stream_ends_with_an_error_as_a_failure_even_if_done_follows(data: st.DataObject) -> None:
     end = data.draw(st.sampled_from([b"\n\n", b"\r\n\r\n"]))
-    wanted = event("data: {\"error\": 1}").removesuffix(b"\n\n") + end + b'data: {"error": {"message": "lost"}}' + end
+    wanted = event('data: {"error": 1}').removesuffix(b"\n\n") + end + b'data: {"error": {"message": "lost"}}' + end
     stream = wanted + event("more") + b"data: [DONE]" + end
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     one, sent = relay(), []

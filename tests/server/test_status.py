@@ -12,8 +12,9 @@ from chiasm.errors import StorageError
 from chiasm.server.app import app_of
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
-from chiasm.wire import Health
+from chiasm.wire import Health, Role
 from tests.server.conftest import Served, ServedEncoder
+from tests.server.fake_engine import FakeLanguageEngine
 from tests.server.images import chat
 from tests.server.serving import get, post, serving
 
@@ -47,6 +48,11 @@ def test_health_of_prefill_and_decode_has_their_capacity(request: pytest.Fixture
     assert health["kv_connector"] == "SharedMemoryConnector"
     assert (health["kv_blocks_total"], health["kv_blocks_free"]) == (8, 5)
     assert health["max_num_seqs"] == 64
+
+
+@pytest.mark.parametrize(("role", "is_idle"), [(Role.PREFILL, False), (Role.PD, True)])
+def test_an_instance_whose_kv_is_yet_to_be_fetched_is_not_idle(role: Role, is_idle: bool) -> None:
+    assert ServerContext("bytes", ServerConfig(), FakeLanguageEngine(role)).is_idle is is_idle
 
 
 def test_a_loading_instance_answers_503() -> None:

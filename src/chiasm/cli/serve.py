@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.1
 _OF_DEPLOYMENT = ("engine", "layout", "devices", "served_model_name")
 _OF_LAYOUT = ("threads", "core_share", "nice")
 """Options of the engine that the layout chooses for each instance."""
-_OF_PROXY = ("host", "port", "admin_key", "deadline_seconds")
+_OF_PROXY = ("host", "port", "admin_key", "deadline_seconds", "shutdown_timeout_seconds")
 _OF_ROLE = ("cpus", "devices", "memory_share")
 _OF_KV = ("kv_connector", "kv_connector_module_path", "kv_lease_seconds")
 _COUNTS = {
@@ -75,7 +75,7 @@ def add_options(made: Parser) -> None:
 
 
 def run(settings: Mapping[str, Any]) -> None:
-    """Run a deployment until a signal asks for its end."""
+    """Run a deployment until a signal asks for its end, and until what runs has ended."""
     from chiasm.cli.signals import EndSignals
     from chiasm.cli.view import View
     from chiasm.launch import Deployment
@@ -95,6 +95,9 @@ def run(settings: Mapping[str, Any]) -> None:
                 view.ready(deployment.url)
                 announced = True
             time.sleep(_POLL_SECONDS)
+        seconds = deployment.config.shutdown_timeout_seconds
+        view.line("serve", f"stopping: what runs has {seconds:g} s to end; a second signal ends it at once")
+        deployment.drain(lambda: signals.are_repeated)
 
 
 def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:

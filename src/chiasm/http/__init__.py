@@ -1,9 +1,9 @@
 """HTTP as every server of chiasm speaks it: the proxy, the instances, the vLLM middleware, the launcher.
 
 A request passes the files in this order: ``listen`` (the port), ``serve`` (the process and its signals) and ``shutdown`` (its
-end), ``endpoint`` (the life of one request), ``admission`` (bounds on all requests together), ``exchange`` (its body in, its answer out), ``events`` (a
-stream), ``errors`` and ``timing`` (what an answer carries besides its content). Nothing here knows engines or instances: what
-an answer contains comes from a handler.
+end), ``endpoint`` (the life of one request), ``admission`` (bounds on all requests together), ``exchange`` (its body in, its
+answer out), ``events`` (a stream), ``errors`` and ``timing`` (what an answer carries besides its content). Nothing here knows
+engines or instances: what an answer contains comes from a handler.
 """
 
 from typing import TYPE_CHECKING

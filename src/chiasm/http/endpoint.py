@@ -83,7 +83,9 @@ class Endpoint:
 
     async def _fail(self, exchange: Exchange, error: ChiasmError) -> None:
         self._on_error(exchange, error)
-        if error.code == Code.STOPPING:  # the connection closes, and what is unread would reset it before the answer is read
+        if (
+            error.code == Code.STOPPING
+        ):  # the connection closes, and what is unread would reset it before the answer is read
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FAIL_SECONDS):
                     await exchange.discard_body()

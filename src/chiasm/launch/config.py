@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from chiasm.cores import usable_cores
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
+from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS
 from chiasm.launch.layout import Layout, check_counts
 from chiasm.launch.process import INSTANCE_OPTIONS, PROXY_OPTIONS, Cpus, ServedModelName, vllm_flags
 from chiasm.options import Option, flag, names_of
@@ -111,6 +112,8 @@ class DeploymentConfig:
     """How long a prefill instance holds KV that nobody claims; None: the connector's default."""
     deadline_seconds: float | None = None
     """Maximum duration of a request; None: 600 seconds."""
+    shutdown_timeout_seconds: float = SHUTDOWN_TIMEOUT_SECONDS
+    """Time for running requests to end when the deployment is asked to end."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Options of every instance, by name: ``{"max_model_len": 512}``."""
     proxy_settings: Mapping[str, Any] = field(default_factory=dict)

@@ -20,8 +20,10 @@ from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances,
 from chiasm.launch.ports import HeldPort, instance_states
 from chiasm.wire import Role
 
+PROXY_STOP_SECONDS = 1.5
+"""Time for the proxy to end at once, and tell its clients why."""
 STOP_SECONDS = 3.5
-"""Time for processes to end by themselves; then they are killed."""
+"""Time for instances to end at once; what hasn't ended then is killed."""
 _KILL_SECONDS = 1.0
 _POLL_SECONDS = 0.05
 _SCRATCH_PREFIX = "chiasm-serve-"
@@ -200,18 +202,46 @@ class Deployment:
             time.sleep(_POLL_SECONDS)
         return self.url
 
+    def drain(self, is_hurried: Callable[[], bool]) -> None:
+        """End all processes when nothing runs in them: the proxy, which takes no more requests, and then the instances.
+
+        Returns when they have ended, after ``config.shutdown_timeout_seconds``, or when ``is_hurried``; ``stop`` does the rest.
+        """
+        until = time.monotonic() + self.config.shutdown_timeout_seconds
+        for children in self._in_order():
+            for child in children:
+                child.end()
+            while not all(child.join(0.0) for child in children):
+                if time.monotonic() > until or is_hurried():
+                    return
+                time.sleep(_POLL_SECONDS)
+
     def stop(self) -> None:
-        """End all processes within 5 seconds, release their ports and remove the folders made for them; idempotent."""
-        children = [member.child for member in self._members.values()]
-        for child in children:
-            child.end()
-        until = time.monotonic() + STOP_SECONDS
-        for child in [child for child in children if not child.join(max(0.0, until - time.monotonic()))]:
+        """End all processes within 5 seconds, release their ports and remove the folders made for them; idempotent.
+
+        What still runs ends with an error.
+        """
+        proxy, instances = self._in_order()
+        children = [*proxy, *instances]
+        for some, seconds in ((proxy, PROXY_STOP_SECONDS), (instances, STOP_SECONDS)):
+            for child in some:
+                child.end(at_once=True)
+            until = time.monotonic() + seconds
+            for child in some:
+                child.join(max(0.0, until - time.monotonic()))
+        for child in [child for child in children if not child.join(0.0)]:
             child.kill()
         until = time.monotonic() + _KILL_SECONDS
         for child in children:
             child.join(max(0.0, until - time.monotonic()))
         self._release()
+
+    def _in_order(self) -> tuple[list[Child], list[Child]]:
+        """Return the processes in the order in which they end: the proxy, then the instances."""
+        members = self._members.items()
+        return [one.child for name, one in members if name == PROXY], [
+            one.child for name, one in members if name != PROXY
+        ]
 
     def _release(self) -> None:
         """Release ports and folders."""
