@@ -83,18 +83,17 @@ def is_stopping(process: subprocess.Popen[str]) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_after_a_signal_a_stream_ends_whole_and_nothing_new_begins(number: signal.Signals) -> None:
-    with server(LONG) as (process, url), httpx.Client(timeout=30) as client:
-        with client.stream("POST", url, content=b"x") as response:
-            chunks = response.iter_text()
-            assert next(chunks) == "data: one\n\n"
-            process.send_signal(number)
-            assert is_stopping(process)
-            refused = client.post(url, content=b"x" * (1 << 19))
-            assert refused.status_code == 503
-            assert refused.json()["error"]["code"] == "stopping"
-            assert refused.headers["connection"] == "close"
-            client.get(f"{url}/go")
-            assert "".join(chunks) == "data: [DONE]\n\n"
+    with server(LONG) as (process, url), httpx.stream("POST", url, content=b"x", timeout=30) as response:
+        chunks = response.iter_text()
+        assert next(chunks) == "data: one\n\n"
+        process.send_signal(number)
+        assert is_stopping(process)
+        refused = httpx.post(url, content=b"x" * (1 << 19))
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "stopping"
+        assert refused.headers["connection"] == "close"
+        httpx.get(f"{url}/go")
+        assert "".join(chunks) == "data: [DONE]\n\n"
 
 
 def test_a_second_signal_ends_a_stream_at_once_with_an_error() -> None:
