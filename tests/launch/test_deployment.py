@@ -52,8 +52,8 @@ def test_missing_cpus_are_refused(folder: str) -> None:
 
 
 def test_an_instance_that_cannot_start_ends_the_start_with_its_error(folder: str) -> None:
-    config = DeploymentConfig(folder, {Role.AGGREGATED: RoleConfig()}, settings={"device": "abacus"})
-    with pytest.raises(ConfigurationError, match="abacus"), Deployment(config) as deployment:
+    config = DeploymentConfig(folder, {Role.AGGREGATED: RoleConfig()}, settings={"device": "cuda:9"})
+    with pytest.raises(ConfigurationError, match="cuda:9"), Deployment(config) as deployment:
         deployment.wait_ready(60)
     assert all(process.pid is None for process in deployment.processes)
 
@@ -91,7 +91,7 @@ def test_a_start_fails_with_the_name_of_the_gpu_if_no_instance_can_be_started(fo
     roles = {Role.AGGREGATED: RoleConfig(2, devices=("0", "1"))}
     with (
         pytest.raises(ConfigurationError, match=r"aggregated-0 on GPU 0: "),
-        Deployment(DeploymentConfig(folder, roles, settings={"dtype": "abacus"})) as deployment,
+        Deployment(DeploymentConfig(folder, roles, settings={"kv_cache_bytes": 1})) as deployment,
     ):
         deployment.wait_ready(60)
 

@@ -13,7 +13,7 @@ from chiasm.cores import check_cpus
 from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.launch.arrangement import arrange
 from chiasm.launch.child import Child, ProcessState
-from chiasm.launch.config import DeploymentConfig
+from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placements, others_serve
 from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory
 from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances, plan_proxy
@@ -203,12 +203,14 @@ class Deployment:
         return self.url
 
     def drain(self, is_hurried: Callable[[], bool]) -> None:
-        """End all processes when nothing runs in them: the proxy, which takes no more requests, and then the instances.
+        """End processes when nothing runs in them: the proxy, which takes no more requests, and then the instances.
 
         Returns when they have ended, after ``config.shutdown_timeout_seconds``, or when ``is_hurried``; ``stop`` does the rest.
+        vLLM's instances are left to it, because vLLM takes seconds to end even when nothing runs.
         """
         until = time.monotonic() + self.config.shutdown_timeout_seconds
-        for children in self._in_order():
+        proxy, instances = self._in_order()
+        for children in (proxy, instances if self.config.engine is EngineKind.CHIASM else []):
             for child in children:
                 child.end()
             while not all(child.join(0.0) for child in children):

@@ -38,8 +38,8 @@ _fields = msgspec.json.Decoder(dict[str, Raw])
 class ChiasmMiddleware:
     """Answers /health with what the instance is, and replaces image sizes in chat completions by vLLM's metadata.
 
-    When vLLM is asked to end, it lets what runs end first (``shutdown.py``). It also refuses bodies of chat completions that are
-    larger than chiasm's own instances take, and explains the error of a request that failed for lack of an embedding.
+    When vLLM is asked to end, it lets what runs end first (``shutdown.py``). It also refuses bodies of chat completions that
+    are larger than chiasm's own instances take, and explains the error of a request that failed for lack of an embedding.
     Everything else passes unchanged.
     """
 

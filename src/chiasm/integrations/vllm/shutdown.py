@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.errors import Code, OverloadedError
 from chiasm.http import events
@@ -50,9 +49,7 @@ class ServerEnd:
         except (RuntimeError, ValueError) as error:  # not in the main thread
             _logger.warning("Requests that run when vLLM is asked to end are cut off by vLLM itself: %s", error)
 
-    async def run(
-        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Have the application answer a request, unless the server is ending."""
         if self.is_asked:
             await error_response(_stopping())(scope, receive, send)
