@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,33 @@ def test_a_setting_of_the_wrong_type_is_reported_before_anything_starts(folder: 
 def test_missing_cpus_are_refused(folder: str) -> None:
     with pytest.raises(ConfigurationError, match="CPU 4096 cannot be used"):
         Deployment(DeploymentConfig(folder, {Role.PD: RoleConfig(cpus=(4096,))}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"settings": {"dtype": "abacus"}}, "Unknown dtype 'abacus'"),
+        ({"settings": {"device": "abacus"}}, "Unknown device 'abacus'"),
+        ({"connector": "Abacus"}, "There is no EC connector 'Abacus'"),
+        ({"connector": "Abacus", "connector_module_path": "no.such"}, "There is no Python module 'no.such'"),
+        ({"kv_connector": "Abacus"}, "There is no KV connector 'Abacus'"),
+    ],
+)
+def test_wrong_names_are_refused_before_anything_starts(folder: str, wrong: dict[str, Any], message: str) -> None:
+    roles = {role: RoleConfig() for role in (Role.ENCODER, Role.PREFILL, Role.DECODE)}
+    deployment = Deployment(DeploymentConfig(folder, roles, **wrong))
+    with pytest.raises(ConfigurationError, match=message):
+        deployment.start()
+    assert deployment.processes == []
+
+
+def test_instances_that_do_not_fit_together_end_the_start_with_the_proxys_reason() -> None:
+    roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig(settings={"dtype": "bfloat16"})}
+    with (
+        pytest.raises(ConfigurationError, match="encoder-0 doesn't fit the other instances: its dtype is float32"),
+        Deployment(DeploymentConfig("demo", roles, settings=SMALL)) as deployment,
+    ):
+        deployment.wait_ready(120)
 
 
 def test_an_instance_that_cannot_start_ends_the_start_with_its_error(folder: str) -> None:

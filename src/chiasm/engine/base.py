@@ -14,6 +14,7 @@ from chiasm.engine.core_sharing import CoreShare
 from chiasm.engine.device import choose_device, choose_dtype, device_id
 from chiasm.engine.request import EngineStats
 from chiasm.models import fingerprint, load_processor
+from chiasm.models.base import LoadProgress
 from chiasm.wire import Costs
 
 
@@ -33,6 +34,8 @@ class Engine(ABC):
         self.max_model_len = min(config.max_model_len or self.processor.max_model_len, self.processor.max_model_len)
         self.device_id = device_id(self.device)
         """Names the device among all machines."""
+        self.progress = LoadProgress()
+        """How far ``start`` is; other threads may read it."""
         self.costs: Costs | None = None
         """What work costs, measured at start."""
         self._core_share = CoreShare(config.core_share, self.num_threads)

@@ -54,6 +54,7 @@ def run(
 
         try:
             engine = create_engine(engine_config)
+            context.progress = engine.progress
             engine.start()
         except ChiasmError as error:
             context.failure = error
