@@ -13,7 +13,7 @@ import pytest
 
 from chiasm.errors import ConfigurationError
 from chiasm.launch import Deployment, DeploymentConfig, Layout, ProcessState, RoleConfig, arrangement
-from chiasm.launch.devices import Gpu
+from chiasm.launch.gpus import Gpu
 from chiasm.wire import Role
 from tests.launch.waiting import eventually
 

@@ -45,6 +45,8 @@ class Parser(argparse.ArgumentParser):
         )
         self._variables: dict[str, str] = {}
         self._takes_value: set[str] = set()
+        self.options: dict[argparse.Action, NamedOption] = {}
+        """The options that take a value, by their actions."""
 
     def add(
         self,
@@ -72,7 +74,8 @@ class Parser(argparse.ArgumentParser):
             return
         action = "append" if named.type == tuple[str, ...] and not option.separator else "store"
         metavar, read = _metavar(named), _reader(named)
-        place.add_argument(named.flag, action=action, metavar=metavar, type=read, required=required, help=text)
+        added = place.add_argument(named.flag, action=action, metavar=metavar, type=read, required=required, help=text)
+        self.options[added] = named
         self._takes_value.add(named.flag)
         if option.environment:
             self._variables[named.name] = option.environment
@@ -173,8 +176,8 @@ def _parse_number(text: str, *, kind: Callable[[str], float], low: float, high: 
 def _reader(named: NamedOption) -> Callable[[str], Any]:
     """Return what makes a value of the text that a person writes."""
     kind, option = named.type, named.option
-    if choices := _choices(named):
-        return functools.partial(_parse_choice, choices=choices, kind=kind)
+    if values := choices(named):
+        return functools.partial(_parse_choice, choices=values, kind=kind)
     if option.separator:
         return functools.partial(_parse_list, separator=option.separator)
     if kind == tuple[int, ...]:
@@ -188,7 +191,8 @@ def _reader(named: NamedOption) -> Callable[[str], Any]:
     return Path if kind is Path else str
 
 
-def _choices(named: NamedOption) -> tuple[str, ...]:
+def choices(named: NamedOption) -> tuple[str, ...]:
+    """Return the only values that an option takes; empty if there are others."""
     if isinstance(named.type, type) and issubclass(named.type, enum.StrEnum):
         return tuple(named.type)
     return named.option.choices
@@ -197,8 +201,8 @@ def _choices(named: NamedOption) -> tuple[str, ...]:
 def _metavar(named: NamedOption) -> str:
     if named.option.metavar:
         return named.option.metavar
-    if choices := _choices(named):
-        return "|".join(choices)
+    if values := choices(named):
+        return "|".join(values)
     unit = named.name.rpartition("_")[2]
     return {"bytes": "SIZE", "seconds": "SECONDS"}.get(unit) or _METAVARS.get(named.type, "TEXT")
 
