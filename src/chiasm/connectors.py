@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, cast
 
@@ -54,6 +55,35 @@ class ConnectorFactory(Generic[ConfigT, RoleT, ConnectorT]):
         cls._registry[name] = ClassPath(module_path, class_name)
 
     @classmethod
+    def check_name(cls, config: ConfigT) -> None:
+        """Raise ConfigurationError for a connector that doesn't exist. Imports no connector, so it cannot tell everything."""
+        module = config.connector_module_path
+        if module is None:
+            cls._path(config)
+            return
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            raise ConfigurationError(
+                f"There is no Python module {module!r} for the {cls._plane} connector {config.connector!r}; correct "
+                f"{cls._module_option}, or install the module where chiasm is."
+            )
+
+    @classmethod
+    def _path(cls, config: ConfigT) -> ClassPath:
+        if config.connector_module_path is not None:
+            return ClassPath(config.connector_module_path, config.connector)
+        if config.connector in cls._registry:
+            return cls._registry[config.connector]
+        known = ", ".join(sorted(cls._registry))
+        raise ConfigurationError(
+            f"There is no {cls._plane} connector {config.connector!r}. Choose from {known}, or name the module of another "
+            f"one with {cls._module_option}."
+        )
+
+    @classmethod
     def get_connector_class(cls, config: ConfigT) -> type[ConnectorT]:
         """Import and return the class that ``config.connector`` names.
 
@@ -61,16 +91,7 @@ class ConnectorFactory(Generic[ConfigT, RoleT, ConnectorT]):
         that is registered under the name. Raises ConfigurationError if the name is unknown, if the module cannot be imported,
         or if it has no such connector.
         """
-        if config.connector_module_path is not None:
-            path = ClassPath(config.connector_module_path, config.connector)
-        elif config.connector in cls._registry:
-            path = cls._registry[config.connector]
-        else:
-            known = ", ".join(sorted(cls._registry))
-            raise ConfigurationError(
-                f"There is no {cls._plane} connector {config.connector!r}. Choose from {known}, or name the module of another "
-                f"one with {cls._module_option}."
-            )
+        path = cls._path(config)
         try:
             module = importlib.import_module(path.module)
         except ImportError as error:

@@ -62,12 +62,15 @@ class Costs(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """What an instance answers to GET /health. Fields with their default are left out, except for ``status``; while the model
-    loads, nothing else is set."""
+    loads, nothing else is set but how far it is."""
 
     status: str = msgspec.field(default_factory=lambda: "ok")  # msgspec omits no field that has a factory
     """``ok``, ``starting``, ``failed`` or ``stopping``."""
     message: str = ""
     """Why the status isn't ``ok``, or what else is wrong."""
+    loaded_tensors: int = 0
+    tensors: int = 0
+    """While the model loads: tensors that it has, and tensors of all parts that have begun to load; 0 before that."""
     role: str = ""
     """A :class:`Role`; empty if the instance doesn't say (vLLM without chiasm's middleware)."""
     model: str = ""
@@ -154,7 +157,7 @@ class ProxyHealth(InstanceList, kw_only=True, frozen=True):
     """Answer of the proxy's GET /health."""
 
     status: str = ""
-    """``ok`` if text can be answered, otherwise ``unavailable``."""
+    """``ok`` if text can be answered, ``stopping`` while the proxy shuts down, otherwise ``unavailable``."""
     models: list[str] = []
 
 

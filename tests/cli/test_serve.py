@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx2 as httpx
 import psutil
 import pytest
 from PIL import Image
@@ -90,7 +92,24 @@ def test_a_killed_encoder_comes_back_and_serves(served: Running) -> None:
     assert _answer(url, "blue")
 
 
-def test_ctrl_c_ends_all_of_it(served: Running) -> None:
+@contextlib.contextmanager
+def _stream(url: str, max_tokens: int) -> Iterator[Iterator[str]]:
+    """The lines of a stream about an image, which has begun."""
+    image = drawn(Image.new("RGB", (64, 48), "green")).url
+    parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What is it?"}]
+    body = {
+        "messages": [{"role": "user", "content": parts}],
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        assert next(line for line in lines if line.startswith("data: "))
+        yield lines
+
+
+def test_ctrl_c_lets_a_stream_end_and_then_ends_all_of_it(served: Running) -> None:
     url = served.wait_ready()
     children = served.children
     addresses = [url, *instance_states(url)]
@@ -98,8 +117,13 @@ def test_ctrl_c_ends_all_of_it(served: Running) -> None:
     assert len(children) == 3
     assert any(folder.iterdir())
 
-    assert served.end(signal.SIGINT) < END_SECONDS
-    assert served.process.returncode == 0
+    with _stream(url, max_tokens=300) as lines:
+        served.process.send_signal(signal.SIGINT)
+        rest = list(lines)
+    assert rest[-2:] == ["data: [DONE]", ""]
+    assert '"error"' not in "".join(rest)
+    assert served.process.wait(30) == 0
+    assert "unhealthy" not in served.stderr.partition("stopping")[2]
     assert not alive(children)
     assert not any(map(_listens, addresses))
     assert not folder.exists()
@@ -116,6 +140,19 @@ def test_sigterm_before_it_is_ready_ends_all_of_it(checkpoint: Path, tmp_path: P
         assert not alive(children)
         assert not folder.exists()
         assert running.stdout == ""
+
+
+def test_a_second_signal_ends_a_stream_with_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    with Running(tmp_path, "serve", str(checkpoint), "--aggregated", "1", "--port", "0") as running:
+        url = running.wait_ready()
+        with _stream(url, max_tokens=3000) as lines:
+            running.process.send_signal(signal.SIGTERM)
+            assert eventually(lambda: "[serve] stopping" in running.stderr)
+            running.process.send_signal(signal.SIGTERM)
+            rest = "".join(lines)
+        assert '"code":"stopping"' in rest
+        assert "[DONE]" not in rest
+        assert running.process.wait(30) == 0
 
 
 def test_instances_end_when_serve_is_killed(checkpoint: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pty
 import subprocess
@@ -10,8 +11,9 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
-from chiasm.cli.view import View
+from chiasm.cli.view import View, _table
 from chiasm.launch import ProcessState, ProcessStatus
 from chiasm.wire import Role
 
@@ -55,6 +57,25 @@ def test_in_a_terminal_there_is_a_table_below_the_lines() -> None:
     assert "pd-0" in last
     assert "http://127.0.0.1:1" in last
     assert "MiB" in last
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_every_row_of_the_table_is_one_line_with_the_whole_url(width: int) -> None:
+    names = ["proxy", "encoder-10", "aggregated-10", "prefill-0", "decode-0"]
+    loading = dict.fromkeys(("encoder-10", "aggregated-10"), "1350/1625 tensors")
+    shown = io.StringIO()
+    console = Console(file=shown, width=width)
+    rows = [
+        ProcessStatus(
+            name, None, f"http://127.0.0.1:{40000 + n}", os.getpid(), ProcessState.STARTING, 12, loading.get(name, "")
+        )
+        for n, name in enumerate(names)
+    ]
+    console.print(_table(rows))
+    lines = shown.getvalue().splitlines()
+    for row in rows:
+        assert any(row.name in line and row.url in line for line in lines), shown.getvalue()
+    assert "1350/1625" in shown.getvalue()
 
 
 def test_a_full_pipe_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ import pytest
 
 from chiasm.cores import usable_cores
 from chiasm.doctor import machine
-from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
+from chiasm.doctor.machine import Need, Tenant
+from chiasm.launch.gpus import Gpu
 from tests.doctor.results import problem, verdicts, warning
 
 GIB = 1 << 30
-H100 = Gpu("0", "NVIDIA H100", 80 * GIB, 79 * GIB, 9.0)
-V100 = Gpu("1", "Tesla V100", 16 * GIB, 15 * GIB, 7.0)
+H100 = Gpu("0", "NVIDIA H100", 80 * GIB, free_bytes=79 * GIB, capability=9.0)
+V100 = Gpu("1", "Tesla V100", 16 * GIB, free_bytes=15 * GIB, capability=7.0)
 
 
 def test_more_threads_than_cores_are_warned_about() -> None:
@@ -62,49 +63,13 @@ def test_a_low_limit_of_open_files_is_warned_about(limit: int, verdict: str) -> 
     assert verdicts(machine.open_files(limit)) == [verdict]
 
 
-def test_the_output_of_nvidia_smi_is_read() -> None:
-    listing = "0, NVIDIA H100 80GB HBM3, 81559, 80994, 9.0\n1, Tesla V100-SXM2-16GB, 16384, 100, 7.0\n"
-    first, second = machine.gpus_of(listing)
-    assert (first.index, first.name, first.total_bytes, first.capability) == (
-        "0",
-        "NVIDIA H100 80GB HBM3",
-        81559 << 20,
-        9.0,
-    )
-    assert second.free_bytes == 100 << 20
-    assert machine.gpus_of("") == []
-
-
-@pytest.mark.parametrize("listing", ["No devices were found", "0, A, B, C, D", "0, H100, 1, 2"])
-def test_unknown_output_of_nvidia_smi_is_refused(listing: str) -> None:
-    with pytest.raises(NoDriverError, match="is not understood"):
-        machine.gpus_of(listing)
-
-
-def test_an_nvidia_smi_that_fails_means_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'cannot talk to the driver' >&2\nexit 9\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(NoDriverError, match="nvidia-smi failed"):
-        machine.find_gpus()
-
-
-def test_gpus_are_found_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho '0, NVIDIA H100, 81920, 80896, 9.0'\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert machine.find_gpus() == [H100]
-
-
 def test_a_gpu_that_vllm_does_not_support_is_warned_about() -> None:
     assert "compute capability 7.0" in warning(machine.gpus([H100, V100], for_vllm=True)).says
     assert verdicts(machine.gpus([H100, V100], for_vllm=False)) == ["ok"]
 
 
 def test_a_gpu_that_other_processes_use_is_warned_about() -> None:
-    busy = Gpu("0", "NVIDIA H100", 80 * GIB, 10 * GIB, 9.0)
+    busy = Gpu("0", "NVIDIA H100", 80 * GIB, free_bytes=10 * GIB, capability=9.0)
     assert "10.0 GiB free of 80.0 GiB" in warning(machine.gpus([busy], for_vllm=True)).says
 
 

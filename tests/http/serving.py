@@ -74,7 +74,9 @@ def site(
     servers: list[HttpServer] = []
 
     async def serve() -> None:
-        server = HttpServer(app, grace_seconds=0.2, on_stop=lambda: None, interrupt_all=lambda: None)
+        server = HttpServer(
+            app, shutdown_timeout_seconds=0.2, on_stop=lambda: None, is_idle=lambda: True, interrupt_all=lambda: None
+        )
         servers.append(server)
         found.append(Site(url_of(listener), admission, asyncio.get_running_loop()))
         waiting = asyncio.ensure_future(server.ready.wait())

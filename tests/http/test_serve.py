@@ -1,17 +1,20 @@
-"""A server as a process: signals end it, and what is open gets an end."""
+"""A server as a process: after a signal, what runs ends by itself or with an error, and nothing new begins."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import httpx2 as httpx
 import pytest
 
 PROGRAM = """
-import asyncio
+import asyncio, sys
 from starlette.applications import Starlette
+from starlette.responses import Response
 from starlette.routing import Route
 from chiasm.errors import Code, OverloadedError
 from chiasm.http import Admission, Endpoint
@@ -19,38 +22,95 @@ from chiasm.http.endpoint import Bounds
 from chiasm.http.listen import bind
 from chiasm.http.serve import HttpServer, run
 
-async def endless(exchange):
+go = asyncio.Event()
+stopped = False
+stopping = OverloadedError("Shutting down.", code=Code.STOPPING)
+
+def stop():
+    global stopped
+    print("stopping", flush=True)
+    stopped = True
+
+def check(exchange):
+    if stopped:
+        raise stopping
+
+async def stream(exchange):
     await exchange.start_events()
     await exchange.write(b"data: one\\n\\n")
-    await asyncio.Event().wait()
+    await go.wait()
+    await exchange.end_events(b"data: [DONE]\\n\\n")
 
-admission = Admission(10, 1000)
-app = Starlette(routes=[Route("/", Endpoint(endless, admission, Bounds(60, 1000, 60)), methods=["POST"])])
-stopping = OverloadedError("Shutting down.", code=Code.STOPPING)
+async def let_go(request):
+    go.set()
+    return Response()
+
+admission = Admission(10, 1 << 20)
+endpoint = Endpoint(stream, admission, Bounds(60, 1 << 20, 60), on_start=check)
+app = Starlette(routes=[Route("/", endpoint, methods=["POST"]), Route("/go", let_go)])
 server = HttpServer(
-    app, grace_seconds=0.2, on_stop=lambda: print("stopping", flush=True),
+    app, shutdown_timeout_seconds=float(sys.argv[1]), on_stop=stop, is_idle=lambda: not admission.requests,
     interrupt_all=lambda: admission.interrupt_all(stopping),
 )
 run(server, bind("127.0.0.1", 0), on_ready=lambda url: print(url, flush=True))
 print("ended", flush=True)
 """
+LONG = "60"
+
+
+@contextlib.contextmanager
+def server(shutdown_timeout: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server whose stream ends when /go has been asked for; it must end quietly and with exit code 0."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, shutdown_timeout], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            yield process, process.stdout.readline().strip()
+            assert process.wait(30) == 0
+            assert process.stdout.read().split()[-1] == "ended"
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
+
+
+def is_stopping(process: subprocess.Popen[str]) -> bool:
+    """Wait until the signal has arrived."""
+    assert process.stdout is not None
+    return process.stdout.readline() == "stopping\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_quietly_and_ends_open_streams_with_an_error(number: signal.Signals) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        url = process.stdout.readline().strip()
-        with httpx.stream("POST", url, content=b"x", timeout=30) as response:
-            chunks = response.iter_text()
-            first = next(chunks)
-            process.send_signal(number)
-            rest = "".join(chunks)
-        assert first == "data: one\n\n"
+def test_after_a_signal_a_stream_ends_whole_and_nothing_new_begins(number: signal.Signals) -> None:
+    with server(LONG) as (process, url), httpx.stream("POST", url, content=b"x", timeout=30) as response:
+        chunks = response.iter_text()
+        assert next(chunks) == "data: one\n\n"
+        process.send_signal(number)
+        assert is_stopping(process)
+        refused = httpx.post(url, content=b"x" * (1 << 19))
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "stopping"
+        assert refused.headers["connection"] == "close"
+        httpx.get(f"{url}/go")
+        assert "".join(chunks) == "data: [DONE]\n\n"
+
+
+def test_a_second_signal_ends_a_stream_at_once_with_an_error() -> None:
+    with server(LONG) as (process, url), httpx.stream("POST", url, content=b"x", timeout=30) as response:
+        chunks = response.iter_text()
+        assert next(chunks) == "data: one\n\n"
+        process.send_signal(signal.SIGTERM)
+        assert is_stopping(process)
+        process.send_signal(signal.SIGTERM)
+        rest = "".join(chunks)
         assert '"code":"stopping"' in rest
-        assert process.wait(30) == 0
-        assert process.stdout.read().split() == ["stopping", "ended"]
-        assert process.stderr.read() == ""
+        assert "[DONE]" not in rest
+
+
+def test_a_stream_that_outlasts_the_timeout_ends_with_an_error() -> None:
+    with server("0.2") as (process, url), httpx.stream("POST", url, content=b"x", timeout=30) as response:
+        chunks = response.iter_text()
+        assert next(chunks) == "data: one\n\n"
+        process.send_signal(signal.SIGTERM)
+        assert '"code":"stopping"' in "".join(chunks)

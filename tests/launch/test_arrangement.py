@@ -12,7 +12,7 @@ from chiasm import cores
 from chiasm.errors import ConfigurationError
 from chiasm.launch import DeploymentConfig, EngineKind, Layout, RoleConfig, arrangement, config, vllm
 from chiasm.launch.arrangement import Arrangement, arrange
-from chiasm.launch.devices import Gpu
+from chiasm.launch.gpus import Gpu
 from chiasm.launch.layout import cpu_pairs
 from chiasm.wire import Role
 

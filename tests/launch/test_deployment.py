@@ -7,12 +7,13 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chiasm.errors import ConfigurationError
 from chiasm.launch import Deployment, DeploymentConfig, Layout, ProcessState, RoleConfig, arrangement
-from chiasm.launch.devices import Gpu
+from chiasm.launch.gpus import Gpu
 from chiasm.wire import Role
 from tests.launch.waiting import eventually
 
@@ -51,9 +52,36 @@ def test_missing_cpus_are_refused(folder: str) -> None:
         Deployment(DeploymentConfig(folder, {Role.PD: RoleConfig(cpus=(4096,))}))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"settings": {"dtype": "abacus"}}, "Unknown dtype 'abacus'"),
+        ({"settings": {"device": "abacus"}}, "Unknown device 'abacus'"),
+        ({"connector": "Abacus"}, "There is no EC connector 'Abacus'"),
+        ({"connector": "Abacus", "connector_module_path": "no.such"}, "There is no Python module 'no.such'"),
+        ({"kv_connector": "Abacus"}, "There is no KV connector 'Abacus'"),
+    ],
+)
+def test_wrong_names_are_refused_before_anything_starts(folder: str, wrong: dict[str, Any], message: str) -> None:
+    roles = {role: RoleConfig() for role in (Role.ENCODER, Role.PREFILL, Role.DECODE)}
+    deployment = Deployment(DeploymentConfig(folder, roles, **wrong))
+    with pytest.raises(ConfigurationError, match=message):
+        deployment.start()
+    assert deployment.processes == []
+
+
+def test_instances_that_do_not_fit_together_end_the_start_with_the_proxys_reason() -> None:
+    roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig(settings={"dtype": "bfloat16"})}
+    with (
+        pytest.raises(ConfigurationError, match="encoder-0 doesn't fit the other instances: its dtype is float32"),
+        Deployment(DeploymentConfig("demo", roles, settings=SMALL)) as deployment,
+    ):
+        deployment.wait_ready(120)
+
+
 def test_an_instance_that_cannot_start_ends_the_start_with_its_error(folder: str) -> None:
-    config = DeploymentConfig(folder, {Role.AGGREGATED: RoleConfig()}, settings={"device": "abacus"})
-    with pytest.raises(ConfigurationError, match="abacus"), Deployment(config) as deployment:
+    config = DeploymentConfig(folder, {Role.AGGREGATED: RoleConfig()}, settings={"device": "cuda:9"})
+    with pytest.raises(ConfigurationError, match="cuda:9"), Deployment(config) as deployment:
         deployment.wait_ready(60)
     assert all(process.pid is None for process in deployment.processes)
 
@@ -91,7 +119,7 @@ def test_a_start_fails_with_the_name_of_the_gpu_if_no_instance_can_be_started(fo
     roles = {Role.AGGREGATED: RoleConfig(2, devices=("0", "1"))}
     with (
         pytest.raises(ConfigurationError, match=r"aggregated-0 on GPU 0: "),
-        Deployment(DeploymentConfig(folder, roles, settings={"dtype": "abacus"})) as deployment,
+        Deployment(DeploymentConfig(folder, roles, settings={"kv_cache_bytes": 1})) as deployment,
     ):
         deployment.wait_ready(60)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.launch import RoleConfig
-from chiasm.launch.devices import Gpu, Placement, describe, found_gpus, gpus_of, others_serve, place
+from chiasm.launch import RoleConfig, devices
+from chiasm.launch.devices import Placement, describe, found_gpus, others_serve, place
+from chiasm.launch.gpus import Gpu, NoDriverError
 from chiasm.wire import Role
 
 E, PD, P, D, ALL = Role.ENCODER, Role.PD, Role.PREFILL, Role.DECODE, Role.AGGREGATED
@@ -136,13 +135,30 @@ def test_an_instance_without_another_on_other_gpus_cannot_be_done_without() -> N
     assert not others_serve(place({PD: RoleConfig(2)}, ()), [(PD, 0)])
 
 
-def test_gpus_are_found_although_nvidia_smi_fails_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = tmp_path / "nvidia-smi"
-    command.write_text("#!/bin/sh\necho '1, NVIDIA A10, 23028, GPU-bb'\necho 'GPU is lost'\nexit 15\n")
-    command.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert found_gpus({}) == (Gpu("1", "NVIDIA A10", 23028 << 20, "GPU-bb"),)
+def test_the_environment_names_gpus_that_the_driver_describes(monkeypatch: pytest.MonkeyPatch) -> None:
+    a10 = Gpu("1", "NVIDIA A10", 23028 << 20, "GPU-bb")
+    monkeypatch.setattr(devices, "list_gpus", lambda: (a10,))
+    assert found_gpus({}) == (a10,)
     assert [gpu.model for gpu in found_gpus({"CUDA_VISIBLE_DEVICES": "GPU-bb,7"})] == ["NVIDIA A10", ""]
+
+
+def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> tuple[Gpu, ...]:
+        raise NoDriverError("there is none")
+
+    monkeypatch.setattr(devices, "list_gpus", refuse)
+    assert found_gpus({}) == ()
+
+
+def test_mig_devices_are_given_out_one_by_one_by_their_uuids() -> None:
+    found = ("MIG-a", "MIG-b", "MIG-c", "MIG-d")
+    placed = place({E: RoleConfig(), PD: RoleConfig()}, found, attention_heads=16)
+    assert [placement.devices for placement in placed.values()] == [("MIG-a",), ("MIG-b",)]
+
+
+def test_a_gpu_that_is_divided_cannot_be_named_by_its_number() -> None:
+    with pytest.raises(ConfigurationError, match="GPU 0 cannot be used here; the GPUs are MIG-a"):
+        place({PD: RoleConfig(devices=("0",))}, ("MIG-a",))
 
 
 def test_the_environment_limits_the_devices() -> None:
@@ -150,18 +166,3 @@ def test_the_environment_limits_the_devices() -> None:
     assert found_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()
     assert found_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == ()
     assert [gpu.name for gpu in found_gpus({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"})] == ["GPU-1a2b"]
-
-
-def test_gpus_are_read_from_nvidia_smi() -> None:
-    listing = "0, NVIDIA A10, 23028, GPU-aa\n1, NVIDIA GB10, [N/A], GPU-bb\n"
-    assert gpus_of(listing) == (
-        Gpu("0", "NVIDIA A10", 23028 << 20, "GPU-aa"),
-        Gpu("1", "NVIDIA GB10", 0, "GPU-bb"),
-    )
-
-
-def test_a_lost_gpu_is_reported_and_the_others_are_found(caplog: pytest.LogCaptureFixture) -> None:
-    lost = "Unable to determine the device handle for GPU0000:3B:00.0: Unknown Error"
-    listing = f"{lost}\n1, NVIDIA A10, 23028, GPU-bb\n"
-    assert [gpu.name for gpu in gpus_of(listing)] == ["1"]
-    assert lost in caplog.text

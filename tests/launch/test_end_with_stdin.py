@@ -29,8 +29,14 @@ def test_it_ends_when_its_standard_input_closes() -> None:
     assert exit_code_after_stdin_closes("pass") == -signal.SIGTERM
 
 
-def test_it_ends_even_if_it_ignores_sigterm() -> None:
-    deaf = "child.GRACE_SECONDS = 0.1; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+def test_it_ends_at_once_although_the_first_signal_only_asks_for_the_end() -> None:
+    patient = "signal.signal(signal.SIGTERM, lambda *_: None); signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    assert exit_code_after_stdin_closes(patient) == -signal.SIGINT
+
+
+def test_it_ends_even_if_it_ignores_signals() -> None:
+    ignored = "".join(f"signal.signal(signal.{name}, signal.SIG_IGN); " for name in ("SIGTERM", "SIGINT"))
+    deaf = f"child.GRACE_SECONDS = 0.1; {ignored.removesuffix('; ')}"
     assert exit_code_after_stdin_closes(deaf) == 1
 
 

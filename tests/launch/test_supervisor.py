@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -47,7 +48,13 @@ class Supervised:
     """A supervisor, with the server's code in a file; leaving it kills what is left."""
 
     def __init__(
-        self, folder: Path, before: str = "pass", worker: str = "pass", turn: Path | None = None, nice: int = 0
+        self,
+        folder: Path,
+        before: str = "pass",
+        worker: str = "pass",
+        turn: Path | None = None,
+        nice: int = 0,
+        seconds: float = 0.0,
     ) -> None:
         with_port = HeldPort("127.0.0.1")
         with_port.release()
@@ -58,6 +65,7 @@ class Supervised:
         )
         self._errors = folder / f"stderr-{with_port.port}"
         command = [sys.executable, "-m", "chiasm.launch.supervisor", "--url", self.url]
+        command += ["--shutdown-timeout-seconds", str(seconds)]
         command += ["--turn", str(turn)] if turn else []
         command += ["--nice", str(nice)] if nice else []
         with self._errors.open("wb") as errors:
@@ -113,8 +121,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a supervisor; see ``Supervised``."""
     with contextlib.ExitStack() as stack:
 
-        def started(before: str = "pass", worker: str = "pass", turn: Path | None = None, nice: int = 0) -> Supervised:
-            one = Supervised(tmp_path, before, worker, turn, nice)
+        def started(before: str = "pass", worker: str = "pass", **others: Any) -> Supervised:
+            one = Supervised(tmp_path, before, worker, **others)
             stack.callback(one.close)
             return one
 
@@ -124,6 +132,36 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_it_says_ready_when_the_server_answers_and_ends_everything_when_asked(start: Start) -> None:
     one = start()
     family = one.wait_ready()
+    one.process.terminate()
+    assert one.process.wait(30) == 0
+    assert not one.left(family)
+
+
+def test_a_server_that_serves_has_time_to_end_what_runs(start: Start, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    drain = (
+        "def drain(*_):\n"
+        "    print('asked', flush=True)\n"
+        f"    while not os.path.exists({str(gate)!r}): time.sleep(0.02)\n"
+        "    print('whole', flush=True)\n"
+        "    os._exit(0)\n"
+        "signal.signal(signal.SIGTERM, drain)"
+    )
+    one = start(drain, seconds=60)
+    family = one.wait_ready()
+    one.process.terminate()
+    assert eventually(lambda: "asked" in one.said)
+    gate.touch()
+    assert one.process.wait(30) == 0
+    assert "whole" in one.said
+    assert not one.left(family)
+
+
+def test_a_second_signal_ends_a_server_at_once(start: Start) -> None:
+    one = start("signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))", seconds=600)
+    family = one.wait_ready()
+    one.process.terminate()
+    assert eventually(lambda: "asked" in one.said)
     one.process.terminate()
     assert one.process.wait(30) == 0
     assert not one.left(family)
@@ -139,10 +177,11 @@ def test_it_ends_with_its_standard_input(start: Start) -> None:
 
 
 def test_processes_that_ignore_signals_are_killed_and_leave_nothing(start: Start) -> None:
-    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_IGN)"
     one = start(deaf, deaf)
     family = one.wait_ready()
-    one.process.terminate()
+    one.process.send_signal(signal.SIGTERM)
+    one.process.send_signal(signal.SIGINT)
     assert one.process.wait(30) == 0
     assert not one.left(family)
 

@@ -16,7 +16,7 @@ from chiasm.bench import synthetic
 from chiasm.bench.synthetic import SyntheticSize
 from chiasm.errors import ConfigurationError, UnsupportedModelError
 from chiasm.models import load_language, load_vision
-from chiasm.models.base import LanguageModel, VisionModel
+from chiasm.models.base import LanguageModel, LoadProgress, VisionModel
 from tests.models.conftest import Loaded, sample_image
 
 F32_CPU: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
@@ -37,6 +37,15 @@ def test_the_two_parts_together_are_the_whole_model(loaded: Loaded) -> None:
     assert vision | language == whole.keys()
     assert _count(loaded.vision.module) + _count(loaded.language.module) == _count(loaded.whole)
     assert _count(loaded.language.module) == _count(loaded.whole.get_decoder()) + loaded.whole.lm_head.weight.numel()
+
+
+def test_progress_counts_the_tensors_that_are_loaded(loaded: Loaded) -> None:
+    progress = LoadProgress()
+    load_vision(loaded.folder, **F32_CPU, progress=progress)
+    vision = progress.tensors
+    assert progress.loaded_tensors == vision > 0
+    load_language(loaded.folder, **F32_CPU, progress=progress)
+    assert progress.loaded_tensors == progress.tensors > vision
 
 
 def test_no_weight_is_random_or_without_storage(loaded: Loaded) -> None:

@@ -176,6 +176,20 @@ def test_only_whole_events_are_passed_on_however_the_stream_is_split(data: st.Da
     assert b"".join(sent) == b"".join(events) + comment + b"data: [DONE]" + end
 
 
+@settings(deadline=None)
+@given(st.data())
+def test_a_stream_ends_with_an_error_as_a_failure_even_if_done_follows(data: st.DataObject) -> None:
+    end = data.draw(st.sampled_from([b"\n\n", b"\r\n\r\n"]))
+    wanted = event('data: {"error": 1}').removesuffix(b"\n\n") + end + b'data: {"error": {"message": "lost"}}' + end
+    stream = wanted + event("more") + b"data: [DONE]" + end
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
+    one, sent = relay(), []
+    for begin, finish in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        sent.append(one.pass_on(stream[begin:finish]))
+    sent.append(one.finish())
+    assert b"".join(sent) == wanted
+
+
 def test_an_incomplete_event_is_held_back() -> None:
     assert relay().pass_on(b"data: a\n\ndata: b") == b"data: a\n\n"
 

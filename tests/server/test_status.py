@@ -10,6 +10,8 @@ import pytest
 from chiasm import __version__
 from chiasm.errors import StorageError
 from chiasm.http.config import HttpConfig
+from chiasm.launch.ports import load_progress
+from chiasm.models.base import LoadProgress
 from chiasm.server.app import app_of, create_app
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
@@ -49,6 +51,20 @@ def test_health_of_prefill_and_decode_has_their_capacity(request: pytest.Fixture
     assert health["kv_connector"] == "SharedMemoryConnector"
     assert (health["kv_blocks_total"], health["kv_blocks_free"]) == (8, 5)
     assert health["max_num_seqs"] == 64
+
+
+@pytest.mark.parametrize(("role", "is_idle"), [(Role.PREFILL, False), (Role.PD, True)])
+def test_an_instance_whose_kv_is_yet_to_be_fetched_is_not_idle(role: Role, is_idle: bool) -> None:
+    assert ServerContext("bytes", ServerConfig(), FakeLanguageEngine(role)).is_idle is is_idle
+
+
+def test_a_loading_instance_says_how_far_it_is() -> None:
+    context = ServerContext("bytes", ServerConfig())
+    with serving(app_of(context)) as url:
+        assert load_progress(url) == ""
+        context.progress = LoadProgress(3, 10)
+        assert load_progress(url) == "3/10 tensors"
+        assert get(f"{url}/health").json == {"status": "starting", "loaded_tensors": 3, "tensors": 10}
 
 
 def test_a_loading_instance_answers_503() -> None:

@@ -89,7 +89,7 @@ async def _ready(bench: Bench, children: Sequence[Child], seconds: float) -> Non
 
 def _end(children: Sequence[Child]) -> None:
     for child in children:
-        child.end()
+        child.end(at_once=True)
     until = time.monotonic() + _STOP_SECONDS
     for child in children:
         if not child.join(max(0.0, until - time.monotonic())):

@@ -13,7 +13,7 @@ from chiasm.extras import explained
 
 _EXIT_CODE = 2
 _INTERRUPTED = 130
-_COMMANDS = {
+COMMANDS = {
     "serve": "Run all instances of a model and the proxy on this machine.",
     "instance": "Run one instance of a model.",
     "proxy": "Run the proxy in front of instances.",
@@ -22,6 +22,7 @@ _COMMANDS = {
     "bench": "Benchmark E+PD and E+P+D against one aggregated instance.",
     "plan": "Say which layout suits given devices, requests and limits of time.",
     "doctor": "Check a running or planned deployment, and say what is wrong.",
+    "completion": "Print the completion script of a shell.",
 }
 """Each is a module of this package with ``parser()`` and ``run(settings)``, which returns an exit code or None."""
 _HELP = f"""\
@@ -30,7 +31,7 @@ usage: chiasm COMMAND [OPTIONS]
   Serve multimodal models with the vision encoder in processes of its own.
 
 Commands:
-{chr(10).join(f"  {name:<9} {text}" for name, text in _COMMANDS.items())}
+{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
 
 Options:
   --version  Print the version and exit.
@@ -70,8 +71,8 @@ def _run(arguments: Sequence[str]) -> int | None:
 
         run_child(others[0])
         return None
-    if name not in _COMMANDS:
-        _fail(f"There is no command {name!r}; the commands are {', '.join(_COMMANDS)}.")
+    if name not in COMMANDS:
+        _fail(f"There is no command {name!r}; the commands are {', '.join(COMMANDS)}.")
     command = import_module(f"chiasm.cli.{name}")
     code: int | None = command.run(command.parser().parse(others))
     return code

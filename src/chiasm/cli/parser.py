@@ -51,6 +51,8 @@ class Parser(argparse.ArgumentParser):
         )
         self._variables: dict[str, NamedOption] = {}
         self._takes_value: set[str] = set()
+        self.options: dict[argparse.Action, NamedOption] = {}
+        """The options that take a value, by their actions."""
 
     def add(
         self,
@@ -78,7 +80,8 @@ class Parser(argparse.ArgumentParser):
             return
         action = "append" if _is_repeated(named) else "store"
         metavar, read = _metavar(named), _reader(named)
-        place.add_argument(named.flag, action=action, metavar=metavar, type=read, required=required, help=text)
+        added = place.add_argument(named.flag, action=action, metavar=metavar, type=read, required=required, help=text)
+        self.options[added] = named
         self._takes_value.add(named.flag)
         if option.environment:
             self._variables[named.name] = named
@@ -207,8 +210,8 @@ def _shown(text: str) -> str:
 def _reader(named: NamedOption) -> Callable[[str], Any]:
     """Return what makes a value of the text that a person writes."""
     kind, option = named.type, named.option
-    if choices := _choices(named):
-        return functools.partial(_parse_choice, choices=choices, kind=kind)
+    if values := choices(named):
+        return functools.partial(_parse_choice, choices=values, kind=kind)
     if option.json_list:
         return functools.partial(_parse_json_list, example=option.json_list)
     if option.separator:
@@ -229,7 +232,8 @@ def _is_repeated(named: NamedOption) -> bool:
     return named.type == tuple[str, ...] and not (named.option.separator or named.option.json_list)
 
 
-def _choices(named: NamedOption) -> tuple[str, ...]:
+def choices(named: NamedOption) -> tuple[str, ...]:
+    """Return the only values that an option takes; empty if there are others."""
     if isinstance(named.type, type) and issubclass(named.type, enum.StrEnum):
         return tuple(named.type)
     return named.option.choices
@@ -238,8 +242,8 @@ def _choices(named: NamedOption) -> tuple[str, ...]:
 def _metavar(named: NamedOption) -> str:
     if named.option.metavar:
         return named.option.metavar
-    if choices := _choices(named):
-        return "|".join(choices)
+    if values := choices(named):
+        return "|".join(values)
     if named.option.json_list:
         return "LIST"
     unit = named.name.rpartition("_")[2]

@@ -21,10 +21,12 @@ from chiasm.proxy import ProxyConfig
 from chiasm.wire import Role
 
 _POLL_SECONDS = 0.1
+_POLLS_BETWEEN_LOOKS = 5
+_POLLS_BETWEEN_LINES = 300
 _OF_DEPLOYMENT = ("engine", "layout", "devices", "served_model_name")
 _OF_LAYOUT = ("threads", "core_share", "nice")
 """Options of the engine that the layout chooses for each instance."""
-_OF_PROXY = ("host", "port", "admin_key", "deadline_seconds")
+_OF_PROXY = ("host", "port", "admin_key", "deadline_seconds", "shutdown_timeout_seconds")
 _OF_ROLE = ("cpus", "devices", "memory_share")
 _OF_KV = ("kv_connector", "kv_connector_module_path", "kv_lease_seconds")
 _COUNTS = {
@@ -77,7 +79,7 @@ def add_options(made: Parser) -> None:
 
 
 def run(settings: Mapping[str, Any]) -> None:
-    """Run a deployment until a signal asks for its end."""
+    """Run a deployment until a signal asks for its end, and until what runs has ended."""
     from chiasm.cli.signals import EndSignals
     from chiasm.cli.view import View
     from chiasm.launch import Deployment
@@ -90,13 +92,21 @@ def run(settings: Mapping[str, Any]) -> None:
         view.line("serve", placed)
     with EndSignals() as signals, view, deployment:
         view.show(lambda: deployment.processes)
-        announced = False
+        announced, polls = False, 0
         while signals.received is None:
             deployment.check()
             if not announced and deployment.is_ready():
                 view.ready(deployment.url)
                 announced = True
+            polls += 1
+            if polls % _POLLS_BETWEEN_LOOKS == 0:
+                deployment.look()
+            if not announced and polls % _POLLS_BETWEEN_LINES == 0 and (waiting := deployment.waiting_for()):
+                view.line("serve", f"waiting for {waiting}")
             time.sleep(_POLL_SECONDS)
+        seconds = deployment.config.shutdown_timeout_seconds
+        view.line("serve", f"stopping: what runs has {seconds:g} s to end; a second signal ends it at once")
+        deployment.drain(lambda: signals.are_repeated)
 
 
 def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:

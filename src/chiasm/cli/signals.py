@@ -18,6 +18,8 @@ class EndSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         """The first one that arrived."""
+        self.are_repeated = False
+        """Whether more than one has arrived."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> EndSignals:
@@ -35,4 +37,5 @@ class EndSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self.are_repeated = self.received is not None
         self.received = self.received or signal.Signals(number)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _LINES_WAITING = 1000
 _REFRESH_SECONDS = 0.5
 _CLOSE_SECONDS = 0.5
+_COLUMNS = ("name", "url", "pid", "state", "restarts", "memory")
 _COLOURS = {
     ProcessState.STARTING: "yellow",
     ProcessState.READY: "green",
@@ -139,17 +140,18 @@ class View:
 
 
 def _table(processes: Sequence[ProcessStatus]) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("name", "role", "url", "pid", "state", "restarts", "memory")
+    # Narrow enough for 80 columns; where a name is too long, anything is folded but the URL, which people copy.
+    columns = [Column(name, overflow="fold", no_wrap=name == "url") for name in _COLUMNS]
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for process in processes:
         memory = process.memory_bytes
         table.add_row(
             process.name,
-            str(process.role or "proxy"),
             process.url,
             str(process.pid or ""),
-            f"[{_COLOURS[process.state]}]{process.state}",
+            f"[{_COLOURS[process.state]}]{process.progress or process.state}",
             str(process.restarts),
             "" if memory is None else f"{memory / 2**20:.0f} MiB",
         )

@@ -6,18 +6,17 @@ import importlib.metadata
 import os
 import platform
 import resource
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from chiasm import __version__
 from chiasm.cores import usable_cores
-from chiasm.doctor.report import Check, Result, shown, size
+from chiasm.doctor.report import Check, Result, size
 from chiasm.errors import ConfigurationError
 from chiasm.extras import Extra, install_command
 from chiasm.launch.folders import LEAST_BYTES, SHARED_MEMORY
+from chiasm.launch.gpus import Gpu
 from chiasm.launch.ports import check_port
 
 _VERSIONS = Check("versions")
@@ -36,8 +35,6 @@ _LEAST_OPEN_FILES = 4096
 """Two for each of a thousand requests, and as many for embeddings that are mapped."""
 _LEAST_CAPABILITY = 7.5
 """Of a GPU, for vLLM."""
-_SMI_SECONDS = 20.0
-_SMI_FIELDS = "index,name,memory.total,memory.free,compute_cap"
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -202,17 +199,6 @@ def port(host: str, number: int) -> Iterator[Result]:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One NVIDIA GPU, as its driver describes it."""
-
-    index: str
-    name: str
-    total_bytes: int
-    free_bytes: int
-    capability: float
-
-
-@dataclass(frozen=True)
 class Tenant:
     """An instance that is to compute on GPUs."""
 
@@ -222,55 +208,27 @@ class Tenant:
     memory_share: float | None = None
 
 
-class NoDriverError(Exception):
-    """Why the GPUs can't be listed."""
-
-
-def find_gpus() -> list[Gpu]:
-    """Raises NoDriverError."""
-    if shutil.which("nvidia-smi") is None:
-        raise NoDriverError("there is no nvidia-smi, so no NVIDIA GPU or no driver for one")
-    command = ["nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NoDriverError(f"nvidia-smi failed: {shown(error)}") from None
-    return gpus_of(done.stdout)
-
-
-def gpus_of(listing: str) -> list[Gpu]:
-    """Read the lines of nvidia-smi. Raises NoDriverError if they aren't understood."""
-    found = []
-    for line in listing.splitlines():
-        try:
-            index, name, total, free, capability = (part.strip() for part in line.split(","))
-            found.append(Gpu(index, name, int(total) << 20, int(free) << 20, float(capability)))
-        except ValueError:
-            raise NoDriverError(f"the output of nvidia-smi is not understood: {shown(line)}") from None
-    return found
-
-
 def gpus(found: Sequence[Gpu], *, for_vllm: bool, torch_version: str = "") -> Iterator[Result]:
     """Check the GPUs; ``torch_version`` is what is installed here, empty if nothing is."""
     if not found:
-        yield _GPUS.skipped("nvidia-smi lists none")
+        yield _GPUS.skipped("the NVIDIA driver lists none")
         return
     warnings = []
     for gpu in found:
-        name = f"GPU {gpu.index} ({gpu.name})"
+        name = f"GPU {gpu.name} ({gpu.model})"
         if for_vllm and gpu.capability < _LEAST_CAPABILITY:
             why = f"vLLM needs {_LEAST_CAPABILITY} or later."
             do = "name other GPUs, for example --pd-devices 0, or use the built-in engine."
             warnings.append(_GPUS.warning(f"{name} has compute capability {gpu.capability}", why, do))
-        if gpu.free_bytes < gpu.total_bytes // 2:
-            says = f"{name} has {size(gpu.free_bytes)} free of {size(gpu.total_bytes)}"
+        if gpu.free_bytes < gpu.memory_bytes // 2:
+            says = f"{name} has {size(gpu.free_bytes)} free of {size(gpu.memory_bytes)}"
             why = "other processes use its memory, so weights or KV may not fit."
             warnings.append(_GPUS.warning(says, why, "see which ones, or name other GPUs.", "nvidia-smi"))
     if torch_version.endswith("+cpu"):
         says = f"there are {len(found)}, but torch {torch_version} is a build for CPUs"
         do, command = "install PyTorch's build for CUDA.", "pip install --force-reinstall torch"
         warnings.append(_GPUS.warning(says, "instances here would not use them.", do, command))
-    ok = _GPUS.ok(", ".join(f"{gpu.index}: {gpu.name}, {size(gpu.free_bytes)} free" for gpu in found))
+    ok = _GPUS.ok(", ".join(f"{gpu.name}: {gpu.model}, {size(gpu.free_bytes)} free" for gpu in found))
     yield from warnings or [ok]
 
 
@@ -280,16 +238,16 @@ def no_gpus(reason: str) -> Result:
 
 def gpu_memory(found: Sequence[Gpu], tenants: Sequence[Tenant]) -> Iterator[Result]:
     """Check whether the weights of each instance fit on its GPUs."""
-    by_index = {gpu.index: gpu for gpu in found}
+    by_name = {name: gpu for gpu in found for name in (gpu.name, gpu.uuid)}
     results = []
     for tenant in tenants:
-        own = [by_index[device] for device in tenant.devices if device in by_index]
+        own = [by_name[device] for device in tenant.devices if device in by_name]
         where = f"GPU {', '.join(tenant.devices)}"
         free = sum(gpu.free_bytes for gpu in own)
         if tenant.memory_share is not None:
-            free = min(free, int(tenant.memory_share * sum(gpu.total_bytes for gpu in own)))
+            free = min(free, int(tenant.memory_share * sum(gpu.memory_bytes for gpu in own)))
         if len(own) < len(tenant.devices):
-            results.append(_GPU_MEMORY.skipped(f"{tenant.name}: nvidia-smi does not list {where}"))
+            results.append(_GPU_MEMORY.skipped(f"{tenant.name}: the NVIDIA driver does not list {where}"))
         elif tenant.weights_bytes > free:
             role = tenant.name.rpartition("-")[0]
             says = f"{tenant.name} needs {size(tenant.weights_bytes)} for weights, and has {size(free)} on {where}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 from chiasm.cores import check_cpus
 from chiasm.doctor import machine, model, storage, transports
-from chiasm.doctor.machine import Gpu, Need, NoDriverError, Tenant
+from chiasm.doctor.machine import Need, Tenant
 from chiasm.doctor.report import Check, Result
 from chiasm.errors import ConfigurationError
 from chiasm.extras import Extra, missing_modules
@@ -15,6 +15,7 @@ from chiasm.launch.arrangement import Arrangement, arrange, one_of_each
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import describe
 from chiasm.launch.folders import DEFAULT_MAX_BYTES, SHARED_MEMORY
+from chiasm.launch.gpus import Gpu, NoDriverError, list_gpus
 from chiasm.launch.layout import Layout
 from chiasm.launch.plan import LOOPBACK, Surroundings, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort
@@ -131,9 +132,9 @@ def _without_model(config: DeploymentConfig, arrangement: Arrangement | None) ->
         yield from transports.ucx()
 
 
-def _gpus(*, for_vllm: bool) -> tuple[list[Gpu], list[Result]]:
+def _gpus(*, for_vllm: bool) -> tuple[Sequence[Gpu], list[Result]]:
     try:
-        found = machine.find_gpus()
+        found = list_gpus()
     except NoDriverError as error:
         return [], [machine.no_gpus(str(error))]
     return found, list(machine.gpus(found, for_vllm=for_vllm, torch_version=machine.version_of("torch")))
@@ -162,7 +163,7 @@ def _places(
     found: model.Found,
     device: str,
     item_bytes: int,
-    gpus: list[Gpu],
+    gpus: Sequence[Gpu],
 ) -> Iterator[Result]:
     """Check which instance computes where, whether it would start there, and whether its weights fit."""
     config, placements = arrangement.config, arrangement.placements

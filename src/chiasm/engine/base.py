@@ -15,6 +15,7 @@ from chiasm.engine.device import choose_device, choose_dtype, device_id
 from chiasm.engine.request import EngineStats
 from chiasm.errors import ConfigurationError
 from chiasm.models import fingerprint, load_processor
+from chiasm.models.base import LoadProgress
 from chiasm.wire import Costs
 
 
@@ -35,6 +36,8 @@ class Engine(ABC):
         self.max_model_len = _context(config.max_model_len, self.processor.max_model_len)
         self.device_id = device_id(self.device)
         """Names the device among all machines."""
+        self.progress = LoadProgress()
+        """How far ``start`` is; other threads may read it."""
         self.costs: Costs | None = None
         """What work costs, measured at start."""
         self._core_share = CoreShare(config.core_share, self.num_threads)

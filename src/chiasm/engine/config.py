@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from chiasm.ec_transfer import ECTransferConfig
+from chiasm.errors import ConfigurationError
 from chiasm.kv_transfer import KVTransferConfig
 from chiasm.options import Option
 from chiasm.wire import Role
 
+DTYPES = ("float32", "bfloat16", "float16")
+_DEVICE = re.compile(r"auto|cpu|cuda(?::\d+)?")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One engine. None means that the engine chooses at start, from the model and the machine, and logs its choice."""
+    """One engine. None means that the engine chooses at start, from the model and the machine, and logs its choice.
+
+    Raises ConfigurationError for a dtype or a device that doesn't exist anywhere.
+    """
 
     model: Path
     """The folder of the checkpoint."""
@@ -56,3 +64,9 @@ class EngineConfig:
     """How embeddings travel; None for an aggregated instance, which makes its own, and for decode, which needs none."""
     kv: KVTransferConfig | None = None
     """How a prompt's KV travels from prefill to decode; None for the other roles."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigurationError(f"Unknown dtype {self.dtype!r}; use auto, {', '.join(DTYPES)}.")
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigurationError(f"Unknown device {self.device!r}; use auto, cpu, cuda or cuda:N.")

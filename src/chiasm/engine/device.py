@@ -13,6 +13,7 @@ import torch
 
 from chiasm.cores import allowed_cpus
 from chiasm.engine.attention import KVCache
+from chiasm.engine.config import DTYPES
 from chiasm.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ MIN_TEXT_BEFORE_ITEM = 32
 computed with the image for nothing."""
 KV_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Share of the memory that is free once the weights are loaded, which the KV cache may take."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
 def choose_device(name: str) -> torch.device:

@@ -60,7 +60,7 @@ class EncoderEngine(Engine):
         assert config.ec is not None
         use_threads(config.threads)
         check_memory(config.model, self.device)
-        self._vision = load_vision(config.model, dtype=self.dtype, device=self.device)
+        self._vision = load_vision(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
         self._ec_scheduler, self._ec_worker = self._connect(config.ec)
         lower_session_priority(config.nice)
         self._preprocess_pool = ThreadPoolExecutor(

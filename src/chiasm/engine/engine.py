@@ -103,10 +103,10 @@ class LanguageEngine(Engine):
         use_threads(config.threads)
         check_memory(config.model, self.device)
         register_paged_attention()
-        self._language = load_language(config.model, dtype=self.dtype, device=self.device)
+        self._language = load_language(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
         encoder: LocalEncoder | None = None
         if config.role is Role.AGGREGATED:
-            vision = load_vision(config.model, dtype=self.dtype, device=self.device)
+            vision = load_vision(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
             encoder = LocalEncoder(vision, self._core_share.worker(), lambda: self._inbox.put(_Signal.WAKE))
         ec_connectors = None if config.ec is None else self._connect(config.ec)
         kv_connectors = None if config.kv is None else self._connect_kv(config.kv)

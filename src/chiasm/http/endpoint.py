@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from starlette.types import Receive, Scope, Send
 
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, Code
 from chiasm.http.admission import Admission
 from chiasm.http.body import ClientLeftError
 from chiasm.http.errors import as_chiasm_error
@@ -84,6 +84,12 @@ class Endpoint:
 
     async def _fail(self, exchange: Exchange, error: ChiasmError) -> None:
         self._on_error(exchange, error)
+        if (
+            error.code == Code.STOPPING
+        ):  # the connection closes, and what is unread would reset it before the answer is read
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FAIL_SECONDS):
+                    await exchange.discard_body()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FAIL_SECONDS):
                 await exchange.fail(error)

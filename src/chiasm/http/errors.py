@@ -16,6 +16,7 @@ from starlette.routing import Route
 from chiasm.errors import (
     AuthenticationError,
     ChiasmError,
+    Code,
     MethodNotAllowedError,
     OverloadedError,
     PathNotFoundError,
@@ -37,14 +38,19 @@ def error_body(error: ChiasmError) -> bytes:
 
 
 def error_headers(error: ChiasmError) -> list[tuple[str, str]]:
-    """Return the headers that go with the error: ``Retry-After`` in whole seconds if trying again can help, and those that say
-    what would be accepted."""
+    """Return the headers that go with the error.
+
+    That is ``Retry-After`` in whole seconds if trying again can help, ``Connection`` if this server is stopping and can't be
+    asked again, and what says which requests would be accepted.
+    """
     if isinstance(error, AuthenticationError):
         return [("www-authenticate", "Bearer")]
     if isinstance(error, MethodNotAllowedError):
         return [("allow", error.allow)]
     if isinstance(error, UnsupportedMediaTypeError):
         return [("accept", "application/json"), ("accept-encoding", ", ".join(ACCEPTED))]
+    if error.code == Code.STOPPING:
+        return [("retry-after", "1"), ("connection", "close")]
     if isinstance(error, OverloadedError):
         return [("retry-after", str(error.retry_after_seconds))]
     return [("retry-after", "1")] if error.status == HTTPStatus.SERVICE_UNAVAILABLE else []

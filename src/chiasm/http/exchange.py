@@ -46,6 +46,7 @@ class Exchange:
         self._send = send
         self._admission = admission
         self._held_bytes = 0
+        self._has_asked_for_body = False
         self._is_streaming = False
         self._is_complete = False
         self._task: asyncio.Task[object] | None = None
@@ -85,6 +86,7 @@ class Exchange:
 
     async def read_body(self, *, max_bytes: int, timeout_seconds: float) -> None:
         """Read ``body``. Raises PayloadTooLargeError, RequestTimeoutError, OverloadedError, ClientLeftError."""
+        self._has_asked_for_body = True
         try:
             async with asyncio.timeout(timeout_seconds) as limit:
                 self.body = await read_body(self._receive, self.headers, max_bytes, self.hold)
@@ -92,6 +94,12 @@ class Exchange:
             if not limit.expired():
                 raise
             raise RequestTimeoutError(f"The body did not arrive within {timeout_seconds:g} seconds.") from None
+
+    async def discard_body(self) -> None:
+        """Read a body that nobody has begun to read, and keep none of it."""
+        while not self._has_asked_for_body:
+            message = await self._receive()
+            self._has_asked_for_body = not message.get("more_body", False)  # also when the client has left
 
     def hold(self, size_bytes: int) -> None:
         """Count bytes that the request keeps in memory. Raises OverloadedError if all requests together hold too many."""

@@ -1,10 +1,9 @@
-"""A server as a process: serves until a signal, then ends within bounds."""
+"""A server as a process: serves until a signal, then lets what runs end and ends within bounds."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import signal
 import socket
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from chiasm.http.listen import BACKLOG, url_of
+from chiasm.http.shutdown import Shutdown
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KEEP_ALIVE_SECONDS = 75
@@ -23,13 +23,22 @@ _CLOSE_SECONDS = 1
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server around an application; ends at once on SIGINT, SIGTERM or ``stop``, quietly and with exit code 0."""
+    """uvicorn's server around an application; SIGINT, SIGTERM or ``stop`` end it, quietly and with exit code 0.
+
+    It listens until nothing runs anymore, so that the application can refuse what is new and say that it is stopping.
+    """
 
     def __init__(
-        self, app: Any, *, grace_seconds: float, on_stop: Callable[[], None], interrupt_all: Callable[[], None]
+        self,
+        app: Any,
+        *,
+        shutdown_timeout_seconds: float,
+        on_stop: Callable[[], None],
+        is_idle: Callable[[], bool],
+        interrupt_all: Callable[[], None],
     ) -> None:
-        """At the end ``on_stop`` is called at once, and ``interrupt_all`` after ``grace_seconds``, in which requests may end by
-        themselves."""
+        """At the end ``on_stop`` is called at once: from then on the application refuses what is new. ``interrupt_all`` ends
+        what still runs when ``is_idle`` hasn't returned true within ``shutdown_timeout_seconds``, or at a second signal."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -41,23 +50,23 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=math.ceil(grace_seconds) + _CLOSE_SECONDS,
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
                 backlog=BACKLOG,
             )
         )
         self.ready = asyncio.Event()
         """Set when requests are taken."""
-        self._grace_seconds = grace_seconds
+        self._shutdown = Shutdown(shutdown_timeout_seconds)
         self._on_stop = on_stop
+        self._is_idle = is_idle
         self._interrupt_all = interrupt_all
-        self._stopping = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def stop(self) -> None:
-        """End; call it on the server's event loop."""
+        """End; the second call ends what runs at once. Call it on the server's event loop."""
         self._on_stop()
         self.should_exit = True
-        self._stopping.set()
+        self._shutdown.ask()
 
     def stop_from_thread(self) -> None:
         """End; call it from any thread."""
@@ -72,13 +81,10 @@ class HttpServer(uvicorn.Server):
         self.ready.set()
 
     async def main_loop(self) -> None:
-        while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), timeout=1.0)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(self._grace_seconds, self._interrupt_all)
-        await super().shutdown(sockets)
+        while not await self._shutdown.asked(1.0):
+            await self.on_tick(0)
+        await self._shutdown.drained(self._is_idle)
+        self._interrupt_all()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,10 +1,10 @@
 """Runs instances and their proxy as processes on this machine; ``chiasm serve``, the demo, the tests and the bench use it.
 
-A start passes the files in this order: ``config`` (what is asked for) and ``layout`` (who shares a device), ``arrangement`` and
-``devices`` (which instance computes where on this machine), ``ports`` and ``folders``, ``plan`` (the processes), which uses
-``process`` (what one is made from) and ``vllm`` (the command of ``vllm serve``), ``child`` (one process, started again when it
-dies), ``deployment`` (all of them). In the child, ``run`` runs an instance or the proxy, and ``supervisor`` is the parent of a
-server that isn't chiasm's, such as vLLM.
+A start passes the files in this order: ``config`` (what is asked for), ``reserved`` (what must not be) and ``layout`` (who
+shares a device), ``arrangement``, ``gpus`` and ``devices`` (which instance computes where on this machine), ``ports`` and
+``folders``, ``plan`` (the processes), which uses ``process`` (what one is made from) and ``vllm`` (the command of ``vllm
+serve``), ``child`` (one process, started again when it dies), ``deployment`` (all of them). In the child, ``run`` runs an
+instance or the proxy, and ``supervisor`` is the parent of a server that isn't chiasm's, such as vLLM.
 """
 
 from typing import TYPE_CHECKING

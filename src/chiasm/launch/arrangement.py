@@ -12,7 +12,8 @@ from chiasm.cores import ENCODER_NICE, check_cpus, parse_cpus, show_cpus, usable
 from chiasm.errors import ConfigurationError
 from chiasm.launch import vllm
 from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
-from chiasm.launch.devices import Gpu, Placements, check_names, found_gpus, place, with_shares
+from chiasm.launch.devices import Placements, check_names, found_gpus, place, with_shares
+from chiasm.launch.gpus import Gpu
 from chiasm.launch.layout import Layout, cpu_pairs, in_words
 from chiasm.wire import Role
 
@@ -145,7 +146,7 @@ def _named_gpus(config: DeploymentConfig, gpus: Sequence[Gpu]) -> tuple[Gpu, ...
     check_names("--devices", numbers, [gpu.name for gpu in gpus])
     # Where UUIDs are known, a GPU that isn't among them is gone; CUDA accepts the beginning of one.
     if all(gpu.uuid for gpu in gpus):
-        gone = [n for n in names if n.startswith(_UUIDS[0]) and not any(gpu.uuid.startswith(n) for gpu in gpus)]
+        gone = [n for n in names if n.startswith(_UUIDS) and not any(gpu.uuid.startswith(n) for gpu in gpus)]
         if gone:
             there = ", ".join(f"{gpu.name} ({gpu.uuid})" for gpu in gpus)
             raise ConfigurationError(f"--devices: {', '.join(gone)} cannot be used here; the GPUs are {there}.")

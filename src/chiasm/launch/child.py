@@ -1,7 +1,8 @@
 """One process of a deployment: started, listened to, started again when it dies, ended.
 
 The child's side of the contract: it takes its configuration from the first line of standard input, says ``ready URL`` on
-standard output, ends when standard input closes, and ends with exit code 2 if starting it again would not help.
+standard output, ends with exit code 2 if starting it again would not help, ends by a signal when nothing runs in it anymore,
+and ends at once by a second signal and when standard input closes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ STEADY_SECONDS = 60.0
 """Time of being ready after which the back-off resets."""
 GRACE_SECONDS = 3.0
 """Time for a child to end by itself when its standard input has closed."""
+AT_ONCE = (signal.SIGTERM, signal.SIGINT)
+"""The first lets what runs end, and a second one ends it. Two of one kind could arrive as one."""
 _READY = "ready "
 _STDIN = 0
 _LINES_KEPT = 200
@@ -94,10 +97,11 @@ class Child:
         """Start the command, now and whenever it dies."""
         self._thread.start()
 
-    def end(self) -> None:
-        """Ask the process to end, and don't start it again. Returns at once."""
+    def end(self, *, at_once: bool = False) -> None:
+        """Ask the process to end when nothing runs in it, or ``at_once``; it is not started again. Returns at once."""
         self._ending.set()
-        self._signal(signal.SIGTERM)
+        for number in AT_ONCE if at_once else AT_ONCE[:1]:
+            self._signal(number)
 
     def kill(self) -> None:
         """Kill the process and all that it has started; it is not started again."""
@@ -239,7 +243,7 @@ def print_ready(url: str) -> None:
 
 
 def end_with_stdin(grace_seconds: float | None = None) -> None:
-    """End this process when its standard input closes: by SIGTERM, and if that does not help in time, at once.
+    """End this process when its standard input closes: by signals, and if those don't help in time, at once.
 
     The parent holds the other end of the pipe, and the kernel closes that when the parent dies, even by SIGKILL.
     """
@@ -253,7 +257,8 @@ def _watch_stdin(grace_seconds: float) -> None:
             pass
     except OSError:  # it was never open
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    for number in AT_ONCE:
+        os.kill(os.getpid(), number)
     time.sleep(grace_seconds)
     os._exit(1)
 

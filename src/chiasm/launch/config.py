@@ -11,6 +11,8 @@ from typing import Annotated, Any
 from chiasm.cores import usable_cores
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
+from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS
+from chiasm.launch import reserved
 from chiasm.launch.layout import Layout, check_counts
 from chiasm.launch.process import INSTANCE_OPTIONS, PROXY_OPTIONS, Cpus, ServedModelName, vllm_flags
 from chiasm.options import Option, flag, names_of
@@ -111,6 +113,8 @@ class DeploymentConfig:
     """How long a prefill instance holds KV that nobody claims; None: the connector's default."""
     deadline_seconds: float | None = None
     """Maximum duration of a request; None: 600 seconds."""
+    shutdown_timeout_seconds: float = SHUTDOWN_TIMEOUT_SECONDS
+    """Time for running requests to end when the deployment is asked to end."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Options of every instance, by name: ``{"max_model_len": 512}``."""
     proxy_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -126,9 +130,15 @@ class DeploymentConfig:
         self._check_roles()
         self._check_devices()
         known = names_of(*INSTANCE_OPTIONS)
-        for settings in (self.settings, *(role.settings for role in self.roles.values())):
-            _check_names(settings, known)
+        _check_names(self.settings, known)
+        reserved.check_instance("Settings of all instances", self.settings)
+        reserved.check_vllm("--vllm-args", self.vllm_flags)
+        for role, chosen in self.roles.items():
+            _check_names(chosen.settings, known)
+            reserved.check_instance(f"--{role}-args", chosen.settings)
+            reserved.check_vllm(f"--{role}-args", chosen.vllm_flags)
         _check_names(self.proxy_settings, names_of(*PROXY_OPTIONS))
+        reserved.check_proxy("--proxy-args", self.proxy_settings)
         if self.engine is EngineKind.VLLM:
             self._check_vllm()
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,12 +18,18 @@ from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placements, others_serve
 from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory
 from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances, plan_proxy
-from chiasm.launch.ports import HeldPort, instance_states
-from chiasm.wire import Role
+from chiasm.launch.ports import HeldPort, instance_infos, load_progress
+from chiasm.wire import InstanceInfo, InstanceState, Role
 
+PROXY_STOP_SECONDS = 1.5
+"""Time for the proxy to end at once, and tell its clients why."""
 STOP_SECONDS = 3.5
-"""Time for processes to end by themselves; then they are killed."""
+"""Time for instances to end at once; what hasn't ended then is killed."""
 _KILL_SECONDS = 1.0
+_MISMATCH_SECONDS = 1.0
+"""Time in which instances report again, after which they would fit if they could."""
+_HEALTHY_SECONDS = 60.0
+"""Time for instances that say they are ready to be healthy."""
 _POLL_SECONDS = 0.05
 _SCRATCH_PREFIX = "chiasm-serve-"
 
@@ -46,6 +52,8 @@ class ProcessStatus:
     state: ProcessState
     restarts: int
     """How often it was started again."""
+    progress: str = ""
+    """How far it is with loading its model, in words; empty if that isn't known."""
 
     @property
     def memory_bytes(self) -> int | None:
@@ -61,6 +69,7 @@ class ProcessStatus:
 class _Member:
     plan: ProcessPlan
     child: Child
+    progress: str = ""
 
 
 class Deployment:
@@ -107,6 +116,7 @@ class Deployment:
         self._on_line = on_line or (lambda name, line: None)
         self._members: dict[str, _Member] = {}
         self._lost: set[str] = set()
+        self._unhealthy_since: float | None = None
         self._held: list[HeldPort] = []
         self._storage: StorageFolder | None = None
         self._scratch: LockedFolder | None = None
@@ -180,14 +190,43 @@ class Deployment:
     def is_ready(self) -> bool:
         """Return whether all processes run and the proxy finds every instance healthy; asking it takes milliseconds.
 
-        Instances that ``check`` has given up with their GPU don't count.
+        Instances that ``check`` has given up with their GPU don't count. Raises ConfigurationError if instances run that can't
+        work together, or that don't get healthy.
         """
         needed = [member for member in self._members.values() if member.plan.name not in self._lost]
         if not all(member.child.state is ProcessState.READY for member in needed):
+            self._unhealthy_since = None
             return False
-        members = [member for member in needed if member.plan.role is not None]
-        states = instance_states(self.local_url)
-        return all(states.get(member.plan.address.url) == "healthy" for member in members)
+        infos = instance_infos(self.local_url)
+        found = {one.plan.name: infos.get(one.plan.address.url, InstanceInfo()) for one in needed if one.plan.role}
+        unhealthy = {name: info for name, info in found.items() if info.state != InstanceState.HEALTHY}
+        if unhealthy:
+            self._check_unhealthy(unhealthy)
+        return not unhealthy
+
+    def _check_unhealthy(self, unhealthy: Mapping[str, InstanceInfo]) -> None:
+        """Raise ConfigurationError if instances that run have not been healthy for so long that they never will be."""
+        now = time.monotonic()
+        self._unhealthy_since = self._unhealthy_since or now
+        for name, info in unhealthy.items():
+            if info.state == InstanceState.MISMATCHED and now - self._unhealthy_since > _MISMATCH_SECONDS:
+                raise ConfigurationError(
+                    f"{name} doesn't fit the other instances: {info.reason}. Give them the same options."
+                )
+            if now - self._unhealthy_since > _HEALTHY_SECONDS:
+                reason = info.reason or "the proxy says nothing about it"
+                raise ConfigurationError(f"{name} runs, but has not been healthy for {_HEALTHY_SECONDS:g} s: {reason}.")
+
+    def waiting_for(self) -> str:
+        """Return in words what keeps the deployment from being ready; empty if all processes run."""
+        waiting = [one for one in self.processes if one.state is not ProcessState.READY]
+        return ", ".join(f"{one.name} ({one.progress or one.state})" for one in waiting)
+
+    def look(self) -> None:
+        """Ask the instances that start how far they are; takes up to 0.2 s for each that is too busy to answer."""
+        for member in self._members.values():
+            is_loading = member.plan.role is not None and member.child.state is ProcessState.STARTING
+            member.progress = load_progress(member.plan.address.url) if is_loading else ""
 
     def wait_ready(self, timeout_seconds: float = 300.0) -> str:
         """Wait until ``is_ready``, and return the proxy's URL.
@@ -198,23 +237,53 @@ class Deployment:
         while not self.is_ready():
             self.check()
             if time.monotonic() > until:
-                states = ", ".join(f"{process.name} is {process.state}" for process in self.processes)
-                raise DeploymentNotReadyError(f"Not ready after {timeout_seconds:g} s: {states}.")
+                waiting = self.waiting_for() or "the proxy does not find every instance healthy"
+                raise DeploymentNotReadyError(f"Not ready after {timeout_seconds:g} s: {waiting}.")
             time.sleep(_POLL_SECONDS)
         return self.url
 
+    def drain(self, is_hurried: Callable[[], bool]) -> None:
+        """End processes when nothing runs in them: the proxy, which takes no more requests, and then the instances.
+
+        Returns when they have ended, after ``config.shutdown_timeout_seconds``, or when ``is_hurried``; ``stop`` does the rest.
+        vLLM's instances are left to it, because vLLM takes seconds to end even when nothing runs.
+        """
+        until = time.monotonic() + self.config.shutdown_timeout_seconds
+        proxy, instances = self._in_order()
+        for children in (proxy, instances if self.config.engine is EngineKind.CHIASM else []):
+            for child in children:
+                child.end()
+            while not all(child.join(0.0) for child in children):
+                if time.monotonic() > until or is_hurried():
+                    return
+                time.sleep(_POLL_SECONDS)
+
     def stop(self) -> None:
-        """End all processes within 5 seconds, release their ports and remove the folders made for them; idempotent."""
-        children = [member.child for member in self._members.values()]
-        for child in children:
-            child.end()
-        until = time.monotonic() + STOP_SECONDS
-        for child in [child for child in children if not child.join(max(0.0, until - time.monotonic()))]:
+        """End all processes within 5 seconds, release their ports and remove the folders made for them; idempotent.
+
+        What still runs ends with an error.
+        """
+        proxy, instances = self._in_order()
+        children = [*proxy, *instances]
+        for some, seconds in ((proxy, PROXY_STOP_SECONDS), (instances, STOP_SECONDS)):
+            for child in some:
+                child.end(at_once=True)
+            until = time.monotonic() + seconds
+            for child in some:
+                child.join(max(0.0, until - time.monotonic()))
+        for child in [child for child in children if not child.join(0.0)]:
             child.kill()
         until = time.monotonic() + _KILL_SECONDS
         for child in children:
             child.join(max(0.0, until - time.monotonic()))
         self._release()
+
+    def _in_order(self) -> tuple[list[Child], list[Child]]:
+        """Return the processes in the order in which they end: the proxy, then the instances."""
+        members = self._members.items()
+        return [one.child for name, one in members if name == PROXY], [
+            one.child for name, one in members if name != PROXY
+        ]
 
     def _release(self) -> None:
         """Release ports and folders."""
@@ -272,4 +341,5 @@ class Deployment:
     def _status(self, name: str) -> ProcessStatus:
         member = self._members[name]
         child = member.child
-        return ProcessStatus(name, member.plan.role, member.plan.address.url, child.pid, child.state, child.restarts)
+        url, progress = member.plan.address.url, member.progress if child.state is ProcessState.STARTING else ""
+        return ProcessStatus(name, member.plan.role, url, child.pid, child.state, child.restarts, progress)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import subprocess
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +10,9 @@ from pathlib import Path
 
 from chiasm.errors import ConfigurationError
 from chiasm.launch.config import RoleConfig
+from chiasm.launch.gpus import MIG_PREFIX, Gpu, NoDriverError, list_gpus
 from chiasm.wire import Role
 
-_logger = logging.getLogger(__name__)
-_SMI_FIELDS = "index,name,memory.total,uuid"
-_LIST_SECONDS = 20.0
 _MPS_FOLDER = "/tmp/nvidia-mps"
 _USABLE_SHARE = 0.9
 """Fraction of a shared device's memory that instances get; driver and libraries of each process take the rest."""
@@ -24,24 +20,6 @@ _LEAST_SHARE = 0.02
 _ENCODER_WEIGHT = 1
 _LANGUAGE_WEIGHT = 3
 """Share of the memory relative to an encoder: a language model is larger, and holds KV."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One NVIDIA GPU."""
-
-    name: str
-    """The number or UUID by which CUDA_VISIBLE_DEVICES or ``nvidia-smi`` names it."""
-    model: str = ""
-    """Empty if ``nvidia-smi`` doesn't list it."""
-    memory_bytes: int = 0
-    """0 if ``nvidia-smi`` doesn't tell."""
-    uuid: str = ""
-
-    @property
-    def kind(self) -> str:
-        """Model and memory in words; the same for GPUs that are alike."""
-        return f"{self.model}, {self.memory_bytes / 2**30:.0f} GiB" if self.model else "unknown"
 
 
 @dataclass(frozen=True)
@@ -75,30 +53,14 @@ def found_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip() not in {"", "-1"}]
     if names == []:
         return ()
-    command = ["nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"]
     try:
-        # It lists the others when a GPU is lost, although it fails then.
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIST_SECONDS, check=False)
-        listed = gpus_of(done.stdout)
-    except (OSError, subprocess.SubprocessError):
+        listed = list_gpus()
+    except NoDriverError:
         listed = ()
     if names is None:
         return listed
     known = {name: gpu for gpu in listed for name in (gpu.name, gpu.uuid)}
     return tuple(replace(known.get(name, Gpu(name)), name=name) for name in names)
-
-
-def gpus_of(listing: str) -> tuple[Gpu, ...]:
-    """Read the lines of ``nvidia-smi``. A line that describes no GPU is logged: it tells of one that is lost."""
-    found = []
-    for line in listing.splitlines():
-        fields = [field.strip() for field in line.split(",")]
-        if len(fields) == len(_SMI_FIELDS.split(",")) and fields[0].isdecimal():
-            index, model, mebibytes, uuid = fields
-            found.append(Gpu(index, model, int(mebibytes) << 20 if mebibytes.isdecimal() else 0, uuid))
-        elif line.strip():
-            _logger.warning("nvidia-smi: %s", line.strip())
-    return tuple(found)
 
 
 def mps_runs(environment: Mapping[str, str] = os.environ) -> bool:
@@ -150,7 +112,7 @@ def check_names(option: str, names: Sequence[str], found: Sequence[str]) -> None
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
         raise ConfigurationError(f"{option} names {', '.join(repeated)} more than once.")
     missing = [name for name in names if name.isdecimal() and name not in found]
-    if missing and all(name.isdecimal() for name in found):
+    if missing and all(name.isdecimal() or name.startswith(MIG_PREFIX) for name in found):
         there = f"the GPUs are {', '.join(found)}" if found else "no NVIDIA GPU was found"
         raise ConfigurationError(f"{option}: GPU {', '.join(missing)} cannot be used here; {there}.")
 
@@ -186,7 +148,8 @@ def _choose(
         )
     apart = min(len(encoders), len(free) - len(language))
     for_encoders, rest = list(free[:apart]), free[apart:]
-    each = _tensor_parallel(len(rest) // len(language), attention_heads) if language else 1
+    one_each = any(device.startswith(MIG_PREFIX) for device in rest)  # CUDA shows a process one MIG device at most
+    each = _tensor_parallel(len(rest) // len(language), None if one_each else attention_heads) if language else 1
     chosen = {one: tuple(rest[n * each : (n + 1) * each]) for n, one in enumerate(language)}
     shared = for_encoders or list(free)
     return {one: (shared[n % len(shared)],) for n, one in enumerate(encoders)} | chosen

@@ -94,7 +94,7 @@ def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[
         "cpus": config.proxy_cpus,
         "admin_key": config.admin_key,
         **{role: tuple(url for of, url in instances if of is role) for role in Role},
-        **_deadline(config),
+        **_times(config),
         **({"api_key": keys} if keys else {}),
         **config.proxy_settings,
     }
@@ -113,7 +113,7 @@ def instance_settings(
         "threads": placement.threads,
         "cpus": placement.cpus,
         "nice": placement.nice,
-        **_deadline(config),
+        **_times(config),
     }
     if placement.core_share and surroundings.scratch is not None:
         settings["core_share"] = surroundings.scratch / placement.core_share  # the first instance makes it
@@ -150,8 +150,10 @@ def _child(name: str) -> list[str]:
     return [sys.executable, "-m", "chiasm", "child", name]
 
 
-def _deadline(config: DeploymentConfig) -> dict[str, float]:
-    return {} if config.deadline_seconds is None else {"deadline_seconds": config.deadline_seconds}
+def _times(config: DeploymentConfig) -> dict[str, float]:
+    """Return the limits of time that proxy and instances have in common."""
+    deadline = {} if config.deadline_seconds is None else {"deadline_seconds": config.deadline_seconds}
+    return {"shutdown_timeout_seconds": config.shutdown_timeout_seconds, **deadline}
 
 
 def _vllm(

@@ -10,10 +10,11 @@ import urllib.request
 import msgspec
 
 from chiasm.http.listen import base_url, bind
-from chiasm.wire import ProxyHealth
+from chiasm.wire import Health, InstanceInfo, ProxyHealth
 
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 _HEALTH_SECONDS = 2.0
+_PROGRESS_SECONDS = 0.2
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_PROXY is not for this machine
 
 
@@ -60,17 +61,32 @@ def is_healthy(url: str) -> bool:
 
 def instance_states(url: str) -> dict[str, str]:
     """Return the state of each instance behind the proxy at ``url``, by the instance's URL; empty if it doesn't answer."""
+    return {name: instance.state for name, instance in instance_infos(url).items()}
+
+
+def instance_infos(url: str) -> dict[str, InstanceInfo]:
+    """Return what the proxy at ``url`` says of each instance, by the instance's URL; empty if it doesn't answer."""
     _, body = _get_health(url)
     try:
-        return {instance.url: instance.state for instance in msgspec.json.decode(body, type=ProxyHealth).instances}
+        return {instance.url: instance for instance in msgspec.json.decode(body, type=ProxyHealth).instances}
     except msgspec.MsgspecError:
         return {}
 
 
-def _get_health(url: str) -> tuple[int, bytes]:
+def load_progress(url: str) -> str:
+    """Return in words how far the instance at ``url`` is with loading its model; empty if it doesn't say."""
+    status, body = _get_health(url, _PROGRESS_SECONDS)
+    try:
+        health = msgspec.json.decode(body, type=Health) if status == 503 else Health()
+    except msgspec.MsgspecError:
+        return ""
+    return f"{health.loaded_tensors}/{health.tensors} tensors" if health.tensors else ""
+
+
+def _get_health(url: str, timeout_seconds: float = _HEALTH_SECONDS) -> tuple[int, bytes]:
     """Return status and body; 0 and nothing if there is no response."""
     try:
-        with _OPENER.open(f"{url}/health", timeout=_HEALTH_SECONDS) as response:
+        with _OPENER.open(f"{url}/health", timeout=timeout_seconds) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         with error:

@@ -10,11 +10,11 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer import ECConnectorFactory, ECTransferConfig, ECTransferRole
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
-from chiasm.kv_transfer import KVTransferConfig, KVTransferRole
+from chiasm.kv_transfer import KVConnectorFactory, KVTransferConfig, KVTransferRole
 from chiasm.media import MediaConfig
 from chiasm.options import Option, fields_from, flag, names_of
 from chiasm.proxy import ProxyConfig
@@ -36,6 +36,7 @@ _VLLM_FLAGS = {
     "block_size": "--block-size",
 }
 """vLLM's flags for settings that mean the same to every instance of vLLM."""
+_VLLM_DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 _NOT_VLLM = {
     "device": "vLLM computes on what it is built for; name GPUs with --encoder-devices, --pd-devices and the like",
     "encoder_cache_bytes": "vLLM counts that cache in tokens, as many as --max-num-batched-tokens",
@@ -130,6 +131,7 @@ def ec_config(role: Role, settings: Mapping[str, Any]) -> ECTransferConfig | Non
         return None
     transfer_role = ECTransferRole.PRODUCER if role is Role.ENCODER else ECTransferRole.CONSUMER
     config = ECTransferConfig(role=transfer_role, **given)
+    ECConnectorFactory.check_name(config)
     if config.connector == ECTransferConfig.connector and config.shared_storage_path is None:
         raise ConfigurationError(
             f"{config.connector} needs --shared-storage-path, the folder that encoders share with the instances that use "
@@ -149,7 +151,9 @@ def kv_config(role: Role, settings: Mapping[str, Any]) -> KVTransferConfig | Non
         return None
     if role is Role.DECODE and (names := _flags(settings, KVTransferConfig, without=_OF_DECODE)):
         raise ConfigurationError(f"{names}: only prefill instances offer KV; give it to them.")
-    return KVTransferConfig(role=KV_ROLES[role], **fields_from(settings, KVTransferConfig))
+    config = KVTransferConfig(role=KV_ROLES[role], **fields_from(settings, KVTransferConfig))
+    KVConnectorFactory.check_name(config)
+    return config
 
 
 def _flags(settings: Mapping[str, Any], config: type, without: tuple[str, ...] = ()) -> str:
@@ -166,6 +170,8 @@ def vllm_flags(settings: Mapping[str, Any], role: Role) -> list[str]:
     """
     flags: list[str] = []
     for name, value in settings.items():
+        if name == "dtype" and value not in _VLLM_DTYPES:
+            raise ConfigurationError(f"Unknown dtype {value!r}; vLLM has {', '.join(_VLLM_DTYPES)}.")
         if name in _VLLM_FLAGS:
             flags += [_VLLM_FLAGS[name], str(value)]
         elif name == "log_level":

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,12 +27,14 @@ from typing import BinaryIO
 import psutil
 
 from chiasm.cores import lower_priority, lower_session_priority, pin_to
-from chiasm.launch.child import CONFIGURATION_EXIT_CODE, describe_exit, end_with_stdin, print_ready
+from chiasm.launch.child import AT_ONCE, CONFIGURATION_EXIT_CODE, describe_exit, end_with_stdin, print_ready
 from chiasm.launch.folders import LockedFolder
 from chiasm.launch.ports import is_healthy
 
 END_SECONDS = 1.5
-"""Time for the server to end by itself when it is asked to."""
+"""Time for the server to end by itself when it has to end at once."""
+_SLACK_SECONDS = 5.0
+"""Time for the server to end by itself after what ran in it."""
 _TRACKER_SECONDS = 1.2
 """Time for what is left in shared memory to be removed."""
 _KILLED_SECONDS = 0.4
@@ -60,10 +63,14 @@ _VALUE = re.compile(r"^\s+(?:Value error, )?(?P<said>.+?)(?: \[type=.*)?$")
 class Supervisor:
     """Runs one command, from its start to the end of the last process that it started."""
 
-    def __init__(self, command: Sequence[str], url: str) -> None:
-        """``url`` is where the command will serve; GET /health there says when it does."""
+    def __init__(self, command: Sequence[str], url: str, shutdown_timeout_seconds: float = 0.0) -> None:
+        """``url`` is where the command will serve; GET /health there says when it does.
+
+        Once it does, it has ``shutdown_timeout_seconds`` for what runs in it when it is asked to end.
+        """
         self._command = list(command)
         self._url = url
+        self._shutdown_timeout_seconds = shutdown_timeout_seconds
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._ready = threading.Event()
         self._over = threading.Event()
@@ -98,6 +105,8 @@ class Supervisor:
         threading.Thread(target=self._probe, args=(turn,), name="chiasm-probe", daemon=True).start()
         try:
             asked = self._wait(process)
+            if asked and self._ready.is_set():
+                self._drain(process)
         finally:
             self._over.set()
             _end_all(process)
@@ -110,6 +119,14 @@ class Supervisor:
             if _await_signal() in _ENDING:
                 return True
         return False
+
+    def _drain(self, process: subprocess.Popen[bytes]) -> None:
+        """Ask the command to end; return when it has, when its time is over, or when this process is asked to end again."""
+        process.terminate()
+        until = time.monotonic() + self._shutdown_timeout_seconds + _SLACK_SECONDS
+        while process.poll() is None and (left := until - time.monotonic()) > 0:
+            if _await_signal(left) in _ENDING:
+                return
 
     def _tell_failure(self, code: int) -> int:
         reason = decisive_line(self._lines)
@@ -171,7 +188,8 @@ def _end_all(process: subprocess.Popen[bytes]) -> None:
     Python's resource trackers go last: they end by themselves after all others, and remove what these left in shared memory.
     """
     if process.poll() is None:
-        process.terminate()
+        for number in AT_ONCE:
+            process.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(END_SECONDS)
     _kill(one for one in _descendants() if not _is_tracker(one))
@@ -269,13 +287,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cpus", default="", help="CPUs for the command, separated by commas")
     parser.add_argument("--nice", type=int, default=0, help="how far the command gives way to other processes")
+    parser.add_argument(
+        "--shutdown-timeout-seconds", type=float, default=0.0, help="time for what runs in it when it is asked to end"
+    )
     parser.add_argument("--turn", type=Path, help="file; of the commands that name it, only one at a time starts")
     parser.add_argument("command", nargs="+", help="the command, after --")
     chosen = parser.parse_args(arguments)
     pin_to([int(cpu) for cpu in chosen.cpus.split(",") if cpu])
     lower_priority(chosen.nice)
     lower_session_priority(chosen.nice)
-    return Supervisor(chosen.command, chosen.url).run(chosen.turn)
+    return Supervisor(chosen.command, chosen.url, chosen.shutdown_timeout_seconds).run(chosen.turn)
 
 
 if __name__ == "__main__":

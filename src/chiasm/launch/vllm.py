@@ -108,6 +108,7 @@ def instance_command(
     """
     chosen = config.roles[role]
     command = [sys.executable, "-m", "chiasm.launch.supervisor", "--url", site.address.url]
+    command += ["--shutdown-timeout-seconds", f"{config.shutdown_timeout_seconds:g}"]
     if site.placement.cpus:
         command += ["--cpus", ",".join(map(str, site.placement.cpus))]
     if site.placement.nice:
@@ -117,6 +118,7 @@ def instance_command(
     command += ["--", str(found.command), "serve", str(folder)]
     command += ["--host", site.address.host, "--port", str(site.address.port)]
     command += ["--served-model-name", config.model_name]
+    command += ["--shutdown-timeout", str(math.ceil(config.shutdown_timeout_seconds))]
     command += ["--middleware", MIDDLEWARE, "--disable-access-log-for-endpoints", _QUIET_PATHS]
     command += _role_flags(config, folder, role, site)
     settings = {**config.settings, **chosen.settings}

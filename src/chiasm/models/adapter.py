@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chiasm.models.base import LanguageModel, Pixels, Positions, Prompt, VisionModel
+from chiasm.models.base import LanguageModel, LoadProgress, Pixels, Positions, Prompt, VisionModel
 from chiasm.models.checkpoint import open_checkpoint
 from chiasm.models.loading import load_part
 from chiasm.models.support import entry_width, family_of, load_config
@@ -18,22 +18,29 @@ if TYPE_CHECKING:
     from chiasm.models.families import Family
 
 
-def load_vision(folder: Path, *, dtype: torch.dtype, device: torch.device) -> VisionModel:
-    """Load the vision tower and projector of a checkpoint. Raises ConfigurationError, UnsupportedModelError."""
+def load_vision(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, progress: LoadProgress | None = None
+) -> VisionModel:
+    """Load the vision tower and projector of a checkpoint, and count in ``progress``.
+
+    Raises ConfigurationError, UnsupportedModelError.
+    """
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint)
-    module = load_part(checkpoint, config, "vision", dtype=dtype, device=device)
+    module = load_part(checkpoint, config, "vision", dtype=dtype, device=device, progress=progress)
     return TransformersVisionModel(module, entry_width(config), dtype, device)
 
 
-def load_language(folder: Path, *, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    """Load the decoder and head of a checkpoint. Raises ConfigurationError, UnsupportedModelError.
+def load_language(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, progress: LoadProgress | None = None
+) -> LanguageModel:
+    """Load the decoder and head of a checkpoint, and count in ``progress``. Raises ConfigurationError, UnsupportedModelError.
 
     ``ATTENTION_NAME`` must have been registered with transformers before.
     """
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint)
-    module = load_part(checkpoint, config, "language", dtype=dtype, device=device)
+    module = load_part(checkpoint, config, "language", dtype=dtype, device=device, progress=progress)
     return TransformersLanguageModel(module, config, family_of(config), entry_width(config), dtype, device)
 
 

@@ -33,6 +33,15 @@ Metadata = dict[str, list[int]]
 """The size of an item on the wire: ``{"image_grid_thw": [t, h, w]}``, or ``{"image_size": [height, width]}`` in pixels."""
 
 
+@dataclass
+class LoadProgress:
+    """How much of its weights a process has loaded; read by other threads."""
+
+    loaded_tensors: int = 0
+    tensors: int = 0
+    """Of the parts that have begun to load."""
+
+
 @dataclass(frozen=True)
 class ItemGeometry:
     """What the prompt needs to know about an item. It follows from the size of the image, without its pixels."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -11,19 +11,27 @@ from safetensors import SafetensorError
 from torch import nn
 
 from chiasm.errors import ConfigurationError, UnsupportedModelError
-from chiasm.models.base import ATTENTION_NAME
+from chiasm.models.base import ATTENTION_NAME, LoadProgress
 
 if TYPE_CHECKING:
     import torch
 
     from chiasm.models.checkpoint import Checkpoint
 
+_WEIGHTS_BAR = "Loading weights"
+"""What transformers calls its progress bar."""
 Part = Literal["vision", "language"]
 """``language`` is the decoder and its head; ``vision`` is everything else."""
 
 
 def load_part(
-    checkpoint: Checkpoint, config: Any, part: Part, *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    config: Any,
+    part: Part,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: LoadProgress | None = None,
 ) -> nn.Module:
     """Return the checkpoint's model with only the modules of ``part``, in eval mode and without gradients.
 
@@ -33,7 +41,7 @@ def load_part(
     checkpoint.weight_files()
     part_class = _part_class(_model_class(config), part)
     try:
-        with quiet():
+        with quiet(), counted(progress or LoadProgress()):
             model, info = part_class.from_pretrained(
                 checkpoint.folder,
                 config=config,
@@ -105,6 +113,30 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if progress:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def counted(progress: LoadProgress) -> Iterator[None]:
+    """Count the tensors that transformers loads, where it would show a progress bar."""
+    from transformers.utils import logging
+
+    def make(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bar = factory(*args, **kwargs)
+        if kwargs.get("desc") != _WEIGHTS_BAR:
+            return bar
+        progress.tensors += len(args[0])
+        return count(bar)
+
+    def count(bar: Iterable[Any]) -> Iterator[Any]:
+        for tensor in bar:
+            yield tensor
+            progress.loaded_tensors += 1
+
+    before = logging.set_tqdm_hook(make)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _few(names: list[str]) -> str:

@@ -81,16 +81,17 @@ class _Pages:
     """Handlers of the routes that only read."""
 
     def __init__(self, service: ProxyService) -> None:
+        self._service = service
         self._fleet = service.fleet
         self._metrics = service.metrics
         self._created = int(time.time())
 
     async def health(self, request: Request) -> Response:
-        """Answer with 200 if text can be answered, otherwise with 503."""
+        """Answer with 200 if new requests for text can be answered, otherwise with 503."""
         fleet = self._fleet
-        ready = fleet.missing is None
+        ready = fleet.missing is None and not self._service.is_stopping
         health = ProxyHealth(
-            status="ok" if ready else "unavailable",
+            status="ok" if ready else "stopping" if self._service.is_stopping else "unavailable",
             models=fleet.models,
             instances=[instance.describe(time.monotonic()) for instance in fleet.instances],
         )

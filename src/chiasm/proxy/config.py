@@ -8,6 +8,7 @@ from typing import Annotated
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
 from chiasm.http.listen import check_url
+from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
 from chiasm.options import Option
 
@@ -75,8 +76,7 @@ class ProxyConfig:
     """A lower limit of an instance also applies."""
     probe_interval_seconds: Annotated[float, Option("Interval between the health probes of an instance.")] = 1.0
     probe_timeout_seconds: Annotated[float, Option("Timeout of a health probe.")] = 5.0
-    shutdown_seconds: float = 2.0
-    """Time for running requests to finish at shutdown; after it, they are ended with an error."""
+    shutdown_timeout_seconds: ShutdownTimeout = SHUTDOWN_TIMEOUT_SECONDS
     media: MediaConfig = field(default_factory=MediaConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
 
@@ -84,6 +84,8 @@ class ProxyConfig:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigurationError(f"{name} must be positive.")
+        if self.shutdown_timeout_seconds < 0:
+            raise ConfigurationError("shutdown_timeout_seconds must not be negative.")
         urls = [check_url(url) for url in (*self.encoders, *self.pds, *self.aggregated, *self.prefills, *self.decodes)]
         if len(set(urls)) != len(urls):
             raise ConfigurationError("An instance's URL is given twice; each instance has one role.")

@@ -20,7 +20,9 @@ _M_ARENA_MAX = -8
 
 
 def run(config: ProxyConfig, *, on_ready: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then return within ``config.shutdown_seconds`` and one more; call it on the main thread.
+    """Serve until SIGTERM or SIGINT, then until nothing runs; call it on the main thread.
+
+    What runs has ``config.shutdown_timeout_seconds`` to end, or until a second signal; then it ends with an error.
 
     ``on_ready`` is called once with the base URL, when requests are taken and each instance has been probed once. Raises
     ConfigurationError if the address cannot be bound.
@@ -34,7 +36,11 @@ def create_server(app: Starlette, config: ProxyConfig) -> HttpServer:
     """Return a server around the proxy's application."""
     service: ProxyService = app.state.service
     return HttpServer(
-        app, grace_seconds=config.shutdown_seconds, on_stop=lambda: None, interrupt_all=service.interrupt_all
+        app,
+        shutdown_timeout_seconds=config.shutdown_timeout_seconds,
+        on_stop=service.stop,
+        is_idle=lambda: not service.admission.requests,
+        interrupt_all=service.interrupt_all,
     )
 
 

@@ -25,21 +25,29 @@ _BLOCK = re.compile(rb".*?(?:\r\n\r\n|\n\n)|.+", re.DOTALL)
 _HANDLE = re.compile(_KV_PREFIX + rb"(\{.*)\r?\n")
 _TOKENS = re.compile(_TOKENS_PREFIX + rb"((?: [0-9]{1,10})*) ?\r?\n")
 _ERROR = re.compile(rb"data: ?(\{\s*\"error\".*)", re.DOTALL)
+_ERROR_EVENT = re.compile(rb"(?:\A|(?<=\n\n)|(?<=\r\n\r\n))data: ?\{\s*\"error\".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
 _FINISH = re.compile(rb"\"finish_reason\":\s*\"")
 _members = msgspec.json.Decoder(dict[str, Raw])
 
 
 class EventRelay:
-    """Passes on a stream in whole events, with the proxy's own comment before the last one."""
+    """Passes on a stream in whole events, with the proxy's own comment before the last one.
+
+    An event with an error is the last: vLLM sends ``[DONE]`` after it too, by which clients would take the answer for whole.
+    """
 
     def __init__(self, last_comment: Callable[[], bytes]) -> None:
         self._last_comment = last_comment
         self._splitter = EventSplitter()
         self._commented = False
+        self._has_failed = False
 
     def pass_on(self, chunk: bytes) -> bytes:
         """Return the whole events that have arrived with ``chunk``."""
-        events = self._splitter.take(chunk)
+        events = b"" if self._has_failed else self._splitter.take(chunk)
+        if failed := _ERROR_EVENT.search(events):
+            self._has_failed = True
+            return events[: failed.end()]
         for done in _DONE:
             if events.endswith(done) and not self._commented:
                 self._commented = True
@@ -49,6 +57,8 @@ class EventRelay:
     def finish(self) -> bytes:
         """Return what is left when the instance has ended the stream properly."""
         rest = self._splitter.rest()
+        if self._has_failed:
+            return b""
         if self._commented:
             return rest
         self._commented = True

@@ -34,6 +34,7 @@ class ProxyService:
         self.fleet = Fleet()
         self.metrics = Metrics(self.fleet)
         self.admission = Admission(config.max_concurrent_requests, config.max_buffered_bytes)
+        self.is_stopping = False
         self._resolver = resolver
         self._upstream: Upstream
         self.prober: Prober
@@ -70,15 +71,24 @@ class ProxyService:
         await self.prober.close()
         await self._upstream.close()
 
+    def stop(self) -> None:
+        """Refuse new requests from now on."""
+        self.is_stopping = True
+
     def interrupt_all(self) -> None:
         """End all requests with an error, because the proxy is shutting down."""
-        self.admission.interrupt_all(OverloadedError("The proxy is shutting down; try again.", code=Code.STOPPING))
+        self.admission.interrupt_all(_stopping())
 
     def endpoint(self, path: str) -> Endpoint:
         """Return the ASGI application that answers requests to ``path``."""
 
         async def handle(exchange: Exchange) -> None:
             await self._handle(path, exchange)
+
+        def start(exchange: Exchange) -> None:
+            self.metrics.in_flight.inc()
+            if self.is_stopping:
+                raise _stopping()
 
         def count(exchange: Exchange) -> None:
             self.metrics.in_flight.dec()
@@ -89,13 +99,7 @@ class ProxyService:
             max_body_bytes=self.config.max_body_bytes,
             body_timeout_seconds=self.config.body_timeout_seconds,
         )
-        return Endpoint(
-            handle,
-            self.admission,
-            bounds,
-            on_start=lambda exchange: self.metrics.in_flight.inc(),
-            on_end=count,
-        )
+        return Endpoint(handle, self.admission, bounds, on_start=start, on_end=count)
 
     async def _handle(self, path: str, exchange: Exchange) -> None:
         started = time.perf_counter()
@@ -112,3 +116,7 @@ class ProxyService:
                 await job.send_response(error.response)
         finally:
             exchange.error_headers = [timing.header()]
+
+
+def _stopping() -> OverloadedError:
+    return OverloadedError("The proxy is shutting down; try again.", code=Code.STOPPING)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
+from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
 from chiasm.options import Option
 
@@ -20,6 +21,7 @@ class ServerConfig:
     """``on_ready`` of :func:`chiasm.server.run` gets the URL with the port that was taken."""
     deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
     """``X-Request-Deadline-Ms`` of a request can only shorten it."""
+    shutdown_timeout_seconds: ShutdownTimeout = SHUTDOWN_TIMEOUT_SECONDS
     body_timeout_seconds: float = 60.0
     """Time in which the body of a request must arrive; a slower one is answered with 408."""
     max_body_bytes: Annotated[int, Option("Maximum size of a request; a larger one gets 413.")] = 64 << 20
@@ -49,3 +51,5 @@ class ServerConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigurationError(f"{name} must be positive.")
+        if self.shutdown_timeout_seconds < 0:
+            raise ConfigurationError("shutdown_timeout_seconds must not be negative.")

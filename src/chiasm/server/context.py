@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, ModelNotFoundError, OverloadedError
 from chiasm.http import Admission
 from chiasm.media import Fetcher
+from chiasm.models.base import LoadProgress
 from chiasm.server.config import ServerConfig
 from chiasm.server.metrics import Metrics
 
@@ -61,6 +62,8 @@ class ServerContext:
         self.created = int(time.time())
         self.loaded_engine = engine
         """None while the model loads."""
+        self.progress = LoadProgress()
+        """How far loading is."""
         self.failure: ChiasmError | None = None
         """Why the model could not be loaded."""
         self.is_stopping = False
@@ -96,6 +99,13 @@ class ServerContext:
     def stop(self) -> None:
         """Refuse new requests from now on."""
         self.is_stopping = True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs: neither a request, nor a decode instance that has yet to fetch KV from here."""
+        engine = self.loaded_engine
+        kv = engine.stats().kv if engine is not None and engine.healthy else None
+        return not self.admission.requests and (kv is None or not kv.leases_held)
 
     def interrupt_all(self) -> None:
         """End all requests with an error, because the instance stops."""

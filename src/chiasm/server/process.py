@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 0.5
-"""Time for requests to end by themselves after the signal to stop."""
 _ENGINE_STOP_SECONDS = 1.0
 """Time for a load or a step of the engine to end, since neither can be interrupted."""
 
@@ -33,8 +31,9 @@ def run(
     served_model_name: str | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; call it on the main thread. Returns within 3 s of the signal, with everything stopped.
+    """Serve until SIGTERM or SIGINT, then until nothing runs; call it on the main thread. Returns with everything stopped.
 
+    What runs has ``server_config.shutdown_timeout_seconds`` to end, or until a second signal; then it ends with an error.
     The port is bound first, and /health answers while the model loads. When the model is loaded, ``on_ready`` is called with
     the base URL, on another thread. The model's name is that of its folder unless ``served_model_name`` is given. Raises
     ConfigurationError if the address is in use or the model cannot be served.
@@ -43,7 +42,11 @@ def run(
     url = base_url(server_config.host, listener.getsockname()[1])
     context = ServerContext(served_model_name or engine_config.model.name, server_config)
     server = serve.HttpServer(
-        app_of(context), grace_seconds=_GRACE_SECONDS, on_stop=context.stop, interrupt_all=context.interrupt_all
+        app_of(context),
+        shutdown_timeout_seconds=server_config.shutdown_timeout_seconds,
+        on_stop=context.stop,
+        is_idle=lambda: context.is_idle,
+        interrupt_all=context.interrupt_all,
     )
 
     def load() -> None:
@@ -51,6 +54,7 @@ def run(
 
         try:
             engine = create_engine(engine_config)
+            context.progress = engine.progress
             engine.start()
         except ChiasmError as error:
             context.failure = error

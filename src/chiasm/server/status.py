@@ -53,7 +53,10 @@ class Status:
             message = context.failure.message if context.failure else "The engine has stopped; see the instance's log."
         engine = context.loaded_engine
         if engine is None:
-            return Health(status=status, message=message)
+            progress = context.progress
+            return Health(
+                status=status, message=message, loaded_tensors=progress.loaded_tensors, tensors=progress.tensors
+            )
         try:
             ec_store = await asyncio.to_thread(engine.store_id)  # not cached: the folder may have been recreated
         except StorageError as error:

@@ -20,6 +20,7 @@ from chiasm.errors import ChiasmError, EmbeddingUnavailableError, InvalidRequest
 from chiasm.http import ClientLeftError, json_response, read_body
 from chiasm.http.errors import error_response
 from chiasm.integrations.vllm.health import Description, describe
+from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.server.config import ServerConfig
 from chiasm.wire import CHAT_PATH, UNREADABLE, Health
@@ -39,16 +40,26 @@ _fields = msgspec.json.Decoder(dict[str, Raw])
 class ChiasmMiddleware:
     """Answers /health with what the instance is, and replaces image sizes in chat completions by vLLM's metadata.
 
-    It also keeps texts from naming the place of an image, refuses bodies of chat completions that are larger than chiasm's own
-    instances take, and explains the error of a request that failed for lack of an embedding. Everything else passes unchanged.
+    When vLLM is asked to end, it lets what runs end first (``shutdown.py``). It also keeps texts from naming the place of an
+    image, refuses bodies of chat completions that are larger than chiasm's own instances take, and explains the error of a
+    request that failed for lack of an embedding. Everything else passes unchanged.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int = ServerConfig.max_body_bytes) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._describing: asyncio.Task[Description] | None = None
+        self._end = ServerEnd()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # the server starts, after vLLM has taken the signals
+            self._end.take_over(scope["app"].state)
+        if scope["type"] == "http" and scope["method"] == "POST":
+            await self._end.run(self._answer, scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         called = (scope["method"], scope["path"]) if scope["type"] == "http" else None
         if called == ("GET", "/health"):
             await self._health(scope, receive, send)
@@ -74,6 +85,9 @@ class ChiasmMiddleware:
     # ---- /health ----------------------------------------------------------------------------------------------------
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._end.is_asked:
+            await json_response(Health(status="stopping"), 503)(scope, receive, send)
+            return
         status, message = await self._ask_vllm(scope, receive)
         health = Health(status="failed", message=message or "vLLM's engine has stopped; its log says why.")
         if status == 200:

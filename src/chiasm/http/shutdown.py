@@ -1,0 +1,58 @@
+"""How a server ends: it takes no new work, lets what runs end by itself, and interrupts what hasn't ended in time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Annotated
+
+from chiasm.options import Option
+
+ShutdownTimeout = Annotated[
+    float,
+    Option(
+        "After SIGTERM or SIGINT, time for running requests to end; then they end with an error. A second signal ends them "
+        "at once.",
+        min=0,
+    ),
+]
+SHUTDOWN_TIMEOUT_SECONDS = 30.0
+"""As long as Kubernetes waits by default before it kills."""
+_LOOK_SECONDS = 0.02
+
+
+class Shutdown:
+    """The end of one server. All methods belong to its event loop."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        """``timeout_seconds``: time for what runs to end by itself."""
+        self.timeout_seconds = timeout_seconds
+        self._asked = asyncio.Event()
+        self._hurried = asyncio.Event()
+
+    def ask(self) -> None:
+        """Begin the end; the second call cuts the time for what runs."""
+        (self._hurried if self._asked.is_set() else self._asked).set()
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it has begun."""
+        return self._asked.is_set()
+
+    async def asked(self, timeout_seconds: float) -> bool:
+        """Wait until it begins, at most for ``timeout_seconds``; return whether it has."""
+        return await _within(self._asked, timeout_seconds)
+
+    async def drained(self, is_idle: Callable[[], bool]) -> None:
+        """Return when ``is_idle`` says that nothing runs anymore, after the time for it, or when ``ask`` is called again."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.timeout_seconds
+        while not is_idle() and loop.time() < until and not await _within(self._hurried, _LOOK_SECONDS):
+            pass
+
+
+async def _within(event: asyncio.Event, timeout_seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_seconds)
+    return event.is_set()

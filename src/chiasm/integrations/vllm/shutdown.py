@@ -1,0 +1,112 @@
+"""How vLLM's server ends: before its engine does, so that nobody takes an answer that was cut off for a whole one.
+
+By itself vLLM stops its engine at SIGTERM while requests run. They end with ``finish_reason: "abort"``, or with an error and
+``[DONE]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chiasm.errors import Code, OverloadedError
+from chiasm.http import events
+from chiasm.http.errors import error_body, error_response
+from chiasm.http.shutdown import Shutdown
+
+_logger = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_EVENTS = b"text/event-stream"
+
+
+class ServerEnd:
+    """The requests that run in one server, and its end. All methods belong to its event loop."""
+
+    def __init__(self) -> None:
+        self._calls: set[_Call] = set()
+        self._shutdown: Shutdown | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the server is asked to end, and takes no new requests."""
+        return self._shutdown is not None and self._shutdown.is_asked
+
+    def take_over(self, state: Any) -> None:
+        """Take the signals that end the process from vLLM, whose application has this ``state``.
+
+        What runs has vLLM's ``--shutdown-timeout`` to end; after it, and at a second signal, it ends with an error.
+        """
+        self._shutdown = Shutdown(float(state.vllm_config.shutdown_timeout))
+        loop = asyncio.get_running_loop()
+        try:
+            for number in _SIGNALS:
+                loop.add_signal_handler(number, self._ask, state.server)
+        except (RuntimeError, ValueError) as error:  # not in the main thread
+            _logger.warning("Requests that run when vLLM is asked to end are cut off by vLLM itself: %s", error)
+
+    async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have the application answer a request, unless the server is ending."""
+        if self.is_asked:
+            await error_response(_stopping())(scope, receive, send)
+            return
+        call = _Call(scope, receive, send)
+        self._calls.add(call)
+        try:
+            await app(scope, receive, call.send)
+        except asyncio.CancelledError:
+            if not call.is_cut:
+                raise
+        finally:
+            self._calls.discard(call)
+
+    def _ask(self, server: Any) -> None:
+        assert self._shutdown is not None
+        self._shutdown.ask()
+        self._ending = self._ending or asyncio.ensure_future(self._end(self._shutdown, server))
+
+    async def _end(self, shutdown: Shutdown, server: Any) -> None:
+        await shutdown.drained(lambda: not self._calls)
+        for call in list(self._calls):
+            await call.cut()
+        server.should_exit = True  # vLLM ends its engine when its HTTP server has ended
+
+
+class _Call:
+    """One request that vLLM answers. Compared by identity."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.is_cut = False
+        self._scope, self._receive, self._send = scope, receive, send
+        self._task = asyncio.current_task()
+        self._has_begun = self._has_ended = self._is_stream = False
+
+    async def send(self, message: Message) -> None:
+        """Pass on what vLLM answers, until the call is cut."""
+        if self.is_cut:
+            return
+        if message["type"] == "http.response.start":
+            self._has_begun = True
+            self._is_stream = dict(message["headers"]).get(b"content-type", b"").startswith(_EVENTS)
+        else:
+            self._has_ended = not message.get("more_body", False)
+        await self._send(message)
+
+    async def cut(self) -> None:
+        """End the answer with an error, and the work on it."""
+        self.is_cut = True
+        if not self._has_begun:
+            await error_response(_stopping())(self._scope, self._receive, self._send)
+        elif self._is_stream and not self._has_ended:
+            last = events.event(error_body(_stopping()))
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
+        if self._task is not None:
+            self._task.cancel()
+
+
+def _stopping() -> OverloadedError:
+    return OverloadedError("This instance is stopping; send the request to another one.", code=Code.STOPPING)
