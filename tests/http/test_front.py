@@ -332,6 +332,7 @@ class TestLog:
             ("https://h/a.png?X-Signature=secret did not respond.", "https://h/a.png?… did not respond."),
             ("data:image/png;base64,AAAABBBBCCCCDDDD is bad", "data:… is bad"),
             ("Field required, 'input': {'prompt': 'secret'}", "Field required, …"),
+            ("The body is not valid JSON, near 'secret'.", "The body is not valid JSON, …"),
             ("bad [type=x, input_value='secret', input_type=str]", "bad [type=x, …"),
         ],
     )

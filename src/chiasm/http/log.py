@@ -18,8 +18,8 @@ CLIENT_LEFT = 499
 _REASON_CHARACTERS = 300
 _PATH_BYTES = 200
 _PROBED_PATH = b"/health"
-_INPUTS = re.compile(r"""['"]?\binput(?:_value)?['"]?\s*[:=].*""", re.DOTALL)
-"""Where validators, such as vLLM's, quote the request."""
+_INPUTS = re.compile(r"""(?:['"]?\binput(?:_value)?['"]?\s*[:=]|\bnear ['"]).*""", re.DOTALL)
+"""Where messages quote the request: those of validators, such as vLLM's, and about JSON."""
 _DATA_URL = re.compile(r"data:[^\s'\"]{20,}")
 _QUERY = re.compile(r"(https?://[^\s'\"?#]*)[?#][^\s'\"]*")
 _logger = logging.getLogger("chiasm.requests")

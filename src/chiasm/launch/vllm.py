@@ -166,9 +166,9 @@ def api_keys(config: DeploymentConfig, environment: Mapping[str, str] = os.envir
     Raises ConfigurationError if no key is accepted by all that need one: a request goes to several of them.
     """
     common: tuple[str, ...] = ()
-    from_environment = [key for key in [environment.get("VLLM_API_KEY", "")] if key]
+    from_environment = [environment.get("VLLM_API_KEY", "")]
     for role in config.roles.values():
-        keys = _keys_in((*config.vllm_flags, *role.vllm_flags)) or from_environment
+        keys = [key for key in _keys_in((*config.vllm_flags, *role.vllm_flags)) or from_environment if key]
         if not keys:
             continue
         common = tuple(key for key in common or keys if key in keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -34,10 +35,12 @@ class VLLM:
     bodies: list[bytes] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     lengths: list[str] = field(default_factory=list)
+    encodings: list[bytes | None] = field(default_factory=list)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.paths.append(scope["path"])
         self.lengths.append(dict(scope["headers"]).get(b"content-length", b"").decode())
+        self.encodings.append(dict(scope["headers"]).get(b"content-encoding"))
         body, more = b"", scope["method"] == "POST"
         while more:
             message = await receive()
@@ -61,13 +64,17 @@ class Answer:
 class Server:
     """vLLM's server: its application, its state, and the middleware."""
 
-    def __init__(self, vllm: VLLM, **options: Any) -> None:
-        arguments = SimpleNamespace(served_model_name=["demo", "other"], model=str(CHECKPOINT))
+    def __init__(self, vllm: VLLM, *, api_key: list[str] | None = None, **options: Any) -> None:
+        arguments = SimpleNamespace(served_model_name=["demo", "other"], model=str(CHECKPOINT), api_key=api_key)
         self.app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm.config, args=arguments))
         self.middleware = ChiasmMiddleware(vllm, **options)
 
-    async def call(self, method: str, path: str, *chunks: bytes, length: int | None = None) -> Answer:
+    async def call(
+        self, method: str, path: str, *chunks: bytes, length: int | None = None, encoding: bytes | None = None
+    ) -> Answer:
         headers = [(b"host", b"here"), (b"x-own", b"1")]
+        if encoding is not None:
+            headers.append((b"content-encoding", encoding))
         if length is not None:
             headers.append((b"content-length", str(length).encode()))
         scope = {"type": "http", "method": method, "path": path, "headers": headers, "app": self.app}
@@ -173,6 +180,26 @@ async def test_health_describes_the_instance(store: Path, monkeypatch: pytest.Mo
         threads=6,
         cpus=sorted(os.sched_getaffinity(0)),
     )
+
+
+@pytest.mark.parametrize(
+    ("keys", "variable", "needs"),
+    [(None, "", False), (["k"], "", True), (None, "k", True), ([""], "", False), ([""], "k", False)],
+)
+async def test_health_says_whether_requests_need_a_key(
+    monkeypatch: pytest.MonkeyPatch, keys: list[str] | None, variable: str, needs: bool
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", variable)
+    answer = await Server(VLLM(config()), api_key=keys).call("GET", "/health")
+    assert msgspec.json.decode(answer.body, type=Health).needs_key is needs
+
+
+async def test_a_compressed_body_reaches_vllm_decompressed() -> None:
+    vllm = VLLM(config())
+    body = b'{"messages": []}'
+    sent = gzip.compress(body)
+    assert (await Server(vllm).call("POST", CHAT_PATH, sent, length=len(sent), encoding=b"gzip")).status == 200
+    assert (vllm.bodies, vllm.lengths, vllm.encodings) == ([body], [str(len(body))], [None])
 
 
 async def test_health_names_the_current_store(store: Path) -> None:
