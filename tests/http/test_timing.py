@@ -40,6 +40,7 @@ def test_nothing_that_a_server_sends_raises(header: str) -> None:
         ("", []),
         ("a;dur=1, ;;;, b;dur=2", [("a", 0.001), ("b", 0.002)]),
         ("a;dur=x", [("a", None)]),
+        ("a;dur=1e999, b;dur=nan, c;dur=-1, d;dur=" + "9" * 400, [("a", None), ("b", None), ("c", None), ("d", None)]),
         ('a;desc="x, y";dur="3"', [("a", 0.003)]),
         ("a;DUR=1 , b", [("a", 0.001), ("b", None)]),
         ("x" * 9000, []),

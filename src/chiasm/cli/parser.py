@@ -191,7 +191,7 @@ def _parse_number(text: str, *, kind: Callable[[str], float], low: float, high: 
         value = kind(text)
         if low <= value <= high and math.isfinite(value):
             return value
-        if value > high:
+        if value > high == _MAX_INTEGER:
             raise _wrong(f"{_shown(text)} is more than the limit of {high:.10g}")
     bounds = (
         ""
