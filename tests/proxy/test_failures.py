@@ -10,8 +10,6 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from chiasm.wire import Health
-
 from .conftest import Start, ask, image, image_bytes, leave, until_idle
 from .instances import FakeInstance, Received, chat, encode, event, never, refuse
 
@@ -27,28 +25,6 @@ async def first_arrival(instances: list[FakeInstance]) -> FakeInstance:
     for task in waiting:
         task.cancel()
     return tasks[done.pop()]
-
-
-async def test_an_instance_that_is_stopping_is_left_alone_and_its_requests_go_elsewhere(start: Start) -> None:
-    pds = [FakeInstance("pd"), FakeInstance("pd")]
-    front = await start(pds, probe_interval_seconds=60)
-    pds[0].answer = refuse(503, "stopping", kind="overloaded_error", code="stopping")
-    pds[0].health, pds[0].health_status = Health(status="stopping"), 503
-    answers = [await front.post(ask(str(n))) for n in range(4)]
-    assert [answer.status for answer in answers] == [200] * 4
-    assert len(pds[0].received) == 1
-    assert (await front.states())[pds[0].url] == "unhealthy"
-
-
-async def test_a_request_whose_only_instance_is_stopping_is_refused_with_its_reason(start: Start) -> None:
-    pd = FakeInstance("pd")
-    front = await start([pd], probe_interval_seconds=60)
-    pd.answer = refuse(503, "This instance is stopping.", kind="overloaded_error", code="stopping")
-    pd.health, pd.health_status = Health(status="stopping"), 503
-    answer = await front.post(ask("x"))
-    assert answer.status == 503
-    assert answer.error["code"] == "stopping"
-    assert "Retry-After" in answer.headers
 
 
 # Encoders

@@ -128,21 +128,12 @@ class Balancer:
         return assignment
 
     async def post(self, instance: Instance, job: Job, body: bytes) -> Call:
-        """Call an instance and wait for the head of its response.
-
-        Raises InstanceLostError after it was probed, also for an instance that refuses because it is stopping.
-        """
-        call: Call | None = None
+        """Call an instance and wait for the head of its response. Raises InstanceLostError after it was probed."""
         try:
-            call = await self._upstream.post(instance.url + job.path, body, job.headers())
-            await call.check_stays()
-        except BaseException as error:
-            if call is not None:
-                call.close()
-            if isinstance(error, InstanceLostError):
-                await self.lost(instance, error)
+            return await self._upstream.post(instance.url + job.path, body, job.headers())
+        except InstanceLostError as error:
+            await self.lost(instance, error)
             raise
-        return call
 
     async def lost(self, instance: Instance, error: ChiasmError) -> None:
         """Probe an instance whose response has failed."""

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import aiohttp
 import msgspec
 
-from chiasm.errors import ChiasmError, Code, OverloadedError
+from chiasm.errors import ChiasmError, Code
 from chiasm.wire import UNREADABLE, ErrorBody, ErrorDetail
 
 _KEEP_ALIVE_SECONDS = 3.0
 """Shorter than uvicorn's default of 5 s, so that the proxy never sends on a connection that the instance is just closing."""
-_MAX_REFUSAL_BYTES = 1 << 20
 _error = msgspec.json.Decoder(ErrorBody)
 
 
@@ -35,13 +34,6 @@ class InstanceLostError(UpstreamError):
 
 class NoResponseInTimeError(InstanceLostError):
     """The instance may be gone, or only busy."""
-
-
-class LeavingError(InstanceLostError):
-    """The instance refuses, because it is stopping or its engine has failed."""
-
-    status = 503
-    kind = OverloadedError.kind
 
 
 class UnreachableError(InstanceLostError):
@@ -104,7 +96,6 @@ class Call:
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
-        self._whole: UpstreamResponse | None = None
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
 
@@ -120,23 +111,13 @@ class Call:
             raise ResponseCutOffError("The connection to an instance was lost in the middle of its answer.") from error
 
     async def read(self, max_bytes: int) -> UpstreamResponse:
-        """Return the whole response, also repeatedly. Raises ResponseCutOffError, and UpstreamError if it is too long."""
-        if self._whole is not None:
-            return self._whole
+        """Return the whole response. Raises ResponseCutOffError, and UpstreamError if it is too long."""
         body = bytearray()
         while chunk := await self.chunk():
             body += chunk
             if len(body) > max_bytes:
                 raise UpstreamError(f"The answer of an instance is longer than the limit of {max_bytes} bytes.")
-        self._whole = UpstreamResponse(self.status, self.headers, bytes(body))
-        return self._whole
-
-    async def check_stays(self) -> None:
-        """Raise LeavingError if the instance refuses because it is stopping or has failed."""
-        if self.status == 503:
-            refusal = RefusedError(await self.read(_MAX_REFUSAL_BYTES))
-            if refusal.is_leaving:
-                raise LeavingError(refusal.message, code=refusal.code)
+        return UpstreamResponse(self.status, self.headers, bytes(body))
 
     async def check(self, max_bytes: int) -> None:
         """Raise RefusedError if the status is an error, UpstreamError if it is neither that nor 200."""
