@@ -20,6 +20,8 @@ class Code(enum.StrEnum):
     """The request has more images than the limit."""
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     """The prompt doesn't leave room for an answer in the model's context."""
+    INVALID_GRAMMAR = "invalid_grammar"
+    """A schema, a pattern or a grammar for the answer is malformed, impossible or too complex."""
     INVALID_UUID = "invalid_uuid"
     """The ``uuid`` of an image cannot name an embedding."""
     # 400: media

@@ -13,6 +13,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from chiasm.engine.grammar import GrammarError
 from chiasm.engine.request import SamplingParams
 from chiasm.wire import TokenLogprob
 
@@ -26,7 +27,9 @@ class SamplingInput:
     prompt_token_ids: AbstractSequence[int]
     output_token_ids: AbstractSequence[int]
     stop_token_ids: frozenset[int]
-    """Tokens that end the answer; not sampled before there are ``min_tokens``."""
+    """Tokens that end the answer; not sampled before there are ``min_tokens``, unless its grammar allows nothing else."""
+    allowed: Tensor | GrammarError | None = None
+    """Tokens that the answer's grammar allows, bool ``[at least vocab]``, or why there are none; None without a grammar."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Sampled:
 
     token_id: int
     logprobs: TokenLogprob | None
+    failure: str | None = None
+    """Why the answer cannot go on; the token means nothing then."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -60,7 +65,8 @@ def _is_plain_greedy(sequence: SamplingInput) -> bool:
 def _changes_logits(sequence: SamplingInput) -> bool:
     params = sequence.params
     return (
-        bool(params.logit_bias)
+        sequence.allowed is not None
+        or bool(params.logit_bias)
         or params.presence_penalty != 0
         or params.frequency_penalty != 0
         or params.repetition_penalty != 1
@@ -70,6 +76,8 @@ def _changes_logits(sequence: SamplingInput) -> bool:
 
 def _sample_row(raw: Tensor, sequence: SamplingInput) -> Sampled:
     params = sequence.params
+    if isinstance(sequence.allowed, GrammarError):
+        return Sampled(0, None, str(sequence.allowed))
     logits = _adjust(raw.clone(), sequence) if _changes_logits(sequence) else raw
     token_id = int(logits.argmax()) if params.greedy else _draw(logits, sequence)
     return Sampled(token_id, None if params.logprobs is None else _logprobs(raw, token_id, params.logprobs))
@@ -79,7 +87,7 @@ def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
     """Change ``logits`` in place, and return them.
 
     Presence and frequency penalties count the output, as OpenAI's do; the repetition penalty (Keskar et al. 2019) counts
-    prompt and output.
+    prompt and output. A grammar has the last word, so that no bias allows what it forbids.
     """
     params = sequence.params
     device = logits.device
@@ -92,8 +100,17 @@ def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
     for token_id, bias in params.logit_bias.items():
         logits[token_id] += bias
-    if len(sequence.output_token_ids) < params.min_tokens and sequence.stop_token_ids:
-        logits[torch.tensor(sorted(sequence.stop_token_ids), device=device)] = float("-inf")
+    early = sequence.stop_token_ids if len(sequence.output_token_ids) < params.min_tokens else ()
+    if isinstance(sequence.allowed, Tensor):
+        allowed = sequence.allowed[: len(logits)]
+        if early:
+            without_stops = allowed.clone()
+            without_stops[sorted(early)] = False
+            # A complete answer can only end, however short it is.
+            allowed = without_stops if without_stops.any() else allowed
+        logits.masked_fill_(~allowed.to(device), float("-inf"))
+    elif early:
+        logits[torch.tensor(sorted(early), device=device)] = float("-inf")
     return logits
 
 
