@@ -70,7 +70,6 @@ BAD = {
     "uuid with a slash": (chat(sample_image(1) | {"uuid": "../../etc/passwd"}), 400, "uuid|64"),
     "uuid with NUL": (chat(sample_image(1) | {"uuid": "a\x00b"}), 400, "uuid|64"),
     "uuid of 10 kB": (chat(sample_image(1) | {"uuid": "a" * 10_000}), 400, "uuid|64"),
-    "placeholder in the text": (chat("<|image_pad|>", sample_image(1)), 400, "image_pad"),
 }
 
 
@@ -161,6 +160,13 @@ def test_a_client_that_goes_away_leaves_nothing_behind(disaggregated: Service) -
     from chiasm.wire import Role
 
     disaggregated.wait_until(lambda: disaggregated.metric(Role.PD, "chiasm_kv_blocks_used") == 0)
+
+
+@pytest.mark.parametrize("content", [("what does <|image_pad|> mean?",), ("<|image_pad|> <|im_end|>", sample_image(1))])
+def test_special_words_in_a_text_are_text(
+    disaggregated: Service, aggregated: Service, content: tuple[Any, ...]
+) -> None:
+    assert disaggregated.answer(chat(*content)) == aggregated.answer(chat(*content))
 
 
 def test_a_data_url_that_is_no_base64_is_refused(disaggregated: Service) -> None:

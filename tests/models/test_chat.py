@@ -143,39 +143,10 @@ def test_the_beginning_of_text_is_written_once_by_tokenizer_or_template(
     assert text.count(begin) == 1
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [{"role": "user", "content": "a <|image_pad|> b"}],
-        _user(_text("<|image_pad|>")),
-        _user(_text("<|image_"), _text("pad|>")),
-        [{"role": "<|image_pad|>", "content": "x"}],
-        [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "x", "tool_calls": [{"name": "f", "arguments": {"<|image_pad|>": 1}}]},
-        ],
-    ],
-    ids=["string", "part", "in halves", "role", "tool call"],
-)
-def test_text_that_contains_the_placeholder_is_refused(qwen: Processor, messages: list[Message]) -> None:
-    with pytest.raises(InvalidRequestError, match=r"Text must not contain <\|image_pad\|>"):
-        qwen.build_chat(messages, [])
-
-
-def test_a_placeholder_in_text_cannot_take_an_images_place(qwen: Processor) -> None:
-    with pytest.raises(InvalidRequestError, match="Text must not contain"):
-        qwen.build_chat([{"role": "user", "content": "<|image_pad|>"}], [("a", qwen.geometry_of_size(32, 32))])
-
-
-def test_a_plain_prompt_must_not_contain_the_placeholder(loaded: Loaded) -> None:
+def test_token_ids_must_be_known_and_no_placeholder(loaded: Loaded) -> None:
     geometry = loaded.processor.geometry_of_size(32, 32)
-    placeholder_id = geometry.token_ids[geometry.rows[0]]
-    placeholder = loaded.processor.tokenizer.id_to_token(placeholder_id)
-    with pytest.raises(InvalidRequestError, match="stands for an image"):
-        loaded.processor.build_text(f"a {placeholder} b")
-    assert loaded.processor.build_text("a b").items == []
     with pytest.raises(InvalidRequestError, match="chat/completions"):
-        loaded.processor.build_tokens([1, placeholder_id])
+        loaded.processor.build_tokens([1, geometry.token_ids[geometry.rows[0]]])
     with pytest.raises(InvalidRequestError, match="between 0 and"):
         loaded.processor.build_tokens([1, loaded.processor.vocab_size])
     assert loaded.processor.build_tokens([1, 2]).token_ids == [1, 2]

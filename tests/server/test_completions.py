@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from chiasm.engine.request import GenerateRequest, Output
 from chiasm.errors import StorageError
+from chiasm.wire import TokenLogprob
 from tests.server.conftest import Served, ServedEncoder
 from tests.server.fake_engine import never
 from tests.server.serving import post
@@ -129,3 +131,20 @@ def test_an_encoder_generates_no_text(encoder: ServedEncoder) -> None:
     reply = post(encoder.completions, {"prompt": "x"})
     assert reply.status == 400
     assert "encoder" in reply.error["message"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_tokens_that_are_parts_of_characters_have_the_offset_of_their_character(pd: Served, streamed: bool) -> None:
+    async def script(request: GenerateRequest) -> AsyncIterator[Output]:
+        yield pd.engine.output(request, "a")
+        whole = pd.engine.output(request, "🙂")
+        for place, token_id in enumerate(whole.token_ids):
+            text = "🙂" if place == 3 else ""
+            yield replace(whole, token_ids=(token_id,), text=text, logprobs=(TokenLogprob(-0.5, (), token_id),))
+        yield pd.engine.output(request, "b", finish_reason="stop")
+
+    pd.engine.script = script
+    reply = post(pd.completions, {"prompt": "x", "logprobs": 0, "stream": streamed})
+    parts = [event["choices"][0] for event in (reply.events[:-1] if streamed else [reply.json])]
+    offsets = [offset for part in parts if part["logprobs"] for offset in part["logprobs"]["text_offset"]]
+    assert offsets == [0, 1, 1, 1, 1, 2]

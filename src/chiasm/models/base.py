@@ -112,13 +112,14 @@ class Processor(ABC):
     ) -> Prompt:
         """Render the chat template, tokenize, and put ``items`` (identifier, geometry) in the places of the image parts.
 
-        Raises InvalidRequestError if the template refuses the messages, if text contains the placeholder token, or if the
-        number of items differs from the number of places.
+        Special words that occur in the messages are text; only the template writes special tokens. Raises InvalidRequestError
+        if the template refuses the messages, or if the number of items differs from the number of places.
         """
 
     @abstractmethod
     def build_text(self, text: str) -> Prompt:
-        """Tokenize a plain prompt (``/v1/completions``). Raises InvalidRequestError if it contains a placeholder token."""
+        """Tokenize a plain prompt (``/v1/completions``), in which special words are special tokens, except for the placeholder
+        of images, which is text."""
 
     @abstractmethod
     def build_tokens(self, token_ids: Sequence[int]) -> Prompt:

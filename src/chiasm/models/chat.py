@@ -7,24 +7,34 @@ they don't expect. Probes that are rendered when the template is loaded show wha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from chiasm.errors import InvalidRequestError
 from chiasm.models.base import Message
+from chiasm.models.special_words import Disguise, SpecialWords
 
 Form = Literal["string", "parts"]
 _PROBE = "a probe of the template"
 _ROLES = ("user", "system", "assistant")
 
 
+class Rendered(NamedTuple):
+    """A prompt as text."""
+
+    text: str
+    reveal: Callable[[str], str] | None
+    """Uncovers the special words that came from the messages, which are text; None if there are none."""
+
+
 class ChatTemplate:
     """Renders messages, with ``placeholder`` for each image part. ``template`` is None if the checkpoint has none."""
 
-    def __init__(self, tokenizer: Any, template: str | None, placeholder: str) -> None:
+    def __init__(self, tokenizer: Any, template: str | None, placeholder: str, words: SpecialWords) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._placeholder = placeholder
+        self._words = words
         self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
         self._forms: dict[str, tuple[Form, ...]] = {}
         self._writes_placeholder = True
@@ -40,7 +50,7 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool,
         template_kwargs: Mapping[str, Any],
-    ) -> str:
+    ) -> Rendered:
         """Return the prompt as text, with one placeholder per image part. Raises InvalidRequestError."""
         if self._template is None:
             raise InvalidRequestError("This model has no chat template. Use /v1/completions.", param="messages")
@@ -48,15 +58,28 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"chat_template_kwargs must not set {', '.join(taken)}.", param="chat_template_kwargs"
             )
-        if any(self._placeholder in text for text in _strings([*messages, template_kwargs])):
-            raise InvalidRequestError(
-                f"Text must not contain {self._placeholder}, which stands for an image.", param="messages"
-            )
         options = {
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
             "continue_final_message": continue_final_message,
         }
-        return self._apply([self._adapted(message) for message in messages], {**options, **template_kwargs})
+
+        def rendered(hide: Callable[[str], str] | None = None) -> str:
+            shown = messages if hide is None else _each_string(messages, hide)
+            kwargs = template_kwargs if hide is None else _each_string(template_kwargs, hide)
+            return self._apply([self._adapted(message) for message in shown], {**options, **kwargs})
+
+        texts = list(_strings([*messages, template_kwargs]))
+        if not self._words.may_come_of(texts):
+            return Rendered(rendered(), None)
+        # Templates look into messages, so no more is hidden from this one than necessary.
+        disguise = Disguise(self._words, texts)
+        bare = rendered(disguise.hide_beginnings)
+        own_words = self._words.find(bare)
+        for hide in (None, disguise.hide):
+            text = rendered(hide)
+            if self._words.find(text) == own_words:
+                return Rendered(text, disguise.reveal if hide else None)
+        return Rendered(bare, disguise.reveal)
 
     def _apply(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         try:
@@ -122,9 +145,11 @@ def _text_part(text: str) -> Message:
 
 
 def _strings(value: object) -> Iterator[str]:
-    """Yield every string in nested lists and mappings."""
+    """Yield every string in nested lists and mappings; of a text part only its text, as a template writes it."""
     if isinstance(value, str):
         yield value
+    elif isinstance(value, Mapping) and value.keys() == {"type", "text"}:
+        yield from _strings(value["text"])
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _strings(key)
@@ -132,3 +157,14 @@ def _strings(value: object) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _strings(item)
+
+
+def _each_string(value: Any, change: Callable[[str], str]) -> Any:
+    """Return nested lists and mappings with every string changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_each_string(key, change): _each_string(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_each_string(item, change) for item in value]
+    return value

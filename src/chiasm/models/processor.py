@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from chiasm.models.chat import ChatTemplate
 from chiasm.models.checkpoint import Checkpoint, JsonObject, open_checkpoint, read_json
 from chiasm.models.families import Family, ProcessorParts
 from chiasm.models.families.base import SIZE_KEY
+from chiasm.models.special_words import SpecialWords
 from chiasm.models.support import family_of, load_config
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ class TransformersProcessor(Processor):
         self._family = family
         self._bos: str | None = parts.tokenizer.bos_token
         self._placeholder = self._token_of(family.placeholder_id)
-        self._chat = ChatTemplate(parts.tokenizer, _chat_template(checkpoint.folder, parts), self._placeholder)
+        self._words = SpecialWords(self.tokenizer, {family.placeholder_id, *self.eos_token_ids})
+        template = _chat_template(checkpoint.folder, parts)
+        self._chat = ChatTemplate(parts.tokenizer, template, self._placeholder, self._words)
 
     def build_chat(
         self,
@@ -49,7 +52,7 @@ class TransformersProcessor(Processor):
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        text = self._chat.render(
+        text, reveal = self._chat.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -57,10 +60,11 @@ class TransformersProcessor(Processor):
         )
         # Most templates write the BOS token themselves; for the others the tokenizer adds it.
         has_bos = self._bos is not None and text.startswith(self._bos)
-        return self._with_items(self._encode(text, add_special_tokens=not has_bos), items)
+        return self._with_items(self._encode(text, add_special_tokens=not has_bos, reveal=reveal), items)
 
     def build_text(self, text: str) -> Prompt:
-        return self.build_tokens(self._encode(text, add_special_tokens=True))
+        keep = {self._placeholder} if self._placeholder in text else ()
+        return self.build_tokens(self._encode(text, add_special_tokens=True, keep=keep))
 
     def build_tokens(self, token_ids: Sequence[int]) -> Prompt:
         if any(not 0 <= token_id < self.vocab_size for token_id in token_ids):
@@ -106,8 +110,24 @@ class TransformersProcessor(Processor):
             )
         return token
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    def _encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        reveal: Callable[[str], str] | None = None,
+        keep: Collection[str] = (),
+    ) -> list[int]:
+        """Tokenize; special words that ``reveal`` uncovers and those in ``keep`` are text."""
+        token_ids: list[int] | None
+        if reveal is None and not keep:
+            token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        else:
+            token_ids = self._words.encode(text, add_special_tokens=add_special_tokens, reveal=reveal or str, keep=keep)
+        if token_ids is None:
+            raise InvalidRequestError(
+                "The text contains a word that this model's tokenizer reads as a special token only; leave it out."
+            )
         # Some tokenizers have more tokens than the model. On a GPU such a token would end the process.
         if unknown := next((token for token in token_ids if token >= self.vocab_size), None):
             raise InvalidRequestError(
@@ -120,8 +140,8 @@ class TransformersProcessor(Processor):
         places = [index for index, token in enumerate(token_ids) if token == self._family.placeholder_id]
         if len(places) != len(items):
             raise InvalidRequestError(
-                f"The messages have {len(places)} places for images, but there are {len(items)} images. Text must not contain "
-                f"{self._placeholder}, and some chat templates accept images only in user messages.",
+                f"The messages have {len(places)} places for images, but there are {len(items)} images. Some chat "
+                "templates accept images only in user messages.",
                 param="messages",
             )
         expanded: list[int] = []

@@ -65,10 +65,10 @@ def _events(part: AnswerPart, answer_format: AnswerFormat, step: ChoiceOutput, u
     """Return what one output makes known: text or log probabilities, and the end of the choice. May be empty."""
     if not part.has_text:
         return b""
-    index, output, text_offset = step
+    index, output, text_offsets = step
     data = b""
     if (output.text or output.logprobs) and not output.already_sent:
-        data = answer_format.text(index, output.text, output.logprobs, text_offset, usage)
+        data = answer_format.text(index, output.text, output.logprobs, text_offsets, usage)
     if output.finish_reason is not None and output.kv_transfer_params is None:
         data += answer_format.finish(index, output.finish_reason, output.stop_reason, usage)
     if part.announces_tokens and output.token_ids and not output.already_sent:

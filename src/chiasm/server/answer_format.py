@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import msgspec
 
 from chiasm.http import events
+from chiasm.models.token_bytes import token_bytes_of
 from chiasm.server.protocol import (
     AssistantMessage,
     ChatChoice,
@@ -67,13 +68,15 @@ class AnswerFormat(ABC):
         *,
         num_choices: int,
         has_logprobs: bool,
+        skip_special_tokens: bool,
         announces_usage: bool,
     ) -> None:
         """``created`` is a Unix time. ``announces_usage``: every chunk has the field ``usage``, null but in the last."""
         self._id = f"{self.id_prefix}-{request_id}"
         self.created = created
         self._model = model
-        self._tokenizer = tokenizer
+        self._token_bytes = token_bytes_of(tokenizer)
+        self._skip_special_tokens = skip_special_tokens
         self._has_logprobs = has_logprobs
         self._head = _encode(_Head(self._id, self.chunk_object, created, model))[:-1] + b',"choices":['
         self._opens = [b'data: %s{"index":%d,' % (self._head, index) for index in range(num_choices)]
@@ -100,13 +103,10 @@ class AnswerFormat(ABC):
         """Return a complete choice."""
 
     @abstractmethod
-    def logprobs(self, logprobs: Sequence[TokenLogprob], text_offset: int) -> ChatLogprobs | CompletionLogprobs:
-        """Return the log probabilities of some tokens of a choice, which come after ``text_offset`` characters."""
-
-    def token_text(self, token_id: int) -> str:
-        """Return the text of a token alone; an incomplete character is U+FFFD."""
-        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return text
+    def logprobs(
+        self, logprobs: Sequence[TokenLogprob], text_offsets: Sequence[int]
+    ) -> ChatLogprobs | CompletionLogprobs:
+        """Return the log probabilities of some tokens of a choice, with the characters that come before each."""
 
     # ---- a stream ----------------------------------------------------------------------------------------------------
 
@@ -115,10 +115,15 @@ class AnswerFormat(ABC):
         return b""
 
     def text(
-        self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None, text_offset: int, usage: Usage | None
+        self,
+        index: int,
+        text: str,
+        logprobs: Sequence[TokenLogprob] | None,
+        text_offsets: Sequence[int],
+        usage: Usage | None,
     ) -> bytes:
         """Return an event with more text of a choice."""
-        written = b"null" if logprobs is None else _encode(self.logprobs(logprobs, text_offset))
+        written = b"null" if logprobs is None else _encode(self.logprobs(logprobs, text_offsets))
         head, ending = self._opens[index], self._ending(usage)
         return b'%b%b%b%b%b,"finish_reason":null}]%b' % (
             head,
@@ -158,22 +163,26 @@ class ChatFormat(AnswerFormat):
             index=index,
             message=AssistantMessage("".join(choice.text)),
             finish_reason=choice.finish_reason,
-            logprobs=self.logprobs(choice.logprobs, 0) if self._has_logprobs else None,
+            logprobs=self.logprobs(choice.logprobs, choice.text_offsets) if self._has_logprobs else None,
             stop_reason=choice.stop_reason,
         )
 
-    def logprobs(self, logprobs: Sequence[TokenLogprob], text_offset: int) -> ChatLogprobs:
+    def logprobs(self, logprobs: Sequence[TokenLogprob], text_offsets: Sequence[int]) -> ChatLogprobs:
         return ChatLogprobs([self._logprob(entry) for entry in logprobs])
 
     def _logprob(self, entry: TokenLogprob) -> ChatLogprob:
-        token = self.token_text(entry.token_id)
-        top = [(self.token_text(token_id), logprob) for token_id, logprob in entry.top]
         return ChatLogprob(
-            token=token,
+            token=self._token_bytes.text(entry.token_id),
             logprob=entry.logprob,
-            bytes=list(token.encode()),
-            top_logprobs=[TopLogprob(token=text, logprob=logprob, bytes=list(text.encode())) for text, logprob in top],
+            bytes=self._bytes(entry.token_id),
+            top_logprobs=[
+                TopLogprob(token=self._token_bytes.text(token_id), logprob=logprob, bytes=self._bytes(token_id))
+                for token_id, logprob in entry.top
+            ],
         )
+
+    def _bytes(self, token_id: int) -> list[int]:
+        return list(self._token_bytes.of(token_id, skip_special_tokens=self._skip_special_tokens))
 
     def role(self, index: int) -> bytes:
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
@@ -196,17 +205,15 @@ class CompletionFormat(AnswerFormat):
             index=index,
             text="".join(choice.text),
             finish_reason=choice.finish_reason,
-            logprobs=self.logprobs(choice.logprobs, 0) if self._has_logprobs else None,
+            logprobs=self.logprobs(choice.logprobs, choice.text_offsets) if self._has_logprobs else None,
             stop_reason=choice.stop_reason,
         )
 
-    def logprobs(self, logprobs: Sequence[TokenLogprob], text_offset: int) -> CompletionLogprobs:
-        result = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for entry in logprobs:
-            token = self.token_text(entry.token_id)
-            result.tokens.append(token)
-            result.token_logprobs.append(entry.logprob)
-            result.top_logprobs.append({self.token_text(token_id): logprob for token_id, logprob in entry.top})
-            result.text_offset.append(text_offset)
-            text_offset += len(token)
-        return result
+    def logprobs(self, logprobs: Sequence[TokenLogprob], text_offsets: Sequence[int]) -> CompletionLogprobs:
+        text = self._token_bytes.text
+        return CompletionLogprobs(
+            tokens=[text(entry.token_id) for entry in logprobs],
+            token_logprobs=[entry.logprob for entry in logprobs],
+            top_logprobs=[{text(token_id): logprob for token_id, logprob in entry.top} for entry in logprobs],
+            text_offset=list(text_offsets),
+        )

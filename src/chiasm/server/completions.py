@@ -120,6 +120,7 @@ async def _answer(
         engine.processor.tokenizer,
         num_choices=len(generation.choices),
         has_logprobs=requests[0].sampling.logprobs is not None,
+        skip_special_tokens=requests[0].sampling.skip_special_tokens,
         announces_usage=bool(options.include_usage),
     )
     if request.stream:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from chiasm.engine.request import GenerateRequest
 from chiasm.http import Exchange
 from chiasm.http.timing import TimingEntry, write_timing
+from chiasm.models.token_bytes import TextOffsets, token_bytes_of
 from chiasm.server.context import GeneratingEngine
 from chiasm.server.metrics import Metrics
 from chiasm.server.protocol import PromptTokensDetails, Usage
@@ -28,9 +29,10 @@ class ChoiceState:
     text: list[str] = field(default_factory=list)
     """Pieces; filled by ``collect`` alone, as are the log probabilities."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    text_offsets: list[int] = field(default_factory=list)
+    """One for each of ``logprobs``."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    num_characters: int = 0
     last_output_at: float = 0.0
 
 
@@ -40,8 +42,8 @@ class ChoiceOutput(NamedTuple):
     choice: int
     """Counted over all prompts; the choices of the first prompt come first."""
     output: Output
-    text_offset: int
-    """Characters of the choice before this output."""
+    text_offsets: Sequence[int]
+    """How many characters of the choice come before each token; empty unless log probabilities are wanted."""
 
 
 class Generation:
@@ -62,6 +64,12 @@ class Generation:
         """Timing of the first prompt."""
         self.choices = [ChoiceState() for request in requests for _ in range(request.num_choices)]
         self._handles: dict[int, KVTransferParams] = {}
+        sampling = requests[0].sampling
+        token_bytes = None if sampling.logprobs is None else token_bytes_of(engine.processor.tokenizer)
+        self._offsets = [
+            token_bytes and TextOffsets(token_bytes, skip_special_tokens=sampling.skip_special_tokens)
+            for _ in self.choices
+        ]
 
     async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
         """Yield all outputs as they come. Closing it aborts what still runs. Raises what the engine raises."""
@@ -69,16 +77,19 @@ class Generation:
         async with aclosing(_merged(streams) if len(streams) > 1 else _single(streams[0])) as outputs:
             async for prompt, output in outputs:
                 index = prompt * self._requests[0].num_choices + output.index
-                text_offset = self.choices[index].num_characters
+                offsets = self._offsets[index]
+                text_offsets = [offsets.add(token_id) for token_id in output.token_ids] if offsets else []
                 self._add(prompt, self.choices[index], output)
-                yield ChoiceOutput(index, output, text_offset)
+                yield ChoiceOutput(index, output, text_offsets)
 
     async def collect(self) -> list[ChoiceState]:
         """Return the complete choices. Raises what the engine raises."""
         async with aclosing(self.outputs()) as outputs:
-            async for index, output, _ in outputs:
+            async for index, output, text_offsets in outputs:
                 self.choices[index].text.append(output.text)
-                self.choices[index].logprobs += output.logprobs or ()
+                if output.logprobs:
+                    self.choices[index].logprobs += output.logprobs
+                    self.choices[index].text_offsets += text_offsets
         return self.choices
 
     def _add(self, prompt: int, choice: ChoiceState, output: Output) -> None:
@@ -91,7 +102,6 @@ class Generation:
             if choice.last_output_at and output.token_ids:
                 self._metrics.inter_token.observe((now - choice.last_output_at) / len(output.token_ids))
             choice.last_output_at = now
-        choice.num_characters += len(output.text)
         choice.finish_reason = output.finish_reason
         choice.stop_reason = output.stop_reason
         self._completion_tokens += len(output.token_ids)

@@ -216,8 +216,10 @@ class TopLogprob(msgspec.Struct):
     """One candidate for a token."""
 
     token: str
+    """Its text alone, in which an incomplete character is U+FFFD."""
     logprob: float
     bytes: list[int]
+    """What it adds to the text: the bytes of all tokens join to it. A special token that the text leaves out has none."""
 
 
 class ChatLogprob(msgspec.Struct):
