@@ -1,8 +1,8 @@
 """Grammars that answers must follow: compiled by llguidance, and applied as a mask of the tokens that may come next.
 
-A grammar is text in llguidance's variant of Lark, in which a rule may also be a JSON schema (``%json``). It is compiled once, in
-a thread of the caller. Each sequence has a matcher of its own, which is nothing but a function of the grammar and the output
-tokens so far: it can be made anew anywhere. llguidance is imported when the first grammar is compiled.
+A grammar is text in llguidance's variant of Lark, in which a rule may also be a JSON schema (``%json``). It is compiled
+once, in a thread of the caller. Each sequence has a matcher of its own, which is nothing but a function of the grammar and
+the output tokens so far: it can be made anew anywhere. llguidance is imported when the first grammar is compiled.
 """
 
 from __future__ import annotations

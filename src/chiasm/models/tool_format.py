@@ -1,7 +1,8 @@
 """How a model is told of tools, and how it calls them.
 
-Where a checkpoint's chat template knows tools, what it renders for calls shows the format (:mod:`chiasm.models.chat`). For other
-templates, tools are described in the words of Hermes (NousResearch/Hermes-Function-Calling), which Qwen2.5 and Qwen3 share.
+Where a checkpoint's chat template knows tools, what it renders for calls shows the format (:mod:`chiasm.models.chat`). For
+other templates, tools are described in the words of Hermes (NousResearch/Hermes-Function-Calling), which Qwen2.5 and Qwen3
+share.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-JsonObject = dict[str, Any]
 Message = dict[str, Any]
 
 
@@ -46,7 +46,7 @@ HERMES = ToolFormat()
 # ---- templates that don't know tools -------------------------------------------------------------------------------------
 
 
-def described(messages: Sequence[Message], tools: Sequence[JsonObject], *, has_system: bool) -> list[Message]:
+def described(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, has_system: bool) -> list[Message]:
     """Return the messages with tools and calls in plain text, for a template that knows neither.
 
     The tools are described in the system message, or at the start of the first one if the template has no system messages
@@ -76,7 +76,7 @@ def described(messages: Sequence[Message], tools: Sequence[JsonObject], *, has_s
     return [description, *result]
 
 
-def _description(tools: Sequence[JsonObject]) -> str:
+def _description(tools: Sequence[Mapping[str, Any]]) -> str:
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     return (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"

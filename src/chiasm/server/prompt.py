@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
 from chiasm.models.base import ItemGeometry, Message, Prompt
 from chiasm.server.context import GeneratingEngine, ServerContext
-from chiasm.server.protocol import ChatMessage, ChatRequest, CompletionRequest
+from chiasm.server.protocol import CallInMessage, ChatMessage, ChatRequest, CompletionRequest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,8 +50,12 @@ async def chat_prompt(
     engine: GeneratingEngine,
     request: ChatRequest,
     items: Sequence[tuple[str, ItemGeometry]],
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Prompt:
-    """Render and tokenize a chat; ``items`` are its images in order. Raises InvalidRequestError, DeadlineExceededError."""
+    """Render and tokenize a chat; ``items`` are its images in order, ``tools`` what the model may call.
+
+    Raises InvalidRequestError, DeadlineExceededError.
+    """
     continue_final = bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
         raise InvalidRequestError(
@@ -63,6 +68,7 @@ async def chat_prompt(
         return engine.processor.build_chat(
             messages,
             items,
+            tools=tools,
             add_generation_prompt=not continue_final and request.add_generation_prompt is not False,
             continue_final_message=continue_final,
             template_kwargs=request.chat_template_kwargs,
@@ -85,7 +91,7 @@ def _template_message(message: ChatMessage) -> Message:
     if message.tool_call_id is not None:
         result["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        result["tool_calls"] = [_template_tool_call(call) for call in message.tool_calls]
+        result["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     return result
 
 
@@ -98,16 +104,13 @@ def _template_content(message: ChatMessage) -> str | list[dict[str, str]]:
     ]
 
 
-def _template_tool_call(call: dict[str, Any]) -> dict[str, Any]:
+def _template_call(call: CallInMessage) -> Message:
     """Return the call with its arguments decoded: a JSON string in requests, an object in templates."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments or "{}")
+    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
 
 
 # ---- text completions --------------------------------------------------------------------------------------------------

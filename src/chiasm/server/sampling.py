@@ -12,6 +12,7 @@ from chiasm.errors import InvalidRequestError
 from chiasm.server.protocol import ChatRequest, CompletionRequest, GenerationFields
 
 if TYPE_CHECKING:
+    from chiasm.engine.grammar import Grammar
     from chiasm.models.base import Processor
 
 _SAME_NAME = (
@@ -56,9 +57,11 @@ def cache_salt(request: GenerationFields) -> str:
 
 
 def sampling_params(
-    request: ChatRequest | CompletionRequest, processor: Processor, *, room_tokens: int
+    request: ChatRequest | CompletionRequest, processor: Processor, grammar: Grammar | None, *, room_tokens: int
 ) -> SamplingParams:
     """Return how the engine samples; ``room_tokens`` is what the prompt leaves of the context, and bounds ``max_tokens``.
+
+    The answer follows ``grammar`` if there is one.
 
     Raises InvalidRequestError for values out of range.
     """
@@ -70,6 +73,7 @@ def sampling_params(
     values["logprobs"] = _logprobs(request)
     stop = request.stop or ()
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    values["grammar"] = grammar
     values["stop_token_ids"] = tuple(request.stop_token_ids or ())
     params = SamplingParams(**values)
     params.check_vocabulary(processor.vocab_size)
