@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,15 +37,51 @@ _PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
 _QUOTE = re.compile(r"\n\s*\d+ \| |<state>")
 
 
+class Allowed(NamedTuple):
+    """Which tokens may come next: bool ``[at least vocab]``, on the CPU."""
+
+    tokens: Tensor
+    closing: Tensor | None
+    """Those that close what is open in JSON; None if there are none. A model that wants to end, but may not, takes them."""
+    ends: frozenset[int]
+    """The tokens with which the model ends its answers, whether they are allowed or not."""
+
+
+class Closers:
+    """The tokens of a tokenizer that close what is open in JSON."""
+
+    def __init__(self, processor: Processor) -> None:
+        vocabulary = processor.tokenizer.get_vocab(with_added_tokens=False)
+        size = max(processor.vocab_size, processor.tokenizer.get_vocab_size(with_added_tokens=True))
+        self._brackets = torch.zeros(size, dtype=torch.bool)
+        self._quotes = torch.zeros(size, dtype=torch.bool)
+        for token, token_id in vocabulary.items():
+            if token and not token.strip("}]"):
+                self._brackets[token_id] = True
+            elif token[:1] == '"' and not token[1:].strip("}]"):
+                self._quotes[token_id] = True
+        self.ends = processor.eos_token_ids
+        self._letter = vocabulary.get("Q")
+        """Only within a string may it come next."""
+
+    def among(self, allowed: Tensor) -> Tensor | None:
+        """Return those of the allowed tokens that close, or None."""
+        if self._letter is None:
+            return None
+        closing = allowed & (self._quotes if allowed[self._letter] else self._brackets)
+        return closing if closing.any() else None
+
+
 class Grammar:
     """A compiled grammar."""
 
-    def __init__(self, compiled: LLMatcher) -> None:
+    def __init__(self, compiled: LLMatcher, closers: Closers) -> None:
         self._compiled = compiled
+        self._closers = closers
 
     def matcher(self) -> Matcher:
         """Return a matcher for one sequence, which has no tokens yet."""
-        return Matcher(self._compiled.deep_copy())
+        return Matcher(self._compiled.deep_copy(), self._closers)
 
 
 class GrammarError(Exception):
@@ -55,12 +91,13 @@ class GrammarError(Exception):
 class Matcher:
     """One sequence's place in its grammar. Not thread-safe."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, closers: Closers) -> None:
         self._matcher = matcher
+        self._closers = closers
         self._num_tokens = 0
 
-    def mask(self, output_token_ids: Sequence[int]) -> Tensor:
-        """Return which tokens may follow these: bool ``[at least vocab]``, on the CPU.
+    def allowed(self, output_token_ids: Sequence[int]) -> Allowed:
+        """Return which tokens may follow these.
 
         ``output_token_ids`` are all of the answer so far; each call has at least those of the call before. Raises GrammarError.
         """
@@ -69,10 +106,10 @@ class Matcher:
             if not self._matcher.consume_token(token_id):
                 raise GrammarError(f"The answer so far doesn't follow the requested format: {self._reason()}")
         # A copy, because torch wants to be able to write.
-        mask = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
+        tokens = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
         if self._matcher.is_error():
             raise GrammarError(f"The requested format is too complex for the answer to go on: {self._reason()}")
-        return mask
+        return Allowed(tokens, self._closers.among(tokens), self._closers.ends)
 
     def _reason(self) -> str:
         return sentence(self._matcher.get_error())
@@ -85,6 +122,7 @@ class GrammarCompiler:
         self._processor = processor
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
+        self._closers = Closers(processor)
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
         self._cached_bytes = 0
 
@@ -104,7 +142,7 @@ class GrammarCompiler:
             if (known := self._cache.get(source)) is not None:
                 self._cache.move_to_end(source)
                 return known
-            grammar = Grammar(self._compiled(source, param))
+            grammar = Grammar(self._compiled(source, param), self._closers)
             self._cache[source] = grammar
             self._cached_bytes += len(source)
             while len(self._cache) > _MAX_CACHED or self._cached_bytes > _MAX_CACHED_BYTES:
@@ -168,7 +206,7 @@ class ConstrainedSequence(Protocol):
     def output_token_ids(self) -> list[int]: ...
 
 
-Masks = dict[int, Tensor | GrammarError]
+Masks = dict[int, Allowed | GrammarError]
 """By the index of a row: which tokens may come next, or why none may."""
 
 
@@ -204,7 +242,7 @@ def _masks(rows: Sequence[tuple[int, Matcher, list[int]]]) -> Masks:
     masks: Masks = {}
     for row, matcher, output_token_ids in rows:
         try:
-            masks[row] = matcher.mask(output_token_ids)
+            masks[row] = matcher.allowed(output_token_ids)
         except GrammarError as error:
             masks[row] = error
     return masks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chiasm.engine.attention import AttentionStep, KVCache, PrefillSegment
-from chiasm.engine.grammar import GrammarError, Masks, Matchers
+from chiasm.engine.grammar import Allowed, GrammarError, Masks, Matchers
 from chiasm.engine.sampler import Sampled, SamplingInput, sample
 from chiasm.engine.scheduler import ScheduledSequence, Step
 from chiasm.engine.sequence import Sequence
@@ -66,7 +66,7 @@ class ModelRunner:
         )
         return {sequence.sequence_id: token for sequence, token in zip(samplers, sampled, strict=True)}
 
-    def _sampling_input(self, sequence: Sequence, allowed: Tensor | GrammarError | None) -> SamplingInput:
+    def _sampling_input(self, sequence: Sequence, allowed: Allowed | GrammarError | None) -> SamplingInput:
         params = sequence.sampling
         stops = frozenset(params.stop_token_ids)
         return SamplingInput(

@@ -6,6 +6,7 @@ so that a request continues identically after preemption, in another batch, or i
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from chiasm.engine.grammar import GrammarError
+from chiasm.engine.grammar import Allowed, GrammarError
 from chiasm.engine.request import SamplingParams
 from chiasm.wire import TokenLogprob
 
@@ -28,8 +29,8 @@ class SamplingInput:
     output_token_ids: AbstractSequence[int]
     stop_token_ids: frozenset[int]
     """Tokens that end the answer; not sampled before there are ``min_tokens``, unless its grammar allows nothing else."""
-    allowed: Tensor | GrammarError | None = None
-    """Tokens that the answer's grammar allows, bool ``[at least vocab]``, or why there are none; None without a grammar."""
+    allowed: Allowed | GrammarError | None = None
+    """Tokens that the answer's grammar allows, or why there are none; None without a grammar."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
     """
     params = sequence.params
     device = logits.device
+    favourite = -1 if sequence.allowed is None else int(logits.argmax())
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted({*sequence.prompt_token_ids, *sequence.output_token_ids}), device=device)
         values = logits[seen]
@@ -101,17 +103,28 @@ def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
     for token_id, bias in params.logit_bias.items():
         logits[token_id] += bias
     early = sequence.stop_token_ids if len(sequence.output_token_ids) < params.min_tokens else ()
-    if isinstance(sequence.allowed, Tensor):
-        allowed = sequence.allowed[: len(logits)]
-        if early:
-            without_stops = allowed.clone()
-            without_stops[sorted(early)] = False
-            # A complete answer can only end, however short it is.
-            allowed = without_stops if without_stops.any() else allowed
+    if isinstance(sequence.allowed, Allowed):
+        allowed = _choosable(sequence.allowed, early, favourite)[: len(logits)]
         logits.masked_fill_(~allowed.to(device), float("-inf"))
     elif early:
         logits[torch.tensor(sorted(early), device=device)] = float("-inf")
     return logits
+
+
+def _choosable(allowed: Allowed, early: Collection[int], favourite: int) -> Tensor:
+    """Return which tokens to choose from; ``favourite`` is what the model would choose by itself.
+
+    A model that would end, in the middle of JSON, has nothing more to say: whatever it is made to say instead, it would say for
+    ever. So what is open is closed.
+    """
+    if favourite in allowed.ends and not allowed.tokens[favourite] and allowed.closing is not None:
+        return allowed.closing
+    if not early:
+        return allowed.tokens
+    without_stops = allowed.tokens.clone()
+    without_stops[sorted(early)] = False
+    # A complete answer can only end, however short it is.
+    return without_stops if without_stops.any() else allowed.tokens
 
 
 def _draw(logits: Tensor, sequence: SamplingInput) -> int:

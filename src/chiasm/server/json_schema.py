@@ -10,8 +10,8 @@ from chiasm.errors import Code, InvalidRequestError
 
 MAX_DEPTH = 64
 """How deep JSON may be nested in a schema, and in the arguments of a call."""
-_WHITE_SPACE = r"\n?[ \t]{0,40}"
-"""What may stand between the tokens of JSON: lines and indentation, but not white space without end."""
+_WHITE_SPACE = " "
+"""What may stand between the tokens of JSON. Small models otherwise spend their answers on lines and indentation."""
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "additionalItems", "contains")
@@ -30,8 +30,8 @@ def json_rule(schema: object, *, param: str, strict: bool = False, any_space: bo
     """Return a schema as the right side of a rule of a grammar.
 
     Objects have no other properties than those that they name, unless the schema says more about them. With ``strict``, the
-    grammar's compiler refuses keywords that it can't enforce; otherwise they are ignored. ``any_space`` allows JSON in lines.
-    Raises InvalidRequestError.
+    grammar's compiler refuses keywords that it can't enforce; otherwise they are ignored. Without ``any_space``, the
+    JSON has no white space outside of strings. Raises InvalidRequestError.
     """
     if not isinstance(schema, dict):
         raise InvalidRequestError(
