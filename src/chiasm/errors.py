@@ -20,10 +20,10 @@ class Code(enum.StrEnum):
     """The request has more images than the limit."""
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     """The prompt doesn't leave room for an answer in the model's context."""
-    INVALID_GRAMMAR = "invalid_grammar"
-    """A schema, a pattern or a grammar for the answer is malformed, impossible or too complex."""
     INVALID_UUID = "invalid_uuid"
     """The ``uuid`` of an image cannot name an embedding."""
+    INVALID_GRAMMAR = "invalid_grammar"
+    """A schema, a pattern or a grammar for the answer is malformed, impossible or too complex."""
     # 400: media
     INVALID_URL = "invalid_url"
     """A media URL is malformed, or its scheme is not supported."""

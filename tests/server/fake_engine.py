@@ -55,6 +55,7 @@ class ByteProcessor(Processor):
         self.tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
         self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.tokenizer.decoder = decoders.ByteLevel()
+        self.tokenizer.add_special_tokens(["<end>"])
         self.eos_token_ids = frozenset({256})
         self.vocab_size = 257
         self.max_model_len = 512

@@ -167,11 +167,20 @@ class GrammarCompiler:
             from llguidance import LLTokenizer
 
             tokenizer = self._processor.tokenizer
-            self._tokenizer = LLTokenizer(
-                tokenizer.to_str(),
-                n_vocab=max(self._processor.vocab_size, tokenizer.get_vocab_size(with_added_tokens=True)),
-                eos_token=sorted(self._processor.eos_token_ids),
-            )
+            ends = [
+                token for token in sorted(self._processor.eos_token_ids) if tokenizer.id_to_token(token) is not None
+            ]
+            try:
+                self._tokenizer = LLTokenizer(
+                    tokenizer.to_str(),
+                    n_vocab=max(self._processor.vocab_size, tokenizer.get_vocab_size(with_added_tokens=True)),
+                    eos_token=ends,
+                )
+            except ValueError as error:
+                raise InvalidRequestError(
+                    f"Answers of this model can follow no grammar, because of its tokenizer: {sentence(str(error))}",
+                    code=Code.INVALID_GRAMMAR,
+                ) from error
         return self._tokenizer
 
 

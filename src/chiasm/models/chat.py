@@ -40,7 +40,7 @@ class ChatTemplate:
         self._template = template
         self._placeholder = placeholder
         self._words = words
-        self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents"}
+        self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
         self._forms: dict[str, tuple[Form, ...]] = {}
         self._writes_placeholder = True
         self._knows_tools = False

@@ -53,19 +53,20 @@ def described(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *
     (``has_system``). Calls stand in the text of the assistant, and the results of tools in messages of the user.
     """
     result: list[Message] = []
+    has_responses = False
     for message in messages:
-        match message.get("role"):
-            case "assistant" if message.get("tool_calls"):
-                result.append(_with_calls(message))
-            case "tool":
+        match message:
+            case {"role": "tool"}:
                 response = _wrapped(message, "<tool_response>\n", "\n</tool_response>")
-                if result and result[-1].get("_responses"):
+                if has_responses:
                     result[-1] = _joined(result[-1], response)
                 else:
-                    result.append({"role": "user", "content": response["content"], "_responses": True})
+                    result.append({"role": "user", "content": response["content"]})
+            case {"role": "assistant", "tool_calls": [_, *_]}:
+                result.append(_with_calls(message))
             case _:
                 result.append(message)
-    result = [{key: value for key, value in message.items() if key != "_responses"} for message in result]
+        has_responses = isinstance(message, dict) and message.get("role") == "tool"
     if not tools:
         return result
     description = {"role": "system", "content": _description(tools)}

@@ -9,7 +9,7 @@ from typing import Any
 from chiasm.errors import Code, InvalidRequestError
 
 MAX_DEPTH = 64
-"""How deep JSON may be nested in a schema, and in the arguments of a call."""
+"""How deep the JSON of a schema may be nested."""
 _WHITE_SPACE = " "
 """What may stand between the tokens of JSON. Small models otherwise spend their answers on lines and indentation."""
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -37,15 +37,15 @@ def json_rule(schema: object, *, param: str, strict: bool = False, any_space: bo
         raise InvalidRequestError(
             f"{param} needs a JSON schema that is an object.", param=param, code=Code.INVALID_GRAMMAR
         )
-    check_depth(schema, param)
+    check_depth(schema, param, param=param)
     # oneOf means anyOf here: a grammar can't count how many alternatives fit.
     options: dict[str, object] = {"lenient": not strict, "coerce_one_of": True}
     options |= {"whitespace_pattern": _WHITE_SPACE} if any_space else {"whitespace_flexible": False}
     return "%json " + json.dumps({**_closed(schema), "x-guidance": options}, ensure_ascii=False)
 
 
-def check_depth(value: object, param: str) -> None:
-    """Raise InvalidRequestError if JSON is nested too deeply."""
+def check_depth(value: object, name: str, *, param: str) -> None:
+    """Raise InvalidRequestError if JSON, which a client knows as ``name``, is nested too deeply."""
     level = [value]
     for _ in range(MAX_DEPTH):
         inner: list[object] = []
@@ -58,7 +58,7 @@ def check_depth(value: object, param: str) -> None:
             return
         level = inner
     raise InvalidRequestError(
-        f"{param} has JSON that is nested more than {MAX_DEPTH} levels deep.", param=param, code=Code.INVALID_GRAMMAR
+        f"{name} has JSON that is nested more than {MAX_DEPTH} levels deep.", param=param, code=Code.INVALID_GRAMMAR
     )
 
 

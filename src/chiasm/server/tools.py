@@ -117,7 +117,7 @@ def _function(tool: dict[str, Any], where: str) -> Function:
         raise InvalidRequestError(
             f"{where}.type must be 'function', got {str(kind)[:_SHOWN_CHARACTERS]!r}.", param="tools"
         )
-    check_depth(tool, where)
+    check_depth(tool, where, param="tools")
     try:
         function = msgspec.convert(tool, _Tool).function
     except msgspec.ValidationError as error:
