@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 MAX_GRAMMAR_BYTES = 512 << 10
 """Size of a grammar's text; a larger one is refused."""
-_MAX_LEXER_STATES = 50_000
+_MAX_LEXER_STATES = 20_000
 """One to two kilobytes each."""
 _MAX_GRAMMAR_SYMBOLS = 100_000
 """What a grammar may grow to when it is compiled. It bounds the time, together with llguidance's own limits."""
-_MAX_CACHED = 32
+_MAX_CACHED = 16
 _MAX_CACHED_BYTES = 4 << 20
 _SHOWN_CHARACTERS = 500
 _PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
-_QUOTE = re.compile(r"\n\s*\d+ \| |<state>")
+_QUOTE = re.compile(r"\n\s*\d+ \| |<state>| <non-verbose/>")
 
 
 class Allowed(NamedTuple):
@@ -78,10 +78,12 @@ class Grammar:
     def __init__(self, compiled: LLMatcher, closers: Closers) -> None:
         self._compiled = compiled
         self._closers = closers
+        self.is_exhausted = False
+        """Whether it has reached a limit, which all its matchers share: no answer can go on with it."""
 
     def matcher(self) -> Matcher:
         """Return a matcher for one sequence, which has no tokens yet."""
-        return Matcher(self._compiled.deep_copy(), self._closers)
+        return Matcher(self, self._compiled.deep_copy(), self._closers)
 
 
 class GrammarError(Exception):
@@ -91,7 +93,8 @@ class GrammarError(Exception):
 class Matcher:
     """One sequence's place in its grammar. Not thread-safe."""
 
-    def __init__(self, matcher: LLMatcher, closers: Closers) -> None:
+    def __init__(self, grammar: Grammar, matcher: LLMatcher, closers: Closers) -> None:
+        self._grammar = grammar
         self._matcher = matcher
         self._closers = closers
         self._num_tokens = 0
@@ -108,6 +111,7 @@ class Matcher:
         # A copy, because torch wants to be able to write.
         tokens = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
         if self._matcher.is_error():
+            self._grammar.is_exhausted = True
             raise GrammarError(f"The requested format is too complex for the answer to go on: {self._reason()}")
         return Allowed(tokens, self._closers.among(tokens), self._closers.ends)
 
@@ -139,16 +143,21 @@ class GrammarCompiler:
                 code=Code.INVALID_GRAMMAR,
             )
         with self._lock:
-            if (known := self._cache.get(source)) is not None:
+            known = self._cache.get(source)
+            if known is not None and not known.is_exhausted:
                 self._cache.move_to_end(source)
                 return known
+            self._drop(source)
             grammar = Grammar(self._compiled(source, param), self._closers)
             self._cache[source] = grammar
             self._cached_bytes += len(source)
             while len(self._cache) > _MAX_CACHED or self._cached_bytes > _MAX_CACHED_BYTES:
-                dropped, _ = self._cache.popitem(last=False)
-                self._cached_bytes -= len(dropped)
+                self._drop(next(iter(self._cache)))
             return grammar
+
+    def _drop(self, source: str) -> None:
+        if self._cache.pop(source, None) is not None:
+            self._cached_bytes -= len(source)
 
     def _compiled(self, source: str, param: str) -> LLMatcher:
         from llguidance import LLMatcher
