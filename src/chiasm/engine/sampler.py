@@ -53,21 +53,24 @@ def sample(logits: Tensor, inputs: AbstractSequence[SamplingInput]) -> list[Samp
     """Choose one token per row. ``logits`` is float32 ``[B, vocab]`` and is not changed."""
     best = logits.argmax(dim=-1).tolist()
     return [
-        Sampled(best[row], None) if _is_plain_greedy(sequence) else _sample_row(logits[row], sequence)
+        Sampled(best[row], None) if _takes_best(sequence, best[row]) else _sample_row(logits[row], sequence, best[row])
         for row, sequence in enumerate(inputs)
     ]
 
 
-def _is_plain_greedy(sequence: SamplingInput) -> bool:
+def _takes_best(sequence: SamplingInput, best: int) -> bool:
+    """Whether the sequence takes the token with the highest logit, and nothing else is to be known about it."""
     params = sequence.params
-    return params.greedy and params.logprobs is None and not _changes_logits(sequence)
+    if not params.greedy or params.logprobs is not None or _changes_logits(sequence):
+        return False
+    allowed = sequence.allowed
+    return allowed is None or (isinstance(allowed, Allowed) and bool(allowed.tokens[best]))
 
 
 def _changes_logits(sequence: SamplingInput) -> bool:
     params = sequence.params
     return (
-        sequence.allowed is not None
-        or bool(params.logit_bias)
+        bool(params.logit_bias)
         or params.presence_penalty != 0
         or params.frequency_penalty != 0
         or params.repetition_penalty != 1
@@ -75,16 +78,17 @@ def _changes_logits(sequence: SamplingInput) -> bool:
     )
 
 
-def _sample_row(raw: Tensor, sequence: SamplingInput) -> Sampled:
+def _sample_row(raw: Tensor, sequence: SamplingInput, best: int) -> Sampled:
     params = sequence.params
     if isinstance(sequence.allowed, GrammarError):
         return Sampled(0, None, str(sequence.allowed))
-    logits = _adjust(raw.clone(), sequence) if _changes_logits(sequence) else raw
+    is_changed = sequence.allowed is not None or _changes_logits(sequence)
+    logits = _adjust(raw.clone(), sequence, best) if is_changed else raw
     token_id = int(logits.argmax()) if params.greedy else _draw(logits, sequence)
     return Sampled(token_id, None if params.logprobs is None else _logprobs(raw, token_id, params.logprobs))
 
 
-def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
+def _adjust(logits: Tensor, sequence: SamplingInput, best: int) -> Tensor:
     """Change ``logits`` in place, and return them.
 
     Presence and frequency penalties count the output, as OpenAI's do; the repetition penalty (Keskar et al. 2019) counts
@@ -92,7 +96,6 @@ def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
     """
     params = sequence.params
     device = logits.device
-    favourite = -1 if sequence.allowed is None else int(logits.argmax())
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted({*sequence.prompt_token_ids, *sequence.output_token_ids}), device=device)
         values = logits[seen]
@@ -104,20 +107,20 @@ def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
         logits[token_id] += bias
     early = sequence.stop_token_ids if len(sequence.output_token_ids) < params.min_tokens else ()
     if isinstance(sequence.allowed, Allowed):
-        allowed = _choosable(sequence.allowed, early, favourite)[: len(logits)]
+        allowed = _choosable(sequence.allowed, early, best)[: len(logits)]
         logits.masked_fill_(~allowed.to(device), float("-inf"))
     elif early:
         logits[torch.tensor(sorted(early), device=device)] = float("-inf")
     return logits
 
 
-def _choosable(allowed: Allowed, early: Collection[int], favourite: int) -> Tensor:
-    """Return which tokens to choose from; ``favourite`` is what the model would choose by itself.
+def _choosable(allowed: Allowed, early: Collection[int], best: int) -> Tensor:
+    """Return which tokens to choose from; ``best`` is what the model would choose by itself.
 
     A model that would end, in the middle of JSON, has nothing more to say: whatever it is made to say instead, it would say for
     ever. So what is open is closed.
     """
-    if favourite in allowed.ends and not allowed.tokens[favourite] and allowed.closing is not None:
+    if best in allowed.ends and not allowed.tokens[best] and allowed.closing is not None:
         return allowed.closing
     if not early:
         return allowed.tokens
