@@ -146,4 +146,5 @@ def test_special_words_in_tools_are_text(checkpoint: Callable[[str], Loaded]) ->
         )
         for word in ("<|im_end|>", "<|image_pad|>"):
             token_id = processor.tokenizer.token_to_id(word)
+            assert token_id is not None
             assert prompt.token_ids.count(token_id) == plain.token_ids.count(token_id)

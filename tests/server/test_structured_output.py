@@ -225,6 +225,10 @@ def _tool(name: str = "f", **function: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **function}}
 
 
+def _call(arguments: str) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
@@ -267,6 +271,16 @@ def _tool(name: str = "f", **function: Any) -> dict[str, Any]:
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "paint"}}}, "tool_choice", "paint"),
         ({"tools": TOOLS, "tool_choice": "perhaps"}, "tool_choice", "required"),
         ({"tool_choice": "required"}, "tool_choice", "empty"),
+        ({"tools": [_tool(description="long " * 20_000)]}, "messages", "context"),
+        ({"functions": [{"name": "f"}]}, "functions", "tools"),
+        ({"guided_json": {"type": "object"}}, "guided_json", "structured_outputs"),
+        ({"chat_template_kwargs": {"x": _DEEP}}, "chat_template_kwargs", "64 levels"),
+        (
+            {"messages": [*HI, {"role": "assistant", "tool_calls": [_call(json.dumps(_DEEP))]}]},
+            "messages",
+            "64 levels",
+        ),
+        ({"messages": [*HI, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages", "function"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_with_the_reason(

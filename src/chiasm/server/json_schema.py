@@ -9,7 +9,7 @@ from typing import Any
 from chiasm.errors import Code, InvalidRequestError
 
 MAX_DEPTH = 64
-"""How deep the JSON of a schema may be nested."""
+"""How deep JSON may be nested that is read level by level: in schemas, and in what is given to chat templates."""
 _WHITE_SPACE = " "
 """What may stand between the tokens of JSON. Small models otherwise spend their answers on lines and indentation."""
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -57,9 +57,7 @@ def check_depth(value: object, name: str, *, param: str) -> None:
         if not inner:
             return
         level = inner
-    raise InvalidRequestError(
-        f"{name} has JSON that is nested more than {MAX_DEPTH} levels deep.", param=param, code=Code.INVALID_GRAMMAR
-    )
+    raise InvalidRequestError(f"{name} has JSON that is nested more than {MAX_DEPTH} levels deep.", param=param)
 
 
 def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
 from chiasm.models.base import ItemGeometry, Message, Prompt
 from chiasm.server.context import GeneratingEngine, ServerContext
+from chiasm.server.json_schema import check_depth
 from chiasm.server.protocol import CallInMessage, ChatMessage, ChatRequest, CompletionRequest
 
 if TYPE_CHECKING:
@@ -61,10 +62,13 @@ async def chat_prompt(
         raise InvalidRequestError(
             "continue_final_message and add_generation_prompt cannot be combined.", param="continue_final_message"
         )
+    check_depth(request.chat_template_kwargs, "chat_template_kwargs", param="chat_template_kwargs")
     messages = [_template_message(message) for message in request.messages]
 
     def build() -> Prompt:
-        _check_length(engine, sum(len(text) for message in request.messages for text in _texts(message)), "messages")
+        characters = sum(len(text) for message in request.messages for text in _texts(message))
+        characters += sum(len(json.dumps(tool, ensure_ascii=False)) for tool in tools)
+        _check_length(engine, characters, "messages")
         return engine.processor.build_chat(
             messages,
             items,
@@ -110,6 +114,7 @@ def _template_call(call: CallInMessage) -> Message:
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments or "{}")
+            check_depth(arguments, "The arguments of a call", param="messages")
     return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
 
 

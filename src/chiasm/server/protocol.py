@@ -77,6 +77,17 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 """Values of ``Unsupported`` fields that change nothing and are accepted, as are null, false and empty values."""
 
 
+_INSTEAD = {
+    "function_call": "tool_choice",
+    "functions": "tools",
+    "guided_choice": "structured_outputs",
+    "guided_grammar": "structured_outputs",
+    "guided_json": "structured_outputs",
+    "guided_regex": "structured_outputs",
+}
+"""What has replaced a field of ``Unsupported``."""
+
+
 class JsonSchema(msgspec.Struct):
     """A JSON schema that the answer follows."""
 
@@ -233,8 +244,9 @@ def _refuse_unsupported(request: Unsupported) -> None:
     for name in Unsupported.__struct_fields__:
         value = getattr(request, name)
         if value and value not in _WITHOUT_EFFECT.get(name, ()):
+            instead = f"send {_INSTEAD[name]} in its place" if name in _INSTEAD else "leave it out"
             raise InvalidRequestError(
-                f"{name} is not supported by the built-in engine; leave it out, or serve the model with --engine vllm.",
+                f"{name} is not supported by the built-in engine; {instead}, or serve the model with --engine vllm.",
                 param=name,
             )
 
