@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from chiasm.errors import Code, InvalidRequestError
+from chiasm.models.token_bytes import token_bytes_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -173,24 +174,39 @@ class GrammarCompiler:
 
     def _llguidance_tokenizer(self) -> LLTokenizer:
         if self._tokenizer is None:
-            from llguidance import LLTokenizer
+            from llguidance import LLTokenizer, TokenizerWrapper
 
-            tokenizer = self._processor.tokenizer
-            ends = [
-                token for token in sorted(self._processor.eos_token_ids) if tokenizer.id_to_token(token) is not None
-            ]
-            try:
-                self._tokenizer = LLTokenizer(
-                    tokenizer.to_str(),
-                    n_vocab=max(self._processor.vocab_size, tokenizer.get_vocab_size(with_added_tokens=True)),
-                    eos_token=ends,
-                )
-            except ValueError as error:
-                raise InvalidRequestError(
-                    f"Answers of this model can follow no grammar, because of its tokenizer: {sentence(str(error))}",
-                    code=Code.INVALID_GRAMMAR,
-                ) from error
+            vocabulary = _Vocabulary(self._processor)
+            # In two steps, and not from the tokenizer's JSON: llguidance holds the interpreter's lock meanwhile, for which
+            # all streams would wait.
+            bare = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.ends, slices=[])
+            self._tokenizer = bare.with_slices(LLTokenizer.general_slices())
         return self._tokenizer
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance reads it."""
+
+    bos_token_id = None
+
+    def __init__(self, processor: Processor) -> None:
+        self._tokenizer = processor.tokenizer
+        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        token_bytes = token_bytes_of(self._tokenizer)
+        self.tokens = [token_bytes.of(token_id) for token_id in range(max(processor.vocab_size, size))]
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_token_ids = [token_id for token_id, token in added.items() if token.special]
+        self.ends = sorted(token_id for token_id in processor.eos_token_ids if token_id < size)
+        if not self.ends:
+            raise InvalidRequestError(
+                "Answers of this model can follow no grammar, because its tokenizer has no token that ends them.",
+                code=Code.INVALID_GRAMMAR,
+            )
+        self.eos_token_id = self.ends[0]
+
+    def __call__(self, text: str) -> list[int]:
+        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return token_ids
 
 
 def _limits() -> LLParserLimits:
