@@ -24,6 +24,8 @@ class Code(enum.StrEnum):
     """The body cannot be decompressed as its ``Content-Encoding`` says."""
     INVALID_UUID = "invalid_uuid"
     """The ``uuid`` of an image cannot name an embedding."""
+    INVALID_GRAMMAR = "invalid_grammar"
+    """A schema, a pattern or a grammar for the answer is malformed, impossible or too complex."""
     # 400: media
     INVALID_URL = "invalid_url"
     """A media URL is malformed, or its scheme is not supported."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from chiasm.engine.grammar import Allowed, GrammarError
 from chiasm.engine.request import SamplingParams
 from chiasm.engine.sampler import Sampled, SamplingInput, sample, uniform
 from chiasm.errors import InvalidRequestError
@@ -160,3 +161,53 @@ def test_a_parameter_out_of_range_is_refused_by_name(name: str, value: Any) -> N
     with pytest.raises(InvalidRequestError) as caught:
         SamplingParams(**{name: value})
     assert caught.value.param == name
+
+
+# ---- grammars ------------------------------------------------------------------------------------------------------------
+
+
+def held(*tokens: int, closing: Sequence[int] = (), size: int = 5) -> Allowed:
+    """A grammar that allows these tokens; token 4 ends an answer."""
+    masks = [torch.tensor([token in chosen for token in range(size)]) for chosen in (tokens, closing)]
+    return Allowed(masks[0], masks[1] if closing else None, frozenset({4}))
+
+
+def constrained(allowed: Allowed | GrammarError, **options: Any) -> Sampled:
+    params = SamplingParams(**{"temperature": 0, **options})
+    return sample(LOGITS[None], [SamplingInput(params, 0, [], [], frozenset({4}), allowed)])[0]
+
+
+def test_only_what_a_grammar_allows_is_chosen() -> None:
+    assert constrained(held(0, 2)).token_id == 2
+    assert {constrained(held(0, 2), temperature=2.0, seed=seed).token_id for seed in range(5)} <= {0, 2}
+    assert constrained(held(1), top_k=1, top_p=0.1, min_p=0.9, temperature=1.0).token_id == 1
+
+
+def test_a_mask_may_be_longer_than_the_logits() -> None:
+    assert constrained(held(2, 6, size=8)).token_id == 2
+
+
+def test_no_bias_allows_what_a_grammar_forbids() -> None:
+    assert constrained(held(0, 1), logit_bias={3: 100.0, 0: 50.0}).token_id == 0
+
+
+def test_min_tokens_keep_the_end_out_unless_nothing_else_is_allowed() -> None:
+    assert constrained(held(1, 4), min_tokens=3).token_id == 1
+    assert constrained(held(4), min_tokens=3).token_id == 4
+
+
+def test_a_model_that_wants_to_end_closes_what_is_open() -> None:
+    assert constrained(held(1, 3, closing=[1])).token_id == 1
+    assert constrained(held(1, 3, 4, closing=[1])).token_id == 4
+    assert constrained(held(1, 3)).token_id == 3
+
+
+def test_log_probabilities_are_those_of_the_model_with_a_grammar_too() -> None:
+    sampled = constrained(held(1), logprobs=2)
+    assert sampled.logprobs is not None
+    assert sampled.logprobs.logprob == pytest.approx(float(torch.log_softmax(LOGITS, 0)[1]))
+    assert [token for token, _ in sampled.logprobs.top] == [4, 3]
+
+
+def test_a_grammar_that_allows_nothing_says_why() -> None:
+    assert constrained(GrammarError("Too complex.")).failure == "Too complex."

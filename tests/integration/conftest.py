@@ -60,6 +60,32 @@ def chat(*content: str | dict[str, Any], **options: Any) -> dict[str, Any]:
     return body | {"ignore_eos": True} | options
 
 
+def said(message: dict[str, Any]) -> str:
+    """What a message or a piece of a stream says: its text, and the calls in it, without their ids."""
+    functions = [call["function"] for call in message.get("tool_calls", ())]
+    calls = "".join(function.get("name", "") + function["arguments"] for function in functions)
+    return (message.get("content") or "") + calls
+
+
+def follows_a_schema(*content: str | dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The body of a chat that is answered with an object in JSON."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["red", "green"]}, "b": {"type": "string", "maxLength": 30}},
+    }
+    wanted = {"name": "answer", "schema": schema | {"required": ["a", "b"], "additionalProperties": False}}
+    form = {"response_format": {"type": "json_schema", "json_schema": wanted}}
+    return chat(*content, **form | {"ignore_eos": False, "max_tokens": 80} | options)
+
+
+def calls_a_tool(*content: str | dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The body of a chat that is answered with a call."""
+    parameters = {"type": "object", "properties": {"x": {"type": "string", "maxLength": 20}}, "required": ["x"]}
+    tools = {"tools": [{"type": "function", "function": {"name": "look", "parameters": parameters}}]}
+    required = {"tool_choice": "required", "parallel_tool_calls": False}
+    return chat(*content, **tools | required | {"ignore_eos": False, "max_tokens": 120} | options)
+
+
 @dataclass
 class Service:
     """A deployment, and what a test asks of it."""
@@ -83,7 +109,7 @@ class Service:
     def answer(self, body: dict[str, Any]) -> str:
         response = self.post(body)
         assert response.status_code == 200, response.text
-        return str(response.json()["choices"][0]["message"]["content"])
+        return said(response.json()["choices"][0]["message"])
 
     def metric(self, role: Role, name: str) -> float:
         """Sum of a metric over all instances of a role."""

@@ -14,7 +14,7 @@ import httpx2 as httpx
 import pytest
 
 from chiasm.wire import Role
-from tests.integration.conftest import MODEL, Service, chat, sample_image
+from tests.integration.conftest import MODEL, Service, chat, said, sample_image
 
 LONG = 400
 
@@ -59,7 +59,7 @@ def text_of(events: list[str]) -> str:
     *data, done = events
     assert done == "[DONE]", events[-1]
     choices = [choice for event in data for choice in json.loads(event)["choices"]]
-    return "".join(choice["delta"].get("content", "") for choice in choices)
+    return "".join(said(choice["delta"]) for choice in choices)
 
 
 def streamed(
@@ -82,7 +82,21 @@ def kill_the_busy(service: Service, role: Role) -> None:
     service.kill(url)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "sampled"])
+CALL = {
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "f",
+                "parameters": {"properties": {"x": {"type": "string", "minLength": 280}}, "required": ["x"]},
+            },
+        }
+    ],
+    "tool_choice": "required",
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}, CALL], ids=["greedy", "sampled", "a call"])
 def test_a_decode_instance_killed_mid_stream_costs_a_pause(
     epd_pairs: Service, aggregated: Service, options: dict[str, Any]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from chiasm.wire import Role
-from tests.integration.conftest import MODEL, Service, chat, run, sample_image
+from tests.integration.conftest import MODEL, Service, calls_a_tool, chat, follows_a_schema, run, said, sample_image
 
 A, B = sample_image(1), sample_image(2, height=64, width=160)
 SAMPLED = {"temperature": 1.0, "seed": 11, "top_p": 0.9}
@@ -64,10 +64,16 @@ REQUESTS = {
     "three greedy choices of one token": chat("tell me", A, n=3, max_tokens=1),
     "choices with log probabilities": chat("tell me", A, n=2, logprobs=True, top_logprobs=2, **SAMPLED),
     "a longer answer": chat("tell me", A, max_tokens=70),
+    "a schema": follows_a_schema("tell me", A, logprobs=True),
+    "a schema and choices": follows_a_schema("tell me", A, n=2, **SAMPLED),
+    "a call": calls_a_tool("tell me", A, logprobs=True),
+    "calls in choices": calls_a_tool("tell me", A, n=2, **SAMPLED),
+    "text or a call": calls_a_tool("tell me", A, tool_choice="auto", max_tokens=20),
     "completion": completion("once upon a time"),
     "completion of token ids": completion([5, 6, 7, 8]),
     "completion with log probabilities": completion("once upon a time", logprobs=2),
     "several prompts": completion(["once", "upon a time"]),
+    "a pattern": completion("once", structured_outputs={"regex": "[a-z]{5,20}"}, max_tokens=40, ignore_eos=False),
     "several prompts, choices and log probabilities": completion(["once", "upon a time"], n=2, logprobs=1, **SAMPLED),
     "a prompt as long as some blocks": completion([5] * 32),
     "a prompt of one token": completion([5]),
@@ -82,7 +88,7 @@ def whole(service: Service, body: dict[str, Any]) -> Answer:
     assert "kv_transfer_params" not in answer
     choices = [
         Told(
-            choice["message"]["content"] if "message" in choice else choice["text"],
+            said(choice["message"]) if "message" in choice else choice["text"],
             choice["finish_reason"],
             choice["stop_reason"],
             _tokens(choice["logprobs"]),
@@ -113,9 +119,7 @@ def streamed(service: Service, body: dict[str, Any]) -> Answer:
         if "delta" in choice and "role" in choice["delta"]:
             assert index not in texts
             roles.append(index)
-        texts[index] = texts.get(index, "") + (
-            choice["delta"].get("content", "") if "delta" in choice else choice["text"]
-        )
+        texts[index] = texts.get(index, "") + (said(choice["delta"]) if "delta" in choice else choice["text"])
         tokens.setdefault(index, []).extend(_tokens(choice["logprobs"]))
         if choice["finish_reason"]:
             ends[index] = (choice["finish_reason"], choice["stop_reason"])

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from chiasm.wire import Role
-from tests.integration.conftest import Service, chat, encoded, part, pixels, sample_image
+from tests.integration.conftest import (
+    Service,
+    calls_a_tool,
+    chat,
+    encoded,
+    follows_a_schema,
+    part,
+    pixels,
+    sample_image,
+)
 
 A, B = sample_image(1), sample_image(2, height=64, width=160)
 REQUESTS = {
@@ -21,6 +30,8 @@ REQUESTS = {
     "four images": chat(A, B, sample_image(3), sample_image(4), "which is it?"),
     "seeded sampling": chat("tell me", A, temperature=1.0, seed=11, top_p=0.9),
     "penalties": chat("tell me", B, presence_penalty=1.0, repetition_penalty=1.2),
+    "a schema": follows_a_schema("tell me", A, "and", B),
+    "a call": calls_a_tool(A, "what is it?"),
 }
 
 

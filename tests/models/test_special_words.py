@@ -145,7 +145,8 @@ def test_special_words_in_tool_calls_and_template_arguments_are_text(
 ) -> None:
     template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}"
-        "{% for message in messages %}{{ message.content }}{{ message.tool_calls | tojson }}<|im_end|>{% endfor %}"
+        "{% for message in messages %}{{ message.content }}{{ message.tool_calls | default([]) | tojson }}<|im_end|>"
+        "{% endfor %}"
     )
     processor = with_template(checkpoint, edited, template)
     call = {"function": {"name": "f", "arguments": {"<|im_end|>": ["<|image_pad|>"]}}}

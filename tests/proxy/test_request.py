@@ -92,3 +92,25 @@ def test_an_appended_member_overrides_earlier_ones(body: dict[str, Any], indent:
     assert json.loads(with_member(encoded, b"k", b"[1]")) == body | {"k": [1]}
     taken = json.dumps({"k": 0} | body).encode()
     assert json.loads(with_member(taken, b"k", b"[1]"))["k"] == [1]
+
+
+def test_tools_and_calls_pass_unchanged_beside_images() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"image_url": {"url": "data:x"}}'}}
+    image = {"type": "image_url", "image_url": {"url": "data:" + "A" * 5000}}
+    body = {
+        "messages": [
+            {"role": "user", "content": [image]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "done"}, image]},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": ""},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "response_format": {"type": "json_object"},
+    }
+    request = parse_chat(json.dumps(body).encode())
+    assert len(request.media) == 2
+    image.clear()
+    image["type"] = "image_embeds"
+    assert json.loads(request.with_parts([EMBEDS, EMBEDS])) == body

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
+from chiasm import checkpoints
 from chiasm.bench import synthetic
+from chiasm.engine import EngineConfig, create_engine
 from chiasm.media import MediaConfig
 from chiasm.server import ServerConfig, create_app
 from chiasm.wire import Role
 from tests.server.fake_engine import FakeEncoderEngine, FakeLanguageEngine
-from tests.server.serving import serving
+from tests.server.serving import Reply, post, serving
 
 MODEL = "bytes"
 SMALL = ServerConfig(
@@ -55,6 +58,36 @@ class ServedEncoder(_Served):
     """A fake encoder engine behind a real server."""
 
     engine: FakeEncoderEngine
+
+
+@dataclass
+class Demo(_Served):
+    """The demo checkpoint behind a real server."""
+
+    def post(self, **body: Any) -> Reply:
+        """Ask in a chat."""
+        return post(
+            self.chat, {"messages": [{"role": "user", "content": "what colour is it?"}], "max_tokens": 200} | body
+        )
+
+    def choice(self, **body: Any) -> Any:
+        """Return the first choice of the answer."""
+        reply = self.post(**body)
+        assert reply.status == 200, reply.body
+        return reply.json["choices"][0]
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Demo]:
+    engine = create_engine(
+        EngineConfig(checkpoints.folder("demo"), Role.AGGREGATED, threads=1, kv_cache_bytes=32 << 20)
+    )
+    engine.start()
+    try:
+        with serving(create_app(engine, served_model_name="demo")) as url:
+            yield Demo(url)
+    finally:
+        engine.stop()
 
 
 def _served(role: Role) -> Iterator[Served]:

@@ -35,6 +35,7 @@ from chiasm.engine.request import (
 from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestError
 from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig
 from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
+from chiasm.models.tool_format import HERMES
 from chiasm.wire import Costs, KVTransferParams, Role, TokenLogprob
 
 PLACEHOLDER = "\x01"
@@ -54,10 +55,12 @@ class ByteProcessor(Processor):
         self.tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
         self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.tokenizer.decoder = decoders.ByteLevel()
+        self.tokenizer.add_special_tokens(["<end>"])
         self.eos_token_ids = frozenset({256})
         self.placeholder = PLACEHOLDER
         self.vocab_size = 257
         self.max_model_len = 512
+        self.tool_format = HERMES
         self.default_sampling = {"temperature": 0.5, "top_k": 7}
         self.rendered: list[tuple[list[Message], dict[str, Any]]] = []
 
@@ -66,6 +69,7 @@ class ByteProcessor(Processor):
         messages: Sequence[Message],
         items: Sequence[tuple[str, ItemGeometry]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
@@ -77,6 +81,7 @@ class ByteProcessor(Processor):
                     "add_generation_prompt": add_generation_prompt,
                     "continue_final_message": continue_final_message,
                     "template_kwargs": template_kwargs,
+                    "tools": list(tools),
                 },
             )
         )

@@ -213,6 +213,19 @@ _QWEN_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_QWEN3_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    + _QWEN_TEMPLATE.replace(
+        "{% endif %}<|im_end|>",
+        "{% endif %}{% for call in message.tool_calls %}"
+        "{% if not loop.first or message.content %}{{ '\\n' }}{% endif %}"
+        """<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n"""
+        "</tool_call>"
+        "{% endfor %}<|im_end|>",
+        1,
+    )
+)
+"""Knows tools, as that of Qwen3-VL, which describes them with more words."""
 
 
 def _qwen(
@@ -255,7 +268,8 @@ def _qwen(
             "image_std": [0.5, 0.5, 0.5],
         }
 
-    return _Recipe(_QWEN_SPECIALS, "<|im_end|>", _QWEN_TEMPLATE, config, preprocessor)
+    template = _QWEN3_TEMPLATE if interleaved else _QWEN_TEMPLATE
+    return _Recipe(_QWEN_SPECIALS, "<|im_end|>", template, config, preprocessor)
 
 
 def _qwen2_vision(size: SyntheticSize) -> JsonObject:

@@ -2,8 +2,8 @@
 
 A request to the language model passes ``engine`` (LanguageEngine.generate, then the step), ``request_state``,
 ``embeddings`` with ``local_encoder`` and ``kv_transfers`` (what it has to wait for), ``scheduler`` with ``due``, ``sequence``,
-``block_manager`` and ``encoder_cache_manager``, ``model_runner`` with ``attention`` and ``sampler``, and ``outputs``. An
-encoder's request passes ``encoder`` alone. The connectors themselves are in :mod:`chiasm.ec_transfer` and
+``block_manager`` and ``encoder_cache_manager``, ``model_runner`` with ``attention``, ``grammar`` and ``sampler``, and
+``outputs``. An encoder's request passes ``encoder`` alone. The connectors themselves are in :mod:`chiasm.ec_transfer` and
 :mod:`chiasm.kv_transfer`.
 """
 

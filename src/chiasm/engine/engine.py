@@ -42,7 +42,7 @@ from chiasm.engine.request import MAX_CHOICES, EngineStats, GenerateRequest, Ite
 from chiasm.engine.request_state import RequestState, deliver
 from chiasm.engine.sampler import Sampled
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
-from chiasm.errors import ChiasmError, Code, KVUnavailableError
+from chiasm.errors import ChiasmError, Code, InvalidRequestError, KVUnavailableError
 from chiasm.kv_transfer import KVConnector, KVConnectorFactory, KVConnectorRole, KVTransferConfig, KVTransferRole
 from chiasm.models import load_language, load_vision
 from chiasm.wire import Role
@@ -420,11 +420,17 @@ class LanguageEngine(Engine):
         for part in step.scheduled:
             if not part.samples:
                 continue
-            state = self._states[part.sequence.request_id]
+            state = self._states.get(part.sequence.request_id)
+            if state is None:
+                continue  # another of its choices has just failed
+            token = sampled[part.sequence.sequence_id]
+            if token.failure is not None:
+                self._fail(state, InvalidRequestError(token.failure, code=Code.INVALID_GRAMMAR))
+                continue
             choice = state.choices[part.sequence.index]
             self._generation_tokens += 1
             state.note_token(now)
-            output = choice.output(sampled[part.sequence.sequence_id])
+            output = choice.output(token)
             if self.config.role is Role.PREFILL:
                 assert self._kv_transfers is not None
                 output = self._kv_transfers.hand_over(state, choice.sequence, output)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chiasm.engine.attention import AttentionStep, KVCache, PrefillSegment
+from chiasm.engine.grammar import Allowed, GrammarError, Masks, Matchers
 from chiasm.engine.sampler import Sampled, SamplingInput, sample
 from chiasm.engine.scheduler import ScheduledSequence, Step
 from chiasm.engine.sequence import Sequence
@@ -23,10 +24,12 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self._eos_token_ids = eos_token_ids
         self._positions: dict[str, Positions] = {}
+        self._matchers = Matchers()
 
     def forget(self, request_id: str) -> None:
-        """Drop the positions of a request that ended."""
+        """Drop what is kept of a request that ended."""
         self._positions.pop(request_id, None)
+        self._matchers.forget(request_id)
 
     @torch.inference_mode()
     def execute(self, step: Step, encoder_cache: Mapping[str, Tensor]) -> dict[str, Sampled]:
@@ -37,8 +40,14 @@ class ModelRunner:
         device = self.language.device
         parts = step.scheduled
         token_ids: list[int] = []
+        samplers: list[Sequence] = []
+        last_rows: list[int] = []
         for part in parts:
             token_ids += part.sequence.token_ids[part.start : part.end]
+            if part.samples:
+                samplers.append(part.sequence)
+                last_rows.append(len(token_ids) - 1)
+        pending_masks = self._matchers.begin(samplers)
         position_ids = torch.cat([self._position_ids(part) for part in parts], dim=1)
         entry_rows, entry_index = self._entries(step, encoder_cache)
         hidden = self.language.forward(
@@ -48,21 +57,16 @@ class ModelRunner:
             entry_rows,
             entry_index,
         )
-        samplers: list[Sequence] = []
-        last_rows: list[int] = []
-        row = 0
-        for part in parts:
-            row += part.num_tokens
-            if part.samples:
-                samplers.append(part.sequence)
-                last_rows.append(row - 1)
         if not samplers:
             return {}
         logits = self.language.logits(hidden[torch.tensor(last_rows, device=device)])
-        sampled = sample(logits, [self._sampling_input(sequence) for sequence in samplers])
+        masks: Masks = {} if pending_masks is None else pending_masks.result()
+        sampled = sample(
+            logits, [self._sampling_input(sequence, masks.get(row)) for row, sequence in enumerate(samplers)]
+        )
         return {sequence.sequence_id: token for sequence, token in zip(samplers, sampled, strict=True)}
 
-    def _sampling_input(self, sequence: Sequence) -> SamplingInput:
+    def _sampling_input(self, sequence: Sequence, allowed: Allowed | GrammarError | None) -> SamplingInput:
         params = sequence.sampling
         stops = frozenset(params.stop_token_ids)
         return SamplingInput(
@@ -71,6 +75,7 @@ class ModelRunner:
             sequence.prompt.token_ids,
             sequence.output_token_ids,
             stops if params.ignore_eos else stops | self._eos_token_ids,
+            allowed,
         )
 
     def _position_ids(self, part: ScheduledSequence) -> Tensor:

@@ -11,6 +11,7 @@ from chiasm.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from chiasm.ec_transfer import ECConnectorStats
+    from chiasm.engine.grammar import Grammar
     from chiasm.kv_transfer import KVConnectorStats
     from chiasm.models.base import Metadata, Pixels, Prompt
     from chiasm.wire import KVTransferParams, TokenLogprob
@@ -50,6 +51,8 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    grammar: Grammar | None = None
+    """What the answer must follow; it may end only where the grammar allows it. None if there is nothing to follow."""
 
     def __post_init__(self) -> None:
         for name, low, high in (

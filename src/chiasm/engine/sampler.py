@@ -6,6 +6,7 @@ so that a request continues identically after preemption, in another batch, or i
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from chiasm.engine.grammar import Allowed, GrammarError
 from chiasm.engine.request import SamplingParams
 from chiasm.wire import TokenLogprob
 
@@ -26,7 +28,9 @@ class SamplingInput:
     prompt_token_ids: AbstractSequence[int]
     output_token_ids: AbstractSequence[int]
     stop_token_ids: frozenset[int]
-    """Tokens that end the answer; not sampled before there are ``min_tokens``."""
+    """Tokens that end the answer; not sampled before there are ``min_tokens``, unless its grammar allows nothing else."""
+    allowed: Allowed | GrammarError | None = None
+    """Tokens that the answer's grammar allows, or why there are none; None without a grammar."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Sampled:
 
     token_id: int
     logprobs: TokenLogprob | None
+    failure: str | None = None
+    """Why the answer cannot go on; the token means nothing then."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -47,14 +53,18 @@ def sample(logits: Tensor, inputs: AbstractSequence[SamplingInput]) -> list[Samp
     """Choose one token per row. ``logits`` is float32 ``[B, vocab]`` and is not changed."""
     best = logits.argmax(dim=-1).tolist()
     return [
-        Sampled(best[row], None) if _is_plain_greedy(sequence) else _sample_row(logits[row], sequence)
+        Sampled(best[row], None) if _takes_best(sequence, best[row]) else _sample_row(logits[row], sequence, best[row])
         for row, sequence in enumerate(inputs)
     ]
 
 
-def _is_plain_greedy(sequence: SamplingInput) -> bool:
+def _takes_best(sequence: SamplingInput, best: int) -> bool:
+    """Whether the sequence takes the token with the highest logit, and nothing else is to be known about it."""
     params = sequence.params
-    return params.greedy and params.logprobs is None and not _changes_logits(sequence)
+    if not params.greedy or params.logprobs is not None or _changes_logits(sequence):
+        return False
+    allowed = sequence.allowed
+    return allowed is None or (isinstance(allowed, Allowed) and bool(allowed.tokens[best]))
 
 
 def _changes_logits(sequence: SamplingInput) -> bool:
@@ -68,18 +78,21 @@ def _changes_logits(sequence: SamplingInput) -> bool:
     )
 
 
-def _sample_row(raw: Tensor, sequence: SamplingInput) -> Sampled:
+def _sample_row(raw: Tensor, sequence: SamplingInput, best: int) -> Sampled:
     params = sequence.params
-    logits = _adjust(raw.clone(), sequence) if _changes_logits(sequence) else raw
+    if isinstance(sequence.allowed, GrammarError):
+        return Sampled(0, None, str(sequence.allowed))
+    is_changed = sequence.allowed is not None or _changes_logits(sequence)
+    logits = _adjust(raw.clone(), sequence, best) if is_changed else raw
     token_id = int(logits.argmax()) if params.greedy else _draw(logits, sequence)
     return Sampled(token_id, None if params.logprobs is None else _logprobs(raw, token_id, params.logprobs))
 
 
-def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
+def _adjust(logits: Tensor, sequence: SamplingInput, best: int) -> Tensor:
     """Change ``logits`` in place, and return them.
 
     Presence and frequency penalties count the output, as OpenAI's do; the repetition penalty (Keskar et al. 2019) counts
-    prompt and output.
+    prompt and output. A grammar has the last word, so that no bias allows what it forbids.
     """
     params = sequence.params
     device = logits.device
@@ -92,9 +105,29 @@ def _adjust(logits: Tensor, sequence: SamplingInput) -> Tensor:
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
     for token_id, bias in params.logit_bias.items():
         logits[token_id] += bias
-    if len(sequence.output_token_ids) < params.min_tokens and sequence.stop_token_ids:
-        logits[torch.tensor(sorted(sequence.stop_token_ids), device=device)] = float("-inf")
+    early = sequence.stop_token_ids if len(sequence.output_token_ids) < params.min_tokens else ()
+    if isinstance(sequence.allowed, Allowed):
+        allowed = _choosable(sequence.allowed, early, best)[: len(logits)]
+        logits.masked_fill_(~allowed.to(device), float("-inf"))
+    elif early:
+        logits[torch.tensor(sorted(early), device=device)] = float("-inf")
     return logits
+
+
+def _choosable(allowed: Allowed, early: Collection[int], best: int) -> Tensor:
+    """Return which tokens to choose from; ``best`` is what the model would choose by itself.
+
+    A model that would end, in the middle of JSON, has nothing more to say: whatever it is made to say instead, it would say for
+    ever. So what is open is closed.
+    """
+    if best in allowed.ends and not allowed.tokens[best] and allowed.closing is not None:
+        return allowed.closing
+    if not early:
+        return allowed.tokens
+    without_stops = allowed.tokens.clone()
+    without_stops[sorted(early)] = False
+    # A complete answer can only end, however short it is.
+    return without_stops if without_stops.any() else allowed.tokens
 
 
 def _draw(logits: Tensor, sequence: SamplingInput) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from chiasm.engine.block_manager import BlockHash, BlockHasher
 
 if TYPE_CHECKING:
+    from chiasm.engine.grammar import Grammar
     from chiasm.engine.request import SamplingParams
     from chiasm.models.base import Prompt, PromptItem
 
@@ -65,6 +66,10 @@ class Sequence:
     @property
     def items(self) -> AbstractSequence[PromptItem]:
         return self.prompt.items
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return self.sampling.grammar
 
     @property
     def num_prompt(self) -> int:

@@ -1,8 +1,9 @@
 """What chiasm needs of a checkpoint: its processor, its vision encoder and its language model, each loaded separately.
 
 ``base`` holds the interfaces. ``checkpoint`` finds the files, ``support`` refuses what would run wrongly, ``loading`` reads
-the weights of one part. ``processor`` (with ``chat``) and ``adapter`` implement the interfaces on top of transformers, and
-``families`` holds what differs between families of models. ``identity`` names everything that embeddings depend on.
+the weights of one part. ``processor`` (with ``chat`` and ``tool_format``) and ``adapter`` implement the interfaces on top of
+transformers, and ``families`` holds what differs between families of models. ``identity`` names everything that embeddings
+depend on.
 
 Names are imported when they are first used, so that ``chiasm.models.base`` and the fingerprint don't load torch.
 """

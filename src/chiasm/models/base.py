@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
+    from chiasm.models.tool_format import ToolFormat
+
 ATTENTION_NAME = "chiasm_paged"
 """The name under which the engine registers its attention with transformers. Language models are loaded with it."""
 
@@ -108,6 +110,8 @@ class Processor(ABC):
     """Number of logits per token."""
     max_model_len: int
     """The longest sequence that the model supports, in tokens."""
+    tool_format: ToolFormat | None
+    """How answers call tools; None if the chat template calls them in a form that isn't supported."""
     default_sampling: Mapping[str, float | int]
     """The values of temperature, top_p, top_k and repetition_penalty in generation_config.json, as far as it sets them."""
 
@@ -117,14 +121,16 @@ class Processor(ABC):
         messages: Sequence[Message],
         items: Sequence[tuple[str, ItemGeometry]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """Render the chat template, tokenize, and put ``items`` (identifier, geometry) in the places of the image parts.
 
-        Special words that occur in the messages are text; only the template writes special tokens. Raises InvalidRequestError
-        if the template refuses the messages, or if the number of items differs from the number of places.
+        ``tools`` are what the model may call, as OpenAI's API describes them. In messages, the arguments of calls are objects.
+        Special words that occur in the messages and the tools are text; only the template writes special tokens. Raises
+        InvalidRequestError if the template refuses the messages, or if the number of items differs from the number of places.
         """
 
     @abstractmethod

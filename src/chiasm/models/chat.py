@@ -1,22 +1,27 @@
 """Renders messages to text with the chat template of a checkpoint.
 
 Templates differ in the content that they accept: some want a string, some a list of parts, and some silently drop what
-they don't expect. Probes that are rendered when the template is loaded show what it accepts.
+they don't expect. Probes that are rendered when the template is loaded show what it accepts, whether it knows tools, and how
+it writes calls.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from chiasm.errors import InvalidRequestError
 from chiasm.models.base import Message
 from chiasm.models.special_words import Disguise, SpecialWords
+from chiasm.models.tool_format import HERMES, ToolFormat, described
 
 Form = Literal["string", "parts"]
 _PROBE = "a probe of the template"
-_ROLES = ("user", "system", "assistant")
+_ROLES = ("user", "system", "assistant", "tool")
+_TOOL_PROBE = "probe_of_the_template"
+_ARGUMENT_PROBE = {"probe_of_arguments": 1}
 
 
 class Rendered(NamedTuple):
@@ -38,15 +43,24 @@ class ChatTemplate:
         self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
         self._forms: dict[str, tuple[Form, ...]] = {}
         self._writes_placeholder = True
+        self._knows_tools = False
+        self._decodes_arguments = True
+        """Whether calls are given to the template with their arguments as objects rather than as JSON in strings."""
+        self.tool_format: ToolFormat | None = HERMES
+        """How answers write calls; None if the template writes them in a form that isn't understood."""
         if template is not None:
             for role in _ROLES:
                 self._forms[role] = tuple(form for form in ("parts", "string") if self._takes(role, form))
             self._writes_placeholder = self._takes_images()
+            self._knows_tools = self._writes_tools()
+            if self._knows_tools:
+                self.tool_format = self._probed_format()
 
     def render(
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool,
         continue_final_message: bool,
         template_kwargs: Mapping[str, Any],
@@ -66,10 +80,15 @@ class ChatTemplate:
         def rendered(hide: Callable[[str], str] | None = None) -> str:
             shown = messages if hide is None else _each_string(messages, hide)
             kwargs = template_kwargs if hide is None else _each_string(template_kwargs, hide)
+            shown_tools = tools if hide is None else _each_string(tools, hide)
+            if not self._knows_tools:
+                shown = described(shown, shown_tools, has_system=bool(self._forms["system"]))
+            elif shown_tools:
+                kwargs = {**kwargs, "tools": shown_tools}
             return self._apply([self._adapted(message) for message in shown], {**options, **kwargs})
 
         try:
-            texts = list(_strings([*messages, template_kwargs]))
+            texts = list(_strings([*messages, *tools, template_kwargs]))
         except RecursionError:
             raise _too_deep() from None
         if not self._words.may_come_of(texts):
@@ -110,7 +129,9 @@ class ChatTemplate:
             content = joined if forms == ("string",) else parts
         elif content is not None:
             raise InvalidRequestError("A message's content must be a string or a list of parts.", param="messages")
-        return {**message, "content": content}
+        if self._decodes_arguments or not message.get("tool_calls"):
+            return {**message, "content": content}
+        return {**message, "content": content, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
 
     def _adapted_part(self, part: object) -> Message:
         match part:
@@ -124,13 +145,66 @@ class ChatTemplate:
         """Whether the template renders content of this form correctly for this role."""
         probe = _probe(role, _PROBE if form == "string" else [_text_part(_PROBE)])
         user = _probe("user", "x" if self._forms.get("user") == ("string",) else [_text_part("x")])
-        conversation = {"user": [probe], "system": [probe, user], "assistant": [user, probe]}[role]
+        conversation = [probe, user] if role == "system" else [probe] if role == "user" else [user, probe]
         try:
             text = self._apply(conversation, {})
         except InvalidRequestError:
             return False
         # A template that expects a string prints a list of parts as Python or JSON.
         return _PROBE in text and "'type'" not in text and '"type"' not in text
+
+    def _writes_tools(self) -> bool:
+        """Whether the template shows the model tools that come with the messages."""
+        function = {"name": _TOOL_PROBE, "description": "", "parameters": {"type": "object", "properties": {}}}
+        try:
+            text = self._apply(
+                [self._adapted(_probe("user", "x"))], {"tools": [{"type": "function", "function": function}]}
+            )
+        except InvalidRequestError:
+            return False
+        return _TOOL_PROBE in text
+
+    def _probed_format(self) -> ToolFormat | None:
+        """Return how the template writes calls, and so how the model was trained to; None if that isn't understood."""
+        for self._decodes_arguments in (True, False):
+            if (found := self._format_of_calls()) is not None:
+                return found
+        self._decodes_arguments = True
+        return None
+
+    def _format_of_calls(self) -> ToolFormat | None:
+        call = {"id": "probe", "type": "function", "function": {"name": _TOOL_PROBE, "arguments": _ARGUMENT_PROBE}}
+        try:
+            text, one, two = [
+                self._apply([self._adapted(_probe("user", "x")), self._adapted(answer)], {})
+                for answer in (
+                    _probe("assistant", _PROBE),
+                    {**_probe("assistant", ""), "tool_calls": [call]},
+                    {**_probe("assistant", ""), "tool_calls": [call, call]},
+                )
+            ]
+        except InvalidRequestError:
+            return None
+        before, _, after = text.partition(_PROBE)
+        if not (one.startswith(before) and two.startswith(before) and one.endswith(after) and two.endswith(after)):
+            return None
+        written = one[len(before) : len(one) - len(after)]
+        both = two[len(before) : len(two) - len(after)]
+        between = both[len(written) : len(both) - len(written)]
+        begin, brace, rest = written.partition("{")
+        try:
+            function, length = json.JSONDecoder().raw_decode(brace + rest)
+        except ValueError:
+            return None
+        if both != written + between + written or between.strip() or not begin.strip():
+            return None
+        for key in ("arguments", "parameters"):
+            if list(function.items()) == [("name", _TOOL_PROBE), (key, _ARGUMENT_PROBE)]:
+                end = (brace + rest)[length:]
+                found = ToolFormat(begin, end, between, key) if end.strip() else None
+                # The words of special tokens don't occur in the text of answers.
+                return None if self._words.find(begin + end) else found
+        return None
 
     def _takes_images(self) -> bool:
         """Whether the template writes the placeholder for an image part."""
@@ -149,6 +223,15 @@ def _too_deep() -> InvalidRequestError:
 
 def _probe(role: str, content: str | list[Message]) -> Message:
     return {"role": role, "content": content}
+
+
+def _with_text(call: Message) -> Message:
+    """Return the call with its arguments as JSON in a string."""
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
 
 
 def _text_part(text: str) -> Message:

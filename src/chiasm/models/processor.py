@@ -42,18 +42,21 @@ class TransformersProcessor(Processor):
         self._words = SpecialWords(self.tokenizer, {family.placeholder_id, *self.eos_token_ids})
         template = _chat_template(checkpoint.folder, parts)
         self._chat = ChatTemplate(parts.tokenizer, template, self.placeholder, self._words)
+        self.tool_format = self._chat.tool_format
 
     def build_chat(
         self,
         messages: Sequence[Message],
         items: Sequence[tuple[str, ItemGeometry]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         text, reveal = self._chat.render(
             messages,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs or {},

@@ -2,9 +2,10 @@
 
 ``process`` runs it, ``app`` has its routes, ``context`` what all requests share. A request passes these files in order:
 ``completions`` (the two handlers), ``protocol`` (its body), ``prefill_decode`` (which part of the answer is made here),
-``images`` and ``prompt`` (what the engine reads), ``sampling``, ``generation`` (the engine's outputs), ``answer`` (one body or
-a stream) and ``answer_format`` (its JSON). On an encoder, ``encode`` does all of it. ``status`` and ``metrics`` are the other
-endpoints.
+``tools``, ``json_schema`` and ``structured_output`` (what the answer must look like), ``images`` and ``prompt`` (what the
+engine reads), ``sampling``, ``generation`` (the engine's outputs), ``answer`` (one body or a stream), ``answer_format`` (its
+JSON), and ``tool_answer`` with ``tool_calls`` (the same with calls of tools). On an encoder, ``encode`` does all of it.
+``status`` and ``metrics`` are the other endpoints.
 """
 
 from typing import TYPE_CHECKING

@@ -69,7 +69,9 @@ def _events(part: AnswerPart, answer_format: AnswerFormat, step: ChoiceOutput, u
         return b""
     index, output, text_offsets = step
     data = b""
-    if (output.text or output.logprobs) and not output.already_sent:
+    if output.already_sent:
+        answer_format.skip(index, output.text)
+    elif output.text or output.logprobs:
         data = answer_format.text(index, output.text, output.logprobs, text_offsets, usage)
     if output.finish_reason is not None and output.kv_transfer_params is None:
         data += answer_format.finish(index, output.finish_reason, output.stop_reason, usage)

@@ -134,8 +134,14 @@ class AnswerFormat(ABC):
             ending,
         )
 
+    def skip(self, index: int, text: str) -> None:  # noqa: B027  # most formats don't care
+        """Take note of text that the client has, because the answer began elsewhere."""
+
     def finish(self, index: int, reason: FinishReason, stop_reason: int | str | None, usage: Usage | None) -> bytes:
-        """Return the last event of a choice."""
+        """Return the last event of a choice, and before it what was held back."""
+        return self._last_event(index, reason, stop_reason, usage)
+
+    def _last_event(self, index: int, reason: str, stop_reason: int | str | None, usage: Usage | None) -> bytes:
         head, ending = self._opens[index] + self.without_text, self._ending(usage)
         return b'%b"finish_reason":%b,"stop_reason":%b}]%b' % (head, _encode(reason), _encode(stop_reason), ending)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,7 +23,13 @@ from chiasm.server.prefill_decode import AnswerPart, answer_part, engine_request
 from chiasm.server.prompt import chat_prompt, check_messages, completion_prompt, given_prompts
 from chiasm.server.protocol import ChatRequest, CompletionRequest, StreamOptions, decode
 from chiasm.server.sampling import cache_salt, num_choices, sampling_params
+from chiasm.server.structured_output import grammar_of
+from chiasm.server.tool_answer import ToolChatFormat
+from chiasm.server.tools import tools_of
 from chiasm.wire import Role
+
+if TYPE_CHECKING:
+    from chiasm.engine.grammar import Grammar
 
 _chat_decoder = msgspec.json.Decoder(ChatRequest)
 _completion_decoder = msgspec.json.Decoder(CompletionRequest)
@@ -30,7 +38,7 @@ _completion_decoder = msgspec.json.Decoder(CompletionRequest)
 async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
     """Answer a chat; an encoder encodes its images instead.
 
-    The steps are in this order so that what is cheap to check is checked first: fields, images, prompt, pixels.
+    The steps are in this order so that what is cheap to check is checked first: fields, grammar, images, prompt, pixels.
     """
     request = decode(_chat_decoder, exchange.body)
     context.check_model(request.model)
@@ -41,6 +49,8 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
 
     engine = context.generating_engine
     part = answer_part(engine.config.role, request)
+    tools = tools_of(request, engine.processor.tool_format)
+    grammar = await grammar_of(context, exchange, engine, request, tools)
     salt = cache_salt(request)
     images: list[Image] = []
     if engine.config.role is Role.AGGREGATED:
@@ -51,16 +61,19 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
         ]
     else:
         items = published_items(request, engine.processor, max_items=engine.config.max_items)
-    prompt = await chat_prompt(context, exchange, engine, request, items)
-    requests = _engine_requests(context, exchange, engine, request, part, [prompt])
+    prompt = await chat_prompt(context, exchange, engine, request, items, tools.shown if tools else ())
+    requests = _engine_requests(context, exchange, engine, request, part, [prompt], grammar)
     if images:
         pixels = await preprocess_images(context, exchange, engine.processor, images)
         requests = [replace(generate, pixels=pixels) for generate in requests]
     # The images are large, and generating may take long.
     del images
     request.messages = []
+    request.tools = None
     exchange.release()
-    await _answer(context, exchange, engine, ChatFormat, request, part, requests)
+    answer_format = partial(ToolChatFormat, tools.format) if tools else ChatFormat
+    del tools
+    await _answer(context, exchange, engine, answer_format, request, part, requests)
 
 
 async def completions(context: ServerContext, exchange: Exchange) -> None:
@@ -70,8 +83,9 @@ async def completions(context: ServerContext, exchange: Exchange) -> None:
     context.check_model(request.model)
     given = given_prompts(request, max_prompts=context.config.max_prompts)
     part = answer_part(engine.config.role, request, num_prompts=len(given))
+    grammar = await grammar_of(context, exchange, engine, request)
     prompts = [await completion_prompt(context, exchange, engine, prompt) for prompt in given]
-    requests = _engine_requests(context, exchange, engine, request, part, prompts)
+    requests = _engine_requests(context, exchange, engine, request, part, prompts, grammar)
     await _answer(context, exchange, engine, CompletionFormat, request, part, requests)
 
 
@@ -82,6 +96,7 @@ def _engine_requests(
     request: ChatRequest | CompletionRequest,
     part: AnswerPart,
     prompts: Sequence[Prompt],
+    grammar: Grammar | None,
 ) -> Sequence[GenerateRequest]:
     """Return what the engine does for the prompts. Raises InvalidRequestError."""
     request_id = context.unique_id(exchange.request_id)
@@ -92,6 +107,7 @@ def _engine_requests(
             sampling=sampling_params(
                 request,
                 engine.processor,
+                grammar,
                 context_tokens=engine.max_model_len,
                 prompt_tokens=len(prompt.token_ids),
             ),
@@ -108,7 +124,7 @@ async def _answer(
     context: ServerContext,
     exchange: Exchange,
     engine: GeneratingEngine,
-    answer_format: type[AnswerFormat],
+    answer_format: Callable[..., AnswerFormat],
     request: ChatRequest | CompletionRequest,
     part: AnswerPart,
     requests: Sequence[GenerateRequest],

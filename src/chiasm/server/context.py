@@ -20,6 +20,7 @@ from chiasm.server.metrics import Metrics
 if TYPE_CHECKING:
     from chiasm.engine.base import Engine
     from chiasm.engine.config import EngineConfig
+    from chiasm.engine.grammar import GrammarCompiler
     from chiasm.engine.request import EncodedItem, EncodeItem, GenerateRequest, Output
     from chiasm.models.base import Processor
 
@@ -71,6 +72,8 @@ class ServerContext:
         self.metrics = Metrics(self)
         self._numbers = itertools.count()
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="chiasm-server")
+        self._grammar_pool = ThreadPoolExecutor(1, thread_name_prefix="chiasm-grammar")
+        self._grammars: GrammarCompiler | None = None
         self._fetcher: Fetcher | None = None
 
     @contextlib.asynccontextmanager
@@ -82,6 +85,7 @@ class ServerContext:
         finally:
             await self._fetcher.close()
             self._pool.shutdown(wait=False, cancel_futures=True)
+            self._grammar_pool.shutdown(wait=False, cancel_futures=True)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -160,6 +164,18 @@ class ServerContext:
     async def in_thread(self, function: Callable[[], _T]) -> _T:
         """Call a slow function outside the event loop; at most ``config.threads`` run at a time."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    async def with_grammars(self, processor: Processor, function: Callable[[GrammarCompiler], _T]) -> _T:
+        """Call a function that compiles grammars, one at a time and in a thread of their own."""
+
+        def call() -> _T:
+            from chiasm.engine.grammar import GrammarCompiler
+
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(processor)
+            return function(self._grammars)
+
+        return await asyncio.get_running_loop().run_in_executor(self._grammar_pool, call)
 
 
 def _stopping() -> OverloadedError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,8 @@ from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
 from chiasm.models.base import ItemGeometry, Message, Prompt
 from chiasm.server.context import GeneratingEngine, ServerContext
-from chiasm.server.protocol import ChatMessage, ChatRequest, CompletionRequest
+from chiasm.server.json_schema import check_depth
+from chiasm.server.protocol import CallInMessage, ChatMessage, ChatRequest, CompletionRequest
 from chiasm.wire import UNREADABLE
 
 if TYPE_CHECKING:
@@ -51,20 +54,28 @@ async def chat_prompt(
     engine: GeneratingEngine,
     request: ChatRequest,
     items: Sequence[tuple[str, ItemGeometry]],
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Prompt:
-    """Render and tokenize a chat; ``items`` are its images in order. Raises InvalidRequestError, DeadlineExceededError."""
+    """Render and tokenize a chat; ``items`` are its images in order, ``tools`` what the model may call.
+
+    Raises InvalidRequestError, DeadlineExceededError.
+    """
     continue_final = bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
         raise InvalidRequestError(
             "continue_final_message and add_generation_prompt cannot be combined.", param="continue_final_message"
         )
+    check_depth(request.chat_template_kwargs, "chat_template_kwargs", param="chat_template_kwargs")
     messages = [_template_message(message) for message in request.messages]
 
     def build() -> Prompt:
-        _check_length(engine, sum(len(text) for message in request.messages for text in _texts(message)), "messages")
+        characters = sum(len(text) for message in request.messages for text in _texts(message))
+        characters += sum(len(json.dumps(tool, ensure_ascii=False)) for tool in tools)
+        _check_length(engine, characters, "messages")
         return engine.processor.build_chat(
             messages,
             items,
+            tools=tools,
             add_generation_prompt=not continue_final and request.add_generation_prompt is not False,
             continue_final_message=continue_final,
             template_kwargs=request.chat_template_kwargs,
@@ -87,7 +98,7 @@ def _template_message(message: ChatMessage) -> Message:
     if message.tool_call_id is not None:
         result["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        result["tool_calls"] = [_template_tool_call(call) for call in message.tool_calls]
+        result["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     return result
 
 
@@ -100,16 +111,14 @@ def _template_content(message: ChatMessage) -> str | list[dict[str, str]]:
     ]
 
 
-def _template_tool_call(call: dict[str, Any]) -> dict[str, Any]:
+def _template_call(call: CallInMessage) -> Message:
     """Return the call with its arguments decoded: a JSON string in requests, an object in templates."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = msgspec.json.decode(function["arguments"] or "{}")
-    except (*UNREADABLE, UnicodeEncodeError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        with contextlib.suppress(*UNREADABLE, UnicodeEncodeError):
+            arguments = msgspec.json.decode(arguments or "{}")
+            check_depth(arguments, "The arguments of a call", param="messages")
+    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
 
 
 # ---- text completions --------------------------------------------------------------------------------------------------

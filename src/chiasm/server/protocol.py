@@ -54,15 +54,11 @@ class Unsupported(msgspec.Struct):
     prompt_logprobs: Any = None
     reasoning_effort: Any = None
     repetition_detection: Any = None
-    response_format: Any = None
     return_token_ids: Any = None
     return_tokens_as_token_ids: Any = None
     spaces_between_special_tokens: Any = None
-    structured_outputs: Any = None
     suffix: Any = None
     thinking_token_budget: Any = None
-    tool_choice: Any = None
-    tools: Any = None
     truncate_prompt_tokens: Any = None
     use_beam_search: Any = None
     watermarking: Any = None
@@ -76,11 +72,49 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,),
-    "tool_choice": ("none", "auto"),
 }
 """Values of ``Unsupported`` fields that change nothing and are accepted, as are null, false and empty values."""
+
+
+_INSTEAD = {
+    "function_call": "tool_choice",
+    "functions": "tools",
+    "guided_choice": "structured_outputs",
+    "guided_grammar": "structured_outputs",
+    "guided_json": "structured_outputs",
+    "guided_regex": "structured_outputs",
+}
+"""What has replaced a field of ``Unsupported``."""
+
+
+class JsonSchema(msgspec.Struct):
+    """A JSON schema that the answer follows."""
+
+    schema: Any = None
+    strict: bool | None = None
+    """Whether a schema that can't be enforced whole is refused."""
+
+
+class ResponseFormat(msgspec.Struct):
+    """OpenAI's way to ask for structured output: ``text``, ``json_object`` or ``json_schema``."""
+
+    type: str
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct):
+    """vLLM's way to ask for structured output; one of the first five, and what isn't supported of the others."""
+
+    json: Any = None
+    """A JSON schema, as an object or as JSON in a string."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    structural_tag: Any = None
+    whitespace_pattern: Any = None
 
 
 class GenerationFields(Unsupported, kw_only=True):
@@ -106,6 +140,8 @@ class GenerationFields(Unsupported, kw_only=True):
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     cache_salt: str | None = None
     kv_transfer_params: KVTransferParams | None = None
     """What the proxy sends to prefill and decode instances; the others refuse it."""
@@ -128,13 +164,29 @@ class Part(msgspec.Struct):
     uuid: str | None = None
 
 
+class CalledFunction(msgspec.Struct):
+    """A tool and what it is called with."""
+
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+    """A JSON object, as a rule in a string."""
+
+
+class CallInMessage(msgspec.Struct):
+    """A call that the assistant made earlier in the chat."""
+
+    function: CalledFunction
+    id: str = ""
+    type: str = "function"
+
+
 class ChatMessage(msgspec.Struct):
     """One message of a chat."""
 
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[CallInMessage] | None = None
     tool_call_id: str | None = None
 
 
@@ -142,6 +194,11 @@ class ChatRequest(GenerationFields, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
+    tools: list[dict[str, Any]] | None = None
+    """Given to the chat template as they are."""
+    tool_choice: Any = None
+    """``none``, ``auto``, ``required``, one tool, or the tools that are allowed."""
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
@@ -174,8 +231,9 @@ def _refuse_unsupported(request: Unsupported) -> None:
     for name in Unsupported.__struct_fields__:
         value = getattr(request, name)
         if value and value not in _WITHOUT_EFFECT.get(name, ()):
+            instead = f"send {_INSTEAD[name]} in its place" if name in _INSTEAD else "leave it out"
             raise InvalidRequestError(
-                f"{name} is not supported by the built-in engine; leave it out, or serve the model with --engine vllm.",
+                f"{name} is not supported by the built-in engine; {instead}, or serve the model with --engine vllm.",
                 param=name,
             )
 
@@ -233,11 +291,27 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int]
 
 
-class AssistantMessage(msgspec.Struct):
-    """The text of a choice."""
+class FunctionCall(msgspec.Struct):
+    """The tool that an answer calls, and its arguments as JSON."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct):
+    """One call in an answer."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class AssistantMessage(msgspec.Struct):
+    """The text of a choice, or what it calls."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -245,7 +319,7 @@ class ChatChoice(msgspec.Struct):
 
     index: int
     message: AssistantMessage
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
     logprobs: ChatLogprobs | None = None
     stop_reason: int | str | None = None
 

@@ -12,6 +12,7 @@ from chiasm.errors import InvalidRequestError
 from chiasm.server.protocol import ChatRequest, CompletionRequest, GenerationFields
 
 if TYPE_CHECKING:
+    from chiasm.engine.grammar import Grammar
     from chiasm.models.base import Processor
 
 _SAME_NAME = (
@@ -56,12 +57,17 @@ def cache_salt(request: GenerationFields) -> str:
 
 
 def sampling_params(
-    request: ChatRequest | CompletionRequest, processor: Processor, *, context_tokens: int, prompt_tokens: int
+    request: ChatRequest | CompletionRequest,
+    processor: Processor,
+    grammar: Grammar | None,
+    *,
+    context_tokens: int,
+    prompt_tokens: int,
 ) -> SamplingParams:
     """Return how the engine samples.
 
-    As with vLLM, ``max_tokens`` must not exceed the context, and an answer ends when prompt and answer fill it. Raises
-    InvalidRequestError for values out of range.
+    The answer follows ``grammar`` if there is one. As with vLLM, ``max_tokens`` must not exceed the context, and an answer ends
+    when prompt and answer fill it. Raises InvalidRequestError for values out of range.
     """
     room_tokens = context_tokens - prompt_tokens
     values: dict[str, Any] = dict(processor.default_sampling)
@@ -72,6 +78,7 @@ def sampling_params(
     values["logprobs"] = _logprobs(request)
     stop = request.stop or ()
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    values["grammar"] = grammar
     values["stop_token_ids"] = tuple(request.stop_token_ids or ())
     params = SamplingParams(**values)
     params.check_vocabulary(processor.vocab_size)

@@ -1,0 +1,282 @@
+"""Grammars that answers must follow: compiled by llguidance, and applied as a mask of the tokens that may come next.
+
+A grammar is text in llguidance's variant of Lark, in which a rule may also be a JSON schema (``%json``). It is compiled
+once, in a thread of the caller. Each sequence has a matcher of its own, which is nothing but a function of the grammar and
+the output tokens so far: it can be made anew anywhere. llguidance is imported when the first grammar is compiled.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from chiasm.errors import Code, InvalidRequestError
+from chiasm.models.token_bytes import token_bytes_of
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+    from chiasm.models.base import Processor
+
+MAX_GRAMMAR_BYTES = 512 << 10
+"""Size of a grammar's text; a larger one is refused."""
+_MAX_LEXER_STATES = 20_000
+"""One to two kilobytes each."""
+_MAX_GRAMMAR_SYMBOLS = 100_000
+"""What a grammar may grow to when it is compiled. It bounds the time, together with llguidance's own limits."""
+_MAX_CACHED = 16
+_MAX_CACHED_BYTES = 4 << 20
+_SHOWN_CHARACTERS = 500
+_PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
+_QUOTE = re.compile(r"\n\s*\d+ \| |<state>| <non-verbose/>")
+
+
+class Allowed(NamedTuple):
+    """Which tokens may come next: bool ``[at least vocab]``, on the CPU."""
+
+    tokens: Tensor
+    closing: Tensor | None
+    """Those that close what is open in JSON; None if there are none. A model that wants to end, but may not, takes them."""
+    ends: frozenset[int]
+    """The tokens with which the model ends its answers, whether they are allowed or not."""
+
+
+class Closers:
+    """The tokens of a tokenizer that close what is open in JSON."""
+
+    def __init__(self, processor: Processor) -> None:
+        vocabulary = processor.tokenizer.get_vocab(with_added_tokens=False)
+        size = max(processor.vocab_size, processor.tokenizer.get_vocab_size(with_added_tokens=True))
+        self._brackets = torch.zeros(size, dtype=torch.bool)
+        self._quotes = torch.zeros(size, dtype=torch.bool)
+        for token, token_id in vocabulary.items():
+            if token and not token.strip("}]"):
+                self._brackets[token_id] = True
+            elif token[:1] == '"' and not token[1:].strip("}]"):
+                self._quotes[token_id] = True
+        self.ends = processor.eos_token_ids
+        self._letter = vocabulary.get("Q")
+        """Only within a string may it come next."""
+
+    def among(self, allowed: Tensor) -> Tensor | None:
+        """Return those of the allowed tokens that close, or None."""
+        if self._letter is None:
+            return None
+        closing = allowed & (self._quotes if allowed[self._letter] else self._brackets)
+        return closing if closing.any() else None
+
+
+class Grammar:
+    """A compiled grammar."""
+
+    def __init__(self, compiled: LLMatcher, closers: Closers) -> None:
+        self._compiled = compiled
+        self._closers = closers
+        self.is_exhausted = False
+        """Whether it has reached a limit, which all its matchers share: no answer can go on with it."""
+
+    def matcher(self) -> Matcher:
+        """Return a matcher for one sequence, which has no tokens yet."""
+        return Matcher(self, self._compiled.deep_copy(), self._closers)
+
+
+class GrammarError(Exception):
+    """Why a sequence has no next token. ``str(error)`` is one or two sentences."""
+
+
+class Matcher:
+    """One sequence's place in its grammar. Not thread-safe."""
+
+    def __init__(self, grammar: Grammar, matcher: LLMatcher, closers: Closers) -> None:
+        self._grammar = grammar
+        self._matcher = matcher
+        self._closers = closers
+        self._num_tokens = 0
+
+    def allowed(self, output_token_ids: Sequence[int]) -> Allowed:
+        """Return which tokens may follow these.
+
+        ``output_token_ids`` are all of the answer so far; each call has at least those of the call before. Raises GrammarError.
+        """
+        for token_id in output_token_ids[self._num_tokens :]:
+            self._num_tokens += 1
+            if not self._matcher.consume_token(token_id):
+                raise GrammarError(f"The answer so far doesn't follow the requested format: {self._reason()}")
+        # A copy, because torch wants to be able to write.
+        tokens = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
+        if self._matcher.is_error():
+            self._grammar.is_exhausted = True
+            raise GrammarError(f"The requested format is too complex for the answer to go on: {self._reason()}")
+        return Allowed(tokens, self._closers.among(tokens), self._closers.ends)
+
+    def _reason(self) -> str:
+        return sentence(self._matcher.get_error())
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer, and keeps those that were used last. Thread-safe."""
+
+    def __init__(self, processor: Processor) -> None:
+        self._processor = processor
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._closers = Closers(processor)
+        self._cache: OrderedDict[str, Grammar] = OrderedDict()
+        self._cached_bytes = 0
+
+    def compile(self, source: str, *, param: str) -> Grammar:
+        """Return the compiled grammar. Slow for a new one; don't call it on an event loop.
+
+        Raises InvalidRequestError, which names ``param``, if it is malformed or too complex.
+        """
+        size = len(source.encode())
+        if size > MAX_GRAMMAR_BYTES:
+            raise InvalidRequestError(
+                f"{param} makes a grammar of {size} bytes and {MAX_GRAMMAR_BYTES} is the limit; send smaller schemas.",
+                param=param,
+                code=Code.INVALID_GRAMMAR,
+            )
+        with self._lock:
+            known = self._cache.get(source)
+            if known is not None and not known.is_exhausted:
+                self._cache.move_to_end(source)
+                return known
+            self._drop(source)
+            grammar = Grammar(self._compiled(source, param), self._closers)
+            self._cache[source] = grammar
+            self._cached_bytes += len(source)
+            while len(self._cache) > _MAX_CACHED or self._cached_bytes > _MAX_CACHED_BYTES:
+                self._drop(next(iter(self._cache)))
+            return grammar
+
+    def _drop(self, source: str) -> None:
+        if self._cache.pop(source, None) is not None:
+            self._cached_bytes -= len(source)
+
+    def _compiled(self, source: str, param: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._llguidance_tokenizer(), source, log_level=0, limits=_limits())
+        if not matcher.is_error():
+            matcher.compute_logit_bias()  # some schemas turn out to be impossible, and some to be too complex, only here
+        if matcher.is_error():
+            raise InvalidRequestError(
+                f"{param} cannot be followed: {sentence(matcher.get_error())}", param=param, code=Code.INVALID_GRAMMAR
+            )
+        return matcher
+
+    def _llguidance_tokenizer(self) -> LLTokenizer:
+        if self._tokenizer is None:
+            from llguidance import LLTokenizer, TokenizerWrapper
+
+            vocabulary = _Vocabulary(self._processor)
+            # In two steps, and not from the tokenizer's JSON: llguidance holds the interpreter's lock meanwhile, for which
+            # all streams would wait.
+            bare = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.ends, slices=[])
+            self._tokenizer = bare.with_slices(LLTokenizer.general_slices())
+        return self._tokenizer
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance reads it."""
+
+    bos_token_id = None
+
+    def __init__(self, processor: Processor) -> None:
+        self._tokenizer = processor.tokenizer
+        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        token_bytes = token_bytes_of(self._tokenizer)
+        self.tokens = [token_bytes.of(token_id) for token_id in range(max(processor.vocab_size, size))]
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_token_ids = [token_id for token_id, token in added.items() if token.special]
+        self.ends = sorted(token_id for token_id in processor.eos_token_ids if token_id < size)
+        if not self.ends:
+            raise InvalidRequestError(
+                "Answers of this model can follow no grammar, because its tokenizer has no token that ends them.",
+                code=Code.INVALID_GRAMMAR,
+            )
+        self.eos_token_id = self.ends[0]
+
+    def __call__(self, text: str) -> list[int]:
+        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return token_ids
+
+
+def _limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_lexer_states=_MAX_LEXER_STATES, max_grammar_size=_MAX_GRAMMAR_SYMBOLS, verbose_errors=False
+    )
+
+
+def sentence(reason: str) -> str:
+    """Return what llguidance says as one line that ends like a sentence, without its quotes of the grammar."""
+    before_quotes = _QUOTE.split(_PLACE.sub("", reason), maxsplit=1)[0]
+    line = " ".join(before_quotes.split())[:_SHOWN_CHARACTERS]
+    return line if line.endswith(".") else f"{line}."
+
+
+# ---- in the engine -----------------------------------------------------------------------------------------------------
+
+
+class ConstrainedSequence(Protocol):
+    """What matchers need to know of a sequence."""
+
+    request_id: str
+    index: int
+
+    @property
+    def grammar(self) -> Grammar | None: ...
+
+    @property
+    def output_token_ids(self) -> list[int]: ...
+
+
+Masks = dict[int, Allowed | GrammarError]
+"""By the index of a row: which tokens may come next, or why none may."""
+
+
+class Matchers:
+    """The matchers of the sequences that run. Masks are computed in a thread, beside the model."""
+
+    def __init__(self) -> None:
+        self._matchers: dict[str, dict[int, Matcher]] = {}
+        """By request and choice."""
+        self._pool: ThreadPoolExecutor | None = None
+
+    def begin(self, sequences: Sequence[ConstrainedSequence]) -> Future[Masks] | None:
+        """Begin to compute the masks for the next token of each sequence; None if none of them has a grammar."""
+        rows: list[tuple[int, Matcher, list[int]]] = []
+        for row, sequence in enumerate(sequences):
+            if sequence.grammar is not None:
+                of_request = self._matchers.setdefault(sequence.request_id, {})
+                if sequence.index not in of_request:
+                    of_request[sequence.index] = sequence.grammar.matcher()
+                rows.append((row, of_request[sequence.index], sequence.output_token_ids))
+        if not rows:
+            return None
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="chiasm-grammar")
+        return self._pool.submit(_masks, rows)
+
+    def forget(self, request_id: str) -> None:
+        """Drop the matchers of a request that ended."""
+        self._matchers.pop(request_id, None)
+
+
+def _masks(rows: Sequence[tuple[int, Matcher, list[int]]]) -> Masks:
+    masks: Masks = {}
+    for row, matcher, output_token_ids in rows:
+        try:
+            masks[row] = matcher.allowed(output_token_ids)
+        except GrammarError as error:
+            masks[row] = error
+    return masks

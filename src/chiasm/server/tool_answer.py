@@ -1,0 +1,98 @@
+"""The JSON of chats whose answers may call tools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from chiasm.server.answer_format import ChatFormat
+from chiasm.server.protocol import AssistantMessage, ChatChoice, FunctionCall, ToolCall
+from chiasm.server.tool_calls import Arguments, CallBegins, Piece, ToolCallParser
+
+if TYPE_CHECKING:
+    from chiasm.engine.request import FinishReason
+    from chiasm.models.tool_format import ToolFormat
+    from chiasm.server.generation import ChoiceState
+    from chiasm.server.protocol import Usage
+    from chiasm.wire import TokenLogprob
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ToolChatFormat(ChatFormat):
+    """``chat.completion`` and ``chat.completion.chunk``, with the calls that are found in the text."""
+
+    def __init__(self, tool_format: ToolFormat, *args: Any, num_choices: int, **kwargs: Any) -> None:
+        super().__init__(*args, num_choices=num_choices, **kwargs)
+        self._parsers = [ToolCallParser(tool_format) for _ in range(num_choices)]
+
+    def choice(self, index: int, choice: ChoiceState) -> ChatChoice:
+        parser = self._parsers[index]
+        content: list[str] = []
+        calls: list[ToolCall] = []
+        for piece in [*parser.add("".join(choice.text)), *parser.finish()]:
+            match piece:
+                case CallBegins(_, call_id, name):
+                    calls.append(ToolCall(call_id, FunctionCall(name, "")))
+                case Arguments(_, text):
+                    calls[-1].function.arguments += text
+                case text:
+                    content.append(text)
+        result = super().choice(index, choice)
+        if calls:
+            result.message = AssistantMessage("".join(content) or None, tool_calls=calls)
+            result.finish_reason = _reason(result.finish_reason)
+        else:
+            result.message = AssistantMessage("".join(content))
+        return result
+
+    def skip(self, index: int, text: str) -> None:
+        self._parsers[index].add(text)
+
+    def text(
+        self,
+        index: int,
+        text: str,
+        logprobs: Sequence[TokenLogprob] | None,
+        text_offsets: Sequence[int],
+        usage: Usage | None,
+    ) -> bytes:
+        deltas = [_delta(piece) for piece in self._parsers[index].add(text)]
+        if not deltas and logprobs is None:
+            return b""
+        written = b"null" if logprobs is None else _encode(self.logprobs(logprobs, text_offsets))
+        # The log probabilities stand in the first event, since a token may belong to several.
+        return b"".join(
+            self._event(index, delta, b"null" if number else written, usage)
+            for number, delta in enumerate(deltas or [b"{}"])
+        )
+
+    def finish(self, index: int, reason: FinishReason, stop_reason: int | str | None, usage: Usage | None) -> bytes:
+        parser = self._parsers[index]
+        rest = b"".join(self._event(index, _delta(piece), b"null", usage) for piece in parser.finish())
+        return rest + self._last_event(index, _reason(reason) if parser.num_calls else reason, stop_reason, usage)
+
+    def _event(self, index: int, delta: bytes, logprobs: bytes, usage: Usage | None) -> bytes:
+        return b'%b"delta":%b,"logprobs":%b,"finish_reason":null}]%b' % (
+            self._opens[index],
+            delta,
+            logprobs,
+            self._ending(usage),
+        )
+
+
+def _reason(reason: Any) -> Any:
+    """Return why an answer with calls ended."""
+    return "tool_calls" if reason == "stop" else reason
+
+
+def _delta(piece: Piece) -> bytes:
+    match piece:
+        case CallBegins(call, call_id, name):
+            function = {"name": name, "arguments": ""}
+            return _encode({"tool_calls": [{"index": call, "id": call_id, "type": "function", "function": function}]})
+        case Arguments(call, text):
+            return _encode({"tool_calls": [{"index": call, "function": {"arguments": text}}]})
+    return _encode({"content": piece})
