@@ -49,6 +49,9 @@ class Code(enum.StrEnum):
     # 413
     BODY_TOO_LARGE = "body_too_large"
     """The request's body is larger than the limit."""
+    # 502
+    INSTANCE_LOST = "instance_lost"
+    """An instance was lost before its answer was complete."""
     # 503
     TOO_MANY_REQUESTS = "too_many_requests"
     """A queue or a buffer is full."""

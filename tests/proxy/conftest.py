@@ -118,6 +118,7 @@ async def start() -> AsyncIterator[Start]:
                 "media": MediaConfig(allowed_media_networks=LOOPBACK),
                 "probe_interval_seconds": 0.05,
                 "deadline_seconds": 20.0,
+                "wait_for_instance_seconds": 0.0,
             }
             settings = ProxyConfig(**(defaults | urls | config))
             app = create_app(settings, resolver=resolver)

@@ -70,8 +70,12 @@ class FakeInstance:
         """None responds like vLLM without chiasm's middleware: an empty 200, and the model's name elsewhere."""
         self.health_status = 200
         self.awake = asyncio.Event()
-        """While it is clear, /health doesn't respond."""
+        """While it is clear, the instance is frozen: it takes connections and requests, and responds to none."""
         self.awake.set()
+        self.probes = 0
+        """How many it got."""
+        self.unanswered_probes = 0
+        """How many of the next probes get no response."""
         self.received: list[Received] = []
         self.arrived = asyncio.Semaphore(0)
         self.gone = asyncio.Semaphore(0)
@@ -116,7 +120,11 @@ class FakeInstance:
         await runner.cleanup()
 
     async def _health(self, request: web.Request) -> web.Response:
+        self.probes += 1
         await self.awake.wait()
+        if self.unanswered_probes:
+            self.unanswered_probes -= 1
+            await asyncio.Event().wait()
         if self.health is None:
             return web.Response(status=self.health_status)
         return respond(self.health, status=self.health_status)
@@ -129,6 +137,7 @@ class FakeInstance:
         self.received.append(received)
         self.arrived.release()
         try:
+            await self.awake.wait()
             return await self.answer(self, request, received)
         except (asyncio.CancelledError, ConnectionError):
             self.gone.release()

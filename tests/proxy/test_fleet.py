@@ -25,11 +25,11 @@ def test_an_instance_starts_becomes_healthy_fails_and_recovers() -> None:
     fleet = Fleet()
     instance = fleet.add("http://a", Role.PD)
     assert (instance.state, instance.reason) == (InstanceState.STARTING, "not probed yet")
-    fleet.fail(instance, "refused")
+    fleet.fail(instance, "refused", 0.0)
     assert (instance.state, instance.reason) == (InstanceState.STARTING, "refused")
     fleet.succeed(instance, replace(HEALTH, role="pd"))
     assert (instance.state, instance.reason) == (InstanceState.HEALTHY, None)
-    fleet.fail(instance, "refused")
+    fleet.fail(instance, "refused", 0.0)
     assert (instance.state, instance.reason) == (InstanceState.UNHEALTHY, "refused")
     assert fleet.models == []
     fleet.succeed(instance, replace(HEALTH, role="pd"))
@@ -104,9 +104,9 @@ def test_text_needs_both_prefill_and_decode() -> None:
     p = add(fleet, "p", Role.PREFILL)
     assert fleet.missing is None
     assert fleet.models == ["tiny"]
-    fleet.fail(d, "gone")
+    fleet.fail(d, "gone", 0.0)
     assert fleet.missing == Role.DECODE
-    fleet.fail(p, "gone")
+    fleet.fail(p, "gone", 0.0)
     assert fleet.missing == Role.PREFILL
 
 
@@ -155,7 +155,7 @@ def test_pds_decide_and_encoders_follow() -> None:
     encoder = fleet.add("http://e", Role.ENCODER)
     pd = fleet.add("http://p", Role.PD)
     fleet.succeed(encoder, replace(HEALTH, role="encoder", fingerprint="e" * 64))
-    fleet.fail(encoder, "gone")
+    fleet.fail(encoder, "gone", 0.0)
     fleet.succeed(pd, replace(HEALTH, role="pd"))
     fleet.succeed(encoder, replace(HEALTH, role="encoder", fingerprint="e" * 64))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
@@ -178,7 +178,7 @@ def test_a_wrong_pd_does_not_take_over_while_the_right_one_is_away() -> None:
     fleet = Fleet()
     encoder, right = add(fleet, "e", Role.ENCODER), add(fleet, "r")
     wrong = add(fleet, "w", fingerprint="e" * 64)
-    fleet.fail(right, "busy")
+    fleet.fail(right, "busy", 0.0)
     assert (encoder.state, wrong.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
     fleet.succeed(right, replace(HEALTH, role="pd"))
     assert right.state == InstanceState.HEALTHY
@@ -190,7 +190,7 @@ def test_a_fleet_moves_to_another_model_when_no_instance_serves_the_old_one() ->
     new = replace(HEALTH, fingerprint="e" * 64)
     fleet.succeed(encoder, replace(new, role="encoder"))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
-    fleet.fail(pd, "restarts")
+    fleet.fail(pd, "restarts", 0.0)
     assert encoder.state == InstanceState.HEALTHY
     fleet.succeed(pd, replace(new, role="pd"))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.HEALTHY)
@@ -228,7 +228,7 @@ def test_an_instance_that_comes_back_with_another_store_is_mismatched_at_once() 
     fleet = Fleet()
     add(fleet, "pd")
     encoder = add(fleet, "a", Role.ENCODER)
-    fleet.fail(encoder, "refused")
+    fleet.fail(encoder, "refused", 0.0)
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
     assert encoder.state == InstanceState.MISMATCHED
 
@@ -244,7 +244,7 @@ def test_a_moved_store_excuses_no_other_difference() -> None:
 def test_the_agreement_outlives_a_moment_without_instances() -> None:
     fleet = Fleet()
     pd = add(fleet, "p")
-    fleet.fail(pd, "busy")
+    fleet.fail(pd, "busy", 0.0)
     assert fleet.fingerprint == HEALTH.fingerprint
 
 

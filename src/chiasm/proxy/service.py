@@ -45,6 +45,7 @@ class ProxyService:
         self.prober = Prober(
             self.fleet,
             self._upstream,
+            self.metrics,
             interval_seconds=config.probe_interval_seconds,
             timeout_seconds=config.probe_timeout_seconds,
         )
