@@ -64,7 +64,7 @@ class Code(enum.StrEnum):
     NO_DECODE = "no_decode"
     """No decode instance is healthy."""
     ENCODER_LOST = "encoder_lost"
-    """The encoders that were tried failed, and no other is left."""
+    """The encoders that were tried failed, and no other is left or came back in time."""
     KV_UNAVAILABLE = "kv_unavailable"
     """The KV of the prompt is lost; the prompt must be prefilled again."""
     PREEMPTED = "preempted"
