@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from chiasm.errors import Code, EmbeddingUnavailableError, OverloadedError
+from chiasm.errors import ChiasmError, Code, DeadlineExceededError, EmbeddingUnavailableError, OverloadedError
 from chiasm.http.timing import TimingEntry, duration_of, read_timing
 from chiasm.proxy.encode_queue import EncodeQueue, Entry
 from chiasm.proxy.fleet import Fleet, Instance
@@ -110,7 +110,8 @@ class Encoders:
         """Have images encoded; return the encoders' metadata (JSON) by identifier when all embeddings are published.
 
         Cancelling it abandons the images that only this request needs. Raises OverloadedError or EmbeddingUnavailableError if
-        no encoder is left, and RefusedError with the response of an encoder that refused an image.
+        no encoder is left or has room, DeadlineExceededError, and RefusedError with the response of an encoder that refused
+        an image.
         """
         started = time.monotonic()
         flights: dict[str, _Flight] = {}
@@ -131,13 +132,12 @@ class Encoders:
             self._feed()
             results = [flight.metadata for flight in flights.values()]
             seconds = max(0.0, job.exchange.seconds_left - _BEFORE_DEADLINE_SECONDS)
-            done, _ = await asyncio.wait(results, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+            done, waiting = await asyncio.wait(results, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
             for result in done:
                 if error := result.exception():
                     raise error
-            if any(flight.call is None and not flight.metadata.done() for flight in flights.values()):
-                raise _no_room() if self._fleet.healthy(Role.ENCODER) else none_healthy(Role.ENCODER)
-            await asyncio.wait(results, return_when=asyncio.FIRST_EXCEPTION)
+            if waiting:
+                raise self._too_late(flights.values())
             metadata = {name: flight.metadata.result() for name, flight in flights.items()}
         finally:
             for flight in flights.values():
@@ -149,6 +149,19 @@ class Encoders:
         job.timing.encode = max((seconds for seconds in known if seconds is not None), default=None)
         self._metrics.encode.observe(job.timing.encode_call)
         return metadata
+
+    def _too_late(self, flights: Iterable[_Flight]) -> ChiasmError:
+        """Return the error for a request whose deadline passes before these images are encoded."""
+        if all(flight.call or flight.metadata.done() for flight in flights):
+            return DeadlineExceededError(
+                "The deadline of the request passed before its images were encoded.", code=Code.DEADLINE_EXCEEDED
+            )
+        if not self._fleet.healthy(Role.ENCODER):
+            return none_healthy(Role.ENCODER)
+        return OverloadedError(
+            "The encoders had no room for the images until the request's deadline; try again later.",
+            code=Code.TOO_MANY_REQUESTS,
+        )
 
     def _feed(self) -> None:
         """Start the calls that are due now, and fail what no encoder is left for."""
@@ -327,13 +340,6 @@ def _none_left(flight: _Flight, waited_seconds: float = 0.0) -> Exception:
     which = f"none came back within {waited_seconds:g} s" if waited_seconds else "no other encoder is left"
     return EmbeddingUnavailableError(
         f"An image could not be encoded in {flight.attempts} attempts, and {which}; try again.", code=Code.ENCODER_LOST
-    )
-
-
-def _no_room() -> OverloadedError:
-    return OverloadedError(
-        "The encoders had no room for the images until the request's deadline; try again later.",
-        code=Code.TOO_MANY_REQUESTS,
     )
 
 

@@ -53,7 +53,7 @@ class Instance:
         self.says_starting = False
         """Whether it isn't healthy and says that it is starting."""
         self.lost_at: float | None = None
-        """When it was last healthy; None while it is."""
+        """Since when it can't be reached or says that it isn't healthy; None while it can be."""
         self.reported_at = 0
         self.moved_at = 0
         """See :class:`Member` for these two."""
