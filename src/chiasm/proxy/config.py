@@ -25,6 +25,7 @@ _POSITIVE = (
     "max_items",
     "probe_interval_seconds",
     "probe_timeout_seconds",
+    "busy_probe_timeout_seconds",
 )
 
 
@@ -85,6 +86,13 @@ class ProxyConfig:
     """A lower limit of an instance also applies."""
     probe_interval_seconds: Annotated[float, Option("Interval between the health probes of an instance.")] = 1.0
     probe_timeout_seconds: Annotated[float, Option("Timeout of a health probe.")] = 5.0
+    busy_probe_timeout_seconds: Annotated[
+        float,
+        Option(
+            "The same while the instance has work and sends nothing; after two such probes, its work goes elsewhere."
+        ),
+    ] = 1.0
+    """Not more than ``probe_timeout_seconds``."""
     shutdown_seconds: float = 2.0
     """Time for running requests to finish at shutdown; after it, they are ended with an error."""
     media: MediaConfig = field(default_factory=MediaConfig)

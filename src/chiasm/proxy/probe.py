@@ -33,8 +33,6 @@ _PROBES = 2
 """Unanswered in a row, they show that an instance is gone: on a busy machine, one may come late."""
 _QUIET_SECONDS = 0.5
 """An instance that has work and has sent nothing for so long is probed at once."""
-_URGENT_TIMEOUT_SECONDS = 1.0
-"""Of each probe, while the instance has work: so it is known to be gone within 3 s."""
 _TICK_SECONDS = 0.1
 
 
@@ -70,12 +68,14 @@ class Prober:
         *,
         interval_seconds: float,
         timeout_seconds: float,
+        busy_timeout_seconds: float,
     ) -> None:
         self._fleet = fleet
         self._upstream = upstream
         self._metrics = metrics
         self._interval_seconds = interval_seconds
         self._timeout_seconds = timeout_seconds
+        self._busy_timeout_seconds = busy_timeout_seconds
         self._watches: dict[Instance, asyncio.Task[None]] = {}
         self._checks: dict[Instance, asyncio.Task[None]] = {}
         self._urgent: set[Instance] = set()
@@ -115,7 +115,8 @@ class Prober:
         try:
             if running := self._checks.get(instance):
                 await asyncio.wait({running})  # its response may be older than the failure
-            await self.check(instance)
+            if not instance.is_silent:
+                await self.check(instance)
         finally:
             self._urgent.discard(instance)
         return instance.state is InstanceState.HEALTHY
@@ -148,7 +149,7 @@ class Prober:
             health, models = await self._answer(instance)
         except NoResponseInTimeError as error:
             now = time.monotonic()
-            is_silent = now - line.heard_at >= _URGENT_TIMEOUT_SECONDS
+            is_silent = now - line.heard_at >= self._busy_timeout_seconds
             self._fleet.fail(instance, error.message, now, is_silent=is_silent)
             if is_silent and (ended := line.break_off()):
                 self._metrics.calls_given_up.inc(ended)
@@ -201,7 +202,7 @@ class Prober:
 
     def _timeout(self, instance: Instance) -> float:
         is_urgent = instance in self._urgent or self._is_quiet(instance)
-        return min(self._timeout_seconds, _URGENT_TIMEOUT_SECONDS) if is_urgent else self._timeout_seconds
+        return self._busy_timeout_seconds if is_urgent else self._timeout_seconds
 
     async def _ask(self, url: str) -> tuple[Health, tuple[str, ...]]:
         """Return an instance's health and the names that it serves. Raises UpstreamError if it isn't healthy."""

@@ -48,6 +48,7 @@ class ProxyService:
             self.metrics,
             interval_seconds=config.probe_interval_seconds,
             timeout_seconds=config.probe_timeout_seconds,
+            busy_timeout_seconds=min(config.busy_probe_timeout_seconds, config.probe_timeout_seconds),
         )
         self.router = Router(config, self.fleet, self._upstream, self.prober, self.metrics, resolver=self._resolver)
         roles = (
