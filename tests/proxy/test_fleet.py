@@ -37,6 +37,54 @@ def test_an_instance_starts_becomes_healthy_fails_and_recovers() -> None:
     assert fleet.models == ["tiny"]
 
 
+def test_an_instance_is_expected_while_it_starts_and_for_a_while_after_it_was_lost() -> None:
+    fleet = Fleet()
+    instance = fleet.add("http://a", Role.PD)
+    assert fleet.expects(Role.PD, 1e6)
+    add(fleet, "a")
+    assert not fleet.expects(Role.PD, 1e6)  # it is there
+    fleet.fail(instance, "refused", 100.0)
+    fleet.fail(instance, "refused again", 150.0)
+    assert fleet.expects(Role.PD, 159.0)
+    assert not fleet.expects(Role.PD, 161.0)
+    fleet.fail(instance, "loads its model", 160.0, says_starting=True)
+    assert fleet.expects(Role.PD, 1e6)
+    fleet.remove(instance)
+    assert not fleet.expects(Role.PD, 159.0)
+
+
+def test_listeners_hear_of_each_change_once_whichever_report_is_the_cause() -> None:
+    fleet, told = Fleet(), list[tuple[str, str]]()
+    fleet.listeners.append(lambda instance: told.append((instance.url[-1], instance.state)))
+    old = add(fleet, "a")
+    add(fleet, "b", model="new")
+    assert told == [("a", "healthy"), ("b", "mismatched")]
+    fleet.fail(old, "gone", 0.0)
+    fleet.fail(old, "still gone", 1.0)
+    assert told[2:] == [("a", "unhealthy"), ("b", "healthy")]
+    add(fleet, "b", model="new")
+    assert len(told) == 4
+
+
+@pytest.mark.parametrize(
+    ("roles", "of_text", "of_images"),
+    [
+        ([Role.PD, Role.ENCODER], None, None),
+        ([Role.PD], None, Role.ENCODER),
+        ([Role.AGGREGATED], None, None),
+        ([Role.ENCODER], Role.PD, Role.PD),
+        ([Role.PREFILL, Role.DECODE], None, Role.ENCODER),
+        ([Role.PREFILL, Role.ENCODER], Role.DECODE, Role.DECODE),
+    ],
+)
+def test_what_a_fleet_lacks(roles: list[Role], of_text: Role | None, of_images: Role | None) -> None:
+    fleet = Fleet()
+    for role in roles:
+        add(fleet, role, role)
+    assert fleet.lacking(has_images=False) == of_text
+    assert fleet.lacking(has_images=True) == of_images
+
+
 def test_another_role_than_configured_is_mismatched() -> None:
     fleet = Fleet()
     instance = add(fleet, "a", Role.ENCODER, role="pd")

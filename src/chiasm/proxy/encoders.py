@@ -168,10 +168,12 @@ class Encoders:
         now = time.monotonic()
         for feed in self._queue.feed(now):
             self._start(feed.encoder, [self._flights[entry.item.identifier] for entry in feed.entries])
-        for entry in self._queue.stranded():
+        stranded = self._queue.stranded()
+        is_expected = bool(stranded) and self._comeback.expects(Role.ENCODER)
+        for entry in stranded:
             flight = self._flights[entry.item.identifier]
             flight.stranded_since = flight.stranded_since or now
-            if not self._comeback.expects(Role.ENCODER):
+            if not is_expected:
                 self._settle(flight, _none_left(flight))
             elif now - flight.stranded_since >= self._comeback_seconds:
                 self._settle(flight, _none_left(flight, self._comeback_seconds))
