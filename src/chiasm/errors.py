@@ -63,6 +63,9 @@ class Code(enum.StrEnum):
     """The body's ``Content-Type`` isn't JSON."""
     UNSUPPORTED_ENCODING = "unsupported_encoding"
     """The body's ``Content-Encoding`` isn't supported."""
+    # 502
+    INSTANCE_LOST = "instance_lost"
+    """An instance was lost before its answer was complete."""
     # 503
     TOO_MANY_REQUESTS = "too_many_requests"
     """A queue or a buffer is full."""
@@ -75,7 +78,7 @@ class Code(enum.StrEnum):
     NO_DECODE = "no_decode"
     """No decode instance is healthy."""
     ENCODER_LOST = "encoder_lost"
-    """The encoders that were tried failed, and no other is left."""
+    """The encoders that were tried failed, and no other is left or came back in time."""
     KV_UNAVAILABLE = "kv_unavailable"
     """The KV of the prompt is lost; the prompt must be prefilled again."""
     PREEMPTED = "preempted"

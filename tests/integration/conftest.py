@@ -214,10 +214,12 @@ def epd(checkpoint: Path) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def epd_pairs(checkpoint: Path) -> Iterator[Service]:
     """One encoder, two prefill and two decode instances, to be killed."""
-    yield from run(checkpoint, {Role.ENCODER: 1, Role.PREFILL: 2, Role.DECODE: 2}, deadline_seconds=60)
+    yield from run(
+        checkpoint, {Role.ENCODER: 1, Role.PREFILL: 2, Role.DECODE: 2}, deadline_seconds=60, wait_for_instance_seconds=0
+    )
 
 
 @pytest.fixture
 def fragile(checkpoint: Path) -> Iterator[Service]:
     """Two encoders and one PD, to be killed."""
-    yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 1}, deadline_seconds=30)
+    yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 1}, deadline_seconds=90, wait_for_instance_seconds=60)

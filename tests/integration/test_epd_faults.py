@@ -107,6 +107,23 @@ def test_a_decode_instance_killed_mid_stream_costs_a_pause(
     assert resumed(epd_pairs) == before + 1
 
 
+def test_a_decode_instance_stopped_mid_stream_costs_a_pause(epd_pairs: Service, aggregated: Service) -> None:
+    body = chat("tell me everything about", sample_image(8), max_tokens=LONG, stream=True)
+    pids: list[int] = []
+
+    def stop_the_busy() -> None:
+        (url,) = busy(epd_pairs, Role.DECODE)
+        pids.append(epd_pairs.pid(url))
+        os.kill(pids[0], signal.SIGSTOP)
+
+    try:
+        events = streamed(epd_pairs, body, at_event=20, act=stop_the_busy)
+        assert text_of(events) == text_of(streamed(aggregated, body))
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
 def test_the_same_of_an_answer_that_is_no_stream(epd_pairs: Service, aggregated: Service) -> None:
     body = chat("tell me everything about", sample_image(2), max_tokens=LONG)
     with ThreadPoolExecutor(1) as pool:

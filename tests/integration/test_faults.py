@@ -45,13 +45,31 @@ def test_an_encoder_killed_mid_request_costs_a_retry_on_another(fragile: Service
         assert answer.result(60) == aggregated.answer(body)
 
 
-def test_with_no_encoder_left_images_get_503_and_text_is_answered(fragile: Service) -> None:
+def test_an_encoder_that_is_stopped_mid_request_costs_a_retry_on_another(fragile: Service, aggregated: Service) -> None:
+    body = chat("see", sample_image(3), "?")
+    pids = {url: fragile.pid(url) for url in fragile.deployment.urls(Role.ENCODER)}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(fragile.answer, body)
+            fragile.wait_until(lambda: any(encoder["in_flight"] for encoder in encoders(fragile)))
+            (idle,) = [encoder["url"] for encoder in encoders(fragile) if not encoder["in_flight"]]
+            os.kill(pids[idle], signal.SIGCONT)
+            assert answer.result(60) == aggregated.answer(body)
+    finally:
+        for pid in pids.values():
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_with_no_encoder_left_images_wait_for_one_and_text_is_answered(fragile: Service, aggregated: Service) -> None:
     for url in fragile.deployment.urls(Role.ENCODER):
         fragile.kill(url)
-    response = fragile.post(chat("see", sample_image(2), "?"))
-    assert response.status_code == 503, response.text
-    assert "encoder" in response.json()["error"]["message"]
-    assert fragile.answer(chat("only words"))
+    body = chat("see", sample_image(2), "?")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(fragile.answer, body)
+        assert fragile.answer(chat("only words"))
+        assert answer.result(90) == aggregated.answer(body)
 
 
 def test_a_pd_killed_mid_stream_ends_the_stream_with_an_error(fragile: Service) -> None:

@@ -119,6 +119,7 @@ async def start() -> AsyncIterator[Start]:
                 "probe_interval_seconds": 0.05,
                 "deadline_seconds": 20.0,
                 "shutdown_timeout_seconds": 2.0,
+                "wait_for_instance_seconds": 0.0,
             }
             settings = ProxyConfig(**(defaults | urls | config))
             app = create_app(settings, resolver=resolver)

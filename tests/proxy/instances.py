@@ -72,10 +72,14 @@ class FakeInstance:
         self.health_body: bytes | None = None
         """What /health responds with in place of ``health``."""
         self.awake = asyncio.Event()
-        """While it is clear, /health doesn't respond."""
+        """While it is clear, the instance is frozen: it takes connections and requests, and responds to none."""
         self.awake.set()
         self.key: str | None = None
         """The API key that requests below /v1 need, as vLLM's --api-key; the health of an instance should say so."""
+        self.probes = 0
+        """How many it got."""
+        self.unanswered_probes = 0
+        """How many of the next probes get no response."""
         self.received: list[Received] = []
         self.models_asked = 0
         self.arrived = asyncio.Semaphore(0)
@@ -121,9 +125,13 @@ class FakeInstance:
         await runner.cleanup()
 
     async def _health(self, request: web.Request) -> web.Response:
+        self.probes += 1
         await self.awake.wait()
         if self.health_body is not None:
             return web.Response(body=self.health_body)
+        if self.unanswered_probes:
+            self.unanswered_probes -= 1
+            await asyncio.Event().wait()
         if self.health is None:
             return web.Response(status=self.health_status)
         return respond(self.health, status=self.health_status)
@@ -144,6 +152,7 @@ class FakeInstance:
         if self._is_refused(request):
             return web.json_response({"error": "Unauthorized"}, status=401)
         try:
+            await self.awake.wait()
             return await self.answer(self, request, received)
         except (asyncio.CancelledError, ConnectionError):
             self.gone.release()

@@ -11,7 +11,21 @@ import pytest
 from aiohttp import web
 
 from .conftest import Start, ask, image, image_bytes, leave, until_idle
-from .instances import FakeInstance, Received, chat, encode, event, never, refuse
+from .instances import (
+    Answering,
+    FakeInstance,
+    Received,
+    chat,
+    encode,
+    event,
+    half_a_response,
+    lose,
+    never,
+    once,
+    only_a_head,
+    received_by,
+    refuse,
+)
 
 
 def other(instances: list[FakeInstance], one: FakeInstance) -> FakeInstance:
@@ -250,8 +264,7 @@ async def test_losing_the_last_pd_is_an_error(start: Start) -> None:
     await pd.arrived.acquire()
     await pd.kill()
     answer = await request
-    assert answer.status == 502
-    assert answer.error["type"] == "upstream_error"
+    assert (answer.status, answer.error["code"]) == (503, "no_pd")
     answer = await front.post(ask("x"))
     assert answer.status == 503
     assert answer.error["code"] == "no_pd"
@@ -259,23 +272,32 @@ async def test_losing_the_last_pd_is_an_error(start: Start) -> None:
     assert (await front.get("/health")).status == 503
 
 
-async def test_a_pd_lost_during_its_answer_is_not_called_again(start: Start) -> None:
+@pytest.mark.parametrize("fault", [lose, half_a_response, only_a_head])
+async def test_a_pd_lost_before_the_client_has_anything_costs_a_retry(start: Start, fault: Answering) -> None:
     pds = [FakeInstance("pd"), FakeInstance("pd")]
+    once(fault, chat, *pds)
+    front = await start([*pds])
+    assert (await front.post(ask("x", stream=fault is only_a_head))).status == 200
+    assert [len(pd.received) for pd in pds] == [1, 1]
 
-    async def half(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "1000"})
-        await response.prepare(request)
-        await response.write(b"{")
-        assert request.transport is not None
-        request.transport.abort()
-        return response
 
+async def test_attempts_of_a_request_that_takes_instances_down_are_bounded(start: Start) -> None:
+    pds = [FakeInstance("pd"), FakeInstance("pd")]
     for pd in pds:
-        pd.answer = half
+        pd.answer = half_a_response
     front = await start([*pds])
     answer = await front.post(ask("x"))
-    assert answer.status == 502
-    assert sum(len(pd.received) for pd in pds) == 1
+    assert (answer.status, answer.error["type"], answer.error["code"]) == (502, "upstream_error", "instance_lost")
+    assert len(received_by(pds)) == 3
+
+
+@pytest.mark.parametrize("code", ["starting", "stopping", "failed"])
+async def test_a_pd_that_leaves_costs_a_retry(start: Start, code: str) -> None:
+    pds = [FakeInstance("pd"), FakeInstance("pd")]
+    once(refuse(503, "leaving", kind="overloaded_error", code=code), chat, *pds)
+    front = await start([*pds])
+    assert (await front.post(ask("x"))).status == 200
+    assert [len(pd.received) for pd in pds] == [1, 1]
 
 
 async def test_an_answer_that_is_too_long_is_an_error(start: Start) -> None:

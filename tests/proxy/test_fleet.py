@@ -25,16 +25,64 @@ def test_an_instance_starts_becomes_healthy_fails_and_recovers() -> None:
     fleet = Fleet()
     instance = fleet.add("http://a", Role.PD)
     assert (instance.state, instance.reason) == (InstanceState.STARTING, "not probed yet")
-    fleet.fail(instance, "refused")
+    fleet.fail(instance, "refused", 0.0)
     assert (instance.state, instance.reason) == (InstanceState.STARTING, "refused")
     fleet.succeed(instance, replace(HEALTH, role="pd"))
     assert (instance.state, instance.reason) == (InstanceState.HEALTHY, None)
-    fleet.fail(instance, "refused")
+    fleet.fail(instance, "refused", 0.0)
     assert (instance.state, instance.reason) == (InstanceState.UNHEALTHY, "refused")
     assert fleet.models == []
     fleet.succeed(instance, replace(HEALTH, role="pd"))
     assert instance.state == InstanceState.HEALTHY
     assert fleet.models == ["tiny"]
+
+
+def test_an_instance_is_expected_while_it_starts_and_for_a_while_after_it_was_lost() -> None:
+    fleet = Fleet()
+    instance = fleet.add("http://a", Role.PD)
+    assert fleet.expects(Role.PD, 1e6)
+    add(fleet, "a")
+    assert not fleet.expects(Role.PD, 1e6)  # it is there
+    fleet.fail(instance, "refused", 100.0)
+    fleet.fail(instance, "refused again", 150.0)
+    assert fleet.expects(Role.PD, 159.0)
+    assert not fleet.expects(Role.PD, 161.0)
+    fleet.fail(instance, "loads its model", 160.0, says_starting=True)
+    assert fleet.expects(Role.PD, 1e6)
+    fleet.remove(instance)
+    assert not fleet.expects(Role.PD, 159.0)
+
+
+def test_listeners_hear_of_each_change_once_whichever_report_is_the_cause() -> None:
+    fleet, told = Fleet(), list[tuple[str, str]]()
+    fleet.listeners.append(lambda instance: told.append((instance.url[-1], instance.state)))
+    old = add(fleet, "a")
+    add(fleet, "b", model="new")
+    assert told == [("a", "healthy"), ("b", "mismatched")]
+    fleet.fail(old, "gone", 0.0)
+    fleet.fail(old, "still gone", 1.0)
+    assert told[2:] == [("a", "unhealthy"), ("b", "healthy")]
+    add(fleet, "b", model="new")
+    assert len(told) == 4
+
+
+@pytest.mark.parametrize(
+    ("roles", "of_text", "of_images"),
+    [
+        ([Role.PD, Role.ENCODER], None, None),
+        ([Role.PD], None, Role.ENCODER),
+        ([Role.AGGREGATED], None, None),
+        ([Role.ENCODER], Role.PD, Role.PD),
+        ([Role.PREFILL, Role.DECODE], None, Role.ENCODER),
+        ([Role.PREFILL, Role.ENCODER], Role.DECODE, Role.DECODE),
+    ],
+)
+def test_what_a_fleet_lacks(roles: list[Role], of_text: Role | None, of_images: Role | None) -> None:
+    fleet = Fleet()
+    for role in roles:
+        add(fleet, role, role)
+    assert fleet.lacking(has_images=False) == of_text
+    assert fleet.lacking(has_images=True) == of_images
 
 
 def test_another_role_than_configured_is_mismatched() -> None:
@@ -104,9 +152,9 @@ def test_text_needs_both_prefill_and_decode() -> None:
     p = add(fleet, "p", Role.PREFILL)
     assert fleet.missing is None
     assert fleet.models == ["tiny"]
-    fleet.fail(d, "gone")
+    fleet.fail(d, "gone", 0.0)
     assert fleet.missing == Role.DECODE
-    fleet.fail(p, "gone")
+    fleet.fail(p, "gone", 0.0)
     assert fleet.missing == Role.PREFILL
 
 
@@ -155,7 +203,7 @@ def test_pds_decide_and_encoders_follow() -> None:
     encoder = fleet.add("http://e", Role.ENCODER)
     pd = fleet.add("http://p", Role.PD)
     fleet.succeed(encoder, replace(HEALTH, role="encoder", fingerprint="e" * 64))
-    fleet.fail(encoder, "gone")
+    fleet.fail(encoder, "gone", 0.0)
     fleet.succeed(pd, replace(HEALTH, role="pd"))
     fleet.succeed(encoder, replace(HEALTH, role="encoder", fingerprint="e" * 64))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
@@ -178,7 +226,7 @@ def test_a_wrong_pd_does_not_take_over_while_the_right_one_is_away() -> None:
     fleet = Fleet()
     encoder, right = add(fleet, "e", Role.ENCODER), add(fleet, "r")
     wrong = add(fleet, "w", fingerprint="e" * 64)
-    fleet.fail(right, "busy")
+    fleet.fail(right, "busy", 0.0)
     assert (encoder.state, wrong.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
     fleet.succeed(right, replace(HEALTH, role="pd"))
     assert right.state == InstanceState.HEALTHY
@@ -190,7 +238,7 @@ def test_a_fleet_moves_to_another_model_when_no_instance_serves_the_old_one() ->
     new = replace(HEALTH, fingerprint="e" * 64)
     fleet.succeed(encoder, replace(new, role="encoder"))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.MISMATCHED)
-    fleet.fail(pd, "restarts")
+    fleet.fail(pd, "restarts", 0.0)
     assert encoder.state == InstanceState.HEALTHY
     fleet.succeed(pd, replace(new, role="pd"))
     assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.HEALTHY)
@@ -228,7 +276,7 @@ def test_an_instance_that_comes_back_with_another_store_is_mismatched_at_once() 
     fleet = Fleet()
     add(fleet, "pd")
     encoder = add(fleet, "a", Role.ENCODER)
-    fleet.fail(encoder, "refused")
+    fleet.fail(encoder, "refused", 0.0)
     add(fleet, "a", Role.ENCODER, ec_store="elsewhere")
     assert encoder.state == InstanceState.MISMATCHED
 
@@ -244,7 +292,7 @@ def test_a_moved_store_excuses_no_other_difference() -> None:
 def test_the_agreement_outlives_a_moment_without_instances() -> None:
     fleet = Fleet()
     pd = add(fleet, "p")
-    fleet.fail(pd, "busy")
+    fleet.fail(pd, "busy", 0.0)
     assert fleet.fingerprint == HEALTH.fingerprint
 
 

@@ -16,6 +16,7 @@ from .instances import (
     Pair,
     full,
     half_a_response,
+    in_order,
     lose,
     never,
     once,
@@ -69,10 +70,8 @@ async def test_prefills_of_a_request_are_bounded(start: Start, pair: Pair, fault
     ("pair", "refusal", "status"),
     [
         (CHIASM, refuse(400, "no"), 400),
-        (CHIASM, full, 503),
         (CHIASM, refuse(500, "no"), 500),
         (VLLM_PAIR, refuse(400, "no"), 400),
-        (VLLM_PAIR, full, 503),
     ],
 )
 async def test_a_refusal_of_prefill_reaches_a_client_that_has_nothing_yet(
@@ -83,9 +82,19 @@ async def test_a_refusal_of_prefill_reaches_a_client_that_has_nothing_yet(
         p.answer = refusal
     front = await start([*ps, d])
     answer = await front.post(ask("x", stream=stream))
-    assert (answer.status, answer.error["message"]) == (status, "no room" if status == 503 else "no")
+    assert (answer.status, answer.error["message"]) == (status, "no")
     assert len(received_by(ps)) == 1
     assert not d.received
+
+
+@both
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_waits_for_a_full_prefill_instance(start: Start, pair: Pair, stream: bool) -> None:
+    p, d = pair.prefill(), pair.decode()
+    in_order([full, full], pair.answer_prefill, p)
+    front = await start([p, d])
+    assert (await front.post(ask("x", stream=stream))).status == 200
+    assert len(p.received) == 3
 
 
 @both

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
+from msgspec import to_builtins
 
 from chiasm.wire import Health
 
@@ -86,14 +88,10 @@ async def test_an_instance_that_stops_answering_probes_is_unhealthy(start: Start
 async def test_one_late_probe_changes_nothing(start: Start) -> None:
     pd = FakeInstance("pd")
     front = await start([pd], probe_timeout_seconds=0.2, probe_interval_seconds=60)
-    instance = front.service.fleet.instances[0]
-    pd.awake.clear()
-    await front.service.prober.check(instance)
-    assert instance.missed_probes == 1
+    pd.unanswered_probes = 1
+    await front.service.prober.check(front.service.fleet.instances[0])
+    assert (await front.states()) == {pd.url: "healthy"}
     assert (await front.post(ask("x"))).status == 200
-    pd.awake.set()
-    await front.service.prober.check(instance)
-    assert instance.missed_probes == 0
 
 
 async def test_a_restart_at_the_same_url_is_noticed(start: Start) -> None:
@@ -126,6 +124,36 @@ async def test_an_instance_that_does_not_fit_is_never_used(start: Start, change:
     assert not bad.received
     bad.health = good.health
     await front.until(bad, "healthy")
+
+
+async def test_changes_of_state_are_logged_with_their_reason(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "chiasm.proxy.probe")
+    pd, bad = FakeInstance("pd"), FakeInstance("encoder", dtype="float16", fingerprint="e" * 64)
+    pd.health = Health(**{**to_builtins(pd.health), "dtype": "bfloat16"})
+    front = await start([pd, bad])
+    await front.until(bad, "mismatched")
+    before = bad.probes
+    while bad.probes < before + 3:
+        await front.get("/health")
+    await pd.kill()
+    await front.until(pd, "unhealthy")
+    lines = [(one.levelname, one.getMessage()) for one in caplog.records]
+    differs = f"encoder {bad.url} is mismatched: its dtype is float16, but the fleet's is bfloat16"
+    assert lines.count(("WARNING", differs)) == 1
+    assert ("INFO", f"pd {pd.url} is healthy") in lines
+    assert any(level == "WARNING" and text.startswith(f"pd {pd.url} is unhealthy: ") for level, text in lines)
+
+
+async def test_what_one_report_changes_elsewhere_is_logged_too(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """When the last instance with the old model is gone, those with the new one fit."""
+    caplog.set_level(logging.INFO, "chiasm.proxy.probe")
+    old, new = FakeInstance("pd"), FakeInstance("pd", model="new")
+    front = await start([old, new])
+    await front.until(new, "mismatched")
+    await old.kill()
+    await front.until(new, "healthy")
+    assert f"pd {new.url} is mismatched: it serves new, but the fleet serves {MODEL}" in caplog.text
+    assert f"pd {new.url} is healthy" in caplog.text
 
 
 async def test_a_decode_instance_with_another_connector_is_never_used(start: Start) -> None:

@@ -84,7 +84,8 @@ async def test_waiting_for_a_full_encoder_ends_at_the_deadline(start: Start) -> 
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     encoder.answer, pd.answer = full_encoder, never
     front = await start([encoder, pd], deadline_seconds=0.5)
-    assert (await front.post(ask(image(image_bytes())))).status == 504
+    answer = await front.post(ask(image(image_bytes())))
+    assert (answer.status, answer.error["code"]) == (503, "too_many_requests")
     await until_idle(front)
 
 

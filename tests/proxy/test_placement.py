@@ -149,7 +149,7 @@ def test_without_an_encoder_images_go_to_instances_that_encode(fleet: Fleet, pla
     encoder = add(fleet, "e", Role.ENCODER, known=costs())
     add(fleet, "pd", known=costs(speed=10))
     aggregated = add(fleet, "a", Role.AGGREGATED, known=costs(speed=0.1))
-    fleet.fail(encoder, "gone")
+    fleet.fail(encoder, "gone", 0.0)
     assert place(placement, images("a")).instance is aggregated
     assert place(placement, text(10)).instance is not aggregated
 

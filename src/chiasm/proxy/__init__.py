@@ -3,8 +3,9 @@
 A request passes the files in this order: ``app`` (routes), ``service`` (from the first byte to the last), ``request``
 (parse), ``job`` (what it carries from here on), ``routing`` (what happens to it), ``media`` (fetch, inspect, name),
 ``encoders`` (images to encoders), ``balancing`` (which instance gets the text), ``handover`` and ``handover_engines`` (from
-prefill to decode), ``relay`` (a stream back). All calls of instances go through ``upstream``. Beside it run ``probe``, which
-asks instances how they are, and ``fleet``, which holds what they said; ``agreement`` decides which of them fit together.
+prefill to decode), ``relay`` (a stream back). All calls of instances go through ``upstream``; ``waiting`` holds requests
+whose instances are away or full. Beside it run ``probe``, which asks instances how they are, and ``fleet``, which holds what
+they said; ``agreement`` decides which of them fit together.
 
 ``placement`` decides which instance gets a request or an image, from ``costs`` (what work costs each), ``prompts`` (what a
 language instance has to do) and ``encode_queue`` (the images that wait); ``placement_record`` compares with the outcome.

@@ -1,9 +1,11 @@
-"""Which language instance gets a call, and another one when the connection is lost before an answer."""
+"""Which language instance gets a call, and another one when that one is lost or full."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -15,51 +17,62 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.placement import Placement
 from chiasm.proxy.placement_record import PlacementRecord
 from chiasm.proxy.probe import Prober
-from chiasm.proxy.upstream import Call, InstanceLostError, Upstream
+from chiasm.proxy.upstream import Call, InstanceLostError, RefusedError, Upstream
+from chiasm.proxy.waiting import Comeback, Line, none_healthy
 from chiasm.wire import Role
 
-_ATTEMPTS = 2
 _SHOWN_CHARACTERS = 200
-_UNAVAILABLE = {
-    Role.PREFILL: ("No prefill instance is healthy; try again.", Code.NO_PREFILL),
-    Role.DECODE: ("No decode instance is healthy; try again.", Code.NO_DECODE),
-}
+_BEFORE_DEADLINE_SECONDS = 0.1
+"""A request that waits for room gives up so long before its deadline, to say what it has waited for."""
 
 
 class Assignment:
     """The instance that a request is assigned to, which counts it as its work until the end of the ``with`` block."""
 
-    def __init__(self, fleet: Fleet, placement: Placement, metrics: Metrics, job: Job, roles: tuple[Role, ...]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        placement: Placement,
+        metrics: Metrics,
+        job: Job,
+        roles: tuple[Role, ...],
+        on_end: Callable[[], None],
+    ) -> None:
         self._fleet = fleet
         self._placement = placement
         self._metrics = metrics
         self._job = job
-        self._roles = roles
+        self._on_end = on_end
         self._work = ExitStack()
         self._record: PlacementRecord | None = None
+        self.roles = roles
+        """Of the instances that it may get."""
         self.instance: Instance
 
-    def take(self, *, avoid: Collection[Instance] = ()) -> None:
-        """Assign the best instance; one of ``avoid`` only if no other is healthy. Raises OverloadedError."""
-        if not self.take_other(avoid) and not self.take_other():
-            raise none_healthy(self._roles[0])
+    def take(self, *, avoid: Collection[Instance] = ()) -> bool:
+        """Assign the best instance, one of ``avoid`` only if no other is healthy; return False if none is."""
+        return self.take_other(avoid) or (bool(avoid) and self.take_other())
+
+    def release(self) -> None:
+        """Count it as nobody's work until an instance is taken again."""
+        self._work.close()
+        self._record = None
 
     def take_other(self, excluded: Collection[Instance] = ()) -> bool:
         """Assign the best instance that isn't ``excluded``; if there is none, assign none and return False.
 
         Of decode instances, the one with the least load is best; of others, the one where the first token is earliest.
         """
-        self._work.close()
-        self._record = None
+        self.release()
         model = self._job.request.model
-        if self._roles == (Role.DECODE,):
-            instance = self._fleet.choose(*self._roles, model=model, exclude=excluded)
+        if self.roles == (Role.DECODE,):
+            instance = self._fleet.choose(*self.roles, model=model, exclude=excluded)
             if instance is None:
                 return False
             cost = 1.0
         else:
             now = time.monotonic()
-            placed = self._placement.place(self._job.work, self._roles, now, model=model, exclude=excluded)
+            placed = self._placement.place(self._job.work, self.roles, now, model=model, exclude=excluded)
             if placed is None:
                 return False
             instance, cost = placed.instance, placed.prompt.seconds
@@ -82,89 +95,141 @@ class Assignment:
         if self._record is not None:
             self._record.embedded()
 
-    def move(self) -> None:
-        """Assign another instance of the same role; the same one only if it is the last. Raises OverloadedError."""
-        self._roles = (self.instance.role,)
-        self.take(avoid={self.instance})
-
     def __enter__(self) -> Assignment:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._work.close()
+        self.release()
+        self._on_end()
 
 
 class Balancer:
     """Assigns requests to language instances, and calls them."""
 
     def __init__(
-        self, fleet: Fleet, placement: Placement, upstream: Upstream, prober: Prober, metrics: Metrics
+        self,
+        fleet: Fleet,
+        placement: Placement,
+        upstream: Upstream,
+        prober: Prober,
+        metrics: Metrics,
+        comeback: Comeback,
+        *,
+        max_refusal_bytes: int,
     ) -> None:
         self._fleet = fleet
         self._placement = placement
         self._upstream = upstream
         self._prober = prober
         self._metrics = metrics
+        self._comeback = comeback
+        self._max_refusal_bytes = max_refusal_bytes
+        self._lines: defaultdict[Role, Line] = defaultdict(Line)
+        """By the first of the roles that requests in it may go to."""
+        metrics.waiting.labels("room").set_function(lambda: sum(map(len, self._lines.values())))
 
-    def check_healthy(self) -> None:
-        """Raise OverloadedError if text can't be answered now."""
-        if missing := self._fleet.missing:
-            raise none_healthy(missing)
+    async def until_healthy(self, *, has_images: bool) -> None:
+        """Wait until such a request can be answered. Raises OverloadedError if that is unlikely or takes too long."""
+        await self._comeback.wait(lambda: self._fleet.lacking(has_images=has_images))
 
     def check_model(self, model: str | None) -> None:
-        """Raise OverloadedError if text can't be answered now, ModelNotFoundError if this model isn't served."""
-        self.check_healthy()
+        """Raise ModelNotFoundError if this model isn't served."""
         if model is not None and model not in self._fleet.models:
             raise model_not_found(model, self._fleet)
 
-    def assign(
+    async def assign(
         self, job: Job, roles: tuple[Role, ...] = WHOLE_ROLES, *, avoid: Collection[Instance] = ()
     ) -> Assignment:
-        """Assign the request to the best instance of these roles. Raises OverloadedError if none is healthy."""
-        assignment = Assignment(self._fleet, self._placement, self._metrics, job, roles)
-        assignment.take(avoid=avoid)
+        """Assign the request to the best instance of these roles. Raises OverloadedError if none becomes healthy."""
+        assignment = Assignment(
+            self._fleet, self._placement, self._metrics, job, roles, on_end=self._lines[roles[0]].advance
+        )
+        await self._take(assignment, avoid)
         return assignment
 
-    async def post(self, instance: Instance, job: Job, body: bytes) -> Call:
-        """Call an instance and wait for the head of its response. Raises InstanceLostError after it was probed."""
-        try:
-            return await self._upstream.post(instance.url + job.path, body, job.headers())
-        except InstanceLostError as error:
-            await self.lost(instance, error)
-            raise
+    async def move(self, assignment: Assignment, job: Job) -> None:
+        """Assign another instance; the same one only if no other is healthy. Raises OverloadedError if none becomes so."""
+        assignment.release()
+        if job.work.items:  # the body is made for this role
+            assignment.roles = (assignment.instance.role,)
+        await self._take(assignment, {assignment.instance})
+
+    async def _take(self, assignment: Assignment, avoid: Collection[Instance] = ()) -> None:
+        roles = assignment.roles
+        if assignment.take(avoid=avoid):
+            return
+        await self._comeback.wait(lambda: None if self._fleet.healthy(*roles) else roles[0])
+        if not assignment.take():
+            raise none_healthy(roles[0])
 
     async def lost(self, instance: Instance, error: ChiasmError) -> None:
         """Probe an instance whose response has failed."""
         await self._prober.lost(instance, error)
 
-    async def open(self, assignment: Assignment, job: Job) -> Call:
-        """Call the assigned instance and wait for the head of its response.
+    async def open(
+        self,
+        assignment: Assignment,
+        job: Job,
+        make_body: Callable[[bytes], bytes] = lambda body: body,
+        *,
+        waits_for_room: bool = True,
+    ) -> Call:
+        """Call the assigned instance and wait for the head of its response, whose status is 200.
 
-        If the connection is lost before that, another instance of the same role is called, or the same one if it is the last
-        and healthy. Raises InstanceLostError if that fails too.
+        If it is full, another one is called, and if all are, they are called again when there may be room. Raises RefusedError
+        for other refusals, InstanceLostError after it was probed, ResponseCutOffError in the middle of a refusal, and
+        OverloadedError if there is no room until the deadline.
         """
-        lost: InstanceLostError | None = None
-        for _ in range(_ATTEMPTS):
-            if lost is not None:
-                try:
-                    assignment.move()
-                except OverloadedError:
-                    break
-                self._metrics.language_retries.inc()
+        line = self._lines[assignment.roles[0]]
+        full: set[Instance] = set()
+        has_had_turn = False
+        if waits_for_room and len(line):
+            await self._wait_for_room(line, assignment, job)
+            has_had_turn = True
+        while True:
             try:
-                return await self.post(assignment.instance, job, await job.body_for(assignment.instance))
-            except InstanceLostError as error:
-                lost = error
-        assert lost is not None
-        raise lost
+                return await self._call(assignment.instance, job, make_body)
+            except RefusedError as error:
+                if not (waits_for_room and error.is_full):
+                    raise
+            if assignment.instance.role is Role.DECODE:
+                self._metrics.decode_refusals.inc()
+            else:
+                self._metrics.language_refusals.inc()
+            full.add(assignment.instance)
+            if not assignment.take_other(full):
+                await self._wait_for_room(line, assignment, job, first=has_had_turn)
+                has_had_turn = True
+                full.clear()
 
+    async def _call(self, instance: Instance, job: Job, make_body: Callable[[bytes], bytes]) -> Call:
+        body = make_body(await job.body_for(instance))
+        try:
+            call = await self._upstream.post(instance.url, job.path, body, job.headers())
+        except InstanceLostError as error:
+            await self.lost(instance, error)
+            raise
+        try:
+            await call.check(self._max_refusal_bytes)
+        except BaseException:
+            call.close()
+            raise
+        return call
 
-def none_healthy(role: Role) -> OverloadedError:
-    """Return the error for a request that needs an instance of this role, or one that does the same."""
-    message, code = _UNAVAILABLE.get(role, ("No PD or aggregated instance is healthy; try again.", Code.NO_PD))
-    return OverloadedError(message, code=code)
+    async def _wait_for_room(self, line: Line, assignment: Assignment, job: Job, *, first: bool = False) -> None:
+        """Wait for a turn and assign the best instance."""
+        assignment.release()
+        try:
+            async with asyncio.timeout(job.exchange.seconds_left - _BEFORE_DEADLINE_SECONDS):
+                await line.wait(first=first or job.exchange.has_begun)
+        except TimeoutError:
+            raise OverloadedError(
+                f"All {assignment.roles[0]} instances were full until the request's deadline; try again later.",
+                code=Code.TOO_MANY_REQUESTS,
+            ) from None
+        await self._take(assignment)
 
 
 def model_not_found(model: str, fleet: Fleet) -> ModelNotFoundError:

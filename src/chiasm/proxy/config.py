@@ -23,9 +23,11 @@ _POSITIVE = (
     "max_buffered_bytes",
     "max_answer_bytes",
     "max_concurrent_requests",
+    "max_waiting_requests",
     "max_items",
     "probe_interval_seconds",
     "probe_timeout_seconds",
+    "busy_probe_timeout_seconds",
 )
 
 
@@ -72,10 +74,27 @@ class ProxyConfig:
     max_answer_bytes: int = 64 << 20
     """The longest answer of an instance that isn't a stream."""
     max_concurrent_requests: Annotated[int, Option("Maximum concurrent requests; one more gets 503.", min=1)] = 512
+    wait_for_instance_seconds: Annotated[
+        float,
+        Option(
+            "How long a request waits for an instance that was just lost or is starting, if no other can answer; 0: not."
+        ),
+    ] = 15.0
+    max_waiting_requests: Annotated[
+        int, Option("Maximum requests that wait for such an instance; one more gets 503.", min=1)
+    ] = 256
+    """They count in ``max_concurrent_requests`` too."""
     max_items: Annotated[int, Option("Maximum images in one request.", min=1)] = 32
     """A lower limit of an instance also applies."""
     probe_interval_seconds: Annotated[float, Option("Interval between the health probes of an instance.")] = 1.0
     probe_timeout_seconds: Annotated[float, Option("Timeout of a health probe.")] = 5.0
+    busy_probe_timeout_seconds: Annotated[
+        float,
+        Option(
+            "The same while the instance has work and sends nothing; after two such probes, its work goes elsewhere."
+        ),
+    ] = 1.0
+    """Not more than ``probe_timeout_seconds``."""
     shutdown_timeout_seconds: ShutdownTimeout = SHUTDOWN_TIMEOUT_SECONDS
     media: MediaConfig = field(default_factory=MediaConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
@@ -84,8 +103,9 @@ class ProxyConfig:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigurationError(f"{name} must be positive.")
-        if self.shutdown_timeout_seconds < 0:
-            raise ConfigurationError("shutdown_timeout_seconds must not be negative.")
+        for name in ("wait_for_instance_seconds", "shutdown_timeout_seconds"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name} must not be negative.")
         urls = [check_url(url) for url in (*self.encoders, *self.pds, *self.aggregated, *self.prefills, *self.decodes)]
         if len(set(urls)) != len(urls):
             raise ConfigurationError("An instance's URL is given twice; each instance has one role.")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from chiasm.errors import Code, EmbeddingUnavailableError, OverloadedError
+from chiasm.errors import ChiasmError, Code, DeadlineExceededError, EmbeddingUnavailableError, OverloadedError
 from chiasm.http.timing import TimingEntry, duration_of, read_timing
 from chiasm.proxy.encode_queue import EncodeQueue, Entry
 from chiasm.proxy.fleet import Fleet, Instance
@@ -24,9 +24,12 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.upstream import RefusedError, Upstream, UpstreamError, UpstreamResponse
-from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem
+from chiasm.proxy.waiting import Comeback, none_healthy
+from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem, InstanceState, Role
 
 _MAX_RESPONSE_BYTES = 8 << 20
+_BEFORE_DEADLINE_SECONDS = 0.1
+"""A request whose images wait for room gives up so long before its deadline, to say what it has waited for."""
 _TRY_ELSEWHERE = frozenset({408, 425, 429})
 """Statuses below 500 for which the encoder is to blame, not the image."""
 
@@ -55,6 +58,8 @@ class _Flight:
         """On the clock of ``time.monotonic``."""
         self.call: _Call | None = None
         self.attempts = 0
+        self.stranded_since: float | None = None
+        """Since when no healthy encoder may get it."""
 
 
 class _Call:
@@ -74,9 +79,11 @@ class Encoders:
         prober: Prober,
         metrics: Metrics,
         queue: EncodeQueue,
+        comeback: Comeback,
         *,
         timeout_seconds: float,
         max_attempts: int,
+        comeback_seconds: float,
     ) -> None:
         self._fleet = fleet
         self._upstream = upstream
@@ -85,6 +92,9 @@ class Encoders:
         self._queue = queue
         self._timeout_seconds = timeout_seconds
         self._max_attempts = max_attempts
+        self._comeback = comeback
+        self._comeback_seconds = comeback_seconds
+        fleet.listeners.append(self._note_change)
         self._flights: dict[str, _Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._waking: asyncio.TimerHandle | None = None
@@ -100,7 +110,8 @@ class Encoders:
         """Have images encoded; return the encoders' metadata (JSON) by identifier when all embeddings are published.
 
         Cancelling it abandons the images that only this request needs. Raises OverloadedError or EmbeddingUnavailableError if
-        no encoder is left, and RefusedError with the response of an encoder that refused an image.
+        no encoder is left or has room, DeadlineExceededError, and RefusedError with the response of an encoder that refused
+        an image.
         """
         started = time.monotonic()
         flights: dict[str, _Flight] = {}
@@ -120,10 +131,13 @@ class Encoders:
         try:
             self._feed()
             results = [flight.metadata for flight in flights.values()]
-            done, _ = await asyncio.wait(results, return_when=asyncio.FIRST_EXCEPTION)
+            seconds = max(0.0, job.exchange.seconds_left - _BEFORE_DEADLINE_SECONDS)
+            done, waiting = await asyncio.wait(results, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
             for result in done:
                 if error := result.exception():
                     raise error
+            if waiting:
+                raise self._too_late(flights.values())
             metadata = {name: flight.metadata.result() for name, flight in flights.items()}
         finally:
             for flight in flights.values():
@@ -136,13 +150,33 @@ class Encoders:
         self._metrics.encode.observe(job.timing.encode_call)
         return metadata
 
+    def _too_late(self, flights: Iterable[_Flight]) -> ChiasmError:
+        """Return the error for a request whose deadline passes before these images are encoded."""
+        if all(flight.call or flight.metadata.done() for flight in flights):
+            return DeadlineExceededError(
+                "The deadline of the request passed before its images were encoded.", code=Code.DEADLINE_EXCEEDED
+            )
+        if not self._fleet.healthy(Role.ENCODER):
+            return none_healthy(Role.ENCODER)
+        return OverloadedError(
+            "The encoders had no room for the images until the request's deadline; try again later.",
+            code=Code.TOO_MANY_REQUESTS,
+        )
+
     def _feed(self) -> None:
         """Start the calls that are due now, and fail what no encoder is left for."""
         now = time.monotonic()
         for feed in self._queue.feed(now):
             self._start(feed.encoder, [self._flights[entry.item.identifier] for entry in feed.entries])
-        for entry in self._queue.stranded():
-            self._settle(flight := self._flights[entry.item.identifier], _none_left(flight))
+        stranded = self._queue.stranded()
+        is_expected = bool(stranded) and self._comeback.expects(Role.ENCODER)
+        for entry in stranded:
+            flight = self._flights[entry.item.identifier]
+            flight.stranded_since = flight.stranded_since or now
+            if not is_expected:
+                self._settle(flight, _none_left(flight))
+            elif now - flight.stranded_since >= self._comeback_seconds:
+                self._settle(flight, _none_left(flight, self._comeback_seconds))
         self._metrics.items_waiting.set(len(self._queue))
         if self._waking is not None:
             self._waking.cancel()
@@ -155,6 +189,7 @@ class Encoders:
         for flight in flights:
             flight.call = call
             flight.attempts += 1
+            flight.stranded_since = None
         call.task = asyncio.create_task(self._run(call))
         self._tasks.add(call.task)
         call.task.add_done_callback(self._tasks.discard)
@@ -191,8 +226,8 @@ class Encoders:
         # The waiting request with the latest deadline lends the call its headers.
         waiters = (job for flight in call.flights for job in flight.waiters)
         job = max(waiters, key=lambda waiter: waiter.exchange.deadline)
-        url = call.instance.url + CHAT_PATH
-        with await self._upstream.post(url, _request_body(call, job), job.headers_for_encoder()) as response:
+        body = _request_body(call, job)
+        with await self._upstream.post(call.instance.url, CHAT_PATH, body, job.headers_for_encoder()) as response:
             return await response.read(_MAX_RESPONSE_BYTES)
 
     def _accept(self, call: _Call, response: UpstreamResponse) -> None:
@@ -216,7 +251,7 @@ class Encoders:
 
     def _refuse(self, call: _Call, response: UpstreamResponse) -> None:
         error = RefusedError(response)
-        if _is_full(error):
+        if error.is_full:
             self._queue.note_full(call.instance, time.monotonic())
             self._metrics.encode_refusals.inc()
             for flight in call.flights:
@@ -238,6 +273,16 @@ class Encoders:
                 self._settle(flight, error)
             else:
                 self._requeue(flight, alone=True)
+
+    def _note_change(self, instance: Instance) -> None:
+        """Give images that have failed at an encoder that comes back another chance there, and see what can start now."""
+        if instance.role is not Role.ENCODER:
+            return
+        if instance.state is InstanceState.HEALTHY:
+            for flight in self._flights.values():
+                flight.entry.failed_at.discard(instance)
+        if self._flights:
+            asyncio.get_running_loop().call_soon(self._feed)
 
     def _exclude(self, flights: Sequence[_Flight], instance: Instance) -> None:
         for flight in flights:
@@ -291,18 +336,13 @@ class Encoders:
             call.task.cancel()
 
 
-def _none_left(flight: _Flight) -> Exception:
+def _none_left(flight: _Flight, waited_seconds: float = 0.0) -> Exception:
     if not flight.attempts:
-        return no_encoder()
+        return none_healthy(Role.ENCODER, waited_seconds)
+    which = f"none came back within {waited_seconds:g} s" if waited_seconds else "no other encoder is left"
     return EmbeddingUnavailableError(
-        f"An image could not be encoded in {flight.attempts} attempts, and no other encoder is left; try again.",
-        code=Code.ENCODER_LOST,
+        f"An image could not be encoded in {flight.attempts} attempts, and {which}; try again.", code=Code.ENCODER_LOST
     )
-
-
-def _is_full(error: RefusedError) -> bool:
-    """Whether an encoder has no room now, so that its images may be sent there again later."""
-    return error.status in {429, 503} and error.code == Code.TOO_MANY_REQUESTS
 
 
 def _computed_seconds(timing: Sequence[TimingEntry]) -> float | None:
@@ -311,11 +351,6 @@ def _computed_seconds(timing: Sequence[TimingEntry]) -> float | None:
         return None
     seconds = [one.seconds for one in timing if one.name in {"preprocess", "encode"} and one.seconds is not None]
     return sum(seconds) if seconds else None
-
-
-def no_encoder() -> OverloadedError:
-    """Return the error for a request whose images nobody can encode."""
-    return OverloadedError("No encoder is healthy; try again.", code=Code.NO_ENCODER)
 
 
 def _request_body(call: _Call, job: Job) -> bytes:

@@ -1,6 +1,7 @@
 """The instances behind the proxy: what each last said, which can be used, and which gets the next call.
 
-State only: no clock and no I/O. ``probe`` feeds it with what instances report about themselves.
+State only: no clock and no I/O. ``probe`` feeds it with what instances report about themselves. Whoever wants to know of
+changes adds a listener. Instants are seconds on the caller's clock.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ _USUAL_SEQUENCES = 256
 """Sequences that a decode instance is assumed to compute at the same time if it doesn't report a limit."""
 _FULL = 10.0
 """Added to the load of a full decode instance: more than the load of any that has room."""
+_EXPECTED_SECONDS = 60.0
+"""For so long after it was lost, an instance is expected to come back."""
+_ALTERNATIVES = {Role.PD: WHOLE_ROLES, Role.AGGREGATED: WHOLE_ROLES, Role.ENCODER: (Role.ENCODER, Role.AGGREGATED)}
+"""Roles that do what a role does."""
 
 
 class Instance:
@@ -43,11 +48,17 @@ class Instance:
         """Estimated seconds of the calls under way; of a decode instance, their number."""
         self.in_flight = 0
         self.last_taken = 0
-        self.missed_probes = 0
-        """Probes in a row that weren't answered in time."""
+        self.is_silent = False
+        """Whether it is unhealthy because it hasn't responded at all: it may be frozen."""
+        self.says_starting = False
+        """Whether it isn't healthy and says that it is starting."""
+        self.lost_at: float | None = None
+        """Since when it can't be reached or says that it isn't healthy; None while it can be."""
         self.reported_at = 0
         self.moved_at = 0
         """See :class:`Member` for these two."""
+        self.told: tuple[InstanceState, str | None] = (self.state, None)
+        """State and mismatch as listeners know them."""
 
     @property
     def state(self) -> InstanceState:
@@ -110,6 +121,9 @@ class Instance:
         )
 
 
+Listener = Callable[[Instance], None]
+
+
 class Fleet:
     """All instances, and what they agree on."""
 
@@ -120,6 +134,8 @@ class Fleet:
         self._taken = 0
         self._reports = 0
         self.on_remove: Callable[[Instance], None] = lambda instance: None
+        self.listeners: list[Listener] = []
+        """Called after each change of an instance's state, or of the reason why it is mismatched."""
 
     # ---- what there is -------------------------------------------------------------------------------------------------
 
@@ -150,6 +166,24 @@ class Fleet:
         if self.hands_over:
             return next((role for role in PART_ROLES if not self.healthy(role)), None)
         return None if self.healthy(*WHOLE_ROLES) else Role.PD
+
+    def lacking(self, *, has_images: bool) -> Role | None:
+        """Return the role that lacks a healthy instance, without which a request can't be answered; None if it can."""
+        if (missing := self.missing) or not has_images or self.healthy(Role.ENCODER):
+            return missing
+        return None if self.healthy(Role.AGGREGATED) and not self.hands_over else Role.ENCODER
+
+    def expects(self, role: Role, now: float) -> bool:
+        """Return whether an instance that does what this role does is likely to be healthy soon.
+
+        It is if it was never healthy yet, was lost a short time ago, or says that it is starting.
+        """
+        return any(
+            one.state is InstanceState.STARTING
+            or (one.state is InstanceState.UNHEALTHY and (one.says_starting or _is_recent(one.lost_at, now)))
+            for one in self._instances.values()
+            if one.role in _ALTERNATIVES.get(role, (role,))
+        )
 
     @property
     def models(self) -> list[str]:
@@ -224,11 +258,19 @@ class Fleet:
         instance.costs.reported = health.costs or Costs()
         instance.models = models or (health.model,)
         instance.failure = None
+        instance.is_silent = instance.says_starting = False
+        instance.lost_at = None
         self._judge()
 
-    def fail(self, instance: Instance, reason: str) -> None:
-        """Note that a probe or a connection failed."""
+    def fail(
+        self, instance: Instance, reason: str, now: float, *, is_silent: bool = False, says_starting: bool = False
+    ) -> None:
+        """Note that a probe or a connection failed; ``is_silent`` if it hasn't responded at all."""
         instance.failure = reason
+        instance.is_silent = is_silent
+        instance.says_starting = says_starting
+        if instance.lost_at is None:
+            instance.lost_at = now
         self._judge()
 
     def choose(
@@ -279,6 +321,20 @@ class Fleet:
         for (instance, _), mismatch in zip(reachable, mismatches, strict=True):
             instance.mismatch = mismatch
             instance.seen_healthy = instance.seen_healthy or mismatch is None
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell listeners about every instance that has changed, whichever report was the cause."""
+        for instance in self.instances:
+            now = (instance.state, instance.mismatch)
+            if instance.told != now:
+                instance.told = now
+                for listener in self.listeners:
+                    listener(instance)
+
+
+def _is_recent(lost_at: float | None, now: float) -> bool:
+    return lost_at is not None and now - lost_at < _EXPECTED_SECONDS
 
 
 def _member(instance: Instance, health: Health) -> Member:

@@ -6,9 +6,7 @@ that the client has no part of starts from the beginning; otherwise it is resume
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable
 
 from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.fleet import Instance
@@ -18,16 +16,10 @@ from chiasm.proxy.upstream import (
     Call,
     InstanceError,
     InstanceLostError,
-    RefusedError,
     ResponseCutOffError,
     UpstreamError,
 )
 from chiasm.wire import Role
-
-_OTHER_REASONS = frozenset({"embedding_unavailable_error", "storage_error"})
-"""Types of errors that also come with a 503, but not because the instance is full."""
-_FIRST_WAIT_SECONDS = 0.05
-_LONGEST_WAIT_SECONDS = 0.5
 
 
 class _InterruptedError(Exception):
@@ -63,15 +55,15 @@ class Handover:
                     await self._decode(handle)
                 return
             except _InterruptedError as interruption:
-                self._prepare_retry(interruption)
+                await self._prepare_retry(interruption)
 
-    def _prepare_retry(self, interruption: _InterruptedError) -> None:
+    async def _prepare_retry(self, interruption: _InterruptedError) -> None:
         """Raise ChiasmError if the prompt can't be prefilled again."""
         if interruption.reason is Reason.PREEMPTED and self._engine.has_progressed:
             self._prefills = 0  # nothing has failed; the deadline bounds it
         if not self._engine.can_retry or self._prefills >= self._max_prefills:
             raise interruption.error from None
-        self._balancer.check_healthy()
+        await self._balancer.until_healthy(has_images=False)
         prefill_failed = interruption.reason in {Reason.PREFILL_LOST, Reason.KV_UNAVAILABLE}
         self._avoided = {self._prefill_at} if prefill_failed and self._prefill_at else set()
         self._metrics.prefill_retries.inc()
@@ -82,11 +74,10 @@ class Handover:
         """Return the handle for decode; None if prefill's answer was complete, and has been sent."""
         job, timing = self._job, self._job.timing
         self._prefills += 1
-        with self._balancer.assign(job, (Role.PREFILL,), avoid=self._avoided) as assignment:
+        with await self._balancer.assign(job, (Role.PREFILL,), avoid=self._avoided) as assignment:
             self._prefill_at = assignment.instance
             try:
-                # A client that has nothing yet gets the error of the full prefill instance; an answer that has begun waits.
-                opening = self._open(assignment, self._engine.prefill_body, waits_for_room=job.exchange.has_begun)
+                opening = self._balancer.open(assignment, job, self._engine.prefill_body)
                 with await job.open_unless_encoding_fails(opening) as call:
                     timing.prefill_call = timing.prefill_call or time.perf_counter() - self._began
                     assignment.note_answer(call.headers.get("server-timing"), is_whole=not call.is_stream)
@@ -105,7 +96,7 @@ class Handover:
             self._job.timing.handover = self._job.timing.handover or time.perf_counter() - started
             self._metrics.handovers.inc()
 
-        with self._balancer.assign(self._job, (Role.DECODE,)) as assignment:
+        with await self._balancer.assign(self._job, (Role.DECODE,)) as assignment:
             try:
                 with await self._open_decode(assignment, handle) as call:
                     await self._engine.relay_decode(call, handle, note_answer)
@@ -118,44 +109,13 @@ class Handover:
         def with_handle(body: bytes) -> bytes:
             return with_member(body, PARAMS, handle.for_decode())
 
+        waits = self._engine.waits_for_decode
         for _ in range(self._engine.decodes_per_handle - 1):
             try:
-                return await self._open(assignment, with_handle, waits_for_room=self._engine.waits_for_decode)
+                return await self._balancer.open(assignment, self._job, with_handle, waits_for_room=waits)
             except (InstanceLostError, ResponseCutOffError):
-                assignment.move()
-        return await self._open(assignment, with_handle, waits_for_room=self._engine.waits_for_decode)
-
-    async def _open(self, assignment: Assignment, make_body: Callable[[bytes], bytes], *, waits_for_room: bool) -> Call:
-        """Call the assigned instance; if it is full, another one, and if all are, all of them again after a while.
-
-        Raises RefusedError for any other refusal, InstanceLostError, and ResponseCutOffError in the middle of a refusal.
-        """
-        full: set[Instance] = set()
-        seconds = _FIRST_WAIT_SECONDS
-        while True:
-            try:
-                return await self._call(assignment.instance, make_body)
-            except RefusedError as error:
-                if not (waits_for_room and _is_full(error)):
-                    raise
-            if assignment.instance.role is Role.DECODE:
-                self._metrics.decode_refusals.inc()
-            full.add(assignment.instance)
-            if not assignment.take_other(full):
-                await asyncio.sleep(seconds)
-                seconds = min(2 * seconds, _LONGEST_WAIT_SECONDS)
-                full.clear()
-                assignment.take()
-
-    async def _call(self, instance: Instance, make_body: Callable[[bytes], bytes]) -> Call:
-        body = make_body(await self._job.body_for(instance))
-        call = await self._balancer.post(instance, self._job, body)
-        try:
-            await call.check(self._engine.max_response_bytes)
-        except BaseException:
-            call.close()
-            raise
-        return call
+                await self._balancer.move(assignment, self._job)
+        return await self._balancer.open(assignment, self._job, with_handle, waits_for_room=waits)
 
     async def _examine(
         self, instance: Instance, error: InstanceLostError | ResponseCutOffError | InstanceError, lost: Reason
@@ -167,13 +127,3 @@ class Handover:
         if not isinstance(error, InstanceLostError):  # for that, it has been probed already
             await self._balancer.lost(instance, error)
         return _InterruptedError(reason, error)
-
-
-def _is_full(error: RefusedError) -> bool:
-    """Whether an instance has no room now, so that another one may be tried, or the same one later."""
-    return (
-        error.status == 503
-        and not error.is_kv_unavailable
-        and not error.is_preempted
-        and error.kind not in _OTHER_REASONS
-    )

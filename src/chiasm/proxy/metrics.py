@@ -53,6 +53,26 @@ class Metrics:
             "Requests sent to an instance again after a lost connection, or after the last encoder was lost.",
             registry=self.registry,
         )
+        self.waiting = Gauge(
+            "chiasm_proxy_requests_waiting",
+            "Requests that wait, by reason: instance (for one that is expected back), room (all instances are full).",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.language_refusals = Counter(
+            "chiasm_proxy_language_refusals",
+            "Calls refused by a full PD, aggregated or prefill instance.",
+            registry=self.registry,
+        )
+        self.calls_given_up = Counter(
+            "chiasm_proxy_calls_given_up", "Calls ended because their instance didn't respond.", registry=self.registry
+        )
+        self.instances_returned = Counter(
+            "chiasm_proxy_instances_returned",
+            "Instances that responded again after they had been given up, without a restart: frozen, cut off or slow.",
+            ["role"],
+            registry=self.registry,
+        )
         self.prefill_retries = Counter(
             "chiasm_proxy_prefill_retries",
             "Prompts prefilled again, for any reason.",

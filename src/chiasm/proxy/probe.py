@@ -1,15 +1,21 @@
-"""Asks instances how they are, at intervals and whenever a connection to one fails."""
+"""Asks instances how they are: at intervals, whenever a connection to one fails, and when one that has work is quiet.
+
+A frozen instance takes connections and requests and never answers, as does one behind a network that drops everything. So a
+connection proves nothing. Only what an instance sends does: an answer to a probe, or a byte of any other answer.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 
 import msgspec
 
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, Code
 from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.upstream import (
     NoResponseInTimeError,
     UnreachableError,
@@ -24,8 +30,19 @@ _MAX_RESPONSE_BYTES = 1 << 20
 _SHOWN_CHARACTERS = 200
 _WAITING_INTERVAL_SECONDS = 0.25
 """Between probes of an instance that isn't healthy, so that it is used as soon as it is."""
-_MISSES = 2
-"""Unanswered probes in a row that make a healthy instance unhealthy: on a busy machine, one may come late."""
+_PROBES = 2
+"""Unanswered in a row, they show that an instance is gone: on a busy machine, one may come late."""
+_QUIET_SECONDS = 0.5
+"""An instance that has work and has sent nothing for so long is probed at once."""
+_TICK_SECONDS = 0.1
+
+
+class UnhealthyError(UpstreamError):
+    """An instance has answered that it isn't healthy."""
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.says_starting = status == Code.STARTING
 
 
 _health = msgspec.json.Decoder(Health)
@@ -39,20 +56,27 @@ class Prober:
         self,
         fleet: Fleet,
         upstream: Upstream,
+        metrics: Metrics,
         *,
         interval_seconds: float,
         timeout_seconds: float,
+        busy_timeout_seconds: float,
         key: str | None = None,
     ) -> None:
-        """``key`` is the API key with which instances are asked what only they say who have one."""
+        """``key`` is the API key with which instances are asked what they tell only those who have one."""
         self._fleet = fleet
         self._upstream = upstream
+        self._metrics = metrics
         self._interval_seconds = interval_seconds
         self._timeout_seconds = timeout_seconds
+        self._busy_timeout_seconds = busy_timeout_seconds
         self._authorization = {"Authorization": f"Bearer {key}"} if key else {}
         self._watches: dict[Instance, asyncio.Task[None]] = {}
         self._checks: dict[Instance, asyncio.Task[None]] = {}
+        self._urgent: set[Instance] = set()
+        """Instances whose state a call waits for."""
         fleet.on_remove = self.forget
+        fleet.listeners.append(_log_change)
 
     def watch(self, instance: Instance) -> None:
         """Probe it at intervals from now on."""
@@ -61,6 +85,8 @@ class Prober:
 
     def forget(self, instance: Instance) -> None:
         """Stop probing it."""
+        _log.info("%s %s is removed", instance.role, instance.url)
+        self._upstream.forget(instance.url)
         for tasks in (self._watches, self._checks):
             if task := tasks.pop(instance, None):
                 task.cancel()
@@ -76,11 +102,18 @@ class Prober:
 
         Return whether it is healthy all the same: an idle connection was closed, or it has been restarted.
         """
+        if instance.is_silent:
+            return False  # which is why the call failed
         if isinstance(error, UnreachableError):
-            self._fail(instance, error.message)
-        if running := self._checks.get(instance):
-            await asyncio.wait({running})  # its response may be older than the failure
-        await self.check(instance)
+            self._fleet.fail(instance, error.message, time.monotonic())
+        self._urgent.add(instance)
+        try:
+            if running := self._checks.get(instance):
+                await asyncio.wait({running})  # its response may be older than the failure
+            if not instance.is_silent:
+                await self.check(instance)
+        finally:
+            self._urgent.discard(instance)
         return instance.state is InstanceState.HEALTHY
 
     async def check(self, instance: Instance) -> None:
@@ -95,38 +128,82 @@ class Prober:
         while True:
             await self.check(instance)
             absent = instance.state in {InstanceState.STARTING, InstanceState.UNHEALTHY}
-            await asyncio.sleep(
-                min(self._interval_seconds, _WAITING_INTERVAL_SECONDS) if absent else self._interval_seconds
-            )
+            left = min(self._interval_seconds, _WAITING_INTERVAL_SECONDS) if absent else self._interval_seconds
+            while left > 0:
+                await asyncio.sleep(min(left, _TICK_SECONDS))
+                left = 0.0 if not absent and self._is_quiet(instance) else left - _TICK_SECONDS
+
+    def _is_quiet(self, instance: Instance) -> bool:
+        """Whether it has work, and has sent nothing lately."""
+        line = self._upstream.line(instance.url)
+        return len(line) > 0 and time.monotonic() - line.heard_at > _QUIET_SECONDS
 
     async def _check(self, instance: Instance) -> None:
-        before = instance.state
+        line = self._upstream.line(instance.url)
         try:
-            health, models = await self._ask(instance.url)
+            health, models = await self._answer(instance)
         except NoResponseInTimeError as error:
-            instance.missed_probes += 1
-            if instance.missed_probes >= _MISSES or instance.state is not InstanceState.HEALTHY:
-                self._fail(instance, error.message)
+            now = time.monotonic()
+            is_silent = now - line.heard_at >= self._busy_timeout_seconds
+            self._fleet.fail(instance, error.message, now, is_silent=is_silent)
+            if is_silent and (ended := line.break_off()):
+                self._metrics.calls_given_up.inc(ended)
+                _log.warning("%s %s has sent nothing; its %d calls are ended", instance.role, instance.url, ended)
+            return
+        except UnhealthyError as error:
+            self._fleet.fail(instance, error.message, time.monotonic(), says_starting=error.says_starting)
+            line.hear()
             return
         except UpstreamError as error:
-            self._fail(instance, error.message)
+            self._fleet.fail(instance, error.message, time.monotonic())
             return
-        instance.missed_probes = 0
+        line.hear()
+        if instance.is_silent and instance.seen_healthy:
+            self._metrics.instances_returned.labels(instance.role.value).inc()
+            _log.warning(
+                "%s %s responds again after %.1f s: it was frozen, cut off or too slow, but not restarted",
+                instance.role,
+                instance.url,
+                time.monotonic() - (instance.lost_at or 0.0),
+            )
         self._fleet.succeed(instance, health, models)
-        if instance.state is not before:
-            _log.info("%s %s is %s%s", instance.role, instance.url, instance.state, _because(instance))
 
-    def _fail(self, instance: Instance, reason: str) -> None:
-        before = instance.state
-        self._fleet.fail(instance, reason)
-        if instance.state is not before:
-            _log.warning("%s %s is %s%s", instance.role, instance.url, instance.state, _because(instance))
+    async def _answer(self, instance: Instance) -> tuple[Health, tuple[str, ...]]:
+        """Return what it answers to one of two probes, of which the second is sent when the first isn't answered in time.
+
+        Raises UpstreamError if it isn't healthy, NoResponseInTimeError if neither is answered in time.
+        """
+        probes = [asyncio.ensure_future(self._ask(instance.url))]
+        waited = 0.0
+        try:
+            while True:
+                began = time.monotonic()
+                done, _ = await asyncio.wait(probes, timeout=_TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if done:
+                    return done.pop().result()
+                # When this process itself stood still, the answers may be there unread.
+                waited += min(time.monotonic() - began, 2 * _TICK_SECONDS)
+                timeout = self._timeout(instance)
+                if waited < timeout:
+                    continue
+                if len(probes) == _PROBES:
+                    raise NoResponseInTimeError(f"no response to {_PROBES} probes within {timeout:g} s each")
+                probes.append(asyncio.ensure_future(self._ask(instance.url)))
+                waited = 0.0
+        finally:
+            for probe in probes:
+                probe.cancel()
+            await asyncio.gather(*probes, return_exceptions=True)
+
+    def _timeout(self, instance: Instance) -> float:
+        is_urgent = instance in self._urgent or self._is_quiet(instance)
+        return self._busy_timeout_seconds if is_urgent else self._timeout_seconds
 
     async def _ask(self, url: str) -> tuple[Health, tuple[str, ...]]:
         """Return an instance's health and the names that it serves. Raises UpstreamError if it isn't healthy."""
         response = await self._get(f"{url}/health")
         if response.status != 200:
-            raise UpstreamError(f"/health answered with status {response.status}{_explanation(response.body)}")
+            raise _unhealthy(response)
         if not response.body.strip():
             return await self._ask_models(url)
         try:
@@ -134,7 +211,7 @@ class Prober:
         except UNREADABLE as error:
             raise UpstreamError(f"/health answered with an unexpected body: {error}") from error
         if health.status != "ok":
-            raise UpstreamError(f"/health reports the status {health.status[:40]!r}")
+            raise UnhealthyError(f"/health reports the status {health.status[:40]!r}", health.status)
         if not health.model:
             raise UpstreamError("/health doesn't name the model")
         return health, (health.model,)
@@ -154,21 +231,22 @@ class Prober:
         return health, tuple(model.id for model in models)
 
     async def _get(self, url: str, headers: Mapping[str, str] | None = None) -> UpstreamResponse:
-        return await self._upstream.get(
-            url, timeout_seconds=self._timeout_seconds, max_bytes=_MAX_RESPONSE_BYTES, headers=headers
-        )
+        return await self._upstream.get(url, max_bytes=_MAX_RESPONSE_BYTES, headers=headers)
 
 
-def _explanation(body: bytes) -> str:
-    """What an instance says about why it isn't healthy."""
+def _unhealthy(response: UpstreamResponse) -> UnhealthyError:
+    """Return the error for an instance that says that it isn't healthy, with its explanation."""
     try:
-        health = _health.decode(body)
+        health = _health.decode(response.body)
     except UNREADABLE:
-        return ""
+        health = Health()
     status = health.status if health.status != "ok" else ""
     text = ": ".join(part for part in (status, health.message) if part)
-    return f" ({text[:_SHOWN_CHARACTERS]})" if text else ""
+    explanation = f" ({text[:_SHOWN_CHARACTERS]})" if text else ""
+    return UnhealthyError(f"/health answered with status {response.status}{explanation}", status)
 
 
-def _because(instance: Instance) -> str:
-    return f": {instance.reason}" if instance.reason else ""
+def _log_change(instance: Instance) -> None:
+    level = logging.INFO if instance.state in {InstanceState.HEALTHY, InstanceState.DRAINING} else logging.WARNING
+    because = f": {instance.reason}" if instance.reason else ""
+    _log.log(level, "%s %s is %s%s", instance.role, instance.url, instance.state, because)

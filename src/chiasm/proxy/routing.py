@@ -10,12 +10,12 @@ from dataclasses import replace
 
 from aiohttp.abc import AbstractResolver
 
-from chiasm.errors import ChiasmError, Code, EmbeddingUnavailableError, InvalidRequestError, MediaError, OverloadedError
+from chiasm.errors import Code, EmbeddingUnavailableError, InvalidRequestError, MediaError, OverloadedError
 from chiasm.media import Fetcher
 from chiasm.proxy.agreement import WHOLE_ROLES
 from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.config import ProxyConfig
-from chiasm.proxy.encoders import Encoders, no_encoder
+from chiasm.proxy.encoders import Encoders
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.handover import Handover
 from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_hand_over
@@ -26,10 +26,13 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.relay import begin
-from chiasm.proxy.upstream import Call, Upstream
+from chiasm.proxy.upstream import Call, InstanceError, InstanceLostError, ResponseCutOffError, Upstream
+from chiasm.proxy.waiting import Comeback
 from chiasm.wire import Role
 
 _MEDIA_THREADS = 2
+_MAX_ATTEMPTS = 3
+"""Instances that a request is sent to if they are lost: it may be the cause."""
 
 
 class Router:
@@ -49,7 +52,18 @@ class Router:
         self._fleet = fleet
         self._metrics = metrics
         self._placement = Placement(fleet)
-        self._balancer = Balancer(fleet, self._placement, upstream, prober, metrics)
+        comeback = Comeback(
+            fleet, metrics, seconds=config.wait_for_instance_seconds, max_requests=config.max_waiting_requests
+        )
+        self._balancer = Balancer(
+            fleet,
+            self._placement,
+            upstream,
+            prober,
+            metrics,
+            comeback,
+            max_refusal_bytes=config.max_answer_bytes,
+        )
         self._fetcher = Fetcher(config.media, resolver=resolver)
         self._key_check = KeyCheck(fleet, upstream)
         self._executor = ThreadPoolExecutor(_MEDIA_THREADS, thread_name_prefix="media")
@@ -59,8 +73,10 @@ class Router:
             prober,
             metrics,
             self._placement.images,
+            comeback,
             timeout_seconds=config.encode_timeout_seconds,
             max_attempts=config.max_encode_attempts,
+            comeback_seconds=config.wait_for_instance_seconds,
         )
 
     async def close(self) -> None:
@@ -70,9 +86,10 @@ class Router:
 
     async def answer(self, job: Job, started: float) -> None:
         """Answer a request, whose body was there at ``started`` (``time.perf_counter``). Raises ChiasmError for the client."""
+        has_media = bool(job.request.media)
+        await self._balancer.until_healthy(has_images=has_media)
         await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
-        has_media = bool(job.request.media)
         items = await self._read_items(job) if has_media else []
         if has_media:
             job.work = _work(job, items)
@@ -84,7 +101,8 @@ class Router:
                 await self._hand_over(job)
             elif not await self._send_to_one(job, items, started):
                 self._metrics.language_retries.inc()
-                with self._balancer.assign(job, (Role.AGGREGATED,)) as assignment:
+                with await self._balancer.assign(job, (Role.AGGREGATED,)) as assignment:
+                    await job.end_encoding()
                     job.return_to_original()
                     await self._call(job, assignment)
         finally:
@@ -101,8 +119,6 @@ class Router:
             raise InvalidRequestError(
                 f"The request has {count} images; the limit is {limit}.", param="messages", code=Code.TOO_MANY_IMAGES
             )
-        if not self._roles(has_media=True):
-            raise no_encoder()
         try:
             items, fetch_seconds = await read_items(
                 job.request.media,
@@ -136,13 +152,13 @@ class Router:
         on_embedded()
         return metadata
 
-    def _may_go_where_it_is_encoded(self, job: Job, error: ChiasmError) -> bool:
-        """Whether a request that has failed for want of encoders can now be answered by an instance that encodes itself."""
+    def _may_go_where_it_is_encoded(self, job: Job) -> bool:
+        """Whether a request that has failed for want of encoders or PDs can be answered by an instance that encodes itself."""
         return (
             job.original is not None
             and not job.exchange.has_begun
-            and job.is_error_of_encoders(error)
-            and self._roles(has_media=True) == (Role.AGGREGATED,)
+            and bool(self._fleet.healthy(Role.AGGREGATED))
+            and not (self._fleet.healthy(Role.ENCODER) and self._fleet.healthy(Role.PD))
         )
 
     # ---- text ----------------------------------------------------------------------------------------------------------
@@ -154,9 +170,9 @@ class Router:
         await Handover(self._balancer, engine, max_prefills=self._config.max_prefill_attempts).run()
 
     async def _send_to_one(self, job: Job, items: list[Item], started: float) -> bool:
-        """Have one instance answer the request; return False if it lacks encoders and one that encodes itself can answer it."""
+        """Have one instance answer the request; return False if one that encodes itself can answer it, but no other."""
         has_media = bool(items)
-        with self._balancer.assign(job, self._roles(has_media)) as assignment:
+        with await self._balancer.assign(job, self._roles(has_media)) as assignment:
             encodes_itself = assignment.instance.role is Role.AGGREGATED
             if items and (encodes_itself or self._fleet.healthy(Role.AGGREGATED)):
                 job.original = _original(job, items)
@@ -168,22 +184,39 @@ class Router:
             self._note_overhead(job, started, has_media)
             try:
                 await self._call(job, assignment)
-            except (OverloadedError, EmbeddingUnavailableError) as error:
-                if not self._may_go_where_it_is_encoded(job, error):
+            except (OverloadedError, EmbeddingUnavailableError, InstanceLostError, ResponseCutOffError):
+                if not self._may_go_where_it_is_encoded(job):
                     raise
                 return False
         return True
 
     async def _call(self, job: Job, assignment: Assignment) -> None:
-        """Send the request to the assigned instance, and its answer to the client."""
-        with await job.open_unless_encoding_fails(self._balancer.open(assignment, job)) as call:
-            await self._send_back(job, call, assignment)
+        """Send the request to the assigned instance and its answer to the client.
+
+        If the instance is lost or leaves before the client has any of the answer, another one gets the request, or the same
+        one if it is the last and healthy.
+        """
+        for attempts_left in reversed(range(_MAX_ATTEMPTS)):
+            try:
+                with await job.open_unless_encoding_fails(self._balancer.open(assignment, job)) as call:
+                    await self._send_back(job, call, assignment)
+                return
+            except (InstanceLostError, ResponseCutOffError, InstanceError) as error:
+                lost = error
+            if job.exchange.has_begun or job.is_error_of_encoders(lost) or not attempts_left:
+                raise lost
+            if isinstance(lost, InstanceError) and not lost.is_leaving:
+                raise lost
+            if not isinstance(lost, InstanceLostError):  # for that, it has been probed already
+                await self._balancer.lost(assignment.instance, lost)
+            if self._may_go_where_it_is_encoded(job):
+                raise lost
+            await job.unless_encoding_fails(self._balancer.move(assignment, job))
+            self._metrics.language_retries.inc()
 
     async def _send_back(self, job: Job, call: Call, assignment: Assignment) -> None:
         """Send an instance's response to the client, unless encoding fails before it has begun."""
-        job.request.forget()
-        if call.status != 200 or not call.is_stream:
-            await job.unless_encoding_fails(call.check(self._config.max_answer_bytes))
+        if not call.is_stream:
             response = await job.unless_encoding_fails(call.read(self._config.max_answer_bytes))
             assignment.note_answer(call.headers.get("server-timing"), is_whole=True)
             await job.send_response(response)
@@ -195,6 +228,7 @@ class Router:
         # The head is held back until the first event has arrived, so that failures before it still have a status.
         first = await begin(next_chunk)
         assignment.note_answer(call.headers.get("server-timing"))
+        job.request.forget()
         if job.is_encoded:
             job.exchange.release()
         await job.send_stream(call, first, next_chunk)
@@ -206,12 +240,13 @@ class Router:
         return not self._fleet.hands_over_by_vllm or vllm_can_hand_over(job.request.body)
 
     def _roles(self, has_media: bool) -> tuple[Role, ...]:
-        """Return the roles that can be called first; none for images that nobody can encode."""
+        """Return the roles that can be called first."""
         roles = (Role.PREFILL,) if self._fleet.hands_over else WHOLE_ROLES
         if not has_media:
             return roles
-        can_encode = bool(self._fleet.healthy(Role.ENCODER))
-        return tuple(role for role in roles if self._fleet.healthy(role) and (role is Role.AGGREGATED or can_encode))
+        if not self._fleet.healthy(Role.ENCODER) and self._fleet.healthy(Role.AGGREGATED) and Role.AGGREGATED in roles:
+            return (Role.AGGREGATED,)
+        return roles
 
     def _note_overhead(self, job: Job, started: float, has_media: bool) -> None:
         job.timing.proxy = time.perf_counter() - started - (job.timing.fetch or 0.0)

@@ -47,8 +47,10 @@ class ProxyService:
         self.prober = Prober(
             self.fleet,
             self._upstream,
+            self.metrics,
             interval_seconds=config.probe_interval_seconds,
             timeout_seconds=config.probe_timeout_seconds,
+            busy_timeout_seconds=min(config.busy_probe_timeout_seconds, config.probe_timeout_seconds),
             key=next(iter(read_keys(config.http)), None),
         )
         self.router = Router(config, self.fleet, self._upstream, self.prober, self.metrics, resolver=self._resolver)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+import math
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import NamedTuple
 
@@ -14,6 +19,8 @@ from chiasm.wire import UNREADABLE, ErrorBody, ErrorDetail
 
 _KEEP_ALIVE_SECONDS = 3.0
 """Shorter than uvicorn's default of 5 s, so that the proxy never sends on a connection that the instance is just closing."""
+_KEEPALIVE_SECONDS, _KEEPALIVE_INTERVAL_SECONDS, _KEEPALIVE_PROBES = 5, 1, 3
+"""After how long without a byte the kernel asks whether the other machine still knows a connection, and how often."""
 _error = msgspec.json.Decoder(ErrorBody)
 
 
@@ -27,9 +34,15 @@ class UpstreamError(ChiasmError):
 class ResponseCutOffError(UpstreamError):
     """The connection was lost in the middle of a response."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=Code.INSTANCE_LOST)
+
 
 class InstanceLostError(UpstreamError):
     """The connection was lost before any response: another instance may be called."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=Code.INSTANCE_LOST)
 
 
 class NoResponseInTimeError(InstanceLostError):
@@ -70,8 +83,15 @@ class InstanceError(ChiasmError):
 
     @property
     def is_leaving(self) -> bool:
-        """Whether the instance is shutting down, or its engine has failed."""
-        return self.code in {Code.STOPPING, Code.FAILED}
+        """Whether the instance can't take requests: it is starting or shutting down, or its engine has failed."""
+        return self.code in {Code.STARTING, Code.STOPPING, Code.FAILED}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the instance has no room now: another one may be tried, or the same one later."""
+        if self.status not in {429, 503} or self.is_leaving:
+            return False
+        return self.code == Code.TOO_MANY_REQUESTS or self.kind == "overloaded_error"
 
 
 class RefusedError(InstanceError):
@@ -91,11 +111,46 @@ class UpstreamResponse(NamedTuple):
     body: bytes
 
 
+class Line:
+    """The calls of one instance that are under way, and when it was last heard of."""
+
+    def __init__(self) -> None:
+        self.heard_at = -math.inf
+        """When the last byte of a response arrived, on the clock of ``time.monotonic``."""
+        self._ways_to_end: dict[object, Callable[[], None]] = {}
+
+    def __len__(self) -> int:
+        """How many calls are under way."""
+        return len(self._ways_to_end)
+
+    def hear(self) -> None:
+        """Note that the instance has sent something."""
+        self.heard_at = time.monotonic()
+
+    def begin(self, call: object, end: Callable[[], None]) -> None:
+        """Count a call, which ``end`` breaks off."""
+        self._ways_to_end[call] = end
+
+    def leave(self, call: object) -> None:
+        """Count a call no more."""
+        self._ways_to_end.pop(call, None)
+
+    def break_off(self) -> int:
+        """End all calls as if their connections were lost; return how many there were."""
+        ways, self._ways_to_end = self._ways_to_end, {}
+        for end in ways.values():
+            end()
+        return len(ways)
+
+
 class Call:
     """A call of an instance whose response has begun. Close it; closing it early cancels the request there."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, line: Line) -> None:
         self._response = response
+        self._line = line
+        self._is_broken_off = False
+        line.begin(self, self._break_off)
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
 
@@ -106,9 +161,13 @@ class Call:
     async def chunk(self) -> bytes:
         """Return what has arrived; empty at the end. Raises ResponseCutOffError."""
         try:
-            return await self._response.content.readany()
+            chunk = await self._response.content.readany()
         except (aiohttp.ClientError, OSError) as error:
-            raise ResponseCutOffError("The connection to an instance was lost in the middle of its answer.") from error
+            what = "An instance stopped responding" if self._is_broken_off else "The connection to an instance was lost"
+            raise ResponseCutOffError(f"{what} in the middle of its answer; try again.") from error
+        if chunk:
+            self._line.hear()
+        return chunk
 
     async def read(self, max_bytes: int) -> UpstreamResponse:
         """Return the whole response. Raises ResponseCutOffError, and UpstreamError if it is too long."""
@@ -129,6 +188,11 @@ class Call:
 
     def close(self) -> None:
         """Give the connection back if the response was read to its end; otherwise close it."""
+        self._line.leave(self)
+        self._response.close()
+
+    def _break_off(self) -> None:
+        self._is_broken_off = True
         self._response.close()
 
     def __enter__(self) -> Call:
@@ -145,7 +209,9 @@ class Upstream:
 
     def __init__(self, connect_timeout_seconds: float) -> None:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS, ttl_dns_cache=10),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS, ttl_dns_cache=10, socket_factory=_make_socket
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,
@@ -153,38 +219,72 @@ class Upstream:
             headers={"Accept-Encoding": "identity"},
             skip_auto_headers=("User-Agent",),
         )
+        self._lines: dict[str, Line] = {}
 
     async def close(self) -> None:
         await self._session.close()
 
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Call:
+    def line(self, instance_url: str) -> Line:
+        """Return the calls of the instance at this base URL."""
+        return self._lines.setdefault(instance_url, Line())
+
+    def forget(self, instance_url: str) -> None:
+        """Keep nothing about an instance that was removed."""
+        self._lines.pop(instance_url, None)
+
+    async def post(self, instance_url: str, path: str, body: bytes, headers: Mapping[str, str]) -> Call:
         """Send a JSON body and wait for the head of the response. Raises InstanceLostError."""
+        line = self.line(instance_url)
         try:
-            response = await self._session.post(
-                url,
-                data=_send(body),
-                headers={**headers, "Content-Type": "application/json", "Content-Length": str(len(body))},
-                allow_redirects=False,
-            )
+            async with asyncio.timeout(None) as limit:
+                line.begin(limit, lambda: limit.reschedule(0))
+                response = await self._session.post(
+                    instance_url + path,
+                    data=_send(body),
+                    headers={**headers, "Content-Type": "application/json", "Content-Length": str(len(body))},
+                    allow_redirects=False,
+                )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise UnreachableError("An instance is unreachable.") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise InstanceLostError("The connection to an instance was lost before it answered.") from error
-        return Call(response)
+            raise UnreachableError("An instance is unreachable; try again.") from error
+        except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is an OSError
+            what = "An instance stopped responding" if limit.expired() else "The connection to an instance was lost"
+            raise InstanceLostError(f"{what} before it answered; try again.") from error
+        finally:
+            line.leave(limit)
+        line.hear()
+        return Call(response, line)
 
     async def get(
-        self, url: str, *, timeout_seconds: float, max_bytes: int, headers: Mapping[str, str] | None = None
+        self,
+        url: str,
+        *,
+        max_bytes: int,
+        timeout_seconds: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> UpstreamResponse:
-        """Return the response. Raises UpstreamError, also if it takes too long."""
+        """Return the response, however long it takes if no timeout is given. Raises UpstreamError."""
         try:
-            async with self._session.get(
-                url, allow_redirects=False, timeout=aiohttp.ClientTimeout(total=timeout_seconds), headers=headers
-            ) as response:
-                return await Call(response).read(max_bytes)
+            async with (
+                asyncio.timeout(timeout_seconds),
+                self._session.get(url, allow_redirects=False, headers=headers) as response,
+            ):
+                return await Call(response, Line()).read(max_bytes)
         except TimeoutError as error:
-            raise NoResponseInTimeError(f"no response within {timeout_seconds:g} s") from error
+            raise NoResponseInTimeError("no connection in time") from error
         except (aiohttp.ClientError, OSError) as error:
             raise InstanceLostError("the connection failed or was lost") from error
+
+
+def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """Return a socket whose connection breaks when the other machine is gone, not only when it says so."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_SECONDS)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+    return made
 
 
 async def _send(body: bytes) -> AsyncIterator[bytes]:

@@ -1,0 +1,128 @@
+"""Requests that wait: for an instance that is expected back, or for room when all instances are full."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+from chiasm.errors import Code, OverloadedError
+from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.metrics import Metrics
+from chiasm.wire import Role
+
+_RETRY_AFTER_SECONDS = 5
+"""For a client whose request needs an instance that isn't there: more than for one that only finds no room."""
+_UNAVAILABLE = {
+    Role.ENCODER: ("encoder", Code.NO_ENCODER),
+    Role.PREFILL: ("prefill instance", Code.NO_PREFILL),
+    Role.DECODE: ("decode instance", Code.NO_DECODE),
+}
+_TRY_SECONDS = 0.1
+"""The first request in line tries again after so long even if no call has ended: others may use the instances too."""
+
+
+def none_healthy(role: Role, waited_seconds: float = 0.0) -> OverloadedError:
+    """Return the error for a request that needs an instance of this role, or one that does the same."""
+    name, code = _UNAVAILABLE.get(role, ("PD or aggregated instance", Code.NO_PD))
+    what = f"No {name} became healthy within {waited_seconds:g} s" if waited_seconds else f"No {name} is healthy"
+    return OverloadedError(f"{what}; try again later.", code=code, retry_after_seconds=_RETRY_AFTER_SECONDS)
+
+
+class Comeback:
+    """Requests that wait for an instance that is starting or was just lost, while no other can take its place."""
+
+    def __init__(self, fleet: Fleet, metrics: Metrics, *, seconds: float, max_requests: int) -> None:
+        self._fleet = fleet
+        self._seconds = seconds
+        self._max_requests = max_requests
+        self._waiting = 0
+        self._changed = asyncio.Event()
+        fleet.listeners.append(self._note_change)
+        metrics.waiting.labels("instance").set_function(lambda: self._waiting)
+
+    async def wait(self, lacking: Callable[[], Role | None]) -> None:
+        """Return as soon as ``lacking`` names no role any more; it names one that lacks a healthy instance.
+
+        Raises OverloadedError if none of that role is expected, too many requests wait, or it takes too long.
+        """
+        role = lacking()
+        if role is None:
+            return
+        self._check(role)
+        if self._waiting >= self._max_requests:
+            raise OverloadedError(
+                f"{self._waiting} requests wait for an instance to come back, which is the limit; try again later.",
+                code=Code.TOO_MANY_REQUESTS,
+                retry_after_seconds=_RETRY_AFTER_SECONDS,
+            )
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._seconds):
+                while role := lacking():
+                    self._check(role)
+                    changed = self._changed
+                    await changed.wait()
+        except TimeoutError:
+            raise none_healthy(role or Role.PD, self._seconds) from None
+        finally:
+            self._waiting -= 1
+
+    def expects(self, role: Role) -> bool:
+        """Return whether it is worth waiting for an instance of this role."""
+        return self._seconds > 0 and self._fleet.expects(role, time.monotonic())
+
+    def _check(self, role: Role) -> None:
+        if not self.expects(role):
+            raise none_healthy(role)
+
+    def _note_change(self, instance: Instance) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class Line:
+    """Requests that wait for room, first come, first served.
+
+    Each call that ends lets the first one try again, so many that wait don't keep full instances busy with refusals.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def wait(self, *, first: bool = False) -> None:
+        """Wait for a turn; ``first`` for one that has had its turn, or whose answer has begun."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if first:
+            self._waiting.appendleft(turn)
+        else:
+            self._waiting.append(turn)
+        self._set_timer()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.advance()  # somebody else's turn now
+            raise
+        finally:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+
+    def advance(self) -> None:
+        """Give the first one its turn, because a call has ended."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                break
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(_TRY_SECONDS, self.advance) if self._waiting else None
