@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from chiasm.wire import ECItem, ErrorBody, ErrorDetail, Health, KVTransferParams
+from chiasm.wire import AWAITED_PATH, AwaitedEmbeddings, ECItem, ErrorBody, ErrorDetail, Health, KVTransferParams
 
 Answering = Callable[..., Awaitable[web.StreamResponse]]
 
@@ -69,6 +69,10 @@ class FakeInstance:
         self.health: Health | None = Health(**(known | (PART if role in {"prefill", "decode"} else {}) | health))
         """None responds like vLLM without chiasm's middleware: an empty 200, and the model's name elsewhere."""
         self.health_status = 200
+        self.awaited: list[str] | None = []
+        """Embeddings that it says it lacks; None responds like vLLM without chiasm's middleware, with 404."""
+        self.asked = asyncio.Semaphore(0)
+        """Released for each question about them."""
         self.awake = asyncio.Event()
         """While it is clear, /health doesn't respond."""
         self.awake.set()
@@ -92,6 +96,7 @@ class FakeInstance:
         application = web.Application(client_max_size=1 << 30)
         application.router.add_get("/health", self._health)
         application.router.add_get("/v1/models", self._models)
+        application.router.add_get(AWAITED_PATH, self._awaited)
         application.router.add_post("/v1/{route:.*}", self._take)
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
@@ -123,6 +128,12 @@ class FakeInstance:
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 2048}]})
+
+    async def _awaited(self, request: web.Request) -> web.Response:
+        self.asked.release()
+        if self.awaited is None:
+            return web.Response(status=404)
+        return respond(AwaitedEmbeddings(identifiers=self.awaited))
 
     async def _take(self, request: web.Request) -> web.StreamResponse:
         received = Received(request.path, request.headers, await request.read())
