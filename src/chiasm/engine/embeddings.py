@@ -158,14 +158,17 @@ class Embeddings:
 
         If it comes back like that, the request itself is to blame, and fails in :meth:`unusable`.
         """
-        for sequence, item in arrivals:
-            entry, state = self.entries.get(item.identifier), states[sequence.request_id]
-            if entry is None or self._fits(item, entry) or item.identifier in state.rejected:
+        loaded = [(sequence, item) for sequence, item in arrivals if item.identifier in self.entries]
+        fitting = {item.identifier for _, item in loaded if self._fits(item, self.entries[item.identifier])}
+        for sequence, item in loaded:
+            name, rejected = item.identifier, states[sequence.request_id].rejected
+            if name in fitting or name in rejected:
                 continue
-            state.rejected.add(item.identifier)
-            reason = f"its shape is {tuple(entry.shape)}, but a request needs {self._shape_of(item)}"
-            del self.entries[item.identifier], entry
-            worker_role.discard(item.identifier, reason)
+            rejected.add(name)
+            entry = self.entries.pop(name, None)
+            if entry is not None:
+                shapes = f"its shape is {tuple(entry.shape)}, but a request needs {self._shape_of(item)}"
+                worker_role.discard(name, shapes)
 
     def _shape_of(self, item: PromptItem) -> tuple[int, int]:
         return len(item.geometry.rows), self._entry_width
