@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -153,15 +153,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    checkpoint: Path, roles: dict[Role, int], *, layout: Layout = Layout.AUTO, **proxy_settings: Any
+    checkpoint: Path,
+    roles: dict[Role, int],
+    *,
+    layout: Layout = Layout.AUTO,
+    deployment: Mapping[str, Any] | None = None,
+    **proxy_settings: Any,
 ) -> Iterator[Service]:
+    """``deployment`` has more fields of the DeploymentConfig."""
+    fields: dict[str, Any] = {"settings": SMALL} | dict(deployment or {})
     config = DeploymentConfig(
         model=str(checkpoint),
         roles={role: RoleConfig(count=count, threads=1) for role, count in roles.items()},
         layout=layout,
         served_model_name=MODEL,
-        settings=SMALL,
         proxy_settings=proxy_settings,
+        **fields,
     )
     with Deployment(config) as deployment:
         deployment.wait_ready(180)
