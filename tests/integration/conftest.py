@@ -157,18 +157,17 @@ def run(
     roles: dict[Role, int],
     *,
     layout: Layout = Layout.AUTO,
-    deployment: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
     **proxy_settings: Any,
 ) -> Iterator[Service]:
-    """``deployment`` has more fields of the DeploymentConfig."""
-    fields: dict[str, Any] = {"settings": SMALL} | dict(deployment or {})
+    """Start a deployment; ``fields`` are more fields of its configuration."""
     config = DeploymentConfig(
         model=str(checkpoint),
         roles={role: RoleConfig(count=count, threads=1) for role, count in roles.items()},
         layout=layout,
         served_model_name=MODEL,
         proxy_settings=proxy_settings,
-        **fields,
+        **{"settings": SMALL} | dict(fields or {}),
     )
     with Deployment(config) as deployment:
         deployment.wait_ready(180)

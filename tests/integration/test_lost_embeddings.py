@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,12 +23,12 @@ def tiny(
 ) -> Iterator[Service]:
     """An encoder whose store holds few embeddings, and instances that compute one prompt at a time."""
     roles = {Role.PD: 1} if request.param == "pd" else {Role.PREFILL: 1, Role.DECODE: 1}
-    deployment = {
+    fields = {
         "shared_storage_path": tmp_path_factory.mktemp("tiny") / "store",
         "ec_max_bytes": ENTRIES * ENTRY_BYTES,
         "settings": SMALL | {"max_num_seqs": 1},
     }
-    yield from run(checkpoint, {Role.ENCODER: 1, **roles}, deployment=deployment, deadline_seconds=120)
+    yield from run(checkpoint, {Role.ENCODER: 1, **roles}, fields=fields, deadline_seconds=120)
 
 
 def test_many_images_at_once_are_all_answered_and_right(tiny: Service, aggregated: Service) -> None:
@@ -52,5 +51,5 @@ def test_a_store_that_is_removed_while_requests_wait_delays_them(tiny: Service, 
     with ThreadPoolExecutor(len(bodies)) as pool:
         answers = [pool.submit(tiny.answer, body) for body in bodies]
         tiny.wait_until(lambda: any(answer.done() for answer in answers))
-        shutil.rmtree(store)
+        store.rename(store.with_name("elsewhere"))
         assert [answer.result() for answer in answers] == [aggregated.answer(body) for body in bodies]

@@ -93,6 +93,12 @@ class BoundedFolder:
         Draws the name if the folder has none. Raises OSError if the folder cannot be read, or has no name and cannot be
         written.
         """
+        try:
+            return self._store_id()
+        except FileNotFoundError:
+            return self._store_id()  # The folder was removed in the meantime, and is there again.
+
+    def _store_id(self) -> str:
         stored = read_store_id(self.path)
         if stored is None:
             with self._locked():

@@ -96,8 +96,10 @@ class Job:
         or has them encoded where the text goes."""
         self.metadata: asyncio.Future[dict[str, bytes]] = asyncio.get_running_loop().create_future()
         """The encoders' metadata (JSON) by identifier, when all embeddings have been published."""
-        self.embeddings_are_read = asyncio.Event()
-        """Set when the answer has begun: the instance has all embeddings."""
+        self.embeddings_are_read = False
+        """Whether the answer has begun: the instance has all embeddings."""
+        self.news_of_embeddings = asyncio.Event()
+        """Set when they are read, and when the instance has said that it lacks some."""
         self.original: Original | None = None
         """Kept until the answer begins if an instance that encodes itself could still have to give it."""
         self.identifiers: Sequence[str] = ()
@@ -140,7 +142,8 @@ class Job:
 
         ``keep_bytes`` are still held afterwards.
         """
-        self.embeddings_are_read.set()
+        self.embeddings_are_read = True
+        self.news_of_embeddings.set()
         self.original = None
         if self.is_encoded:  # otherwise encoders publish again what the instance had, and their calls need the images
             self.exchange.release(keep_bytes=keep_bytes)

@@ -7,6 +7,7 @@ on waiting for them, keeps the request's place, and tells the proxy when it is a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -26,10 +27,10 @@ from chiasm.wire import AWAITED_PATH, AwaitedEmbeddings
 
 _log = logging.getLogger(__name__)
 _FIRST_WAIT_SECONDS = 0.1
-_LONGEST_WAIT_SECONDS = 1.0
+_LONGEST_WAIT_SECONDS = 0.5
 _SHARED_SECONDS = 0.1
 """An answer that is younger is used again by other requests."""
-_MOST_IN_VAIN = 10
+_MOST_IN_VAIN = 16
 """How often in a row images are encoded again although the instance read none of them."""
 _MAX_RESPONSE_BYTES = 8 << 20
 _awaited = msgspec.json.Decoder(AwaitedEmbeddings)
@@ -55,6 +56,8 @@ class LostEmbeddings:
         self._upstream = upstream
         self._metrics = metrics
         self._timeout_seconds = timeout_seconds
+        self._watching: dict[str, set[Job]] = {}
+        """Jobs by the identifiers of their embeddings."""
         self._questions: WeakKeyDictionary[Instance, _Question] = WeakKeyDictionary()
 
     async def close(self) -> None:
@@ -69,10 +72,22 @@ class LostEmbeddings:
         All have been published before. ``items`` is empty if the images were freed. Raises EmbeddingUnavailableError for a lost
         embedding whose image was freed, or if the same ones are lost again and again, and what ``Encoders.encode`` raises.
         """
+        names = set(job.published_at)
+        for name in names:
+            self._watching.setdefault(name, set()).add(job)
+        try:
+            await self._recover(items, job)
+        finally:
+            for name in names:
+                self._watching[name].discard(job)
+                if not self._watching[name]:
+                    del self._watching[name]
+
+    async def _recover(self, items: Sequence[Item], job: Job) -> None:
         before: frozenset[str] = frozenset()
         in_vain = 0
         seconds = _FIRST_WAIT_SECONDS
-        while not await _begins_within(job, seconds):
+        while not await _is_read_within(job, seconds):
             lost = await self._lost(job)
             if not lost:
                 before, in_vain = lost, 0
@@ -85,6 +100,8 @@ class LostEmbeddings:
                 raise _lost_for_good(in_vain)
             _log.info("%s: %d embedding(s) were lost before they were read.", job.exchange.request_id, len(lost))
             await self._encoders.encode_again([item for item in items if item.identifier in lost], job)
+            if not job.embeddings_are_read:
+                job.news_of_embeddings.clear()  # it is older than what has just been published
             before = lost
             seconds = min(in_vain * _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS)
 
@@ -92,14 +109,15 @@ class LostEmbeddings:
         """Return which embeddings of the request were published and are awaited all the same."""
         if job.instance is None:
             return frozenset()
-        asked_at, awaited = await self._ask(job.instance)
+        asked_at, awaited = await self._ask(job.instance, after=max(job.published_at.values(), default=0.0))
         return frozenset(name for name, at in job.published_at.items() if name in awaited and at < asked_at)
 
-    async def _ask(self, instance: Instance) -> _Answer:
-        """Return what an instance awaits; nothing if it doesn't say. Simultaneous callers share a question."""
+    async def _ask(self, instance: Instance, *, after: float) -> _Answer:
+        """Return what an instance awaits, as asked ``after`` this instant; nothing if it doesn't say. Callers share questions."""
         now = time.monotonic()
         question = self._questions.get(instance)
-        if question is None or (question.task.done() and now - question.asked_at > _SHARED_SECONDS):
+        is_old = question is None or (question.task.done() and now - question.asked_at > _SHARED_SECONDS)
+        if question is None or is_old or question.asked_at <= after:
             question = _Question(now, asyncio.create_task(self._awaited(instance.url, now)))
             self._questions[instance] = question
         return await asyncio.shield(question.task)
@@ -112,16 +130,18 @@ class LostEmbeddings:
             identifiers = _awaited.decode(response.body).identifiers if response.status == 200 else []
         except (UpstreamError, msgspec.MsgspecError):
             identifiers = []
+        for name in identifiers:
+            for job in self._watching.get(name, ()):
+                job.news_of_embeddings.set()
         return _Answer(now, frozenset(identifiers))
 
 
-async def _begins_within(job: Job, seconds: float) -> bool:
-    """Return whether the answer begins within this time."""
-    try:
-        await asyncio.wait_for(job.embeddings_are_read.wait(), seconds)
-    except TimeoutError:
-        return False
-    return True
+async def _is_read_within(job: Job, seconds: float) -> bool:
+    """Return whether the instance has all embeddings; wait so long for news of them."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(job.news_of_embeddings.wait(), seconds)
+    job.news_of_embeddings.clear()
+    return job.embeddings_are_read
 
 
 def _lost_for_good(times: int) -> EmbeddingUnavailableError:

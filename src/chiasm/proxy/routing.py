@@ -140,9 +140,9 @@ class Router:
 
     async def _await_embeddings_again(self, job: Job) -> None:
         """Watch over the embeddings of a prompt that is prefilled again. Its images may have been freed when it was first."""
-        if job.encoding is not None and job.embeddings_are_read.is_set():
+        if job.encoding is not None and job.embeddings_are_read:
             await job.end_encoding()
-            job.embeddings_are_read.clear()
+            job.embeddings_are_read = False
             job.encoding = asyncio.ensure_future(self._lost_embeddings.recover((), job))
 
     def _may_go_where_it_is_encoded(self, job: Job, error: ChiasmError) -> bool:
