@@ -24,6 +24,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+AWAITED_PATH = "/embeddings/awaited"
 
 
 class Role(enum.StrEnum):
@@ -218,6 +219,13 @@ class ECItem(msgspec.Struct, kw_only=True, frozen=True):
     """The places of the item among the images of the request, counted from 0."""
     metadata: Raw = Raw(b"{}")
     """A JSON object that sizes the item's placeholders (``image_grid_thw`` in the Qwen families)."""
+
+
+class AwaitedEmbeddings(msgspec.Struct, kw_only=True, frozen=True):
+    """What a PD or prefill instance answers to GET AWAITED_PATH, at the time of the question."""
+
+    identifiers: list[str] = []
+    """Embeddings that prompts need next and that are neither in the instance's memory nor in the store, each once."""
 
 
 # ---- KV ----------------------------------------------------------------------------------------------------------------

@@ -212,3 +212,28 @@ def test_a_probe_of_a_bad_file_does_not_wait_for_the_lock(pd: Instance, folder: 
     assert not pd.scheduler.has_cache_item(identifier)
     assert not path.exists()
     assert corrupt_entries(pd) == 1
+
+
+def test_an_encoder_finds_no_damaged_entry_and_publishes_over_it(
+    encoder: Instance, folder: Path, identifier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(entry_path(folder, identifier), lambda raw: zero(raw, 2 * HEADER_BYTES, 3 * HEADER_BYTES))
+    other = Instance(config_for(folder, ECTransferRole.PRODUCER))
+    monkeypatch.setattr(os, "unlink", lambda path: None)  # as if the file belonged to another user
+    assert not other.scheduler.has_cache_item(identifier)
+    monkeypatch.undo()
+    other.encoder_cache[identifier] = embedding_of("a", ROWS, 128)
+    other.worker.save_caches(other.encoder_cache, identifier)
+    assert other.scheduler.has_cache_item(identifier)
+    loaded = Instance(config_for(folder, ECTransferRole.CONSUMER)).load(identifier)
+    assert loaded is not None
+    assert torch.equal(loaded, embedding_of("a", ROWS, 128))
+
+
+def test_what_a_reader_cannot_use_is_removed(pd: Instance, folder: Path, identifier: str) -> None:
+    assert pd.load(identifier) is not None
+    pd.worker.discard(identifier, "its shape is wrong")
+    assert not entry_path(folder, identifier).exists()
+    assert corrupt_entries(pd) == 1
+    pd.worker.discard(identifier, "its shape is wrong")
+    assert corrupt_entries(pd) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 
 from chiasm.ec_transfer import ECTransferRole
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
-from chiasm.errors import StorageError
+from chiasm.errors import Code, StorageError
 
 from .instance import Instance, config_for, embedding_of, entry_path, identifier_of
 
@@ -267,6 +268,46 @@ def test_a_disk_that_stays_full_costs_only_the_new_entry(folder: Path, disk: Cal
     assert entries_in(folder, "abc") == "bc"
 
 
+def test_a_full_disk_has_a_code_and_one_line_in_the_log_until_a_save_succeeds(
+    folder: Path, disk: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "chiasm.ec_transfer")
+    instance = room_for(folder, 10)
+    disk(iter([errno.ENOSPC] * 6 + [errno.EIO, 0, errno.ENOSPC, errno.ENOSPC]))
+    codes = []
+    for name in range(6):
+        try:
+            instance.encode(name)
+        except StorageError as error:
+            codes.append(error.code)
+    assert codes == [Code.DISK_FULL] * 3 + [None, Code.DISK_FULL]
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.partition(": ")[2].partition(".")[0] for line in lines if line.startswith("Cannot write")] == [
+        "No space left on device",
+        "Input/output error",
+        "No space left on device",
+    ]
+    assert [line.endswith("can be written to " + str(folder) + " again.") for line in lines].count(True) == 1
+
+
+def test_a_disk_without_room_for_a_new_file_causes_an_eviction(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = room_for(folder, 10)
+    for age, name in [(20, "a"), (10, "b")]:
+        instance.encode(name)
+        not_used_for(folder, name, age)
+    open_file = os.open
+
+    def full(path: str, flags: int, *arguments: int) -> int:
+        if flags & os.O_EXCL and entries_in(folder, "ab") == "ab":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open_file(path, flags, *arguments)
+
+    monkeypatch.setattr(os, "open", full)
+    instance.encode("c")
+    assert entries_in(folder, "abc") == "bc"
+    assert counted_bytes(folder) == stored_bytes(folder)
+
+
 def test_any_other_error_evicts_nothing(folder: Path, disk: Callable[..., None]) -> None:
     instance = room_for(folder, 10)
     instance.encode("a")
@@ -343,6 +384,26 @@ def test_a_folder_that_was_removed_is_created_again(folder: Path) -> None:
     assert loaded is not None
     assert folder.stat().st_mode & 0o777 == 0o700
     assert instance.worker.store_id() not in ("", before)
+
+
+def test_a_folder_that_is_removed_while_an_entry_is_written_gets_it_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = room_for(folder, 3)
+    write = os.pwrite
+    removed: list[bool] = []
+
+    def remove_first(descriptor: int, data: memoryview, offset: int) -> int:
+        if len(data) == DATA_BYTES and not removed:
+            removed.append(True)
+            shutil.rmtree(folder)
+        return write(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", remove_first)
+    loaded = instance.load(instance.encode("a"))
+    assert loaded is not None
+    assert torch.equal(loaded, embedding_of("a"))
+    assert counted_bytes(folder) == stored_bytes(folder)
 
 
 def test_a_folder_that_becomes_a_file_costs_only_the_entry(folder: Path) -> None:

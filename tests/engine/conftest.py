@@ -221,8 +221,8 @@ def encoders(checkpoint: Path, store: Path) -> Iterator[StartEncoder]:
     """Start encoder engines; they end with the test."""
     engines: list[EncoderEngine] = []
 
-    def start(**config: Any) -> Encoder:
-        ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=store)
+    def start(*, max_bytes: int = ECTransferConfig.max_bytes, **config: Any) -> Encoder:
+        ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=store, max_bytes=max_bytes)
         engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, threads=1, **config))
         engines.append(engine)
         engine.start()

@@ -12,8 +12,15 @@ import pytest
 from safetensors import safe_open
 
 from chiasm.engine.request import EncodeItem, ItemOutcome
-from chiasm.errors import DeadlineExceededError, MediaError, StorageError
-from tests.engine.conftest import A, B, Encoder, entries
+from chiasm.errors import (
+    Code,
+    ConfigurationError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    MediaError,
+    StorageError,
+)
+from tests.engine.conftest import A, B, Encoder, StartEncoder, entries, sample_image
 
 
 async def test_an_encoded_item_is_in_the_store_with_one_row_per_placeholder(encoder: Encoder, store: Path) -> None:
@@ -86,6 +93,32 @@ async def test_an_embedding_that_cannot_be_published_is_an_error_and_the_next_on
     os.unlink(store)
     shutil.move(moved, store)
     assert (await encoder.encode(A))[0].outcome is ItemOutcome.ENCODED
+
+
+async def test_a_damaged_entry_is_encoded_again(encoder: Encoder, store: Path) -> None:
+    await encoder.encode(A)
+    (file,) = entries(store)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100] + bytes(100))
+    assert (await encoder.encode(A))[0].outcome is ItemOutcome.ENCODED
+    assert file.read_bytes() == whole
+
+
+async def test_an_image_whose_embedding_the_store_can_never_hold_is_refused_by_name(
+    encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What was measured at start would not fit either, so the limit must change after it.
+    monkeypatch.setattr(type(encoder.engine._ec_worker), "max_entry_bytes", 40 << 10)
+    with pytest.raises(InvalidRequestError, match="--ec-max-bytes") as caught:
+        await encoder.encode(A, sample_image(1, 256, 256))
+    assert caught.value.code == Code.EMBEDDING_TOO_LARGE
+    assert "An image was refused." in caplog.text
+    assert (await encoder.encode(A))[0].outcome is ItemOutcome.ENCODED
+
+
+async def test_a_store_that_can_hold_no_image_ends_the_start(encoders: StartEncoder) -> None:
+    with pytest.raises(ConfigurationError, match="Raise --ec-max-bytes"):
+        encoders(max_bytes=16 << 10)
 
 
 async def test_an_item_of_a_cancelled_request_is_encoded_for_others_that_wait_for_it(encoder: Encoder) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from chiasm.engine.request import ItemOutcome
+from chiasm.engine.request import GenerateRequest, ItemOutcome
 from chiasm.errors import (
     ChiasmError,
     ConfigurationError,
@@ -21,7 +21,7 @@ from chiasm.errors import (
 )
 from chiasm.models.base import Prompt
 from chiasm.wire import KVTransferParams, Role
-from tests.engine.conftest import A, B, Encoder, Parts, Start, StartEncoder, entries, sample_image, until
+from tests.engine.conftest import A, B, Encoder, Instance, Parts, Start, StartEncoder, entries, sample_image, until
 
 MESSAGES: dict[str, Parts] = {
     "text": ("what is this?",),
@@ -152,19 +152,58 @@ async def test_a_failing_connector_fails_its_requests_and_not_the_engine(
     assert len((await pd.ask(A, "?")).token_ids) == 8
 
 
-async def test_a_wrong_image_size_fails_its_request_alone(start: Start, encoder: Encoder) -> None:
-    pd = start(Role.PD)
-    await encoder.encode(A)
-    honest = pd.request(A, "?")
+def request_of_another_size(pd: Instance) -> GenerateRequest:
     lying = pd.request(A, "?")
     wrong = pd.engine.processor.geometry_of_size(192, 192)
     name = lying.prompt.items[0].identifier
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     object.__setattr__(lying, "prompt", pd.engine.processor.build_chat(message, [(name, wrong)]))
-    answers = asyncio.create_task(pd.send(honest))
+    return lying
+
+
+async def test_a_wrong_image_size_fails_its_request_alone(start: Start, encoder: Encoder) -> None:
+    pd = start(Role.PD)
+    await encoder.encode(A)
+    expected = await pd.ask(A, "?")
     with pytest.raises(EmbeddingUnavailableError, match="the image size sent is right"):
-        await pd.send(lying)
-    assert (await answers)[0].token_ids == (await pd.ask(A, "?")).token_ids
+        await pd.send(request_of_another_size(pd))
+    assert (await pd.ask(A, "?")).token_ids == expected.token_ids
+
+
+async def test_an_entry_of_another_shape_is_removed_so_that_it_can_be_published_again(
+    start: Start, encoder: Encoder, store: Path
+) -> None:
+    pd = start(Role.PD)
+    await encoder.encode(A)
+    request = request_of_another_size(pd)
+    answers = asyncio.create_task(pd.send(request))
+    await until(lambda: not entries(store))
+    assert await pd.engine.awaited_embeddings() == [request.prompt.items[0].identifier]
+    await encoder.encode(A)
+    with pytest.raises(EmbeddingUnavailableError, match="the image size sent is right"):
+        await answers  # it came back like that: the request is wrong
+    assert (await pd.ask(A, "?")).token_ids == (await start(Role.AGGREGATED).ask(A, "?")).token_ids
+
+
+# Embeddings that are lost.
+
+
+async def test_an_engine_tells_which_embeddings_it_awaits(start: Start, encoder: Encoder) -> None:
+    pd = start(Role.PD)
+    await encoder.encode(A)
+    answers = [asyncio.create_task(pd.ask(*parts)) for parts in ((B, A, "?"), (A, "!"))]
+    await until(lambda: pd.engine.stats().num_stalled == 1)
+    names = [item.identifier for item in pd.request(B, A).prompt.items]
+    assert await pd.engine.awaited_embeddings() == names[:1]
+    await encoder.encode(B)
+    await asyncio.gather(*answers)
+    assert await pd.engine.awaited_embeddings() == []
+
+
+async def test_an_engine_that_has_stopped_awaits_nothing(start: Start) -> None:
+    pd = start(Role.PD)
+    pd.engine.stop()
+    assert await pd.engine.awaited_embeddings() == []
 
 
 async def test_many_requests_at_once_get_the_same_answers_as_one_by_one(start: Start, encoder: Encoder) -> None:

@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -179,15 +179,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    checkpoint: Path, roles: dict[Role, int], *, layout: Layout = Layout.AUTO, **proxy_settings: Any
+    checkpoint: Path,
+    roles: dict[Role, int],
+    *,
+    layout: Layout = Layout.AUTO,
+    fields: Mapping[str, Any] | None = None,
+    **proxy_settings: Any,
 ) -> Iterator[Service]:
+    """Start a deployment; ``fields`` are more fields of its configuration."""
     config = DeploymentConfig(
         model=str(checkpoint),
         roles={role: RoleConfig(count=count, threads=1) for role, count in roles.items()},
         layout=layout,
         served_model_name=MODEL,
-        settings=SMALL,
         proxy_settings=proxy_settings,
+        **{"settings": SMALL} | dict(fields or {}),
     )
     with Deployment(config) as deployment:
         deployment.wait_ready(180)

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from chiasm.wire import ECItem, ErrorBody, ErrorDetail, Health, KVTransferParams
+from chiasm.wire import AWAITED_PATH, AwaitedEmbeddings, ECItem, ErrorBody, ErrorDetail, Health, KVTransferParams
 
 Answering = Callable[..., Awaitable[web.StreamResponse]]
 
@@ -71,6 +71,10 @@ class FakeInstance:
         self.health_status = 200
         self.health_body: bytes | None = None
         """What /health responds with in place of ``health``."""
+        self.awaited: list[str] | None = []
+        """Embeddings that it says it lacks; None responds like vLLM without chiasm's middleware, with 404."""
+        self.asked = asyncio.Semaphore(0)
+        """Released for each question about them."""
         self.awake = asyncio.Event()
         """While it is clear, the instance is frozen: it takes connections and requests, and responds to none."""
         self.awake.set()
@@ -101,6 +105,7 @@ class FakeInstance:
         application = web.Application(client_max_size=1 << 30)
         application.router.add_get("/health", self._health)
         application.router.add_get("/v1/models", self._models)
+        application.router.add_get(AWAITED_PATH, self._awaited)
         application.router.add_post("/v1/{route:.*}", self._take)
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
@@ -144,6 +149,12 @@ class FakeInstance:
 
     def _is_refused(self, request: web.Request) -> bool:
         return self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}"
+
+    async def _awaited(self, request: web.Request) -> web.Response:
+        self.asked.release()
+        if self.awaited is None:
+            return web.Response(status=404)
+        return respond(AwaitedEmbeddings(identifiers=self.awaited))
 
     async def _take(self, request: web.Request) -> web.StreamResponse:
         received = Received(request.path, request.headers, await request.read())

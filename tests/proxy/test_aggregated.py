@@ -11,10 +11,11 @@ from aiohttp import web
 
 from chiasm.media import identifier
 from chiasm.proxy.job import Original
+from chiasm.proxy.media import Item
 from chiasm.wire import Costs
 
 from .conftest import Images, Start, ask, data_url, image, image_bytes, listen, until_idle
-from .instances import FINGERPRINT, FakeInstance, Received, begin_stream, chat, encode, never, refuse
+from .instances import FINGERPRINT, FakeInstance, Received, begin_stream, chat, encode, event, never, refuse
 
 
 async def test_bodies_with_data_urls_pass_unchanged(start: Start) -> None:
@@ -157,14 +158,19 @@ async def test_an_image_that_an_encoder_refuses_goes_to_no_aggregated_instance(s
     assert not aggregated.received
 
 
-async def test_what_was_sent_is_kept_only_until_it_is_encoded(start: Start) -> None:
+async def test_what_was_sent_is_kept_only_until_the_answer_begins(start: Start) -> None:
     encoder, pd, aggregated = stuck_fleet()
     encoder.answer = encode
+
+    async def begin_only(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await (await begin_stream(request)).write(event("a "))
+        return await never(instance, request, received)
+
+    pd.answer = begin_only
     front = await start([encoder, pd, aggregated])
-    request = asyncio.ensure_future(front.post(ask(image(image_bytes()))))
-    await asyncio.wait_for(pd.arrived.acquire(), 10)
+    request = asyncio.ensure_future(front.post(ask(image(image_bytes()), stream=True)))
     async with asyncio.timeout(10):
-        while any(isinstance(one, Original) for one in gc.get_objects()):
+        while any(isinstance(one, Item | Original) for one in gc.get_objects()):
             await front.get("/health")
             gc.collect()  # what earlier tests have left
     request.cancel()

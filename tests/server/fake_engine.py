@@ -191,6 +191,10 @@ class FakeLanguageEngine(FakeEngine):
         super().reset()
         self.script: Script | None = None
         self.requests: list[GenerateRequest] = []
+        self.awaited: list[str] = []
+
+    async def awaited_embeddings(self) -> list[str]:
+        return self.awaited
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         if not self.healthy:

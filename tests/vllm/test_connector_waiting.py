@@ -7,7 +7,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
+
+from chiasm.wire import AWAITED_PATH
 
 from .conftest import WAIT_SECONDS
 from .processes import Server
@@ -91,11 +94,18 @@ def test_a_file_that_is_not_an_entry_counts_as_missing(
         assert answer.result() == aggregated.answer(chat(image_part(data), QUESTION))
 
 
-def test_an_entry_of_another_size_fails_its_request(encoder: Server, pd: Server) -> None:
+def test_an_entry_of_another_size_is_removed_and_fails_its_request_if_it_comes_again(
+    encoder: Server, pd: Server, store: Path
+) -> None:
     data = image_bytes(30)
     ((name, metadata),) = encode(encoder, data).items()
     assert metadata["image_grid_thw"] != [1, 2, 2]
-    assert pd.post(chat(embeds_part(name, {"image_grid_thw": [1, 2, 2]}), QUESTION)).status_code == 503
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(pd.post, chat(embeds_part(name, {"image_grid_thw": [1, 2, 2]}), QUESTION))
+        pd.until(lambda: not entry(store, data).exists())
+        assert httpx.get(f"{pd.url}{AWAITED_PATH}", timeout=10).json() == {"identifiers": [name]}
+        encode(encoder, data)
+        assert answer.result().status_code == 503
     assert pd.post(chat(embeds_part(name, metadata), QUESTION)).status_code == 200
 
 

@@ -179,6 +179,11 @@ class ECConnector(ABC):
         """
         return ""
 
+    @property
+    def max_entry_bytes(self) -> int:
+        """Size of the largest embedding that the place can hold; larger ones are refused before they are encoded."""
+        return self.config.max_bytes
+
     # ---- scheduler role -------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -231,6 +236,14 @@ class ECConnector(ABC):
         damaged or of another model, is left out and counted in ``stats``; no error is raised for it, since it must not affect
         the other requests of the step.
         """
+
+    def discard(self, identifier: str, reason: str) -> None:
+        """Remove an entry that was loaded and can't be used, so that a producer doesn't find it and publishes it again.
+
+        ``reason`` is for the log, and goes on from "it was rejected: ". Raises no error if the entry is gone or can't be
+        removed.
+        """
+        return None
 
     @abstractmethod
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chiasm.ec_transfer.base import check_identifier
-from chiasm.errors import StorageError
+from chiasm.errors import Code, StorageError
 
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _UNFINISHED = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
@@ -93,6 +93,12 @@ class BoundedFolder:
         Draws the name if the folder has none. Raises OSError if the folder cannot be read, or has no name and cannot be
         written.
         """
+        try:
+            return self._store_id()
+        except FileNotFoundError:
+            return self._store_id()  # The folder was removed in the meantime, and is there again.
+
+    def _store_id(self) -> str:
         stored = read_store_id(self.path)
         if stored is None:
             with self._locked():
@@ -103,8 +109,8 @@ class BoundedFolder:
         """Add an entry of ``size_bytes``, which appears once it is complete. ``write`` fills a file, given its descriptor.
 
         Room is made before anything is written. If the disk is full nevertheless, as many bytes again are evicted and
-        ``write`` is called a second time. Raises StorageError, and leaves nothing behind, if the entry is larger than
-        ``max_bytes`` or cannot be written.
+        ``write`` is called a second time; likewise if the folder is removed meanwhile. Raises StorageError, and leaves nothing
+        behind, if the entry is larger than ``max_bytes`` or cannot be written.
         """
         path = self.entry_path(identifier)
         if size_bytes > self.max_bytes:
@@ -112,19 +118,18 @@ class BoundedFolder:
                 f"An entry of {size_bytes} bytes is larger than all that {self.path} may hold; raise max_bytes "
                 f"(now {self.max_bytes})."
             )
-        unfinished = f"{path.removesuffix('.safetensors')}.{secrets.token_hex(8)}.tmp"
         try:
-            descriptor = self._reserve(unfinished, size_bytes)
             try:
-                self._fill(descriptor, size_bytes, write)
-                self._finish(descriptor, unfinished, path)
-            except BaseException:
-                self._give_back(unfinished, size_bytes)
-                raise
-            finally:
-                os.close(descriptor)
+                self._publish(path, size_bytes, write)
+            except FileNotFoundError:
+                self._publish(path, size_bytes, write)  # The folder was removed in the meantime, and is there again.
         except OSError as error:
-            raise StorageError(f"Cannot write an entry of {size_bytes} bytes to {self.path}: {error}") from error
+            is_full = error.errno in _NO_SPACE
+            raise StorageError(
+                f"Cannot write an entry of {size_bytes} bytes to {self.path}: {error.strerror or error}."
+                + (" Free space on its disk, or lower --ec-max-bytes." if is_full else ""),
+                code=Code.DISK_FULL if is_full else None,
+            ) from error
 
     def remove(self, identifier: str, signature: Signature) -> bool:
         """Remove the file at an entry's path, if it still is the file with ``signature``, without waiting for the lock.
@@ -147,6 +152,24 @@ class BoundedFolder:
 
     # ---- the steps of publishing a file ---------------------------------------------------------------------------
 
+    def _publish(self, path: str, size_bytes: int, write: Callable[[int], None]) -> None:
+        unfinished = f"{path.removesuffix('.safetensors')}.{secrets.token_hex(8)}.tmp"
+        try:
+            descriptor = self._reserve(unfinished, size_bytes)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            self._make_more_room(size_bytes)
+            descriptor = self._reserve(unfinished, size_bytes)
+        try:
+            self._fill(descriptor, size_bytes, write)
+            self._finish(descriptor, unfinished, path)
+        except BaseException:
+            self._give_back(unfinished, size_bytes)
+            raise
+        finally:
+            os.close(descriptor)
+
     def _reserve(self, unfinished: str, size_bytes: int) -> int:
         """Make room, and create the unfinished file with its full size, so that every scan counts it."""
         with self._locked() as usage:
@@ -168,10 +191,14 @@ class BoundedFolder:
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
-            with self._locked() as usage:
-                self._scan(usage)
-                self._evict(usage, usage.used_bytes - size_bytes)
+            self._make_more_room(size_bytes)
             write(descriptor)
+
+    def _make_more_room(self, size_bytes: int) -> None:
+        """Evict as many bytes, since the disk is full below the limit."""
+        with self._locked() as usage:
+            self._scan(usage)
+            self._evict(usage, usage.used_bytes - size_bytes)
 
     def _finish(self, descriptor: int, unfinished: str, path: str) -> None:
         now = time.time_ns()

@@ -104,6 +104,8 @@ class SharedStorageConnector(ECConnector):
         self._verified: OrderedDict[str, Signature] = OrderedDict()
         self._rejected: OrderedDict[str, Signature] = OrderedDict()
         self._warned_of: set[int | None] = set()
+        self._save_failure: tuple[int | None] | None = None
+        """The errno of the last save if it failed."""
         self._held: OrderedDict[str, Entry] = OrderedDict()
         self._noted: dict[str, Entry] = {}
         try:
@@ -120,6 +122,10 @@ class SharedStorageConnector(ECConnector):
         except OSError as error:
             raise StorageError(f"Cannot read the store-id of {self._folder.path}: {error}") from error
 
+    @property
+    def max_entry_bytes(self) -> int:
+        return self.config.max_bytes - HEADER_BYTES
+
     def shutdown(self) -> None:
         self._held.clear()
         self._noted.clear()
@@ -132,12 +138,13 @@ class SharedStorageConnector(ECConnector):
         if identifier in self._held:
             return True
         entry = self._find(identifier)
-        if entry is not None and self.config.separate_processes:
+        if entry is not None and not self.is_consumer:
+            entry = self._verify(identifier, entry)  # what is damaged must be published again
+        elif entry is not None and self.config.separate_processes:
             started = time.perf_counter()
-            entry = self._verify(identifier, entry, copies=self.is_consumer)
-            if self.is_consumer:
-                with self._lock:
-                    self.stats.load_seconds += time.perf_counter() - started
+            entry = self._verify(identifier, entry, copies=True)
+            with self._lock:
+                self.stats.load_seconds += time.perf_counter() - started
         if entry is not None and self.is_consumer:
             with self._lock:
                 _remember(self._held, identifier, entry, self._max_held)
@@ -187,9 +194,17 @@ class SharedStorageConnector(ECConnector):
                     self.stats.loaded_bytes += tensor.nbytes
                     encoder_cache[identifier] = tensor
 
+    def discard(self, identifier: str, reason: str) -> None:
+        entry = self._find(check_identifier(identifier))
+        if entry is not None:
+            self._reject(identifier, entry.known.signature, reason)
+
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
         check_identifier(mm_hash)
-        if not self.is_producer or self._find(mm_hash) is not None:
+        if not self.is_producer:
+            return
+        existing = self._find(mm_hash)
+        if existing is not None and self._verify(mm_hash, existing) is not None:
             return
         started = time.perf_counter()
         saved_bytes = 0
@@ -199,9 +214,8 @@ class SharedStorageConnector(ECConnector):
             data = bytes_of(tensor)
             self._folder.publish(mm_hash, HEADER_BYTES + len(data), lambda file: write_entry(file, header, data))
             saved_bytes = len(data)
-        except StorageError:
-            with self._lock:
-                self.stats.save_failures += 1
+        except StorageError as error:
+            self._note_save_failure(error)
             raise
         finally:
             with self._lock:
@@ -209,6 +223,9 @@ class SharedStorageConnector(ECConnector):
         with self._lock:
             self.stats.saves += 1
             self.stats.saved_bytes += saved_bytes
+            recovered, self._save_failure = self._save_failure, None
+        if recovered is not None:
+            _logger.info("Entries can be written to %s again.", self._folder.path)
 
     # ---- finding and loading --------------------------------------------------------------------------------------
 
@@ -284,6 +301,15 @@ class SharedStorageConnector(ECConnector):
             _remember(self._rejected, identifier, signature, _MAX_KNOWN)
             self.stats.corrupt_entries += 1
         _logger.warning("The file of item %s in %s was rejected: %s.", identifier, self._folder.path, reason)
+
+    def _note_save_failure(self, error: StorageError) -> None:
+        """Count a failure, and log it unless the last save failed for the same reason."""
+        kind = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
+        with self._lock:
+            self.stats.save_failures += 1
+            is_new, self._save_failure = self._save_failure != (kind,), (kind,)
+        if is_new:
+            _logger.error("%s Further failures of this kind are only counted, until a save succeeds.", error.message)
 
     def _warn_once(self, error: OSError) -> None:
         if error.errno not in self._warned_of:

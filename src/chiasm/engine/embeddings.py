@@ -111,6 +111,14 @@ class Embeddings:
             self._load(self._scheduler_role, self._worker_role, states)
         return []
 
+    def awaited(self) -> list[str]:
+        """Return the identifiers of what the next chunks want and what doesn't exist, neither in memory nor in the store."""
+        role = self._scheduler_role
+        if role is None:
+            return []
+        wanted = {item.identifier for _, items in self._scheduler.wanted_items() for item in items}
+        return [name for name in wanted if name not in self._scheduler.encoder_cache and not role.has_cache_item(name)]
+
     def _load(self, scheduler_role: ECConnector, worker_role: ECConnector, states: Mapping[str, RequestState]) -> None:
         arrivals: list[tuple[Sequence, PromptItem]] = []
         for sequence, items in self._scheduler.wanted_items():
@@ -130,6 +138,7 @@ class Embeddings:
             worker_role.start_load_caches(self.entries)
             worker_role.clear_connector_metadata()
             seconds = time.monotonic() - started
+            self._reject_misfits(worker_role, arrivals, states)
             for identifier in metadata.loads:
                 if identifier not in self.entries:
                     self._scheduler.item_lost(identifier)
@@ -138,6 +147,34 @@ class Embeddings:
         for sequence, item in arrivals:
             if item.identifier in self.entries:
                 self.note(states[sequence.request_id], item.identifier, ItemOutcome.WAITED)
+
+    def _reject_misfits(
+        self,
+        worker_role: ECConnector,
+        arrivals: list[tuple[Sequence, PromptItem]],
+        states: Mapping[str, RequestState],
+    ) -> None:
+        """Remove what has another shape than a request needs, so that it is encoded again; the request waits meanwhile.
+
+        If it comes back like that, the request itself is to blame, and fails in :meth:`unusable`.
+        """
+        loaded = [(sequence, item) for sequence, item in arrivals if item.identifier in self.entries]
+        fitting = {item.identifier for _, item in loaded if self._fits(item, self.entries[item.identifier])}
+        for sequence, item in loaded:
+            name, rejected = item.identifier, states[sequence.request_id].rejected
+            if name in fitting or name in rejected:
+                continue
+            rejected.add(name)
+            entry = self.entries.pop(name, None)
+            if entry is not None:
+                shapes = f"its shape is {tuple(entry.shape)}, but a request needs {self._shape_of(item)}"
+                worker_role.discard(name, shapes)
+
+    def _shape_of(self, item: PromptItem) -> tuple[int, int]:
+        return len(item.geometry.rows), self._entry_width
+
+    def _fits(self, item: PromptItem, entry: Tensor) -> bool:
+        return tuple(entry.shape) == self._shape_of(item)
 
     def _take_encoded(
         self, encoder: LocalEncoder, states: Mapping[str, RequestState]
@@ -192,12 +229,12 @@ class Embeddings:
         for part in step.prefills:
             for item in part.sequence.items_between(part.start, part.end):
                 entry = self.entries.get(item.identifier)
-                expected = (len(item.geometry.rows), self._entry_width)
-                if entry is None or tuple(entry.shape) != expected:
+                if entry is None or not self._fits(item, entry):
                     found = "is gone" if entry is None else f"has the shape {tuple(entry.shape)}"
                     error = EmbeddingUnavailableError(
-                        f"The embedding of item {item.identifier[:12]}… {found}, but the request needs the shape {expected}. "
-                        "Check that encoder and prefill serve the same model, and that the image size sent is right."
+                        f"The embedding of item {item.identifier[:12]}… {found}, but the request needs the shape "
+                        f"{self._shape_of(item)}. Check that encoder and prefill serve the same model, and that the image size "
+                        "sent is right."
                     )
                     failed.append((states[part.sequence.request_id], error))
                     break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +21,14 @@ from chiasm.engine.calibration import encode_seconds, image_costs
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.device import check_memory, use_threads
 from chiasm.engine.request import EncodedItem, EncodeItem, EngineStats, ItemOutcome
-from chiasm.errors import ChiasmError, Code, DeadlineExceededError, OverloadedError
+from chiasm.errors import (
+    ChiasmError,
+    Code,
+    ConfigurationError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from chiasm.media import MediaConfig
 from chiasm.media.image import decode
 from chiasm.models import load_vision
@@ -72,8 +80,42 @@ class EncoderEngine(Engine):
         self._publish_pool = ThreadPoolExecutor(2, "chiasm-publish")
         measuring = self._encode_pool.submit(image_costs, self.processor, self.device, self._compute)
         self.costs = Costs(images=measuring.result())
+        self._check_store(self.costs)
         self._started = True
         logger.info("The encoder is ready: %s on %s.", self.dtype, self.device)
+
+    def _check_store(self, costs: Costs) -> None:
+        """Raise ConfigurationError if the store can't hold the smallest image that was measured; warn of larger ones."""
+        for image in costs.images:
+            side = math.isqrt(image.pixels)
+            misfit = self._misfit(side, side)
+            if misfit is None:
+                continue
+            if image is costs.images[0]:
+                raise ConfigurationError(f"{misfit} Raise --ec-max-bytes.")
+            logger.warning("%s Such images are refused; raise --ec-max-bytes to take them.", misfit)
+            return
+
+    def _check_size(self, item: EncodeItem) -> None:
+        """Raise InvalidRequestError for an image whose embedding can never be published."""
+        if misfit := self._misfit(item.height, item.width):
+            logger.warning("An image was refused. %s", misfit)
+            raise InvalidRequestError(
+                f"{misfit} Send a smaller image, or raise --ec-max-bytes.",
+                param="messages",
+                code=Code.EMBEDDING_TOO_LARGE,
+            )
+
+    def _misfit(self, height: int, width: int) -> str | None:
+        """Return why the store can never hold the embedding of an image of this size; None if it can."""
+        rows = len(self.processor.geometry_of_size(height, width).rows)
+        size, limit = rows * self._vision.entry_width * self.dtype.itemsize, self._ec_worker.max_entry_bytes
+        if size <= limit:
+            return None
+        return (
+            f"The embedding of an image of {width} x {height} pixels takes {size} bytes, but the store can hold no entry of "
+            f"more than {limit} bytes."
+        )
 
     def stop(self) -> None:
         """Drop items that have not begun, and wait for those that have. Idempotent."""
@@ -102,11 +144,14 @@ class EncoderEngine(Engine):
     async def encode(self, request_id: str, items: Sequence[EncodeItem], deadline: float) -> list[EncodedItem]:
         """Publish the embeddings of ``items``; return the results in the same order when all are in the store.
 
-        ``deadline`` is in ``time.monotonic()``. Raises MediaError for data that is not an image, OverloadedError if too
-        many images are queued, StorageError if an embedding could not be published, and DeadlineExceededError.
+        ``deadline`` is in ``time.monotonic()``. Raises MediaError for data that is not an image, InvalidRequestError for an
+        image that the store can never hold, OverloadedError if too many images are queued, StorageError if an embedding could
+        not be published, and DeadlineExceededError.
         Cancelling drops the items that have not begun, unless another request waits for them.
         """
         assert len(items) <= self.config.max_items
+        for item in items:
+            self._check_size(item)
         timeout = deadline - time.monotonic()
         tasks = [asyncio.ensure_future(self._share(item)) for item in items]
         try:
@@ -152,7 +197,7 @@ class EncoderEngine(Engine):
             queue_seconds = max(0.0, time.monotonic() - started - preprocess - encode - publish)
             return EncodedItem(item.identifier, metadata, outcome, preprocess, encode, publish, queue_seconds)
 
-        if self._ec_scheduler.has_cache_item(item.identifier):
+        if await self._is_published(item.identifier):
             return result(ItemOutcome.HIT)
         pixels, preprocess_seconds = await self._in(self._preprocess_pool, lambda: self._preprocess(item))
         entry, encode_seconds = await self._in(self._encode_pool, lambda: self._run(pixels))
@@ -161,6 +206,11 @@ class EncoderEngine(Engine):
         )
         self._encode_seconds += encode_seconds
         return result(ItemOutcome.ENCODED, preprocess_seconds, encode_seconds, publish_seconds)
+
+    async def _is_published(self, identifier: str) -> bool:
+        # Not on the event loop: an entry that another encoder has published is read to check that it isn't damaged.
+        found, _ = await self._in(self._publish_pool, lambda: self._ec_scheduler.has_cache_item(identifier))
+        return found
 
     def _preprocess(self, item: EncodeItem) -> Pixels:
         # The server found this size in the header and within its limits; decoding to a larger one must fail.

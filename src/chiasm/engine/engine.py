@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -60,6 +60,13 @@ class _Abort(NamedTuple):
     request_id: str
 
 
+class _Question(NamedTuple):
+    """Asks which embeddings are awaited."""
+
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[list[str]]
+
+
 class _Signal(enum.Enum):
     STOP = enum.auto()
     WAKE = enum.auto()
@@ -86,8 +93,9 @@ class LanguageEngine(Engine):
                 "EngineConfig.kv is for prefill and decode engines; they need it, and others must not have it."
             )
         super().__init__(config)
-        self._inbox: queue.SimpleQueue[RequestState | _Abort | _Signal] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[RequestState | _Abort | _Question | _Signal] = queue.SimpleQueue()
         self._states: dict[str, RequestState] = {}
+        self._questions: list[_Question] = []
         self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
         self._kv_transfers: KVTransfers | None = None
@@ -210,6 +218,18 @@ class LanguageEngine(Engine):
             if remaining:
                 self._inbox.put(_Abort(request.request_id))
 
+    async def awaited_embeddings(self) -> list[str]:
+        """Return the identifiers that prompts need next and that are neither in memory nor in the store, each once.
+
+        It is as of some moment after the call, and waits for the end of the step that runs.
+        """
+        if not self.healthy:
+            return []
+        loop = asyncio.get_running_loop()
+        question = _Question(loop, loop.create_future())
+        self._inbox.put(question)
+        return await question.answer
+
     def _check(self, request: GenerateRequest) -> None:
         """Refuse what only the engine can know to be impossible, and assert what the server has checked."""
         if not self.healthy:
@@ -262,6 +282,7 @@ class LanguageEngine(Engine):
         with on_stream(self.device, HIGH_PRIORITY) if encodes else nullcontext():
             self._serve()
         self._fail_all(list(self._states.values()), "The engine of this instance stopped while the request ran.")
+        self._answer_questions()
 
     def _serve(self) -> None:
         """Run steps until the engine has to stop."""
@@ -273,6 +294,7 @@ class LanguageEngine(Engine):
                 for state, failure in self._embeddings.update(self._states):
                     self._fail(state, failure)
                 self._embeddings.encode(self._states)
+                self._answer_questions()
                 self._measure_stalls()
                 idle = not self._step()
             except Exception as error:
@@ -299,6 +321,8 @@ class LanguageEngine(Engine):
                     return False
                 case _Abort(request_id) if request_id in self._states:
                     self._forget(self._states[request_id])
+                case _Question():
+                    self._questions.append(message)
                 case RequestState():
                     self._add(message)
 
@@ -339,6 +363,15 @@ class LanguageEngine(Engine):
             deliver((state, output) for output in outputs)
             if outputs[-1].finish_reason is not None:
                 self._forget(state)
+
+    def _answer_questions(self) -> None:
+        if not self._questions:
+            return
+        questions, self._questions = self._questions, []
+        awaited = self._embeddings.awaited()
+        for loop, answer in questions:
+            with suppress(RuntimeError):  # the event loop was closed
+                loop.call_soon_threadsafe(_settle, answer, awaited)
 
     def _collect_transfers(self) -> None:
         """See which KV transfers have ended, and begin those that were noted since."""
@@ -480,3 +513,8 @@ class LanguageEngine(Engine):
         if self._kv_transfers is not None and not state.handed_over:
             self._kv_transfers.drop(state.request)
         self._runner.forget(request_id)
+
+
+def _settle(answer: asyncio.Future[list[str]], awaited: list[str]) -> None:
+    if not answer.done():
+        answer.set_result(awaited)

@@ -34,6 +34,8 @@ class RequestState:
     timing: RequestTiming = field(default_factory=RequestTiming)
     missing: dict[str, ItemTiming] = field(default_factory=dict)
     """Items that count neither as hit nor as waited for yet, by identifier."""
+    rejected: set[str] = field(default_factory=set)
+    """Identifiers of embeddings that had another shape than the request needs, and were removed for that."""
     first_scheduled: float | None = None
     load_started: float | None = None
     handed_over: bool = False

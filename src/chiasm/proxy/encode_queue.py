@@ -162,6 +162,10 @@ class EncodeQueue:
         for entry in entries:
             self._leave(entry, now)
 
+    def note_lost(self, identifier: str) -> None:
+        """Note that an embedding that was published is gone: the image must be encoded again."""
+        self._published.pop(identifier, None)
+
     def note_full(self, encoder: Instance, now: float) -> None:
         """Note that an encoder took no more images; it gets none for a while, longer each time in a row."""
         desk = self._desk(encoder)

@@ -60,6 +60,8 @@ class _Flight:
         self.attempts = 0
         self.stranded_since: float | None = None
         """Since when no healthy encoder may get it."""
+        self.refusal: RefusedError | None = None
+        """With what the last encoder that failed has answered, if it has."""
 
 
 class _Call:
@@ -114,6 +116,22 @@ class Encoders:
         an image.
         """
         started = time.monotonic()
+        flights = await self._fly(items, job)
+        job.timing.encode_call = time.monotonic() - started
+        known = (flight.encode_seconds for flight in flights.values())
+        job.timing.encode = max((seconds for seconds in known if seconds is not None), default=None)
+        self._metrics.encode.observe(job.timing.encode_call)
+        return {name: flight.metadata.result() for name, flight in flights.items()}
+
+    async def encode_again(self, items: Iterable[Item], job: Job) -> None:
+        """Have images encoded whose embeddings were published and are lost. Raises like :meth:`encode`."""
+        items = list(items)
+        for item in items:
+            self._queue.note_lost(item.identifier)
+        await self._fly(items, job)
+
+    async def _fly(self, items: Iterable[Item], job: Job) -> dict[str, _Flight]:
+        """Return the flights of these images when all have ended well."""
         flights: dict[str, _Flight] = {}
         for item in items:
             if item.identifier in flights:
@@ -138,17 +156,12 @@ class Encoders:
                     raise error
             if waiting:
                 raise self._too_late(flights.values())
-            metadata = {name: flight.metadata.result() for name, flight in flights.items()}
         finally:
             for flight in flights.values():
                 self._leave(flight, job)
             self._feed()
-        job.published_at = {name: flight.published_at for name, flight in flights.items()}
-        job.timing.encode_call = time.monotonic() - started
-        known = (flight.encode_seconds for flight in flights.values())
-        job.timing.encode = max((seconds for seconds in known if seconds is not None), default=None)
-        self._metrics.encode.observe(job.timing.encode_call)
-        return metadata
+        job.published_at = {**job.published_at, **{name: flight.published_at for name, flight in flights.items()}}
+        return flights
 
     def _too_late(self, flights: Iterable[_Flight]) -> ChiasmError:
         """Return the error for a request whose deadline passes before these images are encoded."""
@@ -290,10 +303,11 @@ class Encoders:
 
     def _again(self, flights: Sequence[_Flight], error: Exception) -> None:
         for flight in flights:
+            flight.refusal = error if isinstance(error, RefusedError) else None
             if not flight.waiters:
                 continue
             if flight.attempts >= self._max_attempts:
-                self._settle(flight, error if isinstance(error, RefusedError) else _none_left(flight))
+                self._settle(flight, _none_left(flight))
             else:
                 self._metrics.encode_retries.inc()
                 self._requeue(flight)
@@ -337,6 +351,8 @@ class Encoders:
 
 
 def _none_left(flight: _Flight, waited_seconds: float = 0.0) -> Exception:
+    if flight.refusal is not None:
+        return flight.refusal  # it says why
     if not flight.attempts:
         return none_healthy(Role.ENCODER, waited_seconds)
     which = f"none came back within {waited_seconds:g} s" if waited_seconds else "no other encoder is left"

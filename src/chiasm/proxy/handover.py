@@ -7,6 +7,7 @@ that the client has no part of starts from the beginning; otherwise it is resume
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 
 from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.fleet import Instance
@@ -34,12 +35,21 @@ class _InterruptedError(Exception):
 class Handover:
     """One request on its way through prefill and decode."""
 
-    def __init__(self, balancer: Balancer, engine: HandoverEngine, *, max_prefills: int) -> None:
+    def __init__(
+        self,
+        balancer: Balancer,
+        engine: HandoverEngine,
+        *,
+        max_prefills: int,
+        before_retry: Callable[[], Awaitable[None]],
+    ) -> None:
+        """``before_retry`` is called before the prompt is prefilled again."""
         self._balancer = balancer
         self._engine = engine
         self._job = engine.job
         self._metrics = engine.metrics
         self._max_prefills = max_prefills
+        self._before_retry = before_retry
         self._prefills = 0
         self._prefill_at: Instance | None = None
         self._avoided: set[Instance] = set()
@@ -56,6 +66,7 @@ class Handover:
                 return
             except _InterruptedError as interruption:
                 await self._prepare_retry(interruption)
+                await self._before_retry()
 
     async def _prepare_retry(self, interruption: _InterruptedError) -> None:
         """Raise ChiasmError if the prompt can't be prefilled again."""
@@ -84,9 +95,7 @@ class Handover:
                     handle = await self._engine.relay_prefill(call)
             except (InstanceLostError, ResponseCutOffError, InstanceError) as error:
                 raise await self._examine(assignment.instance, error, Reason.PREFILL_LOST) from None
-        # Prefill had the embeddings. Encoders may still publish one again, but nobody waits for it.
-        if job.is_encoded:
-            job.exchange.release(keep_bytes=len(job.request.body))
+        job.note_embeddings_read(keep_bytes=len(job.request.body))
         return handle
 
     async def _decode(self, handle: Handle) -> None:

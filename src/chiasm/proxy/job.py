@@ -91,11 +91,17 @@ class Job:
         """The language instance that gets its embeddings; None if it isn't chosen before they are encoded."""
         self.published_at: Mapping[str, float] = {}
         """When each embedding was there, by identifier; empty until all are. On the clock of ``time.monotonic``."""
-        self.encoding: asyncio.Future[dict[str, bytes]] | None = None
-        """Done when all embeddings have been published; gives the encoders' metadata (JSON) by identifier. None if it has no
-        images, or has them encoded where the text goes."""
+        self.encoding: asyncio.Future[None] | None = None
+        """Has its images encoded, and again if embeddings are lost before the instance has read them. None if it has no images,
+        or has them encoded where the text goes."""
+        self.metadata: asyncio.Future[dict[str, bytes]] = asyncio.get_running_loop().create_future()
+        """The encoders' metadata (JSON) by identifier, when all embeddings have been published."""
+        self.embeddings_are_read = False
+        """Whether the answer has begun: the instance has all embeddings."""
+        self.news_of_embeddings = asyncio.Event()
+        """Set when they are read, and when the instance has said that it lacks some."""
         self.original: Original | None = None
-        """Kept until its images are encoded if an instance that encodes itself could still have to answer it."""
+        """Kept until the answer begins if an instance that encodes itself could still have to give it."""
         self.identifiers: Sequence[str] = ()
         """Identifiers of the images that ``encoding`` is about, in the order in which they occur."""
         self._encoder_calls = 0
@@ -107,7 +113,7 @@ class Job:
         """Return the body for a language instance; for one that can't size images itself, once the encoders have answered."""
         if self.encoding is None or instance.health is None or instance.health.takes_image_size:
             return self.request.body
-        metadata = await asyncio.shield(self.encoding)
+        metadata = await asyncio.shield(self.metadata)
         return self.request.with_parts([embeds_part(name, metadata[name]) for name in self.identifiers])
 
     def headers(self) -> dict[str, str]:
@@ -129,8 +135,19 @@ class Job:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether the encoders are done with the request."""
-        return self.encoding is None or self.encoding.done()
+        """Whether all embeddings have been published, or nothing has to be encoded."""
+        return self.encoding is None or self.metadata.done()
+
+    def note_embeddings_read(self, *, keep_bytes: int = 0) -> None:
+        """Note that the answer has begun, and free what was kept in case embeddings would be lost before.
+
+        ``keep_bytes`` are still held afterwards.
+        """
+        self.embeddings_are_read = True
+        self.news_of_embeddings.set()
+        self.original = None
+        if self.is_encoded:  # otherwise encoders publish again what the instance had, and their calls need the images
+            self.exchange.release(keep_bytes=keep_bytes)
 
     async def unless_encoding_fails(self, work: Awaitable[_T]) -> _T:
         """Return what ``work`` gives; if encoding fails first, cancel it and raise the encoders' error."""

@@ -48,6 +48,11 @@ class Metrics:
         self.encode_refusals = Counter(
             "chiasm_proxy_encode_refusals", "Calls refused by a full encoder.", registry=self.registry
         )
+        self.embeddings_lost = Counter(
+            "chiasm_proxy_embeddings_lost",
+            "Embeddings lost before the instance that needs them had read them; their images are encoded again.",
+            registry=self.registry,
+        )
         self.language_retries = Counter(
             "chiasm_proxy_language_retries",
             "Requests sent to an instance again after a lost connection, or after the last encoder was lost.",

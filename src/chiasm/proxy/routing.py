@@ -21,6 +21,7 @@ from chiasm.proxy.handover import Handover
 from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_hand_over
 from chiasm.proxy.job import Job, Original
 from chiasm.proxy.key_check import KeyCheck
+from chiasm.proxy.lost_embeddings import LostEmbeddings
 from chiasm.proxy.media import Item, read_items
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
@@ -78,8 +79,12 @@ class Router:
             max_attempts=config.max_encode_attempts,
             comeback_seconds=config.wait_for_instance_seconds,
         )
+        self._lost_embeddings = LostEmbeddings(
+            self.encoders, upstream, metrics, timeout_seconds=config.probe_timeout_seconds
+        )
 
     async def close(self) -> None:
+        await self._lost_embeddings.close()
         await self.encoders.close()
         await self._fetcher.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -144,13 +149,20 @@ class Router:
         job.request.media = []
         job.identifiers = [item.identifier for item in items]
         job.encoding = asyncio.ensure_future(self._encode(tuple(items), job, on_embedded))
-        items.clear()  # the encoders free each image when it is encoded
+        items.clear()  # kept by the task alone
 
-    async def _encode(self, items: tuple[Item, ...], job: Job, on_embedded: Callable[[], None]) -> dict[str, bytes]:
-        metadata = await self.encoders.encode(items, job)
-        job.original = None
+    async def _encode(self, items: tuple[Item, ...], job: Job, on_embedded: Callable[[], None]) -> None:
+        """Have images encoded, and keep them until the answer has begun, in case embeddings are lost before."""
+        job.metadata.set_result(await self.encoders.encode(items, job))
         on_embedded()
-        return metadata
+        await self._lost_embeddings.recover(items, job)
+
+    async def _await_embeddings_again(self, job: Job) -> None:
+        """Watch over the embeddings of a prompt that is prefilled again. Its images may have been freed when it was first."""
+        if job.encoding is not None and job.embeddings_are_read:
+            await job.end_encoding()
+            job.embeddings_are_read = False
+            job.encoding = asyncio.ensure_future(self._lost_embeddings.recover((), job))
 
     def _may_go_where_it_is_encoded(self, job: Job) -> bool:
         """Whether a request that has failed for want of encoders or PDs can be answered by an instance that encodes itself."""
@@ -167,7 +179,13 @@ class Router:
         """Send the request to prefill, and then to decode."""
         kind = VllmEngine if self._fleet.hands_over_by_vllm else ChiasmEngine
         engine = kind(job, self._metrics, self._config.max_answer_bytes)
-        await Handover(self._balancer, engine, max_prefills=self._config.max_prefill_attempts).run()
+        handover = Handover(
+            self._balancer,
+            engine,
+            max_prefills=self._config.max_prefill_attempts,
+            before_retry=lambda: self._await_embeddings_again(job),
+        )
+        await handover.run()
 
     async def _send_to_one(self, job: Job, items: list[Item], started: float) -> bool:
         """Have one instance answer the request; return False if one that encodes itself can answer it, but no other."""
@@ -229,8 +247,7 @@ class Router:
         first = await begin(next_chunk)
         assignment.note_answer(call.headers.get("server-timing"))
         job.request.forget()
-        if job.is_encoded:
-            job.exchange.release()
+        job.note_embeddings_read()
         await job.send_stream(call, first, next_chunk)
 
     def _is_handed_over(self, job: Job) -> bool:

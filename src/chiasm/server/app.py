@@ -20,7 +20,7 @@ from chiasm.server.completions import chat_completions, completions
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
 from chiasm.server.status import Status
-from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH
+from chiasm.wire import AWAITED_PATH, CHAT_PATH, COMPLETIONS_PATH
 
 if TYPE_CHECKING:
     from chiasm.engine.base import Engine
@@ -50,6 +50,7 @@ def app_of(context: ServerContext) -> Starlette:
             Route("/v1/models", status.models),
             Route("/v1/models/{name:path}", status.model),
             Route("/health", status.health),
+            Route(AWAITED_PATH, status.awaited),
             Route("/metrics", status.metrics),
             Route("/version", status.version),
         ],

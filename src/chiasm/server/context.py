@@ -42,6 +42,8 @@ class GeneratingEngine(Protocol):
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]: ...
 
+    async def awaited_embeddings(self) -> list[str]: ...
+
 
 @runtime_checkable
 class EncodingEngine(Protocol):

@@ -14,11 +14,11 @@ from chiasm.cores import allowed_cpus
 from chiasm.errors import StorageError
 from chiasm.http import json_response
 from chiasm.server.context import ServerContext
-from chiasm.wire import Health, ModelCard, ModelList, Role, model_card
+from chiasm.wire import AwaitedEmbeddings, Health, ModelCard, ModelList, Role, model_card
 
 
 class Status:
-    """The endpoints without a body, which answer at once whatever the engine does."""
+    """The endpoints without a body. All but ``awaited`` answer at once, whatever the engine does."""
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
@@ -36,6 +36,11 @@ class Status:
         """Describe the model that the path names."""
         self._context.check_model(request.path_params["name"])
         return json_response(self._card())
+
+    async def awaited(self, request: Request) -> Response:
+        """Name the embeddings that prompts need next and that don't exist. Waits for the end of the engine's step."""
+        identifiers = await self._context.generating_engine.awaited_embeddings()
+        return json_response(AwaitedEmbeddings(identifiers=identifiers))
 
     async def metrics(self, request: Request) -> Response:
         """Answer in Prometheus' text format."""

@@ -17,10 +17,11 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from chiasm import __version__, checkpoints
+from chiasm.integrations.vllm.messages import AWAITED_METHOD
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
 from chiasm.models import load_processor
 from chiasm.models.identity import fingerprint
-from chiasm.wire import CHAT_PATH, Health, Role
+from chiasm.wire import AWAITED_PATH, CHAT_PATH, Health, Role
 
 CHECKPOINT = checkpoints.folder("demo")
 NAME = "ab" * 32
@@ -428,3 +429,24 @@ async def test_other_paths_and_methods_pass_untouched() -> None:
     assert (await server.call("POST", "/health", body)).headers == {b"x-from": b"vllm"}
     assert (await server.call("GET", CHAT_PATH)).body == b"answered"
     assert vllm.bodies == [body, body, b""]
+
+
+class Core:
+    """vLLM's client of its engines."""
+
+    async def call_utility_all_async(self, method: str) -> list[list[str]]:
+        assert method == AWAITED_METHOD
+        return [["a" * 64], ["b" * 64, "a" * 64]]
+
+
+async def test_the_embeddings_that_any_engine_waits_for_are_named(store: Path) -> None:
+    server = Server(VLLM(config("ec_consumer", store=store)))
+    server.app.state.engine_client = SimpleNamespace(engine_core=Core())
+    answer = await server.call("GET", AWAITED_PATH)
+    assert (answer.status, answer.json) == (200, {"identifiers": ["a" * 64, "b" * 64]})
+
+
+async def test_without_chiasms_connector_the_question_goes_to_vllm() -> None:
+    vllm = VLLM(config(), status=404)
+    assert (await Server(vllm).call("GET", AWAITED_PATH)).status == 404
+    assert vllm.paths == [AWAITED_PATH]

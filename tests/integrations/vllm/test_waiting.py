@@ -112,15 +112,6 @@ def test_damaged_bytes_are_found_before_the_entry_is_promised(encoder: Encoder, 
     assert torch.equal(loaded(pd, "a"), embedding_of("a"))
 
 
-@pytest.mark.parametrize("shape", [(ROWS + 1, LAYOUT.width), (ROWS, LAYOUT.width + 1)])
-def test_an_entry_that_does_not_fit_fails_its_request(encoder: Encoder, pd: Engine, shape: tuple[int, int]) -> None:
-    encoder.publish("a", embedding_of("a", *shape))
-    one = request(("a", 2))
-    step = pd.schedule(one)
-    assert step.tokens == {}
-    assert pd.update(one, report=pd.run(step)) == {"request"}
-
-
 def test_ten_requests_with_one_item_load_it_once(encoder: Encoder, pd: Engine) -> None:
     encoder.publish("a")
     pd.step(*(request(("a", 2), of=str(index)) for index in range(10)))
@@ -238,3 +229,48 @@ def test_an_item_that_leaves_memory_in_the_same_step_stops_prefill(folder: Path,
     path.unlink()
     pd.memory.users.clear()
     assert not pd.scheduler.can_get("request", 0)
+
+
+# What is lost.
+
+
+def test_what_requests_wait_for_and_the_store_lacks_is_awaited(encoder: Encoder, pd: Engine) -> None:
+    encoder.publish("b")
+    waiting, other = request(("a", 2), ("b", 8), of="waiting"), request(("a", 2), of="other")
+    pd.step(waiting, other)
+    assert pd.scheduler.awaited() == [identifier_of("a")]
+    encoder.publish("a")
+    assert pd.scheduler.awaited() == []
+    pd.step(waiting, other)
+    encoder.path("a").unlink()
+    assert pd.scheduler.awaited() == []  # it is in memory
+
+
+def test_an_item_before_which_prefill_has_stopped_is_awaited(encoder: Encoder, folder: Path) -> None:
+    pd = Engine(folder, ECTransferRole.CONSUMER, Reach(WINDOW, max_ahead=1, min_tokens=4))
+    one = request(("a", 10))
+    assert pd.step(one).tokens == {"request": 10}
+    pd.step(one)
+    assert pd.scheduler.awaited() == [identifier_of("a")]
+    encoder.publish("a")
+    pd.step(one)
+    assert pd.scheduler.awaited() == []
+
+
+@pytest.mark.parametrize("shape", [(ROWS + 1, LAYOUT.width), (ROWS, LAYOUT.width + 1)])
+def test_an_entry_that_does_not_fit_is_removed_and_awaited_and_fails_its_request_if_it_comes_again(
+    encoder: Encoder, pd: Engine, shape: tuple[int, int]
+) -> None:
+    one = request(("a", 2))
+    encoder.publish("a", embedding_of("a", *shape))
+    assert pd.step(one).tokens == {}
+    assert not encoder.path("a").exists()
+    assert pd.scheduler.awaited() == [identifier_of("a")]
+    encoder.publish("a", embedding_of("a", *shape))
+    step = pd.schedule(one)
+    assert pd.update(one, report=pd.run(step)) == {"request"}
+    encoder.path("a").unlink()
+    second = request(("a", 2), of="second")
+    pd.step(second)
+    encoder.publish("a")
+    assert pd.step(second).tokens == {"second": 8}

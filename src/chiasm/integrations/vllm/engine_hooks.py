@@ -6,6 +6,8 @@
 - *What to do while every request waits for an embedding?* By itself vLLM runs one round per millisecond, through scheduler,
   workers and statistics, which takes most of a core. Here it only looks for the embeddings, twice a millisecond at first and
   less often the longer the wait has been, and continues at once when one has come or a client sends something.
+- *Which embeddings does it wait for?* The middleware, which runs in vLLM's HTTP server, asks by vLLM's way of calling a method
+  of the engine by its name.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
-from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 from chiasm.errors import ConfigurationError
+from chiasm.integrations.vllm.messages import AWAITED_METHOD
 from chiasm.integrations.vllm.scheduler import SchedulerHalf
 
 _logger = logging.getLogger(__name__)
@@ -39,6 +42,18 @@ def install(vllm_config: Any, half: SchedulerHalf) -> None:
     config.encoder_cache_manager_cls = name
     _halves[vllm_config.ec_transfer_config.engine_id] = half
     _wait_between_steps()
+    setattr(EngineCore, AWAITED_METHOD, _awaited)
+
+
+def _awaited(engine: Any) -> list[str]:
+    """Return which embeddings the requests of an engine wait for; called between its steps."""
+    half = _half_of(engine)
+    return half.awaited() if half is not None else []
+
+
+def _half_of(engine: Any) -> SchedulerHalf | None:
+    half = getattr(engine.scheduler.get_ec_connector(), "scheduler_half", None)
+    return half if isinstance(half, SchedulerHalf) else None
 
 
 class ChiasmEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
@@ -104,9 +119,9 @@ def _wait_between_steps() -> None:
 def _wait(engine: Any) -> None:
     """Return when an embedding or a message has come, or if some request doesn't wait for an embedding."""
     scheduler = engine.scheduler
-    half = getattr(scheduler.get_ec_connector(), "scheduler_half", None)
+    half = _half_of(engine)
     has_work = engine.batch_queue or scheduler.has_finished_requests()
-    if has_work or not isinstance(half, SchedulerHalf):
+    if has_work or half is None:
         return
     num_waiting = half.num_waiting
     if num_waiting == 0 or num_waiting != sum(scheduler.get_request_counts()):

@@ -53,6 +53,8 @@ class TrackedRequest:
     """When the request was first deferred for the item that it still waits for."""
     missing: str = ""
     """The identifier of that item."""
+    rejected: set[str] = field(default_factory=set)
+    """Identifiers of entries that didn't fit the request and were removed for that."""
     counted_on: dict[str, int] = field(default_factory=dict)
     """The last step in which the request used an embedding, by identifier."""
 
@@ -66,6 +68,12 @@ class TrackedRequest:
     def item(self, identifier: str) -> Item | None:
         """Return the first item of this name."""
         return next((item for item in self.items if item.identifier == identifier), None)
+
+    def missing_item(self, *, is_ahead: bool) -> Item | None:
+        """Return the first item that keeps the request from going on; ``is_ahead`` if it has run up to the item."""
+        if self.waiting_since is not None:
+            return self.item(self.missing)
+        return self.items[self.stop] if is_ahead and self.stop is not None else None
 
     def between(self, begin: int, end: int) -> Iterator[tuple[int, Item]]:
         """Return the items that reach into these prompt tokens, with their indices."""

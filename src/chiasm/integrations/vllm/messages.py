@@ -1,4 +1,5 @@
-"""What passes between the two halves of the connector: a message each way with every step, and a page of counters."""
+"""What passes between the two halves of the connector: a message each way with every step, a page of counters, and a
+question from vLLM's HTTP server."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ import struct
 from dataclasses import astuple, dataclass, field, fields
 
 from chiasm.ec_transfer import ECConnectorMetadata, ECConnectorStats
+
+AWAITED_METHOD = "chiasm_awaited_embeddings"
+"""The method of vLLM's engine by which its HTTP server asks which embeddings requests wait for."""
 
 _NAMES = tuple(counter.name for counter in fields(ECConnectorStats))
 _PAGE = struct.Struct(f"={len(_NAMES)}d")

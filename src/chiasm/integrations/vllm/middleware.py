@@ -20,10 +20,11 @@ from chiasm.errors import ChiasmError, EmbeddingUnavailableError, InvalidRequest
 from chiasm.http import ClientLeftError, json_response, read_body
 from chiasm.http.errors import error_response
 from chiasm.integrations.vllm.health import Description, describe
+from chiasm.integrations.vllm.messages import AWAITED_METHOD
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.server.config import ServerConfig
-from chiasm.wire import CHAT_PATH, UNREADABLE, Health
+from chiasm.wire import AWAITED_PATH, CHAT_PATH, UNREADABLE, AwaitedEmbeddings, Health
 
 _EMBEDS = "image_embeds"
 _EMBEDS_KEY = f'"{_EMBEDS}"'.encode()
@@ -63,6 +64,8 @@ class ChiasmMiddleware:
         called = (scope["method"], scope["path"]) if scope["type"] == "http" else None
         if called == ("GET", "/health"):
             await self._health(scope, receive, send)
+        elif called == ("GET", AWAITED_PATH) and (await self._described(scope)).has_connector:
+            await self._awaited(scope, receive, send)
         elif called == ("POST", CHAT_PATH):
             await self._chat(scope, receive, send)
         else:
@@ -111,6 +114,18 @@ class ChiasmMiddleware:
 
         await self._app(scope, receive, note)
         return status, body.decode(errors="replace")
+
+    # ---- embeddings ---------------------------------------------------------------------------------------------------
+
+    async def _awaited(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Name the embeddings that the requests of all engines wait for. Waits for the end of a step."""
+        core = scope["app"].state.engine_client.engine_core
+        if hasattr(core, "call_utility_all_async"):
+            answers: list[list[str]] = await core.call_utility_all_async(AWAITED_METHOD)
+        else:
+            answers = [await core.call_utility_async(AWAITED_METHOD)]
+        awaited = dict.fromkeys(name for names in answers for name in names)
+        await json_response(AwaitedEmbeddings(identifiers=list(awaited)))(scope, receive, send)
 
     # ---- chat completions -------------------------------------------------------------------------------------------
 

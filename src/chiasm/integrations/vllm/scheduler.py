@@ -265,6 +265,19 @@ class SchedulerHalf:
         self._own_stats = own
         return {name: value for name, value in counts.items() if value}
 
+    def awaited(self) -> list[str]:
+        """Return what requests need next and what exists neither in the workers' memory nor in the store, each item once."""
+        names: dict[str, None] = {}
+        for tracked in self._requests.values():
+            first = tracked.missing_item(is_ahead=tracked.request_id in self._ahead)
+            if first is not None:
+                names.update(
+                    (item.identifier, None)
+                    for _, item in tracked.between(first.offset, first.offset + self._reach.window_tokens)
+                    if not item.has_pixels
+                )
+        return [name for name in names if not self._memory.holds(name) and not self.is_published(name)]
+
     # ---- all requests wait ------------------------------------------------------------------------------------------
 
     @property
@@ -316,10 +329,15 @@ class SchedulerHalf:
         header = self._store.published(identifier)
         if header is None:
             return False
-        if (misfit := self._layout.misfit(header, item.rows)) is not None:
+        misfit = self._layout.misfit(header, item.rows)
+        if misfit is None:
+            return True
+        if identifier in tracked.rejected:
             self._fail(tracked, f"Item {identifier} does not fit: {misfit}.")
-            return False
-        return True
+        else:  # it may be the entry that is wrong, and the next one right
+            tracked.rejected.add(identifier)
+            self._store.discard(identifier, misfit)
+        return False
 
     def _is_promised(self, item: Item) -> bool:
         """Return whether the store has the entry. On a reader it then stays loadable until the step's end."""

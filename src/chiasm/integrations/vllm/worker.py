@@ -84,8 +84,8 @@ class WorkerHalf:
             self._store.save_caches(encoder_cache, mm_hash)
         except InvalidRequestError:
             return  # the scheduler has refused the request already
-        except StorageError as error:
-            _logger.warning("The embedding of item %s was not saved: %s", mm_hash, error)
+        except StorageError:
+            pass  # the store has logged it
         self._write_counters()
 
     def report(self) -> StepReport | None:

@@ -1,0 +1,153 @@
+"""Embeddings that are lost after an encoder has published them and before the instance that needs them has read them.
+
+They may be evicted, because more is published than the store holds, or removed, because the file is damaged. The instance goes
+on waiting for them, keeps the request's place, and tells the proxy when it is asked; the proxy has them encoded again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import msgspec
+
+from chiasm.errors import Code, EmbeddingUnavailableError
+from chiasm.proxy.encoders import Encoders
+from chiasm.proxy.fleet import Instance
+from chiasm.proxy.job import Job
+from chiasm.proxy.media import Item
+from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.upstream import Upstream, UpstreamError
+from chiasm.wire import AWAITED_PATH, AwaitedEmbeddings
+
+_log = logging.getLogger(__name__)
+_FIRST_WAIT_SECONDS = 0.1
+_LONGEST_WAIT_SECONDS = 0.5
+_SHARED_SECONDS = 0.1
+"""An answer that is younger is used again by other requests."""
+_MOST_IN_VAIN = 16
+"""How often in a row images are encoded again although the instance read none of them."""
+_MAX_RESPONSE_BYTES = 8 << 20
+_awaited = msgspec.json.Decoder(AwaitedEmbeddings)
+
+
+class _Answer(NamedTuple):
+    asked_at: float
+    """On the clock of ``time.monotonic``."""
+    identifiers: frozenset[str]
+
+
+class _Question(NamedTuple):
+    asked_at: float
+    task: asyncio.Task[_Answer]
+
+
+class LostEmbeddings:
+    """Finds them and has them encoded again. Made and used on one event loop."""
+
+    def __init__(self, encoders: Encoders, upstream: Upstream, metrics: Metrics, *, timeout_seconds: float) -> None:
+        """``timeout_seconds`` is for one question."""
+        self._encoders = encoders
+        self._upstream = upstream
+        self._metrics = metrics
+        self._timeout_seconds = timeout_seconds
+        self._watching: dict[str, set[Job]] = {}
+        """Jobs by the identifiers of their embeddings."""
+        self._questions: WeakKeyDictionary[Instance, _Question] = WeakKeyDictionary()
+
+    async def close(self) -> None:
+        tasks = [question.task for question in self._questions.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def recover(self, items: Sequence[Item], job: Job) -> None:
+        """Have the request's images encoded again whenever their embeddings are lost, until its answer has begun.
+
+        All have been published before. ``items`` is empty if the images were freed. Raises EmbeddingUnavailableError for a lost
+        embedding whose image was freed, or if the same ones are lost again and again, and what ``Encoders.encode`` raises.
+        """
+        names = set(job.published_at)
+        for name in names:
+            self._watching.setdefault(name, set()).add(job)
+        try:
+            await self._recover(items, job)
+        finally:
+            for name in names:
+                self._watching[name].discard(job)
+                if not self._watching[name]:
+                    del self._watching[name]
+
+    async def _recover(self, items: Sequence[Item], job: Job) -> None:
+        before: frozenset[str] = frozenset()
+        in_vain = 0
+        seconds = _FIRST_WAIT_SECONDS
+        while not await _is_read_within(job, seconds):
+            lost = await self._lost(job)
+            if not lost:
+                before, in_vain = lost, 0
+                seconds = min(2 * seconds, _LONGEST_WAIT_SECONDS)
+                continue
+            self._metrics.embeddings_lost.inc(len(lost))
+            # Fewer than before: the instance gets on, however small the store is.
+            in_vain = in_vain + 1 if before <= lost else 1
+            if not items or in_vain > _MOST_IN_VAIN:
+                raise _lost_for_good(in_vain)
+            _log.info("%s: %d embedding(s) were lost before they were read.", job.exchange.request_id, len(lost))
+            await self._encoders.encode_again([item for item in items if item.identifier in lost], job)
+            if not job.embeddings_are_read:
+                job.news_of_embeddings.clear()  # it is older than what has just been published
+            before = lost
+            seconds = min(in_vain * _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS)
+
+    async def _lost(self, job: Job) -> frozenset[str]:
+        """Return which embeddings of the request were published and are awaited all the same."""
+        if job.instance is None:
+            return frozenset()
+        asked_at, awaited = await self._ask(job.instance, after=max(job.published_at.values(), default=0.0))
+        return frozenset(name for name, at in job.published_at.items() if name in awaited and at < asked_at)
+
+    async def _ask(self, instance: Instance, *, after: float) -> _Answer:
+        """Return what an instance awaits, as asked ``after`` this instant; nothing if it doesn't say. Callers share answers."""
+        now = time.monotonic()
+        question = self._questions.get(instance)
+        is_old = question is None or (question.task.done() and now - question.asked_at > _SHARED_SECONDS)
+        if question is None or is_old or question.asked_at <= after:
+            question = _Question(now, asyncio.create_task(self._awaited(instance.url, now)))
+            self._questions[instance] = question
+        return await asyncio.shield(question.task)
+
+    async def _awaited(self, url: str, now: float) -> _Answer:
+        try:
+            response = await self._upstream.get(
+                url + AWAITED_PATH, timeout_seconds=self._timeout_seconds, max_bytes=_MAX_RESPONSE_BYTES
+            )
+            identifiers = _awaited.decode(response.body).identifiers if response.status == 200 else []
+        except (UpstreamError, msgspec.MsgspecError):
+            identifiers = []
+        for name in identifiers:
+            for job in self._watching.get(name, ()):
+                job.news_of_embeddings.set()
+        return _Answer(now, frozenset(identifiers))
+
+
+async def _is_read_within(job: Job, seconds: float) -> bool:
+    """Return whether the instance has all embeddings; wait so long for news of them."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(job.news_of_embeddings.wait(), seconds)
+    job.news_of_embeddings.clear()
+    return job.embeddings_are_read
+
+
+def _lost_for_good(times: int) -> EmbeddingUnavailableError:
+    return EmbeddingUnavailableError(
+        f"The embedding of an image was lost {times} times before the instance that needs it had read it. Raise --ec-max-bytes "
+        "if the store can't hold the embeddings of all requests that wait; otherwise the instances' logs say why entries were "
+        "rejected.",
+        code=Code.EMBEDDING_LOST,
+    )

@@ -1,0 +1,55 @@
+"""A store that holds the embeddings of few requests: what is evicted before it was read is encoded again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from chiasm.wire import Role
+from tests.integration.conftest import SMALL, Service, chat, run, sample_image
+
+REQUESTS = 40
+ENTRIES = 4
+ENTRY_BYTES = 36 * 192 * 4 + 4096
+"""Of an image of 96 x 96 pixels."""
+
+
+@pytest.fixture(scope="module", params=["pd", "prefill and decode"])
+def tiny(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Service]:
+    """An encoder whose store holds few embeddings, and instances that compute one prompt at a time."""
+    roles = {Role.PD: 1} if request.param == "pd" else {Role.PREFILL: 1, Role.DECODE: 1}
+    fields = {
+        "shared_storage_path": tmp_path_factory.mktemp("tiny") / "store",
+        "ec_max_bytes": ENTRIES * ENTRY_BYTES,
+        "settings": SMALL | {"max_num_seqs": 1},
+    }
+    yield from run(checkpoint, {Role.ENCODER: 1, **roles}, fields=fields, deadline_seconds=120)
+
+
+def test_many_images_at_once_are_all_answered_and_right(tiny: Service, aggregated: Service) -> None:
+    bodies = [chat(f"number {seed}:", sample_image(5000 + seed), "?") for seed in range(REQUESTS)]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        answers = list(pool.map(tiny.answer, bodies))
+    assert tiny.proxy_metric("chiasm_proxy_embeddings_lost_total") > 0
+    assert answers == [aggregated.answer(body) for body in bodies]
+
+
+def test_a_request_with_more_images_than_the_store_holds_is_answered(tiny: Service, aggregated: Service) -> None:
+    body = chat(*(sample_image(6000 + seed) for seed in range(2 * ENTRIES)), "?")
+    assert tiny.answer(body) == aggregated.answer(body)
+
+
+def test_a_store_that_is_removed_while_requests_wait_delays_them(tiny: Service, aggregated: Service) -> None:
+    store = tiny.deployment.config.shared_storage_path
+    assert store is not None
+    bodies = [chat(f"again {seed}:", sample_image(7000 + seed), "?", max_tokens=60) for seed in range(8)]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = [pool.submit(tiny.answer, body) for body in bodies]
+        tiny.wait_until(lambda: any(answer.done() for answer in answers))
+        store.rename(store.with_name("elsewhere"))
+        assert [answer.result() for answer in answers] == [aggregated.answer(body) for body in bodies]

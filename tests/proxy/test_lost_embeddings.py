@@ -1,0 +1,152 @@
+"""An embedding that is lost before it was read is encoded again, while the request waits where it is."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from aiohttp import web
+
+from chiasm.proxy import lost_embeddings
+
+from .conftest import Start, ask, image, image_bytes, listen, until_idle
+from .instances import (
+    SAID,
+    Answering,
+    FakeInstance,
+    Received,
+    chat,
+    decode,
+    decode_until,
+    encode,
+    never,
+    once,
+    prefill,
+    refuse,
+    when,
+)
+
+
+def lose(encoder: FakeInstance, reader: FakeInstance, answer: Answering = chat, *, times: int = 1) -> None:
+    """Have the embeddings of the encoder's first calls get lost; ``reader`` answers when those of the next are there."""
+    is_read = asyncio.Event()
+
+    async def publish(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        is_last = len(instance.received) > times
+        reader.awaited = [] if is_last else received.identifiers
+        if is_last:
+            is_read.set()
+        return await encode(instance, request, received)
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await is_read.wait()
+        return await answer(instance, request, received)
+
+    encoder.answer, reader.answer = publish, wait
+
+
+async def after_questions(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    """Answer as a PD when it was asked some times for what it awaits."""
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            await instance.asked.acquire()
+    return await chat(instance, request, received)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_lost_embedding_is_encoded_again(start: Start, stream: bool) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    lose(encoder, pd, times=2)
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(image_bytes()), stream=stream))).status == 200
+    assert [one.identifiers for one in encoder.received] == [encoder.received[0].identifiers] * 3
+    assert len(pd.received) == 1  # it kept its place
+    assert await front.metric("chiasm_proxy_embeddings_lost_total") == 2
+    await until_idle(front)
+
+
+async def test_only_what_is_lost_is_encoded_again(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    lose(encoder, pd)
+    publish = encoder.answer
+
+    async def lose_one(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        answer = await publish(instance, request, received)
+        pd.awaited = pd.awaited[1:] if pd.awaited else []
+        return answer
+
+    encoder.answer = lose_one
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(image_bytes("red")), image(image_bytes("blue"))))).status == 200
+    first, second = encoder.received
+    assert second.identifiers == first.identifiers[1:]
+
+
+async def test_what_other_requests_wait_for_is_not_encoded_again(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    pd.awaited, pd.answer = ["f" * 64], after_questions
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    assert len(encoder.received) == 1
+
+
+async def test_what_is_lost_again_and_again_is_an_error_that_says_so(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost_embeddings, "_MOST_IN_VAIN", 2)
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    lose(encoder, pd, times=99)
+    front = await start([encoder, pd])
+    answer = await front.post(ask(image(image_bytes())))
+    assert (answer.status, answer.error["code"]) == (503, "embedding_lost")
+    assert "--ec-max-bytes" in answer.error["message"]
+    assert len(encoder.received) == 3
+    await until_idle(front)
+
+
+async def test_an_encoder_that_cannot_encode_again_ends_the_request(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    lose(encoder, pd, times=99)
+    once(encoder.answer, refuse(400, "no image", code="invalid_image"), encoder)
+    front = await start([encoder, pd])
+    answer = await front.post(ask(image(image_bytes())))
+    assert (answer.status, answer.error["code"]) == (400, "invalid_image")
+    await asyncio.wait_for(pd.gone.acquire(), 10)
+
+
+async def test_an_instance_that_does_not_tell_is_waited_for(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    pd.awaited, pd.answer = None, after_questions
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    assert len(encoder.received) == 1
+
+
+# Prefill and decode.
+
+
+async def test_prefill_gets_a_lost_embedding_again(start: Start) -> None:
+    encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
+    lose(encoder, p, prefill)
+    front = await start([encoder, p, d])
+    assert (await listen(front, ask(image(image_bytes()), stream=True))).text == SAID
+    assert (len(encoder.received), len(p.received)) == (2, 1)
+
+
+async def test_a_prompt_that_is_prefilled_again_ends_at_once_if_its_embedding_is_lost(start: Start) -> None:
+    """Its image was freed when the answer began."""
+    encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
+    seen = asyncio.Event()
+    once(decode_until(3, when(seen)), decode, d)
+
+    async def lack(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        p.awaited = received.identifiers
+        return await never(instance, request, received)
+
+    once(prefill, lack, p)
+    front = await start([encoder, p, d])
+    heard = await listen(front, ask(image(image_bytes()), stream=True), {3: seen})
+    assert heard.error is not None
+    assert heard.error["code"] == "embedding_lost"
+    assert len(encoder.received) == 1
+    await until_idle(front)
