@@ -67,8 +67,8 @@ def test_nixl_is_measured_if_it_is_installed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_an_instance_that_cannot_start_is_named_with_its_model(checkpoint: Path, tmp_path: Path) -> None:
-    config = replace(encoder_and_pds(str(checkpoint)), settings={"dtype": "int3"})
+    config = replace(encoder_and_pds(str(checkpoint)), settings={"kv_cache_bytes": 1})
     async with opened() as client:
-        with pytest.raises(ConfigurationError, match=f"^(encoder-0|pd-0|encoder-0, pd-0) of {checkpoint}: .*int3"):
+        with pytest.raises(ConfigurationError, match=f"^pd-0 of {checkpoint}: .*--kv-cache-bytes"):
             async with running(Bench(str(checkpoint), tmp_path, client), config):
                 pytest.fail("it was never ready")
