@@ -123,6 +123,7 @@ class FakeInstance:
             return
         for site in list(runner.sites):
             await site.stop()
+        await asyncio.sleep(0)  # connections that were just accepted become known
         assert runner.server is not None
         for connection in runner.server.connections:
             if connection.transport is not None:

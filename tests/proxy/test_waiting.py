@@ -149,6 +149,20 @@ async def test_images_go_to_an_aggregated_instance_rather_than_wait_for_an_encod
     assert (len(pd.received), len(aggregated.received)) == (0, 1)
 
 
+async def test_nor_do_images_wait_whose_encoder_is_lost(start: Start) -> None:
+    encoder, pd, aggregated = FakeInstance("encoder"), FakeInstance("pd"), FakeInstance("aggregated")
+    encoder.answer = pd.answer = never
+    front = await start([encoder, pd, aggregated], **WAITS)
+    requests = []
+    for n in range(1, 9):
+        requests.append(asyncio.ensure_future(front.post(ask(image(image_bytes(size=(5, n)))))))
+    await asyncio.wait_for(encoder.arrived.acquire(), 10)
+    await encoder.kill()
+    await front.until(encoder, "unhealthy")
+    assert [answer.status for answer in await asyncio.gather(*requests)] == [200] * 8
+    assert await front.metric("chiasm_proxy_language_retries_total") >= 1
+
+
 async def test_images_whose_pd_is_lost_go_to_an_aggregated_instance(start: Start) -> None:
     encoder, pd, aggregated = FakeInstance("encoder"), FakeInstance("pd"), FakeInstance("aggregated")
     encoder.answer = never

@@ -186,7 +186,7 @@ class Encoders:
         for entry in stranded:
             flight = self._flights[entry.item.identifier]
             flight.stranded_since = flight.stranded_since or now
-            if not is_expected:
+            if not is_expected or self._can_be_encoded_elsewhere(flight):
                 self._settle(flight, _none_left(flight))
             elif now - flight.stranded_since >= self._comeback_seconds:
                 self._settle(flight, _none_left(flight, self._comeback_seconds))
@@ -196,6 +196,12 @@ class Encoders:
             self._waking = None
         if wakes_at := self._queue.wakes_at(now):
             self._waking = asyncio.get_running_loop().call_later(wakes_at - now, self._feed)
+
+    def _can_be_encoded_elsewhere(self, flight: _Flight) -> bool:
+        """Whether all that wait for it can be answered by an instance that encodes itself."""
+        return bool(self._fleet.healthy(Role.AGGREGATED)) and all(
+            job.original is not None and not job.exchange.has_begun for job in flight.waiters
+        )
 
     def _start(self, instance: Instance, flights: list[_Flight]) -> None:
         call = _Call(instance, flights)
