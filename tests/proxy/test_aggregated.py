@@ -170,7 +170,7 @@ async def test_what_was_sent_is_kept_only_until_the_answer_begins(start: Start) 
     front = await start([encoder, pd, aggregated])
     request = asyncio.ensure_future(front.post(ask(image(image_bytes()), stream=True)))
     async with asyncio.timeout(10):
-        while any(isinstance(one, Item | Original) for one in gc.get_objects()):
+        while any(type(one) in {Item, Original} for one in gc.get_objects()):
             await front.get("/health")
             gc.collect()  # what earlier tests have left
     request.cancel()

@@ -113,7 +113,7 @@ class LostEmbeddings:
         return frozenset(name for name, at in job.published_at.items() if name in awaited and at < asked_at)
 
     async def _ask(self, instance: Instance, *, after: float) -> _Answer:
-        """Return what an instance awaits, as asked ``after`` this instant; nothing if it doesn't say. Callers share answers."""
+        """Return what an instance awaits, asked ``after`` this instant; nothing if it doesn't say. Callers share questions."""
         now = time.monotonic()
         question = self._questions.get(instance)
         is_old = question is None or (question.task.done() and now - question.asked_at > _SHARED_SECONDS)
