@@ -26,7 +26,7 @@ class Extra(enum.StrEnum):
 
 
 MODULES: Mapping[Extra, tuple[str, ...]] = {
-    Extra.ENGINE: ("torch", "transformers", "tokenizers", "safetensors", "jinja2", "numpy", "xxhash"),
+    Extra.ENGINE: ("torch", "transformers", "tokenizers", "safetensors", "jinja2", "numpy", "xxhash", "llguidance"),
     Extra.BENCH: ("matplotlib",),
     Extra.NIXL: ("nixl",),
     Extra.VLLM: ("vllm",),

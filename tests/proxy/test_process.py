@@ -85,7 +85,8 @@ async def test_after_a_signal_a_stream_ends_whole_and_new_requests_are_refused()
         output, errors = await process.communicate()
         assert process.returncode == 0
         assert output.strip() == b"ended"
-        assert errors == b""
+        assert errors.count(b"\n") == 1, errors
+        assert b"code=stopping" in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -58,6 +58,8 @@ class _Flight:
         """On the clock of ``time.monotonic``."""
         self.call: _Call | None = None
         self.attempts = 0
+        self.has_met_full = False
+        """Whether an encoder has refused it for want of room."""
         self.stranded_since: float | None = None
         """Since when no healthy encoder may get it."""
         self.refusal: RefusedError | None = None
@@ -165,7 +167,7 @@ class Encoders:
 
     def _too_late(self, flights: Iterable[_Flight]) -> ChiasmError:
         """Return the error for a request whose deadline passes before these images are encoded."""
-        if all(flight.call or flight.metadata.done() for flight in flights):
+        if all((flight.call and not flight.has_met_full) or flight.metadata.done() for flight in flights):
             return DeadlineExceededError(
                 "The deadline of the request passed before its images were encoded.", code=Code.DEADLINE_EXCEEDED
             )
@@ -275,6 +277,7 @@ class Encoders:
             self._metrics.encode_refusals.inc()
             for flight in call.flights:
                 flight.attempts -= 1  # the encoder hasn't failed
+                flight.has_met_full = True
                 if flight.waiters:
                     self._requeue(flight)
             return
