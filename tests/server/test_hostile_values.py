@@ -49,8 +49,16 @@ CHAT: dict[str, Any] = SAMPLING | {
     "add_generation_prompt": True,
     "continue_final_message": False,
     "chat_template_kwargs": {"a": {"b": 1}},
+    "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}],
+    "tool_choice": {"type": "function", "function": {"name": "f"}},
+    "parallel_tool_calls": False,
+    "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [1]}, "strict": True}},
 }
-COMPLETION: dict[str, Any] = SAMPLING | {"prompt": ["a", "b"], "logprobs": 2}
+COMPLETION: dict[str, Any] = SAMPLING | {
+    "prompt": ["a", "b"],
+    "logprobs": 2,
+    "structured_outputs": {"json": {"type": "object", "properties": {"a": {"minimum": 1, "maxLength": 3}}}},
+}
 HANDLE: dict[str, Any] = {
     "do_remote_prefill": True,
     "do_remote_decode": False,

@@ -271,7 +271,7 @@ def _call(arguments: str) -> dict[str, Any]:
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "paint"}}}, "tool_choice", "paint"),
         ({"tools": TOOLS, "tool_choice": "perhaps"}, "tool_choice", "required"),
         ({"tool_choice": "required"}, "tool_choice", "empty"),
-        ({"tools": [_tool(description="long " * 20_000)]}, "messages", "context"),
+        ({"tools": [_tool(description="long " * 60_000)]}, "tools", "context"),
         ({"functions": [{"name": "f"}]}, "functions", "tools"),
         ({"guided_json": {"type": "object"}}, "guided_json", "structured_outputs"),
         ({"chat_template_kwargs": {"x": _DEEP}}, "chat_template_kwargs", "64 levels"),

@@ -70,8 +70,9 @@ async def chat_prompt(
 
     def build() -> Prompt:
         characters = sum(len(text) for message in request.messages for text in _texts(message))
-        characters += sum(len(json.dumps(tool, ensure_ascii=False)) for tool in tools)
-        _check_length(engine, characters, "messages")
+        of_tools = sum(len(json.dumps(tool, ensure_ascii=False)) for tool in tools)
+        _check_length(engine, of_tools, "tools")
+        _check_length(engine, characters + of_tools, "messages")
         return engine.processor.build_chat(
             messages,
             items,
