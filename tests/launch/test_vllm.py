@@ -229,7 +229,7 @@ def test_an_environment_without_vllm_is_reported(tmp_path: Path) -> None:
     [
         ("", "", "", ()),
         ("--api-key K", "", "", ("K",)),
-        ("--api-key=K --port 1", "", "", ("K",)),
+        ("--api-key=K --max-num-seqs 3", "", "", ("K",)),
         ("--api_key K L --max-num-seqs 3 x", "", "", ("K", "L")),
         ("--api-key K --api-key L", "", "", ("L",)),
         ("", "--api-key K", "", ("K",)),

@@ -257,6 +257,23 @@ def test_recreating_the_store_excludes_no_instance(order: tuple[str, ...]) -> No
     assert add(fleet, "late", Role.ENCODER).state == InstanceState.MISMATCHED
 
 
+@pytest.mark.parametrize("order", list(permutations("epd")))
+def test_recreating_the_store_excludes_no_instance_where_decode_uses_none(order: tuple[str, ...]) -> None:
+    fleet = Fleet()
+    kv = {"kv_connector": "SharedMemoryConnector"}
+    said: dict[str, tuple[Role, dict[str, Any]]] = {
+        "p": (Role.PREFILL, kv),
+        "d": (Role.DECODE, kv | {"ec_store": ""}),
+        "e": (Role.ENCODER, {}),
+    }
+    instances = [add(fleet, name, role, **health) for name, (role, health) in said.items()]
+    for store in ("anew", "once more"):
+        for name in order:
+            role, health = said[name]
+            add(fleet, name, role, **({"ec_store": store} | health))
+            assert [one.state for one in instances] == [InstanceState.HEALTHY] * 3
+
+
 def test_an_instance_that_moves_to_another_store_alone_is_mismatched_once_the_others_were_probed_again() -> None:
     fleet = Fleet()
     pd = add(fleet, "pd")

@@ -90,6 +90,9 @@ def elect(before: Agreement | None, members: Sequence[Member]) -> Agreement:
     voters = language if language and not (before and before.is_confirmed) else members
     if before is None or all(_difference(before, voter) for voter in voters):
         return Agreement(members[0].health, members[0].models)
+    stores = {member.health.ec_store for member in members if member.health.ec_store}
+    if stores and before.health.ec_store not in stores:  # it was recreated, and all that use one have moved
+        before = before._replace(health=replace(before.health, ec_store=""))
     movers = [_kv_mover(member.health) for member in members if member.health.kv_connector]
     if movers and _kv_mover(before.health) not in movers:  # the P and D that agreed on it are gone
         return before._replace(health=replace(before.health, kv_connector=None, engine=""))

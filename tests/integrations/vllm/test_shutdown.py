@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from starlette.types import Message, Receive, Scope, Send
 
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
-from chiasm.wire import CHAT_PATH
+from chiasm.wire import COMPLETIONS_PATH
 
 FIRST, LAST = b"data: one\n\n", b"data: [DONE]\n\n"
 
@@ -43,7 +43,7 @@ class VLLM:
             raise
         await send({"type": "http.response.body", "body": LAST, "more_body": False})
 
-    async def call(self, kind: str, method: str = "POST", path: str = CHAT_PATH) -> list[Message]:
+    async def call(self, kind: str, method: str = "POST", path: str = COMPLETIONS_PATH) -> list[Message]:
         """Call the middleware; return what it sends."""
         sent: list[Message] = []
 
