@@ -60,6 +60,8 @@ class Code(enum.StrEnum):
     # 413
     BODY_TOO_LARGE = "body_too_large"
     """The request's body is larger than the limit."""
+    REQUEST_TOO_LARGE = "request_too_large"
+    """The request, with its images, needs more memory than one request may take."""
     # 415
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     """The body's ``Content-Type`` isn't JSON."""
@@ -106,12 +108,16 @@ class ChiasmError(Exception):
     status = 500
     kind = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        """``code`` is a :class:`Code`, or the code of another server whose error is passed on."""
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, limit: str | None = None
+    ) -> None:
+        """``code`` is a :class:`Code`, or the code of another server whose error is passed on. ``limit`` names the limit that
+        the request has reached (docs/limits.md), under which the refusal is counted."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code
+        self.limit = limit
 
 
 class ConfigurationError(ChiasmError):
@@ -178,6 +184,12 @@ class PayloadTooLargeError(InvalidRequestError):
     status = 413
 
 
+class HeadTooLargeError(InvalidRequestError):
+    """The request line and the headers are larger than the limit."""
+
+    status = 431
+
+
 class UnsupportedMediaTypeError(InvalidRequestError):
     """The request's body is not JSON, or is compressed in a way that is not supported."""
 
@@ -197,8 +209,10 @@ class OverloadedError(ChiasmError):
     status = 503
     kind = "overloaded_error"
 
-    def __init__(self, message: str, *, retry_after_seconds: int = 1, code: str | None = None) -> None:
-        super().__init__(message, code=code)
+    def __init__(
+        self, message: str, *, retry_after_seconds: int = 1, code: str | None = None, limit: str | None = None
+    ) -> None:
+        super().__init__(message, code=code, limit=limit)
         self.retry_after_seconds = retry_after_seconds
 
 

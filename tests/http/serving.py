@@ -17,11 +17,12 @@ from chiasm.http import Admission, Endpoint, Exchange
 from chiasm.http.config import HttpConfig
 from chiasm.http.endpoint import Bounds, Handler
 from chiasm.http.front import FrontDoor
+from chiasm.http.limits import Refusals
 from chiasm.http.listen import bind, url_of
 from chiasm.http.serve import HttpServer
 
 DEFAULT = HttpConfig()
-BOUNDS = Bounds(deadline_seconds=20, max_body_bytes=1000, body_timeout_seconds=20)
+BOUNDS = Bounds(deadline_seconds=20, max_body_bytes=1000)
 
 
 @dataclass
@@ -50,7 +51,8 @@ def site(
     config: HttpConfig = DEFAULT,
 ) -> Iterator[Site]:
     """Serve the handler for POST under ``/`` and two paths like those of the API, and a page for GET under ``/page``."""
-    admission = Admission(max_requests, max_held_bytes)
+    refusals = Refusals()
+    admission = Admission(max_requests, max_held_bytes, config, refusals)
     listener = bind("127.0.0.1", 0)
     found: list[Site] = []
     started = threading.Event()
@@ -75,7 +77,13 @@ def site(
 
     async def serve() -> None:
         server = HttpServer(
-            app, shutdown_timeout_seconds=0.2, on_stop=lambda: None, is_idle=lambda: True, interrupt_all=lambda: None
+            app,
+            config,
+            refusals,
+            shutdown_timeout_seconds=0.2,
+            on_stop=lambda: None,
+            is_idle=lambda: True,
+            interrupt_all=lambda: None,
         )
         servers.append(server)
         found.append(Site(url_of(listener), admission, asyncio.get_running_loop()))

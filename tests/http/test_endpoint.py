@@ -15,6 +15,7 @@ import pytest
 
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError, InvalidRequestError, OverloadedError
 from chiasm.http import Exchange
+from chiasm.http.body import Pace
 from chiasm.http.endpoint import Bounds
 from tests.http.serving import BOUNDS, site
 
@@ -75,7 +76,7 @@ class TestDeadline:
             await asyncio.sleep(exchange.seconds_left)
             raise DeadlineExceededError("The image was late.")
 
-        with site(handler, Bounds(20, 1000, 20, grace_seconds=15)) as server:
+        with site(handler, Bounds(20, 1000, grace_seconds=15)) as server:
             assert error_of(post(server.url, x_request_deadline_ms="50"))["message"] == "The image was late."
 
     def test_the_client_can_only_shorten_it(self) -> None:
@@ -122,7 +123,7 @@ class TestBounds:
         assert server.admission.held_bytes == 0
 
     def test_a_body_that_does_not_arrive_in_time_is_refused(self) -> None:
-        with site(echo, Bounds(20, 1000, body_timeout_seconds=0.1)) as server:
+        with site(echo, Bounds(20, 1000, Pace(timeout_seconds=0.1))) as server:
             connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
             connection.putrequest("POST", "/")
             connection.putheader("Content-Length", "10")

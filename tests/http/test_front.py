@@ -320,7 +320,7 @@ class TestLog:
         assert lines() == []
 
     def test_a_client_that_leaves_is_noted_as_such(self, lines: Callable[[], list[str]]) -> None:
-        with site(never, Bounds(20, 1000, 20)) as server, pytest.raises(httpx.ReadTimeout):
+        with site(never, Bounds(20, 1000)) as server, pytest.raises(httpx.ReadTimeout):
             httpx.post(server.url, content=b"x", headers={"x-request-id": "me"}, timeout=0.2)
         assert lines() == ["id=me POST / status=499 code=client_left: The client left."]
 
@@ -394,7 +394,7 @@ class TestCompressedBodies:
         body = bytes(index * index % 251 for index in range(min(size, 1000))) * (size // 1000 + 1)
         compressed = zlib.compress(body[:size], wbits=wbits)
         coding = "gzip" if wbits == 31 else "deflate"
-        with site(echo, Bounds(20, 1 << 20, 20), max_held_bytes=1 << 20) as server:
+        with site(echo, Bounds(20, 1 << 20), max_held_bytes=1 << 20) as server:
             assert send(server.url, content=compressed, content_encoding=coding).content == body[:size]
 
     @pytest.mark.parametrize("coding", ["br", "zstd", "compress", "gzip, gzip", "gzip;q=1", "x" * 1000])
@@ -434,9 +434,9 @@ class TestCompressedBodies:
 
     def test_the_limits_hold_for_what_comes_out(self) -> None:
         bomb = gzip.compress(bytes(50_000_000))
-        with site(echo, Bounds(20, 100_000, 20), max_held_bytes=150_000) as server:
+        with site(echo, Bounds(20, 100_000), max_held_bytes=150_000) as server:
             too_large = send(server.url, content=bomb, content_encoding="gzip")
-        with site(echo, Bounds(20, 100_000_000, 20), max_held_bytes=150_000) as server:
+        with site(echo, Bounds(20, 100_000_000), max_held_bytes=150_000) as server:
             too_much = send(server.url, content=bomb, content_encoding="gzip")
             assert server.admission.held_bytes == 0
         assert (too_large.status_code, error_of(too_large)["code"]) == (413, Code.BODY_TOO_LARGE)

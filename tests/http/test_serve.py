@@ -18,7 +18,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from chiasm.errors import Code, OverloadedError
 from chiasm.http import Admission, Endpoint
+from chiasm.http.config import HttpConfig
 from chiasm.http.endpoint import Bounds
+from chiasm.http.limits import Refusals
 from chiasm.http.listen import bind
 from chiasm.http.serve import HttpServer, run
 
@@ -45,11 +47,12 @@ async def let_go(request):
     go.set()
     return Response()
 
-admission = Admission(10, 1 << 20)
-endpoint = Endpoint(stream, admission, Bounds(60, 1 << 20, 60), on_start=check)
+config, refusals = HttpConfig(), Refusals()
+admission = Admission(10, 1 << 20, config, refusals)
+endpoint = Endpoint(stream, admission, Bounds(60, 1 << 20), on_start=check)
 app = Starlette(routes=[Route("/", endpoint, methods=["POST"]), Route("/go", let_go)])
 server = HttpServer(
-    app, shutdown_timeout_seconds=float(sys.argv[1]), on_stop=stop, is_idle=lambda: not admission.requests,
+    app, config, refusals, shutdown_timeout_seconds=float(sys.argv[1]), on_stop=stop, is_idle=lambda: not admission.requests,
     interrupt_all=lambda: admission.interrupt_all(stopping),
 )
 run(server, bind("127.0.0.1", 0), on_ready=lambda url: print(url, flush=True))

@@ -12,6 +12,7 @@ import openai
 import pytest
 from aiohttp import web
 
+from chiasm.http.config import HttpConfig
 from chiasm.media import MediaConfig
 
 from .conftest import LOOPBACK, Front, Start, ask, data_url, image, image_bytes
@@ -247,7 +248,7 @@ async def test_a_body_that_is_too_large_is_refused(start: Start, announced: bool
 
 
 async def test_a_body_that_does_not_arrive_times_out(start: Start) -> None:
-    front = await start([FakeInstance("pd")], body_timeout_seconds=0.2)
+    front = await start([FakeInstance("pd")], http=HttpConfig(body_timeout_seconds=0.2))
     host, port = front.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")

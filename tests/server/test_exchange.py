@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from chiasm.engine.request import GenerateRequest, Output
+from chiasm.http.config import HttpConfig
 from chiasm.server import ServerConfig, create_app
 from chiasm.wire import Role
 from tests.server.conftest import Served, ServedEncoder
@@ -106,7 +107,7 @@ class TestBounds:
                 assert post(f"{url}/v1/completions", {"prompt": "x" * 50}).status == 200
 
     def test_a_body_that_does_not_come_is_an_error(self) -> None:
-        config = ServerConfig(body_timeout_seconds=0.1)
+        config = ServerConfig(http=HttpConfig(body_timeout_seconds=0.1))
         app = create_app(FakeLanguageEngine(Role.PD), served_model_name="bytes", config=config)
         with serving(app) as url:
             connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)

@@ -1,16 +1,30 @@
-"""Bounds on all requests of a server together: how many are being answered, and how many bytes they hold."""
+"""Bounds on all requests of a server together: how many are being answered, and how many bytes they hold.
+
+A place among those being answered is for a request whose body is there. Bytes count from the first one that arrives.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from chiasm.errors import Code, OverloadedError
+from chiasm.errors import Code, OverloadedError, PayloadTooLargeError
+from chiasm.http.config import HttpConfig
+from chiasm.http.limits import Limit, Refusals
+
+_FULL = "The requests being answered hold as much data as the limit allows; try again later."
+_PATIENCE_SECONDS = 10.0
+"""A body that has been arriving for longer gives way when its bytes are needed for others."""
 
 
 class Admitted(Protocol):
-    """A request that is being answered: :class:`chiasm.http.Exchange`."""
+    """A request: :class:`chiasm.http.Exchange`."""
+
+    arrival: float
+    held_bytes: int
+    """What it holds now. Only Admission changes it."""
 
     def release(self) -> None:
         """Give back all bytes that it still holds."""
@@ -20,18 +34,30 @@ class Admitted(Protocol):
 
 
 class Admission:
-    """The requests that are being answered; one beyond the bounds is refused with ``Retry-After``."""
+    """The requests that are being read and answered; one beyond the bounds is refused with ``Retry-After``."""
 
-    def __init__(self, max_requests: int, max_held_bytes: int) -> None:
+    def __init__(
+        self,
+        max_requests: int,
+        max_held_bytes: int,
+        config: HttpConfig,
+        refusals: Refusals,
+    ) -> None:
+        """``config`` says what one request may hold of ``max_held_bytes``, and what is kept for small ones."""
+        self.refusals = refusals
         self._max_requests = max_requests
         self._max_held_bytes = max_held_bytes
+        self._max_bytes_of_large = max_held_bytes - int(max_held_bytes * config.small_request_share)
+        self._max_bytes_of_one = max(int(max_held_bytes * config.max_request_share), config.small_request_bytes)
+        self._small_bytes = config.small_request_bytes
         self._held_bytes = 0
-        self._exchanges: set[Admitted] = set()
+        self._reading: dict[Admitted, None] = {}
+        self._answered: set[Admitted] = set()
 
     @property
     def requests(self) -> int:
-        """How many requests are being answered."""
-        return len(self._exchanges)
+        """How many requests are being read or answered."""
+        return len(self._reading) + len(self._answered)
 
     @property
     def held_bytes(self) -> int:
@@ -39,38 +65,86 @@ class Admission:
         return self._held_bytes
 
     @contextmanager
+    def reading(self, exchange: Admitted) -> Iterator[None]:
+        """A block in which the body of the exchange arrives. Raises OverloadedError if there would be no place for it now.
+
+        It takes no place; what it holds is given back if the block ends with an error.
+        """
+        self._check_place()
+        self._reading[exchange] = None
+        try:
+            yield
+        except BaseException:
+            self.leave(exchange)
+            raise
+        self._reading.pop(exchange, None)
+
+    @contextmanager
     def admitted(self, exchange: Admitted) -> Iterator[None]:
         """Count the exchange as being answered until ``leave``, or until the block ends. Raises OverloadedError."""
-        if len(self._exchanges) >= self._max_requests:
-            raise OverloadedError(
-                f"{len(self._exchanges)} requests are being answered, which is the limit; try again later.",
-                code=Code.TOO_MANY_REQUESTS,
-            )
-        self._exchanges.add(exchange)
         try:
+            self._check_place()
+            self._answered.add(exchange)
             yield
         finally:
             self.leave(exchange)
 
     def leave(self, exchange: Admitted) -> None:
         """Free the place and the bytes that the exchange holds; does nothing the second time."""
-        self._exchanges.discard(exchange)
+        self._reading.pop(exchange, None)
+        self._answered.discard(exchange)
         exchange.release()
 
-    def hold(self, size_bytes: int) -> None:
-        """Raises OverloadedError if all requests together would hold too much."""
-        if self._held_bytes + size_bytes > self._max_held_bytes:
-            raise OverloadedError(
-                "The requests being answered hold as much data as the limit allows; try again later.",
-                code=Code.TOO_MANY_REQUESTS,
-            )
-        self._held_bytes += size_bytes
+    def hold(self, exchange: Admitted, size_bytes: int) -> None:
+        """Count more bytes as held by the exchange.
 
-    def release(self, size_bytes: int) -> None:
-        """Give back bytes that were held."""
+        Raises PayloadTooLargeError if it would hold more than its share, and OverloadedError if all requests together would
+        hold too much, also after bodies that have been arriving for long gave way.
+        """
+        held = exchange.held_bytes + size_bytes
+        if held > self._max_bytes_of_one:
+            raise PayloadTooLargeError(
+                f"The request, with its images, needs more than the {self._max_bytes_of_one} bytes of memory that one request "
+                "may take; send fewer or smaller images.",
+                code=Code.REQUEST_TOO_LARGE,
+                limit=Limit.REQUEST_SHARE,
+            )
+        room = self._max_held_bytes if held <= self._small_bytes else self._max_bytes_of_large
+        while self._held_bytes + size_bytes > room:
+            self._make_way(exchange)
+        self._held_bytes += size_bytes
+        exchange.held_bytes = held
+
+    def release(self, exchange: Admitted, size_bytes: int) -> None:
+        """Count bytes as no longer held by the exchange."""
         self._held_bytes -= size_bytes
+        exchange.held_bytes -= size_bytes
 
     def interrupt_all(self, reason: Exception) -> None:
         """End all requests with an error."""
-        for exchange in list(self._exchanges):
+        for exchange in [*self._reading, *self._answered]:
             exchange.interrupt(reason)
+
+    def _check_place(self) -> None:
+        if len(self._answered) >= self._max_requests:
+            raise OverloadedError(
+                f"{len(self._answered)} requests are being answered, which is the limit; try again later.",
+                code=Code.TOO_MANY_REQUESTS,
+                limit=Limit.REQUESTS,
+            )
+
+    def _make_way(self, exchange: Admitted) -> None:
+        """End the oldest request whose body has been arriving for long and is large. Raises OverloadedError if none has."""
+        before = time.monotonic() - _PATIENCE_SECONDS
+        for other in self._reading:  # in order of arrival
+            if other.arrival > before:
+                break
+            if other is not exchange and other.held_bytes > self._small_bytes:
+                other.interrupt(_full())
+                self.leave(other)
+                return
+        raise _full()
+
+
+def _full() -> OverloadedError:
+    return OverloadedError(_FULL, code=Code.TOO_MANY_REQUESTS, limit=Limit.BUFFERED_BYTES)

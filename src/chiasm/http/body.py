@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive
 
-from chiasm.errors import Code, PayloadTooLargeError, UnsupportedMediaTypeError
+from chiasm.errors import Code, PayloadTooLargeError, RequestTimeoutError, UnsupportedMediaTypeError
+from chiasm.http.config import HttpConfig
 from chiasm.http.encoding import Decompressor, decompressor
+from chiasm.http.limits import Limit
 from chiasm.http.untrusted import whole_number
 
 _SHOWN_CHARACTERS = 40
@@ -23,33 +27,88 @@ class ClientLeftError(Exception):
     """The client closed its connection, so nobody would read an answer."""
 
 
+class Holder(Protocol):
+    """Counts the bytes that are in memory for a request: :class:`chiasm.http.Exchange`."""
+
+    def hold(self, size_bytes: int) -> None:
+        """Called before they are kept; may raise to refuse them."""
+
+    def give_back(self, size_bytes: int) -> None:
+        """Called when they aren't kept any longer."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a body must arrive."""
+
+    timeout_seconds: float = 60.0
+    """Time for the whole body."""
+    min_bytes_per_second: float = 1024.0
+    """On the average since the head, once ``grace_seconds`` have passed; 0: any."""
+    grace_seconds: float = 10.0
+
+    def seconds_for_more(self, received_bytes: int) -> float:
+        """Return how long after the head more must have come than these bytes."""
+        if not self.min_bytes_per_second:
+            return self.timeout_seconds
+        return min(self.timeout_seconds, max(self.grace_seconds, received_bytes / self.min_bytes_per_second))
+
+
+PACE = Pace()
+
+
+def pace_of(config: HttpConfig) -> Pace:
+    """Return the pace that a server asks for."""
+    return Pace(config.body_timeout_seconds, config.min_body_bytes_per_second)
+
+
 async def read_body(
-    receive: Receive, headers: Headers, max_bytes: int, hold: Callable[[int], None] = lambda size_bytes: None
+    receive: Receive, headers: Headers, max_bytes: int, *, holder: Holder | None = None, pace: Pace = PACE
 ) -> bytes:
     """Return the whole JSON body, decompressed, of at most ``max_bytes`` before and after that.
 
-    ``hold`` is told the size of every chunk before it is kept, and may raise to refuse it. Raises UnsupportedMediaTypeError
-    and, for a declared length, PayloadTooLargeError before anything is read, InvalidRequestError for a corrupt
-    ``Content-Encoding`` or length, and ClientLeftError.
+    ``holder`` is told of all that is in memory for it, and may refuse. Raises UnsupportedMediaTypeError and, for a declared
+    length, PayloadTooLargeError before anything is read, InvalidRequestError for a corrupt ``Content-Encoding`` or length,
+    RequestTimeoutError and ClientLeftError.
     """
     _check_media_type(headers.get("content-type", ""))
     compression = decompressor(", ".join(headers.getlist("content-encoding")))
     declared = headers.get("content-length")
     if declared is not None and whole_number("Content-Length", declared) > max_bytes:
         raise _too_large(max_bytes)
+    began = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout_at(began + pace.seconds_for_more(0)) as limit:
+            received = _received(receive, max_bytes, pace, limit, began)
+            pieces = received if compression is None else _decompressed(received, compression)
+            return await _whole(pieces, max_bytes, holder)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise _too_slow(pace, (limit.when() or began) - began) from None
+
+
+async def _whole(pieces: AsyncIterator[bytes], max_bytes: int, holder: Holder | None) -> bytes:
     chunks: list[bytes] = []
     size_bytes = 0
-    received = _received(receive, max_bytes)
-    async for chunk in received if compression is None else _decompressed(received, compression):
+    async for chunk in pieces:
         size_bytes += len(chunk)
         if size_bytes > max_bytes:
             raise _too_large(max_bytes)
-        hold(len(chunk))
+        if holder is not None:
+            holder.hold(len(chunk))
         chunks.append(chunk)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    if len(chunks) == 1:
+        return chunks[0]
+    if holder is not None:  # both the chunks and the whole are in memory
+        holder.hold(size_bytes)
+        holder.give_back(size_bytes)
+    return b"".join(chunks)
 
 
-async def _received(receive: Receive, max_bytes: int) -> AsyncIterator[bytes]:
+async def _received(
+    receive: Receive, max_bytes: int, pace: Pace, limit: asyncio.Timeout, began: float
+) -> AsyncIterator[bytes]:
     size_bytes = 0
     while True:
         message = await receive()
@@ -61,7 +120,10 @@ async def _received(receive: Receive, max_bytes: int) -> AsyncIterator[bytes]:
             raise _too_large(max_bytes)
         yield chunk
         if not message.get("more_body", False):
+            limit.reschedule(None)
             return
+        if not limit.expired():
+            limit.reschedule(began + pace.seconds_for_more(size_bytes))
 
 
 async def _decompressed(received: AsyncIterator[bytes], compression: Decompressor) -> AsyncIterator[bytes]:
@@ -89,4 +151,17 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
 
 
 def _too_large(max_bytes: int) -> PayloadTooLargeError:
-    return PayloadTooLargeError(f"The body is larger than the limit of {max_bytes} bytes.", code=Code.BODY_TOO_LARGE)
+    return PayloadTooLargeError(
+        f"The body is larger than the limit of {max_bytes} bytes.", code=Code.BODY_TOO_LARGE, limit=Limit.BODY_BYTES
+    )
+
+
+def _too_slow(pace: Pace, seconds: float) -> RequestTimeoutError:
+    if seconds >= pace.timeout_seconds:
+        message, limit = f"The body did not arrive within {pace.timeout_seconds:g} seconds.", Limit.BODY_TIMEOUT
+    else:
+        message, limit = (
+            f"The body arrived more slowly than {pace.min_bytes_per_second:g} bytes a second.",
+            Limit.BODY_RATE,
+        )
+    return RequestTimeoutError(message, limit=limit)

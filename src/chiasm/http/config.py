@@ -1,4 +1,4 @@
-"""What the HTTP front of every server of chiasm can be told: who may use it, and what it logs and adds to streams."""
+"""What the HTTP front of every server of chiasm can be told: who may use it, what it costs at most, and what it logs."""
 
 from __future__ import annotations
 
@@ -46,6 +46,39 @@ class HttpConfig:
             choices=("on", "off"),
         ),
     ] = "on"
+    max_header_bytes: Annotated[
+        int, Option("Maximum size of the request line and the headers; larger ones get 431.", min=1024)
+    ] = 64 << 10
+    max_header_fields: Annotated[int, Option("Maximum header fields of a request; more get 431.", min=16)] = 128
+    header_timeout_seconds: Annotated[
+        float, Option("Time for the request line and the headers to arrive; later ones get 408.", min=0.1)
+    ] = 10.0
+    body_timeout_seconds: Annotated[float, Option("Time for a body to arrive; a later one gets 408.", min=0.1)] = 60.0
+    min_body_bytes_per_second: Annotated[
+        int, Option("Bytes of a body that must arrive each second, averaged after ten; fewer get 408. 0: any.", min=0)
+    ] = 1024
+    max_connections: Annotated[
+        int, Option("Maximum open connections; idle ones make way, and one more gets 503.", min=1)
+    ] = 4096
+    max_connections_per_peer: Annotated[
+        int,
+        Option(
+            "The same for one address, which may be that of a load balancer; in IPv6 for a network of 64 bits.", min=1
+        ),
+    ] = 2048
+    max_request_share: Annotated[
+        float, Option("Part of the bytes held at one time that one request may hold; more get 413.", min=0.01, max=1)
+    ] = 0.25
+    small_request_bytes: Annotated[
+        int, Option("Size up to which a request is small, and finds room where others don't.", min=0)
+    ] = 1 << 20
+    small_request_share: Annotated[
+        float, Option("Part of the bytes held at one time that is kept for small requests.", min=0, max=0.9)
+    ] = 0.125
+    discard_seconds: Annotated[
+        float, Option("Time to read on what a client still sends after it was answered, so that it sees why.", min=0)
+    ] = 2.0
+    discard_bytes: Annotated[int, Option("Maximum bytes that are read on then.", min=0)] = 64 << 20
 
     @property
     def needs_key(self) -> bool:

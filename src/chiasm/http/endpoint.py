@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from starlette.types import Receive, Scope, Send
 
-from chiasm.errors import ChiasmError, Code
+from chiasm.errors import ChiasmError
 from chiasm.http.admission import Admission
-from chiasm.http.body import ClientLeftError
+from chiasm.http.body import PACE, ClientLeftError, Pace
 from chiasm.http.errors import as_chiasm_error
 from chiasm.http.exchange import Exchange
 from chiasm.http.log import CLIENT_LEFT
@@ -29,7 +29,7 @@ class Bounds:
     deadline_seconds: float
     """Time from its arrival to the last byte of its answer."""
     max_body_bytes: int
-    body_timeout_seconds: float
+    pace: Pace = PACE
     grace_seconds: float = 0.0
     """Time after the deadline for the handler to raise a more precise error itself."""
 
@@ -76,20 +76,18 @@ class Endpoint:
         bounds = self._bounds
         self._on_start(exchange)
         exchange.read_deadline()
-        with self._admission.admitted(exchange), exchange.interruptible():
-            async with exchange.until_deadline():
-                await exchange.read_body(max_bytes=bounds.max_body_bytes, timeout_seconds=bounds.body_timeout_seconds)
-            async with exchange.until_deadline(bounds.grace_seconds), exchange.until_client_leaves():
-                await self._handler(exchange)
+        with exchange.interruptible():
+            with self._admission.reading(exchange):
+                async with exchange.until_deadline():
+                    await exchange.read_body(max_bytes=bounds.max_body_bytes, pace=bounds.pace)
+            with self._admission.admitted(exchange):
+                async with exchange.until_deadline(bounds.grace_seconds), exchange.until_client_leaves():
+                    await self._handler(exchange)
 
     async def _fail(self, exchange: Exchange, error: ChiasmError) -> None:
+        if error.limit is not None:
+            self._admission.refusals.note(error.limit)
         self._on_error(exchange, error)
-        if (
-            error.code == Code.STOPPING
-        ):  # the connection closes, and what is unread would reset it before the answer is read
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_FAIL_SECONDS):
-                    await exchange.discard_body()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FAIL_SECONDS):
                 await exchange.fail(error)

@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from chiasm.errors import ChiasmError, Code, DeadlineExceededError, RequestTimeoutError
+from chiasm.errors import ChiasmError, Code, DeadlineExceededError
 from chiasm.http import events
 from chiasm.http.admission import Admission
-from chiasm.http.body import ClientLeftError, read_body
+from chiasm.http.body import ClientLeftError, Pace, read_body
 from chiasm.http.errors import error_body, error_headers
 from chiasm.http.timing import TimingEntry
 from chiasm.http.untrusted import whole_number
@@ -45,8 +45,8 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._admission = admission
-        self._held_bytes = 0
-        self._has_asked_for_body = False
+        self.held_bytes = 0
+        """What it holds now; ``hold``, ``give_back`` and ``release`` change it."""
         self._is_streaming = False
         self._is_complete = False
         self._task: asyncio.Task[object] | None = None
@@ -84,34 +84,25 @@ class Exchange:
                 "The deadline of the request passed before it was answered.", code=Code.DEADLINE_EXCEEDED
             ) from None
 
-    async def read_body(self, *, max_bytes: int, timeout_seconds: float) -> None:
+    async def read_body(self, *, max_bytes: int, pace: Pace) -> None:
         """Read ``body``. Raises PayloadTooLargeError, RequestTimeoutError, OverloadedError, ClientLeftError."""
-        self._has_asked_for_body = True
-        try:
-            async with asyncio.timeout(timeout_seconds) as limit:
-                self.body = await read_body(self._receive, self.headers, max_bytes, self.hold)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise RequestTimeoutError(f"The body did not arrive within {timeout_seconds:g} seconds.") from None
-
-    async def discard_body(self) -> None:
-        """Read a body that nobody has begun to read, and keep none of it."""
-        while not self._has_asked_for_body:
-            message = await self._receive()
-            self._has_asked_for_body = not message.get("more_body", False)  # also when the client has left
+        self.body = await read_body(self._receive, self.headers, max_bytes, holder=self, pace=pace)
 
     def hold(self, size_bytes: int) -> None:
-        """Count bytes that the request keeps in memory. Raises OverloadedError if all requests together hold too many."""
-        self._admission.hold(size_bytes)
-        self._held_bytes += size_bytes
+        """Count bytes that the request keeps in memory.
+
+        Raises PayloadTooLargeError if it holds too many, OverloadedError if all requests together do.
+        """
+        self._admission.hold(self, size_bytes)
+
+    def give_back(self, size_bytes: int) -> None:
+        """Stop counting some of the bytes."""
+        self._admission.release(self, min(size_bytes, self.held_bytes))
 
     def release(self, *, keep_bytes: int = 0) -> None:
         """Stop counting bytes, down to ``keep_bytes``, and forget the body if none are kept."""
-        kept = min(self._held_bytes, keep_bytes)
-        self._admission.release(self._held_bytes - kept)
-        self._held_bytes = kept
-        if not kept:
+        self.give_back(max(0, self.held_bytes - keep_bytes))
+        if not self.held_bytes:
             self.body = b""
 
     # ---- the answer ----------------------------------------------------------------------------------------------------

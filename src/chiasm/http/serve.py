@@ -8,10 +8,16 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
 
+from chiasm.http.config import HttpConfig
+from chiasm.http.connection import Connection
+from chiasm.http.connections import Connections
+from chiasm.http.descriptors import raise_descriptor_limit, room_for_connections
+from chiasm.http.limits import Refusals
 from chiasm.http.listen import BACKLOG, url_of
 from chiasm.http.shutdown import Shutdown
 
@@ -31,19 +37,24 @@ class HttpServer(uvicorn.Server):
     def __init__(
         self,
         app: Any,
+        config: HttpConfig,
+        refusals: Refusals,
         *,
         shutdown_timeout_seconds: float,
         on_stop: Callable[[], None],
         is_idle: Callable[[], bool],
         interrupt_all: Callable[[], None],
     ) -> None:
-        """At the end ``on_stop`` is called at once: from then on the application refuses what is new. ``interrupt_all`` ends
+        """``refusals`` counts connections and requests that are refused before the application sees them.
+
+        At the end ``on_stop`` is called at once: from then on the application refuses what is new. ``interrupt_all`` ends
         what still runs when ``is_idle`` hasn't returned true within ``shutdown_timeout_seconds``, or at a second signal."""
+        self._connections = Connections(config, refusals)
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=partial(Connection, self._connections),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -77,12 +88,15 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        room = room_for_connections(raise_descriptor_limit())
+        self._connections.max_open = min(self._connections.max_open, room)
         await super().startup(sockets)
         self.ready.set()
 
     async def main_loop(self) -> None:
         while not await self._shutdown.asked(1.0):
             await self.on_tick(0)
+            self._connections.end_late_ones()
         await self._shutdown.drained(self._is_idle)
         self._interrupt_all()
 

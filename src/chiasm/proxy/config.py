@@ -14,7 +14,6 @@ from chiasm.options import Option
 
 _POSITIVE = (
     "deadline_seconds",
-    "body_timeout_seconds",
     "connect_timeout_seconds",
     "encode_timeout_seconds",
     "max_encode_attempts",
@@ -58,8 +57,6 @@ class ProxyConfig:
     ] = field(default=None, repr=False)
     deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
     """From a request's arrival to the last byte of its answer."""
-    body_timeout_seconds: float = 60.0
-    """Longest time for a client to send its body."""
     connect_timeout_seconds: Annotated[float, Option("Timeout of connecting to an instance.")] = 3.0
     encode_timeout_seconds: Annotated[
         float, Option("Timeout of one encoder call; its images then go to another encoder.")

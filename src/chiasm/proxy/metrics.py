@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from chiasm.http.limits import Refusals
 from chiasm.proxy.agreement import LANGUAGE_ROLES
 from chiasm.proxy.fleet import Fleet
 from chiasm.wire import InstanceState, Role
@@ -127,6 +128,7 @@ class Metrics:
             buckets=_RATIO_BUCKETS,
             registry=self.registry,
         )
+        self.refusals = Refusals(self.registry)
         self.registry.register(_FleetCollector(fleet))
         ProcessCollector(registry=self.registry)
 

@@ -37,6 +37,8 @@ def create_server(app: Starlette, config: ProxyConfig) -> HttpServer:
     service: ProxyService = app.state.service
     return HttpServer(
         app,
+        config.http,
+        service.metrics.refusals,
         shutdown_timeout_seconds=config.shutdown_timeout_seconds,
         on_stop=service.stop,
         is_idle=lambda: not service.admission.requests,

@@ -9,6 +9,7 @@ from aiohttp.abc import AbstractResolver
 
 from chiasm.errors import Code, OverloadedError
 from chiasm.http import Admission, Endpoint, Exchange
+from chiasm.http.body import pace_of
 from chiasm.http.endpoint import Bounds
 from chiasm.http.keys import read_keys
 from chiasm.http.listen import check_url
@@ -33,7 +34,9 @@ class ProxyService:
         self.config = config
         self.fleet = Fleet()
         self.metrics = Metrics(self.fleet)
-        self.admission = Admission(config.max_concurrent_requests, config.max_buffered_bytes)
+        self.admission = Admission(
+            config.max_concurrent_requests, config.max_buffered_bytes, config.http, self.metrics.refusals
+        )
         self.is_stopping = False
         self._resolver = resolver
         self._upstream: Upstream
@@ -99,7 +102,7 @@ class ProxyService:
         bounds = Bounds(
             deadline_seconds=self.config.deadline_seconds,
             max_body_bytes=self.config.max_body_bytes,
-            body_timeout_seconds=self.config.body_timeout_seconds,
+            pace=pace_of(self.config.http),
         )
         return Endpoint(handle, self.admission, bounds, on_start=start, on_end=count)
 

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from chiasm.errors import ChiasmError
 from chiasm.http import Endpoint, Exchange
+from chiasm.http.body import pace_of
 from chiasm.http.endpoint import Bounds
 from chiasm.http.front import FrontDoor
 from chiasm.http.timing import TimingEntry, write_timing
@@ -85,7 +86,7 @@ def _endpoint(
         Bounds(
             deadline_seconds=config.deadline_seconds,
             max_body_bytes=config.max_body_bytes,
-            body_timeout_seconds=config.body_timeout_seconds,
+            pace=pace_of(config.http),
             grace_seconds=_GRACE_SECONDS,
         ),
         on_start=on_start,

@@ -22,8 +22,6 @@ class ServerConfig:
     deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
     """``X-Request-Deadline-Ms`` of a request can only shorten it."""
     shutdown_timeout_seconds: ShutdownTimeout = SHUTDOWN_TIMEOUT_SECONDS
-    body_timeout_seconds: float = 60.0
-    """Time in which the body of a request must arrive; a slower one is answered with 408."""
     max_body_bytes: Annotated[int, Option("Maximum size of a request; a larger one gets 413.")] = 64 << 20
     max_inflight_requests: Annotated[int, Option("Maximum concurrent requests; one more gets 503.", min=1)] = 1024
     max_inflight_body_bytes: int = 1 << 30
@@ -41,7 +39,6 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for name in (
             "deadline_seconds",
-            "body_timeout_seconds",
             "max_body_bytes",
             "max_inflight_requests",
             "max_inflight_body_bytes",

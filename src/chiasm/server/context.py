@@ -70,8 +70,10 @@ class ServerContext:
         self.failure: ChiasmError | None = None
         """Why the model could not be loaded."""
         self.is_stopping = False
-        self.admission = Admission(config.max_inflight_requests, config.max_inflight_body_bytes)
         self.metrics = Metrics(self)
+        self.admission = Admission(
+            config.max_inflight_requests, config.max_inflight_body_bytes, config.http, self.metrics.refusals
+        )
         self._numbers = itertools.count()
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="chiasm-server")
         self._grammar_pool = ThreadPoolExecutor(1, thread_name_prefix="chiasm-grammar")

@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from chiasm import __version__
+from chiasm.http.limits import Refusals
 
 if TYPE_CHECKING:
     from chiasm.engine.base import Engine
@@ -65,6 +66,7 @@ class Metrics:
             buckets=_E2E_BUCKETS,
             registry=self.registry,
         )
+        self.refusals = Refusals(self.registry)
         self.registry.register(_InstanceCollector(instance))
         ProcessCollector(namespace="chiasm", registry=self.registry)
 

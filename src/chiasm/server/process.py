@@ -43,6 +43,8 @@ def run(
     context = ServerContext(served_model_name or engine_config.model.name, server_config)
     server = serve.HttpServer(
         app_of(context),
+        server_config.http,
+        context.metrics.refusals,
         shutdown_timeout_seconds=server_config.shutdown_timeout_seconds,
         on_stop=context.stop,
         is_idle=lambda: context.is_idle,

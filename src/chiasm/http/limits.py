@@ -1,0 +1,52 @@
+"""The limits of what one client may cost, by name, and how often each has refused something.
+
+docs/limits.md says of each what it protects and what a client sees.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from prometheus_client import CollectorRegistry, Counter
+
+
+class Limit(enum.StrEnum):
+    """One limit: the label ``limit`` of the metric of refusals."""
+
+    HEADER_BYTES = "header_bytes"
+    HEADER_FIELDS = "header_fields"
+    HEADER_TIMEOUT = "header_timeout"
+    CONNECTIONS = "connections"
+    CONNECTIONS_PER_PEER = "connections_per_peer"
+    BODY_BYTES = "body_bytes"
+    BODY_RATE = "body_rate"
+    BODY_TIMEOUT = "body_timeout"
+    REQUESTS = "requests"
+    BUFFERED_BYTES = "buffered_bytes"
+    REQUEST_SHARE = "request_share"
+    UNREAD_BODY = "unread_body"
+
+
+class Refusals:
+    """Counts what was refused, by limit."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        """``registry``: where the metric is shown."""
+        self._counter = Counter(
+            "chiasm_http_refusals",
+            "Requests and connections refused, by the limit that was reached.",
+            ["limit"],
+            registry=registry,
+        )
+        for limit in Limit:
+            self._counter.labels(limit.value)
+
+    def note(self, limit: str) -> None:
+        """Count one refusal."""
+        self._counter.labels(limit).inc()
+
+    def count(self, limit: str) -> int:
+        """Return how many there were."""
+        return int(
+            next(s.value for m in self._counter.labels(limit).collect() for s in m.samples if s.name.endswith("_total"))
+        )
