@@ -17,6 +17,7 @@ from chiasm.errors import ChiasmError, Code, DeadlineExceededError, InvalidReque
 from chiasm.http import Exchange
 from chiasm.http.body import Pace
 from chiasm.http.endpoint import Bounds
+from chiasm.http.limits import Limit
 from tests.http.serving import BOUNDS, site
 
 
@@ -130,6 +131,23 @@ class TestBounds:
             connection.endheaders(b"half")
             assert connection.getresponse().status == 408
             connection.close()
+
+    def test_a_body_that_arrives_too_slowly_is_refused(self) -> None:
+        pace = Pace(min_bytes_per_second=1e9, grace_seconds=0.1)
+        with site(echo, Bounds(20, 1000, pace)) as server:
+            connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+            connection.putrequest("POST", "/")
+            connection.putheader("Content-Length", "10")
+            connection.endheaders(b"half")
+            response = connection.getresponse()
+            assert response.status == 408
+            assert "bytes a second" in json.loads(response.read())["error"]["message"]
+            connection.close()
+        assert server.admission.refusals.count(Limit.BODY_RATE) == 1
+
+    def test_the_more_of_a_body_has_arrived_the_longer_it_may_take(self) -> None:
+        pace = Pace(timeout_seconds=60, min_bytes_per_second=1000, grace_seconds=10)
+        assert [pace.seconds_for_more(size) for size in (0, 10_000, 20_000, 10**6)] == [10, 10, 20, 60]
 
     def test_one_request_too_many_is_told_to_come_again(self) -> None:
         entered, leave = threading.Event(), threading.Event()

@@ -70,21 +70,21 @@ class Connection(HttpToolsProtocol):
         if limit is not None:
             self.refuse(limit)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | memoryview) -> None:
         if self._giving_up is not None:
             self._unread_bytes += len(data)
             if self._unread_bytes > self._limits.discard_bytes:
                 self._give_up()
                 return
-        rest = memoryview(data)
-        while rest and not self._is_deaf:
-            room = self._limits.max_header_bytes - self._uncounted_bytes
-            piece, rest = rest[:room], rest[room:]
+        limits = self._limits
+        while data and not self._is_deaf:
+            room = limits.max_header_bytes - self._uncounted_bytes
+            piece, data = (data, b"") if len(data) <= room else (data[:room], memoryview(data)[room:])
             self._uncounted_bytes += len(piece)
             super().data_received(piece)  # type: ignore[arg-type]
-            if self._uncounted_bytes >= self._limits.max_header_bytes:
+            if self._uncounted_bytes >= limits.max_header_bytes:
                 self.refuse(Limit.HEADER_BYTES)
-            elif self.headers and len(self.headers) > self._limits.max_header_fields:
+            elif self.headers and len(self.headers) > limits.max_header_fields:
                 self.refuse(Limit.HEADER_FIELDS)
         if self._uncounted_bytes and not self._body_is_arriving and not self._is_answering:
             self._connections.note_waiting(self)
@@ -174,9 +174,16 @@ class Connection(HttpToolsProtocol):
         if limit is not None:
             self._connections.refusals.note(limit)
         self._is_deaf = True
-        if self._is_answering:
-            self.cycle.keep_alive = False  # the answer that is being sent is the last one
+        if self._is_answering and (self.pipeline or not self._body_is_arriving):
+            self.cycle.keep_alive = False  # the last answer is that to the request before this one
+            self._socket.pause_reading()
             return
+        if self._is_answering:  # this is the end of the request to which the answer would be
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started:
+                self._socket.close_now()
+                return
         body = error_body(error)
         status = http.HTTPStatus(error.status)
         fields = [

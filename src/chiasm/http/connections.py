@@ -69,7 +69,7 @@ class Connections:
         return None
 
     def may_linger(self, connection: Watched) -> bool:
-        """Return whether a connection may be read on after its answer; those that were refused are few.""""""
+        """Return whether a connection may be read on after its answer; those that were refused are few."""
         if connection not in self._open:
             if len(self._lingering) >= _MAX_LINGERING:
                 return False

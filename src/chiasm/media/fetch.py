@@ -12,6 +12,7 @@ import os
 import socket
 import ssl
 import stat
+from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -109,8 +110,11 @@ class Fetcher:
     async def close(self) -> None:
         await self._session.close()
 
-    async def fetch(self, url: str) -> bytes:
-        """Return the bytes behind ``url``. Raises MediaError; its message is meant for the client."""
+    async def fetch(self, url: str, hold: Callable[[int], None] = lambda size_bytes: None) -> bytes:
+        """Return the bytes behind ``url``. Raises MediaError; its message is meant for the client.
+
+        ``hold`` is told the size of each piece that arrives before it is kept, and may raise to end the fetch.
+        """
         if is_data_url(url):
             return self.decode_data_url(url.encode(errors="replace")).data
         if len(url) > MAX_URL_CHARACTERS:
@@ -123,7 +127,7 @@ class Fetcher:
         try:
             async with asyncio.timeout(self.config.fetch_timeout_seconds), self._turns:
                 if scheme in {"http", "https"}:
-                    return await self._fetch_http(url)
+                    return await self._fetch_http(url, hold)
                 if scheme == "file":
                     return await asyncio.to_thread(self._read_file, url.strip())
         except TimeoutError:
@@ -142,7 +146,7 @@ class Fetcher:
         """Return what a ``data:`` URL holds. Takes milliseconds for large ones, so call it in a thread. Raises MediaError."""
         return decode_data_url(url, self.config.max_media_bytes)
 
-    async def _fetch_http(self, url: str) -> bytes:
+    async def _fetch_http(self, url: str, hold: Callable[[int], None]) -> bytes:
         try:
             target = parse_http_url(url)
         except InvalidURLError:
@@ -156,7 +160,7 @@ class Fetcher:
             try:
                 async with self._session.get(target, allow_redirects=False) as response:
                     if response.status not in _REDIRECTS:
-                        return await self._read_response(response, shown)
+                        return await self._read_response(response, shown, hold)
                     target = _redirected(target, response.headers.get("Location"), shown)
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 raise _explain(error, shown) from error
@@ -169,7 +173,7 @@ class Fetcher:
                 code=Code.MEDIA_DOMAIN_NOT_ALLOWED,
             )
 
-    async def _read_response(self, response: aiohttp.ClientResponse, shown: str) -> bytes:
+    async def _read_response(self, response: aiohttp.ClientResponse, shown: str, hold: Callable[[int], None]) -> bytes:
         if response.status != HTTPStatus.OK:
             raise MediaError(
                 f"{shown} responded with status {response.status}: {_meaning(response.status)}.",
@@ -184,6 +188,7 @@ class Fetcher:
         self._check_size(response.content_length or 0)
         received = bytearray()
         async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+            hold(len(chunk))
             received += chunk
             self._check_size(len(received))
         data = bytes(received)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from chiasm.errors import Code, MediaError
+from chiasm.http.body import Holder
 from chiasm.media import Fetcher, identifier, inspect
 from chiasm.media.data_url import encode_data_url
 from chiasm.media.url import is_data_url
@@ -62,11 +63,11 @@ async def read_items(
     executor: Executor,
     fingerprint: str,
     salt: str,
-    hold: Callable[[int], None],
+    holder: Holder,
 ) -> Items:
     """Read all images at the same time, each distinct URL once; the first failure ends the others.
 
-    ``hold`` is told how many bytes are kept in addition to the body. Raises MediaError and what ``hold`` raises.
+    ``holder`` is told how many bytes are in memory in addition to the body. Raises MediaError and what ``holder`` raises.
     """
     loop = asyncio.get_running_loop()
     fetched_at: list[float] = []
@@ -76,12 +77,21 @@ async def read_items(
         if is_data_url(url):
             item = await loop.run_in_executor(executor, _item_of_data_url, fetcher, url, fingerprint, salt)
             if item.url is not url:
-                hold(len(item.url))
+                holder.hold(len(item.url))
             return item
-        data = await fetcher.fetch(_text(url))
+        arrived_bytes = 0
+
+        def hold(size_bytes: int) -> None:
+            nonlocal arrived_bytes
+            holder.hold(size_bytes)
+            arrived_bytes += size_bytes
+
+        data = await fetcher.fetch(_text(url), hold)
         fetched_at.append(time.perf_counter())
-        hold(len(data) * 4 // 3)
-        return await loop.run_in_executor(executor, _item_of_bytes, fetcher, data, fingerprint, salt)
+        holder.hold(len(data) * 4 // 3)
+        item = await loop.run_in_executor(executor, _item_of_bytes, fetcher, data, fingerprint, salt)
+        holder.give_back(arrived_bytes)
+        return item
 
     # data: URLs aren't compared: hashing one takes as long as reading it.
     distinct: dict[bytes | int, bytes] = {}

@@ -131,7 +131,7 @@ class Router:
                 executor=self._executor,
                 fingerprint=self._fleet.fingerprint,
                 salt=job.request.salt,
-                hold=job.exchange.hold,
+                holder=job.exchange,
             )
         except MediaError:
             self._metrics.items.labels("refused").inc()

@@ -134,7 +134,9 @@ async def fetch_images(
         url = part.image_url.url if isinstance(part.image_url, ImageURL) else part.image_url
         assert url is not None
         is_data = is_data_url(url)
-        fetched = b"" if is_data else await context.fetcher.fetch(url)
+        fetched = b"" if is_data else await context.fetcher.fetch(url, exchange.hold)
+        if is_data:
+            exchange.hold(len(url) * 3 // 4)
 
         def examine() -> Image:
             data = context.fetcher.decode_data_url(url.encode(errors="replace")).data if is_data else fetched

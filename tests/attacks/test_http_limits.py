@@ -1,0 +1,147 @@
+"""What one client may cost a server before and beside its requests; a good client beside it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from chiasm.http.limits import Limit
+from tests.attacks.proxy_process import Proxy, Reply, post, running
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+async def proxy() -> AsyncIterator[Proxy]:
+    async with running() as one:
+        yield one
+
+
+CHUNKED = post(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+ENDLESS = {
+    "fields": (b"GET / HTTP/1.1\r\n", b"a: b\r\n" * 10_000),
+    "a field": (b"GET / HTTP/1.1\r\nlong: ", b"x" * 60_000),
+    "a request line": (b"GET /", b"x" * 60_000),
+    "empty lines": (b"", b"\r\n" * 30_000),
+    "fields after a body": (
+        CHUNKED + b"0\r\n",
+        b"a: b\r\n" * 10_000,
+    ),
+    "a chunk's extension": (
+        CHUNKED + b"5;",
+        b"x" * 60_000,
+    ),
+}
+
+
+async def test_heads_without_an_end_are_refused_before_they_are_stored(proxy: Proxy) -> None:
+    assert await proxy.good_client() == 200
+    before = proxy.memory_bytes
+    for first, more in ENDLESS.values():
+        peer = await proxy.connect()
+        await peer.send(first)
+        sent = 0
+        while sent < 100 * MIB and await peer.send(more):
+            sent += len(more)
+        assert sent < 100 * MIB
+        assert await proxy.good_client() == 200
+    assert proxy.memory_bytes < before + 16 * MIB
+
+
+@pytest.mark.parametrize(
+    ("head", "limit"),
+    [
+        (b"GET / HTTP/1.1\r\nlong: " + b"x" * (64 << 10), Limit.HEADER_BYTES),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 129 + b"\r\n", Limit.HEADER_FIELDS),
+    ],
+)
+async def test_a_head_that_is_too_large_is_refused_with_431(proxy: Proxy, head: bytes, limit: Limit) -> None:
+    peer = await proxy.connect()
+    await peer.send(head)
+    reply = await peer.reply()
+    assert reply.status == 431
+    assert b"limit" in reply.body
+    assert await peer.closed() == b""
+    assert await proxy.refusals(limit) == 1
+
+
+async def test_a_head_that_does_not_arrive_is_refused_with_408() -> None:
+    async with running("--header-timeout-seconds", "0.5") as proxy:
+        slow, silent = await proxy.connect(), await proxy.connect()
+        await slow.send(b"GET / HTTP/1.1\r\n")
+        assert (await slow.reply()).status == 408
+        assert await silent.closed() == b""
+        assert await proxy.refusals(Limit.HEADER_TIMEOUT) == 1
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HT"])
+async def test_connections_that_ask_nothing_make_way(first: bytes) -> None:
+    """Also if there are fewer descriptors than the connections that are allowed."""
+    async with running(descriptors=256) as proxy:
+        peers = [await proxy.connect() for _ in range(300)]
+        for peer in peers:
+            await peer.send(first)
+        assert [await proxy.good_client() for _ in range(10)] == [200] * 10
+
+
+async def test_bodies_that_do_not_come_take_no_places() -> None:
+    async with running("--max-concurrent-requests", "4") as proxy:
+        for _ in range(20):
+            peer = await proxy.connect()
+            await peer.send(post(1000) + b"{")
+        assert [await proxy.good_client() for _ in range(10)] == [200] * 10
+
+
+async def test_who_is_busy_is_not_closed_and_one_peer_gets_no_more_than_its_part() -> None:
+    async with running("--max-connections-per-peer", "20") as proxy:
+        busy = [await proxy.connect() for _ in range(19)]
+        for peer in busy:
+            await peer.send(post(1000) + b"{")
+        await proxy.good_client()  # so all of these have been read
+        last = await proxy.connect()
+        await last.send(post(1000) + b"{")
+        refused: list[Reply] = []
+        while not refused:  # the last one may not have been read
+            one = await proxy.connect()
+            await one.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            reply = await one.reply()
+            refused += [reply] if reply.status == 503 else []
+        assert b"connections" in refused[0].body
+        assert not any(peer.reader.at_eof() for peer in busy)
+
+
+async def test_unfinished_bodies_leave_room_for_small_ones() -> None:
+    async with running("--max-buffered-bytes", "64MiB") as proxy:
+        peers = [await proxy.connect() for _ in range(9)]
+        await asyncio.gather(*(peer.send(post(20 * MIB) + b" " * (15 * MIB)) for peer in peers))
+        assert [await proxy.good_client() for _ in range(10)] == [200] * 10
+
+
+async def test_a_client_that_sends_all_of_its_body_sees_why_it_is_refused() -> None:
+    async with running("--max-body-bytes", "1MiB", "--api-key", "k" * 20) as proxy:
+        key = f"Authorization: Bearer {'k' * 20}"
+        for fields, status in (
+            ([key], 413),
+            ([], 401),
+            ([key, "Content-Type: text/plain"], 415),
+            ([key, "X-Request-Deadline-Ms: 0"], 504),
+        ):
+            for connection in ("close", "keep-alive"):
+                for _ in range(5):
+                    peer = await proxy.connect()
+                    head = post(4 * MIB, f"Connection: {connection}", *fields)
+                    if len(fields) > 1:
+                        head = head.replace(b"Content-Type: application/json\r\n", b"")
+                    assert await peer.send(head + b" " * (4 * MIB))
+                    assert (await peer.reply()).status == status
+
+
+async def test_what_comes_after_an_answer_is_not_read_forever() -> None:
+    async with running("--discard-seconds", "0.5") as proxy:
+        peer = await proxy.connect()
+        await peer.send(b"POST /unknown HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        assert (await peer.reply()).status == 404
+        assert await peer.closed() == b""
+        assert await proxy.refusals(Limit.UNREAD_BODY) == 1
