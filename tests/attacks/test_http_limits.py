@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from chiasm.http.limits import Limit
+from chiasm.prometheus import read_samples, total
+from chiasm.server.config import ServerConfig
+from chiasm.server.context import ServerContext
 from tests.attacks.proxy_process import Proxy, Reply, post, running
 
 MIB = 1 << 20
@@ -145,3 +148,11 @@ async def test_what_comes_after_an_answer_is_not_read_forever() -> None:
         assert (await peer.reply()).status == 404
         assert await peer.closed() == b""
         assert await proxy.refusals(Limit.UNREAD_BODY) == 1
+
+
+def test_an_instance_counts_its_refusals_too() -> None:
+    context = ServerContext("model", ServerConfig())
+    context.metrics.refusals.note(Limit.CONNECTIONS)
+    samples = read_samples(context.metrics.expose().decode())
+    counts = {limit: total(samples, "chiasm_http_refusals_total", limit=limit) for limit in Limit}
+    assert counts == {limit: float(limit is Limit.CONNECTIONS) for limit in Limit}

@@ -24,8 +24,9 @@ class ServerConfig:
     shutdown_timeout_seconds: ShutdownTimeout = SHUTDOWN_TIMEOUT_SECONDS
     max_body_bytes: Annotated[int, Option("Maximum size of a request; a larger one gets 413.")] = 64 << 20
     max_inflight_requests: Annotated[int, Option("Maximum concurrent requests; one more gets 503.", min=1)] = 1024
-    max_inflight_body_bytes: int = 1 << 30
-    """Size of the bodies that all requests together may hold; beyond it they are answered with 503."""
+    max_inflight_body_bytes: Annotated[
+        int, Option("Maximum size of the bodies and images that are held at one time.")
+    ] = 1 << 30
     max_messages: int = 1024
     """Maximum number of messages in one chat."""
     max_prompts: int = 64
