@@ -58,15 +58,28 @@ def test_the_oldest_idle_one_makes_way_before_one_that_waits() -> None:
 
 
 def test_a_peer_at_its_limit_makes_way_for_itself_only() -> None:
-    connections, clients = three(max_connections_per_peer=3)
-    connections.max_open = 10
-    other = Client("b")
-    assert connections.admit(other) is None
+    connections = Connections(HttpConfig(max_connections=10, max_connections_per_peer=3), Refusals())
+    clients, other = [Client() for _ in range(3)], Client("b")
+    for client in (*clients, other):
+        assert connections.admit(client) is None
+        connections.note_busy(client)
     connections.note_idle(other)
     assert connections.admit(Client()) is Limit.CONNECTIONS_PER_PEER
     connections.note_idle(clients[2])
     assert connections.admit(Client()) is None
     assert (clients[2].is_closed, other.is_closed) == (True, False)
+
+
+def test_few_descriptors_reduce_both_limits_alike() -> None:
+    connections = Connections(HttpConfig(max_connections=100, max_connections_per_peer=50), Refusals())
+    connections.reduce_to(200)
+    connections.reduce_to(4)
+    answers = []
+    for peer in ("a", "a", "a", "b", "c", "d"):
+        client = Client(peer)
+        answers.append(connections.admit(client))
+        connections.note_busy(client)
+    assert answers == [None, None, Limit.CONNECTIONS_PER_PEER, None, None, Limit.CONNECTIONS]
 
 
 def test_those_that_have_left_count_no_more() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,7 @@ from typing import Protocol
 import msgspec
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from chiasm.errors import Code, PayloadTooLargeError, RequestTimeoutError, UnsupportedMediaTypeError
 from chiasm.http.config import HttpConfig
@@ -60,6 +61,28 @@ PACE = Pace()
 def pace_of(config: HttpConfig) -> Pace:
     """Return the pace that a server asks for."""
     return Pace(config.body_timeout_seconds, config.min_body_bytes_per_second)
+
+
+class Incoming:
+    """Receives one request, and notes whether all of it has come. For servers that close a connection at once."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._is_whole = False
+
+    async def __call__(self) -> Message:
+        """Receive a message, as ASGI's ``receive`` does."""
+        message = await self._receive()
+        self._is_whole = not message.get("more_body", False)  # also when the client has left
+        return message
+
+    async def discard(self, seconds: float, max_bytes: int) -> None:
+        """Read on for so long and so much, and keep nothing, so that the client sees an answer and not a reset."""
+        size_bytes = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._is_whole and size_bytes <= max_bytes:
+                    size_bytes += len((await self()).get("body", b""))
 
 
 async def read_body(

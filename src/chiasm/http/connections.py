@@ -41,8 +41,8 @@ class Connections:
     def __init__(self, config: HttpConfig, refusals: Refusals) -> None:
         self.config = config
         self.refusals = refusals
-        self.max_open = config.max_connections
-        """HttpServer lowers it to what the descriptors of the process allow."""
+        self._max_open = config.max_connections
+        self._max_per_peer = config.max_connections_per_peer
         self._peers: Counter[Hashable] = Counter()
         self._open: set[Watched] = set()
         self._waiting: dict[Watched, float] = {}
@@ -55,13 +55,19 @@ class Connections:
         """How many there are."""
         return len(self._open)
 
+    def reduce_to(self, room: int) -> None:
+        """Allow at most so many, and as large a part of them to one peer as before."""
+        if room < self._max_open:
+            self._max_per_peer = max(1, min(room, self._max_per_peer * room // self._max_open))
+            self._max_open = room
+
     def admit(self, connection: Watched) -> Limit | None:
         """Take a new connection, or return the limit that forbids it. Somebody who is idle or waits makes way for it."""
         peer = connection.peer
-        if peer is not None and self._peers[peer] >= self.config.max_connections_per_peer:
+        if peer is not None and self._peers[peer] >= self._max_per_peer:
             if not self._make_way(peer):
                 return Limit.CONNECTIONS_PER_PEER
-        elif len(self._open) >= self.max_open and not self._make_way(None):
+        elif len(self._open) >= self._max_open and not self._make_way(None):
             return Limit.CONNECTIONS
         self._open.add(connection)
         self._peers[peer] += 1

@@ -88,8 +88,7 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        room = room_for_connections(raise_descriptor_limit())
-        self._connections.max_open = min(self._connections.max_open, room)
+        self._connections.reduce_to(room_for_connections(raise_descriptor_limit()))
         await super().startup(sockets)
         self.ready.set()
 

@@ -69,6 +69,8 @@ class Server:
         arguments = SimpleNamespace(served_model_name=["demo", "other"], model=str(CHECKPOINT), api_key=api_key)
         self.app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm.config, args=arguments))
         self.middleware = ChiasmMiddleware(vllm, **options)
+        self.left: list[Message] = []
+        """What has not been received of the last request."""
 
     async def call(
         self, method: str, path: str, *chunks: bytes, length: int | None = None, encoding: bytes | None = None
@@ -79,7 +81,7 @@ class Server:
         if length is not None:
             headers.append((b"content-length", str(length).encode()))
         scope = {"type": "http", "method": method, "path": path, "headers": headers, "app": self.app}
-        left = [
+        left = self.left = [
             {"type": "http.request", "body": chunk, "more_body": index < len(chunks) - 1}
             for index, chunk in enumerate(chunks)
         ]
@@ -413,6 +415,13 @@ async def test_a_body_past_the_limit_is_refused(declared: bool) -> None:
     assert answer.json["error"]["type"] == "invalid_request_error"
     assert vllm.bodies == []
     assert (await server.chat(b"x" * 100)).body == b"answered"
+
+
+async def test_the_rest_of_a_refused_body_is_read_before_the_answer() -> None:
+    server = Server(VLLM(config()), max_body_bytes=100)
+    answer = await server.call("POST", CHAT_PATH, *[b"x" * 60] * 5, length=300)
+    assert answer.status == 413
+    assert server.left == []
 
 
 async def test_a_client_that_leaves_before_its_body_is_whole_is_forgotten() -> None:

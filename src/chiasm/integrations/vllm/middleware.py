@@ -18,6 +18,8 @@ from chiasm.chat_body import json_object, with_content_parts, with_texts
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import ChiasmError, EmbeddingUnavailableError, InvalidRequestError
 from chiasm.http import ClientLeftError, json_response, read_body
+from chiasm.http.body import Incoming
+from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
 from chiasm.integrations.vllm.health import Description, describe
 from chiasm.integrations.vllm.messages import AWAITED_METHOD
@@ -130,9 +132,10 @@ class ChiasmMiddleware:
     # ---- chat completions -------------------------------------------------------------------------------------------
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        incoming = Incoming(receive)
         try:
             headers = Headers(scope=scope)
-            given = body = await read_body(receive, headers, self._max_body_bytes)
+            given = body = await read_body(incoming, headers, self._max_body_bytes)
             if _EMBEDS_KEY in body:
                 body = _with_grids(body, await self._described(scope))
                 send = _explained(scope, receive, send)
@@ -142,6 +145,7 @@ class ChiasmMiddleware:
         except ClientLeftError:
             return
         except ChiasmError as error:
+            await incoming.discard(HttpConfig.discard_seconds, HttpConfig.discard_bytes)
             await error_response(error)(scope, receive, send)
             return
         await self._app(scope, _replayed(body, receive), send)
