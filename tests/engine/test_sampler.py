@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.engine.grammar import Allowed, GrammarError
-from chiasm.engine.request import SamplingParams
+from chiasm.engine.logit_changes import LogitChanges
+from chiasm.engine.request import MAX_BIASED_TOKENS, MAX_STOP_TOKENS, SamplingParams
 from chiasm.engine.sampler import Sampled, SamplingInput, sample, uniform
 from chiasm.errors import InvalidRequestError
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+
+
+def inputs_of(
+    params: SamplingParams,
+    vocab_size: int,
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
+    stops: Sequence[int] = (),
+    *,
+    seed: int = 0,
+    allowed: Allowed | GrammarError | None = None,
+) -> SamplingInput:
+    changes = LogitChanges(params, prompt, stops, vocab_size, LOGITS.device)
+    return SamplingInput(params, seed, output, changes, allowed)
 
 
 def choose(
@@ -26,8 +43,7 @@ def choose(
     stops: Sequence[int] = (),
     **params: Any,
 ) -> Sampled:
-    inputs = SamplingInput(SamplingParams(**params), seed, list(prompt), list(output), frozenset(stops))
-    return sample(logits[None], [inputs])[0]
+    return sample(logits[None], [inputs_of(SamplingParams(**params), len(logits), prompt, output, stops, seed=seed)])[0]
 
 
 def draws(count: int = 400, **params: Any) -> Counter[int]:
@@ -70,7 +86,7 @@ def test_min_p_drops_tokens_that_are_unlikely_relative_to_the_best() -> None:
 
 
 def test_a_seed_gives_the_same_token_in_any_batch() -> None:
-    inputs = [SamplingInput(SamplingParams(temperature=1.0), seed, [], [], frozenset()) for seed in range(8)]
+    inputs = [inputs_of(SamplingParams(temperature=1.0), 5, seed=seed) for seed in range(8)]
     together = [token.token_id for token in sample(LOGITS.expand(8, -1), inputs)]
     alone = [choose(seed=seed, temperature=1.0).token_id for seed in range(8)]
     assert together == alone
@@ -152,6 +168,8 @@ def test_sampling_leaves_the_logits_as_they_are() -> None:
         ("stop", ("",)),
         ("stop", ("x",) * 17),
         ("logit_bias", {1: 101.0}),
+        ("logit_bias", dict.fromkeys(range(301), 1.0)),
+        ("stop_token_ids", tuple(range(301))),
         ("min_tokens", 17),
         ("temperature", float("nan")),
         ("repetition_penalty", float("nan")),
@@ -161,6 +179,62 @@ def test_a_parameter_out_of_range_is_refused_by_name(name: str, value: Any) -> N
     with pytest.raises(InvalidRequestError) as caught:
         SamplingParams(**{name: value})
     assert caught.value.param == name
+
+
+# ---- what a token costs --------------------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators_of_a_token(tokens: int, **params: Any) -> int:
+    """Count the operators of one token, when so many tokens are biased, stop the answer, are in the prompt, and were said."""
+    ids = list(range(tokens))
+    sampling = SamplingParams(
+        logit_bias=dict.fromkeys(ids[:MAX_BIASED_TOKENS], 1.0),
+        stop_token_ids=tuple(ids[:MAX_STOP_TOKENS]),
+        max_tokens=3000,
+        min_tokens=3000,
+        presence_penalty=1.0,
+        frequency_penalty=1.0,
+        repetition_penalty=1.5,
+        **params,
+    )
+    logits = torch.zeros(1, 3000)
+    first = inputs_of(sampling, 3000, ids, ids, sampling.stop_token_ids)
+    sample(logits, [first])
+    with Operators() as operators:
+        sample(logits, [replace(first, output_token_ids=[*ids, 0])])
+    return operators.count
+
+
+def test_a_token_takes_the_same_operators_however_much_changes_the_logits() -> None:
+    assert operators_of_a_token(1) == operators_of_a_token(2000) < 50
+    assert operators_of_a_token(1, temperature=0) == operators_of_a_token(2000, temperature=0)
+
+
+def test_changes_made_anew_are_those_that_grew_with_the_answer() -> None:
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.5, logit_bias={2: 3.0})
+    said = [4, 3, 4, 1]
+    grown = LogitChanges(params, [0], (), len(LOGITS), LOGITS.device)
+    for count in range(len(said)):
+        grown.apply(LOGITS.clone(), said[:count])
+    changed = [LOGITS.clone(), LOGITS.clone()]
+    grown.apply(changed[0], said)
+    LogitChanges(params, [0], (), len(LOGITS), LOGITS.device).apply(changed[1], said)
+    assert torch.equal(changed[0], changed[1])
+    assert changed[0].tolist() == pytest.approx([0.0, 1 / 1.5 - 0.75, 5.0, 3 / 1.5 - 0.75, 4 / 1.5 - 1.0])
 
 
 # ---- grammars ------------------------------------------------------------------------------------------------------------
@@ -174,7 +248,7 @@ def held(*tokens: int, closing: Sequence[int] = (), size: int = 5) -> Allowed:
 
 def constrained(allowed: Allowed | GrammarError, **options: Any) -> Sampled:
     params = SamplingParams(**{"temperature": 0, **options})
-    return sample(LOGITS[None], [SamplingInput(params, 0, [], [], frozenset({4}), allowed)])[0]
+    return sample(LOGITS[None], [inputs_of(params, len(LOGITS), stops=[4], allowed=allowed)])[0]
 
 
 def test_only_what_a_grammar_allows_is_chosen() -> None:

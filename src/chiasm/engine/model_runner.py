@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chiasm.engine.attention import AttentionStep, KVCache, PrefillSegment
 from chiasm.engine.grammar import Allowed, GrammarError, Masks, Matchers
+from chiasm.engine.logit_changes import LogitChanges
 from chiasm.engine.sampler import Sampled, SamplingInput, sample
 from chiasm.engine.scheduler import ScheduledSequence, Step
 from chiasm.engine.sequence import Sequence
@@ -17,18 +18,21 @@ from chiasm.models.base import LanguageModel, Positions
 
 
 class ModelRunner:
-    """Runs steps. Holds the KV cache, and the rotary positions of the prompts that run."""
+    """Runs steps. Holds the KV cache, and what is made once for each request that runs: rotary positions, changes of logits."""
 
     def __init__(self, language: LanguageModel, kv_cache: KVCache, eos_token_ids: frozenset[int]) -> None:
         self.language = language
         self.kv_cache = kv_cache
         self._eos_token_ids = eos_token_ids
         self._positions: dict[str, Positions] = {}
+        self._changes: dict[str, dict[int, LogitChanges]] = {}
+        """By request and choice."""
         self._matchers = Matchers()
 
     def forget(self, request_id: str) -> None:
         """Drop what is kept of a request that ended."""
         self._positions.pop(request_id, None)
+        self._changes.pop(request_id, None)
         self._matchers.forget(request_id)
 
     @torch.inference_mode()
@@ -61,22 +65,25 @@ class ModelRunner:
             return {}
         logits = self.language.logits(hidden[torch.tensor(last_rows, device=device)])
         masks: Masks = {} if pending_masks is None else pending_masks.result()
-        sampled = sample(
-            logits, [self._sampling_input(sequence, masks.get(row)) for row, sequence in enumerate(samplers)]
-        )
+        inputs = [self._sampling_input(sequence, logits, masks.get(row)) for row, sequence in enumerate(samplers)]
+        sampled = sample(logits, inputs)
         return {sequence.sequence_id: token for sequence, token in zip(samplers, sampled, strict=True)}
 
-    def _sampling_input(self, sequence: Sequence, allowed: Allowed | GrammarError | None) -> SamplingInput:
-        params = sequence.sampling
-        stops = frozenset(params.stop_token_ids)
-        return SamplingInput(
-            params,
-            sequence.seed,
-            sequence.prompt.token_ids,
-            sequence.output_token_ids,
-            stops if params.ignore_eos else stops | self._eos_token_ids,
-            allowed,
-        )
+    def _sampling_input(
+        self, sequence: Sequence, logits: Tensor, allowed: Allowed | GrammarError | None
+    ) -> SamplingInput:
+        changes = self._changes_of(sequence, logits)
+        return SamplingInput(sequence.sampling, sequence.seed, sequence.output_token_ids, changes, allowed)
+
+    def _changes_of(self, sequence: Sequence, logits: Tensor) -> LogitChanges:
+        of_request = self._changes.setdefault(sequence.request_id, {})
+        changes = of_request.get(sequence.index)
+        if changes is None:
+            params = sequence.sampling
+            stops = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
+            changes = LogitChanges(params, sequence.prompt.token_ids, stops, logits.shape[-1], logits.device)
+            of_request[sequence.index] = changes
+        return changes
 
     def _position_ids(self, part: ScheduledSequence) -> Tensor:
         sequence = part.sequence

@@ -21,8 +21,10 @@ MAX_CHOICES = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 """In one stop string: what could become one is looked for with each token."""
-MAX_BIASED_TOKENS = 4096
-"""Each is added with each token."""
+MAX_BIASED_TOKENS = 300
+"""Tokens in ``logit_bias``, as in OpenAI's API."""
+MAX_STOP_TOKENS = 300
+"""Tokens in ``stop_token_ids``."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class SamplingParams:
             raise InvalidRequestError(f"A stop string may have at most {MAX_STOP_CHARACTERS} characters.", param="stop")
         if len(self.logit_bias) > MAX_BIASED_TOKENS:
             raise InvalidRequestError(f"logit_bias may have at most {MAX_BIASED_TOKENS} tokens.", param="logit_bias")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise InvalidRequestError(
+                f"stop_token_ids may have at most {MAX_STOP_TOKENS} tokens.", param="stop_token_ids"
+            )
         if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
             raise InvalidRequestError("logit_bias values must be between -100 and 100.", param="logit_bias")
 

@@ -6,7 +6,6 @@ so that a request continues identically after preemption, in another batch, or i
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from chiasm.engine.grammar import Allowed, GrammarError
+from chiasm.engine.logit_changes import LogitChanges
 from chiasm.engine.request import SamplingParams
 from chiasm.wire import TokenLogprob
 
@@ -25,10 +25,9 @@ class SamplingInput:
 
     params: SamplingParams
     seed: int
-    prompt_token_ids: AbstractSequence[int]
     output_token_ids: AbstractSequence[int]
-    stop_token_ids: frozenset[int]
-    """Tokens that end the answer; not sampled before there are ``min_tokens``, unless its grammar allows nothing else."""
+    changes: LogitChanges
+    """Those of its choice. Tokens that end the answer come early only if its grammar allows nothing else."""
     allowed: Allowed | GrammarError | None = None
     """Tokens that the answer's grammar allows, or why there are none; None without a grammar."""
 
@@ -61,60 +60,36 @@ def sample(logits: Tensor, inputs: AbstractSequence[SamplingInput]) -> list[Samp
 def _takes_best(sequence: SamplingInput, best: int) -> bool:
     """Whether the sequence takes the token with the highest logit, and nothing else is to be known about it."""
     params = sequence.params
-    if not params.greedy or params.logprobs is not None or _changes_logits(sequence):
+    if not params.greedy or params.logprobs is not None or sequence.changes.changes(len(sequence.output_token_ids)):
         return False
     allowed = sequence.allowed
     return allowed is None or (isinstance(allowed, Allowed) and bool(allowed.tokens[best]))
-
-
-def _changes_logits(sequence: SamplingInput) -> bool:
-    params = sequence.params
-    return (
-        bool(params.logit_bias)
-        or params.presence_penalty != 0
-        or params.frequency_penalty != 0
-        or params.repetition_penalty != 1
-        or len(sequence.output_token_ids) < params.min_tokens
-    )
 
 
 def _sample_row(raw: Tensor, sequence: SamplingInput, best: int) -> Sampled:
     params = sequence.params
     if isinstance(sequence.allowed, GrammarError):
         return Sampled(0, None, str(sequence.allowed))
-    is_changed = sequence.allowed is not None or _changes_logits(sequence)
+    is_changed = sequence.allowed is not None or sequence.changes.changes(len(sequence.output_token_ids))
     logits = _adjust(raw.clone(), sequence, best) if is_changed else raw
     token_id = int(logits.argmax()) if params.greedy else _draw(logits, sequence)
     return Sampled(token_id, None if params.logprobs is None else _logprobs(raw, token_id, params.logprobs))
 
 
 def _adjust(logits: Tensor, sequence: SamplingInput, best: int) -> Tensor:
-    """Change ``logits`` in place, and return them.
-
-    Presence and frequency penalties count the output, as OpenAI's do; the repetition penalty (Keskar et al. 2019) counts
-    prompt and output. A grammar has the last word, so that no bias allows what it forbids.
-    """
-    params = sequence.params
-    device = logits.device
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*sequence.prompt_token_ids, *sequence.output_token_ids}), device=device)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if sequence.output_token_ids and (params.presence_penalty or params.frequency_penalty):
-        tokens, counts = torch.unique(torch.tensor(sequence.output_token_ids, device=device), return_counts=True)
-        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
-    for token_id, bias in params.logit_bias.items():
-        logits[token_id] += bias
-    early = sequence.stop_token_ids if len(sequence.output_token_ids) < params.min_tokens else ()
+    """Change ``logits`` in place, and return them. A grammar has the last word, so that no bias allows what it forbids."""
+    changes = sequence.changes
+    changes.apply(logits, sequence.output_token_ids)
+    early = changes.stops if changes.is_early(len(sequence.output_token_ids)) else None
     if isinstance(sequence.allowed, Allowed):
         allowed = _choosable(sequence.allowed, early, best)[: len(logits)]
-        logits.masked_fill_(~allowed.to(device), float("-inf"))
-    elif early:
-        logits[torch.tensor(sorted(early), device=device)] = float("-inf")
+        logits.masked_fill_(~allowed.to(logits.device), float("-inf"))
+    elif early is not None:
+        logits[early] = float("-inf")
     return logits
 
 
-def _choosable(allowed: Allowed, early: Collection[int], best: int) -> Tensor:
+def _choosable(allowed: Allowed, early: Tensor | None, best: int) -> Tensor:
     """Return which tokens to choose from; ``best`` is what the model would choose by itself.
 
     A model that would end, in the middle of JSON, has nothing more to say: whatever it is made to say instead, it would say for
@@ -122,10 +97,10 @@ def _choosable(allowed: Allowed, early: Collection[int], best: int) -> Tensor:
     """
     if best in allowed.ends and not allowed.tokens[best] and allowed.closing is not None:
         return allowed.closing
-    if not early:
+    if early is None:
         return allowed.tokens
     without_stops = allowed.tokens.clone()
-    without_stops[sorted(early)] = False
+    without_stops[early.to(without_stops.device)] = False
     # A complete answer can only end, however short it is.
     return without_stops if without_stops.any() else allowed.tokens
 
