@@ -25,6 +25,8 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 AWAITED_PATH = "/embeddings/awaited"
+CLIENT_HEADER = "x-chiasm-client"
+"""With it the proxy, if it checks API keys, tells an instance which of them a request has; it names the key, and isn't it."""
 
 
 class Role(enum.StrEnum):

@@ -84,6 +84,8 @@ class Driver:
         outputs: tuple[int, ...] = (),
         remote: int = 0,
         due: float = 0.0,
+        part_of: str = "",
+        key: str = "",
     ) -> Sequence:
         """Add a request, and return its first choice.
 
@@ -98,6 +100,8 @@ class Driver:
                     request_id=f"r{arrival - index}",
                     index=index,
                     arrival=arrival,
+                    part_of=part_of,
+                    key=key,
                     due=due,
                     prompt=prompt,
                     sampling=SamplingParams(max_tokens=max_tokens),

@@ -184,12 +184,12 @@ def test_a_parameter_out_of_range_is_refused_by_name(name: str, value: Any) -> N
 # ---- what a token costs --------------------------------------------------------------------------------------------------
 
 
-class Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that run."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: int = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -216,7 +216,8 @@ def operators_of_a_token(tokens: int, **params: Any) -> int:
     sample(logits, [first])
     with Operators() as operators:
         sample(logits, [replace(first, output_token_ids=[*ids, 0])])
-    return operators.count
+    count: int = operators.count
+    return count
 
 
 def test_a_token_takes_the_same_operators_however_much_changes_the_logits() -> None:

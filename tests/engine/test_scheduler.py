@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiasm.engine.local_encoder import choose
+from chiasm.engine.shares import largest_share
 from chiasm.errors import InvalidRequestError, OverloadedError
 from tests.engine.driver import Driver, chunks, prompt
 
@@ -93,6 +94,121 @@ def test_an_item_that_can_never_fit_the_encoder_cache_is_refused() -> None:
     driver.scheduler.check_items(prompt(1, ("a", 4)).items)
     with pytest.raises(InvalidRequestError, match="5 tokens"):
         driver.scheduler.check_items(prompt(1, ("a", 5)).items)
+
+
+# ---- shares and turns ----------------------------------------------------------------------------------------------------
+
+
+def add_many(driver: Driver, prompts: int, choices: int, name: str, *, key: str = "", max_tokens: int = 2000) -> int:
+    """Add one request of several prompts; return how many of its sequences the queue took."""
+    before = len(driver.sequences)
+    for _ in range(prompts):
+        salt = str(len(driver.sequences))
+        try:
+            driver.add(prompt(1), choices=choices, salt=salt, part_of=name, key=key, max_tokens=max_tokens)
+        except OverloadedError:
+            break
+    return len(driver.sequences) - before
+
+
+def running(driver: Driver, name: str) -> int:
+    return sum(1 for sequence in driver.scheduler.running if name in (sequence.part_of, sequence.key))
+
+
+def large_driver() -> Driver:
+    return Driver(max_num_seqs=64, max_queued=256, budget=512, max_prefill=256, blocks=100_000)
+
+
+def test_a_small_request_starts_at_once_beside_one_of_many_sequences() -> None:
+    driver = large_driver()
+    assert add_many(driver, 8, 16, "large") == 128
+    for _ in range(20):
+        driver.step()
+    small = driver.add(prompt(4), max_tokens=3, due=1.0)
+    driver.step()
+    assert small.was_scheduled
+    driver.run_until(lambda: small.finished, limit=3)
+
+
+def test_requests_of_many_sequences_leave_places_for_whoever_comes_next() -> None:
+    driver = large_driver()
+    for count, shares in enumerate([[32], [32, 16], [32, 16, 8]], start=1):
+        name = f"r{count}"
+        assert add_many(driver, 40, 1, name) == 40
+        for _ in range(5):
+            driver.step()
+        assert [running(driver, f"r{number}") for number in range(1, count + 1)] == shares
+
+
+def test_a_place_that_becomes_free_goes_to_the_request_with_its_share_left() -> None:
+    driver = Driver(max_num_seqs=4, blocks=10_000)
+    add_many(driver, 8, 1, "large", max_tokens=6)
+    for _ in range(2):
+        driver.step()
+    assert running(driver, "large") == 2
+    small = [driver.add(prompt(2), salt=str(number), due=9.0, max_tokens=3) for number in range(8)]
+    driver.run_until(lambda: all(sequence.finished for sequence in small))
+    assert any(not sequence.finished for sequence in driver.sequences[:8])
+    driver.run()
+
+
+def test_a_request_of_many_sequences_ends_although_small_ones_keep_coming() -> None:
+    driver = Driver(max_num_seqs=2, max_queued=64, blocks=10_000)
+    assert add_many(driver, 6, 2, "large", max_tokens=5) == 12
+    for number in range(200):
+        if all(sequence.finished for sequence in driver.sequences[:12]):
+            return
+        while len(driver.scheduler.waiting) < 20:
+            driver.add(prompt(1), salt=f"small {len(driver.sequences)}", due=1.0 + number, max_tokens=2)
+        driver.step()
+    raise AssertionError("it starves")
+
+
+def test_one_request_cannot_fill_the_queue() -> None:
+    driver = Driver(max_num_seqs=1, max_queued=16)
+    assert add_many(driver, 20, 1, "large") == largest_share(16) == 8
+    assert add_many(driver, 20, 1, "second") == 4
+    assert add_many(driver, 1, 3, "third") == 0
+    assert [add_many(driver, 1, 1, f"small {number}") for number in range(5)] == [1, 1, 1, 1, 0]
+
+
+def test_one_key_cannot_fill_the_queue() -> None:
+    driver = Driver(max_num_seqs=1, max_queued=16)
+    taken = [add_many(driver, 1, 1, f"greedy {number}", key="greedy") for number in range(16)]
+    assert sum(taken) == 12
+    assert add_many(driver, 1, 1, "other", key="other") == 1
+
+
+def test_a_free_place_goes_to_the_key_that_has_the_fewest() -> None:
+    driver = Driver(max_num_seqs=4, blocks=10_000)
+    for number in range(10):
+        driver.add(prompt(2), salt=str(number), key="greedy", max_tokens=4 + number)
+    driver.step()
+    assert running(driver, "greedy") == 4
+    other = driver.add(prompt(2), salt="other", key="other", due=5.0, max_tokens=2)
+    driver.run_until(lambda: running(driver, "greedy") < 4 or other.was_scheduled)
+    driver.step()
+    assert other.was_scheduled
+    driver.run()
+
+
+def test_keys_share_the_places_evenly_however_many_requests_they_have() -> None:
+    driver = Driver(max_num_seqs=8, blocks=10_000)
+    for number in range(20):
+        driver.add(prompt(2), salt=f"a{number}", key="a", max_tokens=50)
+    for number in range(4):
+        driver.add(prompt(2), salt=f"b{number}", key="b", due=1.0, max_tokens=50)
+    driver.step()
+    assert (running(driver, "a"), running(driver, "b")) == (4, 4)
+    driver.run()
+
+
+def test_an_image_is_looked_for_behind_a_request_of_many_sequences() -> None:
+    driver = Driver(max_num_seqs=2)
+    add_many(driver, 8, 1, "large")
+    driver.step()
+    image = driver.add(prompt(1, ("a", 4)), due=1.0)
+    assert [sequence for sequence, _ in driver.scheduler.wanted_items()] == [image]
 
 
 # ---- the order of due ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from chiasm.engine.request import GenerateRequest, Output
-from chiasm.errors import StorageError
+from chiasm.engine.shares import largest_share
+from chiasm.errors import InvalidRequestError, StorageError
+from chiasm.server.sampling import MAX_ANSWER_ENTRIES, answer_tokens, check_answers
 from chiasm.wire import TokenLogprob
 from tests.server.conftest import Served, ServedEncoder
 from tests.server.fake_engine import never
@@ -157,3 +159,33 @@ def test_tokens_that_are_parts_of_characters_have_the_offset_of_their_character(
     parts = [event["choices"][0] for event in (reply.events[:-1] if streamed else [reply.json])]
     offsets = [offset for part in parts if part["logprobs"] for offset in part["logprobs"]["text_offset"]]
     assert offsets == [0, 1, 1, 1, 1, 2]
+
+
+def test_more_answers_than_a_request_may_ever_queue_are_refused() -> None:
+    check_answers(128, largest_share(256))
+    with pytest.raises(InvalidRequestError, match="129 answers"):
+        check_answers(129, largest_share(256))
+
+
+def test_the_prompts_of_a_request_share_its_places_and_are_due_together(pd: Served) -> None:
+    assert post(pd.completions, {"prompt": ["a", "bc"], "n": 2, "max_tokens": 1}).status == 200
+    assert len({request.part_of for request in pd.engine.requests}) == 1
+    assert [(request.key, request.work_tokens) for request in pd.engine.requests] == [("", 3.0)] * 2
+
+
+def test_an_answer_with_more_log_probabilities_than_one_may_hold_is_refused() -> None:
+    answer_tokens(10, None, answers=2, candidates=20, context_tokens=4096)
+    with pytest.raises(InvalidRequestError, match=str(MAX_ANSWER_ENTRIES)) as caught:
+        answer_tokens(2000, None, answers=16, candidates=20, context_tokens=4096)
+    assert caught.value.param == "max_tokens"
+
+
+def test_an_answer_of_no_given_length_ends_where_it_would_hold_too_much() -> None:
+    assert answer_tokens(None, 131_072, answers=16, candidates=20, context_tokens=131_072) == MAX_ANSWER_ENTRIES // 336
+    assert answer_tokens(None, 131_072, answers=1, candidates=0, context_tokens=1 << 20) == 131_072
+    assert answer_tokens(1 << 20, None, answers=1, candidates=0, context_tokens=1 << 20) == 1 << 20
+
+
+def test_the_proxy_names_the_key_by_which_requests_take_turns(pd: Served) -> None:
+    post(pd.completions, {"prompt": "a"}, {"X-Chiasm-Client": "k1", "Authorization": "Bearer unchecked"})
+    assert pd.engine.requests[0].key == "k1"

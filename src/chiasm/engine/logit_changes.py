@@ -30,7 +30,10 @@ class LogitChanges:
         self._bias: tuple[Tensor, Tensor] | None = None
         if params.logit_bias:
             token_ids, values = zip(*params.logit_bias.items(), strict=True)
-            self._bias = torch.tensor(token_ids, device=device), torch.tensor(values, dtype=torch.float32, device=device)
+            self._bias = (
+                torch.tensor(token_ids, device=device),
+                torch.tensor(values, dtype=torch.float32, device=device),
+            )
         self.stops: Tensor | None = None
         """Indices of the tokens that end the answer; None if it may end at once."""
         if params.min_tokens and stop_token_ids:

@@ -13,11 +13,15 @@ _START_ROWS = 256.0
 """Rows that the measurement at start counts for."""
 
 
-def prompt_due(arrived: float, prompt: Prompt, seconds_per_token: float) -> float:
-    """Return when the prompt's work is due, on the clock of ``arrived``."""
+def prompt_work(prompt: Prompt) -> float:
+    """Return the work of a prompt, in tokens of text."""
     item_tokens = sum(item.length for item in prompt.items)
-    work = len(prompt.token_ids) + (ITEM_WEIGHT - 1) * item_tokens
-    return due(arrived, work * seconds_per_token)
+    return len(prompt.token_ids) + (ITEM_WEIGHT - 1) * item_tokens
+
+
+def prompt_due(arrived: float, work_tokens: float, seconds_per_token: float) -> float:
+    """Return when so much work is due, on the clock of ``arrived``."""
+    return due(arrived, work_tokens * seconds_per_token)
 
 
 class PrefillPace:

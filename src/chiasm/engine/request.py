@@ -116,6 +116,12 @@ class GenerateRequest:
     sampling: SamplingParams
     deadline: float
     """``time.monotonic()`` at which it fails if it has not ended; includes the wait for embeddings."""
+    part_of: str = ""
+    """Names the client's request, whose prompts share its places; empty if this is all of it."""
+    key: str = ""
+    """Names the client's key: keys take turns. Empty if there are none."""
+    work_tokens: float = 0.0
+    """Work of all prompts of the client's request (:mod:`chiasm.engine.pace`), by which it is due; 0 if this is all of it."""
     num_choices: int = 1
     """Independent continuations (OpenAI's ``n``); choice ``i`` samples with ``seed + i``."""
     pixels: Mapping[str, Pixels] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from chiasm.engine.outputs import Choice
-from chiasm.engine.pace import prompt_due
+from chiasm.engine.pace import prompt_due, prompt_work
 from chiasm.engine.request import GenerateRequest, ItemTiming, Output, RequestTiming
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError, EmbeddingUnavailableError
@@ -61,12 +61,15 @@ class RequestState:
         if seed is None:
             seed = secrets.randbits(62)
         resumed = params is not None and params.num_sent > 1
-        due_at = _BEFORE_ALL_NEW if resumed else prompt_due(self.arrived, request.prompt, seconds_per_token)
+        work_tokens = request.work_tokens or prompt_work(request.prompt)
+        due_at = _BEFORE_ALL_NEW if resumed else prompt_due(self.arrived, work_tokens, seconds_per_token)
         for index in range(request.num_choices):
             sequence = Sequence(
                 request_id=request.request_id,
                 index=index,
                 arrival=next(arrivals),
+                part_of=request.part_of,
+                key=request.key,
                 due=due_at,
                 prompt=request.prompt,
                 sampling=request.sampling,

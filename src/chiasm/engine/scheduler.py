@@ -3,7 +3,8 @@
 A pure state machine: no clock, no I/O, no tensors. Everything that happens outside is an event (``add``, ``item_arrived``,
 ``finish``, …), and ``schedule`` is a function of the state. Prefill is chunked under a token budget (Sarathi-Serve, Agrawal
 et al. 2024), preemption is by recomputation (vLLM, Kwon et al. 2023). All sequences have one order, which never changes: when
-their work is due (:mod:`chiasm.due`). Late embeddings are new here: a prompt is prefilled up to the first item whose
+their work is due (:mod:`chiasm.due`). Of the places among those that run and those that wait, a request has a bounded share
+(:mod:`chiasm.engine.shares`). Late embeddings are new here: a prompt is prefilled up to the first item whose
 embedding is missing, and continues when it arrives. A sequence whose KV is on another instance gets blocks when there is room
 for all of it, and runs once they are filled; a sequence that is handed over leaves its blocks behind until they have been
 read.
@@ -12,11 +13,13 @@ read.
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from dataclasses import dataclass, field
 
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager, Rank
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.shares import KEY_WEIGHT, by_turns, may_take
 from chiasm.errors import Code, InvalidRequestError, OverloadedError
 from chiasm.models.base import PromptItem
 
@@ -111,11 +114,30 @@ class Scheduler:
                 )
 
     def add(self, sequences: list[Sequence]) -> None:
-        """Queue the choices of one request. Raises OverloadedError if too many wait already, for whatever reason."""
-        queued = len(self.waiting) + sum(1 for sequence in self.running if self.is_stalled(sequence))
-        if queued + len(sequences) > self.config.max_queued_requests:
+        """Queue the choices of one prompt.
+
+        Raises OverloadedError if too many wait already, for whatever reason, or too many of the same request or key.
+        """
+        queued = [*self.waiting, *(sequence for sequence in self.running if self.is_stalled(sequence))]
+        free = self.config.max_queued_requests - len(queued)
+        if free < len(sequences):
             raise OverloadedError(
-                f"{queued} requests are queued here and {self.config.max_queued_requests} is the limit; try again later.",
+                f"{len(queued)} requests are queued here and {self.config.max_queued_requests} is the limit; try again later.",
+                code=Code.TOO_MANY_REQUESTS,
+            )
+        first, others = sequences[0], len(sequences) - 1
+        of_request = sum(1 for sequence in queued if sequence.part_of == first.part_of)
+        of_key = sum(1 for sequence in queued if sequence.key == first.key) if first.key else 0
+        if not may_take(of_request + others, free - others):
+            raise OverloadedError(
+                f"{of_request} answers of the request are queued here, and some of the room for {free} more is kept for "
+                "others; try again later, or with fewer prompts and a lower n.",
+                code=Code.TOO_MANY_REQUESTS,
+            )
+        if first.key and not may_take(of_key + others, free - others, weight=KEY_WEIGHT):
+            raise OverloadedError(
+                f"{of_key} requests of this API key are queued here, and the room that is left is for others; try again "
+                "later.",
                 code=Code.TOO_MANY_REQUESTS,
             )
         for sequence in sequences:
@@ -177,7 +199,8 @@ class Scheduler:
         a sequence only holds entries that it needs next.
         """
         wanted: list[tuple[Sequence, list[PromptItem]]] = []
-        for sequence in [*self.running, *self.waiting[: self.config.max_num_seqs]]:
+        waiting = [sequence for sequence in self.waiting if sequence.items and not self._follows(sequence)]
+        for sequence in [*self.running, *waiting[: self.config.max_num_seqs]]:
             if not sequence.items or sequence.prompt_computed or self._follows(sequence):
                 continue
             missing: list[PromptItem] = []
@@ -271,28 +294,30 @@ class Scheduler:
         """
         step = Step()
         budget = self._schedule_decodes(step)
-        # Sequences that wait for an embedding compute nothing, so they don't count.
-        computing = sum(1 for sequence in self.running if not self.is_stalled(sequence))
-        places = self.config.max_num_seqs - computing - len(self.loading)
+        placed = self._placed()
+        places = self.config.max_num_seqs - len(placed)
+        held = Counter(sequence.part_of for sequence in placed)
         blocks_are_short = False
-        for sequence, waits in self._prefill_order():
+        for sequence, waits in self._prefill_order(placed):
             if budget == 0:
                 break
             if sequence in step.preempted:
                 continue
             if waits:
                 # Nobody is admitted after one that needs blocks: later sequences must not overtake it.
-                if places <= 0 or blocks_are_short:
+                if places <= 0 or blocks_are_short or not may_take(held[sequence.part_of], places):
                     continue
                 if sequence.num_remote:
                     blocks_are_short = not self._receive(sequence, step)
                     places -= 1
+                    held[sequence.part_of] += 1
                     continue
                 admitted = self._admit(sequence, budget, step)
                 blocks_are_short = admitted is None
                 if not admitted:
                     continue
                 places -= 1
+                held[sequence.part_of] += 1
             num_tokens = self._schedule_prefill(sequence, budget, step)
             blocks_are_short = blocks_are_short or num_tokens is None
             budget -= num_tokens or 0
@@ -325,11 +350,25 @@ class Scheduler:
                 budget -= 1
         return min(budget, self.config.max_mixed_prefill_tokens if step.decodes else self.config.max_prefill_tokens)
 
-    def _prefill_order(self) -> list[tuple[Sequence, bool]]:
-        """Return the sequences that have tokens to prefill, first come first, each with whether it still waits to run."""
+    def _placed(self) -> list[Sequence]:
+        """Return the sequences that take a place. Those that wait for an embedding compute nothing, so they take none."""
+        return [*(sequence for sequence in self.running if not self.is_stalled(sequence)), *self.loading]
+
+    def _prefill_order(self, placed: list[Sequence]) -> list[tuple[Sequence, bool]]:
+        """Return the sequences that have tokens to prefill, first due first, each with whether it still waits to run.
+
+        Where one that waits stands in this order, the one stands whose key has the turn.
+        """
         candidates = [(sequence, False) for sequence in self.running if not sequence.is_decoding]
         candidates += [(sequence, True) for sequence in self.waiting if not self._follows(sequence)]
-        return sorted(candidates, key=lambda candidate: (self._will_stall(candidate[0]), candidate[0].order))
+        stalls = {sequence.sequence_id: self._will_stall(sequence) for sequence, _ in candidates}
+        candidates.sort(key=lambda candidate: (stalls[candidate[0].sequence_id], candidate[0].order))
+        waiting = [sequence for sequence, waits in candidates if waits]
+        if len({sequence.key for sequence in waiting}) > 1:
+            waiting = by_turns(waiting, Counter(sequence.key for sequence in placed))
+            waiting.sort(key=lambda sequence: stalls[sequence.sequence_id])
+        in_turn = iter(waiting)
+        return [(next(in_turn) if waits else sequence, waits) for sequence, waits in candidates]
 
     def _admit(self, sequence: Sequence, budget: int, step: Step) -> bool | None:
         """Move a waiting sequence to running if its first chunk can run now.

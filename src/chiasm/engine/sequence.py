@@ -22,6 +22,8 @@ class Sequence:
         request_id: str,
         index: int,
         arrival: int,
+        part_of: str = "",
+        key: str = "",
         due: float = 0.0,
         prompt: Prompt,
         sampling: SamplingParams,
@@ -35,6 +37,10 @@ class Sequence:
         self.request_id = request_id
         self.index = index
         self.sequence_id = f"{request_id}/{index}"
+        self.part_of = part_of or request_id
+        """Names the client's request, of which this is one of all continuations of all prompts."""
+        self.key = key
+        """Names the client's key; empty if there are none."""
         self.arrival = arrival
         """Number in order of arrival."""
         self.due = due

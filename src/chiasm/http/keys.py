@@ -13,8 +13,15 @@ from chiasm.errors import AuthenticationError, Code, ConfigurationError
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
 
+_NAME_CHARACTERS = 16
 _GUARDED = "/v1"
 """As in vLLM, all paths that begin with it. /health and /metrics are open."""
+
+
+def key_name(headers: Headers) -> str:
+    """Return what names the key of a request, without telling it; empty if it has none."""
+    given = headers.get("authorization", "")
+    return hashlib.sha256(given.encode()).hexdigest()[:_NAME_CHARACTERS] if given else ""
 
 
 def read_keys(config: HttpConfig) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from chiasm.errors import Code, InvalidRequestError
+from chiasm.http.json_size import check_json_size
 
 _T_co = TypeVar("_T_co", covariant=True)
 _PLACE = re.compile(r" - at `(?P<place>[^`]*)`(?: in `(?P<outer>[^`]*)`)?$")
@@ -25,7 +26,8 @@ class Decoder(Protocol[_T_co]):
 
 
 def read_json(decoder: Decoder[_T_co], body: bytes) -> _T_co:
-    """Return what a request's body says. Raises InvalidRequestError that names the wrong field."""
+    """Return what a request's body says. Raises InvalidRequestError that names the wrong field, or for too many values."""
+    check_json_size(body)
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:

@@ -16,7 +16,7 @@ from chiasm.proxy.prompts import Work
 from chiasm.proxy.relay import EventRelay
 from chiasm.proxy.request import Request
 from chiasm.proxy.upstream import Call, UpstreamResponse
-from chiasm.wire import TIMING_COMMENT
+from chiasm.wire import CLIENT_HEADER, TIMING_COMMENT
 
 _TO_INSTANCES = ("authorization", "traceparent", "tracestate")
 _TO_CLIENT = ("retry-after", "www-authenticate")
@@ -83,6 +83,8 @@ class Job:
         self.path = path
         self.request = request
         self.timing = timing
+        self.client = ""
+        """Names the client's API key, so that instances let keys take turns; empty if the proxy checks none."""
         self.work = Work(exchange.arrival, len(request.body), streams=request.stream)
         """What the request asks for, as placement sees it."""
         self.due = exchange.arrival
@@ -121,6 +123,7 @@ class Job:
         given = self.exchange.headers
         return {
             **{name: given[name] for name in _TO_INSTANCES if name in given},
+            **({CLIENT_HEADER: self.client} if self.client else {}),
             "X-Request-Id": self.exchange.request_id,
             "X-Timing-Comments": "on" if self.exchange.timing_comments else "off",
             "X-Request-Deadline-Ms": str(int(self.exchange.seconds_left * 1000)),

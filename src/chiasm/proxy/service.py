@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp.abc import AbstractResolver
 
@@ -11,14 +13,15 @@ from chiasm.errors import Code, OverloadedError
 from chiasm.http import Admission, Endpoint, Exchange
 from chiasm.http.body import pace_of
 from chiasm.http.endpoint import Bounds
-from chiasm.http.keys import read_keys
+from chiasm.http.json_size import INLINE_BYTES
+from chiasm.http.keys import key_name, read_keys
 from chiasm.http.listen import check_url
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.job import Job, Timing
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
-from chiasm.proxy.request import parse_chat, parse_completion
+from chiasm.proxy.request import Request, parse_chat, parse_completion
 from chiasm.proxy.routing import Router
 from chiasm.proxy.upstream import RefusedError, Upstream
 from chiasm.wire import CHAT_PATH, Role
@@ -39,6 +42,7 @@ class ProxyService:
         )
         self.is_stopping = False
         self._resolver = resolver
+        self._parsers = ThreadPoolExecutor(1, thread_name_prefix="parse")
         self._upstream: Upstream
         self.prober: Prober
         self.router: Router
@@ -75,6 +79,7 @@ class ProxyService:
         await self.router.close()
         await self.prober.close()
         await self._upstream.close()
+        self._parsers.shutdown(wait=False, cancel_futures=True)
 
     def stop(self) -> None:
         """Refuse new requests from now on."""
@@ -110,9 +115,11 @@ class ProxyService:
         started = time.perf_counter()
         timing = Timing()
         try:
-            request = parse_chat(exchange.body) if path == CHAT_PATH else parse_completion(exchange.body)
+            request = await self._parsed(exchange, parse_chat if path == CHAT_PATH else parse_completion)
             exchange.body = b""
             job = Job(exchange, path, request, timing)
+            if self.config.http.needs_key:
+                job.client = key_name(exchange.headers)
             try:
                 await self.router.answer(job, started)
             except RefusedError as error:
@@ -121,6 +128,12 @@ class ProxyService:
                 await job.send_response(error.response)
         finally:
             exchange.error_headers = [timing.header()]
+
+    async def _parsed(self, exchange: Exchange, parse: Callable[[bytes], Request]) -> Request:
+        """Return what the proxy reads of the body; a large one is checked and parsed beside the event loop."""
+        if len(exchange.body) <= INLINE_BYTES:
+            return parse(exchange.body)
+        return await asyncio.get_running_loop().run_in_executor(self._parsers, parse, exchange.body)
 
 
 def _stopping() -> OverloadedError:

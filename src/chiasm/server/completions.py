@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from chiasm.engine.pace import prompt_work
 from chiasm.engine.request import GenerateRequest
+from chiasm.engine.shares import largest_share
 from chiasm.http import Exchange
+from chiasm.http.json_size import INLINE_BYTES
 from chiasm.models.base import Prompt
 from chiasm.server.answer import answer_as_stream, answer_whole
 from chiasm.server.answer_format import AnswerFormat, ChatFormat, CompletionFormat
@@ -21,8 +24,8 @@ from chiasm.server.generation import Generation
 from chiasm.server.images import Image, fetch_images, preprocess_images, published_items
 from chiasm.server.prefill_decode import AnswerPart, answer_part, engine_requests
 from chiasm.server.prompt import chat_prompt, check_messages, completion_prompt, given_prompts
-from chiasm.server.protocol import ChatRequest, CompletionRequest, StreamOptions, decode
-from chiasm.server.sampling import cache_salt, num_choices, sampling_params
+from chiasm.server.protocol import ChatRequest, CompletionRequest, GenerationFields, StreamOptions, decode
+from chiasm.server.sampling import cache_salt, check_answers, num_choices, sampling_params
 from chiasm.server.structured_output import grammar_of
 from chiasm.server.tool_answer import ToolChatFormat
 from chiasm.server.tools import tools_of
@@ -31,6 +34,7 @@ from chiasm.wire import Role
 if TYPE_CHECKING:
     from chiasm.engine.grammar import Grammar
 
+_Request = TypeVar("_Request", bound=GenerationFields)
 _chat_decoder = msgspec.json.Decoder(ChatRequest)
 _completion_decoder = msgspec.json.Decoder(CompletionRequest)
 
@@ -40,9 +44,9 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
 
     The steps are in this order so that what is cheap to check is checked first: fields, grammar, images, prompt, pixels.
     """
-    request = decode(_chat_decoder, exchange.body)
+    request = await _decoded(context, exchange, _chat_decoder)
     context.check_model(request.model)
-    check_messages(request, max_messages=context.config.max_messages)
+    check_messages(request, max_messages=context.config.max_messages, max_parts=context.config.max_parts)
     if isinstance(context.engine, EncodingEngine):
         await encode_images(context, exchange, context.engine, request)
         return
@@ -79,7 +83,7 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
 async def completions(context: ServerContext, exchange: Exchange) -> None:
     """Continue one or several prompts."""
     engine = context.generating_engine
-    request = decode(_completion_decoder, exchange.body)
+    request = await _decoded(context, exchange, _completion_decoder)
     context.check_model(request.model)
     given = given_prompts(request, max_prompts=context.config.max_prompts)
     part = answer_part(engine.config.role, request, num_prompts=len(given))
@@ -87,6 +91,14 @@ async def completions(context: ServerContext, exchange: Exchange) -> None:
     prompts = [await completion_prompt(context, exchange, engine, prompt) for prompt in given]
     requests = _engine_requests(context, exchange, engine, request, part, prompts, grammar)
     await _answer(context, exchange, engine, CompletionFormat, request, part, requests)
+
+
+async def _decoded(context: ServerContext, exchange: Exchange, decoder: msgspec.json.Decoder[_Request]) -> _Request:
+    """Return the request in the body; a large one is checked and decoded beside the event loop."""
+    if len(exchange.body) <= INLINE_BYTES:
+        return decode(decoder, exchange.body)
+    async with exchange.until_deadline():
+        return await context.in_thread(partial(decode, decoder, exchange.body))
 
 
 def _engine_requests(
@@ -100,6 +112,9 @@ def _engine_requests(
 ) -> Sequence[GenerateRequest]:
     """Return what the engine does for the prompts. Raises InvalidRequestError."""
     request_id = context.unique_id(exchange.request_id)
+    choices = num_choices(request)
+    check_answers(len(prompts) * choices, largest_share(engine.config.max_queued_requests))
+    work_tokens = sum(prompt_work(prompt) for prompt in prompts)
     whole = [
         GenerateRequest(
             request_id=f"{request_id}-{index}",
@@ -110,9 +125,13 @@ def _engine_requests(
                 grammar,
                 context_tokens=engine.max_model_len,
                 prompt_tokens=len(prompt.token_ids),
+                answers=len(prompts) * choices,
             ),
             deadline=exchange.deadline,
-            num_choices=num_choices(request),
+            part_of=request_id,
+            key=context.key_of(exchange),
+            work_tokens=work_tokens,
+            num_choices=choices,
             cache_salt=cache_salt(request),
         )
         for index, prompt in enumerate(prompts)

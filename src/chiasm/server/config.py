@@ -29,6 +29,8 @@ class ServerConfig:
     ] = 1 << 30
     max_messages: int = 1024
     """Maximum number of messages in one chat."""
+    max_parts: int = 4096
+    """Content parts and calls of tools in one chat, over all its messages."""
     max_prompts: int = 64
     """Prompts of one text completion."""
     media: MediaConfig = field(default_factory=MediaConfig)
@@ -44,6 +46,7 @@ class ServerConfig:
             "max_inflight_requests",
             "max_inflight_body_bytes",
             "max_messages",
+            "max_parts",
             "max_prompts",
             "threads",
         ):

@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, ModelNotFoundError, OverloadedError
-from chiasm.http import Admission
+from chiasm.http import Admission, Exchange
+from chiasm.http.keys import key_name
 from chiasm.media import Fetcher
 from chiasm.models.base import LoadProgress
 from chiasm.server.config import ServerConfig
 from chiasm.server.metrics import Metrics
+from chiasm.wire import CLIENT_HEADER
 
 if TYPE_CHECKING:
     from chiasm.engine.base import Engine
@@ -164,6 +166,12 @@ class ServerContext:
     def unique_id(self, request_id: str) -> str:
         """Return an id that is unique in this process even if clients repeat theirs."""
         return f"{request_id}-{next(self._numbers)}"
+
+    def key_of(self, exchange: Exchange) -> str:
+        """Return what names the request's API key; empty if neither this instance nor the proxy checks keys."""
+        if self.config.http.needs_key:
+            return key_name(exchange.headers)
+        return exchange.headers.get(CLIENT_HEADER, "")[:_SHOWN_CHARACTERS]
 
     async def in_thread(self, function: Callable[[], _T]) -> _T:
         """Call a slow function outside the event loop; at most ``config.threads`` run at a time."""

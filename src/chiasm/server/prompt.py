@@ -31,13 +31,19 @@ _SHOWN_CHARACTERS = 50
 # ---- chats -------------------------------------------------------------------------------------------------------------
 
 
-def check_messages(request: ChatRequest, *, max_messages: int) -> None:
-    """Raise InvalidRequestError unless there are messages, not too many, of known roles."""
+def check_messages(request: ChatRequest, *, max_messages: int, max_parts: int) -> None:
+    """Raise InvalidRequestError unless there are messages, not too many, with not too many parts, of known roles."""
     if not request.messages:
         raise InvalidRequestError("messages is empty; send at least one.", param="messages")
     if len(request.messages) > max_messages:
         raise InvalidRequestError(
             f"There are {len(request.messages)} messages and {max_messages} is the limit.", param="messages"
+        )
+    parts = sum(_num_parts(message) for message in request.messages)
+    if parts > max_parts:
+        raise InvalidRequestError(
+            f"The messages have {parts} content parts and calls of tools, and {max_parts} is the limit.",
+            param="messages",
         )
     for index, message in enumerate(request.messages):
         if message.role not in _TEMPLATE_ROLES:
@@ -46,6 +52,11 @@ def check_messages(request: ChatRequest, *, max_messages: int) -> None:
                 f"got {message.role[:_SHOWN_CHARACTERS]!r}.",
                 param="messages",
             )
+
+
+def _num_parts(message: ChatMessage) -> int:
+    content = message.content
+    return (len(content) if isinstance(content, list) else 0) + len(message.tool_calls or ())
 
 
 async def chat_prompt(
@@ -151,6 +162,8 @@ async def completion_prompt(
 
     def build() -> Prompt:
         if not isinstance(given, str):
+            if len(given) >= engine.max_model_len:
+                raise _too_long(str(len(given)), engine.max_model_len, "prompt")
             return engine.processor.build_tokens(given)
         _check_length(engine, len(given), "prompt")
         return engine.processor.build_text(given)

@@ -30,6 +30,8 @@ _SAME_NAME = (
     "ignore_eos",
     "skip_special_tokens",
 )
+MAX_ANSWER_ENTRIES = 1 << 18
+"""Tokens and candidates of log probabilities that all answers of one request may have together."""
 _MAX_SALT_CHARACTERS = 1024
 _COMPLETION_MAX_TOKENS = 16
 """``max_tokens`` of a text completion that doesn't give it; a chat may fill the context."""
@@ -41,6 +43,15 @@ def num_choices(request: GenerationFields) -> int:
     if not 1 <= choices <= MAX_CHOICES:
         raise InvalidRequestError(f"n must be between 1 and {MAX_CHOICES}, got {choices}.", param="n")
     return choices
+
+
+def check_answers(answers: int, limit: int) -> None:
+    """Raise InvalidRequestError if a request asks for more answers, over all its prompts, than it may ever have in a queue."""
+    if answers > limit:
+        raise InvalidRequestError(
+            f"The request asks for {answers} answers, n for each prompt, and {limit} is the limit; send several requests.",
+            param="n",
+        )
 
 
 def cache_salt(request: GenerationFields) -> str:
@@ -63,6 +74,7 @@ def sampling_params(
     *,
     context_tokens: int,
     prompt_tokens: int,
+    answers: int,
 ) -> SamplingParams:
     """Return how the engine samples.
 
@@ -74,8 +86,10 @@ def sampling_params(
     for name in _SAME_NAME:
         if (value := getattr(request, name)) is not None:
             values[name] = value
-    values["max_tokens"] = min(_max_tokens(request, context_tokens), room_tokens)
-    values["logprobs"] = _logprobs(request)
+    logprobs = values["logprobs"] = _logprobs(request)
+    given, default = _max_tokens(request, context_tokens)
+    max_tokens = answer_tokens(given, default, answers=answers, candidates=logprobs or 0, context_tokens=context_tokens)
+    values["max_tokens"] = min(max_tokens, room_tokens)
     stop = request.stop or ()
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     values["grammar"] = grammar
@@ -85,23 +99,45 @@ def sampling_params(
     return params
 
 
-def _max_tokens(request: ChatRequest | CompletionRequest, context_tokens: int) -> int:
+def answer_tokens(given: int | None, default: int | None, *, answers: int, candidates: int, context_tokens: int) -> int:
+    """Return how many tokens each answer may have: what is given, or the default as far as that is within the bound.
+
+    Each token counts once, and each of its candidates. One answer without candidates may always fill the context. Raises
+    InvalidRequestError if what is given is beyond the bound.
+    """
+    entries_per_token = answers * (1 + max(0, candidates))
+    limit = max(1, MAX_ANSWER_ENTRIES // entries_per_token)
+    if entries_per_token == 1:
+        limit = max(limit, context_tokens)
+    if given is None:
+        assert default is not None
+        return min(default, limit)
+    if given > limit:
+        raise InvalidRequestError(
+            f"The answers may have {given} tokens each, which makes {given * entries_per_token} tokens and candidates of log "
+            f"probabilities, and {MAX_ANSWER_ENTRIES} is the limit; ask for fewer tokens (max_tokens), answers (n) or "
+            "top_logprobs.",
+            param="max_tokens",
+        )
+    return given
+
+
+def _max_tokens(request: ChatRequest | CompletionRequest, context_tokens: int) -> tuple[int | None, int]:
+    """Return what the request gives, and the default."""
     name = "max_tokens"
     value = request.max_tokens
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         name = "max_completion_tokens"
         value = request.max_completion_tokens
-    if value is None:
-        return context_tokens if isinstance(request, ChatRequest) else _COMPLETION_MAX_TOKENS
-    if value < 1:
+    if value is not None and value < 1:
         raise InvalidRequestError(f"{name} must be at least 1, got {value}.", param=name)
-    if value > context_tokens:
+    if value is not None and value > context_tokens:
         raise InvalidRequestError(
             f"{name} is {value}, which cannot be greater than the context of this model, {context_tokens} tokens for prompt "
             "and answer together; ask for fewer.",
             param=name,
         )
-    return value
+    return value, context_tokens if isinstance(request, ChatRequest) else _COMPLETION_MAX_TOKENS
 
 
 def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
