@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,14 +20,24 @@ if TYPE_CHECKING:
     from chiasm.server.protocol import Usage
 
 
+_INLINE_LOGPROBS = 256
+"""Up to so many tokens with log probabilities, writing an answer takes a few milliseconds."""
+
+
 async def answer_whole(
-    exchange: Exchange, generation: Generation, part: AnswerPart, answer_format: AnswerFormat
+    exchange: Exchange,
+    generation: Generation,
+    part: AnswerPart,
+    answer_format: AnswerFormat,
+    in_thread: Callable[[Callable[[], bytes]], Awaitable[bytes]],
 ) -> None:
-    """Answer with one body when everything has been generated."""
+    """Answer with one body when everything has been generated; a large one is written beside the event loop."""
     choices = await generation.collect()
     handle = handle_for_decode(part, generation.handles, answer_format.created, is_sent=False)
+    write = partial(answer_format.body, choices, generation.usage(), handle)
+    is_small = sum(len(choice.logprobs) for choice in choices) <= _INLINE_LOGPROBS
     await exchange.reply(
-        answer_format.body(choices, generation.usage(), handle),
+        write() if is_small else await in_thread(write),
         headers=[("server-timing", generation.server_timing(has_ended=True))],
     )
 

@@ -164,4 +164,4 @@ async def _answer(
     if request.stream:
         await answer_as_stream(exchange, generation, part, written, options)
     else:
-        await answer_whole(exchange, generation, part, written)
+        await answer_whole(exchange, generation, part, written, context.in_thread)
