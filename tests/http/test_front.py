@@ -105,6 +105,7 @@ class TestPaths:
             ("/api/v1/chat/completions/", CHAT),
             ("/completions", "/v1/completions"),
             ("/v1/completion", "/v1/completions"),
+            ("/v1/chat/completions/chat/completions", CHAT),
             ("/models", "/v1/models"),
             ("/v1/model", "/v1/models"),
         ],
@@ -463,6 +464,10 @@ class TestMediaTypes:
         with site(echo) as server:
             assert send(server.url, content=b"{}", content_type=given).status_code == 200
 
+    def test_a_byte_order_mark_is_left_out(self) -> None:
+        with site(echo) as server:
+            assert send(server.url, content=b"\xef\xbb\xbf{}").content == b"{}"
+
     @pytest.mark.parametrize(
         "given", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
     )
@@ -471,4 +476,4 @@ class TestMediaTypes:
             response = send(server.url, content=b"{}", content_type=given)
         error = error_of(response)
         assert (response.status_code, error["code"]) == (415, Code.UNSUPPORTED_MEDIA_TYPE)
-        assert "Content-Type: application/json" in error["message"]
+        assert "curl: -H 'Content-Type: application/json'" in error["message"]

@@ -66,8 +66,8 @@ async def test_a_body_that_is_not_json_is_refused(front: Front, body: bytes) -> 
     [
         ([], None),
         ("x", None),
-        ({}, None),
-        ({"model": MODEL}, None),
+        ({}, "messages"),
+        ({"model": MODEL}, "messages"),
         ({"model": MODEL, "messages": []}, "messages"),
         ({"model": MODEL, "messages": {}}, "messages"),
         ({"model": MODEL, "messages": ["x"]}, "messages"),

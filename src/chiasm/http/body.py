@@ -22,6 +22,8 @@ from chiasm.http.untrusted import whole_number
 _SHOWN_CHARACTERS = 40
 _UNSPECIFIC = ("", "application/octet-stream")
 """Media types that say nothing about a body."""
+_MARK = b"\xef\xbb\xbf"
+"""What some programs, of Windows above all, put before a text in UTF-8."""
 
 
 class ClientLeftError(Exception):
@@ -88,7 +90,7 @@ class Incoming:
 async def read_body(
     receive: Receive, headers: Headers, max_bytes: int, *, holder: Holder | None = None, pace: Pace = PACE
 ) -> bytes:
-    """Return the whole JSON body, decompressed, of at most ``max_bytes`` before and after that.
+    """Return the whole JSON body, decompressed and without a byte order mark, of at most ``max_bytes`` before and after that.
 
     ``holder`` is told of all that is in memory for it, and may refuse. Raises UnsupportedMediaTypeError and, for a declared
     length, PayloadTooLargeError before anything is read, InvalidRequestError for a corrupt ``Content-Encoding`` or length,
@@ -122,11 +124,11 @@ async def _whole(pieces: AsyncIterator[bytes], max_bytes: int, holder: Holder | 
             holder.hold(len(chunk))
         chunks.append(chunk)
     if len(chunks) == 1:
-        return chunks[0]
+        return chunks[0].removeprefix(_MARK)
     if holder is not None:  # both the chunks and the whole are in memory
         holder.hold(size_bytes)
         holder.give_back(size_bytes)
-    return b"".join(chunks)
+    return b"".join(chunks).removeprefix(_MARK)
 
 
 async def _received(
@@ -162,8 +164,8 @@ def _check_media_type(content_type: str) -> None:
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type not in _UNSPECIFIC and media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaTypeError(
-            f"The Content-Type of the body is {media_type[:_SHOWN_CHARACTERS]!r}; send JSON, with the header Content-Type: "
-            "application/json.",
+            f"The Content-Type of the body is {media_type[:_SHOWN_CHARACTERS]!r}; send JSON, and add the header "
+            "'Content-Type: application/json' (curl: -H 'Content-Type: application/json').",
             code=Code.UNSUPPORTED_MEDIA_TYPE,
         )
 

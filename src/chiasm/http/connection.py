@@ -13,8 +13,6 @@ import uuid
 from collections.abc import Hashable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
 from chiasm.errors import (
     ChiasmError,
     Code,
@@ -26,13 +24,14 @@ from chiasm.errors import (
 from chiasm.http.config import HttpConfig
 from chiasm.http.connections import Connections, peer_of
 from chiasm.http.errors import error_body, error_headers
+from chiasm.http.http1 import Http1
 from chiasm.http.limits import Limit
 
 _HASTE_SECONDS = 0.5
 """Time for a client to stop sending when the server ends."""
 
 
-class Connection(HttpToolsProtocol):
+class Connection(Http1):
     """A connection of :class:`chiasm.http.serve.HttpServer`."""
 
     def __init__(self, connections: Connections, **of_uvicorn: Any) -> None:
@@ -105,6 +104,8 @@ class Connection(HttpToolsProtocol):
         if len(self.headers) > self._limits.max_header_fields:
             self._reached = Limit.HEADER_FIELDS
             raise _EnoughError
+        if self.is_offered():
+            return
         self._connections.note_busy(self)
         self._uncounted_bytes = 0
         self._head_has_begun = False
@@ -117,6 +118,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.is_offered():
+            return
         self._uncounted_bytes = 0
         self._body_is_arriving = False
         if self._giving_up is not None and not self._socket.is_closing():  # all of an unread body has come

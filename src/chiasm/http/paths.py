@@ -27,5 +27,5 @@ def nearest_path(path: str, known: Iterable[str]) -> str | None:
     """Return the known path that a client probably means; None if none is like it."""
     asked = path[:_COMPARED_CHARACTERS].lower()
     paths = list(known)
-    endings = [one for one in paths if one != "/" and asked.endswith(one)]
-    return next(iter(endings or difflib.get_close_matches(asked, paths, n=1, cutoff=_LEAST_LIKENESS)), None)
+    parts = [one for one in paths if one != "/" and (asked.endswith(one) or asked.startswith(f"{one}/"))]
+    return next(iter(parts or difflib.get_close_matches(asked, paths, n=1, cutoff=_LEAST_LIKENESS)), None)

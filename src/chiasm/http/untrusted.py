@@ -12,6 +12,7 @@ from chiasm.http.json_size import check_json_size
 
 _T_co = TypeVar("_T_co", covariant=True)
 _PLACE = re.compile(r" - at `(?P<place>[^`]*)`(?: in `(?P<outer>[^`]*)`)?$")
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
 _FIELD = re.compile(r"\$\.(\w+)")
 _BYTE = re.compile(r"\(byte (\d+)\)")
 _HALF_PAIR = re.compile(rb"(?<!\\)\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|[c-fC-F][0-9a-fA-F]{2})")
@@ -33,10 +34,24 @@ def read_json(decoder: Decoder[_T_co], body: bytes) -> _T_co:
     except msgspec.ValidationError as error:
         message = str(error)
         place, field = _PLACE.search(message), _FIELD.search(message)
+        where = (place["outer"] or place["place"]).removeprefix("$.") if place else ""
+        if missing := _MISSING.match(message):
+            name = missing[1]
+            raise InvalidRequestError(
+                f"The field {name} is missing{f' in {where}' if where else ''}; send it.",
+                param=field[1] if field else name,
+            ) from None
         what = message[: place.start()] if place else message
-        where = f" at {(place['outer'] or place['place']).removeprefix('$.')}" if place else ""
-        raise InvalidRequestError(f"{what}{where}.", param=field and field[1]) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(
+            f"{what} {f'at {where}' if where else 'as the body'}.", param=field and field[1]
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"The body is not valid JSON: it is not in UTF-8{_near(body, error)}.", code=Code.INVALID_JSON
+        ) from None
+    except msgspec.DecodeError as error:
+        if not body.strip():
+            raise InvalidRequestError("The body is empty; send a JSON object.", code=Code.INVALID_JSON) from None
         raise InvalidRequestError(
             f"The body is not valid JSON: {error}{_near(body, error)}.", code=Code.INVALID_JSON
         ) from None
