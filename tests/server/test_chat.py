@@ -208,6 +208,31 @@ def test_messages_reach_the_template(pd: Served) -> None:
     assert options["add_generation_prompt"] is True
 
 
+def test_calls_of_earlier_turns_may_have_nulls(pd: Served) -> None:
+    call = {"index": 0, "id": None, "type": None, "function": {"name": "f", "arguments": None}}
+    messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "2"}]
+    assert post(pd.chat, {"messages": messages}).status == 200
+    function = {"name": "f", "arguments": {}}
+    assert pd.engine.processor.rendered[0][0][1]["tool_calls"] == [{"id": "", "type": "function", "function": function}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "low", "enable_thinking": True}),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "none", "enable_thinking": False}),
+        (
+            {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}},
+            {"reasoning_effort": "high", "enable_thinking": False},
+        ),
+        ({"reasoning_effort": None}, {}),
+    ],
+)
+def test_the_effort_of_reasoning_reaches_the_template(pd: Served, fields: dict[str, Any], told: dict[str, Any]) -> None:
+    assert post(pd.chat, {"messages": HI, **fields}).status == 200
+    assert pd.engine.processor.rendered[0][1]["template_kwargs"] == told
+
+
 def test_final_message_can_be_continued(pd: Served) -> None:
     body: dict[str, Any] = {"messages": HI, "continue_final_message": True}
     assert post(pd.chat, body).status == 200
@@ -289,6 +314,7 @@ def test_fields_that_would_change_the_answer_are_refused(pd: Served, fields: dic
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"seed": 1 << 70}, "seed"),
         ({"cache_salt": "s" * 2000}, "cache_salt"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )

@@ -90,10 +90,20 @@ async def chat_prompt(
             tools=tools,
             add_generation_prompt=not continue_final and request.add_generation_prompt is not False,
             continue_final_message=continue_final,
-            template_kwargs=request.chat_template_kwargs,
+            template_kwargs=_template_kwargs(request),
         )
 
     return _checked(engine, await _built(context, exchange, build), "messages")
+
+
+def _template_kwargs(request: ChatRequest) -> dict[str, Any]:
+    """Return what the chat template is told besides the messages: the client's own values, and with them, as in vLLM, how much
+    the model should reason."""
+    kwargs = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        kwargs["reasoning_effort"] = request.reasoning_effort
+        kwargs.setdefault("enable_thinking", request.reasoning_effort != "none")
+    return kwargs
 
 
 def _texts(message: ChatMessage) -> list[str]:
@@ -125,12 +135,16 @@ def _template_content(message: ChatMessage) -> str | list[dict[str, str]]:
 
 def _template_call(call: CallInMessage) -> Message:
     """Return the call with its arguments decoded: a JSON string in requests, an object in templates."""
-    arguments = call.function.arguments
+    arguments = call.function.arguments or "{}"
     if isinstance(arguments, str):
         with contextlib.suppress(*UNREADABLE, UnicodeEncodeError):
-            arguments = msgspec.json.decode(arguments or "{}")
+            arguments = msgspec.json.decode(arguments)
             check_depth(arguments, "The arguments of a call", param="messages")
-    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
+    return {
+        "id": call.id or "",
+        "type": call.type or "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
 
 
 # ---- text completions --------------------------------------------------------------------------------------------------

@@ -52,7 +52,6 @@ class Unsupported(msgspec.Struct):
     modalities: Any = None
     prompt_embeds: Any = None
     prompt_logprobs: Any = None
-    reasoning_effort: Any = None
     repetition_detection: Any = None
     return_token_ids: Any = None
     return_tokens_as_token_ids: Any = None
@@ -71,7 +70,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "length_penalty": (1.0,),
     "modalities": (["text"],),
-    "reasoning_effort": ("none",),
     "spaces_between_special_tokens": (True,),
 }
 """Values of ``Unsupported`` fields that change nothing and are accepted, as are null, false and empty values."""
@@ -168,16 +166,16 @@ class CalledFunction(msgspec.Struct):
     """A tool and what it is called with."""
 
     name: str
-    arguments: str | dict[str, Any] = "{}"
-    """A JSON object, as a rule in a string."""
+    arguments: str | dict[str, Any] | None = None
+    """A JSON object, as a rule in a string; None is an empty one."""
 
 
 class CallInMessage(msgspec.Struct):
     """A call that the assistant made earlier in the chat."""
 
     function: CalledFunction
-    id: str = ""
-    type: str = "function"
+    id: str | None = None
+    type: str | None = None
 
 
 class ChatMessage(msgspec.Struct):
@@ -205,6 +203,8 @@ class ChatRequest(GenerationFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """Told to the chat template; those of models that don't reason ignore it."""
 
 
 class CompletionRequest(GenerationFields, kw_only=True):
