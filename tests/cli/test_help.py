@@ -8,8 +8,10 @@ import sys
 import pytest
 
 import chiasm
+from chiasm.cli import main
 from tests.cli.running import run
 
+COMMANDS = ["serve", "instance", "proxy", "demo", "models", "bench", "plan", "doctor", "completion"]
 HEAVY = {"torch", "transformers", "starlette", "uvicorn", "aiohttp", "PIL", "numpy", "rich"}
 
 
@@ -43,9 +45,22 @@ def test_without_arguments_help_is_a_usage_error() -> None:
     assert done.stderr == run("--help").stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "instance", "proxy", "demo", "models", "bench", "plan", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_listed(command: str) -> None:
     assert f"\n  {command} " in run("--help").stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_into_80_columns_and_shows_no_empty_default(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", ["chiasm", command, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+    assert "default: ]" not in shown
 
 
 @pytest.mark.parametrize(

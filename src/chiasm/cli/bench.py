@@ -43,8 +43,8 @@ def parser() -> Parser:
         "bench",
         "[NAMES]... [OPTIONS]\n       chiasm bench trace FILE [OPTIONS]",
         "Benchmark E+PD and E+P+D against one aggregated instance.\n\n"
-        "`chiasm bench trace FILE` is goodput with the arrivals and sizes of a file of JSON lines.\n"
-        "The exit code is 1 if answers differ; a speed target that is missed is only reported.",
+        "`chiasm bench trace FILE` is goodput with the arrivals and sizes of a file of\nJSON lines.\n"
+        "The exit code is 1 if answers differ; a missed speed target is only\nreported.",
     )
     made.add_argument("names", metavar="NAMES", nargs="*", help=NAMES)
     made.add("benchmark", BenchOptions)

@@ -22,14 +22,15 @@ _SCHEMES = ("http://", "https://")
 _FOUND_PROBLEMS = 1
 _URLS = ("encoder", "pd", "prefill", "decode")
 _EXAMPLES = """\
-Check a running or planned deployment, and say what is wrong and what to do about it.
+Check a running or planned deployment, and say what is wrong and what to do.
 
   chiasm doctor                              this machine
-  chiasm doctor MODEL --encoders 2           a plan: takes the options of `chiasm serve`
-  chiasm doctor http://127.0.0.1:8000        a running proxy, and the instances behind it
+  chiasm doctor MODEL --encoders 2           a plan, with the options of serve
+  chiasm doctor http://127.0.0.1:8000        a proxy and the instances behind it
   chiasm doctor --encoder URL --pd URL       running instances, without a proxy
 
-The exit code is 0 if there are no problems, 1 if there are, and 2 for wrong usage.
+The exit code is 0 if there are no problems, 1 if there are, and 2 for
+wrong usage.
 """
 
 

@@ -27,7 +27,7 @@ def parser() -> Parser:
     made = Parser(
         "instance",
         "MODEL --role ROLE [OPTIONS]",
-        "Run one instance of MODEL. Prints `ready http://HOST:PORT` when it takes requests.",
+        "Run one instance of MODEL.\n\nPrints `ready http://HOST:PORT` when it takes requests.",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_option(option("role", Role, "Role of the instance."), required=True)

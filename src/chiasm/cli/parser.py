@@ -251,15 +251,16 @@ def _metavar(named: NamedOption) -> str:
 
 
 def _note(named: NamedOption) -> str:
-    """Return what --help shows behind the text: the default, and the variable of the environment."""
+    """Return what --help shows behind the text: an example of JSON, the default, and the variable of the environment."""
     default, notes = named.default, []
-    if default is None or default == ():
+    if default in (None, (), ""):
         notes += [f"default: {named.option.unset}"] if named.option.unset else []
     elif named.type is not bool:
         notes.append(f"default: {show_size(default) if named.name.endswith('_bytes') else _plain(default)}")
     if named.option.environment:
         notes.append(f"environment: {named.option.environment}")
-    return f" [{'; '.join(notes)}]" if notes else ""
+    example = f" For example {named.option.json_list}." if named.option.json_list else ""
+    return example + (f" [{'; '.join(notes)}]" if notes else "")
 
 
 def _plain(value: object) -> str:

@@ -11,12 +11,16 @@ from chiasm.options import fields_from
 from chiasm.plan.run import PlanConfig
 
 _DESCRIPTION = """\
-Say which layout, and how many instances of each role, answer most requests in time, by simulation.
+Say by simulation which layout, and how many instances of each role, answer most
+requests in time.
 
-  chiasm plan Qwen2.5-VL-7B-Instruct --devices 8xH100 --mix mixed --rate 40 --ttft-slo 1 --tpot-slo 0.05
-  chiasm plan demo --devices cpu:2 --trace requests.jsonl --ttft-slo 2 --tpot-slo 0.1
+  chiasm plan Qwen2.5-VL-7B-Instruct --devices 8xH100 --mix mixed \\
+      --rate 40 --ttft-slo 1 --tpot-slo 0.05
+  chiasm plan demo --devices cpu:2 --trace requests.jsonl \\
+      --ttft-slo 2 --tpot-slo 0.1
 
-Costs of this machine's cores are measured once; those of GPUs are computed, also where there are none.
+Costs of this machine's cores are measured once; those of GPUs are computed,
+also where there are none.
 The exit code is 1 if no layout answers 90 % in time.
 """
 

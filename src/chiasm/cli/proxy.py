@@ -19,7 +19,7 @@ def parser() -> Parser:
     made = Parser(
         "proxy",
         "--encoder URL --pd URL [OPTIONS]",
-        "Run the proxy in front of instances. Prints `ready http://HOST:PORT` when it takes requests.",
+        "Run the proxy in front of instances.\n\nPrints `ready http://HOST:PORT` when it takes requests.",
     )
     made.add_option(END_WITH_STDIN)
     add_options(made)
