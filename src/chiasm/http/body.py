@@ -123,12 +123,8 @@ async def _whole(pieces: AsyncIterator[bytes], max_bytes: int, holder: Holder | 
         if holder is not None:
             holder.hold(len(chunk))
         chunks.append(chunk)
-    if len(chunks) == 1:
-        return chunks[0].removeprefix(_MARK)
-    if holder is not None:  # both the chunks and the whole are in memory
-        holder.hold(size_bytes)
-        holder.give_back(size_bytes)
-    return b"".join(chunks).removeprefix(_MARK)
+    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    return body.removeprefix(_MARK)
 
 
 async def _received(
