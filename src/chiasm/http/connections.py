@@ -56,9 +56,10 @@ class Connections:
         return len(self._open)
 
     def reduce_to(self, room: int) -> None:
-        """Allow at most so many, and as large a part of them to one peer as before."""
+        """Allow at most so many; to one peer at most half of them, or as large a part as before if that is more."""
         if room < self._max_open:
-            self._max_per_peer = max(1, min(room, self._max_per_peer * room // self._max_open))
+            part = max(room // 2, self._max_per_peer * room // self._max_open)
+            self._max_per_peer = max(1, min(self._max_per_peer, part))
             self._max_open = room
 
     def admit(self, connection: Watched) -> Limit | None:
