@@ -150,3 +150,11 @@ def test_an_instance_counts_its_refusals_too() -> None:
     samples = read_samples(context.metrics.expose().decode())
     counts = {limit: total(samples, "chiasm_http_refusals_total", limit=limit) for limit in Limit}
     assert counts == {limit: float(limit is Limit.CONNECTIONS) for limit in Limit}
+
+
+async def test_a_connection_whose_unread_body_came_whole_can_be_used_again(proxy: Proxy) -> None:
+    peer = await proxy.connect()
+    for _ in range(3):
+        await peer.send(b"POST /unknown HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        assert (await peer.reply()).status == 404
+        await peer.send(b"x" * 1000)

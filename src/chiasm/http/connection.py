@@ -125,6 +125,7 @@ class Connection(Http1):
         if self._giving_up is not None and not self._socket.is_closing():  # all of an unread body has come
             self._giving_up.cancel()
             self._giving_up = None
+            self._unread_bytes = 0
             self._connections.note_idle(self)
         super().on_message_complete()
 
