@@ -153,6 +153,7 @@ class FakeInstance:
 
     async def _awaited(self, request: web.Request) -> web.Response:
         self.asked.release()
+        await self.awake.wait()
         if self.awaited is None:
             return web.Response(status=404)
         return respond(AwaitedEmbeddings(identifiers=self.awaited))

@@ -122,6 +122,43 @@ async def test_an_instance_that_does_not_tell_is_waited_for(start: Start) -> Non
     assert len(encoder.received) == 1
 
 
+async def test_what_the_next_instance_lacks_is_encoded_again(start: Start) -> None:
+    """The first one freezes after its embedding was published, and the question that it got about it ends with its calls."""
+    encoder, pds = FakeInstance("encoder"), [FakeInstance("pd"), FakeInstance("pd")]
+    is_encoded_again = asyncio.Event()
+
+    async def publish(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        (busy,) = [pd for pd in pds if pd.received]
+        (idle,) = [pd for pd in pds if not pd.received]
+        if len(encoder.received) == 1:
+            busy.awake.clear()
+            idle.awaited = received.identifiers
+        return await encode(instance, request, received)
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        if instance.awaited:
+            await is_encoded_again.wait()
+        return await chat(instance, request, received)
+
+    async def publish_again(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        is_encoded_again.set()
+        return await encode(instance, request, received)
+
+    once(publish, publish_again, encoder)
+    for pd in pds:
+        pd.answer = never
+    front = await start([encoder, *pds], probe_timeout_seconds=60.0, busy_probe_timeout_seconds=0.3)
+    request = asyncio.ensure_future(front.post(ask(image(image_bytes()))))
+    async with asyncio.timeout(10):
+        while not any(pd.received for pd in pds):
+            await asyncio.sleep(0)
+    for pd in pds:
+        pd.answer = wait
+    assert (await request).status == 200
+    assert len(encoder.received) == 2
+    await until_idle(front)
+
+
 # Prefill and decode.
 
 

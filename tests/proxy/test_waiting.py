@@ -106,6 +106,27 @@ async def test_a_request_waits_for_the_only_instance_that_is_still_starting(star
     assert (await request).status == 200
 
 
+@ROLES
+async def test_a_request_waits_for_the_only_instance_that_is_stopping(start: Start, role: str) -> None:
+    """It refuses before a probe has shown that it stops."""
+    one, others, body = fleet_with(role)
+    usual = one.answer
+
+    async def stop(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        one.health_status, one.answer = 503, usual
+        return await refuse(503, "stopping", kind="overloaded_error", code="stopping")(instance, request, received)
+
+    one.answer = stop
+    if role == "encoder":
+        others[0].answer = when_encoded(one)
+    front = await start([one, *others], probe_interval_seconds=60, **WAITS)
+    request = asyncio.ensure_future(front.post(body))
+    await front.until(one, "unhealthy")
+    one.health_status = 200
+    assert (await request).status == 200
+    await until_idle(front)
+
+
 async def test_a_stream_that_has_begun_waits_for_the_only_decode_instance(start: Start) -> None:
     p, d, lost = FakeInstance("prefill"), FakeInstance("decode"), asyncio.Event()
 

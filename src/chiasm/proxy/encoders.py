@@ -240,8 +240,11 @@ class Encoders:
             return
         if response.status == 200:
             self._accept(call, response)
-        else:
-            self._refuse(call, response)
+            return
+        refusal = RefusedError(response)
+        if refusal.is_leaving:  # if no other is left, its images wait only when it is known to be unhealthy
+            await self._prober.lost(instance, refusal)
+        self._refuse(call, refusal)
 
     async def _post(self, call: _Call) -> UpstreamResponse:
         # The waiting request with the latest deadline lends the call its headers.
@@ -270,8 +273,7 @@ class Encoders:
             self._exclude(missing, call.instance)
             self._again(missing, UpstreamError("An encoder's answer doesn't name the image in ec_transfer_params."))
 
-    def _refuse(self, call: _Call, response: UpstreamResponse) -> None:
-        error = RefusedError(response)
+    def _refuse(self, call: _Call, error: RefusedError) -> None:
         if error.is_full:
             self._queue.note_full(call.instance, time.monotonic())
             self._metrics.encode_refusals.inc()
@@ -281,7 +283,7 @@ class Encoders:
                 if flight.waiters:
                     self._requeue(flight)
             return
-        if response.status >= 500 or response.status in _TRY_ELSEWHERE or response.status < 400:
+        if error.status >= 500 or error.status in _TRY_ELSEWHERE or error.status < 400:
             self._exclude(call.flights, call.instance)
             self._again(call.flights, error)
             return

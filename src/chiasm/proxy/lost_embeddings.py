@@ -107,7 +107,7 @@ class LostEmbeddings:
 
     async def _lost(self, job: Job) -> frozenset[str]:
         """Return which embeddings of the request were published and are awaited all the same."""
-        if job.instance is None:
+        if job.instance is None or job.instance.is_silent:
             return frozenset()
         asked_at, awaited = await self._ask(job.instance, after=max(job.published_at.values(), default=0.0))
         return frozenset(name for name, at in job.published_at.items() if name in awaited and at < asked_at)
@@ -118,14 +118,17 @@ class LostEmbeddings:
         question = self._questions.get(instance)
         is_old = question is None or (question.task.done() and now - question.asked_at > _SHARED_SECONDS)
         if question is None or is_old or question.asked_at <= after:
-            question = _Question(now, asyncio.create_task(self._awaited(instance.url, now)))
+            question = _Question(now, asyncio.create_task(self._awaited(instance, now)))
             self._questions[instance] = question
         return await asyncio.shield(question.task)
 
-    async def _awaited(self, url: str, now: float) -> _Answer:
+    async def _awaited(self, instance: Instance, now: float) -> _Answer:
         try:
             response = await self._upstream.get(
-                url + AWAITED_PATH, timeout_seconds=self._timeout_seconds, max_bytes=_MAX_RESPONSE_BYTES
+                instance.url + AWAITED_PATH,
+                timeout_seconds=self._timeout_seconds,
+                max_bytes=_MAX_RESPONSE_BYTES,
+                line=self._upstream.line(instance.url),
             )
             identifiers = _awaited.decode(response.body).identifiers if response.status == 200 else []
         except (UpstreamError, msgspec.MsgspecError):

@@ -127,11 +127,17 @@ class Prober:
     async def _watch(self, instance: Instance) -> None:
         while True:
             await self.check(instance)
-            absent = instance.state in {InstanceState.STARTING, InstanceState.UNHEALTHY}
-            left = min(self._interval_seconds, _WAITING_INTERVAL_SECONDS) if absent else self._interval_seconds
-            while left > 0:
+            waited = 0.0
+            # Looked at again and again: a call may show meanwhile that it is lost.
+            while (left := self._interval(instance) - waited) > 0:
                 await asyncio.sleep(min(left, _TICK_SECONDS))
-                left = 0.0 if not absent and self._is_quiet(instance) else left - _TICK_SECONDS
+                waited += _TICK_SECONDS
+
+    def _interval(self, instance: Instance) -> float:
+        """Return the seconds from one probe to the next."""
+        if instance.state in {InstanceState.STARTING, InstanceState.UNHEALTHY}:
+            return min(self._interval_seconds, _WAITING_INTERVAL_SECONDS)
+        return 0.0 if self._is_quiet(instance) else self._interval_seconds
 
     def _is_quiet(self, instance: Instance) -> bool:
         """Whether it has work, and has sent nothing lately."""

@@ -261,18 +261,26 @@ class Upstream:
         max_bytes: int,
         timeout_seconds: float | None = None,
         headers: Mapping[str, str] | None = None,
+        line: Line | None = None,
     ) -> UpstreamResponse:
-        """Return the response, however long it takes if no timeout is given. Raises UpstreamError."""
+        """Return the response, however long it takes if no timeout is given. Raises UpstreamError.
+
+        It counts as work of the instance if its ``line`` is given, and ends when the instance is given up.
+        """
+        line = line or Line()
         try:
-            async with (
-                asyncio.timeout(timeout_seconds),
-                self._session.get(url, allow_redirects=False, headers=headers) as response,
-            ):
-                return await Call(response, Line()).read(max_bytes)
+            async with asyncio.timeout(timeout_seconds) as limit:
+                line.begin(limit, lambda: limit.reschedule(0))
+                async with self._session.get(url, allow_redirects=False, headers=headers) as response:
+                    whole = await Call(response, Line()).read(max_bytes)
         except TimeoutError as error:
             raise NoResponseInTimeError("no connection in time") from error
         except (aiohttp.ClientError, OSError) as error:
             raise InstanceLostError("the connection failed or was lost") from error
+        finally:
+            line.leave(limit)
+        line.hear()
+        return whole
 
 
 def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
