@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from chiasm.ec_transfer import ECTransferRole
 from chiasm.ec_transfer.entry_file import EntryHeader, bytes_of, header_of, open_entry
 from chiasm.errors import StorageError
 
-from .instance import Instance, config_for, embedding_of, entry_path, identifier_of
+from .instance import Instance, Request, config_for, embedding_of, entry_path, identifier_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int64, torch.bool]
 
@@ -111,6 +112,18 @@ def test_a_loaded_tensor_is_the_mapped_file(encoder: Instance, pd: Instance, fol
     assert loaded.data_ptr() % 4096 == 0
     with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
         assert str(entry_path(folder, identifier)) in maps.read()
+
+
+def test_an_entry_does_not_keep_a_small_disk_full_when_it_is_evicted(folder: Path, encoder: Instance) -> None:
+    """A file that is mapped takes room although it is removed; so where there is little, it is copied."""
+    space = os.statvfs(folder)
+    pd = Instance(config_for(folder, ECTransferRole.CONSUMER, max_bytes=3 * space.f_blocks * space.f_frsize))
+    identifier = encoder.encode("a")
+    loaded = pd.load(identifier)
+    pd.step(Request(()))
+    assert loaded is not None
+    assert torch.equal(loaded, embedding_of("a"))
+    assert str(entry_path(folder, identifier)) not in Path("/proc/self/maps").read_text(errors="replace")
 
 
 def test_a_loaded_tensor_keeps_no_file_open(encoder: Instance, pd: Instance) -> None:

@@ -308,6 +308,26 @@ def test_a_disk_without_room_for_a_new_file_causes_an_eviction(folder: Path, mon
     assert counted_bytes(folder) == stored_bytes(folder)
 
 
+def test_a_full_disk_without_a_store_id_causes_an_eviction(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries have filled the disk since the folder was removed."""
+    instance = room_for(folder, 10)
+    for age, name in [(20, "a"), (10, "b")]:
+        instance.encode(name)
+        not_used_for(folder, name, age)
+    (folder / "store-id").unlink()
+    open_file = os.open
+
+    def full(path: str | Path, flags: int, *arguments: int) -> int:
+        if Path(path).name == "store-id.tmp" and entries_in(folder, "ab") == "ab":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open_file(path, flags, *arguments)
+
+    monkeypatch.setattr(os, "open", full)
+    assert len(instance.worker.store_id()) == 32
+    assert entries_in(folder, "ab") == "b"
+    assert counted_bytes(folder) == stored_bytes(folder)
+
+
 def test_any_other_error_evicts_nothing(folder: Path, disk: Callable[..., None]) -> None:
     instance = room_for(folder, 10)
     instance.encode("a")

@@ -128,11 +128,12 @@ async def test_what_the_next_instance_lacks_is_encoded_again(start: Start) -> No
     is_encoded_again = asyncio.Event()
 
     async def publish(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        (busy,) = [pd for pd in pds if pd.received]
+        while not any(pd.received for pd in pds):
+            await front.get("/health")
         (idle,) = [pd for pd in pds if not pd.received]
-        if len(encoder.received) == 1:
-            busy.awake.clear()
-            idle.awaited = received.identifiers
+        (busy,) = [pd for pd in pds if pd is not idle]
+        busy.awake.clear()
+        idle.awaited = received.identifiers
         return await encode(instance, request, received)
 
     async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -145,16 +146,9 @@ async def test_what_the_next_instance_lacks_is_encoded_again(start: Start) -> No
         return await encode(instance, request, received)
 
     once(publish, publish_again, encoder)
-    for pd in pds:
-        pd.answer = never
+    once(never, wait, *pds)
     front = await start([encoder, *pds], probe_timeout_seconds=60.0, busy_probe_timeout_seconds=0.3)
-    request = asyncio.ensure_future(front.post(ask(image(image_bytes()))))
-    async with asyncio.timeout(10):
-        while not any(pd.received for pd in pds):
-            await asyncio.sleep(0)
-    for pd in pds:
-        pd.answer = wait
-    assert (await request).status == 200
+    assert (await front.post(ask(image(image_bytes())))).status == 200
     assert len(encoder.received) == 2
     await until_idle(front)
 

@@ -101,9 +101,23 @@ class BoundedFolder:
     def _store_id(self) -> str:
         stored = read_store_id(self.path)
         if stored is None:
-            with self._locked():
-                stored = read_store_id(self.path) or _write_store_id(self.path)
+            with self._locked() as usage:
+                stored = read_store_id(self.path) or self._draw_store_id(usage)
         return stored
+
+    def _draw_store_id(self, usage: _Usage) -> str:
+        try:
+            return _write_store_id(self.path)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            self._evict_more(usage, 1)
+            return _write_store_id(self.path)
+
+    def is_roomy(self) -> bool:
+        """Return whether the disk has room for at least half of ``max_bytes`` more. Raises OSError."""
+        space = os.statvfs(self.path)
+        return 2 * space.f_bavail * space.f_frsize >= self.max_bytes
 
     def publish(self, identifier: str, size_bytes: int, write: Callable[[int], None]) -> None:
         """Add an entry of ``size_bytes``, which appears once it is complete. ``write`` fills a file, given its descriptor.
@@ -195,10 +209,8 @@ class BoundedFolder:
             write(descriptor)
 
     def _make_more_room(self, size_bytes: int) -> None:
-        """Evict as many bytes, since the disk is full below the limit."""
         with self._locked() as usage:
-            self._scan(usage)
-            self._evict(usage, usage.used_bytes - size_bytes)
+            self._evict_more(usage, size_bytes)
 
     def _finish(self, descriptor: int, unfinished: str, path: str) -> None:
         now = time.time_ns()
@@ -274,6 +286,11 @@ class BoundedFolder:
                     if is_entry:
                         candidates.append(_Candidate(status.st_atime_ns, file.name))
         self._oldest = deque(sorted(candidates))
+
+    def _evict_more(self, usage: _Usage, size_bytes: int) -> None:
+        """Evict as many bytes, since the disk is full below the limit."""
+        self._scan(usage)
+        self._evict(usage, usage.used_bytes - size_bytes)
 
     def _evict(self, usage: _Usage, target_bytes: int, keep: str = "") -> None:
         """Remove the least recently used entries, except ``keep``, until at most ``target_bytes`` are used.

@@ -71,9 +71,9 @@ class SharedStorageMetadata(ECConnectorMetadata):
 class SharedStorageConnector(ECConnector):
     """Moves entries through files in ``config.shared_storage_path``.
 
-    An entry appears complete or not at all, and is read on the CPU without a copy. The least recently used entries are evicted
-    to stay within ``config.max_bytes``. A file that is torn, foreign or of another model is treated as missing, counted in
-    ``stats.corrupt_entries`` and removed.
+    An entry appears complete or not at all, and is read on the CPU without a copy unless the disk is nearly full. The least
+    recently used entries are evicted to stay within ``config.max_bytes``. A file that is torn, foreign or of another model is
+    treated as missing, counted in ``stats.corrupt_entries`` and removed.
 
     What ``has_cache_item`` finds can be loaded until the step is over, even if it is evicted. If both roles live in one
     process, the scheduler role maps the file and its metadata carries the mapping. With ``config.separate_processes`` it
@@ -266,7 +266,9 @@ class SharedStorageConnector(ECConnector):
         if entry is None or self._verify(identifier, entry) is None:
             return None
         try:
-            return entry.tensor().to(self.config.device)
+            tensor = entry.tensor().to(self.config.device)
+            # On a small disk, evicted entries that are still mapped would leave no room for new ones.
+            return tensor.clone() if self._mapped and tensor.is_cpu and not self._folder.is_roomy() else tensor
         except OSError as error:
             self._warn_once(error)
             return None
