@@ -126,6 +126,33 @@ async def test_a_stream_goes_on_when_its_decode_instance_freezes(start: Start) -
     assert (heard.words, heard.ended) == (list(WORDS), True)
 
 
+@pytest.mark.parametrize("role", ["encoder", "pd", "aggregated", "prefill", "decode"])
+async def test_the_calls_of_the_last_instance_wait_for_it(start: Start, role: str) -> None:
+    """There is nowhere to go, and it may only be busy, as it is when it gets many requests at once."""
+    partner = {"encoder": "pd", "prefill": "decode", "decode": "prefill"}
+    one, others = FakeInstance(role), [FakeInstance(partner[role])] if role in partner else []
+    body = ask(image(image_bytes())) if role == "encoder" else ask("x")
+    may_answer = asyncio.Event()
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await may_answer.wait()
+        return await chat(instance, request, received)
+
+    if role == "encoder":
+        others[0].answer = answer
+    front = await start([one, *others], probe_timeout_seconds=60.0, busy_probe_timeout_seconds=0.2)
+    frozen(one)
+    request = asyncio.ensure_future(front.post(body))
+    await asyncio.wait_for(one.arrived.acquire(), 10)
+    await front.until(one, "unhealthy")
+    may_answer.set()
+    one.awake.set()
+    assert (await request).status == 200
+    assert len(one.received) == 1
+    assert await front.metric(GIVEN_UP) == 0
+    await until_idle(front)
+
+
 async def test_an_instance_that_continues_is_healthy_and_has_lost_its_old_calls(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -185,6 +185,10 @@ class Fleet:
             if one.role in _ALTERNATIVES.get(role, (role,))
         )
 
+    def has_substitute(self, instance: Instance) -> bool:
+        """Return whether another instance is healthy that does what this one does."""
+        return any(one is not instance for one in self.healthy(*_ALTERNATIVES.get(instance.role, (instance.role,))))
+
     @property
     def models(self) -> list[str]:
         """Names that requests can ask for now."""

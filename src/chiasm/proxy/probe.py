@@ -137,7 +137,7 @@ class Prober:
         """Return the seconds from one probe to the next."""
         if instance.state in {InstanceState.STARTING, InstanceState.UNHEALTHY}:
             return min(self._interval_seconds, _WAITING_INTERVAL_SECONDS)
-        return 0.0 if self._is_quiet(instance) else self._interval_seconds
+        return min(self._interval_seconds, _TICK_SECONDS) if self._is_quiet(instance) else self._interval_seconds
 
     def _is_quiet(self, instance: Instance) -> bool:
         """Whether it has work, and has sent nothing lately."""
@@ -150,9 +150,12 @@ class Prober:
             health, models = await self._answer(instance)
         except NoResponseInTimeError as error:
             now = time.monotonic()
-            is_silent = now - line.heard_at >= self._busy_timeout_seconds
+            silent_seconds = now - line.heard_at
+            is_silent = silent_seconds >= self._busy_timeout_seconds
             self._fleet.fail(instance, error.message, now, is_silent=is_silent)
-            if is_silent and (ended := line.break_off()):
+            # Where its work can't go elsewhere, nothing is won by ending it early: it may only be busy.
+            can_wait = not self._fleet.has_substitute(instance) and silent_seconds < _PROBES * self._timeout_seconds
+            if is_silent and not can_wait and (ended := line.break_off()):
                 self._metrics.calls_given_up.inc(ended)
                 _log.warning("%s %s has sent nothing; its %d calls are ended", instance.role, instance.url, ended)
             return
