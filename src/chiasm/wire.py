@@ -27,6 +27,8 @@ COMPLETIONS_PATH = "/v1/completions"
 AWAITED_PATH = "/embeddings/awaited"
 CLIENT_HEADER = "x-chiasm-client"
 """With it the proxy, if it checks API keys, tells an instance which of them a request has; it names the key, and isn't it."""
+KV_RELEASE_PATH = "/v1/kv/release"
+"""Below /v1, so that it needs an API key where answers need one."""
 
 
 class Role(enum.StrEnum):
@@ -285,8 +287,21 @@ class KVTransferParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     """Unix time at which the answer began."""
     cached_tokens: Count = 0
     """Prompt tokens that the first P found in its prefix cache."""
+    lease: Name = ""
+    """To P: a name that nobody else can guess, by which the sender gives the KV back if no D comes for it
+    (:class:`KVRelease`), also when it never got P's handle. P puts it into no handle."""
     prompts: Annotated[list[KVTransferParams], msgspec.Meta(max_length=1024)] = msgspec.field(default_factory=list)
     """For a request with several prompts: one handle each, in order; all other fields are unset then."""
+
+
+MAX_RELEASED = 1024
+
+
+class KVRelease(msgspec.Struct, kw_only=True, frozen=True):
+    """Body of POST KV_RELEASE_PATH, to P: nobody will come for the KV of these requests. P answers 204, whatever it holds."""
+
+    leases: Annotated[list[Name], msgspec.Meta(max_length=MAX_RELEASED)] = []
+    """Their ``lease`` in :class:`KVTransferParams`. What a D has claimed stays with D."""
 
 
 # ---- comments in a stream ----------------------------------------------------------------------------------------------

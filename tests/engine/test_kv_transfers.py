@@ -325,3 +325,22 @@ async def test_the_engine_asserts_what_the_server_has_checked(pair: Pair) -> Non
             await pair.prefill.ask("hello", kv=resumed(given))
     with pytest.raises(AssertionError):
         await pair.prefill.ask("hello", choices=2, kv=resumed([1]))
+
+
+async def test_kv_that_nobody_will_fetch_is_free_when_it_is_given_back(pair: Pair) -> None:
+    leased = msgspec.structs.replace(PLEASE, lease="mine")
+    handle = (await pair.prefill.ask("hello", kv=leased)).handle
+    assert handle.lease == ""
+    other = (await pair.prefill.ask("hello", kv=msgspec.structs.replace(PLEASE, lease="other"))).handle
+    assert not pair.prefill.is_empty()
+    pair.prefill.engine.give_back_kv(["mine", "unknown"])
+    with pytest.raises(KVUnavailableError, match="lease has ended"):
+        await pair.go_on(handle, "hello")
+    await pair.go_on(other, "hello")
+    await until(pair.is_empty)
+
+
+async def test_kv_that_was_given_back_before_it_was_left_is_not_held(pair: Pair) -> None:
+    pair.prefill.engine.give_back_kv(["early"])
+    await pair.prefill.ask("hello", kv=msgspec.structs.replace(PLEASE, lease="early"))
+    await until(pair.prefill.is_empty)

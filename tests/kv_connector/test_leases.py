@@ -88,3 +88,15 @@ def test_all_leases_of_a_holder_can_be_released(table: LeaseTable) -> None:
 def test_a_request_has_one_lease(table: LeaseTable) -> None:
     with pytest.raises(ValueError, match="'r'"):
         table.hold("r", [1], now=101)
+
+
+def test_a_lease_that_nobody_has_claimed_can_be_given_back_once(table: LeaseTable) -> None:
+    assert table.give_back("r")
+    assert not table.give_back("r")
+    assert len(table) == 0
+
+
+def test_a_claimed_lease_stays_with_its_holder_when_it_is_given_back(table: LeaseTable) -> None:
+    table.claim("r", [5, 3, 8], A, seconds=60, now=110)
+    assert not table.give_back("r")
+    assert table.is_claimed("r", A, now=111)

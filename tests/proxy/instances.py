@@ -15,7 +15,17 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from chiasm.wire import AWAITED_PATH, AwaitedEmbeddings, ECItem, ErrorBody, ErrorDetail, Health, KVTransferParams
+from chiasm.wire import (
+    AWAITED_PATH,
+    KV_RELEASE_PATH,
+    AwaitedEmbeddings,
+    ECItem,
+    ErrorBody,
+    ErrorDetail,
+    Health,
+    KVRelease,
+    KVTransferParams,
+)
 
 Answering = Callable[..., Awaitable[web.StreamResponse]]
 
@@ -85,6 +95,10 @@ class FakeInstance:
         self.unanswered_probes = 0
         """How many of the next probes get no response."""
         self.received: list[Received] = []
+        self.released: asyncio.Queue[list[str]] = asyncio.Queue()
+        """The leases that each call has given back."""
+        self.unanswered_releases = 0
+        """How many of the next of these calls are broken off."""
         self.models_asked = 0
         self.arrived = asyncio.Semaphore(0)
         self.gone = asyncio.Semaphore(0)
@@ -106,6 +120,7 @@ class FakeInstance:
         application.router.add_get("/health", self._health)
         application.router.add_get("/v1/models", self._models)
         application.router.add_get(AWAITED_PATH, self._awaited)
+        application.router.add_post(KV_RELEASE_PATH, self._release)
         application.router.add_post("/v1/{route:.*}", self._take)
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
@@ -157,6 +172,15 @@ class FakeInstance:
         if self.awaited is None:
             return web.Response(status=404)
         return respond(AwaitedEmbeddings(identifiers=self.awaited))
+
+    async def _release(self, request: web.Request) -> web.Response:
+        leases = msgspec.json.decode(await request.read(), type=KVRelease).leases
+        if self.unanswered_releases:
+            self.unanswered_releases -= 1
+            await break_off(request)
+        else:
+            self.released.put_nowait(leases)
+        return web.Response(status=401 if self._is_refused(request) else 204)
 
     async def _take(self, request: web.Request) -> web.StreamResponse:
         received = Received(request.path, request.headers, await request.read())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,9 +192,15 @@ class FakeLanguageEngine(FakeEngine):
         self.script: Script | None = None
         self.requests: list[GenerateRequest] = []
         self.awaited: list[str] = []
+        self.given_back: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Leases of KV that nobody will come for."""
 
     async def awaited_embeddings(self) -> list[str]:
         return self.awaited
+
+    def give_back_kv(self, leases: Collection[str]) -> None:
+        for lease in leases:
+            self.given_back.put(lease)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         if not self.healthy:

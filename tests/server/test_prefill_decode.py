@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from chiasm.engine.request import GenerateRequest, Output
 from chiasm.errors import KVUnavailableError
+from chiasm.wire import KV_RELEASE_PATH
 from tests.server.conftest import Served, ServedEncoder
-from tests.server.fake_engine import SEED
+from tests.server.fake_engine import SEED, never
 from tests.server.images import chat, embeds_part, image_part, png
 from tests.server.serving import Reply, post
 
@@ -499,3 +502,32 @@ class TestOtherRoles:
     def test_an_empty_field_is_accepted(self, pd: Served, encoder: ServedEncoder, params: Any) -> None:
         assert post(pd.chat, hi(kv_transfer_params=params)).status == 200
         assert post(encoder.chat, chat(image_part(png(), uuid=A), kv_transfer_params=params)).status == 200
+
+
+class TestKVThatNobodyFetches:
+    """It is given back by the name that the sender has given it."""
+
+    def test_a_sender_gives_it_back(self, prefill: Served) -> None:
+        reply = post(prefill.url + KV_RELEASE_PATH, {"leases": ["one", "two"]})
+        assert reply.status == 204
+        assert {prefill.engine.given_back.get_nowait() for _ in range(2)} == {"one", "two"}
+
+    @pytest.mark.parametrize(
+        "body", [{"leases": "one"}, {"leases": [1]}, {"leases": ["x" * 257]}, {"leases": ["x"] * 1025}]
+    )
+    def test_what_is_not_a_list_of_names_is_refused(self, prefill: Served, body: dict[str, Any]) -> None:
+        assert post(prefill.url + KV_RELEASE_PATH, body).status == 400
+
+    def test_other_roles_hold_none(self, decode: Served) -> None:
+        assert post(decode.url + KV_RELEASE_PATH, {"leases": ["one"]}).status == 404
+
+    @pytest.mark.parametrize("streams", [True, False])
+    def test_a_handle_that_could_not_be_sent_is_given_back(self, prefill: Served, streams: bool) -> None:
+        """The client leaves while its prompt is computed."""
+        prefill.engine.script = never
+        body = hi(stream=streams, kv_transfer_params={**CONTINUES, "lease": "mine"})
+        connection = http.client.HTTPConnection(urlsplit(prefill.url).netloc)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        prefill.engine.started.get(timeout=10)
+        connection.close()
+        assert prefill.engine.given_back.get(timeout=10) == "mine"

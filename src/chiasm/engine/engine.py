@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Collection, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import NamedTuple
@@ -67,6 +67,12 @@ class _Question(NamedTuple):
     answer: asyncio.Future[list[str]]
 
 
+class _GiveBack(NamedTuple):
+    """No decode instance will come for what is held under these leases."""
+
+    leases: frozenset[str]
+
+
 class _Signal(enum.Enum):
     STOP = enum.auto()
     WAKE = enum.auto()
@@ -93,7 +99,7 @@ class LanguageEngine(Engine):
                 "EngineConfig.kv is for prefill and decode engines; they need it, and others must not have it."
             )
         super().__init__(config)
-        self._inbox: queue.SimpleQueue[RequestState | _Abort | _Question | _Signal] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[RequestState | _Abort | _Question | _GiveBack | _Signal] = queue.SimpleQueue()
         self._states: dict[str, RequestState] = {}
         self._questions: list[_Question] = []
         self._arrivals = itertools.count()
@@ -230,6 +236,10 @@ class LanguageEngine(Engine):
         self._inbox.put(question)
         return await question.answer
 
+    def give_back_kv(self, leases: Collection[str]) -> None:
+        """Prefill: no decode instance will come for the KV of the requests whose ``kv_transfer_params`` had these leases."""
+        self._inbox.put(_GiveBack(frozenset(leases)))
+
     def _check(self, request: GenerateRequest) -> None:
         """Refuse what only the engine can know to be impossible, and assert what the server has checked."""
         if not self.healthy:
@@ -323,6 +333,8 @@ class LanguageEngine(Engine):
                     self._forget(self._states[request_id])
                 case _Question():
                     self._questions.append(message)
+                case _GiveBack(leases) if self._kv_transfers is not None:
+                    self._kv_transfers.give_back(leases)
                 case RequestState():
                     self._add(message)
 

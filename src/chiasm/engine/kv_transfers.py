@@ -6,7 +6,8 @@ This is the layer between the engine, which knows requests and sequences, and it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from chiasm.kv_transfer import KVConnectorStats
     from chiasm.models.base import LanguageModel
 
+_REMEMBERED_LEASES = 4096
+
 
 class KVTransfers:
     """The adapter of the KV connector, both halves. All methods belong to the engine's thread."""
@@ -33,6 +36,10 @@ class KVTransfers:
         self._scheduler_role, self._worker_role = connectors
         self._loads: dict[tuple[str, int], Sequence] = {}
         """Loads that have begun and not ended, by request and choice; some outlive their request."""
+        self._leases: dict[str, str] = {}
+        """The ``lease`` of each request that was left and whose blocks are still held, if it has one."""
+        self._given_back: OrderedDict[str, None] = OrderedDict()
+        """Leases that were given back lately: what is left under them afterwards is not held."""
 
     @property
     def stats(self) -> KVConnectorStats:
@@ -99,7 +106,22 @@ class KVTransfers:
         handle.seed = sequence.seed
         handle.cached_tokens = params.cached_tokens if params.output_token_ids else sequence.num_cached
         self._scheduler.finish(sequence, leave_blocks=True)
+        if params.lease in self._given_back:
+            self._scheduler_role.give_back(request.request_id)
+        elif params.lease:
+            self._leases[request.request_id] = params.lease
         return handle
+
+    def give_back(self, leases: Collection[str]) -> None:
+        """End the leases with these names that no decode instance has claimed, and those that begin later.
+
+        A request may be left while the news that nobody waits for it is on the way.
+        """
+        for request_id in [request_id for request_id, lease in self._leases.items() if lease in leases]:
+            self._scheduler_role.give_back(request_id)
+        self._given_back.update(dict.fromkeys(leases))
+        while len(self._given_back) > _REMEMBERED_LEASES:
+            self._given_back.popitem(last=False)
 
     # ---- decode -------------------------------------------------------------------------------------------------------
 
@@ -159,6 +181,7 @@ class KVTransfers:
         now = time.monotonic()
         for request_id in finished.sent:
             self._scheduler.blocks_read(request_id)
+            self._leases.pop(request_id, None)
         for request_id, index in finished.loaded:
             self._scheduler.loaded(self._loads.pop((request_id, index)))
             if index == 0 and request_id in states:

@@ -8,8 +8,8 @@ longer than the deadline of D's request.
 
 A connector consists of two halves, and an instance creates one of each. The *scheduler role* lives where requests are
 scheduled and never touches memory; the *worker role* owns the memory and knows no requests. The metadata of one step passes
-from the first to the second. ``claim``, ``leave`` and ``drop`` are chiasm's own; the other methods have the names that
-vLLM's ``KVConnectorBase_V1`` gives to the same hooks::
+from the first to the second. ``claim``, ``leave``, ``give_back`` and ``drop`` are chiasm's own; the other methods have the
+names that vLLM's ``KVConnectorBase_V1`` gives to the same hooks::
 
     scheduler role                                     worker role
     -------------------------------------------------  -----------------------------------------------
@@ -18,6 +18,7 @@ vLLM's ``KVConnectorBase_V1`` gives to the same hooks::
     claim                        (D: a request came)
     update_state_after_alloc     (D: it has its blocks)
     leave                        (P: D continues it)
+    give_back                    (P: no D will)
     drop                         (P and D: it ended)
     build_connector_meta         (after any of these)  ->   start_load_kv
                                                        get_finished                     (before each step)
@@ -170,16 +171,18 @@ class KVSend(NamedTuple):
 
 @dataclass
 class KVConnectorMetadata:
-    """What the worker role has to begin: sends and claims first, then loads, then drops."""
+    """What the worker role has to begin: sends and claims first, then loads, then what is given back, then drops."""
 
     sends: list[KVSend] = field(default_factory=list)
     claims: list[KVClaim] = field(default_factory=list)
     loads: list[KVLoad] = field(default_factory=list)
+    given_back: list[str] = field(default_factory=list)
+    """Producer: requests whose blocks nobody will come for."""
     dropped: list[str] = field(default_factory=list)
     """Consumer: requests that ended. Their transfers are broken off, and the producer's blocks are given back."""
 
     def __bool__(self) -> bool:
-        return bool(self.sends or self.claims or self.loads or self.dropped)
+        return bool(self.sends or self.claims or self.loads or self.given_back or self.dropped)
 
 
 @dataclass
@@ -263,6 +266,13 @@ class KVConnector(ABC):
         Returns the handle, with the ``remote_`` fields set. The blocks must stay untouched until ``get_finished`` names
         the request in ``sent``.
         """
+
+    def give_back(self, request_id: str) -> None:
+        """Producer: end the lease of a request that was left, because nobody will come for its blocks.
+
+        Blocks that a consumer has claimed stay with it. A connector that does nothing here holds them until the lease ends.
+        """
+        return None
 
     @abstractmethod
     def drop(self, request: KVRequestLike) -> None:

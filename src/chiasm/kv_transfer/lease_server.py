@@ -92,6 +92,13 @@ class LeaseServer:
             self._stats.leases_held = len(self._table)
         self._control.call(self._expiry_changed.set)
 
+    def give_back(self, request_ids: Iterable[str]) -> None:
+        """End the leases of these requests that nobody has claimed. Any thread."""
+        with self._lock:
+            ended = [request_id for request_id in request_ids if self._table.give_back(request_id)]
+        if ended:
+            self._control.call(self._report, ended)
+
     def take_sent(self) -> set[str]:
         """Return the requests whose leases ended since the last call. Any thread."""
         with self._lock:

@@ -1,7 +1,7 @@
 """The table of what a producer holds, for whom and until when. It has no sockets and no clock: the time is an argument.
 
-A lease begins when a prompt is computed. If nobody claims it, it ends after ``lease_seconds``. If it is claimed, it ends when
-its holder gives it back or goes away, or when the deadline of the holder's request passes.
+A lease begins when a prompt is computed. If nobody claims it, it ends when it is given back, or after ``lease_seconds``. If it
+is claimed, it ends when its holder gives it back or goes away, or when the deadline of the holder's request passes.
 """
 
 from __future__ import annotations
@@ -66,6 +66,14 @@ class LeaseTable:
         """End the lease if ``holder`` has it; return whether it did."""
         lease = self._leases.get(request_id)
         if lease is None or lease.holder != holder:
+            return False
+        del self._leases[request_id]
+        return True
+
+    def give_back(self, request_id: str) -> bool:
+        """End the lease if nobody has claimed it; return whether that was so."""
+        lease = self._leases.get(request_id)
+        if lease is None or lease.holder is not None:
             return False
         del self._leases[request_id]
         return True

@@ -109,6 +109,9 @@ class PullConnector(KVConnector):
             remote_request_id=request.request_id,
         )
 
+    def give_back(self, request_id: str) -> None:
+        self._noted.given_back.append(request_id)
+
     def drop(self, request: KVRequestLike) -> None:
         if request.request_id in self._claimed:
             self._claimed.remove(request.request_id)
@@ -148,6 +151,8 @@ class PullConnector(KVConnector):
     def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
         if self._lease_server is not None and metadata.sends:
             self._lease_server.hold(metadata.sends)
+        if self._lease_server is not None and metadata.given_back:
+            self._lease_server.give_back(metadata.given_back)
         if self._puller is not None:
             self._puller.begin(metadata)
 

@@ -1,17 +1,20 @@
 """From prefill to decode: prefill computes the prompt, decode takes over its KV and generates the answer.
 
 Both are called in :meth:`Handover.run`. When either is lost, both are called again, elsewhere if possible: an answer
-that the client has no part of starts from the beginning; otherwise it is resumed, if the engine can do that.
+that the client has no part of starts from the beginning; otherwise it is resumed, if the engine can do that. Whatever ends a
+request before decode has answered, prefill is told to free its KV.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.handover_engines import PARAMS, Handle, HandoverEngine, Reason
+from chiasm.proxy.job import Job
 from chiasm.proxy.request import with_member
 from chiasm.proxy.upstream import (
     Call,
@@ -42,14 +45,17 @@ class Handover:
         *,
         max_prefills: int,
         before_retry: Callable[[], Awaitable[None]],
+        give_back: Callable[[Instance, str, Job], None],
     ) -> None:
-        """``before_retry`` is called before the prompt is prefilled again."""
+        """``before_retry`` is called before the prompt is prefilled again; ``give_back`` with a prefill instance and a lease of
+        it that nobody will claim."""
         self._balancer = balancer
         self._engine = engine
         self._job = engine.job
         self._metrics = engine.metrics
         self._max_prefills = max_prefills
         self._before_retry = before_retry
+        self._give_back = give_back
         self._prefills = 0
         self._prefill_at: Instance | None = None
         self._avoided: set[Instance] = set()
@@ -60,13 +66,24 @@ class Handover:
         """Answer the request. Raises ChiasmError for the client."""
         while True:
             try:
-                handle = await self._prefill()
-                if handle is not None:
-                    await self._decode(handle)
+                with self._giving_back():
+                    handle = await self._prefill()
+                    if handle is not None:
+                        await self._decode(handle)
                 return
             except _InterruptedError as interruption:
                 await self._prepare_retry(interruption)
                 await self._before_retry()
+
+    @contextmanager
+    def _giving_back(self) -> Iterator[None]:
+        """A block that ends with decode's answer, or else gives back what prefill may hold: whatever ends the request."""
+        self._engine.lease = ""
+        try:
+            yield
+        finally:
+            if self._engine.lease and self._prefill_at is not None:
+                self._give_back(self._prefill_at, self._engine.lease, self._job)
 
     async def _prepare_retry(self, interruption: _InterruptedError) -> None:
         """Raise ChiasmError if the prompt can't be prefilled again."""
@@ -86,7 +103,6 @@ class Handover:
         job, timing = self._job, self._job.timing
         self._prefills += 1
         with await self._balancer.assign(job, (Role.PREFILL,), avoid=self._avoided) as assignment:
-            self._prefill_at = assignment.instance
             try:
                 opening = self._balancer.open(assignment, job, self._engine.prefill_body)
                 with await job.open_unless_encoding_fails(opening) as call:
@@ -94,7 +110,13 @@ class Handover:
                     assignment.note_answer(call.headers.get("server-timing"), is_whole=not call.is_stream)
                     handle = await self._engine.relay_prefill(call)
             except (InstanceLostError, ResponseCutOffError, InstanceError) as error:
+                if isinstance(error, InstanceError):  # a prompt that failed leaves nothing
+                    self._engine.lease = ""
                 raise await self._examine(assignment.instance, error, Reason.PREFILL_LOST) from None
+            finally:
+                self._prefill_at = assignment.instance  # a full one gives its place to another
+        if handle is None:
+            self._engine.lease = ""
         job.note_embeddings_read(keep_bytes=len(job.request.body))
         return handle
 
@@ -102,6 +124,7 @@ class Handover:
         started = time.perf_counter()
 
         def note_answer() -> None:
+            self._engine.lease = ""
             self._job.timing.handover = self._job.timing.handover or time.perf_counter() - started
             self._metrics.handovers.inc()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import re
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -71,6 +72,9 @@ class HandoverEngine(ABC):
         self.job = job
         self.metrics = metrics
         self.max_response_bytes = max_response_bytes
+        self.lease = ""
+        """Names what a prefill instance may hold for this request and no decode instance has fetched; empty if there is nothing
+        that it could be told to free."""
 
     @property
     def can_retry(self) -> bool:
@@ -140,7 +144,8 @@ class ChiasmEngine(HandoverEngine):
     def prefill_body(self, body: bytes) -> bytes:
         if not self.job.exchange.has_begun:  # nothing was sent: the answer starts again
             self._token_ids, self._first, self._knows_all_sent = [], None, True
-        params = KVTransferParams(do_remote_decode=True, continues=True)
+        self.lease = secrets.token_hex(16)
+        params = KVTransferParams(do_remote_decode=True, continues=True, lease=self.lease)
         if self._token_ids and self._first is not None:
             params.output_token_ids = self._token_ids
             params.num_sent = len(self._token_ids)

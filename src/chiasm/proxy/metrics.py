@@ -93,6 +93,11 @@ class Metrics:
         self.handovers = Counter(
             "chiasm_proxy_handovers", "Requests handed over to a decode instance.", registry=self.registry
         )
+        self.leases_given_back = Counter(
+            "chiasm_proxy_leases_given_back",
+            "Requests that ended between prefill and decode, and whose prefill instance was told to free their KV.",
+            registry=self.registry,
+        )
         self.decode_refusals = Counter(
             "chiasm_proxy_decode_refusals", "Calls refused by a full decode instance.", registry=self.registry
         )

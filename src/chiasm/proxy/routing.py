@@ -21,6 +21,7 @@ from chiasm.proxy.handover import Handover
 from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_hand_over
 from chiasm.proxy.job import Job, Original
 from chiasm.proxy.key_check import KeyCheck
+from chiasm.proxy.kv_releases import KVReleases
 from chiasm.proxy.lost_embeddings import LostEmbeddings
 from chiasm.proxy.media import Item, read_items
 from chiasm.proxy.metrics import Metrics
@@ -82,8 +83,10 @@ class Router:
         self._lost_embeddings = LostEmbeddings(
             self.encoders, upstream, metrics, timeout_seconds=config.probe_timeout_seconds
         )
+        self._kv_releases = KVReleases(upstream, metrics, timeout_seconds=config.probe_timeout_seconds)
 
     async def close(self) -> None:
+        await self._kv_releases.close()
         await self._lost_embeddings.close()
         await self.encoders.close()
         await self._fetcher.close()
@@ -184,6 +187,7 @@ class Router:
             engine,
             max_prefills=self._config.max_prefill_attempts,
             before_retry=lambda: self._await_embeddings_again(job),
+            give_back=self._kv_releases.give_back,
         )
         await handover.run()
 

@@ -22,6 +22,7 @@ from chiasm.server.context import EncodingEngine, GeneratingEngine, ServerContex
 from chiasm.server.encode import encode_images
 from chiasm.server.generation import Generation
 from chiasm.server.images import Image, fetch_images, preprocess_images, published_items
+from chiasm.server.kv_release import held_for_sender
 from chiasm.server.prefill_decode import AnswerPart, answer_part, engine_requests
 from chiasm.server.prompt import chat_prompt, check_messages, completion_prompt, given_prompts
 from chiasm.server.protocol import ChatRequest, CompletionRequest, GenerationFields, StreamOptions, decode
@@ -161,7 +162,8 @@ async def _answer(
         skip_special_tokens=requests[0].sampling.skip_special_tokens,
         announces_usage=bool(options.include_usage),
     )
-    if request.stream:
-        await answer_as_stream(exchange, generation, part, written, options)
-    else:
-        await answer_whole(exchange, generation, part, written, context.in_thread)
+    with held_for_sender(engine, part.given):
+        if request.stream:
+            await answer_as_stream(exchange, generation, part, written, options)
+        else:
+            await answer_whole(exchange, generation, part, written, context.in_thread)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -45,6 +45,8 @@ class GeneratingEngine(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]: ...
 
     async def awaited_embeddings(self) -> list[str]: ...
+
+    def give_back_kv(self, leases: Collection[str]) -> None: ...
 
 
 @runtime_checkable

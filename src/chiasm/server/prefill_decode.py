@@ -6,6 +6,7 @@ the engine can tell whether a handle's KV is that of the prompt.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -72,7 +73,7 @@ def _first_part(given: KVTransferParams, *, is_single: bool, num_prompts: int, s
         )
     _check_handle(given, is_single=is_single)
     return AnswerPart(
-        given=[_with_token_ids(given)] * num_prompts,
+        given=[with_fields(_with_token_ids(given), lease=given.lease or secrets.token_hex(16))] * num_prompts,
         created=given.created,
         begins_here=not given.output_token_ids,
         has_text=is_single,
