@@ -83,3 +83,16 @@ def test_an_error_that_an_instance_reports_at_start_ends_serve(checkpoint: Path)
     """Too little memory for the context length is known only when the model is loaded, and trying again would not help."""
     flags = ("--aggregated", "1", "--kv-cache-bytes", "4KiB", "--max-model-len", "512", "--port", "0")
     assert "lower --max-model-len or raise --kv-cache-bytes" in _one_line("serve", str(checkpoint), *flags)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["serve", "demo", "--admin-key", ""],
+        ["proxy", "--pd", "http://127.0.0.1:9", "--port", "0", "--admin-key", "short"],
+        ["proxy", "--pd", "http://127.0.0.1:9", "--port", "0", "--api-key", ""],
+    ],
+    ids=" ".join,
+)
+def test_a_key_that_could_be_guessed(command: list[str]) -> None:
+    assert "a key must have at least 16 characters" in _one_line(*command)

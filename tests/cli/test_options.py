@@ -94,8 +94,8 @@ def test_the_environment_may_hold_the_admin_key(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CHIASM_ADMIN_KEY", "of the environment")
     assert proxy.parser().parse([])["admin_key"] == "of the environment"
     assert proxy.parser().parse(["--admin-key", "given"])["admin_key"] == "given"
-    config = _config("--admin-key", "given", "--proxy-args", "--max-items 2")
-    assert (config.admin_key, config.proxy_settings) == ("given", {"max_items": 2})
+    config = _config("--admin-key", "given" * 4, "--proxy-args", "--max-items 2")
+    assert (config.admin_key, config.proxy_settings) == ("given" * 4, {"max_items": 2})
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_other_texts_are_not_lists_in_json(text: str) -> None:
 def test_the_environment_has_one_value_of_an_option_that_can_be_repeated() -> None:
     environment = {"CHIASM_API_KEY": "a"}
     assert proxy.parser().parse([], environment) == {"api_key": ("a",)}
+    assert proxy.parser().parse([], {"CHIASM_API_KEY": ""}) == {"api_key": ("",)}, "it is refused, not left out"
     assert proxy.parser().parse(["--api-key", "b", "--api-key", "c"], environment) == {"api_key": ("b", "c")}
 
 

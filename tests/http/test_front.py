@@ -27,7 +27,8 @@ from tests.http.test_endpoint import echo, error_of, never, raising
 CHAT = "/v1/chat/completions"
 ORIGIN = "https://app.example"
 OPEN = HttpConfig(allowed_origins=(ORIGIN,))
-KEYED = HttpConfig(api_key=("first", "second"))
+FIRST, SECOND, THIRD = (name * 4 for name in ("first", "second", "third"))
+KEYED = HttpConfig(api_key=(FIRST, SECOND))
 
 
 def send(url: str, method: str = "POST", /, **given: Any) -> httpx.Response:
@@ -207,7 +208,7 @@ class TestOrigins:
 
 
 class TestKeys:
-    @pytest.mark.parametrize("given", [None, "", "Bearer", "Bearer third", "Basic first", "first", "Bearer é"])
+    @pytest.mark.parametrize("given", [None, "", "Bearer", f"Bearer {THIRD}", f"Basic {FIRST}", FIRST, "Bearer é"])
     @pytest.mark.parametrize("path", [CHAT, "/v1/models", "//v1/models/", "/v1/none"])
     def test_a_request_below_v1_without_a_valid_one_is_refused(self, given: str | None, path: str) -> None:
         with site(echo, config=KEYED) as server:
@@ -217,16 +218,16 @@ class TestKeys:
         assert response.headers["www-authenticate"] == "Bearer"
         error = error_of(response)
         assert (error["type"], error["code"]) == ("authentication_error", Code.INVALID_API_KEY)
-        assert "third" not in error["message"]
+        assert THIRD not in error["message"]
         assert server.ended == []
 
-    @pytest.mark.parametrize("given", ["Bearer first", "bearer second"])
+    @pytest.mark.parametrize("given", [f"Bearer {FIRST}", f"bearer {SECOND}"])
     def test_each_valid_one_is_enough(self, given: str) -> None:
         with site(echo, config=KEYED) as server:
             assert send(server.url + CHAT, content=b"x", authorization=given).content == b"x"
 
     def test_other_paths_and_preflights_need_none(self) -> None:
-        with site(echo, config=HttpConfig(api_key=("k",), allowed_origins=(ORIGIN,))) as server:
+        with site(echo, config=HttpConfig(api_key=(FIRST,), allowed_origins=(ORIGIN,))) as server:
             assert send(server.url + "/page", "GET").status_code == 200
             assert send(server.url + CHAT, "OPTIONS", origin=ORIGIN, **TestOrigins.PREFLIGHT).status_code == 200
             refused = send(server.url + CHAT, origin=ORIGIN)
@@ -234,10 +235,10 @@ class TestKeys:
 
     def test_they_may_be_in_a_file(self, tmp_path: Path) -> None:
         file = tmp_path / "keys"
-        file.write_text("one\n\n  two  \n")
+        file.write_text(f"{FIRST}\n\n  {SECOND}  \n")
         with site(echo, config=HttpConfig(api_key_file=file)) as server:
             answers = [
-                send(server.url + CHAT, authorization=f"Bearer {key}").status_code for key in ("one", "two", "x")
+                send(server.url + CHAT, authorization=f"Bearer {key}").status_code for key in (FIRST, SECOND, THIRD)
             ]
         assert answers == [200, 200, 401]
 
@@ -249,12 +250,27 @@ class TestKeys:
         with pytest.raises(ConfigurationError, match="--api-key-file"):
             FrontDoor([], HttpConfig(api_key_file=file))
 
-    def test_an_empty_one_is_refused(self) -> None:
-        with pytest.raises(ConfigurationError, match="--api-key"):
-            FrontDoor([], HttpConfig(api_key=("",)))
+    @pytest.mark.parametrize("key", ["", "k", "k" * 15, "two words, each of them long", "é" * 16, "k" * 16 + "\n"])
+    def test_one_that_is_short_or_that_a_header_cannot_carry_is_refused(self, tmp_path: Path, key: str) -> None:
+        with pytest.raises(ConfigurationError, match="--api-key or CHIASM_API_KEY: a key must") as refusal:
+            HttpConfig(api_key=(FIRST, key))
+        assert len(key) < 2 or key not in refusal.value.message
+
+    def test_a_short_one_in_a_file_is_refused(self, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text(f"{FIRST}\nshort\n")
+        with pytest.raises(ConfigurationError, match="--api-key-file: a key must"):
+            FrontDoor([], HttpConfig(api_key_file=file))
+
+    def test_those_of_the_instances_may_be_short(self) -> None:
+        with site(echo, config=HttpConfig(keys_of_instances=("k",))) as server:
+            statuses = [send(server.url + CHAT, authorization=f"Bearer {key}").status_code for key in ("k", "x")]
+        assert statuses == [200, 401]
+        with pytest.raises(ConfigurationError, match="empty"):
+            HttpConfig(keys_of_instances=("",))
 
     def test_they_are_not_in_the_configurations_text(self) -> None:
-        assert "first" not in repr(KEYED)
+        assert FIRST not in repr(KEYED)
 
 
 class TestTimingComments:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from chiasm.errors import ConfigurationError
+from chiasm.http.config import HttpConfig
+from chiasm.http.keys import read_keys
 from chiasm.launch import DeploymentConfig, EngineKind, RoleConfig, config
 from chiasm.launch.config import model_name
 from chiasm.launch.devices import Placement
@@ -143,9 +145,9 @@ def test_the_proxy_gets_the_url_of_every_instance(address: HeldPort) -> None:
 
 
 def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:
-    wanted = DeploymentConfig("demo", admin_key="secret")
+    wanted = DeploymentConfig("demo", admin_key="secret" * 3)
     plan = plan_proxy(wanted, address, [(Role.PD, "http://c")])
-    assert from_json(plan.configuration.encode(), ProxyProcess).proxy.admin_key == "secret"
+    assert from_json(plan.configuration.encode(), ProxyProcess).proxy.admin_key == "secret" * 3
     assert "secret" not in " ".join(plan.command)
     assert "secret" not in repr(wanted)
     assert "secret" not in repr(plan)
@@ -153,9 +155,9 @@ def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:
 
 def test_the_proxy_in_front_of_keyed_vllm_has_the_key_unless_it_has_its_own(address: HeldPort) -> None:
     wanted = DeploymentConfig("demo", ONE_EACH, engine=EngineKind.VLLM, vllm_flags=("--api-key", "K"))
-    assert _proxy(wanted, address, [(Role.PD, "http://c")]).proxy.http.api_key == ("K",)
-    own = replace(wanted, proxy_settings={"api_key": ("P",)})
-    assert _proxy(own, address, [(Role.PD, "http://c")]).proxy.http.api_key == ("P",)
+    assert read_keys(_proxy(wanted, address, [(Role.PD, "http://c")]).proxy.http) == ("K",)
+    own = replace(wanted, proxy_settings={"api_key": ("P" * 16,)})
+    assert _proxy(own, address, [(Role.PD, "http://c")]).proxy.http == HttpConfig(api_key=("P" * 16,))
 
 
 def test_a_model_has_the_name_of_its_folder_or_its_given_name(tmp_path: Path) -> None:

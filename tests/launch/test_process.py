@@ -43,7 +43,7 @@ def test_the_configuration_of_a_process_survives_json(tmp_path: Path) -> None:
     }
     instance = instance_process(tmp_path, Role.PREFILL, settings)
     assert from_json(to_json(instance).encode(), InstanceProcess) == instance
-    proxy = proxy_process({"pd": ("http://a:1",), "admin_key": "key", "log_level": "debug"})
+    proxy = proxy_process({"pd": ("http://a:1",), "admin_key": "k" * 16, "log_level": "debug"})
     assert from_json(to_json(proxy).encode(), ProxyProcess) == proxy
     assert "\n" not in to_json(proxy)
 

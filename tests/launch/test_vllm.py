@@ -246,6 +246,11 @@ def test_the_proxy_knows_the_keys_that_all_instances_accept(
     assert vllm.api_keys(config, {"VLLM_API_KEY": environment}) == keys
 
 
+def test_an_empty_key_of_an_instance_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="key of a vLLM instance is empty"):
+        vllm.api_keys(_config(vllm_flags=("--api-key", "")), {})
+
+
 def test_instances_without_a_key_in_common_are_refused() -> None:
     roles = {role: RoleConfig(vllm_flags=("--api-key", role)) for role in (Role.ENCODER, Role.PD)}
     with pytest.raises(ConfigurationError, match="no key in common"):

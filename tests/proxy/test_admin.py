@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from chiasm.errors import ConfigurationError
+from chiasm.proxy import ProxyConfig
+from chiasm.proxy.app import create_app
+
 from .conftest import Answer, Front, Start, ask, image, image_bytes, listen
 from .instances import SAID, FakeInstance, Received, chat, decode
 
-KEY = "s3cret"
+KEY = "s3cret" * 3
 
 
 async def call(front: Front, method: str, body: Any = None, key: str | None = KEY) -> Answer:
@@ -178,3 +183,20 @@ async def test_adding_a_known_url_and_removing_an_unknown_one_are_refused(start:
     assert (await call(front, "POST", {"url": pd.url, "role": "encoder"})).status == 409
     assert (await call(front, "DELETE", {"url": "http://127.0.0.1:1"})).status == 404
     assert (await front.states()) == {pd.url: "healthy"}
+
+
+async def test_the_keys_may_be_in_a_file(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}\n{'other' * 4}\n")
+    front = await start([FakeInstance("pd")], admin_key_file=file)
+    assert [(await call(front, "GET", None, key)).status for key in (KEY, "other" * 4, "wrong")] == [200, 200, 401]
+
+
+@pytest.mark.parametrize("key", ["", "k", "k" * 15])
+def test_a_key_that_could_be_guessed_is_refused_at_start(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigurationError, match="--admin-key or CHIASM_ADMIN_KEY: a key must have at least 16"):
+        ProxyConfig(admin_key=key)
+    file = tmp_path / "keys"
+    file.write_text(key)
+    with pytest.raises(ConfigurationError, match="--admin-key-file"):
+        create_app(ProxyConfig(admin_key_file=file))

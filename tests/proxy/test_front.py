@@ -16,7 +16,7 @@ from chiasm.wire import ModelList, model_card
 from .conftest import Front, Images, Start, ask, image, image_bytes, listen
 from .instances import MODEL, FakeInstance, Received, begin_stream, error_event, error_of, event, refuse
 
-KEY = "right"
+KEY = "right" * 4
 RIGHT = {"Authorization": f"Bearer {KEY}"}
 WRONG = {"Authorization": "Bearer wrong"}
 
@@ -80,7 +80,7 @@ class TestKeys:
     async def test_vllm_without_the_middleware_is_asked_for_its_models_with_the_proxys_key(self, start: Start) -> None:
         pd = FakeInstance("pd")
         pd.health, pd.key = None, KEY
-        front = await start([pd], http=HttpConfig(api_key=(KEY, "other")))
+        front = await start([pd], http=HttpConfig(api_key=(KEY, "other" * 4)))
         assert (await front.post(ask("x"), **RIGHT)).status == 200
 
     async def test_such_an_instance_is_unusable_without_a_key_and_the_reason_is_given(self, start: Start) -> None:

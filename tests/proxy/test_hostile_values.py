@@ -24,14 +24,14 @@ CHAT: dict[str, Any] = ask("x", image(image_bytes()) | {"uuid": "a" * 64}) | {
     "mm_processor_kwargs": {},
 }
 COMPLETION: dict[str, Any] = {"model": MODEL, "prompt": "x", "stream": False, "cache_salt": "s", "max_tokens": 3}
-ADMIN = {"Authorization": "Bearer key"}
+ADMIN = {"Authorization": f"Bearer {'k' * 16}"}
 
 
 @pytest.fixture
 async def front(start: Start) -> Front:
     pd = FakeInstance("pd")
     pd.answer = take_anything
-    return await start([FakeInstance("encoder"), pd], admin_key="key")
+    return await start([FakeInstance("encoder"), pd], admin_key="k" * 16)
 
 
 async def take_anything(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:

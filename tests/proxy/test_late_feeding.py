@@ -105,7 +105,7 @@ async def test_images_that_wait_fail_when_the_last_encoder_is_gone(start: Start)
 async def test_an_encoder_that_is_added_gets_images_that_wait(start: Start) -> None:
     stuck, pd, other = FakeInstance("encoder"), FakeInstance("pd"), FakeInstance("encoder")
     stuck.answer = pd.answer = never
-    front = await start([stuck, pd], admin_key="k")
+    front = await start([stuck, pd], admin_key="k" * 16)
     request = asyncio.ensure_future(front.post(ask(*(image(image_bytes(one, SIZE)) for one in COLOURS[:3]))))
     await waiting(front, 1)
     await other.start()

@@ -170,7 +170,7 @@ def test_a_port_in_use_is_one_clear_error() -> None:
         {"prefills": ("http://a:1",), "decodes": ("http://a:1",)},
         {"prefills": ("http://a:1",), "decodes": ("http://b:1",), "pds": ("http://c:1",)},
         {"prefills": ("http://a:1",), "decodes": ("http://b:1",), "aggregated": ("http://c:1",)},
-        {"prefills": ("http://a:1",), "aggregated": ("http://c:1",), "admin_key": "k"},
+        {"prefills": ("http://a:1",), "aggregated": ("http://c:1",), "admin_key": "k" * 16},
     ],
 )
 def test_an_impossible_configuration_is_refused(config: dict[str, Any]) -> None:
@@ -182,8 +182,8 @@ def test_an_impossible_configuration_is_refused(config: dict[str, Any]) -> None:
     "config",
     [
         {"prefills": ("http://a:1",), "decodes": ("http://b:1", "http://c:1"), "encoders": ("http://d:1",)},
-        {"prefills": ("http://a:1",), "admin_key": "k"},
-        {"admin_key": "k"},
+        {"prefills": ("http://a:1",), "admin_key": "k" * 16},
+        {"admin_key": "k" * 16},
     ],
 )
 def test_a_possible_configuration_is_accepted(config: dict[str, Any]) -> None:

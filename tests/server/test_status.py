@@ -111,11 +111,11 @@ def test_models_lists_the_model(pd: Served) -> None:
 
 
 def test_an_instance_may_need_a_key_and_says_so() -> None:
-    config = ServerConfig(http=HttpConfig(api_key=("k",)))
+    config = ServerConfig(http=HttpConfig(api_key=("k" * 16,)))
     with serving(create_app(FakeLanguageEngine(Role.PD), served_model_name="bytes", config=config)) as url:
         assert get(f"{url}/health").json["needs_key"] is True
         assert get(f"{url}/v1/models").status == 401
-        assert request("GET", f"{url}/v1/models", headers={"Authorization": "Bearer k"}).status == 200
+        assert request("GET", f"{url}/v1/models", headers={"Authorization": f"Bearer {'k' * 16}"}).status == 200
 
 
 def test_timing_in_a_stream_can_be_left_out(pd: Served) -> None:

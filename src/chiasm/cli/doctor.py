@@ -11,7 +11,6 @@ from chiasm.cli import serve
 from chiasm.cli.parser import Parser
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
-from chiasm.http.config import HttpConfig
 from chiasm.options import Option, fields_from, flag, names_of
 from chiasm.proxy import ProxyConfig
 
@@ -46,7 +45,7 @@ class DoctorConfig:
 
 
 _KEYS = ("api_key", "api_key_file")
-_NOT_OF_A_PLAN = {"target", "admin_key", "log_level", *_KEYS, *_URLS, *names_of(DoctorConfig)}
+_NOT_OF_A_PLAN = {"target", "admin_key", "admin_key_file", "log_level", *_KEYS, *_URLS, *names_of(DoctorConfig)}
 """Keys may be set in the environment; a running deployment is asked with the API key. The log level changes no result."""
 
 
@@ -112,15 +111,17 @@ def _examine_running(
 ) -> AsyncIterator[Result]:
     from chiasm.doctor.client import Limits
     from chiasm.doctor.running import Folder, examine_instances, examine_proxy
-    from chiasm.http.keys import read_keys
+    from chiasm.http.key_rules import read_key_file
 
     folder = None
     if "shared_storage_path" in settings:
         bound = {"max_bytes": settings["ec_max_bytes"]} if "ec_max_bytes" in settings else {}
         folder = Folder(settings["shared_storage_path"], **bound)
     limits = Limits(timeout_seconds)
-    keys = read_keys(HttpConfig(**{name: settings[name] for name in _KEYS if name in settings}))
-    key = keys[0] if keys else None
+    keys = [*settings.get("api_key", ())]
+    if "api_key_file" in settings:
+        keys += read_key_file("--api-key-file", settings["api_key_file"])
+    key = next(filter(None, keys), None)
     if target is not None:
         return examine_proxy(_base_url(target), limits=limits, folder=folder, key=key)
     return examine_instances(instances, limits=limits, folder=folder, key=key)

@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
         variables = {
             name: (value,) if _is_repeated(named) else value
             for name, named in self._variables.items()
-            if (value := environment.get(named.option.environment))
+            if (value := environment.get(named.option.environment)) is not None
         }
         return variables | {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 

@@ -6,12 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from chiasm.errors import ConfigurationError
+from chiasm.http.key_rules import check_key
 from chiasm.options import Option
 
 
 @dataclass(frozen=True)
 class HttpConfig:
-    """The settings of a front door. Those of CORS and of API keys have vLLM's names, forms and defaults."""
+    """The settings of a front door. Those of CORS and of API keys have vLLM's names, forms and defaults.
+
+    Raises ConfigurationError for a key that isn't fit.
+    """
 
     allowed_origins: Annotated[
         tuple[str, ...],
@@ -29,7 +34,7 @@ class HttpConfig:
     api_key: Annotated[
         tuple[str, ...],
         Option(
-            "Bearer token that requests below /v1 must have; can be repeated, and each is enough.",
+            "Bearer token that requests below /v1 must have, of at least 16 characters; can be repeated, and each is enough.",
             metavar="KEY",
             environment="CHIASM_API_KEY",
         ),
@@ -37,6 +42,8 @@ class HttpConfig:
     api_key_file: Annotated[
         Path | None, Option("File with such keys, one a line; other users of the machine don't see them there.")
     ] = None
+    keys_of_instances: tuple[str, ...] = field(default=(), repr=False)
+    """Keys that requests may have because the instances behind this proxy take them; of any length, as those of vLLM."""
     access_log: Annotated[bool, Option("Log one line for every request.")] = False
     timing_comments: Annotated[
         str,
@@ -83,4 +90,10 @@ class HttpConfig:
     @property
     def needs_key(self) -> bool:
         """Whether requests need an API key."""
-        return bool(self.api_key) or self.api_key_file is not None
+        return bool(self.api_key or self.keys_of_instances) or self.api_key_file is not None
+
+    def __post_init__(self) -> None:
+        for key in self.api_key:
+            check_key("--api-key or CHIASM_API_KEY", key)
+        if not all(self.keys_of_instances):
+            raise ConfigurationError("--api-key: a key must not be empty.")

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from chiasm.errors import AuthenticationError, Code, ConfigurationError
+from chiasm.errors import AuthenticationError, Code
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
+from chiasm.http.key_rules import check_key, read_key_file
 
 _NAME_CHARACTERS = 16
 _GUARDED = "/v1"
@@ -27,22 +28,15 @@ def key_name(headers: Headers) -> str:
 def read_keys(config: HttpConfig) -> tuple[str, ...]:
     """Return all keys that a request may have; empty if it needs none.
 
-    Raises ConfigurationError for a file that cannot be read or holds no key, and for an empty key.
+    Raises ConfigurationError for a file that cannot be read or holds no key, and for a key that isn't fit.
     """
     keys = list(config.api_key)
     if config.api_key_file is not None:
-        try:
-            lines = config.api_key_file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = (isinstance(error, OSError) and error.strerror) or "it is not a text"
-            raise ConfigurationError(f"--api-key-file: {config.api_key_file} cannot be read: {reason}.") from None
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise ConfigurationError(f"--api-key-file: {config.api_key_file} holds no key; write one a line.")
+        found = read_key_file("--api-key-file", config.api_key_file)
+        for key in found:
+            check_key("--api-key-file", key)
         keys += found
-    if not all(keys):
-        raise ConfigurationError("--api-key: a key must not be empty.")
-    return tuple(keys)
+    return (*keys, *config.keys_of_instances)
 
 
 def bearer(headers: Headers) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from chiasm.cores import usable_cores
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
+from chiasm.http.key_rules import check_key
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS
 from chiasm.launch import reserved
 from chiasm.launch.layout import Layout, check_counts
@@ -123,10 +124,14 @@ class DeploymentConfig:
     """More arguments of every ``vllm serve``."""
     admin_key: str | None = field(default=None, repr=False)
     """Bearer token that may change the proxy's instances."""
+    admin_key_file: Path | None = None
+    """File with such keys, one a line."""
     proxy_cpus: tuple[int, ...] = ()
     """CPUs that the proxy runs on; empty: all."""
 
     def __post_init__(self) -> None:
+        if self.admin_key is not None:
+            check_key("--admin-key or CHIASM_ADMIN_KEY", self.admin_key)
         self._check_roles()
         self._check_devices()
         known = names_of(*INSTANCE_OPTIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,16 @@ def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[
         "probe_interval_seconds": PROBE_INTERVAL_SECONDS,
         "cpus": config.proxy_cpus,
         "admin_key": config.admin_key,
+        "admin_key_file": config.admin_key_file,
         **{role: tuple(url for of, url in instances if of is role) for role in Role},
         **_times(config),
-        **({"api_key": keys} if keys else {}),
         **config.proxy_settings,
     }
-    return ProcessPlan(PROXY, None, 0, address, _child(PROXY), dict(os.environ), to_json(proxy_process(settings)))
+    process = proxy_process(settings)
+    if keys and not process.proxy.http.needs_key:
+        http = replace(process.proxy.http, keys_of_instances=keys)
+        process = replace(process, proxy=replace(process.proxy, http=http))
+    return ProcessPlan(PROXY, None, 0, address, _child(PROXY), dict(os.environ), to_json(process))
 
 
 def instance_settings(

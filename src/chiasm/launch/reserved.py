@@ -27,7 +27,7 @@ _INSTANCE = {
     "cpus": "use --encoder-cpus, --pd-cpus and the like",
 }
 _PROXY = {
-    **dict.fromkeys(("host", "port", "admin_key", "shutdown_timeout_seconds"), _OF_SERVE),
+    **dict.fromkeys(("host", "port", "admin_key", "admin_key_file", "shutdown_timeout_seconds"), _OF_SERVE),
     **dict.fromkeys(map(str, Role), _INSTANCES),
 }
 _VLLM = {

@@ -168,7 +168,10 @@ def api_keys(config: DeploymentConfig, environment: Mapping[str, str] = os.envir
     common: tuple[str, ...] = ()
     from_environment = [environment.get("VLLM_API_KEY", "")]
     for role in config.roles.values():
-        keys = [key for key in _keys_in((*config.vllm_flags, *role.vllm_flags)) or from_environment if key]
+        given = _keys_in((*config.vllm_flags, *role.vllm_flags))
+        if not all(given):  # vLLM would take it as no key
+            raise ConfigurationError("--api-key: a key of a vLLM instance is empty; give one, or leave the option out.")
+        keys = [key for key in given or from_environment if key]
         if not keys:
             continue
         common = tuple(key for key in common or keys if key in keys)

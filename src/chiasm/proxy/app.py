@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -23,6 +23,7 @@ from chiasm.errors import (
 from chiasm.http import json_response, read_body
 from chiasm.http.errors import error_response
 from chiasm.http.front import FrontDoor
+from chiasm.http.key_rules import check_key, read_key_file
 from chiasm.http.keys import bearer, digest_of, is_one_of
 from chiasm.http.listen import check_url
 from chiasm.http.untrusted import read_json
@@ -48,7 +49,8 @@ _MAX_ORDER_BYTES = 64 << 10
 def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None) -> Starlette:
     """Return the proxy as an ASGI application; its ``state.service`` is the ProxyService.
 
-    ``resolver`` looks up the names of media hosts, in place of the system's.
+    ``resolver`` looks up the names of media hosts, in place of the system's. Raises ConfigurationError for keys that cannot be
+    read.
     """
     service = ProxyService(config, resolver)
 
@@ -69,8 +71,8 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
         Route("/health", pages.health),
         Route("/metrics", pages.metrics),
     ]
-    if config.admin_key is not None:
-        admin = _Admin(service, config.admin_key)
+    if config.has_admin:
+        admin = _Admin(service, _admin_keys(config))
         routes.append(Route("/instances", admin.handle, methods=["GET", "POST", "DELETE"]))
     app = FrontDoor(routes, config.http, lifespan=lifespan)
     app.state.service = service
@@ -126,12 +128,12 @@ _order = msgspec.json.Decoder(_Order)
 class _Admin:
     """Lists, adds and removes instances for requests with the admin key."""
 
-    def __init__(self, service: ProxyService, key: str) -> None:
+    def __init__(self, service: ProxyService, keys: Sequence[str]) -> None:
         self._service = service
-        self._digest = digest_of(key)
+        self._digests = [digest_of(key) for key in keys]
 
     async def handle(self, request: Request) -> Response:
-        if not is_one_of(bearer(request.headers), (self._digest,)):
+        if not is_one_of(bearer(request.headers), self._digests):
             return error_response(AuthenticationError("Send the admin key as a bearer token."))
         actions: dict[str, Callable[[Request], Awaitable[Response]]] = {"POST": self._add, "DELETE": self._remove}
         return await actions.get(request.method, self._list)(request)
@@ -165,6 +167,17 @@ class _Admin:
             raise PathNotFoundError(f"{order.url} is not an instance.")
         self._service.fleet.remove(instance)
         return json_response(instance.describe(time.monotonic()), 202)
+
+
+def _admin_keys(config: ProxyConfig) -> list[str]:
+    """Return the keys that may change the instances. Raises ConfigurationError for a file that can't be used."""
+    keys = [] if config.admin_key is None else [config.admin_key]
+    if config.admin_key_file is not None:
+        found = read_key_file("--admin-key-file", config.admin_key_file)
+        for key in found:
+            check_key("--admin-key-file", key)
+        keys += found
+    return keys
 
 
 async def _read_order(request: Request) -> _Order:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
+from chiasm.http.key_rules import check_key
 from chiasm.http.listen import check_url
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
@@ -53,8 +55,15 @@ class ProxyConfig:
     ] = ()
     admin_key: Annotated[
         str | None,
-        Option("Bearer token that may use /instances.", metavar="KEY", environment="CHIASM_ADMIN_KEY"),
+        Option(
+            "Bearer token that may use /instances, of at least 16 characters.",
+            metavar="KEY",
+            environment="CHIASM_ADMIN_KEY",
+        ),
     ] = field(default=None, repr=False)
+    admin_key_file: Annotated[
+        Path | None, Option("File with such keys, one a line; other users of the machine don't see them there.")
+    ] = None
     deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
     """From a request's arrival to the last byte of its answer."""
     connect_timeout_seconds: Annotated[float, Option("Timeout of connecting to an instance.")] = 3.0
@@ -96,6 +105,11 @@ class ProxyConfig:
     media: MediaConfig = field(default_factory=MediaConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
 
+    @property
+    def has_admin(self) -> bool:
+        """Whether there is a key that may change the instances."""
+        return self.admin_key is not None or self.admin_key_file is not None
+
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
@@ -113,6 +127,8 @@ class ProxyConfig:
                 "run one proxy for each of the two kinds."
             )
         if self.admin_key is not None:
+            check_key("--admin-key or CHIASM_ADMIN_KEY", self.admin_key)
+        if self.has_admin:
             return  # missing instances can be added later
         if parts and not (self.prefills and self.decodes):
             missing = "decode" if self.prefills else "prefill"

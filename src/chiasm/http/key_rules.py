@@ -1,0 +1,37 @@
+"""What a key that opens a server must be like, and files that hold keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chiasm.errors import ConfigurationError
+
+LEAST_KEY_CHARACTERS = 16
+"""A shorter one could be guessed by somebody who may try a few thousand times a second."""
+
+
+def check_key(where: str, key: str) -> None:
+    """Raise ConfigurationError unless a key is long enough, and one that every client can send in a header.
+
+    ``where`` is the option or the file that it comes from. The message doesn't repeat the key.
+    """
+    if len(key) < LEAST_KEY_CHARACTERS:
+        fault = f"a key must have at least {LEAST_KEY_CHARACTERS} characters, and this one has {len(key)}"
+    elif not (key.isascii() and key.isprintable()) or " " in key:
+        fault = "a key must be of letters, digits and signs of ASCII, without blanks"
+    else:
+        return
+    raise ConfigurationError(f"{where}: {fault}; `openssl rand -hex 16` makes a good one.")
+
+
+def read_key_file(option: str, path: Path) -> list[str]:
+    """Return the keys in a file, one a line and at least one. Raises ConfigurationError."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or "it is not a text"
+        raise ConfigurationError(f"{option}: {path} cannot be read: {reason}.") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ConfigurationError(f"{option}: {path} holds no key; write one a line.")
+    return found
