@@ -54,6 +54,9 @@ class Code(enum.StrEnum):
     # 401
     INVALID_API_KEY = "invalid_api_key"
     """The API key is missing or wrong."""
+    # 403
+    ORIGIN_NOT_ALLOWED = "origin_not_allowed"
+    """A web page of another site asks a server that is for its own machine."""
     # 404
     MODEL_NOT_FOUND = "model_not_found"
     """The request names a model that is not served."""
@@ -140,6 +143,13 @@ class AuthenticationError(ChiasmError):
 
     status = 401
     kind = "authentication_error"
+
+
+class ForbiddenError(ChiasmError):
+    """The server does nothing for who asks, whatever key the request has."""
+
+    status = 403
+    kind = "permission_error"
 
 
 class ConflictError(InvalidRequestError):

@@ -77,7 +77,7 @@ def test_a_folder_that_every_user_may_write_to_is_refused(folder: Path) -> None:
     folder.chmod(0o1777)
     (finding,) = examine_folder(folder)
     assert "every user" in finding.problem
-    assert f"chmod o-w {folder}" in finding.advice
+    assert f"chmod go-w {folder}" in finding.advice
     with pytest.raises(ConfigurationError) as raised:
         Instance(config_for(folder))
     assert raised.value.message == finding.message
@@ -112,3 +112,20 @@ def test_files_are_mapped_on_local_file_systems_only(tmp_path: Path) -> None:
     assert files_may_be_mapped(Path("/"), table)
     assert not files_may_be_mapped(Path("/mnt/far"), table)
     assert files_may_be_mapped(Path("/"), tmp_path / "no such table")
+
+
+@pytest.mark.parametrize(("mode", "fault"), [(0o777, "every user"), (0o770, "by a group"), (0o1777, "every user")])
+@pytest.mark.parametrize("role", [ECTransferRole.PRODUCER, ECTransferRole.CONSUMER])
+def test_a_folder_that_others_may_write_is_refused(folder: Path, mode: int, fault: str, role: ECTransferRole) -> None:
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(ConfigurationError, match=fault):
+        Instance(config_for(folder, role=role))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(folder: Path) -> None:
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+    with pytest.raises(ConfigurationError, match=r"belongs to another user \(12345\).*chown"):
+        Instance(config_for(folder))

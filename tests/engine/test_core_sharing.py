@@ -155,3 +155,18 @@ def _compute(path: Path, computing: Event, done: Event) -> None:
     with CoreShare(path, 4).worker().computing():
         computing.set()
         done.wait(60)
+
+
+@pytest.mark.parametrize("mode", [0o606, 0o660])
+def test_a_file_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "cores"
+    path.touch()
+    path.chmod(mode)
+    with pytest.raises(ConfigurationError, match="is writable by"):
+        CoreShare(path, 4)
+
+
+def test_a_link_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cores").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigurationError, match="cannot be opened"):
+        CoreShare(tmp_path / "cores", 4)

@@ -49,6 +49,7 @@ def site(
     max_requests: int = 10,
     max_held_bytes: int = 10_000,
     config: HttpConfig = DEFAULT,
+    is_local: bool = False,
 ) -> Iterator[Site]:
     """Serve the handler for POST under ``/`` and two paths like those of the API, and a page for GET under ``/page``."""
     refusals = Refusals()
@@ -72,6 +73,7 @@ def site(
     app = FrontDoor(
         [*(Route(path, endpoint, methods=["POST"]) for path in paths), Route("/page", page), Route("/v1/models", page)],
         config,
+        is_local=is_local,
     )
     servers: list[HttpServer] = []
 

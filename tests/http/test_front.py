@@ -262,6 +262,13 @@ class TestKeys:
         with pytest.raises(ConfigurationError, match="--api-key-file: a key must"):
             FrontDoor([], HttpConfig(api_key_file=file))
 
+    def test_a_file_that_others_may_write_is_refused(self, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text(FIRST)
+        file.chmod(0o662)
+        with pytest.raises(ConfigurationError, match="writable by every user"):
+            FrontDoor([], HttpConfig(api_key_file=file))
+
     def test_those_of_the_instances_may_be_short(self) -> None:
         with site(echo, config=HttpConfig(keys_of_instances=("k",))) as server:
             statuses = [send(server.url + CHAT, authorization=f"Bearer {key}").status_code for key in ("k", "x")]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
 import tempfile
 from pathlib import Path
 
 from chiasm.findings import Finding
+from chiasm.ownership import other_writers
 
 # A file that is removed on one of these lives until its last reader closes it, even if another process removes it. On a
 # network file system another host can take its pages away, and a reader that has mapped them dies of SIGBUS.
@@ -34,11 +34,11 @@ def examine_folder(path: Path, *, writes: bool = True) -> list[Finding]:
                 f"create it for the user that runs the instances (install -d -m 700 {path}), or name another path",
             )
         ]
-    if path.stat().st_mode & stat.S_IWOTH:
+    if others := other_writers(path.stat()):
         return [
             Finding(
-                f"The folder {path} is writable by every user, who could plant embeddings in it",
-                f"name a new folder inside it, or take the permission away (chmod o-w {path})",
+                f"The folder {path} {others}, who could plant embeddings in it",
+                f"name a new folder inside it, or make it yours alone (chown, and chmod go-w {path})",
             )
         ]
     if writes:

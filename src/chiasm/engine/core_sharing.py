@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from chiasm.errors import ConfigurationError
+from chiasm.ownership import other_writers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +53,12 @@ class CoreShare:
             self._memory = memoryview(bytearray(SLOTS * _SLOT_BYTES)).cast("Q")
             return
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            if others := other_writers(os.fstat(self._file)):  # who shortens it ends the processes that have mapped it
+                os.close(self._file)
+                raise ConfigurationError(
+                    f"The file {path}, in which instances share cores, {others}; name one in a folder of this user."
+                )
             os.ftruncate(self._file, SLOTS * _SLOT_BYTES)
             self._memory = memoryview(mmap.mmap(self._file, SLOTS * _SLOT_BYTES)).cast("Q")
         except OSError as error:

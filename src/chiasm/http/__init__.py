@@ -2,10 +2,11 @@
 
 A request passes the files in this order: ``listen`` (the port), ``serve`` (the process and its signals) with ``descriptors``
 and ``shutdown`` (its end), ``connections`` (all of them), ``connection`` (one) and ``http1`` (its bytes), ``front`` (what holds
-for all paths, with ``visit``, ``paths``, ``keys``, ``log`` and ``flood``), ``endpoint`` (the life of one request),
-``admission`` (bounds on all requests together), ``exchange`` (its body in, its answer out), ``body`` and ``encoding`` (reading
-the body), ``untrusted`` with ``json_size`` (limits of what clients send), ``events`` (a stream), ``errors`` and ``timing``
-(what an answer carries besides its content). ``limits`` names what may be refused on the way.
+for all paths, with ``visit``, ``paths``, ``origins``, ``keys``, ``log`` and ``flood``), ``endpoint`` (the life of one
+request), ``admission`` (bounds on all requests together), ``exchange`` (its body in, its answer out), ``body`` and ``encoding``
+(reading the body), ``untrusted`` with ``json_size`` (limits of what clients send), ``events`` (a stream), ``errors`` and
+``timing`` (what an answer carries besides its content). ``limits`` names what may be refused on the way, ``key_rules`` says
+what a key must be like.
 
 Nothing here knows engines or instances: what an answer contains comes from a handler.
 """

@@ -30,6 +30,14 @@ class HttpConfig:
         tuple[str, ...],
         Option("Headers that these web pages may send.", json_list='["Authorization"]'),
     ] = ("*",)
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Names under which web pages may ask a server that listens on loopback alone, besides localhost and addresses.",
+            json_list='["example.com"]',
+            unset="none",
+        ),
+    ] = ()
     allow_credentials: Annotated[bool, Option("Let these web pages send cookies and the like.")] = False
     api_key: Annotated[
         tuple[str, ...],

@@ -12,18 +12,15 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from http import HTTPStatus
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
-from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chiasm.errors import InvalidRequestError
 from chiasm.http.config import HttpConfig
-from chiasm.http.errors import EXCEPTION_HANDLERS, error_response
+from chiasm.http.errors import EXCEPTION_HANDLERS
 from chiasm.http.flood import limited
 from chiasm.http.keys import KeyGuard, read_keys
 from chiasm.http.log import RequestLog
+from chiasm.http.origins import LocalOnly, Origins
 from chiasm.http.paths import normal_path
 from chiasm.http.visit import Visit, with_visit
 
@@ -37,9 +34,19 @@ Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 class FrontDoor(Starlette):
     """An application with these routes behind the front door."""
 
-    def __init__(self, routes: Sequence[BaseRoute], config: HttpConfig, *, lifespan: Lifespan | None = None) -> None:
-        """Raises ConfigurationError for API keys that cannot be read."""
+    def __init__(
+        self,
+        routes: Sequence[BaseRoute],
+        config: HttpConfig,
+        *,
+        lifespan: Lifespan | None = None,
+        is_local: bool = False,
+    ) -> None:
+        """``is_local`` says that the server listens on loopback alone.
+
+        Raises ConfigurationError for API keys that cannot be read."""
         self._config = config
+        self._is_local = is_local
         self._keys = read_keys(config)
         self._log = RequestLog(access=config.access_log)
 
@@ -61,7 +68,9 @@ class FrontDoor(Starlette):
         config = self._config
         if self._keys:
             app = KeyGuard(app, self._keys)
-        app = _Origins(
+        if self._is_local:
+            app = LocalOnly(app, config)
+        app = Origins(
             app,
             allow_origins=config.allowed_origins,
             allow_methods=config.allowed_methods,
@@ -103,21 +112,3 @@ class _Entrance:
             # It was logged and answered with status 500; the server would only log it again.
         finally:
             self._log.note(visit)
-
-
-class _Origins(CORSMiddleware):
-    """Starlette's CORS, whose refusals have the shape of all errors."""
-
-    def preflight_response(self, request_headers: Headers) -> Response:
-        response = super().preflight_response(request_headers)
-        if response.status_code == HTTPStatus.OK:
-            return response
-        text = bytes(response.body).decode()
-        refusal = error_response(
-            InvalidRequestError(
-                f"{text}; the server's options --allowed-origins, -methods and -headers say what is allowed."
-            )
-        )
-        for name, value in response.headers.items():
-            refusal.headers.setdefault(name, value)
-        return refusal

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from chiasm.errors import ConfigurationError
+from chiasm.ownership import other_writers
 
 LEAST_KEY_CHARACTERS = 16
 """A shorter one could be guessed by somebody who may try a few thousand times a second."""
@@ -25,12 +26,16 @@ def check_key(where: str, key: str) -> None:
 
 
 def read_key_file(option: str, path: Path) -> list[str]:
-    """Return the keys in a file, one a line and at least one. Raises ConfigurationError."""
+    """Return the keys in a file that nobody else may write, one a line and at least one. Raises ConfigurationError."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or "it is not a text"
         raise ConfigurationError(f"{option}: {path} cannot be read: {reason}.") from None
+    if others := other_writers(path.stat()):
+        raise ConfigurationError(
+            f"{option}: {path} {others}, who could add a key; make it yours alone (chmod go-w {path})."
+        )
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise ConfigurationError(f"{option}: {path} holds no key; write one a line.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from chiasm.errors import ConfigurationError
@@ -39,6 +40,14 @@ def bind(host: str, port: int, *, option: str = "--port", listening: bool = True
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise ConfigurationError(f"Cannot listen on {host} port {port}: {reason}.") from error
     return listener
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether who listens on this address or name is reached from its own machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def base_url(host: str, port: int) -> str:

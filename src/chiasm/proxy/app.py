@@ -25,7 +25,7 @@ from chiasm.http.errors import error_response
 from chiasm.http.front import FrontDoor
 from chiasm.http.key_rules import check_key, read_key_file
 from chiasm.http.keys import bearer, digest_of, is_one_of
-from chiasm.http.listen import check_url
+from chiasm.http.listen import check_url, is_loopback
 from chiasm.http.untrusted import read_json
 from chiasm.proxy.balancing import model_not_found
 from chiasm.proxy.config import ProxyConfig
@@ -74,7 +74,7 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
     if config.has_admin:
         admin = _Admin(service, _admin_keys(config))
         routes.append(Route("/instances", admin.handle, methods=["GET", "POST", "DELETE"]))
-    app = FrontDoor(routes, config.http, lifespan=lifespan)
+    app = FrontDoor(routes, config.http, lifespan=lifespan, is_local=is_loopback(config.host))
     app.state.service = service
     return app
 

@@ -13,6 +13,7 @@ from chiasm.http.listen import check_url
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
 from chiasm.options import Option
+from chiasm.proxy.tenants import TenantBy
 
 _POSITIVE = (
     "deadline_seconds",
@@ -64,6 +65,12 @@ class ProxyConfig:
     admin_key_file: Annotated[
         Path | None, Option("File with such keys, one a line; other users of the machine don't see them there.")
     ] = None
+    tenant_by: Annotated[
+        TenantBy,
+        Option(
+            "What keeps the caches of tenants apart: the cache_salt of their requests, or their keys (Authorization) as well."
+        ),
+    ] = TenantBy.SALT
     deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
     """From a request's arrival to the last byte of its answer."""
     connect_timeout_seconds: Annotated[float, Option("Timeout of connecting to an instance.")] = 3.0

@@ -152,7 +152,7 @@ _kind = msgspec.json.Decoder(_Kind)
 def parse_completion(body: bytes) -> Request:
     """Parse the body of a completion. Raises InvalidRequestError."""
     parsed = _decode(_completion, body)
-    return Request(body, parsed.model, stream=bool(parsed.stream))
+    return Request(body, parsed.model, parsed.cache_salt or "", stream=bool(parsed.stream))
 
 
 def parse_chat(body: bytes) -> Request:

@@ -23,6 +23,7 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.request import Request, parse_chat, parse_completion
 from chiasm.proxy.routing import Router
+from chiasm.proxy.tenants import TenantBy, of_tenant
 from chiasm.proxy.upstream import RefusedError, Upstream
 from chiasm.wire import CHAT_PATH, Role
 
@@ -117,6 +118,8 @@ class ProxyService:
         try:
             request = await self._parsed(exchange, parse_chat if path == CHAT_PATH else parse_completion)
             exchange.body = b""
+            if self.config.tenant_by is TenantBy.AUTHORIZATION:
+                request = of_tenant(request, exchange.headers.get("authorization", ""))
             job = Job(exchange, path, request, timing)
             if self.config.http.needs_key:
                 job.client = key_name(exchange.headers)

@@ -16,6 +16,7 @@ from chiasm.http import Endpoint, Exchange
 from chiasm.http.body import pace_of
 from chiasm.http.endpoint import Bounds
 from chiasm.http.front import FrontDoor
+from chiasm.http.listen import is_loopback
 from chiasm.http.timing import TimingEntry, write_timing
 from chiasm.server.completions import chat_completions, completions
 from chiasm.server.config import ServerConfig
@@ -59,6 +60,7 @@ def app_of(context: ServerContext) -> Starlette:
         ],
         context.config.http,
         lifespan=lifespan,
+        is_local=is_loopback(context.config.host),
     )
 
 
