@@ -55,7 +55,12 @@ class Received:
 
     @property
     def params(self) -> dict[str, Any]:
-        return dict(self.json["kv_transfer_params"])
+        """What the proxy says about KV, but for the random name of the lease."""
+        return {name: value for name, value in self.json["kv_transfer_params"].items() if name != "lease"}
+
+    @property
+    def lease(self) -> str:
+        return str(self.json["kv_transfer_params"]["lease"])
 
     @property
     def identifiers(self) -> list[str]:

@@ -33,10 +33,6 @@ async def released(instance: FakeInstance) -> list[str]:
     return await asyncio.wait_for(instance.released.get(), WAIT_SECONDS)
 
 
-def lease_of(received: Received) -> str:
-    return str(received.params["lease"])
-
-
 async def token_without_handle(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
     response = await begin_stream(request)
     await response.write(role_event() + event(WORDS[0]))
@@ -49,7 +45,7 @@ async def test_a_client_that_leaves_before_decode_has_answered(start: Start, str
     d.answer = never
     front = await start([p, d])
     await leave(front, ask("x", stream=streams), p, d)
-    assert await released(p) == [lease_of(p.received[0])]
+    assert await released(p) == [p.received[0].lease]
     await until_idle(front)
 
 
@@ -58,7 +54,7 @@ async def test_a_client_that_leaves_before_the_handle_has_come(start: Start) -> 
     p.answer = token_without_handle
     front = await start([p, d])
     await leave(front, ask("x", stream=True), p)
-    assert await released(p) == [lease_of(p.received[0])]
+    assert await released(p) == [p.received[0].lease]
 
 
 async def test_a_deadline_that_passes_before_decode_has_answered(start: Start) -> None:
@@ -66,7 +62,7 @@ async def test_a_deadline_that_passes_before_decode_has_answered(start: Start) -
     d.answer = never
     front = await start([p, d], deadline_seconds=0.5)
     assert (await front.post(ask("x"))).status == 504
-    assert await released(p) == [lease_of(p.received[0])]
+    assert await released(p) == [p.received[0].lease]
 
 
 @pytest.mark.parametrize("answer", [refuse(400, "no"), lose], ids=["refused", "lost"])
@@ -75,7 +71,7 @@ async def test_a_decode_instance_that_does_not_take_the_request(start: Start, an
     d.answer = answer
     front = await start([p, d], max_prefill_attempts=1)
     assert (await front.post(ask("x"))).status != 200
-    assert await released(p) == [lease_of(p.received[0])]
+    assert await released(p) == [p.received[0].lease]
 
 
 async def test_a_prompt_that_is_prefilled_again_gives_back_what_the_first_instance_holds(start: Start) -> None:
@@ -84,8 +80,8 @@ async def test_a_prompt_that_is_prefilled_again_gives_back_what_the_first_instan
     front = await start([*ps, d])
     assert (await front.post(ask("x"))).status == 200
     first, second = sorted(ps, key=lambda p: p.released.empty())
-    assert await released(first) == [lease_of(first.received[0])]
-    assert lease_of(second.received[0]) != lease_of(first.received[0])
+    assert await released(first) == [first.received[0].lease]
+    assert second.received[0].lease != first.received[0].lease
     assert second.released.empty()
 
 
@@ -97,7 +93,7 @@ async def test_the_end_of_the_proxy(start: Start) -> None:
     await asyncio.wait_for(d.arrived.acquire(), WAIT_SECONDS)
     front.service.interrupt_all()
     assert (await asking).status == 503
-    assert await released(p) == [lease_of(p.received[0])]
+    assert await released(p) == [p.received[0].lease]
 
 
 async def test_it_is_told_again_if_it_did_not_answer(start: Start) -> None:
@@ -105,7 +101,7 @@ async def test_it_is_told_again_if_it_did_not_answer(start: Start) -> None:
     p.unanswered_releases, d.answer = 1, never
     front = await start([p, d])
     await leave(front, ask("x", stream=True), p, d)
-    assert await released(p) == [lease_of(p.received[0])]
+    assert await released(p) == [p.received[0].lease]
 
 
 async def test_it_is_told_with_the_key_of_the_client(start: Start) -> None:
