@@ -35,6 +35,8 @@ class Code(enum.StrEnum):
     """The file is not an image that can be decoded."""
     IMAGE_TOO_LARGE = "image_too_large"
     """The image has more pixels than the limit."""
+    IMAGE_TOO_EXPENSIVE = "image_too_expensive"
+    """Decoding the image takes longer than its size warrants."""
     MEDIA_TOO_LARGE = "media_too_large"
     """The image file is larger than the limit."""
     MEDIA_ADDRESS_NOT_ALLOWED = "media_address_not_allowed"

@@ -97,6 +97,8 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Tokens of prompt and answer together."""
     max_items: Count | None = None
     """Images that one request may have."""
+    max_body_bytes: Count | None = None
+    """The largest request that it takes."""
     max_num_seqs: Count | None = None
     """Sequences that it computes at the same time."""
     kv_connector: str | None = None

@@ -22,7 +22,9 @@ def queue(fleet: Fleet) -> EncodeQueue:
     return Placement(fleet).images
 
 
-def wait(queue: EncodeQueue, name: str, due: float = 0.0, *, pixels: int = PIXELS, **more: Instance | str) -> Entry:
+def wait(
+    queue: EncodeQueue, name: str, due: float = 0.0, *, pixels: int = PIXELS, **more: Instance | str | int
+) -> Entry:
     entry = Entry(ItemWork(name, pixels), due, **more)  # type: ignore[arg-type]
     queue.add(entry)
     return entry
@@ -58,6 +60,20 @@ def test_a_fast_encoder_gets_more(fleet: Fleet, queue: EncodeQueue) -> None:
     for n in range(40):
         wait(queue, str(n))
     assert sum(len(feed.entries) for feed in queue.feed(0.0)) == 8
+
+
+def test_a_call_has_no_more_bytes_than_its_encoder_takes(fleet: Fleet, queue: EncodeQueue) -> None:
+    encoder(fleet, speed=75, max_body_bytes=10 << 20)
+    for name, size in (("a", 4), ("b", 4), ("c", 4), ("d", 30), ("e", 9)):
+        wait(queue, name, size_bytes=size << 20)
+    assert names(queue.feed(0.0)) == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_a_call_to_an_encoder_that_says_nothing_has_at_most_64_mib(fleet: Fleet, queue: EncodeQueue) -> None:
+    encoder(fleet, speed=75)
+    for name in "abcdefg":
+        wait(queue, name, size_bytes=11 << 20)
+    assert [len(one) for one in names(queue.feed(0.0))] == [5, 2]
 
 
 def test_what_is_due_first_goes_first(fleet: Fleet, queue: EncodeQueue) -> None:

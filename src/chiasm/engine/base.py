@@ -56,6 +56,11 @@ class Engine(ABC):
     def healthy(self) -> bool:
         """Whether it can serve."""
 
+    @property
+    def trouble(self) -> str:
+        """Why it can't serve; empty if it can, or doesn't know."""
+        return ""
+
     @abstractmethod
     def stats(self) -> EngineStats:
         """Return a snapshot; cheap, from any thread."""

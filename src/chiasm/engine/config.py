@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
 from chiasm.kv_transfer import KVTransferConfig
+from chiasm.media import MediaConfig
 from chiasm.options import Option
 from chiasm.wire import Role
 
@@ -64,6 +65,8 @@ class EngineConfig:
     """How embeddings travel; None for an aggregated instance, which makes its own, and for decode, which needs none."""
     kv: KVTransferConfig | None = None
     """How a prompt's KV travels from prefill to decode; None for the other roles."""
+    media: MediaConfig = field(default_factory=MediaConfig)
+    """What decoding an image may cost an encoder."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):

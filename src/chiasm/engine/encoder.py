@@ -29,8 +29,7 @@ from chiasm.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from chiasm.media import MediaConfig
-from chiasm.media.image import decode
+from chiasm.media.decoder import Decoder
 from chiasm.models import load_vision
 from chiasm.models.base import Pixels
 from chiasm.wire import Costs
@@ -71,6 +70,7 @@ class EncoderEngine(Engine):
         self._vision = load_vision(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
         self._ec_scheduler, self._ec_worker = self._connect(config.ec)
         lower_session_priority(config.nice)
+        self._decoder = Decoder(config.media)
         self._preprocess_pool = ThreadPoolExecutor(
             1, "chiasm-preprocess", initializer=lower_priority, initargs=(config.nice,)
         )
@@ -121,6 +121,7 @@ class EncoderEngine(Engine):
         """Drop items that have not begun, and wait for those that have. Idempotent."""
         if self._started:
             self._started = False
+            self._decoder.close()
             for pool in (self._preprocess_pool, self._encode_pool, self._publish_pool):
                 pool.shutdown(cancel_futures=True)
             self._ec_scheduler.shutdown()
@@ -128,7 +129,13 @@ class EncoderEngine(Engine):
 
     @property
     def healthy(self) -> bool:
-        return self._started
+        return self._started and not self._decoder.is_stuck
+
+    @property
+    def trouble(self) -> str:
+        if self._started and self._decoder.is_stuck:
+            return "Decoding an image has not ended for a minute; restart the instance."
+        return ""
 
     def stats(self) -> EngineStats:
         """Return a snapshot; cheap, from any thread."""
@@ -199,7 +206,10 @@ class EncoderEngine(Engine):
 
         if await self._is_published(item.identifier):
             return result(ItemOutcome.HIT)
-        pixels, preprocess_seconds = await self._in(self._preprocess_pool, lambda: self._preprocess(item))
+        # The server found this size in the header and within its limits; decoding to a larger one must fail.
+        pixels, preprocess_seconds = await self._decoder.decode(
+            item.data, item.height * item.width, self.processor.preprocess, self._preprocess_pool
+        )
         entry, encode_seconds = await self._in(self._encode_pool, lambda: self._run(pixels))
         _, publish_seconds = await self._in(
             self._publish_pool, lambda: self._ec_worker.save_caches({item.identifier: entry}, item.identifier)
@@ -211,10 +221,6 @@ class EncoderEngine(Engine):
         # Not on the event loop: an entry that another encoder has published is read to check that it isn't damaged.
         found, _ = await self._in(self._publish_pool, lambda: self._ec_scheduler.has_cache_item(identifier))
         return found
-
-    def _preprocess(self, item: EncodeItem) -> Pixels:
-        # The server found this size in the header and within its limits; decoding to a larger one must fail.
-        return self.processor.preprocess(decode(item.data, MediaConfig(max_image_pixels=item.height * item.width)))
 
     def _run(self, pixels: Pixels) -> Tensor:
         with self._worker.computing(encode_seconds(self.costs, len(pixels.geometry.rows))):

@@ -94,6 +94,7 @@ def instance_process(folder: Path, role: Role, settings: Mapping[str, Any]) -> I
             role,
             ec=ec_config(role, settings),
             kv=kv_config(role, settings),
+            media=_media(settings),
             **fields_from(settings, EngineConfig),
         ),
         server=ServerConfig(media=_media(settings), http=_http(settings), **fields_from(settings, ServerConfig)),

@@ -22,6 +22,12 @@ class MediaConfig:
     max_media_bytes: Annotated[int, Option("Maximum size of an image file.")] = 32 << 20
     """As fetched, or as decoded from base64."""
     max_image_pixels: Annotated[int, Option("Maximum size of an image, height times width.", min=1)] = 64_000_000
+    decode_cpu_seconds: Annotated[
+        float,
+        Option(
+            "CPU time for decoding an image whose header doesn't bound it, and half as much more for each 10 million pixels."
+        ),
+    ] = 2.0
     connect_timeout_seconds: float = 5.0
     """Timeout for name resolution, TCP and TLS of one hop."""
     fetch_timeout_seconds: Annotated[float, Option("Timeout of fetching one URL, redirects included.")] = 30.0
@@ -45,6 +51,7 @@ class MediaConfig:
         for name in (
             "max_media_bytes",
             "max_image_pixels",
+            "decode_cpu_seconds",
             "connect_timeout_seconds",
             "fetch_timeout_seconds",
             "max_concurrent_fetches",

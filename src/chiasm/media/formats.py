@@ -22,6 +22,9 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from chiasm.media.headers import avif, bmp, gif, jpeg, png, tiff, webp
+from chiasm.media.headers.steps import Walk
+
 
 class Format(NamedTuple):
     """A format that is read."""
@@ -32,6 +35,8 @@ class Format(NamedTuple):
     """As in its media type."""
     recognizes: Callable[[bytes], bool]
     """Whether these are the first bytes of such a file."""
+    walk: Walk
+    """Bounds what ``open`` reads."""
     open: Callable[[BytesIO], ImageFile.ImageFile]
     """Reads the header only."""
 
@@ -53,15 +58,29 @@ def _brands(data: bytes) -> set[bytes]:
 
 
 FORMATS = (
-    Format("PNG", "png", _begins(b"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
+    Format("PNG", "png", _begins(b"\x89PNG\r\n\x1a\n"), png.walk, PngImagePlugin.PngImageFile),
     # Not Pillow's factory function, which would use another plugin for a phone's file of several images (MPO).
-    Format("JPEG", "jpeg", _begins(b"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
-    Format("WebP", "webp", lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP", WebPImagePlugin.WebPImageFile),
-    Format("GIF", "gif", _begins(b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile),
-    Format("BMP", "bmp", _begins(b"BM"), BmpImagePlugin.BmpImageFile),
-    Format("TIFF", "tiff", _begins(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImagePlugin.TiffImageFile),
+    Format("JPEG", "jpeg", _begins(b"\xff\xd8\xff"), jpeg.walk, JpegImagePlugin.JpegImageFile),
+    Format(
+        "WebP",
+        "webp",
+        lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP",
+        webp.walk,
+        WebPImagePlugin.WebPImageFile,
+    ),
+    Format("GIF", "gif", _begins(b"GIF87a", b"GIF89a"), gif.walk, GifImagePlugin.GifImageFile),
+    Format("BMP", "bmp", _begins(b"BM"), bmp.walk, BmpImagePlugin.BmpImageFile),
+    Format("TIFF", "tiff", _begins(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), tiff.walk, TiffImagePlugin.TiffImageFile),
     *(
-        [Format("AVIF", "avif", lambda data: bool(_brands(data) & {b"avif", b"avis"}), AvifImagePlugin.AvifImageFile)]
+        [
+            Format(
+                "AVIF",
+                "avif",
+                lambda data: bool(_brands(data) & {b"avif", b"avis"}),
+                avif.walk,
+                AvifImagePlugin.AvifImageFile,
+            )
+        ]
         if AvifImagePlugin.SUPPORTED  # Pillow can be built without it
         else []
     ),

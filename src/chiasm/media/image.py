@@ -1,7 +1,8 @@
 """Images: their name, their size from the header alone, and their pixels.
 
 ``inspect`` and ``decode`` take size and rotation from the same function, so that the encoder sees an image of the size that
-the proxy has told the PD.
+the proxy has told the PD. Before Pillow reads a header, the format's ``walk`` has bounded what that costs. What decoding costs
+is bounded by ``decoder``.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from io import BytesIO
 from typing import NamedTuple
 
 from blake3 import blake3
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from chiasm.errors import Code, MediaError
-from chiasm.media import tiff
 from chiasm.media.config import MediaConfig
 from chiasm.media.formats import SUPPORTED, Format, format_of, other_kind
+from chiasm.media.headers.steps import UNKNOWN, ExcessiveHeaderError, Steps
 
 # max_image_pixels is always enforced. Pillow's own limit is higher and only warns.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# Clients can send broken EXIF data at will; it must not fill the log.
-warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
-warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin", category=UserWarning)
+# Clients can send broken metadata at will; it must not fill the log.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+# Of all text chunks together, decompressed; one of them may have 1 MiB.
+PngImagePlugin.MAX_TEXT_MEMORY = 8 << 20
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -34,6 +36,8 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUICK_PIXELS = 64_000_000
+"""Decoding goes over at most so many pixels in the caller's thread, each scan of a JPEG counted."""
 _SIDES_SWAPPED = 5
 """Orientations from here on swap height and width."""
 _WITHOUT_SCALE = {
@@ -81,8 +85,8 @@ def inspect(data: bytes, config: MediaConfig | None = None) -> ImageInfo:
     """Return size and format, from the header alone.
 
     Usually takes well under a millisecond, but a hostile file may take longer, so call it in a thread. Raises MediaError if
-    the data is not an image in a supported format, if its header is truncated, or if it has more pixels than
-    ``config.max_image_pixels``.
+    the data is not an image in a supported format, if its header is truncated or has more parts than an image needs, or if it
+    has more pixels than ``config.max_image_pixels``.
     """
     opened = _open(data, config or MediaConfig())
     opened.image.close()
@@ -95,8 +99,22 @@ def decode(data: bytes, config: MediaConfig | None = None) -> Image.Image:
     Applies the EXIF rotation, takes the first frame of an animation or page of a document, puts transparent parts on white,
     scales 16 bits per channel to 8, and converts CMYK without a colour profile. Raises MediaError for everything that
     ``inspect`` refuses and for pixel data that is truncated or corrupt.
+
+    A hostile file takes as long as it likes. Servers use a ``Decoder``, which bounds that.
     """
-    opened = _open(data, config or MediaConfig())
+    return _load(_open(data, config or MediaConfig()))
+
+
+def decode_quickly(data: bytes, config: MediaConfig) -> Image.Image | None:
+    """Return what ``decode`` does; None if the header doesn't show that this takes little time for the image's size."""
+    opened = _open(data, config)
+    if opened.passes is UNKNOWN or opened.passes * opened.width * opened.height > _QUICK_PIXELS:
+        opened.image.close()
+        return None
+    return _load(opened)
+
+
+def _load(opened: _Opened) -> Image.Image:
     with opened.image as image:
         try:
             image.load()
@@ -118,6 +136,8 @@ class _Opened(NamedTuple):
     width: int
     turn: Image.Transpose | None
     """What Pillow's plugin leaves to be done after loading."""
+    passes: int | None
+    """How often decoding goes over the pixels; UNKNOWN if the header doesn't say."""
 
 
 def _open(data: bytes, config: MediaConfig) -> _Opened:
@@ -132,10 +152,15 @@ def _open(data: bytes, config: MediaConfig) -> _Opened:
         raise MediaError(found, code=Code.INVALID_IMAGE)
     is_tiff = format.key == "tiff"
     try:
-        if is_tiff and tiff.is_excessive(data, config.max_image_pixels):
-            raise ValueError("The directory asks for more than an image needs.")
+        passes = format.walk(data, Steps(), config.max_image_pixels)
         image = format.open(BytesIO(data))
         width, height = image.size
+    except ExcessiveHeaderError as error:
+        raise MediaError(
+            f"The header of the {format.name} image asks for more than an image needs: {error}. Save the image again with "
+            "another program.",
+            code=Code.INVALID_IMAGE,
+        ) from None
     except Exception as error:  # a plugin can raise anything for a hostile header
         raise _corrupt(f"The header of the {format.name} image") from error
     if width < 1 or height < 1:
@@ -156,7 +181,7 @@ def _open(data: bytes, config: MediaConfig) -> _Opened:
     is_swapped = is_tiff and image.tag_v2.get(_ORIENTATION_TAG) in range(_SIDES_SWAPPED, 9)  # type: ignore[attr-defined]
     if orientation >= _SIDES_SWAPPED and not is_swapped:
         height, width = width, height
-    return _Opened(image, format, height, width, None if is_tiff else _TRANSPOSE.get(orientation))
+    return _Opened(image, format, height, width, None if is_tiff else _TRANSPOSE.get(orientation), passes)
 
 
 def _corrupt(what: str) -> MediaError:

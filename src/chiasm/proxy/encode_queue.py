@@ -23,6 +23,10 @@ _ENOUGH_ITEMS = 2
 _ENOUGH_SECONDS = 0.05
 """It gets more only while they are less work than this, so that small images don't cost a round trip each."""
 _MOST_ITEMS = 64
+_CALL_BYTES = 64 << 20
+"""The largest call to an encoder that doesn't say what it takes."""
+_ENVELOPE_BYTES = 64 << 10
+"""What a call holds beside its images."""
 _EXAMINED = 256
 """Images, from the one that is due first, among which one is sought for an encoder with room."""
 _FORECAST = 64
@@ -48,9 +52,21 @@ _IDLE = Device()
 class Entry:
     """One image to encode. Compared by identity."""
 
-    def __init__(self, item: ItemWork, due: float, *, request: object = None, language: Instance | None = None) -> None:
-        """``request`` is the one whose images may share a call; ``language`` the instance that needs the embedding."""
+    def __init__(
+        self,
+        item: ItemWork,
+        due: float,
+        *,
+        request: object = None,
+        language: Instance | None = None,
+        size_bytes: int = 0,
+    ) -> None:
+        """``request`` is the one whose images may share a call; ``language`` the instance that needs the embedding.
+
+        ``size_bytes`` is what the image takes in a call.
+        """
         self.item = item
+        self.size_bytes = size_bytes
         self.due = due
         self.request = request
         self.language = language
@@ -272,15 +288,16 @@ class EncodeQueue:
         return desk
 
     def _calls(self, given: Sequence[Entry]) -> list[Feed]:
-        """Put images of one request that one encoder gets into one call, up to its limit."""
+        """Put images of one request that one encoder gets into one call, up to its limits of images and of bytes."""
         calls: dict[tuple[Instance, int], list[Entry]] = {}
         for entry in given:
             assert entry.encoder is not None
             calls.setdefault((entry.encoder, id(entry.request)), []).append(entry)
         feeds: list[Feed] = []
         for (encoder, _), entries in calls.items():
-            limit = (encoder.health and encoder.health.max_items) or len(entries)
-            feeds += [Feed(encoder, entries[first : first + limit]) for first in range(0, len(entries), limit)]
+            most = (encoder.health and encoder.health.max_items) or len(entries)
+            most_bytes = ((encoder.health and encoder.health.max_body_bytes) or _CALL_BYTES) - _ENVELOPE_BYTES
+            feeds += [Feed(encoder, part) for part in _parts(entries, most, most_bytes)]
         for feed in feeds:
             number = next(self._numbers)
             for entry in feed.entries:
@@ -353,6 +370,19 @@ class Plan:
             first = next(iter(self.left))
             share = sum(self._encode_seconds(first, entry.item) for entry in entries) / len(self.left)
             self.left = {encoder: left + share for encoder, left in self.left.items()}
+
+
+def _parts(entries: Sequence[Entry], most: int, most_bytes: int) -> list[list[Entry]]:
+    """Cut a list into parts that keep both limits; an image that is too large by itself has its own."""
+    parts: list[list[Entry]] = []
+    size_bytes = 0
+    for entry in entries:
+        size_bytes += entry.size_bytes
+        if not parts or len(parts[-1]) == most or size_bytes > most_bytes:
+            parts.append([])
+            size_bytes = entry.size_bytes
+        parts[-1].append(entry)
+    return parts
 
 
 def _order(entry: Entry) -> tuple[float, float]:

@@ -140,7 +140,13 @@ class Encoders:
                 continue
             flight = self._flights.get(item.identifier)
             if flight is None:
-                entry = Entry(ItemWork(item.identifier, item.pixels), job.due, request=job, language=job.instance)
+                entry = Entry(
+                    ItemWork(item.identifier, item.pixels),
+                    job.due,
+                    request=job,
+                    language=job.instance,
+                    size_bytes=item.part_bytes,
+                )
                 flight = self._flights[item.identifier] = _Flight(item, entry)
                 self._queue.add(entry)
             else:

@@ -16,6 +16,9 @@ from chiasm.media.data_url import encode_data_url
 from chiasm.media.url import is_data_url
 from chiasm.proxy.request import MediaPart
 
+_PART_BYTES = 256
+"""The greatest size of what a content part holds beside the image."""
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -32,6 +35,11 @@ class Item:
     @property
     def pixels(self) -> int:
         return self.height * self.width
+
+    @property
+    def part_bytes(self) -> int:
+        """The size of its ``image_url_part``, about."""
+        return len(self.url) + _PART_BYTES
 
     def image_url_part(self) -> bytes:
         """Return the content part that carries its bytes."""

@@ -14,12 +14,15 @@ from chiasm.errors import ChiasmError, Code, InvalidRequestError, ModelNotFoundE
 from chiasm.http import Admission, Exchange
 from chiasm.http.keys import key_name
 from chiasm.media import Fetcher
+from chiasm.media.decoder import Decoder
 from chiasm.models.base import LoadProgress
 from chiasm.server.config import ServerConfig
 from chiasm.server.metrics import Metrics
 from chiasm.wire import CLIENT_HEADER
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from chiasm.engine.base import Engine
     from chiasm.engine.config import EngineConfig
     from chiasm.engine.grammar import GrammarCompiler
@@ -83,6 +86,7 @@ class ServerContext:
         self._grammar_pool = ThreadPoolExecutor(1, thread_name_prefix="chiasm-grammar")
         self._grammars: GrammarCompiler | None = None
         self._fetcher: Fetcher | None = None
+        self._decoder = Decoder(config.media)
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -92,6 +96,7 @@ class ServerContext:
             yield
         finally:
             await self._fetcher.close()
+            self._decoder.close()
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._grammar_pool.shutdown(wait=False, cancel_futures=True)
 
@@ -178,6 +183,11 @@ class ServerContext:
     async def in_thread(self, function: Callable[[], _T]) -> _T:
         """Call a slow function outside the event loop; at most ``config.threads`` run at a time."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    async def decode(self, data: bytes, max_pixels: int, use: Callable[[Image], _T]) -> _T:
+        """Decode an image and call ``use`` with it, outside the event loop. Raises MediaError."""
+        result, _ = await self._decoder.decode(data, max_pixels, use, self._pool)
+        return result
 
     async def with_grammars(self, processor: Processor, function: Callable[[GrammarCompiler], _T]) -> _T:
         """Call a function that compiles grammars, one at a time and in a thread of their own."""

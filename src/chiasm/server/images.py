@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from chiasm.chat_body import refused_part
@@ -17,7 +16,7 @@ from chiasm.ec_transfer import check_identifier
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
 from chiasm.http.timing import TimingEntry
-from chiasm.media import ImageInfo, decode, identifier, inspect
+from chiasm.media import ImageInfo, identifier, inspect
 from chiasm.media.url import is_data_url
 from chiasm.models.base import ItemGeometry, Metadata, Pixels, Processor
 from chiasm.server.context import EncodingEngine, GeneratingEngine, ServerContext
@@ -155,13 +154,11 @@ async def preprocess_images(
 ) -> dict[str, Pixels]:
     """Return pixels by identifier, with each distinct image once. Raises MediaError, DeadlineExceededError."""
 
-    def preprocess(data: bytes) -> Pixels:
-        return processor.preprocess(decode(data, context.config.media))
+    def preprocess(image: Image) -> Awaitable[Pixels]:
+        return context.decode(image.data, image.info.pixels, processor.preprocess)
 
-    distinct = {image.identifier: image.data for image in images}
-    pixels = await _for_each(
-        exchange, "preprocess", lambda data: context.in_thread(partial(preprocess, data)), list(distinct.values())
-    )
+    distinct = {image.identifier: image for image in images}
+    pixels = await _for_each(exchange, "preprocess", preprocess, list(distinct.values()))
     return dict(zip(distinct, pixels, strict=True))
 
 

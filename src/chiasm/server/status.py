@@ -57,6 +57,8 @@ class Status:
         if status == "failed":
             message = context.failure.message if context.failure else "The engine has stopped; see the instance's log."
         engine = context.loaded_engine
+        if status == "failed" and engine is not None and engine.trouble:
+            message = engine.trouble
         if engine is None:
             progress = context.progress
             return Health(
@@ -80,6 +82,7 @@ class Status:
             needs_key=context.config.http.needs_key,
             max_model_len=engine.max_model_len,
             max_items=engine.config.max_items,
+            max_body_bytes=context.config.max_body_bytes,
             device=str(engine.device),
             threads=engine.num_threads,
             cpus=sorted(allowed_cpus()),
