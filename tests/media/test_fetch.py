@@ -350,6 +350,24 @@ async def test_waiting_for_other_fetches_ends_with_the_timeout(make: Make, site:
     assert await fetcher.fetch(f"{site.url}/image") == IMAGE
 
 
+@pytest.mark.parametrize("path", ["slow", "trickle"])
+async def test_a_site_that_falls_silent_ends_the_fetch(make: Make, site: Site, path: str) -> None:
+    await refused(make(read_timeout_seconds=0.2), f"{site.url}/{path}", "media_timeout")
+
+
+async def test_a_silent_host_leaves_places_to_others(make: Make, site: Site) -> None:
+    names = Names(["127.0.0.1"])
+    fetcher = make(names, max_concurrent_fetches=2, max_fetches_per_host=1)
+    waiting = [asyncio.ensure_future(fetcher.fetch(f"http://silent.example:{site.port}/slow")) for _ in range(8)]
+    while not site.requests:  # noqa: ASYNC110 - the site has no event
+        await asyncio.sleep(0.002)
+    assert await fetcher.fetch(f"http://good.example:{site.port}/image") == IMAGE
+    assert not any(one.done() for one in waiting)
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
 async def test_an_endless_response_ends_at_the_size_limit(make: Make, site: Site) -> None:
     await refused(make(max_media_bytes=100_000), f"{site.url}/endless", "media_too_large")
     await asyncio.wait_for(site.ended.wait(), 5)

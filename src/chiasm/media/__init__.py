@@ -1,9 +1,10 @@
 """The images of requests: how they are fetched, inspected, named and decoded.
 
 An image passes the files in this order: ``fetch`` gets its bytes (from a ``data_url``, or over HTTP from a ``url`` whose
-``addresses`` are allowed, with the ``content_encoding`` undone), ``formats`` says what kind of file it is, and ``image`` reads
-its size (of a TIFF only if its directory is sound: ``tiff``), names it by content and decodes it, within the limits of
-``config``. The proxy uses ``Fetcher``, ``inspect`` and ``identifier``; encoders use ``decode``. Nothing here loads torch.
+``addresses``, found by a ``resolver``, are allowed, with the ``content_encoding`` undone), ``formats`` says what kind of
+file it is, ``headers`` bounds what its header may cost, and ``image`` reads its size, names it by content and decodes it,
+within the limits of ``config``. ``decoder`` bounds what decoding may cost, with the help of a ``decoding_process``. The
+proxy uses ``Fetcher``, ``inspect`` and ``identifier``; encoders also use ``Decoder``. Nothing here loads torch.
 """
 
 from typing import TYPE_CHECKING

@@ -31,9 +31,15 @@ class MediaConfig:
     connect_timeout_seconds: float = 5.0
     """Timeout for name resolution, TCP and TLS of one hop."""
     fetch_timeout_seconds: Annotated[float, Option("Timeout of fetching one URL, redirects included.")] = 30.0
+    read_timeout_seconds: float = 5.0
+    """A site that sends nothing for so long has ended its response."""
     max_redirects: int = 3
     max_concurrent_fetches: int = 64
     """The limit for all requests together; further fetches wait, within their ``fetch_timeout_seconds``."""
+    max_fetches_per_host: int = 16
+    """Of URLs that name one host, so that a silent one doesn't take all places."""
+    max_fetches_per_request: int = 8
+    """So that requests take turns."""
     allowed_local_media_path: Annotated[
         Path | None, Option("Folder whose files file:// URLs may name.", unset="file:// URLs are refused")
     ] = None
@@ -54,7 +60,10 @@ class MediaConfig:
             "decode_cpu_seconds",
             "connect_timeout_seconds",
             "fetch_timeout_seconds",
+            "read_timeout_seconds",
             "max_concurrent_fetches",
+            "max_fetches_per_host",
+            "max_fetches_per_request",
         ):
             if getattr(self, name) <= 0:
                 raise ConfigurationError(f"{name} must be positive.")

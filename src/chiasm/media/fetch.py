@@ -16,6 +16,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
+from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -28,6 +29,7 @@ from chiasm.media.config import MediaConfig
 from chiasm.media.content_encoding import DECOMPRESSED, CompressionError, ExpandedTooLargeError, decompress
 from chiasm.media.data_url import DataURL, decode_data_url, too_large
 from chiasm.media.formats import SUPPORTED, format_of, other_kind
+from chiasm.media.resolver import MediaResolver
 from chiasm.media.url import (
     MAX_URL_CHARACTERS,
     InvalidURLError,
@@ -87,9 +89,12 @@ class Fetcher:
         self._domains = frozenset(map(host_of, config.allowed_media_domains))
         self._folder = config.allowed_local_media_path and config.allowed_local_media_path.resolve()
         self._turns = asyncio.Semaphore(config.max_concurrent_fetches)
+        self._turns_of_hosts: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        # A connector closes no resolver that was given to it.
+        self._resolver = resolver or MediaResolver(config.max_concurrent_fetches)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                resolver=resolver,
+                resolver=self._resolver,
                 ssl=ssl_context or True,
                 use_dns_cache=False,
                 socket_factory=self._guard.open_socket,
@@ -99,7 +104,9 @@ class Fetcher:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,
-            timeout=aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_seconds),
+            timeout=aiohttp.ClientTimeout(
+                total=None, connect=config.connect_timeout_seconds, sock_read=config.read_timeout_seconds
+            ),
             headers={
                 "User-Agent": f"chiasm/{__version__}",
                 "Accept": "image/*,*/*;q=0.5",
@@ -109,6 +116,7 @@ class Fetcher:
 
     async def close(self) -> None:
         await self._session.close()
+        await self._resolver.close()
 
     async def fetch(self, url: str, hold: Callable[[int], None] = lambda size_bytes: None) -> bytes:
         """Return the bytes behind ``url``. Raises MediaError; its message is meant for the client.
@@ -125,7 +133,11 @@ class Fetcher:
             )
         scheme = scheme_of(url)
         try:
-            async with asyncio.timeout(self.config.fetch_timeout_seconds), self._turns:
+            async with (
+                asyncio.timeout(self.config.fetch_timeout_seconds),
+                self._turns_of_host(url),  # before a place among all, so that who waits for a host takes none
+                self._turns,
+            ):
                 if scheme in {"http", "https"}:
                     return await self._fetch_http(url, hold)
                 if scheme == "file":
@@ -145,6 +157,16 @@ class Fetcher:
     def decode_data_url(self, url: bytes) -> DataURL:
         """Return what a ``data:`` URL holds. Takes milliseconds for large ones, so call it in a thread. Raises MediaError."""
         return decode_data_url(url, self.config.max_media_bytes)
+
+    def _turns_of_host(self, url: str) -> asyncio.Semaphore:
+        try:
+            host = parse_http_url(url).raw_host or ""
+        except InvalidURLError:
+            host = ""
+        turns = self._turns_of_hosts.get(host)
+        if turns is None:
+            turns = self._turns_of_hosts[host] = asyncio.Semaphore(self.config.max_fetches_per_host)
+        return turns
 
     async def _fetch_http(self, url: str, hold: Callable[[int], None]) -> bytes:
         try:

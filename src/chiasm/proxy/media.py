@@ -80,6 +80,7 @@ async def read_items(
     loop = asyncio.get_running_loop()
     fetched_at: list[float] = []
     started = time.perf_counter()
+    turns = asyncio.Semaphore(fetcher.config.max_fetches_per_request)
 
     async def read(url: bytes) -> Item:
         if is_data_url(url):
@@ -94,7 +95,8 @@ async def read_items(
             holder.hold(size_bytes)
             arrived_bytes += size_bytes
 
-        data = await fetcher.fetch(_text(url), hold)
+        async with turns:
+            data = await fetcher.fetch(_text(url), hold)
         fetched_at.append(time.perf_counter())
         holder.hold(len(data) * 4 // 3)
         item = await loop.run_in_executor(executor, _item_of_bytes, fetcher, data, fingerprint, salt)

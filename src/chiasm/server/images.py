@@ -129,13 +129,18 @@ async def fetch_images(
     Raises InvalidRequestError, MediaError, DeadlineExceededError.
     """
 
+    turns = asyncio.Semaphore(context.config.media.max_fetches_per_request)
+
     async def fetch(part: Part) -> Image:
         url = part.image_url.url if isinstance(part.image_url, ImageURL) else part.image_url
         assert url is not None
         is_data = is_data_url(url)
-        fetched = b"" if is_data else await context.fetcher.fetch(url, exchange.hold)
+        fetched = b""
         if is_data:
             exchange.hold(len(url) * 3 // 4)
+        else:
+            async with turns:
+                fetched = await context.fetcher.fetch(url, exchange.hold)
 
         def examine() -> Image:
             data = context.fetcher.decode_data_url(url.encode(errors="replace")).data if is_data else fetched
