@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,6 +97,24 @@ async def test_images_decoded_apart_keep_no_thread_busy(decoder: Decoder, thread
     quick = hostile.encode("PNG")
     assert await pixels(decoder, threads, quick) == decode(quick).tobytes()
     assert len(await asyncio.gather(*slow)) == 4
+
+
+async def test_an_image_that_keeps_its_thread_is_known(
+    decoder: Decoder, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chiasm.media.decoder._STUCK_SECONDS", 0.0)
+    begun, ends = threading.Event(), threading.Event()
+
+    def stay(image: Image.Image) -> None:
+        begun.set()
+        ends.wait()
+
+    task = asyncio.ensure_future(decoder.decode(hostile.encode("PNG"), 64 * 64, stay, threads))
+    await asyncio.to_thread(begun.wait)
+    assert decoder.is_stuck
+    ends.set()
+    await task
+    assert not decoder.is_stuck
 
 
 async def test_closing_ends_the_process(threads: ThreadPoolExecutor) -> None:

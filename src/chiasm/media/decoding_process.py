@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+import signal
 import struct
 import sys
 
@@ -29,6 +30,7 @@ def main() -> None:
     import resource
     import time
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the instance, which ends this process when it is done
     source, target = sys.stdin.buffer, sys.stdout.buffer
     _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
     while len(header := source.read(struct.calcsize(ORDER))) == struct.calcsize(ORDER):
