@@ -35,6 +35,7 @@ def test_health_has_what_the_proxy_needs(pd: Served) -> None:
         "version": __version__,
         "max_model_len": 512,
         "max_items": 3,
+        "max_body_bytes": 400_000,
         "device": "cpu",
         "threads": 2,
         "cpus": sorted(os.sched_getaffinity(0)),
