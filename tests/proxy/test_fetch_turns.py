@@ -34,6 +34,16 @@ class Site:
         return web.Response(body=hostile.encode("PNG"))
 
 
+class Unbounded:
+    """Lets a request hold any number of bytes."""
+
+    def hold(self, size_bytes: int) -> None:
+        pass
+
+    def give_back(self, size_bytes: int) -> None:
+        pass
+
+
 @pytest.fixture
 async def site() -> AsyncIterator[Site]:
     site = Site()
@@ -52,7 +62,7 @@ async def test_a_request_fetches_no_more_at_a_time_than_its_share(site: Site) ->
     parts = [MediaPart(f"{site.url}/{n}".encode(), has_uuid=False, verbatim=True) for n in range(8)]
     with ThreadPoolExecutor(1) as threads:
         found = await read_items(
-            parts, fetcher=fetcher, executor=threads, fingerprint="f" * 64, salt="", hold=lambda size: None
+            parts, fetcher=fetcher, executor=threads, fingerprint="f" * 64, salt="", holder=Unbounded()
         )
     await fetcher.close()
     assert len(found.items) == 8
