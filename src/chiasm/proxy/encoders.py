@@ -372,9 +372,10 @@ def _none_left(flight: _Flight, waited_seconds: float = 0.0) -> Exception:
         return flight.refusal  # it says why
     if not flight.attempts:
         return none_healthy(Role.ENCODER, waited_seconds)
+    attempts = "one attempt" if flight.attempts == 1 else f"{flight.attempts} attempts"
     which = f"no encoder came back within {waited_seconds:g} s" if waited_seconds else "no other encoder is left"
     return EmbeddingUnavailableError(
-        f"An image could not be encoded in {flight.attempts} attempt(s), and {which}; try again.",
+        f"An image could not be encoded in {attempts}, and {which}; try again.",
         code=Code.ENCODER_LOST,
     )
 
