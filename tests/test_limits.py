@@ -31,9 +31,10 @@ class Row(NamedTuple):
 def rows() -> list[Row]:
     found = []
     for line in PAGE.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("| `") else []
-        if cells:
-            name, options, protects, seen, metric = cells
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("| ") else ["limit"]
+        if cells[0] != "limit":
+            name, options, protects, seen, *others = cells
+            metric = others[0] if others else ""
             given = [
                 (flag, re.findall(r"[\w.]+", values)) for flag, values in re.findall(r"`(--[\w-]+)`([^`]*)", options)
             ]
@@ -68,6 +69,8 @@ def test_each_limit_has_its_options_with_their_defaults() -> None:
     for row in rows():
         for flag, defaults in row.options:
             assert flag in known, f"{row.name}: {flag} is no option"
+            if row.metric not in set(Limit):  # what stands there are words
+                continue
             assert [read(known[flag][0], text) for text in defaults] == [one.default for one in known[flag]], row.name
 
 
