@@ -109,7 +109,7 @@ async def test_an_encoder_that_is_added_gets_images_that_wait(start: Start) -> N
     request = asyncio.ensure_future(front.post(ask(*(image(image_bytes(one, SIZE)) for one in COLOURS[:3]))))
     await waiting(front, 1)
     await other.start()
-    key = {"Authorization": "Bearer k"}
+    key = {"Authorization": "Bearer " + "k" * 16}
     assert (await front.post({"url": other.url, "role": "encoder"}, "/instances", **key)).status == 201
     await asyncio.wait_for(other.arrived.acquire(), 10)
     request.cancel()
