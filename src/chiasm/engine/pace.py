@@ -1,8 +1,7 @@
-"""What the work of a prompt costs this engine, and so when it is due."""
+"""How much work a prompt is, and what a token of it costs this engine now."""
 
 from __future__ import annotations
 
-from chiasm.due import due
 from chiasm.models.base import Prompt
 
 ITEM_WEIGHT = 2.0
@@ -17,11 +16,6 @@ def prompt_work(prompt: Prompt) -> float:
     """Return the work of a prompt, in tokens of text."""
     item_tokens = sum(item.length for item in prompt.items)
     return len(prompt.token_ids) + (ITEM_WEIGHT - 1) * item_tokens
-
-
-def prompt_due(arrived: float, work_tokens: float, seconds_per_token: float) -> float:
-    """Return when so much work is due, on the clock of ``arrived``."""
-    return due(arrived, work_tokens * seconds_per_token)
 
 
 class PrefillPace:

@@ -9,8 +9,9 @@ import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from chiasm.due import due
 from chiasm.engine.outputs import Choice
-from chiasm.engine.pace import prompt_due, prompt_work
+from chiasm.engine.pace import prompt_work
 from chiasm.engine.request import GenerateRequest, ItemTiming, Output, RequestTiming
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError, EmbeddingUnavailableError
@@ -62,7 +63,7 @@ class RequestState:
             seed = secrets.randbits(62)
         resumed = params is not None and params.num_sent > 1
         work_tokens = request.work_tokens or prompt_work(request.prompt)
-        due_at = _BEFORE_ALL_NEW if resumed else prompt_due(self.arrived, work_tokens, seconds_per_token)
+        due_at = _BEFORE_ALL_NEW if resumed else due(self.arrived, work_tokens * seconds_per_token)
         for index in range(request.num_choices):
             sequence = Sequence(
                 request_id=request.request_id,

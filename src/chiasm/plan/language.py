@@ -11,9 +11,10 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from chiasm.due import due
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
-from chiasm.engine.pace import PrefillPace, prompt_due, prompt_work
+from chiasm.engine.pace import PrefillPace, prompt_work
 from chiasm.engine.request import SamplingParams
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
 from chiasm.engine.sequence import Sequence
@@ -124,7 +125,7 @@ class LanguageInstance:
             request_id=name,
             index=0,
             arrival=next(self._arrivals),
-            due=prompt_due(now, prompt_work(prompt), self._pace.seconds_per_token),
+            due=due(now, prompt_work(prompt) * self._pace.seconds_per_token),
             prompt=prompt,
             sampling=SamplingParams(max_tokens=answer_tokens),
             seed=0,

@@ -108,6 +108,10 @@ class AnswerFormat(ABC):
     ) -> ChatLogprobs | CompletionLogprobs:
         """Return the log probabilities of some tokens of a choice, with the characters that come before each."""
 
+    def written_logprobs(self, logprobs: Sequence[TokenLogprob] | None, text_offsets: Sequence[int]) -> bytes:
+        """Return the same as JSON; ``null`` if there are none."""
+        return b"null" if logprobs is None else _encode(self.logprobs(logprobs, text_offsets))
+
     # ---- a stream ----------------------------------------------------------------------------------------------------
 
     def role(self, index: int) -> bytes:
@@ -123,7 +127,7 @@ class AnswerFormat(ABC):
         usage: Usage | None,
     ) -> bytes:
         """Return an event with more text of a choice."""
-        written = b"null" if logprobs is None else _encode(self.logprobs(logprobs, text_offsets))
+        written = self.written_logprobs(logprobs, text_offsets)
         head, ending = self._opens[index], self._ending(usage)
         return b'%b%b%b%b%b,"finish_reason":null}]%b' % (
             head,

@@ -62,7 +62,7 @@ class ToolChatFormat(ChatFormat):
         deltas = [_delta(piece) for piece in self._parsers[index].add(text)]
         if not deltas and logprobs is None:
             return b""
-        written = b"null" if logprobs is None else _encode(self.logprobs(logprobs, text_offsets))
+        written = self.written_logprobs(logprobs, text_offsets)
         # The log probabilities stand in the first event, since a token may belong to several.
         return b"".join(
             self._event(index, delta, b"null" if number else written, usage)
