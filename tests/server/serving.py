@@ -22,7 +22,9 @@ from chiasm.http.listen import bind, url_of
 def serving(app: ASGIApp) -> Iterator[str]:
     """Serve ``app`` on a free port and yield the base URL."""
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error", timeout_graceful_shutdown=1))
+    # A log_config would change loggers of the whole process.
+    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
