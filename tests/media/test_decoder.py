@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +16,7 @@ import pytest
 from PIL import Image
 
 from chiasm.errors import MediaError
-from chiasm.media import MediaConfig, decode, inspect
+from chiasm.media import MediaConfig, decode, decoding_process, inspect
 from chiasm.media.decoder import Decoder
 
 from . import hostile
@@ -125,3 +128,59 @@ async def test_closing_ends_the_process(threads: ThreadPoolExecutor) -> None:
     decoder.close()
     assert process.poll() is not None
     decoder.close()
+
+
+def test_an_image_that_needs_too_much_memory_is_refused() -> None:
+    without_room = (
+        "from chiasm.media import decoding_process as process\n"
+        "process._BYTES_PER_PIXEL = process._BYTES_BESIDE = process._BYTES_PER_CORE = 0\n"
+        "import chiasm.media.image\n"
+        "process.main()\n"
+    )
+    data = hostile.encode("TIFF", 4000, compression="tiff_lzw")
+    order = struct.pack(decoding_process.ORDER, len(data), 4000 * 4000, 10.0) + data
+    done = subprocess.run(
+        [sys.executable, "-c", without_room], input=order, capture_output=True, timeout=60, check=False
+    )
+    outcome, *_ = struct.unpack_from(decoding_process.ANSWER, done.stdout)
+    assert outcome == decoding_process.Outcome.TOO_EXPENSIVE
+
+
+READ_ALL = """
+import asyncio, logging
+from concurrent.futures import ThreadPoolExecutor
+from chiasm.errors import MediaError
+from chiasm.media import MediaConfig, inspect
+from chiasm.media.decoder import Decoder
+from tests.media import hostile
+
+logging.basicConfig(level=logging.DEBUG)
+logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+def broken(format, **options):
+    data = hostile.encode(format, 200, **options)
+    return data[: len(data) // 2] + bytes(byte ^ 0x5A for byte in data[len(data) // 2 :])
+
+async def main():
+    files = [make() for make in (*hostile.SLOW.values(), *hostile.EXCESSIVE.values())]
+    files += [broken(format) for format in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF")]
+    files += [broken("TIFF", compression=one) for one in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")]
+    files += [hostile.jpeg(hostile.segment(0xE1, b"Exif" + bytes(2) + hostile.tiff_directory(500)))]
+    decoder = Decoder(MediaConfig())
+    with ThreadPoolExecutor(1) as threads:
+        for data in files:
+            try:
+                await decoder.decode(data, inspect(data).pixels, lambda image: image.size, threads)
+            except MediaError:
+                pass
+    decoder.close()
+
+asyncio.run(main())
+"""
+
+
+def test_no_image_writes_lines_to_the_log_of_any_level() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", READ_ALL], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -37,7 +37,7 @@ class MediaConfig:
     max_concurrent_fetches: int = 64
     """The limit for all requests together; further fetches wait, within their ``fetch_timeout_seconds``."""
     max_fetches_per_host: int = 16
-    """Of URLs that name one host, so that a silent one doesn't take all places."""
+    """From one host, redirects included, so that a silent one doesn't take all places."""
     max_fetches_per_request: int = 8
     """So that requests take turns."""
     allowed_local_media_path: Annotated[

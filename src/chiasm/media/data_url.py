@@ -63,7 +63,7 @@ def encode_data_url(media_type: str, data: bytes) -> bytes:
     slices = [
         binascii.b2a_base64(view[at : at + _SLICE_BYTES], newline=False) for at in range(0, len(data), _SLICE_BYTES)
     ]
-    return b"data:%b;base64," % media_type.encode() + b"".join(slices)
+    return b"".join((b"data:%b;base64," % media_type.encode(), *slices))
 
 
 def too_large(max_bytes: int) -> MediaError:

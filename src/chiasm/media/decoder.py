@@ -2,7 +2,8 @@
 
 For most files the header bounds the work: so many pixels, so many scans. They are decoded in a thread, which costs nothing
 extra. For the others (a TIFF, an AVIF, an animation, a JPEG of many scans) it doesn't, and a thread can't be stopped. So they
-are decoded in a process that has a limit of CPU time, which the kernel enforces. It waits for the next file when it is done.
+are decoded in a process that has limits of CPU time and memory, which the kernel enforces. It waits for the next file when it
+is done.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class Decoder:
         answer = self._ask(data, max_pixels, cpu_seconds)
         if answer is None:
             return self._raise_for_end(cpu_seconds)
+        if answer.outcome is Outcome.TOO_EXPENSIVE:
+            raise _too_expensive("memory than the limit for its size")
         if answer.outcome is not Outcome.DECODED:
             code = Code.IMAGE_TOO_LARGE if answer.outcome is Outcome.TOO_LARGE else Code.INVALID_IMAGE
             raise MediaError(answer.content.decode(), code=code)
@@ -131,11 +134,7 @@ class Decoder:
 
     def _raise_for_end(self, cpu_seconds: float) -> tuple[Image.Image, float]:
         if self._end() in (-signal.SIGXCPU, -signal.SIGKILL):
-            raise MediaError(
-                f"Decoding the image takes more than {cpu_seconds:.1f} s, the limit for its size. Save it again with another "
-                "program.",
-                code=Code.IMAGE_TOO_EXPENSIVE,
-            )
+            raise _too_expensive(f"than {cpu_seconds:.1f} s, the limit for its size")
         raise MediaError("The image is corrupt.", code=Code.INVALID_IMAGE)
 
     def _end(self) -> int | None:
@@ -148,6 +147,12 @@ class Decoder:
             with contextlib.suppress(OSError):  # of what it hasn't read
                 pipe.close()  # type: ignore[union-attr]
         return process.wait()
+
+
+def _too_expensive(what: str) -> MediaError:
+    return MediaError(
+        f"Decoding the image takes more {what}. Save it again with another program.", code=Code.IMAGE_TOO_EXPENSIVE
+    )
 
 
 def _timed(use: Callable[[Image.Image], _T], image: Image.Image) -> tuple[_T, float]:

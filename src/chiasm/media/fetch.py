@@ -133,15 +133,12 @@ class Fetcher:
             )
         scheme = scheme_of(url)
         try:
-            async with (
-                asyncio.timeout(self.config.fetch_timeout_seconds),
-                self._turns_of_host(url),  # before a place among all, so that who waits for a host takes none
-                self._turns,
-            ):
+            async with asyncio.timeout(self.config.fetch_timeout_seconds):
                 if scheme in {"http", "https"}:
                     return await self._fetch_http(url, hold)
                 if scheme == "file":
-                    return await asyncio.to_thread(self._read_file, url.strip())
+                    async with self._turns:
+                        return await asyncio.to_thread(self._read_file, url.strip())
         except TimeoutError:
             seconds = self.config.fetch_timeout_seconds
             raise MediaError(
@@ -158,11 +155,7 @@ class Fetcher:
         """Return what a ``data:`` URL holds. Takes milliseconds for large ones, so call it in a thread. Raises MediaError."""
         return decode_data_url(url, self.config.max_media_bytes)
 
-    def _turns_of_host(self, url: str) -> asyncio.Semaphore:
-        try:
-            host = parse_http_url(url).raw_host or ""
-        except InvalidURLError:
-            host = ""
+    def _turns_of_host(self, host: str) -> asyncio.Semaphore:
         turns = self._turns_of_hosts.get(host)
         if turns is None:
             turns = self._turns_of_hosts[host] = asyncio.Semaphore(self.config.max_fetches_per_host)
@@ -180,7 +173,13 @@ class Fetcher:
         for _ in range(self.config.max_redirects + 1):
             self._check_host(target)
             try:
-                async with self._session.get(target, allow_redirects=False) as response:
+                async with (
+                    self._turns_of_host(
+                        target.raw_host or ""
+                    ),  # first, so that who waits for a host takes no other place
+                    self._turns,
+                    self._session.get(target, allow_redirects=False) as response,
+                ):
                     if response.status not in _REDIRECTS:
                         return await self._read_response(response, shown, hold)
                     target = _redirected(target, response.headers.get("Location"), shown)

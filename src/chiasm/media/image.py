@@ -7,6 +7,7 @@ is bounded by ``decoder``.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from io import BytesIO
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from chiasm.media.headers.steps import UNKNOWN, ExcessiveHeaderError, Steps
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Clients can send broken metadata at will; it must not fill the log.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# In a log of all levels, it has one or two lines for each part of a file, and a file has as many parts as a client likes.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 # Of all text chunks together, decompressed; one of them may have 1 MiB.
 PngImagePlugin.MAX_TEXT_MEMORY = 8 << 20
 
