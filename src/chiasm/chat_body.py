@@ -10,6 +10,10 @@ from msgspec import Raw
 
 from chiasm.errors import InvalidRequestError
 
+MAX_MESSAGES = 1024
+"""Messages in one chat."""
+MAX_PARTS = 4096
+"""Content parts and calls of tools in one chat, over all its messages."""
 _AS_TEXT = 'Send it as text: {"type": "text", "text": "…"}.'
 _AS_IMAGE = 'Send an image as {"type": "image_url", "image_url": {"url": "…"}}.'
 _NO_AUDIO = "Audio is not supported; leave it out."
@@ -56,12 +60,18 @@ def with_texts(body: bytes, change: Callable[[str], str]) -> bytes:
 
 def json_object(members: Mapping[str, bytes | Raw]) -> bytes:
     """Return a JSON object whose values are JSON already."""
-    return b"{" + b",".join([msgspec.json.encode(key) + b":" + bytes(value) for key, value in members.items()]) + b"}"
+    pieces: list[bytes] = []
+    for key, value in members.items():
+        pieces += (b"," if pieces else b"{", msgspec.json.encode(key), b":", bytes(value))
+    return b"".join([*pieces, b"}"] if pieces else [b"{}"])  # joining large pieces lets other threads run
 
 
 def json_array(values: Sequence[bytes | Raw]) -> bytes:
     """Return a JSON array of values that are JSON already."""
-    return b"[" + b",".join([bytes(value) for value in values]) + b"]"
+    pieces: list[bytes] = []
+    for value in values:
+        pieces += (b"," if pieces else b"[", bytes(value))
+    return b"".join([*pieces, b"]"] if pieces else [b"[]"])
 
 
 def _with_parts(message: Mapping[str, Raw], replace: Callable[[Raw], bytes | Raw]) -> bytes:
@@ -79,6 +89,17 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {name: item if name in _WITHOUT_TEXTS else _changed(item, change) for name, item in value.items()}
     return value
+
+
+def check_counts(messages: int, parts: int, *, max_messages: int = MAX_MESSAGES, max_parts: int = MAX_PARTS) -> None:
+    """Raise InvalidRequestError if a chat has too many messages, or too many content parts and calls of tools."""
+    if messages > max_messages:
+        raise InvalidRequestError(f"There are {messages} messages and {max_messages} is the limit.", param="messages")
+    if parts > max_parts:
+        raise InvalidRequestError(
+            f"The messages have {parts} content parts and calls of tools, and {max_parts} is the limit.",
+            param="messages",
+        )
 
 
 def refused_part(message: int, place: int, kind: str) -> InvalidRequestError:

@@ -368,6 +368,22 @@ async def test_a_silent_host_leaves_places_to_others(make: Make, site: Site) -> 
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
+async def test_redirects_to_a_silent_host_leave_places_to_others(make: Make, site: Site) -> None:
+    fetcher = make(Names(["127.0.0.1"]), max_concurrent_fetches=2, max_fetches_per_host=1)
+    target = f"http://silent.example:{site.port}/slow"
+    waiting = [
+        asyncio.ensure_future(fetcher.fetch(f"http://name{number}.example:{site.port}/redirect?to={target}"))
+        for number in range(8)
+    ]
+    while len(site.requests) < 9:  # noqa: ASYNC110 - the site has no event
+        await asyncio.sleep(0.002)
+    assert await fetcher.fetch(f"http://good.example:{site.port}/image") == IMAGE
+    assert not any(one.done() for one in waiting)
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
 async def test_an_endless_response_ends_at_the_size_limit(make: Make, site: Site) -> None:
     await refused(make(max_media_bytes=100_000), f"{site.url}/endless", "media_too_large")
     await asyncio.wait_for(site.ended.wait(), 5)

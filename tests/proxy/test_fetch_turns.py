@@ -59,7 +59,7 @@ async def site() -> AsyncIterator[Site]:
 
 async def test_a_request_fetches_no_more_at_a_time_than_its_share(site: Site) -> None:
     fetcher = Fetcher(MediaConfig(allowed_media_networks=("127.0.0.0/8",), max_fetches_per_request=2))
-    parts = [MediaPart(f"{site.url}/{n}".encode(), has_uuid=False, verbatim=True) for n in range(8)]
+    parts = [MediaPart(f"{site.url}/{n}".encode(), has_uuid=False, written=None) for n in range(8)]
     with ThreadPoolExecutor(1) as threads:
         found = await read_items(
             parts, fetcher=fetcher, executor=threads, fingerprint="f" * 64, salt="", holder=Unbounded()

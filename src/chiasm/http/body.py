@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from starlette.types import Message, Receive
 from chiasm.errors import Code, PayloadTooLargeError, RequestTimeoutError, UnsupportedMediaTypeError
 from chiasm.http.config import HttpConfig
 from chiasm.http.encoding import Decompressor, decompressor
+from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.limits import Limit
 from chiasm.http.untrusted import whole_number
 
@@ -117,14 +118,33 @@ async def _whole(pieces: AsyncIterator[bytes], max_bytes: int, holder: Holder | 
     chunks: list[bytes] = []
     size_bytes = 0
     async for chunk in pieces:
+        if not chunk:
+            continue
         size_bytes += len(chunk)
         if size_bytes > max_bytes:
             raise _too_large(max_bytes)
         if holder is not None:
             holder.hold(len(chunk))
         chunks.append(chunk)
-    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    return body.removeprefix(_MARK)
+    if chunks and b"".join(chunks[: len(_MARK)]).startswith(_MARK):
+        chunks = _without_mark(chunks)
+    return await joined(chunks, size_bytes)
+
+
+async def joined(chunks: Sequence[bytes], size_bytes: int) -> bytes:
+    """Return the bytes of all pieces, ``size_bytes`` together; many are joined beside the event loop, which isn't held."""
+    if size_bytes <= INLINE_BYTES:
+        return b"".join(chunks)
+    return await asyncio.to_thread(b"".join, chunks)
+
+
+def _without_mark(chunks: Sequence[bytes]) -> list[bytes]:
+    left = len(_MARK)
+    rest: list[bytes] = []
+    for chunk in chunks:
+        rest.append(chunk[left:] if left else chunk)
+        left -= min(left, len(chunk))
+    return rest
 
 
 async def _received(

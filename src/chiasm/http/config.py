@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from chiasm.errors import ConfigurationError
+from chiasm.http.json_size import MAX_TEXT_BYTES
 from chiasm.http.key_rules import check_key
 from chiasm.options import Option
 
@@ -65,6 +66,9 @@ class HttpConfig:
         int, Option("Maximum size of the request line and the headers; larger ones get 431.", min=1024)
     ] = 64 << 10
     max_header_fields: Annotated[int, Option("Maximum header fields of a request; more get 431.", min=16)] = 128
+    max_text_bytes: Annotated[
+        int, Option("Maximum size of a request besides its images in base64; a larger one gets 413.", min=1024)
+    ] = MAX_TEXT_BYTES
     header_timeout_seconds: Annotated[
         float, Option("Time for the request line and the headers to arrive; later ones get 408.", min=0.1)
     ] = 10.0

@@ -27,6 +27,8 @@ from chiasm.http.errors import error_body, error_headers
 from chiasm.http.http1 import Http1
 from chiasm.http.limits import Limit
 
+_SECONDS_TO_READ = 30.0
+"""Time for a client to read the end of its last answer: the pieces that the system doesn't hold for it."""
 _HASTE_SECONDS = 0.5
 """Time for a client to stop sending when the server ends."""
 
@@ -171,6 +173,8 @@ class Connection(Http1):
         if (self._is_deaf or self._body_is_arriving) and self._connections.may_linger(self):
             self._is_deaf = True
             self._discard()
+        elif self._is_answering:  # it is broken off, and a client that doesn't read would never let the rest go out
+            self._socket.abort()
         else:
             self._socket.close_now()
 
@@ -256,8 +260,15 @@ class _Closing:
                 self._transport.write_eof()
 
     def close_now(self) -> None:
+        """Close when what was written has gone out, or a client has not read it for long."""
         self._is_closing = True
         self._transport.close()
+        if self._transport.get_write_buffer_size():
+            self._connection.loop.call_later(_SECONDS_TO_READ, self._transport.abort)
+
+    def abort(self) -> None:
+        self._is_closing = True
+        self._transport.abort()
 
 
 class _EnoughError(Exception):

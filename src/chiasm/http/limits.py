@@ -25,6 +25,9 @@ class Limit(enum.StrEnum):
     BUFFERED_BYTES = "buffered_bytes"
     REQUEST_SHARE = "request_share"
     UNREAD_BODY = "unread_body"
+    TEXT_BYTES = "text_bytes"
+    JSON_MEMBERS = "json_members"
+    JSON_VALUES = "json_values"
 
 
 class Refusals:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError, EmbeddingUnavailableError, OverloadedError
+from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.timing import TimingEntry, duration_of, read_timing
 from chiasm.proxy.encode_queue import EncodeQueue, Entry
 from chiasm.proxy.fleet import Fleet, Instance
@@ -256,7 +257,8 @@ class Encoders:
         # The waiting request with the latest deadline lends the call its headers.
         waiters = (job for flight in call.flights for job in flight.waiters)
         job = max(waiters, key=lambda waiter: waiter.exchange.deadline)
-        body = _request_body(call, job)
+        is_small = sum(flight.item.part_bytes for flight in call.flights) <= INLINE_BYTES
+        body = _request_body(call, job) if is_small else await asyncio.to_thread(_request_body, call, job)
         with await self._upstream.post(call.instance.url, CHAT_PATH, body, job.headers_for_encoder()) as response:
             return await response.read(_MAX_RESPONSE_BYTES)
 
@@ -392,7 +394,7 @@ def _request_body(call: _Call, job: Job) -> bytes:
     models, model = call.instance.models, job.request.model
     if models and model not in models:
         model = models[0]
-    return b'{"model":%b,"messages":[{"role":"user","content":[%b]}],"max_tokens":1,"stream":false}' % (
-        msgspec.json.encode(model),
-        b",".join([flight.item.image_url_part() for flight in call.flights]),
-    )
+    pieces = [b'{"model":%b,"messages":[{"role":"user","content":[' % msgspec.json.encode(model)]
+    for number, flight in enumerate(call.flights):
+        pieces += (b"," if number else b"", *flight.item.image_url_pieces())
+    return b"".join([*pieces, b']}],"max_tokens":1,"stream":false}'])

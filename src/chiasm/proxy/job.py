@@ -68,11 +68,11 @@ class Original(NamedTuple):
     items: Sequence[Item | None]
     """The images to put into its body as ``data:`` URLs, so that the instance doesn't fetch; None for one that the body has."""
 
-    def whole_body(self) -> bytes:
+    async def whole_body(self) -> bytes:
         """Return the body for that instance."""
         if not any(self.items):
-            return self.request.body
-        return self.request.with_parts([item.image_url_part() if item else None for item in self.items])
+            return await self.request.whole_body()
+        return await self.request.with_parts_replaced([item.image_url_part() if item else None for item in self.items])
 
 
 class Job:
@@ -116,7 +116,7 @@ class Job:
         if self.encoding is None or instance.health is None or instance.health.takes_image_size:
             return self.request.body
         metadata = await asyncio.shield(self.metadata)
-        return self.request.with_parts([embeds_part(name, metadata[name]) for name in self.identifiers])
+        return await self.request.with_parts_replaced([embeds_part(name, metadata[name]) for name in self.identifiers])
 
     def headers(self) -> dict[str, str]:
         """Return the headers of one call; each call has its own, since the time left shrinks."""
@@ -187,10 +187,10 @@ class Job:
         if self.encoding is not None:
             await _end(self.encoding)
 
-    def return_to_original(self) -> None:
+    async def return_to_original(self) -> None:
         """Make it a request that needs no encoder, if it has images."""
         if self.original is not None:
-            self.request.body = self.original.whole_body()
+            self.request.body = await self.original.whole_body()
         self.original = self.encoding = None
         self.identifiers = ()
 

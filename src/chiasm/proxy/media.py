@@ -43,8 +43,13 @@ class Item:
 
     def image_url_part(self) -> bytes:
         """Return the content part that carries its bytes."""
+        return b"".join(self.image_url_pieces())
+
+    def image_url_pieces(self) -> tuple[bytes, ...]:
+        """Return what joins to that part; joining large pieces lets other threads run."""
         # Neither value can hold a character that JSON would have to escape.
-        return b'{"type":"image_url","image_url":{"url":"%b"},"uuid":"%b"}' % (self.url, self.identifier.encode())
+        uuid = b'"},"uuid":"%b"}' % self.identifier.encode()
+        return b'{"type":"image_url","image_url":{"url":"', self.url, uuid
 
     def image_embeds_part(self) -> bytes:
         """Return the content part that stands for its embedding, sized by its pixels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable
 
 from starlette.applications import Starlette
@@ -29,7 +30,10 @@ def run(config: ProxyConfig, *, on_ready: Callable[[str], None] | None = None) -
     """
     recycle_large_buffers()
     listener = bind(config.host, config.port)
-    serve(create_server(create_app(config), config), listener, on_ready=on_ready)
+    server = create_server(create_app(config), config)
+    gc.collect()
+    gc.freeze()  # a collection that walks over all modules would hold the event loop
+    serve(server, listener, on_ready=on_ready)
 
 
 def create_server(app: Starlette, config: ProxyConfig) -> HttpServer:

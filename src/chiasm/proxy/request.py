@@ -5,6 +5,7 @@ Only what the proxy decides by is decoded. Every other value keeps the bytes tha
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -12,17 +13,17 @@ from typing import NamedTuple, TypeVar
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from chiasm.chat_body import refused_part, with_content_parts
+from chiasm.chat_body import check_counts, refused_part, with_content_parts
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import Code, InvalidRequestError
+from chiasm.http.json_size import INLINE_BYTES, MAX_TEXT_BYTES, check_text_size
+from chiasm.http.lifted import Lifted, read_lifted
 from chiasm.http.untrusted import read_json
 from chiasm.wire import UNREADABLE
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
 """What vLLM takes as text. The built-in engine takes only the first of them, and says so."""
 _NULL = b"null"
-_LONG_URL_BYTES = 4096
-_SOUGHT_BYTES = 256
 
 
 class MediaPart(NamedTuple):
@@ -30,13 +31,8 @@ class MediaPart(NamedTuple):
 
     url: bytes
     has_uuid: bool
-    verbatim: bool
-    """Whether the body holds exactly these bytes, in quotes."""
-
-    @property
-    def is_lifted(self) -> bool:
-        """Whether the URL is cut out before the body is taken apart."""
-        return self.verbatim and len(self.url) >= _LONG_URL_BYTES
+    written: bytes | None
+    """What the body has in its place, in quotes: the URL itself, or the stand-in for a long one. None if it has escapes."""
 
 
 @dataclass
@@ -50,6 +46,13 @@ class Request:
     media: list[MediaPart] = field(default_factory=list)
     """Media parts in the order in which they occur."""
     stream: bool = False
+    lifted: Lifted = field(default_factory=lambda: Lifted(b""))
+    """The long URLs of media parts, for which ``body`` has stand-ins."""
+
+    @property
+    def text_bytes(self) -> int:
+        """The size of all but the media parts' URLs."""
+        return max(0, len(self.body) - sum(len(part.written or part.url) for part in self.media))
 
     def text_before_media(self) -> list[bytes]:
         """Return what the messages have before each media part, beginning behind the one before it.
@@ -59,17 +62,29 @@ class Request:
         pieces: list[bytes] = []
         start = max(0, self.body.find(b'"messages"'))
         for part in self.media:
-            at = self.body.find(b'"' + part.url[:_SOUGHT_BYTES], start) if part.verbatim else -1
-            if at < 0:
+            at = -1 if part.written is None else self.body.find(b'"%b"' % part.written, start)
+            if part.written is None or at < 0:
                 break
             pieces.append(self.body[start:at])
-            start = at + 1 + len(part.url)
+            start = at + 1 + len(part.written)
         return pieces
 
     def forget(self) -> None:
         """Free the memory of what was sent; the answer may take minutes."""
         self.body = b""
         self.media = []
+        self.lifted = Lifted(b"")
+
+    async def whole_body(self) -> bytes:
+        """Return the body as the client sent it."""
+        return await asyncio.to_thread(self.lifted.restored, self.body) if self.lifted.urls else self.body
+
+    async def with_parts_replaced(self, parts: Sequence[bytes | None]) -> bytes:
+        """Do what ``with_parts`` does; for a large body, beside the event loop."""
+        size_bytes = len(self.body) + sum(len(part) for part in parts if part is not None)
+        if size_bytes <= INLINE_BYTES and not (self.lifted.urls and None in parts):
+            return self.with_parts(parts)
+        return await asyncio.to_thread(self.with_parts, parts)
 
     def with_parts(self, parts: Sequence[bytes | None]) -> bytes:
         """Return the body with each media part replaced by the JSON in ``parts``; None leaves one as it is.
@@ -83,30 +98,10 @@ class Request:
             return part if _kind.decode(part).type in _TEXT_PARTS else next(replacements) or part
 
         try:
-            return with_content_parts(self.body if None in parts else self._without_long_urls(), replace)
+            body = with_content_parts(self.body, replace)
         except UNREADABLE as error:  # in what is only passed on, such as the name of a field that nobody knows
             raise InvalidRequestError(f"The body is not valid JSON: {error}.", code=Code.INVALID_JSON) from None
-
-    def _without_long_urls(self) -> bytes:
-        """Return the body without the long URLs, which are replaced anyway, so that megabytes aren't scanned level by level."""
-        if not any(part.is_lifted for part in self.media):
-            return self.body
-        pieces: list[bytes] = []
-        start = 0
-        for part in self.media:
-            if not part.is_lifted:
-                continue
-            at = self.body.find(b'"' + part.url[:_SOUGHT_BYTES], start)
-            end = at + 1 + len(part.url)
-            if at < 0 or not self.body.startswith(part.url, at + 1) or self.body[end : end + 1] != b'"':
-                return self.body
-            pieces.append(self.body[start:at])
-            start = end + 1
-        pieces.append(self.body[start:])
-        body = b'""'.join(pieces)
-        # The same bytes may occur elsewhere, such as in a text: then the wrong ones were cut out.
-        found = [part.url for part in parse_chat(body).media]
-        return body if found == [b"" if part.is_lifted else part.url for part in self.media] else self.body
+        return self.lifted.restored(body)
 
 
 class _ImageUrl(msgspec.Struct):
@@ -149,22 +144,36 @@ _string = msgspec.json.Decoder(str)
 _kind = msgspec.json.Decoder(_Kind)
 
 
-def parse_completion(body: bytes) -> Request:
-    """Parse the body of a completion. Raises InvalidRequestError."""
+def parse_completion(body: bytes, max_text_bytes: int = MAX_TEXT_BYTES) -> Request:
+    """Parse the body of a completion. Raises InvalidRequestError, also if it is larger than ``max_text_bytes``."""
+    check_text_size(body, max_text_bytes)
     parsed = _decode(_completion, body)
     return Request(body, parsed.model, parsed.cache_salt or "", stream=bool(parsed.stream))
 
 
-def parse_chat(body: bytes) -> Request:
-    """Parse the body of a chat completion. Raises InvalidRequestError for what is wrong whatever the instances are."""
+def parse_chat(body: bytes, max_text_bytes: int = MAX_TEXT_BYTES) -> Request:
+    """Parse the body of a chat completion. Raises InvalidRequestError for what is wrong whatever the instances are, and for
+    more than ``max_text_bytes`` besides images in base64."""
+    request, lifted = read_lifted(body, max_text_bytes, _parsed_chat, lambda found: [part.url for part in found.media])
+    request.lifted = lifted
+    if lifted.urls:
+        request.media = [
+            part._replace(url=lifted.urls[part.url], written=part.url) if part.url in lifted.urls else part
+            for part in request.media
+        ]
+    return request
+
+
+def _parsed_chat(body: bytes) -> Request:
     parsed = _decode(_chat, body)
     if not parsed.messages:
         raise InvalidRequestError("messages must contain at least one message.", param="messages")
+    contents = [message.content if isinstance(message.content, list) else [] for message in parsed.messages]
+    check_counts(len(contents), sum(map(len, contents)))
     media = [
         _media_part(part, index, place)
-        for index, message in enumerate(parsed.messages)
-        if isinstance(message.content, list)
-        for place, part in enumerate(message.content)
+        for index, content in enumerate(contents)
+        for place, part in enumerate(content)
         if part.type not in _TEXT_PARTS
     ]
     if media:
@@ -201,13 +210,13 @@ def _media_part(part: _Part, message: int, place: int) -> MediaPart:
             param="messages",
         )
     if isinstance(part.image_url, str):
-        url, verbatim = part.image_url.encode(errors="replace"), False
+        url, is_verbatim = part.image_url.encode(errors="replace"), False
     else:
-        url, verbatim = _text_of(part.image_url.url)
+        url, is_verbatim = _text_of(part.image_url.url)
     has_uuid = part.uuid is not UNSET and bytes(part.uuid) != _NULL
     if has_uuid:
         check_identifier(_string_or_none(part.uuid))
-    return MediaPart(url, has_uuid, verbatim)
+    return MediaPart(url, has_uuid, url if is_verbatim else None)
 
 
 def _text_of(raw: Raw) -> tuple[bytes, bool]:

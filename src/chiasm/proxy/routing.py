@@ -104,14 +104,14 @@ class Router:
         try:
             if self._is_handed_over(job):
                 job.due = self._placement.due(job.work, time.monotonic())
-                self._send_to_encoders(job, items)
+                await self._send_to_encoders(job, items)
                 self._note_overhead(job, started, has_media)
                 await self._hand_over(job)
             elif not await self._send_to_one(job, items, started):
                 self._metrics.language_retries.inc()
                 with await self._balancer.assign(job, (Role.AGGREGATED,)) as assignment:
                     await job.end_encoding()
-                    job.return_to_original()
+                    await job.return_to_original()
                     await self._call(job, assignment)
         finally:
             job.original = None
@@ -144,12 +144,15 @@ class Router:
             self._metrics.fetch.observe(fetch_seconds)
         return items
 
-    def _send_to_encoders(self, job: Job, items: list[Item], on_embedded: Callable[[], None] = lambda: None) -> None:
+    async def _send_to_encoders(
+        self, job: Job, items: list[Item], on_embedded: Callable[[], None] = lambda: None
+    ) -> None:
         """Have the images encoded, and put placeholders for their embeddings into the body."""
         if not items:
             return
-        job.request.body = job.request.with_parts([item.image_embeds_part() for item in items])
-        job.request.media = []
+        body = await job.request.with_parts_replaced([item.image_embeds_part() for item in items])
+        job.request.forget()
+        job.request.body = body
         job.identifiers = [item.identifier for item in items]
         job.encoding = asyncio.ensure_future(self._encode(tuple(items), job, on_embedded))
         items.clear()  # kept by the task alone
@@ -199,10 +202,10 @@ class Router:
             if items and (encodes_itself or self._fleet.healthy(Role.AGGREGATED)):
                 job.original = _original(job, items)
             if encodes_itself:
-                job.return_to_original()
+                await job.return_to_original()
                 items.clear()
             else:
-                self._send_to_encoders(job, items, assignment.embedded)
+                await self._send_to_encoders(job, items, assignment.embedded)
             self._note_overhead(job, started, has_media)
             try:
                 await self._call(job, assignment)
@@ -280,15 +283,12 @@ def _original(job: Job, items: Sequence[Item]) -> Original:
         item if item.is_rewritten or part.has_uuid else None
         for part, item in zip(job.request.media, items, strict=True)
     ]
-    # The body has what isn't missing; only a body in which all images are replaced is made faster by knowing the URLs.
-    media = [] if None in missing else job.request.media
-    return Original(replace(job.request, media=media), missing)
+    return Original(replace(job.request), missing)
 
 
 def _work(job: Job, items: Sequence[Item]) -> Work:
     """Return what a request with images asks for."""
     request = job.request
-    text_bytes = max(0, len(request.body) - sum(len(part.url) for part in request.media))
     prefixes: list[Prefix] = []
     key = hash(request.salt)
     before = 0
@@ -298,7 +298,7 @@ def _work(job: Job, items: Sequence[Item]) -> Work:
         prefixes.append(Prefix(key, before))
     return Work(
         job.exchange.arrival,
-        text_bytes,
+        request.text_bytes,
         [ItemWork(item.identifier, item.pixels) for item in items],
         prefixes if len(prefixes) == len(items) else (),
         request.stream,

@@ -117,7 +117,6 @@ class ProxyService:
         timing = Timing()
         try:
             request = await self._parsed(exchange, parse_chat if path == CHAT_PATH else parse_completion)
-            exchange.body = b""
             if self.config.tenant_by is TenantBy.AUTHORIZATION:
                 request = of_tenant(request, exchange.headers.get("authorization", ""))
             job = Job(exchange, path, request, timing)
@@ -132,11 +131,13 @@ class ProxyService:
         finally:
             exchange.error_headers = [timing.header()]
 
-    async def _parsed(self, exchange: Exchange, parse: Callable[[bytes], Request]) -> Request:
+    async def _parsed(self, exchange: Exchange, parse: Callable[[bytes, int], Request]) -> Request:
         """Return what the proxy reads of the body; a large one is checked and parsed beside the event loop."""
-        if len(exchange.body) <= INLINE_BYTES:
-            return parse(exchange.body)
-        return await asyncio.get_running_loop().run_in_executor(self._parsers, parse, exchange.body)
+        body, exchange.body = exchange.body, b""
+        if len(body) <= INLINE_BYTES:
+            return parse(body, self.config.http.max_text_bytes)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._parsers, parse, body, self.config.http.max_text_bytes)
 
 
 def _stopping() -> OverloadedError:

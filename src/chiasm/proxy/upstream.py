@@ -15,8 +15,10 @@ import aiohttp
 import msgspec
 
 from chiasm.errors import ChiasmError, Code
+from chiasm.http.body import joined
 from chiasm.wire import UNREADABLE, ErrorBody, ErrorDetail
 
+_PIECE_BYTES = 256 << 10
 _KEEP_ALIVE_SECONDS = 3.0
 """Shorter than uvicorn's default of 5 s, so that the proxy never sends on a connection that the instance is just closing."""
 _KEEPALIVE_SECONDS, _KEEPALIVE_INTERVAL_SECONDS, _KEEPALIVE_PROBES = 5, 1, 3
@@ -171,12 +173,14 @@ class Call:
 
     async def read(self, max_bytes: int) -> UpstreamResponse:
         """Return the whole response. Raises ResponseCutOffError, and UpstreamError if it is too long."""
-        body = bytearray()
+        chunks: list[bytes] = []
+        size_bytes = 0
         while chunk := await self.chunk():
-            body += chunk
-            if len(body) > max_bytes:
+            chunks.append(chunk)
+            size_bytes += len(chunk)
+            if size_bytes > max_bytes:
                 raise UpstreamError(f"The answer of an instance is longer than the limit of {max_bytes} bytes.")
-        return UpstreamResponse(self.status, self.headers, bytes(body))
+        return UpstreamResponse(self.status, self.headers, await joined(chunks, size_bytes))
 
     async def check(self, max_bytes: int) -> None:
         """Raise RefusedError if the status is an error, UpstreamError if it is neither that nor 200."""
@@ -296,5 +300,6 @@ def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
 
 
 async def _send(body: bytes) -> AsyncIterator[bytes]:
-    # aiohttp warns about large bodies that are given as bytes.
-    yield body
+    """Yield pieces, since a connection copies what it can't send at once."""
+    for start in range(0, len(body), _PIECE_BYTES):
+        yield body[start : start + _PIECE_BYTES]

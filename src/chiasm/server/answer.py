@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from chiasm.server.protocol import Usage
 
 
-_INLINE_LOGPROBS = 256
-"""Up to so many tokens with log probabilities, writing an answer takes a few milliseconds."""
+_INLINE_LOGPROBS = 1024
+"""Up to so many tokens and candidates with log probabilities, writing an answer takes a few milliseconds."""
 
 
 async def answer_whole(
@@ -35,7 +35,8 @@ async def answer_whole(
     choices = await generation.collect()
     handle = handle_for_decode(part, generation.handles, answer_format.created, is_sent=False)
     write = partial(answer_format.body, choices, generation.usage(), handle)
-    is_small = sum(len(choice.logprobs) for choice in choices) <= _INLINE_LOGPROBS
+    entries = sum(len(choice.logprobs) * (1 + len(choice.logprobs[0].top)) for choice in choices if choice.logprobs)
+    is_small = entries <= _INLINE_LOGPROBS
     await exchange.reply(
         write() if is_small else await in_thread(write),
         headers=[("server-timing", generation.server_timing(has_ended=True))],

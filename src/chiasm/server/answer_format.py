@@ -6,7 +6,7 @@ What all events of a stream have in common is encoded once; for each token only 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import msgspec
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from chiasm.wire import KVTransferParams, TokenLogprob
 
 _encode = msgspec.json.Encoder().encode
+_TOKENS_AT_ONCE = 32
+"""Writing so many tokens with all their candidates takes about a millisecond."""
 _USAGE_TO_COME = b',"usage":null}\n\n'
 _NO_USAGE = b"}\n\n"
 
@@ -85,28 +87,54 @@ class AnswerFormat(ABC):
     # ---- one body ----------------------------------------------------------------------------------------------------
 
     def body(self, choices: Sequence[ChoiceState], usage: Usage, handle: KVTransferParams | None) -> bytes:
-        """Return the whole answer, with the handle with which it continues elsewhere, if it does."""
-        return _encode(
-            Response(
-                id=self._id,
-                object=self.object,
-                created=self.created,
-                model=self._model,
-                choices=[self.choice(index, choice) for index, choice in enumerate(choices)],
-                usage=usage,
-                kv_transfer_params=handle or msgspec.UNSET,
-            )
+        """Return the whole answer, with the handle with which it continues elsewhere, if it does.
+
+        May take long, but no step of it holds the interpreter for more than a few milliseconds, so call it in a thread.
+        """
+        response = Response(
+            id=self._id,
+            object=self.object,
+            created=self.created,
+            model=self._model,
+            choices=[],
+            usage=usage,
+            kv_transfer_params=handle or msgspec.UNSET,
         )
+        # JSON escapes quotes in texts, so neither mark is found in one.
+        head, mark, tail = _encode(response).partition(b'"choices":[')
+        pieces = [head, mark]
+        for index, choice in enumerate(choices):
+            before, name, after = _encode(self.choice(index, choice)).rpartition(b'"logprobs":null')
+            pieces += (b"," if index else b"", before)
+            if self._has_logprobs:
+                pieces += (b'"logprobs":', *self._logprobs_pieces(choice.logprobs, choice.text_offsets), after)
+            else:
+                pieces += (name, after)
+        return b"".join([*pieces, tail])
 
     @abstractmethod
     def choice(self, index: int, choice: ChoiceState) -> ChatChoice | CompletionChoice:
-        """Return a complete choice."""
+        """Return a complete choice, without its log probabilities."""
 
     @abstractmethod
     def logprobs(
         self, logprobs: Sequence[TokenLogprob], text_offsets: Sequence[int]
     ) -> ChatLogprobs | CompletionLogprobs:
         """Return the log probabilities of some tokens of a choice, with the characters that come before each."""
+
+    def _logprobs_pieces(self, logprobs: Sequence[TokenLogprob], text_offsets: Sequence[int]) -> Iterator[bytes]:
+        """Yield the JSON of the log probabilities of a choice, column by column, each made of few tokens at a time."""
+        columns: dict[str, list[bytes]] = {}
+        for start in range(0, max(1, len(logprobs)), _TOKENS_AT_ONCE):
+            end = start + _TOKENS_AT_ONCE
+            some = self.logprobs(logprobs[start:end], text_offsets[start:end])
+            for name in some.__struct_fields__:
+                columns.setdefault(name, []).append(_encode(getattr(some, name))[1:-1])
+        for number, (name, written) in enumerate(columns.items()):
+            yield b'%b"%b":[' % (b"," if number else b"{", name.encode())
+            yield b",".join(written)
+            yield b"]"
+        yield b"}"
 
     def written_logprobs(self, logprobs: Sequence[TokenLogprob] | None, text_offsets: Sequence[int]) -> bytes:
         """Return the same as JSON; ``null`` if there are none."""
@@ -173,7 +201,6 @@ class ChatFormat(AnswerFormat):
             index=index,
             message=AssistantMessage("".join(choice.text)),
             finish_reason=choice.finish_reason,
-            logprobs=self.logprobs(choice.logprobs, choice.text_offsets) if self._has_logprobs else None,
             stop_reason=choice.stop_reason,
         )
 
@@ -215,7 +242,6 @@ class CompletionFormat(AnswerFormat):
             index=index,
             text="".join(choice.text),
             finish_reason=choice.finish_reason,
-            logprobs=self.logprobs(choice.logprobs, choice.text_offsets) if self._has_logprobs else None,
             stop_reason=choice.stop_reason,
         )
 

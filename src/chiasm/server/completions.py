@@ -14,18 +14,19 @@ from chiasm.engine.pace import prompt_work
 from chiasm.engine.request import GenerateRequest
 from chiasm.engine.shares import largest_share
 from chiasm.http import Exchange
-from chiasm.http.json_size import INLINE_BYTES
+from chiasm.http.json_size import INLINE_BYTES, check_text_size
+from chiasm.http.lifted import Lifted, read_lifted
 from chiasm.models.base import Prompt
 from chiasm.server.answer import answer_as_stream, answer_whole
 from chiasm.server.answer_format import AnswerFormat, ChatFormat, CompletionFormat
 from chiasm.server.context import EncodingEngine, GeneratingEngine, ServerContext
 from chiasm.server.encode import encode_images
 from chiasm.server.generation import Generation
-from chiasm.server.images import Image, fetch_images, preprocess_images, published_items
+from chiasm.server.images import Image, fetch_images, image_urls, preprocess_images, published_items
 from chiasm.server.kv_release import held_for_sender
 from chiasm.server.prefill_decode import AnswerPart, answer_part, engine_requests
 from chiasm.server.prompt import chat_prompt, check_messages, completion_prompt, given_prompts
-from chiasm.server.protocol import ChatRequest, CompletionRequest, GenerationFields, StreamOptions, decode
+from chiasm.server.protocol import ChatRequest, CompletionRequest, StreamOptions, decode
 from chiasm.server.sampling import cache_salt, check_answers, num_choices, sampling_params
 from chiasm.server.structured_output import grammar_of
 from chiasm.server.tool_answer import ToolChatFormat
@@ -35,7 +36,7 @@ from chiasm.wire import Role
 if TYPE_CHECKING:
     from chiasm.engine.grammar import Grammar
 
-_Request = TypeVar("_Request", bound=GenerationFields)
+_T = TypeVar("_T")
 _chat_decoder = msgspec.json.Decoder(ChatRequest)
 _completion_decoder = msgspec.json.Decoder(CompletionRequest)
 
@@ -45,11 +46,12 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
 
     The steps are in this order so that what is cheap to check is checked first: fields, grammar, images, prompt, pixels.
     """
-    request = await _decoded(context, exchange, _chat_decoder)
+    request, lifted = await _beside(exchange, context, partial(_read_chat, context))
+    exchange.body = lifted.body
     context.check_model(request.model)
     check_messages(request, max_messages=context.config.max_messages, max_parts=context.config.max_parts)
     if isinstance(context.engine, EncodingEngine):
-        await encode_images(context, exchange, context.engine, request)
+        await encode_images(context, exchange, context.engine, request, lifted.urls)
         return
 
     engine = context.generating_engine
@@ -59,7 +61,7 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
     salt = cache_salt(request)
     images: list[Image] = []
     if engine.config.role is Role.AGGREGATED:
-        images = await fetch_images(context, exchange, engine, request, salt=salt)
+        images = await fetch_images(context, exchange, engine, request, lifted.urls, salt=salt)
         items = [
             (image.identifier, engine.processor.geometry_of_size(image.info.height, image.info.width))
             for image in images
@@ -72,7 +74,7 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
         pixels = await preprocess_images(context, exchange, engine.processor, images)
         requests = [replace(generate, pixels=pixels) for generate in requests]
     # The images are large, and generating may take long.
-    del images
+    del images, lifted
     request.messages = []
     request.tools = None
     exchange.release()
@@ -84,9 +86,8 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
 async def completions(context: ServerContext, exchange: Exchange) -> None:
     """Continue one or several prompts."""
     engine = context.generating_engine
-    request = await _decoded(context, exchange, _completion_decoder)
+    request, given = await _beside(exchange, context, partial(_read_completion, context))
     context.check_model(request.model)
-    given = given_prompts(request, max_prompts=context.config.max_prompts)
     part = answer_part(engine.config.role, request, num_prompts=len(given))
     grammar = await grammar_of(context, exchange, engine, request)
     prompts = [await completion_prompt(context, exchange, engine, prompt) for prompt in given]
@@ -94,12 +95,25 @@ async def completions(context: ServerContext, exchange: Exchange) -> None:
     await _answer(context, exchange, engine, CompletionFormat, request, part, requests)
 
 
-async def _decoded(context: ServerContext, exchange: Exchange, decoder: msgspec.json.Decoder[_Request]) -> _Request:
-    """Return the request in the body; a large one is checked and decoded beside the event loop."""
-    if len(exchange.body) <= INLINE_BYTES:
-        return decode(decoder, exchange.body)
+def _read_chat(context: ServerContext, body: bytes) -> tuple[ChatRequest, Lifted]:
+    """Return the chat in a body, and the long URLs of its images, for which it has stand-ins. Raises InvalidRequestError."""
+    return read_lifted(body, context.config.http.max_text_bytes, partial(decode, _chat_decoder), image_urls)
+
+
+def _read_completion(context: ServerContext, body: bytes) -> tuple[CompletionRequest, list[str | list[int]]]:
+    """Return the text completion in a body, and its prompts. Raises InvalidRequestError."""
+    check_text_size(body, context.config.http.max_text_bytes)
+    request = decode(_completion_decoder, body)
+    return request, given_prompts(request, max_prompts=context.config.max_prompts)
+
+
+async def _beside(exchange: Exchange, context: ServerContext, read: Callable[[bytes], _T]) -> _T:
+    """Return what ``read`` makes of the body; of a large one, beside the event loop."""
+    body = exchange.body
+    if len(body) <= INLINE_BYTES:
+        return read(body)
     async with exchange.until_deadline():
-        return await context.in_thread(partial(decode, decoder, exchange.body))
+        return await context.in_thread(partial(read, body))
 
 
 def _engine_requests(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from chiasm.chat_body import MAX_MESSAGES, MAX_PARTS
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
@@ -27,9 +28,9 @@ class ServerConfig:
     max_inflight_body_bytes: Annotated[
         int, Option("Maximum size of the bodies and images that are held at one time.")
     ] = 1 << 30
-    max_messages: int = 1024
+    max_messages: int = MAX_MESSAGES
     """Maximum number of messages in one chat."""
-    max_parts: int = 4096
+    max_parts: int = MAX_PARTS
     """Content parts and calls of tools in one chat, over all its messages."""
     max_prompts: int = 64
     """Prompts of one text completion."""

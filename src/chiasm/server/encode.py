@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -27,17 +27,24 @@ from chiasm.wire import ECItem
 
 
 async def encode_images(
-    context: ServerContext, exchange: Exchange, engine: EncodingEngine, request: ChatRequest
+    context: ServerContext,
+    exchange: Exchange,
+    engine: EncodingEngine,
+    request: ChatRequest,
+    long_urls: Mapping[bytes, bytes],
 ) -> None:
     """Encode the images of a chat without text and publish the embeddings, each under its ``uuid``.
 
-    An image without ``uuid`` is named by its content. The response says how to size the placeholders of each image.
+    ``long_urls`` are those for which the chat has stand-ins. An image without ``uuid`` is named by its content. The response
+    says how to size the placeholders of each image.
     """
     answer_part(engine.config.role, request)
     if request.stream:
         raise InvalidRequestError("An encoder does not stream; send stream=false.", param="stream")
     _refuse_text(request)
-    images = await fetch_images(context, exchange, engine, request, salt=cache_salt(request), trust_names=True)
+    images = await fetch_images(
+        context, exchange, engine, request, long_urls, salt=cache_salt(request), trust_names=True
+    )
     if not images:
         raise InvalidRequestError("There is no image to encode.", param="messages")
 

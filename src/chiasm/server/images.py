@@ -41,6 +41,18 @@ class Image(NamedTuple):
     info: ImageInfo
 
 
+def image_urls(request: ChatRequest) -> list[bytes]:
+    """Return the URLs of a chat's images."""
+    parts = [part for message in request.messages if isinstance(message.content, list) for part in message.content]
+    return [_url(part) for part in parts if part.type == _IMAGE_URL and part.image_url is not None]
+
+
+def _url(part: Part) -> bytes:
+    url = part.image_url.url if isinstance(part.image_url, ImageURL) else part.image_url
+    assert url is not None
+    return url.encode(errors="replace")
+
+
 def _parts(request: ChatRequest, taken: str, max_items: int) -> list[Part]:
     """Return all parts of a chat that are not text, in order; each is of type ``taken`` and complete.
 
@@ -118,13 +130,15 @@ async def fetch_images(
     exchange: Exchange,
     engine: GeneratingEngine | EncodingEngine,
     request: ChatRequest,
+    long_urls: Mapping[bytes, bytes],
     *,
     salt: str,
     trust_names: bool = False,
 ) -> list[Image]:
     """Fetch, check and name the images of the ``image_url`` parts, all at the same time.
 
-    They are named by their content. With ``trust_names``, the ``uuid`` of a part is such a name, computed by the proxy.
+    ``long_urls`` are those for which the chat has stand-ins. Images are named by their content. With ``trust_names``, the
+    ``uuid`` of a part is such a name, computed by the proxy.
 
     Raises InvalidRequestError, MediaError, DeadlineExceededError.
     """
@@ -132,18 +146,18 @@ async def fetch_images(
     turns = asyncio.Semaphore(context.config.media.max_fetches_per_request)
 
     async def fetch(part: Part) -> Image:
-        url = part.image_url.url if isinstance(part.image_url, ImageURL) else part.image_url
-        assert url is not None
+        url = _url(part)
+        url = long_urls.get(url, url)
         is_data = is_data_url(url)
         fetched = b""
         if is_data:
             exchange.hold(len(url) * 3 // 4)
         else:
             async with turns:
-                fetched = await context.fetcher.fetch(url, exchange.hold)
+                fetched = await context.fetcher.fetch(url.decode(), exchange.hold)
 
         def examine() -> Image:
-            data = context.fetcher.decode_data_url(url.encode(errors="replace")).data if is_data else fetched
+            data = context.fetcher.decode_data_url(url).data if is_data else fetched
             info = inspect(data, context.config.media)
             name = part.uuid if trust_names else None
             return Image(name or identifier(data, fingerprint=engine.model_fingerprint, salt=salt), data, info)

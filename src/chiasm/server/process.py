@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -64,6 +65,8 @@ def run(
             _logger.exception("the model could not be loaded")
             context.failure = ConfigurationError(f"The model could not be loaded: {type(error).__name__}: {error}")
         else:
+            gc.collect()
+            gc.freeze()  # a collection that walks over all modules would hold the event loop
             context.loaded_engine = engine
             if on_ready is not None and not context.is_stopping:
                 on_ready(url)

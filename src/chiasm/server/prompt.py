@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from chiasm.chat_body import check_counts
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
+from chiasm.http.json_size import JsonSize
 from chiasm.models.base import ItemGeometry, Message, Prompt
 from chiasm.server.context import GeneratingEngine, ServerContext
 from chiasm.server.json_schema import check_depth
@@ -35,16 +37,8 @@ def check_messages(request: ChatRequest, *, max_messages: int, max_parts: int) -
     """Raise InvalidRequestError unless there are messages, not too many, with not too many parts, of known roles."""
     if not request.messages:
         raise InvalidRequestError("messages is empty; send at least one.", param="messages")
-    if len(request.messages) > max_messages:
-        raise InvalidRequestError(
-            f"There are {len(request.messages)} messages and {max_messages} is the limit.", param="messages"
-        )
     parts = sum(_num_parts(message) for message in request.messages)
-    if parts > max_parts:
-        raise InvalidRequestError(
-            f"The messages have {parts} content parts and calls of tools, and {max_parts} is the limit.",
-            param="messages",
-        )
+    check_counts(len(request.messages), parts, max_messages=max_messages, max_parts=max_parts)
     for index, message in enumerate(request.messages):
         if message.role not in _TEMPLATE_ROLES:
             raise InvalidRequestError(
@@ -77,15 +71,15 @@ async def chat_prompt(
             "continue_final_message and add_generation_prompt cannot be combined.", param="continue_final_message"
         )
     check_depth(request.chat_template_kwargs, "chat_template_kwargs", param="chat_template_kwargs")
-    messages = [_template_message(message) for message in request.messages]
 
     def build() -> Prompt:
         characters = sum(len(text) for message in request.messages for text in _texts(message))
         of_tools = sum(len(json.dumps(tool, ensure_ascii=False)) for tool in tools)
         _check_length(engine, of_tools, "tools")
         _check_length(engine, characters + of_tools, "messages")
+        size = JsonSize()
         return engine.processor.build_chat(
-            messages,
+            [_template_message(message, size) for message in request.messages],
             items,
             tools=tools,
             add_generation_prompt=not continue_final and request.add_generation_prompt is not False,
@@ -112,15 +106,15 @@ def _texts(message: ChatMessage) -> list[str]:
     return [message.content] if message.content else []
 
 
-def _template_message(message: ChatMessage) -> Message:
-    """Return the message as chat templates expect it."""
+def _template_message(message: ChatMessage, size: JsonSize) -> Message:
+    """Return the message as chat templates expect it. ``size`` counts what all arguments of calls become."""
     result: Message = {"role": _TEMPLATE_ROLES[message.role], "content": _template_content(message)}
     if message.name is not None:
         result["name"] = message.name
     if message.tool_call_id is not None:
         result["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        result["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+        result["tool_calls"] = [_template_call(call, size) for call in message.tool_calls]
     return result
 
 
@@ -133,10 +127,11 @@ def _template_content(message: ChatMessage) -> str | list[dict[str, str]]:
     ]
 
 
-def _template_call(call: CallInMessage) -> Message:
+def _template_call(call: CallInMessage, size: JsonSize) -> Message:
     """Return the call with its arguments decoded: a JSON string in requests, an object in templates."""
     arguments = call.function.arguments or "{}"
     if isinstance(arguments, str):
+        size.add(arguments.encode(errors="replace"))
         with contextlib.suppress(*UNREADABLE, UnicodeEncodeError):
             arguments = msgspec.json.decode(arguments)
             check_depth(arguments, "The arguments of a call", param="messages")

@@ -1,0 +1,123 @@
+"""Long ``data:`` URLs, lifted out of a JSON body before it is decoded.
+
+Nearly all of a large body are images in base64. A decoder would walk over each several times, and hold the interpreter
+meanwhile. So they are cut out first, in small steps, and the body that is decoded has a short stand-in for each.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from chiasm.http.json_size import check_text_size
+
+_T = TypeVar("_T")
+_LONG_BYTES = 4096
+_MAX_STRINGS = 1 << 14
+"""So many strings that begin with ``data:`` are looked at, long or not."""
+_STEP_BYTES = 1 << 20
+"""What is searched or copied at once: under a millisecond, after which other threads may run."""
+_BEGIN = b'"data:'
+_QUOTE = b'"'
+_UNPLAIN = (b"\\", b"\n", b"\r", b"\t", b"\f")
+"""Escapes, and what base64 may have between its characters, but JSON may not."""
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A body, and what was lifted out of it."""
+
+    body: bytes
+    """The body with stand-ins, or all of it if it has no long URL."""
+    urls: Mapping[bytes, bytes] = field(default_factory=dict)
+    """By their stand-ins, both without quotes."""
+    _stand_in: re.Pattern[bytes] | None = None
+
+    def restored(self, text: bytes, stand_ins: Collection[bytes] | None = None) -> bytes:
+        """Return a body with URLs in place of these stand-ins (None: of all). Copying lets other threads run."""
+        if self._stand_in is None:
+            return text
+        pieces: list[bytes] = []
+        at = 0
+        for found in self._stand_in.finditer(text):
+            if stand_ins is None or found[0] in stand_ins:
+                pieces += (text[at : found.start()], self.urls[found[0]])
+                at = found.end()
+        return b"".join([*pieces, text[at:]])
+
+    def only(self, stand_ins: Collection[bytes]) -> Lifted:
+        """Return the body with these stand-ins, and with the other URLs back in it."""
+        kept = {name: url for name, url in self.urls.items() if name in stand_ins}
+        body = self.restored(self.body, self.urls.keys() - kept.keys())
+        return Lifted(body, kept, self._stand_in if kept else None)
+
+
+def lift(body: bytes) -> Lifted:
+    """Lift all strings out of a body that are long, begin with ``data:`` and need no escapes.
+
+    A stand-in is a string as well, which no client can guess, so that the body is as valid JSON with it as with the URL, also
+    where ``"data:`` doesn't begin a string.
+    """
+    if len(body) < _LONG_BYTES:
+        return Lifted(body)
+    name = b"data:lifted-%b-" % secrets.token_hex(8).encode()
+    urls: dict[bytes, bytes] = {}
+    pieces: list[bytes] = []
+    kept_from = 0
+    for start, end in _long_strings(body):
+        steps = [body[at : min(at + _STEP_BYTES, end)] for at in range(start, end, _STEP_BYTES)]
+        if not all(step.isascii() and not any(sign in step for sign in _UNPLAIN) for step in steps):
+            continue
+        stand_in = b"%b%d." % (name, len(urls))
+        urls[stand_in] = b"".join(steps)
+        pieces += (body[kept_from:start], stand_in)
+        kept_from = end
+    if not urls:
+        return Lifted(body)
+    return Lifted(b"".join([*pieces, body[kept_from:]]), urls, re.compile(re.escape(name) + rb"[0-9]+\."))
+
+
+def read_lifted(
+    body: bytes, max_text_bytes: int, read: Callable[[bytes], _T], images_of: Callable[[_T], Iterable[bytes]]
+) -> tuple[_T, Lifted]:
+    """Return what ``read`` makes of a body without the long URLs of its images, which ``images_of`` lists.
+
+    What begins with ``data:`` elsewhere, such as in a text, stays in the body. Raises PayloadTooLargeError if what is left is
+    more than ``max_text_bytes``, and what ``read`` raises.
+    """
+    lifted = lift(body)
+    check_text_size(lifted.body, max_text_bytes)
+    result = read(lifted.body)
+    if lifted.urls:
+        of_images = lifted.urls.keys() & set(images_of(result))
+        if len(of_images) < len(lifted.urls):
+            lifted = lifted.only(of_images)
+            check_text_size(lifted.body, max_text_bytes)
+            result = read(lifted.body)
+    return result, lifted
+
+
+def _long_strings(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where long strings begin and end that begin with ``data:``, without their quotes."""
+    at = 0
+    for _ in range(_MAX_STRINGS):
+        quote = _find(body, _BEGIN, at)
+        end = _find(body, _QUOTE, quote + 1) if quote >= 0 else -1
+        if end < 0:
+            return
+        if end - quote > _LONG_BYTES:
+            yield quote + 1, end
+        at = end + 1
+
+
+def _find(body: bytes, what: bytes, start: int) -> int:
+    """Do what ``bytes.find`` does, in steps."""
+    while start < len(body):
+        found = body.find(what, start, start + _STEP_BYTES + len(what) - 1)
+        if found >= 0:
+            return found
+        start += _STEP_BYTES
+    return -1

@@ -1,0 +1,93 @@
+"""Long data: URLs are lifted out of a body, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chiasm.errors import PayloadTooLargeError
+from chiasm.http.json_size import INLINE_BYTES
+from chiasm.http.lifted import Lifted, lift, read_lifted
+
+URL = "data:image/png;base64," + "A" * 5000
+TEXTS = st.one_of(
+    st.sampled_from([URL, URL + "\n", '"' + URL, '\\"' + URL, URL + '"', "é" + URL, "data:" + "é" * 5000, "data:x"]),
+    st.text(max_size=5),
+)
+VALUES = st.recursive(
+    TEXTS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(VALUES, st.booleans())
+def test_a_body_with_stand_ins_says_the_same_and_can_be_restored(value: Any, ascii_only: bool) -> None:
+    body = json.dumps(value, ensure_ascii=ascii_only).encode()
+    lifted = lift(body)
+    assert lifted.restored(lifted.body) == body
+
+    def back(value: Any) -> Any:
+        if isinstance(value, str):
+            for stand_in, url in lifted.urls.items():
+                value = value.replace(stand_in.decode(), url.decode())
+            return value
+        if isinstance(value, list):
+            return [back(one) for one in value]
+        return {back(name): back(one) for name, one in value.items()}
+
+    assert back(json.loads(lifted.body)) == value
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(['"', "\\", "[", ",", " ", "x", URL, '"' + URL]), max_size=8))
+def test_what_is_no_json_stays_none(pieces: list[str]) -> None:
+    body = "".join(pieces).encode()
+
+    def is_json(text: bytes) -> bool:
+        try:
+            json.loads(text)
+        except ValueError:
+            return False
+        return True
+
+    assert is_json(lift(body).body) == is_json(body)
+
+
+def urls_of(found: Any) -> list[bytes]:
+    return [url.encode() for url in found["urls"]]
+
+
+def read(body: bytes, max_text_bytes: int = 10_000) -> tuple[Any, Lifted]:
+    return read_lifted(body, max_text_bytes, json.loads, urls_of)
+
+
+def test_only_the_urls_of_images_are_lifted() -> None:
+    found, lifted = read(json.dumps({"urls": [URL], "text": URL}).encode())
+    assert found["text"] == URL
+    assert [lifted.urls[url] for url in urls_of(found)] == [URL.encode()]
+
+
+def test_images_do_not_count_as_text_and_texts_that_look_like_them_do() -> None:
+    image = "data:" + "A" * INLINE_BYTES
+    read(json.dumps({"urls": [image, image]}).encode())
+    for body in ({"urls": [], "text": image}, {"urls": [], image: 1}, {"urls": [], "text": "x" * 10_000}):
+        with pytest.raises(PayloadTooLargeError) as caught:
+            read(json.dumps(body).encode())
+        assert caught.value.limit == "text_bytes"
+
+
+def test_the_last_of_equal_keys_counts_and_the_first_is_text() -> None:
+    twice = b'{"urls":["%b"],"urls":["http://a"]}' % (b"data:" + b"A" * 20_000)
+    with pytest.raises(PayloadTooLargeError):
+        read(twice)
+
+
+def test_countless_small_strings_are_not_looked_at_one_by_one() -> None:
+    body = b"[" + b",".join([b'"data:"'] * 100_000) + b',"' + URL.encode() + b'"]'
+    assert lift(body) == Lifted(body)
