@@ -76,6 +76,10 @@ class EntryHeader(NamedTuple):
     def data_bytes(self) -> int:
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
+    @property
+    def has_known_dtype(self) -> bool:
+        return self.dtype in _DTYPES
+
     def to_bytes(self) -> bytes:
         """Return the first 4096 bytes of the file. Raises StorageError if the shape is too long for them."""
         shape = ",".join(map(str, self.shape))

@@ -3,8 +3,8 @@
 A reader says Hello and is answered by Welcome or Refused. Then it says Want for each embedding, which may be before the holder
 has it. As soon as the holder has it, it says Here. If that grants the embedding, because it fits into the room that the reader
 gave, the reader reads it; otherwise the reader says Take when it has room, and is answered by Here with a grant. Done gives a
-grant back, Forget takes Want back. The holder says Gone of an embedding that it evicted, or can't grant any more; it isn't
-wanted any more then. When a connection ends, everything that was granted or wanted on it is forgotten.
+grant back, Forget takes Want back, and Bad says that what was read can't be used. The holder says Gone of an embedding that
+was evicted; it isn't wanted any more then. When a connection ends, everything that was granted or wanted on it is forgotten.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import Annotated
 
 import msgspec
 
-from chiasm.wire import Name
+from chiasm.wire import Identifier, Name
 
 PROTOCOL_VERSION = 1
 MAX_WANTED = 1 << 14
 """Embeddings that one reader may want at one holder."""
 
-Identifier = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Dimension = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
@@ -63,7 +62,7 @@ class Here(msgspec.Struct, tag="here", frozen=True):
     offset: Bytes
     dtype: Annotated[str, msgspec.Meta(max_length=16)]
     shape: Annotated[list[Dimension], msgspec.Meta(max_length=8)]
-    checksum: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{32})?$", max_length=32)]
+    checksum: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z", max_length=32)]
     granted: bool
 
 
@@ -85,11 +84,17 @@ class Forget(msgspec.Struct, tag="forget", frozen=True):
     identifier: Identifier
 
 
+class Bad(msgspec.Struct, tag="bad", frozen=True):
+    """What was read is not the embedding: it shouldn't be offered any more."""
+
+    identifier: Identifier
+
+
 class Gone(msgspec.Struct, tag="gone", frozen=True):
     """The embedding was evicted."""
 
     identifier: Identifier
 
 
-ReaderMessage = Hello | Want | Take | Done | Forget
+ReaderMessage = Hello | Want | Take | Done | Forget | Bad
 HolderMessage = Welcome | Refused | Here | Gone
