@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from chiasm.kv_transfer.control import PROTOCOL_VERSION, ConsumerMessage, Hello, ProducerMessage, Welcome
+from chiasm.kv_transfer.messages import PROTOCOL_VERSION, ConsumerMessage, Hello, ProducerMessage, Welcome
 from chiasm.wire import KVTransferParams
 
 from .instance import LAYOUT, PATIENCE_SECONDS, Instance

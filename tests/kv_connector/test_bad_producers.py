@@ -10,7 +10,8 @@ from contextlib import ExitStack
 import pytest
 
 from chiasm.kv_transfer import KVTransferRole
-from chiasm.kv_transfer.control import MAX_FRAME_BYTES, Claim, Copied, Granted, ProducerMessage, Refused, Release, Whole
+from chiasm.kv_transfer.messages import Claim, Copied, Granted, ProducerMessage, Refused, Release, Whole
+from chiasm.transfer.channel import MAX_FRAME_BYTES
 
 from .conftest import Make
 from .instance import NUM_BLOCKS, Instance

@@ -12,8 +12,7 @@ import pytest
 
 from chiasm.errors import ConfigurationError
 from chiasm.kv_transfer import KVTransferRole, lease_server
-from chiasm.kv_transfer.control import (
-    MAX_FRAME_BYTES,
+from chiasm.kv_transfer.messages import (
     Claim,
     Copied,
     Granted,
@@ -22,6 +21,7 @@ from chiasm.kv_transfer.control import (
     Welcome,
     Whole,
 )
+from chiasm.transfer.channel import MAX_FRAME_BYTES
 
 from .conftest import Make
 from .instance import NUM_BLOCKS, Instance

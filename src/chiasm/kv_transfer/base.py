@@ -42,10 +42,6 @@ if TYPE_CHECKING:
     import torch
 
 
-class TransferError(Exception):
-    """KV could not be transferred. ``str(error)`` is a clause without full stop that can follow "Could not fetch KV: "."""
-
-
 class KVConnectorRole(enum.Enum):
     """Which half of a connector an object is."""
 
@@ -311,42 +307,6 @@ class KVConnector(ABC):
     @abstractmethod
     def get_finished(self) -> FinishedTransfers:
         """Return what has ended since the last call. Cheap if nothing has."""
-
-
-class OfferedMemory(ABC):
-    """Data plane of a producer: its blocks, as they are offered to all consumers."""
-
-    progress_seconds: float | None = None
-    """How often the transport needs :meth:`progress` while blocks may be read; None if never."""
-
-    @abstractmethod
-    def description(self) -> bytes:
-        """Return what a consumer needs to reach the blocks. It is part of the handshake, and stays valid."""
-
-    def progress(self) -> None:
-        """Do the producer's part of reads that consumers have begun. Called on the control thread."""
-        return None
-
-    @abstractmethod
-    def close(self) -> None:
-        """Stop offering the blocks. Called once, when nobody claims them any more."""
-
-
-class ReachedMemory(ABC):
-    """Data plane of a consumer: the blocks of one producer, as this consumer reads them."""
-
-    @abstractmethod
-    def read(self, local: Sequence[int], remote: Sequence[int], stop: Callable[[], bool]) -> bool:
-        """Copy the producer's block ``remote[i]`` to block ``local[i]`` here, and return when nothing is written any more.
-
-        Called on several transfer threads at once, with at least one block, and only with ids that exist on both sides.
-        Calls ``stop`` every few megabytes; if it returns True, returns False, and some blocks may be missing. Raises
-        TransferError if no blocks of this producer can be read any more.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release the producer's memory. Called once, when nobody reads it."""
 
 
 class KVConnectorFactory(ConnectorFactory[KVTransferConfig, KVConnectorRole, KVConnector]):

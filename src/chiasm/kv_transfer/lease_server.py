@@ -16,25 +16,23 @@ import msgspec
 
 from chiasm.errors import ConfigurationError
 from chiasm.http.listen import BACKLOG, bind
-from chiasm.kv_transfer.base import KVConnectorStats, KVLayout, KVSend, KVTransferConfig, OfferedMemory
-from chiasm.kv_transfer.control import (
+from chiasm.kv_transfer.base import KVConnectorStats, KVLayout, KVSend, KVTransferConfig
+from chiasm.kv_transfer.blocks import ranges_of
+from chiasm.kv_transfer.leases import LeaseRefused, LeaseTable
+from chiasm.kv_transfer.messages import (
     PROTOCOL_VERSION,
-    READ_AHEAD_BYTES,
-    Channel,
-    ChannelClosed,
     Claim,
     ConsumerMessage,
-    ControlThread,
     Copied,
     Granted,
     Hello,
-    NotUnderstood,
     Refused,
     Release,
     Welcome,
     Whole,
 )
-from chiasm.kv_transfer.leases import LeaseRefused, LeaseTable
+from chiasm.transfer.channel import READ_AHEAD_BYTES, Channel, ChannelClosed, ControlThread, NotUnderstood
+from chiasm.transfer.memory import OfferedMemory
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ class LeaseServer:
     ) -> None:
         self._config = config
         self._layout = layout
-        self._welcome = Welcome(num_blocks, memory.description())
+        self._num_blocks = num_blocks
         self._memory = memory
         self._stats = stats
         self._wake = wake
@@ -160,7 +158,7 @@ class LeaseServer:
         try:
             async with asyncio.timeout(self._config.connect_timeout_seconds):
                 hello = await channel.receive()
-            self._greet(channel, hello)
+            self._greet(holder, channel, hello)
             while True:
                 self._answer(holder, channel, await channel.receive())
                 await asyncio.sleep(0)  # take turns: a message that is here already is received without waiting
@@ -179,19 +177,20 @@ class LeaseServer:
         """End a connection, and release what was claimed on it."""
         self._connections.discard(task)
         channel.close()
+        self._memory.dismiss(holder)
         self._claims = {key: request_id for key, request_id in self._claims.items() if key[0] != holder}
         with self._lock:
             released = self._table.release_all(holder)
         self._report(released, num_expired=len(released))
 
-    def _greet(self, channel: Channel[ConsumerMessage], hello: ConsumerMessage) -> None:
+    def _greet(self, holder: int, channel: Channel[ConsumerMessage], hello: ConsumerMessage) -> None:
         if not isinstance(hello, Hello):
             raise ChannelClosed("a question came before the greeting")
         difference = self._difference(hello)
         if difference is not None:
             channel.send(Refused(difference))
             raise ChannelClosed(difference)
-        channel.send(self._welcome)
+        channel.send(Welcome(self._num_blocks, self._memory.describe(holder)))
 
     def _difference(self, hello: Hello) -> str | None:
         """Return how the consumer differs, as a clause for its client; None if the two match."""
@@ -220,6 +219,7 @@ class LeaseServer:
             channel.send(Whole(message.claim, message.load) if is_whole else lost)
         elif isinstance(message, Release):
             request_id = self._claims.pop((holder, message.claim), "")
+            self._memory.withdraw(holder, message.claim)
             with self._lock:
                 released = self._table.release(request_id, holder)
             self._report([request_id] if released else [])
@@ -233,6 +233,7 @@ class LeaseServer:
         except LeaseRefused as error:
             return Refused(str(error), claim.claim)
         self._claims[holder, claim.claim] = claim.request_id
+        self._memory.grant(holder, claim.claim, ranges_of(claim.block_ids, self._layout.bytes_per_block))
         self._claimed.set()
         self._expiry_changed.set()
         return Granted(claim.claim)

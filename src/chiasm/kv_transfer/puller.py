@@ -27,17 +27,13 @@ from chiasm.kv_transfer.base import (
     KVLayout,
     KVLoad,
     KVTransferConfig,
-    ReachedMemory,
-    TransferError,
 )
-from chiasm.kv_transfer.control import (
+from chiasm.kv_transfer.blocks import runs_of
+from chiasm.kv_transfer.leases import LeaseRefused
+from chiasm.kv_transfer.messages import (
     MAX_CLAIM_SECONDS,
     PROTOCOL_VERSION,
-    READ_AHEAD_BYTES,
-    Channel,
-    ChannelClosed,
     Claim,
-    ControlThread,
     Copied,
     Granted,
     Hello,
@@ -47,7 +43,9 @@ from chiasm.kv_transfer.control import (
     Welcome,
     Whole,
 )
-from chiasm.kv_transfer.leases import LeaseRefused
+from chiasm.transfer.channel import READ_AHEAD_BYTES, Channel, ChannelClosed, ControlThread
+from chiasm.transfer.errors import TransferError
+from chiasm.transfer.memory import Peer, ReachedMemory
 
 _logger = logging.getLogger(__name__)
 
@@ -113,8 +111,8 @@ class _Pull:
 class Puller:
     """Pulls the blocks of this consumer's requests from any number of producers.
 
-    ``reach`` makes a producer's memory readable, given its Welcome; it runs on any thread and raises TransferError if it
-    can't. ``wake`` is called, on the control thread, when :meth:`take_finished` has something new.
+    ``reach`` makes a producer's memory readable, given its place and description; it runs on any thread and raises
+    TransferError if it can't. ``wake`` is called, on the control thread, when :meth:`take_finished` has something new.
     """
 
     def __init__(
@@ -122,7 +120,7 @@ class Puller:
         config: KVTransferConfig,
         layout: KVLayout,
         num_blocks: int,
-        reach: Callable[[Welcome], ReachedMemory],
+        reach: Callable[[Peer, bytes], ReachedMemory],
         stats: KVConnectorStats,
         wake: Callable[[], None],
     ) -> None:
@@ -281,7 +279,7 @@ class Puller:
             raise TransferError("it granted a block that it does not have")
         assert producer.memory is not None, "nothing is granted before the memory is reached"
         del pull.waiting[load.index]
-        copying = asyncio.get_running_loop().run_in_executor(self._pool, _copy, producer.memory, pull, load)
+        copying = asyncio.get_running_loop().run_in_executor(self._pool, self._copy, producer.memory, pull, load)
         pull.copies.add(copying)
         try:
             seconds = await copying
@@ -356,7 +354,9 @@ class Puller:
             raise TransferError(self._no_answer) from None
         except (OSError, ValueError) as error:  # ValueError: no host can have this name
             raise TransferError(f"it cannot be reached: {error}") from error
-        memory = await asyncio.get_running_loop().run_in_executor(None, self._reach, welcome)
+        memory = await asyncio.get_running_loop().run_in_executor(
+            None, self._reach, Peer(producer.address.host, producer.address.port), welcome.memory
+        )
         if producer.lost:
             memory.close()
             return
@@ -422,19 +422,19 @@ class Puller:
     def _no_answer(self) -> str:
         return f"it did not answer within {self._config.connect_timeout_seconds:g} seconds"
 
+    def _copy(self, memory: ReachedMemory, pull: _Pull, load: KVLoad) -> float | None:
+        """Copy the blocks of a load, on a transfer thread. Return the seconds it took, None if it was stopped.
 
-def _copy(memory: ReachedMemory, pull: _Pull, load: KVLoad) -> float | None:
-    """Copy the blocks of a load, on a transfer thread. Return the seconds it took, None if it was stopped.
-
-    Raises TransferError if no blocks of this producer can be read any more.
-    """
-    started = time.perf_counter()
-    try:
-        if pull.should_stop() or not memory.read(load.local, load.remote, pull.should_stop):
-            return None
-    except TransferError:
-        raise
-    except Exception as error:
-        _logger.exception("A transfer failed.")
-        raise TransferError(f"the transfer failed: {error}") from error
-    return time.perf_counter() - started
+        Raises TransferError if no blocks of this producer can be read any more.
+        """
+        runs = runs_of(load.local, load.remote, self._layout.bytes_per_block)
+        started = time.perf_counter()
+        try:
+            if pull.should_stop() or not memory.read(runs, pull.should_stop):
+                return None
+        except TransferError:
+            raise
+        except Exception as error:
+            _logger.exception("A transfer failed.")
+            raise TransferError(f"the transfer failed: {error}") from error
+        return time.perf_counter() - started

@@ -1,11 +1,8 @@
-"""The control channel: what a consumer and a producer tell each other about blocks.
+"""The channel between a holder and a reader: framed messages over TCP, and the thread that carries them.
 
-A connection carries frames. Each is the length of its body (4 bytes, big-endian) and the body, one msgpack message. The
-consumer sends Hello and receives Welcome or Refused. Then, for each request, it sends Claim (answered by Granted or Refused),
-Copied after each load (answered by Whole or Refused), and Release, which has no answer. Answers come in the order of the
-questions. When a connection ends, everything that was claimed on it is released.
-
-What comes in is bounded and checked; a message that isn't understood ends its connection.
+A connection carries frames. Each is the length of its body (4 bytes, big-endian) and the body, one msgpack message. Which
+messages these are is the matter of those who use the channel. What comes in is bounded and checked; a message that isn't
+understood ends its connection.
 """
 
 from __future__ import annotations
@@ -16,91 +13,22 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, Generic, TypeVar, TypeVarTuple
+from typing import Any, Generic, TypeVar, TypeVarTuple
 
 import msgspec
 
-from chiasm.kv_transfer.base import KVLayout, TransferError
-from chiasm.wire import MAX_BLOCKS, UNREADABLE, Name, TokenId
+from chiasm.transfer.errors import TransferError
+from chiasm.wire import UNREADABLE
 
-PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20
-"""Enough for a claim of two hundred thousand blocks."""
 MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES
 """How much may wait to be sent on one connection before the other side counts as gone."""
-MAX_CLAIM_SECONDS = 86_400.0
 READ_AHEAD_BYTES = 1 << 16
 """How much of one connection is read before it is looked at; twice that at most, unless a frame is longer."""
 _LENGTH = struct.Struct(">I")
 _OTHER_PROTOCOL = "it does not speak the control protocol"
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A host that vanished is noticed within half a minute."""
-
-ClaimNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
-
-
-class Hello(msgspec.Struct, tag="hello", frozen=True):
-    """The first message: what the consumer expects of the producer, whose ``engine_id`` this is."""
-
-    version: int
-    connector: Name
-    engine_id: Name
-    fingerprint: Name
-    layout: KVLayout
-
-
-class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """The two match. ``memory`` tells the connector how to reach the producer's blocks."""
-
-    num_blocks: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-    memory: bytes
-
-
-class Claim(msgspec.Struct, tag="claim", frozen=True):
-    """Hold the blocks of a handle. ``claim`` is a number that the consumer uses once on a connection."""
-
-    claim: ClaimNumber
-    request_id: Name
-    block_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_BLOCKS)]
-    seconds_left: Annotated[float, msgspec.Meta(ge=0, le=MAX_CLAIM_SECONDS)]
-    """Time until the consumer's request fails and the blocks may be used again."""
-
-
-class Granted(msgspec.Struct, tag="granted", frozen=True):
-    """The blocks are held."""
-
-    claim: ClaimNumber
-
-
-class Copied(msgspec.Struct, tag="copied", frozen=True):
-    """The blocks of one load were read. Were they still held?"""
-
-    claim: ClaimNumber
-    load: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-
-
-class Whole(msgspec.Struct, tag="whole", frozen=True):
-    """The blocks were held throughout, so what was read is what was offered."""
-
-    claim: ClaimNumber
-    load: int
-
-
-class Release(msgspec.Struct, tag="release", frozen=True):
-    """The blocks are no longer needed."""
-
-    claim: ClaimNumber
-
-
-class Refused(msgspec.Struct, tag="refused", frozen=True):
-    """A claim was refused or lost, or without ``claim`` the whole connection. ``reason`` is a clause without full stop."""
-
-    reason: Annotated[str, msgspec.Meta(max_length=4096)]
-    claim: ClaimNumber | None = None
-
-
-ConsumerMessage = Hello | Claim | Copied | Release
-ProducerMessage = Welcome | Granted | Whole | Refused
 
 _Incoming = TypeVar("_Incoming")
 _Arguments = TypeVarTuple("_Arguments")
@@ -115,7 +43,10 @@ class NotUnderstood(ChannelClosed):
 
 
 class Channel(Generic[_Incoming]):
-    """One end of a connection. The code that creates it closes it, also after ChannelClosed."""
+    """One end of a connection, which receives messages of the decoder's type. Used on the thread of its event loop.
+
+    The code that creates it closes it, also after ChannelClosed.
+    """
 
     def __init__(
         self,
@@ -149,7 +80,7 @@ class Channel(Generic[_Incoming]):
         except UNREADABLE as error:
             raise NotUnderstood(f"{_OTHER_PROTOCOL}: {error}") from error
 
-    def send(self, message: ConsumerMessage | ProducerMessage) -> None:
+    def send(self, message: msgspec.Struct) -> None:
         """Send a message without waiting. Raises ValueError if it is too long, ChannelClosed if it can't be sent."""
         body = msgspec.msgpack.encode(message)
         if len(body) > MAX_FRAME_BYTES:
