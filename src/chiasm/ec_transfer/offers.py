@@ -181,6 +181,14 @@ class OfferTable(Generic[PieceT]):
         if not self._retired.get(identifier, True):
             del self._retired[identifier]
 
+    def disown(self, reader: int, identifier: str) -> None:
+        """The reader says that an entry can't be used, which it knows if it was granted it."""
+        entry = self._entries.get(identifier)
+        was_granted = entry is not None and reader in entry.granted
+        self.forget(reader, identifier)
+        if was_granted:
+            self.remove(identifier)
+
     def leave(self, reader: int) -> None:
         """The reader has gone."""
         for identifier in list(self._names(reader)):

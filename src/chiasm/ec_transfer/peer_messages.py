@@ -1,10 +1,10 @@
-"""What readers and holders of embeddings tell each other over a channel.
+"""What readers and holders of embeddings tell each other over a channel, once they have greeted.
 
-A reader says Hello and is answered by Welcome or Refused. Then it says Want for each embedding, which may be before the holder
-has it. As soon as the holder has it, it says Here. If that grants the embedding, because it fits into the room that the reader
-gave, the reader reads it; otherwise the reader says Take when it has room, and is answered by Here with a grant. Done gives a
-grant back, Forget takes Want back, and Bad says that what was read can't be used. The holder says Gone of an embedding that
-was evicted; it isn't wanted any more then. When a connection ends, everything that was granted or wanted on it is forgotten.
+The holder says Welcome. The reader says Want for each embedding, which may be before the holder has it. As soon as the holder
+has it, it says Here. If that grants the embedding, because it fits into the room that the reader gave, the reader reads it;
+otherwise the reader says Take when it has room, and is answered by Here with a grant. Done gives a grant back, Forget takes Want
+back, and Bad says that what was read can't be used. The holder says Gone of an embedding that was evicted; it isn't wanted any
+more then. When a connection ends, everything that was granted or wanted on it is forgotten.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Annotated
 
 import msgspec
 
-from chiasm.wire import Identifier, Name
+from chiasm.wire import Identifier
 
+PROTOCOL = "ec"
 PROTOCOL_VERSION = 1
 MAX_WANTED = 1 << 14
 """Embeddings that one reader may want at one holder."""
@@ -23,26 +24,11 @@ Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Dimension = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
-class Hello(msgspec.Struct, tag="hello", frozen=True):
-    """The first message: what the reader expects of the holder, whose ``engine_id`` this is."""
-
-    version: int
-    connector: Name
-    engine_id: Name
-    fingerprint: Name
-
-
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """The two match. ``memory`` tells the data plane how to reach the holder's memory, of ``num_bytes``."""
+    """``memory`` tells the data plane how to reach the holder's memory, of ``num_bytes``."""
 
     memory: Annotated[bytes, msgspec.Meta(max_length=1 << 16)]
     num_bytes: Bytes
-
-
-class Refused(msgspec.Struct, tag="refused", frozen=True):
-    """The two don't match. ``reason`` is a clause without full stop."""
-
-    reason: Annotated[str, msgspec.Meta(max_length=4096)]
 
 
 class Want(msgspec.Struct, tag="want", frozen=True):
@@ -96,5 +82,5 @@ class Gone(msgspec.Struct, tag="gone", frozen=True):
     identifier: Identifier
 
 
-ReaderMessage = Hello | Want | Take | Done | Forget | Bad
-HolderMessage = Welcome | Refused | Here | Gone
+ReaderMessage = Want | Take | Done | Forget | Bad
+HolderMessage = Welcome | Here | Gone
