@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Protocol
 
 from chiasm.connectors import ClassPath, ConnectorFactory
+from chiasm.fleet_key import FleetKey
 from chiasm.options import Option
 from chiasm.wire import KVTransferParams
 
@@ -94,6 +95,8 @@ class KVTransferConfig:
             metavar="MODULE",
         ),
     ] = None
+    fleet_key: FleetKey | None = field(default=None, repr=False)
+    """By which the instances of a fleet know each other. Without one, only instances of this host are talked to."""
     extra: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,37 +1,29 @@
 """What a consumer and a producer tell each other about blocks, over the channel of ``transfer/channel.py``.
 
-The consumer sends Hello and receives Welcome or Refused. Then, for each request, it sends Claim (answered by Granted or
-Refused), Copied after each load (answered by Whole or Refused), and Release, which has no answer. Answers come in the order of
-the questions. When a connection ends, everything that was claimed on it is released.
+When the two have greeted each other (``transfer/greeting.py``), the producer sends Welcome. Then, for each request, the
+consumer sends Claim (answered by Granted or Refused), Copied after each load (answered by Whole or Refused), and Release, which
+has no answer. Answers come in the order of the questions. When a connection ends, all that was claimed on it is released.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import msgspec
 
-from chiasm.kv_transfer.base import KVLayout
+from chiasm.kv_transfer.base import KVLayout, KVTransferConfig
+from chiasm.transfer.greeting import Terms
 from chiasm.wire import MAX_BLOCKS, Name, TokenId
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_CLAIM_SECONDS = 86_400.0
 
 ClaimNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
-class Hello(msgspec.Struct, tag="hello", frozen=True):
-    """The first message: what the consumer expects of the producer, whose ``engine_id`` this is."""
-
-    version: int
-    connector: Name
-    engine_id: Name
-    fingerprint: Name
-    layout: KVLayout
-
-
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """The two match. ``memory`` tells the connector how to reach the producer's blocks."""
+    """The first message. ``memory`` tells the connector how to reach the producer's blocks."""
 
     num_blocks: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     memory: bytes
@@ -74,11 +66,18 @@ class Release(msgspec.Struct, tag="release", frozen=True):
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
-    """A claim was refused or lost, or without ``claim`` the whole connection. ``reason`` is a clause without full stop."""
+    """A claim was refused or lost. ``reason`` is a clause without full stop."""
 
+    claim: ClaimNumber
     reason: Annotated[str, msgspec.Meta(max_length=4096)]
-    claim: ClaimNumber | None = None
 
 
-ConsumerMessage = Hello | Claim | Copied | Release
+ConsumerMessage = Claim | Copied | Release
 ProducerMessage = Welcome | Granted | Whole | Refused
+
+
+def terms_of(config: KVTransferConfig, layout: KVLayout) -> Terms:
+    """Return what a consumer and a producer must have in common."""
+    values = {"connector": config.connector, "fingerprint": config.fingerprint}
+    values |= {name: str(value) for name, value in dataclasses.asdict(layout).items()}
+    return Terms("kv", PROTOCOL_VERSION, values, config.fleet_key)

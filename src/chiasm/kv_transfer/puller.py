@@ -32,19 +32,19 @@ from chiasm.kv_transfer.blocks import runs_of
 from chiasm.kv_transfer.leases import LeaseRefused
 from chiasm.kv_transfer.messages import (
     MAX_CLAIM_SECONDS,
-    PROTOCOL_VERSION,
     Claim,
     Copied,
     Granted,
-    Hello,
     ProducerMessage,
     Refused,
     Release,
     Welcome,
     Whole,
+    terms_of,
 )
-from chiasm.transfer.channel import READ_AHEAD_BYTES, Channel, ChannelClosed, ControlThread
+from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
 from chiasm.transfer.errors import TransferError
+from chiasm.transfer.greeting import open_channel
 from chiasm.transfer.memory import Peer, ReachedMemory
 
 _logger = logging.getLogger(__name__)
@@ -125,7 +125,8 @@ class Puller:
         wake: Callable[[], None],
     ) -> None:
         self._config = config
-        self._layout = layout
+        self._block_bytes = layout.bytes_per_block
+        self._terms = terms_of(config, layout)
         self._num_blocks = num_blocks
         self._reach = reach
         self._stats = stats
@@ -296,7 +297,7 @@ class Puller:
         is_whole = await self._ask(pull, Copied(pull.number, load.index), Whole(pull.number, load.index))
         if is_whole and pull.waiting.pop(load.index, None) is not None:
             self._stats.transfers += 1
-            self._stats.transferred_bytes += len(load.local) * self._layout.bytes_per_block
+            self._stats.transferred_bytes += len(load.local) * self._block_bytes
             self._stats.transfer_seconds += seconds
             self._end_load(pull, load)
 
@@ -348,15 +349,17 @@ class Puller:
 
     async def _converse(self, producer: _Producer) -> None:
         """Connect to a producer, reach its memory, and hand out its answers until the connection ends."""
+        address, timeout = producer.address, self._config.connect_timeout_seconds
+        peer = Peer(address.host, address.port)
+        producer.channel = channel = await open_channel(peer, address.engine_id, self._terms, _DECODER, timeout)
         try:
-            channel, welcome = await self._connect(producer)
+            async with asyncio.timeout(timeout):
+                welcome = await channel.receive()
         except TimeoutError:
             raise TransferError(self._no_answer) from None
-        except (OSError, ValueError) as error:  # ValueError: no host can have this name
-            raise TransferError(f"it cannot be reached: {error}") from error
-        memory = await asyncio.get_running_loop().run_in_executor(
-            None, self._reach, Peer(producer.address.host, producer.address.port), welcome.memory
-        )
+        if not isinstance(welcome, Welcome):
+            raise ChannelClosed("its first message is no welcome")
+        memory = await asyncio.get_running_loop().run_in_executor(None, self._reach, peer, welcome.memory)
         if producer.lost:
             memory.close()
             return
@@ -377,20 +380,6 @@ class Puller:
                 answer.set_exception(LeaseRefused(message.reason))
             else:
                 answer.set_result(None)
-
-    async def _connect(self, producer: _Producer) -> tuple[Channel[ProducerMessage], Welcome]:
-        address, config = producer.address, self._config
-        async with asyncio.timeout(config.connect_timeout_seconds):
-            streams = await asyncio.open_connection(address.host, address.port, limit=READ_AHEAD_BYTES)
-        producer.channel = channel = Channel(*streams, _DECODER)
-        channel.send(Hello(PROTOCOL_VERSION, config.connector, address.engine_id, config.fingerprint, self._layout))
-        async with asyncio.timeout(config.connect_timeout_seconds):
-            answer = await channel.receive()
-        if isinstance(answer, Refused):
-            raise TransferError(answer.reason)
-        if not isinstance(answer, Welcome):
-            raise ChannelClosed("its greeting is not a welcome")
-        return channel, answer
 
     def _lose(self, producer: _Producer, reason: str) -> None:
         """End the connection to a producer, and fail the pulls that depend on it."""
@@ -427,7 +416,7 @@ class Puller:
 
         Raises TransferError if no blocks of this producer can be read any more.
         """
-        runs = runs_of(load.local, load.remote, self._layout.bytes_per_block)
+        runs = runs_of(load.local, load.remote, self._block_bytes)
         started = time.perf_counter()
         try:
             if pull.should_stop() or not memory.read(runs, pull.should_stop):

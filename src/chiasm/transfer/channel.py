@@ -31,6 +31,7 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A host that vanished is noticed within half a minute."""
 
 _Incoming = TypeVar("_Incoming")
+_Other = TypeVar("_Other")
 _Arguments = TypeVarTuple("_Arguments")
 
 
@@ -66,13 +67,17 @@ class Channel(Generic[_Incoming]):
 
     async def receive(self) -> _Incoming:
         """Wait for the next message. Raises ChannelClosed if the connection ends, NotUnderstood if something else comes."""
+        return await self.receive_as(self._decoder)
+
+    async def receive_as(self, decoder: msgspec.msgpack.Decoder[_Other]) -> _Other:
+        """Wait for a message of another type, as in a greeting."""
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if length > MAX_FRAME_BYTES:
                 raise NotUnderstood(
                     f"{_OTHER_PROTOCOL}: a message of {length} bytes came, {MAX_FRAME_BYTES} are allowed"
                 )
-            return self._decoder.decode(await self._reader.readexactly(length))
+            return decoder.decode(await self._reader.readexactly(length))
         except asyncio.IncompleteReadError:
             raise ChannelClosed("the connection was closed") from None
         except OSError as error:

@@ -17,6 +17,7 @@ All offsets are in bytes from the beginning of the memory that was given to ``of
 
 from __future__ import annotations
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,13 @@ class OfferedMemory(ABC):
     def dismiss(self, reader: int) -> None:
         """The reader has gone: withdraw everything that it was granted, and forget it."""
         return None
+
+    def attach(self, reader: int, nonce: bytes, proof: bytes, connection: socket.socket) -> bool:
+        """A connection came that wants to carry data for ``reader``; ``nonce`` is what it was challenged with.
+
+        Return whether the proof is right; the socket is then the plane's. Planes without connections of their own take none.
+        """
+        return False
 
     def progress(self) -> None:
         """Do the holder's part of reads that readers have begun."""
