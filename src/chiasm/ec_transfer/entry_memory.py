@@ -32,7 +32,7 @@ def write_entry(address: int, header: EntryHeader, tensor: torch.Tensor, *, with
     if tensor.is_cuda:
         _tensor(_bytes_at(target, header.data_bytes), header).copy_(tensor)
         if hasher is not None:
-            hasher.update(_bytes_at(target, header.data_bytes))
+            hasher.update(_bytes_at(target, header.data_bytes).data)
     else:
         data = bytes_of(tensor)
         _copy(target, np.frombuffer(data, np.uint8).ctypes.data, len(data), hasher)
@@ -55,7 +55,7 @@ def has_header(address: int, header: EntryHeader) -> bool:
 def has_checksum(address: int, header: EntryHeader) -> bool:
     """Return whether the embedding at ``address`` has the checksum of its header. Reads all of it."""
     hasher = header.hasher()
-    hasher.update(_bytes_at(address + HEADER_BYTES, header.data_bytes))
+    hasher.update(_bytes_at(address + HEADER_BYTES, header.data_bytes).data)
     return hasher.hexdigest() == header.checksum
 
 
@@ -92,5 +92,5 @@ def _copy(target: int, source: int, num_bytes: int, hasher: xxhash.xxh3_128 | No
         return
     for done in range(0, num_bytes, _PIECE_BYTES):
         size = min(_PIECE_BYTES, num_bytes - done)
-        hasher.update(_bytes_at(source + done, size))
+        hasher.update(_bytes_at(source + done, size).data)
         ctypes.memmove(target + done, source + done, size)

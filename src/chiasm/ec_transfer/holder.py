@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from chiasm.ec_transfer.base import ECConnectorStats, ECTransferConfig
-from chiasm.ec_transfer.entry_file import HEADER_BYTES, header_of
+from chiasm.ec_transfer.entry_file import HEADER_BYTES, data_bytes, header_of
 from chiasm.ec_transfer.entry_memory import clear_entry, write_entry
 from chiasm.ec_transfer.offers import NoRoom, OfferTable, TooManyWanted
 from chiasm.ec_transfer.peer_messages import Bad, Done, Forget, Here, ReaderMessage, Take, Want, Welcome
 from chiasm.errors import StorageError
-from chiasm.transfer.arena import Arena
+from chiasm.transfer.arena import Arena, Piece
 from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
 from chiasm.transfer.greeting import Terms
 from chiasm.transfer.listener import Listener
 from chiasm.transfer.memory import OfferedMemory, Range
+from chiasm.transfer.memory_file import find_lock
 from chiasm.wire import ECPlace
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ class Holder:
         self._stats = stats
         self._has_checksums = has_checksums
         self._written = threading.Condition()  # guards the table and the stats
-        self._table: OfferTable[Range] = OfferTable(arena.allocate, lambda piece: piece.offset, self._free)
+        self._table: OfferTable[Piece] = OfferTable(
+            arena.allocate, lambda piece: piece.offset, self._free, self._is_used
+        )
         self._channels: dict[int, Channel[ReaderMessage]] = {}
         self._claims: dict[tuple[int, str], int] = {}
         """The number of each grant."""
@@ -66,7 +69,14 @@ class Holder:
         self._reading = asyncio.Event()
         """Set while somebody may be reading."""
         self._listener = Listener(
-            config.host, config.port, engine_id, terms, memory, _DECODER, greeting_seconds=GREETING_SECONDS, option="--ec"
+            config.host,
+            config.port,
+            engine_id,
+            terms,
+            memory,
+            _DECODER,
+            greeting_seconds=GREETING_SECONDS,
+            option="--ec",
         )
         self.place = ECPlace(host=config.host, port=self._listener.port, engine_id=engine_id)
         self._control = ControlThread("ec-holder", self._run)
@@ -99,6 +109,7 @@ class Holder:
                 self._table.abandon(identifier)
                 self._written.notify_all()
             raise
+        reserved.publish()
         with self._written:
             self._table.publish(identifier, header)
             self._written.notify_all()
@@ -117,7 +128,7 @@ class Holder:
         self._control.close()
         self._memory.close()
 
-    def _reserve(self, identifier: str, size_bytes: int) -> Range | None:
+    def _reserve(self, identifier: str, size_bytes: int) -> Piece | None:
         try:
             reserved = self._table.reserve(identifier, size_bytes)
         except NoRoom:
@@ -131,9 +142,13 @@ class Holder:
         self._stats.evicted_bytes += reserved.evicted_bytes
         return reserved.piece
 
-    def _free(self, piece: Range) -> None:
-        clear_entry(self._arena.file.address + piece.offset)
-        self._arena.free(piece)
+    def _free(self, piece: Piece) -> None:
+        clear_entry(self._arena.file.address + piece.offset)  # before anybody may use it again: see sources.py
+        piece.release()
+
+    def _is_used(self, piece: Piece) -> bool:
+        """Return whether a reader uses the piece where it is."""
+        return find_lock(self._arena.file.descriptor, piece.offset, piece.size_bytes) is not None
 
     # ---- the control thread -------------------------------------------------------------------------------------------
 
@@ -214,7 +229,8 @@ class Holder:
     def _grant(self, reader: int, here: Here) -> None:
         if (reader, here.identifier) not in self._claims:
             claim = self._claims[reader, here.identifier] = next(self._claim_numbers)
-            self._memory.grant(reader, claim, [Range(here.offset, num_bytes)])
+            size = HEADER_BYTES + data_bytes(here.dtype, here.shape)
+            self._memory.grant(reader, claim, [Range(here.offset, size)])
 
     def _withdraw(self, reader: int, identifier: str) -> None:
         claim = self._claims.pop((reader, identifier), None)

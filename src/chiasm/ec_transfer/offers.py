@@ -56,7 +56,7 @@ class OfferTable(Generic[PieceT]):
     """The entries of one holder. ``reader`` is a number that stands for a connection.
 
     ``allocate`` returns a piece of memory for so many bytes, or None if there is none; ``offset_of`` says where it begins;
-    ``free`` takes it back.
+    ``free`` takes it back. What ``is_used`` by somebody else is not worth evicting, since its memory wouldn't be free.
     """
 
     def __init__(
@@ -64,10 +64,12 @@ class OfferTable(Generic[PieceT]):
         allocate: Callable[[int], PieceT | None],
         offset_of: Callable[[PieceT], int],
         free: Callable[[PieceT], None],
+        is_used: Callable[[PieceT], bool],
     ) -> None:
         self._allocate = allocate
         self._offset_of = offset_of
         self._free = free
+        self._is_used = is_used
         self._entries: OrderedDict[str, _Entry[PieceT]] = OrderedDict()  # the least recently used comes first
         self._wanted: dict[str, dict[int, int]] = {}
         """The room of each reader that waits for an entry, by identifier."""
@@ -108,7 +110,7 @@ class OfferTable(Generic[PieceT]):
             return None
         evictions = evicted_bytes = 0
         while (piece := self._allocate(size_bytes)) is None:
-            victim = next((name for name, entry in self._entries.items() if entry.header and not entry.granted), None)
+            victim = next((name for name, entry in self._entries.items() if self._is_idle(entry)), None)
             if victim is None:
                 raise NoRoom
             evictions += 1
@@ -194,6 +196,9 @@ class OfferTable(Generic[PieceT]):
         for identifier in list(self._names(reader)):
             self.forget(reader, identifier)
         self._wanted_by.pop(reader, None)
+
+    def _is_idle(self, entry: _Entry[PieceT]) -> bool:
+        return entry.header is not None and not entry.granted and not self._is_used(entry.piece)
 
     def _names(self, reader: int) -> set[str]:
         return self._wanted_by.get(reader, set())

@@ -2,9 +2,9 @@
 
 The holder says Welcome. The reader says Want for each embedding, which may be before the holder has it. As soon as the holder
 has it, it says Here. If that grants the embedding, because it fits into the room that the reader gave, the reader reads it;
-otherwise the reader says Take when it has room, and is answered by Here with a grant. Done gives a grant back, Forget takes Want
-back, and Bad says that what was read can't be used. The holder says Gone of an embedding that was evicted; it isn't wanted any
-more then. When a connection ends, everything that was granted or wanted on it is forgotten.
+otherwise the reader says Take when it has room, and is answered by Here with a grant. Done gives a grant back, Forget takes
+Want back, and Bad says that what was read can't be used. The holder says Gone of an embedding that was evicted; it isn't
+wanted any more then. When a connection ends, everything that was granted or wanted on it is forgotten.
 """
 
 from __future__ import annotations

@@ -9,25 +9,22 @@ import asyncio
 import logging
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from chiasm.ec_transfer.base import ECConnectorStats
 from chiasm.ec_transfer.peer_messages import Here, HolderMessage, Take, Want, Welcome
+from chiasm.ec_transfer.sources import Arrived, EntryUnusable, Source
 from chiasm.ec_transfer.wants import Read, Send, Wanted, WantTable
 from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
 from chiasm.transfer.errors import TransferError
 from chiasm.transfer.greeting import Terms, open_channel
 from chiasm.transfer.memory import Peer
 from chiasm.wire import ECPlace
-
-if TYPE_CHECKING:
-    import torch
 
 _logger = logging.getLogger(__name__)
 
@@ -42,46 +39,6 @@ _MAX_CONNECTING = 16
 _SLOWEST_BYTES_PER_SECOND = 10e6
 _NO_ANSWER = f"it did not answer within {ANSWER_SECONDS:g} seconds"
 _DECODER: msgspec.msgpack.Decoder[HolderMessage] = msgspec.msgpack.Decoder(HolderMessage)
-
-
-class Spot(NamedTuple):
-    """Where another process of this host finds an entry: in a file that this process has open."""
-
-    process: int
-    descriptor: int
-    offset: int
-
-
-class Arrived(NamedTuple):
-    """An embedding in this process, verified, on the device."""
-
-    tensor: torch.Tensor
-    seconds: float
-    """How long reading took."""
-    spot: Spot | None = None
-
-
-class EntryUnusable(Exception):
-    """What was read is not the entry. ``str(error)`` is a clause; ``bad``: the holder should not offer it any more."""
-
-    def __init__(self, reason: str, *, bad: bool) -> None:
-        super().__init__(reason)
-        self.bad = bad
-
-
-class Source(ABC):
-    """One holder's embeddings, as a reader brings them in."""
-
-    @abstractmethod
-    def bring(self, read: Read, stop: Callable[[], bool]) -> Arrived | None:
-        """Return what was granted, verified; None if there is no memory for it now, or if it was stopped.
-
-        Called on several threads. Raises EntryUnusable, and TransferError if nothing of this holder can be read any more.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release the holder's memory, as soon as nothing uses it. Called once, when nothing is read."""
 
 
 @dataclass(eq=False)
@@ -176,7 +133,8 @@ class Reader:
             self._table.again(identifier, arrived)
         self._control.call(self._act)
 
-    def reject(self, identifier: str) -> None:
+    def reject(self, identifier: str, reason: str) -> None:
+        _logger.warning("The embedding of item %s was rejected: %s.", identifier, reason)
         with self._lock:
             self._table.reject(identifier)
         self._control.call(self._act)
@@ -313,9 +271,7 @@ class Reader:
     def _meet(self, place: ECPlace) -> _Holder:
         with self._lock:
             in_use = self._table.places_in_use()
-        idle = [
-            holder for holder in self._holders.values() if holder.place not in in_use and not holder.num_reads
-        ]
+        idle = [holder for holder in self._holders.values() if holder.place not in in_use and not holder.num_reads]
         for other in idle[: max(0, len(idle) - MAX_IDLE_HOLDERS + 1)]:
             self._lose(other, "it was idle")
         holder = _Holder(place)

@@ -33,6 +33,8 @@ class Wanted(NamedTuple):
 
     identifier: str
     max_rows: int
+    is_needed: bool = True
+    """If not, the engine has it, or doesn't need it as long as it has what was computed from it."""
 
 
 class Send(NamedTuple):
@@ -142,11 +144,12 @@ class WantTable(Generic[EntryT]):
     def want(self, request_id: str, wanted: Sequence[Wanted]) -> None:
         """A request wants these items, in this order, until ``finish``."""
         names = self._requests.setdefault(request_id, [])
-        for identifier, max_rows in wanted:
+        for identifier, max_rows, is_needed in wanted:
             item = self._items.get(identifier)
             if item is None:
                 item = self._items[identifier] = _Item(identifier)
                 item.places = self._expected.pop(identifier, {})
+                item.stage = _Stage.WAITING if is_needed else _Stage.TAKEN
                 self._ask(item)
             item.max_rows = max(item.max_rows, max_rows)
             item.requests.add(request_id)
