@@ -11,6 +11,7 @@ import mmap
 import os
 import secrets
 import stat
+import struct
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,8 @@ from chiasm.transfer.errors import TransferError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TOKEN_BYTES = 32
+_FLOCK = struct.Struct("@hhqqi4x")
+"""``struct flock`` of Linux on 64 bits: type, whence, start, length, pid."""
 _ELSEWHERE = (
     "its memory cannot be mapped here, because it runs on another host, in another container or as another user"
 )
@@ -87,11 +90,19 @@ class MappedFile:
         except BaseException:
             os.close(descriptor)
             raise
+        self.description = description
         self.descriptor = descriptor
         self.num_bytes = description.size_bytes - _TOKEN_BYTES
         self.buffer = memoryview(mapped)[: self.num_bytes]
         """The bytes, read only. They stay while this or anything made from it exists, also after ``close``."""
         self.address: int = np.frombuffer(self.buffer, np.uint8).ctypes.data
+
+    def reopen(self) -> int:
+        """Return a new descriptor of the file, with locks of its own. Raises TransferError if there can't be one."""
+        try:
+            return os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise TransferError(f"its memory cannot be opened again: {error}") from error
 
     def close(self) -> None:
         """Close the file. It stays mapped as long as something refers to ``buffer``. Idempotent."""
@@ -99,6 +110,22 @@ class MappedFile:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def set_lock(descriptor: int, kind: int, begin: int, size: int) -> None:
+    """Lock a range of a file for this descriptor (``fcntl.F_RDLCK``, ``F_WRLCK``), or unlock it (``F_UNLCK``).
+
+    Raises BlockingIOError if somebody else has locked some of it. Open file description locks belong to the open file, not to
+    the process: those that share a descriptor, by dup or fork, share its locks, and closing the last one ends them.
+    """
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, begin, size, 0))
+
+
+def find_lock(descriptor: int, begin: int, size: int) -> tuple[int, int] | None:
+    """Return begin and size of a lock that somebody else has on some of the range; size 0 is to the end of the file."""
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, begin, size, 0))
+    kind, _, start, length, _ = _FLOCK.unpack(answer)
+    return None if kind == fcntl.F_UNLCK else (start, length)
 
 
 def _map(descriptor: int, description: FileDescription) -> mmap.mmap:

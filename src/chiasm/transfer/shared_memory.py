@@ -1,12 +1,15 @@
-"""The data plane for processes of one host: a reader maps the holder's memory file, and copies straight from it.
+"""The data plane for processes of one host: a reader maps the holder's memory file, once, and reads straight from it.
 
-The bytes are copied once, from the holder's memory to their place in the reader's. Reading is enforced by nothing but the
-operating system: who may map the file, a process of the same user, may read all of it.
+``read`` copies bytes to their place in the reader's memory. ``hold`` copies nothing: the reader uses the holder's bytes where
+they are, and a lock on their range keeps the holder from using it again, also if the connection between the two is lost.
+Nothing but the operating system says who may read: a process of the same user, all of the file.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import os
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -23,7 +26,7 @@ from chiasm.transfer.memory import (
     check_remote,
     read_description,
 )
-from chiasm.transfer.memory_file import FileDescription, MappedFile, MemoryFile
+from chiasm.transfer.memory_file import FileDescription, MappedFile, MemoryFile, set_lock
 
 BYTES_BETWEEN_CHECKS = 8 << 20
 
@@ -70,13 +73,15 @@ class SharedMemory(ReachedMemory):
 
     def __init__(self, description: bytes, memory: Memory) -> None:
         offered = read_description(description, _Description)
-        self._file = MappedFile(offered.file)
-        if not 0 <= offered.offset_bytes <= offered.offset_bytes + offered.num_bytes <= self._file.num_bytes:
-            self._file.close()
+        self.file = MappedFile(offered.file)
+        if not 0 <= offered.offset_bytes <= offered.offset_bytes + offered.num_bytes <= self.file.num_bytes:
+            self.file.close()
             raise TransferError("it offers bytes outside its memory")
         self._memory = memory
         self._num_bytes = offered.num_bytes
-        self._source: int = self._file.address + offered.offset_bytes
+        self.file_offset = offered.offset_bytes
+        """Where the offered memory begins in ``file``."""
+        self._source: int = self.file.address + offered.offset_bytes
 
     def read(self, runs: Sequence[Run], stop: Callable[[], bool]) -> bool:
         source, target, unchecked = self._source, self._memory.address, 0
@@ -93,5 +98,42 @@ class SharedMemory(ReachedMemory):
                 unchecked += size
         return not stop()
 
+    def hold(self, offset: int, num_bytes: int) -> HeldRange | None:
+        """Return a range of the holder's memory for use in place; None if the holder is writing there, so what was is gone.
+
+        The bytes don't change until the range is released, but whether they are the right ones only their checksum says: the
+        lock may have come after the holder had put something else there. Any thread.
+        """
+        check_remote(Run(0, offset, num_bytes), self._num_bytes)
+        begin = self.file_offset + offset
+        descriptor = self.file.reopen()
+        try:
+            set_lock(descriptor, fcntl.F_RDLCK, begin, num_bytes)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return HeldRange(descriptor, self.file.buffer[begin : begin + num_bytes])
+
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
+
+
+class HeldRange:
+    """Bytes of a holder, which stay as they are until ``release``. They remain mapped while anything refers to ``buffer``.
+
+    Each has a descriptor of its own, since closing it is the one way to end a lock that a finalizer can take at any moment.
+    """
+
+    def __init__(self, descriptor: int, buffer: memoryview) -> None:
+        self._descriptor = descriptor
+        self.buffer = buffer
+        """Read only."""
+
+    def release(self) -> None:
+        """Let the holder use the range again. Any thread, and also from finalizers; idempotent."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
