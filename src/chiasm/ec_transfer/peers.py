@@ -34,7 +34,6 @@ from chiasm.transfer.greeting import Terms
 from chiasm.transfer.memory import DataPlane, Memory, Peer
 from chiasm.wire import ECPlace
 
-
 _WARM_BYTES = 512 << 20
 """What a holder touches at its start, since the first touch of memory takes several times as long as a copy into it."""
 
