@@ -14,7 +14,7 @@ import numpy as np
 from chiasm.transfer.channel import Channel, ControlThread
 from chiasm.transfer.greeting import Challenge, Terms
 from chiasm.transfer.listener import Listener
-from chiasm.transfer.memory import DataPlane, Memory, OfferedMemory, Peer, Range, ReachedMemory
+from chiasm.transfer.memory import DataPlane, Memory, Peer, Range, ReachedMemory
 from chiasm.transfer.memory_file import MemoryFile
 
 PATIENCE_SECONDS = 30.0
@@ -45,12 +45,13 @@ class Holder:
         self.file = MemoryFile(NUM_BYTES + shift, "chiasm-test")
         self.bytes = np.frombuffer(self.file.buffer, np.uint8)[shift:]
         self.bytes[:] = content_of("holder", NUM_BYTES)
-        self.offered: OfferedMemory = plane.offer(Memory.of_file(self.file, shift))
+        self.offered = plane.offer(Memory.of_file(self.file, shift))
         self._listener = Listener(
             "127.0.0.1", 0, "E", terms, self.offered, ECHO, greeting_seconds=greeting_seconds, option="--test"
         )
         self.peer = Peer("127.0.0.1", self._listener.port)
         self.gone: list[int] = []
+        self._is_closed = False
         self._control = ControlThread(
             "test-holder", lambda closing: self._listener.run(closing, self._serve, self.gone.append)
         )
@@ -66,9 +67,11 @@ class Holder:
         return plane.reach(self.peer, description, memory)
 
     def close(self) -> None:
+        """Idempotent."""
         self._control.close()
-        self.offered.close()
-        self.file.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self.offered.close()
 
 
 class Stranger:

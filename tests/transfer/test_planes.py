@@ -25,26 +25,28 @@ SHIFT = 12_345
 
 
 @pytest.fixture(
+    scope="module",
     params=[
         "shared memory",
         "tcp",
         pytest.param("nixl", marks=NEEDS_NIXL),
         pytest.param("nixl over TCP", marks=NEEDS_NIXL),
-    ]
+    ],
 )
-def make_plane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], DataPlane]:
+def make_plane(request: pytest.FixtureRequest) -> Iterator[Callable[[], DataPlane]]:
     name, _, way = request.param.partition(" over ")
-    if way:
-        monkeypatch.setenv("UCX_TLS", way.lower())
     makers: dict[str, Callable[[], DataPlane]] = {
         "shared memory": SharedMemoryPlane,
         "tcp": TcpPlane,
         "nixl": lambda: NixlPlane("test"),
     }
-    return makers[name]
+    with pytest.MonkeyPatch.context() as patch:
+        if way:
+            patch.setenv("UCX_TLS", way.lower())
+        yield makers[name]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def holder(make_plane: Callable[[], DataPlane]) -> Iterator[Holder]:
     holder = Holder(make_plane(), shift=SHIFT)
     yield holder
@@ -79,11 +81,17 @@ class Target:
         assert np.array_equal(self.bytes, expected)
 
 
-@pytest.fixture
-def target(holder: Holder, make_plane: Callable[[], DataPlane]) -> Iterator[Target]:
+@pytest.fixture(scope="module")
+def only_target(holder: Holder, make_plane: Callable[[], DataPlane]) -> Iterator[Target]:
     target = Target(holder, make_plane())
     yield target
     target.reached.close()
+
+
+@pytest.fixture
+def target(only_target: Target) -> Target:
+    only_target.bytes[:] = 7
+    return only_target
 
 
 def test_scattered_runs(target: Target) -> None:
