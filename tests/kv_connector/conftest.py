@@ -22,6 +22,7 @@ Make = Callable[..., Instance]
 @pytest.fixture(
     params=[
         "SharedMemoryConnector",
+        "TcpConnector",
         pytest.param("NixlConnector", marks=NEEDS_NIXL),
         pytest.param("NixlConnector over TCP", marks=NEEDS_NIXL),
     ]

@@ -81,7 +81,7 @@ def test_a_name_is_registered_once(registry: None) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match=r"'Pigeon'.*NixlConnector, SharedMemoryConnector"):
+    with pytest.raises(ConfigurationError, match=r"'Pigeon'.*NixlConnector, SharedMemoryConnector, TcpConnector"):
         KVConnectorFactory.get_connector_class(KVTransferConfig(connector="Pigeon"))
 
 

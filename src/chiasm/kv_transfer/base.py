@@ -320,5 +320,6 @@ class KVConnectorFactory(ConnectorFactory[KVTransferConfig, KVConnectorRole, KVC
     _module_option = "--kv-connector-module-path"
     _registry: ClassVar = {
         "SharedMemoryConnector": ClassPath("chiasm.kv_transfer.shared_memory", "SharedMemoryConnector"),
+        "TcpConnector": ClassPath("chiasm.kv_transfer.tcp", "TcpConnector"),
         "NixlConnector": ClassPath("chiasm.kv_transfer.nixl", "NixlConnector"),
     }

@@ -122,6 +122,9 @@ class LeaseServer:
                     await self._expiry_changed.wait()
             with self._lock:
                 expired = self._table.expire(time.monotonic())
+            for (holder, claim), request_id in self._claims.items():
+                if request_id in expired:
+                    self._memory.withdraw(holder, claim)
             if expired:
                 _logger.warning("Nobody fetched the KV of %s in time; its blocks are free again.", ", ".join(expired))
             self._report(expired, num_expired=len(expired))

@@ -25,7 +25,7 @@ MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES
 """How much may wait to be sent on one connection before the other side counts as gone."""
 READ_AHEAD_BYTES = 1 << 16
 """How much of one connection is read before it is looked at; twice that at most, unless a frame is longer."""
-_LENGTH = struct.Struct(">I")
+LENGTH = struct.Struct(">I")
 _OTHER_PROTOCOL = "it does not speak the control protocol"
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A host that vanished is noticed within half a minute."""
@@ -58,12 +58,8 @@ class Channel(Generic[_Incoming]):
         self._reader = reader
         self._writer = writer
         self._decoder = decoder
-        connection = writer.get_extra_info("socket")
         with contextlib.suppress(OSError):  # it broke already, and receive raises the error
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in _KEEPALIVE.items():
-                if hasattr(socket, name):
-                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            keep_alive(writer.get_extra_info("socket"))
 
     async def receive(self) -> _Incoming:
         """Wait for the next message. Raises ChannelClosed if the connection ends, NotUnderstood if something else comes."""
@@ -72,7 +68,7 @@ class Channel(Generic[_Incoming]):
     async def receive_as(self, decoder: msgspec.msgpack.Decoder[_Other]) -> _Other:
         """Wait for a message of another type, as in a greeting."""
         try:
-            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+            (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
             if length > MAX_FRAME_BYTES:
                 raise NotUnderstood(
                     f"{_OTHER_PROTOCOL}: a message of {length} bytes came, {MAX_FRAME_BYTES} are allowed"
@@ -92,13 +88,21 @@ class Channel(Generic[_Incoming]):
             raise ValueError(f"a message of {len(body)} bytes is longer than the {MAX_FRAME_BYTES} that are allowed")
         if self._writer.is_closing():
             raise ChannelClosed("the connection was closed")
-        self._writer.write(_LENGTH.pack(len(body)) + body)
+        self._writer.write(LENGTH.pack(len(body)) + body)
         if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             raise ChannelClosed("the other side does not read what it is sent")
 
     def close(self) -> None:
         """End the connection at once. What the socket hasn't taken yet isn't sent; idempotent."""
         self._writer.transport.abort()
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice a host that has vanished. Raises OSError if the connection is broken."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class ControlThread:

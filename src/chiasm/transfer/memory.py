@@ -128,8 +128,8 @@ class ReachedMemory(ABC):
         """Copy the runs (at least one), and return when nothing is written any more.
 
         Called on several threads at once, and only with runs that lie within the reader's own memory. Calls ``stop`` every few
-        megabytes; if it returns True, returns False, and some bytes may be missing. Raises TransferError if nothing of this
-        holder can be read any more.
+        megabytes. Returns whether all bytes are here: some may be missing if ``stop`` returned True, or if the holder has
+        withdrawn the grant. Raises TransferError if nothing of this holder can be read any more.
         """
 
     @abstractmethod

@@ -84,7 +84,7 @@ class SharedMemory(ReachedMemory):
         self._source: int = self.file.address + offered.offset_bytes
 
     def read(self, runs: Sequence[Run], stop: Callable[[], bool]) -> bool:
-        source, target, unchecked = self._source, self._memory.address, 0
+        source, target, unchecked = self._source, self._memory.address, BYTES_BETWEEN_CHECKS
         for run in runs:
             check_remote(run, self._num_bytes)
             for done in range(0, run.num_bytes, BYTES_BETWEEN_CHECKS):
