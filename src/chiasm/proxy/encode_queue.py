@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right, insort
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.prompts import ItemWork
+from chiasm.proxy.published import Published
 from chiasm.wire import Role
 
 _ENOUGH_ITEMS = 2
@@ -31,7 +31,6 @@ _EXAMINED = 256
 """Images, from the one that is due first, among which one is sought for an encoder with room."""
 _FORECAST = 64
 """Images that are planned one by one to tell when a new one would be encoded; of those behind, only the sum counts."""
-_MAX_PUBLISHED = 65536
 HINDRANCE = 0.05
 """What a second by which another request or a running stream is delayed counts against a second until a first token."""
 _FIRST_WAIT_SECONDS = 0.05
@@ -130,7 +129,7 @@ class EncodeQueue:
         self._devices = devices
         self._waiting: list[Entry] = []
         self._desks: WeakKeyDictionary[Instance, _Desk] = WeakKeyDictionary()
-        self._published: OrderedDict[str, None] = OrderedDict()
+        self._published = Published()
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -156,22 +155,30 @@ class EncodeQueue:
         self._take_out(entry)
         self._leave(entry, now)
 
-    def finish(self, entries: Sequence[Entry], now: float, *, seconds: float | None = None) -> None:
+    def finish(
+        self,
+        entries: Sequence[Entry],
+        now: float,
+        *,
+        seconds: float | None = None,
+        found: Collection[str] | None = None,
+    ) -> None:
         """Note that an encoder has published all images of a call.
 
-        ``seconds`` is what it has computed for them; None if it doesn't say, or has found some of them published.
+        ``seconds`` is what it has computed for them, and ``found`` are the identifiers of those that it had before; None if it
+        doesn't say.
         """
         encoder = entries[0].encoder if entries else None
-        if encoder is not None and seconds is not None:
-            encoder.costs.learn_encode([entry.item.pixels for entry in entries], seconds, now)
         for entry in entries:
             self._leave(entry, now)
-            self._published[entry.item.identifier] = None
-            self._published.move_to_end(entry.item.identifier)
-        while len(self._published) > _MAX_PUBLISHED:
-            self._published.popitem(last=False)
-        if encoder is not None:
-            self._desk(encoder).wait_seconds = 0.0
+        if encoder is None:
+            return
+        for entry in entries:
+            self._published.note(encoder, entry.item, None if found is None else entry.item.identifier in found)
+        computed = [entry.item.pixels for entry in entries if entry.item.identifier not in (found or ())]
+        if seconds is not None and computed:
+            encoder.costs.learn_encode(computed, seconds, now)
+        self._desk(encoder).wait_seconds = 0.0
 
     def release(self, entries: Sequence[Entry], now: float) -> None:
         """Note that a call has ended without these images; :meth:`add` those that are to be tried again."""
@@ -180,7 +187,7 @@ class EncodeQueue:
 
     def note_lost(self, identifier: str) -> None:
         """Note that an embedding that was published is gone: the image must be encoded again."""
-        self._published.pop(identifier, None)
+        self._published.note_lost(identifier)
 
     def note_full(self, encoder: Instance, now: float) -> None:
         """Note that an encoder took no more images; it gets none for a while, longer each time in a row."""
@@ -203,11 +210,10 @@ class EncodeQueue:
         roomy = {encoder for encoder in plan.left if self._desk(encoder).has_room}
         given: list[Entry] = []
         for entry in self._waiting[:_EXAMINED]:
-            is_published = entry.item.identifier in self._published
-            if not roomy and not is_published:
+            if not roomy and all(self.encode_seconds(one, entry.item, now) for one in plan.left):
                 continue
             choice = plan.add(entry, excluded=entry.failed_at)
-            if choice is not None and (choice.encoder in roomy or is_published):
+            if choice is not None and (choice.encoder in roomy or not choice.seconds):
                 self._give(entry, choice, now)
                 given.append(entry)
                 if not self._desk(choice.encoder).has_room:
@@ -231,8 +237,9 @@ class EncodeQueue:
         return [entry for entry in self._waiting[:_EXAMINED] if healthy <= entry.failed_at]
 
     def encode_seconds(self, encoder: Instance, item: ItemWork, now: float) -> float:
-        """Return what an image costs an encoder; nothing if it was published before."""
-        return 0.0 if item.identifier in self._published else encoder.costs.encode_seconds(item.pixels, now)
+        """Return what an image costs an encoder; nothing if it has the embedding."""
+        has_it = item.identifier in self._published.at(encoder)
+        return 0.0 if has_it else encoder.costs.encode_seconds(item.pixels, now)
 
     def plan(self, due: float, now: float) -> Plan:
         """Return what the encoders have to do before new images that are due at ``due``."""

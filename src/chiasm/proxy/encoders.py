@@ -290,8 +290,12 @@ class Encoders:
         encode_seconds = duration_of(timing, "encode")
         done = [flight for flight in call.flights if flight.item.identifier in published]
         missing = [flight for flight in call.flights if flight.item.identifier not in published]
-        computed = _computed_seconds(timing) if not missing else None
-        self._queue.finish([flight.entry for flight in done], now, seconds=computed)
+        self._queue.finish(
+            [flight.entry for flight in done],
+            now,
+            seconds=_computed_seconds(timing) if not missing else None,
+            found=_found(call, timing),
+        )
         for flight in done:
             flight.encode_seconds, flight.published_at = encode_seconds, now
             self._settle(flight, bytes(published[flight.item.identifier].metadata))
@@ -401,11 +405,16 @@ def _none_left(flight: _Flight, waited_seconds: float = 0.0) -> Exception:
 
 
 def _computed_seconds(timing: Sequence[TimingEntry]) -> float | None:
-    """Return what an encoder has computed for a call; None if it doesn't say, or had an image already."""
-    if any(one.name.startswith("item") and one.description == "hit" for one in timing):
-        return None
+    """Return what an encoder has computed for a call; None if it doesn't say."""
     seconds = [one.seconds for one in timing if one.name in {"preprocess", "encode"} and one.seconds is not None]
     return sum(seconds) if seconds else None
+
+
+def _found(call: _Call, timing: Sequence[TimingEntry]) -> set[str] | None:
+    """Return the identifiers of the images whose embeddings the encoder had already; None if it doesn't say."""
+    outcomes = {one.name: one.description for one in timing if one.name.startswith("item")}
+    names = [flight.item.identifier for flight in call.flights]
+    return {name for index, name in enumerate(names) if outcomes.get(f"item{index}") == "hit"} if outcomes else None
 
 
 def _request_body(call: _Call, job: Job) -> bytes:
