@@ -16,7 +16,8 @@ import msgspec
 
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError, EmbeddingUnavailableError, OverloadedError
 from chiasm.http.timing import TimingEntry, duration_of, read_timing
-from chiasm.proxy.encode_queue import EncodeQueue, Entry
+from chiasm.proxy.encode_plan import Entry
+from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
@@ -256,8 +257,10 @@ class Encoders:
                 async with asyncio.timeout(self._timeout_seconds):
                     response = await self._post(call)
         except UpstreamError as error:
-            if not await self._prober.lost(instance, error):
-                self._exclude(call.flights, instance)
+            is_healthy = await self._prober.lost(instance, error)
+            for flight in call.flights:
+                if not is_healthy or self._has_another(flight, instance):
+                    flight.entry.failed_at.add(instance)
             self._again(call.flights, error)
             return
         except TimeoutError:
@@ -337,6 +340,12 @@ class Encoders:
                 flight.entry.failed_at.discard(instance)
         if self._flights:
             asyncio.get_running_loop().call_soon(self._feed)
+
+    def _has_another(self, flight: _Flight, encoder: Instance) -> bool:
+        """Whether a healthy encoder besides this one may get an image."""
+        return any(
+            one is not encoder and one not in flight.entry.failed_at for one in self._fleet.healthy(Role.ENCODER)
+        )
 
     def _exclude(self, flights: Sequence[_Flight], instance: Instance) -> None:
         for flight in flights:

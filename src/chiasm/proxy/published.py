@@ -21,17 +21,17 @@ class Published:
     """An encoder that is restarted, or comes back with another memory, has nothing."""
 
     def __init__(self) -> None:
-        self._store = _Shelf("")
-        self._shelves: WeakKeyDictionary[Instance, _Shelf] = WeakKeyDictionary()
+        self._store = Shelf("")
+        self._shelves: WeakKeyDictionary[Instance, Shelf] = WeakKeyDictionary()
 
-    def at(self, encoder: Instance) -> _Shelf:
+    def at(self, encoder: Instance) -> Shelf:
         """Return what an encoder has: in its memory if it serves embeddings from there, otherwise in the common store."""
         place = encoder.ec_place
         if place is None:
             return self._store
         shelf = self._shelves.get(encoder)
         if shelf is None or shelf.engine_id != place.engine_id:
-            shelf = self._shelves[encoder] = _Shelf(place.engine_id)
+            shelf = self._shelves[encoder] = Shelf(place.engine_id)
         return shelf
 
     def note(self, encoder: Instance, item: ItemWork, was_there: bool | None) -> None:
@@ -44,40 +44,40 @@ class Published:
             shelf.drop(identifier)
 
 
-class _Shelf:
+class Shelf:
     """The embeddings that one memory holds, the least recently used first, each with its size in tokens."""
 
     def __init__(self, engine_id: str) -> None:
         self.engine_id = engine_id
-        self._entries: OrderedDict[str, float] = OrderedDict()
+        self.entries: OrderedDict[str, float] = OrderedDict()
         self._tokens = 0.0
         self._limit = math.inf
 
     def __contains__(self, identifier: str) -> bool:
-        return identifier in self._entries
+        return identifier in self.entries
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def note(self, identifier: str, tokens: float, was_there: bool | None) -> None:
-        if was_there is False and identifier in self._entries:
+        if was_there is False and identifier in self.entries:
             # What has been used since is all that the memory holds; but one embedding may be gone for another reason.
             self._limit = max(self._newer_than(identifier), min(self._limit, self._tokens) / 2)
-        elif was_there and identifier not in self._entries:
+        elif was_there and identifier not in self.entries:
             self._limit += tokens
         self.drop(identifier)
-        self._entries[identifier] = tokens
+        self.entries[identifier] = tokens
         self._tokens += tokens
-        while len(self._entries) > 1 and (self._tokens > self._limit or len(self._entries) > _MOST):
-            self.drop(next(iter(self._entries)))
+        while len(self.entries) > 1 and (self._tokens > self._limit or len(self.entries) > _MOST):
+            self.drop(next(iter(self.entries)))
 
     def drop(self, identifier: str) -> None:
-        self._tokens -= self._entries.pop(identifier, 0.0)
+        self._tokens -= self.entries.pop(identifier, 0.0)
 
     def _newer_than(self, identifier: str) -> float:
         tokens = 0.0
-        for name in reversed(self._entries):
+        for name in reversed(self.entries):
             if name == identifier:
                 break
-            tokens += self._entries[name]
+            tokens += self.entries[name]
         return tokens
