@@ -17,7 +17,7 @@ LAYERS = (
     {"extras"},
     {"connectors", "cores", "due", "chat_body", "fleet_key"},
     {"http"},
-    {"media"},
+    {"media", "transfer"},
     {"models", "ec_transfer", "kv_transfer"},
     {"engine"},
     {"server", "proxy", "demo"},
