@@ -81,6 +81,8 @@ class Status:
             fingerprint=engine.model_fingerprint,
             dtype=engine.dtype_name,
             ec_store=ec_store,
+            ec_connector=engine.ec_connector,
+            ec_place=engine.ec_place,
             version=__version__,
             fleet_keys=list(context.fleet_key.names) if context.fleet_key else [],
             clock_milliseconds=int(time.time() * 1000) if context.fleet_key else None,
