@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chiasm.errors import ChiasmError, ConfigurationError
@@ -17,6 +18,7 @@ from chiasm.server.context import ServerContext
 
 if TYPE_CHECKING:
     from chiasm.engine import EngineConfig
+    from chiasm.fleet_key import FleetKey
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def run(
         from chiasm.engine import create_engine
 
         try:
-            engine = create_engine(engine_config)
+            engine = create_engine(_with_fleet_key(engine_config, context.fleet_key))
             context.progress = engine.progress
             engine.start()
         except ChiasmError as error:
@@ -84,6 +86,15 @@ def run(
     _stop_engine(context, loading)
     if context.failure is not None:
         raise context.failure
+
+
+def _with_fleet_key(config: EngineConfig, key: FleetKey | None) -> EngineConfig:
+    """Return the configuration with the key by which the engine's connectors know those of other instances."""
+    return replace(
+        config,
+        ec=config.ec and replace(config.ec, fleet_key=key),
+        kv=config.kv and replace(config.kv, fleet_key=key),
+    )
 
 
 def _stop_engine(context: ServerContext, loading: threading.Thread) -> None:
