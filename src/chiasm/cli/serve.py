@@ -26,7 +26,15 @@ _POLLS_BETWEEN_LINES = 300
 _OF_DEPLOYMENT = ("engine", "layout", "devices", "served_model_name")
 _OF_LAYOUT = ("threads", "core_share", "nice")
 """Options of the engine that the layout chooses for each instance."""
-_OF_PROXY = ("host", "port", "admin_key", "admin_key_file", "deadline_seconds", "shutdown_timeout_seconds")
+_OF_PROXY = (
+    "host",
+    "port",
+    "admin_key",
+    "admin_key_file",
+    "fleet_key_file",
+    "deadline_seconds",
+    "shutdown_timeout_seconds",
+)
 _OF_ROLE = ("cpus", "devices", "memory_share")
 _OF_KV = ("kv_connector", "kv_connector_module_path", "kv_lease_seconds")
 _COUNTS = {

@@ -126,6 +126,8 @@ class DeploymentConfig:
     """Bearer token that may change the proxy's instances."""
     admin_key_file: Path | None = None
     """File with such keys, one a line."""
+    fleet_key_file: Path | None = None
+    """File with the key by which proxy and instances know each other; None: CHIASM_FLEET_KEY, or a new key at each start."""
     proxy_cpus: tuple[int, ...] = ()
     """CPUs that the proxy runs on; empty: all."""
 

@@ -14,6 +14,7 @@ from chiasm.engine.pace import prompt_work
 from chiasm.engine.request import GenerateRequest
 from chiasm.engine.shares import largest_share
 from chiasm.http import Exchange
+from chiasm.http.fleet_calls import check_fleet
 from chiasm.http.json_size import INLINE_BYTES, check_text_size
 from chiasm.http.lifted import Lifted, read_lifted
 from chiasm.models.base import Prompt
@@ -26,7 +27,7 @@ from chiasm.server.images import Image, fetch_images, image_urls, preprocess_ima
 from chiasm.server.kv_release import held_for_sender
 from chiasm.server.prefill_decode import AnswerPart, answer_part, engine_requests
 from chiasm.server.prompt import chat_prompt, check_messages, completion_prompt, given_prompts
-from chiasm.server.protocol import ChatRequest, CompletionRequest, StreamOptions, decode
+from chiasm.server.protocol import ChatRequest, CompletionRequest, GenerationFields, StreamOptions, decode
 from chiasm.server.sampling import cache_salt, check_answers, num_choices, sampling_params
 from chiasm.server.structured_output import grammar_of
 from chiasm.server.tool_answer import ToolChatFormat
@@ -55,7 +56,7 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
         return
 
     engine = context.generating_engine
-    part = answer_part(engine.config.role, request)
+    part = _part(exchange, engine, request)
     tools = tools_of(request, engine.processor.tool_format)
     grammar = await grammar_of(context, exchange, engine, request, tools)
     salt = cache_salt(request)
@@ -67,7 +68,7 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
             for image in images
         ]
     else:
-        items = published_items(request, engine.processor, max_items=engine.config.max_items)
+        items = published_items(request, engine.processor, max_items=engine.config.max_items, caller=exchange.caller)
     prompt = await chat_prompt(context, exchange, engine, request, items, tools.shown if tools else ())
     requests = _engine_requests(context, exchange, engine, request, part, [prompt], grammar)
     if images:
@@ -88,7 +89,7 @@ async def completions(context: ServerContext, exchange: Exchange) -> None:
     engine = context.generating_engine
     request, given = await _beside(exchange, context, partial(_read_completion, context))
     context.check_model(request.model)
-    part = answer_part(engine.config.role, request, num_prompts=len(given))
+    part = _part(exchange, engine, request, num_prompts=len(given))
     grammar = await grammar_of(context, exchange, engine, request)
     prompts = [await completion_prompt(context, exchange, engine, prompt) for prompt in given]
     requests = _engine_requests(context, exchange, engine, request, part, prompts, grammar)
@@ -114,6 +115,16 @@ async def _beside(exchange: Exchange, context: ServerContext, read: Callable[[by
         return read(body)
     async with exchange.until_deadline():
         return await context.in_thread(partial(read, body))
+
+
+def _part(
+    exchange: Exchange, engine: GeneratingEngine, request: GenerationFields, *, num_prompts: int = 1
+) -> AnswerPart:
+    """Return which part of the answer is made here. Raises InvalidRequestError, and ForbiddenError for a stranger's KV."""
+    role = engine.config.role
+    if request.kv_transfer_params is not None and role in (Role.PREFILL, Role.DECODE):
+        check_fleet(exchange.caller, "Handing KV over (kv_transfer_params)")
+    return answer_part(role, request, num_prompts=num_prompts)
 
 
 def _engine_requests(
