@@ -11,7 +11,6 @@ import math
 from bisect import bisect_right, insort
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 from chiasm.proxy.encode_plan import Choice, Device, Entry, Plan, Roster
 from chiasm.proxy.fleet import Fleet, Instance
@@ -99,7 +98,7 @@ class EncodeQueue:
         self._fleet = fleet
         self._devices = devices
         self._waiting: list[Entry] = []
-        self._desks: WeakKeyDictionary[Instance, _Desk] = WeakKeyDictionary()
+        self._desks: dict[Instance, _Desk] = {}
         self._published = Published()
         self._roster_now = Roster((), self._published, ())
         self._desks_now: Sequence[_Desk] = ()
@@ -249,6 +248,8 @@ class EncodeQueue:
         """Return the healthy encoders, and their desks."""
         encoders = self._fleet.healthy(Role.ENCODER)
         if encoders is not self._roster_now.encoders:
+            known = set(self._fleet.instances)
+            self._desks = {one: desk for one, desk in self._desks.items() if desk.entries or one in known}
             self._desks_now = [self._desk(encoder) for encoder in encoders]
             self._roster_now = Roster(
                 encoders,
