@@ -97,11 +97,25 @@ class Scheduler:
         """Sequences whose blocks are being filled from another instance; finished ones stay until that has ended."""
         self._left_behind: dict[str, list[int]] = {}
         """Blocks of finished sequences that decode instances still read, by request."""
+        self._item_changes = 0
+        self._answers_at = 0
+        """``item_changes`` when the following was found out; it holds until that grows."""
+        self._stalled: dict[str, bool] = {}
+        """By sequence, what ``is_stalled`` has answered."""
+        self._kept_waiting: set[str] = set()
+        """Sequences that can't be admitted because an embedding is missing."""
+        self._found_blocks: set[int] = set()
+        """Blocks of the prefix cache on which these answers and that of ``wanted_items`` rest."""
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
 
     # ---- events -----------------------------------------------------------------------------------------------------
+
+    @property
+    def item_changes(self) -> int:
+        """Grows whenever ``wanted_items``, or whether there is room for an item, may have changed."""
+        return self._item_changes + self.encoder_cache.changes
 
     def check_items(self, items: list[PromptItem]) -> None:
         """Raise InvalidRequestError for an item that can never fit the encoder cache."""
@@ -142,6 +156,7 @@ class Scheduler:
             )
         for sequence in sequences:
             _insert(self.waiting, sequence)
+        self._note_item_change(first)
 
     def finish(self, sequence: Sequence, *, leave_blocks: bool = False) -> None:
         """End the sequence, for whatever reason and at whatever point, and free all that it holds.
@@ -156,6 +171,7 @@ class Scheduler:
             return
         queue = self.running if sequence in self.running else self.waiting
         queue.remove(sequence)
+        self._note_item_change(sequence)
         if leave_blocks:
             self._left_behind.setdefault(sequence.request_id, []).extend(sequence.block_ids)
             sequence.block_ids = []
@@ -198,6 +214,7 @@ class Scheduler:
         The caller goes through a sequence's items and stops at the first that doesn't exist yet or finds no room, so that
         a sequence only holds entries that it needs next.
         """
+        self._forget_old_answers()
         wanted: list[tuple[Sequence, list[PromptItem]]] = []
         waiting = [sequence for sequence in self.waiting if sequence.items and not self._follows(sequence)]
         for sequence in [*self.running, *waiting[: self.config.max_num_seqs]]:
@@ -236,7 +253,11 @@ class Scheduler:
 
     def _next_token(self, sequence: Sequence) -> int:
         """Return the first token that would be computed if the sequence were scheduled now."""
-        return sequence.num_computed or self.num_cached_tokens(sequence)
+        if sequence.num_computed:
+            return sequence.num_computed
+        prefix = self._cached_prefix(sequence)
+        self._found_blocks.update(prefix)
+        return len(prefix) * self.block_manager.block_size
 
     def _next_items(self, sequence: Sequence) -> list[PromptItem]:
         """Return the items that the next chunks of a prompt need."""
@@ -256,9 +277,14 @@ class Scheduler:
 
     def is_stalled(self, sequence: Sequence) -> bool:
         """Return whether the sequence cannot continue because an embedding is missing."""
-        if sequence.prompt_computed:
+        if sequence.prompt_computed or not sequence.items:
             return False
-        return self._runnable_end(sequence, sequence.num_computed, sequence.num_tokens) == sequence.num_computed
+        self._forget_old_answers()
+        stalled = self._stalled.get(sequence.sequence_id)
+        if stalled is None:
+            end = self._runnable_end(sequence, sequence.num_computed, sequence.num_tokens)
+            stalled = self._stalled[sequence.sequence_id] = end == sequence.num_computed
+        return stalled
 
     def _will_stall(self, sequence: Sequence) -> bool:
         """Return whether an embedding is missing that the rest of the prompt needs, now or further on.
@@ -293,6 +319,7 @@ class Scheduler:
         left.
         """
         step = Step()
+        self._forget_old_answers()
         budget = self._schedule_decodes(step)
         placed = self._placed()
         places = self.config.max_num_seqs - len(placed)
@@ -315,6 +342,8 @@ class Scheduler:
                 admitted = self._admit(sequence, budget, step)
                 blocks_are_short = admitted is None
                 if not admitted:
+                    if admitted is not None:
+                        self._kept_waiting.add(sequence.sequence_id)
                     continue
                 places -= 1
                 held[sequence.part_of] += 1
@@ -332,6 +361,8 @@ class Scheduler:
             if sequence.finished:
                 continue
             sequence.num_computed = part.end
+            if part.start < sequence.num_prompt:
+                self._note_item_change(sequence)
             self._remember_blocks(sequence, part.start)
             for item in sequence.items:
                 if item.offset + item.length <= sequence.num_computed:
@@ -355,12 +386,20 @@ class Scheduler:
         return [*(sequence for sequence in self.running if not self.is_stalled(sequence)), *self.loading]
 
     def _prefill_order(self, placed: list[Sequence]) -> list[tuple[Sequence, bool]]:
-        """Return the sequences that have tokens to prefill, first due first, each with whether it still waits to run.
+        """Return the sequences that may have tokens to prefill, first due first, each with whether it still waits to run.
 
         Where one that waits stands in this order, the one stands whose key has the turn.
         """
-        candidates = [(sequence, False) for sequence in self.running if not sequence.is_decoding]
-        candidates += [(sequence, True) for sequence in self.waiting if not self._follows(sequence)]
+        candidates = [
+            (sequence, False)
+            for sequence in self.running
+            if not sequence.is_decoding and not self._stalled.get(sequence.sequence_id)
+        ]
+        candidates += [
+            (sequence, True)
+            for sequence in self.waiting
+            if sequence.sequence_id not in self._kept_waiting and not self._follows(sequence)
+        ]
         stalls = {sequence.sequence_id: self._will_stall(sequence) for sequence, _ in candidates}
         candidates.sort(key=lambda candidate: (stalls[candidate[0].sequence_id], candidate[0].order))
         waiting = [sequence for sequence, waits in candidates if waits]
@@ -402,7 +441,7 @@ class Scheduler:
         if self.block_manager.num_free_after_sharing(prefix) < needed + len(self.running):
             return False
         self._take_prefix(sequence, prefix)
-        sequence.block_ids += self.block_manager.allocate(needed)
+        sequence.block_ids += self._allocate(needed)
         self.loading.append(sequence)
         step.load.append(sequence)
         return True
@@ -410,6 +449,7 @@ class Scheduler:
     def _take_prefix(self, sequence: Sequence, prefix: list[int]) -> None:
         """Take the sequence out of the waiting ones and give it the blocks of its cached prefix."""
         self.waiting.remove(sequence)
+        self._note_item_change(sequence)
         self.block_manager.share(prefix)
         sequence.block_ids = list(prefix)
         sequence.num_computed = len(prefix) * self.block_manager.block_size
@@ -461,8 +501,15 @@ class Scheduler:
                 return False
             self._preempt(victim, step)
         if needed > 0:
-            sequence.block_ids.extend(self.block_manager.allocate(needed))
+            sequence.block_ids.extend(self._allocate(needed))
         return True
+
+    def _allocate(self, count: int) -> list[int]:
+        """Take free blocks; what was in them is no longer in the prefix cache."""
+        blocks = self.block_manager.allocate(count)
+        if not self._found_blocks.isdisjoint(blocks):
+            self._item_changes += 1
+        return blocks
 
     def _is_stuck(self, step: Step) -> bool:
         """Return whether nothing can continue until a running sequence gives up its blocks."""
@@ -501,6 +548,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self.running.remove(sequence)
         _insert(self.waiting, sequence)
+        self._note_item_change(sequence)
         self._let_go(sequence)
         step.preempted.append(sequence)
         self.num_preemptions += 1
@@ -516,6 +564,18 @@ class Scheduler:
     def _hold(self, sequence: Sequence, item: PromptItem) -> None:
         self.encoder_cache.hold(item.identifier, sequence.sequence_id, self._rank(sequence))
         sequence.held.add(item.identifier)
+
+    def _note_item_change(self, sequence: Sequence) -> None:
+        """Note that a sequence has come, gone or moved on, if it has any items."""
+        if sequence.items:
+            self._item_changes += 1
+
+    def _forget_old_answers(self) -> None:
+        if self._answers_at != self.item_changes:
+            self._answers_at = self.item_changes
+            self._stalled.clear()
+            self._kept_waiting.clear()
+            self._found_blocks.clear()
 
     def _rank(self, sequence: Sequence) -> Rank:
         """Return the rank for room in the encoder cache: lower evicts higher, and running comes before waiting."""
