@@ -12,7 +12,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from chiasm.proxy.encode_plan import Choice, Device, Entry, Plan, Roster
+from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Choice, Device, Entry, Plan, Roster
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.published import Published
@@ -224,7 +224,7 @@ class EncodeQueue:
         plan = self._plan(now)
         for encoder, left in plan.left.items():
             for entry in self._desk(encoder).entries:
-                plan.ready[entry.item.identifier] = left
+                plan.ready[entry.item.identifier] = left if entry.seconds else LOOK_UP_SECONDS
         if self._waiting and plan.left:
             ahead = self._waiting[: bisect_right(self._waiting, (due, math.inf), key=_order)]
             for entry in ahead[:_FORECAST]:
