@@ -13,6 +13,7 @@ from chiasm.bench.measurements.latency import Engines, Split
 from chiasm.bench.measurements.overlap import Overlap
 from chiasm.bench.measurements.proxy import Proxy
 from chiasm.bench.measurements.reuse import Reuse
+from chiasm.bench.measurements.soak import Soak
 from chiasm.bench.measurements.ttft import Ttft
 from chiasm.bench.measurements.vllm_example import VllmExample
 from chiasm.launch.config import EngineKind
@@ -36,6 +37,7 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         DECODE_ISOLATION,
         Idle(),
         GoodputMeasurement(EngineKind.CHIASM),
+        Soak(),
     ),
     EngineKind.VLLM: _by_name(
         Identity(EngineKind.VLLM),
