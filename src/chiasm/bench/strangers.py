@@ -148,7 +148,8 @@ async def _reads_slowly(target: Target, random_: random.Random) -> list[int]:
         body = target.chat(_question(random_), stream=True, ignore_eos=True, logprobs=True, top_logprobs=20)
         await connection.send(target.post(body, "Connection: close"))
         status = await connection.status()
-        while await connection.reader.read(200):
+        for _ in range(_PIECES):
+            await connection.reader.read(200)
             await asyncio.sleep(_SLOW_SECONDS / _PIECES)
         return [status]
 

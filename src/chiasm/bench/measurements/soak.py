@@ -123,8 +123,7 @@ async def _watched(bench: Bench) -> AsyncIterator[_Watched]:
         yield await _at(bench, bench.soak.url.rstrip("/"))
         return
     config = prefill_and_decode(bench.model)
-    roles = {role: replace(one, settings={**one.settings}) for role, one in config.roles.items()}
-    config = replace(config, roles=roles, settings={**config.settings, **_CACHES}, ec_max_bytes=_STORE_BYTES)
+    config = replace(config, settings={**config.settings, **_CACHES}, ec_max_bytes=_STORE_BYTES)
     async with running(bench, config) as (deployment,):
         yield await _at(bench, deployment.local_url, _names(deployment))
 
@@ -280,14 +279,19 @@ async def _go_on(kind: str, target: Target, counts: Counter[str], seed: int) -> 
 def _judge(
     outcome: Outcome, found: Found, good: _Good, counts: Mapping[str, Counter[str]], left: Mapping[str, float]
 ) -> None:
-    grew = []
+    grew, unclear = [], False
     for (what, who), series in found.items():
         values = series.last_half
         grown, at_most = growth(values), max(_TOLERANCES[what], _RELATIVE_TOLERANCE * median(values))
         scale, unit = (1e6, "MB") if what in (RESIDENT, SHARED) else (1.0, "")
-        outcome.figures.append(Figure(f"{who}: {what}, growth in the last half", grown / scale, unit, at_most / scale))
-        outcome.figures.append(Figure(f"{who}: {what}, median of the last half", median(values) / scale, unit))
-        if grown > at_most:
+        if grown is not None:
+            name = f"{who}: {what}, growth in the last half"
+            outcome.figures.append(Figure(name, grown / scale, unit, at_most / scale))
+        if what is RESIDENT:
+            outcome.figures.append(Figure(f"{who}: {what}, median of the last half", median(values) / scale, unit))
+        if grown is None:
+            unclear = True
+        elif grown > at_most:
             grew.append(f"{what} of {who} by {grown / scale:.3g} {unit}".rstrip())
     server_errors = sum(one["500"] for one in counts.values())
     outcome.figures += [
@@ -302,7 +306,10 @@ def _judge(
             milliseconds = 1000 * quantile(good.seconds, share)
             outcome.figures.append(Figure(f"good clients: whole answer, p{100 * share:.0f}", milliseconds, "ms"))
     outcome.wrong = good.counts["wrong"] > 0
-    outcome.notes.append(f"Grew in the last half: {'; '.join(grew)}." if grew else "All was flat in the last half.")
+    if unclear:
+        outcome.notes.append("There were too few samples to say whether all was flat: let it run longer.")
+    else:
+        outcome.notes.append(f"Grew in the last half: {'; '.join(grew)}." if grew else "All was flat in the last half.")
     outcome.notes += [
         f"{kind}: {', '.join(f'{number} × {what}' for what, number in sorted(one.items()))}."
         for kind, one in counts.items()
