@@ -13,26 +13,30 @@ import httpx2 as httpx
 import pytest
 
 from chiasm.wire import KV_RELEASE_PATH, Role
-from tests.integration.conftest import Service, chat, checkpoint, run
+from tests.integration.conftest import Service, chat, checkpoint, run, sample_image
 
 __all__ = ["checkpoint"]  # a fixture
 
-LEAVING = 24
-"""Clients; what they leave behind would fill P's cache several times."""
+LEAVING = 120
+"""Clients; what they leave behind would fill P's cache many times."""
+IMAGES = 8
+"""Of which each of them asks about one."""
 LEASE_SECONDS = 600.0
 """Longer than any test may take."""
 
 
 @pytest.fixture(scope="module")
 def service(checkpoint: Path) -> Iterator[Service]:
-    """One prefill and one decode instance, whose leases don't end by themselves while a test runs."""
-    yield from run(checkpoint, {Role.PREFILL: 1, Role.DECODE: 1}, fields={"kv_lease_seconds": LEASE_SECONDS})
+    """Encoder, prefill and decode; leases don't end by themselves while a test runs."""
+    roles = {Role.ENCODER: 1, Role.PREFILL: 1, Role.DECODE: 1}
+    yield from run(checkpoint, roles, fields={"kv_lease_seconds": LEASE_SECONDS})
 
 
 def leave_at_the_first_token(url: str, number: int) -> None:
-    body = json.dumps(chat(f"{number} " + "word " * 40, stream=True, max_tokens=64)).encode()
+    about = sample_image(number % IMAGES)
+    body = json.dumps(chat(about, f"{number} " + "word " * 20, stream=True, max_tokens=64)).encode()
     address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=120) as connection:
         fields = f"Host: {address.netloc}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         head = f"POST /v1/chat/completions HTTP/1.1\r\n{fields}"
         connection.sendall(head.encode() + body)
@@ -44,7 +48,7 @@ def leave_at_the_first_token(url: str, number: int) -> None:
 
 
 def test_clients_that_leave_at_the_first_token_leave_no_kv_behind(service: Service) -> None:
-    good = chat("hello")
+    good = chat(sample_image(0), "hello")
     expected = service.answer(good)
     with ThreadPoolExecutor(LEAVING) as pool:
         leaving = [pool.submit(leave_at_the_first_token, service.url, number) for number in range(LEAVING)]
