@@ -9,11 +9,36 @@ from typing import Any, NamedTuple
 import pytest
 
 from chiasm.cli.parser import Parser
+from chiasm.engine import grammar
+from chiasm.engine import request as engine_request
+from chiasm.http import json_size
 from chiasm.http.config import HttpConfig
 from chiasm.http.limits import Limit
 from chiasm.launch.process import INSTANCE_OPTIONS, PROXY_OPTIONS
+from chiasm.media import url as media_url
+from chiasm.media.headers import steps
 from chiasm.options import NamedOption, options_of
+from chiasm.server import json_schema, sampling, structured_output, tools
 
+CONSTANTS = (
+    engine_request,
+    grammar,
+    sampling,
+    tools,
+    structured_output,
+    json_schema,
+    json_size,
+    media_url,
+    steps,
+)
+"""Modules whose public ``MAX_…`` bound what a request may have."""
+IN_WORDS = {
+    "url_characters": "length of a URL",
+    "steps": "parts of a header",
+    "scans": "scans of a JPEG",
+    "exif_bytes": "EXIF data, data of Photoshop, comments and extensions of a GIF",
+}
+"""What the page calls them that it doesn't call by their names."""
 PAGE = (Path(__file__).parents[1] / "docs/limits.md").read_text()
 
 
@@ -84,3 +109,23 @@ def test_each_option_that_limits_http_is_in_a_row() -> None:
 def test_each_row_says_what_it_protects_and_what_a_client_sees(row: Row) -> None:
     assert row.protects
     assert row.seen
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        (name, limit)
+        for module in CONSTANTS
+        for name, limit in vars(module).items()
+        if name.startswith("MAX_") and isinstance(limit, int)
+    ],
+)
+def test_each_constant_that_limits_a_request_has_a_row_with_its_value(name: str, limit: int) -> None:
+    unit = re.escape({True: f"{limit >> 20} MiB", False: f"{limit >> 10} KiB"}[limit % (1 << 20) == 0])
+    written = unit if name.endswith("_BYTES") else f"{limit:,}"
+    called = name.removeprefix("MAX_").lower()
+    lines = [line for line in PAGE.splitlines() if line.startswith(f"| {IN_WORDS.get(called, f'`{called}`')} |")]
+    assert len(lines) == 1, f"{name} has {len(lines)} rows"
+    assert re.search(rf"(?<![\d,.]){written}(?![\d,])", lines[0].split(" | ")[1]), (
+        f"{name}: its row doesn't say {written}"
+    )

@@ -158,3 +158,22 @@ async def test_a_connection_whose_unread_body_came_whole_can_be_used_again(proxy
         await peer.send(b"POST /unknown HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
         assert (await peer.reply()).status == 404
         await peer.send(b"x" * 1000)
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def test_what_is_no_http_ends_the_connection_behind_the_answer_before_it(proxy: Proxy) -> None:
+    """Many times, since it is left to chance whether it comes before or after that answer."""
+
+    async def spoil(rest: bytes, *, in_pieces: bool) -> None:
+        peer = await proxy.connect()
+        for piece in (HEALTH, rest) if in_pieces else (HEALTH + rest,):
+            await peer.send(piece)
+        assert (await peer.reply()).status == 200
+        await peer.closed()
+
+    for rest in (b"not HTTP\r\n\r\n", b"\0" * 3 * MIB, b"\r\n\xff", HEALTH + b"\0"):
+        for _ in range(10):
+            await asyncio.gather(*(spoil(rest, in_pieces=index % 2 == 0) for index in range(4)))
+    assert await proxy.good_client() == 200

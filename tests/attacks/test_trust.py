@@ -27,8 +27,10 @@ from tests.integration.conftest import Service, chat, checkpoint, run, sample_im
 __all__ = ["checkpoint"]  # a fixture
 
 T = TypeVar("T", Challenge, Unwelcome)
-LEAVING = 24
-"""Clients; what they leave behind would fill P's cache several times."""
+LEAVING = 120
+"""Clients; what they leave behind would fill P's cache many times."""
+IMAGES = 8
+"""Of which each of them asks about one."""
 LEASE_SECONDS = 600.0
 """Longer than any test may take."""
 
@@ -41,9 +43,10 @@ def service(checkpoint: Path) -> Iterator[Service]:
 
 
 def leave_at_the_first_token(url: str, number: int) -> None:
-    body = json.dumps(chat(f"{number} " + "word " * 40, stream=True, max_tokens=64)).encode()
+    about = sample_image(number % IMAGES)
+    body = json.dumps(chat(about, f"{number} " + "word " * 20, stream=True, max_tokens=64)).encode()
     address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=120) as connection:
         fields = f"Host: {address.netloc}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         head = f"POST /v1/chat/completions HTTP/1.1\r\n{fields}"
         connection.sendall(head.encode() + body)
@@ -55,7 +58,7 @@ def leave_at_the_first_token(url: str, number: int) -> None:
 
 
 def test_clients_that_leave_at_the_first_token_leave_no_kv_behind(service: Service) -> None:
-    good = chat("hello")
+    good = chat(sample_image(0), "hello")
     expected = service.answer(good)
     with ThreadPoolExecutor(LEAVING) as pool:
         leaving = [pool.submit(leave_at_the_first_token, service.url, number) for number in range(LEAVING)]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from chiasm.bench import synthetic
 from chiasm.bench.client import opened
-from chiasm.bench.measurement import Bench, Curves, Figure, Measurement, Outcome, Panel, Series
+from chiasm.bench.measurement import Bench, Curves, Figure, Measurement, Outcome, Panel, Series, TimeLines
 from chiasm.bench.measurements import MEASUREMENTS
 from chiasm.bench.measurements.identity import Tokens, compare, generated
 from chiasm.bench.plot import write_plot
@@ -128,7 +128,7 @@ def test_minimum_targets_are_drawn(tmp_path: Path) -> None:
 
 
 def test_a_plot_without_targets_has_no_room_for_them(tmp_path: Path) -> None:
-    panels: list[Panel | Curves] = [Panel("first token", "ms", [Series("vLLM", [1.0, 2.0])])]
+    panels: list[Panel | Curves | TimeLines] = [Panel("first token", "ms", [Series("vLLM", [1.0, 2.0])])]
     heights = []
     for figures in ([], [Figure("ratio", 1.0, "x", 1.1)]):
         write_plot(tmp_path / "results.png", {"engines": Outcome(figures=figures, panels=panels)}, "a run")

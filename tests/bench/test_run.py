@@ -47,6 +47,21 @@ def test_idle_measures_every_process(checkpoint: Path, tmp_path: Path) -> None:
     assert all(figure["unit"] == "%" and figure["value"] < 100 for figure in figures)
 
 
+def test_soak_watches_every_process_and_checks_what_good_clients_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    command = [*_BENCH, "soak", "--quick", "--model", str(checkpoint), "--output", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["measurements"]["soak"]
+    figures = {figure["name"]: figure["value"] for figure in found["figures"]}
+    assert figures["good clients: right answers"] > 0
+    assert figures["good clients: requests without an answer"] == 0
+    assert figures["answers with status 500"] == 0
+    assert figures["leases when all clients had left"] == figures["KV blocks in use when all clients had left"] == 0
+    (memory,) = (panel for panel in found["panels"] if panel["title"] == "soak: resident memory")
+    assert {curve["label"] for curve in memory["curves"]} == {"proxy", "encoder", "prefill", "decode"}
+    assert {trial["client"] for trial in found["trials"]} == {"good", "new", "slow", "leaving", "hostile"}
+
+
 def test_goodput_compares_two_deployments(checkpoint: Path, tmp_path: Path) -> None:
     chosen = (
         "--mixes",

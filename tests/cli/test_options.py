@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from chiasm.bench.goodput_options import GoodputOptions
+from chiasm.bench.soak_options import SoakOptions
 from chiasm.cli import doctor, instance, proxy, serve
 from chiasm.cli.bench import BenchOptions
 from chiasm.cli.demo import DemoConfig
@@ -41,6 +42,7 @@ CONFIGURATIONS = (
     RoleConfig,
     BenchOptions,
     GoodputOptions,
+    SoakOptions,
     DemoConfig,
     DoctorConfig,
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from chiasm.bench.client import Client
 from chiasm.bench.goodput_options import GoodputOptions
+from chiasm.bench.soak_options import SoakOptions
 from chiasm.bench.statistics import Estimate, median, paired_ratio
 
 SERVED_NAME = "bench"
@@ -31,6 +32,7 @@ class Bench:
     repeat: int | None = None
     """Number of samples, in place of each measurement's own."""
     goodput: GoodputOptions = field(default_factory=GoodputOptions)
+    soak: SoakOptions = field(default_factory=SoakOptions)
     on_phase: Callable[[str, int | None], None] = field(default=lambda text, steps: None)
     advance: Callable[[], None] = field(default=lambda: None)
     """Move the progress bar by one step."""
@@ -128,12 +130,22 @@ class Curves:
     """The share that is marked by a line."""
 
 
+@dataclass(frozen=True)
+class TimeLines:
+    """One part of the plot: what was read again and again, as lines over time. Only the ``line`` of each curve is drawn."""
+
+    title: str
+    x_label: str
+    unit: str
+    curves: Sequence[Curve]
+
+
 @dataclass
 class Outcome:
     """Everything that one measurement found."""
 
     figures: list[Figure] = field(default_factory=list)
-    panels: list[Panel | Curves] = field(default_factory=list)
+    panels: list[Panel | Curves | TimeLines] = field(default_factory=list)
     trials: list[dict[str, Any]] = field(default_factory=list)
     """What was tried, for results.json."""
     parameters: dict[str, Any] = field(default_factory=dict)

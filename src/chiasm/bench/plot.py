@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from chiasm.bench.measurement import Curves, Figure, Outcome, Panel
+from chiasm.bench.measurement import Curves, Figure, Outcome, Panel, TimeLines
 from chiasm.bench.report import shown, with_unit
 from chiasm.bench.statistics import median, quantile
 
@@ -57,14 +57,16 @@ def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
             axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=_INK)
             if isinstance(panel, Curves):
                 _draw_curves(axes, panel)
+            elif isinstance(panel, TimeLines):
+                _draw_lines(axes, panel)
             else:
                 (_draw_tail if panel.tail else _draw_spread)(axes, panel)
     canvas.savefig(path)
 
 
-def _height(row: Sequence[Panel | Curves]) -> float:
+def _height(row: Sequence[Panel | Curves | TimeLines]) -> float:
     return max(
-        _CURVES_HEIGHT if isinstance(panel, Curves) else max(_LEAST_HEIGHT, 0.4 + 0.42 * len(panel.series))
+        _CURVES_HEIGHT if isinstance(panel, Curves | TimeLines) else max(_LEAST_HEIGHT, 0.4 + 0.42 * len(panel.series))
         for panel in row
     )
 
@@ -179,6 +181,21 @@ def _draw_curves(axes: Any, panel: Curves) -> None:
     axes.tick_params(axis="both", which="both", labelsize=8)
     axes.grid(color="#e2e8f0", lw=0.7)
     axes.legend(fontsize=8, frameon=False, loc="lower left")
+
+
+def _draw_lines(axes: Any, panel: TimeLines) -> None:
+    """Draw each line over time, and where the last half begins."""
+    for row, curve in enumerate(panel.curves):
+        colour, style = _COLOURS[row % len(_COLOURS)], "-" if row < len(_COLOURS) else "--"
+        axes.plot(*_columns(curve.line), color=colour, lw=1.3, ls=style, label=curve.label)
+    last = max(minutes for curve in panel.curves for minutes, _ in curve.line)
+    axes.axvline(last / 2, color=_INK, lw=0.8, ls=":")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(panel.x_label, fontsize=8)
+    axes.set_ylabel(panel.unit, fontsize=8)
+    axes.tick_params(axis="both", labelsize=8)
+    axes.grid(color="#e2e8f0", lw=0.7)
+    axes.legend(fontsize=8, frameon=False)
 
 
 def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

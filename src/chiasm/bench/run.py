@@ -19,6 +19,7 @@ from chiasm.bench.measurement import Bench, Measurement, Outcome
 from chiasm.bench.measurements import MEASUREMENTS
 from chiasm.bench.measurements.goodput import TraceMeasurement
 from chiasm.bench.report import machine, print_outcome, write_json
+from chiasm.bench.soak_options import SoakOptions
 from chiasm.bench.trace import read_trace
 from chiasm.errors import ConfigurationError
 from chiasm.extras import Extra, require
@@ -48,6 +49,7 @@ class BenchConfig:
     seed: int = 0
     repeat: int | None = None
     goodput: GoodputOptions = field(default_factory=GoodputOptions)
+    soak: SoakOptions = field(default_factory=SoakOptions)
     trace: Path | None = None
     """Measure the requests of this file instead."""
 
@@ -146,6 +148,7 @@ async def _measure(
                         config.quick,
                         config.repeat,
                         config.goodput,
+                        config.soak,
                         on_phase=show,
                         advance=partial(progress.advance, task),
                     )

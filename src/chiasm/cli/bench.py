@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from chiasm.bench.goodput_options import STANDARD, GoodputOptions
+from chiasm.bench.soak_options import SoakOptions
 from chiasm.cli import serve
 from chiasm.cli.instance import MODEL_HELP
 from chiasm.cli.parser import Parser, option, parse_arguments
@@ -16,8 +17,8 @@ from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.options import Option, fields_from
 
 NAMES = (
-    "Measurements to run (default: all but goodput): identity, ttft, handoff, overlap, isolation, reuse, proxy, routing, kv, "
-    "split, decode-isolation, idle, goodput; with --engine vllm: identity, vllm-example, engines, reuse, goodput."
+    "Measurements to run (default: all but goodput and soak): identity, ttft, handoff, overlap, isolation, reuse, proxy, "
+    "routing, kv, split, decode-isolation, idle, goodput, soak; with --engine vllm: identity, vllm-example, engines, reuse, goodput."
 )
 ARM_EXAMPLE = '"mine=--encoders 2 --pds 2 --threads 1"'
 ARM_HELP = (
@@ -51,6 +52,7 @@ def parser() -> Parser:
     of_goodput = made.add_argument_group("goodput and trace")
     made.add(of_goodput, GoodputOptions)
     made.add_option(option("arm", tuple[str, ...], ARM_HELP, metavar='"NAME=FLAGS"'), of_goodput)
+    made.add(made.add_argument_group("soak"), SoakOptions)
     return made
 
 
@@ -62,7 +64,8 @@ def run(settings: Mapping[str, Any]) -> int | None:
         **fields_from(settings, GoodputOptions), model=settings.get("model"), more_arms=_more_arms(settings)
     )
     names, trace = _trace(settings.get("names", ()))
-    config = BenchConfig(names, **fields_from(settings, BenchOptions), goodput=goodput, trace=trace)
+    soak = SoakOptions(**fields_from(settings, SoakOptions))
+    config = BenchConfig(names, **fields_from(settings, BenchOptions), goodput=goodput, soak=soak, trace=trace)
     return None if run_bench(config) else _DIFFERENT
 
 

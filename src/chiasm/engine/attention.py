@@ -6,6 +6,7 @@ flattened into one sequence: first one row for each decoding request, then the c
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ class KVCache:
             # Zeros, not empty: padded rows of a decode batch read slot 0 under a mask, and NaN would survive the mask.
             memory = None if allocate is None else allocate(num_bytes)
             if memory is None:
-                memory = torch.zeros(num_bytes, dtype=torch.uint8, device=language.device)
+                memory = zeroed(num_bytes, language.device)
         except (RuntimeError, OSError) as error:  # on CUDA torch.OutOfMemoryError, a RuntimeError; on CPU a plain one
             raise ConfigurationError(
                 f"There is not enough memory on {language.device} for a KV cache of {num_blocks} blocks of {block_size} "
@@ -68,6 +69,18 @@ class KVCache:
         """Return the size of one block: keys and values of all layers."""
         slot_bytes = language.num_kv_heads * language.head_dim * language.dtype.itemsize
         return 2 * language.num_layers * block_size * slot_bytes
+
+
+def zeroed(num_bytes: int, device: torch.device) -> Tensor:
+    """Return zeroed memory, uint8 ``[num_bytes]``; on CPU it takes none of the machine's before it is used.
+
+    Raises RuntimeError or OSError if there is not enough.
+    """
+    if device.type != "cpu":
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    # torch.zeros would write to all of it. The kernel gives zeroed pages at the first access.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -72,12 +72,15 @@ class Connection(Http1):
             self.refuse(limit)
 
     def data_received(self, data: bytes | memoryview) -> None:
-        if self._giving_up is not None:
-            self._unread_bytes += len(data)
-            if self._unread_bytes > self._limits.discard_bytes:
-                self._give_up()
-                return
         limits = self._limits
+        if self._is_deaf or self._giving_up is not None:
+            self._unread_bytes += len(data)
+            if self._unread_bytes > limits.discard_bytes:
+                if self._giving_up is not None:
+                    self._give_up()
+                else:  # the last answer is still on its way
+                    self._socket.pause_reading()
+                return
         while data and not self._is_deaf:
             room = limits.max_header_bytes - self._uncounted_bytes
             piece, data = (data, b"") if len(data) <= room else (data[:room], memoryview(data)[room:])
@@ -183,8 +186,8 @@ class Connection(Http1):
             self._connections.refusals.note(limit)
         self._is_deaf = True
         if self._is_answering and (self.pipeline or not self._body_is_arriving):
-            self.cycle.keep_alive = False  # the last answer is that to the request before this one
-            self._socket.pause_reading()
+            # The last answer is that to the request before this one. Reading goes on, to see whether the client leaves.
+            self.cycle.keep_alive = False
             return
         if self._is_answering:  # this is the end of the request to which the answer would be
             self.cycle.disconnected = True
@@ -208,6 +211,7 @@ class Connection(Http1):
     def _discard(self) -> None:
         """Read on without keeping anything, for a while."""
         if self._giving_up is None:
+            self._unread_bytes = 0
             self._socket.resume_reading()
             self._giving_up = self.loop.call_later(self._seconds_to_discard, self._give_up)
 

@@ -14,6 +14,7 @@ from chiasm.bench.measurements.overlap import Overlap
 from chiasm.bench.measurements.proxy import Proxy
 from chiasm.bench.measurements.reuse import Reuse
 from chiasm.bench.measurements.routing import Routing
+from chiasm.bench.measurements.soak import Soak
 from chiasm.bench.measurements.ttft import Ttft
 from chiasm.bench.measurements.vllm_example import VllmExample
 from chiasm.launch.config import EngineKind
@@ -38,6 +39,7 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         DECODE_ISOLATION,
         Idle(),
         GoodputMeasurement(EngineKind.CHIASM),
+        Soak(),
     ),
     EngineKind.VLLM: _by_name(
         Identity(EngineKind.VLLM),

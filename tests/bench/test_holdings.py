@@ -1,0 +1,44 @@
+"""What a process holds."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import psutil
+import pytest
+
+from chiasm.bench.holdings import DESCRIPTORS, RESIDENT, SHARED, THREADS, held_by, is_here, listeners, pid_at
+
+MIB = 1 << 20
+
+
+def test_memory_files_descriptors_and_threads_are_counted() -> None:
+    before = held_by(os.getpid())
+    descriptor = os.memfd_create("held")
+    twice = os.dup(descriptor)
+    try:
+        os.ftruncate(descriptor, 64 * MIB)
+        os.pwrite(descriptor, bytes(MIB), 0)
+        after = held_by(os.getpid())
+    finally:
+        os.close(descriptor)
+        os.close(twice)
+    assert after[SHARED] - before[SHARED] == MIB  # what is written, once, and not what could be
+    assert after[DESCRIPTORS] == before[DESCRIPTORS] + 2
+    assert after[RESIDENT] > MIB
+    assert after[THREADS] >= 1
+
+
+def test_a_process_that_is_gone_is_told() -> None:
+    with pytest.raises(psutil.NoSuchProcess):
+        held_by(2**22 - 1)
+
+
+def test_who_listens_is_found_by_the_url() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        known = listeners()
+        assert pid_at(f"http://localhost:{port}", known) == os.getpid()
+        assert pid_at(f"http://192.0.2.1:{port}", known) is None
+    assert not is_here("192.0.2.1")
