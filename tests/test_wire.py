@@ -20,9 +20,13 @@ from chiasm.wire import (
     CHAT_PATH,
     COMPLETIONS_PATH,
     KV_COMMENT,
+    MAX_PLACES,
+    PLACES_PATH,
     TIMING_COMMENT,
     TOKENS_COMMENT,
     ECItem,
+    ECPlace,
+    EmbeddingPlaces,
     ErrorBody,
     ErrorDetail,
     Health,
@@ -290,7 +294,20 @@ def test_fields_of_later_versions_are_ignored(message: bytes, expected: object) 
     assert msgspec.json.decode(message, type=type(expected)) == expected
 
 
-@pytest.mark.parametrize("kind", [Health, InstanceInfo, InstanceList, ProxyHealth, ECItem, KVTransferParams, ErrorBody])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Health,
+        InstanceInfo,
+        InstanceList,
+        ProxyHealth,
+        ECItem,
+        ECPlace,
+        EmbeddingPlaces,
+        KVTransferParams,
+        ErrorBody,
+    ],
+)
 def test_no_field_is_required(kind: type[Any]) -> None:
     assert msgspec.json.decode(b"{}", type=kind) == kind()
 
@@ -323,6 +340,26 @@ def test_an_old_encoders_response_is_read() -> None:
 def test_a_handle_out_of_bounds_is_refused(message: bytes) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(message, type=KVTransferParams)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b'{"stored":["' + A[1:].encode() + b'"]}',
+        b'{"stored":["' + A[1:].encode() + b'\\n"]}',
+        b'{"stored":["' + A.upper().encode() + b'"]}',
+        b'{"stored":' + str([A] * (MAX_PLACES + 1)).replace("'", '"').encode() + b"}",
+        b'{"places":{"../' + A[3:].encode() + b'":{}}}',
+        b'{"places":{"' + A.encode() + b'":{"port":65536}}}',
+        b'{"places":{"' + A.encode() + b'":{"host":"' + b"h" * 257 + b'"}}}',
+        b'{"places":{"' + A.encode() + b'":null}}',
+        msgspec.json.encode({"places": {f"{number:064x}": {} for number in range(MAX_PLACES + 1)}}),
+    ],
+    ids=lambda message: message[:30].decode(),
+)
+def test_places_out_of_bounds_are_refused(message: bytes) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(message, type=EmbeddingPlaces)
 
 
 # ---- old reads new -----------------------------------------------------------------------------------------------------
@@ -395,3 +432,4 @@ def test_codes_that_proxies_act_on_keep_their_spelling(code: str) -> None:
 
 def test_paths_keep_their_spelling() -> None:
     assert (CHAT_PATH, COMPLETIONS_PATH) == ("/v1/chat/completions", "/v1/completions")
+    assert PLACES_PATH == "/embeddings/places"

@@ -21,10 +21,15 @@ Integer = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
 """A number of things. Up to here JavaScript represents every integer."""
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Port = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+Identifier = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+"""Names the embedding of an item."""
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 AWAITED_PATH = "/embeddings/awaited"
+PLACES_PATH = "/embeddings/places"
 CLIENT_HEADER = "x-chiasm-client"
 """With it the proxy, if it checks API keys, tells an instance which of them a request has; it names the key, and isn't it."""
 KV_RELEASE_PATH = "/v1/kv/release"
@@ -65,6 +70,19 @@ class Costs(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """In ascending order of pixels."""
 
 
+class ECPlace(msgspec.Struct, kw_only=True, frozen=True):
+    """Where an encoder serves embeddings from its memory."""
+
+    host: Name = ""
+    port: Port = 0
+    engine_id: Name = ""
+    """Drawn by the encoder at each start, so that nothing is taken from one that was restarted in its place."""
+
+    def __bool__(self) -> bool:
+        """Whether it names a place."""
+        return bool(self.host and self.port and self.engine_id)
+
+
 class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """What an instance answers to GET /health. Fields with their default are left out, except for ``status``; while the model
     loads, nothing else is set but how far it is."""
@@ -85,6 +103,10 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     dtype: str = ""
     ec_store: str = ""
     """Names the store through which embeddings are exchanged; empty if the instance exchanges none."""
+    ec_connector: Name = ""
+    """What moves embeddings from encoders to language models; empty if the instance exchanges none, or doesn't say."""
+    ec_place: ECPlace | None = None
+    """Of an encoder: where its embeddings are. None if they are found without."""
     version: str = ""
     """Version of chiasm."""
     engine: str = ""
@@ -234,10 +256,25 @@ class AwaitedEmbeddings(msgspec.Struct, kw_only=True, frozen=True):
     """Embeddings that prompts need next and that are neither in the instance's memory nor in the store, each once."""
 
 
+MAX_PLACES = 1024
+
+
+class EmbeddingPlaces(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """Body of POST PLACES_PATH, to a PD or prefill instance, which answers 204 at once: where embeddings are, or will be.
+
+    What it says about an identifier replaces what was said before. It may come before the request that needs the embeddings,
+    after it, or without any.
+    """
+
+    places: Annotated[dict[Identifier, ECPlace], msgspec.Meta(max_length=MAX_PLACES)] = {}
+    """Encoders that have the embeddings, or that have been asked to make them."""
+    stored: Annotated[list[Identifier], msgspec.Meta(max_length=MAX_PLACES)] = []
+    """Embeddings that the fleet's shared cache has."""
+
+
 # ---- KV ----------------------------------------------------------------------------------------------------------------
 
 MAX_BLOCKS = 1 << 20
-Name = Annotated[str, msgspec.Meta(max_length=256)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
@@ -266,7 +303,7 @@ class KVTransferParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     remote_engine_id: Name | None = None
     remote_block_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_BLOCKS)] | None = None
     remote_host: Name | None = None
-    remote_port: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)] | None = None
+    remote_port: Port | None = None
     remote_request_id: Name | None = None
     tp_size: Integer = 1
 

@@ -10,16 +10,22 @@ loads entries and publishes them. The metadata of a step is all that passes from
 
     scheduler role                                worker role
     --------------------------------------------  -----------------------------------------
+    set_wake                   (once)             place                (once, producers)
+    expect                     (any thread)
     ensure_cache_available     (on admission)
     has_cache_item             (per wanted item)
     update_state_after_alloc   (per item)
     build_connector_meta       (once per step) -> bind_connector_metadata
                                                   start_load_caches
                                                   clear_connector_metadata
-                                                  save_caches          (per encoded item, producers)
+    request_finished           (per request)      save_caches          (per encoded item, producers)
 
-Names and meanings are those of vLLM's ``ECConnectorBase``. A connector written against this class serves chiasm's own engine;
-inside vLLM, ``chiasm.integrations.vllm`` uses SharedStorageConnector and no other.
+A consumer learns which embeddings a request wants when the request is admitted, and the proxy tells it where they are or will
+be (``expect``), in either order. It brings them into its memory and verifies them on threads of its own, and then calls what
+``set_wake`` was given. So a step only takes what is there, and nobody has to ask in vain.
+
+Names and meanings are those of vLLM's ``ECConnectorBase``, where it has them. A connector written against this class serves
+chiasm's own engine; inside vLLM, ``chiasm.integrations.vllm`` uses SharedStorageConnector and no other.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from __future__ import annotations
 import enum
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
@@ -35,6 +41,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
 from chiasm.connectors import ClassPath, ConnectorFactory
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.options import Option
+from chiasm.wire import ECPlace
 
 if TYPE_CHECKING:
     import torch
@@ -185,21 +192,51 @@ class ECConnector(ABC):
         return self.config.max_bytes
 
     # ---- scheduler role -------------------------------------------------------------------------------------------
+    #
+    # Called by the thread that schedules, except where another is named.
+
+    def set_wake(self, wake: Callable[[], None]) -> None:
+        """Set what the connector calls whenever a wanted entry has arrived or was lost, so that the scheduler looks again.
+
+        Called at most once, before the first request. The connector calls ``wake`` from any thread; it returns at once and
+        raises nothing. A connector that cannot tell when an entry arrives may call it at intervals.
+        """
+        return None
+
+    def expect(self, places: Mapping[str, ECPlace], stored: Collection[str] = ()) -> None:
+        """Note where embeddings are or will be: ``places`` names their encoders, ``stored`` has what the shared cache has.
+
+        Called from any thread, at any time: before a request wants them, after it, or without any. What is said about an
+        identifier replaces what was said before. It comes from the network: identifiers and the lengths of names are checked,
+        nothing else is. It must return at once, and bound what it keeps for requests that may never come. Does nothing for a
+        connector that finds entries without.
+        """
+        return None
 
     @abstractmethod
     def has_cache_item(self, identifier: str) -> bool:
-        """Whether the entry exists now, complete and with this fingerprint.
+        """Whether the entry can be handed over in this step: of a consumer, it is in memory, verified and ready.
 
-        The scheduler calls it for each item that it wants and that is not in memory, many times per second while a request
-        waits. So it must take microseconds, create nothing, and wait for no lock and no other process. Raises
-        InvalidRequestError for a malformed identifier. If the entry is gone when the worker loads it, the worker leaves it out
-        and the scheduler waits for it again.
+        The scheduler calls it, in the order of need, for the items that it needs next and that are not in its own memory:
+        whenever ``wake`` was called or what it needs has changed. So it must take microseconds, create nothing, and wait for
+        no lock and no other process. After a yes, the entry stays until ``build_connector_meta``. If memory is short, what was
+        asked for first comes first, so that the first request can always continue. Raises InvalidRequestError for a malformed
+        identifier.
         """
+
+    def is_coming(self, identifier: str) -> bool:
+        """Whether a wanted entry is here or on its way, as of some moment after the call.
+
+        If not, it is awaited: the proxy is told when it asks, and has the item encoded again if it was published before.
+        Called from any thread but the one that schedules, so it may look into a store. A connector whose ``has_cache_item``
+        must not be called from there overrides it. Raises InvalidRequestError for a malformed identifier.
+        """
+        return self.has_cache_item(identifier)
 
     def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
         """Whether every item that ends after the first ``num_computed_tokens`` tokens exists.
 
-        Called once per request, when it is admitted.
+        Called once per request, when it is admitted. The request wants these items from now until ``request_finished``.
         """
         return all(
             self.has_cache_item(item.identifier)
@@ -218,7 +255,18 @@ class ECConnector(ABC):
     def build_connector_meta(self) -> ECConnectorMetadata:
         """Return everything that was noted since the last call, and forget it. Called once per step."""
 
+    def request_finished(self, request: RequestLike) -> None:
+        """Let go of what only this request wanted. Called once for each request that was admitted, however it ended."""
+        return None
+
     # ---- worker role ----------------------------------------------------------------------------------------------
+
+    def place(self) -> ECPlace | None:
+        """Return where consumers find what this producer publishes; None if they find it without.
+
+        Called from any thread, after the connector was made; it returns the same as long as the connector lives.
+        """
+        return None
 
     def bind_connector_metadata(self, metadata: ECConnectorMetadata) -> None:
         """Set the metadata of the step that begins."""
@@ -232,9 +280,9 @@ class ECConnector(ABC):
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
         """Put each entry of the bound metadata into ``encoder_cache`` under its identifier, on ``config.device``.
 
-        Called before the model runs. Skips what is in the dict already. An entry that cannot be loaded, because it is gone,
-        damaged or of another model, is left out and counted in ``stats``; no error is raised for it, since it must not affect
-        the other requests of the step.
+        Called before the model runs, so it only hands over what is in memory. Skips what is in the dict already. An entry that
+        cannot be loaded, because it is gone, damaged or of another model, is left out and counted in ``stats``; no error is
+        raised for it, since it must not affect the other requests of the step.
         """
 
     def discard(self, identifier: str, reason: str) -> None:
