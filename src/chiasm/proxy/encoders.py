@@ -21,11 +21,12 @@ from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.upstream import RefusedError, Upstream, UpstreamError, UpstreamResponse
 from chiasm.proxy.waiting import Comeback, none_healthy
-from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem, InstanceState, Role
+from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem, ECPlace, InstanceState, Role
 
 _MAX_RESPONSE_BYTES = 8 << 20
 _BEFORE_DEADLINE_SECONDS = 0.1
@@ -83,6 +84,7 @@ class Encoders:
         prober: Prober,
         metrics: Metrics,
         queue: EncodeQueue,
+        places: Places,
         comeback: Comeback,
         *,
         timeout_seconds: float,
@@ -94,6 +96,7 @@ class Encoders:
         self._prober = prober
         self._metrics = metrics
         self._queue = queue
+        self._places = places
         self._timeout_seconds = timeout_seconds
         self._max_attempts = max_attempts
         self._comeback = comeback
@@ -154,6 +157,8 @@ class Encoders:
                 self._queue.hasten(flight.entry, job.due)
             flight.waiters.add(job)
             flights[item.identifier] = flight
+            if flight.call is not None:
+                self._tell(flight.call.instance, [flight], {job})
         try:
             self._feed()
             results = [flight.metadata for flight in flights.values()]
@@ -217,10 +222,25 @@ class Encoders:
             flight.call = call
             flight.attempts += 1
             flight.stranded_since = None
+        self._tell(instance, flights, set().union(*(flight.waiters for flight in flights)))
         call.task = asyncio.create_task(self._run(call))
         self._tasks.add(call.task)
         call.task.add_done_callback(self._tasks.discard)
         call.task.add_done_callback(lambda task: call.flights.clear())
+
+    def _tell(self, encoder: Instance, flights: Sequence[_Flight], jobs: set[Job]) -> None:
+        """Tell the language instances of these jobs that this encoder has these images, or will have them."""
+        place = encoder.ec_place
+        if place is None:
+            return
+        told: dict[Instance, dict[str, ECPlace]] = {}
+        for flight in flights:
+            for job in flight.waiters & jobs:
+                job.places[flight.item.identifier] = place
+                if job.instance is not None:
+                    told.setdefault(job.instance, {})[flight.item.identifier] = place
+        for instance, places in told.items():
+            self._places.tell(instance, places)
 
     async def _run(self, call: _Call) -> None:
         try:

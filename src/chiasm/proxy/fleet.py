@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from chiasm.proxy.agreement import LANGUAGE_ROLES, PART_ROLES, WHOLE_ROLES, Agreement, Member, agree
 from chiasm.proxy.costs import InstanceCosts
-from chiasm.wire import Costs, Health, InstanceInfo, InstanceState, Role
+from chiasm.wire import Costs, ECPlace, Health, InstanceInfo, InstanceState, Role
 
 _USUAL_SEQUENCES = 256
 """Sequences that a decode instance is assumed to compute at the same time if it doesn't report a limit."""
@@ -72,6 +72,11 @@ class Instance:
     def device_id(self) -> str:
         """Names the device that it computes on; empty if it doesn't say."""
         return self.health.device_id if self.health else ""
+
+    @property
+    def ec_place(self) -> ECPlace | None:
+        """Where it serves embeddings from its memory; None if it publishes them where all find them."""
+        return (self.health.ec_place or None) if self.health else None
 
     @property
     def encodes(self) -> bool:
