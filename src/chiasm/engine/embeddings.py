@@ -23,6 +23,8 @@ from chiasm.models.base import PromptItem
 
 if TYPE_CHECKING:
     from chiasm.ec_transfer import ECConnectorStats
+    from chiasm.ec_transfer.stores.reader import StoreReads
+    from chiasm.ec_transfer.stores.writer import StoreWrites
 
 
 class Embeddings:
@@ -57,6 +59,11 @@ class Embeddings:
     def stats(self) -> ECConnectorStats | None:
         """The connector's counters."""
         return self._worker_role.stats if self._worker_role is not None else None
+
+    @property
+    def store_stats(self) -> StoreReads | StoreWrites | None:
+        """The counters of the store beside the connector."""
+        return self._scheduler_role.store_stats if self._scheduler_role is not None else None
 
     def stop(self) -> None:
         """Shut the connector down, or end the encoder."""

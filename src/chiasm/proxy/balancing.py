@@ -15,8 +15,8 @@ from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.placement import Placement
-from chiasm.proxy.places import Places
 from chiasm.proxy.placement_record import PlacementRecord
+from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.upstream import Call, InstanceLostError, RefusedError, Upstream
 from chiasm.proxy.waiting import Comeback, Line, none_healthy

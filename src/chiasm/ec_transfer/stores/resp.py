@@ -1,8 +1,8 @@
 """A small client of Redis' protocol (RESP2) that reads large values to where they belong.
 
-The clients on PyPI build each value as a ``bytes`` of its own before they give it away, which takes two copies more, or hold
-the whole reply first. docs/store.md has their figures. Here the kernel writes a value into the caller's buffer, and nothing that
-a server says can make the client allocate more than it expects.
+The clients on PyPI collect a whole value before they give it away, which takes one or two copies more; docs/store.md has their
+figures. Here the kernel writes a value into the caller's buffer, and nothing that a server says can make the client allocate
+more than it expects.
 
 Protocol: https://redis.io/docs/latest/develop/reference/protocol-spec/
 """
@@ -19,7 +19,7 @@ from typing import TypeAlias
 from chiasm.ec_transfer.stores.address import StoreAddress
 from chiasm.ec_transfer.stores.entry import StoreError
 
-Reply: TypeAlias = "bytes | int | None | ServerError | list[Reply]"
+Reply: TypeAlias = "bytes | int | ServerError | list[Reply] | None"
 
 _MAX_LINE_BYTES = 4096
 _BUFFER_BYTES = 64 << 10
