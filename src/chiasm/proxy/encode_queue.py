@@ -328,7 +328,7 @@ class Plan:
         plan = Plan(left=dict(self.left), devices=self.devices, encode_seconds=self._encode_seconds)
         ready: list[float] = []
         for item in items:
-            known = self.ready.get(item.identifier)
+            known = 0.0 if item.is_stored else self.ready.get(item.identifier)
             choice = None if known is not None else plan.add(Entry(item, 0.0))
             ready.append(known if known is not None else choice.ready_seconds if choice else math.inf)
         return ready

@@ -50,10 +50,7 @@ class RedisStore(Store):
             return []
         keys = [_key(identifier, fingerprint) for identifier in identifiers]
         with self._connection(_CALL_SECONDS) as connection:
-            connection.send(b"MGET", *keys)
-            values = connection.reply(MAX_HEADER_BYTES, max_items=len(keys))
-        if isinstance(values, ServerError):
-            raise values
+            values = connection.call(b"MGET", *keys, max_bytes=MAX_HEADER_BYTES, max_items=len(keys))
         if not isinstance(values, list) or len(values) != len(keys):
             raise StoreError(f"{self.address} answered another question than it was asked.")
         return [_read(value, name, fingerprint) for value, name in zip(values, identifiers, strict=True)]

@@ -92,10 +92,13 @@ class Connection:
         """Give what follows so many seconds."""
         self._until = time.monotonic() + seconds
 
-    def call(self, *command: bytes | memoryview, max_bytes: int = _MAX_LINE_BYTES) -> Reply:
-        """Send a command and return its reply; a string in it has at most ``max_bytes``. Raises ServerError and StoreError."""
+    def call(self, *command: bytes | memoryview, max_bytes: int = _MAX_LINE_BYTES, max_items: int = 0) -> Reply:
+        """Send a command and return its reply, of at most so many strings of at most so many bytes.
+
+        Raises ServerError and StoreError.
+        """
         self.send(*command)
-        reply = self.reply(max_bytes)
+        reply = self.reply(max_bytes, max_items)
         if isinstance(reply, ServerError):
             raise reply
         return reply
