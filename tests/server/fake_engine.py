@@ -36,7 +36,7 @@ from chiasm.errors import ChiasmError, DeadlineExceededError, InvalidRequestErro
 from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig
 from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
 from chiasm.models.tool_format import HERMES
-from chiasm.wire import Costs, KVTransferParams, Role, TokenLogprob
+from chiasm.wire import Costs, ECPlace, KVTransferParams, Role, TokenLogprob
 
 PLACEHOLDER = "\x01"
 FINGERPRINT = "f1" * 16
@@ -145,6 +145,8 @@ class FakeEngine(Engine):
         self.max_model_len = self.processor.max_model_len
         self.device_id = "host/cpu:0,1"
         self.costs = Costs(prefill_seconds_per_token=0.001, decode_step_seconds=0.01)
+        self._ec_connector = "" if role in _WITHOUT_STORE else "SharedStorageConnector"
+        self._ec_place = ECPlace(host="e.example", port=7002, engine_id="engine-e") if role is Role.ENCODER else None
         self.reset()
 
     def reset(self) -> None:
@@ -192,11 +194,16 @@ class FakeLanguageEngine(FakeEngine):
         self.script: Script | None = None
         self.requests: list[GenerateRequest] = []
         self.awaited: list[str] = []
+        self.expected: queue.SimpleQueue[tuple[dict[str, ECPlace], list[str]]] = queue.SimpleQueue()
+        """What it was told about embeddings: where they are or will be, and which are stored."""
         self.given_back: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Leases of KV that nobody will come for."""
 
     async def awaited_embeddings(self) -> list[str]:
         return self.awaited
+
+    def expect_embeddings(self, places: Mapping[str, ECPlace], stored: Collection[str]) -> None:
+        self.expected.put((dict(places), list(stored)))
 
     def give_back_kv(self, leases: Collection[str]) -> None:
         for lease in leases:

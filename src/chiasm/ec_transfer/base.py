@@ -34,11 +34,12 @@ import enum
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
 
 from chiasm.connectors import ClassPath, ConnectorFactory
+from chiasm.ec_transfer.lookout import Lookout
 from chiasm.ec_transfer.stores.base import StoreURL
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.options import Option
@@ -160,6 +161,10 @@ class ECConnectorStats:
     evicted_bytes: int = 0
     corrupt_entries: int = 0
 
+    def __add__(self, other: ECConnectorStats) -> ECConnectorStats:
+        """Return what two halves have counted together."""
+        return ECConnectorStats(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
+
 
 def check_identifier(identifier: object) -> str:
     """Return ``identifier`` if it is a string of 64 lower-case hex digits. Raises InvalidRequestError otherwise.
@@ -189,6 +194,7 @@ class ECConnector(ABC):
         self.role = role
         self.stats = ECConnectorStats()
         self._metadata: ECConnectorMetadata | None = None
+        self._reminders: Lookout | None = None
 
     @property
     def store_stats(self) -> StoreReads | StoreWrites | None:
@@ -206,7 +212,8 @@ class ECConnector(ABC):
 
     def shutdown(self) -> None:
         """Release all resources. Called at the end in either role, possibly more than once."""
-        return None
+        if self._reminders is not None:
+            self._reminders.stop()
 
     def store_id(self) -> str:
         """Return a name for the place that holds the entries: connectors with the same name see the same entries.
@@ -229,9 +236,15 @@ class ECConnector(ABC):
         """Set what the connector calls whenever a wanted entry has arrived or was lost, so that the scheduler looks again.
 
         Called at most once, before the first request. The connector calls ``wake`` from any thread; it returns at once and
-        raises nothing. A connector that cannot tell when an entry arrives may call it at intervals.
+        raises nothing. By default it is called at intervals until the requests that want entries have finished, for connectors
+        that can't tell when an entry arrives.
         """
-        return None
+
+        def remind(requests: Sequence[str]) -> bool:
+            wake()
+            return False
+
+        self._reminders = Lookout(remind, name="chiasm-reminders")
 
     def expect(self, places: Mapping[str, ECPlace], stored: Collection[str] = ()) -> None:
         """Note where embeddings are or will be: ``places`` names their encoders, ``stored`` has what the shared cache has.
@@ -266,13 +279,13 @@ class ECConnector(ABC):
     def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
         """Whether every item that ends after the first ``num_computed_tokens`` tokens exists.
 
-        Called once per request, when it is admitted. The request wants these items from now until ``request_finished``.
+        Called once per request, when it is admitted. The request wants these items from now until ``request_finished``. A
+        connector that overrides this overrides ``set_wake`` too.
         """
-        return all(
-            self.has_cache_item(item.identifier)
-            for item in request.items
-            if item.offset + item.length > num_computed_tokens
-        )
+        wanted = [item.identifier for item in request.items if item.offset + item.length > num_computed_tokens]
+        if wanted and self._reminders is not None:
+            self._reminders.add(request.request_id)
+        return all(self.has_cache_item(identifier) for identifier in wanted)
 
     @abstractmethod
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
@@ -287,7 +300,8 @@ class ECConnector(ABC):
 
     def request_finished(self, request: RequestLike) -> None:
         """Let go of what only this request wanted. Called once for each request that was admitted, however it ended."""
-        return None
+        if self._reminders is not None:
+            self._reminders.remove(request.request_id)
 
     # ---- worker role ----------------------------------------------------------------------------------------------
 

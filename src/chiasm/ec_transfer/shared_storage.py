@@ -11,12 +11,14 @@ import re
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from chiasm.ec_transfer.arrivals import Arrivals
 from chiasm.ec_transfer.base import (
     ECConnector,
     ECConnectorMetadata,
@@ -26,6 +28,7 @@ from chiasm.ec_transfer.base import (
     check_identifier,
 )
 from chiasm.ec_transfer.bounded_folder import BoundedFolder, Signature
+from chiasm.ec_transfer.device import take_over, to_device
 from chiasm.ec_transfer.entry_file import (
     HEADER_BYTES,
     Entry,
@@ -49,6 +52,16 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{0,128}")
 _MAX_KNOWN = 4096
 _MAX_HELD = 64
 _MAX_HELD_OPEN = 256
+_MAX_ARRIVED_BYTES = 256 << 20
+_MAX_ARRIVED = 64
+
+
+class Ready(NamedTuple):
+    """An entry that a step can take."""
+
+    entry: Entry
+    tensor: torch.Tensor | None = None
+    """The embedding, verified and on ``config.device``; None if the worker has to make it."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +72,12 @@ class SharedStorageMetadata(ECConnectorMetadata):
     metadata does, or else looks for the files itself.
     """
 
-    held: dict[str, Entry] = field(default_factory=dict, repr=False, compare=False)
+    held: dict[str, Ready] = field(default_factory=dict, repr=False, compare=False)
     pins: dict[str, Pin] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(
         self,
-    ) -> tuple[type[SharedStorageMetadata], tuple[tuple[str, ...], dict[str, Entry], dict[str, Pin]]]:
+    ) -> tuple[type[SharedStorageMetadata], tuple[tuple[str, ...], dict[str, Ready], dict[str, Pin]]]:
         return SharedStorageMetadata, (self.loads, {}, self.pins)
 
 
@@ -74,6 +87,9 @@ class SharedStorageConnector(ECConnector):
     An entry appears complete or not at all, and is read on the CPU without a copy unless the disk is nearly full. The least
     recently used entries are evicted to stay within ``config.max_bytes``. A file that is torn, foreign or of another model is
     treated as missing, counted in ``stats.corrupt_entries`` and removed.
+
+    Once it has been told whom to wake, the scheduler role of a consumer brings what requests want into memory in a thread of
+    its own, which looks for the files, since a folder calls nobody. Until then, ``has_cache_item`` looks into the folder.
 
     What ``has_cache_item`` finds can be loaded until the step is over, even if it is evicted. If both roles live in one
     process, the scheduler role maps the file and its metadata carries the mapping. With ``config.separate_processes`` it
@@ -106,8 +122,9 @@ class SharedStorageConnector(ECConnector):
         self._warned_of: set[int | None] = set()
         self._save_failure: tuple[int | None] | None = None
         """The errno of the last save if it failed."""
+        self._arrivals: Arrivals[Entry, Ready] | None = None
         self._held: OrderedDict[str, Entry] = OrderedDict()
-        self._noted: dict[str, Entry] = {}
+        self._noted: dict[str, Ready] = {}
         try:
             self._folder.store_id()
             if publishes:
@@ -127,28 +144,54 @@ class SharedStorageConnector(ECConnector):
         return self.config.max_bytes - HEADER_BYTES
 
     def shutdown(self) -> None:
+        if self._arrivals is not None:
+            self._arrivals.stop()
         self._held.clear()
         self._noted.clear()
         self.clear_connector_metadata()
 
     # ---- scheduler role -------------------------------------------------------------------------------------------
 
+    def set_wake(self, wake: Callable[[], None]) -> None:
+        if self.is_consumer and self.role is ECConnectorRole.SCHEDULER:
+            self._arrivals = Arrivals(
+                self._find_unread, self._bring, wake, max_bytes=_MAX_ARRIVED_BYTES, max_count=_MAX_ARRIVED
+            )
+
+    def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
+        if self._arrivals is not None:
+            for item in request.items:
+                is_needed = item.offset + item.length > num_computed_tokens
+                self._arrivals.want(request.request_id, check_identifier(item.identifier), at_once=is_needed)
+        return all(
+            self._find(check_identifier(item.identifier)) is not None
+            for item in request.items
+            if item.offset + item.length > num_computed_tokens
+        )
+
     def has_cache_item(self, identifier: str) -> bool:
         check_identifier(identifier)
+        if self._arrivals is not None and self._arrivals.is_wanted(identifier):
+            return self._arrivals.ask(identifier)
         if identifier in self._held:
             return True
         entry = self._find(identifier)
         if entry is not None and not self.is_consumer:
             entry = self._verify(identifier, entry)  # what is damaged must be published again
         elif entry is not None and self.config.separate_processes:
-            started = time.perf_counter()
-            entry = self._verify(identifier, entry, copies=True)
-            with self._lock:
-                self.stats.load_seconds += time.perf_counter() - started
+            entry = self._copied(identifier, entry)
         if entry is not None and self.is_consumer:
             with self._lock:
                 _remember(self._held, identifier, entry, self._max_held)
         return entry is not None
+
+    def is_coming(self, identifier: str) -> bool:
+        arrived = self._arrivals is not None and self._arrivals.holds(identifier)
+        return arrived or self.published(identifier) is not None
+
+    def request_finished(self, request: RequestLike) -> None:
+        if self._arrivals is not None:
+            self._arrivals.let_go(request.request_id, [item.identifier for item in request.items])
 
     def published(self, identifier: str) -> EntryHeader | None:
         """Return the header of the entry, if it exists. It may be gone the next moment, unlike after ``has_cache_item``."""
@@ -157,14 +200,23 @@ class SharedStorageConnector(ECConnector):
 
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
         identifier = check_identifier(request.items[index].identifier)
-        if self.is_consumer and self.has_cache_item(identifier):
-            self._noted[identifier] = self._held[identifier]
+        if not self.is_consumer or identifier in self._noted:
+            return
+        ready = self._arrivals.take(identifier) if self._arrivals is not None else None
+        if ready is not None:
+            self._noted[identifier] = ready
+        elif self.has_cache_item(identifier):
+            self._noted[identifier] = Ready(self._held[identifier])
 
     def build_connector_meta(self) -> ECConnectorMetadata:
         noted, self._noted = self._noted, {}
         self._held.clear()
+        if self._arrivals is not None:
+            self._arrivals.end_round()
         pins = (
-            {identifier: entry.pin() for identifier, entry in noted.items()} if self.config.separate_processes else {}
+            {identifier: ready.entry.pin() for identifier, ready in noted.items()}
+            if self.config.separate_processes
+            else {}
         )
         return SharedStorageMetadata(tuple(noted), noted, pins)
 
@@ -255,18 +307,48 @@ class SharedStorageConnector(ECConnector):
                 _remember(self._headers, identifier, entry.known, _MAX_KNOWN)
         return entry
 
-    def _load(self, identifier: str, held: Entry | None, pin: Pin | None) -> torch.Tensor | None:
+    def _find_unread(self, identifier: str) -> tuple[Entry, int] | None:
+        entry = self._find(identifier)
+        return None if entry is None else (entry, entry.header.data_bytes)
+
+    def _load(self, identifier: str, held: Ready | None, pin: Pin | None) -> torch.Tensor | None:
         """Return the tensor on ``config.device``, or None if it cannot be loaded. A pinned copy has been verified already."""
+        if held is not None and held.tensor is not None:
+            return take_over(held.tensor)
         if held is None and pin is not None:
             try:
                 return open_pinned(pin).tensor().to(self.config.device)
             except OSError as error:
                 self._warn_once(error)  # The file itself may still be good.
-        entry = held or self._find(identifier)
+        entry = held.entry if held is not None else self._find(identifier)
         if entry is None or self._verify(identifier, entry) is None:
             return None
+        tensor = self._tensor_of(entry)
+        return None if tensor is None else take_over(tensor)
+
+    def _bring(self, identifier: str, entry: Entry) -> Ready | None:
+        """Return an entry that was found, ready for a step, or None if it is unusable. Called in the thread of arrivals."""
+        if self.config.separate_processes:
+            copy = self._copied(identifier, entry)
+            return None if copy is None else Ready(copy)
+        started = time.perf_counter()
+        tensor = None if self._verify(identifier, entry) is None else self._tensor_of(entry)
+        with self._lock:
+            self.stats.load_seconds += time.perf_counter() - started
+        return None if tensor is None else Ready(entry, tensor)
+
+    def _copied(self, identifier: str, entry: Entry) -> Entry | None:
+        """Return a verified copy of the entry in anonymous memory, or None if it is unusable."""
+        started = time.perf_counter()
+        copy = self._verify(identifier, entry, copies=True)
+        with self._lock:
+            self.stats.load_seconds += time.perf_counter() - started
+        return copy
+
+    def _tensor_of(self, entry: Entry) -> torch.Tensor | None:
+        """Return the embedding on ``config.device``, or None if it cannot be read."""
         try:
-            tensor = entry.tensor().to(self.config.device)
+            tensor = to_device(entry.tensor(), self.config.device)
             # On a small disk, evicted entries that are still mapped would leave no room for new ones.
             return tensor.clone() if self._mapped and tensor.is_cpu and not self._folder.is_roomy() else tensor
         except OSError as error:

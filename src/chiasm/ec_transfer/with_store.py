@@ -22,9 +22,10 @@ from chiasm.ec_transfer.base import (
     ECTransferConfig,
     RequestLike,
 )
+from chiasm.ec_transfer.device import take_over, to_device
 from chiasm.ec_transfer.entry_file import EntryHeader, OpenFile, bytes_of, dtype_of, header_of
 from chiasm.ec_transfer.stores import CorruptEntryError, StoredEntry, open_store
-from chiasm.ec_transfer.stores.reader import Reader, StoreReads
+from chiasm.ec_transfer.stores.reader import Rank, Reader, StoreReads
 from chiasm.ec_transfer.stores.writer import StoreWrites, Writer
 from chiasm.errors import ConfigurationError
 from chiasm.wire import ECPlace
@@ -71,7 +72,7 @@ class Landing:
 
     def finish(self) -> None:
         if self._file is None:
-            self.tensor = self.tensor.to(self._device)
+            self.tensor = to_device(self.tensor, self._device)
 
     def pin(self) -> StoredPin | None:
         """Return where others find it, as long as this object lives; None if they can't."""
@@ -99,8 +100,9 @@ class WithStoreMetadata(ECConnectorMetadata):
 class _Wanted:
     """An item that requests want."""
 
-    def __init__(self, order: int, max_rows: int) -> None:
-        self.order = order
+    def __init__(self, max_rows: int) -> None:
+        self.rank: Rank = (0, 0)
+        """When the scheduler asked for it: what it asks for in its latest round is needed first, in the order of asking."""
         self.max_rows = max_rows
         self.requests: set[str] = set()
         self.is_needed = False
@@ -124,7 +126,8 @@ class WithStore(ECConnector):
         self._lock = threading.Lock()
         self._told: OrderedDict[str, None] = OrderedDict()
         self._wanted: dict[str, _Wanted] = {}
-        self._orders = itertools.count()
+        self._round = 0
+        self._asked = itertools.count()
         self._noted: dict[str, Landing] = {}
         self._reader: Reader[Landing] | None = None
         self._writer: Writer | None = None
@@ -198,7 +201,7 @@ class WithStore(ECConnector):
         if wanted is None or not wanted.is_needed or identifier not in self._told or self._reader is None:
             return
         del self._told[identifier]
-        self._reader.want(identifier, wanted.order, lambda entry: self._check(entry, wanted.max_rows))
+        self._reader.want(identifier, wanted.rank, lambda entry: self._check(entry, wanted.max_rows))
 
     def _check(self, entry: StoredEntry, max_rows: int) -> None:
         dtype = str(_dtype(entry.dtype)).removeprefix("torch.")
@@ -220,10 +223,12 @@ class WithStore(ECConnector):
         if self._reader is None:
             return False
         with self._lock:
-            if wanted := self._wanted.get(identifier):
-                wanted.is_needed = True
-                self._read_if_needed(identifier)
-        return self._reader.promise(identifier)
+            wanted = self._wanted.get(identifier)
+            if wanted is None:
+                return False
+            wanted.is_needed, wanted.rank = True, (-self._round, next(self._asked))
+            self._read_if_needed(identifier)
+        return self._reader.promise(identifier, wanted.rank)
 
     def is_coming(self, identifier: str) -> bool:
         if self._reader is not None and (identifier in self._reader or identifier in self._told):
@@ -240,7 +245,7 @@ class WithStore(ECConnector):
                     continue
                 wanted = self._wanted.get(item.identifier)
                 if wanted is None:
-                    wanted = self._wanted[item.identifier] = _Wanted(next(self._orders), item.length)
+                    wanted = self._wanted[item.identifier] = _Wanted(item.length)
                 wanted.max_rows = max(wanted.max_rows, item.length)
                 wanted.requests.add(request.request_id)
         return is_available
@@ -257,6 +262,7 @@ class WithStore(ECConnector):
         if self._reader is None:
             return inner
         self._reader.end_promises()
+        self._round += 1
         if not self._noted:
             return WithStoreMetadata(inner.loads, inner)
         held, self._noted = self._noted, {}
@@ -297,14 +303,14 @@ class WithStore(ECConnector):
                 if identifier in encoder_cache:
                     continue
                 if (landing := self._metadata.held.get(identifier)) is not None:
-                    encoder_cache[identifier] = landing.tensor.to(self.config.device)
+                    encoder_cache[identifier] = take_over(to_device(landing.tensor, self.config.device))
                 elif (pin := self._metadata.pins.get(identifier)) is not None:
                     self._load_pinned(identifier, pin, encoder_cache)
         self._connector.start_load_caches(encoder_cache)
 
     def _load_pinned(self, identifier: str, pin: StoredPin, encoder_cache: dict[str, torch.Tensor]) -> None:
         try:
-            encoder_cache[identifier] = pin.tensor().to(self.config.device)
+            encoder_cache[identifier] = take_over(to_device(pin.tensor(), self.config.device))
         except RuntimeError as error:
             _log.warning("The embedding of item %s can't be mapped from another process: %s", identifier, error)
 

@@ -16,7 +16,7 @@ from chiasm.engine.request import EngineStats
 from chiasm.errors import ConfigurationError
 from chiasm.models import fingerprint, load_processor
 from chiasm.models.base import LoadProgress
-from chiasm.wire import Costs
+from chiasm.wire import Costs, ECPlace
 
 
 class Engine(ABC):
@@ -42,6 +42,8 @@ class Engine(ABC):
         """What work costs, measured at start."""
         self._core_share = CoreShare(config.core_share, self.num_threads)
         self._store_id: Callable[[], str] = str
+        self._ec_connector = ""
+        self._ec_place: ECPlace | None = None
 
     @abstractmethod
     def start(self) -> None:
@@ -82,6 +84,16 @@ class Engine(ABC):
         """
         return self._store_id()
 
+    @property
+    def ec_connector(self) -> str:
+        """What exchanges embeddings here; empty if this engine exchanges none."""
+        return self._ec_connector
+
+    @property
+    def ec_place(self) -> ECPlace | None:
+        """Where language models find the embeddings of this engine, if it encodes and they don't find them without."""
+        return self._ec_place
+
     def _connect(self, config: ECTransferConfig, entry_width: int) -> tuple[ECConnector, ECConnector]:
         """Make both halves of the EC connector, scheduler role first; entries have ``entry_width`` columns.
 
@@ -98,6 +110,8 @@ class Engine(ABC):
         worker_role = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
         self._store_id = scheduler_role.store_id
         self._store_id()  # an unreachable store fails the start
+        self._ec_connector = config.connector
+        self._ec_place = worker_role.place() if worker_role.is_producer else None
         return scheduler_role, worker_role
 
 

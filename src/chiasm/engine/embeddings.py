@@ -5,9 +5,10 @@ This is the layer between the engine, which knows requests and sequences, and it
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from chiasm.engine.scheduler import Scheduler, Step
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import ChiasmError, EmbeddingUnavailableError
 from chiasm.models.base import PromptItem
+from chiasm.wire import ECPlace
 
 if TYPE_CHECKING:
     from chiasm.ec_transfer import ECConnectorStats
@@ -27,11 +29,15 @@ if TYPE_CHECKING:
     from chiasm.ec_transfer.stores.writer import StoreWrites
 
 
+logger = logging.getLogger(__name__)
+
+
 class Embeddings:
     """The adapter of the EC connector, both halves, and the tensors that the encoder cache manager accounts for.
 
     An aggregated engine has an encoder of its own instead of a connector; a decode engine has neither, since it computes no
-    images. All methods belong to the engine's thread.
+    images. It looks for embeddings when one has arrived or when what is wanted has changed, and at no other time. All methods
+    belong to the engine's thread, except where it says otherwise.
     """
 
     def __init__(
@@ -54,11 +60,16 @@ class Embeddings:
         self._scheduler_role = connectors[0] if connectors is not None else None
         self._worker_role = connectors[1] if connectors is not None else None
         self._encoder = encoder
+        self._looks_again = True
+        self._changes_seen = -1
+        self._changes_encoded = -1
 
     @property
     def stats(self) -> ECConnectorStats | None:
-        """The connector's counters."""
-        return self._worker_role.stats if self._worker_role is not None else None
+        """What both halves of the connector have counted. Any thread."""
+        if self._scheduler_role is None or self._worker_role is None:
+            return None
+        return self._scheduler_role.stats + self._worker_role.stats
 
     @property
     def store_stats(self) -> StoreReads | StoreWrites | None:
@@ -105,6 +116,14 @@ class Embeddings:
             self.outcomes[outcome] += 1
             self.wait_seconds += timing.wait_seconds
 
+    def forget(self, state: RequestState) -> None:
+        """Let go of what only a request wanted that has ended."""
+        if self._scheduler_role is not None:
+            try:
+                self._scheduler_role.request_finished(state.sequences[0])
+            except Exception:
+                logger.exception("The EC connector failed to let go of what a request wanted.")
+
     # ---- how entries get into memory ----------------------------------------------------------------------------------
 
     def update(self, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
@@ -112,19 +131,35 @@ class Embeddings:
 
         Return the requests that need an item which cannot be encoded.
         """
+        if self._changes_seen == self._scheduler.item_changes and not self._looks_again:
+            return []
+        self._changes_seen, self._looks_again = self._scheduler.item_changes, False
         if self._encoder is not None:
             return self._take_encoded(self._encoder, states)
         if self._scheduler_role is not None and self._worker_role is not None:
             self._load(self._scheduler_role, self._worker_role, states)
         return []
 
-    def awaited(self) -> list[str]:
-        """Return the identifiers of what the next chunks want and what doesn't exist, neither in memory nor in the store."""
-        role = self._scheduler_role
-        if role is None:
+    def look_again(self) -> None:
+        """Note that an embedding has arrived, was lost, or was made here."""
+        self._looks_again = True
+
+    def missing(self) -> list[str]:
+        """Return the identifiers of what the next chunks want and what isn't in memory, each once."""
+        if self._scheduler_role is None:
             return []
-        wanted = {item.identifier for _, items in self._scheduler.wanted_items() for item in items}
-        return [name for name in wanted if name not in self._scheduler.encoder_cache and not role.has_cache_item(name)]
+        wanted = {item.identifier: None for _, items in self._scheduler.wanted_items() for item in items}
+        return [name for name in wanted if name not in self._scheduler.encoder_cache]
+
+    def not_coming(self, missing: Iterable[str]) -> list[str]:
+        """Return those of what is missing that the connector neither has nor is about to get. Any thread but the engine's."""
+        role = self._scheduler_role
+        return [] if role is None else [identifier for identifier in missing if not role.is_coming(identifier)]
+
+    def expect(self, places: Mapping[str, ECPlace], stored: Collection[str]) -> None:
+        """Tell the connector where embeddings are or will be. Any thread."""
+        if self._scheduler_role is not None:
+            self._scheduler_role.expect(places, stored)
 
     def _load(self, scheduler_role: ECConnector, worker_role: ECConnector, states: Mapping[str, RequestState]) -> None:
         arrivals: list[tuple[Sequence, PromptItem]] = []
@@ -146,13 +181,12 @@ class Embeddings:
             worker_role.clear_connector_metadata()
             seconds = time.monotonic() - started
             self._reject_misfits(worker_role, arrivals, states)
-            for identifier in metadata.loads:
-                if identifier not in self.entries:
-                    self._scheduler.item_lost(identifier)
             for request_id in {sequence.request_id for sequence, _ in arrivals}:
                 states[request_id].timing.transfer_seconds += seconds
         for sequence, item in arrivals:
-            if item.identifier in self.entries:
+            if item.identifier not in self.entries:
+                self._scheduler.item_lost(item.identifier)
+            else:
                 self.note(states[sequence.request_id], item.identifier, ItemOutcome.WAITED)
 
     def _reject_misfits(
@@ -222,7 +256,8 @@ class Embeddings:
 
     def encode(self, states: Mapping[str, RequestState]) -> None:
         """Have the engine's own encoder make what is missing, and nothing else."""
-        if self._encoder is not None:
+        if self._encoder is not None and self._changes_encoded != self._scheduler.item_changes:
+            self._changes_encoded = self._scheduler.item_changes
             self._encoder.want(
                 {
                     item.identifier: states[sequence.request_id].request.pixels[item.identifier]

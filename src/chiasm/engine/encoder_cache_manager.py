@@ -28,6 +28,8 @@ class EncoderCacheManager:
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
+        self.changes = 0
+        """Grows whenever an entry comes or goes, or is needed by fewer."""
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._evicted: list[str] = []
 
@@ -63,6 +65,7 @@ class EncoderCacheManager:
         for name in victims:
             self.remove(name)
         self._entries[identifier] = _Entry(num_bytes)
+        self.changes += 1
         self.used_bytes += num_bytes
         return True
 
@@ -76,12 +79,14 @@ class EncoderCacheManager:
         entry = self._entries.get(identifier)
         if entry is not None:
             entry.holders.pop(sequence_id, None)
+            self.changes += 1
 
     def remove(self, identifier: str) -> None:
         """Drop the entry, held or not."""
         entry = self._entries.pop(identifier, None)
         if entry is not None:
             self.used_bytes -= entry.num_bytes
+            self.changes += 1
             self._evicted.append(identifier)
 
     def take_evicted(self) -> list[str]:

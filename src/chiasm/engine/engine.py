@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Iterable
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import NamedTuple
@@ -45,13 +45,10 @@ from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, KVUnavailableError
 from chiasm.kv_transfer import KVConnector, KVConnectorFactory, KVConnectorRole, KVTransferConfig, KVTransferRole
 from chiasm.models import load_language, load_vision
-from chiasm.wire import Role
+from chiasm.wire import ECPlace, Role
 
 logger = logging.getLogger(__name__)
 
-MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.0005, 0.01
-POLL_SHARE = 0.01
-"""While nothing else is to be done, missing embeddings are looked for after this share of the shortest wait so far."""
 DEADLINE_CHECK_SECONDS = 0.02
 _KV_ROLES = {Role.PREFILL: KVTransferRole.PRODUCER, Role.DECODE: KVTransferRole.CONSUMER}
 
@@ -61,7 +58,7 @@ class _Abort(NamedTuple):
 
 
 class _Question(NamedTuple):
-    """Asks which embeddings are awaited."""
+    """Asks which embeddings are wanted and not in memory."""
 
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[list[str]]
@@ -76,7 +73,9 @@ class _GiveBack(NamedTuple):
 class _Signal(enum.Enum):
     STOP = enum.auto()
     WAKE = enum.auto()
-    """A KV transfer has ended, or an item is encoded."""
+    """A KV transfer has ended."""
+    ITEM = enum.auto()
+    """An embedding has arrived, was lost, or was made here."""
 
 
 class LanguageEngine(Engine):
@@ -121,7 +120,7 @@ class LanguageEngine(Engine):
         encoder: LocalEncoder | None = None
         if config.role is Role.AGGREGATED:
             vision = load_vision(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
-            encoder = LocalEncoder(vision, self._core_share.worker(), lambda: self._inbox.put(_Signal.WAKE))
+            encoder = LocalEncoder(vision, self._core_share.worker(), self._item_news)
         ec_connectors = None if config.ec is None else self._connect(config.ec, self._language.entry_width)
         kv_connectors = None if config.kv is None else self._connect_kv(config.kv)
         num_blocks, self.max_model_len = kv_cache_blocks(config, self._language, self.max_model_len)
@@ -157,6 +156,8 @@ class LanguageEngine(Engine):
         self._embeddings = Embeddings(
             self._scheduler, self._language.entry_width, connectors=ec_connectors, encoder=encoder
         )
+        if ec_connectors is not None:
+            ec_connectors[0].set_wake(self._item_news)
         if kv_connectors is not None:
             self._kv_transfers = KVTransfers(self._scheduler, kv_connectors)
             self._kv_transfers.start(kv_cache, self._language, lambda: self._inbox.put(_Signal.WAKE))
@@ -199,6 +200,10 @@ class LanguageEngine(Engine):
         """Whether the engine's thread is alive."""
         return self._thread is not None and self._thread.is_alive()
 
+    def _item_news(self) -> None:
+        """Have the engine look for embeddings. Called from any thread."""
+        self._inbox.put(_Signal.ITEM)
+
     # ---- the event loop's side ----------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
@@ -225,16 +230,28 @@ class LanguageEngine(Engine):
                 self._inbox.put(_Abort(request.request_id))
 
     async def awaited_embeddings(self) -> list[str]:
-        """Return the identifiers that prompts need next and that are neither in memory nor in the store, each once.
+        """Return the identifiers that prompts need next and that are neither in memory nor on their way, each once.
 
         It is as of some moment after the call, and waits for the end of the step that runs.
         """
+        missing = await self._missing_embeddings()
+        awaited = await asyncio.to_thread(self._embeddings.not_coming, missing) if missing else []
+        if not awaited:
+            return []
+        still_missing = set(await self._missing_embeddings())  # what came meanwhile isn't on its way any more either
+        return [identifier for identifier in awaited if identifier in still_missing]
+
+    async def _missing_embeddings(self) -> list[str]:
         if not self.healthy:
             return []
         loop = asyncio.get_running_loop()
         question = _Question(loop, loop.create_future())
         self._inbox.put(question)
         return await question.answer
+
+    def expect_embeddings(self, places: Mapping[str, ECPlace], stored: Collection[str]) -> None:
+        """Note where embeddings are or will be, for requests that have come or will come."""
+        self._embeddings.expect(places, stored)
 
     def give_back_kv(self, leases: Collection[str]) -> None:
         """Prefill: no decode instance will come for the KV of the requests whose ``kv_transfer_params`` had these leases."""
@@ -316,11 +333,11 @@ class LanguageEngine(Engine):
                 idle = True
 
     def _take_inbox(self, *, wait: bool) -> bool:
-        """Process the inbox; with ``wait``, sleep until a message comes or missing embeddings should be looked for.
+        """Process the inbox; with ``wait``, sleep until a message comes or a request is overdue.
 
         Return False if the engine has to stop.
         """
-        timeout = self._poll_seconds() if wait and self._states else None
+        timeout = self._seconds_to_deadline() if wait else None
         while True:
             try:
                 message = self._inbox.get(timeout=timeout) if wait else self._inbox.get_nowait()
@@ -332,6 +349,8 @@ class LanguageEngine(Engine):
                     return False
                 case _Abort(request_id) if request_id in self._states:
                     self._forget(self._states[request_id])
+                case _Signal.ITEM:
+                    self._embeddings.look_again()
                 case _Question():
                     self._questions.append(message)
                 case _GiveBack(leases) if self._kv_transfers is not None:
@@ -339,14 +358,10 @@ class LanguageEngine(Engine):
                 case RequestState():
                     self._add(message)
 
-    def _poll_seconds(self) -> float:
-        now = time.monotonic()
-        if self.config.ec is None:
-            return DEADLINE_CHECK_SECONDS  # there is no store to look into
-        stalls = [now - state.stalled_since for state in self._states.values() if state.stalled_since is not None]
-        if not stalls:
-            return DEADLINE_CHECK_SECONDS
-        return min(max(POLL_SHARE * min(stalls), MIN_POLL_SECONDS), MAX_POLL_SECONDS)
+    def _seconds_to_deadline(self) -> float | None:
+        """Return how long no request is overdue; None if there is no request."""
+        first = min((state.request.deadline for state in self._states.values()), default=None)
+        return None if first is None else max(0.0, max(first, self._next_deadline_check) - time.monotonic())
 
     def _add(self, state: RequestState) -> None:
         request, params = state.request, state.request.kv_transfer_params
@@ -370,7 +385,12 @@ class LanguageEngine(Engine):
         self._states[request.request_id] = state
         if self.config.role is not Role.DECODE:
             self._prompt_tokens += len(request.prompt.token_ids)
-            self._embeddings.admit(state)
+            try:
+                self._embeddings.admit(state)
+            except Exception as error:
+                logger.exception("The EC connector failed on a request, which fails with it.")
+                self._fail(state, ChiasmError(f"The EC connector failed: {type(error).__name__}."))
+                return
         if params is not None and params.output_token_ids:
             outputs = state.choices[0].resume()
             deliver((state, output) for output in outputs)
@@ -381,10 +401,10 @@ class LanguageEngine(Engine):
         if not self._questions:
             return
         questions, self._questions = self._questions, []
-        awaited = self._embeddings.awaited()
+        missing = self._embeddings.missing()
         for loop, answer in questions:
             with suppress(RuntimeError):  # the event loop was closed
-                loop.call_soon_threadsafe(_settle, answer, awaited)
+                loop.call_soon_threadsafe(_settle, answer, missing)
 
     def _collect_transfers(self) -> None:
         """See which KV transfers have ended, and begin those that were noted since."""
@@ -523,11 +543,12 @@ class LanguageEngine(Engine):
         for sequence in state.sequences:
             self._scheduler.finish(sequence)
         del self._states[request_id]
+        self._embeddings.forget(state)
         if self._kv_transfers is not None and not state.handed_over:
             self._kv_transfers.drop(state.request)
         self._runner.forget(request_id)
 
 
-def _settle(answer: asyncio.Future[list[str]], awaited: list[str]) -> None:
+def _settle(answer: asyncio.Future[list[str]], missing: list[str]) -> None:
     if not answer.done():
-        answer.set_result(awaited)
+        answer.set_result(missing)

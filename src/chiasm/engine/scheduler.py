@@ -97,11 +97,19 @@ class Scheduler:
         """Sequences whose blocks are being filled from another instance; finished ones stay until that has ended."""
         self._left_behind: dict[str, list[int]] = {}
         """Blocks of finished sequences that decode instances still read, by request."""
+        self._item_changes = 0
+        self._prefixes_of_wanting: set[int] = set()
+        """Blocks from the prefix cache on which the answer of ``wanted_items`` rests."""
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
 
     # ---- events -----------------------------------------------------------------------------------------------------
+
+    @property
+    def item_changes(self) -> int:
+        """Grows whenever ``wanted_items``, or whether there is room for an item, may have changed."""
+        return self._item_changes + self.encoder_cache.changes
 
     def check_items(self, items: list[PromptItem]) -> None:
         """Raise InvalidRequestError for an item that can never fit the encoder cache."""
@@ -142,6 +150,7 @@ class Scheduler:
             )
         for sequence in sequences:
             _insert(self.waiting, sequence)
+        self._note_item_change(first)
 
     def finish(self, sequence: Sequence, *, leave_blocks: bool = False) -> None:
         """End the sequence, for whatever reason and at whatever point, and free all that it holds.
@@ -156,6 +165,7 @@ class Scheduler:
             return
         queue = self.running if sequence in self.running else self.waiting
         queue.remove(sequence)
+        self._note_item_change(sequence)
         if leave_blocks:
             self._left_behind.setdefault(sequence.request_id, []).extend(sequence.block_ids)
             sequence.block_ids = []
@@ -198,6 +208,7 @@ class Scheduler:
         The caller goes through a sequence's items and stops at the first that doesn't exist yet or finds no room, so that
         a sequence only holds entries that it needs next.
         """
+        self._prefixes_of_wanting.clear()
         wanted: list[tuple[Sequence, list[PromptItem]]] = []
         waiting = [sequence for sequence in self.waiting if sequence.items and not self._follows(sequence)]
         for sequence in [*self.running, *waiting[: self.config.max_num_seqs]]:
@@ -236,7 +247,11 @@ class Scheduler:
 
     def _next_token(self, sequence: Sequence) -> int:
         """Return the first token that would be computed if the sequence were scheduled now."""
-        return sequence.num_computed or self.num_cached_tokens(sequence)
+        if sequence.num_computed:
+            return sequence.num_computed
+        prefix = self._cached_prefix(sequence)
+        self._prefixes_of_wanting.update(prefix)
+        return len(prefix) * self.block_manager.block_size
 
     def _next_items(self, sequence: Sequence) -> list[PromptItem]:
         """Return the items that the next chunks of a prompt need."""
@@ -332,6 +347,8 @@ class Scheduler:
             if sequence.finished:
                 continue
             sequence.num_computed = part.end
+            if part.start < sequence.num_prompt:
+                self._note_item_change(sequence)
             self._remember_blocks(sequence, part.start)
             for item in sequence.items:
                 if item.offset + item.length <= sequence.num_computed:
@@ -402,7 +419,7 @@ class Scheduler:
         if self.block_manager.num_free_after_sharing(prefix) < needed + len(self.running):
             return False
         self._take_prefix(sequence, prefix)
-        sequence.block_ids += self.block_manager.allocate(needed)
+        sequence.block_ids += self._allocate(needed)
         self.loading.append(sequence)
         step.load.append(sequence)
         return True
@@ -410,6 +427,7 @@ class Scheduler:
     def _take_prefix(self, sequence: Sequence, prefix: list[int]) -> None:
         """Take the sequence out of the waiting ones and give it the blocks of its cached prefix."""
         self.waiting.remove(sequence)
+        self._note_item_change(sequence)
         self.block_manager.share(prefix)
         sequence.block_ids = list(prefix)
         sequence.num_computed = len(prefix) * self.block_manager.block_size
@@ -461,8 +479,15 @@ class Scheduler:
                 return False
             self._preempt(victim, step)
         if needed > 0:
-            sequence.block_ids.extend(self.block_manager.allocate(needed))
+            sequence.block_ids.extend(self._allocate(needed))
         return True
+
+    def _allocate(self, count: int) -> list[int]:
+        """Take free blocks; what was in them is no longer in the prefix cache."""
+        blocks = self.block_manager.allocate(count)
+        if not self._prefixes_of_wanting.isdisjoint(blocks):
+            self._item_changes += 1
+        return blocks
 
     def _is_stuck(self, step: Step) -> bool:
         """Return whether nothing can continue until a running sequence gives up its blocks."""
@@ -501,6 +526,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self.running.remove(sequence)
         _insert(self.waiting, sequence)
+        self._note_item_change(sequence)
         self._let_go(sequence)
         step.preempted.append(sequence)
         self.num_preemptions += 1
@@ -516,6 +542,11 @@ class Scheduler:
     def _hold(self, sequence: Sequence, item: PromptItem) -> None:
         self.encoder_cache.hold(item.identifier, sequence.sequence_id, self._rank(sequence))
         sequence.held.add(item.identifier)
+
+    def _note_item_change(self, sequence: Sequence) -> None:
+        """Note that a sequence has come, gone or moved on, if it has any items."""
+        if sequence.items:
+            self._item_changes += 1
 
     def _rank(self, sequence: Sequence) -> Rank:
         """Return the rank for room in the encoder cache: lower evicts higher, and running comes before waiting."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -18,7 +18,7 @@ from chiasm.media.decoder import Decoder
 from chiasm.models.base import LoadProgress
 from chiasm.server.config import ServerConfig
 from chiasm.server.metrics import Metrics
-from chiasm.wire import CLIENT_HEADER
+from chiasm.wire import CLIENT_HEADER, ECPlace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,6 +48,8 @@ class GeneratingEngine(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]: ...
 
     async def awaited_embeddings(self) -> list[str]: ...
+
+    def expect_embeddings(self, places: Mapping[str, ECPlace], stored: Collection[str]) -> None: ...
 
     def give_back_kv(self, leases: Collection[str]) -> None: ...
 

@@ -78,6 +78,8 @@ class Status:
             fingerprint=engine.model_fingerprint,
             dtype=engine.dtype_name,
             ec_store=ec_store,
+            ec_connector=engine.ec_connector,
+            ec_place=engine.ec_place,
             version=__version__,
             needs_key=context.config.http.needs_key,
             max_model_len=engine.max_model_len,

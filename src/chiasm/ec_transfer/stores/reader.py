@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from chiasm.ec_transfer.stores.base import Store
 from chiasm.ec_transfer.stores.entry import AbsentEntryError, CorruptEntryError, StoredEntry, StoreError
@@ -43,16 +43,17 @@ class Landing(Protocol):
         """Called when the buffer is filled and verified, on the reader's thread."""
 
 
+Rank: TypeAlias = tuple[int, int]
+"""Lower for what is needed earlier."""
 LandingT = TypeVar("LandingT", bound=Landing)
 
 
 class _Read(Generic[LandingT]):
     """One entry that is wanted. Compared by identity."""
 
-    def __init__(self, identifier: str, order: int, check: Callable[[StoredEntry], None]) -> None:
+    def __init__(self, identifier: str, rank: Rank, check: Callable[[StoredEntry], None]) -> None:
         self.identifier = identifier
-        self.order = order
-        """Lower for what is needed earlier."""
+        self.rank = rank
         self.check = check
         self.entry: StoredEntry | None = None
         """Its header, once that was read."""
@@ -67,9 +68,9 @@ class _Read(Generic[LandingT]):
 
 
 class Reader(Generic[LandingT]):
-    """Reads entries, those of the earliest request first, into at most ``max_bytes``.
+    """Reads entries, those of the lowest rank first, into at most ``max_bytes``.
 
-    What is ready and not taken makes way for what an earlier request needs; it is read again then.
+    What is ready and not taken makes way for what is needed earlier; it is read again then.
     """
 
     def __init__(
@@ -103,26 +104,33 @@ class Reader(Generic[LandingT]):
         with self._changed:
             return identifier in self._reads
 
-    def want(self, identifier: str, order: int, check: Callable[[StoredEntry], None]) -> None:
-        """Read an entry; ``order`` is lower for what is needed earlier.
+    def want(self, identifier: str, rank: Rank, check: Callable[[StoredEntry], None]) -> None:
+        """Read an entry.
 
         ``check`` raises CorruptEntryError for an entry that can't be what is wanted, before memory is taken for it.
         """
         with self._changed:
             if identifier in self._reads or self._is_stopping:
                 return
-            self._reads[identifier] = _Read(identifier, order, check)
+            self._reads[identifier] = _Read(identifier, rank, check)
             while len(self._threads) < _THREADS:
                 name = f"chiasm-store-read-{len(self._threads)}"
                 self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
                 self._threads[-1].start()
             self._changed.notify()
 
-    def promise(self, identifier: str) -> bool:
-        """Return whether an entry is ready; if so, it stays until it is taken or ``end_promises`` is called."""
+    def promise(self, identifier: str, rank: Rank) -> bool:
+        """Return whether an entry is ready; if so, it stays until it is taken or ``end_promises`` is called.
+
+        Otherwise it has this rank from now on.
+        """
         with self._changed:
             read = self._reads.get(identifier)
-            if read is None or read.landing is None:
+            if read is None:
+                return False
+            read.rank = rank
+            if read.landing is None:
+                self._changed.notify_all()
                 return False
             read.is_promised = True
             return True
@@ -174,7 +182,7 @@ class Reader(Generic[LandingT]):
     def _first(self) -> _Read[LandingT] | None:
         """Return what is to be done next: the header or the bytes of the earliest entry, which has room for them then."""
         waiting = (read for read in self._reads.values() if not read.is_begun)
-        read = min(waiting, key=lambda read: read.order, default=None)
+        read = min(waiting, key=lambda read: read.rank, default=None)
         if read is None or read.entry is None:
             return read
         return read if read.held_bytes or self._reserve(read, read.entry.size_bytes) else None
@@ -239,8 +247,8 @@ class Reader(Generic[LandingT]):
     def _reserve(self, read: _Read[LandingT], size_bytes: int) -> bool:
         """Take memory, if need be from what is ready and needed later."""
         ready = [one for one in self._reads.values() if one.landing is not None and not one.is_promised]
-        for one in sorted(ready, key=lambda one: -one.order):
-            if self._used_bytes + size_bytes <= self._max_bytes or one.order < read.order:
+        for one in sorted(ready, key=lambda one: one.rank, reverse=True):
+            if self._used_bytes + size_bytes <= self._max_bytes or one.rank < read.rank:
                 break
             self._used_bytes -= one.held_bytes
             one.landing, one.held_bytes, one.is_begun = None, 0, False  # read again later

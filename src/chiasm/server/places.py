@@ -1,0 +1,34 @@
+"""Where embeddings are or will be: what the proxy tells a PD or prefill instance as soon as it has chosen an encoder."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chiasm.errors import InvalidRequestError, PathNotFoundError
+from chiasm.http import read_body
+from chiasm.http.untrusted import read_json
+from chiasm.server.context import GeneratingEngine, ServerContext
+from chiasm.wire import EmbeddingPlaces, Role
+
+_MAX_BODY_BYTES = 1 << 20
+_decoder = msgspec.json.Decoder(EmbeddingPlaces)
+
+
+async def note_places(context: ServerContext, request: Request) -> Response:
+    """Pass on what the body says; also while the instance stops, since its requests still wait for embeddings."""
+    engine = context.loaded_engine
+    if not isinstance(engine, GeneratingEngine) or engine.config.role not in (Role.PD, Role.PREFILL):
+        raise PathNotFoundError("This instance reads no embeddings of others; PD and prefill instances do.")
+    body = await read_body(request.receive, request.headers, _MAX_BODY_BYTES)
+    told = read_json(_decoder, body)
+    for identifier, place in told.places.items():
+        if not place:
+            raise InvalidRequestError(
+                f"The place of embedding {identifier[:12]}… needs a host, a port and an engine_id.", param="places"
+            )
+    engine.expect_embeddings(told.places, told.stored)
+    return Response(status_code=HTTPStatus.NO_CONTENT)
