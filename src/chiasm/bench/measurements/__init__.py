@@ -13,6 +13,7 @@ from chiasm.bench.measurements.latency import Engines, Split
 from chiasm.bench.measurements.overlap import Overlap
 from chiasm.bench.measurements.proxy import Proxy
 from chiasm.bench.measurements.reuse import Reuse
+from chiasm.bench.measurements.store import StoreReads
 from chiasm.bench.measurements.ttft import Ttft
 from chiasm.bench.measurements.vllm_example import VllmExample
 from chiasm.launch.config import EngineKind
@@ -35,6 +36,7 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         Split(),
         DECODE_ISOLATION,
         Idle(),
+        StoreReads(),
         GoodputMeasurement(EngineKind.CHIASM),
     ),
     EngineKind.VLLM: _by_name(

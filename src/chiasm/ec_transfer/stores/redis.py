@@ -60,7 +60,7 @@ class RedisStore(Store):
             raise ValueError("The buffer must have exactly the size of the entry.")
         key = _key(entry.identifier, entry.fingerprint)
         sizes = entry.chunk_sizes()
-        names = [_chunk_key(key, number, checksum) for number, checksum in enumerate(entry.checksums)]
+        names = keys_of(entry)
         try:
             with self._connection(_seconds_for(entry.size_bytes)) as connection:
                 for name in names[:_AHEAD]:
@@ -84,9 +84,9 @@ class RedisStore(Store):
     def put(self, entry: StoredEntry, data: memoryview) -> None:
         key = _key(entry.identifier, entry.fingerprint)
         with self._connection(_seconds_for(len(data))) as connection:
-            for number, checksum in enumerate(entry.checksums):
+            for number, name in enumerate(keys_of(entry)):
                 chunk = data[number * CHUNK_BYTES :][:CHUNK_BYTES]
-                connection.call(b"SET", _chunk_key(key, number, checksum), chunk, *self._expiry)
+                connection.call(b"SET", name, chunk, *self._expiry)
             connection.call(b"SET", key, entry.to_bytes(), *self._expiry)
 
     def health(self) -> StoreHealth:
@@ -151,8 +151,10 @@ def _key(identifier: str, fingerprint: str) -> bytes:
     return f"chiasm:ec:1:{fingerprint}:{check_identifier(identifier)}".encode()
 
 
-def _chunk_key(key: bytes, number: int, checksum: bytes) -> bytes:
-    return b"%b:%d:%b" % (key, number, checksum.hex().encode())
+def keys_of(entry: StoredEntry) -> list[bytes]:
+    """Return the keys of an entry's chunks, in order."""
+    key = _key(entry.identifier, entry.fingerprint)
+    return [b"%b:%d:%b" % (key, number, one.hex().encode()) for number, one in enumerate(entry.checksums)]
 
 
 def _read(value: object, identifier: str, fingerprint: str) -> StoredEntry | None:
