@@ -16,7 +16,8 @@ import msgspec
 
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError, EmbeddingUnavailableError, OverloadedError
 from chiasm.http.timing import TimingEntry, duration_of, read_timing
-from chiasm.proxy.encode_queue import EncodeQueue, Entry
+from chiasm.proxy.encode_plan import Entry
+from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
@@ -256,8 +257,10 @@ class Encoders:
                 async with asyncio.timeout(self._timeout_seconds):
                     response = await self._post(call)
         except UpstreamError as error:
-            if not await self._prober.lost(instance, error):
-                self._exclude(call.flights, instance)
+            is_healthy = await self._prober.lost(instance, error)
+            for flight in call.flights:
+                if not is_healthy or self._has_another(flight, instance):
+                    flight.entry.failed_at.add(instance)
             self._again(call.flights, error)
             return
         except TimeoutError:
@@ -290,8 +293,12 @@ class Encoders:
         encode_seconds = duration_of(timing, "encode")
         done = [flight for flight in call.flights if flight.item.identifier in published]
         missing = [flight for flight in call.flights if flight.item.identifier not in published]
-        computed = _computed_seconds(timing) if not missing else None
-        self._queue.finish([flight.entry for flight in done], now, seconds=computed)
+        self._queue.finish(
+            [flight.entry for flight in done],
+            now,
+            seconds=_computed_seconds(timing) if not missing else None,
+            found=_found(call, timing),
+        )
         for flight in done:
             flight.encode_seconds, flight.published_at = encode_seconds, now
             self._settle(flight, bytes(published[flight.item.identifier].metadata))
@@ -333,6 +340,12 @@ class Encoders:
                 flight.entry.failed_at.discard(instance)
         if self._flights:
             asyncio.get_running_loop().call_soon(self._feed)
+
+    def _has_another(self, flight: _Flight, encoder: Instance) -> bool:
+        """Whether a healthy encoder besides this one may get an image."""
+        return any(
+            one is not encoder and one not in flight.entry.failed_at for one in self._fleet.healthy(Role.ENCODER)
+        )
 
     def _exclude(self, flights: Sequence[_Flight], instance: Instance) -> None:
         for flight in flights:
@@ -401,11 +414,16 @@ def _none_left(flight: _Flight, waited_seconds: float = 0.0) -> Exception:
 
 
 def _computed_seconds(timing: Sequence[TimingEntry]) -> float | None:
-    """Return what an encoder has computed for a call; None if it doesn't say, or had an image already."""
-    if any(one.name.startswith("item") and one.description == "hit" for one in timing):
-        return None
+    """Return what an encoder has computed for a call; None if it doesn't say."""
     seconds = [one.seconds for one in timing if one.name in {"preprocess", "encode"} and one.seconds is not None]
     return sum(seconds) if seconds else None
+
+
+def _found(call: _Call, timing: Sequence[TimingEntry]) -> set[str] | None:
+    """Return the identifiers of the images whose embeddings the encoder had already; None if it doesn't say."""
+    outcomes = {one.name: one.description for one in timing if one.name.startswith("item")}
+    names = [flight.item.identifier for flight in call.flights]
+    return {name for index, name in enumerate(names) if outcomes.get(f"item{index}") == "hit"} if outcomes else None
 
 
 def _request_body(call: _Call, job: Job) -> bytes:

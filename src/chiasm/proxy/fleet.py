@@ -6,7 +6,7 @@ changes adds a listener. Instants are seconds on the caller's clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from blake3 import blake3
@@ -134,6 +134,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self._instances: dict[str, Instance] = {}
+        self._healthy: dict[tuple[Role, ...], Sequence[Instance]] = {}
         self._agreement: Agreement | None = None
         self._added = 0
         self._taken = 0
@@ -151,8 +152,14 @@ class Fleet:
     def get(self, url: str) -> Instance | None:
         return self._instances.get(url)
 
-    def healthy(self, *roles: Role) -> list[Instance]:
-        return [one for one in self._instances.values() if one.role in roles and one.state is InstanceState.HEALTHY]
+    def healthy(self, *roles: Role) -> Sequence[Instance]:
+        """Return the same object until an instance says something or is gone."""
+        found = self._healthy.get(roles)
+        if found is None:
+            instances = self._instances.values()
+            found = tuple(one for one in instances if one.role in roles and one.state is InstanceState.HEALTHY)
+            self._healthy[roles] = found
+        return found
 
     @property
     def hands_over(self) -> bool:
@@ -321,6 +328,7 @@ class Fleet:
 
     def _judge(self) -> None:
         """Judge every reachable instance again."""
+        self._healthy.clear()
         reachable: list[tuple[Instance, Member]] = []
         for instance in self._instances.values():
             instance.mismatch = None
@@ -330,6 +338,7 @@ class Fleet:
         for (instance, _), mismatch in zip(reachable, mismatches, strict=True):
             instance.mismatch = mismatch
             instance.seen_healthy = instance.seen_healthy or mismatch is None
+        self._healthy.clear()
         self._tell()
 
     def _tell(self) -> None:
