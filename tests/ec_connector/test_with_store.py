@@ -20,6 +20,7 @@ from chiasm.ec_transfer import (
 )
 from chiasm.ec_transfer.stores.reader import StoreReads
 from chiasm.ec_transfer.stores.writer import StoreWrites
+from chiasm.ec_transfer.with_store import WithStore
 
 from ..store_server import StoreServer, running
 
@@ -281,3 +282,9 @@ def test_a_worker_in_another_process_maps_what_was_read(encoder: ECConnector, co
     consumer.wait()
     assert torch.equal(consumer.load(wanted, through_pickle=True)[NAMES[0]], tensor(NAMES[0]))
     consumer.close()
+
+
+def test_every_call_is_passed_on() -> None:
+    own = {"is_producer", "is_consumer"}
+    public = {name for name in vars(ECConnector) if not name.startswith("_")}
+    assert public - own <= vars(WithStore).keys()

@@ -18,7 +18,6 @@ from chiasm.ec_transfer.base import (
     ECConnector,
     ECConnectorMetadata,
     ECConnectorRole,
-    ECConnectorStats,
     ECTransferConfig,
     RequestLike,
 )
@@ -121,6 +120,7 @@ class WithStore(ECConnector):
         if min(config.store_read_bytes, config.store_queue_bytes) <= 0:
             raise ConfigurationError("--ec-store-read-bytes and --ec-store-queue-bytes must be positive.")
         self._connector = connector
+        self.stats = connector.stats
         self._store = open_store(config.store)
         self._wake: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
@@ -142,15 +142,6 @@ class WithStore(ECConnector):
             )
         if role is ECConnectorRole.WORKER and self.is_producer:
             self._writer = Writer(self._store, config.store_queue_bytes)
-
-    @property
-    def stats(self) -> ECConnectorStats:
-        """The connector's own counters."""
-        return self._connector.stats
-
-    @stats.setter
-    def stats(self, value: ECConnectorStats) -> None:
-        """The base class sets its own, which nobody uses."""
 
     @property
     def store_stats(self) -> StoreReads | StoreWrites | None:

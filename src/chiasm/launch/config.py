@@ -197,7 +197,9 @@ class DeploymentConfig:
                 "give --ec-transfer-config in --encoder-args and --pd-args."
             )
         if self.ec_store:
-            raise ConfigurationError("--ec-store: vLLM instances don't use a store yet; leave it out.")
+            raise ConfigurationError(
+                "--ec-store or CHIASM_EC_STORE: vLLM instances don't use a store yet; leave it out."
+            )
         if self.kv_connector not in (None, _NIXL) or self.kv_connector_module_path is not None:
             raise ConfigurationError(
                 f"--kv-connector: vLLM instances exchange KV through {_NIXL}; for another of vLLM's, give "

@@ -174,10 +174,7 @@ class Reader(Generic[LandingT]):
                 read = self._first()
                 assert read is not None
                 read.is_begun = True
-            if read.entry is None:
-                self._attempt(read, self._find)
-            else:
-                self._attempt(read, self._fill)
+            self._attempt(read)
 
     def _first(self) -> _Read[LandingT] | None:
         """Return what is to be done next: the header or the bytes of the earliest entry, which has room for them then."""
@@ -187,37 +184,48 @@ class Reader(Generic[LandingT]):
             return read
         return read if read.held_bytes or self._reserve(read, read.entry.size_bytes) else None
 
-    def _attempt(self, read: _Read[LandingT], work: Callable[[_Read[LandingT]], None]) -> None:
-        """Do a part of the work for an entry. If it fails, the entry is forgotten, and whoever wants it is told."""
-        failure = ""
-        try:
-            work(read)
-        except StoreError:
-            failure = "read_failures"  # the guard has logged it
-        except AbsentEntryError:
-            failure = "absent"
-        except CorruptEntryError as error:
-            failure = "corrupt"
-            _log.warning("Item %s in %s was rejected: %s.", read.identifier, self._store.address, error)
-        except Exception:
-            failure = "read_failures"
-            _log.exception("An embedding could not be read from %s.", self._store.address)
+    def _attempt(self, read: _Read[LandingT]) -> None:
+        """Do the next part of the work for an entry. If that is in vain, it is forgotten, and whoever wants it is told."""
+        ended = self._work(read)
         with self._changed:
             is_wanted = self._reads.get(read.identifier) is read
-            if failure:
-                setattr(self.stats, failure, getattr(self.stats, failure) + 1)
-            if failure or not is_wanted:
-                if is_wanted:
-                    del self._reads[read.identifier]
+            if ended and read.landing is None and is_wanted:
+                del self._reads[read.identifier]
+            if not is_wanted or read.identifier not in self._reads:
                 self._give_back(read)
             self._changed.notify_all()
-        if is_wanted and (failure or read.landing is not None):
+        if is_wanted and ended:
             self._on_change()
+
+    def _work(self, read: _Read[LandingT]) -> bool:
+        """Read the header, or the bytes; return whether nothing is left to do, since all is read or can't be."""
+        try:
+            if read.entry is not None:
+                self._fill(read)
+                return True
+            if not self._is_elsewhere(read.identifier):
+                self._find(read)
+                return False
+        except AbsentEntryError:
+            self._count(absent=1)
+        except CorruptEntryError as error:
+            self._count(corrupt=1)
+            _log.warning("Item %s in %s was rejected: %s.", read.identifier, self._store.address, error)
+        except StoreError:
+            self._count(read_failures=1)  # the guard has logged it
+        except Exception:
+            self._count(read_failures=1)
+            _log.exception("An embedding could not be read from %s.", self._store.address)
+        return True
+
+    def _count(self, *, absent: int = 0, corrupt: int = 0, read_failures: int = 0) -> None:
+        with self._changed:
+            self.stats.absent += absent
+            self.stats.corrupt += corrupt
+            self.stats.read_failures += read_failures
 
     def _find(self, read: _Read[LandingT]) -> None:
         """Read the header, and let the entry wait for room."""
-        if self._is_elsewhere(read.identifier):
-            raise AbsentEntryError
         with self._guard.use():
             (entry,) = self._store.exists_many([read.identifier], self._fingerprint)
         if entry is None:
