@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.prompts import ItemWork
-from chiasm.proxy.published import Shelf
+from chiasm.proxy.published import Published
 from chiasm.proxy.rendezvous import Rendezvous
 
 HINDRANCE = 0.05
@@ -89,14 +89,21 @@ class Choice(NamedTuple):
 class Roster:
     """The healthy encoders, what they have, and what images cost them. Those of one roster are known by their index."""
 
-    def __init__(self, encoders: Sequence[Instance], shelves: Sequence[Shelf], weights: Sequence[float]) -> None:
-        """``shelves`` and ``weights`` belong to the encoders in order."""
+    def __init__(self, encoders: Sequence[Instance], published: Published, weights: Sequence[float]) -> None:
+        """``weights`` belong to the encoders in order."""
         self.encoders = encoders
         self.index = {encoder: index for index, encoder in enumerate(encoders)}
-        self.shelves = shelves
+        self._copies = published.copies
+        self._shelves = [published.at(encoder) for encoder in encoders]
         self.prefers = any(encoder.ec_place for encoder in encoders)
         """Whether it matters for later which encoder an image goes to."""
         self.rendezvous = Rendezvous([encoder.url for encoder in encoders], weights)
+        self.free_at = [0.0] * len(encoders)
+        """When each will have done all its work."""
+        self.late_at = [math.inf] * len(encoders)
+        """When each should have done the call that it is computing; infinite if it computes none."""
+        self.look_ups = [0] * len(encoders)
+        """The embeddings that each is looking up."""
         self._seconds: dict[int, list[float]] = {}
         self._estimated_at = -math.inf
 
@@ -120,7 +127,19 @@ class Roster:
 
     def holders(self, identifier: str) -> list[int]:
         """Return the encoders that have an embedding, as far as is known."""
-        return [index for index, shelf in enumerate(self.shelves) if identifier in shelf.entries]
+        if identifier not in self._copies:
+            return []
+        return [index for index, shelf in enumerate(self._shelves) if identifier in shelf.entries]
+
+    def free_from(self, now: float) -> list[float]:
+        """Return when each encoder can begin something new."""
+        free = [free_at if free_at > now else now for free_at in self.free_at]
+        if min(self.late_at, default=math.inf) < now:
+            for index, late_at in enumerate(self.late_at):
+                # A call that takes longer than estimated is expected to take as long again as it is late.
+                if late_at < now:
+                    free[index] = self.free_at[index] + 2 * (now - late_at)
+        return free
 
 
 class _SizeCosts(NamedTuple):
@@ -142,35 +161,30 @@ class Plan:
         devices: Mapping[str, Device],
         now: float,
         *,
-        left: list[float],
-        look_ups: list[int],
         out: Collection[int] = (),
+        before: Plan | None = None,
     ) -> None:
-        """``left`` are seconds of work of each encoder of the roster, ``look_ups`` the embeddings that it is looking up.
-
-        Those that are ``out`` get nothing.
-        """
+        """Encoders that are ``out`` get nothing; what was planned ``before`` goes before."""
         self.ready: dict[str, float] = {}
         """From now until images that wait or are being encoded already are published, by identifier."""
         self.devices = devices
         """What language instances do on each device that is known."""
         self._roster = roster
         self._now = now
-        self._left = left
-        self._look_ups = look_ups
+        self._free_from: list[float] = [*before._free_from] if before else roster.free_from(now)
+        self._look_ups: dict[int, int] = dict(before._look_ups) if before else {}
         self._out = out
         self._costs: dict[int, _SizeCosts] = {}
 
     @property
     def left(self) -> dict[Instance, float]:
         """Seconds of work of each healthy encoder."""
-        return dict(zip(self._roster.encoders, self._left, strict=True))
+        left = (free_from - self._now for free_from in self._free_from)
+        return dict(zip(self._roster.encoders, left, strict=True))
 
     def ready_seconds(self, items: Sequence[ItemWork]) -> list[float]:
         """Return the time until each of a new request's images would be published; infinite if nobody can encode it."""
-        plan = Plan(
-            self._roster, self.devices, self._now, left=[*self._left], look_ups=[*self._look_ups], out=self._out
-        )
+        plan = Plan(self._roster, self.devices, self._now, out=self._out, before=self)
         ready: list[float] = []
         for item in items:
             known = 0.0 if item.is_stored else self.ready.get(item.identifier)
@@ -184,22 +198,23 @@ class Plan:
         Where preference gains nothing, it goes among equals to an encoder on the device that needs the embedding, then to the
         one idle longest.
         """
-        roster = self._roster
+        roster, now = self._roster, self._now
         costs = self._costs_of(entry.item.pixels)
-        scores = list(map(operator.add, self._left, costs.score))
+        ready_at = list(map(operator.add, self._free_from, costs.score))
         holders = roster.holders(entry.item.identifier)
         for index in holders:
-            scores[index] = min(LOOK_UP_SECONDS, _LOOK_UP_SHARE * costs.score[index]) * (1 + self._look_ups[index])
+            look_ups = 1 + roster.look_ups[index] + self._look_ups.get(index, 0)
+            ready_at[index] = now + look_ups * min(LOOK_UP_SECONDS, _LOOK_UP_SHARE * costs.score[index])
         for index in self._out:
-            scores[index] = math.inf
+            ready_at[index] = math.inf
         for encoder in excluded:
             if encoder in roster.index:
-                scores[roster.index[encoder]] = math.inf
-        best = min(scores, default=math.inf)
+                ready_at[roster.index[encoder]] = math.inf
+        best = min(ready_at, default=math.inf)
         if best == math.inf:
             return None
-        limit = best * (1 + _LATER) if roster.prefers else best
-        candidates = [index for index, score in enumerate(scores) if score <= limit]
+        limit = best + _LATER * (best - now) if roster.prefers else best
+        candidates = [index for index, at in enumerate(ready_at) if at <= limit]
         if roster.prefers:
             chosen = roster.rendezvous.best(entry.item.identifier, candidates)
         else:
@@ -210,21 +225,21 @@ class Plan:
                 key=lambda index: (not near or encoders[index].device_id != near, encoders[index].last_taken),
             )
         if chosen in holders:
-            self._look_ups[chosen] += 1
-            return Choice(roster.encoders[chosen], 0.0, scores[chosen])
-        ready = self._left[chosen] + costs.ready[chosen]
-        self._left[chosen] += costs.seconds[chosen]
-        return Choice(roster.encoders[chosen], costs.seconds[chosen], ready)
+            self._look_ups[chosen] = self._look_ups.get(chosen, 0) + 1
+            return Choice(roster.encoders[chosen], 0.0, ready_at[chosen] - now)
+        ready_seconds = self._free_from[chosen] - now + costs.ready[chosen]
+        self._free_from[chosen] += costs.seconds[chosen]
+        return Choice(roster.encoders[chosen], costs.seconds[chosen], ready_seconds)
 
     def spread(self, entries: Sequence[Entry]) -> None:
         """Plan many images, each spread over all encoders."""
-        if entries and self._left:
+        if entries and self._free_from:
             seconds = [
                 0.0 if self._roster.holders(entry.item.identifier) else self._costs_of(entry.item.pixels).seconds[0]
                 for entry in entries
             ]
-            share = sum(seconds) / len(self._left)
-            self._left = [left + share for left in self._left]
+            share = sum(seconds) / len(self._free_from)
+            self._free_from = [free_from + share for free_from in self._free_from]
 
     def _costs_of(self, pixels: int) -> _SizeCosts:
         costs = self._costs.get(pixels)

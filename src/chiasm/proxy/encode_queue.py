@@ -60,29 +60,26 @@ class _Desk:
         # Of its entries; counted when they change, since every decision looks at all encoders.
         self.look_ups = 0
         self.has_room = True
-        self._first_seconds = 0.0
-        """The call that it is computing."""
-        self._later_seconds = 0.0
+        self.free_at = 0.0
+        """When it will have done all of them."""
+        self.late_at = math.inf
+        """When it should have done those of the call that it is computing; infinite if it computes none."""
 
     def count(self) -> None:
         """Take account of a change among the entries."""
         seconds = [entry.seconds for entry in self.entries if entry.seconds]
-        call = next((entry.call for entry in self.entries if entry.seconds), 0)
         self.look_ups = len(self.entries) - len(seconds)
         self.has_room = len(seconds) < _ENOUGH_ITEMS or (len(seconds) < _MOST_ITEMS and sum(seconds) < _ENOUGH_SECONDS)
-        self._first_seconds = sum(entry.seconds for entry in self.entries if entry.call == call)
-        self._later_seconds = sum(seconds) - self._first_seconds
+        self.free_at = self.progressed_at + sum(seconds)
+        self.late_at = math.inf
+        if seconds:
+            call = next(entry.call for entry in self.entries if entry.seconds)
+            self.late_at = self.progressed_at + sum(entry.seconds for entry in self.entries if entry.call == call)
 
     @property
     def is_idle(self) -> bool:
         """Whether it encodes nothing."""
-        return not self._first_seconds
-
-    def seconds_left(self, now: float) -> float:
-        if not self._first_seconds:
-            return 0.0
-        # A call that takes longer than estimated is expected to take as long again as it is late.
-        return self._later_seconds + abs(self._first_seconds - max(0.0, now - self.progressed_at))
+        return self.late_at == math.inf
 
     def weight(self, seconds: float) -> float:
         """Return how fast the encoder counts that takes so many seconds for an image.
@@ -104,8 +101,10 @@ class EncodeQueue:
         self._waiting: list[Entry] = []
         self._desks: WeakKeyDictionary[Instance, _Desk] = WeakKeyDictionary()
         self._published = Published()
-        self._roster_now = Roster((), (), ())
+        self._roster_now = Roster((), self._published, ())
         self._desks_now: Sequence[_Desk] = ()
+        self._full_until = 0.0
+        """Until when some encoder takes no more."""
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -171,6 +170,7 @@ class EncodeQueue:
         desk = self._desk(encoder)
         desk.wait_seconds = min(2 * desk.wait_seconds, _LONGEST_WAIT_SECONDS) or _FIRST_WAIT_SECONDS
         desk.full_until = now + desk.wait_seconds
+        self._full_until = max(self._full_until, desk.full_until)
 
     # ---- decisions -----------------------------------------------------------------------------------------------------
 
@@ -183,22 +183,20 @@ class EncodeQueue:
         if not self._waiting:
             return []
         roster, desks = self._roster(now)
-        out = [index for index, desk in enumerate(desks) if desk.full_until > now]
-        plan = self._plan(now, out)
-        roomy = sum(1 for index, desk in enumerate(desks) if desk.has_room and index not in out)
+        plan = self._plan(now, out=self._full(now))
+        has_room = any(desk.has_room for desk in desks)
         given: list[Entry] = []
         for entry in self._waiting[:_EXAMINED]:
-            if not roomy and not roster.holders(entry.item.identifier):
+            if not has_room and not roster.holders(entry.item.identifier):
                 continue
             choice = plan.add(entry, excluded=entry.failed_at)
             if choice is None:
                 continue
-            desk = self._desk(choice.encoder)
+            desk = desks[roster.index[choice.encoder]]
             if desk.has_room or not choice.seconds:
-                had_room = desk.has_room
                 self._give(entry, choice, now)
                 given.append(entry)
-                roomy -= had_room and not desk.has_room
+                has_room = desk.has_room or any(desk.has_room for desk in desks)
         for entry in given:
             self._take_out(entry)
         return self._calls(given)
@@ -207,8 +205,8 @@ class EncodeQueue:
         """Return when :meth:`feed` should be called although nothing has happened; None if it needn't."""
         if not self._waiting:
             return None
-        full = [desk.full_until for desk in self._desks.values() if desk.full_until > now]
-        return min([now + _LONGEST_WAIT_SECONDS, *full])
+        _, desks = self._roster(now)
+        return min([now + _LONGEST_WAIT_SECONDS, *(desks[index].full_until for index in self._full(now))])
 
     def stranded(self) -> list[Entry]:
         """Return the waiting images that no healthy encoder may get."""
@@ -237,15 +235,15 @@ class EncodeQueue:
         return plan
 
     def _plan(self, now: float, out: Collection[int] = ()) -> Plan:
-        roster, desks = self._roster(now)
-        return Plan(
-            roster,
-            self._devices(now),
-            now,
-            left=[desk.seconds_left(now) for desk in desks],
-            look_ups=[desk.look_ups for desk in desks],
-            out=out,
-        )
+        roster, _ = self._roster(now)
+        return Plan(roster, self._devices(now), now, out=out)
+
+    def _full(self, now: float) -> list[int]:
+        """Return which encoders get nothing for a while."""
+        if now >= self._full_until:
+            return []
+        _, desks = self._roster(now)
+        return [index for index, desk in enumerate(desks) if desk.full_until > now]
 
     def _roster(self, now: float) -> tuple[Roster, Sequence[_Desk]]:
         """Return the healthy encoders, and their desks."""
@@ -254,12 +252,14 @@ class EncodeQueue:
             self._desks_now = [self._desk(encoder) for encoder in encoders]
             self._roster_now = Roster(
                 encoders,
-                [self._published.at(encoder) for encoder in encoders],
+                self._published,
                 [
                     desk.weight(encoder.costs.encode_seconds(_USUAL_PIXELS, now))
                     for encoder, desk in zip(encoders, self._desks_now, strict=True)
                 ],
             )
+            for encoder in encoders:
+                self._count(encoder)
         return self._roster_now, self._desks_now
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------------
@@ -270,17 +270,26 @@ class EncodeQueue:
             desk.progressed_at = now
         desk.entries[entry] = None
         entry.encoder, entry.seconds, entry.call = choice.encoder, choice.seconds, 0
-        desk.count()
+        self._count(choice.encoder)
 
     def _leave(self, entry: Entry, now: float) -> None:
         if entry.encoder is not None:
             desk = self._desk(entry.encoder)
             if entry in desk.entries:
                 del desk.entries[entry]
-                desk.count()
                 if entry.seconds:
                     desk.progressed_at = now
+                self._count(entry.encoder)
             entry.encoder = None
+
+    def _count(self, encoder: Instance) -> None:
+        """Take account of a change among an encoder's images."""
+        desk, roster = self._desk(encoder), self._roster_now
+        desk.count()
+        index = roster.index.get(encoder)
+        if index is not None:
+            roster.free_at[index], roster.late_at[index] = desk.free_at, desk.late_at
+            roster.look_ups[index] = desk.look_ups
 
     def _take_out(self, entry: Entry) -> bool:
         """Remove an image from those that wait; return whether it was among them."""
@@ -312,7 +321,7 @@ class EncodeQueue:
             for entry in feed.entries:
                 entry.call = number
         for encoder in {feed.encoder for feed in feeds}:
-            self._desk(encoder).count()
+            self._count(encoder)
         return feeds
 
 

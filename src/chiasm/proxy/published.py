@@ -7,6 +7,7 @@ that an embedding was there, or wasn't, tells how far back the memory of an enco
 from __future__ import annotations
 
 import math
+import weakref
 from collections import OrderedDict
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,9 @@ class Published:
     """An encoder that is restarted, or comes back with another memory, has nothing."""
 
     def __init__(self) -> None:
-        self._store = Shelf("")
+        self.copies: dict[str, int] = {}
+        """How many memories have each embedding that any has."""
+        self._store = Shelf("", self.copies)
         self._shelves: WeakKeyDictionary[Instance, Shelf] = WeakKeyDictionary()
 
     def at(self, encoder: Instance) -> Shelf:
@@ -31,7 +34,10 @@ class Published:
             return self._store
         shelf = self._shelves.get(encoder)
         if shelf is None or shelf.engine_id != place.engine_id:
-            shelf = self._shelves[encoder] = Shelf(place.engine_id)
+            if shelf is not None:
+                shelf.clear()
+            shelf = self._shelves[encoder] = Shelf(place.engine_id, self.copies)
+            weakref.finalize(encoder, shelf.clear)
         return shelf
 
     def note(self, encoder: Instance, item: ItemWork, was_there: bool | None) -> None:
@@ -47,8 +53,10 @@ class Published:
 class Shelf:
     """The embeddings that one memory holds, the least recently used first, each with its size in tokens."""
 
-    def __init__(self, engine_id: str) -> None:
+    def __init__(self, engine_id: str, copies: dict[str, int]) -> None:
+        """``copies`` counts the embeddings of all memories."""
         self.engine_id = engine_id
+        self._copies = copies
         self.entries: OrderedDict[str, float] = OrderedDict()
         self._tokens = 0.0
         self._limit = math.inf
@@ -67,12 +75,25 @@ class Shelf:
             self._limit += tokens
         self.drop(identifier)
         self.entries[identifier] = tokens
+        self._copies[identifier] = self._copies.get(identifier, 0) + 1
         self._tokens += tokens
         while len(self.entries) > 1 and (self._tokens > self._limit or len(self.entries) > _MOST):
             self.drop(next(iter(self.entries)))
 
     def drop(self, identifier: str) -> None:
-        self._tokens -= self.entries.pop(identifier, 0.0)
+        tokens = self.entries.pop(identifier, None)
+        if tokens is None:
+            return
+        self._tokens -= tokens
+        if self._copies[identifier] > 1:
+            self._copies[identifier] -= 1
+        else:
+            del self._copies[identifier]
+
+    def clear(self) -> None:
+        """Forget all, because the memory is gone."""
+        for identifier in list(self.entries):
+            self.drop(identifier)
 
     def _newer_than(self, identifier: str) -> float:
         tokens = 0.0

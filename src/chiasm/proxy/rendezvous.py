@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from blake3 import blake3
 
-_PRIME = (1 << 61) - 1
+_PRIME = (1 << 30) - 35
+"""Products of two smaller numbers are fast in Python."""
 
 
 class Rendezvous:
@@ -30,10 +31,9 @@ class Rendezvous:
             return nodes[0]
         number = _number(key)
         factors, weights = self._factors, self._weights
-        if weights is None:
-            scores: list[float] = [number * factors[node] % _PRIME for node in nodes]
-        else:
-            scores = [weights[node] / -math.log(number * factors[node] % _PRIME / _PRIME) for node in nodes]
+        scores: list[float] = [number * factors[node] % _PRIME for node in nodes]
+        if weights is not None:
+            scores = [-weights[node] / math.log(score / _PRIME) for node, score in zip(nodes, scores, strict=True)]
         return nodes[scores.index(max(scores))]
 
 
