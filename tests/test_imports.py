@@ -15,9 +15,9 @@ SOURCE = Path(chiasm.__file__).parent
 LAYERS = (
     {"__init__", "errors", "wire", "findings", "options", "ownership", "prometheus", "checkpoints", "lazy"},
     {"extras"},
-    {"connectors", "cores", "due", "chat_body"},
+    {"connectors", "cores", "due", "chat_body", "fleet_key"},
     {"http"},
-    {"media"},
+    {"media", "transfer"},
     {"models", "ec_transfer", "kv_transfer"},
     {"engine"},
     {"server", "proxy", "demo"},

@@ -1,4 +1,4 @@
-"""Whether a file or a folder that processes share is this user's alone to write."""
+"""Whether a file or a folder is this user's alone to write, or to read."""
 
 from __future__ import annotations
 
@@ -19,4 +19,16 @@ def other_writers(status: os.stat_result) -> str:
         return "is writable by every user"
     if status.st_mode & stat.S_IWGRP:
         return f"is writable by a group ({status.st_gid})"
+    return ""
+
+
+def other_readers(status: os.stat_result) -> str:
+    """Return who else may read a file that this user or root owns, as what follows "it"; empty if nobody may.
+
+    A file of root may be readable by a group, for a user who isn't root: so a service gets a secret.
+    """
+    if status.st_mode & stat.S_IROTH:
+        return "is readable by every user"
+    if status.st_mode & stat.S_IRGRP and not (status.st_uid == _ROOT and os.geteuid() != _ROOT):
+        return f"is readable by a group ({status.st_gid})"
     return ""

@@ -10,8 +10,8 @@ from chiasm.bench.client import StreamedAnswer
 from chiasm.bench.measurements.kv import handover_parts
 from chiasm.bench.measurements.kv_transfers import TransferResult, measure_transfers
 from chiasm.errors import ChiasmError, ConfigurationError
-from chiasm.kv_transfer.nixl import MODULES
 from chiasm.prometheus import read_samples
+from chiasm.transfer.nixl import MODULES
 
 HAS_NIXL = any(importlib.util.find_spec(name) for name in MODULES)
 NEEDS_NIXL = pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed")

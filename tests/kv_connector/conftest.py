@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chiasm.kv_transfer import KVTransferRole
-from chiasm.kv_transfer.nixl import MODULES
+from chiasm.transfer.nixl import MODULES
 
 from .gated_connector import GATE
 from .instance import Instance, config_for
@@ -22,6 +22,7 @@ Make = Callable[..., Instance]
 @pytest.fixture(
     params=[
         "SharedMemoryConnector",
+        "TcpConnector",
         pytest.param("NixlConnector", marks=NEEDS_NIXL),
         pytest.param("NixlConnector over TCP", marks=NEEDS_NIXL),
     ]

@@ -1,4 +1,4 @@
-"""A connector inside one process whose copies stop before each block until a test lets them go on."""
+"""A connector inside one process whose copies stop before each run until a test lets them go on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from chiasm.kv_transfer.base import OfferedMemory, ReachedMemory
-from chiasm.kv_transfer.control import Welcome
 from chiasm.kv_transfer.pull import PullConnector
+from chiasm.transfer.memory import DataPlane, Memory, OfferedMemory, Peer, ReachedMemory, Run
 
 from .instance import PATIENCE_SECONDS
 
@@ -36,7 +35,7 @@ class Gate:
             assert self._changed.wait_for(lambda: self._num_waiting >= num_copies, PATIENCE_SECONDS)
 
     def pass_through(self, stop: Callable[[], bool]) -> bool:
-        """What a copy does before each block; False if it is to stop."""
+        """What a copy does before each run; False if it is to stop."""
         with self._changed:
             self._num_waiting += 1
             self._changed.notify_all()
@@ -50,12 +49,17 @@ GATE = Gate()
 _OFFERED: dict[bytes, torch.Tensor] = {}
 
 
-class Offered(OfferedMemory):
-    def __init__(self, blocks: torch.Tensor) -> None:
-        self._key = str(blocks.data_ptr()).encode()
-        _OFFERED[self._key] = blocks
+def _bytes_of(memory: Memory) -> torch.Tensor:
+    assert isinstance(memory.owner, torch.Tensor)
+    return memory.owner.view(-1)
 
-    def description(self) -> bytes:
+
+class Offered(OfferedMemory):
+    def __init__(self, memory: Memory) -> None:
+        self._key = str(memory.address).encode()
+        _OFFERED[self._key] = _bytes_of(memory)
+
+    def describe(self, reader: int) -> bytes:
         return self._key
 
     def close(self) -> None:
@@ -63,27 +67,29 @@ class Offered(OfferedMemory):
 
 
 class Reached(ReachedMemory):
-    def __init__(self, local_blocks: torch.Tensor, remote_blocks: torch.Tensor) -> None:
-        self._local_blocks = local_blocks
-        self._remote_blocks = remote_blocks
+    def __init__(self, here: torch.Tensor, there: torch.Tensor) -> None:
+        self._here = here
+        self._there = there
 
-    def read(self, local: Sequence[int], remote: Sequence[int], stop: Callable[[], bool]) -> bool:
-        for target, source in zip(local, remote, strict=True):
+    def read(self, runs: Sequence[Run], stop: Callable[[], bool]) -> bool:
+        for local, remote, num_bytes in runs:
             if not GATE.pass_through(stop):
                 return False
-            self._local_blocks[target] = self._remote_blocks[source]
+            self._here[local : local + num_bytes] = self._there[remote : remote + num_bytes]
         return True
 
     def close(self) -> None:
         pass
 
 
+class GatedPlane(DataPlane):
+    def offer(self, memory: Memory) -> OfferedMemory:
+        return Offered(memory)
+
+    def reach(self, peer: Peer, description: bytes, memory: Memory) -> ReachedMemory:
+        return Reached(_bytes_of(memory), _OFFERED[description])
+
+
 class GatedConnector(PullConnector):
-    def offer(self, blocks: torch.Tensor) -> OfferedMemory:
-        return Offered(blocks)
-
-    def prepare(self, blocks: torch.Tensor) -> None:
-        self._blocks = blocks
-
-    def reach(self, welcome: Welcome) -> ReachedMemory:
-        return Reached(self._blocks, _OFFERED[welcome.memory])
+    def make_plane(self) -> DataPlane:
+        return GatedPlane()

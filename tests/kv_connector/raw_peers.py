@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
-from chiasm.kv_transfer.control import PROTOCOL_VERSION, ConsumerMessage, Hello, ProducerMessage, Welcome
+from chiasm.fleet_key import Handshake, Side, make_nonce
+from chiasm.kv_transfer.messages import ConsumerMessage, ProducerMessage, Welcome, terms_of
+from chiasm.transfer.greeting import Challenge, Hello, Proven, Unwelcome
 from chiasm.wire import KVTransferParams
 
 from .instance import LAYOUT, PATIENCE_SECONDS, Instance
@@ -20,7 +22,7 @@ class _Peer:
 
     socket: socket.socket
 
-    def say(self, *messages: ConsumerMessage | ProducerMessage) -> None:
+    def say(self, *messages: msgspec.Struct) -> None:
         for message in messages:
             self.send_frame(msgspec.msgpack.encode(message))
 
@@ -62,15 +64,27 @@ class RawConsumer(_Peer):
         self.socket.close()
 
     def hello(self, **changes: Any) -> Hello:
+        """Hear the challenge, and return the hello that answers it, except for ``changes``."""
+        challenge = msgspec.msgpack.decode(self._hear(), type=Challenge)
         config = self._producer.config
-        fields: dict[str, Any] = {
-            "version": PROTOCOL_VERSION,
-            "connector": config.connector,
-            "engine_id": config.engine_id,
-            "fingerprint": config.fingerprint,
-            "layout": LAYOUT,
-        }
-        return Hello(**(fields | changes))
+        terms, nonce = terms_of(config, LAYOUT), make_nonce()
+        version = changes.get("version", terms.version)
+        handshake = Handshake(
+            protocol=terms.protocol,
+            version=version,
+            engine_id=config.engine_id,
+            caller_nonce=nonce,
+            listener_nonce=challenge.nonce,
+        )
+        proof = b"" if terms.key is None else terms.key.prove(Side.CALLER, handshake)
+        hello = Hello(terms.protocol, version, config.engine_id, nonce, proof, dict(terms.values))
+        return msgspec.structs.replace(hello, **changes)
+
+    def greet(self, hello: Hello | None = None) -> Proven | Unwelcome:
+        """Say hello, and hear what comes."""
+        self.say(self.hello() if hello is None else hello)
+        reply: Proven | Unwelcome = msgspec.msgpack.decode(self._hear(), type=Proven | Unwelcome)
+        return reply
 
     def hear(self) -> ProducerMessage:
         message: ProducerMessage = msgspec.msgpack.decode(self._hear(), type=ProducerMessage)
@@ -81,7 +95,8 @@ class RawConsumer(_Peer):
         return self.hear()
 
     def welcome(self) -> Welcome:
-        welcome = self.ask(self.hello())
+        assert isinstance(self.greet(), Proven)
+        welcome = self.hear()
         assert isinstance(welcome, Welcome)
         return welcome
 
@@ -117,12 +132,13 @@ class RawProducer(_Peer):
         """Take the consumer that comes, and hear its hello."""
         self.socket, _ = self.listener.accept()
         self.socket.settimeout(PATIENCE_SECONDS)
-        assert isinstance(self.hear(), Hello)
+        self.say(Challenge(make_nonce()))
+        assert isinstance(msgspec.msgpack.decode(self._hear(), type=Hello), Hello)
 
     def greet(self) -> None:
         """Take the consumer that comes, and welcome it."""
         self.accept()
-        self.say(self._welcome)
+        self.say(Proven(b""), self._welcome)
 
     def hear(self) -> ConsumerMessage:
         message: ConsumerMessage = msgspec.msgpack.decode(self._hear(), type=ConsumerMessage)

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 import pytest
 
 from chiasm.kv_transfer import KVTransferRole
-from chiasm.kv_transfer.control import MAX_FRAME_BYTES, Claim, Copied, Granted, ProducerMessage, Refused, Release, Whole
+from chiasm.kv_transfer.messages import Claim, Copied, Granted, ProducerMessage, Refused, Release, Whole
+from chiasm.transfer.channel import MAX_FRAME_BYTES
 
 from .conftest import Make
 from .instance import NUM_BLOCKS, Instance
@@ -69,7 +70,7 @@ def test_a_copy_that_is_not_whole_fails_the_request(decode: Instance, producer: 
     assert isinstance(claim, Claim)
     producer.say(Granted(claim.claim))
     assert producer.hear() == Copied(claim.claim, 0)
-    producer.say(Refused("it was cut short", claim.claim))
+    producer.say(Refused(claim.claim, "it was cut short"))
     address = f"127.0.0.1:{producer.listener.getsockname()[1]}"
     assert decode.failure_of(request) == (
         f"Could not fetch KV from the prefill instance at {address}: it was cut short."
@@ -93,8 +94,8 @@ def test_blocks_that_the_producer_does_not_have_are_not_read(decode: Instance, p
 
 @pytest.mark.parametrize(
     "answer",
-    [Granted(99), Whole(1, 0), Refused("not that one", 99), Refused("everything")],
-    ids=["another claim", "another kind", "a refusal of another claim", "a refusal of the connection"],
+    [Granted(99), Whole(1, 0), Refused(99, "not that one")],
+    ids=["another claim", "another kind", "a refusal of another claim"],
 )
 def test_an_answer_to_what_was_not_asked_ends_the_connection(
     prefill: Instance, decode: Instance, producer: RawProducer, answer: ProducerMessage
@@ -206,6 +207,7 @@ def test_a_producer_stops_without_waiting_for_its_consumers(prefill: Instance) -
         greeted.welcome()
         prefill.prefill("p", [1])
         assert greeted.ask(Claim(0, "p", [1], 60.0)) == Granted(0)
+        silent.hello()
         prefill.shutdown()
         assert silent.is_closed()
         assert greeted.is_closed()

@@ -11,9 +11,8 @@ import msgspec
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.kv_transfer import KVTransferRole, lease_server
-from chiasm.kv_transfer.control import (
-    MAX_FRAME_BYTES,
+from chiasm.kv_transfer import KVTransferRole
+from chiasm.kv_transfer.messages import (
     Claim,
     Copied,
     Granted,
@@ -22,6 +21,9 @@ from chiasm.kv_transfer.control import (
     Welcome,
     Whole,
 )
+from chiasm.transfer import listener
+from chiasm.transfer.channel import MAX_FRAME_BYTES
+from chiasm.transfer.greeting import Hello, Unwelcome
 
 from .conftest import Make
 from .instance import NUM_BLOCKS, Instance
@@ -46,7 +48,7 @@ def consumer(prefill: Instance) -> Iterator[RawConsumer]:
 
 @pytest.fixture
 def greeted(consumer: RawConsumer) -> RawConsumer:
-    assert isinstance(consumer.ask(consumer.hello()), Welcome)
+    consumer.welcome()
     return consumer
 
 
@@ -60,14 +62,13 @@ def test_the_whole_conversation(prefill: Instance, greeted: RawConsumer) -> None
 
 
 def test_the_welcome_says_how_many_blocks_there_are(consumer: RawConsumer) -> None:
-    welcome = consumer.ask(consumer.hello())
-    assert isinstance(welcome, Welcome)
-    assert welcome.num_blocks == NUM_BLOCKS
+    assert consumer.welcome().num_blocks == NUM_BLOCKS
 
 
 def test_questions_may_come_before_the_answers(prefill: Instance, consumer: RawConsumer) -> None:
     prefill.prefill("p", [1])
-    consumer.say(consumer.hello(), Claim(0, "p", [1], 60.0), Copied(0, 0), Release(0))
+    consumer.greet()
+    consumer.say(Claim(0, "p", [1], 60.0), Copied(0, 0), Release(0))
     assert isinstance(consumer.hear(), Welcome)
     assert [consumer.hear(), consumer.hear()] == [Granted(0), Whole(0, 0)]
     prefill.wait_for(lambda seen: seen.sent == {"p"})
@@ -91,15 +92,16 @@ def test_a_copy_that_ended_after_the_lease_is_not_whole(prefill: Instance, greet
 
 
 def test_another_version_is_refused(consumer: RawConsumer) -> None:
-    answer = consumer.ask(consumer.hello(version=99))
-    assert isinstance(answer, Refused)
-    assert "version 1" in answer.reason
+    answer = consumer.greet(consumer.hello(version=99))
+    assert isinstance(answer, Unwelcome)
+    assert "version 2" in answer.reason
     assert "99" in answer.reason
     assert consumer.is_closed()
 
 
 def test_a_question_before_the_greeting_ends_the_connection(prefill: Instance, consumer: RawConsumer) -> None:
     prefill.prefill("p", [1])
+    consumer.hello()
     consumer.say(Claim(0, "p", [1], 60.0))
     assert consumer.is_closed()
 
@@ -117,7 +119,7 @@ def test_a_consumer_cannot_release_the_claim_of_another(prefill: Instance, greet
     prefill.prefill("p", [1])
     assert greeted.ask(Claim(0, "p", [1], 60.0)) == Granted(0)
     with RawConsumer(prefill) as other:
-        assert isinstance(other.ask(other.hello()), Welcome)
+        other.welcome()
         assert isinstance(other.ask(Claim(0, "p", [1], 60.0)), Refused)
         other.say(Release(0))
         assert isinstance(other.ask(Copied(0, 0)), Refused)
@@ -169,6 +171,7 @@ def test_a_malformed_message_ends_its_connection_and_no_other(
 ) -> None:
     handle = prefill.prefill("p", [1])
     with RawConsumer(prefill) as other:
+        other.hello()
         other.send_frame(body)
         assert other.is_closed()
     greeted.send_frame(body)
@@ -183,6 +186,7 @@ def test_a_malformed_message_ends_its_connection_and_no_other(
 def test_bytes_without_frames_end_the_connection(prefill: Instance) -> None:
     for data in (b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", b"\xff" * 100, b"\x16\x03\x01\x02\x00\x01\x00"):
         with RawConsumer(prefill) as other:
+            other.hello()
             other.socket.sendall(data)
             assert other.is_closed()
 
@@ -196,8 +200,9 @@ def test_a_consumer_that_does_not_greet_in_time_is_sent_away(make: Make) -> None
     prefill = make("SharedMemoryConnector", KVTransferRole.PRODUCER, connect_timeout_seconds=0.05)
     with RawConsumer(prefill) as silent, RawConsumer(prefill) as slow:
         slow.socket.sendall(b"\x00\x00")
-        assert silent.is_closed()
-        assert slow.is_closed()
+        for consumer in (silent, slow):
+            consumer.hello()
+            assert consumer.is_closed()
 
 
 def test_a_consumer_that_stops_in_the_middle_of_a_frame_delays_no_other(
@@ -223,14 +228,17 @@ def test_a_consumer_that_does_not_read_its_answers_is_sent_away(prefill: Instanc
 
 
 def test_a_consumer_that_greets_twice_is_sent_away(greeted: RawConsumer) -> None:
-    greeted.say(greeted.hello())
+    greeted.say(Hello("kv", 2, "P", bytes(32), b""))
     assert greeted.is_closed()
 
 
 def test_connections_are_bounded(prefill: Instance, greeted: RawConsumer) -> None:
-    others = [RawConsumer(prefill) for _ in range(lease_server.MAX_CONNECTIONS)]
-    assert others[-1].is_closed()
-    others[0].socket.close()
+    others = []
+    for _ in range(listener.MAX_READERS):
+        others.append(RawConsumer(prefill))
+        others[-1].say(others[-1].hello())
+        is_last = len(others) == listener.MAX_READERS
+        assert others[-1].is_closed() if is_last else others[-1].socket.recv(1)
     prefill.prefill("p", [1])
     assert greeted.ask(Claim(0, "p", [1], 60.0)) == Granted(0)
     for other in others:
@@ -249,6 +257,6 @@ def test_an_address_that_names_no_instance_is_refused(make: Make, host: str) -> 
         make("SharedMemoryConnector", KVTransferRole.PRODUCER, host=host)
 
 
-def test_a_host_that_is_not_this_one_is_named(make: Make) -> None:
-    with pytest.raises(ConfigurationError, match=r"192\.0\.2\.1"):
+def test_an_address_that_others_reach_needs_a_fleet_key(make: Make) -> None:
+    with pytest.raises(ConfigurationError, match=r"192\.0\.2\.1.*without a fleet key"):
         make("SharedMemoryConnector", KVTransferRole.PRODUCER, host="192.0.2.1")

@@ -37,7 +37,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_importing_the_package_loads_neither_torch_nor_a_connector() -> None:
     code = (
         "import sys, chiasm.kv_transfer\n"
-        "loaded = {'torch', 'numpy', 'nixl', 'chiasm.kv_transfer.shared_memory', 'chiasm.kv_transfer.nixl'}\n"
+        "loaded = {'torch', 'numpy', 'nixl', 'chiasm.transfer'}\n"
+        "loaded |= {'chiasm.kv_transfer.shared_memory', 'chiasm.kv_transfer.nixl'}\n"
         "loaded &= set(sys.modules)\n"
         "sys.exit(str(loaded) if loaded else 0)"
     )
@@ -80,7 +81,7 @@ def test_a_name_is_registered_once(registry: None) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match=r"'Pigeon'.*NixlConnector, SharedMemoryConnector"):
+    with pytest.raises(ConfigurationError, match=r"'Pigeon'.*NixlConnector, SharedMemoryConnector, TcpConnector"):
         KVConnectorFactory.get_connector_class(KVTransferConfig(connector="Pigeon"))
 
 
@@ -90,6 +91,6 @@ def test_a_module_that_cannot_be_imported_is_named() -> None:
 
 
 def test_a_class_that_is_no_connector_is_refused(out_of_tree: str) -> None:
-    config = KVTransferConfig(connector="OfferedMemory", connector_module_path=out_of_tree)
+    config = KVTransferConfig(connector="OfferedBytes", connector_module_path=out_of_tree)
     with pytest.raises(ConfigurationError, match="subclass of KVConnector"):
         KVConnectorFactory.get_connector_class(config)

@@ -11,7 +11,7 @@ import pytest
 
 from chiasm.errors import ConfigurationError
 from chiasm.kv_transfer import KVConnectorFactory, KVConnectorRole, KVTransferRole
-from chiasm.kv_transfer.nixl import MODULES
+from chiasm.transfer.nixl import MODULES
 
 from .conftest import NEEDS_NIXL, Make
 from .instance import config_for
@@ -59,7 +59,7 @@ def test_a_build_for_one_cuda_version_is_enough(monkeypatch: pytest.MonkeyPatch,
 
 @NEEDS_NIXL
 def test_a_library_without_ucx_is_refused(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
-    monkeypatch.setattr("chiasm.kv_transfer.nixl.BACKEND", "NO_SUCH_BACKEND")
+    monkeypatch.setattr("chiasm.transfer.nixl.BACKEND", "NO_SUCH_BACKEND")
     with pytest.raises(ConfigurationError, match="NO_SUCH_BACKEND backend, and this NIXL comes without it"):
         make("NixlConnector", KVTransferRole.PRODUCER)
 

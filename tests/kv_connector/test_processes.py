@@ -123,7 +123,7 @@ def test_a_producer_that_hangs_fails_its_own_requests(start: Start, make: Make, 
 def test_a_read_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
     """Over TCP the producer takes part in a read. One that hangs in the middle of it must not write later."""
     monkeypatch.setenv("UCX_TLS", "tcp")
-    monkeypatch.setattr("chiasm.kv_transfer.nixl._PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("chiasm.transfer.nixl._PATIENCE_SECONDS", 0.2)
     decode = make("NixlConnector", KVTransferRole.CONSUMER, LAYOUT, 4 * BIG, connect_timeout_seconds=30.0)
     living = make("NixlConnector", KVTransferRole.PRODUCER, engine_id="living")
     with InstanceProcess(config_for("NixlConnector", KVTransferRole.PRODUCER), LAYOUT, 4 * BIG) as still:

@@ -57,7 +57,7 @@ def test_another_connector(make: Make, gated: tuple[Instance, Instance]) -> None
 def test_another_instance_at_the_address(prefill: Instance, decode: Instance) -> None:
     handle = changed(prefill.prefill("p", [1]), remote_engine_id="the one before")
     reason = decode.failure_of(decode.arrive("d", handle))
-    assert "it is instance 'P', and the handle is of 'the one before', before a restart" in reason
+    assert "it is instance 'P', and what is asked for is of 'the one before', before a restart" in reason
 
 
 def test_nobody_at_the_address(prefill: Instance, decode: Instance) -> None:

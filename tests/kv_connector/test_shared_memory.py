@@ -1,20 +1,21 @@
-"""Specific to shared memory: who may map it, and which blocks are copied in one piece."""
+"""Specific to shared memory: where the cache lies, and which blocks are copied in one piece."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 
 from chiasm.errors import ConfigurationError
-from chiasm.kv_transfer import KVConnectorRole, KVLayout, KVTransferConfig, KVTransferRole, shared_memory
-from chiasm.kv_transfer.shared_memory import Run, SharedMemoryConnector, runs
+from chiasm.kv_transfer import KVConnectorRole, KVLayout, KVTransferConfig, KVTransferRole
+from chiasm.kv_transfer.blocks import ranges_of, runs_of
+from chiasm.kv_transfer.shared_memory import SharedMemoryConnector
+from chiasm.transfer import memory_file
+from chiasm.transfer.memory import Range, Run
 
 from .conftest import Make
-from .instance import LAYOUT, Instance, config_for
-from .raw_peers import RawConsumer
+from .instance import LAYOUT, config_for
 
 PRODUCER, CONSUMER = KVTransferRole.PRODUCER, KVTransferRole.CONSUMER
 NAME = "SharedMemoryConnector"
@@ -24,23 +25,26 @@ NAME = "SharedMemoryConnector"
     ("local", "remote", "expected"),
     [
         ([], [], []),
-        ([4], [7], [Run(4, 7, 1)]),
-        ([4, 5, 6], [7, 8, 9], [Run(4, 7, 3)]),
-        ([4, 5, 6], [7, 9, 10], [Run(4, 7, 1), Run(5, 9, 2)]),
-        ([4, 6, 7], [7, 8, 9], [Run(4, 7, 1), Run(6, 8, 2)]),
-        ([6, 5, 4], [9, 8, 7], [Run(6, 9, 1), Run(5, 8, 1), Run(4, 7, 1)]),
-        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [Run(0, 0, 3), Run(3, 3, 2)]),
+        ([4], [7], [Run(40, 70, 10)]),
+        ([4, 5, 6], [7, 8, 9], [Run(40, 70, 30)]),
+        ([4, 5, 6], [7, 9, 10], [Run(40, 70, 10), Run(50, 90, 20)]),
+        ([4, 6, 7], [7, 8, 9], [Run(40, 70, 10), Run(60, 80, 20)]),
+        ([6, 5, 4], [9, 8, 7], [Run(60, 90, 10), Run(50, 80, 10), Run(40, 70, 10)]),
     ],
 )
-def test_adjacent_blocks_are_one_run_up_to_a_length(local: list[int], remote: list[int], expected: list[Run]) -> None:
-    assert list(runs(local, remote, longest=3)) == expected
+def test_adjacent_blocks_are_one_run(local: list[int], remote: list[int], expected: list[Run]) -> None:
+    assert runs_of(local, remote, 10) == expected
+
+
+def test_the_ranges_of_blocks_are_joined_whatever_their_order() -> None:
+    assert ranges_of([5, 3, 8, 4, 9, 4], 10) == [Range(30, 30), Range(80, 20)]
+    assert ranges_of([], 10) == []
 
 
 def test_a_gpu_is_refused() -> None:
     config = KVTransferConfig(device="cuda:0")
-    for role in KVConnectorRole:
-        with pytest.raises(ConfigurationError, match="NixlConnector"):
-            SharedMemoryConnector(config, role)
+    with pytest.raises(ConfigurationError, match="NixlConnector"):
+        SharedMemoryConnector(config, KVConnectorRole.WORKER)
 
 
 def test_a_cache_that_lies_elsewhere_is_refused() -> None:
@@ -78,53 +82,9 @@ def test_a_producer_on_another_host(
     prefill, decode = make(NAME, PRODUCER), make(NAME, CONSUMER)
     handle = prefill.prefill("p", [1])
     (tmp_path / "boot_id").write_text("another\n")
-    monkeypatch.setattr(shared_memory, "_BOOT_ID", tmp_path / "boot_id")
-    assert "use NixlConnector" in decode.failure_of(decode.arrive("d", handle))
+    monkeypatch.setattr(memory_file, "_BOOT_ID", tmp_path / "boot_id")
+    assert "runs on another host" in decode.failure_of(decode.arrive("d", handle))
     assert len(caplog.messages) == 1
     monkeypatch.undo()
     decode.fetch("e", handle, [2])
     assert decode.holds("p", [2])
-
-
-@pytest.mark.parametrize(
-    "change", [{"pid": 1 << 30}, {"descriptor": 1 << 20}, {"token": b"x" * 32}, {"size_bytes": 1 << 40}, {"pid": 1}]
-)
-def test_a_file_that_is_not_the_producers_memory_is_not_mapped(make: Make, change: dict[str, object]) -> None:
-    """As would happen with a producer in another container, whose ids mean something else here."""
-    prefill, decode = make(NAME, PRODUCER), make(NAME, CONSUMER)
-    with pytest.raises(Exception, match="NixlConnector"):
-        reach_changed(prefill, decode, change)
-
-
-@pytest.mark.parametrize("change", [{"offset_bytes": 1 << 30}, {"offset_bytes": -1}, {"offset_bytes": "0"}])
-def test_blocks_outside_the_memory_are_not_read(make: Make, change: dict[str, object]) -> None:
-    prefill, decode = make(NAME, PRODUCER), make(NAME, CONSUMER)
-    with pytest.raises(Exception, match=r"outside its memory|not understood"):
-        reach_changed(prefill, decode, change)
-
-
-def reach_changed(prefill: Instance, decode: Instance, change: dict[str, object]) -> None:
-    """Reach a producer that describes its memory wrongly."""
-    with RawConsumer(prefill) as consumer:
-        welcome = consumer.ask(consumer.hello())
-    description = msgspec.msgpack.decode(welcome.memory)  # type: ignore[union-attr]
-    changed = msgspec.structs.replace(welcome, memory=msgspec.msgpack.encode(description | change))
-    assert isinstance(decode.worker, SharedMemoryConnector)
-    decode.worker.reach(changed)  # type: ignore[arg-type]
-
-
-def test_a_copy_stops_between_blocks(make: Make) -> None:
-    """It asks after every few megabytes whether to stop."""
-    num_blocks = 1024  # 32 MB
-    prefill, decode = make(NAME, PRODUCER, LAYOUT, num_blocks), make(NAME, CONSUMER, LAYOUT, num_blocks)
-    prefill.blocks.fill_(1)
-    with RawConsumer(prefill) as consumer:
-        welcome = consumer.ask(consumer.hello())
-    assert isinstance(decode.worker, SharedMemoryConnector)
-    memory = decode.worker.reach(welcome)  # type: ignore[arg-type]
-    answers = iter([False, True])
-    assert not memory.read(range(num_blocks), range(num_blocks), lambda: next(answers))
-    copied = int((decode.blocks[:, 0] == 1).sum())
-    assert copied == 2 * (8 << 20) // LAYOUT.bytes_per_block
-    assert not decode.blocks[copied:].any()
-    memory.close()

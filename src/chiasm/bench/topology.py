@@ -113,7 +113,7 @@ def on_vllm(config: DeploymentConfig, limits: tuple[str, ...] = VLLM_LIMITS) -> 
 
 def kv_connectors() -> tuple[str, ...]:
     """Return the KV connectors that can be used here."""
-    from chiasm.kv_transfer.nixl import MODULES
+    from chiasm.transfer.nixl import MODULES
 
     return (SHARED_MEMORY, NIXL) if any(importlib.util.find_spec(name) for name in MODULES) else (SHARED_MEMORY,)
 

@@ -19,14 +19,14 @@ _NIXL = Check("NIXL")
 _UCX = Check("UCX transports")
 
 MODULES = ("nixl", "nixl_cu13", "nixl_cu12")
-"""As in ``kv_transfer/nixl.py``, which would import torch here."""
+"""As in ``transfer/nixl.py``, which would import numpy here."""
 INFINIBAND = Path("/sys/class/infiniband")
 _ASK_SECONDS = 60.0
 _ASK = """
 import json, logging, os, sys
 out = os.dup(1)
 os.dup2(2, 1)  # what native code prints is not the answer
-from chiasm.kv_transfer.nixl import import_nixl
+from chiasm.transfer.nixl import import_nixl
 library = import_nixl()
 agent = library.nixl_agent("chiasm-doctor", library.nixl_agent_config(backends=["UCX"]))
 said = {"module": library.__name__, "plugins": list(agent.get_plugin_list())}

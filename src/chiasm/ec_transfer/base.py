@@ -42,6 +42,7 @@ from chiasm.connectors import ClassPath, ConnectorFactory
 from chiasm.ec_transfer.lookout import Lookout
 from chiasm.ec_transfer.stores.base import StoreURL
 from chiasm.errors import Code, InvalidRequestError
+from chiasm.fleet_key import FleetKey
 from chiasm.options import Option
 from chiasm.wire import ECPlace
 
@@ -77,7 +78,17 @@ class ECTransferConfig:
     connector: Annotated[str, Option("Connector that transfers embeddings.", metavar="NAME")] = "SharedStorageConnector"
     role: ECTransferRole = ECTransferRole.BOTH
     shared_storage_path: Annotated[Path | None, Option("Folder through which instances exchange embeddings.")] = None
-    max_bytes: Annotated[int, Option("Maximum total size of the embedding store.", name="ec_max_bytes")] = 4 << 30
+    max_bytes: Annotated[int, Option("Maximum total size of the embeddings that are kept.", name="ec_max_bytes")] = (
+        4 << 30
+    )
+    receive_bytes: Annotated[
+        int, Option("Maximum size of the embeddings that are on their way to an instance.", name="ec_receive_bytes")
+    ] = 512 << 20
+    host: Annotated[
+        str,
+        Option("Address at which others reach the embeddings of this encoder (also its bind address).", name="ec_host"),
+    ] = "127.0.0.1"
+    port: Annotated[int, Option("Port at that address; 0 takes a free one.", name="ec_port", min=0, max=65535)] = 0
     fingerprint: str = ""
     """Names model, processor settings and dtype, in hex. Entries with another fingerprint are treated as missing."""
     device: str = "cpu"
@@ -109,6 +120,8 @@ class ECTransferConfig:
     connector_module_path: Annotated[
         str | None, Option("Python module of a connector that isn't chiasm's own.", metavar="MODULE")
     ] = None
+    fleet_key: FleetKey | None = field(default=None, repr=False)
+    """By which the instances of a fleet know each other. Without one, only instances of this host are talked to."""
     extra: dict[str, str] = field(default_factory=dict)
     """Settings that only this connector understands."""
 
@@ -209,6 +222,13 @@ class ECConnector(ABC):
     @property
     def is_consumer(self) -> bool:
         return self.config.role in (ECTransferRole.CONSUMER, ECTransferRole.BOTH)
+
+    def meet(self, other: ECConnector) -> None:
+        """Get to know the other half of this connector, if it lives in the same process.
+
+        Called at most once on each half, before anything else.
+        """
+        return None
 
     def shutdown(self) -> None:
         """Release all resources. Called at the end in either role, possibly more than once."""
@@ -353,6 +373,9 @@ class ECConnectorFactory(ConnectorFactory[ECTransferConfig, ECConnectorRole, ECC
     _base = ECConnector
     _module_option = "--connector-module-path"
     _registry: ClassVar = {
+        "SharedMemoryConnector": ClassPath("chiasm.ec_transfer.shared_memory", "SharedMemoryConnector"),
+        "TcpConnector": ClassPath("chiasm.ec_transfer.tcp", "TcpConnector"),
+        "NixlConnector": ClassPath("chiasm.ec_transfer.nixl", "NixlConnector"),
         "SharedStorageConnector": ClassPath("chiasm.ec_transfer.shared_storage", "SharedStorageConnector"),
     }
 

@@ -17,7 +17,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,7 +74,11 @@ class EntryHeader(NamedTuple):
 
     @property
     def data_bytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+        return data_bytes(self.dtype, self.shape)
+
+    @property
+    def has_known_dtype(self) -> bool:
+        return self.dtype in _DTYPES
 
     def to_bytes(self) -> bytes:
         """Return the first 4096 bytes of the file. Raises StorageError if the shape is too long for them."""
@@ -109,6 +113,11 @@ class Known(NamedTuple):
 
     signature: Signature
     header: EntryHeader
+
+
+def data_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the size of a tensor; ``dtype`` is the name in safetensors. Raises KeyError for an unknown one."""
+    return math.prod(shape) * _DTYPES[dtype].itemsize
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

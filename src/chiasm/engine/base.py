@@ -108,6 +108,8 @@ class Engine(ABC):
         )
         scheduler_role = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
         worker_role = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
+        scheduler_role.meet(worker_role)
+        worker_role.meet(scheduler_role)
         self._store_id = scheduler_role.store_id
         self._store_id()  # an unreachable store fails the start
         self._ec_connector = config.connector

@@ -35,15 +35,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Protocol
 
 from chiasm.connectors import ClassPath, ConnectorFactory
+from chiasm.fleet_key import FleetKey
 from chiasm.options import Option
 from chiasm.wire import KVTransferParams
 
 if TYPE_CHECKING:
     import torch
-
-
-class TransferError(Exception):
-    """KV could not be transferred. ``str(error)`` is a clause without full stop that can follow "Could not fetch KV: "."""
 
 
 class KVConnectorRole(enum.Enum):
@@ -98,6 +95,8 @@ class KVTransferConfig:
             metavar="MODULE",
         ),
     ] = None
+    fleet_key: FleetKey | None = field(default=None, repr=False)
+    """By which the instances of a fleet know each other. Without one, only instances of this host are talked to."""
     extra: dict[str, str] = field(default_factory=dict)
 
 
@@ -313,42 +312,6 @@ class KVConnector(ABC):
         """Return what has ended since the last call. Cheap if nothing has."""
 
 
-class OfferedMemory(ABC):
-    """Data plane of a producer: its blocks, as they are offered to all consumers."""
-
-    progress_seconds: float | None = None
-    """How often the transport needs :meth:`progress` while blocks may be read; None if never."""
-
-    @abstractmethod
-    def description(self) -> bytes:
-        """Return what a consumer needs to reach the blocks. It is part of the handshake, and stays valid."""
-
-    def progress(self) -> None:
-        """Do the producer's part of reads that consumers have begun. Called on the control thread."""
-        return None
-
-    @abstractmethod
-    def close(self) -> None:
-        """Stop offering the blocks. Called once, when nobody claims them any more."""
-
-
-class ReachedMemory(ABC):
-    """Data plane of a consumer: the blocks of one producer, as this consumer reads them."""
-
-    @abstractmethod
-    def read(self, local: Sequence[int], remote: Sequence[int], stop: Callable[[], bool]) -> bool:
-        """Copy the producer's block ``remote[i]`` to block ``local[i]`` here, and return when nothing is written any more.
-
-        Called on several transfer threads at once, with at least one block, and only with ids that exist on both sides.
-        Calls ``stop`` every few megabytes; if it returns True, returns False, and some blocks may be missing. Raises
-        TransferError if no blocks of this producer can be read any more.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release the producer's memory. Called once, when nobody reads it."""
-
-
 class KVConnectorFactory(ConnectorFactory[KVTransferConfig, KVConnectorRole, KVConnector]):
     """Creates the KV connector that a configuration names, and imports its module only then."""
 
@@ -357,5 +320,6 @@ class KVConnectorFactory(ConnectorFactory[KVTransferConfig, KVConnectorRole, KVC
     _module_option = "--kv-connector-module-path"
     _registry: ClassVar = {
         "SharedMemoryConnector": ClassPath("chiasm.kv_transfer.shared_memory", "SharedMemoryConnector"),
+        "TcpConnector": ClassPath("chiasm.kv_transfer.tcp", "TcpConnector"),
         "NixlConnector": ClassPath("chiasm.kv_transfer.nixl", "NixlConnector"),
     }

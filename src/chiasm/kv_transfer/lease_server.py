@@ -4,42 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import msgspec
 
-from chiasm.errors import ConfigurationError
-from chiasm.http.listen import BACKLOG, bind
-from chiasm.kv_transfer.base import KVConnectorStats, KVLayout, KVSend, KVTransferConfig, OfferedMemory
-from chiasm.kv_transfer.control import (
-    PROTOCOL_VERSION,
-    READ_AHEAD_BYTES,
-    Channel,
-    ChannelClosed,
+from chiasm.kv_transfer.base import KVConnectorStats, KVLayout, KVSend, KVTransferConfig
+from chiasm.kv_transfer.blocks import ranges_of
+from chiasm.kv_transfer.leases import LeaseRefused, LeaseTable
+from chiasm.kv_transfer.messages import (
     Claim,
     ConsumerMessage,
-    ControlThread,
     Copied,
     Granted,
-    Hello,
-    NotUnderstood,
     Refused,
-    Release,
     Welcome,
     Whole,
+    terms_of,
 )
-from chiasm.kv_transfer.leases import LeaseRefused, LeaseTable
+from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
+from chiasm.transfer.listener import Listener
+from chiasm.transfer.memory import OfferedMemory
 
 _logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 256
-_ANY_ADDRESS = frozenset({"", "0.0.0.0", "::", "*"})
 _DECODER: msgspec.msgpack.Decoder[ConsumerMessage] = msgspec.msgpack.Decoder(ConsumerMessage)
 
 
@@ -59,9 +49,8 @@ class LeaseServer:
         stats: KVConnectorStats,
         wake: Callable[[], None],
     ) -> None:
-        self._config = config
-        self._layout = layout
-        self._welcome = Welcome(num_blocks, memory.description())
+        self._block_bytes = layout.bytes_per_block
+        self._num_blocks = num_blocks
         self._memory = memory
         self._stats = stats
         self._wake = wake
@@ -71,16 +60,19 @@ class LeaseServer:
         self._claims: dict[tuple[int, int], str] = {}
         """The request of each claim that was granted and not given back, by holder and the number that it chose. While
         there are any, somebody may be reading: a consumer that has stopped reading gives back even a claim that it has lost."""
-        self._holders = itertools.count(1)
-        self._connections: set[asyncio.Task[None]] = set()
         self._expiry_changed = asyncio.Event()
         self._claimed = asyncio.Event()
-        if config.host in _ANY_ADDRESS:
-            raise ConfigurationError(
-                f"{config.host!r} names no instance; give --kv-host the address under which decode instances reach this one."
-            )
-        self._listener = bind(config.host, config.port, option="--kv-port")
-        self.port: int = self._listener.getsockname()[1]
+        self._listener = Listener(
+            config.host,
+            config.port,
+            config.engine_id,
+            terms_of(config, layout),
+            memory,
+            _DECODER,
+            greeting_seconds=config.connect_timeout_seconds,
+            option="--kv",
+        )
+        self.port = self._listener.port
         self._control = ControlThread("kv-leases", self._run)
 
     def hold(self, sends: Iterable[KVSend]) -> None:
@@ -113,13 +105,11 @@ class LeaseServer:
     # ---- the control thread -----------------------------------------------------------------------------------------
 
     async def _run(self, closing: asyncio.Event) -> None:
-        server = await asyncio.start_server(self._accept, sock=self._listener, backlog=BACKLOG, limit=READ_AHEAD_BYTES)
         timers = [asyncio.create_task(self._expire()), asyncio.create_task(self._progress())]
-        await closing.wait()
-        server.close()
-        for task in [*timers, *self._connections]:
+        await self._listener.run(closing, self._serve, self._release_all)
+        for task in timers:
             task.cancel()
-        await asyncio.gather(*timers, *self._connections, return_exceptions=True)
+        await asyncio.gather(*timers, return_exceptions=True)
 
     async def _expire(self) -> None:
         """End each lease when its time is over."""
@@ -132,6 +122,9 @@ class LeaseServer:
                     await self._expiry_changed.wait()
             with self._lock:
                 expired = self._table.expire(time.monotonic())
+            for (holder, claim), request_id in self._claims.items():
+                if request_id in expired:
+                    self._memory.withdraw(holder, claim)
             if expired:
                 _logger.warning("Nobody fetched the KV of %s in time; its blocks are free again.", ", ".join(expired))
             self._report(expired, num_expired=len(expired))
@@ -144,68 +137,19 @@ class LeaseServer:
                 self._memory.progress()
                 await asyncio.sleep(self._memory.progress_seconds)
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= MAX_CONNECTIONS:
-            _logger.warning("A decode instance was turned away: there are %d connections already.", MAX_CONNECTIONS)
-            writer.transport.abort()
-            return
-        holder, channel = next(self._holders), Channel(reader, writer, _DECODER)
-        task = asyncio.create_task(self._serve(holder, channel))
-        self._connections.add(task)
-        task.add_done_callback(partial(self._disconnect, holder, channel))
-
     async def _serve(self, holder: int, channel: Channel[ConsumerMessage]) -> None:
         """Talk to one consumer until its connection ends or has to end."""
-        reason = "an error here"
-        try:
-            async with asyncio.timeout(self._config.connect_timeout_seconds):
-                hello = await channel.receive()
-            self._greet(channel, hello)
-            while True:
-                self._answer(holder, channel, await channel.receive())
-                await asyncio.sleep(0)  # take turns: a message that is here already is received without waiting
-        except TimeoutError:
-            reason = "it did not say hello in time"
-        except NotUnderstood as error:
-            reason = str(error)
-            _logger.warning("A connection to the port for KV transfers is closed: %s.", reason)
-        except ChannelClosed as error:
-            reason = str(error)
-        except Exception:
-            _logger.exception("An error in the KV control thread ends one connection.")
-        _logger.debug("Connection %d of a decode instance ended: %s.", holder, reason)
+        channel.send(Welcome(self._num_blocks, self._memory.describe(holder)))
+        while True:
+            self._answer(holder, channel, await channel.receive())
+            await asyncio.sleep(0)  # take turns: a message that is here already is received without waiting
 
-    def _disconnect(self, holder: int, channel: Channel[ConsumerMessage], task: asyncio.Task[None]) -> None:
-        """End a connection, and release what was claimed on it."""
-        self._connections.discard(task)
-        channel.close()
+    def _release_all(self, holder: int) -> None:
+        """The connection of a consumer has ended: release what was claimed on it."""
         self._claims = {key: request_id for key, request_id in self._claims.items() if key[0] != holder}
         with self._lock:
             released = self._table.release_all(holder)
         self._report(released, num_expired=len(released))
-
-    def _greet(self, channel: Channel[ConsumerMessage], hello: ConsumerMessage) -> None:
-        if not isinstance(hello, Hello):
-            raise ChannelClosed("a question came before the greeting")
-        difference = self._difference(hello)
-        if difference is not None:
-            channel.send(Refused(difference))
-            raise ChannelClosed(difference)
-        channel.send(self._welcome)
-
-    def _difference(self, hello: Hello) -> str | None:
-        """Return how the consumer differs, as a clause for its client; None if the two match."""
-        if hello.version != PROTOCOL_VERSION:
-            return f"it speaks version {PROTOCOL_VERSION} of the control channel, and this instance {hello.version}"
-        config = self._config
-        if hello.engine_id != config.engine_id:
-            return f"it is instance {config.engine_id!r}, and the handle is of {hello.engine_id!r}, before a restart"
-        theirs = {"connector": config.connector, "fingerprint": config.fingerprint} | dataclasses.asdict(self._layout)
-        ours = {"connector": hello.connector, "fingerprint": hello.fingerprint} | dataclasses.asdict(hello.layout)
-        differing = [
-            f"{name} is {theirs[name]} there and {ours[name]} here" for name in theirs if theirs[name] != ours[name]
-        ]
-        return "the instances do not match: " + ", ".join(differing) if differing else None
 
     def _answer(self, holder: int, channel: Channel[ConsumerMessage], message: ConsumerMessage) -> None:
         if isinstance(message, Claim):
@@ -216,23 +160,23 @@ class LeaseServer:
             request_id = self._claims.get((holder, message.claim), "")
             with self._lock:
                 is_whole = self._table.is_claimed(request_id, holder, time.monotonic())
-            lost = Refused("the blocks were taken back, because the request's deadline passed", message.claim)
+            lost = Refused(message.claim, "the blocks were taken back, because the request's deadline passed")
             channel.send(Whole(message.claim, message.load) if is_whole else lost)
-        elif isinstance(message, Release):
+        else:
             request_id = self._claims.pop((holder, message.claim), "")
+            self._memory.withdraw(holder, message.claim)
             with self._lock:
                 released = self._table.release(request_id, holder)
             self._report([request_id] if released else [])
-        else:
-            raise ChannelClosed("it greeted twice")
 
     def _claim(self, holder: int, claim: Claim) -> Granted | Refused:
         try:
             with self._lock:
                 self._table.claim(claim.request_id, claim.block_ids, holder, claim.seconds_left, time.monotonic())
         except LeaseRefused as error:
-            return Refused(str(error), claim.claim)
+            return Refused(claim.claim, str(error))
         self._claims[holder, claim.claim] = claim.request_id
+        self._memory.grant(holder, claim.claim, ranges_of(claim.block_ids, self._block_bytes))
         self._claimed.set()
         self._expiry_changed.set()
         return Granted(claim.claim)

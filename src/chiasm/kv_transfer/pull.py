@@ -1,8 +1,8 @@
 """The base of connectors whose consumers pull: everything but the data plane.
 
 The scheduler role collects what is to be done. The worker role hands it to the thread that does it: a :class:`LeaseServer` in
-a producer, a :class:`Puller` in a consumer. A connector derives from :class:`PullConnector` and implements how blocks are
-offered and how they are reached.
+a producer, a :class:`Puller` in a consumer. A connector derives from :class:`PullConnector` and says which data plane moves
+the bytes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from chiasm.kv_transfer.base import (
     KVRequestLike,
     KVSend,
     KVTransferConfig,
-    OfferedMemory,
-    ReachedMemory,
 )
-from chiasm.kv_transfer.control import Welcome
 from chiasm.kv_transfer.lease_server import LeaseServer
 from chiasm.kv_transfer.puller import Puller
+from chiasm.transfer.memory import DataPlane, Memory, Peer, ReachedMemory
+from chiasm.transfer.memory_file import MemoryFile
 from chiasm.wire import KVTransferParams
 
 _HANDLE_FIELDS = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
@@ -45,22 +44,15 @@ class PullConnector(KVConnector):
         self._noted = KVConnectorMetadata()
         self._lease_server: LeaseServer | None = None
         self._puller: Puller | None = None
+        self._plane = self.make_plane() if role is KVConnectorRole.WORKER else None
+        self._file: MemoryFile | None = None
+        """Until it is offered."""
+        self._memory: Memory | None = None
+        """Consumer: what is written to."""
 
     @abstractmethod
-    def offer(self, blocks: torch.Tensor) -> OfferedMemory:
-        """Producer: let consumers read ``blocks``. Raises ConfigurationError if they can't be offered."""
-
-    @abstractmethod
-    def prepare(self, blocks: torch.Tensor) -> None:
-        """Consumer: take the blocks that will be written to. Raises ConfigurationError if they can't be."""
-
-    @abstractmethod
-    def reach(self, welcome: Welcome) -> ReachedMemory:
-        """Consumer: make the blocks of a producer readable. Called on any thread. Raises TransferError if they can't be."""
-
-    def close_memory(self) -> None:
-        """Release what ``prepare`` or ``allocate_kv_cache`` took and nobody else releases. Idempotent."""
-        return None
+    def make_plane(self) -> DataPlane:
+        """Return the data plane. Called once, for the worker role. Raises ConfigurationError if it can't work here."""
 
     def shutdown(self) -> None:
         if self._lease_server is not None:
@@ -68,7 +60,10 @@ class PullConnector(KVConnector):
         if self._puller is not None:
             self._puller.close()
         self._lease_server = self._puller = None
-        self.close_memory()
+        self._memory = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     # ---- scheduler role ---------------------------------------------------------------------------------------------
 
@@ -124,24 +119,46 @@ class PullConnector(KVConnector):
     # ---- worker role ------------------------------------------------------------------------------------------------
 
     def allocate_kv_cache(self, num_bytes: int) -> torch.Tensor | None:
-        return None
+        assert self._plane is not None
+        if not (self.is_producer and self._plane.needs_file):
+            return None
+        self._file = MemoryFile(num_bytes, "chiasm-kv")
+        return torch.frombuffer(self._file.buffer, dtype=torch.uint8)
 
     def register_kv_caches(self, blocks: torch.Tensor, layout: KVLayout, wake: Callable[[], None]) -> None:
         if blocks.dtype is not torch.uint8 or blocks.dim() != 2 or blocks.shape[1] != layout.bytes_per_block:
             raise ConfigurationError(f"The KV cache must be uint8 [blocks, {layout.bytes_per_block}].")
         if not blocks.is_contiguous():
             raise ConfigurationError("The KV cache must be contiguous.")
+        assert self._plane is not None
         num_blocks = blocks.shape[0]
         if self.is_producer:
-            memory = self.offer(blocks)
+            memory = self._plane.offer(self._memory_of_producer(blocks))
+            self._file = None
             try:
                 self._lease_server = LeaseServer(self.config, layout, num_blocks, memory, self.stats, wake)
             except ConfigurationError:
                 memory.close()
                 raise
         else:
-            self.prepare(blocks)
-            self._puller = Puller(self.config, layout, num_blocks, self.reach, self.stats, wake)
+            self._memory = _memory_of(blocks)
+            self._plane.prepare(self._memory)
+            self._puller = Puller(self.config, layout, num_blocks, self._reach, self.stats, wake)
+
+    def _memory_of_producer(self, blocks: torch.Tensor) -> Memory:
+        assert self._plane is not None
+        if not self._plane.needs_file:
+            return _memory_of(blocks)
+        file = self._file
+        offset = -1 if file is None else blocks.data_ptr() - file.address
+        if file is None or not 0 <= offset <= file.num_bytes - blocks.nbytes:
+            raise ConfigurationError("The KV cache must lie in the memory that allocate_kv_cache returned.")
+        return Memory.of_file(file, offset, blocks.nbytes)
+
+    def _reach(self, peer: Peer, description: bytes) -> ReachedMemory:
+        assert self._plane is not None
+        assert self._memory is not None
+        return self._plane.reach(peer, description, self._memory)
 
     def get_handshake_metadata(self) -> dict[str, str | int]:
         if self._lease_server is None:
@@ -162,3 +179,7 @@ class PullConnector(KVConnector):
         if self._lease_server is not None:
             return FinishedTransfers(sent=self._lease_server.take_sent())
         return FinishedTransfers()
+
+
+def _memory_of(blocks: torch.Tensor) -> Memory:
+    return Memory(blocks.data_ptr(), blocks.nbytes, str(blocks.device), blocks)

@@ -27,27 +27,25 @@ from chiasm.kv_transfer.base import (
     KVLayout,
     KVLoad,
     KVTransferConfig,
-    ReachedMemory,
-    TransferError,
 )
-from chiasm.kv_transfer.control import (
+from chiasm.kv_transfer.blocks import runs_of
+from chiasm.kv_transfer.leases import LeaseRefused
+from chiasm.kv_transfer.messages import (
     MAX_CLAIM_SECONDS,
-    PROTOCOL_VERSION,
-    READ_AHEAD_BYTES,
-    Channel,
-    ChannelClosed,
     Claim,
-    ControlThread,
     Copied,
     Granted,
-    Hello,
     ProducerMessage,
     Refused,
     Release,
     Welcome,
     Whole,
+    terms_of,
 )
-from chiasm.kv_transfer.leases import LeaseRefused
+from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
+from chiasm.transfer.errors import TransferError
+from chiasm.transfer.greeting import open_channel
+from chiasm.transfer.memory import Peer, ReachedMemory
 
 _logger = logging.getLogger(__name__)
 
@@ -113,8 +111,8 @@ class _Pull:
 class Puller:
     """Pulls the blocks of this consumer's requests from any number of producers.
 
-    ``reach`` makes a producer's memory readable, given its Welcome; it runs on any thread and raises TransferError if it
-    can't. ``wake`` is called, on the control thread, when :meth:`take_finished` has something new.
+    ``reach`` makes a producer's memory readable, given its place and description; it runs on any thread and raises
+    TransferError if it can't. ``wake`` is called, on the control thread, when :meth:`take_finished` has something new.
     """
 
     def __init__(
@@ -122,12 +120,13 @@ class Puller:
         config: KVTransferConfig,
         layout: KVLayout,
         num_blocks: int,
-        reach: Callable[[Welcome], ReachedMemory],
+        reach: Callable[[Peer, bytes], ReachedMemory],
         stats: KVConnectorStats,
         wake: Callable[[], None],
     ) -> None:
         self._config = config
-        self._layout = layout
+        self._block_bytes = layout.bytes_per_block
+        self._terms = terms_of(config, layout)
         self._num_blocks = num_blocks
         self._reach = reach
         self._stats = stats
@@ -281,7 +280,7 @@ class Puller:
             raise TransferError("it granted a block that it does not have")
         assert producer.memory is not None, "nothing is granted before the memory is reached"
         del pull.waiting[load.index]
-        copying = asyncio.get_running_loop().run_in_executor(self._pool, _copy, producer.memory, pull, load)
+        copying = asyncio.get_running_loop().run_in_executor(self._pool, self._copy, producer.memory, pull, load)
         pull.copies.add(copying)
         try:
             seconds = await copying
@@ -298,7 +297,7 @@ class Puller:
         is_whole = await self._ask(pull, Copied(pull.number, load.index), Whole(pull.number, load.index))
         if is_whole and pull.waiting.pop(load.index, None) is not None:
             self._stats.transfers += 1
-            self._stats.transferred_bytes += len(load.local) * self._layout.bytes_per_block
+            self._stats.transferred_bytes += len(load.local) * self._block_bytes
             self._stats.transfer_seconds += seconds
             self._end_load(pull, load)
 
@@ -350,13 +349,17 @@ class Puller:
 
     async def _converse(self, producer: _Producer) -> None:
         """Connect to a producer, reach its memory, and hand out its answers until the connection ends."""
+        address, timeout = producer.address, self._config.connect_timeout_seconds
+        peer = Peer(address.host, address.port)
+        producer.channel = channel = await open_channel(peer, address.engine_id, self._terms, _DECODER, timeout)
         try:
-            channel, welcome = await self._connect(producer)
+            async with asyncio.timeout(timeout):
+                welcome = await channel.receive()
         except TimeoutError:
             raise TransferError(self._no_answer) from None
-        except (OSError, ValueError) as error:  # ValueError: no host can have this name
-            raise TransferError(f"it cannot be reached: {error}") from error
-        memory = await asyncio.get_running_loop().run_in_executor(None, self._reach, welcome)
+        if not isinstance(welcome, Welcome):
+            raise ChannelClosed("its first message is no welcome")
+        memory = await asyncio.get_running_loop().run_in_executor(None, self._reach, peer, welcome.memory)
         if producer.lost:
             memory.close()
             return
@@ -377,20 +380,6 @@ class Puller:
                 answer.set_exception(LeaseRefused(message.reason))
             else:
                 answer.set_result(None)
-
-    async def _connect(self, producer: _Producer) -> tuple[Channel[ProducerMessage], Welcome]:
-        address, config = producer.address, self._config
-        async with asyncio.timeout(config.connect_timeout_seconds):
-            streams = await asyncio.open_connection(address.host, address.port, limit=READ_AHEAD_BYTES)
-        producer.channel = channel = Channel(*streams, _DECODER)
-        channel.send(Hello(PROTOCOL_VERSION, config.connector, address.engine_id, config.fingerprint, self._layout))
-        async with asyncio.timeout(config.connect_timeout_seconds):
-            answer = await channel.receive()
-        if isinstance(answer, Refused):
-            raise TransferError(answer.reason)
-        if not isinstance(answer, Welcome):
-            raise ChannelClosed("its greeting is not a welcome")
-        return channel, answer
 
     def _lose(self, producer: _Producer, reason: str) -> None:
         """End the connection to a producer, and fail the pulls that depend on it."""
@@ -422,19 +411,19 @@ class Puller:
     def _no_answer(self) -> str:
         return f"it did not answer within {self._config.connect_timeout_seconds:g} seconds"
 
+    def _copy(self, memory: ReachedMemory, pull: _Pull, load: KVLoad) -> float | None:
+        """Copy the blocks of a load, on a transfer thread. Return the seconds it took, None if it was stopped.
 
-def _copy(memory: ReachedMemory, pull: _Pull, load: KVLoad) -> float | None:
-    """Copy the blocks of a load, on a transfer thread. Return the seconds it took, None if it was stopped.
-
-    Raises TransferError if no blocks of this producer can be read any more.
-    """
-    started = time.perf_counter()
-    try:
-        if pull.should_stop() or not memory.read(load.local, load.remote, pull.should_stop):
-            return None
-    except TransferError:
-        raise
-    except Exception as error:
-        _logger.exception("A transfer failed.")
-        raise TransferError(f"the transfer failed: {error}") from error
-    return time.perf_counter() - started
+        Raises TransferError if no blocks of this producer can be read any more.
+        """
+        runs = runs_of(load.local, load.remote, self._block_bytes)
+        started = time.perf_counter()
+        try:
+            if pull.should_stop() or not memory.read(runs, pull.should_stop):
+                return None
+        except TransferError:
+            raise
+        except Exception as error:
+            _logger.exception("A transfer failed.")
+            raise TransferError(f"the transfer failed: {error}") from error
+        return time.perf_counter() - started

@@ -26,6 +26,7 @@ from chiasm.kv_transfer.base import (
     KVTransferConfig,
     KVTransferRole,
 )
+from chiasm.transfer.memory import Memory
 from chiasm.wire import KVTransferParams
 
 _ENGINE_ID = "transfer-benchmark"
@@ -238,12 +239,17 @@ class _BareNixl:
     """A NIXL agent that does nothing but read from another."""
 
     def __init__(self, blocks: torch.Tensor, agent_metadata: bytes, address: int, num_blocks: int) -> None:
-        from chiasm.kv_transfer.nixl import Agent, import_nixl
+        from chiasm.transfer.nixl import Agent, import_nixl
 
-        self._agent = Agent(import_nixl(), "bare-consumer", blocks)
+        self._agent = Agent(import_nixl(), "bare-consumer", _memory_of(blocks))
         name = self._agent.api.add_remote_agent(agent_metadata)
-        self._local = self._agent.list_blocks("NIXL_INIT_AGENT", blocks.data_ptr(), len(blocks), 0)
-        self._remote = self._agent.list_blocks(name, address, num_blocks, 0)
+        self._local = self._list("NIXL_INIT_AGENT", blocks.data_ptr(), len(blocks), blocks.shape[1])
+        self._remote = self._list(name, address, num_blocks, blocks.shape[1])
+
+    def _list(self, agent_name: str, address: int, num_blocks: int, block_bytes: int) -> Any:
+        """Prepare the list of an agent's blocks, which are contiguous from ``address`` on."""
+        blocks = [(address + block * block_bytes, block_bytes, 0) for block in range(num_blocks)]
+        return self._agent.api.prep_xfer_dlist(agent_name, np.array(blocks, np.uint64), self._agent.kind)
 
     def read(self, blocks: _Blocks) -> float:
         api = self._agent.api
@@ -276,9 +282,9 @@ def _produce(pipe: Connection, connector: str, layout: KVLayout, num_blocks: int
             producer.worker.get_finished()
             pipe.send(handle)
         elif what == "describe":
-            from chiasm.kv_transfer.nixl import Agent, import_nixl
+            from chiasm.transfer.nixl import Agent, import_nixl
 
-            agent = Agent(import_nixl(), "bare-producer", producer.blocks)
+            agent = Agent(import_nixl(), "bare-producer", _memory_of(producer.blocks))
             pipe.send((agent.api.get_agent_metadata(), producer.blocks.data_ptr(), num_blocks))
         else:
             is_driven = what == "drive"
@@ -288,3 +294,7 @@ def _produce(pipe: Connection, connector: str, layout: KVLayout, num_blocks: int
 
 def _config(connector: str, role: KVTransferRole) -> KVTransferConfig:
     return KVTransferConfig(connector=connector, role=role, engine_id=_ENGINE_ID, lease_seconds=_PATIENCE_SECONDS)
+
+
+def _memory_of(blocks: torch.Tensor) -> Memory:
+    return Memory(blocks.data_ptr(), blocks.nbytes, owner=blocks)

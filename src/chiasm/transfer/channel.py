@@ -1,11 +1,8 @@
-"""The control channel: what a consumer and a producer tell each other about blocks.
+"""The channel between a holder and a reader: framed messages over TCP, and the thread that carries them.
 
-A connection carries frames. Each is the length of its body (4 bytes, big-endian) and the body, one msgpack message. The
-consumer sends Hello and receives Welcome or Refused. Then, for each request, it sends Claim (answered by Granted or Refused),
-Copied after each load (answered by Whole or Refused), and Release, which has no answer. Answers come in the order of the
-questions. When a connection ends, everything that was claimed on it is released.
-
-What comes in is bounded and checked; a message that isn't understood ends its connection.
+A connection carries frames. Each is the length of its body (4 bytes, big-endian) and the body, one msgpack message. Which
+messages these are is the matter of those who use the channel. What comes in is bounded and checked; a message that isn't
+understood ends its connection.
 """
 
 from __future__ import annotations
@@ -16,93 +13,25 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, Generic, TypeVar, TypeVarTuple
+from typing import Any, Generic, TypeVar, TypeVarTuple
 
 import msgspec
 
-from chiasm.kv_transfer.base import KVLayout, TransferError
-from chiasm.wire import MAX_BLOCKS, UNREADABLE, Name, TokenId
+from chiasm.transfer.errors import TransferError
+from chiasm.wire import UNREADABLE
 
-PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20
-"""Enough for a claim of two hundred thousand blocks."""
 MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES
 """How much may wait to be sent on one connection before the other side counts as gone."""
-MAX_CLAIM_SECONDS = 86_400.0
 READ_AHEAD_BYTES = 1 << 16
 """How much of one connection is read before it is looked at; twice that at most, unless a frame is longer."""
-_LENGTH = struct.Struct(">I")
+LENGTH = struct.Struct(">I")
 _OTHER_PROTOCOL = "it does not speak the control protocol"
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A host that vanished is noticed within half a minute."""
 
-ClaimNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
-
-
-class Hello(msgspec.Struct, tag="hello", frozen=True):
-    """The first message: what the consumer expects of the producer, whose ``engine_id`` this is."""
-
-    version: int
-    connector: Name
-    engine_id: Name
-    fingerprint: Name
-    layout: KVLayout
-
-
-class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """The two match. ``memory`` tells the connector how to reach the producer's blocks."""
-
-    num_blocks: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-    memory: bytes
-
-
-class Claim(msgspec.Struct, tag="claim", frozen=True):
-    """Hold the blocks of a handle. ``claim`` is a number that the consumer uses once on a connection."""
-
-    claim: ClaimNumber
-    request_id: Name
-    block_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_BLOCKS)]
-    seconds_left: Annotated[float, msgspec.Meta(ge=0, le=MAX_CLAIM_SECONDS)]
-    """Time until the consumer's request fails and the blocks may be used again."""
-
-
-class Granted(msgspec.Struct, tag="granted", frozen=True):
-    """The blocks are held."""
-
-    claim: ClaimNumber
-
-
-class Copied(msgspec.Struct, tag="copied", frozen=True):
-    """The blocks of one load were read. Were they still held?"""
-
-    claim: ClaimNumber
-    load: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-
-
-class Whole(msgspec.Struct, tag="whole", frozen=True):
-    """The blocks were held throughout, so what was read is what was offered."""
-
-    claim: ClaimNumber
-    load: int
-
-
-class Release(msgspec.Struct, tag="release", frozen=True):
-    """The blocks are no longer needed."""
-
-    claim: ClaimNumber
-
-
-class Refused(msgspec.Struct, tag="refused", frozen=True):
-    """A claim was refused or lost, or without ``claim`` the whole connection. ``reason`` is a clause without full stop."""
-
-    reason: Annotated[str, msgspec.Meta(max_length=4096)]
-    claim: ClaimNumber | None = None
-
-
-ConsumerMessage = Hello | Claim | Copied | Release
-ProducerMessage = Welcome | Granted | Whole | Refused
-
 _Incoming = TypeVar("_Incoming")
+_Other = TypeVar("_Other")
 _Arguments = TypeVarTuple("_Arguments")
 
 
@@ -115,7 +44,10 @@ class NotUnderstood(ChannelClosed):
 
 
 class Channel(Generic[_Incoming]):
-    """One end of a connection. The code that creates it closes it, also after ChannelClosed."""
+    """One end of a connection, which receives messages of the decoder's type. Used on the thread of its event loop.
+
+    The code that creates it closes it, also after ChannelClosed.
+    """
 
     def __init__(
         self,
@@ -126,22 +58,22 @@ class Channel(Generic[_Incoming]):
         self._reader = reader
         self._writer = writer
         self._decoder = decoder
-        connection = writer.get_extra_info("socket")
         with contextlib.suppress(OSError):  # it broke already, and receive raises the error
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in _KEEPALIVE.items():
-                if hasattr(socket, name):
-                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            keep_alive(writer.get_extra_info("socket"))
 
     async def receive(self) -> _Incoming:
         """Wait for the next message. Raises ChannelClosed if the connection ends, NotUnderstood if something else comes."""
+        return await self.receive_as(self._decoder)
+
+    async def receive_as(self, decoder: msgspec.msgpack.Decoder[_Other]) -> _Other:
+        """Wait for a message of another type, as in a greeting."""
         try:
-            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+            (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
             if length > MAX_FRAME_BYTES:
                 raise NotUnderstood(
                     f"{_OTHER_PROTOCOL}: a message of {length} bytes came, {MAX_FRAME_BYTES} are allowed"
                 )
-            return self._decoder.decode(await self._reader.readexactly(length))
+            return decoder.decode(await self._reader.readexactly(length))
         except asyncio.IncompleteReadError:
             raise ChannelClosed("the connection was closed") from None
         except OSError as error:
@@ -149,20 +81,28 @@ class Channel(Generic[_Incoming]):
         except UNREADABLE as error:
             raise NotUnderstood(f"{_OTHER_PROTOCOL}: {error}") from error
 
-    def send(self, message: ConsumerMessage | ProducerMessage) -> None:
+    def send(self, message: msgspec.Struct) -> None:
         """Send a message without waiting. Raises ValueError if it is too long, ChannelClosed if it can't be sent."""
         body = msgspec.msgpack.encode(message)
         if len(body) > MAX_FRAME_BYTES:
             raise ValueError(f"a message of {len(body)} bytes is longer than the {MAX_FRAME_BYTES} that are allowed")
         if self._writer.is_closing():
             raise ChannelClosed("the connection was closed")
-        self._writer.write(_LENGTH.pack(len(body)) + body)
+        self._writer.write(LENGTH.pack(len(body)) + body)
         if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             raise ChannelClosed("the other side does not read what it is sent")
 
     def close(self) -> None:
         """End the connection at once. What the socket hasn't taken yet isn't sent; idempotent."""
         self._writer.transport.abort()
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice a host that has vanished. Raises OSError if the connection is broken."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class ControlThread:

@@ -1,0 +1,238 @@
+"""The holder's side: keeps embeddings in memory, and tells readers of them on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from chiasm.ec_transfer.base import ECConnectorStats, ECTransferConfig
+from chiasm.ec_transfer.entry_file import HEADER_BYTES, data_bytes, header_of
+from chiasm.ec_transfer.entry_memory import clear_entry, write_entry
+from chiasm.ec_transfer.offers import NoRoom, OfferTable, TooManyWanted
+from chiasm.ec_transfer.peer_messages import Bad, Done, Forget, Here, ReaderMessage, Take, Want, Welcome
+from chiasm.errors import StorageError
+from chiasm.transfer.arena import Arena, Piece
+from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
+from chiasm.transfer.greeting import Terms
+from chiasm.transfer.listener import Listener
+from chiasm.transfer.memory import OfferedMemory, Range
+from chiasm.transfer.memory_file import find_lock
+from chiasm.wire import ECPlace
+
+if TYPE_CHECKING:
+    import torch
+
+_logger = logging.getLogger(__name__)
+
+GREETING_SECONDS = 5.0
+MAX_READING_SECONDS = 60.0
+"""How long a reader may keep what it was granted without saying anything."""
+_DECODER: msgspec.msgpack.Decoder[ReaderMessage] = msgspec.msgpack.Decoder(ReaderMessage)
+
+
+class Holder:
+    """The embeddings that a producer offers. Listens from the start; raises ConfigurationError if it can't.
+
+    ``publish``, ``has`` and ``remove`` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        config: ECTransferConfig,
+        engine_id: str,
+        terms: Terms,
+        arena: Arena,
+        memory: OfferedMemory,
+        stats: ECConnectorStats,
+        *,
+        has_checksums: bool,
+    ) -> None:
+        """``memory`` is the arena's, as the data plane offers it."""
+        self._config = config
+        self._arena = arena
+        self._memory = memory
+        self._stats = stats
+        self._has_checksums = has_checksums
+        self._written = threading.Condition()  # guards the table and the stats
+        self._table: OfferTable[Piece] = OfferTable(
+            arena.allocate, lambda piece: piece.offset, self._free, self._is_used
+        )
+        self._channels: dict[int, Channel[ReaderMessage]] = {}
+        self._claims: dict[tuple[int, str], int] = {}
+        """The number of each grant."""
+        self._claim_numbers = itertools.count(1)
+        self._reading = asyncio.Event()
+        """Set while somebody may be reading."""
+        self._listener = Listener(
+            config.host,
+            config.port,
+            engine_id,
+            terms,
+            memory,
+            _DECODER,
+            greeting_seconds=GREETING_SECONDS,
+            option="--ec",
+        )
+        self.place = ECPlace(host=config.host, port=self._listener.port, engine_id=engine_id)
+        self._control = ControlThread("ec-holder", self._run)
+
+    @property
+    def max_entry_bytes(self) -> int:
+        """The largest embedding that fits."""
+        return self._arena.num_bytes - HEADER_BYTES
+
+    def has(self, identifier: str) -> bool:
+        with self._written:
+            return self._table.has(identifier)
+
+    def publish(self, identifier: str, tensor: torch.Tensor) -> None:
+        """Copy an embedding into the arena, unless it is there, and tell the readers that want it.
+
+        Raises StorageError if it can't be stored.
+        """
+        header = header_of(identifier, self._config.fingerprint, tensor)
+        with self._written:
+            while (reserved := self._reserve(identifier, HEADER_BYTES + header.data_bytes)) is None:
+                if self._table.has(identifier):
+                    return
+                self._written.wait()  # another thread writes it
+        address = self._arena.file.address + reserved.offset
+        try:
+            header = write_entry(address, header, tensor, with_checksum=self._has_checksums)
+        except BaseException:
+            with self._written:
+                self._table.abandon(identifier)
+                self._written.notify_all()
+            raise
+        reserved.publish()
+        with self._written:
+            self._table.publish(identifier, header)
+            self._written.notify_all()
+            self._stats.saves += 1
+            self._stats.saved_bytes += header.data_bytes
+        self._control.call(self._tell)
+
+    def remove(self, identifier: str) -> None:
+        """Offer an embedding no more."""
+        with self._written:
+            self._table.remove(identifier)
+        self._control.call(self._tell)
+
+    def close(self) -> None:
+        """Stop listening and end all connections. Called once."""
+        self._control.close()
+        self._memory.close()
+
+    def _reserve(self, identifier: str, size_bytes: int) -> Piece | None:
+        try:
+            reserved = self._table.reserve(identifier, size_bytes)
+        except NoRoom:
+            raise StorageError(
+                f"An embedding of {size_bytes} bytes finds no room among the {self._arena.num_bytes} bytes for embeddings, "
+                "because the rest is too small or is being read; raise --ec-max-bytes."
+            ) from None
+        if reserved is None:
+            return None
+        self._stats.evictions += reserved.evictions
+        self._stats.evicted_bytes += reserved.evicted_bytes
+        return reserved.piece
+
+    def _free(self, piece: Piece) -> None:
+        clear_entry(self._arena.file.address + piece.offset)  # before anybody may use it again: see sources.py
+        piece.release()
+
+    def _is_used(self, piece: Piece) -> bool:
+        """Return whether a reader uses the piece where it is."""
+        return find_lock(self._arena.file.descriptor, piece.offset, piece.size_bytes) is not None
+
+    # ---- the control thread -------------------------------------------------------------------------------------------
+
+    async def _run(self, closing: asyncio.Event) -> None:
+        progress = asyncio.create_task(self._progress())
+        await self._listener.run(closing, self._serve, self._leave)
+        progress.cancel()
+        await asyncio.gather(progress, return_exceptions=True)
+
+    async def _progress(self) -> None:
+        """Do the transport's part while somebody may be reading."""
+        if self._memory.progress_seconds is not None:
+            while True:
+                await self._reading.wait()
+                self._memory.progress()
+                await asyncio.sleep(self._memory.progress_seconds)
+
+    async def _serve(self, reader: int, channel: Channel[ReaderMessage]) -> None:
+        channel.send(Welcome(self._memory.describe(reader), self._arena.num_bytes))
+        self._channels[reader] = channel
+        while True:
+            with self._written:
+                is_reading = self._table.is_granted(reader)
+            try:
+                async with asyncio.timeout(MAX_READING_SECONDS if is_reading else None):
+                    message = await channel.receive()
+            except TimeoutError:
+                raise ChannelClosed("it was granted an embedding, and said nothing for a minute") from None
+            self._answer(reader, message)
+            await asyncio.sleep(0)  # take turns: a message that is here already is received without waiting
+
+    def _answer(self, reader: int, message: ReaderMessage) -> None:
+        with self._written:
+            if isinstance(message, Want):
+                try:
+                    self._table.want(reader, message.identifier, message.room_bytes)
+                except TooManyWanted:
+                    raise ChannelClosed("it wants more embeddings at once than it may") from None
+            elif isinstance(message, Take):
+                self._table.grant(reader, message.identifier)
+            else:
+                self._withdraw(reader, message.identifier)
+                if isinstance(message, Bad):
+                    _logger.warning("The embedding of item %s was rejected by a reader.", message.identifier)
+                    self._stats.corrupt_entries += 1
+                    self._table.disown(reader, message.identifier)
+                else:
+                    assert isinstance(message, Done | Forget)
+                    self._table.forget(reader, message.identifier)
+        self._tell()
+
+    def _leave(self, reader: int) -> None:
+        self._channels.pop(reader, None)
+        self._claims = {key: claim for key, claim in self._claims.items() if key[0] != reader}
+        with self._written:
+            self._table.leave(reader)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Send what readers are to be told."""
+        with self._written:
+            notices = self._table.take_notices()
+        for reader, message in notices:
+            channel = self._channels.get(reader)
+            if channel is None:
+                continue
+            if isinstance(message, Here) and message.granted:
+                self._grant(reader, message)
+            try:
+                channel.send(message)
+            except ChannelClosed:
+                channel.close()  # its task ends, and it leaves
+        if self._claims:
+            self._reading.set()
+        else:
+            self._reading.clear()
+
+    def _grant(self, reader: int, here: Here) -> None:
+        if (reader, here.identifier) not in self._claims:
+            claim = self._claims[reader, here.identifier] = next(self._claim_numbers)
+            size = HEADER_BYTES + data_bytes(here.dtype, here.shape)
+            self._memory.grant(reader, claim, [Range(here.offset, size)])
+
+    def _withdraw(self, reader: int, identifier: str) -> None:
+        claim = self._claims.pop((reader, identifier), None)
+        if claim is not None:
+            self._memory.withdraw(reader, claim)

@@ -1,0 +1,230 @@
+"""The base of connectors that move embeddings from an encoder's memory to a language model's: everything but the data plane.
+
+A producer's worker role has a :class:`Holder`, a consumer's scheduler role a :class:`Reader`. If both halves of an instance are
+in one process, they know each other: a producer's scheduler role asks its worker role what is published.
+"""
+
+from __future__ import annotations
+
+import secrets
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+
+from chiasm.ec_transfer.base import (
+    ECConnector,
+    ECConnectorMetadata,
+    ECConnectorRole,
+    ECTransferConfig,
+    RequestLike,
+    check_identifier,
+)
+from chiasm.ec_transfer.holder import Holder
+from chiasm.ec_transfer.peer_messages import PROTOCOL, PROTOCOL_VERSION, Welcome
+from chiasm.ec_transfer.reader import Reader
+from chiasm.ec_transfer.sources import Arrived, Source
+from chiasm.ec_transfer.wants import Wanted
+from chiasm.errors import ConfigurationError
+from chiasm.transfer.arena import Arena
+from chiasm.transfer.greeting import Terms
+from chiasm.transfer.memory import DataPlane, Memory, Peer
+from chiasm.wire import ECPlace
+
+_WARM_BYTES = 512 << 20
+"""What a holder touches at its start, since the first touch of memory takes several times as long as a copy into it."""
+
+
+@dataclass(frozen=True)
+class PeerMetadata(ECConnectorMetadata):
+    """What one step loads, with the embeddings themselves."""
+
+    arrived: dict[str, Arrived] = field(default_factory=dict, repr=False, compare=False)
+
+
+class PeerConnector(ECConnector):
+    """Moves embeddings between the memories of processes, which ``expect`` introduces to each other.
+
+    A producer keeps what it publishes in ``config.max_bytes`` of memory, the least recently used are evicted, and listens on
+    ``config.host`` and ``config.port``. At a consumer, at most ``config.receive_bytes`` are on their way or ready at the same
+    time. Raises ConfigurationError for limits or an address that can't work.
+    """
+
+    has_checksums: ClassVar[bool] = True
+    """Whether what is read is compared with what was published."""
+
+    def __init__(self, config: ECTransferConfig, role: ECConnectorRole) -> None:
+        super().__init__(config, role)
+        if config.separate_processes:
+            raise ConfigurationError(
+                f"{config.connector} needs both of its halves in one process; use SharedStorageConnector in vLLM."
+            )
+        self._engine_id = secrets.token_hex(16)
+        self._other: PeerConnector | None = None
+        self._holder: Holder | None = None
+        self._reader: Reader | None = None
+        self._missed: dict[str, None] = {}
+        """What the engine asked for in vain since the last step."""
+        self._noted: dict[str, Arrived] = {}
+        self._in_use: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
+        """Embeddings that the engine took and that something still uses."""
+        terms = Terms(
+            PROTOCOL,
+            PROTOCOL_VERSION,
+            {"connector": config.connector, "fingerprint": config.fingerprint},
+            config.fleet_key,
+        )
+        if role is ECConnectorRole.WORKER and self.is_producer:
+            self._holder = self._hold(terms)
+        if role is ECConnectorRole.SCHEDULER and self.is_consumer:
+            self._reader = Reader(terms, config.receive_bytes, self.reach, self.stats)
+
+    @abstractmethod
+    def plane(self) -> DataPlane:
+        """Return the data plane. Raises ConfigurationError if it can't work here. Called once."""
+
+    @abstractmethod
+    def reach(self, peer: Peer, welcome: Welcome) -> Source:
+        """Consumer: reach the memory of a holder. Called on any thread. Raises TransferError."""
+
+    def memory_freed(self) -> None:
+        """Consumer: there is memory again. Called from any thread."""
+        if self._reader is not None:
+            self._reader.memory_freed()
+
+    def meet(self, other: ECConnector) -> None:
+        assert isinstance(other, PeerConnector)
+        self._other = other
+        if self._reader is not None:
+            self._reader.stats = self.stats = other.stats
+
+    def shutdown(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        if self._holder is not None:
+            self._holder.close()
+        self._reader = self._holder = None
+        self._noted.clear()
+        self.clear_connector_metadata()
+
+    def _hold(self, terms: Terms) -> Holder:
+        arena = Arena(self.config.max_bytes, "chiasm-ec", warm_bytes=_WARM_BYTES)
+        memory = self.plane().offer(Memory.of_file(arena.file))
+        try:
+            return Holder(
+                self.config, self._engine_id, terms, arena, memory, self.stats, has_checksums=self.has_checksums
+            )
+        except ConfigurationError:
+            memory.close()
+            raise
+
+    @property
+    def max_entry_bytes(self) -> int:
+        return self._holder.max_entry_bytes if self._holder is not None else self.config.receive_bytes
+
+    # ---- scheduler role -----------------------------------------------------------------------------------------------
+
+    def set_wake(self, wake: Callable[[], None]) -> None:
+        if self._reader is not None:
+            self._reader.wake = wake
+
+    def expect(self, places: Mapping[str, ECPlace], stored: Collection[str] = ()) -> None:
+        if self._reader is not None:
+            self._reader.expect({check_identifier(name): place for name, place in places.items() if place})
+
+    def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
+        if self._reader is None:
+            return super().ensure_cache_available(request, num_computed_tokens)
+        wanted = [
+            Wanted(
+                check_identifier(item.identifier),
+                item.length,
+                is_needed=item.offset + item.length > num_computed_tokens and item.identifier not in self._in_use,
+            )
+            for item in request.items
+        ]
+        self._reader.want(request.request_id, wanted)
+        return all(not item.is_needed or self._reader.ready(item.identifier) is not None for item in wanted)
+
+    def has_cache_item(self, identifier: str) -> bool:
+        check_identifier(identifier)
+        if self._reader is None:
+            holder = self._other._holder if self._other is not None else None
+            return holder is not None and holder.has(identifier)
+        if identifier in self._noted or self._reader.ready(identifier) is not None:
+            return True
+        if self._reader.is_taken(identifier):  # and the engine has given it up
+            tensor = self._in_use.get(identifier)
+            self._reader.again(identifier, None if tensor is None else Arrived(tensor, 0.0))
+            if tensor is not None:
+                return True
+        self._missed[identifier] = None
+        return False
+
+    def is_coming(self, identifier: str) -> bool:
+        check_identifier(identifier)
+        if self._reader is None:
+            return self.has_cache_item(identifier)
+        return self._reader.is_coming(identifier)
+
+    def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
+        identifier = check_identifier(request.items[index].identifier)
+        arrived = None if self._reader is None else self._reader.ready(identifier)
+        if self._reader is not None and arrived is not None:
+            self._noted[identifier] = arrived
+            self._in_use[identifier] = arrived.tensor
+            self._reader.take(identifier)
+
+    def build_connector_meta(self) -> ECConnectorMetadata:
+        noted, self._noted = self._noted, {}
+        missed, self._missed = self._missed, {}
+        if self._reader is not None and missed:
+            self._reader.need_next(tuple(missed))
+        return PeerMetadata(tuple(noted), noted)
+
+    def request_finished(self, request: RequestLike) -> None:
+        if self._reader is not None:
+            self._reader.finish(request.request_id)
+
+    # ---- worker role --------------------------------------------------------------------------------------------------
+
+    def place(self) -> ECPlace | None:
+        return None if self._holder is None else self._holder.place
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
+        if self._metadata is None or not self.is_consumer:
+            return
+        arrived = self._metadata.arrived if isinstance(self._metadata, PeerMetadata) else {}
+        for identifier in self._metadata.loads:
+            if identifier in encoder_cache:
+                continue
+            entry = arrived.get(identifier)
+            if entry is None:
+                self.stats.load_failures += 1
+                continue
+            encoder_cache[identifier] = entry.tensor
+            self.stats.loads += 1
+            self.stats.loaded_bytes += entry.tensor.nbytes
+            self.stats.load_seconds += entry.seconds
+
+    def discard(self, identifier: str, reason: str) -> None:
+        check_identifier(identifier)
+        if self._holder is not None:
+            self._holder.remove(identifier)
+        elif self._other is not None:
+            self._other.reject(identifier, reason)
+
+    def reject(self, identifier: str, reason: str) -> None:
+        """Scheduler role: what came is of no use. ``reason`` is for the log."""
+        self._in_use.pop(identifier, None)
+        if self._reader is not None:
+            self._reader.reject(identifier, reason)
+
+    def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
+        check_identifier(mm_hash)
+        if self._holder is None:
+            return
+        self._holder.publish(mm_hash, encoder_cache[mm_hash])

@@ -1,0 +1,365 @@
+"""The reader's side: brings in the embeddings that requests want, on threads of its own.
+
+One thread talks to all holders and does nothing else. Other threads read, verify and copy to the device, and reach holders.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from chiasm.ec_transfer.base import ECConnectorStats
+from chiasm.ec_transfer.peer_messages import Here, HolderMessage, Take, Want, Welcome
+from chiasm.ec_transfer.sources import Arrived, EntryUnusable, Source
+from chiasm.ec_transfer.wants import Read, Send, Wanted, WantTable
+from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
+from chiasm.transfer.errors import TransferError
+from chiasm.transfer.greeting import Terms, open_channel
+from chiasm.transfer.memory import Peer
+from chiasm.wire import ECPlace
+
+_logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 5.0
+"""How long a holder may take to answer when it is greeted or asked for a grant. It is asked by nobody's model."""
+MAX_IDLE_HOLDERS = 16
+"""Holders whose connection and memory are kept although nothing is wanted from them."""
+MAX_HOLDERS = 256
+MAX_READING = 2
+"""Embeddings that are read at the same time."""
+_MAX_CONNECTING = 16
+_SLOWEST_BYTES_PER_SECOND = 10e6
+_NO_ANSWER = f"it did not answer within {ANSWER_SECONDS:g} seconds"
+_DECODER: msgspec.msgpack.Decoder[HolderMessage] = msgspec.msgpack.Decoder(HolderMessage)
+
+
+@dataclass(eq=False)
+class _Holder:
+    """One holder, from the first embedding that is wanted from it until the connection ends."""
+
+    place: ECPlace
+    task: asyncio.Task[None] | None = None
+    channel: Channel[HolderMessage] | None = None
+    source: Source | None = None
+    unsent: list[msgspec.Struct] = field(default_factory=list)
+    """What is to be said as soon as there is a channel."""
+    lost: bool = False
+    unanswered: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    """What ends the connection unless a grant is answered in time, by identifier."""
+    num_reads: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.place.engine_id} at {self.place.host}:{self.place.port}"
+
+
+class Reader:
+    """Brings in embeddings from any number of holders. All methods may be called from any thread and return at once.
+
+    ``reach`` makes a holder's memory readable, given its Welcome; it runs on any thread and raises TransferError. ``wake`` can
+    be set; it is called on the control thread when something arrived or was lost.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        capacity_bytes: int,
+        reach: Callable[[Peer, Welcome], Source],
+        stats: ECConnectorStats,
+    ) -> None:
+        self._terms = terms
+        self._reach = reach
+        self.stats = stats
+        self.wake: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()  # guards the table
+        self._table: WantTable[Arrived] = WantTable(capacity_bytes, terms.values["fingerprint"])
+        self._holders: dict[ECPlace, _Holder] = {}  # the least recently used comes first
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._freed: asyncio.Future[None]
+        """Done when memory may be free again, or when somebody who waits for it should look again why."""
+        self._closing = False
+        self._pool = ThreadPoolExecutor(MAX_READING, "ec-read")
+        self._control = ControlThread("ec-reader", self._run)
+
+    # ---- any thread ---------------------------------------------------------------------------------------------------
+
+    def expect(self, places: Mapping[str, ECPlace]) -> None:
+        with self._lock:
+            self._table.expect(places)
+        self._control.call(self._act)
+
+    def want(self, request_id: str, wanted: Sequence[Wanted]) -> None:
+        with self._lock:
+            self._table.want(request_id, wanted)
+        self._control.call(self._act)
+
+    def finish(self, request_id: str) -> None:
+        with self._lock:
+            self._table.finish(request_id)
+        self._control.call(self._act)
+        self._control.call(self._retry)
+
+    def need_next(self, identifiers: Sequence[str]) -> None:
+        with self._lock:
+            self._table.need_next(identifiers)
+        self._control.call(self._act)
+
+    def ready(self, identifier: str) -> Arrived | None:
+        with self._lock:
+            return self._table.ready(identifier)
+
+    def is_coming(self, identifier: str) -> bool:
+        with self._lock:
+            return self._table.is_coming(identifier)
+
+    def is_taken(self, identifier: str) -> bool:
+        with self._lock:
+            return self._table.is_taken(identifier)
+
+    def take(self, identifier: str) -> None:
+        with self._lock:
+            self._table.take(identifier)
+        self._control.call(self._act)
+
+    def again(self, identifier: str, arrived: Arrived | None = None) -> None:
+        with self._lock:
+            self._table.again(identifier, arrived)
+        self._control.call(self._act)
+
+    def reject(self, identifier: str, reason: str) -> None:
+        _logger.warning("The embedding of item %s was rejected: %s.", identifier, reason)
+        with self._lock:
+            self._table.reject(identifier)
+        self._control.call(self._act)
+
+    def memory_freed(self) -> None:
+        """Read what had no memory."""
+        self._control.call(self._retry)
+
+    def close(self) -> None:
+        """Break everything off. When this returns nothing is written any more; idempotent."""
+        self._control.close()
+        self._pool.shutdown()
+
+    # ---- the control thread -------------------------------------------------------------------------------------------
+
+    async def _run(self, closing: asyncio.Event) -> None:
+        self._freed = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_MAX_CONNECTING, "ec-connect"))
+        await closing.wait()
+        self._closing = True
+        self._retry()
+        for holder in list(self._holders.values()):
+            self._lose(holder, "this instance stops")
+            if holder.channel is None and holder.task is not None:
+                holder.task.cancel()  # it connects
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _start(self, holder: _Holder, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run ``work`` as a task. If it raises, the holder is lost."""
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            error = None if task.cancelled() else task.exception()
+            if isinstance(error, TransferError):
+                self._lose(holder, str(error))
+            elif error is not None:
+                _logger.error("An error in the thread that reads embeddings ends one connection.", exc_info=error)
+                self._lose(holder, f"an unexpected error: {error!r}")
+
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(end)
+        return task
+
+    def _act(self) -> None:
+        """Do what the table says."""
+        with self._lock:
+            sends, reads = self._table.take_sends(), self._table.take_reads()
+        for send in sends:
+            self._send(send)
+        for read in reads:
+            holder = self._holders[read.place]
+            holder.num_reads += 1
+            self._start(holder, self._read(holder, read))
+
+    def _send(self, send: Send) -> None:
+        if self._closing:
+            return
+        holder = self._holders.pop(send.place, None)
+        if holder is None:
+            if not isinstance(send.message, Want):
+                return
+            holder = self._meet(send.place)
+        self._holders[send.place] = holder
+        if holder.channel is None or holder.source is None:
+            holder.unsent.append(send.message)
+            return
+        try:
+            holder.channel.send(send.message)
+        except ChannelClosed as error:
+            self._lose(holder, str(error))
+            return
+        if isinstance(send.message, Take):
+            timer = asyncio.get_running_loop().call_later(ANSWER_SECONDS, self._lose, holder, _NO_ANSWER)
+            holder.unanswered[send.message.identifier] = timer
+
+    async def _read(self, holder: _Holder, read: Read) -> None:
+        """Bring in an entry that was granted, as soon as there is memory for it."""
+        assert holder.source is not None
+        give_up = time.monotonic() + ANSWER_SECONDS + read.num_bytes / _SLOWEST_BYTES_PER_SECOND
+
+        def is_of_no_use() -> bool:
+            return holder.lost or self._closing or not self._is_wanted(read)
+
+        def stop() -> bool:
+            return time.monotonic() > give_up or is_of_no_use()
+
+        arrived = None
+        try:
+            while arrived is None and not is_of_no_use():
+                freed = self._freed
+                bringing = asyncio.get_running_loop().run_in_executor(self._pool, _bring, holder.source, read, stop)
+                arrived = await bringing
+                if arrived is None and time.monotonic() > give_up:
+                    raise TransferError("reading from it took too long")
+                if arrived is None and not is_of_no_use():
+                    await asyncio.wait([freed])
+                    give_up = time.monotonic() + ANSWER_SECONDS + read.num_bytes / _SLOWEST_BYTES_PER_SECOND
+        except EntryUnusable as error:
+            _logger.warning("The embedding of item %s from %s was rejected: %s.", read.header.identifier, holder, error)
+            self._end_read(holder, read, bad=error.bad)
+        except TransferError as error:
+            self._end_read(holder, read)
+            self._lose(holder, str(error))
+        else:
+            self._end_read(holder, read, arrived)
+
+    def _end_read(self, holder: _Holder, read: Read, arrived: Arrived | None = None, *, bad: bool = False) -> None:
+        with self._lock:
+            if arrived is None:
+                matters = self._table.failed(read, bad=bad)
+                self.stats.load_failures += matters
+                self.stats.corrupt_entries += bad
+            else:
+                matters = self._table.arrived(read, arrived)
+        holder.num_reads -= 1
+        self._close_if_unused(holder)
+        self._act()
+        if matters and not self._closing:
+            self.wake()
+
+    def _is_wanted(self, read: Read) -> bool:
+        with self._lock:
+            return self._table.is_wanted(read)
+
+    def _retry(self) -> None:
+        """Let those who wait for memory look again."""
+        freed, self._freed = self._freed, asyncio.get_running_loop().create_future()
+        freed.set_result(None)
+
+    # ---- holders ------------------------------------------------------------------------------------------------------
+
+    def _meet(self, place: ECPlace) -> _Holder:
+        with self._lock:
+            in_use = self._table.places_in_use()
+        idle = [holder for holder in self._holders.values() if holder.place not in in_use and not holder.num_reads]
+        for other in idle[: max(0, len(idle) - MAX_IDLE_HOLDERS + 1)]:
+            self._lose(other, "it was idle")
+        holder = _Holder(place)
+        self._holders[place] = holder
+        holder.task = self._start(holder, self._converse(holder))
+        return holder
+
+    async def _converse(self, holder: _Holder) -> None:
+        """Connect to a holder, reach its memory, and hear what it says until the connection ends."""
+        if len(self._holders) > MAX_HOLDERS:
+            raise TransferError(f"embeddings come from {MAX_HOLDERS} encoders already")
+        place = holder.place
+        peer = Peer(place.host, place.port)
+        channel = await open_channel(peer, place.engine_id, self._terms, _DECODER, ANSWER_SECONDS)
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                welcome = await channel.receive()
+            if not isinstance(welcome, Welcome):
+                raise ChannelClosed("it said something else than welcome")
+            source = await asyncio.get_running_loop().run_in_executor(None, self._reach, peer, welcome)
+            if holder.lost:
+                source.close()
+                return
+            holder.channel, holder.source = channel, source
+            for message in holder.unsent:
+                channel.send(message)
+            holder.unsent.clear()
+            while True:
+                self._hear(holder, await channel.receive())
+                await asyncio.sleep(0)  # take turns
+        except TimeoutError:
+            raise TransferError(_NO_ANSWER) from None
+        finally:
+            channel.close()
+
+    def _hear(self, holder: _Holder, message: HolderMessage) -> None:
+        if isinstance(message, Welcome):
+            raise ChannelClosed("it said welcome twice")
+        timer = holder.unanswered.pop(message.identifier, None)
+        if timer is not None:
+            timer.cancel()
+        if isinstance(message, Here):
+            with self._lock:
+                reason = self._table.here(holder.place, message)
+            if reason is not None:
+                self.stats.load_failures += 1
+                _logger.warning("The embedding of item %s at %s can't be used: %s.", message.identifier, holder, reason)
+            is_lost = reason is not None
+        else:
+            with self._lock:
+                is_lost = self._table.gone(holder.place, message.identifier)
+        self._act()
+        if is_lost:
+            self.wake()
+
+    def _lose(self, holder: _Holder, reason: str) -> None:
+        """End the connection to a holder. What was to come from there has to come from elsewhere."""
+        if holder.lost:
+            return
+        holder.lost = True
+        if self._holders.get(holder.place) is holder:
+            del self._holders[holder.place]
+        for timer in holder.unanswered.values():
+            timer.cancel()
+        if holder.channel is not None:
+            holder.channel.close()
+        with self._lock:
+            lost = self._table.lose(holder.place)
+        if (lost or holder.num_reads) and not self._closing:
+            _logger.warning("Gave up encoder %s: %s.", holder, reason)
+        self._close_if_unused(holder)
+        self._retry()
+        self._act()
+        if lost and not self._closing:
+            self.wake()
+
+    def _close_if_unused(self, holder: _Holder) -> None:
+        if holder.lost and not holder.num_reads and holder.source is not None:
+            holder.source.close()
+            holder.source = None
+
+
+def _bring(source: Source, read: Read, stop: Callable[[], bool]) -> Arrived | None:
+    """Bring an entry in, on a thread that reads. Raises EntryUnusable and TransferError, and nothing else."""
+    try:
+        return None if stop() else source.bring(read, stop)
+    except (EntryUnusable, TransferError):
+        raise
+    except Exception as error:
+        _logger.exception("Reading an embedding failed.")
+        raise TransferError(f"reading failed: {error}") from error

@@ -1,0 +1,111 @@
+"""Encoders and language models that exchange embeddings from memory to memory, as their engines would drive them."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from chiasm.ec_transfer import ECConnectorFactory, ECConnectorRole, ECTransferConfig, ECTransferRole
+from chiasm.wire import ECPlace
+
+from .instance import Item, Request, embedding_of, identifier_of
+
+CONNECTORS = ("SharedMemoryConnector",)
+PATIENCE_SECONDS = 30.0
+
+
+class Peer:
+    """Both halves of one instance's connector."""
+
+    def __init__(self, connector: str, role: ECTransferRole, **changes: Any) -> None:
+        settings: dict[str, Any] = {"fingerprint": "5eed", "max_bytes": 8 << 20, "receive_bytes": 4 << 20} | changes
+        config = ECTransferConfig(connector=connector, role=role, **settings)
+        self.scheduler = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
+        self.worker = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
+        self.scheduler.meet(self.worker)
+        self.worker.meet(self.scheduler)
+        self.memory: dict[str, torch.Tensor] = {}
+        self._woken = threading.Condition()
+        self._wakes = 0
+        self.scheduler.set_wake(self._wake)
+
+    def _wake(self) -> None:
+        with self._woken:
+            self._wakes += 1
+            self._woken.notify_all()
+
+    def close(self) -> None:
+        self.memory.clear()
+        self.scheduler.shutdown()
+        self.worker.shutdown()
+
+
+class Encoder(Peer):
+    def __init__(self, connector: str, **changes: Any) -> None:
+        super().__init__(connector, ECTransferRole.PRODUCER, **changes)
+
+    @property
+    def place(self) -> ECPlace:
+        place = self.worker.place()
+        assert place is not None
+        return place
+
+    def encode(self, name: object, embedding: torch.Tensor | None = None) -> str:
+        """Make and publish an embedding, and return its identifier."""
+        identifier = identifier_of(name)
+        self.worker.save_caches({identifier: embedding_of(name) if embedding is None else embedding}, identifier)
+        return identifier
+
+
+class LanguageModel(Peer):
+    def __init__(self, connector: str, **changes: Any) -> None:
+        super().__init__(connector, ECTransferRole.CONSUMER, **changes)
+
+    def admit(self, request_id: str, *names: object, rows: int = 4, num_computed_tokens: int = 0) -> Request:
+        """A request comes that wants the embeddings of these names."""
+        items = tuple(Item(identifier_of(name), index * rows, rows) for index, name in enumerate(names))
+        request = Request(items, request_id)
+        self.scheduler.ensure_cache_available(request, num_computed_tokens)
+        return request
+
+    def step(self, *requests: Request) -> None:
+        """Take what is ready, as an engine's step does."""
+        for request in requests:
+            for index, item in enumerate(request.items):
+                if item.identifier not in self.memory and self.scheduler.has_cache_item(item.identifier):
+                    self.scheduler.update_state_after_alloc(request, index)
+        self.worker.bind_connector_metadata(self.scheduler.build_connector_meta())
+        self.worker.start_load_caches(self.memory)
+        self.worker.clear_connector_metadata()
+
+    def load(self, *requests: Request) -> None:
+        """Step until everything is in memory."""
+        self.until(lambda: self._has_all(requests), *requests)
+
+    def lose(self, *requests: Request) -> None:
+        """Step until something of these requests is neither in memory nor coming."""
+        self.until(lambda: not all(self.scheduler.is_coming(item.identifier) for item in self._missing(requests)), *requests)
+
+    def until(self, condition: Any, *requests: Request) -> None:
+        """Step after every wake until ``condition`` holds."""
+        while True:
+            with self._woken:
+                seen = self._wakes
+            self.step(*requests)
+            if condition():
+                return
+            with self._woken:
+                assert self._woken.wait_for(lambda: self._wakes > seen, PATIENCE_SECONDS), "nothing woke the engine"  # noqa: B023
+
+    def finish(self, request: Request) -> None:
+        for item in request.items:
+            self.memory.pop(item.identifier, None)
+        self.scheduler.request_finished(request)
+
+    def _missing(self, requests: tuple[Request, ...]) -> list[Item]:
+        return [item for request in requests for item in request.items if item.identifier not in self.memory]
+
+    def _has_all(self, requests: tuple[Request, ...]) -> bool:
+        return not self._missing(requests)

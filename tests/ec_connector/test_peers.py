@@ -1,0 +1,266 @@
+"""What every connector from memory to memory promises."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from chiasm.errors import StorageError
+
+from .instance import embedding_of, identifier_of
+from .peers import CONNECTORS, Encoder, LanguageModel, Peer
+
+BIG = 1 << 20
+"""Bytes of a large embedding."""
+
+
+@pytest.fixture(params=CONNECTORS)
+def connector(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make(connector: str) -> Iterator[Callable[..., Any]]:
+    """Makes peers that are closed at the end."""
+    made: list[Peer] = []
+
+    def make_one(kind: type[Peer], **changes: Any) -> Peer:
+        made.append(kind(connector, **changes))  # type: ignore[call-arg]
+        return made[-1]
+
+    yield make_one
+    for peer in made:
+        peer.close()
+
+
+@pytest.fixture
+def encoder(make: Callable[..., Any]) -> Encoder:
+    encoder = make(Encoder)
+    assert isinstance(encoder, Encoder)
+    return encoder
+
+
+@pytest.fixture
+def model(make: Callable[..., Any]) -> LanguageModel:
+    model = make(LanguageModel)
+    assert isinstance(model, LanguageModel)
+    return model
+
+
+def big(name: object, megabytes: int = 1) -> torch.Tensor:
+    return embedding_of(name, rows=megabytes * BIG // 128, columns=64)
+
+
+def test_an_embedding_that_is_published_arrives(encoder: Encoder, model: LanguageModel) -> None:
+    name = encoder.encode("cat")
+    model.scheduler.expect({name: encoder.place})
+    request = model.admit("r", "cat")
+    model.load(request)
+    assert torch.equal(model.memory[name], embedding_of("cat"))
+
+
+def test_an_embedding_may_be_wanted_before_it_is_made(encoder: Encoder, model: LanguageModel) -> None:
+    request = model.admit("r", "cat")
+    model.scheduler.expect({identifier_of("cat"): encoder.place})
+    assert not model.scheduler.is_coming(identifier_of("cat"))
+    name = encoder.encode("cat")
+    model.load(request)
+    assert torch.equal(model.memory[name], embedding_of("cat"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (0, 64)])
+def test_shape_and_dtype_are_kept(
+    encoder: Encoder, model: LanguageModel, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    embedding = embedding_of("cat", *shape, dtype=dtype)
+    name = encoder.encode("cat", embedding)
+    model.scheduler.expect({name: encoder.place})
+    model.load(model.admit("r", "cat"))
+    assert model.memory[name].dtype == dtype
+    assert torch.equal(model.memory[name], embedding)
+
+
+def test_several_requests_share_what_they_want(encoder: Encoder, model: LanguageModel) -> None:
+    name = encoder.encode("cat")
+    first, second = model.admit("1", "cat"), model.admit("2", "cat")
+    model.scheduler.expect({name: encoder.place})
+    model.load(first)
+    model.finish(first)
+    model.load(second)
+    assert torch.equal(model.memory[name], embedding_of("cat"))
+
+
+def test_a_place_that_comes_twice_changes_nothing(encoder: Encoder, model: LanguageModel) -> None:
+    name = encoder.encode("cat")
+    request = model.admit("r", "cat")
+    for _ in range(3):
+        model.scheduler.expect({name: encoder.place})
+    model.load(request)
+    model.scheduler.expect({name: encoder.place})
+    assert torch.equal(model.memory[name], embedding_of("cat"))
+    assert model.worker.stats.loads == 1
+
+
+def test_what_the_engine_has_given_up_comes_again(encoder: Encoder, model: LanguageModel) -> None:
+    name = encoder.encode("cat")
+    model.scheduler.expect({name: encoder.place})
+    request = model.admit("r", "cat")
+    model.load(request)
+    del model.memory[name]
+    gc.collect()
+    model.load(request)
+    assert torch.equal(model.memory[name], embedding_of("cat"))
+
+
+def test_what_was_computed_already_comes_when_it_is_asked_for_after_all(encoder: Encoder, model: LanguageModel) -> None:
+    name = encoder.encode("cat")
+    model.scheduler.expect({name: encoder.place})
+    request = model.admit("r", "cat", num_computed_tokens=4)
+    model.load(request)
+    assert torch.equal(model.memory[name], embedding_of("cat"))
+
+
+def test_a_tensor_in_use_doesnt_change_when_its_entry_is_evicted(make: Callable[..., Any]) -> None:
+    encoder, model = make(Encoder, max_bytes=8 * BIG), make(LanguageModel)
+    name = encoder.encode("cat", big("cat"))
+    model.scheduler.expect({name: encoder.place})
+    request = model.admit("r", "cat", rows=BIG)
+    model.load(request)
+    for number in range(20):
+        encoder.encode(number, big(number))
+    assert not encoder.scheduler.has_cache_item(identifier_of(0))
+    assert torch.equal(model.memory[name], big("cat"))
+
+
+def test_a_tensor_in_use_outlives_its_encoder(make: Callable[..., Any], model: LanguageModel) -> None:
+    encoder = make(Encoder)
+    name = encoder.encode("cat", big("cat"))
+    model.scheduler.expect({name: encoder.place})
+    model.load(model.admit("r", "cat", rows=BIG))
+    encoder.close()
+    assert torch.equal(model.memory[name], big("cat"))
+
+
+def test_what_an_encoder_has_evicted_is_lost_and_comes_from_elsewhere(make: Callable[..., Any]) -> None:
+    small, other, model = make(Encoder, max_bytes=3 * BIG), make(Encoder), make(LanguageModel)
+    name = small.encode("cat", big("cat"))
+    for number in range(3):
+        small.encode(number, big(number))
+    model.scheduler.expect({name: small.place})
+    request = model.admit("r", "cat", rows=BIG)
+    model.step(request)
+    assert not model.scheduler.is_coming(name)
+    other.encode("cat", big("cat"))
+    model.scheduler.expect({name: other.place})
+    model.load(request)
+    assert torch.equal(model.memory[name], big("cat"))
+
+
+def test_an_encoder_that_ends_is_noticed(encoder: Encoder, make: Callable[..., Any]) -> None:
+    model = make(LanguageModel, receive_bytes=BIG)
+    names = [encoder.encode(number, big(number)[: BIG // 256]) for number in range(4)]  # two have room at the same time
+    model.scheduler.expect(dict.fromkeys(names, encoder.place))
+    request = model.admit("r", *range(4), rows=BIG)
+    model.until(lambda: all(model.scheduler.is_coming(name) for name in names[:2]))
+    encoder.close()
+    model.lose(request)
+
+
+def test_a_place_where_nobody_is_loses_what_should_come_from_there(encoder: Encoder, model: LanguageModel) -> None:
+    place = encoder.place
+    encoder.close()
+    request = model.admit("r", "cat")
+    model.scheduler.expect({identifier_of("cat"): place})
+    model.lose(request)
+
+
+def test_an_encoder_of_another_start_is_not_believed(encoder: Encoder, model: LanguageModel) -> None:
+    import msgspec
+
+    name = encoder.encode("cat")
+    request = model.admit("r", "cat")
+    model.scheduler.expect({name: msgspec.structs.replace(encoder.place, engine_id="earlier")})
+    model.lose(request)
+    model.scheduler.expect({name: encoder.place})
+    model.load(request)
+
+
+def test_an_encoder_of_another_model_is_not_believed(make: Callable[..., Any], model: LanguageModel) -> None:
+    encoder = make(Encoder, fingerprint="0ther")
+    name = encoder.encode("cat")
+    request = model.admit("r", "cat")
+    model.scheduler.expect({name: encoder.place})
+    model.lose(request)
+
+
+def test_more_than_fits_comes_in_turn(encoder: Encoder, make: Callable[..., Any]) -> None:
+    model = make(LanguageModel, receive_bytes=BIG + BIG // 2)
+    names = [encoder.encode(number, big(number)) for number in range(6)]
+    model.scheduler.expect(dict.fromkeys(names, encoder.place))
+    requests = [model.admit(str(number), number, number + 1, number + 2, rows=BIG) for number in (0, 3)]
+    model.load(*requests)
+    for number, name in enumerate(names):
+        assert torch.equal(model.memory[name], big(number))
+
+
+def test_what_nobody_takes_makes_room_for_what_is_needed_first(encoder: Encoder, make: Callable[..., Any]) -> None:
+    model = make(LanguageModel, receive_bytes=BIG + BIG // 2)
+    names = [encoder.encode(number, big(number)) for number in range(2)]
+    model.scheduler.expect(dict.fromkeys(names, encoder.place))
+    first, second = model.admit("1", 0, rows=BIG), model.admit("2", 1, rows=BIG)
+    model.until(lambda: model.scheduler.has_cache_item(names[0]), second)
+    model.load(second)
+    assert torch.equal(model.memory[names[1]], big(1))
+    model.load(first)
+
+
+def test_an_embedding_that_can_never_fit_is_refused(encoder: Encoder, make: Callable[..., Any]) -> None:
+    model = make(LanguageModel, receive_bytes=BIG)
+    name = encoder.encode("cat", big("cat", 2))
+    model.scheduler.expect({name: encoder.place})
+    request = model.admit("r", "cat", rows=2 * BIG)
+    model.lose(request)
+
+
+def test_an_encoder_refuses_what_it_can_never_hold(encoder: Encoder) -> None:
+    assert encoder.worker.max_entry_bytes < 9 * BIG
+    with pytest.raises(StorageError, match="--ec-max-bytes"):
+        encoder.encode("cat", big("cat", 9))
+
+
+def test_what_no_request_wants_any_more_is_let_go(encoder: Encoder, model: LanguageModel) -> None:
+    name = encoder.encode("cat")
+    model.scheduler.expect({name: encoder.place})
+    request = model.admit("r", "cat")
+    model.until(lambda: model.scheduler.has_cache_item(name))
+    model.finish(request)
+    assert not model.scheduler.has_cache_item(name)
+
+
+def test_what_has_the_wrong_shape_is_offered_no_more(encoder: Encoder, model: LanguageModel) -> None:
+    name = encoder.encode("cat")
+    model.scheduler.expect({name: encoder.place})
+    request = model.admit("r", "cat")
+    model.load(request)
+    del model.memory[name]
+    model.worker.discard(name, "it has the wrong shape")
+    model.lose(request)
+    while encoder.scheduler.has_cache_item(name):
+        pass
+    encoder.encode("cat")
+    model.scheduler.expect({name: encoder.place})
+    model.load(request)
+
+
+def test_a_language_model_that_was_restarted_wants_again(encoder: Encoder, make: Callable[..., Any]) -> None:
+    name = encoder.encode("cat")
+    for _ in range(2):
+        model = make(LanguageModel)
+        model.scheduler.expect({name: encoder.place})
+        model.load(model.admit("r", "cat"))
+        model.close()

@@ -1,0 +1,116 @@
+"""A holder and its readers in one process, for tests of data planes, and a stranger who says what a test wants."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+import numpy as np
+
+from chiasm.transfer.channel import Channel, ControlThread
+from chiasm.transfer.greeting import Challenge, Terms
+from chiasm.transfer.listener import Listener
+from chiasm.transfer.memory import DataPlane, Memory, Peer, Range, ReachedMemory
+from chiasm.transfer.memory_file import MemoryFile
+
+PATIENCE_SECONDS = 30.0
+NUM_BYTES = 32 << 20
+TERMS = Terms("test", 1, {"model": "5eed"})
+
+
+class Echo(msgspec.Struct, tag="echo", frozen=True):
+    """What readers of these tests say, and hear in answer."""
+
+    text: str = ""
+
+
+ECHO: msgspec.msgpack.Decoder[Echo] = msgspec.msgpack.Decoder(Echo)
+
+
+def content_of(name: object, num_bytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Bytes that only this name has."""
+    return np.random.default_rng(zlib.crc32(repr(name).encode())).integers(0, 256, num_bytes, np.uint8)
+
+
+class Holder:
+    """Offers memory, listens, and answers every message of a greeted reader with the same."""
+
+    def __init__(
+        self, plane: DataPlane, terms: Terms = TERMS, *, greeting_seconds: float = PATIENCE_SECONDS, shift: int = 0
+    ) -> None:
+        self.file = MemoryFile(NUM_BYTES + shift, "chiasm-test")
+        self.bytes = np.frombuffer(self.file.buffer, np.uint8)[shift:]
+        self.bytes[:] = content_of("holder", NUM_BYTES)
+        self.offered = plane.offer(Memory.of_file(self.file, shift))
+        self._listener = Listener(
+            "127.0.0.1", 0, "E", terms, self.offered, ECHO, greeting_seconds=greeting_seconds, option="--test"
+        )
+        self.peer = Peer("127.0.0.1", self._listener.port)
+        self.gone: list[int] = []
+        self._is_closed = False
+        self._control = ControlThread(
+            "test-holder", lambda closing: self._listener.run(closing, self._serve, self.gone.append)
+        )
+
+    async def _serve(self, reader: int, channel: Channel[Echo]) -> None:
+        while True:
+            channel.send(await channel.receive())
+
+    def reach(self, plane: DataPlane, memory: Memory, reader: int = 7) -> ReachedMemory:
+        """Reach the memory as a reader that may read all of it."""
+        description = self.offered.describe(reader)
+        self.offered.grant(reader, 0, [Range(0, NUM_BYTES)])
+        return plane.reach(self.peer, description, memory)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._control.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self.offered.close()
+
+
+class Stranger:
+    """A connection with blocking calls."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.socket = socket.create_connection(peer, PATIENCE_SECONDS)
+
+    def hear_challenge(self) -> Challenge:
+        return msgspec.msgpack.decode(self.hear(), type=Challenge)
+
+    def hear(self) -> bytes:
+        (length,) = struct.unpack(">I", self.exactly(4))
+        return self.exactly(length)
+
+    def exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            more = self.socket.recv(count - len(data))
+            assert more, "the other side ended the connection"
+            data += more
+        return data
+
+    def say(self, message: msgspec.Struct) -> None:
+        body = msgspec.msgpack.encode(message)
+        self.socket.sendall(struct.pack(">I", len(body)) + body)
+
+    def is_closed(self) -> bool:
+        """Whether the other side ends the connection and says no more; waits until it does something."""
+        try:
+            return self.socket.recv(1) == b""
+        except (ConnectionResetError, BrokenPipeError):
+            return True
+
+
+@contextmanager
+def stranger(peer: Peer) -> Iterator[Stranger]:
+    connection = Stranger(peer)
+    try:
+        yield connection
+    finally:
+        connection.socket.close()
