@@ -86,7 +86,9 @@ class LanguageModel(Peer):
 
     def lose(self, *requests: Request) -> None:
         """Step until something of these requests is neither in memory nor coming."""
-        self.until(lambda: not all(self.scheduler.is_coming(item.identifier) for item in self._missing(requests)), *requests)
+        self.until(
+            lambda: not all(self.scheduler.is_coming(item.identifier) for item in self._missing(requests)), *requests
+        )
 
     def until(self, condition: Any, *requests: Request) -> None:
         """Step after every wake until ``condition`` holds."""

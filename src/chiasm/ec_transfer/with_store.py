@@ -143,6 +143,11 @@ class WithStore(ECConnector):
         if role is ECConnectorRole.WORKER and self.is_producer:
             self._writer = Writer(self._store, config.store_queue_bytes)
 
+    def meet(self, other: ECConnector) -> None:
+        assert isinstance(other, WithStore)
+        self._connector.meet(other._connector)
+        self.stats = self._connector.stats
+
     @property
     def store_stats(self) -> StoreReads | StoreWrites | None:
         worker = self._reader or self._writer
