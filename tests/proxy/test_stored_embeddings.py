@@ -137,3 +137,4 @@ async def test_instances_that_cannot_use_a_store_get_what_encoders_make(
     assert (await front.post(ask(image(RED)))).status == 200
     assert len(encoder.received) == 1
     assert await questions(front, "answered") == 0
+    assert await front.metric("chiasm_proxy_store_used") == 0

@@ -248,10 +248,11 @@ class WithStore(ECConnector):
 
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
         identifier = request.items[index].identifier
-        if self._connector.has_cache_item(identifier) or self._reader is None:
-            self._connector.update_state_after_alloc(request, index)
-        elif (landing := self._reader.take(identifier)) is not None:
+        landing = self._reader.take(identifier) if self._reader is not None else None
+        if landing is not None:
             self._noted[identifier] = landing
+        elif identifier not in self._noted:
+            self._connector.update_state_after_alloc(request, index)
 
     def build_connector_meta(self) -> ECConnectorMetadata:
         inner = self._connector.build_connector_meta()

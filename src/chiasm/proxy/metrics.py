@@ -68,6 +68,11 @@ class Metrics:
             ["outcome"],
             registry=self.registry,
         )
+        self.store_used = Gauge(
+            "chiasm_proxy_store_used",
+            "1 if the shared cache is asked, 0 if there is none or a language instance can't use one.",
+            registry=self.registry,
+        )
         self.language_retries = Counter(
             "chiasm_proxy_language_retries",
             "Requests sent to an instance again after a lost connection, or after the last encoder was lost.",

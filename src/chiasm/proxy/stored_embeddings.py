@@ -44,6 +44,7 @@ class StoredEmbeddings:
         self._asking: asyncio.Task[None] | None = None
         self._asked_at = 0.0
         """When the question that the store is being asked began."""
+        metrics.store_used.set_function(lambda: float(self.is_used))
         if self._store is not None:
             self._thread.submit(self._connect, self._store)
 
