@@ -113,6 +113,13 @@ def test_it_is_read_from_the_environment(separator: str) -> None:
     assert key.names == FleetKey([NEW, OLD]).names
 
 
+def test_a_process_that_is_started_gets_it_by_the_environment() -> None:
+    key = FleetKey([NEW, OLD])
+    read = read_fleet_key(None, key.environment())
+    assert read is not None
+    assert read.names == key.names
+
+
 @pytest.mark.parametrize("environment", [{}, {FLEET_KEY_VARIABLE: ""}])
 def test_there_may_be_none(environment: dict[str, str]) -> None:
     assert read_fleet_key(None, environment) is None
@@ -138,6 +145,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ("x" * 31, "at least 32 characters, and one has 31"),
         ("ö" * 40, "ASCII"),
         ("x" * 20 + " " + "x" * 20, "without blanks"),
+        ("x" * 20 + "," + "x" * 20, "and commas"),
         ("\n".join("x" * 32 for _ in range(5)), "at most 4"),
     ],
 )

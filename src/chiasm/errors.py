@@ -57,6 +57,10 @@ class Code(enum.StrEnum):
     INVALID_API_KEY = "invalid_api_key"
     """The API key is missing or wrong."""
     # 403
+    FLEET_KEY_NEEDED = "fleet_key_needed"
+    """The request asks for what only the processes of the fleet may have, and isn't signed with the fleet key."""
+    FLEET_SIGNATURE_INVALID = "fleet_signature_invalid"
+    """The request is signed with another fleet key, or the signature is for another request, too old, or used before."""
     ORIGIN_NOT_ALLOWED = "origin_not_allowed"
     """A web page of another site asks a server that is for its own machine."""
     # 404

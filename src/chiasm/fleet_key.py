@@ -28,8 +28,10 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from chiasm.errors import ConfigurationError
+from chiasm.options import Option
 from chiasm.ownership import other_readers, other_writers
 
 FLEET_KEY_VARIABLE = "CHIASM_FLEET_KEY"
@@ -37,6 +39,15 @@ FLEET_KEY_VARIABLE = "CHIASM_FLEET_KEY"
 LEAST_FLEET_KEY_CHARACTERS = 32
 """``openssl rand -hex 32`` writes 64. The text is the secret as it stands; hex and base64 aren't decoded."""
 MAX_FLEET_KEYS = 4
+FleetKeyFile = Annotated[
+    Path | None,
+    Option(
+        "File with the fleet key, the secret by which proxies and instances know each other: at least 32 characters, readable "
+        "by this user alone. A second line may hold the key that is being replaced.",
+        unset="the variable CHIASM_FLEET_KEY",
+    ),
+]
+"""The field of a configuration that says where :func:`read_fleet_key` reads."""
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 _MAX_FILE_BYTES = 64 << 10
@@ -76,6 +87,7 @@ class FleetKey:
     def __init__(self, keys: Sequence[str]) -> None:
         """The first of ``keys`` proves, and all of them are accepted. Raises ConfigurationError for keys that aren't fit."""
         _check(keys)
+        self._keys = tuple(keys)
         # HKDF-Extract, with the name of the scheme as the salt.
         self._secrets = tuple(hmac.digest(_DERIVED_FROM, key.encode(), _SHA256) for key in keys)
         self._derived: dict[str, tuple[bytes, ...]] = {}
@@ -84,6 +96,10 @@ class FleetKey:
 
     def __repr__(self) -> str:
         return f"FleetKey({', '.join(self.names)})"
+
+    def environment(self) -> dict[str, str]:
+        """Return the variable from which a process that this one starts reads the same key."""
+        return {FLEET_KEY_VARIABLE: ",".join(self._keys)}
 
     def prove(self, side: Side, handshake: Handshake) -> bytes:
         """Return the proof that ``side`` sends."""
@@ -167,8 +183,8 @@ def _check(keys: Sequence[str]) -> None:
         fault = f"There are {len(keys)} fleet keys, and at most {MAX_FLEET_KEYS} are accepted at the same time"
     elif (shortest := min(map(len, keys))) < LEAST_FLEET_KEY_CHARACTERS:
         fault = f"A fleet key must have at least {LEAST_FLEET_KEY_CHARACTERS} characters, and one has {shortest}"
-    elif not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
-        fault = "A fleet key must be of letters, digits and signs of ASCII, without blanks"
+    elif not all(key.isascii() and key.isprintable() and not {" ", ","} & set(key) for key in keys):
+        fault = "A fleet key must be of letters, digits and signs of ASCII, without blanks and commas"
     else:
         return
     raise ConfigurationError(f"{fault}; `openssl rand -hex 32` makes a good one.")

@@ -32,6 +32,8 @@ AWAITED_PATH = "/embeddings/awaited"
 PLACES_PATH = "/embeddings/places"
 CLIENT_HEADER = "x-chiasm-client"
 """With it the proxy, if it checks API keys, tells an instance which of them a request has; it names the key, and isn't it."""
+FLEET_HEADER = "x-chiasm-fleet"
+"""The signature of a call that only processes of the fleet may make (:mod:`chiasm.http.fleet_calls`)."""
 KV_RELEASE_PATH = "/v1/kv/release"
 """Below /v1, so that it needs an API key where answers need one."""
 
@@ -113,6 +115,10 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Version of chiasm."""
     engine: str = ""
     """Name and version of an engine that isn't chiasm's own, such as ``vllm 0.32.0``."""
+    fleet_keys: Annotated[list[str], msgspec.Meta(max_length=64)] = []
+    """Names of the fleet keys that it accepts (:attr:`chiasm.fleet_key.FleetKey.names`); empty if it has none."""
+    clock_milliseconds: Count | None = None
+    """Unix time on its clock, by which calls to it are signed; None if it has no fleet key."""
     needs_key: bool = False
     """Whether requests need an API key, which the proxy passes on."""
     takes_image_size: bool = True

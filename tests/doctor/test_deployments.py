@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from chiasm.fleet_key import make_fleet_key
 from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
 from chiasm.wire import Role
 from tests.cli.running import Running
@@ -43,6 +44,8 @@ class Service:
     store: Path
     pds: dict[str, str]
     """URLs, by what is wrong."""
+    key: tuple[str, str]
+    """The option with its fleet key."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,10 @@ def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """All processes start at the same time."""
     store = tmp_path_factory.mktemp("stores") / "store"
     roles = {role: RoleConfig() for role in (Role.ENCODER, Role.PREFILL, Role.DECODE)}
-    config = DeploymentConfig(str(checkpoint), roles, shared_storage_path=store, settings=SETTINGS)
+    key = store.with_name("fleet.key")
+    key.write_text(make_fleet_key())
+    key.chmod(0o600)
+    config = DeploymentConfig(str(checkpoint), roles, shared_storage_path=store, settings=SETTINGS, fleet_key_file=key)
     beside = {
         "apart": ("--shared-storage-path", str(store.with_name("other"))),
         "bfloat16": ("--shared-storage-path", str(store), "--dtype", "bfloat16"),
@@ -67,11 +73,12 @@ def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             for name, flags in beside.items()
         }
         deployment.wait_ready()
-        yield Service(deployment, store, {name: one.wait_ready() for name, one in started.items()})
+        urls = {name: one.wait_ready() for name, one in started.items()}
+        yield Service(deployment, store, urls, ("--fleet-key-file", str(key)))
 
 
 def test_a_working_deployment_has_no_problems(service: Service) -> None:
-    code, findings = doctor(service.deployment.local_url, "--shared-storage-path", str(service.store))
+    code, findings = doctor(service.deployment.local_url, "--shared-storage-path", str(service.store), *service.key)
     assert code == 0, findings
     for check in (
         "proxy",
@@ -79,6 +86,7 @@ def test_a_working_deployment_has_no_problems(service: Service) -> None:
         "model",
         "EC store",
         "KV connector",
+        "fleet key",
         "embedding travels",
         "KV travels",
         "through the proxy",
@@ -87,11 +95,22 @@ def test_a_working_deployment_has_no_problems(service: Service) -> None:
     assert {one["verdict"] for one in of(findings, "storage folder")} == {"ok"}
 
 
+def test_without_the_fleet_key_nothing_is_sent_from_instance_to_instance(service: Service) -> None:
+    code, findings = doctor(service.deployment.local_url)
+    assert code == 0, findings
+    (key,) = of(findings, "fleet key")
+    assert key["verdict"] == "skipped"
+    assert "--fleet-key-file" in key["says"]
+    assert not of(findings, "embedding travels")
+    assert [one["verdict"] for one in of(findings, "through the proxy")] == ["ok"]
+
+
 def test_instances_that_do_not_fit_are_found(service: Service) -> None:
     (encoder,) = service.deployment.urls(Role.ENCODER)
     pds = [argument for url in service.pds.values() for argument in ("--pd", url)]
-    code, findings = doctor("--encoder", encoder, *pds, "--timeout-seconds", "3")
+    code, findings = doctor("--encoder", encoder, *pds, "--timeout-seconds", "3", *service.key)
     assert code == 1
+    assert [one["verdict"] for one in of(findings, "fleet key")] == ["ok", "warning"]
     travels = {
         name: [one for one in of(findings, "embedding travels") if url in one["says"]]
         for name, url in service.pds.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ def make(connector: str) -> Iterator[Callable[..., Any]]:
     made: list[Peer] = []
 
     def make_one(kind: type[Peer], **changes: Any) -> Peer:
-        made.append(kind(connector, **changes))  # type: ignore[call-arg]
+        made.append(kind(connector, **changes))
         return made[-1]
 
     yield make_one
@@ -251,7 +252,7 @@ def test_what_has_the_wrong_shape_is_offered_no_more(encoder: Encoder, model: La
     model.worker.discard(name, "it has the wrong shape")
     model.lose(request)
     while encoder.scheduler.has_cache_item(name):
-        pass
+        time.sleep(0.001)
     encoder.encode("cat")
     model.scheduler.expect({name: encoder.place})
     model.load(request)

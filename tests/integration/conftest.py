@@ -23,6 +23,7 @@ from chiasm.bench import synthetic
 from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
 from chiasm.launch.layout import Layout
 from chiasm.wire import Role
+from tests.fleet import Signed
 
 MODEL = "small"
 SMALL = {"kv_cache_bytes": 16 << 20, "max_model_len": 512}
@@ -101,6 +102,11 @@ class Service:
     @property
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    @property
+    def signed(self) -> Signed:
+        """Signs calls of instances as the proxy does."""
+        return Signed(self.deployment.fleet_key)
 
     def post(self, body: dict[str, Any], **options: Any) -> httpx.Response:
         path = "completions" if "prompt" in body else "chat/completions"

@@ -215,10 +215,21 @@ def test_a_handle_of_kv_that_is_gone_is_told_as_such(epd_pairs: Service) -> None
     """Whoever drives P and D by hand gets 503 with a type of its own, and both stay well."""
     prefill, decode = epd_pairs.deployment.urls(Role.PREFILL)[0], epd_pairs.deployment.urls(Role.DECODE)[0]
     body = {"model": MODEL, "prompt": "once upon", "max_tokens": 4}
-    first = httpx.post(f"{prefill}/v1/completions", json=body | {"kv_transfer_params": {"do_remote_decode": True}})
+    first = httpx.post(
+        f"{prefill}/v1/completions",
+        json=body | {"kv_transfer_params": {"do_remote_decode": True}},
+        auth=epd_pairs.signed,
+    )
     handle = first.json()["kv_transfer_params"]
     for wrong in ({"remote_request_id": "no-such"}, {"remote_engine_id": "other"}, {"remote_port": 1}):
-        reply = httpx.post(f"{decode}/v1/completions", json=body | {"kv_transfer_params": handle | wrong}, timeout=60)
+        reply = httpx.post(
+            f"{decode}/v1/completions",
+            json=body | {"kv_transfer_params": handle | wrong},
+            auth=epd_pairs.signed,
+            timeout=60,
+        )
         assert (reply.status_code, reply.json()["error"]["type"]) == (503, "kv_unavailable_error"), wrong
-    reply = httpx.post(f"{decode}/v1/completions", json=body | {"kv_transfer_params": handle}, timeout=60)
+    reply = httpx.post(
+        f"{decode}/v1/completions", json=body | {"kv_transfer_params": handle}, auth=epd_pairs.signed, timeout=60
+    )
     assert reply.status_code == 200, reply.text

@@ -207,8 +207,8 @@ def test_a_beginning_that_looks_like_a_stop_string_is_shown_when_it_is_none(epd:
 def test_a_stop_token_that_comes_first_ends_the_answer_at_prefill(epd: Service, aggregated: Service) -> None:
     body = chat("tell me", max_tokens=8)
     prefill, decode = (epd.deployment.urls(role)[0] for role in (Role.PREFILL, Role.DECODE))
-    handle = post(prefill, body | {"kv_transfer_params": {"do_remote_decode": True}})["kv_transfer_params"]
-    post(decode, body | {"kv_transfer_params": handle})
+    handle = post(epd, prefill, body | {"kv_transfer_params": {"do_remote_decode": True}})["kv_transfer_params"]
+    post(epd, decode, body | {"kv_transfer_params": handle})
     body |= {"stop_token_ids": handle["output_token_ids"]}
     expected = whole(aggregated, body)
     assert (expected.completion_tokens, expected.choices[0].finish_reason) == (1, "stop")
@@ -274,7 +274,7 @@ def by_hand(service: Service, body: dict[str, Any], data: dict[str, Any]) -> dic
     """The messages of vLLM's proxies: to the encoder, to P, and what P says to D."""
     encoder, prefill, decode = (service.deployment.urls(role)[0] for role in (Role.ENCODER, Role.PREFILL, Role.DECODE))
     to_encoder = {"messages": [{"role": "user", "content": [data]}], "stream": False}
-    published = post(encoder, to_encoder)["ec_transfer_params"]
+    published = post(service, encoder, to_encoder)["ec_transfer_params"]
     ((identifier, entry),) = published.items()
     part = {"type": "image_embeds", "image_embeds": entry["metadata"], "uuid": identifier}
     (message,) = body["messages"]
@@ -288,13 +288,13 @@ def by_hand(service: Service, body: dict[str, Any], data: dict[str, Any]) -> dic
         "remote_host": None,
         "remote_port": None,
     }
-    first = post(prefill, body | {"max_tokens": 1, "stream": False, "kv_transfer_params": params})
+    first = post(service, prefill, body | {"max_tokens": 1, "stream": False, "kv_transfer_params": params})
     assert first["choices"][0]["finish_reason"] == "length"
-    return post(decode, body | {"kv_transfer_params": first["kv_transfer_params"]})
+    return post(service, decode, body | {"kv_transfer_params": first["kv_transfer_params"]})
 
 
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+def post(service: Service, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, auth=service.signed, timeout=60)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -312,12 +312,14 @@ def test_vllms_messages_are_understood(epd: Service, aggregated: Service, option
 def test_decode_refuses_the_handle_of_another_prompt(epd: Service) -> None:
     prefill, decode = (epd.deployment.urls(role)[0] for role in (Role.PREFILL, Role.DECODE))
     params = {"do_remote_decode": True}
-    first = post(prefill, chat("one prompt", max_tokens=1) | {"kv_transfer_params": params})
+    first = post(epd, prefill, chat("one prompt", max_tokens=1) | {"kv_transfer_params": params})
     handle = first["kv_transfer_params"]
-    reply = httpx.post(f"{decode}/v1/chat/completions", json=chat("two prompt") | {"kv_transfer_params": handle})
+    reply = httpx.post(
+        f"{decode}/v1/chat/completions", json=chat("two prompt") | {"kv_transfer_params": handle}, auth=epd.signed
+    )
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "kv_transfer_params"
-    assert post(decode, chat("one prompt") | {"kv_transfer_params": handle})["usage"]["completion_tokens"] == 8
+    assert post(epd, decode, chat("one prompt") | {"kv_transfer_params": handle})["usage"]["completion_tokens"] == 8
 
 
 # ---- what an instance holds ------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import msgspec
 import pytest
 
 from chiasm.bench import synthetic
+from chiasm.fleet_key import FleetKey, make_fleet_key
+from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
 from chiasm.media import identifier
 from chiasm.wire import (
@@ -48,13 +50,17 @@ class Instances:
     session: aiohttp.ClientSession
     fakes: dict[Role, FakeInstance]
     """Empty if the instances are real."""
+    fleet_key: FleetKey
 
     async def health(self, role: Role) -> Answer:
         async with self.session.get(f"{self.urls[role]}/health") as response:
             return Answer(response.status, response.headers, await response.read())
 
     async def post(self, role: Role, **body: Any) -> Answer:
-        async with self.session.post(self.urls[role] + CHAT_PATH, json=body) as response:
+        content = msgspec.json.encode(body)
+        headers = signature(self.fleet_key, "POST", CHAT_PATH, body_digest(content))
+        headers["Content-Type"] = "application/json"
+        async with self.session.post(self.urls[role] + CHAT_PATH, data=content, headers=headers) as response:
             return Answer(response.status, response.headers, await response.read())
 
     async def ask(self, role: Role, params: Any, **options: Any) -> Answer:
@@ -65,8 +71,8 @@ class Instances:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Role, str]]:
-    """The URLs of real instances, which are processes."""
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Real instances, which are processes."""
     config = DeploymentConfig(
         model=str(synthetic.make("qwen3_vl", tmp_path_factory.mktemp("contract") / MODEL)),
         roles={role: RoleConfig(count=1, threads=1) for role in ROLES},
@@ -75,17 +81,19 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Role, str]]:
     )
     with Deployment(config) as deployment:
         deployment.wait_ready(180)
-        yield {role: deployment.urls(role)[0] for role in ROLES}
+        yield deployment
 
 
 @pytest.fixture(params=["fake", "real"])
 async def instances(request: pytest.FixtureRequest) -> AsyncIterator[Instances]:
     async with aiohttp.ClientSession() as session:
         if request.param == "real":
-            yield Instances(request.getfixturevalue("real"), session, {})
+            deployment: Deployment = request.getfixturevalue("real")
+            urls = {role: deployment.urls(role)[0] for role in ROLES}
+            yield Instances(urls, session, {}, deployment.fleet_key)
             return
         fakes = {role: await FakeInstance(role).start() for role in ROLES}
-        yield Instances({role: fake.url for role, fake in fakes.items()}, session, fakes)
+        yield Instances({role: fake.url for role, fake in fakes.items()}, session, fakes, FleetKey([make_fleet_key()]))
         for fake in fakes.values():
             await fake.kill()
 

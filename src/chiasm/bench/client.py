@@ -14,6 +14,8 @@ from prometheus_client.samples import Sample
 
 from chiasm.bench.statistics import median
 from chiasm.errors import ChiasmError
+from chiasm.fleet_key import FleetKey, make_fleet_key
+from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.http.timing import read_timing
 from chiasm.prometheus import read_samples
 from chiasm.wire import CHAT_PATH, TIMING_COMMENT, ErrorBody, ErrorDetail, ProxyHealth
@@ -151,6 +153,8 @@ class Client:
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
+        self.fleet_key = FleetKey([make_fleet_key()])
+        """The key of the deployments that are measured."""
 
     async def chat(self, url: str, body: bytes) -> StreamedAnswer:
         """Post a chat completion with ``stream: true`` and read it to its end. Raises RequestFailedError."""
@@ -177,13 +181,13 @@ class Client:
                     raise RequestFailedError(f"{url} ended its stream with an error: {answer.error}")
                 yield answer
 
-    async def post(self, url: str, body: bytes) -> tuple[float, Mapping[str, float], Any]:
-        """Post a chat completion that is not streamed.
+    async def post(self, url: str, body: bytes, *, as_proxy: bool = False) -> tuple[float, Mapping[str, float], Any]:
+        """Post a chat completion that is not streamed; ``as_proxy`` signs it, as a proxy does what it sends to instances.
 
         Returns the seconds until the response was complete, its Server-Timing in seconds, and its JSON.
         """
         started = time.perf_counter()
-        async with self._posted(url, body) as response:
+        async with self._posted(url, body, as_proxy=as_proxy) as response:
             content = await response.read()
             seconds = time.perf_counter() - started
             return seconds, _durations(response.headers.get("server-timing")), msgspec.json.decode(content)
@@ -202,9 +206,11 @@ class Client:
             return read_samples(await response.text())
 
     @asynccontextmanager
-    async def _posted(self, url: str, body: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _posted(self, url: str, body: bytes, *, as_proxy: bool = False) -> AsyncIterator[aiohttp.ClientResponse]:
         """Post a chat completion; the response has status 200. Raises RequestFailedError, also for failures inside."""
         headers = {"content-type": "application/json"}
+        if as_proxy:
+            headers |= signature(self.fleet_key, "POST", CHAT_PATH, body_digest(body))
         try:
             async with self._session.post(url + CHAT_PATH, data=body, headers=headers) as response:
                 if response.status != 200:

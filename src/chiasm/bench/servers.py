@@ -111,7 +111,9 @@ async def chiasm_proxy(bench: Bench, deployment: Deployment, pd: str) -> AsyncIt
     address = HeldPort(deployment.config.host)
     urls = [*((Role.ENCODER, url) for url in deployment.urls(Role.ENCODER)), (Role.PD, pd)]
     plan = plan_proxy(deployment.config, address, urls)
-    command = Command("chiasm's proxy", plan.command, plan.environment, plan.configuration)
+    command = Command(
+        "chiasm's proxy", plan.command, plan.environment | deployment.fleet_key.environment(), plan.configuration
+    )
     try:
         async with served(bench, command, ready_seconds=PROXY_READY_SECONDS):
             yield address.url

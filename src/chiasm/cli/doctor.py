@@ -44,9 +44,10 @@ class DoctorConfig:
     json: Annotated[bool, Option("Print the findings as JSON.")] = False
 
 
-_KEYS = ("api_key", "api_key_file")
+_KEYS = ("api_key", "api_key_file", "fleet_key_file")
 _NOT_OF_A_PLAN = {"target", "admin_key", "admin_key_file", "log_level", *_KEYS, *_URLS, *names_of(DoctorConfig)}
-"""Keys may be set in the environment; a running deployment is asked with the API key. The log level changes no result."""
+"""Keys may be set in the environment; a running deployment is asked with the API key and the fleet key. The log level changes
+no result."""
 
 
 def parser() -> Parser:
@@ -111,6 +112,7 @@ def _examine_running(
 ) -> AsyncIterator[Result]:
     from chiasm.doctor.client import Limits
     from chiasm.doctor.running import Folder, examine_instances, examine_proxy
+    from chiasm.fleet_key import read_fleet_key
     from chiasm.http.key_rules import read_key_file
 
     folder = None
@@ -122,9 +124,12 @@ def _examine_running(
     if "api_key_file" in settings:
         keys += read_key_file("--api-key-file", settings["api_key_file"])
     key = next(filter(None, keys), None)
+    fleet_key = read_fleet_key(settings.get("fleet_key_file"))
     if target is not None:
-        return examine_proxy(_base_url(target), limits=limits, folder=folder, store_url=store_url, key=key)
-    return examine_instances(instances, limits=limits, folder=folder, store_url=store_url, key=key)
+        return examine_proxy(
+            _base_url(target), limits=limits, folder=folder, store_url=store_url, key=key, fleet_key=fleet_key
+        )
+    return examine_instances(instances, limits=limits, folder=folder, store_url=store_url, key=key, fleet_key=fleet_key)
 
 
 async def _examine_machine(store_url: str) -> AsyncIterator[Result]:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
 from chiasm.doctor.report import shown
+from chiasm.fleet_key import FleetKey
+from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.http.timing import read_timing
 from chiasm.wire import ErrorBody
 
@@ -78,9 +81,10 @@ class Response:
 class Client:
     """Bounds each call in time, from the first byte sent to the last received, and in size. No redirects, no proxies."""
 
-    def __init__(self, limits: Limits = Limits(), key: str | None = None) -> None:
-        """``key`` is the API key for the deployment."""
+    def __init__(self, limits: Limits = Limits(), key: str | None = None, fleet_key: FleetKey | None = None) -> None:
+        """``key`` is the API key for the deployment, ``fleet_key`` signs messages as its proxy does."""
         self.limits = limits
+        self.fleet_key = fleet_key
         self._authorization = {"authorization": f"Bearer {key}"} if key else {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -113,7 +117,10 @@ class Client:
         """Send JSON, with the deadline in a header. Raises NoAnswerError, also for an error status."""
         seconds = self.limits.message_seconds
         headers = {"content-type": "application/json", "x-request-deadline-ms": str(round(seconds * 900))}
-        response = await self._ask("POST", url, msgspec.json.encode(body), headers, seconds, _MAX_BYTES)
+        content = msgspec.json.encode(body)
+        if self.fleet_key is not None:
+            headers |= signature(self.fleet_key, "POST", urlsplit(url).path, body_digest(content))
+        response = await self._ask("POST", url, content, headers, seconds, _MAX_BYTES)
         if response.status == 401:
             raise NoAnswerError(
                 "refused the API key; give another one with --api-key"

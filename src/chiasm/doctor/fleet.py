@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from chiasm.doctor.observed import Observed, ObservedProxy
 from chiasm.doctor.report import Check, Result, shown
 from chiasm.errors import ConfigurationError
+from chiasm.fleet_key import FleetKey
 from chiasm.integrations.vllm import check_version
 from chiasm.proxy.agreement import LANGUAGE_ROLES, PART_ROLES, difference
 from chiasm.wire import Health, InstanceState, Role
@@ -29,6 +30,7 @@ _VERSIONS = Check("versions of instances")
 _CLOCK = Check("clock")
 _DEVICES = Check("devices of instances")
 _THREADS = Check("threads")
+_FLEET_KEY = Check("fleet key")
 
 _CLOCK_SECONDS = 3.0
 _ROUNDING = 1e-6
@@ -315,6 +317,39 @@ def threads(instances: Sequence[Observed]) -> Iterator[Result]:
             yield _THREADS.ok(says)
     if silent := [one for one in instances if one.health.device in ("", "cpu") and one not in on_cpu]:
         yield _THREADS.skipped(f"{_names(silent)} don't report how many threads they compute with")
+
+
+def keys(instances: Sequence[Observed], own: FleetKey | None) -> Iterator[Result]:
+    """Check whether all instances accept one fleet key; ``own`` is this command's."""
+    without = [one for one in instances if not one.health.fleet_keys]
+    having = [one for one in instances if one.health.fleet_keys]
+    accepted = set.intersection(*(set(one.health.fleet_keys) for one in having)) if having else set()
+    if having and not accepted:
+        groups = _by(having, lambda one: one.health.fleet_keys[0])
+        yield _FLEET_KEY.problem(
+            f"instances have different fleet keys: {_listing({f'key {name}': some for name, some in groups.items()})}",
+            why="a proxy has one key, and instances with another refuse what it sends.",
+            do="give the proxy and all instances the same --fleet-key-file.",
+        )
+    elif having and not accept(having, own):
+        yield _FLEET_KEY.skipped(
+            "instances answer messages between instances only with their fleet key, so none is sent to them; give it to this "
+            "command with --fleet-key-file or CHIASM_FLEET_KEY (`chiasm serve` without either makes one that only it knows)"
+        )
+    elif having:
+        yield _FLEET_KEY.ok(f"{len(having)} instances accept this command's")
+    if having and without:
+        yield _FLEET_KEY.warning(
+            f"{_names(without)} have no fleet key, but others do",
+            why="whoever reaches them can send them what only the proxy should.",
+            do="start them with the same --fleet-key-file; vLLM needs chiasm's middleware and CHIASM_FLEET_KEY.",
+        )
+
+
+def accept(instances: Sequence[Observed], own: FleetKey | None) -> bool:
+    """Return whether there are instances, and all of them answer messages that are signed with ``own``, or not at all."""
+    known = own.names[0] if own is not None else ""
+    return bool(instances) and all(not one.health.fleet_keys or known in one.health.fleet_keys for one in instances)
 
 
 CHECKS: tuple[Callable[[Sequence[Observed]], Iterator[Result]], ...] = (

@@ -14,8 +14,9 @@ from chiasm.doctor.client import Client, Limits, NoAnswerError
 from chiasm.doctor.end_to_end import check_instances, check_proxy
 from chiasm.doctor.observed import Observed, ask_instance, ask_proxy
 from chiasm.doctor.report import Result, shown
+from chiasm.fleet_key import FleetKey
 from chiasm.launch.folders import DEFAULT_MAX_BYTES
-from chiasm.wire import InstanceState
+from chiasm.wire import InstanceState, Role
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,16 @@ class Folder:
 
 
 async def examine_proxy(
-    url: str, *, limits: Limits, folder: Folder | None = None, store_url: str = "", key: str | None = None
+    url: str,
+    *,
+    limits: Limits,
+    folder: Folder | None = None,
+    store_url: str = "",
+    key: str | None = None,
+    fleet_key: FleetKey | None = None,
 ) -> AsyncIterator[Result]:
-    """Check the proxy at base URL ``url``, and the instances behind it; ``key`` is the API key for all of them."""
-    async with Client(limits, key) as client:
+    """Check the proxy at base URL ``url``, and the instances behind it; the keys are those of all of them."""
+    async with Client(limits, key, fleet_key) as client:
         try:
             proxy = await ask_proxy(client, url)
         except NoAnswerError as error:
@@ -65,9 +72,10 @@ async def examine_instances(
     folder: Folder | None = None,
     store_url: str = "",
     key: str | None = None,
+    fleet_key: FleetKey | None = None,
 ) -> AsyncIterator[Result]:
     """Check instances without a proxy, given as base URLs by role."""
-    async with Client(limits, key) as client:
+    async with Client(limits, key, fleet_key) as client:
         instances = await _ask(client, [(url, role) for role, several in urls.items() for url in several])
         async for result in _examine(client, instances, instances, folder, store_url):
             yield result
@@ -93,8 +101,10 @@ async def _examine(
         results.append(store.store(store_url))
     for result in chain(*results):
         yield result
-    if not healthy:
-        return
+    for result in fleet.keys(healthy, client.fleet_key):
+        yield result
+    if not fleet.accept(healthy, client.fleet_key):
+        healthy = [one for one in healthy if one.role == Role.AGGREGATED]  # they are sent what anybody may send
     async for result in check_instances(client, healthy):
         yield result
 

@@ -15,6 +15,7 @@ from chiasm.http import events
 from chiasm.http.admission import Admission
 from chiasm.http.body import ClientLeftError, Pace, read_body
 from chiasm.http.errors import error_body, error_headers
+from chiasm.http.fleet_calls import caller_of
 from chiasm.http.timing import TimingEntry
 from chiasm.http.untrusted import whole_number
 from chiasm.http.visit import visit_of
@@ -37,6 +38,8 @@ class Exchange:
         """Whether a stream may contain comments with timing."""
         self.deadline = self.arrival + deadline_seconds
         """On the clock of ``time.monotonic``."""
+        self.caller = caller_of(scope)
+        """Whether a process of the fleet sends it."""
         self.body = b""
         self.status: int | None = None
         """Status of the answer, once it has begun; CLIENT_LEFT if the client has gone."""

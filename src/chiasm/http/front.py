@@ -41,12 +41,14 @@ class FrontDoor(Starlette):
         *,
         lifespan: Lifespan | None = None,
         is_local: bool = False,
+        guard: Callable[[ASGIApp], ASGIApp] | None = None,
     ) -> None:
-        """``is_local`` says that the server listens on loopback alone.
+        """``is_local`` says that the server listens on loopback alone; ``guard`` is put around the routes.
 
         Raises ConfigurationError for API keys that cannot be read."""
         self._config = config
         self._is_local = is_local
+        self._guard = guard
         self._keys = read_keys(config)
         self._log = RequestLog(access=config.access_log)
 
@@ -66,6 +68,8 @@ class FrontDoor(Starlette):
     def build_middleware_stack(self) -> ASGIApp:
         app = super().build_middleware_stack()
         config = self._config
+        if self._guard is not None:
+            app = self._guard(app)
         if self._keys:
             app = KeyGuard(app, self._keys)
         if self._is_local:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from chiasm.cores import usable_cores
-from chiasm.ec_transfer import ECTransferConfig
+from chiasm.ec_transfer import FROM_MEMORY
 from chiasm.ec_transfer.stores import StoreAddress
 from chiasm.errors import ConfigurationError
 from chiasm.http.key_rules import check_key
@@ -20,6 +20,8 @@ from chiasm.launch.process import INSTANCE_OPTIONS, PROXY_OPTIONS, Cpus, ServedM
 from chiasm.options import Option, flag, names_of
 from chiasm.wire import Role
 
+_FOLDER = "SharedStorageConnector"
+_MEMORY = "SharedMemoryConnector"
 _NIXL = "NixlConnector"
 
 
@@ -102,12 +104,19 @@ class DeploymentConfig:
     port: int = 0
     """Port of the proxy; 0 takes a free one."""
     served_model_name: ServedModelName = None
-    connector: str = ECTransferConfig.connector
+    connector: Annotated[
+        str | None,
+        Option(
+            "Connector that transfers embeddings.",
+            metavar="NAME",
+            unset="SharedMemoryConnector; SharedStorageConnector with --shared-storage-path and with --engine vllm",
+        ),
+    ] = None
     connector_module_path: str | None = None
     shared_storage_path: Path | None = None
-    """Folder of the embeddings; None makes one, in shared memory if there is room, and removes it at the end."""
+    """Folder of the embeddings; None makes one if needed, in shared memory if there is room, and removes it at the end."""
     ec_max_bytes: int | None = None
-    """Maximum size of the embeddings there; None: 4 GiB, or less if there is less room."""
+    """Maximum size of the embeddings that are kept; None: 4 GiB, or less if there is less room."""
     ec_store: str = field(default="", repr=False)
     """URL of the shared cache of embeddings beside the connector; empty: none."""
     ec_store_read_bytes: int | None = None
@@ -131,6 +140,8 @@ class DeploymentConfig:
     """Bearer token that may change the proxy's instances."""
     admin_key_file: Path | None = None
     """File with such keys, one a line."""
+    fleet_key_file: Path | None = None
+    """File with the key by which proxy and instances know each other; None: CHIASM_FLEET_KEY, or a new key at each start."""
     proxy_cpus: tuple[int, ...] = ()
     """CPUs that the proxy runs on; empty: all."""
 
@@ -191,7 +202,7 @@ class DeploymentConfig:
 
     def _check_vllm(self) -> None:
         """Raise ConfigurationError for connectors and settings that vLLM instances don't have."""
-        if self.connector != ECTransferConfig.connector or self.connector_module_path is not None:
+        if self.connector not in (None, _FOLDER) or self.connector_module_path is not None:
             raise ConfigurationError(
                 "--connector: vLLM instances exchange embeddings through SharedStorageConnector; for a connector of vLLM's, "
                 "give --ec-transfer-config in --encoder-args and --pd-args."
@@ -244,6 +255,20 @@ class DeploymentConfig:
     def model_name(self) -> str:
         """The name by which clients ask for the model."""
         return self.served_model_name or model_name(self.model)
+
+    @property
+    def ec_connector(self) -> str:
+        """What moves embeddings."""
+        if self.connector is not None:
+            return self.connector
+        uses_folder = self.shared_storage_path is not None or self.engine is EngineKind.VLLM
+        return _FOLDER if uses_folder else _MEMORY
+
+    @property
+    def makes_folder(self) -> bool:
+        """Whether embeddings need a folder, and none is named."""
+        from_memory = self.connector_module_path is None and self.ec_connector in FROM_MEMORY
+        return self.exchanges_embeddings and self.shared_storage_path is None and not from_memory
 
     @property
     def exchanges_embeddings(self) -> bool:

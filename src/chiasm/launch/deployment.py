@@ -12,11 +12,12 @@ from types import TracebackType
 from chiasm.cores import check_cpus
 from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.extras import Extra, require
+from chiasm.fleet_key import FleetKey, make_fleet_key, read_fleet_key
 from chiasm.launch.arrangement import arrange
 from chiasm.launch.child import Child, ProcessState
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placements, others_serve
-from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory
+from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory, memory_for_embeddings
 from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort, instance_infos, load_progress
 from chiasm.wire import InstanceInfo, InstanceState, Role
@@ -90,12 +91,14 @@ class Deployment:
         self,
         config: DeploymentConfig,
         *,
+        fleet_key: FleetKey | None = None,
         on_change: Callable[[ProcessStatus], None] | None = None,
         on_line: Callable[[str, str], None] | None = None,
     ) -> None:
         """Find the model, and apply the layout to the devices of this machine. Starts nothing.
 
-        Raises ConfigurationError if there is no such model, engine or device, or if the engine is not installed.
+        Raises ConfigurationError if there is no such model, engine or device, if the engine is not installed, or if the fleet
+        key that the configuration or the environment gives isn't fit. ``fleet_key`` is taken instead of that one.
 
         ``on_change`` is called at every new state of a process, ``on_line`` with each line (name of the process, text) that one
         logs. Both are called in other threads and must return at once.
@@ -105,6 +108,8 @@ class Deployment:
         if config.engine is EngineKind.CHIASM:
             require(Extra.ENGINE, "The built-in engine")
         self.config = config
+        self.fleet_key = fleet_key or read_fleet_key(config.fleet_key_file) or FleetKey([make_fleet_key()])
+        """By which the proxy and the instances know each other, so that other users of this machine can't call instances."""
         for role in config.roles.values():
             check_cpus(role.cpus)
         check_cpus(config.proxy_cpus)
@@ -155,7 +160,7 @@ class Deployment:
             child = Child(
                 plan.name,
                 plan.command,
-                plan.environment,
+                plan.environment | self.fleet_key.environment(),
                 configuration=plan.configuration,
                 on_change=self._changed,
                 on_line=self._on_line,
@@ -167,9 +172,11 @@ class Deployment:
     def _surroundings(self) -> Surroundings:
         config = self.arrangement.config
         storage, ec_max_bytes = config.shared_storage_path, config.ec_max_bytes or DEFAULT_MAX_BYTES
-        if storage is None and config.exchanges_embeddings:
+        if config.makes_folder:
             self._storage = StorageFolder(config.ec_max_bytes)
             storage, ec_max_bytes = self._storage.path, self._storage.max_bytes
+        elif storage is None and config.ec_max_bytes is None:
+            ec_max_bytes = memory_for_embeddings(config.count(Role.ENCODER))
         if any(placement.shared or placement.core_share for placement in self.placements.values()):
             self._scratch = LockedFolder(_SCRATCH_PREFIX, in_memory())
         return Surroundings(storage, ec_max_bytes, self.scratch)

@@ -26,11 +26,15 @@ _INSTANCE = {
     "kv_connector": _OF_ALL,
     "kv_connector_module_path": _OF_ALL,
     "shutdown_timeout_seconds": _OF_ALL,
+    "fleet_key_file": _OF_ALL,
     "core_share": "the layout chooses which instances share cores",
     "cpus": "use --encoder-cpus, --pd-cpus and the like",
 }
 _PROXY = {
-    **dict.fromkeys(("host", "port", "admin_key", "admin_key_file", "shutdown_timeout_seconds", "ec_store"), _OF_SERVE),
+    **dict.fromkeys(
+        ("host", "port", "admin_key", "admin_key_file", "fleet_key_file", "shutdown_timeout_seconds", "ec_store"),
+        _OF_SERVE,
+    ),
     **dict.fromkeys(map(str, Role), _INSTANCES),
 }
 _VLLM = {

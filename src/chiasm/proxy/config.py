@@ -8,6 +8,7 @@ from typing import Annotated
 
 from chiasm.ec_transfer.stores import StoreAddress, StoreURL
 from chiasm.errors import ConfigurationError
+from chiasm.fleet_key import FleetKeyFile
 from chiasm.http.config import HttpConfig
 from chiasm.http.key_rules import check_key
 from chiasm.http.listen import check_url
@@ -67,6 +68,7 @@ class ProxyConfig:
     admin_key_file: Annotated[
         Path | None, Option("File with such keys, one a line; other users of the machine don't see them there.")
     ] = None
+    fleet_key_file: FleetKeyFile = None
     tenant_by: Annotated[
         TenantBy,
         Option(

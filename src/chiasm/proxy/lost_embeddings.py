@@ -135,6 +135,7 @@ class LostEmbeddings:
                 instance.url + AWAITED_PATH,
                 timeout_seconds=self._timeout_seconds,
                 max_bytes=_MAX_RESPONSE_BYTES,
+                headers=await self._upstream.signed(instance.url, "GET", AWAITED_PATH),
                 line=self._upstream.line(instance.url),
             )
             identifiers = _awaited.decode(response.body).identifiers if response.status == 200 else []

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import msgspec
 
 from chiasm.errors import ChiasmError, Code
+from chiasm.fleet_key import FleetKey
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.upstream import (
@@ -167,6 +168,7 @@ class Prober:
             self._fleet.fail(instance, error.message, time.monotonic())
             return
         line.hear()
+        line.set_clock(health.clock_milliseconds)
         if instance.is_silent and instance.seen_healthy:
             self._metrics.instances_returned.labels(instance.role.value).inc()
             _log.warning(
@@ -223,6 +225,8 @@ class Prober:
             raise UnhealthyError(f"/health reports the status {health.status[:40]!r}", health.status)
         if not health.model:
             raise UpstreamError("/health doesn't name the model")
+        if mismatch := _mismatch(self._upstream.fleet_key, health):
+            raise UpstreamError(mismatch)
         return health, (health.model,)
 
     async def _ask_models(self, url: str) -> tuple[Health, tuple[str, ...]]:
@@ -241,6 +245,14 @@ class Prober:
 
     async def _get(self, url: str, headers: Mapping[str, str] | None = None) -> UpstreamResponse:
         return await self._upstream.get(url, max_bytes=_MAX_RESPONSE_BYTES, headers=headers)
+
+
+def _mismatch(key: FleetKey | None, health: Health) -> str | None:
+    """Return why an instance would refuse what this proxy signs; None if it wouldn't."""
+    if not health.fleet_keys or (key is not None and key.names[0] in health.fleet_keys):
+        return None
+    what = "it has a fleet key, and this proxy has none" if key is None else "it has another fleet key than this proxy"
+    return f"{what}; give both the same with --fleet-key-file"
 
 
 def _unhealthy(response: UpstreamResponse) -> UnhealthyError:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from aiohttp.abc import AbstractResolver
 
 from chiasm.errors import Code, OverloadedError
+from chiasm.fleet_key import read_fleet_key
 from chiasm.http import Admission, Endpoint, Exchange
 from chiasm.http.body import pace_of
 from chiasm.http.endpoint import Bounds
@@ -43,6 +44,7 @@ class ProxyService:
         )
         self.is_stopping = False
         self._resolver = resolver
+        self._fleet_key = read_fleet_key(config.fleet_key_file)
         self._parsers = ThreadPoolExecutor(1, thread_name_prefix="parse")
         self._upstream: Upstream
         self.prober: Prober
@@ -51,7 +53,7 @@ class ProxyService:
     async def start(self) -> None:
         """Open connections and probe every instance once."""
         config = self.config
-        self._upstream = Upstream(config.connect_timeout_seconds)
+        self._upstream = Upstream(config.connect_timeout_seconds, self._fleet_key)
         self.prober = Prober(
             self.fleet,
             self._upstream,

@@ -8,19 +8,23 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import NamedTuple
 
 import aiohttp
 import msgspec
 
 from chiasm.errors import ChiasmError, Code
-from chiasm.wire import UNREADABLE, ErrorBody, ErrorDetail
+from chiasm.fleet_key import FleetKey
+from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.wire import CLIENT_HEADER, UNREADABLE, ErrorBody, ErrorDetail
 
 _KEEP_ALIVE_SECONDS = 3.0
 """Shorter than uvicorn's default of 5 s, so that the proxy never sends on a connection that the instance is just closing."""
 _KEEPALIVE_SECONDS, _KEEPALIVE_INTERVAL_SECONDS, _KEEPALIVE_PROBES = 5, 1, 3
 """After how long without a byte the kernel asks whether the other machine still knows a connection, and how often."""
+_INLINE_BYTES = 1 << 20
+"""Up to this size a body is hashed, for its signature, on the event loop."""
 _error = msgspec.json.Decoder(ErrorBody)
 
 
@@ -112,9 +116,10 @@ class UpstreamResponse(NamedTuple):
 
 
 class Line:
-    """The calls of one instance that are under way, and when it was last heard of."""
+    """The calls of one instance that are under way, when it was last heard of, and what its clock says."""
 
     def __init__(self) -> None:
+        self._clock_ahead_seconds: float | None = None
         self.heard_at = -math.inf
         """When the last byte of a response arrived, on the clock of ``time.monotonic``."""
         self._ways_to_end: dict[object, Callable[[], None]] = {}
@@ -126,6 +131,16 @@ class Line:
     def hear(self) -> None:
         """Note that the instance has sent something."""
         self.heard_at = time.monotonic()
+
+    @property
+    def clock_milliseconds(self) -> int:
+        """Unix time on the instance's clock, as it last told; on this machine's if it never did."""
+        ahead = self._clock_ahead_seconds
+        return int((time.time() if ahead is None else time.monotonic() + ahead) * 1000)
+
+    def set_clock(self, milliseconds: int | None) -> None:
+        """Note what the instance's clock says now; None if it doesn't tell."""
+        self._clock_ahead_seconds = None if milliseconds is None else milliseconds / 1000 - time.monotonic()
 
     def begin(self, call: object, end: Callable[[], None]) -> None:
         """Count a call, which ``end`` breaks off."""
@@ -207,7 +222,9 @@ class Call:
 class Upstream:
     """The connections to all instances. Made and used on one event loop."""
 
-    def __init__(self, connect_timeout_seconds: float) -> None:
+    def __init__(self, connect_timeout_seconds: float, fleet_key: FleetKey | None = None) -> None:
+        """``fleet_key`` signs all calls except those that anybody may make."""
+        self.fleet_key = fleet_key
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS, ttl_dns_cache=10, socket_factory=_make_socket
@@ -232,16 +249,34 @@ class Upstream:
         """Keep nothing about an instance that was removed."""
         self._lines.pop(instance_url, None)
 
+    async def signed(
+        self,
+        instance_url: str,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> Mapping[str, str]:
+        """Return the headers of a call with its signature, if there is a fleet key."""
+        key = self.fleet_key
+        if key is None:
+            return headers
+        is_small = len(body) <= _INLINE_BYTES
+        digest = body_digest(body) if is_small else await asyncio.to_thread(body_digest, body)
+        clock, client = self.line(instance_url).clock_milliseconds, headers.get(CLIENT_HEADER, "")
+        return {**headers, **signature(key, method, path, digest, clock_milliseconds=clock, client=client)}
+
     async def post(self, instance_url: str, path: str, body: bytes, headers: Mapping[str, str]) -> Call:
         """Send a JSON body and wait for the head of the response. Raises InstanceLostError."""
         line = self.line(instance_url)
+        signed = await self.signed(instance_url, "POST", path, body, headers)
         try:
             async with asyncio.timeout(None) as limit:
                 line.begin(limit, lambda: limit.reschedule(0))
                 response = await self._session.post(
                     instance_url + path,
                     data=_send(body),
-                    headers={**headers, "Content-Type": "application/json", "Content-Length": str(len(body))},
+                    headers={**signed, "Content-Type": "application/json", "Content-Length": str(len(body))},
                     allow_redirects=False,
                 )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:

@@ -15,6 +15,7 @@ from chiasm.errors import ChiasmError
 from chiasm.http import Endpoint, Exchange
 from chiasm.http.body import pace_of
 from chiasm.http.endpoint import Bounds
+from chiasm.http.fleet_calls import FleetGuard
 from chiasm.http.front import FrontDoor
 from chiasm.http.listen import is_loopback
 from chiasm.http.timing import TimingEntry, write_timing
@@ -63,6 +64,7 @@ def app_of(context: ServerContext) -> Starlette:
         context.config.http,
         lifespan=lifespan,
         is_local=is_loopback(context.config.host),
+        guard=partial(FleetGuard, key=context.fleet_key),
     )
 
 

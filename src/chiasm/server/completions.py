@@ -14,6 +14,7 @@ from chiasm.engine.pace import prompt_work
 from chiasm.engine.request import GenerateRequest
 from chiasm.engine.shares import largest_share
 from chiasm.http import Exchange
+from chiasm.http.fleet_calls import check_fleet
 from chiasm.http.json_size import INLINE_BYTES
 from chiasm.models.base import Prompt
 from chiasm.server.answer import answer_as_stream, answer_whole
@@ -53,7 +54,7 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
         return
 
     engine = context.generating_engine
-    part = answer_part(engine.config.role, request)
+    part = _part(exchange, engine, request)
     tools = tools_of(request, engine.processor.tool_format)
     grammar = await grammar_of(context, exchange, engine, request, tools)
     salt = cache_salt(request)
@@ -65,7 +66,7 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
             for image in images
         ]
     else:
-        items = published_items(request, engine.processor, max_items=engine.config.max_items)
+        items = published_items(request, engine.processor, max_items=engine.config.max_items, caller=exchange.caller)
     prompt = await chat_prompt(context, exchange, engine, request, items, tools.shown if tools else ())
     requests = _engine_requests(context, exchange, engine, request, part, [prompt], grammar)
     if images:
@@ -87,7 +88,7 @@ async def completions(context: ServerContext, exchange: Exchange) -> None:
     request = await _decoded(context, exchange, _completion_decoder)
     context.check_model(request.model)
     given = given_prompts(request, max_prompts=context.config.max_prompts)
-    part = answer_part(engine.config.role, request, num_prompts=len(given))
+    part = _part(exchange, engine, request, num_prompts=len(given))
     grammar = await grammar_of(context, exchange, engine, request)
     prompts = [await completion_prompt(context, exchange, engine, prompt) for prompt in given]
     requests = _engine_requests(context, exchange, engine, request, part, prompts, grammar)
@@ -100,6 +101,16 @@ async def _decoded(context: ServerContext, exchange: Exchange, decoder: msgspec.
         return decode(decoder, exchange.body)
     async with exchange.until_deadline():
         return await context.in_thread(partial(decode, decoder, exchange.body))
+
+
+def _part(
+    exchange: Exchange, engine: GeneratingEngine, request: GenerationFields, *, num_prompts: int = 1
+) -> AnswerPart:
+    """Return which part of the answer is made here. Raises InvalidRequestError, and ForbiddenError for a stranger's KV."""
+    role = engine.config.role
+    if request.kv_transfer_params is not None and role in (Role.PREFILL, Role.DECODE):
+        check_fleet(exchange.caller, "Handing KV over (kv_transfer_params)")
+    return answer_part(role, request, num_prompts=num_prompts)
 
 
 def _engine_requests(

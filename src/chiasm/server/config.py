@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from chiasm.errors import ConfigurationError
+from chiasm.fleet_key import FleetKeyFile
 from chiasm.http.config import HttpConfig
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
@@ -19,6 +20,7 @@ class ServerConfig:
     host: Annotated[str, Option("Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Option("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000
     """``on_ready`` of :func:`chiasm.server.run` gets the URL with the port that was taken."""
+    fleet_key_file: FleetKeyFile = None
     deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
     """``X-Request-Deadline-Ms`` of a request can only shorten it."""
     shutdown_timeout_seconds: ShutdownTimeout = SHUTDOWN_TIMEOUT_SECONDS

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, ModelNotFoundError, OverloadedError
+from chiasm.fleet_key import read_fleet_key
 from chiasm.http import Admission, Exchange
 from chiasm.http.keys import key_name
 from chiasm.media import Fetcher
@@ -71,6 +72,8 @@ class ServerContext:
         self.model = model
         """The name by which requests ask for it."""
         self.config = config
+        self.fleet_key = read_fleet_key(config.fleet_key_file)
+        """Which signatures count; None: who calls from this machine belongs to the fleet."""
         self.created = int(time.time())
         self.loaded_engine = engine
         """None while the model loads."""
@@ -177,9 +180,13 @@ class ServerContext:
         return f"{request_id}-{next(self._numbers)}"
 
     def key_of(self, exchange: Exchange) -> str:
-        """Return what names the request's API key; empty if neither this instance nor the proxy checks keys."""
+        """Return what names the request's API key; empty if neither this instance nor the proxy checks keys.
+
+        The proxy's word counts, and nobody else's."""
         if self.config.http.needs_key:
             return key_name(exchange.headers)
+        if not exchange.caller.is_of_fleet:
+            return ""
         return exchange.headers.get(CLIENT_HEADER, "")[:_SHOWN_CHARACTERS]
 
     async def in_thread(self, function: Callable[[], _T]) -> _T:

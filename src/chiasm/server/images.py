@@ -15,6 +15,7 @@ from chiasm.chat_body import refused_part
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
+from chiasm.http.fleet_calls import Caller, check_fleet
 from chiasm.http.timing import TimingEntry
 from chiasm.media import ImageInfo, identifier, inspect
 from chiasm.media.url import is_data_url
@@ -75,11 +76,16 @@ def _parts(request: ChatRequest, taken: str, max_items: int) -> list[Part]:
 # ---- names of embeddings -----------------------------------------------------------------------------------------------
 
 
-def published_items(request: ChatRequest, processor: Processor, *, max_items: int) -> list[tuple[str, ItemGeometry]]:
-    """Return identifier and geometry of each ``image_embeds`` part. Raises InvalidRequestError."""
+def published_items(
+    request: ChatRequest, processor: Processor, *, max_items: int, caller: Caller
+) -> list[tuple[str, ItemGeometry]]:
+    """Return identifier and geometry of each ``image_embeds`` part. Raises InvalidRequestError, ForbiddenError."""
     items: list[tuple[str, ItemGeometry]] = []
     seen: dict[str, ItemGeometry] = {}
-    for part in _parts(request, _IMAGE_EMBEDS, max_items):
+    parts = _parts(request, _IMAGE_EMBEDS, max_items)
+    if parts:
+        check_fleet(caller, "Asking about an image by its name (image_embeds)")
+    for part in parts:
         name = check_identifier(part.uuid)
         metadata = _metadata(part.image_embeds)
         try:
@@ -124,9 +130,10 @@ async def fetch_images(
 ) -> list[Image]:
     """Fetch, check and name the images of the ``image_url`` parts, all at the same time.
 
-    They are named by their content. With ``trust_names``, the ``uuid`` of a part is such a name, computed by the proxy.
+    They are named by their content. With ``trust_names``, the ``uuid`` of a part is such a name, computed by the proxy, and
+    nobody else may give one: embeddings are found by these names, so a wrong one would answer about another image.
 
-    Raises InvalidRequestError, MediaError, DeadlineExceededError.
+    Raises InvalidRequestError, ForbiddenError, MediaError, DeadlineExceededError.
     """
 
     turns = asyncio.Semaphore(context.config.media.max_fetches_per_request)
@@ -151,6 +158,8 @@ async def fetch_images(
         return await context.in_thread(examine)
 
     parts = _parts(request, _IMAGE_URL, engine.config.max_items)
+    if trust_names and any(part.uuid is not None for part in parts):
+        check_fleet(exchange.caller, "Naming an image (uuid)")
     return await _for_each(exchange, "fetch", fetch, parts)
 
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from chiasm.errors import PathNotFoundError
 from chiasm.http import read_body
+from chiasm.http.fleet_calls import caller_of, check_fleet
 from chiasm.http.untrusted import read_json
 from chiasm.server.context import GeneratingEngine, ServerContext
 from chiasm.wire import KVRelease, KVTransferParams, Role
@@ -22,6 +23,7 @@ _decoder = msgspec.json.Decoder(KVRelease)
 
 async def release_kv(context: ServerContext, request: Request) -> Response:
     """End the leases that the body names; also while the instance stops, which waits for them."""
+    check_fleet(caller_of(request.scope), "Giving KV back")
     engine = context.loaded_engine
     if not isinstance(engine, GeneratingEngine) or engine.config.role is not Role.PREFILL:
         raise PathNotFoundError("This instance holds no KV for others; prefill instances do.")

@@ -6,17 +6,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.http import serve
-from chiasm.http.listen import base_url, bind
+from chiasm.http.listen import base_url, bind, is_loopback
 from chiasm.server.app import app_of
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
 
 if TYPE_CHECKING:
     from chiasm.engine import EngineConfig
+    from chiasm.fleet_key import FleetKey
 
 _logger = logging.getLogger(__name__)
 
@@ -36,11 +38,18 @@ def run(
     What runs has ``server_config.shutdown_timeout_seconds`` to end, or until a second signal; then it ends with an error.
     The port is bound first, and /health answers while the model loads. When the model is loaded, ``on_ready`` is called with
     the base URL, on another thread. The model's name is that of its folder unless ``served_model_name`` is given. Raises
-    ConfigurationError if the address is in use or the model cannot be served.
+    ConfigurationError if the address is in use, if it can be reached from other machines and there is no fleet key, or if the
+    model cannot be served.
     """
+    context = ServerContext(served_model_name or engine_config.model.name, server_config)
+    if context.fleet_key is None and not is_loopback(server_config.host):
+        raise ConfigurationError(
+            f"--host {server_config.host}: without a fleet key, an instance listens on loopback alone, because whoever reaches "
+            "it could answer about one image with another. Make one (openssl rand -hex 32 > fleet.key; chmod 600 fleet.key), "
+            "and give it to the proxy and all instances with --fleet-key-file."
+        )
     listener = bind(server_config.host, server_config.port)
     url = base_url(server_config.host, listener.getsockname()[1])
-    context = ServerContext(served_model_name or engine_config.model.name, server_config)
     server = serve.HttpServer(
         app_of(context),
         server_config.http,
@@ -55,7 +64,7 @@ def run(
         from chiasm.engine import create_engine
 
         try:
-            engine = create_engine(engine_config)
+            engine = create_engine(_with_fleet_key(engine_config, context.fleet_key))
             context.progress = engine.progress
             engine.start()
         except ChiasmError as error:
@@ -77,6 +86,15 @@ def run(
     _stop_engine(context, loading)
     if context.failure is not None:
         raise context.failure
+
+
+def _with_fleet_key(config: EngineConfig, key: FleetKey | None) -> EngineConfig:
+    """Return the configuration with the key by which the engine's connectors know those of other instances."""
+    return replace(
+        config,
+        ec=config.ec and replace(config.ec, fleet_key=key),
+        kv=config.kv and replace(config.kv, fleet_key=key),
+    )
 
 
 def _stop_engine(context: ServerContext, loading: threading.Thread) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -13,6 +14,7 @@ from chiasm import __version__
 from chiasm.cores import allowed_cpus
 from chiasm.errors import StorageError
 from chiasm.http import json_response
+from chiasm.http.fleet_calls import caller_of, check_fleet
 from chiasm.server.context import ServerContext
 from chiasm.wire import AwaitedEmbeddings, Health, ModelCard, ModelList, Role, model_card
 
@@ -39,6 +41,7 @@ class Status:
 
     async def awaited(self, request: Request) -> Response:
         """Name the embeddings that prompts need next and that don't exist. Waits for the end of the engine's step."""
+        check_fleet(caller_of(request.scope), "What embeddings are awaited")
         identifiers = await self._context.generating_engine.awaited_embeddings()
         return json_response(AwaitedEmbeddings(identifiers=identifiers))
 
@@ -81,6 +84,8 @@ class Status:
             ec_connector=engine.ec_connector,
             ec_place=engine.ec_place,
             version=__version__,
+            fleet_keys=list(context.fleet_key.names) if context.fleet_key else [],
+            clock_milliseconds=int(time.time() * 1000) if context.fleet_key else None,
             needs_key=context.config.http.needs_key,
             max_model_len=engine.max_model_len,
             max_items=engine.config.max_items,

@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -17,11 +18,14 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from chiasm import __version__, checkpoints
+from chiasm.errors import Code
+from chiasm.fleet_key import FleetKey, make_fleet_key
+from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.integrations.vllm.messages import AWAITED_METHOD
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
 from chiasm.models import load_processor
 from chiasm.models.identity import fingerprint
-from chiasm.wire import AWAITED_PATH, CHAT_PATH, Health, Role
+from chiasm.wire import AWAITED_PATH, CHAT_PATH, COMPLETIONS_PATH, Health, Role
 
 CHECKPOINT = checkpoints.folder("demo")
 NAME = "ab" * 32
@@ -73,14 +77,29 @@ class Server:
         """What has not been received of the last request."""
 
     async def call(
-        self, method: str, path: str, *chunks: bytes, length: int | None = None, encoding: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        *chunks: bytes,
+        length: int | None = None,
+        encoding: bytes | None = None,
+        peer: str = "127.0.0.1",
+        signed: Mapping[str, str] = MappingProxyType({}),
     ) -> Answer:
         headers = [(b"host", b"here"), (b"x-own", b"1")]
+        headers += [(name.encode(), value.encode()) for name, value in signed.items()]
         if encoding is not None:
             headers.append((b"content-encoding", encoding))
         if length is not None:
             headers.append((b"content-length", str(length).encode()))
-        scope = {"type": "http", "method": method, "path": path, "headers": headers, "app": self.app}
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "headers": headers,
+            "app": self.app,
+            "client": (peer, 1),
+        }
         left = self.left = [
             {"type": "http.request", "body": chunk, "more_body": index < len(chunks) - 1}
             for index, chunk in enumerate(chunks)
@@ -459,3 +478,72 @@ async def test_without_chiasms_connector_the_question_goes_to_vllm() -> None:
     vllm = VLLM(config(), status=404)
     assert (await Server(vllm).call("GET", AWAITED_PATH)).status == 404
     assert vllm.paths == [AWAITED_PATH]
+
+
+# ---- the fleet key -----------------------------------------------------------------------------------------------------
+
+KEY = FleetKey([make_fleet_key()])
+TEXT = {"type": "text", "text": "hello"}
+PIXELS = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+
+def body_of(*parts: Any, **fields: Any) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": list(parts)}]} | fields).encode()
+
+
+STAGE_CALLS = [
+    (CHAT_PATH, body_of(PIXELS | {"uuid": NAME})),
+    (CHAT_PATH, body_of(TEXT, {"type": "image_embeds", "image_embeds": None, "uuid": None})),
+    (CHAT_PATH, body_of(TEXT, kv_transfer_params={"do_remote_decode": True})),
+    (CHAT_PATH, body_of(TEXT, ec_transfer_params={NAME: {}})),
+    (CHAT_PATH, body_of(PIXELS | {"uuid": NAME}).replace(b"uuid", b"\\u0075uid")),
+    (COMPLETIONS_PATH, json.dumps({"prompt": "a", "kv_transfer_params": {"remote_host": "a"}}).encode()),
+    ("/v1/responses", json.dumps({"input": "a"}).encode()),
+]
+CALLS_OF_CLIENTS = [
+    (CHAT_PATH, body_of(TEXT, PIXELS, "a bare text", kv_transfer_params=None)),
+    (COMPLETIONS_PATH, b'{"prompt": "a"}'),
+]
+
+
+@pytest.fixture
+def fleet(monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A PD with a fleet key."""
+    for name, value in KEY.environment().items():
+        monkeypatch.setenv(name, value)
+    return Server(VLLM(config("ec_consumer")))
+
+
+@pytest.mark.parametrize(("path", "body"), STAGE_CALLS)
+async def test_only_the_fleet_does_what_only_the_fleet_may(fleet: Server, path: str, body: bytes) -> None:
+    assert (await fleet.call("POST", path, body)).json["error"]["code"] == Code.FLEET_KEY_NEEDED
+    signed = signature(KEY, "POST", path, body_digest(body))
+    wrong = signature(FleetKey([make_fleet_key()]), "POST", path, body_digest(body))
+    assert (await fleet.call("POST", path, body, signed=wrong)).json["error"]["code"] == Code.FLEET_SIGNATURE_INVALID
+    answer = await fleet.call("POST", path, body, signed=signed)
+    assert answer.status == 200 or answer.json["error"]["code"] == Code.INVALID_UUID
+
+
+@pytest.mark.parametrize(("path", "body"), STAGE_CALLS)
+async def test_without_a_key_that_is_this_machine(path: str, body: bytes) -> None:
+    server = Server(VLLM(config()))
+    refused = await server.call("POST", path, body, peer="192.0.2.1")
+    assert refused.json["error"]["code"] == Code.FLEET_KEY_NEEDED
+    assert (await server.call("POST", path, body, peer="127.0.0.1")).status == 200
+
+
+@pytest.mark.parametrize(("path", "body"), CALLS_OF_CLIENTS)
+async def test_anybody_may_ask_what_a_client_asks(fleet: Server, path: str, body: bytes) -> None:
+    assert (await fleet.call("POST", path, body, peer="192.0.2.1")).status == 200
+    assert (await fleet.call("GET", "/v1/models", peer="192.0.2.1")).status == 200
+
+
+async def test_what_only_vllm_would_understand_is_refused_to_strangers(fleet: Server) -> None:
+    body = body_of(PIXELS | {"uuid": NAME}, temperature=float("nan"))
+    assert (await fleet.call("POST", CHAT_PATH, body)).json["error"]["code"] == Code.INVALID_JSON
+
+
+async def test_health_tells_the_name_of_the_key_and_the_clock(fleet: Server) -> None:
+    health = msgspec.json.decode((await fleet.call("GET", "/health")).body, type=Health)
+    assert health.fleet_keys == list(KEY.names)
+    assert health.clock_milliseconds

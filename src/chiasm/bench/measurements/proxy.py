@@ -37,7 +37,7 @@ class Proxy(Measurement):
             (encoder,), (pd,) = deployment.urls(Role.ENCODER), deployment.urls(Role.PD)
             text = _Text(bench, pd)
             image = _Image(bench, noise(f"proxy {bench.seed}", _IMAGE_BYTES), encoder, pd)
-            await bench.client.post(encoder, image.pixels)
+            await bench.client.post(encoder, image.pixels, as_proxy=True)
             await _compare(bench, outcome, "text", text, texts, deployment.url, _TEXT_AT_MOST_MS)
             await _compare(bench, outcome, "1 MB image", image, texts, deployment.url, _IMAGE_AT_MOST_MS)
             memory = proxy_memory_bytes(deployment) / 1e6
@@ -61,7 +61,7 @@ class _Text:
 
     async def call_directly(self, question: str) -> float:
         """Return the seconds that the same request takes without the proxy."""
-        return (await self._bench.client.post(self._pd, self.body(question)))[0]
+        return (await self._bench.client.post(self._pd, self.body(question), as_proxy=True))[0]
 
 
 class _Image(_Text):
@@ -82,9 +82,9 @@ class _Image(_Text):
         """Return the seconds until the PD's answer, while the encoder is called at the same time."""
         body = chat([self._embeds, text_part(question)], max_tokens=1)
         started = time.perf_counter()
-        encoding = asyncio.create_task(self._bench.client.post(self._encoder, self.pixels))
+        encoding = asyncio.create_task(self._bench.client.post(self._encoder, self.pixels, as_proxy=True))
         try:
-            await self._bench.client.post(self._pd, body)
+            await self._bench.client.post(self._pd, body, as_proxy=True)
             seconds = time.perf_counter() - started
             await encoding
         finally:

@@ -7,6 +7,7 @@ waits for the encoder's answer before it calls a PD, and cannot check that insta
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import msgspec
@@ -16,17 +17,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.chat_body import json_object, with_content_parts, with_texts
 from chiasm.ec_transfer import check_identifier
-from chiasm.errors import ChiasmError, EmbeddingUnavailableError, InvalidRequestError
+from chiasm.errors import ChiasmError, Code, EmbeddingUnavailableError, InvalidRequestError
+from chiasm.fleet_key import read_fleet_key
 from chiasm.http import ClientLeftError, json_response, read_body
 from chiasm.http.body import Incoming
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
+from chiasm.http.fleet_calls import Caller, FleetGuard, caller_of, check_fleet
 from chiasm.integrations.vllm.health import Description, describe
 from chiasm.integrations.vllm.messages import AWAITED_METHOD
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.server.config import ServerConfig
-from chiasm.wire import AWAITED_PATH, CHAT_PATH, UNREADABLE, AwaitedEmbeddings, Health
+from chiasm.wire import AWAITED_PATH, CHAT_PATH, COMPLETIONS_PATH, UNREADABLE, AwaitedEmbeddings, Health
 
 _EMBEDS = "image_embeds"
 _EMBEDS_KEY = f'"{_EMBEDS}"'.encode()
@@ -37,6 +40,9 @@ _NO_EMBEDDING = EmbeddingUnavailableError(
     "An embedding of this request did not arrive in time or could not be used, or vLLM's engine has failed; the log of the "
     "instance says which."
 )
+_HARMLESS_METHODS = ("GET", "HEAD", "OPTIONS")
+_OF_FLEET = ("kv_transfer_params", "ec_transfer_params")
+"""Fields of a request that only the fleet may give."""
 _fields = msgspec.json.Decoder(dict[str, Raw])
 
 
@@ -45,12 +51,17 @@ class ChiasmMiddleware:
 
     When vLLM is asked to end, it lets what runs end first (``shutdown.py``). It also keeps texts from naming the place of an
     image, refuses bodies of chat completions that are larger than chiasm's own instances take, and explains the error of a
-    request that failed for lack of an embedding. Everything else passes unchanged.
+    request that failed for lack of an embedding.
+
+    Only processes of the fleet (``http/fleet_calls.py``; the key is in CHIASM_FLEET_KEY) may name images and embeddings, hand
+    KV over, and use paths that chiasm doesn't know. Everything else passes unchanged.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int = ServerConfig.max_body_bytes) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._fleet_key = read_fleet_key()
+        self._guard = FleetGuard(self._answer, self._fleet_key)
         self._describing: asyncio.Task[Description] | None = None
         self._end = ServerEnd()
 
@@ -58,20 +69,22 @@ class ChiasmMiddleware:
         if scope["type"] == "lifespan":  # the server starts, after vLLM has taken the signals
             self._end.take_over(scope["app"].state)
         if scope["type"] == "http" and scope["method"] == "POST":
-            await self._end.run(self._answer, scope, receive, send)
+            await self._end.run(self._guard, scope, receive, send)
         else:
-            await self._answer(scope, receive, send)
+            await self._guard(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        called = (scope["method"], scope["path"]) if scope["type"] == "http" else None
-        if called == ("GET", "/health"):
+        method, path = (scope["method"], scope["path"]) if scope["type"] == "http" else ("GET", "")
+        if (method, path) == ("GET", "/health"):
             await self._health(scope, receive, send)
-        elif called == ("GET", AWAITED_PATH) and (await self._described(scope)).has_connector:
+        elif (method, path) == ("GET", AWAITED_PATH) and (await self._described(scope)).has_connector:
             await self._awaited(scope, receive, send)
-        elif called == ("POST", CHAT_PATH):
+        elif (method, path) == ("POST", CHAT_PATH):
             await self._chat(scope, receive, send)
-        else:
+        elif method in _HARMLESS_METHODS or caller_of(scope).is_of_fleet:
             await self._app(scope, receive, send)
+        else:
+            await self._for_stranger(scope, receive, send)
 
     async def _described(self, scope: Scope) -> Description:
         """Return the instance's description, which is made once; after a failure it is tried again."""
@@ -100,6 +113,9 @@ class ChiasmMiddleware:
                 health = await asyncio.to_thread((await self._described(scope)).current_health)
             except (ChiasmError, OSError) as error:
                 status, health = 503, Health(status="failed", message=str(error))
+        if self._fleet_key is not None:
+            names, clock = list(self._fleet_key.names), int(time.time() * 1000)
+            health = msgspec.structs.replace(health, fleet_keys=names, clock_milliseconds=clock)
         response = json_response(health, status)
         await response(scope, receive, send)
 
@@ -121,6 +137,11 @@ class ChiasmMiddleware:
 
     async def _awaited(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Name the embeddings that the requests of all engines wait for. Waits for the end of a step."""
+        try:
+            check_fleet(caller_of(scope), "What embeddings are awaited")
+        except ChiasmError as error:
+            await error_response(error)(scope, receive, send)
+            return
         core = scope["app"].state.engine_client.engine_core
         if hasattr(core, "call_utility_all_async"):
             answers: list[list[str]] = await core.call_utility_all_async(AWAITED_METHOD)
@@ -129,6 +150,24 @@ class ChiasmMiddleware:
         awaited = dict.fromkeys(name for names in answers for name in names)
         await json_response(AwaitedEmbeddings(identifiers=list(awaited)))(scope, receive, send)
 
+    # ---- strangers ----------------------------------------------------------------------------------------------------
+
+    async def _for_stranger(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a text completion; any other path may be one that does what only the fleet may."""
+        incoming = Incoming(receive)
+        try:
+            if scope["path"] != COMPLETIONS_PATH:
+                check_fleet(caller_of(scope), f"{scope['method']} {scope['path'][:_SHOWN_BYTES]}")
+            headers = Headers(scope=scope)
+            body = await read_body(incoming, headers, self._max_body_bytes)
+            _check_stranger(body, caller_of(scope))
+        except ClientLeftError:
+            return
+        except ChiasmError as error:
+            await _refuse(error, incoming, scope, receive, send)
+            return
+        await self._app(_with_length(scope, body), _replayed(body, receive), send)
+
     # ---- chat completions -------------------------------------------------------------------------------------------
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,6 +175,8 @@ class ChiasmMiddleware:
         try:
             headers = Headers(scope=scope)
             given = body = await read_body(incoming, headers, self._max_body_bytes)
+            if not (caller := caller_of(scope)).is_of_fleet:
+                _check_stranger(body, caller)
             if _EMBEDS_KEY in body:
                 body = _with_grids(body, await self._described(scope))
                 send = _explained(scope, receive, send)
@@ -145,10 +186,43 @@ class ChiasmMiddleware:
         except ClientLeftError:
             return
         except ChiasmError as error:
-            await incoming.discard(HttpConfig.discard_seconds, HttpConfig.discard_bytes)
-            await error_response(error)(scope, receive, send)
+            await _refuse(error, incoming, scope, receive, send)
             return
         await self._app(scope, _replayed(body, receive), send)
+
+
+async def _refuse(error: ChiasmError, incoming: Incoming, scope: Scope, receive: Receive, send: Send) -> None:
+    await incoming.discard(HttpConfig.discard_seconds, HttpConfig.discard_bytes)
+    await error_response(error)(scope, receive, send)
+
+
+def _check_stranger(body: bytes, caller: Caller) -> None:
+    """Raise ForbiddenError for a body that does what only the fleet may, InvalidRequestError for one that isn't understood.
+
+    vLLM understands some JSON that isn't valid, so that it can't be left to refuse it.
+    """
+
+    def check(part: Raw) -> Raw:
+        fields = _fields.decode(part) if bytes(part).startswith(b"{") else {}  # vLLM takes bare strings too
+        if _is_given(fields, "uuid"):
+            check_fleet(caller, "Naming an image (uuid)")
+        if _EMBEDS in fields:
+            check_fleet(caller, f"Asking about an image by its name ({_EMBEDS})")
+        return part
+
+    try:
+        fields = _fields.decode(body)
+        if "messages" in fields:
+            with_content_parts(body, check)
+    except UNREADABLE:
+        raise InvalidRequestError("The body is not valid JSON of a completion.", code=Code.INVALID_JSON) from None
+    for name in _OF_FLEET:
+        if _is_given(fields, name):
+            check_fleet(caller, f"Handing over what instances have computed ({name})")
+
+
+def _is_given(fields: dict[str, Raw], name: str) -> bool:
+    return name in fields and bytes(fields[name]) != b"null"
 
 
 def _with_grids(body: bytes, described: Description) -> bytes:
