@@ -107,6 +107,8 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Names the store through which embeddings are exchanged; empty if the instance exchanges none."""
     ec_connector: Name = ""
     """What moves embeddings from encoders to language models; empty if the instance exchanges none, or doesn't say."""
+    reads_stored: bool = False
+    """Whether it reads embeddings that the fleet's shared cache has."""
     ec_place: ECPlace | None = None
     """Of an encoder: where its embeddings are. None if they are found without."""
     version: str = ""

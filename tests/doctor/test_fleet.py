@@ -110,6 +110,13 @@ def test_an_unreported_store_is_skipped() -> None:
     assert verdicts(fleet.ec_store([E, instance("pd", 2, ec_store="")])) == ["skipped"]
 
 
+def test_instances_that_cannot_read_from_a_shared_cache_are_warned_about() -> None:
+    assert not list(fleet.shared_cache([E, PD]))
+    reading = instance("pd", 5, reads_stored=True)
+    assert verdicts(fleet.shared_cache([E, reading])) == ["ok"]
+    assert "pd http://10.0.0.2:8000" in warning(fleet.shared_cache([E, PD, reading])).says
+
+
 def test_different_kv_connectors_are_a_problem() -> None:
     other = instance("decode", 4, kv_connector="SharedMemoryConnector")
     assert "different KV connectors" in problem(fleet.kv_connector([P, other])).says

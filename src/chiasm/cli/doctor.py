@@ -74,14 +74,14 @@ def run(settings: Mapping[str, Any]) -> int | None:
     if running and of_plan:
         raise ConfigurationError(f"A running deployment has its options already; leave out {_flags(of_plan)}.")
     of_plan |= settings.keys() & about_storage
-    if target is None and not instances and of_plan:
+    if target is None and not instances and of_plan - {"ec_store"}:
         raise ConfigurationError(f"{_flags(of_plan)} describe a planned deployment: name its MODEL too.")
 
     results: AsyncIterator[Result]
     if running:
         results = _examine_running(target, instances, config.timeout_seconds, settings)
     elif target is None:
-        results = _examine_machine()
+        results = _examine_machine(settings.get("ec_store", ""))
     else:
         from chiasm.doctor.planned import examine_plan
 
@@ -119,21 +119,23 @@ def _examine_running(
     if "shared_storage_path" in settings:
         bound = {"max_bytes": settings["ec_max_bytes"]} if "ec_max_bytes" in settings else {}
         folder = Folder(settings["shared_storage_path"], **bound)
-    limits = Limits(timeout_seconds)
+    limits, store_url = Limits(timeout_seconds), settings.get("ec_store", "")
     keys = [*settings.get("api_key", ())]
     if "api_key_file" in settings:
         keys += read_key_file("--api-key-file", settings["api_key_file"])
     key = next(filter(None, keys), None)
     fleet_key = read_fleet_key(settings.get("fleet_key_file"))
     if target is not None:
-        return examine_proxy(_base_url(target), limits=limits, folder=folder, key=key, fleet_key=fleet_key)
-    return examine_instances(instances, limits=limits, folder=folder, key=key, fleet_key=fleet_key)
+        return examine_proxy(
+            _base_url(target), limits=limits, folder=folder, store_url=store_url, key=key, fleet_key=fleet_key
+        )
+    return examine_instances(instances, limits=limits, folder=folder, store_url=store_url, key=key, fleet_key=fleet_key)
 
 
-async def _examine_machine() -> AsyncIterator[Result]:
+async def _examine_machine(store_url: str) -> AsyncIterator[Result]:
     from chiasm.doctor.planned import examine_machine
 
-    for result in examine_machine():
+    for result in examine_machine(store_url):
         yield result
 
 

@@ -25,6 +25,7 @@ _ROLES = Check("roles")
 _MODEL = Check("model")
 _CONTEXT = Check("context length")
 _STORE = Check("EC store")
+_SHARED_CACHE = Check("shared cache use")
 _KV = Check("KV connector")
 _VERSIONS = Check("versions of instances")
 _CLOCK = Check("clock")
@@ -199,6 +200,22 @@ def ec_store(instances: Sequence[Observed]) -> Iterator[Result]:
         yield _STORE.ok(f"{len(exchanging)} instances exchange embeddings through {next(iter(stores))}")
 
 
+def shared_cache(instances: Sequence[Observed]) -> Iterator[Result]:
+    """Check whether all that could read from a shared cache do; says nothing if none does."""
+    readers = [one for one in instances if one.role in EMBEDDING_READERS]
+    others = [one for one in readers if not one.health.reads_stored]
+    if len(others) == len(readers):
+        return
+    if others:
+        yield _SHARED_CACHE.warning(
+            f"{_names(others)} can't read from the shared cache, but others can",
+            why="the proxy asks it only if all language instances can read from it: every image goes to an encoder.",
+            do="start them with --ec-store too; an instance of vLLM can't read from it.",
+        )
+    else:
+        yield _SHARED_CACHE.ok(f"all {len(readers)} instances that read embeddings read from one")
+
+
 def kv_connector(instances: Sequence[Observed]) -> Iterator[Result]:
     exchanging = [one for one in instances if one.role in PART_ROLES]
     connectors = _by(exchanging, lambda one: one.health.kv_connector or "")
@@ -343,7 +360,7 @@ def accept(instances: Sequence[Observed], own: FleetKey | None) -> bool:
 
 
 CHECKS: tuple[Callable[[Sequence[Observed]], Iterator[Result]], ...] = (
-    *(roles, model, context_length, ec_store, kv_connector, versions, devices, threads, clocks),
+    *(roles, model, context_length, ec_store, shared_cache, kv_connector, versions, devices, threads, clocks),
 )
 """The checks of healthy instances."""
 

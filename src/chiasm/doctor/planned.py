@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 from chiasm.cores import check_cpus
-from chiasm.doctor import machine, model, storage, transports
+from chiasm.doctor import machine, model, storage, store, transports
 from chiasm.doctor.machine import Need, Tenant
 from chiasm.doctor.report import Check, Result
 from chiasm.errors import ConfigurationError
@@ -33,8 +33,8 @@ _VLLM_DTYPES = {"half": "float16", "float": "float32"}
 _FIX_OPTIONS = "change the options that the message names."
 
 
-def examine_machine() -> Iterator[Result]:
-    """Check what concerns everything that runs here."""
+def examine_machine(store_url: str = "") -> Iterator[Result]:
+    """Check what concerns everything that runs here; ``store_url`` is the shared cache, if there is one."""
     yield from machine.versions(is_planned=False)
     yield from machine.vllm(is_planned=False)
     yield from machine.cores()
@@ -44,6 +44,8 @@ def examine_machine() -> Iterator[Result]:
     yield from _gpus(for_vllm=bool(machine.version_of("vllm")))[1]
     yield from transports.nixl(is_needed=False)
     yield from transports.ucx()
+    if store_url:
+        yield from store.store(store_url)
 
 
 async def examine_plan(config: DeploymentConfig) -> AsyncIterator[Result]:
@@ -232,3 +234,5 @@ def _storage(config: DeploymentConfig, image_bytes: int | None) -> Iterator[Resu
     else:
         yield from storage.planned_folder(path)
         yield from storage.room(path, config.ec_max_bytes or DEFAULT_MAX_BYTES, image_bytes)
+    if config.ec_store:
+        yield from store.store(config.ec_store)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from chiasm.doctor import fleet, storage
+from chiasm.doctor import fleet, storage, store
 from chiasm.doctor.client import Client, Limits, NoAnswerError
 from chiasm.doctor.end_to_end import check_instances, check_proxy
 from chiasm.doctor.observed import Observed, ask_instance, ask_proxy
@@ -28,7 +28,13 @@ class Folder:
 
 
 async def examine_proxy(
-    url: str, *, limits: Limits, folder: Folder | None = None, key: str | None = None, fleet_key: FleetKey | None = None
+    url: str,
+    *,
+    limits: Limits,
+    folder: Folder | None = None,
+    store_url: str = "",
+    key: str | None = None,
+    fleet_key: FleetKey | None = None,
 ) -> AsyncIterator[Result]:
     """Check the proxy at base URL ``url``, and the instances behind it; the keys are those of all of them."""
     async with Client(limits, key, fleet_key) as client:
@@ -53,7 +59,7 @@ async def examine_proxy(
                 "check it"
             )
         reached = [one for one in instances if one not in hidden]
-        async for result in _examine(client, reached, instances, folder):
+        async for result in _examine(client, reached, instances, folder, store_url):
             yield result
         # The counters of hidden instances are unknown, so they prove nothing.
         yield await check_proxy(client, proxy, [one for one in instances if not one.trouble or one in hidden])
@@ -64,13 +70,14 @@ async def examine_instances(
     *,
     limits: Limits,
     folder: Folder | None = None,
+    store_url: str = "",
     key: str | None = None,
     fleet_key: FleetKey | None = None,
 ) -> AsyncIterator[Result]:
     """Check instances without a proxy, given as base URLs by role."""
     async with Client(limits, key, fleet_key) as client:
         instances = await _ask(client, [(url, role) for role, several in urls.items() for url in several])
-        async for result in _examine(client, instances, instances, folder):
+        async for result in _examine(client, instances, instances, folder, store_url):
             yield result
 
 
@@ -79,7 +86,7 @@ async def _ask(client: Client, urls: Sequence[tuple[str, str]]) -> list[Observed
 
 
 async def _examine(
-    client: Client, reached: Sequence[Observed], everyone: Sequence[Observed], folder: Folder | None
+    client: Client, reached: Sequence[Observed], everyone: Sequence[Observed], folder: Folder | None, store_url: str
 ) -> AsyncIterator[Result]:
     """Check ``reached``; ``everyone`` includes instances that can't be reached from here, but do their part."""
     healthy = [one for one in reached if not one.trouble]
@@ -90,6 +97,8 @@ async def _examine(
     ]
     if folder is not None and healthy:
         results.append(_check_folder(folder, healthy))
+    if store_url:
+        results.append(store.store(store_url))
     for result in chain(*results):
         yield result
     for result in fleet.keys(healthy, client.fleet_key):

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
 
 from chiasm.connectors import ClassPath, ConnectorFactory
 from chiasm.ec_transfer.lookout import Lookout
+from chiasm.ec_transfer.stores.base import StoreURL
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.fleet_key import FleetKey
 from chiasm.options import Option
@@ -47,6 +48,9 @@ from chiasm.wire import ECPlace
 
 if TYPE_CHECKING:
     import torch
+
+    from chiasm.ec_transfer.stores.reader import StoreReads
+    from chiasm.ec_transfer.stores.writer import StoreWrites
 
 _IDENTIFIER = re.compile(r"[0-9a-f]{64}")
 _SHOWN_CHARACTERS = 72
@@ -93,6 +97,26 @@ class ECTransferConfig:
     """Whether the two halves live in different processes, and the worker must find everything that the scheduler role has
     found. A connector then verifies an entry before ``has_cache_item`` returns true, and keeps it until the metadata in the
     scheduler's process is gone."""
+    dtype: str = ""
+    """The dtype of all entries, as ``float32``; empty if it isn't known."""
+    entry_width: int = 0
+    """Columns of all entries; 0 if it isn't known."""
+    store: StoreURL = field(default="", repr=False)
+    """Beside the connector. Empty: none."""
+    store_read_bytes: Annotated[
+        int,
+        Option(
+            "Maximum size of the embeddings that are read from --ec-store ahead of their use.",
+            name="ec_store_read_bytes",
+        ),
+    ] = 512 << 20
+    store_queue_bytes: Annotated[
+        int,
+        Option(
+            "Maximum size of the embeddings that wait to be written to --ec-store; an encoder drops others.",
+            name="ec_store_queue_bytes",
+        ),
+    ] = 256 << 20
     connector_module_path: Annotated[
         str | None, Option("Python module of a connector that isn't chiasm's own.", metavar="MODULE")
     ] = None
@@ -184,6 +208,12 @@ class ECConnector(ABC):
         self.stats = ECConnectorStats()
         self._metadata: ECConnectorMetadata | None = None
         self._reminders: Lookout | None = None
+
+    @property
+    def store_stats(self) -> StoreReads | StoreWrites | None:
+        """Counters of the store beside the connector, if there is one: of a consumer in the scheduler role, of a producer in
+        the worker role."""
+        return None
 
     @property
     def is_producer(self) -> bool:
@@ -352,3 +382,13 @@ class ECConnectorFactory(ConnectorFactory[ECTransferConfig, ECConnectorRole, ECC
         "NixlConnector": ClassPath("chiasm.ec_transfer.nixl", "NixlConnector"),
         "SharedStorageConnector": ClassPath("chiasm.ec_transfer.shared_storage", "SharedStorageConnector"),
     }
+
+    @classmethod
+    def create_connector(cls, config: ECTransferConfig, role: ECConnectorRole) -> ECConnector:
+        """Make one half of the configured connector, with the store beside it if there is one."""
+        connector = super().create_connector(config, role)
+        if not config.store:
+            return connector
+        from chiasm.ec_transfer.with_store import WithStore
+
+        return WithStore(config, role, connector)

@@ -94,9 +94,18 @@ class Engine(ABC):
         """Where language models find the embeddings of this engine, if it encodes and they don't find them without."""
         return self._ec_place
 
-    def _connect(self, config: ECTransferConfig) -> tuple[ECConnector, ECConnector]:
-        """Make both halves of the EC connector, scheduler role first. Raises StorageError if the store is unreachable."""
-        config = replace(config, fingerprint=self.model_fingerprint, device=str(self.device))
+    def _connect(self, config: ECTransferConfig, entry_width: int) -> tuple[ECConnector, ECConnector]:
+        """Make both halves of the EC connector, scheduler role first; entries have ``entry_width`` columns.
+
+        Raises StorageError if the place of the entries is unreachable.
+        """
+        config = replace(
+            config,
+            fingerprint=self.model_fingerprint,
+            device=str(self.device),
+            dtype=self.dtype_name,
+            entry_width=entry_width,
+        )
         scheduler_role = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
         worker_role = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
         scheduler_role.meet(worker_role)

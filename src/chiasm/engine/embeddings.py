@@ -25,6 +25,8 @@ from chiasm.wire import ECPlace
 
 if TYPE_CHECKING:
     from chiasm.ec_transfer import ECConnectorStats
+    from chiasm.ec_transfer.stores.reader import StoreReads
+    from chiasm.ec_transfer.stores.writer import StoreWrites
 
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,11 @@ class Embeddings:
         if self._scheduler_role is None or self._worker_role is None:
             return None
         return self._scheduler_role.stats + self._worker_role.stats
+
+    @property
+    def store_stats(self) -> StoreReads | StoreWrites | None:
+        """The counters of the store beside the connector."""
+        return self._scheduler_role.store_stats if self._scheduler_role is not None else None
 
     def stop(self) -> None:
         """Shut the connector down, or end the encoder."""

@@ -68,7 +68,7 @@ class EncoderEngine(Engine):
         use_threads(config.threads)
         check_memory(config.model, self.device)
         self._vision = load_vision(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
-        self._ec_scheduler, self._ec_worker = self._connect(config.ec)
+        self._ec_scheduler, self._ec_worker = self._connect(config.ec, self._vision.entry_width)
         lower_session_priority(config.nice)
         self._decoder = Decoder(config.media)
         self._preprocess_pool = ThreadPoolExecutor(
@@ -146,6 +146,7 @@ class EncoderEngine(Engine):
             images_encoded=self._items[ItemOutcome.ENCODED],
             encode_seconds=self._encode_seconds,
             ec=self._ec_worker.stats if self._started else None,
+            ec_store=self._ec_worker.store_stats if self._started else None,
         )
 
     async def encode(self, request_id: str, items: Sequence[EncodeItem], deadline: float) -> list[EncodedItem]:

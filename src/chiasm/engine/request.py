@@ -11,6 +11,8 @@ from chiasm.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from chiasm.ec_transfer import ECConnectorStats
+    from chiasm.ec_transfer.stores.reader import StoreReads
+    from chiasm.ec_transfer.stores.writer import StoreWrites
     from chiasm.engine.grammar import Grammar
     from chiasm.kv_transfer import KVConnectorStats
     from chiasm.models.base import Metadata, Pixels, Prompt
@@ -258,4 +260,6 @@ class EngineStats:
     images_encoded: int = 0
     encode_seconds: float = 0.0
     ec: ECConnectorStats | None = None
+    ec_store: StoreReads | StoreWrites | None = None
+    """Of the store beside the connector."""
     kv: KVConnectorStats | None = None

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from chiasm.cores import usable_cores
 from chiasm.ec_transfer import FROM_MEMORY
+from chiasm.ec_transfer.stores import StoreAddress
 from chiasm.errors import ConfigurationError
 from chiasm.http.key_rules import check_key
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS
@@ -116,6 +117,10 @@ class DeploymentConfig:
     """Folder of the embeddings; None makes one if needed, in shared memory if there is room, and removes it at the end."""
     ec_max_bytes: int | None = None
     """Maximum size of the embeddings that are kept; None: 4 GiB, or less if there is less room."""
+    ec_store: str = field(default="", repr=False)
+    """URL of the shared cache of embeddings beside the connector; empty: none."""
+    ec_store_read_bytes: int | None = None
+    ec_store_queue_bytes: int | None = None
     kv_connector: str | None = None
     """None: SharedMemoryConnector, and vLLM's own NixlConnector between vLLM instances."""
     kv_connector_module_path: str | None = None
@@ -143,6 +148,8 @@ class DeploymentConfig:
     def __post_init__(self) -> None:
         if self.admin_key is not None:
             check_key("--admin-key or CHIASM_ADMIN_KEY", self.admin_key)
+        if self.ec_store:
+            StoreAddress.parse(self.ec_store)
         self._check_roles()
         self._check_devices()
         known = names_of(*INSTANCE_OPTIONS)
@@ -199,6 +206,10 @@ class DeploymentConfig:
             raise ConfigurationError(
                 "--connector: vLLM instances exchange embeddings through SharedStorageConnector; for a connector of vLLM's, "
                 "give --ec-transfer-config in --encoder-args and --pd-args."
+            )
+        if self.ec_store:
+            raise ConfigurationError(
+                "--ec-store or CHIASM_EC_STORE: vLLM instances don't use a store yet; leave it out."
             )
         if self.kv_connector not in (None, _NIXL) or self.kv_connector_module_path is not None:
             raise ConfigurationError(

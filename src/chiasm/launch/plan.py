@@ -22,6 +22,7 @@ PROBE_INTERVAL_SECONDS = 0.25
 """Interval of the proxy's probes, so short that it notices quickly when an instance of this machine comes or goes."""
 _MPS_PRIORITY, _MPS_BELOW_NORMAL = "CUDA_MPS_CLIENT_PRIORITY", "1"
 _EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)
+_OF_STORE = ("ec_store", "ec_store_read_bytes", "ec_store_queue_bytes")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[
         "cpus": config.proxy_cpus,
         "admin_key": config.admin_key,
         "admin_key_file": config.admin_key_file,
+        "ec_store": config.ec_store,
         **{role: tuple(url for of, url in instances if of is role) for role in Role},
         **_times(config),
         **config.proxy_settings,
@@ -131,6 +133,8 @@ def instance_settings(
         }
         if surroundings.storage is not None:
             settings["shared_storage_path"] = surroundings.storage
+        if config.ec_store:
+            settings |= {name: value for name in _OF_STORE if (value := getattr(config, name)) is not None}
     if role in KV_ROLES:
         names = ["kv_connector", "kv_connector_module_path", *(["kv_lease_seconds"] if role is Role.PREFILL else [])]
         settings |= {name: value for name in names if (value := getattr(config, name)) is not None}

@@ -124,6 +124,8 @@ def ec_config(role: Role, settings: Mapping[str, Any]) -> ECTransferConfig | Non
     Raises ConfigurationError for settings that the role doesn't use, and if the folder of embeddings isn't named.
     """
     given = fields_from(settings, ECTransferConfig)
+    if role in (Role.DECODE, Role.AGGREGATED):
+        given.pop("store", None)  # of no use there, but it may be in the environment of all instances
     if role is Role.DECODE and given:
         raise ConfigurationError(
             f"A decode instance uses no embeddings, its prefill instance does; leave out {_flags(settings, ECTransferConfig)}."

@@ -20,6 +20,9 @@ _INSTANCE = {
     "connector_module_path": _OF_ALL,
     "shared_storage_path": _OF_ALL,
     "ec_max_bytes": _OF_ALL,
+    "ec_store": _OF_ALL,
+    "ec_store_read_bytes": _OF_ALL,
+    "ec_store_queue_bytes": _OF_ALL,
     "kv_connector": _OF_ALL,
     "kv_connector_module_path": _OF_ALL,
     "shutdown_timeout_seconds": _OF_ALL,
@@ -29,7 +32,8 @@ _INSTANCE = {
 }
 _PROXY = {
     **dict.fromkeys(
-        ("host", "port", "admin_key", "admin_key_file", "fleet_key_file", "shutdown_timeout_seconds"), _OF_SERVE
+        ("host", "port", "admin_key", "admin_key_file", "fleet_key_file", "shutdown_timeout_seconds", "ec_store"),
+        _OF_SERVE,
     ),
     **dict.fromkeys(map(str, Role), _INSTANCES),
 }

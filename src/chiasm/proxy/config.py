@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from chiasm.ec_transfer.stores import StoreAddress, StoreURL
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKeyFile
 from chiasm.http.config import HttpConfig
@@ -20,6 +21,7 @@ _POSITIVE = (
     "deadline_seconds",
     "connect_timeout_seconds",
     "encode_timeout_seconds",
+    "store_timeout_seconds",
     "max_encode_attempts",
     "max_prefill_attempts",
     "max_body_bytes",
@@ -89,6 +91,11 @@ class ProxyConfig:
     max_answer_bytes: int = 64 << 20
     """The longest answer of an instance that isn't a stream."""
     max_concurrent_requests: Annotated[int, Option("Maximum concurrent requests; one more gets 503.", min=1)] = 512
+    store: StoreURL = field(default="", repr=False)
+    store_timeout_seconds: Annotated[
+        float,
+        Option("How long a request waits for what --ec-store has of its images.", name="ec_store_timeout_seconds"),
+    ] = 0.002
     wait_for_instance_seconds: Annotated[
         float,
         Option(
@@ -126,6 +133,8 @@ class ProxyConfig:
         for name in ("wait_for_instance_seconds", "shutdown_timeout_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} must not be negative.")
+        if self.store:
+            StoreAddress.parse(self.store)
         urls = [check_url(url) for url in (*self.encoders, *self.pds, *self.aggregated, *self.prefills, *self.decodes)]
         if len(set(urls)) != len(urls):
             raise ConfigurationError("An instance's URL is given twice; each instance has one role.")

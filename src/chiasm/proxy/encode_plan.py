@@ -187,7 +187,7 @@ class Plan:
         plan = Plan(self._roster, self.devices, self._now, out=self._out, before=self)
         ready: list[float] = []
         for item in items:
-            known = self.ready.get(item.identifier)
+            known = 0.0 if item.is_stored else self.ready.get(item.identifier)
             choice = None if known is not None else plan.add(Entry(item, 0.0))
             ready.append(known if known is not None else choice.ready_seconds if choice else math.inf)
         return ready

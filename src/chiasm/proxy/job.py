@@ -92,7 +92,8 @@ class Job:
         self.instance: Instance | None = None
         """The language instance that gets its embeddings; None if it isn't chosen before they are encoded."""
         self.published_at: Mapping[str, float] = {}
-        """When each embedding was there, by identifier; empty until all are. On the clock of ``time.monotonic``."""
+        """When each embedding was there, by identifier; until all are, only of those that the shared cache had. On the clock of
+        ``time.monotonic``."""
         self.places: dict[str, ECPlace | None] = {}
         """Where each embedding is or will be, by identifier, if it must be told to the instance; None for the shared cache."""
         self.encoding: asyncio.Future[None] | None = None

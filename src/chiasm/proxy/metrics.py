@@ -36,7 +36,8 @@ class Metrics:
         self.in_flight = Gauge("chiasm_proxy_requests_in_flight", "Requests being answered.", registry=self.registry)
         self.items = Counter(
             "chiasm_proxy_items",
-            "Images by outcome: encoded, joined (waited for the encoding of an equal image), refused, failed.",
+            "Images by outcome: encoded, joined (waited for the encoding of an equal image), stored (the shared cache had its "
+            "embedding), refused, failed.",
             ["outcome"],
             registry=self.registry,
         )
@@ -58,6 +59,18 @@ class Metrics:
             "chiasm_proxy_places",
             "Embeddings of whose place a language instance was told, by outcome: told, untold.",
             ["outcome"],
+            registry=self.registry,
+        )
+        self.store_questions = Counter(
+            "chiasm_proxy_store_questions",
+            "Questions to the shared cache, by outcome: answered, late (the request went on without), failed, paused (not "
+            "asked after a failure).",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.store_used = Gauge(
+            "chiasm_proxy_store_used",
+            "1 if the shared cache is asked, 0 if there is none or a language instance can't use one.",
             registry=self.registry,
         )
         self.language_retries = Counter(

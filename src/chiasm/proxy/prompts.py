@@ -17,6 +17,8 @@ class ItemWork(NamedTuple):
 
     identifier: str
     pixels: int
+    is_stored: bool = False
+    """Whether the shared cache has its embedding."""
 
 
 class Prefix(NamedTuple):

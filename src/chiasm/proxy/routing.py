@@ -29,6 +29,7 @@ from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
 from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.relay import begin
+from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Call, InstanceError, InstanceLostError, ResponseCutOffError, Upstream
 from chiasm.proxy.waiting import Comeback
 from chiasm.wire import Role
@@ -87,11 +88,15 @@ class Router:
         self._lost_embeddings = LostEmbeddings(
             self.encoders, self._places, upstream, metrics, timeout_seconds=config.probe_timeout_seconds
         )
+        self._stored_embeddings = StoredEmbeddings(
+            config.store, fleet, metrics, timeout_seconds=config.store_timeout_seconds
+        )
         self._kv_releases = KVReleases(upstream, metrics, timeout_seconds=config.probe_timeout_seconds)
 
     async def close(self) -> None:
         await self._kv_releases.close()
         await self._lost_embeddings.close()
+        await self._stored_embeddings.close()
         await self.encoders.close()
         await self._places.close()
         await self._fetcher.close()
@@ -100,11 +105,16 @@ class Router:
     async def answer(self, job: Job, started: float) -> None:
         """Answer a request, whose body was there at ``started`` (``time.perf_counter``). Raises ChiasmError for the client."""
         has_media = bool(job.request.media)
-        await self._balancer.until_healthy(has_images=has_media)
+        asks_store = has_media and self._stored_embeddings.is_used
+        await self._balancer.until_healthy(has_images=has_media and not asks_store)
         await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
         items = await self._read_items(job) if has_media else []
+        needs_encoder = has_media
         if has_media:
+            if asks_store:
+                needs_encoder = not await self._stored_embeddings.find(items, job)
+                await self._balancer.until_healthy(has_images=needs_encoder)
             job.work = _work(job, items)
         try:
             if self._is_handed_over(job):
@@ -112,7 +122,7 @@ class Router:
                 await self._send_to_encoders(job, items)
                 self._note_overhead(job, started, has_media)
                 await self._hand_over(job)
-            elif not await self._send_to_one(job, items, started):
+            elif not await self._send_to_one(job, items, self._roles(needs_encoder), started):
                 self._metrics.language_retries.inc()
                 with await self._balancer.assign(job, (Role.AGGREGATED,)) as assignment:
                     await job.end_encoding()
@@ -164,7 +174,8 @@ class Router:
 
     async def _encode(self, items: tuple[Item, ...], job: Job, on_embedded: Callable[[], None]) -> None:
         """Have images encoded, and keep them until the answer has begun, in case embeddings are lost before."""
-        job.metadata.set_result(await self.encoders.encode(items, job))
+        missing = [item for item in items if item.identifier not in job.published_at]
+        job.metadata.set_result(await self.encoders.encode(missing, job) if missing else {})
         on_embedded()
         await self._lost_embeddings.recover(items, job)
 
@@ -199,10 +210,10 @@ class Router:
         )
         await handover.run()
 
-    async def _send_to_one(self, job: Job, items: list[Item], started: float) -> bool:
+    async def _send_to_one(self, job: Job, items: list[Item], roles: tuple[Role, ...], started: float) -> bool:
         """Have one instance answer the request; return False if one that encodes itself can answer it, but no other."""
         has_media = bool(items)
-        with await self._balancer.assign(job, self._roles(has_media)) as assignment:
+        with await self._balancer.assign(job, roles) as assignment:
             encodes_itself = assignment.instance.role is Role.AGGREGATED
             if items and (encodes_itself or self._fleet.healthy(Role.AGGREGATED)):
                 job.original = _original(job, items)
@@ -268,10 +279,10 @@ class Router:
             return False
         return not self._fleet.hands_over_by_vllm or vllm_can_hand_over(job.request.body)
 
-    def _roles(self, has_media: bool) -> tuple[Role, ...]:
-        """Return the roles that can be called first."""
+    def _roles(self, needs_encoder: bool) -> tuple[Role, ...]:
+        """Return the roles that can be called first, for a request with or without images that have to be encoded."""
         roles = (Role.PREFILL,) if self._fleet.hands_over else WHOLE_ROLES
-        if not has_media:
+        if not needs_encoder:
             return roles
         if not self._fleet.healthy(Role.ENCODER) and self._fleet.healthy(Role.AGGREGATED) and Role.AGGREGATED in roles:
             return (Role.AGGREGATED,)
@@ -304,7 +315,7 @@ def _work(job: Job, items: Sequence[Item]) -> Work:
     return Work(
         job.exchange.arrival,
         request.text_bytes,
-        [ItemWork(item.identifier, item.pixels) for item in items],
+        [ItemWork(item.identifier, item.pixels, item.identifier in job.published_at) for item in items],
         prefixes if len(prefixes) == len(items) else (),
         request.stream,
     )

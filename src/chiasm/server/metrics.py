@@ -128,6 +128,11 @@ def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
     if stats.ec is not None:
         for field in dataclasses.fields(stats.ec):
             yield _connector_metric("ec", CounterMetricFamily, field.name, getattr(stats.ec, field.name))
+    if stats.ec_store is not None:
+        for field in dataclasses.fields(stats.ec_store):
+            gauge = field.name == "queued_bytes"
+            family_of_store = GaugeMetricFamily if gauge else CounterMetricFamily
+            yield _connector_metric("ec_store", family_of_store, field.name, getattr(stats.ec_store, field.name))
     if stats.kv is not None:
         for field in dataclasses.fields(stats.kv):
             family = GaugeMetricFamily if field.name == "leases_held" else CounterMetricFamily
@@ -137,4 +142,5 @@ def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
 def _connector_metric(
     plane: str, family: type[CounterMetricFamily] | type[GaugeMetricFamily], name: str, value: float
 ) -> Metric:
-    return family(f"chiasm_{plane}_{name}", f"{plane.upper()} connector: {name.replace('_', ' ')}.", value)
+    what = "Shared cache of embeddings" if plane == "ec_store" else f"{plane.upper()} connector"
+    return family(f"chiasm_{plane}_{name}", f"{what}: {name.replace('_', ' ')}.", value)

@@ -15,6 +15,7 @@ from chiasm.bench.measurements.proxy import Proxy
 from chiasm.bench.measurements.reuse import Reuse
 from chiasm.bench.measurements.routing import Routing
 from chiasm.bench.measurements.soak import Soak
+from chiasm.bench.measurements.store import StoreReads
 from chiasm.bench.measurements.ttft import Ttft
 from chiasm.bench.measurements.vllm_example import VllmExample
 from chiasm.launch.config import EngineKind
@@ -38,6 +39,7 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         Split(),
         DECODE_ISOLATION,
         Idle(),
+        StoreReads(),
         GoodputMeasurement(EngineKind.CHIASM),
         Soak(),
     ),

@@ -1,0 +1,139 @@
+"""What the fleet's shared cache has of a request's images: they need no encoder, and their pixels go nowhere.
+
+The store is asked for all images of a request at once, on a thread of its own, and only for a moment: a request goes on without
+an answer that doesn't come. Whether an embedding can be read shows when the language instance reads it; if it can't, the image
+is encoded like one whose embedding was lost (:mod:`chiasm.proxy.lost_embeddings`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from chiasm.ec_transfer.stores import Guard, Store, StoreError, open_store
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.job import Job
+from chiasm.proxy.media import Item
+from chiasm.proxy.metrics import Metrics
+from chiasm.wire import Role
+
+_log = logging.getLogger(__name__)
+
+
+class _Question:
+    def __init__(self, identifiers: Sequence[str], fingerprint: str) -> None:
+        self.identifiers = identifiers
+        self.fingerprint = fingerprint
+        self.found: asyncio.Future[frozenset[str]] = asyncio.get_running_loop().create_future()
+
+
+class StoredEmbeddings:
+    """Asks the store. Made and used on one event loop; without a URL there is no store, and nothing is asked."""
+
+    def __init__(self, url: str, fleet: Fleet, metrics: Metrics, *, timeout_seconds: float) -> None:
+        self._store: Store | None = open_store(url) if url else None
+        self._fleet = fleet
+        self._metrics = metrics
+        self._timeout_seconds = timeout_seconds
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._guard = Guard(f"Asking {self._store.address}" if self._store else "")
+        self._questions: list[_Question] = []
+        self._asking: asyncio.Task[None] | None = None
+        self._asked_at = 0.0
+        """When the question that the store is being asked began."""
+        metrics.store_used.set_function(lambda: float(self.is_used))
+        if self._store is not None:
+            self._thread.submit(self._connect, self._store)
+
+    async def close(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
+        if self._store is not None:
+            self._store.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is a store, and the language instances read from one and can size images without an encoder."""
+        if self._store is None:
+            return False
+        readers = self._fleet.healthy(Role.PD, Role.PREFILL)
+        return bool(readers) and all(
+            one.health is not None and one.health.reads_stored and one.health.takes_image_size for one in readers
+        )
+
+    async def find(self, items: Sequence[Item], job: Job) -> bool:
+        """Note which embeddings of a request are stored, in ``job``; return whether all are."""
+        names = list(dict.fromkeys(item.identifier for item in items))
+        if not self.is_used or not names:
+            return False
+        found = await self._ask(names)
+        now = time.monotonic()
+        job.places.update(dict.fromkeys(found))
+        job.published_at = {**job.published_at, **dict.fromkeys(found, now)}
+        self._metrics.items.labels("stored").inc(len(found))
+        return len(found) == len(names)
+
+    async def _ask(self, names: Sequence[str]) -> frozenset[str]:
+        """Return which of these embeddings are stored, as far as the store says so in time."""
+        is_late = self._asking is not None and time.monotonic() - self._asked_at > self._timeout_seconds
+        if is_late or not self._guard.is_open:
+            self._count("late" if is_late else "paused")
+            return frozenset()
+        question = _Question(names, self._fleet.fingerprint)
+        self._questions.append(question)
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask_all())
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                return await question.found
+        except TimeoutError:
+            self._count("late")
+            return frozenset()
+        finally:
+            if question in self._questions:
+                self._questions.remove(question)
+
+    async def _ask_all(self) -> None:
+        """Ask for all that came up meanwhile, one round trip after the other."""
+        try:
+            while questions := self._questions:
+                self._questions = []
+                self._asked_at = time.monotonic()
+                found = await asyncio.get_running_loop().run_in_executor(self._thread, self._find, questions)
+                for question in questions:
+                    if not question.found.done():
+                        question.found.set_result(found.intersection(question.identifiers))
+        finally:
+            self._asking = None
+
+    def _find(self, questions: Sequence[_Question]) -> frozenset[str]:
+        """Return what is stored. Runs on the thread."""
+        assert self._store is not None
+        names = list(dict.fromkeys(name for question in questions for name in question.identifiers))
+        try:
+            with self._guard.use():
+                headers = self._store.exists_many(names, questions[0].fingerprint)
+        except StoreError:
+            self._count("failed")  # the guard has logged it
+            return frozenset()
+        except Exception:
+            _log.exception("The store of embeddings could not be asked.")
+            self._count("failed")
+            return frozenset()
+        self._count("answered")
+        return frozenset(name for name, header in zip(names, headers, strict=True) if header is not None)
+
+    def _connect(self, store: Store) -> None:
+        """Open a connection ahead of the first question. Runs on the thread; a fault shows at the first question as well."""
+        try:
+            with self._guard.use():
+                store.health()
+        except StoreError:
+            return
+
+    def _count(self, outcome: str) -> None:
+        self._metrics.store_questions.labels(outcome).inc()

@@ -1,0 +1,140 @@
+"""The proxy asks the shared cache before it calls encoders, and waits for it no longer than a moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from chiasm.ec_transfer.stores import StoredEntry, open_store
+from chiasm.media import identifier
+
+from ..store_server import StoreServer, running
+from .conftest import Front, Start, ask, image, image_bytes
+from .instances import FINGERPRINT, FakeInstance
+
+RED, BLUE = image_bytes("red"), image_bytes("blue")
+PATIENT = {"store_timeout_seconds": 20.0}
+"""No test may depend on how fast a loaded machine asks the store."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[StoreServer]:
+    with running() as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def only_red(server: StoreServer) -> None:
+    """Have the store hold the embedding of one image."""
+    server.call("FLUSHALL")
+    data = memoryview(bytes(64))
+    store = open_store(server.url)
+    store.put(StoredEntry.of(name_of(RED), FINGERPRINT, "F32", (4, 4), data), data)
+    store.close()
+
+
+def name_of(data: bytes) -> str:
+    return identifier(data, fingerprint=FINGERPRINT, salt="")
+
+
+@pytest.fixture
+def encoder() -> FakeInstance:
+    return FakeInstance("encoder")
+
+
+@pytest.fixture
+def pd() -> FakeInstance:
+    return FakeInstance("pd", reads_stored=True)
+
+
+async def questions(front: Front, outcome: str) -> float:
+    return await front.metric(f'chiasm_proxy_store_questions_total{{outcome="{outcome}"}}')
+
+
+async def test_what_is_stored_needs_no_encoder(
+    start: Start, server: StoreServer, encoder: FakeInstance, pd: FakeInstance
+) -> None:
+    front = await start([encoder, pd], store=server.url, **PATIENT)
+    answer = await front.post(ask(image(RED), "?", image(RED)))
+    assert answer.status == 200
+    assert encoder.received == []
+    assert pd.received[0].identifiers == [name_of(RED)] * 2
+    assert [part["type"] for part in pd.received[0].parts] == ["image_embeds", "text", "image_embeds"]
+    assert await front.metric('chiasm_proxy_items_total{outcome="stored"}') == 1
+
+
+async def test_only_what_is_not_stored_is_encoded_and_one_question_is_enough(
+    start: Start, server: StoreServer, encoder: FakeInstance, pd: FakeInstance
+) -> None:
+    front = await start([encoder, pd], store=server.url, **PATIENT)
+    assert (await front.post(ask(image(RED), image(BLUE)))).status == 200
+    assert [one.identifiers for one in encoder.received] == [[name_of(BLUE)]]
+    assert await questions(front, "answered") == 1
+
+
+async def test_no_encoder_is_needed_at_all_if_everything_is_stored(
+    start: Start, server: StoreServer, pd: FakeInstance
+) -> None:
+    front = await start([pd], store=server.url, **PATIENT)
+    assert (await front.post(ask(image(RED)))).status == 200
+    assert (await front.post(ask(image(BLUE)))).status == 503
+
+
+async def test_what_turns_out_to_be_unreadable_is_encoded(
+    start: Start, server: StoreServer, encoder: FakeInstance, pd: FakeInstance
+) -> None:
+    gate = asyncio.Event()
+    answer_of_pd, answer_of_encoder = pd.answer, encoder.answer
+
+    async def wait_for_the_embedding(*call: object) -> object:
+        await gate.wait()
+        return await answer_of_pd(*call)  # type: ignore[arg-type]
+
+    async def encode(*call: object) -> object:
+        pd.awaited = []
+        gate.set()
+        return await answer_of_encoder(*call)  # type: ignore[arg-type]
+
+    pd.answer, encoder.answer = wait_for_the_embedding, encode  # type: ignore[assignment]
+    pd.awaited = [name_of(RED)]
+    front = await start([encoder, pd], store=server.url, **PATIENT)
+    assert (await front.post(ask(image(RED)))).status == 200
+    assert [one.identifiers for one in encoder.received] == [[name_of(RED)]]
+
+
+async def test_a_request_goes_on_without_an_answer_of_the_store(
+    start: Start, server: StoreServer, encoder: FakeInstance, pd: FakeInstance
+) -> None:
+    front = await start([encoder, pd], store=server.url)
+    server.freeze()
+    try:
+        for _ in range(3):
+            assert (await front.post(ask(image(RED)))).status == 200
+    finally:
+        server.thaw()
+    assert len(encoder.received) == 3
+    assert sum([await questions(front, outcome) for outcome in ("late", "paused")]) == 3
+
+
+async def test_a_store_that_is_down_is_not_asked_again_at_once(
+    start: Start, encoder: FakeInstance, pd: FakeInstance
+) -> None:
+    front = await start([encoder, pd], store="redis://127.0.0.1:1", **PATIENT)
+    for _ in range(2):
+        assert (await front.post(ask(image(RED)))).status == 200
+    assert len(encoder.received) == 2
+    assert await questions(front, "paused") >= 1
+
+
+@pytest.mark.parametrize("health", [{"reads_stored": False}, {"takes_image_size": False}])
+async def test_instances_that_cannot_use_a_store_get_what_encoders_make(
+    start: Start, server: StoreServer, encoder: FakeInstance, pd: FakeInstance, health: dict[str, bool]
+) -> None:
+    other = FakeInstance("pd", **({"reads_stored": True} | health))
+    front = await start([encoder, pd, other], store=server.url, **PATIENT)
+    assert (await front.post(ask(image(RED)))).status == 200
+    assert len(encoder.received) == 1
+    assert await questions(front, "answered") == 0
+    assert await front.metric("chiasm_proxy_store_used") == 0

