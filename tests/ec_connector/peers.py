@@ -12,7 +12,7 @@ from chiasm.wire import ECPlace
 
 from .instance import Item, Request, embedding_of, identifier_of
 
-CONNECTORS = ("SharedMemoryConnector",)
+CONNECTORS = ("SharedMemoryConnector", "TcpConnector", "NixlConnector")
 PATIENCE_SECONDS = 30.0
 
 

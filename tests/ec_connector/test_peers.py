@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -251,7 +252,7 @@ def test_what_has_the_wrong_shape_is_offered_no_more(encoder: Encoder, model: La
     model.worker.discard(name, "it has the wrong shape")
     model.lose(request)
     while encoder.scheduler.has_cache_item(name):
-        pass
+        time.sleep(0.001)
     encoder.encode("cat")
     model.scheduler.expect({name: encoder.place})
     model.load(request)

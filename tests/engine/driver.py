@@ -70,6 +70,11 @@ class Driver:
         self.max_finished = max_finished
         """If not 0, an encoder beside the scheduler makes one item per step, and keeps so many for which there is no room."""
         self.encoded: list[str] = []
+        self.looks = 0
+        """How often embeddings were looked for."""
+        self._seen: tuple[int, set[str]] | None = None
+        self._wanted: list[str] = []
+        self._wanted_at = -1
         self.sequences: list[Sequence] = []
         self._tokens = itertools.count(1000)
         self._arrivals = itertools.count()
@@ -118,7 +123,12 @@ class Driver:
         return added[0]
 
     def load(self) -> None:
-        """Load the wanted embeddings that exist."""
+        """Load the wanted embeddings that exist. Like the engine, look for them only if something has changed."""
+        seen = (self.scheduler.item_changes, set(self.stored))
+        if seen == self._seen:
+            return
+        self._seen = seen
+        self.looks += 1
         for sequence, items in self.scheduler.wanted_items():
             for item in items:
                 here = item.identifier in self.scheduler.encoder_cache
@@ -128,7 +138,10 @@ class Driver:
 
     def encode(self) -> None:
         """Do what the encoder does: drop what is not wanted, and make the first item that is."""
-        wanted = [item.identifier for _, item in self.scheduler.items_to_encode()]
+        if self._wanted_at != self.scheduler.item_changes:
+            self._wanted_at = self.scheduler.item_changes
+            self._wanted = [item.identifier for _, item in self.scheduler.items_to_encode()]
+        wanted = self._wanted
         self.stored.intersection_update(wanted)
         item, dropped = choose(wanted, self.stored, self.max_finished)
         if dropped is not None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
 from chiasm.engine.request import GenerateRequest, ItemOutcome
 from chiasm.errors import (
     ChiasmError,
@@ -22,6 +23,7 @@ from chiasm.errors import (
 from chiasm.models.base import Prompt
 from chiasm.wire import KVTransferParams, Role
 from tests.engine.conftest import A, B, Encoder, Instance, Parts, Start, StartEncoder, entries, sample_image, until
+from tests.engine.connectors import CountingConnector
 
 MESSAGES: dict[str, Parts] = {
     "text": ("what is this?",),
@@ -198,6 +200,45 @@ async def test_an_engine_tells_which_embeddings_it_awaits(start: Start, encoder:
     await encoder.encode(B)
     await asyncio.gather(*answers)
     assert await pd.engine.awaited_embeddings() == []
+
+
+def connector(name: str, store: Path) -> ECTransferConfig:
+    return ECTransferConfig(
+        connector=name,
+        connector_module_path="tests.engine.connectors",
+        role=ECTransferRole.CONSUMER,
+        shared_storage_path=store,
+    )
+
+
+async def test_text_streams_neither_ask_for_embeddings_nor_read_them(
+    start: Start, encoder: Encoder, store: Path
+) -> None:
+    pd = start(Role.PD, ec=connector("CountingConnector", store), max_queued_requests=300)
+    late = [asyncio.create_task(pd.ask(A, "?")) for _ in range(256)]
+    await until(lambda: pd.engine.stats().num_stalled == 256)
+    roles = pd.engine._embeddings._scheduler_role, pd.engine._embeddings._worker_role
+    scheduler_role, worker_role = roles
+    assert isinstance(scheduler_role, CountingConnector)
+    assert isinstance(worker_role, CountingConnector)
+    asked = scheduler_role.asked
+    await pd.ask("hello", max_tokens=20)
+    assert scheduler_role.asked == asked
+    await encoder.encode(A)
+    for each in late:
+        await each
+    assert scheduler_role.readers | worker_role.readers == {"chiasm-arrivals"}
+
+
+@pytest.mark.parametrize("name", ["SilentConnector", "LossyConnector"])
+async def test_an_embedding_is_waited_for_whatever_the_connector_knows_or_loses(
+    start: Start, encoder: Encoder, store: Path, name: str
+) -> None:
+    pd = start(Role.PD, ec=connector(name, store))
+    late = asyncio.create_task(pd.ask(A, "?"))
+    await until(lambda: pd.engine.stats().num_stalled == 1)
+    await encoder.encode(A)
+    assert (await late).token_ids == (await start(Role.AGGREGATED).ask(A, "?")).token_ids
 
 
 async def test_an_engine_that_has_stopped_awaits_nothing(start: Start) -> None:

@@ -18,8 +18,11 @@ from aiohttp import web
 from chiasm.wire import (
     AWAITED_PATH,
     KV_RELEASE_PATH,
+    PLACES_PATH,
     AwaitedEmbeddings,
     ECItem,
+    ECPlace,
+    EmbeddingPlaces,
     ErrorBody,
     ErrorDetail,
     Health,
@@ -104,6 +107,16 @@ class FakeInstance:
         """The leases that each call has given back."""
         self.unanswered_releases = 0
         """How many of the next of these calls are broken off."""
+        self.told: list[EmbeddingPlaces] = []
+        """What it was told about places, message by message."""
+        self.messages = 0
+        """How many such messages came, taken or not."""
+        self._heard = asyncio.Condition()
+        self.hears = asyncio.Event()
+        """While it is clear, it doesn't answer such messages."""
+        self.hears.set()
+        self.places_status = 204
+        """How it answers them; 0 breaks the connection off."""
         self.models_asked = 0
         self.arrived = asyncio.Semaphore(0)
         self.gone = asyncio.Semaphore(0)
@@ -125,6 +138,7 @@ class FakeInstance:
         application.router.add_get("/health", self._health)
         application.router.add_get("/v1/models", self._models)
         application.router.add_get(AWAITED_PATH, self._awaited)
+        application.router.add_post(PLACES_PATH, self._places)
         application.router.add_post(KV_RELEASE_PATH, self._release)
         application.router.add_post("/v1/{route:.*}", self._take)
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
@@ -177,6 +191,29 @@ class FakeInstance:
         if self.awaited is None:
             return web.Response(status=404)
         return respond(AwaitedEmbeddings(identifiers=self.awaited))
+
+    async def _places(self, request: web.Request) -> web.Response:
+        message = msgspec.json.decode(await request.read(), type=EmbeddingPlaces)
+        await self.awake.wait()
+        await self.hears.wait()
+        if not self.places_status:
+            await break_off(request)
+        elif self.places_status < 300:
+            self.told.append(message)
+        async with self._heard:
+            self.messages += 1
+            self._heard.notify_all()
+        return web.Response(status=self.places_status or 500)
+
+    async def until_heard(self, is_enough: Callable[[], bool]) -> None:
+        """Return when it has heard enough of places."""
+        async with asyncio.timeout(10), self._heard:
+            await self._heard.wait_for(is_enough)
+
+    @property
+    def places(self) -> dict[str, ECPlace]:
+        """Where embeddings are, as it was told last."""
+        return {name: place for message in self.told for name, place in message.places.items()}
 
     async def _release(self, request: web.Request) -> web.Response:
         leases = msgspec.json.decode(await request.read(), type=KVRelease).leases

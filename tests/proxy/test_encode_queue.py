@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from chiasm.proxy.encode_queue import EncodeQueue, Entry, Feed
+from chiasm.proxy.encode_plan import Entry
+from chiasm.proxy.encode_queue import EncodeQueue, Feed
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.placement import ItemWork, Placement
 from chiasm.wire import Role

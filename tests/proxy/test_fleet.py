@@ -103,6 +103,29 @@ def test_another_model_fingerprint_or_store_is_mismatched() -> None:
     assert fleet.choose(Role.ENCODER) is fleet.get("http://d")
 
 
+PEER = {"ec_connector": "TcpConnector", "ec_store": ""}
+
+
+def test_all_that_move_embeddings_need_the_same_connector() -> None:
+    fleet = Fleet()
+    add(fleet, "pd", **PEER)
+    add(fleet, "d", Role.DECODE, ec_store="")
+    assert add(fleet, "a", Role.ENCODER, **PEER).state is InstanceState.HEALTHY
+    other = add(fleet, "b", Role.ENCODER, ec_connector="NixlConnector", ec_store="")
+    assert other.reason == "it moves embeddings with NixlConnector, but the fleet with TcpConnector"
+    old = add(fleet, "c", Role.ENCODER)  # of a version that doesn't name it
+    assert old.reason == "it moves embeddings with SharedStorageConnector, but the fleet with TcpConnector"
+
+
+def test_a_fleet_moves_to_another_connector_with_its_last_instance() -> None:
+    fleet = Fleet()
+    pd, encoder = add(fleet, "pd"), add(fleet, "e", Role.ENCODER)
+    add(fleet, "e", Role.ENCODER, **PEER)
+    assert encoder.state is InstanceState.MISMATCHED
+    add(fleet, "pd", **PEER)
+    assert (pd.state, encoder.state) == (InstanceState.HEALTHY, InstanceState.HEALTHY)
+
+
 def test_prefill_and_decode_need_the_same_connector() -> None:
     fleet = Fleet()
     add(fleet, "p", Role.PREFILL, kv_connector="SharedMemoryConnector")

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from chiasm.proxy.encode_queue import Entry
+from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.placement import Placed, Placement, Work
 from chiasm.wire import Role

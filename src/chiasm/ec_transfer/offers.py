@@ -184,12 +184,9 @@ class OfferTable(Generic[PieceT]):
             del self._retired[identifier]
 
     def disown(self, reader: int, identifier: str) -> None:
-        """The reader says that an entry can't be used, which it knows if it was granted it."""
-        entry = self._entries.get(identifier)
-        was_granted = entry is not None and reader in entry.granted
+        """The reader says that an entry can't be used, which it may have found out after it gave the grant back."""
         self.forget(reader, identifier)
-        if was_granted:
-            self.remove(identifier)
+        self.remove(identifier)
 
     def leave(self, reader: int) -> None:
         """The reader has gone."""

@@ -26,7 +26,7 @@ from chiasm.ec_transfer.base import (
 from chiasm.ec_transfer.holder import Holder
 from chiasm.ec_transfer.peer_messages import PROTOCOL, PROTOCOL_VERSION, Welcome
 from chiasm.ec_transfer.reader import Reader
-from chiasm.ec_transfer.sources import Arrived, Source
+from chiasm.ec_transfer.sources import Arrived, Landing, LandingSource, Source
 from chiasm.ec_transfer.wants import Wanted
 from chiasm.errors import ConfigurationError
 from chiasm.transfer.arena import Arena
@@ -62,7 +62,7 @@ class PeerConnector(ECConnector):
             raise ConfigurationError(
                 f"{config.connector} needs both of its halves in one process; use SharedStorageConnector in vLLM."
             )
-        self._engine_id = secrets.token_hex(16)
+        self.engine_id = secrets.token_hex(16)
         self._other: PeerConnector | None = None
         self._holder: Holder | None = None
         self._reader: Reader | None = None
@@ -80,11 +80,16 @@ class PeerConnector(ECConnector):
         if role is ECConnectorRole.WORKER and self.is_producer:
             self._holder = self._hold(terms)
         if role is ECConnectorRole.SCHEDULER and self.is_consumer:
+            self.prepare()
             self._reader = Reader(terms, config.receive_bytes, self.reach, self.stats)
 
     @abstractmethod
-    def plane(self) -> DataPlane:
+    def make_plane(self) -> DataPlane:
         """Return the data plane. Raises ConfigurationError if it can't work here. Called once."""
+
+    def prepare(self) -> None:
+        """Consumer: make what ``reach`` needs. Raises ConfigurationError if it can't be had. Called once."""
+        return None
 
     @abstractmethod
     def reach(self, peer: Peer, welcome: Welcome) -> Source:
@@ -112,10 +117,10 @@ class PeerConnector(ECConnector):
 
     def _hold(self, terms: Terms) -> Holder:
         arena = Arena(self.config.max_bytes, "chiasm-ec", warm_bytes=_WARM_BYTES)
-        memory = self.plane().offer(Memory.of_file(arena.file))
+        memory = self.make_plane().offer(Memory.of_file(arena.file))
         try:
             return Holder(
-                self.config, self._engine_id, terms, arena, memory, self.stats, has_checksums=self.has_checksums
+                self.config, self.engine_id, terms, arena, memory, self.stats, has_checksums=self.has_checksums
             )
         except ConfigurationError:
             memory.close()
@@ -228,3 +233,27 @@ class PeerConnector(ECConnector):
         if self._holder is None:
             return
         self._holder.publish(mm_hash, encoder_cache[mm_hash])
+
+
+class LandingConnector(PeerConnector):
+    """The base of connectors whose consumers copy embeddings into an arena of their own."""
+
+    _plane: DataPlane
+    _landing: Landing
+
+    def prepare(self) -> None:
+        self._plane = self.make_plane()
+        self._landing = Landing(self.config.receive_bytes, self.config.device, self.memory_freed)
+        self._plane.prepare(self._memory)
+
+    def reach(self, peer: Peer, welcome: Welcome) -> Source:
+        return LandingSource(self._plane.reach(peer, welcome.memory, self._memory), self._landing)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if hasattr(self, "_landing"):
+            self._landing.arena.close()
+
+    @property
+    def _memory(self) -> Memory:
+        return Memory.of_file(self._landing.arena.file)

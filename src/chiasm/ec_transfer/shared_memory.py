@@ -19,7 +19,7 @@ class SharedMemoryConnector(PeerConnector):
 
     has_checksums: ClassVar[bool] = False
 
-    def plane(self) -> DataPlane:
+    def make_plane(self) -> DataPlane:
         return SharedMemoryPlane()
 
     def reach(self, peer: Peer, welcome: Welcome) -> Source:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RETRY_SECONDS = 0.01
+"""Pause after an embedding was lost between the connector's yes and the step: it may be lost like that again and again."""
+
 
 class Embeddings:
     """The adapter of the EC connector, both halves, and the tensors that the encoder cache manager accounts for.
@@ -58,7 +61,8 @@ class Embeddings:
         self._scheduler_role = connectors[0] if connectors is not None else None
         self._worker_role = connectors[1] if connectors is not None else None
         self._encoder = encoder
-        self._looks_again = True
+        self._looks_again = False
+        self._has_lost = False
         self._changes_seen = -1
         self._changes_encoded = -1
 
@@ -124,9 +128,9 @@ class Embeddings:
 
         Return the requests that need an item which cannot be encoded.
         """
-        if self._changes_seen == self._scheduler.item_changes and not self._looks_again:
+        if not self._has_news:
             return []
-        self._changes_seen, self._looks_again = self._scheduler.item_changes, False
+        self._changes_seen, self._looks_again, self._has_lost = self._scheduler.item_changes, False, False
         if self._encoder is not None:
             return self._take_encoded(self._encoder, states)
         if self._scheduler_role is not None and self._worker_role is not None:
@@ -136,6 +140,17 @@ class Embeddings:
     def look_again(self) -> None:
         """Note that an embedding has arrived, was lost, or was made here."""
         self._looks_again = True
+
+    @property
+    def seconds_to_update(self) -> float | None:
+        """After what time ``update`` should be called if nothing else happens; None if there is no reason to."""
+        if not self._has_news:
+            return None
+        return RETRY_SECONDS if self._has_lost else 0.0
+
+    @property
+    def _has_news(self) -> bool:
+        return self._looks_again or self._changes_seen != self._scheduler.item_changes
 
     def missing(self) -> list[str]:
         """Return the identifiers of what the next chunks want and what isn't in memory, each once."""
@@ -179,6 +194,7 @@ class Embeddings:
         for sequence, item in arrivals:
             if item.identifier not in self.entries:
                 self._scheduler.item_lost(item.identifier)
+                self._has_lost = True
             else:
                 self.note(states[sequence.request_id], item.identifier, ItemOutcome.WAITED)
 

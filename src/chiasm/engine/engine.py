@@ -332,11 +332,11 @@ class LanguageEngine(Engine):
                 idle = True
 
     def _take_inbox(self, *, wait: bool) -> bool:
-        """Process the inbox; with ``wait``, sleep until a message comes or a request is overdue.
+        """Process the inbox; with ``wait``, sleep until a message comes, a request is overdue, or a lost item is wanted again.
 
         Return False if the engine has to stop.
         """
-        timeout = self._seconds_to_deadline() if wait else None
+        timeout = self._idle_seconds() if wait else None
         while True:
             try:
                 message = self._inbox.get(timeout=timeout) if wait else self._inbox.get_nowait()
@@ -357,10 +357,12 @@ class LanguageEngine(Engine):
                 case RequestState():
                     self._add(message)
 
-    def _seconds_to_deadline(self) -> float | None:
-        """Return how long no request is overdue; None if there is no request."""
-        first = min((state.request.deadline for state in self._states.values()), default=None)
-        return None if first is None else max(0.0, max(first, self._next_deadline_check) - time.monotonic())
+    def _idle_seconds(self) -> float | None:
+        """Return how long there is nothing to do if no message comes; None if there is no end to it."""
+        deadlines = [state.request.deadline for state in self._states.values()]
+        to_check = max(min(deadlines), self._next_deadline_check) - time.monotonic() if deadlines else None
+        ends = [seconds for seconds in (to_check, self._embeddings.seconds_to_update) if seconds is not None]
+        return max(0.0, min(ends)) if ends else None
 
     def _add(self, state: RequestState) -> None:
         request, params = state.request, state.request.kv_transfer_params

@@ -5,7 +5,7 @@ This is the only file of the package that knows what the proxy's parts do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -105,9 +105,9 @@ class Proxy:
             self._take(feed.encoder)
         return [Fed(self._index[feed.encoder], feed.entries) for feed in feeds]
 
-    def encoded(self, entries: Sequence[Entry], now: float, *, seconds: float, hits: int) -> None:
-        """Note that an encoder has answered a call."""
-        self._placement.images.finish(entries, now, seconds=None if hits else seconds)
+    def encoded(self, entries: Sequence[Entry], now: float, *, seconds: float, found: Collection[str]) -> None:
+        """Note that an encoder has answered a call; ``found`` are the identifiers of the images that were published before."""
+        self._placement.images.finish(entries, now, seconds=seconds, found=found)
 
     def discard(self, entry: Entry, now: float) -> None:
         """Forget an image that nobody needs any more."""

@@ -238,16 +238,17 @@ class Simulation:
         assert encoder is not None
         remaining = len(fed.entries)
         computed = 0.0
-        hits = 0
+        found: set[str] = set()
 
         def answered(entry: Entry, hit: bool, seconds: float) -> None:
-            nonlocal remaining, computed, hits
+            nonlocal remaining, computed
             remaining -= 1
             computed += seconds
-            hits += hit
+            if hit:
+                found.add(entry.item.identifier)
             self._published(entry.item.identifier, server, hit=hit)
             if remaining == 0:
-                self._proxy.encoded(fed.entries, self._events.now, seconds=computed, hits=hits)
+                self._proxy.encoded(fed.entries, self._events.now, seconds=computed, found=found)
                 for one in fed.entries:
                     self._land(one.item.identifier)
                 self._feed()

@@ -1,4 +1,4 @@
-"""Which instances fit together: those that serve the same model in the same way, through the same stores.
+"""Which instances fit together: those that serve the same model in the same way, through the same connectors and stores.
 
 Pure functions; ``fleet`` calls :func:`agree` whenever an instance has said something or is gone.
 """
@@ -17,6 +17,8 @@ WHOLE_ROLES = (Role.PD, Role.AGGREGATED)
 PART_ROLES = (Role.PREFILL, Role.DECODE)
 """Roles that answer a request together. A fleet has either these or the others."""
 LANGUAGE_ROLES = WHOLE_ROLES + PART_ROLES
+_FOLDER = "SharedStorageConnector"
+"""The EC connector of an instance that has a store and doesn't name a connector, as in versions before 0.4."""
 
 
 class Member(NamedTuple):
@@ -93,6 +95,11 @@ def elect(before: Agreement | None, members: Sequence[Member]) -> Agreement:
     stores = {member.health.ec_store for member in members if member.health.ec_store}
     if stores and before.health.ec_store not in stores:  # it was recreated, and all that use one have moved
         before = before._replace(health=replace(before.health, ec_store=""))
+    ec_movers = {mover for member in members if (mover := _ec_mover(member.health))}
+    if (
+        ec_movers and _ec_mover(before.health) not in ec_movers
+    ):  # all that move embeddings came back with another connector
+        before = before._replace(health=replace(before.health, ec_connector="", ec_store=""))
     movers = [_kv_mover(member.health) for member in members if member.health.kv_connector]
     if movers and _kv_mover(before.health) not in movers:  # the P and D that agreed on it are gone
         return before._replace(health=replace(before.health, kv_connector=None, engine=""))
@@ -123,6 +130,7 @@ def merge(agreement: Agreement, member: Member) -> Agreement:
             known,
             fingerprint=known.fingerprint or said.fingerprint,
             ec_store=known.ec_store or said.ec_store,
+            ec_connector=_ec_mover(known) or _ec_mover(said),
             dtype=known.dtype or said.dtype,
             kv_connector=known.kv_connector or said.kv_connector,
             engine=known.engine if known.kv_connector else said.engine,
@@ -141,6 +149,8 @@ def difference(fleet: Health, instance: Health) -> str | None:
         same_dtype = fleet.dtype and fleet.dtype == instance.dtype
         causes = "model or processor" if same_dtype else "model, processor or dtype"
         return f"its fingerprint ({causes}) differs from the fleet's"
+    if _differ(_ec_mover(fleet), _ec_mover(instance)):
+        return f"it moves embeddings with {_ec_mover(instance)}, but the fleet with {_ec_mover(fleet)}"
     if _differ(fleet.ec_store, instance.ec_store):
         return "it exchanges embeddings through another store than the fleet"
     if fleet.kv_connector and instance.kv_connector and _kv_mover(fleet) != _kv_mover(instance):
@@ -158,6 +168,11 @@ def _difference(agreement: Agreement, member: Member) -> str | None:
 
 def _differ(one: str, other: str) -> bool:
     return bool(one and other and one != other)
+
+
+def _ec_mover(health: Health) -> str:
+    """Return the name of the EC connector; empty if none is known."""
+    return health.ec_connector or (_FOLDER if health.ec_store else "")
 
 
 def _kv_mover(health: Health) -> str:

@@ -16,6 +16,7 @@ from chiasm.proxy.job import Job
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.placement import Placement
 from chiasm.proxy.placement_record import PlacementRecord
+from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.upstream import Call, InstanceLostError, RefusedError, Upstream
 from chiasm.proxy.waiting import Comeback, Line, none_healthy
@@ -34,6 +35,7 @@ class Assignment:
         fleet: Fleet,
         placement: Placement,
         metrics: Metrics,
+        places: Places,
         job: Job,
         roles: tuple[Role, ...],
         on_end: Callable[[], None],
@@ -41,6 +43,7 @@ class Assignment:
         self._fleet = fleet
         self._placement = placement
         self._metrics = metrics
+        self._places = places
         self._job = job
         self._on_end = on_end
         self._work = ExitStack()
@@ -78,6 +81,7 @@ class Assignment:
             instance, cost = placed.instance, placed.prompt.seconds
             self._record = PlacementRecord(self._placement, self._metrics, self._job, placed, now)
             self._work.callback(self._record.end)
+            self._places.tell(instance, self._job.places)
         self._work.enter_context(self._fleet.working(instance, cost))
         self.instance = instance
         return True
@@ -115,6 +119,7 @@ class Balancer:
         upstream: Upstream,
         prober: Prober,
         metrics: Metrics,
+        places: Places,
         comeback: Comeback,
         *,
         max_refusal_bytes: int,
@@ -124,6 +129,7 @@ class Balancer:
         self._upstream = upstream
         self._prober = prober
         self._metrics = metrics
+        self._places = places
         self._comeback = comeback
         self._max_refusal_bytes = max_refusal_bytes
         self._lines: defaultdict[Role, Line] = defaultdict(Line)
@@ -144,7 +150,13 @@ class Balancer:
     ) -> Assignment:
         """Assign the request to the best instance of these roles. Raises OverloadedError if none becomes healthy."""
         assignment = Assignment(
-            self._fleet, self._placement, self._metrics, job, roles, on_end=self._lines[roles[0]].advance
+            self._fleet,
+            self._placement,
+            self._metrics,
+            self._places,
+            job,
+            roles,
+            on_end=self._lines[roles[0]].advance,
         )
         await self._take(assignment, avoid)
         return assignment

@@ -1,7 +1,7 @@
 """The images of all requests that wait for an encoder, and which encoder gets the next one.
 
 State only: no clock and no I/O. Images wait here and not at the encoders, so that one that is due earlier overtakes, and each
-goes where it is finished first as is known when it begins. Instants are seconds on the caller's clock.
+goes where :mod:`chiasm.proxy.encode_plan` says by what is known when it begins. Instants are seconds on the caller's clock.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right, insort
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+from chiasm.proxy.encode_plan import Choice, Device, Entry, Plan, Roster
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.prompts import ItemWork
+from chiasm.proxy.published import Published
 from chiasm.wire import Role
 
 _ENOUGH_ITEMS = 2
@@ -31,64 +32,12 @@ _EXAMINED = 256
 """Images, from the one that is due first, among which one is sought for an encoder with room."""
 _FORECAST = 64
 """Images that are planned one by one to tell when a new one would be encoded; of those behind, only the sum counts."""
-_MAX_PUBLISHED = 65536
-HINDRANCE = 0.05
-"""What a second by which another request or a running stream is delayed counts against a second until a first token."""
+_USUAL_PIXELS = 1 << 20
+"""The size of image by which the speeds of encoders are compared."""
+_STEP_SHARE = 0.75
+_MOST_STEPS = 60.0
 _FIRST_WAIT_SECONDS = 0.05
 _LONGEST_WAIT_SECONDS = 0.5
-
-
-class Device(NamedTuple):
-    """What language instances do on a device."""
-
-    seconds: float = 0.0
-    """Computing that is left until their first tokens."""
-    streams: int = 0
-
-
-_IDLE = Device()
-
-
-class Entry:
-    """One image to encode. Compared by identity."""
-
-    def __init__(
-        self,
-        item: ItemWork,
-        due: float,
-        *,
-        request: object = None,
-        language: Instance | None = None,
-        size_bytes: int = 0,
-    ) -> None:
-        """``request`` is the one whose images may share a call; ``language`` the instance that needs the embedding.
-
-        ``size_bytes`` is what the image takes in a call.
-        """
-        self.item = item
-        self.size_bytes = size_bytes
-        self.due = due
-        self.request = request
-        self.language = language
-        self.failed_at: set[Instance] = set()
-        """Encoders that don't get it again."""
-        self.encoder: Instance | None = None
-        """Where it is being encoded; None while it waits."""
-        self.seconds = 0.0
-        """Encoding there, as estimated."""
-        self.number = 0
-        self.call = 0
-        """Which call carries it."""
-
-
-class Choice(NamedTuple):
-    """The encoder for an image."""
-
-    encoder: Instance
-    seconds: float
-    """What encoding it takes there."""
-    ready_seconds: float
-    """From now until its embedding is published."""
 
 
 class Feed(NamedTuple):
@@ -106,20 +55,41 @@ class _Desk:
         self.progressed_at = 0.0
         self.full_until = 0.0
         self.wait_seconds = 0.0
+        self.speed_step: int | None = None
+        """Its speed, in powers of the square root of 2."""
+        # Of its entries; counted when they change, since every decision looks at all encoders.
+        self.look_ups = 0
+        self.has_room = True
+        self.free_at = 0.0
+        """When it will have done all of them."""
+        self.late_at = math.inf
+        """When it should have done those of the call that it is computing; infinite if it computes none."""
 
-    def seconds_left(self, now: float) -> float:
-        if not self.entries:
-            return 0.0
-        call = next(iter(self.entries)).call
-        first = sum(entry.seconds for entry in self.entries if entry.call == call)
-        elapsed = max(0.0, now - self.progressed_at)
-        # A call that takes longer than estimated is expected to take as long again as it is late.
-        return sum(entry.seconds for entry in self.entries) - first + abs(first - elapsed)
+    def count(self) -> None:
+        """Take account of a change among the entries."""
+        seconds = [entry.seconds for entry in self.entries if entry.seconds]
+        self.look_ups = len(self.entries) - len(seconds)
+        self.has_room = len(seconds) < _ENOUGH_ITEMS or (len(seconds) < _MOST_ITEMS and sum(seconds) < _ENOUGH_SECONDS)
+        self.free_at = self.progressed_at + sum(seconds)
+        self.late_at = math.inf
+        if seconds:
+            call = next(entry.call for entry in self.entries if entry.seconds)
+            self.late_at = self.progressed_at + sum(entry.seconds for entry in self.entries if entry.call == call)
 
     @property
-    def has_room(self) -> bool:
-        seconds = [entry.seconds for entry in self.entries if entry.seconds]
-        return len(seconds) < _ENOUGH_ITEMS or (len(seconds) < _MOST_ITEMS and sum(seconds) < _ENOUGH_SECONDS)
+    def is_idle(self) -> bool:
+        """Whether it encodes nothing."""
+        return self.late_at == math.inf
+
+    def weight(self, seconds: float) -> float:
+        """Return how fast the encoder counts that takes so many seconds for an image.
+
+        In steps, and only if it has changed by most of a step, so that images don't move whenever an answer corrects the costs.
+        """
+        speed = max(-_MOST_STEPS, min(_MOST_STEPS, -2 * math.log2(seconds)))
+        if self.speed_step is None or abs(speed - self.speed_step) > _STEP_SHARE:
+            self.speed_step = round(speed)
+        return float(2 ** (self.speed_step / 2))
 
 
 class EncodeQueue:
@@ -130,7 +100,11 @@ class EncodeQueue:
         self._devices = devices
         self._waiting: list[Entry] = []
         self._desks: WeakKeyDictionary[Instance, _Desk] = WeakKeyDictionary()
-        self._published: OrderedDict[str, None] = OrderedDict()
+        self._published = Published()
+        self._roster_now = Roster((), self._published, ())
+        self._desks_now: Sequence[_Desk] = ()
+        self._full_until = 0.0
+        """Until when some encoder takes no more."""
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -156,22 +130,31 @@ class EncodeQueue:
         self._take_out(entry)
         self._leave(entry, now)
 
-    def finish(self, entries: Sequence[Entry], now: float, *, seconds: float | None = None) -> None:
+    def finish(
+        self,
+        entries: Sequence[Entry],
+        now: float,
+        *,
+        seconds: float | None = None,
+        found: Collection[str] | None = None,
+    ) -> None:
         """Note that an encoder has published all images of a call.
 
-        ``seconds`` is what it has computed for them; None if it doesn't say, or has found some of them published.
+        ``seconds`` is what it has computed for them, and ``found`` are the identifiers of those that it had before; None if it
+        doesn't say.
         """
         encoder = entries[0].encoder if entries else None
-        if encoder is not None and seconds is not None:
-            encoder.costs.learn_encode([entry.item.pixels for entry in entries], seconds, now)
         for entry in entries:
             self._leave(entry, now)
-            self._published[entry.item.identifier] = None
-            self._published.move_to_end(entry.item.identifier)
-        while len(self._published) > _MAX_PUBLISHED:
-            self._published.popitem(last=False)
-        if encoder is not None:
-            self._desk(encoder).wait_seconds = 0.0
+        if encoder is None:
+            return
+        for entry in entries:
+            self._published.note(encoder, entry.item, None if found is None else entry.item.identifier in found)
+        computed = [entry.item.pixels for entry in entries if entry.item.identifier not in (found or ())]
+        if seconds is not None and computed:
+            encoder.costs.learn_encode(computed, seconds, now)
+            self._roster_now.estimate_again(encoder, now)
+        self._desk(encoder).wait_seconds = 0.0
 
     def release(self, entries: Sequence[Entry], now: float) -> None:
         """Note that a call has ended without these images; :meth:`add` those that are to be tried again."""
@@ -180,38 +163,40 @@ class EncodeQueue:
 
     def note_lost(self, identifier: str) -> None:
         """Note that an embedding that was published is gone: the image must be encoded again."""
-        self._published.pop(identifier, None)
+        self._published.note_lost(identifier)
 
     def note_full(self, encoder: Instance, now: float) -> None:
         """Note that an encoder took no more images; it gets none for a while, longer each time in a row."""
         desk = self._desk(encoder)
         desk.wait_seconds = min(2 * desk.wait_seconds, _LONGEST_WAIT_SECONDS) or _FIRST_WAIT_SECONDS
         desk.full_until = now + desk.wait_seconds
+        self._full_until = max(self._full_until, desk.full_until)
 
     # ---- decisions -----------------------------------------------------------------------------------------------------
 
     def feed(self, now: float) -> list[Feed]:
-        """Give waiting images to encoders that have room, each where it is finished first.
+        """Give waiting images to encoders that have room.
 
-        An image whose best encoder has no room keeps its place there, and those behind it see that. Images that were
-        published before need no room, since they are only looked up.
+        An image whose encoder has no room keeps its place there, and those behind it see that. Images that the encoder has
+        need no room, since they are only looked up.
         """
         if not self._waiting:
             return []
-        plan = self._plan(now)
-        plan.leave_out(encoder for encoder in list(plan.left) if self._desk(encoder).full_until > now)
-        roomy = {encoder for encoder in plan.left if self._desk(encoder).has_room}
+        roster, desks = self._roster(now)
+        plan = self._plan(now, out=self._full(now))
+        has_room = any(desk.has_room for desk in desks)
         given: list[Entry] = []
         for entry in self._waiting[:_EXAMINED]:
-            is_published = entry.item.identifier in self._published
-            if not roomy and not is_published:
+            if not has_room and not roster.holders(entry.item.identifier):
                 continue
             choice = plan.add(entry, excluded=entry.failed_at)
-            if choice is not None and (choice.encoder in roomy or is_published):
+            if choice is None:
+                continue
+            desk = desks[roster.index[choice.encoder]]
+            if desk.has_room or not choice.seconds:
                 self._give(entry, choice, now)
                 given.append(entry)
-                if not self._desk(choice.encoder).has_room:
-                    roomy.discard(choice.encoder)
+                has_room = desk.has_room or any(desk.has_room for desk in desks)
         for entry in given:
             self._take_out(entry)
         return self._calls(given)
@@ -220,8 +205,8 @@ class EncodeQueue:
         """Return when :meth:`feed` should be called although nothing has happened; None if it needn't."""
         if not self._waiting:
             return None
-        full = [desk.full_until for desk in self._desks.values() if desk.full_until > now]
-        return min([now + _LONGEST_WAIT_SECONDS, *full])
+        _, desks = self._roster(now)
+        return min([now + _LONGEST_WAIT_SECONDS, *(desks[index].full_until for index in self._full(now))])
 
     def stranded(self) -> list[Entry]:
         """Return the waiting images that no healthy encoder may get."""
@@ -230,9 +215,10 @@ class EncodeQueue:
             return list(self._waiting)
         return [entry for entry in self._waiting[:_EXAMINED] if healthy <= entry.failed_at]
 
-    def encode_seconds(self, encoder: Instance, item: ItemWork, now: float) -> float:
-        """Return what an image costs an encoder; nothing if it was published before."""
-        return 0.0 if item.identifier in self._published else encoder.costs.encode_seconds(item.pixels, now)
+    def least_seconds(self, item: ItemWork, now: float) -> float:
+        """Return what an image costs the fastest encoder; nothing if one has the embedding, or there is none."""
+        roster, _ = self._roster(now)
+        return 0.0 if roster.holders(item.identifier) else min(roster.seconds(item.pixels, now), default=0.0)
 
     def plan(self, due: float, now: float) -> Plan:
         """Return what the encoders have to do before new images that are due at ``due``."""
@@ -248,30 +234,62 @@ class EncodeQueue:
             plan.spread(ahead[_FORECAST:])
         return plan
 
-    def _plan(self, now: float) -> Plan:
+    def _plan(self, now: float, out: Collection[int] = ()) -> Plan:
+        roster, _ = self._roster(now)
+        return Plan(roster, self._devices(now), now, out=out)
+
+    def _full(self, now: float) -> list[int]:
+        """Return which encoders get nothing for a while."""
+        if now >= self._full_until:
+            return []
+        _, desks = self._roster(now)
+        return [index for index, desk in enumerate(desks) if desk.full_until > now]
+
+    def _roster(self, now: float) -> tuple[Roster, Sequence[_Desk]]:
+        """Return the healthy encoders, and their desks."""
         encoders = self._fleet.healthy(Role.ENCODER)
-        return Plan(
-            left={encoder: self._desk(encoder).seconds_left(now) for encoder in encoders},
-            devices=self._devices(now),
-            encode_seconds=lambda encoder, item: self.encode_seconds(encoder, item, now),
-        )
+        if encoders is not self._roster_now.encoders:
+            self._desks_now = [self._desk(encoder) for encoder in encoders]
+            self._roster_now = Roster(
+                encoders,
+                self._published,
+                [
+                    desk.weight(encoder.costs.encode_seconds(_USUAL_PIXELS, now))
+                    for encoder, desk in zip(encoders, self._desks_now, strict=True)
+                ],
+            )
+            for encoder in encoders:
+                self._count(encoder)
+        return self._roster_now, self._desks_now
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------------
 
     def _give(self, entry: Entry, choice: Choice, now: float) -> None:
         desk = self._desk(choice.encoder)
-        if not desk.entries:
+        if desk.is_idle:
             desk.progressed_at = now
         desk.entries[entry] = None
-        entry.encoder, entry.seconds = choice.encoder, choice.seconds
+        entry.encoder, entry.seconds, entry.call = choice.encoder, choice.seconds, 0
+        self._count(choice.encoder)
 
     def _leave(self, entry: Entry, now: float) -> None:
         if entry.encoder is not None:
             desk = self._desk(entry.encoder)
             if entry in desk.entries:
                 del desk.entries[entry]
-                desk.progressed_at = now
+                if entry.seconds:
+                    desk.progressed_at = now
+                self._count(entry.encoder)
             entry.encoder = None
+
+    def _count(self, encoder: Instance) -> None:
+        """Take account of a change among an encoder's images."""
+        desk, roster = self._desk(encoder), self._roster_now
+        desk.count()
+        index = roster.index.get(encoder)
+        if index is not None:
+            roster.free_at[index], roster.late_at[index] = desk.free_at, desk.late_at
+            roster.look_ups[index] = desk.look_ups
 
     def _take_out(self, entry: Entry) -> bool:
         """Remove an image from those that wait; return whether it was among them."""
@@ -302,74 +320,9 @@ class EncodeQueue:
             number = next(self._numbers)
             for entry in feed.entries:
                 entry.call = number
+        for encoder in {feed.encoder for feed in feeds}:
+            self._count(encoder)
         return feeds
-
-
-class Plan:
-    """What encoders would have to do if images went to them one after the other, each where it is finished first."""
-
-    def __init__(
-        self,
-        *,
-        left: dict[Instance, float],
-        devices: Mapping[str, Device],
-        encode_seconds: Callable[[Instance, ItemWork], float],
-    ) -> None:
-        self.left = left
-        """Seconds of work of each healthy encoder."""
-        self.ready: dict[str, float] = {}
-        """From now until images that wait or are being encoded already are published, by identifier."""
-        self.devices = devices
-        """What language instances do on each device that is known."""
-        self._encode_seconds = encode_seconds
-
-    def ready_seconds(self, items: Sequence[ItemWork]) -> list[float]:
-        """Return the time until each of a new request's images would be published; infinite if nobody can encode it."""
-        plan = Plan(left=dict(self.left), devices=self.devices, encode_seconds=self._encode_seconds)
-        ready: list[float] = []
-        for item in items:
-            known = self.ready.get(item.identifier)
-            choice = None if known is not None else plan.add(Entry(item, 0.0))
-            ready.append(known if known is not None else choice.ready_seconds if choice else math.inf)
-        return ready
-
-    def leave_out(self, encoders: Iterable[Instance]) -> None:
-        """Plan nothing for these encoders."""
-        for encoder in encoders:
-            del self.left[encoder]
-
-    def add(self, entry: Entry, excluded: Collection[Instance] = ()) -> Choice | None:
-        """Plan an image where it is finished first; None if no encoder may get it.
-
-        Among equals it goes to an encoder on the device that needs the embedding, then to the one idle longest.
-        """
-        near = entry.language.device_id if entry.language else ""
-        best: Choice | None = None
-        best_rank: tuple[float, bool, int] | None = None
-        for encoder, left in self.left.items():
-            if encoder in excluded:
-                continue
-            seconds = self._encode_seconds(encoder, entry.item)
-            device = self.devices.get(encoder.device_id, _IDLE)
-            ready = left + seconds + min(seconds, device.seconds) if seconds else 0.0
-            rank = (
-                ready + seconds * device.streams * HINDRANCE,
-                not near or encoder.device_id != near,
-                encoder.last_taken,
-            )
-            if best_rank is None or rank < best_rank:
-                best, best_rank = Choice(encoder, seconds, ready), rank
-        if best is None:
-            return None
-        self.left[best.encoder] += best.seconds
-        return best
-
-    def spread(self, entries: Sequence[Entry]) -> None:
-        """Plan many images, each spread over all encoders."""
-        if entries and self.left:
-            first = next(iter(self.left))
-            share = sum(self._encode_seconds(first, entry.item) for entry in entries) / len(self.left)
-            self.left = {encoder: left + share for encoder, left in self.left.items()}
 
 
 def _parts(entries: Sequence[Entry], most: int, most_bytes: int) -> list[list[Entry]]:

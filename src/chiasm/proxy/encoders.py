@@ -16,16 +16,18 @@ import msgspec
 
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError, EmbeddingUnavailableError, OverloadedError
 from chiasm.http.timing import TimingEntry, duration_of, read_timing
-from chiasm.proxy.encode_queue import EncodeQueue, Entry
+from chiasm.proxy.encode_plan import Entry
+from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.upstream import RefusedError, Upstream, UpstreamError, UpstreamResponse
 from chiasm.proxy.waiting import Comeback, none_healthy
-from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem, InstanceState, Role
+from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem, ECPlace, InstanceState, Role
 
 _MAX_RESPONSE_BYTES = 8 << 20
 _BEFORE_DEADLINE_SECONDS = 0.1
@@ -83,6 +85,7 @@ class Encoders:
         prober: Prober,
         metrics: Metrics,
         queue: EncodeQueue,
+        places: Places,
         comeback: Comeback,
         *,
         timeout_seconds: float,
@@ -94,6 +97,7 @@ class Encoders:
         self._prober = prober
         self._metrics = metrics
         self._queue = queue
+        self._places = places
         self._timeout_seconds = timeout_seconds
         self._max_attempts = max_attempts
         self._comeback = comeback
@@ -154,6 +158,8 @@ class Encoders:
                 self._queue.hasten(flight.entry, job.due)
             flight.waiters.add(job)
             flights[item.identifier] = flight
+            if flight.call is not None:
+                self._tell(flight.call.instance, [flight], {job})
         try:
             self._feed()
             results = [flight.metadata for flight in flights.values()]
@@ -217,10 +223,25 @@ class Encoders:
             flight.call = call
             flight.attempts += 1
             flight.stranded_since = None
+        self._tell(instance, flights, set().union(*(flight.waiters for flight in flights)))
         call.task = asyncio.create_task(self._run(call))
         self._tasks.add(call.task)
         call.task.add_done_callback(self._tasks.discard)
         call.task.add_done_callback(lambda task: call.flights.clear())
+
+    def _tell(self, encoder: Instance, flights: Sequence[_Flight], jobs: set[Job]) -> None:
+        """Tell the language instances of these jobs that this encoder has these images, or will have them."""
+        place = encoder.ec_place
+        if place is None:
+            return
+        told: dict[Instance, dict[str, ECPlace]] = {}
+        for flight in flights:
+            for job in flight.waiters & jobs:
+                job.places[flight.item.identifier] = place
+                if job.instance is not None:
+                    told.setdefault(job.instance, {})[flight.item.identifier] = place
+        for instance, places in told.items():
+            self._places.tell(instance, places)
 
     async def _run(self, call: _Call) -> None:
         try:
@@ -236,8 +257,10 @@ class Encoders:
                 async with asyncio.timeout(self._timeout_seconds):
                     response = await self._post(call)
         except UpstreamError as error:
-            if not await self._prober.lost(instance, error):
-                self._exclude(call.flights, instance)
+            is_healthy = await self._prober.lost(instance, error)
+            for flight in call.flights:
+                if not is_healthy or self._has_another(flight, instance):
+                    flight.entry.failed_at.add(instance)
             self._again(call.flights, error)
             return
         except TimeoutError:
@@ -270,8 +293,12 @@ class Encoders:
         encode_seconds = duration_of(timing, "encode")
         done = [flight for flight in call.flights if flight.item.identifier in published]
         missing = [flight for flight in call.flights if flight.item.identifier not in published]
-        computed = _computed_seconds(timing) if not missing else None
-        self._queue.finish([flight.entry for flight in done], now, seconds=computed)
+        self._queue.finish(
+            [flight.entry for flight in done],
+            now,
+            seconds=_computed_seconds(timing) if not missing else None,
+            found=_found(call, timing),
+        )
         for flight in done:
             flight.encode_seconds, flight.published_at = encode_seconds, now
             self._settle(flight, bytes(published[flight.item.identifier].metadata))
@@ -313,6 +340,12 @@ class Encoders:
                 flight.entry.failed_at.discard(instance)
         if self._flights:
             asyncio.get_running_loop().call_soon(self._feed)
+
+    def _has_another(self, flight: _Flight, encoder: Instance) -> bool:
+        """Whether a healthy encoder besides this one may get an image."""
+        return any(
+            one is not encoder and one not in flight.entry.failed_at for one in self._fleet.healthy(Role.ENCODER)
+        )
 
     def _exclude(self, flights: Sequence[_Flight], instance: Instance) -> None:
         for flight in flights:
@@ -381,11 +414,16 @@ def _none_left(flight: _Flight, waited_seconds: float = 0.0) -> Exception:
 
 
 def _computed_seconds(timing: Sequence[TimingEntry]) -> float | None:
-    """Return what an encoder has computed for a call; None if it doesn't say, or had an image already."""
-    if any(one.name.startswith("item") and one.description == "hit" for one in timing):
-        return None
+    """Return what an encoder has computed for a call; None if it doesn't say."""
     seconds = [one.seconds for one in timing if one.name in {"preprocess", "encode"} and one.seconds is not None]
     return sum(seconds) if seconds else None
+
+
+def _found(call: _Call, timing: Sequence[TimingEntry]) -> set[str] | None:
+    """Return the identifiers of the images whose embeddings the encoder had already; None if it doesn't say."""
+    outcomes = {one.name: one.description for one in timing if one.name.startswith("item")}
+    names = [flight.item.identifier for flight in call.flights]
+    return {name for index, name in enumerate(names) if outcomes.get(f"item{index}") == "hit"} if outcomes else None
 
 
 def _request_body(call: _Call, job: Job) -> bytes:

@@ -6,14 +6,14 @@ changes adds a listener. Instants are seconds on the caller's clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from blake3 import blake3
 
 from chiasm.proxy.agreement import LANGUAGE_ROLES, PART_ROLES, WHOLE_ROLES, Agreement, Member, agree
 from chiasm.proxy.costs import InstanceCosts
-from chiasm.wire import Costs, Health, InstanceInfo, InstanceState, Role
+from chiasm.wire import Costs, ECPlace, Health, InstanceInfo, InstanceState, Role
 
 _USUAL_SEQUENCES = 256
 """Sequences that a decode instance is assumed to compute at the same time if it doesn't report a limit."""
@@ -74,6 +74,11 @@ class Instance:
         return self.health.device_id if self.health else ""
 
     @property
+    def ec_place(self) -> ECPlace | None:
+        """Where it serves embeddings from its memory; None if it publishes them where all find them."""
+        return (self.health.ec_place or None) if self.health else None
+
+    @property
     def encodes(self) -> bool:
         """Whether it encodes images."""
         return self.role in {Role.ENCODER, Role.AGGREGATED}
@@ -129,6 +134,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self._instances: dict[str, Instance] = {}
+        self._healthy: dict[tuple[Role, ...], Sequence[Instance]] = {}
         self._agreement: Agreement | None = None
         self._added = 0
         self._taken = 0
@@ -146,8 +152,14 @@ class Fleet:
     def get(self, url: str) -> Instance | None:
         return self._instances.get(url)
 
-    def healthy(self, *roles: Role) -> list[Instance]:
-        return [one for one in self._instances.values() if one.role in roles and one.state is InstanceState.HEALTHY]
+    def healthy(self, *roles: Role) -> Sequence[Instance]:
+        """Return the same object until an instance says something or is gone."""
+        found = self._healthy.get(roles)
+        if found is None:
+            instances = self._instances.values()
+            found = tuple(one for one in instances if one.role in roles and one.state is InstanceState.HEALTHY)
+            self._healthy[roles] = found
+        return found
 
     @property
     def hands_over(self) -> bool:
@@ -316,6 +328,7 @@ class Fleet:
 
     def _judge(self) -> None:
         """Judge every reachable instance again."""
+        self._healthy.clear()
         reachable: list[tuple[Instance, Member]] = []
         for instance in self._instances.values():
             instance.mismatch = None
@@ -325,6 +338,7 @@ class Fleet:
         for (instance, _), mismatch in zip(reachable, mismatches, strict=True):
             instance.mismatch = mismatch
             instance.seen_healthy = instance.seen_healthy or mismatch is None
+        self._healthy.clear()
         self._tell()
 
     def _tell(self) -> None:

@@ -16,7 +16,7 @@ from chiasm.proxy.prompts import Work
 from chiasm.proxy.relay import EventRelay
 from chiasm.proxy.request import Request
 from chiasm.proxy.upstream import Call, UpstreamResponse
-from chiasm.wire import CLIENT_HEADER, TIMING_COMMENT
+from chiasm.wire import CLIENT_HEADER, TIMING_COMMENT, ECPlace
 
 _TO_INSTANCES = ("authorization", "traceparent", "tracestate")
 _TO_CLIENT = ("retry-after", "www-authenticate")
@@ -93,6 +93,8 @@ class Job:
         """The language instance that gets its embeddings; None if it isn't chosen before they are encoded."""
         self.published_at: Mapping[str, float] = {}
         """When each embedding was there, by identifier; empty until all are. On the clock of ``time.monotonic``."""
+        self.places: dict[str, ECPlace | None] = {}
+        """Where each embedding is or will be, by identifier, if it must be told to the instance; None for the shared cache."""
         self.encoding: asyncio.Future[None] | None = None
         """Has its images encoded, and again if embeddings are lost before the instance has read them. None if it has no images,
         or has them encoded where the text goes."""

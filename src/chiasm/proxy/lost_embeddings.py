@@ -1,7 +1,8 @@
 """Embeddings that are lost after an encoder has published them and before the instance that needs them has read them.
 
-They may be evicted, because more is published than the store holds, or removed, because the file is damaged. The instance goes
-on waiting for them, keeps the request's place, and tells the proxy when it is asked; the proxy has them encoded again.
+They may be evicted, because more is published than the store or the encoder's memory holds, or removed, because the file is
+damaged; the encoder that has them may be gone, or the instance couldn't be told which it is. The instance goes on waiting for
+them, keeps the request's place, and tells the proxy when it is asked; the proxy has them encoded again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from chiasm.proxy.fleet import Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.places import Places
 from chiasm.proxy.upstream import Upstream, UpstreamError
 from chiasm.wire import AWAITED_PATH, AwaitedEmbeddings
 
@@ -50,9 +52,12 @@ class _Question(NamedTuple):
 class LostEmbeddings:
     """Finds them and has them encoded again. Made and used on one event loop."""
 
-    def __init__(self, encoders: Encoders, upstream: Upstream, metrics: Metrics, *, timeout_seconds: float) -> None:
+    def __init__(
+        self, encoders: Encoders, places: Places, upstream: Upstream, metrics: Metrics, *, timeout_seconds: float
+    ) -> None:
         """``timeout_seconds`` is for one question."""
         self._encoders = encoders
+        self._places = places
         self._upstream = upstream
         self._metrics = metrics
         self._timeout_seconds = timeout_seconds
@@ -123,6 +128,8 @@ class LostEmbeddings:
         return await asyncio.shield(question.task)
 
     async def _awaited(self, instance: Instance, now: float) -> _Answer:
+        """Return what an instance awaits, without what it doesn't know the place of only because it is just being told."""
+        untold = self._places.untold(instance)
         try:
             response = await self._upstream.get(
                 instance.url + AWAITED_PATH,
@@ -134,10 +141,11 @@ class LostEmbeddings:
             identifiers = _awaited.decode(response.body).identifiers if response.status == 200 else []
         except (UpstreamError, msgspec.MsgspecError):
             identifiers = []
-        for name in identifiers:
+        awaited = frozenset(identifiers) - untold
+        for name in awaited:
             for job in self._watching.get(name, ()):
                 job.news_of_embeddings.set()
-        return _Answer(now, frozenset(identifiers))
+        return _Answer(now, awaited)
 
 
 async def _is_read_within(job: Job, seconds: float) -> bool:

@@ -54,6 +54,12 @@ class Metrics:
             "Embeddings lost before the instance that needs them had read them; their images are encoded again.",
             registry=self.registry,
         )
+        self.places = Counter(
+            "chiasm_proxy_places",
+            "Embeddings of whose place a language instance was told, by outcome: told, untold.",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.language_retries = Counter(
             "chiasm_proxy_language_retries",
             "Requests sent to an instance again after a lost connection, or after the last encoder was lost.",

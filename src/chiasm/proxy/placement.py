@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary
 
 from chiasm.due import due
 from chiasm.proxy.costs import Correction
-from chiasm.proxy.encode_queue import HINDRANCE, Device, EncodeQueue, Entry
+from chiasm.proxy.encode_plan import HINDRANCE, Device, Entry
+from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.prompts import ItemWork, Prefix, Prompt, Prompts, Work
 from chiasm.wire import Role
@@ -93,11 +94,13 @@ class Placement:
     def due(self, work: Work, now: float) -> float:
         """Return when a request is due, by the work that it is for the fastest instances."""
         language = self._fleet.healthy(Role.PD, Role.AGGREGATED, Role.PREFILL)
-        encoders = self._fleet.healthy(Role.ENCODER) or language
         per_token = min((one.costs.prefill_seconds_per_token(now) for one in language), default=0.0)
         seconds = per_token * self._tokens(language[0], work, now) if language else 0.0
         for item in work.items:
-            seconds += min((self.images.encode_seconds(one, item, now) for one in encoders), default=0.0)
+            if self._fleet.healthy(Role.ENCODER):
+                seconds += self.images.least_seconds(item, now)
+            else:
+                seconds += min((one.costs.encode_seconds(item.pixels, now) for one in language), default=0.0)
         return due(work.arrival, seconds)
 
     def place(

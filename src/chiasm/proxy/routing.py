@@ -26,6 +26,7 @@ from chiasm.proxy.lost_embeddings import LostEmbeddings
 from chiasm.proxy.media import Item, read_items
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
+from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.relay import begin
 from chiasm.proxy.upstream import Call, InstanceError, InstanceLostError, ResponseCutOffError, Upstream
@@ -57,12 +58,14 @@ class Router:
         comeback = Comeback(
             fleet, metrics, seconds=config.wait_for_instance_seconds, max_requests=config.max_waiting_requests
         )
+        self._places = Places(upstream, metrics, timeout_seconds=config.probe_timeout_seconds)
         self._balancer = Balancer(
             fleet,
             self._placement,
             upstream,
             prober,
             metrics,
+            self._places,
             comeback,
             max_refusal_bytes=config.max_answer_bytes,
         )
@@ -75,13 +78,14 @@ class Router:
             prober,
             metrics,
             self._placement.images,
+            self._places,
             comeback,
             timeout_seconds=config.encode_timeout_seconds,
             max_attempts=config.max_encode_attempts,
             comeback_seconds=config.wait_for_instance_seconds,
         )
         self._lost_embeddings = LostEmbeddings(
-            self.encoders, upstream, metrics, timeout_seconds=config.probe_timeout_seconds
+            self.encoders, self._places, upstream, metrics, timeout_seconds=config.probe_timeout_seconds
         )
         self._kv_releases = KVReleases(upstream, metrics, timeout_seconds=config.probe_timeout_seconds)
 
@@ -89,6 +93,7 @@ class Router:
         await self._kv_releases.close()
         await self._lost_embeddings.close()
         await self.encoders.close()
+        await self._places.close()
         await self._fetcher.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 

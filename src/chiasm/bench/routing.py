@@ -1,0 +1,241 @@
+"""A simulation of encoders with memories of their own, behind the proxy's own queue of images. No network, and no real time.
+
+Images come at random, are queued, fed and finished by the code that the proxy runs. Only the encoders are played: each encodes
+one image after the other, remembers the embeddings that it used last, and encodes equal images that it has at one time once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Device, Entry
+from chiasm.proxy.encode_queue import EncodeQueue
+from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.prompts import ItemWork
+from chiasm.wire import Costs, ECPlace, Health, ImageCost, Role
+
+T = TypeVar("T")
+
+PIXELS = 1 << 20
+ENCODE_SECONDS = 0.1
+"""For an image of so many pixels; others in proportion."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image that a request brings."""
+
+    arrival: float
+    identifier: str
+    pixels: int = PIXELS
+
+
+@dataclass
+class Routed:
+    """What came of a simulation."""
+
+    hits: int = 0
+    """Images whose embedding was there."""
+    joined: int = 0
+    """Images that were being encoded, or waited, for an earlier one."""
+    encoded: list[int] = field(default_factory=list)
+    """Images that each encoder has encoded."""
+    waits: list[float] = field(default_factory=list)
+    """Seconds from the arrival of each image that was encoded until its encoding began."""
+    decisions: int = 0
+    """Images that encoders were given."""
+    decision_seconds: float = 0.0
+    """CPU time that the proxy's queue took to decide, in all."""
+    encoded_at: dict[str, list[int]] = field(default_factory=dict)
+    """By identifier: the encoders that have encoded it, in order."""
+
+    @property
+    def hit_share(self) -> float:
+        return self.hits / max(1, self.hits + sum(self.encoded))
+
+
+class _Machine:
+    """One encoder."""
+
+    def __init__(self, capacity: int, speed: float) -> None:
+        self.memory: OrderedDict[str, None] = OrderedDict()
+        self.capacity = capacity
+        self.speed = speed
+        self.queue: deque[tuple[Image, list[Callable[[bool, float, float], None]]]] = deque()
+        self.is_busy = False
+
+    def remember(self, identifier: str) -> None:
+        self.memory[identifier] = None
+        self.memory.move_to_end(identifier)
+        if len(self.memory) > self.capacity:
+            self.memory.popitem(last=False)
+
+
+class _Proxy:
+    """One proxy: its queue, and the images that are on their way."""
+
+    def __init__(self, speeds: Sequence[float], peers: bool) -> None:
+        self.fleet = Fleet()
+        for index, speed in enumerate(speeds):
+            place = ECPlace(host="simulated", port=1 + index, engine_id=str(index)) if peers else None
+            images = [
+                ImageCost(pixels=size, tokens=size >> 10, encode_seconds=_seconds(size) / speed) for size in _SIZES
+            ]
+            health = Health(role=Role.ENCODER, model="simulated", ec_place=place, costs=Costs(images=images))
+            self.fleet.succeed(self.fleet.add(f"http://encoder-{index}", Role.ENCODER), health)
+        self.queue = EncodeQueue(self.fleet, _no_devices)
+        self.flying: dict[str, Image] = {}
+
+
+_SIZES = tuple(PIXELS << shift >> 4 for shift in range(9))
+
+
+def _seconds(pixels: int) -> float:
+    return ENCODE_SECONDS * pixels / PIXELS
+
+
+def _no_devices(now: float) -> Mapping[str, Device]:
+    return {}
+
+
+class RoutingSimulation:
+    """Some proxies in front of the same encoders; images come to the proxies in turn."""
+
+    def __init__(self, encoders: int | Sequence[float], *, capacity: int, proxies: int = 1, peers: bool = True) -> None:
+        """``encoders`` are their speeds, or their number; ``capacity`` is how many embeddings each remembers.
+
+        Without ``peers``, the queue believes that embeddings are found wherever they were encoded, and so prefers no encoder.
+        """
+        speeds = [1.0] * encoders if isinstance(encoders, int) else encoders
+        self.proxies = [_Proxy(speeds, peers) for _ in range(proxies)]
+        self.machines = [_Machine(capacity, speed) for speed in speeds]
+        self.result = Routed(encoded=[0] * len(speeds))
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        self._now = 0.0
+
+    def run(self, images: Sequence[Image]) -> Routed:
+        for number, image in enumerate(images):
+            proxy = self.proxies[number % len(self.proxies)]
+            self._at(image.arrival, partial(self._arrive, proxy, image))
+        while self._events:
+            self._now, _, event = heapq.heappop(self._events)
+            event()
+        return self.result
+
+    def at(self, when: float, event: Callable[[], None]) -> None:
+        """Have something happen at a time."""
+        self._at(when, event)
+
+    def _at(self, when: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._numbers), event))
+
+    def _arrive(self, proxy: _Proxy, image: Image) -> None:
+        if image.identifier in proxy.flying:
+            self.result.joined += 1
+            return
+        proxy.flying[image.identifier] = image
+        entry = Entry(ItemWork(image.identifier, image.pixels), image.arrival, request=image)
+        self._timed(lambda: proxy.queue.add(entry))
+        self._feed(proxy)
+
+    def _feed(self, proxy: _Proxy) -> None:
+        feeds = self._timed(lambda: proxy.queue.feed(self._now))
+        for feed in feeds:
+            with proxy.fleet.working(feed.encoder, 0.0):
+                pass
+            for entry in feed.entries:
+                self.result.decisions += 1
+                self._send(proxy, feed.encoder, entry)
+
+    def _send(self, proxy: _Proxy, encoder: Instance, entry: Entry) -> None:
+        index = int(encoder.url.rpartition("-")[2])
+        machine = self.machines[index]
+        image = proxy.flying[entry.item.identifier]
+
+        def answered(found: bool, seconds: float) -> None:
+            del proxy.flying[image.identifier]
+            names = {image.identifier} if found else set[str]()
+            proxy.queue.finish([entry], self._now, seconds=seconds, found=names)
+            self._feed(proxy)
+
+        if image.identifier in machine.memory:
+            machine.remember(image.identifier)
+            self.result.hits += 1
+            self._at(self._now + LOOK_UP_SECONDS, lambda: answered(True, 0.0))
+            return
+        for queued, listeners in machine.queue:
+            if queued.identifier == image.identifier:
+                listeners.append(lambda found, began, seconds: answered(found, seconds))
+                self.result.joined += 1
+                return
+        machine.queue.append((image, [lambda found, began, seconds: answered(found, seconds)]))
+        self._work(index)
+
+    def _work(self, index: int) -> None:
+        machine = self.machines[index]
+        if machine.is_busy or not machine.queue:
+            return
+        machine.is_busy = True
+        image, listeners = machine.queue[0]
+        began, seconds = self._now, _seconds(image.pixels) / machine.speed
+        self.result.waits.append(began - image.arrival)
+        self.result.encoded[index] += 1
+        self.result.encoded_at.setdefault(image.identifier, []).append(index)
+
+        def ended() -> None:
+            machine.is_busy = False
+            machine.queue.popleft()
+            machine.remember(image.identifier)
+            for listener in listeners:
+                listener(False, began, seconds)
+            self._work(index)
+
+        self._at(began + seconds, ended)
+
+    def _timed(self, work: Callable[[], T]) -> T:
+        started = time.thread_time()
+        result = work()
+        self.result.decision_seconds += time.thread_time() - started
+        return result
+
+
+def popular(count: int, *, items: int, rate: float, seed: int, exponent: float = 1.0) -> list[Image]:
+    """Return images whose popularity is Zipf's, at random times with ``rate`` images a second on average."""
+    chance = random.Random(seed)
+    weights = list(itertools.accumulate(1 / rank**exponent for rank in range(1, items + 1)))
+    images: list[Image] = []
+    now = 0.0
+    for number in chance.choices(range(items), cum_weights=weights, k=count):
+        now += chance.expovariate(rate)
+        images.append(Image(now, f"image {number}"))
+    return images
+
+
+def new(count: int, *, rate: float, seed: int) -> list[Image]:
+    """Return images that nobody has seen, of three sizes."""
+    chance = random.Random(seed)
+    images: list[Image] = []
+    now = 0.0
+    for number in range(count):
+        now += chance.expovariate(rate)
+        images.append(Image(now, f"image {number}", chance.choice((PIXELS // 4, PIXELS // 2, PIXELS))))
+    return images
+
+
+def shared_hit_share(images: Sequence[Image], capacity: int) -> float:
+    """Return the share of images that one memory of all encoders would have had."""
+    memory = _Machine(capacity, 1.0)
+    hits = 0
+    for image in images:
+        hits += image.identifier in memory.memory
+        memory.remember(image.identifier)
+    return hits / len(images)
