@@ -105,6 +105,7 @@ class LanguageEngine(Engine):
         self._thread: threading.Thread | None = None
         self._kv_transfers: KVTransfers | None = None
         self._next_deadline_check = 0.0
+        self._stalls_measured_at = -1
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
@@ -361,6 +362,8 @@ class LanguageEngine(Engine):
         """Return how long there is nothing to do if no message comes; None if there is no end to it."""
         deadlines = [state.request.deadline for state in self._states.values()]
         to_check = max(min(deadlines), self._next_deadline_check) - time.monotonic() if deadlines else None
+        if to_check is not None and self._kv_transfers is not None:
+            to_check = min(to_check, DEADLINE_CHECK_SECONDS)  # KV connectors may wake the engine, but need not
         ends = [seconds for seconds in (to_check, self._embeddings.seconds_to_update) if seconds is not None]
         return max(0.0, min(ends)) if ends else None
 
@@ -415,6 +418,9 @@ class LanguageEngine(Engine):
             self._kv_transfers.flush()
 
     def _measure_stalls(self) -> None:
+        if self._stalls_measured_at == self._scheduler.item_changes:
+            return
+        self._stalls_measured_at = self._scheduler.item_changes
         now = time.monotonic()
         for state in self._states.values():
             if state.timing.items and state.timing.first_token_seconds is None:
