@@ -20,7 +20,9 @@ BEFORE = read_samples("chiasm_kv_claim_seconds_total 1.0\nchiasm_kv_transfer_sec
 AFTER = read_samples("chiasm_kv_claim_seconds_total 1.003\nchiasm_kv_transfer_seconds_total 2.005\n")
 
 
-@pytest.mark.parametrize("connector", ["SharedMemoryConnector", pytest.param("NixlConnector", marks=NEEDS_NIXL)])
+@pytest.mark.parametrize(
+    "connector", ["SharedMemoryConnector", "TcpConnector", pytest.param("NixlConnector", marks=NEEDS_NIXL)]
+)
 def test_every_size_is_measured(connector: str) -> None:
     results = measure_transfers(connector, [1, 1_000_000], block_bytes=65536, repeats=2)
     assert [result.size_bytes for result in results] == [65536, 15 * 65536]

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from chiasm.errors import ChiasmError, InvalidRequestError, KVUnavailableError
+from chiasm.fleet_key import FleetKey, make_fleet_key
 from chiasm.wire import KVTransferParams, Role
 from tests.engine.conftest import A, Answer, B, Encoder, ImageFile, Instance, Parts, Start, until
 
@@ -92,6 +93,23 @@ async def test_separate_prefill_and_decode_give_the_same_answer_as_one_engine(
     assert answer.text == expected.text
     assert answer.last.finish_reason == expected.last.finish_reason
     await until(pair.is_empty)
+
+
+@pytest.mark.parametrize("key", [None, FleetKey([make_fleet_key()])], ids=["without a key", "with a fleet key"])
+async def test_the_answer_is_the_same_over_tcp(start: Start, encoder: Encoder, key: FleetKey | None) -> None:
+    kv = {"connector": "TcpConnector", "fleet_key": key}
+    pair = Pair(start(Role.PREFILL, kv=kv), start(Role.DECODE, kv=kv))
+    expected = await start(Role.AGGREGATED).ask("what is", A, "this?")
+    await encoder.encode(A)
+    assert (await pair.ask("what is", A, "this?")).token_ids == expected.token_ids
+    await until(pair.is_empty)
+
+
+async def test_a_decode_instance_with_another_fleet_key_gets_no_kv(start: Start, encoder: Encoder) -> None:
+    pair = Pair(*(start(role, kv={"fleet_key": FleetKey([make_fleet_key()])}) for role in (Role.PREFILL, Role.DECODE)))
+    await encoder.encode(A)
+    with pytest.raises(KVUnavailableError, match="no proof of the fleet key"):
+        await pair.ask("what is", A, "this?")
 
 
 @pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING.keys())

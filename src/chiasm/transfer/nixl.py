@@ -18,6 +18,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -193,7 +194,7 @@ class _RemoteMemory(ReachedMemory):
         give_up: float | None = None
         try:
             offered, agent = self._offered, self._agent
-            array = np.array(runs, np.uint64)
+            array = np.fromiter(chain.from_iterable(runs), np.uint64, 3 * len(runs)).reshape(-1, 3)
             local = self._list(array[:, 0], array[:, 2], agent.memory.address, agent.device_id)
             remote = self._list(array[:, 1], array[:, 2], offered.address, offered.device_id)
             handle = api.initialize_xfer("READ", local, remote, self._remote_name, b"", [BACKEND])

@@ -58,7 +58,7 @@ MAX_RANGES = 1 << 12
 """In one request; a reader that needs more asks again."""
 PATIENCE_SECONDS = 5.0
 """How long nothing may move in the middle of a request before a connection counts as broken."""
-_BYTES_AT_A_TIME = 8 << 20
+_BYTES_AT_A_TIME = 32 << 20
 """What is received before it is asked whether to stop."""
 _BUFFERS_AT_A_TIME = 1 << 10  # IOV_MAX
 _TICKET_BYTES = 32
