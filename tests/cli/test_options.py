@@ -24,7 +24,7 @@ from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.launch.layout import Layout
 from chiasm.launch.process import INSTANCE_OPTIONS, InstanceProcess
 from chiasm.media import MediaConfig
-from chiasm.options import NamedOption, fields_from, names_of, options_of
+from chiasm.options import NamedOption, fields_from, options_of
 from chiasm.proxy import ProxyConfig
 from chiasm.server import ServerConfig
 from chiasm.wire import Role
@@ -154,9 +154,15 @@ def test_more_arguments_are_checked_by_the_parser_of_their_command(arguments: st
 
 
 def test_the_doctor_takes_every_option_of_serve() -> None:
-    names = names_of(EngineConfig, MediaConfig, ECTransferConfig) - {"threads", "core_share", "nice"}
+    names = {action.dest for action in serve.parser()._actions} - {"model"}  # which the doctor calls its target
     offered = {action.dest for action in doctor.parser()._actions}
     assert names <= offered
+    assert {"dtype", "max_items", "ec_max_bytes", "ec_store"} <= names
+
+
+def test_a_shared_cache_is_for_instances_and_proxy() -> None:
+    config = _config("--ec-store", "redis://host", "--ec-store-read-bytes", "1GiB", "--ec-store-queue-bytes", "9")
+    assert (config.ec_store, config.ec_store_read_bytes, config.ec_store_queue_bytes) == ("redis://host", 1 << 30, 9)
 
 
 def test_without_counts_the_layout_decides_them_and_roles_keep_their_options() -> None:

@@ -36,7 +36,14 @@ _OF_PROXY = (
     "shutdown_timeout_seconds",
 )
 _OF_ROLE = ("cpus", "devices", "memory_share")
-_OF_EC = ("connector_module_path", "shared_storage_path", "ec_max_bytes")
+_OF_EC = (
+    "connector_module_path",
+    "shared_storage_path",
+    "ec_max_bytes",
+    "ec_store",
+    "ec_store_read_bytes",
+    "ec_store_queue_bytes",
+)
 _OF_KV = ("kv_connector", "kv_connector_module_path", "kv_lease_seconds")
 _COUNTS = {
     Role.ENCODER: "encoders",
