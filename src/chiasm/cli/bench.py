@@ -17,8 +17,8 @@ from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.options import Option, fields_from
 
 NAMES = (
-    "Measurements to run (default: all but goodput and soak): identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, "
-    "split, decode-isolation, idle, goodput, soak; with --engine vllm: identity, vllm-example, engines, reuse, goodput."
+    "Measurements to run (default: all but soak and goodput): identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, "
+    "split, decode-isolation, idle, soak, goodput; with --engine vllm: identity, vllm-example, engines, reuse, goodput."
 )
 ARM_EXAMPLE = '"mine=--encoders 2 --pds 2 --threads 1"'
 ARM_HELP = (

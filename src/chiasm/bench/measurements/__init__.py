@@ -36,8 +36,8 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         Split(),
         DECODE_ISOLATION,
         Idle(),
-        GoodputMeasurement(EngineKind.CHIASM),
         Soak(),
+        GoodputMeasurement(EngineKind.CHIASM),
     ),
     EngineKind.VLLM: _by_name(
         Identity(EngineKind.VLLM),
