@@ -194,7 +194,7 @@ def test_every_measurement_has_a_name_a_purpose_and_a_target() -> None:
 
 def _by_name() -> str:
     found = MEASUREMENTS[EngineKind.CHIASM].items()
-    return ", ".join(name for name, measurement in found if measurement.only_by_name)
+    return " and ".join(name for name, measurement in found if measurement.only_by_name)
 
 
 def test_the_help_and_the_documentation_list_all_measurements() -> None:

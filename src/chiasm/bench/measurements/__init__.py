@@ -40,8 +40,8 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         DECODE_ISOLATION,
         Idle(),
         StoreReads(),
-        GoodputMeasurement(EngineKind.CHIASM),
         Soak(),
+        GoodputMeasurement(EngineKind.CHIASM),
     ),
     EngineKind.VLLM: _by_name(
         Identity(EngineKind.VLLM),
