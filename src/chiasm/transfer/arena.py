@@ -3,7 +3,9 @@
 A piece is whole pages, contiguous, and at the lowest address where it fits (*first fit*), and free neighbours are joined. That
 keeps what is used at the low end of the file, so pages that were touched are used again before new ones: the first touch of a
 page takes about ten times as long as a copy into it. Nothing is ever moved, so room can be there in parts that are too small
-(Robson, 1977: in the worst case, pieces of at most n pages need log2(n) times as much memory as they have bytes).
+(Robson, 1977: in the worst case, pieces of at most n pages need log2(n) times as much memory as they have bytes). Measured in
+4 GiB: of five sizes from 0.5 to 67 MB, the oldest freed first, no room was found only when 98 % or more were needed; of random
+sizes from 0.25 to 95 MB, of which any of the oldest quarter went, when 91 % were (median; 71 % in the worst of thousands).
 
 Readers in other processes may use the bytes of a piece in place, and must be safe from an owner that believes them gone. So a
 range is locked (open file description locks, fcntl(2)): by the arena for writing, from ``allocate`` to ``publish``, and by a
