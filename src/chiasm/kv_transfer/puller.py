@@ -394,12 +394,12 @@ class Puller:
         if producer.pulls and not self._closing:
             engine_id, address = producer.address.engine_id, producer.address
             _logger.warning("Gave up prefill instance %s at %s: %s.", engine_id, address, reason)
+        self._close_memory_if_unused(producer)  # before anybody hears of it
         for pull in producer.pulls:
             self._fail(pull, reason)
         for _, answer in producer.questions:
             if not answer.done():
                 answer.set_exception(TransferError(reason))
-        self._close_memory_if_unused(producer)
 
     def _close_memory_if_unused(self, producer: _Producer) -> None:
         is_read = any(pull.copies for pull in producer.pulls)
