@@ -218,12 +218,25 @@ def test_every_release_is_told() -> None:
     arena.close()
 
 
-def test_warm_pages_are_there_before_anybody_writes() -> None:
-    arena = Arena(64 * ALIGNMENT, "chiasm-test", warm_bytes=48 * ALIGNMENT)
+def touched_bytes(arena: Arena) -> int:
+    """How much of the file has memory, once no thread touches pages any more."""
     for thread in threading.enumerate():
-        if thread.name == "chiasm-test":
+        if thread.name == "chiasm-warm":
             thread.join()
-    assert os.fstat(arena.file.descriptor).st_blocks * 512 >= 48 * ALIGNMENT
+    return os.fstat(arena.file.descriptor).st_blocks * 512
+
+
+def test_pages_are_touched_ahead_of_their_use_and_no_more_of_them() -> None:
+    token = ALIGNMENT  # behind the pieces
+    arena = Arena(64 * ALIGNMENT, "chiasm-test", warm_bytes=16 * ALIGNMENT)
+    assert touched_bytes(arena) == 16 * ALIGNMENT + token
+    first = allocate(arena, 10)
+    assert touched_bytes(arena) == 26 * ALIGNMENT + token
+    first.release()
+    allocate(arena, 10)
+    assert touched_bytes(arena) == 26 * ALIGNMENT + token
+    allocate(arena, 50)
+    assert touched_bytes(arena) == 64 * ALIGNMENT + token
     arena.close()
 
 

@@ -34,8 +34,8 @@ from chiasm.transfer.greeting import Terms
 from chiasm.transfer.memory import DataPlane, Memory, Peer
 from chiasm.wire import ECPlace
 
-_WARM_BYTES = 512 << 20
-"""What a holder touches at its start, since the first touch of memory takes several times as long as a copy into it."""
+_WARM_BYTES = 128 << 20
+"""What a holder touches ahead of its use, since the first touch of memory takes several times as long as a copy into it."""
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,9 @@ class Piece:
 class Arena:
     """Bounded memory in a file, for pieces of any size. All calls may come from any thread.
 
-    Raises ConfigurationError if the memory can't be had. ``warm_bytes`` at its low end are touched at once, on a thread of
-    their own, so that the first pieces are as fast as later ones. ``released`` is called after each release of a piece, perhaps
-    from a finalizer, so it must only wake somebody.
+    Raises ConfigurationError if the memory can't be had. ``warm_bytes`` beyond the highest piece so far are touched ahead of
+    their use, on a thread of their own, so that the first use of memory is as fast as later ones. ``released`` is called after
+    each release of a piece, perhaps from a finalizer, so it must only wake somebody.
     """
 
     def __init__(
@@ -90,8 +90,14 @@ class Arena:
         """Pieces that were released by a holder, not counted yet."""
         self._used_bytes = 0
         self._is_closed = False
-        if warm_bytes > 0:
-            threading.Thread(target=self._warm, args=(min(warm_bytes, self.num_bytes),), name=name, daemon=True).start()
+        self._warm_bytes = warm_bytes
+        self._touched_end = 0
+        """Up to here pages are touched."""
+        self._highest_end = 0
+        """Where the highest piece so far ends."""
+        self._is_warming = False
+        with self._lock:
+            self._warm_ahead()
 
     @property
     def used_bytes(self) -> int:
@@ -130,7 +136,9 @@ class Arena:
                         self._free_piece(piece)
                     return None
                 self._used_bytes += size
+                self._highest_end = max(self._highest_end, offset + size)
                 pieces.append(Piece(self, offset, num_bytes, size))
+            self._warm_ahead()
             return pieces
 
     def close(self) -> None:
@@ -240,16 +248,37 @@ class Arena:
         if not self._is_closed:
             set_lock(self.file.descriptor, fcntl.F_UNLCK, begin, size)
 
-    def _warm(self, num_bytes: int) -> None:
+    # ---- touching pages ahead of their use --------------------------------------------------------------------------
+
+    def _warm_ahead(self) -> None:
+        """Have a thread touch pages, if less than half of ``warm_bytes`` are left that are touched and were never used."""
+        left = self._touched_end - self._highest_end
+        if (
+            self._warm_bytes
+            and left <= self._warm_bytes // 2
+            and self._touched_end < self.num_bytes
+            and not self._is_warming
+        ):
+            self._is_warming = True
+            threading.Thread(target=self._warm, name="chiasm-warm", daemon=True).start()
+
+    def _warm(self) -> None:
         """Touch pages without changing them. On a kernel before 5.14 the first pieces do it instead."""
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         buffer = self.file.buffer  # keeps the memory
-        for begin in range(0, num_bytes, _WARM_STEP_BYTES):
-            size = min(_WARM_STEP_BYTES, num_bytes - begin)
-            if self._is_closed or libc.madvise(self.file.address + begin, size, _MADV_POPULATE_WRITE) != 0:
-                _logger.debug("Touched %d of %d bytes of an arena.", begin, num_bytes)
-                break
+        while True:
+            with self._lock:
+                begin = self._touched_end
+                end = min(self._highest_end + self._warm_bytes, self.num_bytes)
+                if self._is_closed or begin >= end:
+                    self._is_warming = False
+                    break
+            size = min(_WARM_STEP_BYTES, end - begin)
+            if libc.madvise(self.file.address + begin, size, _MADV_POPULATE_WRITE) != 0:
+                _logger.debug("The pages of an arena can't be touched ahead of their use here.")
+                break  # and isn't tried again
+            self._touched_end = begin + size
         del buffer
 
 
