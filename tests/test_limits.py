@@ -121,7 +121,7 @@ def test_each_row_says_what_it_protects_and_what_a_client_sees(row: Row) -> None
     ],
 )
 def test_each_constant_that_limits_a_request_has_a_row_with_its_value(name: str, limit: int) -> None:
-    unit = re.escape({True: f"{limit >> 20} MiB", False: f"{limit >> 10} KiB"}[limit % (1 << 20) == 0])
+    unit = f"{limit >> 20} ?MiB" if limit % (1 << 20) == 0 else f"{limit >> 10} ?KiB"
     written = unit if name.endswith("_BYTES") else f"{limit:,}"
     called = name.removeprefix("MAX_").lower()
     lines = [line for line in PAGE.splitlines() if line.startswith(f"| {IN_WORDS.get(called, f'`{called}`')} |")]

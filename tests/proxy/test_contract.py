@@ -57,10 +57,13 @@ class Instances:
             return Answer(response.status, response.headers, await response.read())
 
     async def post(self, role: Role, **body: Any) -> Answer:
-        content = msgspec.json.encode(body)
-        headers = signature(self.fleet_key, "POST", CHAT_PATH, body_digest(content))
+        return await self.send(role, CHAT_PATH, msgspec.json.encode(body))
+
+    async def send(self, role: Role, path: str, content: bytes) -> Answer:
+        """Send a signed call with this JSON."""
+        headers = signature(self.fleet_key, "POST", path, body_digest(content))
         headers["Content-Type"] = "application/json"
-        async with self.session.post(self.urls[role] + CHAT_PATH, data=content, headers=headers) as response:
+        async with self.session.post(self.urls[role] + path, data=content, headers=headers) as response:
             return Answer(response.status, response.headers, await response.read())
 
     async def ask(self, role: Role, params: Any, **options: Any) -> Answer:
@@ -219,12 +222,8 @@ async def test_decode_reports_lost_kv(instances: Instances) -> None:
 async def test_prefill_is_told_where_embeddings_are(instances: Instances) -> None:
     place = ECPlace(host="127.0.0.1", port=1, engine_id="e")
     told = EmbeddingPlaces(places={"a" * 64: place}, stored=["b" * 64])
-    async with instances.session.post(
-        instances.urls[Role.PREFILL] + PLACES_PATH,
-        data=msgspec.json.encode(told),
-        headers={"Content-Type": "application/json"},
-    ) as response:
-        assert (response.status, await response.read()) == (204, b"")
+    answer = await instances.send(Role.PREFILL, PLACES_PATH, msgspec.json.encode(told))
+    assert (answer.status, answer.body) == (204, b"")
 
 
 @pytest.mark.parametrize("role", ROLES)
