@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -186,7 +187,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(
     checkpoint: Path,
-    roles: dict[Role, int],
+    roles: Mapping[Role, int | RoleConfig],
     *,
     layout: Layout = Layout.AUTO,
     fields: Mapping[str, Any] | None = None,
@@ -195,7 +196,10 @@ def run(
     """Start a deployment; ``fields`` are more fields of its configuration."""
     config = DeploymentConfig(
         model=str(checkpoint),
-        roles={role: RoleConfig(count=count, threads=1) for role, count in roles.items()},
+        roles={
+            role: RoleConfig(count=given, threads=1) if isinstance(given, int) else given
+            for role, given in roles.items()
+        },
         layout=layout,
         served_model_name=MODEL,
         proxy_settings=proxy_settings,
@@ -235,3 +239,19 @@ def epd_pairs(checkpoint: Path) -> Iterator[Service]:
 def fragile(checkpoint: Path) -> Iterator[Service]:
     """Two encoders and one PD, to be killed."""
     yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 1}, deadline_seconds=90, wait_for_instance_seconds=60)
+
+
+@contextmanager
+def stopped(service: Service, role: Role) -> Iterator[dict[str, int]]:
+    """The instances of a role stand still meanwhile; gives their process ids by URL."""
+    pids = {url: service.pid(url) for url in service.deployment.urls(role)}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pids
+    finally:
+        for pid in pids.values():
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                continue

@@ -7,14 +7,13 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
 from chiasm.wire import Role
-from tests.integration.conftest import MODEL, Service, chat, said, sample_image
+from tests.integration.conftest import MODEL, Service, chat, said, sample_image, stopped
 
 LONG = 400
 
@@ -27,22 +26,6 @@ def well_again(epd_pairs: Service, aggregated: Service) -> Iterator[None]:
     body = chat("after", sample_image(1000), "?")
     assert epd_pairs.answer(body) == aggregated.answer(body)
     epd_pairs.wait_until_blocks_are_free()
-
-
-@contextmanager
-def stopped(service: Service, role: Role) -> Iterator[dict[str, int]]:
-    """The instances of a role stand still meanwhile; gives their process ids by URL."""
-    pids = {url: service.pid(url) for url in service.deployment.urls(role)}
-    for pid in pids.values():
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield pids
-    finally:
-        for pid in pids.values():
-            try:
-                os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                continue
 
 
 def busy(service: Service, role: Role) -> list[str]:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from chiasm.launch import RoleConfig
 from chiasm.wire import Role
 from tests.integration.conftest import SMALL, Service, chat, run, sample_image
 
-REQUESTS = 90
-"""More than an instance keeps of embeddings that have arrived and wait for room."""
+REQUESTS = 24
 ENTRIES = 4
 ENTRY_BYTES = 36 * 192 * 4 + 4096
 """Of an image of 96 x 96 pixels."""
@@ -22,8 +22,12 @@ ENTRY_BYTES = 36 * 192 * 4 + 4096
 def tiny(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Service]:
-    """An encoder whose store holds few embeddings, and instances that compute one prompt at a time."""
-    roles = {Role.PD: 1} if request.param == "pd" else {Role.PREFILL: 1, Role.DECODE: 1}
+    """An encoder whose store holds few embeddings, and instances that take one at a time out of it and compute one prompt at a
+    time."""
+    reader = RoleConfig(count=1, threads=1, settings={"receive_bytes": ENTRY_BYTES})
+    roles: dict[Role, int | RoleConfig] = (
+        {Role.PD: reader} if request.param == "pd" else {Role.PREFILL: reader, Role.DECODE: 1}
+    )
     fields = {
         "shared_storage_path": tmp_path_factory.mktemp("tiny") / "store",
         "ec_max_bytes": ENTRIES * ENTRY_BYTES,

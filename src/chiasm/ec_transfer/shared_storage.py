@@ -52,7 +52,6 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{0,128}")
 _MAX_KNOWN = 4096
 _MAX_HELD = 64
 _MAX_HELD_OPEN = 256
-_MAX_ARRIVED_BYTES = 256 << 20
 _MAX_ARRIVED = 64
 
 
@@ -155,7 +154,7 @@ class SharedStorageConnector(ECConnector):
     def set_wake(self, wake: Callable[[], None]) -> None:
         if self.is_consumer and self.role is ECConnectorRole.SCHEDULER:
             self._arrivals = Arrivals(
-                self._find_unread, self._bring, wake, max_bytes=_MAX_ARRIVED_BYTES, max_count=_MAX_ARRIVED
+                self._find_unread, self._bring, wake, max_bytes=self.config.receive_bytes, max_count=_MAX_ARRIVED
             )
 
     def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
