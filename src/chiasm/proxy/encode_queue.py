@@ -219,6 +219,11 @@ class EncodeQueue:
         roster, _ = self._roster(now)
         return 0.0 if roster.holders(item.identifier) else min(roster.seconds(item.pixels, now), default=0.0)
 
+    def is_at_encoder(self, identifier: str, now: float) -> bool:
+        """Return whether a healthy encoder has an embedding in its memory, as far as is known."""
+        roster, _ = self._roster(now)
+        return any(roster.encoders[index].ec_place for index in roster.holders(identifier))
+
     def plan(self, due: float, now: float) -> Plan:
         """Return what the encoders have to do before new images that are due at ``due``."""
         plan = self._plan(now)
