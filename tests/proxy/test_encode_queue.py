@@ -171,7 +171,7 @@ def test_a_full_encoder_gets_nothing_for_a_while_each_time_longer(fleet: Fleet, 
     for seconds in (0.05, 0.1, 0.2, 0.4, 0.5, 0.5):
         assert names(queue.feed(now)) == [["a"]]
         queue.release([entry], now)
-        queue.note_full(one, now)
+        queue.pause(one, now)
         queue.add(entry)
         assert queue.feed(now) == []
         wakes_at = queue.wakes_at(now)
@@ -180,7 +180,7 @@ def test_a_full_encoder_gets_nothing_for_a_while_each_time_longer(fleet: Fleet, 
         now = wakes_at
     queue.feed(now)
     queue.finish([entry], now)
-    queue.note_full(one, now)
+    queue.pause(one, now)
     queue.add(entry)
     assert queue.wakes_at(now) == pytest.approx(now + 0.05)
 
@@ -190,7 +190,7 @@ def test_images_of_a_full_encoder_go_elsewhere(fleet: Fleet, queue: EncodeQueue)
     entry = wait(queue, "a")
     assert [feed.encoder for feed in queue.feed(0.0)] == [full]
     queue.release([entry], 0.0)
-    queue.note_full(full, 0.0)
+    queue.pause(full, 0.0)
     queue.add(entry)
     assert [feed.encoder for feed in queue.feed(0.0)] == [other]
 

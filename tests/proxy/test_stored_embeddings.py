@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from chiasm.ec_transfer.stores import StoredEntry, open_store
 from chiasm.media import identifier
+from chiasm.wire import ECPlace
 
 from ..store_server import StoreServer, running
 from .conftest import Front, Start, ask, image, image_bytes
@@ -72,6 +74,22 @@ async def test_only_what_is_not_stored_is_encoded_and_one_question_is_enough(
     assert (await front.post(ask(image(RED), image(BLUE)))).status == 200
     assert [one.identifiers for one in encoder.received] == [[name_of(BLUE)]]
     assert await questions(front, "answered") == 1
+
+
+async def test_the_store_is_not_asked_for_what_an_encoder_has_in_its_memory(start: Start, server: StoreServer) -> None:
+    peer: dict[str, Any] = {"ec_connector": "SharedMemoryConnector", "ec_store": ""}
+    place = ECPlace(host="10.0.0.1", port=4000, engine_id="first")
+    encoder, pd = FakeInstance("encoder", ec_place=place, **peer), FakeInstance("pd", reads_stored=True, **peer)
+    front = await start([encoder, pd], store=server.url, **PATIENT)
+    for images in ([image(BLUE)], [image(BLUE)], [image(RED), image(BLUE)]):
+        assert (await front.post(ask(*images))).status == 200
+    assert [one.identifiers for one in encoder.received] == [[name_of(BLUE)]] * 3
+    assert await questions(front, "answered") == 2
+    await encoder.kill()
+    await front.until(encoder, "unhealthy")
+    assert (await front.post(ask(image(RED)))).status == 200
+    assert (await front.post(ask(image(BLUE)))).status == 503
+    assert await questions(front, "answered") == 4
 
 
 async def test_no_encoder_is_needed_at_all_if_everything_is_stored(

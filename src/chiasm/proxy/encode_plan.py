@@ -74,6 +74,8 @@ class Entry:
         self.number = 0
         self.call = 0
         """Which call carries it."""
+        self.is_hedged = False
+        """Whether a second encoder has got it too."""
 
 
 class Choice(NamedTuple):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Choice, Device, Entry, Plan, Roster
 from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.hedging import Hedging
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.published import Published
 from chiasm.wire import Role
@@ -44,6 +45,8 @@ class Feed(NamedTuple):
 
     encoder: Instance
     entries: list[Entry]
+    seconds: float = 0.0
+    """What the encoder has to compute until it has done them; 0 if they are only looked up."""
 
 
 class _Desk:
@@ -100,6 +103,7 @@ class EncodeQueue:
         self._waiting: list[Entry] = []
         self._desks: dict[Instance, _Desk] = {}
         self._published = Published()
+        self.hedging = Hedging()
         self._roster_now = Roster((), self._published, ())
         self._desks_now: Sequence[_Desk] = ()
         self._full_until = 0.0
@@ -164,8 +168,8 @@ class EncodeQueue:
         """Note that an embedding that was published is gone: the image must be encoded again."""
         self._published.note_lost(identifier)
 
-    def note_full(self, encoder: Instance, now: float) -> None:
-        """Note that an encoder took no more images; it gets none for a while, longer each time in a row."""
+    def pause(self, encoder: Instance, now: float) -> None:
+        """Give an encoder nothing for a while, longer each time in a row, because it was full or late."""
         desk = self._desk(encoder)
         desk.wait_seconds = min(2 * desk.wait_seconds, _LONGEST_WAIT_SECONDS) or _FIRST_WAIT_SECONDS
         desk.full_until = now + desk.wait_seconds
@@ -179,9 +183,10 @@ class EncodeQueue:
         An image whose encoder has no room keeps its place there, and those behind it see that. Images that the encoder has
         need no room, since they are only looked up.
         """
+        roster, desks = self._roster(now)
+        self._note_busy(now)
         if not self._waiting:
             return []
-        roster, desks = self._roster(now)
         plan = self._plan(now, out=self._full(now))
         has_room = any(desk.has_room for desk in desks)
         given: list[Entry] = []
@@ -198,7 +203,51 @@ class EncodeQueue:
                 has_room = desk.has_room or any(desk.has_room for desk in desks)
         for entry in given:
             self._take_out(entry)
-        return self._calls(given)
+        self._note_busy(now)
+        feeds = self._calls(given, now)
+        for feed in feeds:
+            if feed.seconds:
+                self.hedging.begin()
+        return feeds
+
+    def hedge(self, entries: Sequence[Entry], now: float) -> Feed | None:
+        """Give the images of a late call to a second encoder as well, under entries of their own, in the same order.
+
+        Returns None if that isn't allowed now, an image was hedged before, or no other encoder is idle and takes all at once.
+        """
+        roster, desks = self._roster(now)
+        if not entries or not self.hedging.is_allowed(now) or any(entry.is_hedged for entry in entries):
+            return None
+        excluded = {entry.encoder for entry in entries}.union(*(entry.failed_at for entry in entries))
+        idle = [
+            index
+            for index, (encoder, desk) in enumerate(zip(roster.encoders, desks, strict=True))
+            if not desk.entries
+            and desk.full_until <= now
+            and encoder not in excluded
+            and len(_parts(entries, *_limits(encoder, entries))) == 1
+        ]
+        if not idle:
+            return None
+        seconds = [roster.seconds(entry.item.pixels, now) for entry in entries]
+        chosen = min(idle, key=lambda index: sum(of_image[index] for of_image in seconds))
+        encoder = roster.encoders[chosen]
+        copies: list[Entry] = []
+        for entry, of_image in zip(entries, seconds, strict=True):
+            entry.is_hedged = True
+            copy = Entry(
+                entry.item,
+                entry.due,
+                request=entries[0].request,
+                language=entry.language,
+                size_bytes=entry.size_bytes,
+            )
+            self._give(copy, Choice(encoder, of_image[chosen], of_image[chosen]), now)
+            copies.append(copy)
+        self.hedging.spend()
+        self._note_busy(now)
+        (feed,) = self._calls(copies, now)
+        return feed
 
     def wakes_at(self, now: float) -> float | None:
         """Return when :meth:`feed` should be called although nothing has happened; None if it needn't."""
@@ -218,6 +267,11 @@ class EncodeQueue:
         """Return what an image costs the fastest encoder; nothing if one has the embedding, or there is none."""
         roster, _ = self._roster(now)
         return 0.0 if roster.holders(item.identifier) else min(roster.seconds(item.pixels, now), default=0.0)
+
+    def is_at_encoder(self, identifier: str, now: float) -> bool:
+        """Return whether a healthy encoder has an embedding in its memory, as far as is known."""
+        roster, _ = self._roster(now)
+        return any(roster.encoders[index].ec_place for index in roster.holders(identifier))
 
     def plan(self, due: float, now: float) -> Plan:
         """Return what the encoders have to do before new images that are due at ``due``."""
@@ -283,6 +337,10 @@ class EncodeQueue:
                 self._count(entry.encoder)
             entry.encoder = None
 
+    def _note_busy(self, now: float) -> None:
+        _, desks = self._roster(now)
+        self.hedging.note_busy(sum(not desk.is_idle for desk in desks) / max(1, len(desks)), now)
+
     def _count(self, encoder: Instance) -> None:
         """Take account of a change among an encoder's images."""
         desk, roster = self._desk(encoder), self._roster_now
@@ -306,7 +364,7 @@ class EncodeQueue:
             desk = self._desks[encoder] = _Desk()
         return desk
 
-    def _calls(self, given: Sequence[Entry]) -> list[Feed]:
+    def _calls(self, given: Sequence[Entry], now: float) -> list[Feed]:
         """Put images of one request that one encoder gets into one call, up to its limits of images and of bytes."""
         calls: dict[tuple[Instance, int], list[Entry]] = {}
         for entry in given:
@@ -314,9 +372,9 @@ class EncodeQueue:
             calls.setdefault((entry.encoder, id(entry.request)), []).append(entry)
         feeds: list[Feed] = []
         for (encoder, _), entries in calls.items():
-            most = (encoder.health and encoder.health.max_items) or len(entries)
-            most_bytes = ((encoder.health and encoder.health.max_body_bytes) or _CALL_BYTES) - _ENVELOPE_BYTES
-            feeds += [Feed(encoder, part) for part in _parts(entries, most, most_bytes)]
+            for part in _parts(entries, *_limits(encoder, entries)):
+                own = sum(entry.seconds for entry in part)
+                feeds.append(Feed(encoder, part, max(own, self._desk(encoder).free_at - now) if own else 0.0))
         for feed in feeds:
             number = next(self._numbers)
             for entry in feed.entries:
@@ -324,6 +382,13 @@ class EncodeQueue:
         for encoder in {feed.encoder for feed in feeds}:
             self._count(encoder)
         return feeds
+
+
+def _limits(encoder: Instance, entries: Sequence[Entry]) -> tuple[int, int]:
+    """Return how many of these images an encoder takes in a call, and how many bytes of images."""
+    most = (encoder.health and encoder.health.max_items) or len(entries)
+    most_bytes = (encoder.health and encoder.health.max_body_bytes) or _CALL_BYTES
+    return most, most_bytes - _ENVELOPE_BYTES
 
 
 def _parts(entries: Sequence[Entry], most: int, most_bytes: int) -> list[list[Entry]]:

@@ -1,25 +1,31 @@
-"""Images to encoders: each encoded once at a time, and again elsewhere if an encoder fails.
+"""Images to encoders: each encoded once at a time, and again elsewhere if an encoder fails or is late.
 
 A *flight* is the encoding of one image, whichever request asked for it: requests that need the same image meanwhile wait for
 the one flight. It waits in the queue of :mod:`chiasm.proxy.encode_queue`, which says when it goes to which encoder. A *call* is
 one HTTP request to one encoder and carries flights that one request began. A flight for which nobody waits any more is
 abandoned, and a call is cancelled with its last flight.
+
+A late call may be *hedged*: a second encoder gets its flights too, in a call of its own. The first answer counts, and the other
+call is cancelled. Language instances are told the second encoder's place when it has answered, or when it is the only one left:
+until then they wait at the first, which may still deliver.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from chiasm.errors import ChiasmError, Code, DeadlineExceededError, EmbeddingUnavailableError, OverloadedError
+from chiasm.errors import ChiasmError, Code, DeadlineExceededError, OverloadedError
 from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.timing import TimingEntry, duration_of, read_timing
 from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.flights import Call, Flight, none_left
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import Metrics
@@ -30,6 +36,7 @@ from chiasm.proxy.upstream import RefusedError, Upstream, UpstreamError, Upstrea
 from chiasm.proxy.waiting import Comeback, none_healthy
 from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem, ECPlace, InstanceState, Role
 
+_log = logging.getLogger(__name__)
 _MAX_RESPONSE_BYTES = 8 << 20
 _BEFORE_DEADLINE_SECONDS = 0.1
 """A request whose images wait for room gives up so long before its deadline, to say what it has waited for."""
@@ -44,36 +51,6 @@ class _Body(msgspec.Struct):
 
 
 _body = msgspec.json.Decoder(_Body)
-
-
-class _Flight:
-    def __init__(self, item: Item, entry: Entry) -> None:
-        self.item = item
-        self.entry = entry
-        """Its place in the queue."""
-        self.waiters: set[Job] = set()
-        self.metadata: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        # Marks a failure as seen, also if all waiters have left before it.
-        self.metadata.add_done_callback(lambda future: future.cancelled() or future.exception())
-        self.encode_seconds: float | None = None
-        """The time that the encoder itself reports for its call."""
-        self.published_at = 0.0
-        """On the clock of ``time.monotonic``."""
-        self.call: _Call | None = None
-        self.attempts = 0
-        self.has_met_full = False
-        """Whether an encoder has refused it for want of room."""
-        self.stranded_since: float | None = None
-        """Since when no healthy encoder may get it."""
-        self.refusal: RefusedError | None = None
-        """With what the last encoder that failed has answered, if it has."""
-
-
-class _Call:
-    def __init__(self, instance: Instance, flights: list[_Flight]) -> None:
-        self.instance = instance
-        self.flights = flights
-        self.task: asyncio.Task[None] | None = None
 
 
 class Encoders:
@@ -104,7 +81,7 @@ class Encoders:
         self._comeback = comeback
         self._comeback_seconds = comeback_seconds
         fleet.listeners.append(self._note_change)
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[str, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._waking: asyncio.TimerHandle | None = None
 
@@ -137,9 +114,9 @@ class Encoders:
             self._queue.note_lost(item.identifier)
         await self._fly(items, job)
 
-    async def _fly(self, items: Iterable[Item], job: Job) -> dict[str, _Flight]:
+    async def _fly(self, items: Iterable[Item], job: Job) -> dict[str, Flight]:
         """Return the flights of these images when all have ended well."""
-        flights: dict[str, _Flight] = {}
+        flights: dict[str, Flight] = {}
         for item in items:
             if item.identifier in flights:
                 continue
@@ -152,15 +129,15 @@ class Encoders:
                     language=job.instance,
                     size_bytes=item.part_bytes,
                 )
-                flight = self._flights[item.identifier] = _Flight(item, entry)
+                flight = self._flights[item.identifier] = Flight(item, entry)
                 self._queue.add(entry)
             else:
                 self._metrics.items.labels("joined").inc()
                 self._queue.hasten(flight.entry, job.due)
             flight.waiters.add(job)
             flights[item.identifier] = flight
-            if flight.call is not None:
-                self._tell(flight.call.instance, [flight], {job})
+            if flight.calls:
+                self._tell(flight.calls[0].instance, [flight], {job})
         try:
             self._feed()
             results = [flight.metadata for flight in flights.values()]
@@ -178,9 +155,9 @@ class Encoders:
         job.published_at = {**job.published_at, **{name: flight.published_at for name, flight in flights.items()}}
         return flights
 
-    def _too_late(self, flights: Iterable[_Flight]) -> ChiasmError:
+    def _too_late(self, flights: Iterable[Flight]) -> ChiasmError:
         """Return the error for a request whose deadline passes before these images are encoded."""
-        if all((flight.call and not flight.has_met_full) or flight.metadata.done() for flight in flights):
+        if all((flight.calls and not flight.has_met_full) or flight.metadata.done() for flight in flights):
             return DeadlineExceededError(
                 "The deadline of the request passed before its images were encoded.", code=Code.DEADLINE_EXCEEDED
             )
@@ -195,16 +172,16 @@ class Encoders:
         """Start the calls that are due now, and fail what no encoder is left for."""
         now = time.monotonic()
         for feed in self._queue.feed(now):
-            self._start(feed.encoder, [self._flights[entry.item.identifier] for entry in feed.entries])
+            self._start(Call(feed, [self._flights[entry.item.identifier] for entry in feed.entries], now))
         stranded = self._queue.stranded()
         is_expected = bool(stranded) and self._comeback.expects(Role.ENCODER)
         for entry in stranded:
             flight = self._flights[entry.item.identifier]
             flight.stranded_since = flight.stranded_since or now
             if not is_expected or self._can_be_encoded_elsewhere(flight):
-                self._settle(flight, _none_left(flight))
+                self._settle(flight, none_left(flight))
             elif now - flight.stranded_since >= self._comeback_seconds:
-                self._settle(flight, _none_left(flight, self._comeback_seconds))
+                self._settle(flight, none_left(flight, self._comeback_seconds))
         self._metrics.items_waiting.set(len(self._queue))
         if self._waking is not None:
             self._waking.cancel()
@@ -212,25 +189,49 @@ class Encoders:
         if wakes_at := self._queue.wakes_at(now):
             self._waking = asyncio.get_running_loop().call_later(wakes_at - now, self._feed)
 
-    def _can_be_encoded_elsewhere(self, flight: _Flight) -> bool:
+    def _can_be_encoded_elsewhere(self, flight: Flight) -> bool:
         """Whether all that wait for it can be answered by an instance that encodes itself."""
         return bool(self._fleet.healthy(Role.AGGREGATED)) and all(
             job.original is not None and not job.exchange.has_begun for job in flight.waiters
         )
 
-    def _start(self, instance: Instance, flights: list[_Flight]) -> None:
-        call = _Call(instance, flights)
-        for flight in flights:
-            flight.call = call
+    def _start(self, call: Call) -> None:
+        for flight in call.flights:
+            flight.calls.append(call)
             flight.attempts += 1
             flight.stranded_since = None
-        self._tell(instance, flights, set().union(*(flight.waiters for flight in flights)))
+        if not call.is_hedge:
+            self._tell(call.instance, call.flights, set().union(*(flight.waiters for flight in call.flights)))
+            self._watch(call)
         call.task = asyncio.create_task(self._run(call))
         self._tasks.add(call.task)
         call.task.add_done_callback(self._tasks.discard)
-        call.task.add_done_callback(lambda task: call.flights.clear())
+        call.task.add_done_callback(lambda task: self._end(call))  # also if it was cancelled before it began
 
-    def _tell(self, encoder: Instance, flights: Sequence[_Flight], jobs: set[Job]) -> None:
+    def _watch(self, call: Call) -> None:
+        """Hedge a call when it is late."""
+        seconds = self._queue.hedging.late_after(call.seconds) if call.seconds else None
+        if seconds is not None:
+            call.watch = asyncio.get_running_loop().call_later(seconds, self._hedge, call)
+
+    def _hedge(self, call: Call) -> None:
+        """Give the images of a late call to a second encoder too; if that can't be now, see later."""
+        now = time.monotonic()
+        flights = [flight for flight in call.flights if call in flight.calls]
+        feed = self._queue.hedge([flight.entry for flight in flights], now)
+        if feed is None:
+            self._watch(call)
+            return
+        _log.info(
+            "%s has not answered for %.3g s; %d image(s) go to %s too.",
+            call.instance.url,
+            now - call.started_at,
+            len(flights),
+            feed.encoder.url,
+        )
+        self._start(Call(feed, flights, now, is_hedge=True))
+
+    def _tell(self, encoder: Instance, flights: Sequence[Flight], jobs: set[Job]) -> None:
         """Tell the language instances of these jobs that this encoder has these images, or will have them."""
         place = encoder.ec_place
         if place is None:
@@ -244,17 +245,29 @@ class Encoders:
         for instance, places in told.items():
             self._places.tell(instance, places)
 
-    async def _run(self, call: _Call) -> None:
+    async def _run(self, call: Call) -> None:
         try:
             await self._call(call)
         finally:
-            self._queue.release([flight.entry for flight in call.flights], time.monotonic())
-            self._feed()
+            self._end(call)
 
-    async def _call(self, call: _Call) -> None:
+    def _end(self, call: Call) -> None:
+        """Note, once, that a call has ended in whatever way."""
+        if call.has_ended:
+            return
+        call.has_ended = True
+        if call.watch is not None:
+            call.watch.cancel()
+        self._queue.release(call.entries, time.monotonic())
+        call.flights.clear()
+        if call.is_hedge:
+            self._metrics.hedges.labels("won" if call.has_won else "lost").inc()
+        self._feed()
+
+    async def _call(self, call: Call) -> None:
         instance = call.instance
         try:
-            with self._fleet.working(instance, sum(flight.entry.seconds for flight in call.flights)):
+            with self._fleet.working(instance, sum(entry.seconds for entry in call.entries)):
                 async with asyncio.timeout(self._timeout_seconds):
                     response = await self._post(call)
         except UpstreamError as error:
@@ -262,11 +275,11 @@ class Encoders:
             for flight in call.flights:
                 if not is_healthy or self._has_another(flight, instance):
                     flight.entry.failed_at.add(instance)
-            self._again(call.flights, error)
+            self._again(call, call.flights, error)
             return
         except TimeoutError:
             self._exclude(call.flights, instance)
-            self._again(call.flights, UpstreamError(f"An encoder took longer than {self._timeout_seconds:g} s."))
+            self._again(call, call.flights, UpstreamError(f"An encoder took longer than {self._timeout_seconds:g} s."))
             return
         if response.status == 200:
             self._accept(call, response)
@@ -276,16 +289,17 @@ class Encoders:
             await self._prober.lost(instance, refusal)
         self._refuse(call, refusal)
 
-    async def _post(self, call: _Call) -> UpstreamResponse:
+    async def _post(self, call: Call) -> UpstreamResponse:
         # The waiting request with the latest deadline lends the call its headers.
         waiters = (job for flight in call.flights for job in flight.waiters)
         job = max(waiters, key=lambda waiter: waiter.exchange.deadline)
         is_small = sum(flight.item.part_bytes for flight in call.flights) <= INLINE_BYTES
-        body = _request_body(call, job) if is_small else await asyncio.to_thread(_request_body, call, job)
+        model = job.request.model
+        body = call.body(model) if is_small else await asyncio.to_thread(call.body, model)
         with await self._upstream.post(call.instance.url, CHAT_PATH, body, job.headers_for_encoder()) as response:
             return await response.read(_MAX_RESPONSE_BYTES)
 
-    def _accept(self, call: _Call, response: UpstreamResponse) -> None:
+    def _accept(self, call: Call, response: UpstreamResponse) -> None:
         try:
             published = _body.decode(response.body).ec_transfer_params or {}
         except UNREADABLE:
@@ -296,41 +310,58 @@ class Encoders:
         done = [flight for flight in call.flights if flight.item.identifier in published]
         missing = [flight for flight in call.flights if flight.item.identifier not in published]
         self._queue.finish(
-            [flight.entry for flight in done],
+            [entry for entry in call.entries if entry.encoder is not None and entry.item.identifier in published],
             now,
             seconds=_computed_seconds(timing) if not missing else None,
-            found=_found(call, timing),
+            found=call.found(timing),
         )
+        if not missing and call.seconds:
+            self._queue.hedging.learn(now - call.started_at, call.seconds)
+        self._win(call, done, now)
         for flight in done:
             flight.encode_seconds, flight.published_at = encode_seconds, now
-            self._settle(flight, bytes(published[flight.item.identifier].metadata))
+            self._settle(flight, bytes(published[flight.item.identifier].metadata), by=call)
         if missing:
             self._exclude(missing, call.instance)
-            self._again(missing, UpstreamError("An encoder's answer doesn't name the image in ec_transfer_params."))
+            self._again(
+                call, missing, UpstreamError("An encoder's answer doesn't name the image in ec_transfer_params.")
+            )
 
-    def _refuse(self, call: _Call, error: RefusedError) -> None:
+    def _win(self, call: Call, done: Sequence[Flight], now: float) -> None:
+        """Note that images are published, if that was by a hedge: the encoder that had them first was late."""
+        won = [flight for flight in done if call in flight.calls] if call.is_hedge else []
+        if not won:
+            return
+        call.has_won = True
+        for first in {flight.calls[0] for flight in won} - {call}:
+            self._queue.hedging.learn(now - first.started_at, first.seconds)  # it would have taken longer
+            self._queue.pause(first.instance, now)
+        moved = [flight for flight in won if flight.calls[0] is not call]
+        self._tell(call.instance, moved, set().union(*(flight.waiters for flight in moved)))
+
+    def _refuse(self, call: Call, error: RefusedError) -> None:
         if error.is_full:
-            self._queue.note_full(call.instance, time.monotonic())
+            self._queue.pause(call.instance, time.monotonic())
             self._metrics.encode_refusals.inc()
             for flight in call.flights:
                 flight.attempts -= 1  # the encoder hasn't failed
                 flight.has_met_full = True
-                if flight.waiters:
+                if self._withdraw(flight, call):
                     self._requeue(flight)
             return
         if error.status >= 500 or error.status in _TRY_ELSEWHERE or error.status < 400:
             self._exclude(call.flights, call.instance)
-            self._again(call.flights, error)
+            self._again(call, call.flights, error)
             return
         if len(call.flights) == 1:
-            self._settle(call.flights[0], error)
+            self._settle(call.flights[0], error, by=call)
             return
         # One of several images is bad. Requests that sent all of them get the error; images that others need go again alone.
         owners = set.intersection(*(flight.waiters for flight in call.flights))
         for flight in call.flights:
             if flight.waiters <= owners:
-                self._settle(flight, error)
-            else:
+                self._settle(flight, error, by=call)
+            elif self._withdraw(flight, call):
                 self._requeue(flight, alone=True)
 
     def _note_change(self, instance: Instance) -> None:
@@ -343,39 +374,48 @@ class Encoders:
         if self._flights:
             asyncio.get_running_loop().call_soon(self._feed)
 
-    def _has_another(self, flight: _Flight, encoder: Instance) -> bool:
+    def _has_another(self, flight: Flight, encoder: Instance) -> bool:
         """Whether a healthy encoder besides this one may get an image."""
         return any(
             one is not encoder and one not in flight.entry.failed_at for one in self._fleet.healthy(Role.ENCODER)
         )
 
-    def _exclude(self, flights: Sequence[_Flight], instance: Instance) -> None:
+    def _exclude(self, flights: Sequence[Flight], instance: Instance) -> None:
         for flight in flights:
             flight.entry.failed_at.add(instance)
 
-    def _again(self, flights: Sequence[_Flight], error: Exception) -> None:
+    def _again(self, call: Call, flights: Sequence[Flight], error: Exception) -> None:
         for flight in flights:
-            flight.refusal = error if isinstance(error, RefusedError) else None
-            if not flight.waiters:
+            if not self._withdraw(flight, call):
                 continue
+            flight.refusal = error if isinstance(error, RefusedError) else None
             if flight.attempts >= self._max_attempts:
-                self._settle(flight, _none_left(flight))
+                self._settle(flight, none_left(flight))
             else:
                 self._metrics.encode_retries.inc()
                 self._requeue(flight)
 
-    def _requeue(self, flight: _Flight, *, alone: bool = False) -> None:
+    def _withdraw(self, flight: Flight, call: Call) -> bool:
+        """Note that a call won't publish an image; return whether that is needed and no other call does it."""
+        if call not in flight.calls:
+            return False
+        was_first = flight.calls[0] is call
+        flight.calls.remove(call)
+        if flight.calls and was_first:
+            self._tell(flight.calls[0].instance, [flight], flight.waiters)
+        return not flight.calls
+
+    def _requeue(self, flight: Flight, *, alone: bool = False) -> None:
         """Let a flight wait again; ``alone`` for one that must not share a call."""
         if alone:
             flight.entry.request = flight
-        flight.call = None
         self._queue.release([flight.entry], time.monotonic())
         self._queue.add(flight.entry)
 
-    def _settle(self, flight: _Flight, outcome: bytes | Exception) -> None:
+    def _settle(self, flight: Flight, outcome: bytes | Exception, by: Call | None = None) -> None:
         self._forget(flight)
         self._queue.discard(flight.entry, time.monotonic())
-        flight.call = None  # breaks a cycle that would keep the image's bytes until a garbage collection
+        self._cancel_calls(flight, but=by)
         if flight.metadata.done():
             return
         if isinstance(outcome, bytes):
@@ -385,54 +425,29 @@ class Encoders:
             self._metrics.items.labels("failed").inc()
             flight.metadata.set_exception(outcome)
 
-    def _forget(self, flight: _Flight) -> None:
+    def _forget(self, flight: Flight) -> None:
         if self._flights.get(flight.item.identifier) is flight:
             del self._flights[flight.item.identifier]
 
-    def _leave(self, flight: _Flight, job: Job) -> None:
+    def _leave(self, flight: Flight, job: Job) -> None:
         flight.waiters.discard(job)
         if flight.waiters or flight.metadata.done():
             return
         self._forget(flight)
         flight.metadata.cancel()
-        call, flight.call = flight.call, None
-        if call is None:
+        if not flight.calls:
             self._queue.discard(flight.entry, time.monotonic())
-        elif call.task is not None and not any(one.waiters for one in call.flights):
-            call.task.cancel()
+        self._cancel_calls(flight)
 
-
-def _none_left(flight: _Flight, waited_seconds: float = 0.0) -> Exception:
-    if flight.refusal is not None:
-        return flight.refusal  # it says why
-    if not flight.attempts:
-        return none_healthy(Role.ENCODER, waited_seconds)
-    attempts = "one attempt" if flight.attempts == 1 else f"{flight.attempts} attempts"
-    which = f"no encoder came back within {waited_seconds:g} s" if waited_seconds else "no other encoder is left"
-    return EmbeddingUnavailableError(
-        f"An image could not be encoded in {attempts}, and {which}; try again.",
-        code=Code.ENCODER_LOST,
-    )
+    def _cancel_calls(self, flight: Flight, but: Call | None = None) -> None:
+        """Take a flight from its calls, and cancel those that have no other."""
+        calls, flight.calls = flight.calls, []
+        for call in calls:
+            if call is not but and call.task is not None and not call.is_needed:
+                call.task.cancel()
 
 
 def _computed_seconds(timing: Sequence[TimingEntry]) -> float | None:
     """Return what an encoder has computed for a call; None if it doesn't say."""
     seconds = [one.seconds for one in timing if one.name in {"preprocess", "encode"} and one.seconds is not None]
     return sum(seconds) if seconds else None
-
-
-def _found(call: _Call, timing: Sequence[TimingEntry]) -> set[str] | None:
-    """Return the identifiers of the images whose embeddings the encoder had already; None if it doesn't say."""
-    outcomes = {one.name: one.description for one in timing if one.name.startswith("item")}
-    names = [flight.item.identifier for flight in call.flights]
-    return {name for index, name in enumerate(names) if outcomes.get(f"item{index}") == "hit"} if outcomes else None
-
-
-def _request_body(call: _Call, job: Job) -> bytes:
-    models, model = call.instance.models, job.request.model
-    if models and model not in models:
-        model = models[0]
-    pieces = [b'{"model":%b,"messages":[{"role":"user","content":[' % msgspec.json.encode(model)]
-    for number, flight in enumerate(call.flights):
-        pieces += (b"," if number else b"", *flight.item.image_url_pieces())
-    return b"".join([*pieces, b']}],"max_tokens":1,"stream":false}'])

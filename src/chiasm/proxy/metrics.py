@@ -47,6 +47,12 @@ class Metrics:
         self.encode_retries = Counter(
             "chiasm_proxy_encode_retries", "Images sent to an encoder again after a failure.", registry=self.registry
         )
+        self.hedges = Counter(
+            "chiasm_proxy_hedges",
+            "Late calls to encoders whose images went to a second one too, by outcome: won (the second answered first), lost.",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.encode_refusals = Counter(
             "chiasm_proxy_encode_refusals", "Calls refused by a full encoder.", registry=self.registry
         )

@@ -89,7 +89,11 @@ class Router:
             self.encoders, self._places, upstream, metrics, timeout_seconds=config.probe_timeout_seconds
         )
         self._stored_embeddings = StoredEmbeddings(
-            config.store, fleet, metrics, timeout_seconds=config.store_timeout_seconds
+            config.store,
+            fleet,
+            metrics,
+            is_at_encoder=self._placement.images.is_at_encoder,
+            timeout_seconds=config.store_timeout_seconds,
         )
         self._kv_releases = KVReleases(upstream, metrics, timeout_seconds=config.probe_timeout_seconds)
 

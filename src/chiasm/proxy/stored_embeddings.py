@@ -1,5 +1,8 @@
 """What the fleet's shared cache has of a request's images: they need no encoder, and their pixels go nowhere.
 
+What a healthy encoder has in its memory isn't asked for: the encoder looks it up, and the language instance reads it from
+there, which is faster than reading it from a store.
+
 The store is asked for all images of a request at once, on a thread of its own, and only for a moment: a request goes on without
 an answer that doesn't come. Whether an embedding can be read shows when the language instance reads it; if it can't, the image
 is encoded like one whose embedding was lost (:mod:`chiasm.proxy.lost_embeddings`).
@@ -10,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from chiasm.ec_transfer.stores import Guard, Store, StoreError, open_store
@@ -33,10 +36,20 @@ class _Question:
 class StoredEmbeddings:
     """Asks the store. Made and used on one event loop; without a URL there is no store, and nothing is asked."""
 
-    def __init__(self, url: str, fleet: Fleet, metrics: Metrics, *, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        fleet: Fleet,
+        metrics: Metrics,
+        *,
+        is_at_encoder: Callable[[str, float], bool],
+        timeout_seconds: float,
+    ) -> None:
+        """``is_at_encoder`` tells whether an encoder has an embedding in its memory now."""
         self._store: Store | None = open_store(url) if url else None
         self._fleet = fleet
         self._metrics = metrics
+        self._is_at_encoder = is_at_encoder
         self._timeout_seconds = timeout_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._guard = Guard(f"Asking {self._store.address}" if self._store else "")
@@ -68,9 +81,11 @@ class StoredEmbeddings:
     async def find(self, items: Sequence[Item], job: Job) -> bool:
         """Note which embeddings of a request are stored, in ``job``; return whether all are."""
         names = list(dict.fromkeys(item.identifier for item in items))
-        if not self.is_used or not names:
+        now = time.monotonic()
+        unknown = [name for name in names if not self._is_at_encoder(name, now)]
+        if not self.is_used or not unknown:
             return False
-        found = await self._ask(names)
+        found = await self._ask(unknown)
         now = time.monotonic()
         job.places.update(dict.fromkeys(found))
         job.published_at = {**job.published_at, **dict.fromkeys(found, now)}
