@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import FrameType
 
 import pytest
 from hypothesis import given, settings
@@ -424,6 +426,35 @@ def test_a_stalled_request_delays_nobody() -> None:
     driver.step()
     driver.step()
     assert text.finished
+
+
+def calls_of_a_step(*, stalled: int) -> int:
+    """How many functions are called in a step of a text stream beside so many requests that wait for an embedding."""
+    driver = Driver(max_queued=300, min_text_before_item=8)
+    for number in range(stalled):
+        driver.add(prompt(3, (f"image {number}", 4), 2))
+    driver.add(prompt(3), max_tokens=100)
+    for _ in range(5):
+        driver.step()
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    looks = driver.looks
+    sys.setprofile(count)
+    try:
+        driver.load()
+        driver.scheduler.schedule()
+    finally:
+        sys.setprofile(None)
+    assert driver.looks == looks
+    return calls
+
+
+def test_requests_that_wait_cost_a_step_nothing_while_nothing_changes() -> None:
+    assert calls_of_a_step(stalled=256) == calls_of_a_step(stalled=1)
 
 
 def test_the_same_item_twice_in_a_prompt_is_loaded_once_and_kept_until_its_last_place() -> None:

@@ -15,7 +15,7 @@ from chiasm.models.base import LoadProgress
 from chiasm.server.app import app_of, create_app
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
-from chiasm.wire import Health, ModelCard, Role
+from chiasm.wire import ECPlace, Health, ModelCard, Role
 from tests.server.conftest import Served, ServedEncoder
 from tests.server.fake_engine import FakeLanguageEngine
 from tests.server.images import chat
@@ -32,6 +32,7 @@ def test_health_has_what_the_proxy_needs(pd: Served) -> None:
         "fingerprint": "f1" * 16,
         "dtype": "float32",
         "ec_store": "store-1",
+        "ec_connector": "SharedStorageConnector",
         "version": __version__,
         "max_model_len": 512,
         "max_items": 3,
@@ -42,6 +43,12 @@ def test_health_has_what_the_proxy_needs(pd: Served) -> None:
         "device_id": "host/cpu:0,1",
         "costs": {"prefill_seconds_per_token": 0.001, "decode_step_seconds": 0.01},
     }
+
+
+def test_health_of_an_encoder_says_where_its_embeddings_are(encoder: ServedEncoder) -> None:
+    health = msgspec.json.decode(get(f"{encoder.url}/health").body, type=Health)
+    assert health.ec_place == ECPlace(host="e.example", port=7002, engine_id="engine-e")
+    assert health.ec_connector == "SharedStorageConnector"
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

@@ -105,6 +105,7 @@ class LanguageEngine(Engine):
         self._thread: threading.Thread | None = None
         self._kv_transfers: KVTransfers | None = None
         self._next_deadline_check = 0.0
+        self._stalls_measured_at = -1
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
@@ -415,6 +416,9 @@ class LanguageEngine(Engine):
             self._kv_transfers.flush()
 
     def _measure_stalls(self) -> None:
+        if self._stalls_measured_at == self._scheduler.item_changes:
+            return
+        self._stalls_measured_at = self._scheduler.item_changes
         now = time.monotonic()
         for state in self._states.values():
             if state.timing.items and state.timing.first_token_seconds is None:

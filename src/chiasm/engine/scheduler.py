@@ -98,8 +98,14 @@ class Scheduler:
         self._left_behind: dict[str, list[int]] = {}
         """Blocks of finished sequences that decode instances still read, by request."""
         self._item_changes = 0
-        self._prefixes_of_wanting: set[int] = set()
-        """Blocks from the prefix cache on which the answer of ``wanted_items`` rests."""
+        self._answers_at = 0
+        """``item_changes`` when the following was found out; it holds until that grows."""
+        self._stalled: dict[str, bool] = {}
+        """By sequence, what ``is_stalled`` has answered."""
+        self._kept_waiting: set[str] = set()
+        """Sequences that can't be admitted because an embedding is missing."""
+        self._found_blocks: set[int] = set()
+        """Blocks of the prefix cache on which these answers and that of ``wanted_items`` rest."""
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -208,7 +214,7 @@ class Scheduler:
         The caller goes through a sequence's items and stops at the first that doesn't exist yet or finds no room, so that
         a sequence only holds entries that it needs next.
         """
-        self._prefixes_of_wanting.clear()
+        self._forget_old_answers()
         wanted: list[tuple[Sequence, list[PromptItem]]] = []
         waiting = [sequence for sequence in self.waiting if sequence.items and not self._follows(sequence)]
         for sequence in [*self.running, *waiting[: self.config.max_num_seqs]]:
@@ -250,7 +256,7 @@ class Scheduler:
         if sequence.num_computed:
             return sequence.num_computed
         prefix = self._cached_prefix(sequence)
-        self._prefixes_of_wanting.update(prefix)
+        self._found_blocks.update(prefix)
         return len(prefix) * self.block_manager.block_size
 
     def _next_items(self, sequence: Sequence) -> list[PromptItem]:
@@ -271,9 +277,14 @@ class Scheduler:
 
     def is_stalled(self, sequence: Sequence) -> bool:
         """Return whether the sequence cannot continue because an embedding is missing."""
-        if sequence.prompt_computed:
+        if sequence.prompt_computed or not sequence.items:
             return False
-        return self._runnable_end(sequence, sequence.num_computed, sequence.num_tokens) == sequence.num_computed
+        self._forget_old_answers()
+        stalled = self._stalled.get(sequence.sequence_id)
+        if stalled is None:
+            end = self._runnable_end(sequence, sequence.num_computed, sequence.num_tokens)
+            stalled = self._stalled[sequence.sequence_id] = end == sequence.num_computed
+        return stalled
 
     def _will_stall(self, sequence: Sequence) -> bool:
         """Return whether an embedding is missing that the rest of the prompt needs, now or further on.
@@ -308,6 +319,7 @@ class Scheduler:
         left.
         """
         step = Step()
+        self._forget_old_answers()
         budget = self._schedule_decodes(step)
         placed = self._placed()
         places = self.config.max_num_seqs - len(placed)
@@ -330,6 +342,8 @@ class Scheduler:
                 admitted = self._admit(sequence, budget, step)
                 blocks_are_short = admitted is None
                 if not admitted:
+                    if admitted is not None:
+                        self._kept_waiting.add(sequence.sequence_id)
                     continue
                 places -= 1
                 held[sequence.part_of] += 1
@@ -372,12 +386,20 @@ class Scheduler:
         return [*(sequence for sequence in self.running if not self.is_stalled(sequence)), *self.loading]
 
     def _prefill_order(self, placed: list[Sequence]) -> list[tuple[Sequence, bool]]:
-        """Return the sequences that have tokens to prefill, first due first, each with whether it still waits to run.
+        """Return the sequences that may have tokens to prefill, first due first, each with whether it still waits to run.
 
         Where one that waits stands in this order, the one stands whose key has the turn.
         """
-        candidates = [(sequence, False) for sequence in self.running if not sequence.is_decoding]
-        candidates += [(sequence, True) for sequence in self.waiting if not self._follows(sequence)]
+        candidates = [
+            (sequence, False)
+            for sequence in self.running
+            if not sequence.is_decoding and not self._stalled.get(sequence.sequence_id)
+        ]
+        candidates += [
+            (sequence, True)
+            for sequence in self.waiting
+            if sequence.sequence_id not in self._kept_waiting and not self._follows(sequence)
+        ]
         stalls = {sequence.sequence_id: self._will_stall(sequence) for sequence, _ in candidates}
         candidates.sort(key=lambda candidate: (stalls[candidate[0].sequence_id], candidate[0].order))
         waiting = [sequence for sequence, waits in candidates if waits]
@@ -485,7 +507,7 @@ class Scheduler:
     def _allocate(self, count: int) -> list[int]:
         """Take free blocks; what was in them is no longer in the prefix cache."""
         blocks = self.block_manager.allocate(count)
-        if not self._prefixes_of_wanting.isdisjoint(blocks):
+        if not self._found_blocks.isdisjoint(blocks):
             self._item_changes += 1
         return blocks
 
@@ -547,6 +569,13 @@ class Scheduler:
         """Note that a sequence has come, gone or moved on, if it has any items."""
         if sequence.items:
             self._item_changes += 1
+
+    def _forget_old_answers(self) -> None:
+        if self._answers_at != self.item_changes:
+            self._answers_at = self.item_changes
+            self._stalled.clear()
+            self._kept_waiting.clear()
+            self._found_blocks.clear()
 
     def _rank(self, sequence: Sequence) -> Rank:
         """Return the rank for room in the encoder cache: lower evicts higher, and running comes before waiting."""
