@@ -90,6 +90,14 @@ async def test_an_option_that_an_instance_refuses_is_a_problem(checkpoint: Path)
     assert "--kv-host: only prefill and decode instances exchange KV" in found.says
 
 
+async def test_a_fleet_key_that_the_start_refuses_is_a_problem(checkpoint: Path, tmp_path: Path) -> None:
+    key = tmp_path / "fleet.key"
+    key.write_text("too short")
+    key.chmod(0o600)
+    found = problem(await examined(DeploymentConfig(str(checkpoint), fleet_key_file=key)))
+    assert "--fleet-key-file" in found.says
+
+
 async def image_size(config: DeploymentConfig, dtype: str) -> str:
     """The size of one image's embedding, as the room for it is checked."""
     (space,) = [one for one in await examined(config, dtype=dtype) if one.check == "storage space"]

@@ -30,7 +30,7 @@ def make(connector: str) -> Iterator[Callable[..., Any]]:
     made: list[Peer] = []
 
     def make_one(kind: type[Peer], **changes: Any) -> Peer:
-        made.append(kind(connector, **changes))  # type: ignore[call-arg]
+        made.append(kind(connector, **changes))
         return made[-1]
 
     yield make_one

@@ -20,7 +20,19 @@ from chiasm.fleet_key import FleetKey, make_fleet_key
 from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
 from chiasm.media import identifier
-from chiasm.wire import CHAT_PATH, KV_COMMENT, TIMING_COMMENT, ECItem, ErrorBody, Health, KVTransferParams, Role
+from chiasm.wire import (
+    CHAT_PATH,
+    KV_COMMENT,
+    PLACES_PATH,
+    TIMING_COMMENT,
+    ECItem,
+    ECPlace,
+    EmbeddingPlaces,
+    ErrorBody,
+    Health,
+    KVTransferParams,
+    Role,
+)
 
 from .conftest import Answer, data_url, image_bytes
 from .instances import MODEL, FakeInstance, kv_unavailable, refuse
@@ -202,6 +214,17 @@ async def test_decode_reports_lost_kv(instances: Instances) -> None:
     error = msgspec.json.decode(answer.body, type=ErrorBody).error
     assert (answer.status, error.type, error.code) == (503, "kv_unavailable_error", "kv_unavailable")
     assert error.message
+
+
+async def test_prefill_is_told_where_embeddings_are(instances: Instances) -> None:
+    place = ECPlace(host="127.0.0.1", port=1, engine_id="e")
+    told = EmbeddingPlaces(places={"a" * 64: place}, stored=["b" * 64])
+    async with instances.session.post(
+        instances.urls[Role.PREFILL] + PLACES_PATH,
+        data=msgspec.json.encode(told),
+        headers={"Content-Type": "application/json"},
+    ) as response:
+        assert (response.status, await response.read()) == (204, b"")
 
 
 @pytest.mark.parametrize("role", ROLES)

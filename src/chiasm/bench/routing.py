@@ -14,15 +14,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Device, Entry
 from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.prompts import ItemWork
 from chiasm.wire import Costs, ECPlace, Health, ImageCost, Role
-
-T = TypeVar("T")
 
 PIXELS = 1 << 20
 ENCODE_SECONDS = 0.1
@@ -50,10 +47,8 @@ class Routed:
     """Images that each encoder has encoded."""
     waits: list[float] = field(default_factory=list)
     """Seconds from the arrival of each image that was encoded until its encoding began."""
-    decisions: int = 0
-    """Images that encoders were given."""
-    decision_seconds: float = 0.0
-    """CPU time that the proxy's queue took to decide, in all."""
+    decision_seconds: list[float] = field(default_factory=list)
+    """Real time that the proxy took to choose encoders, for each image that was given to one."""
     encoded_at: dict[str, list[int]] = field(default_factory=dict)
     """By identifier: the encoders that have encoded it, in order."""
 
@@ -144,16 +139,19 @@ class RoutingSimulation:
             return
         proxy.flying[image.identifier] = image
         entry = Entry(ItemWork(image.identifier, image.pixels), image.arrival, request=image)
-        self._timed(lambda: proxy.queue.add(entry))
+        proxy.queue.add(entry)
         self._feed(proxy)
 
     def _feed(self, proxy: _Proxy) -> None:
-        feeds = self._timed(lambda: proxy.queue.feed(self._now))
+        started = time.perf_counter()
+        feeds = proxy.queue.feed(self._now)
+        seconds = time.perf_counter() - started
+        given = sum(len(feed.entries) for feed in feeds)
+        self.result.decision_seconds += [seconds / max(1, given)] * given
         for feed in feeds:
             with proxy.fleet.working(feed.encoder, 0.0):
                 pass
             for entry in feed.entries:
-                self.result.decisions += 1
                 self._send(proxy, feed.encoder, entry)
 
     def _send(self, proxy: _Proxy, encoder: Instance, entry: Entry) -> None:
@@ -200,12 +198,6 @@ class RoutingSimulation:
             self._work(index)
 
         self._at(began + seconds, ended)
-
-    def _timed(self, work: Callable[[], T]) -> T:
-        started = time.thread_time()
-        result = work()
-        self.result.decision_seconds += time.thread_time() - started
-        return result
 
 
 def popular(count: int, *, items: int, rate: float, seed: int, exponent: float = 1.0) -> list[Image]:

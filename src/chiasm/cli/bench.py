@@ -16,8 +16,8 @@ from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.options import Option, fields_from
 
 NAMES = (
-    "Measurements to run (default: all but goodput): identity, ttft, handoff, overlap, isolation, reuse, proxy, kv, split, "
-    "decode-isolation, idle, goodput; with --engine vllm: identity, vllm-example, engines, reuse, goodput."
+    "Measurements to run (default: all but goodput): identity, ttft, handoff, overlap, isolation, reuse, proxy, routing, kv, "
+    "split, decode-isolation, idle, goodput; with --engine vllm: identity, vllm-example, engines, reuse, goodput."
 )
 ARM_EXAMPLE = '"mine=--encoders 2 --pds 2 --threads 1"'
 ARM_HELP = (

@@ -36,6 +36,7 @@ _OF_PROXY = (
     "shutdown_timeout_seconds",
 )
 _OF_ROLE = ("cpus", "devices", "memory_share")
+_OF_EC = ("connector_module_path", "shared_storage_path", "ec_max_bytes")
 _OF_KV = ("kv_connector", "kv_connector_module_path", "kv_lease_seconds")
 _COUNTS = {
     Role.ENCODER: "encoders",
@@ -81,7 +82,9 @@ def add_options(made: Parser) -> None:
         made.add(group, RoleConfig, only=_OF_ROLE, prefix=f"{role}_")
         made.add_arguments(f"{role}_args", "More arguments for each of these instances, in quotes.", group)
     made.add("engine", EngineConfig, without=_OF_LAYOUT)
-    made.add("embeddings", ECTransferConfig)
+    embeddings = made.add_argument_group("embeddings")
+    made.add(embeddings, DeploymentConfig, only=("connector",))
+    made.add(embeddings, ECTransferConfig, only=_OF_EC)
     made.add("KV cache between prefill and decode", KVTransferConfig, only=_OF_KV)
     made.add("images", MediaConfig)
 
@@ -123,7 +126,7 @@ def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
     of_proxy = _chosen(of_all, "log_level", "max_items", *names_of(MediaConfig))
     of_proxy |= _chosen(settings, *names_of(HttpConfig))
     of_proxy |= _parsed("proxy_args", settings, proxy.add_options)
-    own = (*_OF_DEPLOYMENT, *_OF_PROXY, *_OF_KV, *names_of(ECTransferConfig))
+    own = (*_OF_DEPLOYMENT, *_OF_PROXY, *_OF_KV, "connector", *_OF_EC)
     counts = instance_counts(settings)
     return DeploymentConfig(
         roles={role: _role_config(role, count, settings) for role, count in counts.items()},

@@ -127,7 +127,7 @@ class Client:
                 if self._authorization
                 else "needs an API key; give it with --api-key, --api-key-file or CHIASM_API_KEY"
             )
-        if response.status != 200:
+        if response.status not in (200, 204):
             raise NoAnswerError(f"answered HTTP {response.status}: {response.error_message()}")
         return response
 

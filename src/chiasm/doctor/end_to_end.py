@@ -112,6 +112,17 @@ async def check_proxy(client: Client, proxy: ObservedProxy, instances: Sequence[
     return _judge(_THROUGH, "a request with an image", encoders, readers, deltas)
 
 
+def _advice(encoder: Observed, reader: Observed) -> str:
+    """Return what to do if an embedding doesn't arrive."""
+    place = encoder.health.ec_place
+    if place is not None:
+        return (
+            f"its log says whether it reaches {place.host}:{place.port}, where the encoder keeps embeddings; on several "
+            "machines give the encoder --ec-host and --ec-port, open that port, and give all the same --fleet-key-file."
+        )
+    return _OTHER_FOLDER if len({encoder.health.ec_store, reader.health.ec_store} - {""}) > 1 else _SEE_READER
+
+
 async def _check_pair(
     client: Client, encoder: Observed, reader: Observed, decode: Observed | None = None
 ) -> list[Result]:
@@ -131,8 +142,9 @@ async def _check_pair(
             _EMBEDDING,
             f"{encoder.name} has published an embedding, and {reader.name}, asked about it,",
             why="PDs can't encode: every request with an image waits until its deadline and fails.",
-            do=_OTHER_FOLDER if len({encoder.health.ec_store, reader.health.ec_store} - {""}) > 1 else _SEE_READER,
+            do=_advice(encoder, reader),
         ):
+            await messages.tell_place(client, reader, encoder, encoded)
             if decode is None:
                 outcomes = encoded.outcome, (await messages.ask(client, reader, encoded)).outcome
                 return

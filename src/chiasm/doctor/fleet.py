@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from chiasm.doctor.observed import Observed, ObservedProxy
 from chiasm.doctor.report import Check, Result, shown
+from chiasm.ec_transfer import FROM_MEMORY
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey
 from chiasm.integrations.vllm import check_version
@@ -175,6 +176,12 @@ def context_length(instances: Sequence[Observed]) -> Iterator[Result]:
 def ec_store(instances: Sequence[Observed]) -> Iterator[Result]:
     """Check whether embeddings are written to where they are read from."""
     exchanging = [one for one in instances if one.role in (Role.ENCODER, *EMBEDDING_READERS)]
+    connectors = _by(exchanging, lambda one: one.health.ec_connector)
+    if exchanging and all(one.health.ec_connector in FROM_MEMORY for one in exchanging) and len(connectors) == 1:
+        places = [one.health.ec_place for one in exchanging if one.health.ec_place is not None]
+        where = ", ".join(f"{place.host}:{place.port}" for place in places) or "no encoder"
+        yield _STORE.ok(f"{len(exchanging)} instances move embeddings by {next(iter(connectors))} from {where}")
+        return
     stores = _by(exchanging, lambda one: one.health.ec_store)
     fit = _fit(exchanging, "ec_store")
     if not exchanging:

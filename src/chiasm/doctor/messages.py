@@ -17,7 +17,7 @@ from chiasm.doctor.client import Client, NoAnswerError, Response
 from chiasm.doctor.observed import Observed
 from chiasm.media import identifier
 from chiasm.prometheus import read_samples, total
-from chiasm.wire import CHAT_PATH, ECItem
+from chiasm.wire import CHAT_PATH, PLACES_PATH, ECItem, EmbeddingPlaces
 
 _SIDE = 64
 _TOKENS = 2
@@ -96,6 +96,13 @@ async def encode(client: Client, encoder: Observed) -> Encoded:
             "answered, but not that it has published the embedding (no ec_transfer_params of the image)"
         )
     return Encoded(image, item.metadata, response.outcome)
+
+
+async def tell_place(client: Client, reader: Observed, encoder: Observed, encoded: Encoded) -> None:
+    """Tell who will be asked about an image where its embedding is, if it is in the encoder's memory. Raises NoAnswerError."""
+    if encoder.health.ec_place is not None:
+        places = EmbeddingPlaces(places={encoded.image.identifier: encoder.health.ec_place})
+        await client.post(reader.url + PLACES_PATH, places)
 
 
 async def ask(

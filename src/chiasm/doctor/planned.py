@@ -11,6 +11,7 @@ from chiasm.doctor.machine import Need, Tenant
 from chiasm.doctor.report import Check, Result
 from chiasm.errors import ConfigurationError
 from chiasm.extras import Extra, missing_modules
+from chiasm.fleet_key import read_fleet_key
 from chiasm.launch.arrangement import Arrangement, arrange, one_of_each
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import describe
@@ -203,6 +204,7 @@ def _places(
 def _check_processes(arrangement: Arrangement, folder: Path) -> None:
     """Raise ConfigurationError if the start would refuse the options of an instance or the proxy."""
     config = arrangement.config
+    read_fleet_key(config.fleet_key_file)
     path = config.shared_storage_path or SHARED_MEMORY
     surroundings = Surroundings(
         path if config.exchanges_embeddings else None, config.ec_max_bytes or DEFAULT_MAX_BYTES, None

@@ -6,6 +6,7 @@ implementation: ``folder_check`` says whether a folder can be used, ``bounded_fo
 """
 
 from chiasm.ec_transfer.base import (
+    FROM_MEMORY,
     ECConnector,
     ECConnectorFactory,
     ECConnectorMetadata,
@@ -19,6 +20,7 @@ from chiasm.ec_transfer.base import (
 )
 
 __all__ = [
+    "FROM_MEMORY",
     "ECConnector",
     "ECConnectorFactory",
     "ECConnectorMetadata",

@@ -351,6 +351,10 @@ class ECConnector(ABC):
         """
 
 
+FROM_MEMORY = ("SharedMemoryConnector", "TcpConnector", "NixlConnector")
+"""The connectors that move embeddings from memory to memory."""
+
+
 class ECConnectorFactory(ConnectorFactory[ECTransferConfig, ECConnectorRole, ECConnector]):
     """Makes the EC connector that a configuration names."""
 

@@ -217,9 +217,9 @@ class SharedStorageConnector(ECConnector):
         identifier = check_identifier(request.items[index].identifier)
         if not self.is_consumer or identifier in self._noted:
             return
-        ready = self._arrivals.take(identifier) if self._arrivals is not None else None
-        if ready is not None:
-            self._noted[identifier] = ready
+        if self._arrivals is not None and self._arrivals.is_wanted(identifier):
+            if (ready := self._arrivals.take(identifier)) is not None:
+                self._noted[identifier] = ready
         elif self.has_cache_item(identifier):
             self._noted[identifier] = Ready(self._held[identifier])
 

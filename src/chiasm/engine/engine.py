@@ -362,6 +362,8 @@ class LanguageEngine(Engine):
         """Return how long there is nothing to do if no message comes; None if there is no end to it."""
         deadlines = [state.request.deadline for state in self._states.values()]
         to_check = max(min(deadlines), self._next_deadline_check) - time.monotonic() if deadlines else None
+        if to_check is not None and self._kv_transfers is not None:
+            to_check = min(to_check, DEADLINE_CHECK_SECONDS)  # KV connectors may wake the engine, but need not
         ends = [seconds for seconds in (to_check, self._embeddings.seconds_to_update) if seconds is not None]
         return max(0.0, min(ends)) if ends else None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from chiasm.cores import usable_cores
-from chiasm.ec_transfer import ECTransferConfig
+from chiasm.ec_transfer import FROM_MEMORY
 from chiasm.errors import ConfigurationError
 from chiasm.http.key_rules import check_key
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS
@@ -19,6 +19,8 @@ from chiasm.launch.process import INSTANCE_OPTIONS, PROXY_OPTIONS, Cpus, ServedM
 from chiasm.options import Option, flag, names_of
 from chiasm.wire import Role
 
+_FOLDER = "SharedStorageConnector"
+_MEMORY = "SharedMemoryConnector"
 _NIXL = "NixlConnector"
 
 
@@ -101,12 +103,19 @@ class DeploymentConfig:
     port: int = 0
     """Port of the proxy; 0 takes a free one."""
     served_model_name: ServedModelName = None
-    connector: str = ECTransferConfig.connector
+    connector: Annotated[
+        str | None,
+        Option(
+            "Connector that transfers embeddings.",
+            metavar="NAME",
+            unset="SharedMemoryConnector; SharedStorageConnector with --shared-storage-path and with --engine vllm",
+        ),
+    ] = None
     connector_module_path: str | None = None
     shared_storage_path: Path | None = None
-    """Folder of the embeddings; None makes one, in shared memory if there is room, and removes it at the end."""
+    """Folder of the embeddings; None makes one if needed, in shared memory if there is room, and removes it at the end."""
     ec_max_bytes: int | None = None
-    """Maximum size of the embeddings there; None: 4 GiB, or less if there is less room."""
+    """Maximum size of the embeddings that are kept; None: 4 GiB, or less if there is less room."""
     kv_connector: str | None = None
     """None: SharedMemoryConnector, and vLLM's own NixlConnector between vLLM instances."""
     kv_connector_module_path: str | None = None
@@ -186,7 +195,7 @@ class DeploymentConfig:
 
     def _check_vllm(self) -> None:
         """Raise ConfigurationError for connectors and settings that vLLM instances don't have."""
-        if self.connector != ECTransferConfig.connector or self.connector_module_path is not None:
+        if self.connector not in (None, _FOLDER) or self.connector_module_path is not None:
             raise ConfigurationError(
                 "--connector: vLLM instances exchange embeddings through SharedStorageConnector; for a connector of vLLM's, "
                 "give --ec-transfer-config in --encoder-args and --pd-args."
@@ -235,6 +244,20 @@ class DeploymentConfig:
     def model_name(self) -> str:
         """The name by which clients ask for the model."""
         return self.served_model_name or model_name(self.model)
+
+    @property
+    def ec_connector(self) -> str:
+        """What moves embeddings."""
+        if self.connector is not None:
+            return self.connector
+        uses_folder = self.shared_storage_path is not None or self.engine is EngineKind.VLLM
+        return _FOLDER if uses_folder else _MEMORY
+
+    @property
+    def makes_folder(self) -> bool:
+        """Whether embeddings need a folder, and none is named."""
+        from_memory = self.connector_module_path is None and self.ec_connector in FROM_MEMORY
+        return self.exchanges_embeddings and self.shared_storage_path is None and not from_memory
 
     @property
     def exchanges_embeddings(self) -> bool:

@@ -17,7 +17,7 @@ from chiasm.launch.arrangement import arrange
 from chiasm.launch.child import Child, ProcessState
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placements, others_serve
-from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory
+from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory, memory_for_embeddings
 from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort, instance_infos, load_progress
 from chiasm.wire import InstanceInfo, InstanceState, Role
@@ -172,9 +172,11 @@ class Deployment:
     def _surroundings(self) -> Surroundings:
         config = self.arrangement.config
         storage, ec_max_bytes = config.shared_storage_path, config.ec_max_bytes or DEFAULT_MAX_BYTES
-        if storage is None and config.exchanges_embeddings:
+        if config.makes_folder:
             self._storage = StorageFolder(config.ec_max_bytes)
             storage, ec_max_bytes = self._storage.path, self._storage.max_bytes
+        elif storage is None and config.ec_max_bytes is None:
+            ec_max_bytes = memory_for_embeddings(config.count(Role.ENCODER))
         if any(placement.shared or placement.core_share for placement in self.placements.values()):
             self._scratch = LockedFolder(_SCRATCH_PREFIX, in_memory())
         return Surroundings(storage, ec_max_bytes, self.scratch)

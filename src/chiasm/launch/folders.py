@@ -72,6 +72,14 @@ class StorageFolder(LockedFolder):
         """Maximum total size of the embeddings in it."""
 
 
+def memory_for_embeddings(num_encoders: int) -> int:
+    """Return how much memory each encoder of this machine takes for embeddings: together a quarter of what is free."""
+    import psutil
+
+    share = int(psutil.virtual_memory().available) // 4 // max(1, num_encoders)
+    return min(DEFAULT_MAX_BYTES, max(LEAST_BYTES, share))
+
+
 def remove_stale(parent: Path, prefix: str) -> None:
     """Remove the folders in ``parent`` with this prefix that this user's dead processes left behind."""
     with contextlib.suppress(OSError):

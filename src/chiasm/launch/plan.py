@@ -46,7 +46,7 @@ class Surroundings:
     """What all instances of a deployment have in common on this machine."""
 
     storage: Path | None
-    """Folder of the embeddings; None if none are exchanged."""
+    """Folder of the embeddings; None if none are exchanged, or not through a folder."""
     ec_max_bytes: int
     scratch: Path | None
     """A folder for the files through which instances on the same device agree; None where none share a device."""
@@ -123,13 +123,14 @@ def instance_settings(
         settings["core_share"] = surroundings.scratch / placement.core_share  # the first instance makes it
     if placement.devices:
         settings["device"] = "cuda:0"  # the only one that the process sees
-    if role in _EC_ROLES and surroundings.storage is not None:
+    if role in _EC_ROLES:
         settings |= {
-            "connector": config.connector,
+            "connector": config.ec_connector,
             "connector_module_path": config.connector_module_path,
-            "shared_storage_path": surroundings.storage,
             "ec_max_bytes": surroundings.ec_max_bytes,
         }
+        if surroundings.storage is not None:
+            settings["shared_storage_path"] = surroundings.storage
     if role in KV_ROLES:
         names = ["kv_connector", "kv_connector_module_path", *(["kv_lease_seconds"] if role is Role.PREFILL else [])]
         settings |= {name: value for name in names if (value := getattr(config, name)) is not None}

@@ -11,9 +11,8 @@ import math
 from bisect import bisect_right, insort
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
-from chiasm.proxy.encode_plan import Choice, Device, Entry, Plan, Roster
+from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Choice, Device, Entry, Plan, Roster
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.published import Published
@@ -99,7 +98,7 @@ class EncodeQueue:
         self._fleet = fleet
         self._devices = devices
         self._waiting: list[Entry] = []
-        self._desks: WeakKeyDictionary[Instance, _Desk] = WeakKeyDictionary()
+        self._desks: dict[Instance, _Desk] = {}
         self._published = Published()
         self._roster_now = Roster((), self._published, ())
         self._desks_now: Sequence[_Desk] = ()
@@ -225,7 +224,7 @@ class EncodeQueue:
         plan = self._plan(now)
         for encoder, left in plan.left.items():
             for entry in self._desk(encoder).entries:
-                plan.ready[entry.item.identifier] = left
+                plan.ready[entry.item.identifier] = left if entry.seconds else LOOK_UP_SECONDS
         if self._waiting and plan.left:
             ahead = self._waiting[: bisect_right(self._waiting, (due, math.inf), key=_order)]
             for entry in ahead[:_FORECAST]:
@@ -249,6 +248,8 @@ class EncodeQueue:
         """Return the healthy encoders, and their desks."""
         encoders = self._fleet.healthy(Role.ENCODER)
         if encoders is not self._roster_now.encoders:
+            known = set(self._fleet.instances)
+            self._desks = {one: desk for one, desk in self._desks.items() if desk.entries or one in known}
             self._desks_now = [self._desk(encoder) for encoder in encoders]
             self._roster_now = Roster(
                 encoders,

@@ -13,6 +13,7 @@ from chiasm.bench.measurements.latency import Engines, Split
 from chiasm.bench.measurements.overlap import Overlap
 from chiasm.bench.measurements.proxy import Proxy
 from chiasm.bench.measurements.reuse import Reuse
+from chiasm.bench.measurements.routing import Routing
 from chiasm.bench.measurements.ttft import Ttft
 from chiasm.bench.measurements.vllm_example import VllmExample
 from chiasm.launch.config import EngineKind
@@ -31,6 +32,7 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         ISOLATION,
         Reuse(EngineKind.CHIASM),
         Proxy(),
+        Routing(),
         Kv(),
         Split(),
         DECODE_ISOLATION,

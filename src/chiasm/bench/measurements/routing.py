@@ -1,0 +1,65 @@
+"""Which encoders images go to, simulated with the proxy's own queue: what is found, how long it waits, what deciding costs."""
+
+from __future__ import annotations
+
+import asyncio
+
+from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome
+from chiasm.bench.routing import ENCODE_SECONDS, RoutingSimulation, new, popular, shared_hit_share
+from chiasm.bench.statistics import median, quantile
+
+_ENCODERS = 4
+_ITEMS = 1000
+_CAPACITY = _ITEMS // 10
+_LOAD = 0.8
+_MEAN_SECONDS = ENCODE_SECONDS * 7 / 12
+"""Of the three sizes of new images."""
+_MANY = 64
+
+
+class Routing(Measurement):
+    """All figures but the last are of simulated time, and the same on every machine."""
+
+    name = "routing"
+    purpose = "Images at encoders with memories of their own: hits, waits and the proxy's time to choose (simulated)"
+    target = "0.95 of the hits of one common memory, 1.2 of the wait for whoever is free first, 50 µs for 64 encoders"
+
+    async def run(self, bench: Bench) -> Outcome:
+        return await asyncio.to_thread(self._measure, bench)
+
+    def _measure(self, bench: Bench) -> Outcome:
+        outcome = Outcome(parameters={"items": _ITEMS, "encoders": _ENCODERS, "capacity": _CAPACITY, "load": _LOAD})
+        count = bench.samples(30_000, quick=3000)
+        bench.phase("hits", 4)
+        images = popular(count, items=_ITEMS, rate=1.0, seed=bench.seed)
+        common = shared_hit_share(images, _ENCODERS * _CAPACITY)
+        # So much that the encoders were this busy if they found what a common memory would hold.
+        rate = 0.5 * _ENCODERS / (ENCODE_SECONDS * (1 - common))
+        images = popular(count, items=_ITEMS, rate=rate, seed=bench.seed)
+        outcome.figures.append(Figure("one common memory: share of images found", common))
+        for label, proxies, peers, at_least in (
+            ("one proxy", 1, True, 0.95),
+            ("three proxies", 3, True, None),
+            ("one proxy, no preference", 1, False, None),
+        ):
+            routed = RoutingSimulation(_ENCODERS, capacity=_CAPACITY, proxies=proxies, peers=peers).run(images)
+            ratio = routed.hit_share / common
+            outcome.figures.append(Figure(f"{label}: found / common memory", ratio, "x", at_least=at_least))
+            bench.advance()
+        images = new(count, rate=_LOAD * _ENCODERS / _MEAN_SECONDS, seed=bench.seed)
+        waits = [
+            quantile(RoutingSimulation(_ENCODERS, capacity=_CAPACITY, peers=peers).run(images).waits, 0.99)
+            for peers in (True, False)
+        ]
+        outcome.figures.append(Figure("new images at load 0.8: p99 wait / first free", waits[0] / waits[1], "x", 1.2))
+        outcome.figures.append(Figure("new images at load 0.8: p99 wait", 1000 * waits[0], "ms"))
+        bench.advance()
+        images = new(count // 3, rate=_LOAD * _MANY / _MEAN_SECONDS, seed=bench.seed)
+        routed = RoutingSimulation(_MANY, capacity=_CAPACITY).run(images)
+        spent = 1000 * median(routed.decision_seconds)
+        outcome.figures.append(Figure("64 encoders: time to choose one for an image, median", spent, "ms", 0.05))
+        outcome.notes.append(
+            f"{_ITEMS} images whose popularity is Zipf's; each of {_ENCODERS} encoders remembers {_CAPACITY} of them. "
+            f"Encoding one takes {ENCODE_SECONDS:g} s."
+        )
+        return outcome
