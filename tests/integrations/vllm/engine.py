@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from chiasm.ec_transfer import ECConnectorMetadata, ECConnectorRole, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer.entry_file import InvalidEntryError, open_entry
 from chiasm.ec_transfer.shared_storage import SharedStorageConnector, SharedStorageMetadata
 from chiasm.integrations.vllm.items import Layout
 from chiasm.integrations.vllm.messages import StepMetadata, StepReport
@@ -25,6 +29,8 @@ ROWS = 4
 WINDOW = 32
 WAIT_SECONDS = 10.0
 KV_CACHE_TOKENS = 1000
+FINGERPRINT = "aa"
+IDENTIFIER = re.compile("[0-9a-f]{64}")
 
 
 def identifier_of(name: str) -> str:
@@ -139,20 +145,48 @@ def far(metadata: StepMetadata) -> StepMetadata:
     return replace(metadata, loads=SharedStorageMetadata(loads.loads))
 
 
+class _Place(NamedTuple):
+    identifier: str
+    offset: int = 0
+    length: int = ROWS
+
+
+class _Wanted(NamedTuple):
+    request_id: str
+    items: list[_Place]
+
+
+def wait_for_arrivals(store: SharedStorageConnector, folder: Path, request_id: str, identifiers: list[str]) -> None:
+    """Say what a request wants, and return when the connector has brought in all of it that the folder has."""
+    identifiers = [name for name in identifiers if IDENTIFIER.fullmatch(name)]
+    store.ensure_cache_available(_Wanted(request_id, [_Place(name) for name in identifiers]), 0)
+    for name in identifiers:
+        while _is_usable(folder, name) and store.layout_of(name) is None:
+            time.sleep(0.001)
+
+
+def _is_usable(folder: Path, identifier: str) -> bool:
+    try:
+        entry = open_entry(folder / f"{identifier}.safetensors", identifier, FINGERPRINT, None, mapped=False)
+        return entry.matches_checksum()
+    except (OSError, InvalidEntryError):
+        return False
+
+
 class Engine:
     """One instance: scheduler and worker with their halves of the connector, each with a store of its own."""
 
     def __init__(
         self, folder: Path, role: ECTransferRole, reach: Reach | None = None, max_bytes: int = 1 << 30
     ) -> None:
-        settings = Settings(folder, wait_seconds=WAIT_SECONDS)
+        settings = Settings(shared_storage_path=folder, wait_seconds=WAIT_SECONDS)
         is_producer, is_reader = role is not ECTransferRole.CONSUMER, role is not ECTransferRole.PRODUCER
 
         def store(half: ECConnectorRole) -> SharedStorageConnector:
             made = ECTransferConfig(
                 role=role,
                 shared_storage_path=folder,
-                fingerprint="aa",
+                fingerprint=FINGERPRINT,
                 separate_processes=True,
                 max_bytes=max_bytes,
             )
@@ -161,8 +195,10 @@ class Engine:
         self.clock = Clock()
         self._reach = reach or Reach(WINDOW)
         self.is_producer, self.is_reader = is_producer, is_reader
+        self._folder = folder
+        self.scheduler_store = store(ECConnectorRole.SCHEDULER)
         self.scheduler = SchedulerHalf(
-            store(ECConnectorRole.SCHEDULER),
+            self.scheduler_store,
             settings,
             LAYOUT,
             lambda modality: {"image_grid_thw"},
@@ -180,7 +216,11 @@ class Engine:
         """What the encoder computes, by identifier."""
 
     def schedule(self, *requests: Request, cached_tokens: int = 0) -> Step:
-        """Plan a step; the prefix cache has ``cached_tokens`` of each request that begins."""
+        """Plan a step; the prefix cache has ``cached_tokens`` of each request that begins.
+
+        What is in the folder and usable has arrived by then.
+        """
+        self.wait_for_arrivals(*requests)
         step = Step(StepMetadata(0, ECConnectorMetadata()), [])
         for each in requests:
             hit = cached_tokens if each.num_computed_tokens == 0 and not each.skip_reading_prefix_cache else 0
@@ -192,6 +232,16 @@ class Engine:
             self.memory.take_freed(),
         )
         return step
+
+    def wait_for_arrivals(self, *requests: Request) -> None:
+        """Return when all that these requests lack has arrived, as far as it is in the folder and usable."""
+        for each in requests:
+            wanted = [feature.identifier for feature in each.mm_features if "pixel_values" not in feature.data]
+            missing = [name for name in wanted if not self.memory.holds(name)]
+            wait_for_arrivals(self.scheduler_store, self._folder, each.request_id, missing)
+
+    def awaited(self) -> list[str]:
+        return self.scheduler.not_coming(self.scheduler.missing())
 
     def _allocate(self, request: Request, computed: int, step: Step) -> int:
         end = min(request.num_tokens, computed + self._reach.window_tokens)
