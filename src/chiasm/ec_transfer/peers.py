@@ -208,6 +208,8 @@ class PeerConnector(ECConnector):
 
     def request_finished(self, request: RequestLike) -> None:
         if self._reader is not None:
+            for item in request.items:
+                self._promised.pop(item.identifier, None)
             self._reader.finish(request.request_id)
 
     # ---- worker role --------------------------------------------------------------------------------------------------

@@ -193,6 +193,7 @@ async def test_health_describes_the_instance(store: Path, monkeypatch: pytest.Mo
         fingerprint=fingerprint(CHECKPOINT, "float32"),
         dtype="float32",
         ec_store=(store / "store-id").read_text(),
+        ec_connector="SharedStorageConnector",
         version=__version__,
         engine="vllm 0.32.0",
         max_model_len=2048,

@@ -27,7 +27,11 @@ def test_settings_are_read() -> None:
 
 def test_a_connector_gets_its_settings() -> None:
     own = Settings.read(
-        {"connector": "MinimalConnector", "connector_module_path": "tests.integrations.vllm.minimal", "extra": {"depth": "3"}}
+        {
+            "connector": "MinimalConnector",
+            "connector_module_path": "tests.integrations.vllm.minimal",
+            "extra": {"depth": "3"},
+        }
     )
     config = own.transfer_config(
         ECTransferRole.CONSUMER, fingerprint="ab", device="cpu", in_one_process=True, fleet_key=None

@@ -115,9 +115,13 @@ def role_of(config: Any) -> Role:
     return Role.PD if ec is not None and ec.is_ec_consumer and not ec.is_ec_producer else Role.AGGREGATED
 
 
-def uses_connector(config: Any) -> bool:
-    """Return whether an instance with this ``VllmConfig`` uses ChiasmECConnector."""
-    return _settings(config) is not None
+def asks_engines(config: Any) -> bool:
+    """Return whether only the engines of an instance with this ``VllmConfig`` know how it exchanges embeddings.
+
+    Raises ConfigurationError if the connector's settings are wrong.
+    """
+    settings = _settings(config)
+    return settings is not None and not settings.uses_folder
 
 
 def _settings(config: Any) -> Settings | None:

@@ -26,7 +26,7 @@ from chiasm.http.body import Incoming
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
 from chiasm.http.fleet_calls import Caller, FleetGuard, caller_of, check_fleet
-from chiasm.integrations.vllm.health import Description, describe, uses_connector
+from chiasm.integrations.vllm.health import Description, asks_engines, describe
 from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.models.families.base import SIZE_KEY
@@ -110,7 +110,7 @@ class ChiasmMiddleware:
 
     @staticmethod
     async def _describe(state: Any) -> Description:
-        answers = await _ask_engines(state, PLACE_METHOD) if uses_connector(state.vllm_config) else []
+        answers = await _ask_engines(state, PLACE_METHOD) if asks_engines(state.vllm_config) else []
         exchanges = [msgspec.json.decode(answer, type=Exchange) for answer in answers]
         return await asyncio.to_thread(describe, state, exchanges)
 
