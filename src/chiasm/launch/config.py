@@ -195,14 +195,13 @@ class DeploymentConfig:
 
     def _check_vllm(self) -> None:
         """Raise ConfigurationError for connectors and settings that vLLM instances don't have."""
-        if self.connector is not None:
-            ECConnectorFactory.check_name(
-                ECTransferConfig(self.connector, connector_module_path=self.connector_module_path)
-            )
+        ECConnectorFactory.check_name(
+            ECTransferConfig(self.ec_connector, connector_module_path=self.connector_module_path)
+        )
         if self.moves_from_memory and self.count(Role.DECODE):
             raise ConfigurationError(
-                f"--connector {self.connector}: decode instances of vLLM need embeddings too, when they compute a prompt again, "
-                "and nobody tells them where embeddings are; use SharedStorageConnector."
+                f"--connector {self.connector}: decode instances of vLLM need embeddings too, when they compute a prompt "
+                "again, and nobody tells them where embeddings are; use SharedStorageConnector."
             )
         if self.kv_connector not in (None, _NIXL) or self.kv_connector_module_path is not None:
             raise ConfigurationError(

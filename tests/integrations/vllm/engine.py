@@ -167,7 +167,7 @@ def wait_for_arrivals(store: ECConnector, folder: Path, request_id: str, identif
 
 def _is_usable(folder: Path, identifier: str) -> bool:
     try:
-        entry = open_entry(folder / f"{identifier}.safetensors", identifier, FINGERPRINT, None, mapped=False)
+        entry = open_entry(str(folder / f"{identifier}.safetensors"), identifier, FINGERPRINT, None, mapped=False)
         return entry.matches_checksum()
     except (OSError, InvalidEntryError):
         return False
