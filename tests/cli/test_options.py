@@ -152,7 +152,8 @@ def test_more_arguments_are_checked_by_the_parser_of_their_command(arguments: st
 
 
 def test_the_doctor_takes_every_option_of_serve() -> None:
-    names = names_of(EngineConfig, MediaConfig, ECTransferConfig) - {"threads", "core_share", "nice"}
+    of_instances = {"threads", "core_share", "nice", "ec_host", "ec_port", "ec_receive_bytes"}
+    names = names_of(EngineConfig, MediaConfig, ECTransferConfig) - of_instances
     offered = {action.dest for action in doctor.parser()._actions}
     assert names <= offered
 

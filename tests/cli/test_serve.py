@@ -25,11 +25,14 @@ SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512", "--port", "0")
 PAIR = ("--layout", "colocated", "--encoders", "1", "--pds", "1", *SMALL)
 END_SECONDS = 5
 
+FOLDER = ("--connector", "SharedStorageConnector")
+"""Embeddings go through a folder that the command makes."""
+
 
 @pytest.fixture(scope="module")
 def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One encoder and one PD, ready; the tests of this file share them, and the last of these ends them."""
-    with Running(tmp_path_factory.mktemp("served"), "serve", str(checkpoint), *PAIR) as running:
+    with Running(tmp_path_factory.mktemp("served"), "serve", str(checkpoint), *PAIR, *FOLDER) as running:
         running.wait_ready()
         yield running
 
@@ -131,7 +134,7 @@ def test_ctrl_c_lets_a_stream_end_and_then_ends_all_of_it(served: Running) -> No
 
 
 def test_sigterm_before_it_is_ready_ends_all_of_it(checkpoint: Path, tmp_path: Path) -> None:
-    with Running(tmp_path, "serve", str(checkpoint), *PAIR) as running:
+    with Running(tmp_path, "serve", str(checkpoint), *PAIR, *FOLDER) as running:
         assert eventually(lambda: len(running.children) == 3)
         children = running.children
         folder = _folder(running)

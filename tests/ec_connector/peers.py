@@ -101,6 +101,14 @@ class LanguageModel(Peer):
             with self._woken:
                 assert self._woken.wait_for(lambda: self._wakes > seen, PATIENCE_SECONDS), "nothing woke the engine"  # noqa: B023
 
+    def next_wake(self, *requests: Request, seconds: float = 0.05) -> None:
+        """Step once, and wait for a wake, but not for long."""
+        with self._woken:
+            seen = self._wakes
+        self.step(*requests)
+        with self._woken:
+            self._woken.wait_for(lambda: self._wakes > seen, seconds)
+
     def finish(self, request: Request) -> None:
         for item in request.items:
             self.memory.pop(item.identifier, None)

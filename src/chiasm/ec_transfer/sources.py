@@ -123,8 +123,10 @@ class LandingSource(Source):
             return None
         try:
             if not self._reached.read([Run(piece.offset, read.here.offset, read.num_bytes)], stop):
-                piece.release()
-                return None
+                if stop():
+                    piece.release()
+                    return None
+                raise EntryUnusable("it is not granted any more", bad=False)
             self._verify(self._landing.arena.file.address + piece.offset, read.header)
         except BaseException:
             piece.release()

@@ -25,6 +25,7 @@ _logger = logging.getLogger(__name__)
 MAX_READERS = 256
 MAX_STRANGERS = 64
 """Connections that have not greeted yet. A further one ends the oldest of them, so a flood of them keeps no reader out."""
+_TURNS_OF_ACCEPTING = 4
 _ANY_ADDRESS = frozenset({"", "0.0.0.0", "::", "*"})
 
 _Incoming = TypeVar("_Incoming")
@@ -77,6 +78,8 @@ class Listener(Generic[_Incoming]):
         )
         await closing.wait()
         server.close()
+        for _ in range(_TURNS_OF_ACCEPTING):  # those that asyncio has accepted and not handed over yet
+            await asyncio.sleep(0)
         tasks = [*self._strangers, *self._readers]
         for task in tasks:
             task.cancel()
