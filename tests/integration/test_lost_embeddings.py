@@ -11,7 +11,8 @@ import pytest
 from chiasm.wire import Role
 from tests.integration.conftest import SMALL, Service, chat, run, sample_image
 
-REQUESTS = 40
+REQUESTS = 90
+"""More than an instance keeps of embeddings that have arrived and wait for room."""
 ENTRIES = 4
 ENTRY_BYTES = 36 * 192 * 4 + 4096
 """Of an image of 96 x 96 pixels."""
