@@ -96,7 +96,7 @@ def test_a_connector_from_memory_to_memory_is_refused_for_several_devices(site: 
 
 
 def test_a_connector_that_a_user_wrote_is_named_with_its_module(site: Site) -> None:
-    own = {"connector": "MinimalConnector", "connector_module_path": "tests.integrations.vllm.minimal"}
+    own: dict[str, Any] = {"connector": "MinimalConnector", "connector_module_path": "tests.integrations.vllm.minimal"}
     command = _command(_config(**own), Role.PD, site)
     assert own.items() <= json.loads(_value(command, "--ec-transfer-config"))["ec_connector_extra_config"].items()
     assert "--distributed-executor-backend" not in command
