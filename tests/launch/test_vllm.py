@@ -81,6 +81,27 @@ def test_embeddings_go_through_chiasms_connector(
     }
 
 
+@pytest.mark.parametrize("role", EACH)
+def test_a_connector_from_memory_to_memory_gets_both_halves_in_one_process(role: Role, site: Site) -> None:
+    command = _command(_config(connector="TcpConnector"), role, replace(site, storage=None))
+    transfer = json.loads(_value(command, "--ec-transfer-config"))
+    assert transfer["ec_connector_extra_config"] == {"connector": "TcpConnector", "max_bytes": 1 << 20}
+    assert _value(command, "--distributed-executor-backend") == vllm.ONE_PROCESS
+
+
+def test_a_connector_from_memory_to_memory_is_refused_for_several_devices(site: Site) -> None:
+    wide = replace(site, placement=replace(site.placement, devices=("0", "1")), storage=None)
+    with pytest.raises(ConfigurationError, match="needs vLLM instances on one device each"):
+        _command(_config(connector="TcpConnector"), Role.PD, wide)
+
+
+def test_a_connector_that_a_user_wrote_is_named_with_its_module(site: Site) -> None:
+    own: dict[str, Any] = {"connector": "MinimalConnector", "connector_module_path": "tests.integrations.vllm.minimal"}
+    command = _command(_config(**own), Role.PD, site)
+    assert own.items() <= json.loads(_value(command, "--ec-transfer-config"))["ec_connector_extra_config"].items()
+    assert "--distributed-executor-backend" not in command
+
+
 @pytest.mark.parametrize(("role", "kv_role"), [(Role.PREFILL, "kv_producer"), (Role.DECODE, "kv_consumer")])
 def test_kv_goes_through_vllms_own_connector(role: Role, kv_role: str, site: Site) -> None:
     command = _command(_config(APART, kv_lease_seconds=4.5), role, site)
@@ -201,15 +222,16 @@ def test_a_checkpoint_without_a_config_is_not_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"connector": "Other"}, "--connector: vLLM instances exchange embeddings through SharedStorageConnector"),
-        ({"connector_module_path": "mine"}, "--connector: "),
+        ({"connector": "Other"}, "There is no EC connector 'Other'"),
+        ({"connector_module_path": "mine"}, "There is no Python module 'mine'"),
+        ({"roles": APART, "connector": "TcpConnector"}, "decode instances of vLLM need embeddings too"),
         ({"kv_connector": "SharedMemoryConnector"}, "--kv-connector: vLLM instances exchange KV through NixlConnector"),
         ({"kv_connector": "NixlConnector", "kv_connector_module_path": "mine"}, "--kv-connector: "),
     ],
 )
 def test_connectors_that_vllm_does_not_have_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        _config(**settings)
+        _config(**({"roles": EACH} | settings))
 
 
 def test_the_built_in_engine_takes_no_share_of_memory() -> None:

@@ -32,13 +32,15 @@ def front(logs: Path, name: str, **instances: list[Server]) -> Server:
     return chiasm(logs, name, "proxy", *flags, "--probe-interval-seconds", "0.25")
 
 
-def prefill_and_decode(logs: Path, name: str, store: Path, checkpoint: Path = CHECKPOINT) -> tuple[Server, Server]:
+def prefill_and_decode(
+    logs: Path, name: str, through: Path | str, checkpoint: Path = CHECKPOINT
+) -> tuple[Server, Server]:
     """Start two vLLM instances that exchange KV through vLLM's own NixlConnector, without waiting until they are ready."""
     made = []
     for role, kv_role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
         kv = json.dumps({"kv_connector": "NixlConnector", "kv_role": kv_role})
         environment = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
-        transfer = transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)
+        transfer = transfer_config("ec_consumer", through, wait_seconds=WAIT_SECONDS)
         made.append(
             vllm(
                 logs,

@@ -20,6 +20,7 @@ import httpx2 as httpx
 import msgspec
 
 from chiasm.checkpoints import folder
+from chiasm.launch.vllm import ONE_PROCESS
 from chiasm.wire import Health
 
 MODEL = "demo"
@@ -153,13 +154,14 @@ def free_port() -> int:
                 return port
 
 
-def transfer_config(role: str, store: Path, **extra: Any) -> dict[str, Any]:
-    """Return the value of --ec-transfer-config."""
+def transfer_config(role: str, through: Path | str, **extra: Any) -> dict[str, Any]:
+    """Return the value of --ec-transfer-config. Embeddings go through a folder, or through the connector of this name."""
+    name = "connector" if isinstance(through, str) else "shared_storage_path"
     return {
         "ec_connector": "ChiasmECConnector",
         "ec_connector_module_path": "chiasm.integrations.vllm.ec_connector",
         "ec_role": role,
-        "ec_connector_extra_config": {"shared_storage_path": str(store), **extra},
+        "ec_connector_extra_config": {name: str(through), **extra},
     }
 
 
@@ -178,6 +180,8 @@ def vllm(
     command += ["--max-model-len", "2048", "--max-num-seqs", "8", "--middleware", MIDDLEWARE, *flags]
     if transfer is not None:
         command += ["--ec-transfer-config", json.dumps(transfer)]
+        if "connector" in transfer["ec_connector_extra_config"]:
+            command += ["--distributed-executor-backend", ONE_PROCESS]
     return Server(command, port, logs / f"{name}.log", environment or {})
 
 
@@ -188,7 +192,7 @@ def chiasm(logs: Path, name: str, *arguments: str) -> Server:
 
 
 def chiasm_instance(
-    logs: Path, role: str, store: Path, dtype: str = "float32", checkpoint: Path = CHECKPOINT
+    logs: Path, role: str, through: Path | str, dtype: str = "float32", checkpoint: Path = CHECKPOINT
 ) -> Server:
     flags = [
         "--role",
@@ -203,5 +207,5 @@ def chiasm_instance(
         "2048",
     ]
     if role in ("encoder", "pd", "prefill"):
-        flags += ["--shared-storage-path", str(store)]
+        flags += ["--connector" if isinstance(through, str) else "--shared-storage-path", str(through)]
     return chiasm(logs, f"chiasm-{checkpoint.name}-{role}-{dtype}", "instance", str(checkpoint), *flags)

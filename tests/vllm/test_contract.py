@@ -46,7 +46,7 @@ from tests.integrations.vllm.contract import (
     Start,
     store_in,
 )
-from tests.integrations.vllm.engine import ROWS, far, identifier_of
+from tests.integrations.vllm.engine import ROWS, far, identifier_of, wait_for_arrivals
 
 from .processes import CHECKPOINT
 
@@ -73,6 +73,7 @@ class RealVLLM(Instance):
         self.record(self._half)
         self.record(get_ec_transfer().worker_half)
         self._encoder_cache: dict[str, torch.Tensor] = {}
+        self._folder = Path(config.ec_transfer_config.ec_connector_extra_config["shared_storage_path"])
         init_none_hash(sha256)
         self._block_hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
 
@@ -106,6 +107,10 @@ class RealVLLM(Instance):
     def step(self, meanwhile: Callable[[], object] = lambda: None, *, is_far: bool = False) -> Outcome:
         self.calls.clear()
         scheduler = self._scheduler
+        for name, one in scheduler.requests.items():
+            wanted = [feature.identifier for feature in one.mm_features if "pixel_values" not in feature.data]
+            missing = [each for each in wanted if each not in scheduler.encoder_cache_manager.cached]
+            wait_for_arrivals(scheduler.get_ec_connector()._store, self._folder, name, missing)
         planned = scheduler.schedule()
         features = {name: one.mm_features for name, one in scheduler.requests.items()}
         metadata = planned.ec_connector_metadata

@@ -1,6 +1,6 @@
 """Encoder, prefill and decode apart, on vLLM and on chiasm, behind chiasm's proxy.
 
-Every response is the same as that of a single vLLM instance.
+Every response is the same as that of a single vLLM instance. Each checkpoint has another connector.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class Fleet:
     """The responses of ``aggregated`` to ``bodies``."""
 
 
+_CONNECTORS = {"qwen2_5_vl": "SharedMemoryConnector", "qwen3_vl": "TcpConnector"}
+"""That of the demo checkpoint is SharedStorageConnector."""
+
+
 @pytest.fixture(scope="module", params=["demo", "qwen2_5_vl", "qwen3_vl"])
 def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     name: str = request.param
@@ -55,26 +59,27 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
             return server
 
         if name == "demo":
-            checkpoint, store = CHECKPOINT, request.getfixturevalue("store")
+            checkpoint: Path = CHECKPOINT
+            through: Path | str = request.getfixturevalue("store")
             encoder, pd, aggregated = (request.getfixturevalue(one) for one in ("encoder", "pd", "aggregated"))
             prefill, decode = request.getfixturevalue("prefill_decode")
             started: list[Server] = []
         else:
             checkpoint = synthetic.make(name, tmp_path_factory.mktemp("checkpoint") / name, size=HEADS_OF_64)
-            store = tmp_path_factory.mktemp("store")
-            consumer = transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)
+            through = _CONNECTORS[name]
+            consumer = transfer_config("ec_consumer", through, wait_seconds=WAIT_SECONDS)
             started = [
                 keep(vllm(logs, f"{name}-{role}", transfer, checkpoint=checkpoint))
                 for role, transfer in (
-                    ("encoder", transfer_config("ec_producer", store)),
+                    ("encoder", transfer_config("ec_producer", through)),
                     ("pd", consumer),
                     ("aggregated", None),
                 )
             ]
             encoder, pd, aggregated = started
-            prefill, decode = map(keep, prefill_and_decode(logs, name, store, checkpoint))
+            prefill, decode = map(keep, prefill_and_decode(logs, name, through, checkpoint))
             started += [prefill, decode]
-        own = [keep(chiasm_instance(logs, role, store, checkpoint=checkpoint)) for role in ("encoder", "pd")]
+        own = [keep(chiasm_instance(logs, role, through, checkpoint=checkpoint)) for role in ("encoder", "pd")]
         for server in (*started, *own):
             server.wait_ready()
         some = bodies(1000)

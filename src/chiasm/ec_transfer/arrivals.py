@@ -101,6 +101,11 @@ class Arrivals(Generic[_Found, _Ready]):
         """Whether the entry is here now. May be called from any thread."""
         return identifier in self._here
 
+    def peek(self, identifier: str) -> _Ready | None:
+        """Return an entry that is here."""
+        here = self._here.get(identifier)
+        return None if here is None else here.ready
+
     def take(self, identifier: str) -> _Ready | None:
         """Return an entry that is here, and keep it no longer."""
         with self._lock:

@@ -25,7 +25,7 @@ be (``expect``), in either order. It brings them into its memory and verifies th
 ``set_wake`` was given. So a step only takes what is there, and nobody has to ask in vain.
 
 Names and meanings are those of vLLM's ``ECConnectorBase``, where it has them. A connector written against this class serves
-chiasm's own engine; inside vLLM, ``chiasm.integrations.vllm`` uses SharedStorageConnector and no other.
+chiasm's own engine and, through ``chiasm.integrations.vllm``, vLLM.
 """
 
 from __future__ import annotations
@@ -287,6 +287,21 @@ class ECConnector(ABC):
         identifier.
         """
 
+    def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and dtype of an entry for which ``has_cache_item`` has returned true; None if the connector doesn't know them.
+
+        vLLM asks, since an entry that doesn't fit would stop its engine: one that is known not to fit is never loaded, and one
+        of unknown shape is looked at when it has been loaded. As cheap as ``has_cache_item``.
+        """
+        return None
+
+    def is_published(self, identifier: str) -> bool:
+        """Whether consumers find the entry, so that this producer need not make it. As cheap as ``has_cache_item``.
+
+        Raises InvalidRequestError for a malformed identifier.
+        """
+        return self.has_cache_item(identifier)
+
     def is_coming(self, identifier: str) -> bool:
         """Whether a wanted entry is here or on its way, as of some moment after the call.
 
@@ -353,7 +368,7 @@ class ECConnector(ABC):
         """Remove an entry that was loaded and can't be used, so that a producer doesn't find it and publishes it again.
 
         ``reason`` is for the log, and goes on from "it was rejected: ". Raises no error if the entry is gone or can't be
-        removed.
+        removed. In vLLM the scheduler role is called too, for an entry that it sees not to fit (``layout_of``).
         """
         return None
 

@@ -60,7 +60,8 @@ class PeerConnector(ECConnector):
         super().__init__(config, role)
         if config.separate_processes:
             raise ConfigurationError(
-                f"{config.connector} needs both of its halves in one process; use SharedStorageConnector in vLLM."
+                f"{config.connector} needs both of its halves in one process, as vLLM has them with its UniProcExecutor on one "
+                "device; use SharedStorageConnector elsewhere."
             )
         self.engine_id = secrets.token_hex(16)
         self._other: PeerConnector | None = None
@@ -68,6 +69,8 @@ class PeerConnector(ECConnector):
         self._reader: Reader | None = None
         self._missed: dict[str, None] = {}
         """What the engine asked for in vain since the last step."""
+        self._promised: dict[str, Arrived] = {}
+        """What the engine was told to be here, until the step: the reader may need its room for something else."""
         self._noted: dict[str, Arrived] = {}
         self._in_use: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
         """Embeddings that the engine took and that something still uses."""
@@ -104,7 +107,7 @@ class PeerConnector(ECConnector):
         assert isinstance(other, PeerConnector)
         self._other = other
         if self._reader is not None:
-            self._reader.stats = self.stats = other.stats
+            self._reader.stats = other.stats  # what both count is added up
 
     def shutdown(self) -> None:
         if self._reader is not None:
@@ -112,6 +115,7 @@ class PeerConnector(ECConnector):
         if self._holder is not None:
             self._holder.close()
         self._reader = self._holder = None
+        self._promised.clear()
         self._noted.clear()
         self.clear_connector_metadata()
 
@@ -155,19 +159,30 @@ class PeerConnector(ECConnector):
         return all(not item.is_needed or self._reader.ready(item.identifier) is not None for item in wanted)
 
     def has_cache_item(self, identifier: str) -> bool:
-        check_identifier(identifier)
         if self._reader is None:
-            holder = self._other._holder if self._other is not None else None
-            return holder is not None and holder.has(identifier)
-        if identifier in self._noted or self._reader.ready(identifier) is not None:
+            return self.is_published(identifier)
+        check_identifier(identifier)
+        if identifier in self._noted or identifier in self._promised:
             return True
-        if self._reader.is_taken(identifier):  # and the engine has given it up
+        arrived = self._reader.ready(identifier)
+        if arrived is None and self._reader.is_taken(identifier):  # and the engine has given it up
             tensor = self._in_use.get(identifier)
-            self._reader.again(identifier, None if tensor is None else Arrived(tensor, 0.0))
-            if tensor is not None:
-                return True
+            arrived = None if tensor is None else Arrived(tensor, 0.0)
+            self._reader.again(identifier, arrived)
+        if arrived is not None:
+            self._promised[identifier] = arrived
+            return True
         self._missed[identifier] = None
         return False
+
+    def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        ready = self._promised.get(check_identifier(identifier))
+        return None if ready is None else (tuple(ready.tensor.shape), ready.tensor.dtype)
+
+    def is_published(self, identifier: str) -> bool:
+        check_identifier(identifier)
+        holder = self._other._holder if self._other is not None else None
+        return holder is not None and holder.has(identifier)
 
     def is_coming(self, identifier: str) -> bool:
         check_identifier(identifier)
@@ -177,7 +192,7 @@ class PeerConnector(ECConnector):
 
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
         identifier = check_identifier(request.items[index].identifier)
-        arrived = None if self._reader is None else self._reader.ready(identifier)
+        arrived = None if self._reader is None else self._promised.get(identifier) or self._reader.ready(identifier)
         if self._reader is not None and arrived is not None:
             self._noted[identifier] = arrived
             self._in_use[identifier] = arrived.tensor
@@ -185,6 +200,7 @@ class PeerConnector(ECConnector):
 
     def build_connector_meta(self) -> ECConnectorMetadata:
         noted, self._noted = self._noted, {}
+        self._promised.clear()
         missed, self._missed = self._missed, {}
         if self._reader is not None and missed:
             self._reader.need_next(tuple(missed))
@@ -192,6 +208,8 @@ class PeerConnector(ECConnector):
 
     def request_finished(self, request: RequestLike) -> None:
         if self._reader is not None:
+            for item in request.items:
+                self._promised.pop(item.identifier, None)
             self._reader.finish(request.request_id)
 
     # ---- worker role --------------------------------------------------------------------------------------------------
@@ -219,12 +237,15 @@ class PeerConnector(ECConnector):
         check_identifier(identifier)
         if self._holder is not None:
             self._holder.remove(identifier)
+        elif self._reader is not None:
+            self.reject(identifier, reason)
         elif self._other is not None:
             self._other.reject(identifier, reason)
 
     def reject(self, identifier: str, reason: str) -> None:
         """Scheduler role: what came is of no use. ``reason`` is for the log."""
         self._in_use.pop(identifier, None)
+        self._promised.pop(identifier, None)
         if self._reader is not None:
             self._reader.reject(identifier, reason)
 

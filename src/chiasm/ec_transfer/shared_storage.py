@@ -37,6 +37,7 @@ from chiasm.ec_transfer.entry_file import (
     Known,
     Pin,
     bytes_of,
+    dtype_of,
     header_of,
     open_entry,
     open_pinned,
@@ -184,6 +185,20 @@ class SharedStorageConnector(ECConnector):
                 _remember(self._held, identifier, entry, self._max_held)
         return entry is not None
 
+    def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        check_identifier(identifier)
+        ready = self._arrivals.peek(identifier) if self._arrivals is not None else None
+        if ready is not None:
+            header: EntryHeader | None = ready.entry.header
+        elif self.is_consumer:
+            header = self._held[identifier].header if identifier in self._held else None
+        else:
+            header = self.published(identifier)
+        return None if header is None else (header.shape, dtype_of(header))
+
+    def is_published(self, identifier: str) -> bool:
+        return self.published(identifier) is not None
+
     def is_coming(self, identifier: str) -> bool:
         arrived = self._arrivals is not None and self._arrivals.holds(identifier)
         return arrived or self.published(identifier) is not None
@@ -247,6 +262,9 @@ class SharedStorageConnector(ECConnector):
 
     def discard(self, identifier: str, reason: str) -> None:
         entry = self._find(check_identifier(identifier))
+        if self._arrivals is not None:
+            self._arrivals.take(identifier)
+        self._held.pop(identifier, None)
         if entry is not None:
             self._reject(identifier, entry.known.signature, reason)
 

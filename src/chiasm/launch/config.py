@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from chiasm.cores import usable_cores
-from chiasm.ec_transfer import FROM_MEMORY
+from chiasm.ec_transfer import FROM_MEMORY, ECConnectorFactory, ECTransferConfig
 from chiasm.ec_transfer.stores import StoreAddress
 from chiasm.errors import ConfigurationError
 from chiasm.http.key_rules import check_key
@@ -202,10 +202,13 @@ class DeploymentConfig:
 
     def _check_vllm(self) -> None:
         """Raise ConfigurationError for connectors and settings that vLLM instances don't have."""
-        if self.connector not in (None, _FOLDER) or self.connector_module_path is not None:
+        ECConnectorFactory.check_name(
+            ECTransferConfig(self.ec_connector, connector_module_path=self.connector_module_path)
+        )
+        if self.moves_from_memory and self.count(Role.DECODE):
             raise ConfigurationError(
-                "--connector: vLLM instances exchange embeddings through SharedStorageConnector; for a connector of vLLM's, "
-                "give --ec-transfer-config in --encoder-args and --pd-args."
+                f"--connector {self.connector}: decode instances of vLLM need embeddings too, when they compute a prompt "
+                "again, and nobody tells them where embeddings are; use SharedStorageConnector."
             )
         if self.ec_store:
             raise ConfigurationError(
@@ -267,8 +270,12 @@ class DeploymentConfig:
     @property
     def makes_folder(self) -> bool:
         """Whether embeddings need a folder, and none is named."""
-        from_memory = self.connector_module_path is None and self.ec_connector in FROM_MEMORY
-        return self.exchanges_embeddings and self.shared_storage_path is None and not from_memory
+        return self.exchanges_embeddings and self.shared_storage_path is None and not self.moves_from_memory
+
+    @property
+    def moves_from_memory(self) -> bool:
+        """Whether embeddings go from an encoder's memory to a language model's."""
+        return self.connector_module_path is None and self.ec_connector in FROM_MEMORY
 
     @property
     def exchanges_embeddings(self) -> bool:

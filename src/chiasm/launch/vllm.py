@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
 from chiasm.extras import Extra, install_command
 from chiasm.integrations.vllm import check_version
@@ -30,6 +31,8 @@ CONNECTOR = "ChiasmECConnector"
 CONNECTOR_MODULE = "chiasm.integrations.vllm.ec_connector"
 MIDDLEWARE = "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
 KV_CONNECTOR = "NixlConnector"
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""vLLM's own choice on one GPU; on a CPU it takes two processes, also if it is asked for this one by its short name."""
 _EC_ROLES = {
     Role.ENCODER: "ec_producer",
     Role.PD: "ec_consumer",
@@ -61,7 +64,7 @@ class Site:
     address: HeldPort
     placement: Placement
     storage: Path | None
-    """Folder of the embeddings; None if none are exchanged."""
+    """Folder of the embeddings; None if none are exchanged, or not through a folder."""
     ec_max_bytes: int
     side_channel: HeldPort | None
     """Port of NIXL's handshake; None for instances that exchange no KV."""
@@ -214,8 +217,10 @@ def attention_heads(folder: Path) -> int | None:
 
 def _role_flags(config: DeploymentConfig, folder: Path, role: Role, site: Site) -> list[str]:
     flags: list[str] = []
-    if role in _EC_ROLES and site.storage is not None:
-        flags += ["--ec-transfer-config", json.dumps(_ec_transfer(config, role, site.storage, site.ec_max_bytes))]
+    if role in _EC_ROLES and config.exchanges_embeddings:
+        flags += ["--ec-transfer-config", json.dumps(_ec_transfer(config, role, site))]
+        if config.moves_from_memory:
+            flags += _one_process(config, site)
     if role in KV_ROLES:
         flags += ["--kv-transfer-config", json.dumps(_kv_transfer(config, role))]
     if role is Role.ENCODER:
@@ -228,8 +233,25 @@ def _role_flags(config: DeploymentConfig, folder: Path, role: Role, site: Site) 
     return flags
 
 
-def _ec_transfer(config: DeploymentConfig, role: Role, storage: Path, max_bytes: int) -> dict[str, Any]:
-    extra: dict[str, Any] = {"shared_storage_path": str(storage), "max_bytes": max_bytes}
+def _one_process(config: DeploymentConfig, site: Site) -> list[str]:
+    """Return the flags by which scheduler and worker are in one process, as connectors from memory to memory need it."""
+    if len(site.placement.devices) > 1:
+        raise ConfigurationError(
+            f"--connector {config.ec_connector} needs vLLM instances on one device each; for instances on several devices use "
+            "SharedStorageConnector."
+        )
+    return ["--distributed-executor-backend", ONE_PROCESS]
+
+
+def _ec_transfer(config: DeploymentConfig, role: Role, site: Site) -> dict[str, Any]:
+    extra: dict[str, Any] = {}
+    if (config.ec_connector, config.connector_module_path) != (ECTransferConfig.connector, None):
+        extra["connector"] = config.ec_connector
+    if config.connector_module_path is not None:
+        extra["connector_module_path"] = config.connector_module_path
+    if site.storage is not None:
+        extra["shared_storage_path"] = str(site.storage)
+    extra["max_bytes"] = site.ec_max_bytes
     if config.deadline_seconds is not None:
         extra["wait_seconds"] = config.deadline_seconds
     return {

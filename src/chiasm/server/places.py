@@ -15,7 +15,7 @@ from chiasm.http.untrusted import read_json
 from chiasm.server.context import GeneratingEngine, ServerContext
 from chiasm.wire import EmbeddingPlaces, Role
 
-_MAX_BODY_BYTES = 1 << 20
+MAX_PLACES_BYTES = 1 << 20
 _decoder = msgspec.json.Decoder(EmbeddingPlaces)
 
 
@@ -25,12 +25,17 @@ async def note_places(context: ServerContext, request: Request) -> Response:
     engine = context.loaded_engine
     if not isinstance(engine, GeneratingEngine) or engine.config.role not in (Role.PD, Role.PREFILL):
         raise PathNotFoundError("This instance reads no embeddings of others; PD and prefill instances do.")
-    body = await read_body(request.receive, request.headers, _MAX_BODY_BYTES)
+    told = read_places(await read_body(request.receive, request.headers, MAX_PLACES_BYTES))
+    engine.expect_embeddings(told.places, told.stored)
+    return Response(status_code=HTTPStatus.NO_CONTENT)
+
+
+def read_places(body: bytes) -> EmbeddingPlaces:
+    """Return what a body says. Raises InvalidRequestError."""
     told = read_json(_decoder, body)
     for identifier, place in told.places.items():
         if not place:
             raise InvalidRequestError(
                 f"The place of embedding {identifier[:12]}… needs a host, a port and an engine_id.", param="places"
             )
-    engine.expect_embeddings(told.places, told.stored)
-    return Response(status_code=HTTPStatus.NO_CONTENT)
+    return told

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from chiasm.ec_transfer import ECConnectorMetadata, ECConnectorRole, ECTransferConfig, ECTransferRole
-from chiasm.ec_transfer.shared_storage import SharedStorageConnector, SharedStorageMetadata
+from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorMetadata, ECConnectorRole, ECTransferRole
+from chiasm.ec_transfer.entry_file import InvalidEntryError, open_entry
+from chiasm.ec_transfer.shared_storage import SharedStorageMetadata
 from chiasm.integrations.vllm.items import Layout
 from chiasm.integrations.vllm.messages import StepMetadata, StepReport
 from chiasm.integrations.vllm.scheduler import Reach, SchedulerHalf
@@ -25,6 +29,8 @@ ROWS = 4
 WINDOW = 32
 WAIT_SECONDS = 10.0
 KV_CACHE_TOKENS = 1000
+FINGERPRINT = "aa"
+IDENTIFIER = re.compile("[0-9a-f]{64}")
 
 
 def identifier_of(name: str) -> str:
@@ -139,30 +145,62 @@ def far(metadata: StepMetadata) -> StepMetadata:
     return replace(metadata, loads=SharedStorageMetadata(loads.loads))
 
 
+class _Place(NamedTuple):
+    identifier: str
+    offset: int = 0
+    length: int = ROWS
+
+
+class _Wanted(NamedTuple):
+    request_id: str
+    items: list[_Place]
+
+
+def wait_for_arrivals(store: ECConnector, folder: Path, request_id: str, identifiers: list[str]) -> None:
+    """Say what a request wants, and return when the connector has brought in all of it that the folder has."""
+    identifiers = [name for name in identifiers if IDENTIFIER.fullmatch(name)]
+    store.ensure_cache_available(_Wanted(request_id, [_Place(name) for name in identifiers]), 0)
+    for name in identifiers:
+        while _is_usable(folder, name) and store.layout_of(name) is None:
+            time.sleep(0.001)
+
+
+def _is_usable(folder: Path, identifier: str) -> bool:
+    try:
+        entry = open_entry(str(folder / f"{identifier}.safetensors"), identifier, FINGERPRINT, None, mapped=False)
+        return entry.matches_checksum()
+    except (OSError, InvalidEntryError):
+        return False
+
+
 class Engine:
-    """One instance: scheduler and worker with their halves of the connector, each with a store of its own."""
+    """One instance: scheduler and worker with their halves of the connector.
+
+    They are as in two processes if the connector uses a folder, and in one if it doesn't.
+    """
 
     def __init__(
-        self, folder: Path, role: ECTransferRole, reach: Reach | None = None, max_bytes: int = 1 << 30
+        self, settings: Settings | Path, role: ECTransferRole, reach: Reach | None = None, max_bytes: int = 1 << 30
     ) -> None:
-        settings = Settings(folder, wait_seconds=WAIT_SECONDS)
+        """A path stands for settings with that folder."""
+        if isinstance(settings, Path):
+            settings = Settings(shared_storage_path=settings, wait_seconds=WAIT_SECONDS, max_bytes=max_bytes)
         is_producer, is_reader = role is not ECTransferRole.CONSUMER, role is not ECTransferRole.PRODUCER
-
-        def store(half: ECConnectorRole) -> SharedStorageConnector:
-            made = ECTransferConfig(
-                role=role,
-                shared_storage_path=folder,
-                fingerprint="aa",
-                separate_processes=True,
-                max_bytes=max_bytes,
-            )
-            return SharedStorageConnector(made, half)
-
+        self._in_one_process = not settings.uses_folder
+        config = settings.transfer_config(
+            role, fingerprint=FINGERPRINT, device="cpu", in_one_process=self._in_one_process, fleet_key=None
+        )
         self.clock = Clock()
         self._reach = reach or Reach(WINDOW)
         self.is_producer, self.is_reader = is_producer, is_reader
+        self._folder = settings.shared_storage_path if settings.uses_folder else None
+        self.scheduler_store = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
+        self.worker_store = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
+        if self._in_one_process:
+            self.scheduler_store.meet(self.worker_store)
+            self.worker_store.meet(self.scheduler_store)
         self.scheduler = SchedulerHalf(
-            store(ECConnectorRole.SCHEDULER),
+            self.scheduler_store,
             settings,
             LAYOUT,
             lambda modality: {"image_grid_thw"},
@@ -172,7 +210,6 @@ class Engine:
             is_reader=is_reader,
             clock=self.clock,
         )
-        self.worker_store = store(ECConnectorRole.WORKER)
         self.worker = WorkerHalf(self.worker_store, torch.float32, is_writer=lambda: True)
         self.memory = Memory(self.scheduler)
         self.encoder_cache: dict[str, torch.Tensor] = {}
@@ -180,7 +217,11 @@ class Engine:
         """What the encoder computes, by identifier."""
 
     def schedule(self, *requests: Request, cached_tokens: int = 0) -> Step:
-        """Plan a step; the prefix cache has ``cached_tokens`` of each request that begins."""
+        """Plan a step; the prefix cache has ``cached_tokens`` of each request that begins.
+
+        What is in the folder and usable has arrived by then.
+        """
+        self.wait_for_arrivals(*requests)
         step = Step(StepMetadata(0, ECConnectorMetadata()), [])
         for each in requests:
             hit = cached_tokens if each.num_computed_tokens == 0 and not each.skip_reading_prefix_cache else 0
@@ -192,6 +233,21 @@ class Engine:
             self.memory.take_freed(),
         )
         return step
+
+    def wait_for_arrivals(self, *requests: Request) -> None:
+        """Return when all that these requests lack has arrived, as far as it is in the folder and usable.
+
+        Does nothing without a folder.
+        """
+        if self._folder is None:
+            return
+        for each in requests:
+            wanted = [feature.identifier for feature in each.mm_features if "pixel_values" not in feature.data]
+            missing = [name for name in wanted if not self.memory.holds(name)]
+            wait_for_arrivals(self.scheduler_store, self._folder, each.request_id, missing)
+
+    def awaited(self) -> list[str]:
+        return self.scheduler.not_coming(self.scheduler.missing())
 
     def _allocate(self, request: Request, computed: int, step: Step) -> int:
         end = min(request.num_tokens, computed + self._reach.window_tokens)
@@ -218,8 +274,8 @@ class Engine:
         return end - computed
 
     def run(self, step: Step) -> StepReport | None:
-        """Do the workers' part, as if in another process."""
-        metadata = pickle.loads(pickle.dumps(step.metadata))
+        """Do the workers' part."""
+        metadata = step.metadata if self._in_one_process else pickle.loads(pickle.dumps(step.metadata))
         for identifier in step.freed:
             self.encoder_cache.pop(identifier, None)
         self.worker.bind(metadata)
@@ -261,6 +317,11 @@ class Engine:
     def finish(self, request: Request) -> None:
         self.scheduler.request_finished(request)
         self.memory.release(request)
+
+    def close(self) -> None:
+        self.scheduler.shutdown()
+        self.scheduler_store.shutdown()
+        self.worker_store.shutdown()
 
     def counts(self) -> dict[str, float]:
         return self.scheduler.take_counts()

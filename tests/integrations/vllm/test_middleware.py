@@ -21,11 +21,20 @@ from chiasm import __version__, checkpoints
 from chiasm.errors import Code
 from chiasm.fleet_key import FleetKey, make_fleet_key
 from chiasm.http.fleet_calls import body_digest, signature
-from chiasm.integrations.vllm.messages import AWAITED_METHOD
+from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
 from chiasm.models import load_processor
 from chiasm.models.identity import fingerprint
-from chiasm.wire import AWAITED_PATH, CHAT_PATH, COMPLETIONS_PATH, Health, Role
+from chiasm.wire import (
+    AWAITED_PATH,
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    PLACES_PATH,
+    ECPlace,
+    EmbeddingPlaces,
+    Health,
+    Role,
+)
 
 CHECKPOINT = checkpoints.folder("demo")
 NAME = "ab" * 32
@@ -193,6 +202,7 @@ async def test_health_describes_the_instance(store: Path, monkeypatch: pytest.Mo
         fingerprint=fingerprint(CHECKPOINT, "float32"),
         dtype="float32",
         ec_store=(store / "store-id").read_text(),
+        ec_connector="SharedStorageConnector",
         version=__version__,
         engine="vllm 0.32.0",
         max_model_len=2048,
@@ -462,9 +472,67 @@ async def test_other_paths_and_methods_pass_untouched() -> None:
 class Core:
     """vLLM's client of its engines."""
 
-    async def call_utility_all_async(self, method: str) -> list[list[str]]:
+    def __init__(self, *exchanges: Exchange) -> None:
+        self.told: list[EmbeddingPlaces] = []
+        self._exchanges = exchanges
+
+    async def call_utility_all_async(self, method: str, *arguments: str) -> list[Any]:
+        if method == EXPECT_METHOD:
+            self.told.append(msgspec.json.decode(*arguments, type=EmbeddingPlaces))
+            return [None, None]
+        if method == PLACE_METHOD:
+            return [msgspec.json.encode(exchange).decode() for exchange in self._exchanges]
         assert method == AWAITED_METHOD
         return [["a" * 64], ["b" * 64, "a" * 64]]
+
+
+def served(role: str, core: Core, connector: str = "TcpConnector") -> Server:
+    """Return a server whose embeddings go from memory to memory."""
+    one = config(role)
+    one.ec_transfer_config.ec_connector_extra_config = {"connector": connector}
+    server = Server(VLLM(one))
+    server.app.state.engine_client = SimpleNamespace(engine_core=core)
+    return server
+
+
+PLACE = ECPlace(host="10.0.0.1", port=7000, engine_id="e" * 32)
+
+
+async def test_an_encoder_says_where_its_embeddings_are() -> None:
+    server = served("ec_producer", Core(Exchange("", PLACE)))
+    health = msgspec.json.decode((await server.call("GET", "/health")).body, type=Health)
+    assert (health.ec_connector, health.ec_place, health.ec_store) == ("TcpConnector", PLACE, "")
+
+
+async def test_an_encoder_whose_engines_are_in_different_places_is_refused() -> None:
+    other = ECPlace(host="10.0.0.1", port=7001, engine_id="f" * 32)
+    server = served("ec_producer", Core(Exchange("", PLACE), Exchange("", other)))
+    answer = await server.call("GET", "/health")
+    assert answer.status == 503
+    assert "--data-parallel-size" in answer.json["message"]
+
+
+async def test_all_engines_are_told_where_embeddings_are() -> None:
+    core = Core(Exchange())
+    server = served("ec_consumer", core)
+    told = EmbeddingPlaces(places={NAME: PLACE}, stored=["cd" * 32])
+    answer = await server.call("POST", PLACES_PATH, msgspec.json.encode(told))
+    assert (answer.status, core.told) == (204, [told])
+
+
+async def test_places_that_cannot_be_read_are_refused() -> None:
+    core = Core(Exchange())
+    server = served("ec_consumer", core)
+    for body in (b"{", b'{"places": {"../../a": {}}}', json.dumps({"places": {NAME: {"host": "a"}}}).encode()):
+        assert (await server.call("POST", PLACES_PATH, body)).status == 400
+    assert core.told == []
+
+
+async def test_a_stranger_cannot_say_where_embeddings_are() -> None:
+    core = Core(Exchange())
+    answer = await served("ec_consumer", core).call("POST", PLACES_PATH, b"{}", peer="192.0.2.1")
+    assert answer.json["error"]["code"] == Code.FLEET_KEY_NEEDED
+    assert core.told == []
 
 
 async def test_the_embeddings_that_any_engine_waits_for_are_named(store: Path) -> None:

@@ -48,30 +48,31 @@ def test_an_entry_is_loaded_whatever_happens_to_it_after_planning(encoder: Encod
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_an_entry_that_goes_before_it_is_promised_is_waited_for(encoder: Encoder, pd: Engine, harm: str) -> None:
-    path = encoder.publish("a")
+def test_an_entry_that_goes_before_it_arrives_is_waited_for(encoder: Encoder, pd: Engine, harm: str) -> None:
+    HARM[harm](encoder.publish("a"))
     one = request(("a", 2))
-    assert pd.scheduler.ensure_cache_available(one, 0)
-    HARM[harm](path)
-    assert not pd.scheduler.can_get("request", 0)
-    pd.run(Step(pd.scheduler.build_connector_meta(0), []))
-    assert pd.update(one) == set()
+    step = pd.schedule(one)
+    assert step.tokens == {}
+    assert pd.update(one, report=pd.run(step)) == set()
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_an_entry_is_loaded_whatever_happens_to_it_after_the_promise(encoder: Encoder, pd: Engine, harm: str) -> None:
+def test_an_entry_is_loaded_whatever_happens_to_it_after_it_has_arrived(
+    encoder: Encoder, pd: Engine, harm: str
+) -> None:
     path = encoder.publish("a")
     one = request(("a", 2))
-    half = pd.scheduler
+    half, name = pd.scheduler, identifier_of("a")
+    pd.wait_for_arrivals(one)
+    HARM[harm](path)
     assert half.ensure_cache_available(one, 0)
     assert half.can_get("request", 0)
-    HARM[harm](path)
-    assert half.has_cache_item(identifier_of("a"))
-    pd.memory.use(identifier_of("a"), "request")
+    assert half.has_cache_item(name)
+    pd.memory.use(name, "request")
     half.update_state_after_alloc(one, 0)
-    report = pd.run(Step(half.build_connector_meta(0), [], touched={identifier_of("a")}))
+    report = pd.run(Step(half.build_connector_meta(0), [], touched={name}))
     assert pd.update(one, report=report) == set()
-    assert torch.equal(pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+    assert torch.equal(pd.encoder_cache[name], embedding_of("a"))
 
 
 def test_copies_are_released_when_the_step_is_done(encoder: Encoder, pd: Engine) -> None:

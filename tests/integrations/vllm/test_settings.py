@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from chiasm.ec_transfer import ECConnectorStats
+from chiasm.ec_transfer import ECConnectorStats, ECTransferRole
 from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm import check_version
 from chiasm.integrations.vllm.items import Layout
@@ -16,8 +16,35 @@ from chiasm.integrations.vllm.settings import Settings
 
 def test_settings_are_read() -> None:
     extra = {"shared_storage_path": "/store", "max_bytes": 1 << 20, "wait_seconds": 2, "fingerprint": "ab"}
-    assert Settings.read(extra) == Settings(Path("/store"), 1 << 20, 2.0, "ab")
-    assert Settings.read({"shared_storage_path": "/store"}) == Settings(Path("/store"))
+    folder = Path("/store")
+    assert Settings.read(extra) == Settings(
+        shared_storage_path=folder, max_bytes=1 << 20, wait_seconds=2.0, fingerprint="ab"
+    )
+    assert Settings.read({"shared_storage_path": "/store"}) == Settings(shared_storage_path=folder)
+    other = {"connector": "TcpConnector", "host": "10.0.0.1", "port": 7000, "receive_bytes": 1 << 20}
+    assert Settings.read(other) == Settings("TcpConnector", host="10.0.0.1", port=7000, receive_bytes=1 << 20)
+
+
+def test_a_connector_gets_its_settings() -> None:
+    own = Settings.read(
+        {
+            "connector": "MinimalConnector",
+            "connector_module_path": "tests.integrations.vllm.minimal",
+            "extra": {"depth": "3"},
+        }
+    )
+    config = own.transfer_config(
+        ECTransferRole.CONSUMER, fingerprint="ab", device="cpu", in_one_process=True, fleet_key=None
+    )
+    assert (config.connector, config.extra, config.separate_processes) == ("MinimalConnector", {"depth": "3"}, False)
+
+
+def test_files_of_a_folder_are_copied_even_in_one_process() -> None:
+    """Truncating a file that is mapped would end vLLM's engine."""
+    config = Settings.read({"shared_storage_path": "/store"}).transfer_config(
+        ECTransferRole.CONSUMER, fingerprint="ab", device="cpu", in_one_process=True, fleet_key=None
+    )
+    assert config.separate_processes
 
 
 @pytest.mark.parametrize(
@@ -25,12 +52,15 @@ def test_settings_are_read() -> None:
     [
         ({}, "needs shared_storage_path"),
         ({"shared_storage_path": ""}, "needs shared_storage_path"),
-        ({"shared_storage_path": "/s", "max_byte": 1}, "no setting 'max_byte'; its settings are shared_storage_path"),
+        ({"shared_storage_path": "/s", "max_byte": 1}, "no setting 'max_byte'; its settings are connector, "),
         ({"shared_storage_path": "/s", "max_bytes": "1"}, "whole number"),
         ({"shared_storage_path": "/s", "max_bytes": True}, "whole number"),
         ({"shared_storage_path": "/s", "wait_seconds": -1}, "wait_seconds must be"),
         ({"shared_storage_path": "/s", "wait_seconds": float("nan")}, "wait_seconds must be"),
         ({"shared_storage_path": "/s", "fingerprint": 7}, "fingerprint must be"),
+        ({"connector": 7}, "connector must be the name"),
+        ({"connector": "TcpConnector", "port": 1 << 16}, "port must be a number from 0 to 65535"),
+        ({"connector": "TcpConnector", "extra": {"depth": 3}}, "extra must be an object"),
     ],
 )
 def test_invalid_settings_are_refused_by_name(extra: dict[str, Any], said: str) -> None:

@@ -1,7 +1,8 @@
 """The class that vLLM loads: ``--ec-transfer-config`` names it as ``ChiasmECConnector`` of this module.
 
-It is an adapter around SharedStorageConnector. vLLM's scheduler has one object, whose calls go to SchedulerHalf, and each
-worker has one, whose calls go to WorkerHalf; this file only translates between vLLM's types and theirs.
+It is an adapter around one of chiasm's connectors, or one that a user wrote. vLLM's scheduler has one object, whose calls go
+to SchedulerHalf, and each worker has one, whose calls go to WorkerHalf; this file only translates between vLLM's types and
+theirs. If vLLM runs its only worker in the scheduler's process, the two are introduced to each other.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import vllm
@@ -29,12 +31,14 @@ from vllm.distributed.ec_transfer.ec_connector.utils import (  # noqa: E402
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.executor.abstract import Executor  # noqa: E402
+from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 
 from chiasm import ec_transfer  # noqa: E402
-from chiasm.ec_transfer.shared_storage import SharedStorageConnector  # noqa: E402
 from chiasm.errors import ConfigurationError  # noqa: E402
+from chiasm.fleet_key import read_fleet_key  # noqa: E402
 from chiasm.integrations.vllm.items import Layout  # noqa: E402
-from chiasm.integrations.vllm.messages import StepMetadata, StepReport  # noqa: E402
+from chiasm.integrations.vllm.messages import Exchange, StepMetadata, StepReport  # noqa: E402
 from chiasm.integrations.vllm.metrics import ChiasmECPromMetrics, ChiasmECStats  # noqa: E402
 from chiasm.integrations.vllm.scheduler import Reach, SchedulerHalf  # noqa: E402
 from chiasm.integrations.vllm.settings import Settings, fingerprint_of  # noqa: E402
@@ -43,9 +47,12 @@ from chiasm.integrations.vllm.worker import WorkerHalf  # noqa: E402
 ECConnectorMetadata.register(StepMetadata)
 ECConnectorWorkerMetadata.register(StepReport)
 
+_alone: WeakValueDictionary[tuple[str, ECConnectorRole], ChiasmECConnector] = WeakValueDictionary()
+"""The halves that have yet to meet the other one, by vLLM's id of their engine."""
+
 
 class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
-    """Moves encoder output between vLLM instances, and between them and chiasm's own, through a shared folder."""
+    """Moves encoder output between vLLM instances, and between them and chiasm's own."""
 
     def __init__(self, vllm_config: Any, role: ECConnectorRole) -> None:
         super().__init__(vllm_config=vllm_config, role=role)
@@ -57,7 +64,8 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         if role is ECConnectorRole.SCHEDULER:
             from chiasm.integrations.vllm import engine_hooks  # needs vLLM's engine, which workers do without
 
-            self._store = self._make_store(settings, ec_transfer.ECConnectorRole.SCHEDULER, "cpu")
+            self._store = self._make_store(settings, ec_transfer.ECConnectorRole.SCHEDULER)
+            self._meet()
             self._fields = PlaceholderMetadataResolver(model_config)
             self._fields.fields_for("image")  # takes a while, so not when a request waits
             self._scheduler = SchedulerHalf(
@@ -72,20 +80,49 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
             )
             engine_hooks.install(vllm_config, self._scheduler)
         else:
-            self._store = self._make_store(settings, ec_transfer.ECConnectorRole.WORKER, _device())
+            self._store = self._make_store(settings, ec_transfer.ECConnectorRole.WORKER)
+            self._meet()
             self._worker = WorkerHalf(self._store, model_config.dtype, is_writer=_is_writer)
 
-    def _make_store(self, settings: Settings, role: ec_transfer.ECConnectorRole, device: str) -> SharedStorageConnector:
+    def _make_store(self, settings: Settings, role: ec_transfer.ECConnectorRole) -> ec_transfer.ECConnector:
         transfer = self._vllm_config.ec_transfer_config
-        config = ec_transfer.ECTransferConfig(
-            role=ec_transfer.ECTransferRole(transfer.ec_role),
-            shared_storage_path=settings.shared_storage_path,
-            max_bytes=settings.max_bytes,
+        config = settings.transfer_config(
+            ec_transfer.ECTransferRole(transfer.ec_role),
             fingerprint=fingerprint_of(self._vllm_config.model_config, settings.fingerprint),
-            device=device,
-            separate_processes=True,
+            device=_device() if role is ec_transfer.ECConnectorRole.WORKER or self._shares_process else "cpu",
+            in_one_process=self._shares_process,
+            fleet_key=read_fleet_key(),
         )
-        return SharedStorageConnector(config, role)
+        return ec_transfer.ECConnectorFactory.create_connector(config, role)
+
+    @property
+    def _shares_process(self) -> bool:
+        """Whether there is one worker, and it runs in the scheduler's process."""
+        is_one = self._vllm_config.parallel_config.world_size == 1
+        return is_one and issubclass(Executor.get_class(self._vllm_config), UniProcExecutor)
+
+    def _meet(self) -> None:
+        """Introduce the two halves to each other when the second one is made."""
+        self._other_store: ec_transfer.ECConnector | None = None
+        if not self._shares_process:
+            return
+        engine_id = self._vllm_config.ec_transfer_config.engine_id
+        mine, others = ECConnectorRole.SCHEDULER, ECConnectorRole.WORKER
+        if self.role is others:
+            mine, others = others, mine
+        other = _alone.pop((engine_id, others), None)
+        if other is None:
+            _alone[engine_id, mine] = self
+            return
+        self._other_store, other._other_store = other._store, self._store
+        self._store.meet(other._store)
+        other._store.meet(self._store)
+
+    def exchange(self) -> Exchange:
+        """Return how embeddings are exchanged, as far as the scheduler's half knows."""
+        worker_role = self._other_store
+        place = worker_role.place() if worker_role is not None and worker_role.is_producer else None
+        return Exchange(self._store.store_id(), place)
 
     def shutdown(self) -> None:
         if self._scheduler is not None:
@@ -120,7 +157,7 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         return self.scheduler_half.take_unavailable_requests()
 
     def request_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
-        """Return False, since nothing is kept back, and the ``ec_transfer_params`` of the answer: the items in the store."""
+        """Return False, since nothing is kept back, and the ``ec_transfer_params`` of the answer: the published items."""
         self.scheduler_half.request_finished(request)
         if not self.is_producer:
             return False, None

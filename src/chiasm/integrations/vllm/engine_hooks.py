@@ -4,10 +4,10 @@
   refusal makes prefill stop before the item. So prefill gets as far as there are embeddings, and nothing is decided for an
   embedding that has disappeared in the meantime.
 - *What to do while every request waits for an embedding?* By itself vLLM runs one round per millisecond, through scheduler,
-  workers and statistics, which takes most of a core. Here it only looks for the embeddings, twice a millisecond at first and
-  less often the longer the wait has been, and continues at once when one has come or a client sends something.
-- *Which embeddings does it wait for?* The middleware, which runs in vLLM's HTTP server, asks by vLLM's way of calling a method
-  of the engine by its name.
+  workers and statistics, which takes most of a core. Here it sleeps until the connector says that an embedding has arrived or
+  was lost, or a client sends something.
+- *What does vLLM's HTTP server say?* The middleware, which runs in another process, asks which embeddings are awaited and how
+  they are exchanged, and says where they are, by vLLM's way of calling a method of the engine by its name.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from __future__ import annotations
 import functools
 import logging
 import queue
-import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from weakref import WeakValueDictionary
 
+import msgspec
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 from chiasm.errors import ConfigurationError
-from chiasm.integrations.vllm.messages import AWAITED_METHOD
+from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.scheduler import SchedulerHalf
+from chiasm.wire import EmbeddingPlaces
 
 _logger = logging.getLogger(__name__)
 _MAX_WAIT_SECONDS = 0.1
@@ -42,13 +44,37 @@ def install(vllm_config: Any, half: SchedulerHalf) -> None:
     config.encoder_cache_manager_cls = name
     _halves[vllm_config.ec_transfer_config.engine_id] = half
     _wait_between_steps()
-    setattr(EngineCore, AWAITED_METHOD, _awaited)
+    for name, method in ((AWAITED_METHOD, _awaited), (EXPECT_METHOD, _expect), (PLACE_METHOD, _exchange)):
+        setattr(EngineCore, name, method)
 
 
-def _awaited(engine: Any) -> list[str]:
-    """Return which embeddings the requests of an engine wait for; called between its steps."""
+# Methods of the engine, called between its steps.
+
+
+def _awaited(engine: Any) -> Future[list[str]]:
+    """Return which embeddings the requests of an engine wait for. The connector is asked while the engine goes on."""
     half = _half_of(engine)
-    return half.awaited() if half is not None else []
+    missing = half.missing() if half is not None else []
+    return _asking().submit(lambda: half.not_coming(missing) if half is not None else [])
+
+
+def _expect(engine: Any, told: str) -> None:
+    """Note where embeddings are, given the JSON of EmbeddingPlaces, which the middleware has checked."""
+    half = _half_of(engine)
+    if half is not None:
+        half.expect(msgspec.json.decode(told, type=EmbeddingPlaces))
+
+
+def _exchange(engine: Any) -> str:
+    """Return the JSON of how embeddings are exchanged."""
+    connector = engine.scheduler.get_ec_connector()
+    exchange = connector.exchange() if _half_of(engine) is not None else Exchange()
+    return msgspec.json.encode(exchange).decode()
+
+
+@functools.cache
+def _asking() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "chiasm-awaited")
 
 
 def _half_of(engine: Any) -> SchedulerHalf | None:
@@ -107,30 +133,34 @@ def _wait_between_steps() -> None:
 
     @functools.wraps(step)
     def patient(engine: Any) -> Any:
+        half = _half_of(engine)
+        if half is not None:
+            half.begin_step()
         executed = step(engine)
         # Engines in lockstep wait for each other's steps.
-        if not executed and type(engine) is EngineCoreProc:
-            _wait(engine)
+        if half is not None and not executed and type(engine) is EngineCoreProc:
+            _wait(engine, half)
         return executed
 
     EngineCoreProc._process_engine_step = patient
 
 
-def _wait(engine: Any) -> None:
+def _wait(engine: Any, half: SchedulerHalf) -> None:
     """Return when an embedding or a message has come, or if some request doesn't wait for an embedding."""
     scheduler = engine.scheduler
-    half = _half_of(engine)
-    has_work = engine.batch_queue or scheduler.has_finished_requests()
-    if has_work or half is None:
+    if engine.batch_queue or scheduler.has_finished_requests():
         return
     num_waiting = half.num_waiting
     if num_waiting == 0 or num_waiting != sum(scheduler.get_request_counts()):
         return
-    end = time.monotonic() + _MAX_WAIT_SECONDS
-    while not half.has_news() and time.monotonic() < end and not _has_input(engine.input_queue, half.poll_seconds()):
-        pass
+    inbox: queue.Queue[Any] = engine.input_queue
 
+    def notify() -> None:
+        with inbox.not_empty:
+            inbox.not_empty.notify_all()
 
-def _has_input(inbox: queue.Queue[Any], timeout_seconds: float) -> bool:
+    half.on_arrival = notify
     with inbox.not_empty:
-        return bool(inbox.queue) or inbox.not_empty.wait(timeout_seconds)
+        seconds = min(half.seconds_to_news(), _MAX_WAIT_SECONDS)
+        if not inbox.queue and seconds > 0:
+            inbox.not_empty.wait(seconds)

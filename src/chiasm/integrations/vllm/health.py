@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from chiasm import __version__
 from chiasm.cores import allowed_cpus
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
 from chiasm.errors import ConfigurationError
+from chiasm.integrations.vllm.messages import Exchange
 from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_of, folder_of
 from chiasm.models.base import Processor
 from chiasm.models.families.base import SIZE_KEY
@@ -32,9 +34,9 @@ class Description:
     placeholder: str
     """The word that stands for an image in a rendered chat; empty for a model that chiasm doesn't know."""
     has_connector: bool
-    """Whether embeddings come through chiasm's connector."""
+    """Whether embeddings come through ChiasmECConnector."""
     folder: BoundedFolder | None
-    """Folder of the embeddings, if they come through chiasm's connector."""
+    """Folder of the embeddings, if they come through one."""
 
     def current_health(self) -> Health:
         """Return ``health`` with the store that there is now: the folder may have been removed and created again.
@@ -52,11 +54,11 @@ class Description:
             return msgspec.structs.replace(self.health, message=f"{self.folder.path}: {error}")
 
 
-def describe(state: Any) -> Description:
-    """Describe the instance from the ``state`` of vLLM's application.
+def describe(state: Any, exchanges: Collection[Exchange]) -> Description:
+    """Describe the instance from the ``state`` of vLLM's application, and from what its engines say about their connectors.
 
     Reads the checkpoint's files, so don't call it on an event loop. Raises ConfigurationError if the connector's settings are
-    wrong.
+    wrong, or if the embeddings of an encoder are in several places.
     """
     config, arguments = state.vllm_config, state.args
     model_config, kv = config.model_config, config.kv_transfer_config
@@ -65,11 +67,15 @@ def describe(state: Any) -> Description:
     sizes_by_grid = known is not None and SIZE_KEY not in known.geometry_of_size(64, 64).metadata
     processor = known if sizes_by_grid else None
     names = arguments.served_model_name
+    exchange = _common(exchanges)
     health = Health(
         role=role_of(config),
         model=(names[0] if isinstance(names, list) else names) if names else arguments.model,
         fingerprint=_fingerprint(model_config, settings),
         dtype=dtype_name(model_config),
+        ec_store=exchange.store,
+        ec_connector=settings.connector if settings is not None else "",
+        ec_place=exchange.place,
         version=__version__,
         engine=f"vllm {sys.modules['vllm'].__version__}",
         needs_key=any(vars(arguments).get("api_key") or [os.environ.get("VLLM_API_KEY")]),
@@ -86,6 +92,17 @@ def describe(state: Any) -> Description:
     return Description(health, processor, placeholder, settings is not None, _folder(settings))
 
 
+def _common(exchanges: Collection[Exchange]) -> Exchange:
+    """Return how all engines of the instance exchange embeddings. Raises ConfigurationError if they don't do it alike."""
+    found = list(exchanges) or [Exchange()]
+    if any(exchange != found[0] for exchange in found):
+        raise ConfigurationError(
+            "The engines of this instance keep embeddings in different places, but an instance has one: run it without "
+            "--data-parallel-size, or use SharedStorageConnector."
+        )
+    return found[0]
+
+
 def role_of(config: Any) -> Role:
     """Return the role of an instance with this ``VllmConfig``, from what it does with embeddings and KV."""
     ec, kv = config.ec_transfer_config, config.kv_transfer_config
@@ -96,6 +113,15 @@ def role_of(config: Any) -> Role:
     if kv is not None and kv.kv_role == "kv_consumer":
         return Role.DECODE
     return Role.PD if ec is not None and ec.is_ec_consumer and not ec.is_ec_producer else Role.AGGREGATED
+
+
+def asks_engines(config: Any) -> bool:
+    """Return whether only the engines of an instance with this ``VllmConfig`` know how it exchanges embeddings.
+
+    Raises ConfigurationError if the connector's settings are wrong.
+    """
+    settings = _settings(config)
+    return settings is not None and not settings.uses_folder
 
 
 def _settings(config: Any) -> Settings | None:
@@ -125,7 +151,7 @@ def _fingerprint(model_config: Any, settings: Settings | None) -> str:
 
 
 def _folder(settings: Settings | None) -> BoundedFolder | None:
-    if settings is None:
+    if settings is None or not settings.uses_folder or settings.shared_storage_path is None:
         return None
     return BoundedFolder(settings.shared_storage_path.resolve(), settings.max_bytes, lambda size_bytes: None)
 

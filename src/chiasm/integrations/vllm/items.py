@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from chiasm.ec_transfer import check_identifier
-from chiasm.ec_transfer.entry_file import EntryHeader, dtype_of
 from chiasm.errors import InvalidRequestError
 from chiasm.integrations.vllm.settings import dtype_name
 
@@ -36,6 +37,13 @@ class Item:
         return self.offset + self.length
 
 
+class Wanted(NamedTuple):
+    """What a request wants from the connector: the items that can't be encoded here."""
+
+    request_id: str
+    items: tuple[Item, ...]
+
+
 @dataclass
 class TrackedRequest:
     """A request of vLLM's, from when its scheduler first looks at it until it is finished."""
@@ -47,6 +55,8 @@ class TrackedRequest:
     """Index of the first prompt token after all items."""
     refusal: str | None
     """Why the request can never run: it gives an item a name that is not an identifier."""
+    is_new: bool = True
+    """Whether the connector has yet to be told what it wants."""
     stop: int | None = None
     """Index of the item before which prefill has to stop in the step that is being scheduled."""
     waiting_since: float | None = None
@@ -64,6 +74,10 @@ class TrackedRequest:
         items = tuple(_item(feature, metadata_fields) for feature in request.mm_features)
         end = max((item.end for item in items), default=0)
         return cls(request.request_id, items, end, _refusal(item.identifier for item in items))
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.request_id, tuple(item for item in self.items if not item.has_pixels))
 
     def item(self, identifier: str) -> Item | None:
         """Return the first item of this name."""
@@ -105,27 +119,27 @@ class Content(enum.Enum):
     ZEROS = enum.auto()
     """It could not be loaded: zeros took its place."""
     NOTHING = enum.auto()
-    """It is in the store, and this instance, which only encodes, did not load it."""
+    """It is published, and this instance, which only encodes, did not load it."""
 
 
 @dataclass
 class ItemState:
     """What is known about one identifier.
 
-    In a step it goes from top to bottom through the fields: the store promises it, vLLM is asked to load it (or else encodes
-    it), and once vLLM has made room, the workers are expected to have it. With the step's end all of this is forgotten, and the
-    state is kept only if the content is not the embedding. ``Content`` then returns to EMBEDDING when the last request that
-    uses the item has released it (vLLM forgets the item) or when it is loaded or encoded again.
+    In a step it goes from top to bottom through the fields: the connector promises it, vLLM is asked to load it (or else
+    encodes it), and once vLLM has made room, the workers are expected to have it. At the end of the step all of this is
+    forgotten, and the state is kept only if the content is not the embedding. ``Content`` then returns to EMBEDDING when the
+    last request that uses the item has released it (vLLM forgets the item) or when it is loaded or encoded again.
     """
 
     promised: tuple[int, int] | None = None
-    """Shape of the entry that the store keeps loadable until the step's end."""
+    """Shape of the entry that the connector keeps loadable until the step's end; the one that is needed if it can't tell."""
     is_loaded: bool = False
     """Whether vLLM loads it, rather than encodes it."""
     expected: tuple[int, int] | None = None
     """Shape that the workers must have after the step."""
     is_republished: bool = False
-    """Whether the workers publish it again, since the store has lost it."""
+    """Whether the workers publish it again, since consumers don't find it any more."""
     content: Content = Content.EMBEDDING
 
 
@@ -170,7 +184,7 @@ class Layout:
     """What a model's entries look like: ``[rows, width]``, one row for each placeholder, DeepStack levels side by side.
 
     Audio has no levels; its rows have ``hidden`` values. An entry that doesn't fit would stop vLLM's engine inside the model,
-    so its header is checked before anything is promised.
+    so what the connector says about it is checked before anything is promised.
     """
 
     hidden: int
@@ -190,11 +204,11 @@ class Layout:
         levels = getattr(vision, "deepstack_visual_indexes", None) or ()
         return cls(int(model_config.get_inputs_embeds_size()), len(levels), dtype_name(model_config))
 
-    def misfit(self, header: EntryHeader, rows: int) -> str | None:
-        """Return why the entry cannot stand for ``rows`` placeholders of this model, or None if it can."""
-        if len(header.shape) != 2 or header.shape[0] != rows:
-            return f"its entry has shape {list(header.shape)}, but the prompt has {rows} placeholders for it"
-        if header.shape[1] not in (self.width, self.hidden):
-            return f"the rows of its entry have {header.shape[1]} values, but the model's have {self.width}"
-        dtype = str(dtype_of(header)).removeprefix("torch.")
-        return None if dtype == self.dtype else f"its entry is {dtype}, but the model is {self.dtype}"
+    def misfit(self, shape: tuple[int, ...], dtype: torch.dtype, rows: int) -> str | None:
+        """Return why an entry cannot stand for ``rows`` placeholders of this model, or None if it can."""
+        if len(shape) != 2 or shape[0] != rows:
+            return f"its entry has shape {list(shape)}, but the prompt has {rows} placeholders for it"
+        if shape[1] not in (self.width, self.hidden):
+            return f"the rows of its entry have {shape[1]} values, but the model's have {self.width}"
+        name = str(dtype).removeprefix("torch.")
+        return None if name == self.dtype else f"its entry is {name}, but the model is {self.dtype}"

@@ -1,5 +1,5 @@
-"""What passes between the two halves of the connector: a message each way with every step, a page of counters, and a
-question from vLLM's HTTP server."""
+"""What passes between the two halves of the connector, a message each way with every step and a page of counters, and what
+vLLM's HTTP server says to its engine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,27 @@ import os
 import struct
 from dataclasses import astuple, dataclass, field, fields
 
+import msgspec
+
 from chiasm.ec_transfer import ECConnectorMetadata, ECConnectorStats
+from chiasm.wire import ECPlace
 
 AWAITED_METHOD = "chiasm_awaited_embeddings"
 """The method of vLLM's engine by which its HTTP server asks which embeddings requests wait for."""
+EXPECT_METHOD = "chiasm_expect_embeddings"
+"""The method by which it says where embeddings are; its argument is the JSON of EmbeddingPlaces."""
+PLACE_METHOD = "chiasm_embeddings_place"
+"""The method by which it asks where the embeddings of an encoder are; returns the JSON of :class:`Exchange`."""
+
+
+class Exchange(msgspec.Struct, frozen=True):
+    """How the connector of an engine exchanges embeddings."""
+
+    store: str = ""
+    """Names the place that holds the entries (``ECConnector.store_id``)."""
+    place: ECPlace | None = None
+    """Where consumers find what is encoded here, if they don't find it without."""
+
 
 _NAMES = tuple(counter.name for counter in fields(ECConnectorStats))
 _PAGE = struct.Struct(f"={len(_NAMES)}d")
@@ -23,11 +40,11 @@ class StepMetadata:
 
     step: int
     loads: ECConnectorMetadata
-    """The store's own metadata: what is loaded, and where the scheduler keeps copies of it."""
+    """The connector's own metadata: what is loaded, and where the scheduler keeps it."""
     expected: dict[str, tuple[int, int]] = field(default_factory=dict)
     """The shapes of the embeddings that must be in the encoder cache once this step has loaded, by identifier."""
     publish: tuple[str, ...] = ()
-    """Identifiers of embeddings in the encoder cache that the store has lost."""
+    """Identifiers of embeddings in the encoder cache that consumers don't find any more."""
     counters: str = ""
     """The path of the page in which the first worker keeps its counters."""
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
 from msgspec import Raw
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.chat_body import json_object, with_content_parts, with_texts
@@ -24,12 +26,21 @@ from chiasm.http.body import Incoming
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
 from chiasm.http.fleet_calls import Caller, FleetGuard, caller_of, check_fleet
-from chiasm.integrations.vllm.health import Description, describe
-from chiasm.integrations.vllm.messages import AWAITED_METHOD
+from chiasm.integrations.vllm.health import Description, asks_engines, describe
+from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.server.config import ServerConfig
-from chiasm.wire import AWAITED_PATH, CHAT_PATH, COMPLETIONS_PATH, UNREADABLE, AwaitedEmbeddings, Health
+from chiasm.server.places import MAX_PLACES_BYTES, read_places
+from chiasm.wire import (
+    AWAITED_PATH,
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    PLACES_PATH,
+    UNREADABLE,
+    AwaitedEmbeddings,
+    Health,
+)
 
 _EMBEDS = "image_embeds"
 _EMBEDS_KEY = f'"{_EMBEDS}"'.encode()
@@ -47,7 +58,8 @@ _fields = msgspec.json.Decoder(dict[str, Raw])
 
 
 class ChiasmMiddleware:
-    """Answers /health with what the instance is, and replaces image sizes in chat completions by vLLM's metadata.
+    """Answers /health with what the instance is, tells the engine where embeddings are, and replaces image sizes in chat
+    completions by vLLM's metadata.
 
     When vLLM is asked to end, it lets what runs end first (``shutdown.py``). It also keeps texts from naming the place of an
     image, refuses bodies of chat completions that are larger than chiasm's own instances take, and explains the error of a
@@ -68,7 +80,8 @@ class ChiasmMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":  # the server starts, after vLLM has taken the signals
             self._end.take_over(scope["app"].state)
-        if scope["type"] == "http" and scope["method"] == "POST":
+        # What runs while the server ends still waits for embeddings, and has to learn where they are.
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] != PLACES_PATH:
             await self._end.run(self._guard, scope, receive, send)
         else:
             await self._guard(scope, receive, send)
@@ -79,6 +92,8 @@ class ChiasmMiddleware:
             await self._health(scope, receive, send)
         elif (method, path) == ("GET", AWAITED_PATH) and (await self._described(scope)).has_connector:
             await self._awaited(scope, receive, send)
+        elif (method, path) == ("POST", PLACES_PATH) and (await self._described(scope)).has_connector:
+            await self._expect(scope, receive, send)
         elif (method, path) == ("POST", CHAT_PATH):
             await self._chat(scope, receive, send)
         elif method in _HARMLESS_METHODS or caller_of(scope).is_of_fleet:
@@ -90,8 +105,14 @@ class ChiasmMiddleware:
         """Return the instance's description, which is made once; after a failure it is tried again."""
         task = self._describing
         if task is None or (task.done() and task.exception() is not None):
-            task = self._describing = asyncio.create_task(asyncio.to_thread(describe, scope["app"].state))
+            task = self._describing = asyncio.create_task(self._describe(scope["app"].state))
         return await asyncio.shield(task)
+
+    @staticmethod
+    async def _describe(state: Any) -> Description:
+        answers = await _ask_engines(state, PLACE_METHOD) if asks_engines(state.vllm_config) else []
+        exchanges = [msgspec.json.decode(answer, type=Exchange) for answer in answers]
+        return await asyncio.to_thread(describe, state, exchanges)
 
     async def _placeholder(self, scope: Scope) -> str:
         """Return the word that stands for an image, or "" if it isn't known."""
@@ -142,13 +163,24 @@ class ChiasmMiddleware:
         except ChiasmError as error:
             await error_response(error)(scope, receive, send)
             return
-        core = scope["app"].state.engine_client.engine_core
-        if hasattr(core, "call_utility_all_async"):
-            answers: list[list[str]] = await core.call_utility_all_async(AWAITED_METHOD)
-        else:
-            answers = [await core.call_utility_async(AWAITED_METHOD)]
+        answers = await _ask_engines(scope["app"].state, AWAITED_METHOD)
         awaited = dict.fromkeys(name for names in answers for name in names)
         await json_response(AwaitedEmbeddings(identifiers=list(awaited)))(scope, receive, send)
+
+    async def _expect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Tell all engines where embeddings are or will be. Waits for the end of a step."""
+        incoming = Incoming(receive)
+        try:
+            check_fleet(caller_of(scope), "Saying where embeddings are")
+            body = await read_body(incoming, Headers(scope=scope), MAX_PLACES_BYTES)
+            told = read_places(body)
+        except ClientLeftError:
+            return
+        except ChiasmError as error:
+            await _refuse(error, incoming, scope, receive, send)
+            return
+        await _ask_engines(scope["app"].state, EXPECT_METHOD, msgspec.json.encode(told).decode())
+        await Response(status_code=HTTPStatus.NO_CONTENT)(scope, receive, send)
 
     # ---- strangers ----------------------------------------------------------------------------------------------------
 
@@ -219,6 +251,15 @@ def _check_stranger(body: bytes, caller: Caller) -> None:
     for name in _OF_FLEET:
         if _is_given(fields, name):
             check_fleet(caller, f"Handing over what instances have computed ({name})")
+
+
+async def _ask_engines(state: Any, method: str, *arguments: str) -> list[Any]:
+    """Call a method of all engines; return what each answers."""
+    core = state.engine_client.engine_core
+    if hasattr(core, "call_utility_all_async"):
+        answers: list[Any] = await core.call_utility_all_async(method, *arguments)
+        return answers
+    return [await core.call_utility_async(method, *arguments)]
 
 
 def _is_given(fields: dict[str, Raw], name: str) -> bool:

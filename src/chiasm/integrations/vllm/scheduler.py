@@ -4,6 +4,9 @@ vLLM asks in this order. For each request in turn: ``ensure_cache_available`` (m
 is not in memory ``is_out_of_reach`` and ``can_get`` (does prefill go that far?) and ``has_cache_item`` (is the item loaded, or
 encoded?); and ``update_state_after_alloc`` for each item that got room. ``build_connector_meta`` ends the step. When the
 workers have run it come ``take_unavailable_requests`` and ``update_connector_output``.
+
+The connector is told what a request wants when vLLM first asks about the request, brings it in on threads of its own, and
+calls ``wake``.
 """
 
 from __future__ import annotations
@@ -11,12 +14,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from chiasm.ec_transfer import ECConnectorMetadata, check_identifier
-from chiasm.ec_transfer.shared_storage import SharedStorageConnector
+from chiasm.ec_transfer import ECConnector, ECConnectorMetadata, check_identifier
 from chiasm.errors import InvalidRequestError
 from chiasm.integrations.vllm.items import (
     Content,
@@ -29,14 +31,12 @@ from chiasm.integrations.vllm.items import (
 )
 from chiasm.integrations.vllm.messages import CounterPage, StepMetadata, StepReport
 from chiasm.integrations.vllm.settings import Settings
+from chiasm.wire import EmbeddingPlaces
 
 _logger = logging.getLogger(__name__)
 
 _MAX_PINNED_STEPS = 64
 """Steps whose entries are kept while no worker has reported them. vLLM has about two under way."""
-_MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.0005, 0.01
-_POLL_SHARE = 0.01
-"""Interval between polls as a fraction of the time waited so far, so that polling delays a request by at most a hundredth."""
 
 
 class EncoderMemory(Protocol):
@@ -68,7 +68,7 @@ class SchedulerHalf:
 
     def __init__(
         self,
-        store: SharedStorageConnector,
+        store: ECConnector,
         settings: Settings,
         layout: Layout,
         metadata_fields: MetadataFields,
@@ -79,7 +79,9 @@ class SchedulerHalf:
         is_reader: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``is_producer``: whether what is encoded here is published. ``is_reader``: whether a language model runs here."""
+        """``store`` is the connector's scheduler role. ``is_producer``: whether what is encoded here is published.
+        ``is_reader``: whether a language model runs here.
+        """
         self._store = store
         self._wait_seconds = settings.wait_seconds
         self._layout = layout
@@ -105,7 +107,12 @@ class SchedulerHalf:
         self._current: TrackedRequest | None = None
         """The request that vLLM looked at last in this step."""
         self._pinned: deque[tuple[int, ECConnectorMetadata]] = deque(maxlen=_MAX_PINNED_STEPS)
-        """Keeps the copies of entries that steps under way load."""
+        """Keeps what steps under way load."""
+        self._has_arrivals = False
+        self.on_arrival: Callable[[], None] = lambda: None
+        """Called from any thread when a wanted embedding has arrived or was lost; ends the engine's sleep."""
+        if is_reader:
+            store.set_wake(self._wake)
 
     def attach(self, memory: EncoderMemory) -> None:
         """Set vLLM's account of the encoder cache; called once, before the first request."""
@@ -128,6 +135,10 @@ class SchedulerHalf:
         if begins and any(item.identifier in self._spoiled for _, item in tracked.between(0, num_computed_tokens)):
             request.skip_reading_prefix_cache = True
             return False
+        if tracked.is_new:
+            tracked.is_new = False
+            if self._is_reader:
+                self._store.ensure_cache_available(tracked.wanted, num_computed_tokens)
         if not begins and num_computed_tokens >= tracked.end:
             return True
         end = num_computed_tokens + self._reach.window_tokens
@@ -245,14 +256,14 @@ class SchedulerHalf:
         """Forget a request that is finished, whatever the reason."""
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
-            self._end_wait(tracked)
+            self._forget(tracked)
         self._ahead.discard(request.request_id)
         self._failed.discard(request.request_id)
 
     def is_published(self, identifier: str) -> bool:
-        """Return whether the store has the item; False for a name that is not an identifier."""
+        """Return whether consumers find what was encoded here; False for a name that is not an identifier."""
         try:
-            return self._store.published(check_identifier(identifier)) is not None
+            return self._store.is_published(check_identifier(identifier))
         except InvalidRequestError:
             return False
 
@@ -265,8 +276,8 @@ class SchedulerHalf:
         self._own_stats = own
         return {name: value for name, value in counts.items() if value}
 
-    def awaited(self) -> list[str]:
-        """Return what requests need next and what exists neither in the workers' memory nor in the store, each item once."""
+    def missing(self) -> list[str]:
+        """Return what requests need next and what isn't in the workers' memory, each item once."""
         names: dict[str, None] = {}
         for tracked in self._requests.values():
             first = tracked.missing_item(is_ahead=tracked.request_id in self._ahead)
@@ -276,31 +287,37 @@ class SchedulerHalf:
                     for _, item in tracked.between(first.offset, first.offset + self._reach.window_tokens)
                     if not item.has_pixels
                 )
-        return [name for name in names if not self._memory.holds(name) and not self.is_published(name)]
+        return [name for name in names if not self._memory.holds(name)]
+
+    def not_coming(self, missing: Iterable[str]) -> list[str]:
+        """Return those of what is missing that the connector neither has nor is about to get. Any thread but the engine's."""
+        return [name for name in missing if not self._store.is_coming(name)]
+
+    def expect(self, told: EmbeddingPlaces) -> None:
+        """Tell the connector where embeddings are or will be."""
+        self._store.expect(told.places, told.stored)
 
     # ---- all requests wait ------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        self._has_arrivals = True
+        self.on_arrival()
+
+    def begin_step(self) -> None:
+        """Note that the engine looks at all requests from now on: what has arrived by now is no news after this step."""
+        self._has_arrivals = False
 
     @property
     def num_waiting(self) -> int:
         """How many requests wait for an embedding."""
-        return sum(1 for _ in self._waiting())
+        return sum(tracked.waiting_since is not None for tracked in self._requests.values())
 
-    def has_news(self) -> bool:
-        """Return whether one of them can continue, or has waited too long."""
-        now = self.clock()
-        return any(
-            now - since > self._wait_seconds or self.is_published(tracked.missing) for tracked, since in self._waiting()
-        )
-
-    def poll_seconds(self) -> float:
-        """Return after how long to look again; some request waits."""
-        latest = max(since for _, since in self._waiting())
-        return min(max((self.clock() - latest) * _POLL_SHARE, _MIN_POLL_SECONDS), _MAX_POLL_SECONDS)
-
-    def _waiting(self) -> Iterator[tuple[TrackedRequest, float]]:
-        for tracked in self._requests.values():
-            if tracked.waiting_since is not None:
-                yield tracked, tracked.waiting_since
+    def seconds_to_news(self) -> float:
+        """Return after what time one of them has to be looked at, unless it is woken before: it may have waited too long."""
+        if self._has_arrivals:
+            return 0.0
+        begun = [tracked.waiting_since for tracked in self._requests.values() if tracked.waiting_since is not None]
+        return max(0.0, min(begun, default=self.clock()) + self._wait_seconds - self.clock())
 
     # ---- items ------------------------------------------------------------------------------------------------------
 
@@ -317,21 +334,20 @@ class SchedulerHalf:
         return Content.EMBEDDING if state is None else state.content
 
     def _is_available(self, tracked: TrackedRequest, item: Item) -> bool:
-        """Return whether the item is in memory, can be encoded here, or is in the store; none of this is a promise."""
+        """Return whether the item is in memory, can be encoded here, or has arrived; only the last is a promise."""
         identifier = item.identifier
         if self._memory.holds(identifier):
             content = self._content(identifier)
             if content is Content.EMBEDDING and self._is_producer and not self.is_published(identifier):
                 self._state(identifier).is_republished = True
             return content is not Content.ZEROS  # zeros go when the requests that use them have failed
-        if item.has_pixels:
+        if item.has_pixels or self._is_promised(item):
             return True
-        header = self._store.published(identifier)
-        if header is None:
+        if self._state(identifier).promised is not None:  # to another request
             return False
-        misfit = self._layout.misfit(header, item.rows)
+        misfit = self._misfit(item)
         if misfit is None:
-            return True
+            return False
         if identifier in tracked.rejected:
             self._fail(tracked, f"Item {identifier} does not fit: {misfit}.")
         else:  # it may be the entry that is wrong, and the next one right
@@ -340,16 +356,19 @@ class SchedulerHalf:
         return False
 
     def _is_promised(self, item: Item) -> bool:
-        """Return whether the store has the entry. On a reader it then stays loadable until the step's end."""
+        """Return whether the connector has the entry. On a reader it then stays loadable until the step's end."""
         state = self._state(item.identifier)
         if state.promised is None:
-            header = self._store.published(item.identifier)
-            if header is None or self._layout.misfit(header, item.rows) is not None:
+            if not self._store.has_cache_item(item.identifier) or self._misfit(item) is not None:
                 return False
-            if not self._store.has_cache_item(item.identifier):
-                return False
-            state.promised = (header.shape[0], header.shape[1])
+            known = self._store.layout_of(item.identifier)
+            state.promised = (item.rows, self._layout.width if known is None else known[0][1])
         return state.promised[0] == item.rows
+
+    def _misfit(self, item: Item) -> str | None:
+        """Return why an entry that is here doesn't fit the item; None if it does, or if nothing is known of it."""
+        known = self._store.layout_of(item.identifier)
+        return None if known is None else self._layout.misfit(*known, item.rows)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -358,11 +377,16 @@ class SchedulerHalf:
         if tracked is not None and len(tracked.items) == len(request.mm_features):
             return tracked
         if tracked is not None:  # a session to which the client has added items
-            self._end_wait(tracked)
+            self._forget(tracked)
         tracked = self._requests[request.request_id] = TrackedRequest.of(request, self._metadata_fields)
         if tracked.refusal is not None:
             self._fail(tracked, tracked.refusal)
         return tracked
+
+    def _forget(self, tracked: TrackedRequest) -> None:
+        self._end_wait(tracked)
+        if self._is_reader and not tracked.is_new:
+            self._store.request_finished(tracked.wanted)
 
     def _may_run_ahead(self, tracked: TrackedRequest, tokens: int, begins: bool) -> bool:
         """Return whether the request computes the ``tokens`` before an item that is missing."""

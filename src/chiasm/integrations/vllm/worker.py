@@ -1,4 +1,4 @@
-"""The connector's half in vLLM's workers: loads entries into the encoder cache, and publishes embeddings to the store."""
+"""The connector's half in vLLM's workers: loads entries into the encoder cache, and publishes embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from chiasm.ec_transfer.shared_storage import SharedStorageConnector
+from chiasm.ec_transfer import ECConnector
 from chiasm.errors import InvalidRequestError, StorageError
 from chiasm.integrations.vllm.messages import CounterWriter, StepMetadata, StepReport
 
@@ -22,8 +22,10 @@ class WorkerHalf:
     shape take its place, and the scheduler is informed and fails the requests that use them.
     """
 
-    def __init__(self, store: SharedStorageConnector, dtype: torch.dtype, *, is_writer: Callable[[], bool]) -> None:
-        """``is_writer`` returns whether this rank saves what is encoded; it is called when there is something to save."""
+    def __init__(self, store: ECConnector, dtype: torch.dtype, *, is_writer: Callable[[], bool]) -> None:
+        """``store`` is the connector's worker role. ``is_writer`` returns whether this rank saves what is encoded; it is
+        called when there is something to save.
+        """
         self._store = store
         self._dtype = dtype
         self._is_writer = is_writer
@@ -49,7 +51,7 @@ class WorkerHalf:
         self._store.clear_connector_metadata()
 
     def start_save_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
-        """Publish again what the store has lost; called on a producer before its encoder runs."""
+        """Publish again what consumers don't find any more; called on a producer before its encoder runs."""
         for identifier in self._metadata.publish if self._metadata is not None else ():
             if identifier in encoder_cache:
                 self.save_caches(encoder_cache, identifier)
@@ -64,12 +66,19 @@ class WorkerHalf:
             del encoder_cache[identifier], self._zeros[identifier]
         try:
             self._store.start_load_caches(encoder_cache)
-        except (OSError, RuntimeError) as error:  # such as too little memory on the device
-            _logger.warning("Embeddings could not be loaded: %s", error)
+        except Exception as error:  # such as too little memory on the device; it must not end the engine
+            _logger.warning("Embeddings could not be loaded: %r", error)
         failed = []
         for identifier, shape in metadata.expected.items():
             loaded = encoder_cache.get(identifier)
-            if loaded is None or tuple(loaded.shape) != shape:
+            is_fitting = loaded is not None and (tuple(loaded.shape), loaded.dtype) == (shape, self._dtype)
+            if loaded is not None and not is_fitting:
+                self._store.discard(
+                    identifier,
+                    f"it has shape {list(loaded.shape)} and {loaded.dtype}, but a request needs {list(shape)} and "
+                    f"{self._dtype}",
+                )
+            if not is_fitting:
                 zeros = torch.zeros(shape, dtype=self._dtype, device=self._store.config.device)
                 encoder_cache[identifier] = self._zeros[identifier] = zeros
                 failed.append(identifier)
@@ -85,7 +94,7 @@ class WorkerHalf:
         except InvalidRequestError:
             return  # the scheduler has refused the request already
         except StorageError:
-            pass  # the store has logged it
+            pass  # the connector has logged it
         self._write_counters()
 
     def report(self) -> StepReport | None:

@@ -1,0 +1,189 @@
+"""The halves over every connector of chiasm's that needs no network card, and over one that a user wrote."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from chiasm.ec_transfer import ECTransferRole
+from chiasm.integrations.vllm.settings import Settings
+
+from .engine import LAYOUT, ROWS, WAIT_SECONDS, Engine, Request, embedding_of, identifier_of, request
+from .minimal import ENTRIES
+
+CONNECTORS = ("SharedStorageConnector", "SharedMemoryConnector", "TcpConnector", "MinimalConnector")
+FROM_MEMORY = ("SharedMemoryConnector", "TcpConnector")
+
+
+class Pair:
+    """An encoder and a PD of vLLM, each in one process, and what the proxy would do between them."""
+
+    def __init__(self, connector: str, folder: Path) -> None:
+        module = "tests.integrations.vllm.minimal" if connector == "MinimalConnector" else None
+        settings = Settings(
+            connector, module, folder, max_bytes=1 << 20, receive_bytes=1 << 20, wait_seconds=WAIT_SECONDS
+        )
+        self.encoder = Engine(settings, ECTransferRole.PRODUCER)
+        self.pd = Engine(settings, ECTransferRole.CONSUMER)
+        self.woken = threading.Event()
+        self.pd.scheduler.on_arrival = self.woken.set
+
+    def encode(self, name: str, embedding: torch.Tensor | None = None) -> list[str]:
+        """Have an image encoded; return what was really encoded."""
+        self.encoder.embeddings[identifier_of(name)] = embedding_of(name) if embedding is None else embedding
+        one = request((name, 2), of=f"encode {name}", pixels=True)
+        step = self.encoder.step(one)
+        self.encoder.finish(one)
+        return step.encoded
+
+    def tell(self, *names: str) -> None:
+        place = self.encoder.worker_store.place()
+        if place is not None:
+            self.pd.scheduler_store.expect({identifier_of(name): place for name in names})
+
+    def run(self, *requests: Request) -> dict[str, int]:
+        """Run steps of the PD, each after the connector has woken it, until one computes anything."""
+        while True:
+            self.woken.clear()
+            if tokens := self.pd.step(*requests).tokens:
+                return tokens
+            assert self.woken.wait(60)
+
+    def run_until_failed(self, one: Request) -> None:
+        while True:
+            self.woken.clear()
+            step = self.pd.schedule(one)
+            if self.pd.update(one, report=self.pd.run(step)) or self.pd.update(one):
+                return
+            if not step.tokens:
+                assert self.woken.wait(60)
+
+    def close(self) -> None:
+        self.encoder.close()
+        self.pd.close()
+
+
+Start = Callable[[str], Pair]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    pairs: list[Pair] = []
+
+    def start(connector: str) -> Pair:
+        ENTRIES.clear()
+        pairs.append(Pair(connector, tmp_path / "store"))
+        return pairs[-1]
+
+    yield start
+    for pair in pairs:
+        pair.close()
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_what_an_encoder_makes_is_what_a_pd_loads(start: Start, connector: str) -> None:
+    pair = start(connector)
+    one = request(("a", 2), ("b", 8))
+    assert pair.pd.step(one).tokens == {}
+    for name in "ab":
+        pair.tell(name)
+        pair.encode(name)
+    assert pair.run(one) == {"request": 14}
+    for name in "ab":
+        assert torch.equal(pair.pd.encoder_cache[identifier_of(name)], embedding_of(name))
+    assert pair.pd.awaited() == []
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_what_is_published_is_not_encoded_again_and_is_named_in_the_answer(start: Start, connector: str) -> None:
+    pair = start(connector)
+    assert pair.encode("a") == [identifier_of("a")]
+    pair.encoder.memory.users.clear()
+    pair.encoder.encoder_cache.clear()
+    assert pair.encode("a") == []
+    assert pair.encoder.scheduler.is_published(identifier_of("a"))
+    assert not pair.encoder.scheduler.is_published(identifier_of("b"))
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_what_is_not_coming_is_awaited(start: Start, connector: str) -> None:
+    pair = start(connector)
+    pair.pd.step(request(("a", 2)))
+    assert pair.pd.awaited() == [identifier_of("a")]
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_an_entry_that_never_fits_fails_its_request_alone(start: Start, connector: str) -> None:
+    pair = start(connector)
+    pair.encode("a", embedding_of("a", rows=ROWS + 1))
+    pair.encode("b")
+    pair.tell("a", "b")
+    bad, good = request(("a", 2), of="bad"), request(("b", 2), of="good")
+    assert pair.run(good, bad)
+    assert torch.equal(pair.pd.encoder_cache[identifier_of("b")], embedding_of("b"))
+    if connector in FROM_MEMORY:  # it was the entry, and the encoder was told; so it makes another
+        while pair.encoder.scheduler.is_published(identifier_of("a")):
+            pair.pd.step(bad)
+        pair.encoder.memory.users.clear()
+        pair.encoder.encoder_cache.clear()
+        pair.tell("a")
+        pair.encode("a", embedding_of("a", rows=ROWS + 1))
+    elif connector == "SharedStorageConnector":
+        pair.encode("a", embedding_of("a", rows=ROWS + 1))
+    pair.run_until_failed(bad)
+    assert pair.pd.counts()["failed_requests"] == 1
+
+
+@pytest.mark.parametrize("connector", FROM_MEMORY)
+def test_an_embedding_is_loaded_although_its_encoder_ends_after_it_has_arrived(start: Start, connector: str) -> None:
+    pair = start(connector)
+    pair.encode("a")
+    pair.tell("a")
+    one = request(("a", 2))
+    pair.pd.step(one)
+    if pair.pd.memory.holds(identifier_of("a")):
+        return  # it came at once
+    assert pair.woken.wait(60)
+    assert pair.pd.scheduler_store.has_cache_item(identifier_of("a"))
+    pair.encoder.close()
+    assert pair.pd.step(one).tokens == {"request": 8}
+    assert torch.equal(pair.pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+
+
+@pytest.mark.parametrize("connector", FROM_MEMORY)
+def test_what_is_lost_with_its_encoder_is_awaited(start: Start, connector: str) -> None:
+    pair = start(connector)
+    one = request(("a", 2))
+    pair.pd.step(one)
+    pair.tell("a")
+    pair.encoder.close()
+    while not pair.pd.awaited():
+        assert pair.woken.wait(60)
+    assert pair.pd.awaited() == [identifier_of("a")]
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_what_both_halves_count_is_counted_once(start: Start, connector: str) -> None:
+    pair = start(connector)
+    pair.encode("a")
+    pair.tell("a")
+    pair.run(request(("a", 2)))
+    if connector != "MinimalConnector":  # which counts nothing
+        counts = pair.pd.counts()
+        assert (counts["loads"], counts["loaded_bytes"]) == (1, embedding_of("a").nbytes)
+        assert pair.encoder.counts()["saves"] == 1
+
+
+def test_a_connector_that_says_nothing_of_layouts_is_checked_by_the_worker(start: Start) -> None:
+    pair = start("MinimalConnector")
+    ENTRIES[identifier_of("a")] = embedding_of("a", ROWS, LAYOUT.width).to(torch.bfloat16)
+    one = request(("a", 2))
+    step = pair.pd.schedule(one)
+    report = pair.pd.run(step)
+    assert not pair.pd.encoder_cache[identifier_of("a")].any(), "zeros take the place"
+    pair.pd.update(report=report)
+    assert pair.pd.update(one) == {"request"}
