@@ -130,6 +130,18 @@ def test_what_was_rejected_is_offered_no_more_and_freed_when_nobody_reads_it() -
     assert memory.free_bytes == 1
 
 
+def test_what_was_rejected_stays_for_who_reads_it_and_asks_for_it_again() -> None:
+    memory = Memory(1)
+    table = memory.table()
+    publish(table, "x")
+    table.want(B, "x", 1)
+    table.disown(A, "x")
+    table.grant(B, "x")
+    assert memory.free_bytes == 0
+    table.forget(B, "x")
+    assert memory.free_bytes == 1
+
+
 def test_a_reader_may_not_want_without_bound() -> None:
     table = Memory(1).table()
     for number in range(MAX_WANTED):

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from chiasm.errors import StorageError
+from tests.launch.waiting import eventually
 
 from .instance import embedding_of, identifier_of
-from .peers import CONNECTORS, Encoder, LanguageModel, Peer
+from .peers import CONNECTORS, PATIENCE_SECONDS, Encoder, LanguageModel, Peer
 
 BIG = 1 << 20
 """Bytes of a large embedding."""
@@ -197,6 +198,28 @@ def test_an_encoder_of_another_model_is_not_believed(make: Callable[..., Any], m
     request = model.admit("r", "cat")
     model.scheduler.expect({name: encoder.place})
     model.lose(request)
+
+
+def test_an_encoder_that_was_restarted_with_another_model_at_the_same_address_is_not_believed(
+    make: Callable[..., Any], model: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make(Encoder)
+    earlier = first.place
+    model.scheduler.expect({first.encode("dog"): earlier})
+    model.load(model.admit("before", "dog"))
+    first.close()
+    second = make(Encoder, port=earlier.port, fingerprint="0ther")
+    name = second.encode("cat")
+    request = model.admit("r", "cat")
+    for place in (earlier, second.place):
+        caplog.clear()
+        model.scheduler.expect({name: place})
+        assert eventually(lambda: "Gave up encoder" in caplog.text, PATIENCE_SECONDS)
+    assert not model.scheduler.is_coming(name)
+    third = make(Encoder)
+    model.scheduler.expect({third.encode("cat"): third.place})
+    model.load(request)
+    assert torch.equal(model.memory[name], embedding_of("cat"))
 
 
 def test_more_than_fits_comes_in_turn(encoder: Encoder, make: Callable[..., Any]) -> None:

@@ -63,6 +63,8 @@ class Holder:
             arena.allocate, lambda piece: piece.offset, self._free, self._is_used
         )
         self._channels: dict[int, Channel[ReaderMessage]] = {}
+        self._patience: dict[int, asyncio.Timeout] = {}
+        """What ends the connection of a reader that says nothing, if it was granted something."""
         self._claims: dict[tuple[int, str], int] = {}
         """The number of each grant."""
         self._claim_numbers = itertools.count(1)
@@ -173,10 +175,13 @@ class Holder:
             with self._written:
                 is_reading = self._table.is_granted(reader)
             try:
-                async with asyncio.timeout(MAX_READING_SECONDS if is_reading else None):
+                async with asyncio.timeout(MAX_READING_SECONDS if is_reading else None) as patience:
+                    self._patience[reader] = patience
                     message = await channel.receive()
             except TimeoutError:
                 raise ChannelClosed("it was granted an embedding, and said nothing for a minute") from None
+            finally:
+                self._patience.pop(reader, None)
             self._answer(reader, message)
             await asyncio.sleep(0)  # take turns: a message that is here already is received without waiting
 
@@ -231,6 +236,9 @@ class Holder:
             claim = self._claims[reader, here.identifier] = next(self._claim_numbers)
             size = HEADER_BYTES + data_bytes(here.dtype, here.shape)
             self._memory.grant(reader, claim, [Range(here.offset, size)])
+            patience = self._patience.get(reader)
+            if patience is not None and patience.when() is None:  # it waits for what was just published
+                patience.reschedule(asyncio.get_running_loop().time() + MAX_READING_SECONDS)
 
     def _withdraw(self, reader: int, identifier: str) -> None:
         claim = self._claims.pop((reader, identifier), None)

@@ -162,7 +162,8 @@ class OfferTable(Generic[PieceT]):
         """Let the reader read an entry that it was told of, until it says that it is done. It is told whether it may."""
         entry = self._entries.get(identifier)
         if entry is None or reader not in entry.told | entry.granted:
-            self.forget(reader, identifier)
+            if not any(reader in retired.granted for retired in self._retired.get(identifier, [])):
+                self.forget(reader, identifier)
             self._notices.append(Notice(reader, Gone(identifier)))
         else:
             self._entries.move_to_end(identifier)

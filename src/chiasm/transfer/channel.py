@@ -27,8 +27,10 @@ READ_AHEAD_BYTES = 1 << 16
 """How much of one connection is read before it is looked at; twice that at most, unless a frame is longer."""
 LENGTH = struct.Struct(">I")
 _OTHER_PROTOCOL = "it does not speak the control protocol"
+VANISHED_SECONDS = 25.0
+"""How long a host may answer nothing at all before its connections break."""
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""A host that vanished is noticed within half a minute."""
+"""The kernel asks for an answer only while nothing was sent; what was sent it repeats, by itself for a quarter of an hour."""
 
 _Incoming = TypeVar("_Incoming")
 _Other = TypeVar("_Other")
@@ -103,6 +105,8 @@ def keep_alive(connection: socket.socket) -> None:
     for name, value in _KEEPALIVE.items():
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(VANISHED_SECONDS * 1000))
 
 
 class ControlThread:
