@@ -9,14 +9,24 @@ from typing import Any, cast
 
 import msgspec
 
+from chiasm.ec_transfer.peer_messages import Bad, Gone, HolderMessage, ReaderMessage
 from chiasm.fleet_key import NONCE_BYTES
 from chiasm.kv_transfer.messages import ConsumerMessage, ProducerMessage, Refused, Release
 from chiasm.transfer.channel import LENGTH, Channel, ChannelClosed
-from chiasm.transfer.greeting import Challenge, Hello
+from chiasm.transfer.greeting import Attach, Challenge, Hello, Proven, Unwelcome
 
 _runner = asyncio.Runner()
 _DECODERS: list[msgspec.msgpack.Decoder[Any]] = [
-    msgspec.msgpack.Decoder(kind) for kind in (Challenge, Hello, ConsumerMessage, ProducerMessage)
+    msgspec.msgpack.Decoder(kind)
+    for kind in (
+        Challenge,
+        Hello | Attach,
+        ConsumerMessage,
+        ProducerMessage,
+        ReaderMessage,
+        HolderMessage,
+        Proven | Unwelcome,
+    )
 ]
 
 
@@ -43,6 +53,9 @@ def seeds() -> list[bytes]:
         Hello("kv", 1, "engine", nonce, b"", {"dtype": "float32"}),
         Release(1),
         Refused(1, "why"),
+        Bad("a" * 64),
+        Gone("a" * 64),
+        Unwelcome("why"),
     ]
     frames = [LENGTH.pack(len(body)) + body for body in map(msgspec.msgpack.encode, messages)]
     alone = [bytes([_BODY + which]) + frame[LENGTH.size :] for which, frame in enumerate(frames)]
@@ -53,7 +66,7 @@ def take(data: bytes) -> bool:
     """The first byte chooses who reads, and whether the rest is frames or the body of one."""
     which, rest = (data[0], data[1:]) if data else (0, b"")
     frames = LENGTH.pack(len(rest)) + rest if which >= _BODY else rest
-    return _runner.run(_receive(_DECODERS[which % len(_DECODERS)], frames))
+    return _runner.run(_receive(_DECODERS[which % _BODY % len(_DECODERS)], frames))
 
 
 async def _receive(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> bool:
