@@ -193,8 +193,8 @@ def test_every_measurement_has_a_name_a_purpose_and_a_target() -> None:
 
 
 def _by_name() -> str:
-    found = MEASUREMENTS[EngineKind.CHIASM].items()
-    return " and ".join(name for name, measurement in found if measurement.only_by_name)
+    *others, last = (name for name, one in MEASUREMENTS[EngineKind.CHIASM].items() if one.only_by_name)
+    return f"{', '.join(others)} and {last}"
 
 
 def test_the_help_and_the_documentation_list_all_measurements() -> None:

@@ -48,7 +48,11 @@ def test_what_a_worker_cannot_load_fails_its_requests_and_the_next_response_is_r
     order(faults, data, "out-of-reach", harm)
     with ThreadPoolExecutor(4) as pool:
         responses = list(pool.map(other_pd.post, [body, good, body, body]))
-    assert [response.status_code for response in responses] == [503, 200, 503, 503]
+    assert responses.pop(1).status_code == 200
+    # Who comes to a later step can be answered: the scheduler has the embedding in its memory.
+    answered = [response for response in responses if response.status_code == 200]
+    assert {response.status_code for response in responses} - {200} == {503}
+    assert all(response.json()["choices"][0]["message"]["content"] == expected for response in answered)
     # Blocks that were computed from zeros are not reused for the same prompt.
     assert other_pd.answer(ask(encoder, data)) == expected
     assert other_pd.answer(ask(encoder, data)) == expected
