@@ -226,6 +226,14 @@ class WithStore(ECConnector):
             self._read_if_needed(identifier)
         return self._reader.promise(identifier, wanted.rank)
 
+    def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        return self._connector.layout_of(
+            identifier
+        )  # what is read from the store is checked before there is memory for it
+
+    def is_published(self, identifier: str) -> bool:
+        return self._connector.is_published(identifier)
+
     def is_coming(self, identifier: str) -> bool:
         if self._reader is not None and (identifier in self._reader or identifier in self._told):
             return True
