@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chiasm.bench.handed_over import WantingRequest, bytes_of, made_embedding, seconds_of, taken_in_step
 from chiasm.bench.load import alternate
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole, ECTransferConfig, ECTransferRole
 from chiasm.transfer.memory import Memory, Peer, Run
@@ -21,22 +22,8 @@ from chiasm.transfer.memory_file import MemoryFile
 if TYPE_CHECKING:
     import torch
 
-_ROW_BYTES = 4096
 _SETTLE_SECONDS = 0.05
 _PATIENCE_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class _Item:
-    identifier: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class _Request:
-    request_id: str
-    items: tuple[_Item, ...]
 
 
 @dataclass(frozen=True)
@@ -56,17 +43,14 @@ def measure_memory_handoff(connector: str, size_bytes: int, repeats: int) -> Mem
     A handoff begins with an embedding in the producer's memory and ends when the consumer's step has it. The consumer waits for
     it already, as when the proxy has told it the place. All memory was touched before.
     """
-    import torch
-
-    rows = max(1, size_bytes // _ROW_BYTES)
-    embedding = torch.randint(0, 2**15, (rows, _ROW_BYTES // 2), dtype=torch.int16).view(torch.bfloat16)
-    source = embedding.view(torch.uint8).numpy().reshape(-1)
+    embedding = made_embedding(size_bytes)
+    source = bytes_of(embedding)
     target = np.zeros_like(source)
     with _Pair(connector, source.nbytes) as pair, _bare(connector, source.nbytes) as bare:
         memcpy, alone, handoff = alternate(
             [
-                lambda: (_seconds(lambda: np.copyto(target, source)),),
-                lambda: (_seconds(bare.move),),
+                lambda: (seconds_of(lambda: np.copyto(target, source)),),
+                lambda: (seconds_of(bare.move),),
                 lambda: (pair.hand_off(embedding),),
             ],
             repeats,
@@ -97,11 +81,10 @@ class _Pair:
         identifier = secrets.token_hex(32)
         (scheduler, worker), place = self._consumer, self._producer[1].place()
         assert place is not None
-        request = _Request(identifier, (_Item(identifier, 0, embedding.shape[0]),))
+        request = WantingRequest.of(identifier, embedding)
         scheduler.ensure_cache_available(request, 0)
         scheduler.expect({identifier: place})
         time.sleep(_SETTLE_SECONDS)
-        received: dict[str, torch.Tensor] = {}
         started = time.perf_counter()
         self._producer[1].save_caches({identifier: embedding}, identifier)
         while not scheduler.has_cache_item(identifier):
@@ -109,9 +92,7 @@ class _Pair:
                 raise TimeoutError("an embedding did not arrive")
             self._woken.clear()
         scheduler.update_state_after_alloc(request, 0)
-        worker.bind_connector_metadata(scheduler.build_connector_meta())
-        worker.start_load_caches(received)
-        worker.clear_connector_metadata()
+        received = taken_in_step(scheduler, worker)
         seconds = time.perf_counter() - started
         received.clear()
         scheduler.request_finished(request)
@@ -206,9 +187,3 @@ class _BareNixl(_Bare):
 def _bare(connector: str, size_bytes: int) -> _Bare:
     kinds: dict[str, Callable[[int], _Bare]] = {"TcpConnector": _BareTcp, "NixlConnector": _BareNixl}
     return kinds[connector](size_bytes) if connector in kinds else _Bare()
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started

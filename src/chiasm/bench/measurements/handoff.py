@@ -8,8 +8,7 @@ import mmap
 import os
 import secrets
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from chiasm.bench.handed_over import WantingRequest, bytes_of, made_embedding, seconds_of, taken_in_step
 from chiasm.bench.load import alternate
 from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
 from chiasm.bench.memory_handoff import measure_memory_handoff
@@ -30,8 +30,6 @@ _MEGABYTE = 1_000_000
 _SIZES_BYTES = {"0.5 MB": _MEGABYTE // 2, "10 MB": 10 * _MEGABYTE, "67 MB": 67 * _MEGABYTE}
 _FACTOR = 1.3
 _EXTRA_SECONDS = 1e-3
-_ROW_BYTES = 4096
-"""2048 columns of bfloat16."""
 
 
 class Handoff(Measurement):
@@ -113,19 +111,6 @@ class HandoffResult:
         return self.handoff_seconds / (self.plain_write_seconds + self.mapped_read_seconds)
 
 
-@dataclass(frozen=True)
-class _Item:
-    identifier: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class _Request:
-    request_id: str
-    items: tuple[_Item, ...]
-
-
 def measure_handoff(folder: Path, sizes_bytes: Sequence[int], repeats: int) -> list[HandoffResult]:
     """Measure handoffs through SharedStorageConnector in this process, on the CPU, in a temporary folder in ``folder``.
 
@@ -139,29 +124,27 @@ def measure_handoff(folder: Path, sizes_bytes: Sequence[int], repeats: int) -> l
     4096 bytes, at least one.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        return [_measure(Path(name), max(1, size // _ROW_BYTES), repeats) for size in sizes_bytes]
+        return [_measure(Path(name), size, repeats) for size in sizes_bytes]
 
 
-def _measure(folder: Path, rows: int, repeats: int) -> HandoffResult:
-    import torch
-
-    embedding = torch.randint(0, 2**15, (rows, _ROW_BYTES // 2), dtype=torch.int16).view(torch.bfloat16)
-    source = _bytes_of(embedding)
+def _measure(folder: Path, size_bytes: int, repeats: int) -> HandoffResult:
+    embedding = made_embedding(size_bytes)
+    source = bytes_of(embedding)
     target = np.empty_like(source)
     plain_path = folder / "plain"
     pair = _Pair(folder / "entries", 4 * source.nbytes)
 
     def write_and_read() -> tuple[float, float]:
-        seconds = _seconds(lambda: _plain_write(plain_path, source)), _seconds(lambda: _mapped_read(plain_path))
+        seconds = seconds_of(lambda: _plain_write(plain_path, source)), seconds_of(lambda: _mapped_read(plain_path))
         plain_path.unlink()
         return seconds
 
     def copy() -> tuple[float]:
-        return (_seconds(lambda: np.copyto(target, source)),)
+        return (seconds_of(lambda: np.copyto(target, source)),)
 
     def hand_off() -> tuple[float]:
         identifier = secrets.token_hex(32)
-        seconds = _seconds(lambda: pair.hand_off(identifier, embedding))
+        seconds = seconds_of(lambda: pair.hand_off(identifier, embedding))
         pair.remove(identifier)
         return (seconds,)
 
@@ -183,23 +166,14 @@ class _Pair:
 
     def hand_off(self, identifier: str, embedding: torch.Tensor) -> None:
         self._producer.save_caches({identifier: embedding}, identifier)
-        request = _Request("measured", (_Item(identifier, 0, embedding.shape[0]),))
+        request = WantingRequest.of(identifier, embedding)
         if self._scheduler.ensure_cache_available(request, 0):
             self._scheduler.update_state_after_alloc(request, 0)
-        received: dict[str, torch.Tensor] = {}
-        self._worker.bind_connector_metadata(self._scheduler.build_connector_meta())
-        self._worker.start_load_caches(received)
-        self._worker.clear_connector_metadata()
-        _read_every_byte(_bytes_of(received[identifier]))
+        received = taken_in_step(self._scheduler, self._worker)
+        _read_every_byte(bytes_of(received[identifier]))
 
     def remove(self, identifier: str) -> None:
         (self._folder / f"{identifier}.safetensors").unlink()
-
-
-def _bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    import torch
-
-    return tensor.view(torch.uint8).numpy().reshape(-1)
 
 
 def _plain_write(path: Path, source: npt.NDArray[np.uint8]) -> None:
@@ -219,9 +193,3 @@ def _mapped_read(path: Path) -> None:
 
 def _read_every_byte(data: npt.NDArray[np.uint8]) -> int:
     return int(data.view(np.int64).sum())
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
