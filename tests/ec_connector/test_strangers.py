@@ -62,8 +62,8 @@ class FalseReader(Connection):
         self.hear_challenge()
         terms = {"connector": CONNECTOR, "fingerprint": "5eed"}
         self.say(Hello(PROTOCOL, PROTOCOL_VERSION, place.engine_id, make_nonce(), b"", terms))
-        assert msgspec.msgpack.decode(self.hear(), type=Proven)
-        self.welcome = msgspec.msgpack.decode(self.hear(), type=Welcome)
+        assert msgspec.msgpack.decode(self.hear_frame(), type=Proven)
+        self.welcome = msgspec.msgpack.decode(self.hear_frame(), type=Welcome)
 
 
 class FalseHolder:
@@ -82,10 +82,10 @@ class FalseHolder:
         connection = Connection(self._listener.accept()[0])
         self._connections.append(connection)
         connection.say(Challenge(make_nonce()))
-        assert msgspec.msgpack.decode(connection.hear(), type=Hello)
+        assert msgspec.msgpack.decode(connection.hear_frame(), type=Hello)
         connection.say(Proven(b""))
         connection.say(self._welcome)
-        assert msgspec.msgpack.decode(connection.hear(), type=Want).identifier == CAT
+        assert msgspec.msgpack.decode(connection.hear_frame(), type=Want).identifier == CAT
         return connection
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ def test_an_embedding_that_claims_2_to_the_63_bytes_is_refused(
     model.scheduler.expect({CAT: false_holder.place})
     connection = false_holder.accept()
     connection.socket.sendall(packed(here(shape=[(1 << 31) - 1, (1 << 31) - 1], granted=True)))
-    assert msgspec.msgpack.decode(connection.hear(), type=Forget).identifier == CAT
+    assert msgspec.msgpack.decode(connection.hear_frame(), type=Forget).identifier == CAT
     assert_comes_from(encoder, model, request)
 
 
@@ -199,7 +199,7 @@ def test_who_is_granted_what_it_waited_for_and_says_nothing_is_disconnected(
 
 
 def hear(reader: FalseReader) -> Here:
-    message: HolderMessage = msgspec.msgpack.decode(reader.hear(), type=HolderMessage)
+    message: HolderMessage = msgspec.msgpack.decode(reader.hear_frame(), type=HolderMessage)
     assert isinstance(message, Here)
     return message
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import struct
 from types import TracebackType
 from typing import Any
 
@@ -13,43 +12,12 @@ from chiasm.fleet_key import Handshake, Side, make_nonce
 from chiasm.kv_transfer.messages import ConsumerMessage, ProducerMessage, Welcome, terms_of
 from chiasm.transfer.greeting import Challenge, Hello, Proven, Unwelcome
 from chiasm.wire import KVTransferParams
+from tests.transfer.raw_connection import RawConnection
 
 from .instance import LAYOUT, PATIENCE_SECONDS, Instance
 
 
-class _Peer:
-    """One end of a connection, with blocking calls."""
-
-    socket: socket.socket
-
-    def say(self, *messages: msgspec.Struct) -> None:
-        for message in messages:
-            self.send_frame(msgspec.msgpack.encode(message))
-
-    def send_frame(self, body: bytes) -> None:
-        self.socket.sendall(struct.pack(">I", len(body)) + body)
-
-    def is_closed(self) -> bool:
-        """Whether the other side has ended the connection and said no more; waits until it does something."""
-        try:
-            return self.socket.recv(1) == b""
-        except ConnectionResetError:
-            return True
-
-    def _hear(self) -> bytes:
-        (length,) = struct.unpack(">I", self._exactly(4))
-        return self._exactly(length)
-
-    def _exactly(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            more = self.socket.recv(count - len(data))
-            assert more, "the other side ended the connection"
-            data += more
-        return data
-
-
-class RawConsumer(_Peer):
+class RawConsumer(RawConnection):
     """A connection to ``producer``, from the moment on which it is made; greets when told so."""
 
     def __init__(self, producer: Instance) -> None:
@@ -65,7 +33,7 @@ class RawConsumer(_Peer):
 
     def hello(self, **changes: Any) -> Hello:
         """Hear the challenge, and return the hello that answers it, except for ``changes``."""
-        challenge = msgspec.msgpack.decode(self._hear(), type=Challenge)
+        challenge = msgspec.msgpack.decode(self.hear_frame(), type=Challenge)
         config = self._producer.config
         terms, nonce = terms_of(config, LAYOUT), make_nonce()
         version = changes.get("version", terms.version)
@@ -83,11 +51,11 @@ class RawConsumer(_Peer):
     def greet(self, hello: Hello | None = None) -> Proven | Unwelcome:
         """Say hello, and hear what comes."""
         self.say(self.hello() if hello is None else hello)
-        reply: Proven | Unwelcome = msgspec.msgpack.decode(self._hear(), type=Proven | Unwelcome)
+        reply: Proven | Unwelcome = msgspec.msgpack.decode(self.hear_frame(), type=Proven | Unwelcome)
         return reply
 
     def hear(self) -> ProducerMessage:
-        message: ProducerMessage = msgspec.msgpack.decode(self._hear(), type=ProducerMessage)
+        message: ProducerMessage = msgspec.msgpack.decode(self.hear_frame(), type=ProducerMessage)
         return message
 
     def ask(self, message: ConsumerMessage) -> ProducerMessage:
@@ -101,7 +69,7 @@ class RawConsumer(_Peer):
         return welcome
 
 
-class RawProducer(_Peer):
+class RawProducer(RawConnection):
     """A producer that listens, and takes one consumer when told so. It lends the memory of a real one."""
 
     def __init__(self, lender: Instance) -> None:
@@ -133,7 +101,7 @@ class RawProducer(_Peer):
         self.socket, _ = self.listener.accept()
         self.socket.settimeout(PATIENCE_SECONDS)
         self.say(Challenge(make_nonce()))
-        assert isinstance(msgspec.msgpack.decode(self._hear(), type=Hello), Hello)
+        assert isinstance(msgspec.msgpack.decode(self.hear_frame(), type=Hello), Hello)
 
     def greet(self) -> None:
         """Take the consumer that comes, and welcome it."""
@@ -141,5 +109,5 @@ class RawProducer(_Peer):
         self.say(Proven(b""), self._welcome)
 
     def hear(self) -> ConsumerMessage:
-        message: ConsumerMessage = msgspec.msgpack.decode(self._hear(), type=ConsumerMessage)
+        message: ConsumerMessage = msgspec.msgpack.decode(self.hear_frame(), type=ConsumerMessage)
         return message

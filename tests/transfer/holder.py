@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from chiasm.transfer.greeting import Challenge, Terms
 from chiasm.transfer.listener import Listener
 from chiasm.transfer.memory import DataPlane, Memory, Peer, Range, ReachedMemory
 from chiasm.transfer.memory_file import MemoryFile
+from tests.transfer.raw_connection import RawConnection
 
 PATIENCE_SECONDS = 30.0
 NUM_BYTES = 32 << 20
@@ -74,37 +74,12 @@ class Holder:
             self.offered.close()
 
 
-class Stranger:
-    """A connection with blocking calls."""
-
+class Stranger(RawConnection):
     def __init__(self, peer: Peer) -> None:
         self.socket = socket.create_connection(peer, PATIENCE_SECONDS)
 
     def hear_challenge(self) -> Challenge:
-        return msgspec.msgpack.decode(self.hear(), type=Challenge)
-
-    def hear(self) -> bytes:
-        (length,) = struct.unpack(">I", self.exactly(4))
-        return self.exactly(length)
-
-    def exactly(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            more = self.socket.recv(count - len(data))
-            assert more, "the other side ended the connection"
-            data += more
-        return data
-
-    def say(self, message: msgspec.Struct) -> None:
-        body = msgspec.msgpack.encode(message)
-        self.socket.sendall(struct.pack(">I", len(body)) + body)
-
-    def is_closed(self) -> bool:
-        """Whether the other side ends the connection and says no more; waits until it does something."""
-        try:
-            return self.socket.recv(1) == b""
-        except (ConnectionResetError, BrokenPipeError):
-            return True
+        return msgspec.msgpack.decode(self.hear_frame(), type=Challenge)
 
 
 @contextmanager

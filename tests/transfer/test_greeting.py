@@ -73,7 +73,7 @@ def hello_to(connection: Stranger, terms: Terms, side: Side = Side.CALLER) -> He
 
 def reply_to(connection: Stranger, hello: Hello) -> Proven | Unwelcome:
     connection.say(hello)
-    return msgspec.msgpack.decode(connection.hear(), type=Proven | Unwelcome)
+    return msgspec.msgpack.decode(connection.hear_frame(), type=Proven | Unwelcome)
 
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["without a key", "with a key"])
