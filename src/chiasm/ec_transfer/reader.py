@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from chiasm.ec_transfer.base import ECConnectorStats
 from chiasm.ec_transfer.peer_messages import Here, HolderMessage, Take, Want, Welcome
 from chiasm.ec_transfer.sources import Arrived, EntryUnusable, Source
 from chiasm.ec_transfer.wants import Read, Send, Wanted, WantTable
-from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
+from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread, start_task
 from chiasm.transfer.errors import TransferError
 from chiasm.transfer.greeting import Terms, open_channel
 from chiasm.transfer.memory import Peer
@@ -165,20 +166,7 @@ class Reader:
 
     def _start(self, holder: _Holder, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run ``work`` as a task. If it raises, the holder is lost."""
-
-        def end(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            error = None if task.cancelled() else task.exception()
-            if isinstance(error, TransferError):
-                self._lose(holder, str(error))
-            elif error is not None:
-                _logger.error("An error in the thread that reads embeddings ends one connection.", exc_info=error)
-                self._lose(holder, f"an unexpected error: {error!r}")
-
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(end)
-        return task
+        return start_task(self._tasks, work, partial(self._lose, holder), thread="thread that reads embeddings")
 
     def _act(self) -> None:
         """Do what the table says."""

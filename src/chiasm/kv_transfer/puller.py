@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -42,7 +43,7 @@ from chiasm.kv_transfer.messages import (
     Whole,
     terms_of,
 )
-from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
+from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread, start_task
 from chiasm.transfer.errors import TransferError
 from chiasm.transfer.greeting import open_channel
 from chiasm.transfer.memory import Peer, ReachedMemory
@@ -172,20 +173,7 @@ class Puller:
 
     def _start(self, producer: _Producer, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run ``work`` as a task. If it raises, the producer is lost."""
-
-        def end(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            error = None if task.cancelled() else task.exception()
-            if isinstance(error, TransferError):
-                self._lose(producer, str(error))
-            elif error is not None:
-                _logger.error("An error in the KV control thread ends one connection.", exc_info=error)
-                self._lose(producer, f"an unexpected error: {error!r}")
-
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(end)
-        return task
+        return start_task(self._tasks, work, partial(self._lose, producer), thread="KV control thread")
 
     def _begin(self, metadata: KVConnectorMetadata) -> None:
         if self._closing:

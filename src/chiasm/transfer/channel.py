@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import struct
 import threading
@@ -19,6 +20,8 @@ import msgspec
 
 from chiasm.transfer.errors import TransferError
 from chiasm.wire import UNREADABLE
+
+_logger = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1 << 20
 MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES
@@ -134,3 +137,31 @@ class ControlThread:
         """Wait until everything on the thread has ended; idempotent."""
         self.call(self._closing.set)
         self._thread.join()
+
+
+def start_task(
+    tasks: set[asyncio.Task[None]],
+    work: Coroutine[Any, Any, None],
+    lose: Callable[[str], object],
+    *,
+    thread: str,
+) -> asyncio.Task[None]:
+    """Run ``work`` for one connection as a task, which is in ``tasks`` until it ends.
+
+    If it raises, ``lose`` gets the reason, a clause for the log; an error that isn't a TransferError is logged. ``thread`` is
+    what the log calls this thread.
+    """
+
+    def end(task: asyncio.Task[None]) -> None:
+        tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, TransferError):
+            lose(str(error))
+        elif error is not None:
+            _logger.error("An error in the %s ends one connection.", thread, exc_info=error)
+            lose(f"an unexpected error: {error!r}")
+
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(end)
+    return task
