@@ -70,24 +70,24 @@ class ForkServer:
         request = msgspec.json.encode(_Request(command[-1], " ".join(command), str(folder), dict(environment)))
         with self._lock, contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             control = self._running()
-            pipes = [os.pipe() for _ in range(3)]
-            (their_in, our_in), *outputs = pipes
-            for descriptor in (their_in, *(write for _, write in outputs)):
+            (their_in, our_in), (our_out, their_out), (our_err, their_err) = [os.pipe() for _ in range(3)]
+            descriptors = (their_in, their_out, their_err)
+            for descriptor in descriptors:
                 theirs.callback(os.close, descriptor)
-            streams = [os.fdopen(our_in, "w", encoding="utf-8")]
-            streams += [os.fdopen(read, encoding="utf-8", errors="replace") for read, _ in outputs]
-            for stream in streams:
-                ours.callback(stream.close)
+            stdin = ours.enter_context(os.fdopen(our_in, "w", encoding="utf-8"))
+            stdout, stderr = (
+                ours.enter_context(os.fdopen(read, encoding="utf-8", errors="replace")) for read in (our_out, our_err)
+            )
             pid = 0
             with _adopting(), contextlib.suppress(ConnectionError):
-                socket.send_fds(control, [len(request).to_bytes(_LENGTH_BYTES)], [their_in, *(w for _, w in outputs)])
+                socket.send_fds(control, [len(request).to_bytes(_LENGTH_BYTES)], descriptors)
                 control.sendall(request)
                 pid = int.from_bytes(_receive(control, _LENGTH_BYTES))
             if not pid:
                 self._discard()
                 raise OSError(_ENDED)
             ours.pop_all()
-        return Process(pid, *streams, wait=lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        return Process(pid, stdin, stdout, stderr, lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
     def close(self) -> None:
         """End the server; what was forked runs on. A ``start`` that waits for it fails, and so do all later ones."""
@@ -105,7 +105,7 @@ class ForkServer:
             with theirs:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "chiasm", COMMAND],
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C in the terminal isn't for it
                 )
