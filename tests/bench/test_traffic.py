@@ -21,7 +21,7 @@ def test_gaps_between_arrivals_vary_as_much_as_they_shall() -> None:
     assert statistics.stdev(gaps) / statistics.fmean(gaps) == pytest.approx(ARRIVAL_CV, rel=0.05)
 
 
-@pytest.mark.parametrize("mix", MIXES.values(), ids=str)
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_the_same_seed_gives_the_same_requests(mix: Mix) -> None:
     assert mix.pattern(3) == mix.pattern(3)
     assert mix.pattern(3) != mix.pattern(4)

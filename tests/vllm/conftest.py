@@ -1,15 +1,15 @@
 """Tests with the real vLLM, which needs an environment of its own: `make test-vllm`. Without vLLM none of them is collected.
 
-A start of vLLM takes up to a minute of a core, so instances start when a test first asks for them, several at a time, and
-the fixtures of this file serve all tests of the session. Instances that only one file needs are stopped after its last test,
-to leave memory for the next.
+A start of vLLM takes a quarter of a minute of a core, so the fixtures of this file serve all tests of the session: the first
+test that asks for one starts all that any test wants, at the same time. Instances that only one file needs are stopped after
+its last test, to leave memory for the next.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -78,58 +78,78 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _servers(launch_for_all: Launch, logs: Path, store: Path) -> tuple[Server, Server, Server]:
-    """Started at the same time, since nearly every file needs all three."""
-    servers = (
-        launch_for_all(vllm(logs, "encoder", transfer_config("ec_producer", store))),
-        launch_for_all(vllm(logs, "pd", transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS))),
-        launch_for_all(vllm(logs, "aggregated")),
-    )
-    for server in servers:
-        server.wait_ready()
-    return servers
-
-
-@pytest.fixture(scope="session")
-def encoder(_servers: tuple[Server, Server, Server]) -> Server:
-    """A vLLM instance that encodes images into ``store``."""
-    return _servers[0]
-
-
-@pytest.fixture(scope="session")
-def pd(_servers: tuple[Server, Server, Server]) -> Server:
-    """A vLLM instance that reads embeddings from ``store`` and waits ``WAIT_SECONDS`` for one."""
-    return _servers[1]
-
-
-@pytest.fixture(scope="session")
-def aggregated(_servers: tuple[Server, Server, Server]) -> Server:
-    """A vLLM instance that does everything itself; the others' responses are compared with its own."""
-    return _servers[2]
-
-
-@pytest.fixture(scope="session")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which a test orders a fault of ``other_pd``, see faulty_connector.py."""
     return tmp_path_factory.mktemp("faults")
 
 
 @pytest.fixture(scope="session")
-def other_pd(launch_for_all: Launch, logs: Path, store: Path, faults: Path) -> Server:
-    """Another one like ``pd``, which waits ``OTHER_WAIT_SECONDS`` and harms entries if a test orders it."""
-    transfer = transfer_config("ec_consumer", store, wait_seconds=OTHER_WAIT_SECONDS)
-    transfer |= {"ec_connector": "FaultyECConnector", "ec_connector_module_path": "tests.vllm.faulty_connector"}
+def shared_instances(
+    request: pytest.FixtureRequest, launch_for_all: Launch, logs: Path, store: Path, faults: Path
+) -> SharedInstances:
+    faulty = transfer_config("ec_consumer", store, wait_seconds=OTHER_WAIT_SECONDS)
+    faulty |= {"ec_connector": "FaultyECConnector", "ec_connector_module_path": "tests.vllm.faulty_connector"}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {FAULTS: str(faults), "PYTHONPATH": path}
-    server = launch_for_all(vllm(logs, "other-pd", transfer, environment=environment))
-    server.wait_ready()
-    return server
+    make: dict[str, Callable[[], tuple[Server, ...]]] = {
+        "encoder": lambda: (vllm(logs, "encoder", transfer_config("ec_producer", store)),),
+        "pd": lambda: (vllm(logs, "pd", transfer_config("ec_consumer", store, wait_seconds=WAIT_SECONDS)),),
+        "aggregated": lambda: (vllm(logs, "aggregated"),),
+        "other_pd": lambda: (vllm(logs, "other-pd", faulty, environment=environment),),
+        "prefill_decode": lambda: prefill_and_decode(logs, "demo", store),
+    }
+    wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    return SharedInstances(make, launch_for_all, wanted)
+
+
+class SharedInstances:
+    """Instances of vLLM by the fixture that gives them."""
+
+    def __init__(
+        self, make: Mapping[str, Callable[[], tuple[Server, ...]]], launch: Launch, wanted: Collection[str]
+    ) -> None:
+        self._make = make
+        self._launch = launch
+        self._wanted = wanted
+        self._started: dict[str, tuple[Server, ...]] = {}
+
+    def get(self, *names: str) -> list[Server]:
+        """Return those of the fixtures ``names`` once they are ready. The first call starts all that any test wants."""
+        for name, make in self._make.items():
+            if name not in self._started and (name in names or name in self._wanted):
+                self._started[name] = tuple(map(self._launch, make()))
+        found = [server for name in names for server in self._started[name]]
+        for server in found:
+            server.wait_ready()
+        return found
 
 
 @pytest.fixture(scope="session")
-def prefill_decode(launch_for_all: Launch, logs: Path, store: Path) -> tuple[Server, Server]:
+def encoder(shared_instances: SharedInstances) -> Server:
+    """A vLLM instance that encodes images into ``store``."""
+    return shared_instances.get("encoder")[0]
+
+
+@pytest.fixture(scope="session")
+def pd(shared_instances: SharedInstances) -> Server:
+    """A vLLM instance that reads embeddings from ``store`` and waits ``WAIT_SECONDS`` for one."""
+    return shared_instances.get("pd")[0]
+
+
+@pytest.fixture(scope="session")
+def aggregated(shared_instances: SharedInstances) -> Server:
+    """A vLLM instance that does everything itself; the others' responses are compared with its own."""
+    return shared_instances.get("aggregated")[0]
+
+
+@pytest.fixture(scope="session")
+def other_pd(shared_instances: SharedInstances) -> Server:
+    """Another one like ``pd``, which waits ``OTHER_WAIT_SECONDS`` and harms entries if a test orders it."""
+    return shared_instances.get("other_pd")[0]
+
+
+@pytest.fixture(scope="session")
+def prefill_decode(shared_instances: SharedInstances) -> tuple[Server, Server]:
     """A prefill and a decode instance of vLLM on ``store``; the last test of test_identity.py kills the first."""
-    prefill, decode = map(launch_for_all, prefill_and_decode(logs, "demo", store))
-    prefill.wait_ready()
-    decode.wait_ready()
+    prefill, decode = shared_instances.get("prefill_decode")
     return prefill, decode

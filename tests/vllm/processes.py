@@ -1,4 +1,4 @@
-"""Starts vLLM's and chiasm's processes as a person would, and talks to them."""
+"""Starts vLLM's and chiasm's processes with the options that a person would give, and talks to them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from chiasm.wire import Health
 MODEL = "demo"
 CHECKPOINT = folder(MODEL)
 ROOT = Path(__file__).resolve().parents[2]
+_VLLM = Path(__file__).with_name("forking.py")
 MIDDLEWARE = "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 """The range from which the system takes ports for outgoing connections."""
@@ -34,7 +35,6 @@ START_SECONDS = 400
 """The longest that several processes take to start at the same time on two slow cores."""
 
 _ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -175,9 +175,10 @@ def vllm(
 ) -> Server:
     """Start `vllm serve` of a checkpoint with chiasm's middleware, and with its connector if ``transfer`` is given."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--port", str(port)]
+    command = [sys.executable, "-P", str(_VLLM), "serve", str(checkpoint), "--port", str(port)]
     command += ["--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "2048", "--max-num-seqs", "8", "--middleware", MIDDLEWARE, *flags]
+    command += ["--max-model-len", "2048", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "256M"]
+    command += ["--middleware", MIDDLEWARE, *flags]
     if transfer is not None:
         command += ["--ec-transfer-config", json.dumps(transfer)]
         if "connector" in transfer["ec_connector_extra_config"]:

@@ -61,8 +61,8 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
         if name == "demo":
             checkpoint: Path = CHECKPOINT
             through: Path | str = request.getfixturevalue("store")
-            encoder, pd, aggregated = (request.getfixturevalue(one) for one in ("encoder", "pd", "aggregated"))
-            prefill, decode = request.getfixturevalue("prefill_decode")
+            shared = request.getfixturevalue("shared_instances").get("encoder", "pd", "aggregated", "prefill_decode")
+            encoder, pd, aggregated, prefill, decode = shared
             started: list[Server] = []
         else:
             checkpoint = synthetic.make(name, tmp_path_factory.mktemp("checkpoint") / name, size=HEADS_OF_64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import subprocess
@@ -268,7 +269,7 @@ class _Player:
 
 
 class _CutOff:
-    """Passes bytes of a server on until so many have been sent, then cuts the connection."""
+    """Passes bytes on in both directions until the server has sent so many, then cuts the connection."""
 
     def __init__(self, port: int, sent_bytes: int) -> None:
         self._server = port
@@ -281,9 +282,13 @@ class _CutOff:
         with self._listener.accept()[0] as client, socket.create_connection(("127.0.0.1", self._server)) as server:
             server.sendall(client.recv(1 << 16))
             while self._left:
-                data = server.recv(min(self._left, 1 << 16))
-                client.sendall(data)
-                self._left -= len(data)
+                for ready in select.select([client, server], [], [])[0]:
+                    data = ready.recv(1 << 16 if ready is client else min(self._left, 1 << 16))
+                    if ready is client:
+                        server.sendall(data)
+                    else:
+                        client.sendall(data)
+                        self._left -= len(data)
 
     def __enter__(self) -> _CutOff:
         self._thread.start()
@@ -291,6 +296,7 @@ class _CutOff:
 
     def __exit__(self, *_: object) -> None:
         self._thread.join(10)
+        assert not self._thread.is_alive()
         self._listener.close()
 
 
