@@ -59,6 +59,8 @@ class Sequence:
         self.num_remote = num_remote
         """Number of tokens, from the first, whose KV is still to come from another instance."""
         self.was_scheduled = False
+        self.is_running = False
+        """Whether it is among those that run: admitted, and neither preempted nor at its end."""
         self.finished = False
         self.held: set[str] = set()
         """Identifiers of the entries that it holds in the encoder cache."""
