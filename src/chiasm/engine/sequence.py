@@ -30,10 +30,12 @@ class Sequence:
         seed: int,
         block_size: int,
         cache_salt: str = "",
+        hasher: BlockHasher | None = None,
         leader: Sequence | None = None,
         output_token_ids: AbstractSequence[int] = (),
         num_remote: int = 0,
     ) -> None:
+        """``hasher`` is one of this sequence that has hashed its first tokens already; without it, they are hashed here."""
         self.request_id = request_id
         self.index = index
         self.sequence_id = f"{request_id}/{index}"
@@ -64,7 +66,7 @@ class Sequence:
         self.finished = False
         self.held: set[str] = set()
         """Identifiers of the entries that it holds in the encoder cache."""
-        self._hasher = BlockHasher(block_size, prompt.items, cache_salt)
+        self._hasher = hasher or BlockHasher(block_size, prompt.items, cache_salt)
 
     @property
     def order(self) -> tuple[float, int]:
