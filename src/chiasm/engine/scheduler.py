@@ -324,15 +324,18 @@ class Scheduler:
         left.
         """
         step = Step()
-        self._forget_old_answers()
-        budget = self._schedule_decodes(step)
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self._not_stalled():
+            (decoding if sequence.is_decoding else prefilling).append(sequence)
+        budget = self._schedule_decodes(decoding, step)
         # Sequences that wait for an embedding compute nothing, so they take no place.
         placed = [*self._not_stalled(), *self.loading]
         room = self.config.max_num_seqs - len(step.decodes)
         places = self.config.max_num_seqs - len(placed)
         held = Counter(sequence.part_of for sequence in placed)
         blocks_are_short = False
-        for sequence, waits in self._prefill_order(placed):
+        for sequence, waits in self._prefill_order(prefilling, placed):
             if budget == 0 or room == 0:
                 break
             if sequence in step.preempted:
@@ -372,18 +375,19 @@ class Scheduler:
             if part.start < sequence.num_prompt:
                 self._note_item_change(sequence)
             self._remember_blocks(sequence, part.start)
-            for item in sequence.items:
-                if item.offset + item.length <= sequence.num_computed:
-                    self._release_unless_needed(sequence, item)
+            if sequence.held:
+                for item in sequence.items:
+                    if item.offset + item.length <= sequence.num_computed:
+                        self._release_unless_needed(sequence, item)
             if part.samples:
                 sequence.token_ids.append(sampled[sequence.sequence_id])
 
     # ---- steps of the policy ----------------------------------------------------------------------------------------
 
-    def _schedule_decodes(self, step: Step) -> int:
-        """Add all decodes to the step; return how many rows are left for prefills."""
+    def _schedule_decodes(self, decoding: list[Sequence], step: Step) -> int:
+        """Add decodes to the step; return how many rows are left for prefills."""
         budget = self.config.max_num_batched_tokens
-        for sequence in [sequence for sequence in self._not_stalled() if sequence.is_decoding]:
+        for sequence in decoding:
             if budget == 0 or len(step.decodes) == self.config.max_num_seqs:
                 break
             if sequence.is_running and self._reserve(sequence, sequence.num_tokens, step):
@@ -398,12 +402,12 @@ class Scheduler:
             self._computing = [sequence for sequence in self.running if not self.is_stalled(sequence)]
         return self._computing
 
-    def _prefill_order(self, placed: list[Sequence]) -> list[tuple[Sequence, bool]]:
+    def _prefill_order(self, prefilling: list[Sequence], placed: list[Sequence]) -> list[tuple[Sequence, bool]]:
         """Return the sequences that may have tokens to prefill, first due first, each with whether it still waits to run.
 
         Where one that waits stands in this order, the one stands whose key has the turn.
         """
-        candidates = [(sequence, False) for sequence in self._not_stalled() if not sequence.is_decoding]
+        candidates = [(sequence, False) for sequence in prefilling if sequence.is_running]
         candidates += [
             (sequence, True)
             for sequence in self.waiting
@@ -470,9 +474,12 @@ class Scheduler:
 
     def _remember_blocks(self, sequence: Sequence, start: int) -> None:
         """Make the sequence's full blocks findable, from the one that holds token ``start``."""
-        block_size, hashes = self.block_manager.block_size, sequence.block_hashes()
-        for index in range(start // block_size, sequence.num_computed // block_size):
-            self.block_manager.remember(sequence.block_ids[index], hashes[index])
+        block_size = self.block_manager.block_size
+        full = range(start // block_size, sequence.num_computed // block_size)
+        if full:
+            hashes = sequence.block_hashes()
+            for index in full:
+                self.block_manager.remember(sequence.block_ids[index], hashes[index])
 
     def _schedule_prefill(self, sequence: Sequence, budget: int, step: Step) -> int | None:
         """Add the sequence's next chunk to the step; return its number of tokens.
@@ -504,13 +511,14 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, num_tokens: int, step: Step) -> bool:
         """Give the sequence blocks for ``num_tokens`` tokens, preempting others if necessary; return whether it has them."""
         needed = self.block_manager.blocks_for(num_tokens) - len(sequence.block_ids)
+        if needed <= 0:
+            return True
         while self.block_manager.num_free < needed:
             victim = self._victim(sequence, step)
             if victim is None:
                 return False
             self._preempt(victim, step)
-        if needed > 0:
-            sequence.block_ids.extend(self._allocate(needed))
+        sequence.block_ids.extend(self._allocate(needed))
         return True
 
     def _allocate(self, count: int) -> list[int]:

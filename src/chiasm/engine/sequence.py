@@ -48,6 +48,7 @@ class Sequence:
         self.due = due
         """When its work should be done, on any clock that all sequences share (:mod:`chiasm.due`)."""
         self.prompt = prompt
+        self.num_prompt = len(prompt.token_ids)
         self.sampling = sampling
         self.seed = seed
         self.leader = leader
@@ -82,10 +83,6 @@ class Sequence:
         return self.sampling.grammar
 
     @property
-    def num_prompt(self) -> int:
-        return len(self.prompt.token_ids)
-
-    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
@@ -100,7 +97,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether all tokens but the last are computed, and the last was sampled."""
-        return self.num_output > 0 and self.num_computed == self.num_tokens - 1
+        return self.num_computed >= self.num_prompt and self.num_computed == len(self.token_ids) - 1
 
     @property
     def prompt_computed(self) -> bool:
