@@ -186,6 +186,7 @@ class Driver:
         """Assert what must hold for every step."""
         scheduler = self.scheduler
         assert sum(part.num_tokens for part in step.scheduled) <= scheduler.config.max_num_batched_tokens
+        assert len(step.scheduled) <= scheduler.config.max_num_seqs
         names = [part.sequence.sequence_id for part in step.scheduled]
         assert len(names) == len(set(names))
         for part in step.scheduled:
@@ -204,6 +205,8 @@ class Driver:
         left = [block for blocks in scheduler._left_behind.values() for block in blocks]
         held.update(left)
         assert len(held) == blocks.num_blocks - blocks.num_free
+        assert all(sequence.is_running for sequence in scheduler.running)
+        assert not any(sequence.is_running for sequence in scheduler.waiting + scheduler.loading)
         for queue in (scheduler.running, scheduler.waiting):
             assert [sequence.order for sequence in queue] == sorted(sequence.order for sequence in queue)
 

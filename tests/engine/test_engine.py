@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
+from torch import Tensor
 
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
+from chiasm.engine.attention import AttentionStep
+from chiasm.engine.block_manager import BlockHasher
+from chiasm.engine.inbox import MAX_TAKEN
 from chiasm.engine.request import GenerateRequest, ItemOutcome
+from chiasm.engine.request_state import RequestState
+from chiasm.engine.sampler import Sampled
+from chiasm.engine.scheduler import Step
 from chiasm.errors import (
     ChiasmError,
     ConfigurationError,
@@ -395,6 +406,71 @@ async def test_a_failing_step_fails_its_requests_and_not_the_engine(
     monkeypatch.setattr(instance.engine._language, "forward", whole)
     assert len((await instance.ask("hello")).token_ids) == 8
     assert instance.engine.healthy
+
+
+async def test_a_request_that_needs_too_much_memory_fails_alone(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = start(Role.AGGREGATED)
+    texts = ["hello", "what is this?", "and"]
+    expected = [(await instance.ask(text, max_tokens=40)).token_ids for text in texts]
+    whole = instance.engine._language.forward
+
+    def forward(token_ids: Tensor, positions: Tensor, attention: AttentionStep, *args: Any) -> Tensor:
+        padded = 0 if attention.decode_slots is None else attention.decode_slots.numel()
+        if padded > 3 * 100 or any(len(segment.slots) > 100 for segment in attention.prefills):
+            raise torch.OutOfMemoryError("Tried to allocate 8 GiB.")
+        return whole(token_ids, positions, attention, *args)
+
+    monkeypatch.setattr(instance.engine._language, "forward", forward)
+    streams = [asyncio.create_task(instance.ask(text, max_tokens=40)) for text in texts]
+    with pytest.raises(ChiasmError, match="too little memory"):
+        await instance.ask("long " * 120)
+    assert [(await stream).token_ids for stream in streams] == expected
+    assert instance.is_empty()
+
+
+async def test_requests_are_handled_a_few_at_a_time_so_that_streams_go_on(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = start(Role.AGGREGATED)
+    events: list[str] = []
+    add, execute = instance.engine._add, instance.engine._runner.execute
+
+    def noted_add(state: RequestState) -> None:
+        events.append("add")
+        add(state)
+
+    def noted_execute(step: Step, entries: Mapping[str, Tensor]) -> dict[str, Sampled]:
+        events.append("step")
+        return execute(step, entries)
+
+    monkeypatch.setattr(instance.engine, "_add", noted_add)
+    monkeypatch.setattr(instance.engine._runner, "execute", noted_execute)
+    await asyncio.gather(*(instance.ask("hello", max_tokens=2) for _ in range(3 * MAX_TAKEN)))
+    in_a_row = [len(list(group)) for event, group in itertools.groupby(events) if event == "add"]
+    assert sum(in_a_row) == 3 * MAX_TAKEN
+    assert max(in_a_row) <= MAX_TAKEN
+
+
+async def test_the_engines_thread_hashes_nothing_that_came_with_a_request(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = start(Role.AGGREGATED, max_num_batched_tokens=2048)
+    request = instance.request("word " * 600, choices=3, max_tokens=20)
+    hashed: list[tuple[str, int]] = []
+    chained = BlockHasher._chained
+
+    def noted(self: BlockHasher, before: bytes, start: int, token_ids: Sequence[int]) -> bytes:
+        hashed.append((threading.current_thread().name, start))
+        return chained(self, before, start, token_ids)
+
+    monkeypatch.setattr(BlockHasher, "_chained", noted)
+    await instance.send(request)
+    given = len(request.prompt.token_ids)
+    by_engine = [start for name, start in hashed if name == "chiasm-engine"]
+    assert by_engine
+    assert min(by_engine) > given - 16
+    assert len([start for name, start in hashed if name != "chiasm-engine"]) == given // 16
+    assert threading.current_thread().name not in {name for name, _ in hashed}
 
 
 def test_a_kv_cache_that_does_not_fit_is_refused_at_start(start: Start) -> None:

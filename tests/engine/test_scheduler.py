@@ -71,6 +71,29 @@ def test_at_most_max_num_seqs_sequences_are_admitted() -> None:
     assert len(driver.scheduler.waiting) == 1
 
 
+def test_at_most_max_num_seqs_sequences_run_in_a_step_when_stalled_ones_continue_at_once() -> None:
+    driver = Driver(max_num_seqs=2)
+    for number in range(8):
+        driver.add(prompt(3, (f"image {number}", 4), 2), salt=str(number))
+        driver.step()
+    assert len(driver.scheduler.running) == 8
+    driver.stored.update(f"image {number}" for number in range(8))
+    assert [part.sequence for part in driver.step().scheduled] == driver.sequences[:2]
+    driver.run()
+
+
+def test_a_sequence_that_must_wait_for_its_turn_takes_the_place_of_one_that_lacks_blocks() -> None:
+    driver = Driver(max_num_seqs=1, blocks=4)
+    first = driver.add(prompt(3, ("image", 4), 2), due=1)
+    driver.step()
+    second = driver.add(prompt(6), due=2, max_tokens=8)
+    driver.run_until(lambda: driver.scheduler.block_manager.num_free == 0)
+    driver.stored.add("image")
+    driver.run_until(lambda: first.finished)
+    assert not second.finished
+    driver.run()
+
+
 def test_an_answer_that_was_cut_off_elsewhere_goes_before_new_ones() -> None:
     driver = Driver(max_num_seqs=1)
     driver.add(prompt(4), max_tokens=2)
@@ -428,14 +451,20 @@ def test_a_stalled_request_delays_nobody() -> None:
     assert text.finished
 
 
-def calls_of_a_step(*, stalled: int) -> int:
-    """How many functions are called in a step of a text stream beside so many requests that wait for an embedding."""
-    driver = Driver(max_queued=300, min_text_before_item=8)
+def calls_of_a_step(*, stalled: int, min_text: int) -> int:
+    """How many functions are called in a step of a text stream beside so many requests that wait for an embedding.
+
+    With a ``min_text`` above 3, they wait to run; otherwise they hold blocks.
+    """
+    driver = Driver(
+        max_queued=300, min_text_before_item=min_text, blocks=400, budget=1000, max_prefill=1000, mixed=1000
+    )
     for number in range(stalled):
         driver.add(prompt(3, (f"image {number}", 4), 2))
     driver.add(prompt(3), max_tokens=100)
-    for _ in range(5):
+    for _ in range(30):
         driver.step()
+    assert len(driver.scheduler.running) == 1 + (stalled if min_text == 0 else 0)
     calls = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -453,8 +482,9 @@ def calls_of_a_step(*, stalled: int) -> int:
     return calls
 
 
-def test_requests_that_wait_cost_a_step_nothing_while_nothing_changes() -> None:
-    assert calls_of_a_step(stalled=256) == calls_of_a_step(stalled=1)
+@pytest.mark.parametrize("min_text", [0, 8])
+def test_requests_that_wait_cost_a_step_nothing_while_nothing_changes(min_text: int) -> None:
+    assert calls_of_a_step(stalled=256, min_text=min_text) == calls_of_a_step(stalled=1, min_text=min_text)
 
 
 def test_the_same_item_twice_in_a_prompt_is_loaded_once_and_kept_until_its_last_place() -> None:
@@ -736,6 +766,7 @@ parts = st.lists(
     arrivals=st.permutations("abcdef"),
     cancelled=st.sets(st.integers(0, 7)),
     max_finished=st.integers(0, 3),
+    max_num_seqs=st.sampled_from([1, 2, 16]),
 )
 def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
     requests: list[tuple[list[int | tuple[str, int]], int, int, int]],
@@ -746,9 +777,15 @@ def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
     arrivals: list[str],
     cancelled: set[int],
     max_finished: int,
+    max_num_seqs: int,
 ) -> None:
     driver = Driver(
-        budget=budget, max_prefill=max_prefill, blocks=blocks, cache_rows=cache_rows, max_finished=max_finished
+        budget=budget,
+        max_prefill=max_prefill,
+        blocks=blocks,
+        cache_rows=cache_rows,
+        max_finished=max_finished,
+        max_num_seqs=max_num_seqs,
     )
     for number, (request, max_tokens, choices, due) in enumerate(requests):
         driver.add(prompt(*request), max_tokens=max_tokens, choices=choices, due=due, salt=str(number % 3))

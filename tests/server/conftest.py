@@ -16,6 +16,7 @@ from chiasm.engine import EngineConfig, create_engine
 from chiasm.media import MediaConfig
 from chiasm.server import ServerConfig, create_app
 from chiasm.wire import Role
+from tests.event_loops import slow_operations
 from tests.server.fake_engine import FakeEncoderEngine, FakeLanguageEngine
 from tests.server.serving import Reply, post, serving
 
@@ -27,6 +28,14 @@ SMALL = ServerConfig(
     max_prompts=4,
     media=MediaConfig(max_image_pixels=1_000_000, fetch_timeout_seconds=5),
 )
+
+
+@pytest.fixture(autouse=True)
+def event_loops_wait_for_nothing_slow() -> Iterator[None]:
+    """Nothing that these tests ask holds up the event loop of an instance."""
+    with slow_operations() as seen:
+        yield
+    assert not seen
 
 
 @dataclass

@@ -20,7 +20,7 @@ from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
 from chiasm.engine import EngineConfig, create_engine
 from chiasm.media import identifier
 from chiasm.server import create_app
-from chiasm.wire import Role
+from chiasm.wire import AWAITED_PATH, PLACES_PATH, Role
 from tests.server.images import chat, embeds_part, image_part, png
 from tests.server.serving import Reply, eventually, get, post, serving
 
@@ -261,3 +261,9 @@ class TestEncoderAndPD:
         now = get(f"{pd.url}/health").json["ec_store"]
         assert now not in ("", before)
         assert get(f"{encoder.url}/health").json["ec_store"] == now
+
+    def test_places_and_awaited_embeddings_are_told(self, pd: Live) -> None:
+        place = {"host": "127.0.0.1", "port": 9, "engine_id": "e"}
+        assert post(f"{pd.url}{PLACES_PATH}", {"places": {"1" * 64: place}}).status == 204
+        assert get(f"{pd.url}{AWAITED_PATH}").json["identifiers"] == []
+        assert get(f"{pd.url}/v1/models").status == 200

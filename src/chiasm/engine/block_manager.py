@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from copy import copy
 
 from blake3 import blake3
 
@@ -89,13 +90,21 @@ class BlockManager:
 
 
 class BlockHasher:
-    """Computes the hashes of the full blocks of one growing sequence, each once."""
+    """Names the tokens of one growing sequence, its full blocks and whole beginnings, each once."""
 
     def __init__(self, block_size: int, items: Sequence[PromptItem], salt: str) -> None:
         self._block_size = block_size
         self._items = items
         self._hashes: list[BlockHash] = []
+        self._digest: tuple[int, str] = 0, ""
+        """Number of tokens that were named last, and their name."""
         self._root = blake3(salt.encode()).digest()
+
+    def copy(self) -> BlockHasher:
+        """Return a hasher of another sequence that begins with the same tokens."""
+        copied = copy(self)
+        copied._hashes = list(self._hashes)
+        return copied
 
     def hashes(self, token_ids: Sequence[int]) -> list[BlockHash]:
         """Return the hashes of all full blocks of ``token_ids``, which may only have grown since the last call."""
@@ -106,8 +115,13 @@ class BlockHasher:
         return self._hashes
 
     def digest(self, token_ids: Sequence[int]) -> str:
-        """Return hex that names ``token_ids`` and the items among them, independent of the block size."""
-        return self._chained(self._root, 0, token_ids).hex()
+        """Return hex that names ``token_ids`` and the items among them, independent of the block size.
+
+        As everywhere here, they are the first tokens of one sequence.
+        """
+        if self._digest[0] != len(token_ids):
+            self._digest = len(token_ids), self._chained(self._root, 0, token_ids).hex()
+        return self._digest[1]
 
     def _chained(self, before: BlockHash, start: int, token_ids: Sequence[int]) -> BlockHash:
         """Return the hash of the tokens from ``start`` on and, through ``before``, of all that precede them."""

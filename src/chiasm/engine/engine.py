@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import itertools
 import logging
 import math
-import queue
 import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from typing import NamedTuple
 
 from msgspec import structs
 
@@ -34,14 +31,16 @@ from chiasm.engine.device import (
 )
 from chiasm.engine.embeddings import Embeddings
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.inbox import Abort, GiveBack, Inbox, Question, Signal
 from chiasm.engine.kv_transfers import KVTransfers
 from chiasm.engine.local_encoder import HIGH_PRIORITY, LocalEncoder, on_stream
 from chiasm.engine.model_runner import ModelRunner
 from chiasm.engine.pace import PrefillPace
 from chiasm.engine.request import MAX_CHOICES, EngineStats, GenerateRequest, ItemOutcome, Output
-from chiasm.engine.request_state import RequestState, deliver
+from chiasm.engine.request_state import RequestState, deliver, hash_tokens
 from chiasm.engine.sampler import Sampled
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
+from chiasm.engine.step_faults import run_step
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, KVUnavailableError
 from chiasm.kv_transfer import KVConnector, KVConnectorFactory, KVConnectorRole, KVTransferConfig, KVTransferRole
 from chiasm.models import load_language, load_vision
@@ -50,32 +49,9 @@ from chiasm.wire import ECPlace, Role
 logger = logging.getLogger(__name__)
 
 DEADLINE_CHECK_SECONDS = 0.02
+_INLINE_TOKENS = 512
+"""Up to so many tokens, hashing a prompt takes two tenths of a millisecond at most."""
 _KV_ROLES = {Role.PREFILL: KVTransferRole.PRODUCER, Role.DECODE: KVTransferRole.CONSUMER}
-
-
-class _Abort(NamedTuple):
-    request_id: str
-
-
-class _Question(NamedTuple):
-    """Asks which embeddings are wanted and not in memory."""
-
-    loop: asyncio.AbstractEventLoop
-    answer: asyncio.Future[list[str]]
-
-
-class _GiveBack(NamedTuple):
-    """No decode instance will come for what is held under these leases."""
-
-    leases: frozenset[str]
-
-
-class _Signal(enum.Enum):
-    STOP = enum.auto()
-    WAKE = enum.auto()
-    """A KV transfer has ended."""
-    ITEM = enum.auto()
-    """An embedding has arrived, was lost, or was made here."""
 
 
 class LanguageEngine(Engine):
@@ -98,9 +74,9 @@ class LanguageEngine(Engine):
                 "EngineConfig.kv is for prefill and decode engines; they need it, and others must not have it."
             )
         super().__init__(config)
-        self._inbox: queue.SimpleQueue[RequestState | _Abort | _Question | _GiveBack | _Signal] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._states: dict[str, RequestState] = {}
-        self._questions: list[_Question] = []
+        self._questions: list[Question] = []
         self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
         self._kv_transfers: KVTransfers | None = None
@@ -161,7 +137,7 @@ class LanguageEngine(Engine):
             ec_connectors[0].set_wake(self._item_news)
         if kv_connectors is not None:
             self._kv_transfers = KVTransfers(self._scheduler, kv_connectors)
-            self._kv_transfers.start(kv_cache, self._language, lambda: self._inbox.put(_Signal.WAKE))
+            self._kv_transfers.start(kv_cache, self._language, lambda: self._inbox.put(Signal.WAKE))
         logger.info(
             "The %s engine is ready: %s on %s, %d KV blocks of %d tokens, a context of %d tokens.",
             config.role,
@@ -189,7 +165,7 @@ class LanguageEngine(Engine):
     def stop(self) -> None:
         """End the engine's thread after its current step; running requests end with an error. Idempotent."""
         if self._thread is not None:
-            self._inbox.put(_Signal.STOP)
+            self._inbox.put(Signal.STOP)
             self._thread.join()
             self._thread = None
             self._embeddings.stop()
@@ -203,7 +179,7 @@ class LanguageEngine(Engine):
 
     def _item_news(self) -> None:
         """Have the engine look for embeddings. Called from any thread."""
-        self._inbox.put(_Signal.ITEM)
+        self._inbox.put(Signal.ITEM)
 
     # ---- the event loop's side ----------------------------------------------------------------------------------------
 
@@ -215,7 +191,12 @@ class LanguageEngine(Engine):
         """
         self._check(request)
         outputs: asyncio.Queue[Output | BaseException] = asyncio.Queue()
-        self._inbox.put(RequestState(request, asyncio.get_running_loop(), outputs, time.monotonic()))
+        arrived = time.monotonic()
+        if len(request.prompt.token_ids) <= _INLINE_TOKENS:
+            hasher = hash_tokens(request, self.config.block_size)
+        else:
+            hasher = await asyncio.to_thread(hash_tokens, request, self.config.block_size)
+        self._inbox.put(RequestState(request, asyncio.get_running_loop(), outputs, arrived, hasher))
         remaining = request.num_choices
         try:
             while remaining:
@@ -228,7 +209,7 @@ class LanguageEngine(Engine):
                 yield output
         finally:
             if remaining:
-                self._inbox.put(_Abort(request.request_id))
+                self._inbox.put(Abort(request.request_id))
 
     async def awaited_embeddings(self) -> list[str]:
         """Return the identifiers that prompts need next and that are neither in memory nor on their way, each once.
@@ -246,7 +227,7 @@ class LanguageEngine(Engine):
         if not self.healthy:
             return []
         loop = asyncio.get_running_loop()
-        question = _Question(loop, loop.create_future())
+        question = Question(loop, loop.create_future())
         self._inbox.put(question)
         return await question.answer
 
@@ -256,7 +237,7 @@ class LanguageEngine(Engine):
 
     def give_back_kv(self, leases: Collection[str]) -> None:
         """Prefill: no decode instance will come for the KV of the requests whose ``kv_transfer_params`` had these leases."""
-        self._inbox.put(_GiveBack(frozenset(leases)))
+        self._inbox.put(GiveBack(frozenset(leases)))
 
     def _check(self, request: GenerateRequest) -> None:
         """Refuse what only the engine can know to be impossible, and assert what the server has checked."""
@@ -334,30 +315,25 @@ class LanguageEngine(Engine):
                 idle = True
 
     def _take_inbox(self, *, wait: bool) -> bool:
-        """Process the inbox; with ``wait``, sleep until a message comes, a request is overdue, or a lost item is wanted again.
+        """Handle some of the inbox; with ``wait``, sleep until a message comes, a request is overdue, or a lost item is wanted.
 
         Return False if the engine has to stop.
         """
-        timeout = self._idle_seconds() if wait else None
-        while True:
-            try:
-                message = self._inbox.get(timeout=timeout) if wait else self._inbox.get_nowait()
-            except queue.Empty:
-                return True
-            wait = False
+        for message in self._inbox.take(self._idle_seconds() if wait else 0.0):
             match message:
-                case _Signal.STOP:
+                case Signal.STOP:
                     return False
-                case _Abort(request_id) if request_id in self._states:
+                case Abort(request_id) if request_id in self._states:
                     self._forget(self._states[request_id])
-                case _Signal.ITEM:
+                case Signal.ITEM:
                     self._embeddings.look_again()
-                case _Question():
+                case Question():
                     self._questions.append(message)
-                case _GiveBack(leases) if self._kv_transfers is not None:
+                case GiveBack(leases) if self._kv_transfers is not None:
                     self._kv_transfers.give_back(leases)
                 case RequestState():
                     self._add(message)
+        return True
 
     def _idle_seconds(self) -> float | None:
         """Return how long there is nothing to do if no message comes; None if there is no end to it."""
@@ -441,19 +417,17 @@ class LanguageEngine(Engine):
         if not step.scheduled:
             return True
         started = time.monotonic()
-        try:
-            with self._worker.computing(self._seconds_of(step)):
-                sampled = self._runner.execute(step, self._embeddings.entries)
-        except Exception as error:
-            logger.exception("A step failed; its %d requests fail with it.", len(step.scheduled))
-            states = [self._states[part.sequence.request_id] for part in step.scheduled]
-            self._fail_all(states, f"The model failed on this request: {type(error).__name__}.")
-            return True
+        result = run_step(self._execute, step)
         if step.prefills:
             self._pace.note(step.num_rows, time.monotonic() - started)
-        self._scheduler.complete(step, {name: token.token_id for name, token in sampled.items()})
-        self._send(step, sampled)
+        self._fail_in(step, [(self._states[part.sequence.request_id], error) for part, error in result.failed])
+        self._scheduler.complete(step, {name: token.token_id for name, token in result.sampled.items()})
+        self._send(step, result.sampled)
         return True
+
+    def _execute(self, step: Step) -> dict[str, Sampled]:
+        with self._worker.computing(self._seconds_of(step)):
+            return self._runner.execute(step, self._embeddings.entries)
 
     def _seconds_of(self, step: Step) -> float:
         """Return about what the step takes on one core."""

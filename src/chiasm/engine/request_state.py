@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from chiasm.due import due
+from chiasm.engine.block_manager import BlockHasher
 from chiasm.engine.outputs import Choice
 from chiasm.engine.pace import prompt_work
 from chiasm.engine.request import GenerateRequest, ItemTiming, Output, RequestTiming
@@ -31,6 +32,8 @@ class RequestState:
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue[Output | BaseException]
     arrived: float
+    hasher: BlockHasher
+    """Has hashed the tokens that came with the request, once for all choices and not on the engine's thread."""
     choices: list[Choice] = field(default_factory=list)
     timing: RequestTiming = field(default_factory=RequestTiming)
     missing: dict[str, ItemTiming] = field(default_factory=dict)
@@ -77,6 +80,7 @@ class RequestState:
                 seed=seed + index,
                 block_size=block_size,
                 cache_salt=request.cache_salt,
+                hasher=self.hasher.copy(),
                 leader=self.choices[0].sequence if self.choices else None,
                 output_token_ids=() if params is None else params.output_token_ids,
             )
@@ -141,6 +145,17 @@ class RequestState:
             if self.first_scheduled is not None:
                 waited_since_start = timing.wait_seconds - self.waited_before_start
                 timing.prefill_seconds = now - self.first_scheduled - waited_since_start - timing.transfer_seconds
+
+
+def hash_tokens(request: GenerateRequest, block_size: int) -> BlockHasher:
+    """Hash the tokens that come with a request. It takes a millisecond for four thousand of them."""
+    params = request.kv_transfer_params
+    token_ids = [*request.prompt.token_ids, *(() if params is None else params.output_token_ids)]
+    hasher = BlockHasher(block_size, request.prompt.items, request.cache_salt)
+    hasher.hashes(token_ids)
+    if params is not None:  # a prefill instance leaves all of them, and a decode instance gets those of the handle
+        hasher.digest(token_ids[: params.num_tokens or None])
+    return hasher
 
 
 def deliver(outputs: Iterable[tuple[RequestState, Output | BaseException]]) -> None:

@@ -30,6 +30,7 @@ class SchedulerConfig:
 
     max_num_batched_tokens: int
     max_num_seqs: int
+    """Maximum sequences of a step. More may have begun: those that wait for an embedding take no place."""
     max_queued_requests: int
     max_prefill_tokens: int
     """Maximum prefill rows of a step: a request that arrives meanwhile waits for the step's end."""
@@ -102,6 +103,8 @@ class Scheduler:
         """``item_changes`` when the following was found out; it holds until that grows."""
         self._stalled: dict[str, bool] = {}
         """By sequence, what ``is_stalled`` has answered."""
+        self._computing: list[Sequence] | None = None
+        """What ``_not_stalled`` has answered; None once a sequence has begun or ended to run since."""
         self._kept_waiting: set[str] = set()
         """Sequences that can't be admitted because an embedding is missing."""
         self._found_blocks: set[int] = set()
@@ -169,8 +172,10 @@ class Scheduler:
         sequence.finished = True
         if sequence in self.loading:
             return
-        queue = self.running if sequence in self.running else self.waiting
-        queue.remove(sequence)
+        if sequence.is_running:
+            self._leave_running(sequence)
+        else:
+            self.waiting.remove(sequence)
         self._note_item_change(sequence)
         if leave_blocks:
             self._left_behind.setdefault(sequence.request_id, []).extend(sequence.block_ids)
@@ -189,7 +194,7 @@ class Scheduler:
             return
         sequence.num_computed, sequence.num_remote = sequence.num_remote, 0
         self._remember_blocks(sequence, 0)
-        _insert(self.running, sequence)
+        self._join_running(sequence)
 
     def not_loaded(self, sequence: Sequence) -> None:
         """End the sequence: the transfer into its blocks was broken off, and nothing writes into them any more."""
@@ -319,14 +324,19 @@ class Scheduler:
         left.
         """
         step = Step()
-        self._forget_old_answers()
-        budget = self._schedule_decodes(step)
-        placed = self._placed()
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self._not_stalled():
+            (decoding if sequence.is_decoding else prefilling).append(sequence)
+        budget = self._schedule_decodes(decoding, step)
+        # Sequences that wait for an embedding compute nothing, so they take no place.
+        placed = [*self._not_stalled(), *self.loading]
+        room = self.config.max_num_seqs - len(step.decodes)
         places = self.config.max_num_seqs - len(placed)
         held = Counter(sequence.part_of for sequence in placed)
         blocks_are_short = False
-        for sequence, waits in self._prefill_order(placed):
-            if budget == 0:
+        for sequence, waits in self._prefill_order(prefilling, placed):
+            if budget == 0 or room == 0:
                 break
             if sequence in step.preempted:
                 continue
@@ -350,6 +360,7 @@ class Scheduler:
             num_tokens = self._schedule_prefill(sequence, budget, step)
             blocks_are_short = blocks_are_short or num_tokens is None
             budget -= num_tokens or 0
+            room -= 1 if num_tokens else 0
         if not self.config.recomputes_items and self._is_stuck(step):
             self._preempt(self.running[-1], step)
         return step
@@ -364,37 +375,39 @@ class Scheduler:
             if part.start < sequence.num_prompt:
                 self._note_item_change(sequence)
             self._remember_blocks(sequence, part.start)
-            for item in sequence.items:
-                if item.offset + item.length <= sequence.num_computed:
-                    self._release_unless_needed(sequence, item)
+            if sequence.held:
+                for item in sequence.items:
+                    if item.offset + item.length <= sequence.num_computed:
+                        self._release_unless_needed(sequence, item)
             if part.samples:
                 sequence.token_ids.append(sampled[sequence.sequence_id])
 
     # ---- steps of the policy ----------------------------------------------------------------------------------------
 
-    def _schedule_decodes(self, step: Step) -> int:
-        """Add all decodes to the step; return how many rows are left for prefills."""
+    def _schedule_decodes(self, decoding: list[Sequence], step: Step) -> int:
+        """Add decodes to the step; return how many rows are left for prefills."""
         budget = self.config.max_num_batched_tokens
-        for sequence in [sequence for sequence in self.running if sequence.is_decoding]:
-            if budget > 0 and sequence in self.running and self._reserve(sequence, sequence.num_tokens, step):
+        for sequence in decoding:
+            if budget == 0 or len(step.decodes) == self.config.max_num_seqs:
+                break
+            if sequence.is_running and self._reserve(sequence, sequence.num_tokens, step):
                 step.decodes.append(ScheduledSequence(sequence, sequence.num_computed, 1, samples=True))
                 budget -= 1
         return min(budget, self.config.max_mixed_prefill_tokens if step.decodes else self.config.max_prefill_tokens)
 
-    def _placed(self) -> list[Sequence]:
-        """Return the sequences that take a place. Those that wait for an embedding compute nothing, so they take none."""
-        return [*(sequence for sequence in self.running if not self.is_stalled(sequence)), *self.loading]
+    def _not_stalled(self) -> list[Sequence]:
+        """Return the running sequences that wait for no embedding. Each step asks, so the answer is kept."""
+        self._forget_old_answers()
+        if self._computing is None:
+            self._computing = [sequence for sequence in self.running if not self.is_stalled(sequence)]
+        return self._computing
 
-    def _prefill_order(self, placed: list[Sequence]) -> list[tuple[Sequence, bool]]:
+    def _prefill_order(self, prefilling: list[Sequence], placed: list[Sequence]) -> list[tuple[Sequence, bool]]:
         """Return the sequences that may have tokens to prefill, first due first, each with whether it still waits to run.
 
         Where one that waits stands in this order, the one stands whose key has the turn.
         """
-        candidates = [
-            (sequence, False)
-            for sequence in self.running
-            if not sequence.is_decoding and not self._stalled.get(sequence.sequence_id)
-        ]
+        candidates = [(sequence, False) for sequence in prefilling if sequence.is_running]
         candidates += [
             (sequence, True)
             for sequence in self.waiting
@@ -426,7 +439,7 @@ class Scheduler:
                 return None
             self._preempt(victim, step)
         self._take_prefix(sequence, prefix)
-        _insert(self.running, sequence)
+        self._join_running(sequence)
         return True
 
     def _receive(self, sequence: Sequence, step: Step) -> bool:
@@ -461,9 +474,12 @@ class Scheduler:
 
     def _remember_blocks(self, sequence: Sequence, start: int) -> None:
         """Make the sequence's full blocks findable, from the one that holds token ``start``."""
-        block_size, hashes = self.block_manager.block_size, sequence.block_hashes()
-        for index in range(start // block_size, sequence.num_computed // block_size):
-            self.block_manager.remember(sequence.block_ids[index], hashes[index])
+        block_size = self.block_manager.block_size
+        full = range(start // block_size, sequence.num_computed // block_size)
+        if full:
+            hashes = sequence.block_hashes()
+            for index in full:
+                self.block_manager.remember(sequence.block_ids[index], hashes[index])
 
     def _schedule_prefill(self, sequence: Sequence, budget: int, step: Step) -> int | None:
         """Add the sequence's next chunk to the step; return its number of tokens.
@@ -495,13 +511,14 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, num_tokens: int, step: Step) -> bool:
         """Give the sequence blocks for ``num_tokens`` tokens, preempting others if necessary; return whether it has them."""
         needed = self.block_manager.blocks_for(num_tokens) - len(sequence.block_ids)
+        if needed <= 0:
+            return True
         while self.block_manager.num_free < needed:
             victim = self._victim(sequence, step)
             if victim is None:
                 return False
             self._preempt(victim, step)
-        if needed > 0:
-            sequence.block_ids.extend(self._allocate(needed))
+        sequence.block_ids.extend(self._allocate(needed))
         return True
 
     def _allocate(self, count: int) -> list[int]:
@@ -546,12 +563,22 @@ class Scheduler:
         return others
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
-        self.running.remove(sequence)
+        self._leave_running(sequence)
         _insert(self.waiting, sequence)
         self._note_item_change(sequence)
         self._let_go(sequence)
         step.preempted.append(sequence)
         self.num_preemptions += 1
+
+    def _join_running(self, sequence: Sequence) -> None:
+        _insert(self.running, sequence)
+        sequence.is_running = True
+        self._computing = None
+
+    def _leave_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.is_running = False
+        self._computing = None
 
     def _let_go(self, sequence: Sequence) -> None:
         self.block_manager.release(sequence.block_ids)
@@ -573,13 +600,14 @@ class Scheduler:
     def _forget_old_answers(self) -> None:
         if self._answers_at != self.item_changes:
             self._answers_at = self.item_changes
+            self._computing = None
             self._stalled.clear()
             self._kept_waiting.clear()
             self._found_blocks.clear()
 
     def _rank(self, sequence: Sequence) -> Rank:
         """Return the rank for room in the encoder cache: lower evicts higher, and running comes before waiting."""
-        return sequence not in self.running, *sequence.order
+        return not sequence.is_running, *sequence.order
 
     def _release_unless_needed(self, sequence: Sequence, item: PromptItem) -> None:
         """Release an entry whose place is computed, unless the same image occurs again further on."""

@@ -30,10 +30,12 @@ class Sequence:
         seed: int,
         block_size: int,
         cache_salt: str = "",
+        hasher: BlockHasher | None = None,
         leader: Sequence | None = None,
         output_token_ids: AbstractSequence[int] = (),
         num_remote: int = 0,
     ) -> None:
+        """``hasher`` is one of this sequence that has hashed its first tokens already; without it, they are hashed here."""
         self.request_id = request_id
         self.index = index
         self.sequence_id = f"{request_id}/{index}"
@@ -46,6 +48,7 @@ class Sequence:
         self.due = due
         """When its work should be done, on any clock that all sequences share (:mod:`chiasm.due`)."""
         self.prompt = prompt
+        self.num_prompt = len(prompt.token_ids)
         self.sampling = sampling
         self.seed = seed
         self.leader = leader
@@ -59,10 +62,12 @@ class Sequence:
         self.num_remote = num_remote
         """Number of tokens, from the first, whose KV is still to come from another instance."""
         self.was_scheduled = False
+        self.is_running = False
+        """Whether it is among those that run: admitted, and neither preempted nor at its end."""
         self.finished = False
         self.held: set[str] = set()
         """Identifiers of the entries that it holds in the encoder cache."""
-        self._hasher = BlockHasher(block_size, prompt.items, cache_salt)
+        self._hasher = hasher or BlockHasher(block_size, prompt.items, cache_salt)
 
     @property
     def order(self) -> tuple[float, int]:
@@ -76,10 +81,6 @@ class Sequence:
     @property
     def grammar(self) -> Grammar | None:
         return self.sampling.grammar
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.prompt.token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -96,7 +97,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether all tokens but the last are computed, and the last was sampled."""
-        return self.num_output > 0 and self.num_computed == self.num_tokens - 1
+        return self.num_computed >= self.num_prompt and self.num_computed == len(self.token_ids) - 1
 
     @property
     def prompt_computed(self) -> bool:
