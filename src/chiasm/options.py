@@ -35,8 +35,8 @@ class Option:
     choices: tuple[str, ...] = ()
     separator: str = ""
     """Separates the values of a tuple; if empty, the option is repeated instead."""
-    json_list: str = ""
-    """An example of a JSON list of strings, which is what a person writes for a tuple."""
+    json: str = ""
+    """An example of the JSON that a person writes: a list of strings for a tuple, an object for a mapping."""
     environment: str = ""
     """Environment variable that is read if the option is not given."""
 

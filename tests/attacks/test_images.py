@@ -22,7 +22,9 @@ from tests.media import hostile
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Iterator[EncoderEngine]:
-    ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=tmp_path / "store")
+    ec = ECTransferConfig(
+        role=ECTransferRole.PRODUCER, connector_extra_config={"shared_storage_path": tmp_path / "store"}
+    )
     checkpoint = synthetic.make("qwen3_vl", tmp_path / "checkpoint")
     media = MediaConfig(decode_cpu_seconds=0.5)
     engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, threads=1, media=media))

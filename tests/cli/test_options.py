@@ -63,7 +63,7 @@ def test_a_field_is_an_option_with_its_default_in_help(config: type, option: Nam
     text = " ".join(parser.format_help().split())
     shown = text[text.index(f"{option.flag} ") :]
     assert option.option.help.replace("- ", "-") in shown.replace("- ", "-")  # lines break behind hyphens too
-    if option.option.json_list:
+    if option.option.json:
         assert not option.default or f"[default: {json.dumps(option.default)}]" in shown
     elif option.default and option.type is not bool:
         default = shown[shown.index("[default: ") :].removeprefix("[default: ").partition("]")[0]

@@ -90,4 +90,6 @@ class Instance:
 
 
 def config_for(folder: Path | None, role: ECTransferRole = ECTransferRole.BOTH, **changes: Any) -> ECTransferConfig:
-    return ECTransferConfig(role=role, shared_storage_path=folder, fingerprint="5eed", **changes)
+    return ECTransferConfig(
+        role=role, connector_extra_config={"shared_storage_path": folder}, fingerprint="5eed", **changes
+    )

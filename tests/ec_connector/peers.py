@@ -21,7 +21,8 @@ class Peer:
 
     def __init__(self, connector: str, role: ECTransferRole, **changes: Any) -> None:
         settings: dict[str, Any] = {"fingerprint": "5eed", "max_bytes": 8 << 20, "receive_bytes": 4 << 20} | changes
-        config = ECTransferConfig(connector=connector, role=role, **settings)
+        address: dict[str, Any] = {name: settings.pop(name) for name in ("host", "port") if name in settings}
+        config = ECTransferConfig(connector=connector, role=role, connector_extra_config=address, **settings)
         self.scheduler = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
         self.worker = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
         self.scheduler.meet(self.worker)

@@ -101,7 +101,7 @@ def config(server: StoreServer, tmp_path: Path) -> ECTransferConfig:
     """Of consumers, whose folder is not the encoders'."""
     return ECTransferConfig(
         role=ECTransferRole.CONSUMER,
-        shared_storage_path=tmp_path / "consumer",
+        connector_extra_config={"shared_storage_path": tmp_path / "consumer"},
         fingerprint="ab12",
         dtype="float32",
         entry_width=WIDTH,
@@ -118,7 +118,9 @@ def consumer(config: ECTransferConfig) -> Iterator[Consumer]:
 
 @pytest.fixture
 def encoder(config: ECTransferConfig, tmp_path: Path) -> Iterator[ECConnector]:
-    producer = replace(config, role=ECTransferRole.PRODUCER, shared_storage_path=tmp_path / "encoder")
+    producer = replace(
+        config, role=ECTransferRole.PRODUCER, connector_extra_config={"shared_storage_path": tmp_path / "encoder"}
+    )
     made = ECConnectorFactory.create_connector(producer, ECConnectorRole.WORKER)
     yield made
     made.shutdown()
@@ -176,7 +178,7 @@ def test_what_the_connector_has_is_not_read_from_the_store(
     encoder: ECConnector, config: ECTransferConfig, tmp_path: Path
 ) -> None:
     publish(encoder, NAMES[0])
-    consumer = Consumer(replace(config, shared_storage_path=tmp_path / "encoder"))
+    consumer = Consumer(replace(config, connector_extra_config={"shared_storage_path": tmp_path / "encoder"}))
     consumer.scheduler.expect({}, stored=[NAMES[0]])
     wanted = request(NAMES[0])
     consumer.admit(wanted)
@@ -285,6 +287,6 @@ def test_a_worker_in_another_process_maps_what_was_read(encoder: ECConnector, co
 
 
 def test_every_call_is_passed_on() -> None:
-    own = {"is_producer", "is_consumer"}
+    own = {"is_producer", "is_consumer", "read_extra_config"}
     public = {name for name in vars(ECConnector) if not name.startswith("_")}
     assert public - own <= vars(WithStore).keys()

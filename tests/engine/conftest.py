@@ -201,7 +201,9 @@ def start(checkpoint: Path, store: Path) -> Iterator[Start]:
     def start(role: Role = Role.PD, *, kv: dict[str, Any] | None = None, **config: Any) -> Instance:
         consumes = role in (Role.PD, Role.PREFILL)
         config = {
-            "ec": ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=store) if consumes else None,
+            "ec": ECTransferConfig(role=ECTransferRole.CONSUMER, connector_extra_config={"shared_storage_path": store})
+            if consumes
+            else None,
             "kv": KVTransferConfig(**(kv or {})) if role in (Role.PREFILL, Role.DECODE) else None,
             "threads": 1,
             "kv_cache_bytes": 8 << 20,
@@ -222,7 +224,9 @@ def encoders(checkpoint: Path, store: Path) -> Iterator[StartEncoder]:
     engines: list[EncoderEngine] = []
 
     def start(*, max_bytes: int = ECTransferConfig.max_bytes, **config: Any) -> Encoder:
-        ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=store, max_bytes=max_bytes)
+        ec = ECTransferConfig(
+            role=ECTransferRole.PRODUCER, connector_extra_config={"shared_storage_path": store}, max_bytes=max_bytes
+        )
         engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, threads=1, **config))
         engines.append(engine)
         engine.start()

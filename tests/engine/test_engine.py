@@ -218,7 +218,7 @@ def connector(name: str, store: Path) -> ECTransferConfig:
         connector=name,
         connector_module_path="tests.engine.connectors",
         role=ECTransferRole.CONSUMER,
-        shared_storage_path=store,
+        connector_extra_config={"shared_storage_path": store},
     )
 
 

@@ -75,7 +75,7 @@ def test_instances_share_the_cores(
 def test_an_instance_gets_everything_that_its_role_needs() -> None:
     roles = {Role.ENCODER: RoleConfig(settings={"max_items": 4}), Role.PD: RoleConfig()}
     settings = {"dtype": "bfloat16", "max_items": 5, "max_image_pixels": 9}
-    wanted = DeploymentConfig("demo", roles, settings=settings, deadline_seconds=7)
+    wanted = DeploymentConfig("demo", roles, settings=settings, deadline_seconds=7, connector="SharedStorageConnector")
     (plan, _) = _plans(wanted, placement=Placement(threads=3, cpus=(0, 2)))
     encoder = from_json(plan.configuration.encode(), InstanceProcess)
     assert encoder.engine.model == Path("/models/m")
@@ -83,7 +83,10 @@ def test_an_instance_gets_everything_that_its_role_needs() -> None:
     assert (encoder.server.host, encoder.server.port) == ("127.0.0.1", plan.address.port)
     assert (encoder.served_model_name, encoder.engine.threads, encoder.cpus) == ("demo", 3, (0, 2))
     assert encoder.engine.ec is not None
-    assert (encoder.engine.ec.shared_storage_path, encoder.engine.ec.max_bytes) == (Path("/ec"), 1 << 20)
+    assert (encoder.engine.ec.connector_extra_config, encoder.engine.ec.max_bytes) == (
+        {"shared_storage_path": "/ec"},
+        1 << 20,
+    )
     assert (encoder.engine.dtype, encoder.engine.max_items) == ("bfloat16", 4)
     assert encoder.server.media.max_image_pixels == 9
     assert encoder.server.deadline_seconds == 7
@@ -96,12 +99,14 @@ def test_an_aggregated_instance_exchanges_no_embeddings() -> None:
 
 
 def test_prefill_exchanges_embeddings_and_kv_and_decode_only_kv() -> None:
-    wanted = DeploymentConfig("demo", APART, kv_connector="NixlConnector", kv_lease_seconds=5)
+    wanted = DeploymentConfig(
+        "demo", APART, kv_connector="NixlConnector", kv_lease_seconds=5, connector="SharedStorageConnector"
+    )
     assert wanted.exchanges_embeddings
     of = {role: process.engine for role, process in _instances(wanted).items()}
     prefill_ec, prefill_kv, decode_kv = of[Role.PREFILL].ec, of[Role.PREFILL].kv, of[Role.DECODE].kv
     assert prefill_ec is not None
-    assert prefill_ec.shared_storage_path == Path("/ec")
+    assert prefill_ec.connector_extra_config == {"shared_storage_path": "/ec"}
     assert prefill_kv is not None
     assert (prefill_kv.connector, prefill_kv.lease_seconds) == ("NixlConnector", 5)
     assert decode_kv is not None

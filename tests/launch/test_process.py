@@ -51,7 +51,8 @@ def test_the_configuration_of_a_process_survives_json(tmp_path: Path) -> None:
 def test_a_prefill_instance_consumes_embeddings_and_produces_kv(tmp_path: Path) -> None:
     ec = ec_config(Role.PREFILL, {"shared_storage_path": tmp_path, "ec_max_bytes": 7})
     kv = kv_config(Role.PREFILL, {"kv_lease_seconds": 5, "kv_host": "prefill-0.example", "kv_port": 7000})
-    assert ec == ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=tmp_path, max_bytes=7)
+    extra = {"shared_storage_path": str(tmp_path)}
+    assert ec == ECTransferConfig(role=ECTransferRole.CONSUMER, connector_extra_config=extra, max_bytes=7)
     assert kv == KVTransferConfig(role=KVTransferRole.PRODUCER, host="prefill-0.example", port=7000, lease_seconds=5)
 
 
@@ -87,8 +88,32 @@ def test_a_decode_instance_refuses_a_store_of_embeddings() -> None:
 
 @pytest.mark.parametrize("role", [Role.ENCODER, Role.PD, Role.PREFILL])
 def test_a_store_of_embeddings_is_needed(role: Role) -> None:
-    with pytest.raises(ConfigurationError, match="needs --shared-storage-path"):
+    with pytest.raises(ConfigurationError, match=r"needs shared_storage_path \(--shared-storage-path\)"):
         ec_config(role, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"shared_storage_path": "/s", "ec_port": 7000}, "--ec-port: SharedStorageConnector has no such setting"),
+        (
+            {"connector": "TcpConnector", "shared_storage_path": "/s"},
+            "--shared-storage-path: TcpConnector has no such setting",
+        ),
+        ({"connector": "TcpConnector", "connector_extra_config": {"hots": "a"}}, "TcpConnector has no setting 'hots'"),
+    ],
+)
+def test_a_setting_of_another_connector_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        ec_config(Role.ENCODER, settings)
+
+
+def test_a_connector_of_another_module_gets_all_settings_as_json_has_them(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"connector": "Mine", "connector_module_path": "tests.engine.connectors"}
+    own |= {"connector_extra_config": {"depth": 3}, "shared_storage_path": tmp_path, "ec_host": "a"}
+    ec = ec_config(Role.ENCODER, own)
+    assert ec is not None
+    assert ec.connector_extra_config == {"depth": 3, "shared_storage_path": str(tmp_path), "host": "a"}
 
 
 # ---- vLLM --------------------------------------------------------------------------------------------------------------

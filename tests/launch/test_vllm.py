@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from chiasm.errors import ConfigurationError
+from chiasm.integrations.vllm.settings import Settings, store_url
 from chiasm.launch import DeploymentConfig, EngineKind, RoleConfig, vllm
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
@@ -81,11 +82,13 @@ def test_embeddings_go_through_chiasms_connector(
     }
 
 
-@pytest.mark.parametrize("role", EACH)
+@pytest.mark.parametrize("role", APART)
 def test_a_connector_from_memory_to_memory_gets_both_halves_in_one_process(role: Role, site: Site) -> None:
-    command = _command(_config(connector="TcpConnector"), role, replace(site, storage=None))
-    transfer = json.loads(_value(command, "--ec-transfer-config"))
-    assert transfer["ec_connector_extra_config"] == {"connector": "TcpConnector", "max_bytes": 1 << 20}
+    config = _config(APART, connector="TcpConnector", ec_receive_bytes=1 << 22)
+    command = _command(config, role, replace(site, storage=None))
+    extra = json.loads(_value(command, "--ec-transfer-config"))["ec_connector_extra_config"]
+    assert extra == {"connector": "TcpConnector", "max_bytes": 1 << 20, "receive_bytes": 1 << 22}
+    Settings.read(extra)
     assert _value(command, "--distributed-executor-backend") == vllm.ONE_PROCESS
 
 
@@ -95,11 +98,28 @@ def test_a_connector_from_memory_to_memory_is_refused_for_several_devices(site: 
         _command(_config(connector="TcpConnector"), Role.PD, wide)
 
 
-def test_a_connector_that_a_user_wrote_is_named_with_its_module(site: Site) -> None:
+def test_a_connector_that_a_user_wrote_is_named_with_its_module_and_gets_its_settings(site: Site) -> None:
     own: dict[str, Any] = {"connector": "MinimalConnector", "connector_module_path": "tests.integrations.vllm.minimal"}
-    command = _command(_config(**own), Role.PD, site)
-    assert own.items() <= json.loads(_value(command, "--ec-transfer-config"))["ec_connector_extra_config"].items()
+    command = _command(_config(**own, connector_extra_config={"depth": 3}), Role.PD, site)
+    extra = json.loads(_value(command, "--ec-transfer-config"))["ec_connector_extra_config"]
+    assert {**own, "depth": 3}.items() <= extra.items()
     assert "--distributed-executor-backend" not in command
+
+
+@pytest.mark.parametrize("role", APART)
+def test_the_url_of_the_shared_cache_is_in_the_environment_alone(role: Role, site: Site) -> None:
+    """On the command line others would see its password, and vLLM would log it."""
+    config = _config(APART, ec_store="redis://:secret@cache/0", ec_store_read_bytes=1 << 24)
+    command = _command(config, role, site)
+    assert "secret" not in " ".join(command)
+    extra = json.loads(_value(command, "--ec-transfer-config"))["ec_connector_extra_config"]
+    assert extra["store_read_bytes"] == 1 << 24
+    environment = vllm.instance_environment(config, role, site, found=GPU, environment={"CHIASM_EC_STORE": "redis://x"})
+    assert store_url(environment) == "redis://:secret@cache/0"
+    environment = vllm.instance_environment(
+        _config(APART), role, site, found=GPU, environment={"CHIASM_EC_STORE": "redis://x"}
+    )
+    assert store_url(environment) == ""
 
 
 @pytest.mark.parametrize(("role", "kv_role"), [(Role.PREFILL, "kv_producer"), (Role.DECODE, "kv_consumer")])
@@ -224,7 +244,6 @@ def test_a_checkpoint_without_a_config_is_not_split(tmp_path: Path) -> None:
     [
         ({"connector": "Other"}, "There is no EC connector 'Other'"),
         ({"connector_module_path": "mine"}, "There is no Python module 'mine'"),
-        ({"roles": APART, "connector": "TcpConnector"}, "decode instances of vLLM need embeddings too"),
         ({"kv_connector": "SharedMemoryConnector"}, "--kv-connector: vLLM instances exchange KV through NixlConnector"),
         ({"kv_connector": "NixlConnector", "kv_connector_module_path": "mine"}, "--kv-connector: "),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from msgspec.structs import replace
 
 from chiasm.proxy import places
 from chiasm.wire import ECPlace
@@ -25,6 +26,8 @@ from .instances import (
     lose,
     once,
     prefill,
+    vllm_decode,
+    vllm_prefill,
     when,
 )
 
@@ -284,3 +287,23 @@ async def test_an_instance_that_never_hears_holds_up_nobody(start: Start) -> Non
     for colour in ("red", "green"):
         assert (await front.post(ask(image(image_bytes(colour))))).status == 200
     assert language.told == []
+
+
+async def test_a_decode_instance_is_told_if_it_has_a_connector(start: Start) -> None:
+    """vLLM's decode instances compute a prompt again when they are short of blocks, and then read its embeddings."""
+    e, p, d = encoder(), vllm_prefill(), vllm_decode()
+    for one in (p, d):
+        assert one.health is not None
+        one.health = replace(one.health, **PEER)
+    d.answer = when_told(d.answer)
+    front = await start([e, p, d])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    assert d.places == p.places == {p.received[0].identifiers[0]: PLACES[0]}
+
+
+async def test_a_decode_instance_without_a_connector_is_told_nothing(start: Start) -> None:
+    e, p, d = encoder(), FakeInstance("prefill", **PEER), FakeInstance("decode", ec_store="")
+    front = await start([e, p, d])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    await until_idle(front)
+    assert (list(p.places.values()), d.told) == ([PLACES[0]], [])

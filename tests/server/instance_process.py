@@ -15,7 +15,7 @@ from chiasm.wire import Role
 
 def main(folder: str, port: str) -> int:
     with tempfile.TemporaryDirectory() as store:
-        ec = ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=Path(store))
+        ec = ECTransferConfig(role=ECTransferRole.CONSUMER, connector_extra_config={"shared_storage_path": store})
         config = EngineConfig(Path(folder), Role.PD, threads=1, kv_cache_bytes=16 << 20, ec=ec)
         try:
             run(config, ServerConfig(port=int(port)), on_ready=lambda url: print(url, flush=True))

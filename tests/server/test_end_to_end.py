@@ -65,7 +65,11 @@ def live(model: Path, store: Path) -> Iterator[Callable[[Role], Live]]:
         def start(role: Role) -> Live:
             if role not in started:
                 ec_role = ECTransferRole.PRODUCER if role is Role.ENCODER else ECTransferRole.CONSUMER
-                ec = None if role is Role.AGGREGATED else ECTransferConfig(role=ec_role, shared_storage_path=store)
+                ec = (
+                    None
+                    if role is Role.AGGREGATED
+                    else ECTransferConfig(role=ec_role, connector_extra_config={"shared_storage_path": store})
+                )
                 engine = create_engine(EngineConfig(model, role, threads=1, kv_cache_bytes=32 << 20, ec=ec))
                 engine.start()
                 stack.callback(engine.stop)

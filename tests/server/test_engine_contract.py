@@ -40,7 +40,7 @@ class Engines:
 
 
 def real_language_engine(model: Path, store: Path, role: Role) -> LanguageEngine:
-    ec = ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=store)
+    ec = ECTransferConfig(role=ECTransferRole.CONSUMER, connector_extra_config={"shared_storage_path": store})
     kv = KVTransferConfig() if role in (Role.PREFILL, Role.DECODE) else None
     engine = LanguageEngine(
         EngineConfig(
@@ -62,7 +62,7 @@ def engines(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytes
         yield Engines({role: FakeLanguageEngine(role) for role in LANGUAGE_ROLES}, FakeEncoderEngine())
         return
     store = tmp_path_factory.mktemp("store")
-    ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=store)
+    ec = ECTransferConfig(role=ECTransferRole.PRODUCER, connector_extra_config={"shared_storage_path": store})
     with ExitStack() as stack:
         encoder = EncoderEngine(EngineConfig(model, Role.ENCODER, threads=1, ec=ec))
         encoder.start()

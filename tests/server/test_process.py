@@ -124,6 +124,6 @@ def test_an_address_that_cannot_be_bound_is_one_clear_error(host: str, port: int
 
 
 def test_model_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path) -> None:
-    ec = ECTransferConfig(shared_storage_path=tmp_path)
+    ec = ECTransferConfig(connector_extra_config={"shared_storage_path": tmp_path})
     with pytest.raises(ConfigurationError):
         run(EngineConfig(tmp_path / "none", Role.PD, ec=ec), ServerConfig(port=0))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from chiasm.cli import serve
 from chiasm.cli.parser import Parser
-from chiasm.ec_transfer import ECTransferConfig
 from chiasm.errors import ConfigurationError
+from chiasm.launch.process import EC_OPTIONS
 from chiasm.options import Option, fields_from, flag, names_of
 from chiasm.proxy import ProxyConfig
 
@@ -69,7 +69,7 @@ def run(settings: Mapping[str, Any]) -> int | None:
     running = bool(instances) or (target is not None and target.startswith(_SCHEMES))
     if instances and target is not None:
         raise ConfigurationError("Name either instances, or one proxy or model, but not both.")
-    about_storage = names_of(ECTransferConfig)
+    about_storage = names_of(*EC_OPTIONS)
     of_plan = settings.keys() - _NOT_OF_A_PLAN - about_storage
     if running and of_plan:
         raise ConfigurationError(f"A running deployment has its options already; leave out {_flags(of_plan)}.")

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from chiasm.cli.parser import Parser, option
-from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine.config import EngineConfig
 from chiasm.extras import Extra, require
 from chiasm.http.config import HttpConfig
 from chiasm.kv_transfer import KVTransferConfig
 from chiasm.launch.child import end_with_stdin
 from chiasm.launch.config import model_name
-from chiasm.launch.process import InstanceProcess, instance_process
+from chiasm.launch.process import EC_OPTIONS, InstanceProcess, instance_process
 from chiasm.launch.run import run_instance
 from chiasm.media import MediaConfig
 from chiasm.server import ServerConfig
@@ -41,7 +40,9 @@ def add_options(made: Parser) -> None:
     made.add("process", InstanceProcess)
     made.add("server", ServerConfig)
     made.add("engine", EngineConfig)
-    made.add("embeddings", ECTransferConfig)
+    embeddings = made.add_argument_group("embeddings")
+    for config in EC_OPTIONS:
+        made.add(embeddings, config)
     made.add("KV cache between prefill and decode", KVTransferConfig)
     made.add("HTTP", HttpConfig)
     made.add("images", MediaConfig)

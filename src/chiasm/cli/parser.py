@@ -169,6 +169,14 @@ def _parse_json_list(text: str, *, example: str) -> tuple[str, ...]:
     raise _wrong(f"{text!r} is not a JSON list of strings; write for example {example}")
 
 
+def _parse_json_object(text: str, *, example: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise _wrong(f"{_shown(text)} is not a JSON object; write for example {example}")
+
+
 def _wrong(message: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(message)
 
@@ -212,8 +220,9 @@ def _reader(named: NamedOption) -> Callable[[str], Any]:
     kind, option = named.type, named.option
     if values := choices(named):
         return functools.partial(_parse_choice, choices=values, kind=kind)
-    if option.json_list:
-        return functools.partial(_parse_json_list, example=option.json_list)
+    if option.json:
+        parse = _parse_json_list if kind == tuple[str, ...] else _parse_json_object
+        return functools.partial(parse, example=option.json)
     if option.separator:
         return functools.partial(_parse_list, separator=option.separator)
     if kind == tuple[int, ...]:
@@ -229,7 +238,7 @@ def _reader(named: NamedOption) -> Callable[[str], Any]:
 
 
 def _is_repeated(named: NamedOption) -> bool:
-    return named.type == tuple[str, ...] and not (named.option.separator or named.option.json_list)
+    return named.type == tuple[str, ...] and not (named.option.separator or named.option.json)
 
 
 def choices(named: NamedOption) -> tuple[str, ...]:
@@ -244,8 +253,8 @@ def _metavar(named: NamedOption) -> str:
         return named.option.metavar
     if values := choices(named):
         return "|".join(values)
-    if named.option.json_list:
-        return "LIST"
+    if named.option.json:
+        return "LIST" if named.type == tuple[str, ...] else "JSON"
     unit = named.name.rpartition("_")[2]
     return {"bytes": "SIZE", "seconds": "SECONDS"}.get(unit) or _METAVARS.get(named.type, "TEXT")
 
@@ -259,7 +268,7 @@ def _note(named: NamedOption) -> str:
         notes.append(f"default: {show_size(default) if named.name.endswith('_bytes') else _plain(default)}")
     if named.option.environment:
         notes.append(f"environment: {named.option.environment}")
-    example = f" For example {named.option.json_list}." if named.option.json_list else ""
+    example = f" For example {named.option.json}." if named.option.json else ""
     return example + (f" [{'; '.join(notes)}]" if notes else "")
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 from chiasm.cli import instance, proxy
 from chiasm.cli.parser import Parser, option
-from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
 from chiasm.kv_transfer import KVTransferConfig
 from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
-from chiasm.launch.process import ProcessConfig
+from chiasm.launch.process import EC_OPTIONS, ProcessConfig
 from chiasm.media import MediaConfig
 from chiasm.options import flag, names_of
 from chiasm.proxy import ProxyConfig
@@ -38,8 +37,10 @@ _OF_PROXY = (
 _OF_ROLE = ("cpus", "devices", "memory_share")
 _OF_EC = (
     "connector_module_path",
+    "connector_extra_config",
     "shared_storage_path",
     "ec_max_bytes",
+    "ec_receive_bytes",
     "ec_store",
     "ec_store_read_bytes",
     "ec_store_queue_bytes",
@@ -91,7 +92,8 @@ def add_options(made: Parser) -> None:
     made.add("engine", EngineConfig, without=_OF_LAYOUT)
     embeddings = made.add_argument_group("embeddings")
     made.add(embeddings, DeploymentConfig, only=("connector",))
-    made.add(embeddings, ECTransferConfig, only=_OF_EC)
+    for config in EC_OPTIONS:
+        made.add(embeddings, config, only=_OF_EC)
     made.add("KV cache between prefill and decode", KVTransferConfig, only=_OF_KV)
     made.add("images", MediaConfig)
 

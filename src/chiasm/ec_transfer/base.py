@@ -35,10 +35,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar
 
 from chiasm.connectors import ClassPath, ConnectorFactory
+from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS, read_extra_config
 from chiasm.ec_transfer.lookout import Lookout
 from chiasm.ec_transfer.stores.base import StoreURL
 from chiasm.errors import Code, InvalidRequestError
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 _IDENTIFIER = re.compile(r"[0-9a-f]{64}")
 _SHOWN_CHARACTERS = 72
+_ConfigT = TypeVar("_ConfigT")
 
 
 class ECConnectorRole(enum.Enum):
@@ -77,18 +78,12 @@ class ECTransferConfig:
 
     connector: Annotated[str, Option("Connector that transfers embeddings.", metavar="NAME")] = "SharedStorageConnector"
     role: ECTransferRole = ECTransferRole.BOTH
-    shared_storage_path: Annotated[Path | None, Option("Folder through which instances exchange embeddings.")] = None
     max_bytes: Annotated[int, Option("Maximum total size of the embeddings that are kept.", name="ec_max_bytes")] = (
         4 << 30
     )
     receive_bytes: Annotated[
         int, Option("Maximum size of the embeddings that are on their way to an instance.", name="ec_receive_bytes")
     ] = 512 << 20
-    host: Annotated[
-        str,
-        Option("Address at which others reach the embeddings of this encoder (also its bind address).", name="ec_host"),
-    ] = "127.0.0.1"
-    port: Annotated[int, Option("Port at that address; 0 takes a free one.", name="ec_port", min=0, max=65535)] = 0
     fingerprint: str = ""
     """Names model, processor settings and dtype, in hex. Entries with another fingerprint are treated as missing."""
     device: str = "cpu"
@@ -122,8 +117,11 @@ class ECTransferConfig:
     ] = None
     fleet_key: FleetKey | None = field(default=None, repr=False)
     """By which the instances of a fleet know each other. Without one, only instances of this host are talked to."""
-    extra: dict[str, str] = field(default_factory=dict)
-    """Settings that only this connector understands."""
+    connector_extra_config: Annotated[
+        Mapping[str, Any],
+        Option("Settings that only the connector understands, as a JSON object.", json='{"depth":3}', unset="none"),
+    ] = field(default_factory=dict)
+    """As vLLM's ``ec_connector_extra_config``. ``extra_config`` has the classes of chiasm's own connectors."""
 
 
 class ItemLike(Protocol):
@@ -208,6 +206,13 @@ class ECConnector(ABC):
         self.stats = ECConnectorStats()
         self._metadata: ECConnectorMetadata | None = None
         self._reminders: Lookout | None = None
+
+    def read_extra_config(self, kind: type[_ConfigT]) -> _ConfigT:
+        """Return the connector's own settings as ``kind``, a dataclass of its module.
+
+        Raises ConfigurationError, by name, for one that is missing, unknown or of the wrong type.
+        """
+        return read_extra_config(self.config.connector, self.config.connector_extra_config, kind)
 
     @property
     def store_stats(self) -> StoreReads | StoreWrites | None:
@@ -397,6 +402,16 @@ class ECConnectorFactory(ConnectorFactory[ECTransferConfig, ECConnectorRole, ECC
         "NixlConnector": ClassPath("chiasm.ec_transfer.nixl", "NixlConnector"),
         "SharedStorageConnector": ClassPath("chiasm.ec_transfer.shared_storage", "SharedStorageConnector"),
     }
+
+    @classmethod
+    def check(cls, config: ECTransferConfig) -> None:
+        """Raise ConfigurationError for a connector that doesn't exist, or for settings that one of chiasm's own doesn't have.
+
+        Imports no connector, so it cannot tell everything.
+        """
+        cls.check_name(config)
+        if config.connector_module_path is None and config.connector in EXTRA_CONFIGS:
+            read_extra_config(config.connector, config.connector_extra_config, EXTRA_CONFIGS[config.connector])
 
     @classmethod
     def create_connector(cls, config: ECTransferConfig, role: ECConnectorRole) -> ECConnector:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chiasm.ec_transfer.base import ECConnectorStats, ECTransferConfig
+from chiasm.ec_transfer.base import ECConnectorStats
 from chiasm.ec_transfer.entry_file import HEADER_BYTES, data_bytes, header_of
 from chiasm.ec_transfer.entry_memory import clear_entry, write_entry
+from chiasm.ec_transfer.extra_config import PeerConfig
 from chiasm.ec_transfer.offers import NoRoom, OfferTable, TooManyWanted
 from chiasm.ec_transfer.peer_messages import Bad, Done, Forget, Here, ReaderMessage, Take, Want, Welcome
 from chiasm.errors import StorageError
@@ -43,7 +44,8 @@ class Holder:
 
     def __init__(
         self,
-        config: ECTransferConfig,
+        address: PeerConfig,
+        fingerprint: str,
         engine_id: str,
         terms: Terms,
         arena: Arena,
@@ -53,7 +55,7 @@ class Holder:
         has_checksums: bool,
     ) -> None:
         """``memory`` is the arena's, as the data plane offers it."""
-        self._config = config
+        self._fingerprint = fingerprint
         self._arena = arena
         self._memory = memory
         self._stats = stats
@@ -71,8 +73,8 @@ class Holder:
         self._reading = asyncio.Event()
         """Set while somebody may be reading."""
         self._listener = Listener(
-            config.host,
-            config.port,
+            address.host,
+            address.port,
             engine_id,
             terms,
             memory,
@@ -80,7 +82,7 @@ class Holder:
             greeting_seconds=GREETING_SECONDS,
             option="--ec",
         )
-        self.place = ECPlace(host=config.host, port=self._listener.port, engine_id=engine_id)
+        self.place = ECPlace(host=address.host, port=self._listener.port, engine_id=engine_id)
         self._control = ControlThread("ec-holder", self._run)
 
     @property
@@ -97,7 +99,7 @@ class Holder:
 
         Raises StorageError if it can't be stored.
         """
-        header = header_of(identifier, self._config.fingerprint, tensor)
+        header = header_of(identifier, self._fingerprint, tensor)
         with self._written:
             while (reserved := self._reserve(identifier, HEADER_BYTES + header.data_bytes)) is None:
                 if self._table.has(identifier):

@@ -23,6 +23,7 @@ from chiasm.ec_transfer.base import (
     RequestLike,
     check_identifier,
 )
+from chiasm.ec_transfer.extra_config import PeerConfig
 from chiasm.ec_transfer.holder import Holder
 from chiasm.ec_transfer.peer_messages import PROTOCOL, PROTOCOL_VERSION, Welcome
 from chiasm.ec_transfer.reader import Reader
@@ -48,8 +49,8 @@ class PeerMetadata(ECConnectorMetadata):
 class PeerConnector(ECConnector):
     """Moves embeddings between the memories of processes, which ``expect`` introduces to each other.
 
-    A producer keeps what it publishes in ``config.max_bytes`` of memory, the least recently used are evicted, and listens on
-    ``config.host`` and ``config.port``. At a consumer, at most ``config.receive_bytes`` are on their way or ready at the same
+    A producer keeps what it publishes in ``config.max_bytes`` of memory, the least recently used are evicted, and listens
+    where :class:`PeerConfig` says. At a consumer, at most ``config.receive_bytes`` are on their way or ready at the same
     time. Raises ConfigurationError for limits or an address that can't work.
     """
 
@@ -63,6 +64,7 @@ class PeerConnector(ECConnector):
                 f"{config.connector} needs both of its halves in one process, as vLLM has them with its UniProcExecutor on one "
                 "device; use SharedStorageConnector elsewhere."
             )
+        self._address = self.read_extra_config(PeerConfig)
         self.engine_id = secrets.token_hex(16)
         self._other: PeerConnector | None = None
         self._holder: Holder | None = None
@@ -124,7 +126,14 @@ class PeerConnector(ECConnector):
         memory = self.make_plane().offer(Memory.of_file(arena.file))
         try:
             return Holder(
-                self.config, self.engine_id, terms, arena, memory, self.stats, has_checksums=self.has_checksums
+                self._address,
+                self.config.fingerprint,
+                self.engine_id,
+                terms,
+                arena,
+                memory,
+                self.stats,
+                has_checksums=self.has_checksums,
             )
         except ConfigurationError:
             memory.close()

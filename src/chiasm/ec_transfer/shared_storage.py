@@ -43,6 +43,7 @@ from chiasm.ec_transfer.entry_file import (
     open_pinned,
     write_entry,
 )
+from chiasm.ec_transfer.extra_config import SharedStorageConfig
 from chiasm.ec_transfer.folder_check import examine_folder, files_may_be_mapped
 from chiasm.errors import ConfigurationError, StorageError
 
@@ -82,7 +83,7 @@ class SharedStorageMetadata(ECConnectorMetadata):
 
 
 class SharedStorageConnector(ECConnector):
-    """Moves entries through files in ``config.shared_storage_path``.
+    """Moves entries through files in the folder that :class:`SharedStorageConfig` names.
 
     An entry appears complete or not at all, and is read on the CPU without a copy unless the disk is nearly full. The least
     recently used entries are evicted to stay within ``config.max_bytes``. A file that is torn, foreign or of another model is
@@ -108,7 +109,7 @@ class SharedStorageConnector(ECConnector):
                 f"max_bytes must be more than {HEADER_BYTES} bytes, the size of an entry's header."
             )
         publishes = self.is_producer and role is ECConnectorRole.WORKER
-        path = _usable_folder(config.shared_storage_path, publishes)
+        path = _usable_folder(self.read_extra_config(SharedStorageConfig).shared_storage_path, publishes)
         self._folder = BoundedFolder(path, config.max_bytes, self._count_eviction)
         if config.separate_processes and not hasattr(os, "memfd_create"):
             raise ConfigurationError("SharedStorageConnector needs Linux if its halves are in separate processes.")
@@ -425,10 +426,8 @@ class SharedStorageConnector(ECConnector):
             self.stats.evicted_bytes += size_bytes
 
 
-def _usable_folder(path: Path | None, publishes: bool) -> Path:
+def _usable_folder(path: Path, publishes: bool) -> Path:
     """Return the folder's absolute path, and create it for its owner alone if there is none. Raises ConfigurationError."""
-    if path is None:
-        raise ConfigurationError("SharedStorageConnector needs shared_storage_path, the folder that instances share.")
     try:
         path = path.resolve()
         if findings := examine_folder(path, writes=publishes):

@@ -227,9 +227,11 @@ class WithStore(ECConnector):
         return self._reader.promise(identifier, wanted.rank)
 
     def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:
-        return self._connector.layout_of(
-            identifier
-        )  # what is read from the store is checked before there is memory for it
+        known = self._connector.layout_of(identifier)
+        if known is not None or self._reader is None:
+            return known
+        landing = self._reader.ready(identifier)
+        return None if landing is None else (tuple(landing.tensor.shape), landing.tensor.dtype)
 
     def is_published(self, identifier: str) -> bool:
         return self._connector.is_published(identifier)
@@ -245,8 +247,6 @@ class WithStore(ECConnector):
             return is_available
         with self._lock:
             for item in request.items:
-                if item.offset + item.length <= num_computed_tokens:
-                    continue
                 wanted = self._wanted.get(item.identifier)
                 if wanted is None:
                     wanted = self._wanted[item.identifier] = _Wanted(item.length)
@@ -320,6 +320,8 @@ class WithStore(ECConnector):
             _log.warning("The embedding of item %s can't be mapped from another process: %s", identifier, error)
 
     def discard(self, identifier: str, reason: str) -> None:
+        if self._reader is not None:
+            self._reader.leave(identifier)
         self._connector.discard(identifier, reason)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:

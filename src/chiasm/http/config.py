@@ -21,21 +21,21 @@ class HttpConfig:
 
     allowed_origins: Annotated[
         tuple[str, ...],
-        Option("Origins whose web pages may use the API.", json_list='["https://example.com"]', unset="none"),
+        Option("Origins whose web pages may use the API.", json='["https://example.com"]', unset="none"),
     ] = ()
     allowed_methods: Annotated[
         tuple[str, ...],
-        Option("Methods that these web pages may use.", json_list='["GET","POST"]'),
+        Option("Methods that these web pages may use.", json='["GET","POST"]'),
     ] = ("*",)
     allowed_headers: Annotated[
         tuple[str, ...],
-        Option("Headers that these web pages may send.", json_list='["Authorization"]'),
+        Option("Headers that these web pages may send.", json='["Authorization"]'),
     ] = ("*",)
     allowed_hosts: Annotated[
         tuple[str, ...],
         Option(
             "Names under which web pages may ask a server that listens on loopback alone, besides localhost and addresses.",
-            json_list='["example.com"]',
+            json='["example.com"]',
             unset="none",
         ),
     ] = ()

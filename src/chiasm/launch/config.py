@@ -113,10 +113,14 @@ class DeploymentConfig:
         ),
     ] = None
     connector_module_path: str | None = None
+    connector_extra_config: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that only the connector understands."""
     shared_storage_path: Path | None = None
     """Folder of the embeddings; None makes one if needed, in shared memory if there is room, and removes it at the end."""
     ec_max_bytes: int | None = None
     """Maximum size of the embeddings that are kept; None: 4 GiB, or less if there is less room."""
+    ec_receive_bytes: int | None = None
+    """Maximum size of the embeddings that are on their way to an instance; None: the connectors' default."""
     ec_store: str = field(default="", repr=False)
     """URL of the shared cache of embeddings beside the connector; empty: none."""
     ec_store_read_bytes: int | None = None
@@ -150,6 +154,10 @@ class DeploymentConfig:
             check_key("--admin-key or CHIASM_ADMIN_KEY", self.admin_key)
         if self.ec_store:
             StoreAddress.parse(self.ec_store)
+        if self.shared_storage_path is not None and self.moves_from_memory:
+            raise ConfigurationError(
+                f"--shared-storage-path: {self.ec_connector} uses no folder; leave it out, or take {_FOLDER}."
+            )
         self._check_roles()
         self._check_devices()
         known = names_of(*INSTANCE_OPTIONS)
@@ -205,15 +213,6 @@ class DeploymentConfig:
         ECConnectorFactory.check_name(
             ECTransferConfig(self.ec_connector, connector_module_path=self.connector_module_path)
         )
-        if self.moves_from_memory and self.count(Role.DECODE):
-            raise ConfigurationError(
-                f"--connector {self.connector}: decode instances of vLLM need embeddings too, when they compute a prompt "
-                "again, and nobody tells them where embeddings are; use SharedStorageConnector."
-            )
-        if self.ec_store:
-            raise ConfigurationError(
-                "--ec-store or CHIASM_EC_STORE: vLLM instances don't use a store yet; leave it out."
-            )
         if self.kv_connector not in (None, _NIXL) or self.kv_connector_module_path is not None:
             raise ConfigurationError(
                 f"--kv-connector: vLLM instances exchange KV through {_NIXL}; for another of vLLM's, give "

@@ -22,7 +22,7 @@ PROBE_INTERVAL_SECONDS = 0.25
 """Interval of the proxy's probes, so short that it notices quickly when an instance of this machine comes or goes."""
 _MPS_PRIORITY, _MPS_BELOW_NORMAL = "CUDA_MPS_CLIENT_PRIORITY", "1"
 _EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)
-_OF_STORE = ("ec_store", "ec_store_read_bytes", "ec_store_queue_bytes")
+_OF_EC = ("ec_receive_bytes", "ec_store", "ec_store_read_bytes", "ec_store_queue_bytes")
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def instance_settings(
         settings |= {
             "connector": config.ec_connector,
             "connector_module_path": config.connector_module_path,
+            "connector_extra_config": config.connector_extra_config,
             "ec_max_bytes": surroundings.ec_max_bytes,
         }
-        if surroundings.storage is not None:
+        if surroundings.storage is not None and not config.moves_from_memory:
             settings["shared_storage_path"] = surroundings.storage
-        if config.ec_store:
-            settings |= {name: value for name in _OF_STORE if (value := getattr(config, name)) is not None}
+        settings |= {name: value for name in _OF_EC if (value := getattr(config, name)) not in (None, "")}
     if role in KV_ROLES:
         names = ["kv_connector", "kv_connector_module_path", *(["kv_lease_seconds"] if role is Role.PREFILL else [])]
         settings |= {name: value for name in names if (value := getattr(config, name)) is not None}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from chiasm.ec_transfer import ECConnectorFactory, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS, PeerConfig, SharedStorageConfig
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
@@ -72,9 +73,11 @@ class ProxyProcess(ProcessConfig):
     proxy: ProxyConfig
 
 
+EC_OPTIONS = (ECTransferConfig, SharedStorageConfig, PeerConfig)
+"""The dataclasses whose options say how embeddings are exchanged."""
 INSTANCE_OPTIONS = (
     EngineConfig,
-    ECTransferConfig,
+    *EC_OPTIONS,
     KVTransferConfig,
     ServerConfig,
     HttpConfig,
@@ -119,28 +122,37 @@ def _http(settings: Mapping[str, Any]) -> HttpConfig:
 
 
 def ec_config(role: Role, settings: Mapping[str, Any]) -> ECTransferConfig | None:
-    """Return how an instance exchanges embeddings; None for decode, and for aggregated without a folder.
+    """Return how an instance exchanges embeddings; None for decode, and for aggregated without any such setting.
 
-    Raises ConfigurationError for settings that the role doesn't use, and if the folder of embeddings isn't named.
+    Raises ConfigurationError for settings that the role or the connector doesn't use, and for those that it lacks.
     """
-    given = fields_from(settings, ECTransferConfig)
-    if role in (Role.DECODE, Role.AGGREGATED):
-        given.pop("store", None)  # of no use there, but it may be in the environment of all instances
-    if role is Role.DECODE and given:
-        raise ConfigurationError(
-            f"A decode instance uses no embeddings, its prefill instance does; leave out {_flags(settings, ECTransferConfig)}."
-        )
-    if role is Role.DECODE or (role is Role.AGGREGATED and not given):
+    unused = ("ec_store",) if role in (Role.DECODE, Role.AGGREGATED) else ()  # it may be in the environment of all
+    names = _flags(settings, *EC_OPTIONS, without=unused)
+    if role is Role.DECODE and names:
+        raise ConfigurationError(f"A decode instance uses no embeddings, its prefill instance does; leave out {names}.")
+    if role is Role.DECODE or (role is Role.AGGREGATED and not names):
         return None
     transfer_role = ECTransferRole.PRODUCER if role is Role.ENCODER else ECTransferRole.CONSUMER
+    given = fields_from({name: settings[name] for name in settings if name not in unused}, ECTransferConfig)
     config = ECTransferConfig(role=transfer_role, **given)
-    ECConnectorFactory.check_name(config)
-    if config.connector == ECTransferConfig.connector and config.shared_storage_path is None:
-        raise ConfigurationError(
-            f"{config.connector} needs --shared-storage-path, the folder that encoders share with the instances that use "
-            "their embeddings."
-        )
+    config = replace(config, connector_extra_config=extra_config(config, settings))
+    ECConnectorFactory.check(config)
     return config
+
+
+def extra_config(config: ECTransferConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the connector's own settings: those in ``config``, and the options of chiasm's own connectors, as JSON has them.
+
+    Raises ConfigurationError for options of another connector.
+    """
+    own = EXTRA_CONFIGS.get(config.connector) if config.connector_module_path is None else None
+    extra = dict(config.connector_extra_config)
+    for kind in (SharedStorageConfig, PeerConfig):
+        names = _flags(settings, kind)
+        if names and own not in (None, kind):
+            raise ConfigurationError(f"{names}: {config.connector} has no such setting; leave it out.")
+        extra |= msgspec.to_builtins(fields_from(settings, kind), enc_hook=str)
+    return extra
 
 
 def kv_config(role: Role, settings: Mapping[str, Any]) -> KVTransferConfig | None:
@@ -159,9 +171,9 @@ def kv_config(role: Role, settings: Mapping[str, Any]) -> KVTransferConfig | Non
     return config
 
 
-def _flags(settings: Mapping[str, Any], config: type, without: tuple[str, ...] = ()) -> str:
-    """Return the settings that are options of ``config``, as a person writes them."""
-    names = names_of(config).difference(without)
+def _flags(settings: Mapping[str, Any], *configs: type, without: tuple[str, ...] = ()) -> str:
+    """Return the settings that are options of these dataclasses, as a person writes them."""
+    names = names_of(*configs).difference(without)
     return ", ".join(flag(name) for name in settings if name in names)
 
 

@@ -18,6 +18,7 @@ _INSTANCE = {
     "served_model_name": _OF_ALL,
     "connector": _OF_ALL,
     "connector_module_path": _OF_ALL,
+    "connector_extra_config": _OF_ALL,
     "shared_storage_path": _OF_ALL,
     "ec_max_bytes": _OF_ALL,
     "ec_store": _OF_ALL,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.ec_transfer import ECTransferConfig
+from chiasm.ec_transfer.stores.address import URL_VARIABLE
 from chiasm.errors import ConfigurationError
 from chiasm.extras import Extra, install_command
 from chiasm.integrations.vllm import check_version
@@ -41,6 +42,12 @@ _EC_ROLES = {
 }
 """Decode instances need embeddings when they are short of KV blocks and compute a prompt again. Without a connector vLLM would
 then encode images that it doesn't have, which ends the engine."""
+_EC_SETTINGS = {
+    "ec_receive_bytes": "receive_bytes",
+    "ec_store_read_bytes": "store_read_bytes",
+    "ec_store_queue_bytes": "store_queue_bytes",
+}
+"""The settings of chiasm's connector in vLLM, by the option."""
 _RUN_WITHOUT_TOWER = ("qwen2_vl", "qwen2_5_vl")
 """Model types whose language model accepts embeddings without the vision tower. Models with DeepStack are not among them: vLLM
 looks for it in the tower, and stops at the first embedding if there is no tower."""
@@ -154,6 +161,9 @@ def instance_environment(
         chosen.setdefault("OMP_NUM_THREADS", str(site.placement.threads or 1))
     elif config.roles[role].threads is not None:
         chosen.setdefault("OMP_NUM_THREADS", str(config.roles[role].threads))
+    chosen.pop(URL_VARIABLE, None)
+    if config.ec_store:  # on the command line others would see its password, and vLLM would log it
+        chosen[URL_VARIABLE] = config.ec_store
     if site.placement.devices:
         chosen["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers are nvidia-smi's
         chosen["CUDA_VISIBLE_DEVICES"] = ",".join(site.placement.devices)
@@ -244,14 +254,15 @@ def _one_process(config: DeploymentConfig, site: Site) -> list[str]:
 
 
 def _ec_transfer(config: DeploymentConfig, role: Role, site: Site) -> dict[str, Any]:
-    extra: dict[str, Any] = {}
-    if (config.ec_connector, config.connector_module_path) != (ECTransferConfig.connector, None):
+    extra: dict[str, Any] = {**config.connector_extra_config}
+    if config.ec_connector != ECTransferConfig.connector or config.connector_module_path is not None:
         extra["connector"] = config.ec_connector
     if config.connector_module_path is not None:
         extra["connector_module_path"] = config.connector_module_path
-    if site.storage is not None:
+    if site.storage is not None and not config.moves_from_memory:
         extra["shared_storage_path"] = str(site.storage)
     extra["max_bytes"] = site.ec_max_bytes
+    extra |= {name: value for option, name in _EC_SETTINGS.items() if (value := getattr(config, option)) is not None}
     if config.deadline_seconds is not None:
         extra["wait_seconds"] = config.deadline_seconds
     return {

@@ -81,7 +81,7 @@ class Assignment:
             instance, cost = placed.instance, placed.prompt.seconds
             self._record = PlacementRecord(self._placement, self._metrics, self._job, placed, now)
             self._work.callback(self._record.end)
-            self._places.tell(instance, self._job.places)
+        self._places.tell(instance, self._job.places)
         self._work.enter_context(self._fleet.working(instance, cost))
         self.instance = instance
         return True

@@ -25,8 +25,6 @@ _ATTEMPTS = 3
 _MAX_WAITING = 16 * MAX_PLACES
 """Embeddings of which one instance isn't told yet; of further ones it isn't told at all."""
 _MAX_RESPONSE_BYTES = 64 << 10
-_READERS = (Role.PD, Role.PREFILL)
-"""Roles that read embeddings."""
 
 
 class _Desk:
@@ -60,7 +58,7 @@ class Places:
         It replaces what the instance was told of them before. Nothing is sent if there is no instance, or one that reads no
         embeddings.
         """
-        if not places or instance is None or instance.role not in _READERS:
+        if not places or instance is None or not _reads_embeddings(instance):
             return
         desk = self._desks.get(instance)
         if desk is None:
@@ -122,3 +120,10 @@ class Places:
 
     def _count(self, outcome: str, number: int) -> None:
         self._metrics.places.labels(outcome).inc(number)
+
+
+def _reads_embeddings(instance: Instance) -> bool:
+    """Whether an instance reads embeddings. A decode instance does if it has a connector: vLLM's recomputes prompts itself."""
+    if instance.role is Role.DECODE:
+        return instance.health is not None and bool(instance.health.ec_connector)
+    return instance.role in (Role.PD, Role.PREFILL)

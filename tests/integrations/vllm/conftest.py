@@ -15,7 +15,11 @@ class Encoder:
     """A producer in another process, which publishes entries in the folder."""
 
     def __init__(self, folder: Path, fingerprint: str = "aa") -> None:
-        config = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=folder, fingerprint=fingerprint)
+        config = ECTransferConfig(
+            role=ECTransferRole.PRODUCER,
+            connector_extra_config={"shared_storage_path": folder},
+            fingerprint=fingerprint,
+        )
         self._store = SharedStorageConnector(config, ECConnectorRole.WORKER)
         self._folder = folder
 

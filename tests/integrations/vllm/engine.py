@@ -184,7 +184,8 @@ class Engine:
     ) -> None:
         """A path stands for settings with that folder."""
         if isinstance(settings, Path):
-            settings = Settings(shared_storage_path=settings, wait_seconds=WAIT_SECONDS, max_bytes=max_bytes)
+            folder = {"shared_storage_path": settings}
+            settings = Settings(wait_seconds=WAIT_SECONDS, max_bytes=max_bytes, connector_extra_config=folder)
         is_producer, is_reader = role is not ECTransferRole.CONSUMER, role is not ECTransferRole.PRODUCER
         self._in_one_process = not settings.uses_folder
         config = settings.transfer_config(
@@ -193,7 +194,7 @@ class Engine:
         self.clock = Clock()
         self._reach = reach or Reach(WINDOW)
         self.is_producer, self.is_reader = is_producer, is_reader
-        self._folder = settings.shared_storage_path if settings.uses_folder else None
+        self._folder = settings.folder
         self.scheduler_store = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
         self.worker_store = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
         if self._in_one_process:

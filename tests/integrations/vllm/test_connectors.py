@@ -25,7 +25,12 @@ class Pair:
     def __init__(self, connector: str, folder: Path) -> None:
         module = "tests.integrations.vllm.minimal" if connector == "MinimalConnector" else None
         settings = Settings(
-            connector, module, folder, max_bytes=1 << 20, receive_bytes=1 << 20, wait_seconds=WAIT_SECONDS
+            connector,
+            module,
+            max_bytes=1 << 20,
+            receive_bytes=1 << 20,
+            wait_seconds=WAIT_SECONDS,
+            connector_extra_config={"shared_storage_path": folder} if connector == "SharedStorageConnector" else {},
         )
         self.encoder = Engine(settings, ECTransferRole.PRODUCER)
         self.pd = Engine(settings, ECTransferRole.CONSUMER)

@@ -158,7 +158,7 @@ class _Pair:
         from chiasm.ec_transfer.base import ECConnectorRole, ECTransferConfig
         from chiasm.ec_transfer.shared_storage import SharedStorageConnector
 
-        config = ECTransferConfig(shared_storage_path=folder, max_bytes=max_bytes)
+        config = ECTransferConfig(connector_extra_config={"shared_storage_path": folder}, max_bytes=max_bytes)
         self._folder = folder
         self._producer = SharedStorageConnector(config, ECConnectorRole.WORKER)
         self._scheduler = SharedStorageConnector(config, ECConnectorRole.SCHEDULER)

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from chiasm.errors import ConfigurationError
 
+URL_VARIABLE = "CHIASM_EC_STORE"
 USER_VARIABLE = "CHIASM_EC_STORE_USER"
 PASSWORD_VARIABLE = "CHIASM_EC_STORE_PASSWORD"
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-from chiasm.ec_transfer.stores.address import StoreAddress
+from chiasm.ec_transfer.stores.address import URL_VARIABLE, StoreAddress
 from chiasm.ec_transfer.stores.entry import StoredEntry
 from chiasm.options import Option
 
@@ -16,7 +16,7 @@ StoreURL = Annotated[
         "Shared cache of embeddings: redis://[USER:PASSWORD@]HOST:PORT/DB, rediss:// with TLS, or file:///FOLDER.",
         name="ec_store",
         metavar="URL",
-        environment="CHIASM_EC_STORE",
+        environment=URL_VARIABLE,
     ),
 ]
 """A field of this type is the option that names a store."""

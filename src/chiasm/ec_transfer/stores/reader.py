@@ -141,6 +141,12 @@ class Reader(Generic[LandingT]):
                 read.is_promised = False
             self._changed.notify_all()
 
+    def ready(self, identifier: str) -> LandingT | None:
+        """Return an entry that is ready."""
+        with self._changed:
+            read = self._reads.get(identifier)
+            return None if read is None else read.landing
+
     def take(self, identifier: str) -> LandingT | None:
         """Return an entry that is ready, and forget it."""
         with self._changed:

@@ -41,7 +41,7 @@ from chiasm.integrations.vllm.items import Layout  # noqa: E402
 from chiasm.integrations.vllm.messages import Exchange, StepMetadata, StepReport  # noqa: E402
 from chiasm.integrations.vllm.metrics import ChiasmECPromMetrics, ChiasmECStats  # noqa: E402
 from chiasm.integrations.vllm.scheduler import Reach, SchedulerHalf  # noqa: E402
-from chiasm.integrations.vllm.settings import Settings, fingerprint_of  # noqa: E402
+from chiasm.integrations.vllm.settings import Settings, fingerprint_of, store_url  # noqa: E402
 from chiasm.integrations.vllm.worker import WorkerHalf  # noqa: E402
 
 ECConnectorMetadata.register(StepMetadata)
@@ -85,13 +85,16 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
             self._worker = WorkerHalf(self._store, model_config.dtype, is_writer=_is_writer)
 
     def _make_store(self, settings: Settings, role: ec_transfer.ECConnectorRole) -> ec_transfer.ECConnector:
-        transfer = self._vllm_config.ec_transfer_config
+        transfer, layout = self._vllm_config.ec_transfer_config, Layout.of(self._vllm_config.model_config)
         config = settings.transfer_config(
             ec_transfer.ECTransferRole(transfer.ec_role),
             fingerprint=fingerprint_of(self._vllm_config.model_config, settings.fingerprint),
             device=_device() if role is ec_transfer.ECConnectorRole.WORKER or self._shares_process else "cpu",
             in_one_process=self._shares_process,
             fleet_key=read_fleet_key(),
+            store=store_url(),
+            dtype=layout.dtype,
+            entry_width=layout.width,
         )
         return ec_transfer.ECConnectorFactory.create_connector(config, role)
 

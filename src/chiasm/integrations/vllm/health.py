@@ -16,7 +16,7 @@ from chiasm.cores import allowed_cpus
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
 from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm.messages import Exchange
-from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_of, folder_of
+from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_of, folder_of, store_url
 from chiasm.models.base import Processor
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.wire import Health, Role
@@ -67,15 +67,16 @@ def describe(state: Any, exchanges: Collection[Exchange]) -> Description:
     sizes_by_grid = known is not None and SIZE_KEY not in known.geometry_of_size(64, 64).metadata
     processor = known if sizes_by_grid else None
     names = arguments.served_model_name
-    exchange = _common(exchanges)
+    exchange, role = _common(exchanges), role_of(config)
     health = Health(
-        role=role_of(config),
+        role=role,
         model=(names[0] if isinstance(names, list) else names) if names else arguments.model,
         fingerprint=_fingerprint(model_config, settings),
         dtype=dtype_name(model_config),
         ec_store=exchange.store,
         ec_connector=settings.connector if settings is not None else "",
         ec_place=exchange.place,
+        reads_stored=settings is not None and bool(store_url()) and role in (Role.PD, Role.PREFILL),
         version=__version__,
         engine=f"vllm {sys.modules['vllm'].__version__}",
         needs_key=any(vars(arguments).get("api_key") or [os.environ.get("VLLM_API_KEY")]),
@@ -151,9 +152,9 @@ def _fingerprint(model_config: Any, settings: Settings | None) -> str:
 
 
 def _folder(settings: Settings | None) -> BoundedFolder | None:
-    if settings is None or not settings.uses_folder or settings.shared_storage_path is None:
+    if settings is None or settings.folder is None:
         return None
-    return BoundedFolder(settings.shared_storage_path.resolve(), settings.max_bytes, lambda size_bytes: None)
+    return BoundedFolder(settings.folder.resolve(), settings.max_bytes, lambda size_bytes: None)
 
 
 def _max_items(model_config: Any) -> int | None:

@@ -1,17 +1,21 @@
-"""What the connector is configured with: ``ec_connector_extra_config``, and the identity of the model that vLLM runs."""
+"""What the connector is configured with: ``ec_connector_extra_config``, the shared cache, and the identity of the model."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from chiasm.ec_transfer import ECConnectorFactory, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS, read_extra_config
+from chiasm.ec_transfer.stores.address import URL_VARIABLE
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey
 from chiasm.models.identity import fingerprint
 
+FOLDER_CONNECTOR = "SharedStorageConnector"
 _CHECKPOINT_FILES = ["*.json", "*.jinja", "*.safetensors"]
 
 
@@ -23,55 +27,50 @@ class Settings:
     """Connector that moves embeddings."""
     connector_module_path: str | None = None
     """Python module of a connector that isn't chiasm's own."""
-    shared_storage_path: Path | None = None
-    """The folder that encoders and PDs share."""
     max_bytes: int = ECTransferConfig.max_bytes
     """Maximum size of what the folder, or the memory of an encoder, holds."""
     receive_bytes: int = ECTransferConfig.receive_bytes
     """Maximum size of the embeddings that are on their way to a PD."""
-    host: str = ECTransferConfig.host
-    """Address at which others reach the embeddings of an encoder; also its bind address."""
-    port: int = ECTransferConfig.port
-    """Port at that address; 0 takes a free one."""
-    extra: Mapping[str, str] = field(default_factory=dict)
-    """Settings that only the connector understands."""
+    store_read_bytes: int = ECTransferConfig.store_read_bytes
+    """Maximum size of the embeddings that are read from the shared cache ahead of their use."""
+    store_queue_bytes: int = ECTransferConfig.store_queue_bytes
+    """Maximum size of the embeddings that wait to be written to the shared cache."""
     wait_seconds: float = 60.0
     """How long a request waits for an embedding before it fails."""
     fingerprint: str | None = None
     """Replaces the fingerprint that is computed from the checkpoint, for a model that is not a folder of safetensors files. All
     instances that share embeddings need the same."""
+    connector_extra_config: Mapping[str, Any] = field(default_factory=dict)
+    """The connector's own settings: everything in ``ec_connector_extra_config`` that is none of the above."""
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> Settings:
         """Return the settings. Raises ConfigurationError if one is missing, unknown or of the wrong type."""
-        names = [each.name for each in fields(cls)]
-        if unknown := sorted(extra.keys() - set(names)):
+        if "extra" in extra:
             raise ConfigurationError(
-                f"ec_connector_extra_config has no setting {', '.join(map(repr, unknown))}; its settings are "
-                f"{', '.join(names)}."
+                "ec_connector_extra_config has no setting 'extra'; write the connector's own settings beside the others."
             )
-        for name, kind in _KINDS.items():
-            if name in extra and type(extra[name]) not in kind.types:
-                raise ConfigurationError(f"{name} must be {kind.described}, not {extra[name]!r}.")
-        wait_seconds = extra.get("wait_seconds", cls.wait_seconds)
-        if not 0 <= wait_seconds < float("inf"):
-            raise ConfigurationError(f"wait_seconds must be 0 or a positive number of seconds, not {wait_seconds!r}.")
-        if not 0 <= extra.get("port", 0) < 1 << 16:
-            raise ConfigurationError(f"port must be a number from 0 to 65535, not {extra['port']}.")
-        if not all(type(value) is str for value in extra.get("extra", {}).values()):
-            raise ConfigurationError("extra must be an object whose values are strings.")
-        path = extra.get("shared_storage_path")
-        settings = cls(**{**extra, "shared_storage_path": Path(path) if path else None})
-        if settings.uses_folder and not path:
+        names = [each.name for each in fields(cls) if each.name != "connector_extra_config"]
+        own = {name: value for name, value in extra.items() if name in names}
+        others = {name: value for name, value in extra.items() if name not in names}
+        settings = replace(read_extra_config("ChiasmECConnector", own, cls), connector_extra_config=others)
+        if not 0 <= settings.wait_seconds < float("inf"):
             raise ConfigurationError(
-                "ec_connector_extra_config needs shared_storage_path, the folder that encoders and PDs share."
+                f"wait_seconds must be 0 or a positive number of seconds, not {settings.wait_seconds!r}."
             )
+        if settings.connector_module_path is None and settings.connector in EXTRA_CONFIGS:
+            read_extra_config(settings.connector, others, EXTRA_CONFIGS[settings.connector], others=names)
         return settings
 
     @property
     def uses_folder(self) -> bool:
         """Whether embeddings are exchanged through the folder, which any process can look at."""
-        return self.connector_module_path is None and self.connector == ECTransferConfig.connector
+        return self.connector_module_path is None and self.connector == FOLDER_CONNECTOR
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder; None if there is none."""
+        return Path(self.connector_extra_config["shared_storage_path"]) if self.uses_folder else None
 
     def transfer_config(
         self,
@@ -81,49 +80,40 @@ class Settings:
         device: str,
         in_one_process: bool,
         fleet_key: FleetKey | None,
+        store: str = "",
+        dtype: str = "",
+        entry_width: int = 0,
     ) -> ECTransferConfig:
         """Return the configuration of a connector.
 
         Raises ConfigurationError if it doesn't exist. ``in_one_process``: whether there is one worker, in the scheduler's
-        process.
+        process. ``store`` is the URL of the shared cache beside the connector.
         """
         config = ECTransferConfig(
             connector=self.connector,
             connector_module_path=self.connector_module_path,
+            connector_extra_config=self.connector_extra_config,
             role=role,
-            shared_storage_path=self.shared_storage_path,
             max_bytes=self.max_bytes,
             receive_bytes=self.receive_bytes,
-            host=self.host,
-            port=self.port,
             fingerprint=fingerprint,
             device=device,
             # Copies of the folder's files: truncating a file that is mapped ends the process, and with it vLLM's engine.
             separate_processes=self.uses_folder or not in_one_process,
+            dtype=dtype,
+            entry_width=entry_width,
+            store=store,
+            store_read_bytes=self.store_read_bytes,
+            store_queue_bytes=self.store_queue_bytes,
             fleet_key=fleet_key,
-            extra=dict(self.extra),
         )
-        ECConnectorFactory.check_name(config)
+        ECConnectorFactory.check(config)
         return config
 
 
-class _Kind(NamedTuple):
-    types: tuple[type, ...]
-    described: str
-
-
-_KINDS = {
-    "connector": _Kind((str,), "the name of a connector"),
-    "connector_module_path": _Kind((str, type(None)), "the name of a Python module"),
-    "shared_storage_path": _Kind((str, type(None)), "a path"),
-    "max_bytes": _Kind((int,), "a whole number of bytes"),
-    "receive_bytes": _Kind((int,), "a whole number of bytes"),
-    "host": _Kind((str,), "an address"),
-    "port": _Kind((int,), "a whole number"),
-    "extra": _Kind((dict,), "an object whose values are strings"),
-    "wait_seconds": _Kind((int, float), "0 or a positive number of seconds"),
-    "fingerprint": _Kind((str, type(None)), "a string of hex digits"),
-}
+def store_url(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the URL of the shared cache, or "". It isn't among the settings, which vLLM logs, since it may hold a password."""
+    return environment.get(URL_VARIABLE, "")
 
 
 def fingerprint_of(model_config: Any, given: str | None = None) -> str:
