@@ -54,9 +54,15 @@ class Front:
         async with self.session.get(self.url + path, headers=headers) as response:
             return Answer(response.status, response.headers, await response.read())
 
+    @property
+    def admin(self) -> dict[str, str]:
+        """The headers of the operator."""
+        key = self.service.config.admin_key
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
+
     async def states(self) -> dict[str, str]:
         """InstanceState by URL, as /health has it."""
-        health = (await self.get("/health")).json
+        health = (await self.get("/health", **self.admin)).json
         return {instance["url"]: instance["state"] for instance in health["instances"]}
 
     async def until(self, instance: FakeInstance, state: str) -> None:
@@ -67,7 +73,7 @@ class Front:
 
     async def metric(self, name: str) -> float:
         """The value of one sample, named with its labels as the page has it; 0 if it isn't there."""
-        for line in (await self.get("/metrics")).body.decode().splitlines():
+        for line in (await self.get("/metrics", **self.admin)).body.decode().splitlines():
             if line.startswith(name + " "):
                 return float(line.rpartition(" ")[2])
         return 0.0

@@ -15,7 +15,7 @@ from chiasm.http import Admission, Endpoint, Exchange
 from chiasm.http.body import pace_of
 from chiasm.http.endpoint import Bounds
 from chiasm.http.json_size import INLINE_BYTES
-from chiasm.http.keys import key_name, read_keys
+from chiasm.http.key_ring import read_keys
 from chiasm.http.listen import check_url
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.fleet import Fleet
@@ -61,7 +61,7 @@ class ProxyService:
             interval_seconds=config.probe_interval_seconds,
             timeout_seconds=config.probe_timeout_seconds,
             busy_timeout_seconds=min(config.busy_probe_timeout_seconds, config.probe_timeout_seconds),
-            key=next(iter(read_keys(config.http)), None),
+            key=next((one.key for one in read_keys(config.http)), None),
         )
         self.router = Router(config, self.fleet, self._upstream, self.prober, self.metrics, resolver=self._resolver)
         roles = (
@@ -119,11 +119,10 @@ class ProxyService:
         timing = Timing()
         try:
             request = await self._parsed(exchange, parse_chat if path == CHAT_PATH else parse_completion)
-            if self.config.tenant_by is TenantBy.AUTHORIZATION:
-                request = of_tenant(request, exchange.headers.get("authorization", ""))
+            request = self._of_tenant(request, exchange)
             job = Job(exchange, path, request, timing)
-            if self.config.http.needs_key:
-                job.client = key_name(exchange.headers)
+            if exchange.key is not None:
+                job.client = exchange.key.id
             try:
                 await self.router.answer(job, started)
             except RefusedError as error:
@@ -132,6 +131,14 @@ class ProxyService:
                 await job.send_response(error.response)
         finally:
             exchange.error_headers = [timing.header()]
+
+    def _of_tenant(self, request: Request, exchange: Exchange) -> Request:
+        """Return the request with the salt of its tenant, if it has one."""
+        if exchange.key is not None and exchange.key.tenant_secret:
+            return of_tenant(request, exchange.key.tenant_secret, of="key")
+        if self.config.tenant_by is TenantBy.AUTHORIZATION:
+            return of_tenant(request, exchange.headers.get("authorization", ""), of="authorization")
+        return request
 
     async def _parsed(self, exchange: Exchange, parse: Callable[[bytes, int], Request]) -> Request:
         """Return what the proxy reads of the body; a large one is checked and parsed beside the event loop."""

@@ -18,6 +18,7 @@ from chiasm.http.endpoint import Bounds
 from chiasm.http.fleet_calls import FleetGuard
 from chiasm.http.front import FrontDoor
 from chiasm.http.listen import is_loopback
+from chiasm.http.liveness import live
 from chiasm.http.timing import TimingEntry, write_timing
 from chiasm.server.completions import chat_completions, completions
 from chiasm.server.config import ServerConfig
@@ -55,6 +56,8 @@ def app_of(context: ServerContext) -> Starlette:
             Route("/v1/models", status.models),
             Route("/v1/models/{name:path}", status.model),
             Route("/health", status.health),
+            Route("/livez", live),
+            Route("/readyz", status.ready),
             Route(AWAITED_PATH, status.awaited),
             Route(PLACES_PATH, partial(note_places, context), methods=["POST"]),
             Route(KV_RELEASE_PATH, partial(release_kv, context), methods=["POST"]),
@@ -65,6 +68,7 @@ def app_of(context: ServerContext) -> Starlette:
         lifespan=lifespan,
         is_local=is_loopback(context.config.host),
         guard=partial(FleetGuard, key=context.fleet_key),
+        refusals=context.metrics.refusals,
     )
 
 

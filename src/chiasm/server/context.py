@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, ModelNotFoundError, OverloadedError
 from chiasm.fleet_key import read_fleet_key
 from chiasm.http import Admission, Exchange
-from chiasm.http.keys import key_name
 from chiasm.media import Fetcher
 from chiasm.media.decoder import Decoder
 from chiasm.models.base import LoadProgress
@@ -183,8 +182,8 @@ class ServerContext:
         """Return what names the request's API key; empty if neither this instance nor the proxy checks keys.
 
         The proxy's word counts, and nobody else's."""
-        if self.config.http.needs_key:
-            return key_name(exchange.headers)
+        if exchange.key is not None:
+            return exchange.key.id
         if not exchange.caller.is_of_fleet:
             return ""
         return exchange.headers.get(CLIENT_HEADER, "")[:_SHOWN_CHARACTERS]

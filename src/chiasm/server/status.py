@@ -15,6 +15,7 @@ from chiasm.cores import allowed_cpus
 from chiasm.errors import StorageError
 from chiasm.http import json_response
 from chiasm.http.fleet_calls import caller_of, check_fleet
+from chiasm.http.liveness import ready_response
 from chiasm.server.context import ServerContext
 from chiasm.wire import AwaitedEmbeddings, Health, ModelCard, ModelList, Role, model_card
 
@@ -29,6 +30,11 @@ class Status:
         """Answer with 200 if requests are taken, otherwise with 503."""
         health = await self._health()
         return json_response(health, 200 if health.status == "ok" else 503)
+
+    async def ready(self, request: Request) -> Response:
+        """Answer with the same status, and tell nobody more."""
+        health = await self._health()
+        return ready_response(health.status, health.status == "ok")
 
     async def models(self, request: Request) -> Response:
         """List the model."""
