@@ -266,10 +266,23 @@ class LeaseAnswer(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True)
 
 
 class DrainOrder(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """Body of POST DRAIN_PATH. An instance answers 202 and drains; a proxy does so with the instance at ``url``."""
+    """Body of POST DRAIN_PATH. An instance drains then, and a proxy has the instance at ``url`` do so."""
 
     url: Annotated[str, msgspec.Meta(max_length=2048)] = ""
     """Only to a proxy: the instance's."""
+
+
+class DrainState(msgspec.Struct, kw_only=True, frozen=True):
+    """Answer to POST DRAIN_PATH, with status 202."""
+
+    incarnation: Name = ""
+    """Of the process that drains: when another one answers at its URL, or nobody, it has ended."""
+    requests: Count = 0
+    """Requests that it still answers."""
+    kv: Count = 0
+    """Requests whose KV a decode instance has yet to fetch."""
+    embeddings: Count = 0
+    """Embeddings that a language instance has yet to fetch, or that are being written to the shared cache."""
 
 
 # ---- models ------------------------------------------------------------------------------------------------------------
