@@ -72,7 +72,7 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
         Route("/livez", live),
         Route("/readyz", pages.ready),
         Route("/metrics", pages.metrics),
-        lease_route(lambda: service.leases, service.fleet_key),
+        lease_route(lambda: service.leases, service.fleet_key, service.now),
         drain_route(service, admin),
     ]
     if admin.has_key:

@@ -50,11 +50,20 @@ _lease = msgspec.json.Decoder(Lease)
 class Leases:
     """The leases of one proxy, on its event loop."""
 
-    def __init__(self, membership: Membership, fleet: Fleet, prober: Prober, key: FleetKey | None) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        fleet: Fleet,
+        prober: Prober,
+        key: FleetKey | None,
+        clock: Callable[[], float],
+    ) -> None:
+        """``clock`` returns Unix time, by which leases are signed."""
         self._membership = membership
         self._fleet = fleet
         self._prober = prober
         self._key = key
+        self._clock = clock
         self._news: dict[Instance, set[asyncio.Event]] = {}
         """What the open calls of each instance wait for."""
         self._is_stopping = False
@@ -127,7 +136,7 @@ class Leases:
 
     def _terms(self) -> LeaseAnswer:
         names = list(self._key.names) if self._key else []
-        return LeaseAnswer(fleet_keys=names, clock_milliseconds=int(time.time() * 1000))
+        return LeaseAnswer(fleet_keys=names, clock_milliseconds=int(self._clock() * 1000))
 
     # ---- open calls ------------------------------------------------------------------------------------------------------
 
@@ -160,13 +169,13 @@ class Leases:
             await asyncio.sleep(LOOK_SECONDS)
 
 
-def lease_route(leases: Callable[[], Leases], key: FleetKey | None) -> Route:
+def lease_route(leases: Callable[[], Leases], key: FleetKey | None, clock: Callable[[], float]) -> Route:
     """Return the route at which leases are taken; ``leases`` is called when the proxy runs."""
 
     async def handle(request: Request) -> Response:
         return await leases().handle(request)
 
-    return Route(LEASE_PATH, FleetGuard(request_response(handle), key), methods=["GET", "POST"])
+    return Route(LEASE_PATH, FleetGuard(request_response(handle), key, clock), methods=["GET", "POST"])
 
 
 async def _left(receive: Receive) -> None:

@@ -176,12 +176,12 @@ class Membership:
     def settle(self) -> None:
         """Make the fleet what the sources say."""
         wanted = self._wanted()
-        for url, one in wanted.items():
-            self._keep(url, one)
         for instance in self._fleet.instances:
             if instance.url not in wanted and not instance.draining:
                 self._fleet.note_lease(instance, None)
                 self._fleet.remove(instance)
+        for url, one in wanted.items():
+            self._keep(url, one)
         for url in self._refusals.keys() - wanted.keys():
             del self._refusals[url]
 

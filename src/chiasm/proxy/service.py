@@ -49,6 +49,7 @@ class ProxyService:
             config.max_concurrent_requests, config.max_buffered_bytes, config.http, self.metrics.refusals
         )
         self.is_stopping = False
+        self.clock: Callable[[], float] = time.time
         self._discovered = [parse_source(argument) for argument in config.discover]
         self._resolver = resolver
         self.fleet_key = read_fleet_key(config.fleet_key_file)
@@ -73,7 +74,7 @@ class ProxyService:
             key=next((one.key for one in read_keys(config.http)), None),
         )
         self.router = Router(config, self.fleet, self.upstream, self.prober, self.metrics, resolver=self._resolver)
-        self.leases = Leases(self.membership, self.fleet, self.prober, self.fleet_key)
+        self.leases = Leases(self.membership, self.fleet, self.prober, self.fleet_key, self.now)
         self._sources = Sources(self._discovered, self.membership, self.prober.role_at)
         roles = (
             (Role.PD, config.pds),
@@ -101,6 +102,10 @@ class ProxyService:
         await self.prober.close()
         await self.upstream.close()
         self._parsers.shutdown(wait=False, cancel_futures=True)
+
+    def now(self) -> float:
+        """Return Unix time on the clock by which instances sign their leases."""
+        return self.clock()
 
     def stop(self) -> None:
         """Refuse new requests from now on."""
