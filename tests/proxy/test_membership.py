@@ -131,7 +131,7 @@ def test_an_instance_with_another_role_waits_until_the_one_at_its_url_is_gone(me
     with members.fleet.working(instance, 1):
         members.membership.note_list("file:x", [])
         members.membership.note_list("file:x", [Listed(URL, Role.PD)])
-        assert instance.state is InstanceState.DRAINING
+        assert instance.state == InstanceState.DRAINING
     members.membership.look(1.0)
     replaced = members.fleet.get(URL)
     assert replaced is not None
@@ -177,12 +177,12 @@ def test_a_lease_adds_an_instance_with_its_load(members: Members) -> None:
 def test_a_lapsed_lease_is_unhealthy_and_a_renewed_one_healthy_again(members: Members) -> None:
     instance = members.join()
     members.look(0, 10)
-    assert instance.state is InstanceState.HEALTHY
+    assert instance.state == InstanceState.HEALTHY
     members.look(10.5, 11)
-    assert instance.state is InstanceState.UNHEALTHY
+    assert instance.state == InstanceState.UNHEALTHY
     assert instance.reason == "its lease has lapsed: it was not renewed for 10 s"
     members.membership.renew(LEASE, 11.0)
-    assert instance.state is InstanceState.HEALTHY
+    assert instance.state == InstanceState.HEALTHY
 
 
 def test_a_lapsed_lease_is_forgotten_after_ten_minutes(members: Members) -> None:
@@ -197,9 +197,9 @@ def test_time_in_which_the_proxy_itself_stood_still_lets_no_lease_lapse(members:
     instance = members.join()
     members.look(0, 2)
     members.look(60, 61)
-    assert instance.state is InstanceState.HEALTHY
+    assert instance.state == InstanceState.HEALTHY
     members.look(61.5, 70)
-    assert instance.state is InstanceState.UNHEALTHY
+    assert instance.state == InstanceState.UNHEALTHY
 
 
 def test_a_lapsed_lease_does_not_count_where_something_else_lists_the_instance(members: Members) -> None:
@@ -213,7 +213,7 @@ def test_an_instance_that_says_that_it_drains_gets_no_new_work_whatever_its_prob
     instance = members.join()
     members.membership.renew(replace(LEASE, status="draining"), 1.0)
     members.succeed(URL, incarnation="first")
-    assert instance.state is InstanceState.DRAINING
+    assert instance.state == InstanceState.DRAINING
 
 
 def test_an_instance_that_leaves_is_removed_when_its_last_call_has_ended(members: Members) -> None:
@@ -233,7 +233,7 @@ def test_a_lease_does_not_count_while_another_process_answers_at_its_url(members
         "another process than the one that joined answers at its URL",
     )
     members.membership.renew(replace(LEASE, incarnation="second"), 2.0)
-    assert instance.state is InstanceState.HEALTHY
+    assert instance.state == InstanceState.HEALTHY
 
 
 def test_a_lease_for_the_url_of_an_instance_with_another_role_is_refused(members: Members) -> None:

@@ -35,11 +35,12 @@ class FileSource(Source):
 
     async def run(self, tell: Tell) -> None:
         watch = FileWatch([self._path])
-        await self._read(tell)
+        await self.read(tell)
         async for _ in watch.changes():
-            await self._read(tell)
+            await self.read(tell)
 
-    async def _read(self, tell: Tell) -> None:
+    async def read(self, tell: Tell) -> None:
+        """Tell what the file says now, unless something is wrong with it."""
         try:
             tell(await asyncio.to_thread(read_instances, self._path))
         except ChiasmError as error:
