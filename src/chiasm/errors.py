@@ -76,6 +76,9 @@ class Code(enum.StrEnum):
     """The body's ``Content-Type`` isn't JSON."""
     UNSUPPORTED_ENCODING = "unsupported_encoding"
     """The body's ``Content-Encoding`` isn't supported."""
+    # 429
+    RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
+    """The API key has as many requests in flight, or has sent as many within a minute, as it may."""
     # 502
     INSTANCE_LOST = "instance_lost"
     """An instance was lost before its answer was complete."""
@@ -230,6 +233,13 @@ class OverloadedError(ChiasmError):
     ) -> None:
         super().__init__(message, code=code, limit=limit)
         self.retry_after_seconds = retry_after_seconds
+
+
+class RateLimitError(OverloadedError):
+    """The holder of the API key has sent more than it may; the server itself has room."""
+
+    status = 429
+    kind = "rate_limit_error"
 
 
 class EmbeddingUnavailableError(ChiasmError):

@@ -11,7 +11,7 @@ import pytest
 
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
-from chiasm.http.keys import read_keys
+from chiasm.http.key_ring import read_keys
 from chiasm.launch import DeploymentConfig, EngineKind, RoleConfig, config
 from chiasm.launch.config import model_name
 from chiasm.launch.devices import Placement
@@ -160,7 +160,7 @@ def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:
 
 def test_the_proxy_in_front_of_keyed_vllm_has_the_key_unless_it_has_its_own(address: HeldPort) -> None:
     wanted = DeploymentConfig("demo", ONE_EACH, engine=EngineKind.VLLM, vllm_flags=("--api-key", "K"))
-    assert read_keys(_proxy(wanted, address, [(Role.PD, "http://c")]).proxy.http) == ("K",)
+    assert [one.key for one in read_keys(_proxy(wanted, address, [(Role.PD, "http://c")]).proxy.http)] == ["K"]
     own = replace(wanted, proxy_settings={"api_key": ("P" * 16,)})
     assert _proxy(own, address, [(Role.PD, "http://c")]).proxy.http == HttpConfig(api_key=("P" * 16,))
 

@@ -38,6 +38,8 @@ class Front:
     service: ProxyService
     session: aiohttp.ClientSession
     instances: list[FakeInstance] = field(default_factory=list)
+    stop: Callable[[], Awaitable[None]] = field(default=lambda: asyncio.sleep(0))
+    """Ends the proxy as a signal does, and waits for its end."""
 
     @property
     def openai(self) -> openai.AsyncOpenAI:
@@ -54,9 +56,15 @@ class Front:
         async with self.session.get(self.url + path, headers=headers) as response:
             return Answer(response.status, response.headers, await response.read())
 
+    @property
+    def admin(self) -> dict[str, str]:
+        """The headers of the operator."""
+        key = self.service.config.admin_key
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
+
     async def states(self) -> dict[str, str]:
         """InstanceState by URL, as /health has it."""
-        health = (await self.get("/health")).json
+        health = (await self.get("/health", **self.admin)).json
         return {instance["url"]: instance["state"] for instance in health["instances"]}
 
     async def until(self, instance: FakeInstance, state: str) -> None:
@@ -67,7 +75,7 @@ class Front:
 
     async def metric(self, name: str) -> float:
         """The value of one sample, named with its labels as the page has it; 0 if it isn't there."""
-        for line in (await self.get("/metrics")).body.decode().splitlines():
+        for line in (await self.get("/metrics", **self.admin)).body.decode().splitlines():
             if line.startswith(name + " "):
                 return float(line.rpartition(" ")[2])
         return 0.0
@@ -115,6 +123,7 @@ async def start() -> AsyncIterator[Start]:
                 )
             }
             defaults: dict[str, Any] = {
+                "port": 0,
                 "media": MediaConfig(allowed_media_networks=LOOPBACK),
                 "probe_interval_seconds": 0.05,
                 "deadline_seconds": 20.0,
@@ -124,7 +133,7 @@ async def start() -> AsyncIterator[Start]:
             settings = ProxyConfig(**(defaults | urls | config))
             app = create_app(settings, resolver=resolver)
             server = create_server(app, settings)
-            listener = bind("127.0.0.1", 0)
+            listener = bind("127.0.0.1", settings.port)
             serving = asyncio.ensure_future(server.serve(sockets=[listener]))
             url = url_of(listener)
 
@@ -135,7 +144,7 @@ async def start() -> AsyncIterator[Start]:
             stack.push_async_callback(stop)
             await server.ready.wait()
             session = await stack.enter_async_context(aiohttp.ClientSession())
-            return Front(url, app.state.service, session, instances)
+            return Front(url, app.state.service, session, instances, stop)
 
         yield start_one
 

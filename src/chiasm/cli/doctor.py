@@ -113,7 +113,8 @@ def _examine_running(
     from chiasm.doctor.client import Limits
     from chiasm.doctor.running import Folder, examine_instances, examine_proxy
     from chiasm.fleet_key import read_fleet_key
-    from chiasm.http.key_rules import read_key_file
+    from chiasm.http.admin import read_admin_keys
+    from chiasm.http.key_file import read_api_keys
 
     folder = None
     if "shared_storage_path" in settings:
@@ -122,12 +123,19 @@ def _examine_running(
     limits, store_url = Limits(timeout_seconds), settings.get("ec_store", "")
     keys = [*settings.get("api_key", ())]
     if "api_key_file" in settings:
-        keys += read_key_file("--api-key-file", settings["api_key_file"])
+        keys += [one.key for one in read_api_keys(settings["api_key_file"])]
     key = next(filter(None, keys), None)
     fleet_key = read_fleet_key(settings.get("fleet_key_file"))
+    admin_keys = read_admin_keys(settings.get("admin_key"), settings.get("admin_key_file"))
     if target is not None:
         return examine_proxy(
-            _base_url(target), limits=limits, folder=folder, store_url=store_url, key=key, fleet_key=fleet_key
+            _base_url(target),
+            limits=limits,
+            folder=folder,
+            store_url=store_url,
+            key=key,
+            fleet_key=fleet_key,
+            admin_key=next(iter(admin_keys), None),
         )
     return examine_instances(instances, limits=limits, folder=folder, store_url=store_url, key=key, fleet_key=fleet_key)
 

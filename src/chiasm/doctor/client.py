@@ -81,8 +81,16 @@ class Response:
 class Client:
     """Bounds each call in time, from the first byte sent to the last received, and in size. No redirects, no proxies."""
 
-    def __init__(self, limits: Limits = Limits(), key: str | None = None, fleet_key: FleetKey | None = None) -> None:
-        """``key`` is the API key for the deployment, ``fleet_key`` signs messages as its proxy does."""
+    def __init__(
+        self,
+        limits: Limits = Limits(),
+        key: str | None = None,
+        fleet_key: FleetKey | None = None,
+        admin_key: str | None = None,
+    ) -> None:
+        """``key`` is the API key for the deployment, ``fleet_key`` signs messages as its proxy does, and ``admin_key`` is that
+        of the proxy's operator."""
+        self._admin_key = admin_key
         self.limits = limits
         self.fleet_key = fleet_key
         self._authorization = {"authorization": f"Bearer {key}"} if key else {}
@@ -112,6 +120,11 @@ class Client:
     async def get(self, url: str, *, max_bytes: int = _MAX_BYTES) -> Response:
         """Return a page. Raises NoAnswerError."""
         return await self._ask("GET", url, None, {}, self.limits.page_seconds, max_bytes)
+
+    async def get_as_operator(self, url: str) -> Response:
+        """Return what the proxy shows its operator alone, or what it shows everybody. Raises NoAnswerError."""
+        headers = {"authorization": f"Bearer {self._admin_key}"} if self._admin_key else {}
+        return await self._ask("GET", url, None, headers, self.limits.page_seconds, _MAX_BYTES)
 
     async def post(self, url: str, body: object) -> Response:
         """Send JSON, with the deadline in a header. Raises NoAnswerError, also for an error status."""

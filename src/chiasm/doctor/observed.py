@@ -77,9 +77,14 @@ class _Version(msgspec.Struct):
 
 async def ask_proxy(client: Client, url: str) -> ObservedProxy:
     """Raises NoAnswerError, also if something else than a proxy answers."""
-    response = await client.get(f"{url}/health")
+    response = await client.get_as_operator(f"{url}/health")
     page = response.read(_HealthPage)
     if not bytes(page.instances):
+        if not page.role and page.status in ("ok", "unavailable"):
+            raise NoAnswerError(
+                "is a proxy, and tells its operator alone about its instances; give --admin-key-file or CHIASM_ADMIN_KEY, or "
+                "run this on its machine if it has no admin key"
+            )
         if page.role in ROLES:
             option = "--aggregated-at" if page.role == Role.AGGREGATED else f"--{page.role}"
             raise NoAnswerError(f"is an instance ({page.role}), not a proxy; use `chiasm doctor {option} URL`")

@@ -35,9 +35,10 @@ async def examine_proxy(
     store_url: str = "",
     key: str | None = None,
     fleet_key: FleetKey | None = None,
+    admin_key: str | None = None,
 ) -> AsyncIterator[Result]:
     """Check the proxy at base URL ``url``, and the instances behind it; the keys are those of all of them."""
-    async with Client(limits, key, fleet_key) as client:
+    async with Client(limits, key, fleet_key, admin_key) as client:
         try:
             proxy = await ask_proxy(client, url)
         except NoAnswerError as error:

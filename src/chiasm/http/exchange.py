@@ -34,6 +34,8 @@ class Exchange:
         self.headers = Headers(scope=scope)
         visit = visit_of(scope)
         self.request_id = visit.request_id
+        self.key = visit.key
+        """Whose API key the request has; None if the server needs none."""
         self.timing_comments = visit.timing_comments
         """Whether a stream may contain comments with timing."""
         self.deadline = self.arrival + deadline_seconds

@@ -7,7 +7,7 @@ streams aren't held up, and takes no task of its own.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 
@@ -18,11 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import EXCEPTION_HANDLERS
 from chiasm.http.flood import limited
-from chiasm.http.keys import KeyGuard, read_keys
+from chiasm.http.key_ring import KeyRing
+from chiasm.http.keys import KeyGuard
+from chiasm.http.limits import Refusals
 from chiasm.http.log import RequestLog
 from chiasm.http.origins import LocalOnly, Origins
 from chiasm.http.paths import normal_path
 from chiasm.http.visit import Visit, with_visit
+from chiasm.http.watch import running
 
 EXPOSED_HEADERS = ("X-Request-Id", "Server-Timing", "Retry-After")
 """Headers of answers that web pages of other origins may read."""
@@ -42,14 +45,19 @@ class FrontDoor(Starlette):
         lifespan: Lifespan | None = None,
         is_local: bool = False,
         guard: Callable[[ASGIApp], ASGIApp] | None = None,
+        guarded_paths: Collection[str] = (),
+        refusals: Refusals | None = None,
     ) -> None:
-        """``is_local`` says that the server listens on loopback alone; ``guard`` is put around the routes.
+        """``is_local`` says that the server listens on loopback alone; ``guard`` is put around the routes. ``guarded_paths``
+        need an API key besides those below /v1. ``refusals`` counts who was refused on account of a limit.
 
         Raises ConfigurationError for API keys that cannot be read."""
         self._config = config
         self._is_local = is_local
         self._guard = guard
-        self._keys = read_keys(config)
+        self._guarded_paths = guarded_paths
+        self._refusals = refusals
+        self.keys = KeyRing(config)
         self._log = RequestLog(access=config.access_log)
 
         @asynccontextmanager
@@ -58,6 +66,7 @@ class FrontDoor(Starlette):
                 for name in _LOGS_OF_CLIENTS:
                     stack.enter_context(limited(name))
                 stack.callback(self._log.flush)
+                await stack.enter_async_context(running(self.keys.follow()))
                 if lifespan is not None:
                     await stack.enter_async_context(lifespan(app))
                 yield
@@ -70,8 +79,8 @@ class FrontDoor(Starlette):
         config = self._config
         if self._guard is not None:
             app = self._guard(app)
-        if self._keys:
-            app = KeyGuard(app, self._keys)
+        if self.keys:
+            app = KeyGuard(app, self.keys, self._guarded_paths, self._refusals)
         if self._is_local:
             app = LocalOnly(app, config)
         app = Origins(

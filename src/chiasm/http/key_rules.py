@@ -9,6 +9,7 @@ from chiasm.ownership import other_writers
 
 LEAST_KEY_CHARACTERS = 16
 """A shorter one could be guessed by somebody who may try a few thousand times a second."""
+MAX_FILE_BYTES = 4 << 20
 
 
 def check_key(where: str, key: str) -> None:
@@ -27,16 +28,27 @@ def check_key(where: str, key: str) -> None:
 
 def read_key_file(option: str, path: Path) -> list[str]:
     """Return the keys in a file that nobody else may write, one a line and at least one. Raises ConfigurationError."""
+    found = [line.strip() for line in read_private_text(option, path).splitlines() if line.strip()]
+    if not found:
+        raise ConfigurationError(f"{option}: {path} holds no key; write one a line.")
+    for key in found:
+        check_key(option, key)
+    return found
+
+
+def read_private_text(option: str, path: Path) -> str:
+    """Return what is in a file that nobody else may write. Raises ConfigurationError."""
     try:
-        lines = path.read_text().splitlines()
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or "it is not a text"
         raise ConfigurationError(f"{option}: {path} cannot be read: {reason}.") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigurationError(f"{option}: {path} is larger than {MAX_FILE_BYTES >> 20} MiB.")
     if others := other_writers(path.stat()):
         raise ConfigurationError(
             f"{option}: {path} {others}, who could add a key; make it yours alone (chmod go-w {path})."
         )
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ConfigurationError(f"{option}: {path} holds no key; write one a line.")
-    return found
+    return text

@@ -1,42 +1,24 @@
-"""API keys: which paths need one, and whether a request has it."""
+"""API keys at the front door: which paths need one, and whether a request has it and may go on."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from chiasm.errors import AuthenticationError, Code
-from chiasm.http.config import HttpConfig
+from chiasm.errors import AuthenticationError, Code, RateLimitError
 from chiasm.http.errors import error_response
-from chiasm.http.key_rules import check_key, read_key_file
+from chiasm.http.key_ring import KeyRing
+from chiasm.http.limits import Refusals
+from chiasm.http.visit import visit_of
 
-_NAME_CHARACTERS = 16
 _GUARDED = "/v1"
-"""As in vLLM, all paths that begin with it. /health and /metrics are open."""
-
-
-def key_name(headers: Headers) -> str:
-    """Return what names the key of a request, without telling it; empty if it has none."""
-    given = headers.get("authorization", "")
-    return hashlib.sha256(given.encode()).hexdigest()[:_NAME_CHARACTERS] if given else ""
-
-
-def read_keys(config: HttpConfig) -> tuple[str, ...]:
-    """Return all keys that a request may have; empty if it needs none.
-
-    Raises ConfigurationError for a file that cannot be read or holds no key, and for a key that isn't fit.
-    """
-    keys = list(config.api_key)
-    if config.api_key_file is not None:
-        found = read_key_file("--api-key-file", config.api_key_file)
-        for key in found:
-            check_key("--api-key-file", key)
-        keys += found
-    return (*keys, *config.keys_of_instances)
+"""As in vLLM, all paths that begin with it."""
+_FREE_METHODS = ("GET", "HEAD")
+"""What these ask for costs nearly nothing, so it doesn't count towards the limits of a key."""
 
 
 def bearer(headers: Headers) -> str:
@@ -60,19 +42,42 @@ def digest_of(key: str) -> bytes:
 
 
 class KeyGuard:
-    """Refuses requests below /v1 that have no valid key, before anything of their body is read."""
+    """Refuses requests that have no valid key, or one whose limits are reached, before anything of their body is read."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, paths: Collection[str], refusals: Refusals | None) -> None:
+        """``paths`` need a key besides those below /v1; ``refusals`` counts who was refused on account of a limit."""
         self._app = app
-        self._digests = [digest_of(key) for key in keys]
+        self._keys = keys
+        self._paths = paths
+        self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"].startswith(_GUARDED):
-            given = bearer(Headers(scope=scope))
-            if not is_one_of(given, self._digests):
-                await error_response(wrong_key(given))(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or not self._is_guarded(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        given = bearer(Headers(scope=scope))
+        holder = self._keys.holder_of(given)
+        if holder is None:
+            await error_response(wrong_key(given))(scope, receive, send)
+            return
+        visit_of(scope).key = holder
+        if scope["method"] in _FREE_METHODS:
+            await self._app(scope, receive, send)
+            return
+        try:
+            holder.enter()
+        except RateLimitError as error:
+            if self._refusals is not None and error.limit is not None:
+                self._refusals.note(error.limit)
+            await error_response(error)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            holder.leave()
+
+    def _is_guarded(self, path: str) -> bool:
+        return path.startswith(_GUARDED) or path in self._paths
 
 
 def wrong_key(given: str) -> AuthenticationError:

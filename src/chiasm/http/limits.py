@@ -28,6 +28,8 @@ class Limit(enum.StrEnum):
     TEXT_BYTES = "text_bytes"
     JSON_MEMBERS = "json_members"
     JSON_VALUES = "json_values"
+    KEY_REQUESTS = "key_requests"
+    KEY_RATE = "key_rate"
 
 
 class Refusals:

@@ -17,7 +17,7 @@ CLIENT_LEFT = 499
 """The status under which a request is counted if its client left."""
 _REASON_CHARACTERS = 300
 _PATH_BYTES = 200
-_PROBED_PATH = b"/health"
+_PROBED_PATHS = (b"/health", b"/readyz")
 _INPUTS = re.compile(r"""(?:['"]?\binput(?:_value)?['"]?\s*[:=]|\bnear ['"]).*""", re.DOTALL)
 """Where messages quote the request: those of validators, such as vLLM's, and about JSON."""
 _DATA_URL = re.compile(r"data:[^\s'\"]{20,}")
@@ -65,7 +65,7 @@ class RequestLog:
 
 
 def _level(visit: Visit, status: int) -> int:
-    if status == 503 and visit.raw_path == _PROBED_PATH:
+    if status == 503 and visit.raw_path in _PROBED_PATHS:
         return logging.DEBUG  # asked several times a second, until all is well
     return logging.WARNING if status >= 500 or visit.ended_with_error else logging.INFO
 

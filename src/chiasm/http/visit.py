@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from typing import TYPE_CHECKING
 
 import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Message, Scope
 
 from chiasm.wire import ErrorBody
+
+if TYPE_CHECKING:
+    from chiasm.http.key_ring import KeyHolder
 
 _KEY = "chiasm.visit"
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -38,6 +42,8 @@ class Visit:
         wanted = headers.get("x-timing-comments", "").lower()
         self.timing_comments = wanted == "on" if wanted in ("on", "off") else timing_comments
         """Whether a stream may contain comments with timing."""
+        self.key: KeyHolder | None = None
+        """Whose API key it has; None if the server needs none for it."""
         self.status: int | None = None
         """Status of the answer, once it has begun."""
         self.is_complete = False

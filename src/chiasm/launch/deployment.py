@@ -14,6 +14,7 @@ from chiasm.cores import check_cpus
 from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.extras import Extra, require
 from chiasm.fleet_key import FleetKey, make_fleet_key, read_fleet_key
+from chiasm.http.admin import read_admin_keys
 from chiasm.launch import fork_server
 from chiasm.launch.arrangement import arrange
 from chiasm.launch.child import Child, ProcessState, Start, start_process
@@ -218,7 +219,8 @@ class Deployment:
         if not all(member.child.state is ProcessState.READY for member in needed):
             self._unhealthy_since = None
             return False
-        infos = instance_infos(self.local_url)
+        admin_keys = read_admin_keys(self.config.admin_key, self.config.admin_key_file)
+        infos = instance_infos(self.local_url, next(iter(admin_keys), None))
         found = {one.plan.name: infos.get(one.plan.address.url, InstanceInfo()) for one in needed if one.plan.role}
         unhealthy = {name: info for name, info in found.items() if info.state != InstanceState.HEALTHY}
         if unhealthy:

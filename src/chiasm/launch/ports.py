@@ -64,9 +64,9 @@ def instance_states(url: str) -> dict[str, str]:
     return {name: instance.state for name, instance in instance_infos(url).items()}
 
 
-def instance_infos(url: str) -> dict[str, InstanceInfo]:
+def instance_infos(url: str, admin_key: str | None = None) -> dict[str, InstanceInfo]:
     """Return what the proxy at ``url`` says of each instance, by the instance's URL; empty if it doesn't answer."""
-    _, body = _get_health(url)
+    _, body = _get_health(url, key=admin_key)
     try:
         return {instance.url: instance for instance in msgspec.json.decode(body, type=ProxyHealth).instances}
     except msgspec.MsgspecError:
@@ -83,10 +83,13 @@ def load_progress(url: str) -> str:
     return f"{health.loaded_tensors}/{health.tensors} tensors" if health.tensors else ""
 
 
-def _get_health(url: str, timeout_seconds: float = _HEALTH_SECONDS) -> tuple[int, bytes]:
+def _get_health(url: str, timeout_seconds: float = _HEALTH_SECONDS, *, key: str | None = None) -> tuple[int, bytes]:
     """Return status and body; 0 and nothing if there is no response."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
-        with _OPENER.open(f"{url}/health", timeout=timeout_seconds) as response:
+        with _OPENER.open(
+            urllib.request.Request(f"{url}/health", headers=headers), timeout=timeout_seconds
+        ) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         with error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -14,28 +14,26 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from chiasm.errors import (
-    AuthenticationError,
     ConfigurationError,
-    ConflictError,
     InvalidRequestError,
     PathNotFoundError,
 )
 from chiasm.http import json_response, read_body
-from chiasm.http.errors import error_response
+from chiasm.http.admin import AdminCheck, read_admin_keys
 from chiasm.http.front import FrontDoor
-from chiasm.http.key_rules import check_key, read_key_file
-from chiasm.http.keys import bearer, digest_of, is_one_of
 from chiasm.http.listen import check_url, is_loopback
+from chiasm.http.liveness import live, ready_response
 from chiasm.http.untrusted import read_json
 from chiasm.proxy.balancing import model_not_found
 from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.drain import drain_route
+from chiasm.proxy.leases import lease_route
 from chiasm.proxy.metrics import CONTENT_TYPE
 from chiasm.proxy.service import ProxyService
 from chiasm.wire import (
     CHAT_PATH,
     COMPLETIONS_PATH,
     InstanceList,
-    InstanceState,
     ModelCard,
     ModelList,
     ProxyHealth,
@@ -44,6 +42,7 @@ from chiasm.wire import (
 )
 
 _MAX_ORDER_BYTES = 64 << 10
+_READY = "ok"
 
 
 def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None) -> Starlette:
@@ -62,19 +61,29 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
         finally:
             await service.close()
 
-    pages = _Pages(service)
+    admin = AdminCheck(read_admin_keys(config.admin_key, config.admin_key_file))
+    pages = _Pages(service, admin)
     routes: list[BaseRoute] = [
         Route(CHAT_PATH, service.endpoint(CHAT_PATH), methods=["POST"]),
         Route(COMPLETIONS_PATH, service.endpoint(COMPLETIONS_PATH), methods=["POST"]),
         Route("/v1/models", pages.models),
         Route("/v1/models/{model:path}", pages.model),
         Route("/health", pages.health),
+        Route("/livez", live),
+        Route("/readyz", pages.ready),
         Route("/metrics", pages.metrics),
+        lease_route(lambda: service.leases, service.fleet_key, service.now),
+        drain_route(service, admin),
     ]
-    if config.has_admin:
-        admin = _Admin(service, _admin_keys(config))
-        routes.append(Route("/instances", admin.handle, methods=["GET", "POST", "DELETE"]))
-    app = FrontDoor(routes, config.http, lifespan=lifespan, is_local=is_loopback(config.host))
+    if admin.has_key:
+        routes.append(Route("/instances", _Instances(service, admin).handle, methods=["GET", "POST", "DELETE"]))
+    app = FrontDoor(
+        routes,
+        config.http,
+        lifespan=lifespan,
+        is_local=is_loopback(config.host),
+        refusals=service.metrics.refusals,
+    )
     app.state.service = service
     return app
 
@@ -82,24 +91,38 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
 class _Pages:
     """Handlers of the routes that only read."""
 
-    def __init__(self, service: ProxyService) -> None:
+    def __init__(self, service: ProxyService, admin: AdminCheck) -> None:
         self._service = service
+        self._admin = admin
         self._fleet = service.fleet
         self._metrics = service.metrics
         self._created = int(time.time())
 
     async def health(self, request: Request) -> Response:
-        """Answer with 200 if new requests for text can be answered, otherwise with 503."""
-        fleet = self._fleet
-        ready = fleet.missing is None and not self._service.is_stopping
+        """Answer with 200 if new requests for text can be answered, otherwise with 503; the operator learns more."""
+        status = self._status
+        if not self._admin.may_see(request.scope):
+            return ready_response(status, status == _READY)
         health = ProxyHealth(
-            status="ok" if ready else "stopping" if self._service.is_stopping else "unavailable",
-            models=fleet.models,
-            instances=[instance.describe(time.monotonic()) for instance in fleet.instances],
+            status=status,
+            models=self._fleet.models,
+            instances=[instance.describe(time.monotonic()) for instance in self._fleet.instances],
         )
-        return json_response(health, 200 if ready else 503)
+        return json_response(health, 200 if status == _READY else 503)
+
+    async def ready(self, request: Request) -> Response:
+        """Answer with the same status, and tell nobody more."""
+        return ready_response(self._status, self._status == _READY)
+
+    @property
+    def _status(self) -> str:
+        if self._service.is_stopping:
+            return "stopping"
+        return _READY if self._fleet.missing is None else "unavailable"
 
     async def metrics(self, request: Request) -> Response:
+        if self._admin.has_key:  # without one, whoever collects metrics from another machine could not be let in
+            self._admin.check_may_see(request.scope)
         return Response(self._metrics.render(), media_type=None, headers={"content-type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
@@ -125,16 +148,15 @@ class _Order(msgspec.Struct):
 _order = msgspec.json.Decoder(_Order)
 
 
-class _Admin:
+class _Instances:
     """Lists, adds and removes instances for requests with the admin key."""
 
-    def __init__(self, service: ProxyService, keys: Sequence[str]) -> None:
+    def __init__(self, service: ProxyService, admin: AdminCheck) -> None:
         self._service = service
-        self._digests = [digest_of(key) for key in keys]
+        self._admin = admin
 
     async def handle(self, request: Request) -> Response:
-        if not is_one_of(bearer(request.headers), self._digests):
-            return error_response(AuthenticationError("Send the admin key as a bearer token."))
+        self._admin.check_may_change(request.scope)
         actions: dict[str, Callable[[Request], Awaitable[Response]]] = {"POST": self._add, "DELETE": self._remove}
         return await actions.get(request.method, self._list)(request)
 
@@ -147,37 +169,16 @@ class _Admin:
         order = await _read_order(request)
         if order.role is None:
             raise InvalidRequestError(f"role must be one of {', '.join(Role)}.", param="role")
-        fleet, prober = self._service.fleet, self._service.prober
-        known = fleet.get(order.url)
-        if known is not None and (known.state is not InstanceState.DRAINING or known.role is not order.role):
-            raise ConflictError(
-                f"{order.url} is already an instance; its role is {known.role}, its state {known.state}."
-            )
-        if misfit := fleet.misfit(order.role):
-            raise ConflictError(misfit)
-        instance = fleet.add(order.url, order.role)
-        prober.watch(instance)
-        await prober.check(instance)
+        instance = self._service.membership.add(order.url, order.role)
+        await self._service.prober.check(instance)
         return json_response(instance.describe(time.monotonic()), 201)
 
     async def _remove(self, request: Request) -> Response:
         order = await _read_order(request)
-        instance = self._service.fleet.get(order.url)
+        instance = self._service.membership.remove(order.url)
         if instance is None:
             raise PathNotFoundError(f"{order.url} is not an instance.")
-        self._service.fleet.remove(instance)
         return json_response(instance.describe(time.monotonic()), 202)
-
-
-def _admin_keys(config: ProxyConfig) -> list[str]:
-    """Return the keys that may change the instances. Raises ConfigurationError for a file that can't be used."""
-    keys = [] if config.admin_key is None else [config.admin_key]
-    if config.admin_key_file is not None:
-        found = read_key_file("--admin-key-file", config.admin_key_file)
-        for key in found:
-            check_key("--admin-key-file", key)
-        keys += found
-    return keys
 
 
 async def _read_order(request: Request) -> _Order:

@@ -18,14 +18,16 @@ from chiasm.http.endpoint import Bounds
 from chiasm.http.fleet_calls import FleetGuard
 from chiasm.http.front import FrontDoor
 from chiasm.http.listen import is_loopback
+from chiasm.http.liveness import live
 from chiasm.http.timing import TimingEntry, write_timing
 from chiasm.server.completions import chat_completions, completions
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
+from chiasm.server.drain import drain
 from chiasm.server.kv_release import release_kv
 from chiasm.server.places import note_places
 from chiasm.server.status import Status
-from chiasm.wire import AWAITED_PATH, CHAT_PATH, COMPLETIONS_PATH, KV_RELEASE_PATH, PLACES_PATH
+from chiasm.wire import AWAITED_PATH, CHAT_PATH, COMPLETIONS_PATH, DRAIN_PATH, KV_RELEASE_PATH, PLACES_PATH
 
 if TYPE_CHECKING:
     from chiasm.engine.base import Engine
@@ -55,7 +57,10 @@ def app_of(context: ServerContext) -> Starlette:
             Route("/v1/models", status.models),
             Route("/v1/models/{name:path}", status.model),
             Route("/health", status.health),
+            Route("/livez", live),
+            Route("/readyz", status.ready),
             Route(AWAITED_PATH, status.awaited),
+            Route(DRAIN_PATH, partial(drain, context), methods=["POST"]),
             Route(PLACES_PATH, partial(note_places, context), methods=["POST"]),
             Route(KV_RELEASE_PATH, partial(release_kv, context), methods=["POST"]),
             Route("/metrics", status.metrics),
@@ -65,6 +70,7 @@ def app_of(context: ServerContext) -> Starlette:
         lifespan=lifespan,
         is_local=is_loopback(context.config.host),
         guard=partial(FleetGuard, key=context.fleet_key),
+        refusals=context.metrics.refusals,
     )
 
 

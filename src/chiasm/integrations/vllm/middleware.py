@@ -26,6 +26,7 @@ from chiasm.http.body import Incoming
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
 from chiasm.http.fleet_calls import Caller, FleetGuard, caller_of, check_fleet
+from chiasm.http.liveness import ready_response
 from chiasm.integrations.vllm.health import Description, asks_engines, describe
 from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.shutdown import ServerEnd
@@ -90,6 +91,11 @@ class ChiasmMiddleware:
         method, path = (scope["method"], scope["path"]) if scope["type"] == "http" else ("GET", "")
         if (method, path) == ("GET", "/health"):
             await self._health(scope, receive, send)
+        elif (method, path) == ("GET", "/livez"):
+            await json_response({"status": "ok"})(scope, receive, send)
+        elif (method, path) == ("GET", "/readyz"):
+            status, health = await self._current_health(scope, receive)
+            await ready_response(health.status, status == HTTPStatus.OK)(scope, receive, send)
         elif (method, path) == ("GET", AWAITED_PATH) and (await self._described(scope)).has_connector:
             await self._awaited(scope, receive, send)
         elif (method, path) == ("POST", PLACES_PATH) and (await self._described(scope)).has_connector:
@@ -124,9 +130,15 @@ class ChiasmMiddleware:
     # ---- /health ----------------------------------------------------------------------------------------------------
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status, health = await self._current_health(scope, receive)
+        if self._fleet_key is not None:
+            names, clock = list(self._fleet_key.names), int(time.time() * 1000)
+            health = msgspec.structs.replace(health, fleet_keys=names, clock_milliseconds=clock)
+        await json_response(health, status)(scope, receive, send)
+
+    async def _current_health(self, scope: Scope, receive: Receive) -> tuple[int, Health]:
         if self._end.is_asked:
-            await json_response(Health(status="stopping"), 503)(scope, receive, send)
-            return
+            return 503, Health(status="stopping")
         status, message = await self._ask_vllm(scope, receive)
         health = Health(status="failed", message=message or "vLLM's engine has stopped; its log says why.")
         if status == 200:
@@ -134,11 +146,7 @@ class ChiasmMiddleware:
                 health = await asyncio.to_thread((await self._described(scope)).current_health)
             except (ChiasmError, OSError) as error:
                 status, health = 503, Health(status="failed", message=str(error))
-        if self._fleet_key is not None:
-            names, clock = list(self._fleet_key.names), int(time.time() * 1000)
-            health = msgspec.structs.replace(health, fleet_keys=names, clock_milliseconds=clock)
-        response = json_response(health, status)
-        await response(scope, receive, send)
+        return status, health
 
     async def _ask_vllm(self, scope: Scope, receive: Receive) -> tuple[int, str]:
         """Return the status and the beginning of the body with which vLLM itself answers."""
@@ -151,7 +159,7 @@ class ChiasmMiddleware:
             else:
                 body += message.get("body", b"")[: _SHOWN_BYTES - len(body)]
 
-        await self._app(scope, receive, note)
+        await self._app({**scope, "path": "/health", "raw_path": b"/health"}, receive, note)
         return status, body.decode(errors="replace")
 
     # ---- embeddings ---------------------------------------------------------------------------------------------------
