@@ -269,6 +269,29 @@ class TestKeys:
         with pytest.raises(ConfigurationError, match="writable by every user"):
             FrontDoor([], HttpConfig(api_key_file=file))
 
+    def test_a_key_beyond_its_limit_is_refused_before_its_body_is_read_and_others_are_not(self, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text(f"keys: [{{key: {FIRST}, max_requests_per_minute: 1}}, {{key: {SECOND}}}]")
+        with site(echo, config=HttpConfig(api_key_file=file)) as server:
+            send(server.url + "/v1/models", "GET", authorization=f"Bearer {FIRST}")  # doesn't count
+            statuses = [
+                send(server.url + CHAT, content=b"x", authorization=f"Bearer {key}").status_code
+                for key in (FIRST, FIRST, SECOND)
+            ]
+            refused = send(server.url + CHAT, content=b"x", authorization=f"Bearer {FIRST}")
+        assert statuses == [200, 429, 200]
+        assert 0 < int(refused.headers["retry-after"]) <= 60
+        error = error_of(refused)
+        assert (error["type"], error["code"]) == ("rate_limit_error", Code.RATE_LIMIT_EXCEEDED)
+        assert len(server.ended) == 2
+
+    def test_a_request_leaves_its_place_however_it_ends(self, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text(f"keys: [{{key: {FIRST}, max_requests_in_flight: 1}}]")
+        with site(raising(ValueError("x")), config=HttpConfig(api_key_file=file)) as server:
+            statuses = {send(server.url + CHAT, authorization=f"Bearer {FIRST}").status_code for _ in range(3)}
+        assert statuses == {500}
+
     def test_those_of_the_instances_may_be_short(self) -> None:
         with site(echo, config=HttpConfig(keys_of_instances=("k",))) as server:
             statuses = [send(server.url + CHAT, authorization=f"Bearer {key}").status_code for key in ("k", "x")]

@@ -49,7 +49,10 @@ class HttpConfig:
         ),
     ] = field(default=(), repr=False)
     api_key_file: Annotated[
-        Path | None, Option("File with such keys, one a line; other users of the machine don't see them there.")
+        Path | None,
+        Option(
+            "File with such keys, one a line, or in YAML with names, tenants and limits; read again when it is replaced."
+        ),
     ] = None
     keys_of_instances: tuple[str, ...] = field(default=(), repr=False)
     """Keys that requests may have because the instances behind this proxy take them; of any length, as those of vLLM."""
