@@ -52,9 +52,13 @@ class Timing:
         """Return the proxy's entries as a comment in a stream."""
         return comment(TIMING_COMMENT, write_timing(self._entries()))
 
-    def _entries(self) -> list[TimingEntry]:
+    def durations(self) -> dict[str, float]:
+        """Return what is known, in seconds by name."""
         named = ((name, getattr(self, name)) for name in _DURATIONS)
-        entries = [TimingEntry(name, seconds) for name, seconds in named if seconds is not None]
+        return {name: seconds for name, seconds in named if seconds is not None}
+
+    def _entries(self) -> list[TimingEntry]:
+        entries = [TimingEntry(name, seconds) for name, seconds in self.durations().items()]
         return [*entries, TimingEntry("placement", description=self.placement)] if self.placement else entries
 
 
@@ -109,8 +113,22 @@ class Job:
         """Kept until the answer begins if an instance that encodes itself could still have to give it."""
         self.identifiers: Sequence[str] = ()
         """Identifiers of the images that ``encoding`` is about, in the order in which they occur."""
+        self._details = exchange.visit.details
         self._encoder_calls = 0
         self._relay = EventRelay(timing.comment if exchange.timing_comments else lambda: b"")
+
+    def note_instance(self, instance: Instance) -> None:
+        """Note for the log that an instance has worked for it: by its address."""
+        called: list[str] = self._details.setdefault("instances", [])  # type: ignore[assignment]
+        address = instance.url.partition("://")[2]
+        if address not in called:
+            called.append(address)
+
+    def note_model(self, model: str) -> None:
+        """Note for the log which model is asked, which is known to be served, and how many images the request has."""
+        self._details["model"] = model
+        if self.request.media:
+            self._details["images"] = len(self.request.media)
 
     # ---- to instances --------------------------------------------------------------------------------------------------
 

@@ -113,6 +113,7 @@ class Router:
         await self._balancer.until_healthy(has_images=has_media and not asks_store)
         await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
+        job.note_model(job.request.model or next(iter(self._fleet.models), ""))
         items = await self._read_items(job) if has_media else []
         needs_encoder = has_media
         if has_media:

@@ -131,6 +131,7 @@ class ProxyService:
                 await job.send_response(error.response)
         finally:
             exchange.error_headers = [timing.header()]
+            exchange.visit.stages = timing.durations()
 
     def _of_tenant(self, request: Request, exchange: Exchange) -> Request:
         """Return the request with the salt of its tenant, if it has one."""

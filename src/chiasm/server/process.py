@@ -50,7 +50,7 @@ def run(
             "and give it to the proxy and all instances with --fleet-key-file."
         )
     listener = bind(server_config.host, server_config.port)
-    url = base_url(server_config.host, listener.getsockname()[1])
+    url = base_url(server_config.host, listener.getsockname()[1], server_config.http.scheme)
     server = serve.HttpServer(
         app_of(context),
         server_config.http,
