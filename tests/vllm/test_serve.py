@@ -50,6 +50,18 @@ def test_text_is_answered(service: Service) -> None:
     assert service.answer(chat("What can you do?"))
 
 
+def test_what_the_proxy_does_not_understand_reaches_vllm(service: Service) -> None:
+    words = service.post("/tokenize", {"prompt": "What can you do?"}).json()["tokens"]
+    assert service.post("/detokenize", {"tokens": words}).json()["prompt"] == "What can you do?"
+    asked = {"input": "What can you do?", "temperature": 0, "max_output_tokens": 8}
+    response = service.post("/v1/responses", asked).json()
+    assert (response["object"], response["usage"]["output_tokens"] > 0) == ("response", True)
+    messages = [{"role": "user", "content": "What can you do?"}]
+    message = service.post("/v1/messages", {"messages": messages, "max_tokens": 8, "temperature": 0}).json()
+    assert (message["type"], message["role"]) == ("message", "assistant")
+    assert service.post("/reset_prefix_cache", {}, status=404).json()["error"]["type"] == "not_found_error"
+
+
 def test_only_the_encoder_encodes(service: Service) -> None:
     before = service.metric("vllm:chiasm_ec_saves_total", "encoder")
     service.answer(Question(50).body)

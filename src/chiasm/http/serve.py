@@ -110,7 +110,8 @@ class HttpServer(uvicorn.Server):
     async def _listen(self, listener: socket.socket) -> asyncio.Server:
         """Take connections as the base class does, except that a client has a bounded time for the handshake of TLS."""
         make = partial(
-            self.config.http_protocol_class,
+            Connection,
+            self._connections,
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
 from chiasm.http import Exchange
-from chiasm.http.events import CONTENT_TYPE, comment
+from chiasm.http.events import CONTENT_TYPE, EventSplitter, comment
 from chiasm.http.timing import TimingEntry, read_timing, write_timing
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.media import Item, embeds_part
@@ -19,7 +19,8 @@ from chiasm.proxy.upstream import Call, UpstreamResponse
 from chiasm.wire import CLIENT_HEADER, TIMING_COMMENT, ECPlace
 
 _TO_INSTANCES = ("authorization", "traceparent", "tracestate")
-_TO_CLIENT = ("retry-after", "www-authenticate")
+_TO_CLIENT = ("retry-after", "www-authenticate", "metadata")
+"""The last one is of vLLM's /pooling, for embeddings in bytes."""
 _T = TypeVar("_T")
 
 
@@ -229,6 +230,19 @@ class Job:
             content_type=given.get("content-type", "application/json"),
             headers=[*headers, self.timing.header(given.get("server-timing"))],
         )
+
+    async def send_stream_as_it_is(self, call: Call, first: bytes) -> None:
+        """Pass on a stream that begins with ``first``, in whole events, and add nothing to it."""
+        splitter = EventSplitter()
+        given = call.headers
+        await self.exchange.start_events(
+            [self.timing.header(given.get("server-timing"))], content_type=given.get("content-type", CONTENT_TYPE)
+        )
+        chunk = first
+        while chunk:
+            await self.exchange.write(splitter.take(chunk))
+            chunk = await call.chunk()
+        await self.exchange.end_events(splitter.rest())
 
     async def send_events(self, chunk: bytes, upstream: Mapping[str, str]) -> None:
         """Pass on a chunk of a stream; if the stream hasn't begun, begin it with the instance's headers."""
