@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -51,15 +52,17 @@ def test_text_is_answered(service: Service) -> None:
 
 
 def test_what_the_proxy_does_not_understand_reaches_vllm(service: Service) -> None:
-    words = service.post("/tokenize", {"prompt": "What can you do?"}).json()["tokens"]
-    assert service.post("/detokenize", {"tokens": words}).json()["prompt"] == "What can you do?"
-    asked = {"input": "What can you do?", "temperature": 0, "max_output_tokens": 8}
-    response = service.post("/v1/responses", asked).json()
+    def post(path: str, **body: Any) -> Any:
+        return httpx.post(service.url + path, json={"model": "demo"} | body, timeout=120).json()
+
+    words = post("/tokenize", prompt="What can you do?")["tokens"]
+    assert post("/detokenize", tokens=words)["prompt"] == "What can you do?"
+    response = post("/v1/responses", input="What can you do?", temperature=0, max_output_tokens=8)
     assert (response["object"], response["usage"]["output_tokens"] > 0) == ("response", True)
     messages = [{"role": "user", "content": "What can you do?"}]
-    message = service.post("/v1/messages", {"messages": messages, "max_tokens": 8, "temperature": 0}).json()
+    message = post("/v1/messages", messages=messages, temperature=0, max_tokens=8)
     assert (message["type"], message["role"]) == ("message", "assistant")
-    assert service.post("/reset_prefix_cache", {}, status=404).json()["error"]["type"] == "not_found_error"
+    assert post("/reset_prefix_cache")["error"]["type"] == "not_found_error"
 
 
 def test_only_the_encoder_encodes(service: Service) -> None:
