@@ -28,6 +28,13 @@ Identifier = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+OTHER_PATHS = (
+    *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+    *("/v1/embeddings", "/v2/embed", "/pooling", "/classify"),
+    *("/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank"),
+    *("/tokenize", "/detokenize"),
+)
+"""What vLLM answers besides, depending on the model: POST of JSON. Nothing by which an instance is operated or debugged."""
 AWAITED_PATH = "/embeddings/awaited"
 PLACES_PATH = "/embeddings/places"
 CLIENT_HEADER = "x-chiasm-client"

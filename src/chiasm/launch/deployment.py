@@ -156,7 +156,7 @@ class Deployment:
         """
         config = self.arrangement.config
         try:
-            address = HeldPort(config.host, config.port)
+            address = HeldPort(config.host, config.port, scheme=config.scheme)
             self._held.append(address)
             instances = plan_instances(config, self.folder, self.placements, self._surroundings(), self._held)
             urls = [(plan.role, plan.address.url) for plan in instances if plan.role is not None]

@@ -15,6 +15,7 @@ from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS, PeerConfig, SharedSto
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
+from chiasm.http.log_format import LOG_FORMATS, TEXT
 from chiasm.kv_transfer import KVConnectorFactory, KVTransferConfig, KVTransferRole
 from chiasm.media import MediaConfig
 from chiasm.options import Option, fields_from, flag, names_of
@@ -55,6 +56,9 @@ class ProcessConfig:
 
     cpus: Cpus = ()
     log_level: Annotated[str, Option("Lowest level of messages to log on standard error.", choices=LOG_LEVELS)] = "info"
+    log_format: Annotated[
+        str, Option("Whether lines of the log are for people, or one JSON object each.", choices=LOG_FORMATS)
+    ] = TEXT
 
 
 @dataclass(frozen=True, kw_only=True)

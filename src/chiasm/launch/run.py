@@ -8,6 +8,7 @@ import sys
 from typing import NoReturn
 
 from chiasm.cores import pin_to, share_cores
+from chiasm.http.log_format import formatter
 from chiasm.launch.child import end_with_stdin, print_ready
 from chiasm.launch.ports import check_port
 from chiasm.launch.process import InstanceProcess, ProcessConfig, ProxyProcess, from_json
@@ -51,7 +52,9 @@ def run_child(name: str) -> None:
 def _begin(config: ProcessConfig, host: str, port: int) -> None:
     """Set up what both have; a port in use is reported before anything slow is imported."""
     level = config.log_level.upper()
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(config.log_format))
+    logging.basicConfig(level=level, handlers=[handler])
     if level == "INFO":
         logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it logs each of its own steps at INFO
     pin_to(config.cpus)

@@ -33,6 +33,7 @@ from chiasm.proxy.service import ProxyService
 from chiasm.wire import (
     CHAT_PATH,
     COMPLETIONS_PATH,
+    OTHER_PATHS,
     InstanceList,
     ModelCard,
     ModelList,
@@ -66,6 +67,7 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
     routes: list[BaseRoute] = [
         Route(CHAT_PATH, service.endpoint(CHAT_PATH), methods=["POST"]),
         Route(COMPLETIONS_PATH, service.endpoint(COMPLETIONS_PATH), methods=["POST"]),
+        *(Route(path, service.endpoint(path), methods=["POST"]) for path in OTHER_PATHS),
         Route("/v1/models", pages.models),
         Route("/v1/models/{model:path}", pages.model),
         Route("/health", pages.health),
@@ -82,6 +84,7 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
         config.http,
         lifespan=lifespan,
         is_local=is_loopback(config.host),
+        guarded_paths=OTHER_PATHS,
         refusals=service.metrics.refusals,
     )
     app.state.service = service
