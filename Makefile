@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 VLLM := .venv-vllm
+# Processes that share the tests, file by file.
+WORKERS ?= 2
 
 .PHONY: install demo test lint format vllm test-vllm clean
 
@@ -17,7 +19,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # vLLM needs packages of its own, and so an environment of its own. Without a GPU it is vLLM's build for CPUs.
 vllm: $(VLLM)/.installed
