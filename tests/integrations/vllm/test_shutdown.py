@@ -77,7 +77,7 @@ async def stopping(vllm: VLLM) -> None:
     """Send a signal, and return when it has arrived."""
     os.kill(os.getpid(), signal.SIGTERM)
     async with asyncio.timeout(10):
-        while b"stopping" not in (await vllm.call("http", "GET", "/health"))[1]["body"]:
+        while b"draining" not in (await vllm.call("http", "GET", "/health"))[1]["body"]:
             pass  # each call takes turns of its own
 
 
