@@ -251,7 +251,7 @@ class CopiesToHost(TorchFunctionMode):
 
 
 def test_a_step_of_all_kinds_of_rows_copies_to_the_host_once() -> None:
-    every = [
+    every: list[dict[str, Any]] = [
         {"temperature": 0},
         {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
         {"top_p": 0.9, "logprobs": 5},
@@ -359,7 +359,12 @@ def test_top_p_is_exact_also_if_it_leaves_most_of_a_vocabulary(top_p: float) -> 
 
 def test_a_row_is_the_same_alone_and_in_a_batch_of_a_large_vocabulary() -> None:
     logits = torch.randn(4, 152_000 - 1, generator=torch.Generator().manual_seed(1)) * 3
-    every = [{}, {"top_k": 20, "top_p": 0.8}, {"top_p": 0.95, "temperature": 0.5}, {"min_p": 0.01}]
+    every: list[dict[str, Any]] = [
+        {},
+        {"top_k": 20, "top_p": 0.8},
+        {"top_p": 0.95, "temperature": 0.5},
+        {"min_p": 0.01},
+    ]
     inputs = [inputs_of(SamplingParams(logprobs=20, **params), seed=7) for params in every]
     alone = [sample(logits[row : row + 1].clone(), [one])[0] for row, one in enumerate(inputs)]
     assert sample(logits.clone(), inputs) == alone

@@ -144,7 +144,7 @@ def _by_block(values: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     whole = vocab // BLOCK * BLOCK
     reduced = []
     if whole:
-        reduced.append(reduce(values[:, :whole].unflatten(1, (-1, BLOCK))))
+        reduced.append(reduce(values[:, :whole].view(values.shape[0], -1, BLOCK)))
     if whole < vocab:
         reduced.append(reduce(values[:, None, whole:]))
     return reduced[0] if len(reduced) == 1 else torch.cat(reduced, dim=1)

@@ -179,10 +179,10 @@ class _Group(NamedTuple):
 
     rows: AbstractSequence[int] | None
     """None for all rows."""
-    count: int
+    size: int
     """Number of candidates; 0 for all tokens, in order of their ids."""
     by_top_p: bool
-    """Whether top-p alone says how many candidates a row has, which may be more than ``count``."""
+    """Whether top-p alone says how many candidates a row has, which may be more than ``size``."""
 
 
 class _Drawn(NamedTuple):
@@ -216,7 +216,7 @@ class _Draws:
 
     def larger(self, group: _Group, rows: AbstractSequence[int]) -> _Group:
         """Return a group of some of its rows with more candidates."""
-        return self._group(rows, next((size for size in _SIZES if group.count < size < self._vocab), self._vocab), True)
+        return self._group(rows, next((size for size in _SIZES if group.size < size < self._vocab), self._vocab), True)
 
     def _candidates_of(self, params: SamplingParams) -> tuple[int, bool]:
         if params.greedy:
@@ -235,10 +235,10 @@ class _Draws:
     def draw(self, group: _Group) -> _Drawn:
         """Draw a token for each row of the group."""
         rows = None if group.rows is None else self.index(group.rows)
-        if group.count == 0:
+        if group.size == 0:
             return self._draw_from_all(rows)
-        top = candidates.largest(self._logits, self._maxima, group.count, rows)
-        if group.count == 1:
+        top = candidates.largest(self._logits, self._maxima, group.size, rows)
+        if group.size == 1:
             return _Drawn(top.token_ids[:, 0], None)
         temperature, top_p, min_p, number, top_k = self._settings_of(rows)
         best = top.logits[:, :1]
@@ -248,7 +248,7 @@ class _Draws:
             of_rows = self._logits if rows is None else self._logits[rows]
             _, of_blocks = candidates.block_weights(of_rows, best, temperature.float())
             total = of_blocks.sum(1, keepdim=True)
-            within = torch.full_like(total, group.count)
+            within = torch.full_like(total, group.size)
         else:
             within = top_k.long()
             total = cumulative.gather(1, within - 1)
@@ -259,8 +259,8 @@ class _Draws:
         point = (number * cumulative.gather(1, kept - 1).double()).long()
         place = torch.minimum((cumulative <= point).sum(1, keepdim=True), kept - 1)
         token_ids = top.token_ids.gather(1, place)[:, 0].clamp(max=self._vocab - 1)
-        known = not group.by_top_p or group.count == self._vocab
-        return _Drawn(token_ids, None if known else (kept < group.count)[:, 0])
+        known = not group.by_top_p or group.size == self._vocab
+        return _Drawn(token_ids, None if known else (kept < group.size)[:, 0])
 
     def _draw_from_all(self, rows: Tensor | None) -> _Drawn:
         temperature, _, min_p, number, _ = self._settings_of(rows)
@@ -286,7 +286,8 @@ class _Draws:
                 for one in self._inputs
             ]
             self._settings = torch.tensor(settings, dtype=torch.float64, device=self._logits.device)
-        return (self._settings if rows is None else self._settings[rows]).split(1, dim=1)
+        of_rows = self._settings if rows is None else self._settings[rows]
+        return [of_rows[:, place : place + 1] for place in range(of_rows.shape[1])]
 
 
 # ---- log probabilities ---------------------------------------------------------------------------------------------------
