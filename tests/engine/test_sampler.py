@@ -50,7 +50,8 @@ def choose(
 
 
 def draws(count: int = 400, **params: Any) -> Counter[int]:
-    return Counter(choose(seed=seed, **params).token_id for seed in range(count))
+    inputs = [inputs_of(SamplingParams(**params), seed=seed) for seed in range(count)]
+    return Counter(one.token_id for one in sample(LOGITS.repeat(count, 1), inputs))
 
 
 def test_temperature_zero_takes_the_most_likely() -> None:
@@ -250,19 +251,33 @@ class CopiesToHost(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_of_all_kinds_of_rows_copies_to_the_host_once() -> None:
-    every: list[dict[str, Any]] = [
-        {"temperature": 0},
-        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
-        {"top_p": 0.9, "logprobs": 5},
-        {"min_p": 0.1, "logit_bias": {3: 1.0}, "logprobs": 0},
-        {"presence_penalty": 1.0},
-    ]
+def copies_of_a_step(every: Sequence[dict[str, Any]]) -> int:
     inputs = [inputs_of(SamplingParams(**params), [1, 2], [3]) for params in every]
     inputs.append(inputs_of(SamplingParams(), allowed=Allowed(torch.ones(3000).bool(), None, frozenset())))
     with CopiesToHost() as copies:
         sample(torch.stack([random_logits(row, 3000) for row in range(len(inputs))]), inputs)
-    assert copies.names == ["tolist"]
+    assert set(copies.names) <= {"cpu", "numpy", "tolist"}
+    return copies.names.count("cpu")
+
+
+def test_a_step_copies_to_the_host_once_and_once_more_for_log_probabilities() -> None:
+    every: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
+        {"top_p": 0.9},
+        {"min_p": 0.1, "logit_bias": {3: 1.0}},
+        {"presence_penalty": 1.0},
+    ]
+    assert copies_of_a_step(every) == 1
+    assert copies_of_a_step([*every, {"logprobs": 5}, {"temperature": 0, "logprobs": 0}]) == 2
+
+
+def test_greedy_rows_take_one_operator() -> None:
+    inputs = [inputs_of(SamplingParams(temperature=0), [1, 2], [3]) for _ in range(16)]
+    logits = torch.randn(16, 3000)
+    with Operators() as operators:
+        sample(logits, inputs)
+    assert operators.count == 1
 
 
 def test_changes_made_anew_are_those_that_grew_with_the_answer() -> None:

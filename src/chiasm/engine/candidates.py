@@ -91,18 +91,11 @@ def unit(vocab: int) -> float:
     return float(1 << (62 - vocab.bit_length()))
 
 
-def weights(logits: Tensor, best: Tensor, temperature: Tensor | float, unit: float) -> Tensor:
-    """Return int64 weights, in proportion to the softmax of ``logits / temperature``.
-
-    ``best`` ``[rows, 1]`` is the largest logit of each row, which weighs ``unit``; ``temperature`` is float64 ``[rows, 1]``.
-    """
-    return ((logits.double() - best).div_(temperature).exp_() * unit).long()
-
-
 def block_weights(
     logits: Tensor, best: Tensor, temperature: Tensor | float = 1.0, min_share: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Return float32 weights ``[rows, vocab]``, of which the largest is 1, and int64 :func:`weights` of blocks.
+    """Return float32 weights ``[rows, vocab]``, of which the largest is 1, and int64 weights of blocks, in which that is
+    :func:`unit`.
 
     Tokens with less than ``min_share`` of the largest weigh nothing.
     """

@@ -53,6 +53,11 @@ class LogitChanges:
         """How often each token occurs in the output, if a penalty counts it."""
         self._num_said = 0
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether no logit is ever divided or added to."""
+        return not self._size and not self._repels and not self._counts_output
+
     def is_early(self, num_output: int) -> bool:
         """Whether tokens that end the answer are still kept out."""
         return bool(self.stops) and num_output < self._params.min_tokens

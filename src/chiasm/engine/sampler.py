@@ -10,11 +10,13 @@ that order. With top-k or top-p the candidates are in order of their logits, oth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from blake3 import blake3
 from torch import Tensor
@@ -69,41 +71,50 @@ def uniform(seed: int, position: int) -> float:
 def sample(logits: Tensor, inputs: AbstractSequence[SamplingInput]) -> list[Sampled]:
     """Choose one token per row. ``logits`` is float32 ``[B, vocab]``, contiguous, and is overwritten.
 
-    Tokens, and log probabilities of the logits as they were, come to the host in one copy. Another follows if top-p needs
-    unusually many candidates.
+    The candidates come to the host in one copy, where tokens are drawn. Another follows if top-p needs unusually many
+    candidates, and one if log probabilities are wanted; they are those of the logits as they were.
     """
+    if all(_takes_the_best(one) for one in inputs):
+        return [Sampled(token_id, None) for token_id in logits.argmax(1).tolist()]
     report = _Report.of(logits, inputs)
     _change(logits, inputs)
     draws = _Draws(logits, inputs)
-    tokens = torch.zeros(len(inputs), dtype=torch.long, device=logits.device)
-    drawn = draws.first()
-    while True:
-        doubtful: list[_Group] = []
-        columns: list[Tensor] = []
-        for group in drawn:
-            of_group = draws.draw(group)
-            if group.rows is None:
-                tokens = of_group.token_ids
-            else:
-                tokens.index_copy_(0, draws.index(group.rows), of_group.token_ids)
-            if of_group.enough is not None:
-                doubtful.append(group)
-                columns.append(of_group.enough.double())
-        values = torch.cat([tokens.double(), *columns, *report.columns(tokens)]).tolist()  # the copy to the host
-        token_ids, values = values[: len(inputs)], values[len(inputs) :]
-        drawn = []
-        for group in doubtful:
-            rows = range(len(inputs)) if group.rows is None else group.rows
-            enough, values = values[: len(rows)], values[len(rows) :]
-            more = [row for row, is_enough in zip(rows, enough, strict=True) if not is_enough]
-            if more:
-                drawn.append(draws.larger(group, more))
-        if not drawn:
-            logprobs = report.read(values, token_ids)
-            return [
-                _sampled(one, int(token), logprobs.get(row))
-                for row, (one, token) in enumerate(zip(inputs, token_ids, strict=True))
-            ]
+    token_ids = [0] * len(inputs)
+    groups = draws.first()
+    while groups:
+        seen = [draws.look_at(group) for group in groups]
+        values = _to_host(torch.cat([one.flatten() for one in seen]))
+        more: list[_Group] = []
+        for group, one in zip(groups, seen, strict=True):
+            of_group, values = values[: one.numel()].reshape(one.shape), values[one.numel() :]
+            doubtful = []
+            for row, (token_id, is_enough) in zip(group.rows, draws.draw(group, of_group), strict=True):
+                token_ids[row] = token_id
+                if not is_enough:
+                    doubtful.append(row)
+            if doubtful:
+                more.append(draws.larger(group, doubtful))
+        groups = more
+    logprobs = report.read(token_ids)
+    return [_sampled(one, token_ids[row], logprobs.get(row)) for row, one in enumerate(inputs)]
+
+
+def _takes_the_best(one: SamplingInput) -> bool:
+    """Whether the token is the one with the largest logit of the model, and nothing else is wanted."""
+    params = one.params
+    return (
+        params.greedy
+        and params.logprobs is None
+        and one.allowed is None
+        and one.changes.changes_nothing
+        and not one.changes.is_early(one.num_output)
+    )
+
+
+def _to_host(values: Tensor) -> npt.NDArray[np.float64]:
+    """Copy to the host; on a GPU, this waits until the values are there."""
+    found: npt.NDArray[np.float64] = values.cpu().numpy()
+    return found
 
 
 def _sampled(sequence: SamplingInput, token_id: int, logprobs: TokenLogprob | None) -> Sampled:
@@ -177,19 +188,11 @@ def _without_early_stops(allowed: Allowed, sequence: SamplingInput) -> Tensor:
 class _Group(NamedTuple):
     """Rows that are drawn together."""
 
-    rows: AbstractSequence[int] | None
-    """None for all rows."""
+    rows: AbstractSequence[int]
     size: int
     """Number of candidates; 0 for all tokens, in order of their ids."""
     by_top_p: bool
     """Whether top-p alone says how many candidates a row has, which may be more than ``size``."""
-
-
-class _Drawn(NamedTuple):
-    token_ids: Tensor
-    """int64 ``[rows]``."""
-    enough: Tensor | None
-    """bool ``[rows]``: whether the row had no more candidates than were looked at; None if that is known."""
 
 
 class _Draws:
@@ -201,7 +204,6 @@ class _Draws:
         self._vocab = logits.shape[1]
         self._unit = candidates.unit(self._vocab)
         self._maxima = candidates.block_maxima(logits)
-        self._settings: Tensor | None = None
 
     def first(self) -> list[_Group]:
         """Return groups of all rows."""
@@ -212,11 +214,11 @@ class _Draws:
             kind = next((size for size in _SIZES if count <= size), self._vocab) if count else 0, by_top_p
             found.setdefault(kind, []).append(row)
             counts[kind] = max(counts.get(kind, 0), count)
-        return [self._group(rows, counts[kind], kind[1]) for kind, rows in found.items()]
+        return [_Group(rows, counts[kind], kind[1]) for kind, rows in found.items()]
 
     def larger(self, group: _Group, rows: AbstractSequence[int]) -> _Group:
         """Return a group of some of its rows with more candidates."""
-        return self._group(rows, next((size for size in _SIZES if group.size < size < self._vocab), self._vocab), True)
+        return _Group(rows, next((size for size in _SIZES if group.size < size < self._vocab), self._vocab), True)
 
     def _candidates_of(self, params: SamplingParams) -> tuple[int, bool]:
         if params.greedy:
@@ -225,69 +227,67 @@ class _Draws:
             return params.top_k, False
         return (min(_FIRST_OF_TOP_P, self._vocab), True) if params.top_p < 1 else (0, False)
 
-    def _group(self, rows: AbstractSequence[int], count: int, by_top_p: bool) -> _Group:
-        return _Group(None if len(rows) == len(self._inputs) else rows, count, by_top_p)
+    # ---- on the device ----
 
-    def index(self, rows: Iterable[int]) -> Tensor:
-        """Return the indices of rows as a tensor."""
-        return torch.tensor(list(rows), device=self._logits.device)
+    def look_at(self, group: _Group) -> Tensor:
+        """Return what has to come to the host to draw for a group: float64 ``[rows, columns]``.
 
-    def draw(self, group: _Group) -> _Drawn:
-        """Draw a token for each row of the group."""
-        rows = None if group.rows is None else self.index(group.rows)
+        That is the token if it is certain already; otherwise the candidates' ids, their logits, and with top-p alone the weight
+        of all tokens.
+        """
+        rows = None if len(group.rows) == len(self._inputs) else torch.tensor(group.rows, device=self._logits.device)
         if group.size == 0:
-            return self._draw_from_all(rows)
+            return self._draw_from_all(group, rows)
         top = candidates.largest(self._logits, self._maxima, group.size, rows)
         if group.size == 1:
-            return _Drawn(top.token_ids[:, 0], None)
-        temperature, top_p, min_p, number, top_k = self._settings_of(rows)
-        best = top.logits[:, :1]
-        weights = candidates.weights(top.logits, best, temperature, self._unit)
-        cumulative = weights.cumsum(1)
+            return top.token_ids.double()
+        columns = [top.token_ids.double(), top.logits.double()]
         if group.by_top_p:
             of_rows = self._logits if rows is None else self._logits[rows]
-            _, of_blocks = candidates.block_weights(of_rows, best, temperature.float())
-            total = of_blocks.sum(1, keepdim=True)
-            within = torch.full_like(total, group.size)
-        else:
-            within = top_k.long()
-            total = cumulative.gather(1, within - 1)
-        # All three keep the first of the candidates, since weights descend.
-        probable = (cumulative - weights).double() < top_p * total.double()
-        likely = weights.double() >= min_p * self._unit
-        kept = torch.minimum((probable & likely).sum(1, keepdim=True), within).clamp(min=1)
-        point = (number * cumulative.gather(1, kept - 1).double()).long()
-        place = torch.minimum((cumulative <= point).sum(1, keepdim=True), kept - 1)
-        token_ids = top.token_ids.gather(1, place)[:, 0].clamp(max=self._vocab - 1)
-        known = not group.by_top_p or group.size == self._vocab
-        return _Drawn(token_ids, None if known else (kept < group.size)[:, 0])
+            temperature = self._column([self._inputs[row].params.temperature for row in group.rows])
+            _, of_blocks = candidates.block_weights(of_rows, top.logits[:, :1], temperature.float())
+            columns.append(of_blocks.sum(1, keepdim=True).double())
+        return torch.cat(columns, dim=1)
 
-    def _draw_from_all(self, rows: Tensor | None) -> _Drawn:
-        temperature, _, min_p, number, _ = self._settings_of(rows)
-        has_min_p = any(one.params.min_p > 0 for one in self._inputs)
+    def _draw_from_all(self, group: _Group, rows: Tensor | None) -> Tensor:
+        params = [self._inputs[row].params for row in group.rows]
+        temperature = self._column([one.temperature for one in params]).float()
+        min_p = self._column([one.min_p for one in params]).float() if any(one.min_p > 0 for one in params) else 0.0
+        number = self._column([self._number(row) for row in group.rows])
         of_rows, maxima = (self._logits, self._maxima) if rows is None else (self._logits[rows], self._maxima[rows])
-        best = maxima.amax(1, keepdim=True)
-        shares, of_blocks = candidates.block_weights(
-            of_rows, best, temperature.float(), min_p.float() if has_min_p else 0.0
-        )
-        return _Drawn(candidates.take_from_blocks(shares, of_blocks, number), None)
+        shares, of_blocks = candidates.block_weights(of_rows, maxima.amax(1, keepdim=True), temperature, min_p)
+        return candidates.take_from_blocks(shares, of_blocks, number)[:, None].double()
 
-    def _settings_of(self, rows: Tensor | None) -> AbstractSequence[Tensor]:
-        """Return temperature, top-p, min-p, random number and top-k of rows, float64 ``[rows, 1]`` each."""
-        if self._settings is None:
-            settings = [
-                (
-                    one.params.temperature,
-                    one.params.top_p,
-                    one.params.min_p,
-                    uniform(one.seed, one.num_output),
-                    one.params.top_k,
-                )
-                for one in self._inputs
-            ]
-            self._settings = torch.tensor(settings, dtype=torch.float64, device=self._logits.device)
-        of_rows = self._settings if rows is None else self._settings[rows]
-        return [of_rows[:, place : place + 1] for place in range(of_rows.shape[1])]
+    def _column(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self._logits.device)[:, None]
+
+    def _number(self, row: int) -> float:
+        one = self._inputs[row]
+        return uniform(one.seed, one.num_output)
+
+    # ---- on the host ----
+
+    def draw(self, group: _Group, seen: npt.NDArray[np.float64]) -> Iterator[tuple[int, bool]]:
+        """Yield for each row of the group its token, and whether the row has no more candidates than were looked at."""
+        if group.size <= 1:
+            yield from ((int(token_id), True) for token_id in seen[:, 0])
+            return
+        size = group.size
+        for row, values in zip(group.rows, seen, strict=True):
+            token_ids, logits = values[:size], values[size : 2 * size]
+            params = self._inputs[row].params
+            weights = (np.exp((logits - logits[0]) / params.temperature) * self._unit).astype(np.int64)
+            cumulative = weights.cumsum()
+            within = size if group.by_top_p else params.top_k
+            total = float(values[-1]) if group.by_top_p else float(cumulative[within - 1])
+            # All three keep the first of the candidates, since weights descend.
+            probable = np.count_nonzero(cumulative - weights < params.top_p * total)
+            likely = np.count_nonzero(weights >= params.min_p * self._unit)
+            kept = max(1, min(probable, likely, within))
+            point = int(self._number(row) * float(cumulative[kept - 1]))
+            place = min(int(np.searchsorted(cumulative, point, side="right")), kept - 1)
+            known = not group.by_top_p or size == self._vocab or kept < size
+            yield min(int(token_ids[place]), self._vocab - 1), known
 
 
 # ---- log probabilities ---------------------------------------------------------------------------------------------------
@@ -319,15 +319,13 @@ class _Report:
         counts = ((row, one.params.logprobs) for row, one in enumerate(inputs))
         return cls(logits, {row: count for row, count in counts if count is not None})
 
-    def columns(self, tokens: Tensor) -> list[Tensor]:
-        """Return everything that is to be copied to the host, when ``tokens`` ``[B]`` were chosen."""
+    def read(self, token_ids: AbstractSequence[int]) -> dict[int, TokenLogprob]:
+        """Return what is to be told of the chosen tokens ``[B]``, by row; takes a copy to the host if it is anything."""
         if not self._wanted:
-            return []
-        chosen = self._logits.gather(1, tokens[self._rows][:, None]).double() - self._normalizer
-        return [chosen[:, 0], *self._top]
-
-    def read(self, values: AbstractSequence[float], token_ids: AbstractSequence[float]) -> dict[int, TokenLogprob]:
-        """Return what the columns say, by row."""
+            return {}
+        chosen = torch.tensor([token_ids[row] for row in self._wanted], device=self._logits.device)[:, None]
+        of_chosen = self._logits.gather(1, chosen).double() - self._normalizer
+        values = _to_host(torch.cat([of_chosen.flatten(), *self._top])).tolist()
         found: dict[int, TokenLogprob] = {}
         number = len(self._wanted)
         for place, (row, wanted) in enumerate(self._wanted.items()):
@@ -336,5 +334,5 @@ class _Report:
             ids = values[first : first + count]
             logprobs = values[first + number * self._count :][:count]
             top = tuple((int(token), logprob) for token, logprob in zip(ids, logprobs, strict=True))
-            found[row] = TokenLogprob(values[place], top, int(token_ids[row]))
+            found[row] = TokenLogprob(values[place], top, token_ids[row])
         return found
