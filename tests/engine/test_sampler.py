@@ -257,7 +257,8 @@ def copies_of_a_step(every: Sequence[dict[str, Any]]) -> int:
     with CopiesToHost() as copies:
         sample(torch.stack([random_logits(row, 3000) for row in range(len(inputs))]), inputs)
     assert set(copies.names) <= {"cpu", "numpy", "tolist"}
-    return copies.names.count("cpu")
+    count: int = copies.names.count("cpu")
+    return count
 
 
 def test_a_step_copies_to_the_host_once_and_once_more_for_log_probabilities() -> None:

@@ -281,8 +281,8 @@ class _Draws:
             within = size if group.by_top_p else params.top_k
             total = float(values[-1]) if group.by_top_p else float(cumulative[within - 1])
             # All three keep the first of the candidates, since weights descend.
-            probable = np.count_nonzero(cumulative - weights < params.top_p * total)
-            likely = np.count_nonzero(weights >= params.min_p * self._unit)
+            probable = int(np.count_nonzero(cumulative - weights < params.top_p * total))
+            likely = int(np.count_nonzero(weights >= params.min_p * self._unit))
             kept = max(1, min(probable, likely, within))
             point = int(self._number(row) * float(cumulative[kept - 1]))
             place = min(int(np.searchsorted(cumulative, point, side="right")), kept - 1)
