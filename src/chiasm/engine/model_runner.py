@@ -65,23 +65,23 @@ class ModelRunner:
             return {}
         logits = self.language.logits(hidden[torch.tensor(last_rows, device=device)])
         masks: Masks = {} if pending_masks is None else pending_masks.result()
-        inputs = [self._sampling_input(sequence, logits, masks.get(row)) for row, sequence in enumerate(samplers)]
+        inputs = [self._sampling_input(sequence, masks.get(row)) for row, sequence in enumerate(samplers)]
         sampled = sample(logits, inputs)
         return {sequence.sequence_id: token for sequence, token in zip(samplers, sampled, strict=True)}
 
-    def _sampling_input(
-        self, sequence: Sequence, logits: Tensor, allowed: Allowed | GrammarError | None
-    ) -> SamplingInput:
-        changes = self._changes_of(sequence, logits)
-        return SamplingInput(sequence.sampling, sequence.seed, sequence.output_token_ids, changes, allowed)
+    def _sampling_input(self, sequence: Sequence, allowed: Allowed | GrammarError | None) -> SamplingInput:
+        changes = self._changes_of(sequence)
+        return SamplingInput(
+            sequence.sampling, sequence.seed, sequence.token_ids, sequence.num_prompt, changes, allowed
+        )
 
-    def _changes_of(self, sequence: Sequence, logits: Tensor) -> LogitChanges:
+    def _changes_of(self, sequence: Sequence) -> LogitChanges:
         of_request = self._changes.setdefault(sequence.request_id, {})
         changes = of_request.get(sequence.index)
         if changes is None:
             params = sequence.sampling
             stops = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
-            changes = LogitChanges(params, sequence.prompt.token_ids, stops, logits.shape[-1], logits.device)
+            changes = LogitChanges(params, sequence.prompt.token_ids, stops)
             of_request[sequence.index] = changes
         return changes
 

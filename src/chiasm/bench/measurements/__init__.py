@@ -18,6 +18,7 @@ from chiasm.bench.measurements.soak import Soak
 from chiasm.bench.measurements.store import StoreReads
 from chiasm.bench.measurements.ttft import Ttft
 from chiasm.bench.measurements.vllm_example import VllmExample
+from chiasm.bench.measurements.vocabulary import Vocabulary
 from chiasm.launch.config import EngineKind
 
 
@@ -39,6 +40,7 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         Split(),
         DECODE_ISOLATION,
         Idle(),
+        Vocabulary(),
         StoreReads(),
         Soak(),
         GoodputMeasurement(EngineKind.CHIASM),
