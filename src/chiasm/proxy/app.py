@@ -20,8 +20,9 @@ from chiasm.errors import (
     PathNotFoundError,
 )
 from chiasm.http import json_response, read_body
-from chiasm.http.admin import AdminCheck, read_admin_keys
+from chiasm.http.admin import AdminCheck
 from chiasm.http.front import FrontDoor
+from chiasm.http.key_rules import read_admin_keys
 from chiasm.http.listen import check_url, is_loopback
 from chiasm.http.liveness import live, ready_response
 from chiasm.http.untrusted import read_json
