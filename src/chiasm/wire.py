@@ -43,6 +43,14 @@ FLEET_HEADER = "x-chiasm-fleet"
 """The signature of a call that only processes of the fleet may make (:mod:`chiasm.http.fleet_calls`)."""
 KV_RELEASE_PATH = "/v1/kv/release"
 """Below /v1, so that it needs an API key where answers need one."""
+LEASE_PATH = "/fleet/lease"
+"""Where instances join a proxy, and renew their leases."""
+DRAIN_PATH = "/drain"
+LEASE_SECONDS = 10.0
+"""After so long without a renewal, a proxy gives an instance no new work."""
+RENEW_SECONDS = 3.0
+DRAINING = "draining"
+"""The status of an instance that takes no new work, and ends when nothing is left to do."""
 
 
 class Role(enum.StrEnum):
@@ -92,12 +100,28 @@ class ECPlace(msgspec.Struct, kw_only=True, frozen=True):
         return bool(self.host and self.port and self.engine_id)
 
 
+class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """What an instance has to do, and what it has room for, whoever gave it the work."""
+
+    outstanding_seconds: Seconds = 0.0
+    """Estimated seconds of the work that it has not done yet, of a CPU on one core; without the rest of answers, whose length
+    nobody knows."""
+    requests: Count = 0
+    """Requests under way."""
+    kv_blocks_free: Count | None = None
+    """None if it has no KV blocks."""
+    free_bytes: Count | None = None
+    """Room for embeddings, in bytes, before any that is kept has to go; None if it doesn't say."""
+
+
 class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """What an instance answers to GET /health. Fields with their default are left out, except for ``status``; while the model
-    loads, nothing else is set but how far it is."""
+    loads, nothing else is set but the incarnation and how far it is."""
 
     status: str = msgspec.field(default_factory=lambda: "ok")  # msgspec omits no field that has a factory
-    """``ok``, ``starting``, ``failed`` or ``stopping``."""
+    """``ok``, ``starting``, ``failed`` or ``draining``. Versions before 0.4 say ``stopping`` when they drain."""
+    incarnation: Name = ""
+    """Names the process, by a random word of its own. Two URLs with the same one lead to the same process."""
     message: str = ""
     """Why the status isn't ``ok``, or what else is wrong."""
     loaded_tensors: int = 0
@@ -154,6 +178,8 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Names the device among all machines, such as ``host/cpu:0-3`` or ``host/GPU-…``; instances with the same one share it."""
     costs: Costs | None = None
     """None if it has not measured them."""
+    load: Load | None = None
+    """None if it doesn't say."""
 
 
 class InstanceState(enum.StrEnum):
@@ -167,7 +193,7 @@ class InstanceState(enum.StrEnum):
     MISMATCHED = "mismatched"
     """It answers, but serves another role, model, fingerprint, store or KV connector than the rest of the fleet."""
     DRAINING = "draining"
-    """Being removed; it goes when its last call has ended."""
+    """It gets no new work, and goes when its last call has ended: it is being removed, or says that it ends."""
 
 
 class InstanceInfo(msgspec.Struct, kw_only=True, frozen=True):
@@ -189,6 +215,10 @@ class InstanceInfo(msgspec.Struct, kw_only=True, frozen=True):
     """What the proxy's ``Server-Timing`` calls it."""
     costs: Costs | UnsetType = UNSET
     """What work costs it, as the proxy has learned."""
+    sources: list[str] | UnsetType = UNSET
+    """What says that it belongs to the fleet: ``options``, ``admin``, ``lease``, or an argument of ``--discover``."""
+    load: Load | UnsetType = UNSET
+    """What it last said, in its health or with its lease."""
 
 
 class InstanceList(msgspec.Struct, kw_only=True, frozen=True):
@@ -203,6 +233,63 @@ class ProxyHealth(InstanceList, kw_only=True, frozen=True):
     status: str = ""
     """``ok`` if text can be answered, ``stopping`` while the proxy shuts down, otherwise ``unavailable``."""
     models: list[str] = []
+
+
+# ---- membership --------------------------------------------------------------------------------------------------------
+
+
+class Lease(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """Body of POST LEASE_PATH, from an instance to each proxy: it is here, and stays for LEASE_SECONDS.
+
+    The proxy believes it if what answers at the URL says that it is the same incarnation.
+    """
+
+    url: Annotated[str, msgspec.Meta(max_length=2048)] = ""
+    """Base URL at which the proxy reaches it."""
+    role: Name = ""
+    """A :class:`Role`."""
+    incarnation: Name = ""
+    status: Name = ""
+    """As in :class:`Health`."""
+    leaves: bool = False
+    """Whether it is about to end and needs no lease any more."""
+    waits: bool = False
+    """Whether the answer may come after RENEW_SECONDS, or with the next news: so each side notices when the other goes."""
+    load: Load = Load()
+
+
+class LeaseAnswer(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """What a proxy answers to a lease; to GET LEASE_PATH, without ``state`` and ``reason``."""
+
+    lease_seconds: Seconds = LEASE_SECONDS
+    state: Name = ""
+    """The :class:`InstanceState` of the instance at this proxy."""
+    reason: str | None = None
+    """Why it isn't healthy."""
+    fleet_keys: Annotated[list[str], msgspec.Meta(max_length=64)] = []
+    """As in :class:`Health`."""
+    clock_milliseconds: Count = 0
+    """Unix time on the proxy's clock, by which leases are signed."""
+
+
+class DrainOrder(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """Body of POST DRAIN_PATH. An instance drains then, and a proxy has the instance at ``url`` do so."""
+
+    url: Annotated[str, msgspec.Meta(max_length=2048)] = ""
+    """Only to a proxy: the instance's."""
+
+
+class DrainState(msgspec.Struct, kw_only=True, frozen=True):
+    """Answer to POST DRAIN_PATH, with status 202."""
+
+    incarnation: Name = ""
+    """Of the process that drains: when another one answers at its URL, or nobody, it has ended."""
+    requests: Count = 0
+    """Requests that it still answers."""
+    kv: Count = 0
+    """Requests whose KV a decode instance has yet to fetch."""
+    embeddings: Count = 0
+    """Embeddings that a language instance has yet to fetch, or that are being written to the shared cache."""
 
 
 # ---- models ------------------------------------------------------------------------------------------------------------

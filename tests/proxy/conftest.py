@@ -38,6 +38,8 @@ class Front:
     service: ProxyService
     session: aiohttp.ClientSession
     instances: list[FakeInstance] = field(default_factory=list)
+    stop: Callable[[], Awaitable[None]] = field(default=lambda: asyncio.sleep(0))
+    """Ends the proxy as a signal does, and waits for its end."""
 
     @property
     def openai(self) -> openai.AsyncOpenAI:
@@ -121,6 +123,7 @@ async def start() -> AsyncIterator[Start]:
                 )
             }
             defaults: dict[str, Any] = {
+                "port": 0,
                 "media": MediaConfig(allowed_media_networks=LOOPBACK),
                 "probe_interval_seconds": 0.05,
                 "deadline_seconds": 20.0,
@@ -130,7 +133,7 @@ async def start() -> AsyncIterator[Start]:
             settings = ProxyConfig(**(defaults | urls | config))
             app = create_app(settings, resolver=resolver)
             server = create_server(app, settings)
-            listener = bind("127.0.0.1", 0)
+            listener = bind("127.0.0.1", settings.port)
             serving = asyncio.ensure_future(server.serve(sockets=[listener]))
             url = url_of(listener)
 
@@ -141,7 +144,7 @@ async def start() -> AsyncIterator[Start]:
             stack.push_async_callback(stop)
             await server.ready.wait()
             session = await stack.enter_async_context(aiohttp.ClientSession())
-            return Front(url, app.state.service, session, instances)
+            return Front(url, app.state.service, session, instances, stop)
 
         yield start_one
 

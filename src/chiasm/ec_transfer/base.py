@@ -248,6 +248,17 @@ class ECConnector(ABC):
         """Size of the largest embedding that the place can hold; larger ones are refused before they are encoded."""
         return self.config.max_bytes
 
+    def free_bytes(self) -> int | None:
+        """Return the room for entries before any has to go; None if the connector doesn't know. Called from any thread."""
+        return None
+
+    def num_unfetched(self) -> int:
+        """Return how many entries consumers have yet to fetch from this producer; its instance ends when there are none.
+
+        Called from any thread, many times a second while the instance drains. 0 for a connector whose entries outlive it.
+        """
+        return 0
+
     # ---- scheduler role -------------------------------------------------------------------------------------------
     #
     # Called by the thread that schedules, except where another is named.

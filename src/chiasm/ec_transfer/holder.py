@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 GREETING_SECONDS = 5.0
+FETCH_SECONDS = 30.0
+"""So long after it was made, or asked for again, an embedding is expected to be fetched; then nobody comes for it."""
 MAX_READING_SECONDS = 60.0
 """How long a reader may keep what it was granted without saying anything."""
 _DECODER: msgspec.msgpack.Decoder[ReaderMessage] = msgspec.msgpack.Decoder(ReaderMessage)
@@ -68,6 +72,8 @@ class Holder:
         self._claims: dict[tuple[int, str], int] = {}
         """The number of each grant."""
         self._claim_numbers = itertools.count(1)
+        self._unfetched: OrderedDict[str, float] = OrderedDict()
+        """Until when embeddings are expected to be fetched that nobody has fetched yet, the earliest first."""
         self._reading = asyncio.Event()
         """Set while somebody may be reading."""
         self._listener = Listener(
@@ -88,9 +94,30 @@ class Holder:
         """The largest embedding that fits."""
         return self._arena.num_bytes - HEADER_BYTES
 
-    def has(self, identifier: str) -> bool:
+    @property
+    def free_bytes(self) -> int:
+        """The room before any embedding has to go."""
+        return self._arena.num_bytes - self._arena.used_bytes
+
+    def num_unfetched(self) -> int:
+        """Return how many embeddings readers have yet to fetch."""
+        now = time.monotonic()
         with self._written:
-            return self._table.has(identifier)
+            while self._unfetched and next(iter(self._unfetched.values())) < now:
+                self._unfetched.popitem(last=False)
+            return len(self._unfetched)
+
+    def has(self, identifier: str) -> bool:
+        """Return whether it is here; who asks has a reader that comes for it."""
+        with self._written:
+            is_here = self._table.has(identifier)
+            if is_here:
+                self._expect_fetch(identifier)
+            return is_here
+
+    def _expect_fetch(self, identifier: str) -> None:
+        self._unfetched.pop(identifier, None)
+        self._unfetched[identifier] = time.monotonic() + FETCH_SECONDS
 
     def publish(self, identifier: str, tensor: torch.Tensor) -> None:
         """Copy an embedding into the arena, unless it is there, and tell the readers that want it.
@@ -114,6 +141,7 @@ class Holder:
         reserved.publish()
         with self._written:
             self._table.publish(identifier, header)
+            self._expect_fetch(identifier)
             self._written.notify_all()
             self._stats.saves += 1
             self._stats.saved_bytes += header.data_bytes
@@ -123,6 +151,7 @@ class Holder:
         """Offer an embedding no more."""
         with self._written:
             self._table.remove(identifier)
+            self._unfetched.pop(identifier, None)
         self._control.call(self._tell)
 
     def close(self) -> None:
@@ -196,6 +225,8 @@ class Holder:
                 self._table.grant(reader, message.identifier)
             else:
                 self._withdraw(reader, message.identifier)
+                if isinstance(message, Done):
+                    self._unfetched.pop(message.identifier, None)
                 if isinstance(message, Bad):
                     _logger.warning("The embedding of item %s was rejected by a reader.", message.identifier)
                     self._stats.corrupt_entries += 1

@@ -134,6 +134,12 @@ class PeerConnector(ECConnector):
     def max_entry_bytes(self) -> int:
         return self._holder.max_entry_bytes if self._holder is not None else self.config.receive_bytes
 
+    def free_bytes(self) -> int | None:
+        return None if self._holder is None else self._holder.free_bytes
+
+    def num_unfetched(self) -> int:
+        return 0 if self._holder is None else self._holder.num_unfetched()
+
     # ---- scheduler role -----------------------------------------------------------------------------------------------
 
     def set_wake(self, wake: Callable[[], None]) -> None:

@@ -168,6 +168,13 @@ class WithStore(ECConnector):
     def max_entry_bytes(self) -> int:
         return self._connector.max_entry_bytes
 
+    def free_bytes(self) -> int | None:
+        return self._connector.free_bytes()
+
+    def num_unfetched(self) -> int:
+        is_writing = self._writer is not None and self._writer.stats.queued_bytes > 0
+        return self._connector.num_unfetched() + is_writing
+
     # ---- scheduler role -------------------------------------------------------------------------------------------
 
     def set_wake(self, wake: Callable[[], None]) -> None:

@@ -67,6 +67,18 @@ class Engine(ABC):
     def stats(self) -> EngineStats:
         """Return a snapshot; cheap, from any thread."""
 
+    def outstanding_seconds(self) -> float:
+        """Return about how long the work takes that is not done, of a CPU on one core; without the rest of answers."""
+        return 0.0
+
+    def free_bytes(self) -> int | None:
+        """Return the room for embeddings before any has to go; None if it isn't known."""
+        return None
+
+    def unfetched_embeddings(self) -> int:
+        """Return how many embeddings others have yet to fetch from here, or are being written to the shared cache."""
+        return 0
+
     @property
     def dtype_name(self) -> str:
         """``float32``, ``bfloat16`` or ``float16``."""

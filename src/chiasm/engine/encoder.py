@@ -44,6 +44,8 @@ class _Encoding:
     """An item that is being encoded, and the number of requests that wait for it."""
 
     task: asyncio.Task[EncodedItem]
+    seconds: float
+    """About what it takes."""
     waiters: int = 0
 
 
@@ -149,6 +151,15 @@ class EncoderEngine(Engine):
             ec_store=self._ec_worker.store_stats if self._started else None,
         )
 
+    def outstanding_seconds(self) -> float:
+        return sum(one.seconds for one in list(self._in_flight.values()) if math.isfinite(one.seconds))
+
+    def free_bytes(self) -> int | None:
+        return self._ec_worker.free_bytes() if self._started else None
+
+    def unfetched_embeddings(self) -> int:
+        return self._ec_worker.num_unfetched() if self._started else 0
+
     async def encode(self, request_id: str, items: Sequence[EncodeItem], deadline: float) -> list[EncodedItem]:
         """Publish the embeddings of ``items``; return the results in the same order when all are in the store.
 
@@ -182,7 +193,8 @@ class EncoderEngine(Engine):
                     f"{len(self._in_flight)} images are queued on this encoder; try again later.",
                     code=Code.TOO_MANY_REQUESTS,
                 )
-            encoding = _Encoding(asyncio.create_task(self._encode(item)))
+            rows = len(self.processor.geometry_of_size(item.height, item.width).rows)
+            encoding = _Encoding(asyncio.create_task(self._encode(item)), encode_seconds(self.costs, rows))
             self._in_flight[item.identifier] = encoding
         encoding.waiters += 1
         try:

@@ -301,6 +301,13 @@ class LanguageEngine(Engine):
             kv=self._kv_transfers.stats if self._kv_transfers is not None else None,
         )
 
+    def outstanding_seconds(self) -> float:
+        if self._thread is None:
+            return 0.0
+        sequences = [one for state in list(self._states.values()) for one in state.sequences]
+        tokens = sum(max(0, one.num_prompt - one.num_computed) for one in sequences if not one.finished)
+        return tokens * self._pace.seconds_per_token
+
     # ---- the engine's thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:

@@ -85,6 +85,11 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
         self._shutdown.ask()
 
+    def drain(self) -> None:
+        """End when nothing runs any more, however long that takes. Call it on the server's event loop."""
+        self._on_stop()
+        self._shutdown.drain()
+
     def stop_from_thread(self) -> None:
         """End; call it from any thread."""
         self.should_exit = True

@@ -23,17 +23,29 @@ _LOOK_SECONDS = 0.02
 
 
 class Shutdown:
-    """The end of one server. All methods belong to its event loop."""
+    """The end of one server. All methods belong to its event loop.
+
+    It begins with a drain, which waits for what runs as long as that takes, or with a signal, which limits the time.
+    """
 
     def __init__(self, timeout_seconds: float) -> None:
         """``timeout_seconds``: time for what runs to end by itself."""
         self.timeout_seconds = timeout_seconds
         self._asked = asyncio.Event()
         self._hurried = asyncio.Event()
+        self._until: float | None = None
+
+    def drain(self) -> None:
+        """Begin the end, and give what runs all the time that it needs."""
+        self._asked.set()
 
     def ask(self) -> None:
-        """Begin the end; the second call cuts the time for what runs."""
-        (self._hurried if self._asked.is_set() else self._asked).set()
+        """Begin the end, and limit the time for what runs; the second call ends that time."""
+        self._asked.set()
+        if self._until is not None:
+            self._hurried.set()
+        else:
+            self._until = asyncio.get_running_loop().time() + self.timeout_seconds
 
     @property
     def is_asked(self) -> bool:
@@ -47,9 +59,9 @@ class Shutdown:
     async def drained(self, is_idle: Callable[[], bool]) -> None:
         """Return when ``is_idle`` says that nothing runs anymore, after the time for it, or when ``ask`` is called again."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + self.timeout_seconds
-        while not is_idle() and loop.time() < until and not await _within(self._hurried, _LOOK_SECONDS):
-            pass
+        while not is_idle() and not await _within(self._hurried, _LOOK_SECONDS):
+            if self._until is not None and loop.time() >= self._until:
+                return
 
 
 async def _within(event: asyncio.Event, timeout_seconds: float) -> bool:

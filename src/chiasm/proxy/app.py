@@ -15,7 +15,6 @@ from starlette.routing import BaseRoute, Route
 
 from chiasm.errors import (
     ConfigurationError,
-    ConflictError,
     InvalidRequestError,
     PathNotFoundError,
 )
@@ -28,6 +27,8 @@ from chiasm.http.liveness import live, ready_response
 from chiasm.http.untrusted import read_json
 from chiasm.proxy.balancing import model_not_found
 from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.drain import drain_route
+from chiasm.proxy.leases import lease_route
 from chiasm.proxy.metrics import CONTENT_TYPE
 from chiasm.proxy.service import ProxyService
 from chiasm.wire import (
@@ -35,7 +36,6 @@ from chiasm.wire import (
     COMPLETIONS_PATH,
     OTHER_PATHS,
     InstanceList,
-    InstanceState,
     ModelCard,
     ModelList,
     ProxyHealth,
@@ -75,6 +75,8 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
         Route("/livez", live),
         Route("/readyz", pages.ready),
         Route("/metrics", pages.metrics),
+        lease_route(lambda: service.leases, service.fleet_key, service.now),
+        drain_route(service, admin),
     ]
     if admin.has_key:
         routes.append(Route("/instances", _Instances(service, admin).handle, methods=["GET", "POST", "DELETE"]))
@@ -171,25 +173,15 @@ class _Instances:
         order = await _read_order(request)
         if order.role is None:
             raise InvalidRequestError(f"role must be one of {', '.join(Role)}.", param="role")
-        fleet, prober = self._service.fleet, self._service.prober
-        known = fleet.get(order.url)
-        if known is not None and (known.state is not InstanceState.DRAINING or known.role is not order.role):
-            raise ConflictError(
-                f"{order.url} is already an instance; its role is {known.role}, its state {known.state}."
-            )
-        if misfit := fleet.misfit(order.role):
-            raise ConflictError(misfit)
-        instance = fleet.add(order.url, order.role)
-        prober.watch(instance)
-        await prober.check(instance)
+        instance = self._service.membership.add(order.url, order.role)
+        await self._service.prober.check(instance)
         return json_response(instance.describe(time.monotonic()), 201)
 
     async def _remove(self, request: Request) -> Response:
         order = await _read_order(request)
-        instance = self._service.fleet.get(order.url)
+        instance = self._service.membership.remove(order.url)
         if instance is None:
             raise PathNotFoundError(f"{order.url} is not an instance.")
-        self._service.fleet.remove(instance)
         return json_response(instance.describe(time.monotonic()), 202)
 
 

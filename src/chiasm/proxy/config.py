@@ -38,8 +38,8 @@ _POSITIVE = (
 
 @dataclass(frozen=True)
 class ProxyConfig:
-    """Raises ConfigurationError for settings that cannot work: no instances, roles that don't go together, a URL given twice,
-    a limit that isn't positive."""
+    """Raises ConfigurationError for settings that cannot work: instances none of which can answer, roles that don't go
+    together, a URL given twice, a limit that isn't positive. Without any instance, the proxy waits for some to join."""
 
     host: Annotated[str, Option("Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Option("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000
@@ -56,6 +56,12 @@ class ProxyConfig:
     """With ``decodes``, in place of PDs and aggregated instances."""
     decodes: Annotated[
         tuple[str, ...], Option("URL of a decode instance; can be repeated.", name="decode", metavar="URL")
+    ] = ()
+    discover: Annotated[
+        tuple[str, ...],
+        Option(
+            "Where else instances are: file:PATH, dns:NAME:PORT or k8s:SELECTOR; can be repeated.", metavar="SOURCE"
+        ),
     ] = ()
     admin_key: Annotated[
         str | None,
@@ -146,14 +152,16 @@ class ProxyConfig:
             )
         if self.admin_key is not None:
             check_key("--admin-key or CHIASM_ADMIN_KEY", self.admin_key)
-        if self.has_admin:
-            return  # missing instances can be added later
+        if self.has_admin or self.discover or not (whole or parts or self.encoders):
+            return  # missing instances can be added later, or join
         if parts and not (self.prefills and self.decodes):
             missing = "decode" if self.prefills else "prefill"
             raise ConfigurationError(
-                f"Prefill and decode instances need each other; give at least one {missing} instance."
+                f"Prefill and decode instances need each other; give at least one {missing} instance, or give no instance and "
+                "let all of them join."
             )
         if not whole and not parts:
             raise ConfigurationError(
-                "No instance can answer; give at least one PD or aggregated instance, or a prefill and a decode instance."
+                "No instance can answer; give at least one PD or aggregated instance, or a prefill and a decode instance, or "
+                "give no instance and let all of them join."
             )

@@ -10,10 +10,21 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from blake3 import blake3
+from msgspec import UNSET
 
 from chiasm.proxy.agreement import LANGUAGE_ROLES, PART_ROLES, WHOLE_ROLES, Agreement, Member, agree
 from chiasm.proxy.costs import InstanceCosts
-from chiasm.wire import Costs, ECPlace, Health, InstanceInfo, InstanceState, Role
+from chiasm.wire import (
+    DRAINING,
+    Costs,
+    ECPlace,
+    Health,
+    InstanceInfo,
+    InstanceState,
+    Lease,
+    Load,
+    Role,
+)
 
 _USUAL_SEQUENCES = 256
 """Sequences that a decode instance is assumed to compute at the same time if it doesn't report a limit."""
@@ -43,6 +54,21 @@ class Instance:
         """Why it doesn't fit the fleet."""
         self.costs = InstanceCosts()
         self.draining = False
+        """Whether it is being removed."""
+        self.says_draining = False
+        """Whether it says itself that it takes no new work."""
+        self.is_ending = False
+        """Whether what lists it says that it ends."""
+        self.sources: tuple[str, ...] = ()
+        """What says that it belongs to the fleet."""
+        self.incarnation = ""
+        """The process that answered the last probe; empty if it doesn't say."""
+        self.lease: Lease | None = None
+        """What it said last with its lease; None if it holds none."""
+        self.lease_fault: str | None = None
+        """Why its lease doesn't count, if only a lease says that it belongs to the fleet."""
+        self.said_load: Load | None = None
+        """What it last said about its load."""
         self.seen_healthy = False
         self.outstanding = 0.0
         """Estimated seconds of the calls under way; of a decode instance, their number."""
@@ -62,9 +88,9 @@ class Instance:
 
     @property
     def state(self) -> InstanceState:
-        if self.draining:
+        if self.draining or self.is_ending or self.says_draining or (self.lease and self.lease.status == DRAINING):
             return InstanceState.DRAINING
-        if self.failure is not None or self.health is None:
+        if self.failure is not None or self.health is None or self.lease_fault is not None:
             return InstanceState.UNHEALTHY if self.seen_healthy else InstanceState.STARTING
         return InstanceState.MISMATCHED if self.mismatch else InstanceState.HEALTHY
 
@@ -111,7 +137,7 @@ class Instance:
     @property
     def reason(self) -> str | None:
         """Why it isn't healthy."""
-        return self.failure or self.mismatch
+        return self.failure or self.lease_fault or self.mismatch
 
     def describe(self, now: float) -> InstanceInfo:
         """Return what others may know of it; ``now`` is on the clock on which its costs are learned."""
@@ -128,6 +154,8 @@ class Instance:
             in_flight=self.in_flight,
             number=self.number,
             costs=self.costs.learned(now),
+            sources=list(self.sources) or UNSET,
+            load=self.said_load or UNSET,
         )
 
 
@@ -144,6 +172,7 @@ class Fleet:
         self._added = 0
         self._taken = 0
         self._reports = 0
+        self.on_add: Callable[[Instance], None] = lambda instance: None
         self.on_remove: Callable[[Instance], None] = lambda instance: None
         self.listeners: list[Listener] = []
         """Called after each change of an instance's state, or of the reason why it is mismatched."""
@@ -197,7 +226,8 @@ class Fleet:
         """
         return any(
             one.state is InstanceState.STARTING
-            or (one.state is InstanceState.UNHEALTHY and (one.says_starting or _is_recent(one.lost_at, now)))
+            or (one.state is InstanceState.UNHEALTHY and one.says_starting)
+            or (_may_return(one) and _is_recent(one.lost_at, now))
             for one in self._instances.values()
             if one.role in _ALTERNATIVES.get(role, (role,))
         )
@@ -255,11 +285,14 @@ class Fleet:
     def add(self, url: str, role: Role) -> Instance:
         """Return a new instance, or the one of this URL if it was being removed."""
         instance = self._instances.get(url)
+        is_new = instance is None or instance.role is not role
         if instance is None or instance.role is not role:
             self._added += 1
             instance = self._instances[url] = Instance(url, role, self._added)
         instance.draining = False
         self._judge()
+        if is_new:
+            self.on_add(instance)
         return instance
 
     def remove(self, instance: Instance) -> None:
@@ -276,23 +309,48 @@ class Fleet:
         if instance.state is InstanceState.HEALTHY and known is not None and known.ec_store != health.ec_store:
             instance.moved_at = self._reports
         instance.health = health
+        instance.incarnation = health.incarnation
         instance.costs.reported = health.costs or Costs()
         instance.models = models or (health.model,)
         instance.failure = None
-        instance.is_silent = instance.says_starting = False
+        instance.said_load = health.load or instance.said_load
+        instance.is_silent = instance.says_starting = instance.says_draining = False
         instance.lost_at = None
         self._judge()
 
     def fail(
-        self, instance: Instance, reason: str, now: float, *, is_silent: bool = False, says_starting: bool = False
+        self,
+        instance: Instance,
+        reason: str,
+        now: float,
+        *,
+        is_silent: bool = False,
+        says_starting: bool = False,
+        says_draining: bool = False,
+        incarnation: str = "",
     ) -> None:
         """Note that a probe or a connection failed; ``is_silent`` if it hasn't responded at all."""
         instance.failure = reason
+        instance.incarnation = incarnation or instance.incarnation
         instance.is_silent = is_silent
         instance.says_starting = says_starting
+        instance.says_draining = says_draining
         if instance.lost_at is None:
             instance.lost_at = now
         self._judge()
+
+    def note_lease(self, instance: Instance, lease: Lease | None, fault: str | None = None) -> None:
+        """Take what an instance said with its lease; ``fault`` says why the lease doesn't count."""
+        if lease is not None and lease is not instance.lease:
+            instance.said_load = lease.load
+        instance.lease, instance.lease_fault = lease, fault
+        self._judge()
+
+    def note_listing(self, instance: Instance, sources: tuple[str, ...], *, is_ending: bool) -> None:
+        """Take who says that an instance belongs to the fleet, and whether they say that it ends."""
+        if (instance.sources, instance.is_ending) != (sources, is_ending):
+            instance.sources, instance.is_ending = sources, is_ending
+            self._judge()
 
     def choose(
         self,
@@ -338,7 +396,10 @@ class Fleet:
         for instance in self._instances.values():
             instance.mismatch = None
             if instance.health is not None and instance.failure is None and not instance.draining:
-                reachable.append((instance, _member(instance, instance.health)))
+                if twin := _twin(instance, reachable):
+                    instance.mismatch = f"it is the same process as {twin.url}; name it by one URL"
+                elif instance.lease_fault is None:
+                    reachable.append((instance, _member(instance, instance.health)))
         self._agreement, mismatches = agree(self._agreement, [member for _, member in reachable])
         for (instance, _), mismatch in zip(reachable, mismatches, strict=True):
             instance.mismatch = mismatch
@@ -354,6 +415,18 @@ class Fleet:
                 instance.told = now
                 for listener in self.listeners:
                     listener(instance)
+
+
+def _twin(instance: Instance, others: Sequence[tuple[Instance, Member]]) -> Instance | None:
+    """Return the instance that is the same process under another URL; None if there is none."""
+    own = instance.incarnation
+    return next((one for one, _ in others if own and one.incarnation == own), None)
+
+
+def _may_return(instance: Instance) -> bool:
+    """Return whether it can come back at the same URL, as it does when it is restarted."""
+    is_restarted = instance.says_draining and not instance.draining and not instance.is_ending
+    return is_restarted or instance.state is InstanceState.UNHEALTHY
 
 
 def _is_recent(lost_at: float | None, now: float) -> bool:

@@ -24,7 +24,7 @@ from chiasm.proxy.upstream import (
     UpstreamError,
     UpstreamResponse,
 )
-from chiasm.wire import UNREADABLE, Health, InstanceState, ModelList
+from chiasm.wire import DRAINING, UNREADABLE, Health, InstanceState, ModelList, Role
 
 _log = logging.getLogger(__name__)
 _MAX_RESPONSE_BYTES = 1 << 20
@@ -36,14 +36,18 @@ _PROBES = 2
 _QUIET_SECONDS = 0.5
 """An instance that has work and has sent nothing for so long is probed at once."""
 _TICK_SECONDS = 0.1
+_LEAVING = (DRAINING, "stopping")
+"""The second is what versions before 0.4 say."""
 
 
 class UnhealthyError(UpstreamError):
     """An instance has answered that it isn't healthy."""
 
-    def __init__(self, message: str, status: str) -> None:
+    def __init__(self, message: str, health: Health) -> None:
         super().__init__(message)
-        self.says_starting = status == Code.STARTING
+        self.says_starting = health.status == Code.STARTING
+        self.says_draining = health.status in _LEAVING
+        self.incarnation = health.incarnation
 
 
 _health = msgspec.json.Decoder(Health)
@@ -76,6 +80,7 @@ class Prober:
         self._checks: dict[Instance, asyncio.Task[None]] = {}
         self._urgent: set[Instance] = set()
         """Instances whose state a call waits for."""
+        fleet.on_add = self.watch
         fleet.on_remove = self.forget
         fleet.listeners.append(_log_change)
 
@@ -125,6 +130,14 @@ class Prober:
             task.add_done_callback(lambda done: self._checks.pop(instance, None))
         await asyncio.wait({task})
 
+    async def role_at(self, url: str) -> Role:
+        """Return the role that what answers at a URL says it has. Raises UpstreamError."""
+        response = await self._get(f"{url}/health")
+        try:
+            return Role(_health.decode(response.body).role)
+        except (*UNREADABLE, ValueError):
+            raise UpstreamError("/health doesn't say its role") from None
+
     async def _watch(self, instance: Instance) -> None:
         while True:
             await self.check(instance)
@@ -136,7 +149,7 @@ class Prober:
 
     def _interval(self, instance: Instance) -> float:
         """Return the seconds from one probe to the next."""
-        if instance.state in {InstanceState.STARTING, InstanceState.UNHEALTHY}:
+        if instance.state in {InstanceState.STARTING, InstanceState.UNHEALTHY} or instance.says_draining:
             return min(self._interval_seconds, _WAITING_INTERVAL_SECONDS)
         return min(self._interval_seconds, _TICK_SECONDS) if self._is_quiet(instance) else self._interval_seconds
 
@@ -161,7 +174,14 @@ class Prober:
                 _log.warning("%s %s has sent nothing; its %d calls are ended", instance.role, instance.url, ended)
             return
         except UnhealthyError as error:
-            self._fleet.fail(instance, error.message, time.monotonic(), says_starting=error.says_starting)
+            self._fleet.fail(
+                instance,
+                error.message,
+                time.monotonic(),
+                says_starting=error.says_starting,
+                says_draining=error.says_draining,
+                incarnation=error.incarnation,
+            )
             line.hear()
             return
         except UpstreamError as error:
@@ -222,7 +242,7 @@ class Prober:
         except UNREADABLE as error:
             raise UpstreamError(f"/health answered with an unexpected body: {error}") from error
         if health.status != "ok":
-            raise UnhealthyError(f"/health reports the status {health.status[:40]!r}", health.status)
+            raise UnhealthyError(f"/health reports the status {health.status[:40]!r}", health)
         if not health.model:
             raise UpstreamError("/health doesn't name the model")
         if mismatch := _mismatch(self._upstream.fleet_key, health):
@@ -264,7 +284,7 @@ def _unhealthy(response: UpstreamResponse) -> UnhealthyError:
     status = health.status if health.status != "ok" else ""
     text = ": ".join(part for part in (status, health.message) if part)
     explanation = f" ({text[:_SHOWN_CHARACTERS]})" if text else ""
-    return UnhealthyError(f"/health answered with status {response.status}{explanation}", status)
+    return UnhealthyError(f"/health answered with status {response.status}{explanation}", health)
 
 
 def _log_change(instance: Instance) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,11 @@ from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.key_ring import read_keys
 from chiasm.http.listen import check_url
 from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.discovery.sources import Sources, parse_source
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.job import Job, Timing
+from chiasm.proxy.leases import Leases
+from chiasm.proxy.membership import OPTIONS, Listed, Membership
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.other_paths import parse_other
 from chiasm.proxy.probe import Prober
@@ -29,6 +33,7 @@ from chiasm.proxy.tenants import TenantBy, of_tenant
 from chiasm.proxy.upstream import RefusedError, Upstream
 from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, Role
 
+_log = logging.getLogger(__name__)
 _FIRST_PROBE_SECONDS = 1.0
 _PARSERS = {CHAT_PATH: parse_chat, COMPLETIONS_PATH: parse_completion}
 """Of the paths whose requests the proxy understands."""
@@ -41,32 +46,39 @@ class ProxyService:
         """``resolver`` looks up the names of media hosts, in place of the system's."""
         self.config = config
         self.fleet = Fleet()
+        self.membership = Membership(self.fleet)
         self.metrics = Metrics(self.fleet)
         self.admission = Admission(
             config.max_concurrent_requests, config.max_buffered_bytes, config.http, self.metrics.refusals
         )
         self.is_stopping = False
+        self.clock: Callable[[], float] = time.time
+        self._discovered = [parse_source(argument) for argument in config.discover]
         self._resolver = resolver
-        self._fleet_key = read_fleet_key(config.fleet_key_file)
+        self.fleet_key = read_fleet_key(config.fleet_key_file)
         self._parsers = ThreadPoolExecutor(1, thread_name_prefix="parse")
-        self._upstream: Upstream
+        self.upstream: Upstream
         self.prober: Prober
+        self.leases: Leases
+        self._sources: Sources
         self.router: Router
 
     async def start(self) -> None:
         """Open connections and probe every instance once."""
         config = self.config
-        self._upstream = Upstream(config.connect_timeout_seconds, self._fleet_key)
+        self.upstream = Upstream(config.connect_timeout_seconds, self.fleet_key)
         self.prober = Prober(
             self.fleet,
-            self._upstream,
+            self.upstream,
             self.metrics,
             interval_seconds=config.probe_interval_seconds,
             timeout_seconds=config.probe_timeout_seconds,
             busy_timeout_seconds=min(config.busy_probe_timeout_seconds, config.probe_timeout_seconds),
             key=next((one.key for one in read_keys(config.http)), None),
         )
-        self.router = Router(config, self.fleet, self._upstream, self.prober, self.metrics, resolver=self._resolver)
+        self.router = Router(config, self.fleet, self.upstream, self.prober, self.metrics, resolver=self._resolver)
+        self.leases = Leases(self.membership, self.fleet, self.prober, self.fleet_key, self.now)
+        self._sources = Sources(self._discovered, self.membership, self.prober.role_at)
         roles = (
             (Role.PD, config.pds),
             (Role.AGGREGATED, config.aggregated),
@@ -74,22 +86,34 @@ class ProxyService:
             (Role.DECODE, config.decodes),
             (Role.ENCODER, config.encoders),
         )
-        instances = [self.fleet.add(check_url(url), role) for role, urls in roles for url in urls]
-        for instance in instances:
-            self.prober.watch(instance)
+        self.membership.note_list(OPTIONS, [Listed(check_url(url), role) for role, urls in roles for url in urls])
+        self.leases.start()
+        self._sources.start()
+        instances = self.fleet.instances
+        if not instances:
+            _log.warning(
+                "There is no instance yet: they join with --join, or are found by --discover or added to /instances."
+            )
         checks = [asyncio.ensure_future(self.prober.check(instance)) for instance in instances]
         if checks:
             await asyncio.wait(checks, timeout=_FIRST_PROBE_SECONDS)
 
     async def close(self) -> None:
+        await self._sources.close()
+        await self.leases.close()
         await self.router.close()
         await self.prober.close()
-        await self._upstream.close()
+        await self.upstream.close()
         self._parsers.shutdown(wait=False, cancel_futures=True)
+
+    def now(self) -> float:
+        """Return Unix time on the clock by which instances sign their leases."""
+        return self.clock()
 
     def stop(self) -> None:
         """Refuse new requests from now on."""
         self.is_stopping = True
+        self.leases.stop()
 
     def interrupt_all(self) -> None:
         """End all requests with an error, because the proxy is shutting down."""

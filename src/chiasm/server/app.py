@@ -25,10 +25,19 @@ from chiasm.http.timing import TimingEntry, write_timing
 from chiasm.server.completions import chat_completions, completions
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
+from chiasm.server.drain import drain
 from chiasm.server.kv_release import release_kv
 from chiasm.server.places import note_places
 from chiasm.server.status import Status
-from chiasm.wire import AWAITED_PATH, CHAT_PATH, COMPLETIONS_PATH, KV_RELEASE_PATH, OTHER_PATHS, PLACES_PATH
+from chiasm.wire import (
+    AWAITED_PATH,
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    DRAIN_PATH,
+    KV_RELEASE_PATH,
+    OTHER_PATHS,
+    PLACES_PATH,
+)
 
 if TYPE_CHECKING:
     from chiasm.engine.base import Engine
@@ -62,6 +71,7 @@ def app_of(context: ServerContext) -> Starlette:
             Route("/livez", live),
             Route("/readyz", status.ready),
             Route(AWAITED_PATH, status.awaited),
+            Route(DRAIN_PATH, partial(drain, context), methods=["POST"]),
             Route(PLACES_PATH, partial(note_places, context), methods=["POST"]),
             Route(KV_RELEASE_PATH, partial(release_kv, context), methods=["POST"]),
             Route("/metrics", status.metrics),

@@ -12,6 +12,7 @@ from chiasm.http.config import HttpConfig
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
 from chiasm.options import Option
+from chiasm.server.advertise import check_proxies
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,17 @@ class ServerConfig:
     port: Annotated[int, Option("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000
     """``on_ready`` of :func:`chiasm.server.run` gets the URL with the port that was taken."""
     fleet_key_file: FleetKeyFile = None
+    join: Annotated[
+        tuple[str, ...],
+        Option(
+            "Proxies to join, with commas between their URLs; a name stands for all of its addresses.",
+            metavar="URL[,URL]",
+            separator=",",
+        ),
+    ] = ()
+    advertise_url: Annotated[
+        str, Option("URL under which proxies reach this instance.", metavar="URL", unset="--host and --port")
+    ] = ""
     deadline_seconds: Annotated[float, Option("Maximum duration of a request.")] = 600.0
     """``X-Request-Deadline-Ms`` of a request can only shorten it."""
     shutdown_timeout_seconds: ShutdownTimeout = SHUTDOWN_TIMEOUT_SECONDS
@@ -55,5 +67,6 @@ class ServerConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigurationError(f"{name} must be positive.")
+        check_proxies(self.join, self.host, self.advertise_url)
         if self.shutdown_timeout_seconds < 0:
             raise ConfigurationError("shutdown_timeout_seconds must not be negative.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,9 @@ from chiasm.media import Fetcher
 from chiasm.media.decoder import Decoder
 from chiasm.models.base import LoadProgress
 from chiasm.server.config import ServerConfig
+from chiasm.server.joining import Joiner
 from chiasm.server.metrics import Metrics
-from chiasm.wire import CLIENT_HEADER, ECPlace
+from chiasm.wire import CLIENT_HEADER, DrainState, ECPlace, Lease, Load
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from chiasm.engine.request import EncodedItem, EncodeItem, GenerateRequest, Output
     from chiasm.models.base import Processor
 
-State = Literal["starting", "ok", "failed", "stopping"]
+State = Literal["starting", "ok", "failed", "draining"]
 _T = TypeVar("_T")
 _SHOWN_CHARACTERS = 200
 
@@ -67,7 +69,9 @@ class EncodingEngine(Protocol):
 class ServerContext:
     """One instance, from the moment its port is open."""
 
-    def __init__(self, model: str, config: ServerConfig, engine: Engine | None = None) -> None:
+    def __init__(self, model: str, config: ServerConfig, engine: Engine | None = None, role: str = "") -> None:
+        """``role`` is needed while there is no engine, if it joins proxies."""
+        self.role = str(engine.config.role) if engine is not None else role
         self.model = model
         """The name by which requests ask for it."""
         self.config = config
@@ -80,7 +84,17 @@ class ServerContext:
         """How far loading is."""
         self.failure: ChiasmError | None = None
         """Why the model could not be loaded."""
-        self.is_stopping = False
+        self.incarnation = secrets.token_hex(16)
+        """Names this process among all that are or were at its URL."""
+        self.url = ""
+        """Where proxies reach it, if it joins any."""
+        self.is_draining = False
+        """Whether it is about to end."""
+        self.on_drain: Callable[[], None] = self.drain
+        """Ends the server when nothing is left to do."""
+        self._refuses_new = False
+        self._telling: asyncio.Task[None] | None = None
+        self._joiner = Joiner(config.join, self.fleet_key, self.lease) if config.join else None
         self.metrics = Metrics(self)
         self.admission = Admission(
             config.max_inflight_requests, config.max_inflight_body_bytes, config.http, self.metrics.refusals
@@ -96,9 +110,13 @@ class ServerContext:
     async def opened(self) -> AsyncIterator[None]:
         """A block in which requests are served, on the event loop of the server."""
         self._fetcher = Fetcher(self.config.media)
+        if self._joiner is not None:
+            self._joiner.start()
         try:
             yield
         finally:
+            if self._joiner is not None:
+                await self._joiner.close()
             await self._fetcher.close()
             self._decoder.close()
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -111,22 +129,69 @@ class ServerContext:
         """The ``status`` of /health."""
         if self.failure is not None:
             return "failed"
-        if self.is_stopping:
-            return "stopping"
+        if self.is_draining:
+            return "draining"
         if self.loaded_engine is None:
             return "starting"
         return "ok" if self.loaded_engine.healthy else "failed"
 
-    def stop(self) -> None:
-        """Refuse new requests from now on."""
-        self.is_stopping = True
+    def note_ready(self, engine: Engine) -> None:
+        """Serve with this engine from now on. Any thread."""
+        self.loaded_engine = engine
+        if self._joiner is not None:
+            self._joiner.change()
+
+    def drain(self) -> None:
+        """Refuse new requests as soon as the proxies that this instance has joined know of it. On the event loop."""
+        if self.is_draining:
+            return
+        self.is_draining = True
+        if self._joiner is None:
+            self._refuses_new = True
+        else:
+            self._telling = asyncio.create_task(self._tell(self._joiner))
+
+    async def _tell(self, joiner: Joiner) -> None:
+        try:
+            await joiner.tell()
+        finally:
+            self._refuses_new = True
+
+    @property
+    def left(self) -> DrainState:
+        """What is left to do before this instance can end without anybody noticing."""
+        engine = self.loaded_engine if self.loaded_engine is not None and self.loaded_engine.healthy else None
+        kv = engine.stats().kv if engine is not None else None
+        return DrainState(
+            incarnation=self.incarnation,
+            requests=self.admission.requests,
+            kv=kv.leases_held if kv is not None else 0,
+            embeddings=engine.unfetched_embeddings() if engine is not None else 0,
+        )
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing runs: neither a request, nor a decode instance that has yet to fetch KV from here."""
-        engine = self.loaded_engine
-        kv = engine.stats().kv if engine is not None and engine.healthy else None
-        return not self.admission.requests and (kv is None or not kv.leases_held)
+        """Whether it refuses new requests and nothing is left to do."""
+        left = self.left
+        return self._refuses_new and not (left.requests or left.kv or left.embeddings)
+
+    @property
+    def load(self) -> Load:
+        """What it has to do and has room for."""
+        requests, engine = self.admission.requests, self.loaded_engine
+        if engine is None or not engine.healthy:
+            return Load(requests=requests)
+        stats = engine.stats()
+        return Load(
+            outstanding_seconds=engine.outstanding_seconds(),
+            requests=requests,
+            kv_blocks_free=stats.kv_blocks_total - stats.kv_blocks_used if stats.kv_blocks_total else None,
+            free_bytes=engine.free_bytes(),
+        )
+
+    def lease(self) -> Lease:
+        """Return what proxies that this instance joins are told."""
+        return Lease(url=self.url, role=self.role, incarnation=self.incarnation, status=self.state, load=self.load)
 
     def interrupt_all(self) -> None:
         """End all requests with an error, because the instance stops."""
@@ -139,7 +204,7 @@ class ServerContext:
                 raise OverloadedError("This instance is still loading its model; try again later.", code=Code.STARTING)
             case "failed":
                 raise OverloadedError("The engine of this instance has failed; restart the instance.", code=Code.FAILED)
-            case "stopping":
+            case "draining" if self._refuses_new:
                 raise _stopping()
 
     def check_model(self, model: str | None) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.http import serve
 from chiasm.http.listen import base_url, bind, is_loopback
+from chiasm.server.advertise import own_url
 from chiasm.server.app import app_of
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
@@ -42,7 +43,7 @@ def run(
     ConfigurationError if the address is in use, if it can be reached from other machines and there is no fleet key, or if the
     model cannot be served.
     """
-    context = ServerContext(served_model_name or engine_config.model.name, server_config)
+    context = ServerContext(served_model_name or engine_config.model.name, server_config, role=str(engine_config.role))
     if context.fleet_key is None and not is_loopback(server_config.host):
         raise ConfigurationError(
             f"--host {server_config.host}: without a fleet key, an instance listens on loopback alone, because whoever reaches "
@@ -50,16 +51,21 @@ def run(
             "and give it to the proxy and all instances with --fleet-key-file."
         )
     listener = bind(server_config.host, server_config.port)
-    url = base_url(server_config.host, listener.getsockname()[1], server_config.http.scheme)
+    port = listener.getsockname()[1]
+    url = base_url(server_config.host, port, server_config.http.scheme)
+    if server_config.join:
+        context.url = own_url(server_config.host, port, server_config.join, server_config.advertise_url)
     server = serve.HttpServer(
         app_of(context),
         server_config.http,
         context.metrics.refusals,
         shutdown_timeout_seconds=server_config.shutdown_timeout_seconds,
-        on_stop=context.stop,
+        on_stop=context.drain,
         is_idle=lambda: context.is_idle,
         interrupt_all=context.interrupt_all,
     )
+
+    context.on_drain = server.drain
 
     def load() -> None:
         from chiasm.engine import create_engine
@@ -76,8 +82,8 @@ def run(
         else:
             gc.collect()
             gc.freeze()  # a collection that walks over all modules would hold the event loop
-            context.loaded_engine = engine
-            if on_ready is not None and not context.is_stopping:
+            context.note_ready(engine)
+            if on_ready is not None and not context.is_draining:
                 on_ready(url)
             return
         server.stop_from_thread()
@@ -85,7 +91,7 @@ def run(
     loading = threading.Thread(target=load, name="chiasm-load", daemon=True)
     loading.start()
     serve.run(server, listener)
-    context.stop()
+    context.is_draining = True
     _stop_engine(context, loading)
     if context.failure is not None:
         raise context.failure

@@ -12,11 +12,11 @@ from starlette.responses import Response
 
 from chiasm import __version__
 from chiasm.cores import allowed_cpus
-from chiasm.errors import StorageError
+from chiasm.errors import PathNotFoundError, StorageError
 from chiasm.http import json_response
 from chiasm.http.fleet_calls import caller_of, check_fleet
 from chiasm.http.liveness import ready_response
-from chiasm.server.context import ServerContext
+from chiasm.server.context import GeneratingEngine, ServerContext
 from chiasm.wire import AwaitedEmbeddings, Health, ModelCard, ModelList, Role, model_card
 
 
@@ -48,7 +48,10 @@ class Status:
     async def awaited(self, request: Request) -> Response:
         """Name the embeddings that prompts need next and that don't exist. Waits for the end of the engine's step."""
         check_fleet(caller_of(request.scope), "What embeddings are awaited")
-        identifiers = await self._context.generating_engine.awaited_embeddings()
+        engine = self._context.loaded_engine  # also while it drains, since its requests wait for embeddings
+        if not isinstance(engine, GeneratingEngine):
+            raise PathNotFoundError("This instance reads no embeddings of others; PD and prefill instances do.")
+        identifiers = await engine.awaited_embeddings()
         return json_response(AwaitedEmbeddings(identifiers=identifiers))
 
     async def metrics(self, request: Request) -> Response:
@@ -71,7 +74,11 @@ class Status:
         if engine is None:
             progress = context.progress
             return Health(
-                status=status, message=message, loaded_tensors=progress.loaded_tensors, tensors=progress.tensors
+                status=status,
+                message=message,
+                incarnation=context.incarnation,
+                loaded_tensors=progress.loaded_tensors,
+                tensors=progress.tensors,
             )
         try:
             ec_store = await asyncio.to_thread(engine.store_id)  # not cached: the folder may have been recreated
@@ -82,6 +89,8 @@ class Status:
         health = Health(
             status=status,
             message=message,
+            incarnation=context.incarnation,
+            load=context.load,
             role=str(engine.config.role),
             model=context.model,
             fingerprint=engine.model_fingerprint,

@@ -1,0 +1,277 @@
+"""How an instance joins proxies (``--join``): it renews a lease with each, and tells them at once what has changed.
+
+Of the answers nothing is believed but what the log says, and the proxy's clock, by which leases are signed: so the clocks of
+machines may differ. A name that leads to several addresses stands for as many proxies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+from msgspec.structs import replace
+
+from chiasm.fleet_key import FleetKey
+from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.http.listen import base_url
+from chiasm.server.advertise import MAX_PROXIES
+from chiasm.wire import LEASE_PATH, RENEW_SECONDS, UNREADABLE, ErrorBody, Lease, LeaseAnswer
+
+_log = logging.getLogger(__name__)
+_LOOKUP_SECONDS = 10.0
+"""Between two lookups of the proxies' names."""
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 0.5
+"""Between two attempts to reach a proxy: short, since a proxy that was restarted knows nobody."""
+_REFUSED_DELAY_SECONDS = 1.0
+_LEAST_SECONDS = 0.05
+"""Between two calls, however fast the proxy answers."""
+_ANSWER_SECONDS = 15.0
+"""Longer than a proxy takes to probe an instance that doesn't answer."""
+_TELL_SECONDS = 1.0
+"""How long the end of an instance waits for its proxies to know of it."""
+_MAX_ANSWER_BYTES = 64 << 10
+_answer = msgspec.json.Decoder(LeaseAnswer)
+_error = msgspec.json.Decoder(ErrorBody)
+Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+class RefusedError(Exception):
+    """A proxy has answered that it grants no lease."""
+
+
+class Joiner:
+    """The leases of one instance, on its event loop."""
+
+    def __init__(
+        self,
+        proxies: Sequence[str],
+        key: FleetKey | None,
+        describe: Callable[[], Lease],
+        *,
+        lookup: Lookup | None = None,
+    ) -> None:
+        """``describe`` returns what the instance says about itself now; ``lookup`` finds the addresses of a name and port."""
+        self._proxies = proxies
+        self._key = key
+        self._describe = describe
+        self._lookup = lookup or _addresses_of
+        self._lines: dict[tuple[str, str], _Line] = {}
+        """By the proxy's URL and its address."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._session: aiohttp.ClientSession
+
+    def start(self) -> None:
+        """Begin to join. Called on the event loop of the server."""
+        self._loop = asyncio.get_running_loop()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
+        )
+        self._task = asyncio.create_task(self._follow_names())
+
+    async def close(self) -> None:
+        """Give all leases back, and end."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self._within(line.leave() for line in self._lines.values())
+        await asyncio.gather(*(line.close() for line in self._lines.values()))
+        await self._session.close()
+
+    def change(self) -> None:
+        """Tell all proxies what has changed. Any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._change)
+
+    async def tell(self) -> None:
+        """Tell all proxies what has changed; return when those that know the instance know that, or after a second."""
+        await self._within(line.tell() for line in self._lines.values())
+
+    def _change(self) -> None:
+        for line in self._lines.values():
+            line.changed.set()
+
+    async def _within(self, calls: object) -> None:
+        tasks = [asyncio.ensure_future(call) for call in calls]  # type: ignore[attr-defined]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=_TELL_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow_names(self) -> None:
+        """Have one line to each address of each proxy."""
+        while True:
+            for url in self._proxies:
+                parts = urlsplit(url)
+                port = parts.port or (443 if parts.scheme == "https" else 80)
+                try:
+                    addresses = await self._lookup(parts.hostname or "", port)
+                except OSError as error:
+                    _log.warning("The proxy %s is not found: %s", url, error)
+                    continue
+                for address in addresses[:MAX_PROXIES]:
+                    if (url, address) not in self._lines:
+                        self._lines[url, address] = _Line(url, address, port, self._session, self._key, self._describe)
+                for (known, address), line in list(self._lines.items()):
+                    if known == url and address not in addresses and addresses and not line.is_held:
+                        del self._lines[known, address]
+                        await line.close()
+            await asyncio.sleep(_LOOKUP_SECONDS if self._lines else _REFUSED_DELAY_SECONDS)
+
+
+class _Line:
+    """The lease at one proxy: one call is always open, so that the end of either side is noticed by the other."""
+
+    def __init__(
+        self,
+        url: str,
+        address: str,
+        port: int,
+        session: aiohttp.ClientSession,
+        key: FleetKey | None,
+        describe: Callable[[], Lease],
+    ) -> None:
+        parts = urlsplit(url)
+        self._name = url
+        self._url = f"{parts.scheme}:{base_url(address, port).partition(':')[2]}{LEASE_PATH}"
+        self._headers = {"Host": parts.netloc, "Content-Type": "application/json"}
+        self._server_hostname = parts.hostname if parts.scheme == "https" else None
+        self._session = session
+        self._key = key
+        self._describe = describe
+        self._clock_ahead_seconds: float | None = None
+        """Of the proxy's clock before ``time.monotonic``."""
+        self._told = ""
+        self.changed = asyncio.Event()
+        self.is_held = False
+        """Whether the proxy has granted the lease, as far as is known."""
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def tell(self) -> None:
+        """Renew the lease at once, if it is held. Raises nothing."""
+        if self.is_held:
+            try:
+                await self._renew()
+            except (RefusedError, aiohttp.ClientError, OSError) as error:
+                _log.warning("The proxy %s could not be told: %s", self._name, error)
+
+    async def leave(self) -> None:
+        """Give the lease back, if it is held."""
+        if self.is_held:
+            self.is_held = False
+            await self._call(replace(self._describe(), leaves=True))
+
+    async def _run(self) -> None:
+        delay = _FIRST_DELAY_SECONDS
+        while True:
+            try:
+                if self.is_held:
+                    await self._hold()
+                else:
+                    await self._renew()
+                delay = _FIRST_DELAY_SECONDS
+                await asyncio.sleep(_LEAST_SECONDS)
+            except RefusedError as error:
+                self._note(False, f"refuses: {error}")
+                await asyncio.sleep(_REFUSED_DELAY_SECONDS)
+            except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is one
+                self._note(False, f"can't be reached: {str(error) or type(error).__name__}")
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
+
+    async def _hold(self) -> None:
+        """Leave a call open until the next renewal is due; renew beside it when something has changed."""
+        call = asyncio.ensure_future(self._renew(waits=True))
+        try:
+            while not call.done():
+                changed = asyncio.ensure_future(self.changed.wait())
+                await asyncio.wait({call, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                if self.changed.is_set() and not call.done():
+                    await self._renew()
+            await call
+        finally:
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    async def _renew(self, *, waits: bool = False) -> None:
+        self.changed.clear()
+        answer = await self._call(replace(self._describe(), waits=waits))
+        self._note(True, f"{answer.state}: {answer.reason}" if answer.reason else answer.state)
+
+    async def _call(self, lease: Lease) -> LeaseAnswer:
+        """Send a lease. Raises RefusedError, aiohttp.ClientError or OSError."""
+        body = msgspec.json.encode(lease)
+        headers = dict(self._headers)
+        if self._key is not None:
+            if self._clock_ahead_seconds is None:
+                self._learn(await self._send("GET", b"", headers))
+            assert self._clock_ahead_seconds is not None
+            clock = int((time.monotonic() + self._clock_ahead_seconds) * 1000)
+            headers |= signature(self._key, "POST", LEASE_PATH, body_digest(body), clock_milliseconds=clock)
+        try:
+            answer = await self._send("POST", body, headers)
+        except RefusedError:
+            self._clock_ahead_seconds = None  # the proxy's clock may have been set
+            raise
+        self._learn(answer)
+        return answer
+
+    async def _send(self, method: str, body: bytes, headers: dict[str, str]) -> LeaseAnswer:
+        timeout = aiohttp.ClientTimeout(total=RENEW_SECONDS + _ANSWER_SECONDS, sock_connect=RENEW_SECONDS)
+        async with self._session.request(
+            method,
+            self._url,
+            data=body,
+            headers=headers,
+            timeout=timeout,
+            allow_redirects=False,
+            server_hostname=self._server_hostname,
+        ) as response:
+            content = await response.content.read(_MAX_ANSWER_BYTES)
+            while response.status == 200 and (more := await response.content.read(_MAX_ANSWER_BYTES - len(content))):
+                content += more
+            if response.status != 200:
+                raise RefusedError(_message(response.status, content))
+        try:
+            return _answer.decode(content)
+        except UNREADABLE as error:
+            raise RefusedError(f"its answer is not that of a proxy: {error}") from None
+
+    def _learn(self, answer: LeaseAnswer) -> None:
+        self._clock_ahead_seconds = answer.clock_milliseconds / 1000 - time.monotonic()
+
+    def _note(self, is_held: bool, text: str) -> None:
+        self.is_held = is_held
+        if text != self._told:
+            self._told = text
+            level = logging.INFO if is_held and ":" not in text else logging.WARNING
+            _log.log(level, "The proxy %s (%s) %s", self._name, self._url, f"says {text}" if is_held else text)
+
+
+def _message(status: int, body: bytes) -> str:
+    try:
+        return _error.decode(body).error.message or f"status {status}"
+    except UNREADABLE:
+        return f"status {status}; is it a proxy of this version?"
+
+
+async def _addresses_of(name: str, port: int) -> list[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    if name.lower() == "localhost":  # one proxy, by either of its addresses
+        addresses.sort(key=lambda address: ":" in address)
+        return addresses[:1]
+    return addresses
