@@ -100,10 +100,10 @@ def add_options(made: Parser) -> None:
 
 def run(settings: Mapping[str, Any]) -> None:
     """Run a deployment until a signal asks for its end, and until what runs has ended."""
-    from chiasm.cli.signals import EndSignals
     from chiasm.cli.view import View
     from chiasm.launch import Deployment
     from chiasm.launch.devices import describe
+    from chiasm.launch.signals import EndSignals
 
     if settings.get("dry_run"):
         from chiasm.cli.dry_run import preview

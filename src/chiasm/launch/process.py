@@ -74,6 +74,9 @@ class ProxyProcess(ProcessConfig):
     """One proxy."""
 
     proxy: ProxyConfig
+    workers: Annotated[
+        int, Option("Processes that serve the port together; each is a proxy with all limits.", min=1, max=64)
+    ] = 1
 
 
 INSTANCE_OPTIONS = (
