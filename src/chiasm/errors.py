@@ -53,6 +53,8 @@ class Code(enum.StrEnum):
     """The https site that the URL names could not prove who it is."""
     EMBEDDING_TOO_LARGE = "embedding_too_large"
     """The embedding of an image is larger than the whole store."""
+    MEDIA_NOT_SUPPORTED = "media_not_supported"
+    """This path takes no such media, or no instance could encode them there."""
     # 401
     INVALID_API_KEY = "invalid_api_key"
     """The API key is missing or wrong."""
@@ -79,6 +81,9 @@ class Code(enum.StrEnum):
     # 429
     RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     """The API key has as many requests in flight, or has sent as many within a minute, as it may."""
+    # 501
+    NOT_SERVED = "not_served"
+    """The engine of the instances has nothing under this path."""
     # 502
     INSTANCE_LOST = "instance_lost"
     """An instance was lost before its answer was complete."""
@@ -179,6 +184,20 @@ class PathNotFoundError(ChiasmError):
 
     status = 404
     kind = "not_found_error"
+
+
+class NotServedError(ChiasmError):
+    """vLLM serves this path, but the engine of the instances doesn't."""
+
+    status = 501
+    kind = "not_supported_error"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"{path} is not served here: the built-in engine has chat completions and completions alone. vLLM serves it, if "
+            "the model does (chiasm serve --engine vllm).",
+            code=Code.NOT_SERVED,
+        )
 
 
 class MethodNotAllowedError(InvalidRequestError):

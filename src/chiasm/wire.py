@@ -28,14 +28,24 @@ Identifier = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+OTHER_PATHS = (
+    *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+    *("/v1/embeddings", "/v2/embed", "/pooling", "/classify"),
+    *("/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank"),
+    *("/tokenize", "/detokenize"),
+)
+"""What vLLM answers besides, depending on the model: POST of JSON. Nothing by which an instance is operated or debugged."""
 AWAITED_PATH = "/embeddings/awaited"
 PLACES_PATH = "/embeddings/places"
 CLIENT_HEADER = "x-chiasm-client"
+WORKER_HEADER = "x-chiasm-worker"
+"""From whom the worker of a proxy has a request that it passes on to another one; empty if it asks for itself."""
 """With it the proxy, if it checks API keys, tells an instance which of them a request has; it names the key, and isn't it."""
 FLEET_HEADER = "x-chiasm-fleet"
 """The signature of a call that only processes of the fleet may make (:mod:`chiasm.http.fleet_calls`)."""
 KV_RELEASE_PATH = "/v1/kv/release"
 """Below /v1, so that it needs an API key where answers need one."""
+INSTANCES_PATH = "/instances"
 LEASE_PATH = "/fleet/lease"
 """Where instances join a proxy, and renew their leases."""
 DRAIN_PATH = "/drain"

@@ -88,7 +88,7 @@ def site(
             interrupt_all=lambda: None,
         )
         servers.append(server)
-        found.append(Site(url_of(listener), admission, asyncio.get_running_loop()))
+        found.append(Site(url_of(listener, server.scheme), admission, asyncio.get_running_loop()))
         waiting = asyncio.ensure_future(server.ready.wait())
         waiting.add_done_callback(lambda task: started.set())
         await server.serve(sockets=[listener])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
 import logging
 import re
 import threading
@@ -20,6 +22,7 @@ from chiasm.http.config import HttpConfig
 from chiasm.http.endpoint import Bounds
 from chiasm.http.flood import LINES_PER_WINDOW
 from chiasm.http.front import FrontDoor
+from chiasm.http.log_format import formatter
 from chiasm.http.paths import normal_path
 from tests.http.serving import BOUNDS, site
 from tests.http.test_endpoint import echo, error_of, never, raising
@@ -269,6 +272,29 @@ class TestKeys:
         with pytest.raises(ConfigurationError, match="writable by every user"):
             FrontDoor([], HttpConfig(api_key_file=file))
 
+    def test_a_key_beyond_its_limit_is_refused_before_its_body_is_read_and_others_are_not(self, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text(f"keys: [{{key: {FIRST}, max_requests_per_minute: 1}}, {{key: {SECOND}}}]")
+        with site(echo, config=HttpConfig(api_key_file=file)) as server:
+            send(server.url + "/v1/models", "GET", authorization=f"Bearer {FIRST}")  # doesn't count
+            statuses = [
+                send(server.url + CHAT, content=b"x", authorization=f"Bearer {key}").status_code
+                for key in (FIRST, FIRST, SECOND)
+            ]
+            refused = send(server.url + CHAT, content=b"x", authorization=f"Bearer {FIRST}")
+        assert statuses == [200, 429, 200]
+        assert 0 < int(refused.headers["retry-after"]) <= 60
+        error = error_of(refused)
+        assert (error["type"], error["code"]) == ("rate_limit_error", Code.RATE_LIMIT_EXCEEDED)
+        assert len(server.ended) == 2
+
+    def test_a_request_leaves_its_place_however_it_ends(self, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text(f"keys: [{{key: {FIRST}, max_requests_in_flight: 1}}]")
+        with site(raising(ValueError("x")), config=HttpConfig(api_key_file=file)) as server:
+            statuses = {send(server.url + CHAT, authorization=f"Bearer {FIRST}").status_code for _ in range(3)}
+        assert statuses == {500}
+
     def test_those_of_the_instances_may_be_short(self) -> None:
         with site(echo, config=HttpConfig(keys_of_instances=("k",))) as server:
             statuses = [send(server.url + CHAT, authorization=f"Bearer {key}").status_code for key in ("k", "x")]
@@ -389,8 +415,50 @@ class TestLog:
             send(server.url, x_request_id="a")
             send(f"{server.url}/page", "GET", x_request_id="b")
         first, second = lines()
-        assert re.fullmatch(r"id=a POST / status=200 seconds=\d+\.\d{3} prompt_tokens=12 completion_tokens=3", first)
-        assert re.fullmatch(r"id=b GET /page status=200 seconds=\d+\.\d{3}", second)
+        took = r"seconds=\d+\.\d+ first_ms=\d+\.\d+"
+        assert re.fullmatch(f"id=a POST / status=200 prompt_tokens=12 completion_tokens=3 {took}", first)
+        assert re.fullmatch(f"id=b GET /page status=200 {took}", second)
+
+    def test_a_request_that_fails_has_one_line_in_it_too(self, lines: Callable[[], list[str]], tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_text(f"keys: [{{key: {FIRST}, name: team}}]")
+        config = HttpConfig(access_log=True, api_key_file=file)
+        with site(raising(InvalidRequestError("Wrong.", code=Code.INVALID_URL)), config=config) as server:
+            send(server.url + CHAT, x_request_id="a", authorization=f"Bearer {FIRST}")
+        (line,) = lines()
+        assert re.fullmatch(rf"id=a POST {CHAT} status=400 key=team seconds=\d+\.\d+ code=invalid_url: Wrong\.", line)
+
+    def test_what_is_logged_meanwhile_has_the_id_and_json_has_members(self) -> None:
+        async def answer(exchange: Exchange) -> None:
+            exchange.visit.details["images"] = 2
+            exchange.visit.stages = {"encode": 0.0123}
+            logging.getLogger("test").warning("a line of %s", "it")
+            await exchange.reply(b"{}")
+
+        written: dict[str, list[str]] = {}
+        for name in ("text", "json"):
+            stream = io.StringIO()
+            handler = logging.StreamHandler(stream)
+            handler.setFormatter(formatter(name))
+            logging.getLogger().addHandler(handler)
+            try:
+                with site(answer, config=HttpConfig(access_log=True)) as server:
+                    send(server.url, x_request_id="a")
+            finally:
+                logging.getLogger().removeHandler(handler)
+            of_test = ("WARNING test:", "chiasm.access", '"logger":"test"')
+            written[name] = [line for line in stream.getvalue().splitlines() if any(one in line for one in of_test)]
+        during, after = written["text"]
+        assert during.endswith("WARNING test: id=a a line of it")
+        assert re.search(
+            r"chiasm\.access: id=a POST / status=200 images=2 seconds=\S+ first_ms=\S+ encode_ms=12\.3$", after
+        )
+        during_json, after_json = map(json.loads, written["json"])
+        assert (during_json["id"], during_json["message"], during_json["level"]) == ("a", "a line of it", "warning")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", during_json["time"])
+        assert after_json.keys() == {
+            *("time", "level", "logger", "id", "method", "path", "status", "images", "seconds", "first_ms", "encode_ms")
+        }
 
 
 class TestCompressedBodies:

@@ -140,7 +140,7 @@ class FakeInstance:
         application.router.add_get(AWAITED_PATH, self._awaited)
         application.router.add_post(PLACES_PATH, self._places)
         application.router.add_post(KV_RELEASE_PATH, self._release)
-        application.router.add_post("/v1/{route:.*}", self._take)
+        application.router.add_post("/{route:.*}", self._take)
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
         listener = socket.socket()

@@ -200,3 +200,19 @@ def test_a_key_that_could_be_guessed_is_refused_at_start(tmp_path: Path, key: st
     file.write_text(key)
     with pytest.raises(ConfigurationError, match="--admin-key-file"):
         create_app(ProxyConfig(admin_key_file=file))
+
+
+async def test_strangers_learn_only_whether_it_is_ready(start: Start) -> None:
+    front = await start([FakeInstance("pd")], admin_key=KEY)
+    for path in ("/health", "/readyz", "/livez"):
+        answer = await front.get(path)
+        assert (answer.status, answer.json) == (200, {"status": "ok"})
+    assert (await front.get("/metrics")).status == 401
+    shown = await front.get("/health", **front.admin)
+    assert [one["url"] for one in shown.json["instances"]] == [front.instances[0].url]
+    assert (await front.get("/metrics", **front.admin)).status == 200
+
+
+async def test_it_lives_while_it_is_not_ready(start: Start) -> None:
+    front = await start([FakeInstance("encoder")], admin_key=KEY)
+    assert [(await front.get(path)).status for path in ("/livez", "/readyz", "/health")] == [200, 503, 503]

@@ -1,11 +1,13 @@
-"""With --tenant-by authorization, what one key has cached, no other finds."""
+"""What one tenant has cached, no other finds: tenants are named in the file of keys, or are whoever has one key."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chiasm.http.config import HttpConfig
 from chiasm.proxy.tenants import TenantBy
 
 from .conftest import Front, Start, ask, image, image_bytes
@@ -56,3 +58,22 @@ async def test_the_same_image_of_two_keys_has_two_embeddings(start: Start) -> No
 async def test_otherwise_only_the_salt_of_the_request_counts(start: Start) -> None:
     front, _, pd = await begin(start, tenant_by=TenantBy.SALT)
     assert await salts(front, pd, (A, {}), (B, {"cache_salt": "s"})) == [None, "s"]
+
+
+async def test_keys_of_one_tenant_share_what_no_other_finds(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    tenants = {"a": "t", "b": "t", "c": "u"}
+    entries = [f"{{key: {key * 16}, tenant: {tenant}}}" for key, tenant in tenants.items()]
+    file.write_text(f"keys: [{', '.join(entries)}, {{key: {'d' * 16}}}]")
+    front, encoder, pd = await begin(start, tenant_by=TenantBy.SALT, http=HttpConfig(api_key_file=file))
+    of_a, of_b, of_c, of_d = [{"Authorization": f"Bearer {name * 16}"} for name in "abcd"]
+    first, second, third, fourth = await salts(front, pd, (of_a, {}), (of_b, {}), (of_c, {}), (of_d, {}))
+    assert first == second
+    assert len({first, third, None}) == 3
+    assert fourth is None
+    *_, guessed = await salts(front, pd, (of_c, {"cache_salt": first}))
+    assert guessed not in (first, third)
+    for headers in (of_a, of_b, of_c):
+        assert (await front.post(ask(image(image_bytes())), **headers)).status == 200
+    mine, ours, other = [received.identifiers for received in encoder.received]
+    assert mine == ours != other

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -48,6 +49,20 @@ def test_a_question_about_an_image_gets_the_right_answer(service: Service, seed:
 
 def test_text_is_answered(service: Service) -> None:
     assert service.answer(chat("What can you do?"))
+
+
+def test_what_the_proxy_does_not_understand_reaches_vllm(service: Service) -> None:
+    def post(path: str, **body: Any) -> Any:
+        return httpx.post(service.url + path, json={"model": "demo"} | body, timeout=120).json()
+
+    words = post("/tokenize", prompt="What can you do?")["tokens"]
+    assert post("/detokenize", tokens=words)["prompt"] == "What can you do?"
+    response = post("/v1/responses", input="What can you do?", temperature=0, max_output_tokens=8)
+    assert (response["object"], response["usage"]["output_tokens"] > 0) == ("response", True)
+    messages = [{"role": "user", "content": "What can you do?"}]
+    message = post("/v1/messages", messages=messages, temperature=0, max_tokens=8)
+    assert (message["type"], message["role"]) == ("message", "assistant")
+    assert post("/reset_prefix_cache")["error"]["type"] == "not_found_error"
 
 
 def test_only_the_encoder_encodes(service: Service) -> None:

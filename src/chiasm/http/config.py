@@ -49,10 +49,17 @@ class HttpConfig:
         ),
     ] = field(default=(), repr=False)
     api_key_file: Annotated[
-        Path | None, Option("File with such keys, one a line; other users of the machine don't see them there.")
+        Path | None,
+        Option(
+            "File with such keys, one a line, or in YAML with names, tenants and limits; read again when it is replaced."
+        ),
     ] = None
     keys_of_instances: tuple[str, ...] = field(default=(), repr=False)
     """Keys that requests may have because the instances behind this proxy take them; of any length, as those of vLLM."""
+    ssl_certfile: Annotated[
+        Path | None, Option("Certificate in PEM, for HTTPS; read again when it is replaced.", unset="none: plain HTTP")
+    ] = None
+    ssl_keyfile: Annotated[Path | None, Option("Its private key.", unset="in the same file")] = None
     access_log: Annotated[bool, Option("Log one line for every request.")] = False
     timing_comments: Annotated[
         str,
@@ -100,11 +107,18 @@ class HttpConfig:
     discard_bytes: Annotated[int, Option("Maximum bytes that are read on then.", min=0)] = 64 << 20
 
     @property
+    def scheme(self) -> str:
+        """What URLs of the server begin with."""
+        return "http" if self.ssl_certfile is None else "https"
+
+    @property
     def needs_key(self) -> bool:
         """Whether requests need an API key."""
         return bool(self.api_key or self.keys_of_instances) or self.api_key_file is not None
 
     def __post_init__(self) -> None:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ConfigurationError("--ssl-keyfile needs --ssl-certfile, the certificate to which the key belongs.")
         for key in self.api_key:
             check_key("--api-key or CHIASM_API_KEY", key)
         if not all(self.keys_of_instances):

@@ -33,6 +33,7 @@ class Exchange:
         self.arrival = time.monotonic()
         self.headers = Headers(scope=scope)
         visit = visit_of(scope)
+        self.visit = visit
         self.request_id = visit.request_id
         self.key = visit.key
         """Whose API key the request has; None if the server needs none."""

@@ -22,6 +22,7 @@ from chiasm.http.key_ring import KeyRing
 from chiasm.http.keys import KeyGuard
 from chiasm.http.limits import Refusals
 from chiasm.http.log import RequestLog
+from chiasm.http.log_format import request_id
 from chiasm.http.origins import LocalOnly, Origins
 from chiasm.http.paths import normal_path
 from chiasm.http.visit import Visit, with_visit
@@ -107,11 +108,12 @@ class _Entrance:
             await self._app(scope, receive, send)
             return
         visit = Visit(scope, timing_comments=self._timing_comments, counts_tokens=self._log.is_access_log)
-        request_id = (b"x-request-id", visit.request_id.encode())
+        id_field = (b"x-request-id", visit.request_id.encode())
+        request_id.set(visit.request_id)  # in the context of this request's task
 
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), request_id]
+                message["headers"] = [*message.get("headers", ()), id_field]
             visit.note(message)
             await send(message)
             visit.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)

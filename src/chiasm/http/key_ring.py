@@ -114,19 +114,23 @@ class KeyRing:
         return {one.name for one in self._holders.values() if one.name}
 
     async def follow(self) -> None:
-        """Read the file again whenever it was replaced, until cancelled. One that isn't fit changes nothing."""
+        """Read the file again whenever it was replaced, until cancelled."""
         async for _ in self._watch.changes():
-            try:
-                read = await asyncio.to_thread(self._read)
-            except ConfigurationError as error:
-                _logger.warning("the API keys stay as they are: %s", error.message)
-                continue
-            known = {one.id: one for one in self._holders.values()}
-            for one in read.values():
-                if one.id in known:
-                    one.take_over(known[one.id])
-            self._holders = read
-            _logger.info("the API keys were read again: %d", len(read))
+            await self.read_again()
+
+    async def read_again(self) -> None:
+        """Take the keys that are in the file now. One that isn't fit, or is missing, changes nothing."""
+        try:
+            read = await asyncio.to_thread(self._read)
+        except ConfigurationError as error:
+            _logger.warning("the API keys stay as they are: %s", error.message)
+            return
+        known = {one.id: one for one in self._holders.values()}
+        for one in read.values():
+            if one.id in known:
+                one.take_over(known[one.id])
+        self._holders = read
+        _logger.info("the API keys were read again: there are %d", len(read))
 
     def _hash(self, key: str) -> bytes:
         return hmac.digest(self._secret, key.encode("utf-8", "surrogateescape"), "sha256")

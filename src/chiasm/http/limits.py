@@ -24,12 +24,12 @@ class Limit(enum.StrEnum):
     REQUESTS = "requests"
     BUFFERED_BYTES = "buffered_bytes"
     REQUEST_SHARE = "request_share"
+    KEY_REQUESTS = "key_requests"
+    KEY_RATE = "key_rate"
     UNREAD_BODY = "unread_body"
     TEXT_BYTES = "text_bytes"
     JSON_MEMBERS = "json_members"
     JSON_VALUES = "json_values"
-    KEY_REQUESTS = "key_requests"
-    KEY_RATE = "key_rate"
 
 
 class Refusals:

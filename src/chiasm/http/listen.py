@@ -50,15 +50,15 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def base_url(host: str, port: int) -> str:
+def base_url(host: str, port: int, scheme: str = "http") -> str:
     """Return ``http://host:port``."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
     """Return the base URL of a bound socket."""
     host, port = listener.getsockname()[:2]
-    return base_url(host, port)
+    return base_url(host, port, scheme)
 
 
 def check_url(url: str) -> str:

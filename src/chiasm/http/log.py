@@ -1,4 +1,4 @@
-"""The lines that requests leave in the log: one for each that fails, and one for each at all if there is an access log.
+"""The lines that requests leave in the log: one for each that fails, or one for each at all if there is an access log.
 
 Nothing that a client sent gets into a line except the method, the path without its query, a checked id and what an error
 message quotes, and these are escaped and cut. Lines about failures are limited (``flood``).
@@ -11,6 +11,7 @@ import re
 import time
 
 from chiasm.http.flood import FloodLimit
+from chiasm.http.log_format import fields
 from chiasm.http.visit import Visit
 
 CLIENT_LEFT = 499
@@ -45,23 +46,64 @@ class RequestLog:
         """Write what is to be written about a request that has ended."""
         status = visit.status if visit.is_complete or (visit.status or 0) >= 400 else CLIENT_LEFT
         assert status is not None
-        named = f"id={visit.request_id} {visit.method} {_shown(visit.raw_path)} status={status}"
+        has_failed = status >= 400 or visit.ended_with_error
+        level = _level(visit, status) if has_failed else logging.INFO
+        if not self._access and not (has_failed and _logger.isEnabledFor(level)):
+            return
+        values = _values(visit, status)
         if self._access:
-            tokens = "".join(f" {name}_tokens={count}" for name, count in visit.tokens.items())
-            _access.info("%s seconds=%.3f%s", named, time.monotonic() - visit.arrival, tokens)
-        if status < 400 and not visit.ended_with_error:
-            return
-        level = _level(visit, status)
-        if not _logger.isEnabledFor(level):
-            return
-        code, reason = ("client_left", "The client left.") if status == CLIENT_LEFT else visit.error
-        code = _escaped(code)[:40] or "none"
-        if self._limit.admits(f"status={status} code={code}"):
-            _logger.log(level, "%s code=%s: %s", named, code, _reason(reason))
+            values |= _durations(visit)
+        if has_failed:
+            code, reason = ("client_left", "The client left.") if status == CLIENT_LEFT else visit.error
+            values["code"] = _escaped(code)[:40] or "none"
+            values["reason"] = _reason(reason)
+        if self._access:
+            _access.log(max(level, logging.INFO), "%s", _Line(values), extra=fields(values))
+        elif self._limit.admits(f"status={status} code={values['code']}"):
+            _logger.log(level, "%s", _Line(values), extra=fields(values))
 
     def flush(self) -> None:
         """Write how many lines were left out, if any were."""
         self._limit.flush()
+
+
+class _Line:
+    """The values of a request as a person reads them. It becomes a text only if a handler asks for it."""
+
+    def __init__(self, values: dict[str, object]) -> None:
+        self._values = values
+
+    def __str__(self) -> str:
+        values = dict(self._values)
+        head = f"id={values.pop('id')} {values.pop('method')} {values.pop('path')}"
+        reason = values.pop("reason", None)
+        line = " ".join([head, *(f"{name}={_shown(value)}" for name, value in values.items())])
+        return line if reason is None else f"{line}: {reason}"
+
+
+def _values(visit: Visit, status: int) -> dict[str, object]:
+    values: dict[str, object] = {
+        "id": visit.request_id,
+        "method": visit.method,
+        "path": _escaped(visit.raw_path[:_PATH_BYTES].decode("latin-1")),
+        "status": status,
+    }
+    if visit.key is not None and visit.key.name:
+        values["key"] = visit.key.name
+    return values | visit.details
+
+
+def _durations(visit: Visit) -> dict[str, object]:
+    """Return how much there was, and how long it took: in seconds all of it, in milliseconds the stages."""
+    values: dict[str, object] = {f"{name}_tokens": count for name, count in visit.tokens.items()}
+    values["seconds"] = round(time.monotonic() - visit.arrival, 3)
+    if visit.first_at is not None:
+        values["first_ms"] = _milliseconds(visit.first_at - visit.arrival)
+    return values | {f"{name}_ms": _milliseconds(seconds) for name, seconds in visit.stages.items()}
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 1)
 
 
 def _level(visit: Visit, status: int) -> int:
@@ -76,8 +118,8 @@ def _reason(text: str) -> str:
     return _escaped(text[:_REASON_CHARACTERS]) or "no reason was given"
 
 
-def _shown(path: bytes) -> str:
-    return _escaped(path[:_PATH_BYTES].decode("latin-1"))
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _escaped(text: str) -> str:

@@ -20,6 +20,7 @@ from chiasm.http.descriptors import raise_descriptor_limit, room_for_connections
 from chiasm.http.limits import Refusals
 from chiasm.http.listen import BACKLOG, url_of
 from chiasm.http.shutdown import Shutdown
+from chiasm.http.tls import certificate_of
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KEEP_ALIVE_SECONDS = 75
@@ -45,11 +46,16 @@ class HttpServer(uvicorn.Server):
         is_idle: Callable[[], bool],
         interrupt_all: Callable[[], None],
     ) -> None:
-        """``refusals`` counts connections and requests that are refused before the application sees them.
+        """``refusals`` counts connections and requests that are refused before the application sees them. Raises
+        ConfigurationError for a certificate that can't be used.
 
         At the end ``on_stop`` is called at once: from then on the application refuses what is new. ``interrupt_all`` ends
         what still runs when ``is_idle`` hasn't returned true within ``shutdown_timeout_seconds``, or at a second signal."""
         self._connections = Connections(config, refusals)
+        self._certificate = certificate_of(config)
+        self._following: asyncio.Task[None] | None = None
+        self._handshake_seconds = config.header_timeout_seconds
+        self.scheme = config.scheme
         super().__init__(
             uvicorn.Config(
                 app,
@@ -94,8 +100,33 @@ class HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self._connections.reduce_to(room_for_connections(raise_descriptor_limit()))
-        await super().startup(sockets)
+        await super().startup([])
+        for listener in sockets or []:
+            self.servers.append(await self._listen(listener))
+        if self._certificate is not None:
+            self._following = asyncio.create_task(self._certificate.follow())
         self.ready.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._following is not None:
+            self._following.cancel()
+        await super().shutdown(sockets)
+
+    async def _listen(self, listener: socket.socket) -> asyncio.Server:
+        """Take connections as the base class does, except that a client has a bounded time for the handshake of TLS."""
+        make = partial(
+            Connection,
+            self._connections,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        if listener.family == socket.AF_UNIX:
+            return await asyncio.get_running_loop().create_unix_server(make, sock=listener, backlog=BACKLOG)
+        of_tls: dict[str, Any] = {}
+        if self._certificate is not None:
+            of_tls = {"ssl": self._certificate.context, "ssl_handshake_timeout": self._handshake_seconds}
+        return await asyncio.get_running_loop().create_server(make, sock=listener, backlog=BACKLOG, **of_tls)
 
     async def main_loop(self) -> None:
         while not await self._shutdown.asked(1.0):
@@ -120,19 +151,21 @@ class HttpServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-def run(server: HttpServer, listener: socket.socket, *, on_ready: Callable[[str], None] | None = None) -> None:
-    """Serve on a listening socket until SIGTERM or SIGINT; call it on the main thread.
+def run(
+    server: HttpServer, listener: socket.socket, *others: socket.socket, on_ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve on listening sockets until SIGTERM or SIGINT; call it on the main thread.
 
-    ``on_ready`` is called once with the base URL when requests are taken.
+    ``on_ready`` is called once with the base URL of the first one when requests are taken.
     """
 
     async def serve() -> None:
-        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        serving = asyncio.ensure_future(server.serve(sockets=[listener, *others]))
         waiting = asyncio.ensure_future(server.ready.wait())
         await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if server.ready.is_set() and on_ready is not None:
-            on_ready(url_of(listener))
+            on_ready(url_of(listener, server.scheme))
         await serving
 
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:

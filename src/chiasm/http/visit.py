@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -50,6 +51,12 @@ class Visit:
         """Whether the last byte of the answer was sent."""
         self.ended_with_error = False
         """Whether a stream ended with an error event."""
+        self.first_at: float | None = None
+        """When the first bytes of an answer without an error went out, on the clock of ``time.monotonic``."""
+        self.details: dict[str, object] = {}
+        """What whoever answers tells about it: the model, the number of images, the instances. Nothing that a client wrote."""
+        self.stages: Mapping[str, float] = {}
+        """Seconds that stages of the answer took, as far as they are known."""
         self.tokens: dict[str, int] = {}
         """Tokens of ``prompt`` and ``completion``, as far as they are known."""
         self._counts_tokens = counts_tokens
@@ -66,7 +73,10 @@ class Visit:
         body: bytes = message.get("body", b"")
         if self.status is not None and self.status >= _FIRST_ERROR:
             self._error += body[: _KEPT_BYTES - len(self._error)]
-        elif self._is_stream and b'"error"' in body and (found := _ERROR_EVENT.search(body)):
+            return
+        if body and self.first_at is None:
+            self.first_at = time.monotonic()
+        if self._is_stream and b'"error"' in body and (found := _ERROR_EVENT.search(body)):
             self.ended_with_error = True
             self._error = found[1][:_KEPT_BYTES]
         if self._counts_tokens and (at := body.rfind(b'"usage"')) >= 0:

@@ -66,10 +66,12 @@ class Child:
         environment: dict[str, str],
         *,
         configuration: str = "",
+        inherited: Sequence[int] = (),
         on_change: Callable[[Child], None],
         on_line: Callable[[str, str], None],
     ) -> None:
-        """``configuration`` is one line for the process's standard input; empty: nothing is written there.
+        """``configuration`` is one line for the process's standard input; empty: nothing is written there. ``inherited`` are
+        descriptors of this process that it gets.
 
         ``on_change`` is called at every new state, ``on_line`` with each line (name, text) of standard error. Both are called
         in threads of this object and must not block.
@@ -85,6 +87,7 @@ class Child:
         """The last lines of standard error, of all runs."""
         self._environment = environment
         self._configuration = configuration
+        self._inherited = inherited
         self._on_change = on_change
         self._on_line = on_line
         self._lock = threading.Lock()  # guards the process, and whether one may be started
@@ -165,6 +168,7 @@ class Child:
                     encoding="utf-8",
                     errors="replace",
                     env=self._environment,
+                    pass_fds=self._inherited,
                     start_new_session=True,  # Ctrl-C in the terminal is for this process, which then ends its children
                 )
             except OSError as error:

@@ -260,6 +260,11 @@ class DeploymentConfig:
         return self.served_model_name or model_name(self.model)
 
     @property
+    def scheme(self) -> str:
+        """What URLs of the proxy begin with."""
+        return "http" if self.proxy_settings.get("ssl_certfile") is None else "https"
+
+    @property
     def ec_connector(self) -> str:
         """What moves embeddings."""
         if self.connector is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -15,7 +16,10 @@ from chiasm.wire import Health, InstanceInfo, ProxyHealth
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 _HEALTH_SECONDS = 2.0
 _PROGRESS_SECONDS = 0.2
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_PROXY is not for this machine
+_OPENER = urllib.request.build_opener(
+    urllib.request.ProxyHandler({}),  # HTTP_PROXY is not for this machine
+    urllib.request.HTTPSHandler(context=ssl._create_unverified_context()),  # a certificate names the machine otherwise
+)
 
 
 class HeldPort:
@@ -25,9 +29,13 @@ class HeldPort:
     as servers do. Elsewhere that would keep the child away too, so there the port is only tried and released.
     """
 
-    def __init__(self, host: str, port: int = 0) -> None:
-        """Take ``port``, or a free one for 0. Raises ConfigurationError if it is in use or cannot be bound."""
+    def __init__(self, host: str, port: int = 0, *, scheme: str = "http") -> None:
+        """Take ``port``, or a free one for 0. Raises ConfigurationError if it is in use or cannot be bound.
+
+        ``scheme`` is what will be spoken there.
+        """
         self.host = host
+        self._scheme = scheme
         self._socket = bind(host, port, listening=False)
         self.port: int = self._socket.getsockname()[1]
         if sys.platform != "linux":
@@ -36,12 +44,12 @@ class HeldPort:
     @property
     def url(self) -> str:
         """The base URL at which clients reach it."""
-        return base_url(self.host, self.port)
+        return base_url(self.host, self.port, self._scheme)
 
     @property
     def local_url(self) -> str:
         """The base URL for a client on this machine: loopback, where the server listens on all addresses."""
-        return base_url(_LOOPBACK_OF.get(self.host, self.host), self.port)
+        return base_url(_LOOPBACK_OF.get(self.host, self.host), self.port, self._scheme)
 
     def release(self) -> None:
         """Release the port; idempotent."""

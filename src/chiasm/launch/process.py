@@ -14,6 +14,7 @@ from chiasm.ec_transfer import ECConnectorFactory, ECTransferConfig, ECTransferR
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
+from chiasm.http.log_format import LOG_FORMATS, TEXT
 from chiasm.kv_transfer import KVConnectorFactory, KVTransferConfig, KVTransferRole
 from chiasm.media import MediaConfig
 from chiasm.options import Option, fields_from, flag, names_of
@@ -54,6 +55,9 @@ class ProcessConfig:
 
     cpus: Cpus = ()
     log_level: Annotated[str, Option("Lowest level of messages to log on standard error.", choices=LOG_LEVELS)] = "info"
+    log_format: Annotated[
+        str, Option("Whether lines of the log are for people, or one JSON object each.", choices=LOG_FORMATS)
+    ] = TEXT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,9 @@ class ProxyProcess(ProcessConfig):
     """One proxy."""
 
     proxy: ProxyConfig
+    workers: Annotated[
+        int, Option("Processes that serve the port together; each is a proxy with all limits.", min=1, max=64)
+    ] = 1
 
 
 INSTANCE_OPTIONS = (

@@ -27,6 +27,8 @@ _INSTANCE = {
     "kv_connector_module_path": _OF_ALL,
     "shutdown_timeout_seconds": _OF_ALL,
     "fleet_key_file": _OF_ALL,
+    "ssl_certfile": "the proxy speaks plain HTTP with the instances of its machine",
+    "ssl_keyfile": "the proxy speaks plain HTTP with the instances of its machine",
     "core_share": "the layout chooses which instances share cores",
     "cpus": "use --encoder-cpus, --pd-cpus and the like",
 }

@@ -218,6 +218,7 @@ class Balancer:
 
     async def _call(self, instance: Instance, job: Job, make_body: Callable[[bytes], bytes]) -> Call:
         body = make_body(await job.body_for(instance))
+        job.note_instance(instance)
         try:
             call = await self._upstream.post(instance.url, job.path, body, job.headers())
         except InstanceLostError as error:

@@ -21,6 +21,7 @@ import msgspec
 
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError, OverloadedError
 from chiasm.http.json_size import INLINE_BYTES
+from chiasm.http.log_format import request_id
 from chiasm.http.timing import TimingEntry, duration_of, read_timing
 from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import EncodeQueue
@@ -296,6 +297,7 @@ class Encoders:
         is_small = sum(flight.item.part_bytes for flight in call.flights) <= INLINE_BYTES
         model = job.request.model
         body = call.body(model) if is_small else await asyncio.to_thread(call.body, model)
+        request_id.set(job.exchange.request_id)
         with await self._upstream.post(call.instance.url, CHAT_PATH, body, job.headers_for_encoder()) as response:
             return await response.read(_MAX_RESPONSE_BYTES)
 
@@ -319,6 +321,8 @@ class Encoders:
             self._queue.hedging.learn(now - call.started_at, call.seconds)
         self._win(call, done, now)
         for flight in done:
+            for job in flight.waiters:
+                job.note_instance(call.instance)
             flight.encode_seconds, flight.published_at = encode_seconds, now
             self._settle(flight, bytes(published[flight.item.identifier].metadata), by=call)
         if missing:

@@ -114,6 +114,11 @@ class Instance:
         return self.health is not None and self.health.engine.startswith("vllm")
 
     @property
+    def serves_other_paths(self) -> bool:
+        """Whether it may serve more than completions: all but the built-in engine, which tells its version."""
+        return self.is_vllm or (self.health is not None and not self.health.version)
+
+    @property
     def load(self) -> float:
         """What balancing compares. Of a decode instance: the shares of its sequences and of its KV blocks that are in use.
 

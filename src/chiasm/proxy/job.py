@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
 from chiasm.http import Exchange
-from chiasm.http.events import CONTENT_TYPE, comment
+from chiasm.http.events import CONTENT_TYPE, EventSplitter, comment
 from chiasm.http.timing import TimingEntry, read_timing, write_timing
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.media import Item, embeds_part
@@ -19,7 +19,8 @@ from chiasm.proxy.upstream import Call, UpstreamResponse
 from chiasm.wire import CLIENT_HEADER, TIMING_COMMENT, ECPlace
 
 _TO_INSTANCES = ("authorization", "traceparent", "tracestate")
-_TO_CLIENT = ("retry-after", "www-authenticate")
+_TO_CLIENT = ("retry-after", "www-authenticate", "metadata")
+"""The last one is of vLLM's /pooling, for embeddings in bytes."""
 _T = TypeVar("_T")
 
 
@@ -52,9 +53,13 @@ class Timing:
         """Return the proxy's entries as a comment in a stream."""
         return comment(TIMING_COMMENT, write_timing(self._entries()))
 
-    def _entries(self) -> list[TimingEntry]:
+    def durations(self) -> dict[str, float]:
+        """Return what is known, in seconds by name."""
         named = ((name, getattr(self, name)) for name in _DURATIONS)
-        entries = [TimingEntry(name, seconds) for name, seconds in named if seconds is not None]
+        return {name: seconds for name, seconds in named if seconds is not None}
+
+    def _entries(self) -> list[TimingEntry]:
+        entries = [TimingEntry(name, seconds) for name, seconds in self.durations().items()]
         return [*entries, TimingEntry("placement", description=self.placement)] if self.placement else entries
 
 
@@ -109,8 +114,22 @@ class Job:
         """Kept until the answer begins if an instance that encodes itself could still have to give it."""
         self.identifiers: Sequence[str] = ()
         """Identifiers of the images that ``encoding`` is about, in the order in which they occur."""
+        self._details = exchange.visit.details
         self._encoder_calls = 0
         self._relay = EventRelay(timing.comment if exchange.timing_comments else lambda: b"")
+
+    def note_instance(self, instance: Instance) -> None:
+        """Note for the log that an instance has worked for it: by its address."""
+        called: list[str] = self._details.setdefault("instances", [])  # type: ignore[assignment]
+        address = instance.url.partition("://")[2]
+        if address not in called:
+            called.append(address)
+
+    def note_model(self, model: str) -> None:
+        """Note for the log which model is asked, which is known to be served, and how many images the request has."""
+        self._details["model"] = model
+        if self.request.media:
+            self._details["images"] = len(self.request.media)
 
     # ---- to instances --------------------------------------------------------------------------------------------------
 
@@ -211,6 +230,19 @@ class Job:
             content_type=given.get("content-type", "application/json"),
             headers=[*headers, self.timing.header(given.get("server-timing"))],
         )
+
+    async def send_stream_as_it_is(self, call: Call, first: bytes) -> None:
+        """Pass on a stream that begins with ``first``, in whole events, and add nothing to it."""
+        splitter = EventSplitter()
+        given = call.headers
+        await self.exchange.start_events(
+            [self.timing.header(given.get("server-timing"))], content_type=given.get("content-type", CONTENT_TYPE)
+        )
+        chunk = first
+        while chunk:
+            await self.exchange.write(splitter.take(chunk))
+            chunk = await call.chunk()
+        await self.exchange.end_events(splitter.rest())
 
     async def send_events(self, chunk: bytes, upstream: Mapping[str, str]) -> None:
         """Pass on a chunk of a stream; if the stream hasn't begun, begin it with the instance's headers."""

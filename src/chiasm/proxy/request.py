@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -132,6 +132,13 @@ class _ChatBody(_Body, kw_only=True):
     media_io_kwargs: Raw | UnsetType = UNSET
 
 
+class OfFleet(Protocol):
+    """A body that may have what only the fleet may give."""
+
+    ec_transfer_params: Raw | UnsetType
+    kv_transfer_params: Raw | UnsetType
+
+
 class _Kind(msgspec.Struct):
     type: str = ""
 
@@ -189,10 +196,15 @@ def with_member(body: bytes, name: bytes, value: bytes) -> bytes:
     return b'%b%b"%b":%b}' % (head, comma, name, value)
 
 
-def _decode(decoder: msgspec.json.Decoder[_B], body: bytes) -> _B:
-    parsed = read_json(decoder, body)
+def refuse_fleet_values(parsed: OfFleet) -> None:
+    """Raise InvalidRequestError for a body that gives what only the fleet may."""
     for name in ("ec_transfer_params", "kv_transfer_params"):
         _refuse_value(name, getattr(parsed, name), "only the proxy and its instances set it")
+
+
+def _decode(decoder: msgspec.json.Decoder[_B], body: bytes) -> _B:
+    parsed = read_json(decoder, body)
+    refuse_fleet_values(parsed)
     return parsed
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from aiohttp.abc import AbstractResolver
 
-from chiasm.errors import Code, EmbeddingUnavailableError, InvalidRequestError, MediaError, OverloadedError
+from chiasm.errors import (
+    Code,
+    EmbeddingUnavailableError,
+    InvalidRequestError,
+    MediaError,
+    NotServedError,
+    OverloadedError,
+)
 from chiasm.media import Fetcher
 from chiasm.proxy.agreement import WHOLE_ROLES
 from chiasm.proxy.balancing import Assignment, Balancer
@@ -25,6 +32,7 @@ from chiasm.proxy.kv_releases import KVReleases
 from chiasm.proxy.lost_embeddings import LostEmbeddings
 from chiasm.proxy.media import Item, read_items
 from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.other_paths import media_refused
 from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
 from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
@@ -35,6 +43,7 @@ from chiasm.proxy.waiting import Comeback
 from chiasm.wire import Role
 
 _MEDIA_THREADS = 2
+SendBack = Callable[[Job, Call, Assignment], Awaitable[None]]
 _MAX_ATTEMPTS = 3
 """Instances that a request is sent to if they are lost: it may be the cause."""
 
@@ -113,6 +122,7 @@ class Router:
         await self._balancer.until_healthy(has_images=has_media and not asks_store)
         await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
+        job.note_model(job.request.model or next(iter(self._fleet.models), ""))
         items = await self._read_items(job) if has_media else []
         needs_encoder = has_media
         if has_media:
@@ -135,6 +145,27 @@ class Router:
         finally:
             job.original = None
             await job.end_encoding()
+
+    async def pass_on(self, job: Job, started: float) -> None:
+        """Pass on a request that isn't understood, and its answer, both as they are. Raises ChiasmError for the client."""
+        roles = self._roles(needs_encoder=False)
+        await self._balancer.until_healthy(has_images=False)
+        await self._key_check.check(job.exchange.headers)
+        self._balancer.check_model(job.request.model)
+        job.note_model(job.request.model or next(iter(self._fleet.models), ""))
+        if job.request.media:
+            roles = (Role.AGGREGATED,)
+            if not any(one.serves_other_paths for one in self._fleet.healthy(*roles)):
+                raise media_refused(job.path)
+            await self._read_items(job)  # a bad one is refused here, as vLLM decodes without limits
+        healthy = self._fleet.healthy(*roles)
+        understands_none = [one for one in healthy if not one.serves_other_paths]
+        if healthy and len(understands_none) == len(healthy):
+            raise NotServedError(job.path)
+        job.request.body = await job.request.whole_body()
+        with await self._balancer.assign(job, roles, avoid=understands_none) as assignment:
+            self._note_overhead(job, started, has_media=bool(job.request.media))
+            await self._call(job, assignment, self._send_back_as_it_is)
 
     # ---- images --------------------------------------------------------------------------------------------------------
 
@@ -235,7 +266,7 @@ class Router:
                 return False
         return True
 
-    async def _call(self, job: Job, assignment: Assignment) -> None:
+    async def _call(self, job: Job, assignment: Assignment, send_back: SendBack | None = None) -> None:
         """Send the request to the assigned instance and its answer to the client.
 
         If the instance is lost or leaves before the client has any of the answer, another one gets the request, or the same
@@ -244,7 +275,7 @@ class Router:
         for attempts_left in reversed(range(_MAX_ATTEMPTS)):
             try:
                 with await job.open_unless_encoding_fails(self._balancer.open(assignment, job)) as call:
-                    await self._send_back(job, call, assignment)
+                    await (send_back or self._send_back)(job, call, assignment)
                 return
             except (InstanceLostError, ResponseCutOffError, InstanceError) as error:
                 lost = error
@@ -276,6 +307,16 @@ class Router:
         job.request.forget()
         job.note_embeddings_read()
         await job.send_stream(call, first, next_chunk)
+
+    async def _send_back_as_it_is(self, job: Job, call: Call, assignment: Assignment) -> None:
+        """Send a response that isn't understood. Nothing is learned from it: it may have cost what no prompt costs."""
+        if not call.is_stream:
+            await job.send_response(await call.read(self._config.max_answer_bytes))
+            return
+        first = await call.chunk()
+        job.request.forget()
+        job.note_embeddings_read()
+        await job.send_stream_as_it_is(call, first)
 
     def _is_handed_over(self, job: Job) -> bool:
         """Whether the answer comes from a decode instance, at least from its second token on."""

@@ -25,15 +25,18 @@ from chiasm.proxy.job import Job, Timing
 from chiasm.proxy.leases import Leases
 from chiasm.proxy.membership import OPTIONS, Listed, Membership
 from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.other_paths import parse_other
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.request import Request, parse_chat, parse_completion
 from chiasm.proxy.routing import Router
 from chiasm.proxy.tenants import TenantBy, of_tenant
 from chiasm.proxy.upstream import RefusedError, Upstream
-from chiasm.wire import CHAT_PATH, Role
+from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, Role
 
 _log = logging.getLogger(__name__)
 _FIRST_PROBE_SECONDS = 1.0
+_PARSERS = {CHAT_PATH: parse_chat, COMPLETIONS_PATH: parse_completion}
+"""Of the paths whose requests the proxy understands."""
 
 
 class ProxyService:
@@ -142,19 +145,20 @@ class ProxyService:
         started = time.perf_counter()
         timing = Timing()
         try:
-            request = await self._parsed(exchange, parse_chat if path == CHAT_PATH else parse_completion)
+            request = await self._parsed(exchange, _PARSERS.get(path, parse_other))
             request = self._of_tenant(request, exchange)
             job = Job(exchange, path, request, timing)
             if exchange.key is not None:
                 job.client = exchange.key.id
             try:
-                await self.router.answer(job, started)
+                await (self.router.answer if path in _PARSERS else self.router.pass_on)(job, started)
             except RefusedError as error:
                 if exchange.has_begun:
                     raise
                 await job.send_response(error.response)
         finally:
             exchange.error_headers = [timing.header()]
+            exchange.visit.stages = timing.durations()
 
     def _of_tenant(self, request: Request, exchange: Exchange) -> Request:
         """Return the request with the salt of its tenant, if it has one."""

@@ -9,9 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, NotServedError
 from chiasm.http import Endpoint, Exchange
 from chiasm.http.body import pace_of
 from chiasm.http.endpoint import Bounds
@@ -27,7 +29,15 @@ from chiasm.server.drain import drain
 from chiasm.server.kv_release import release_kv
 from chiasm.server.places import note_places
 from chiasm.server.status import Status
-from chiasm.wire import AWAITED_PATH, CHAT_PATH, COMPLETIONS_PATH, DRAIN_PATH, KV_RELEASE_PATH, PLACES_PATH
+from chiasm.wire import (
+    AWAITED_PATH,
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    DRAIN_PATH,
+    KV_RELEASE_PATH,
+    OTHER_PATHS,
+    PLACES_PATH,
+)
 
 if TYPE_CHECKING:
     from chiasm.engine.base import Engine
@@ -54,6 +64,7 @@ def app_of(context: ServerContext) -> Starlette:
         [
             Route(CHAT_PATH, _endpoint(context, CHAT_PATH, chat_completions), methods=["POST"]),
             Route(COMPLETIONS_PATH, _endpoint(context, COMPLETIONS_PATH, completions), methods=["POST"]),
+            *(Route(path, _not_served, methods=["POST"]) for path in OTHER_PATHS),
             Route("/v1/models", status.models),
             Route("/v1/models/{name:path}", status.model),
             Route("/health", status.health),
@@ -72,6 +83,10 @@ def app_of(context: ServerContext) -> Starlette:
         guard=partial(FleetGuard, key=context.fleet_key),
         refusals=context.metrics.refusals,
     )
+
+
+async def _not_served(request: Request) -> Response:
+    raise NotServedError(request.scope["path"])
 
 
 def _endpoint(

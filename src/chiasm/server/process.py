@@ -52,7 +52,7 @@ def run(
         )
     listener = bind(server_config.host, server_config.port)
     port = listener.getsockname()[1]
-    url = base_url(server_config.host, port)
+    url = base_url(server_config.host, port, server_config.http.scheme)
     if server_config.join:
         context.url = own_url(server_config.host, port, server_config.join, server_config.advertise_url)
     server = serve.HttpServer(

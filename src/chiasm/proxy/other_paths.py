@@ -1,0 +1,149 @@
+"""Requests of vLLM's other paths, which the proxy passes on without understanding them.
+
+Only what must hold for every request is looked at: whose caches it may use, what only the fleet may give, and whether it has
+images or other media. Images in it can't be encoded apart. An instance that encodes itself gets them, if the proxy has checked
+them as those of a chat completion, so they must be in the body; every other instance gets text alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from chiasm.errors import Code, InvalidRequestError
+from chiasm.http.json_size import MAX_TEXT_BYTES
+from chiasm.http.lifted import read_lifted
+from chiasm.http.untrusted import read_json
+from chiasm.proxy.request import MediaPart, Request, refuse_fleet_values
+
+_HINTS = re.compile(rb"image|audio|video|file|document|media|prompt_embeds|\\u")
+"""One of these is in every body with media; most bodies have none, and aren't decoded."""
+_MEDIA_TYPES = frozenset(
+    {
+        *("image", "image_url", "input_image", "image_pil", "image_file", "image_embeds"),
+        *("audio", "audio_url", "input_audio", "audio_embeds", "video", "video_url", "input_video"),
+        *("file", "input_file", "document"),
+    }
+)
+_MEDIA_KEYS = frozenset(
+    {
+        *(
+            "image_url",
+            "image_embeds",
+            "image_pil",
+            "input_image",
+            "audio_url",
+            "audio_embeds",
+            "input_audio",
+            "video_url",
+        ),
+        *("file_data", "file_id", "file_url", "images", "prompt_embeds"),
+    }
+)
+_OPAQUE = frozenset(
+    {
+        "tools",
+        "tool_choice",
+        "response_format",
+        "text",
+        "metadata",
+        "structured_outputs",
+        "output_config",
+        "output_format",
+    }
+)
+"""Members of a body that hold schemas and the like, whose names mean nothing."""
+_CALLS = frozenset({"tool_use", "server_tool_use", "function_call"})
+"""Blocks whose arguments are a tool's own."""
+_DATA = "data:"
+_IMAGE_TYPE = re.compile(r"image/[a-z0-9.+-]{1,60}", re.ASCII)
+
+
+class _OtherBody(msgspec.Struct):
+    model: str | None = None
+    stream: bool | None = None
+    cache_salt: str | None = None
+    ec_transfer_params: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    kv_transfer_params: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_other = msgspec.json.Decoder(_OtherBody)
+_anything = msgspec.json.Decoder(dict[str, Any])
+
+
+def parse_other(body: bytes, max_text_bytes: int = MAX_TEXT_BYTES) -> Request:
+    """Parse a body of one of ``wire.OTHER_PATHS``; its ``media`` are the images that it has.
+
+    Raises InvalidRequestError for media that no instance may get like this: all but images whose bytes are in the body.
+    """
+    request, lifted = read_lifted(body, max_text_bytes, _parsed, lambda found: [part.url for part in found.media])
+    request.lifted = lifted
+    request.media = [part._replace(url=lifted.urls.get(part.url, part.url)) for part in request.media]
+    return request
+
+
+def media_refused(path: str) -> InvalidRequestError:
+    """Return the error for images that no instance can encode, because a body of this path has them."""
+    return InvalidRequestError(
+        f"Images in a request to {path} are encoded only by aggregated instances of vLLM, and none is healthy; send images to "
+        "/v1/chat/completions.",
+        code=Code.MEDIA_NOT_SUPPORTED,
+    )
+
+
+def _parsed(body: bytes) -> Request:
+    parsed = read_json(_other, body)
+    refuse_fleet_values(parsed)
+    found = list(_media(read_json(_anything, body))) if _HINTS.search(body) else []
+    media = [MediaPart(_url_of(one), has_uuid=False, written=None) for one in found]
+    return Request(body, parsed.model, parsed.cache_salt or "", media, bool(parsed.stream))
+
+
+def _media(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the objects in a body that are media, or that name some. They may be nested as deeply as a client likes."""
+    left: list[Any] = [{name: value for name, value in body.items() if name not in _OPAQUE}]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        elif isinstance(value, dict):
+            kind = value.get("type")
+            is_named = isinstance(kind, str)
+            if (is_named and kind in _MEDIA_TYPES) or not _MEDIA_KEYS.isdisjoint(value):
+                yield value
+            elif is_named and kind in _CALLS:
+                left += [one for name, one in value.items() if name not in ("input", "arguments")]
+            else:
+                left += value.values()
+
+
+def _url_of(part: dict[str, Any]) -> bytes:
+    """Return the ``data:`` URL of an image. Raises InvalidRequestError for other media, and for an image that is elsewhere."""
+    source = part.get("source")
+    if part.get("type") == "image" and isinstance(source, dict) and source.get("type") == "base64":
+        _check_members(part, {"type", "source", "cache_control"})
+        if _IMAGE_TYPE.fullmatch(str(source.get("media_type"))):
+            return f"{_DATA}{source['media_type']};base64,{source.get('data')}".encode(errors="replace")
+    if part.get("type") in ("input_image", "image_url"):
+        _check_members(part, {"type", "image_url", "detail"})
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if isinstance(url, str) and url[: len(_DATA)].lower() == _DATA:
+            return url.encode(errors="replace")
+    raise InvalidRequestError(
+        "Of images, audio, video and files, only images whose bytes are in the body can be sent to this path, in base64; send "
+        "the URL of an image to /v1/chat/completions.",
+        code=Code.MEDIA_NOT_SUPPORTED,
+    )
+
+
+def _check_members(part: dict[str, Any], known: set[str]) -> None:
+    """Raise InvalidRequestError for members by which an instance could find another image than the one that is checked."""
+    if other := sorted(part.keys() - known):
+        raise InvalidRequestError(
+            f"An image has the member {other[0][:40]!r}, which is not supported on this path; leave it out.",
+            code=Code.MEDIA_NOT_SUPPORTED,
+        )

@@ -1,0 +1,57 @@
+"""Who may see what is the operator's."""
+
+from __future__ import annotations
+
+import pytest
+
+from chiasm.errors import AuthenticationError
+from chiasm.http.admin import AdminCheck
+
+KEY = "a key of the operator".replace(" ", "-")
+
+
+def scope(client: str | None, **headers: str) -> dict[str, object]:
+    fields = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return {"type": "http", "headers": fields, "client": None if client is None else (client, 1)}
+
+
+@pytest.mark.parametrize(
+    ("client", "headers", "expected"),
+    [
+        ("127.0.0.1", {}, True),
+        ("::1", {}, True),
+        (None, {}, True),
+        ("10.0.0.1", {}, False),
+        ("127.0.0.1", {"x_forwarded_for": "1.2.3.4"}, False),
+        ("127.0.0.1", {"forwarded": "for=1.2.3.4"}, False),
+        ("10.0.0.1", {"authorization": f"Bearer {KEY}"}, False),
+    ],
+)
+def test_without_a_key_it_is_who_asks_from_the_machine_itself(
+    client: str | None, headers: dict[str, str], expected: bool
+) -> None:
+    check = AdminCheck([])
+    assert check.may_see(scope(client, **headers)) is expected
+    with pytest.raises(AuthenticationError):
+        check.check_may_change(scope(client, **headers))
+
+
+@pytest.mark.parametrize(
+    ("client", "authorization", "expected"),
+    [
+        ("127.0.0.1", "", False),
+        ("127.0.0.1", f"Bearer {KEY}x", False),
+        ("127.0.0.1", f"Bearer {KEY}", True),
+        ("10.0.0.1", f"Bearer {KEY}", True),
+    ],
+)
+def test_with_a_key_it_is_who_has_it(client: str, authorization: str, expected: bool) -> None:
+    check = AdminCheck([KEY])
+    asking = scope(client, authorization=authorization)
+    assert check.may_see(asking) is expected
+    if expected:
+        check.check_may_see(asking)
+        check.check_may_change(asking)
+    else:
+        with pytest.raises(AuthenticationError, match="admin key"):
+            check.check_may_see(asking)

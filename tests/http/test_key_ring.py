@@ -1,0 +1,131 @@
+"""Who holds an API key, what it may have under way, and files that are replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from chiasm.errors import RateLimitError
+from chiasm.http import watch
+from chiasm.http.config import HttpConfig
+from chiasm.http.key_file import ApiKey
+from chiasm.http.key_ring import KeyHolder, KeyRing
+from chiasm.http.limits import Limit
+
+FIRST, SECOND, THIRD = (name * 4 for name in ("first", "second", "third"))
+
+
+def holder(ring: KeyRing, key: str) -> KeyHolder:
+    found = ring.holder_of(key)
+    assert found is not None
+    return found
+
+
+def ring_of(tmp_path: Path, *entries: str) -> KeyRing:
+    path = tmp_path / "keys"
+    path.write_text("keys:\n" + "".join(f"- {{{entry}}}\n" for entry in entries))
+    return KeyRing(HttpConfig(api_key_file=path))
+
+
+def replace(tmp_path: Path, *entries: str) -> None:
+    new = tmp_path / "new"
+    new.write_text("keys:\n" + "".join(f"- {{{entry}}}\n" for entry in entries))
+    new.rename(tmp_path / "keys")
+
+
+def test_keys_of_one_name_have_one_holder(tmp_path: Path) -> None:
+    ring = ring_of(tmp_path, f"key: {FIRST}, name: a", f"key: {SECOND}, name: a", f"key: {THIRD}")
+    assert holder(ring, FIRST) is holder(ring, SECOND)
+    assert (holder(ring, FIRST).id, ring.names) == ("a", {"a"})
+    assert holder(ring, THIRD).name == ""
+    assert THIRD not in holder(ring, THIRD).id
+    assert ring.holder_of("x") is ring.holder_of("") is None
+
+
+def test_a_key_of_the_command_line_and_of_the_file_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"keys: [{{key: {FIRST}, name: a}}]")
+    ring = KeyRing(HttpConfig(api_key=(FIRST, FIRST), api_key_file=path))
+    assert holder(ring, FIRST).name == "a"
+
+
+def test_a_tenant_keeps_its_secret_while_its_first_key_stays(tmp_path: Path) -> None:
+    ring = ring_of(tmp_path, f"key: {FIRST}, tenant: t", f"key: {SECOND}, tenant: t", f"key: {THIRD}, tenant: u")
+    of_first, of_second, of_other = (holder(ring, key).tenant_secret for key in (FIRST, SECOND, THIRD))
+    assert of_first == of_second != of_other
+    again = ring_of(tmp_path, f"key: {FIRST}, tenant: t, name: n", f"key: {THIRD}, tenant: t")
+    assert {holder(again, key).tenant_secret for key in (FIRST, THIRD)} == {of_first}
+    renewed = ring_of(tmp_path, f"key: {SECOND}, tenant: t")
+    assert holder(renewed, SECOND).tenant_secret != of_first
+
+
+def test_requests_in_flight_are_bounded() -> None:
+    one = KeyHolder(ApiKey(FIRST, max_requests_in_flight=1), "")
+    one.enter()
+    with pytest.raises(RateLimitError) as refusal:
+        one.enter()
+    assert (refusal.value.limit, refusal.value.retry_after_seconds) == (Limit.KEY_REQUESTS, 1)
+    one.leave()
+    one.enter()
+
+
+def test_requests_of_any_minute_are_bounded() -> None:
+    now = 100.0
+    one = KeyHolder(ApiKey(FIRST, max_requests_per_minute=2), "", clock=lambda: now)
+    one.enter()
+    now = 130.0
+    one.enter()
+    now = 159.5
+    with pytest.raises(RateLimitError) as refusal:
+        one.enter()
+    assert (refusal.value.limit, refusal.value.retry_after_seconds) == (Limit.KEY_RATE, 1)
+    now = 160.0
+    one.enter()
+    with pytest.raises(RateLimitError) as refusal:
+        one.enter()
+    assert refusal.value.retry_after_seconds == 31
+
+
+async def test_a_file_that_is_replaced_counts_on(tmp_path: Path) -> None:
+    ring = ring_of(tmp_path, f"key: {FIRST}, name: a, max_requests_in_flight: 1", f"key: {SECOND}")
+    before = holder(ring, FIRST)
+    before.enter()
+    replace(tmp_path, f"key: {THIRD}, name: a, max_requests_in_flight: 1")
+    await ring.read_again()
+    assert ring.holder_of(FIRST) is ring.holder_of(SECOND) is None
+    after = holder(ring, THIRD)
+    with pytest.raises(RateLimitError):
+        after.enter()
+    before.leave()
+    after.enter()
+
+
+async def test_a_file_that_is_gone_or_wrong_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ring = ring_of(tmp_path, f"key: {FIRST}")
+    os.unlink(tmp_path / "keys")
+    await ring.read_again()
+    replace(tmp_path, "key: short")
+    await ring.read_again()
+    assert caplog.text.count("the API keys stay as they are") == 2
+    assert ring.holder_of(FIRST) is not None
+
+
+async def test_a_file_that_is_replaced_written_or_removed_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "INTERVAL_SECONDS", 0.001)
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_text("one")
+    changes = watch.FileWatch([path, other]).changes()
+    async with asyncio.timeout(10):
+        other.write_text("two")
+        await anext(changes)
+        other.rename(path)
+        await anext(changes)
+        path.write_text("three")
+        await anext(changes)
+        path.unlink()
+        await anext(changes)
