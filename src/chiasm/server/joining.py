@@ -208,8 +208,11 @@ class _Line:
 
     async def _renew(self, *, waits: bool = False) -> None:
         self.changed.clear()
-        answer = await self._call(replace(self._describe(), waits=waits))
-        self._note(True, f"{answer.state}: {answer.reason}" if answer.reason else answer.state)
+        lease = replace(self._describe(), waits=waits)
+        answer = await self._call(lease)
+        is_fault = bool(answer.reason) and lease.status == "ok"
+        text = f"says {answer.state}: {answer.reason}" if answer.reason else f"says {answer.state}"
+        self._note(True, text, logging.WARNING if is_fault else logging.INFO)
 
     async def _call(self, lease: Lease) -> LeaseAnswer:
         """Send a lease. Raises RefusedError, aiohttp.ClientError or OSError."""
@@ -253,12 +256,12 @@ class _Line:
     def _learn(self, answer: LeaseAnswer) -> None:
         self._clock_ahead_seconds = answer.clock_milliseconds / 1000 - time.monotonic()
 
-    def _note(self, is_held: bool, text: str) -> None:
+    def _note(self, is_held: bool, text: str, level: int = logging.WARNING) -> None:
+        """Note whether the lease is held; log what is new."""
         self.is_held = is_held
         if text != self._told:
             self._told = text
-            level = logging.INFO if is_held and ":" not in text else logging.WARNING
-            _log.log(level, "The proxy %s (%s) %s", self._name, self._url, f"says {text}" if is_held else text)
+            _log.log(level, "The proxy %s (%s) %s", self._name, self._url, text)
 
 
 def _message(status: int, body: bytes) -> str:
