@@ -41,8 +41,7 @@ def own_url(host: str, port: int, proxies: Sequence[str], advertise_url: str, sc
     """
     if advertise_url:
         return check_url(advertise_url)
-    url = base_url(_address_towards(proxies[0]) if host in _WILDCARDS else host, port)
-    return url if scheme == "http" else url.replace("http", scheme, 1)
+    return base_url(_address_towards(proxies[0]) if host in _WILDCARDS else host, port, scheme)
 
 
 def _address_towards(url: str) -> str:

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -81,8 +82,9 @@ class Joiner:
             return
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        await self._within(line.leave() for line in self._lines.values())
-        await asyncio.gather(*(line.close() for line in self._lines.values()))
+        lines = list(self._lines.values())
+        await asyncio.gather(*(line.close() for line in lines))  # first, so that none joins again
+        await _within(line.leave() for line in lines)
         await self._session.close()
 
     def change(self) -> None:
@@ -92,19 +94,11 @@ class Joiner:
 
     async def tell(self) -> None:
         """Tell all proxies what has changed; return when those that know the instance know that, or after a second."""
-        await self._within(line.tell() for line in self._lines.values())
+        await _within(line.tell() for line in self._lines.values())
 
     def _change(self) -> None:
         for line in self._lines.values():
             line.changed.set()
-
-    async def _within(self, calls: object) -> None:
-        tasks = [asyncio.ensure_future(call) for call in calls]  # type: ignore[attr-defined]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=_TELL_SECONDS)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow_names(self) -> None:
         """Have one line to each address of each proxy."""
@@ -141,7 +135,7 @@ class _Line:
     ) -> None:
         parts = urlsplit(url)
         self._name = url
-        self._url = f"{parts.scheme}:{base_url(address, port).partition(':')[2]}{LEASE_PATH}"
+        self._url = f"{base_url(address, port, parts.scheme)}{LEASE_PATH}"
         self._headers = {"Host": parts.netloc, "Content-Type": "application/json"}
         self._server_hostname = parts.hostname if parts.scheme == "https" else None
         self._session = session
@@ -156,6 +150,7 @@ class _Line:
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
+        """Renew the lease no more."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -262,6 +257,16 @@ class _Line:
         if text != self._told:
             self._told = text
             _log.log(level, "The proxy %s (%s) %s", self._name, self._url, text)
+
+
+async def _within(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Make calls at the same time; those that take longer than _TELL_SECONDS are given up. What fails is not raised."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    if tasks:
+        _, late = await asyncio.wait(tasks, timeout=_TELL_SECONDS)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _message(status: int, body: bytes) -> str:

@@ -91,7 +91,7 @@ class Api:
                 "--discover k8s: works in a pod of Kubernetes alone, and KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT "
                 "are not set. Use file: or dns: elsewhere."
             )
-        return cls(base_url(host, int(port)).replace("http", "https", 1))
+        return cls(base_url(host, int(port), "https"))
 
     def namespace(self) -> str:
         """Return the namespace of the pod. Raises ConfigurationError if there is none."""
