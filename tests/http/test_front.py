@@ -431,7 +431,7 @@ class TestLog:
     def test_what_is_logged_meanwhile_has_the_id_and_json_has_members(self) -> None:
         async def answer(exchange: Exchange) -> None:
             exchange.visit.details["images"] = 2
-            exchange.visit.stages = {"encode": 0.0123}
+            exchange.visit.stages = lambda: {"encode": 0.0123}
             logging.getLogger("test").warning("a line of %s", "it")
             await exchange.reply(b"{}")
 
