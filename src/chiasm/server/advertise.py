@@ -34,14 +34,14 @@ def check_proxies(proxies: Sequence[str], host: str, advertise_url: str) -> tupl
     return checked
 
 
-def own_url(host: str, port: int, proxies: Sequence[str], advertise_url: str) -> str:
+def own_url(host: str, port: int, proxies: Sequence[str], advertise_url: str, scheme: str = "http") -> str:
     """Return the URL under which proxies reach an instance that listens on this address.
 
     If it listens on all addresses, that is the one from which it reaches the first proxy.
     """
     if advertise_url:
         return check_url(advertise_url)
-    return base_url(_address_towards(proxies[0]) if host in _WILDCARDS else host, port)
+    return base_url(_address_towards(proxies[0]) if host in _WILDCARDS else host, port, scheme)
 
 
 def _address_towards(url: str) -> str:

@@ -54,7 +54,9 @@ def run(
     port = listener.getsockname()[1]
     url = base_url(server_config.host, port, server_config.http.scheme)
     if server_config.join:
-        context.url = own_url(server_config.host, port, server_config.join, server_config.advertise_url)
+        context.url = own_url(
+            server_config.host, port, server_config.join, server_config.advertise_url, server_config.http.scheme
+        )
     server = serve.HttpServer(
         app_of(context),
         server_config.http,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from chiasm.bench.measurement import Measurement
+from chiasm.bench.measurements.churn import ChurnMeasurement
 from chiasm.bench.measurements.goodput import GoodputMeasurement
 from chiasm.bench.measurements.handoff import Handoff
 from chiasm.bench.measurements.identity import Identity
@@ -41,6 +42,7 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         Idle(),
         StoreReads(),
         Soak(),
+        ChurnMeasurement(),
         GoodputMeasurement(EngineKind.CHIASM),
     ),
     EngineKind.VLLM: _by_name(

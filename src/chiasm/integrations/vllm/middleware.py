@@ -28,6 +28,7 @@ from chiasm.http.errors import error_response
 from chiasm.http.fleet_calls import Caller, FleetGuard, caller_of, check_fleet
 from chiasm.http.liveness import ready_response
 from chiasm.integrations.vllm.health import Description, asks_engines, describe
+from chiasm.integrations.vllm.membership import Membership
 from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.models.families.base import SIZE_KEY
@@ -37,9 +38,12 @@ from chiasm.wire import (
     AWAITED_PATH,
     CHAT_PATH,
     COMPLETIONS_PATH,
+    DRAIN_PATH,
+    DRAINING,
     PLACES_PATH,
     UNREADABLE,
     AwaitedEmbeddings,
+    DrainState,
     Health,
 )
 
@@ -52,6 +56,9 @@ _NO_EMBEDDING = EmbeddingUnavailableError(
     "An embedding of this request did not arrive in time or could not be used, or vLLM's engine has failed; the log of the "
     "instance says which."
 )
+_MAX_ORDER_BYTES = 16 << 10
+_WHILE_ENDING = (PLACES_PATH, DRAIN_PATH)
+"""What is asked of a server that takes no new requests, too."""
 _HARMLESS_METHODS = ("GET", "HEAD", "OPTIONS")
 _OF_FLEET = ("kv_transfer_params", "ec_transfer_params")
 """Fields of a request that only the fleet may give."""
@@ -77,12 +84,14 @@ class ChiasmMiddleware:
         self._guard = FleetGuard(self._answer, self._fleet_key)
         self._describing: asyncio.Task[Description] | None = None
         self._end = ServerEnd()
+        self._membership = Membership(self._end, self._fleet_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":  # the server starts, after vLLM has taken the signals
             self._end.take_over(scope["app"].state)
+            self._membership.start(scope["app"].state)
         # What runs while the server ends still waits for embeddings, and has to learn where they are.
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] != PLACES_PATH:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] not in _WHILE_ENDING:
             await self._end.run(self._guard, scope, receive, send)
         else:
             await self._guard(scope, receive, send)
@@ -96,6 +105,8 @@ class ChiasmMiddleware:
         elif (method, path) == ("GET", "/readyz"):
             status, health = await self._current_health(scope, receive)
             await ready_response(health.status, status == HTTPStatus.OK)(scope, receive, send)
+        elif (method, path) == ("POST", DRAIN_PATH):
+            await self._drain(scope, receive, send)
         elif (method, path) == ("GET", AWAITED_PATH) and (await self._described(scope)).has_connector:
             await self._awaited(scope, receive, send)
         elif (method, path) == ("POST", PLACES_PATH) and (await self._described(scope)).has_connector:
@@ -131,6 +142,7 @@ class ChiasmMiddleware:
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, health = await self._current_health(scope, receive)
+        health = msgspec.structs.replace(health, incarnation=self._membership.incarnation, load=self._membership.load)
         if self._fleet_key is not None:
             names, clock = list(self._fleet_key.names), int(time.time() * 1000)
             health = msgspec.structs.replace(health, fleet_keys=names, clock_milliseconds=clock)
@@ -138,7 +150,7 @@ class ChiasmMiddleware:
 
     async def _current_health(self, scope: Scope, receive: Receive) -> tuple[int, Health]:
         if self._end.is_asked:
-            return 503, Health(status="stopping")
+            return 503, Health(status=DRAINING)
         status, message = await self._ask_vllm(scope, receive)
         health = Health(status="failed", message=message or "vLLM's engine has stopped; its log says why.")
         if status == 200:
@@ -161,6 +173,20 @@ class ChiasmMiddleware:
 
         await self._app({**scope, "path": "/health", "raw_path": b"/health"}, receive, note)
         return status, body.decode(errors="replace")
+
+    async def _drain(self, scope: Scope, receive: Receive, send: Send) -> None:
+        incoming = Incoming(receive)
+        try:
+            check_fleet(caller_of(scope), "Draining an instance")
+            await read_body(incoming, Headers(scope=scope), _MAX_ORDER_BYTES)
+        except ClientLeftError:
+            return
+        except ChiasmError as error:
+            await _refuse(error, incoming, scope, receive, send)
+            return
+        self._end.drain()
+        state = DrainState(incarnation=self._membership.incarnation, requests=self._end.requests)
+        await json_response(state, HTTPStatus.ACCEPTED)(scope, receive, send)
 
     # ---- embeddings ---------------------------------------------------------------------------------------------------
 
