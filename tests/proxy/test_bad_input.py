@@ -131,7 +131,7 @@ async def test_an_unknown_model_is_refused(front: Front) -> None:
 
 
 async def test_unknown_routes_and_methods_are_refused_in_the_same_shape(front: Front) -> None:
-    assert (await front.post({}, "/v1/embeddings")).error["type"] == "not_found_error"
+    assert (await front.post({}, "/v1/images/generations")).error["type"] == "not_found_error"
     answer = await front.get("/v1/chat/completions")
     assert answer.status == 405
     assert answer.error["message"]

@@ -36,7 +36,7 @@ _SHOWN_CHARACTERS = 40
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 _OTHER_SOURCES = (
     "Every option can also be in a YAML file (--config FILE) and in the environment\n(CHIASM_MAX_BODY_BYTES for "
-    "--max-body-bytes). The command line counts first, then\nthe environment, then the file."
+    "--max-body-bytes). The command line counts first,\nthen the environment, then the file."
 )
 _METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 _HELP_COLUMN = 32
@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
         """Return what was given, by name. Raises ConfigurationError for what cannot be understood; ends after --help."""
-        needed = [action for action in self._actions if action.required]
+        needed = [action for action in self._actions if action.required and action.nargs != "*"]
         for action in needed:  # another source may have it
             action.required = False
         try:

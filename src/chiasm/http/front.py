@@ -12,10 +12,11 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from http import HTTPStatus
 
 from starlette.applications import Starlette
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.http.config import HttpConfig
+from chiasm.http.endpoint import Endpoint
 from chiasm.http.errors import EXCEPTION_HANDLERS
 from chiasm.http.flood import limited
 from chiasm.http.key_ring import KeyRing
@@ -76,7 +77,7 @@ class FrontDoor(Starlette):
         self.router.redirect_slashes = False  # a redirect would lose the body
 
     def build_middleware_stack(self) -> ASGIApp:
-        app = super().build_middleware_stack()
+        app: ASGIApp = _Direct(super().build_middleware_stack(), self.routes)
         config = self._config
         if self._guard is not None:
             app = self._guard(app)
@@ -93,6 +94,25 @@ class FrontDoor(Starlette):
             expose_headers=EXPOSED_HEADERS,
         )
         return _Entrance(app, self._log, timing_comments=config.timing_comments == "on")
+
+
+class _Direct:
+    """Leads requests with a body to their endpoints at once.
+
+    An endpoint answers every error itself, so Starlette's layers would only make each message of a stream dearer.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self._app = app
+        self._endpoints = {
+            route.path: route.endpoint
+            for route in routes
+            if isinstance(route, Route) and isinstance(route.endpoint, Endpoint) and route.methods == {"POST"}
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._endpoints.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (endpoint or self._app)(scope, receive, send)
 
 
 class _Entrance:

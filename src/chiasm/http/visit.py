@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
-from starlette.datastructures import Headers
 from starlette.types import Message, Scope
 
+from chiasm.http.fields import Fields
 from chiasm.wire import ErrorBody
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Visit:
     def __init__(self, scope: Scope, *, timing_comments: bool = True, counts_tokens: bool = False) -> None:
         """``timing_comments`` is what holds unless the request says something else; ``counts_tokens`` looks for ``usage`` in
         its answer."""
-        headers = Headers(scope=scope)
+        self.headers = headers = Fields(scope)
         given = headers.get("x-request-id", "")
         self.arrival = time.monotonic()
         self.method: str = scope["method"]
@@ -55,8 +55,8 @@ class Visit:
         """When the first bytes of an answer without an error went out, on the clock of ``time.monotonic``."""
         self.details: dict[str, object] = {}
         """What whoever answers tells about it: the model, the number of images, the instances. Nothing that a client wrote."""
-        self.stages: Mapping[str, float] = {}
-        """Seconds that stages of the answer took, as far as they are known."""
+        self.stages: Callable[[], Mapping[str, float]] = dict
+        """Returns the seconds that stages of the answer took, as far as they are known."""
         self.tokens: dict[str, int] = {}
         """Tokens of ``prompt`` and ``completion``, as far as they are known."""
         self._counts_tokens = counts_tokens

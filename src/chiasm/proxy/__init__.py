@@ -7,6 +7,9 @@ prefill to decode), ``relay`` (a stream back). All calls of instances go through
 whose instances are away or full. Beside it run ``probe``, which asks instances how they are, and ``fleet``, which holds what
 they said; ``agreement`` decides which of them fit together.
 
+Requests that the proxy doesn't understand and passes on are in ``other_paths``. ``siblings`` are the other workers of a proxy
+that has several.
+
 ``placement`` decides which instance gets a request or an image, from ``costs`` (what work costs each), ``prompts`` (what a
 language instance has to do) and ``encode_queue`` (the images that wait); ``placement_record`` compares with the outcome.
 ``encode_plan`` has the rule by which an encoder is chosen, with ``rendezvous`` (which one an image prefers) and ``published``

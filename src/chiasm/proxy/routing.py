@@ -299,7 +299,7 @@ class Router:
             return
 
         async def next_chunk() -> bytes:
-            return await job.unless_encoding_fails(call.chunk())
+            return await (call.chunk() if job.encoding is None else job.unless_encoding_fails(call.chunk()))
 
         # The head is held back until the first event has arrived, so that failures before it still have a status.
         first = await begin(next_chunk)

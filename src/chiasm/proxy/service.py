@@ -144,6 +144,7 @@ class ProxyService:
     async def _handle(self, path: str, exchange: Exchange) -> None:
         started = time.perf_counter()
         timing = Timing()
+        exchange.visit.stages = timing.durations
         try:
             request = await self._parsed(exchange, _PARSERS.get(path, parse_other))
             request = self._of_tenant(request, exchange)
@@ -156,9 +157,9 @@ class ProxyService:
                 if exchange.has_begun:
                     raise
                 await job.send_response(error.response)
-        finally:
+        except BaseException:
             exchange.error_headers = [timing.header()]
-            exchange.visit.stages = timing.durations()
+            raise
 
     def _of_tenant(self, request: Request, exchange: Exchange) -> Request:
         """Return the request with the salt of its tenant, if it has one."""
