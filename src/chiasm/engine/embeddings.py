@@ -306,6 +306,7 @@ class Embeddings:
             self.entries.pop(identifier, None)
 
     def forget_unfilled(self) -> None:
-        """Give up room that was taken for entries that never came."""
+        """Give up room that was taken for entries that never came, and free the tensors that were evicted for them."""
         for identifier in self._scheduler.encoder_cache.identifiers - self.entries.keys():
             self._scheduler.item_lost(identifier)
+        self.drop_evicted()
