@@ -254,7 +254,7 @@ class LanguageEngine(Engine):
         assert len(prompt.token_ids) + len(given) <= self.max_model_len
         assert all(0 <= token_id < self.processor.vocab_size for token_id in given)
         request.sampling.check_vocabulary(self.processor.vocab_size)
-        self._scheduler.check_items(prompt.items)
+        self._scheduler.items.check(prompt.items)
 
     def stats(self) -> EngineStats:
         """Return a snapshot; cheap, from any thread."""
@@ -402,13 +402,13 @@ class LanguageEngine(Engine):
             self._kv_transfers.flush()
 
     def _measure_stalls(self) -> None:
-        if self._stalls_measured_at == self._scheduler.item_changes:
+        if self._stalls_measured_at == self._scheduler.items.changes:
             return
-        self._stalls_measured_at = self._scheduler.item_changes
+        self._stalls_measured_at = self._scheduler.items.changes
         now = time.monotonic()
         for state in self._states.values():
             if state.timing.items and state.timing.first_token_seconds is None:
-                state.note_stalled(self._scheduler.is_stalled(state.sequences[0]), now)
+                state.note_stalled(self._scheduler.items.is_stalled(state.sequences[0]), now)
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 
