@@ -19,6 +19,7 @@ from chiasm.http.config import HttpConfig
 from chiasm.http.errors import EXCEPTION_HANDLERS
 from chiasm.http.flood import limited
 from chiasm.http.keys import KeyGuard, read_keys
+from chiasm.http.limits import Refusals
 from chiasm.http.log import RequestLog
 from chiasm.http.origins import LocalOnly, Origins
 from chiasm.http.paths import normal_path
@@ -42,13 +43,16 @@ class FrontDoor(Starlette):
         lifespan: Lifespan | None = None,
         is_local: bool = False,
         guard: Callable[[ASGIApp], ASGIApp] | None = None,
+        refusals: Refusals | None = None,
     ) -> None:
-        """``is_local`` says that the server listens on loopback alone; ``guard`` is put around the routes.
+        """``is_local`` says that the server listens on loopback alone; ``guard`` is put around the routes; ``refusals`` counts
+        the answers that are errors.
 
         Raises ConfigurationError for API keys that cannot be read."""
         self._config = config
         self._is_local = is_local
         self._guard = guard
+        self._refusals = refusals or Refusals()
         self._keys = read_keys(config)
         self._log = RequestLog(access=config.access_log)
 
@@ -82,15 +86,16 @@ class FrontDoor(Starlette):
             allow_credentials=config.allow_credentials,
             expose_headers=EXPOSED_HEADERS,
         )
-        return _Entrance(app, self._log, timing_comments=config.timing_comments == "on")
+        return _Entrance(app, self._log, self._refusals, timing_comments=config.timing_comments == "on")
 
 
 class _Entrance:
-    """Names each request, reads its path, and logs what became of it."""
+    """Names each request, reads its path, and logs and counts what became of it."""
 
-    def __init__(self, app: ASGIApp, log: RequestLog, *, timing_comments: bool) -> None:
+    def __init__(self, app: ASGIApp, log: RequestLog, refusals: Refusals, *, timing_comments: bool) -> None:
         self._app = app
         self._log = log
+        self._refusals = refusals
         self._timing_comments = timing_comments
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,3 +121,5 @@ class _Entrance:
             # It was logged and answered with status 500; the server would only log it again.
         finally:
             self._log.note(visit)
+            if visit.has_failed and (code := visit.error[0]):  # the state of an instance that isn't ready has none
+                self._refusals.note_error(code)

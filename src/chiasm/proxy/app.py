@@ -74,7 +74,13 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
     if config.has_admin:
         admin = _Admin(service, _admin_keys(config))
         routes.append(Route("/instances", admin.handle, methods=["GET", "POST", "DELETE"]))
-    app = FrontDoor(routes, config.http, lifespan=lifespan, is_local=is_loopback(config.host))
+    app = FrontDoor(
+        routes,
+        config.http,
+        lifespan=lifespan,
+        is_local=is_loopback(config.host),
+        refusals=service.metrics.refusals,
+    )
     app.state.service = service
     return app
 

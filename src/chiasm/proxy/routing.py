@@ -32,7 +32,7 @@ from chiasm.proxy.relay import begin
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Call, InstanceError, InstanceLostError, ResponseCutOffError, Upstream
 from chiasm.proxy.waiting import Comeback
-from chiasm.wire import Role
+from chiasm.wire import CHAT_PATH, Role
 
 _MEDIA_THREADS = 2
 _MAX_ATTEMPTS = 3
@@ -113,6 +113,7 @@ class Router:
         await self._balancer.until_healthy(has_images=has_media and not asks_store)
         await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
+        self._check_text(job)
         items = await self._read_items(job) if has_media else []
         needs_encoder = has_media
         if has_media:
@@ -135,6 +136,17 @@ class Router:
         finally:
             job.original = None
             await job.end_encoding()
+
+    def _check_text(self, job: Job) -> None:
+        """Raise InvalidRequestError for a text that no instance can take, before anything else is done for it."""
+        limit, characters = self._fleet.text_limit, job.request.text_characters
+        if limit is not None and limit.tokens_of(characters) >= limit.tokens:
+            raise InvalidRequestError(
+                f"The prompt has at least {limit.tokens_of(characters)} tokens, and the context of this model is "
+                f"{limit.tokens} tokens, answer included. Shorten the prompt.",
+                param="messages" if job.path == CHAT_PATH else "prompt",
+                code=Code.CONTEXT_LENGTH_EXCEEDED,
+            )
 
     # ---- images --------------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ def app_of(context: ServerContext) -> Starlette:
         lifespan=lifespan,
         is_local=is_loopback(context.config.host),
         guard=partial(FleetGuard, key=context.fleet_key),
+        refusals=context.metrics.refusals,
     )
 
 
