@@ -55,7 +55,7 @@ class Router:
         self._config = config
         self._fleet = fleet
         self._metrics = metrics
-        self._placement = Placement(fleet)
+        self._placement = Placement(fleet, config.hedged_share)
         comeback = Comeback(
             fleet, metrics, seconds=config.wait_for_instance_seconds, max_requests=config.max_waiting_requests
         )
