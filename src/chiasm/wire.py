@@ -159,6 +159,8 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Whether ``image_size`` sizes placeholders for it; otherwise it needs the metadata of the encoder's answer."""
     max_model_len: Count | None = None
     """Tokens of prompt and answer together."""
+    longest_token: Count | None = None
+    """Characters of the longest token: a text has at least its characters divided by this in tokens. None if it doesn't say."""
     max_items: Count | None = None
     """Images that one request may have."""
     max_body_bytes: Count | None = None

@@ -22,6 +22,7 @@ from chiasm.http.config import HttpConfig
 from chiasm.http.endpoint import Bounds
 from chiasm.http.flood import LINES_PER_WINDOW
 from chiasm.http.front import FrontDoor
+from chiasm.http.limits import Refusals
 from chiasm.http.log_format import formatter
 from chiasm.http.paths import normal_path
 from tests.http.serving import BOUNDS, site
@@ -82,6 +83,31 @@ class TestRequestId:
             broken = send(server.url, content=b"", x_request_id="b")
         assert (full.status_code, full.headers["x-request-id"]) == (503, "a")
         assert (broken.status_code, broken.headers["x-request-id"]) == (500, "b")
+
+
+class TestErrors:
+    def test_each_is_counted_by_its_code(self) -> None:
+        with site(raising(InvalidRequestError("x", code=Code.TOO_MANY_IMAGES))) as server:
+            refusals = server.admission.refusals
+            for _ in range(2):
+                send(server.url)
+            send(f"{server.url}/none", "GET")
+            send(server.url, content_encoding="br")
+            send(f"{server.url}/page", "GET")
+        counted = {code: refusals.count_errors(code) for code in (Code.TOO_MANY_IMAGES, Code.UNSUPPORTED_ENCODING)}
+        assert counted == {Code.TOO_MANY_IMAGES: 2, Code.UNSUPPORTED_ENCODING: 1}
+        assert refusals.count_errors("not_found_error") == 1
+        assert refusals.count_errors("other") == 0
+
+    def test_one_that_ends_a_stream_is_counted(self) -> None:
+        with site(breaking) as server:
+            send(server.url)
+        assert server.admission.refusals.count_errors(Code.STOPPING) == 1
+
+    def test_a_code_of_somebody_else_makes_no_label(self) -> None:
+        refusals = Refusals()
+        refusals.note_error("BadRequestError")
+        assert refusals.count_errors("other") == 1
 
 
 class TestPaths:

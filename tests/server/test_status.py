@@ -35,6 +35,7 @@ def test_health_has_what_the_proxy_needs(pd: Served) -> None:
         "ec_connector": "SharedStorageConnector",
         "version": __version__,
         "max_model_len": 512,
+        "longest_token": 5,
         "max_items": 3,
         "max_body_bytes": 400_000,
         "device": "cpu",

@@ -51,14 +51,14 @@ class FrontDoor(Starlette):
         refusals: Refusals | None = None,
     ) -> None:
         """``is_local`` says that the server listens on loopback alone; ``guard`` is put around the routes. ``guarded_paths``
-        need an API key besides those below /v1. ``refusals`` counts who was refused on account of a limit.
+        need an API key besides those below /v1. ``refusals`` counts the answers that are errors.
 
         Raises ConfigurationError for API keys that cannot be read."""
         self._config = config
         self._is_local = is_local
         self._guard = guard
         self._guarded_paths = guarded_paths
-        self._refusals = refusals
+        self._refusals = refusals or Refusals()
         self.keys = KeyRing(config)
         self._log = RequestLog(access=config.access_log)
 
@@ -93,7 +93,7 @@ class FrontDoor(Starlette):
             allow_credentials=config.allow_credentials,
             expose_headers=EXPOSED_HEADERS,
         )
-        return _Entrance(app, self._log, timing_comments=config.timing_comments == "on")
+        return _Entrance(app, self._log, self._refusals, timing_comments=config.timing_comments == "on")
 
 
 class _Direct:
@@ -116,11 +116,12 @@ class _Direct:
 
 
 class _Entrance:
-    """Names each request, reads its path, and logs what became of it."""
+    """Names each request, reads its path, and logs and counts what became of it."""
 
-    def __init__(self, app: ASGIApp, log: RequestLog, *, timing_comments: bool) -> None:
+    def __init__(self, app: ASGIApp, log: RequestLog, refusals: Refusals, *, timing_comments: bool) -> None:
         self._app = app
         self._log = log
+        self._refusals = refusals
         self._timing_comments = timing_comments
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,3 +148,5 @@ class _Entrance:
             # It was logged and answered with status 500; the server would only log it again.
         finally:
             self._log.note(visit)
+            if visit.has_failed and (code := visit.error[0]):  # the state of an instance that isn't ready has none
+                self._refusals.note_error(code)

@@ -83,6 +83,11 @@ class Visit:
             self.tokens.update((name.decode(), int(count)) for name, count in _TOKENS.findall(body, at))
 
     @property
+    def has_failed(self) -> bool:
+        """Whether the client got an error."""
+        return self.ended_with_error or (self.status is not None and self.status >= _FIRST_ERROR)
+
+    @property
     def error(self) -> tuple[str, str]:
         """Code and message of the error that was sent; of one that isn't JSON of OpenAI's shape, the text itself."""
         try:

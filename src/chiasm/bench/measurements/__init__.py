@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from chiasm.bench.measurement import Measurement
+from chiasm.bench.measurements.arrivals import Arrivals
 from chiasm.bench.measurements.churn import ChurnMeasurement
 from chiasm.bench.measurements.goodput import GoodputMeasurement
 from chiasm.bench.measurements.handoff import Handoff
@@ -32,6 +33,7 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         Identity(EngineKind.CHIASM),
         Ttft(),
         Handoff(),
+        Arrivals(),
         Overlap(),
         ISOLATION,
         Reuse(EngineKind.CHIASM),
