@@ -98,7 +98,7 @@ def _role(cpus: tuple[int, ...], count: int = 1) -> RoleConfig:
 
 
 def _deployment(model: str, roles: dict[Role, RoleConfig]) -> DeploymentConfig:
-    return DeploymentConfig(model, roles, served_model_name=SERVED_NAME)
+    return DeploymentConfig(model, roles, settings={"dtype": "float32"}, served_model_name=SERVED_NAME)
 
 
 def on_vllm(config: DeploymentConfig, limits: tuple[str, ...] = VLLM_LIMITS) -> DeploymentConfig:
