@@ -198,8 +198,9 @@ class AttentionStep:
         num_kv_heads, head_dim = keys.shape[1:]
         shape = (batch, longest, num_kv_heads, head_dim)
         # Query heads that share a KV head are rows of one small attention, so the cache is never repeated.
+        rows = query if batch == len(query) else query[group.start : group.start + batch]
         attended = scaled_dot_product_attention(
-            query[group.start : group.start + batch].reshape(batch, num_kv_heads, -1, head_dim),
+            rows.reshape(batch, num_kv_heads, -1, head_dim),
             keys.index_select(0, flat).view(shape).transpose(1, 2),
             values.index_select(0, flat).view(shape).transpose(1, 2),
             attn_mask=None if group.is_even and window is None else self._decode_mask(group, window, query.dtype),

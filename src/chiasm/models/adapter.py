@@ -134,7 +134,8 @@ class TransformersLanguageModel(LanguageModel):
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden).float()
+        logits = self._head(hidden)
+        return logits if logits.dtype == torch.float32 else logits.float()
 
 
 def _head(head: nn.Linear, embed: nn.Embedding) -> Product:

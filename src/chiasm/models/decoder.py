@@ -78,13 +78,14 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """Take ``[T, hidden_size]`` and return as much."""
-        queries, keys, _ = self._heads
+        queries, keys, values = self._heads
         heads = self._qkv(self._before_attention(hidden)).view(len(hidden), -1, self._head_dim)
-        turning, value = heads.split((queries + keys, self._heads[2]), dim=1)
+        turning, value = torch.split_with_sizes(heads, (queries + keys, values), 1)
         if self._head_norm is not None:
             turning = self._head_norm(turning)
         rolled = turning.roll(self._head_dim // 2, dims=-1)
-        query, key = torch.addcmul(turning * rotation.cos, rolled, rotation.sin).split((queries, keys), dim=1)
+        turned = torch.addcmul(turning * rotation.cos, rolled, rotation.sin)
+        query, key = torch.split_with_sizes(turned, (queries, keys), 1)
         attended = attention.attend(self._index, query, key, value, scaling=self._scaling, window=self._window)
         hidden = hidden + self._out(attended)
         return hidden + self._mlp(self._before_mlp(hidden))
@@ -199,7 +200,7 @@ class _GatedMLP:
         self._down = _fuse(mlp.down_proj)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        gate, up = self._gate_up(rows).split(self._width, dim=-1)
+        gate, up = torch.split_with_sizes(self._gate_up(rows), (self._width, self._width), 1)
         return self._down(self._activate(gate).mul_(up))
 
 

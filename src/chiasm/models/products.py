@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from chiasm.cores import cpu_flags, has_native_bfloat16
 
@@ -67,7 +66,10 @@ def product(weight: Tensor, bias: Tensor | None, packing: Packing | None = None)
     is_chosen = packing is Packing.ALL or (packing is Packing.WIDE and outputs >= inputs)
     if is_chosen and weight.numel() * weight.itemsize >= LEAST_BYTES:
         return _packed(weight.detach(), bias), True
-    return lambda rows: functional.linear(rows, weight, bias), False
+    transposed = weight.t()
+    if bias is None:
+        return lambda rows: torch.mm(rows, transposed), False
+    return lambda rows: torch.addmm(bias, rows, transposed), False
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Product:
@@ -94,15 +96,15 @@ class PackedLinear(nn.Module):
         return self._compute(rows)
 
 
-def pack_linears(module: nn.Module) -> None:
-    """Replace the linear layers of a model that computes many rows at once, where packed weights are faster for those."""
+def pack_linears(module: nn.Module, flags: Set[str] | None = None) -> None:
+    """Replace the linear layers of a model that computes many rows at once, if packed weights are faster for those too.
+
+    ``flags`` are the CPU's; None: this one's.
+    """
+    flags = cpu_flags() if flags is None else flags
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear:
-                continue
-            packing = packing_of(child.weight.dtype, child.weight.device, cpu_flags())
-            if packing is not Packing.ALL:
-                return
-            compute, is_packed = product(child.weight, child.bias, packing)
-            if is_packed:
-                setattr(parent, name, PackedLinear(child, compute))
+            if type(child) is nn.Linear and packing_of(child.weight.dtype, child.weight.device, flags) is Packing.ALL:
+                compute, is_packed = product(child.weight, child.bias, Packing.ALL)
+                if is_packed:
+                    setattr(parent, name, PackedLinear(child, compute))
