@@ -11,7 +11,8 @@ from torch import nn
 from chiasm.models.base import Attention, LanguageModel, LoadProgress, Pixels, Positions, Prompt, VisionModel
 from chiasm.models.checkpoint import open_checkpoint
 from chiasm.models.decoder import RMSNorm, Rotary, take_layers
-from chiasm.models.loading import load_part
+from chiasm.models.loading import load_part, model_class
+from chiasm.models.processor import load_processor
 from chiasm.models.products import Packing, Product, pack_linears, product
 from chiasm.models.support import entry_width, family_of, load_config
 
@@ -45,6 +46,15 @@ def load_language(
     config = load_config(checkpoint)
     module = load_part(checkpoint, config, "language", dtype=dtype, device=device, progress=progress)
     return TransformersLanguageModel(module, config, family_of(config), entry_width(config), dtype, device)
+
+
+def import_classes(folder: Path) -> None:
+    """Import what the processor and both parts of a checkpoint consist of, and read no weights.
+
+    Raises ConfigurationError, UnsupportedModelError.
+    """
+    model_class(load_config(open_checkpoint(folder)))
+    load_processor(folder)
 
 
 class TransformersVisionModel(VisionModel):
