@@ -203,6 +203,7 @@ def start(checkpoint: Path, store: Path) -> Iterator[Start]:
         config = {
             "ec": ECTransferConfig(role=ECTransferRole.CONSUMER, shared_storage_path=store) if consumes else None,
             "kv": KVTransferConfig(**(kv or {})) if role in (Role.PREFILL, Role.DECODE) else None,
+            "dtype": "float32",  # on every CPU, since answers are compared token for token
             "threads": 1,
             "kv_cache_bytes": 8 << 20,
         } | config
@@ -223,7 +224,8 @@ def encoders(checkpoint: Path, store: Path) -> Iterator[StartEncoder]:
 
     def start(*, max_bytes: int = ECTransferConfig.max_bytes, **config: Any) -> Encoder:
         ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=store, max_bytes=max_bytes)
-        engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, threads=1, **config))
+        config = {"dtype": "float32", "threads": 1} | config
+        engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, **config))
         engines.append(engine)
         engine.start()
         return Encoder(engine)
