@@ -16,7 +16,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from chiasm.cores import lower_priority, lower_session_priority
-from chiasm.engine.attention import KVCache, register_paged_attention
+from chiasm.engine.attention import KVCache
 from chiasm.engine.base import Engine
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.calibration import image_costs, language_costs
@@ -92,7 +92,6 @@ class LanguageEngine(Engine):
         lower_session_priority(config.nice)
         use_threads(config.threads)
         check_memory(config.model, self.device)
-        register_paged_attention()
         self._language = load_language(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
         encoder: LocalEncoder | None = None
         if config.role is Role.AGGREGATED:
