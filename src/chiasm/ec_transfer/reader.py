@@ -178,12 +178,12 @@ class Reader:
         """Do what the table says."""
         with self._lock:
             sends, reads = self._table.take_sends(), self._table.take_reads()
-        for send in sends:
-            self._send(send)
-        for read in reads:
+        for read in reads:  # before a holder may be lost by sending, and met anew
             holder = self._holders[read.place]
             holder.num_reads += 1
             self._start(holder, self._read(holder, read))
+        for send in sends:
+            self._send(send)
 
     def _send(self, send: Send) -> None:
         if self._closing:
@@ -320,7 +320,10 @@ class Reader:
                 channel.send(message)
             holder.unsent.clear()
             while True:
-                self._hear(holder, await channel.receive())
+                message = await channel.receive()
+                if holder.lost:  # what came before counts no more
+                    return
+                self._hear(holder, message)
                 await asyncio.sleep(0)  # take turns
         except TimeoutError:
             raise TransferError(_NO_ANSWER) from None
