@@ -138,13 +138,12 @@ class Turmoil:
         self._model.memory.pop(identifier_of(self._chance.choice(self.wanted)), None)
 
     def _spoil(self) -> None:
-        """Change a page of an encoder's memory, unless it is the header of an entry, which says that the entry is there."""
+        """Change a page of an encoder's memory."""
         files = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
         path = self._chance.choice([path for path in files if _target(path) == "/memfd:chiasm-ec (deleted)"])
         offset = self._chance.randrange(SETTINGS["max_bytes"] // HEADER_BYTES) * HEADER_BYTES
         with open(path, "r+b", buffering=0) as file:
-            if b"__metadata__" not in os.pread(file.fileno(), 64, offset):
-                os.pwrite(file.fileno(), self._chance.randbytes(16), offset)
+            os.pwrite(file.fileno(), self._chance.randbytes(16), offset)
 
     # ---- the end ------------------------------------------------------------------------------------------------------
 

@@ -142,7 +142,7 @@ class LandingSource(Source):
                     return None
                 raise EntryUnusable("it is not granted any more", bad=False)
             if not has_header(address, read.header):
-                raise EntryUnusable("it is another one, or torn", bad=False)
+                raise EntryUnusable("it is another one, or torn", bad=True)
             if not checksum.is_right():
                 raise EntryUnusable("its checksum is wrong", bad=True)
         except BaseException:
