@@ -148,7 +148,9 @@ class Holder:
             self._written.notify_all()
             self._stats.saves += 1
             self._stats.saved_bytes += header.data_bytes
-        self._control.call(self._tell)
+            has_notices = self._table.has_notices
+        if has_notices:
+            self._control.call(self._tell)
 
     def remove(self, identifier: str) -> None:
         """Offer an embedding no more."""

@@ -82,6 +82,11 @@ class OfferTable(Generic[PieceT]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def has_notices(self) -> bool:
+        """Whether a reader is to be told something."""
+        return bool(self._notices)
+
     def take_notices(self) -> list[Notice]:
         """Return what is to be told to readers, in this order, and forget it."""
         notices, self._notices = self._notices, []
