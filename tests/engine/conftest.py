@@ -228,7 +228,7 @@ def encoders(checkpoint: Path, store: Path) -> Iterator[StartEncoder]:
         ec = ECTransferConfig(
             role=ECTransferRole.PRODUCER, connector_extra_config={"shared_storage_path": store}, max_bytes=max_bytes
         )
-        config = {"dtype": "float32", "threads": 1} | config
+        config = {"dtype": "float32", "threads": 1, **config}
         engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, **config))
         engines.append(engine)
         engine.start()

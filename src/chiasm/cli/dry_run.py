@@ -62,10 +62,10 @@ def _arguments(settings: Mapping[str, Any], configurations: tuple[type, ...]) ->
 
 
 def _texts(option: NamedOption, value: Any) -> list[str]:
+    if option.option.json:
+        return [json.dumps(value, default=str)]
     if not isinstance(value, tuple):
         return [f"{value:g}" if isinstance(value, float) else str(value)]
-    if option.option.json_list:
-        return [json.dumps(value)]
     texts = [str(one) for one in value]
     is_one = bool(option.option.separator) or option.type == tuple[int, ...]
     return [(option.option.separator or ",").join(texts)] if is_one else texts

@@ -150,13 +150,12 @@ class Parser(argparse.ArgumentParser):
                     f"--config: {path}: {self.prog} has no option {name[:_SHOWN_CHARACTERS]!r}{hint}"
                 )
             named = self.options.get(action)
+            is_json = bool(named and named.option.json)
             join = sources.joined(
-                (named.option.separator or ",") if named else ",",
-                is_json=bool(named and named.option.json_list),
-                is_command_line=named is None,
+                (named.option.separator or ",") if named else ",", is_json=is_json, is_command_line=named is None
             )
             try:
-                found[name] = sources.value_in_file(action, value, join)
+                found[name] = sources.value_in_file(action, value, join, is_json=is_json)
             except ValueError as error:
                 raise ConfigurationError(f"--config: {path}: {name}: {error}.") from None
         return found

@@ -44,11 +44,16 @@ def read_file(path: Path) -> dict[str, Any]:
     return found
 
 
-def value_in_file(action: argparse.Action, value: Any, join: Callable[[list[str]], str]) -> Any:
+def value_in_file(
+    action: argparse.Action, value: Any, join: Callable[[list[str]], str], *, is_json: bool = False
+) -> Any:
     """Return the value of an option as the command line would give it.
 
-    ``join`` makes one text of a list, as a person would write it. Raises ValueError with what is wrong.
+    ``join`` makes one text of a list, as a person would write it; ``is_json`` says that the option takes a JSON object.
+    Raises ValueError with what is wrong.
     """
+    if is_json and isinstance(value, dict):
+        return read(action, json.dumps(value, default=str))
     if isinstance(action, argparse._StoreTrueAction):
         if not isinstance(value, bool):
             raise ValueError("must be true or false")

@@ -251,7 +251,8 @@ class ServerContext:
             return exchange.key.id
         if not exchange.caller.is_of_fleet:
             return ""
-        return exchange.headers.get(CLIENT_HEADER, "")[:_SHOWN_CHARACTERS]
+        client: str = exchange.headers.get(CLIENT_HEADER, "")
+        return client[:_SHOWN_CHARACTERS]
 
     async def in_thread(self, function: Callable[[], _T]) -> _T:
         """Call a slow function outside the event loop; at most ``config.threads`` run at a time."""

@@ -58,13 +58,11 @@ def measure_steps(model: Path, batches: Sequence[int], steps: int) -> dict[int, 
     """
     import torch
 
-    from chiasm.engine.attention import register_paged_attention
     from chiasm.models import load_language
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        register_paged_attention()
         language = load_language(model, dtype=torch.float32, device=torch.device("cpu"))
         found: dict[int, dict[str, list[float]]] = {}
         for batch in batches:
