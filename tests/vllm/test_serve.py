@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
-from chiasm.ec_transfer.stores import StoredEntry, open_store
-from chiasm.media import identifier
 from tests.cli.running import Running, run
 from tests.launch.waiting import alive, eventually
 
 from .serving import SMALL, Question, Service, shared_memory, what_is_left
-from .wire import chat, image_part, with_comment
-
-DECODE_BLOCKS = 10
-"""Of 128 tokens: enough for one request of any length, and not for four long ones."""
+from .wire import chat
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +24,10 @@ def before() -> set[Path]:
 
 
 @pytest.fixture(scope="module")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URL of the fleet's shared cache."""
-    return f"file://{tmp_path_factory.mktemp('cache') / 'folder'}"
-
-
-@pytest.fixture(scope="module")
-def service(before: set[Path], shared_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One encoder, one prefill and one decode instance, which is short of KV blocks; a test of this file ends it.
-
-    Embeddings go from memory to memory, and into a shared cache. test_faults.py has a PD, and the connector that is default.
-    """
-    command = ("serve", "demo", "--engine", "vllm", "--encoders", "1", "--prefills", "1", "--decodes", "1", *SMALL)
-    through = ("--connector", "SharedMemoryConnector", "--ec-store", shared_cache)
-    few = ("--decode-args", f"--num-gpu-blocks-override {DECODE_BLOCKS}")
-    with Running(tmp_path_factory.mktemp("served"), *command, *through, *few) as running:
+def service(before: set[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One encoder, one prefill and one decode instance; a test of this file ends it. test_faults.py has a PD."""
+    roles = ("--encoders", "1", "--prefills", "1", "--decodes", "1")
+    with Running(tmp_path_factory.mktemp("served"), "serve", "demo", "--engine", "vllm", *roles, *SMALL) as running:
         yield Service(running)
 
 
@@ -89,47 +72,6 @@ def test_only_the_encoder_encodes(service: Service) -> None:
     for role in ("prefill", "decode"):
         assert service.metric("vllm:chiasm_ec_saves_total", role) == 0
         assert service.metric("vllm:chiasm_ec_misses_total", role) == 0
-
-
-def test_an_image_that_the_shared_cache_has_is_not_encoded(service: Service, shared_cache: str) -> None:
-    """The bytes of the file name an image; the same pixels in another file have the same embedding."""
-    question = Question(60)
-    assert service.answer(question.body).strip() == question.answer
-    other = with_comment(question.image_bytes)
-    url = service.instances("encoder")[0]["url"]
-    fingerprint = httpx.get(f"{url}/health", timeout=30).json()["fingerprint"]
-    store = open_store(shared_cache)
-
-    def stored() -> StoredEntry | None:
-        return store.exists_many([identifier(question.image_bytes, fingerprint=fingerprint)], fingerprint)[0]
-
-    service.wait(stored)  # encoders write behind
-    entry = stored()
-    assert entry is not None
-    data = memoryview(bytearray(entry.size_bytes))
-    store.get_into(entry, data)
-    name = identifier(other, fingerprint=fingerprint)
-    store.put(StoredEntry.of(name, fingerprint, entry.dtype, entry.shape, data), data)
-
-    saves = service.metric("vllm:chiasm_ec_saves_total", "encoder")
-    reads = service.metric("vllm:chiasm_ec_store_reads_total", "prefill")
-    text = question.body["messages"][0]["content"][-1]["text"]
-    assert service.answer(chat(image_part(other), text, max_tokens=16)).strip() == question.answer
-    service.wait(lambda: service.metric("vllm:chiasm_ec_store_reads_total", "prefill") == reads + 1)
-    assert service.metric("vllm:chiasm_ec_saves_total", "encoder") == saves
-    assert service.metric("vllm:chiasm_ec_store_writes_total", "encoder") > 0
-
-
-def test_decode_that_computes_a_prompt_again_reads_its_image_again(service: Service) -> None:
-    questions = [Question(seed) for seed in range(70, 74)]
-    bodies = [question.body | {"max_tokens": 400, "ignore_eos": True} for question in questions]
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        answers = list(pool.map(service.answer, bodies))
-    for question, answer in zip(questions, answers, strict=True):
-        assert answer.strip().startswith(question.answer)
-    assert service.metric("vllm:num_preemptions_total", "decode") > 0
-    service.wait(lambda: service.metric("vllm:chiasm_ec_hits_total", "decode") > 0)
-    assert service.metric("vllm:chiasm_ec_failed_requests_total", "decode") == 0
 
 
 def test_ctrl_c_ends_all_of_it_and_leaves_nothing(service: Service, before: set[Path]) -> None:
