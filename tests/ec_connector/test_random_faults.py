@@ -199,6 +199,7 @@ def _descriptors() -> Counter[str]:
 
 
 def _resident_bytes() -> int:
+    gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
