@@ -93,7 +93,7 @@ class Turmoil:
             lost = [name for name in missing if not self._model.scheduler.is_coming(identifier_of(name))]
             for name in lost:  # what the proxy does
                 self._encode(name)
-            self._model.next_wake(request)
+            self._model.next_wake(request, seconds=0.005)
             if self._chance.random() < 0.1:
                 self._happen()
         for name in self.wanted:
@@ -199,9 +199,11 @@ def _descriptors() -> Counter[str]:
 
 
 def _resident_bytes() -> int:
+    gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.timeout(300 + NUM_FAULTS)
 @pytest.mark.parametrize("connector", ["SharedMemoryConnector", "TcpConnector"])
 def test_random_faults_leave_no_wrong_byte_and_nothing_behind(connector: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "chiasm")  # what is logged is kept, with the frames of errors
