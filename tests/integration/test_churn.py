@@ -15,7 +15,7 @@ async def test_instances_of_all_roles_join_and_drain_and_no_request_fails(checkp
         opened() as client,
         churning(checkpoint, client, roles=(Role.ENCODER, Role.PREFILL, Role.DECODE), proxies=2) as churn,
     ):
-        found = await churn.run(10, bodies(seed=0), streams=3, advance=lambda: None)
+        found = await churn.run(10, bodies(seed=0), clients=2, advance=lambda: None)
     assert found.failures == []
     assert found.wrong == 0
     assert found.exit_codes == [0] * 10

@@ -27,6 +27,8 @@ from chiasm.wire import Role
 _START_SECONDS = 120.0
 _STEP_SECONDS = 60.0
 _LOOK_SECONDS = 0.02
+_PAUSE_SECONDS = 0.05
+"""Between two requests of a client, so that instances find time to start."""
 _SMALL: Mapping[str, Any] = {"threads": 1, "kv_cache_bytes": 16 << 20, "max_model_len": 512, "log_level": "warning"}
 _CONNECTORS: Mapping[Role, Mapping[str, Any]] = {
     Role.ENCODER: {"connector": "TcpConnector", "ec_max_bytes": 64 << 20},
@@ -146,12 +148,12 @@ class Churn:
         os.kill(pid, signal.SIGTERM)
         return await self._nursery.ended(pid), time.perf_counter() - began
 
-    async def run(self, changes: int, bodies: Sequence[bytes], streams: int, advance: Callable[[], None]) -> Churned:
+    async def run(self, changes: int, bodies: Sequence[bytes], clients: int, advance: Callable[[], None]) -> Churned:
         """Join and drain ``changes`` instances, of all roles in turn, while so many clients ask."""
         found = Churned()
         expected = [await self._answer(self.proxies[0], body) for body in bodies]
         is_over = asyncio.Event()
-        clients = [asyncio.create_task(self._ask_on(one, bodies, expected, found, is_over)) for one in range(streams)]
+        asking = [asyncio.create_task(self._ask_on(one, bodies, expected, found, is_over)) for one in range(clients)]
         try:
             for role in itertools.islice(itertools.cycle(self.roles), changes):
                 found.join_seconds.append(await self.join(role))
@@ -161,7 +163,7 @@ class Churn:
                 advance()
         finally:
             is_over.set()
-            await asyncio.gather(*clients)
+            await asyncio.gather(*asking)
         return found
 
     async def _ask_on(
@@ -178,6 +180,7 @@ class Churn:
             else:
                 found.answers += 1
                 found.wrong += text != expected[which]
+            await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _answer(self, proxy: str, body: bytes) -> str:
         if json.loads(body).get("stream"):
@@ -199,18 +202,19 @@ async def churning(
     """A fleet with ``each`` instances of each role, which has ended when the block does."""
     environment = os.environ | client.fleet_key.environment() | {"PYTHONUNBUFFERED": "1"}
     async with AsyncExitStack() as stack:
+        urls = [await stack.enter_async_context(_proxy(environment)) for _ in range(proxies)]
         nursery = Nursery(
             await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "chiasm.bench.nursery",
+                str(model),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=environment,
             )
         )
         stack.push_async_callback(nursery.close)
-        urls = [await stack.enter_async_context(_proxy(environment)) for _ in range(proxies)]
         churn = Churn(model, roles, urls, nursery, client)
         await asyncio.gather(*(churn.join(role) for role in roles for _ in range(each)))
         yield churn

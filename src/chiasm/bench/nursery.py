@@ -1,4 +1,4 @@
-"""``python -m chiasm.bench.nursery``: starts instances as forks of one process that has imported everything.
+"""``python -m chiasm.bench.nursery FOLDER``: starts instances as forks of one process that has imported everything.
 
 So a start takes about what loading the model does, and a fleet can be changed a thousand times. Each line of standard input is
 the configuration of one instance. Standard output has a line for each thing that happens: ``born PID``, ``ready PID URL``,
@@ -8,11 +8,14 @@ the configuration of one instance. Standard output has a line for each thing tha
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import selectors
 import signal
 import socket
 import sys
+from importlib import import_module
+from pathlib import Path
 
 from chiasm.launch.process import InstanceProcess, from_json
 from chiasm.launch.run import run_forked
@@ -20,10 +23,7 @@ from chiasm.launch.run import run_forked
 
 def main() -> None:
     """Serve until standard input closes."""
-    import chiasm.engine.encoder
-    import chiasm.engine.engine
-    import chiasm.server.process  # noqa: F401
-
+    _import_all(Path(sys.argv[1]))
     woken, wakes = socket.socketpair()
     woken.setblocking(False)
     wakes.setblocking(False)
@@ -44,12 +44,26 @@ def main() -> None:
                     continue
                 given = os.read(sys.stdin.fileno(), 1 << 16)
                 if not given:
+                    signal.set_wakeup_fd(-1)
                     for pid in children:
                         os.kill(pid, signal.SIGKILL)
                     return
                 *lines, rest = (rest + given).split(b"\n")
                 for line in lines:
                     children.add(_bear(line))
+
+
+def _import_all(folder: Path) -> None:
+    """Import what an instance of this checkpoint imports. Nothing is computed, so no thread runs when instances are forked."""
+    for module in ("chiasm.engine.encoder", "chiasm.engine.engine", "chiasm.server.process"):
+        import_module(module)
+    import transformers
+
+    from chiasm.models import load_processor
+
+    load_processor(folder)
+    for name in json.loads((folder / "config.json").read_text())["architectures"]:
+        getattr(transformers, name)
 
 
 def _bear(configuration: bytes) -> int:

@@ -91,6 +91,11 @@ class OfferTable(Generic[PieceT]):
         """Return whether the reader may read anything now."""
         return any(reader in entry.granted for name in self._names(reader) for entry in self._all(name))
 
+    def claimed(self) -> set[str]:
+        """Return the identifiers of what readers were told of or granted, and have neither fetched nor forgotten."""
+        names = {name for wanted in self._wanted_by.values() for name in wanted}
+        return {name for name in names if any(entry.told or entry.granted for entry in self._all(name))}
+
     # ---- the holder's own ---------------------------------------------------------------------------------------------
 
     def has(self, identifier: str) -> bool:

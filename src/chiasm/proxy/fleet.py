@@ -298,6 +298,7 @@ class Fleet:
     def remove(self, instance: Instance) -> None:
         """Give it no new work from now on, and remove it when its last call has ended."""
         instance.draining = True
+        instance.lease = instance.lease_fault = None
         self._leave_if_idle(instance)
         self._judge()
 
