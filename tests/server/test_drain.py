@@ -81,7 +81,7 @@ async def test_an_instance_takes_what_comes_until_its_proxies_know_that_it_drain
     context.check_ready()
     assert not context.is_idle
     told.set()
-    await asyncio.wait_for(asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}), 10)  # type: ignore[arg-type]
+    await asyncio.wait_for(asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}), 10)
     assert context.is_idle
     with pytest.raises(OverloadedError) as refused:
         context.check_ready()

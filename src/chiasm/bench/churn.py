@@ -202,6 +202,7 @@ async def churning(
     """A fleet with ``each`` instances of each role, which has ended when the block does."""
     environment = os.environ | client.fleet_key.environment() | {"PYTHONUNBUFFERED": "1"}
     async with AsyncExitStack() as stack:
+        urls = [await stack.enter_async_context(_proxy(environment)) for _ in range(proxies)]
         nursery = Nursery(
             await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -214,7 +215,6 @@ async def churning(
             )
         )
         stack.push_async_callback(nursery.close)
-        urls = [await stack.enter_async_context(_proxy(environment)) for _ in range(proxies)]
         churn = Churn(model, roles, urls, nursery, client)
         await asyncio.gather(*(churn.join(role) for role in roles for _ in range(each)))
         yield churn

@@ -44,6 +44,7 @@ def main() -> None:
                     continue
                 given = os.read(sys.stdin.fileno(), 1 << 16)
                 if not given:
+                    signal.set_wakeup_fd(-1)
                     for pid in children:
                         os.kill(pid, signal.SIGKILL)
                     return

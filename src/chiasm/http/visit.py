@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.types import Message, Scope
 
 from chiasm.http.fields import Fields
@@ -32,7 +33,8 @@ class Visit:
     def __init__(self, scope: Scope, *, timing_comments: bool = True, counts_tokens: bool = False) -> None:
         """``timing_comments`` is what holds unless the request says something else; ``counts_tokens`` looks for ``usage`` in
         its answer."""
-        self.headers = headers = Fields(scope)
+        headers: Headers = Fields(scope)
+        self.headers = headers
         given = headers.get("x-request-id", "")
         self.arrival = time.monotonic()
         self.method: str = scope["method"]

@@ -133,6 +133,8 @@ class ProxyService:
         def count(exchange: Exchange) -> None:
             self.metrics.in_flight.dec()
             self.metrics.requests.labels(path, str(exchange.status)).inc()
+            if exchange.key is not None and exchange.key.name:
+                self.metrics.key_requests.labels(exchange.key.name, str(exchange.status)).inc()
 
         bounds = Bounds(
             deadline_seconds=self.config.deadline_seconds,

@@ -22,7 +22,7 @@ from chiasm.fleet_key import FleetKey
 from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.http.listen import base_url
 from chiasm.server.advertise import MAX_PROXIES
-from chiasm.wire import LEASE_PATH, RENEW_SECONDS, UNREADABLE, ErrorBody, Lease, LeaseAnswer
+from chiasm.wire import DRAINING, LEASE_PATH, RENEW_SECONDS, UNREADABLE, ErrorBody, Lease, LeaseAnswer
 
 _log = logging.getLogger(__name__)
 _LOOKUP_SECONDS = 10.0
@@ -205,7 +205,7 @@ class _Line:
         self.changed.clear()
         lease = replace(self._describe(), waits=waits)
         answer = await self._call(lease)
-        is_fault = bool(answer.reason) and lease.status == "ok"
+        is_fault = bool(answer.reason) and lease.status == "ok" and answer.state != DRAINING
         text = f"says {answer.state}: {answer.reason}" if answer.reason else f"says {answer.state}"
         self._note(True, text, logging.WARNING if is_fault else logging.INFO)
 
