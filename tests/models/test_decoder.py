@@ -13,11 +13,11 @@ from chiasm.bench import synthetic
 from chiasm.errors import UnsupportedModelError
 from chiasm.models import load_language, load_vision, products
 from chiasm.models.decoder import RMSNorm, Rotary, take_layers
-from chiasm.models.products import Form, best_form, product, speed_up
+from chiasm.models.products import HAS_ONEDNN, Form, best_form, product, speed_up
 from tests.models.conftest import CPU, Loaded, sample_image
 from tests.models.driver import Driver
 
-NEEDS_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+NEEDS_ONEDNN = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch has no oneDNN")
 AVX2, AVX512, NATIVE = {"avx2"}, {"avx2", "avx512f"}, {"avx2", "avx512f", "avx512_bf16"}
 
 
@@ -60,10 +60,9 @@ def test_a_layer_with_a_part_that_is_not_known_is_refused(tmp_path: Path, path: 
 
 
 def test_the_form_of_products_follows_from_cpu_and_dtype() -> None:
-    has_onednn = torch.backends.mkldnn.is_available()
-    packed = Form.PACKED if has_onednn else Form.STRIPS
+    packed = Form.PACKED if HAS_ONEDNN else Form.STRIPS
     assert best_form(torch.float32, CPU, AVX512) is packed
-    assert best_form(torch.bfloat16, CPU, NATIVE) is (Form.PACKED if has_onednn else Form.PLAIN)
+    assert best_form(torch.bfloat16, CPU, NATIVE) is (Form.PACKED if HAS_ONEDNN else Form.PLAIN)
     assert best_form(torch.float32, CPU, AVX2) is Form.STRIPS
     for dtype, device, flags in (
         (torch.float32, CPU, set()),

@@ -4,8 +4,8 @@ PyTorch hands float32 products to MKL, which is as fast as memory for one row. F
 
 - MKL takes up to twice as long for a few rows of a wide product as for the same product in strips of some outputs each, and a
   tenth longer for hundreds (measured on a Zen 3).
-- On AMD's CPUs with AVX-512, MKL keeps to AVX2. oneDNN doesn't; it needs weights in an order of its own, into which they are
-  packed once. With AVX2 alone, packed weights are slower for one row, and for more rows no faster than strips.
+- On AMD's CPUs with AVX-512, MKL is known to keep to AVX2. oneDNN doesn't; it needs weights in an order of its own, into
+  which they are packed once. With AVX2 alone, packed weights are slower for one row, and for more rows no faster than strips.
 
 A weight is kept in one form, so nothing takes more memory. The form depends on the CPU, the dtype and the shape, and not on a
 measurement, so that all instances on the same kind of CPU compute alike.
@@ -14,7 +14,7 @@ measurement, so that all instances on the same kind of CPU compute alike.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -25,6 +25,7 @@ from chiasm.cores import cpu_flags, has_native_bfloat16
 if TYPE_CHECKING:
     from torch import Tensor
 
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 LEAST_BYTES = 1 << 20
 """Size of the smallest weight that isn't left as it is: further calls cost more than what smaller ones gain."""
 _STRIP = 256
@@ -48,12 +49,11 @@ def best_form(dtype: torch.dtype, device: torch.device, flags: Set[str]) -> Form
     """Return the form for large weights on a device, which is a CPU with these flags if it is one."""
     if device.type != "cpu":
         return Form.PLAIN
-    has_onednn = torch.backends.mkldnn.is_available()
     if dtype == torch.bfloat16:
-        return Form.PACKED if has_onednn and has_native_bfloat16(flags) else Form.PLAIN
+        return Form.PACKED if HAS_ONEDNN and has_native_bfloat16(flags) else Form.PLAIN
     if dtype != torch.float32:
         return Form.PLAIN
-    if has_onednn and "avx512f" in flags:
+    if HAS_ONEDNN and "avx512f" in flags:
         return Form.PACKED
     return Form.STRIPS if "avx2" in flags else Form.PLAIN
 
@@ -89,7 +89,7 @@ def speed_up(module: nn.Module, flags: Set[str] | None = None) -> None:
         if form is Form.PLAIN or linear.weight.numel() * linear.weight.itemsize < LEAST_BYTES:
             continue
         compute, is_packed = product(linear.weight, linear.bias, form)
-        linear.forward = _of_any_shape(compute)  # type: ignore[method-assign]
+        linear.forward = _of_any_shape(compute)  # type: ignore[method-assign, assignment]
         if is_packed:
             linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
 
@@ -130,7 +130,7 @@ class _Strips:
         if len(rows) == 1 or width >= outputs:
             return self._whole(rows)
         result = rows.new_empty(len(rows), outputs)
-        for (weight, bias), part in zip(self._of_width(width), result.split(width, 1), strict=True):
+        for (weight, bias), part in zip(self._of_width(width), torch.split(result, width, 1), strict=True):
             if bias is None:
                 torch.mm(rows, weight, out=part)
             else:
@@ -140,7 +140,9 @@ class _Strips:
     def _of_width(self, width: int) -> list[tuple[Tensor, Tensor | None]]:
         strips = self._strips.get(width)
         if strips is None:
-            weights = [weight.t() for weight in self._weight.split(width)]
-            biases = [None] * len(weights) if self._bias is None else self._bias.split(width)
+            weights = [weight.t() for weight in torch.split(self._weight, width)]
+            biases: Sequence[Tensor | None] = [None] * len(weights)
+            if self._bias is not None:
+                biases = torch.split(self._bias, width)
             strips = self._strips[width] = list(zip(weights, biases, strict=True))
         return strips

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chiasm.bench import requests
 from chiasm.bench.checkpoints import THIRD_OF_A_BILLION, make_once
@@ -79,7 +79,12 @@ class Engines(Measurement):
             texts = Texts(deployments[0].folder, bench.seed)
 
             def image(index: int) -> list[bytes]:
-                fields = {"max_tokens": _ANSWER_TOKENS, "stream": True, "ignore_eos": True, "logprobs": True}
+                fields: dict[str, Any] = {
+                    "max_tokens": _ANSWER_TOKENS,
+                    "stream": True,
+                    "ignore_eos": True,
+                    "logprobs": True,
+                }
                 return [requests.ask([photo(f"engines {bench.seed} {label} {index}")], **fields)]
 
             def batch(_: int) -> list[bytes]:
