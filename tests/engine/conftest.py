@@ -224,8 +224,8 @@ def encoders(checkpoint: Path, store: Path) -> Iterator[StartEncoder]:
 
     def start(*, max_bytes: int = ECTransferConfig.max_bytes, **config: Any) -> Encoder:
         ec = ECTransferConfig(role=ECTransferRole.PRODUCER, shared_storage_path=store, max_bytes=max_bytes)
-        config = {"dtype": "float32", "threads": 1} | config
-        engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, **config))
+        chosen: dict[str, Any] = {"dtype": "float32", "threads": 1} | config
+        engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, **chosen))
         engines.append(engine)
         engine.start()
         return Encoder(engine)
