@@ -228,8 +228,8 @@ def encoders(checkpoint: Path, store: Path) -> Iterator[StartEncoder]:
         ec = ECTransferConfig(
             role=ECTransferRole.PRODUCER, connector_extra_config={"shared_storage_path": store}, max_bytes=max_bytes
         )
-        config = {"dtype": "float32", "threads": 1, **config}
-        engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, **config))
+        chosen: dict[str, Any] = {"dtype": "float32", "threads": 1} | config
+        engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, **chosen))
         engines.append(engine)
         engine.start()
         return Encoder(engine)

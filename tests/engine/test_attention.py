@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from chiasm.engine.attention import (
     FREE_SLOTS,
@@ -108,11 +109,11 @@ def _attend(step: AttentionStep, query: torch.Tensor, window: int | None = None)
     return step.attend(0, query, nothing, nothing, scaling=HEAD_DIM**-0.5, window=window)
 
 
-class _Gathered(torch.overrides.TorchFunctionMode):
+class _Gathered(TorchFunctionMode):
     """Counts the slots that are gathered from the cache."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.slots = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -13,10 +13,11 @@ from chiasm.bench import synthetic
 from chiasm.errors import UnsupportedModelError
 from chiasm.models import load_language, load_vision, products
 from chiasm.models.decoder import RMSNorm, Rotary, take_layers
-from chiasm.models.products import PackedLinear, Packing, pack_linears, packing_of, product
+from chiasm.models.products import HAS_ONEDNN, Form, best_form, product, speed_up
 from tests.models.conftest import CPU, Loaded, sample_image
 from tests.models.driver import Driver
 
+NEEDS_ONEDNN = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch has no oneDNN")
 AVX2, AVX512, NATIVE = {"avx2"}, {"avx2", "avx512f"}, {"avx2", "avx512f", "avx512_bf16"}
 
 
@@ -58,73 +59,68 @@ def test_a_layer_with_a_part_that_is_not_known_is_refused(tmp_path: Path, path: 
         take_layers(decoder)
 
 
-def test_packing_follows_from_cpu_and_dtype() -> None:
-    chosen = {
-        (torch.float32, "avx2"): packing_of(torch.float32, CPU, AVX2),
-        (torch.float32, "avx512"): packing_of(torch.float32, CPU, AVX512),
-        (torch.float32, "none"): packing_of(torch.float32, CPU, set()),
-        (torch.bfloat16, "avx512"): packing_of(torch.bfloat16, CPU, AVX512),
-        (torch.bfloat16, "native"): packing_of(torch.bfloat16, CPU, NATIVE),
-        (torch.float16, "native"): packing_of(torch.float16, CPU, NATIVE),
-        (torch.float32, "cuda"): packing_of(torch.float32, torch.device("cuda"), NATIVE),
-    }
-    assert {case for case, packing in chosen.items() if packing is Packing.ALL} == {
-        (torch.float32, "avx512"),
-        (torch.bfloat16, "native"),
-    }
-    assert {case for case, packing in chosen.items() if packing is Packing.WIDE} == {(torch.float32, "avx2")}
+def test_the_form_of_products_follows_from_cpu_and_dtype() -> None:
+    packed = Form.PACKED if HAS_ONEDNN else Form.STRIPS
+    assert best_form(torch.float32, CPU, AVX512) is packed
+    assert best_form(torch.bfloat16, CPU, NATIVE) is (Form.PACKED if HAS_ONEDNN else Form.PLAIN)
+    assert best_form(torch.float32, CPU, AVX2) is Form.STRIPS
+    for dtype, device, flags in (
+        (torch.float32, CPU, set()),
+        (torch.bfloat16, CPU, AVX512),
+        (torch.float16, CPU, NATIVE),
+        (torch.float32, torch.device("cuda"), NATIVE),
+    ):
+        assert best_form(dtype, device, flags) is Form.PLAIN
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@NEEDS_ONEDNN
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_packed_weights_give_the_same_product(rows: int) -> None:
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_every_form_gives_the_same_product(rows: int, has_bias: bool) -> None:
     torch.manual_seed(0)
-    weight, bias, inputs = torch.randn(700, 512), torch.randn(700), torch.randn(rows, 512)
+    weight, bias, inputs = torch.randn(700, 512), torch.randn(700) if has_bias else None, torch.randn(rows, 512)
     with torch.inference_mode():
-        packed, is_packed = product(weight, bias, Packing.ALL)
-        plain, is_plain_packed = product(weight, bias, Packing.NONE)
-        assert (is_packed, is_plain_packed) == (True, False)
-        torch.testing.assert_close(packed(inputs), plain(inputs), rtol=1e-4, atol=1e-4)
+        computed = {form: product(weight, bias, form) for form in Form}
+        expected = nn.functional.linear(inputs, weight, bias)
+        for compute, _ in computed.values():
+            torch.testing.assert_close(compute(inputs), expected, rtol=1e-4, atol=1e-4)
+    assert {form for form, (_, is_packed) in computed.items() if is_packed} == {Form.PACKED}
 
 
-@pytest.mark.parametrize(
-    ("outputs", "inputs", "packing", "packs"),
-    [
-        (1024, 512, Packing.WIDE, True),
-        (512, 1024, Packing.WIDE, False),
-        (512, 1024, Packing.ALL, True),
-        (256, 256, Packing.ALL, False),
-    ],
-)
-def test_tall_and_small_weights_stay_as_they_are(outputs: int, inputs: int, packing: Packing, packs: bool) -> None:
-    if packs and not torch.backends.mkldnn.is_available():
-        pytest.skip("this PyTorch has no oneDNN")
-    assert product(torch.zeros(outputs, inputs), None, packing)[1] is packs
+def test_small_weights_stay_as_they_are() -> None:
+    assert not product(torch.zeros(256, 256), None, Form.PACKED)[1]
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
-def test_a_tower_keeps_its_results_when_its_linears_are_packed() -> None:
+@NEEDS_ONEDNN
+@pytest.mark.parametrize("flags", [AVX2, AVX512], ids=["strips", "packed"])
+def test_a_tower_keeps_its_results_in_every_form(flags: set[str]) -> None:
     torch.manual_seed(0)
     tower = nn.Sequential(nn.Linear(512, 768), nn.GELU(), nn.Linear(768, 512), nn.Linear(512, 4))
     rows = torch.randn(2, 30, 512)
     with torch.inference_mode():
         expected = tower(rows)
-        pack_linears(tower, AVX2)
-        assert not [one for one in tower if isinstance(one, PackedLinear)]
-        pack_linears(tower, AVX512)
-        assert [isinstance(one, PackedLinear) for one in tower] == [True, False, True, False]
+        speed_up(tower, flags)
         torch.testing.assert_close(tower(rows), expected, rtol=1e-4, atol=1e-4)
+    assert [one.weight.numel() > 0 for one in tower if isinstance(one, nn.Linear)] == [
+        flags is AVX2,
+        flags is AVX2,
+        True,
+    ]
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
-def test_answers_stay_the_same_if_every_weight_is_packed(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "cpu_flags", lambda: frozenset(AVX512))
+@NEEDS_ONEDNN
+@pytest.mark.parametrize("flags", [AVX2, AVX512], ids=["strips", "packed"])
+def test_answers_stay_the_same_in_every_form_of_the_weights(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, flags: set[str]
+) -> None:
+    monkeypatch.setattr(products, "cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr(products, "LEAST_BYTES", 0)
+    monkeypatch.setattr(products, "_STRIP", 24)
     pixels = loaded.processor.preprocess(sample_image(1))
     prompt = loaded.prompt([pixels])
     expected = loaded.reference(prompt, [pixels], max_tokens=6)
     vision = load_vision(loaded.folder, dtype=torch.float32, device=CPU)
     language = load_language(loaded.folder, dtype=torch.float32, device=CPU)
-    assert any(isinstance(module, PackedLinear) for module in vision.module.modules())
-    assert not language.module.get_decoder().layers[0].self_attn.q_proj.weight.numel()  # type: ignore[operator]
+    weight = language.module.get_decoder().layers[0].self_attn.q_proj.weight  # type: ignore[operator]
+    assert (weight.numel() > 0) == (flags is AVX2)
     assert Driver(language).generate(prompt, [vision.encode(pixels)], chunk=16, max_tokens=6) == expected

@@ -182,7 +182,7 @@ class _Slots:
         if self.block_ids != block_ids[:known]:  # it was preempted since, or gave blocks back
             known = 0
         starts = np.array(block_ids[known:], dtype=np.int64) * cache.slots_per_block
-        more = (starts[:, None] + np.arange(cache.block_size)).reshape(-1)
+        more = (starts[:, None] + np.arange(cache.block_size, dtype=np.int64)).reshape(-1)
         self.slots = np.concatenate([self.slots[: known * cache.block_size], more])
         self.block_ids = list(block_ids)
         return self.slots

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from chiasm.cores import cpu_flags
 from chiasm.models.base import Attention, LanguageModel, LoadProgress, Pixels, Positions, Prompt, VisionModel
 from chiasm.models.checkpoint import open_checkpoint
 from chiasm.models.decoder import RMSNorm, Rotary, take_layers
 from chiasm.models.loading import load_part, model_class
 from chiasm.models.processor import load_processor
-from chiasm.models.products import Packing, Product, pack_linears, product
+from chiasm.models.products import Form, Product, best_form, product, speed_up
 from chiasm.models.support import entry_width, family_of, load_config
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class TransformersVisionModel(VisionModel):
         self.dtype = dtype
         self.device = device
         self._features: Any = module.get_image_features
-        pack_linears(module)
+        speed_up(module)
 
     @torch.inference_mode()
     def encode(self, pixels: Pixels) -> Tensor:
@@ -149,9 +150,11 @@ class TransformersLanguageModel(LanguageModel):
 
 
 def _head(head: nn.Linear, embed: nn.Embedding) -> Product:
-    """Return the product that makes logits. Tied weights stay as they are, since they are also the table of embeddings."""
-    is_tied = head.weight is embed.weight
-    compute, is_packed = product(head.weight, head.bias, Packing.NONE if is_tied else None)
+    """Return the product that makes logits. Tied weights are not packed, since they are also the table of embeddings."""
+    form = best_form(head.weight.dtype, head.weight.device, cpu_flags())
+    if form is Form.PACKED and head.weight is embed.weight:
+        form = Form.STRIPS
+    compute, is_packed = product(head.weight.detach(), head.bias, form)
     if is_packed:
         head.weight = nn.Parameter(head.weight.new_empty(0), requires_grad=False)
     return compute

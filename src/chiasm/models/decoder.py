@@ -216,19 +216,20 @@ def _fuse(*linears: nn.Linear) -> Product:
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
     computed, is_packed = product(weight, bias)
     rows = [len(part) for part in weights]
-    for linear, part in zip(linears, weight.split(rows), strict=True):
+    for linear, part in zip(linears, torch.split(weight, rows), strict=True):
         linear.weight = nn.Parameter(weight.new_empty(0) if is_packed else part, requires_grad=False)
     if bias is not None:
-        for linear, part in zip(linears, bias.split(rows), strict=True):
+        for linear, part in zip(linears, torch.split(bias, rows), strict=True):
             linear.bias = nn.Parameter(part, requires_grad=False)
     return computed
 
 
 def _window(attention: Any) -> int | None:
     """Return how many of the last tokens a layer attends to; None if it is all."""
-    if attention.config.model_type == "mistral":  # whose layers don't keep it themselves
-        return attention.config.sliding_window  # type: ignore[no-any-return]
-    return getattr(attention, "sliding_window", None)
+    # Those of Mistral don't keep it themselves.
+    holder = attention.config if attention.config.model_type == "mistral" else attention
+    window: int | None = getattr(holder, "sliding_window", None)
+    return window
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
