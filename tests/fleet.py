@@ -1,4 +1,4 @@
-"""Calls of instances as only processes of their fleet can make them."""
+"""What tests of running instances share: one process to fork them from, and calls as only processes of a fleet make them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import httpx2 as httpx
 
 from chiasm.fleet_key import FleetKey
 from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.launch.fork_server import ForkServer
+
+FORKS = ForkServer()
+"""It ends with the test run."""
 
 
 class Signed(httpx.Auth):

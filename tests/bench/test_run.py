@@ -152,7 +152,7 @@ def _instances(pid: int) -> list[psutil.Process]:
     found: list[psutil.Process] = []
     for child in psutil.Process(pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "child" in child.cmdline():
+            if "chiasm child" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 

@@ -38,7 +38,7 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def _encoder(running: Running) -> psutil.Process | None:
-    found = [one for one in running.children if "encoder-0" in one.cmdline()]
+    found = [one for one in running.children if "child encoder-0" in " ".join(one.cmdline())]
     return found[0] if found else None
 
 

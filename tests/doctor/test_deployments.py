@@ -17,6 +17,7 @@ from chiasm.fleet_key import make_fleet_key
 from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
 from chiasm.wire import Role
 from tests.cli.running import Running
+from tests.fleet import FORKS
 
 SETTINGS = {"kv_cache_bytes": 16 << 20, "max_model_len": 512, "dtype": "float32", "threads": 1}
 SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512", "--dtype", "float32", "--threads", "1")
@@ -62,7 +63,7 @@ def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "bfloat16": ("--shared-storage-path", str(store), "--dtype", "bfloat16"),
     }
     with ExitStack() as stack:
-        deployment = stack.enter_context(Deployment(config))
+        deployment = stack.enter_context(Deployment(config, forks=FORKS))
         started = {
             name: stack.enter_context(
                 Running(

@@ -24,7 +24,7 @@ from chiasm.bench import synthetic
 from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
 from chiasm.launch.layout import Layout
 from chiasm.wire import Role
-from tests.fleet import Signed
+from tests.fleet import FORKS, Signed
 
 MODEL = "small"
 SMALL = {"kv_cache_bytes": 16 << 20, "max_model_len": 512}
@@ -205,7 +205,7 @@ def run(
         proxy_settings=proxy_settings,
         **{"settings": SMALL} | dict(fields or {}),
     )
-    with Deployment(config) as deployment:
+    with Deployment(config, forks=FORKS) as deployment:
         deployment.wait_ready(180)
         yield Service(deployment)
 

@@ -15,6 +15,7 @@ from chiasm.errors import ConfigurationError
 from chiasm.launch import Deployment, DeploymentConfig, Layout, ProcessState, RoleConfig, arrangement
 from chiasm.launch.gpus import Gpu
 from chiasm.wire import Role
+from tests.fleet import FORKS
 from tests.launch.waiting import eventually
 
 SMALL = {"kv_cache_bytes": 16 << 20, "max_model_len": 512}
@@ -74,7 +75,7 @@ def test_instances_that_do_not_fit_together_end_the_start_with_the_proxys_reason
     roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig(settings={"dtype": "bfloat16"})}
     with (
         pytest.raises(ConfigurationError, match="encoder-0 doesn't fit the other instances: its dtype is float32"),
-        Deployment(DeploymentConfig("demo", roles, settings=SMALL)) as deployment,
+        Deployment(DeploymentConfig("demo", roles, settings=SMALL), forks=FORKS) as deployment,
     ):
         deployment.wait_ready(120)
 
@@ -98,7 +99,7 @@ def test_instances_on_other_gpus_serve_without_one_that_cannot_be_started() -> N
     roles = {Role.AGGREGATED: RoleConfig(2, threads=1, devices=("0", "1"), settings=on_cpu)}
     lines: list[str] = []
     config = DeploymentConfig("demo", roles, settings=SMALL)
-    with Deployment(config, on_line=lambda name, text: lines.append(f"{name} {text}")) as deployment:
+    with Deployment(config, forks=FORKS, on_line=lambda name, text: lines.append(f"{name} {text}")) as deployment:
 
         def given_up() -> bool:
             (second,) = [one for one in deployment.processes if one.name == "aggregated-1"]
@@ -119,7 +120,7 @@ def test_a_start_fails_with_the_name_of_the_gpu_if_no_instance_can_be_started(fo
     roles = {Role.AGGREGATED: RoleConfig(2, devices=("0", "1"))}
     with (
         pytest.raises(ConfigurationError, match=r"aggregated-0 on GPU 0: "),
-        Deployment(DeploymentConfig(folder, roles, settings={"kv_cache_bytes": 1})) as deployment,
+        Deployment(DeploymentConfig(folder, roles, settings={"kv_cache_bytes": 1}), forks=FORKS) as deployment,
     ):
         deployment.wait_ready(60)
 
@@ -127,7 +128,7 @@ def test_a_start_fails_with_the_name_of_the_gpu_if_no_instance_can_be_started(fo
 def test_the_file_of_shared_cores_is_removed_at_the_end() -> None:
     roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()}
     config = DeploymentConfig("demo", roles, layout=Layout.COLOCATED, settings=SMALL)
-    with Deployment(config) as deployment:
+    with Deployment(config, forks=FORKS) as deployment:
         deployment.wait_ready(60)
         scratch = deployment.scratch
         assert scratch is not None

@@ -33,6 +33,7 @@ from chiasm.wire import (
     KVTransferParams,
     Role,
 )
+from tests.fleet import FORKS
 
 from .conftest import Answer, data_url, image_bytes
 from .instances import MODEL, FakeInstance, kv_unavailable, refuse
@@ -82,7 +83,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
         served_model_name=MODEL,
         settings={"kv_cache_bytes": 16 << 20, "max_model_len": 512},
     )
-    with Deployment(config) as deployment:
+    with Deployment(config, forks=FORKS) as deployment:
         deployment.wait_ready(180)
         yield deployment
 

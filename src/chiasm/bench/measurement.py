@@ -12,6 +12,7 @@ from chiasm.bench.client import Client
 from chiasm.bench.goodput_options import GoodputOptions
 from chiasm.bench.soak_options import SoakOptions
 from chiasm.bench.statistics import Estimate, median, paired_ratio
+from chiasm.launch.fork_server import ForkServer
 
 SERVED_NAME = "bench"
 """The name under which every topology serves its model, whatever the checkpoint."""
@@ -33,6 +34,8 @@ class Bench:
     """Number of samples, in place of each measurement's own."""
     goodput: GoodputOptions = field(default_factory=GoodputOptions)
     soak: SoakOptions = field(default_factory=SoakOptions)
+    forks: ForkServer = field(default_factory=ForkServer)
+    """What instances of all measurements are forked from."""
     on_phase: Callable[[str, int | None], None] = field(default=lambda text, steps: None)
     advance: Callable[[], None] = field(default=lambda: None)
     """Move the progress bar by one step."""

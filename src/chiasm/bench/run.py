@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from chiasm.bench.trace import read_trace
 from chiasm.errors import ConfigurationError
 from chiasm.extras import Extra, require
 from chiasm.launch.config import EngineKind
+from chiasm.launch.fork_server import ForkServer
 from chiasm.launch.vllm import installed
 
 if TYPE_CHECKING:
@@ -131,7 +133,7 @@ async def _measure(
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="chiasm-bench-") as scratch:
         async with opened() as client:
-            with _progress() as progress:
+            with _progress() as progress, closing(ForkServer()) as forks:
                 for measurement in chosen:
                     task = progress.add_task(measurement.name, total=None, doing="")
 
@@ -149,6 +151,7 @@ async def _measure(
                         config.repeat,
                         config.goodput,
                         config.soak,
+                        forks,
                         on_phase=show,
                         advance=partial(progress.advance, task),
                     )

@@ -125,7 +125,7 @@ async def running(bench: Bench, *configs: DeploymentConfig) -> AsyncIterator[tup
     async with AsyncExitStack() as stack:
         deployments = []
         for config in configs:
-            deployment = Deployment(config, fleet_key=bench.client.fleet_key)
+            deployment = Deployment(config, fleet_key=bench.client.fleet_key, forks=bench.forks)
             stack.push_async_callback(_stop, deployment)
             await asyncio.to_thread(deployment.start)
             deployments.append(deployment)

@@ -26,6 +26,8 @@ COMMANDS = {
     "completion": "Print the completion script of a shell.",
 }
 """Each is a module of this package with ``parser()`` and ``run(settings)``, which returns an exit code or None."""
+_OF_DEPLOYMENTS = ("child", "fork-server")
+"""For launch.Deployment, not for people."""
 _HELP = f"""\
 usage: chiasm COMMAND [OPTIONS]
 
@@ -67,10 +69,18 @@ def _run(arguments: Sequence[str]) -> int | None:
     if name == "--version":
         print(f"chiasm {__version__}")
         return None
-    if name == "child" and len(others) == 1:  # for launch.Deployment, not for people
+    if name in _OF_DEPLOYMENTS:
         from chiasm.launch.run import run_child
 
-        run_child(others[0])
+        child: str | None
+        if name == "child":
+            (child,) = others
+        else:
+            from chiasm.launch.fork_server import serve
+
+            child = serve()
+        if child is not None:
+            run_child(child)
         return None
     if name not in COMMANDS:
         _fail(f"There is no command {name!r}; the commands are {', '.join(COMMANDS)}.")

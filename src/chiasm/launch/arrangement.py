@@ -34,6 +34,8 @@ class Arrangement:
     """Never ``auto``."""
     description: str
     """The layout, who shares what, and why, in one line."""
+    on_cpu: bool = False
+    """Whether all instances are the built-in engine's, and none uses a GPU."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,11 @@ def arrange(config: DeploymentConfig, folder: Path | None) -> Arrangement:
     model_bytes = weights_bytes(config, folder, in_float32=on_cpu) if folder is not None else 0
     layout, why = _choose(config, gpus, model_bytes)
     if layout is Layout.SPLIT:
-        return _split(config, folder, gpus, why)
-    devices = _devices(config, gpus)
-    return _shared(config, layout, devices, gpus, model_bytes, why)
+        arrangement = _split(config, folder, gpus, why)
+    else:
+        arrangement = _shared(config, layout, _devices(config, gpus), gpus, model_bytes, why)
+    named = any(role.devices or _is_gpu(role.settings.get("device")) for role in arrangement.config.roles.values())
+    return replace(arrangement, on_cpu=on_cpu and not named)
 
 
 def one_of_each(config: DeploymentConfig) -> DeploymentConfig:
@@ -88,7 +92,11 @@ def weights_bytes(config: DeploymentConfig, folder: Path, *, in_float32: bool) -
 
 def _names_gpu(config: DeploymentConfig) -> bool:
     """Whether ``--device`` names a GPU, which all instances of the built-in engine then use."""
-    return config.engine is EngineKind.CHIASM and str(config.settings.get("device", "")).startswith("cuda")
+    return config.engine is EngineKind.CHIASM and _is_gpu(config.settings.get("device"))
+
+
+def _is_gpu(device: object) -> bool:
+    return str(device).startswith("cuda")
 
 
 def _usable_gpus(config: DeploymentConfig) -> tuple[Gpu, ...]:

@@ -15,7 +15,8 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO
 
 from chiasm.errors import ConfigurationError
@@ -51,6 +52,42 @@ class ProcessState(enum.StrEnum):
     STOPPED = "stopped"
 
 
+@dataclass(frozen=True)
+class Process:
+    """A process that was started, in a session of its own."""
+
+    pid: int
+    stdin: IO[str]
+    stdout: IO[str]
+    stderr: IO[str]
+    wait: Callable[[], int]
+    """Wait for its end, free its number, and return its return code as ``subprocess`` does."""
+
+
+Start = Callable[[Sequence[str], Mapping[str, str]], Process]
+"""Starts a command in an environment. Raises OSError."""
+
+
+def start_process(command: Sequence[str], environment: Mapping[str, str], *, inherited: Sequence[int] = ()) -> Process:
+    """Start a command in an environment, with these descriptors of this process. Raises OSError."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        pass_fds=inherited,
+        start_new_session=True,  # Ctrl-C in the terminal is for this process, which then ends its children
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    return Process(process.pid, process.stdin, process.stdout, process.stderr, process.wait)
+
+
 class Child:
     """A command that runs until it is asked to end.
 
@@ -63,15 +100,15 @@ class Child:
         self,
         name: str,
         command: Sequence[str],
-        environment: dict[str, str],
+        environment: Mapping[str, str],
         *,
         configuration: str = "",
-        inherited: Sequence[int] = (),
+        start: Start = start_process,
         on_change: Callable[[Child], None],
         on_line: Callable[[str, str], None],
     ) -> None:
-        """``configuration`` is one line for the process's standard input; empty: nothing is written there. ``inherited`` are
-        descriptors of this process that it gets.
+        """``configuration`` is one line for the process's standard input; empty: nothing is written there. ``start`` is called
+        in a thread of this object.
 
         ``on_change`` is called at every new state, ``on_line`` with each line (name, text) of standard error. Both are called
         in threads of this object and must not block.
@@ -87,11 +124,11 @@ class Child:
         """The last lines of standard error, of all runs."""
         self._environment = environment
         self._configuration = configuration
-        self._inherited = inherited
+        self._start = start
         self._on_change = on_change
         self._on_line = on_line
         self._lock = threading.Lock()  # guards the process, and whether one may be started
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Process | None = None
         self._ending = threading.Event()
         self._ever_ready = False
         self._thread = threading.Thread(target=self._live, name=f"chiasm-{name}", daemon=True)
@@ -137,8 +174,7 @@ class Child:
             self._change(ProcessState.STARTING)
             process = self._spawn()
             if process is not None:
-                ready_since = self._follow(process)
-                code = process.returncode
+                ready_since, code = self._follow(process)
             if self._ending.is_set():
                 self._change(ProcessState.STOPPED)
                 return
@@ -154,38 +190,29 @@ class Child:
                 return
             self.restarts += 1
 
-    def _spawn(self) -> subprocess.Popen[str] | None:
+    def _spawn(self) -> Process | None:
+        if self._ending.is_set():
+            return None
+        try:
+            process = self._start(self.command, self._environment)  # without the lock, since it may take seconds
+        except OSError as error:
+            self._note(f"cannot be started: {error}")
+            return None
         with self._lock:
-            if self._ending.is_set():
-                return None
-            try:
-                self._process = subprocess.Popen(
-                    self.command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    encoding="utf-8",
-                    errors="replace",
-                    env=self._environment,
-                    pass_fds=self._inherited,
-                    start_new_session=True,  # Ctrl-C in the terminal is for this process, which then ends its children
-                )
-            except OSError as error:
-                self._note(f"cannot be started: {error}")
-                return None
-            self.pid = self._process.pid
-            return self._process
+            self._process = process
+            self.pid = process.pid
+        if self._ending.is_set():  # nobody could ask it
+            self._signal(signal.SIGKILL)
+        return process
 
-    def _follow(self, process: subprocess.Popen[str]) -> float | None:
-        """Read what the process says until it has ended; return when it became ready, if it did."""
+    def _follow(self, process: Process) -> tuple[float | None, int]:
+        """Read what the process says until it has ended; return when it became ready, if it did, and its return code."""
         ready_since = None
         self._configure(process)
         errors = threading.Thread(
             target=self._pass_on, args=(process.stderr,), name=f"chiasm-{self.name}-log", daemon=True
         )
         errors.start()
-        assert process.stdout is not None
         while line := process.stdout.readline(_LINE_CHARACTERS):
             if ready_since is None and line.startswith(_READY):
                 ready_since = time.monotonic()
@@ -195,18 +222,16 @@ class Child:
         with self._lock:  # once waited for, its number may belong to another process
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # what a killed process leaves of its own
-            process.wait()
+            code = process.wait()
             self._process = self.pid = None
         errors.join(1.0)
         for stream in (process.stdin, process.stdout, process.stderr):
-            assert stream is not None
             with contextlib.suppress(OSError):
                 stream.close()
-        return ready_since
+        return ready_since, code
 
-    def _configure(self, process: subprocess.Popen[str]) -> None:
+    def _configure(self, process: Process) -> None:
         if self._configuration:
-            assert process.stdin is not None
             with contextlib.suppress(OSError):  # it has died already
                 process.stdin.write(f"{self._configuration}\n")
                 process.stdin.flush()
@@ -284,7 +309,7 @@ def describe_exit(code: int | None) -> str:
         return f"signal {-code}"
 
 
-def _await_exit(process: subprocess.Popen[str]) -> None:
+def _await_exit(process: Process) -> None:
     """Wait until the process has ended; it keeps its number until it is reaped."""
     if hasattr(os, "waitid"):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -14,11 +15,13 @@ from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.extras import Extra, require
 from chiasm.fleet_key import FleetKey, make_fleet_key, read_fleet_key
 from chiasm.http.key_rules import read_admin_keys
+from chiasm.launch import fork_server
 from chiasm.launch.arrangement import arrange
-from chiasm.launch.child import Child, ProcessState
+from chiasm.launch.child import Child, ProcessState, Start, start_process
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placements, others_serve
 from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory, memory_for_embeddings
+from chiasm.launch.fork_server import ForkServer
 from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort, instance_infos, load_progress
 from chiasm.wire import InstanceInfo, InstanceState, Role
@@ -93,6 +96,7 @@ class Deployment:
         config: DeploymentConfig,
         *,
         fleet_key: FleetKey | None = None,
+        forks: ForkServer | None = None,
         on_change: Callable[[ProcessStatus], None] | None = None,
         on_line: Callable[[str, str], None] | None = None,
     ) -> None:
@@ -100,6 +104,7 @@ class Deployment:
 
         Raises ConfigurationError if there is no such model, engine or device, if the engine is not installed, or if the fleet
         key that the configuration or the environment gives isn't fit. ``fleet_key`` is taken instead of that one.
+        Instances are forks of ``forks``, which others may use too; without it, the deployment has one of its own.
 
         ``on_change`` is called at every new state of a process, ``on_line`` with each line (name of the process, text) that one
         logs. Both are called in other threads and must return at once.
@@ -118,6 +123,8 @@ class Deployment:
         """Folder of the checkpoint."""
         self.arrangement = arrange(config, self.folder)
         """Which instances there are, and where each of them computes."""
+        self._forks = forks or ForkServer()
+        self._has_forks = forks is None
         self._on_change = on_change or (lambda status: None)
         self._on_line = on_line or (lambda name, line: None)
         self._members: dict[str, _Member] = {}
@@ -153,6 +160,7 @@ class Deployment:
                 plan.command,
                 plan.environment | self.fleet_key.environment(),
                 configuration=plan.configuration,
+                start=self._start_of(plan),
                 on_change=self._changed,
                 on_line=self._on_line,
             )
@@ -182,6 +190,12 @@ class Deployment:
         except BaseException:
             self._release()
             raise
+
+    def _start_of(self, plan: ProcessPlan) -> Start:
+        """Return how to start a process. On a GPU each imports for itself: a fork of a process that has used CUDA can't."""
+        if plan.role is None or not self.arrangement.on_cpu or not fork_server.is_available():
+            return start_process
+        return partial(self._forks.start, self.folder)
 
     def _surroundings(self) -> Surroundings:
         config = self.arrangement.config
@@ -285,6 +299,8 @@ class Deployment:
 
         What still runs ends with an error.
         """
+        if self._has_forks:
+            self._forks.close()
         proxy, instances = self._in_order()
         children = [*proxy, *instances]
         for some, seconds in ((proxy, PROXY_STOP_SECONDS), (instances, STOP_SECONDS)):

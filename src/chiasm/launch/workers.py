@@ -11,11 +11,12 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from chiasm.errors import ConfigurationError
 from chiasm.http.listen import bind, url_of
-from chiasm.launch.child import Child, ProcessState, print_ready
+from chiasm.launch.child import Child, ProcessState, print_ready, start_process
 from chiasm.launch.folders import LockedFolder
 from chiasm.launch.process import ProcessConfig, ProxyProcess, to_json
 from chiasm.launch.signals import EndSignals
@@ -87,7 +88,7 @@ def _worker(config: ProxyProcess, number: int, listener: int, folder: Path) -> C
         [sys.executable, "-m", "chiasm", "child", name],
         dict(os.environ),
         configuration=to_json(process),
-        inherited=(listener,),
+        start=partial(start_process, inherited=(listener,)),
         on_change=lambda child: None,
         on_line=_pass_on,
     )

@@ -9,7 +9,8 @@ import torch
 
 from chiasm.models.base import LanguageModel, LoadProgress, Pixels, Positions, Prompt, VisionModel
 from chiasm.models.checkpoint import open_checkpoint
-from chiasm.models.loading import load_part
+from chiasm.models.loading import load_part, model_class
+from chiasm.models.processor import load_processor
 from chiasm.models.support import entry_width, family_of, load_config
 
 if TYPE_CHECKING:
@@ -42,6 +43,15 @@ def load_language(
     config = load_config(checkpoint)
     module = load_part(checkpoint, config, "language", dtype=dtype, device=device, progress=progress)
     return TransformersLanguageModel(module, config, family_of(config), entry_width(config), dtype, device)
+
+
+def import_classes(folder: Path) -> None:
+    """Import what the processor and both parts of a checkpoint consist of, and read no weights.
+
+    Raises ConfigurationError, UnsupportedModelError.
+    """
+    model_class(load_config(open_checkpoint(folder)))
+    load_processor(folder)
 
 
 class TransformersVisionModel(VisionModel):

@@ -39,7 +39,7 @@ def load_part(
     the checkpoint holds tensors that belong to neither part.
     """
     checkpoint.weight_files()
-    part_class = _part_class(_model_class(config), part)
+    part_class = _part_class(model_class(config), part)
     try:
         with quiet(), counted(progress or LoadProgress()):
             model, info = part_class.from_pretrained(
@@ -70,17 +70,18 @@ def load_part(
     return cast("nn.Module", model.eval().to(device))
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
+    """Return transformers' class for a checkpoint with this config."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 
 
-def _part_class(model_class: Any, part: Part) -> Any:
+def _part_class(whole_class: Any, part: Part) -> Any:
     """Return a subclass that drops the other part's modules before storage is allocated for them."""
 
     def __init__(self: Any, config: Any) -> None:
-        model_class.__init__(self, config)
+        whole_class.__init__(self, config)
         decoder, head = self.get_decoder(), self.get_output_embeddings()
         if part == "vision":
             dropped = [name for name, module in self.named_modules() if module is decoder or module is head]
@@ -96,7 +97,7 @@ def _part_class(model_class: Any, part: Part) -> Any:
         self._keys_to_ignore_on_load_unexpected = ignored | {rf"^(?:{other_part})(?:\.|$)"}
 
     # transformers looks up the renamed tensors of older checkpoints by the name of the class.
-    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+    return type(whole_class.__name__, (whole_class,), {"__init__": __init__, "__module__": whole_class.__module__})
 
 
 @contextmanager
