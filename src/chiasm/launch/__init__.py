@@ -5,7 +5,7 @@ shares a device), ``arrangement``, ``gpus`` and ``devices`` (which instance comp
 ``folders``, ``plan`` (the processes), which uses ``process`` (what one is made from) and ``vllm`` (the command of ``vllm
 serve``), ``child`` (one process, started again when it dies), ``deployment`` (all of them). In the child, ``run`` runs an
 instance or the proxy, ``workers`` a proxy as several processes, and ``supervisor`` is the parent of a server that isn't
-chiasm's, such as vLLM.
+chiasm's, such as vLLM. ``drain`` takes an instance down that anybody has started.
 """
 
 from typing import TYPE_CHECKING
