@@ -69,7 +69,7 @@ Start = Callable[[Sequence[str], Mapping[str, str]], Process]
 
 
 def start_process(command: Sequence[str], environment: Mapping[str, str], *, inherited: Sequence[int] = ()) -> Process:
-    """Start a command in an environment, with descriptors of this process that it gets. Raises OSError."""
+    """Start a command in an environment, with these descriptors of this process. Raises OSError."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

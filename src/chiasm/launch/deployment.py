@@ -168,12 +168,6 @@ class Deployment:
         for member in self._members.values():
             member.child.start()
 
-    def _start_of(self, plan: ProcessPlan) -> Start:
-        """Return how to start a process. On a GPU each imports for itself: a fork of a process that has used CUDA can't."""
-        if plan.role is None or not self.arrangement.on_cpu or not fork_server.is_available():
-            return start_process
-        return partial(self._forks.start, self.folder)
-
     def preview(self) -> list[ProcessPlan]:
         """Return what would be started, the proxy first, and keep nothing of it: a start may take other free ports.
 
@@ -196,6 +190,12 @@ class Deployment:
         except BaseException:
             self._release()
             raise
+
+    def _start_of(self, plan: ProcessPlan) -> Start:
+        """Return how to start a process. On a GPU each imports for itself: a fork of a process that has used CUDA can't."""
+        if plan.role is None or not self.arrangement.on_cpu or not fork_server.is_available():
+            return start_process
+        return partial(self._forks.start, self.folder)
 
     def _surroundings(self) -> Surroundings:
         config = self.arrangement.config
