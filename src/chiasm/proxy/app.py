@@ -29,6 +29,7 @@ from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.drain import drain_route
 from chiasm.proxy.leases import lease_route
 from chiasm.proxy.metrics import CONTENT_TYPE
+from chiasm.proxy.records.pages import record_routes
 from chiasm.proxy.service import ProxyService
 from chiasm.wire import (
     CHAT_PATH,
@@ -76,6 +77,7 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
         Route("/metrics", pages.metrics),
         lease_route(lambda: service.leases, service.fleet_key, service.now),
         drain_route(service, admin),
+        *record_routes(service.records, admin),
     ]
     if admin.has_key:
         routes.append(Route("/instances", _Instances(service, admin).handle, methods=["GET", "POST", "DELETE"]))
