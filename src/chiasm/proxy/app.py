@@ -31,6 +31,7 @@ from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.drain import drain_route
 from chiasm.proxy.leases import lease_route
 from chiasm.proxy.metrics import CONTENT_TYPE
+from chiasm.proxy.records.pages import record_routes
 from chiasm.proxy.service import ProxyService
 from chiasm.proxy.siblings import Repeater, Siblings, Worker, is_from_sibling
 from chiasm.wire import (
@@ -87,6 +88,7 @@ def create_app(
         Route("/metrics", pages.metrics),
         lease_route(lambda: service.leases, service.fleet_key, service.now),
         drain_route(service, admin),
+        *record_routes(service.records, admin),
     ]
     if admin.has_key:
         routes.append(Route(INSTANCES_PATH, _Instances(service, admin).handle, methods=["GET", "POST", "DELETE"]))

@@ -153,6 +153,11 @@ class Instance:
         """Why it isn't healthy."""
         return self.failure or self.lease_fault or self.mismatch
 
+    @property
+    def address(self) -> str:
+        """Its URL without the scheme, as logs and records have it."""
+        return self.url.partition("://")[2]
+
     def describe(self, now: float) -> InstanceInfo:
         """Return what others may know of it; ``now`` is on the clock on which its costs are learned."""
         health = self.health

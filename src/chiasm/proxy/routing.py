@@ -124,12 +124,14 @@ class Router:
         self._balancer.check_model(job.request.model)
         job.note_model(job.request.model or next(iter(self._fleet.models), ""))
         self._check_text(job)
+        job.trail.passed("ready")
         items = await self._read_items(job) if has_media else []
         needs_encoder = has_media
         if has_media:
             if asks_store:
                 needs_encoder = not await self._stored_embeddings.find(items, job)
                 await self._balancer.until_healthy(has_images=needs_encoder)
+                job.trail.passed("store")
             job.work = _work(job, items)
         try:
             if self._is_handed_over(job):
@@ -190,7 +192,7 @@ class Router:
                 f"The request has {count} images; the limit is {limit}.", param="messages", code=Code.TOO_MANY_IMAGES
             )
         try:
-            items, fetch_seconds = await read_items(
+            items, fetch_seconds, job.trail.fetches = await read_items(
                 job.request.media,
                 fetcher=self._fetcher,
                 executor=self._executor,
@@ -201,6 +203,7 @@ class Router:
         except MediaError:
             self._metrics.items.labels("refused").inc()
             raise
+        job.trail.passed("images")
         if fetch_seconds is not None:
             job.timing.fetch = fetch_seconds
             self._metrics.fetch.observe(fetch_seconds)
@@ -215,7 +218,7 @@ class Router:
         body = await job.request.with_parts_replaced([item.image_embeds_part() for item in items])
         job.request.forget()
         job.request.body = body
-        job.identifiers = [item.identifier for item in items]
+        job.identifiers = job.trail.identifiers = [item.identifier for item in items]
         job.encoding = asyncio.ensure_future(self._encode(tuple(items), job, on_embedded))
         items.clear()  # kept by the task alone
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from chiasm.engine.request import GenerateRequest
 from chiasm.http import Exchange
-from chiasm.http.timing import TimingEntry, write_timing
+from chiasm.http.timing import TimingEntry, duration_of, write_timing
 from chiasm.models.token_bytes import TextOffsets, token_bytes_of
 from chiasm.server.context import GeneratingEngine
 from chiasm.server.metrics import Metrics
@@ -147,16 +147,33 @@ class Generation:
                 "encode": timing.encode_seconds or None,
                 "prefill": timing.prefill_seconds,
             }
-            entries += [TimingEntry(name, value) for name, value in seconds.items() if value is not None]
+            starts = {"queue": self._engine_at(timing), "prefill": self._engine_at(timing, timing.prefill_at)}
+            entries += [
+                TimingEntry(name, value, at=starts.get(name)) for name, value in seconds.items() if value is not None
+            ]
+            entries += [
+                TimingEntry("stall", stall.seconds, at=self._engine_at(timing, stall.at)) for stall in timing.stalls
+            ]
             entries.append(TimingEntry("prompt_tokens", description=str(usage.prompt_tokens)))
             entries.append(TimingEntry("cached_tokens", description=str(usage.prompt_tokens_details.cached_tokens)))
         if has_ended:
             entries.append(TimingEntry("total", time.monotonic() - self._exchange.arrival))
         if timing is not None:
             entries += [
-                TimingEntry(f"item{index}", item.wait_seconds, item.outcome) for index, item in enumerate(timing.items)
+                TimingEntry(f"item{index}", item.wait_seconds, item.outcome, self._engine_at(timing))
+                for index, item in enumerate(timing.items)
             ]
         return write_timing(entries)
+
+    def _engine_at(self, timing: RequestTiming, seconds: float | None = 0.0) -> float | None:
+        """Return when something was that was ``seconds`` after the request's arrival in the engine, from its arrival here.
+
+        The first token is the instant that both know.
+        """
+        ttft = duration_of(self._exchange.timing, "ttft")
+        if ttft is None or timing.first_token_seconds is None or seconds is None:
+            return None
+        return max(0.0, ttft - timing.first_token_seconds) + seconds
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Output, None]]) -> AsyncGenerator[tuple[int, Output], None]:
