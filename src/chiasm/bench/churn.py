@@ -9,17 +9,20 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from chiasm.bench.client import Client, RequestFailedError
 from chiasm.bench.measurement import SERVED_NAME
 from chiasm.errors import ChiasmError
+from chiasm.launch.child import Process, describe_exit
+from chiasm.launch.fork_server import ForkServer
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.process import instance_process, proxy_process, to_json
 from chiasm.wire import Role
@@ -38,55 +41,52 @@ _CONNECTORS: Mapping[Role, Mapping[str, Any]] = {
 }
 
 
-class Nursery:
-    """Starts instances as forks (:mod:`chiasm.bench.nursery`), and hears what becomes of them."""
+class Instances:
+    """Starts instances as forks of one process, so that a start takes about what loading the model does."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self._born: asyncio.Queue[int] = asyncio.Queue()
-        self._ready: dict[int, asyncio.Future[tuple[str, float]]] = {}
-        self._ended: dict[int, asyncio.Future[int]] = {}
-        self._hearing = asyncio.create_task(self._hear())
+    def __init__(self, model: Path, forks: ForkServer, environment: Mapping[str, str]) -> None:
+        self._model = model
+        self._forks = forks
+        self._environment = environment
+        self._running: set[int] = set()
 
-    async def bear(self, configuration: str) -> int:
-        """Start an instance; return its process id. One at a time."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(configuration.encode() + b"\n")
-        return await asyncio.wait_for(self._born.get(), _START_SECONDS)
+    async def start(self, role: Role, settings: Mapping[str, Any]) -> Process:
+        configuration = to_json(instance_process(self._model, role, settings))
+        command = [sys.executable, "-m", "chiasm", "child", f"{role}-churn"]
+        process = await asyncio.to_thread(self._forks.start, self._model, command, self._environment)
+        self._running.add(process.pid)
+        process.stdin.write(f"{configuration}\n")
+        process.stdin.flush()
+        threading.Thread(target=_pass_on, args=(process.stderr,), name="chiasm-churn-log", daemon=True).start()
+        return process
 
-    async def ready(self, pid: int) -> tuple[str, float]:
-        """Return an instance's URL, and when it was ready."""
-        return await asyncio.wait_for(asyncio.shield(self._ready[pid]), _START_SECONDS)
+    async def ready(self, process: Process) -> tuple[str, float]:
+        """Return an instance's URL, and when it was ready. Raises ChiasmError if it ends before."""
+        line = await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), _START_SECONDS)
+        if not line:
+            raise ChiasmError(f"An instance ended with {describe_exit(await self.ended(process))}; see its log.")
+        return line.split()[-1], time.perf_counter()
 
-    async def ended(self, pid: int) -> int:
+    async def ended(self, process: Process) -> int:
         """Return the exit code of an instance when it has ended."""
-        return await asyncio.wait_for(asyncio.shield(self._ended[pid]), _STEP_SECONDS)
+        code = await asyncio.wait_for(asyncio.to_thread(process.wait), _STEP_SECONDS)
+        self._running.discard(process.pid)
+        process.stdin.close()
+        process.stdout.close()
+        return code
 
-    async def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), _STEP_SECONDS)
-        self._hearing.cancel()
-        await asyncio.gather(self._hearing, return_exceptions=True)
+    def close(self) -> None:
+        """Kill what still runs."""
+        for pid in self._running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
 
-    async def _hear(self) -> None:
-        assert self._process.stdout is not None
-        loop = asyncio.get_running_loop()
-        while line := (await self._process.stdout.readline()).decode():
-            what, number, *more = line.split()
-            pid = int(number)
-            if what == "born":
-                self._ready[pid], self._ended[pid] = loop.create_future(), loop.create_future()
-                self._born.put_nowait(pid)
-            elif what == "ready":
-                self._ready[pid].set_result((more[0], time.perf_counter()))
-            else:
-                if not self._ready[pid].done():
-                    self._ready[pid].set_exception(
-                        ChiasmError(f"An instance ended with exit code {more[0]}; see its log.")
-                    )
-                self._ended[pid].set_result(int(more[0]))
+
+def _pass_on(stream: IO[str]) -> None:
+    with stream:
+        for line in stream:
+            sys.stderr.write(line)
 
 
 @dataclass
@@ -109,17 +109,13 @@ class Churned:
 class Churn:
     """A fleet of one instance or more of each role, all of which have joined all proxies."""
 
-    def __init__(
-        self, model: Path, roles: Sequence[Role], proxies: Sequence[str], nursery: Nursery, client: Client
-    ) -> None:
-        self._model = model
+    def __init__(self, roles: Sequence[Role], proxies: Sequence[str], instances: Instances, client: Client) -> None:
         self.roles = roles
         self.proxies = proxies
-        self._nursery = nursery
+        self._instances = instances
         self._client = client
-        self._members: dict[Role, deque[int]] = defaultdict(deque)
-        """Process ids by role, the oldest first."""
-        self._bearing = asyncio.Lock()
+        self._members: dict[Role, deque[Process]] = defaultdict(deque)
+        """By role, the oldest first."""
 
     async def join(self, role: Role) -> float:
         """Add an instance; return the seconds from its being ready until every proxy uses it."""
@@ -130,23 +126,22 @@ class Churn:
             "join": tuple(self.proxies),
             "served_model_name": SERVED_NAME,
         }
-        async with self._bearing:
-            pid = await self._nursery.bear(to_json(instance_process(self._model, role, settings)))
-        url, ready = await self._nursery.ready(pid)
+        process = await self._instances.start(role, settings)
+        url, ready = await self._instances.ready(process)
         async with asyncio.timeout(_STEP_SECONDS):
             for proxy in self.proxies:
                 while True:
                     if await self._is_healthy(proxy, url):
                         break
                     await asyncio.sleep(_LOOK_SECONDS)
-        self._members[role].append(pid)
+        self._members[role].append(process)
         return time.perf_counter() - ready
 
     async def drain(self, role: Role) -> tuple[int, float]:
         """End the oldest instance of a role by SIGTERM; return its exit code, and how long that took."""
-        pid, began = self._members[role].popleft(), time.perf_counter()
-        os.kill(pid, signal.SIGTERM)
-        return await self._nursery.ended(pid), time.perf_counter() - began
+        process, began = self._members[role].popleft(), time.perf_counter()
+        os.kill(process.pid, signal.SIGTERM)
+        return await self._instances.ended(process), time.perf_counter() - began
 
     async def run(self, changes: int, bodies: Sequence[bytes], clients: int, advance: Callable[[], None]) -> Churned:
         """Join and drain ``changes`` instances, of all roles in turn, while so many clients ask."""
@@ -197,25 +192,15 @@ class Churn:
 
 @asynccontextmanager
 async def churning(
-    model: Path, client: Client, *, roles: Sequence[Role], proxies: int = 1, each: int = 1
+    model: Path, client: Client, forks: ForkServer, *, roles: Sequence[Role], proxies: int = 1, each: int = 1
 ) -> AsyncIterator[Churn]:
     """A fleet with ``each`` instances of each role, which has ended when the block does."""
     environment = os.environ | client.fleet_key.environment() | {"PYTHONUNBUFFERED": "1"}
     async with AsyncExitStack() as stack:
         urls = [await stack.enter_async_context(_proxy(environment)) for _ in range(proxies)]
-        nursery = Nursery(
-            await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "chiasm.bench.nursery",
-                str(model),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                env=environment,
-            )
-        )
-        stack.push_async_callback(nursery.close)
-        churn = Churn(model, roles, urls, nursery, client)
+        instances = Instances(model, forks, environment)
+        stack.callback(instances.close)
+        churn = Churn(roles, urls, instances, client)
         await asyncio.gather(*(churn.join(role) for role in roles for _ in range(each)))
         yield churn
 

@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from chiasm.cores import pin_to, share_cores
@@ -28,16 +27,6 @@ def run_instance(config: InstanceProcess) -> NoReturn:
 
     run(config.engine, config.server, served_model_name=config.served_model_name, on_ready=print_ready)
     _end_at_once()
-
-
-def run_forked(config: InstanceProcess, on_ready: Callable[[str], None]) -> None:
-    """Run an instance in a process that was forked; return when it has ended. Raises ConfigurationError."""
-    _begin(config, config.server.host, config.server.port)
-    share_cores(config.engine.threads)
-
-    from chiasm.server import run
-
-    run(config.engine, config.server, served_model_name=config.served_model_name, on_ready=on_ready)
 
 
 def run_proxy(config: ProxyProcess) -> None:

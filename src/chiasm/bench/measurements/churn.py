@@ -29,7 +29,7 @@ class ChurnMeasurement(Measurement):
         changes = bench.samples(_CHANGES, quick=_QUICK_CHANGES)
         bench.phase("starting a fleet that can be changed")
         model = make("qwen3_vl", bench.scratch / "churn")
-        async with churning(model, bench.client, roles=_ROLES, proxies=2, each=2) as churn:
+        async with churning(model, bench.client, bench.forks, roles=_ROLES, proxies=2, each=2) as churn:
             bench.phase("joins and drains", changes)
             found = await churn.run(changes, bodies(bench.seed), _CLIENTS, bench.advance)
         return judge(found)
