@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chiasm.proxy.records.spans import Span, Timeline
+from chiasm.proxy.records.spans import PROXY, Span, Timeline
 
-_TOLERANCE_SECONDS = 0.001
+_TOLERANCE_SECONDS = 0.0003
 _TOLERANCE = 0.01
 """Of the time to the first token: so far apart are instants that two instances tell of one event."""
 
@@ -20,7 +20,7 @@ def critical_path(timeline: Timeline) -> list[Span]:
     end = timeline.end if timeline.first_token is None else timeline.first_token
     near = max(_TOLERANCE_SECONDS, end * _TOLERANCE)
     path: list[Span] = []
-    at, item, where = end, None, ""
+    at, item, where = end, None, PROXY
     while at > 0:
         span = _before(timeline.spans, at, near, item, where)
         if span is None:
@@ -38,7 +38,9 @@ def _before(spans: Sequence[Span], at: float, near: float, item: int | None, whe
     running = [span for span in begun if span.end > at + near]
     if not ending and not running:
         return max(begun, key=lambda span: span.end, default=None)
-    return max(
-        ending or running,
-        key=lambda span: (not span.is_wait, span.item == item, span.where == where, span.end, span.start),
-    )
+
+    def rank(span: Span) -> tuple[bool, bool, bool, float, float]:
+        is_related = span.where in (where, PROXY) or span.item == item
+        return is_related and not span.is_wait, is_related, span.item == item, span.end, span.start
+
+    return max(ending or running, key=rank)

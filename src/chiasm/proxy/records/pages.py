@@ -142,8 +142,8 @@ def dashboard() -> tuple[str, str]:
     page = files("chiasm.proxy.records").joinpath("dashboard.html").read_text("utf-8")
     script, style = (" ".join(map(_hash, kind.findall(page))) for kind in (_SCRIPT, _STYLE))
     policy = (
-        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src blob: data:; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src blob: data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page, policy
 

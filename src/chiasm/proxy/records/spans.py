@@ -18,6 +18,8 @@ from chiasm.wire import Role
 PROXY = "proxy"
 WAITS = frozenset({"read", "ready", "place", "await encoder", "queue", "wait"})
 """Stages in which nothing is done for the request."""
+WAYS = frozenset({"send", "return", "answer", "transfer", "first token"})
+"""Stages in which something is on its way, or waits to be noticed."""
 _SHORTEST = 1e-6
 _ITEM_STAGES = ("preprocess", "encode", "publish")
 _CONSECUTIVE = ("queue", "kv", "wait", "transfer", "prefill")
@@ -44,6 +46,11 @@ class Span(NamedTuple):
         """Whether nothing is done for the request meanwhile."""
         return self.name in WAITS
 
+    @property
+    def is_work(self) -> bool:
+        """Whether something is computed, read or copied for it."""
+        return self.name not in WAITS and self.name not in WAYS
+
 
 class Timeline(NamedTuple):
     """A whole request. Seconds from its arrival."""
@@ -63,7 +70,7 @@ class Timeline(NamedTuple):
     def overlap_seconds(self) -> float:
         """Return how much later the first token would have come if one stage had begun where another ended."""
         limit = self.end if self.first_token is None else self.first_token
-        work = [(span.start, min(span.end, limit)) for span in self.spans if not span.is_wait and span.start < limit]
+        work = [(span.start, min(span.end, limit)) for span in self.spans if span.is_work and span.start < limit]
         return sum(end - start for start, end in work) - _union(work)
 
 
