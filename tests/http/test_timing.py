@@ -10,8 +10,10 @@ from chiasm.http.timing import TimingEntry, duration_seconds, read_timing, write
 
 
 def test_seconds_are_written_as_milliseconds() -> None:
-    written = write_timing([TimingEntry("fetch", 0.0015), TimingEntry("item0", 0.25, "hit"), TimingEntry("plain")])
-    assert written == 'fetch;dur=1.500, item0;desc="hit";dur=250.000, plain'
+    written = write_timing(
+        [TimingEntry("fetch", 0.0015), TimingEntry("item0", 0.25, "hit"), TimingEntry("plain", at=0.5)]
+    )
+    assert written == 'fetch;dur=1.500, item0;desc="hit";dur=250.000, plain;at=500.000'
 
 
 names = st.text("abcdefgh-_0123456789", min_size=1, max_size=8)
@@ -19,13 +21,14 @@ durations = st.none() | st.integers(0, 10**6).map(lambda microseconds: microseco
 descriptions = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12)
 
 
-@given(st.lists(st.builds(TimingEntry, names, durations, descriptions), max_size=5))
+@given(st.lists(st.builds(TimingEntry, names, durations, descriptions, durations), max_size=5))
 def test_what_is_written_is_read(entries: list[TimingEntry]) -> None:
     read = read_timing(write_timing(entries))
     assert [(entry.name, entry.description) for entry in read] == [(e.name, e.description) for e in entries]
     assert [entry.seconds for entry in read] == [
         e.seconds if e.seconds is None else pytest.approx(e.seconds) for e in entries
     ]
+    assert [entry.at for entry in read] == [e.at if e.at is None else pytest.approx(e.at) for e in entries]
 
 
 @given(st.text(max_size=60))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 from chiasm.wire import Role
@@ -101,3 +102,19 @@ def test_items_are_accounted_for_in_the_answer(disaggregated: Service) -> None:
     again = disaggregated.post(chat("see", sample_image(91), "?"))
     assert 'item0;desc="' in fresh.headers["server-timing"]
     assert 'item0;desc="hit"' in again.headers["server-timing"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_record_of_a_request_covers_its_time_to_the_first_token(disaggregated: Service, stream: bool) -> None:
+    body = chat("first", sample_image(71 + stream), "second", sample_image(73 + stream), stream=stream)
+    name = f"record-{stream}"
+    assert disaggregated.post(body, headers={"X-Request-Id": name}).status_code == 200
+    record = httpx.get(f"{disaggregated.url}/requests/{name}", timeout=10).json()
+    assert record["covered"] >= 0.98
+    stages = {(span["name"], span.get("item")) for span in record["spans"]}
+    for item in (0, 1):
+        assert {(name, item) for name in ("await encoder", "preprocess", "encode", "publish")} <= stages
+    assert {("prepare", None), ("prefill", None), ("decode", None)} <= stages
+    path = record["critical_path"]
+    assert path[0]["start"] == 0
+    assert sum(span["end"] - span["start"] for span in path) == pytest.approx(record["first_token_seconds"], rel=0.05)

@@ -20,7 +20,7 @@ from chiasm.engine.base import Engine
 from chiasm.engine.calibration import encode_seconds, image_costs
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.device import check_memory, use_threads
-from chiasm.engine.request import EncodedItem, EncodeItem, EngineStats, ItemOutcome
+from chiasm.engine.request import EncodedItem, EncodeItem, EngineStats, ItemOutcome, StageStarts
 from chiasm.errors import (
     ChiasmError,
     Code,
@@ -211,11 +211,15 @@ class EncoderEngine(Engine):
         metadata = self.processor.geometry_of_size(item.height, item.width).metadata
 
         def result(
-            outcome: ItemOutcome, preprocess: float = 0.0, encode: float = 0.0, publish: float = 0.0
+            outcome: ItemOutcome,
+            preprocess: float = 0.0,
+            encode: float = 0.0,
+            publish: float = 0.0,
+            began: StageStarts | None = None,
         ) -> EncodedItem:
             self._items[outcome] += 1
             queue_seconds = max(0.0, time.monotonic() - started - preprocess - encode - publish)
-            return EncodedItem(item.identifier, metadata, outcome, preprocess, encode, publish, queue_seconds)
+            return EncodedItem(item.identifier, metadata, outcome, preprocess, encode, publish, queue_seconds, began)
 
         if await self._is_published(item.identifier):
             return result(ItemOutcome.HIT)
@@ -223,12 +227,15 @@ class EncoderEngine(Engine):
         pixels, preprocess_seconds = await self._decoder.decode(
             item.data, item.height * item.width, self.processor.preprocess, self._preprocess_pool
         )
+        preprocess_at = time.monotonic() - preprocess_seconds
         entry, encode_seconds = await self._in(self._encode_pool, lambda: self._run(pixels))
+        encode_at = time.monotonic() - encode_seconds
         _, publish_seconds = await self._in(
             self._publish_pool, lambda: self._ec_worker.save_caches({item.identifier: entry}, item.identifier)
         )
         self._encode_seconds += encode_seconds
-        return result(ItemOutcome.ENCODED, preprocess_seconds, encode_seconds, publish_seconds)
+        began = StageStarts(preprocess_at, encode_at, time.monotonic() - publish_seconds)
+        return result(ItemOutcome.ENCODED, preprocess_seconds, encode_seconds, publish_seconds, began)
 
     async def _is_published(self, identifier: str) -> bool:
         # Not on the event loop: an entry that another encoder has published is read to check that it isn't damaged.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from chiasm.errors import InvalidRequestError
 
@@ -161,6 +161,14 @@ class ItemTiming:
     encode_seconds: float = 0.0
 
 
+class Stall(NamedTuple):
+    """A time during which a request could not continue."""
+
+    at: float
+    """From arrival."""
+    seconds: float
+
+
 @dataclass
 class RequestTiming:
     """Where the time to the first token went. Seconds; None for what has not happened."""
@@ -180,6 +188,10 @@ class RequestTiming:
     first_token_seconds: float | None = None
     """From arrival to the first token."""
     items: list[ItemTiming] = field(default_factory=list)
+    prefill_at: float | None = None
+    """From arrival to the first scheduled chunk."""
+    stalls: list[Stall] = field(default_factory=list)
+    """The first waits for embeddings, of which ``wait_seconds`` is the sum."""
 
 
 FinishReason = Literal["stop", "length"]
@@ -225,6 +237,14 @@ class EncodeItem:
     width: int
 
 
+class StageStarts(NamedTuple):
+    """When the stages of an image began, on the clock of ``time.monotonic``."""
+
+    preprocess: float
+    encode: float
+    publish: float
+
+
 @dataclass(frozen=True)
 class EncodedItem:
     """The result of encoding one image."""
@@ -237,6 +257,8 @@ class EncodedItem:
     encode_seconds: float
     publish_seconds: float
     queue_seconds: float
+    began: StageStarts | None = None
+    """When its stages began; None for a hit."""
 
 
 @dataclass(frozen=True)

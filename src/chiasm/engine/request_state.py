@@ -13,13 +13,14 @@ from chiasm.due import due
 from chiasm.engine.block_manager import BlockHasher
 from chiasm.engine.outputs import Choice
 from chiasm.engine.pace import prompt_work
-from chiasm.engine.request import GenerateRequest, ItemTiming, Output, RequestTiming
+from chiasm.engine.request import GenerateRequest, ItemTiming, Output, RequestTiming, Stall
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError, EmbeddingUnavailableError
 from chiasm.models.base import Processor
 
 logger = logging.getLogger(__name__)
 
+_STALLS_KEPT = 16
 _BEFORE_ALL_NEW = -math.inf
 """When an answer is due that was cut off on another instance, so that it is not cut off again."""
 
@@ -114,6 +115,7 @@ class RequestState:
         """Note that a chunk of its prompt is in the step that begins."""
         if self.first_scheduled is None:
             self.first_scheduled = now
+            self.timing.prefill_at = now - self.arrived
             self.timing.queue_seconds = now - self.arrived - self.waited_before_start
 
     def note_stalled(self, stalled: bool, now: float) -> None:
@@ -122,6 +124,8 @@ class RequestState:
             self.stalled_since = now
         elif not stalled and self.stalled_since is not None:
             self.timing.wait_seconds += now - self.stalled_since
+            if len(self.timing.stalls) < _STALLS_KEPT:
+                self.timing.stalls.append(Stall(self.stalled_since - self.arrived, now - self.stalled_since))
             if self.first_scheduled is None:
                 self.waited_before_start += now - self.stalled_since
             self.stalled_since = None

@@ -21,6 +21,8 @@ class TimingEntry(NamedTuple):
     name: str
     seconds: float | None = None
     description: str = ""
+    at: float | None = None
+    """When it began, in seconds from the arrival of the request at the server that tells it; None if it isn't told."""
 
 
 def write_timing(entries: Iterable[TimingEntry]) -> str:
@@ -59,11 +61,12 @@ def _written(entry: TimingEntry) -> str:
     quoted = entry.description.replace("\\", "\\\\").replace('"', '\\"')
     description = f';desc="{quoted}"' if entry.description else ""
     duration = f";dur={entry.seconds * 1000:.3f}" if entry.seconds is not None else ""
-    return f"{entry.name}{description}{duration}"
+    start = f";at={entry.at * 1000:.3f}" if entry.at is not None else ""
+    return f"{entry.name}{description}{duration}{start}"
 
 
 def _read(name: str, parameters: str) -> TimingEntry:
-    seconds: float | None = None
+    seconds = at = None
     description = ""
     for key, value in _PARAMETER.findall(parameters):
         bare = _ESCAPED.sub(r"\1", value[1:-1]) if value.startswith('"') else value
@@ -71,7 +74,9 @@ def _read(name: str, parameters: str) -> TimingEntry:
             description = bare
         elif key.lower() == "dur":
             seconds = _seconds(bare)
-    return TimingEntry(name, seconds, description)
+        elif key.lower() == "at":
+            at = _seconds(bare)
+    return TimingEntry(name, seconds, description, at)
 
 
 def _seconds(milliseconds: str) -> float | None:

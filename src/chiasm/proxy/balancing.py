@@ -217,8 +217,10 @@ class Balancer:
                 full.clear()
 
     async def _call(self, instance: Instance, job: Job, make_body: Callable[[bytes], bytes]) -> Call:
+        job.trail.passed("place")
         body = make_body(await job.body_for(instance))
         job.note_instance(instance)
+        trail = job.trail.call_language(instance.address, instance.role)
         try:
             call = await self._upstream.post(instance.url, job.path, body, job.headers())
         except InstanceLostError as error:
@@ -229,6 +231,7 @@ class Balancer:
         except BaseException:
             call.close()
             raise
+        job.trail.answered(trail, call.headers.get("server-timing"))
         return call
 
     async def _wait_for_room(self, line: Line, assignment: Assignment, job: Job, *, first: bool = False) -> None:

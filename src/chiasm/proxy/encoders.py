@@ -33,6 +33,7 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.prompts import ItemWork
+from chiasm.proxy.records.trail import EncodedAt, EncoderCall
 from chiasm.proxy.upstream import RefusedError, Upstream, UpstreamError, UpstreamResponse
 from chiasm.proxy.waiting import Comeback, none_healthy
 from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem, ECPlace, InstanceState, Role
@@ -118,6 +119,7 @@ class Encoders:
     async def _fly(self, items: Iterable[Item], job: Job) -> dict[str, Flight]:
         """Return the flights of these images when all have ended well."""
         flights: dict[str, Flight] = {}
+        asked_at = time.monotonic()
         for item in items:
             if item.identifier in flights:
                 continue
@@ -153,6 +155,9 @@ class Encoders:
             for flight in flights.values():
                 self._leave(flight, job)
             self._feed()
+        for name, flight in flights.items():
+            if flight.encoded is not None:
+                job.trail.encoded(name, asked_at, flight.encoded)
         job.published_at = {**job.published_at, **{name: flight.published_at for name, flight in flights.items()}}
         return flights
 
@@ -309,6 +314,9 @@ class Encoders:
         now = time.monotonic()
         timing = read_timing(response.headers.get("Server-Timing"))
         encode_seconds = duration_of(timing, "encode")
+        encoder_call = EncoderCall(
+            call.instance.address, call.started_at, now, response.headers.get("Server-Timing", "")
+        )
         done = [flight for flight in call.flights if flight.item.identifier in published]
         missing = [flight for flight in call.flights if flight.item.identifier not in published]
         self._queue.finish(
@@ -324,6 +332,7 @@ class Encoders:
             for job in flight.waiters:
                 job.note_instance(call.instance)
             flight.encode_seconds, flight.published_at = encode_seconds, now
+            flight.encoded = EncodedAt(encoder_call, call.flights.index(flight))
             self._settle(flight, bytes(published[flight.item.identifier].metadata), by=call)
         if missing:
             self._exclude(missing, call.instance)

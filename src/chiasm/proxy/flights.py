@@ -13,6 +13,7 @@ from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import Feed
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
+from chiasm.proxy.records.trail import EncodedAt
 from chiasm.proxy.upstream import RefusedError
 from chiasm.proxy.waiting import none_healthy
 from chiasm.wire import Role
@@ -36,6 +37,8 @@ class Flight:
         self.calls: list[Call] = []
         """The calls from which it is expected: none while it waits, and two while it is hedged. Language instances are told the
         place of the first one's encoder."""
+        self.encoded: EncodedAt | None = None
+        """By which call it was encoded."""
         self.attempts = 0
         self.has_met_full = False
         """Whether an encoder has refused it for want of room."""

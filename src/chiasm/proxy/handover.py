@@ -122,6 +122,7 @@ class Handover:
 
     async def _decode(self, handle: Handle) -> None:
         started = time.perf_counter()
+        self._job.trail.resume()
 
         def note_answer() -> None:
             self._engine.lease = ""

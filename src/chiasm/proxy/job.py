@@ -13,6 +13,7 @@ from chiasm.http.timing import TimingEntry, read_timing, write_timing
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.media import Item, embeds_part
 from chiasm.proxy.prompts import Work
+from chiasm.proxy.records.trail import Trail
 from chiasm.proxy.relay import EventRelay
 from chiasm.proxy.request import Request
 from chiasm.proxy.upstream import Call, UpstreamResponse
@@ -83,11 +84,12 @@ class Original(NamedTuple):
 class Job:
     """One request on its way through the proxy. Compared by identity."""
 
-    def __init__(self, exchange: Exchange, path: str, request: Request, timing: Timing) -> None:
+    def __init__(self, exchange: Exchange, path: str, request: Request, timing: Timing, trail: Trail) -> None:
         self.exchange = exchange
         self.path = path
         self.request = request
         self.timing = timing
+        self.trail = trail
         self.client = ""
         """Names the client's API key, so that instances let keys take turns; empty if the proxy checks none."""
         self.work = Work(exchange.arrival, len(request.body), streams=request.stream)
@@ -121,9 +123,8 @@ class Job:
     def note_instance(self, instance: Instance) -> None:
         """Note for the log that an instance has worked for it: by its address."""
         called: list[str] = self._details.setdefault("instances", [])  # type: ignore[assignment]
-        address = instance.url.partition("://")[2]
-        if address not in called:
-            called.append(address)
+        if instance.address not in called:
+            called.append(instance.address)
 
     def note_model(self, model: str) -> None:
         """Note for the log which model is asked, which is known to be served, and how many images the request has."""
@@ -257,10 +258,10 @@ class Job:
 
     async def send_stream(self, call: Call, first: bytes, next_chunk: Callable[[], Awaitable[bytes]]) -> None:
         """Pass on a whole stream that begins with ``first``."""
-        chunk = first
-        await self.send_events(chunk, call.headers)
+        await self.send_events(first, call.headers)
+        write, pass_on = self.exchange.write, self._relay.pass_on
         while chunk := await next_chunk():
-            await self.send_events(chunk, call.headers)
+            await write(pass_on(chunk))
         await self.end_events()
 
 

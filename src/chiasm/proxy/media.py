@@ -62,6 +62,8 @@ class Items(NamedTuple):
     items: list[Item]
     fetch_seconds: float | None
     """Wall time of fetching; None if there was nothing to fetch."""
+    fetches: dict[int, tuple[float, float]]
+    """When an image was fetched, by its index, on the clock of ``time.monotonic``."""
 
 
 def embeds_part(identifier: str, metadata: bytes) -> bytes:
@@ -83,8 +85,8 @@ async def read_items(
     ``holder`` is told how many bytes are in memory in addition to the body. Raises MediaError and what ``holder`` raises.
     """
     loop = asyncio.get_running_loop()
-    fetched_at: list[float] = []
-    started = time.perf_counter()
+    fetched: dict[bytes, tuple[float, float]] = {}
+    started = time.monotonic()
     turns = asyncio.Semaphore(fetcher.config.max_fetches_per_request)
 
     async def read(url: bytes) -> Item:
@@ -101,8 +103,9 @@ async def read_items(
             arrived_bytes += size_bytes
 
         async with turns:
+            began = time.monotonic()
             data = await fetcher.fetch(_text(url), hold)
-        fetched_at.append(time.perf_counter())
+        fetched[url] = began, time.monotonic()
         holder.hold(len(data) * 4 // 3)
         item = await loop.run_in_executor(executor, _item_of_bytes, fetcher, data, fingerprint, salt)
         holder.give_back(arrived_bytes)
@@ -122,8 +125,9 @@ async def read_items(
         finally:
             for task in tasks:
                 task.cancel()
-    fetch_seconds = max(fetched_at) - started if fetched_at else None
-    return Items([by_key[key] for key in keys], fetch_seconds)
+    fetch_seconds = max(end for _, end in fetched.values()) - started if fetched else None
+    fetches = {index: fetched[part.url] for index, part in enumerate(parts) if part.url in fetched} if fetched else {}
+    return Items([by_key[key] for key in keys], fetch_seconds, fetches)
 
 
 def _text(url: bytes) -> str:

@@ -40,7 +40,7 @@ from chiasm.proxy.relay import begin
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Call, InstanceError, InstanceLostError, ResponseCutOffError, Upstream
 from chiasm.proxy.waiting import Comeback
-from chiasm.wire import Role
+from chiasm.wire import CHAT_PATH, Role
 
 _MEDIA_THREADS = 2
 SendBack = Callable[[Job, Call, Assignment], Awaitable[None]]
@@ -64,7 +64,7 @@ class Router:
         self._config = config
         self._fleet = fleet
         self._metrics = metrics
-        self._placement = Placement(fleet)
+        self._placement = Placement(fleet, config.hedged_share)
         comeback = Comeback(
             fleet, metrics, seconds=config.wait_for_instance_seconds, max_requests=config.max_waiting_requests
         )
@@ -123,12 +123,15 @@ class Router:
         await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
         job.note_model(job.request.model or next(iter(self._fleet.models), ""))
+        self._check_text(job)
+        job.trail.passed("ready")
         items = await self._read_items(job) if has_media else []
         needs_encoder = has_media
         if has_media:
             if asks_store:
                 needs_encoder = not await self._stored_embeddings.find(items, job)
                 await self._balancer.until_healthy(has_images=needs_encoder)
+                job.trail.passed("store")
             job.work = _work(job, items)
         try:
             if self._is_handed_over(job):
@@ -167,6 +170,17 @@ class Router:
             self._note_overhead(job, started, has_media=bool(job.request.media))
             await self._call(job, assignment, self._send_back_as_it_is)
 
+    def _check_text(self, job: Job) -> None:
+        """Raise InvalidRequestError for a text that no instance can take, before anything else is done for it."""
+        limit, characters = self._fleet.text_limit, job.request.text_characters
+        if limit is not None and limit.tokens_of(characters) >= limit.tokens:
+            raise InvalidRequestError(
+                f"The prompt has at least {limit.tokens_of(characters)} tokens, and the context of this model is "
+                f"{limit.tokens} tokens, answer included. Shorten the prompt.",
+                param="messages" if job.path == CHAT_PATH else "prompt",
+                code=Code.CONTEXT_LENGTH_EXCEEDED,
+            )
+
     # ---- images --------------------------------------------------------------------------------------------------------
 
     async def _read_items(self, job: Job) -> list[Item]:
@@ -178,7 +192,7 @@ class Router:
                 f"The request has {count} images; the limit is {limit}.", param="messages", code=Code.TOO_MANY_IMAGES
             )
         try:
-            items, fetch_seconds = await read_items(
+            items, fetch_seconds, job.trail.fetches = await read_items(
                 job.request.media,
                 fetcher=self._fetcher,
                 executor=self._executor,
@@ -189,6 +203,7 @@ class Router:
         except MediaError:
             self._metrics.items.labels("refused").inc()
             raise
+        job.trail.passed("images")
         if fetch_seconds is not None:
             job.timing.fetch = fetch_seconds
             self._metrics.fetch.observe(fetch_seconds)
@@ -203,7 +218,7 @@ class Router:
         body = await job.request.with_parts_replaced([item.image_embeds_part() for item in items])
         job.request.forget()
         job.request.body = body
-        job.identifiers = [item.identifier for item in items]
+        job.identifiers = job.trail.identifiers = [item.identifier for item in items]
         job.encoding = asyncio.ensure_future(self._encode(tuple(items), job, on_embedded))
         items.clear()  # kept by the task alone
 
@@ -299,7 +314,7 @@ class Router:
             return
 
         async def next_chunk() -> bytes:
-            return await job.unless_encoding_fails(call.chunk())
+            return await (call.chunk() if job.encoding is None else job.unless_encoding_fails(call.chunk()))
 
         # The head is held back until the first event has arrived, so that failures before it still have a status.
         first = await begin(next_chunk)

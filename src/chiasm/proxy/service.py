@@ -27,6 +27,7 @@ from chiasm.proxy.membership import OPTIONS, Listed, Membership
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.other_paths import parse_other
 from chiasm.proxy.probe import Prober
+from chiasm.proxy.records.ring import Records
 from chiasm.proxy.request import Request, parse_chat, parse_completion
 from chiasm.proxy.routing import Router
 from chiasm.proxy.tenants import TenantBy, of_tenant
@@ -51,6 +52,7 @@ class ProxyService:
         self.admission = Admission(
             config.max_concurrent_requests, config.max_buffered_bytes, config.http, self.metrics.refusals
         )
+        self.records = Records()
         self.is_stopping = False
         self.clock: Callable[[], float] = time.time
         self._discovered = [parse_source(argument) for argument in config.discover]
@@ -127,12 +129,16 @@ class ProxyService:
 
         def start(exchange: Exchange) -> None:
             self.metrics.in_flight.inc()
+            self.records.begin(exchange)
             if self.is_stopping:
                 raise _stopping()
 
         def count(exchange: Exchange) -> None:
             self.metrics.in_flight.dec()
+            self.records.end(exchange, path)
             self.metrics.requests.labels(path, str(exchange.status)).inc()
+            if exchange.key is not None and exchange.key.name:
+                self.metrics.key_requests.labels(exchange.key.name, str(exchange.status)).inc()
 
         bounds = Bounds(
             deadline_seconds=self.config.deadline_seconds,
@@ -144,10 +150,14 @@ class ProxyService:
     async def _handle(self, path: str, exchange: Exchange) -> None:
         started = time.perf_counter()
         timing = Timing()
+        exchange.visit.stages = timing.durations
+        trail = self.records.trail_of(exchange)
+        trail.passed("read")
         try:
             request = await self._parsed(exchange, _PARSERS.get(path, parse_other))
             request = self._of_tenant(request, exchange)
-            job = Job(exchange, path, request, timing)
+            trail.passed("parse")
+            job = Job(exchange, path, request, timing, trail)
             if exchange.key is not None:
                 job.client = exchange.key.id
             try:
@@ -156,9 +166,9 @@ class ProxyService:
                 if exchange.has_begun:
                     raise
                 await job.send_response(error.response)
-        finally:
+        except BaseException:
             exchange.error_headers = [timing.header()]
-            exchange.visit.stages = timing.durations()
+            raise
 
     def _of_tenant(self, request: Request, exchange: Exchange) -> Request:
         """Return the request with the salt of its tenant, if it has one."""

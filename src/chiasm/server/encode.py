@@ -104,5 +104,17 @@ def _server_timing(exchange: Exchange, encoded: Sequence[EncodedItem], in_order:
                 )
                 for index, item in enumerate(in_order)
             ),
+            *(stage for index, item in enumerate(in_order) for stage in _stages(exchange, index, item)),
         ]
     )
+
+
+def _stages(exchange: Exchange, index: int, item: EncodedItem) -> list[TimingEntry]:
+    """Return when the stages of one image were; they may have begun for another request."""
+    if item.began is None:
+        return []
+    seconds = (item.preprocess_seconds, item.encode_seconds, item.publish_seconds)
+    return [
+        TimingEntry(f"{name}{index}", took, at=max(0.0, began - exchange.arrival))
+        for name, took, began in zip(item.began._fields, seconds, item.began, strict=True)
+    ]

@@ -28,7 +28,7 @@ class Membership:
         self._key = key
         self._proxies = tuple(url.strip() for url in environment.get(JOIN_VARIABLE, "").split(",") if url.strip())
         self._advertise_url = environment.get(ADVERTISE_VARIABLE, "")
-        self._joiner: Joiner | None = None
+        self._url = self._role = ""
 
     @property
     def load(self) -> Load:
@@ -50,13 +50,12 @@ class Membership:
                 "with --api-server-count 1, or name it to the proxy by an option."
             )
         proxies = check_proxies(self._proxies, host, self._advertise_url)
-        url, role = own_url(host, port, proxies, self._advertise_url), str(role_of(state.vllm_config))
+        self._url, self._role = own_url(host, port, proxies, self._advertise_url), str(role_of(state.vllm_config))
+        joiner = Joiner(proxies, self._key, self.lease)
+        joiner.start()
+        self._end.tell, self._end.leave = joiner.tell, joiner.close
 
-        def lease() -> Lease:
-            status = DRAINING if self._end.is_asked else "ok"
-            return Lease(url=url, role=role, incarnation=self.incarnation, status=status, load=self.load)
-
-        self._joiner = Joiner(proxies, self._key, lease)
-        self._joiner.start()
-        self._end.tell = self._joiner.tell
-        self._end.leave = self._joiner.close
+    def lease(self) -> Lease:
+        """Return what the proxies are told."""
+        status = DRAINING if self._end.is_asked else "ok"
+        return Lease(url=self._url, role=self._role, incarnation=self.incarnation, status=status, load=self.load)

@@ -77,6 +77,11 @@ class ServerEnd:
         finally:
             self._calls.discard(call)
 
+    async def ended(self) -> None:
+        """Wait until it has ended, once that has begun."""
+        assert self._ending is not None
+        await self._ending
+
     def drain(self) -> None:
         """End when nothing runs any more, however long that takes."""
         assert self._shutdown is not None
