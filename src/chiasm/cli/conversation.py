@@ -123,7 +123,7 @@ def ask(url: str, turn: Turn) -> Answer:
 def _answer(text: str, server_timing: str | None) -> Answer:
     milliseconds: dict[str, float] = {}
     items: list[ImageTiming] = []
-    for name, seconds, description in read_timing(server_timing):
+    for name, seconds, description, _ in read_timing(server_timing):
         if name.startswith("item") and name != "item":
             items.append(ImageTiming(description, 1000 * (seconds or 0)))
         else:
