@@ -65,3 +65,12 @@ print(Path("/proc/self/autogroup").read_text())
 @pytest.mark.parametrize(("cpus", "text"), [((0,), "0"), ((0, 1, 2, 5), "0-2,5"), ((3, 2), "2-3"), ((), "")])
 def test_cpus_are_shown_as_a_person_writes_them(cpus: tuple[int, ...], text: str) -> None:
     assert cores.show_cpus(cpus) == text
+
+
+def test_what_a_cpu_can_do_is_read_from_the_words_of_linux() -> None:
+    x86 = "processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\nvmx flags\t: vnmi\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+    assert cores.parse_flags(x86) == {"fpu", "avx2", "avx512_bf16"}
+    assert cores.parse_flags("processor : 0\nFeatures : fp asimd bf16\n") == {"fp", "asimd", "bf16"}
+    assert cores.parse_flags("") == frozenset()
+    assert cores.has_native_bfloat16({"avx2", "amx_bf16"})
+    assert not cores.has_native_bfloat16({"avx2", "avx512f"})

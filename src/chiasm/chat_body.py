@@ -46,6 +46,18 @@ def with_content_parts(body: bytes, replace: Callable[[Raw], bytes | Raw]) -> by
     return json_object({**members, "messages": json_array(messages)})
 
 
+def content_parts(body: bytes) -> tuple[list[dict[str, Raw]], list[Raw]]:
+    """Return the messages of a chat completion, and all their content parts. Raises like :func:`with_content_parts`."""
+    messages = _objects.decode(_object.decode(body).get("messages", b""))
+    contents = [message["content"] for message in messages if "content" in message]
+    return messages, [part for one in contents if bytes(memoryview(one)[:1]) == b"[" for part in _array.decode(one)]
+
+
+def json_array_size(value: bytes | Raw | None) -> int:
+    """Return how many elements a value has; 0 if it is no array. Raises like :func:`with_content_parts`."""
+    return 0 if value is None or bytes(memoryview(value)[:1]) != b"[" else len(_array.decode(value))
+
+
 def with_texts(body: bytes, change: Callable[[str], str]) -> bytes:
     """Return the body with each text of its messages, their tool calls and the template's arguments changed, in order.
 

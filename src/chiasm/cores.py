@@ -1,4 +1,4 @@
-"""How many CPU cores there are, and which of them a process may use."""
+"""How many CPU cores there are, what they can do, and which of them a process may use."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence, Set
+from functools import cache
 from pathlib import Path
 
 from chiasm.errors import ConfigurationError
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CPUINFO = Path("/proc/cpuinfo")
+_NATIVE_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
 _MOST_CPUS = 1 << 16
 _SPINS = 3000
 ENCODER_NICE = 5
@@ -31,6 +34,29 @@ def usable_cores() -> int:
 def allowed_cpus() -> set[int]:
     """Return the CPUs that this process may run on; empty if the system doesn't tell."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Return what this machine's CPU can do, in the words of Linux, such as ``avx2``; empty if the system doesn't tell."""
+    try:
+        return parse_flags(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return frozenset()
+
+
+def has_native_bfloat16(flags: Set[str]) -> bool:
+    """Tell whether a CPU with these flags multiplies bfloat16 by itself, and so faster than float32."""
+    return not _NATIVE_BFLOAT16.isdisjoint(flags)
+
+
+def parse_flags(cpuinfo: str) -> frozenset[str]:
+    """Return the flags of the first CPU in the text of ``/proc/cpuinfo``; empty if it has none."""
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
 
 
 def parse_cpus(text: str) -> tuple[int, ...]:

@@ -38,11 +38,14 @@ OTHER_PATHS = (
 AWAITED_PATH = "/embeddings/awaited"
 PLACES_PATH = "/embeddings/places"
 CLIENT_HEADER = "x-chiasm-client"
+WORKER_HEADER = "x-chiasm-worker"
+"""From whom the worker of a proxy has a request that it passes on to another one; empty if it asks for itself."""
 """With it the proxy, if it checks API keys, tells an instance which of them a request has; it names the key, and isn't it."""
 FLEET_HEADER = "x-chiasm-fleet"
 """The signature of a call that only processes of the fleet may make (:mod:`chiasm.http.fleet_calls`)."""
 KV_RELEASE_PATH = "/v1/kv/release"
 """Below /v1, so that it needs an API key where answers need one."""
+INSTANCES_PATH = "/instances"
 LEASE_PATH = "/fleet/lease"
 """Where instances join a proxy, and renew their leases."""
 DRAIN_PATH = "/drain"
@@ -156,6 +159,8 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Whether ``image_size`` sizes placeholders for it; otherwise it needs the metadata of the encoder's answer."""
     max_model_len: Count | None = None
     """Tokens of prompt and answer together."""
+    longest_token: Count | None = None
+    """Characters of the longest token: a text has at least its characters divided by this in tokens. None if it doesn't say."""
     max_items: Count | None = None
     """Images that one request may have."""
     max_body_bytes: Count | None = None

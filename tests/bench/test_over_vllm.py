@@ -34,7 +34,7 @@ def test_topologies_over_vllm_have_the_same_instances(topology: Callable[[str], 
     }
     assert config.served_model_name == built_in.served_model_name
     assert config.kv_connector is None
-    assert config.vllm_flags[:2] == ("--dtype", "float32")
+    assert config.settings["dtype"] == built_in.settings["dtype"] == "float32"
     for role, one in config.roles.items():
         assert ("--kv-cache-memory-bytes" in one.vllm_flags) is (role is not Role.ENCODER)
         assert ("--limit-mm-per-prompt" in one.vllm_flags) is (role in (Role.ENCODER, Role.AGGREGATED))

@@ -46,3 +46,15 @@ def test_every_image_is_encoded_or_found_or_joins_another() -> None:
     images = popular(3000, items=300, rate=80.0, seed=5)
     routed = RoutingSimulation([1.0, 2.0, 0.5], capacity=20, proxies=3).run(images)
     assert sum(routed.encoded) + routed.hits + routed.joined == len(images)
+
+
+def test_hedging_makes_slow_encodings_matter_less_and_costs_one_call_in_twenty_at_most() -> None:
+    images = new(4000, rate=0.4 * ENCODERS / (ENCODE_SECONDS * 7 / 12), seed=5)
+    hedged, not_hedged = (
+        RoutingSimulation(ENCODERS, capacity=100, slow_share=0.02, hedged_share=share).run(images)
+        for share in (0.05, 0.0)
+    )
+    assert len(hedged.seconds) == len(not_hedged.seconds) == len(images)
+    assert quantile(hedged.seconds, 0.99) < 0.8 * quantile(not_hedged.seconds, 0.99)
+    assert 0 < hedged.hedges <= len(images) // 20
+    assert not_hedged.hedges == 0

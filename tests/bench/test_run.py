@@ -105,7 +105,7 @@ def test_what_cannot_be_compared_is_refused(arguments: tuple[str, ...], message:
 
 def test_what_takes_long_or_needs_a_server_runs_only_if_it_is_named() -> None:
     names = list(MEASUREMENTS[EngineKind.CHIASM])
-    named = {"goodput", "soak", "store"}
+    named = {"churn", "goodput", "soak", "store"}
     assert [one.name for one in choose(BenchConfig())] == [name for name in names if name not in named]
     assert [one.name for one in choose(BenchConfig(("goodput", "ttft")))] == ["ttft", "goodput"]
 

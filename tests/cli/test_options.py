@@ -154,7 +154,11 @@ def test_more_arguments_are_checked_by_the_parser_of_their_command(arguments: st
 
 
 def test_the_doctor_takes_every_option_of_serve() -> None:
-    names = {action.dest for action in serve.parser()._actions} - {"model"}  # which the doctor calls its target
+    names = {action.dest for action in serve.parser()._actions} - {
+        "model",
+        "config",
+        "dry_run",
+    }  # the model is its target
     offered = {action.dest for action in doctor.parser()._actions}
     assert names <= offered
     assert {"dtype", "max_items", "ec_max_bytes", "ec_store"} <= names

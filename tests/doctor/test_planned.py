@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from chiasm.cores import cpu_flags, has_native_bfloat16
 from chiasm.doctor import Result
 from chiasm.doctor.planned import examine_plan
 from chiasm.launch import DeploymentConfig, EngineKind, RoleConfig
@@ -104,7 +105,7 @@ async def image_size(config: DeploymentConfig, dtype: str) -> str:
     return space.says.rpartition(" takes ")[2]
 
 
-async def test_auto_is_float32_on_cpu_and_the_dtype_of_the_checkpoint_for_vllm(
+async def test_auto_is_what_the_cpu_is_best_at_and_the_dtype_of_the_checkpoint_for_vllm(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "half"
@@ -113,7 +114,8 @@ async def test_auto_is_float32_on_cpu_and_the_dtype_of_the_checkpoint_for_vllm(
     (folder / "config.json").write_text(json.dumps(config))
     built_in = DeploymentConfig(str(folder), shared_storage_path=tmp_path)
     for_vllm = replace(built_in, engine=EngineKind.VLLM)
-    assert await image_size(built_in, "auto") == await image_size(built_in, "float32")
+    best = "bfloat16" if has_native_bfloat16(cpu_flags()) else "float32"
+    assert await image_size(built_in, "auto") == await image_size(built_in, best)
     assert await image_size(for_vllm, "auto") == await image_size(built_in, "float16")
     assert await image_size(built_in, "float16") != await image_size(built_in, "float32")
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import os
-import random
 import signal
 import subprocess
 import sys
@@ -25,8 +22,6 @@ from .peers import Encoder, LanguageModel
 
 ROOT = Path(__file__).parents[2]
 TESTED = ("SharedMemoryConnector", "TcpConnector")
-NUM_ROUNDS = 60
-"""Of random faults. More are run by hand."""
 
 
 class Process:
@@ -117,52 +112,3 @@ def test_an_encoder_of_another_fleet_is_not_believed(connector: str) -> None:
         model.scheduler.expect({name: encoder.place})
         model.load(request)
         assert torch.equal(model.memory[name], embedding_of("cat"))
-
-
-def test_random_faults_leave_no_wrong_byte_and_nothing_behind(connector: str) -> None:
-    run_random_faults(connector, NUM_ROUNDS, seed=7)
-
-
-def run_random_faults(connector: str, num_rounds: int, seed: int) -> None:
-    """Two encoders that are restarted, evict and lose at random, and requests that end at any moment."""
-    chance = random.Random(seed)
-    settings = {"max_bytes": 1 << 20, "receive_bytes": 1 << 18}
-    encoders = [Encoder(connector, **settings) for _ in range(2)]
-    model = LanguageModel(connector, **settings)
-    descriptors = len(os.listdir("/proc/self/fd"))
-    names = [f"image {number}" for number in range(12)]
-    expected = {identifier_of(name): embedding_of(name, rows=chance.choice((1, 300, 700))) for name in names}
-    rows = {name: len(expected[identifier_of(name)]) for name in names}
-    for number in range(num_rounds):
-        wanted = chance.sample(names, chance.randint(1, 3))
-        request = model.admit(str(number), *wanted, rows=max(rows[name] for name in wanted))
-        model.scheduler.expect({identifier_of(name): chance.choice(encoders).place for name in wanted})
-        for _ in range(chance.randint(0, 3)):
-            which = chance.randrange(2)
-            if chance.random() < 0.1:
-                encoders[which].close()
-                encoders[which] = Encoder(connector, **settings)
-            elif chance.random() < 0.2:
-                encoders[which].worker.discard(identifier_of(chance.choice(names)), "of chance")
-            else:
-                name = chance.choice(names)
-                encoders[which].encode(name, expected[identifier_of(name)])
-        if chance.random() < 0.8:
-            while any(identifier_of(name) not in model.memory for name in wanted):
-                for name in wanted:  # what the proxy does
-                    if identifier_of(name) not in model.memory and not model.scheduler.is_coming(identifier_of(name)):
-                        encoder = chance.choice(encoders)
-                        encoder.encode(name, expected[identifier_of(name)])
-                        model.scheduler.expect({identifier_of(name): encoder.place})
-                model.next_wake(request)
-            for name in wanted:
-                assert torch.equal(model.memory[identifier_of(name)], expected[identifier_of(name)])
-        model.finish(request)
-    gc.collect()
-    for encoder in encoders:  # all of its memory is free again, or can be freed
-        big = embedding_of("big", rows=(encoder.worker.max_entry_bytes - 4096) // 128)
-        encoder.encode("big", big)
-        encoder.close()
-    model.close()
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= descriptors

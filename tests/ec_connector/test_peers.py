@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from chiasm.ec_transfer import holder
 from chiasm.errors import StorageError
 from tests.launch.waiting import eventually
 
@@ -63,6 +64,26 @@ def test_an_embedding_that_is_published_arrives(encoder: Encoder, model: Languag
     request = model.admit("r", "cat")
     model.load(request)
     assert torch.equal(model.memory[name], embedding_of("cat"))
+
+
+def test_an_encoder_counts_what_nobody_has_fetched_yet(
+    encoder: Encoder, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = encoder.worker.free_bytes()
+    names = [encoder.encode(name) for name in ("cat", "dog")]
+    assert encoder.worker.num_unfetched() == 2
+    assert room is not None
+    assert encoder.worker.free_bytes() < room  # type: ignore[operator]
+    model.scheduler.expect(dict.fromkeys(names, encoder.place))
+    request = model.admit("r", "cat")
+    model.load(request)
+    model.finish(request)
+    eventually(lambda: encoder.worker.num_unfetched() == 1)
+    assert encoder.scheduler.is_published(names[0])  # somebody will come for it again
+    assert encoder.worker.num_unfetched() == 2
+    monkeypatch.setattr(holder, "FETCH_SECONDS", -1.0)
+    assert all(encoder.scheduler.is_published(name) for name in names)
+    assert encoder.worker.num_unfetched() == 0
 
 
 def test_an_embedding_may_be_wanted_before_it_is_made(encoder: Encoder, model: LanguageModel) -> None:

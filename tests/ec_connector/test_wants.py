@@ -8,6 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader
+from chiasm.ec_transfer.offers import OfferTable
 from chiasm.ec_transfer.peer_messages import Bad, Done, Forget, Here, Take, Want
 from chiasm.ec_transfer.wants import MAX_PLACES, Read, Send, Wanted, WantTable
 from chiasm.wire import ECPlace
@@ -64,7 +66,23 @@ def test_once_the_size_of_a_row_is_known_room_is_given_in_advance() -> None:
     arrive(wants, X)
     wants.take_sends()
     wants.want("2", [Wanted(Y, 5)])
-    assert messages(wants) == [Want(Y, 5)]
+    assert messages(wants) == [Want(Y, HEADER_BYTES + 5)]
+
+
+def test_an_entry_of_known_size_is_granted_without_asking_again() -> None:
+    wants = WantTable[str](10, "5eed", row_bytes=2)
+    wants.want("r", [Wanted(X, 4)])
+    wants.expect({X: HERE})
+    (want,) = wants.take_sends()
+    offers = OfferTable[int](lambda num_bytes: 0, lambda piece: piece, lambda piece: None, lambda piece: False)
+    assert isinstance(want.message, Want)
+    offers.want(1, X, want.message.room_bytes)
+    header = EntryHeader(X, "5eed", "U8", (4, 2))
+    offers.reserve(X, HEADER_BYTES + header.data_bytes)
+    offers.publish(X, header)
+    (notice,) = offers.take_notices()
+    assert isinstance(notice.message, Here)
+    assert notice.message.granted
 
 
 def test_older_requests_get_room_first() -> None:
@@ -184,7 +202,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.published[place].add(name)
         self._collect()
         if name in self.waiting[place]:
-            self._say_here(place, name, self.waiting[place].pop(name) >= SIZES[name])
+            self._say_here(place, name, self.waiting[place].pop(name) >= HEADER_BYTES + SIZES[name])
 
     @rule(name=NAMES, place=PLACES)
     def evict(self, name: str, place: ECPlace) -> None:
@@ -234,7 +252,7 @@ class AnyOrder(RuleBasedStateMachine):
         """Do what a holder does."""
         name, place, message = send.message.identifier, send.place, send.message
         if isinstance(message, Want | Take) and name in self.published[place]:
-            self._say_here(place, name, isinstance(message, Take) or message.room_bytes >= SIZES[name])
+            self._say_here(place, name, isinstance(message, Take) or message.room_bytes >= HEADER_BYTES + SIZES[name])
         elif isinstance(message, Want):
             self.waiting[place][name] = message.room_bytes
         elif isinstance(message, Take):

@@ -205,6 +205,7 @@ def start(checkpoint: Path, store: Path) -> Iterator[Start]:
             if consumes
             else None,
             "kv": KVTransferConfig(**(kv or {})) if role in (Role.PREFILL, Role.DECODE) else None,
+            "dtype": "float32",  # on every CPU, since answers are compared token for token
             "threads": 1,
             "kv_cache_bytes": 8 << 20,
         } | config
@@ -227,7 +228,8 @@ def encoders(checkpoint: Path, store: Path) -> Iterator[StartEncoder]:
         ec = ECTransferConfig(
             role=ECTransferRole.PRODUCER, connector_extra_config={"shared_storage_path": store}, max_bytes=max_bytes
         )
-        engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, threads=1, **config))
+        chosen: dict[str, Any] = {"dtype": "float32", "threads": 1} | config
+        engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, **chosen))
         engines.append(engine)
         engine.start()
         return Encoder(engine)

@@ -124,7 +124,7 @@ class Driver:
 
     def load(self) -> None:
         """Load the wanted embeddings that exist. Like the engine, look for them only if something has changed."""
-        seen = (self.scheduler.item_changes, set(self.stored))
+        seen = (self.scheduler.items.changes, set(self.stored))
         if seen == self._seen:
             return
         self._seen = seen
@@ -132,14 +132,16 @@ class Driver:
         for sequence, items in self.scheduler.wanted_items():
             for item in items:
                 here = item.identifier in self.scheduler.encoder_cache
-                if not here and (item.identifier not in self.stored or not self.scheduler.make_room(sequence, item)):
+                if not here and (
+                    item.identifier not in self.stored or not self.scheduler.items.make_room(sequence, item)
+                ):
                     break
                 self.scheduler.item_arrived(sequence, item)
 
     def encode(self) -> None:
         """Do what the encoder does: drop what is not wanted, and make the first item that is."""
-        if self._wanted_at != self.scheduler.item_changes:
-            self._wanted_at = self.scheduler.item_changes
+        if self._wanted_at != self.scheduler.items.changes:
+            self._wanted_at = self.scheduler.items.changes
             self._wanted = [item.identifier for _, item in self.scheduler.items_to_encode()]
         wanted = self._wanted
         self.stored.intersection_update(wanted)

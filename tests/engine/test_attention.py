@@ -1,11 +1,32 @@
-"""The memory of the KV cache."""
+"""The KV cache, and attention over it."""
 
 from __future__ import annotations
 
-import psutil
-import torch
+import itertools
+from types import SimpleNamespace
+from typing import Any
 
-from chiasm.engine.attention import zeroed
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+
+from chiasm.engine.attention import (
+    FREE_SLOTS,
+    MOST_PADDING,
+    MOST_SLOTS,
+    AttentionStep,
+    KVCache,
+    decode_groups,
+    group_by_length,
+    zeroed,
+)
+
+CPU = torch.device("cpu")
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
 
 def test_memory_that_nobody_has_used_takes_none_of_the_machine() -> None:
@@ -16,3 +37,86 @@ def test_memory_that_nobody_has_used_takes_none_of_the_machine() -> None:
     memory[-1] = 7
     assert memory[-1] == 7
     assert process.memory_info().rss < before + (64 << 20)
+
+
+@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=64))
+def test_what_is_gathered_at_a_time_is_bounded_whatever_the_lengths(lengths: list[int]) -> None:
+    lengths.sort(reverse=True)
+    sizes = group_by_length(lengths)
+    assert sum(sizes) == len(lengths)
+    ends = list(itertools.accumulate(sizes))
+    for size, end in zip(sizes, ends, strict=True):
+        members = lengths[end - size : end]
+        gathered = size * members[0]
+        assert gathered <= max(FREE_SLOTS, MOST_PADDING * sum(members))
+        assert size == 1 or gathered <= MOST_SLOTS
+
+
+def test_equal_lengths_and_few_slots_are_one_group() -> None:
+    assert group_by_length([100] * 64) == [64]
+    assert group_by_length([300, 20, 3, 1]) == [4]
+    assert group_by_length([1000] * 100) == [65, 35]
+
+
+def test_one_long_request_beside_many_short_ones_gathers_little_more_than_each_needs() -> None:
+    lengths = [32_768, *[64] * 63]
+    step, query, _ = _decode_step(lengths, num_blocks=2400)
+    sizes = _Gathered()
+    with sizes:
+        _attend(step, query)
+    assert sizes.slots <= 2 * MOST_PADDING * sum(lengths)  # keys and values
+
+
+def test_rows_of_different_lengths_get_what_each_gets_alone() -> None:
+    lengths = [3000, 2900, 700, 40, 39, 1]
+    step, query, slots = _decode_step(lengths, num_blocks=500)
+    assert [len(group.slots) for group in step.decodes] == [4, 2]
+    together = _attend(step, query)
+    for row, seen in enumerate(slots):
+        alone = AttentionStep(step.cache, torch.zeros(0, dtype=torch.int64), [], decode_groups([seen], CPU))
+        torch.testing.assert_close(together[row : row + 1], _attend(alone, query[row : row + 1]))
+
+
+@pytest.mark.parametrize("window", [5, 100])
+def test_a_window_hides_all_but_the_last_tokens(window: int) -> None:
+    step, query, slots = _decode_step([60, 30], num_blocks=20)
+    together = _attend(step, query, window=window)
+    for row, seen in enumerate(slots):
+        last = AttentionStep(step.cache, torch.zeros(0, dtype=torch.int64), [], decode_groups([seen[-window:]], CPU))
+        torch.testing.assert_close(together[row : row + 1], _attend(last, query[row : row + 1]))
+
+
+def _decode_step(lengths: list[int], *, num_blocks: int) -> tuple[AttentionStep, torch.Tensor, list[Any]]:
+    """Return a step that decodes requests of these lengths over random keys and values, its queries, and their slots."""
+    language: Any = SimpleNamespace(
+        num_layers=1, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=torch.float32, device=CPU
+    )
+    cache = KVCache(language, num_blocks=num_blocks, block_size=16)
+    generator = torch.Generator().manual_seed(0)
+    cache.blocks.view(torch.float32).normal_(generator=generator)
+    starts = np.arange(num_blocks, dtype=np.int64) * cache.slots_per_block
+    free = (starts[:, None] + np.arange(16)).reshape(-1)
+    slots = []
+    for length in lengths:
+        slots.append(free[:length])
+        free = free[-(-length // 16) * 16 :]
+    query = torch.randn(len(lengths), HEADS, HEAD_DIM, generator=generator)
+    return AttentionStep(cache, torch.zeros(0, dtype=torch.int64), [], decode_groups(slots, CPU)), query, slots
+
+
+def _attend(step: AttentionStep, query: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    nothing = torch.empty(0, KV_HEADS, HEAD_DIM)
+    return step.attend(0, query, nothing, nothing, scaling=HEAD_DIM**-0.5, window=window)
+
+
+class _Gathered(TorchFunctionMode):
+    """Counts the slots that are gathered from the cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.index_select:
+            self.slots += len(args[2])
+        return function(*args, **(kwargs or {}))

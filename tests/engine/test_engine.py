@@ -415,7 +415,7 @@ async def test_a_request_that_needs_too_much_memory_fails_alone(start: Start, mo
     whole = instance.engine._language.forward
 
     def forward(token_ids: Tensor, positions: Tensor, attention: AttentionStep, *args: Any) -> Tensor:
-        padded = 0 if attention.decode_slots is None else attention.decode_slots.numel()
+        padded = sum(group.slots.numel() for group in attention.decodes)
         if padded > 3 * 100 or any(len(segment.slots) > 100 for segment in attention.prefills):
             raise torch.OutOfMemoryError("Tried to allocate 8 GiB.")
         return whole(token_ids, positions, attention, *args)

@@ -87,3 +87,16 @@ def test_no_stop_before_min_tokens(tokenizer: Tokenizer) -> None:
 def test_special_tokens_are_left_out_unless_asked_for(tokenizer: Tokenizer) -> None:
     assert "".join(run(tokenizer, "a<end>b")[0]) == "ab"
     assert "".join(run(tokenizer, "a<end>b", skip_special_tokens=False)[0]) == "a<end>b"
+
+
+def test_tokens_that_complete_no_character_are_not_held_for_ever(tokenizer: Tokenizer) -> None:
+    """Each would cost more than the one before, since all that are held are decoded again."""
+    first_byte = tokenizer.encode("\N{SNOWMAN}").ids[0]
+    detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000), [])
+    pieces = [detokenizer.add(first_byte).text for _ in range(64)]
+    assert [len(piece) for piece in pieces if piece] == [16] * 4
+    assert set("".join(pieces)) == {"\N{REPLACEMENT CHARACTER}"}
+    assert (
+        "".join(detokenizer.add(token_id).text for token_id in tokenizer.encode("ok \N{SNOWMAN}").ids)
+        == "ok \N{SNOWMAN}"
+    )

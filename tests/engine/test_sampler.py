@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_examples
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.engine.grammar import Allowed, GrammarError
-from chiasm.engine.logit_changes import LogitChanges
+from chiasm.engine.logit_changes import LogitChanges, change
 from chiasm.engine.request import MAX_BIASED_TOKENS, MAX_STOP_TOKENS, SamplingParams
 from chiasm.engine.sampler import Sampled, SamplingInput, sample, uniform
 from chiasm.errors import InvalidRequestError
@@ -22,7 +27,6 @@ LOGITS = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
 
 def inputs_of(
     params: SamplingParams,
-    vocab_size: int,
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
     stops: Sequence[int] = (),
@@ -30,8 +34,7 @@ def inputs_of(
     seed: int = 0,
     allowed: Allowed | GrammarError | None = None,
 ) -> SamplingInput:
-    changes = LogitChanges(params, prompt, stops, vocab_size, LOGITS.device)
-    return SamplingInput(params, seed, output, changes, allowed)
+    return SamplingInput(params, seed, [*prompt, *output], len(prompt), LogitChanges(params, prompt, stops), allowed)
 
 
 def choose(
@@ -43,11 +46,12 @@ def choose(
     stops: Sequence[int] = (),
     **params: Any,
 ) -> Sampled:
-    return sample(logits[None], [inputs_of(SamplingParams(**params), len(logits), prompt, output, stops, seed=seed)])[0]
+    return sample(logits[None].clone(), [inputs_of(SamplingParams(**params), prompt, output, stops, seed=seed)])[0]
 
 
 def draws(count: int = 400, **params: Any) -> Counter[int]:
-    return Counter(choose(seed=seed, **params).token_id for seed in range(count))
+    inputs = [inputs_of(SamplingParams(**params), seed=seed) for seed in range(count)]
+    return Counter(one.token_id for one in sample(LOGITS.repeat(count, 1), inputs))
 
 
 def test_temperature_zero_takes_the_most_likely() -> None:
@@ -86,8 +90,8 @@ def test_min_p_drops_tokens_that_are_unlikely_relative_to_the_best() -> None:
 
 
 def test_a_seed_gives_the_same_token_in_any_batch() -> None:
-    inputs = [inputs_of(SamplingParams(temperature=1.0), 5, seed=seed) for seed in range(8)]
-    together = [token.token_id for token in sample(LOGITS.expand(8, -1), inputs)]
+    inputs = [inputs_of(SamplingParams(temperature=1.0), seed=seed) for seed in range(8)]
+    together = [token.token_id for token in sample(LOGITS.repeat(8, 1), inputs)]
     alone = [choose(seed=seed, temperature=1.0).token_id for seed in range(8)]
     assert together == alone
 
@@ -145,12 +149,6 @@ def test_no_logprobs_unless_asked_for() -> None:
     assert asked.top == ()
 
 
-def test_sampling_leaves_the_logits_as_they_are() -> None:
-    before = LOGITS.clone()
-    choose(temperature=1.0, logit_bias={0: 5.0}, output=[1], presence_penalty=1.0, top_p=0.5)
-    assert torch.equal(LOGITS, before)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -198,8 +196,8 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def operators_of_a_token(tokens: int, **params: Any) -> int:
-    """Count the operators of one token, when so many tokens are biased, stop the answer, are in the prompt, and were said."""
+def operators_of_a_step(rows: int, tokens: int, **params: Any) -> int:
+    """Count the operators of one step, when so many tokens are biased, stop the answer, are in the prompt, and were said."""
     ids = list(range(tokens))
     sampling = SamplingParams(
         logit_bias=dict.fromkeys(ids[:MAX_BIASED_TOKENS], 1.0),
@@ -211,31 +209,190 @@ def operators_of_a_token(tokens: int, **params: Any) -> int:
         repetition_penalty=1.5,
         **params,
     )
-    logits = torch.zeros(1, 3000)
-    first = inputs_of(sampling, 3000, ids, ids, sampling.stop_token_ids)
-    sample(logits, [first])
+    inputs = [inputs_of(sampling, ids, ids, sampling.stop_token_ids, seed=row) for row in range(rows)]
+    sample(torch.zeros(rows, 3000), inputs)
     with Operators() as operators:
-        sample(logits, [replace(first, output_token_ids=[*ids, 0])])
+        sample(torch.zeros(rows, 3000), [replace(one, token_ids=[*one.token_ids, 0]) for one in inputs])
     count: int = operators.count
     return count
 
 
-def test_a_token_takes_the_same_operators_however_much_changes_the_logits() -> None:
-    assert operators_of_a_token(1) == operators_of_a_token(2000) < 50
-    assert operators_of_a_token(1, temperature=0) == operators_of_a_token(2000, temperature=0)
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0}, {"top_k": 20, "top_p": 0.8}, {"top_p": 0.9}, {"logprobs": 3}]
+)
+def test_a_step_takes_the_same_operators_however_many_rows_it_has_and_however_much_changes(
+    params: dict[str, Any],
+) -> None:
+    assert operators_of_a_step(1, 1, **params) == operators_of_a_step(16, 2000, **params) < 200
+
+
+class CopiesToHost(TorchFunctionMode):
+    """Counts the calls that wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ in {
+            "tolist",
+            "item",
+            "cpu",
+            "numpy",
+            "nonzero",
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+        }:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def copies_of_a_step(every: Sequence[dict[str, Any]]) -> int:
+    inputs = [inputs_of(SamplingParams(**params), [1, 2], [3]) for params in every]
+    inputs.append(inputs_of(SamplingParams(), allowed=Allowed(torch.ones(3000).bool(), None, frozenset())))
+    with CopiesToHost() as copies:
+        sample(torch.stack([random_logits(row, 3000) for row in range(len(inputs))]), inputs)
+    assert set(copies.names) <= {"cpu", "numpy", "tolist"}
+    count: int = copies.names.count("cpu")
+    return count
+
+
+def test_a_step_copies_to_the_host_once_and_once_more_for_log_probabilities() -> None:
+    every: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
+        {"top_p": 0.9},
+        {"min_p": 0.1, "logit_bias": {3: 1.0}},
+        {"presence_penalty": 1.0},
+    ]
+    assert copies_of_a_step(every) == 1
+    assert copies_of_a_step([*every, {"logprobs": 5}, {"temperature": 0, "logprobs": 0}]) == 2
+
+
+def test_greedy_rows_take_one_operator() -> None:
+    inputs = [inputs_of(SamplingParams(temperature=0), [1, 2], [3]) for _ in range(16)]
+    logits = torch.randn(16, 3000)
+    with Operators() as operators:
+        sample(logits, inputs)
+    assert operators.count == 1
 
 
 def test_changes_made_anew_are_those_that_grew_with_the_answer() -> None:
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.5, logit_bias={2: 3.0})
     said = [4, 3, 4, 1]
-    grown = LogitChanges(params, [0], (), len(LOGITS), LOGITS.device)
-    for count in range(len(said)):
-        grown.apply(LOGITS.clone(), said[:count])
-    changed = [LOGITS.clone(), LOGITS.clone()]
-    grown.apply(changed[0], said)
-    LogitChanges(params, [0], (), len(LOGITS), LOGITS.device).apply(changed[1], said)
+    grown, anew = LogitChanges(params, [0], ()), LogitChanges(params, [0], ())
+    for count in range(len(said) + 1):
+        grown.note([0, *said[:count]], 1)
+    anew.note([0, *said], 1)
+    changed = LOGITS.repeat(2, 1)
+    change(changed, [(0, grown), (1, anew)])
     assert torch.equal(changed[0], changed[1])
     assert changed[0].tolist() == pytest.approx([0.0, 1 / 1.5 - 0.75, 5.0, 3 / 1.5 - 0.75, 4 / 1.5 - 1.0])
+
+
+# ---- against a plain implementation --------------------------------------------------------------------------------------
+
+_NARROW = 1e-6
+"""How near to a limit the two may differ, because one rounds to float32."""
+
+
+def plain(logits: Sequence[float], params: SamplingParams, number: float, narrow: float = _NARROW) -> int | None:
+    """Return the token by definition, in plain Python; None if a limit is so near that rounding decides."""
+    ids = sorted(range(len(logits)), key=lambda token_id: (-logits[token_id], token_id))
+    if params.greedy:
+        return ids[0]
+    if 0 < params.top_k < len(ids):
+        ids = ids[: params.top_k]
+    weights = {token_id: math.exp((logits[token_id] - logits[ids[0]]) / params.temperature) for token_id in ids}
+    total = sum(weights.values())
+    before, kept = 0.0, []
+    for token_id in ids:
+        share = before / total
+        if params.top_p < 1 and abs(share - params.top_p) < narrow:
+            return None
+        if params.top_p == 1 or share < params.top_p:
+            kept.append(token_id)
+        before += weights[token_id]
+    if any(weights[token_id] != 1 and abs(weights[token_id] - params.min_p) < narrow for token_id in kept):
+        return None
+    kept = [token_id for token_id in kept if weights[token_id] >= params.min_p]
+    if params.top_p == 1 and not 0 < params.top_k < len(logits):
+        kept.sort()
+    total, before = sum(weights[token_id] for token_id in kept), 0.0
+    for token_id in kept:
+        before += weights[token_id]
+        if abs(before / total - number) < narrow:
+            return None
+        if number < before / total:
+            return token_id
+    return None
+
+
+def random_logits(seed: int, size: int, spread: float = 3.0) -> torch.Tensor:
+    """Logits as coarse as those of bfloat16, so that many are equal."""
+    values = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * spread
+    return (values * 8).round() / 8
+
+
+settings = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.3, 0.7, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 0, 1, 2, 20, 64, 65, 700, 1 << 20]),
+    top_p=st.sampled_from([1.0, 0.01, 0.3, 0.8, 0.95, 0.999]),
+    min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5, 1.0]),
+    logprobs=st.sampled_from([None, None, 0, 3, 20]),
+)
+
+
+@given(
+    requests=st.lists(settings, min_size=1, max_size=6),
+    size=st.sampled_from([1, 2, 63, 64, 65, 130, 1000, 5003]),
+    seed=st.integers(0, 1 << 32),
+)
+@settings_of_examples(max_examples=40, deadline=None)
+def test_each_row_of_any_batch_is_drawn_by_definition(requests: list[SamplingParams], size: int, seed: int) -> None:
+    logits = torch.stack([random_logits(seed + row, size) for row in range(len(requests))])
+    inputs = [inputs_of(params, seed=seed + row) for row, params in enumerate(requests)]
+    together = sample(logits.clone(), inputs)
+    for row, (params, one) in enumerate(zip(requests, inputs, strict=True)):
+        assert sample(logits[row : row + 1].clone(), [one]) == [together[row]]
+        expected = plain(logits[row].tolist(), params, uniform(one.seed, 0))
+        assert expected in (None, together[row].token_id)
+
+
+@pytest.mark.parametrize("top_p", [0.6, 0.99])
+def test_top_p_is_exact_also_if_it_leaves_most_of_a_vocabulary(top_p: float) -> None:
+    logits = random_logits(0, 20_000, spread=0.3)
+    params = SamplingParams(top_p=top_p)
+    inputs = [inputs_of(params, seed=seed) for seed in range(4)]
+    drawn = [one.token_id for one in sample(logits.repeat(4, 1), inputs)]
+    assert drawn == [plain(logits.tolist(), params, uniform(seed, 0), 1e-7) for seed in range(4)]
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch_of_a_large_vocabulary() -> None:
+    logits = torch.randn(4, 152_000 - 1, generator=torch.Generator().manual_seed(1)) * 3
+    every: list[dict[str, Any]] = [
+        {},
+        {"top_k": 20, "top_p": 0.8},
+        {"top_p": 0.95, "temperature": 0.5},
+        {"min_p": 0.01},
+    ]
+    inputs = [inputs_of(SamplingParams(logprobs=20, **params), seed=7) for params in every]
+    alone = [sample(logits[row : row + 1].clone(), [one])[0] for row, one in enumerate(inputs)]
+    assert sample(logits.clone(), inputs) == alone
+
+
+def test_of_equal_logits_the_lower_token_goes_first() -> None:
+    equal = torch.zeros(1000)
+    assert choose(equal, temperature=0).token_id == 0
+    assert {choose(equal, seed=seed, top_k=3).token_id for seed in range(50)} == {0, 1, 2}
+    signs = torch.zeros(1000)
+    signs[:500] = -0.0
+    assert choose(signs, temperature=0).token_id == 0
 
 
 # ---- grammars ------------------------------------------------------------------------------------------------------------
@@ -249,7 +406,7 @@ def held(*tokens: int, closing: Sequence[int] = (), size: int = 5) -> Allowed:
 
 def constrained(allowed: Allowed | GrammarError, **options: Any) -> Sampled:
     params = SamplingParams(**{"temperature": 0, **options})
-    return sample(LOGITS[None], [inputs_of(params, len(LOGITS), stops=[4], allowed=allowed)])[0]
+    return sample(LOGITS[None].clone(), [inputs_of(params, stops=[4], allowed=allowed)])[0]
 
 
 def test_only_what_a_grammar_allows_is_chosen() -> None:

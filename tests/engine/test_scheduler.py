@@ -116,9 +116,9 @@ def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
 
 def test_an_item_that_can_never_fit_the_encoder_cache_is_refused() -> None:
     driver = Driver(cache_rows=4)
-    driver.scheduler.check_items(prompt(1, ("a", 4)).items)
+    driver.scheduler.items.check(prompt(1, ("a", 4)).items)
     with pytest.raises(InvalidRequestError, match="5 tokens"):
-        driver.scheduler.check_items(prompt(1, ("a", 5)).items)
+        driver.scheduler.items.check(prompt(1, ("a", 5)).items)
 
 
 # ---- shares and turns ----------------------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def test_a_prompt_is_prefilled_up_to_the_first_missing_item_and_continues_when_i
     driver = Driver()
     sequence = driver.add(prompt(5, ("a", 4), 3), max_tokens=1)
     assert chunks(driver.step()) == [(0, 5)]
-    assert driver.scheduler.is_stalled(sequence)
+    assert driver.scheduler.items.is_stalled(sequence)
     assert driver.step().scheduled == []
     driver.stored.add("a")
     assert chunks(driver.step()) == [(5, 12)]
@@ -523,7 +523,7 @@ def test_an_item_lost_after_it_was_found_is_waited_for_again() -> None:
     driver.scheduler.item_lost("a")
     driver.stored.clear()
     assert chunks(driver.step()) == [(0, 2)]
-    assert driver.scheduler.is_stalled(sequence)
+    assert driver.scheduler.items.is_stalled(sequence)
     driver.stored.add("a")
     driver.run()
     assert driver.nothing_is_left()

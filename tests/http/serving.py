@@ -74,6 +74,7 @@ def site(
         [*(Route(path, endpoint, methods=["POST"]) for path in paths), Route("/page", page), Route("/v1/models", page)],
         config,
         is_local=is_local,
+        refusals=refusals,
     )
     servers: list[HttpServer] = []
 

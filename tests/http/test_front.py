@@ -17,15 +17,17 @@ import httpx2 as httpx
 import pytest
 
 from chiasm.errors import Code, ConfigurationError, InvalidRequestError, OverloadedError
-from chiasm.http import Exchange
+from chiasm.http import Exchange, watch
 from chiasm.http.config import HttpConfig
 from chiasm.http.endpoint import Bounds
 from chiasm.http.flood import LINES_PER_WINDOW
 from chiasm.http.front import FrontDoor
+from chiasm.http.limits import Refusals
 from chiasm.http.log_format import formatter
 from chiasm.http.paths import normal_path
 from tests.http.serving import BOUNDS, site
 from tests.http.test_endpoint import echo, error_of, never, raising
+from tests.launch.waiting import eventually
 
 CHAT = "/v1/chat/completions"
 ORIGIN = "https://app.example"
@@ -81,6 +83,31 @@ class TestRequestId:
             broken = send(server.url, content=b"", x_request_id="b")
         assert (full.status_code, full.headers["x-request-id"]) == (503, "a")
         assert (broken.status_code, broken.headers["x-request-id"]) == (500, "b")
+
+
+class TestErrors:
+    def test_each_is_counted_by_its_code(self) -> None:
+        with site(raising(InvalidRequestError("x", code=Code.TOO_MANY_IMAGES))) as server:
+            refusals = server.admission.refusals
+            for _ in range(2):
+                send(server.url)
+            send(f"{server.url}/none", "GET")
+            send(server.url, content_encoding="br")
+            send(f"{server.url}/page", "GET")
+        counted = {code: refusals.count_errors(code) for code in (Code.TOO_MANY_IMAGES, Code.UNSUPPORTED_ENCODING)}
+        assert counted == {Code.TOO_MANY_IMAGES: 2, Code.UNSUPPORTED_ENCODING: 1}
+        assert refusals.count_errors("not_found_error") == 1
+        assert refusals.count_errors("other") == 0
+
+    def test_one_that_ends_a_stream_is_counted(self) -> None:
+        with site(breaking) as server:
+            send(server.url)
+        assert server.admission.refusals.count_errors(Code.STOPPING) == 1
+
+    def test_a_code_of_somebody_else_makes_no_label(self) -> None:
+        refusals = Refusals()
+        refusals.note_error("BadRequestError")
+        assert refusals.count_errors("other") == 1
 
 
 class TestPaths:
@@ -272,6 +299,17 @@ class TestKeys:
         with pytest.raises(ConfigurationError, match="writable by every user"):
             FrontDoor([], HttpConfig(api_key_file=file))
 
+    def test_a_file_that_is_replaced_is_read_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(watch, "INTERVAL_SECONDS", 0.01)
+        file, new = tmp_path / "keys", tmp_path / "new"
+        file.write_text(FIRST)
+        new.write_text(SECOND)
+        with site(echo, config=HttpConfig(api_key_file=file)) as server:
+            assert send(server.url + CHAT, authorization=f"Bearer {FIRST}").status_code == 200
+            new.rename(file)
+            assert eventually(lambda: send(server.url + CHAT, authorization=f"Bearer {SECOND}").status_code == 200)
+            assert send(server.url + CHAT, authorization=f"Bearer {FIRST}").status_code == 401
+
     def test_a_key_beyond_its_limit_is_refused_before_its_body_is_read_and_others_are_not(self, tmp_path: Path) -> None:
         file = tmp_path / "keys"
         file.write_text(f"keys: [{{key: {FIRST}, max_requests_per_minute: 1}}, {{key: {SECOND}}}]")
@@ -431,7 +469,7 @@ class TestLog:
     def test_what_is_logged_meanwhile_has_the_id_and_json_has_members(self) -> None:
         async def answer(exchange: Exchange) -> None:
             exchange.visit.details["images"] = 2
-            exchange.visit.stages = {"encode": 0.0123}
+            exchange.visit.stages = lambda: {"encode": 0.0123}
             logging.getLogger("test").warning("a line of %s", "it")
             await exchange.reply(b"{}")
 

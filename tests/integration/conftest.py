@@ -27,7 +27,7 @@ from chiasm.wire import Role
 from tests.fleet import FORKS, Signed
 
 MODEL = "small"
-SMALL = {"kv_cache_bytes": 16 << 20, "max_model_len": 512}
+SMALL = {"dtype": "float32", "kv_cache_bytes": 16 << 20, "max_model_len": 512}
 
 
 def pixels(seed: int, height: int = 96, width: int = 96) -> Image.Image:

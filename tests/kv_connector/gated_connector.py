@@ -71,7 +71,9 @@ class Reached(ReachedMemory):
         self._here = here
         self._there = there
 
-    def read(self, runs: Sequence[Run], stop: Callable[[], bool]) -> bool:
+    def read(
+        self, runs: Sequence[Run], stop: Callable[[], bool], received: Callable[[int], None] = lambda num_bytes: None
+    ) -> bool:
         for local, remote, num_bytes in runs:
             if not GATE.pass_through(stop):
                 return False

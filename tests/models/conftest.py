@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from chiasm.bench import synthetic
-from chiasm.engine.attention import register_paged_attention
 from chiasm.models import load_language, load_processor, load_vision
 from chiasm.models.base import LanguageModel, Pixels, Processor, Prompt, VisionModel
 
@@ -79,8 +78,7 @@ class Loaded:
 
 @pytest.fixture(autouse=True, scope="package")
 def _torch() -> Iterator[None]:
-    """Registers the engine's attention, and uses one thread, since more only slow down models this small."""
-    register_paged_attention()
+    """Uses one thread, since more only slow down models this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from chiasm.engine.attention import AttentionStep, KVCache, PrefillSegment
+from chiasm.engine.attention import AttentionStep, KVCache, PrefillSegment, decode_groups
 from chiasm.models.base import LanguageModel, Positions, Prompt
 
 BLOCK_SIZE = 4
@@ -47,6 +47,7 @@ class Driver:
     def step(self, requests: Sequence[Request], chunk: int) -> None:
         """Compute one token for each request that decodes, and at most ``chunk`` rows for each that prefills."""
         decodes = [request for request in requests if request.is_decoding]
+        decodes.sort(key=lambda request: -request.computed)
         prefills = [request for request in requests if not request.is_decoding]
         tokens: list[int] = []
         positions: list[Tensor] = []
@@ -72,9 +73,8 @@ class Driver:
             tokens += request.prompt.token_ids[start:end]
             positions.append(request.positions.ids[:, start:end])
             slots.append(request.slots[start:end])
-        attention = AttentionStep(
-            self._cache, torch.cat(slots), segments, *(_decode_slots(decodes) if decodes else (None, None))
-        )
+        seen = [request.slots[: request.computed + 1].numpy() for request in decodes]
+        attention = AttentionStep(self._cache, torch.cat(slots), segments, decode_groups(seen, torch.device("cpu")))
         hidden = self._language.forward(
             torch.tensor(tokens),
             torch.cat(positions, dim=1),
@@ -94,11 +94,3 @@ class Driver:
         while len(request.generated) < max_tokens:
             self.step([request], chunk)
         return request.generated
-
-
-def _decode_slots(decodes: Sequence[Request]) -> tuple[Tensor, Tensor]:
-    lengths = [request.computed + 1 for request in decodes]
-    padded = torch.zeros(len(decodes), max(lengths), dtype=torch.int64)
-    for index, (request, length) in enumerate(zip(decodes, lengths, strict=True)):
-        padded[index, :length] = request.slots[:length]
-    return padded, torch.tensor(lengths)

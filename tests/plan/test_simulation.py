@@ -83,6 +83,14 @@ def test_an_image_that_is_known_is_not_encoded_again() -> None:
     assert result.busy[Stage.ENCODE] * result.seconds * len(SPLIT.places) == pytest.approx(0.2)
 
 
+def test_an_image_goes_to_the_encoder_that_has_it() -> None:
+    """Embeddings are in the encoders' memories, so any other would encode it again."""
+    two = split_on_cpu(CPU, 2, 1)
+    arrivals = [asked(10.0 * number, images=1, names=(f"image {number % 3}",)) for number in range(9)]
+    result = simulate(two, arrivals)
+    assert result.busy[Stage.ENCODE] * result.seconds * len(two.places) == pytest.approx(3 * 0.2)
+
+
 def test_requests_for_the_same_image_at_once_share_its_encoding() -> None:
     result = simulate(SPLIT, [asked(images=1, names=("cat",)) for _ in range(4)])
     assert result.busy[Stage.ENCODE] * result.seconds * len(SPLIT.places) == pytest.approx(0.2)

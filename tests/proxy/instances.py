@@ -17,9 +17,12 @@ from aiohttp import web
 
 from chiasm.wire import (
     AWAITED_PATH,
+    DRAIN_PATH,
+    DRAINING,
     KV_RELEASE_PATH,
     PLACES_PATH,
     AwaitedEmbeddings,
+    DrainState,
     ECItem,
     ECPlace,
     EmbeddingPlaces,
@@ -118,6 +121,8 @@ class FakeInstance:
         self.places_status = 204
         """How it answers them; 0 breaks the connection off."""
         self.models_asked = 0
+        self.drains = 0
+        """How often it was told to drain."""
         self.arrived = asyncio.Semaphore(0)
         self.gone = asyncio.Semaphore(0)
         """Released for each call that the proxy ended before it was answered."""
@@ -140,6 +145,7 @@ class FakeInstance:
         application.router.add_get(AWAITED_PATH, self._awaited)
         application.router.add_post(PLACES_PATH, self._places)
         application.router.add_post(KV_RELEASE_PATH, self._release)
+        application.router.add_post(DRAIN_PATH, self._drain)
         application.router.add_post("/{route:.*}", self._take)
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
@@ -214,6 +220,12 @@ class FakeInstance:
     def places(self) -> dict[str, ECPlace]:
         """Where embeddings are, as it was told last."""
         return {name: place for message in self.told for name, place in message.places.items()}
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        assert self.health is not None
+        self.drains += 1
+        self.health_status, self.health = 503, msgspec.structs.replace(self.health, status=DRAINING)
+        return respond(DrainState(incarnation=self.health.incarnation), status=202)
 
     async def _release(self, request: web.Request) -> web.Response:
         leases = msgspec.json.decode(await request.read(), type=KVRelease).leases

@@ -131,7 +131,7 @@ async def test_an_unknown_model_is_refused(front: Front) -> None:
 
 
 async def test_unknown_routes_and_methods_are_refused_in_the_same_shape(front: Front) -> None:
-    assert (await front.post({}, "/v1/embeddings")).error["type"] == "not_found_error"
+    assert (await front.post({}, "/v1/images/generations")).error["type"] == "not_found_error"
     answer = await front.get("/v1/chat/completions")
     assert answer.status == 405
     assert answer.error["message"]
@@ -322,3 +322,27 @@ async def test_the_client_may_send_its_body_in_chunks(front: Front) -> None:
         session.post(f"{front.url}/v1/chat/completions", data=chunks()) as one,
     ):
         assert one.status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (ask("x" * 4000, "y" * 1200), "messages"),
+        ({"model": MODEL, "messages": [{"role": "user", "content": "x" * 5200}]}, "messages"),
+        ({"model": MODEL, "prompt": "\u00e9" * 5200}, "prompt"),
+    ],
+)
+async def test_a_text_that_no_instance_can_take_goes_to_none(start: Start, body: Any, param: str) -> None:
+    pd = FakeInstance("pd", max_model_len=512, longest_token=10)
+    front = await start([pd])
+    path = "/v1/completions" if param == "prompt" else "/v1/chat/completions"
+    refused = await front.post(body, path)
+    assert (refused.status, refused.error["code"], refused.error["param"]) == (400, "context_length_exceeded", param)
+    assert "at least 520 tokens" in refused.error["message"]
+    assert not pd.received
+    assert await front.metric('chiasm_http_errors_total{code="context_length_exceeded"}') == 1
+
+
+async def test_an_instance_that_does_not_say_how_long_texts_may_be_gets_them(start: Start) -> None:
+    front = await start([FakeInstance("pd", max_model_len=512)])
+    assert (await front.post(ask("x" * 100_000))).status == 200

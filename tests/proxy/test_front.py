@@ -143,7 +143,7 @@ class TestLog:
         caplog.set_level(logging.INFO, "chiasm.requests")
 
     def lines(self, caplog: pytest.LogCaptureFixture) -> list[str]:
-        return [record.getMessage() for record in caplog.records if record.name == "chiasm.requests"]
+        return [one.getMessage() for one in caplog.records if one.name in ("chiasm.requests", "chiasm.access")]
 
     async def test_an_error_of_an_instance_is_logged_with_its_code(
         self, start: Start, caplog: pytest.LogCaptureFixture
@@ -152,8 +152,10 @@ class TestLog:
         pd.answer = refuse(400, "Too long.", code="context_length_exceeded")
         front = await start([pd])
         await front.post(ask("x"), **{"X-Request-Id": "me"})
+        address = pd.url.removeprefix("http://")
         assert self.lines(caplog) == [
-            "id=me POST /v1/chat/completions status=400 code=context_length_exceeded: Too long."
+            f"id=me POST /v1/chat/completions status=400 model=tiny instances={address} "
+            "code=context_length_exceeded: Too long."
         ]
 
     async def test_so_is_one_that_ends_a_stream(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -169,7 +171,8 @@ class TestLog:
         heard = await listen(front, ask("x", stream=True))
         assert heard.error is not None
         assert [line.partition(" POST ")[2] for line in self.lines(caplog)] == [
-            "/v1/chat/completions status=200 code=500: The engine failed."
+            f"/v1/chat/completions status=200 model=tiny instances={pd.url.removeprefix('http://')} "
+            "code=500: The engine failed."
         ]
 
     async def test_no_prompt_and_no_key_gets_there(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,7 +181,7 @@ class TestLog:
         await front.post(ask("a secret"), Authorization="Bearer a-secret-key")
         await front.post(ask("a secret"), "/v1/chat/completions?key=secret", **RIGHT)
         text = "".join(self.lines(caplog))
-        assert text.count("status=") == 2
+        assert text.count("status=") == 3
         assert "secret" not in text
 
 

@@ -34,6 +34,7 @@ async def test_health_lists_every_instance(start: Start) -> None:
             "in_flight": 0,
             "number": number,
             "costs": {"prefill_seconds_per_token": 0.0001},
+            "sources": ["options"],
         }
 
 

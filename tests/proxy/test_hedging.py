@@ -77,6 +77,17 @@ def test_over_many_calls_one_in_twenty_is_hedged() -> None:
     assert count == 50
 
 
+@pytest.mark.parametrize(("share", "hedges"), [(0.0, 0), (0.1, 100), (0.5, 500)])
+def test_the_share_that_is_hedged_can_be_set(share: float, hedges: int) -> None:
+    hedging, count = Hedging(share), 0
+    for _ in range(1000):
+        hedging.begin()
+        if hedging.is_allowed(0.0):
+            hedging.spend()
+            count += 1
+    assert count == hedges
+
+
 def test_nothing_is_hedged_while_the_encoders_are_busy() -> None:
     hedging = learned()
     hedging.note_busy(1.0, 0.0)

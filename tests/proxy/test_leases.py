@@ -17,10 +17,10 @@ from msgspec.structs import replace
 from chiasm.fleet_key import FleetKey, make_fleet_key, read_fleet_key
 from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.server.joining import Joiner
-from chiasm.wire import LEASE_PATH, Lease, LeaseAnswer, Load
+from chiasm.wire import DRAIN_PATH, LEASE_PATH, DrainOrder, Lease, LeaseAnswer, Load
 
 from .conftest import Answer, Front, Start, ask, image, image_bytes
-from .instances import FakeInstance, Received, chat
+from .instances import FakeInstance, Received, chat, never
 
 
 class Member:
@@ -117,6 +117,43 @@ async def test_an_instance_that_drains_gets_no_new_work_from_the_moment_at_which
     assert (await front.states()) == {staying.instance.url: "healthy"}
 
 
+async def test_what_a_draining_instance_had_goes_elsewhere_when_it_is_killed(start: Start, join: Join) -> None:
+    front = await start([])
+    leaving = await join(front, "pd")
+    await front.until(leaving.instance, "healthy")
+    leaving.instance.answer = never
+    running = asyncio.ensure_future(front.post(ask("x")))
+    await leaving.instance.arrived.acquire()
+    staying = await join(front, "pd", incarnation="pd-2")
+    await front.until(staying.instance, "healthy")
+    leaving.status = "draining"
+    await leaving.joiner.tell()
+    await leaving.instance.kill()
+    assert (await running).status == 200
+    assert len(staying.instance.received) == 1
+
+
+async def test_the_proxy_that_is_told_to_drain_an_instance_gives_it_no_more_work(start: Start, key_file: Path) -> None:
+    leaving, staying = FakeInstance("pd"), FakeInstance("pd")
+    front = await start([leaving, staying], fleet_key_file=key_file, admin_key="operator" * 2)
+    order = msgspec.json.encode(DrainOrder(url=leaving.url))
+    assert (await front.post(order, DRAIN_PATH)).status == 401
+    stranger = signature(FleetKey([make_fleet_key()]), "POST", DRAIN_PATH, body_digest(order))
+    assert (await front.post(order, DRAIN_PATH, **stranger)).status == 403
+    assert (await front.post(order, DRAIN_PATH, **front.admin)).status == 202
+    assert leaving.drains == 1
+    assert (await front.states())[leaving.url] == "draining"
+    key = read_fleet_key(key_file)
+    assert key is not None
+    signed = signature(key, "POST", DRAIN_PATH, body_digest(order))
+    assert (await front.post(order, DRAIN_PATH, **signed)).status == 202
+    for _ in range(3):
+        assert (await front.post(ask("x"))).status == 200
+    assert (len(leaving.received), len(staying.received)) == (0, 3)
+    unknown = msgspec.json.encode(DrainOrder(url="http://127.0.0.1:1"))
+    assert (await front.post(unknown, DRAIN_PATH, **front.admin)).status == 404
+
+
 async def test_an_instance_that_has_become_ready_tells_so_at_once(start: Start, join: Join) -> None:
     front = await start([], probe_interval_seconds=1000.0)
     member = await join(front, "pd")
@@ -156,14 +193,13 @@ async def test_every_proxy_knows_every_instance_and_the_end_of_one_is_nothing_to
 ) -> None:
     fronts = [await start([]) for _ in range(3)]
     member = await join(fronts[0], "pd")
-    for front in fronts[1:]:
-        joiner = Joiner([front.url], None, member.lease)
-        joiner.start()
-        member.joiner._lines |= joiner._lines
+    others = Joiner([front.url for front in fronts[1:]], None, member.lease)
+    others.start()
     for front in fronts:
         await front.until(member.instance, "healthy")
     await fronts[0].stop()
     assert [(await front.post(ask("x"))).status for front in fronts[1:]] == [200, 200]
+    await others.close()
 
 
 async def test_a_joiner_with_another_model_is_told_so_and_gets_no_work(

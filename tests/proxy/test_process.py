@@ -157,7 +157,6 @@ def test_a_port_in_use_is_one_clear_error() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {},
         {"encoders": ("http://a:1",)},
         {"pds": ("http://a:1", "http://a:1/")},
         {"pds": ("http://a:1",), "encoders": ("http://a:1",)},

@@ -64,6 +64,7 @@ async def test_keys_of_one_tenant_share_what_no_other_finds(start: Start, tmp_pa
     file = tmp_path / "keys"
     tenants = {"a": "t", "b": "t", "c": "u"}
     entries = [f"{{key: {key * 16}, tenant: {tenant}}}" for key, tenant in tenants.items()]
+    entries[0] = entries[0].replace("}", ", name: team}")
     file.write_text(f"keys: [{', '.join(entries)}, {{key: {'d' * 16}}}]")
     front, encoder, pd = await begin(start, tenant_by=TenantBy.SALT, http=HttpConfig(api_key_file=file))
     of_a, of_b, of_c, of_d = [{"Authorization": f"Bearer {name * 16}"} for name in "abcd"]
@@ -75,5 +76,6 @@ async def test_keys_of_one_tenant_share_what_no_other_finds(start: Start, tmp_pa
     assert guessed not in (first, third)
     for headers in (of_a, of_b, of_c):
         assert (await front.post(ask(image(image_bytes())), **headers)).status == 200
+    assert await front.metric('chiasm_proxy_key_requests_total{key="team",status="200"}') == 2
     mine, ours, other = [received.identifiers for received in encoder.received]
     assert mine == ours != other

@@ -46,6 +46,7 @@ def real_language_engine(model: Path, store: Path, role: Role) -> LanguageEngine
         EngineConfig(
             model,
             role,
+            dtype="float32",
             threads=1,
             kv_cache_bytes=8 << 20,
             ec=ec if role in (Role.PD, Role.PREFILL) else None,
@@ -64,7 +65,7 @@ def engines(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytes
     store = tmp_path_factory.mktemp("store")
     ec = ECTransferConfig(role=ECTransferRole.PRODUCER, connector_extra_config={"shared_storage_path": store})
     with ExitStack() as stack:
-        encoder = EncoderEngine(EngineConfig(model, Role.ENCODER, threads=1, ec=ec))
+        encoder = EncoderEngine(EngineConfig(model, Role.ENCODER, dtype="float32", threads=1, ec=ec))
         encoder.start()
         stack.callback(encoder.stop)
         language: dict[Role, LanguageEngine] = {}

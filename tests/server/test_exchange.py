@@ -188,7 +188,7 @@ class TestDisconnect:
 
 class TestPaths:
     def test_unknown_path(self, pd: Served) -> None:
-        reply = get(f"{pd.url}/v1/embeddings")
+        reply = get(f"{pd.url}/v1/images/generations")
         assert reply.status == 404
         assert reply.error["type"] == "not_found_error"
 

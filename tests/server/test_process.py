@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -20,6 +21,7 @@ from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.http.listen import bind
+from chiasm.launch.drain import Drain
 from chiasm.server import ServerConfig, run
 from chiasm.wire import Role
 from tests.server.images import chat
@@ -79,6 +81,28 @@ def test_after_a_signal_it_refuses_what_is_new_and_a_stream_ends_whole(model: Pa
         assert b'"error"' not in rest
         assert rest.endswith(b"data: [DONE]\n\n")
         assert process.wait(STOP_SECONDS) == 0
+
+
+def test_a_drain_waits_for_a_slow_client_and_ends_with_exit_code_0(model: Path) -> None:
+    with instance(model) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        response = stream(url, max_tokens=400)
+        assert post(f"{url}/drain", {}).json["requests"] == 1
+        drain = Drain(url)
+        read = []
+        while event := response.readline():  # line by line, and a question between each two
+            read.append(event)
+            if len(read) % 100 == 0:
+                assert get(f"{url}/health").json["status"] == "draining"
+        assert read[-2:] == [b"data: [DONE]\n", b"\n"]
+        assert asyncio.run(has_ended(drain))
+        assert process.wait(STOP_SECONDS) == 0
+
+
+async def has_ended(drain: Drain) -> bool:
+    async with drain:
+        return await drain.ended(STOP_SECONDS)
 
 
 def test_a_second_signal_ends_open_streams_with_an_error(model: Path) -> None:

@@ -25,7 +25,10 @@ from tests.server.serving import get, post, request, serving
 def test_health_has_what_the_proxy_needs(pd: Served) -> None:
     reply = get(f"{pd.url}/health")
     assert reply.status == 200
-    assert reply.json == {
+    health = reply.json
+    assert len(health.pop("incarnation")) == 32
+    assert health.pop("load")["kv_blocks_free"] == 5
+    assert health == {
         "status": "ok",
         "role": "pd",
         "model": "bytes",
@@ -35,6 +38,7 @@ def test_health_has_what_the_proxy_needs(pd: Served) -> None:
         "ec_connector": "SharedStorageConnector",
         "version": __version__,
         "max_model_len": 512,
+        "longest_token": 5,
         "max_items": 3,
         "max_body_bytes": 400_000,
         "device": "cpu",
@@ -62,8 +66,10 @@ def test_health_of_prefill_and_decode_has_their_capacity(request: pytest.Fixture
 
 
 @pytest.mark.parametrize(("role", "is_idle"), [(Role.PREFILL, False), (Role.PD, True)])
-def test_an_instance_whose_kv_is_yet_to_be_fetched_is_not_idle(role: Role, is_idle: bool) -> None:
-    assert ServerContext("bytes", ServerConfig(), FakeLanguageEngine(role)).is_idle is is_idle
+async def test_an_instance_whose_kv_is_yet_to_be_fetched_is_not_idle(role: Role, is_idle: bool) -> None:
+    context = ServerContext("bytes", ServerConfig(), FakeLanguageEngine(role))
+    context.drain()
+    assert context.is_idle is is_idle
 
 
 def test_a_loading_instance_says_how_far_it_is() -> None:
@@ -72,13 +78,20 @@ def test_a_loading_instance_says_how_far_it_is() -> None:
         assert load_progress(url) == ""
         context.progress = LoadProgress(3, 10)
         assert load_progress(url) == "3/10 tensors"
-        assert get(f"{url}/health").json == {"status": "starting", "loaded_tensors": 3, "tensors": 10}
+        health = get(f"{url}/health").json
+        assert health == {
+            "status": "starting",
+            "incarnation": context.incarnation,
+            "loaded_tensors": 3,
+            "tensors": 10,
+        }
 
 
 def test_a_loading_instance_answers_503() -> None:
-    with serving(app_of(ServerContext("bytes", ServerConfig()))) as url:
+    context = ServerContext("bytes", ServerConfig())
+    with serving(app_of(context)) as url:
         health = get(f"{url}/health")
-        assert (health.status, health.json) == (503, {"status": "starting"})
+        assert (health.status, health.json) == (503, {"status": "starting", "incarnation": context.incarnation})
         reply = post(f"{url}/v1/chat/completions", chat("x"))
         assert reply.status == 503
         assert reply.headers["retry-after"] == "1"

@@ -63,12 +63,17 @@ class Target:
         self.holder = holder
         self.reached: ReachedMemory = holder.reach(plane, self.memory)
 
-    def read(self, *runs: Run, stop: Callable[[], bool] = lambda: False) -> bool:
+    def read(
+        self,
+        *runs: Run,
+        stop: Callable[[], bool] = lambda: False,
+        received: Callable[[int], None] = lambda num_bytes: None,
+    ) -> bool:
         """Read, while the holder does its part."""
         if self.holder.offered.progress_seconds is None:
-            return self.reached.read(runs, stop)
+            return self.reached.read(runs, stop, received)
         with ThreadPoolExecutor(1) as pool:
-            reading = pool.submit(self.reached.read, runs, stop)
+            reading = pool.submit(self.reached.read, runs, stop, received)
             while not reading.done():
                 self.holder.offered.progress()
             return reading.result()
@@ -103,6 +108,18 @@ def test_scattered_runs(target: Target) -> None:
 def test_everything_in_one_run(target: Target) -> None:
     assert target.read(Run(0, 0, NUM_BYTES))
     target.expect(Run(0, 0, NUM_BYTES))
+
+
+def test_what_is_said_to_be_here_is_here_already(target: Target) -> None:
+    here = 0
+
+    def received(num_bytes: int) -> None:
+        nonlocal here
+        is_right = np.array_equal(target.bytes[here : here + num_bytes], target.holder.bytes[here : here + num_bytes])
+        here += num_bytes if is_right else 0
+
+    assert target.read(Run(0, 0, NUM_BYTES), received=received)
+    assert here == NUM_BYTES
 
 
 def test_more_runs_than_go_at_once(target: Target) -> None:

@@ -97,6 +97,18 @@ GOODPUT = SyntheticSize(
 """Two cores answer about ten requests per second of text and images, and an image of 512 x 512 pixels, which has 256 tokens,
 costs the encoder about as much as the decoder."""
 
+LARGE_VOCABULARY = SyntheticSize(
+    text_hidden=896,
+    text_intermediate=2432,
+    text_layers=4,
+    text_heads=14,
+    text_kv_heads=2,
+    head_dim=64,
+    vocab_size=151_936,
+    tie_word_embeddings=True,
+)
+"""The width and vocabulary of the smallest Qwen2.5, with few layers, so that the head and sampling are most of a step."""
+
 HEADS_OF_64 = SyntheticSize(
     text_hidden=256,
     text_intermediate=512,

@@ -22,7 +22,7 @@ from chiasm.transfer.memory_file import MemoryFile
 if TYPE_CHECKING:
     import torch
 
-_SETTLE_SECONDS = 0.05
+_PAUSE_SECONDS = 0.05
 _PATIENCE_SECONDS = 60.0
 
 
@@ -41,7 +41,8 @@ def measure_memory_handoff(connector: str, size_bytes: int, repeats: int) -> Mem
     """Measure handoffs over one of ``chiasm.ec_transfer.FROM_MEMORY`` between two halves of this process, on the CPU.
 
     A handoff begins with an embedding in the producer's memory and ends when the consumer's step has it. The consumer waits for
-    it already, as when the proxy has told it the place. All memory was touched before.
+    it already, as when the proxy has told it the place. All memory was touched before. Everything that is measured begins after
+    the same pause, in which the consumer says what it wants: what a core hasn't used for a while is slow to begin with.
     """
     embedding = made_embedding(size_bytes)
     source = bytes_of(embedding)
@@ -49,14 +50,19 @@ def measure_memory_handoff(connector: str, size_bytes: int, repeats: int) -> Mem
     with _Pair(connector, source.nbytes) as pair, _bare(connector, source.nbytes) as bare:
         memcpy, alone, handoff = alternate(
             [
-                lambda: (seconds_of(lambda: np.copyto(target, source)),),
-                lambda: (seconds_of(bare.move),),
+                lambda: (_seconds_after_pause(lambda: np.copyto(target, source)),),
+                lambda: (_seconds_after_pause(bare.move),),
                 lambda: (pair.hand_off(embedding),),
             ],
             repeats,
         )
     is_memcpy = connector == "SharedMemoryConnector"
     return MemoryHandoffResult(source.nbytes, memcpy, memcpy if is_memcpy else alone, handoff)
+
+
+def _seconds_after_pause(action: Callable[[], object]) -> float:
+    time.sleep(_PAUSE_SECONDS)
+    return seconds_of(action)
 
 
 class _Pair:
@@ -84,7 +90,7 @@ class _Pair:
         request = WantingRequest.of(identifier, embedding)
         scheduler.ensure_cache_available(request, 0)
         scheduler.expect({identifier: place})
-        time.sleep(_SETTLE_SECONDS)
+        time.sleep(_PAUSE_SECONDS)
         started = time.perf_counter()
         self._producer[1].save_caches({identifier: embedding}, identifier)
         while not scheduler.has_cache_item(identifier):

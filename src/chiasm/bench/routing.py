@@ -24,6 +24,8 @@ from chiasm.wire import Costs, ECPlace, Health, ImageCost, Role
 PIXELS = 1 << 20
 ENCODE_SECONDS = 0.1
 """For an image of so many pixels; others in proportion."""
+SLOWER = 10.0
+"""How much longer an encoding takes that is slow."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Routed:
     """Seconds from the arrival of each image that was encoded until its encoding began."""
     decision_seconds: list[float] = field(default_factory=list)
     """Real time that the proxy took to choose encoders, for each image that was given to one."""
+    seconds: list[float] = field(default_factory=list)
+    """From the arrival of each image that was sent to an encoder until its embedding is there."""
+    hedges: int = 0
     encoded_at: dict[str, list[int]] = field(default_factory=dict)
     """By identifier: the encoders that have encoded it, in order."""
 
@@ -74,10 +79,23 @@ class _Machine:
             self.memory.popitem(last=False)
 
 
+@dataclass
+class _Call:
+    """One image at one encoder, or at two if the first is late: the first answer counts."""
+
+    image: Image
+    encoder: Instance
+    entries: list[Entry]
+    started: float
+    expected: float
+    """Seconds of computing; 0 for a look-up."""
+    is_over: bool = False
+
+
 class _Proxy:
     """One proxy: its queue, and the images that are on their way."""
 
-    def __init__(self, speeds: Sequence[float], peers: bool) -> None:
+    def __init__(self, speeds: Sequence[float], peers: bool, hedged_share: float) -> None:
         self.fleet = Fleet()
         for index, speed in enumerate(speeds):
             place = ECPlace(host="simulated", port=1 + index, engine_id=str(index)) if peers else None
@@ -86,7 +104,7 @@ class _Proxy:
             ]
             health = Health(role=Role.ENCODER, model="simulated", ec_place=place, costs=Costs(images=images))
             self.fleet.succeed(self.fleet.add(f"http://encoder-{index}", Role.ENCODER), health)
-        self.queue = EncodeQueue(self.fleet, _no_devices)
+        self.queue = EncodeQueue(self.fleet, _no_devices, hedged_share)
         self.flying: dict[str, Image] = {}
 
 
@@ -104,13 +122,25 @@ def _no_devices(now: float) -> Mapping[str, Device]:
 class RoutingSimulation:
     """Some proxies in front of the same encoders; images come to the proxies in turn."""
 
-    def __init__(self, encoders: int | Sequence[float], *, capacity: int, proxies: int = 1, peers: bool = True) -> None:
+    def __init__(
+        self,
+        encoders: int | Sequence[float],
+        *,
+        capacity: int,
+        proxies: int = 1,
+        peers: bool = True,
+        slow_share: float = 0.0,
+        hedged_share: float = 0.0,
+    ) -> None:
         """``encoders`` are their speeds, or their number; ``capacity`` is how many embeddings each remembers.
 
         Without ``peers``, the queue believes that embeddings are found wherever they were encoded, and so prefers no encoder.
+        ``slow_share`` of the encodings take ``SLOWER`` times as long; ``hedged_share`` of the calls may be hedged.
         """
         speeds = [1.0] * encoders if isinstance(encoders, int) else encoders
-        self.proxies = [_Proxy(speeds, peers) for _ in range(proxies)]
+        self.proxies = [_Proxy(speeds, peers, hedged_share) for _ in range(proxies)]
+        self._slow_share = slow_share
+        self._chance = random.Random(0)
         self.machines = [_Machine(capacity, speed) for speed in speeds]
         self.result = Routed(encoded=[0] * len(speeds))
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -152,17 +182,47 @@ class RoutingSimulation:
             with proxy.fleet.working(feed.encoder, 0.0):
                 pass
             for entry in feed.entries:
-                self._send(proxy, feed.encoder, entry)
+                image = proxy.flying[entry.item.identifier]
+                expected = feed.seconds / len(feed.entries)
+                call = _Call(image, feed.encoder, [entry], self._now, expected)
+                self._watch(proxy, call)
+                self._send(proxy, feed.encoder, entry, call)
 
-    def _send(self, proxy: _Proxy, encoder: Instance, entry: Entry) -> None:
+    def _watch(self, proxy: _Proxy, call: _Call) -> None:
+        """Hedge a call when it is late."""
+        seconds = proxy.queue.hedging.late_after(call.expected) if call.expected else None
+        if seconds is not None:
+            self._at(self._now + seconds, partial(self._hedge, proxy, call))
+
+    def _hedge(self, proxy: _Proxy, call: _Call) -> None:
+        if call.is_over:
+            return
+        feed = proxy.queue.hedge(call.entries, self._now)
+        if feed is None:
+            self._watch(proxy, call)
+            return
+        self.result.hedges += 1
+        call.entries += feed.entries
+        self._send(proxy, feed.encoder, feed.entries[0], call)
+
+    def _send(self, proxy: _Proxy, encoder: Instance, entry: Entry, call: _Call) -> None:
         index = int(encoder.url.rpartition("-")[2])
         machine = self.machines[index]
-        image = proxy.flying[entry.item.identifier]
+        image = call.image
 
         def answered(found: bool, seconds: float) -> None:
+            if call.is_over:
+                return
+            call.is_over = True
             del proxy.flying[image.identifier]
             names = {image.identifier} if found else set[str]()
             proxy.queue.finish([entry], self._now, seconds=seconds, found=names)
+            proxy.queue.release([other for other in call.entries if other is not entry], self._now)
+            if call.expected:
+                proxy.queue.hedging.learn(self._now - call.started, call.expected)
+            if entry is not call.entries[0]:
+                proxy.queue.pause(call.encoder, self._now)
+            self.result.seconds.append(self._now - image.arrival)
             self._feed(proxy)
 
         if image.identifier in machine.memory:
@@ -185,6 +245,8 @@ class RoutingSimulation:
         machine.is_busy = True
         image, listeners = machine.queue[0]
         began, seconds = self._now, _seconds(image.pixels) / machine.speed
+        if self._chance.random() < self._slow_share:
+            seconds *= SLOWER
         self.result.waits.append(began - image.arrival)
         self.result.encoded[index] += 1
         self.result.encoded_at.setdefault(image.identifier, []).append(index)

@@ -24,8 +24,8 @@ NO_NIXL = f"{NIXL} is left out, because NIXL is not installed ({install_command(
 _READY_SECONDS = 180.0
 VLLM_READY_SECONDS = 600.0
 """An instance of vLLM needs half a minute of a core before it answers, and several start at the same time."""
-DTYPE = ("--dtype", "float32")
-"""For all instances whose answers or times are compared with each other."""
+_DTYPE = "float32"
+"""For all instances whose answers or times are compared with each other, unless their dtype is what is compared."""
 IMAGES = ("--limit-mm-per-prompt", '{"image": 8, "video": 0}')
 """For instances of vLLM that take images themselves."""
 VLLM_LIMITS = ("--max-model-len", "2048", "--max-num-seqs", "8")
@@ -98,17 +98,25 @@ def _role(cpus: tuple[int, ...], count: int = 1) -> RoleConfig:
 
 
 def _deployment(model: str, roles: dict[Role, RoleConfig]) -> DeploymentConfig:
-    return DeploymentConfig(model, roles, served_model_name=SERVED_NAME)
+    return DeploymentConfig(model, roles, settings={"dtype": _DTYPE}, served_model_name=SERVED_NAME)
 
 
-def on_vllm(config: DeploymentConfig, limits: tuple[str, ...] = VLLM_LIMITS) -> DeploymentConfig:
+def on_vllm(
+    config: DeploymentConfig, limits: tuple[str, ...] = VLLM_LIMITS, *, dtype: str = _DTYPE
+) -> DeploymentConfig:
     """Return the same instances over vLLM, with chiasm's EC connector and proxy, and vLLM's own KV connector."""
     roles = {
         role: replace(one, vllm_flags=(*one.vllm_flags, *_VLLM_FLAGS.get(role, _VLLM_KV)))
         for role, one in config.roles.items()
     }
-    flags = (*config.vllm_flags, *DTYPE, *limits)
-    return replace(config, engine=EngineKind.VLLM, roles=roles, kv_connector=None, vllm_flags=flags)
+    return replace(
+        config,
+        engine=EngineKind.VLLM,
+        roles=roles,
+        kv_connector=None,
+        settings={**config.settings, "dtype": dtype},
+        vllm_flags=(*config.vllm_flags, *limits),
+    )
 
 
 def kv_connectors() -> tuple[str, ...]:

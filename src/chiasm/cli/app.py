@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "Run all instances of a model and the proxy on this machine.",
     "instance": "Run one instance of a model.",
     "proxy": "Run the proxy in front of instances.",
+    "drain": "Take an instance down without losing anything.",
     "demo": "Ask a small model about images, and show what each process did.",
     "models": "List the checkpoints that come with chiasm.",
     "bench": "Benchmark E+PD and E+P+D against one aggregated instance.",

@@ -17,9 +17,9 @@ from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.options import Option, fields_from
 
 NAMES = (
-    "Measurements to run (default: all but store, soak and goodput): identity, ttft, handoff, overlap, isolation, reuse, "
-    "proxy, routing, kv, split, decode-isolation, idle, store, soak, goodput; with --engine vllm: identity, vllm-example, "
-    "engines, reuse, goodput."
+    "Measurements to run (default: all but store, soak, churn and goodput): identity, ttft, handoff, arrivals, overlap, "
+    "isolation, reuse, proxy, routing, kv, split, decode-isolation, step, idle, vocabulary, store, soak, churn, goodput; "
+    "with --engine vllm: identity, vllm-example, engines, reuse, goodput."
 )
 ARM_EXAMPLE = '"mine=--encoders 2 --pds 2 --threads 1"'
 ARM_HELP = (

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from chiasm.cli.conversation import Answer, ImageFile, Turn
-    from chiasm.cli.signals import EndSignals
     from chiasm.launch import Deployment, ProcessStatus
+    from chiasm.launch.signals import EndSignals
 
 _POLL_SECONDS = 0.05
 _IMAGE_COLUMNS = 36
@@ -59,9 +59,9 @@ def run(settings: Mapping[str, Any]) -> int | None:
     from rich.console import Console
 
     from chiasm.cli.conversation import AnswerError, Turn, all_agree, read_image
-    from chiasm.cli.signals import EndSignals
     from chiasm.launch import Deployment, DeploymentConfig, RoleConfig
     from chiasm.launch.layout import Layout
+    from chiasm.launch.signals import EndSignals
     from chiasm.wire import Role
 
     config = DemoConfig(**fields_from(settings, DemoConfig))

@@ -113,8 +113,8 @@ def _examine_running(
     from chiasm.doctor.client import Limits
     from chiasm.doctor.running import Folder, examine_instances, examine_proxy
     from chiasm.fleet_key import read_fleet_key
-    from chiasm.http.admin import read_admin_keys
     from chiasm.http.key_file import read_api_keys
+    from chiasm.http.key_rules import read_admin_keys
 
     folder = None
     if "shared_storage_path" in settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import enum
 import functools
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from chiasm import cores
+from chiasm.cli import sources
 from chiasm.errors import ConfigurationError
 from chiasm.options import NamedOption, Option, flag, options_of
 
@@ -32,6 +34,10 @@ _MAX_INTEGER = (1 << 31) - 1
 """What the libraries that get an option's value can hold in any case."""
 _SHOWN_CHARACTERS = 40
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+_OTHER_SOURCES = (
+    "Every option can also be in a YAML file (--config FILE) and in the environment\n(CHIASM_MAX_BODY_BYTES for "
+    "--max-body-bytes). The command line counts first,\nthen the environment, then the file."
+)
 _METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 _HELP_COLUMN = 32
 
@@ -39,7 +45,10 @@ _HELP_COLUMN = 32
 class Parser(argparse.ArgumentParser):
     """The options of one command. Options that aren't given are not in the result, so the configurations' defaults apply."""
 
-    def __init__(self, command: str, arguments: str, description: str, *, add_help: bool = True) -> None:
+    def __init__(
+        self, command: str, arguments: str, description: str, *, add_help: bool = True, has_sources: bool = False
+    ) -> None:
+        """``has_sources``: every option can also be in a YAML file and in the environment."""
         super().__init__(
             prog=f"chiasm {command}",
             usage=f"chiasm {command} {arguments}",
@@ -48,11 +57,15 @@ class Parser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
             add_help=add_help,
             allow_abbrev=False,
+            epilog=_OTHER_SOURCES if has_sources else None,
         )
+        self._has_sources = has_sources
         self._variables: dict[str, NamedOption] = {}
         self._takes_value: set[str] = set()
         self.options: dict[argparse.Action, NamedOption] = {}
         """The options that take a value, by their actions."""
+        if has_sources:
+            self.add_option(option("config", Path, "YAML file with options; those given elsewhere count before it."))
 
     def add(
         self,
@@ -94,13 +107,63 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
         """Return what was given, by name. Raises ConfigurationError for what cannot be understood; ends after --help."""
-        given = vars(self.parse_args(self._joined(arguments)))
-        variables = {
-            name: (value,) if _is_repeated(named) else value
-            for name, named in self._variables.items()
-            if (value := environment.get(named.option.environment)) is not None
-        }
-        return variables | {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        needed = [action for action in self._actions if action.required and action.nargs != "*"]
+        for action in needed:  # another source may have it
+            action.required = False
+        try:
+            given = vars(self.parse_args(self._joined(arguments)))
+        finally:
+            for action in needed:
+                action.required = True
+        found = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        found = self._of_environment(environment) | found
+        path = found.pop("config", None) if self._has_sources else None
+        found = (self._of_file(path) if path is not None else {}) | found
+        if missing := [action for action in needed if action.dest not in found]:
+            names = (action.option_strings[0] if action.option_strings else action.metavar for action in missing)
+            self.error(f"the following arguments are required: {', '.join(map(str, names))}")
+        return found
+
+    def _of_environment(self, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Return what variables give, by name."""
+        variables = {name: named.option.environment for name, named in self._variables.items()}
+        if self._has_sources:
+            others = {name: f"{sources.VARIABLE_PREFIX}{name.upper()}" for name in self._by_name}
+            variables = others | variables
+        found: dict[str, Any] = {}
+        for name, text in sources.of_environment(variables, environment).items():
+            try:
+                found[name] = sources.value_in_environment(self._by_name[name], text)
+            except ValueError as error:
+                raise ConfigurationError(f"{variables[name]} in the environment: {error}.") from None
+        return found
+
+    def _of_file(self, path: Path) -> dict[str, Any]:
+        """Return what the file of ``--config`` gives, by name. Raises ConfigurationError, also for what is no option."""
+        found: dict[str, Any] = {}
+        for name, value in sources.read_file(path).items():
+            action = self._by_name.get(name)
+            if action is None or name == "config":
+                close = difflib.get_close_matches(name, self._by_name, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f". See {self.prog} --help."
+                raise ConfigurationError(
+                    f"--config: {path}: {self.prog} has no option {name[:_SHOWN_CHARACTERS]!r}{hint}"
+                )
+            named = self.options.get(action)
+            is_json = bool(named and named.option.json)
+            join = sources.joined(
+                (named.option.separator or ",") if named else ",", is_json=is_json, is_command_line=named is None
+            )
+            try:
+                found[name] = sources.value_in_file(action, value, join, is_json=is_json)
+            except ValueError as error:
+                raise ConfigurationError(f"--config: {path}: {name}: {error}.") from None
+        return found
+
+    @property
+    def _by_name(self) -> dict[str, argparse.Action]:
+        """All options, and what has no dashes."""
+        return {action.dest: action for action in self._actions if action.dest != "help"}
 
     def error(self, message: str) -> NoReturn:
         text = message.removeprefix("argument ").rstrip(".")

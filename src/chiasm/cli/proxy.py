@@ -20,6 +20,7 @@ def parser() -> Parser:
         "proxy",
         "--encoder URL --pd URL [OPTIONS]",
         "Run the proxy in front of instances.\n\nPrints `ready http://HOST:PORT` when it takes requests.",
+        has_sources=True,
     )
     made.add_option(END_WITH_STDIN)
     add_options(made)

@@ -65,8 +65,10 @@ def parser() -> Parser:
         "MODEL [OPTIONS]",
         "Run instances of MODEL and the proxy, all on this machine.\n\n"
         "Prints `ready http://HOST:PORT` when every instance is healthy.",
+        has_sources=True,
     )
     made.add_argument("model", metavar="MODEL", help=instance.MODEL_HELP)
+    made.add_option(option("dry_run", bool, "Print what would be started, and start nothing."))
     add_options(made)
     return made
 
@@ -100,11 +102,16 @@ def add_options(made: Parser) -> None:
 
 def run(settings: Mapping[str, Any]) -> None:
     """Run a deployment until a signal asks for its end, and until what runs has ended."""
-    from chiasm.cli.signals import EndSignals
     from chiasm.cli.view import View
     from chiasm.launch import Deployment
     from chiasm.launch.devices import describe
+    from chiasm.launch.signals import EndSignals
 
+    if settings.get("dry_run"):
+        from chiasm.cli.dry_run import preview
+
+        print(preview(Deployment(deployment_config(settings))))
+        return
     view = View()
     deployment = Deployment(deployment_config(settings), on_change=view.change, on_line=view.line)
     view.line("serve", deployment.arrangement.description)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chiasm import __version__
-from chiasm.cores import usable_cores
+from chiasm.cores import cpu_flags, has_native_bfloat16, usable_cores
 from chiasm.doctor.report import Check, Result, size
 from chiasm.errors import ConfigurationError
 from chiasm.extras import Extra, install_command
@@ -81,6 +81,7 @@ def cores(threads: Sequence[int] = (), *, are_shared: bool = False) -> Iterator[
     """``threads`` is how many each planned instance computes with; with ``are_shared``, if it has the cores to itself."""
     usable, total = usable_cores(), os.cpu_count() or 1
     says = f"{usable} usable" + ("" if usable == total else f" of {total} (CPU affinity or the container's quota)")
+    says += f", {'with' if has_native_bfloat16(cpu_flags()) else 'without'} instructions for bfloat16"
     wanted = max(threads, default=0) if are_shared else sum(threads)
     if threads and are_shared:
         says += f", shared by {len(threads)} instance{'s' if len(threads) > 1 else ''} of up to {wanted} threads"

@@ -82,8 +82,8 @@ async def ask_proxy(client: Client, url: str) -> ObservedProxy:
     if not bytes(page.instances):
         if not page.role and page.status in ("ok", "unavailable"):
             raise NoAnswerError(
-                "is a proxy, and tells its operator alone about its instances; give --admin-key-file or CHIASM_ADMIN_KEY, or "
-                "run this on its machine if it has no admin key"
+                "answered, but isn't chiasm's proxy, or tells its operator alone about instances: then give --admin-key-file "
+                "or CHIASM_ADMIN_KEY, or run this on its machine if it has no admin key"
             )
         if page.role in ROLES:
             option = "--aggregated-at" if page.role == Role.AGGREGATED else f"--{page.role}"

@@ -7,6 +7,7 @@ announced, and keeps the memory from being reused, has the right bytes.
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,31 +16,47 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader, bytes_of, dtype_of
+from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader, dtype_of
 
 if TYPE_CHECKING:
     import xxhash
 
-_PIECE_BYTES = 256 << 10
-"""What is copied and hashed at a time, while it is in the cache of a core."""
+_LARGE_BYTES = 8 << 20
+"""From this size on, an embedding is copied and hashed at the same time. A thread costs a smaller one more than it saves."""
 _CLEARED = bytes(HEADER_BYTES)
 
 
 def write_entry(address: int, header: EntryHeader, tensor: torch.Tensor, *, with_checksum: bool) -> EntryHeader:
     """Write an entry to ``address``, where there is room for it, and return its header, with the checksum if wanted."""
-    target = address + HEADER_BYTES
+    target, size = address + HEADER_BYTES, header.data_bytes
     hasher = header.hasher() if with_checksum else None
-    if tensor.is_cuda:
-        _tensor(_bytes_at(target, header.data_bytes), header).copy_(tensor)
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        _tensor(_bytes_at(target, size), header).copy_(tensor)
         if hasher is not None:
-            hasher.update(_bytes_at(target, header.data_bytes).data)
+            hasher.update(_bytes_at(target, size).data)
+    elif hasher is None:
+        ctypes.memmove(target, tensor.data_ptr(), size)
     else:
-        data = bytes_of(tensor)
-        _copy(target, np.frombuffer(data, np.uint8).ctypes.data, len(data), hasher)
+        _copy_and_hash(target, tensor.data_ptr(), size, hasher)
     if hasher is not None:
         header = header._replace(checksum=hasher.hexdigest())
     ctypes.memmove(address, header.to_bytes(), HEADER_BYTES)
     return header
+
+
+def _copy_and_hash(target: int, source: int, size: int, hasher: xxhash.xxh3_128) -> None:
+    """Both release the interpreter's lock."""
+    data = _bytes_at(source, size).data
+    if size < _LARGE_BYTES:
+        hasher.update(data)
+        ctypes.memmove(target, source, size)
+        return
+    hashing = threading.Thread(target=hasher.update, args=(data,))
+    hashing.start()
+    try:
+        ctypes.memmove(target, source, size)
+    finally:
+        hashing.join()
 
 
 def clear_entry(address: int) -> None:
@@ -52,11 +69,25 @@ def has_header(address: int, header: EntryHeader) -> bool:
     return ctypes.string_at(address, HEADER_BYTES) == header.to_bytes()
 
 
-def has_checksum(address: int, header: EntryHeader) -> bool:
-    """Return whether the embedding at ``address`` has the checksum of its header. Reads all of it."""
-    hasher = header.hasher()
-    hasher.update(_bytes_at(address + HEADER_BYTES, header.data_bytes).data)
-    return hasher.hexdigest() == header.checksum
+class Checksum:
+    """Compares an embedding with its checksum while it comes to ``address``, header first."""
+
+    def __init__(self, address: int, header: EntryHeader) -> None:
+        self._header = header
+        self._hasher = header.hasher()
+        self._begin = address + HEADER_BYTES
+        self._end = address
+
+    def add(self, num_bytes: int) -> None:
+        """So many more bytes are here."""
+        begin = max(self._begin, self._end)
+        self._end += num_bytes
+        if begin < self._end:
+            self._hasher.update(_bytes_at(begin, self._end - begin).data)
+
+    def is_right(self) -> bool:
+        """Return whether what came is what was published."""
+        return self._hasher.hexdigest() == self._header.checksum
 
 
 def tensor_at(address: int, header: EntryHeader, owner: object, release: Callable[[], None]) -> torch.Tensor:
@@ -83,14 +114,3 @@ def _bytes_at(address: int, num_bytes: int) -> npt.NDArray[np.uint8]:
 
 def _tensor(data: npt.NDArray[np.uint8], header: EntryHeader) -> torch.Tensor:
     return torch.from_numpy(data).view(dtype_of(header)).view(header.shape)
-
-
-def _copy(target: int, source: int, num_bytes: int, hasher: xxhash.xxh3_128 | None) -> None:
-    """Copy bytes. Both memmove and the hash release the interpreter's lock."""
-    if hasher is None:
-        ctypes.memmove(target, source, num_bytes)
-        return
-    for done in range(0, num_bytes, _PIECE_BYTES):
-        size = min(_PIECE_BYTES, num_bytes - done)
-        hasher.update(_bytes_at(source + done, size).data)
-        ctypes.memmove(target + done, source + done, size)

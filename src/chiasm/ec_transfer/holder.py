@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 GREETING_SECONDS = 5.0
-FETCH_SECONDS = 30.0
-"""So long after it was made, or asked for again, an embedding is expected to be fetched; then nobody comes for it."""
+FETCH_SECONDS = 3.0
+"""So long after an embedding was made, or asked for again, a reader is expected to want it, if any does: readers are told of
+their items at the moment at which the encoder gets them."""
 MAX_READING_SECONDS = 60.0
 """How long a reader may keep what it was granted without saying anything."""
 _DECODER: msgspec.msgpack.Decoder[ReaderMessage] = msgspec.msgpack.Decoder(ReaderMessage)
@@ -75,7 +76,7 @@ class Holder:
         """The number of each grant."""
         self._claim_numbers = itertools.count(1)
         self._unfetched: OrderedDict[str, float] = OrderedDict()
-        """Until when embeddings are expected to be fetched that nobody has fetched yet, the earliest first."""
+        """Until when somebody is expected to want embeddings that nobody has fetched yet, the earliest first."""
         self._reading = asyncio.Event()
         """Set while somebody may be reading."""
         self._listener = Listener(
@@ -107,7 +108,7 @@ class Holder:
         with self._written:
             while self._unfetched and next(iter(self._unfetched.values())) < now:
                 self._unfetched.popitem(last=False)
-            return len(self._unfetched)
+            return len(self._unfetched.keys() | self._table.claimed())
 
     def has(self, identifier: str) -> bool:
         """Return whether it is here; who asks has a reader that comes for it."""
@@ -147,7 +148,9 @@ class Holder:
             self._written.notify_all()
             self._stats.saves += 1
             self._stats.saved_bytes += header.data_bytes
-        self._control.call(self._tell)
+            has_notices = self._table.has_notices
+        if has_notices:
+            self._control.call(self._tell)
 
     def remove(self, identifier: str) -> None:
         """Offer an embedding no more."""

@@ -82,6 +82,11 @@ class OfferTable(Generic[PieceT]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def has_notices(self) -> bool:
+        """Whether a reader is to be told something."""
+        return bool(self._notices)
+
     def take_notices(self) -> list[Notice]:
         """Return what is to be told to readers, in this order, and forget it."""
         notices, self._notices = self._notices, []
@@ -90,6 +95,11 @@ class OfferTable(Generic[PieceT]):
     def is_granted(self, reader: int) -> bool:
         """Return whether the reader may read anything now."""
         return any(reader in entry.granted for name in self._names(reader) for entry in self._all(name))
+
+    def claimed(self) -> set[str]:
+        """Return the identifiers of what readers were told of or granted, and have neither fetched nor forgotten."""
+        names = {name for wanted in self._wanted_by.values() for name in wanted}
+        return {name for name in names if any(entry.told or entry.granted for entry in self._all(name))}
 
     # ---- the holder's own ---------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
 
 
 class Want(msgspec.Struct, tag="want", frozen=True):
-    """Tell me when you have it. If it takes at most ``room_bytes``, it is granted at once."""
+    """Tell me when you have it. If it takes at most ``room_bytes`` with its header, it is granted at once."""
 
     identifier: Identifier
     room_bytes: Bytes = 0

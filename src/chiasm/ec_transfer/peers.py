@@ -86,7 +86,10 @@ class PeerConnector(ECConnector):
             self._holder = self._hold(terms)
         if role is ECConnectorRole.SCHEDULER and self.is_consumer:
             self.prepare()
-            self._reader = Reader(terms, config.receive_bytes, self.reach, self.stats)
+            row_bytes = (
+                config.entry_width * getattr(torch, config.dtype).itemsize if config.dtype and config.entry_width else 0
+            )
+            self._reader = Reader(terms, config.receive_bytes, self.reach, self.stats, row_bytes=row_bytes)
 
     @abstractmethod
     def make_plane(self) -> DataPlane:

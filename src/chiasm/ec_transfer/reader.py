@@ -9,8 +9,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -65,7 +66,8 @@ class Reader:
     """Brings in embeddings from any number of holders. All methods may be called from any thread and return at once.
 
     ``reach`` makes a holder's memory readable, given its Welcome; it runs on any thread and raises TransferError. ``wake`` can
-    be set; it is called on the control thread when something arrived or was lost.
+    be set; it is called, on any of the reader's threads, when something arrived or was lost. ``row_bytes`` is the size of one
+    row of an embedding; 0 if it isn't known.
     """
 
     def __init__(
@@ -74,13 +76,15 @@ class Reader:
         capacity_bytes: int,
         reach: Callable[[Peer, Welcome], Source],
         stats: ECConnectorStats,
+        *,
+        row_bytes: int,
     ) -> None:
         self._terms = terms
         self._reach = reach
         self.stats = stats
         self.wake: Callable[[], None] = lambda: None
         self._lock = threading.Lock()  # guards the table
-        self._table: WantTable[Arrived] = WantTable(capacity_bytes, terms.values["fingerprint"])
+        self._table: WantTable[Arrived] = WantTable(capacity_bytes, terms.values["fingerprint"], row_bytes=row_bytes)
         self._holders: dict[ECPlace, _Holder] = {}  # the least recently used comes first
         self._tasks: set[asyncio.Task[None]] = set()
         self._freed: asyncio.Future[None]
@@ -92,25 +96,21 @@ class Reader:
     # ---- any thread ---------------------------------------------------------------------------------------------------
 
     def expect(self, places: Mapping[str, ECPlace]) -> None:
-        with self._lock:
-            self._table.expect(places)
-        self._control.call(self._act)
+        with self._changing() as table:
+            table.expect(places)
 
     def want(self, request_id: str, wanted: Sequence[Wanted]) -> None:
-        with self._lock:
-            self._table.want(request_id, wanted)
-        self._control.call(self._act)
+        with self._changing() as table:
+            table.want(request_id, wanted)
 
     def finish(self, request_id: str) -> None:
-        with self._lock:
-            self._table.finish(request_id)
-        self._control.call(self._act)
+        with self._changing() as table:
+            table.finish(request_id)
         self._control.call(self._retry)
 
     def need_next(self, identifiers: Sequence[str]) -> None:
-        with self._lock:
-            self._table.need_next(identifiers)
-        self._control.call(self._act)
+        with self._changing() as table:
+            table.need_next(identifiers)
 
     def ready(self, identifier: str) -> Arrived | None:
         with self._lock:
@@ -125,20 +125,17 @@ class Reader:
             return self._table.is_taken(identifier)
 
     def take(self, identifier: str) -> None:
-        with self._lock:
-            self._table.take(identifier)
-        self._control.call(self._act)
+        with self._changing() as table:
+            table.take(identifier)
 
     def again(self, identifier: str, arrived: Arrived | None = None) -> None:
-        with self._lock:
-            self._table.again(identifier, arrived)
-        self._control.call(self._act)
+        with self._changing() as table:
+            table.again(identifier, arrived)
 
     def reject(self, identifier: str, reason: str) -> None:
         _logger.warning("The embedding of item %s was rejected: %s.", identifier, reason)
-        with self._lock:
-            self._table.reject(identifier)
-        self._control.call(self._act)
+        with self._changing() as table:
+            table.reject(identifier)
 
     def memory_freed(self) -> None:
         """Read what had no memory."""
@@ -148,6 +145,15 @@ class Reader:
         """Break everything off. When this returns nothing is written any more; idempotent."""
         self._control.close()
         self._pool.shutdown()
+
+    @contextmanager
+    def _changing(self) -> Iterator[WantTable[Arrived]]:
+        """Change the table, and wake the control thread if there is something to do for it then."""
+        with self._lock:
+            yield self._table
+            has_work = self._table.has_work
+        if has_work:
+            self._control.call(self._act)
 
     # ---- the control thread -------------------------------------------------------------------------------------------
 
@@ -172,12 +178,12 @@ class Reader:
         """Do what the table says."""
         with self._lock:
             sends, reads = self._table.take_sends(), self._table.take_reads()
-        for send in sends:
-            self._send(send)
-        for read in reads:
+        for read in reads:  # before a holder may be lost by sending, and met anew
             holder = self._holders[read.place]
             holder.num_reads += 1
             self._start(holder, self._read(holder, read))
+        for send in sends:
+            self._send(send)
 
     def _send(self, send: Send) -> None:
         if self._closing:
@@ -211,37 +217,63 @@ class Reader:
         def stop() -> bool:
             return time.monotonic() > give_up or is_of_no_use()
 
-        arrived = None
+        is_here = False
         try:
-            while arrived is None and not is_of_no_use():
+            while not is_here and not is_of_no_use():
                 freed = self._freed
-                bringing = asyncio.get_running_loop().run_in_executor(self._pool, _bring, holder.source, read, stop)
-                arrived = await bringing
-                if arrived is None and time.monotonic() > give_up:
+                if holder.source.is_quick(read):
+                    is_here = self._bring(holder.source, read, stop)
+                else:
+                    is_here = await asyncio.get_running_loop().run_in_executor(
+                        self._pool, self._bring, holder.source, read, stop
+                    )
+                if not is_here and time.monotonic() > give_up:
                     raise TransferError("reading from it took too long")
-                if arrived is None and not is_of_no_use():
+                if not is_here and not is_of_no_use():
                     await asyncio.wait([freed])
                     give_up = time.monotonic() + ANSWER_SECONDS + read.num_bytes / _SLOWEST_BYTES_PER_SECOND
+            if not is_here:
+                self._fail(read)
         except EntryUnusable as error:
             _logger.warning("The embedding of item %s from %s was rejected: %s.", read.header.identifier, holder, error)
-            self._end_read(holder, read, bad=error.bad)
+            self._fail(read, bad=error.bad)
         except TransferError as error:
-            self._end_read(holder, read)
+            self._fail(read)
             self._lose(holder, str(error))
-        else:
-            self._end_read(holder, read, arrived)
-
-    def _end_read(self, holder: _Holder, read: Read, arrived: Arrived | None = None, *, bad: bool = False) -> None:
-        with self._lock:
-            if arrived is None:
-                matters = self._table.failed(read, bad=bad)
-                self.stats.load_failures += matters
-                self.stats.corrupt_entries += bad
-            else:
-                matters = self._table.arrived(read, arrived)
-        holder.num_reads -= 1
-        self._close_if_unused(holder)
+        finally:
+            holder.num_reads -= 1
+            self._close_if_unused(holder)
         self._act()
+
+    def _bring(self, source: Source, read: Read, stop: Callable[[], bool]) -> bool:
+        """Bring an entry in, on any thread, and wake the engine. Return whether the entry is here.
+
+        Raises EntryUnusable and TransferError, and nothing else.
+        """
+        try:
+            arrived = None if stop() else source.bring(read, stop)
+        except (EntryUnusable, TransferError):
+            raise
+        except Exception as error:
+            _logger.exception("Reading an embedding failed.")
+            raise TransferError(f"reading failed: {error}") from error
+        if arrived is None:
+            return False
+        with self._lock:
+            matters = self._table.arrived(read, arrived)
+        self._wake_if(matters)
+        return True
+
+    def _fail(self, read: Read, *, bad: bool = False) -> None:
+        """Note that an entry could not be brought in."""
+        with self._lock:
+            matters = self._table.failed(read, bad=bad)
+            self.stats.load_failures += matters
+            self.stats.corrupt_entries += bad
+        self._act()
+        self._wake_if(matters)
+
+    def _wake_if(self, matters: bool) -> None:
         if matters and not self._closing:
             self.wake()
 
@@ -288,7 +320,10 @@ class Reader:
                 channel.send(message)
             holder.unsent.clear()
             while True:
-                self._hear(holder, await channel.receive())
+                message = await channel.receive()
+                if holder.lost:  # what came before counts no more
+                    return
+                self._hear(holder, message)
                 await asyncio.sleep(0)  # take turns
         except TimeoutError:
             raise TransferError(_NO_ANSWER) from None
@@ -340,14 +375,3 @@ class Reader:
         if holder.lost and not holder.num_reads and holder.source is not None:
             holder.source.close()
             holder.source = None
-
-
-def _bring(source: Source, read: Read, stop: Callable[[], bool]) -> Arrived | None:
-    """Bring an entry in, on a thread that reads. Raises EntryUnusable and TransferError, and nothing else."""
-    try:
-        return None if stop() else source.bring(read, stop)
-    except (EntryUnusable, TransferError):
-        raise
-    except Exception as error:
-        _logger.exception("Reading an embedding failed.")
-        raise TransferError(f"reading failed: {error}") from error

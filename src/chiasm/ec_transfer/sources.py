@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from chiasm.ec_transfer.entry_file import EntryHeader
-from chiasm.ec_transfer.entry_memory import has_checksum, has_header, tensor_at
+from chiasm.ec_transfer.entry_memory import Checksum, has_header, tensor_at
 from chiasm.ec_transfer.wants import Read
 from chiasm.transfer.arena import Arena, Piece
 from chiasm.transfer.memory import ReachedMemory, Run
@@ -53,6 +53,10 @@ class Source(ABC):
         Called on several threads. Raises EntryUnusable, and TransferError if nothing of this holder can be read any more.
         """
 
+    def is_quick(self, read: Read) -> bool:
+        """Return whether ``bring`` takes microseconds, so that another thread would take longer to begin."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Release the holder's memory, as soon as nothing uses it. Called once, when nothing is read."""
@@ -72,13 +76,21 @@ class _Lent:
         self._returned: deque[int] = deque()
         """Sizes of tensors that are gone. The collector of garbage may run anywhere, so it takes no lock."""
 
+    def stays(self, header: EntryHeader) -> bool:
+        """Return whether an embedding needn't be copied now."""
+        with self._lock:
+            return self._has_room(header.data_bytes)
+
+    def _has_room(self, size: int) -> bool:
+        while self._returned:
+            self._bytes -= self._returned.popleft()
+        return self._device.type == "cpu" and self._bytes + size <= self._max_bytes
+
     def tensor(self, address: int, header: EntryHeader, owner: object, release: Callable[[], None]) -> torch.Tensor:
         """Return the embedding at ``address`` on the device. ``release`` is called when its memory isn't needed any more."""
         size = header.data_bytes
         with self._lock:
-            while self._returned:
-                self._bytes -= self._returned.popleft()
-            stays = self._device.type == "cpu" and self._bytes + size <= self._max_bytes
+            stays = self._has_room(size)
             self._bytes += size if stays else 0
 
         def give_back() -> None:
@@ -121,13 +133,18 @@ class LandingSource(Source):
         piece = self._landing.arena.allocate(read.num_bytes)
         if piece is None:
             return None
+        address = self._landing.arena.file.address + piece.offset
+        checksum = Checksum(address, read.header)
         try:
-            if not self._reached.read([Run(piece.offset, read.here.offset, read.num_bytes)], stop):
+            if not self._reached.read([Run(piece.offset, read.here.offset, read.num_bytes)], stop, checksum.add):
                 if stop():
                     piece.release()
                     return None
                 raise EntryUnusable("it is not granted any more", bad=False)
-            self._verify(self._landing.arena.file.address + piece.offset, read.header)
+            if not has_header(address, read.header):
+                raise EntryUnusable("it is another one, or torn", bad=True)
+            if not checksum.is_right():
+                raise EntryUnusable("its checksum is wrong", bad=True)
         except BaseException:
             piece.release()
             raise
@@ -135,13 +152,6 @@ class LandingSource(Source):
 
     def close(self) -> None:
         self._reached.close()
-
-    @staticmethod
-    def _verify(address: int, header: EntryHeader) -> None:
-        if not has_header(address, header):
-            raise EntryUnusable("it is another one, or torn", bad=False)
-        if not has_checksum(address, header):
-            raise EntryUnusable("its checksum is wrong", bad=True)
 
 
 class MappedSource(Source):
@@ -151,6 +161,9 @@ class MappedSource(Source):
         """``num_bytes`` is the size of the holder's memory."""
         self._memory = memory
         self._lent = _Lent(num_bytes // MAX_LENT_SHARE, device)
+
+    def is_quick(self, read: Read) -> bool:
+        return self._lent.stays(read.header)
 
     def bring(self, read: Read, stop: Callable[[], bool]) -> Arrived | None:
         started = time.perf_counter()

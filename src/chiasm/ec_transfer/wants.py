@@ -93,7 +93,8 @@ class WantTable(Generic[EntryT]):
     ``capacity_bytes`` bounds what is granted, read or ready, and not taken by the engine; a larger entry is never brought in.
     """
 
-    def __init__(self, capacity_bytes: int, fingerprint: str) -> None:
+    def __init__(self, capacity_bytes: int, fingerprint: str, *, row_bytes: int = 0) -> None:
+        """``row_bytes`` is the size of one row of an embedding; 0 if it isn't known before one was seen."""
         self.capacity_bytes = capacity_bytes
         self._fingerprint = fingerprint
         self._items: dict[str, _Item[EntryT]] = {}
@@ -102,8 +103,7 @@ class WantTable(Generic[EntryT]):
         self._needed: tuple[str, ...] = ()
         self._expected: OrderedDict[str, dict[ECPlace, Here | None]] = OrderedDict()
         """Where embeddings are that no request wants yet."""
-        self._row_bytes = 0
-        """Size of one row of an embedding, once one was seen."""
+        self._row_bytes = row_bytes
         self._unsent: list[tuple[_Item[EntryT], ECPlace]] = []
         """What wasn't asked for yet."""
         self._sends: list[Send] = []
@@ -113,6 +113,11 @@ class WantTable(Generic[EntryT]):
         return len(self._items)
 
     # ---- what is to be done -------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to be sent or read."""
+        return bool(self._sends or self._reads)
 
     def take_sends(self) -> list[Send]:
         """Return what is to be told to holders, in this order. Only Want is worth a new connection."""
@@ -398,7 +403,8 @@ class WantTable(Generic[EntryT]):
             waits = item.stage in (_Stage.WAITING, _Stage.ASKED) and self._items.get(item.identifier) is item
             if waits and item.places.get(place, item) is None:
                 need = item.size_bytes or item.max_rows * self._row_bytes
-                self._sends.append(Send(place, Want(item.identifier, need if item.identifier in allowed else 0)))
+                room_bytes = HEADER_BYTES + need if need and item.identifier in allowed else 0
+                self._sends.append(Send(place, Want(item.identifier, room_bytes)))
 
     def _reclaim(self, first: _Item[EntryT], needed_bytes: int) -> int:
         """Give up entries that are ready, the last ones first, for one that comes before them; return their size."""

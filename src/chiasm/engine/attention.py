@@ -1,26 +1,34 @@
-"""Attention over a paged KV cache, plugged into transformers' models through ``AttentionInterface``.
+"""Attention over a paged KV cache.
 
-The model classes of transformers call the registered function in every layer with the rows of the whole step, all requests
-flattened into one sequence: first one row for each decoding request, then the chunk of each prefilling one.
+The model calls it in every layer with the rows of the whole step, all requests flattened into one sequence: first one row for
+each decoding request, then the chunk of each prefilling one.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from chiasm.errors import ConfigurationError
-from chiasm.models.base import ATTENTION_NAME
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from chiasm.models.base import LanguageModel
+
+MOST_PADDING = 2
+"""Decoding rows that are gathered together have at most this many times as many slots as they need."""
+FREE_SLOTS = 2048
+"""So few slots are gathered together, padded or not: another operator takes longer than they do."""
+MOST_SLOTS = 1 << 16
+"""Maximum slots that several decoding rows gather at a time, in each layer. One row gathers all of its own."""
 
 
 class KVCache:
@@ -101,37 +109,146 @@ class PrefillSegment:
         return self.slots.shape[0] - self.num_rows
 
 
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Decoding requests of similar length, which are computed together: rows ``[start, start + B)`` of the step."""
+
+    start: int
+    slots: Tensor
+    """int64 ``[B, longest]``: the slots that each request attends to, its own included, padded with 0."""
+    lengths: Tensor
+    """int64 ``[B]``: how many of them are not padding."""
+    is_even: bool
+    """Whether nothing is padding."""
+
+
+def group_by_length(lengths: Sequence[int]) -> list[int]:
+    """Return the sizes of groups of decoding requests, whose ``lengths`` descend.
+
+    A group of B requests gathers B times the slots of its first. That is at most ``MOST_PADDING`` times what its requests
+    need, or ``FREE_SLOTS``, and at most ``MOST_SLOTS`` unless it is a single request. So a long request beside many short
+    ones costs no more than both cost alone.
+    """
+    sizes: list[int] = []
+    longest = needed = 0
+    for length in lengths:
+        size = sizes[-1] + 1 if sizes else 1
+        gathered = size * longest
+        if sizes and gathered <= max(FREE_SLOTS, min(MOST_SLOTS, MOST_PADDING * (needed + length))):
+            sizes[-1] = size
+            needed += length
+        else:
+            sizes.append(1)
+            longest = needed = length
+    return sizes
+
+
+def decode_groups(slots: Sequence[NDArray[np.int64]], device: torch.device) -> list[DecodeGroup]:
+    """Return the groups of decoding requests, whose ``slots`` descend in number; their rows begin with 0."""
+    groups: list[DecodeGroup] = []
+    start = 0
+    for size in group_by_length([len(one) for one in slots]):
+        members = slots[start : start + size]
+        longest = len(members[0])
+        table = np.zeros((size, longest), dtype=np.int64)
+        for row, member in zip(table, members, strict=True):
+            row[: len(member)] = member
+        lengths = np.array([len(member) for member in members], dtype=np.int64)
+        groups.append(
+            DecodeGroup(
+                start,
+                torch.from_numpy(table).to(device),
+                torch.from_numpy(lengths).to(device),
+                len(members[-1]) == longest,
+            )
+        )
+        start += size
+    return groups
+
+
 @dataclass
 class AttentionStep:
-    """What attention needs to know about one step. Its rows are the decodes first, then the prefill segments in order."""
+    """What attention needs to know about one step: the rows of all groups of decodes, then the prefill segments in order."""
 
     cache: KVCache
     slots: Tensor
     """int64 [T]: the slot for each row's key and value."""
-    prefills: list[PrefillSegment]
-    decode_slots: Tensor | None = None
-    """int64 [B, longest]: the slots that each decoding request attends to, its own included, padded with 0."""
-    decode_lengths: Tensor | None = None
-    """int64 [B]: how many of them are not padding."""
+    prefills: Sequence[PrefillSegment]
+    decodes: Sequence[DecodeGroup] = ()
     _masks: dict[object, Tensor] = field(default_factory=dict)
 
-    def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Return the additive mask ``[B, 1, 1, longest]``, made once per step and window."""
-        key = ("decode", window, dtype)
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
+    ) -> Tensor:
+        """Write the step's keys and values to the cache, and attend to it."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_copy_(0, self.slots, key)
+        values.index_copy_(0, self.slots, value)
+        attended = [self._decode(group, query, keys, values, scaling, window) for group in self.decodes]
+        attended += [
+            self._prefill(segment, query, (key, value), (keys, values), scaling, window) for segment in self.prefills
+        ]
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+    def _decode(
+        self, group: DecodeGroup, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        batch, longest = group.slots.shape
+        flat = group.slots.view(-1)
+        num_kv_heads, head_dim = keys.shape[1:]
+        shape = (batch, longest, num_kv_heads, head_dim)
+        # Query heads that share a KV head are rows of one small attention, so the cache is never repeated.
+        rows = query if batch == len(query) else query[group.start : group.start + batch]
+        attended = scaled_dot_product_attention(
+            rows.reshape(batch, num_kv_heads, -1, head_dim),
+            keys.index_select(0, flat).view(shape).transpose(1, 2),
+            values.index_select(0, flat).view(shape).transpose(1, 2),
+            attn_mask=None if group.is_even and window is None else self._decode_mask(group, window, query.dtype),
+            scale=scaling,
+        )
+        return attended.reshape(batch, -1)
+
+    def _prefill(
+        self,
+        segment: PrefillSegment,
+        query: Tensor,
+        fresh: tuple[Tensor, Tensor],
+        cached: tuple[Tensor, Tensor],
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        rows = slice(segment.start, segment.end)
+        if segment.num_context == 0:
+            key, value = (part[rows] for part in fresh)
+        else:
+            key, value = (part.index_select(0, segment.slots) for part in cached)
+        causal = segment.num_context == 0 and (window is None or segment.num_rows <= window)
+        attended = scaled_dot_product_attention(
+            query[rows].transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            attn_mask=None if causal else self._prefill_mask(segment, window, query.dtype),
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return attended[0].transpose(0, 1).reshape(segment.num_rows, -1)
+
+    def _decode_mask(self, group: DecodeGroup, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Return the additive mask ``[B, 1, 1, longest]``, made once per step, group and window."""
+        key = ("decode", group.start, window)
         if key not in self._masks:
-            assert self.decode_slots is not None
-            assert self.decode_lengths is not None
-            index = torch.arange(self.decode_slots.shape[1], device=self.decode_slots.device)
-            length = self.decode_lengths[:, None]
+            index = torch.arange(group.slots.shape[1], device=group.slots.device)
+            length = group.lengths[:, None]
             visible = index < length
             if window is not None:
                 visible &= index >= length - window
             self._masks[key] = _additive(visible, dtype)[:, None, None, :]
         return self._masks[key]
 
-    def prefill_mask(self, segment: PrefillSegment, window: int | None, dtype: torch.dtype) -> Tensor:
+    def _prefill_mask(self, segment: PrefillSegment, window: int | None, dtype: torch.dtype) -> Tensor:
         """Return the additive causal mask ``[rows, context + rows]``, made once per step, segment and window."""
-        key = (segment.start, window, dtype)
+        key = ("prefill", segment.start, window)
         if key not in self._masks:
             device = segment.slots.device
             row = torch.arange(segment.num_context, segment.slots.shape[0], device=device)[:, None]
@@ -145,72 +262,3 @@ class AttentionStep:
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
-
-
-def paged_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    paged: AttentionStep,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Write the step's keys and values to the cache, and attend to it.
-
-    ``query`` is ``[1, Hq, T, D]``, ``key`` and ``value`` ``[1, Hkv, T, D]`` after rotary embedding; the result is
-    ``[1, T, Hq, D]``. ``attention_mask`` is always None: no mask is registered for this name.
-    """
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    keys, values = paged.cache.keys[layer], paged.cache.values[layer]
-    keys.index_copy_(0, paged.slots, key[0].transpose(0, 1))
-    values.index_copy_(0, paged.slots, value[0].transpose(0, 1))
-    num_heads, num_rows, head_dim = query.shape[1:]
-    num_kv_heads = key.shape[1]
-    output = query.new_empty(1, num_rows, num_heads, head_dim)
-
-    if paged.decode_slots is not None:
-        batch, longest = paged.decode_slots.shape
-        flat = paged.decode_slots.reshape(-1)
-        shape = (batch, longest, num_kv_heads, head_dim)
-        # Query heads that share a KV head are rows of one small attention, so the cache is never repeated.
-        attended = scaled_dot_product_attention(
-            query[0, :, :batch].transpose(0, 1).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim),
-            keys.index_select(0, flat).view(shape).transpose(1, 2),
-            values.index_select(0, flat).view(shape).transpose(1, 2),
-            attn_mask=paged.decode_mask(sliding_window, query.dtype),
-            scale=scaling,
-        )
-        output[0, :batch] = attended.reshape(batch, num_heads, head_dim)
-
-    for segment in paged.prefills:
-        rows = slice(segment.start, segment.end)
-        fresh = segment.num_context == 0
-        if fresh:
-            seen_keys, seen_values = key[:, :, rows], value[:, :, rows]
-        else:
-            seen_keys = keys.index_select(0, segment.slots).transpose(0, 1)[None]
-            seen_values = values.index_select(0, segment.slots).transpose(0, 1)[None]
-        causal = fresh and (sliding_window is None or segment.num_rows <= sliding_window)
-        attended = scaled_dot_product_attention(
-            query[:, :, rows],
-            seen_keys,
-            seen_values,
-            attn_mask=None if causal else paged.prefill_mask(segment, sliding_window, query.dtype),
-            is_causal=causal,
-            scale=scaling,
-            enable_gqa=num_heads != num_kv_heads,
-        )
-        output[0, rows] = attended[0].transpose(0, 1)
-    return output, None
-
-
-def register_paged_attention() -> None:
-    """Register ``ATTENTION_NAME`` with transformers; idempotent."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
+from chiasm.cores import cpu_flags, has_native_bfloat16
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorRole, ECTransferConfig
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.core_sharing import CoreShare
@@ -17,6 +19,8 @@ from chiasm.errors import ConfigurationError
 from chiasm.models import fingerprint, load_processor
 from chiasm.models.base import LoadProgress
 from chiasm.wire import Costs, ECPlace
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(ABC):
@@ -31,6 +35,9 @@ class Engine(ABC):
         self.config = config
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, config.model, self.device)
+        if config.dtype == "auto" and self.device.type == "cpu":
+            reason = "has" if has_native_bfloat16(cpu_flags()) else "lacks"
+            logger.info("Computing in %s: this CPU %s instructions for bfloat16.", self.dtype_name, reason)
         self.processor = load_processor(config.model)
         self.model_fingerprint = fingerprint(config.model, self.dtype_name)
         self.max_model_len = _context(config.max_model_len, self.processor.max_model_len)

@@ -102,7 +102,7 @@ def language_costs(processor: Processor, runner: ModelRunner, max_model_len: int
     for tokens in _PROMPTS:
         if tokens + _STEPS > max_model_len or tokens + _STEPS > runner.kv_cache.num_blocks * runner.kv_cache.block_size:
             break
-        prefill, *steps = _seconds(processor, runner, tokens)
+        prefill, *steps = step_seconds(processor, runner, tokens)
         per_token, step = prefill / tokens, min(steps)
         if prefill > _ENOUGH_SECONDS:
             break
@@ -113,8 +113,11 @@ def language_costs(processor: Processor, runner: ModelRunner, max_model_len: int
     )
 
 
-def _seconds(processor: Processor, runner: ModelRunner, tokens: int) -> list[float]:
-    """Return the seconds of each step that a prompt and some tokens of its answer take."""
+def step_seconds(processor: Processor, runner: ModelRunner, tokens: int, steps: int = _STEPS) -> list[float]:
+    """Return the seconds of each step that a prompt of so many tokens and as many tokens of its answer as ``steps`` take.
+
+    On a CPU they are CPU time on one core.
+    """
     cache = runner.kv_cache
     scheduler = Scheduler(
         SchedulerConfig(
@@ -134,13 +137,13 @@ def _seconds(processor: Processor, runner: ModelRunner, tokens: int) -> list[flo
         index=0,
         arrival=0,
         prompt=Prompt([min(processor.eos_token_ids)] * tokens),
-        sampling=SamplingParams(temperature=0.0, max_tokens=_STEPS, ignore_eos=True),
+        sampling=SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True),
         seed=0,
         block_size=cache.block_size,
     )
     scheduler.add([sequence])
     found = []
-    for _ in range(_STEPS):
+    for _ in range(steps):
         planned = scheduler.schedule()
         with _clock(runner.language.device) as clock:
             started = clock()

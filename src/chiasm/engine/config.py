@@ -30,7 +30,11 @@ class EngineConfig:
     role: Role
     dtype: Annotated[
         str,
-        Option("auto (float32 on CPU, the checkpoint's dtype on CUDA), float32, bfloat16 or float16.", metavar="DTYPE"),
+        Option(
+            "float32, bfloat16, float16 or auto: the checkpoint's dtype on CUDA, on a CPU bfloat16 if it has instructions for "
+            "it, otherwise float32.",
+            metavar="DTYPE",
+        ),
     ] = "auto"
     device: Annotated[str, Option("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
     threads: Annotated[int | None, Option("Intra-op CPU threads.", min=1, unset="all cores")] = None

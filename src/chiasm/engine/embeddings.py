@@ -93,7 +93,7 @@ class Embeddings:
     def admit(self, state: RequestState) -> None:
         """Count the items that exist on admission as hits; the others count when they come, or when the request fails."""
         sequence = state.sequences[0]
-        num_cached = self._scheduler.num_cached_tokens(sequence)
+        num_cached = self._scheduler.items.num_cached_tokens(sequence)
         stored = self._scheduler_role is not None and self._scheduler_role.ensure_cache_available(sequence, num_cached)
         for item in sequence.items:
             if any(timing.identifier == item.identifier for timing in state.timing.items):
@@ -137,7 +137,7 @@ class Embeddings:
         """
         if not self._has_news:
             return []
-        self._changes_seen, self._looks_again, self._has_lost = self._scheduler.item_changes, False, False
+        self._changes_seen, self._looks_again, self._has_lost = self._scheduler.items.changes, False, False
         if self._encoder is not None:
             return self._take_encoded(self._encoder, states)
         if self._scheduler_role is not None and self._worker_role is not None:
@@ -157,7 +157,7 @@ class Embeddings:
 
     @property
     def _has_news(self) -> bool:
-        return self._looks_again or self._changes_seen != self._scheduler.item_changes
+        return self._looks_again or self._changes_seen != self._scheduler.items.changes
 
     def missing(self) -> list[str]:
         """Return the identifiers of what the next chunks want and what isn't in memory, each once."""
@@ -183,7 +183,7 @@ class Embeddings:
                 if item.identifier not in self._scheduler.encoder_cache:
                     if not scheduler_role.has_cache_item(item.identifier):
                         break
-                    if not self._scheduler.make_room(sequence, item):
+                    if not self._scheduler.items.make_room(sequence, item):
                         break
                     scheduler_role.update_state_after_alloc(sequence, sequence.items.index(item))
                 self._scheduler.item_arrived(sequence, item)
@@ -244,7 +244,7 @@ class Embeddings:
             for item in items:
                 name = item.identifier
                 if name not in self._scheduler.encoder_cache and name not in failed:
-                    if name not in encoder or not self._scheduler.make_room(sequence, item):
+                    if name not in encoder or not self._scheduler.items.make_room(sequence, item):
                         break
                     encoded = encoder.take(name)
                     if encoded.error is None:
@@ -272,8 +272,8 @@ class Embeddings:
 
     def encode(self, states: Mapping[str, RequestState]) -> None:
         """Have the engine's own encoder make what is missing, and nothing else."""
-        if self._encoder is not None and self._changes_encoded != self._scheduler.item_changes:
-            self._changes_encoded = self._scheduler.item_changes
+        if self._encoder is not None and self._changes_encoded != self._scheduler.items.changes:
+            self._changes_encoded = self._scheduler.items.changes
             self._encoder.want(
                 {
                     item.identifier: states[sequence.request_id].request.pixels[item.identifier]
@@ -306,6 +306,7 @@ class Embeddings:
             self.entries.pop(identifier, None)
 
     def forget_unfilled(self) -> None:
-        """Give up room that was taken for entries that never came."""
+        """Give up room that was taken for entries that never came, and free the tensors that were evicted for them."""
         for identifier in self._scheduler.encoder_cache.identifiers - self.entries.keys():
             self._scheduler.item_lost(identifier)
+        self.drop_evicted()

@@ -16,7 +16,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from chiasm.cores import lower_priority, lower_session_priority
-from chiasm.engine.attention import KVCache, register_paged_attention
+from chiasm.engine.attention import KVCache
 from chiasm.engine.base import Engine
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.calibration import image_costs, language_costs
@@ -92,7 +92,6 @@ class LanguageEngine(Engine):
         lower_session_priority(config.nice)
         use_threads(config.threads)
         check_memory(config.model, self.device)
-        register_paged_attention()
         self._language = load_language(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
         encoder: LocalEncoder | None = None
         if config.role is Role.AGGREGATED:
@@ -254,7 +253,7 @@ class LanguageEngine(Engine):
         assert len(prompt.token_ids) + len(given) <= self.max_model_len
         assert all(0 <= token_id < self.processor.vocab_size for token_id in given)
         request.sampling.check_vocabulary(self.processor.vocab_size)
-        self._scheduler.check_items(prompt.items)
+        self._scheduler.items.check(prompt.items)
 
     def stats(self) -> EngineStats:
         """Return a snapshot; cheap, from any thread."""
@@ -402,13 +401,13 @@ class LanguageEngine(Engine):
             self._kv_transfers.flush()
 
     def _measure_stalls(self) -> None:
-        if self._stalls_measured_at == self._scheduler.item_changes:
+        if self._stalls_measured_at == self._scheduler.items.changes:
             return
-        self._stalls_measured_at = self._scheduler.item_changes
+        self._stalls_measured_at = self._scheduler.items.changes
         now = time.monotonic()
         for state in self._states.values():
             if state.timing.items and state.timing.first_token_seconds is None:
-                state.note_stalled(self._scheduler.is_stalled(state.sequences[0]), now)
+                state.note_stalled(self._scheduler.items.is_stalled(state.sequences[0]), now)
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 

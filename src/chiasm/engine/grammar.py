@@ -100,12 +100,13 @@ class Matcher:
         self._closers = closers
         self._num_tokens = 0
 
-    def allowed(self, output_token_ids: Sequence[int]) -> Allowed:
-        """Return which tokens may follow these.
+    def allowed(self, token_ids: Sequence[int], num_prompt: int = 0) -> Allowed:
+        """Return which tokens may follow.
 
-        ``output_token_ids`` are all of the answer so far; each call has at least those of the call before. Raises GrammarError.
+        The answer so far is what follows the first ``num_prompt`` of ``token_ids``; each call has at least what the call before
+        had. Raises GrammarError.
         """
-        for token_id in output_token_ids[self._num_tokens :]:
+        for token_id in token_ids[num_prompt + self._num_tokens :]:
             self._num_tokens += 1
             if not self._matcher.consume_token(token_id):
                 raise GrammarError(f"The answer so far doesn't follow the requested format: {self._reason()}")
@@ -232,12 +233,13 @@ class ConstrainedSequence(Protocol):
 
     request_id: str
     index: int
+    token_ids: list[int]
 
     @property
     def grammar(self) -> Grammar | None: ...
 
     @property
-    def output_token_ids(self) -> list[int]: ...
+    def num_prompt(self) -> int: ...
 
 
 Masks = dict[int, Allowed | GrammarError]
@@ -254,13 +256,13 @@ class Matchers:
 
     def begin(self, sequences: Sequence[ConstrainedSequence]) -> Future[Masks] | None:
         """Begin to compute the masks for the next token of each sequence; None if none of them has a grammar."""
-        rows: list[tuple[int, Matcher, list[int]]] = []
+        rows: list[_Row] = []
         for row, sequence in enumerate(sequences):
             if sequence.grammar is not None:
                 of_request = self._matchers.setdefault(sequence.request_id, {})
                 if sequence.index not in of_request:
                     of_request[sequence.index] = sequence.grammar.matcher()
-                rows.append((row, of_request[sequence.index], sequence.output_token_ids))
+                rows.append(_Row(row, of_request[sequence.index], sequence.token_ids, sequence.num_prompt))
         if not rows:
             return None
         if self._pool is None:
@@ -272,11 +274,20 @@ class Matchers:
         self._matchers.pop(request_id, None)
 
 
-def _masks(rows: Sequence[tuple[int, Matcher, list[int]]]) -> Masks:
+class _Row(NamedTuple):
+    """A row whose mask is computed. Its tokens don't change until that is done."""
+
+    row: int
+    matcher: Matcher
+    token_ids: Sequence[int]
+    num_prompt: int
+
+
+def _masks(rows: Sequence[_Row]) -> Masks:
     masks: Masks = {}
-    for row, matcher, output_token_ids in rows:
+    for row, matcher, token_ids, num_prompt in rows:
         try:
-            masks[row] = matcher.allowed(output_token_ids)
+            masks[row] = matcher.allowed(token_ids, num_prompt)
         except GrammarError as error:
             masks[row] = error
     return masks

@@ -1,97 +1,122 @@
-"""How the logits of one choice are changed before a token is chosen: biases, penalties, and stops that come too early.
+"""How logits are changed before a token is chosen: biases, penalties, and stops that come too early.
 
-What the request fixes is in tensors that are made once. What the answer has said so far is counted token by token, so a
-change takes the same few operators however many tokens are biased, stop the answer, or have been said.
+The changes of one choice are kept as a table of the tokens that they touch, which grows by a token a step. One step writes
+the tables of all its rows into the logits together, so it takes the same few operators however many rows there are and however
+many tokens are biased, stop the answer, or have been said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from chiasm.engine.request import SamplingParams
 
+_FIRST_CAPACITY = 64
+
 
 class LogitChanges:
-    """The changes for one choice. They are a function of the tokens so far, so they can be made anew anywhere."""
+    """The changes for one choice. They are a function of the tokens so far, so they can be made anew anywhere.
+
+    Presence and frequency penalties count the output, as OpenAI's do; the repetition penalty (Keskar et al. 2019) counts
+    prompt and output.
+    """
 
     def __init__(
-        self,
-        params: SamplingParams,
-        prompt_token_ids: Sequence[int],
-        stop_token_ids: Collection[int],
-        vocab_size: int,
-        device: torch.device,
+        self, params: SamplingParams, prompt_token_ids: Sequence[int], stop_token_ids: Collection[int]
     ) -> None:
         """``stop_token_ids`` end the answer; they are kept out before there are ``min_tokens``."""
         self._params = params
-        self._bias: tuple[Tensor, Tensor] | None = None
-        if params.logit_bias:
-            token_ids, values = zip(*params.logit_bias.items(), strict=True)
-            self._bias = (
-                torch.tensor(token_ids, device=device),
-                torch.tensor(values, dtype=torch.float32, device=device),
-            )
-        self.stops: Tensor | None = None
-        """Indices of the tokens that end the answer; None if it may end at once."""
-        if params.min_tokens and stop_token_ids:
-            self.stops = torch.tensor(sorted(stop_token_ids), device=device)
-        self._seen: Tensor | None = None
-        """``[vocab]``, bool: which tokens occur in prompt or answer; None without a repetition penalty."""
-        if params.repetition_penalty != 1:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(prompt_token_ids, dtype=torch.long, device=device)] = True
-        self._counts: Tensor | None = None
-        """``[vocab]``: how often each token occurs in the answer; None without the penalties that count it."""
-        if params.presence_penalty or params.frequency_penalty:
-            self._counts = torch.zeros(vocab_size, device=device)
-        self._num_counted = 0
+        self.stops: list[int] = sorted(stop_token_ids) if params.min_tokens else []
+        """The tokens that end the answer; empty if it may end at once."""
+        self._counts_output = bool(params.presence_penalty or params.frequency_penalty)
+        self._repels = params.repetition_penalty != 1
+        seen = np.unique(np.asarray(prompt_token_ids, dtype=np.int64)) if self._repels else np.empty(0, np.int64)
+        biased = np.asarray(
+            [token_id for token_id in params.logit_bias if token_id not in set(seen.tolist())], np.int64
+        )
+        self._size = len(seen) + len(biased)
+        self._token_ids: npt.NDArray[np.int64] = np.concatenate([seen, biased])
+        self._divisors = np.ones(self._size, np.float32)
+        """The repetition penalty of each token in the table."""
+        self._divisors[: len(seen)] = params.repetition_penalty
+        self._addends = np.zeros(self._size, np.float32)
+        """Its bias, less what presence and frequency take off."""
+        self._places = {token_id: place for place, token_id in enumerate(self._token_ids.tolist())}
+        for token_id, bias in params.logit_bias.items():
+            self._addends[self._places[token_id]] = bias
+        self._counts: dict[int, int] = {}
+        """How often each token occurs in the output, if a penalty counts it."""
+        self._num_said = 0
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether no logit is ever divided or added to."""
+        return not self._size and not self._repels and not self._counts_output
 
     def is_early(self, num_output: int) -> bool:
         """Whether tokens that end the answer are still kept out."""
-        return self.stops is not None and num_output < self._params.min_tokens
+        return bool(self.stops) and num_output < self._params.min_tokens
 
-    def changes(self, num_output: int) -> bool:
-        """Whether the logits of the next token are changed at all."""
-        return not (self._bias is None and self._seen is None and self._counts is None) or self.is_early(num_output)
+    def note(self, token_ids: Sequence[int], num_prompt: int) -> None:
+        """Take note of the output so far: what follows the first ``num_prompt`` of all tokens. It only grows."""
+        if self._repels or self._counts_output:
+            for token_id in token_ids[num_prompt + self._num_said :]:
+                self._say(token_id)
+        self._num_said = len(token_ids) - num_prompt
 
-    def apply(self, logits: Tensor, output_token_ids: Sequence[int]) -> None:
-        """Add penalties and biases to ``logits``, ``[vocab]``, in place.
-
-        Presence and frequency penalties count the output, as OpenAI's do; the repetition penalty (Keskar et al. 2019) counts
-        prompt and output.
-        """
+    def _say(self, token_id: int) -> None:
+        place = self._places.get(token_id)
+        if place is None:
+            place = self._places[token_id] = self._size
+            self._make_room()
+            self._token_ids[place], self._divisors[place], self._addends[place] = token_id, 1, 0
+            self._size += 1
         params = self._params
-        self._count(output_token_ids)
-        if self._seen is not None:
-            penalty = params.repetition_penalty
-            penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits.copy_(torch.where(self._seen, penalized, logits))
-        if self._counts is not None:
-            said = self._counts > 0
-            logits -= said * params.presence_penalty + self._counts * params.frequency_penalty
-        if self._bias is not None:
-            token_ids, values = self._bias
-            logits.index_add_(0, token_ids, values)
+        self._divisors[place] = params.repetition_penalty
+        if self._counts_output:
+            count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
+            penalty = params.presence_penalty + count * params.frequency_penalty
+            self._addends[place] = params.logit_bias.get(token_id, 0.0) - penalty
 
-    def _count(self, output_token_ids: Sequence[int]) -> None:
-        """Take note of the tokens that were said since the last call."""
-        if self._seen is None and self._counts is None:
-            return
-        new = output_token_ids[self._num_counted :]
-        self._num_counted += len(new)
-        if not new:
-            return
-        indices = torch.tensor(new, device=self._device)
-        if self._seen is not None:
-            self._seen[indices] = True
-        if self._counts is not None:
-            self._counts.index_add_(0, indices, torch.ones(len(new), device=self._device))
+    def _make_room(self) -> None:
+        if self._size == len(self._token_ids):
+            capacity = max(_FIRST_CAPACITY, 2 * self._size)
+            self._token_ids, self._divisors, self._addends = (
+                np.resize(self._token_ids, capacity),
+                np.resize(self._divisors, capacity),
+                np.resize(self._addends, capacity),
+            )
 
-    @property
-    def _device(self) -> torch.device:
-        counted = self._seen if self._seen is not None else self._counts
-        assert counted is not None
-        return counted.device
+    def table(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return ids of the tokens whose logits change, each once; divisors of their logits; and what is added after that."""
+        size = self._size
+        return self._token_ids[:size], self._divisors[:size], self._addends[:size]
+
+
+def change(logits: Tensor, rows: Sequence[tuple[int, LogitChanges]]) -> None:
+    """Divide by penalties (a negative logit is multiplied) and add what is to be added, in ``logits`` ``[B, vocab]``."""
+    vocab = logits.shape[1]
+    tables = [(row, *changes.table()) for row, changes in rows]
+    places = np.concatenate([token_ids + row * vocab for row, token_ids, _, _ in tables] or [np.empty(0, np.int64)])
+    if not len(places):
+        return
+    index = torch.from_numpy(places).to(logits.device)
+    divisors = torch.from_numpy(np.concatenate([of_row for _, _, of_row, _ in tables])).to(logits.device)
+    addends = torch.from_numpy(np.concatenate([of_row for _, _, _, of_row in tables])).to(logits.device)
+    flat = logits.view(-1)
+    values = flat.take(index)
+    values = torch.where(values > 0, values / divisors, values * divisors).add_(addends)
+    flat.index_copy_(0, index, values)
+
+
+def keep_out(logits: Tensor, rows: Sequence[tuple[int, LogitChanges]]) -> None:
+    """Give the tokens that end these rows' answers no chance, in ``logits`` ``[B, vocab]``."""
+    vocab = logits.shape[1]
+    places = [row * vocab + token_id for row, changes in rows for token_id in changes.stops]
+    if places:
+        logits.view(-1).index_fill_(0, torch.tensor(places, device=logits.device), float("-inf"))

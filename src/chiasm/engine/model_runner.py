@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from chiasm.engine.attention import AttentionStep, KVCache, PrefillSegment
+from chiasm.engine.attention import AttentionStep, KVCache, PrefillSegment, decode_groups
 from chiasm.engine.grammar import Allowed, GrammarError, Masks, Matchers
 from chiasm.engine.logit_changes import LogitChanges
 from chiasm.engine.sampler import Sampled, SamplingInput, sample
@@ -16,9 +19,12 @@ from chiasm.engine.scheduler import ScheduledSequence, Step
 from chiasm.engine.sequence import Sequence
 from chiasm.models.base import LanguageModel, Positions
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 class ModelRunner:
-    """Runs steps. Holds the KV cache, and what is made once for each request that runs: rotary positions, changes of logits."""
+    """Runs steps. Holds the KV cache, and what is kept of each request that runs: positions, slots, changes of logits."""
 
     def __init__(self, language: LanguageModel, kv_cache: KVCache, eos_token_ids: frozenset[int]) -> None:
         self.language = language
@@ -27,12 +33,15 @@ class ModelRunner:
         self._positions: dict[str, Positions] = {}
         self._changes: dict[str, dict[int, LogitChanges]] = {}
         """By request and choice."""
+        self._slots: dict[str, dict[int, _Slots]] = {}
+        """By request and choice."""
         self._matchers = Matchers()
 
     def forget(self, request_id: str) -> None:
         """Drop what is kept of a request that ended."""
         self._positions.pop(request_id, None)
         self._changes.pop(request_id, None)
+        self._slots.pop(request_id, None)
         self._matchers.forget(request_id)
 
     @torch.inference_mode()
@@ -42,7 +51,9 @@ class ModelRunner:
         ``encoder_cache`` has the entry ``[rows, entry_width]`` of every item that the step's chunks reach into.
         """
         device = self.language.device
-        parts = step.scheduled
+        # The longest first, since those of similar length are computed together.
+        decodes = sorted(step.decodes, key=lambda part: -part.end)
+        parts = [*decodes, *step.prefills]
         token_ids: list[int] = []
         samplers: list[Sequence] = []
         last_rows: list[int] = []
@@ -52,45 +63,59 @@ class ModelRunner:
                 samplers.append(part.sequence)
                 last_rows.append(len(token_ids) - 1)
         pending_masks = self._matchers.begin(samplers)
-        position_ids = torch.cat([self._position_ids(part) for part in parts], dim=1)
         entry_rows, entry_index = self._entries(step, encoder_cache)
         hidden = self.language.forward(
             torch.tensor(token_ids, device=device),
-            position_ids.to(device),
-            self._attention(step),
+            self._position_ids(decodes, step.prefills).to(device),
+            self._attention(decodes, step.prefills),
             entry_rows,
             entry_index,
         )
         if not samplers:
             return {}
-        logits = self.language.logits(hidden[torch.tensor(last_rows, device=device)])
+        if len(samplers) < len(token_ids):
+            hidden = hidden.index_select(0, torch.tensor(last_rows, device=device))
+        logits = self.language.logits(hidden)
         masks: Masks = {} if pending_masks is None else pending_masks.result()
-        inputs = [self._sampling_input(sequence, logits, masks.get(row)) for row, sequence in enumerate(samplers)]
+        inputs = [self._sampling_input(sequence, masks.get(row)) for row, sequence in enumerate(samplers)]
         sampled = sample(logits, inputs)
         return {sequence.sequence_id: token for sequence, token in zip(samplers, sampled, strict=True)}
 
-    def _sampling_input(
-        self, sequence: Sequence, logits: Tensor, allowed: Allowed | GrammarError | None
-    ) -> SamplingInput:
-        changes = self._changes_of(sequence, logits)
-        return SamplingInput(sequence.sampling, sequence.seed, sequence.output_token_ids, changes, allowed)
+    def _sampling_input(self, sequence: Sequence, allowed: Allowed | GrammarError | None) -> SamplingInput:
+        changes = self._changes_of(sequence)
+        return SamplingInput(
+            sequence.sampling, sequence.seed, sequence.token_ids, sequence.num_prompt, changes, allowed
+        )
 
-    def _changes_of(self, sequence: Sequence, logits: Tensor) -> LogitChanges:
+    def _changes_of(self, sequence: Sequence) -> LogitChanges:
         of_request = self._changes.setdefault(sequence.request_id, {})
         changes = of_request.get(sequence.index)
         if changes is None:
             params = sequence.sampling
             stops = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
-            changes = LogitChanges(params, sequence.prompt.token_ids, stops, logits.shape[-1], logits.device)
+            changes = LogitChanges(params, sequence.prompt.token_ids, stops)
             of_request[sequence.index] = changes
         return changes
 
-    def _position_ids(self, part: ScheduledSequence) -> Tensor:
-        sequence = part.sequence
+    def _position_ids(self, decodes: list[ScheduledSequence], prefills: list[ScheduledSequence]) -> Tensor:
+        """Return the rotary positions of all rows, int64 ``[axes, T]`` on the CPU."""
+        of_prefills = [self._positions_of_chunk(part) for part in prefills]
+        if not decodes:
+            return torch.cat(of_prefills, dim=1)
+        known = [self._positions_of(part.sequence) for part in decodes]
+        ids = torch.tensor([part.start + one.delta for part, one in zip(decodes, known, strict=True)])
+        of_decodes = ids.expand(len(known[0].ids), -1)
+        return torch.cat([of_decodes, *of_prefills], dim=1) if of_prefills else of_decodes
+
+    def _positions_of(self, sequence: Sequence) -> Positions:
         positions = self._positions.get(sequence.request_id)
         if positions is None:
             positions = self.language.positions(sequence.prompt)
             self._positions[sequence.request_id] = positions
+        return positions
+
+    def _positions_of_chunk(self, part: ScheduledSequence) -> Tensor:
+        sequence, positions = part.sequence, self._positions_of(part.sequence)
         if part.end <= sequence.num_prompt:
             return positions.ids[:, part.start : part.end]
         generated = torch.arange(max(part.start, sequence.num_prompt), part.end) + positions.delta
@@ -117,28 +142,47 @@ class ModelRunner:
         device = self.language.device
         return torch.cat(rows).to(device, self.language.dtype), torch.tensor(index, device=device)
 
-    def _attention(self, step: Step) -> AttentionStep:
+    def _attention(self, decodes: list[ScheduledSequence], prefills: list[ScheduledSequence]) -> AttentionStep:
         device = self.language.device
-        block_size, slots_per_block = self.kv_cache.block_size, self.kv_cache.slots_per_block
-        offsets = torch.arange(block_size)
-
-        def slots_of(sequence: Sequence, end: int) -> Tensor:
-            blocks = torch.tensor(sequence.block_ids[: -(-end // block_size)])
-            return (blocks[:, None] * slots_per_block + offsets).flatten()[:end]
-
-        written: list[Tensor] = []
-        decode_slots = decode_lengths = None
-        if step.decodes:
-            lengths = [part.end for part in step.decodes]
-            seen = [slots_of(part.sequence, part.end) for part in step.decodes]
-            written += [slots[-1:] for slots in seen]
-            decode_slots = torch.nn.utils.rnn.pad_sequence(seen, batch_first=True).to(device)
-            decode_lengths = torch.tensor(lengths, device=device)
-        prefills: list[PrefillSegment] = []
-        row = len(step.decodes)
-        for part in step.prefills:
-            slots = slots_of(part.sequence, part.end)
+        seen = [self._slots_of(part.sequence, part.end) for part in decodes]
+        written = [np.array([slots[-1] for slots in seen], dtype=np.int64)]
+        segments: list[PrefillSegment] = []
+        row = len(decodes)
+        for part in prefills:
+            slots = self._slots_of(part.sequence, part.end)
             written.append(slots[part.start :])
-            prefills.append(PrefillSegment(row, row + part.num_tokens, slots.to(device)))
+            segments.append(PrefillSegment(row, row + part.num_tokens, torch.from_numpy(slots).to(device)))
             row += part.num_tokens
-        return AttentionStep(self.kv_cache, torch.cat(written).to(device), prefills, decode_slots, decode_lengths)
+        return AttentionStep(
+            self.kv_cache,
+            torch.from_numpy(np.concatenate(written)).to(device),
+            segments,
+            decode_groups(seen, device),
+        )
+
+    def _slots_of(self, sequence: Sequence, end: int) -> NDArray[np.int64]:
+        """Return the slots of the first ``end`` tokens."""
+        of_request = self._slots.setdefault(sequence.request_id, {})
+        slots = of_request.setdefault(sequence.index, _Slots())
+        return slots.of(sequence.block_ids, self.kv_cache)[:end]
+
+
+@dataclass
+class _Slots:
+    """The slots of a sequence's blocks, which grow as it gets more."""
+
+    block_ids: list[int] = field(default_factory=list)
+    slots: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def of(self, block_ids: list[int], cache: KVCache) -> NDArray[np.int64]:
+        """Return the slots of these blocks; only those that weren't there the last time are computed."""
+        known = len(self.block_ids)
+        if self.block_ids == block_ids:
+            return self.slots
+        if self.block_ids != block_ids[:known]:  # it was preempted since, or gave blocks back
+            known = 0
+        starts = np.array(block_ids[known:], dtype=np.int64) * cache.slots_per_block
+        more = (starts[:, None] + np.arange(cache.block_size, dtype=np.int64)).reshape(-1)
+        self.slots = np.concatenate([self.slots[: known * cache.block_size], more])
+        self.block_ids = list(block_ids)
+        return self.slots

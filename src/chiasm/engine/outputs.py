@@ -14,6 +14,10 @@ from chiasm.engine.sequence import Sequence
 from chiasm.models.base import Processor
 from chiasm.wire import TokenLogprob
 
+_MAX_HELD_TOKENS = 16
+"""Tokens that are held back because they complete no character; a character has at most four bytes."""
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
 
 class TextStep(NamedTuple):
     """Text that one token makes certain, and the stop string that it completes, if any."""
@@ -28,6 +32,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: list[int]) -> None:
         # The last tokens of the prompt decide whether the first of the answer begins with a space.
         self._stream = DecodeStream(prompt_token_ids[-8:], skip_special_tokens=params.skip_special_tokens)
+        self._held: list[int] = []
+        """Tokens since the last that completed a character."""
         self._tokenizer = tokenizer
         self._params = params
         self._num_tokens = 0
@@ -54,6 +60,21 @@ class Detokenizer:
         return self._take(len(self._pending), None).text
 
     def _decode(self, token_id: int) -> str:
+        text = self._step(token_id)
+        if text:
+            self._held.clear()
+            return text
+        self._held.append(token_id)  # the stream decodes all of them again with each token
+        if len(self._held) < _MAX_HELD_TOKENS:
+            return ""
+        skip = self._params.skip_special_tokens
+        text = self._tokenizer.decode(self._held, skip_special_tokens=skip)
+        before = [] if text.endswith(_BROKEN) else self._held[-8:]
+        self._stream = DecodeStream(before, skip_special_tokens=skip)
+        self._held.clear()
+        return text
+
+    def _step(self, token_id: int) -> str:
         try:
             return self._stream.step(self._tokenizer, token_id) or ""
         except Exception:  # tokenizers raises a bare Exception if this token changes how earlier ones decode

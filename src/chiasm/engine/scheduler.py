@@ -17,10 +17,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from chiasm.engine.block_manager import BlockManager
-from chiasm.engine.encoder_cache_manager import EncoderCacheManager, Rank
+from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.late_items import LateItems
 from chiasm.engine.sequence import Sequence
 from chiasm.engine.shares import KEY_WEIGHT, by_turns, may_take
-from chiasm.errors import Code, InvalidRequestError, OverloadedError
+from chiasm.errors import Code, OverloadedError
 from chiasm.models.base import PromptItem
 
 
@@ -98,44 +99,23 @@ class Scheduler:
         """Sequences whose blocks are being filled from another instance; finished ones stay until that has ended."""
         self._left_behind: dict[str, list[int]] = {}
         """Blocks of finished sequences that decode instances still read, by request."""
-        self._item_changes = 0
-        self._answers_at = 0
-        """``item_changes`` when the following was found out; it holds until that grows."""
-        self._stalled: dict[str, bool] = {}
-        """By sequence, what ``is_stalled`` has answered."""
+        self.items = LateItems(config, block_manager, encoder_cache)
         self._computing: list[Sequence] | None = None
         """What ``_not_stalled`` has answered; None once a sequence has begun or ended to run since."""
-        self._kept_waiting: set[str] = set()
-        """Sequences that can't be admitted because an embedding is missing."""
-        self._found_blocks: set[int] = set()
-        """Blocks of the prefix cache on which these answers and that of ``wanted_items`` rest."""
+        self._computing_at = 0
+        """``items.changes`` at that time."""
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
 
     # ---- events -----------------------------------------------------------------------------------------------------
 
-    @property
-    def item_changes(self) -> int:
-        """Grows whenever ``wanted_items``, or whether there is room for an item, may have changed."""
-        return self._item_changes + self.encoder_cache.changes
-
-    def check_items(self, items: list[PromptItem]) -> None:
-        """Raise InvalidRequestError for an item that can never fit the encoder cache."""
-        for item in items:
-            if self.entry_bytes(item) > self.encoder_cache.capacity_bytes:
-                raise InvalidRequestError(
-                    f"An image of {len(item.geometry.rows)} tokens does not fit the encoder cache of "
-                    f"{self.encoder_cache.capacity_bytes} bytes; send a smaller image.",
-                    param="messages",
-                )
-
     def add(self, sequences: list[Sequence]) -> None:
         """Queue the choices of one prompt.
 
         Raises OverloadedError if too many wait already, for whatever reason, or too many of the same request or key.
         """
-        queued = [*self.waiting, *(sequence for sequence in self.running if self.is_stalled(sequence))]
+        queued = [*self.waiting, *(sequence for sequence in self.running if self.items.is_stalled(sequence))]
         free = self.config.max_queued_requests - len(queued)
         if free < len(sequences):
             raise OverloadedError(
@@ -159,7 +139,7 @@ class Scheduler:
             )
         for sequence in sequences:
             _insert(self.waiting, sequence)
-        self._note_item_change(first)
+        self.items.note_change(first)
 
     def finish(self, sequence: Sequence, *, leave_blocks: bool = False) -> None:
         """End the sequence, for whatever reason and at whatever point, and free all that it holds.
@@ -176,7 +156,7 @@ class Scheduler:
             self._leave_running(sequence)
         else:
             self.waiting.remove(sequence)
-        self._note_item_change(sequence)
+        self.items.note_change(sequence)
         if leave_blocks:
             self._left_behind.setdefault(sequence.request_id, []).extend(sequence.block_ids)
             sequence.block_ids = []
@@ -205,7 +185,7 @@ class Scheduler:
     def item_arrived(self, sequence: Sequence, item: PromptItem) -> None:
         """Note that an embedding is in memory, in room made by ``make_room``; the sequence holds it."""
         assert item.identifier in self.encoder_cache
-        self._hold(sequence, item)
+        self.items.hold(sequence, item)
 
     def item_lost(self, identifier: str) -> None:
         """Note that an embedding could not be loaded or made after all; it is missing again."""
@@ -219,21 +199,9 @@ class Scheduler:
         The caller goes through a sequence's items and stops at the first that doesn't exist yet or finds no room, so that
         a sequence only holds entries that it needs next.
         """
-        self._forget_old_answers()
-        wanted: list[tuple[Sequence, list[PromptItem]]] = []
         waiting = [sequence for sequence in self.waiting if sequence.items and not self._follows(sequence)]
-        for sequence in [*self.running, *waiting[: self.config.max_num_seqs]]:
-            if not sequence.items or sequence.prompt_computed or self._follows(sequence):
-                continue
-            missing: list[PromptItem] = []
-            for item in self._next_items(sequence):
-                if missing or item.identifier not in self.encoder_cache:
-                    missing.append(item)
-                else:
-                    self._hold(sequence, item)
-            if missing:
-                wanted.append((sequence, missing))
-        return wanted
+        running = [sequence for sequence in self.running if not self._follows(sequence)]
+        return self.items.wanted([*running, *waiting[: self.config.max_num_seqs]])
 
     def items_to_encode(self) -> list[tuple[Sequence, PromptItem]]:
         """Return the missing items that an encoder of the engine's own should make, first come first, each once.
@@ -251,69 +219,6 @@ class Scheduler:
         for sequence, item in wanted[:1] + sorted(wanted, key=lambda pair: pair[0].order):
             found.setdefault(item.identifier, (sequence, item))
         return list(found.values())
-
-    def num_cached_tokens(self, sequence: Sequence) -> int:
-        """Return how many tokens of a waiting sequence the prefix cache holds now."""
-        return len(self._cached_prefix(sequence)) * self.block_manager.block_size
-
-    def _next_token(self, sequence: Sequence) -> int:
-        """Return the first token that would be computed if the sequence were scheduled now."""
-        if sequence.num_computed:
-            return sequence.num_computed
-        prefix = self._cached_prefix(sequence)
-        self._found_blocks.update(prefix)
-        return len(prefix) * self.block_manager.block_size
-
-    def _next_items(self, sequence: Sequence) -> list[PromptItem]:
-        """Return the items that the next chunks of a prompt need."""
-        start = self._next_token(sequence)
-        return sequence.items_between(start, start + self.config.max_num_batched_tokens)
-
-    def make_room(self, sequence: Sequence, item: PromptItem) -> bool:
-        """Reserve room in the encoder cache for an embedding that is about to be loaded or made; return whether there is."""
-        before = sequence.items_between(self._next_token(sequence), item.offset)
-        needed_before = {other.identifier for other in before}
-        return self.encoder_cache.allocate(
-            item.identifier, self.entry_bytes(item), rank=self._rank(sequence), keep=needed_before
-        )
-
-    def entry_bytes(self, item: PromptItem) -> int:
-        return len(item.geometry.rows) * self.config.entry_bytes_per_row
-
-    def is_stalled(self, sequence: Sequence) -> bool:
-        """Return whether the sequence cannot continue because an embedding is missing."""
-        if sequence.prompt_computed or not sequence.items:
-            return False
-        self._forget_old_answers()
-        stalled = self._stalled.get(sequence.sequence_id)
-        if stalled is None:
-            end = self._runnable_end(sequence, sequence.num_computed, sequence.num_tokens)
-            stalled = self._stalled[sequence.sequence_id] = end == sequence.num_computed
-        return stalled
-
-    def _will_stall(self, sequence: Sequence) -> bool:
-        """Return whether an embedding is missing that the rest of the prompt needs, now or further on.
-
-        Only so many are looked for as the encoder cache can hold at once, since no prompt ever finds more there.
-        """
-        if not sequence.items or sequence.prompt_computed or sequence.num_remote:
-            return False
-        room = self.encoder_cache.capacity_bytes
-        for identifier, num_bytes in {
-            item.identifier: self.entry_bytes(item) for item in self._next_items(sequence)
-        }.items():
-            room -= num_bytes
-            if room < 0:
-                return False
-            if identifier not in self.encoder_cache:
-                return True
-        return False
-
-    def _can_finish(self, sequence: Sequence) -> bool:
-        """Return whether all embeddings are in memory that the rest of the prompt needs."""
-        if not sequence.items or sequence.prompt_computed or sequence.num_remote:
-            return True
-        return self._runnable_end(sequence, self._next_token(sequence), sequence.num_tokens) == sequence.num_tokens
 
     # ---- the policy -------------------------------------------------------------------------------------------------
 
@@ -353,7 +258,7 @@ class Scheduler:
                 blocks_are_short = admitted is None
                 if not admitted:
                     if admitted is not None:
-                        self._kept_waiting.add(sequence.sequence_id)
+                        self.items.keep_waiting(sequence)
                     continue
                 places -= 1
                 held[sequence.part_of] += 1
@@ -373,12 +278,9 @@ class Scheduler:
                 continue
             sequence.num_computed = part.end
             if part.start < sequence.num_prompt:
-                self._note_item_change(sequence)
+                self.items.note_change(sequence)
             self._remember_blocks(sequence, part.start)
-            if sequence.held:
-                for item in sequence.items:
-                    if item.offset + item.length <= sequence.num_computed:
-                        self._release_unless_needed(sequence, item)
+            self.items.release_computed(sequence)
             if part.samples:
                 sequence.token_ids.append(sampled[sequence.sequence_id])
 
@@ -397,9 +299,9 @@ class Scheduler:
 
     def _not_stalled(self) -> list[Sequence]:
         """Return the running sequences that wait for no embedding. Each step asks, so the answer is kept."""
-        self._forget_old_answers()
-        if self._computing is None:
-            self._computing = [sequence for sequence in self.running if not self.is_stalled(sequence)]
+        if self._computing is None or self._computing_at != self.items.changes:
+            self._computing_at = self.items.changes
+            self._computing = [sequence for sequence in self.running if not self.items.is_stalled(sequence)]
         return self._computing
 
     def _prefill_order(self, prefilling: list[Sequence], placed: list[Sequence]) -> list[tuple[Sequence, bool]]:
@@ -407,13 +309,14 @@ class Scheduler:
 
         Where one that waits stands in this order, the one stands whose key has the turn.
         """
+        kept_waiting = self.items.kept_waiting()
         candidates = [(sequence, False) for sequence in prefilling if sequence.is_running]
         candidates += [
             (sequence, True)
             for sequence in self.waiting
-            if sequence.sequence_id not in self._kept_waiting and not self._follows(sequence)
+            if sequence.sequence_id not in kept_waiting and not self._follows(sequence)
         ]
-        stalls = {sequence.sequence_id: self._will_stall(sequence) for sequence, _ in candidates}
+        stalls = {sequence.sequence_id: self.items.will_stall(sequence) for sequence, _ in candidates}
         candidates.sort(key=lambda candidate: (stalls[candidate[0].sequence_id], candidate[0].order))
         waiting = [sequence for sequence, waits in candidates if waits]
         if len({sequence.key for sequence in waiting}) > 1:
@@ -427,9 +330,9 @@ class Scheduler:
 
         Return None if blocks are short: later sequences must not overtake it.
         """
-        prefix = self._cached_prefix(sequence)
+        prefix = self.items.cached_prefix(sequence)
         start = len(prefix) * self.block_manager.block_size
-        end = self._runnable_end(sequence, start, min(sequence.num_tokens, start + budget))
+        end = self.items.runnable_end(sequence, start, min(sequence.num_tokens, start + budget))
         if end == start:
             return False
         needed = self.block_manager.blocks_for(end) - len(prefix)
@@ -462,7 +365,7 @@ class Scheduler:
     def _take_prefix(self, sequence: Sequence, prefix: list[int]) -> None:
         """Take the sequence out of the waiting ones and give it the blocks of its cached prefix."""
         self.waiting.remove(sequence)
-        self._note_item_change(sequence)
+        self.items.note_change(sequence)
         self.block_manager.share(prefix)
         sequence.block_ids = list(prefix)
         sequence.num_computed = len(prefix) * self.block_manager.block_size
@@ -487,26 +390,13 @@ class Scheduler:
         It is 0 if the sequence cannot continue because an embedding is missing, and None if blocks are short.
         """
         start = sequence.num_computed
-        end = self._runnable_end(sequence, start, min(sequence.num_tokens, start + budget))
+        end = self.items.runnable_end(sequence, start, min(sequence.num_tokens, start + budget))
         if end == start:
             return 0
         if not self._reserve(sequence, end, step):
             return None
         step.prefills.append(ScheduledSequence(sequence, start, end - start, samples=end == sequence.num_tokens))
         return end - start
-
-    def _runnable_end(self, sequence: Sequence, start: int, end: int) -> int:
-        """Return how far tokens from ``start`` can run: to ``end``, or to the first item whose embedding is missing.
-
-        Little text before a missing item doesn't run without it. (A chunk with items always runs, however small: the entries
-        that it holds may fill the encoder cache, and then no others could come.)
-        """
-        items = sequence.items_between(start, end)
-        for item in items:
-            if item.identifier not in self.encoder_cache:
-                is_little = item is items[0] and item.offset - start < self.config.min_text_before_item
-                return start if is_little else max(start, item.offset)
-        return end
 
     def _reserve(self, sequence: Sequence, num_tokens: int, step: Step) -> bool:
         """Give the sequence blocks for ``num_tokens`` tokens, preempting others if necessary; return whether it has them."""
@@ -524,8 +414,7 @@ class Scheduler:
     def _allocate(self, count: int) -> list[int]:
         """Take free blocks; what was in them is no longer in the prefix cache."""
         blocks = self.block_manager.allocate(count)
-        if not self._found_blocks.isdisjoint(blocks):
-            self._item_changes += 1
+        self.items.note_overwritten(blocks)
         return blocks
 
     def _is_stuck(self, step: Step) -> bool:
@@ -535,7 +424,7 @@ class Scheduler:
     def _victim(self, sequence: Sequence, step: Step) -> Sequence | None:
         """Return whom to preempt: one that gives way because it waits, else the last that comes after ``sequence``."""
         waiting = self._waiting_victim(sequence, step)
-        if waiting is not None or self._will_stall(sequence):
+        if waiting is not None or self.items.will_stall(sequence):
             return waiting
         others = self._preemptible(sequence, step)
         return next((other for other in others if other.order > sequence.order), None)
@@ -546,9 +435,9 @@ class Scheduler:
         So prompts that wait don't take blocks from each other in turn.
         """
         others = self._preemptible(sequence, step)
-        if not self._can_finish(sequence):
+        if not self.items.can_finish(sequence):
             others = [other for other in others if other.order > sequence.order]
-        return next((other for other in others if self._will_stall(other)), None)
+        return next((other for other in others if self.items.will_stall(other)), None)
 
     def _preemptible(self, sequence: Sequence, step: Step) -> list[Sequence]:
         """Return the other sequences that could give up blocks, the last in order first."""
@@ -565,7 +454,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self._leave_running(sequence)
         _insert(self.waiting, sequence)
-        self._note_item_change(sequence)
+        self.items.note_change(sequence)
         self._let_go(sequence)
         step.preempted.append(sequence)
         self.num_preemptions += 1
@@ -584,44 +473,7 @@ class Scheduler:
         self.block_manager.release(sequence.block_ids)
         sequence.block_ids = []
         sequence.num_computed = 0
-        for identifier in sequence.held:
-            self.encoder_cache.release(identifier, sequence.sequence_id)
-        sequence.held.clear()
-
-    def _hold(self, sequence: Sequence, item: PromptItem) -> None:
-        self.encoder_cache.hold(item.identifier, sequence.sequence_id, self._rank(sequence))
-        sequence.held.add(item.identifier)
-
-    def _note_item_change(self, sequence: Sequence) -> None:
-        """Note that a sequence has come, gone or moved on, if it has any items."""
-        if sequence.items:
-            self._item_changes += 1
-
-    def _forget_old_answers(self) -> None:
-        if self._answers_at != self.item_changes:
-            self._answers_at = self.item_changes
-            self._computing = None
-            self._stalled.clear()
-            self._kept_waiting.clear()
-            self._found_blocks.clear()
-
-    def _rank(self, sequence: Sequence) -> Rank:
-        """Return the rank for room in the encoder cache: lower evicts higher, and running comes before waiting."""
-        return not sequence.is_running, *sequence.order
-
-    def _release_unless_needed(self, sequence: Sequence, item: PromptItem) -> None:
-        """Release an entry whose place is computed, unless the same image occurs again further on."""
-        if item.identifier in sequence.held and not any(
-            other.identifier == item.identifier and other.offset + other.length > sequence.num_computed
-            for other in sequence.items
-        ):
-            sequence.held.discard(item.identifier)
-            self.encoder_cache.release(item.identifier, sequence.sequence_id)
-
-    def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Return the prefix cache's blocks for the sequence, without its last token, which must run to make the logits."""
-        usable = (sequence.num_tokens - 1) // self.block_manager.block_size
-        return self.block_manager.find(sequence.block_hashes()[:usable])
+        self.items.release_all(sequence)
 
     @staticmethod
     def _follows(sequence: Sequence) -> bool:

@@ -26,22 +26,26 @@ class StepResult(NamedTuple):
     failed: list[tuple[ScheduledSequence, ChiasmError]]
 
 
-def run_step(run: Callable[[Step], dict[str, Sampled]], step: Step) -> StepResult:
+def run_step(run: Callable[[Step], dict[str, Sampled]], step: Step, *, is_part: bool = False) -> StepResult:
     """Run the step; if that fails, run its halves, and so on.
 
     ``run`` may be called again for the same tokens: what it has written for them is the same each time. So up to twice as
     many runs as there are sequences tell which of them fail. Those that need the most memory are tried together, since each
-    decode takes as much as the longest of its batch.
+    decode takes as much as the longest of its batch. ``is_part`` says that the step is part of one that has failed, which has
+    been logged with its traceback.
     """
     try:
         return StepResult(run(step), [])
     except Exception as error:
-        logger.exception("A step of %d sequences failed.", len(step.scheduled))
+        if not is_part:
+            logger.exception("A step of %d sequences failed.", len(step.scheduled))
+        elif len(step.scheduled) == 1:
+            logger.error("A sequence of %d tokens fails by itself: %s", step.scheduled[0].end, error)
         reason = _reason(error)
     # Outside of the handler, so that the tensors of the failed run are free: the error holds its frames.
     if len(step.scheduled) == 1:
         return StepResult({}, [(step.scheduled[0], reason)])
-    small, large = (run_step(run, half) for half in _halves(step))
+    small, large = (run_step(run, half, is_part=True) for half in _halves(step))
     return StepResult(small.sampled | large.sampled, small.failed + large.failed)
 
 

@@ -1,12 +1,16 @@
 """HTTP as every server of chiasm speaks it: the proxy, the instances, the vLLM middleware, the launcher.
 
 A request passes the files in this order: ``listen`` (the port), ``serve`` (the process and its signals) with ``descriptors``
-and ``shutdown`` (its end), ``connections`` (all of them), ``connection`` (one) and ``http1`` (its bytes), ``front`` (what holds
-for all paths, with ``visit``, ``paths``, ``origins``, ``keys``, ``log`` and ``flood``), ``endpoint`` (the life of one
-request), ``admission`` (bounds on all requests together), ``exchange`` (its body in, its answer out), ``body`` and ``encoding``
-(reading the body), ``untrusted`` with ``json_size`` (limits of what clients send), ``events`` (a stream), ``errors`` and
-``timing`` (what an answer carries besides its content). ``limits`` names what may be refused on the way, ``key_rules`` says
-what a key must be like.
+and ``shutdown`` (its end), ``connections`` (all of them), ``connection`` (one) and ``http1`` (its bytes), ``front`` (what
+holds for all paths, with ``visit``, ``fields``, ``paths``, ``origins``, ``keys``, ``log``, ``log_format`` and ``flood``),
+``endpoint`` (the life of one request), ``admission`` (bounds on all requests together), ``exchange`` (its body in, its answer
+out), ``body`` and ``encoding`` (reading the body), ``untrusted`` with ``json_size`` (limits of what clients send), ``events``
+(a stream), ``errors`` and ``timing`` (what an answer carries besides its content). ``limits`` names what may be refused on
+the way.
+
+``key_rules`` says what a key must be like, ``key_file`` what a file of API keys holds, ``key_ring`` whose keys they are, and
+``admin`` who is the operator. ``tls`` has the certificate, ``watch`` notices files that were replaced, ``liveness`` answers
+supervisors.
 
 Nothing here knows engines or instances: what an answer contains comes from a handler.
 """

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ipaddress import ip_address
-from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from chiasm.errors import AuthenticationError
-from chiasm.http.key_rules import check_key, read_key_file
 from chiasm.http.keys import bearer, digest_of, is_one_of
 
-KEY_OPTION = "--admin-key or CHIASM_ADMIN_KEY"
-FILE_OPTION = "--admin-key-file"
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 """Headers by which a reverse proxy says that it speaks for somebody else."""
-
-
-def read_admin_keys(key: str | None, file: Path | None) -> list[str]:
-    """Return the keys of an operator who gives one, or a file of them. Raises ConfigurationError for one that isn't fit."""
-    keys = [] if key is None else [key]
-    for one in keys:
-        check_key(KEY_OPTION, one)
-    return keys if file is None else [*keys, *read_key_file(FILE_OPTION, file)]
 
 
 class AdminCheck:

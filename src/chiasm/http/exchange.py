@@ -7,7 +7,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 
-from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError
@@ -31,8 +30,8 @@ class Exchange:
     ) -> None:
         """``deadline_seconds`` is the longest that the request may take; its client may ask for less."""
         self.arrival = time.monotonic()
-        self.headers = Headers(scope=scope)
         visit = visit_of(scope)
+        self.headers = visit.headers
         self.visit = visit
         self.request_id = visit.request_id
         self.key = visit.key

@@ -12,10 +12,11 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from http import HTTPStatus
 
 from starlette.applications import Starlette
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.http.config import HttpConfig
+from chiasm.http.endpoint import Endpoint
 from chiasm.http.errors import EXCEPTION_HANDLERS
 from chiasm.http.flood import limited
 from chiasm.http.key_ring import KeyRing
@@ -50,14 +51,14 @@ class FrontDoor(Starlette):
         refusals: Refusals | None = None,
     ) -> None:
         """``is_local`` says that the server listens on loopback alone; ``guard`` is put around the routes. ``guarded_paths``
-        need an API key besides those below /v1. ``refusals`` counts who was refused on account of a limit.
+        need an API key besides those below /v1. ``refusals`` counts the answers that are errors.
 
         Raises ConfigurationError for API keys that cannot be read."""
         self._config = config
         self._is_local = is_local
         self._guard = guard
         self._guarded_paths = guarded_paths
-        self._refusals = refusals
+        self._refusals = refusals or Refusals()
         self.keys = KeyRing(config)
         self._log = RequestLog(access=config.access_log)
 
@@ -76,7 +77,7 @@ class FrontDoor(Starlette):
         self.router.redirect_slashes = False  # a redirect would lose the body
 
     def build_middleware_stack(self) -> ASGIApp:
-        app = super().build_middleware_stack()
+        app: ASGIApp = _Direct(super().build_middleware_stack(), self.routes)
         config = self._config
         if self._guard is not None:
             app = self._guard(app)
@@ -92,15 +93,35 @@ class FrontDoor(Starlette):
             allow_credentials=config.allow_credentials,
             expose_headers=EXPOSED_HEADERS,
         )
-        return _Entrance(app, self._log, timing_comments=config.timing_comments == "on")
+        return _Entrance(app, self._log, self._refusals, timing_comments=config.timing_comments == "on")
+
+
+class _Direct:
+    """Leads requests with a body to their endpoints at once.
+
+    An endpoint answers every error itself, so Starlette's layers would only make each message of a stream dearer.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self._app = app
+        self._endpoints = {
+            route.path: route.endpoint
+            for route in routes
+            if isinstance(route, Route) and isinstance(route.endpoint, Endpoint) and route.methods == {"POST"}
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._endpoints.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (endpoint or self._app)(scope, receive, send)
 
 
 class _Entrance:
-    """Names each request, reads its path, and logs what became of it."""
+    """Names each request, reads its path, and logs and counts what became of it."""
 
-    def __init__(self, app: ASGIApp, log: RequestLog, *, timing_comments: bool) -> None:
+    def __init__(self, app: ASGIApp, log: RequestLog, refusals: Refusals, *, timing_comments: bool) -> None:
         self._app = app
         self._log = log
+        self._refusals = refusals
         self._timing_comments = timing_comments
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,3 +148,5 @@ class _Entrance:
             # It was logged and answered with status 500; the server would only log it again.
         finally:
             self._log.note(visit)
+            if visit.has_failed and (code := visit.error[0]):  # the state of an instance that isn't ready has none
+                self._refusals.note_error(code)

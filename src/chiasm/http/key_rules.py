@@ -26,6 +26,14 @@ def check_key(where: str, key: str) -> None:
     raise ConfigurationError(f"{where}: {fault}; `openssl rand -hex 16` makes a good one.")
 
 
+def read_admin_keys(key: str | None, file: Path | None) -> list[str]:
+    """Return the keys of an operator who gives one, or a file of them. Raises ConfigurationError for one that isn't fit."""
+    keys = [] if key is None else [key]
+    for one in keys:
+        check_key("--admin-key or CHIASM_ADMIN_KEY", one)
+    return keys if file is None else [*keys, *read_key_file("--admin-key-file", file)]
+
+
 def read_key_file(option: str, path: Path) -> list[str]:
     """Return the keys in a file that nobody else may write, one a line and at least one. Raises ConfigurationError."""
     found = [line.strip() for line in read_private_text(option, path).splitlines() if line.strip()]

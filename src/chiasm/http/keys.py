@@ -55,12 +55,13 @@ class KeyGuard:
         if scope["type"] != "http" or scope["method"] == "OPTIONS" or not self._is_guarded(scope["path"]):
             await self._app(scope, receive, send)
             return
-        given = bearer(Headers(scope=scope))
+        visit = visit_of(scope)
+        given = bearer(visit.headers)
         holder = self._keys.holder_of(given)
         if holder is None:
             await error_response(wrong_key(given))(scope, receive, send)
             return
-        visit_of(scope).key = holder
+        visit.key = holder
         if scope["method"] in _FREE_METHODS:
             await self._app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""The limits of what one client may cost, by name, and how often each has refused something.
+"""The limits of what one client may cost, by name, and how often each has refused something; and all errors, by their codes.
 
 docs/limits.md says of each what it protects and what a client sees.
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 import enum
 
 from prometheus_client import CollectorRegistry, Counter
+
+from chiasm.errors import ChiasmError, Code
+
+_OTHER = "other"
 
 
 class Limit(enum.StrEnum):
@@ -33,7 +37,7 @@ class Limit(enum.StrEnum):
 
 
 class Refusals:
-    """Counts what was refused, by limit."""
+    """Counts what was refused, by limit and by the code of the error."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         """``registry``: where the metric is shown."""
@@ -45,13 +49,35 @@ class Refusals:
         )
         for limit in Limit:
             self._counter.labels(limit.value)
+        self._errors = Counter(
+            "chiasm_http_errors",
+            "Answers that were an error or ended with one, by the error's code, or its type if it has no code.",
+            ["code"],
+            registry=registry,
+        )
+        self._known = {*Code, *_kinds(ChiasmError)}
 
     def note(self, limit: str) -> None:
         """Count one refusal."""
         self._counter.labels(limit).inc()
 
+    def note_error(self, code: str) -> None:
+        """Count one answer that was an error. A code that isn't chiasm's, such as vLLM's, counts as ``other``."""
+        self._errors.labels(code if code in self._known else _OTHER).inc()
+
     def count(self, limit: str) -> int:
         """Return how many there were."""
-        return int(
-            next(s.value for m in self._counter.labels(limit).collect() for s in m.samples if s.name.endswith("_total"))
-        )
+        return _value(self._counter.labels(limit))
+
+    def count_errors(self, code: str) -> int:
+        """Return how many answers had this code."""
+        return _value(self._errors.labels(code))
+
+
+def _value(counter: Counter) -> int:
+    return int(next(s.value for m in counter.collect() for s in m.samples if s.name.endswith("_total")))
+
+
+def _kinds(error: type[ChiasmError]) -> set[str]:
+    """Return the types of errors that a class and its subclasses have."""
+    return {error.kind}.union(*map(_kinds, error.__subclasses__()))

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from chiasm.errors import Code, ForbiddenError, InvalidRequestError
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
+from chiasm.http.visit import visit_of
 
 _SHOWN_CHARACTERS = 100
 _ANY = "*"
@@ -27,6 +28,13 @@ _ANY = "*"
 
 class Origins(CORSMiddleware):
     """Starlette's CORS, whose refusals have the shape of all errors."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_closed = not self.allow_origins and not self.allow_all_origins and scope["type"] == "http"
+        if is_closed and "origin" not in visit_of(scope).headers:
+            await self.app(scope, receive, send)  # nothing would be added to any answer
+        else:
+            await super().__call__(scope, receive, send)
 
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
@@ -52,7 +60,7 @@ class LocalOnly:
         self._hosts = frozenset(name.lower() for name in config.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (fault := self._fault(Headers(scope=scope))):
+        if scope["type"] == "http" and (fault := self._fault(visit_of(scope).headers)):
             refusal = ForbiddenError(
                 f"{fault}, and this server is for its own machine; --allowed-origins lets web pages in, and --allowed-hosts "
                 "names under which the server is reached.",

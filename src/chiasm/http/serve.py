@@ -121,6 +121,8 @@ class HttpServer(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
+        if listener.family == socket.AF_UNIX:
+            return await asyncio.get_running_loop().create_unix_server(make, sock=listener, backlog=BACKLOG)
         of_tls: dict[str, Any] = {}
         if self._certificate is not None:
             of_tls = {"ssl": self._certificate.context, "ssl_handshake_timeout": self._handshake_seconds}
@@ -149,14 +151,16 @@ class HttpServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-def run(server: HttpServer, listener: socket.socket, *, on_ready: Callable[[str], None] | None = None) -> None:
-    """Serve on a listening socket until SIGTERM or SIGINT; call it on the main thread.
+def run(
+    server: HttpServer, listener: socket.socket, *others: socket.socket, on_ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve on listening sockets until SIGTERM or SIGINT; call it on the main thread.
 
-    ``on_ready`` is called once with the base URL when requests are taken.
+    ``on_ready`` is called once with the base URL of the first one when requests are taken.
     """
 
     async def serve() -> None:
-        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        serving = asyncio.ensure_future(server.serve(sockets=[listener, *others]))
         waiting = asyncio.ensure_future(server.ready.wait())
         await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()

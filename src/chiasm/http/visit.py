@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Message, Scope
 
+from chiasm.http.fields import Fields
 from chiasm.wire import ErrorBody
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Visit:
     def __init__(self, scope: Scope, *, timing_comments: bool = True, counts_tokens: bool = False) -> None:
         """``timing_comments`` is what holds unless the request says something else; ``counts_tokens`` looks for ``usage`` in
         its answer."""
-        headers = Headers(scope=scope)
+        headers: Headers = Fields(scope)
+        self.headers = headers
         given = headers.get("x-request-id", "")
         self.arrival = time.monotonic()
         self.method: str = scope["method"]
@@ -55,8 +57,8 @@ class Visit:
         """When the first bytes of an answer without an error went out, on the clock of ``time.monotonic``."""
         self.details: dict[str, object] = {}
         """What whoever answers tells about it: the model, the number of images, the instances. Nothing that a client wrote."""
-        self.stages: Mapping[str, float] = {}
-        """Seconds that stages of the answer took, as far as they are known."""
+        self.stages: Callable[[], Mapping[str, float]] = dict
+        """Returns the seconds that stages of the answer took, as far as they are known."""
         self.tokens: dict[str, int] = {}
         """Tokens of ``prompt`` and ``completion``, as far as they are known."""
         self._counts_tokens = counts_tokens
@@ -81,6 +83,11 @@ class Visit:
             self._error = found[1][:_KEPT_BYTES]
         if self._counts_tokens and (at := body.rfind(b'"usage"')) >= 0:
             self.tokens.update((name.decode(), int(count)) for name, count in _TOKENS.findall(body, at))
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the client got an error."""
+        return self.ended_with_error or (self.status is not None and self.status >= _FIRST_ERROR)
 
     @property
     def error(self) -> tuple[str, str]:

@@ -68,8 +68,8 @@ Start = Callable[[Sequence[str], Mapping[str, str]], Process]
 """Starts a command in an environment. Raises OSError."""
 
 
-def start_process(command: Sequence[str], environment: Mapping[str, str]) -> Process:
-    """Start a command in an environment. Raises OSError."""
+def start_process(command: Sequence[str], environment: Mapping[str, str], *, inherited: Sequence[int] = ()) -> Process:
+    """Start a command in an environment, with these descriptors of this process. Raises OSError."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -79,6 +79,7 @@ def start_process(command: Sequence[str], environment: Mapping[str, str]) -> Pro
         encoding="utf-8",
         errors="replace",
         env=environment,
+        pass_fds=inherited,
         start_new_session=True,  # Ctrl-C in the terminal is for this process, which then ends its children
     )
     assert process.stdin is not None

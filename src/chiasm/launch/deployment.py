@@ -14,7 +14,7 @@ from chiasm.cores import check_cpus
 from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.extras import Extra, require
 from chiasm.fleet_key import FleetKey, make_fleet_key, read_fleet_key
-from chiasm.http.admin import read_admin_keys
+from chiasm.http.key_rules import read_admin_keys
 from chiasm.launch import fork_server
 from chiasm.launch.arrangement import arrange
 from chiasm.launch.child import Child, ProcessState, Start, start_process
@@ -154,17 +154,7 @@ class Deployment:
 
         Raises ConfigurationError, before any is started, if the port is in use or a setting cannot work.
         """
-        config = self.arrangement.config
-        try:
-            address = HeldPort(config.host, config.port, scheme=config.scheme)
-            self._held.append(address)
-            instances = plan_instances(config, self.folder, self.placements, self._surroundings(), self._held)
-            urls = [(plan.role, plan.address.url) for plan in instances if plan.role is not None]
-            proxy = plan_proxy(config, address, urls)
-        except BaseException:
-            self._release()
-            raise
-        for plan in (proxy, *instances):
+        for plan in self._plan():
             child = Child(
                 plan.name,
                 plan.command,
@@ -177,6 +167,29 @@ class Deployment:
             self._members[plan.name] = _Member(plan, child)
         for member in self._members.values():
             member.child.start()
+
+    def preview(self) -> list[ProcessPlan]:
+        """Return what would be started, the proxy first, and keep nothing of it: a start may take other free ports.
+
+        Raises ConfigurationError as ``start`` does.
+        """
+        try:
+            return self._plan()
+        finally:
+            self._release()
+
+    def _plan(self) -> list[ProcessPlan]:
+        """Take the ports and folders of all processes."""
+        config = self.arrangement.config
+        try:
+            address = HeldPort(config.host, config.port, scheme=config.scheme)
+            self._held.append(address)
+            instances = plan_instances(config, self.folder, self.placements, self._surroundings(), self._held)
+            urls = [(plan.role, plan.address.url) for plan in instances if plan.role is not None]
+            return [plan_proxy(config, address, urls), *instances]
+        except BaseException:
+            self._release()
+            raise
 
     def _start_of(self, plan: ProcessPlan) -> Start:
         """Return how to start a process. On a GPU each imports for itself: a fork of a process that has used CUDA can't."""

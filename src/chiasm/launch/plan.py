@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class ProcessPlan:
     environment: dict[str, str]
     configuration: str = field(default="", repr=False)  # it may hold the admin key
     """One line for its standard input; empty for a process that gets everything on its command line."""
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The same as options by name."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def plan_instances(
             settings = instance_settings(config, role, address, surroundings, placement)
             process = instance_process(folder, role, settings)
             environment = {**os.environ, **_cuda_environment(placement)}
-            plans.append(ProcessPlan(name, role, index, address, _child(name), environment, to_json(process)))
+            plans.append(ProcessPlan(name, role, index, address, _child(name), environment, to_json(process), settings))
         plans[-1].environment.update(_mps_environment(placement))
     return plans
 
@@ -104,7 +106,7 @@ def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[
     if keys and not process.proxy.http.needs_key:
         http = replace(process.proxy.http, keys_of_instances=keys)
         process = replace(process, proxy=replace(process.proxy, http=http))
-    return ProcessPlan(PROXY, None, 0, address, _child(PROXY), dict(os.environ), to_json(process))
+    return ProcessPlan(PROXY, None, 0, address, _child(PROXY), dict(os.environ), to_json(process), settings)
 
 
 def instance_settings(

@@ -75,6 +75,9 @@ class ProxyProcess(ProcessConfig):
     """One proxy."""
 
     proxy: ProxyConfig
+    workers: Annotated[
+        int, Option("Processes that serve the port together; each is a proxy with all limits.", min=1, max=64)
+    ] = 1
 
 
 EC_OPTIONS = (ECTransferConfig, SharedStorageConfig, PeerConfig)

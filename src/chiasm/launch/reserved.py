@@ -15,6 +15,7 @@ _INSTANCES = "`chiasm serve` starts the instances; for others, run `chiasm proxy
 _INSTANCE = {
     "host": _ADDRESS,
     "port": _ADDRESS,
+    "advertise_url": _ADDRESS,
     "served_model_name": _OF_ALL,
     "connector": _OF_ALL,
     "connector_module_path": _OF_ALL,

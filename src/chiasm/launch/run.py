@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from chiasm.cores import pin_to, share_cores
 from chiasm.http.log_format import formatter
 from chiasm.launch.child import end_with_stdin, print_ready
 from chiasm.launch.ports import check_port
 from chiasm.launch.process import InstanceProcess, ProcessConfig, ProxyProcess, from_json
+
+if TYPE_CHECKING:
+    from chiasm.launch.workers import WorkerProcess
 
 
 def run_instance(config: InstanceProcess) -> NoReturn:
@@ -28,10 +32,26 @@ def run_instance(config: InstanceProcess) -> NoReturn:
 def run_proxy(config: ProxyProcess) -> None:
     """Run a proxy. Raises ConfigurationError if it cannot be started."""
     _begin(config, config.proxy.host, config.proxy.port)
+    if config.workers > 1:
+        from chiasm.launch.workers import run_workers
+
+        run_workers(config)
+        return
 
     from chiasm.proxy import run
 
     run(config.proxy, on_ready=print_ready)
+
+
+def run_worker(config: WorkerProcess) -> None:
+    """Run one worker of a proxy. Raises ConfigurationError if it cannot be started."""
+    _set_up(config)
+
+    from chiasm.proxy import run
+    from chiasm.proxy.siblings import Worker
+
+    worker = Worker(config.number, config.count, config.folder)
+    run(config.proxy, on_ready=print_ready, worker=worker, listener=socket.socket(fileno=config.listener))
 
 
 def run_child(name: str) -> None:
@@ -45,12 +65,21 @@ def run_child(name: str) -> None:
         return
     if name == "proxy":
         run_proxy(from_json(line, ProxyProcess))
+    elif name.startswith("worker-"):
+        from chiasm.launch.workers import WorkerProcess
+
+        run_worker(from_json(line, WorkerProcess))
     else:
         run_instance(from_json(line, InstanceProcess))
 
 
 def _begin(config: ProcessConfig, host: str, port: int) -> None:
     """Set up what both have; a port in use is reported before anything slow is imported."""
+    _set_up(config)
+    check_port(host, port)
+
+
+def _set_up(config: ProcessConfig) -> None:
     level = config.log_level.upper()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(config.log_format))
@@ -58,7 +87,6 @@ def _begin(config: ProcessConfig, host: str, port: int) -> None:
     if level == "INFO":
         logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it logs each of its own steps at INFO
     pin_to(config.cpus)
-    check_port(host, port)
 
 
 def _end_at_once() -> NoReturn:

@@ -1,4 +1,4 @@
-"""The vision tower and the decoder of a checkpoint, run through the model classes of transformers."""
+"""The vision tower and the decoder of a checkpoint, which transformers loads. It also runs the tower."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from chiasm.models.base import LanguageModel, LoadProgress, Pixels, Positions, Prompt, VisionModel
+from chiasm.cores import cpu_flags
+from chiasm.models.base import Attention, LanguageModel, LoadProgress, Pixels, Positions, Prompt, VisionModel
 from chiasm.models.checkpoint import open_checkpoint
+from chiasm.models.decoder import RMSNorm, Rotary, take_layers
 from chiasm.models.loading import load_part, model_class
 from chiasm.models.processor import load_processor
+from chiasm.models.products import Form, Product, best_form, product, speed_up
 from chiasm.models.support import entry_width, family_of, load_config
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from chiasm.models.families import Family
 
@@ -35,9 +39,9 @@ def load_vision(
 def load_language(
     folder: Path, *, dtype: torch.dtype, device: torch.device, progress: LoadProgress | None = None
 ) -> LanguageModel:
-    """Load the decoder and head of a checkpoint, and count in ``progress``. Raises ConfigurationError, UnsupportedModelError.
+    """Load the decoder and head of a checkpoint, and count in ``progress``.
 
-    ``ATTENTION_NAME`` must have been registered with transformers before.
+    Raises ConfigurationError, UnsupportedModelError.
     """
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint)
@@ -63,6 +67,7 @@ class TransformersVisionModel(VisionModel):
         self.dtype = dtype
         self.device = device
         self._features: Any = module.get_image_features
+        speed_up(module)
 
     @torch.inference_mode()
     def encode(self, pixels: Pixels) -> Tensor:
@@ -81,7 +86,7 @@ def _rows(features: Any) -> Tensor:
 
 
 class TransformersLanguageModel(LanguageModel):
-    """The decoder half of a transformers model, with the engine's attention in place of its own."""
+    """The decoder half of a transformers model, computed by :mod:`chiasm.models.decoder`."""
 
     def __init__(
         self,
@@ -92,6 +97,7 @@ class TransformersLanguageModel(LanguageModel):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """Raises UnsupportedModelError if the decoder has parts that aren't known."""
         text = config.get_text_config()
         self.module = module
         self.hidden_size = int(text.hidden_size)
@@ -104,10 +110,13 @@ class TransformersLanguageModel(LanguageModel):
         self._config = config
         self._family = family
         outer: Any = module
-        self._decoder = outer.get_decoder()
-        self.head_dim = int(self._decoder.layers[0].self_attn.head_dim)
+        decoder = outer.get_decoder()
+        self.head_dim = int(decoder.layers[0].self_attn.head_dim)
         self._embed = outer.get_input_embeddings()
-        self._head = outer.get_output_embeddings()
+        self._rotary = Rotary(decoder.rotary_emb, self.head_dim, dtype)
+        self._layers = take_layers(decoder)
+        self._norm = RMSNorm.of(decoder.norm)
+        self._head = _head(outer.get_output_embeddings(), self._embed)
 
     def positions(self, prompt: Prompt) -> Positions:
         return self._family.positions(self._config, prompt)
@@ -117,31 +126,35 @@ class TransformersLanguageModel(LanguageModel):
         self,
         token_ids: Tensor,
         position_ids: Tensor,
-        attention: object,
+        attention: Attention,
         entry_rows: Tensor | None = None,
         entry_index: Tensor | None = None,
     ) -> Tensor:
-        embeds = self._embed(token_ids)
-        extra: dict[str, object] = {}
+        hidden: Tensor = self._embed(token_ids)
+        deeper: list[Tensor] = []
         if entry_rows is not None and entry_index is not None:
             # Level 0 replaces the placeholders; the DeepStack levels are added after the first layers.
             first, *deeper = torch.split(entry_rows.to(self.dtype), self.hidden_size, dim=1)
-            embeds = embeds.index_copy(0, entry_index, first)
-            if deeper:
-                visible = torch.zeros(token_ids.shape, dtype=torch.bool, device=self.device)
-                extra["visual_pos_masks"] = visible.index_fill_(0, entry_index, True)[None]
-                extra["deepstack_visual_embeds"] = deeper
-        output = self._decoder(
-            inputs_embeds=embeds[None],
-            position_ids=position_ids[:, None] if position_ids.shape[0] > 1 else position_ids,
-            use_cache=False,
-            paged=attention,
-            **extra,
-        )
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+            hidden = hidden.index_copy(0, entry_index, first)
+        rotation = self._rotary(position_ids)
+        for index, layer in enumerate(self._layers):
+            hidden = layer(hidden, rotation, attention)
+            if index < len(deeper) and entry_index is not None:
+                hidden = hidden.index_add(0, entry_index, deeper[index])
+        return self._norm(hidden)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._head(hidden)
-        return logits.float()
+        logits = self._head(hidden)
+        return logits if logits.dtype == torch.float32 else logits.float()
+
+
+def _head(head: nn.Linear, embed: nn.Embedding) -> Product:
+    """Return the product that makes logits. Tied weights are not packed, since they are also the table of embeddings."""
+    form = best_form(head.weight.dtype, head.weight.device, cpu_flags())
+    if form is Form.PACKED and head.weight is embed.weight:
+        form = Form.STRIPS
+    compute, is_packed = product(head.weight.detach(), head.bias, form)
+    if is_packed:
+        head.weight = nn.Parameter(head.weight.new_empty(0), requires_grad=False)
+    return compute

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chiasm.models.tool_format import ToolFormat
-
-ATTENTION_NAME = "chiasm_paged"
-"""The name under which the engine registers its attention with transformers. Language models are loaded with it."""
 
 Message = dict[str, Any]
 """One chat message with ``role`` and ``content``; content is a string or parts ``{"type": "text", "text": …}`` and
@@ -177,6 +174,19 @@ class VisionModel(ABC):
         """
 
 
+class Attention(Protocol):
+    """The engine's attention over the keys and values that it keeps: one for each step."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
+    ) -> Tensor:
+        """Keep the step's keys and values, and return what its rows see: ``[T, query heads * head_dim]``.
+
+        ``query`` is ``[T, query heads, head_dim]``, ``key`` and ``value`` ``[T, KV heads, head_dim]``, after rotation. A row
+        sees its request's tokens up to itself, the last ``window`` of them if it isn't None. Called once in each layer.
+        """
+
+
 class LanguageModel(ABC):
     """The decoder with its head, run over the concatenated rows of many requests."""
 
@@ -199,7 +209,7 @@ class LanguageModel(ABC):
         self,
         token_ids: Tensor,
         position_ids: Tensor,
-        attention: object,
+        attention: Attention,
         entry_rows: Tensor | None = None,
         entry_index: Tensor | None = None,
     ) -> Tensor:
@@ -207,7 +217,7 @@ class LanguageModel(ABC):
 
         ``token_ids`` is int64 ``[T]``, ``position_ids`` int64 ``[3 or 1, T]``. ``entry_rows`` ``[R, entry_width]`` replace
         the embeddings of the placeholders at ``entry_index`` (int64 ``[R]``, ascending); both are None if the step has no
-        placeholders. ``attention`` is passed to the attention function ``ATTENTION_NAME`` as the keyword ``paged``.
+        placeholders.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from chiasm.errors import ConfigurationError, UnsupportedModelError
-from chiasm.models.base import ATTENTION_NAME, LoadProgress
+from chiasm.models.base import LoadProgress
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +46,8 @@ def load_part(
                 checkpoint.folder,
                 config=config,
                 dtype=dtype,
-                attn_implementation={
-                    "text_config": ATTENTION_NAME if part == "language" else "eager",
-                    "vision_config": "sdpa",
-                },
+                # That of the decoder isn't used: the engine has its own.
+                attn_implementation={"text_config": "eager", "vision_config": "sdpa"},
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,

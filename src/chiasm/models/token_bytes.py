@@ -109,3 +109,9 @@ def _byte_level_alphabet() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+@lru_cache(maxsize=2)
+def longest_token(tokenizer: Tokenizer) -> int:
+    """Return the length of the longest token in characters: a text has at least its length divided by this in tokens."""
+    return max((len(token) for token in tokenizer.get_vocab()), default=1)

@@ -89,11 +89,10 @@ class Bed:
     def __init__(self, folder: Path) -> None:
         import torch
 
-        from chiasm.engine.attention import KVCache, register_paged_attention
+        from chiasm.engine.attention import KVCache
         from chiasm.engine.model_runner import ModelRunner
         from chiasm.models import load_language, load_processor, load_vision
 
-        register_paged_attention()
         device, dtype = torch.device("cpu"), torch.float32
         self.processor: Processor = load_processor(folder)
         self.vision: VisionModel = load_vision(folder, dtype=dtype, device=device)

@@ -134,7 +134,7 @@ class LanguageInstance:
             num_remote=len(prompt.token_ids) if remote else 0,
         )
         try:
-            self._scheduler.check_items(list(prompt.items))
+            self._scheduler.items.check(list(prompt.items))
             self._scheduler.add([sequence])
         except ChiasmError:
             return False
@@ -147,7 +147,7 @@ class LanguageInstance:
         for sequence, items in scheduler.wanted_items():
             for item in items:
                 if item.identifier not in scheduler.encoder_cache and (
-                    item.identifier not in stored or not scheduler.make_room(sequence, item)
+                    item.identifier not in stored or not scheduler.items.make_room(sequence, item)
                 ):
                     break
                 scheduler.item_arrived(sequence, item)

@@ -14,7 +14,7 @@ from chiasm.plan.layouts import Candidate, PlannedInstance
 from chiasm.plan.shapes import ModelShape
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.placement import Entry, ItemWork, Placed, Placement, Prefix, Work
-from chiasm.wire import Costs, Health, ImageCost, Role
+from chiasm.wire import Costs, ECPlace, Health, ImageCost, Role
 
 _BYTES_PER_TOKEN = 4
 _SIDES = (256, 512, 1024, 2048)
@@ -69,7 +69,7 @@ class Proxy:
                 role=planned.role,
                 model=shape.name,
                 fingerprint="plan",
-                ec_store="plan",
+                ec_place=_place(index) if planned.role is Role.ENCODER else None,
                 kv_connector="plan" if planned.role in (Role.PREFILL, Role.DECODE) else None,
                 device_id=f"place {planned.place}",
                 costs=reported(planned, shape, costs[planned.place]),
@@ -162,3 +162,8 @@ def reported(planned: PlannedInstance, shape: ModelShape, costs: CostModel) -> C
         decode_step_seconds=costs.step_seconds(StepShape(1, 0, _ROWS), threads) if computes else 0.0,
         images=images,
     )
+
+
+def _place(index: int) -> ECPlace:
+    """Return where an encoder keeps its embeddings, so that images have homes as behind the proxy."""
+    return ECPlace(host="plan", port=1 + index, engine_id=str(index))

@@ -24,15 +24,15 @@ from chiasm.plan.outcome import Outcome, Result, tokens_of
 from chiasm.plan.placing import Fed, Placing, Proxy, SentImage, reported
 from chiasm.plan.shapes import ModelShape
 from chiasm.plan.sharing import SharedDevice, Stage, Work
-from chiasm.plan.store import Store
+from chiasm.plan.store import Store, Stores
 from chiasm.proxy.placement import Entry
 from chiasm.wire import Role
 
 MAX_REQUESTS = 100_000
-STORE_BYTES = 4 << 30
-"""Embeddings that the store of a deployment holds, the default of ``chiasm serve``."""
+ENCODER_BYTES = 4 << 30
+"""Embeddings that each encoder keeps, the default of ``chiasm serve`` where there is memory enough."""
 _LOOK_UP_SECONDS = 0.002
-"""A call to an encoder for an image whose embedding is stored already."""
+"""A call to an encoder for an image whose embedding it has."""
 _HOST_CORES = 8
 """Cores of a GPU's host that prepare images for it."""
 
@@ -45,6 +45,7 @@ class _Server:
     device: SharedDevice
     costs: CostModel
     store: Store
+    """What an encoder, or an instance that encodes itself, keeps."""
     language: LanguageInstance | None = None
     encoder: Encoder | None = None
     computing: bool = False
@@ -108,8 +109,8 @@ class Simulation:
         ]
         self._on_gpus = candidate.on_gpus
         self._host = SharedDevice(_HOST_CORES * len(candidate.places))
-        self._store = Store(STORE_BYTES)
         self._servers = self._make_servers(candidate, costs)
+        self._at_encoders = Stores([one.store for one in self._servers if one.language is None])
         self._requests: dict[str, _Request] = {}
         self._flights: dict[str, _Flight] = {}
 
@@ -121,7 +122,7 @@ class Simulation:
         ):
             device, cost = self._devices[planned.place], costs[planned.place]
             own = planned.role is Role.AGGREGATED
-            server = _Server(planned, device, cost, self._store)
+            server = _Server(planned, device, cost, Store(ENCODER_BYTES))
             if limits is not None:
                 known = reported(planned, self._shape, cost)
                 server.language = LanguageInstance(planned.role, limits, known)
@@ -255,8 +256,8 @@ class Simulation:
 
         for entry in fed.entries:
             identifier = entry.item.identifier
-            if identifier in self._store:
-                self._store.touch(identifier)
+            if identifier in server.store:
+                server.store.touch(identifier)
                 self._events.after(_LOOK_UP_SECONDS, partial(answered, entry, True, 0.0))
                 continue
             image = self._flights[identifier].image
@@ -270,7 +271,7 @@ class Simulation:
         flight = self._flights[identifier]
 
         def usable() -> None:
-            self._store.add(identifier, tokens * self._shape.entry_bytes_per_row)
+            server.store.add(identifier, tokens * self._shape.entry_bytes_per_row)
             for request in flight.waiters:
                 request.outcome.moved += seconds
                 self._arrived(request, identifier)
@@ -332,7 +333,7 @@ class Simulation:
         language = server.language
         if language is None or server.computing:
             return
-        planned = language.plan(server.store)
+        planned = language.plan(server.store if server.encoder is not None else self._at_encoders)
         for name in planned.failed:
             self._refuse(self._requests[name])
         for name in planned.load:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 
 class Store:
-    """Identifiers of stored embeddings. For new ones, the least recently used are removed."""
+    """Identifiers of the embeddings in one memory. For new ones, the least recently used are removed."""
 
     def __init__(self, capacity_bytes: float) -> None:
         self._capacity_bytes = capacity_bytes
@@ -30,3 +31,13 @@ class Store:
         while self._used_bytes > self._capacity_bytes and len(self._entries) > 1:
             _, removed = self._entries.popitem(last=False)
             self._used_bytes -= removed
+
+
+class Stores:
+    """The memories of all encoders, from any of which a language model takes embeddings."""
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self._stores = stores
+
+    def __contains__(self, identifier: object) -> bool:
+        return any(identifier in store for store in self._stores)

@@ -5,7 +5,12 @@ A request passes the files in this order: ``app`` (routes), ``service`` (from th
 ``encoders`` (images to encoders), ``balancing`` (which instance gets the text), ``handover`` and ``handover_engines`` (from
 prefill to decode), ``relay`` (a stream back). All calls of instances go through ``upstream``; ``waiting`` holds requests
 whose instances are away or full. Beside it run ``probe``, which asks instances how they are, and ``fleet``, which holds what
-they said; ``agreement`` decides which of them fit together.
+they said; ``agreement`` decides which of them fit together. ``membership`` decides who belongs to the fleet, from what the
+options, an administrator, ``leases`` (instances that join) and ``discovery`` (files, DNS, Kubernetes) say. ``drain`` takes an
+instance down.
+
+Requests that the proxy doesn't understand and passes on are in ``other_paths``. ``siblings`` are the other workers of a proxy
+that has several.
 
 ``placement`` decides which instance gets a request or an image, from ``costs`` (what work costs each), ``prompts`` (what a
 language instance has to do) and ``encode_queue`` (the images that wait); ``placement_record`` compares with the outcome.

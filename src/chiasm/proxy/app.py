@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import msgspec
 from aiohttp.abc import AbstractResolver
@@ -19,8 +20,9 @@ from chiasm.errors import (
     PathNotFoundError,
 )
 from chiasm.http import json_response, read_body
-from chiasm.http.admin import AdminCheck, read_admin_keys
+from chiasm.http.admin import AdminCheck
 from chiasm.http.front import FrontDoor
+from chiasm.http.key_rules import read_admin_keys
 from chiasm.http.listen import check_url, is_loopback
 from chiasm.http.liveness import live, ready_response
 from chiasm.http.untrusted import read_json
@@ -31,9 +33,11 @@ from chiasm.proxy.leases import lease_route
 from chiasm.proxy.metrics import CONTENT_TYPE
 from chiasm.proxy.records.pages import record_routes
 from chiasm.proxy.service import ProxyService
+from chiasm.proxy.siblings import Repeater, Siblings, Worker, is_from_sibling
 from chiasm.wire import (
     CHAT_PATH,
     COMPLETIONS_PATH,
+    INSTANCES_PATH,
     OTHER_PATHS,
     InstanceList,
     ModelCard,
@@ -47,24 +51,31 @@ _MAX_ORDER_BYTES = 64 << 10
 _READY = "ok"
 
 
-def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None) -> Starlette:
+def create_app(
+    config: ProxyConfig, *, resolver: AbstractResolver | None = None, worker: Worker | None = None
+) -> Starlette:
     """Return the proxy as an ASGI application; its ``state.service`` is the ProxyService.
 
-    ``resolver`` looks up the names of media hosts, in place of the system's. Raises ConfigurationError for keys that cannot be
-    read.
+    ``resolver`` looks up the names of media hosts, in place of the system's. ``worker`` is given to one of several. Raises
+    ConfigurationError for keys that cannot be read.
     """
     service = ProxyService(config, resolver)
+    siblings = None if worker is None else Siblings(worker)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await service.start()
+        if siblings is not None:
+            siblings.open()
         try:
             yield
         finally:
+            if siblings is not None:
+                await siblings.close()
             await service.close()
 
     admin = AdminCheck(read_admin_keys(config.admin_key, config.admin_key_file))
-    pages = _Pages(service, admin)
+    pages = _Pages(service, admin, siblings)
     routes: list[BaseRoute] = [
         Route(CHAT_PATH, service.endpoint(CHAT_PATH), methods=["POST"]),
         Route(COMPLETIONS_PATH, service.endpoint(COMPLETIONS_PATH), methods=["POST"]),
@@ -80,12 +91,13 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
         *record_routes(service.records, admin),
     ]
     if admin.has_key:
-        routes.append(Route("/instances", _Instances(service, admin).handle, methods=["GET", "POST", "DELETE"]))
+        routes.append(Route(INSTANCES_PATH, _Instances(service, admin).handle, methods=["GET", "POST", "DELETE"]))
     app = FrontDoor(
         routes,
         config.http,
         lifespan=lifespan,
         is_local=is_loopback(config.host),
+        guard=None if siblings is None else partial(Repeater, siblings=siblings),
         guarded_paths=OTHER_PATHS,
         refusals=service.metrics.refusals,
     )
@@ -96,9 +108,10 @@ def create_app(config: ProxyConfig, *, resolver: AbstractResolver | None = None)
 class _Pages:
     """Handlers of the routes that only read."""
 
-    def __init__(self, service: ProxyService, admin: AdminCheck) -> None:
+    def __init__(self, service: ProxyService, admin: AdminCheck, siblings: Siblings | None) -> None:
         self._service = service
         self._admin = admin
+        self._siblings = siblings
         self._fleet = service.fleet
         self._metrics = service.metrics
         self._created = int(time.time())
@@ -128,7 +141,10 @@ class _Pages:
     async def metrics(self, request: Request) -> Response:
         if self._admin.has_key:  # without one, whoever collects metrics from another machine could not be let in
             self._admin.check_may_see(request.scope)
-        return Response(self._metrics.render(), media_type=None, headers={"content-type": CONTENT_TYPE})
+        page = self._metrics.render()
+        if self._siblings is not None and not is_from_sibling(request.scope):
+            page = await self._siblings.metrics(page, request.headers)
+        return Response(page, media_type=None, headers={"content-type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
         return json_response(ModelList(data=[self._describe(name) for name in self._fleet.models]))

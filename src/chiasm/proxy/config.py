@@ -15,6 +15,7 @@ from chiasm.http.listen import check_url
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
 from chiasm.options import Option
+from chiasm.proxy.hedging import HEDGED_SHARE
 from chiasm.proxy.tenants import TenantBy
 
 _POSITIVE = (
@@ -88,6 +89,14 @@ class ProxyConfig:
         float, Option("Timeout of one encoder call; its images then go to another encoder.")
     ] = 120.0
     max_encode_attempts: Annotated[int, Option("Maximum encoder attempts per image.", min=1)] = 3
+    hedged_share: Annotated[
+        float,
+        Option(
+            "Part of the calls to encoders that may be hedged: a late call's images go to a second encoder too; 0: none.",
+            min=0,
+            max=0.5,
+        ),
+    ] = HEDGED_SHARE
     max_prefill_attempts: Annotated[int, Option("Maximum prefills per request, the first included.", min=1)] = 4
     """A prompt is prefilled again after a prefill instance is lost, and to resume after a decode instance is."""
     max_body_bytes: Annotated[int, Option("Maximum size of a request; a larger one gets 413.")] = 128 << 20

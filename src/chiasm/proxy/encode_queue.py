@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Choice, Device, Entry, Plan, Roster
 from chiasm.proxy.fleet import Fleet, Instance
-from chiasm.proxy.hedging import Hedging
+from chiasm.proxy.hedging import HEDGED_SHARE, Hedging
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.published import Published
 from chiasm.wire import Role
@@ -97,13 +97,15 @@ class _Desk:
 class EncodeQueue:
     """One for the fleet. ``devices`` tells what language instances do on each device that is known."""
 
-    def __init__(self, fleet: Fleet, devices: Callable[[float], Mapping[str, Device]]) -> None:
+    def __init__(
+        self, fleet: Fleet, devices: Callable[[float], Mapping[str, Device]], hedged_share: float = HEDGED_SHARE
+    ) -> None:
         self._fleet = fleet
         self._devices = devices
         self._waiting: list[Entry] = []
         self._desks: dict[Instance, _Desk] = {}
         self._published = Published()
-        self.hedging = Hedging()
+        self.hedging = Hedging(hedged_share)
         self._roster_now = Roster((), self._published, ())
         self._desks_now: Sequence[_Desk] = ()
         self._full_until = 0.0

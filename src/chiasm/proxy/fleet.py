@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from blake3 import blake3
 from msgspec import UNSET
@@ -34,6 +35,19 @@ _EXPECTED_SECONDS = 60.0
 """For so long after it was lost, an instance is expected to come back."""
 _ALTERNATIVES = {Role.PD: WHOLE_ROLES, Role.AGGREGATED: WHOLE_ROLES, Role.ENCODER: (Role.ENCODER, Role.AGGREGATED)}
 """Roles that do what a role does."""
+
+
+class TextLimit(NamedTuple):
+    """How much text a language instance can take at most."""
+
+    tokens: int
+    """Its context, answer included."""
+    longest_token: int
+    """In characters."""
+
+    def tokens_of(self, characters: int) -> int:
+        """Return how many tokens a text of so many characters has at least."""
+        return characters // self.longest_token
 
 
 class Instance:
@@ -274,6 +288,19 @@ class Fleet:
         healths = [one.health for one in self.healthy(*LANGUAGE_ROLES) if one.health]
         return min((health.max_model_len for health in healths if health.max_model_len is not None), default=None)
 
+    @property
+    def text_limit(self) -> TextLimit | None:
+        """The longest text that a healthy language instance can take; None if one of them doesn't say."""
+        healths = [one.health for one in self.healthy(*LANGUAGE_ROLES) if one.health]
+        limits = [
+            TextLimit(health.max_model_len, health.longest_token)
+            for health in healths
+            if health.max_model_len and health.longest_token
+        ]
+        if not limits or len(limits) < len(healths):
+            return None
+        return max(limits, key=lambda limit: limit.tokens * limit.longest_token)
+
     # ---- what happens to it --------------------------------------------------------------------------------------------
 
     def misfit(self, role: Role) -> str | None:
@@ -303,6 +330,7 @@ class Fleet:
     def remove(self, instance: Instance) -> None:
         """Give it no new work from now on, and remove it when its last call has ended."""
         instance.draining = True
+        instance.lease = instance.lease_fault = None
         self._leave_if_idle(instance)
         self._judge()
 

@@ -21,8 +21,8 @@ _OVERHEAD_SECONDS = 0.01
 """What a call takes beside the encoder's computing."""
 _LEAST_SECONDS = 0.05
 """No call is late before."""
-_CALLS_PER_HEDGE = 20
-"""One of so many calls may be hedged."""
+HEDGED_SHARE = 0.05
+"""Of the calls, so many may be hedged."""
 _MOST_SAVED = 4
 """Hedges that may follow each other at once."""
 _MOST_BUSY = 0.7
@@ -34,7 +34,9 @@ _BUSY_SECONDS = 5.0
 class Hedging:
     """One for the fleet."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = HEDGED_SHARE) -> None:
+        """``share`` of the calls may be hedged; 0: none."""
+        self._calls_per_hedge = round(1 / share) if share > 0 else None
         self._ratios: deque[float] = deque(maxlen=_CALLS)
         """Of the last calls: seconds until the answer, over what was expected."""
         self._saved = 0
@@ -46,7 +48,7 @@ class Hedging:
 
     def begin(self) -> None:
         """Note that a call begins which isn't a hedge."""
-        self._saved = min(_MOST_SAVED * _CALLS_PER_HEDGE, self._saved + 1)
+        self._saved = min(_MOST_SAVED * (self._calls_per_hedge or 0), self._saved + 1)
 
     def learn(self, seconds: float, expected: float) -> None:
         """Note how long a call took of which ``expected`` seconds of computing were expected."""
@@ -71,8 +73,10 @@ class Hedging:
 
     def is_allowed(self, now: float) -> bool:
         """Whether a late call may be hedged."""
-        return self._saved >= _CALLS_PER_HEDGE and self.busy(now) < _MOST_BUSY
+        return (
+            self._calls_per_hedge is not None and self._saved >= self._calls_per_hedge and self.busy(now) < _MOST_BUSY
+        )
 
     def spend(self) -> None:
         """Note that a call is hedged."""
-        self._saved -= _CALLS_PER_HEDGE
+        self._saved -= self._calls_per_hedge or 0

@@ -258,10 +258,10 @@ class Job:
 
     async def send_stream(self, call: Call, first: bytes, next_chunk: Callable[[], Awaitable[bytes]]) -> None:
         """Pass on a whole stream that begins with ``first``."""
-        chunk = first
-        await self.send_events(chunk, call.headers)
+        await self.send_events(first, call.headers)
+        write, pass_on = self.exchange.write, self._relay.pass_on
         while chunk := await next_chunk():
-            await self.send_events(chunk, call.headers)
+            await write(pass_on(chunk))
         await self.end_events()
 
 

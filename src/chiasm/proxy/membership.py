@@ -178,7 +178,6 @@ class Membership:
         wanted = self._wanted()
         for instance in self._fleet.instances:
             if instance.url not in wanted and not instance.draining:
-                self._fleet.note_lease(instance, None)
                 self._fleet.remove(instance)
         for url, one in wanted.items():
             self._keep(url, one)

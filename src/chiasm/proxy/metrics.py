@@ -33,6 +33,12 @@ class Metrics:
             ["route", "status"],
             registry=self.registry,
         )
+        self.key_requests = Counter(
+            "chiasm_proxy_key_requests",
+            "The same by the name of the API key and HTTP status, for keys that have a name.",
+            ["key", "status"],
+            registry=self.registry,
+        )
         self.in_flight = Gauge("chiasm_proxy_requests_in_flight", "Requests being answered.", registry=self.registry)
         self.items = Counter(
             "chiasm_proxy_items",

@@ -22,6 +22,7 @@ from chiasm.proxy.costs import Correction
 from chiasm.proxy.encode_plan import HINDRANCE, Device, Entry
 from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.hedging import HEDGED_SHARE
 from chiasm.proxy.prompts import ItemWork, Prefix, Prompt, Prompts, Work
 from chiasm.wire import Role
 
@@ -82,12 +83,13 @@ class _Estimate(NamedTuple):
 class Placement:
     """One for the fleet."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, hedged_share: float = HEDGED_SHARE) -> None:
+        """``hedged_share`` of the calls to encoders may be hedged."""
         self._fleet = fleet
         self._prompts: WeakKeyDictionary[Instance, Prompts] = WeakKeyDictionary()
         self._text = Correction()
         """Tokens per byte of text."""
-        self.images = EncodeQueue(fleet, self._devices)
+        self.images = EncodeQueue(fleet, self._devices, hedged_share)
 
     # ---- decisions -----------------------------------------------------------------------------------------------------
 

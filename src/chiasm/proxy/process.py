@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import socket
 from collections.abc import Callable
 
 from starlette.applications import Starlette
@@ -14,26 +15,34 @@ from chiasm.http.serve import run as serve
 from chiasm.proxy.app import create_app
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.service import ProxyService
+from chiasm.proxy.siblings import Worker
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 
 
-def run(config: ProxyConfig, *, on_ready: Callable[[str], None] | None = None) -> None:
+def run(
+    config: ProxyConfig,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    worker: Worker | None = None,
+    listener: socket.socket | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, then until nothing runs; call it on the main thread.
 
     What runs has ``config.shutdown_timeout_seconds`` to end, or until a second signal; then it ends with an error.
 
     ``on_ready`` is called once with the base URL, when requests are taken and each instance has been probed once. Raises
-    ConfigurationError if the address cannot be bound.
+    ConfigurationError if the address cannot be bound. A ``worker`` of several is given the socket that all of them listen on.
     """
     recycle_large_buffers()
-    listener = bind(config.host, config.port)
-    server = create_server(create_app(config), config)
+    listener = listener or bind(config.host, config.port)
+    among_workers = [] if worker is None else [worker.bind()]
+    server = create_server(create_app(config, worker=worker), config)
     gc.collect()
     gc.freeze()  # a collection that walks over all modules would hold the event loop
-    serve(server, listener, on_ready=on_ready)
+    serve(server, listener, *among_workers, on_ready=on_ready)
 
 
 def create_server(app: Starlette, config: ProxyConfig) -> HttpServer:

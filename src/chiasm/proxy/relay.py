@@ -24,6 +24,7 @@ _KV_PREFIX, _TOKENS_PREFIX = f": {KV_COMMENT} ".encode(), f": {TOKENS_COMMENT}".
 _BLOCK = re.compile(rb".*?(?:\r\n\r\n|\n\n)|.+", re.DOTALL)
 _HANDLE = re.compile(_KV_PREFIX + rb"(\{.*)\r?\n")
 _TOKENS = re.compile(_TOKENS_PREFIX + rb"((?: [0-9]{1,10})*) ?\r?\n")
+_ERROR_KEY = b'"error"'
 _ERROR = re.compile(rb"data: ?(\{\s*\"error\".*)", re.DOTALL)
 _ERROR_EVENT = re.compile(rb"(?:\A|(?<=\n\n)|(?<=\r\n\r\n))data: ?\{\s*\"error\".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
 _FINISH = re.compile(rb"\"finish_reason\":\s*\"")
@@ -45,7 +46,7 @@ class EventRelay:
     def pass_on(self, chunk: bytes) -> bytes:
         """Return the whole events that have arrived with ``chunk``."""
         events = b"" if self._has_failed else self._splitter.take(chunk)
-        if failed := _ERROR_EVENT.search(events):
+        if _ERROR_KEY in events and (failed := _ERROR_EVENT.search(events)):
             self._has_failed = True
             return events[: failed.end()]
         for done in _DONE:

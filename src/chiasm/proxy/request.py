@@ -46,6 +46,8 @@ class Request:
     media: list[MediaPart] = field(default_factory=list)
     """Media parts in the order in which they occur."""
     stream: bool = False
+    text_characters: int = 0
+    """Of all texts of a chat together, or of the prompt of a completion that has one."""
     lifted: Lifted = field(default_factory=lambda: Lifted(b""))
     """The long URLs of media parts, for which ``body`` has stand-ins."""
 
@@ -110,6 +112,7 @@ class _ImageUrl(msgspec.Struct):
 
 class _Part(msgspec.Struct):
     type: str
+    text: str | None = None
     image_url: _ImageUrl | str | None = None
     uuid: Raw | UnsetType = UNSET
 
@@ -124,6 +127,10 @@ class _Body(msgspec.Struct):
     cache_salt: str | None = None
     ec_transfer_params: Raw | UnsetType = UNSET
     kv_transfer_params: Raw | UnsetType = UNSET
+
+
+class _CompletionBody(_Body):
+    prompt: Raw = Raw()
 
 
 class _ChatBody(_Body, kw_only=True):
@@ -146,7 +153,7 @@ class _Kind(msgspec.Struct):
 _B = TypeVar("_B", bound=_Body)
 
 _chat = msgspec.json.Decoder(_ChatBody)
-_completion = msgspec.json.Decoder(_Body)
+_completion = msgspec.json.Decoder(_CompletionBody)
 _string = msgspec.json.Decoder(str)
 _kind = msgspec.json.Decoder(_Kind)
 
@@ -155,7 +162,8 @@ def parse_completion(body: bytes, max_text_bytes: int = MAX_TEXT_BYTES) -> Reque
     """Parse the body of a completion. Raises InvalidRequestError, also if it is larger than ``max_text_bytes``."""
     check_text_size(body, max_text_bytes)
     parsed = _decode(_completion, body)
-    return Request(body, parsed.model, parsed.cache_salt or "", stream=bool(parsed.stream))
+    prompt = _string_or_none(parsed.prompt) or ""  # of several prompts, each has its limit at the instance
+    return Request(body, parsed.model, parsed.cache_salt or "", stream=bool(parsed.stream), text_characters=len(prompt))
 
 
 def parse_chat(body: bytes, max_text_bytes: int = MAX_TEXT_BYTES) -> Request:
@@ -186,7 +194,11 @@ def _parsed_chat(body: bytes) -> Request:
     if media:
         for name in ("mm_processor_kwargs", "media_io_kwargs"):
             _refuse_value(name, getattr(parsed, name), "the processor's settings are the same for all requests")
-    return Request(body, parsed.model, parsed.cache_salt or "", media, bool(parsed.stream))
+    texts = [message.content for message in parsed.messages if isinstance(message.content, str)]
+    texts += [part.text for content in contents for part in content if part.text is not None]
+    return Request(
+        body, parsed.model, parsed.cache_salt or "", media, bool(parsed.stream), text_characters=sum(map(len, texts))
+    )
 
 
 def with_member(body: bytes, name: bytes, value: bytes) -> bytes:

@@ -40,7 +40,7 @@ from chiasm.proxy.relay import begin
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Call, InstanceError, InstanceLostError, ResponseCutOffError, Upstream
 from chiasm.proxy.waiting import Comeback
-from chiasm.wire import Role
+from chiasm.wire import CHAT_PATH, Role
 
 _MEDIA_THREADS = 2
 SendBack = Callable[[Job, Call, Assignment], Awaitable[None]]
@@ -64,7 +64,7 @@ class Router:
         self._config = config
         self._fleet = fleet
         self._metrics = metrics
-        self._placement = Placement(fleet)
+        self._placement = Placement(fleet, config.hedged_share)
         comeback = Comeback(
             fleet, metrics, seconds=config.wait_for_instance_seconds, max_requests=config.max_waiting_requests
         )
@@ -123,6 +123,7 @@ class Router:
         await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
         job.note_model(job.request.model or next(iter(self._fleet.models), ""))
+        self._check_text(job)
         job.trail.passed("ready")
         items = await self._read_items(job) if has_media else []
         needs_encoder = has_media
@@ -168,6 +169,17 @@ class Router:
         with await self._balancer.assign(job, roles, avoid=understands_none) as assignment:
             self._note_overhead(job, started, has_media=bool(job.request.media))
             await self._call(job, assignment, self._send_back_as_it_is)
+
+    def _check_text(self, job: Job) -> None:
+        """Raise InvalidRequestError for a text that no instance can take, before anything else is done for it."""
+        limit, characters = self._fleet.text_limit, job.request.text_characters
+        if limit is not None and limit.tokens_of(characters) >= limit.tokens:
+            raise InvalidRequestError(
+                f"The prompt has at least {limit.tokens_of(characters)} tokens, and the context of this model is "
+                f"{limit.tokens} tokens, answer included. Shorten the prompt.",
+                param="messages" if job.path == CHAT_PATH else "prompt",
+                code=Code.CONTEXT_LENGTH_EXCEEDED,
+            )
 
     # ---- images --------------------------------------------------------------------------------------------------------
 
@@ -302,7 +314,7 @@ class Router:
             return
 
         async def next_chunk() -> bytes:
-            return await job.unless_encoding_fails(call.chunk())
+            return await (call.chunk() if job.encoding is None else job.unless_encoding_fails(call.chunk()))
 
         # The head is held back until the first event has arrived, so that failures before it still have a status.
         first = await begin(next_chunk)

@@ -137,6 +137,8 @@ class ProxyService:
             self.metrics.in_flight.dec()
             self.records.end(exchange, path)
             self.metrics.requests.labels(path, str(exchange.status)).inc()
+            if exchange.key is not None and exchange.key.name:
+                self.metrics.key_requests.labels(exchange.key.name, str(exchange.status)).inc()
 
         bounds = Bounds(
             deadline_seconds=self.config.deadline_seconds,
@@ -148,6 +150,7 @@ class ProxyService:
     async def _handle(self, path: str, exchange: Exchange) -> None:
         started = time.perf_counter()
         timing = Timing()
+        exchange.visit.stages = timing.durations
         trail = self.records.trail_of(exchange)
         trail.passed("read")
         try:
@@ -163,9 +166,9 @@ class ProxyService:
                 if exchange.has_begun:
                     raise
                 await job.send_response(error.response)
-        finally:
+        except BaseException:
             exchange.error_headers = [timing.header()]
-            exchange.visit.stages = timing.durations()
+            raise
 
     def _of_tenant(self, request: Request, exchange: Exchange) -> Request:
         """Return the request with the salt of its tenant, if it has one."""

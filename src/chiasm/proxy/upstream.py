@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import MappingProxyType, TracebackType
@@ -18,13 +17,14 @@ from chiasm.errors import ChiasmError, Code
 from chiasm.fleet_key import FleetKey
 from chiasm.http.body import joined
 from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.http.vanished import break_if_vanished
 from chiasm.wire import CLIENT_HEADER, UNREADABLE, ErrorBody, ErrorDetail
 
 _PIECE_BYTES = 256 << 10
 _KEEP_ALIVE_SECONDS = 3.0
 """Shorter than uvicorn's default of 5 s, so that the proxy never sends on a connection that the instance is just closing."""
-_KEEPALIVE_SECONDS, _KEEPALIVE_INTERVAL_SECONDS, _KEEPALIVE_PROBES = 5, 1, 3
-"""After how long without a byte the kernel asks whether the other machine still knows a connection, and how often."""
+_VANISHED_SECONDS = 8.0
+"""How long another machine may answer nothing at all before the connections to it break."""
 _INLINE_BYTES = 1 << 20
 """Up to this size a body is hashed, for its signature, on the event loop."""
 _error = msgspec.json.Decoder(ErrorBody)
@@ -326,11 +326,7 @@ def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     """Return a socket whose connection breaks when the other machine is gone, not only when it says so."""
     family, kind, protocol, _, _ = address
     made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if sys.platform == "linux":
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_SECONDS)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+    break_if_vanished(made, _VANISHED_SECONDS)
     return made
 
 

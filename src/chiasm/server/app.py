@@ -29,7 +29,15 @@ from chiasm.server.drain import drain
 from chiasm.server.kv_release import release_kv
 from chiasm.server.places import note_places
 from chiasm.server.status import Status
-from chiasm.wire import AWAITED_PATH, CHAT_PATH, COMPLETIONS_PATH, DRAIN_PATH, KV_RELEASE_PATH, OTHER_PATHS, PLACES_PATH
+from chiasm.wire import (
+    AWAITED_PATH,
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    DRAIN_PATH,
+    KV_RELEASE_PATH,
+    OTHER_PATHS,
+    PLACES_PATH,
+)
 
 if TYPE_CHECKING:
     from chiasm.engine.base import Engine

@@ -94,7 +94,7 @@ class ServerContext:
         """Ends the server when nothing is left to do."""
         self._refuses_new = False
         self._telling: asyncio.Task[None] | None = None
-        self._joiner = Joiner(config.join, self.fleet_key, self.lease) if config.join else None
+        self.joiner = Joiner(config.join, self.fleet_key, self.lease) if config.join else None
         self.metrics = Metrics(self)
         self.admission = Admission(
             config.max_inflight_requests, config.max_inflight_body_bytes, config.http, self.metrics.refusals
@@ -110,13 +110,13 @@ class ServerContext:
     async def opened(self) -> AsyncIterator[None]:
         """A block in which requests are served, on the event loop of the server."""
         self._fetcher = Fetcher(self.config.media)
-        if self._joiner is not None:
-            self._joiner.start()
+        if self.joiner is not None:
+            self.joiner.start()
         try:
             yield
         finally:
-            if self._joiner is not None:
-                await self._joiner.close()
+            if self.joiner is not None:
+                await self.joiner.close()
             await self._fetcher.close()
             self._decoder.close()
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -138,18 +138,18 @@ class ServerContext:
     def note_ready(self, engine: Engine) -> None:
         """Serve with this engine from now on. Any thread."""
         self.loaded_engine = engine
-        if self._joiner is not None:
-            self._joiner.change()
+        if self.joiner is not None:
+            self.joiner.change()
 
     def drain(self) -> None:
         """Refuse new requests as soon as the proxies that this instance has joined know of it. On the event loop."""
         if self.is_draining:
             return
         self.is_draining = True
-        if self._joiner is None:
+        if self.joiner is None:
             self._refuses_new = True
         else:
-            self._telling = asyncio.create_task(self._tell(self._joiner))
+            self._telling = asyncio.create_task(self._tell(self.joiner))
 
     async def _tell(self, joiner: Joiner) -> None:
         try:
@@ -251,7 +251,8 @@ class ServerContext:
             return exchange.key.id
         if not exchange.caller.is_of_fleet:
             return ""
-        return exchange.headers.get(CLIENT_HEADER, "")[:_SHOWN_CHARACTERS]
+        client: str = exchange.headers.get(CLIENT_HEADER, "")
+        return client[:_SHOWN_CHARACTERS]
 
     async def in_thread(self, function: Callable[[], _T]) -> _T:
         """Call a slow function outside the event loop; at most ``config.threads`` run at a time."""

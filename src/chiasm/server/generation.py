@@ -74,13 +74,14 @@ class Generation:
     async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
         """Yield all outputs as they come. Closing it aborts what still runs. Raises what the engine raises."""
         streams = [self._engine.generate(request) for request in self._requests]
-        async with aclosing(_merged(streams) if len(streams) > 1 else _single(streams[0])) as outputs:
-            async for prompt, output in outputs:
-                index = prompt * self._requests[0].num_choices + output.index
-                offsets = self._offsets[index]
-                text_offsets = [offsets.add(token_id) for token_id in output.token_ids] if offsets else []
-                self._add(prompt, self.choices[index], output)
-                yield ChoiceOutput(index, output, text_offsets)
+        if len(streams) == 1:
+            async with aclosing(streams[0]) as outputs:
+                async for output in outputs:
+                    yield self._add(0, output)
+            return
+        async with aclosing(_merged(streams)) as of_all:
+            async for prompt, output in of_all:
+                yield self._add(prompt, output)
 
     async def collect(self) -> list[ChoiceState]:
         """Return the complete choices. Raises what the engine raises."""
@@ -92,7 +93,10 @@ class Generation:
                     self.choices[index].text_offsets += text_offsets
         return self.choices
 
-    def _add(self, prompt: int, choice: ChoiceState, output: Output) -> None:
+    def _add(self, prompt: int, output: Output) -> ChoiceOutput:
+        """Count an output of a prompt, and return it as that of a choice."""
+        index = prompt * self._requests[0].num_choices + output.index
+        choice, offsets = self.choices[index], self._offsets[index]
         if not output.already_sent:
             now = time.monotonic()
             if not self._has_output:
@@ -111,6 +115,8 @@ class Generation:
             self._timing = output.timing
         if output.kv_transfer_params is not None:
             self._handles[prompt] = output.kv_transfer_params
+        text_offsets = [offsets.add(token_id) for token_id in output.token_ids] if offsets else ()
+        return ChoiceOutput(index, output, text_offsets)
 
     @property
     def handles(self) -> list[KVTransferParams]:
@@ -168,12 +174,6 @@ class Generation:
         if ttft is None or timing.first_token_seconds is None or seconds is None:
             return None
         return max(0.0, ttft - timing.first_token_seconds) + seconds
-
-
-async def _single(outputs: AsyncGenerator[Output, None]) -> AsyncGenerator[tuple[int, Output], None]:
-    async with aclosing(outputs):
-        async for output in outputs:
-            yield 0, output
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Output, None]]) -> AsyncGenerator[tuple[int, Output], None]:

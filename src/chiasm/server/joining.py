@@ -10,7 +10,8 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -21,7 +22,7 @@ from chiasm.fleet_key import FleetKey
 from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.http.listen import base_url
 from chiasm.server.advertise import MAX_PROXIES
-from chiasm.wire import LEASE_PATH, RENEW_SECONDS, UNREADABLE, ErrorBody, Lease, LeaseAnswer
+from chiasm.wire import DRAINING, LEASE_PATH, RENEW_SECONDS, UNREADABLE, ErrorBody, Lease, LeaseAnswer
 
 _log = logging.getLogger(__name__)
 _LOOKUP_SECONDS = 10.0
@@ -81,8 +82,9 @@ class Joiner:
             return
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        await self._within(line.leave() for line in self._lines.values())
-        await asyncio.gather(*(line.close() for line in self._lines.values()))
+        lines = list(self._lines.values())
+        await asyncio.gather(*(line.close() for line in lines))  # first, so that none joins again
+        await _within(line.leave() for line in lines)
         await self._session.close()
 
     def change(self) -> None:
@@ -92,19 +94,11 @@ class Joiner:
 
     async def tell(self) -> None:
         """Tell all proxies what has changed; return when those that know the instance know that, or after a second."""
-        await self._within(line.tell() for line in self._lines.values())
+        await _within(line.tell() for line in self._lines.values())
 
     def _change(self) -> None:
         for line in self._lines.values():
             line.changed.set()
-
-    async def _within(self, calls: object) -> None:
-        tasks = [asyncio.ensure_future(call) for call in calls]  # type: ignore[attr-defined]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=_TELL_SECONDS)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow_names(self) -> None:
         """Have one line to each address of each proxy."""
@@ -141,7 +135,7 @@ class _Line:
     ) -> None:
         parts = urlsplit(url)
         self._name = url
-        self._url = f"{parts.scheme}:{base_url(address, port).partition(':')[2]}{LEASE_PATH}"
+        self._url = f"{base_url(address, port, parts.scheme)}{LEASE_PATH}"
         self._headers = {"Host": parts.netloc, "Content-Type": "application/json"}
         self._server_hostname = parts.hostname if parts.scheme == "https" else None
         self._session = session
@@ -156,6 +150,7 @@ class _Line:
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
+        """Renew the lease no more."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -208,8 +203,11 @@ class _Line:
 
     async def _renew(self, *, waits: bool = False) -> None:
         self.changed.clear()
-        answer = await self._call(replace(self._describe(), waits=waits))
-        self._note(True, f"{answer.state}: {answer.reason}" if answer.reason else answer.state)
+        lease = replace(self._describe(), waits=waits)
+        answer = await self._call(lease)
+        is_fault = bool(answer.reason) and lease.status == "ok" and answer.state != DRAINING
+        text = f"says {answer.state}: {answer.reason}" if answer.reason else f"says {answer.state}"
+        self._note(True, text, logging.WARNING if is_fault else logging.INFO)
 
     async def _call(self, lease: Lease) -> LeaseAnswer:
         """Send a lease. Raises RefusedError, aiohttp.ClientError or OSError."""
@@ -253,12 +251,22 @@ class _Line:
     def _learn(self, answer: LeaseAnswer) -> None:
         self._clock_ahead_seconds = answer.clock_milliseconds / 1000 - time.monotonic()
 
-    def _note(self, is_held: bool, text: str) -> None:
+    def _note(self, is_held: bool, text: str, level: int = logging.WARNING) -> None:
+        """Note whether the lease is held; log what is new."""
         self.is_held = is_held
         if text != self._told:
             self._told = text
-            level = logging.INFO if is_held and ":" not in text else logging.WARNING
-            _log.log(level, "The proxy %s (%s) %s", self._name, self._url, f"says {text}" if is_held else text)
+            _log.log(level, "The proxy %s (%s) %s", self._name, self._url, text)
+
+
+async def _within(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Make calls at the same time; those that take longer than _TELL_SECONDS are given up. What fails is not raised."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    if tasks:
+        _, late = await asyncio.wait(tasks, timeout=_TELL_SECONDS)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _message(status: int, body: bytes) -> str:

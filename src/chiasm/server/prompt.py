@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -15,13 +14,11 @@ from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
 from chiasm.http.json_size import JsonSize
 from chiasm.models.base import ItemGeometry, Message, Prompt
+from chiasm.models.token_bytes import longest_token
 from chiasm.server.context import GeneratingEngine, ServerContext
 from chiasm.server.json_schema import check_depth
 from chiasm.server.protocol import CallInMessage, ChatMessage, ChatRequest, CompletionRequest
 from chiasm.wire import UNREADABLE
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 _INLINE_BYTES = 8 << 10
 """Up to this size of body, tokenizing takes less time than waking a thread on a busy machine."""
@@ -194,15 +191,9 @@ def _check_length(engine: GeneratingEngine, characters: int, param: str) -> None
     """Refuse text that cannot fit the context before time is spent on tokenizing it."""
     if characters < engine.max_model_len:
         return
-    at_least = characters // _longest_token(engine.processor.tokenizer)
+    at_least = characters // longest_token(engine.processor.tokenizer)
     if at_least >= engine.max_model_len:
         raise _too_long(f"at least {at_least}", engine.max_model_len, param)
-
-
-@lru_cache(maxsize=2)
-def _longest_token(tokenizer: Tokenizer) -> int:
-    """Return the length of the longest token in characters: a text has at least its length divided by this in tokens."""
-    return max((len(token) for token in tokenizer.get_vocab()), default=1)
 
 
 def _checked(engine: GeneratingEngine, prompt: Prompt, param: str) -> Prompt:

@@ -16,6 +16,7 @@ from chiasm.errors import PathNotFoundError, StorageError
 from chiasm.http import json_response
 from chiasm.http.fleet_calls import caller_of, check_fleet
 from chiasm.http.liveness import ready_response
+from chiasm.models.token_bytes import longest_token
 from chiasm.server.context import GeneratingEngine, ServerContext
 from chiasm.wire import AwaitedEmbeddings, Health, ModelCard, ModelList, Role, model_card
 
@@ -103,6 +104,7 @@ class Status:
             clock_milliseconds=int(time.time() * 1000) if context.fleet_key else None,
             needs_key=context.config.http.needs_key,
             max_model_len=engine.max_model_len,
+            longest_token=await asyncio.to_thread(longest_token, engine.processor.tokenizer),
             max_items=engine.config.max_items,
             max_body_bytes=context.config.max_body_bytes,
             device=str(engine.device),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import struct
 import threading
 from collections.abc import Callable, Coroutine
@@ -18,6 +17,7 @@ from typing import Any, Generic, TypeVar, TypeVarTuple
 
 import msgspec
 
+from chiasm.http.vanished import break_if_vanished
 from chiasm.transfer.errors import TransferError
 from chiasm.wire import UNREADABLE
 
@@ -32,8 +32,6 @@ LENGTH = struct.Struct(">I")
 _OTHER_PROTOCOL = "it does not speak the control protocol"
 VANISHED_SECONDS = 25.0
 """How long a host may answer nothing at all before its connections break."""
-_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""The kernel asks for an answer only while nothing was sent; what was sent it repeats, by itself for a quarter of an hour."""
 
 _Incoming = TypeVar("_Incoming")
 _Other = TypeVar("_Other")
@@ -64,7 +62,7 @@ class Channel(Generic[_Incoming]):
         self._writer = writer
         self._decoder = decoder
         with contextlib.suppress(OSError):  # it broke already, and receive raises the error
-            keep_alive(writer.get_extra_info("socket"))
+            break_if_vanished(writer.get_extra_info("socket"), VANISHED_SECONDS)
 
     async def receive(self) -> _Incoming:
         """Wait for the next message. Raises ChannelClosed if the connection ends, NotUnderstood if something else comes."""
@@ -100,16 +98,6 @@ class Channel(Generic[_Incoming]):
     def close(self) -> None:
         """End the connection at once. What the socket hasn't taken yet isn't sent; idempotent."""
         self._writer.transport.abort()
-
-
-def keep_alive(connection: socket.socket) -> None:
-    """Have the kernel notice a host that has vanished. Raises OSError if the connection is broken."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(VANISHED_SECONDS * 1000))
 
 
 class ControlThread:

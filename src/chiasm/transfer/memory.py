@@ -124,12 +124,15 @@ class ReachedMemory(ABC):
     """The memory of one holder, as this reader reads it."""
 
     @abstractmethod
-    def read(self, runs: Sequence[Run], stop: Callable[[], bool]) -> bool:
+    def read(
+        self, runs: Sequence[Run], stop: Callable[[], bool], received: Callable[[int], None] = lambda num_bytes: None
+    ) -> bool:
         """Copy the runs (at least one), and return when nothing is written any more.
 
         Called on several threads at once, and only with runs that lie within the reader's own memory. Calls ``stop`` every few
-        megabytes. Returns whether all bytes are here: some may be missing if ``stop`` returned True, or if the holder has
-        withdrawn the grant. Raises TransferError if nothing of this holder can be read any more.
+        megabytes. Calls ``received`` with how many more bytes of the runs are here, in their order, before others are. Returns
+        whether all bytes are here: some may be missing if ``stop`` returned True, or if the holder has withdrawn the grant.
+        Raises TransferError if nothing of this holder can be read any more.
         """
 
     @abstractmethod

@@ -165,7 +165,9 @@ class _RemoteMemory(ReachedMemory):
             self.close()
             raise TransferError(f"NIXL cannot reach its memory: {error}") from error
 
-    def read(self, runs: Sequence[Run], stop: Callable[[], bool]) -> bool:
+    def read(
+        self, runs: Sequence[Run], stop: Callable[[], bool], received: Callable[[int], None] = lambda num_bytes: None
+    ) -> bool:
         with self._lock:
             if self._broken:
                 raise TransferError("another read from it failed")
@@ -180,6 +182,7 @@ class _RemoteMemory(ReachedMemory):
                 if failure is not None:
                     self._broken = True
                     raise TransferError(failure)
+                received(sum(run.num_bytes for run in batch))
             return not stop()
         finally:
             self._leave()

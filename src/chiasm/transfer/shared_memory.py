@@ -83,7 +83,9 @@ class SharedMemory(ReachedMemory):
         """Where the offered memory begins in ``file``."""
         self._source: int = self.file.address + offered.offset_bytes
 
-    def read(self, runs: Sequence[Run], stop: Callable[[], bool]) -> bool:
+    def read(
+        self, runs: Sequence[Run], stop: Callable[[], bool], received: Callable[[int], None] = lambda num_bytes: None
+    ) -> bool:
         source, target, unchecked = self._source, self._memory.address, BYTES_BETWEEN_CHECKS
         for run in runs:
             check_remote(run, self._num_bytes)
@@ -95,6 +97,7 @@ class SharedMemory(ReachedMemory):
                     unchecked = 0
                 # memmove releases the GIL.
                 ctypes.memmove(target + run.local + done, source + run.remote + done, size)
+                received(size)
                 unchecked += size
         return not stop()
 

@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from chiasm.transfer.channel import LENGTH, MAX_FRAME_BYTES, keep_alive
+from chiasm.http.vanished import break_if_vanished
+from chiasm.transfer.channel import LENGTH, MAX_FRAME_BYTES, VANISHED_SECONDS
 from chiasm.transfer.errors import TransferError
 from chiasm.transfer.greeting import Attach, Challenge
 from chiasm.transfer.memory import (
@@ -58,8 +59,8 @@ MAX_RANGES = 1 << 12
 """In one request; a reader that needs more asks again."""
 PATIENCE_SECONDS = 5.0
 """How long nothing may move in the middle of a request before a connection counts as broken."""
-_BYTES_AT_A_TIME = 32 << 20
-"""What is received before it is asked whether to stop."""
+_BYTES_AT_A_TIME = 4 << 20
+"""What is received before it is asked whether to stop, and used meanwhile: the kernel receives what comes next."""
 _BUFFERS_AT_A_TIME = 1 << 10  # IOV_MAX
 _TICKET_BYTES = 32
 _COUNT = struct.Struct(">I")
@@ -231,7 +232,9 @@ class _ReachedOverTcp(ReachedMemory):
         self._is_closed = False
         self._turns = threading.Semaphore(MAX_PARALLEL_READS)
 
-    def read(self, runs: Sequence[Run], stop: Callable[[], bool]) -> bool:
+    def read(
+        self, runs: Sequence[Run], stop: Callable[[], bool], received: Callable[[int], None] = lambda num_bytes: None
+    ) -> bool:
         for run in runs:
             check_remote(run, self._description.num_bytes)
         with self._turns:
@@ -239,7 +242,7 @@ class _ReachedOverTcp(ReachedMemory):
             is_whole = False
             try:
                 is_whole = all(
-                    self._read(connection, runs[begin : begin + MAX_RANGES], stop)
+                    self._read(connection, runs[begin : begin + MAX_RANGES], stop, received)
                     for begin in range(0, len(runs), MAX_RANGES)
                 )
             except BlockingIOError:
@@ -257,7 +260,13 @@ class _ReachedOverTcp(ReachedMemory):
                 connection.close()
             self._idle.clear()
 
-    def _read(self, connection: socket.socket, runs: Sequence[Run], stop: Callable[[], bool]) -> bool:
+    def _read(
+        self,
+        connection: socket.socket,
+        runs: Sequence[Run],
+        stop: Callable[[], bool],
+        received: Callable[[int], None],
+    ) -> bool:
         """Ask for some runs, and receive them. Return whether all of them are here."""
         if stop():
             return False
@@ -270,6 +279,7 @@ class _ReachedOverTcp(ReachedMemory):
                 count = connection.recvmsg_into(targets, 0, socket.MSG_WAITALL)[0]
                 if not count:
                     raise _closed()
+                received(count)
                 _advance(targets, count)
                 if stop():
                     return False
@@ -359,7 +369,7 @@ def _proof_of(ticket: bytes, nonce: bytes) -> bytes:
 def _configure(connection: socket.socket) -> None:
     """Let blocking calls end when nothing moves for a while, without Python's own timeouts, which split each call into many."""
     connection.setblocking(True)
-    keep_alive(connection)
+    break_if_vanished(connection, VANISHED_SECONDS)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     timeout = _TIMEVAL.pack(int(PATIENCE_SECONDS), int(PATIENCE_SECONDS % 1 * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)

@@ -180,21 +180,33 @@ class Engine:
     """
 
     def __init__(
-        self, settings: Settings | Path, role: ECTransferRole, reach: Reach | None = None, max_bytes: int = 1 << 30
+        self,
+        settings: Settings | Path,
+        role: ECTransferRole,
+        reach: Reach | None = None,
+        max_bytes: int = 1 << 30,
+        store: str = "",
     ) -> None:
-        """A path stands for settings with that folder."""
+        """A path stands for settings with that folder; ``store`` is the URL of a shared cache."""
         if isinstance(settings, Path):
             folder = {"shared_storage_path": settings}
             settings = Settings(wait_seconds=WAIT_SECONDS, max_bytes=max_bytes, connector_extra_config=folder)
         is_producer, is_reader = role is not ECTransferRole.CONSUMER, role is not ECTransferRole.PRODUCER
         self._in_one_process = not settings.uses_folder
         config = settings.transfer_config(
-            role, fingerprint=FINGERPRINT, device="cpu", in_one_process=self._in_one_process, fleet_key=None
+            role,
+            fingerprint=FINGERPRINT,
+            device="cpu",
+            in_one_process=self._in_one_process,
+            fleet_key=None,
+            store=store,
+            dtype=LAYOUT.dtype,
+            entry_width=LAYOUT.width,
         )
         self.clock = Clock()
         self._reach = reach or Reach(WINDOW)
         self.is_producer, self.is_reader = is_producer, is_reader
-        self._folder = settings.folder
+        self._folder = None if store else settings.folder
         self.scheduler_store = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
         self.worker_store = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
         if self._in_one_process:

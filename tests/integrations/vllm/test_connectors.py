@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from chiasm.ec_transfer import ECTransferRole
+from chiasm.ec_transfer.entry_file import bytes_of
+from chiasm.ec_transfer.stores import StoredEntry, open_store
 from chiasm.integrations.vllm.settings import Settings
+from chiasm.wire import EmbeddingPlaces
 
-from .engine import LAYOUT, ROWS, WAIT_SECONDS, Engine, Request, embedding_of, identifier_of, request
+from .engine import FINGERPRINT, LAYOUT, ROWS, WAIT_SECONDS, Engine, Request, embedding_of, identifier_of, request
 from .minimal import ENTRIES
 
 CONNECTORS = ("SharedStorageConnector", "SharedMemoryConnector", "TcpConnector", "MinimalConnector")
@@ -22,7 +25,7 @@ FROM_MEMORY = ("SharedMemoryConnector", "TcpConnector")
 class Pair:
     """An encoder and a PD of vLLM, each in one process, and what the proxy would do between them."""
 
-    def __init__(self, connector: str, folder: Path) -> None:
+    def __init__(self, connector: str, folder: Path, store: str = "") -> None:
         module = "tests.integrations.vllm.minimal" if connector == "MinimalConnector" else None
         settings = Settings(
             connector,
@@ -32,8 +35,8 @@ class Pair:
             wait_seconds=WAIT_SECONDS,
             connector_extra_config={"shared_storage_path": folder} if connector == "SharedStorageConnector" else {},
         )
-        self.encoder = Engine(settings, ECTransferRole.PRODUCER)
-        self.pd = Engine(settings, ECTransferRole.CONSUMER)
+        self.encoder = Engine(settings, ECTransferRole.PRODUCER, store=store)
+        self.pd = Engine(settings, ECTransferRole.CONSUMER, store=store)
         self.woken = threading.Event()
         self.pd.scheduler.on_arrival = self.woken.set
 
@@ -72,16 +75,16 @@ class Pair:
         self.pd.close()
 
 
-Start = Callable[[str], Pair]
+Start = Callable[..., Pair]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     pairs: list[Pair] = []
 
-    def start(connector: str) -> Pair:
+    def start(connector: str, store: str = "") -> Pair:
         ENTRIES.clear()
-        pairs.append(Pair(connector, tmp_path / "store"))
+        pairs.append(Pair(connector, tmp_path / "store", store))
         return pairs[-1]
 
     yield start
@@ -192,3 +195,66 @@ def test_a_connector_that_says_nothing_of_layouts_is_checked_by_the_worker(start
     assert not pair.pd.encoder_cache[identifier_of("a")].any(), "zeros take the place"
     pair.pd.update(report=report)
     assert pair.pd.update(one) == {"request"}
+
+
+# ---- the shared cache --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    return f"file://{tmp_path / 'cache'}"
+
+
+def put(cache: str, name: str, embedding: torch.Tensor) -> None:
+    """Put an embedding into the shared cache, as an encoder of the fleet would."""
+    data = bytes_of(embedding)
+    shape = tuple(embedding.shape)
+    entry = StoredEntry.of(identifier_of(name), FINGERPRINT, "F32", shape, data)
+    open_store(cache).put(entry, data)
+
+
+@pytest.mark.parametrize("connector", ["SharedStorageConnector", "SharedMemoryConnector"])
+def test_what_the_shared_cache_has_is_loaded_from_there(start: Start, cache: str, connector: str) -> None:
+    pair = start(connector, cache)
+    put(cache, "a", embedding_of("a"))
+    pair.pd.scheduler.expect(EmbeddingPlaces(stored=[identifier_of("a")]))
+    assert pair.run(request(("a", 2)))
+    assert torch.equal(pair.pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+    assert pair.pd.counts()["store_reads"] == 1
+
+
+@pytest.mark.parametrize("connector", ["SharedStorageConnector", "SharedMemoryConnector"])
+def test_what_does_not_fit_in_the_shared_cache_is_awaited_from_an_encoder(
+    start: Start, cache: str, connector: str
+) -> None:
+    pair = start(connector, cache)
+    put(cache, "a", embedding_of("a", rows=ROWS - 1))
+    pair.pd.scheduler.expect(EmbeddingPlaces(stored=[identifier_of("a")]))
+    one = request(("a", 2))
+    while pair.pd.awaited() != [identifier_of("a")]:
+        assert pair.pd.step(one).tokens == {}
+    pair.tell("a")
+    pair.encode("a")
+    assert pair.run(one)
+    assert torch.equal(pair.pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+
+
+def test_a_prompt_that_is_computed_again_is_loaded_from_the_shared_cache(start: Start, cache: str) -> None:
+    """As in a decode instance, whose KV came from elsewhere: it needs the embedding only when it has lost that."""
+    pair = start("SharedMemoryConnector", cache)
+    put(cache, "a", embedding_of("a"))
+    pair.pd.scheduler.expect(EmbeddingPlaces(stored=[identifier_of("a")]))
+    one = request(("a", 2))
+    assert pair.pd.scheduler.ensure_cache_available(one, one.num_tokens)
+    assert pair.run(one)
+    assert torch.equal(pair.pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+
+
+def test_a_prompt_that_is_computed_again_is_loaded_from_the_encoder(start: Start) -> None:
+    pair = start("SharedMemoryConnector")
+    pair.encode("a")
+    one = request(("a", 2))
+    assert pair.pd.scheduler.ensure_cache_available(one, one.num_tokens)
+    pair.tell("a")
+    assert pair.run(one)
+    assert torch.equal(pair.pd.encoder_cache[identifier_of("a")], embedding_of("a"))

@@ -21,6 +21,8 @@ from chiasm import __version__, checkpoints
 from chiasm.errors import Code
 from chiasm.fleet_key import FleetKey, make_fleet_key
 from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.http.limits import Limit
+from chiasm.integrations.vllm import middleware
 from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
 from chiasm.models import load_processor
@@ -206,6 +208,7 @@ async def test_health_describes_the_instance(store: Path, monkeypatch: pytest.Mo
         version=__version__,
         engine="vllm 0.32.0",
         max_model_len=2048,
+        longest_token=16,
         max_items=5,
         max_num_seqs=8,
         device="cpu",
@@ -343,7 +346,7 @@ async def test_everything_but_sizes_keeps_its_bytes() -> None:
         b'{"image_size": 1',
         b'{"messages": [{"role": "user", "content": [{"image_size": "\xff"}]}]}',
         b'{"messages": {"image_size": 1}}',
-        b"[" * 100_000 + b'"image_size"',
+        b"[" * 10_000 + b'"image_size"',
     ],
 )
 async def test_other_bodies_pass_byte_for_byte(body: bytes) -> None:
@@ -446,6 +449,44 @@ async def test_a_body_past_the_limit_is_refused(declared: bool) -> None:
     assert (await server.chat(b"x" * 100)).body == b"answered"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        (CHAT_PATH, ask("x" * 5000), 413, "besides images in base64, and the limit is 4500 bytes"),
+        (CHAT_PATH, ask("data:" + "x" * 5000), 413, "besides images in base64"),
+        (CHAT_PATH, b'{"messages":[%b]}' % b",".join([b"{}"] * 1025), 400, "1025 messages and 1024 is the limit"),
+        (CHAT_PATH, b'{"messages":[{"content":[%b]}]}' % b",".join([b"1"] * 1800), 200, ""),
+        (COMPLETIONS_PATH, json.dumps({"prompt": ["x"] * 65}).encode(), 400, "65 prompts and 64 is the limit"),
+        (COMPLETIONS_PATH, json.dumps({"prompt": [7] * 65}).encode(), 200, ""),
+        (COMPLETIONS_PATH, json.dumps({"prompt": "x" * 5000}).encode(), 413, "besides images in base64"),
+    ],
+)
+async def test_a_body_has_the_limits_of_chiasms_own_instances(path: str, body: bytes, status: int, said: str) -> None:
+    vllm = VLLM(config())
+    answer = await Server(vllm, max_text_bytes=4500).call("POST", path, body, length=len(body))
+    assert answer.status == status
+    assert vllm.bodies == ([body] if status == 200 else [])
+    assert said in answer.body.decode()
+
+
+async def test_a_body_that_would_become_too_many_objects_is_refused_and_counted() -> None:
+    refused = middleware._refusals().count(Limit.JSON_MEMBERS)
+    answer = await Server(VLLM(config())).chat(b"[" * 100_000)
+    assert (answer.status, answer.json["error"]["code"]) == (400, Code.INVALID_JSON)
+    assert middleware._refusals().count(Limit.JSON_MEMBERS) == refused + 1
+
+
+async def test_images_in_base64_do_not_count_as_text() -> None:
+    vllm = VLLM(config())
+    parts: list[object] = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{letter * 8000}"}} for letter in "AB"
+    ]
+    body = ask(*parts, sized(96, 96))
+    assert (await Server(vllm, max_text_bytes=2000).chat(body)).status == 200
+    (got,) = map(json.loads, vllm.bodies)
+    assert got["messages"][0]["content"][:2] == json.loads(body)["messages"][0]["content"][:2]
+
+
 async def test_the_rest_of_a_refused_body_is_read_before_the_answer() -> None:
     server = Server(VLLM(config()), max_body_bytes=100)
     answer = await server.call("POST", CHAT_PATH, *[b"x" * 60] * 5, length=300)
@@ -463,7 +504,7 @@ async def test_other_paths_and_methods_pass_untouched() -> None:
     vllm = VLLM(config())
     server = Server(vllm, max_body_bytes=10)
     body = ask(sized(96, 96))
-    assert (await server.call("POST", "/v1/completions", body)).body == b"answered"
+    assert (await server.call("POST", "/v1/embeddings", body)).body == b"answered"
     assert (await server.call("POST", "/health", body)).headers == {b"x-from": b"vllm"}
     assert (await server.call("GET", CHAT_PATH)).body == b"answered"
     assert vllm.bodies == [body, body, b""]

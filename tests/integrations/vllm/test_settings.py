@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from chiasm.ec_transfer import ECConnectorStats, ECTransferRole
+from chiasm.ec_transfer.stores.writer import StoreWrites
 from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm import check_version
 from chiasm.integrations.vllm.items import Layout
@@ -92,10 +93,10 @@ def test_counters_pass_from_worker_to_scheduler() -> None:
     page = CounterPage()
     writer = CounterWriter(page.path)
     assert set(page.added().values()) == {0.0}
-    writer.write(ECConnectorStats(saves=2, save_seconds=0.5))
+    writer.write(ECConnectorStats(saves=2, save_seconds=0.5), StoreWrites(writes=4, queued_bytes=9))
     added = page.added()
-    assert (added["saves"], added["save_seconds"], added["loads"]) == (2, 0.5, 0)
-    writer.write(ECConnectorStats(saves=3, save_seconds=0.5))
+    assert (added["saves"], added["save_seconds"], added["loads"], added["store_writes"]) == (2, 0.5, 0, 4)
+    writer.write(ECConnectorStats(saves=3, save_seconds=0.5), None)
     assert page.added()["saves"] == 1
     page.close()
     page.close()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from starlette.types import Message, Receive, Scope, Send
 
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
-from chiasm.wire import COMPLETIONS_PATH
+from chiasm.wire import COMPLETIONS_PATH, DRAIN_PATH
 
 FIRST, LAST = b"data: one\n\n", b"data: [DONE]\n\n"
 
@@ -77,7 +77,7 @@ async def stopping(vllm: VLLM) -> None:
     """Send a signal, and return when it has arrived."""
     os.kill(os.getpid(), signal.SIGTERM)
     async with asyncio.timeout(10):
-        while b"stopping" not in (await vllm.call("http", "GET", "/health"))[1]["body"]:
+        while b"draining" not in (await vllm.call("http", "GET", "/health"))[1]["body"]:
             pass  # each call takes turns of its own
 
 
@@ -90,6 +90,20 @@ async def test_a_stream_ends_whole_before_the_server_does_and_nothing_new_begins
     assert (b"connection", b"close") in head["headers"]
     assert json.loads(body["body"])["error"]["code"] == "stopping"
     assert not vllm.server.should_exit
+    vllm.go.set()
+    assert [message.get("body") for message in await stream] == [None, FIRST, LAST]
+    await vllm.ended()
+
+
+async def test_a_drain_gives_a_stream_all_the_time_that_it_needs() -> None:
+    vllm = VLLM(shutdown_timeout=0)
+    stream = await begun(vllm)
+    head, _ = await vllm.call("http", path=DRAIN_PATH)
+    assert head["status"] == 202
+    while (await vllm.call("http"))[0]["status"] != 503:
+        vllm.go.clear()
+    assert not stream.done()
+    assert (await vllm.call("http", path=DRAIN_PATH))[0]["status"] == 202
     vllm.go.set()
     assert [message.get("body") for message in await stream] == [None, FIRST, LAST]
     await vllm.ended()

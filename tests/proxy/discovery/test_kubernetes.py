@@ -187,6 +187,8 @@ def test_the_role_is_that_of_the_argument_or_of_the_label_or_unknown() -> None:
     one = slice_of("a", endpoint("10.0.0.1"))
     assert read(one)[0][1] is Role.ENCODER
     assert read(one, reading=Reading(role=Role.PD))[0][1] is Role.PD
+    one["metadata"]["labels"] = {"llm-d.ai/role": "prefill-decode"}
+    assert read(one)[0][1] is Role.PD
     one["metadata"]["labels"] = None
     assert read(one)[0][1] is None
 

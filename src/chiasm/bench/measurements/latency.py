@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from chiasm.bench import requests
-from chiasm.bench.checkpoints import THIRD_OF_A_BILLION, make_once, synthetic
+from chiasm.bench.checkpoints import synthetic
 from chiasm.bench.client import StreamedAnswer
 from chiasm.bench.load import stream_in_turns
 from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
 from chiasm.bench.requests import Texts, photo
 from chiasm.bench.statistics import median, paired_ratio
-from chiasm.bench.topology import aggregated, encoder_and_pds, on_vllm, prefill_and_decode, running
+from chiasm.bench.topology import encoder_and_pds, prefill_and_decode, running
 from chiasm.launch import DeploymentConfig
 
 PROMPT_TOKENS = 1000
@@ -112,52 +111,3 @@ class Split(Measurement):
                 Series(f"{topology}, later", others),
             ]
         outcome.panels.append(Panel(f"split: gaps of a {PROMPT_TOKENS}-token prompt, {label}", "ms", series))
-
-
-class Engines(Measurement):
-    """The same weights in vLLM and in the built-in engine, behind the same proxy; all four deployments run at once."""
-
-    name = "engines"
-    purpose = "Time to first token of an image and time per token: vLLM beside the built-in engine, aggregated and E+PD"
-    target = "none; the two are reported side by side"
-
-    async def run(self, bench: Bench) -> Outcome:
-        outcome = Outcome()
-        rounds = bench.samples(40, quick=2)
-        await self._compare(bench, outcome, bench.model_name, bench.model, rounds)
-        large = await make_once(bench, "qwen3_vl-300m", THIRD_OF_A_BILLION)
-        await self._compare(bench, outcome, "0.3 B", large, min(rounds, bench.samples(12, quick=2)))
-        outcome.notes.append(
-            f"Answers of {_ANSWER_TOKENS} tokens about a new image of 512 x 512 pixels each time. All instances compute in "
-            "float32 with the same number of threads."
-        )
-        return outcome
-
-    async def _compare(self, bench: Bench, outcome: Outcome, label: str, model: str, rounds: int) -> None:
-        def bodies(texts: Texts) -> dict[str, Bodies]:
-            fields: dict[str, Any] = {
-                "max_tokens": _ANSWER_TOKENS,
-                "stream": True,
-                "ignore_eos": True,
-                "logprobs": True,
-            }
-            return {"image": lambda index: requests.ask([photo(f"engines {bench.seed} {label} {index}")], **fields)}
-
-        topologies = {"aggregated": aggregated(model), "E+PD": encoder_and_pds(model)}
-        engines: dict[str, Callable[[DeploymentConfig], DeploymentConfig]] = {
-            "built-in": lambda config: replace(config, settings={**config.settings, "dtype": "float32"}),
-            "vLLM": on_vllm,
-        }
-        configs = {
-            f"{topology}, {engine}": adapt(config)
-            for topology, config in topologies.items()
-            for engine, adapt in engines.items()
-        }
-        answers = (await _answers(bench, label, configs, bodies, rounds=rounds, warm_up=2))["image"]
-        for topology in topologies:
-            given = {engine: answers[f"{topology}, {engine}"] for engine in engines}
-            per_token = {engine: [1000 * one.tpot_seconds for one in answers] for engine, answers in given.items()}
-            for what, samples in (("first token", _ttfts(given)), ("per token", per_token)):
-                name = f"{label}, {topology}, {what}"
-                title = f"engines: {what}, {label}, {topology}"
-                outcome.compare(name, samples, title=title, seed=bench.seed)

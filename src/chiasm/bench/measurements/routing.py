@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome
-from chiasm.bench.routing import ENCODE_SECONDS, RoutingSimulation, new, popular, shared_hit_share
+from chiasm.bench.routing import ENCODE_SECONDS, SLOWER, RoutingSimulation, new, popular, shared_hit_share
 from chiasm.bench.statistics import median, quantile
+from chiasm.proxy.hedging import HEDGED_SHARE
 
 _ENCODERS = 4
 _ITEMS = 1000
@@ -15,6 +16,8 @@ _LOAD = 0.8
 _MEAN_SECONDS = ENCODE_SECONDS * 7 / 12
 """Of the three sizes of new images."""
 _MANY = 64
+_SLOW_SHARE = 0.02
+_HEDGING_LOAD = 0.4
 
 
 class Routing(Measurement):
@@ -30,7 +33,7 @@ class Routing(Measurement):
     def _measure(self, bench: Bench) -> Outcome:
         outcome = Outcome(parameters={"items": _ITEMS, "encoders": _ENCODERS, "capacity": _CAPACITY, "load": _LOAD})
         count = bench.samples(30_000, quick=3000)
-        bench.phase("hits", 4)
+        bench.phase("hits", 5)
         images = popular(count, items=_ITEMS, rate=1.0, seed=bench.seed)
         common = shared_hit_share(images, _ENCODERS * _CAPACITY)
         # So much that the encoders were this busy if they found what a common memory would hold.
@@ -58,6 +61,19 @@ class Routing(Measurement):
         routed = RoutingSimulation(_MANY, capacity=_CAPACITY).run(images)
         spent = 1000 * median(routed.decision_seconds)
         outcome.figures.append(Figure("64 encoders: time to choose one for an image, median", spent, "ms", 0.05))
+        bench.advance()
+        images = new(count, rate=_HEDGING_LOAD * _ENCODERS / _MEAN_SECONDS, seed=bench.seed)
+        with_hedges, without = (
+            RoutingSimulation(_ENCODERS, capacity=_CAPACITY, slow_share=_SLOW_SHARE, hedged_share=share).run(images)
+            for share in (HEDGED_SHARE, 0.0)
+        )
+        ratio = quantile(with_hedges.seconds, 0.99) / quantile(without.seconds, 0.99)
+        outcome.figures.append(Figure("hedging, some encodings slow: p99 time, with / without", ratio, "x"))
+        outcome.figures.append(Figure("hedging: calls that were hedged", with_hedges.hedges / len(images)))
+        outcome.notes.append(
+            f"Hedging: {_SLOW_SHARE:.0%} of the encodings take {SLOWER:g} times as long, and without that the load is "
+            f"{_HEDGING_LOAD:g}."
+        )
         outcome.notes.append(
             f"{_ITEMS} images whose popularity is Zipf's; each of {_ENCODERS} encoders remembers {_CAPACITY} of them. "
             f"Encoding one takes {ENCODE_SECONDS:g} s."

@@ -19,6 +19,7 @@ from chiasm.integrations.vllm.messages import Exchange
 from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_of, folder_of, store_url
 from chiasm.models.base import Processor
 from chiasm.models.families.base import SIZE_KEY
+from chiasm.models.token_bytes import longest_token
 from chiasm.wire import Health, Role
 
 _logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def describe(state: Any, exchanges: Collection[Exchange]) -> Description:
         needs_key=any(vars(arguments).get("api_key") or [os.environ.get("VLLM_API_KEY")]),
         takes_image_size=processor is not None,
         max_model_len=int(model_config.max_model_len),
+        longest_token=longest_token(known.tokenizer) if known is not None else None,
         max_items=_max_items(model_config),
         max_num_seqs=int(config.scheduler_config.max_num_seqs),
         kv_connector=kv.kv_connector if kv is not None else None,

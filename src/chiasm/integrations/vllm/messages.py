@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass, field, fields
 import msgspec
 
 from chiasm.ec_transfer import ECConnectorMetadata, ECConnectorStats
+from chiasm.ec_transfer.stores.writer import StoreWrites
 from chiasm.wire import ECPlace
 
 AWAITED_METHOD = "chiasm_awaited_embeddings"
@@ -30,7 +31,9 @@ class Exchange(msgspec.Struct, frozen=True):
     """Where consumers find what is encoded here, if they don't find it without."""
 
 
-_NAMES = tuple(counter.name for counter in fields(ECConnectorStats))
+STORE_PREFIX = "store_"
+_WRITES = tuple(counter.name for counter in fields(StoreWrites) if counter.name != "queued_bytes")
+_NAMES = (*(counter.name for counter in fields(ECConnectorStats)), *(f"{STORE_PREFIX}{name}" for name in _WRITES))
 _PAGE = struct.Struct(f"={len(_NAMES)}d")
 
 
@@ -105,6 +108,7 @@ class CounterWriter:
         finally:
             os.close(descriptor)
 
-    def write(self, stats: ECConnectorStats) -> None:
-        """Replace all counters."""
-        _PAGE.pack_into(self._page, 0, *astuple(stats))
+    def write(self, stats: ECConnectorStats, writes: StoreWrites | None) -> None:
+        """Replace all counters. ``writes`` are those of the shared cache, if there is one."""
+        stored = [0 if writes is None else getattr(writes, name) for name in _WRITES]
+        _PAGE.pack_into(self._page, 0, *astuple(stats), *stored)

@@ -26,6 +26,16 @@ _COUNTERS = {
     "evictions": "Entries evicted from the store to make room.",
     "evicted_bytes": "Bytes of entries evicted from the store.",
     "corrupt_entries": "Files in the store that were torn, foreign or of another model.",
+    "store_reads": "Embeddings read from the shared cache.",
+    "store_read_bytes": "Bytes of embeddings read from the shared cache.",
+    "store_read_seconds": "Seconds spent reading them.",
+    "store_absent": "Embeddings that the shared cache had when the proxy asked, and not when they were read.",
+    "store_corrupt": "Values in the shared cache that were not the embedding, or another than a request needs.",
+    "store_read_failures": "Reads that failed because the shared cache was down, slow or paused.",
+    "store_writes": "Embeddings written to the shared cache.",
+    "store_written_bytes": "Bytes of embeddings written to the shared cache.",
+    "store_write_failures": "Writes that failed because the shared cache was down, slow or full.",
+    "store_dropped": "Embeddings not written, because the queue was full or the shared cache has failed lately.",
 }
 _MEGABYTES = {"saved_bytes": "saved_MB", "loaded_bytes": "loaded_MB"}
 _MILLISECONDS = {

@@ -7,55 +7,57 @@ waits for the encoder's answer before it calls a PD, and cannot check that insta
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Raw
+from prometheus_client import REGISTRY
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chiasm.chat_body import json_object, with_content_parts, with_texts
-from chiasm.ec_transfer import check_identifier
-from chiasm.errors import ChiasmError, Code, EmbeddingUnavailableError, InvalidRequestError
+from chiasm.errors import ChiasmError, EmbeddingUnavailableError
 from chiasm.fleet_key import read_fleet_key
 from chiasm.http import ClientLeftError, json_response, read_body
 from chiasm.http.body import Incoming
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
-from chiasm.http.fleet_calls import Caller, FleetGuard, caller_of, check_fleet
+from chiasm.http.fleet_calls import FleetGuard, caller_of, check_fleet
+from chiasm.http.json_size import INLINE_BYTES
+from chiasm.http.limits import Refusals
 from chiasm.http.liveness import ready_response
+from chiasm.integrations.vllm.bodies import EMBEDS_KEY, chat_for_vllm, check_completion
 from chiasm.integrations.vllm.health import Description, asks_engines, describe
+from chiasm.integrations.vllm.membership import Membership
 from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.shutdown import ServerEnd
-from chiasm.models.families.base import SIZE_KEY
 from chiasm.server.config import ServerConfig
 from chiasm.server.places import MAX_PLACES_BYTES, read_places
 from chiasm.wire import (
     AWAITED_PATH,
     CHAT_PATH,
     COMPLETIONS_PATH,
+    DRAIN_PATH,
+    DRAINING,
     PLACES_PATH,
-    UNREADABLE,
     AwaitedEmbeddings,
+    DrainState,
     Health,
 )
 
-_EMBEDS = "image_embeds"
-_EMBEDS_KEY = f'"{_EMBEDS}"'.encode()
 _SHOWN_BYTES = 200
-_JOINER = "\u2060"
-"""A character without width, between which and its neighbours no line is broken."""
 _NO_EMBEDDING = EmbeddingUnavailableError(
     "An embedding of this request did not arrive in time or could not be used, or vLLM's engine has failed; the log of the "
     "instance says which."
 )
+_MAX_ORDER_BYTES = 16 << 10
+_WHILE_ENDING = (PLACES_PATH, DRAIN_PATH)
+"""What is asked of a server that takes no new requests, too."""
 _HARMLESS_METHODS = ("GET", "HEAD", "OPTIONS")
-_OF_FLEET = ("kv_transfer_params", "ec_transfer_params")
-"""Fields of a request that only the fleet may give."""
-_fields = msgspec.json.Decoder(dict[str, Raw])
+_T = TypeVar("_T")
 
 
 class ChiasmMiddleware:
@@ -63,26 +65,34 @@ class ChiasmMiddleware:
     completions by vLLM's metadata.
 
     When vLLM is asked to end, it lets what runs end first (``shutdown.py``). It also keeps texts from naming the place of an
-    image, refuses bodies of chat completions that are larger than chiasm's own instances take, and explains the error of a
-    request that failed for lack of an embedding.
+    image, refuses bodies of completions that are larger or say more than chiasm's own instances take (``bodies.py``), and
+    explains the error of a request that failed for lack of an embedding.
 
     Only processes of the fleet (``http/fleet_calls.py``; the key is in CHIASM_FLEET_KEY) may name images and embeddings, hand
     KV over, and use paths that chiasm doesn't know. Everything else passes unchanged.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int = ServerConfig.max_body_bytes) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int = ServerConfig.max_body_bytes,
+        max_text_bytes: int = HttpConfig.max_text_bytes,
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._max_text_bytes = max_text_bytes
         self._fleet_key = read_fleet_key()
         self._guard = FleetGuard(self._answer, self._fleet_key)
         self._describing: asyncio.Task[Description] | None = None
         self._end = ServerEnd()
+        self._membership = Membership(self._end, self._fleet_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":  # the server starts, after vLLM has taken the signals
             self._end.take_over(scope["app"].state)
+            self._membership.start(scope["app"].state)
         # What runs while the server ends still waits for embeddings, and has to learn where they are.
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] != PLACES_PATH:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] not in _WHILE_ENDING:
             await self._end.run(self._guard, scope, receive, send)
         else:
             await self._guard(scope, receive, send)
@@ -96,12 +106,16 @@ class ChiasmMiddleware:
         elif (method, path) == ("GET", "/readyz"):
             status, health = await self._current_health(scope, receive)
             await ready_response(health.status, status == HTTPStatus.OK)(scope, receive, send)
+        elif (method, path) == ("POST", DRAIN_PATH):
+            await self._drain(scope, receive, send)
         elif (method, path) == ("GET", AWAITED_PATH) and (await self._described(scope)).has_connector:
             await self._awaited(scope, receive, send)
         elif (method, path) == ("POST", PLACES_PATH) and (await self._described(scope)).has_connector:
             await self._expect(scope, receive, send)
         elif (method, path) == ("POST", CHAT_PATH):
             await self._chat(scope, receive, send)
+        elif (method, path) == ("POST", COMPLETIONS_PATH):
+            await self._completion(scope, receive, send)
         elif method in _HARMLESS_METHODS or caller_of(scope).is_of_fleet:
             await self._app(scope, receive, send)
         else:
@@ -131,6 +145,7 @@ class ChiasmMiddleware:
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, health = await self._current_health(scope, receive)
+        health = msgspec.structs.replace(health, incarnation=self._membership.incarnation, load=self._membership.load)
         if self._fleet_key is not None:
             names, clock = list(self._fleet_key.names), int(time.time() * 1000)
             health = msgspec.structs.replace(health, fleet_keys=names, clock_milliseconds=clock)
@@ -138,7 +153,7 @@ class ChiasmMiddleware:
 
     async def _current_health(self, scope: Scope, receive: Receive) -> tuple[int, Health]:
         if self._end.is_asked:
-            return 503, Health(status="stopping")
+            return 503, Health(status=DRAINING)
         status, message = await self._ask_vllm(scope, receive)
         health = Health(status="failed", message=message or "vLLM's engine has stopped; its log says why.")
         if status == 200:
@@ -161,6 +176,20 @@ class ChiasmMiddleware:
 
         await self._app({**scope, "path": "/health", "raw_path": b"/health"}, receive, note)
         return status, body.decode(errors="replace")
+
+    async def _drain(self, scope: Scope, receive: Receive, send: Send) -> None:
+        incoming = Incoming(receive)
+        try:
+            check_fleet(caller_of(scope), "Draining an instance")
+            await read_body(incoming, Headers(scope=scope), _MAX_ORDER_BYTES)
+        except ClientLeftError:
+            return
+        except ChiasmError as error:
+            await _refuse(error, incoming, scope, receive, send)
+            return
+        self._end.drain()
+        state = DrainState(incarnation=self._membership.incarnation, requests=self._end.requests)
+        await json_response(state, HTTPStatus.ACCEPTED)(scope, receive, send)
 
     # ---- embeddings ---------------------------------------------------------------------------------------------------
 
@@ -190,17 +219,14 @@ class ChiasmMiddleware:
         await _ask_engines(scope["app"].state, EXPECT_METHOD, msgspec.json.encode(told).decode())
         await Response(status_code=HTTPStatus.NO_CONTENT)(scope, receive, send)
 
-    # ---- strangers ----------------------------------------------------------------------------------------------------
+    # ---- text completions, and strangers --------------------------------------------------------------------------------
 
-    async def _for_stranger(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on a text completion; any other path may be one that does what only the fleet may."""
+    async def _completion(self, scope: Scope, receive: Receive, send: Send) -> None:
         incoming = Incoming(receive)
         try:
-            if scope["path"] != COMPLETIONS_PATH:
-                check_fleet(caller_of(scope), f"{scope['method']} {scope['path'][:_SHOWN_BYTES]}")
-            headers = Headers(scope=scope)
-            body = await read_body(incoming, headers, self._max_body_bytes)
-            _check_stranger(body, caller_of(scope))
+            body = await read_body(incoming, Headers(scope=scope), self._max_body_bytes)
+            limit = self._max_text_bytes
+            await _beside(body, lambda: check_completion(body, caller_of(scope), max_text_bytes=limit))
         except ClientLeftError:
             return
         except ChiasmError as error:
@@ -208,19 +234,31 @@ class ChiasmMiddleware:
             return
         await self._app(_with_length(scope, body), _replayed(body, receive), send)
 
+    async def _for_stranger(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse any other path, since it may be one that does what only the fleet may."""
+        try:
+            check_fleet(caller_of(scope), f"{scope['method']} {scope['path'][:_SHOWN_BYTES]}")
+        except ChiasmError as error:
+            await _refuse(error, Incoming(receive), scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
     # ---- chat completions -------------------------------------------------------------------------------------------
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         incoming = Incoming(receive)
         try:
             headers = Headers(scope=scope)
-            given = body = await read_body(incoming, headers, self._max_body_bytes)
-            if not (caller := caller_of(scope)).is_of_fleet:
-                _check_stranger(body, caller)
-            if _EMBEDS_KEY in body:
-                body = _with_grids(body, await self._described(scope))
+            given = await read_body(incoming, headers, self._max_body_bytes)
+            described = None
+            if EMBEDS_KEY in given:
+                described = await self._described(scope)
                 send = _explained(scope, receive, send)
-            body = _without_placeholders(body, await self._placeholder(scope))
+            placeholder = await self._placeholder(scope)
+            limit = self._max_text_bytes
+            body = await _beside(
+                given, lambda: chat_for_vllm(given, caller_of(scope), described, placeholder, max_text_bytes=limit)
+            )
             if body is not given or "content-encoding" in headers:
                 scope = _with_length(scope, body)
         except ClientLeftError:
@@ -231,34 +269,23 @@ class ChiasmMiddleware:
         await self._app(scope, _replayed(body, receive), send)
 
 
+async def _beside(body: bytes, read: Callable[[], _T]) -> _T:
+    """Return what ``read`` makes of the body; of a large one, beside the event loop."""
+    return read() if len(body) <= INLINE_BYTES else await asyncio.to_thread(read)
+
+
+@functools.cache
+def _refusals() -> Refusals:
+    """The counters of what is refused here, among vLLM's metrics."""
+    return Refusals(REGISTRY)
+
+
 async def _refuse(error: ChiasmError, incoming: Incoming, scope: Scope, receive: Receive, send: Send) -> None:
+    if error.limit is not None:
+        _refusals().note(error.limit)
+    _refusals().note_error(error.code or error.kind)
     await incoming.discard(HttpConfig.discard_seconds, HttpConfig.discard_bytes)
     await error_response(error)(scope, receive, send)
-
-
-def _check_stranger(body: bytes, caller: Caller) -> None:
-    """Raise ForbiddenError for a body that does what only the fleet may, InvalidRequestError for one that isn't understood.
-
-    vLLM understands some JSON that isn't valid, so that it can't be left to refuse it.
-    """
-
-    def check(part: Raw) -> Raw:
-        fields = _fields.decode(part) if bytes(part).startswith(b"{") else {}  # vLLM takes bare strings too
-        if _is_given(fields, "uuid"):
-            check_fleet(caller, "Naming an image (uuid)")
-        if _EMBEDS in fields:
-            check_fleet(caller, f"Asking about an image by its name ({_EMBEDS})")
-        return part
-
-    try:
-        fields = _fields.decode(body)
-        if "messages" in fields:
-            with_content_parts(body, check)
-    except UNREADABLE:
-        raise InvalidRequestError("The body is not valid JSON of a completion.", code=Code.INVALID_JSON) from None
-    for name in _OF_FLEET:
-        if _is_given(fields, name):
-            check_fleet(caller, f"Handing over what instances have computed ({name})")
 
 
 async def _ask_engines(state: Any, method: str, *arguments: str) -> list[Any]:
@@ -268,72 +295,6 @@ async def _ask_engines(state: Any, method: str, *arguments: str) -> list[Any]:
         answers: list[Any] = await core.call_utility_all_async(method, *arguments)
         return answers
     return [await core.call_utility_async(method, *arguments)]
-
-
-def _is_given(fields: dict[str, Raw], name: str) -> bool:
-    return name in fields and bytes(fields[name]) != b"null"
-
-
-def _with_grids(body: bytes, described: Description) -> bytes:
-    """Return the body with each ``image_size`` of an ``image_embeds`` part replaced by what vLLM sizes placeholders by.
-
-    vLLM takes ``image_grid_thw``, which is in the encoder's answer. chiasm's proxy knows height and width before that, and the
-    grid follows from them. A body that isn't a chat completion is returned as it is, for vLLM to refuse. Raises
-    InvalidRequestError for a bad size, and for a bad name of an embedding that chiasm's connector would look for.
-    """
-    is_changed = False
-
-    def with_grid(part: Raw) -> bytes | Raw:
-        nonlocal is_changed
-        fields: dict[str, Any] = _fields.decode(part) if _EMBEDS_KEY in bytes(part) else {}
-        embeds: Any = msgspec.json.decode(fields.get(_EMBEDS, b"null"))
-        if not isinstance(embeds, dict):
-            return part
-        is_sized = SIZE_KEY in embeds
-        if is_sized or described.has_connector:
-            check_identifier(msgspec.json.decode(fields.get("uuid", b"null")))
-        if not is_sized:
-            return part
-        if described.processor is None:
-            raise InvalidRequestError(
-                "This instance cannot tell how many tokens an image of this size takes; send the metadata of the encoder's "
-                "answer, or the image.",
-                param="messages",
-            )
-        is_changed = True
-        grid = described.processor.geometry_of_metadata(embeds).metadata
-        return json_object({**fields, _EMBEDS: msgspec.json.encode(grid)})
-
-    try:
-        rewritten = with_content_parts(body, with_grid)
-    except UNREADABLE:
-        return body
-    return rewritten if is_changed else body
-
-
-def _without_placeholders(body: bytes, placeholder: str) -> bytes:
-    """Return the body with an invisible character in each placeholder of an image that a text contains.
-
-    vLLM would put the embedding of an image there, and leave the image's own place empty.
-    """
-    if not placeholder or not (placeholder[0].encode() in body or b"\\u" in body):
-        return body
-    before, is_changed = "", False
-
-    def broken(text: str) -> str:
-        nonlocal before, is_changed
-        changed = text.replace(placeholder, placeholder[0] + _JOINER + placeholder[1:])
-        if placeholder in before + changed:  # a template may join two texts
-            changed = _JOINER + changed
-        is_changed = is_changed or changed != text
-        before = (before + changed)[1 - len(placeholder) :]
-        return changed
-
-    try:
-        rewritten = with_texts(body, broken)
-    except UNREADABLE:
-        return body
-    return rewritten if is_changed else body
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

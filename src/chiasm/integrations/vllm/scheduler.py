@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from chiasm.ec_transfer import ECConnector, ECConnectorMetadata, check_identifier
+from chiasm.ec_transfer.stores.reader import StoreReads
 from chiasm.errors import InvalidRequestError
 from chiasm.integrations.vllm.items import (
     Content,
@@ -29,7 +30,7 @@ from chiasm.integrations.vllm.items import (
     SpoiledItems,
     TrackedRequest,
 )
-from chiasm.integrations.vllm.messages import CounterPage, StepMetadata, StepReport
+from chiasm.integrations.vllm.messages import STORE_PREFIX, CounterPage, StepMetadata, StepReport
 from chiasm.integrations.vllm.settings import Settings
 from chiasm.wire import EmbeddingPlaces
 
@@ -93,7 +94,7 @@ class SchedulerHalf:
         self._attached: EncoderMemory | None = None
         self._counters = CounterPage()
         self._counts: dict[str, float] = {}
-        self._own_stats = asdict(store.stats)
+        self._own_stats = self._own_counters()
 
         self._requests: dict[str, TrackedRequest] = {}
         self._failed: set[str] = set()
@@ -270,11 +271,18 @@ class SchedulerHalf:
     def take_counts(self) -> dict[str, float]:
         """Return what both halves have counted since the last call, without zeros."""
         counts, self._counts = self._counts, {}
-        own = asdict(self._store.stats)
-        for name, value in self._counters.added().items():
-            counts[name] = counts.get(name, 0) + value + own[name] - self._own_stats[name]
+        own = self._own_counters()
+        added = self._counters.added()
+        for name in own.keys() | added.keys():
+            counts[name] = counts.get(name, 0) + added.get(name, 0) + own.get(name, 0) - self._own_stats.get(name, 0)
         self._own_stats = own
         return {name: value for name, value in counts.items() if value}
+
+    def _own_counters(self) -> dict[str, float]:
+        """Return what the scheduler role has counted so far: its own, and what it has read from the shared cache."""
+        reads = self._store.store_stats
+        of_store = asdict(reads) if isinstance(reads, StoreReads) else {}
+        return asdict(self._store.stats) | {f"{STORE_PREFIX}{name}": value for name, value in of_store.items()}
 
     def missing(self) -> list[str]:
         """Return what requests need next and what isn't in the workers' memory, each item once."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,12 +30,23 @@ class ServerEnd:
     def __init__(self) -> None:
         self._calls: set[_Call] = set()
         self._shutdown: Shutdown | None = None
+        self._server: Any = None
         self._ending: asyncio.Task[None] | None = None
+        self._refuses_new = False
+        self.tell: Callable[[], Awaitable[None]] = _nobody
+        """Tells the proxies that it ends; until then, it takes what they send."""
+        self.leave: Callable[[], Awaitable[None]] = _nobody
+        """Called when nothing runs any more."""
 
     @property
     def is_asked(self) -> bool:
-        """Whether the server is asked to end, and takes no new requests."""
+        """Whether the server is asked to end."""
         return self._shutdown is not None and self._shutdown.is_asked
+
+    @property
+    def requests(self) -> int:
+        """How many requests it answers."""
+        return len(self._calls)
 
     def take_over(self, state: Any) -> None:
         """Take the signals that end the process from vLLM, whose application has this ``state``.
@@ -42,16 +54,17 @@ class ServerEnd:
         What runs has vLLM's ``--shutdown-timeout`` to end; after it, and at a second signal, it ends with an error.
         """
         self._shutdown = Shutdown(float(state.vllm_config.shutdown_timeout))
+        self._server = state.server
         loop = asyncio.get_running_loop()
         try:
             for number in _SIGNALS:
-                loop.add_signal_handler(number, self._ask, state.server)
+                loop.add_signal_handler(number, self._ask)
         except (RuntimeError, ValueError) as error:  # not in the main thread
             _logger.warning("Requests that run when vLLM is asked to end are cut off by vLLM itself: %s", error)
 
     async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Have the application answer a request, unless the server is ending."""
-        if self.is_asked:
+        if self._refuses_new:
             await error_response(_stopping())(scope, receive, send)
             return
         call = _Call(scope, receive, send)
@@ -64,16 +77,30 @@ class ServerEnd:
         finally:
             self._calls.discard(call)
 
-    def _ask(self, server: Any) -> None:
+    async def ended(self) -> None:
+        """Wait until it has ended, once that has begun."""
+        assert self._ending is not None
+        await self._ending
+
+    def drain(self) -> None:
+        """End when nothing runs any more, however long that takes."""
+        assert self._shutdown is not None
+        self._shutdown.drain()
+        self._ending = self._ending or asyncio.ensure_future(self._end(self._shutdown))
+
+    def _ask(self) -> None:
         assert self._shutdown is not None
         self._shutdown.ask()
-        self._ending = self._ending or asyncio.ensure_future(self._end(self._shutdown, server))
+        self._ending = self._ending or asyncio.ensure_future(self._end(self._shutdown))
 
-    async def _end(self, shutdown: Shutdown, server: Any) -> None:
+    async def _end(self, shutdown: Shutdown) -> None:
+        await self.tell()
+        self._refuses_new = True
         await shutdown.drained(lambda: not self._calls)
         for call in list(self._calls):
             await call.cut()
-        server.should_exit = True  # vLLM ends its engine when its HTTP server has ended
+        await self.leave()
+        self._server.should_exit = True  # vLLM ends its engine when its HTTP server has ended
 
 
 class _Call:
@@ -106,6 +133,10 @@ class _Call:
             await self._send({"type": "http.response.body", "body": last, "more_body": False})
         if self._task is not None:
             self._task.cancel()
+
+
+async def _nobody() -> None:
+    """There is nobody to tell."""
 
 
 def _stopping() -> OverloadedError:

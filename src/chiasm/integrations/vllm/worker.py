@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from chiasm.ec_transfer import ECConnector
+from chiasm.ec_transfer.stores.writer import StoreWrites
 from chiasm.errors import InvalidRequestError, StorageError
 from chiasm.integrations.vllm.messages import CounterWriter, StepMetadata, StepReport
 
@@ -44,6 +45,7 @@ class WorkerHalf:
             self._has_asked_for_counters = True
             with contextlib.suppress(OSError):
                 self._counters = CounterWriter(metadata.counters)
+        self._write_counters()  # the shared cache is written to beside the steps
 
     def clear(self) -> None:
         """End the step."""
@@ -104,4 +106,5 @@ class WorkerHalf:
 
     def _write_counters(self) -> None:
         if self._counters is not None:
-            self._counters.write(self._store.stats)
+            writes = self._store.store_stats
+            self._counters.write(self._store.stats, writes if isinstance(writes, StoreWrites) else None)

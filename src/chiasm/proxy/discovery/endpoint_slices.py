@@ -12,7 +12,13 @@ from chiasm.proxy.discovery.base import MAX_LISTED, Found
 from chiasm.wire import Role
 
 ROLE_LABEL = "llm-d.ai/role"
-_ROLES = {"encode": Role.ENCODER, **{str(role): role for role in Role}}
+_ROLES = {
+    "encode": Role.ENCODER,
+    "prefill-decode": Role.PD,
+    "encode-prefill-decode": Role.AGGREGATED,
+    **{str(role): role for role in Role},
+}
+"""By llm-d's names and by chiasm's."""
 _USUAL_PORT = "http"
 
 

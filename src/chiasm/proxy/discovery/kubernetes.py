@@ -13,6 +13,7 @@ import os
 import random
 import ssl
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ class Api:
                 "--discover k8s: works in a pod of Kubernetes alone, and KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT "
                 "are not set. Use file: or dns: elsewhere."
             )
-        return cls(base_url(host, int(port)).replace("http", "https", 1))
+        return cls(base_url(host, int(port), "https"))
 
     def namespace(self) -> str:
         """Return the namespace of the pod. Raises ConfigurationError if there is none."""
@@ -142,8 +143,7 @@ class KubernetesSource(Source):
         self._failures = 0
 
     async def run(self, tell: Tell) -> None:
-        timeout = aiohttp.ClientTimeout(total=None, connect=self._pace.answer_seconds)
-        async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as self._session:
+        async with aiohttp.ClientSession(trust_env=False) as self._session:
             while True:
                 try:
                     if not self._version:
@@ -211,17 +211,20 @@ class KubernetesSource(Source):
         self._version = one.metadata.resource_version or self._version
         return event.type != "BOOKMARK"
 
-    def _get(self, asked: dict[str, str]) -> aiohttp.client._RequestContextManager:
-        return self._session.get(
+    @asynccontextmanager
+    async def _get(self, asked: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        limits = aiohttp.ClientTimeout(
+            total=None, connect=self._pace.answer_seconds, sock_read=self._pace.silence_seconds
+        )
+        async with self._session.get(
             self._url,
             params={"labelSelector": self._selector} | asked,
             headers=self._api.headers(),
             ssl=self._api.ssl(),
-            timeout=aiohttp.ClientTimeout(
-                total=None, connect=self._pace.answer_seconds, sock_read=self._pace.silence_seconds
-            ),
+            timeout=limits,
             allow_redirects=False,
-        )
+        ) as response:
+            yield response
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

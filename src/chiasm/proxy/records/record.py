@@ -50,7 +50,7 @@ def record_of(exchange: Exchange, path: str, trail: Trail) -> Record:
         key=visit.key.name if visit.key is not None else "",
         status=exchange.status or 0,
         details=visit.details,
-        stages=visit.stages,
+        stages=dict(visit.stages()),
         tokens=visit.tokens,
         arrived=time.time() - (now - visit.arrival),
         arrival=visit.arrival,

@@ -1,0 +1,212 @@
+"""Which embeddings prompts need next, which of them are missing, and how far a prompt can run without those."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterable
+from typing import TYPE_CHECKING
+
+from chiasm.engine.block_manager import BlockManager
+from chiasm.engine.encoder_cache_manager import EncoderCacheManager, Rank
+from chiasm.engine.sequence import Sequence
+from chiasm.errors import InvalidRequestError
+from chiasm.models.base import PromptItem
+
+if TYPE_CHECKING:
+    from chiasm.engine.scheduler import SchedulerConfig
+
+
+class LateItems:
+    """What the scheduler asks about embeddings. It is pure, as the scheduler is.
+
+    Answers hold until an item or a sequence with items comes, goes or moves on; then ``changes`` grows. So what waits costs a
+    step nothing while nothing changes.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, block_manager: BlockManager, encoder_cache: EncoderCacheManager
+    ) -> None:
+        self._config = config
+        self._block_manager = block_manager
+        self._encoder_cache = encoder_cache
+        self._changes = 0
+        self._answers_at = 0
+        """``changes`` when the following was found out; it holds until that grows."""
+        self._stalled: dict[str, bool] = {}
+        """By sequence, what ``is_stalled`` has answered."""
+        self._kept_waiting: set[str] = set()
+        """Sequences that can't be admitted because an embedding is missing."""
+        self._found_blocks: set[int] = set()
+        """Blocks of the prefix cache on which these answers and that of ``wanted`` rest."""
+
+    # ---- changes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def changes(self) -> int:
+        """Grows whenever ``wanted``, or whether there is room for an item, may have changed."""
+        return self._changes + self._encoder_cache.changes
+
+    def note_change(self, sequence: Sequence) -> None:
+        """Note that a sequence has come, gone or moved on; it counts if it has any items."""
+        if sequence.items:
+            self._changes += 1
+
+    def note_overwritten(self, blocks: Collection[int]) -> None:
+        """Note that blocks are no longer in the prefix cache."""
+        if not self._found_blocks.isdisjoint(blocks):
+            self._changes += 1
+
+    def _forget_old_answers(self) -> None:
+        if self._answers_at != self.changes:
+            self._answers_at = self.changes
+            self._stalled.clear()
+            self._kept_waiting.clear()
+            self._found_blocks.clear()
+
+    # ---- what is needed ---------------------------------------------------------------------------------------------
+
+    def check(self, items: Iterable[PromptItem]) -> None:
+        """Raise InvalidRequestError for an item that can never fit the encoder cache."""
+        for item in items:
+            if self.entry_bytes(item) > self._encoder_cache.capacity_bytes:
+                raise InvalidRequestError(
+                    f"An image of {len(item.geometry.rows)} tokens does not fit the encoder cache of "
+                    f"{self._encoder_cache.capacity_bytes} bytes; send a smaller image.",
+                    param="messages",
+                )
+
+    def entry_bytes(self, item: PromptItem) -> int:
+        """Return the size of an item's embedding in the encoder cache."""
+        return len(item.geometry.rows) * self._config.entry_bytes_per_row
+
+    def cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Return the prefix cache's blocks for the sequence, without its last token, which must run to make the logits."""
+        usable = (sequence.num_tokens - 1) // self._block_manager.block_size
+        return self._block_manager.find(sequence.block_hashes()[:usable])
+
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Return how many tokens of a waiting sequence the prefix cache holds now."""
+        return len(self.cached_prefix(sequence)) * self._block_manager.block_size
+
+    def wanted(self, sequences: Iterable[Sequence]) -> list[tuple[Sequence, list[PromptItem]]]:
+        """Return the items that the next chunks of these need and that are not in memory, in the order of need."""
+        self._forget_old_answers()
+        wanted: list[tuple[Sequence, list[PromptItem]]] = []
+        for sequence in sequences:
+            if not sequence.items or sequence.prompt_computed:
+                continue
+            missing: list[PromptItem] = []
+            for item in self._next_items(sequence):
+                if missing or item.identifier not in self._encoder_cache:
+                    missing.append(item)
+                else:
+                    self.hold(sequence, item)
+            if missing:
+                wanted.append((sequence, missing))
+        return wanted
+
+    def _next_token(self, sequence: Sequence) -> int:
+        """Return the first token that would be computed if the sequence were scheduled now."""
+        if sequence.num_computed:
+            return sequence.num_computed
+        prefix = self.cached_prefix(sequence)
+        self._found_blocks.update(prefix)
+        return len(prefix) * self._block_manager.block_size
+
+    def _next_items(self, sequence: Sequence) -> list[PromptItem]:
+        """Return the items that the next chunks of a prompt need."""
+        start = self._next_token(sequence)
+        return sequence.items_between(start, start + self._config.max_num_batched_tokens)
+
+    # ---- what is missing --------------------------------------------------------------------------------------------
+
+    def runnable_end(self, sequence: Sequence, start: int, end: int) -> int:
+        """Return how far tokens from ``start`` can run: to ``end``, or to the first item whose embedding is missing.
+
+        Little text before a missing item doesn't run without it. (A chunk with items always runs, however small: the entries
+        that it holds may fill the encoder cache, and then no others could come.)
+        """
+        items = sequence.items_between(start, end)
+        for item in items:
+            if item.identifier not in self._encoder_cache:
+                is_little = item is items[0] and item.offset - start < self._config.min_text_before_item
+                return start if is_little else max(start, item.offset)
+        return end
+
+    def is_stalled(self, sequence: Sequence) -> bool:
+        """Return whether the sequence cannot continue because an embedding is missing."""
+        if sequence.prompt_computed or not sequence.items:
+            return False
+        self._forget_old_answers()
+        stalled = self._stalled.get(sequence.sequence_id)
+        if stalled is None:
+            end = self.runnable_end(sequence, sequence.num_computed, sequence.num_tokens)
+            stalled = self._stalled[sequence.sequence_id] = end == sequence.num_computed
+        return stalled
+
+    def will_stall(self, sequence: Sequence) -> bool:
+        """Return whether an embedding is missing that the rest of the prompt needs, now or further on.
+
+        Only so many are looked for as the encoder cache can hold at once, since no prompt ever finds more there.
+        """
+        if not sequence.items or sequence.prompt_computed or sequence.num_remote:
+            return False
+        room = self._encoder_cache.capacity_bytes
+        for identifier, num_bytes in {
+            item.identifier: self.entry_bytes(item) for item in self._next_items(sequence)
+        }.items():
+            room -= num_bytes
+            if room < 0:
+                return False
+            if identifier not in self._encoder_cache:
+                return True
+        return False
+
+    def can_finish(self, sequence: Sequence) -> bool:
+        """Return whether all embeddings are in memory that the rest of the prompt needs."""
+        if not sequence.items or sequence.prompt_computed or sequence.num_remote:
+            return True
+        return self.runnable_end(sequence, self._next_token(sequence), sequence.num_tokens) == sequence.num_tokens
+
+    def keep_waiting(self, sequence: Sequence) -> None:
+        """Note that the sequence can't be admitted because an embedding is missing."""
+        self._kept_waiting.add(sequence.sequence_id)
+
+    def kept_waiting(self) -> Container[str]:
+        """Return the ids of the sequences for which ``keep_waiting`` still holds."""
+        self._forget_old_answers()
+        return self._kept_waiting
+
+    # ---- room -------------------------------------------------------------------------------------------------------
+
+    def make_room(self, sequence: Sequence, item: PromptItem) -> bool:
+        """Reserve room in the encoder cache for an embedding that is about to be loaded or made; return whether there is."""
+        before = sequence.items_between(self._next_token(sequence), item.offset)
+        needed_before = {other.identifier for other in before}
+        return self._encoder_cache.allocate(
+            item.identifier, self.entry_bytes(item), rank=_rank(sequence), keep=needed_before
+        )
+
+    def hold(self, sequence: Sequence, item: PromptItem) -> None:
+        """Note that the sequence needs the entry of an item, which is in memory."""
+        self._encoder_cache.hold(item.identifier, sequence.sequence_id, _rank(sequence))
+        sequence.held.add(item.identifier)
+
+    def release_computed(self, sequence: Sequence) -> None:
+        """Release the entries whose places are all computed."""
+        if not sequence.held:
+            return
+        needed = {item.identifier for item in sequence.items if item.offset + item.length > sequence.num_computed}
+        for identifier in sequence.held - needed:
+            sequence.held.discard(identifier)
+            self._encoder_cache.release(identifier, sequence.sequence_id)
+
+    def release_all(self, sequence: Sequence) -> None:
+        """Release all that the sequence holds."""
+        for identifier in sequence.held:
+            self._encoder_cache.release(identifier, sequence.sequence_id)
+        sequence.held.clear()
+
+
+def _rank(sequence: Sequence) -> Rank:
+    """Return the rank for room in the encoder cache: lower evicts higher, and running comes before waiting."""
+    return not sequence.is_running, *sequence.order

@@ -1,0 +1,27 @@
+"""The header fields of a request, in which each look costs the same however many there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+
+class Fields(Headers):
+    """Starlette's headers of a request, with an index of the first value of each name."""
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(raw=scope["headers"])
+        self._first = {name.decode("latin-1"): value for name, value in reversed(self._list)}
+
+    def __getitem__(self, key: str) -> str:
+        return self._first[key.lower()].decode("latin-1")
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and key.lower() in self._first
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the first value of a field, or ``default``."""
+        found = self._first.get(key.lower())
+        return default if found is None else found.decode("latin-1")

@@ -1,0 +1,99 @@
+"""Takes an instance down from outside, and notices when it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import TracebackType
+
+import aiohttp
+import msgspec
+
+from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.fleet_key import FleetKey
+from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.wire import DRAIN_PATH, UNREADABLE, DrainOrder, DrainState, ErrorBody, Health
+
+_LOOK_SECONDS = 0.2
+_ANSWER_SECONDS = 15.0
+_MAX_BYTES = 1 << 20
+
+
+class NotDrainedError(ConfigurationError):
+    """The instance, or the proxy, can't be asked, or refuses."""
+
+
+class Drain:
+    """The end of one instance, as whoever asks for it sees it."""
+
+    def __init__(
+        self, url: str, *, key: FleetKey | None = None, proxy: str | None = None, admin_key: str | None = None
+    ) -> None:
+        """``key`` signs the order; ``proxy`` is asked in place of the instance, with its admin key if there is one."""
+        self.url = url
+        self._key = key
+        self._proxy = proxy
+        self._admin_key = admin_key
+        self._incarnation = ""
+        self._session: aiohttp.ClientSession
+
+    async def __aenter__(self) -> Drain:
+        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
+        self._session = aiohttp.ClientSession(timeout=timeout, trust_env=False)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def begin(self) -> DrainState:
+        """Have the instance drain; return what it has left to do. Raises NotDrainedError."""
+        place = self._proxy or self.url
+        body = msgspec.json.encode(DrainOrder(url=self.url if self._proxy else ""))
+        headers = {"Content-Type": "application/json"}
+        if self._admin_key is not None and self._proxy is not None:
+            headers["Authorization"] = f"Bearer {self._admin_key}"
+        elif self._key is not None:
+            clock = None if self._proxy else (await self._health()).clock_milliseconds
+            headers |= signature(self._key, "POST", DRAIN_PATH, body_digest(body), clock_milliseconds=clock)
+        try:
+            async with self._session.post(place + DRAIN_PATH, data=body, headers=headers) as response:
+                status, content = response.status, await response.content.read(_MAX_BYTES)
+        except (aiohttp.ClientError, OSError) as error:
+            raise NotDrainedError(f"{place} can't be reached: {error or type(error).__name__}.") from None
+        try:
+            if status != 202:
+                message = msgspec.json.decode(content, type=ErrorBody).error.message
+                raise NotDrainedError(f"{place} refuses with status {status}: {message}")
+            state = msgspec.json.decode(content, type=DrainState)
+        except UNREADABLE:
+            raise NotDrainedError(f"{place} answers with status {status}, and not as chiasm does.") from None
+        self._incarnation = state.incarnation
+        return state
+
+    async def ended(self, timeout_seconds: float) -> bool:
+        """Wait until nobody answers at the URL, or another process; return whether that came in time."""
+        until = time.monotonic() + timeout_seconds
+        while time.monotonic() < until:
+            try:
+                if (await self._health()).incarnation != self._incarnation:
+                    return True
+            except NotDrainedError:
+                return True
+            except ChiasmError:
+                pass  # it is slow
+            await asyncio.sleep(_LOOK_SECONDS)
+        return False
+
+    async def _health(self) -> Health:
+        """Return what the instance says. Raises NotDrainedError if nobody answers, ChiasmError if nobody does in time."""
+        try:
+            async with self._session.get(f"{self.url}/health") as response:
+                return msgspec.json.decode(await response.content.read(_MAX_BYTES), type=Health)
+        except TimeoutError:
+            raise ChiasmError(f"{self.url} does not answer in time.") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise NotDrainedError(f"{self.url} can't be reached: {error or type(error).__name__}.") from None
+        except UNREADABLE:
+            raise NotDrainedError(f"{self.url} answers, and not as an instance of chiasm does.") from None

@@ -1,0 +1,148 @@
+"""Matrix products with weights that never change, in the form that is fastest on the CPU.
+
+PyTorch hands float32 products to MKL, which is as fast as memory for one row. For more rows there are better ways:
+
+- MKL takes up to twice as long for a few rows of a wide product as for the same product in strips of some outputs each, and a
+  tenth longer for hundreds (measured on a Zen 3).
+- On AMD's CPUs with AVX-512, MKL is known to keep to AVX2. oneDNN doesn't; it needs weights in an order of its own, into
+  which they are packed once. With AVX2 alone, packed weights are slower for one row, and for more rows no faster than strips.
+
+A weight is kept in one form, so nothing takes more memory. The form depends on the CPU, the dtype and the shape, and not on a
+measurement, so that all instances on the same kind of CPU compute alike.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence, Set
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from chiasm.cores import cpu_flags, has_native_bfloat16
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+LEAST_BYTES = 1 << 20
+"""Size of the smallest weight that isn't left as it is: further calls cost more than what smaller ones gain."""
+_STRIP = 256
+"""Outputs that each thread computes at a time."""
+_PACKED_ROWS = 32
+"""The number of rows that the packed order is made for; others are computed with it too."""
+
+Product = Callable[["Tensor"], "Tensor"]
+"""Takes ``[rows, inputs]`` and returns ``[rows, outputs]``."""
+
+
+class Form(enum.Enum):
+    """How products with a weight are computed."""
+
+    PLAIN = enum.auto()
+    STRIPS = enum.auto()
+    PACKED = enum.auto()
+
+
+def best_form(dtype: torch.dtype, device: torch.device, flags: Set[str]) -> Form:
+    """Return the form for large weights on a device, which is a CPU with these flags if it is one."""
+    if device.type != "cpu":
+        return Form.PLAIN
+    if dtype == torch.bfloat16:
+        return Form.PACKED if HAS_ONEDNN and has_native_bfloat16(flags) else Form.PLAIN
+    if dtype != torch.float32:
+        return Form.PLAIN
+    if HAS_ONEDNN and "avx512f" in flags:
+        return Form.PACKED
+    return Form.STRIPS if "avx2" in flags else Form.PLAIN
+
+
+def product(weight: Tensor, bias: Tensor | None, form: Form | None = None) -> tuple[Product, bool]:
+    """Return the product with ``weight`` ``[outputs, inputs]``, and whether it has no more use for the weight itself.
+
+    Without ``form`` it is the best one.
+    """
+    if form is None:
+        form = best_form(weight.dtype, weight.device, cpu_flags())
+    if weight.numel() * weight.itemsize < LEAST_BYTES:
+        form = Form.PLAIN
+    match form:
+        case Form.PACKED:
+            return _packed(weight.detach(), bias), True
+        case Form.STRIPS:
+            return _Strips(weight, bias), False
+        case Form.PLAIN:
+            return _plain(weight, bias), False
+
+
+def speed_up(module: nn.Module, flags: Set[str] | None = None) -> None:
+    """Have the linear layers of a model compute in the best form. The weights of packed ones are empty then.
+
+    ``flags`` are the CPU's; None: this one's.
+    """
+    flags = cpu_flags() if flags is None else flags
+    for linear in module.modules():
+        if type(linear) is not nn.Linear:
+            continue
+        form = best_form(linear.weight.dtype, linear.weight.device, flags)
+        if form is Form.PLAIN or linear.weight.numel() * linear.weight.itemsize < LEAST_BYTES:
+            continue
+        compute, is_packed = product(linear.weight, linear.bias, form)
+        linear.forward = _of_any_shape(compute)  # type: ignore[method-assign, assignment]
+        if is_packed:
+            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+
+
+def _of_any_shape(compute: Product) -> Product:
+    def forward(inputs: Tensor) -> Tensor:
+        return compute(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
+
+    return forward
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> Product:
+    transposed = weight.t()
+    if bias is None:
+        return lambda rows: torch.mm(rows, transposed)
+    return lambda rows: torch.addmm(bias, rows, transposed)
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> Product:
+    compute = torch.ops.mkldnn._linear_pointwise.default
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
+    return lambda rows: cast("Tensor", compute(rows, packed, bias, "none", [], ""))
+
+
+class _Strips:
+    """A product of one row at once, of more in strips of outputs."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._whole = _plain(weight, bias)
+        self._strips: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        """Transposed weights and biases, by the number of outputs of a strip."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        width = _STRIP * torch.get_num_threads()
+        outputs = len(self._weight)
+        if len(rows) == 1 or width >= outputs:
+            return self._whole(rows)
+        result = rows.new_empty(len(rows), outputs)
+        for (weight, bias), part in zip(self._of_width(width), torch.split(result, width, 1), strict=True):
+            if bias is None:
+                torch.mm(rows, weight, out=part)
+            else:
+                torch.addmm(bias, rows, weight, out=part)
+        return result
+
+    def _of_width(self, width: int) -> list[tuple[Tensor, Tensor | None]]:
+        strips = self._strips.get(width)
+        if strips is None:
+            weights = [weight.t() for weight in torch.split(self._weight, width)]
+            biases: Sequence[Tensor | None] = [None] * len(weights)
+            if self._bias is not None:
+                biases = torch.split(self._bias, width)
+            strips = self._strips[width] = list(zip(weights, biases, strict=True))
+        return strips

@@ -1,0 +1,204 @@
+"""Several workers of one proxy: what is told to one of them is told to all, and what one is asked about all is put together.
+
+Each worker is a proxy of its own, with a socket in a folder that only their user can enter. Over these sockets a worker repeats
+what changes the fleet, and collects the metrics of the others. A request that comes from a sibling says so in a header, and
+goes no further.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chiasm.errors import ChiasmError
+from chiasm.http.body import ClientLeftError, read_body
+from chiasm.http.errors import error_response
+from chiasm.wire import INSTANCES_PATH, LEASE_PATH, WORKER_HEADER
+
+_REPEATED = (INSTANCES_PATH, LEASE_PATH)
+_METHODS = ("POST", "DELETE")
+_MAX_BODY_BYTES = 64 << 10
+_MAX_PAGE_BYTES = 16 << 20
+_PAGE_SECONDS = 2.0
+_CONNECT_SECONDS = 1.0
+_NOT_PASSED_ON = frozenset(
+    {"host", "origin", "sec-fetch-site", "content-length", "content-encoding", "transfer-encoding", "connection"}
+)
+_KEY = "chiasm.sibling"
+_SAMPLE = re.compile(rb"([a-zA-Z_:][\w:]*)(\{)?")
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker of a proxy that has several."""
+
+    number: int
+    """From 0."""
+    count: int
+    """How many there are."""
+    folder: Path
+    """Where their sockets are."""
+
+    def bind(self) -> socket.socket:
+        """Return the socket at which this worker's siblings reach it; one that a worker left behind before is replaced."""
+        path = self._path(self.number)
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        listener.listen()
+        return listener
+
+    @property
+    def siblings(self) -> dict[int, Path]:
+        """The sockets of the others, by their numbers."""
+        return {number: self._path(number) for number in range(self.count) if number != self.number}
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number}.sock"
+
+
+class Siblings:
+    """The other workers, as one of them reaches them, on its event loop."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._number = worker.number
+        self._sessions: dict[int, aiohttp.ClientSession] = {}
+
+    def open(self) -> None:
+        """Make what reaches them; nothing is sent yet."""
+        self._sessions = {
+            number: aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(path=str(path), limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
+                trust_env=False,
+            )
+            for number, path in self._worker.siblings.items()
+        }
+
+    async def close(self) -> None:
+        for session in self._sessions.values():
+            await session.close()
+
+    async def metrics(self, own: bytes, headers: Headers) -> bytes:
+        """Return the metrics of all workers on one page; ``own`` are this one's. One that doesn't answer is left out."""
+        asked = {name: headers[name] for name in ("authorization",) if name in headers} | {WORKER_HEADER: ""}
+        pages = await asyncio.gather(*(self._page(number, asked) for number in self._sessions))
+        found = {number: page for number, page in zip(self._sessions, pages, strict=True) if page is not None}
+        return merged({str(number): page for number, page in sorted({self._number: own, **found}.items())})
+
+    async def _page(self, number: int, headers: Mapping[str, str]) -> bytes | None:
+        try:
+            async with asyncio.timeout(_PAGE_SECONDS):
+                async with self._sessions[number].get("http://worker/metrics", headers=headers) as response:
+                    page = await response.content.read(_MAX_PAGE_BYTES) if response.status == 200 else None
+                    while page is not None and (more := await response.content.read(_MAX_PAGE_BYTES - len(page))):
+                        page += more
+                    return page
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            _logger.warning("worker %d doesn't tell its metrics: %s", number, error or type(error).__name__)
+            return None
+
+    async def repeat(self, scope: Scope, body: bytes) -> None:
+        """Send all siblings a request, and wait for their answers, which this worker's own stands for."""
+        kept = {name: value for name, value in Headers(scope=scope).items() if name not in _NOT_PASSED_ON}
+        kept[WORKER_HEADER] = scope["client"][0] if scope.get("client") else ""
+        method, path = scope["method"], scope["path"]
+        await asyncio.gather(*(self._repeat(number, method, path, kept, body) for number in self._sessions))
+
+    async def _repeat(self, number: int, method: str, path: str, headers: Mapping[str, str], body: bytes) -> None:
+        try:
+            async with self._sessions[number].request(
+                method, f"http://worker{path}", headers=headers, data=body
+            ) as response:
+                await response.read()
+        except (
+            aiohttp.ClientError,
+            OSError,
+        ) as error:  # a worker that is started again learns it anew, or from its options
+            _logger.warning("worker %d wasn't told of %s %s: %s", number, method, path, error)
+
+
+class Repeater:
+    """Repeats what changes the fleet to all siblings, while it is answered here.
+
+    Each of them checks for itself who asks: it is told the address of the client.
+    """
+
+    def __init__(self, app: ASGIApp, siblings: Siblings) -> None:
+        self._app = app
+        self._siblings = siblings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if not scope.get("client") and WORKER_HEADER in headers:  # it has come through the folder of the workers
+            client = headers[WORKER_HEADER]
+            await self._app({**scope, _KEY: True, "client": (client, 0) if client else None}, receive, send)
+            return
+        if scope["method"] not in _METHODS or scope["path"] not in _REPEATED:
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await read_body(receive, headers, _MAX_BODY_BYTES)
+        except ClientLeftError:
+            return
+        except ChiasmError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        repeating = asyncio.create_task(self._siblings.repeat(scope, body))
+        try:
+            await self._app(_without_encoding(scope), _replayed(body, receive), send)
+            await asyncio.wait((repeating,), timeout=_PAGE_SECONDS)
+        finally:
+            repeating.cancel()
+
+
+def is_from_sibling(scope: Scope) -> bool:
+    """Return whether another worker sends a request."""
+    return _KEY in scope
+
+
+def merged(pages: Mapping[str, bytes]) -> bytes:
+    """Return pages of metrics as one: each sample has the label ``worker``, and each metric stands in one place."""
+    families: dict[bytes, list[bytes]] = {}
+    for worker, page in pages.items():
+        label = b'worker="%b"' % worker.encode()
+        name = b""
+        for line in page.splitlines():
+            if line.startswith(b"# "):
+                name = line.split(b" ", 3)[2]
+                about = families.setdefault(name, [])
+                if line not in about:
+                    about.append(line)
+            elif found := _SAMPLE.match(line):
+                rest = line[found.end() :]
+                sample = b"%b{%b,%b" if found[2] else b"%b{%b}%b"
+                families.setdefault(name, []).append(sample % (found[1], label, rest))
+    return b"".join(b"%b\n" % line for lines in families.values() for line in lines)
+
+
+def _without_encoding(scope: Scope) -> Scope:
+    fields = [(name, value) for name, value in scope["headers"] if name != b"content-encoding"]
+    return {**scope, "headers": fields}
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return left.pop() if left else await receive()
+
+    return replayed

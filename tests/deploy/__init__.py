@@ -1,0 +1,1 @@
+"""What `deploy/` has, against the code that it starts."""

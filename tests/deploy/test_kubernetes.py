@@ -1,0 +1,279 @@
+"""The Helm chart and the kustomizations: valid for Kubernetes, and true of the code that they start."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+from chiasm.proxy.discovery.endpoint_slices import Endpoint, EndpointSlice, Metadata, Port, Reading, instances_of
+from chiasm.wire import Role
+from tests.deploy.commands import check, served_paths
+
+helm_python = pytest.importorskip("helm_python", reason="helm-python-sdk has no wheel for Linux on arm64")
+
+from tests.deploy.rendering import CHART, KUBERNETES, LAYOUTS, Objects, files, kustomized, objects_of, render  # noqa: E402
+
+VERSIONS = ("1.28", "1.32", "1.37")
+_EVERYTHING = {
+    "apiKeySecret": "keys",
+    "adminKeySecret": "admin",
+    "hubTokenSecret": "hub",
+    "cacheClaim": "checkpoints",
+    "imagePullSecrets": ["registry"],
+    "proxy": {"args": ["--access-log"], "service": {"type": "LoadBalancer", "annotations": {"a": "b"}}},
+    "instances": {
+        "encoder": {"gpus": 1, "surge": 0, "nodeSelector": {"gpu": "small"}, "args": ["--device=cuda"]},
+        "pd": {"gpus": 1, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
+    },
+    "networkPolicy": {
+        "clients": [{"namespaceSelector": {}}],
+        "scrapers": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
+        "allowHub": False,
+    },
+}
+CHARTS = {name: objects_of(render(values)) for name, values in [*LAYOUTS.items(), ("everything", _EVERYTHING)]}
+
+OVERLAYS = {folder.name: list(kustomized(folder)) for folder in sorted((KUBERNETES / "overlays").iterdir())}
+ALL = {**CHARTS, **{f"overlay {name}": objects for name, objects in OVERLAYS.items()}}
+every_set = pytest.mark.parametrize("objects", ALL.values(), ids=ALL.keys())
+
+
+def _of_kind(objects: Objects, kind: str) -> Objects:
+    return [one for one in objects if one["kind"] == kind]
+
+
+def _containers(objects: Objects) -> Objects:
+    return [one["spec"]["template"]["spec"]["containers"][0] for one in _of_kind(objects, "Deployment")]
+
+
+def _selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    matches = selector.get("matchLabels", {}).items() <= labels.items()
+    return matches and all(one["key"] in labels for one in selector.get("matchExpressions", ()))
+
+
+# ---- Kubernetes takes it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_takes_it(version: str) -> None:
+    different = {json.dumps(one): one for objects in CHARTS.values() for one in objects}
+    for one in different.values():
+        kubernetes_validate.validate(one, version, strict=True)
+
+
+def test_an_unknown_field_would_be_found() -> None:
+    wrong = copy.deepcopy(_of_kind(CHARTS["pd"], "Deployment")[0])
+    wrong["spec"]["template"]["spec"]["containers"][0]["livenessProbe"]["periodSecond"] = 3
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, VERSIONS[0], strict=True)
+
+
+@every_set
+def test_no_two_objects_have_one_name(objects: Objects) -> None:
+    names = [(one["kind"], one["metadata"]["name"]) for one in objects]
+    assert len(set(names)) == len(names)
+
+
+def test_helm_finds_nothing_wrong() -> None:
+    assert [one for one in helm_python.lint(str(CHART))["messages"] if one["severity"] in ("warning", "error")] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"instances": {"pd": {"replicas": 0}}}, "Nothing answers"),
+        ({"autoscaling": {"kind": "keda"}}, "autoscaling.prometheusUrl is needed"),
+        ({"instances": {"pd": {"replica": 2}}}, "replica"),
+        ({"modle": "demo"}, "modle"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(helm_python.HelmError, match=said):
+        render(values)
+
+
+def test_keda_is_asked_with_the_query_that_is_given() -> None:
+    values = {"autoscaling": {"kind": "keda", "prometheusUrl": "http://prometheus:9090", "query": "sum(wanted)"}}
+    (scaled,) = _of_kind(objects_of(render(values)), "ScaledObject")
+    assert scaled["spec"]["scaleTargetRef"]["name"] in {
+        one["metadata"]["name"] for one in _of_kind(CHARTS["pd"], "Deployment")
+    }
+    assert scaled["spec"]["triggers"][0]["metadata"]["query"] == "sum(wanted)"
+
+
+# ---- one source ------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_kustomize_are_what_the_chart_renders() -> None:
+    written = {path: (KUBERNETES / path).read_text() for path in files()}
+    assert written == files(), "run: python -m tests.deploy.rendering"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_overlay_has_what_the_chart_has(name: str) -> None:
+    def by_name(objects: Objects) -> dict[tuple[str, str], Any]:
+        return {(one["kind"], one["metadata"]["name"]): one for one in objects}
+
+    assert by_name(OVERLAYS[name]) == by_name(CHARTS[name])
+
+
+# ---- chiasm understands it -------------------------------------------------------------------------------------------
+
+
+@every_set
+def test_containers_start_with_settings_that_chiasm_takes(objects: Objects, tmp_path: Path) -> None:
+    for container in _containers(objects):
+        settings = check(container["args"], tmp_path)
+        ports = {one["name"]: one["containerPort"] for one in container["ports"]}
+        told = {"http": settings["port"], "embeddings": settings.get("ec_port"), "kv": settings.get("kv_port")}
+        assert ports == {name: port for name, port in told.items() if port is not None}
+
+
+@every_set
+def test_files_that_options_name_are_mounted_secrets(objects: Objects) -> None:
+    for one in _of_kind(objects, "Deployment"):
+        pod = one["spec"]["template"]["spec"]
+        container = pod["containers"][0]
+        mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        secret = {volume["name"] for volume in pod["volumes"] if volume.get("secret", {}).get("defaultMode") == 0o440}
+        assert {volume["name"] for volume in pod["volumes"]} == set(mounted.values())
+        command = [*container["args"], *container["lifecycle"]["preStop"]["exec"]["command"]]
+        named = re.findall(r"-file=(\S+)", "\n".join(command))
+        assert named
+        assert {mounted[str(Path(path).parent)] for path in named} <= secret
+
+
+@every_set
+def test_probes_ask_paths_that_are_served(objects: Objects) -> None:
+    for container in _containers(objects):
+        probes = {kind: container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")}
+        assert {probe["port"] for probe in probes.values()} == {"http"}
+        assert {probe["path"] for probe in probes.values()} <= served_paths(container["args"][0])
+        # A process that isn't ready, or a proxy without instances, is not restarted for it.
+        assert probes["liveness"]["path"] == "/livez"
+        assert probes["readiness"]["path"] == "/readyz"
+
+
+@every_set
+def test_instances_are_drained_before_they_are_ended(objects: Objects, tmp_path: Path) -> None:
+    for one in _of_kind(objects, "Deployment"):
+        pod = one["spec"]["template"]["spec"]
+        container = pod["containers"][0]
+        command = container["lifecycle"]["preStop"]["exec"]["command"]
+        settings = check(container["args"], tmp_path)
+        if container["name"] == "proxy":
+            left = float(command[-1]) + settings["shutdown_timeout_seconds"]
+        else:
+            assert command[0] == "chiasm"
+            drain = check(command[1:], tmp_path)
+            assert (drain["url"], drain["wait"]) == (f"http://127.0.0.1:{settings['port']}", True)
+            assert drain["timeout_seconds"] > settings["deadline_seconds"]
+            left = drain["timeout_seconds"]
+        assert pod["terminationGracePeriodSeconds"] > left
+
+
+# ---- objects fit each other ------------------------------------------------------------------------------------------
+
+
+@every_set
+def test_services_and_budgets_select_the_pods_of_one_deployment(objects: Objects) -> None:
+    pods = {
+        one["metadata"]["name"]: one["spec"]["template"]["metadata"]["labels"]
+        for one in _of_kind(objects, "Deployment")
+    }
+    for kind in ("Service", "PodDisruptionBudget"):
+        selected = {}
+        for one in _of_kind(objects, kind):
+            selector = (
+                one["spec"]["selector"] if kind == "PodDisruptionBudget" else {"matchLabels": one["spec"]["selector"]}
+            )
+            selected[one["metadata"]["name"]] = [name for name, labels in pods.items() if _selects(selector, labels)]
+        assert selected == {name: [name] for name in pods}
+    for one in _of_kind(objects, "Deployment"):
+        assert _selects(one["spec"]["selector"], pods[one["metadata"]["name"]])
+
+
+@every_set
+def test_the_proxy_discovers_the_services_of_instances_and_their_roles(objects: Objects) -> None:
+    (argument,) = [one for one in _containers(objects)[0]["args"] + _all_args(objects) if "--discover=" in one][:1]
+    *equal, exists = argument.partition("=k8s:")[2].split(",")
+    wanted = dict(one.split("=") for one in equal)
+    found = {}
+    for service in _of_kind(objects, "Service"):
+        labels = service["metadata"]["labels"]
+        if wanted.items() <= labels.items() and exists in labels:
+            port = service["spec"]["ports"][0]
+            slice_ = EndpointSlice(
+                Metadata(labels=labels), endpoints=[Endpoint(["10.0.0.5"])], ports=[Port(port["name"], port["port"])]
+            )
+            (instance,) = instances_of([slice_], Reading())
+            found[labels["app.kubernetes.io/component"]] = instance.role
+    instances = {one["name"] for one in _containers(objects)} - {"proxy"}
+    assert found == {name: Role(name) for name in instances}
+
+
+def _all_args(objects: Objects) -> list[str]:
+    return [argument for container in _containers(objects) for argument in container["args"]]
+
+
+@every_set
+def test_the_proxy_may_watch_endpoint_slices_and_nobody_may_do_more(objects: Objects) -> None:
+    (role,), (binding,) = _of_kind(objects, "Role"), _of_kind(objects, "RoleBinding")
+    assert role["rules"] == [
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}
+    ]
+    assert not _of_kind(objects, "ClusterRole")
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    holders = {one["name"] for one in binding["subjects"]}
+    accounts = {one["metadata"]["name"] for one in _of_kind(objects, "ServiceAccount")}
+    for one in _of_kind(objects, "Deployment"):
+        pod = one["spec"]["template"]["spec"]
+        assert pod["serviceAccountName"] in accounts
+        assert (pod["serviceAccountName"] in holders) is pod["automountServiceAccountToken"]
+        assert pod["automountServiceAccountToken"] is (pod["containers"][0]["name"] == "proxy")
+
+
+@every_set
+def test_pods_have_no_more_rights_than_they_need(objects: Objects) -> None:
+    for one in _of_kind(objects, "Deployment"):
+        pod = one["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["containers"][0]["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+
+
+@every_set
+def test_only_the_fleet_reaches_instances_and_only_at_ports_that_they_have(objects: Objects) -> None:
+    policies = {one["metadata"]["name"]: one["spec"] for one in _of_kind(objects, "NetworkPolicy")}
+    pods = [one["spec"]["template"]["metadata"]["labels"] for one in _of_kind(objects, "Deployment")]
+    policy = policies["chiasm-instances"]
+    instances = [labels for labels in pods if labels["app.kubernetes.io/component"] != "proxy"]
+    assert [labels for labels in pods if _selects(policy["podSelector"], labels)] == instances
+    fleet, *others = policy["ingress"]
+    assert all(_selects(fleet["from"][0]["podSelector"], labels) for labels in pods)
+    assert all(one["from"] and one["ports"] == [{"port": "http"}] for one in others)
+    named = {port["name"] for container in _containers(objects) for port in container["ports"]}
+    assert named <= {port["port"] for port in fleet["ports"]}
+    assert [labels for labels in pods if _selects(policies["chiasm-proxy"]["podSelector"], labels)] == [
+        labels for labels in pods if labels not in instances
+    ]
+
+
+@every_set
+def test_the_limit_of_memory_has_room_for_what_an_instance_keeps(objects: Objects, tmp_path: Path) -> None:
+    for container in _containers(objects):
+        settings = check(container["args"], tmp_path)
+        kept = settings.get("ec_max_bytes", 0) + settings.get("kv_cache_bytes", 0)
+        limit = int(container["resources"]["limits"]["memory"].removesuffix("Mi")) << 20
+        assert limit - kept >= 1 << 30

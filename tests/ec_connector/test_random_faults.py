@@ -1,0 +1,229 @@
+"""Whatever goes wrong, in any order: no wrong byte, nothing that never comes, and nothing left behind.
+
+``CHIASM_FAULTS=10000 .venv/bin/pytest tests/ec_connector/test_random_faults.py -s`` takes a few minutes, and reports.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import socket
+import stat
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from chiasm.ec_transfer.entry_file import HEADER_BYTES
+
+from .instance import Request, embedding_of, identifier_of
+from .peers import Encoder, LanguageModel
+
+NUM_FAULTS = int(os.environ.get("CHIASM_FAULTS", "100"))
+"""For each connector."""
+MAX_GROWTH_BYTES = 32 << 20
+SETTINGS = {"max_bytes": 1 << 20, "receive_bytes": 1 << 18}
+NAMES = [f"image {number}" for number in range(12)]
+ROW_BYTES = 128
+PATIENCE_SECONDS = 60.0
+
+
+class Turmoil:
+    """Two encoders and a language model, to which anything may happen."""
+
+    def __init__(self, connector: str, seed: int) -> None:
+        self._chance = random.Random(seed)
+        self._connector = connector
+        self._encoders = [self._encoder(), self._encoder()]
+        self._model = LanguageModel(connector, **SETTINGS)
+        self._embeddings = {name: embedding_of(name, rows=self._chance.choice((1, 300, 700))) for name in NAMES}
+        self._gone = [self._encoders[0].place]
+        self._kinds: dict[str, Callable[[], None]] = {
+            "an encoder restarts": self._restart,
+            "an encoder loses an entry": self._evict,
+            "a connection is cut": self._cut,
+            "an entry is rejected": self._reject,
+            "a place is that of an encoder that is gone": self._mislead,
+            "the engine drops what it had": self._drop,
+        }
+        if connector == "TcpConnector":  # in place, bytes that change are not noticed
+            self._kinds["bytes in memory change"] = self._spoil
+        self.faults: Counter[str] = Counter()
+        self.wanted: list[str] = []
+
+    def _encoder(self) -> Encoder:
+        return Encoder(self._connector, **SETTINGS)
+
+    # ---- what happens -------------------------------------------------------------------------------------------------
+
+    def round(self, number: int) -> None:
+        """A request comes, waits while all kinds of things happen, and is served or ends before."""
+        self.wanted = self._chance.sample(NAMES, self._chance.randint(1, 3))
+        request = self._model.admit(
+            str(number), *self.wanted, rows=max(len(self._embeddings[name]) for name in self.wanted)
+        )
+        self._tell(self.wanted)
+        for _ in range(self._chance.randint(0, 3)):
+            self._happen()
+        if self._chance.random() < 0.8:
+            self._serve(request)
+        else:
+            self.faults["a request ends early"] += 1
+            self._model.next_wake(request, seconds=0.001)
+        self._model.finish(request)
+
+    def _happen(self) -> None:
+        if self._chance.random() < 0.5:
+            self._encode(self._chance.choice(NAMES))
+        else:
+            kind = self._chance.choice(list(self._kinds))
+            self.faults[kind] += 1
+            self._kinds[kind]()
+
+    def _serve(self, request: Request) -> None:
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while missing := [name for name in self.wanted if identifier_of(name) not in self._model.memory]:
+            assert time.monotonic() < give_up, f"{missing} never came"
+            lost = [name for name in missing if not self._model.scheduler.is_coming(identifier_of(name))]
+            for name in lost:  # what the proxy does
+                self._encode(name)
+            self._model.next_wake(request, seconds=0.005)
+            if self._chance.random() < 0.1:
+                self._happen()
+        for name in self.wanted:
+            assert torch.equal(self._model.memory[identifier_of(name)], self._embeddings[name]), name
+
+    def _tell(self, names: list[str]) -> None:
+        self._model.scheduler.expect({identifier_of(name): self._chance.choice(self._encoders).place for name in names})
+
+    def _encode(self, name: str) -> None:
+        encoder = self._chance.choice(self._encoders)
+        encoder.encode(name, self._embeddings[name])
+        self._model.scheduler.expect({identifier_of(name): encoder.place})
+
+    # ---- faults -------------------------------------------------------------------------------------------------------
+
+    def _restart(self) -> None:
+        which = self._chance.randrange(2)
+        self._gone = [self._encoders[which].place]
+        self._encoders[which].close()
+        self._encoders[which] = self._encoder()
+
+    def _evict(self) -> None:
+        self._chance.choice(self._encoders).worker.discard(identifier_of(self._chance.choice(NAMES)), "of chance")
+
+    def _cut(self) -> None:
+        """End a connection of this process as a network does."""
+        connections = [connection for number in os.listdir("/proc/self/fd") if (connection := _connection(int(number)))]
+        if connections:
+            self._chance.choice(connections).shutdown(socket.SHUT_RDWR)
+        for connection in connections:
+            connection.close()
+
+    def _reject(self) -> None:
+        name = identifier_of(self._chance.choice(self.wanted))
+        self._model.memory.pop(name, None)
+        self._model.worker.discard(name, "of chance")
+
+    def _mislead(self) -> None:
+        self._model.scheduler.expect({identifier_of(self._chance.choice(NAMES)): self._gone[0]})
+
+    def _drop(self) -> None:
+        self._model.memory.pop(identifier_of(self._chance.choice(self.wanted)), None)
+
+    def _spoil(self) -> None:
+        """Change a page of an encoder's memory."""
+        files = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        path = self._chance.choice([path for path in files if _target(path) == "/memfd:chiasm-ec (deleted)"])
+        offset = self._chance.randrange(SETTINGS["max_bytes"] // HEADER_BYTES) * HEADER_BYTES
+        with open(path, "r+b", buffering=0) as file:
+            os.pwrite(file.fileno(), self._chance.randbytes(16), offset)
+
+    # ---- the end ------------------------------------------------------------------------------------------------------
+
+    def check_all_is_free(self) -> None:
+        """Nothing is pinned: as much as there is room for finds room at both encoders, and at the model."""
+        gc.collect()
+        for encoder in self._encoders:
+            encoder.encode(
+                "big", embedding_of("big", rows=(encoder.worker.max_entry_bytes - HEADER_BYTES) // ROW_BYTES)
+            )
+        self.wanted = ["all"]
+        self._embeddings["all"] = embedding_of("all", rows=SETTINGS["receive_bytes"] // ROW_BYTES)
+        request = self._model.admit("last", "all", rows=len(self._embeddings["all"]))
+        while identifier_of("all") not in self._model.memory:
+            if not self._model.scheduler.is_coming(identifier_of("all")):
+                self._encode("all")
+            self._model.next_wake(request)
+        self._model.finish(request)
+
+    def end(self) -> None:
+        for peer in (*self._encoders, self._model):
+            peer.close()
+
+
+def _target(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:  # it was closed just now
+        return ""
+
+
+def _connection(descriptor: int) -> socket.socket | None:
+    """Return another descriptor of a TCP connection; None if it is something else, or closed."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return None
+        found = socket.socket(fileno=os.dup(descriptor))
+    except OSError:
+        return None
+    try:
+        if found.family == socket.AF_INET and found.type == socket.SOCK_STREAM:
+            found.getpeername()
+            return found
+    except OSError:
+        pass
+    found.close()
+    return None
+
+
+def _descriptors() -> Counter[str]:
+    """Return what is open."""
+    return Counter(_target(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd"))
+
+
+def _resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.timeout(300 + NUM_FAULTS)
+@pytest.mark.parametrize("connector", ["SharedMemoryConnector", "TcpConnector"])
+def test_random_faults_leave_no_wrong_byte_and_nothing_behind(connector: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "chiasm")  # what is logged is kept, with the frames of errors
+    descriptors, threads = _descriptors(), threading.active_count()
+    _run(connector, seed=7)
+    gc.collect()
+    assert _descriptors() - descriptors == Counter()
+    assert threading.active_count() <= threads
+
+
+def _run(connector: str, seed: int) -> None:
+    turmoil = Turmoil(connector, seed)
+    number = settled_bytes = 0
+    while turmoil.faults.total() < NUM_FAULTS:
+        turmoil.round(number)
+        number += 1
+        if not settled_bytes and turmoil.faults.total() > NUM_FAULTS // 5:
+            settled_bytes = _resident_bytes()
+    grown_bytes = _resident_bytes() - settled_bytes
+    turmoil.check_all_is_free()
+    turmoil.end()
+    print(f"\n{connector}: {number} requests, {dict(turmoil.faults)}, {grown_bytes >> 10} KiB more memory at the end")
+    assert grown_bytes < MAX_GROWTH_BYTES

@@ -1,0 +1,69 @@
+"""A proxy of several processes on one port."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator
+
+import httpx2 as httpx
+import psutil
+import pytest
+
+from tests.cli.running import Running
+from tests.launch.waiting import alive, eventually
+
+KEY = "operator" * 2
+ADMIN = {"Authorization": f"Bearer {KEY}"}
+NOBODY = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Two workers; the tests of this file share them, and the last of these ends them."""
+    arguments = ("--workers", "2", "--port", "0", "--admin-key", KEY, "--shutdown-timeout-seconds", "1")
+    with Running(tmp_path_factory.mktemp("workers"), "proxy", *arguments) as one:
+        one.wait_ready()
+        yield one
+
+
+def workers(running: Running) -> dict[str, psutil.Process]:
+    return {one.cmdline()[-1]: one for one in running.children if one.cmdline()[-1].startswith("worker-")}
+
+
+def metric(running: Running, name: str) -> dict[str, float]:
+    """Return a metric by worker."""
+    page = httpx.get(f"{running.wait_ready()}/metrics", headers=ADMIN, timeout=30).text
+    found = re.findall(rf'^{name}{{worker="(\d)"[^}}]*}} (\S+)$', page, re.MULTILINE)
+    return {worker: float(value) for worker, value in found}
+
+
+def test_the_metrics_are_those_of_all(running: Running) -> None:
+    assert metric(running, "chiasm_proxy_requests_in_flight") == {"0": 0, "1": 0}
+
+
+def test_an_instance_is_added_to_all_and_removed_from_all(running: Running) -> None:
+    url = f"{running.wait_ready()}/instances"
+    order = {"url": NOBODY, "role": "pd"}
+    assert httpx.post(url, json=order, timeout=30).status_code == 401
+    assert metric(running, "chiasm_proxy_instance_healthy") == {}
+    assert httpx.post(url, json=order, headers=ADMIN, timeout=30).status_code == 201
+    assert metric(running, "chiasm_proxy_instance_healthy") == {"0": 0, "1": 0}
+    assert httpx.request("DELETE", url, json=order, headers=ADMIN, timeout=30).status_code == 202
+    assert metric(running, "chiasm_proxy_instance_healthy") == {}
+
+
+def test_a_worker_that_dies_is_started_again(running: Running) -> None:
+    killed = workers(running)["worker-0"]
+    killed.kill()
+    assert eventually(lambda: workers(running).get("worker-0") not in (None, killed))
+    assert httpx.get(f"{running.wait_ready()}/livez", timeout=30).status_code == 200
+    assert eventually(lambda: metric(running, "chiasm_proxy_requests_in_flight").keys() == {"0", "1"})
+
+
+def test_sigterm_ends_all_of_them(running: Running) -> None:
+    children = running.children
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(30) == 0
+    assert not alive(children)
+    assert running.stdout == f"ready {running.wait_ready()}\n"

@@ -1,0 +1,126 @@
+"""The decoder computes what the layers of transformers compute, over the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from chiasm.bench import synthetic
+from chiasm.errors import UnsupportedModelError
+from chiasm.models import load_language, load_vision, products
+from chiasm.models.decoder import RMSNorm, Rotary, take_layers
+from chiasm.models.products import HAS_ONEDNN, Form, best_form, product, speed_up
+from tests.models.conftest import CPU, Loaded, sample_image
+from tests.models.driver import Driver
+
+NEEDS_ONEDNN = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch has no oneDNN")
+AVX2, AVX512, NATIVE = {"avx2"}, {"avx2", "avx512f"}, {"avx2", "avx512f", "avx512_bf16"}
+
+
+def test_rotations_are_those_of_transformers(loaded: Loaded) -> None:
+    module: Any = loaded.whole.get_decoder().rotary_emb
+    head_dim = loaded.language.head_dim
+    axes = 3 if loaded.family.startswith("qwen") else 1
+    positions = torch.randint(0, 4000, (axes, 50), generator=torch.Generator().manual_seed(0))
+    cos, sin = module(torch.zeros(1), positions[:, None] if axes == 3 else positions)
+    rotation = Rotary(module, head_dim, torch.float32)(positions)
+    half = head_dim // 2
+    assert torch.equal(rotation.cos[:, 0], cos[0])
+    assert torch.equal(rotation.sin[:, 0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_is_that_of_transformers(loaded: Loaded, dtype: torch.dtype) -> None:
+    module: Any = type(loaded.whole.get_decoder().norm)(64, eps=1e-5).to(dtype)
+    module.weight.data.normal_(1, 0.2, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    torch.testing.assert_close(RMSNorm.of(module)(rows), module(rows).detach())
+
+
+def test_fused_weights_take_no_more_memory(loaded: Loaded) -> None:
+    layer: Any = loaded.language.module.get_decoder().layers[0]  # type: ignore[operator]
+    attention = layer.self_attn
+    pieces = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    (address,) = {piece.untyped_storage().data_ptr() for piece in pieces}
+    assert address
+    assert pieces[0].untyped_storage().nbytes() == sum(piece.numel() for piece in pieces) * 4
+
+
+@pytest.mark.parametrize(("path", "name"), [("", "extra"), ("self_attn", "extra"), ("mlp", "extra")])
+def test_a_layer_with_a_part_that_is_not_known_is_refused(tmp_path: Path, path: str, name: str) -> None:
+    whole = Loaded("llava", synthetic.make("llava", tmp_path)).whole
+    decoder = whole.get_decoder()
+    decoder.layers[1].get_submodule(path).add_module(name, nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModelError, match="extra"):
+        take_layers(decoder)
+
+
+def test_the_form_of_products_follows_from_cpu_and_dtype() -> None:
+    packed = Form.PACKED if HAS_ONEDNN else Form.STRIPS
+    assert best_form(torch.float32, CPU, AVX512) is packed
+    assert best_form(torch.bfloat16, CPU, NATIVE) is (Form.PACKED if HAS_ONEDNN else Form.PLAIN)
+    assert best_form(torch.float32, CPU, AVX2) is Form.STRIPS
+    for dtype, device, flags in (
+        (torch.float32, CPU, set()),
+        (torch.bfloat16, CPU, AVX512),
+        (torch.float16, CPU, NATIVE),
+        (torch.float32, torch.device("cuda"), NATIVE),
+    ):
+        assert best_form(dtype, device, flags) is Form.PLAIN
+
+
+@NEEDS_ONEDNN
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_every_form_gives_the_same_product(rows: int, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias, inputs = torch.randn(700, 512), torch.randn(700) if has_bias else None, torch.randn(rows, 512)
+    with torch.inference_mode():
+        computed = {form: product(weight, bias, form) for form in Form}
+        expected = nn.functional.linear(inputs, weight, bias)
+        for compute, _ in computed.values():
+            torch.testing.assert_close(compute(inputs), expected, rtol=1e-4, atol=1e-4)
+    assert {form for form, (_, is_packed) in computed.items() if is_packed} == {Form.PACKED}
+
+
+def test_small_weights_stay_as_they_are() -> None:
+    assert not product(torch.zeros(256, 256), None, Form.PACKED)[1]
+
+
+@NEEDS_ONEDNN
+@pytest.mark.parametrize("flags", [AVX2, AVX512], ids=["strips", "packed"])
+def test_a_tower_keeps_its_results_in_every_form(flags: set[str]) -> None:
+    torch.manual_seed(0)
+    tower = nn.Sequential(nn.Linear(512, 768), nn.GELU(), nn.Linear(768, 512), nn.Linear(512, 4))
+    rows = torch.randn(2, 30, 512)
+    with torch.inference_mode():
+        expected = tower(rows)
+        speed_up(tower, flags)
+        torch.testing.assert_close(tower(rows), expected, rtol=1e-4, atol=1e-4)
+    assert [one.weight.numel() > 0 for one in tower if isinstance(one, nn.Linear)] == [
+        flags is AVX2,
+        flags is AVX2,
+        True,
+    ]
+
+
+@NEEDS_ONEDNN
+@pytest.mark.parametrize("flags", [AVX2, AVX512], ids=["strips", "packed"])
+def test_answers_stay_the_same_in_every_form_of_the_weights(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, flags: set[str]
+) -> None:
+    monkeypatch.setattr(products, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(products, "LEAST_BYTES", 0)
+    monkeypatch.setattr(products, "_STRIP", 24)
+    pixels = loaded.processor.preprocess(sample_image(1))
+    prompt = loaded.prompt([pixels])
+    expected = loaded.reference(prompt, [pixels], max_tokens=6)
+    vision = load_vision(loaded.folder, dtype=torch.float32, device=CPU)
+    language = load_language(loaded.folder, dtype=torch.float32, device=CPU)
+    weight = language.module.get_decoder().layers[0].self_attn.q_proj.weight  # type: ignore[operator]
+    assert (weight.numel() > 0) == (flags is AVX2)
+    assert Driver(language).generate(prompt, [vision.encode(pixels)], chunk=16, max_tokens=6) == expected
