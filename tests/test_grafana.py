@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
-import yaml
 
 from chiasm.engine.base import Engine
 from chiasm.proxy.fleet import Fleet
@@ -19,8 +20,8 @@ from chiasm.wire import Role
 from tests.server.fake_engine import FakeLanguageEngine
 
 ROOT = Path(__file__).parents[1]
-DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboard.json").read_text())
-ALERTS = yaml.safe_load((ROOT / "deploy/grafana/alerts.yaml").read_text())
+DASHBOARD: Any = json.loads((ROOT / "deploy/grafana/dashboard.json").read_text())
+ALERTS: Any = msgspec.yaml.decode((ROOT / "deploy/grafana/alerts.yaml").read_bytes())
 DOCS = (ROOT / "docs/metrics.md").read_text() + (ROOT / "docs/proxy.md").read_text()
 METRIC = re.compile(r"\bchiasm_\w+")
 LABELS_OF = re.compile(r"(chiasm_\w+)\{([^}]*)\}")

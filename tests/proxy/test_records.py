@@ -189,7 +189,7 @@ async def test_every_request_has_a_record(start: Start, images: Images) -> None:
     assert good["status"] == 200
     assert good["details"]["images"] == 1
     assert good["covered"] >= 0.98
-    assert {"read", "parse", "images", "fetch", "await encoder", "encode call", "prefill"} <= {
+    assert {"read", "parse", "images", "fetch", "await encoder", "encode call", "decode"} <= {
         span["name"] for span in good["spans"]
     }
     assert good["critical_path"]
