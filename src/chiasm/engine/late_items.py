@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable
-from typing import TYPE_CHECKING
 
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager, Rank
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import InvalidRequestError
 from chiasm.models.base import PromptItem
-
-if TYPE_CHECKING:
-    from chiasm.engine.scheduler import SchedulerConfig
 
 
 class LateItems:
@@ -23,9 +19,18 @@ class LateItems:
     """
 
     def __init__(
-        self, config: SchedulerConfig, block_manager: BlockManager, encoder_cache: EncoderCacheManager
+        self,
+        block_manager: BlockManager,
+        encoder_cache: EncoderCacheManager,
+        *,
+        max_num_batched_tokens: int,
+        min_text_before_item: int,
+        entry_bytes_per_row: int,
     ) -> None:
-        self._config = config
+        """The limits are those of the scheduler's configuration."""
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._min_text_before_item = min_text_before_item
+        self._entry_bytes_per_row = entry_bytes_per_row
         self._block_manager = block_manager
         self._encoder_cache = encoder_cache
         self._changes = 0
@@ -76,7 +81,7 @@ class LateItems:
 
     def entry_bytes(self, item: PromptItem) -> int:
         """Return the size of an item's embedding in the encoder cache."""
-        return len(item.geometry.rows) * self._config.entry_bytes_per_row
+        return len(item.geometry.rows) * self._entry_bytes_per_row
 
     def cached_prefix(self, sequence: Sequence) -> list[int]:
         """Return the prefix cache's blocks for the sequence, without its last token, which must run to make the logits."""
@@ -115,7 +120,7 @@ class LateItems:
     def _next_items(self, sequence: Sequence) -> list[PromptItem]:
         """Return the items that the next chunks of a prompt need."""
         start = self._next_token(sequence)
-        return sequence.items_between(start, start + self._config.max_num_batched_tokens)
+        return sequence.items_between(start, start + self._max_num_batched_tokens)
 
     # ---- what is missing --------------------------------------------------------------------------------------------
 
@@ -128,7 +133,7 @@ class LateItems:
         items = sequence.items_between(start, end)
         for item in items:
             if item.identifier not in self._encoder_cache:
-                is_little = item is items[0] and item.offset - start < self._config.min_text_before_item
+                is_little = item is items[0] and item.offset - start < self._min_text_before_item
                 return start if is_little else max(start, item.offset)
         return end
 

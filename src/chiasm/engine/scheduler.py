@@ -99,7 +99,13 @@ class Scheduler:
         """Sequences whose blocks are being filled from another instance; finished ones stay until that has ended."""
         self._left_behind: dict[str, list[int]] = {}
         """Blocks of finished sequences that decode instances still read, by request."""
-        self.items = LateItems(config, block_manager, encoder_cache)
+        self.items = LateItems(
+            block_manager,
+            encoder_cache,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            min_text_before_item=config.min_text_before_item,
+            entry_bytes_per_row=config.entry_bytes_per_row,
+        )
         self._computing: list[Sequence] | None = None
         """What ``_not_stalled`` has answered; None once a sequence has begun or ended to run since."""
         self._computing_at = 0
