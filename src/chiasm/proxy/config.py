@@ -22,6 +22,7 @@ _POSITIVE = (
     "deadline_seconds",
     "connect_timeout_seconds",
     "encode_timeout_seconds",
+    "encode_wait_seconds",
     "store_timeout_seconds",
     "max_encode_attempts",
     "max_prefill_attempts",
@@ -97,6 +98,13 @@ class ProxyConfig:
             max=0.5,
         ),
     ] = HEDGED_SHARE
+    encode_wait_seconds: Annotated[
+        float,
+        Option("How long images should wait for encoders at most; chiasm_fleet_desired_instances counts so many."),
+    ] = 0.5
+    scale_down_seconds: Annotated[
+        float, Option("Calm while after which chiasm_fleet_desired_instances counts one encoder fewer.")
+    ] = 300.0
     max_prefill_attempts: Annotated[int, Option("Maximum prefills per request, the first included.", min=1)] = 4
     """A prompt is prefilled again after a prefill instance is lost, and to resume after a decode instance is."""
     max_body_bytes: Annotated[int, Option("Maximum size of a request; a larger one gets 413.")] = 128 << 20
@@ -145,7 +153,7 @@ class ProxyConfig:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigurationError(f"{name} must be positive.")
-        for name in ("wait_for_instance_seconds", "shutdown_timeout_seconds"):
+        for name in ("wait_for_instance_seconds", "shutdown_timeout_seconds", "scale_down_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} must not be negative.")
         if self.store:

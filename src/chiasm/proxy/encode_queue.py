@@ -12,6 +12,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from chiasm.proxy.costs import InstanceCosts
 from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Choice, Device, Entry, Plan, Roster
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.hedging import HEDGED_SHARE, Hedging
@@ -36,6 +37,8 @@ _USUAL_PIXELS = 1 << 20
 """The size of image by which the speeds of encoders are compared."""
 _STEP_SHARE = 0.75
 _MOST_STEPS = 60.0
+_UNKNOWN = InstanceCosts()
+"""While there is no encoder."""
 _FIRST_WAIT_SECONDS = 0.05
 _LONGEST_WAIT_SECONDS = 0.5
 
@@ -269,6 +272,21 @@ class EncodeQueue:
         """Return what an image costs the fastest encoder; nothing if one has the embedding, or there is none."""
         roster, _ = self._roster(now)
         return 0.0 if roster.holders(item.identifier) else min(roster.seconds(item.pixels, now), default=0.0)
+
+    def outstanding_seconds(self, now: float) -> float:
+        """Return what all encoders together have to compute for the images that they have and those that wait."""
+        _, desks = self._roster(now)
+        left = sum(max(0.0, desk.free_at - max(now, desk.progressed_at)) for desk in desks)
+        return left + sum(self._cost(entry.item, now) for entry in self._waiting)
+
+    def cost(self, item: ItemWork, now: float) -> float:
+        """Return what encoding an image costs; nothing if an encoder has it already."""
+        roster, _ = self._roster(now)
+        return 0.0 if roster.holders(item.identifier) else self._cost(item, now)
+
+    def _cost(self, item: ItemWork, now: float) -> float:
+        roster, _ = self._roster(now)
+        return min(roster.seconds(item.pixels, now), default=0.0) or _UNKNOWN.encode_seconds(item.pixels, now)
 
     def is_at_encoder(self, identifier: str, now: float) -> bool:
         """Return whether a healthy encoder has an embedding in its memory, as far as is known."""

@@ -25,6 +25,7 @@ from chiasm.http.log_format import request_id
 from chiasm.http.timing import TimingEntry, duration_of, read_timing
 from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import EncodeQueue
+from chiasm.proxy.encoder_demand import EncoderDemand
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.flights import Call, Flight, none_left
 from chiasm.proxy.job import Job
@@ -65,6 +66,7 @@ class Encoders:
         prober: Prober,
         metrics: Metrics,
         queue: EncodeQueue,
+        demand: EncoderDemand,
         places: Places,
         comeback: Comeback,
         *,
@@ -77,6 +79,7 @@ class Encoders:
         self._prober = prober
         self._metrics = metrics
         self._queue = queue
+        self._demand = demand
         self._places = places
         self._timeout_seconds = timeout_seconds
         self._max_attempts = max_attempts
@@ -134,6 +137,7 @@ class Encoders:
                 )
                 flight = self._flights[item.identifier] = Flight(item, entry)
                 self._queue.add(entry)
+                self._demand.note(self._queue.cost(entry.item, asked_at), asked_at)
             else:
                 self._metrics.items.labels("joined").inc()
                 self._queue.hasten(flight.entry, job.due)

@@ -11,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from chiasm.http.limits import Refusals
 from chiasm.proxy.agreement import LANGUAGE_ROLES
+from chiasm.proxy.encode_queue import EncodeQueue
+from chiasm.proxy.encoder_demand import WINDOWS_SECONDS, EncoderDemand
 from chiasm.proxy.fleet import Fleet
 from chiasm.wire import InstanceState, Role
 
@@ -171,6 +173,39 @@ class Metrics:
     def render(self) -> bytes:
         """Return the page in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class DemandCollector(Collector):
+    """What the images that come ask of encoders, for whoever adds and removes them."""
+
+    def __init__(self, fleet: Fleet, images: EncodeQueue, demand: EncoderDemand) -> None:
+        self._fleet = fleet
+        self._images = images
+        self._demand = demand
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        now = time.monotonic()
+        outstanding = self._images.outstanding_seconds(now)
+        desired = GaugeMetricFamily(
+            "chiasm_fleet_desired_instances",
+            "Encoders that the images of this proxy need; add them up over proxies.",
+            labels=["role"],
+        )
+        desired.add_metric([Role.ENCODER.value], self._demand.desired(outstanding, now))
+        load = GaugeMetricFamily(
+            "chiasm_fleet_encode_load",
+            "Seconds of encoding that came to this proxy in each second of the last 10 or 60.",
+            labels=["window_seconds"],
+        )
+        for window in WINDOWS_SECONDS:
+            load.add_metric([f"{window:g}"], self._demand.load(window, now))
+        encoders = len(self._fleet.healthy(Role.ENCODER))
+        wait = GaugeMetricFamily(
+            "chiasm_fleet_encode_wait_seconds",
+            "Work that the encoders have yet to do for this proxy, for each of them.",
+            value=outstanding / max(1, encoders),
+        )
+        return (desired, load, wait)
 
 
 class _FleetCollector(Collector):

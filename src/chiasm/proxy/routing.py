@@ -22,6 +22,7 @@ from chiasm.media import Fetcher
 from chiasm.proxy.agreement import WHOLE_ROLES
 from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.encoder_demand import EncoderDemand
 from chiasm.proxy.encoders import Encoders
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.handover import Handover
@@ -31,7 +32,7 @@ from chiasm.proxy.key_check import KeyCheck
 from chiasm.proxy.kv_releases import KVReleases
 from chiasm.proxy.lost_embeddings import LostEmbeddings
 from chiasm.proxy.media import Item, read_items
-from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.metrics import DemandCollector, Metrics
 from chiasm.proxy.other_paths import media_refused
 from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
 from chiasm.proxy.places import Places
@@ -65,6 +66,8 @@ class Router:
         self._fleet = fleet
         self._metrics = metrics
         self._placement = Placement(fleet, config.hedged_share)
+        demand = EncoderDemand(config.encode_wait_seconds, config.scale_down_seconds)
+        metrics.registry.register(DemandCollector(fleet, self._placement.images, demand))
         comeback = Comeback(
             fleet, metrics, seconds=config.wait_for_instance_seconds, max_requests=config.max_waiting_requests
         )
@@ -88,6 +91,7 @@ class Router:
             prober,
             metrics,
             self._placement.images,
+            demand,
             self._places,
             comeback,
             timeout_seconds=config.encode_timeout_seconds,

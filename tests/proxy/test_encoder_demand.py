@@ -1,0 +1,97 @@
+"""How many encoders are desired, by what images cost and how long they wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from chiasm.proxy.encoder_demand import EncoderDemand
+
+from .conftest import Start, ask, image, image_bytes
+from .instances import FakeInstance
+
+CALM = 300.0
+
+
+def demand(wait_seconds: float = 0.5) -> EncoderDemand:
+    return EncoderDemand(wait_seconds, CALM)
+
+
+def feed(one: EncoderDemand, start: int, end: int, seconds: float) -> None:
+    """Images that cost so many seconds come each second."""
+    for now in range(start, end):
+        one.note(seconds, now)
+
+
+def test_one_is_enough_while_nothing_comes() -> None:
+    assert demand().desired(0.0, 0.0) == 1
+
+
+def test_the_load_is_what_came_in_a_window() -> None:
+    one = demand()
+    feed(one, 0, 60, 2.0)
+    assert one.load(60.0, 59.5) == pytest.approx(2.0)
+    feed(one, 60, 70, 8.0)
+    assert one.load(10.0, 69.5) == pytest.approx(8.0)
+    assert one.load(60.0, 69.5) == pytest.approx((50 * 2 + 10 * 8) / 60)
+
+
+def test_images_count_by_what_they_cost() -> None:
+    many, few = demand(), demand()
+    for now in range(60):
+        for _ in range(20):
+            many.note(0.1, now)
+        few.note(2.0, now)
+    assert many.desired(0.0, 59.5) == few.desired(0.0, 59.5) == 4  # 2 of 0.55
+
+
+def test_a_burst_asks_for_more_at_once() -> None:
+    one = demand()
+    feed(one, 0, 60, 0.5)
+    assert one.desired(0.0, 59.5) == 1
+    feed(one, 60, 70, 5.0)
+    assert one.desired(0.0, 69.5) == 6  # 5 of 0.85
+
+
+def test_what_waits_asks_for_more_whatever_came() -> None:
+    assert demand(wait_seconds=0.5).desired(3.2, 0.0) == 7
+
+
+def test_they_become_fewer_one_at_a_time_after_a_calm_while() -> None:
+    one = demand()
+    assert one.desired(2.0, 0.0) == 4
+    assert one.desired(0.0, CALM - 1) == 4
+    assert one.desired(0.0, CALM) == 3
+    assert one.desired(0.0, CALM + 1) == 3
+    assert one.desired(0.0, 2 * CALM) == 2
+
+
+def test_need_that_returns_begins_the_calm_while_anew() -> None:
+    one = demand()
+    assert one.desired(2.0, 0.0) == 4
+    assert one.desired(2.0, CALM - 1) == 4
+    assert one.desired(0.0, CALM + 1) == 4
+
+
+def test_it_remembers_no_more_than_the_longest_window() -> None:
+    one = demand()
+    feed(one, 0, 10_000, 1.0)
+    assert len(one._buckets) <= 62
+
+
+async def test_the_proxy_tells_the_load_of_its_images_and_the_encoders_that_they_need(start: Start) -> None:
+    front = await start([FakeInstance("encoder"), FakeInstance("pd")], encode_wait_seconds=1e-3)
+    assert await front.metric('chiasm_fleet_desired_instances{role="encoder"}') == 1
+    assert await front.metric('chiasm_fleet_encode_load{window_seconds="10"}') == 0
+    assert (await front.post(ask("x", image(image_bytes())))).status == 200
+    load = await front.metric('chiasm_fleet_encode_load{window_seconds="10"}')
+    assert load > 0
+    assert await front.metric('chiasm_fleet_encode_load{window_seconds="60"}') == pytest.approx(load / 6)
+    assert await front.metric("chiasm_fleet_encode_wait_seconds") == 0
+
+
+async def test_an_image_that_an_encoder_has_is_no_load(start: Start) -> None:
+    front = await start([FakeInstance("encoder"), FakeInstance("pd")])
+    await front.post(ask("x", image(image_bytes())))
+    load = await front.metric('chiasm_fleet_encode_load{window_seconds="60"}')
+    await front.post(ask("y", image(image_bytes())))
+    assert await front.metric('chiasm_fleet_encode_load{window_seconds="60"}') == load
