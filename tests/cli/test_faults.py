@@ -45,7 +45,7 @@ def test_a_port_in_use(command: list[str], checkpoint: Path) -> None:
 
 def test_no_instance_that_could_answer() -> None:
     assert "at least one PD or aggregated" in _one_line("serve", "demo", "--pds", "0", "--encoders", "0")
-    assert "at least one PD or aggregated instance" in _one_line("proxy", "--port", "0")
+    assert "at least one PD or aggregated" in _one_line("proxy", "--port", "0", "--encoder", "http://127.0.0.1:9")
 
 
 def test_prefill_without_decode() -> None:
@@ -64,7 +64,7 @@ def test_a_missing_cpu(checkpoint: Path) -> None:
 
 def test_an_encoder_without_a_folder_for_embeddings(checkpoint: Path) -> None:
     line = _one_line("instance", str(checkpoint), "--role", "encoder", "--port", "0")
-    assert "needs --shared-storage-path" in line
+    assert "needs shared_storage_path (--shared-storage-path)" in line
 
 
 def test_a_file_that_is_not_an_image(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ class Service:
         """Sum of a metric of one process over all its labels."""
         return sum(
             float(line.rsplit(" ", 1)[1])
-            for line in httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+            for line in httpx.get(f"{url}/metrics", headers=self._admin, timeout=10).text.splitlines()
             if line.startswith((f"{name} ", f"{name}{{"))
         )
 
@@ -140,7 +140,13 @@ class Service:
                 self.wait_until(partial(_all_blocks_free, url))
 
     def health(self) -> list[dict[str, Any]]:
-        return list(httpx.get(f"{self.url}/health", timeout=10).json()["instances"])
+        return list(httpx.get(f"{self.url}/health", headers=self._admin, timeout=10).json()["instances"])
+
+    @property
+    def _admin(self) -> dict[str, str]:
+        """What makes the proxy take a request for its operator's."""
+        key = self.deployment.config.admin_key
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         end = time.monotonic() + seconds

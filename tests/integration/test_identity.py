@@ -106,7 +106,7 @@ def test_items_are_accounted_for_in_the_answer(disaggregated: Service) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_record_of_a_request_covers_its_time_to_the_first_token(disaggregated: Service, stream: bool) -> None:
-    body = chat("first", sample_image(71 + stream), "second", sample_image(73 + stream), stream=stream)
+    body = chat("first", sample_image(7101 + stream), "second", sample_image(7103 + stream), stream=stream)
     name = f"record-{stream}"
     assert disaggregated.post(body, headers={"X-Request-Id": name}).status_code == 200
     record = httpx.get(f"{disaggregated.url}/requests/{name}", timeout=10).json()

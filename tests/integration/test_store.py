@@ -67,7 +67,7 @@ def outcome(name: str) -> str:
 
 def counted(service: Service, name: str) -> float:
     """One sample of the proxy, with its labels."""
-    for line in httpx.get(f"{service.url}/metrics", timeout=10).text.splitlines():
+    for line in httpx.get(f"{service.url}/metrics", headers=ADMIN, timeout=10).text.splitlines():
         if line.startswith(f"{name} "):
             return float(line.rpartition(" ")[2])
     return 0.0
