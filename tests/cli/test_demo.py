@@ -47,7 +47,8 @@ def test_a_wrong_answer_ends_with_exit_code_1(checkpoint: Path) -> None:
     done = run("demo", "--model", str(checkpoint))
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("(WRONG, it is: ") == 3
-    assert "encoded 1 image in" in done.stdout
+    # An answer may begin before the encoder has told how long it took.
+    assert "encoded 1 image in" in done.stdout or "had the embedding already" in done.stdout
     assert "encoded 2 images in" in done.stdout
 
 

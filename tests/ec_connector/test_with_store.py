@@ -243,8 +243,8 @@ def test_memory_is_bounded_and_what_is_needed_first_makes_its_way(
     consumer.wait()
     assert consumer.reads.reads == 2
     consumer.scheduler.build_connector_meta()
-    consumer.scheduler.has_cache_item(NAMES[0])  # what is asked for first in the next round is needed first
-    consumer.wait()
+    while not consumer.scheduler.has_cache_item(NAMES[0]):  # what is asked for first in a round is needed first
+        consumer.wait()
     assert torch.equal(consumer.load(first)[NAMES[0]], tensor(NAMES[0]))
     assert set(consumer.get(later)) == set(NAMES[1:5])
     consumer.close()
