@@ -268,11 +268,6 @@ class EncodeQueue:
             return list(self._waiting)
         return [entry for entry in self._waiting[:_EXAMINED] if healthy <= entry.failed_at]
 
-    def least_seconds(self, item: ItemWork, now: float) -> float:
-        """Return what an image costs the fastest encoder; nothing if one has the embedding, or there is none."""
-        roster, _ = self._roster(now)
-        return 0.0 if roster.holders(item.identifier) else min(roster.seconds(item.pixels, now), default=0.0)
-
     def outstanding_seconds(self, now: float) -> float:
         """Return what all encoders together have to compute for the images that they have and those that wait."""
         _, desks = self._roster(now)
@@ -280,7 +275,7 @@ class EncodeQueue:
         return left + sum(self._cost(entry.item, now) for entry in self._waiting)
 
     def cost(self, item: ItemWork, now: float) -> float:
-        """Return what encoding an image costs; nothing if an encoder has it already."""
+        """Return what an image costs the fastest encoder; nothing if one has the embedding."""
         roster, _ = self._roster(now)
         return 0.0 if roster.holders(item.identifier) else self._cost(item, now)
 

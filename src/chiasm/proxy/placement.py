@@ -100,7 +100,7 @@ class Placement:
         seconds = per_token * self._tokens(language[0], work, now) if language else 0.0
         for item in work.items:
             if self._fleet.healthy(Role.ENCODER):
-                seconds += self.images.least_seconds(item, now)
+                seconds += self.images.cost(item, now)
             else:
                 seconds += min((one.costs.encode_seconds(item.pixels, now) for one in language), default=0.0)
         return due(work.arrival, seconds)
