@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if " at 0x" in item.nodeid:
             raise pytest.UsageError(f"{item.nodeid} has an address in its name; give its parameters ids.")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_in_the_repository() -> Iterator[None]:
+    """A test writes into folders of its own, not into the one in which it was started."""
+    before = _visible_names()
+    yield
+    assert _visible_names() <= before, "A test left these behind in the repository."
+
+
+def _visible_names() -> set[str]:
+    return {path.name for path in Path(__file__).parents[1].iterdir() if not path.name.startswith(".")}
