@@ -14,8 +14,8 @@ from chiasm import checkpoints
 from chiasm.engine.attention import KVCache
 from chiasm.engine.model_runner import ModelRunner
 from chiasm.engine.request import SamplingParams
-from chiasm.engine.scheduler import ScheduledSequence, Step
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.step import ScheduledSequence, Step
 from chiasm.models import load_language
 from chiasm.models.base import Prompt
 

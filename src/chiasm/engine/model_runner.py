@@ -15,8 +15,8 @@ from chiasm.engine.attention import AttentionStep, KVCache, PrefillSegment, deco
 from chiasm.engine.grammar import Allowed, GrammarError, Masks, Matchers
 from chiasm.engine.logit_changes import LogitChanges
 from chiasm.engine.sampler import Sampled, SamplingInput, sample
-from chiasm.engine.scheduler import ScheduledSequence, Step
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.step import ScheduledSequence, Step
 from chiasm.models.base import LanguageModel, Positions
 
 if TYPE_CHECKING:
