@@ -9,8 +9,9 @@ from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 from chiasm.engine.local_encoder import choose
 from chiasm.engine.request import SamplingParams
-from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
+from chiasm.engine.scheduler import Scheduler, SchedulerConfig
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.step import Step
 from chiasm.models.base import ItemGeometry, Prompt, PromptItem
 
 BYTES_PER_ROW = 10

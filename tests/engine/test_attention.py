@@ -64,13 +64,13 @@ def test_one_long_request_beside_many_short_ones_gathers_little_more_than_each_n
     sizes = _Gathered()
     with sizes:
         _attend(step, query)
-    assert sizes.slots <= 2 * MOST_PADDING * sum(lengths)  # keys and values
+    assert sizes.slots <= MOST_PADDING * sum(lengths)
 
 
 def test_rows_of_different_lengths_get_what_each_gets_alone() -> None:
     lengths = [3000, 2900, 700, 40, 39, 1]
     step, query, slots = _decode_step(lengths, num_blocks=500)
-    assert [len(group.slots) for group in step.decodes] == [4, 2]
+    assert [group.size for group in step.decodes] == [4, 2]
     together = _attend(step, query)
     for row, seen in enumerate(slots):
         alone = AttentionStep(step.cache, torch.zeros(0, dtype=torch.int64), [], decode_groups([seen], CPU))
@@ -105,8 +105,8 @@ def _decode_step(lengths: list[int], *, num_blocks: int) -> tuple[AttentionStep,
 
 
 def _attend(step: AttentionStep, query: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    nothing = torch.empty(0, KV_HEADS, HEAD_DIM)
-    return step.attend(0, query, nothing, nothing, scaling=HEAD_DIM**-0.5, window=window)
+    nothing = torch.empty(0, 2 * KV_HEADS, HEAD_DIM)
+    return step.attend(0, query, nothing, scaling=HEAD_DIM**-0.5, window=window)
 
 
 class _Gathered(TorchFunctionMode):

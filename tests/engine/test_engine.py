@@ -22,7 +22,7 @@ from chiasm.engine.inbox import MAX_TAKEN
 from chiasm.engine.request import GenerateRequest, ItemOutcome
 from chiasm.engine.request_state import RequestState
 from chiasm.engine.sampler import Sampled
-from chiasm.engine.scheduler import Step
+from chiasm.engine.step import Step
 from chiasm.errors import (
     ChiasmError,
     ConfigurationError,
@@ -433,7 +433,7 @@ async def test_requests_are_handled_a_few_at_a_time_so_that_streams_go_on(
 ) -> None:
     instance = start(Role.AGGREGATED)
     events: list[str] = []
-    add, execute = instance.engine._add, instance.engine._runner.execute
+    add, execute = instance.engine._loop._add, instance.engine._runner.execute
 
     def noted_add(state: RequestState) -> None:
         events.append("add")
@@ -443,7 +443,7 @@ async def test_requests_are_handled_a_few_at_a_time_so_that_streams_go_on(
         events.append("step")
         return execute(step, entries)
 
-    monkeypatch.setattr(instance.engine, "_add", noted_add)
+    monkeypatch.setattr(instance.engine._loop, "_add", noted_add)
     monkeypatch.setattr(instance.engine._runner, "execute", noted_execute)
     await asyncio.gather(*(instance.ask("hello", max_tokens=2) for _ in range(3 * MAX_TAKEN)))
     in_a_row = [len(list(group)) for event, group in itertools.groupby(events) if event == "add"]

@@ -14,12 +14,12 @@ from chiasm import checkpoints
 from chiasm.engine.attention import KVCache
 from chiasm.engine.model_runner import ModelRunner
 from chiasm.engine.request import SamplingParams
-from chiasm.engine.scheduler import ScheduledSequence, Step
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.step import ScheduledSequence, Step
 from chiasm.models import load_language
 from chiasm.models.base import Prompt
 
-MOST_OPERATORS = 184
+MOST_OPERATORS = 158
 """Of the model in a step that decodes, with the demo checkpoint's four layers."""
 WAITS = ("aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.is_nonzero", "aten.masked_select")
 """Operators after which a GPU has to be waited for."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from chiasm.engine.sampler import Sampled
-from chiasm.engine.scheduler import Step
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.step import Step
 from chiasm.engine.step_faults import run_step
 from tests.engine.driver import Driver, prompt
 

@@ -13,6 +13,7 @@ import pytest
 from chiasm.errors import ConfigurationError
 from chiasm.kv_transfer import KVTransferRole
 from chiasm.kv_transfer.messages import (
+    PROTOCOL_VERSION,
     Claim,
     Copied,
     Granted,
@@ -94,7 +95,7 @@ def test_a_copy_that_ended_after_the_lease_is_not_whole(prefill: Instance, greet
 def test_another_version_is_refused(consumer: RawConsumer) -> None:
     answer = consumer.greet(consumer.hello(version=99))
     assert isinstance(answer, Unwelcome)
-    assert "version 2" in answer.reason
+    assert f"version {PROTOCOL_VERSION}" in answer.reason
     assert "99" in answer.reason
     assert consumer.is_closed()
 

@@ -79,11 +79,13 @@ def test_the_form_of_products_follows_from_cpu_and_dtype() -> None:
 def test_every_form_gives_the_same_product(rows: int, has_bias: bool) -> None:
     torch.manual_seed(0)
     weight, bias, inputs = torch.randn(700, 512), torch.randn(700) if has_bias else None, torch.randn(rows, 512)
+    onto = torch.randn(rows, 700)
     with torch.inference_mode():
         computed = {form: product(weight, bias, form) for form in Form}
         expected = nn.functional.linear(inputs, weight, bias)
         for compute, _ in computed.values():
             torch.testing.assert_close(compute(inputs), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(compute(inputs, onto.clone()), onto + expected, rtol=1e-4, atol=1e-4)
     assert {form for form, (_, is_packed) in computed.items() if is_packed} == {Form.PACKED}
 
 

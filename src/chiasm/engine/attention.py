@@ -34,10 +34,10 @@ MOST_SLOTS = 1 << 16
 class KVCache:
     """Keys and values of all layers, in ``num_blocks`` blocks of ``block_size`` token slots.
 
-    A block is one piece of memory, ``[num_layers, 2, block_size, num_kv_heads, head_dim]``, so that moving a block moves one
-    piece. ``keys[layer]`` and ``values[layer]`` are ``[slots, num_kv_heads, head_dim]``, views that begin where that
-    layer's part of block 0 begins; in each of them token ``i`` of a request is at slot
-    ``block_ids[i // block_size] * slots_per_block + i % block_size``.
+    A block is one piece of memory, ``[num_layers, block_size, 2, num_kv_heads, head_dim]``, so that moving a block moves one
+    piece, and the key and the value of a token are written and read together. ``layers[layer]`` is
+    ``[slots, 2 * num_kv_heads, head_dim]``, keys before values, a view that begins where that layer's part of block 0 begins;
+    in each of them token ``i`` of a request is at slot ``block_ids[i // block_size] * slots_per_block + i % block_size``.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class KVCache:
         """
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.slots_per_block = 2 * language.num_layers * block_size
+        self.slots_per_block = language.num_layers * block_size
         num_bytes = num_blocks * self.bytes_per_block(language, block_size)
         try:
             # Zeros, not empty: padded rows of a decode batch read slot 0 under a mask, and NaN would survive the mask.
@@ -68,15 +68,14 @@ class KVCache:
             ) from error
         self.blocks = memory.view(num_blocks, -1)
         """uint8 ``[num_blocks, bytes_per_block]``: the same memory."""
-        slots = memory.view(language.dtype).view(-1, language.num_kv_heads, language.head_dim)
-        self.keys = [slots[2 * layer * block_size :] for layer in range(language.num_layers)]
-        self.values = [slots[(2 * layer + 1) * block_size :] for layer in range(language.num_layers)]
+        slots = memory.view(language.dtype).view(-1, 2 * language.num_kv_heads, language.head_dim)
+        self.layers = [slots[layer * block_size :] for layer in range(language.num_layers)]
 
     @staticmethod
     def bytes_per_block(language: LanguageModel, block_size: int) -> int:
         """Return the size of one block: keys and values of all layers."""
-        slot_bytes = language.num_kv_heads * language.head_dim * language.dtype.itemsize
-        return 2 * language.num_layers * block_size * slot_bytes
+        slot_bytes = 2 * language.num_kv_heads * language.head_dim * language.dtype.itemsize
+        return language.num_layers * block_size * slot_bytes
 
 
 def zeroed(num_bytes: int, device: torch.device) -> Tensor:
@@ -111,13 +110,15 @@ class PrefillSegment:
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Decoding requests of similar length, which are computed together: rows ``[start, start + B)`` of the step."""
+    """Decoding requests of similar length, which are computed together: rows ``[start, start + size)`` of the step."""
 
     start: int
+    size: int
+    longest: int
     slots: Tensor
-    """int64 ``[B, longest]``: the slots that each request attends to, its own included, padded with 0."""
+    """int64 ``[size * longest]``: the slots that each request attends to, its own included, padded with 0."""
     lengths: Tensor
-    """int64 ``[B]``: how many of them are not padding."""
+    """int64 ``[size]``: how many of them are not padding."""
     is_even: bool
     """Whether nothing is padding."""
 
@@ -157,7 +158,9 @@ def decode_groups(slots: Sequence[NDArray[np.int64]], device: torch.device) -> l
         groups.append(
             DecodeGroup(
                 start,
-                torch.from_numpy(table).to(device),
+                size,
+                longest,
+                torch.from_numpy(table.reshape(-1)).to(device),
                 torch.from_numpy(lengths).to(device),
                 len(members[-1]) == longest,
             )
@@ -177,51 +180,41 @@ class AttentionStep:
     decodes: Sequence[DecodeGroup] = ()
     _masks: dict[object, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, fresh: Tensor, *, scaling: float, window: int | None) -> Tensor:
         """Write the step's keys and values to the cache, and attend to it."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.index_copy_(0, self.slots, key)
-        values.index_copy_(0, self.slots, value)
-        attended = [self._decode(group, query, keys, values, scaling, window) for group in self.decodes]
-        attended += [
-            self._prefill(segment, query, (key, value), (keys, values), scaling, window) for segment in self.prefills
-        ]
+        cached = self.cache.layers[layer]
+        cached.index_copy_(0, self.slots, fresh)
+        attended = [self._decode(group, query, cached, scaling, window) for group in self.decodes]
+        attended += [self._prefill(segment, query, fresh, cached, scaling, window) for segment in self.prefills]
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
-    def _decode(
-        self, group: DecodeGroup, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
-        batch, longest = group.slots.shape
-        flat = group.slots.view(-1)
-        num_kv_heads, head_dim = keys.shape[1:]
-        shape = (batch, longest, num_kv_heads, head_dim)
+    def _decode(self, group: DecodeGroup, query: Tensor, cached: Tensor, scaling: float, window: int | None) -> Tensor:
+        _, heads, head_dim = cached.shape
+        seen = cached.index_select(0, group.slots).view(group.size, group.longest, heads, head_dim).transpose(1, 2)
+        key, value = torch.split_with_sizes(seen, (heads // 2, heads // 2), 1)
         # Query heads that share a KV head are rows of one small attention, so the cache is never repeated.
-        rows = query if batch == len(query) else query[group.start : group.start + batch]
+        rows = query if group.size == len(query) else query[group.start : group.start + group.size]
         attended = scaled_dot_product_attention(
-            rows.reshape(batch, num_kv_heads, -1, head_dim),
-            keys.index_select(0, flat).view(shape).transpose(1, 2),
-            values.index_select(0, flat).view(shape).transpose(1, 2),
+            rows.reshape(group.size, heads // 2, -1, head_dim),
+            key,
+            value,
             attn_mask=None if group.is_even and window is None else self._decode_mask(group, window, query.dtype),
             scale=scaling,
         )
-        return attended.reshape(batch, -1)
+        return attended.reshape(group.size, -1)
 
     def _prefill(
         self,
         segment: PrefillSegment,
         query: Tensor,
-        fresh: tuple[Tensor, Tensor],
-        cached: tuple[Tensor, Tensor],
+        fresh: Tensor,
+        cached: Tensor,
         scaling: float,
         window: int | None,
     ) -> Tensor:
         rows = slice(segment.start, segment.end)
-        if segment.num_context == 0:
-            key, value = (part[rows] for part in fresh)
-        else:
-            key, value = (part.index_select(0, segment.slots) for part in cached)
+        seen = fresh[rows] if segment.num_context == 0 else cached.index_select(0, segment.slots)
+        key, value = seen.chunk(2, dim=1)
         causal = segment.num_context == 0 and (window is None or segment.num_rows <= window)
         attended = scaled_dot_product_attention(
             query[rows].transpose(0, 1)[None],
@@ -238,7 +231,7 @@ class AttentionStep:
         """Return the additive mask ``[B, 1, 1, longest]``, made once per step, group and window."""
         key = ("decode", group.start, window)
         if key not in self._masks:
-            index = torch.arange(group.slots.shape[1], device=group.slots.device)
+            index = torch.arange(group.longest, device=group.slots.device)
             length = group.lengths[:, None]
             visible = index < length
             if window is not None:

@@ -17,8 +17,9 @@ from chiasm.ec_transfer import ECConnector
 from chiasm.engine.local_encoder import LocalEncoder
 from chiasm.engine.request import ItemOutcome, ItemTiming
 from chiasm.engine.request_state import RequestState
-from chiasm.engine.scheduler import Scheduler, Step
+from chiasm.engine.scheduler import Scheduler
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.step import Step
 from chiasm.errors import ChiasmError, EmbeddingUnavailableError
 from chiasm.models.base import PromptItem
 from chiasm.wire import ECPlace

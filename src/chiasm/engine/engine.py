@@ -1,21 +1,18 @@
-"""The engine of an instance with a language model: a thread that plans a step, runs it, and sends what it sampled."""
+"""The engine of an instance with a language model: what it consists of, and what the event loop calls."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import math
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import replace
 
 from msgspec import structs
 
-from chiasm.cores import lower_priority, lower_session_priority
+from chiasm.cores import lower_session_priority
 from chiasm.engine.attention import KVCache
 from chiasm.engine.base import Engine
 from chiasm.engine.block_manager import BlockManager
@@ -33,22 +30,19 @@ from chiasm.engine.embeddings import Embeddings
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 from chiasm.engine.inbox import Abort, GiveBack, Inbox, Question, Signal
 from chiasm.engine.kv_transfers import KVTransfers
-from chiasm.engine.local_encoder import HIGH_PRIORITY, LocalEncoder, on_stream
+from chiasm.engine.local_encoder import LocalEncoder
 from chiasm.engine.model_runner import ModelRunner
-from chiasm.engine.pace import PrefillPace
-from chiasm.engine.request import MAX_CHOICES, EngineStats, GenerateRequest, ItemOutcome, Output
-from chiasm.engine.request_state import RequestState, deliver, hash_tokens
-from chiasm.engine.sampler import Sampled
-from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
-from chiasm.engine.step_faults import run_step
-from chiasm.errors import ChiasmError, Code, InvalidRequestError, KVUnavailableError
+from chiasm.engine.request import MAX_CHOICES, EngineStats, GenerateRequest, Output
+from chiasm.engine.request_state import RequestState, hash_tokens
+from chiasm.engine.scheduler import Scheduler, SchedulerConfig
+from chiasm.engine.step_loop import StepLoop
+from chiasm.errors import ChiasmError
 from chiasm.kv_transfer import KVConnector, KVConnectorFactory, KVConnectorRole, KVTransferConfig, KVTransferRole
 from chiasm.models import load_language, load_vision
 from chiasm.wire import ECPlace, Role
 
 logger = logging.getLogger(__name__)
 
-DEADLINE_CHECK_SECONDS = 0.02
 _INLINE_TOKENS = 512
 """Up to so many tokens, hashing a prompt takes two tenths of a millisecond at most."""
 _KV_ROLES = {Role.PREFILL: KVTransferRole.PRODUCER, Role.DECODE: KVTransferRole.CONSUMER}
@@ -60,8 +54,8 @@ class LanguageEngine(Engine):
     A prefill engine ends each request after one token and leaves the prompt's KV for a decode engine, which continues from
     it.
 
-    ``generate`` runs on the event loop, everything else of a request on the engine's thread. Between them are an inbox and
-    one queue of outputs per request.
+    ``generate`` runs on the event loop, everything else of a request on the engine's thread (:class:`StepLoop`). Between them
+    are an inbox and one queue of outputs per request.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -75,15 +69,8 @@ class LanguageEngine(Engine):
             )
         super().__init__(config)
         self._inbox = Inbox()
-        self._states: dict[str, RequestState] = {}
-        self._questions: list[Question] = []
-        self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
         self._kv_transfers: KVTransfers | None = None
-        self._next_deadline_check = 0.0
-        self._stalls_measured_at = -1
-        self._prompt_tokens = 0
-        self._generation_tokens = 0
 
     # ---- life ---------------------------------------------------------------------------------------------------------
 
@@ -107,10 +94,9 @@ class LanguageEngine(Engine):
             allocate=None if kv_connectors is None else kv_connectors[1].allocate_kv_cache,
         )
         self._runner = ModelRunner(self._language, kv_cache, self.processor.eos_token_ids)
-        self._worker = self._core_share.worker()
-        self._worker.follow(self._language.module)
+        worker = self._core_share.worker()
+        worker.follow(self._language.module)
         costs = language_costs(self.processor, self._runner, self.max_model_len)
-        self._pace = PrefillPace(costs.prefill_seconds_per_token)
         if encoder is not None:
             costs = structs.replace(costs, images=image_costs(self.processor, self.device, encoder.encode))
             encoder.start(costs)
@@ -137,6 +123,19 @@ class LanguageEngine(Engine):
         if kv_connectors is not None:
             self._kv_transfers = KVTransfers(self._scheduler, kv_connectors)
             self._kv_transfers.start(kv_cache, self._language, lambda: self._inbox.put(Signal.WAKE))
+        self._loop = StepLoop(
+            config,
+            self._inbox,
+            processor=self.processor,
+            max_model_len=self.max_model_len,
+            device=self.device,
+            costs=costs,
+            scheduler=self._scheduler,
+            embeddings=self._embeddings,
+            kv_transfers=self._kv_transfers,
+            runner=self._runner,
+            worker=worker,
+        )
         logger.info(
             "The %s engine is ready: %s on %s, %d KV blocks of %d tokens, a context of %d tokens.",
             config.role,
@@ -146,7 +145,7 @@ class LanguageEngine(Engine):
             config.block_size,
             self.max_model_len,
         )
-        self._thread = threading.Thread(target=self._run, name="chiasm-engine", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run, name="chiasm-engine", daemon=True)
         self._thread.start()
 
     def _connect_kv(self, config: KVTransferConfig) -> tuple[KVConnector, KVConnector]:
@@ -244,7 +243,7 @@ class LanguageEngine(Engine):
             raise ChiasmError("The engine of this instance has stopped; restart the instance.")
         prompt, params = request.prompt, request.kv_transfer_params
         given = [] if params is None else params.output_token_ids
-        assert request.request_id not in self._states
+        assert request.request_id not in self._loop.states
         assert 1 <= request.num_choices <= MAX_CHOICES
         assert len(prompt.items) <= self.config.max_items
         assert 0 < len(prompt.token_ids) < self.max_model_len
@@ -263,13 +262,13 @@ class LanguageEngine(Engine):
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_stalled=sum(1 for state in list(self._states.values()) if state.stalled_since is not None),
+            num_stalled=sum(1 for state in list(self._loop.states.values()) if state.stalled_since is not None),
             kv_blocks_total=blocks.num_blocks,
             kv_blocks_used=blocks.num_blocks - blocks.num_free,
             prefix_cache_query_tokens=scheduler.prefix_query_tokens,
             prefix_cache_hit_tokens=scheduler.prefix_hit_tokens,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
+            prompt_tokens=self._loop.prompt_tokens,
+            generation_tokens=self._loop.generation_tokens,
             preemptions=scheduler.num_preemptions,
             items=dict(embeddings.outcomes),
             item_wait_seconds=embeddings.wait_seconds,
@@ -282,261 +281,4 @@ class LanguageEngine(Engine):
         )
 
     def outstanding_seconds(self) -> float:
-        if self._thread is None:
-            return 0.0
-        sequences = [one for state in list(self._states.values()) for one in state.sequences]
-        tokens = sum(max(0, one.num_prompt - one.num_computed) for one in sequences if not one.finished)
-        return tokens * self._pace.seconds_per_token
-
-    # ---- the engine's thread ------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        lower_priority(self.config.nice)
-        use_threads(self.config.threads)
-        # Only where this process encodes too: the threads that move KV rely on the default stream.
-        encodes = self.config.role is Role.AGGREGATED
-        with on_stream(self.device, HIGH_PRIORITY) if encodes else nullcontext():
-            self._serve()
-        self._fail_all(list(self._states.values()), "The engine of this instance stopped while the request ran.")
-        self._answer_questions()
-
-    def _serve(self) -> None:
-        """Run steps until the engine has to stop."""
-        idle = True
-        while self._take_inbox(wait=idle):
-            try:
-                self._check_deadlines()
-                self._collect_transfers()
-                for state, failure in self._embeddings.update(self._states):
-                    self._fail(state, failure)
-                self._embeddings.encode(self._states)
-                self._answer_questions()
-                self._measure_stalls()
-                idle = not self._step()
-            except Exception as error:
-                # An error that a step does not handle itself costs the requests that are here, not the instance.
-                logger.exception("Planning a step failed; its %d requests fail with it.", len(self._states))
-                self._fail_all(list(self._states.values()), f"The engine failed: {type(error).__name__}.")
-                self._embeddings.forget_unfilled()
-                idle = True
-
-    def _take_inbox(self, *, wait: bool) -> bool:
-        """Handle some of the inbox; with ``wait``, sleep until a message comes, a request is overdue, or a lost item is wanted.
-
-        Return False if the engine has to stop.
-        """
-        for message in self._inbox.take(self._idle_seconds() if wait else 0.0):
-            match message:
-                case Signal.STOP:
-                    return False
-                case Abort(request_id) if request_id in self._states:
-                    self._forget(self._states[request_id])
-                case Signal.ITEM:
-                    self._embeddings.look_again()
-                case Question():
-                    self._questions.append(message)
-                case GiveBack(leases) if self._kv_transfers is not None:
-                    self._kv_transfers.give_back(leases)
-                case RequestState():
-                    self._add(message)
-        return True
-
-    def _idle_seconds(self) -> float | None:
-        """Return how long there is nothing to do if no message comes; None if there is no end to it."""
-        deadlines = [state.request.deadline for state in self._states.values()]
-        to_check = max(min(deadlines), self._next_deadline_check) - time.monotonic() if deadlines else None
-        if to_check is not None and self._kv_transfers is not None:
-            to_check = min(to_check, DEADLINE_CHECK_SECONDS)  # KV connectors may wake the engine, but need not
-        ends = [seconds for seconds in (to_check, self._embeddings.seconds_to_update) if seconds is not None]
-        return max(0.0, min(ends)) if ends else None
-
-    def _add(self, state: RequestState) -> None:
-        request, params = state.request, state.request.kv_transfer_params
-        state.make_choices(
-            self._arrivals,
-            processor=self.processor,
-            block_size=self.config.block_size,
-            max_model_len=self.max_model_len,
-            seconds_per_token=self._pace.seconds_per_token,
-        )
-        try:
-            if self.config.role is Role.DECODE:
-                assert self._kv_transfers is not None
-                self._kv_transfers.admit(state)
-            self._scheduler.add(state.sequences)
-        except ChiasmError as error:
-            if self._kv_transfers is not None:
-                self._kv_transfers.drop(request)
-            deliver([(state, error)])
-            return
-        self._states[request.request_id] = state
-        if self.config.role is not Role.DECODE:
-            self._prompt_tokens += len(request.prompt.token_ids)
-            try:
-                self._embeddings.admit(state)
-            except Exception as error:
-                logger.exception("The EC connector failed on a request, which fails with it.")
-                self._fail(state, ChiasmError(f"The EC connector failed: {type(error).__name__}."))
-                return
-        if params is not None and params.output_token_ids:
-            outputs = state.choices[0].resume()
-            deliver((state, output) for output in outputs)
-            if outputs[-1].finish_reason is not None:
-                self._forget(state)
-
-    def _answer_questions(self) -> None:
-        if not self._questions:
-            return
-        questions, self._questions = self._questions, []
-        missing = self._embeddings.missing()
-        for loop, answer in questions:
-            with suppress(RuntimeError):  # the event loop was closed
-                loop.call_soon_threadsafe(_settle, answer, missing)
-
-    def _collect_transfers(self) -> None:
-        """See which KV transfers have ended, and begin those that were noted since."""
-        if self._kv_transfers is not None:
-            for state, error in self._kv_transfers.collect(self._states):
-                self._fail(state, error)
-            self._kv_transfers.flush()
-
-    def _measure_stalls(self) -> None:
-        if self._stalls_measured_at == self._scheduler.items.changes:
-            return
-        self._stalls_measured_at = self._scheduler.items.changes
-        now = time.monotonic()
-        for state in self._states.values():
-            if state.timing.items and state.timing.first_token_seconds is None:
-                state.note_stalled(self._scheduler.items.is_stalled(state.sequences[0]), now)
-
-    # ---- a step -------------------------------------------------------------------------------------------------------
-
-    def _step(self) -> bool:
-        """Plan a step, run it, and send what it sampled. Return False if there was nothing to run."""
-        step = self._scheduler.schedule()
-        self._embeddings.drop_evicted()
-        self._start_loads(step)
-        if not step.scheduled:
-            return bool(step.preempted)
-        self._fail_in(step, self._embeddings.unusable(step, self._states))
-        self._note_scheduled(step)
-        if not step.scheduled:
-            return True
-        started = time.monotonic()
-        result = run_step(self._execute, step)
-        if step.prefills:
-            self._pace.note(step.num_rows, time.monotonic() - started)
-        self._fail_in(step, [(self._states[part.sequence.request_id], error) for part, error in result.failed])
-        self._scheduler.complete(step, {name: token.token_id for name, token in result.sampled.items()})
-        self._send(step, result.sampled)
-        return True
-
-    def _execute(self, step: Step) -> dict[str, Sampled]:
-        with self._worker.computing(self._seconds_of(step)):
-            return self._runner.execute(step, self._embeddings.entries)
-
-    def _seconds_of(self, step: Step) -> float:
-        """Return about what the step takes on one core."""
-        assert self.costs is not None
-        rows = step.num_rows * self.costs.prefill_seconds_per_token
-        return max(rows, self.costs.decode_step_seconds) if rows else math.inf
-
-    def _start_loads(self, step: Step) -> None:
-        """Have the blocks filled that the step gave to sequences whose KV is on another instance (decode role)."""
-        if self._kv_transfers is None:
-            return
-        self._kv_transfers.load(step, self._states)
-        lost = [sequence for sequence in step.preempted if sequence.items and self.config.role is Role.DECODE]
-        self._fail_in(step, [(self._states[sequence.request_id], self._preempted_error()) for sequence in lost])
-        self._kv_transfers.flush()
-
-    @staticmethod
-    def _preempted_error() -> ChiasmError:
-        return KVUnavailableError(
-            "Preempted: this instance ran out of KV blocks, and a decode instance cannot recompute image tokens. "
-            "Have the prompt prefilled again.",
-            code=Code.PREEMPTED,
-        )
-
-    def _note_scheduled(self, step: Step) -> None:
-        now = time.monotonic()
-        for part in step.prefills:
-            state = self._states[part.sequence.request_id]
-            if state.missing:
-                for item in part.sequence.items_between(part.start, part.end):
-                    self._embeddings.note(state, item.identifier, ItemOutcome.WAITED)
-            state.note_scheduled(now)
-
-    def _send(self, step: Step, sampled: dict[str, Sampled]) -> None:
-        """Make outputs of the new tokens, end the choices that end with them, and deliver all outputs at once."""
-        outputs: list[tuple[RequestState, Output]] = []
-        now = time.monotonic()
-        for part in step.scheduled:
-            if not part.samples:
-                continue
-            state = self._states.get(part.sequence.request_id)
-            if state is None:
-                continue  # another of its choices has just failed
-            token = sampled[part.sequence.sequence_id]
-            if token.failure is not None:
-                self._fail(state, InvalidRequestError(token.failure, code=Code.INVALID_GRAMMAR))
-                continue
-            choice = state.choices[part.sequence.index]
-            self._generation_tokens += 1
-            state.note_token(now)
-            output = choice.output(token)
-            if self.config.role is Role.PREFILL:
-                assert self._kv_transfers is not None
-                output = self._kv_transfers.hand_over(state, choice.sequence, output)
-            outputs.append((state, output))
-            if output.finish_reason is not None:
-                choice.done = True
-                self._scheduler.finish(part.sequence)
-                if state.done:
-                    self._forget(state)
-        if self._kv_transfers is not None:
-            self._kv_transfers.flush()  # before a decode instance comes for the blocks
-        deliver(outputs)
-
-    # ---- ends ---------------------------------------------------------------------------------------------------------
-
-    def _check_deadlines(self) -> None:
-        now = time.monotonic()
-        if now >= self._next_deadline_check:
-            self._next_deadline_check = now + DEADLINE_CHECK_SECONDS
-            for state in [state for state in self._states.values() if state.request.deadline <= now]:
-                self._fail(state, state.overdue_error(now))
-
-    def _fail_all(self, states: Iterable[RequestState], message: str) -> None:
-        for state in states:
-            self._fail(state, ChiasmError(message))
-
-    def _fail_in(self, step: Step, failures: Iterable[tuple[RequestState, ChiasmError]]) -> None:
-        """Fail these requests and take them out of the step, which continues without them."""
-        for state, error in failures:
-            self._fail(state, error)
-        step.drop_finished()
-
-    def _fail(self, state: RequestState, error: ChiasmError) -> None:
-        """End a request with an error, unless it has ended already."""
-        if self._states.get(state.request.request_id) is state:
-            for identifier in list(state.missing):
-                self._embeddings.note(state, identifier, ItemOutcome.MISSED)
-            self._forget(state)
-            deliver([(state, error)])
-
-    def _forget(self, state: RequestState) -> None:
-        """Free all that a request holds, however it ended."""
-        request_id = state.request.request_id
-        for sequence in state.sequences:
-            self._scheduler.finish(sequence)
-        del self._states[request_id]
-        self._embeddings.forget(state)
-        if self._kv_transfers is not None and not state.handed_over:
-            self._kv_transfers.drop(state.request)
-        self._runner.forget(request_id)
-
-
-def _settle(answer: asyncio.Future[list[str]], missing: list[str]) -> None:
-    if not answer.done():
-        answer.set_result(missing)
+        return 0.0 if self._thread is None else self._loop.unfinished_seconds()

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from chiasm.engine.request import GenerateRequest, Output
 from chiasm.engine.request_state import RequestState
-from chiasm.engine.scheduler import Scheduler, Step
+from chiasm.engine.scheduler import Scheduler
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.step import Step
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, KVUnavailableError
 from chiasm.kv_transfer import KVConnector, KVLayout
 from chiasm.wire import KVTransferParams, TokenLogprob

@@ -15,8 +15,8 @@ from chiasm.engine.attention import AttentionStep, KVCache, PrefillSegment, deco
 from chiasm.engine.grammar import Allowed, GrammarError, Masks, Matchers
 from chiasm.engine.logit_changes import LogitChanges
 from chiasm.engine.sampler import Sampled, SamplingInput, sample
-from chiasm.engine.scheduler import ScheduledSequence, Step
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.step import ScheduledSequence, Step
 from chiasm.models.base import LanguageModel, Positions
 
 if TYPE_CHECKING:
@@ -98,14 +98,13 @@ class ModelRunner:
         return changes
 
     def _position_ids(self, decodes: list[ScheduledSequence], prefills: list[ScheduledSequence]) -> Tensor:
-        """Return the rotary positions of all rows, int64 ``[axes, T]`` on the CPU."""
+        """Return the rotary positions of all rows, int64 ``[axes, T]`` or ``[1, T]`` on the CPU: in text, axes don't differ."""
         of_prefills = [self._positions_of_chunk(part) for part in prefills]
         if not decodes:
             return torch.cat(of_prefills, dim=1)
         known = [self._positions_of(part.sequence) for part in decodes]
         ids = torch.tensor([part.start + one.delta for part, one in zip(decodes, known, strict=True)])
-        of_decodes = ids.expand(len(known[0].ids), -1)
-        return torch.cat([of_decodes, *of_prefills], dim=1) if of_prefills else of_decodes
+        return torch.cat([ids.expand(len(known[0].ids), -1), *of_prefills], dim=1) if of_prefills else ids[None]
 
     def _positions_of(self, sequence: Sequence) -> Positions:
         positions = self._positions.get(sequence.request_id)

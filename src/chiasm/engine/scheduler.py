@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 from chiasm.engine.late_items import LateItems
+from chiasm.engine.preemption import Preemption
 from chiasm.engine.sequence import Sequence
-from chiasm.engine.shares import KEY_WEIGHT, by_turns, may_take
-from chiasm.errors import Code, OverloadedError
+from chiasm.engine.shares import by_turns, check_queue, may_take
+from chiasm.engine.step import ScheduledSequence, Step
 from chiasm.models.base import PromptItem
 
 
@@ -46,44 +47,6 @@ class SchedulerConfig:
     sequence can continue."""
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
-    """Tokens ``[start, start + num_tokens)`` of a sequence; with ``samples``, the last of them yields a new token."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
-
-
-@dataclass
-class Step:
-    """One step: decodes first, then prefill chunks."""
-
-    decodes: list[ScheduledSequence] = field(default_factory=list)
-    prefills: list[ScheduledSequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    load: list[Sequence] = field(default_factory=list)
-    """Sequences that have just received blocks for KV from another instance."""
-
-    @property
-    def scheduled(self) -> list[ScheduledSequence]:
-        return self.decodes + self.prefills
-
-    @property
-    def num_rows(self) -> int:
-        return sum(part.num_tokens for part in self.scheduled)
-
-    def drop_finished(self) -> None:
-        """Take out the sequences that have ended since the step was planned."""
-        self.decodes = [part for part in self.decodes if not part.sequence.finished]
-        self.prefills = [part for part in self.prefills if not part.sequence.finished]
-
-
 class Scheduler:
     """Waiting and running sequences of one engine, both in order of due."""
 
@@ -106,6 +69,7 @@ class Scheduler:
             min_text_before_item=config.min_text_before_item,
             entry_bytes_per_row=config.entry_bytes_per_row,
         )
+        self._preemption = Preemption(self.items, recomputes_items=config.recomputes_items)
         self._computing: list[Sequence] | None = None
         """What ``_not_stalled`` has answered; None once a sequence has begun or ended to run since."""
         self._computing_at = 0
@@ -122,30 +86,10 @@ class Scheduler:
         Raises OverloadedError if too many wait already, for whatever reason, or too many of the same request or key.
         """
         queued = [*self.waiting, *(sequence for sequence in self.running if self.items.is_stalled(sequence))]
-        free = self.config.max_queued_requests - len(queued)
-        if free < len(sequences):
-            raise OverloadedError(
-                f"{len(queued)} requests are queued here and {self.config.max_queued_requests} is the limit; try again later.",
-                code=Code.TOO_MANY_REQUESTS,
-            )
-        first, others = sequences[0], len(sequences) - 1
-        of_request = sum(1 for sequence in queued if sequence.part_of == first.part_of)
-        of_key = sum(1 for sequence in queued if sequence.key == first.key) if first.key else 0
-        if not may_take(of_request + others, free - others):
-            raise OverloadedError(
-                f"{of_request} answers of the request are queued here, and some of the room for {free} more is kept for "
-                "others; try again later, or with fewer prompts and a lower n.",
-                code=Code.TOO_MANY_REQUESTS,
-            )
-        if first.key and not may_take(of_key + others, free - others, weight=KEY_WEIGHT):
-            raise OverloadedError(
-                f"{of_key} requests of this API key are queued here, and the room that is left is for others; try again "
-                "later.",
-                code=Code.TOO_MANY_REQUESTS,
-            )
+        check_queue(queued, sequences, self.config.max_queued_requests)
         for sequence in sequences:
             _insert(self.waiting, sequence)
-        self.items.note_change(first)
+        self.items.note_change(sequences[0])
 
     def finish(self, sequence: Sequence, *, leave_blocks: bool = False) -> None:
         """End the sequence, for whatever reason and at whatever point, and free all that it holds.
@@ -343,7 +287,7 @@ class Scheduler:
             return False
         needed = self.block_manager.blocks_for(end) - len(prefix)
         while self.block_manager.num_free_after_sharing(prefix) < needed:
-            victim = self._waiting_victim(sequence, step)
+            victim = self._preemption.waiting_victim(sequence, self.running, step)
             if victim is None:
                 return None
             self._preempt(victim, step)
@@ -410,7 +354,7 @@ class Scheduler:
         if needed <= 0:
             return True
         while self.block_manager.num_free < needed:
-            victim = self._victim(sequence, step)
+            victim = self._preemption.victim(sequence, self.running, step)
             if victim is None:
                 return False
             self._preempt(victim, step)
@@ -426,36 +370,6 @@ class Scheduler:
     def _is_stuck(self, step: Step) -> bool:
         """Return whether nothing can continue until a running sequence gives up its blocks."""
         return bool(self.running) and not (step.scheduled or step.load or step.preempted or self.loading)
-
-    def _victim(self, sequence: Sequence, step: Step) -> Sequence | None:
-        """Return whom to preempt: one that gives way because it waits, else the last that comes after ``sequence``."""
-        waiting = self._waiting_victim(sequence, step)
-        if waiting is not None or self.items.will_stall(sequence):
-            return waiting
-        others = self._preemptible(sequence, step)
-        return next((other for other in others if other.order > sequence.order), None)
-
-    def _waiting_victim(self, sequence: Sequence, step: Step) -> Sequence | None:
-        """Return the last that waits for an embedding: of all, if ``sequence`` can run to its end, else of those after it.
-
-        So prompts that wait don't take blocks from each other in turn.
-        """
-        others = self._preemptible(sequence, step)
-        if not self.items.can_finish(sequence):
-            others = [other for other in others if other.order > sequence.order]
-        return next((other for other in others if self.items.will_stall(other)), None)
-
-    def _preemptible(self, sequence: Sequence, step: Step) -> list[Sequence]:
-        """Return the other sequences that could give up blocks, the last in order first."""
-        scheduled = {part.sequence.sequence_id for part in step.scheduled}
-        others = [
-            other
-            for other in reversed(self.running)
-            if other is not sequence and other.sequence_id not in scheduled and other.block_ids
-        ]
-        if not self.config.recomputes_items:
-            others = [other for other in others if not other.items]
-        return others
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self._leave_running(sequence)

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
+from chiasm.errors import Code, OverloadedError
+
 KEY_WEIGHT = 3
 """A key takes more places while it has less than this times the free ones: alone it takes three quarters."""
 
@@ -18,7 +20,12 @@ class Keyed(Protocol):
     """What takes places."""
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """Names the client's key; empty if there are none."""
+
+    @property
+    def part_of(self) -> str:
+        """Names the client's request."""
 
 
 _K = TypeVar("_K", bound=Keyed)
@@ -45,3 +52,30 @@ def by_turns(waiting: Sequence[_K], held: Mapping[str, int]) -> list[_K]:
         turns.append(taken[one.key])
         taken[one.key] += 1
     return [one for _, one in sorted(zip(turns, waiting, strict=True), key=lambda pair: pair[0])]
+
+
+def check_queue(queued: Sequence[Keyed], coming: Sequence[Keyed], most: int) -> None:
+    """Raise OverloadedError if what comes, of one request, finds no room beside what is queued, or takes too much of it.
+
+    ``most`` is how many can be queued.
+    """
+    free = most - len(queued)
+    if free < len(coming):
+        raise OverloadedError(
+            f"{len(queued)} requests are queued here and {most} is the limit; try again later.",
+            code=Code.TOO_MANY_REQUESTS,
+        )
+    first, others = coming[0], len(coming) - 1
+    of_request = sum(1 for one in queued if one.part_of == first.part_of)
+    of_key = sum(1 for one in queued if one.key == first.key) if first.key else 0
+    if not may_take(of_request + others, free - others):
+        raise OverloadedError(
+            f"{of_request} answers of the request are queued here, and some of the room for {free} more is kept for "
+            "others; try again later, or with fewer prompts and a lower n.",
+            code=Code.TOO_MANY_REQUESTS,
+        )
+    if first.key and not may_take(of_key + others, free - others, weight=KEY_WEIGHT):
+        raise OverloadedError(
+            f"{of_key} requests of this API key are queued here, and the room that is left is for others; try again later.",
+            code=Code.TOO_MANY_REQUESTS,
+        )

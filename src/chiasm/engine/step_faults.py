@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from chiasm.engine.sampler import Sampled
-from chiasm.engine.scheduler import ScheduledSequence, Step
+from chiasm.engine.step import ScheduledSequence, Step
 from chiasm.errors import ChiasmError
 
 logger = logging.getLogger(__name__)

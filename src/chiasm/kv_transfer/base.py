@@ -104,7 +104,7 @@ class KVTransferConfig:
 class KVLayout:
     """The layout of a block. Two instances can exchange blocks if their layouts are equal.
 
-    A block is ``bytes_per_block`` contiguous bytes: ``[num_layers, 2 (keys, values), block_size, num_kv_heads, head_dim]``.
+    A block is ``bytes_per_block`` contiguous bytes: ``[num_layers, block_size, 2 (key, value), num_kv_heads, head_dim]``.
     """
 
     num_layers: int

@@ -16,7 +16,7 @@ from chiasm.kv_transfer.base import KVLayout, KVTransferConfig
 from chiasm.transfer.greeting import Terms
 from chiasm.wire import MAX_BLOCKS, Name, TokenId
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_CLAIM_SECONDS = 86_400.0
 
 ClaimNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]

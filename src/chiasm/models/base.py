@@ -177,13 +177,12 @@ class VisionModel(ABC):
 class Attention(Protocol):
     """The engine's attention over the keys and values that it keeps: one for each step."""
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, fresh: Tensor, *, scaling: float, window: int | None) -> Tensor:
         """Keep the step's keys and values, and return what its rows see: ``[T, query heads * head_dim]``.
 
-        ``query`` is ``[T, query heads, head_dim]``, ``key`` and ``value`` ``[T, KV heads, head_dim]``, after rotation. A row
-        sees its request's tokens up to itself, the last ``window`` of them if it isn't None. Called once in each layer.
+        ``query`` is ``[T, query heads, head_dim]``, after rotation. ``fresh`` has the keys, after rotation, and then the
+        values: ``[T, 2 * KV heads, head_dim]``. A row sees its request's tokens up to itself, the last ``window`` of them if
+        it isn't None. Called once in each layer.
         """
 
 
@@ -215,9 +214,9 @@ class LanguageModel(ABC):
     ) -> Tensor:
         """Return the hidden states ``[T, hidden_size]`` after the last norm.
 
-        ``token_ids`` is int64 ``[T]``, ``position_ids`` int64 ``[3 or 1, T]``. ``entry_rows`` ``[R, entry_width]`` replace
-        the embeddings of the placeholders at ``entry_index`` (int64 ``[R]``, ascending); both are None if the step has no
-        placeholders.
+        ``token_ids`` is int64 ``[T]``, ``position_ids`` int64 ``[3 or 1, T]``, one axis also where all are alike.
+        ``entry_rows`` ``[R, entry_width]`` replace the embeddings of the placeholders at ``entry_index`` (int64 ``[R]``,
+        ascending); both are None if the step has no placeholders.
         """
 
     @abstractmethod

@@ -3,7 +3,7 @@
 transformers loads the weights. What all decoders in ``TEXT_TYPES`` have in common is written here once: layers of attention
 and MLP, each after an RMSNorm and added to its input, with rotary positions. A small model spends its time on calling
 operators, so there are few of them: queries, keys and values are one product, gate and up are one, and queries and keys are
-normalized and rotated together.
+normalized and rotated together, in place; products are added to the input of their half of a layer.
 """
 
 from __future__ import annotations
@@ -77,18 +77,18 @@ class Layer(nn.Module):
         self._mlp: Product = _GatedMLP(self.mlp) if "gate_proj" in _children(self.mlp) else self._run_experts
 
     def forward(self, hidden: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
-        """Take ``[T, hidden_size]`` and return as much."""
+        """Take ``[T, hidden_size]``, which may be overwritten, and return as much."""
         queries, keys, values = self._heads
         heads = self._qkv(self._before_attention(hidden)).view(len(hidden), -1, self._head_dim)
-        turning, value = torch.split_with_sizes(heads, (queries + keys, values), 1)
+        turning = heads[:, : queries + keys]
         if self._head_norm is not None:
-            turning = self._head_norm(turning)
+            self._head_norm.apply_(turning)
         rolled = turning.roll(self._head_dim // 2, dims=-1)
-        turned = torch.addcmul(turning * rotation.cos, rolled, rotation.sin)
-        query, key = torch.split_with_sizes(turned, (queries, keys), 1)
-        attended = attention.attend(self._index, query, key, value, scaling=self._scaling, window=self._window)
-        hidden = hidden + self._out(attended)
-        return hidden + self._mlp(self._before_mlp(hidden))
+        turning.mul_(rotation.cos).addcmul_(rolled, rotation.sin)
+        query, fresh = torch.split_with_sizes(heads, (queries, keys + values), 1)
+        attended = attention.attend(self._index, query, fresh, scaling=self._scaling, window=self._window)
+        hidden = self._out(attended, hidden)
+        return self._mlp(self._before_mlp(hidden), hidden)
 
     def _norm_of_heads(self) -> RMSNorm:
         """Return the norm of queries and keys together, which have different weights."""
@@ -99,9 +99,9 @@ class Layer(nn.Module):
         weights = [norm.weight.expand(count, -1) for norm, count in zip((query, key), self._heads[:2], strict=True)]
         return RMSNorm(torch.cat(weights), query.eps)
 
-    def _run_experts(self, hidden: Tensor) -> Tensor:
-        output: Tensor = self.mlp(hidden[None])[0]
-        return output
+    def _run_experts(self, rows: Tensor, onto: Tensor | None = None) -> Tensor:
+        output: Tensor = self.mlp(rows[None])[0]
+        return output if onto is None else onto.add_(output)
 
 
 class RMSNorm:
@@ -126,12 +126,21 @@ class RMSNorm:
     def __call__(self, rows: Tensor) -> Tensor:
         if rows.is_cuda:  # one kernel there; on a CPU it is a chain of operators, slower than this one
             return functional.rms_norm(rows, (self._width,), None, self.eps) * self.weight
-        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self._eps, norm, norm, value=1 / self._width).rsqrt_()
-        scaled = rows * scale
+        scaled = rows * self._scale(rows)
         if rows.dtype != torch.float32:
             scaled = scaled.to(rows.dtype)
         return scaled.mul_(self.weight)
+
+    def apply_(self, rows: Tensor) -> None:
+        """Write the normalized rows over the rows."""
+        if rows.is_cuda:
+            torch.mul(functional.rms_norm(rows, (self._width,), None, self.eps), self.weight, out=rows)
+        else:
+            rows.mul_(self._scale(rows)).mul_(self.weight)
+
+    def _scale(self, rows: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+        return torch.addcmul(self._eps, norm, norm, value=1 / self._width).rsqrt_()
 
 
 class Rotary:
@@ -156,7 +165,7 @@ class Rotary:
         self._dtype = dtype
 
     def __call__(self, position_ids: Tensor) -> Rotation:
-        """``position_ids`` is int64 ``[axes, T]``."""
+        """``position_ids`` is int64 ``[axes, T]``, or ``[1, T]`` where all axes are alike."""
         positions = position_ids.t()
         if positions.shape[1] > 1:
             positions = positions.index_select(1, self._axes)
@@ -199,9 +208,9 @@ class _GatedMLP:
         self._gate_up = _fuse(mlp.gate_proj, mlp.up_proj)
         self._down = _fuse(mlp.down_proj)
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor, onto: Tensor | None = None) -> Tensor:
         gate, up = torch.split_with_sizes(self._gate_up(rows), (self._width, self._width), 1)
-        return self._down(self._activate(gate).mul_(up))
+        return self._down(self._activate(gate).mul_(up), onto)
 
 
 def _fuse(*linears: nn.Linear) -> Product:

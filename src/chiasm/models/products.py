@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence, Set
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import nn
@@ -33,8 +33,12 @@ _STRIP = 256
 _PACKED_ROWS = 32
 """The number of rows that the packed order is made for; others are computed with it too."""
 
-Product = Callable[["Tensor"], "Tensor"]
-"""Takes ``[rows, inputs]`` and returns ``[rows, outputs]``."""
+
+class Product(Protocol):
+    """A product with a weight."""
+
+    def __call__(self, rows: Tensor, onto: Tensor | None = None, /) -> Tensor:
+        """Take ``[rows, inputs]`` and return ``[rows, outputs]``, added to ``onto``, which may be overwritten."""
 
 
 class Form(enum.Enum):
@@ -94,7 +98,7 @@ def speed_up(module: nn.Module, flags: Set[str] | None = None) -> None:
             linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
 
 
-def _of_any_shape(compute: Product) -> Product:
+def _of_any_shape(compute: Product) -> Callable[[Tensor], Tensor]:
     def forward(inputs: Tensor) -> Tensor:
         return compute(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
 
@@ -103,15 +107,31 @@ def _of_any_shape(compute: Product) -> Product:
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Product:
     transposed = weight.t()
-    if bias is None:
-        return lambda rows: torch.mm(rows, transposed)
-    return lambda rows: torch.addmm(bias, rows, transposed)
+
+    def compute(rows: Tensor, onto: Tensor | None = None) -> Tensor:
+        if onto is not None:
+            return _add(rows, transposed, bias, onto)
+        return torch.mm(rows, transposed) if bias is None else torch.addmm(bias, rows, transposed)
+
+    return compute
+
+
+def _add(rows: Tensor, transposed: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
+    onto.addmm_(rows, transposed)
+    return onto if bias is None else onto.add_(bias)
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Product:
-    compute = torch.ops.mkldnn._linear_pointwise.default
+    alone = torch.ops.mkldnn._linear_pointwise.default
+    added = torch.ops.mkldnn._linear_pointwise.binary
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
-    return lambda rows: cast("Tensor", compute(rows, packed, bias, "none", [], ""))
+
+    def compute(rows: Tensor, onto: Tensor | None = None) -> Tensor:
+        if onto is not None:
+            return cast("Tensor", added(rows, onto, packed, bias, "add"))
+        return cast("Tensor", alone(rows, packed, bias, "none", [], ""))
+
+    return compute
 
 
 class _Strips:
@@ -124,14 +144,16 @@ class _Strips:
         self._strips: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         """Transposed weights and biases, by the number of outputs of a strip."""
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor, onto: Tensor | None = None) -> Tensor:
         width = _STRIP * torch.get_num_threads()
         outputs = len(self._weight)
         if len(rows) == 1 or width >= outputs:
-            return self._whole(rows)
-        result = rows.new_empty(len(rows), outputs)
+            return self._whole(rows, onto)
+        result = rows.new_empty(len(rows), outputs) if onto is None else onto
         for (weight, bias), part in zip(self._of_width(width), torch.split(result, width, 1), strict=True):
-            if bias is None:
+            if onto is not None:
+                _add(rows, weight, bias, part)
+            elif bias is None:
                 torch.mm(rows, weight, out=part)
             else:
                 torch.addmm(bias, rows, weight, out=part)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from multiprocessing.synchronize import Event, Semaphore
 
     from chiasm.engine.model_runner import ModelRunner
-    from chiasm.engine.scheduler import ScheduledSequence, Step
+    from chiasm.engine.step import ScheduledSequence, Step
     from chiasm.models.base import Pixels, Processor, VisionModel
 
 DECODE_ROWS = (1, 2, 4, 8, 16)
@@ -150,19 +150,19 @@ class Bed:
         return _time(run)
 
     def _decode(self, rows: int, keys: int) -> Step:
-        from chiasm.engine.scheduler import Step
+        from chiasm.engine.step import Step
 
         return Step(decodes=[self._part(keys, 1, index) for index in range(rows)])
 
     def _prefill(self, rows: int, before: int) -> Step:
-        from chiasm.engine.scheduler import Step
+        from chiasm.engine.step import Step
 
         return Step(prefills=[self._part(before, rows, 0)])
 
     def _part(self, start: int, rows: int, place: int) -> ScheduledSequence:
         from chiasm.engine.request import SamplingParams
-        from chiasm.engine.scheduler import ScheduledSequence
         from chiasm.engine.sequence import Sequence
+        from chiasm.engine.step import ScheduledSequence
         from chiasm.models.base import Prompt
 
         sequence = Sequence(

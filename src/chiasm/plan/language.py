@@ -16,8 +16,9 @@ from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 from chiasm.engine.pace import PrefillPace, prompt_work
 from chiasm.engine.request import SamplingParams
-from chiasm.engine.scheduler import Scheduler, SchedulerConfig, Step
+from chiasm.engine.scheduler import Scheduler, SchedulerConfig
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.step import Step
 from chiasm.errors import ChiasmError
 from chiasm.models.base import ItemGeometry, Prompt, PromptItem
 from chiasm.plan.costs import StepShape
