@@ -121,7 +121,7 @@ class Load(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """What an instance answers to GET /health. Fields with their default are left out, except for ``status``; while the model
-    loads, nothing else is set but the incarnation and how far it is."""
+    loads, nothing else is set but the incarnation, the clock and how far it is."""
 
     status: str = msgspec.field(default_factory=lambda: "ok")  # msgspec omits no field that has a factory
     """``ok``, ``starting``, ``failed`` or ``draining``. Versions before 0.4 say ``stopping`` when they drain."""

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from chiasm.doctor.client import Client, Limits, NoAnswerError
-from chiasm.wire import Health
+from chiasm.fleet_key import FleetKey, make_fleet_key
+from chiasm.wire import FLEET_HEADER, Health
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -144,6 +145,23 @@ async def test_the_date_header_tells_the_clock_of_the_sender(hours: int) -> None
         ahead = (await client.get(url)).clock_seconds
     assert ahead is not None
     assert round(ahead / 3600, 1) == hours
+
+
+async def test_messages_are_signed_by_the_clock_of_the_one_that_gets_them() -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+    key, heads = FleetKey([make_fleet_key()]), list[bytes]()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(f"HTTP/1.1 204 No Content\r\nDate: {date}\r\nConnection: close\r\n\r\n".encode())
+        await writer.drain()
+
+    async with talking(talk) as url, Client(fleet_key=key) as client:
+        await client.get(url)
+        await client.post(url, {})
+    (said,) = [line for line in heads[1].decode().splitlines() if line.lower().startswith(FLEET_HEADER.lower())]
+    signed_at = datetime.fromtimestamp(int(said.split()[2]) / 1000, UTC)
+    assert round((signed_at - datetime.now(UTC)) / timedelta(hours=1), 1) == 1
 
 
 @pytest.mark.parametrize("date", ["yesterday", "", "Mon, 99 Foo 2026 10:00:00 GMT"])

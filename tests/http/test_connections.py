@@ -18,6 +18,7 @@ class Client:
     """A connection that notes what becomes of it."""
 
     peer: str | None = "a"
+    is_sending: bool = False
     is_closed: bool = False
     refusals: list[Limit] = field(default_factory=list)
 

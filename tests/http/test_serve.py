@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import httpx2 as httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from chiasm.http.config import HttpConfig
+from chiasm.http.limits import Refusals
+from chiasm.http.listen import bind, url_of
+from chiasm.http.serve import HttpServer
 
 PROGRAM = """
 import asyncio, sys
@@ -117,3 +128,43 @@ def test_a_stream_that_outlasts_the_timeout_ends_with_an_error() -> None:
         assert next(chunks) == "data: one\n\n"
         process.send_signal(signal.SIGTERM)
         assert '"code":"stopping"' in "".join(chunks)
+
+
+async def test_a_server_that_ends_waits_for_a_client_that_reads_the_end_of_its_answer_slowly() -> None:
+    body, config, refusals = b"x" * 200_000, HttpConfig(), Refusals()
+
+    async def answer(request: Request) -> Response:
+        return Response(body)
+
+    async def page(request: Request) -> Response:
+        return Response(b"page")
+
+    server = HttpServer(
+        Starlette(routes=[Route("/", answer), Route("/page", page)]),
+        config,
+        refusals,
+        shutdown_timeout_seconds=0.0,
+        on_stop=lambda: None,
+        is_idle=lambda: True,
+        interrupt_all=lambda: None,
+    )
+    listener, loop = bind("127.0.0.1", 0), asyncio.get_running_loop()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that the answer stays in the process
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await server.ready.wait()
+    async with httpx.AsyncClient() as others:
+        with socket.socket() as slow:
+            slow.setblocking(False)
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await loop.sock_connect(slow, listener.getsockname())
+            await loop.sock_sendall(slow, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            while not server._connections.are_sending:
+                await others.get(f"{url_of(listener)}/page")
+            server.drain()
+            for _ in range(100):
+                assert (await others.get(f"{url_of(listener)}/page")).content == b"page"
+            received = b""
+            while piece := await loop.sock_recv(slow, 1 << 16):
+                received += piece
+    assert received.endswith(b"\r\n\r\n" + body)
+    await asyncio.wait_for(serving, 20)

@@ -56,3 +56,9 @@ async def test_a_second_signal_ends_the_time_at_once() -> None:
     await until_looked(work)
     shutdown.ask()
     await asyncio.wait_for(draining, 10)
+
+
+async def test_what_needs_no_more_than_a_given_time_gets_no_more() -> None:
+    shutdown, work = Shutdown(1000.0), Work()
+    shutdown.drain()
+    await asyncio.wait_for(shutdown.drained(work, 0.0), 10)

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from chiasm.fleet_key import FleetKey, make_fleet_key, read_fleet_key
 from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.launch.drain import Drain, NotDrainedError
 from chiasm.proxy import waiting
 from chiasm.server.joining import Joiner
 from chiasm.wire import DRAIN_PATH, LEASE_PATH, DrainOrder, Lease, LeaseAnswer, Load
@@ -153,6 +154,39 @@ async def test_the_proxy_that_is_told_to_drain_an_instance_gives_it_no_more_work
     assert (len(leaving.received), len(staying.received)) == (0, 3)
     unknown = msgspec.json.encode(DrainOrder(url="http://127.0.0.1:1"))
     assert (await front.post(unknown, DRAIN_PATH, **front.admin)).status == 404
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_a_drain_is_asked_of_a_proxy_by_its_own_clock(start: Start, key_file: Path, hours: int) -> None:
+    leaving = FakeInstance("pd", incarnation="pd-1")
+    front = await start([leaving], fleet_key_file=key_file)
+    front.service.clock = lambda: time.time() + 3600 * hours
+    async with Drain(leaving.url, key=read_fleet_key(key_file), proxy=front.url) as drain:
+        assert (await drain.begin()).incarnation == "pd-1"
+    assert (await front.states())[leaving.url] == "draining"
+
+
+async def test_an_instance_that_drains_while_its_proxy_is_down_gets_nothing_from_the_next_one(
+    start: Start, join: Join
+) -> None:
+    first = await start([])
+    leaving, staying = await join(first, "pd"), await join(first, "pd", incarnation="pd-2")
+    for member in (leaving, staying):
+        await first.until(member.instance, "healthy")
+    port = int(first.url.rpartition(":")[2])
+    await first.stop()
+    async with Drain(leaving.instance.url, proxy=first.url) as drain:
+        with pytest.raises(NotDrainedError, match="can't be reached"):
+            await drain.begin()
+    leaving.status = "draining"
+    await leaving.joiner.tell()
+    second = await start([], port=port)
+    await second.until(leaving.instance, "draining")
+    await second.until(staying.instance, "healthy")
+    assert (await second.post(ask("x"))).status == 200
+    assert not leaving.instance.received
+    await leaving.joiner.close()
+    assert (await second.states()) == {staying.instance.url: "healthy"}
 
 
 async def test_an_instance_that_has_become_ready_tells_so_at_once(start: Start, join: Join) -> None:

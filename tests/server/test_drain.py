@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
+from aiohttp import web
 
 from chiasm.errors import Code, ConfigurationError, OverloadedError
-from chiasm.server import ServerConfig, create_app
+from chiasm.server import ServerConfig, create_app, joining
 from chiasm.server.advertise import check_proxies, own_url
 from chiasm.server.context import ServerContext
-from chiasm.wire import DRAIN_PATH, Role
+from chiasm.wire import DRAIN_PATH, LEASE_PATH, Lease, LeaseAnswer, Role
 from tests.server.fake_engine import FakeEncoderEngine, FakeLanguageEngine
 from tests.server.images import chat
 from tests.server.serving import get, post, serving
@@ -86,6 +88,42 @@ async def test_an_instance_takes_what_comes_until_its_proxies_know_that_it_drain
     with pytest.raises(OverloadedError) as refused:
         context.check_ready()
     assert refused.value.code == Code.STOPPING
+
+
+@pytest.mark.parametrize("is_gone", [False, True], ids=["frozen", "gone"])
+async def test_an_instance_ends_also_if_its_proxy_can_not_be_told(
+    monkeypatch: pytest.MonkeyPatch, is_gone: bool
+) -> None:
+    monkeypatch.setattr(joining, "_TELL_SECONDS", 0.01)
+    calls, end = asyncio.Semaphore(0), asyncio.Event()
+
+    async def answer_once(request: web.Request) -> web.Response:
+        calls.release()
+        if msgspec.json.decode(await request.read(), type=Lease).waits:  # it holds the lease
+            await end.wait()
+            raise web.HTTPServiceUnavailable
+        return web.Response(body=msgspec.json.encode(LeaseAnswer(state="healthy")))
+
+    application = web.Application()
+    application.router.add_post(LEASE_PATH, answer_once)
+    proxy = web.AppRunner(application, access_log=None)
+    await proxy.setup()
+    await web.TCPSite(proxy, "127.0.0.1", 0).start()
+    context = ServerContext(
+        "bytes", ServerConfig(join=(f"http://127.0.0.1:{proxy.addresses[0][1]}",)), FakeEncoderEngine()
+    )
+    async with context.opened(), asyncio.timeout(10):
+        for _ in range(2):
+            await calls.acquire()
+        if is_gone:
+            end.set()
+            await proxy.cleanup()
+        context.drain()
+        assert context._telling is not None
+        await context._telling
+        assert context.is_idle
+    end.set()
+    await proxy.cleanup()
 
 
 def test_a_lease_says_who_where_and_how_busy_an_instance_is() -> None:

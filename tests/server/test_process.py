@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import json
@@ -21,7 +20,6 @@ from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.http.listen import bind
-from chiasm.launch.drain import Drain
 from chiasm.server import ServerConfig, run
 from chiasm.wire import Role
 from tests.server.images import chat
@@ -83,25 +81,22 @@ def test_after_a_signal_it_refuses_what_is_new_and_a_stream_ends_whole(model: Pa
         assert process.wait(STOP_SECONDS) == 0
 
 
-def test_a_drain_waits_for_a_slow_client_and_ends_with_exit_code_0(model: Path) -> None:
+def test_chiasm_drain_waits_until_a_stream_has_ended_whole_and_the_instance_with_exit_code_0(model: Path) -> None:
     with instance(model) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         response = stream(url, max_tokens=1500)
-        assert post(f"{url}/drain", {}).json["requests"] == 1
-        assert get(f"{url}/health").json["status"] == "draining"
-        drain = Drain(url)
-        read = []
-        while event := response.readline():  # line by line
-            read.append(event)
-        assert read[-2:] == [b"data: [DONE]\n", b"\n"]
-        assert asyncio.run(has_ended(drain))
+        with subprocess.Popen(
+            [sys.executable, "-m", "chiasm", "drain", url, "--wait"], stdout=subprocess.PIPE, text=True
+        ) as draining:
+            assert draining.stdout is not None
+            left = "1 requests, 0 prompts and 0 embeddings to be fetched"
+            assert draining.stdout.readline() == f"{url} drains: {left}.\n"
+            assert get(f"{url}/health").json["status"] == "draining"
+            assert response.read().endswith(b"data: [DONE]\n\n")
+            assert draining.stdout.read() == f"{url} has ended.\n"
+        assert draining.returncode == 0
         assert process.wait(STOP_SECONDS) == 0
-
-
-async def has_ended(drain: Drain) -> bool:
-    async with drain:
-        return await drain.ended(STOP_SECONDS)
 
 
 def test_a_second_signal_ends_open_streams_with_an_error(model: Path) -> None:

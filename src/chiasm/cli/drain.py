@@ -71,7 +71,7 @@ async def _drain(drain: Any, config: DrainConfig) -> bool:
         print(f"{drain.url} drains: {left}.", flush=True)
         if not config.wait:
             return True
-        has_ended: bool = await drain.ended(config.timeout_seconds)
+        has_ended: bool = await drain.ended(state, config.timeout_seconds)
         print(
             f"{drain.url} has ended." if has_ended else f"{drain.url} still drains after {config.timeout_seconds:g} s."
         )

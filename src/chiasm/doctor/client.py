@@ -88,13 +88,15 @@ class Client:
         fleet_key: FleetKey | None = None,
         admin_key: str | None = None,
     ) -> None:
-        """``key`` is the API key for the deployment, ``fleet_key`` signs messages as its proxy does, and ``admin_key`` is that
-        of the proxy's operator."""
+        """``key`` is the API key for the deployment, ``admin_key`` that of the proxy's operator. ``fleet_key`` signs messages
+        as the proxy does, by the clock that the last answer from the same place told."""
         self._admin_key = admin_key
         self.limits = limits
         self.fleet_key = fleet_key
         self._authorization = {"authorization": f"Bearer {key}"} if key else {}
         self._session: aiohttp.ClientSession | None = None
+        self._seconds_ahead: dict[str, float] = {}
+        """By scheme, host and port: how far the clock there is ahead of this machine's, as its last answer said."""
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
@@ -132,7 +134,10 @@ class Client:
         headers = {"content-type": "application/json", "x-request-deadline-ms": str(round(seconds * 900))}
         content = msgspec.json.encode(body)
         if self.fleet_key is not None:
-            headers |= signature(self.fleet_key, "POST", urlsplit(url).path, body_digest(content))
+            clock = int((time.time() + self._seconds_ahead.get(_place(url), 0.0)) * 1000)
+            headers |= signature(
+                self.fleet_key, "POST", urlsplit(url).path, body_digest(content), clock_milliseconds=clock
+            )
         response = await self._ask("POST", url, content, headers, seconds, _MAX_BYTES)
         if response.status == 401:
             raise NoAnswerError(
@@ -155,6 +160,8 @@ class Client:
                 self._session.request(method, url, data=body, headers=headers, allow_redirects=False) as response,
             ):
                 clock = _seconds_ahead(response.headers.get("date"), began, time.time())
+                if clock is not None:
+                    self._seconds_ahead[_place(url)] = clock
                 timing = read_timing(response.headers.get("server-timing"))
                 outcome = next((entry.description for entry in timing if entry.name == "item0"), "")
                 return Response(response.status, await _read(response, max_bytes), clock, outcome)
@@ -174,6 +181,11 @@ class Client:
             raise NoAnswerError(f"does not speak HTTP: {shown(error.message)}") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise NoAnswerError(f"closed the connection in the middle of its answer: {shown(error)}") from None
+
+
+def _place(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:

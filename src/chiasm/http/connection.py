@@ -27,7 +27,7 @@ from chiasm.http.errors import error_body, error_headers
 from chiasm.http.http1 import Http1
 from chiasm.http.limits import Limit
 
-_SECONDS_TO_READ = 30.0
+SECONDS_TO_READ = 30.0
 """Time for a client to read the end of its last answer: the pieces that the system doesn't hold for it."""
 _HASTE_SECONDS = 0.5
 """Time for a client to stop sending when the server ends."""
@@ -57,6 +57,11 @@ class Connection(Http1):
     def peer(self) -> Hashable:
         """Who is at the other end."""
         return peer_of(self.client[0]) if self.client else None
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether something of an answer has not gone out yet, because the client reads it slowly."""
+        return self._socket.is_sending
 
     @property
     def _is_answering(self) -> bool:
@@ -256,6 +261,10 @@ class _Closing:
     def is_closing(self) -> bool:
         return self._is_closing or self._transport.is_closing()
 
+    @property
+    def is_sending(self) -> bool:
+        return self._transport.get_write_buffer_size() > 0
+
     def close(self) -> None:
         if not self.is_closing():
             self._is_closing = True
@@ -267,8 +276,8 @@ class _Closing:
         """Close when what was written has gone out, or a client has not read it for long."""
         self._is_closing = True
         self._transport.close()
-        if self._transport.get_write_buffer_size():
-            self._connection.loop.call_later(_SECONDS_TO_READ, self._transport.abort)
+        if self.is_sending:
+            self._connection.loop.call_later(SECONDS_TO_READ, self._transport.abort)
 
     def abort(self) -> None:
         self._is_closing = True

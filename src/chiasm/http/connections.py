@@ -28,6 +28,10 @@ class Watched(Protocol):
     def peer(self) -> Hashable:
         """Who is at the other end, as :func:`peer_of` names them; None if nobody can tell."""
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether something of an answer has not gone out yet, because the client reads it slowly."""
+
     def close(self) -> None:
         """Close it, because another one needs its place."""
 
@@ -54,6 +58,11 @@ class Connections:
     def open(self) -> int:
         """How many there are."""
         return len(self._open)
+
+    @property
+    def are_sending(self) -> bool:
+        """Whether something of an answer has not gone out yet."""
+        return any(connection.is_sending for connection in self._open)
 
     def reduce_to(self, room: int) -> None:
         """Allow at most so many; to one peer at most half of them, or as large a part as before if that is more."""

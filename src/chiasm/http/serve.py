@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 
 from chiasm.http.config import HttpConfig
-from chiasm.http.connection import Connection
+from chiasm.http.connection import SECONDS_TO_READ, Connection
 from chiasm.http.connections import Connections
 from chiasm.http.descriptors import raise_descriptor_limit, room_for_connections
 from chiasm.http.limits import Refusals
@@ -32,7 +32,8 @@ _CLOSE_SECONDS = 1
 class HttpServer(uvicorn.Server):
     """uvicorn's server around an application; SIGINT, SIGTERM or ``stop`` end it, quietly and with exit code 0.
 
-    It listens until nothing runs anymore, so that the application can refuse what is new and say that it is stopping.
+    It listens until nothing runs anymore, so that the application can refuse what is new and say that it is stopping, and
+    until clients that read slowly have the ends of their answers, at most for SECONDS_TO_READ.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class HttpServer(uvicorn.Server):
             self._connections.end_late_ones()
         await self._shutdown.drained(self._is_idle)
         self._interrupt_all()
+        await self._shutdown.drained(lambda: not self._connections.are_sending, SECONDS_TO_READ)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

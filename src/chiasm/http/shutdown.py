@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -56,11 +57,15 @@ class Shutdown:
         """Wait until it begins, at most for ``timeout_seconds``; return whether it has."""
         return await _within(self._asked, timeout_seconds)
 
-    async def drained(self, is_idle: Callable[[], bool]) -> None:
-        """Return when ``is_idle`` says that nothing runs anymore, after the time for it, or when ``ask`` is called again."""
+    async def drained(self, is_idle: Callable[[], bool], at_most_seconds: float = math.inf) -> None:
+        """Return when ``is_idle`` says that nothing runs anymore, after the time for it, or when ``ask`` is called again.
+
+        Return after ``at_most_seconds`` in any case.
+        """
         loop = asyncio.get_running_loop()
+        until = loop.time() + at_most_seconds
         while not is_idle() and not await _within(self._hurried, _LOOK_SECONDS):
-            if self._until is not None and loop.time() >= self._until:
+            if loop.time() >= min(until, math.inf if self._until is None else self._until):
                 return
 
 

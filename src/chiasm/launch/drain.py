@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from types import TracebackType
+from typing import TypeVar
 
 import aiohttp
 import msgspec
 
-from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey
 from chiasm.http.fleet_calls import body_digest, signature
-from chiasm.wire import DRAIN_PATH, UNREADABLE, DrainOrder, DrainState, ErrorBody, Health
+from chiasm.wire import DRAIN_PATH, LEASE_PATH, UNREADABLE, DrainOrder, DrainState, ErrorBody, Health, LeaseAnswer
 
 _LOOK_SECONDS = 0.2
 _ANSWER_SECONDS = 15.0
 _MAX_BYTES = 1 << 20
+_Read = TypeVar("_Read")
 
 
 class NotDrainedError(ConfigurationError):
@@ -34,7 +37,6 @@ class Drain:
         self._key = key
         self._proxy = proxy
         self._admin_key = admin_key
-        self._incarnation = ""
         self._session: aiohttp.ClientSession
 
     async def __aenter__(self) -> Drain:
@@ -55,7 +57,7 @@ class Drain:
         if self._admin_key is not None and self._proxy is not None:
             headers["Authorization"] = f"Bearer {self._admin_key}"
         elif self._key is not None:
-            clock = None if self._proxy else (await self._health()).clock_milliseconds
+            clock = await self._clock()
             headers |= signature(self._key, "POST", DRAIN_PATH, body_digest(body), clock_milliseconds=clock)
         try:
             async with self._session.post(place + DRAIN_PATH, data=body, headers=headers) as response:
@@ -66,34 +68,47 @@ class Drain:
             if status != 202:
                 message = msgspec.json.decode(content, type=ErrorBody).error.message
                 raise NotDrainedError(f"{place} refuses with status {status}: {message}")
-            state = msgspec.json.decode(content, type=DrainState)
+            return msgspec.json.decode(content, type=DrainState)
         except UNREADABLE:
             raise NotDrainedError(f"{place} answers with status {status}, and not as chiasm does.") from None
-        self._incarnation = state.incarnation
-        return state
 
-    async def ended(self, timeout_seconds: float) -> bool:
-        """Wait until nobody answers at the URL, or another process; return whether that came in time."""
+    async def ended(self, state: DrainState, timeout_seconds: float) -> bool:
+        """Wait until nothing listens at the URL, or another process answers; return whether that came in time.
+
+        ``state`` is what :meth:`begin` has returned. What can't be reached for another reason may still drain, and so may
+        what refuses to answer.
+        """
         until = time.monotonic() + timeout_seconds
         while time.monotonic() < until:
             try:
-                if (await self._health()).incarnation != self._incarnation:
+                if (await self._get(f"{self.url}/health", Health)).incarnation not in ("", state.incarnation):
                     return True
-            except NotDrainedError:
+            except aiohttp.ClientOSError as error:
+                if error.errno == errno.ECONNREFUSED:
+                    return True
+            except (aiohttp.ClientError, OSError):
+                pass
+            except UNREADABLE:
                 return True
-            except ChiasmError:
-                pass  # it is slow
             await asyncio.sleep(_LOOK_SECONDS)
         return False
 
-    async def _health(self) -> Health:
-        """Return what the instance says. Raises NotDrainedError if nobody answers, ChiasmError if nobody does in time."""
+    async def _clock(self) -> int | None:
+        """Return the time on the clock of the one that is asked, in milliseconds; None if it doesn't say.
+
+        Raises NotDrainedError.
+        """
+        place = self._proxy or self.url
         try:
-            async with self._session.get(f"{self.url}/health") as response:
-                return msgspec.json.decode(await response.content.read(_MAX_BYTES), type=Health)
-        except TimeoutError:
-            raise ChiasmError(f"{self.url} does not answer in time.") from None
+            if self._proxy is None:
+                return (await self._get(f"{place}/health", Health)).clock_milliseconds
+            return (await self._get(place + LEASE_PATH, LeaseAnswer)).clock_milliseconds or None
         except (aiohttp.ClientError, OSError) as error:
-            raise NotDrainedError(f"{self.url} can't be reached: {error or type(error).__name__}.") from None
+            raise NotDrainedError(f"{place} can't be reached: {error or type(error).__name__}.") from None
         except UNREADABLE:
-            raise NotDrainedError(f"{self.url} answers, and not as an instance of chiasm does.") from None
+            raise NotDrainedError(f"{place} answers, and not as chiasm does.") from None
+
+    async def _get(self, url: str, kind: type[_Read]) -> _Read:
+        """Return what a page says, whatever its status. Raises aiohttp.ClientError, OSError, and what UNREADABLE names."""
+        async with self._session.get(url) as response:
+            return msgspec.json.decode(await response.content.read(_MAX_BYTES), type=kind)

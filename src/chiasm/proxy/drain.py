@@ -36,7 +36,7 @@ def drain_route(service: ProxyService, admin: AdminCheck) -> Route:
             raise InvalidRequestError(error.message, param="url") from None
         return json_response(await _drain(service, url), 202)
 
-    return Route(DRAIN_PATH, FleetGuard(request_response(handle), service.fleet_key), methods=["POST"])
+    return Route(DRAIN_PATH, FleetGuard(request_response(handle), service.fleet_key, service.now), methods=["POST"])
 
 
 async def _drain(service: ProxyService, url: str) -> DrainState:

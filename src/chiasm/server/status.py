@@ -63,6 +63,10 @@ class Status:
         """Tell the version of chiasm."""
         return json_response({"version": __version__})
 
+    @property
+    def _clock_milliseconds(self) -> int | None:
+        return int(time.time() * 1000) if self._context.fleet_key else None
+
     async def _health(self) -> Health:
         context = self._context
         status: str = context.state
@@ -80,6 +84,7 @@ class Status:
                 incarnation=context.incarnation,
                 loaded_tensors=progress.loaded_tensors,
                 tensors=progress.tensors,
+                clock_milliseconds=self._clock_milliseconds,
             )
         try:
             ec_store = await asyncio.to_thread(engine.store_id)  # not cached: the folder may have been recreated
@@ -101,7 +106,7 @@ class Status:
             ec_place=engine.ec_place,
             version=__version__,
             fleet_keys=list(context.fleet_key.names) if context.fleet_key else [],
-            clock_milliseconds=int(time.time() * 1000) if context.fleet_key else None,
+            clock_milliseconds=self._clock_milliseconds,
             needs_key=context.config.http.needs_key,
             max_model_len=engine.max_model_len,
             longest_token=await asyncio.to_thread(longest_token, engine.processor.tokenizer),

@@ -1,0 +1,142 @@
+"""``chiasm drain``, asked of an instance: it begins a drain, and notices its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+from aiohttp import web
+
+from chiasm.fleet_key import FleetKey, make_fleet_key
+from chiasm.http.fleet_calls import body_digest
+from chiasm.launch.drain import Drain, NotDrainedError
+from chiasm.wire import (
+    DRAIN_PATH,
+    FLEET_HEADER,
+    LEASE_PATH,
+    DrainState,
+    ErrorBody,
+    ErrorDetail,
+    Health,
+    LeaseAnswer,
+)
+
+CLOCK = 1_000_000_000_000
+"""Milliseconds of Unix time: years behind."""
+STATE = DrainState(incarnation="first", requests=2, kv=1)
+
+
+class Place:
+    """Stands in for an instance or a proxy. ``drained`` and ``health`` are what it answers."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.orders: list[tuple[bytes, str]] = []
+        """Body and signature of each order to drain."""
+        self.drained: tuple[int, msgspec.Struct] = (202, STATE)
+        self.health: tuple[int, msgspec.Struct] = (503, Health(incarnation="first", clock_milliseconds=CLOCK))
+        self.looks = 0
+        self.looked = asyncio.Condition()
+        self._runner: web.AppRunner
+
+    async def start(self) -> None:
+        application = web.Application()
+        application.router.add_post(DRAIN_PATH, self._drain)
+        application.router.add_get("/health", self._health)
+        application.router.add_get(LEASE_PATH, self._lease)
+        self._runner = web.AppRunner(application, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def end(self) -> None:
+        await self._runner.cleanup()
+
+    async def until_looked(self, times: int) -> None:
+        """Return when its health has been asked for so many times more."""
+        wanted = self.looks + times
+        async with asyncio.timeout(10), self.looked:
+            await self.looked.wait_for(lambda: self.looks >= wanted)
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        self.orders.append((await request.read(), request.headers.get(FLEET_HEADER, "")))
+        return _respond(*self.drained)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        self.looks += 1
+        async with self.looked:
+            self.looked.notify_all()
+        return _respond(*self.health)
+
+    async def _lease(self, request: web.Request) -> web.Response:
+        return _respond(200, LeaseAnswer(clock_milliseconds=CLOCK))
+
+
+def _respond(status: int, content: msgspec.Struct) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(content))
+
+
+@pytest.fixture
+async def place() -> AsyncIterator[Place]:
+    place = Place()
+    await place.start()
+    yield place
+    await place.end()
+
+
+async def test_it_returns_what_the_instance_has_left(place: Place) -> None:
+    async with Drain(place.url) as drain:
+        assert await drain.begin() == STATE
+    assert place.orders == [(b"{}", "")]
+
+
+@pytest.mark.parametrize("through_proxy", [False, True])
+async def test_an_order_is_signed_by_the_clock_of_the_one_that_gets_it(place: Place, through_proxy: bool) -> None:
+    key = FleetKey([make_fleet_key()])
+    url, proxy = ("http://10.0.0.5:8001", place.url) if through_proxy else (place.url, None)
+    async with Drain(url, key=key, proxy=proxy) as drain:
+        await drain.begin()
+    ((body, signature),) = place.orders
+    assert msgspec.json.decode(body) == ({"url": url} if through_proxy else {})
+    assert signature.split()[1] == str(CLOCK)
+    assert body_digest(body).hex() in signature
+
+
+async def test_a_refusal_says_why(place: Place) -> None:
+    place.drained = (403, ErrorBody(error=ErrorDetail(message="No key.", code="fleet_key_needed")))
+    async with Drain(place.url) as drain:
+        with pytest.raises(NotDrainedError, match="refuses with status 403: No key"):
+            await drain.begin()
+    await place.end()
+    async with Drain(place.url) as drain:
+        with pytest.raises(NotDrainedError, match="can't be reached"):
+            await drain.begin()
+
+
+async def test_it_has_ended_when_nothing_listens_there(place: Place) -> None:
+    async with Drain(place.url) as drain:
+        ended = asyncio.create_task(drain.ended(await drain.begin(), 20))
+        await place.until_looked(2)
+        assert not ended.done()
+        await place.end()
+        assert await ended
+
+
+async def test_it_has_ended_when_another_process_answers_there(place: Place) -> None:
+    async with Drain(place.url) as drain:
+        ended = asyncio.create_task(drain.ended(await drain.begin(), 20))
+        await place.until_looked(1)
+        place.health = (200, Health(incarnation="second"))
+        assert await ended
+
+
+async def test_an_instance_that_refuses_to_answer_has_not_ended(place: Place) -> None:
+    place.health = (503, ErrorBody(error=ErrorDetail(message="There are too many connections.")))
+    async with Drain(place.url) as drain:
+        ended = asyncio.create_task(drain.ended(await drain.begin(), 20))
+        await place.until_looked(3)
+        assert not ended.done()
+        ended.cancel()
+        assert not await drain.ended(STATE, 0.0)
