@@ -56,9 +56,11 @@ def check_counts(layout: Layout, counts: Mapping[Role, int]) -> None:
         )
 
 
-def in_words(counts: Mapping[Role, int]) -> str:
-    """Return numbers of instances, such as ``2 encoders and 1 PD``."""
+def in_words(counts: Mapping[Role, int], least_encoders: int | None = None) -> str:
+    """Return numbers of instances, such as ``2 encoders and 1 PD``, or ``1 to 4 encoders`` if there may be fewer."""
     parts = [_counted(role, count) for role, count in counts.items() if count]
+    if least_encoders is not None and least_encoders < counts.get(Role.ENCODER, 0):
+        parts = [f"{least_encoders} to {part}" if part.endswith("encoders") else part for part in parts]
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
