@@ -53,6 +53,8 @@ class Routed:
     """Real time that the proxy took to choose encoders, for each image that was given to one."""
     seconds: list[float] = field(default_factory=list)
     """From the arrival of each image that was sent to an encoder until its embedding is there."""
+    seconds_of: dict[str, float] = field(default_factory=dict)
+    """The same by identifier; of images that come again, the last."""
     hedges: int = 0
     encoded_at: dict[str, list[int]] = field(default_factory=dict)
     """By identifier: the encoders that have encoded it, in order."""
@@ -223,6 +225,7 @@ class RoutingSimulation:
             if entry is not call.entries[0]:
                 proxy.queue.pause(call.encoder, self._now)
             self.result.seconds.append(self._now - image.arrival)
+            self.result.seconds_of[image.identifier] = self._now - image.arrival
             self._feed(proxy)
 
         if image.identifier in machine.memory:

@@ -24,7 +24,7 @@ from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder
 from chiasm.launch.fork_server import ForkServer
 from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort, instance_infos, load_progress, read_metric
-from chiasm.launch.scaling import DIP_SECONDS, Crew, EncoderNumber, Scaling
+from chiasm.launch.scaling import STEP_SECONDS, Crew, EncoderNumber, Scaling
 from chiasm.proxy.config import ProxyConfig
 from chiasm.wire import InstanceInfo, InstanceState, Role
 
@@ -209,7 +209,7 @@ class Deployment:
         return Scaling(
             crew,
             [by_index[index] for index in self.arrangement.encoders],
-            EncoderNumber(config.least_encoders, len(encoders), min(calm, DIP_SECONDS)),
+            EncoderNumber(config.least_encoders, len(encoders), min(calm, STEP_SECONDS)),
             self._encoders_file,
             config.shutdown_timeout_seconds,
         )

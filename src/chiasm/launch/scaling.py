@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import math
 import os
 import threading
 import time
@@ -22,11 +23,12 @@ from chiasm.launch.plan import ProcessPlan
 
 LOOK_SECONDS = 1.0
 """Between two questions to the proxy."""
-DIP_SECONDS = 10.0
-"""So long the proxy must desire fewer. Its calm while is over then, but one that was started again has to learn the load."""
+STEP_SECONDS = 60.0
+"""From one encoder fewer to the next. The proxy has waited for a calm while before, but a new one has to learn the load."""
 FIRST_PAUSE_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
 """After a start that failed, before the next one; it doubles each time."""
+_NOTHING = 1e-6
 _KILL_SECONDS = 10.0
 """Time beyond that of its calls, after which an encoder that should have ended is killed."""
 _CLOSE_SECONDS = 1.0
@@ -35,12 +37,12 @@ _CLOSE_SECONDS = 1.0
 class EncoderNumber:
     """How many encoders there should be, and whether one may be started. State only: no clock and no I/O."""
 
-    def __init__(self, least: int, most: int, dip_seconds: float = DIP_SECONDS) -> None:
-        """Fewer are followed when they have been desired for ``dip_seconds``."""
+    def __init__(self, least: int, most: int, step_seconds: float = STEP_SECONDS) -> None:
+        """There is one fewer whenever fewer have been desired for ``step_seconds``."""
         self.target = least
         self._least = least
         self._most = most
-        self._dip_seconds = dip_seconds
+        self._step_seconds = step_seconds
         self._enough_since: float | None = None
         """Since when fewer than the target are desired."""
         self._pause_seconds = 0.0
@@ -48,12 +50,12 @@ class EncoderNumber:
 
     def follow(self, desired: float, now: float) -> int:
         """Take what the proxy desires, and return the number that there should be: more at once, fewer one at a time."""
-        wanted = min(max(round(desired), self._least), self._most)
+        wanted = min(max(math.ceil(desired - _NOTHING), self._least), self._most)
         if wanted >= self.target:
             self.target, self._enough_since = wanted, None
         elif self._enough_since is None:
             self._enough_since = now
-        elif now - self._enough_since >= self._dip_seconds:
+        elif now - self._enough_since >= self._step_seconds:
             self.target, self._enough_since = self.target - 1, now
         return self.target
 

@@ -188,7 +188,7 @@ class DemandCollector(Collector):
         outstanding = self._images.outstanding_seconds(now)
         desired = GaugeMetricFamily(
             "chiasm_fleet_desired_instances",
-            "Encoders that the images of this proxy need; add them up over proxies.",
+            "Encoders that the images of this proxy need; add them up over proxies, and round up.",
             labels=["role"],
         )
         desired.add_metric([Role.ENCODER.value], self._demand.desired(outstanding, now))

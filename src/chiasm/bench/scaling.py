@@ -1,0 +1,177 @@
+"""A simulation of encoders that come and go as the proxy desires, while images arrive in a calm stream with a burst in it.
+
+What desires, follows and places is the product's own code: the proxy's count of encoders, the policy of ``chiasm serve`` and the
+queue of images. Only the encoders are played, and time is simulated, so the same images give the same figures on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chiasm.bench.routing import ENCODE_SECONDS, PIXELS, Image, Routed, RoutingSimulation, _Proxy
+from chiasm.launch.scaling import LOOK_SECONDS, STEP_SECONDS, EncoderNumber
+from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.encoder_demand import EncoderDemand
+from chiasm.proxy.hedging import HEDGED_SHARE
+from chiasm.proxy.prompts import ItemWork
+
+SIZES = (PIXELS // 4, PIXELS // 2, PIXELS)
+MEAN_SECONDS = ENCODE_SECONDS * sum(SIZES) / len(SIZES) / PIXELS
+"""What an encoder takes for an image, on average."""
+
+
+@dataclass(frozen=True)
+class Wave:
+    """A calm stream of images with one burst."""
+
+    load: float
+    """How many encoders the calm stream keeps busy."""
+    seconds: float
+    """From the first image to the last."""
+    burst_at: float
+    burst_seconds: float = 30.0
+    factor: float = 10.0
+    """How much more comes during the burst."""
+
+    def images(self, seed: int) -> list[Image]:
+        """Return new images of three sizes, at random times."""
+        chance = random.Random(seed)
+        images: list[Image] = []
+        now = 0.0
+        while True:
+            # Time is stretched so that the gaps of a burst are shorter, and none reaches over its beginning.
+            gap = chance.expovariate(self.load / MEAN_SECONDS)
+            now = self._after(now, gap)
+            if now >= self.seconds:
+                return images
+            images.append(Image(now, f"image {len(images)}", chance.choice(SIZES)))
+
+    def is_in_burst(self, when: float) -> bool:
+        return self.burst_at <= when < self.burst_at + self.burst_seconds
+
+    def _after(self, now: float, calm_seconds: float) -> float:
+        """Return when so much has come as comes in ``calm_seconds`` outside of the burst."""
+        end = self.burst_at + self.burst_seconds
+        if now < self.burst_at:
+            if now + calm_seconds <= self.burst_at:
+                return now + calm_seconds
+            now, calm_seconds = self.burst_at, calm_seconds - (self.burst_at - now)
+        if now < end:
+            if now + calm_seconds / self.factor <= end:
+                return now + calm_seconds / self.factor
+            now, calm_seconds = end, calm_seconds - (end - now) * self.factor
+        return now + calm_seconds
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Which encoders there may be."""
+
+    least: int
+    most: int
+    start_seconds: float = 2.0
+    """From the decision to start an encoder until the proxy uses it."""
+    wait_seconds: float = ProxyConfig.encode_wait_seconds
+    calm_seconds: float = ProxyConfig.scale_down_seconds
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another number of encoders that run."""
+
+    when: float
+    encoders: int
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What came of it."""
+
+    routed: Routed
+    encoder_seconds: float
+    """That all encoders ran, together, also while they started."""
+    changes: Sequence[Change]
+
+
+class ScalingSimulation(RoutingSimulation):
+    """One proxy in front of encoders that are as many as it desires."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        super().__init__(fleet.most, capacity=1, hedged_share=HEDGED_SHARE)
+        self._fleet = fleet
+        self._proxy = self.proxies[0]
+        self._healths = [one.health for one in self._proxy.fleet.instances]
+        self._demand = EncoderDemand(fleet.wait_seconds, fleet.calm_seconds)
+        self._number = EncoderNumber(fleet.least, fleet.most, min(fleet.calm_seconds, STEP_SECONDS))
+        self._running: list[int] = list(range(fleet.least))
+        self._used: set[int] = set(self._running)
+        """Of these, those that are ready."""
+        self._is_leaving: int | None = None
+        self._changes = [Change(0.0, fleet.least)]
+        for index in range(fleet.least, fleet.most):
+            self._remove(index)
+
+    def follow(self, images: Sequence[Image], seconds: float) -> Scaled:
+        """Simulate images that come within so many seconds."""
+        if self._fleet.least < self._fleet.most:
+            looks = int(seconds / LOOK_SECONDS)
+            for look in range(1, looks):
+                self.at(look * LOOK_SECONDS, self._look)
+        routed = self.run(images)
+        ends = [one.when for one in self._changes[1:]] + [seconds]
+        ran = sum(
+            (min(end, seconds) - min(one.when, seconds)) * one.encoders
+            for one, end in zip(self._changes, ends, strict=True)
+        )
+        return Scaled(routed, ran, self._changes)
+
+    def _arrive(self, proxy: _Proxy, image: Image) -> None:
+        cost = proxy.queue.cost(ItemWork(image.identifier, image.pixels), self._now)
+        self._demand.note(cost, self._now)
+        super()._arrive(proxy, image)
+
+    def _look(self) -> None:
+        now = self._now
+        desired = self._demand.desired(self._proxy.queue.outstanding_seconds(now), now)
+        target = self._number.follow(desired, now)
+        free = [index for index in range(self._fleet.most) if index not in self._running]
+        if len(self._running) < target:
+            for index in free[: target - len(self._running)]:
+                self._running.append(index)
+                self.at(now + self._fleet.start_seconds, lambda index=index: self._add(index))
+            self._changes.append(Change(now, len(self._running)))
+        elif self._is_leaving is None and len(self._running) > target:
+            self._is_leaving = self._running[-1]
+            self._remove(self._is_leaving)
+            self._await_end(self._is_leaving)
+
+    def _add(self, index: int) -> None:
+        if index in self._running:
+            fleet = self._proxy.fleet
+            health = self._healths[index]
+            assert health is not None
+            fleet.succeed(fleet.add(_url(index), health.role), health)
+            self._used.add(index)
+            self._feed(self._proxy)
+
+    def _remove(self, index: int) -> None:
+        instance = self._proxy.fleet.get(_url(index))
+        if instance is not None:
+            self._proxy.fleet.remove(instance)
+        self._used.discard(index)
+
+    def _await_end(self, index: int) -> None:
+        """Let an encoder end when it has nothing to do."""
+        if self.machines[index].queue:
+            self.at(self._now + LOOK_SECONDS, lambda: self._await_end(index))
+            return
+        self._running.remove(index)
+        self._is_leaving = None
+        self.machines[index].memory.clear()
+        self._changes.append(Change(self._now, len(self._running)))
+
+
+def _url(index: int) -> str:
+    return f"http://encoder-{index}"
