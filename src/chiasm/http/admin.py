@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import logging
 from ipaddress import ip_address
+from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from chiasm.errors import AuthenticationError
+from chiasm.errors import AuthenticationError, ConfigurationError
+from chiasm.http.key_rules import read_admin_keys
 from chiasm.http.keys import bearer, digest_of, is_one_of
+from chiasm.http.watch import FileWatch
 
+_logger = logging.getLogger(__name__)
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 """Headers by which a reverse proxy says that it speaks for somebody else."""
 
@@ -18,12 +23,33 @@ _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 class AdminCheck:
     """Tells the operator of a server from its clients.
 
-    The operator has the admin key. On a server without one, whoever asks from the server's own machine may see what the
-    operator may; nobody may change anything.
+    The operator has the admin key, or one of those in a file, which may be replaced while the server runs. On a server without
+    one, whoever asks from the server's own machine may see what the operator may; nobody may change anything.
     """
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [digest_of(key) for key in keys]
+    def __init__(self, key: str | None = None, file: Path | None = None) -> None:
+        """Raises ConfigurationError for a key that isn't fit, and for a file that can't be read or holds none."""
+        self._key = key
+        self._file = file
+        self._watch = FileWatch(() if file is None else (file,))
+        self._digests = self._read()
+
+    async def follow(self) -> None:
+        """Read the file again whenever it was replaced, until cancelled."""
+        async for _ in self._watch.changes():
+            await self.read_again()
+
+    async def read_again(self) -> None:
+        """Take the keys that are in the file now. One that isn't fit, or is missing, changes nothing."""
+        try:
+            self._digests = await asyncio.to_thread(self._read)
+        except ConfigurationError as error:
+            _logger.warning("the admin keys stay as they are: %s", error.message)
+        else:
+            _logger.info("the admin keys were read again: there are %d", len(self._digests))
+
+    def _read(self) -> list[bytes]:
+        return [digest_of(key) for key in read_admin_keys(self._key, self._file)]
 
     @property
     def has_key(self) -> bool:

@@ -251,6 +251,10 @@ class Fleet:
             if one.role in _ALTERNATIVES.get(role, (role,))
         )
 
+    def has(self, role: Role) -> bool:
+        """Return whether there is an instance, in whatever state, that does what this role does."""
+        return any(one.role in _ALTERNATIVES.get(role, (role,)) for one in self._instances.values())
+
     def has_substitute(self, instance: Instance) -> bool:
         """Return whether another instance is healthy that does what this one does."""
         return any(one is not instance for one in self.healthy(*_ALTERNATIVES.get(instance.role, (instance.role,))))
