@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chiasm.bench.burst import Wave
 from chiasm.bench.routing import ENCODE_SECONDS, PIXELS, Image, Routed, RoutingSimulation, _Proxy
 from chiasm.launch.scaling import LOOK_SECONDS, STEP_SECONDS, EncoderNumber
 from chiasm.proxy.config import ProxyConfig
@@ -20,49 +21,15 @@ from chiasm.proxy.prompts import ItemWork
 SIZES = (PIXELS // 4, PIXELS // 2, PIXELS)
 MEAN_SECONDS = ENCODE_SECONDS * sum(SIZES) / len(SIZES) / PIXELS
 """What an encoder takes for an image, on average."""
+_LIMIT = 5.0
+"""An image is in time if it is encoded within so many times what its encoding takes alone."""
 
 
-@dataclass(frozen=True)
-class Wave:
-    """A calm stream of images with one burst."""
-
-    load: float
-    """How many encoders the calm stream keeps busy."""
-    seconds: float
-    """From the first image to the last."""
-    burst_at: float
-    burst_seconds: float = 30.0
-    factor: float = 10.0
-    """How much more comes during the burst."""
-
-    def images(self, seed: int) -> list[Image]:
-        """Return new images of three sizes, at random times."""
-        chance = random.Random(seed)
-        images: list[Image] = []
-        now = 0.0
-        while True:
-            # Time is stretched so that the gaps of a burst are shorter, and none reaches over its beginning.
-            gap = chance.expovariate(self.load / MEAN_SECONDS)
-            now = self._after(now, gap)
-            if now >= self.seconds:
-                return images
-            images.append(Image(now, f"image {len(images)}", chance.choice(SIZES)))
-
-    def is_in_burst(self, when: float) -> bool:
-        return self.burst_at <= when < self.burst_at + self.burst_seconds
-
-    def _after(self, now: float, calm_seconds: float) -> float:
-        """Return when so much has come as comes in ``calm_seconds`` outside of the burst."""
-        end = self.burst_at + self.burst_seconds
-        if now < self.burst_at:
-            if now + calm_seconds <= self.burst_at:
-                return now + calm_seconds
-            now, calm_seconds = self.burst_at, calm_seconds - (self.burst_at - now)
-        if now < end:
-            if now + calm_seconds / self.factor <= end:
-                return now + calm_seconds / self.factor
-            now, calm_seconds = end, calm_seconds - (end - now) * self.factor
-        return now + calm_seconds
+def images_of(wave: Wave, load: float, seed: int) -> list[Image]:
+    """Return new images of three sizes, which keep ``load`` encoders busy outside of the burst."""
+    chance = random.Random(seed)
+    times = wave.times(load / MEAN_SECONDS, chance)
+    return [Image(when, f"image {number}", chance.choice(SIZES)) for number, when in enumerate(times)]
 
 
 @dataclass(frozen=True)
@@ -89,10 +56,17 @@ class Change:
 class Scaled:
     """What came of it."""
 
+    images: Sequence[Image]
     routed: Routed
     encoder_seconds: float
     """That all encoders ran, together, also while they started."""
     changes: Sequence[Change]
+
+    def in_time(self, wave: Wave | None = None) -> float:
+        """Return the share of images that were encoded in time, of all or of those of the burst."""
+        chosen = [one for one in self.images if wave is None or wave.is_in_burst(one.arrival)]
+        limits = [(one, _LIMIT * ENCODE_SECONDS * one.pixels / PIXELS) for one in chosen]
+        return sum(self.routed.seconds_of[one.identifier] <= limit for one, limit in limits) / max(1, len(chosen))
 
 
 class ScalingSimulation(RoutingSimulation):
@@ -125,7 +99,7 @@ class ScalingSimulation(RoutingSimulation):
             (min(end, seconds) - min(one.when, seconds)) * one.encoders
             for one, end in zip(self._changes, ends, strict=True)
         )
-        return Scaled(routed, ran, self._changes)
+        return Scaled(images, routed, ran, self._changes)
 
     def _arrive(self, proxy: _Proxy, image: Image) -> None:
         cost = proxy.queue.cost(ItemWork(image.identifier, image.pixels), self._now)

@@ -100,7 +100,9 @@ class ProxyConfig:
     ] = HEDGED_SHARE
     encode_wait_seconds: Annotated[
         float,
-        Option("How long images should wait for encoders; chiasm_fleet_desired_instances counts as many as that takes."),
+        Option(
+            "How long images should wait for encoders; chiasm_fleet_desired_instances counts as many as that takes."
+        ),
     ] = 0.5
     scale_down_seconds: Annotated[
         float, Option("Calm while after which chiasm_fleet_desired_instances counts fewer encoders.")
