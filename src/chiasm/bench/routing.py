@@ -94,7 +94,7 @@ class _Call:
     is_over: bool = False
 
 
-class _Proxy:
+class SimulatedProxy:
     """One proxy: its queue, and the images that are on their way."""
 
     def __init__(self, speeds: Sequence[float], peers: bool, hedged_share: float) -> None:
@@ -140,7 +140,7 @@ class RoutingSimulation:
         ``slow_share`` of the encodings take ``SLOWER`` times as long; ``hedged_share`` of the calls may be hedged.
         """
         speeds = [1.0] * encoders if isinstance(encoders, int) else encoders
-        self.proxies = [_Proxy(speeds, peers, hedged_share) for _ in range(proxies)]
+        self.proxies = [SimulatedProxy(speeds, peers, hedged_share) for _ in range(proxies)]
         self._slow_share = slow_share
         self._chance = random.Random(0)
         self.machines = [_Machine(capacity, speed) for speed in speeds]
@@ -165,7 +165,7 @@ class RoutingSimulation:
     def _at(self, when: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._numbers), event))
 
-    def _arrive(self, proxy: _Proxy, image: Image) -> None:
+    def _arrive(self, proxy: SimulatedProxy, image: Image) -> None:
         if image.identifier in proxy.flying:
             self.result.joined += 1
             return
@@ -174,7 +174,7 @@ class RoutingSimulation:
         proxy.queue.add(entry)
         self._feed(proxy)
 
-    def _feed(self, proxy: _Proxy) -> None:
+    def _feed(self, proxy: SimulatedProxy) -> None:
         started = time.perf_counter()
         feeds = proxy.queue.feed(self._now)
         seconds = time.perf_counter() - started
@@ -190,13 +190,13 @@ class RoutingSimulation:
                 self._watch(proxy, call)
                 self._send(proxy, feed.encoder, entry, call)
 
-    def _watch(self, proxy: _Proxy, call: _Call) -> None:
+    def _watch(self, proxy: SimulatedProxy, call: _Call) -> None:
         """Hedge a call when it is late."""
         seconds = proxy.queue.hedging.late_after(call.expected) if call.expected else None
         if seconds is not None:
             self._at(self._now + seconds, partial(self._hedge, proxy, call))
 
-    def _hedge(self, proxy: _Proxy, call: _Call) -> None:
+    def _hedge(self, proxy: SimulatedProxy, call: _Call) -> None:
         if call.is_over:
             return
         feed = proxy.queue.hedge(call.entries, self._now)
@@ -207,7 +207,7 @@ class RoutingSimulation:
         call.entries += feed.entries
         self._send(proxy, feed.encoder, feed.entries[0], call)
 
-    def _send(self, proxy: _Proxy, encoder: Instance, entry: Entry, call: _Call) -> None:
+    def _send(self, proxy: SimulatedProxy, encoder: Instance, entry: Entry, call: _Call) -> None:
         index = int(encoder.url.rpartition("-")[2])
         machine = self.machines[index]
         image = call.image

@@ -1,7 +1,7 @@
 """A simulation of encoders that come and go as the proxy desires, while images arrive in a calm stream with a burst in it.
 
-What desires, follows and places is the product's own code: the proxy's count of encoders, the policy of ``chiasm serve`` and the
-queue of images. Only the encoders are played, and time is simulated, so the same images give the same figures on every machine.
+What desires, follows and places is the product's own code: the proxy's count of encoders, the policy of ``chiasm serve`` and
+the queue of images. Only the encoders are played, and time is simulated, so the same images give the same figures everywhere.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from chiasm.bench.burst import Wave
-from chiasm.bench.routing import ENCODE_SECONDS, PIXELS, Image, Routed, RoutingSimulation, _Proxy
+from chiasm.bench.routing import ENCODE_SECONDS, PIXELS, Image, Routed, RoutingSimulation, SimulatedProxy
 from chiasm.launch.scaling import LOOK_SECONDS, STEP_SECONDS, EncoderNumber
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.encoder_demand import EncoderDemand
 from chiasm.proxy.hedging import HEDGED_SHARE
 from chiasm.proxy.prompts import ItemWork
+from chiasm.wire import Role
 
 SIZES = (PIXELS // 4, PIXELS // 2, PIXELS)
 MEAN_SECONDS = ENCODE_SECONDS * sum(SIZES) / len(SIZES) / PIXELS
@@ -80,8 +82,6 @@ class ScalingSimulation(RoutingSimulation):
         self._demand = EncoderDemand(fleet.wait_seconds, fleet.calm_seconds)
         self._number = EncoderNumber(fleet.least, fleet.most, min(fleet.calm_seconds, STEP_SECONDS))
         self._running: list[int] = list(range(fleet.least))
-        self._used: set[int] = set(self._running)
-        """Of these, those that are ready."""
         self._is_leaving: int | None = None
         self._changes = [Change(0.0, fleet.least)]
         for index in range(fleet.least, fleet.most):
@@ -101,7 +101,7 @@ class ScalingSimulation(RoutingSimulation):
         )
         return Scaled(images, routed, ran, self._changes)
 
-    def _arrive(self, proxy: _Proxy, image: Image) -> None:
+    def _arrive(self, proxy: SimulatedProxy, image: Image) -> None:
         cost = proxy.queue.cost(ItemWork(image.identifier, image.pixels), self._now)
         self._demand.note(cost, self._now)
         super()._arrive(proxy, image)
@@ -114,7 +114,7 @@ class ScalingSimulation(RoutingSimulation):
         if len(self._running) < target:
             for index in free[: target - len(self._running)]:
                 self._running.append(index)
-                self.at(now + self._fleet.start_seconds, lambda index=index: self._add(index))
+                self.at(now + self._fleet.start_seconds, partial(self._add, index))
             self._changes.append(Change(now, len(self._running)))
         elif self._is_leaving is None and len(self._running) > target:
             self._is_leaving = self._running[-1]
@@ -126,20 +126,18 @@ class ScalingSimulation(RoutingSimulation):
             fleet = self._proxy.fleet
             health = self._healths[index]
             assert health is not None
-            fleet.succeed(fleet.add(_url(index), health.role), health)
-            self._used.add(index)
+            fleet.succeed(fleet.add(_url(index), Role.ENCODER), health)
             self._feed(self._proxy)
 
     def _remove(self, index: int) -> None:
         instance = self._proxy.fleet.get(_url(index))
         if instance is not None:
             self._proxy.fleet.remove(instance)
-        self._used.discard(index)
 
     def _await_end(self, index: int) -> None:
         """Let an encoder end when it has nothing to do."""
         if self.machines[index].queue:
-            self.at(self._now + LOOK_SECONDS, lambda: self._await_end(index))
+            self.at(self._now + LOOK_SECONDS, partial(self._await_end, index))
             return
         self._running.remove(index)
         self._is_leaving = None

@@ -65,8 +65,8 @@ def _simulate(outcome: Outcome, seed: int, patterns: int) -> None:
     outcome.parameters |= {"calm load": _LOAD, "start seconds": _START_SECONDS, "range": [_LEAST, _MOST]}
     outcome.notes.append(
         f"Simulated: {_HALF_HOUR.seconds / 60:g} minutes in which a calm stream keeps {_LOAD:g} encoders busy, with one burst; "
-        f"{_LEAST} to {_MOST} encoders, which start within {_START_SECONDS:g} s; {patterns} pattern(s). An image is in time if it "
-        "is encoded within five times what that takes alone."
+        f"{_LEAST} to {_MOST} encoders, which start within {_START_SECONDS:g} s; {patterns} pattern(s). An image is in time if "
+        "it is encoded within five times what that takes alone."
     )
 
 
@@ -123,9 +123,9 @@ async def _in_truth(outcome: Outcome, bench: Bench) -> None:
     outcome.panels.append(Panel("scaling: first tokens here", "ms", [_series(scaled, "1 to 2"), _series(held, "2")]))
     outcome.notes += [f"A request failed: {message}" for message in failures[:_SHOWN]]
     outcome.notes.append(
-        f"Here: `serve --layout colocated --encoders 1..{_REAL_MOST} --pds 1` with {_REAL_RATE:g} requests a second, an image each, "
-        f"and ten times as many for {wave.burst_seconds:g} of {wave.seconds:g} s; fewer encoders after {_REAL_CALM_SECONDS:g} s. A "
-        f"first token is in time within {1000 * scaled.limit_seconds:.0f} ms with 1 to {_REAL_MOST} encoders, "
+        f"Here: `serve --layout colocated --encoders 1..{_REAL_MOST} --pds 1` with {_REAL_RATE:g} requests a second, an image "
+        f"each, and ten times as many for {wave.burst_seconds:g} of {wave.seconds:g} s; fewer encoders after "
+        f"{_REAL_CALM_SECONDS:g} s. A first token is in time within {1000 * scaled.limit_seconds:.0f} ms with 1 to {_REAL_MOST} encoders, "
         f"{1000 * held.limit_seconds:.0f} ms with {_REAL_MOST}: five times what it takes alone."
     )
 
