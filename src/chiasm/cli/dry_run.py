@@ -36,6 +36,8 @@ def preview(deployment: Deployment) -> str:
             f"  {shlex.join(_command(plan, deployment.folder))}",
         ]
     lines += ["", "Nothing was started. A start takes other free ports, and makes a fleet key unless it is given one."]
+    if deployment.arrangement.config.scales:
+        lines.append("It also makes the file that --discover names, and lists there the encoders that run.")
     return "\n".join(lines)
 
 

@@ -7,7 +7,6 @@ when others have fetched what they need from it.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import json
 import math
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from chiasm.launch.child import Child, ProcessState
 from chiasm.launch.plan import ProcessPlan
@@ -75,13 +75,24 @@ class EncoderNumber:
         self._pause_seconds = 0.0
 
 
+class ProxySays(NamedTuple):
+    """What the proxy says of encoders at one moment."""
+
+    desired: float | None
+    """How many there should be; None if it doesn't answer."""
+    known: Collection[str]
+    """The URLs of the instances that it knows; empty if it doesn't answer."""
+
+
 class _Stage(enum.Enum):
     IDLE = enum.auto()
+    """There is no process."""
     RUNNING = enum.auto()
     """It starts, or serves, or is started again after its death."""
     LEAVING = enum.auto()
-    """The proxy gives it no more images."""
+    """The proxy is to give it no more images, and calls may be under way."""
     ENDING = enum.auto()
+    """It has been asked to end."""
 
 
 @dataclass(eq=False)
@@ -89,95 +100,92 @@ class _Encoder:
     """One encoder of the range, whether it runs or not."""
 
     plan: ProcessPlan
-    is_spare: bool = True
-    """Whether it was started because it was needed; otherwise with all other instances."""
     stage: _Stage = _Stage.IDLE
     child: Child | None = None
+    is_spare: bool = False
+    """Whether it was started because more were needed, and not with all other instances."""
+    was_ready: bool = False
     failures: int = 0
     """Starts in a row that have failed."""
-    was_ready: bool = False
     ends_by: float = 0.0
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The deployment, as far as its encoders come and go. Nothing here is called from two threads at one time."""
-
-    begin: Callable[[ProcessPlan, bool], Child]
-    """Starts a process; the second argument says whether the others can serve without it."""
-    forget: Callable[[ProcessPlan], None]
-    """Takes a process that has ended from those that there are."""
-    desired: Callable[[], float | None]
-    """Returns how many encoders the proxy desires; None if it doesn't say."""
-    known: Callable[[], Collection[str]]
-    """Returns the URLs of all instances that the proxy knows; none if it doesn't answer."""
-    say: Callable[[str], None]
-    """Tells the operator."""
 
 
 class Scaling:
     """The encoders of one deployment that come and go, in a thread of its own."""
 
     def __init__(
-        self, crew: Crew, encoders: Sequence[ProcessPlan], number: EncoderNumber, listed_in: Path, call_seconds: float
+        self,
+        encoders: Sequence[ProcessPlan],
+        number: EncoderNumber,
+        listed_in: Path,
+        *,
+        end_seconds: float,
+        begin: Callable[[ProcessPlan, bool], Child],
+        forget: Callable[[ProcessPlan], None],
+        ask: Callable[[], ProxySays],
+        say: Callable[[str], None],
     ) -> None:
-        """``encoders`` are all of them in the order in which they start; ``listed_in`` is the file that the proxy watches.
+        """``encoders`` are all that may run, in the order in which they start, and ``listed_in`` where the proxy finds them.
 
-        An encoder has ``call_seconds`` to end.
+        One that is asked to end has ``end_seconds`` for it. ``begin`` starts a process, and is told whether the others can
+        serve without it; ``forget`` is called when one has ended and is not to be started again for now. ``ask`` asks the
+        proxy, and ``say`` tells the operator. They are called by ``start``, and then in this object's thread until ``close``.
         """
-        self._crew = crew
         self._encoders = [_Encoder(plan) for plan in encoders]
         self._number = number
         self._listed_in = listed_in
-        self._call_seconds = call_seconds
-        self._list(self._encoders[: number.target])  # before the proxy looks for it
+        self._listed: list[_Encoder] | None = None
+        """What the file lists."""
+        self._is_behind = False
+        """Whether the file couldn't be written."""
+        self._end_seconds = end_seconds
+        self._begin_process = begin
+        self._forget = forget
+        self._ask = ask
+        self._say = say
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._live, name="chiasm-scaling", daemon=True)
 
     def start(self) -> None:
-        """Start the least number of encoders, and follow the proxy from now on."""
+        """Start the least number of encoders, and follow the proxy from now on. The proxy is to be started later."""
         for encoder in self._encoders[: self._number.target]:
-            encoder.is_spare = False
             self._begin(encoder)
+        self._list()
         self._thread.start()
 
     def close(self) -> None:
         """Start and end nothing from now on; idempotent."""
         self._over.set()
-        with self._lock:  # no start is under way
+        with self._lock:  # no look is under way
             pass
         if self._thread.is_alive():
             self._thread.join(_CLOSE_SECONDS)
 
     def _live(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
-            self.look(time.monotonic())
+            says = self._ask()
+            with self._lock:
+                if not self._over.is_set():
+                    self.look(says, time.monotonic())
 
-    def look(self, now: float) -> None:
-        """Ask the proxy once, and do what is to be done."""
-        desired = self._crew.desired()
-        leaves = any(one.stage is _Stage.LEAVING for one in self._encoders)
-        known = self._crew.known() if leaves else ()
-        with self._lock:
-            if self._over.is_set():
-                return
-            before = self._running()
-            for encoder in list(self._encoders):
-                self._settle(encoder, known, now)
-            if desired is not None:
-                self._number.follow(desired, now)
-            self._adjust(now)
-            if self._running() != before:
-                self._list(self._running())
+    def look(self, says: ProxySays, now: float) -> None:
+        """See what has become of the encoders, and start or end some as the proxy says."""
+        for encoder in list(self._encoders):
+            self._settle(encoder, says.known, now)
+        if says.desired is not None:
+            self._number.follow(says.desired, now)
+        self._adjust(now)
+        self._list()
 
     # ---- one encoder -----------------------------------------------------------------------------------------------------
 
     def _settle(self, encoder: _Encoder, known: Collection[str], now: float) -> None:
-        """Note what has become of an encoder."""
-        child, has_ended = encoder.child, encoder.child is not None and encoder.child.join(0.0)
+        """Note what has become of an encoder, and do what is due."""
+        child = encoder.child
         if child is None:
             return
+        has_ended = child.join(0.0)
         if encoder.stage is _Stage.RUNNING:
             if has_ended:
                 self._note_failure(encoder, child, now)
@@ -185,61 +193,75 @@ class Scaling:
                 encoder.was_ready, encoder.failures = True, 0
                 self._number.note_success()
         elif has_ended:
-            self._crew.forget(encoder.plan)
-            encoder.stage, encoder.child = _Stage.IDLE, None
+            self._discard(encoder)
         elif encoder.stage is _Stage.LEAVING:
             if child.state is not ProcessState.READY or (known and encoder.plan.address.url not in known):
                 child.end()
-                encoder.stage, encoder.ends_by = _Stage.ENDING, now + self._call_seconds + _KILL_SECONDS
+                encoder.stage, encoder.ends_by = _Stage.ENDING, now + self._end_seconds + _KILL_SECONDS
         elif now >= encoder.ends_by:
             child.kill()
 
     def _note_failure(self, encoder: _Encoder, child: Child, now: float) -> None:
+        """Note that an encoder can't be started."""
         if not encoder.is_spare:  # the deployment ends, or goes on without it
             self._encoders.remove(encoder)
             return
         encoder.failures += 1
         seconds = self._number.note_failure(now)
-        why = child.failure.message.rstrip(".") if child.failure is not None else "it has ended"
-        self._crew.say(f"{encoder.plan.name} can't be started: {why}. The next start is in {seconds:.0f} s")
-        self._crew.forget(encoder.plan)
-        encoder.stage, encoder.child = _Stage.IDLE, None
+        why = child.failure.message if child.failure is not None else "It has ended."
+        self._say(f"{encoder.plan.name} can't be started; the next start is in {seconds:.0f} s. {why}")
+        self._discard(encoder)
 
     def _begin(self, encoder: _Encoder) -> None:
-        encoder.child = self._crew.begin(encoder.plan, encoder.is_spare)
+        encoder.child = self._begin_process(encoder.plan, encoder.is_spare)
         encoder.stage, encoder.was_ready = _Stage.RUNNING, False
 
-    def _leave(self, encoder: _Encoder) -> None:
-        assert encoder.child is not None
-        encoder.child.let_die()
-        encoder.stage = _Stage.LEAVING
+    def _discard(self, encoder: _Encoder) -> None:
+        self._forget(encoder.plan)
+        encoder.stage, encoder.child = _Stage.IDLE, None
 
     # ---- their number ----------------------------------------------------------------------------------------------------
 
-    def _running(self) -> list[_Encoder]:
-        return [one for one in self._encoders if one.stage is _Stage.RUNNING]
+    def _in(self, stage: _Stage) -> list[_Encoder]:
+        return [one for one in self._encoders if one.stage is stage]
 
     def _adjust(self, now: float) -> None:
-        """Start encoders that are missing, or let one go that isn't needed."""
-        running, target = self._running(), self._number.target
-        if len(running) > target:
-            last = next((one for one in running if not one.was_ready), running[-1])
-            self._crew.say(f"{target} of {len(running)} encoders are enough: {last.plan.name} drains")
-            self._leave(last)
-        elif len(running) < target and self._number.may_start(now):
-            idle = [one for one in self._encoders if one.stage is _Stage.IDLE]
-            chosen = sorted(idle, key=lambda one: one.failures)[: target - len(running)]
-            if chosen:
-                names = ", ".join(one.plan.name for one in chosen)
-                self._crew.say(f"{target} encoders are needed, and {len(running)} run: starting {names}")
-            for encoder in chosen:
+        """Start encoders that are missing, or let those go that aren't needed."""
+        running, target = self._in(_Stage.RUNNING), self._number.target
+        for encoder in running[target:]:
+            self._say(f"{target} of {len(running)} encoders are enough: {encoder.plan.name} drains")
+            encoder.stage = _Stage.LEAVING
+        missing = target - len(running)
+        if missing > 0 and (leaving := self._in(_Stage.LEAVING)[:missing]):
+            self._say(f"{target} encoders are needed: {_names(leaving)} won't drain")
+            for encoder in leaving:
+                encoder.stage = _Stage.RUNNING
+            missing -= len(leaving)
+        if missing > 0 and self._number.may_start(now):
+            idle = sorted(self._in(_Stage.IDLE), key=lambda one: one.failures)[:missing]
+            if idle:
+                self._say(f"{target} encoders are needed, and {len(running)} run: starting {_names(idle)}")
+            for encoder in idle:
                 encoder.is_spare = True
                 self._begin(encoder)
 
-    def _list(self, encoders: Sequence[_Encoder]) -> None:
-        """Tell the proxy which encoders there are."""
-        listed = [{"url": one.plan.address.url, "role": str(one.plan.role)} for one in encoders]
+    def _list(self) -> None:
+        """Tell the proxy which encoders there are, unless it knows."""
+        running = self._in(_Stage.RUNNING)
+        if running == self._listed:
+            return
+        listed = [{"url": one.plan.address.url, "role": str(one.plan.role)} for one in running]
         new = self._listed_in.with_suffix(".new")
-        with contextlib.suppress(OSError):  # no room: the proxy keeps what it knows, and the next change tells it
+        try:
             new.write_text(json.dumps(listed))
             os.replace(new, self._listed_in)
+        except OSError as error:  # the proxy keeps what it knows, and the next look tells it
+            if not self._is_behind:
+                self._say(f"{self._listed_in} can't be written, so the proxy doesn't hear of changes: {error.strerror}")
+            self._is_behind = True
+        else:
+            self._listed, self._is_behind = running, False
+
+
+def _names(encoders: Sequence[_Encoder]) -> str:
+    return ", ".join(one.plan.name for one in encoders)

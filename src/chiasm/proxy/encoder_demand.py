@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
+DESIRED_METRIC = "chiasm_fleet_desired_instances"
+"""What the proxy calls the number of encoders on its page of metrics."""
 WINDOWS_SECONDS = (10.0, 60.0)
 _BUSY = (0.85, 0.55)
 """How busy encoders may be on the average of each window: a short burst may take more of them than what lasts."""

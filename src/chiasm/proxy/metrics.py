@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from chiasm.http.limits import Refusals
 from chiasm.proxy.agreement import LANGUAGE_ROLES
 from chiasm.proxy.encode_queue import EncodeQueue
-from chiasm.proxy.encoder_demand import WINDOWS_SECONDS, EncoderDemand
+from chiasm.proxy.encoder_demand import DESIRED_METRIC, WINDOWS_SECONDS, EncoderDemand
 from chiasm.proxy.fleet import Fleet
 from chiasm.wire import InstanceState, Role
 
@@ -187,7 +187,7 @@ class DemandCollector(Collector):
         now = time.monotonic()
         outstanding = self._images.outstanding_seconds(now)
         desired = GaugeMetricFamily(
-            "chiasm_fleet_desired_instances",
+            DESIRED_METRIC,
             "Encoders that the images of this proxy need; add them up over proxies, and round up.",
             labels=["role"],
         )

@@ -125,8 +125,8 @@ async def _in_truth(outcome: Outcome, bench: Bench) -> None:
     outcome.notes.append(
         f"Here: `serve --layout colocated --encoders 1..{_REAL_MOST} --pds 1` with {_REAL_RATE:g} requests a second, an image "
         f"each, and ten times as many for {wave.burst_seconds:g} of {wave.seconds:g} s; fewer encoders after "
-        f"{_REAL_CALM_SECONDS:g} s. A first token is in time within {1000 * scaled.limit_seconds:.0f} ms with 1 to {_REAL_MOST} encoders, "
-        f"{1000 * held.limit_seconds:.0f} ms with {_REAL_MOST}: five times what it takes alone."
+        f"{_REAL_CALM_SECONDS:g} s. A first token is in time within {1000 * scaled.limit_seconds:.0f} ms with 1 to "
+        f"{_REAL_MOST} encoders, {1000 * held.limit_seconds:.0f} ms with {_REAL_MOST}: five times what it takes alone."
     )
 
 
