@@ -78,8 +78,8 @@ class ProcessStatus:
 class _Member:
     plan: ProcessPlan
     child: Child
-    is_spare: bool = False
-    """Whether the others can serve without it, since it is an encoder that was started because more were needed."""
+    is_spare: bool
+    """Whether it is an encoder that runs only while it is needed, so that the others can serve without it."""
     progress: str = ""
 
 
@@ -176,7 +176,7 @@ class Deployment:
         for plan in plans:
             self._begin(plan)
 
-    def _begin(self, plan: ProcessPlan, is_spare: bool = False) -> Child:
+    def _begin(self, plan: ProcessPlan) -> Child:
         """Start a process."""
         child = Child(
             plan.name,
@@ -187,7 +187,7 @@ class Deployment:
             on_change=partial(self._changed, plan),
             on_line=self._on_line,
         )
-        self._members[plan.name] = _Member(plan, child, is_spare)
+        self._members[plan.name] = _Member(plan, child, self.arrangement.is_spare(plan.role, plan.index))
         child.start()
         return child
 

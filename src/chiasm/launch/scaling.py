@@ -100,10 +100,10 @@ class _Encoder:
     """One encoder of the range, whether it runs or not."""
 
     plan: ProcessPlan
+    is_spare: bool
+    """Whether it runs only while it is needed."""
     stage: _Stage = _Stage.IDLE
     child: Child | None = None
-    is_spare: bool = False
-    """Whether it was started because more were needed, and not with all other instances."""
     was_ready: bool = False
     failures: int = 0
     """Starts in a row that have failed."""
@@ -120,18 +120,18 @@ class Scaling:
         listed_in: Path,
         *,
         end_seconds: float,
-        begin: Callable[[ProcessPlan, bool], Child],
+        begin: Callable[[ProcessPlan], Child],
         forget: Callable[[ProcessPlan], None],
         ask: Callable[[], ProxySays],
         say: Callable[[str], None],
     ) -> None:
         """``encoders`` are all that may run, in the order in which they start, and ``listed_in`` where the proxy finds them.
 
-        One that is asked to end has ``end_seconds`` for it. ``begin`` starts a process, and is told whether the others can
-        serve without it; ``forget`` is called when one has ended and is not to be started again for now. ``ask`` asks the
-        proxy, and ``say`` tells the operator. They are called by ``start``, and then in this object's thread until ``close``.
+        One that is asked to end has ``end_seconds`` for it. ``begin`` starts a process; ``forget`` is called when one has ended
+        and is not to be started again for now. ``ask`` asks the proxy, and ``say`` tells the operator. They are called by
+        ``start``, and then in this object's thread until ``close``.
         """
-        self._encoders = [_Encoder(plan) for plan in encoders]
+        self._encoders = [_Encoder(plan, index >= number.target) for index, plan in enumerate(encoders)]
         self._number = number
         self._listed_in = listed_in
         self._listed: list[_Encoder] | None = None
@@ -149,9 +149,7 @@ class Scaling:
 
     def start(self) -> None:
         """Start the least number of encoders, and follow the proxy from now on. The proxy is to be started later."""
-        for encoder in self._encoders[: self._number.target]:
-            self._begin(encoder)
-        self._list()
+        self.look(ProxySays(None, ()), time.monotonic())
         self._thread.start()
 
     def close(self) -> None:
@@ -170,35 +168,42 @@ class Scaling:
                     self.look(says, time.monotonic())
 
     def look(self, says: ProxySays, now: float) -> None:
-        """See what has become of the encoders, and start or end some as the proxy says."""
+        """See what has become of the encoders, and start or end some as the proxy says; the first time, start the least."""
         for encoder in list(self._encoders):
-            self._settle(encoder, says.known, now)
+            self._note(encoder, now)
         if says.desired is not None:
             self._number.follow(says.desired, now)
         self._adjust(now)
+        for encoder in self._encoders:
+            self._end(encoder, says.known, now)
         self._list()
 
     # ---- one encoder -----------------------------------------------------------------------------------------------------
 
-    def _settle(self, encoder: _Encoder, known: Collection[str], now: float) -> None:
-        """Note what has become of an encoder, and do what is due."""
+    def _note(self, encoder: _Encoder, now: float) -> None:
+        """Note what has become of an encoder."""
         child = encoder.child
         if child is None:
             return
-        has_ended = child.join(0.0)
-        if encoder.stage is _Stage.RUNNING:
-            if has_ended:
+        if child.join(0.0):
+            if encoder.stage is _Stage.RUNNING:
                 self._note_failure(encoder, child, now)
-            elif child.state is ProcessState.READY and not encoder.was_ready:
-                encoder.was_ready, encoder.failures = True, 0
-                self._number.note_success()
-        elif has_ended:
-            self._discard(encoder)
-        elif encoder.stage is _Stage.LEAVING:
+            else:
+                self._discard(encoder)
+        elif child.state is ProcessState.READY and not encoder.was_ready:
+            encoder.was_ready, encoder.failures = True, 0
+            self._number.note_success()
+
+    def _end(self, encoder: _Encoder, known: Collection[str], now: float) -> None:
+        """Ask an encoder that drains to end, if the proxy doesn't use it; kill one that hasn't ended in time."""
+        child = encoder.child
+        if child is None:
+            return
+        if encoder.stage is _Stage.LEAVING:
             if child.state is not ProcessState.READY or (known and encoder.plan.address.url not in known):
                 child.end()
                 encoder.stage, encoder.ends_by = _Stage.ENDING, now + self._end_seconds + _KILL_SECONDS
-        elif now >= encoder.ends_by:
+        elif encoder.stage is _Stage.ENDING and now >= encoder.ends_by:
             child.kill()
 
     def _note_failure(self, encoder: _Encoder, child: Child, now: float) -> None:
@@ -213,7 +218,7 @@ class Scaling:
         self._discard(encoder)
 
     def _begin(self, encoder: _Encoder) -> None:
-        encoder.child = self._begin_process(encoder.plan, encoder.is_spare)
+        encoder.child = self._begin_process(encoder.plan)
         encoder.stage, encoder.was_ready = _Stage.RUNNING, False
 
     def _discard(self, encoder: _Encoder) -> None:
@@ -229,20 +234,19 @@ class Scaling:
         """Start encoders that are missing, or let those go that aren't needed."""
         running, target = self._in(_Stage.RUNNING), self._number.target
         for encoder in running[target:]:
-            self._say(f"{target} of {len(running)} encoders are enough: {encoder.plan.name} drains")
+            self._say(f"encoders needed: {target}; {encoder.plan.name} drains")
             encoder.stage = _Stage.LEAVING
         missing = target - len(running)
         if missing > 0 and (leaving := self._in(_Stage.LEAVING)[:missing]):
-            self._say(f"{target} encoders are needed: {_names(leaving)} won't drain")
+            self._say(f"encoders needed: {target}; {_names(leaving)} won't drain")
             for encoder in leaving:
                 encoder.stage = _Stage.RUNNING
             missing -= len(leaving)
         if missing > 0 and self._number.may_start(now):
             idle = sorted(self._in(_Stage.IDLE), key=lambda one: one.failures)[:missing]
-            if idle:
-                self._say(f"{target} encoders are needed, and {len(running)} run: starting {_names(idle)}")
+            if any(one.is_spare for one in idle):
+                self._say(f"encoders needed: {target}; starting {_names(idle)}")
             for encoder in idle:
-                encoder.is_spare = True
                 self._begin(encoder)
 
     def _list(self) -> None:
