@@ -69,7 +69,7 @@ def test_help_fits_into_80_columns_and_shows_no_empty_default(
         (["serf"], "There is no command 'serf'"),
         (["serve"], "required: MODEL"),
         (["serve", "demo", "--encoder", "1"], "Unrecognized arguments: --encoder"),
-        (["serve", "demo", "--encoders", "-1"], "--encoders: '-1' is not an integer of at least 0"),
+        (["serve", "demo", "--encoders", "-1"], "--encoders: '-1' is neither an integer of at least 0 nor a range"),
         (["serve", "demo", "--kv-cache-bytes", "lots"], "'lots' is not a size"),
         (["serve", "demo", "--pd-cpus", "first"], "'first' is not a set of CPUs"),
         (["serve", "demo", "--port", "65536"], "--port: '65536' is not an integer from 0 to 65535"),

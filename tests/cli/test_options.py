@@ -120,6 +120,32 @@ def test_default_instance_counts(given: dict[str, Any], expected: dict[Role, int
     assert serve.instance_counts(given) == expected
 
 
+def test_encoders_may_be_a_range_from_everywhere(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("encoders: 1..4\n")
+    arguments = ["demo", "--pds", "2"]
+    for given, environment in (
+        (["--encoders", "1..4"], {}),
+        ([], {"CHIASM_ENCODERS": "1..4"}),
+        (["--config", str(file)], {}),
+    ):
+        config = serve.deployment_config(serve.parser().parse([*arguments, *given], environment))
+        assert config.scales
+        assert (config.least_encoders, config.count(Role.ENCODER), config.count(Role.PD)) == (1, 4, 2)
+
+
+@pytest.mark.parametrize("arguments", [("--encoders", "2"), ("--encoders", "2..2"), ("--pds", "1"), ()])
+def test_their_number_does_not_change_without_a_range(arguments: tuple[str, ...]) -> None:
+    config = _config(*arguments)
+    assert not config.scales
+    assert config.least_encoders == config.count(Role.ENCODER)
+
+
+def test_a_range_from_none_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"There can't be 0 to 2 encoders; ask for a range such as 1\.\.4"):
+        _config("--encoders", "0..2")
+
+
 def test_instances_of_the_built_in_engine_get_options_as_they_were_given() -> None:
     config = _config(
         "--dtype", "bfloat16", "--max-items", "3", "--max-image-pixels", "9", "--pd-args", "--block-size 32"

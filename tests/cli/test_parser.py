@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from chiasm.cli import proxy
+from chiasm.cli import proxy, serve
 from chiasm.cli.parser import Parser, option, parse_cpus, parse_size, show_size
 from chiasm.errors import ConfigurationError
 
@@ -48,6 +48,24 @@ def test_cpus(text: str, cpus: tuple[int, ...]) -> None:
 def test_other_texts_are_not_sets_of_cpus(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a set of CPUs"):
         parse_cpus(text)
+
+
+@pytest.mark.parametrize(("text", "ends"), [("1..4", (1, 4)), ("3", (3, 3)), (" 2..2 ", (2, 2)), ("0..1", (0, 1))])
+def test_ranges(text: str, ends: tuple[int, int]) -> None:
+    assert serve.parser().parse(["demo", "--encoders", text], {})["encoders"] == ends
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4..1", "is no range, since it ends before it begins; write 1..4"),
+        ("1..2147483648", "is more than the limit"),
+        *((text, "nor a range of them, such as 1..4") for text in ("", "1..", "..4", "a..b", "-1..2", "1...4", "1-4")),
+    ],
+)
+def test_other_texts_are_not_ranges(text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        serve.parser().parse(["demo", "--encoders", text], {})
 
 
 @pytest.mark.parametrize(("text", "values"), [("[]", ()), ('["*"]', ("*",)), ('["a", "b,c"]', ("a", "b,c"))])

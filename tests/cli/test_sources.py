@@ -151,3 +151,16 @@ def test_a_dry_run_shows_commands_without_secrets_and_leaves_nothing(checkpoint:
     assert "--dtype bfloat16" in of_encoder
     instance.parser().parse(of_encoder.replace("'", "").split()[2:], {})
     assert deployment.processes == []
+
+
+def test_a_dry_run_names_the_encoders_that_run_only_while_they_are_needed(checkpoint: Path) -> None:
+    settings = serve.parser().parse([str(checkpoint), "--encoders", "1..3", "--port", "0", "--dry-run"], {})
+    deployment = Deployment(serve.deployment_config(settings))
+    lines = preview(deployment).splitlines()
+    spare = [line.partition(":")[0] for line in lines if line.endswith(", only while it is needed")]
+    assert spare == ["encoder-1", "encoder-2"]
+    (of_proxy,) = (line for line in lines if line.startswith("  chiasm proxy"))
+    assert "--discover file:/" in of_proxy
+    assert "--encoder " not in of_proxy
+    assert deployment.scratch is not None
+    assert not deployment.scratch.exists()

@@ -265,3 +265,65 @@ def test_devices_of_all_and_of_a_role_contradict_each_other() -> None:
 def test_roles_do_not_divide_sets_of_cores() -> None:
     with pytest.raises(ConfigurationError, match=r"choose --layout colocated or aggregated, or pin the roles"):
         _arranged({E: 1, PD: 1}, devices="0/1")
+
+
+# ---- encoders that come and go ------------------------------------------------------------------------------------------
+
+
+def _ranged(least: int, most: int, others: dict[Role, RoleConfig] | None = None, **asked: Any) -> Arrangement:
+    roles = {E: RoleConfig(most, least=least), **(others or {PD: RoleConfig()})}
+    return arrange(DeploymentConfig("demo", roles, **asked), None)
+
+
+@pytest.mark.usefixtures("machine")
+def test_encoders_beyond_the_fewest_are_spare() -> None:
+    arranged = _ranged(2, 4)
+    assert arranged.description.startswith("split: 2 to 4 encoders and 1 PD (")
+    assert [index for index in range(4) if arranged.is_spare(E, index)] == [2, 3]
+    assert not arranged.is_spare(PD, 0)
+    assert not any(_arranged({E: 4, PD: 1}).is_spare(E, index) for index in range(4))
+
+
+def test_a_range_counts_for_each_device_and_devices_take_turns(machine: Machine) -> None:
+    machine(4)
+    arranged = _ranged(1, 3, layout=Layout.COLOCATED, devices="0-1/2-3")
+    assert arranged.description.startswith("colocated: on each of cores 0-1, cores 2-3: 1 to 3 encoders and 1 PD, ")
+    assert (arranged.config.least_encoders, arranged.config.count(E)) == (2, 6)
+    assert arranged.encoders == [0, 3, 1, 4, 2, 5]
+    assert [arranged.is_spare(E, index) for index in range(6)] == [False, True, True, False, True, True]
+
+
+def test_over_vllm_encoders_may_come_and_go_too(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(4)
+    monkeypatch.setattr(vllm, "installed", lambda: vllm.Installed(Path("/env/bin/vllm"), "0.32.0+cpu"))
+    assert _ranged(1, 2, engine=EngineKind.VLLM).encoders == [0, 1]
+
+
+def test_on_gpus_each_encoder_of_a_range_has_its_own_unless_they_are_told_to_share(machine: Machine) -> None:
+    machine(8, H100, H100, H100)
+    assert _where(_ranged(1, 2, layout=Layout.SPLIT)) == ["encoder-0 0", "encoder-1 1", "pd-0 2"]
+    with pytest.raises(ConfigurationError, match=r"--encoders 1\.\.3 needs 3 GPUs for encoders"):
+        _ranged(1, 3, layout=Layout.SPLIT)
+    roles = {E: RoleConfig(3, least=1, devices=("0",)), PD: RoleConfig(devices=("1",))}
+    shared = arrange(DeploymentConfig("demo", roles), None)
+    assert _where(shared) == ["encoder-0 0", "encoder-1 0", "encoder-2 0", "pd-0 1"]
+
+
+def test_on_a_gpu_that_encoders_share_the_kv_cache_must_leave_room(machine: Machine) -> None:
+    machine(8, H100)
+    with pytest.raises(ConfigurationError, match="limit its KV cache with --kv-cache-bytes"):
+        _ranged(1, 2, layout=Layout.COLOCATED)
+    assert _ranged(1, 2, layout=Layout.COLOCATED, settings={"kv_cache_bytes": 1 << 30}).encoders == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("role", "chosen", "message"),
+    [
+        (E, RoleConfig(2, least=0), "There can't be 0 to 2 encoders"),
+        (E, RoleConfig(2, least=3), "There can't be 3 to 2 encoders"),
+        (PD, RoleConfig(2, least=1), "Only encoders come and go by what is needed, and pd instances don't"),
+    ],
+)
+def test_a_least_number_that_cannot_be_is_refused(role: Role, chosen: RoleConfig, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        DeploymentConfig("demo", {E: RoleConfig(), PD: RoleConfig(), role: chosen})

@@ -149,6 +149,13 @@ def test_the_proxy_gets_the_url_of_every_instance(address: HeldPort) -> None:
     assert (proxy.prefills, proxy.decodes) == (("http://d",), ("http://e",))
 
 
+def test_the_proxy_watches_a_file_for_instances_that_come_and_go(address: HeldPort) -> None:
+    wanted = DeploymentConfig("demo", proxy_settings={"discover": ("dns:more:8000",)})
+    plan = plan_proxy(wanted, address, [(Role.PD, "http://c")], listed_in=Path("/run/list.json"))
+    proxy = from_json(plan.configuration.encode(), ProxyProcess).proxy
+    assert (proxy.encoders, proxy.discover) == ((), ("file:/run/list.json", "dns:more:8000"))
+
+
 def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:
     wanted = DeploymentConfig("demo", admin_key="secret" * 3)
     plan = plan_proxy(wanted, address, [(Role.PD, "http://c")])

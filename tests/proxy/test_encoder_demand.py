@@ -22,8 +22,8 @@ def feed(one: EncoderDemand, start: int, end: int, seconds: float) -> None:
         one.note(seconds, now)
 
 
-def test_one_is_enough_while_nothing_comes() -> None:
-    assert demand().desired(0.0, 0.0) == 1
+def test_none_is_needed_while_nothing_comes() -> None:
+    assert demand().desired(0.0, 0.0) == 0
 
 
 def test_the_load_is_what_came_in_a_window() -> None:
@@ -41,48 +41,58 @@ def test_images_count_by_what_they_cost() -> None:
         for _ in range(20):
             many.note(0.1, now)
         few.note(2.0, now)
-    assert many.desired(0.0, 59.5) == few.desired(0.0, 59.5) == 4  # 2 of 0.55
+    assert many.desired(0.0, 59.5) == pytest.approx(few.desired(0.0, 59.5)) == pytest.approx(2 / 0.55)
 
 
 def test_a_burst_asks_for_more_at_once() -> None:
     one = demand()
     feed(one, 0, 60, 0.5)
-    assert one.desired(0.0, 59.5) == 1
+    assert one.desired(0.0, 59.5) == pytest.approx(0.5 / 0.55)
     feed(one, 60, 70, 5.0)
-    assert one.desired(0.0, 69.5) == 6  # 5 of 0.85
+    assert one.desired(0.0, 69.5) == pytest.approx(5 / 0.85)
 
 
 def test_what_waits_asks_for_more_whatever_came() -> None:
-    assert demand(wait_seconds=0.5).desired(3.2, 0.0) == 7
+    assert demand(wait_seconds=0.5).desired(3.2, 0.0) == pytest.approx(6.4)
 
 
-def test_they_become_fewer_one_at_a_time_after_a_calm_while() -> None:
+def test_what_is_desired_is_the_most_that_a_calm_while_needed() -> None:
     one = demand()
-    assert one.desired(2.0, 0.0) == 4
-    assert one.desired(0.0, CALM - 1) == 4
-    assert one.desired(0.0, CALM) == 3
-    assert one.desired(0.0, CALM + 1) == 3
-    assert one.desired(0.0, 2 * CALM) == 2
+    needed = {0.0: 2.0, 100.0: 1.5, 200.0: 1.0, 201.0: 0.5}
+    assert [one.desired(seconds, now) for now, seconds in needed.items()] == [4, 4, 4, 4]
+    later = [CALM - 1, CALM + 1, CALM + 99, CALM + 101, CALM + 199, CALM + 202]
+    assert [one.desired(0.0, now) for now in later] == [4, 3, 3, 2, 2, 0]
 
 
 def test_need_that_returns_begins_the_calm_while_anew() -> None:
     one = demand()
     assert one.desired(2.0, 0.0) == 4
     assert one.desired(2.0, CALM - 1) == 4
-    assert one.desired(0.0, CALM + 1) == 4
+    assert one.desired(0.0, 2 * CALM - 2) == 4
+    assert one.desired(0.0, 2 * CALM) == 0
 
 
-def test_it_remembers_no_more_than_the_longest_window() -> None:
+def test_without_a_calm_while_it_is_what_is_needed_now() -> None:
+    one = EncoderDemand(0.5, 0.0)
+    assert [one.desired(seconds, now) for now, seconds in enumerate((2.0, 0.5, 1.0))] == [4, 1, 2]
+
+
+def test_it_remembers_no_more_than_the_longest_window_and_the_parts_of_a_calm_while() -> None:
     one = demand()
-    feed(one, 0, 10_000, 1.0)
+    for tenth in range(100_000):
+        now = tenth / 10
+        one.note(0.1, now)
+        one.desired(1e6 - now, now)  # always less than before, so that each part counts
     assert len(one._buckets) <= 62
+    assert len(one._peaks) <= 301
 
 
 async def test_the_proxy_tells_the_load_of_its_images_and_the_encoders_that_they_need(start: Start) -> None:
     front = await start([FakeInstance("encoder"), FakeInstance("pd")], encode_wait_seconds=1e-3)
-    assert await front.metric('chiasm_fleet_desired_instances{role="encoder"}') == 1
+    assert await front.metric('chiasm_fleet_desired_instances{role="encoder"}') == 0
     assert await front.metric('chiasm_fleet_encode_load{window_seconds="10"}') == 0
     assert (await front.post(ask("x", image(image_bytes())))).status == 200
+    assert await front.metric('chiasm_fleet_desired_instances{role="encoder"}') > 0
     load = await front.metric('chiasm_fleet_encode_load{window_seconds="10"}')
     assert load > 0
     assert await front.metric('chiasm_fleet_encode_load{window_seconds="60"}') == pytest.approx(load / 6)

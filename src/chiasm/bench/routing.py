@@ -53,6 +53,8 @@ class Routed:
     """Real time that the proxy took to choose encoders, for each image that was given to one."""
     seconds: list[float] = field(default_factory=list)
     """From the arrival of each image that was sent to an encoder until its embedding is there."""
+    seconds_of: dict[str, float] = field(default_factory=dict)
+    """The same by identifier; of images that come again, the last."""
     hedges: int = 0
     encoded_at: dict[str, list[int]] = field(default_factory=dict)
     """By identifier: the encoders that have encoded it, in order."""
@@ -92,7 +94,7 @@ class _Call:
     is_over: bool = False
 
 
-class _Proxy:
+class SimulatedProxy:
     """One proxy: its queue, and the images that are on their way."""
 
     def __init__(self, speeds: Sequence[float], peers: bool, hedged_share: float) -> None:
@@ -138,7 +140,7 @@ class RoutingSimulation:
         ``slow_share`` of the encodings take ``SLOWER`` times as long; ``hedged_share`` of the calls may be hedged.
         """
         speeds = [1.0] * encoders if isinstance(encoders, int) else encoders
-        self.proxies = [_Proxy(speeds, peers, hedged_share) for _ in range(proxies)]
+        self.proxies = [SimulatedProxy(speeds, peers, hedged_share) for _ in range(proxies)]
         self._slow_share = slow_share
         self._chance = random.Random(0)
         self.machines = [_Machine(capacity, speed) for speed in speeds]
@@ -163,7 +165,7 @@ class RoutingSimulation:
     def _at(self, when: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._numbers), event))
 
-    def _arrive(self, proxy: _Proxy, image: Image) -> None:
+    def _arrive(self, proxy: SimulatedProxy, image: Image) -> None:
         if image.identifier in proxy.flying:
             self.result.joined += 1
             return
@@ -172,7 +174,7 @@ class RoutingSimulation:
         proxy.queue.add(entry)
         self._feed(proxy)
 
-    def _feed(self, proxy: _Proxy) -> None:
+    def _feed(self, proxy: SimulatedProxy) -> None:
         started = time.perf_counter()
         feeds = proxy.queue.feed(self._now)
         seconds = time.perf_counter() - started
@@ -188,13 +190,13 @@ class RoutingSimulation:
                 self._watch(proxy, call)
                 self._send(proxy, feed.encoder, entry, call)
 
-    def _watch(self, proxy: _Proxy, call: _Call) -> None:
+    def _watch(self, proxy: SimulatedProxy, call: _Call) -> None:
         """Hedge a call when it is late."""
         seconds = proxy.queue.hedging.late_after(call.expected) if call.expected else None
         if seconds is not None:
             self._at(self._now + seconds, partial(self._hedge, proxy, call))
 
-    def _hedge(self, proxy: _Proxy, call: _Call) -> None:
+    def _hedge(self, proxy: SimulatedProxy, call: _Call) -> None:
         if call.is_over:
             return
         feed = proxy.queue.hedge(call.entries, self._now)
@@ -205,7 +207,7 @@ class RoutingSimulation:
         call.entries += feed.entries
         self._send(proxy, feed.encoder, feed.entries[0], call)
 
-    def _send(self, proxy: _Proxy, encoder: Instance, entry: Entry, call: _Call) -> None:
+    def _send(self, proxy: SimulatedProxy, encoder: Instance, entry: Entry, call: _Call) -> None:
         index = int(encoder.url.rpartition("-")[2])
         machine = self.machines[index]
         image = call.image
@@ -223,6 +225,7 @@ class RoutingSimulation:
             if entry is not call.entries[0]:
                 proxy.queue.pause(call.encoder, self._now)
             self.result.seconds.append(self._now - image.arrival)
+            self.result.seconds_of[image.identifier] = self._now - image.arrival
             self._feed(proxy)
 
         if image.identifier in machine.memory:

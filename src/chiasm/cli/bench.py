@@ -18,8 +18,8 @@ from chiasm.options import Option, fields_from
 
 NAMES = (
     "Measurements to run (default: all but store, soak, churn and goodput): identity, ttft, handoff, arrivals, overlap, "
-    "isolation, reuse, proxy, routing, kv, split, decode-isolation, step, idle, vocabulary, store, soak, churn, goodput; "
-    "with --engine vllm: identity, vllm-example, engines, reuse, goodput."
+    "isolation, reuse, proxy, routing, scaling, kv, split, decode-isolation, step, idle, vocabulary, store, soak, churn, "
+    "goodput; with --engine vllm: identity, vllm-example, engines, reuse, goodput."
 )
 ARM_EXAMPLE = '"mine=--encoders 2 --pds 2 --threads 1"'
 ARM_HELP = (

@@ -29,8 +29,15 @@ def preview(deployment: Deployment) -> str:
     for plan in plans:
         placement = deployment.placements[plan.role, plan.index] if plan.role is not None else None
         where = f" on GPU {', '.join(placement.devices)}" if placement is not None and placement.devices else ""
-        lines += ["", f"{plan.name}: {plan.address.url}{where}", f"  {shlex.join(_command(plan, deployment.folder))}"]
+        when = ", only while it is needed" if deployment.arrangement.is_spare(plan.role, plan.index) else ""
+        lines += [
+            "",
+            f"{plan.name}: {plan.address.url}{where}{when}",
+            f"  {shlex.join(_command(plan, deployment.folder))}",
+        ]
     lines += ["", "Nothing was started. A start takes other free ports, and makes a fleet key unless it is given one."]
+    if deployment.arrangement.config.scales:
+        lines.append("It also makes the file that --discover names, and lists there the encoders that run.")
     return "\n".join(lines)
 
 

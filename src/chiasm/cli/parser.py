@@ -33,6 +33,7 @@ _MAX_SIZE = 1 << 60
 _MAX_INTEGER = (1 << 31) - 1
 """What the libraries that get an option's value can hold in any case."""
 _SHOWN_CHARACTERS = 40
+_RANGE = re.compile(r"(\d+)(?:\.\.(\d+))?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 _OTHER_SOURCES = (
     "Every option can also be in a YAML file (--config FILE) and in the environment\n(CHIASM_MAX_BODY_BYTES for "
@@ -274,6 +275,19 @@ def _parse_number(text: str, *, kind: Callable[[str], float], low: float, high: 
     raise _wrong(f"{_shown(text)} is not {'an integer' if kind is int else 'a number'}{bounds}")
 
 
+def _parse_range(text: str) -> tuple[int, int]:
+    """Return the ends of ``1..4``; both ends of ``3`` are 3."""
+    match = _RANGE.fullmatch(text.strip())
+    if match is None:
+        raise _wrong(f"{_shown(text)} is neither an integer of at least 0 nor a range of them, such as 1..4")
+    low, high = (
+        int(_parse_number(end, kind=int, low=0, high=_MAX_INTEGER)) for end in (match[1], match[2] or match[1])
+    )
+    if low > high:
+        raise _wrong(f"{_shown(text)} is no range, since it ends before it begins; write {high}..{low}")
+    return low, high
+
+
 def _shown(text: str) -> str:
     return repr(text) if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]!r}…"
 
@@ -290,6 +304,8 @@ def _reader(named: NamedOption) -> Callable[[str], Any]:
         return functools.partial(_parse_list, separator=option.separator)
     if kind == tuple[int, ...]:
         return parse_cpus
+    if kind == tuple[int, int]:
+        return _parse_range
     if kind is int and named.name.endswith("_bytes"):
         return parse_size
     if kind in (int, float):

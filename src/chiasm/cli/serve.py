@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from chiasm.cli import instance, proxy
@@ -15,7 +16,7 @@ from chiasm.kv_transfer import KVTransferConfig
 from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.launch.process import EC_OPTIONS, ProcessConfig
 from chiasm.media import MediaConfig
-from chiasm.options import flag, names_of
+from chiasm.options import NamedOption, flag, names_of
 from chiasm.proxy import ProxyConfig
 from chiasm.wire import Role
 
@@ -87,8 +88,7 @@ def add_options(made: Parser) -> None:
     for role in Role:
         title = f"{'PD' if role is Role.PD else role} instances"
         group = made.add_argument_group(title)
-        count = option(_COUNTS[role], int, f"Number of {title}.", min=0, unset=_UNSET_COUNTS.get(role, "0"))
-        made.add_option(count, group)
+        made.add_option(_count_option(role, title), group)
         made.add(group, RoleConfig, only=_OF_ROLE, prefix=f"{role}_")
         made.add_arguments(f"{role}_args", "More arguments for each of these instances, in quotes.", group)
     made.add("engine", EngineConfig, without=_OF_LAYOUT)
@@ -98,6 +98,14 @@ def add_options(made: Parser) -> None:
         made.add(embeddings, config, only=_OF_EC)
     made.add("KV cache between prefill and decode", KVTransferConfig, only=_OF_KV)
     made.add("images", MediaConfig)
+
+
+def _count_option(role: Role, title: str) -> NamedOption:
+    unset = _UNSET_COUNTS.get(role, "0")
+    if role is not Role.ENCODER:
+        return option(_COUNTS[role], int, f"Number of {title}.", min=0, unset=unset)
+    text = f"Number of {title}, or the fewest and the most, which then come and go by what is needed: 1..4."
+    return option(_COUNTS[role], tuple[int, int], text, metavar="N", unset=unset)
 
 
 def run(settings: Mapping[str, Any]) -> None:
@@ -143,9 +151,13 @@ def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
     of_proxy |= _chosen(settings, *names_of(HttpConfig))
     of_proxy |= _parsed("proxy_args", settings, proxy.add_options)
     own = (*_OF_DEPLOYMENT, *_OF_PROXY, *_OF_KV, "connector", *_OF_EC)
-    counts = instance_counts(settings)
+    least, most = settings.get("encoders", (None, None))
+    counts = instance_counts(settings if most is None else {**settings, "encoders": most})
+    roles = {role: _role_config(role, count, settings) for role, count in counts.items()}
+    if least != most:
+        roles[Role.ENCODER] = replace(roles[Role.ENCODER], least=least)
     return DeploymentConfig(
-        roles={role: _role_config(role, count, settings) for role, count in counts.items()},
+        roles=roles,
         settings=of_all,
         proxy_settings=of_proxy,
         vllm_flags=settings.get("vllm_args", ()),
@@ -154,7 +166,7 @@ def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
 
 
 def instance_counts(settings: Mapping[str, Any]) -> Mapping[Role, int | None]:
-    """Return the instances of each role. Without any count it is None for every role: the layout decides."""
+    """Return the instances of each role, at most. Without any count it is None for every role: the layout decides."""
     if not any(name in settings for name in _COUNTS.values()):
         return dict.fromkeys(Role)
     apart = bool(settings.get("prefills") or settings.get("decodes"))

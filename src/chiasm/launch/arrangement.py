@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,22 @@ class Arrangement:
     on_cpu: bool = False
     """Whether all instances are the built-in engine's, and none uses a GPU."""
 
+    @property
+    def encoders(self) -> list[int]:
+        """The numbers of the encoders in the order in which they start, so that their devices take turns."""
+        ranks: dict[int, int] = {}
+        taken: Counter[tuple[object, ...]] = Counter()
+        for (role, index), placement in self.placements.items():
+            if role is Role.ENCODER:
+                place = (placement.devices, placement.cpus)
+                ranks[index] = taken[place]
+                taken[place] += 1
+        return sorted(ranks, key=lambda index: (ranks[index], index))
+
+    def is_spare(self, role: Role | None, index: int) -> bool:
+        """Return whether an instance is an encoder that runs only while it is needed."""
+        return role is Role.ENCODER and index in self.encoders[self.config.least_encoders :]
+
 
 @dataclass(frozen=True)
 class _Device:
@@ -65,7 +82,24 @@ def arrange(config: DeploymentConfig, folder: Path | None) -> Arrangement:
     else:
         arrangement = _shared(config, layout, _devices(config, gpus), gpus, model_bytes, why)
     named = any(role.devices or _is_gpu(role.settings.get("device")) for role in arrangement.config.roles.values())
-    return replace(arrangement, on_cpu=on_cpu and not named)
+    arrangement = replace(arrangement, on_cpu=on_cpu and not named)
+    _check_room_to_scale(arrangement)
+    return arrangement
+
+
+def _check_room_to_scale(arrangement: Arrangement) -> None:
+    """Raise ConfigurationError if language models would take the memory of encoders that start later."""
+    config = arrangement.config
+    if not config.scales or arrangement.on_cpu or config.engine is EngineKind.VLLM:
+        return
+    of_encoders = {one.devices for (role, _), one in arrangement.placements.items() if role is Role.ENCODER}
+    for (role, _), placement in arrangement.placements.items():
+        settings = {**config.settings, **config.roles[role].settings}
+        if role is not Role.ENCODER and placement.devices in of_encoders and settings.get("kv_cache_bytes") is None:
+            raise ConfigurationError(
+                f"A {role} instance that shares a GPU with encoders takes most of what is free there when it starts, and "
+                "encoders can't be added later; limit its KV cache with --kv-cache-bytes, or give encoders GPUs of their own."
+            )
 
 
 def one_of_each(config: DeploymentConfig) -> DeploymentConfig:
@@ -206,7 +240,7 @@ def _shared(
     else:
         each = _default_counts(config, layout, devices, model_bytes)
     given = config.roles
-    roles = {role: replace(given.get(role, RoleConfig()), count=count * len(devices)) for role, count in each.items()}
+    roles = {role: _on_each(given.get(role, RoleConfig()), count, len(devices)) for role, count in each.items()}
     resolved = replace(config, roles=roles)
     places = {(role, index): devices[index // each[role]] for role in roles for index in range(roles[role].count or 0)}
     placed = with_shares(roles, {key: (device.gpu,) for key, device in places.items() if device.gpu})
@@ -222,7 +256,13 @@ def _shared(
             core_share=f"cores-{devices.index(device)}" if device.cores and lets_cores_go else "",
             nice=ENCODER_NICE if layout is Layout.COLOCATED and role is Role.ENCODER else 0,
         )
-    return Arrangement(resolved, placements, layout, _describe_shared(layout, each, devices, why))
+    words = in_words(each, config.least_encoders if config.is_counted else None)
+    return Arrangement(resolved, placements, layout, _describe_shared(layout, each, words, devices, why))
+
+
+def _on_each(role: RoleConfig, count: int, devices: int) -> RoleConfig:
+    """Return a role with ``count`` instances on each of so many devices, and as many times the least of them."""
+    return replace(role, count=count * devices, least=None if role.least is None else role.least * devices)
 
 
 def _default_counts(
@@ -240,13 +280,13 @@ def _default_counts(
     return {Role.ENCODER: pairs, Role.PD: pairs}
 
 
-def _describe_shared(layout: Layout, each: Mapping[Role, int], devices: Sequence[_Device], why: str) -> str:
+def _describe_shared(layout: Layout, each: Mapping[Role, int], words: str, devices: Sequence[_Device], why: str) -> str:
     alone = sum(each.values()) == 1
     verb = "uses" if alone else "share"
     names = ", ".join(device.name for device in devices)
     if len(devices) > 1:
-        return f"{layout}: on each of {names}: {in_words(each)}{'' if alone else ', which share it'} ({why})"
-    return f"{layout}: {in_words(each)} {verb} {names} ({why})"
+        return f"{layout}: on each of {names}: {words}{'' if alone else ', which share it'} ({why})"
+    return f"{layout}: {words} {verb} {names} ({why})"
 
 
 # ---- devices that are divided -------------------------------------------------------------------------------------------
@@ -272,6 +312,7 @@ def _split(config: DeploymentConfig, folder: Path | None, gpus: Sequence[Gpu], w
         # Instances that are only counted share the GPU that the engine chooses.
         placed = place(resolved.roles, () if as_counted and not named else found)
         _check_built_in(placed)
+    _check_range(resolved, placed)
     placements = {
         (role, index): replace(
             placement,
@@ -284,7 +325,26 @@ def _split(config: DeploymentConfig, folder: Path | None, gpus: Sequence[Gpu], w
     counts = {role: resolved.count(role) for role in resolved.roles}
     only_aggregated = all(role is Role.AGGREGATED for role, count in counts.items() if count)
     kind = Layout.AGGREGATED if only_aggregated else Layout.SPLIT
-    return Arrangement(resolved, placements, Layout.SPLIT, f"{kind}: {in_words(counts)} ({why})")
+    return Arrangement(
+        resolved, placements, Layout.SPLIT, f"{kind}: {in_words(counts, resolved.least_encoders)} ({why})"
+    )
+
+
+def _check_range(config: DeploymentConfig, placements: Placements) -> None:
+    """Raise ConfigurationError for a range of encoders with fewer GPUs than that, unless they are told to share them."""
+    count = config.count(Role.ENCODER)
+    if not config.scales or config.roles[Role.ENCODER].devices:
+        return
+    devices = [one.devices for (role, _), one in placements.items() if role is Role.ENCODER and one.devices]
+    if not devices:
+        return
+    others = {name for (role, _), one in placements.items() if role is not Role.ENCODER for name in one.devices}
+    own = {names for names in devices if others.isdisjoint(names)}
+    if len(own) < count:
+        raise ConfigurationError(
+            f"--encoders {config.least_encoders}..{count} needs {count} GPUs for encoders, and beside the other instances are "
+            f"{len(own)}; ask for fewer, or let encoders share GPUs by naming these with --encoder-devices."
+        )
 
 
 def _check_built_in(placements: Placements) -> None:

@@ -143,6 +143,11 @@ class Child:
         for number in AT_ONCE if at_once else AT_ONCE[:1]:
             self._signal(number)
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether it was asked to end."""
+        return self._ending.is_set()
+
     def kill(self) -> None:
         """Kill the process and all that it has started; it is not started again."""
         self._ending.set()

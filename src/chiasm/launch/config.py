@@ -68,6 +68,8 @@ class RoleConfig:
     """Options of these instances, by name; they override those of ``DeploymentConfig.settings``."""
     vllm_flags: tuple[str, ...] = ()
     """More arguments of ``vllm serve``, after those of ``DeploymentConfig.vllm_flags``."""
+    least: int | None = None
+    """Fewest encoders that run: between it and ``count``, they are as many as the proxy desires. None: always ``count``."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ class DeploymentConfig:
             return
         if any(self.count(role) < 0 for role in self.roles):
             raise ConfigurationError("Instance counts must not be negative.")
+        self._check_ranges()
         check_counts(self.layout, {role: self.count(role) for role in self.roles})
         whole, apart = self._counts(Role.PD, Role.AGGREGATED), self._counts(Role.PREFILL, Role.DECODE)
         if any(whole) and any(apart):
@@ -207,6 +210,18 @@ class DeploymentConfig:
             raise ConfigurationError(
                 "Nothing would use the encoders: ask for at least one PD instance, or a prefill and a decode instance."
             )
+
+    def _check_ranges(self) -> None:
+        """Raise ConfigurationError for a least number of instances that can't be one."""
+        for role, chosen in self.roles.items():
+            if chosen.least is None:
+                continue
+            if role is not Role.ENCODER:
+                raise ConfigurationError(f"Only encoders come and go by what is needed, and {role} instances don't.")
+            if not 1 <= chosen.least <= self.count(role):
+                raise ConfigurationError(
+                    f"There can't be {chosen.least} to {self.count(role)} encoders; ask for a range such as 1..4."
+                )
 
     def _check_vllm(self) -> None:
         """Raise ConfigurationError for connectors and settings that vLLM instances don't have."""
@@ -243,6 +258,17 @@ class DeploymentConfig:
     def count(self, role: Role) -> int:
         """Return the number of instances of ``role``; 0 if a layout has yet to decide it."""
         return self.roles[role].count or 0 if role in self.roles else 0
+
+    @property
+    def least_encoders(self) -> int:
+        """The fewest encoders that run; all of them unless their number changes."""
+        least = self.roles[Role.ENCODER].least if Role.ENCODER in self.roles else None
+        return self.count(Role.ENCODER) if least is None else least
+
+    @property
+    def scales(self) -> bool:
+        """Whether encoders are started and drained by what is needed."""
+        return self.least_encoders < self.count(Role.ENCODER)
 
     def threads(self, role: Role) -> int:
         """Return the threads of each instance of ``role``: as configured, else an even share of its cores, at least one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,11 @@ from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placements, others_serve
 from chiasm.launch.folders import DEFAULT_MAX_BYTES, LockedFolder, StorageFolder, in_memory, memory_for_embeddings
 from chiasm.launch.fork_server import ForkServer
-from chiasm.launch.plan import PROXY, ProcessPlan, Surroundings, plan_instances, plan_proxy
-from chiasm.launch.ports import HeldPort, instance_infos, load_progress
+from chiasm.launch.plan import ProcessPlan, Surroundings, plan_instances, plan_proxy
+from chiasm.launch.ports import HeldPort, instance_infos, load_progress, read_metric
+from chiasm.launch.scaling import STEP_SECONDS, EncoderNumber, ProxySays, Scaling
+from chiasm.proxy.config import ProxyConfig
+from chiasm.proxy.encoder_demand import DESIRED_METRIC
 from chiasm.wire import InstanceInfo, InstanceState, Role
 
 PROXY_STOP_SECONDS = 1.5
@@ -37,6 +40,7 @@ _HEALTHY_SECONDS = 60.0
 """Time for instances that say they are ready to be healthy."""
 _POLL_SECONDS = 0.05
 _SCRATCH_PREFIX = "chiasm-serve-"
+_ENCODERS = "encoders.json"
 
 
 class DeploymentNotReadyError(ChiasmError):
@@ -58,7 +62,7 @@ class ProcessStatus:
     restarts: int
     """How often it was started again."""
     progress: str = ""
-    """How far it is with loading its model, in words; empty if that isn't known."""
+    """How far it is with loading its model, or that it drains, in words; empty if there is nothing to say."""
 
     @property
     def memory_bytes(self) -> int | None:
@@ -74,6 +78,8 @@ class ProcessStatus:
 class _Member:
     plan: ProcessPlan
     child: Child
+    is_spare: bool
+    """Whether it is an encoder that runs only while it is needed, so that the others can serve without it."""
     progress: str = ""
 
 
@@ -84,6 +90,8 @@ class Deployment:
 
         with Deployment(DeploymentConfig("demo")) as deployment:
             url = deployment.wait_ready()
+
+    Where the number of encoders is a range, they come and go as the proxy desires.
 
     A child that dies is started again, on the same port, after a pause that doubles each time. One that cannot be started
     at all ends the deployment's start: ``check`` and ``wait_ready`` raise its error. Only a GPU can be lost: where its roles
@@ -127,12 +135,16 @@ class Deployment:
         self._has_forks = forks is None
         self._on_change = on_change or (lambda status: None)
         self._on_line = on_line or (lambda name, line: None)
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, _Member | None] = {}
+        """All that may run, by name in their order; None for an encoder that isn't needed. After the start the names stay the
+        same, so one thread may look through them while another starts and forgets encoders."""
         self._lost: set[str] = set()
         self._unhealthy_since: float | None = None
         self._held: list[HeldPort] = []
+        """The proxy's port, and then those of the instances."""
         self._storage: StorageFolder | None = None
         self._scratch: LockedFolder | None = None
+        self._scaling: Scaling | None = None
 
     # ---- life ---------------------------------------------------------------------------------------------------------
 
@@ -154,19 +166,68 @@ class Deployment:
 
         Raises ConfigurationError, before any is started, if the port is in use or a setting cannot work.
         """
-        for plan in self._plan():
-            child = Child(
-                plan.name,
-                plan.command,
-                plan.environment | self.fleet_key.environment(),
-                configuration=plan.configuration,
-                start=self._start_of(plan),
-                on_change=self._changed,
-                on_line=self._on_line,
-            )
-            self._members[plan.name] = _Member(plan, child)
-        for member in self._members.values():
-            member.child.start()
+        plans = self._plan()
+        self._members = {plan.name: None for plan in plans}
+        if self.arrangement.config.scales:
+            encoders = [plan for plan in plans if plan.role is Role.ENCODER]
+            plans = [plan for plan in plans if plan.role is not Role.ENCODER]
+            self._scaling = self._scaling_of(encoders)
+            self._scaling.start()
+        for plan in plans:
+            self._begin(plan)
+
+    def _begin(self, plan: ProcessPlan) -> Child:
+        """Start a process."""
+        child = Child(
+            plan.name,
+            plan.command,
+            plan.environment | self.fleet_key.environment(),
+            configuration=plan.configuration,
+            start=self._start_of(plan),
+            on_change=partial(self._changed, plan),
+            on_line=self._on_line,
+        )
+        self._members[plan.name] = _Member(plan, child, self.arrangement.is_spare(plan.role, plan.index))
+        child.start()
+        return child
+
+    def _forget(self, plan: ProcessPlan) -> None:
+        """Note that a process has ended that isn't needed."""
+        self._members[plan.name] = None
+
+    @property
+    def _running(self) -> list[_Member]:
+        """What runs, or is to run: the proxy, then the instances."""
+        return [member for member in self._members.values() if member is not None]
+
+    def _scaling_of(self, encoders: Sequence[ProcessPlan]) -> Scaling:
+        """Return what starts and drains encoders, of which these are all."""
+        config = self.arrangement.config
+        by_index = {plan.index: plan for plan in encoders}
+        calm = config.proxy_settings.get("scale_down_seconds", ProxyConfig.scale_down_seconds)
+        return Scaling(
+            [by_index[index] for index in self.arrangement.encoders],
+            EncoderNumber(config.least_encoders, len(encoders), min(calm, STEP_SECONDS)),
+            self._encoders_file,
+            end_seconds=config.shutdown_timeout_seconds,
+            begin=self._begin,
+            forget=self._forget,
+            ask=self._ask_proxy,
+            say=partial(self._on_line, "serve"),
+        )
+
+    def _ask_proxy(self) -> ProxySays:
+        try:
+            desired = read_metric(self.local_url, DESIRED_METRIC, self._admin_key, role=Role.ENCODER.value)
+            return ProxySays(desired, self._infos().keys())
+        except ConfigurationError:  # the file of admin keys isn't fit just now, which the proxy's log says
+            return ProxySays(None, ())
+
+    @property
+    def _encoders_file(self) -> Path:
+        """Where the proxy finds encoders that come and go."""
+        assert self._scratch is not None
+        return self._scratch.path / _ENCODERS
 
     def preview(self) -> list[ProcessPlan]:
         """Return what would be started, the proxy first, and keep nothing of it: a start may take other free ports.
@@ -183,10 +244,15 @@ class Deployment:
         config = self.arrangement.config
         try:
             address = HeldPort(config.host, config.port, scheme=config.scheme)
-            self._held.append(address)
+            self._held = [address]
             instances = plan_instances(config, self.folder, self.placements, self._surroundings(), self._held)
-            urls = [(plan.role, plan.address.url) for plan in instances if plan.role is not None]
-            return [plan_proxy(config, address, urls), *instances]
+            listed_in = self._encoders_file if config.scales else None
+            urls = [
+                (plan.role, plan.address.url)
+                for plan in instances
+                if plan.role is not None and (listed_in is None or plan.role is not Role.ENCODER)
+            ]
+            return [plan_proxy(config, address, urls, listed_in=listed_in), *instances]
         except BaseException:
             self._release()
             raise
@@ -205,13 +271,13 @@ class Deployment:
             storage, ec_max_bytes = self._storage.path, self._storage.max_bytes
         elif storage is None and config.ec_max_bytes is None:
             ec_max_bytes = memory_for_embeddings(config.count(Role.ENCODER))
-        if any(placement.shared or placement.core_share for placement in self.placements.values()):
+        if config.scales or any(one.shared or one.core_share for one in self.placements.values()):
             self._scratch = LockedFolder(_SCRATCH_PREFIX, in_memory())
         return Surroundings(storage, ec_max_bytes, self.scratch)
 
     def check(self) -> None:
         """Raise ConfigurationError if a process could not be started at all, and the others cannot serve without it."""
-        failed = [member for member in self._members.values() if member.child.failure is not None]
+        failed = [one for one in self._running if one.child.failure is not None and not one.is_spare]
         lost = [(member.plan.role, member.plan.index) for member in failed if member.plan.role is not None]
         for member in failed:
             name, failure, gpus = member.plan.name, member.child.failure, self._gpus_of(member.plan)
@@ -228,17 +294,23 @@ class Deployment:
         Instances that ``check`` has given up with their GPU don't count. Raises ConfigurationError if instances run that can't
         work together, or that don't get healthy.
         """
-        needed = [member for member in self._members.values() if member.plan.name not in self._lost]
+        needed = [one for one in self._running if one.plan.name not in self._lost and not one.is_spare]
         if not all(member.child.state is ProcessState.READY for member in needed):
             self._unhealthy_since = None
             return False
-        admin_keys = read_admin_keys(self.config.admin_key, self.config.admin_key_file)
-        infos = instance_infos(self.local_url, next(iter(admin_keys), None))
+        infos = self._infos()
         found = {one.plan.name: infos.get(one.plan.address.url, InstanceInfo()) for one in needed if one.plan.role}
         unhealthy = {name: info for name, info in found.items() if info.state != InstanceState.HEALTHY}
         if unhealthy:
             self._check_unhealthy(unhealthy)
         return not unhealthy
+
+    def _infos(self) -> Mapping[str, InstanceInfo]:
+        return instance_infos(self.local_url, self._admin_key)
+
+    @property
+    def _admin_key(self) -> str | None:
+        return next(iter(read_admin_keys(self.config.admin_key, self.config.admin_key_file)), None)
 
     def _check_unhealthy(self, unhealthy: Mapping[str, InstanceInfo]) -> None:
         """Raise ConfigurationError if instances that run have not been healthy for so long that they never will be."""
@@ -260,7 +332,7 @@ class Deployment:
 
     def look(self) -> None:
         """Ask the instances that start how far they are; takes up to 0.2 s for each that is too busy to answer."""
-        for member in self._members.values():
+        for member in self._running:
             is_loading = member.plan.role is not None and member.child.state is ProcessState.STARTING
             member.progress = load_progress(member.plan.address.url) if is_loading else ""
 
@@ -284,6 +356,8 @@ class Deployment:
         Returns when they have ended, after ``config.shutdown_timeout_seconds``, or when ``is_hurried``; ``stop`` does the rest.
         vLLM's instances are left to it, because vLLM takes seconds to end even when nothing runs.
         """
+        if self._scaling is not None:
+            self._scaling.close()
         until = time.monotonic() + self.config.shutdown_timeout_seconds
         proxy, instances = self._in_order()
         for children in (proxy, instances if self.config.engine is EngineKind.CHIASM else []):
@@ -299,6 +373,8 @@ class Deployment:
 
         What still runs ends with an error.
         """
+        if self._scaling is not None:
+            self._scaling.close()
         if self._has_forks:
             self._forks.close()
         proxy, instances = self._in_order()
@@ -318,9 +394,9 @@ class Deployment:
 
     def _in_order(self) -> tuple[list[Child], list[Child]]:
         """Return the processes in the order in which they end: the proxy, then the instances."""
-        members = self._members.items()
-        return [one.child for name, one in members if name == PROXY], [
-            one.child for name, one in members if name != PROXY
+        running = self._running
+        return [one.child for one in running if one.plan.role is None], [
+            one.child for one in running if one.plan.role is not None
         ]
 
     def _release(self) -> None:
@@ -341,12 +417,12 @@ class Deployment:
     @property
     def url(self) -> str:
         """Base URL of the proxy, as configured."""
-        return self._members[PROXY].plan.address.url
+        return self._held[0].url
 
     @property
     def local_url(self) -> str:
         """Base URL of the proxy for clients on this machine."""
-        return self._members[PROXY].plan.address.local_url
+        return self._held[0].local_url
 
     @property
     def scratch(self) -> Path | None:
@@ -355,29 +431,29 @@ class Deployment:
 
     def urls(self, role: Role) -> list[str]:
         """Return the base URLs of the instances of ``role``, in the order of their numbers."""
-        return [member.plan.address.url for member in self._members.values() if member.plan.role is role]
+        return [member.plan.address.url for member in self._running if member.plan.role is role]
 
     @property
     def processes(self) -> list[ProcessStatus]:
         """The proxy, then the instances."""
-        return [self._status(name) for name in list(self._members)]
+        return [_status(one.plan, one.child, one.progress) for one in self._running]
 
     def lines(self, name: str) -> list[str]:
         """Return the last lines that the process called ``name`` has logged, at most 200."""
-        return list(self._members[name].child.lines)
+        return next((list(one.child.lines) for one in self._running if one.plan.name == name), [])
 
     def _gpus_of(self, plan: ProcessPlan) -> str:
         """Return the names of an instance's GPUs; empty for an instance on CPU and the proxy."""
         return ", ".join(self.placements[plan.role, plan.index].devices) if plan.role is not None else ""
 
-    def _changed(self, child: Child) -> None:
-        gpus = self._gpus_of(self._members[child.name].plan)
+    def _changed(self, plan: ProcessPlan, child: Child) -> None:
+        gpus = self._gpus_of(plan)
         if child.state is ProcessState.WAITING and gpus:
             self._on_line(child.name, f"computed on GPU {gpus}; if that is lost, the instances on other GPUs serve on")
-        self._on_change(self._status(child.name))
+        self._on_change(_status(plan, child))
 
-    def _status(self, name: str) -> ProcessStatus:
-        member = self._members[name]
-        child = member.child
-        url, progress = member.plan.address.url, member.progress if child.state is ProcessState.STARTING else ""
-        return ProcessStatus(name, member.plan.role, url, child.pid, child.state, child.restarts, progress)
+
+def _status(plan: ProcessPlan, child: Child, loaded: str = "") -> ProcessStatus:
+    words = {ProcessState.STARTING: loaded, ProcessState.READY: "draining" if child.is_ending else ""}
+    progress = words.get(child.state, "")
+    return ProcessStatus(plan.name, plan.role, plan.address.url, child.pid, child.state, child.restarts, progress)

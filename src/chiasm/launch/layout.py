@@ -56,15 +56,16 @@ def check_counts(layout: Layout, counts: Mapping[Role, int]) -> None:
         )
 
 
-def in_words(counts: Mapping[Role, int]) -> str:
-    """Return numbers of instances, such as ``2 encoders and 1 PD``."""
-    parts = [_counted(role, count) for role, count in counts.items() if count]
+def in_words(counts: Mapping[Role, int], least_encoders: int | None = None) -> str:
+    """Return numbers of instances, such as ``2 encoders and 1 PD``, or ``1 to 4 encoders`` if there may be fewer."""
+    parts = [_counted(role, count, least_encoders) for role, count in counts.items() if count]
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _counted(role: Role, count: int) -> str:
+def _counted(role: Role, count: int, least_encoders: int | None) -> str:
     if role is Role.ENCODER:
-        return f"{count} encoder{'s' if count > 1 else ''}"
+        range_ = "" if least_encoders in (None, count) else f"{least_encoders} to "
+        return f"{range_}{count} encoder{'s' if count > 1 else ''}"
     if role is Role.PD:
         return f"{count} PD{'s' if count > 1 else ''}"
     return f"{count} {role} instance{'s' if count > 1 else ''}"

@@ -87,8 +87,13 @@ def plan_instances(
     return plans
 
 
-def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[tuple[Role, str]]) -> ProcessPlan:
-    """Return the proxy in front of instances, each given by role and base URL. Raises ConfigurationError."""
+def plan_proxy(
+    config: DeploymentConfig, address: HeldPort, instances: Sequence[tuple[Role, str]], *, listed_in: Path | None = None
+) -> ProcessPlan:
+    """Return the proxy in front of instances, each given by role and base URL, and of those that a file lists.
+
+    Raises ConfigurationError.
+    """
     keys = vllm.api_keys(config) if config.engine is EngineKind.VLLM else ()
     settings: dict[str, Any] = {
         "host": address.host,
@@ -102,6 +107,8 @@ def plan_proxy(config: DeploymentConfig, address: HeldPort, instances: Sequence[
         **_times(config),
         **config.proxy_settings,
     }
+    if listed_in is not None:
+        settings["discover"] = (f"file:{listed_in}", *settings.get("discover", ()))
     process = proxy_process(settings)
     if keys and not process.proxy.http.needs_key:
         http = replace(process.proxy.http, keys_of_instances=keys)

@@ -11,6 +11,7 @@ import urllib.request
 import msgspec
 
 from chiasm.http.listen import base_url, bind
+from chiasm.prometheus import read_samples, total
 from chiasm.wire import Health, InstanceInfo, ProxyHealth
 
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
@@ -81,6 +82,13 @@ def instance_infos(url: str, admin_key: str | None = None) -> dict[str, Instance
         return {}
 
 
+def read_metric(url: str, name: str, admin_key: str | None = None, **labels: str) -> float | None:
+    """Return the sum of the samples of a metric of the server at ``url`` that have these labels; None if it tells none."""
+    _, body = _get(f"{url}/metrics", _HEALTH_SECONDS, key=admin_key)
+    lines = (line for line in body.decode(errors="replace").split("\n") if line.startswith(name))
+    return total(read_samples("\n".join(lines)), name, **labels)
+
+
 def load_progress(url: str) -> str:
     """Return in words how far the instance at ``url`` is with loading its model; empty if it doesn't say."""
     status, body = _get_health(url, _PROGRESS_SECONDS)
@@ -92,12 +100,14 @@ def load_progress(url: str) -> str:
 
 
 def _get_health(url: str, timeout_seconds: float = _HEALTH_SECONDS, *, key: str | None = None) -> tuple[int, bytes]:
+    return _get(f"{url}/health", timeout_seconds, key=key)
+
+
+def _get(url: str, timeout_seconds: float, *, key: str | None) -> tuple[int, bytes]:
     """Return status and body; 0 and nothing if there is no response."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
-        with _OPENER.open(
-            urllib.request.Request(f"{url}/health", headers=headers), timeout=timeout_seconds
-        ) as response:
+        with _OPENER.open(urllib.request.Request(url, headers=headers), timeout=timeout_seconds) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         with error:

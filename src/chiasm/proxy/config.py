@@ -100,10 +100,12 @@ class ProxyConfig:
     ] = HEDGED_SHARE
     encode_wait_seconds: Annotated[
         float,
-        Option("How long images should wait for encoders at most; chiasm_fleet_desired_instances counts so many."),
+        Option(
+            "How long images should wait for encoders; chiasm_fleet_desired_instances counts as many as that takes."
+        ),
     ] = 0.5
     scale_down_seconds: Annotated[
-        float, Option("Calm while after which chiasm_fleet_desired_instances counts one encoder fewer.")
+        float, Option("Calm while after which chiasm_fleet_desired_instances counts fewer encoders.")
     ] = 300.0
     max_prefill_attempts: Annotated[int, Option("Maximum prefills per request, the first included.", min=1)] = 4
     """A prompt is prefilled again after a prefill instance is lost, and to resume after a decode instance is."""

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from chiasm.http.limits import Refusals
 from chiasm.proxy.agreement import LANGUAGE_ROLES
 from chiasm.proxy.encode_queue import EncodeQueue
-from chiasm.proxy.encoder_demand import WINDOWS_SECONDS, EncoderDemand
+from chiasm.proxy.encoder_demand import DESIRED_METRIC, WINDOWS_SECONDS, EncoderDemand
 from chiasm.proxy.fleet import Fleet
 from chiasm.wire import InstanceState, Role
 
@@ -187,8 +187,8 @@ class DemandCollector(Collector):
         now = time.monotonic()
         outstanding = self._images.outstanding_seconds(now)
         desired = GaugeMetricFamily(
-            "chiasm_fleet_desired_instances",
-            "Encoders that the images of this proxy need; add them up over proxies.",
+            DESIRED_METRIC,
+            "Encoders that the images of this proxy need; add them up over proxies, and round up.",
             labels=["role"],
         )
         desired.add_metric([Role.ENCODER.value], self._demand.desired(outstanding, now))

@@ -17,6 +17,7 @@ from chiasm.bench.measurements.overlap import Overlap
 from chiasm.bench.measurements.proxy import Proxy
 from chiasm.bench.measurements.reuse import Reuse
 from chiasm.bench.measurements.routing import Routing
+from chiasm.bench.measurements.scaling import Scaling
 from chiasm.bench.measurements.soak import Soak
 from chiasm.bench.measurements.step import DecodeStep
 from chiasm.bench.measurements.store import StoreReads
@@ -41,6 +42,7 @@ MEASUREMENTS: dict[EngineKind, dict[str, Measurement]] = {
         Reuse(EngineKind.CHIASM),
         Proxy(),
         Routing(),
+        Scaling(),
         Kv(),
         Split(),
         DECODE_ISOLATION,

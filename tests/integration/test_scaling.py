@@ -1,0 +1,72 @@
+"""An encoder that comes when more images do and is drained when they are over, as processes, while clients ask."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from chiasm.launch import RoleConfig
+from chiasm.wire import Role
+
+from .conftest import Service, chat, run, sample_image
+
+CLIENTS = 6
+COMPARED = 12
+
+
+@pytest.fixture
+def scaled(checkpoint: Path) -> Iterator[Service]:
+    """One encoder or two, and a PD."""
+    roles = {Role.ENCODER: RoleConfig(2, threads=1, least=1), Role.PD: 1}
+    yield from run(checkpoint, roles, encode_wait_seconds=1e-3, scale_down_seconds=0.5)
+
+
+def answer(service: Service, seed: int, salt: str = "") -> str:
+    salted = {"cache_salt": salt} if salt else {}
+    return service.answer(chat("Describe it.", sample_image(seed, 256, 256), **salted))
+
+
+def test_a_burst_brings_an_encoder_which_is_drained_when_it_is_over_and_no_answer_differs(scaled: Service) -> None:
+    (first,) = scaled.deployment.urls(Role.ENCODER)
+    answers: dict[int, str] = {}
+    seeds, is_over = itertools.count(), threading.Event()
+
+    def ask_for_new_images() -> None:
+        while not is_over.is_set():
+            seed = next(seeds)
+            answers[seed] = answer(scaled, seed)
+
+    def ask_for_known_images() -> None:
+        for _ in itertools.takewhile(lambda _: not is_over.is_set(), itertools.count()):
+            assert answer(scaled, 0) == answers[0]
+
+    def encoded_by_the_second() -> float:
+        urls = [url for url in scaled.deployment.urls(Role.ENCODER) if url != first]
+        healthy = [one["url"] for one in scaled.health() if one["state"] == "healthy"]
+        return sum(scaled.metric_at(url, "chiasm_images_encoded_total") for url in urls if url in healthy)
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        asking = [clients.submit(ask_for_new_images) for _ in range(CLIENTS)]
+        try:
+            scaled.wait_until(lambda: encoded_by_the_second() >= CLIENTS)
+        finally:
+            is_over.set()
+        for one in asking:
+            one.result()
+
+        is_over.clear()
+        still_asking = clients.submit(ask_for_known_images)
+        try:
+            scaled.wait_until(lambda: scaled.deployment.urls(Role.ENCODER) == [first])
+        finally:
+            is_over.set()
+        still_asking.result()
+
+    assert [one["url"] for one in scaled.health() if one["role"] == "encoder"] == [first]
+    latest = sorted(answers)[-COMPARED:]
+    assert {seed: answer(scaled, seed, "anew") for seed in latest} == {seed: answers[seed] for seed in latest}
