@@ -319,6 +319,29 @@ async def test_a_process_that_was_replaced_at_its_url_gets_no_lease(start: Start
     await instance.kill()
 
 
+@pytest.mark.parametrize("answers_with_it", [False, True])
+async def test_who_claims_the_incarnation_of_another_at_a_url_of_its_own_gets_no_work_and_harms_nobody(
+    start: Start, join: Join, answers_with_it: bool
+) -> None:
+    front = await start([])
+    member = await join(front, "pd")
+    await front.until(member.instance, "healthy")
+    thief = await FakeInstance("pd", incarnation="pd-1" if answers_with_it else "own").start()
+    stolen = replace(member.lease(), url=thief.url)
+    answer = await send(front, stolen)
+    if answers_with_it:
+        assert answer.json["state"] == "mismatched"
+        assert f"the same process as {member.instance.url}" in answer.json["reason"]
+    else:
+        assert answer.status == 409
+    for _ in range(3):
+        assert (await front.post(ask("x"))).status == 200
+    assert not thief.received
+    assert (await send(front, replace(stolen, leaves=True))).status == 200
+    assert await front.states() == {member.instance.url: "healthy"}
+    await thief.kill()
+
+
 async def test_a_restarted_instance_takes_the_place_of_its_predecessor(start: Start) -> None:
     front = await start([])
     instance = await FakeInstance("pd", incarnation="old").start()

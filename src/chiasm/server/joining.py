@@ -1,16 +1,16 @@
 """How an instance joins proxies (``--join``): it renews a lease with each, and tells them at once what has changed.
 
 Of the answers nothing is believed but what the log says, and the proxy's clock, by which leases are signed: so the clocks of
-machines may differ. A name that leads to several addresses stands for as many proxies.
+machines may differ. A name that leads to several addresses stands for as many proxies. No lease ends because a resolver fails,
+or leaves out an address.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from chiasm.fleet_key import FleetKey
 from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.http.listen import base_url
+from chiasm.http.lookup import Lookup, addresses_of, look_up
 from chiasm.server.advertise import MAX_PROXIES
 from chiasm.wire import DRAINING, LEASE_PATH, RENEW_SECONDS, UNREADABLE, ErrorBody, Lease, LeaseAnswer
 
@@ -39,7 +40,6 @@ _TELL_SECONDS = 1.0
 _MAX_ANSWER_BYTES = 64 << 10
 _answer = msgspec.json.Decoder(LeaseAnswer)
 _error = msgspec.json.Decoder(ErrorBody)
-Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 class RefusedError(Exception):
@@ -61,11 +61,11 @@ class Joiner:
         self._proxies = proxies
         self._key = key
         self._describe = describe
-        self._lookup = lookup or _addresses_of
+        self._lookup = lookup or _proxies_at
         self._lines: dict[tuple[str, str], _Line] = {}
         """By the proxy's URL and its address."""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession
 
     def start(self) -> None:
@@ -74,14 +74,15 @@ class Joiner:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
         )
-        self._task = asyncio.create_task(self._follow_names())
+        self._tasks = [asyncio.create_task(self._follow(url)) for url in dict.fromkeys(self._proxies)]
 
     async def close(self) -> None:
         """Give all leases back, and end."""
-        if self._task is None:
+        if not self._tasks:
             return
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         lines = list(self._lines.values())
         await asyncio.gather(*(line.close() for line in lines))  # first, so that none joins again
         await _within(line.leave() for line in lines)
@@ -100,25 +101,35 @@ class Joiner:
         for line in self._lines.values():
             line.changed.set()
 
-    async def _follow_names(self) -> None:
-        """Have one line to each address of each proxy."""
+    async def _follow(self, url: str) -> None:
+        """Have one line to each address of a proxy's name."""
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        told = ""
         while True:
-            for url in self._proxies:
-                parts = urlsplit(url)
-                port = parts.port or (443 if parts.scheme == "https" else 80)
-                try:
-                    addresses = await self._lookup(parts.hostname or "", port)
-                except OSError as error:
-                    _log.warning("The proxy %s is not found: %s", url, error)
-                    continue
-                for address in addresses[:MAX_PROXIES]:
-                    if (url, address) not in self._lines:
-                        self._lines[url, address] = _Line(url, address, port, self._session, self._key, self._describe)
-                for (known, address), line in list(self._lines.items()):
-                    if known == url and address not in addresses and addresses and not line.is_held:
-                        del self._lines[known, address]
-                        await line.close()
-            await asyncio.sleep(_LOOKUP_SECONDS if self._lines else _REFUSED_DELAY_SECONDS)
+            problem = ""
+            try:
+                addresses = await look_up(self._lookup, parts.hostname or "", port)
+            except OSError as error:
+                problem = str(error)
+            else:
+                await self._keep(url, port, addresses)
+                problem = "" if addresses else "Its name has no address."
+            if problem and problem != told:
+                _log.warning("The proxy %s is not found: %s", url, problem)
+            told = problem
+            is_known = any(known == url for known, _ in self._lines)
+            await asyncio.sleep(_LOOKUP_SECONDS if is_known else _REFUSED_DELAY_SECONDS)
+
+    async def _keep(self, url: str, port: int, addresses: Sequence[str]) -> None:
+        """Have a line to each of these addresses; keep one to another address only while its lease is held."""
+        for address in addresses[:MAX_PROXIES]:
+            if (url, address) not in self._lines:
+                self._lines[url, address] = _Line(url, address, port, self._session, self._key, self._describe)
+        for (known, address), line in list(self._lines.items()):
+            if known == url and address not in addresses and addresses and not line.is_held:
+                del self._lines[known, address]
+                await line.close()
 
 
 class _Line:
@@ -276,9 +287,8 @@ def _message(status: int, body: bytes) -> str:
         return f"status {status}; is it a proxy of this version?"
 
 
-async def _addresses_of(name: str, port: int) -> list[str]:
-    found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+async def _proxies_at(name: str, port: int) -> list[str]:
+    addresses = await addresses_of(name, port)
     if name.lower() == "localhost":  # one proxy, by either of its addresses
         addresses.sort(key=lambda address: ":" in address)
         return addresses[:1]

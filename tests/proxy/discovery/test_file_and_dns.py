@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.http import watch
+from chiasm.http import lookup, watch
 from chiasm.proxy.discovery import dns
 from chiasm.proxy.discovery.base import Found, Source
 from chiasm.proxy.discovery.dns import DnsSource
@@ -142,7 +142,7 @@ async def test_each_address_of_a_name_is_an_instance(monkeypatch: pytest.MonkeyP
 
 async def test_a_resolver_that_fails_or_does_not_answer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dns, "INTERVAL_SECONDS", 0.0)
-    monkeypatch.setattr(dns, "LOOKUP_SECONDS", 0.01)
+    monkeypatch.setattr(lookup, "LOOKUP_SECONDS", 0.01)
     failure = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
     names = Names(["10.0.0.5"], failure, failure, ["10.0.0.5"])
     source, heard = DnsSource("dns:encoders:8001", "encoders", 8001, Role.ENCODER, names), Heard()
@@ -152,14 +152,6 @@ async def test_a_resolver_that_fails_or_does_not_answer_changes_nothing(monkeypa
         names.is_asked_again.clear()
         await names.is_asked_again.wait()  # the lookup before has taken too long
         assert heard.is_silent
-
-
-async def test_a_name_without_addresses_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def getaddrinfo(*arguments: object, **options: object) -> list[object]:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    assert await dns.addresses_of("encoders", 8001) == []
 
 
 # ---- arguments, and instances that are asked for their roles ---------------------------------------------------------------

@@ -61,6 +61,8 @@ class Server:
         self.status = 200
         """Of all answers."""
         self.page = 100
+        self.ends_watches = False
+        """Whether it ends each watch at once."""
         self.tokens: list[str] = []
         """What each call was made with."""
         self._called = asyncio.Condition()
@@ -88,6 +90,8 @@ class Server:
         self.versions.append(request.query["resourceVersion"])
         response = web.StreamResponse()
         await response.prepare(request)
+        if self.ends_watches:
+            return response
         events: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.watches.put_nowait(events)
         while (sent := await events.get()) is not None:
@@ -104,12 +108,12 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(server: Server) -> AsyncIterator[None]:
+async def serving(server: Server, port: int = 0) -> AsyncIterator[None]:
     application = web.Application()
     application.router.add_get("/apis/discovery.k8s.io/v1/namespaces/models/endpointslices", server.answer)
     runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
     server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
         yield
@@ -305,3 +309,67 @@ async def test_the_token_is_read_again_for_each_call(watching: Watching) -> None
     events.put_nowait(None)
     await watching.server.watch()
     assert watching.server.tokens == ["Bearer first", "Bearer first", "Bearer second"]
+
+
+class Clock:
+    """Time that passes as fast as somebody sleeps; ``until`` sets an event when it has come so far."""
+
+    def __init__(self, until: float) -> None:
+        self.now = 0.0
+        self.sleeps = 0
+        self._until = until
+        self.has_come = asyncio.Event()
+        self.may_pass = asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.sleeps += 1
+        if self.now >= self._until:
+            self.has_come.set()
+            await self.may_pass.wait()
+        await asyncio.sleep(0)
+
+
+async def test_a_server_that_refuses_connections_for_a_minute_changes_nothing_and_is_asked_less_and_less_often(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "token").write_text("first\n")
+    server, heard, clock = Server(), Heard(), Clock(until=60)
+    server.slices = [slice_of("a", endpoint("10.0.0.5"))]
+    async with serving(server):
+        source = KubernetesSource(
+            "k8s:x", Api(server.url, tmp_path), "app=chiasm,tier in (e)", "models", Reading(), sleep=clock.sleep
+        )
+        task = asyncio.create_task(source.run(heard))
+        assert len(await heard.next()) == 1
+        events = await server.watch()
+        events.put_nowait(bookmark(7))
+        events.put_nowait(None)
+        (await server.watch()).put_nowait(None)
+    await asyncio.wait_for(clock.has_come.wait(), 10)
+    assert clock.sleeps < 20
+    assert heard.is_silent
+    assert caplog.text.count("the API server can't be watched") == 1
+    async with serving(server, int(server.url.rpartition(":")[2])):
+        clock.may_pass.set()
+        (await server.watch()).put_nowait(event("ADDED", slice_of("b", endpoint("10.0.0.6"), version=8)))
+        assert len(await heard.next()) == 2
+        assert set(server.versions[1:]) == {"7"}
+        assert server.lists == 1
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_server_that_ends_each_watch_at_once_is_asked_less_and_less_often(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("first\n")
+    server, heard, clock = Server(), Heard(), Clock(until=60)
+    server.ends_watches = True
+    async with serving(server):
+        source = KubernetesSource(
+            "k8s:x", Api(server.url, tmp_path), "app=chiasm,tier in (e)", "models", Reading(), sleep=clock.sleep
+        )
+        task = asyncio.create_task(source.run(heard))
+        await asyncio.wait_for(clock.has_come.wait(), 10)
+        assert len(server.versions) < 20
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-from collections.abc import Awaitable, Callable
 
 from chiasm.http.listen import base_url
+from chiasm.http.lookup import Lookup, addresses_of, look_up
 from chiasm.proxy.discovery.base import MAX_LISTED, Found, Source, Tell
 from chiasm.wire import Role
 
 _log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 10.0
-LOOKUP_SECONDS = 5.0
-"""A lookup that takes longer counts as failed; the next one may come while it goes on."""
-_NOBODY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
-"""What the resolver says for a name that has no address: an answer, unlike its other errors."""
-Lookup = Callable[[str, int], Awaitable[list[str]]]
-
-
-async def addresses_of(name: str, port: int) -> list[str]:
-    """Return all addresses of a name; none if it has none. Raises OSError if nobody could tell."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        if error.errno in _NOBODY:
-            return []
-        raise
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 class DnsSource(Source):
@@ -51,8 +34,8 @@ class DnsSource(Source):
         while True:
             try:
                 found = await self.look()
-            except OSError as error:  # a TimeoutError is one
-                _log.warning("%s could not be looked up: %s", self.name, error or "no answer in time")
+            except OSError as error:
+                _log.warning("%s could not be looked up: %s", self.name, error)
             else:
                 if found != before:
                     tell(found)
@@ -61,6 +44,5 @@ class DnsSource(Source):
 
     async def look(self) -> list[Found]:
         """Return what the name leads to now. Raises OSError."""
-        async with asyncio.timeout(LOOKUP_SECONDS):
-            addresses = await self._lookup(self._host, self._port)
+        addresses = await look_up(self._lookup, self._host, self._port)
         return [Found(base_url(one, self._port), self._role) for one in sorted(addresses)[:MAX_LISTED]]

@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,9 @@ _PAGE = 250
 _MAX_BYTES = 32 << 20
 """Of a page of a list, or of an event."""
 _GONE = 410
+
+
+Sleep = Callable[[float], Awaitable[None]]
 
 
 class GoneError(Exception):
@@ -129,18 +132,24 @@ class KubernetesSource(Source):
         namespace: str,
         reading: Reading,
         pace: Pace = Pace(),
+        sleep: Sleep = asyncio.sleep,
     ) -> None:
+        """``sleep`` waits so many seconds until the server is asked again."""
         super().__init__(argument)
         self._api = api
         self._url = api.url(namespace)
         self._selector = selector
         self._reading = reading
         self._pace = pace
+        self._sleep = sleep
         self._slices: dict[str, EndpointSlice] = {}
         self._version = ""
         """Of the last list, event or bookmark; empty: list first."""
         self._session: aiohttp.ClientSession
         self._failures = 0
+        """In a row: the more there are, the later the server is asked next."""
+        self._is_away = False
+        """Whether the log says that the server can't be watched."""
 
     async def run(self, tell: Tell) -> None:
         async with aiohttp.ClientSession(trust_env=False) as self._session:
@@ -150,16 +159,18 @@ class KubernetesSource(Source):
                         await self._list()
                         tell(instances_of(self._slices.values(), self._reading))
                     await self._watch(tell)
+                    self._is_away = False
                 except GoneError:
                     self._version = ""
                     self._failures += 1  # a server that forgets at once isn't asked at once
                 except (aiohttp.ClientError, OSError, *UNREADABLE) as error:
-                    if not self._failures:
+                    if not self._is_away:
                         _log.warning(
                             "%s: the API server can't be watched: %s", self.name, error or type(error).__name__
                         )
+                    self._is_away = True
                     self._failures += 1
-                await asyncio.sleep(self._delay())
+                await self._sleep(self._delay())
 
     def _delay(self) -> float:
         if not self._failures:
@@ -190,11 +201,14 @@ class KubernetesSource(Source):
             "resourceVersion": self._version,
             "timeoutSeconds": str(max(1, int(self._pace.watch_seconds))),
         }
+        has_heard = False
         async with self._get(asked) as response:
             async for line in _lines(response):
                 if self._take(_event.decode(line)):
                     tell(instances_of(self._slices.values(), self._reading))
-                self._failures = 0
+                self._failures, self._is_away, has_heard = 0, False, True
+        if not has_heard:
+            self._failures += 1  # a server that ends watches at once isn't asked at once
 
     def _take(self, event: _Event) -> bool:
         """Apply an event; return whether slices have changed. Raises GoneError, and OSError for another error of the server."""

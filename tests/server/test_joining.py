@@ -1,0 +1,138 @@
+"""How an instance finds its proxies: the resolver fails, answers nothing or something else, and no lease is lost by that."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+import pytest
+from aiohttp import web
+
+from chiasm.http import lookup
+from chiasm.http.listen import bind
+from chiasm.server import joining
+from chiasm.server.joining import Joiner
+from chiasm.wire import LEASE_PATH, Lease, LeaseAnswer
+
+ONE, TWO, NOBODY = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+NEVER: list[str] = []
+
+
+class Proxies:
+    """Two proxies with one name. They grant leases, and leave calls that wait unanswered."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.held = {ONE: asyncio.Event(), TWO: asyncio.Event()}
+        """Set when a call waits at the proxy with this address."""
+        self.calls: list[str] = []
+        """The addresses that were called."""
+
+    @property
+    def url(self) -> str:
+        return f"http://proxies:{self.port}"
+
+    async def answer(self, request: web.Request) -> web.Response:
+        assert request.headers["Host"] == f"proxies:{self.port}"
+        assert request.transport is not None
+        address = request.transport.get_extra_info("sockname")[0]
+        self.calls.append(address)
+        if msgspec.json.decode(await request.read(), type=Lease).waits:
+            self.held[address].set()
+            await asyncio.Event().wait()
+        return web.Response(body=msgspec.json.encode(LeaseAnswer(state="healthy")))
+
+
+@pytest.fixture
+async def proxies(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxies]:
+    monkeypatch.setattr(joining, "_LOOKUP_SECONDS", 0.0)
+    monkeypatch.setattr(joining, "_REFUSED_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(lookup, "LOOKUP_SECONDS", 0.01)
+    proxies = Proxies()
+    application = web.Application()
+    application.router.add_post(LEASE_PATH, proxies.answer)
+    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0)
+    await runner.setup()
+    with bind(ONE, 0) as one:
+        proxies.port = one.getsockname()[1]
+        with bind(TWO, proxies.port) as two:
+            for listener in (one, two):
+                await web.SockSite(runner, listener).start()
+            yield proxies
+            await runner.cleanup()
+
+
+class Names:
+    """A resolver that gives one answer after the other, the last one again and again; NEVER stands for none in time."""
+
+    def __init__(self, *answers: Sequence[str] | OSError) -> None:
+        self._answers = list(answers)
+        self.is_asked_for_the_last = asyncio.Event()
+
+    async def __call__(self, name: str, port: int) -> Sequence[str]:
+        if name == "nowhere":
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+        answer = self._answers[0]
+        if len(self._answers) > 1:
+            del self._answers[0]
+        else:
+            self.is_asked_for_the_last.set()
+        if answer is NEVER:
+            await asyncio.Event().wait()
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+
+def lease() -> Lease:
+    return Lease(url="http://127.0.0.1:1", role="pd", incarnation="1", status="ok")
+
+
+async def test_a_lease_is_kept_while_dns_flaps_answers_nothing_or_fails(proxies: Proxies) -> None:
+    failure = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    answered = asyncio.Event()
+
+    async def names(name: str, port: int) -> Sequence[str]:
+        if not answered.is_set():
+            return [ONE]
+        return await flapping(name, port)
+
+    flapping = Names([], failure, NEVER, [TWO], [], [ONE], [TWO], [ONE, TWO])
+    joiner = Joiner([proxies.url], None, lease, lookup=names)
+    joiner.start()
+    async with asyncio.timeout(10):
+        await proxies.held[ONE].wait()
+        answered.set()
+        await flapping.is_asked_for_the_last.wait()
+        await proxies.held[TWO].wait()
+    assert sorted(proxies.calls) == [ONE, ONE, TWO, TWO]  # no call has been broken off and repeated
+    await joiner.close()
+
+
+async def test_a_name_that_nobody_answers_keeps_an_instance_from_no_other_proxy(proxies: Proxies) -> None:
+    joiner = Joiner(["http://nowhere:1", proxies.url], None, lease, lookup=Names([ONE]))
+    joiner.start()
+    await asyncio.wait_for(proxies.held[ONE].wait(), 10)
+    await joiner.close()
+
+
+async def test_an_instance_joins_when_dns_knows_the_proxy_at_last(
+    proxies: Proxies, caplog: pytest.LogCaptureFixture
+) -> None:
+    joiner = Joiner([proxies.url], None, lease, lookup=Names([], [], [], [ONE]))
+    joiner.start()
+    await asyncio.wait_for(proxies.held[ONE].wait(), 10)
+    await joiner.close()
+    assert caplog.text.count("is not found: Its name has no address.") == 1
+
+
+async def test_an_address_without_a_proxy_is_forgotten_when_dns_names_it_no_more(proxies: Proxies) -> None:
+    names = Names([NOBODY], [], [ONE])
+    joiner = Joiner([proxies.url], None, lease, lookup=names)
+    joiner.start()
+    await asyncio.wait_for(proxies.held[ONE].wait(), 10)
+    assert [address for _, address in joiner._lines] == [ONE]
+    await joiner.close()
