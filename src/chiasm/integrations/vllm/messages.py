@@ -20,6 +20,8 @@ EXPECT_METHOD = "chiasm_expect_embeddings"
 """The method by which it says where embeddings are; its argument is the JSON of EmbeddingPlaces."""
 PLACE_METHOD = "chiasm_embeddings_place"
 """The method by which it asks where the embeddings of an encoder are; returns the JSON of :class:`Exchange`."""
+UNFETCHED_METHOD = "chiasm_unfetched_embeddings"
+"""The method by which it asks how many embeddings others have yet to fetch."""
 
 
 class Exchange(msgspec.Struct, frozen=True):

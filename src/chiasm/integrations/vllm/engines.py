@@ -1,0 +1,44 @@
+"""What vLLM's HTTP server asks its engines, which run in other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from chiasm.integrations.vllm.messages import UNFETCHED_METHOD
+from chiasm.integrations.vllm.settings import settings_of
+
+_logger = logging.getLogger(__name__)
+_LOOK_SECONDS = 0.05
+
+
+async def ask_engines(state: Any, method: str, *arguments: str) -> list[Any]:
+    """Call a method of all engines; return what each answers. ``state`` is that of vLLM's application."""
+    core = state.engine_client.engine_core
+    if hasattr(core, "call_utility_all_async"):
+        answers: list[Any] = await core.call_utility_all_async(method, *arguments)
+        return answers
+    return [await core.call_utility_async(method, *arguments)]
+
+
+def has_several_servers(state: Any) -> bool:
+    """Whether other API servers share the engines."""
+    return (getattr(state.args, "api_server_count", None) or 1) > 1
+
+
+async def others_have_fetched(state: Any) -> None:
+    """Return when nobody has anything to fetch from the engines any more. Nothing may run in them, and nothing new may come.
+
+    An engine has work as long as its KV connector holds the KV of a finished request, until a decode instance has fetched it or
+    its lease is over; a pause that waits for all work is vLLM's own way to wait for that. It is left out if other API servers
+    share the engines, since it would stop what they have queued. An engine that fails has nothing to fetch.
+    """
+    try:
+        if settings_of(state.vllm_config) is not None:
+            while any(await ask_engines(state, UNFETCHED_METHOD)):  # noqa: ASYNC110, what it waits for is in another process
+                await asyncio.sleep(_LOOK_SECONDS)
+        if not has_several_servers(state):
+            await state.engine_client.pause_generation(mode="wait", clear_cache=False)
+    except Exception as error:  # vLLM's own, such as that of a dead engine; the server ends all the same
+        _logger.warning("Others may not have fetched all that this instance holds for them: %r", error)
