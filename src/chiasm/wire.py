@@ -38,9 +38,9 @@ OTHER_PATHS = (
 AWAITED_PATH = "/embeddings/awaited"
 PLACES_PATH = "/embeddings/places"
 CLIENT_HEADER = "x-chiasm-client"
+"""With it the proxy, if it checks API keys, tells an instance which of them a request has; it names the key, and isn't it."""
 WORKER_HEADER = "x-chiasm-worker"
 """From whom the worker of a proxy has a request that it passes on to another one; empty if it asks for itself."""
-"""With it the proxy, if it checks API keys, tells an instance which of them a request has; it names the key, and isn't it."""
 FLEET_HEADER = "x-chiasm-fleet"
 """The signature of a call that only processes of the fleet may make (:mod:`chiasm.http.fleet_calls`)."""
 KV_RELEASE_PATH = "/v1/kv/release"
@@ -48,6 +48,8 @@ KV_RELEASE_PATH = "/v1/kv/release"
 INSTANCES_PATH = "/instances"
 LEASE_PATH = "/fleet/lease"
 """Where instances join a proxy, and renew their leases."""
+MEMBERS_PATH = "/fleet/members"
+"""Where the workers of one proxy, and nobody else, ask each other for :class:`Members`."""
 DRAIN_PATH = "/drain"
 LEASE_SECONDS = 10.0
 """After so long without a renewal, a proxy gives an instance no new work."""
@@ -275,6 +277,33 @@ class LeaseAnswer(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True)
     """As in :class:`Health`."""
     clock_milliseconds: Count = 0
     """Unix time on the proxy's clock, by which leases are signed."""
+
+
+class AddedInstance(msgspec.Struct, kw_only=True, frozen=True):
+    """An instance that an administrator has added to a proxy."""
+
+    url: str = ""
+    role: str = ""
+    """A :class:`Role`."""
+
+
+class HeldLease(msgspec.Struct, kw_only=True, frozen=True):
+    """A lease as the proxy has it that granted it."""
+
+    lease: Lease = Lease()
+    age_seconds: Seconds = 0.0
+    """Since it was renewed."""
+
+
+class Members(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """Answer to GET MEMBERS_PATH: what a worker of a proxy knows that one which is started again would learn late or never."""
+
+    added: list[AddedInstance] = []
+    overruled: dict[str, list[str]] = {}
+    """By source: URLs that an administrator has removed, although the source lists them."""
+    dismissed: dict[str, str] = {}
+    """By URL: the incarnation that an administrator has removed, so that it gets no lease."""
+    leases: list[HeldLease] = []
 
 
 class DrainOrder(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from chiasm.errors import AuthenticationError
@@ -30,7 +32,7 @@ def scope(client: str | None, **headers: str) -> dict[str, object]:
 def test_without_a_key_it_is_who_asks_from_the_machine_itself(
     client: str | None, headers: dict[str, str], expected: bool
 ) -> None:
-    check = AdminCheck([])
+    check = AdminCheck()
     assert check.may_see(scope(client, **headers)) is expected
     with pytest.raises(AuthenticationError):
         check.check_may_change(scope(client, **headers))
@@ -46,7 +48,7 @@ def test_without_a_key_it_is_who_asks_from_the_machine_itself(
     ],
 )
 def test_with_a_key_it_is_who_has_it(client: str, authorization: str, expected: bool) -> None:
-    check = AdminCheck([KEY])
+    check = AdminCheck(KEY)
     asking = scope(client, authorization=authorization)
     assert check.may_see(asking) is expected
     if expected:
@@ -55,3 +57,22 @@ def test_with_a_key_it_is_who_has_it(client: str, authorization: str, expected: 
     else:
         with pytest.raises(AuthenticationError, match="admin key"):
             check.check_may_see(asking)
+
+
+async def test_the_keys_of_a_file_that_is_replaced_count_at_once_and_one_that_is_not_fit_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, other = tmp_path / "admin.keys", "another-key-of-the-operator"
+    file.write_text(f"{KEY}\n")
+    check = AdminCheck(file=file)
+    file.write_text(f"{other}\n")
+    await check.read_again()
+    for content in ("", "short\n"):
+        file.write_text(content)
+        await check.read_again()
+    file.unlink()
+    await check.read_again()
+    assert caplog.text.count("the admin keys stay as they are") == 3
+    known = {key: check.may_see(scope("10.0.0.1", authorization=f"Bearer {key}")) for key in (KEY, other)}
+    assert known == {KEY: False, other: True}
+    assert check.has_key

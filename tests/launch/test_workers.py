@@ -10,8 +10,9 @@ import httpx2 as httpx
 import psutil
 import pytest
 
+from chiasm.wire import MEMBERS_PATH, WORKER_HEADER
 from tests.cli.running import Running
-from tests.launch.waiting import alive, eventually
+from tests.launch.waiting import alive, command_line, eventually
 
 KEY = "operator" * 2
 ADMIN = {"Authorization": f"Bearer {KEY}"}
@@ -28,7 +29,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def workers(running: Running) -> dict[str, psutil.Process]:
-    return {one.cmdline()[-1]: one for one in running.children if one.cmdline()[-1].startswith("worker-")}
+    named = {" ".join(command_line(one)[-1:]): one for one in running.children}
+    return {name: one for name, one in named.items() if name.startswith("worker-")}
 
 
 def metric(running: Running, name: str) -> dict[str, float]:
@@ -53,12 +55,20 @@ def test_an_instance_is_added_to_all_and_removed_from_all(running: Running) -> N
     assert metric(running, "chiasm_proxy_instance_healthy") == {}
 
 
-def test_a_worker_that_dies_is_started_again(running: Running) -> None:
+def test_a_worker_that_dies_is_started_again_and_knows_what_was_added(running: Running) -> None:
+    url, order = f"{running.wait_ready()}/instances", {"url": NOBODY, "role": "pd"}
+    assert httpx.post(url, json=order, headers=ADMIN, timeout=30).status_code == 201
     killed = workers(running)["worker-0"]
     killed.kill()
     assert eventually(lambda: workers(running).get("worker-0") not in (None, killed))
     assert httpx.get(f"{running.wait_ready()}/livez", timeout=30).status_code == 200
     assert eventually(lambda: metric(running, "chiasm_proxy_requests_in_flight").keys() == {"0", "1"})
+    assert metric(running, "chiasm_proxy_instance_healthy") == {"0": 0, "1": 0}
+
+
+def test_what_workers_tell_each_other_is_for_nobody_else(running: Running) -> None:
+    url, named = f"{running.wait_ready()}{MEMBERS_PATH}", {WORKER_HEADER: ""}
+    assert httpx.get(url, headers=ADMIN | named, timeout=30).status_code == 404
 
 
 def test_sigterm_ends_all_of_them(running: Running) -> None:

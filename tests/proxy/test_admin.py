@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from chiasm.errors import ConfigurationError
+from chiasm.http import watch
 from chiasm.proxy import ProxyConfig
 from chiasm.proxy.app import create_app
 
@@ -190,6 +191,21 @@ async def test_the_keys_may_be_in_a_file(start: Start, tmp_path: Path) -> None:
     file.write_text(f"{KEY}\n{'other' * 4}\n")
     front = await start([FakeInstance("pd")], admin_key_file=file)
     assert [(await call(front, "GET", None, key)).status for key in (KEY, "other" * 4, "wrong")] == [200, 200, 401]
+
+
+async def test_a_file_of_keys_that_is_replaced_while_the_proxy_runs_is_read_again(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "INTERVAL_SECONDS", 0.001)
+    file, new = tmp_path / "keys", tmp_path / "new"
+    file.write_text(KEY)
+    new.write_text("other" * 4)
+    front = await start([FakeInstance("pd")], admin_key_file=file)
+    new.rename(file)
+    async with asyncio.timeout(10):
+        while (await call(front, "GET", None, "other" * 4)).status != 200:
+            pass
+    assert (await call(front, "GET", None, KEY)).status == 401
 
 
 @pytest.mark.parametrize("key", ["", "k", "k" * 15])

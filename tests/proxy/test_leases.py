@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from chiasm.fleet_key import FleetKey, make_fleet_key, read_fleet_key
 from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.proxy import waiting
 from chiasm.server.joining import Joiner
 from chiasm.wire import DRAIN_PATH, LEASE_PATH, DrainOrder, Lease, LeaseAnswer, Load
 
@@ -186,6 +187,28 @@ async def test_a_restarted_proxy_knows_its_instances_again(start: Start, join: J
     second = await start([], port=port)
     await second.until(member.instance, "healthy")
     assert (await second.post(ask("x"))).status == 200
+
+
+async def test_a_proxy_that_has_just_started_lets_requests_wait_for_instances_that_join(
+    start: Start, join: Join
+) -> None:
+    front = await start([], wait_for_instance_seconds=15.0)
+    request = asyncio.ensure_future(front.post(ask(image(image_bytes()))))
+    while not await front.metric('chiasm_proxy_requests_waiting{reason="instance"}'):
+        pass
+    await join(front, "pd")
+    await join(front, "encoder")
+    assert (await request).status == 200
+
+
+async def test_it_does_not_wait_for_long_for_what_may_never_join(
+    start: Start, join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "_JOIN_SECONDS", 0.2)
+    front = await start([], wait_for_instance_seconds=1000.0)
+    await front.until((await join(front, "pd")).instance, "healthy")
+    answer = await front.post(ask(image(image_bytes())))
+    assert (answer.status, answer.error["code"]) == (503, "no_encoder")
 
 
 async def test_every_proxy_knows_every_instance_and_the_end_of_one_is_nothing_to_the_others(

@@ -263,3 +263,29 @@ def test_an_instance_that_is_being_removed_can_join_again(members: Members) -> N
         members.membership.renew(replace(LEASE, incarnation="second"), 1.0)
         assert members.states == {URL: "healthy"}
     assert members.states == {URL: "healthy"}
+
+
+# ---- another worker ----------------------------------------------------------------------------------------------------
+
+
+def test_a_membership_that_takes_over_what_another_one_knows_goes_on_as_that_would(members: Members) -> None:
+    added, removed = "http://10.0.0.7:8001", "http://10.0.0.8:8001"
+    listed = [Listed(removed, Role.PD)]
+    members.membership.note_list("file:x", listed)
+    members.membership.remove(removed)
+    members.membership.add(added, Role.PD)
+    members.join(now=1.0)
+    members.join(replace(LEASE, url=OTHER), now=4.0)
+    members.membership.remove(OTHER)
+
+    other = Members()
+    other.membership.take_over(members.membership.members(now=6.0), now=100.0)
+    other.membership.note_list("file:x", listed)
+    assert other.states.keys() == {URL, added}
+    with pytest.raises(ConflictError, match="An administrator has removed"):
+        other.membership.renew(replace(LEASE, url=OTHER), 100.0)
+    other.succeed(URL, incarnation=LEASE.incarnation)
+    other.look(100, 105)
+    assert other.states[URL] == "healthy"
+    other.look(105.5, 106)
+    assert other.states[URL] == "unhealthy"

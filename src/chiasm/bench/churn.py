@@ -89,6 +89,48 @@ def _pass_on(stream: IO[str]) -> None:
             sys.stderr.write(line)
 
 
+class JoinedProxy:
+    """A proxy that knows the instances which join it, at one port for as long as this object lives."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = dict(environment)
+        self._address = HeldPort("127.0.0.1")
+        self._process: asyncio.subprocess.Process | None = None
+        self.url = self._address.url
+
+    async def start(self) -> None:
+        """Start it; return when it takes requests."""
+        process = self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "chiasm", "child", "proxy"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=self._environment,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        settings = {"port": self._address.port, "log_level": "warning"}
+        process.stdin.write(to_json(proxy_process(settings)).encode() + b"\n")
+        await asyncio.wait_for(process.stdout.readline(), _START_SECONDS)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    async def ended(self) -> int:
+        """Return its exit code when it has ended."""
+        assert self._process is not None
+        return await asyncio.wait_for(self._process.wait(), _STEP_SECONDS)
+
+    async def close(self) -> None:
+        """End it, and release its port."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()  # it ends with it
+            await self._process.wait()
+        self._address.release()
+
+
 @dataclass
 class Churned:
     """What came of it."""
@@ -109,7 +151,9 @@ class Churned:
 class Churn:
     """A fleet of one instance or more of each role, all of which have joined all proxies."""
 
-    def __init__(self, roles: Sequence[Role], proxies: Sequence[str], instances: Instances, client: Client) -> None:
+    def __init__(
+        self, roles: Sequence[Role], proxies: Sequence[JoinedProxy], instances: Instances, client: Client
+    ) -> None:
         self.roles = roles
         self.proxies = proxies
         self._instances = instances
@@ -123,7 +167,7 @@ class Churn:
             **_SMALL,
             **_CONNECTORS[role],
             "port": 0,
-            "join": tuple(self.proxies),
+            "join": tuple(one.url for one in self.proxies),
             "served_model_name": SERVED_NAME,
         }
         process = await self._instances.start(role, settings)
@@ -131,7 +175,7 @@ class Churn:
         async with asyncio.timeout(_STEP_SECONDS):
             for proxy in self.proxies:
                 while True:
-                    if await self._is_healthy(proxy, url):
+                    if await self._is_healthy(proxy.url, url):
                         break
                     await asyncio.sleep(_LOOK_SECONDS)
         self._members[role].append(process)
@@ -145,42 +189,53 @@ class Churn:
 
     async def run(self, changes: int, bodies: Sequence[bytes], clients: int, advance: Callable[[], None]) -> Churned:
         """Join and drain ``changes`` instances, of all roles in turn, while so many clients ask."""
-        found = Churned()
-        expected = [await self._answer(self.proxies[0], body) for body in bodies]
-        is_over = asyncio.Event()
-        asking = [asyncio.create_task(self._ask_on(one, bodies, expected, found, is_over)) for one in range(clients)]
-        try:
+        expected = {body: await self.answer(self.proxies[0], body) for body in bodies}
+        async with self.asking(self.proxies, expected, clients, pause_seconds=_PAUSE_SECONDS) as found:
             for role in itertools.islice(itertools.cycle(self.roles), changes):
                 found.join_seconds.append(await self.join(role))
                 code, seconds = await self.drain(role)
                 found.exit_codes.append(code)
                 found.drain_seconds.append(seconds)
                 advance()
-        finally:
-            is_over.set()
-            await asyncio.gather(*asking)
         return found
 
-    async def _ask_on(
-        self, number: int, bodies: Sequence[bytes], expected: Sequence[str], found: Churned, is_over: asyncio.Event
-    ) -> None:
-        for turn in itertools.count(number):
-            if is_over.is_set():
-                return
-            which = turn % len(bodies)
-            try:
-                text = await self._answer(self.proxies[turn % len(self.proxies)], bodies[which])
-            except RequestFailedError as error:
-                found.failures.append(error.message)
-            else:
-                found.answers += 1
-                found.wrong += text != expected[which]
-            await asyncio.sleep(_PAUSE_SECONDS)
+    @asynccontextmanager
+    async def asking(
+        self, proxies: Sequence[JoinedProxy], expected: Mapping[bytes, str], clients: int, *, pause_seconds: float = 0.0
+    ) -> AsyncIterator[Churned]:
+        """A block during which so many clients ask these proxies in turn; gives what comes of it.
 
-    async def _answer(self, proxy: str, body: bytes) -> str:
+        ``expected`` has the right answer to each request.
+        """
+        found, is_over = Churned(), asyncio.Event()
+        asked = list(expected.items())
+
+        async def ask_on(number: int) -> None:
+            for turn in itertools.count(number):
+                if is_over.is_set():
+                    return
+                body, right = asked[turn % len(asked)]
+                try:
+                    text = await self.answer(proxies[turn % len(proxies)], body)
+                except RequestFailedError as error:
+                    found.failures.append(error.message)
+                else:
+                    found.answers += 1
+                    found.wrong += text != right
+                await asyncio.sleep(pause_seconds)
+
+        tasks = [asyncio.create_task(ask_on(one)) for one in range(clients)]
+        try:
+            yield found
+        finally:
+            is_over.set()
+            await asyncio.gather(*tasks)
+
+    async def answer(self, proxy: JoinedProxy, body: bytes) -> str:
+        """Ask a proxy, and return its answer's text. Raises RequestFailedError."""
         if json.loads(body).get("stream"):
-            return (await self._client.chat(proxy, body)).text
-        _, _, answer = await self._client.post(proxy, body)
+            return (await self._client.chat(proxy.url, body)).text
+        _, _, answer = await self._client.post(proxy.url, body)
         return str(answer["choices"][0]["message"]["content"])
 
     async def _is_healthy(self, proxy: str, url: str) -> bool:
@@ -197,33 +252,12 @@ async def churning(
     """A fleet with ``each`` instances of each role, which has ended when the block does."""
     environment = os.environ | client.fleet_key.environment() | {"PYTHONUNBUFFERED": "1"}
     async with AsyncExitStack() as stack:
-        urls = [await stack.enter_async_context(_proxy(environment)) for _ in range(proxies)]
+        fronts = [JoinedProxy(environment) for _ in range(proxies)]
+        for one in fronts:
+            stack.push_async_callback(one.close)
+        await asyncio.gather(*(one.start() for one in fronts))
         instances = Instances(model, forks, environment)
         stack.callback(instances.close)
-        churn = Churn(roles, urls, instances, client)
+        churn = Churn(roles, fronts, instances, client)
         await asyncio.gather(*(churn.join(role) for role in roles for _ in range(each)))
         yield churn
-
-
-@asynccontextmanager
-async def _proxy(environment: Mapping[str, str]) -> AsyncIterator[str]:
-    """A proxy without instances, at a free port; gives its URL."""
-    address = HeldPort("127.0.0.1")
-    settings = {"port": address.port, "log_level": "warning"}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "chiasm", "child", "proxy"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env=dict(environment),
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(to_json(proxy_process(settings)).encode() + b"\n")
-        await asyncio.wait_for(process.stdout.readline(), _START_SECONDS)
-        yield address.url
-    finally:
-        process.stdin.close()  # it ends with it
-        await process.wait()
-        address.release()

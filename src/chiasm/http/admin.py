@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from ipaddress import ip_address
+from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from chiasm.errors import AuthenticationError
+from chiasm.http.key_rules import read_admin_keys
 from chiasm.http.keys import bearer, digest_of, is_one_of
+from chiasm.http.watch import Replaceable
 
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 """Headers by which a reverse proxy says that it speaks for somebody else."""
 
 
-class AdminCheck:
+class AdminCheck(Replaceable[list[bytes]]):
     """Tells the operator of a server from its clients.
 
-    The operator has the admin key. On a server without one, whoever asks from the server's own machine may see what the
-    operator may; nobody may change anything.
+    The operator has the admin key, or one of those in a file, which may be replaced while the server runs. On a server without
+    one, whoever asks from the server's own machine may see what the operator may; nobody may change anything.
     """
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [digest_of(key) for key in keys]
+    kept = "the admin keys stay as they are"
+
+    def __init__(self, key: str | None = None, file: Path | None = None) -> None:
+        """Raises ConfigurationError for a key that isn't fit, and for a file that can't be read or holds none."""
+        super().__init__(() if file is None else (file,))
+        self._key = key
+        self._file = file
+        self._digests = self._read()
+
+    def _read(self) -> list[bytes]:
+        return [digest_of(key) for key in read_admin_keys(self._key, self._file)]
+
+    def _take(self, read: list[bytes]) -> str:
+        self._digests = read
+        return f"the admin keys were read again: there are {len(read)}"
 
     @property
     def has_key(self) -> bool:

@@ -22,10 +22,10 @@ from chiasm.errors import (
 from chiasm.http import json_response, read_body
 from chiasm.http.admin import AdminCheck
 from chiasm.http.front import FrontDoor
-from chiasm.http.key_rules import read_admin_keys
 from chiasm.http.listen import check_url, is_loopback
 from chiasm.http.liveness import live, ready_response
 from chiasm.http.untrusted import read_json
+from chiasm.http.watch import running
 from chiasm.proxy.balancing import model_not_found
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.drain import drain_route
@@ -33,7 +33,7 @@ from chiasm.proxy.leases import lease_route
 from chiasm.proxy.metrics import CONTENT_TYPE
 from chiasm.proxy.records.pages import record_routes
 from chiasm.proxy.service import ProxyService
-from chiasm.proxy.siblings import Repeater, Siblings, Worker, is_from_sibling
+from chiasm.proxy.siblings import Repeater, Siblings, Worker, is_from_sibling, members_route
 from chiasm.wire import (
     CHAT_PATH,
     COMPLETIONS_PATH,
@@ -64,17 +64,20 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await service.start()
+        missed = None
         if siblings is not None:
             siblings.open()
+            missed = await siblings.missed()
+        await service.start(missed)
         try:
-            yield
+            async with running(admin.follow()):
+                yield
         finally:
             if siblings is not None:
                 await siblings.close()
             await service.close()
 
-    admin = AdminCheck(read_admin_keys(config.admin_key, config.admin_key_file))
+    admin = AdminCheck(config.admin_key, config.admin_key_file)
     pages = _Pages(service, admin, siblings)
     routes: list[BaseRoute] = [
         Route(CHAT_PATH, service.endpoint(CHAT_PATH), methods=["POST"]),
@@ -90,6 +93,8 @@ def create_app(
         drain_route(service, admin),
         *record_routes(service.records, admin),
     ]
+    if siblings is not None:
+        routes.append(members_route(lambda: service.membership.members(time.monotonic())))
     if admin.has_key:
         routes.append(Route(INSTANCES_PATH, _Instances(service, admin).handle, methods=["GET", "POST", "DELETE"]))
     app = FrontDoor(

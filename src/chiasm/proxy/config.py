@@ -149,6 +149,11 @@ class ProxyConfig:
         """Whether there is a key that may change the instances."""
         return self.admin_key is not None or self.admin_key_file is not None
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The URLs of the instances that options name."""
+        return (*self.encoders, *self.pds, *self.aggregated, *self.prefills, *self.decodes)
+
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
@@ -158,7 +163,7 @@ class ProxyConfig:
                 raise ConfigurationError(f"{name} must not be negative.")
         if self.store:
             StoreAddress.parse(self.store)
-        urls = [check_url(url) for url in (*self.encoders, *self.pds, *self.aggregated, *self.prefills, *self.decodes)]
+        urls = [check_url(url) for url in self.named]
         if len(set(urls)) != len(urls):
             raise ConfigurationError("An instance's URL is given twice; each instance has one role.")
         whole, parts = (self.pds or self.aggregated), (self.prefills or self.decodes)

@@ -1,7 +1,7 @@
 """Who belongs to the fleet: what options, an administrator, discovery and leases say, put together.
 
-State only: no clock and no I/O. :mod:`chiasm.proxy.members` feeds it; it adds instances to the fleet and removes them. Instants
-are seconds on the caller's clock.
+State only: no clock and no I/O. Sources, leases and administrators feed it; it adds instances to the fleet and removes them.
+Instants are seconds on the caller's clock.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from chiasm.errors import ConflictError
 from chiasm.proxy.fleet import Fleet, Instance
-from chiasm.wire import LEASE_SECONDS, InstanceState, Lease, Role
+from chiasm.wire import LEASE_SECONDS, AddedInstance, HeldLease, InstanceState, Lease, Members, Role
 
 _log = logging.getLogger(__name__)
 
@@ -169,6 +169,31 @@ class Membership:
         self._looked_at = now
         for url in [url for url, held in self._leases.items() if now - held.renewed_at > FORGET_SECONDS]:
             del self._leases[url]
+        self.settle()
+
+    # ---- another worker of the same proxy --------------------------------------------------------------------------------
+
+    def members(self, now: float) -> Members:
+        """Return what no source would tell a membership that is new, or not at once."""
+        return Members(
+            added=[AddedInstance(url=one.url, role=one.role) for one in self._lists[ADMIN].listed.values()],
+            overruled={source: sorted(one.overruled) for source, one in self._lists.items() if one.overruled},
+            dismissed=dict(self._dismissed),
+            leases=[
+                HeldLease(lease=held.lease, age_seconds=max(0.0, now - held.renewed_at))
+                for held in self._leases.values()
+            ],
+        )
+
+    def take_over(self, members: Members, now: float) -> None:
+        """Take what another membership of the same fleet knows. For one that is new."""
+        for one in members.added:
+            self._lists[ADMIN].listed[one.url] = Listed(one.url, Role(one.role))
+        for source, urls in members.overruled.items():
+            self._lists.setdefault(source, _List()).overruled |= set(urls)
+        self._dismissed = dict(members.dismissed)
+        for held in members.leases:
+            self._leases[held.lease.url] = _Held(held.lease, now - held.age_seconds)
         self.settle()
 
     # ---- the fleet -------------------------------------------------------------------------------------------------------

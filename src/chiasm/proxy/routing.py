@@ -69,7 +69,11 @@ class Router:
         demand = EncoderDemand(config.encode_wait_seconds, config.scale_down_seconds)
         metrics.registry.register(DemandCollector(fleet, self._placement.images, demand))
         comeback = Comeback(
-            fleet, metrics, seconds=config.wait_for_instance_seconds, max_requests=config.max_waiting_requests
+            fleet,
+            metrics,
+            seconds=config.wait_for_instance_seconds,
+            max_requests=config.max_waiting_requests,
+            instances_join=not config.named,
         )
         self._places = Places(upstream, metrics, timeout_seconds=config.probe_timeout_seconds)
         self._balancer = Balancer(

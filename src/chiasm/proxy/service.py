@@ -32,7 +32,7 @@ from chiasm.proxy.request import Request, parse_chat, parse_completion
 from chiasm.proxy.routing import Router
 from chiasm.proxy.tenants import TenantBy, of_tenant
 from chiasm.proxy.upstream import RefusedError, Upstream
-from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, Role
+from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, Members, Role
 
 _log = logging.getLogger(__name__)
 _FIRST_PROBE_SECONDS = 1.0
@@ -65,8 +65,8 @@ class ProxyService:
         self._sources: Sources
         self.router: Router
 
-    async def start(self) -> None:
-        """Open connections and probe every instance once."""
+    async def start(self, missed: Members | None = None) -> None:
+        """Open connections and probe every instance once; ``missed`` is what another worker of this proxy knows of them."""
         config = self.config
         self.upstream = Upstream(config.connect_timeout_seconds, self.fleet_key)
         self.prober = Prober(
@@ -89,6 +89,8 @@ class ProxyService:
             (Role.ENCODER, config.encoders),
         )
         self.membership.note_list(OPTIONS, [Listed(check_url(url), role) for role, urls in roles for url in urls])
+        if missed is not None:
+            self.membership.take_over(missed, time.monotonic())
         self.leases.start()
         self._sources.start()
         instances = self.fleet.instances

@@ -1,8 +1,8 @@
 """Several workers of one proxy: what is told to one of them is told to all, and what one is asked about all is put together.
 
 Each worker is a proxy of its own, with a socket in a folder that only their user can enter. Over these sockets a worker repeats
-what changes the fleet, and collects the metrics of the others. A request that comes from a sibling says so in a header, and
-goes no further.
+what changes the fleet, and collects the metrics of the others; one that is started again asks another one what it has missed. A
+request that comes from a sibling says so in a header, and goes no further.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ import asyncio
 import logging
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+import msgspec
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, PathNotFoundError
+from chiasm.http import json_response
 from chiasm.http.body import ClientLeftError, read_body
 from chiasm.http.errors import error_response
-from chiasm.wire import INSTANCES_PATH, LEASE_PATH, WORKER_HEADER
+from chiasm.wire import INSTANCES_PATH, LEASE_PATH, MEMBERS_PATH, UNREADABLE, WORKER_HEADER, Members
 
 _REPEATED = (INSTANCES_PATH, LEASE_PATH)
 _METHODS = ("POST", "DELETE")
@@ -34,6 +39,7 @@ _NOT_PASSED_ON = frozenset(
     {"host", "origin", "sec-fetch-site", "content-length", "content-encoding", "transfer-encoding", "connection"}
 )
 _KEY = "chiasm.sibling"
+_members = msgspec.json.Decoder(Members)
 _SAMPLE = re.compile(rb"([a-zA-Z_:][\w:]*)(\{)?")
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +63,13 @@ class Worker:
         listener.bind(str(path))
         listener.listen()
         return listener
+
+    def begin(self) -> bool:
+        """Note that this worker runs; return whether one of its number did so before, which has ended."""
+        mark = self.folder / f"{self.number}.begun"
+        has_predecessor = mark.exists()
+        mark.touch()
+        return has_predecessor
 
     @property
     def siblings(self) -> dict[int, Path]:
@@ -90,23 +103,40 @@ class Siblings:
         for session in self._sessions.values():
             await session.close()
 
+    async def missed(self) -> Members | None:
+        """Return what another worker knows of the fleet, if this one is started again; None if none of them answers.
+
+        What changes from then on waits at this worker's socket, which is open already.
+        """
+        if not self._worker.begin():
+            return None
+        for number in self._sessions:
+            page = await self._page(number, MEMBERS_PATH, {WORKER_HEADER: ""})
+            try:
+                if page is not None:
+                    return _members.decode(page)
+            except UNREADABLE as error:
+                _logger.warning("worker %d doesn't tell what it knows of the fleet: %s", number, error)
+        return None
+
     async def metrics(self, own: bytes, headers: Headers) -> bytes:
         """Return the metrics of all workers on one page; ``own`` are this one's. One that doesn't answer is left out."""
         asked = {name: headers[name] for name in ("authorization",) if name in headers} | {WORKER_HEADER: ""}
-        pages = await asyncio.gather(*(self._page(number, asked) for number in self._sessions))
+        pages = await asyncio.gather(*(self._page(number, "/metrics", asked) for number in self._sessions))
         found = {number: page for number, page in zip(self._sessions, pages, strict=True) if page is not None}
         return merged({str(number): page for number, page in sorted({self._number: own, **found}.items())})
 
-    async def _page(self, number: int, headers: Mapping[str, str]) -> bytes | None:
+    async def _page(self, number: int, path: str, headers: Mapping[str, str]) -> bytes | None:
+        """Return what a sibling answers; None if it doesn't."""
         try:
             async with asyncio.timeout(_PAGE_SECONDS):
-                async with self._sessions[number].get("http://worker/metrics", headers=headers) as response:
+                async with self._sessions[number].get(f"http://worker{path}", headers=headers) as response:
                     page = await response.content.read(_MAX_PAGE_BYTES) if response.status == 200 else None
                     while page is not None and (more := await response.content.read(_MAX_PAGE_BYTES - len(page))):
                         page += more
                     return page
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            _logger.warning("worker %d doesn't tell its metrics: %s", number, error or type(error).__name__)
+            _logger.warning("worker %d doesn't answer %s: %s", number, path, error or type(error).__name__)
             return None
 
     async def repeat(self, scope: Scope, body: bytes) -> None:
@@ -125,7 +155,7 @@ class Siblings:
         except (
             aiohttp.ClientError,
             OSError,
-        ) as error:  # a worker that is started again learns it anew, or from its options
+        ) as error:  # a worker that is started again asks
             _logger.warning("worker %d wasn't told of %s %s: %s", number, method, path, error)
 
 
@@ -164,6 +194,17 @@ class Repeater:
             await asyncio.wait((repeating,), timeout=_PAGE_SECONDS)
         finally:
             repeating.cancel()
+
+
+def members_route(members: Callable[[], Members]) -> Route:
+    """Return the route at which siblings are told what this worker knows of the fleet."""
+
+    async def handle(request: Request) -> Response:
+        if not is_from_sibling(request.scope):
+            raise PathNotFoundError(f"{MEMBERS_PATH} is for the workers of this proxy alone.")
+        return json_response(members())
+
+    return Route(MEMBERS_PATH, handle)
 
 
 def is_from_sibling(scope: Scope) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +20,8 @@ _UNAVAILABLE = {
     Role.PREFILL: ("prefill instance", Code.NO_PREFILL),
     Role.DECODE: ("decode instance", Code.NO_DECODE),
 }
+_JOIN_SECONDS = 2.0
+"""For so long after a proxy has started, instances that it knew before may still join again: each tries twice a second."""
 _TRY_SECONDS = 0.1
 """The first request in line tries again after so long even if no call has ended: others may use the instances too."""
 
@@ -31,14 +34,20 @@ def none_healthy(role: Role, waited_seconds: float = 0.0) -> OverloadedError:
 
 
 class Comeback:
-    """Requests that wait for an instance that is starting or was just lost, while no other can take its place."""
+    """Requests that wait for an instance that is starting or was just lost, while no other can take its place.
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, *, seconds: float, max_requests: int) -> None:
+    A proxy whose instances join doesn't know them yet when it has just started, so it waits a short while for any role.
+    """
+
+    def __init__(
+        self, fleet: Fleet, metrics: Metrics, *, seconds: float, max_requests: int, instances_join: bool = False
+    ) -> None:
         self._fleet = fleet
         self._seconds = seconds
         self._max_requests = max_requests
         self._waiting = 0
         self._changed = asyncio.Event()
+        self._joins_until = time.monotonic() + (_JOIN_SECONDS if instances_join else 0.0)
         fleet.listeners.append(self._note_change)
         metrics.waiting.labels("instance").set_function(lambda: self._waiting)
 
@@ -62,8 +71,7 @@ class Comeback:
             async with asyncio.timeout(self._seconds):
                 while role := lacking():
                     self._check(role)
-                    changed = self._changed
-                    await changed.wait()
+                    await self._until_changed()
         except TimeoutError:
             raise none_healthy(role or Role.PD, self._seconds) from None
         finally:
@@ -74,8 +82,20 @@ class Comeback:
         return self._seconds > 0 and self._fleet.expects(role, time.monotonic())
 
     def _check(self, role: Role) -> None:
-        if not self.expects(role):
+        may_join = self._joins_in > 0 and self._seconds > 0 and not self._fleet.has(role)
+        if not (may_join or self.expects(role)):
             raise none_healthy(role)
+
+    @property
+    def _joins_in(self) -> float:
+        """Seconds that are left for instances that join at the start."""
+        return self._joins_until - time.monotonic()
+
+    async def _until_changed(self) -> None:
+        """Wait until the state of an instance has changed, or the time for those that join at the start is over."""
+        changed, left = self._changed, self._joins_in
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(changed.wait(), left if left > 0 else None)
 
     def _note_change(self, instance: Instance) -> None:
         self._changed.set()
