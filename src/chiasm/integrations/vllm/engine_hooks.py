@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import queue
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from weakref import WeakValueDictionary
@@ -28,6 +29,7 @@ from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm.messages import (
     AWAITED_METHOD,
     EXPECT_METHOD,
+    MISSING_METHOD,
     PLACE_METHOD,
     UNFETCHED_METHOD,
     Exchange,
@@ -58,10 +60,15 @@ def install(vllm_config: Any, half: SchedulerHalf) -> None:
 # Methods of the engine, called between its steps.
 
 
-def _awaited(engine: Any) -> Future[list[str]]:
-    """Return which embeddings the requests of an engine wait for. The connector is asked while the engine goes on."""
+def _missing(engine: Any) -> list[str]:
+    """Return which embeddings requests need next that are not in memory."""
     half = _half_of(engine)
-    missing = half.missing() if half is not None else []
+    return half.missing() if half is not None else []
+
+
+def _awaited(engine: Any) -> Future[list[str]]:
+    """Return those of them that are not coming either. The connector is asked while the engine goes on."""
+    half, missing = _half_of(engine), _missing(engine)
     return _asking().submit(lambda: half.not_coming(missing) if half is not None else [])
 
 
@@ -84,7 +91,13 @@ def _unfetched(engine: Any) -> int:
     return int(engine.scheduler.get_ec_connector().num_unfetched()) if _half_of(engine) is not None else 0
 
 
-_METHODS = {AWAITED_METHOD: _awaited, EXPECT_METHOD: _expect, PLACE_METHOD: _exchange, UNFETCHED_METHOD: _unfetched}
+_METHODS: dict[str, Callable[..., Any]] = {
+    AWAITED_METHOD: _awaited,
+    MISSING_METHOD: _missing,
+    EXPECT_METHOD: _expect,
+    PLACE_METHOD: _exchange,
+    UNFETCHED_METHOD: _unfetched,
+}
 
 
 @functools.cache

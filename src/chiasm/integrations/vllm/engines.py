@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Any
 
-from chiasm.integrations.vllm.messages import UNFETCHED_METHOD
+from chiasm.integrations.vllm.messages import AWAITED_METHOD, MISSING_METHOD, UNFETCHED_METHOD
 from chiasm.integrations.vllm.settings import settings_of
 
 _logger = logging.getLogger(__name__)
@@ -20,6 +20,19 @@ async def ask_engines(state: Any, method: str, *arguments: str) -> list[Any]:
         answers: list[Any] = await core.call_utility_all_async(method, *arguments)
         return answers
     return [await core.call_utility_async(method, *arguments)]
+
+
+async def awaited_embeddings(state: Any) -> list[str]:
+    """Return the identifiers that requests need next and that are neither in memory nor on their way, each once.
+
+    It is as of some moment after the call, and waits for the end of a step.
+    """
+    awaited = await ask_engines(state, AWAITED_METHOD)
+    if not any(awaited):
+        return []
+    missing = await ask_engines(state, MISSING_METHOD)  # what came meanwhile isn't on its way any more either
+    named = ({*names}.intersection(still) for names, still in zip(awaited, missing, strict=True))
+    return sorted(frozenset().union(*named))
 
 
 def has_several_servers(state: Any) -> bool:

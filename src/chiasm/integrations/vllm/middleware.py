@@ -30,10 +30,10 @@ from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.limits import Refusals
 from chiasm.http.liveness import ready_response
 from chiasm.integrations.vllm.bodies import EMBEDS_KEY, chat_for_vllm, check_completion
-from chiasm.integrations.vllm.engines import ask_engines
+from chiasm.integrations.vllm.engines import ask_engines, awaited_embeddings
 from chiasm.integrations.vllm.health import Description, asks_engines, describe
 from chiasm.integrations.vllm.membership import Membership
-from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
+from chiasm.integrations.vllm.messages import EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.server.config import ServerConfig
 from chiasm.server.places import MAX_PLACES_BYTES, read_places
@@ -201,9 +201,8 @@ class ChiasmMiddleware:
         except ChiasmError as error:
             await error_response(error)(scope, receive, send)
             return
-        answers = await ask_engines(scope["app"].state, AWAITED_METHOD)
-        awaited = dict.fromkeys(name for names in answers for name in names)
-        await json_response(AwaitedEmbeddings(identifiers=list(awaited)))(scope, receive, send)
+        awaited = await awaited_embeddings(scope["app"].state)
+        await json_response(AwaitedEmbeddings(identifiers=awaited))(scope, receive, send)
 
     async def _expect(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Tell all engines where embeddings are or will be. Waits for the end of a step."""
