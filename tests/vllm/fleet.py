@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,20 +27,28 @@ class Answer(NamedTuple):
     completion_tokens: int
 
 
-def front(logs: Path, name: str, **instances: list[Server]) -> Server:
-    """Start chiasm's proxy for these instances, by role."""
+def front(logs: Path, name: str, shared_cache: str = "", /, **instances: list[Server]) -> Server:
+    """Start chiasm's proxy for these instances, by role. ``shared_cache`` is the URL of the one that it asks, if any."""
     flags = [flag for role, some in instances.items() for one in some for flag in (f"--{role}", one.url)]
+    if shared_cache:
+        flags += ["--ec-store", shared_cache, "--ec-store-timeout-seconds", "10"]  # the machine may be busy
     return chiasm(logs, name, "proxy", *flags, "--probe-interval-seconds", "0.25")
 
 
 def prefill_and_decode(
-    logs: Path, name: str, through: Path | str, checkpoint: Path = CHECKPOINT
+    logs: Path,
+    name: str,
+    through: Path | str,
+    checkpoint: Path = CHECKPOINT,
+    *,
+    decode_flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> tuple[Server, Server]:
     """Start two vLLM instances that exchange KV through vLLM's own NixlConnector, without waiting until they are ready."""
     made = []
-    for role, kv_role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
+    for role, kv_role, flags in (("prefill", "kv_producer", ()), ("decode", "kv_consumer", decode_flags)):
         kv = json.dumps({"kv_connector": "NixlConnector", "kv_role": kv_role})
-        environment = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+        side_channel = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
         transfer = transfer_config("ec_consumer", through, wait_seconds=WAIT_SECONDS)
         made.append(
             vllm(
@@ -48,7 +57,8 @@ def prefill_and_decode(
                 transfer,
                 "--kv-transfer-config",
                 kv,
-                environment=environment,
+                *flags,
+                environment=side_channel | dict(environment or {}),
                 checkpoint=checkpoint,
             )
         )
@@ -100,9 +110,9 @@ def ask_for_stream(server: Server, body: Body) -> Answer:
     return _answer(text, finish_reason, usage)
 
 
-def ask_all(server: Server, some: list[Body], *, stream: bool = False) -> list[Answer]:
+def ask_all(server: Server, some: list[Body], *, stream: bool = False, at_once: int = _AT_ONCE) -> list[Answer]:
     """Send several requests at a time, as clients do; return the answers in order."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(lambda body: (ask_for_stream if stream else ask)(server, body), some))
 
 

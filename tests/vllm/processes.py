@@ -21,7 +21,7 @@ import msgspec
 
 from chiasm.checkpoints import folder
 from chiasm.launch.vllm import ONE_PROCESS
-from chiasm.wire import Health
+from chiasm.wire import DRAIN_PATH, Health
 
 MODEL = "demo"
 CHECKPOINT = folder(MODEL)
@@ -105,6 +105,11 @@ class Server:
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
+
+    def drain(self) -> None:
+        """Ask it to end when others have all that they need from it, as ``chiasm drain`` does."""
+        response = CLIENT.post(f"{self.url}{DRAIN_PATH}", timeout=30)
+        assert response.status_code == 202, response.text
 
     def stop(self) -> None:
         if self.process.poll() is None:

@@ -1,6 +1,7 @@
 """Encoder, prefill and decode apart, on vLLM and on chiasm, behind chiasm's proxy.
 
-Every response is the same as that of a single vLLM instance. Each checkpoint has another connector.
+Every response is the same as that of a single vLLM instance. Each checkpoint has another connector. One has a decode instance
+that is short of KV blocks, and one has a shared cache. The last tests end instances.
 """
 
 from __future__ import annotations
@@ -15,19 +16,28 @@ import pytest
 
 from chiasm.bench import synthetic
 from chiasm.bench.checkpoints import HEADS_OF_64
+from chiasm.ec_transfer.stores.address import URL_VARIABLE
 from chiasm.proxy.handover_engines import vllm_prefill_body
+from tests.store_server import running
 
-from .fleet import WAIT_SECONDS, Answer, ask_all, bodies, front, prefill_and_decode
+from .fleet import WAIT_SECONDS, Answer, ask, ask_all, bodies, front, prefill_and_decode
 from .processes import CHECKPOINT, Server, chiasm_instance, transfer_config, vllm
-from .wire import Body
+from .wire import Body, chat, image_bytes, image_part
 
 HANDOVERS = "chiasm_proxy_handovers_total"
+UNFETCHED = "Others may not have fetched"
+"""What an instance logs that has drained without knowing that nobody needs anything from it."""
+EXIT_SECONDS = 60
+IMAGES = 9
+"""The different ones of ``bodies``."""
 
 
 @dataclass
 class Fleet:
     """Instances with the same checkpoint, and a proxy for each way to split the work."""
 
+    encoder: Server
+    pd: Server
     prefill: Server
     decode: Server
     encoder_of_chiasm: Server
@@ -47,6 +57,12 @@ class Fleet:
 
 _CONNECTORS = {"qwen2_5_vl": "SharedMemoryConnector", "qwen3_vl": "TcpConnector"}
 """That of the demo checkpoint is SharedStorageConnector."""
+SHORT_OF_KV = "qwen2_5_vl"
+"""The checkpoint whose decode instance has few KV blocks."""
+WITH_SHARED_CACHE = "qwen3_vl"
+"""The checkpoint whose encoder writes to a shared cache and whose PD and prefill instances read from it."""
+_FEW_BLOCKS = ("--num-gpu-blocks-override", "17")
+"""Of 128 tokens: enough for one request of any length, and not for eight of 300."""
 
 
 @pytest.fixture(scope="module", params=["demo", "qwen2_5_vl", "qwen3_vl"])
@@ -58,6 +74,7 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
             stack.callback(server.stop)
             return server
 
+        shared_cache = ""
         if name == "demo":
             checkpoint: Path = CHECKPOINT
             through: Path | str = request.getfixturevalue("store")
@@ -68,8 +85,11 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
             checkpoint = synthetic.make(name, tmp_path_factory.mktemp("checkpoint") / name, size=HEADS_OF_64)
             through = _CONNECTORS[name]
             consumer = transfer_config("ec_consumer", through, wait_seconds=WAIT_SECONDS)
+            if name == WITH_SHARED_CACHE:
+                shared_cache = stack.enter_context(running()).url
+            environment = {URL_VARIABLE: shared_cache}
             started = [
-                keep(vllm(logs, f"{name}-{role}", transfer, checkpoint=checkpoint))
+                keep(vllm(logs, f"{name}-{role}", transfer, environment=environment, checkpoint=checkpoint))
                 for role, transfer in (
                     ("encoder", transfer_config("ec_producer", through)),
                     ("pd", consumer),
@@ -77,18 +97,33 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
                 )
             ]
             encoder, pd, aggregated = started
-            prefill, decode = map(keep, prefill_and_decode(logs, name, through, checkpoint))
+            decode_flags = _FEW_BLOCKS if name == SHORT_OF_KV else ()
+            apart = prefill_and_decode(
+                logs, name, through, checkpoint, decode_flags=decode_flags, environment=environment
+            )
+            prefill, decode = map(keep, apart)
             started += [prefill, decode]
         own = [keep(chiasm_instance(logs, role, through, checkpoint=checkpoint)) for role in ("encoder", "pd")]
         for server in (*started, *own):
             server.wait_ready()
         some = bodies(1000)
         fleet = Fleet(
+            encoder=encoder,
+            pd=pd,
             prefill=prefill,
             decode=decode,
             encoder_of_chiasm=own[0],
-            split=keep(front(logs, f"{name}-split", encoder=[encoder], pd=[pd])),
-            split_twice=keep(front(logs, f"{name}-twice", encoder=[encoder], prefill=[prefill], decode=[decode])),
+            split=keep(front(logs, f"{name}-split", shared_cache, encoder=[encoder], pd=[pd])),
+            split_twice=keep(
+                front(
+                    logs,
+                    f"{name}-twice",
+                    shared_cache,
+                    encoder=[encoder],
+                    prefill=[prefill],
+                    decode=[decode],
+                )
+            ),
             chiasms_encoder=keep(front(logs, f"{name}-chiasms-encoder", encoder=[own[0]], pd=[pd])),
             chiasms_pd=keep(front(logs, f"{name}-chiasms-pd", encoder=[encoder], pd=[own[1]])),
             aggregated=aggregated,
@@ -120,7 +155,7 @@ def test_one_encoder_one_prefill_and_one_decode(fleet: Fleet) -> None:
 def test_chiasms_encoder_and_vllms_pd(fleet: Fleet) -> None:
     some = bodies(1100)  # which vLLM's encoder has not seen
     assert ask_all(fleet.chiasms_encoder, some) == ask_all(fleet.aggregated, some)
-    assert fleet.encoder_of_chiasm.metric("chiasm_images_encoded_total") == 9
+    assert fleet.encoder_of_chiasm.metric("chiasm_images_encoded_total") == IMAGES
 
 
 def test_vllms_encoder_and_chiasms_pd(fleet: Fleet) -> None:
@@ -141,15 +176,61 @@ def test_a_request_for_several_choices_is_answered_by_prefill_alone(fleet: Fleet
     assert texts == [fleet.expected[6].text] * 2
 
 
-def test_kv_of_a_prefill_instance_that_died(fleet: Fleet) -> None:
-    """The request fails, and the decode instance goes on. This is the last test of these instances."""
+@pytest.mark.parametrize("fleet", [SHORT_OF_KV], indirect=True)
+def test_decode_that_computes_a_prompt_again_reads_its_images_again(fleet: Fleet) -> None:
+    images = [image_part(image_bytes(seed)) for seed in range(1300, 1308)]
+    long = [chat(image, "describe it", max_tokens=260, ignore_eos=True) for image in images]
+    expected = ask_all(fleet.aggregated, long, at_once=len(long))
+    assert ask_all(fleet.split_twice, long, at_once=len(long)) == expected
+    fleet.decode.until(lambda: fleet.decode.metric("vllm:num_preemptions_total") > 0)
+    fleet.decode.until(lambda: fleet.decode.count("hits") > 0)
+    assert fleet.decode.count("failed_requests") == 0
+
+
+@pytest.mark.parametrize("fleet", [WITH_SHARED_CACHE], indirect=True)
+def test_images_of_an_encoder_that_has_drained_are_answered_from_the_shared_cache(fleet: Fleet) -> None:
+    some = bodies(1200)
+    expected = ask_all(fleet.aggregated, some)
+    assert ask_all(fleet.split_twice, some) == expected
+    fleet.encoder.drain()
+    assert fleet.encoder.process.wait(EXIT_SECONDS) == 0
+    assert UNFETCHED not in fleet.encoder.text()
+    reads = fleet.pd.count("store_reads")
+    assert ask_all(fleet.split, some) == expected
+    fleet.pd.until(lambda: fleet.pd.count("store_reads") >= reads + IMAGES)
+    assert fleet.pd.count("failed_requests") == 0
+
+
+@pytest.mark.parametrize("fleet", [WITH_SHARED_CACHE], indirect=True)
+def test_a_prefill_instance_that_drains_ends_when_its_kv_is_fetched(fleet: Fleet) -> None:
     body = fleet.bodies[1]
-    answer = fleet.prefill.post(json.loads(vllm_prefill_body(json.dumps(body).encode(), "/v1/chat/completions")))
-    assert answer.status_code == 200, answer.text
+    transfer = _prefilled(fleet, body)
+    fleet.prefill.drain()
+    fleet.prefill.until(lambda: "setting pause state to PAUSED_NEW" in fleet.prefill.text())
+    assert fleet.prefill.post(body).status_code == 503
+    assert fleet.prefill.process.poll() is None
+    assert ask(fleet.decode, body | transfer) == fleet.expected[1]
+    assert fleet.prefill.process.wait(EXIT_SECONDS) == 0
+    assert UNFETCHED not in fleet.prefill.text()
+    assert "Releasing expired KV blocks" not in fleet.prefill.text()
+
+
+@pytest.mark.parametrize("fleet", ["demo"], indirect=True)
+def test_kv_of_a_prefill_instance_that_died(fleet: Fleet) -> None:
+    """The request fails, and the decode instance goes on."""
+    body = fleet.bodies[1]
+    transfer = _prefilled(fleet, body)
     fleet.prefill.kill()
-    lost = fleet.decode.post(body | {"kv_transfer_params": answer.json()["kv_transfer_params"]}, timeout=120)
+    lost = fleet.decode.post(body | transfer, timeout=120)
     assert lost.status_code == 500, lost.text
     refused = fleet.split_twice.post(body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_prefill")
     assert fleet.decode.health().status == "ok"
     assert fleet.decode.answer(fleet.bodies[0]) == fleet.expected[0].text
+
+
+def _prefilled(fleet: Fleet, body: Body) -> Body:
+    """Have the prefill instance compute a prompt; return what the request to a decode instance then has in addition."""
+    answer = fleet.prefill.post(json.loads(vllm_prefill_body(json.dumps(body).encode(), "/v1/chat/completions")))
+    assert answer.status_code == 200, answer.text
+    return {"kv_transfer_params": answer.json()["kv_transfer_params"]}

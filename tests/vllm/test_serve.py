@@ -10,11 +10,15 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from chiasm.ec_transfer.stores import StoredEntry, open_store
+from chiasm.media import identifier
+from tests import store_server
 from tests.cli.running import Running, run
 from tests.launch.waiting import alive, eventually
+from tests.store_server import StoreServer
 
 from .serving import SMALL, Question, Service, shared_memory, what_is_left
-from .wire import chat
+from .wire import chat, image_part, with_comment
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +28,24 @@ def before() -> set[Path]:
 
 
 @pytest.fixture(scope="module")
-def service(before: set[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One encoder, one prefill and one decode instance; a test of this file ends it. test_faults.py has a PD."""
-    roles = ("--encoders", "1", "--prefills", "1", "--decodes", "1")
-    with Running(tmp_path_factory.mktemp("served"), "serve", "demo", "--engine", "vllm", *roles, *SMALL) as running:
+def shared_cache() -> Iterator[StoreServer]:
+    """The fleet's shared cache."""
+    with store_server.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def service(
+    before: set[Path], shared_cache: StoreServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """One encoder, one prefill and one decode instance; a test of this file ends it.
+
+    Embeddings go from memory to memory, and into a shared cache. test_faults.py has a PD, and the default connector.
+    """
+    command = ("serve", "demo", "--engine", "vllm", "--encoders", "1", "--prefills", "1", "--decodes", "1", *SMALL)
+    through = ("--connector", "SharedMemoryConnector", "--ec-store", shared_cache.url)
+    patient = ("--proxy-args", "--ec-store-timeout-seconds 10")  # the machine may be busy
+    with Running(tmp_path_factory.mktemp("served"), *command, *through, *patient) as running:
         yield Service(running)
 
 
@@ -72,6 +90,39 @@ def test_only_the_encoder_encodes(service: Service) -> None:
     for role in ("prefill", "decode"):
         assert service.metric("vllm:chiasm_ec_saves_total", role) == 0
         assert service.metric("vllm:chiasm_ec_misses_total", role) == 0
+
+
+def test_an_image_that_the_shared_cache_has_is_not_encoded(service: Service, shared_cache: StoreServer) -> None:
+    """The bytes of the file name an image; the same pixels in another file have the same embedding."""
+    question = Question(60)
+    assert service.answer(question.body).strip() == question.answer
+    url = service.instances("encoder")[0]["url"]
+    fingerprint = httpx.get(f"{url}/health", timeout=30).json()["fingerprint"]
+    known, same = (
+        identifier(data, fingerprint=fingerprint) for data in (question.image_bytes, with_comment(question.image_bytes))
+    )
+    service.wait(lambda: shared_cache.has_entry(known))  # encoders write behind
+    copy_entry(shared_cache, known, same, fingerprint)
+
+    saves = service.metric("vllm:chiasm_ec_saves_total", "encoder")
+    reads = service.metric("vllm:chiasm_ec_store_reads_total", "prefill")
+    text = question.body["messages"][0]["content"][-1]["text"]
+    body = chat(image_part(with_comment(question.image_bytes)), text, max_tokens=16)
+    assert service.answer(body).strip() == question.answer
+    service.wait(lambda: service.metric("vllm:chiasm_ec_store_reads_total", "prefill") == reads + 1)
+    assert service.metric("vllm:chiasm_ec_saves_total", "encoder") == saves
+    assert service.metric("vllm:chiasm_ec_store_writes_total", "encoder") > 0
+
+
+def copy_entry(server: StoreServer, known: str, name: str, fingerprint: str) -> None:
+    """Have the shared cache hold an embedding by another name, too."""
+    store = open_store(server.url)
+    (entry,) = store.exists_many([known], fingerprint)
+    assert entry is not None
+    data = memoryview(bytearray(entry.size_bytes))
+    store.get_into(entry, data)
+    store.put(StoredEntry.of(name, fingerprint, entry.dtype, entry.shape, data), data)
+    store.close()
 
 
 def test_ctrl_c_ends_all_of_it_and_leaves_nothing(service: Service, before: set[Path]) -> None:

@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from chiasm.demo.images import draw_image, draw_scene
 from chiasm.media import identifier
@@ -27,6 +28,15 @@ def image_bytes(seed: int, size: tuple[int, int] = (96, 96)) -> bytes:
 def encoded(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
+    return file.getvalue()
+
+
+def with_comment(png: bytes) -> bytes:
+    """Return another file with the same pixels."""
+    file = io.BytesIO()
+    text = PngInfo()
+    text.add_text("Comment", "the same")
+    Image.open(io.BytesIO(png)).save(file, "PNG", pnginfo=text)
     return file.getvalue()
 
 

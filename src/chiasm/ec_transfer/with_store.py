@@ -244,8 +244,9 @@ class WithStore(ECConnector):
         return self._connector.is_published(identifier)
 
     def is_coming(self, identifier: str) -> bool:
-        if self._reader is not None and (identifier in self._reader or identifier in self._told):
-            return True
+        with self._lock:  # an entry moves from one to the other
+            if self._reader is not None and (identifier in self._told or identifier in self._reader):
+                return True
         return self._connector.is_coming(identifier)
 
     def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
@@ -264,6 +265,9 @@ class WithStore(ECConnector):
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
         identifier = request.items[index].identifier
         landing = self._reader.take(identifier) if self._reader is not None else None
+        with self._lock:
+            if (wanted := self._wanted.get(identifier)) is not None:
+                wanted.is_needed = False  # until the scheduler asks again
         if landing is not None:
             self._noted[identifier] = landing
         elif identifier not in self._noted:

@@ -23,7 +23,7 @@ from chiasm.fleet_key import FleetKey, make_fleet_key
 from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.http.limits import Limit
 from chiasm.integrations.vllm import middleware
-from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
+from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, MISSING_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
 from chiasm.models import load_processor
 from chiasm.models.identity import fingerprint
@@ -518,6 +518,8 @@ class Core:
 
     def __init__(self, *exchanges: Exchange) -> None:
         self.told: list[EmbeddingPlaces] = []
+        self.missing = [["a" * 64], ["b" * 64, "a" * 64, "c" * 64]]
+        """What requests of each engine need next; ``c`` is on its way."""
         self._exchanges = exchanges
 
     async def call_utility_all_async(self, method: str, *arguments: str) -> list[Any]:
@@ -526,6 +528,8 @@ class Core:
             return [None, None]
         if method == PLACE_METHOD:
             return [msgspec.json.encode(exchange).decode() for exchange in self._exchanges]
+        if method == MISSING_METHOD:
+            return list(self.missing)
         assert method == AWAITED_METHOD
         return [["a" * 64], ["b" * 64, "a" * 64]]
 
@@ -584,6 +588,14 @@ async def test_the_embeddings_that_any_engine_waits_for_are_named(store: Path) -
     server.app.state.engine_client = SimpleNamespace(engine_core=Core())
     answer = await server.call("GET", AWAITED_PATH)
     assert (answer.status, answer.json) == (200, {"identifiers": ["a" * 64, "b" * 64]})
+
+
+async def test_what_came_while_the_connector_was_asked_is_not_awaited(store: Path) -> None:
+    """It is in memory now, and no longer on its way."""
+    server, core = Server(VLLM(config("ec_consumer", store=store))), Core()
+    server.app.state.engine_client = SimpleNamespace(engine_core=core)
+    core.missing = [["a" * 64], ["a" * 64]]
+    assert (await server.call("GET", AWAITED_PATH)).json == {"identifiers": ["a" * 64]}
 
 
 async def test_without_chiasms_connector_the_question_goes_to_vllm() -> None:

@@ -10,19 +10,51 @@ from types import SimpleNamespace
 
 from starlette.types import Message, Receive, Scope, Send
 
+from chiasm.integrations.vllm.messages import UNFETCHED_METHOD
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
 from chiasm.wire import COMPLETIONS_PATH, DRAIN_PATH
 
 FIRST, LAST = b"data: one\n\n", b"data: [DONE]\n\n"
 
 
+class Engines:
+    """vLLM's client of two engines, which have work until they are let go."""
+
+    def __init__(self) -> None:
+        self.engine_core = self
+        self.unfetched = [0, 0]
+        """Embeddings that others have yet to fetch from each."""
+        self.is_paused = asyncio.Event()
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def call_utility_all_async(self, method: str) -> list[int]:
+        assert method == UNFETCHED_METHOD
+        return list(self.unfetched)
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        assert (mode, clear_cache) == ("wait", False)
+        self.is_paused.set()
+        await self.go.wait()
+
+
 class VLLM:
     """vLLM's server, with an application that streams until it is let go."""
 
-    def __init__(self, shutdown_timeout: int) -> None:
+    def __init__(self, shutdown_timeout: int, api_server_count: int | None = None) -> None:
         self.server = SimpleNamespace(should_exit=False)
-        config = SimpleNamespace(shutdown_timeout=shutdown_timeout)
-        self.app = SimpleNamespace(state=SimpleNamespace(vllm_config=config, server=self.server))
+        self.engines = Engines()
+        transfer = SimpleNamespace(
+            ec_connector_module_path="chiasm.integrations.vllm.ec_connector",
+            ec_connector_extra_config={"connector": "TcpConnector"},
+        )
+        self.state = SimpleNamespace(
+            vllm_config=SimpleNamespace(shutdown_timeout=shutdown_timeout, ec_transfer_config=transfer),
+            args=SimpleNamespace(api_server_count=api_server_count),
+            server=self.server,
+            engine_client=self.engines,
+        )
+        self.app = SimpleNamespace(state=self.state)
         self.go = asyncio.Event()
         self.was_cancelled = False
         self.middleware = ChiasmMiddleware(self)
@@ -128,3 +160,63 @@ async def test_without_time_for_it_a_stream_ends_with_an_error_at_the_first_sign
     os.kill(os.getpid(), signal.SIGTERM)
     await vllm.ended()
     assert b'"code":"stopping"' in (await stream)[-1]["body"]
+
+
+async def test_kv_that_an_engine_holds_is_fetched_before_the_server_ends() -> None:
+    vllm = VLLM(shutdown_timeout=0)
+    vllm.engines.go.clear()
+    await vllm.call("lifespan")
+    await vllm.call("http", path=DRAIN_PATH)
+    await asyncio.wait_for(vllm.engines.is_paused.wait(), 10)
+    assert not vllm.server.should_exit
+    vllm.engines.go.set()
+    await vllm.ended()
+
+
+async def test_an_engine_is_paused_only_when_no_request_runs_any_more() -> None:
+    vllm = VLLM(shutdown_timeout=60)
+    stream = await begun(vllm)
+    await stopping(vllm)
+    assert (await vllm.call("http"))[0]["status"] == 503
+    assert not vllm.engines.is_paused.is_set()
+    vllm.go.set()
+    await stream
+    await vllm.ended()
+    assert vllm.engines.is_paused.is_set()
+
+
+async def test_embeddings_in_the_memory_of_an_engine_are_fetched_before_the_server_ends() -> None:
+    vllm = VLLM(shutdown_timeout=60)
+    vllm.engines.unfetched = [0, 2]
+    await vllm.call("lifespan")
+    await stopping(vllm)
+    assert (await vllm.call("http"))[0]["status"] == 503
+    assert not vllm.engines.is_paused.is_set()
+    vllm.engines.unfetched = [0, 0]
+    await vllm.ended()
+
+
+async def test_a_second_signal_ends_the_wait_for_what_engines_hold() -> None:
+    vllm = VLLM(shutdown_timeout=60)
+    vllm.engines.go.clear()
+    await vllm.call("lifespan")
+    await stopping(vllm)
+    await asyncio.wait_for(vllm.engines.is_paused.wait(), 10)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await vllm.ended()
+
+
+async def test_a_server_whose_engine_is_dead_ends() -> None:
+    vllm = VLLM(shutdown_timeout=60)
+    del vllm.engines.engine_core
+    await vllm.call("lifespan")
+    await stopping(vllm)
+    await vllm.ended()
+
+
+async def test_engines_that_other_servers_share_are_not_paused() -> None:
+    vllm = VLLM(shutdown_timeout=60, api_server_count=2)
+    await vllm.call("lifespan")
+    await stopping(vllm)
+    await vllm.ended()
+    assert not vllm.engines.is_paused.is_set()

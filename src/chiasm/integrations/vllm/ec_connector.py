@@ -127,6 +127,10 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         place = worker_role.place() if worker_role is not None and worker_role.is_producer else None
         return Exchange(self._store.store_id(), place)
 
+    def num_unfetched(self) -> int:
+        """Return how many embeddings others have yet to fetch, as far as this process knows."""
+        return sum(store.num_unfetched() for store in (self._store, self._other_store) if store is not None)
+
     def shutdown(self) -> None:
         if self._scheduler is not None:
             self._scheduler.shutdown()

@@ -6,8 +6,9 @@
 - *What to do while every request waits for an embedding?* By itself vLLM runs one round per millisecond, through scheduler,
   workers and statistics, which takes most of a core. Here it sleeps until the connector says that an embedding has arrived or
   was lost, or a client sends something.
-- *What does vLLM's HTTP server say?* The middleware, which runs in another process, asks which embeddings are awaited and how
-  they are exchanged, and says where they are, by vLLM's way of calling a method of the engine by its name.
+- *What does vLLM's HTTP server say?* The middleware, which runs in another process, asks which embeddings are awaited, how they
+  are exchanged and which others have yet to fetch, and says where they are, by vLLM's way of calling a method of the engine by
+  its name.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import queue
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,7 +26,14 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 from chiasm.errors import ConfigurationError
-from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
+from chiasm.integrations.vllm.messages import (
+    AWAITED_METHOD,
+    EXPECT_METHOD,
+    MISSING_METHOD,
+    PLACE_METHOD,
+    UNFETCHED_METHOD,
+    Exchange,
+)
 from chiasm.integrations.vllm.scheduler import SchedulerHalf
 from chiasm.wire import EmbeddingPlaces
 
@@ -44,17 +53,22 @@ def install(vllm_config: Any, half: SchedulerHalf) -> None:
     config.encoder_cache_manager_cls = name
     _halves[vllm_config.ec_transfer_config.engine_id] = half
     _wait_between_steps()
-    for name, method in ((AWAITED_METHOD, _awaited), (EXPECT_METHOD, _expect), (PLACE_METHOD, _exchange)):
+    for name, method in _METHODS.items():
         setattr(EngineCore, name, method)
 
 
 # Methods of the engine, called between its steps.
 
 
-def _awaited(engine: Any) -> Future[list[str]]:
-    """Return which embeddings the requests of an engine wait for. The connector is asked while the engine goes on."""
+def _missing(engine: Any) -> list[str]:
+    """Return which embeddings requests need next that are not in memory."""
     half = _half_of(engine)
-    missing = half.missing() if half is not None else []
+    return half.missing() if half is not None else []
+
+
+def _awaited(engine: Any) -> Future[list[str]]:
+    """Return those of them that are not coming either. The connector is asked while the engine goes on."""
+    half, missing = _half_of(engine), _missing(engine)
     return _asking().submit(lambda: half.not_coming(missing) if half is not None else [])
 
 
@@ -70,6 +84,20 @@ def _exchange(engine: Any) -> str:
     connector = engine.scheduler.get_ec_connector()
     exchange = connector.exchange() if _half_of(engine) is not None else Exchange()
     return msgspec.json.encode(exchange).decode()
+
+
+def _unfetched(engine: Any) -> int:
+    """Return how many embeddings others have yet to fetch."""
+    return int(engine.scheduler.get_ec_connector().num_unfetched()) if _half_of(engine) is not None else 0
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    AWAITED_METHOD: _awaited,
+    MISSING_METHOD: _missing,
+    EXPECT_METHOD: _expect,
+    PLACE_METHOD: _exchange,
+    UNFETCHED_METHOD: _unfetched,
+}
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from chiasm.cores import allowed_cpus
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
 from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm.messages import Exchange
-from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_of, folder_of, store_url
+from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_of, folder_of, settings_of, store_url
 from chiasm.models.base import Processor
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.models.token_bytes import longest_token
@@ -63,7 +63,7 @@ def describe(state: Any, exchanges: Collection[Exchange]) -> Description:
     """
     config, arguments = state.vllm_config, state.args
     model_config, kv = config.model_config, config.kv_transfer_config
-    settings = _settings(config)
+    settings = settings_of(config)
     known = _processor(model_config)
     sizes_by_grid = known is not None and SIZE_KEY not in known.geometry_of_size(64, 64).metadata
     processor = known if sizes_by_grid else None
@@ -123,16 +123,8 @@ def asks_engines(config: Any) -> bool:
 
     Raises ConfigurationError if the connector's settings are wrong.
     """
-    settings = _settings(config)
+    settings = settings_of(config)
     return settings is not None and not settings.uses_folder
-
-
-def _settings(config: Any) -> Settings | None:
-    """Return the settings of chiasm's connector, or None if the instance doesn't use it."""
-    ec = config.ec_transfer_config
-    if ec is None or not str(ec.ec_connector_module_path or "").startswith("chiasm."):
-        return None
-    return Settings.read(ec.ec_connector_extra_config)
 
 
 def _processor(model_config: Any) -> Processor | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey
+from chiasm.integrations.vllm.engines import has_several_servers
 from chiasm.integrations.vllm.health import role_of
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.server.advertise import check_proxies, own_url
@@ -44,7 +45,7 @@ class Membership:
             return
         arguments = state.args
         host, port = arguments.host or "", arguments.port
-        if (getattr(arguments, "api_server_count", None) or 1) > 1:
+        if has_several_servers(state):
             raise ConfigurationError(
                 f"{JOIN_VARIABLE}: several API servers of one engine share a URL, but an instance has one process; run vLLM "
                 "with --api-server-count 1, or name it to the proxy by an option."

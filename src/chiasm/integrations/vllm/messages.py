@@ -15,11 +15,16 @@ from chiasm.ec_transfer.stores.writer import StoreWrites
 from chiasm.wire import ECPlace
 
 AWAITED_METHOD = "chiasm_awaited_embeddings"
-"""The method of vLLM's engine by which its HTTP server asks which embeddings requests wait for."""
+"""The method of vLLM's engine by which its HTTP server asks which embeddings requests need next that are neither in memory nor
+coming."""
+MISSING_METHOD = "chiasm_missing_embeddings"
+"""The method by which it asks which embeddings requests need next that are not in memory, whether or not they are coming."""
 EXPECT_METHOD = "chiasm_expect_embeddings"
 """The method by which it says where embeddings are; its argument is the JSON of EmbeddingPlaces."""
 PLACE_METHOD = "chiasm_embeddings_place"
 """The method by which it asks where the embeddings of an encoder are; returns the JSON of :class:`Exchange`."""
+UNFETCHED_METHOD = "chiasm_unfetched_embeddings"
+"""The method by which it asks how many embeddings others have yet to fetch."""
 
 
 class Exchange(msgspec.Struct, frozen=True):

@@ -30,9 +30,10 @@ from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.limits import Refusals
 from chiasm.http.liveness import ready_response
 from chiasm.integrations.vllm.bodies import EMBEDS_KEY, chat_for_vllm, check_completion
+from chiasm.integrations.vllm.engines import ask_engines, awaited_embeddings
 from chiasm.integrations.vllm.health import Description, asks_engines, describe
 from chiasm.integrations.vllm.membership import Membership
-from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, PLACE_METHOD, Exchange
+from chiasm.integrations.vllm.messages import EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.server.config import ServerConfig
 from chiasm.server.places import MAX_PLACES_BYTES, read_places
@@ -130,7 +131,7 @@ class ChiasmMiddleware:
 
     @staticmethod
     async def _describe(state: Any) -> Description:
-        answers = await _ask_engines(state, PLACE_METHOD) if asks_engines(state.vllm_config) else []
+        answers = await ask_engines(state, PLACE_METHOD) if asks_engines(state.vllm_config) else []
         exchanges = [msgspec.json.decode(answer, type=Exchange) for answer in answers]
         return await asyncio.to_thread(describe, state, exchanges)
 
@@ -200,9 +201,8 @@ class ChiasmMiddleware:
         except ChiasmError as error:
             await error_response(error)(scope, receive, send)
             return
-        answers = await _ask_engines(scope["app"].state, AWAITED_METHOD)
-        awaited = dict.fromkeys(name for names in answers for name in names)
-        await json_response(AwaitedEmbeddings(identifiers=list(awaited)))(scope, receive, send)
+        awaited = await awaited_embeddings(scope["app"].state)
+        await json_response(AwaitedEmbeddings(identifiers=awaited))(scope, receive, send)
 
     async def _expect(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Tell all engines where embeddings are or will be. Waits for the end of a step."""
@@ -216,7 +216,7 @@ class ChiasmMiddleware:
         except ChiasmError as error:
             await _refuse(error, incoming, scope, receive, send)
             return
-        await _ask_engines(scope["app"].state, EXPECT_METHOD, msgspec.json.encode(told).decode())
+        await ask_engines(scope["app"].state, EXPECT_METHOD, msgspec.json.encode(told).decode())
         await Response(status_code=HTTPStatus.NO_CONTENT)(scope, receive, send)
 
     # ---- text completions, and strangers --------------------------------------------------------------------------------
@@ -286,15 +286,6 @@ async def _refuse(error: ChiasmError, incoming: Incoming, scope: Scope, receive:
     _refusals().note_error(error.code or error.kind)
     await incoming.discard(HttpConfig.discard_seconds, HttpConfig.discard_bytes)
     await error_response(error)(scope, receive, send)
-
-
-async def _ask_engines(state: Any, method: str, *arguments: str) -> list[Any]:
-    """Call a method of all engines; return what each answers."""
-    core = state.engine_client.engine_core
-    if hasattr(core, "call_utility_all_async"):
-        answers: list[Any] = await core.call_utility_all_async(method, *arguments)
-        return answers
-    return [await core.call_utility_async(method, *arguments)]
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -111,6 +111,17 @@ class Settings:
         return config
 
 
+def settings_of(vllm_config: Any) -> Settings | None:
+    """Return the settings of chiasm's connector in a ``VllmConfig``, or None if the instance doesn't use it.
+
+    Raises ConfigurationError if they are wrong.
+    """
+    transfer = vllm_config.ec_transfer_config
+    if transfer is None or not str(transfer.ec_connector_module_path or "").startswith("chiasm."):
+        return None
+    return Settings.read(transfer.ec_connector_extra_config)
+
+
 def store_url(environment: Mapping[str, str] = os.environ) -> str:
     """Return the URL of the shared cache, or "". It isn't among the settings, which vLLM logs, since it may hold a password."""
     return environment.get(URL_VARIABLE, "")

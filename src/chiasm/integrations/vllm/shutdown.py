@@ -1,7 +1,7 @@
 """How vLLM's server ends: before its engine does, so that nobody takes an answer that was cut off for a whole one.
 
 By itself vLLM stops its engine at SIGTERM while requests run. They end with ``finish_reason: "abort"``, or with an error and
-``[DONE]``.
+``[DONE]``, and decode instances lose the KV that they haven't fetched yet.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from chiasm.errors import Code, OverloadedError
 from chiasm.http import events
 from chiasm.http.errors import error_body, error_response
 from chiasm.http.shutdown import Shutdown
+from chiasm.integrations.vllm.engines import others_have_fetched
 
 _logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -30,13 +31,13 @@ class ServerEnd:
     def __init__(self) -> None:
         self._calls: set[_Call] = set()
         self._shutdown: Shutdown | None = None
-        self._server: Any = None
+        self._state: Any = None
         self._ending: asyncio.Task[None] | None = None
         self._refuses_new = False
         self.tell: Callable[[], Awaitable[None]] = _nobody
         """Tells the proxies that it ends; until then, it takes what they send."""
         self.leave: Callable[[], Awaitable[None]] = _nobody
-        """Called when nothing runs any more."""
+        """Called when nothing runs any more, and nobody has anything to fetch from it."""
 
     @property
     def is_asked(self) -> bool:
@@ -51,10 +52,11 @@ class ServerEnd:
     def take_over(self, state: Any) -> None:
         """Take the signals that end the process from vLLM, whose application has this ``state``.
 
-        What runs has vLLM's ``--shutdown-timeout`` to end; after it, and at a second signal, it ends with an error.
+        What runs has vLLM's ``--shutdown-timeout`` to end and others have it to fetch what they need; after it, and at a second
+        signal, what runs ends with an error.
         """
         self._shutdown = Shutdown(float(state.vllm_config.shutdown_timeout))
-        self._server = state.server
+        self._state = state
         loop = asyncio.get_running_loop()
         try:
             for number in _SIGNALS:
@@ -83,7 +85,7 @@ class ServerEnd:
         await self._ending
 
     def drain(self) -> None:
-        """End when nothing runs any more, however long that takes."""
+        """End when nothing runs any more and others have fetched what they need, however long that takes."""
         assert self._shutdown is not None
         self._shutdown.drain()
         self._ending = self._ending or asyncio.ensure_future(self._end(self._shutdown))
@@ -99,8 +101,11 @@ class ServerEnd:
         await shutdown.drained(lambda: not self._calls)
         for call in list(self._calls):
             await call.cut()
+        fetching = asyncio.ensure_future(others_have_fetched(self._state))
+        await shutdown.drained(fetching.done)
+        fetching.cancel()
         await self.leave()
-        self._server.should_exit = True  # vLLM ends its engine when its HTTP server has ended
+        self._state.server.should_exit = True  # vLLM ends its engine when its HTTP server has ended
 
 
 class _Call:
