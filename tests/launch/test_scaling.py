@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from chiasm.launch.child import Child, ProcessState
+from chiasm.launch.deployment import _status
 from chiasm.launch.plan import ProcessPlan
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.scaling import FIRST_PAUSE_SECONDS, EncoderNumber, ProxySays, Scaling
@@ -70,6 +71,11 @@ class Crew:
 
     def is_in(self, state: ProcessState, name: str) -> bool:
         return name in self.children and self.children[name].state is state
+
+    def progress(self, name: str) -> str:
+        """What the operator sees beside the name."""
+        (plan,) = [one for one in self._plans if one.name == name]
+        return _status(plan, self.children[name]).progress
 
     def urls(self, *names: str) -> list[str]:
         return [plan.address.url for plan in self._plans if plan.name in names]
@@ -138,6 +144,7 @@ def test_all_that_are_desired_start_at_once(make: Make) -> None:
 def test_one_that_is_not_needed_ends_when_the_proxy_has_given_it_up(make: Make) -> None:
     crew = scaled_up(make)
     crew.scaling.look(ProxySays(0.0, crew.urls("encoder-0", "encoder-1")), 62.0)  # calls are under way
+    assert crew.progress("encoder-1") == ""
     assert crew.is_in(ProcessState.READY, "encoder-1")
     assert not crew.children["encoder-1"].is_ending
     crew.scaling.look(ProxySays(0.0, crew.urls("encoder-0")), 63.0)
@@ -179,6 +186,7 @@ def test_one_that_was_asked_to_end_and_does_not_is_killed(make: Make) -> None:
     crew.says(0.0, 1.0 + STEP)
     crew.scaling.look(ProxySays(0.0, crew.urls("encoder-0")), 100.0)
     child = crew.children["encoder-1"]
+    assert crew.progress("encoder-1") == "draining"
     crew.says(0.0, 100.0 + END_SECONDS)
     assert not child.join(0.0)
     crew.says(0.0, 200.0)

@@ -152,7 +152,7 @@ class RoutingSimulation:
     def run(self, images: Sequence[Image]) -> Routed:
         for number, image in enumerate(images):
             proxy = self.proxies[number % len(self.proxies)]
-            self._at(image.arrival, partial(self._arrive, proxy, image))
+            self.at(image.arrival, partial(self._arrive, proxy, image))
         while self._events:
             self._now, _, event = heapq.heappop(self._events)
             event()
@@ -160,9 +160,6 @@ class RoutingSimulation:
 
     def at(self, when: float, event: Callable[[], None]) -> None:
         """Have something happen at a time."""
-        self._at(when, event)
-
-    def _at(self, when: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._numbers), event))
 
     def _arrive(self, proxy: SimulatedProxy, image: Image) -> None:
@@ -194,7 +191,7 @@ class RoutingSimulation:
         """Hedge a call when it is late."""
         seconds = proxy.queue.hedging.late_after(call.expected) if call.expected else None
         if seconds is not None:
-            self._at(self._now + seconds, partial(self._hedge, proxy, call))
+            self.at(self._now + seconds, partial(self._hedge, proxy, call))
 
     def _hedge(self, proxy: SimulatedProxy, call: _Call) -> None:
         if call.is_over:
@@ -231,7 +228,7 @@ class RoutingSimulation:
         if image.identifier in machine.memory:
             machine.remember(image.identifier)
             self.result.hits += 1
-            self._at(self._now + LOOK_UP_SECONDS, lambda: answered(True, 0.0))
+            self.at(self._now + LOOK_UP_SECONDS, lambda: answered(True, 0.0))
             return
         for queued, listeners in machine.queue:
             if queued.identifier == image.identifier:
@@ -262,7 +259,7 @@ class RoutingSimulation:
                 listener(False, began, seconds)
             self._work(index)
 
-        self._at(began + seconds, ended)
+        self.at(began + seconds, ended)
 
 
 def popular(count: int, *, items: int, rate: float, seed: int, exponent: float = 1.0) -> list[Image]:
