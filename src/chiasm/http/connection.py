@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import http
 import uuid
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from chiasm.errors import (
@@ -22,7 +22,7 @@ from chiasm.errors import (
     RequestTimeoutError,
 )
 from chiasm.http.config import HttpConfig
-from chiasm.http.connections import Connections, peer_of
+from chiasm.http.connections import CONNECTION, Connections, peer_of
 from chiasm.http.errors import error_body, error_headers
 from chiasm.http.http1 import Http1
 from chiasm.http.limits import Limit
@@ -31,6 +31,8 @@ _SECONDS_TO_READ = 30.0
 """Time for a client to read the end of its last answer: the pieces that the system doesn't hold for it."""
 _HASTE_SECONDS = 0.5
 """Time for a client to stop sending when the server ends."""
+_HEAD = b"HTTP/"
+"""Begins the head of an answer. A piece of a body that begins so waits for the next turn of the loop, too."""
 
 
 class Connection(Http1):
@@ -52,6 +54,7 @@ class Connection(Http1):
         self._unread_bytes = 0
         self._giving_up: asyncio.TimerHandle | None = None
         self._seconds_to_discard = self._limits.discard_seconds
+        self._on_lost: set[Callable[[], None]] = set()
 
     @property
     def peer(self) -> Hashable:
@@ -98,6 +101,8 @@ class Connection(Http1):
             self._giving_up.cancel()
         self._connections.leave(self)
         super().connection_lost(exc)
+        for call in tuple(self._on_lost):
+            call()
 
     # ---- what the parser calls -------------------------------------------------------------------------------------------
 
@@ -115,6 +120,7 @@ class Connection(Http1):
         self._uncounted_bytes = 0
         self._head_has_begun = False
         self._body_is_arriving = True
+        self.scope[CONNECTION] = self  # type: ignore[literal-required]
         super().on_headers_complete()
         self.headers = []  # for trailers, which are no part of the head
 
@@ -157,6 +163,23 @@ class Connection(Http1):
             self._give_up()
         else:
             super().shutdown()
+
+    # ---- what requests call ----------------------------------------------------------------------------------------------
+
+    def watch(self, on_lost: Callable[[], None]) -> bool:
+        """Call this when the connection is lost, until ``forget``; return False if it is lost already.
+
+        A request calls it when its body has been read: only while something is read is an end noticed.
+        """
+        if self.parser is None:
+            return False
+        self.flow.resume_reading()
+        self._on_lost.add(on_lost)
+        return True
+
+    def forget(self, on_lost: Callable[[], None]) -> None:
+        """Don't call this any more."""
+        self._on_lost.discard(on_lost)
 
     # ---- the end ---------------------------------------------------------------------------------------------------------
 
@@ -248,7 +271,8 @@ class _Closing:
         self._transport = transport
         self._connection = connection
         self._is_closing = False
-        self.write = transport.write
+        self._head = b""
+        """The head of an answer, which goes out with what follows it, at the latest in the next turn of the loop."""
         self.get_extra_info = transport.get_extra_info
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
@@ -256,9 +280,23 @@ class _Closing:
     def is_closing(self) -> bool:
         return self._is_closing or self._transport.is_closing()
 
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(_HEAD):
+            self._head = data
+            self._connection.loop.call_soon(self._send_head)
+            return
+        self._transport.write(data)
+
+    def _send_head(self) -> None:
+        if self._head:
+            self.write(b"")
+
     def close(self) -> None:
         if not self.is_closing():
             self._is_closing = True
+            self._send_head()
             self._connection.end()
             if not self._transport.is_closing() and self._transport.can_write_eof():
                 self._transport.write_eof()
@@ -266,12 +304,14 @@ class _Closing:
     def close_now(self) -> None:
         """Close when what was written has gone out, or a client has not read it for long."""
         self._is_closing = True
+        self._send_head()
         self._transport.close()
         if self._transport.get_write_buffer_size():
             self._connection.loop.call_later(_SECONDS_TO_READ, self._transport.abort)
 
     def abort(self) -> None:
         self._is_closing = True
+        self._head = b""
         self._transport.abort()
 
 
