@@ -31,8 +31,6 @@ _SECONDS_TO_READ = 30.0
 """Time for a client to read the end of its last answer: the pieces that the system doesn't hold for it."""
 _HASTE_SECONDS = 0.5
 """Time for a client to stop sending when the server ends."""
-_HEAD = b"HTTP/"
-"""Begins the head of an answer. A piece of a body that begins so waits for the next turn of the loop, too."""
 
 
 class Connection(Http1):
@@ -143,6 +141,7 @@ class Connection(Http1):
     # ---- what uvicorn calls ----------------------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
+        self._socket.expect_head()
         super().on_response_complete()
         if self._socket.is_closing() or self._is_answering:
             return
@@ -272,7 +271,8 @@ class _Closing:
         self._connection = connection
         self._is_closing = False
         self._head = b""
-        """The head of an answer, which goes out with what follows it, at the latest in the next turn of the loop."""
+        """The head of an answer that hasn't been sent."""
+        self.write: Callable[[bytes], None] = self._hold_head
         self.get_extra_info = transport.get_extra_info
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
@@ -280,18 +280,23 @@ class _Closing:
     def is_closing(self) -> bool:
         return self._is_closing or self._transport.is_closing()
 
-    def write(self, data: bytes) -> None:
-        if self._head:
-            data, self._head = self._head + data, b""
-        elif data.startswith(_HEAD):
-            self._head = data
-            self._connection.loop.call_soon(self._send_head)
-            return
-        self._transport.write(data)
+    def expect_head(self) -> None:
+        """Let the next piece be the first of an answer, which waits for the second one, but not past this turn of the loop."""
+        self.write = self._hold_head
+
+    def _hold_head(self, data: bytes) -> None:
+        self._head = data
+        self.write = self._send_with_head
+        self._connection.loop.call_soon(self._send_head)
+
+    def _send_with_head(self, data: bytes) -> None:
+        head, self._head = self._head, b""
+        self.write = self._transport.write
+        self._transport.write(head + data)
 
     def _send_head(self) -> None:
         if self._head:
-            self.write(b"")
+            self._send_with_head(b"")
 
     def close(self) -> None:
         if not self.is_closing():
