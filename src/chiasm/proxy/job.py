@@ -207,9 +207,10 @@ class Job:
         return self.encoding is not None and self.encoding.done() and self.encoding.exception() is error
 
     async def end_encoding(self) -> None:
-        """Cancel what encoders still do for the request."""
-        if self.encoding is not None:
-            await _end(self.encoding)
+        """Cancel what encoders still do for the request, and let go of it: what was cancelled holds its images and the job."""
+        encoding, self.encoding = self.encoding, None
+        if encoding is not None:
+            await _end(encoding)
 
     async def return_to_original(self) -> None:
         """Make it a request that needs no encoder, if it has images."""

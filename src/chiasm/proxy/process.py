@@ -42,7 +42,6 @@ def run(
     server = create_server(create_app(config, worker=worker), config)
     gc.collect()
     gc.freeze()  # a collection that walks over all modules would hold the event loop
-    gc.set_threshold(20_000, 20, 20)
     serve(server, listener, *among_workers, on_ready=on_ready)
 
 
