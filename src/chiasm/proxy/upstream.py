@@ -7,7 +7,6 @@ import math
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import cached_property
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple
 
@@ -174,15 +173,11 @@ class Call:
         line.begin(self, self._break_off)
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
+        self.timing: Sequence[TimingEntry] = read_timing(response.headers.get("server-timing"))
 
     @property
     def is_stream(self) -> bool:
         return self._response.content_type == "text/event-stream"
-
-    @cached_property
-    def timing(self) -> Sequence[TimingEntry]:
-        """Its ``Server-Timing``."""
-        return read_timing(self.headers.get("server-timing"))
 
     async def chunk(self) -> bytes:
         """Return what has arrived; empty at the end. Raises ResponseCutOffError."""
