@@ -82,7 +82,9 @@ async def test_the_head_of_each_answer_goes_out_with_what_follows_it() -> None:
         closing.write(b"one ")
         closing.write(b"two")
         closing.expect_head()
-    assert written.pieces == [b"head one ", b"two"] * 2
+        closing.write(b"head without a body")
+        closing.expect_head()
+    assert written.pieces == [b"head one ", b"two", b"head without a body"] * 2
 
 
 async def test_a_head_that_nothing_follows_does_not_wait() -> None:

@@ -282,6 +282,7 @@ class _Closing:
 
     def expect_head(self) -> None:
         """Let the next piece be the first of an answer, which waits for the second one, but not past this turn of the loop."""
+        self._send_head()
         self.write = self._hold_head
 
     def _hold_head(self, data: bytes) -> None:
