@@ -82,6 +82,14 @@ def test_images_do_not_count_as_text_and_texts_that_look_like_them_do() -> None:
         assert caught.value.limit == "text_bytes"
 
 
+def test_what_only_looks_like_a_stand_in_stays() -> None:
+    forged = "data:lifted-0123456789abcdef-0."
+    body = json.dumps({"urls": [URL], "text": forged}).encode()
+    found, lifted = read(body)
+    assert found["text"] == forged
+    assert lifted.restored(lifted.body) == body
+
+
 def test_the_last_of_equal_keys_counts_and_the_first_is_text() -> None:
     twice = b'{"urls":["%b"],"urls":["http://a"]}' % (b"data:" + b"A" * 20_000)
     with pytest.raises(PayloadTooLargeError):

@@ -46,6 +46,8 @@ def test_nothing_that_a_server_sends_raises(header: str) -> None:
         ("a;dur=1e999, b;dur=nan, c;dur=-1, d;dur=" + "9" * 400, [("a", None), ("b", None), ("c", None), ("d", None)]),
         ('a;desc="x, y";dur="3"', [("a", 0.003)]),
         ("a;DUR=1 , b", [("a", 0.001), ("b", None)]),
+        ('a;at=1;dur=2, b;dur=3;desc="x", c;dur=4', [("a", 0.002), ("b", 0.003), ("c", 0.004)]),
+        ("a;dur=1.2.3, b;dur=.", [("a", None), ("b", None)]),
         ("x" * 9000, []),
     ],
 )

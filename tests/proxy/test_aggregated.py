@@ -187,6 +187,19 @@ async def test_what_was_sent_is_kept_only_until_the_answer_begins(start: Start) 
     await until_idle(front)
 
 
+@pytest.mark.usefixtures("only_new_objects")
+async def test_an_answered_image_is_freed_at_once_and_not_by_the_garbage_collector(start: Start) -> None:
+    front = await start([FakeInstance("encoder"), FakeInstance("pd")])
+    gc.disable()
+    try:
+        assert (await front.post(ask(image(image_bytes())))).status == 200
+        async with asyncio.timeout(10):
+            while any(type(one) is Item for one in gc.get_objects()):
+                await front.get("/health")
+    finally:
+        gc.enable()
+
+
 def stuck_fleet(**health: Any) -> list[FakeInstance]:
     """Return an encoder, a PD and an aggregated instance that is slow by its costs; only the last one answers."""
     slow = Costs(prefill_seconds_per_token=1.0)

@@ -214,12 +214,3 @@ def test_language_instances_of_one_device_share_it(fleet: Fleet, placement: Plac
     second = place(placement, text(984))
     assert second.instance is not first.instance
     assert second.estimate_seconds == pytest.approx(2 * first.estimate_seconds)
-
-
-def test_nothing_is_kept_of_a_removed_instance(fleet: Fleet, placement: Placement) -> None:
-    one = add(fleet, "1", known=costs())
-    placement.end(place(placement, text(10)), 1.0)
-    assert len(placement._prompts) == 1
-    fleet.remove(one)
-    del one
-    assert not placement._prompts

@@ -12,6 +12,7 @@ from chiasm.engine import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey, make_fleet_key
 from chiasm.http import Exchange
+from chiasm.http.connections import CONNECTION
 from chiasm.http.fleet_calls import FleetGuard, body_digest, signature
 from chiasm.server import ServerConfig, run
 from chiasm.server.context import ServerContext
@@ -44,7 +45,7 @@ async def client_of(guard_key: FleetKey | None, *, signed_with: FleetKey | None 
     if signed_with is not None:
         headers |= signature(signed_with, "POST", "/", body_digest(b""), client="somebody")
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": raw, "client": (peer, 1)}
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": raw, "client": (peer, 1), CONNECTION: None}
     await FleetGuard(app, guard_key)(scope, unused, unused)
     return seen[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from starlette.types import Message, Receive
 
 from chiasm.errors import Code, PayloadTooLargeError, RequestTimeoutError, UnsupportedMediaTypeError
 from chiasm.http.config import HttpConfig
-from chiasm.http.encoding import Decompressor, decompressor
+from chiasm.http.encoding import decompressor
 from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.limits import Limit
 from chiasm.http.untrusted import whole_number
@@ -102,33 +102,64 @@ async def read_body(
     declared = headers.get("content-length")
     if declared is not None and whole_number("Content-Length", declared) > max_bytes:
         raise _too_large(max_bytes)
+    kept = _Kept(max_bytes, holder)
+    received_bytes = 0
     began = asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout_at(began + pace.seconds_for_more(0)) as limit:
-            received = _received(receive, max_bytes, pace, limit, began)
-            pieces = received if compression is None else _decompressed(received, compression)
-            return await _whole(pieces, max_bytes, holder)
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeftError
+                chunk: bytes = message.get("body", b"")
+                more = message.get("more_body", False)
+                received_bytes += len(chunk)
+                if received_bytes > max_bytes:
+                    raise _too_large(max_bytes)
+                if not limit.expired():
+                    limit.reschedule(began + pace.seconds_for_more(received_bytes) if more else None)
+                if compression is None:
+                    kept.add(chunk)
+                    continue
+                for piece in compression.feed(chunk):
+                    kept.add(piece)
+                    await asyncio.sleep(0)  # others get their turn
     except TimeoutError:
         if not limit.expired():
             raise
         raise _too_slow(pace, (limit.when() or began) - began) from None
+    if compression is not None:
+        compression.end()
+    return await kept.joined()
 
 
-async def _whole(pieces: AsyncIterator[bytes], max_bytes: int, holder: Holder | None) -> bytes:
-    chunks: list[bytes] = []
-    size_bytes = 0
-    async for chunk in pieces:
+class _Kept:
+    """The pieces of a body as it is kept, decompressed."""
+
+    def __init__(self, max_bytes: int, holder: Holder | None) -> None:
+        self._max_bytes = max_bytes
+        self._holder = holder
+        self._chunks: list[bytes] = []
+        self._size_bytes = 0
+
+    def add(self, chunk: bytes) -> None:
+        """Keep one more. Raises PayloadTooLargeError, and what the holder raises."""
         if not chunk:
-            continue
-        size_bytes += len(chunk)
-        if size_bytes > max_bytes:
-            raise _too_large(max_bytes)
-        if holder is not None:
-            holder.hold(len(chunk))
-        chunks.append(chunk)
-    if chunks and b"".join(chunks[: len(_MARK)]).startswith(_MARK):
-        chunks = _without_mark(chunks)
-    return await joined(chunks, size_bytes)
+            return
+        self._size_bytes += len(chunk)
+        if self._size_bytes > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        if self._holder is not None:
+            self._holder.hold(len(chunk))
+        self._chunks.append(chunk)
+
+    async def joined(self) -> bytes:
+        """Return the body without a byte order mark."""
+        chunks = self._chunks
+        if chunks and b"".join(chunks[: len(_MARK)]).startswith(_MARK):
+            chunks = _without_mark(chunks)
+        return await joined(chunks, self._size_bytes)
 
 
 async def joined(chunks: Sequence[bytes], size_bytes: int) -> bytes:
@@ -145,34 +176,6 @@ def _without_mark(chunks: Sequence[bytes]) -> list[bytes]:
         rest.append(chunk[left:] if left else chunk)
         left -= min(left, len(chunk))
     return rest
-
-
-async def _received(
-    receive: Receive, max_bytes: int, pace: Pace, limit: asyncio.Timeout, began: float
-) -> AsyncIterator[bytes]:
-    size_bytes = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeftError
-        chunk: bytes = message.get("body", b"")
-        size_bytes += len(chunk)
-        if size_bytes > max_bytes:
-            raise _too_large(max_bytes)
-        yield chunk
-        if not message.get("more_body", False):
-            limit.reschedule(None)
-            return
-        if not limit.expired():
-            limit.reschedule(began + pace.seconds_for_more(size_bytes))
-
-
-async def _decompressed(received: AsyncIterator[bytes], compression: Decompressor) -> AsyncIterator[bytes]:
-    async for chunk in received:
-        for piece in compression.feed(chunk):
-            yield piece
-            await asyncio.sleep(0)  # others get their turn
-    compression.end()
 
 
 def _check_media_type(content_type: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import http
 import uuid
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from chiasm.errors import (
@@ -22,7 +22,7 @@ from chiasm.errors import (
     RequestTimeoutError,
 )
 from chiasm.http.config import HttpConfig
-from chiasm.http.connections import Connections, peer_of
+from chiasm.http.connections import CONNECTION, Connections, peer_of
 from chiasm.http.errors import error_body, error_headers
 from chiasm.http.http1 import Http1
 from chiasm.http.limits import Limit
@@ -52,6 +52,7 @@ class Connection(Http1):
         self._unread_bytes = 0
         self._giving_up: asyncio.TimerHandle | None = None
         self._seconds_to_discard = self._limits.discard_seconds
+        self._on_lost: set[Callable[[], None]] = set()
 
     @property
     def peer(self) -> Hashable:
@@ -103,6 +104,8 @@ class Connection(Http1):
             self._giving_up.cancel()
         self._connections.leave(self)
         super().connection_lost(exc)
+        for call in tuple(self._on_lost):
+            call()
 
     # ---- what the parser calls -------------------------------------------------------------------------------------------
 
@@ -120,6 +123,7 @@ class Connection(Http1):
         self._uncounted_bytes = 0
         self._head_has_begun = False
         self._body_is_arriving = True
+        self.scope[CONNECTION] = self  # type: ignore[literal-required]
         super().on_headers_complete()
         self.headers = []  # for trailers, which are no part of the head
 
@@ -142,6 +146,7 @@ class Connection(Http1):
     # ---- what uvicorn calls ----------------------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
+        self._socket.expect_head()
         super().on_response_complete()
         if self._socket.is_closing() or self._is_answering:
             return
@@ -162,6 +167,23 @@ class Connection(Http1):
             self._give_up()
         else:
             super().shutdown()
+
+    # ---- what requests call ----------------------------------------------------------------------------------------------
+
+    def watch(self, on_lost: Callable[[], None]) -> bool:
+        """Call this when the connection is lost, until ``forget``; return False if it is lost already.
+
+        A request calls it when its body has been read: only while something is read is an end noticed.
+        """
+        if self.parser is None:
+            return False
+        self.flow.resume_reading()
+        self._on_lost.add(on_lost)
+        return True
+
+    def forget(self, on_lost: Callable[[], None]) -> None:
+        """Don't call this any more."""
+        self._on_lost.discard(on_lost)
 
     # ---- the end ---------------------------------------------------------------------------------------------------------
 
@@ -253,7 +275,9 @@ class _Closing:
         self._transport = transport
         self._connection = connection
         self._is_closing = False
-        self.write = transport.write
+        self._head = b""
+        """The head of an answer that hasn't been sent."""
+        self.write: Callable[[bytes], None] = self._hold_head
         self.get_extra_info = transport.get_extra_info
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
@@ -263,11 +287,31 @@ class _Closing:
 
     @property
     def is_sending(self) -> bool:
-        return self._transport.get_write_buffer_size() > 0
+        return bool(self._head) or self._transport.get_write_buffer_size() > 0
+
+    def expect_head(self) -> None:
+        """Let the next piece be the first of an answer, which waits for the second one, but not past this turn of the loop."""
+        self._send_head()
+        self.write = self._hold_head
+
+    def _hold_head(self, data: bytes) -> None:
+        self._head = data
+        self.write = self._send_with_head
+        self._connection.loop.call_soon(self._send_head)
+
+    def _send_with_head(self, data: bytes) -> None:
+        head, self._head = self._head, b""
+        self.write = self._transport.write
+        self._transport.write(head + data)
+
+    def _send_head(self) -> None:
+        if self._head:
+            self._send_with_head(b"")
 
     def close(self) -> None:
         if not self.is_closing():
             self._is_closing = True
+            self._send_head()
             self._connection.end()
             if not self._transport.is_closing() and self._transport.can_write_eof():
                 self._transport.write_eof()
@@ -275,12 +319,14 @@ class _Closing:
     def close_now(self) -> None:
         """Close when what was written has gone out, or a client has not read it for long."""
         self._is_closing = True
+        self._send_head()
         self._transport.close()
         if self.is_sending:
             self._connection.loop.call_later(SECONDS_TO_READ, self._transport.abort)
 
     def abort(self) -> None:
         self._is_closing = True
+        self._head = b""
         self._transport.abort()
 
 

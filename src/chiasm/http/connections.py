@@ -15,6 +15,8 @@ from typing import Protocol
 from chiasm.http.config import HttpConfig
 from chiasm.http.limits import Limit, Refusals
 
+CONNECTION = "chiasm.connection"
+"""Key of a request's scope: the connection over which it came."""
 _IPV6_NETWORK_BITS = 64
 """One subscriber has at least a network of this size."""
 _MAX_LINGERING = 256

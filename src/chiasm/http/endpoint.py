@@ -77,12 +77,14 @@ class Endpoint:
         self._on_start(exchange)
         exchange.read_deadline()
         with exchange.interruptible():
+            exchange.end_at_deadline()
             with self._admission.reading(exchange):
-                async with exchange.until_deadline():
-                    await exchange.read_body(max_bytes=bounds.max_body_bytes, pace=bounds.pace)
+                await exchange.read_body(max_bytes=bounds.max_body_bytes, pace=bounds.pace)
             with self._admission.admitted(exchange):
-                async with exchange.until_deadline(bounds.grace_seconds), exchange.until_client_leaves():
-                    await self._handler(exchange)
+                exchange.end_when_client_leaves()
+                if bounds.grace_seconds:
+                    exchange.end_at_deadline(bounds.grace_seconds)
+                await self._handler(exchange)
 
     async def _fail(self, exchange: Exchange, error: ChiasmError) -> None:
         if error.limit is not None:

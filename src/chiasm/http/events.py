@@ -35,7 +35,9 @@ class EventSplitter:
 
     def take(self, chunk: bytes) -> bytes:
         """Return the whole events that have arrived with ``chunk``; may be empty."""
-        data = self._held + chunk if self._held else chunk
+        if not self._held and chunk.endswith(_END):  # as nearly always
+            return chunk
+        data = self._held + chunk
         cut = end_of_events(data)
         if not cut and len(data) > MAX_EVENT_BYTES:
             cut = len(data)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
 
@@ -13,6 +14,7 @@ from chiasm.errors import ChiasmError, Code, DeadlineExceededError
 from chiasm.http import events
 from chiasm.http.admission import Admission
 from chiasm.http.body import ClientLeftError, Pace, read_body
+from chiasm.http.connections import CONNECTION
 from chiasm.http.errors import error_body, error_headers
 from chiasm.http.fleet_calls import caller_of
 from chiasm.http.timing import TimingEntry
@@ -20,6 +22,16 @@ from chiasm.http.untrusted import whole_number
 from chiasm.http.visit import visit_of
 
 _PIECE_BYTES = 256 << 10
+
+
+class Connection(Protocol):
+    """What a request asks of the connection over which it came: :class:`chiasm.http.connection.Connection`."""
+
+    def watch(self, on_lost: Callable[[], None]) -> bool:
+        """Call this when the connection is lost, until ``forget``; return False if it is lost already."""
+
+    def forget(self, on_lost: Callable[[], None]) -> None:
+        """Don't call this any more."""
 
 
 class Exchange:
@@ -58,6 +70,8 @@ class Exchange:
         self._is_complete = False
         self._task: asyncio.Task[object] | None = None
         self._interruption: Exception | None = None
+        self._at_deadline: asyncio.TimerHandle | None = None
+        self._connection: Connection = scope[CONNECTION]
 
     # ---- the request ---------------------------------------------------------------------------------------------------
 
@@ -79,17 +93,15 @@ class Exchange:
         return max(0.0, self.deadline - time.monotonic())
 
     @contextlib.asynccontextmanager
-    async def until_deadline(self, grace_seconds: float = 0.0) -> AsyncIterator[None]:
+    async def until_deadline(self) -> AsyncIterator[None]:
         """A block that ends at the deadline. Raises DeadlineExceededError."""
         try:
-            async with asyncio.timeout(self.seconds_left + grace_seconds) as limit:
+            async with asyncio.timeout(self.seconds_left) as limit:
                 yield
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise DeadlineExceededError(
-                "The deadline of the request passed before it was answered.", code=Code.DEADLINE_EXCEEDED
-            ) from None
+            raise _deadline_passed() from None
 
     async def read_body(self, *, max_bytes: int, pace: Pace) -> None:
         """Read ``body``. Raises PayloadTooLargeError, RequestTimeoutError, OverloadedError, ClientLeftError."""
@@ -200,19 +212,34 @@ class Exchange:
             raise
         finally:
             self._task = None
+            if self._at_deadline is not None:
+                self._at_deadline.cancel()
+            self._connection.forget(self._note_client_left)
 
-    @contextlib.asynccontextmanager
-    async def until_client_leaves(self) -> AsyncIterator[None]:
-        """A block that is interrupted by ClientLeftError when the client closes its connection; the body has been read."""
+    def end_at_deadline(self, grace_seconds: float = 0.0) -> None:
+        """From now on the deadline, or so long after it, interrupts with DeadlineExceededError."""
+        if self._at_deadline is not None:
+            self._at_deadline.cancel()
+        loop = asyncio.get_running_loop()
+        self._at_deadline = loop.call_later(self.seconds_left + grace_seconds, self._note_deadline)
 
-        async def watch() -> None:
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-            if not self._is_complete:  # the server reports a disconnection after a complete answer too
-                self.interrupt(ClientLeftError())
+    def end_when_client_leaves(self) -> None:
+        """From now on ClientLeftError interrupts when the client closes its connection; the body has been read.
 
-        watcher = asyncio.create_task(watch())
-        try:
-            yield
-        finally:
-            watcher.cancel()
+        Raises it if the client has left.
+        """
+        if not self._connection.watch(self._note_client_left):
+            raise ClientLeftError
+
+    def _note_deadline(self) -> None:
+        self.interrupt(_deadline_passed())
+
+    def _note_client_left(self) -> None:
+        if not self._is_complete:
+            self.interrupt(ClientLeftError())
+
+
+def _deadline_passed() -> DeadlineExceededError:
+    return DeadlineExceededError(
+        "The deadline of the request passed before it was answered.", code=Code.DEADLINE_EXCEEDED
+    )

@@ -22,6 +22,8 @@ _STEP_BYTES = 1 << 20
 """What is searched or copied at once: under a millisecond, after which other threads may run."""
 _BEGIN = b'"data:'
 _QUOTE = b'"'
+_STAND_IN = re.compile(rb"data:lifted-[0-9a-f]{16}-[0-9]+\.")
+"""What a stand-in looks like; which ones are, only the body that was lifted knows."""
 _UNPLAIN = (b"\\", b"\n", b"\r", b"\t", b"\f")
 """Escapes, and what base64 may have between its characters, but JSON may not."""
 
@@ -34,16 +36,16 @@ class Lifted:
     """The body with stand-ins, or all of it if it has no long URL."""
     urls: Mapping[bytes, bytes] = field(default_factory=dict)
     """By their stand-ins, both without quotes."""
-    _stand_in: re.Pattern[bytes] | None = None
 
     def restored(self, text: bytes, stand_ins: Collection[bytes] | None = None) -> bytes:
         """Return a body with URLs in place of these stand-ins (None: of all). Copying lets other threads run."""
-        if self._stand_in is None:
+        wanted = self.urls if stand_ins is None else stand_ins
+        if not wanted:
             return text
         pieces: list[bytes] = []
         at = 0
-        for found in self._stand_in.finditer(text):
-            if stand_ins is None or found[0] in stand_ins:
+        for found in _STAND_IN.finditer(text):
+            if found[0] in wanted:
                 pieces += (text[at : found.start()], self.urls[found[0]])
                 at = found.end()
         return b"".join([*pieces, text[at:]])
@@ -52,7 +54,7 @@ class Lifted:
         """Return the body with these stand-ins, and with the other URLs back in it."""
         kept = {name: url for name, url in self.urls.items() if name in stand_ins}
         body = self.restored(self.body, self.urls.keys() - kept.keys())
-        return Lifted(body, kept, self._stand_in if kept else None)
+        return Lifted(body, kept)
 
 
 def lift(body: bytes) -> Lifted:
@@ -63,7 +65,7 @@ def lift(body: bytes) -> Lifted:
     """
     if len(body) < _LONG_BYTES:
         return Lifted(body)
-    name = b"data:lifted-%b-" % secrets.token_hex(8).encode()
+    secret = secrets.token_hex(8).encode()
     urls: dict[bytes, bytes] = {}
     pieces: list[bytes] = []
     kept_from = 0
@@ -71,13 +73,13 @@ def lift(body: bytes) -> Lifted:
         steps = [body[at : min(at + _STEP_BYTES, end)] for at in range(start, end, _STEP_BYTES)]
         if not all(step.isascii() and not any(sign in step for sign in _UNPLAIN) for step in steps):
             continue
-        stand_in = b"%b%d." % (name, len(urls))
+        stand_in = b"data:lifted-%b-%d." % (secret, len(urls))
         urls[stand_in] = b"".join(steps)
         pieces += (body[kept_from:start], stand_in)
         kept_from = end
     if not urls:
         return Lifted(body)
-    return Lifted(b"".join([*pieces, body[kept_from:]]), urls, re.compile(re.escape(name) + rb"[0-9]+\."))
+    return Lifted(b"".join([*pieces, body[kept_from:]]), urls)
 
 
 def read_lifted(

@@ -12,6 +12,8 @@ _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _VALUE = rf'(?:"(?:[^"\\]|\\.)*"|{_TOKEN})'
 _ENTRY = re.compile(rf"\s*({_TOKEN})((?:\s*;\s*{_TOKEN}\s*=\s*{_VALUE})*)\s*(?:,|$)")
 _PARAMETER = re.compile(rf";\s*({_TOKEN})\s*=\s*({_VALUE})")
+_USUAL = re.compile(rf"({_TOKEN})" r'(?:;desc="([^"\\]*)")?' r"(?:;dur=([0-9.]{1,20}))?(?:;at=([0-9.]{1,20}))?(?:, |$)")
+"""An entry as ``write_timing`` writes it, without what has to be escaped."""
 _ESCAPED = re.compile(r"\\(.)")
 
 
@@ -37,6 +39,11 @@ def read_timing(header: str | None) -> list[TimingEntry]:
     entries: list[TimingEntry] = []
     at = 0
     while at < len(header):
+        if usual := _USUAL.match(header, at):
+            name, description, dur, start = usual.groups()
+            entries.append(TimingEntry(name, _seconds(dur), description or "", _seconds(start)))
+            at = usual.end()
+            continue
         match = _ENTRY.match(header, at)
         if match is None:
             comma = header.find(",", at)
@@ -58,11 +65,15 @@ def duration_of(entries: Iterable[TimingEntry], name: str) -> float | None:
 
 
 def _written(entry: TimingEntry) -> str:
-    quoted = entry.description.replace("\\", "\\\\").replace('"', '\\"')
-    description = f';desc="{quoted}"' if entry.description else ""
-    duration = f";dur={entry.seconds * 1000:.3f}" if entry.seconds is not None else ""
-    start = f";at={entry.at * 1000:.3f}" if entry.at is not None else ""
-    return f"{entry.name}{description}{duration}{start}"
+    text, seconds, description, at = entry
+    if description:
+        quoted = description.replace("\\", "\\\\").replace('"', '\\"')
+        text += f';desc="{quoted}"'
+    if seconds is not None:
+        text += f";dur={seconds * 1000:.3f}"
+    if at is not None:
+        text += f";at={at * 1000:.3f}"
+    return text
 
 
 def _read(name: str, parameters: str) -> TimingEntry:
@@ -79,8 +90,10 @@ def _read(name: str, parameters: str) -> TimingEntry:
     return TimingEntry(name, seconds, description, at)
 
 
-def _seconds(milliseconds: str) -> float | None:
+def _seconds(milliseconds: str | None) -> float | None:
     """Return a duration, or None for what is none: it may be not a number, negative, or longer than any request takes."""
+    if milliseconds is None:
+        return None
     try:
         seconds = float(milliseconds) / 1000
     except ValueError:

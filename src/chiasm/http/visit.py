@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ class Visit:
         self.method: str = scope["method"]
         self.raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
         """Without a query; percent-encoded as the client wrote it."""
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         """The client's, if it is harmless."""
         wanted = headers.get("x-timing-comments", "").lower()
         self.timing_comments = wanted == "on" if wanted in ("on", "off") else timing_comments

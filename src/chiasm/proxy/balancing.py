@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 
 from chiasm.errors import ChiasmError, Code, ModelNotFoundError, OverloadedError
+from chiasm.http.timing import TimingEntry
 from chiasm.proxy.agreement import WHOLE_ROLES
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
@@ -46,7 +46,8 @@ class Assignment:
         self._places = places
         self._job = job
         self._on_end = on_end
-        self._work = ExitStack()
+        self._cost: float | None = None
+        """Of its work at the instance; None while it is nobody's."""
         self._record: PlacementRecord | None = None
         self.roles = roles
         """Of the instances that it may get."""
@@ -58,8 +59,12 @@ class Assignment:
 
     def release(self) -> None:
         """Count it as nobody's work until an instance is taken again."""
-        self._work.close()
-        self._record = None
+        if self._cost is not None:
+            self._fleet.end(self.instance, self._cost)
+            self._cost = None
+        if self._record is not None:
+            self._record.end()
+            self._record = None
 
     def take_other(self, excluded: Collection[Instance] = ()) -> bool:
         """Assign the best instance that isn't ``excluded``; if there is none, assign none and return False.
@@ -80,13 +85,12 @@ class Assignment:
                 return False
             instance, cost = placed.instance, placed.prompt.seconds
             self._record = PlacementRecord(self._placement, self._metrics, self._job, placed, now)
-            self._work.callback(self._record.end)
         self._places.tell(instance, self._job.places)
-        self._work.enter_context(self._fleet.working(instance, cost))
-        self.instance = instance
+        self._fleet.begin(instance, cost)
+        self.instance, self._cost = instance, cost
         return True
 
-    def note_answer(self, timing: str | None, *, is_whole: bool = False) -> None:
+    def note_answer(self, timing: Sequence[TimingEntry], *, is_whole: bool = False) -> None:
         """Note that the first token has come; with ``is_whole`` together with all others.
 
         ``timing`` is the ``Server-Timing`` of the instance.

@@ -22,7 +22,7 @@ import msgspec
 from chiasm.errors import ChiasmError, Code, DeadlineExceededError, OverloadedError
 from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.log_format import request_id
-from chiasm.http.timing import TimingEntry, duration_of, read_timing
+from chiasm.http.timing import TimingEntry, duration_of
 from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.encoder_demand import EncoderDemand
@@ -316,7 +316,7 @@ class Encoders:
         except UNREADABLE:
             published = {}
         now = time.monotonic()
-        timing = read_timing(response.headers.get("Server-Timing"))
+        timing = response.timing
         encode_seconds = duration_of(timing, "encode")
         encoder_call = EncoderCall(
             call.instance.address, call.started_at, now, response.headers.get("Server-Timing", "")

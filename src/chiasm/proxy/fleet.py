@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -15,6 +16,7 @@ from msgspec import UNSET
 
 from chiasm.proxy.agreement import LANGUAGE_ROLES, PART_ROLES, WHOLE_ROLES, Agreement, Member, agree
 from chiasm.proxy.costs import InstanceCosts
+from chiasm.proxy.prompts import Prompts
 from chiasm.wire import (
     DRAINING,
     Costs,
@@ -33,6 +35,8 @@ _FULL = 10.0
 """Added to the load of a full decode instance: more than the load of any that has room."""
 _EXPECTED_SECONDS = 60.0
 """For so long after it was lost, an instance is expected to come back."""
+_DERIVED = ("hands_over", "models", "text_limit")
+"""Properties of the fleet that are computed once and kept until an instance says something or is gone."""
 _ALTERNATIVES = {Role.PD: WHOLE_ROLES, Role.AGGREGATED: WHOLE_ROLES, Role.ENCODER: (Role.ENCODER, Role.AGGREGATED)}
 """Roles that do what a role does."""
 
@@ -67,6 +71,8 @@ class Instance:
         self.mismatch: str | None = None
         """Why it doesn't fit the fleet."""
         self.costs = InstanceCosts()
+        self.prompts = Prompts()
+        """Of a language instance: what it has to compute before a new prompt."""
         self.draining = False
         """Whether it is being removed."""
         self.says_draining = False
@@ -214,7 +220,7 @@ class Fleet:
             self._healthy[roles] = found
         return found
 
-    @property
+    @cached_property
     def hands_over(self) -> bool:
         """Whether requests go from a prefill to a decode instance; otherwise each goes to one instance."""
         return any(one.role in PART_ROLES and not one.draining for one in self._instances.values())
@@ -259,7 +265,7 @@ class Fleet:
         """Return whether another instance is healthy that does what this one does."""
         return any(one is not instance for one in self.healthy(*_substitutes(instance.role)))
 
-    @property
+    @cached_property
     def models(self) -> list[str]:
         """Names that requests can ask for now."""
         if not self.hands_over:
@@ -292,7 +298,7 @@ class Fleet:
         healths = [one.health for one in self.healthy(*LANGUAGE_ROLES) if one.health]
         return min((health.max_model_len for health in healths if health.max_model_len is not None), default=None)
 
-    @property
+    @cached_property
     def text_limit(self) -> TextLimit | None:
         """The longest text that a healthy language instance can take; None if one of them doesn't say."""
         healths = [one.health for one in self.healthy(*LANGUAGE_ROLES) if one.health]
@@ -408,16 +414,24 @@ class Fleet:
     @contextmanager
     def working(self, instance: Instance, cost: float) -> Iterator[None]:
         """A block during which a call of this cost counts as under way."""
+        self.begin(instance, cost)
+        try:
+            yield
+        finally:
+            self.end(instance, cost)
+
+    def begin(self, instance: Instance, cost: float) -> None:
+        """Count a call of this cost as under way until ``end``."""
         self._taken += 1
         instance.last_taken = self._taken
         instance.outstanding += cost
         instance.in_flight += 1
-        try:
-            yield
-        finally:
-            instance.in_flight -= 1
-            instance.outstanding = instance.outstanding - cost if instance.in_flight else 0.0
-            self._leave_if_idle(instance)
+
+    def end(self, instance: Instance, cost: float) -> None:
+        """Count a call no more."""
+        instance.in_flight -= 1
+        instance.outstanding = instance.outstanding - cost if instance.in_flight else 0.0
+        self._leave_if_idle(instance)
 
     def _leave_if_idle(self, instance: Instance) -> None:
         if instance.draining and not instance.in_flight and self._instances.get(instance.url) is instance:
@@ -428,7 +442,7 @@ class Fleet:
 
     def _judge(self) -> None:
         """Judge every reachable instance again."""
-        self._healthy.clear()
+        self._forget()
         reachable: list[tuple[Instance, Member]] = []
         for instance in self._instances.values():
             instance.mismatch = None
@@ -441,8 +455,14 @@ class Fleet:
         for (instance, _), mismatch in zip(reachable, mismatches, strict=True):
             instance.mismatch = mismatch
             instance.seen_healthy = instance.seen_healthy or mismatch is None
-        self._healthy.clear()
+        self._forget()
         self._tell()
+
+    def _forget(self) -> None:
+        """Find out again what follows from the instances when it is asked for."""
+        self._healthy.clear()
+        for name in _DERIVED:
+            self.__dict__.pop(name, None)
 
     def _tell(self) -> None:
         """Tell listeners about every instance that has changed, whichever report was the cause."""

@@ -107,7 +107,7 @@ class Handover:
                 opening = self._balancer.open(assignment, job, self._engine.prefill_body)
                 with await job.open_unless_encoding_fails(opening) as call:
                     timing.prefill_call = timing.prefill_call or time.perf_counter() - self._began
-                    assignment.note_answer(call.headers.get("server-timing"), is_whole=not call.is_stream)
+                    assignment.note_answer(call.timing, is_whole=not call.is_stream)
                     handle = await self._engine.relay_prefill(call)
             except (InstanceLostError, ResponseCutOffError, InstanceError) as error:
                 if isinstance(error, InstanceError):  # a prompt that failed leaves nothing

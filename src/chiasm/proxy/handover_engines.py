@@ -210,10 +210,10 @@ class ChiasmEngine(HandoverEngine):
     async def _send(self, events: bytes, call: Call, *, knows_tokens: bool) -> None:
         """Pass events on; ``knows_tokens`` says whether the tokens of their text are in ``_token_ids``."""
         self._knows_all_sent = knows_tokens
-        await self.job.send_events(events, call.headers)
+        await self.job.send_events(events, call)
 
     async def _end(self, relay: PartRelay, call: Call) -> None:
-        await self.job.send_events(relay.finish(), call.headers)
+        await self.job.send_events(relay.finish(), call)
         await self.job.end_events()
 
     def _note_gap(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from chiasm.http import Exchange
 from chiasm.http.events import CONTENT_TYPE, EventSplitter, comment
-from chiasm.http.timing import TimingEntry, read_timing, write_timing
+from chiasm.http.timing import TimingEntry, write_timing
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.media import Item, embeds_part
 from chiasm.proxy.prompts import Work
@@ -46,9 +46,9 @@ class Timing:
     placement: str = ""
     """That instance: its role and number."""
 
-    def header(self, upstream: str | None = None) -> tuple[str, str]:
-        """Return the header: the proxy's entries, then those in ``upstream``, the header of the instance."""
-        return "server-timing", write_timing([*self._entries(), *read_timing(upstream)])
+    def header(self, upstream: Sequence[TimingEntry] = ()) -> tuple[str, str]:
+        """Return the header: the proxy's entries, then those of the instance."""
+        return "server-timing", write_timing([*self._entries(), *upstream])
 
     def comment(self) -> bytes:
         """Return the proxy's entries as a comment in a stream."""
@@ -56,8 +56,7 @@ class Timing:
 
     def durations(self) -> dict[str, float]:
         """Return what is known, in seconds by name."""
-        named = ((name, getattr(self, name)) for name in _DURATIONS)
-        return {name: seconds for name, seconds in named if seconds is not None}
+        return {name: seconds for name in _DURATIONS if (seconds := getattr(self, name)) is not None}
 
     def _entries(self) -> list[TimingEntry]:
         entries = [TimingEntry(name, seconds) for name, seconds in self.durations().items()]
@@ -193,6 +192,8 @@ class Job:
 
     async def open_unless_encoding_fails(self, opening: Coroutine[Any, Any, Call]) -> Call:
         """Like :meth:`unless_encoding_fails` for a call, which is closed if it comes too late."""
+        if self.encoding is None:
+            return await opening
         task = asyncio.ensure_future(opening)
         try:
             return await self.unless_encoding_fails(task)
@@ -206,9 +207,10 @@ class Job:
         return self.encoding is not None and self.encoding.done() and self.encoding.exception() is error
 
     async def end_encoding(self) -> None:
-        """Cancel what encoders still do for the request."""
-        if self.encoding is not None:
-            await _end(self.encoding)
+        """Cancel what encoders still do for the request, and let go of it: what was cancelled holds its images and the job."""
+        encoding, self.encoding = self.encoding, None
+        if encoding is not None:
+            await _end(encoding)
 
     async def return_to_original(self) -> None:
         """Make it a request that needs no encoder, if it has images."""
@@ -229,7 +231,7 @@ class Job:
             response.body,
             status=response.status,
             content_type=given.get("content-type", "application/json"),
-            headers=[*headers, self.timing.header(given.get("server-timing"))],
+            headers=[*headers, self.timing.header(response.timing)],
         )
 
     async def send_stream_as_it_is(self, call: Call, first: bytes) -> None:
@@ -237,7 +239,7 @@ class Job:
         splitter = EventSplitter()
         given = call.headers
         await self.exchange.start_events(
-            [self.timing.header(given.get("server-timing"))], content_type=given.get("content-type", CONTENT_TYPE)
+            [self.timing.header(call.timing)], content_type=given.get("content-type", CONTENT_TYPE)
         )
         chunk = first
         while chunk:
@@ -245,11 +247,11 @@ class Job:
             chunk = await call.chunk()
         await self.exchange.end_events(splitter.rest())
 
-    async def send_events(self, chunk: bytes, upstream: Mapping[str, str]) -> None:
+    async def send_events(self, chunk: bytes, call: Call) -> None:
         """Pass on a chunk of a stream; if the stream hasn't begun, begin it with the instance's headers."""
         if not self.exchange.has_begun:
-            timing = self.timing.header(upstream.get("server-timing"))
-            await self.exchange.start_events([timing], content_type=upstream.get("content-type", CONTENT_TYPE))
+            timing = self.timing.header(call.timing)
+            await self.exchange.start_events([timing], content_type=call.headers.get("content-type", CONTENT_TYPE))
         await self.exchange.write(self._relay.pass_on(chunk))
 
     async def end_events(self) -> None:
@@ -258,7 +260,7 @@ class Job:
 
     async def send_stream(self, call: Call, first: bytes, next_chunk: Callable[[], Awaitable[bytes]]) -> None:
         """Pass on a whole stream that begins with ``first``."""
-        await self.send_events(first, call.headers)
+        await self.send_events(first, call)
         write, pass_on = self.exchange.write, self._relay.pass_on
         while chunk := await next_chunk():
             await write(pass_on(chunk))

@@ -151,7 +151,8 @@ class LostEmbeddings:
 async def _is_read_within(job: Job, seconds: float) -> bool:
     """Return whether the instance has all embeddings; wait so long for news of them."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(job.news_of_embeddings.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await job.news_of_embeddings.wait()
     job.news_of_embeddings.clear()
     return job.embeddings_are_read
 

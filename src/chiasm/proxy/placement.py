@@ -15,15 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 from chiasm.due import due
+from chiasm.proxy.agreement import LANGUAGE_ROLES
 from chiasm.proxy.costs import Correction
 from chiasm.proxy.encode_plan import HINDRANCE, Device, Entry
 from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.hedging import HEDGED_SHARE
-from chiasm.proxy.prompts import ItemWork, Prefix, Prompt, Prompts, Work
+from chiasm.proxy.prompts import ItemWork, Prefix, Prompt, Work
 from chiasm.wire import Role
 
 __all__ = ["Entry", "ItemWork", "Placed", "Placement", "Prefix", "Work"]
@@ -86,7 +86,6 @@ class Placement:
     def __init__(self, fleet: Fleet, hedged_share: float = HEDGED_SHARE) -> None:
         """``hedged_share`` of the calls to encoders may be hedged."""
         self._fleet = fleet
-        self._prompts: WeakKeyDictionary[Instance, Prompts] = WeakKeyDictionary()
         self._text = Correction()
         """Tokens per byte of text."""
         self.images = EncodeQueue(fleet, self._devices, hedged_share)
@@ -137,7 +136,7 @@ class Placement:
         prompt.waits = len(chosen.ready_seconds) > chosen.cached_items
         prompt.last_seconds = chosen.last_seconds
         prompt.ready_at = now + max(chosen.ready_seconds, default=0.0)
-        self._prompts_of(chosen.instance).add(prompt, now)
+        chosen.instance.prompts.add(prompt, now)
         placed = Placed(chosen.instance, prompt, chosen.first_token_seconds, chosen.ready_seconds)
         placed.cached = chosen.cached_items
         placed.was_alone = (
@@ -174,13 +173,13 @@ class Placement:
         nothing else to do.
         """
         instance, work = placed.instance, placed.prompt.work
-        self._prompts_of(instance).begin_stream(placed.prompt, now)
+        instance.prompts.begin_stream(placed.prompt, now)
         if prefill_seconds is None and seconds is not None and placed.was_alone:
             instance.costs.prefill.learn(seconds, placed.prompt.seconds / instance.costs.prefill.factor(now), now)
         if prompt_tokens is None:
             return
         if placed.cached and not cached_tokens:
-            self._prompts_of(instance).forget_prefixes(work.prefixes[: placed.cached])
+            instance.prompts.forget_prefixes(work.prefixes[: placed.cached])
         image_tokens = sum(instance.costs.image_tokens(item.pixels) for item in work.items)
         self._text.learn(prompt_tokens - image_tokens, self._text_tokens(work.text_bytes), now)
         if prefill_seconds is not None:
@@ -188,7 +187,7 @@ class Placement:
 
     def end(self, placed: Placed, now: float) -> None:
         """Note that an answer has ended or failed."""
-        self._prompts_of(placed.instance).remove(placed.prompt, now)
+        placed.instance.prompts.remove(placed.prompt, now)
 
     # ---- estimates -----------------------------------------------------------------------------------------------------
 
@@ -201,7 +200,7 @@ class Placement:
         devices: Mapping[str, Device],
         now: float,
     ) -> _Estimate:
-        prompts, costs = self._prompts_of(instance), instance.costs
+        prompts, costs = instance.prompts, instance.costs
         cached = prompts.cached_items(work.prefixes)
         per_token = costs.prefill_seconds_per_token(now) * (1 + _STREAM_SLOWS * prompts.streams)
         ready = () if instance.role in _ENCODES_ITSELF else ready_seconds
@@ -252,18 +251,13 @@ class Placement:
     def _devices(self, now: float) -> dict[str, Device]:
         """Return what language instances do on each device that is known."""
         devices: dict[str, Device] = {}
-        for instance, prompts in self._prompts.items():
-            if device_id := instance.device_id:
+        for instance in self._fleet.instances:
+            if instance.role in LANGUAGE_ROLES and (device_id := instance.device_id):
                 seconds, streams = devices.get(device_id, _IDLE)
+                prompts = instance.prompts
                 devices[device_id] = Device(seconds + prompts.seconds_computing(now), streams + prompts.streams)
         for decode in self._fleet.healthy(Role.DECODE):
             if decode.device_id and decode.in_flight:
                 seconds, streams = devices.get(decode.device_id, _IDLE)
                 devices[decode.device_id] = Device(seconds, streams + decode.in_flight)
         return devices
-
-    def _prompts_of(self, instance: Instance) -> Prompts:
-        prompts = self._prompts.get(instance)
-        if prompts is None:
-            prompts = self._prompts[instance] = Prompts()
-        return prompts

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from chiasm.http.timing import TimingEntry, duration_of, read_timing
+from chiasm.http.timing import TimingEntry
 from chiasm.proxy.job import Job
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.placement import Placed, Placement
@@ -37,26 +37,26 @@ class PlacementRecord:
         for item, estimate in zip(placed.prompt.work.items, placed.ready_seconds, strict=False):
             published_at = self._job.published_at.get(item.identifier)
             if published_at is not None and 0 < estimate < _LONGEST_ESTIMATE_SECONDS:
-                self._metrics.estimate_ratio.labels("embedding").observe((published_at - self._decided_at) / estimate)
+                self._metrics.estimate_ratio_of("embedding").observe((published_at - self._decided_at) / estimate)
 
-    def note_answer(self, timing: str | None, *, is_whole: bool) -> None:
+    def note_answer(self, entries: Sequence[TimingEntry], *, is_whole: bool) -> None:
         """Note that the first token has come, and learn from what the instance reports."""
         now = time.monotonic()
-        entries = read_timing(timing)
-        seconds = duration_of(entries, "ttft") if is_whole else now - self._decided_at
+        told = {one.name: one for one in reversed(entries)}
+        seconds = _duration(told, "ttft") if is_whole else now - self._decided_at
         self._placement.first_token(
             self._placed,
             now,
             seconds=seconds,
-            prefill_seconds=duration_of(entries, "prefill"),
-            prompt_tokens=_count(entries, "prompt_tokens"),
-            cached_tokens=_count(entries, "cached_tokens") or 0,
+            prefill_seconds=_duration(told, "prefill"),
+            prompt_tokens=_count(told, "prompt_tokens"),
+            cached_tokens=_count(told, "cached_tokens") or 0,
         )
         self._learn_transfers(entries)
         estimate = self._job.timing.estimate
         if seconds is None or not estimate:
             return
-        self._metrics.estimate_ratio.labels("first_token").observe(seconds / estimate)
+        self._metrics.estimate_ratio_of("first_token").observe(seconds / estimate)
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug(
                 "%s: %s, first token after %.0f ms, estimated %.0f ms",
@@ -79,6 +79,10 @@ class PlacementRecord:
                 self._placed.instance.costs.learn_transfer(max(0.0, self._decided_at + wait - published_at))
 
 
-def _count(entries: Sequence[TimingEntry], name: str) -> int | None:
-    text = next((one.description for one in entries if one.name == name), "")
+def _duration(told: Mapping[str, TimingEntry], name: str) -> float | None:
+    return told[name].seconds if name in told else None
+
+
+def _count(told: Mapping[str, TimingEntry], name: str) -> int | None:
+    text = told[name].description if name in told else ""
     return int(text) if text.isdecimal() and len(text) < 10 else None

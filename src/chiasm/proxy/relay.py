@@ -49,10 +49,10 @@ class EventRelay:
         if _ERROR_KEY in events and (failed := _ERROR_EVENT.search(events)):
             self._has_failed = True
             return events[: failed.end()]
-        for done in _DONE:
-            if events.endswith(done) and not self._commented:
-                self._commented = True
-                return events[: -len(done)] + self._last_comment() + done
+        if events.endswith(_DONE) and not self._commented:
+            self._commented = True
+            done = events[events.rindex(b"data:") :]
+            return events[: -len(done)] + self._last_comment() + done
         return events
 
     def finish(self) -> bytes:

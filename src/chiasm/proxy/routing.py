@@ -317,16 +317,17 @@ class Router:
         """Send an instance's response to the client, unless encoding fails before it has begun."""
         if not call.is_stream:
             response = await job.unless_encoding_fails(call.read(self._config.max_answer_bytes))
-            assignment.note_answer(call.headers.get("server-timing"), is_whole=True)
+            assignment.note_answer(call.timing, is_whole=True)
             await job.send_response(response)
             return
 
-        async def next_chunk() -> bytes:
-            return await (call.chunk() if job.encoding is None else job.unless_encoding_fails(call.chunk()))
+        async def unless_encoding_fails() -> bytes:
+            return await job.unless_encoding_fails(call.chunk())
 
+        next_chunk = call.chunk if job.encoding is None else unless_encoding_fails
         # The head is held back until the first event has arrived, so that failures before it still have a status.
         first = await begin(next_chunk)
-        assignment.note_answer(call.headers.get("server-timing"))
+        assignment.note_answer(call.timing)
         job.request.forget()
         job.note_embeddings_read()
         await job.send_stream(call, first, next_chunk)
@@ -358,7 +359,7 @@ class Router:
 
     def _note_overhead(self, job: Job, started: float, has_media: bool) -> None:
         job.timing.proxy = time.perf_counter() - started - (job.timing.fetch or 0.0)
-        self._metrics.overhead.labels("media" if has_media else "text").observe(job.timing.proxy)
+        self._metrics.overhead_of("media" if has_media else "text").observe(job.timing.proxy)
 
 
 def _original(job: Job, items: Sequence[Item]) -> Original:

@@ -138,7 +138,7 @@ class ProxyService:
         def count(exchange: Exchange) -> None:
             self.metrics.in_flight.dec()
             self.records.end(exchange, path)
-            self.metrics.requests.labels(path, str(exchange.status)).inc()
+            self.metrics.requests_of(path, exchange.status).inc()
             if exchange.key is not None and exchange.key.name:
                 self.metrics.key_requests.labels(exchange.key.name, str(exchange.status)).inc()
 

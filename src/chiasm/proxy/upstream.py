@@ -6,7 +6,7 @@ import asyncio
 import math
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from chiasm.errors import ChiasmError, Code
 from chiasm.fleet_key import FleetKey
 from chiasm.http.body import joined
 from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.http.timing import TimingEntry, read_timing
 from chiasm.http.vanished import break_if_vanished
 from chiasm.wire import CLIENT_HEADER, UNREADABLE, ErrorBody, ErrorDetail
 
@@ -115,6 +116,8 @@ class UpstreamResponse(NamedTuple):
     status: int
     headers: Mapping[str, str]
     body: bytes
+    timing: Sequence[TimingEntry]
+    """Its ``Server-Timing``."""
 
 
 class Line:
@@ -170,6 +173,7 @@ class Call:
         line.begin(self, self._break_off)
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
+        self.timing: Sequence[TimingEntry] = read_timing(response.headers.get("server-timing"))
 
     @property
     def is_stream(self) -> bool:
@@ -195,7 +199,7 @@ class Call:
             size_bytes += len(chunk)
             if size_bytes > max_bytes:
                 raise UpstreamError(f"The answer of an instance is longer than the limit of {max_bytes} bytes.")
-        return UpstreamResponse(self.status, self.headers, await joined(chunks, size_bytes))
+        return UpstreamResponse(self.status, self.headers, await joined(chunks, size_bytes), self.timing)
 
     async def check(self, max_bytes: int) -> None:
         """Raise RefusedError if the status is an error, UpstreamError if it is neither that nor 200."""
@@ -279,7 +283,7 @@ class Upstream:
                 line.begin(limit, lambda: limit.reschedule(0))
                 response = await self._session.post(
                     instance_url + path,
-                    data=_send(body),
+                    data=body if len(body) <= _PIECE_BYTES else _in_pieces(body),
                     headers={**signed, "Content-Type": "application/json", "Content-Length": str(len(body))},
                     allow_redirects=False,
                 )
@@ -330,7 +334,7 @@ def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     return made
 
 
-async def _send(body: bytes) -> AsyncIterator[bytes]:
+async def _in_pieces(body: bytes) -> AsyncIterator[bytes]:
     """Yield pieces, since a connection copies what it can't send at once."""
     for start in range(0, len(body), _PIECE_BYTES):
         yield body[start : start + _PIECE_BYTES]
