@@ -131,7 +131,9 @@ class ProxyService:
 
         def start(exchange: Exchange) -> None:
             self.metrics.in_flight.inc()
-            self.records.begin(exchange)
+            trace = self.records.begin(exchange).trace
+            if trace is not None:
+                exchange.visit.details["trace_id"] = trace.trace_id_text
             if self.is_stopping:
                 raise _stopping()
 
