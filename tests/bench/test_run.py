@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import signal
@@ -17,6 +16,7 @@ from chiasm.bench.measurements import MEASUREMENTS
 from chiasm.bench.run import BenchConfig, choose
 from chiasm.bench.topology import kv_connectors
 from chiasm.launch.config import EngineKind
+from tests.launch.waiting import command_line
 
 _BENCH = (sys.executable, "-m", "chiasm", "bench")
 
@@ -149,12 +149,7 @@ def test_without_vllm_one_line_says_so(tmp_path: Path) -> None:
 
 def _instances(pid: int) -> list[psutil.Process]:
     """Return the instances and the proxy that the bench has started; it also runs commands that end by themselves."""
-    found: list[psutil.Process] = []
-    for child in psutil.Process(pid).children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "chiasm child" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
+    return [child for child in psutil.Process(pid).children() if "chiasm child" in " ".join(command_line(child))]
 
 
 def test_a_signal_ends_everything(checkpoint: Path, tmp_path: Path) -> None:

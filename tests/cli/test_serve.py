@@ -19,7 +19,7 @@ from chiasm.cli.conversation import Turn, ask, drawn
 from chiasm.launch.folders import STORAGE_PREFIX
 from chiasm.launch.ports import instance_states
 from tests.cli.running import Running
-from tests.launch.waiting import alive, eventually
+from tests.launch.waiting import alive, command_line, eventually
 
 SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512", "--port", "0")
 PAIR = ("--layout", "colocated", "--encoders", "1", "--pds", "1", *SMALL)
@@ -38,7 +38,7 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def _encoder(running: Running) -> psutil.Process | None:
-    found = [one for one in running.children if "child encoder-0" in " ".join(one.cmdline())]
+    found = [one for one in running.children if "child encoder-0" in " ".join(command_line(one))]
     return found[0] if found else None
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import signal
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from chiasm.bench import requests
-from chiasm.bench.churn import Churn, JoinedProxy, churning
+from chiasm.bench.churn import JoinedProxy, churning
 from chiasm.bench.client import Client, RequestFailedError, opened
 from chiasm.bench.measurements.churn import bodies
 from chiasm.wire import Role
@@ -46,30 +43,6 @@ class Stream:
         return ""
 
 
-@asynccontextmanager
-async def asking(churn: Churn, proxies: Sequence[JoinedProxy], expected: dict[bytes, str]) -> AsyncIterator[list[str]]:
-    """A block during which clients ask these proxies; gives what fails or is wrong."""
-    faults: list[str] = []
-
-    async def ask_on(proxy: JoinedProxy) -> None:
-        for body, text in itertools.cycle(expected.items()):
-            if is_over.is_set():
-                return
-            try:
-                if (found := await churn.answer(proxy, body)) != text:
-                    faults.append(f"{found!r} in place of {text!r}")
-            except RequestFailedError as error:
-                faults.append(error.message)
-
-    is_over = asyncio.Event()
-    tasks = [asyncio.create_task(ask_on(one)) for one in proxies]
-    try:
-        yield faults
-    finally:
-        is_over.set()
-        await asyncio.gather(*tasks)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 async def test_a_proxy_that_ends_under_load_costs_its_own_connections_and_is_right_as_soon_as_it_runs_again(
     checkpoint: Path, number: signal.Signals
@@ -81,7 +54,7 @@ async def test_a_proxy_that_ends_under_load_costs_its_own_connections_and_is_rig
         ending, *others = churn.proxies
         expected = {body: await churn.answer(ending, body) for body in bodies(seed=1)}
         whole = await churn.answer(ending, LONG)
-        async with asking(churn, others, expected) as faults:
+        async with churn.asking(others, expected, clients=len(others)) as found:
             streams = [Stream(client, one) for one in churn.proxies]
             for stream in streams:
                 await stream.begun()
@@ -90,7 +63,7 @@ async def test_a_proxy_that_ends_under_load_costs_its_own_connections_and_is_rig
             await ending.start()
             after = [await churn.answer(ending, body) for body in expected]  # not one of them fails
             early, *rest = [await one.ending for one in streams]
-        assert faults == []
+        assert (found.failures, found.wrong) == ([], 0)
         assert after == list(expected.values())
         assert rest == ["", ""]
         assert [one.text for one in streams[1:]] == [whole, whole]

@@ -15,7 +15,7 @@ from chiasm import checkpoints
 from chiasm.launch.child import Process
 from chiasm.launch.fork_server import ForkServer
 from tests.fleet import FORKS
-from tests.launch.waiting import alive, eventually
+from tests.launch.waiting import alive, command_line, eventually
 
 DEMO = checkpoints.folder("demo")
 ENDED = (0, -signal.SIGTERM)
@@ -38,7 +38,7 @@ def _end(process: Process) -> int:
 
 
 def _servers() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if one.cmdline()[-1:] == ["fork-server"]]
+    return [one for one in psutil.Process().children() if command_line(one)[-1:] == ["fork-server"]]
 
 
 def test_a_fork_is_a_child_of_whoever_asked_for_it() -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from chiasm.launch.ports import HeldPort
-from tests.launch.waiting import alive, eventually
+from tests.launch.waiting import alive, command_line, eventually
 
 SHARED_MEMORY = Path("/dev/shm")
 SERVER = """
@@ -189,7 +189,7 @@ def test_processes_that_ignore_signals_are_killed_and_leave_nothing(start: Start
 def test_a_killed_server_leaves_nothing_and_may_be_started_again(start: Start) -> None:
     one = start()
     family = one.wait_ready()
-    server = next(process for process in family if "server-" in " ".join(process.cmdline()))
+    server = next(process for process in family if "server-" in " ".join(command_line(process)))
     server.kill()
     assert one.process.wait(30) == 1
     assert "The server ended with SIGKILL" in one.said
@@ -199,7 +199,7 @@ def test_a_killed_server_leaves_nothing_and_may_be_started_again(start: Start) -
 def test_the_server_dies_with_a_killed_supervisor(start: Start) -> None:
     one = start()
     family = one.wait_ready()
-    server = next(process for process in family if "server-" in " ".join(process.cmdline()))
+    server = next(process for process in family if "server-" in " ".join(command_line(process)))
     one.process.kill()
     assert eventually(lambda: not alive([server]), 10)
     for process in alive(family):

@@ -12,7 +12,7 @@ import pytest
 
 from chiasm.wire import MEMBERS_PATH, WORKER_HEADER
 from tests.cli.running import Running
-from tests.launch.waiting import alive, eventually
+from tests.launch.waiting import alive, command_line, eventually
 
 KEY = "operator" * 2
 ADMIN = {"Authorization": f"Bearer {KEY}"}
@@ -29,7 +29,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def workers(running: Running) -> dict[str, psutil.Process]:
-    return {one.cmdline()[-1]: one for one in running.children if one.cmdline()[-1].startswith("worker-")}
+    named = {" ".join(command_line(one)[-1:]): one for one in running.children}
+    return {name: one for name, one in named.items() if name.startswith("worker-")}
 
 
 def metric(running: Running, name: str) -> dict[str, float]:

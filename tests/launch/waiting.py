@@ -23,6 +23,14 @@ def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if process.is_running() and not _is_zombie(process)]
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    """Return the arguments of a process; those of one that has ended are gone, and the list is empty."""
+    try:
+        return list(process.cmdline())
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _is_zombie(process: psutil.Process) -> bool:
     try:
         return bool(process.status() == psutil.STATUS_ZOMBIE)

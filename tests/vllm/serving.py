@@ -17,7 +17,7 @@ import psutil
 
 from chiasm.demo.images import draw_example
 from tests.cli.running import Running
-from tests.launch.waiting import eventually
+from tests.launch.waiting import command_line, eventually
 
 from .processes import CLIENT, START_SECONDS
 from .wire import Body, chat, encoded, image_part
@@ -71,10 +71,9 @@ class Service:
         """Return the ``vllm serve`` process that listens, or is going to listen, at ``url``."""
         port = str(urlsplit(url).port)
         for process in self.running.children:
-            with contextlib.suppress(psutil.Error):
-                command = process.cmdline()
-                if "chiasm.launch.supervisor" not in command and "serve" in command and port in command:
-                    return process
+            command = command_line(process)
+            if "chiasm.launch.supervisor" not in command and "serve" in command and port in command:
+                return process
         raise LookupError(f"nothing serves {url}")
 
     def servers(self, role: str) -> list[psutil.Process]:

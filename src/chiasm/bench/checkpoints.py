@@ -172,6 +172,7 @@ async def measure_alone(bench: Bench, deployment: Deployment, name: str) -> Alon
     (encoder,), (pd, *_) = deployment.urls(Role.ENCODER), deployment.urls(Role.PD)
     identifier = identifier_of(name)
     _, encoding, _ = await bench.client.post(encoder, publish(photo(name, SIDE), identifier), as_proxy=True)
+    await bench.client.tell_place(pd, encoder, identifier)
     body = chat([embeds_part(identifier, SIDE), text_part(QUESTION)], max_tokens=1)
     _, prefilling, _ = await bench.client.post(pd, body, as_proxy=True)
     return Alone(encoding["preprocess"] + encoding["encode"] + encoding["publish"], prefilling["prefill"])

@@ -189,37 +189,47 @@ class Churn:
 
     async def run(self, changes: int, bodies: Sequence[bytes], clients: int, advance: Callable[[], None]) -> Churned:
         """Join and drain ``changes`` instances, of all roles in turn, while so many clients ask."""
-        found = Churned()
-        expected = [await self.answer(self.proxies[0], body) for body in bodies]
-        is_over = asyncio.Event()
-        asking = [asyncio.create_task(self._ask_on(one, bodies, expected, found, is_over)) for one in range(clients)]
-        try:
+        expected = {body: await self.answer(self.proxies[0], body) for body in bodies}
+        async with self.asking(self.proxies, expected, clients, pause_seconds=_PAUSE_SECONDS) as found:
             for role in itertools.islice(itertools.cycle(self.roles), changes):
                 found.join_seconds.append(await self.join(role))
                 code, seconds = await self.drain(role)
                 found.exit_codes.append(code)
                 found.drain_seconds.append(seconds)
                 advance()
-        finally:
-            is_over.set()
-            await asyncio.gather(*asking)
         return found
 
-    async def _ask_on(
-        self, number: int, bodies: Sequence[bytes], expected: Sequence[str], found: Churned, is_over: asyncio.Event
-    ) -> None:
-        for turn in itertools.count(number):
-            if is_over.is_set():
-                return
-            which = turn % len(bodies)
-            try:
-                text = await self.answer(self.proxies[turn % len(self.proxies)], bodies[which])
-            except RequestFailedError as error:
-                found.failures.append(error.message)
-            else:
-                found.answers += 1
-                found.wrong += text != expected[which]
-            await asyncio.sleep(_PAUSE_SECONDS)
+    @asynccontextmanager
+    async def asking(
+        self, proxies: Sequence[JoinedProxy], expected: Mapping[bytes, str], clients: int, *, pause_seconds: float = 0.0
+    ) -> AsyncIterator[Churned]:
+        """A block during which so many clients ask these proxies in turn; gives what comes of it.
+
+        ``expected`` has the right answer to each request.
+        """
+        found, is_over = Churned(), asyncio.Event()
+        asked = list(expected.items())
+
+        async def ask_on(number: int) -> None:
+            for turn in itertools.count(number):
+                if is_over.is_set():
+                    return
+                body, right = asked[turn % len(asked)]
+                try:
+                    text = await self.answer(proxies[turn % len(proxies)], body)
+                except RequestFailedError as error:
+                    found.failures.append(error.message)
+                else:
+                    found.answers += 1
+                    found.wrong += text != right
+                await asyncio.sleep(pause_seconds)
+
+        tasks = [asyncio.create_task(ask_on(one)) for one in range(clients)]
+        try:
+            yield found
+        finally:
+            is_over.set()
+            await asyncio.gather(*tasks)
 
     async def answer(self, proxy: JoinedProxy, body: bytes) -> str:
         """Ask a proxy, and return its answer's text. Raises RequestFailedError."""

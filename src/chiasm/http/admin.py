@@ -2,54 +2,43 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from ipaddress import ip_address
 from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from chiasm.errors import AuthenticationError, ConfigurationError
+from chiasm.errors import AuthenticationError
 from chiasm.http.key_rules import read_admin_keys
 from chiasm.http.keys import bearer, digest_of, is_one_of
-from chiasm.http.watch import FileWatch
+from chiasm.http.watch import Replaceable
 
-_logger = logging.getLogger(__name__)
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 """Headers by which a reverse proxy says that it speaks for somebody else."""
 
 
-class AdminCheck:
+class AdminCheck(Replaceable[list[bytes]]):
     """Tells the operator of a server from its clients.
 
     The operator has the admin key, or one of those in a file, which may be replaced while the server runs. On a server without
     one, whoever asks from the server's own machine may see what the operator may; nobody may change anything.
     """
 
+    kept = "the admin keys stay as they are"
+
     def __init__(self, key: str | None = None, file: Path | None = None) -> None:
         """Raises ConfigurationError for a key that isn't fit, and for a file that can't be read or holds none."""
+        super().__init__(() if file is None else (file,))
         self._key = key
         self._file = file
-        self._watch = FileWatch(() if file is None else (file,))
         self._digests = self._read()
-
-    async def follow(self) -> None:
-        """Read the file again whenever it was replaced, until cancelled."""
-        async for _ in self._watch.changes():
-            await self.read_again()
-
-    async def read_again(self) -> None:
-        """Take the keys that are in the file now. One that isn't fit, or is missing, changes nothing."""
-        try:
-            self._digests = await asyncio.to_thread(self._read)
-        except ConfigurationError as error:
-            _logger.warning("the admin keys stay as they are: %s", error.message)
-        else:
-            _logger.info("the admin keys were read again: there are %d", len(self._digests))
 
     def _read(self) -> list[bytes]:
         return [digest_of(key) for key in read_admin_keys(self._key, self._file)]
+
+    def _take(self, read: list[bytes]) -> str:
+        self._digests = read
+        return f"the admin keys were read again: there are {len(read)}"
 
     @property
     def has_key(self) -> bool:

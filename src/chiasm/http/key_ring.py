@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
-import logging
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from chiasm.errors import Code, ConfigurationError, RateLimitError
+from chiasm.errors import Code, RateLimitError
 from chiasm.http.config import HttpConfig
 from chiasm.http.key_file import ApiKey, read_api_keys
 from chiasm.http.limits import Limit
-from chiasm.http.watch import FileWatch
+from chiasm.http.watch import Replaceable
 
 _ID_CHARACTERS = 16
 _MINUTE_SECONDS = 60.0
-_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,14 +84,16 @@ class KeyHolder:
         begun.append(now)
 
 
-class KeyRing:
+class KeyRing(Replaceable[dict[bytes, KeyHolder]]):
     """All keys of one server, on its event loop."""
+
+    kept = "the API keys stay as they are"
 
     def __init__(self, config: HttpConfig) -> None:
         """Raises ConfigurationError for keys that cannot be read or aren't fit."""
+        super().__init__(() if config.api_key_file is None else (config.api_key_file,))
         self._config = config
         self._secret = secrets.token_bytes(32)
-        self._watch = FileWatch(() if config.api_key_file is None else (config.api_key_file,))
         self._holders = self._read()
 
     def __bool__(self) -> bool:
@@ -113,25 +112,6 @@ class KeyRing:
         """The names of all keys that have one."""
         return {one.name for one in self._holders.values() if one.name}
 
-    async def follow(self) -> None:
-        """Read the file again whenever it was replaced, until cancelled."""
-        async for _ in self._watch.changes():
-            await self.read_again()
-
-    async def read_again(self) -> None:
-        """Take the keys that are in the file now. One that isn't fit, or is missing, changes nothing."""
-        try:
-            read = await asyncio.to_thread(self._read)
-        except ConfigurationError as error:
-            _logger.warning("the API keys stay as they are: %s", error.message)
-            return
-        known = {one.id: one for one in self._holders.values()}
-        for one in read.values():
-            if one.id in known:
-                one.take_over(known[one.id])
-        self._holders = read
-        _logger.info("the API keys were read again: there are %d", len(read))
-
     def _hash(self, key: str) -> bytes:
         return hmac.digest(self._secret, key.encode("utf-8", "surrogateescape"), "sha256")
 
@@ -144,6 +124,14 @@ class KeyRing:
             holder = holders.setdefault(_id_of(key), KeyHolder(key, secret))
             found.setdefault(self._hash(key.key), holder)
         return found
+
+    def _take(self, read: dict[bytes, KeyHolder]) -> str:
+        known = {one.id: one for one in self._holders.values()}
+        for one in read.values():
+            if one.id in known:
+                one.take_over(known[one.id])
+        self._holders = read
+        return f"the API keys were read again: there are {len(read)}"
 
 
 def read_keys(config: HttpConfig) -> list[ApiKey]:

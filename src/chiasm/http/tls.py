@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import ssl
 from pathlib import Path
 
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
-from chiasm.http.watch import FileWatch
-
-_logger = logging.getLogger(__name__)
+from chiasm.http.watch import Replaceable
 
 
-class Certificate:
-    """A certificate with its key, as TLS uses it for new connections."""
+class Certificate(Replaceable[ssl.SSLContext]):
+    """A certificate with its key, as TLS uses it for new connections. In the middle of a renewal its files don't fit."""
+
+    kept = "the certificate stays as it is"
 
     def __init__(self, certificate: Path, key: Path | None) -> None:
         """Raises ConfigurationError if the files cannot be read, or don't belong together."""
+        super().__init__([path for path in (certificate, key) if path is not None])
         self._files = (certificate, key)
-        self._watch = FileWatch([path for path in self._files if path is not None])
         self.context = self._read()
-
-    async def follow(self) -> None:
-        """Read the files again whenever they were replaced, until cancelled."""
-        async for _ in self._watch.changes():
-            await self.read_again()
-
-    async def read_again(self) -> None:
-        """Take what is in the files now. If they don't belong together, as in the middle of a renewal, nothing changes."""
-        try:
-            await asyncio.to_thread(self._read)
-            self.context.load_cert_chain(*self._files, password=_no_password)
-        except (ConfigurationError, OSError) as error:
-            _logger.warning("the certificate stays as it is: %s", error)
-        else:
-            _logger.info("the certificate was read again")
 
     def _read(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -54,6 +37,11 @@ class Certificate:
         except OSError as error:
             raise ConfigurationError(f"{named} cannot be read: {error.strerror}.") from None
         return context
+
+    def _take(self, read: ssl.SSLContext) -> str:
+        """Change the context that the server has; ``read`` showed that it can be."""
+        self.context.load_cert_chain(*self._files, password=_no_password)
+        return "the certificate was read again"
 
 
 def certificate_of(config: HttpConfig) -> Certificate | None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
+
+from chiasm.errors import ConfigurationError
 
 INTERVAL_SECONDS = 1.0
+_logger = logging.getLogger(__name__)
+_ReadT = TypeVar("_ReadT")
 
 
 class FileWatch:
@@ -31,6 +37,38 @@ class FileWatch:
 
     def _look(self) -> list[tuple[int, ...] | None]:
         return [_stamp(path) for path in self._paths]
+
+
+class Replaceable(ABC, Generic[_ReadT]):
+    """What a server reads from files at its start, and again when they were replaced. What isn't fit then changes nothing."""
+
+    kept: ClassVar[str]
+    """What the log says, before the reason, if nothing changes."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._watch = FileWatch(paths)
+
+    async def follow(self) -> None:
+        """Read the files again whenever they were replaced, until cancelled."""
+        async for _ in self._watch.changes():
+            await self.read_again()
+
+    async def read_again(self) -> None:
+        """Take what is in the files now, unless it is missing or isn't fit."""
+        try:
+            done = self._take(await asyncio.to_thread(self._read))
+        except (ConfigurationError, OSError) as error:
+            _logger.warning("%s: %s", self.kept, error)
+        else:
+            _logger.info("%s", done)
+
+    @abstractmethod
+    def _read(self) -> _ReadT:
+        """Return what is in the files, on any thread. Raises ConfigurationError if it isn't fit."""
+
+    @abstractmethod
+    def _take(self, read: _ReadT) -> str:
+        """Use what was read from now on, and return what the log says. Raises as ``_read`` does, or OSError."""
 
 
 @asynccontextmanager

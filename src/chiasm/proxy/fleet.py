@@ -248,16 +248,16 @@ class Fleet:
             or (one.state is InstanceState.UNHEALTHY and one.says_starting)
             or (_may_return(one) and _is_recent(one.lost_at, now))
             for one in self._instances.values()
-            if one.role in _ALTERNATIVES.get(role, (role,))
+            if one.role in _substitutes(role)
         )
 
     def has(self, role: Role) -> bool:
         """Return whether there is an instance, in whatever state, that does what this role does."""
-        return any(one.role in _ALTERNATIVES.get(role, (role,)) for one in self._instances.values())
+        return any(one.role in _substitutes(role) for one in self._instances.values())
 
     def has_substitute(self, instance: Instance) -> bool:
         """Return whether another instance is healthy that does what this one does."""
-        return any(one is not instance for one in self.healthy(*_ALTERNATIVES.get(instance.role, (instance.role,))))
+        return any(one is not instance for one in self.healthy(*_substitutes(instance.role)))
 
     @property
     def models(self) -> list[str]:
@@ -458,6 +458,11 @@ def _twin(instance: Instance, others: Sequence[tuple[Instance, Member]]) -> Inst
     """Return the instance that is the same process under another URL; None if there is none."""
     own = instance.incarnation
     return next((one for one, _ in others if own and one.incarnation == own), None)
+
+
+def _substitutes(role: Role) -> tuple[Role, ...]:
+    """Return the roles of which an instance does what this role does."""
+    return _ALTERNATIVES.get(role, (role,))
 
 
 def _may_return(instance: Instance) -> bool:

@@ -147,7 +147,7 @@ def role(name: str | None) -> SimpleNamespace | None:
 def config(ec: str | None = None, kv: str | None = None, store: Path | None = None, **model: Any) -> SimpleNamespace:
     """vLLM's VllmConfig."""
     transfer = role(ec)
-    if transfer is not None:
+    if transfer is not None and store is not None:
         transfer.ec_connector_extra_config = {"shared_storage_path": str(store)}
     return SimpleNamespace(
         ec_transfer_config=transfer,
@@ -619,11 +619,11 @@ CALLS_OF_CLIENTS = [
 
 
 @pytest.fixture
-def fleet(monkeypatch: pytest.MonkeyPatch) -> Server:
+def fleet(monkeypatch: pytest.MonkeyPatch, store: Path) -> Server:
     """A PD with a fleet key."""
     for name, value in KEY.environment().items():
         monkeypatch.setenv(name, value)
-    return Server(VLLM(config("ec_consumer")))
+    return Server(VLLM(config("ec_consumer", store=store)))
 
 
 @pytest.mark.parametrize(("path", "body"), STAGE_CALLS)
