@@ -105,7 +105,7 @@ async def test_every_instance_is_told_the_clients_trace(start: Start) -> None:
     for instance in (encoder, prefill, decode):
         [received] = instance.received
         assert (received.headers["traceparent"], received.headers["tracestate"]) == (PARENT, "a=1")
-    assert (await front.get("/requests/mine")).json["details"]["trace_id"] == TRACE
+    assert (await front.record("mine"))["details"]["trace_id"] == TRACE
 
 
 async def test_hostile_headers_of_a_trace_are_left_out(start: Start) -> None:
