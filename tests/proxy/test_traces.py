@@ -29,7 +29,7 @@ from chiasm.proxy.records.otlp import MAX_WAITING_TRACES, Tracing
 from chiasm.proxy.records.record import Record
 from chiasm.proxy.records.trace_context import TraceContext
 from chiasm.proxy.records.tracing import traces_url
-from chiasm.proxy.records.trail import LanguageCall
+from chiasm.proxy.records.trail import LanguageCall, Step
 
 from .conftest import Start, ask, image, image_bytes
 from .instances import MODEL, FakeInstance, refuse
@@ -110,6 +110,14 @@ def test_each_stage_is_a_span_below_the_request() -> None:
     assert times["decode", PD] == (890, 2000)
     assert times["place", None] == (50, 60)
     assert all(0 <= began <= ended <= 2000 for began, ended in times.values())
+
+
+def test_stages_shorter_than_a_tenth_of_a_millisecond_have_no_span() -> None:
+    record = traced()
+    record.trail.steps += [Step("parse", 100.05, 100.05009), Step("store", 100.05, 100.05011)]
+    names = [stage.name for stage in made(record)]
+    assert "store" in names
+    assert "parse" not in names
 
 
 def test_the_stages_of_an_image_name_it() -> None:

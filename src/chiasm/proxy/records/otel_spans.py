@@ -23,6 +23,7 @@ from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH
 
 PROVIDER = "chiasm"
 SCOPE = InstrumentationScope("chiasm", __version__)
+SHORTEST_SECONDS = 1e-4
 _OPERATIONS = {
     CHAT_PATH: "chat",
     COMPLETIONS_PATH: "text_completion",
@@ -48,6 +49,7 @@ def span_context(trace: TraceContext, *, is_remote: bool) -> SpanContext:
 def spans_of(record: Record, resource: Resource, new_id: Callable[[], int]) -> list[ReadableSpan]:
     """Return the spans of a request that has one of its own in its trail: first that, then its stages in order.
 
+    Stages of less than 0.1 ms are left out: a collector's pages don't show them, and each span costs tens of microseconds.
     ``new_id`` returns random ids of spans.
     """
     trail = record.trail
@@ -68,7 +70,8 @@ def spans_of(record: Record, resource: Resource, new_id: Callable[[], int]) -> l
         end_time=int((record.arrived + record.seconds) * _NANOSECONDS),
         instrumentation_scope=SCOPE,
     )
-    return [root, *(_stage(record, span, own, resource, new_id()) for span in timeline.spans)]
+    shown = (span for span in timeline.spans if span.seconds >= SHORTEST_SECONDS)
+    return [root, *(_stage(record, span, own, resource, new_id()) for span in shown)]
 
 
 def _of_request(
