@@ -83,6 +83,7 @@ def test_the_doctor_needs_no_extra(base: dict[str, str], target: tuple[str, ...]
         (("instance", "demo", "--role", "aggregated", "--port", "0"), Extra.ENGINE),
         (("plan", "demo"), Extra.ENGINE),
         (("bench",), Extra.ENGINE),
+        (("proxy", "--port", "0", "--otlp-traces-endpoint", "http://127.0.0.1:9"), Extra.OTEL),
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(base: dict[str, str], arguments: tuple[str, ...], extra: Extra) -> None:
@@ -115,8 +116,8 @@ def test_each_extra_brings_what_it_is_said_to_bring() -> None:
     extras: dict[str, list[str]] = PROJECT["optional-dependencies"]
     assert set(extras) - {"dev"} == set(Extra)
     for extra, modules in MODULES.items():
-        assert names(extras[extra]) >= set(modules)
-        assert extra is Extra.ENGINE or "chiasm[engine]" in extras[extra]
+        assert names(extras[extra]) >= {module.replace(".", "-") for module in modules}
+        assert extra in (Extra.ENGINE, Extra.OTEL) or "chiasm[engine]" in extras[extra]
     assert names(PROJECT["dependencies"]).isdisjoint(module for modules in MODULES.values() for module in modules)
 
 

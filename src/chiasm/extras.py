@@ -23,6 +23,8 @@ class Extra(enum.StrEnum):
     """NixlConnector."""
     VLLM = "vllm"
     """Instances of vLLM."""
+    OTEL = "otel"
+    """Export of spans by OpenTelemetry."""
 
 
 MODULES: Mapping[Extra, tuple[str, ...]] = {
@@ -30,8 +32,9 @@ MODULES: Mapping[Extra, tuple[str, ...]] = {
     Extra.BENCH: ("matplotlib",),
     Extra.NIXL: ("nixl",),
     Extra.VLLM: ("vllm",),
+    Extra.OTEL: ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
 }
-"""The top-level modules that only one of the extras brings. Those that include another's packages don't repeat them."""
+"""The modules that an extra brings and the base lacks. Those that include another's packages don't repeat them."""
 
 
 def install_command(extra: Extra) -> str:
@@ -41,7 +44,14 @@ def install_command(extra: Extra) -> str:
 
 def missing_modules(extra: Extra) -> list[str]:
     """Return the modules of an extra that are not installed."""
-    return [name for name in MODULES[extra] if find_spec(name) is None]
+    return [name for name in MODULES[extra] if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
 
 
 def require(extra: Extra, user: str) -> None:
@@ -62,8 +72,9 @@ def explained(error: ImportError, user: str) -> ConfigurationError | None:
     """Return the error for an import that failed because an extra is not installed; None for every other."""
     if not isinstance(error, ModuleNotFoundError):
         return None
-    name = (error.name or "").partition(".")[0]
+    missing = error.name or ""
     for extra, names in MODULES.items():
-        if name in names:
-            return missing_error(extra, user, name)
+        for name in names:
+            if missing == name or missing.startswith(f"{name}."):
+                return missing_error(extra, user, name)
     return None

@@ -73,6 +73,13 @@ class Front:
             while (await self.states()).get(instance.url, "removed") != state:
                 pass  # each look takes a turn of its own
 
+    async def record(self, request_id: str) -> Any:
+        """What ``/requests/ID`` says, when there is a record: shortly after the client has the answer."""
+        async with asyncio.timeout(10):
+            while (answer := await self.get(f"/requests/{request_id}", **self.admin)).status == 404:
+                pass  # each look takes a turn of its own
+        return answer.json
+
     async def metric(self, name: str) -> float:
         """The value of one sample, named with its labels as the page has it; 0 if it isn't there."""
         for line in (await self.get("/metrics", **self.admin)).body.decode().splitlines():

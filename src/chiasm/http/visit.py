@@ -31,8 +31,7 @@ class Visit:
     """One request, from its head to the last byte of its answer."""
 
     def __init__(self, scope: Scope, *, timing_comments: bool = True, counts_tokens: bool = False) -> None:
-        """``timing_comments`` is what holds unless the request says something else; ``counts_tokens`` looks for ``usage`` in
-        its answer."""
+        """``timing_comments`` is what holds unless the request says something else."""
         headers: Headers = Fields(scope)
         self.headers = headers
         given = headers.get("x-request-id", "")
@@ -61,8 +60,10 @@ class Visit:
         """Returns the seconds that stages of the answer took, as far as they are known."""
         self.tokens: dict[str, int] = {}
         """Tokens of ``prompt`` and ``completion``, as far as they are known."""
-        self._counts_tokens = counts_tokens
-        self._is_stream = False
+        self.counts_tokens = counts_tokens
+        """Whether ``usage`` is looked for in the answer."""
+        self.is_stream = False
+        """Whether the answer is a stream of events."""
         self._error = b""
 
     def note(self, message: Message) -> None:
@@ -70,7 +71,7 @@ class Visit:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             types = (value for name, value in message["headers"] if name == b"content-type")
-            self._is_stream = next(types, b"").startswith(b"text/event-stream")
+            self.is_stream = next(types, b"").startswith(b"text/event-stream")
             return
         body: bytes = message.get("body", b"")
         if self.status is not None and self.status >= _FIRST_ERROR:
@@ -78,10 +79,10 @@ class Visit:
             return
         if body and self.first_at is None:
             self.first_at = time.monotonic()
-        if self._is_stream and b'"error"' in body and (found := _ERROR_EVENT.search(body)):
+        if self.is_stream and b'"error"' in body and (found := _ERROR_EVENT.search(body)):
             self.ended_with_error = True
             self._error = found[1][:_KEPT_BYTES]
-        if self._counts_tokens and (at := body.rfind(b'"usage"')) >= 0:
+        if self.counts_tokens and (at := body.rfind(b'"usage"')) >= 0:
             self.tokens.update((name.decode(), int(count)) for name, count in _TOKENS.findall(body, at))
 
     @property

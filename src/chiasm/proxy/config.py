@@ -16,6 +16,7 @@ from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
 from chiasm.options import Option
 from chiasm.proxy.hedging import HEDGED_SHARE
+from chiasm.proxy.records.tracing import traces_url
 from chiasm.proxy.tenants import TenantBy
 
 _POSITIVE = (
@@ -142,6 +143,14 @@ class ProxyConfig:
         ),
     ] = 1.0
     """Not more than ``probe_timeout_seconds``."""
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Option(
+            "URL to which spans of requests are posted, by OTLP over HTTP; OTEL_… variables say more.",
+            metavar="URL",
+            unset="none are",
+        ),
+    ] = field(default=None, repr=False)
     shutdown_timeout_seconds: ShutdownTimeout = SHUTDOWN_TIMEOUT_SECONDS
     media: MediaConfig = field(default_factory=MediaConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
@@ -165,6 +174,8 @@ class ProxyConfig:
                 raise ConfigurationError(f"{name} must not be negative.")
         if self.store:
             StoreAddress.parse(self.store)
+        if self.otlp_traces_endpoint is not None:
+            traces_url(self.otlp_traces_endpoint)
         urls = [check_url(url) for url in self.named]
         if len(set(urls)) != len(urls):
             raise ConfigurationError("An instance's URL is given twice; each instance has one role.")

@@ -19,7 +19,6 @@ from chiasm.proxy.request import Request
 from chiasm.proxy.upstream import Call, UpstreamResponse
 from chiasm.wire import CLIENT_HEADER, TIMING_COMMENT, ECPlace
 
-_TO_INSTANCES = ("authorization", "traceparent", "tracestate")
 _TO_CLIENT = ("retry-after", "www-authenticate", "metadata")
 """The last one is of vLLM's /pooling, for embeddings in bytes."""
 _T = TypeVar("_T")
@@ -116,6 +115,7 @@ class Job:
         self.identifiers: Sequence[str] = ()
         """Identifiers of the images that ``encoding`` is about, in the order in which they occur."""
         self._details = exchange.visit.details
+        self._trace_headers = {} if trail.trace is None else trail.trace.headers()
         self._encoder_calls = 0
         self._relay = EventRelay(timing.comment if exchange.timing_comments else lambda: b"")
 
@@ -142,9 +142,10 @@ class Job:
 
     def headers(self) -> dict[str, str]:
         """Return the headers of one call; each call has its own, since the time left shrinks."""
-        given = self.exchange.headers
+        authorization = self.exchange.headers.get("authorization")
         return {
-            **{name: given[name] for name in _TO_INSTANCES if name in given},
+            **({} if authorization is None else {"authorization": authorization}),
+            **self._trace_headers,
             **({CLIENT_HEADER: self.client} if self.client else {}),
             "X-Request-Id": self.exchange.request_id,
             "X-Timing-Comments": "on" if self.exchange.timing_comments else "off",

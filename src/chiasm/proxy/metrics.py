@@ -171,9 +171,20 @@ class Metrics:
         self.requests_of = cache(self.requests.labels)
         self.overhead_of = cache(self.overhead.labels)
         self.estimate_ratio_of = cache(self.estimate_ratio.labels)
+        self.traces = Counter(
+            "chiasm_proxy_traces",
+            "Sampled requests by what became of their spans: exported, failed (the collector didn't take them), dropped (too "
+            "many waited).",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.refusals = Refusals(self.registry)
         self.registry.register(_FleetCollector(fleet))
         ProcessCollector(registry=self.registry)
+
+    def note_traces(self, outcome: str, count: int) -> None:
+        """Count what became of the spans of some requests; in any thread."""
+        self.traces.labels(outcome).inc(count)
 
     def render(self) -> bytes:
         """Return the page in Prometheus' text format."""

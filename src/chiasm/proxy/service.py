@@ -28,6 +28,8 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.other_paths import parse_other
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.records.ring import Records
+from chiasm.proxy.records.tracing import tracing_to
+from chiasm.proxy.records.trail import Trail
 from chiasm.proxy.request import Request, parse_chat, parse_completion
 from chiasm.proxy.routing import Router
 from chiasm.proxy.tenants import TenantBy, of_tenant
@@ -53,6 +55,7 @@ class ProxyService:
             config.max_concurrent_requests, config.max_buffered_bytes, config.http, self.metrics.refusals
         )
         self.records = Records()
+        self.tracing = tracing_to(config.otlp_traces_endpoint, self.metrics.note_traces)
         self.is_stopping = False
         self.clock: Callable[[], float] = time.time
         self._discovered = [parse_source(argument) for argument in config.discover]
@@ -68,6 +71,8 @@ class ProxyService:
     async def start(self, missed: Members | None = None) -> None:
         """Open connections and probe every instance once; ``missed`` is what another worker of this proxy knows of them."""
         config = self.config
+        if self.tracing is not None:
+            self.tracing.start()
         self.upstream = Upstream(config.connect_timeout_seconds, self.fleet_key)
         self.prober = Prober(
             self.fleet,
@@ -108,6 +113,8 @@ class ProxyService:
         await self.router.close()
         await self.prober.close()
         await self.upstream.close()
+        if self.tracing is not None:
+            await self.tracing.close()
         self._parsers.shutdown(wait=False, cancel_futures=True)
 
     def now(self) -> float:
@@ -131,13 +138,15 @@ class ProxyService:
 
         def start(exchange: Exchange) -> None:
             self.metrics.in_flight.inc()
-            self.records.begin(exchange)
+            self._begin_trace(self.records.begin(exchange), exchange, path)
             if self.is_stopping:
                 raise _stopping()
 
         def count(exchange: Exchange) -> None:
             self.metrics.in_flight.dec()
-            self.records.end(exchange, path)
+            record = self.records.end(exchange, path)
+            if self.tracing is not None:
+                self.tracing.offer(record)
             self.metrics.requests_of(path, exchange.status).inc()
             if exchange.key is not None and exchange.key.name:
                 self.metrics.key_requests.labels(exchange.key.name, str(exchange.status)).inc()
@@ -148,6 +157,14 @@ class ProxyService:
             pace=pace_of(self.config.http),
         )
         return Endpoint(handle, self.admission, bounds, on_start=start, on_end=count)
+
+    def _begin_trace(self, trail: Trail, exchange: Exchange, path: str) -> None:
+        """Give a request a span of its own, if spans are exported, and note its trace for the log."""
+        if self.tracing is not None:
+            trail.trace = self.tracing.begin(trail.client_trace, path)
+            exchange.visit.counts_tokens |= trail.trace.is_sampled
+        if trail.trace is not None:
+            exchange.visit.details["trace_id"] = trail.trace.trace_id_text
 
     async def _handle(self, path: str, exchange: Exchange) -> None:
         started = time.perf_counter()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from chiasm.http import Exchange
+from chiasm.http.log import CLIENT_LEFT
 from chiasm.proxy.records.trail import Trail
 
 
@@ -34,6 +35,10 @@ class Record:
     """When the first bytes of an answer without an error went out."""
     ended_at: float
     trail: Trail
+    error: str = ""
+    """Code of the error that the client got, also at the end of a stream; empty without one."""
+    is_stream: bool = False
+    """Whether the answer was a stream."""
 
     @property
     def seconds(self) -> float:
@@ -57,4 +62,12 @@ def record_of(exchange: Exchange, path: str, trail: Trail) -> Record:
         first_at=visit.first_at,
         ended_at=now,
         trail=trail,
+        error=_error_of(exchange),
+        is_stream=visit.is_stream,
     )
+
+
+def _error_of(exchange: Exchange) -> str:
+    if exchange.status == CLIENT_LEFT:
+        return "client_left"
+    return exchange.visit.error[0] if exchange.visit.has_failed else ""

@@ -9,6 +9,7 @@ from itertools import count
 
 from chiasm.http import Exchange
 from chiasm.proxy.records.record import Record, record_of
+from chiasm.proxy.records.trace_context import read_trace_context
 from chiasm.proxy.records.trail import Trail
 
 KEPT = 1000
@@ -26,17 +27,20 @@ class Records:
         self._slowest_kept = slowest_kept
         self._numbers = count()
 
-    def begin(self, exchange: Exchange) -> None:
+    def begin(self, exchange: Exchange) -> Trail:
         """Note that a request has come."""
-        self._open[exchange] = Trail(exchange.visit.arrival)
+        trail = self._open[exchange] = Trail(exchange.visit.arrival, read_trace_context(exchange.headers))
+        return trail
 
     def trail_of(self, exchange: Exchange) -> Trail:
         """Return the trail of a request that has begun."""
         return self._open[exchange]
 
-    def end(self, exchange: Exchange, path: str) -> None:
-        """Keep the record of a request that has ended."""
-        self.keep(record_of(exchange, path, self._open.pop(exchange)))
+    def end(self, exchange: Exchange, path: str) -> Record:
+        """Keep the record of a request that has ended, and return it."""
+        record = record_of(exchange, path, self._open.pop(exchange))
+        self.keep(record)
+        return record
 
     def keep(self, record: Record) -> None:
         """Keep a record, and forget the oldest one or the fastest of the slowest."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from chiasm.proxy.records.trace_context import TraceContext
+
 _MAX_CALLS = 16
 """Calls of language instances, and steps of the proxy, that are noted: retries have no other bound than the deadline."""
 _MAX_ITEMS = 64
@@ -66,9 +68,13 @@ class Step(NamedTuple):
 class Trail:
     """One request, as far as it has come."""
 
-    __slots__ = ("_last", "_room", "calls", "fetches", "identifiers", "items", "steps")
+    __slots__ = ("_last", "_room", "calls", "client_trace", "fetches", "identifiers", "items", "steps", "trace")
 
-    def __init__(self, arrival: float) -> None:
+    def __init__(self, arrival: float, client_trace: TraceContext | None = None) -> None:
+        """``client_trace`` is the span that the client names as the request's parent."""
+        self.client_trace = client_trace
+        self.trace = client_trace
+        """The span of which instances are told: the request's own, or the client's if the request has none."""
         self.steps: list[Step] = []
         self.fetches: Mapping[int, tuple[float, float]] = {}
         """When images were fetched, by index."""
