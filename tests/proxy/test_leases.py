@@ -31,6 +31,7 @@ class Member:
     def __init__(self, role: str, **health: Any) -> None:
         self.instance = FakeInstance(role, **{"incarnation": f"{role}-1"} | health)
         self.status = "ok"
+        self.load = Load(requests=3)
         self.joiner: Joiner
 
     def lease(self) -> Lease:
@@ -40,7 +41,7 @@ class Member:
             role=self.instance.role,
             incarnation=self.instance.health.incarnation,
             status=self.status,
-            load=Load(requests=3),
+            load=self.load,
         )
 
 
@@ -88,6 +89,18 @@ async def test_a_proxy_starts_without_instances_and_serves_those_that_join(start
     assert [len(one.instance.received) for one in (pd, encoder)] == [1, 1]
     (described,) = [one for one in (await front.get("/health")).json["instances"] if one["role"] == "pd"]
     assert (described["sources"], described["load"]) == (["lease"], {"requests": 3})
+
+
+async def test_requests_go_where_others_have_given_less_work(start: Start, join: Join) -> None:
+    front = await start([])
+    busy, idle = await join(front, "pd"), await join(front, "pd", incarnation="pd-2")
+    for member in (busy, idle):
+        await front.until(member.instance, "healthy")
+    busy.load = Load(outstanding_seconds=1000.0)
+    await busy.joiner.tell()
+    for _ in range(3):
+        assert (await front.post(ask("x"))).status == 200
+    assert (len(busy.instance.received), len(idle.instance.received)) == (0, 3)
 
 
 async def test_an_instance_that_drains_gets_no_new_work_from_the_moment_at_which_it_has_told_so(

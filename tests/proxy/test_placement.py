@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from chiasm.due import STRETCH
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.placement import Placed, Placement, Work
-from chiasm.wire import Role
+from chiasm.wire import LEASE_SECONDS, Load, Role
 
 from .placed_fleet import ENCODE, IMAGE_TOKENS, PER_TOKEN, add, costs, images, text
 
@@ -214,3 +215,54 @@ def test_language_instances_of_one_device_share_it(fleet: Fleet, placement: Plac
     second = place(placement, text(984))
     assert second.instance is not first.instance
     assert second.estimate_seconds == pytest.approx(2 * first.estimate_seconds)
+
+
+# ---- what other proxies have given -----------------------------------------------------------------------------------------
+
+
+def tell(fleet: Fleet, placement: Placement, instance: Instance, seconds: float, now: float = 0.0) -> None:
+    """Have an instance say how much work it has."""
+    assert instance.health is not None
+    fleet.on_load = lambda one: placement.note_load(one, now)
+    fleet.succeed(instance, replace(instance.health, load=Load(outstanding_seconds=seconds)))
+
+
+def test_work_of_other_proxies_counts_and_is_done_as_time_passes(fleet: Fleet, placement: Placement) -> None:
+    one = add(fleet, "1", known=costs())
+    alone = place(placement, text(100)).estimate_seconds
+    busy = Placement(fleet)
+    tell(fleet, busy, one, 3.0)
+    assert place(busy, text(100)).estimate_seconds == pytest.approx(3.0 + alone)
+    assert Placement(fleet).place(text(100), WHOLE, 0.0).estimate_seconds == pytest.approx(alone)  # type: ignore[union-attr]
+    for now, left in ((2.0, 1.0), (5.0, 0.0)):
+        busy = Placement(fleet)
+        tell(fleet, busy, one, 3.0)
+        assert place(busy, text(100, now), now).estimate_seconds == pytest.approx(left + alone)
+
+
+def test_a_prompt_goes_where_other_proxies_have_given_less(fleet: Fleet, placement: Placement) -> None:
+    one, two = add(fleet, "1", known=costs()), add(fleet, "2", known=costs())
+    tell(fleet, placement, one, 0.5)
+    assert [place(placement, text(100)).instance for _ in range(3)] == [two, two, two]
+
+
+def test_the_own_work_of_a_proxy_does_not_count_twice(fleet: Fleet, placement: Placement) -> None:
+    one = add(fleet, "1", known=costs())
+    own = place(placement, text(1000))
+    before = placement.place(text(100, 10.0), WHOLE, 0.0)
+    assert before is not None
+    placement.end(before, 0.0)
+    tell(fleet, placement, one, own.prompt.seconds - 0.1)
+    again = placement.place(text(100, 10.0), WHOLE, 0.0)
+    assert again is not None
+    assert again.estimate_seconds == before.estimate_seconds
+
+
+def test_a_load_that_was_told_long_ago_counts_no_more(fleet: Fleet, placement: Placement) -> None:
+    one = add(fleet, "1", known=costs())
+    tell(fleet, placement, one, 1000.0)
+    assert place(placement, text(100), LEASE_SECONDS).estimate_seconds > 900
+    assert place(Placement(fleet), text(100)).estimate_seconds < 1
+    fresh = Placement(fleet)
+    tell(fleet, fresh, one, 1000.0)
+    assert place(fresh, text(100), LEASE_SECONDS + 1).estimate_seconds < 1

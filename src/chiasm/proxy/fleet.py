@@ -199,6 +199,8 @@ class Fleet:
         self._reports = 0
         self.on_add: Callable[[Instance], None] = lambda instance: None
         self.on_remove: Callable[[Instance], None] = lambda instance: None
+        self.on_load: Callable[[Instance], None] = lambda instance: None
+        """Called when an instance has said what its load is."""
         self.listeners: list[Listener] = []
         """Called after each change of an instance's state, or of the reason why it is mismatched."""
 
@@ -356,7 +358,7 @@ class Fleet:
         instance.costs.reported = health.costs or Costs()
         instance.models = models or (health.model,)
         instance.failure = None
-        instance.said_load = health.load or instance.said_load
+        self._note_load(instance, health.load)
         instance.is_silent = instance.says_starting = instance.says_draining = False
         instance.lost_at = None
         self._judge()
@@ -385,9 +387,14 @@ class Fleet:
     def note_lease(self, instance: Instance, lease: Lease | None, fault: str | None = None) -> None:
         """Take what an instance said with its lease; ``fault`` says why the lease doesn't count."""
         if lease is not None and lease is not instance.lease:
-            instance.said_load = lease.load
+            self._note_load(instance, lease.load)
         instance.lease, instance.lease_fault = lease, fault
         self._judge()
+
+    def _note_load(self, instance: Instance, load: Load | None) -> None:
+        if load is not None:
+            instance.said_load = load
+            self.on_load(instance)
 
     def note_listing(self, instance: Instance, sources: tuple[str, ...], *, is_ending: bool) -> None:
         """Take who says that an instance belongs to the fleet, and whether they say that it ends."""

@@ -8,6 +8,8 @@ A pure state machine: no clock and no I/O. Instants are seconds on the caller's 
 3. ``Placement.images.feed`` says which images go to which encoder now. Call it after every event.
 4. ``images.finish`` when an encoder has answered; :meth:`Placement.first_token` and :meth:`Placement.end` when the language
    instance has begun and ended its answer. What they report corrects the costs that the next estimates rest on.
+
+:meth:`Placement.note_load` takes what an instance says about its load, by which several proxies know of each other's work.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from chiasm.due import due
-from chiasm.proxy.agreement import LANGUAGE_ROLES
 from chiasm.proxy.costs import Correction
 from chiasm.proxy.encode_plan import HINDRANCE, Device, Entry
 from chiasm.proxy.encode_queue import EncodeQueue
@@ -42,6 +43,7 @@ _REQUEST_TOKENS = 16
 """Tokens that a chat template adds to a prompt."""
 _IDLE = Device()
 _ENCODES_ITSELF = (Role.AGGREGATED,)
+_COMPUTES_PROMPTS = (Role.PD, Role.AGGREGATED, Role.PREFILL)
 
 
 class Placed:
@@ -94,7 +96,7 @@ class Placement:
 
     def due(self, work: Work, now: float) -> float:
         """Return when a request is due, by the work that it is for the fastest instances."""
-        language = self._fleet.healthy(Role.PD, Role.AGGREGATED, Role.PREFILL)
+        language = self._fleet.healthy(*_COMPUTES_PROMPTS)
         per_token = min((one.costs.prefill_seconds_per_token(now) for one in language), default=0.0)
         seconds = per_token * self._tokens(language[0], work, now) if language else 0.0
         for item in work.items:
@@ -150,6 +152,11 @@ class Placement:
         for entry in entries:
             self.images.add(entry)
         return entries
+
+    def note_load(self, instance: Instance, now: float) -> None:
+        """Take what a language instance has said about its load, by which this proxy knows of the work of others."""
+        if instance.said_load is not None and instance.role in _COMPUTES_PROMPTS:
+            instance.prompts.note_load(instance.said_load.outstanding_seconds, now)
 
     # ---- outcomes ------------------------------------------------------------------------------------------------------
 
@@ -208,6 +215,7 @@ class Placement:
         # vLLM computes prompts in the order in which they come.
         ready_at = now + ready[cached] if cached < len(ready) else now
         seconds, later = prompts.seconds_before(math.inf if instance.is_vllm else due, now, ready_at)
+        seconds += prompts.others_seconds(now)
         # It begins when the step that is being computed ends: half a step later, on average.
         if later:
             seconds += _STEP_TOKENS / 2 * per_token
@@ -252,7 +260,7 @@ class Placement:
         """Return what language instances do on each device that is known."""
         devices: dict[str, Device] = {}
         for instance in self._fleet.instances:
-            if instance.role in LANGUAGE_ROLES and (device_id := instance.device_id):
+            if instance.role in _COMPUTES_PROMPTS and (device_id := instance.device_id):
                 seconds, streams = devices.get(device_id, _IDLE)
                 prompts = instance.prompts
                 devices[device_id] = Device(seconds + prompts.seconds_computing(now), streams + prompts.streams)

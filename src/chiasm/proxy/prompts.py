@@ -5,9 +5,12 @@ State only: no clock and no I/O. Instants are seconds on the caller's clock.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from chiasm.wire import LEASE_SECONDS
 
 _MAX_PREFIXES = 4096
 
@@ -75,6 +78,9 @@ class Prompts:
         self._progressed_at = 0.0
         """When the last of them got its first token, or the first one came."""
         self.streams = 0
+        self._others_until = 0.0
+        """When the instance will have done what others than this proxy had given it when it last told its load."""
+        self._told_at = -math.inf
         self._prefixes: OrderedDict[int, None] = OrderedDict()
 
     def add(self, prompt: Prompt, now: float) -> None:
@@ -104,6 +110,20 @@ class Prompts:
         elif prompt in self._computing:
             del self._computing[prompt]
             self._progressed_at = now
+
+    def note_load(self, outstanding_seconds: float, now: float) -> None:
+        """Take what the instance says that it has to do, whoever gave it the work.
+
+        What is more than this proxy's own prompts is the work of others. It is done as time passes.
+        """
+        seconds = sum(prompt.seconds for prompt in self._computing)
+        own = max(0.0, seconds - max(0.0, now - self._progressed_at)) if seconds else 0.0
+        self._others_until = now + max(0.0, outstanding_seconds - own)
+        self._told_at = now
+
+    def others_seconds(self, now: float) -> float:
+        """Return what is left of the work of others; nothing if the instance has told its load too long ago."""
+        return max(0.0, self._others_until - now) if now - self._told_at <= LEASE_SECONDS else 0.0
 
     def seconds_before(self, due: float, now: float, ready_at: float) -> tuple[float, int]:
         """Return the time until a new prompt could be computed, and how many prompts are due later.

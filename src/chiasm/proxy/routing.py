@@ -66,6 +66,7 @@ class Router:
         self._fleet = fleet
         self._metrics = metrics
         self._placement = Placement(fleet, config.hedged_share)
+        fleet.on_load = lambda instance: self._placement.note_load(instance, time.monotonic())
         demand = EncoderDemand(config.encode_wait_seconds, config.scale_down_seconds)
         metrics.registry.register(DemandCollector(fleet, self._placement.images, demand))
         comeback = Comeback(

@@ -1,11 +1,13 @@
-"""Which encoders images go to, simulated with the proxy's own queue: what is found, how long it waits, what deciding costs."""
+"""Where images and prompts go, simulated with the proxy's own code: what is found, how long it waits, what deciding costs."""
 
 from __future__ import annotations
 
 import asyncio
+from statistics import fmean
 
 from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome
 from chiasm.bench.routing import ENCODE_SECONDS, SLOWER, RoutingSimulation, new, popular, shared_hit_share
+from chiasm.bench.several_proxies import PromptSimulation, prompts
 from chiasm.bench.statistics import median, quantile
 from chiasm.proxy.hedging import HEDGED_SHARE
 
@@ -18,13 +20,15 @@ _MEAN_SECONDS = ENCODE_SECONDS * 7 / 12
 _MANY = 64
 _SLOW_SHARE = 0.02
 _HEDGING_LOAD = 0.4
+_LANGUAGE_INSTANCES = 4
+_PROMPT_SECONDS = 1.0
 
 
 class Routing(Measurement):
-    """All figures but the last are of simulated time, and the same on every machine."""
+    """All figures but the time to choose are of simulated time, and the same on every machine."""
 
     name = "routing"
-    purpose = "Images at encoders with memories of their own: hits, waits and the proxy's time to choose (simulated)"
+    purpose = "Images at encoders with memories of their own, and prompts through several proxies (simulated)"
     target = "0.95 of the hits of one common memory, 1.2 of the wait for whoever is free first, 50 µs for 64 encoders"
 
     async def run(self, bench: Bench) -> Outcome:
@@ -33,7 +37,7 @@ class Routing(Measurement):
     def _measure(self, bench: Bench) -> Outcome:
         outcome = Outcome(parameters={"items": _ITEMS, "encoders": _ENCODERS, "capacity": _CAPACITY, "load": _LOAD})
         count = bench.samples(30_000, quick=3000)
-        bench.phase("hits", 5)
+        bench.phase("hits", 7)
         images = popular(count, items=_ITEMS, rate=1.0, seed=bench.seed)
         common = shared_hit_share(images, _ENCODERS * _CAPACITY)
         # So much that the encoders were this busy if they found what a common memory would hold.
@@ -70,6 +74,9 @@ class Routing(Measurement):
         ratio = quantile(with_hedges.seconds, 0.99) / quantile(without.seconds, 0.99)
         outcome.figures.append(Figure("hedging, some encodings slow: p99 time, with / without", ratio, "x"))
         outcome.figures.append(Figure("hedging: calls that were hedged", with_hedges.hedges / len(images)))
+        bench.advance()
+        _add_prompts(outcome, count // 3, bench.seed)
+        bench.advance()
         outcome.notes.append(
             f"Hedging: {_SLOW_SHARE:.0%} of the encodings take {SLOWER:g} times as long, and without that the load is "
             f"{_HEDGING_LOAD:g}."
@@ -79,3 +86,21 @@ class Routing(Measurement):
             f"Encoding one takes {ENCODE_SECONDS:g} s."
         )
         return outcome
+
+
+def _add_prompts(outcome: Outcome, count: int, seed: int) -> None:
+    """Add what three proxies lose against one that knows all prompts."""
+    rate = _LOAD * _LANGUAGE_INSTANCES / _PROMPT_SECONDS
+    asked = prompts(count, mean_seconds=_PROMPT_SECONDS, rate=rate, seed=seed)
+    one, told, blind = (
+        fmean(PromptSimulation(_LANGUAGE_INSTANCES, proxies=proxies, report_seconds=seconds).run(asked))
+        for proxies, seconds in ((1, None), (3, 1.0), (3, None))
+    )
+    outcome.figures.append(Figure("prompts, three proxies: mean TTFT / one proxy", told / one, "x", 1.1))
+    outcome.figures.append(
+        Figure("prompts, three proxies that learn no loads: mean TTFT / one proxy", blind / one, "x")
+    )
+    outcome.notes.append(
+        f"Prompts: log-normal, of {_PROMPT_SECONDS:g} s on average, at load {_LOAD:g} of {_LANGUAGE_INSTANCES} language "
+        "instances, which tell their load every second."
+    )
