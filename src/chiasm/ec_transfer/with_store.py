@@ -22,6 +22,7 @@ from chiasm.ec_transfer.device import take_over, to_device
 from chiasm.ec_transfer.entry_file import EntryHeader, OpenFile, bytes_of, dtype_of, header_of
 from chiasm.ec_transfer.stores import CorruptEntryError, StoredEntry, open_store
 from chiasm.ec_transfer.stores.reader import Reader, StoreReads
+from chiasm.ec_transfer.stores.recovery import Recovery
 from chiasm.ec_transfer.stores.writer import StoreWrites, Writer
 from chiasm.errors import ConfigurationError
 from chiasm.wire import ECPlace
@@ -108,6 +109,7 @@ class WithStore(ECConnector):
         self._noted: dict[str, Landing] = {}
         self._reader: Reader[Landing] | None = None
         self._writer: Writer | None = None
+        self._recovery: Recovery | None = None
         if role is ECConnectorRole.SCHEDULER and self.is_consumer:
             self._reader = Reader(
                 self._store,
@@ -119,6 +121,7 @@ class WithStore(ECConnector):
             )
         if role is ECConnectorRole.WORKER and self.is_producer:
             self._writer = Writer(self._store, config.store_queue_bytes)
+            self._recovery = Recovery(self._store, config.fingerprint)
 
     def meet(self, other: ECConnector) -> None:
         assert isinstance(other, WithStore)
@@ -135,6 +138,8 @@ class WithStore(ECConnector):
             self._reader.stop()
         if self._writer is not None:
             self._writer.stop()
+        if self._recovery is not None:
+            self._recovery.stop()
         self._store.close()
         self._connector.shutdown()
 
@@ -261,10 +266,26 @@ class WithStore(ECConnector):
             self._reader.discard(identifier)
         self._connector.discard(identifier, reason)
 
+    def restore(self, identifier: str, rows: int) -> bool:
+        if self._recovery is None or self._writer is None or not self._recovery.was_made(identifier):
+            return False
+
+        def check(entry: StoredEntry) -> None:
+            self._check(entry, rows)
+            if entry.shape[0] != rows:
+                raise CorruptEntryError(f"it has {entry.shape[0]} rows, but the image makes {rows}")
+
+        landing = self._recovery.read(identifier, check, lambda entry: Landing(entry, "cpu", is_shared=False))
+        if landing is not None:
+            self._connector.save_caches({identifier: landing.tensor}, identifier)
+        self._writer.note_restored(landing is not None)
+        return landing is not None
+
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
         self._connector.save_caches(encoder_cache, mm_hash)
-        if self._writer is None:
+        if self._writer is None or self._recovery is None:
             return
+        self._recovery.note(mm_hash)
         tensor = encoder_cache[mm_hash]
 
         def make() -> tuple[StoredEntry, memoryview]:
