@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from chiasm.cores import ARRIVAL_NICE, lower_priority
 from chiasm.ec_transfer.base import ECConnectorStats
 from chiasm.ec_transfer.peer_messages import Here, HolderMessage, Take, Want, Welcome
 from chiasm.ec_transfer.sources import Arrived, EntryUnusable, Source
@@ -90,7 +91,7 @@ class Reader:
         self._freed: asyncio.Future[None]
         """Done when memory may be free again, or when somebody who waits for it should look again why."""
         self._closing = False
-        self._pool = ThreadPoolExecutor(MAX_READING, "ec-read")
+        self._pool = ThreadPoolExecutor(MAX_READING, "ec-read", initializer=lower_priority, initargs=(ARRIVAL_NICE,))
         self._control = ControlThread("ec-reader", self._run)
 
     # ---- any thread ---------------------------------------------------------------------------------------------------

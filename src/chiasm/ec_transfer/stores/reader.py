@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from chiasm.cores import ARRIVAL_NICE, lower_priority
 from chiasm.ec_transfer.intake import Intake, Stage, Wanted
 from chiasm.ec_transfer.stores.base import Store
 from chiasm.ec_transfer.stores.entry import AbsentEntryError, CorruptEntryError, StoredEntry, StoreError
@@ -179,6 +180,7 @@ class Reader(Generic[LandingT]):
     # ---- the threads ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        lower_priority(ARRIVAL_NICE)
         while True:
             with self._changed:
                 while not self._is_stopping and (read := self._next()) is None:
