@@ -20,6 +20,8 @@ _MOST_CPUS = 1 << 16
 _SPINS = 3000
 ENCODER_NICE = 5
 """Niceness of threads that encode: decode steps go first, and of a core that both want, encoding keeps a quarter."""
+ARRIVAL_NICE = 10
+"""Niceness of threads that bring embeddings in: of a core that a step wants too, they keep a tenth."""
 _AUTOGROUP = Path("/proc/self/autogroup")
 _AUTOGROUP_ATTEMPTS, _AUTOGROUP_SECONDS = 50, 0.1
 

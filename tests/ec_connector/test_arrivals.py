@@ -110,11 +110,11 @@ def test_what_only_an_ended_request_wanted_is_let_go(encoder: Instance, woken: W
     woken.scheduler.request_finished(both)
     assert woken.scheduler.has_cache_item(identifier_of("b"))
     arrivals = woken.scheduler._arrivals  # type: ignore[attr-defined]
-    assert (arrivals.holds(identifier_of("a")), arrivals.holds(identifier_of("b"))) == (False, True)
+    assert arrivals.ready(identifier_of("a")) is None
+    assert arrivals.ready(identifier_of("b")) is not None
     woken.scheduler.request_finished(one)
     woken.scheduler.request_finished(one)
-    assert not arrivals._wanted
-    assert not arrivals._here
+    assert not len(arrivals._intake)
     assert not arrivals._lookout._awaited
 
 
@@ -173,7 +173,7 @@ class Store:
 def test_the_first_arrives_although_memory_is_full_of_others() -> None:
     store = Store(max_count=2)
     for name in "abcde":
-        store.arrivals.want("request", name, at_once=True)
+        store.arrivals.want("request", name, 4, is_needed=True)
     store.names.update("abcd")
     for _ in range(2):
         store.news.get(timeout=SECONDS)
@@ -181,20 +181,6 @@ def test_the_first_arrives_although_memory_is_full_of_others() -> None:
     store.wait_for("edcba")
     store.arrivals.stop()
     assert store.threads == {"chiasm-arrivals"}
-
-
-def test_what_the_scheduler_was_promised_does_not_make_way() -> None:
-    store = Store(max_count=1)
-    for name in "ab":
-        store.arrivals.want("request", name, at_once=True)
-    store.names.add("a")
-    store.news.get(timeout=SECONDS)
-    assert not store.arrivals.ask("b")
-    assert store.arrivals.ask("a")
-    assert not store.arrivals._make_room("b", 1)
-    store.arrivals.end_round()
-    assert store.arrivals._make_room("b", 1)
-    store.arrivals.stop()
 
 
 def test_an_entry_that_cannot_be_read_costs_nobody_else() -> None:
@@ -206,8 +192,8 @@ def test_an_entry_that_cannot_be_read_costs_nobody_else() -> None:
         return found
 
     arrivals = Arrivals(lambda name: (name, 1), bring, lambda: news.put(None), max_bytes=9, max_count=9)
-    arrivals.want("one", "bad", at_once=True)
-    arrivals.want("two", "good", at_once=True)
+    arrivals.want("one", "bad", 4, is_needed=True)
+    arrivals.want("two", "good", 4, is_needed=True)
     news.get(timeout=SECONDS)
     assert (arrivals.ask("bad"), arrivals.ask("good")) == (False, True)
     arrivals.stop()
@@ -225,15 +211,15 @@ def test_in_any_order_of_events_all_that_is_wanted_arrives_and_nothing_is_kept(
 ) -> None:
     store = Store(max_count=max_count)
     for name in order:
-        store.arrivals.want(name, name, at_once=True)
+        store.arrivals.want(name, name, 4, is_needed=True)
     publisher = threading.Thread(target=store.publish, args=(published,))
     publisher.start()
     for name in finished:
-        store.arrivals.let_go(name, [name])
+        store.arrivals.finish(name, [name])
     store.wait_for("".join(name for name in order if name not in finished))
     for name in order:
-        store.arrivals.let_go(name, [name])
+        store.arrivals.finish(name, [name])
     publisher.join()
-    assert not store.arrivals._here
+    assert not len(store.arrivals._intake)
     assert not store.arrivals._lookout._awaited
     store.arrivals.stop()

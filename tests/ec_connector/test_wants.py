@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader
 from chiasm.ec_transfer.offers import OfferTable
 from chiasm.ec_transfer.peer_messages import Bad, Done, Forget, Here, Take, Want
-from chiasm.ec_transfer.wants import MAX_PLACES, Read, Send, Wanted, WantTable
+from chiasm.ec_transfer.wants import MAX_PLACES, Read, Send, WantTable, Wish
 from chiasm.wire import ECPlace
 
 from .instance import identifier_of
@@ -42,15 +42,15 @@ def test_the_place_may_come_before_the_request_and_after_it() -> None:
     early, late = table(), table()
     early.expect({X: HERE})
     assert messages(early) == []
-    early.want("r", [Wanted(X, 4)])
-    late.want("r", [Wanted(X, 4)])
+    early.want("r", [Wish(X, 4)])
+    late.want("r", [Wish(X, 4)])
     late.expect({X: HERE})
     assert messages(early) == messages(late) == [Want(X, 0)]
 
 
 def test_an_entry_is_coming_when_a_holder_has_it() -> None:
     wants = table()
-    wants.want("r", [Wanted(X, 4)])
+    wants.want("r", [Wish(X, 4)])
     wants.expect({X: HERE})
     assert not wants.is_coming(X)
     wants.here(HERE, here(X))
@@ -61,17 +61,17 @@ def test_an_entry_is_coming_when_a_holder_has_it() -> None:
 
 def test_once_the_size_of_a_row_is_known_room_is_given_in_advance() -> None:
     wants = table()
-    wants.want("1", [Wanted(X, 4)])
+    wants.want("1", [Wish(X, 4)])
     wants.expect({X: HERE, Y: HERE})
     arrive(wants, X)
     wants.take_sends()
-    wants.want("2", [Wanted(Y, 5)])
+    wants.want("2", [Wish(Y, 5)])
     assert messages(wants) == [Want(Y, HEADER_BYTES + 5)]
 
 
 def test_an_entry_of_known_size_is_granted_without_asking_again() -> None:
     wants = WantTable[str](10, "5eed", row_bytes=2)
-    wants.want("r", [Wanted(X, 4)])
+    wants.want("r", [Wish(X, 4)])
     wants.expect({X: HERE})
     (want,) = wants.take_sends()
     offers = OfferTable[int](lambda num_bytes: 0, lambda piece: piece, lambda piece: None, lambda piece: False)
@@ -87,8 +87,8 @@ def test_an_entry_of_known_size_is_granted_without_asking_again() -> None:
 
 def test_older_requests_get_room_first() -> None:
     wants = table(capacity_bytes=5)
-    wants.want("1", [Wanted(X, 4)])
-    wants.want("2", [Wanted(Y, 4)])
+    wants.want("1", [Wish(X, 4)])
+    wants.want("2", [Wish(Y, 4)])
     wants.expect({X: HERE, Y: HERE})
     arrive(wants, X)
     wants.here(HERE, here(Y))
@@ -99,20 +99,21 @@ def test_older_requests_get_room_first() -> None:
 
 def test_what_is_needed_first_takes_the_room_of_what_is_ready() -> None:
     wants = table(capacity_bytes=5)
-    wants.want("1", [Wanted(X, 4)])
-    wants.want("2", [Wanted(Y, 4)])
+    wants.want("1", [Wish(X, 4)])
+    wants.want("2", [Wish(Y, 4)])
     wants.expect({X: HERE, Y: HERE})
     arrive(wants, X)
     wants.here(HERE, here(Y))
     wants.take_sends()
-    wants.need_next([Y])
+    assert not wants.ask(Y)
+    wants.end_round()
     assert wants.ready(X) is None
     assert Take(Y) in messages(wants)
 
 
 def test_what_never_fits_is_refused_whatever_size_a_holder_claims() -> None:
     wants = table()
-    wants.want("r", [Wanted(X, 4)])
+    wants.want("r", [Wish(X, 4)])
     wants.expect({X: HERE})
     reason = wants.here(HERE, Here(X, 0, "F64", [2**31 - 1] * 8, "", True))
     assert reason is not None
@@ -123,7 +124,7 @@ def test_what_never_fits_is_refused_whatever_size_a_holder_claims() -> None:
 
 def test_another_place_that_has_it_first_is_taken() -> None:
     wants = table()
-    wants.want("r", [Wanted(X, 4)])
+    wants.want("r", [Wish(X, 4)])
     wants.expect({X: HERE})
     wants.expect({X: THERE})
     wants.here(THERE, here(X, granted=True))
@@ -135,7 +136,7 @@ def test_another_place_that_has_it_first_is_taken() -> None:
 
 def test_a_place_that_is_lost_leaves_the_other() -> None:
     wants = table()
-    wants.want("r", [Wanted(X, 4)])
+    wants.want("r", [Wish(X, 4)])
     wants.expect({X: HERE})
     wants.expect({X: THERE})
     assert wants.lose(HERE) == [X]
@@ -146,7 +147,7 @@ def test_a_place_that_is_lost_leaves_the_other() -> None:
 def test_a_bad_entry_is_reported_and_a_torn_one_given_back() -> None:
     for bad, message in ((True, Bad(X)), (False, Done(X))):
         wants = table()
-        wants.want("r", [Wanted(X, 4)])
+        wants.want("r", [Wish(X, 4)])
         wants.expect({X: HERE})
         wants.here(HERE, here(X, granted=True))
         (read,) = wants.take_reads()
@@ -159,7 +160,7 @@ def test_places_that_no_request_ever_wants_are_bounded() -> None:
     wants = table()
     for number in range(MAX_PLACES + 5):
         wants.expect({identifier_of(number): HERE})
-    wants.want("r", [Wanted(identifier_of(0), 4), Wanted(identifier_of(MAX_PLACES), 4)])
+    wants.want("r", [Wish(identifier_of(0), 4), Wish(identifier_of(MAX_PLACES), 4)])
     assert messages(wants) == [Want(identifier_of(MAX_PLACES), 0)]
 
 
@@ -186,12 +187,11 @@ class AnyOrder(RuleBasedStateMachine):
     def admit(self, request: str, names: list[str]) -> None:
         if request not in self.requests:
             self.requests[request] = names
-            self.wants.want(request, [Wanted(name, SIZES[name]) for name in names])
+            self.wants.want(request, [Wish(name, SIZES[name]) for name in names])
 
     @rule(request=REQUESTS)
     def finish(self, request: str) -> None:
-        self.requests.pop(request, None)
-        self.wants.finish(request)
+        self.wants.finish(request, self.requests.pop(request, []))
 
     @rule(name=NAMES, place=PLACES)
     def expect(self, name: str, place: ECPlace) -> None:
@@ -217,16 +217,21 @@ class AnyOrder(RuleBasedStateMachine):
         self.sent = deque(send for send in self.sent if send.place != place)
 
     @rule(names=st.lists(NAMES, max_size=3, unique=True))
-    def need_next(self, names: list[str]) -> None:
-        self.wants.need_next(names)
+    def ask(self, names: list[str]) -> None:
+        promised = [name for name in names if self.wants.ask(name)]
+        assert all(self.wants.ready(name) == name for name in promised)
+
+    @rule()
+    def end_round(self) -> None:
+        self.wants.end_round()
 
     @rule(name=NAMES)
     def take(self, name: str) -> None:
         self.wants.take(name)
 
     @rule(name=NAMES)
-    def again(self, name: str) -> None:
-        self.wants.again(name)
+    def bring_back(self, name: str) -> None:
+        self.wants.bring_back(name, name, SIZES[name])
 
     @rule()
     def answer_one(self) -> None:
@@ -283,15 +288,15 @@ class AnyOrder(RuleBasedStateMachine):
                     self.wants.arrived(read, read.header.identifier)
                 self._collect()
             for name in sorted(missing):
-                if self.wants.ready(name) is not None:
-                    self.wants.take(name)
-                if self.wants.is_taken(name):
+                if self.wants.ask(name):
+                    assert self.wants.take(name) == name
                     missing.discard(name)
                 elif not self.wants.is_coming(name):
                     self.wants.expect({name: HERE})
+            self.wants.end_round()
         assert not missing
-        for request in "abc":
-            self.wants.finish(request)
+        for request, names in self.requests.items():
+            self.wants.finish(request, names)
         assert len(self.wants) == 0
         assert self.wants.held_bytes == 0
 

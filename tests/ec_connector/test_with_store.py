@@ -302,6 +302,53 @@ def test_a_worker_in_another_process_maps_what_was_read(encoder: ECConnector, co
     consumer.close()
 
 
+def test_an_encoder_reads_what_it_has_lost_from_the_store(
+    encoder: ECConnector, config: ECTransferConfig, tmp_path: Path
+) -> None:
+    publish(encoder, NAMES[0])
+    encoder.discard(NAMES[0], "it is lost")
+    while not encoder.restore(NAMES[0], 16):  # the store may have been too slow
+        pass
+    stats = encoder.store_stats
+    assert isinstance(stats, StoreWrites)
+    assert (stats.restored, stats.writes, stats.queued_bytes) == (1, 1, 0)
+    consumer = Consumer(replace(config, store="", connector_extra_config={"shared_storage_path": tmp_path / "encoder"}))
+    wanted = request(NAMES[0])
+    consumer.admit(wanted)
+    assert torch.equal(consumer.get(wanted)[NAMES[0]], tensor(NAMES[0]))
+    consumer.close()
+
+
+def test_an_encoder_looks_for_nothing_that_it_has_not_made(
+    encoder: ECConnector, config: ECTransferConfig, tmp_path: Path
+) -> None:
+    publish(encoder, NAMES[0])
+    other = replace(
+        config, role=ECTransferRole.PRODUCER, connector_extra_config={"shared_storage_path": tmp_path / "other"}
+    )
+    without = ECConnectorFactory.create_connector(other, ECConnectorRole.WORKER)
+    assert not without.restore(NAMES[0], 16)
+    stats = without.store_stats
+    assert isinstance(stats, StoreWrites)
+    assert (stats.restored, stats.not_restored) == (0, 0)
+    without.shutdown()
+
+
+@pytest.mark.parametrize("rows", [15, 17])
+def test_an_encoder_encodes_again_what_the_store_cannot_give_back(
+    server: StoreServer, encoder: ECConnector, rows: int
+) -> None:
+    publish(encoder, *NAMES[:2])
+    for name in NAMES[:2]:
+        encoder.discard(name, "it is lost")
+    assert not encoder.restore(NAMES[0], rows)  # of another image size
+    server.kill()
+    assert not encoder.restore(NAMES[1], 16)
+    stats = encoder.store_stats
+    assert isinstance(stats, StoreWrites)
+    assert (stats.restored, stats.not_restored) == (0, 2)
+
+
 def test_every_call_is_passed_on() -> None:
     own = {"is_producer", "is_consumer", "read_extra_config"}
     public = {name for name in vars(ECConnector) if not name.startswith("_")}

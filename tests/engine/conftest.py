@@ -224,9 +224,12 @@ def encoders(checkpoint: Path, store: Path) -> Iterator[StartEncoder]:
     """Start encoder engines; they end with the test."""
     engines: list[EncoderEngine] = []
 
-    def start(*, max_bytes: int = ECTransferConfig.max_bytes, **config: Any) -> Encoder:
+    def start(*, max_bytes: int = ECTransferConfig.max_bytes, cache: str = "", **config: Any) -> Encoder:
         ec = ECTransferConfig(
-            role=ECTransferRole.PRODUCER, connector_extra_config={"shared_storage_path": store}, max_bytes=max_bytes
+            role=ECTransferRole.PRODUCER,
+            connector_extra_config={"shared_storage_path": store},
+            max_bytes=max_bytes,
+            store=cache,
         )
         chosen: dict[str, Any] = {"dtype": "float32", "threads": 1} | config
         engine = EncoderEngine(EngineConfig(checkpoint, Role.ENCODER, ec=ec, **chosen))

@@ -1,11 +1,58 @@
-"""The tensors of embeddings in memory, and the room that is accounted for them."""
+"""The tensors of embeddings in memory, the room that is accounted for them, and what the connector is asked for."""
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
+
 import torch
 
+from chiasm.ec_transfer import ECConnector, ECConnectorMetadata, ECConnectorRole, ECTransferConfig, RequestLike
+from chiasm.engine.block_manager import BlockHasher
 from chiasm.engine.embeddings import Embeddings
-from tests.engine.driver import BYTES_PER_ROW, Driver
+from chiasm.engine.request import GenerateRequest, ItemOutcome, SamplingParams
+from chiasm.engine.request_state import RequestState
+from chiasm.engine.sequence import Sequence
+from tests.engine.driver import BYTES_PER_ROW, Driver, prompt
+
+
+class Store(ECConnector):
+    """Has what is in ``stored``, and notes what it is asked for."""
+
+    def __init__(self, *stored: str) -> None:
+        super().__init__(ECTransferConfig(), ECConnectorRole.SCHEDULER)
+        self.stored = stored
+        self.asked: list[str] = []
+        self._noted: list[str] = []
+
+    def has_cache_item(self, identifier: str) -> bool:
+        self.asked.append(identifier)
+        return identifier in self.stored
+
+    def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
+        return False
+
+    def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
+        self._noted.append(request.items[index].identifier)
+
+    def build_connector_meta(self) -> ECConnectorMetadata:
+        noted, self._noted = self._noted, []
+        return ECConnectorMetadata(tuple(noted))
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
+        assert self._metadata is not None
+        encoder_cache.update({name: torch.empty(4, 1) for name in self._metadata.loads})
+
+    def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
+        raise NotImplementedError
+
+
+def state_of(sequence: Sequence) -> RequestState:
+    request = GenerateRequest(sequence.request_id, sequence.prompt, SamplingParams(), deadline=60.0)
+    state = RequestState(request, asyncio.new_event_loop(), asyncio.Queue(), 0.0, BlockHasher(4, sequence.items, ""))
+    state.choices = [SimpleNamespace(sequence=sequence)]  # type: ignore[list-item]
+    state.loop.close()
+    return state
 
 
 def test_tensors_are_freed_also_while_every_step_fails() -> None:
@@ -18,3 +65,20 @@ def test_tensors_are_freed_also_while_every_step_fails() -> None:
         embeddings.forget_unfilled()
     assert embeddings.entries.keys() == {"image 9"}
     assert not scheduler.encoder_cache.take_evicted()
+
+
+def test_what_is_needed_is_asked_for_before_what_is_only_counted() -> None:
+    driver, store = Driver(), Store("c", "d")
+    embeddings = Embeddings(driver.scheduler, entry_width=1, connectors=(store, store))
+    states = [state_of(driver.add(prompt(2, (first, 4), (second, 4)))) for first, second in ("ab", "cd", "ed")]
+    for state in states:
+        embeddings.admit(state)
+    assert not store.asked
+    embeddings.update({state.request.request_id: state for state in states})
+    needed = ["a", "c", "d", "e"]
+    assert store.asked[: len(needed)] == needed
+    assert set(store.asked[len(needed) :]) <= {*"abe"}
+    outcomes = {item.identifier: item.outcome for state in states for item in state.timing.items}
+    assert {name for name, outcome in outcomes.items() if outcome is ItemOutcome.HIT} == {"c", "d"}
+    assert embeddings.outcomes == {ItemOutcome.HIT: 3}
+    assert embeddings.wait_seconds == 0

@@ -104,6 +104,19 @@ async def test_a_damaged_entry_is_encoded_again(encoder: Encoder, store: Path) -
     assert file.read_bytes() == whole
 
 
+async def test_what_an_encoder_has_lost_comes_back_from_the_shared_cache(
+    encoders: StartEncoder, store: Path, tmp_path: Path
+) -> None:
+    encoder = encoders(cache=f"file://{tmp_path}/cache")
+    (item,) = await encoder.encode(A)
+    (file,) = entries(store)
+    whole = file.read_bytes()
+    while item.outcome is not ItemOutcome.HIT:  # it is written behind, and the cache may answer too late
+        file.unlink()
+        (item,) = await encoder.encode(A)
+    assert file.read_bytes() == whole
+
+
 async def test_an_image_whose_embedding_the_store_can_never_hold_is_refused_by_name(
     encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

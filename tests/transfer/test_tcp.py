@@ -172,6 +172,18 @@ def test_a_flood_of_strangers_keeps_no_reader_out(holder: Holder, memory: Memory
         connection.socket.close()
 
 
+@pytest.mark.parametrize("beyond", [0, 1, tcp._WAKING_BYTES - 1, tcp._WAKING_BYTES, tcp._WAKING_BYTES + 1])
+def test_the_last_bytes_of_any_size_wake_their_reader(
+    holder: Holder, memory: Memory, target: np.ndarray[Any, np.dtype[np.uint8]], beyond: int
+) -> None:
+    reached = holder.reach(TcpPlane(), memory)
+    size = tcp._BYTES_AT_A_TIME + beyond
+    for begin in range(3):  # later ones over the same connection
+        assert reached.read([Run(begin, begin, size)], never)
+        assert np.array_equal(target[begin : begin + size], holder.bytes[begin : begin + size])
+    reached.close()
+
+
 def test_more_reads_than_connections_wait_for_their_turn(
     holder: Holder, memory: Memory, target: np.ndarray[Any, np.dtype[np.uint8]]
 ) -> None:

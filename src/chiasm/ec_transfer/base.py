@@ -388,6 +388,14 @@ class ECConnector(ABC):
         """
         return None
 
+    def restore(self, identifier: str, rows: int) -> bool:
+        """Publish an entry of ``rows`` rows again that was published here and is lost, if it can be had without encoding.
+
+        Called by producers, from any thread, if the entry isn't published and before they encode it. Returns whether consumers
+        find it now. Raises StorageError if it cannot be published. A connector without a store beside it has no other place.
+        """
+        return False
+
     @abstractmethod
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
         """Publish ``encoder_cache[mm_hash]``. Once it returns, every consumer finds the entry.

@@ -28,7 +28,7 @@ from chiasm.ec_transfer.holder import Holder
 from chiasm.ec_transfer.peer_messages import PROTOCOL, PROTOCOL_VERSION, Welcome
 from chiasm.ec_transfer.reader import Reader
 from chiasm.ec_transfer.sources import Arrived, Landing, LandingSource, Source
-from chiasm.ec_transfer.wants import Wanted
+from chiasm.ec_transfer.wants import Wish
 from chiasm.errors import ConfigurationError
 from chiasm.transfer.arena import Arena
 from chiasm.transfer.greeting import Terms
@@ -69,10 +69,6 @@ class PeerConnector(ECConnector):
         self._other: PeerConnector | None = None
         self._holder: Holder | None = None
         self._reader: Reader | None = None
-        self._missed: dict[str, None] = {}
-        """What the engine asked for in vain since the last step."""
-        self._promised: dict[str, Arrived] = {}
-        """What the engine was told to be here, until the step: the reader may need its room for something else."""
         self._noted: dict[str, Arrived] = {}
         self._in_use: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
         """Embeddings that the engine took and that something still uses."""
@@ -120,7 +116,6 @@ class PeerConnector(ECConnector):
         if self._holder is not None:
             self._holder.close()
         self._reader = self._holder = None
-        self._promised.clear()
         self._noted.clear()
         self.clear_connector_metadata()
 
@@ -165,36 +160,31 @@ class PeerConnector(ECConnector):
     def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
         if self._reader is None:
             return super().ensure_cache_available(request, num_computed_tokens)
-        wanted = [
-            Wanted(
+        wishes = [
+            Wish(
                 check_identifier(item.identifier),
                 item.length,
                 is_needed=item.offset + item.length > num_computed_tokens and item.identifier not in self._in_use,
             )
             for item in request.items
         ]
-        self._reader.want(request.request_id, wanted)
-        return all(not item.is_needed or self._reader.ready(item.identifier) is not None for item in wanted)
+        self._reader.want(request.request_id, wishes)
+        return all(not wish.is_needed or self._reader.ready(wish.identifier) is not None for wish in wishes)
 
     def has_cache_item(self, identifier: str) -> bool:
         if self._reader is None:
             return self.is_published(identifier)
         check_identifier(identifier)
-        if identifier in self._noted or identifier in self._promised:
+        if identifier in self._noted:
             return True
-        arrived = self._reader.ready(identifier)
-        if arrived is None and self._reader.is_taken(identifier):  # and the engine has given it up
-            tensor = self._in_use.get(identifier)
-            arrived = None if tensor is None else Arrived(tensor, 0.0)
-            self._reader.again(identifier, arrived)
-        if arrived is not None:
-            self._promised[identifier] = arrived
-            return True
-        self._missed[identifier] = None
-        return False
+        if (
+            tensor := self._in_use.get(identifier)
+        ) is not None:  # the engine has given it up, and something still uses it
+            self._reader.bring_back(identifier, Arrived(tensor, 0.0))
+        return self._reader.ask(identifier)
 
     def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:
-        ready = self._promised.get(check_identifier(identifier))
+        ready = None if self._reader is None else self._reader.ready(check_identifier(identifier))
         return None if ready is None else (tuple(ready.tensor.shape), ready.tensor.dtype)
 
     def is_published(self, identifier: str) -> bool:
@@ -210,25 +200,20 @@ class PeerConnector(ECConnector):
 
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
         identifier = check_identifier(request.items[index].identifier)
-        arrived = None if self._reader is None else self._promised.get(identifier) or self._reader.ready(identifier)
-        if self._reader is not None and arrived is not None:
+        arrived = None if self._reader is None else self._reader.take(identifier)
+        if arrived is not None:
             self._noted[identifier] = arrived
             self._in_use[identifier] = arrived.tensor
-            self._reader.take(identifier)
 
     def build_connector_meta(self) -> ECConnectorMetadata:
         noted, self._noted = self._noted, {}
-        self._promised.clear()
-        missed, self._missed = self._missed, {}
-        if self._reader is not None and missed:
-            self._reader.need_next(tuple(missed))
+        if self._reader is not None:
+            self._reader.end_round()
         return PeerMetadata(tuple(noted), noted)
 
     def request_finished(self, request: RequestLike) -> None:
         if self._reader is not None:
-            for item in request.items:
-                self._promised.pop(item.identifier, None)
-            self._reader.finish(request.request_id)
+            self._reader.finish(request.request_id, [item.identifier for item in request.items])
 
     # ---- worker role --------------------------------------------------------------------------------------------------
 
@@ -263,7 +248,6 @@ class PeerConnector(ECConnector):
     def reject(self, identifier: str, reason: str) -> None:
         """Scheduler role: what came is of no use. ``reason`` is for the log."""
         self._in_use.pop(identifier, None)
-        self._promised.pop(identifier, None)
         if self._reader is not None:
             self._reader.reject(identifier, reason)
 

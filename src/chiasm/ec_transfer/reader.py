@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +18,11 @@ from typing import Any
 
 import msgspec
 
+from chiasm.cores import ARRIVAL_NICE, lower_priority
 from chiasm.ec_transfer.base import ECConnectorStats
 from chiasm.ec_transfer.peer_messages import Here, HolderMessage, Take, Want, Welcome
 from chiasm.ec_transfer.sources import Arrived, EntryUnusable, Source
-from chiasm.ec_transfer.wants import Read, Send, Wanted, WantTable
+from chiasm.ec_transfer.wants import Read, Send, WantTable, Wish
 from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread, start_task
 from chiasm.transfer.errors import TransferError
 from chiasm.transfer.greeting import Terms, open_channel
@@ -90,7 +91,7 @@ class Reader:
         self._freed: asyncio.Future[None]
         """Done when memory may be free again, or when somebody who waits for it should look again why."""
         self._closing = False
-        self._pool = ThreadPoolExecutor(MAX_READING, "ec-read")
+        self._pool = ThreadPoolExecutor(MAX_READING, "ec-read", initializer=lower_priority, initargs=(ARRIVAL_NICE,))
         self._control = ControlThread("ec-reader", self._run)
 
     # ---- any thread ---------------------------------------------------------------------------------------------------
@@ -99,18 +100,22 @@ class Reader:
         with self._changing() as table:
             table.expect(places)
 
-    def want(self, request_id: str, wanted: Sequence[Wanted]) -> None:
+    def want(self, request_id: str, wishes: Iterable[Wish]) -> None:
         with self._changing() as table:
-            table.want(request_id, wanted)
+            table.want(request_id, wishes)
 
-    def finish(self, request_id: str) -> None:
+    def finish(self, request_id: str, identifiers: Iterable[str]) -> None:
         with self._changing() as table:
-            table.finish(request_id)
+            table.finish(request_id, identifiers)
         self._control.call(self._retry)
 
-    def need_next(self, identifiers: Sequence[str]) -> None:
+    def ask(self, identifier: str) -> bool:
         with self._changing() as table:
-            table.need_next(identifiers)
+            return table.ask(identifier)
+
+    def end_round(self) -> None:
+        with self._changing() as table:
+            table.end_round()
 
     def ready(self, identifier: str) -> Arrived | None:
         with self._lock:
@@ -120,17 +125,13 @@ class Reader:
         with self._lock:
             return self._table.is_coming(identifier)
 
-    def is_taken(self, identifier: str) -> bool:
+    def take(self, identifier: str) -> Arrived | None:
+        with self._changing() as table:
+            return table.take(identifier)
+
+    def bring_back(self, identifier: str, arrived: Arrived) -> None:
         with self._lock:
-            return self._table.is_taken(identifier)
-
-    def take(self, identifier: str) -> None:
-        with self._changing() as table:
-            table.take(identifier)
-
-    def again(self, identifier: str, arrived: Arrived | None = None) -> None:
-        with self._changing() as table:
-            table.again(identifier, arrived)
+            self._table.bring_back(identifier, arrived, arrived.tensor.nbytes)
 
     def reject(self, identifier: str, reason: str) -> None:
         _logger.warning("The embedding of item %s was rejected: %s.", identifier, reason)

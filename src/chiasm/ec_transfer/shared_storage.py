@@ -162,8 +162,9 @@ class SharedStorageConnector(ECConnector):
     def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
         if self._arrivals is not None:
             for item in request.items:
+                identifier = check_identifier(item.identifier)
                 is_needed = item.offset + item.length > num_computed_tokens
-                self._arrivals.want(request.request_id, check_identifier(item.identifier), at_once=is_needed)
+                self._arrivals.want(request.request_id, identifier, item.length, is_needed=is_needed)
         return all(
             self._find(check_identifier(item.identifier)) is not None
             for item in request.items
@@ -188,7 +189,7 @@ class SharedStorageConnector(ECConnector):
 
     def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         check_identifier(identifier)
-        ready = self._arrivals.peek(identifier) if self._arrivals is not None else None
+        ready = self._arrivals.ready(identifier) if self._arrivals is not None else None
         if ready is not None:
             header: EntryHeader | None = ready.entry.header
         elif self.is_consumer:
@@ -201,12 +202,12 @@ class SharedStorageConnector(ECConnector):
         return self.published(identifier) is not None
 
     def is_coming(self, identifier: str) -> bool:
-        arrived = self._arrivals is not None and self._arrivals.holds(identifier)
+        arrived = self._arrivals is not None and self._arrivals.ready(identifier) is not None
         return arrived or self.published(identifier) is not None
 
     def request_finished(self, request: RequestLike) -> None:
         if self._arrivals is not None:
-            self._arrivals.let_go(request.request_id, [item.identifier for item in request.items])
+            self._arrivals.finish(request.request_id, [item.identifier for item in request.items])
 
     def published(self, identifier: str) -> EntryHeader | None:
         """Return the header of the entry, if it exists. It may be gone the next moment, unlike after ``has_cache_item``."""
@@ -263,11 +264,11 @@ class SharedStorageConnector(ECConnector):
 
     def discard(self, identifier: str, reason: str) -> None:
         entry = self._find(check_identifier(identifier))
-        if self._arrivals is not None:
-            self._arrivals.take(identifier)
         self._held.pop(identifier, None)
         if entry is not None:
             self._reject(identifier, entry.known.signature, reason)
+        if self._arrivals is not None:
+            self._arrivals.discard(identifier)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
         check_identifier(mm_hash)

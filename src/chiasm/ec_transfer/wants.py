@@ -1,22 +1,21 @@
-"""What a reader wants, where it may be, and what is brought in next. It has no sockets, no clock and no memory.
+"""What a reader wants from other processes, where it may be, and what is read next. It has no sockets, no clock and no memory.
 
-An embedding is brought in when a request wants it, a place has it, and there is room. All that is wanted has one order: first
-what the engine needs next, then what the oldest request wants. An embedding gets room only if all that come before it have
-theirs, and takes it from those that come later if it must. So the first one always comes, and none waits for one that waits.
+An embedding is read when a request wants it, a place has it, and there is room. What comes first, and what makes way for it, is
+said in ``intake``. Room is given in that order also to what no place has yet, so that it can be granted with a holder's first
+word.
 
 What a place is told is collected in ``take_sends``, and what is to be read from one in ``take_reads``.
 """
 
 from __future__ import annotations
 
-import enum
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Generic, NamedTuple, TypeVar
 
 from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader
+from chiasm.ec_transfer.intake import Intake, Stage, Wanted
 from chiasm.ec_transfer.peer_messages import Bad, Done, Forget, Here, Take, Want
 from chiasm.wire import ECPlace
 
@@ -28,8 +27,8 @@ MAX_PLACES_OF_ONE = 2
 """Places of one embedding that are kept: an encoder that is slow may be helped by another."""
 
 
-class Wanted(NamedTuple):
-    """An item that a request wants. Its embedding has at most ``max_rows`` rows."""
+class Wish(NamedTuple):
+    """An embedding that a request wants, with at most ``max_rows`` rows."""
 
     identifier: str
     max_rows: int
@@ -57,34 +56,19 @@ class Read(NamedTuple):
         return HEADER_BYTES + self.header.data_bytes
 
 
-class _Stage(enum.Enum):
-    WAITING = enum.auto()
-    """It is wanted, and not granted."""
-    ASKED = enum.auto()
-    """A grant was asked for."""
-    READING = enum.auto()
-    READY = enum.auto()
-    TAKEN = enum.auto()
-    """The engine has it. If it loses it again, it is brought in once more."""
-
-
 @dataclass(eq=False)
-class _Item(Generic[EntryT]):
-    identifier: str
-    max_rows: int = 0
-    requests: set[str] = field(default_factory=set)
+class _Item(Wanted[EntryT]):
     places: dict[ECPlace, Here | None] = field(default_factory=dict)
     """What each place has said. The newest place comes last."""
-    stage: _Stage = _Stage.WAITING
     source: ECPlace | None = None
-    """Where it is asked for, read from, or came from."""
-    entry: EntryT | None = None
+    """Where it was asked for, while it waits; else where it comes or came from."""
     size_bytes: int = 0
     """Its size, once it is known."""
 
     @property
-    def holds_room(self) -> bool:
-        return self.stage in (_Stage.ASKED, _Stage.READING, _Stage.READY)
+    def is_open(self) -> bool:
+        """Whether it is needed and no place was asked for it."""
+        return self.stage is Stage.WAITING and self.source is None
 
 
 class WantTable(Generic[EntryT]):
@@ -97,10 +81,9 @@ class WantTable(Generic[EntryT]):
         """``row_bytes`` is the size of one row of an embedding; 0 if it isn't known before one was seen."""
         self.capacity_bytes = capacity_bytes
         self._fingerprint = fingerprint
-        self._items: dict[str, _Item[EntryT]] = {}
-        self._requests: dict[str, list[str]] = {}
-        """The identifiers that a request wants, in the order of need. The oldest request comes first."""
-        self._needed: tuple[str, ...] = ()
+        self._intake: Intake[_Item[EntryT], EntryT] = Intake(_Item, self._look_for, max_bytes=capacity_bytes)
+        self._has_missed = False
+        """Whether the engine has asked in vain in this round."""
         self._expected: OrderedDict[str, dict[ECPlace, Here | None]] = OrderedDict()
         """Where embeddings are that no request wants yet."""
         self._row_bytes = row_bytes
@@ -110,7 +93,7 @@ class WantTable(Generic[EntryT]):
         self._reads: list[Read] = []
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._intake)
 
     # ---- what is to be done -------------------------------------------------------------------------------------------
 
@@ -131,98 +114,86 @@ class WantTable(Generic[EntryT]):
 
     @property
     def held_bytes(self) -> int:
-        """Size of what is granted, read or ready."""
-        return sum(item.size_bytes for item in self._items.values() if item.holds_room)
+        """Size of what has room: what is ready or comes, and what is to come first."""
+        return self._intake.held_bytes
 
     def places_in_use(self) -> set[ECPlace]:
         """Return the places from which something may come."""
         return {
             place
-            for item in self._items.values()
-            if item.stage not in (_Stage.READY, _Stage.TAKEN)
+            for item in self._intake
+            if item.stage in (Stage.WAITING, Stage.COMING)
             for place in (*item.places, item.source)
             if place is not None
         }
 
     # ---- the engine ---------------------------------------------------------------------------------------------------
 
-    def want(self, request_id: str, wanted: Sequence[Wanted]) -> None:
-        """A request wants these items, in this order, until ``finish``."""
-        names = self._requests.setdefault(request_id, [])
-        for identifier, max_rows, is_needed in wanted:
-            item = self._items.get(identifier)
-            if item is None:
-                item = self._items[identifier] = _Item(identifier)
-                item.places = self._expected.pop(identifier, {})
-                item.stage = _Stage.WAITING if is_needed else _Stage.TAKEN
-                self._ask(item)
-            item.max_rows = max(item.max_rows, max_rows)
-            item.requests.add(request_id)
-            if identifier not in names:
-                names.append(identifier)
+    def want(self, request_id: str, wishes: Iterable[Wish]) -> None:
+        """A request wants these until ``finish``."""
+        for identifier, max_rows, is_needed in wishes:
+            item = self._intake.want(request_id, identifier, max_rows, is_needed=is_needed)
+            if identifier in self._expected:
+                item.places = self._expected.pop(identifier)
+                self._look_for(item)
         self._plan()
 
-    def finish(self, request_id: str) -> None:
-        """A request wants nothing any more."""
-        for identifier in self._requests.pop(request_id, []):
-            item = self._items[identifier]
-            item.requests.discard(request_id)
-            if not item.requests and item.stage is not _Stage.READING:
-                self._drop(item)
+    def finish(self, request_id: str, identifiers: Iterable[str]) -> None:
+        """The request wants none of these any more."""
+        for item in self._intake.finish(request_id, identifiers):
+            self._leave(item)
         self._plan()
 
-    def need_next(self, identifiers: Sequence[str]) -> None:
-        """The engine needs these next, in this order."""
-        if tuple(identifiers) != self._needed:
-            self._needed = tuple(identifiers)
+    def ask(self, identifier: str) -> bool:
+        """Return whether the entry is ready; if so, it stays until ``end_round``. See ``Intake.ask``."""
+        if self._intake.ask(identifier):
+            return True
+        self._has_missed = True
+        if self._unsent:
+            self._plan()
+        return False
+
+    def end_round(self) -> None:
+        """End the order in which the engine has asked, and the promises that it got."""
+        self._intake.end_round()
+        if self._has_missed:
+            self._has_missed = False
             self._plan()
 
     def is_coming(self, identifier: str) -> bool:
         """Return whether a holder has the entry or it is ready."""
-        item = self._items.get(identifier)
+        item = self._intake.get(identifier)
         if item is None:
             return False
-        return item.stage is not _Stage.WAITING or any(here is not None for here in item.places.values())
+        return item.stage is not Stage.WAITING or any(here is not None for here in item.places.values())
 
     def ready(self, identifier: str) -> EntryT | None:
         """Return the entry if it is ready."""
-        item = self._items.get(identifier)
-        return item.entry if item is not None and item.stage is _Stage.READY else None
+        return self._intake.ready(identifier)
 
-    def is_taken(self, identifier: str) -> bool:
-        """Return whether the engine took the entry."""
-        item = self._items.get(identifier)
-        return item is not None and item.stage is _Stage.TAKEN
-
-    def take(self, identifier: str) -> None:
-        """The engine has the entry now, so it holds no room here any more."""
-        item = self._items.get(identifier)
-        if item is not None and item.stage is _Stage.READY:
-            item.stage, item.entry = _Stage.TAKEN, None
-            self._plan()
-
-    def again(self, identifier: str, entry: EntryT | None = None) -> None:
-        """The engine has given up what it took, and wants it again. ``entry`` is it if it is in memory nevertheless."""
-        item = self._items.get(identifier)
-        if item is None or item.stage is not _Stage.TAKEN:
-            return
+    def take(self, identifier: str) -> EntryT | None:
+        """Return the entry if it is ready. The engine has it now, so it holds no room here any more."""
+        entry = self._intake.take(identifier)
         if entry is not None:
-            item.stage, item.entry = _Stage.READY, entry
-        else:
-            self._wait(item)
-            self._ask(item)
             self._plan()
+        return entry
+
+    def bring_back(self, identifier: str, entry: EntryT, size_bytes: int) -> None:
+        """The engine has given up what it took, and it is still in memory."""
+        item = self._intake.get(identifier)
+        if item is not None and item.stage is Stage.IDLE:
+            self._intake.come(item, size_bytes)
+            self._intake.arrive(item, entry)
 
     def reject(self, identifier: str) -> None:
         """What came is of no use: where it came from shall not offer it any more."""
-        item = self._items.get(identifier)
-        if item is None or item.stage not in (_Stage.READY, _Stage.TAKEN):
+        item = self._intake.get(identifier)
+        if item is None or item.stage not in (Stage.READY, Stage.IDLE):
             return
         if item.source is not None:
             self._sends.append(Send(item.source, Bad(identifier)))
             item.places.pop(item.source, None)
-        self._wait(item)
-        self._ask(item)
+        self._intake.wait(item)
         self._plan()
 
     # ---- places -------------------------------------------------------------------------------------------------------
@@ -230,7 +201,7 @@ class WantTable(Generic[EntryT]):
     def expect(self, places: Mapping[str, ECPlace]) -> None:
         """These embeddings are or will be there."""
         for identifier, place in places.items():
-            item = self._items.get(identifier)
+            item = self._intake.get(identifier)
             if item is None:
                 self._keep(identifier, place)
                 continue
@@ -240,7 +211,7 @@ class WantTable(Generic[EntryT]):
             if len(item.places) > MAX_PLACES_OF_ONE and others:
                 del item.places[others[0]]
                 self._sends.append(Send(others[0], Forget(identifier)))
-            if here is None and item.stage in (_Stage.WAITING, _Stage.ASKED) and place != item.source:
+            if here is None and item.stage is Stage.WAITING and place != item.source:
                 self._unsent.append((item, place))
         self._plan()
 
@@ -250,12 +221,10 @@ class WantTable(Generic[EntryT]):
         What is being read ends by itself, since some data planes don't need the holder for that.
         """
         lost: list[str] = []
-        for item in self._items.values():
-            known = place in item.places
-            item.places.pop(place, None)
-            if item.stage is _Stage.ASKED and item.source == place:
-                self._wait(item)
-            if known and item.stage is _Stage.WAITING:
+        for item in self._intake:
+            is_known = place in item.places
+            self._withdraw(item, place)
+            if is_known and item.is_open:
                 lost.append(item.identifier)
         self._sends = [send for send in self._sends if send.place != place]
         for identifier in [name for name, places in self._expected.items() if place in places]:
@@ -279,7 +248,7 @@ class WantTable(Generic[EntryT]):
 
     def here(self, place: ECPlace, here: Here) -> str | None:
         """A holder has an entry. Return why it can't be used, as a clause; None if it can."""
-        item = self._items.get(here.identifier)
+        item = self._intake.get(here.identifier)
         if item is None or place not in item.places:  # it isn't wanted from there any more
             self._sends.append(Send(place, Forget(here.identifier)))
             return None
@@ -292,17 +261,16 @@ class WantTable(Generic[EntryT]):
             return reason
         if header.shape and header.shape[0]:
             self._row_bytes = max(self._row_bytes, header.data_bytes // header.shape[0])
-        is_open = item.stage is _Stage.WAITING or (item.stage is _Stage.ASKED and item.source == place)
-        if not here.granted:
-            item.places[place] = here
-            if is_open:
-                item.size_bytes = header.data_bytes
-        elif is_open:
-            item.places[place] = here
+        may_come = item.stage is Stage.WAITING and item.source in (None, place)
+        if may_come:
             item.size_bytes = header.data_bytes
-            item.stage, item.source = _Stage.READING, place
+        if may_come or not here.granted:
+            item.places[place] = here
+        if may_come and here.granted:
+            self._intake.come(item, header.data_bytes)
+            item.source = place
             self._reads.append(Read(place, here, header))
-        elif item.source != place:  # it comes from elsewhere already
+        elif here.granted and item.source != place:  # it comes from elsewhere already
             self._sends.append(Send(place, Forget(here.identifier)))
             del item.places[place]
         self._plan()
@@ -310,42 +278,44 @@ class WantTable(Generic[EntryT]):
 
     def gone(self, place: ECPlace, identifier: str) -> bool:
         """A holder has an entry no more. Return whether it has to come from elsewhere now."""
-        item = self._items.get(identifier)
-        if item is None or place not in item.places or item.stage in (_Stage.READY, _Stage.TAKEN):
+        item = self._intake.get(identifier)
+        if item is None or place not in item.places or item.stage in (Stage.READY, Stage.IDLE):
             return False
-        if item.stage is _Stage.READING and item.source == place:
+        if item.stage is Stage.COMING and item.source == place:
             return False
         self._withdraw(item, place)
         self._plan()
-        return item.stage is _Stage.WAITING
+        return item.is_open
 
     def arrived(self, read: Read, entry: EntryT) -> bool:
         """What was read is whole. Return whether a request wants it; otherwise it is dropped."""
-        item = self._items[read.header.identifier]
+        item = self._item_of(read)
         self._sends.append(Send(read.place, Done(item.identifier)))
         self._sends += [Send(place, Forget(item.identifier)) for place in item.places if place != read.place]
         item.places = {read.place: None} if read.place in item.places else {}
-        item.stage, item.entry = _Stage.READY, entry
-        if not item.requests:
-            self._drop(item)
+        is_wanted = self._intake.arrive(item, entry)
         self._plan()
-        return bool(item.requests)
+        return is_wanted
 
     def failed(self, read: Read, *, bad: bool) -> bool:
         """What was read is not whole. ``bad``: the holder shall not offer it any more. Return whether a request wants it."""
-        item = self._items[read.header.identifier]
+        item = self._item_of(read)
         self._sends.append(Send(read.place, Bad(item.identifier) if bad else Done(item.identifier)))
         self._withdraw(item, read.place)
-        self._wait(item)
-        self._ask(item)
-        if not item.requests:
-            self._drop(item)
+        is_wanted = self._intake.fail(item)
+        if not is_wanted:
+            self._leave(item)
         self._plan()
-        return bool(item.requests)
+        return is_wanted
 
     def is_wanted(self, read: Read) -> bool:
         """Return whether a request wants what is being read."""
-        return bool(self._items[read.header.identifier].requests)
+        return bool(self._item_of(read).requests)
+
+    def _item_of(self, read: Read) -> _Item[EntryT]:
+        item = self._intake.get(read.header.identifier)
+        assert item is not None, "what is being read stays in the table"
+        return item
 
     def _misfit(self, header: EntryHeader) -> str | None:
         if not header.has_known_dtype:
@@ -359,63 +329,40 @@ class WantTable(Generic[EntryT]):
 
     # ---- states and room ----------------------------------------------------------------------------------------------
 
-    def _ask(self, item: _Item[EntryT]) -> None:
-        self._unsent += [(item, place) for place in item.places]
-
-    def _wait(self, item: _Item[EntryT]) -> None:
-        item.stage, item.source, item.entry = _Stage.WAITING, None, None
+    def _look_for(self, item: _Item[EntryT]) -> None:
+        """Ask all places of an item that waits, as soon as it is known what has room."""
+        if item.stage is Stage.WAITING:
+            item.source = None
+            self._unsent += [(item, place) for place in item.places]
 
     def _withdraw(self, item: _Item[EntryT], place: ECPlace) -> None:
         """Expect nothing of one item from a place."""
         item.places.pop(place, None)
-        if item.stage is _Stage.ASKED and item.source == place:
-            self._wait(item)
+        if item.stage is Stage.WAITING and item.source == place:
+            item.source = None
 
-    def _drop(self, item: _Item[EntryT]) -> None:
-        if item.stage in (_Stage.WAITING, _Stage.ASKED):
+    def _leave(self, item: _Item[EntryT]) -> None:
+        """Tell the places of an item that was dropped while it waited."""
+        if item.stage in (Stage.WAITING, Stage.COMING):
             self._sends += [Send(place, Forget(item.identifier)) for place in item.places]
-        del self._items[item.identifier]
-
-    def _ordered(self) -> Iterator[_Item[EntryT]]:
-        names = dict.fromkeys(chain(self._needed, *self._requests.values()))
-        return (self._items[name] for name in names if name in self._items)
 
     def _plan(self) -> None:
         """Ask for what has room now, and tell the places of the rest that it is wanted."""
-        room = self.capacity_bytes - self.held_bytes
-        allowed: set[str] = set()
-        for item in self._ordered():
-            if item.stage is not _Stage.WAITING:
-                continue
+        waiting = [item for item in self._intake.in_order(Stage.WAITING) if item.source is None]
+        for item in waiting:
+            item.held_bytes = 0
+        for item in waiting:
             need = item.size_bytes or min(item.max_rows * self._row_bytes, self.capacity_bytes)
-            if need > room:
-                room += self._reclaim(item, need - room)
-            room -= need
-            if room < 0:
+            if not self._intake.reserve(item, need):
                 break
-            allowed.add(item.identifier)
             having = [place for place, here in item.places.items() if here is not None]
             if having:
-                item.stage, item.source = _Stage.ASKED, having[-1]
+                item.source = having[-1]
                 self._sends.append(Send(having[-1], Take(item.identifier)))
         unsent, self._unsent = self._unsent, []
         for item, place in unsent:
-            waits = item.stage in (_Stage.WAITING, _Stage.ASKED) and self._items.get(item.identifier) is item
+            waits = item.stage is Stage.WAITING and self._intake.get(item.identifier) is item
             if waits and item.places.get(place, item) is None:
-                need = item.size_bytes or item.max_rows * self._row_bytes
-                room_bytes = HEADER_BYTES + need if need and item.identifier in allowed else 0
-                self._sends.append(Send(place, Want(item.identifier, room_bytes)))
-
-    def _reclaim(self, first: _Item[EntryT], needed_bytes: int) -> int:
-        """Give up entries that are ready, the last ones first, for one that comes before them; return their size."""
-        order = list(self._ordered())
-        later = [item for item in order[order.index(first) + 1 :] if item.stage is _Stage.READY]
-        if sum(item.size_bytes for item in later) < needed_bytes:
-            return 0
-        reclaimed = 0
-        while reclaimed < needed_bytes:
-            item = later.pop()
-            reclaimed += item.size_bytes
-            self._wait(item)
-            self._ask(item)
-        return reclaimed
+                self._sends.append(
+                    Send(place, Want(item.identifier, item.held_bytes and HEADER_BYTES + item.held_bytes))
+                )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,14 +21,13 @@ from chiasm.ec_transfer.base import (
 from chiasm.ec_transfer.device import take_over, to_device
 from chiasm.ec_transfer.entry_file import EntryHeader, OpenFile, bytes_of, dtype_of, header_of
 from chiasm.ec_transfer.stores import CorruptEntryError, StoredEntry, open_store
-from chiasm.ec_transfer.stores.reader import Rank, Reader, StoreReads
+from chiasm.ec_transfer.stores.reader import Reader, StoreReads
+from chiasm.ec_transfer.stores.recovery import Recovery
 from chiasm.ec_transfer.stores.writer import StoreWrites, Writer
 from chiasm.errors import ConfigurationError
 from chiasm.wire import ECPlace
 
 _log = logging.getLogger(__name__)
-_MAX_TOLD = 65536
-"""Entries that the proxy calls stored and no request has wanted yet; the oldest are forgotten."""
 
 
 class StoredPin(NamedTuple):
@@ -96,18 +92,6 @@ class WithStoreMetadata(ECConnectorMetadata):
         return WithStoreMetadata, (self.loads, self.inner, self.pins)
 
 
-class _Wanted:
-    """An item that requests want."""
-
-    def __init__(self, max_rows: int) -> None:
-        self.rank: Rank = (0, 0)
-        """When the scheduler asked for it: what it asks for in its latest round is needed first, in the order of asking."""
-        self.max_rows = max_rows
-        self.requests: set[str] = set()
-        self.is_needed = False
-        """Whether the scheduler has asked for it, so that it isn't in its memory."""
-
-
 class WithStore(ECConnector):
     """Passes all calls on to ``connector``; a producer also writes to the store, and a consumer also reads from it.
 
@@ -122,26 +106,22 @@ class WithStore(ECConnector):
         self._connector = connector
         self.stats = connector.stats
         self._store = open_store(config.store)
-        self._wake: Callable[[], None] = lambda: None
-        self._lock = threading.Lock()
-        self._told: OrderedDict[str, None] = OrderedDict()
-        self._wanted: dict[str, _Wanted] = {}
-        self._round = 0
-        self._asked = itertools.count()
         self._noted: dict[str, Landing] = {}
         self._reader: Reader[Landing] | None = None
         self._writer: Writer | None = None
+        self._recovery: Recovery | None = None
         if role is ECConnectorRole.SCHEDULER and self.is_consumer:
             self._reader = Reader(
                 self._store,
                 config.fingerprint,
                 max_bytes=config.store_read_bytes,
+                check=self._check,
                 allocate=lambda entry: Landing(entry, config.device, is_shared=config.separate_processes),
                 is_elsewhere=connector.is_coming,
-                on_change=self._change,
             )
         if role is ECConnectorRole.WORKER and self.is_producer:
             self._writer = Writer(self._store, config.store_queue_bytes)
+            self._recovery = Recovery(self._store, config.fingerprint)
 
     def meet(self, other: ECConnector) -> None:
         assert isinstance(other, WithStore)
@@ -158,6 +138,8 @@ class WithStore(ECConnector):
             self._reader.stop()
         if self._writer is not None:
             self._writer.stop()
+        if self._recovery is not None:
+            self._recovery.stop()
         self._store.close()
         self._connector.shutdown()
 
@@ -178,33 +160,14 @@ class WithStore(ECConnector):
     # ---- scheduler role -------------------------------------------------------------------------------------------
 
     def set_wake(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
+        if self._reader is not None:
+            self._reader.wake = wake
         self._connector.set_wake(wake)
-
-    def _change(self) -> None:
-        self._wake()
 
     def expect(self, places: Mapping[str, ECPlace], stored: Collection[str] = ()) -> None:
         self._connector.expect(places, stored)
-        if self._reader is None:
-            return
-        with self._lock:
-            for identifier in places:
-                self._told.pop(identifier, None)
-            for identifier in stored:
-                self._told[identifier] = None
-                self._told.move_to_end(identifier)
-                self._read_if_needed(identifier)
-            while len(self._told) > _MAX_TOLD:
-                self._told.popitem(last=False)
-
-    def _read_if_needed(self, identifier: str) -> None:
-        """Have an entry read that is stored and needed. Under the lock; what was said of it is used up."""
-        wanted = self._wanted.get(identifier)
-        if wanted is None or not wanted.is_needed or identifier not in self._told or self._reader is None:
-            return
-        del self._told[identifier]
-        self._reader.want(identifier, wanted.rank, lambda entry: self._check(entry, wanted.max_rows))
+        if self._reader is not None:
+            self._reader.tell(stored, elsewhere=places)
 
     def _check(self, entry: StoredEntry, max_rows: int) -> None:
         dtype = str(_dtype(entry.dtype)).removeprefix("torch.")
@@ -221,17 +184,7 @@ class WithStore(ECConnector):
             )
 
     def has_cache_item(self, identifier: str) -> bool:
-        if self._connector.has_cache_item(identifier):
-            return True
-        if self._reader is None:
-            return False
-        with self._lock:
-            wanted = self._wanted.get(identifier)
-            if wanted is None:
-                return False
-            wanted.is_needed, wanted.rank = True, (-self._round, next(self._asked))
-            self._read_if_needed(identifier)
-        return self._reader.promise(identifier, wanted.rank)
+        return self._connector.has_cache_item(identifier) or (self._reader is not None and self._reader.ask(identifier))
 
     def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         known = self._connector.layout_of(identifier)
@@ -244,30 +197,18 @@ class WithStore(ECConnector):
         return self._connector.is_published(identifier)
 
     def is_coming(self, identifier: str) -> bool:
-        with self._lock:  # an entry moves from one to the other
-            if self._reader is not None and (identifier in self._told or identifier in self._reader):
-                return True
-        return self._connector.is_coming(identifier)
+        is_read = self._reader is not None and self._reader.is_coming(identifier)
+        return is_read or self._connector.is_coming(identifier)
 
     def ensure_cache_available(self, request: RequestLike, num_computed_tokens: int) -> bool:
-        is_available = self._connector.ensure_cache_available(request, num_computed_tokens)
-        if self._reader is None:
-            return is_available
-        with self._lock:
+        if self._reader is not None:
             for item in request.items:
-                wanted = self._wanted.get(item.identifier)
-                if wanted is None:
-                    wanted = self._wanted[item.identifier] = _Wanted(item.length)
-                wanted.max_rows = max(wanted.max_rows, item.length)
-                wanted.requests.add(request.request_id)
-        return is_available
+                self._reader.want(request.request_id, item.identifier, item.length)
+        return self._connector.ensure_cache_available(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: RequestLike, index: int) -> None:
         identifier = request.items[index].identifier
         landing = self._reader.take(identifier) if self._reader is not None else None
-        with self._lock:
-            if (wanted := self._wanted.get(identifier)) is not None:
-                wanted.is_needed = False  # until the scheduler asks again
         if landing is not None:
             self._noted[identifier] = landing
         elif identifier not in self._noted:
@@ -277,8 +218,7 @@ class WithStore(ECConnector):
         inner = self._connector.build_connector_meta()
         if self._reader is None:
             return inner
-        self._reader.end_promises()
-        self._round += 1
+        self._reader.end_round()
         if not self._noted:
             return WithStoreMetadata(inner.loads, inner)
         held, self._noted = self._noted, {}
@@ -287,17 +227,8 @@ class WithStore(ECConnector):
 
     def request_finished(self, request: RequestLike) -> None:
         self._connector.request_finished(request)
-        if self._reader is None:
-            return
-        with self._lock:
-            for item in request.items:
-                wanted = self._wanted.get(item.identifier)
-                if wanted is None:
-                    continue
-                wanted.requests.discard(request.request_id)
-                if not wanted.requests:
-                    del self._wanted[item.identifier]
-                    self._reader.leave(item.identifier)
+        if self._reader is not None:
+            self._reader.finish(request.request_id, [item.identifier for item in request.items])
 
     # ---- worker role ----------------------------------------------------------------------------------------------
 
@@ -332,13 +263,29 @@ class WithStore(ECConnector):
 
     def discard(self, identifier: str, reason: str) -> None:
         if self._reader is not None:
-            self._reader.leave(identifier)
+            self._reader.discard(identifier)
         self._connector.discard(identifier, reason)
+
+    def restore(self, identifier: str, rows: int) -> bool:
+        if self._recovery is None or self._writer is None or not self._recovery.was_made(identifier):
+            return False
+
+        def check(entry: StoredEntry) -> None:
+            self._check(entry, rows)
+            if entry.shape[0] != rows:
+                raise CorruptEntryError(f"it has {entry.shape[0]} rows, but the image makes {rows}")
+
+        landing = self._recovery.read(identifier, check, lambda entry: Landing(entry, "cpu", is_shared=False))
+        if landing is not None:
+            self._connector.save_caches({identifier: landing.tensor}, identifier)
+        self._writer.note_restored(landing is not None)
+        return landing is not None
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
         self._connector.save_caches(encoder_cache, mm_hash)
-        if self._writer is None:
+        if self._writer is None or self._recovery is None:
             return
+        self._recovery.note(mm_hash)
         tensor = encoder_cache[mm_hash]
 
         def make() -> tuple[StoredEntry, memoryview]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -64,6 +64,8 @@ class Embeddings:
         self._scheduler_role = connectors[0] if connectors is not None else None
         self._worker_role = connectors[1] if connectors is not None else None
         self._encoder = encoder
+        self._unasked: list[RequestState] = []
+        """Requests that have come since the connector was last asked."""
         self._looks_again = False
         self._has_lost = False
         self._changes_seen = -1
@@ -92,7 +94,11 @@ class Embeddings:
     # ---- how a request gets its items ---------------------------------------------------------------------------------
 
     def admit(self, state: RequestState) -> None:
-        """Count the items that exist on admission as hits; the others count when they come, or when the request fails."""
+        """Count the items that exist on admission as hits; the others count when they come, or when the request fails.
+
+        The connector is asked for each of them when the next chunks of all requests are looked for, and after those, since it
+        takes the order of asking as the order of need.
+        """
         sequence = state.sequences[0]
         num_cached = self._scheduler.items.num_cached_tokens(sequence)
         stored = self._scheduler_role is not None and self._scheduler_role.ensure_cache_available(sequence, num_cached)
@@ -101,25 +107,23 @@ class Embeddings:
                 continue
             timing = ItemTiming(item.identifier, ItemOutcome.MISSED)
             state.timing.items.append(timing)
-            if (
-                stored
-                or item.offset + item.length <= num_cached
-                or item.identifier in self.entries
-                or (self._scheduler_role is not None and self._scheduler_role.has_cache_item(item.identifier))
-            ):
+            if stored or item.offset + item.length <= num_cached or item.identifier in self.entries:
                 timing.outcome = ItemOutcome.HIT
                 self.outcomes[ItemOutcome.HIT] += 1
             else:
                 state.missing[item.identifier] = timing
+        if state.missing and self._scheduler_role is not None:
+            self._unasked.append(state)
 
     def note(self, state: RequestState, identifier: str, outcome: ItemOutcome) -> None:
         """Count an item that was missing: it is there now, or never will be."""
         timing = state.missing.pop(identifier, None)
         if timing is not None:
             timing.outcome = outcome
-            timing.wait_seconds = time.monotonic() - state.arrived
             self.outcomes[outcome] += 1
-            self.wait_seconds += timing.wait_seconds
+            if outcome is not ItemOutcome.HIT:
+                timing.wait_seconds = time.monotonic() - state.arrived
+                self.wait_seconds += timing.wait_seconds
 
     def forget(self, state: RequestState) -> None:
         """Let go of what only a request wanted that has ended."""
@@ -189,6 +193,7 @@ class Embeddings:
                     scheduler_role.update_state_after_alloc(sequence, sequence.items.index(item))
                 self._scheduler.item_arrived(sequence, item)
                 arrivals.append((sequence, item))
+        self._note_hits(scheduler_role, {item.identifier for _, item in arrivals}, states)
         metadata = scheduler_role.build_connector_meta()
         if metadata.loads:
             started = time.monotonic()
@@ -205,6 +210,15 @@ class Embeddings:
                 self._has_lost = True
             else:
                 self.note(states[sequence.request_id], item.identifier, ItemOutcome.WAITED)
+
+    def _note_hits(self, scheduler_role: ECConnector, arrived: Set[str], states: Mapping[str, RequestState]) -> None:
+        """Ask for what else the requests want that have just come, and count what is there."""
+        unasked, self._unasked = self._unasked, []
+        for state in unasked:
+            if states.get(state.request.request_id) is state:
+                for name in list(state.missing):
+                    if name in arrived or scheduler_role.has_cache_item(name):
+                        self.note(state, name, ItemOutcome.HIT)
 
     def _reject_misfits(
         self,

@@ -80,6 +80,7 @@ class EncoderEngine(Engine):
         self._worker.follow(self._vision.module)
         self._encode_pool = ThreadPoolExecutor(1, "chiasm-encode", initializer=lower_priority, initargs=(config.nice,))
         self._publish_pool = ThreadPoolExecutor(2, "chiasm-publish")
+        self._restore_pool = ThreadPoolExecutor(2, "chiasm-restore")
         measuring = self._encode_pool.submit(image_costs, self.processor, self.device, self._compute)
         self.costs = Costs(images=measuring.result())
         self._check_store(self.costs)
@@ -124,7 +125,7 @@ class EncoderEngine(Engine):
         if self._started:
             self._started = False
             self._decoder.close()
-            for pool in (self._preprocess_pool, self._encode_pool, self._publish_pool):
+            for pool in (self._preprocess_pool, self._encode_pool, self._publish_pool, self._restore_pool):
                 pool.shutdown(cancel_futures=True)
             self._ec_scheduler.shutdown()
             self._ec_worker.shutdown()
@@ -221,7 +222,7 @@ class EncoderEngine(Engine):
             queue_seconds = max(0.0, time.monotonic() - started - preprocess - encode - publish)
             return EncodedItem(item.identifier, metadata, outcome, preprocess, encode, publish, queue_seconds, began)
 
-        if await self._is_published(item.identifier):
+        if await self._is_published(item.identifier) or await self._is_restored(item):
             return result(ItemOutcome.HIT)
         # The server found this size in the header and within its limits; decoding to a larger one must fail.
         pixels, preprocess_seconds = await self._decoder.decode(
@@ -241,6 +242,15 @@ class EncoderEngine(Engine):
         # Not on the event loop: an entry that another encoder has published is read to check that it isn't damaged.
         found, _ = await self._in(self._publish_pool, lambda: self._ec_scheduler.has_cache_item(identifier))
         return found
+
+    async def _is_restored(self, item: EncodeItem) -> bool:
+        """Read what was lost from the shared cache, if there is one, on threads of its own, since the cache may hang."""
+        assert self.config.ec is not None
+        if not self.config.ec.store:
+            return False
+        rows = len(self.processor.geometry_of_size(item.height, item.width).rows)
+        restored, _ = await self._in(self._restore_pool, lambda: self._ec_worker.restore(item.identifier, rows))
+        return restored
 
     def _run(self, pixels: Pixels) -> Tensor:
         with self._worker.computing(encode_seconds(self.costs, len(pixels.geometry.rows))):

@@ -62,6 +62,8 @@ PATIENCE_SECONDS = 5.0
 _BYTES_AT_A_TIME = 4 << 20
 """What is received before it is asked whether to stop, and used meanwhile: the kernel receives what comes next."""
 _BUFFERS_AT_A_TIME = 1 << 10  # IOV_MAX
+_WAKING_BYTES = 1 << 18
+"""How many bytes wake a reader. Otherwise it would wake for every few hundred kilobytes, and interrupt a step each time."""
 _TICKET_BYTES = 32
 _COUNT = struct.Struct(">I")
 _RANGE = struct.Struct(">QQ")
@@ -274,7 +276,11 @@ class _ReachedOverTcp(ReachedMemory):
         connection.sendall(b"".join(request))
         if _receive_exactly(connection, 1) != _GRANTED:
             return False
+        left = sum(run.num_bytes for run in runs)
         for targets in _batches(self._buffer, runs):
+            # Only as many as follow these, or the last of these might wake nobody.
+            left -= sum(map(len, targets))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, min(left, _WAKING_BYTES)))
             while targets:
                 count = connection.recvmsg_into(targets, 0, socket.MSG_WAITALL)[0]
                 if not count:

@@ -161,7 +161,7 @@ def wait_for_arrivals(store: ECConnector, folder: Path, request_id: str, identif
     identifiers = [name for name in identifiers if IDENTIFIER.fullmatch(name)]
     store.ensure_cache_available(_Wanted(request_id, [_Place(name) for name in identifiers]), 0)
     for name in identifiers:
-        while _is_usable(folder, name) and store.layout_of(name) is None:
+        while _is_usable(folder, name) and not store.has_cache_item(name):
             time.sleep(0.001)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Generic, Protocol, TypeVar
 
+from chiasm.cores import ARRIVAL_NICE, lower_priority
+from chiasm.ec_transfer.intake import Intake, Stage, Wanted
 from chiasm.ec_transfer.stores.base import Store
 from chiasm.ec_transfer.stores.entry import AbsentEntryError, CorruptEntryError, StoredEntry, StoreError
 from chiasm.ec_transfer.stores.guard import Guard
@@ -16,6 +19,8 @@ from chiasm.ec_transfer.stores.guard import Guard
 _log = logging.getLogger(__name__)
 _THREADS = 2
 """One reads while the other waits for the store, or copies to a device."""
+_MAX_TOLD = 65536
+"""Entries that the store is said to have and no request has wanted yet; the oldest are forgotten."""
 
 
 @dataclass
@@ -43,34 +48,20 @@ class Landing(Protocol):
         """Called when the buffer is filled and verified, on the reader's thread."""
 
 
-Rank: TypeAlias = tuple[int, int]
-"""Lower for what is needed earlier."""
 LandingT = TypeVar("LandingT", bound=Landing)
 
 
-class _Read(Generic[LandingT]):
-    """One entry that is wanted. Compared by identity."""
-
-    def __init__(self, identifier: str, rank: Rank, check: Callable[[StoredEntry], None]) -> None:
-        self.identifier = identifier
-        self.rank = rank
-        self.check = check
-        self.entry: StoredEntry | None = None
-        """Its header, once that was read."""
-        self.is_begun = False
-        """Whether a thread works on it, or has done so."""
-        self.held_bytes = 0
-        """What it takes of the memory."""
-        self.landing: LandingT | None = None
-        """Set when it is ready."""
-        self.is_promised = False
-        """Whether it must stay until it is taken."""
+@dataclass(eq=False)
+class _Read(Wanted[LandingT]):
+    header: StoredEntry | None = None
+    """Once it was read, until it turns out that the store doesn't have the entry, or the engine has it."""
 
 
 class Reader(Generic[LandingT]):
-    """Reads entries, those of the lowest rank first, into at most ``max_bytes``.
+    """Reads what requests want and the store is said to have into at most ``max_bytes``.
 
-    What is ready and not taken makes way for what is needed earlier; it is read again then.
+    What comes first, and what makes way for it and is read again then, is said in ``intake``. The methods may be called from
+    any thread.
     """
 
     def __init__(
@@ -79,150 +70,168 @@ class Reader(Generic[LandingT]):
         fingerprint: str,
         *,
         max_bytes: int,
+        check: Callable[[StoredEntry, int], None],
         allocate: Callable[[StoredEntry], LandingT],
         is_elsewhere: Callable[[str], bool],
-        on_change: Callable[[], None],
     ) -> None:
-        """``is_elsewhere`` says that an entry needn't be read, since it comes from somewhere else; ``on_change`` is called when
-        an entry is ready, or will not be. Both are called on the reader's threads."""
+        """All three are called on the reader's threads.
+
+        ``check`` raises CorruptEntryError for an entry that can't be what is wanted, given the most rows that it may have;
+        ``allocate`` makes memory for one that can. ``is_elsewhere`` says that an entry needn't be read, since it comes from
+        somewhere else. ``wake`` can be set; it is called, on the same threads, when an entry is ready, or will not be.
+        """
         self._store = store
         self._fingerprint = fingerprint
         self._max_bytes = max_bytes
+        self._check = check
         self._allocate = allocate
         self._is_elsewhere = is_elsewhere
-        self._on_change = on_change
+        self.wake: Callable[[], None] = lambda: None
         self._guard = Guard(f"Reading embeddings from {store.address}")
         self.stats = StoreReads()
-        self._reads: dict[str, _Read[LandingT]] = {}
-        self._used_bytes = 0
+        self._told: OrderedDict[str, None] = OrderedDict()
+        """What the store is said to have, until it is looked for there."""
         self._changed = threading.Condition()
+        self._intake: Intake[_Read[LandingT], LandingT] = Intake(
+            _Read, lambda read: self._changed.notify_all(), max_bytes=max_bytes
+        )
         self._is_stopping = False
         self._threads: list[threading.Thread] = []
 
-    def __contains__(self, identifier: str) -> bool:
-        """Whether an entry is ready or will be, as far as is known."""
+    def tell(self, stored: Iterable[str], elsewhere: Iterable[str] = ()) -> None:
+        """The store is said to have some entries, and others are said to come from somewhere else."""
         with self._changed:
-            return identifier in self._reads
-
-    def want(self, identifier: str, rank: Rank, check: Callable[[StoredEntry], None]) -> None:
-        """Read an entry.
-
-        ``check`` raises CorruptEntryError for an entry that can't be what is wanted, before memory is taken for it.
-        """
-        with self._changed:
-            if identifier in self._reads or self._is_stopping:
-                return
-            self._reads[identifier] = _Read(identifier, rank, check)
-            while len(self._threads) < _THREADS:
+            for identifier in elsewhere:
+                self._told.pop(identifier, None)
+            for identifier in stored:
+                self._told.pop(identifier, None)
+                self._told[identifier] = None
+            while len(self._told) > _MAX_TOLD:
+                self._told.popitem(last=False)
+            while self._told and len(self._threads) < _THREADS and not self._is_stopping:
                 name = f"chiasm-store-read-{len(self._threads)}"
                 self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
                 self._threads[-1].start()
-            self._changed.notify()
-
-    def promise(self, identifier: str, rank: Rank) -> bool:
-        """Return whether an entry is ready; if so, it stays until it is taken or ``end_promises`` is called.
-
-        Otherwise it has this rank from now on.
-        """
-        with self._changed:
-            read = self._reads.get(identifier)
-            if read is None:
-                return False
-            read.rank = rank
-            if read.landing is None:
-                self._changed.notify_all()
-                return False
-            read.is_promised = True
-            return True
-
-    def end_promises(self) -> None:
-        with self._changed:
-            for read in self._reads.values():
-                read.is_promised = False
             self._changed.notify_all()
+
+    def want(self, request_id: str, identifier: str, max_rows: int) -> None:
+        """A request wants an entry. It is read when it is asked for."""
+        with self._changed:
+            self._intake.want(request_id, identifier, max_rows, is_needed=False)
+
+    def finish(self, request_id: str, identifiers: Iterable[str]) -> None:
+        """The request wants none of these any more."""
+        with self._changed:
+            self._intake.finish(request_id, identifiers)
+            self._changed.notify_all()
+
+    def ask(self, identifier: str) -> bool:
+        """Return whether a wanted entry is ready; if so, it stays until ``end_round``. See ``Intake.ask``."""
+        with self._changed:
+            return self._intake.ask(identifier)
+
+    def end_round(self) -> None:
+        """End the order in which the scheduler has asked, and the promises that it got."""
+        with self._changed:
+            self._intake.end_round()
+            self._changed.notify_all()
+
+    def is_coming(self, identifier: str) -> bool:
+        """Whether an entry is ready or will be, as far as is known."""
+        with self._changed:
+            read = self._intake.get(identifier)
+            return identifier in self._told or (
+                read is not None and (read.header is not None or read.stage is Stage.COMING)
+            )
 
     def ready(self, identifier: str) -> LandingT | None:
         """Return an entry that is ready."""
         with self._changed:
-            read = self._reads.get(identifier)
-            return None if read is None else read.landing
+            return self._intake.ready(identifier)
 
     def take(self, identifier: str) -> LandingT | None:
-        """Return an entry that is ready, and forget it."""
+        """Return an entry that is ready, and keep it no longer."""
         with self._changed:
-            read = self._reads.get(identifier)
-            if read is None or read.landing is None:
-                return None
-            self._forget(read)
-            return read.landing
+            landing = self._intake.take(identifier)
+            if landing is not None:
+                self._forget(identifier)
+            return landing
 
-    def leave(self, identifier: str) -> None:
-        """Note that nobody wants an entry any more."""
+    def discard(self, identifier: str) -> None:
+        """What was read is of no use."""
         with self._changed:
-            if read := self._reads.get(identifier):
-                self._forget(read)
+            self._intake.take(identifier)
+            self._forget(identifier)
+
+    def _forget(self, identifier: str) -> None:
+        """Don't read an entry again before the store is said to have it. Under the lock."""
+        if read := self._intake.get(identifier):
+            read.header = None
+        self._changed.notify_all()
 
     def stop(self) -> None:
         """Forget everything. What is being read ends on its own, within seconds."""
         with self._changed:
             self._is_stopping = True
-            self._reads.clear()
+            self._intake.clear()
+            self._told.clear()
             self._changed.notify_all()
 
     # ---- the threads ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        lower_priority(ARRIVAL_NICE)
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_stopping or self._first() is not None)
+                while not self._is_stopping and (read := self._next()) is None:
+                    self._changed.wait()
                 if self._is_stopping:
                     return
-                read = self._first()
                 assert read is not None
-                read.is_begun = True
             self._attempt(read)
 
-    def _first(self) -> _Read[LandingT] | None:
-        """Return what is to be done next: the header or the bytes of the earliest entry, which has room for them then."""
-        waiting = (read for read in self._reads.values() if not read.is_begun)
-        read = min(waiting, key=lambda read: read.rank, default=None)
-        if read is None or read.entry is None:
-            return read
-        return read if read.held_bytes or self._reserve(read, read.entry.size_bytes) else None
+    def _next(self) -> _Read[LandingT] | None:
+        """Begin with the first entry whose header is to be read, or its bytes, for which there must be room. Under the lock."""
+        for read in self._intake.in_order(Stage.WAITING):
+            if read.header is None and read.identifier in self._told:
+                del self._told[read.identifier]
+                self._intake.come(read, 0)
+                return read
+            if read.header is not None:
+                if not self._intake.reserve(read, read.header.size_bytes):
+                    return None
+                self._intake.come(read, read.header.size_bytes)
+                return read
+        return None
 
     def _attempt(self, read: _Read[LandingT]) -> None:
-        """Do the next part of the work for an entry. If that is in vain, it is forgotten, and whoever wants it is told."""
-        ended = self._work(read)
-        with self._changed:
-            is_wanted = self._reads.get(read.identifier) is read
-            if ended and read.landing is None and is_wanted:
-                del self._reads[read.identifier]
-            if not is_wanted or read.identifier not in self._reads:
-                self._give_back(read)
-            self._changed.notify_all()
-        if is_wanted and ended:
-            self._on_change()
-
-    def _work(self, read: _Read[LandingT]) -> bool:
-        """Read the header, or the bytes; return whether nothing is left to do, since all is read or can't be."""
+        """Do the next part of the work for an entry. If that is in vain, it isn't looked for here any more."""
+        header, landing = read.header, None
         try:
-            if read.entry is not None:
-                self._fill(read)
-                return True
-            if not self._is_elsewhere(read.identifier):
-                self._find(read)
-                return False
+            if header is not None:
+                landing = self._fill(header)
+            elif not self._is_elsewhere(read.identifier):
+                header = self._find(read)
         except AbsentEntryError:
+            header = None
             self._count(absent=1)
         except CorruptEntryError as error:
+            header = None
             self._count(corrupt=1)
             _log.warning("Item %s in %s was rejected: %s.", read.identifier, self._store.address, error)
         except StoreError:
+            header = None
             self._count(read_failures=1)  # the guard has logged it
         except Exception:
+            header = None
             self._count(read_failures=1)
             _log.exception("An embedding could not be read from %s.", self._store.address)
-        return True
+        with self._changed:
+            read.header = header
+            is_wanted = self._intake.fail(read) if landing is None else self._intake.arrive(read, landing)
+            self._changed.notify_all()
+        if is_wanted and (landing is not None or header is None):
+            self.wake()
 
     def _count(self, *, absent: int = 0, corrupt: int = 0, read_failures: int = 0) -> None:
         with self._changed:
@@ -230,54 +239,26 @@ class Reader(Generic[LandingT]):
             self.stats.corrupt += corrupt
             self.stats.read_failures += read_failures
 
-    def _find(self, read: _Read[LandingT]) -> None:
-        """Read the header, and let the entry wait for room."""
+    def _find(self, read: _Read[LandingT]) -> StoredEntry:
+        """Read the header."""
         with self._guard.use():
             (entry,) = self._store.exists_many([read.identifier], self._fingerprint)
         if entry is None:
             raise AbsentEntryError
-        read.check(entry)
+        self._check(entry, read.max_rows)
         if entry.size_bytes > self._max_bytes:
             raise CorruptEntryError(f"it takes {entry.size_bytes} bytes, but at most {self._max_bytes} are read")
-        with self._changed:
-            read.entry, read.is_begun = entry, False
+        return entry
 
-    def _fill(self, read: _Read[LandingT]) -> None:
-        """Read the bytes into memory that was reserved."""
-        assert read.entry is not None
+    def _fill(self, entry: StoredEntry) -> LandingT:
+        """Read the bytes, for which there is room."""
         started = time.perf_counter()
-        landing = self._allocate(read.entry)
+        landing = self._allocate(entry)
         with self._guard.use():
-            self._store.get_into(read.entry, landing.buffer)
+            self._store.get_into(entry, landing.buffer)
         landing.finish()
         with self._changed:
             self.stats.reads += 1
-            self.stats.read_bytes += read.entry.size_bytes
+            self.stats.read_bytes += entry.size_bytes
             self.stats.read_seconds += time.perf_counter() - started
-            read.landing = landing
-
-    # ---- memory, under the lock ----------------------------------------------------------------------------------------
-
-    def _reserve(self, read: _Read[LandingT], size_bytes: int) -> bool:
-        """Take memory, if need be from what is ready and needed later."""
-        ready = [one for one in self._reads.values() if one.landing is not None and not one.is_promised]
-        for one in sorted(ready, key=lambda one: one.rank, reverse=True):
-            if self._used_bytes + size_bytes <= self._max_bytes or one.rank < read.rank:
-                break
-            self._used_bytes -= one.held_bytes
-            one.landing, one.held_bytes, one.is_begun = None, 0, False  # read again later
-        if self._used_bytes + size_bytes > self._max_bytes:
-            return False
-        read.held_bytes = size_bytes
-        self._used_bytes += size_bytes
-        return True
-
-    def _forget(self, read: _Read[LandingT]) -> None:
-        del self._reads[read.identifier]
-        if read.landing is not None or not read.is_begun:  # otherwise its thread still writes there, and gives it back
-            self._give_back(read)
-
-    def _give_back(self, read: _Read[LandingT]) -> None:
-        self._used_bytes -= read.held_bytes
-        read.held_bytes = 0
-        self._changed.notify_all()
+        return landing

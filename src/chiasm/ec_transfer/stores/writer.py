@@ -28,6 +28,10 @@ class StoreWrites:
     """Not written, because the queue was full or the store has failed lately."""
     queued_bytes: int = 0
     """What waits or is being written now."""
+    restored: int = 0
+    """Lost here, and read from the store in place of being encoded again."""
+    not_restored: int = 0
+    """Lost here, and encoded again: the store didn't have it, or didn't say so at once."""
 
 
 class _Pending(NamedTuple):
@@ -65,6 +69,12 @@ class Writer:
                 self._thread = threading.Thread(target=self._run, name="chiasm-store-write", daemon=True)
                 self._thread.start()
             self._changed.notify()
+
+    def note_restored(self, is_restored: bool) -> None:
+        """Count an entry that was lost here."""
+        with self._changed:
+            self.stats.restored += is_restored
+            self.stats.not_restored += not is_restored
 
     def stop(self) -> None:
         """Drop what waits. What is being written may go on for a while, on a thread that keeps no process alive."""
