@@ -18,7 +18,16 @@ from chiasm.fleet_key import FleetKey, make_fleet_key
 from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.http.timing import read_timing
 from chiasm.prometheus import read_samples
-from chiasm.wire import CHAT_PATH, TIMING_COMMENT, ErrorBody, ErrorDetail, ProxyHealth
+from chiasm.wire import (
+    CHAT_PATH,
+    PLACES_PATH,
+    TIMING_COMMENT,
+    EmbeddingPlaces,
+    ErrorBody,
+    ErrorDetail,
+    Health,
+    ProxyHealth,
+)
 
 _TIMEOUT = aiohttp.ClientTimeout(total=300)
 _HEALTH_PATH = "/health"
@@ -191,6 +200,24 @@ class Client:
             content = await response.read()
             seconds = time.perf_counter() - started
             return seconds, _durations(response.headers.get("server-timing")), msgspec.json.decode(content)
+
+    async def tell_place(self, reader: str, encoder: str, identifier: str) -> None:
+        """Tell a PD at ``reader`` that the encoder has an embedding, or will, as a proxy does. Raises RequestFailedError.
+
+        Otherwise the PD would wait for it, unless encoders publish where all find it.
+        """
+        try:
+            async with self._session.get(encoder + _HEALTH_PATH) as response:
+                place = msgspec.json.decode(await response.read(), type=Health).ec_place
+            if place is None:
+                return
+            body = msgspec.json.encode(EmbeddingPlaces(places={identifier: place}))
+            headers = signature(self.fleet_key, "POST", PLACES_PATH, body_digest(body))
+            async with self._session.post(reader + PLACES_PATH, data=body, headers=headers) as response:
+                if not response.ok:
+                    raise RequestFailedError(f"{reader} answered {response.status}: {_reason(await response.read())}")
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            raise RequestFailedError(f"{encoder} or {reader} did not answer: {error}") from error
 
     async def proxy_health(self, url: str) -> ProxyHealth:
         """Return what a proxy says of itself and its instances. Raises RequestFailedError."""

@@ -71,9 +71,9 @@ class _Image(_Text):
         super().__init__(bench, pd)
         self._data = data
         self._encoder = encoder
-        identifier = identifier_of("proxy")
-        self._embeds = embeds_part(identifier, int.from_bytes(data[16:20]))  # the width in a PNG's header
-        self.pixels = publish(data, identifier)
+        self._identifier = identifier_of("proxy")
+        self._embeds = embeds_part(self._identifier, int.from_bytes(data[16:20]))  # the width in a PNG's header
+        self.pixels = publish(data, self._identifier)
 
     def body(self, question: str) -> bytes:
         return ask([self._data], question, max_tokens=1)
@@ -81,6 +81,7 @@ class _Image(_Text):
     async def call_directly(self, question: str) -> float:
         """Return the seconds until the PD's answer, while the encoder is called at the same time."""
         body = chat([self._embeds, text_part(question)], max_tokens=1)
+        await self._bench.client.tell_place(self._pd, self._encoder, self._identifier)
         started = time.perf_counter()
         encoding = asyncio.create_task(self._bench.client.post(self._encoder, self.pixels, as_proxy=True))
         try:
