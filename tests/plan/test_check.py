@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,9 @@ def results(folder: Path, rate: float) -> Path:
                 for factor, verdict in ((1.0, Verdict.GOOD), (1.01, Verdict.LATE)):
                     trials.add(arm, Trial(factor * rate, seed, [Served("text up to 64 tokens", verdict, 0.1)] * 50))
     path = folder / "results.json"
-    write_json(path, {"goodput": outcome_of(found, LIMITS, seed=0)}, {})
+    outcome = outcome_of(found, LIMITS, seed=0)
+    outcome.parameters["model"] = SHAPE.name
+    write_json(path, {"goodput": outcome}, {})
     return path
 
 
@@ -51,6 +54,7 @@ def test_what_the_benchmark_writes_is_understood(tmp_path: Path) -> None:
     assert measured.rates["text", "split"] == pytest.approx(3.0, rel=0.1)
     assert measured.limits == LIMITS
     assert measured.seeds == [0, 1]
+    assert measured.model == SHAPE.name
 
 
 def test_every_mix_and_deployment_is_compared(tmp_path: Path) -> None:
@@ -79,3 +83,11 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
 def test_gpus_are_not_compared_with_cores(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--devices cpu:N"):
         check(results(tmp_path, 3.0), SHAPE, cost_of, parse_devices("1xH100"), as_json=False)
+
+
+def test_a_measurement_of_another_model_is_refused(tmp_path: Path) -> None:
+    other = replace(SHAPE, name="folders/other")
+    with pytest.raises(
+        ConfigurationError, match=f"measured with {SHAPE.name}; give that as MODEL in place of folders/other"
+    ):
+        check(results(tmp_path, 3.0), other, cost_of, [CPU], as_json=True)

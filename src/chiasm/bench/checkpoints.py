@@ -78,6 +78,8 @@ THIRD_OF_A_BILLION = SyntheticSize(
 )
 """0.3 billion parameters, nearly all of them in the decoder; turns an image of 512 x 512 pixels into 256 tokens."""
 
+GOODPUT_NAME = "qwen3_vl-goodput"
+"""The checkpoint of goodput, where no other is chosen."""
 GOODPUT = SyntheticSize(
     text_hidden=512,
     text_intermediate=1536,
@@ -132,11 +134,12 @@ async def make_once(bench: Bench, name: str, size: SyntheticSize, family: str = 
     folder = bench.scratch / name
     if not folder.is_dir():
         bench.phase("making a synthetic checkpoint")
-        await asyncio.to_thread(_make, folder, size, family)
+        await asyncio.to_thread(make_checkpoint, folder, size, family)
     return str(folder)
 
 
-def _make(folder: Path, size: SyntheticSize, family: str) -> None:
+def make_checkpoint(folder: Path, size: SyntheticSize, family: str = "qwen3_vl") -> None:
+    """Make a checkpoint with random weights. The folder appears when it is whole."""
     from chiasm.bench.synthetic import make
 
     logging.getLogger("transformers").setLevel(logging.ERROR)

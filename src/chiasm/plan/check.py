@@ -55,6 +55,8 @@ class Measured:
     """By mix and arm."""
     limits: Mapping[str, Limits]
     seeds: Sequence[int]
+    model: str
+    """The name of the checkpoint."""
 
 
 def check(
@@ -71,7 +73,12 @@ def check(
         raise ConfigurationError(
             "--check compares with what was measured on this machine's cores; give --devices cpu:N."
         )
-    found = list(compare(read_measured(path), shape, cost_of, cpu))
+    measured = read_measured(path)
+    if measured.model != Path(shape.name).name:
+        raise ConfigurationError(
+            f"{path} was measured with {measured.model}; give that as MODEL in place of {shape.name}."
+        )
+    found = list(compare(measured, shape, cost_of, cpu))
     if not found:
         raise ConfigurationError(f"{path} has no rates of the benchmark's own deployments and mixes to compare with.")
     within = all(abs(one.off) <= TOLERANCE for one in found)
@@ -97,11 +104,12 @@ def read_measured(path: Path) -> Measured:
             for mix, _, arm in [figure["name"].partition(": ")]
         }
         seeds = sorted({int(trial["seed"]) for trial in measurement["trials"]})
+        model = str(measurement["parameters"]["model"])
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigurationError(
             f"--check {path} is not a results.json of `chiasm bench goodput`: {type(error).__name__} {error}."
         ) from error
-    return Measured(rates, limits, seeds)
+    return Measured(rates, limits, seeds, model)
 
 
 def compare(

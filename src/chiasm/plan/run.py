@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -170,28 +172,42 @@ def _shape_of_folder(model: str) -> ModelShape:
 def _measured(config: PlanConfig, cpu: Device) -> tuple[ModelShape, Callable[[Place], CostModel]]:
     """Return the costs on this machine's cores: those of the file, which are measured first if there is none."""
     from chiasm.launch.config import model_name
-    from chiasm.models import resolve_folder
     from chiasm.plan.costs import MeasuredCosts, read_costs, write_costs
     from chiasm.plan.devices import Cpu
     from chiasm.plan.shapes import of_folder
 
     assert isinstance(cpu, Cpu)
-    folder = resolve_folder(config.model)
     name = model_name(config.model)
     path = config.costs or _cache() / f"{name.replace('/', '--')}-{cpu.cores}.json"
-    if config.calibrate or not path.exists():
-        from chiasm.plan.calibration import calibrate
+    with _checkpoint(config.model) as folder:
+        if config.calibrate or not path.exists():
+            from chiasm.plan.calibration import calibrate
 
-        write_costs(path, calibrate(folder, name, cpu.cores, note))
+            write_costs(path, calibrate(folder, name, cpu.cores, note))
+        shape = of_folder(folder, config.model, bytes_per_value=4)
     measured = read_costs(path, name)
     if measured.cores < cpu.cores:
         raise ConfigurationError(
             f"The costs in {path} were measured on {measured.cores} cores, and the plan is for {cpu.cores}; measure them again "
             "with --calibrate."
         )
-    shape = of_folder(folder, config.model, bytes_per_value=4)
     costs = MeasuredCosts(measured, shape.tokens_of)
     return shape, lambda place: costs
+
+
+@contextmanager
+def _checkpoint(model: str) -> Iterator[Path]:
+    """The folder of a model; what ``chiasm bench goodput`` makes to measure with is made again."""
+    from chiasm.bench.checkpoints import GOODPUT, GOODPUT_NAME, make_checkpoint
+    from chiasm.models import resolve_folder
+
+    if model != GOODPUT_NAME:
+        yield resolve_folder(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="chiasm-plan-") as parent:
+        folder = Path(parent) / model
+        make_checkpoint(folder, GOODPUT)
+        yield folder
 
 
 def _cache(environment: Mapping[str, str] = os.environ) -> Path:

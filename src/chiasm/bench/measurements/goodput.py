@@ -13,7 +13,7 @@ from pathlib import Path
 
 from chiasm.bench import arms as arms_module
 from chiasm.bench.arms import Arm
-from chiasm.bench.checkpoints import GOODPUT, make_once
+from chiasm.bench.checkpoints import GOODPUT, GOODPUT_NAME, make_once
 from chiasm.bench.goodput import Limits, RateSearch, Trials
 from chiasm.bench.goodput_options import AGGREGATED
 from chiasm.bench.goodput_outcome import outcome_of
@@ -105,7 +105,7 @@ class Comparison:
         options = self._bench.goodput
         # Fail before anything is made or started:
         arms_module.choose("", self._engine, options.arms, options.more_arms)
-        model = options.model or await make_once(self._bench, "qwen3_vl-goodput", GOODPUT)
+        model = options.model or await make_once(self._bench, GOODPUT_NAME, GOODPUT)
         arms = arms_module.choose(model, self._engine, options.arms, options.more_arms)
         groups = [arms] if self._fit_together(model, arms) else [[arm] for arm in arms]
         if AGGREGATED not in [arm.name for arm in groups[0]]:
