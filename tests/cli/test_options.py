@@ -155,6 +155,12 @@ def test_instances_of_the_built_in_engine_get_options_as_they_were_given() -> No
     assert config.roles[Role.ENCODER].settings == {}
 
 
+def test_only_the_proxy_is_told_where_traces_go() -> None:
+    config = _config("--otlp-traces-endpoint", "http://collector:4318")
+    assert config.proxy_settings == {"otlp_traces_endpoint": "http://collector:4318"}
+    assert config.settings == {}
+
+
 def test_arguments_for_the_proxy_override_common_options() -> None:
     config = _config("--max-items", "3", "--max-image-pixels", "9", "--proxy-args", "--max-items 2", "--port", "9000")
     assert config.proxy_settings == {"max_items": 2, "max_image_pixels": 9}

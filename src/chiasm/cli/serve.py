@@ -35,6 +35,8 @@ _OF_PROXY = (
     "deadline_seconds",
     "shutdown_timeout_seconds",
 )
+_OF_PROXY_ALONE = ("otlp_traces_endpoint",)
+"""Options of the proxy that say nothing about the deployment."""
 _OF_ROLE = ("cpus", "devices", "memory_share")
 _OF_EC = (
     "connector_module_path",
@@ -78,7 +80,7 @@ def add_options(made: Parser) -> None:
     """Add all options."""
     made.add("deployment", DeploymentConfig, only=_OF_DEPLOYMENT)
     of_proxy = made.add_argument_group("proxy")
-    made.add(of_proxy, ProxyConfig, only=_OF_PROXY)
+    made.add(of_proxy, ProxyConfig, only=(*_OF_PROXY, *_OF_PROXY_ALONE))
     made.add(of_proxy, HttpConfig)
     made.add_arguments("proxy_args", "More arguments for `chiasm proxy`, in quotes.", of_proxy)
     instances = made.add_argument_group("all instances")
@@ -148,7 +150,7 @@ def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
     """Return the deployment that a person asks for. Raises ConfigurationError for what cannot work together."""
     of_all = _chosen(settings, "log_level", *names_of(EngineConfig, MediaConfig).difference(_OF_LAYOUT))
     of_proxy = _chosen(of_all, "log_level", "max_items", *names_of(MediaConfig))
-    of_proxy |= _chosen(settings, *names_of(HttpConfig))
+    of_proxy |= _chosen(settings, *_OF_PROXY_ALONE, *names_of(HttpConfig))
     of_proxy |= _parsed("proxy_args", settings, proxy.add_options)
     own = (*_OF_DEPLOYMENT, *_OF_PROXY, *_OF_KV, "connector", *_OF_EC)
     least, most = settings.get("encoders", (None, None))

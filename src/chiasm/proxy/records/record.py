@@ -10,6 +10,8 @@ from chiasm.http import Exchange
 from chiasm.http.log import CLIENT_LEFT
 from chiasm.proxy.records.trail import Trail
 
+_CODE_CHARACTERS = 40
+
 
 @dataclass(slots=True, frozen=True)
 class Record:
@@ -70,4 +72,4 @@ def record_of(exchange: Exchange, path: str, trail: Trail) -> Record:
 def _error_of(exchange: Exchange) -> str:
     if exchange.status == CLIENT_LEFT:
         return "client_left"
-    return exchange.visit.error[0] if exchange.visit.has_failed else ""
+    return exchange.visit.error[0][:_CODE_CHARACTERS] if exchange.visit.has_failed else ""
