@@ -22,7 +22,7 @@ COMPARED = 12
 @pytest.fixture
 def scaled(checkpoint: Path) -> Iterator[Service]:
     """One encoder or two, and a PD."""
-    roles = {Role.ENCODER: RoleConfig(2, threads=1, least=1), Role.PD: 1}
+    roles: dict[Role, int | RoleConfig] = {Role.ENCODER: RoleConfig(2, threads=1, least=1), Role.PD: 1}
     yield from run(checkpoint, roles, encode_wait_seconds=1e-3, scale_down_seconds=0.5)
 
 
