@@ -48,7 +48,8 @@ def test_need_that_returns_begins_the_step_anew() -> None:
 
 
 def test_a_start_that_fails_delays_the_next_twice_as_long_as_the_one_before() -> None:
-    one, now, pauses = number(), 0.0, []
+    one, now = number(), 0.0
+    pauses: list[float] = []
     while not pauses or pauses[-1] < LONGEST_PAUSE_SECONDS:
         pauses.append(one.note_failure(now))
         assert not one.may_start(now)
