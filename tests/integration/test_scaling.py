@@ -25,12 +25,12 @@ COMPARED = 12
 def scaled(checkpoint: Path) -> Iterator[Service]:
     """One encoder or two, and a PD."""
     roles: dict[Role, int | RoleConfig] = {Role.ENCODER: RoleConfig(2, threads=1, least=1), Role.PD: 1}
-    yield from run(checkpoint, roles, encode_wait_seconds=1e-3, scale_down_seconds=3.0)
+    yield from run(checkpoint, roles, encode_wait_seconds=0.02, scale_down_seconds=3.0)
 
 
 def answer(service: Service, seed: int, salt: str = "") -> str:
     salted = {"cache_salt": salt} if salt else {}
-    return service.answer(chat("Describe it.", sample_image(seed, 256, 256), **salted))
+    return service.answer(chat("Describe it.", sample_image(seed, 320, 320), **salted))
 
 
 def test_a_burst_brings_an_encoder_which_is_drained_when_it_is_over_and_no_answer_differs(scaled: Service) -> None:
