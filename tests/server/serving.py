@@ -9,12 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from chiasm.http.config import HttpConfig
+from chiasm.http.connection import Connection
+from chiasm.http.connections import Connections
+from chiasm.http.limits import Refusals
 from chiasm.http.listen import bind, url_of
 
 
@@ -23,7 +28,8 @@ def serving(app: ASGIApp) -> Iterator[str]:
     """Serve ``app`` on a free port and yield the base URL."""
     listener = bind("127.0.0.1", 0)
     # A log_config would change loggers of the whole process.
-    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1)
+    protocol = partial(Connection, Connections(HttpConfig(), Refusals()))
+    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1, http=protocol)  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
