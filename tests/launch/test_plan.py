@@ -189,6 +189,7 @@ def test_a_model_has_the_name_of_its_folder_or_its_given_name(tmp_path: Path) ->
         ({Role.PREFILL: RoleConfig(), Role.DECODE: RoleConfig(), Role.PD: RoleConfig()}, "can't be combined"),
         ({Role.PREFILL: RoleConfig(), Role.DECODE: RoleConfig(), Role.AGGREGATED: RoleConfig()}, "can't be combined"),
         ({Role.PD: RoleConfig(-1)}, "must not be negative"),
+        ({Role.ENCODER: RoleConfig(1_000_000, least=1), Role.PD: RoleConfig(1)}, "at most 1024 instances of each role"),
         ({Role.ENCODER: RoleConfig(), Role.PD: RoleConfig(None)}, "of every role, or of none"),
     ],
 )

@@ -23,6 +23,8 @@ from chiasm.wire import Role
 _FOLDER = "SharedStorageConnector"
 _MEMORY = "SharedMemoryConnector"
 _NIXL = "NixlConnector"
+MAX_INSTANCES = 1024
+"""Instances of one role."""
 
 
 class EngineKind(enum.StrEnum):
@@ -192,6 +194,8 @@ class DeploymentConfig:
             return
         if any(self.count(role) < 0 for role in self.roles):
             raise ConfigurationError("Instance counts must not be negative.")
+        if any(self.count(role) > MAX_INSTANCES for role in self.roles):
+            raise ConfigurationError(f"A deployment has at most {MAX_INSTANCES} instances of each role.")
         self._check_ranges()
         check_counts(self.layout, {role: self.count(role) for role in self.roles})
         whole, apart = self._counts(Role.PD, Role.AGGREGATED), self._counts(Role.PREFILL, Role.DECODE)
