@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from chiasm.engine.request import EncodeItem, ItemOutcome
@@ -21,6 +23,7 @@ from chiasm.errors import (
     StorageError,
 )
 from tests.engine.conftest import A, B, Encoder, StartEncoder, entries, sample_image
+from tests.launch.waiting import eventually
 
 
 async def test_an_encoded_item_is_in_the_store_with_one_row_per_placeholder(encoder: Encoder, store: Path) -> None:
@@ -141,3 +144,24 @@ async def test_an_item_of_a_cancelled_request_is_encoded_for_others_that_wait_fo
     (item,) = await second
     assert item.outcome is ItemOutcome.ENCODED
     assert not encoder.engine._in_flight
+
+
+async def test_what_was_published_counts_also_if_its_request_has_ended(
+    encoder: Encoder, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, has_ended = encoder.engine._ec_worker, threading.Event()
+    save_caches = worker.save_caches
+
+    def save_slowly(cache: dict[str, torch.Tensor], identifier: str) -> None:
+        save_caches(cache, identifier)
+        has_ended.wait(30)
+
+    monkeypatch.setattr(worker, "save_caches", save_slowly)
+    request = asyncio.create_task(encoder.encode(A))
+    assert await asyncio.to_thread(eventually, lambda: entries(store))
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert encoder.engine.stats().images_encoded == 0
+    has_ended.set()
+    assert await asyncio.to_thread(eventually, lambda: encoder.engine.stats().images_encoded == 1)

@@ -227,17 +227,14 @@ def tell(fleet: Fleet, placement: Placement, instance: Instance, seconds: float,
     fleet.succeed(instance, replace(instance.health, load=Load(outstanding_seconds=seconds)))
 
 
-def test_work_of_other_proxies_counts_and_is_done_as_time_passes(fleet: Fleet, placement: Placement) -> None:
-    one = add(fleet, "1", known=costs())
-    alone = place(placement, text(100)).estimate_seconds
-    busy = Placement(fleet)
-    tell(fleet, busy, one, 3.0)
-    assert place(busy, text(100)).estimate_seconds == pytest.approx(3.0 + alone)
-    assert Placement(fleet).place(text(100), WHOLE, 0.0).estimate_seconds == pytest.approx(alone)  # type: ignore[union-attr]
-    for now, left in ((2.0, 1.0), (5.0, 0.0)):
-        busy = Placement(fleet)
-        tell(fleet, busy, one, 3.0)
-        assert place(busy, text(100, now), now).estimate_seconds == pytest.approx(left + alone)
+def test_work_of_other_proxies_counts_and_is_done_as_time_passes() -> None:
+    alone = 116 * PER_TOKEN
+    for told_at, now, left in ((None, 0.0, 0.0), (0.0, 0.0, 3.0), (0.0, 2.0, 1.0), (0.0, 5.0, 0.0)):
+        fleet = Fleet()
+        one, placement = add(fleet, "1", known=costs()), Placement(fleet)
+        if told_at is not None:
+            tell(fleet, placement, one, 3.0, told_at)
+        assert place(placement, text(100, now), now).estimate_seconds == pytest.approx(left + alone)
 
 
 def test_a_prompt_goes_where_other_proxies_have_given_less(fleet: Fleet, placement: Placement) -> None:
@@ -258,11 +255,9 @@ def test_the_own_work_of_a_proxy_does_not_count_twice(fleet: Fleet, placement: P
     assert again.estimate_seconds == before.estimate_seconds
 
 
-def test_a_load_that_was_told_long_ago_counts_no_more(fleet: Fleet, placement: Placement) -> None:
-    one = add(fleet, "1", known=costs())
-    tell(fleet, placement, one, 1000.0)
-    assert place(placement, text(100), LEASE_SECONDS).estimate_seconds > 900
-    assert place(Placement(fleet), text(100)).estimate_seconds < 1
-    fresh = Placement(fleet)
-    tell(fleet, fresh, one, 1000.0)
-    assert place(fresh, text(100), LEASE_SECONDS + 1).estimate_seconds < 1
+@pytest.mark.parametrize(("age", "counts"), [(LEASE_SECONDS, True), (LEASE_SECONDS + 1, False)])
+def test_a_load_that_was_told_long_ago_counts_no_more(
+    fleet: Fleet, placement: Placement, age: float, counts: bool
+) -> None:
+    tell(fleet, placement, add(fleet, "1", known=costs()), 1000.0)
+    assert (place(placement, text(100, age), age).estimate_seconds > 900) is counts

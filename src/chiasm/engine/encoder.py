@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -62,6 +63,7 @@ class EncoderEngine(Engine):
         self._started = False
         self._in_flight: dict[str, _Encoding] = {}
         self._items: Counter[ItemOutcome] = Counter()
+        self._counting = threading.Lock()
         self._encode_seconds = 0.0
 
     def start(self) -> None:
@@ -218,11 +220,11 @@ class EncoderEngine(Engine):
             publish: float = 0.0,
             began: StageStarts | None = None,
         ) -> EncodedItem:
-            self._items[outcome] += 1
             queue_seconds = max(0.0, time.monotonic() - started - preprocess - encode - publish)
             return EncodedItem(item.identifier, metadata, outcome, preprocess, encode, publish, queue_seconds, began)
 
         if await self._is_published(item.identifier) or await self._is_restored(item):
+            self._items[ItemOutcome.HIT] += 1
             return result(ItemOutcome.HIT)
         # The server found this size in the header and within its limits; decoding to a larger one must fail.
         pixels, preprocess_seconds = await self._decoder.decode(
@@ -232,9 +234,8 @@ class EncoderEngine(Engine):
         entry, encode_seconds = await self._in(self._encode_pool, lambda: self._run(pixels))
         encode_at = time.monotonic() - encode_seconds
         _, publish_seconds = await self._in(
-            self._publish_pool, lambda: self._ec_worker.save_caches({item.identifier: entry}, item.identifier)
+            self._publish_pool, lambda: self._publish(item.identifier, entry, encode_seconds)
         )
-        self._encode_seconds += encode_seconds
         began = StageStarts(preprocess_at, encode_at, time.monotonic() - publish_seconds)
         return result(ItemOutcome.ENCODED, preprocess_seconds, encode_seconds, publish_seconds, began)
 
@@ -251,6 +252,13 @@ class EncoderEngine(Engine):
         rows = len(self.processor.geometry_of_size(item.height, item.width).rows)
         restored, _ = await self._in(self._restore_pool, lambda: self._ec_worker.restore(item.identifier, rows))
         return restored
+
+    def _publish(self, identifier: str, entry: Tensor, encode_seconds: float) -> None:
+        """Publish an embedding and count it: also if nobody waits here any more, since a reader may have all that it needs."""
+        self._ec_worker.save_caches({identifier: entry}, identifier)
+        with self._counting:
+            self._items[ItemOutcome.ENCODED] += 1
+            self._encode_seconds += encode_seconds
 
     def _run(self, pixels: Pixels) -> Tensor:
         with self._worker.computing(encode_seconds(self.costs, len(pixels.geometry.rows))):
