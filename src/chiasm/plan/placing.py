@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from chiasm.plan.costs import CostModel, StepShape
 from chiasm.plan.layouts import Candidate, PlannedInstance
 from chiasm.plan.shapes import ModelShape
+from chiasm.proxy.agreement import PROMPT_ROLES
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.placement import Entry, ItemWork, Placed, Placement, Prefix, Work
 from chiasm.wire import Costs, ECPlace, Health, ImageCost, Role
@@ -19,7 +20,6 @@ from chiasm.wire import Costs, ECPlace, Health, ImageCost, Role
 _BYTES_PER_TOKEN = 4
 _SIDES = (256, 512, 1024, 2048)
 _ROWS = 256
-_FIRST_ROLES = (Role.PD, Role.AGGREGATED, Role.PREFILL)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Proxy:
         names = [image.identifier for image in images]
         prefixes = [Prefix(hash(tuple(names[: count + 1])), 0) for count in range(len(names))]
         work = Work(now, text_tokens * _BYTES_PER_TOKEN, items, prefixes)
-        placed = self._placement.place(work, _FIRST_ROLES, now)
+        placed = self._placement.place(work, PROMPT_ROLES, now)
         if placed is None:
             return None
         self._take(placed.instance)

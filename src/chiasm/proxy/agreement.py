@@ -17,6 +17,8 @@ WHOLE_ROLES = (Role.PD, Role.AGGREGATED)
 PART_ROLES = (Role.PREFILL, Role.DECODE)
 """Roles that answer a request together. A fleet has either these or the others."""
 LANGUAGE_ROLES = WHOLE_ROLES + PART_ROLES
+PROMPT_ROLES = (*WHOLE_ROLES, Role.PREFILL)
+"""They compute prompts."""
 _FOLDER = "SharedStorageConnector"
 """The EC connector of an instance that has a store and doesn't name a connector, as in versions before 0.4."""
 

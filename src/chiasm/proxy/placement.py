@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from chiasm.due import due
+from chiasm.proxy.agreement import PROMPT_ROLES
 from chiasm.proxy.costs import Correction
 from chiasm.proxy.encode_plan import HINDRANCE, Device, Entry
 from chiasm.proxy.encode_queue import EncodeQueue
@@ -43,7 +44,6 @@ _REQUEST_TOKENS = 16
 """Tokens that a chat template adds to a prompt."""
 _IDLE = Device()
 _ENCODES_ITSELF = (Role.AGGREGATED,)
-_COMPUTES_PROMPTS = (Role.PD, Role.AGGREGATED, Role.PREFILL)
 
 
 class Placed:
@@ -96,7 +96,7 @@ class Placement:
 
     def due(self, work: Work, now: float) -> float:
         """Return when a request is due, by the work that it is for the fastest instances."""
-        language = self._fleet.healthy(*_COMPUTES_PROMPTS)
+        language = self._fleet.healthy(*PROMPT_ROLES)
         per_token = min((one.costs.prefill_seconds_per_token(now) for one in language), default=0.0)
         seconds = per_token * self._tokens(language[0], work, now) if language else 0.0
         for item in work.items:
@@ -155,7 +155,7 @@ class Placement:
 
     def note_load(self, instance: Instance, now: float) -> None:
         """Take what a language instance has said about its load, by which this proxy knows of the work of others."""
-        if instance.said_load is not None and instance.role in _COMPUTES_PROMPTS:
+        if instance.said_load is not None and instance.role in PROMPT_ROLES:
             instance.prompts.note_load(instance.said_load.outstanding_seconds, now)
 
     # ---- outcomes ------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class Placement:
         """Return what language instances do on each device that is known."""
         devices: dict[str, Device] = {}
         for instance in self._fleet.instances:
-            if instance.role in _COMPUTES_PROMPTS and (device_id := instance.device_id):
+            if instance.role in PROMPT_ROLES and (device_id := instance.device_id):
                 seconds, streams = devices.get(device_id, _IDLE)
                 prompts = instance.prompts
                 devices[device_id] = Device(seconds + prompts.seconds_computing(now), streams + prompts.streams)
