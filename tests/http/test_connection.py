@@ -15,6 +15,20 @@ from tests.http.serving import site
 from tests.http.test_endpoint import echo
 
 
+class Waits:
+    """Answers no request, and tells when one begins and when one is given up."""
+
+    def __init__(self) -> None:
+        self.entered, self.interrupted = threading.Event(), threading.Event()
+
+    async def handle(self, exchange: Exchange) -> None:
+        self.entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.interrupted.set()
+
+
 def test_what_follows_a_request_does_not_spoil_its_answer() -> None:
     with site(echo) as server:
         parts = urlsplit(server.url)
@@ -26,41 +40,25 @@ def test_what_follows_a_request_does_not_spoil_its_answer() -> None:
 
 
 def test_a_client_that_leaves_is_noticed_although_what_it_sent_last_was_no_request() -> None:
-    entered, interrupted = threading.Event(), threading.Event()
-
-    async def handler(exchange: Exchange) -> None:
-        entered.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            interrupted.set()
-
-    with site(handler) as server:
+    waits = Waits()
+    with site(waits.handle) as server:
         parts = urlsplit(server.url)
         with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=30) as client:
             client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n" + b"not HTTP\r\n\r\n")
-            assert entered.wait(20)
-            assert not interrupted.is_set()
-        assert interrupted.wait(20)
+            assert waits.entered.wait(20)
+            assert not waits.interrupted.is_set()
+        assert waits.interrupted.wait(20)
 
 
 def test_a_client_that_leaves_is_noticed_behind_a_large_body() -> None:
-    entered, interrupted = threading.Event(), threading.Event()
-
-    async def handler(exchange: Exchange) -> None:
-        entered.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            interrupted.set()
-
+    waits = Waits()
     size = 1 << 20  # so much that reading is paused meanwhile
-    with site(handler, Bounds(20, size), max_held_bytes=2 * size) as server:
+    with site(waits.handle, Bounds(20, size), max_held_bytes=2 * size) as server:
         parts = urlsplit(server.url)
         with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=30) as client:
             client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
-            assert entered.wait(20)
-        assert interrupted.wait(20)
+            assert waits.entered.wait(20)
+        assert waits.interrupted.wait(20)
 
 
 class Written(asyncio.Transport):
