@@ -6,7 +6,6 @@ one image after the other, remembers the embeddings that it used last, and encod
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import random
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from chiasm.bench.simulated_time import SimulatedTime
 from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Device, Entry
 from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet, Instance
@@ -145,22 +145,14 @@ class RoutingSimulation:
         self._chance = random.Random(0)
         self.machines = [_Machine(capacity, speed) for speed in speeds]
         self.result = Routed(encoded=[0] * len(speeds))
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = itertools.count()
-        self._now = 0.0
+        self.time = SimulatedTime()
 
     def run(self, images: Sequence[Image]) -> Routed:
         for number, image in enumerate(images):
             proxy = self.proxies[number % len(self.proxies)]
-            self.at(image.arrival, partial(self._arrive, proxy, image))
-        while self._events:
-            self._now, _, event = heapq.heappop(self._events)
-            event()
+            self.time.at(image.arrival, partial(self._arrive, proxy, image))
+        self.time.run()
         return self.result
-
-    def at(self, when: float, event: Callable[[], None]) -> None:
-        """Have something happen at a time."""
-        heapq.heappush(self._events, (when, next(self._numbers), event))
 
     def _arrive(self, proxy: SimulatedProxy, image: Image) -> None:
         if image.identifier in proxy.flying:
@@ -173,7 +165,7 @@ class RoutingSimulation:
 
     def _feed(self, proxy: SimulatedProxy) -> None:
         started = time.perf_counter()
-        feeds = proxy.queue.feed(self._now)
+        feeds = proxy.queue.feed(self.time.now)
         seconds = time.perf_counter() - started
         given = sum(len(feed.entries) for feed in feeds)
         self.result.decision_seconds += [seconds / max(1, given)] * given
@@ -183,7 +175,7 @@ class RoutingSimulation:
             for entry in feed.entries:
                 image = proxy.flying[entry.item.identifier]
                 expected = feed.seconds / len(feed.entries)
-                call = _Call(image, feed.encoder, [entry], self._now, expected)
+                call = _Call(image, feed.encoder, [entry], self.time.now, expected)
                 self._watch(proxy, call)
                 self._send(proxy, feed.encoder, entry, call)
 
@@ -191,12 +183,12 @@ class RoutingSimulation:
         """Hedge a call when it is late."""
         seconds = proxy.queue.hedging.late_after(call.expected) if call.expected else None
         if seconds is not None:
-            self.at(self._now + seconds, partial(self._hedge, proxy, call))
+            self.time.at(self.time.now + seconds, partial(self._hedge, proxy, call))
 
     def _hedge(self, proxy: SimulatedProxy, call: _Call) -> None:
         if call.is_over:
             return
-        feed = proxy.queue.hedge(call.entries, self._now)
+        feed = proxy.queue.hedge(call.entries, self.time.now)
         if feed is None:
             self._watch(proxy, call)
             return
@@ -215,20 +207,20 @@ class RoutingSimulation:
             call.is_over = True
             del proxy.flying[image.identifier]
             names = {image.identifier} if found else set[str]()
-            proxy.queue.finish([entry], self._now, seconds=seconds, found=names)
-            proxy.queue.release([other for other in call.entries if other is not entry], self._now)
+            proxy.queue.finish([entry], self.time.now, seconds=seconds, found=names)
+            proxy.queue.release([other for other in call.entries if other is not entry], self.time.now)
             if call.expected:
-                proxy.queue.hedging.learn(self._now - call.started, call.expected)
+                proxy.queue.hedging.learn(self.time.now - call.started, call.expected)
             if entry is not call.entries[0]:
-                proxy.queue.pause(call.encoder, self._now)
-            self.result.seconds.append(self._now - image.arrival)
-            self.result.seconds_of[image.identifier] = self._now - image.arrival
+                proxy.queue.pause(call.encoder, self.time.now)
+            self.result.seconds.append(self.time.now - image.arrival)
+            self.result.seconds_of[image.identifier] = self.time.now - image.arrival
             self._feed(proxy)
 
         if image.identifier in machine.memory:
             machine.remember(image.identifier)
             self.result.hits += 1
-            self.at(self._now + LOOK_UP_SECONDS, lambda: answered(True, 0.0))
+            self.time.at(self.time.now + LOOK_UP_SECONDS, lambda: answered(True, 0.0))
             return
         for queued, listeners in machine.queue:
             if queued.identifier == image.identifier:
@@ -244,7 +236,7 @@ class RoutingSimulation:
             return
         machine.is_busy = True
         image, listeners = machine.queue[0]
-        began, seconds = self._now, _seconds(image.pixels) / machine.speed
+        began, seconds = self.time.now, _seconds(image.pixels) / machine.speed
         if self._chance.random() < self._slow_share:
             seconds *= SLOWER
         self.result.waits.append(began - image.arrival)
@@ -259,7 +251,7 @@ class RoutingSimulation:
                 listener(False, began, seconds)
             self._work(index)
 
-        self.at(began + seconds, ended)
+        self.time.at(began + seconds, ended)
 
 
 def popular(count: int, *, items: int, rate: float, seed: int, exponent: float = 1.0) -> list[Image]:

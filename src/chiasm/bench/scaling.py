@@ -92,7 +92,7 @@ class ScalingSimulation(RoutingSimulation):
         if self._fleet.least < self._fleet.most:
             looks = int(seconds / LOOK_SECONDS)
             for look in range(1, looks):
-                self.at(look * LOOK_SECONDS, self._look)
+                self.time.at(look * LOOK_SECONDS, self._look)
         routed = self.run(images)
         ends = [one.when for one in self._changes[1:]] + [seconds]
         ran = sum(
@@ -102,19 +102,19 @@ class ScalingSimulation(RoutingSimulation):
         return Scaled(images, routed, ran, self._changes)
 
     def _arrive(self, proxy: SimulatedProxy, image: Image) -> None:
-        cost = proxy.queue.cost(ItemWork(image.identifier, image.pixels), self._now)
-        self._demand.note(cost, self._now)
+        cost = proxy.queue.cost(ItemWork(image.identifier, image.pixels), self.time.now)
+        self._demand.note(cost, self.time.now)
         super()._arrive(proxy, image)
 
     def _look(self) -> None:
-        now = self._now
+        now = self.time.now
         desired = self._demand.desired(self._proxy.queue.outstanding_seconds(now), now)
         target = self._number.follow(desired, now)
         free = [index for index in range(self._fleet.most) if index not in self._running]
         if len(self._running) < target:
             for index in free[: target - len(self._running)]:
                 self._running.append(index)
-                self.at(now + self._fleet.start_seconds, partial(self._add, index))
+                self.time.at(now + self._fleet.start_seconds, partial(self._add, index))
             self._changes.append(Change(now, len(self._running)))
         elif self._is_leaving is None and len(self._running) > target:
             self._is_leaving = self._running[-1]
@@ -137,12 +137,12 @@ class ScalingSimulation(RoutingSimulation):
     def _await_end(self, index: int) -> None:
         """Let an encoder end when it has nothing to do."""
         if self.machines[index].queue:
-            self.at(self._now + LOOK_SECONDS, partial(self._await_end, index))
+            self.time.at(self.time.now + LOOK_SECONDS, partial(self._await_end, index))
             return
         self._running.remove(index)
         self._is_leaving = None
         self.machines[index].memory.clear()
-        self._changes.append(Change(self._now, len(self._running)))
+        self._changes.append(Change(self.time.now, len(self._running)))
 
 
 def _url(index: int) -> str:

@@ -10,10 +10,11 @@ import heapq
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from chiasm.bench.simulated_time import SimulatedTime
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.placement import Placed, Placement, Work
 from chiasm.wire import Costs, Health, Load, Role
@@ -80,39 +81,33 @@ class PromptSimulation:
         self._machines = [_Machine() for _ in range(instances)]
         self._report_seconds = report_seconds
         self._last_report = last_report
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._time = SimulatedTime()
         self._numbers = itertools.count()
-        self._now = 0.0
         self._seconds: list[float] = []
 
     def run(self, prompts: Sequence[Prompt]) -> list[float]:
         """Return the seconds from the arrival of each prompt until its first token."""
         for number, prompt in enumerate(prompts):
-            self._at(prompt.arrival, partial(self._arrive, self._proxies[number % len(self._proxies)], prompt))
+            self._time.at(prompt.arrival, partial(self._arrive, self._proxies[number % len(self._proxies)], prompt))
         if self._report_seconds is not None:
             self._report_until(min(self._last_report, prompts[-1].arrival), self._report_seconds)
-        while self._events:
-            self._now, _, event = heapq.heappop(self._events)
-            event()
+        self._time.run()
         return self._seconds
 
     def _report_until(self, end: float, every: float) -> None:
         pairs = list(itertools.product(range(len(self._machines)), self._proxies))
         for number, (index, proxy) in enumerate(pairs):
             for turn in range(math.ceil(end / every)):
-                self._at((turn + number / len(pairs)) * every, partial(self._report, index, proxy))
-
-    def _at(self, when: float, event: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (when, next(self._numbers), event))
+                self._time.at((turn + number / len(pairs)) * every, partial(self._report, index, proxy))
 
     def _report(self, index: int, proxy: _Proxy) -> None:
         instance = proxy.fleet.instances[index]
-        load = Load(outstanding_seconds=self._machines[index].outstanding_seconds(self._now))
+        load = Load(outstanding_seconds=self._machines[index].outstanding_seconds(self._time.now))
         proxy.fleet.succeed(instance, _health(load))
-        proxy.placement.note_load(instance, self._now)
+        proxy.placement.note_load(instance, self._time.now)
 
     def _arrive(self, proxy: _Proxy, prompt: Prompt) -> None:
-        placed = proxy.placement.place(Work(self._now, _BYTES_PER_TOKEN * prompt.tokens), _ROLES, self._now)
+        placed = proxy.placement.place(Work(self._time.now, _BYTES_PER_TOKEN * prompt.tokens), _ROLES, self._time.now)
         assert placed is not None
         with proxy.fleet.working(placed.instance, 0.0):  # so that equals take turns
             pass
@@ -125,15 +120,15 @@ class PromptSimulation:
             return
         _, _, given = heapq.heappop(machine.queue)
         seconds = given.prompt.tokens * PER_TOKEN
-        machine.computing, machine.ends_at = given, self._now + seconds
-        self._at(machine.ends_at, partial(self._end, machine, given, seconds))
+        machine.computing, machine.ends_at = given, self._time.now + seconds
+        self._time.at(machine.ends_at, partial(self._end, machine, given, seconds))
 
     def _end(self, machine: _Machine, given: _Given, seconds: float) -> None:
         machine.computing = None
-        self._seconds.append(self._now - given.prompt.arrival)
+        self._seconds.append(self._time.now - given.prompt.arrival)
         placement = given.proxy.placement
-        placement.first_token(given.placed, self._now, prefill_seconds=seconds, prompt_tokens=given.prompt.tokens)
-        placement.end(given.placed, self._now)
+        placement.first_token(given.placed, self._time.now, prefill_seconds=seconds, prompt_tokens=given.prompt.tokens)
+        placement.end(given.placed, self._time.now)
         self._work(machine)
 
 

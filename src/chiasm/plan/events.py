@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections.abc import Callable
 
+from chiasm.bench.simulated_time import SimulatedTime
 from chiasm.errors import ConfigurationError
 from chiasm.plan.sharing import SharedDevice, Work
 
 MAX_EVENTS = 50_000_000
 
 
-class Events:
-    """What is going to happen, in order of time; what happens at the same time, in the order in which it was announced."""
+class Events(SimulatedTime):
+    """Simulated time, and the devices that work in it."""
 
     def __init__(self) -> None:
-        self.now = 0.0
-        """Seconds from the beginning."""
+        super().__init__()
         self.count = 0
         """Events so far."""
-        self._pending: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = itertools.count()
         self._versions: dict[SharedDevice, int] = {}
-
-    def at(self, when: float, event: Callable[[], None]) -> None:
-        """Call ``event`` at a time, or now if that has passed."""
-        heapq.heappush(self._pending, (max(when, self.now), next(self._numbers), event))
 
     def after(self, seconds: float, event: Callable[[], None]) -> None:
         """Call ``event`` when so much time has passed."""
@@ -40,14 +32,12 @@ class Events:
 
     def run(self) -> None:
         """Let everything happen. Raises ConfigurationError if that doesn't end."""
-        while self._pending:
-            self.now, _, event = heapq.heappop(self._pending)
+        while self.step():
             self.count += 1
             if self.count > MAX_EVENTS:
                 raise ConfigurationError(
                     f"The simulation has not ended after {MAX_EVENTS} events; give fewer requests, or shorter answers."
                 )
-            event()
 
     def _settle(self, device: SharedDevice) -> None:
         """End the work of a device that is done by now."""
