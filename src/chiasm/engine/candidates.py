@@ -29,6 +29,19 @@ class Largest(NamedTuple):
     token_ids: Tensor
 
 
+def best(logits: Tensor) -> list[int]:
+    """Return the id of the largest logit of each row of float32 ``[rows, vocab]``: the lowest among equal ones, and that of the
+    first NaN if there is any, as ``torch.argmax`` has it.
+
+    NumPy compares as many values at a time as the CPU's registers hold, which torch does only for maxima without their places.
+    """
+    if logits.device.type == "cpu":
+        found: list[int] = logits.numpy().argmax(1).tolist()
+    else:
+        found = logits.argmax(1).tolist()
+    return found
+
+
 def block_maxima(logits: Tensor) -> Tensor:
     """Return the largest logit of each block: ``[rows, vocab]`` to ``[rows, blocks]``."""
     return _by_block(logits, lambda blocks: blocks.amax(-1))

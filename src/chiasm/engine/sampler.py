@@ -75,7 +75,7 @@ def sample(logits: Tensor, inputs: AbstractSequence[SamplingInput]) -> list[Samp
     candidates, and one if log probabilities are wanted; they are those of the logits as they were.
     """
     if all(_takes_the_best(one) for one in inputs):
-        return [Sampled(token_id, None) for token_id in logits.argmax(1).tolist()]
+        return [Sampled(token_id, None) for token_id in candidates.best(logits)]
     report = _Report.of(logits, inputs)
     _change(logits, inputs)
     draws = _Draws(logits, inputs)
