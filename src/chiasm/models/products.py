@@ -5,7 +5,8 @@ PyTorch hands float32 products to MKL, which is as fast as memory for one row. F
 - MKL takes up to twice as long for a few rows of a wide product as for the same product in strips of some outputs each, and a
   tenth longer for hundreds (measured on a Zen 3).
 - On AMD's CPUs with AVX-512, MKL is known to keep to AVX2. oneDNN doesn't; it needs weights in an order of its own, into
-  which they are packed once. With AVX2 alone, packed weights are slower for one row, and for more rows no faster than strips.
+  which they are packed once. On a Zen 5, products with packed weights take 0.7 of MKL's time for one row, and less than half of
+  it for more. With AVX2 alone, packed weights are slower for one row, and for more rows no faster than strips.
 
 A weight is kept in one form, so nothing takes more memory. The form depends on the CPU, the dtype and the shape, and not on a
 measurement, so that all instances on the same kind of CPU compute alike.
