@@ -136,8 +136,8 @@ class Churned:
     """What came of it."""
 
     answers: int = 0
-    wrong: int = 0
-    """Answers that differ from those of the fleet before anything was changed."""
+    differences: list[str] = field(default_factory=list)
+    """For each answer that differs from that of the fleet before anything was changed: both, and what was asked."""
     failures: list[str] = field(default_factory=list)
     """The messages of requests that failed."""
     exit_codes: list[int] = field(default_factory=list)
@@ -214,14 +214,16 @@ class Churn:
             for turn in itertools.count(number):
                 if is_over.is_set():
                     return
-                body, right = asked[turn % len(asked)]
+                question = turn % len(asked)
+                body, right = asked[question]
                 try:
                     text = await self.answer(proxies[turn % len(proxies)], body)
                 except RequestFailedError as error:
                     found.failures.append(error.message)
                 else:
                     found.answers += 1
-                    found.wrong += text != right
+                    if text != right:
+                        found.differences.append(f"to question {question}: {text!r}, and before: {right!r}")
                 await asyncio.sleep(pause_seconds)
 
         tasks = [asyncio.create_task(ask_on(one)) for one in range(clients)]
