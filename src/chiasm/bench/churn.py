@@ -32,7 +32,13 @@ _STEP_SECONDS = 60.0
 _LOOK_SECONDS = 0.02
 _PAUSE_SECONDS = 0.05
 """Between two requests of a client, so that instances find time to start."""
-_SMALL: Mapping[str, Any] = {"threads": 1, "kv_cache_bytes": 16 << 20, "max_model_len": 512, "log_level": "warning"}
+_SMALL: Mapping[str, Any] = {
+    "dtype": "float32",  # in bfloat16, answers of random weights depend on what is computed beside them
+    "threads": 1,
+    "kv_cache_bytes": 16 << 20,
+    "max_model_len": 512,
+    "log_level": "warning",
+}
 _CONNECTORS: Mapping[Role, Mapping[str, Any]] = {
     Role.ENCODER: {"connector": "TcpConnector", "ec_max_bytes": 64 << 20},
     Role.PD: {"connector": "TcpConnector"},
