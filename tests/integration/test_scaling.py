@@ -12,22 +12,26 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from chiasm.launch import RoleConfig
+from chiasm.launch import RoleConfig, scaling
 from chiasm.wire import Role
 
 from .conftest import Service, chat, run, sample_image
 
 CLIENTS = 6
 COMPARED = 12
-PAUSE_SECONDS = 2.0
-"""Between known images: so few need no second encoder."""
+CALM_SECONDS = 0.5
 
 
 @pytest.fixture
-def scaled(checkpoint: Path) -> Iterator[Service]:
-    """One encoder or two, and a PD. Any image that waits is worth a second encoder, however fast the first one is."""
+def scaled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """One encoder or two, and a PD. Any second image that waits is worth a second encoder, however fast the first one is."""
+    monkeypatch.setattr(
+        scaling, "LOOK_SECONDS", CALM_SECONDS / 10
+    )  # so that an image that waits is seen within a calm while
     roles: dict[Role, int | RoleConfig] = {Role.ENCODER: RoleConfig(2, threads=1, least=1), Role.PD: 1}
-    yield from run(checkpoint, roles, encode_wait_seconds=0.001, scale_down_seconds=3.0)
+    yield from run(
+        checkpoint, roles, encode_wait_seconds=0.001, encoder_start_seconds=0.0, scale_down_seconds=CALM_SECONDS
+    )
 
 
 def answer(service: Service, seed: int, salt: str = "") -> str:
@@ -46,7 +50,7 @@ def test_a_burst_brings_an_encoder_which_is_drained_when_it_is_over_and_no_answe
             answers[seed] = answer(scaled, seed)
 
     def ask_for_known_images() -> None:
-        while not is_over.wait(PAUSE_SECONDS):
+        while not is_over.is_set():  # one at a time, which needs no second encoder
             assert answer(scaled, 0) == answers[0]
 
     def the_second_has_encoded() -> bool:

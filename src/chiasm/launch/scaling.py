@@ -21,7 +21,7 @@ from typing import NamedTuple
 from chiasm.launch.child import Child, ProcessState
 from chiasm.launch.plan import ProcessPlan
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 """Between two questions to the proxy."""
 STEP_SECONDS = 60.0
 """From one encoder fewer to the next. The proxy has waited for a calm while before, but a new one has to learn the load."""
