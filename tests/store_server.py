@@ -18,6 +18,8 @@ from chiasm.ec_transfer.stores import StoreAddress, StoreError
 from chiasm.ec_transfer.stores.resp import Connection, Reply
 
 _START_SECONDS = 20.0
+_COLONS_OF_HEADER = 4
+"""In the key of an entry's header; the keys of its chunks have more."""
 
 
 def servers() -> dict[str, Path]:
@@ -111,6 +113,10 @@ class StoreServer:
             return any(key.endswith(identifier.encode()) for key in self.all_keys())
         except StoreError:
             return False
+
+    def num_entries(self) -> int:
+        """Return how many entries are there whole: those whose header is."""
+        return sum(key.count(b":") == _COLONS_OF_HEADER for key in self.all_keys())
 
     def __enter__(self) -> StoreServer:
         self.start()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
-from chiasm.ec_transfer.stores import StoredEntry, open_store
+from chiasm.ec_transfer.stores import StoredEntry, StoreError, guard, open_store
+from chiasm.ec_transfer.stores.redis import RedisStore
 from chiasm.media import identifier
+from chiasm.proxy import routing
 from chiasm.wire import ECPlace
 
 from ..store_server import StoreServer, running
@@ -120,6 +124,75 @@ async def test_what_turns_out_to_be_unreadable_is_encoded(
     front = await start([encoder, pd], store=server.url, **PATIENT)
     assert (await front.post(ask(image(RED)))).status == 200
     assert [one.identifiers for one in encoder.received] == [[name_of(RED)]]
+
+
+async def test_what_is_lost_and_still_stored_is_read_again(
+    start: Start, server: StoreServer, encoder: FakeInstance, pd: FakeInstance
+) -> None:
+    answer = pd.answer
+
+    async def wait_until_told_twice(*call: object) -> object:
+        await pd.until_heard(lambda: [message.stored for message in pd.told] == [[name_of(RED)]] * 2)
+        pd.awaited = []
+        return await answer(*call)  # type: ignore[arg-type]
+
+    pd.answer, pd.awaited = wait_until_told_twice, [name_of(RED)]  # type: ignore[assignment]
+    peer: dict[str, Any] = {"ec_connector": "SharedMemoryConnector", "ec_store": ""}
+    for instance in (encoder, pd):
+        instance.health = msgspec.structs.replace(instance.health, **peer)  # type: ignore[type-var]
+    front = await start([encoder, pd], store=server.url, **PATIENT)
+    assert (await front.post(ask(image(RED)))).status == 200
+    assert encoder.received == []
+    assert await front.metric("chiasm_proxy_embeddings_lost_total") == 1
+
+
+async def test_a_slow_store_is_waited_for_where_nobody_can_encode(
+    start: Start, server: StoreServer, pd: FakeInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, may_answer = RedisStore.exists_many, threading.Event()
+
+    def find(*arguments: Any) -> Any:
+        assert may_answer.wait(10)
+        return usual(*arguments)
+
+    monkeypatch.setattr(RedisStore, "exists_many", find)
+    front = await start([pd], store=server.url, store_timeout_seconds=0.001)
+    asyncio.get_running_loop().call_later(0.1, may_answer.set)  # longer than the usual time
+    assert (await front.post(ask(image(RED)))).status == 200
+
+
+async def test_a_store_that_fails_is_asked_again_while_an_encoder_is_waited_for(
+    start: Start, server: StoreServer, encoder: FakeInstance, pd: FakeInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, failures = RedisStore.exists_many, iter(range(3))
+
+    def find(*arguments: Any) -> Any:
+        if next(failures, None) is not None:
+            raise StoreError("It has failed.")
+        return usual(*arguments)
+
+    monkeypatch.setattr(RedisStore, "exists_many", find)
+    monkeypatch.setattr(guard, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(routing, "_ASK_AGAIN_SECONDS", 0.01)
+    front = await start([encoder, pd], store=server.url, wait_for_instance_seconds=60.0)
+    await encoder.kill()
+    await front.until(encoder, "unhealthy")
+    assert (await front.post(ask(image(RED)))).status == 200
+    assert await questions(front, "failed") == 3
+
+
+async def test_the_store_is_asked_also_when_the_language_instance_was_away(
+    start: Start, server: StoreServer, pd: FakeInstance
+) -> None:
+    front = await start([pd], store=server.url, wait_for_instance_seconds=60.0)
+    await pd.kill()
+    await front.until(pd, "unhealthy")
+    request = asyncio.ensure_future(front.post(ask(image(RED))))
+    async with asyncio.timeout(10):
+        while await front.metric('chiasm_proxy_requests_waiting{reason="instance"}') != 1:
+            pass  # each look takes a turn of its own
+    await pd.start()
+    assert (await request).status == 200
 
 
 async def test_a_request_goes_on_without_an_answer_of_the_store(

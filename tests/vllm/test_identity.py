@@ -18,7 +18,7 @@ from chiasm.bench import synthetic
 from chiasm.bench.checkpoints import HEADS_OF_64
 from chiasm.ec_transfer.stores.address import URL_VARIABLE
 from chiasm.proxy.handover_engines import vllm_prefill_body
-from tests.store_server import running
+from tests.store_server import StoreServer, running
 
 from .fleet import WAIT_SECONDS, Answer, ask, ask_all, bodies, front, prefill_and_decode
 from .processes import CHECKPOINT, Server, chiasm_instance, transfer_config, vllm
@@ -53,6 +53,7 @@ class Fleet:
     bodies: list[Body]
     expected: list[Answer]
     """The responses of ``aggregated`` to ``bodies``."""
+    shared_cache: StoreServer | None
 
 
 _CONNECTORS = {"qwen2_5_vl": "SharedMemoryConnector", "qwen3_vl": "TcpConnector"}
@@ -74,7 +75,7 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
             stack.callback(server.stop)
             return server
 
-        shared_cache = ""
+        shared_cache = None
         if name == "demo":
             checkpoint: Path = CHECKPOINT
             through: Path | str = request.getfixturevalue("store")
@@ -86,8 +87,8 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
             through = _CONNECTORS[name]
             consumer = transfer_config("ec_consumer", through, wait_seconds=WAIT_SECONDS)
             if name == WITH_SHARED_CACHE:
-                shared_cache = stack.enter_context(running()).url
-            environment = {URL_VARIABLE: shared_cache}
+                shared_cache = stack.enter_context(running())
+            environment = {URL_VARIABLE: shared_cache.url if shared_cache else ""}
             started = [
                 keep(vllm(logs, f"{name}-{role}", transfer, environment=environment, checkpoint=checkpoint))
                 for role, transfer in (
@@ -107,18 +108,19 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
         for server in (*started, *own):
             server.wait_ready()
         some = bodies(1000)
+        store_url = shared_cache.url if shared_cache else ""
         fleet = Fleet(
             encoder=encoder,
             pd=pd,
             prefill=prefill,
             decode=decode,
             encoder_of_chiasm=own[0],
-            split=keep(front(logs, f"{name}-split", shared_cache, encoder=[encoder], pd=[pd])),
+            split=keep(front(logs, f"{name}-split", store_url, encoder=[encoder], pd=[pd])),
             split_twice=keep(
                 front(
                     logs,
                     f"{name}-twice",
-                    shared_cache,
+                    store_url,
                     encoder=[encoder],
                     prefill=[prefill],
                     decode=[decode],
@@ -129,6 +131,7 @@ def fleet(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.T
             aggregated=aggregated,
             bodies=some,
             expected=ask_all(aggregated, some),
+            shared_cache=shared_cache,
         )
         for server in (fleet.split, fleet.split_twice, fleet.chiasms_encoder, fleet.chiasms_pd):
             server.wait_ready()
@@ -189,12 +192,15 @@ def test_decode_that_computes_a_prompt_again_reads_its_images_again(fleet: Fleet
 
 @pytest.mark.parametrize("fleet", [WITH_SHARED_CACHE], indirect=True)
 def test_images_of_an_encoder_that_has_drained_are_answered_from_the_shared_cache(fleet: Fleet) -> None:
+    assert fleet.shared_cache is not None
     some = bodies(1200)
     expected = ask_all(fleet.aggregated, some)
+    stored = fleet.shared_cache.num_entries()
     assert ask_all(fleet.split_twice, some) == expected
     fleet.encoder.drain()
     assert fleet.encoder.process.wait(EXIT_SECONDS) == 0
     assert UNFETCHED not in fleet.encoder.text()
+    assert fleet.shared_cache.num_entries() == stored + IMAGES
     reads = fleet.pd.count("store_reads")
     assert ask_all(fleet.split, some) == expected
     fleet.pd.until(lambda: fleet.pd.count("store_reads") >= reads + IMAGES)

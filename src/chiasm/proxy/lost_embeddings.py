@@ -2,7 +2,8 @@
 
 They may be evicted, because more is published than the store or the encoder's memory holds, or removed, because the file is
 damaged; the encoder that has them may be gone, or the instance couldn't be told which it is. The instance goes on waiting for
-them, keeps the request's place, and tells the proxy when it is asked; the proxy has them encoded again.
+them, keeps the request's place, and tells the proxy when it is asked; the proxy says that they are in the fleet's shared cache,
+if they are there, and otherwise has them encoded again.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import msgspec
 
 from chiasm.errors import Code, EmbeddingUnavailableError
 from chiasm.proxy.encoders import Encoders
-from chiasm.proxy.fleet import Instance
+from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.places import Places
+from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Upstream, UpstreamError
 from chiasm.wire import AWAITED_PATH, AwaitedEmbeddings
 
@@ -53,10 +55,20 @@ class LostEmbeddings:
     """Finds them and has them encoded again. Made and used on one event loop."""
 
     def __init__(
-        self, encoders: Encoders, places: Places, upstream: Upstream, metrics: Metrics, *, timeout_seconds: float
+        self,
+        encoders: Encoders,
+        stored: StoredEmbeddings,
+        fleet: Fleet,
+        places: Places,
+        upstream: Upstream,
+        metrics: Metrics,
+        *,
+        timeout_seconds: float,
     ) -> None:
         """``timeout_seconds`` is for one question."""
         self._encoders = encoders
+        self._stored = stored
+        self._fleet = fleet
         self._places = places
         self._upstream = upstream
         self._metrics = metrics
@@ -101,14 +113,30 @@ class LostEmbeddings:
             self._metrics.embeddings_lost.inc(len(lost))
             # Fewer than before: the instance gets on, however small the store is.
             in_vain = in_vain + 1 if before <= lost else 1
-            if not items or in_vain > _MOST_IN_VAIN:
-                raise _lost_for_good(in_vain)
             _log.info("%s: %d embedding(s) were lost before they were read.", job.exchange.request_id, len(lost))
-            await self._encoders.encode_again([item for item in items if item.identifier in lost], job)
+            if in_vain > _MOST_IN_VAIN:
+                raise _lost_for_good(in_vain)
+            missing = lost - await self._stored_of(lost, job, is_first=in_vain == 1)
+            if missing and not items:
+                raise _lost_for_good(in_vain)
+            if missing:
+                await self._encoders.encode_again([item for item in items if item.identifier in missing], job)
             if not job.embeddings_are_read:
                 job.news_of_embeddings.clear()  # it is older than what has just been published
             before = lost
             seconds = min(in_vain * _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS)
+
+    async def _stored_of(self, lost: frozenset[str], job: Job, *, is_first: bool) -> frozenset[str]:
+        """Tell the instance which of these are in the fleet's shared cache, and return them.
+
+        The instance may have had them from there, and couldn't read them. So the cache is trusted once in a row, and more often
+        only where nobody can encode.
+        """
+        if not is_first and self._fleet.lacking(has_images=True) is None:
+            return frozenset()
+        found = await self._stored.find_again(lost, job)
+        self._places.tell(job.instance, dict.fromkeys(found))
+        return found
 
     async def _lost(self, job: Job) -> frozenset[str]:
         """Return which embeddings of the request were published and are awaited all the same."""

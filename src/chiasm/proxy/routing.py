@@ -45,6 +45,8 @@ from chiasm.wire import CHAT_PATH, Role
 
 _MEDIA_THREADS = 2
 SendBack = Callable[[Job, Call, Assignment], Awaitable[None]]
+_ASK_AGAIN_SECONDS = 0.5
+"""How often the shared cache is asked for images while nobody can encode them."""
 _MAX_ATTEMPTS = 3
 """Instances that a request is sent to if they are lost: it may be the cause."""
 
@@ -103,15 +105,21 @@ class Router:
             max_attempts=config.max_encode_attempts,
             comeback_seconds=config.wait_for_instance_seconds,
         )
-        self._lost_embeddings = LostEmbeddings(
-            self.encoders, self._places, upstream, metrics, timeout_seconds=config.probe_timeout_seconds
-        )
         self._stored_embeddings = StoredEmbeddings(
             config.store,
             fleet,
             metrics,
             is_at_encoder=self._placement.images.is_at_encoder,
             timeout_seconds=config.store_timeout_seconds,
+        )
+        self._lost_embeddings = LostEmbeddings(
+            self.encoders,
+            self._stored_embeddings,
+            fleet,
+            self._places,
+            upstream,
+            metrics,
+            timeout_seconds=config.probe_timeout_seconds,
         )
         self._kv_releases = KVReleases(upstream, metrics, timeout_seconds=config.probe_timeout_seconds)
 
@@ -127,8 +135,7 @@ class Router:
     async def answer(self, job: Job, started: float) -> None:
         """Answer a request, whose body was there at ``started`` (``time.perf_counter``). Raises ChiasmError for the client."""
         has_media = bool(job.request.media)
-        asks_store = has_media and self._stored_embeddings.is_used
-        await self._balancer.until_healthy(has_images=has_media and not asks_store)
+        await self._balancer.until_healthy(has_images=has_media and not self._stored_embeddings.is_set)
         await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
         job.note_model(job.request.model or next(iter(self._fleet.models), ""))
@@ -137,9 +144,8 @@ class Router:
         items = await self._read_items(job) if has_media else []
         needs_encoder = has_media
         if has_media:
-            if asks_store:
-                needs_encoder = not await self._stored_embeddings.find(items, job)
-                await self._balancer.until_healthy(has_images=needs_encoder)
+            if self._stored_embeddings.is_set:
+                needs_encoder = await self._needs_encoder(items, job)
                 job.trail.passed("store")
             job.work = _work(job, items)
         try:
@@ -217,6 +223,26 @@ class Router:
             job.timing.fetch = fetch_seconds
             self._metrics.fetch.observe(fetch_seconds)
         return items
+
+    async def _needs_encoder(self, items: Sequence[Item], job: Job) -> bool:
+        """Return whether some images aren't in the shared cache, when there is an instance that can encode them.
+
+        While none is there, the cache is asked again. Raises OverloadedError if none is expected or it takes too long.
+        """
+        if await self._stored_embeddings.find(items, job):
+            return False
+        if self._fleet.lacking(has_images=True) is None:
+            return True
+        encoder = asyncio.ensure_future(self._balancer.until_healthy(has_images=True))
+        try:
+            while not (await asyncio.wait((encoder,), timeout=_ASK_AGAIN_SECONDS))[0]:
+                if await self._stored_embeddings.find(items, job):
+                    return False
+            encoder.result()
+            return True
+        finally:
+            encoder.cancel()
+            await asyncio.gather(encoder, return_exceptions=True)
 
     async def _send_to_encoders(
         self, job: Job, items: list[Item], on_embedded: Callable[[], None] = lambda: None

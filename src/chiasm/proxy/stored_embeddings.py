@@ -4,8 +4,9 @@ What a healthy encoder has in its memory isn't asked for: the encoder looks it u
 there, which is faster than reading it from a store.
 
 The store is asked for all images of a request at once, on a thread of its own, and only for a moment: a request goes on without
-an answer that doesn't come. Whether an embedding can be read shows when the language instance reads it; if it can't, the image
-is encoded like one whose embedding was lost (:mod:`chiasm.proxy.lost_embeddings`).
+an answer that doesn't come. Where nobody can encode, only the store can help, so the request waits longer for its answer.
+Whether an embedding can be read shows when the language instance reads it; if it can't, it is lost
+(:mod:`chiasm.proxy.lost_embeddings`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.wire import Role
 
 _log = logging.getLogger(__name__)
+_PATIENT_SECONDS = 2.0
+"""How long a request waits for an answer if nobody can encode its images. A store that takes longer has failed."""
 
 
 class _Question:
@@ -69,6 +72,11 @@ class StoredEmbeddings:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     @property
+    def is_set(self) -> bool:
+        """Whether there is a store."""
+        return self._store is not None
+
+    @property
     def is_used(self) -> bool:
         """Whether there is a store, and the language instances read from one and can size images without an encoder."""
         if self._store is None:
@@ -82,19 +90,28 @@ class StoredEmbeddings:
         """Note which embeddings of a request are stored, in ``job``; return whether all are."""
         names = list(dict.fromkeys(item.identifier for item in items))
         now = time.monotonic()
-        unknown = [name for name in names if not self._is_at_encoder(name, now)]
-        if not self.is_used or not unknown:
-            return False
-        found = await self._ask(unknown)
+        unknown = [name for name in names if name not in job.published_at and not self._is_at_encoder(name, now)]
+        found = await self._find_of(unknown, job)
+        self._metrics.items.labels("stored").inc(len(found))
+        return all(name in job.published_at for name in names)
+
+    async def find_again(self, lost: frozenset[str], job: Job) -> frozenset[str]:
+        """Note which embeddings are stored that a request's language instance has lost, in ``job``; return them."""
+        return await self._find_of(sorted(lost), job)
+
+    async def _find_of(self, names: Sequence[str], job: Job) -> frozenset[str]:
+        if not names or not self.is_used:
+            return frozenset()
+        can_encode = self._fleet.lacking(has_images=True) is None
+        found = await self._ask(names, self._timeout_seconds if can_encode else _PATIENT_SECONDS)
         now = time.monotonic()
         job.places.update(dict.fromkeys(found))
         job.published_at = {**job.published_at, **dict.fromkeys(found, now)}
-        self._metrics.items.labels("stored").inc(len(found))
-        return len(found) == len(names)
+        return found
 
-    async def _ask(self, names: Sequence[str]) -> frozenset[str]:
+    async def _ask(self, names: Sequence[str], seconds: float) -> frozenset[str]:
         """Return which of these embeddings are stored, as far as the store says so in time."""
-        is_late = self._asking is not None and time.monotonic() - self._asked_at > self._timeout_seconds
+        is_late = self._asking is not None and time.monotonic() - self._asked_at > seconds
         if is_late or not self._guard.is_open:
             self._count("late" if is_late else "paused")
             return frozenset()
@@ -103,7 +120,7 @@ class StoredEmbeddings:
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask_all())
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(seconds):
                 return await question.found
         except TimeoutError:
             self._count("late")

@@ -28,6 +28,8 @@ from chiasm.ec_transfer.stores.resp import Connection, ServerError, WrongLengthE
 
 _CONNECT_SECONDS = 1.0
 _CALL_SECONDS = 1.0
+_WRITE_SECONDS = 5.0
+"""Longer, since nobody waits for a write, and one that was given up is lost."""
 _LEAST_BYTES_PER_SECOND = 20e6
 """A store that is slower than this is of no use, since encoding again takes no longer."""
 _AHEAD = 3
@@ -62,7 +64,7 @@ class RedisStore(Store):
         sizes = entry.chunk_sizes()
         names = keys_of(entry)
         try:
-            with self._connection(_seconds_for(entry.size_bytes)) as connection:
+            with self._connection(_CALL_SECONDS + _seconds_for(entry.size_bytes)) as connection:
                 for name in names[:_AHEAD]:
                     connection.send(b"GET", name)
                 at = 0
@@ -83,7 +85,7 @@ class RedisStore(Store):
 
     def put(self, entry: StoredEntry, data: memoryview) -> None:
         key = _key(entry.identifier, entry.fingerprint)
-        with self._connection(_seconds_for(len(data))) as connection:
+        with self._connection(_WRITE_SECONDS + _seconds_for(len(data))) as connection:
             for number, name in enumerate(keys_of(entry)):
                 chunk = data[number * CHUNK_BYTES :][:CHUNK_BYTES]
                 connection.call(b"SET", name, chunk, *self._expiry)
@@ -167,7 +169,7 @@ def _read(value: object, identifier: str, fingerprint: str) -> StoredEntry | Non
 
 
 def _seconds_for(size_bytes: int) -> float:
-    return _CALL_SECONDS + size_bytes / _LEAST_BYTES_PER_SECOND
+    return size_bytes / _LEAST_BYTES_PER_SECOND
 
 
 def _number(text: str | None) -> int:
