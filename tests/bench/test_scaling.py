@@ -7,7 +7,8 @@ import random
 import pytest
 
 from chiasm.bench.burst import Wave
-from chiasm.bench.scaling import Fleet, Scaled, ScalingSimulation, images_of
+from chiasm.bench.routing import PIXELS, Image
+from chiasm.bench.scaling import Fleet, Scaled, ScalingSimulation, images_of, lone_requests
 
 HALF_HOUR = Wave(seconds=1800.0, burst_at=300.0)
 LOAD = 0.2
@@ -46,6 +47,19 @@ def test_they_come_together_in_the_burst_and_go_one_by_one_after_a_calm_while(sc
     went = [one for one in scaled.changes if one.when > came[-1].when]
     assert [one.encoders for one in went] == [3, 2, 1]
     assert went[0].when > HALF_HOUR.burst_at + HALF_HOUR.burst_seconds + Fleet.calm_seconds
+
+
+def test_requests_that_are_done_before_an_encoder_could_start_start_none() -> None:
+    lone = lone_requests(HALF_HOUR.seconds, 60.0, 8, seed=0)
+    scaled = ScalingSimulation(Fleet(1, 4, start_seconds=1.5)).follow(lone, HALF_HOUR.seconds)
+    assert [one.encoders for one in scaled.changes] == [1]
+    assert len(scaled.routed.seconds_of) == len(lone)
+
+
+def test_a_request_gets_no_more_encoders_than_it_has_images() -> None:
+    large = [Image(100.0, f"image {number}", 50 * PIXELS) for number in range(3)]
+    scaled = ScalingSimulation(Fleet(1, 8, start_seconds=1.5)).follow(large, 200.0)
+    assert [one.encoders for one in scaled.changes] == [1, 3]
 
 
 def test_the_same_images_give_the_same_figures(scaled: Scaled) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
+from chiasm.launch.scaling import STEP_SECONDS
+from chiasm.proxy import ProxyConfig
 from chiasm.proxy.discovery.endpoint_slices import Endpoint, EndpointSlice, Metadata, Port, Reading, instances_of
 from chiasm.wire import Role
 from tests.deploy.commands import check, served_paths
@@ -106,6 +108,15 @@ def test_keda_is_asked_with_the_query_that_is_given() -> None:
         one["metadata"]["name"] for one in _of_kind(CHARTS["pd"], "Deployment")
     }
     assert scaled["spec"]["triggers"][0]["metadata"]["query"] == "sum(wanted)"
+
+
+def test_the_calm_while_is_counted_once_by_the_proxy_with_keda_and_otherwise_by_kubernetes() -> None:
+    wanted = {"prometheusUrl": "http://prometheus:9090", "calmSeconds": 200}
+    (keda,) = _of_kind(objects_of(render({"autoscaling": {"kind": "keda"} | wanted})), "ScaledObject")
+    behavior = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behavior["scaleDown"]["stabilizationWindowSeconds"] == STEP_SECONDS < ProxyConfig.scale_down_seconds
+    (cpu,) = _of_kind(objects_of(render({"autoscaling": {"kind": "cpu"} | wanted})), "HorizontalPodAutoscaler")
+    assert cpu["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 200
 
 
 # ---- one source ------------------------------------------------------------------------------------------------------

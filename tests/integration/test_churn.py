@@ -18,6 +18,6 @@ async def test_instances_of_all_roles_join_and_drain_and_no_request_fails(checkp
     ):
         found = await churn.run(6, bodies(seed=0), clients=2, advance=lambda: None)
     assert found.failures == []
-    assert found.wrong == 0
+    assert found.differences == []
     assert found.exit_codes == [0] * 6
     assert found.answers

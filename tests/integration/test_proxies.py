@@ -63,7 +63,7 @@ async def test_a_proxy_that_ends_under_load_costs_its_own_connections_and_is_rig
             await ending.start()
             after = [await churn.answer(ending, body) for body in expected]  # not one of them fails
             early, *rest = [await one.ending for one in streams]
-        assert (found.failures, found.wrong) == ([], 0)
+        assert (found.failures, found.differences) == ([], [])
         assert after == list(expected.values())
         assert rest == ["", ""]
         assert [one.text for one in streams[1:]] == [whole, whole]

@@ -72,7 +72,10 @@ def test_wrong_names_are_refused_before_anything_starts(folder: str, wrong: dict
 
 
 def test_instances_that_do_not_fit_together_end_the_start_with_the_proxys_reason() -> None:
-    roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig(settings={"dtype": "bfloat16"})}
+    roles = {
+        Role.ENCODER: RoleConfig(settings={"dtype": "float32"}),
+        Role.PD: RoleConfig(settings={"dtype": "bfloat16"}),
+    }
     with (
         pytest.raises(ConfigurationError, match="encoder-0 doesn't fit the other instances: its dtype is float32"),
         Deployment(DeploymentConfig("demo", roles, settings=SMALL), forks=FORKS) as deployment,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ class Crew:
         self.children: dict[str, Child] = {}
         """Those that run."""
         self.said: list[str] = []
+        self.questions: list[bool] = []
+        """For each question to the proxy, whether it was also for the instances that it knows."""
         self.file = folder / "encoders.json"
         self._plans = [
             ProcessPlan(f"encoder-{index}", Role.ENCODER, index, HeldPort("127.0.0.1"), [], {}) for index in range(most)
@@ -45,9 +48,13 @@ class Crew:
             end_seconds=END_SECONDS,
             begin=self._begin,
             forget=lambda plan: self._forget(plan.name),
-            ask=lambda: MUTE,
+            ask=self._ask,
             say=self.said.append,
         )
+
+    def _ask(self, wants_known: bool) -> ProxySays:
+        self.questions.append(wants_known)
+        return ProxySays(0.0, self.urls(*self.listed)) if wants_known else ProxySays(0.0, ())
 
     def _begin(self, plan: ProcessPlan) -> Child:
         assert plan.name not in self.children
@@ -152,6 +159,17 @@ def test_one_that_is_not_needed_ends_when_the_proxy_has_given_it_up(make: Make) 
     crew.says(0.0, 64.0)
     assert list(crew.children) == ["encoder-0"]
     assert crew.said[-1] == "encoders needed: 1; encoder-1 drains"
+
+
+def test_the_proxy_is_asked_for_its_instances_only_while_one_is_to_leave_it(make: Make) -> None:
+    crew = make(1, 2)
+    crew.says(2.0, 0.0)
+    for now in (1.0, 1.0 + STEP, 2.0 + STEP):
+        crew.scaling.follow(partial(float, now))  # the second time, an encoder begins to leave
+    assert crew.questions == [False, False, True]
+    assert crew.children["encoder-1"].join(10.0)
+    crew.scaling.follow(partial(float, 3.0 + STEP))
+    assert crew.questions[-1] is False
 
 
 def test_a_proxy_that_does_not_answer_changes_nothing(make: Make) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from chiasm.wire import AWAITED_PATH
+from chiasm.wire import AWAITED_PATH, Load
 
 from .conftest import WAIT_SECONDS
 from .processes import Server
@@ -29,6 +29,12 @@ def sized(data: bytes, size: tuple[int, int] = (96, 96)) -> dict[str, object]:
     return embeds_part(name_of(data), {"image_size": [size[1], size[0]]})
 
 
+def load_of(server: Server) -> Load:
+    load = server.health().load
+    assert load is not None
+    return load
+
+
 def test_a_late_embedding_is_waited_for(encoder: Server, pd: Server, aggregated: Server) -> None:
     data = image_bytes(10)
     expected = aggregated.answer(chat(image_part(data), QUESTION))
@@ -39,6 +45,20 @@ def test_a_late_embedding_is_waited_for(encoder: Server, pd: Server, aggregated:
         encode(encoder, data)
         assert answer.result() == expected
     pd.until(lambda: pd.count("waits") == before + 1)
+
+
+def test_what_an_instance_has_to_do_is_told_with_its_health(encoder: Server, pd: Server) -> None:
+    data, text = image_bytes(14), "and then there is something else to see: " * 100
+    pd.answer(chat("hello"))  # from now on it knows what a token costs
+    pd.until(lambda: load_of(pd).outstanding_seconds == 0)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(pd.answer, chat(sized(data), text))
+        pd.until(lambda: load_of(pd).outstanding_seconds > 0)
+        encode(encoder, data)
+        answer.result()
+    pd.until(lambda: load_of(pd).outstanding_seconds == 0)
+    assert load_of(pd).kv_blocks_free
+    assert load_of(encoder).kv_blocks_free is None
 
 
 def test_an_embedding_that_never_comes_fails_its_request_in_time(pd: Server) -> None:

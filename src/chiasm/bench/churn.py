@@ -32,7 +32,13 @@ _STEP_SECONDS = 60.0
 _LOOK_SECONDS = 0.02
 _PAUSE_SECONDS = 0.05
 """Between two requests of a client, so that instances find time to start."""
-_SMALL: Mapping[str, Any] = {"threads": 1, "kv_cache_bytes": 16 << 20, "max_model_len": 512, "log_level": "warning"}
+_SMALL: Mapping[str, Any] = {
+    "dtype": "float32",  # in bfloat16, answers of random weights depend on what is computed beside them
+    "threads": 1,
+    "kv_cache_bytes": 16 << 20,
+    "max_model_len": 512,
+    "log_level": "warning",
+}
 _CONNECTORS: Mapping[Role, Mapping[str, Any]] = {
     Role.ENCODER: {"connector": "TcpConnector", "ec_max_bytes": 64 << 20},
     Role.PD: {"connector": "TcpConnector"},
@@ -136,8 +142,8 @@ class Churned:
     """What came of it."""
 
     answers: int = 0
-    wrong: int = 0
-    """Answers that differ from those of the fleet before anything was changed."""
+    differences: list[str] = field(default_factory=list)
+    """For each answer that differs from that of the fleet before anything was changed: both, and what was asked."""
     failures: list[str] = field(default_factory=list)
     """The messages of requests that failed."""
     exit_codes: list[int] = field(default_factory=list)
@@ -214,14 +220,16 @@ class Churn:
             for turn in itertools.count(number):
                 if is_over.is_set():
                     return
-                body, right = asked[turn % len(asked)]
+                question = turn % len(asked)
+                body, right = asked[question]
                 try:
                     text = await self.answer(proxies[turn % len(proxies)], body)
                 except RequestFailedError as error:
                     found.failures.append(error.message)
                 else:
                     found.answers += 1
-                    found.wrong += text != right
+                    if text != right:
+                        found.differences.append(f"to question {question}: {text!r}, and before: {right!r}")
                 await asyncio.sleep(pause_seconds)
 
         tasks = [asyncio.create_task(ask_on(one)) for one in range(clients)]

@@ -34,6 +34,13 @@ def images_of(wave: Wave, load: float, seed: int) -> list[Image]:
     return [Image(when, f"image {number}", chance.choice(SIZES)) for number, when in enumerate(times)]
 
 
+def lone_requests(seconds: float, every_seconds: float, images: int, seed: int) -> list[Image]:
+    """Return new images of the largest size, of which so many come at once now and then: those of one request."""
+    chance = random.Random(seed)
+    times = [every_seconds * (number + chance.random()) for number in range(int(seconds / every_seconds))]
+    return [Image(when, f"image {number} at {when}", PIXELS) for when in times for number in range(images)]
+
+
 @dataclass(frozen=True)
 class Fleet:
     """Which encoders there may be."""
@@ -79,7 +86,7 @@ class ScalingSimulation(RoutingSimulation):
         self._fleet = fleet
         self._proxy = self.proxies[0]
         self._healths = [one.health for one in self._proxy.fleet.instances]
-        self._demand = EncoderDemand(fleet.wait_seconds, fleet.calm_seconds)
+        self._demand = EncoderDemand(fleet.wait_seconds, fleet.start_seconds, fleet.calm_seconds)
         self._number = EncoderNumber(fleet.least, fleet.most, min(fleet.calm_seconds, STEP_SECONDS))
         self._running: list[int] = list(range(fleet.least))
         self._is_leaving: int | None = None
@@ -108,7 +115,7 @@ class ScalingSimulation(RoutingSimulation):
 
     def _look(self) -> None:
         now = self.time.now
-        desired = self._demand.desired(self._proxy.queue.outstanding_seconds(now), now)
+        desired = self._demand.desired(self._proxy.queue.backlog(now), now)
         target = self._number.follow(desired, now)
         free = [index for index in range(self._fleet.most) if index not in self._running]
         if len(self._running) < target:

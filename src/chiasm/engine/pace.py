@@ -1,4 +1,4 @@
-"""How much work a prompt is, and what a token of it costs this engine now."""
+"""How much work a prompt is, and what a token of it costs an engine now."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ def prompt_work(prompt: Prompt) -> float:
     return len(prompt.token_ids) + (ITEM_WEIGHT - 1) * item_tokens
 
 
-class PrefillPace:
-    """What a prompt token costs this engine now: an exponential average over the steps that prefill, by rows."""
+class Pace:
+    """What a token costs an engine now: an exponential average over its steps, by rows.
 
-    def __init__(self, seconds_per_token: float) -> None:
-        """``seconds_per_token`` is where it begins, as measured at start; while it is 0, requests are due as they arrive."""
-        self._rows = _START_ROWS
+    Tokens are those of prompts; of an encoder, those of images.
+    """
+
+    def __init__(self, seconds_per_token: float = 0.0) -> None:
+        """``seconds_per_token`` is where it begins, as measured at start; 0 if nothing is known before the first step."""
+        self._rows = _START_ROWS if seconds_per_token else 0.0
         self._seconds = _START_ROWS * seconds_per_token
 
     @property
     def seconds_per_token(self) -> float:
-        return self._seconds / self._rows
+        """0 while nothing is known: requests are due as they arrive, and work takes no time."""
+        return self._seconds / self._rows if self._rows else 0.0
 
     def note(self, rows: int, seconds: float) -> None:
         """Learn from a step of so many rows, prefill and decode together."""

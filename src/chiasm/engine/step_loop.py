@@ -15,7 +15,7 @@ from chiasm.cores import lower_priority
 from chiasm.engine.device import use_threads
 from chiasm.engine.inbox import Abort, GiveBack, Inbox, Question, Signal
 from chiasm.engine.local_encoder import HIGH_PRIORITY, on_stream
-from chiasm.engine.pace import PrefillPace
+from chiasm.engine.pace import Pace
 from chiasm.engine.request import ItemOutcome, Output
 from chiasm.engine.request_state import RequestState, deliver
 from chiasm.engine.sampler import Sampled
@@ -79,7 +79,7 @@ class StepLoop:
         self._kv_transfers = kv_transfers
         self._runner = runner
         self._worker = worker
-        self._pace = PrefillPace(costs.prefill_seconds_per_token)
+        self._pace = Pace(costs.prefill_seconds_per_token)
         self._questions: list[Question] = []
         self._arrivals = itertools.count()
         self._next_deadline_check = 0.0

@@ -216,10 +216,10 @@ class Deployment:
             say=partial(self._on_line, "serve"),
         )
 
-    def _ask_proxy(self) -> ProxySays:
+    def _ask_proxy(self, wants_known: bool) -> ProxySays:
         try:
             desired = read_metric(self.local_url, DESIRED_METRIC, self._admin_key, role=Role.ENCODER.value)
-            return ProxySays(desired, self._infos().keys())
+            return ProxySays(desired, self._infos().keys() if wants_known else ())
         except ConfigurationError:  # the file of admin keys isn't fit just now, which the proxy's log says
             return ProxySays(None, ())
 

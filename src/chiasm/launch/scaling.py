@@ -21,7 +21,7 @@ from typing import NamedTuple
 from chiasm.launch.child import Child, ProcessState
 from chiasm.launch.plan import ProcessPlan
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 """Between two questions to the proxy."""
 STEP_SECONDS = 60.0
 """From one encoder fewer to the next. The proxy has waited for a calm while before, but a new one has to learn the load."""
@@ -81,7 +81,7 @@ class ProxySays(NamedTuple):
     desired: float | None
     """How many there should be; None if it doesn't answer."""
     known: Collection[str]
-    """The URLs of the instances that it knows; empty if it doesn't answer."""
+    """The URLs of the instances that it knows; empty if it wasn't asked for them, or doesn't answer."""
 
 
 class _Stage(enum.Enum):
@@ -122,14 +122,14 @@ class Scaling:
         end_seconds: float,
         begin: Callable[[ProcessPlan], Child],
         forget: Callable[[ProcessPlan], None],
-        ask: Callable[[], ProxySays],
+        ask: Callable[[bool], ProxySays],
         say: Callable[[str], None],
     ) -> None:
         """``encoders`` are all that may run, in the order in which they start, and ``listed_in`` where the proxy finds them.
 
         One that is asked to end has ``end_seconds`` for it. ``begin`` starts a process; ``forget`` is called when one has ended
-        and is not to be started again for now. ``ask`` asks the proxy, and ``say`` tells the operator. They are called by
-        ``start``, and then in this object's thread until ``close``.
+        and is not to be started again for now. ``ask`` asks the proxy, also for the instances that it knows if its argument is
+        true, and ``say`` tells the operator. They are called by ``start``, and then in this object's thread until ``close``.
         """
         self._encoders = [_Encoder(plan, index >= number.target) for index, plan in enumerate(encoders)]
         self._number = number
@@ -162,10 +162,17 @@ class Scaling:
 
     def _live(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
-            says = self._ask()
-            with self._lock:
-                if not self._over.is_set():
-                    self.look(says, time.monotonic())
+            self.follow(time.monotonic)
+
+    def follow(self, clock: Callable[[], float]) -> None:
+        """Ask the proxy, and do as it says, unless all is over.
+
+        Which instances it knows matters only while one is to leave it.
+        """
+        says = self._ask(bool(self._in(_Stage.LEAVING)))
+        with self._lock:
+            if not self._over.is_set():
+                self.look(says, clock())
 
     def look(self, says: ProxySays, now: float) -> None:
         """See what has become of the encoders, and start or end some as the proxy says; the first time, start the least."""

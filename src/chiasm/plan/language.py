@@ -14,7 +14,7 @@ from functools import lru_cache
 from chiasm.due import due
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
-from chiasm.engine.pace import PrefillPace, prompt_work
+from chiasm.engine.pace import Pace, prompt_work
 from chiasm.engine.request import SamplingParams
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig
 from chiasm.engine.sequence import Sequence
@@ -109,7 +109,7 @@ class LanguageInstance:
         )
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = itertools.count()
-        self._pace = PrefillPace(costs.prefill_seconds_per_token)
+        self._pace = Pace(costs.prefill_seconds_per_token)
 
     @property
     def preemptions(self) -> int:

@@ -105,6 +105,12 @@ class ProxyConfig:
             "How long images should wait for encoders; chiasm_fleet_desired_instances counts as many as that takes."
         ),
     ] = 0.5
+    encoder_start_seconds: Annotated[
+        float,
+        Option(
+            "What an encoder takes to start; chiasm_fleet_desired_instances counts no more encoders for what is done by then."
+        ),
+    ] = 1.5
     scale_down_seconds: Annotated[
         float, Option("Calm while after which chiasm_fleet_desired_instances counts fewer encoders.")
     ] = 300.0
@@ -169,7 +175,12 @@ class ProxyConfig:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigurationError(f"{name} must be positive.")
-        for name in ("wait_for_instance_seconds", "shutdown_timeout_seconds", "scale_down_seconds"):
+        for name in (
+            "wait_for_instance_seconds",
+            "shutdown_timeout_seconds",
+            "encoder_start_seconds",
+            "scale_down_seconds",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} must not be negative.")
         if self.store:

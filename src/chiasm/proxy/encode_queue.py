@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from chiasm.proxy.costs import InstanceCosts
 from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Choice, Device, Entry, Plan, Roster
+from chiasm.proxy.encoder_demand import Backlog
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.hedging import HEDGED_SHARE, Hedging
 from chiasm.proxy.prompts import ItemWork
@@ -268,11 +269,15 @@ class EncodeQueue:
             return list(self._waiting)
         return [entry for entry in self._waiting[:_EXAMINED] if healthy <= entry.failed_at]
 
-    def outstanding_seconds(self, now: float) -> float:
+    def backlog(self, now: float) -> Backlog:
         """Return what all encoders together have to compute for the images that they have and those that wait."""
         _, desks = self._roster(now)
         left = sum(max(0.0, desk.free_at - max(now, desk.progressed_at)) for desk in desks)
-        return left + sum(self._cost(entry.item, now) for entry in self._waiting)
+        return Backlog(
+            seconds=left + sum(self._cost(entry.item, now) for entry in self._waiting),
+            images=len(self._waiting) + sum(len(desk.entries) - desk.look_ups for desk in desks),
+            encoders=len(desks),
+        )
 
     def cost(self, item: ItemWork, now: float) -> float:
         """Return what an image costs the fastest encoder; nothing if one has the embedding."""

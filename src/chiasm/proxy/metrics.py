@@ -194,20 +194,19 @@ class Metrics:
 class DemandCollector(Collector):
     """What the images that come ask of encoders, for whoever adds and removes them."""
 
-    def __init__(self, fleet: Fleet, images: EncodeQueue, demand: EncoderDemand) -> None:
-        self._fleet = fleet
+    def __init__(self, images: EncodeQueue, demand: EncoderDemand) -> None:
         self._images = images
         self._demand = demand
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         now = time.monotonic()
-        outstanding = self._images.outstanding_seconds(now)
+        backlog = self._images.backlog(now)
         desired = GaugeMetricFamily(
             DESIRED_METRIC,
             "Encoders that the images of this proxy need; add them up over proxies, and round up.",
             labels=["role"],
         )
-        desired.add_metric([Role.ENCODER.value], self._demand.desired(outstanding, now))
+        desired.add_metric([Role.ENCODER.value], self._demand.desired(backlog, now))
         load = GaugeMetricFamily(
             "chiasm_fleet_encode_load",
             "Seconds of encoding that came to this proxy in each second of the last 10 or 60.",
@@ -215,11 +214,10 @@ class DemandCollector(Collector):
         )
         for window in WINDOWS_SECONDS:
             load.add_metric([f"{window:g}"], self._demand.load(window, now))
-        encoders = len(self._fleet.healthy(Role.ENCODER))
         wait = GaugeMetricFamily(
             "chiasm_fleet_encode_wait_seconds",
             "Work that the encoders have yet to do for this proxy, for each of them.",
-            value=outstanding / max(1, encoders),
+            value=backlog.seconds / max(1, backlog.encoders),
         )
         return (desired, load, wait)
 

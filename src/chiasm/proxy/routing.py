@@ -69,8 +69,8 @@ class Router:
         self._metrics = metrics
         self._placement = Placement(fleet, config.hedged_share)
         fleet.on_load = lambda instance: self._placement.note_load(instance, time.monotonic())
-        demand = EncoderDemand(config.encode_wait_seconds, config.scale_down_seconds)
-        metrics.registry.register(DemandCollector(fleet, self._placement.images, demand))
+        demand = EncoderDemand(config.encode_wait_seconds, config.encoder_start_seconds, config.scale_down_seconds)
+        metrics.registry.register(DemandCollector(self._placement.images, demand))
         comeback = Comeback(
             fleet,
             metrics,

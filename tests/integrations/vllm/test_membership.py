@@ -49,7 +49,7 @@ async def test_an_instance_joins_the_proxies_of_the_environment_and_leaves_them_
         "role": "encoder",
         "incarnation": membership.incarnation,
         "status": "ok",
-        "load": {},
+        "load": {"outstanding_seconds": 0.0},
     }
     assert (await asyncio.wait_for(leases.get(), 10))["waits"]
     end.drain()

@@ -23,7 +23,14 @@ from chiasm.fleet_key import FleetKey, make_fleet_key
 from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.http.limits import Limit
 from chiasm.integrations.vllm import middleware
-from chiasm.integrations.vllm.messages import AWAITED_METHOD, EXPECT_METHOD, MISSING_METHOD, PLACE_METHOD, Exchange
+from chiasm.integrations.vllm.messages import (
+    AWAITED_METHOD,
+    EXPECT_METHOD,
+    LOAD_METHOD,
+    MISSING_METHOD,
+    PLACE_METHOD,
+    Exchange,
+)
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
 from chiasm.models import load_processor
 from chiasm.models.identity import fingerprint
@@ -35,6 +42,7 @@ from chiasm.wire import (
     ECPlace,
     EmbeddingPlaces,
     Health,
+    Load,
     Role,
 )
 
@@ -513,6 +521,9 @@ async def test_other_paths_and_methods_pass_untouched() -> None:
     assert vllm.bodies == [body, body, b""]
 
 
+LOAD = Load(outstanding_seconds=1000.0, kv_blocks_free=9)
+
+
 class Core:
     """vLLM's client of its engines."""
 
@@ -530,6 +541,8 @@ class Core:
             return [msgspec.json.encode(exchange).decode() for exchange in self._exchanges]
         if method == MISSING_METHOD:
             return list(self.missing)
+        if method == LOAD_METHOD:
+            return [msgspec.json.encode(LOAD).decode()]
         assert method == AWAITED_METHOD
         return [["a" * 64], ["b" * 64, "a" * 64]]
 
@@ -550,6 +563,15 @@ async def test_an_encoder_says_where_its_embeddings_are() -> None:
     server = served("ec_producer", Core(Exchange("", PLACE)))
     health = msgspec.json.decode((await server.call("GET", "/health")).body, type=Health)
     assert (health.ec_connector, health.ec_place, health.ec_store) == ("TcpConnector", PLACE, "")
+
+
+async def test_health_tells_the_load_of_the_engines() -> None:
+    health = msgspec.json.decode(
+        (await served("ec_consumer", Core(Exchange())).call("GET", "/health")).body, type=Health
+    )
+    assert health.load is not None
+    assert LOAD.outstanding_seconds - 100 < health.load.outstanding_seconds <= LOAD.outstanding_seconds
+    assert (health.load.kv_blocks_free, health.load.requests) == (LOAD.kv_blocks_free, 0)
 
 
 async def test_an_encoder_whose_engines_are_in_different_places_is_refused() -> None:

@@ -47,10 +47,10 @@ def bodies(seed: int) -> list[bytes]:
 
 def judge(found: Churned) -> Outcome:
     """Return the outcome."""
-    outcome = Outcome(wrong=bool(found.wrong))
+    outcome = Outcome(wrong=bool(found.differences))
     outcome.figures = [
         Figure("requests that failed", len(found.failures), at_most=0),
-        Figure("answers that differ", found.wrong, at_most=0),
+        Figure("answers that differ", len(found.differences), at_most=0),
         Figure("instances that ended with another exit code than 0", sum(map(bool, found.exit_codes)), at_most=0),
         Figure("answers", found.answers),
         Figure("joins and drains", len(found.exit_codes)),
@@ -63,4 +63,5 @@ def judge(found: Churned) -> Outcome:
     series = [Series(label, [1000 * value for value in values]) for label, values in steps.items()]
     outcome.panels.append(Panel("churn", "ms", series, logarithmic=True))
     outcome.notes += [f"A request failed: {message}" for message in found.failures[:_SHOWN]]
+    outcome.notes += [f"An answer differs, {difference}." for difference in found.differences[:_SHOWN]]
     return outcome

@@ -7,7 +7,7 @@ import random
 
 from chiasm.bench.burst import Ridden, Wave, ride
 from chiasm.bench.measurement import Bench, Figure, Measurement, Outcome, Panel, Series
-from chiasm.bench.scaling import Fleet, Scaled, ScalingSimulation, images_of
+from chiasm.bench.scaling import Fleet, Scaled, ScalingSimulation, images_of, lone_requests
 from chiasm.bench.statistics import median
 
 _LEAST, _MOST = 1, 4
@@ -16,6 +16,7 @@ _LOAD, _HIGHER_LOAD = 0.2, 0.3
 _START_SECONDS = 1.5
 """What a fork of the demo took on two cores of a CPU, half busy."""
 _SLOW_START_SECONDS = 30.0
+_LONE_SECONDS, _LONE_IMAGES = 60.0, 8
 _SEEDS = 3
 _POINTS = 3.0
 _FEWER = 40.0
@@ -62,6 +63,16 @@ def _simulate(outcome: Outcome, seed: int, patterns: int) -> None:
     held = [_run(Fleet(_MOST, _MOST), _LOAD, one) for one in seeds]
     scaled = [_run(Fleet(_LEAST, _MOST, _SLOW_START_SECONDS), _LOAD, one) for one in seeds]
     _compare(outcome, f"simulated, a start takes {_SLOW_START_SECONDS:g} s", held, scaled)
+    lone = ScalingSimulation(Fleet(_LEAST, _MOST, _START_SECONDS)).follow(
+        lone_requests(_HALF_HOUR.seconds, _LONE_SECONDS, _LONE_IMAGES, seed), _HALF_HOUR.seconds
+    )
+    outcome.figures.append(
+        Figure(
+            f"simulated, a request of {_LONE_IMAGES} images each minute: most encoders",
+            max(one.encoders for one in lone.changes),
+            at_most=_LEAST,
+        )
+    )
     outcome.parameters |= {"calm load": _LOAD, "start seconds": _START_SECONDS, "range": [_LEAST, _MOST]}
     outcome.notes.append(
         f"Simulated: {_HALF_HOUR.seconds / 60:g} minutes in which a calm stream keeps {_LOAD:g} encoders busy, with one burst; "

@@ -7,10 +7,13 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey
 from chiasm.integrations.vllm.engines import has_several_servers
 from chiasm.integrations.vllm.health import role_of
+from chiasm.integrations.vllm.load import ToldLoad
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.server.advertise import check_proxies, own_url
 from chiasm.server.joining import Joiner
@@ -25,6 +28,7 @@ class Membership:
 
     def __init__(self, end: ServerEnd, key: FleetKey | None, environment: Mapping[str, str] = os.environ) -> None:
         self.incarnation = secrets.token_hex(16)
+        self.told = ToldLoad()
         self._end = end
         self._key = key
         self._proxies = tuple(url.strip() for url in environment.get(JOIN_VARIABLE, "").split(",") if url.strip())
@@ -33,8 +37,8 @@ class Membership:
 
     @property
     def load(self) -> Load:
-        """What it has to do. How much work that is, vLLM doesn't say."""
-        return Load(requests=self._end.requests)
+        """What it has to do, as its engines last told."""
+        return replace(self.told.last(), requests=self._end.requests)
 
     def start(self, state: Any) -> None:
         """Join, if there are proxies; ``state`` is that of vLLM's application, whose engine runs.

@@ -23,6 +23,8 @@ EXPECT_METHOD = "chiasm_expect_embeddings"
 """The method by which it says where embeddings are; its argument is the JSON of EmbeddingPlaces."""
 PLACE_METHOD = "chiasm_embeddings_place"
 """The method by which it asks where the embeddings of an encoder are; returns the JSON of :class:`Exchange`."""
+LOAD_METHOD = "chiasm_load"
+"""The method by which it asks what the engine has to do; the answer is the JSON of a :class:`chiasm.wire.Load`."""
 UNFETCHED_METHOD = "chiasm_unfetched_embeddings"
 """The method by which it asks how many embeddings others have yet to fetch."""
 

@@ -146,6 +146,7 @@ class ChiasmMiddleware:
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, health = await self._current_health(scope, receive)
+        await self._membership.told.ask(scope["app"].state)
         health = msgspec.structs.replace(health, incarnation=self._membership.incarnation, load=self._membership.load)
         if self._fleet_key is not None:
             names, clock = list(self._fleet_key.names), int(time.time() * 1000)

@@ -1,4 +1,5 @@
-"""A vLLM plugin (entry point ``vllm.general_plugins``) that lets several instances share one machine without a GPU.
+"""A vLLM plugin (entry point ``vllm.general_plugins``): has engines count their work (``work.py``), and lets several instances
+share one machine without a GPU.
 
 Three things in vLLM keep a CPU core busy, or lose time, when encoder, prefill and decode share a few cores:
 
@@ -17,6 +18,9 @@ import importlib
 import logging
 from typing import Any
 
+from chiasm.errors import ConfigurationError
+from chiasm.integrations.vllm.work import watch
+
 _logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.001
 _LOOK_AGAIN_MILLISECONDS = 20
@@ -25,6 +29,10 @@ _NIXL_PAUSE_MICROSECONDS = 100
 
 def register() -> None:
     """Change what is described above; vLLM calls this once in each of its processes, before it makes anything."""
+    try:
+        watch()
+    except (ConfigurationError, ImportError, AttributeError) as error:
+        _logger.warning("Engines don't count their work, because chiasm doesn't know this version of vLLM: %s", error)
     try:
         from vllm.platforms import current_platform
 

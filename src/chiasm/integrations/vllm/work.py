@@ -1,0 +1,134 @@
+"""What one of vLLM's engines has to do, counted beside its scheduler as the built-in engine counts it.
+
+That is the work which has not been done, priced by what work has cost lately. The scheduler knows both: how much of each prompt
+is computed and which images are encoded, and when a step begins and ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from chiasm.engine.pace import Pace
+from chiasm.integrations.vllm import check_version
+from chiasm.integrations.vllm.messages import LOAD_METHOD
+from chiasm.wire import Load
+
+_MAX_STEPS = 64
+"""Steps under way that are remembered. vLLM has about two."""
+_ATTRIBUTE = "chiasm_work"
+
+
+@functools.cache
+def watch() -> None:
+    """Have each scheduler that this process makes count its work, and its engine tell it to vLLM's HTTP server.
+
+    Raises ConfigurationError for a version of vLLM whose scheduler isn't known.
+    """
+    import vllm
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+    check_version(vllm.__version__)
+    schedule, update = Scheduler.schedule, Scheduler.update_from_output
+
+    @functools.wraps(schedule)
+    def watched_schedule(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        step = schedule(scheduler, *args, **kwargs)
+        work_of(scheduler).begin(step)
+        return step
+
+    @functools.wraps(update)
+    def watched_update(scheduler: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
+        work_of(scheduler).end(step)
+        return update(scheduler, step, *args, **kwargs)
+
+    Scheduler.schedule, Scheduler.update_from_output = watched_schedule, watched_update
+    setattr(EngineCore, LOAD_METHOD, lambda engine: msgspec.json.encode(work_of(engine.scheduler).load()).decode())
+
+
+def work_of(scheduler: Any) -> EngineWork:
+    """Return what counts the work of a scheduler."""
+    work = getattr(scheduler, _ATTRIBUTE, None)
+    if not isinstance(work, EngineWork):
+        work = EngineWork(scheduler, scheduler.vllm_config.ec_transfer_config)
+        setattr(scheduler, _ATTRIBUTE, work)
+    return work
+
+
+@dataclass
+class _Step:
+    """One step that is under way."""
+
+    step: Any
+    began: float
+    work: int
+    """Tokens of prompts that it computes, and rows of images that it encodes; vLLM counts them as done already."""
+    rows: int
+    """All that it computes."""
+
+
+class EngineWork:
+    """Counts the work of one scheduler of vLLM."""
+
+    def __init__(self, scheduler: Any, ec_config: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        """``ec_config`` is vLLM's ``ECTransferConfig``; None for an instance that does everything itself."""
+        self._scheduler = scheduler
+        self._encodes = ec_config is None or ec_config.is_ec_producer
+        self._computes_prompts = ec_config is None or ec_config.is_ec_consumer
+        self._clock = clock
+        self._pace = Pace()
+        self._steps: deque[_Step] = deque(maxlen=_MAX_STEPS)
+        self._ended_at = 0.0
+
+    def begin(self, step: Any) -> None:
+        """Note that a step (vLLM's ``SchedulerOutput``) has been planned."""
+        rows = prompt_rows = image_rows = 0
+        if self._computes_prompts:
+            rows = step.total_num_scheduled_tokens
+            drafts = sum(map(len, step.scheduled_spec_decode_tokens.values()))
+            # A running answer has one row, and one for each token of a draft.
+            prompt_rows = max(0, rows - drafts - len(step.num_scheduled_tokens))
+        for request_id, indices in step.scheduled_encoder_inputs.items():
+            request = self._scheduler.requests[request_id]
+            image_rows += sum(request.mm_features[index].mm_position.get_num_embeds() for index in indices)
+        self._steps.append(_Step(step, self._clock(), prompt_rows + image_rows, rows + image_rows))
+
+    def end(self, step: Any) -> None:
+        """Note that a step has been computed. Steps may overlap, and end in the order in which they began."""
+        now = self._clock()
+        while self._steps:
+            ended = self._steps.popleft()
+            if ended.step is step:
+                if ended.work:
+                    self._pace.note(ended.rows, now - max(ended.began, self._ended_at))
+                break
+        self._ended_at = now
+
+    def load(self) -> Load:
+        """Return what there is to do. Called between two steps."""
+        left = sum(step.work for step in self._steps)
+        images: dict[str, int] = {}
+        for request in self._scheduler.requests.values():
+            computed = request.num_computed_tokens
+            if self._computes_prompts:
+                left += max(0, request.num_prompt_tokens - computed)
+            for feature in request.mm_features if self._encodes else ():
+                place = feature.mm_position
+                if place.offset + place.length > computed:
+                    images[feature.identifier] = place.get_num_embeds()
+        known = self._scheduler.encoder_cache_manager.cached
+        left += sum(rows for identifier, rows in images.items() if identifier not in known)
+        return Load(
+            outstanding_seconds=left * self._pace.seconds_per_token,
+            kv_blocks_free=self._free_blocks() if self._computes_prompts else None,
+        )
+
+    def _free_blocks(self) -> int:
+        return int(self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
