@@ -14,7 +14,7 @@ import pytest
 
 from chiasm.proxy.discovery.endpoint_slices import Endpoint, EndpointSlice, Metadata, Port, Reading, instances_of
 from chiasm.wire import Role
-from tests.deploy.commands import check, served_paths
+from tests.deploy.commands import check, served_paths, settings_of
 
 helm_python = pytest.importorskip("helm_python", reason="helm-python-sdk has no wheel for Linux on arm64")
 
@@ -38,7 +38,32 @@ _EVERYTHING = {
         "allowHub": False,
     },
 }
-CHARTS = {name: objects_of(render(values)) for name, values in [*LAYOUTS.items(), ("everything", _EVERYTHING)]}
+_EVERYTHING_VLLM = {
+    **_EVERYTHING,
+    "engine": "vllm",
+    "model": "/models/Qwen2.5-VL-72B",
+    "modelVolume": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
+    "instances": {
+        "encoder": {"replicas": 1, "surge": 0, "loadSeconds": 3600},
+        "pd": {"gpus": 4, "memoryMi": 65536, "args": ["--max-num-seqs=64"]},
+    },
+    "instanceArgs": ["--max-model-len=32768"],
+    "instanceEnv": {"VLLM_LOGGING_LEVEL": "DEBUG"},
+    "vllm": {"withoutTower": True, "embeddingsClaim": "embeddings"},
+    "autoscaling": {"kind": "keda", "prometheusUrl": "http://prometheus:9090"},
+}
+_MORE = {
+    "everything": _EVERYTHING,
+    "everything in vLLM": _EVERYTHING_VLLM,
+    "vLLM from a folder of the node": {
+        **LAYOUTS["vllm-prefill-decode"],
+        "model": "/models/qwen",
+        "modelVolume": {"hostPath": {"path": "/srv/models", "type": "Directory"}},
+        "vllm": {"withoutTower": True},
+        "autoscaling": {"kind": "cpu"},
+    },
+}
+CHARTS = {name: objects_of(render(values)) for name, values in {**LAYOUTS, **_MORE}.items()}
 
 OVERLAYS = {folder.name: list(kustomized(folder)) for folder in sorted((KUBERNETES / "overlays").iterdir())}
 ALL = {**CHARTS, **{f"overlay {name}": objects for name, objects in OVERLAYS.items()}}
@@ -65,7 +90,8 @@ def _selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 def test_every_version_takes_it(version: str) -> None:
     different = {json.dumps(one): one for objects in CHARTS.values() for one in objects}
     for one in different.values():
-        kubernetes_validate.validate(one, version, strict=True)
+        if one["apiVersion"] != "keda.sh/v1alpha1":  # which isn't of Kubernetes
+            kubernetes_validate.validate(one, version, strict=True)
 
 
 def test_an_unknown_field_would_be_found() -> None:
@@ -92,6 +118,11 @@ def test_helm_finds_nothing_wrong() -> None:
         ({"autoscaling": {"kind": "keda"}}, "autoscaling.prometheusUrl is needed"),
         ({"instances": {"pd": {"replica": 2}}}, "replica"),
         ({"modle": "demo"}, "modle"),
+        ({"engine": "vllm"}, "vLLM needs a model"),
+        ({**LAYOUTS["vllm"], "instances": {"pd": {"gpus": 0}}}, "instances.pd.gpus must be 1 or more"),
+        ({**LAYOUTS["vllm"], "instances": {"pd": {"gpus": 2}}}, "needs engine: vllm, and vllm.embeddingsClaim"),
+        ({"instances": {"pd": {"gpus": 2}}}, "needs engine: vllm, and vllm.embeddingsClaim"),
+        ({"vllm": {"embeddingsClaim": "embeddings"}}, "need engine: vllm"),
     ],
 )
 def test_wrong_values_are_refused_by_name(values: dict[str, Any], said: str) -> None:
@@ -130,7 +161,7 @@ def test_an_overlay_has_what_the_chart_has(name: str) -> None:
 @every_set
 def test_containers_start_with_settings_that_chiasm_takes(objects: Objects, tmp_path: Path) -> None:
     for container in _containers(objects):
-        settings = check(container["args"], tmp_path)
+        settings = settings_of(container, tmp_path)
         ports = {one["name"]: one["containerPort"] for one in container["ports"]}
         told = {"http": settings["port"], "embeddings": settings.get("ec_port"), "kv": settings.get("kv_port")}
         assert ports == {name: port for name, port in told.items() if port is not None}
@@ -167,7 +198,7 @@ def test_instances_are_drained_before_they_are_ended(objects: Objects, tmp_path:
         pod = one["spec"]["template"]["spec"]
         container = pod["containers"][0]
         command = container["lifecycle"]["preStop"]["exec"]["command"]
-        settings = check(container["args"], tmp_path)
+        settings = settings_of(container, tmp_path)
         if container["name"] == "proxy":
             left = float(command[-1]) + settings["shutdown_timeout_seconds"]
         else:
@@ -272,8 +303,15 @@ def test_only_the_fleet_reaches_instances_and_only_at_ports_that_they_have(objec
 
 @every_set
 def test_the_limit_of_memory_has_room_for_what_an_instance_keeps(objects: Objects, tmp_path: Path) -> None:
-    for container in _containers(objects):
-        settings = check(container["args"], tmp_path)
-        kept = settings.get("ec_max_bytes", 0) + settings.get("kv_cache_bytes", 0)
-        limit = int(container["resources"]["limits"]["memory"].removesuffix("Mi")) << 20
-        assert limit - kept >= 1 << 30
+    for one in _of_kind(objects, "Deployment"):
+        pod = one["spec"]["template"]["spec"]
+        container = pod["containers"][0]
+        settings = settings_of(container, tmp_path)
+        kept = sum(settings.get(name, 0) for name in ("ec_max_bytes", "ec_receive_bytes", "kv_cache_bytes"))
+        in_memory = [volume["emptyDir"] for volume in pod["volumes"] if "medium" in volume.get("emptyDir", {})]
+        kept += sum(_bytes(volume["sizeLimit"]) for volume in in_memory)
+        assert _bytes(container["resources"]["limits"]["memory"]) - kept >= 1 << 30
+
+
+def _bytes(quantity: str) -> int:
+    return int(quantity.removesuffix("Mi")) << 20

@@ -60,6 +60,9 @@ securityContext:
   secret:
     secretName: {{ .Values.fleetKeySecret }}
     defaultMode: 0440
+{{- end }}
+
+{{- define "chiasm.tmpVolume" -}}
 - name: tmp
   emptyDir:
     medium: Memory
