@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from chiasm.proxy.discovery.endpoint_slices import Endpoint, EndpointSlice, Metadata, Port, Reading, instances_of
 from chiasm.wire import Role
@@ -27,7 +30,11 @@ _EVERYTHING = {
     "hubTokenSecret": "hub",
     "cacheClaim": "checkpoints",
     "imagePullSecrets": ["registry"],
-    "proxy": {"args": ["--access-log"], "service": {"type": "LoadBalancer", "annotations": {"a": "b"}}},
+    "proxy": {
+        "otlpTracesEndpoint": "http://collector:4318",
+        "args": ["--access-log"],
+        "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
+    },
     "instances": {
         "encoder": {"gpus": 1, "surge": 0, "nodeSelector": {"gpu": "small"}, "args": ["--device=cuda"]},
         "pd": {"gpus": 1, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
@@ -36,6 +43,8 @@ _EVERYTHING = {
         "clients": [{"namespaceSelector": {}}],
         "scrapers": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
         "allowHub": False,
+        "instanceEgress": [{"ports": [{"port": 6379}]}],
+        "proxyEgress": [{"ports": [{"port": 443}, {"port": 6443}]}],
     },
 }
 _EVERYTHING_VLLM = {
@@ -153,6 +162,19 @@ def test_an_overlay_has_what_the_chart_has(name: str) -> None:
         return {(one["kind"], one["metadata"]["name"]): one for one in objects}
 
     assert by_name(OVERLAYS[name]) == by_name(CHARTS[name])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_kustomize_builds_what_these_tests_read(name: str) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    built = subprocess.run([kubectl, "kustomize", str(KUBERNETES / "overlays" / name)], capture_output=True, check=True)
+
+    def in_order(objects: Objects) -> list[Any]:
+        return sorted(objects, key=lambda one: (one["kind"], one["metadata"]["name"]))
+
+    assert in_order(list(yaml.safe_load_all(built.stdout))) == in_order(OVERLAYS[name])
 
 
 # ---- chiasm understands it -------------------------------------------------------------------------------------------
@@ -299,6 +321,50 @@ def test_only_the_fleet_reaches_instances_and_only_at_ports_that_they_have(objec
     assert [labels for labels in pods if _selects(policies["chiasm-proxy"]["podSelector"], labels)] == [
         labels for labels in pods if labels not in instances
     ]
+
+
+def _egress(**values: Any) -> dict[str, list[Any] | None]:
+    """Return what pods may reach by the name of their policy; None: everything."""
+    policies = _of_kind(objects_of(render(values)), "NetworkPolicy")
+    return {one["metadata"]["name"]: one["spec"].get("egress") for one in policies}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://collector.monitoring:4318/v1/traces", 4318),
+        ("https://collector", 443),
+        ("http://collector/v1/traces", 80),
+        ("http://[fd00::1]:4318", 4318),
+    ],
+)
+def test_a_proxy_that_may_not_reach_everything_reaches_the_collector_of_its_traces(
+    endpoint: str, port: int, tmp_path: Path
+) -> None:
+    rule = {"ports": [{"port": 6443}]}
+    values = {"proxy": {"otlpTracesEndpoint": endpoint}, "networkPolicy": {"proxyEgress": [rule]}}
+    instances = _egress()["chiasm-instances"]
+    assert instances
+    fleet_and_dns = instances[:2]
+    collector = {"ports": [{"port": port, "protocol": "TCP"}]}
+    assert _egress(**values)["chiasm-proxy"] == [*fleet_and_dns, collector, rule]
+    assert _egress(networkPolicy={"proxyEgress": [rule]})["chiasm-proxy"] == [*fleet_and_dns, rule]
+    assert _egress(proxy={"otlpTracesEndpoint": endpoint})["chiasm-proxy"] is None
+    proxy = next(one for one in _containers(objects_of(render(values))) if one["name"] == "proxy")
+    assert check(proxy["args"], tmp_path)["otlp_traces_endpoint"] == endpoint
+
+
+def test_a_policy_limits_what_pods_may_reach_exactly_if_it_has_rules_for_that() -> None:
+    for objects in CHARTS.values():
+        for one in _of_kind(objects, "NetworkPolicy"):
+            assert ("Egress" in one["spec"]["policyTypes"]) is ("egress" in one["spec"])
+
+
+def test_instances_reach_what_more_is_named() -> None:
+    rule = {"ports": [{"port": 6379}]}
+    before, after = _egress()["chiasm-instances"], _egress(networkPolicy={"instanceEgress": [rule]})["chiasm-instances"]
+    assert before
+    assert after == [*before, rule]
 
 
 @every_set

@@ -76,3 +76,12 @@ securityContext:
       app.kubernetes.io/name: chiasm
       app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
+
+{{/* What all processes may reach: the fleet, and DNS. */}}
+{{- define "chiasm.egress" -}}
+- to:
+    {{- include "chiasm.fleet" . | nindent 4 }}
+- ports:
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
+{{- end }}
