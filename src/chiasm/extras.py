@@ -22,7 +22,7 @@ class Extra(enum.StrEnum):
     NIXL = "nixl"
     """NixlConnector."""
     VLLM = "vllm"
-    """Instances of vLLM."""
+    """vLLM, for its instances; they need the engine, too."""
     OTEL = "otel"
     """Export of spans by OpenTelemetry."""
 
@@ -39,7 +39,9 @@ MODULES: Mapping[Extra, tuple[str, ...]] = {
 
 def install_command(extra: Extra) -> str:
     """Return the command that installs an extra; it is run in a clone of chiasm, since chiasm is on no package index."""
-    return f"pip install '.[{extra}]'"
+    # In one step pip would find no llguidance that is new enough for the engine and old enough for vLLM's metadata.
+    steps = (extra, Extra.ENGINE) if extra is Extra.VLLM else (extra,)
+    return " && ".join(f"pip install '.[{step}]'" for step in steps)
 
 
 def missing_modules(extra: Extra) -> list[str]:

@@ -17,13 +17,18 @@ KUBERNETES = Path(__file__).parents[2] / "deploy" / "kubernetes"
 CHART = KUBERNETES / "chart"
 NAME = "chiasm"
 Objects = list[dict[str, Any]]
-_PREFILL_DECODE = {"instances": {"pd": {"replicas": 0}, "prefill": {"replicas": 1}, "decode": {"replicas": 1}}}
+_APART = {"instances": {"pd": {"replicas": 0}, "prefill": {"replicas": 1}, "decode": {"replicas": 1}}}
+_VLLM = {"engine": "vllm", "model": "Qwen/Qwen2.5-VL-7B-Instruct"}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pd": {},
-    "prefill-decode": _PREFILL_DECODE,
+    "prefill-decode": _APART,
     "autoscaled": {"autoscaling": {"kind": "cpu"}},
+    "vllm": _VLLM,
+    "vllm-prefill-decode": {**_VLLM, **_APART},
 }
 """Values that make the chart what an overlay is, by the overlay's name."""
+_BASE = ("access", "network", "proxy")
+_ROLES = ("encoder", "pd", "prefill", "decode")
 
 
 def render(values: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -40,14 +45,14 @@ def objects_of(texts: Mapping[str, str]) -> Objects:
 @cache
 def files() -> dict[Path, str]:
     """Return the files of kustomize that the chart becomes."""
-    standard, apart, scaled = (render(LAYOUTS[name]) for name in ("pd", "prefill-decode", "autoscaled"))
+    rendered = {name: render(values) for name, values in LAYOUTS.items()}
     overlays = Path("overlays")
-    found = {Path("base") / f"{name}.yaml": standard[name] for name in ("access", "network", "proxy")}
-    found[Path("base/encoder.yaml")] = _of_role(standard["instances"], "encoder")
-    found[overlays / "pd" / "pd.yaml"] = _of_role(standard["instances"], "pd")
-    for role in ("prefill", "decode"):
-        found[overlays / "prefill-decode" / f"{role}.yaml"] = _of_role(apart["instances"], role)
-    found[overlays / "autoscaled" / "autoscaling.yaml"] = scaled["autoscaling"]
+    found = {Path("base") / f"{name}.yaml": rendered["pd"][name] for name in _BASE}
+    found[overlays / "autoscaled" / "autoscaling.yaml"] = rendered.pop("autoscaled")["autoscaling"]
+    for layout, texts in rendered.items():
+        others = {name: text for name, text in texts.items() if name not in (*_BASE, "instances")}
+        roles = {role: text for role in _ROLES if (text := _of_role(texts["instances"], role))}
+        found |= {overlays / layout / f"{name}.yaml": text for name, text in {**roles, **others}.items()}
     return {path: text.strip() + "\n" for path, text in found.items()}
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from chiasm.launch.scaling import STEP_SECONDS
 from chiasm.proxy import ProxyConfig
 from chiasm.proxy.discovery.endpoint_slices import Endpoint, EndpointSlice, Metadata, Port, Reading, instances_of
 from chiasm.wire import Role
-from tests.deploy.commands import check, served_paths
+from tests.deploy.commands import check, served_paths, settings_of
 
 helm_python = pytest.importorskip("helm_python", reason="helm-python-sdk has no wheel for Linux on arm64")
 
@@ -29,7 +32,11 @@ _EVERYTHING = {
     "hubTokenSecret": "hub",
     "cacheClaim": "checkpoints",
     "imagePullSecrets": ["registry"],
-    "proxy": {"args": ["--access-log"], "service": {"type": "LoadBalancer", "annotations": {"a": "b"}}},
+    "proxy": {
+        "otlpTracesEndpoint": "http://collector:4318",
+        "args": ["--access-log"],
+        "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
+    },
     "instances": {
         "encoder": {"gpus": 1, "surge": 0, "nodeSelector": {"gpu": "small"}, "args": ["--device=cuda"]},
         "pd": {"gpus": 1, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
@@ -38,9 +45,36 @@ _EVERYTHING = {
         "clients": [{"namespaceSelector": {}}],
         "scrapers": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
         "allowHub": False,
+        "instanceEgress": [{"ports": [{"port": 6379}]}],
+        "proxyEgress": [{"ports": [{"port": 443}, {"port": 6443}]}],
     },
 }
-CHARTS = {name: objects_of(render(values)) for name, values in [*LAYOUTS.items(), ("everything", _EVERYTHING)]}
+_EVERYTHING_VLLM = {
+    **_EVERYTHING,
+    "engine": "vllm",
+    "model": "/models/Qwen2.5-VL-72B",
+    "modelVolume": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
+    "instances": {
+        "encoder": {"replicas": 1, "surge": 0, "loadSeconds": 3600},
+        "pd": {"gpus": 4, "memoryMi": 65536, "args": ["--max-num-seqs=64"]},
+    },
+    "instanceArgs": ["--max-model-len=32768"],
+    "instanceEnv": {"VLLM_LOGGING_LEVEL": "DEBUG"},
+    "vllm": {"withoutTower": True, "embeddingsClaim": "embeddings"},
+    "autoscaling": {"kind": "keda", "prometheusUrl": "http://prometheus:9090"},
+}
+_MORE = {
+    "everything": _EVERYTHING,
+    "everything in vLLM": _EVERYTHING_VLLM,
+    "vLLM from a folder of the node": {
+        **LAYOUTS["vllm-prefill-decode"],
+        "model": "/models/qwen",
+        "modelVolume": {"hostPath": {"path": "/srv/models", "type": "Directory"}},
+        "vllm": {"withoutTower": True},
+        "autoscaling": {"kind": "cpu"},
+    },
+}
+CHARTS = {name: objects_of(render(values)) for name, values in {**LAYOUTS, **_MORE}.items()}
 
 OVERLAYS = {folder.name: list(kustomized(folder)) for folder in sorted((KUBERNETES / "overlays").iterdir())}
 ALL = {**CHARTS, **{f"overlay {name}": objects for name, objects in OVERLAYS.items()}}
@@ -67,7 +101,8 @@ def _selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 def test_every_version_takes_it(version: str) -> None:
     different = {json.dumps(one): one for objects in CHARTS.values() for one in objects}
     for one in different.values():
-        kubernetes_validate.validate(one, version, strict=True)
+        if one["apiVersion"] != "keda.sh/v1alpha1":  # which isn't of Kubernetes
+            kubernetes_validate.validate(one, version, strict=True)
 
 
 def test_an_unknown_field_would_be_found() -> None:
@@ -94,6 +129,11 @@ def test_helm_finds_nothing_wrong() -> None:
         ({"autoscaling": {"kind": "keda"}}, "autoscaling.prometheusUrl is needed"),
         ({"instances": {"pd": {"replica": 2}}}, "replica"),
         ({"modle": "demo"}, "modle"),
+        ({"engine": "vllm"}, "vLLM needs a model"),
+        ({**LAYOUTS["vllm"], "instances": {"pd": {"gpus": 0}}}, "instances.pd.gpus must be 1 or more"),
+        ({**LAYOUTS["vllm"], "instances": {"pd": {"gpus": 2}}}, "needs engine: vllm, and vllm.embeddingsClaim"),
+        ({"instances": {"pd": {"gpus": 2}}}, "needs engine: vllm, and vllm.embeddingsClaim"),
+        ({"vllm": {"embeddingsClaim": "embeddings"}}, "need engine: vllm"),
     ],
 )
 def test_wrong_values_are_refused_by_name(values: dict[str, Any], said: str) -> None:
@@ -135,13 +175,26 @@ def test_an_overlay_has_what_the_chart_has(name: str) -> None:
     assert by_name(OVERLAYS[name]) == by_name(CHARTS[name])
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_kustomize_builds_what_these_tests_read(name: str) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    built = subprocess.run([kubectl, "kustomize", str(KUBERNETES / "overlays" / name)], capture_output=True, check=True)
+
+    def in_order(objects: Objects) -> list[Any]:
+        return sorted(objects, key=lambda one: (one["kind"], one["metadata"]["name"]))
+
+    assert in_order(list(yaml.safe_load_all(built.stdout))) == in_order(OVERLAYS[name])
+
+
 # ---- chiasm understands it -------------------------------------------------------------------------------------------
 
 
 @every_set
 def test_containers_start_with_settings_that_chiasm_takes(objects: Objects, tmp_path: Path) -> None:
     for container in _containers(objects):
-        settings = check(container["args"], tmp_path)
+        settings = settings_of(container, tmp_path)
         ports = {one["name"]: one["containerPort"] for one in container["ports"]}
         told = {"http": settings["port"], "embeddings": settings.get("ec_port"), "kv": settings.get("kv_port")}
         assert ports == {name: port for name, port in told.items() if port is not None}
@@ -178,7 +231,7 @@ def test_instances_are_drained_before_they_are_ended(objects: Objects, tmp_path:
         pod = one["spec"]["template"]["spec"]
         container = pod["containers"][0]
         command = container["lifecycle"]["preStop"]["exec"]["command"]
-        settings = check(container["args"], tmp_path)
+        settings = settings_of(container, tmp_path)
         if container["name"] == "proxy":
             left = float(command[-1]) + settings["shutdown_timeout_seconds"]
         else:
@@ -281,10 +334,61 @@ def test_only_the_fleet_reaches_instances_and_only_at_ports_that_they_have(objec
     ]
 
 
+def _egress(**values: Any) -> dict[str, list[Any] | None]:
+    """Return what pods may reach by the name of their policy; None: everything."""
+    policies = _of_kind(objects_of(render(values)), "NetworkPolicy")
+    return {one["metadata"]["name"]: one["spec"].get("egress") for one in policies}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://collector.monitoring:4318/v1/traces", 4318),
+        ("https://collector", 443),
+        ("http://collector/v1/traces", 80),
+        ("http://[fd00::1]:4318", 4318),
+    ],
+)
+def test_a_proxy_that_may_not_reach_everything_reaches_the_collector_of_its_traces(
+    endpoint: str, port: int, tmp_path: Path
+) -> None:
+    rule = {"ports": [{"port": 6443}]}
+    values = {"proxy": {"otlpTracesEndpoint": endpoint}, "networkPolicy": {"proxyEgress": [rule]}}
+    instances = _egress()["chiasm-instances"]
+    assert instances
+    fleet_and_dns = instances[:2]
+    collector = {"ports": [{"port": port, "protocol": "TCP"}]}
+    assert _egress(**values)["chiasm-proxy"] == [*fleet_and_dns, collector, rule]
+    assert _egress(networkPolicy={"proxyEgress": [rule]})["chiasm-proxy"] == [*fleet_and_dns, rule]
+    assert _egress(proxy={"otlpTracesEndpoint": endpoint})["chiasm-proxy"] is None
+    proxy = next(one for one in _containers(objects_of(render(values))) if one["name"] == "proxy")
+    assert check(proxy["args"], tmp_path)["otlp_traces_endpoint"] == endpoint
+
+
+def test_a_policy_limits_what_pods_may_reach_exactly_if_it_has_rules_for_that() -> None:
+    for objects in CHARTS.values():
+        for one in _of_kind(objects, "NetworkPolicy"):
+            assert ("Egress" in one["spec"]["policyTypes"]) is ("egress" in one["spec"])
+
+
+def test_instances_reach_what_more_is_named() -> None:
+    rule = {"ports": [{"port": 6379}]}
+    before, after = _egress()["chiasm-instances"], _egress(networkPolicy={"instanceEgress": [rule]})["chiasm-instances"]
+    assert before
+    assert after == [*before, rule]
+
+
 @every_set
 def test_the_limit_of_memory_has_room_for_what_an_instance_keeps(objects: Objects, tmp_path: Path) -> None:
-    for container in _containers(objects):
-        settings = check(container["args"], tmp_path)
-        kept = settings.get("ec_max_bytes", 0) + settings.get("kv_cache_bytes", 0)
-        limit = int(container["resources"]["limits"]["memory"].removesuffix("Mi")) << 20
-        assert limit - kept >= 1 << 30
+    for one in _of_kind(objects, "Deployment"):
+        pod = one["spec"]["template"]["spec"]
+        container = pod["containers"][0]
+        settings = settings_of(container, tmp_path)
+        kept = sum(settings.get(name, 0) for name in ("ec_max_bytes", "ec_receive_bytes", "kv_cache_bytes"))
+        in_memory = [volume["emptyDir"] for volume in pod["volumes"] if "medium" in volume.get("emptyDir", {})]
+        kept += sum(_bytes(volume["sizeLimit"]) for volume in in_memory)
+        assert _bytes(container["resources"]["limits"]["memory"]) - kept >= 1 << 30
+
+
+def _bytes(quantity: str) -> int:
+    return int(quantity.removesuffix("Mi")) << 20

@@ -258,6 +258,13 @@ async def test_health_names_the_current_store(store: Path) -> None:
     assert (await server.call("GET", "/health")).json["ec_store"] == made_anew
 
 
+@pytest.mark.parametrize("status", [200, 503])
+async def test_an_instance_is_ready_while_its_engine_runs_and_alive_while_it_answers(status: int) -> None:
+    server = Server(VLLM(config(), status=status))
+    assert (await server.call("GET", "/readyz")).status == status
+    assert (await server.call("GET", "/livez")).status == 200
+
+
 @pytest.mark.parametrize(("ec", "status"), [("ec_producer", 503), ("ec_consumer", 200)])
 async def test_an_unreachable_store_fails_an_encoder_and_leaves_the_others_for_text(
     store: Path, ec: str, status: int

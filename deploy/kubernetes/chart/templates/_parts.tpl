@@ -60,6 +60,9 @@ securityContext:
   secret:
     secretName: {{ .Values.fleetKeySecret }}
     defaultMode: 0440
+{{- end }}
+
+{{- define "chiasm.tmpVolume" -}}
 - name: tmp
   emptyDir:
     medium: Memory
@@ -72,4 +75,13 @@ securityContext:
     matchLabels:
       app.kubernetes.io/name: chiasm
       app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{/* What all processes may reach: the fleet, and DNS. */}}
+{{- define "chiasm.egress" -}}
+- to:
+    {{- include "chiasm.fleet" . | nindent 4 }}
+- ports:
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
 {{- end }}
