@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from chiasm.ec_transfer import ECConnector
+from chiasm.ec_transfer.faults import connector_error, expect, logged, not_coming
 from chiasm.engine.local_encoder import LocalEncoder
 from chiasm.engine.request import ItemOutcome, ItemTiming
 from chiasm.engine.request_state import RequestState
@@ -34,6 +36,16 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.01
 """Pause after an embedding was lost between the connector's yes and the step: it may be lost like that again and again."""
+
+
+@contextmanager
+def _noting_failure(identifier: str, failed: dict[str, ChiasmError]) -> Iterator[None]:
+    """A block that calls the connector for one item. If that raises an error, log it, and add the item to ``failed``."""
+    try:
+        yield
+    except Exception as error:
+        logger.exception("The EC connector failed on item %s; the requests that want it fail with it.", identifier)
+        failed[identifier] = connector_error(error)
 
 
 class Embeddings:
@@ -128,17 +140,15 @@ class Embeddings:
     def forget(self, state: RequestState) -> None:
         """Let go of what only a request wanted that has ended."""
         if self._scheduler_role is not None:
-            try:
+            with logged("let go of what a request wanted"):
                 self._scheduler_role.request_finished(state.sequences[0])
-            except Exception:
-                logger.exception("The EC connector failed to let go of what a request wanted.")
 
     # ---- how entries get into memory ----------------------------------------------------------------------------------
 
     def update(self, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
         """Take those embeddings into memory that the next chunks want and that exist by now.
 
-        Return the requests that need an item which cannot be encoded.
+        Return the requests that need an item which cannot be encoded, or on which the connector has failed.
         """
         if not self._has_news:
             return []
@@ -146,7 +156,7 @@ class Embeddings:
         if self._encoder is not None:
             return self._take_encoded(self._encoder, states)
         if self._scheduler_role is not None and self._worker_role is not None:
-            self._load(self._scheduler_role, self._worker_role, states)
+            return self._load(self._scheduler_role, self._worker_role, states)
         return []
 
     def look_again(self) -> None:
@@ -173,52 +183,108 @@ class Embeddings:
 
     def not_coming(self, missing: Iterable[str]) -> list[str]:
         """Return those of what is missing that the connector neither has nor is about to get. Any thread but the engine's."""
-        role = self._scheduler_role
-        return [] if role is None else [identifier for identifier in missing if not role.is_coming(identifier)]
+        return [] if self._scheduler_role is None else not_coming(self._scheduler_role, missing)
 
     def expect(self, places: Mapping[str, ECPlace], stored: Collection[str]) -> None:
         """Tell the connector where embeddings are or will be. Any thread."""
         if self._scheduler_role is not None:
-            self._scheduler_role.expect(places, stored)
+            expect(self._scheduler_role, places, stored)
 
-    def _load(self, scheduler_role: ECConnector, worker_role: ECConnector, states: Mapping[str, RequestState]) -> None:
+    def _load(
+        self, scheduler_role: ECConnector, worker_role: ECConnector, states: Mapping[str, RequestState]
+    ) -> list[tuple[RequestState, ChiasmError]]:
+        """Have the connector hand over what has arrived, as far as there is room.
+
+        Return the requests that want an item on which the connector has failed; it is not asked for that item again.
+        """
         arrivals: list[tuple[Sequence, PromptItem]] = []
+        failed: dict[str, ChiasmError] = {}
+        requests: list[tuple[RequestState, ChiasmError]] = []
         for sequence, items in self._scheduler.wanted_items():
             for item in items:
-                if item.identifier not in self._scheduler.encoder_cache:
-                    if not scheduler_role.has_cache_item(item.identifier):
-                        break
-                    if not self._scheduler.items.make_room(sequence, item):
-                        break
-                    scheduler_role.update_state_after_alloc(sequence, sequence.items.index(item))
+                name = item.identifier
+                if name not in self._scheduler.encoder_cache and name not in failed:
+                    with _noting_failure(name, failed):
+                        if not scheduler_role.has_cache_item(name) or not self._scheduler.items.make_room(
+                            sequence, item
+                        ):
+                            break
+                        scheduler_role.update_state_after_alloc(sequence, sequence.items.index(item))
+                if name in failed:
+                    self._scheduler.item_lost(name)
+                    requests.append((states[sequence.request_id], failed[name]))
+                    break
                 self._scheduler.item_arrived(sequence, item)
                 arrivals.append((sequence, item))
-        self._note_hits(scheduler_role, {item.identifier for _, item in arrivals}, states)
-        metadata = scheduler_role.build_connector_meta()
-        if metadata.loads:
-            started = time.monotonic()
-            worker_role.bind_connector_metadata(metadata)
-            worker_role.start_load_caches(self.entries)
-            worker_role.clear_connector_metadata()
-            seconds = time.monotonic() - started
-            self._reject_misfits(worker_role, arrivals, states)
-            for request_id in {sequence.request_id for sequence, _ in arrivals}:
-                states[request_id].timing.transfer_seconds += seconds
+        requests += self._note_hits(scheduler_role, {item.identifier for _, item in arrivals}, failed, states)
+        error = self._hand_over(scheduler_role, worker_role, arrivals, states)
         for sequence, item in arrivals:
-            if item.identifier not in self.entries:
-                self._scheduler.item_lost(item.identifier)
+            state = states[sequence.request_id]
+            if item.identifier in self.entries:
+                self.note(state, item.identifier, ItemOutcome.WAITED)
+                continue
+            self._scheduler.item_lost(item.identifier)
+            if error is None:
                 self._has_lost = True
             else:
-                self.note(states[sequence.request_id], item.identifier, ItemOutcome.WAITED)
+                requests.append((state, error))
+        return requests
 
-    def _note_hits(self, scheduler_role: ECConnector, arrived: Set[str], states: Mapping[str, RequestState]) -> None:
-        """Ask for what else the requests want that have just come, and count what is there."""
+    def _hand_over(
+        self,
+        scheduler_role: ECConnector,
+        worker_role: ECConnector,
+        arrivals: list[tuple[Sequence, PromptItem]],
+        states: Mapping[str, RequestState],
+    ) -> ChiasmError | None:
+        """Have the worker role put what was noted into ``entries``. Return why that isn't all of it, if a role has failed."""
+        started = time.monotonic()
+        try:
+            metadata = scheduler_role.build_connector_meta()
+            if not metadata.loads:
+                return None
+            worker_role.bind_connector_metadata(metadata)
+            try:
+                worker_role.start_load_caches(self.entries)
+            finally:
+                worker_role.clear_connector_metadata()
+        except Exception as error:
+            logger.exception(
+                "The EC connector failed to hand over embeddings; the requests that lack one fail with it."
+            )
+            return connector_error(error)
+        seconds = time.monotonic() - started
+        self._reject_misfits(worker_role, arrivals, states)
+        for request_id in {sequence.request_id for sequence, _ in arrivals}:
+            states[request_id].timing.transfer_seconds += seconds
+        return None
+
+    def _note_hits(
+        self,
+        scheduler_role: ECConnector,
+        arrived: Set[str],
+        failed: dict[str, ChiasmError],
+        states: Mapping[str, RequestState],
+    ) -> list[tuple[RequestState, ChiasmError]]:
+        """Ask for what else the requests want that have just come, and count what is there.
+
+        Return those that want an item on which the connector has failed, now or in this round before.
+        """
+        requests: list[tuple[RequestState, ChiasmError]] = []
         unasked, self._unasked = self._unasked, []
         for state in unasked:
-            if states.get(state.request.request_id) is state:
-                for name in list(state.missing):
-                    if name in arrived or scheduler_role.has_cache_item(name):
-                        self.note(state, name, ItemOutcome.HIT)
+            if states.get(state.request.request_id) is not state:
+                continue
+            for name in list(state.missing):
+                is_here = name in arrived
+                if not is_here and name not in failed:
+                    with _noting_failure(name, failed):
+                        is_here = scheduler_role.has_cache_item(name)
+                if name in failed:
+                    requests.append((state, failed[name]))
+                elif is_here:
+                    self.note(state, name, ItemOutcome.HIT)
+        return requests
 
     def _reject_misfits(
         self,
@@ -240,7 +306,8 @@ class Embeddings:
             entry = self.entries.pop(name, None)
             if entry is not None:
                 shapes = f"its shape is {tuple(entry.shape)}, but a request needs {self._shape_of(item)}"
-                worker_role.discard(name, shapes)
+                with logged(f"discard the embedding of item {name}"):
+                    worker_role.discard(name, shapes)
 
     def _shape_of(self, item: PromptItem) -> tuple[int, int]:
         return len(item.geometry.rows), self._entry_width

@@ -12,6 +12,7 @@ from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from chiasm.cores import lower_priority
+from chiasm.ec_transfer.faults import connector_error
 from chiasm.engine.device import use_threads
 from chiasm.engine.inbox import Abort, GiveBack, Inbox, Question, Signal
 from chiasm.engine.local_encoder import HIGH_PRIORITY, on_stream
@@ -178,7 +179,7 @@ class StepLoop:
                 self._embeddings.admit(state)
             except Exception as error:
                 logger.exception("The EC connector failed on a request, which fails with it.")
-                self._fail(state, ChiasmError(f"The EC connector failed: {type(error).__name__}."))
+                self._fail(state, connector_error(error))
                 return
         if params is not None and params.output_token_ids:
             outputs = state.choices[0].resume()

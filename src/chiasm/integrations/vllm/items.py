@@ -134,6 +134,8 @@ class ItemState:
 
     promised: tuple[int, int] | None = None
     """Shape of the entry that the connector keeps loadable until the step's end; the one that is needed if it can't tell."""
+    has_failed: bool = False
+    """Whether the connector has failed when it was asked for the item; it is not asked again in this step."""
     is_loaded: bool = False
     """Whether vLLM loads it, rather than encodes it."""
     expected: tuple[int, int] | None = None

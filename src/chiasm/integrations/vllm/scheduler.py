@@ -14,11 +14,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from chiasm.ec_transfer import ECConnector, ECConnectorMetadata, check_identifier
+from chiasm.ec_transfer.faults import expect, logged, not_coming
 from chiasm.ec_transfer.stores.reader import StoreReads
 from chiasm.errors import InvalidRequestError
 from chiasm.integrations.vllm.items import (
@@ -138,8 +140,8 @@ class SchedulerHalf:
             return False
         if tracked.is_new:
             tracked.is_new = False
-            if self._is_reader:
-                self._store.ensure_cache_available(tracked.wanted, num_computed_tokens)
+            if self._is_reader and not self._has_told(tracked, num_computed_tokens):
+                return False
         if not begins and num_computed_tokens >= tracked.end:
             return True
         end = num_computed_tokens + self._reach.window_tokens
@@ -197,14 +199,16 @@ class SchedulerHalf:
         self._count("hits")
         if self._is_reader:
             state.expected = state.promised or (item.rows, self._layout.width)
-            self._store.update_state_after_alloc(tracked, index)
+            with logged(f"note that item {item.identifier} is loaded, so the requests that use it fail"):
+                self._store.update_state_after_alloc(tracked, index)
         else:
             state.content = Content.NOTHING
 
     def build_connector_meta(self, num_scheduled_tokens: int) -> StepMetadata:
         """Return the message to the workers for the step that was scheduled, and begin the next one."""
-        loads = self._store.build_connector_meta()
-        items = self._items
+        loads, items = ECConnectorMetadata(), self._items
+        with logged("say what the step loads, so the requests that need any of it fail"):
+            loads = self._store.build_connector_meta()
         metadata = StepMetadata(
             step=self._step,
             loads=loads,
@@ -264,9 +268,12 @@ class SchedulerHalf:
     def is_published(self, identifier: str) -> bool:
         """Return whether consumers find what was encoded here; False for a name that is not an identifier."""
         try:
-            return self._store.is_published(check_identifier(identifier))
+            check_identifier(identifier)
         except InvalidRequestError:
             return False
+        with logged(f"tell whether item {identifier} is published, so it counts as not published"):
+            return self._store.is_published(identifier)
+        return False
 
     def take_counts(self) -> dict[str, float]:
         """Return what both halves have counted since the last call, without zeros."""
@@ -299,11 +306,11 @@ class SchedulerHalf:
 
     def not_coming(self, missing: Iterable[str]) -> list[str]:
         """Return those of what is missing that the connector neither has nor is about to get. Any thread but the engine's."""
-        return [name for name in missing if not self._store.is_coming(name)]
+        return not_coming(self._store, missing)
 
     def expect(self, told: EmbeddingPlaces) -> None:
         """Tell the connector where embeddings are or will be."""
-        self._store.expect(told.places, told.stored)
+        expect(self._store, told.places, told.stored)
 
     # ---- all requests wait ------------------------------------------------------------------------------------------
 
@@ -354,29 +361,46 @@ class SchedulerHalf:
         if self._state(identifier).promised is not None:  # to another request
             return False
         misfit = self._misfit(item)
-        if misfit is None:
+        if self._state(identifier).has_failed:
+            self._fail(tracked, f"The EC connector failed on item {identifier}.")
+        elif misfit is None:
             return False
-        if identifier in tracked.rejected:
+        elif identifier in tracked.rejected:
             self._fail(tracked, f"Item {identifier} does not fit: {misfit}.")
         else:  # it may be the entry that is wrong, and the next one right
             tracked.rejected.add(identifier)
-            self._store.discard(identifier, misfit)
+            with logged(f"discard the embedding of item {identifier}"):
+                self._store.discard(identifier, misfit)
         return False
 
     def _is_promised(self, item: Item) -> bool:
         """Return whether the connector has the entry. On a reader it then stays loadable until the step's end."""
         state = self._state(item.identifier)
-        if state.promised is None:
-            if not self._store.has_cache_item(item.identifier) or self._misfit(item) is not None:
-                return False
-            known = self._store.layout_of(item.identifier)
-            state.promised = (item.rows, self._layout.width if known is None else known[0][1])
-        return state.promised[0] == item.rows
+        if state.promised is None and not state.has_failed:
+            with self._noting_failure(item.identifier):
+                if not self._store.has_cache_item(item.identifier) or self._misfit(item) is not None:
+                    return False
+                known = self._store.layout_of(item.identifier)
+                state.promised = (item.rows, self._layout.width if known is None else known[0][1])
+        return state.promised is not None and state.promised[0] == item.rows
 
     def _misfit(self, item: Item) -> str | None:
         """Return why an entry that is here doesn't fit the item; None if it does, or if nothing is known of it."""
-        known = self._store.layout_of(item.identifier)
+        known = None
+        if not self._state(item.identifier).has_failed:
+            with self._noting_failure(item.identifier):
+                known = self._store.layout_of(item.identifier)
         return None if known is None else self._layout.misfit(*known, item.rows)
+
+    @contextmanager
+    def _noting_failure(self, identifier: str) -> Iterator[None]:
+        """A block that calls the connector for one item. If that raises an error, the item is not asked for in this step."""
+        with logged(f"look for item {identifier}; requests that can't do without it fail"):
+            try:
+                yield
+            except Exception:
+                self._state(identifier).has_failed = True
+                raise
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -394,7 +418,16 @@ class SchedulerHalf:
     def _forget(self, tracked: TrackedRequest) -> None:
         self._end_wait(tracked)
         if self._is_reader and not tracked.is_new:
-            self._store.request_finished(tracked.wanted)
+            with logged("let go of what a request wanted"):
+                self._store.request_finished(tracked.wanted)
+
+    def _has_told(self, tracked: TrackedRequest, num_computed_tokens: int) -> bool:
+        """Tell the connector what a request wants. Return False if the connector fails, and the request with it."""
+        with logged("note what a request wants, so the request fails"):
+            self._store.ensure_cache_available(tracked.wanted, num_computed_tokens)
+            return True
+        self._fail(tracked, "The EC connector failed to note what it wants.")
+        return False
 
     def _may_run_ahead(self, tracked: TrackedRequest, tokens: int, begins: bool) -> bool:
         """Return whether the request computes the ``tokens`` before an item that is missing."""

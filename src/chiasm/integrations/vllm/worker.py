@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from chiasm.ec_transfer import ECConnector
+from chiasm.ec_transfer.faults import logged
 from chiasm.ec_transfer.stores.writer import StoreWrites
 from chiasm.errors import InvalidRequestError, StorageError
 from chiasm.integrations.vllm.messages import CounterWriter, StepMetadata, StepReport
@@ -40,7 +41,8 @@ class WorkerHalf:
         """Begin a step."""
         self._metadata = metadata
         self._report = None
-        self._store.bind_connector_metadata(metadata.loads)
+        with logged("begin a step, so the requests that need what it loads fail"):
+            self._store.bind_connector_metadata(metadata.loads)
         if not self._has_asked_for_counters and metadata.counters and self._is_writer():
             self._has_asked_for_counters = True
             with contextlib.suppress(OSError):
@@ -50,7 +52,8 @@ class WorkerHalf:
     def clear(self) -> None:
         """End the step."""
         self._metadata = None
-        self._store.clear_connector_metadata()
+        with logged("end a step"):
+            self._store.clear_connector_metadata()
 
     def start_save_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
         """Publish again what consumers don't find any more; called on a producer before its encoder runs."""
@@ -75,11 +78,12 @@ class WorkerHalf:
             loaded = encoder_cache.get(identifier)
             is_fitting = loaded is not None and (tuple(loaded.shape), loaded.dtype) == (shape, self._dtype)
             if loaded is not None and not is_fitting:
-                self._store.discard(
-                    identifier,
+                reason = (
                     f"it has shape {list(loaded.shape)} and {loaded.dtype}, but a request needs {list(shape)} and "
-                    f"{self._dtype}",
+                    f"{self._dtype}"
                 )
+                with logged(f"discard the embedding of item {identifier}"):
+                    self._store.discard(identifier, reason)
             if not is_fitting:
                 zeros = torch.zeros(shape, dtype=self._dtype, device=self._store.config.device)
                 encoder_cache[identifier] = self._zeros[identifier] = zeros
@@ -97,6 +101,8 @@ class WorkerHalf:
             return  # the scheduler has refused the request already
         except StorageError:
             pass  # the connector has logged it
+        except Exception:
+            _logger.exception("The EC connector failed to publish the embedding of item %s.", mm_hash)
         self._write_counters()
 
     def report(self) -> StepReport | None:
