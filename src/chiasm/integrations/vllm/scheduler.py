@@ -14,10 +14,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from chiasm.ec_transfer import ECConnector, ECConnectorMetadata, check_identifier
 from chiasm.ec_transfer.faults import expect, logged, not_coming
@@ -36,6 +35,7 @@ from chiasm.integrations.vllm.messages import STORE_PREFIX, CounterPage, StepMet
 from chiasm.integrations.vllm.settings import Settings
 from chiasm.wire import EmbeddingPlaces
 
+_AnswerT = TypeVar("_AnswerT")
 _logger = logging.getLogger(__name__)
 
 _MAX_PINNED_STEPS = 64
@@ -376,31 +376,31 @@ class SchedulerHalf:
     def _is_promised(self, item: Item) -> bool:
         """Return whether the connector has the entry. On a reader it then stays loadable until the step's end."""
         state = self._state(item.identifier)
-        if state.promised is None and not state.has_failed:
-            with self._noting_failure(item.identifier):
-                if not self._store.has_cache_item(item.identifier) or self._misfit(item) is not None:
-                    return False
-                known = self._store.layout_of(item.identifier)
-                state.promised = (item.rows, self._layout.width if known is None else known[0][1])
-        return state.promised is not None and state.promised[0] == item.rows
+        if state.promised is None:
+            if not self._ask(self._store.has_cache_item, item):
+                return False
+            known = self._ask(self._store.layout_of, item)
+            if state.has_failed or (known is not None and self._layout.misfit(*known, item.rows) is not None):
+                return False
+            state.promised = (item.rows, self._layout.width if known is None else known[0][1])
+        return state.promised[0] == item.rows
 
     def _misfit(self, item: Item) -> str | None:
         """Return why an entry that is here doesn't fit the item; None if it does, or if nothing is known of it."""
-        known = None
-        if not self._state(item.identifier).has_failed:
-            with self._noting_failure(item.identifier):
-                known = self._store.layout_of(item.identifier)
+        known = self._ask(self._store.layout_of, item)
         return None if known is None else self._layout.misfit(*known, item.rows)
 
-    @contextmanager
-    def _noting_failure(self, identifier: str) -> Iterator[None]:
-        """A block that calls the connector for one item. If that raises an error, the item is not asked for in this step."""
-        with logged(f"look for item {identifier}; requests that can't do without it fail"):
-            try:
-                yield
-            except Exception:
-                self._state(identifier).has_failed = True
-                raise
+    def _ask(self, question: Callable[[str], _AnswerT], item: Item) -> _AnswerT | None:
+        """Ask the connector about an item. If it fails, it isn't asked about the item again in this step; None then."""
+        state = self._state(item.identifier)
+        if state.has_failed:
+            return None
+        try:
+            return question(item.identifier)
+        except Exception:
+            _logger.exception("The EC connector failed on item %s.", item.identifier)
+            state.has_failed = True
+            return None
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
