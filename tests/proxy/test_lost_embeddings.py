@@ -12,17 +12,26 @@ from chiasm.proxy import lost_embeddings
 from .conftest import Start, ask, image, image_bytes, listen, until_idle
 from .instances import (
     SAID,
+    VLLM,
+    WORDS,
     Answering,
     FakeInstance,
     Received,
+    begin_stream,
     chat,
     decode,
+    decode_of_vllm,
     decode_until,
     encode,
+    end_of_stream,
+    event,
     never,
     once,
+    only_a_head,
     prefill,
+    prefill_of_vllm,
     refuse,
+    role_event,
     when,
 )
 
@@ -164,8 +173,11 @@ async def test_prefill_gets_a_lost_embedding_again(start: Start) -> None:
     assert (len(encoder.received), len(p.received)) == (2, 1)
 
 
-async def test_a_prompt_that_is_prefilled_again_ends_at_once_if_its_embedding_is_lost(start: Start) -> None:
+async def test_a_prompt_that_is_prefilled_again_ends_if_its_embedding_is_lost(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its image was freed when the answer began."""
+    monkeypatch.setattr(lost_embeddings, "_SURELY_LOST_SECONDS", 0.0)
     encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
     seen = asyncio.Event()
     once(decode_until(3, when(seen)), decode, d)
@@ -180,4 +192,85 @@ async def test_a_prompt_that_is_prefilled_again_ends_at_once_if_its_embedding_is
     assert heard.error is not None
     assert heard.error["code"] == "embedding_lost"
     assert len(encoder.received) == 1
+    await until_idle(front)
+
+
+# Decode instances that compute prompts again.
+
+
+def recomputing_fleet() -> tuple[FakeInstance, FakeInstance, FakeInstance]:
+    """An encoder, and prefill and decode of vLLM with a connector: decode computes a prompt again whose KV it has lost."""
+    encoder = FakeInstance("encoder", ec_connector="SharedStorageConnector")
+    p, d = (FakeInstance(role, **VLLM, ec_connector="SharedStorageConnector") for role in ("prefill", "decode"))
+    p.answer, d.answer = prefill_of_vllm, decode_of_vllm
+    return encoder, p, d
+
+
+def lack_after_a_word(until: asyncio.Event) -> Answering:
+    """Answer as decode that needs its embeddings again after the first word, until this event."""
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(role_event() + event(WORDS[0]))
+        instance.awaited = received.identifiers
+        await until.wait()
+        instance.awaited = []
+        for word in WORDS[1:]:
+            await response.write(event(word))
+        await response.write(end_of_stream())
+        return response
+
+    return answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_decode_gets_a_lost_embedding_again(start: Start, stream: bool) -> None:
+    encoder, p, d = recomputing_fleet()
+    lose(encoder, d, decode_of_vllm, times=2)
+    front = await start([encoder, p, d])
+    assert (await front.post(ask(image(image_bytes()), stream=stream))).status == 200
+    assert [one.identifiers for one in encoder.received] == [encoder.received[0].identifiers] * 3
+    assert [len(one.received) for one in (p, d)] == [1, 1]
+    assert await front.metric("chiasm_proxy_embeddings_lost_total") == 2
+    await until_idle(front)
+
+
+async def test_a_lost_decode_instance_costs_a_prefill_with_the_images_that_are_still_there(start: Start) -> None:
+    encoder, p, d = recomputing_fleet()
+    once(only_a_head, decode_of_vllm, d)
+    front = await start([encoder, p, d])
+    assert (await listen(front, ask(image(image_bytes()), stream=True))).text == SAID
+    assert [len(one.received) for one in (encoder, p, d)] == [1, 2, 2]
+    await until_idle(front)
+
+
+async def test_a_stream_whose_embedding_stays_lost_at_decode_ends_with_an_error(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost_embeddings, "_SURELY_LOST_SECONDS", 0.0)
+    encoder, p, d = recomputing_fleet()
+    d.answer = lack_after_a_word(asyncio.Event())
+    front = await start([encoder, p, d])
+    heard = await listen(front, ask(image(image_bytes()), stream=True))
+    assert heard.text == WORDS[0]
+    assert heard.error is not None
+    assert heard.error["code"] == "embedding_lost"
+    await asyncio.wait_for(d.gone.acquire(), 10)
+    await until_idle(front)
+
+
+async def test_a_stream_goes_on_when_decode_lacks_an_embedding_only_for_a_while(start: Start) -> None:
+    encoder, p, d = recomputing_fleet()
+    is_there = asyncio.Event()
+    d.answer = lack_after_a_word(is_there)
+    front = await start([encoder, p, d])
+    heard = asyncio.create_task(listen(front, ask(image(image_bytes()), stream=True)))
+    async with asyncio.timeout(10):
+        while not d.awaited:  # noqa: ASYNC110 - the instance has no event for it
+            await asyncio.sleep(0.01)
+        for _ in range(2):
+            await d.asked.acquire()
+    is_there.set()
+    assert (await heard).text == SAID
+    assert [len(one.received) for one in (encoder, p, d)] == [1, 1, 1]
     await until_idle(front)

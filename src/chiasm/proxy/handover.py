@@ -3,6 +3,9 @@
 Both are called in :meth:`Handover.run`. When either is lost, both are called again, elsewhere if possible: an answer
 that the client has no part of starts from the beginning; otherwise it is resumed, if the engine can do that. Whatever ends a
 request before decode has answered, prefill is told to free its KV.
+
+A decode instance of vLLM computes a prompt again if it has lost the KV or is short of blocks, and needs the embeddings then. So
+they are watched until its answer's end, and the images are kept until its answer has begun.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.handover_engines import PARAMS, Handle, HandoverEngine, Reason
 from chiasm.proxy.job import Job
+from chiasm.proxy.places import reads_embeddings
 from chiasm.proxy.request import with_member
 from chiasm.proxy.upstream import (
     Call,
@@ -44,17 +48,17 @@ class Handover:
         engine: HandoverEngine,
         *,
         max_prefills: int,
-        before_retry: Callable[[], Awaitable[None]],
+        watch_embeddings: Callable[[], Awaitable[None]],
         give_back: Callable[[Instance, str, Job], None],
     ) -> None:
-        """``before_retry`` is called before the prompt is prefilled again; ``give_back`` with a prefill instance and a lease of
-        it that nobody will claim."""
+        """``watch_embeddings`` is called when embeddings may be needed that have been read before; ``give_back`` with a prefill
+        instance and a lease of it that nobody will claim."""
         self._balancer = balancer
         self._engine = engine
         self._job = engine.job
         self._metrics = engine.metrics
         self._max_prefills = max_prefills
-        self._before_retry = before_retry
+        self._watch_embeddings = watch_embeddings
         self._give_back = give_back
         self._prefills = 0
         self._prefill_at: Instance | None = None
@@ -73,7 +77,7 @@ class Handover:
                 return
             except _InterruptedError as interruption:
                 await self._prepare_retry(interruption)
-                await self._before_retry()
+                await self._watch_embeddings()
 
     @contextmanager
     def _giving_back(self) -> Iterator[None]:
@@ -117,21 +121,30 @@ class Handover:
                 self._prefill_at = assignment.instance  # a full one gives its place to another
         if handle is None:
             self._engine.lease = ""
-        job.note_embeddings_read(keep_bytes=len(job.request.body))
         return handle
 
     async def _decode(self, handle: Handle) -> None:
         started = time.perf_counter()
-        self._job.trail.resume()
+        job = self._job
+        job.trail.resume()
 
-        def note_answer() -> None:
-            self._engine.lease = ""
-            self._job.timing.handover = self._job.timing.handover or time.perf_counter() - started
-            self._metrics.handovers.inc()
+        with await self._balancer.assign(job, (Role.DECODE,)) as assignment:
+            may_recompute = reads_embeddings(assignment.instance)
+            if may_recompute:
+                job.instance = assignment.instance
+            else:
+                job.note_embeddings_read(keep_bytes=len(job.request.body))
 
-        with await self._balancer.assign(self._job, (Role.DECODE,)) as assignment:
+            async def note_answer() -> None:
+                self._engine.lease = ""
+                job.timing.handover = job.timing.handover or time.perf_counter() - started
+                self._metrics.handovers.inc()
+                if may_recompute:
+                    job.note_embeddings_read(keep_bytes=len(job.request.body))
+                    await self._watch_embeddings()
+
             try:
-                with await self._open_decode(assignment, handle) as call:
+                with await job.open_unless_encoding_fails(self._open_decode(assignment, handle)) as call:
                     await self._engine.relay_decode(call, handle, note_answer)
             except (InstanceLostError, ResponseCutOffError, InstanceError) as error:
                 raise await self._examine(assignment.instance, error, Reason.DECODE_LOST) from None

@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import msgspec
@@ -100,7 +100,7 @@ class HandoverEngine(ABC):
         """Return the handle; None if prefill's answer is complete, and has been sent to the client."""
 
     @abstractmethod
-    async def relay_decode(self, call: Call, handle: Handle, on_answer: Callable[[], None]) -> None:
+    async def relay_decode(self, call: Call, handle: Handle, on_answer: Callable[[], Awaitable[None]]) -> None:
         """Send decode's answer to the client; ``on_answer`` is called when it has begun."""
 
 
@@ -179,8 +179,8 @@ class ChiasmEngine(HandoverEngine):
             return None
         return self._take_handle(relay.handle)
 
-    async def relay_decode(self, call: Call, handle: Handle, on_answer: Callable[[], None]) -> None:
-        on_answer()
+    async def relay_decode(self, call: Call, handle: Handle, on_answer: Callable[[], Awaitable[None]]) -> None:
+        await on_answer()
         if not call.is_stream:
             response = await call.read(self.max_response_bytes)
             if self.job.exchange.has_begun:
@@ -245,19 +245,24 @@ class VllmEngine(HandoverEngine):
             )
         return Handle(members, [])
 
-    async def relay_decode(self, call: Call, handle: Handle, on_answer: Callable[[], None]) -> None:
+    async def relay_decode(self, call: Call, handle: Handle, on_answer: Callable[[], Awaitable[None]]) -> None:
         job = self.job
         if not call.is_stream:
-            response = await call.read(self.max_response_bytes)
-            on_answer()
+            response = await job.unless_encoding_fails(call.read(self.max_response_bytes))
+            await on_answer()
             await job.send_response(response)
             return
-        first = await begin(call.chunk)
-        on_answer()
+
+        async def unless_encoding_fails() -> bytes:
+            return await job.unless_encoding_fails(call.chunk())
+
+        next_chunk = call.chunk if job.encoding is None else unless_encoding_fails
+        first = await begin(next_chunk)
+        await on_answer()
         job.request.forget()
         if job.is_encoded:
             job.exchange.release()
-        await job.send_stream(call, first, call.chunk)
+        await job.send_stream(call, first, next_chunk)
 
 
 _VLLM_PREFILL = {

@@ -95,7 +95,7 @@ class Job:
         self.due = exchange.arrival
         """When its images are due, on the clock of ``time.monotonic``."""
         self.instance: Instance | None = None
-        """The language instance that gets its embeddings; None if it isn't chosen before they are encoded."""
+        """The language instance that needs its embeddings; None if it isn't chosen before they are encoded."""
         self.published_at: Mapping[str, float] = {}
         """When each embedding was there, by identifier; until all are, only of those that the shared cache had. On the clock of
         ``time.monotonic``."""

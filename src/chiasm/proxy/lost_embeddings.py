@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,6 +35,9 @@ _FIRST_WAIT_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 0.5
 _SHARED_SECONDS = 0.1
 """An answer that is younger is used again by other requests."""
+_SURELY_LOST_SECONDS = 5.0
+"""An embedding that is lost for so long, and whose image was freed, ends its request. Within this time an encoder answers an
+instance that asks it for an embedding, or the instance gives up."""
 _MOST_IN_VAIN = 16
 """How often in a row images are encoded again although the instance read none of them."""
 _MAX_RESPONSE_BYTES = 8 << 20
@@ -86,14 +90,15 @@ class LostEmbeddings:
     async def recover(self, items: Sequence[Item], job: Job) -> None:
         """Have the request's images encoded again whenever their embeddings are lost, until its answer has begun.
 
-        All have been published before. ``items`` is empty if the images were freed. Raises EmbeddingUnavailableError for a lost
-        embedding whose image was freed, or if the same ones are lost again and again, and what ``Encoders.encode`` raises.
+        All have been published before. ``items`` is empty if the images were freed. Raises EmbeddingUnavailableError for an
+        embedding that stays lost and whose image was freed, or if the same ones are lost again and again, and what
+        ``Encoders.encode`` raises.
         """
         names = set(job.published_at)
         for name in names:
             self._watching.setdefault(name, set()).add(job)
         try:
-            await self._recover(items, job)
+            await (self._recover(items, job) if items else self._wait_for_freed(job))
         finally:
             for name in names:
                 self._watching[name].discard(job)
@@ -116,9 +121,10 @@ class LostEmbeddings:
             _log.info("%s: %d embedding(s) were lost before they were read.", job.exchange.request_id, len(lost))
             if in_vain > _MOST_IN_VAIN:
                 raise _lost_for_good(in_vain)
-            missing = lost - await self._stored_of(lost, job, is_first=in_vain == 1)
-            if missing and not items:
-                raise _lost_for_good(in_vain)
+            missing = lost
+            # The instance may have had them from the shared cache, and couldn't read them.
+            if in_vain == 1 or self._fleet.lacking(has_images=True):
+                missing -= await self._stored_of(lost, job)
             if missing:
                 await self._encoders.encode_again([item for item in items if item.identifier in missing], job)
             if not job.embeddings_are_read:
@@ -126,14 +132,24 @@ class LostEmbeddings:
             before = lost
             seconds = min(in_vain * _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS)
 
-    async def _stored_of(self, lost: frozenset[str], job: Job, *, is_first: bool) -> frozenset[str]:
-        """Tell the instance which of these are in the fleet's shared cache, and return them.
+    async def _wait_for_freed(self, job: Job) -> None:
+        """Watch over embeddings whose images were freed: they may still be where they were, or in the shared cache."""
+        lost_since = math.inf
+        while not await _is_read_within(job, _LONGEST_WAIT_SECONDS):
+            lost = await self._lost(job)
+            now = time.monotonic()
+            lost_since = min(lost_since, now) if lost else math.inf
+            if now - lost_since >= _SURELY_LOST_SECONDS:
+                raise EmbeddingUnavailableError(
+                    "The embedding of an image was lost when the instance needed it again, and the image was freed when the "
+                    "answer began. Raise --ec-max-bytes, or --num-gpu-blocks-override and the like of decode instances that "
+                    "are short of KV blocks.",
+                    code=Code.EMBEDDING_LOST,
+                )
+            await self._stored_of(lost, job)
 
-        The instance may have had them from there, and couldn't read them. So the cache is trusted once in a row, and more often
-        only where nobody can encode.
-        """
-        if not is_first and self._fleet.lacking(has_images=True) is None:
-            return frozenset()
+    async def _stored_of(self, lost: frozenset[str], job: Job) -> frozenset[str]:
+        """Tell the instance which of these are in the fleet's shared cache, and return them."""
         found = await self._stored.find_again(lost, job)
         self._places.tell(job.instance, dict.fromkeys(found))
         return found

@@ -58,7 +58,7 @@ class Places:
         It replaces what the instance was told of them before. Nothing is sent if there is no instance, or one that reads no
         embeddings.
         """
-        if not places or instance is None or not _reads_embeddings(instance):
+        if not places or instance is None or not reads_embeddings(instance):
             return
         desk = self._desks.get(instance)
         if desk is None:
@@ -122,7 +122,7 @@ class Places:
         self._metrics.places.labels(outcome).inc(number)
 
 
-def _reads_embeddings(instance: Instance) -> bool:
+def reads_embeddings(instance: Instance) -> bool:
     """Whether an instance reads embeddings. A decode instance does if it has a connector: vLLM's recomputes prompts itself."""
     if instance.role is Role.DECODE:
         return instance.health is not None and bool(instance.health.ec_connector)

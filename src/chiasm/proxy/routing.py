@@ -264,8 +264,8 @@ class Router:
         on_embedded()
         await self._lost_embeddings.recover(items, job)
 
-    async def _await_embeddings_again(self, job: Job) -> None:
-        """Watch over the embeddings of a prompt that is prefilled again. Its images may have been freed when it was first."""
+    async def _watch_embeddings_again(self, job: Job) -> None:
+        """Watch over the embeddings of a prompt that is or may be computed again, if its images were freed before."""
         if job.encoding is not None and job.embeddings_are_read:
             await job.end_encoding()
             job.embeddings_are_read = False
@@ -290,7 +290,7 @@ class Router:
             self._balancer,
             engine,
             max_prefills=self._config.max_prefill_attempts,
-            before_retry=lambda: self._await_embeddings_again(job),
+            watch_embeddings=lambda: self._watch_embeddings_again(job),
             give_back=self._kv_releases.give_back,
         )
         await handover.run()

@@ -277,3 +277,17 @@ def test_an_entry_that_does_not_fit_is_removed_and_awaited_and_fails_its_request
     pd.step(second)
     encoder.publish("a")
     assert pd.step(second).tokens == {"second": 8}
+
+
+def test_a_prompt_that_is_computed_again_awaits_an_embedding_that_is_gone(encoder: Encoder, pd: Engine) -> None:
+    path = encoder.publish("a")
+    one = request(("a", 2), tokens=100)
+    pd.step(one)
+    path.unlink()
+    assert pd.memory.forget(identifier_of("a"))
+    one.num_computed_tokens = 0  # preempted
+    assert pd.step(one).tokens == {}
+    assert pd.awaited() == [identifier_of("a")]
+    encoder.publish("a")
+    assert pd.step(one).tokens.keys() == {"request"}
+    assert pd.awaited() == []
