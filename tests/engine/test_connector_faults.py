@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
 from chiasm.ec_transfer import ECConnector, ECConnectorMetadata
+from chiasm.engine.request import ItemOutcome
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import ChiasmError
 from chiasm.wire import ECPlace, Role
-from tests.engine.conftest import A, B, Encoder, Instance, Start, until
+from tests.engine.conftest import A, B, Encoder, Instance, Start, StartEncoder, entries, until
 
 OF_ONE_ITEM = ("has_cache_item", "update_state_after_alloc")
 OF_A_STEP = ("build_connector_meta", "bind_connector_metadata", "start_load_caches")
@@ -158,6 +161,25 @@ async def test_a_place_that_cannot_be_noted_costs_no_other(start: Start, monkeyp
     pd.engine.expect_embeddings(places, ["d" * 64, "e" * 64])
     assert noted == {name: place for name, place in places.items() if name != "b" * 64}
     assert stored == {"e" * 64}
+
+
+@pytest.mark.parametrize("method", ["has_cache_item", "restore"])
+async def test_an_encoder_encodes_what_the_connector_cannot_be_asked_for(
+    encoders: StartEncoder, store: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoders(cache=f"file://{tmp_path}/cache" if method == "restore" else "")
+    await encoder.encode(A)
+    if method == "restore":
+        shutil.rmtree(store)
+
+    def broken(*given: object) -> NoReturn:
+        raise OSError("the connector is broken")
+
+    for role in (encoder.engine._ec_scheduler, encoder.engine._ec_worker):
+        monkeypatch.setattr(role, method, broken)
+    items = await encoder.encode(A, B)
+    assert [item.outcome for item in items] == [ItemOutcome.ENCODED] * 2
+    assert len(entries(store)) == 2
 
 
 async def test_an_entry_that_cannot_be_discarded_costs_the_request_that_it_does_not_fit(

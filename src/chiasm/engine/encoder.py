@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from chiasm.cores import lower_priority, lower_session_priority
+from chiasm.ec_transfer import check_identifier
+from chiasm.ec_transfer.faults import logged
 from chiasm.engine.base import Engine
 from chiasm.engine.calibration import encode_seconds, image_costs
 from chiasm.engine.config import EngineConfig
@@ -240,8 +242,14 @@ class EncoderEngine(Engine):
         return result(ItemOutcome.ENCODED, preprocess_seconds, encode_seconds, publish_seconds, began)
 
     async def _is_published(self, identifier: str) -> bool:
+        def look() -> bool:
+            with logged(f"tell whether item {identifier} is published, so it is encoded"):
+                return self._ec_scheduler.has_cache_item(identifier)
+            return False
+
+        check_identifier(identifier)
         # Not on the event loop: an entry that another encoder has published is read to check that it isn't damaged.
-        found, _ = await self._in(self._publish_pool, lambda: self._ec_scheduler.has_cache_item(identifier))
+        found, _ = await self._in(self._publish_pool, look)
         return found
 
     async def _is_restored(self, item: EncodeItem) -> bool:
@@ -250,7 +258,13 @@ class EncoderEngine(Engine):
         if not self.config.ec.store:
             return False
         rows = len(self.processor.geometry_of_size(item.height, item.width).rows)
-        restored, _ = await self._in(self._restore_pool, lambda: self._ec_worker.restore(item.identifier, rows))
+
+        def restore() -> bool:
+            with logged(f"restore item {item.identifier}, so it is encoded"):
+                return self._ec_worker.restore(item.identifier, rows)
+            return False
+
+        restored, _ = await self._in(self._restore_pool, restore)
         return restored
 
     def _publish(self, identifier: str, entry: Tensor, encode_seconds: float) -> None:
