@@ -244,6 +244,28 @@ async def test_a_lost_decode_instance_costs_a_prefill_with_the_images_that_are_s
     await until_idle(front)
 
 
+async def test_an_encoder_that_fails_after_prefill_has_answered_costs_nothing(start: Start) -> None:
+    """Prefill had the image's prefix in its cache, and needed no embedding."""
+    encoder, p, d = recomputing_fleet()
+    has_failed = asyncio.Event()
+
+    async def fail_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await d.arrived.acquire()
+        has_failed.set()
+        return await refuse(400, "no image", code="invalid_image")(instance, request, received)
+
+    async def answer_later(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await has_failed.wait()
+        for _ in range(3):  # so that the proxy has heard of it
+            await front.get("/health")
+        return await decode_of_vllm(instance, request, received)
+
+    encoder.answer, d.answer = fail_late, answer_later
+    front = await start([encoder, p, d])
+    assert (await listen(front, ask(image(image_bytes()), stream=True))).text == SAID
+    await until_idle(front)
+
+
 async def test_a_stream_whose_embedding_stays_lost_at_decode_ends_with_an_error(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

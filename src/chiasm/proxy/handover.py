@@ -129,8 +129,9 @@ class Handover:
         job.trail.resume()
 
         with await self._balancer.assign(job, (Role.DECODE,)) as assignment:
-            may_recompute = reads_embeddings(assignment.instance)
-            if may_recompute:
+            # If prefill has answered before the encoders, it needed no embedding, so an encoder that fails ends nothing.
+            is_watched = reads_embeddings(assignment.instance) and job.is_encoded
+            if is_watched:
                 job.instance = assignment.instance
             else:
                 job.note_embeddings_read(keep_bytes=len(job.request.body))
@@ -139,12 +140,13 @@ class Handover:
                 self._engine.lease = ""
                 job.timing.handover = job.timing.handover or time.perf_counter() - started
                 self._metrics.handovers.inc()
-                if may_recompute:
+                if is_watched:
                     job.note_embeddings_read(keep_bytes=len(job.request.body))
                     await self._watch_embeddings()
 
             try:
-                with await job.open_unless_encoding_fails(self._open_decode(assignment, handle)) as call:
+                opening = self._open_decode(assignment, handle)
+                with await (job.open_unless_encoding_fails(opening) if is_watched else opening) as call:
                     await self._engine.relay_decode(call, handle, note_answer)
             except (InstanceLostError, ResponseCutOffError, InstanceError) as error:
                 raise await self._examine(assignment.instance, error, Reason.DECODE_LOST) from None

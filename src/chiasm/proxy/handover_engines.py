@@ -247,8 +247,10 @@ class VllmEngine(HandoverEngine):
 
     async def relay_decode(self, call: Call, handle: Handle, on_answer: Callable[[], Awaitable[None]]) -> None:
         job = self.job
+        is_watched = job.encoding is not None and not job.embeddings_are_read
         if not call.is_stream:
-            response = await job.unless_encoding_fails(call.read(self.max_response_bytes))
+            reading = call.read(self.max_response_bytes)
+            response = await (job.unless_encoding_fails(reading) if is_watched else reading)
             await on_answer()
             await job.send_response(response)
             return
@@ -256,7 +258,7 @@ class VllmEngine(HandoverEngine):
         async def unless_encoding_fails() -> bytes:
             return await job.unless_encoding_fails(call.chunk())
 
-        next_chunk = call.chunk if job.encoding is None else unless_encoding_fails
+        next_chunk = unless_encoding_fails if is_watched else call.chunk
         first = await begin(next_chunk)
         await on_answer()
         job.request.forget()
