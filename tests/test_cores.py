@@ -27,7 +27,7 @@ def test_the_quota_of_a_container_limits_the_cores(
 def test_waiting_threads_spin_briefly_and_sleep_then_unless_the_environment_says_otherwise() -> None:
     environment: dict[str, str] = {}
     cores.share_cores(3, environment)
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000", "OMP_NUM_THREADS": "3"}
+    assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "3"}
     environment = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
     cores.share_cores(3, environment)
     assert environment == {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}

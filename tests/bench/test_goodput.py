@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -173,3 +174,23 @@ def test_a_summary_counts_every_verdict_once() -> None:
     summary = trial.summary()
     assert all(summary[str(verdict)] == 1 for verdict in Verdict)
     assert math.isclose(trial.attained, 1 / len(Verdict))
+
+
+def _measured(rate: float, share: float, cpu_seconds: float | None) -> Trial:
+    return replace(_trial(rate, share), cpu_seconds=cpu_seconds)
+
+
+def test_the_cpu_time_of_a_request_is_that_of_the_trials_in_which_few_were_given_up() -> None:
+    found = _of(one=[_measured(1.0, 1.0, 10.0), _measured(2.0, 0.9, 15.0), _measured(3.0, 0.1, 2.0)])
+    assert found.cpu_seconds_per_request("one") == 0.25
+    figures = {figure.name: figure for figure in outcome_of({"text": found}, {}, seed=0).figures}
+    figure = figures["text: one, CPU time per request"]
+    assert (figure.value, figure.unit, figure.met) == (250.0, "ms", None)
+
+
+@pytest.mark.parametrize("trials", [[_measured(1.0, 0.5, 10.0)], [_measured(1.0, 1.0, 1.0), _measured(1.0, 1.0, None)]])
+def test_the_cpu_time_of_a_request_is_left_out_if_it_is_not_known(trials: list[Trial]) -> None:
+    found = _of(one=trials)
+    assert found.cpu_seconds_per_request("one") is None
+    figures = outcome_of({"text": found}, {}, seed=0).figures
+    assert [figure for figure in figures if "CPU time" in figure.name] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.synchronize import Event
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from chiasm.engine.core_sharing import SLOTS, CoreShare
+from chiasm.engine.core_sharing import SLOTS, CoreShare, Crowding
 from chiasm.errors import ConfigurationError
 
 
@@ -69,6 +70,7 @@ def test_a_thread_that_no_longer_computes_leaves_its_cores_to_the_others(share: 
 
 def test_a_thread_follows_its_part_from_layer_to_layer(share: CoreShare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chiasm.engine.core_sharing._INTERVAL_NS", 0)
+    monkeypatch.setattr("chiasm.engine.core_sharing._MOST_WAITING", 1.0)  # the machine may be busy
     seen: list[int] = []
 
     class Layer(nn.Module):
@@ -93,6 +95,71 @@ def test_a_thread_follows_its_part_from_layer_to_layer(share: CoreShare, monkeyp
     with worker.computing():
         model(torch.zeros(1))
     assert seen == [4, 2, 4]
+
+
+# ---- who else wants the cores ------------------------------------------------------------------------------------------
+
+_MS = 1_000_000
+
+
+def test_a_thread_that_waits_much_on_several_cores_uses_half_of_them_for_a_while() -> None:
+    crowding = Crowding()
+    crowding.note(threads=8, passed=20 * _MS, computed=10 * _MS, now=0)
+    assert crowding.most(0) == 4
+    assert crowding.most(99 * _MS) == 4
+    assert crowding.most(100 * _MS) is None
+
+
+def test_a_thread_that_waits_little_keeps_its_cores() -> None:
+    crowding = Crowding()
+    crowding.note(threads=2, passed=20 * _MS, computed=18 * _MS, now=0)
+    assert crowding.most(0) is None
+
+
+def test_a_short_wait_within_much_computing_does_not_count() -> None:
+    crowding = Crowding()
+    crowding.note(threads=2, passed=4 * _MS, computed=0, now=0)
+    crowding.note(threads=2, passed=16 * _MS, computed=16 * _MS, now=0)
+    assert crowding.most(0) is None
+
+
+def test_waiting_on_one_core_says_nothing_about_several() -> None:
+    crowding = Crowding()
+    crowding.note(threads=1, passed=20 * _MS, computed=1 * _MS, now=0)
+    assert crowding.most(0) is None
+
+
+def test_the_pause_is_twice_as_long_each_time_in_a_row_up_to_a_bound_and_shrinks_again() -> None:
+    crowding = Crowding()
+    now, pauses = 0, []
+    for computed in (0, 0, 0, 0, 0, 0, 0, 20, 20, 0):
+        crowding.note(threads=2, passed=20 * _MS, computed=computed * _MS, now=now)
+        began = now
+        while crowding.most(now) is not None:
+            now += 50 * _MS
+        pauses.append((now - began) // _MS)
+    assert pauses == [100, 200, 400, 800, 1600, 3200, 3200, 0, 0, 1600]
+
+
+def test_a_thread_whose_layer_waits_computes_the_next_one_on_fewer_cores(
+    share: CoreShare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chiasm.engine.core_sharing._INTERVAL_NS", 0)
+    seen: list[int] = []
+
+    class Layer(nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            threading.Event().wait(0.03)  # as long as another program has the cores
+            return hidden
+
+    model = nn.ModuleList([Layer(), Layer(), Layer()])
+    worker = share.worker()
+    worker.follow(nn.Sequential(model))
+    with worker.computing():
+        for layer in model:
+            layer(torch.zeros(1))
+    assert seen == [4, 2, 1]
 
 
 def test_a_model_that_runs_outside_the_block_keeps_its_threads(share: CoreShare) -> None:

@@ -18,6 +18,7 @@ from chiasm.launch.layout import Layout
 from chiasm.launch.vllm import installed
 from chiasm.wire import Role
 
+_FREE_PORT = 0
 _VLLM_LIMITS = ("--max-model-len", "4096", "--max-num-seqs", "32")
 
 
@@ -47,12 +48,13 @@ class Arm:
 def choose(
     model: str, engine: EngineKind, names: Sequence[str] = (), more: Mapping[str, DeploymentConfig] | None = None
 ) -> list[Arm]:
-    """Return the arms called ``names``, or all. ``more`` has other deployments, which get the model.
+    """Return the arms called ``names``, or all. ``more`` has other deployments, which get the model, and any free port.
 
     Raises ConfigurationError if there is no such arm, or nothing to compare on this machine.
     """
     found = standard(model, _devices(engine)) | {
-        name: replace(config, model=model, served_model_name=SERVED_NAME) for name, config in (more or {}).items()
+        name: replace(config, model=model, served_model_name=SERVED_NAME, port=_FREE_PORT)
+        for name, config in (more or {}).items()
     }
     if missing := [name for name in names if name not in found]:
         raise ConfigurationError(

@@ -76,6 +76,8 @@ class Trial:
     """Requests per second."""
     seed: int
     served: Sequence[Served]
+    cpu_seconds: float | None = None
+    """CPU time of all processes of the deployment together; None if it isn't known."""
 
     @property
     def good(self) -> int:
@@ -106,6 +108,7 @@ class Trial:
             **{str(verdict): self.count(verdict) for verdict in Verdict},
             "ttft_seconds": _quantiles(ttfts),
             "tpot_seconds": _quantiles(tpots),
+            "cpu_seconds": self.cpu_seconds,
         }
 
 
@@ -167,6 +170,17 @@ class Trials:
         """Return the goodput of a deployment in requests per second; 0 if no rate will do."""
         curve = self.curves[name]
         return 0.0 if curve is None else curve.goodput
+
+    def cpu_seconds_per_request(self, name: str) -> float | None:
+        """Return the CPU time per request in the trials that passed; None if none did, or it isn't known for all of them.
+
+        Where many requests are given up, it would be less for less work.
+        """
+        passed = [trial for trial in self.of[name] if trial.passed]
+        known = [trial.cpu_seconds for trial in passed if trial.cpu_seconds is not None]
+        if not passed or len(known) < len(passed):
+            return None
+        return sum(known) / sum(len(trial.served) for trial in passed)
 
     def ratio(self, baseline: str, other: str, *, seed: int) -> Estimate | None:
         """Estimate the ratio of two goodputs; None if the baseline has none."""

@@ -31,6 +31,8 @@ def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outc
         outcome.figures += _ratios(traffic, arms, tested, seed)
         for name, trials in arms.of.items():
             outcome.figures.append(Figure(f"{traffic}: {name}", arms.rate(name), "requests/s"))
+            if (seconds := arms.cpu_seconds_per_request(name)) is not None:
+                outcome.figures.append(Figure(f"{traffic}: {name}, CPU time per request", 1000 * seconds, "ms"))
             if not arms.rate(name):
                 outcome.notes.append(_why_none(traffic, name, trials))
             elif all(trial.passed for trial in trials):

@@ -6,6 +6,10 @@ for each compute thread. A slot holds the time at which its thread last said tha
 one core for that, or 0. A thread says so before each layer of its model, so a slot that was written long ago belongs to a
 thread that has died and doesn't count.
 
+The file doesn't show who else wants the cores: other programs, the proxy, threads that decode images. An operator on two
+cores ends with its slower half, so beside such work it takes longer than on one core, and more CPU time. The thread itself
+feels that: it waits in place of computing. So one that has waited much uses fewer cores for a while (:class:`Crowding`).
+
 All of it is a matter of speed: a thread that counts the others wrongly computes the same numbers with more or fewer threads.
 """
 
@@ -38,6 +42,13 @@ LEAST_LAYER_SECONDS = 0.008
 """A layer that takes less time than this on one core is computed on one: waking the other threads would take too long."""
 _INTERVAL_NS = 500_000
 """Shortest time between two looks at the other threads."""
+_MOST_WAITING = 1 / 3
+"""Share of its time on several cores that a thread may wait in place of computing: two cores are then a third faster than one.
+"""
+_JUDGED_NS = 20_000_000
+"""Time on several cores after which that is judged: what the system does now and then doesn't count."""
+_FIRST_PAUSE_NS, _LONGEST_PAUSE_NS = 100_000_000, 3_200_000_000
+"""For how long it uses fewer cores when it has waited more. Each time in a row is twice as long."""
 
 
 class CoreShare:
@@ -99,6 +110,37 @@ class CoreShare:
         return max(1, part + (several.index(slot) < rest))
 
 
+class Crowding:
+    """How many cores a thread should use at most, by how much it has waited on several. Instants are in nanoseconds."""
+
+    def __init__(self) -> None:
+        self._most = 1
+        self._until = 0
+        self._pause = 0
+        self._passed = 0
+        self._computed = 0
+
+    def most(self, now: int) -> int | None:
+        """Return the number; None: any."""
+        return self._most if now < self._until else None
+
+    def note(self, threads: int, passed: int, computed: int, now: int) -> None:
+        """Note for how long the thread has computed with ``threads``, of the time that has passed until ``now``."""
+        if threads < 2:
+            return
+        self._passed += passed
+        self._computed += computed
+        if self._passed < _JUDGED_NS:
+            return
+        waiting = 1 - self._computed / self._passed
+        self._passed = self._computed = 0
+        if waiting <= _MOST_WAITING:
+            self._pause //= 2
+            return
+        self._pause = min(_LONGEST_PAUSE_NS, max(_FIRST_PAUSE_NS, 2 * self._pause))
+        self._most, self._until = threads // 2, now + self._pause
+
+
 class Worker:
     """One compute thread. All methods are called in that thread."""
 
@@ -110,6 +152,8 @@ class Worker:
         self._alone = False
         self._threads = 0
         self._looked_at = 0
+        self._computed_at_look = 0
+        self._crowding = Crowding()
 
     @contextmanager
     def computing(self, seconds: float = math.inf) -> Iterator[None]:
@@ -126,18 +170,30 @@ class Worker:
         finally:
             self._computing = False
             self._share.show(self._slot, 0)
+            self._note_waiting(time.monotonic_ns())
 
     def adapt(self) -> None:
         """Use as many intra-op threads as this thread's part of the cores has. Called before each layer; costs microseconds."""
         now = time.monotonic_ns()
         if not self._computing or now - self._looked_at < _INTERVAL_NS:
             return
+        self._note_waiting(now)
         self._looked_at = now
-        self._share.show(self._slot, now, alone=self._alone)
-        threads = 1 if self._alone else self._share.part_of(self._slot, now)
+        most = self._crowding.most(now)
+        alone = self._alone or most == 1
+        self._share.show(self._slot, now, alone=alone)
+        threads = 1 if alone else self._share.part_of(self._slot, now)
+        if most is not None:
+            threads = min(threads, most)
         if threads != self._threads:
             torch.set_num_threads(threads)
             self._threads = threads
+
+    def _note_waiting(self, now: int) -> None:
+        """Note how much of the time since the last look this thread has waited for its helpers or for a core."""
+        computed = time.thread_time_ns()
+        self._crowding.note(self._threads, now - self._looked_at, computed - self._computed_at_look, now)
+        self._computed_at_look = computed
 
     def follow(self, module: nn.Module) -> None:
         """Adapt before each layer of a model."""

@@ -90,10 +90,12 @@ class Bed:
         import torch
 
         from chiasm.engine.attention import KVCache
+        from chiasm.engine.device import choose_dtype
         from chiasm.engine.model_runner import ModelRunner
         from chiasm.models import load_language, load_processor, load_vision
 
-        device, dtype = torch.device("cpu"), torch.float32
+        device = torch.device("cpu")
+        dtype = choose_dtype("auto", folder, device)  # as instances of `chiasm serve` compute
         self.processor: Processor = load_processor(folder)
         self.vision: VisionModel = load_vision(folder, dtype=dtype, device=device)
         language = load_language(folder, dtype=dtype, device=device)

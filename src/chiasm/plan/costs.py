@@ -18,7 +18,7 @@ import msgspec
 
 from chiasm.errors import ConfigurationError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class StepShape(NamedTuple):

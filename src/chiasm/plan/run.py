@@ -171,6 +171,9 @@ def _shape_of_folder(model: str) -> ModelShape:
 
 def _measured(config: PlanConfig, cpu: Device) -> tuple[ModelShape, Callable[[Place], CostModel]]:
     """Return the costs on this machine's cores: those of the file, which are measured first if there is none."""
+    import torch
+
+    from chiasm.engine.device import choose_dtype
     from chiasm.launch.config import model_name
     from chiasm.plan.costs import MeasuredCosts, read_costs, write_costs
     from chiasm.plan.devices import Cpu
@@ -184,7 +187,8 @@ def _measured(config: PlanConfig, cpu: Device) -> tuple[ModelShape, Callable[[Pl
             from chiasm.plan.calibration import calibrate
 
             write_costs(path, calibrate(folder, name, cpu.cores, note))
-        shape = of_folder(folder, config.model, bytes_per_value=4)
+        dtype = choose_dtype("auto", folder, torch.device("cpu"))
+        shape = of_folder(folder, config.model, bytes_per_value=dtype.itemsize)
     measured = read_costs(path, name)
     if measured.cores < cpu.cores:
         raise ConfigurationError(

@@ -21,11 +21,11 @@ from chiasm.bench.load import turns
 from chiasm.bench.measurement import Bench, Measurement, Outcome
 from chiasm.bench.requests import Texts
 from chiasm.bench.statistics import median
-from chiasm.bench.topology import running
+from chiasm.bench.topology import cpu_seconds, running
 from chiasm.bench.trace import Trace
 from chiasm.bench.traffic import LONGEST_SECONDS, MIXES, Arrival, Shape, Traffic, within
 from chiasm.bench.trial import Prepared, play, prepare
-from chiasm.errors import ConfigurationError
+from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.launch import Deployment
 from chiasm.launch.config import EngineKind
 
@@ -113,13 +113,14 @@ class Comparison:
         found = {traffic.name: Trials([arm.name for arm in arms]) for traffic in traffics}
         for group in groups:
             async with running(self._bench, *(arm.config for arm in group)) as deployments:
-                urls = {arm.name: one.url for arm, one in zip(group, deployments, strict=True)}
+                by_name = {arm.name: one for arm, one in zip(group, deployments, strict=True)}
+                urls = {name: one.url for name, one in by_name.items()}
                 texts = Texts(deployments[0].folder, self._bench.seed)
                 alone = await self._unloaded(urls, texts, traffics)
                 if AGGREGATED in alone:
                     self._take_reference(alone[AGGREGATED], traffics)
                 for traffic in traffics:
-                    await self._try(traffic, urls, texts, alone, found[traffic.name])
+                    await self._try(traffic, by_name, texts, alone, found[traffic.name])
         outcome = outcome_of(found, self._limits, seed=self._bench.seed)
         outcome.parameters["model"] = Path(model).name
         outcome.notes += [f"{arm.name}: {arm.description}." for arm in arms]
@@ -196,11 +197,16 @@ class Comparison:
     # ---- under load ---------------------------------------------------------------------------------------------------
 
     async def _try(
-        self, traffic: Traffic, urls: Mapping[str, str], texts: Texts, alone: Mapping[str, Alone], trials: Trials
+        self,
+        traffic: Traffic,
+        deployments: Mapping[str, Deployment],
+        texts: Texts,
+        alone: Mapping[str, Alone],
+        trials: Trials,
     ) -> None:
-        """Try the deployments in ``urls``, all with the same requests in each round, and add to ``trials``."""
+        """Try the deployments, which are given by name, all with the same requests in each round, and add to ``trials``."""
         serial = self._serial[traffic.name]
-        able = [name for name in urls if self._can_meet(traffic, alone[name])]
+        able = [name for name in deployments if self._can_meet(traffic, alone[name])]
         search = RateSearch(able, _FIRST_SHARE / serial, _LOWEST_SHARE / serial)
         for index, seed in enumerate(self._seeds):
             if search.over:
@@ -212,9 +218,10 @@ class Comparison:
             sent = within(requests, rate, LONGEST_SECONDS)
             for which in turns(index, len(names)):
                 name = names[which]
-                search.trials.add(
-                    name, await play(self._bench, urls[name], sent, rate=rate, seed=seed, limits=self._limits)
-                )
+                before = _cpu_seconds(deployments[name])
+                trial = await play(self._bench, deployments[name].url, sent, rate=rate, seed=seed, limits=self._limits)
+                used = _used(before, _cpu_seconds(deployments[name]))
+                search.trials.add(name, replace(trial, cpu_seconds=used))
                 self._bench.advance()
         for name in able:
             for trial in search.trials.of[name]:
@@ -228,6 +235,20 @@ class Comparison:
             one, limits = alone[shape.size_class], self._limits[shape.size_class]
             good += one.ttft_seconds <= limits.ttft_seconds and one.tpot_seconds <= limits.tpot_seconds
         return good >= 0.9 * len(shapes)
+
+
+def _cpu_seconds(deployment: Deployment) -> dict[str, float]:
+    """Return the CPU time so far of each process; nothing while one is being started again."""
+    try:
+        return cpu_seconds(deployment)
+    except ChiasmError:
+        return {}
+
+
+def _used(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
+    """Return the CPU time of a trial; None if it isn't known because a process was started again."""
+    used = [after.get(name, 0.0) - seconds for name, seconds in before.items()]
+    return sum(used) if used and min(used) >= 0 else None
 
 
 def _typical(shapes: Sequence[Shape]) -> dict[str, Shape]:
