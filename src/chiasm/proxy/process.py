@@ -17,9 +17,6 @@ from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.service import ProxyService
 from chiasm.proxy.siblings import Worker
 
-_OBJECTS_BETWEEN_COLLECTIONS = 5000
-"""Nearly all of a request is freed when it ends, without a collection, and at Python's default of 700 collections took a
-twentieth of the CPU time of a text. What is left for them are failed and cancelled calls, with their bodies: so not more."""
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
@@ -45,7 +42,6 @@ def run(
     server = create_server(create_app(config, worker=worker), config)
     gc.collect()
     gc.freeze()  # a collection that walks over all modules would hold the event loop
-    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     serve(server, listener, *among_workers, on_ready=on_ready)
 
 
