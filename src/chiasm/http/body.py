@@ -89,49 +89,66 @@ class Incoming:
 
 
 async def read_body(
-    receive: Receive, headers: Headers, max_bytes: int, *, holder: Holder | None = None, pace: Pace = PACE
+    receive: Receive, headers: Headers, max_bytes: int, *, holder: Holder | None = None, pace: Pace | None = PACE
 ) -> bytes:
     """Return the whole JSON body, decompressed and without a byte order mark, of at most ``max_bytes`` before and after that.
 
-    ``holder`` is told of all that is in memory for it, and may refuse. Raises UnsupportedMediaTypeError and, for a declared
-    length, PayloadTooLargeError before anything is read, InvalidRequestError for a corrupt ``Content-Encoding`` or length,
-    RequestTimeoutError and ClientLeftError.
+    ``holder`` is told of all that is in memory for it, and may refuse. ``pace`` is None for a body that has arrived: a timer
+    costs more than to read a small one. Raises UnsupportedMediaTypeError and, for a declared length, PayloadTooLargeError
+    before anything is read, InvalidRequestError for a corrupt ``Content-Encoding`` or length, RequestTimeoutError and
+    ClientLeftError.
     """
     _check_media_type(headers.get("content-type", ""))
     compression = decompressor(", ".join(headers.getlist("content-encoding")))
     declared = headers.get("content-length")
     if declared is not None and whole_number("Content-Length", declared) > max_bytes:
         raise _too_large(max_bytes)
+    if pace is not None:
+        receive = _Paced(receive, pace)
     kept = _Kept(max_bytes, holder)
     received_bytes = 0
-    began = asyncio.get_running_loop().time()
-    try:
-        async with asyncio.timeout_at(began + pace.seconds_for_more(0)) as limit:
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeftError
-                chunk: bytes = message.get("body", b"")
-                more = message.get("more_body", False)
-                received_bytes += len(chunk)
-                if received_bytes > max_bytes:
-                    raise _too_large(max_bytes)
-                if not limit.expired():
-                    limit.reschedule(began + pace.seconds_for_more(received_bytes) if more else None)
-                if compression is None:
-                    kept.add(chunk)
-                    continue
-                for piece in compression.feed(chunk):
-                    kept.add(piece)
-                    await asyncio.sleep(0)  # others get their turn
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise _too_slow(pace, (limit.when() or began) - began) from None
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeftError
+        chunk: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
+        received_bytes += len(chunk)
+        if received_bytes > max_bytes:
+            raise _too_large(max_bytes)
+        if compression is None:
+            kept.add(chunk)
+            continue
+        for piece in compression.feed(chunk):
+            kept.add(piece)
+            await asyncio.sleep(0)  # others get their turn
     if compression is not None:
         compression.end()
     return await kept.joined()
+
+
+class _Paced:
+    """Receives a body that must arrive at a pace."""
+
+    def __init__(self, receive: Receive, pace: Pace) -> None:
+        self._receive = receive
+        self._pace = pace
+        self._began = asyncio.get_running_loop().time()
+        self._received_bytes = 0
+
+    async def __call__(self) -> Message:
+        """Receive a message, as ASGI's ``receive`` does. Raises RequestTimeoutError."""
+        seconds = self._pace.seconds_for_more(self._received_bytes)
+        try:
+            async with asyncio.timeout_at(self._began + seconds) as limit:
+                message = await self._receive()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise _too_slow(self._pace, seconds) from None
+        self._received_bytes += len(message.get("body", b""))
+        return message
 
 
 class _Kept:

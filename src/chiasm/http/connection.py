@@ -65,6 +65,11 @@ class Connection(Http1):
         return self._socket.is_sending
 
     @property
+    def has_whole_body(self) -> bool:
+        """Whether the body of the last request has arrived, and so those of all before it."""
+        return not self._body_is_arriving
+
+    @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 

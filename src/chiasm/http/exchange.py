@@ -27,6 +27,10 @@ _PIECE_BYTES = 256 << 10
 class Connection(Protocol):
     """What a request asks of the connection over which it came: :class:`chiasm.http.connection.Connection`."""
 
+    @property
+    def has_whole_body(self) -> bool:
+        """Whether the body of the last request has arrived, and so those of all before it."""
+
     def watch(self, on_lost: Callable[[], None]) -> bool:
         """Call this when the connection is lost, until ``forget``; return False if it is lost already."""
 
@@ -105,7 +109,8 @@ class Exchange:
 
     async def read_body(self, *, max_bytes: int, pace: Pace) -> None:
         """Read ``body``. Raises PayloadTooLargeError, RequestTimeoutError, OverloadedError, ClientLeftError."""
-        self.body = await read_body(self._receive, self.headers, max_bytes, holder=self, pace=pace)
+        time_limit = None if self._connection.has_whole_body else pace
+        self.body = await read_body(self._receive, self.headers, max_bytes, holder=self, pace=time_limit)
 
     def hold(self, size_bytes: int) -> None:
         """Count bytes that the request keeps in memory.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 from chiasm.http.json_size import check_text_size
 
@@ -28,13 +28,12 @@ _UNPLAIN = (b"\\", b"\n", b"\r", b"\t", b"\f")
 """Escapes, and what base64 may have between its characters, but JSON may not."""
 
 
-@dataclass(frozen=True)
-class Lifted:
+class Lifted(NamedTuple):
     """A body, and what was lifted out of it."""
 
     body: bytes
     """The body with stand-ins, or all of it if it has no long URL."""
-    urls: Mapping[bytes, bytes] = field(default_factory=dict)
+    urls: Mapping[bytes, bytes] = MappingProxyType({})
     """By their stand-ins, both without quotes."""
 
     def restored(self, text: bytes, stand_ins: Collection[bytes] | None = None) -> bytes:
@@ -55,6 +54,9 @@ class Lifted:
         kept = {name: url for name, url in self.urls.items() if name in stand_ins}
         body = self.restored(self.body, self.urls.keys() - kept.keys())
         return Lifted(body, kept)
+
+
+NOTHING_LIFTED = Lifted(b"")
 
 
 def lift(body: bytes) -> Lifted:

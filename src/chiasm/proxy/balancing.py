@@ -142,7 +142,8 @@ class Balancer:
 
     async def until_healthy(self, *, has_images: bool) -> None:
         """Wait until such a request can be answered. Raises OverloadedError if that is unlikely or takes too long."""
-        await self._comeback.wait(lambda: self._fleet.lacking(has_images=has_images))
+        if self._fleet.lacking(has_images=has_images) is not None:
+            await self._comeback.wait(lambda: self._fleet.lacking(has_images=has_images))
 
     def check_model(self, model: str | None) -> None:
         """Raise ModelNotFoundError if this model isn't served."""

@@ -45,9 +45,10 @@ class Timing:
     placement: str = ""
     """That instance: its role and number."""
 
-    def header(self, upstream: Sequence[TimingEntry] = ()) -> tuple[str, str]:
-        """Return the header: the proxy's entries, then those of the instance."""
-        return "server-timing", write_timing([*self._entries(), *upstream])
+    def header(self, upstream: str = "") -> tuple[str, str]:
+        """Return the header: the proxy's entries, then those of the instance, whose header is ``upstream``."""
+        own = write_timing(self._entries())
+        return "server-timing", f"{own}, {upstream}" if own and upstream else own or upstream
 
     def comment(self) -> bytes:
         """Return the proxy's entries as a comment in a stream."""
@@ -232,7 +233,7 @@ class Job:
             response.body,
             status=response.status,
             content_type=given.get("content-type", "application/json"),
-            headers=[*headers, self.timing.header(response.timing)],
+            headers=[*headers, self.timing.header(given.get("server-timing", ""))],
         )
 
     async def send_stream_as_it_is(self, call: Call, first: bytes) -> None:
@@ -240,7 +241,8 @@ class Job:
         splitter = EventSplitter()
         given = call.headers
         await self.exchange.start_events(
-            [self.timing.header(call.timing)], content_type=given.get("content-type", CONTENT_TYPE)
+            [self.timing.header(given.get("server-timing", ""))],
+            content_type=given.get("content-type", CONTENT_TYPE),
         )
         chunk = first
         while chunk:
@@ -251,8 +253,9 @@ class Job:
     async def send_events(self, chunk: bytes, call: Call) -> None:
         """Pass on a chunk of a stream; if the stream hasn't begun, begin it with the instance's headers."""
         if not self.exchange.has_begun:
-            timing = self.timing.header(call.timing)
-            await self.exchange.start_events([timing], content_type=call.headers.get("content-type", CONTENT_TYPE))
+            given = call.headers
+            timing = self.timing.header(given.get("server-timing", ""))
+            await self.exchange.start_events([timing], content_type=given.get("content-type", CONTENT_TYPE))
         await self.exchange.write(self._relay.pass_on(chunk))
 
     async def end_events(self) -> None:

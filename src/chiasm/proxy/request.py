@@ -17,7 +17,7 @@ from chiasm.chat_body import check_counts, refused_part, with_content_parts
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http.json_size import INLINE_BYTES, MAX_TEXT_BYTES, check_text_size
-from chiasm.http.lifted import Lifted, read_lifted
+from chiasm.http.lifted import NOTHING_LIFTED, Lifted, read_lifted
 from chiasm.http.untrusted import read_json
 from chiasm.wire import UNREADABLE
 
@@ -48,7 +48,7 @@ class Request:
     stream: bool = False
     text_characters: int = 0
     """Of all texts of a chat together, or of the prompt of a completion that has one."""
-    lifted: Lifted = field(default_factory=lambda: Lifted(b""))
+    lifted: Lifted = NOTHING_LIFTED
     """The long URLs of media parts, for which ``body`` has stand-ins."""
 
     @property
@@ -75,7 +75,7 @@ class Request:
         """Free the memory of what was sent; the answer may take minutes."""
         self.body = b""
         self.media = []
-        self.lifted = Lifted(b"")
+        self.lifted = NOTHING_LIFTED
 
     async def whole_body(self) -> bytes:
         """Return the body as the client sent it."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from aiohttp.abc import AbstractResolver
 
@@ -55,6 +56,7 @@ class ProxyService:
             config.max_concurrent_requests, config.max_buffered_bytes, config.http, self.metrics.refusals
         )
         self.records = Records()
+        self.metrics.in_flight.set_function(lambda: self.records.open)
         self.tracing = tracing_to(config.otlp_traces_endpoint, self.metrics.note_traces)
         self.is_stopping = False
         self.clock: Callable[[], float] = time.time
@@ -133,17 +135,12 @@ class ProxyService:
     def endpoint(self, path: str) -> Endpoint:
         """Return the ASGI application that answers requests to ``path``."""
 
-        async def handle(exchange: Exchange) -> None:
-            await self._handle(path, exchange)
-
         def start(exchange: Exchange) -> None:
-            self.metrics.in_flight.inc()
             self._begin_trace(self.records.begin(exchange), exchange, path)
             if self.is_stopping:
                 raise _stopping()
 
         def count(exchange: Exchange) -> None:
-            self.metrics.in_flight.dec()
             record = self.records.end(exchange, path)
             if self.tracing is not None:
                 self.tracing.offer(record)
@@ -156,7 +153,7 @@ class ProxyService:
             max_body_bytes=self.config.max_body_bytes,
             pace=pace_of(self.config.http),
         )
-        return Endpoint(handle, self.admission, bounds, on_start=start, on_end=count)
+        return Endpoint(partial(self._handle, path), self.admission, bounds, on_start=start, on_end=count)
 
     def _begin_trace(self, trail: Trail, exchange: Exchange, path: str) -> None:
         """Give a request a span of its own, if spans are exported, and note its trace for the log."""

@@ -13,7 +13,7 @@ from chiasm.proxy.records.trail import Trail
 _CODE_CHARACTERS = 40
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Record:
     """One request. Its values are those of its line in the log, from the same source, and its trail."""
 
@@ -57,7 +57,7 @@ def record_of(exchange: Exchange, path: str, trail: Trail) -> Record:
         key=visit.key.name if visit.key is not None else "",
         status=exchange.status or 0,
         details=visit.details,
-        stages=dict(visit.stages()),
+        stages=visit.stages(),
         tokens=visit.tokens,
         arrived=time.time() - (now - visit.arrival),
         arrival=visit.arrival,

@@ -27,6 +27,11 @@ class Records:
         self._slowest_kept = slowest_kept
         self._numbers = count()
 
+    @property
+    def open(self) -> int:
+        """How many requests have begun and not ended."""
+        return len(self._open)
+
     def begin(self, exchange: Exchange) -> Trail:
         """Note that a request has come."""
         trail = self._open[exchange] = Trail(exchange.visit.arrival, read_trace_context(exchange.headers))
