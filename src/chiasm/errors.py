@@ -101,7 +101,7 @@ class Code(enum.StrEnum):
     ENCODER_LOST = "encoder_lost"
     """The encoders that were tried failed, and no other is left or came back in time."""
     EMBEDDING_LOST = "embedding_lost"
-    """The embedding of an image was lost again and again before it was read."""
+    """The embedding of an image was lost again and again before it was read, or was needed again when its image was freed."""
     DISK_FULL = "disk_full"
     """The disk that holds the embeddings is full."""
     KV_UNAVAILABLE = "kv_unavailable"
