@@ -34,7 +34,8 @@ _log = logging.getLogger(__name__)
 _FIRST_WAIT_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 0.5
 _SHARED_SECONDS = 0.1
-"""An answer that is younger is used again by other requests."""
+"""An answer that is younger is used again by other requests. Those that wait for what was freed, as streams do to their end,
+use it for longer."""
 _SURELY_LOST_SECONDS = 5.0
 """An embedding that is lost for so long, and whose image was freed, ends its request. Within this time an encoder answers an
 instance that asks it for an embedding, or the instance gives up."""
@@ -136,7 +137,7 @@ class LostEmbeddings:
         """Watch over embeddings whose images were freed: they may still be where they were, or in the shared cache."""
         lost_since = math.inf
         while not await _is_read_within(job, _LONGEST_WAIT_SECONDS):
-            lost = await self._lost(job)
+            lost = await self._lost(job, shared_seconds=_LONGEST_WAIT_SECONDS)
             now = time.monotonic()
             lost_since = min(lost_since, now) if lost else math.inf
             if now - lost_since >= _SURELY_LOST_SECONDS:
@@ -154,18 +155,23 @@ class LostEmbeddings:
         self._places.tell(job.instance, dict.fromkeys(found))
         return found
 
-    async def _lost(self, job: Job) -> frozenset[str]:
+    async def _lost(self, job: Job, shared_seconds: float = _SHARED_SECONDS) -> frozenset[str]:
         """Return which embeddings of the request were published and are awaited all the same."""
         if job.instance is None or job.instance.is_silent:
             return frozenset()
-        asked_at, awaited = await self._ask(job.instance, after=max(job.published_at.values(), default=0.0))
+        asked_at, awaited = await self._ask(
+            job.instance, after=max(job.published_at.values(), default=0.0), shared_seconds=shared_seconds
+        )
         return frozenset(name for name, at in job.published_at.items() if name in awaited and at < asked_at)
 
-    async def _ask(self, instance: Instance, *, after: float) -> _Answer:
-        """Return what an instance awaits, asked ``after`` this instant; nothing if it doesn't say. Callers share questions."""
+    async def _ask(self, instance: Instance, *, after: float, shared_seconds: float) -> _Answer:
+        """Return what an instance awaits, asked ``after`` this instant; nothing if it doesn't say.
+
+        Callers share questions, and an answer that is younger than ``shared_seconds``.
+        """
         now = time.monotonic()
         question = self._questions.get(instance)
-        is_old = question is None or (question.task.done() and now - question.asked_at > _SHARED_SECONDS)
+        is_old = question is None or (question.task.done() and now - question.asked_at > shared_seconds)
         if question is None or is_old or question.asked_at <= after:
             question = _Question(now, asyncio.create_task(self._awaited(instance, now)))
             self._questions[instance] = question
