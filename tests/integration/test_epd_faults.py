@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx2 as httpx
@@ -60,9 +61,16 @@ def streamed(
     return events
 
 
-def kill_the_busy(service: Service, role: Role) -> None:
+def the_busy(service: Service, role: Role) -> str:
+    """URL of the instance that the one call goes to. The instances stand still, so that the call can't end meanwhile."""
+    service.wait_until(lambda: bool(busy(service, role)))
     (url,) = busy(service, role)
-    service.kill(url)
+    return url
+
+
+def kill_the_busy(service: Service, role: Role) -> None:
+    with stopped(service, role):
+        service.kill(the_busy(service, role))
 
 
 CALL = {
@@ -92,27 +100,24 @@ def test_a_decode_instance_killed_mid_stream_costs_a_pause(
 
 def test_a_decode_instance_stopped_mid_stream_costs_a_pause(epd_pairs: Service, aggregated: Service) -> None:
     body = chat("tell me everything about", sample_image(8), max_tokens=LONG, stream=True)
-    pids: list[int] = []
+    with ExitStack() as stack:
 
-    def stop_the_busy() -> None:
-        (url,) = busy(epd_pairs, Role.DECODE)
-        pids.append(epd_pairs.pid(url))
-        os.kill(pids[0], signal.SIGSTOP)
+        def stop_the_busy() -> None:
+            pids = stack.enter_context(stopped(epd_pairs, Role.DECODE))
+            url = the_busy(epd_pairs, Role.DECODE)
+            for other in pids.keys() - {url}:
+                os.kill(pids[other], signal.SIGCONT)
 
-    try:
         events = streamed(epd_pairs, body, at_event=20, act=stop_the_busy)
         assert text_of(events) == text_of(streamed(aggregated, body))
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 def test_the_same_of_an_answer_that_is_no_stream(epd_pairs: Service, aggregated: Service) -> None:
     body = chat("tell me everything about", sample_image(2), max_tokens=LONG)
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(epd_pairs.answer, body)
-        epd_pairs.wait_until(lambda: bool(busy(epd_pairs, Role.DECODE)))
-        kill_the_busy(epd_pairs, Role.DECODE)
+        with stopped(epd_pairs, Role.DECODE):
+            answer = pool.submit(epd_pairs.answer, body)
+            epd_pairs.kill(the_busy(epd_pairs, Role.DECODE))
         assert answer.result(60) == aggregated.answer(body)
 
 
@@ -120,12 +125,10 @@ def test_a_prefill_instance_killed_over_a_prompt_costs_a_retry_on_another(
     epd_pairs: Service, aggregated: Service
 ) -> None:
     body = chat("see", sample_image(3), "?")
-    with ThreadPoolExecutor(1) as pool, stopped(epd_pairs, Role.PREFILL):
-        answer = pool.submit(epd_pairs.answer, body)
-        epd_pairs.wait_until(lambda: bool(busy(epd_pairs, Role.PREFILL)))
-        kill_the_busy(epd_pairs, Role.PREFILL)
-        for url in epd_pairs.deployment.urls(Role.PREFILL):
-            os.kill(epd_pairs.pid(url), signal.SIGCONT)
+    with ThreadPoolExecutor(1) as pool:
+        with stopped(epd_pairs, Role.PREFILL):
+            answer = pool.submit(epd_pairs.answer, body)
+            epd_pairs.kill(the_busy(epd_pairs, Role.PREFILL))
         assert answer.result(60) == aggregated.answer(body)
 
 

@@ -156,19 +156,21 @@ def serve() -> str | None:
         told, tell = os.pipe()
         middle = os.fork()
         if not middle:
-            pid = os.fork()
-            if pid:  # its parent ends, so it gets the nearest process that adopts
-                os.write(tell, pid.to_bytes(_LENGTH_BYTES))
+            if os.fork():  # its parent ends, so it gets the nearest process that adopts
                 os._exit(0)
             control.close()
             os.close(told)
-            os.close(tell)
             _become(request, descriptors)
+            os.write(
+                tell, os.getpid().to_bytes(_LENGTH_BYTES)
+            )  # only now, since whoever asked may signal its session at once
+            os.close(tell)
             return request.name
-        os.waitpid(middle, 0)
-        control.sendall(os.read(told, _LENGTH_BYTES))
-        for descriptor in (told, tell, *descriptors):
+        for descriptor in (tell, *descriptors):
             os.close(descriptor)
+        os.waitpid(middle, 0)
+        control.sendall(os.read(told, _LENGTH_BYTES) or bytes(_LENGTH_BYTES))  # 0: it has died
+        os.close(told)
     return None
 
 
