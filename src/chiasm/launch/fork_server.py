@@ -161,9 +161,8 @@ def serve() -> str | None:
             control.close()
             os.close(told)
             _become(request, descriptors)
-            os.write(
-                tell, os.getpid().to_bytes(_LENGTH_BYTES)
-            )  # only now, since whoever asked may signal its session at once
+            # Only now, since whoever asked may signal its session at once.
+            os.write(tell, os.getpid().to_bytes(_LENGTH_BYTES))
             os.close(tell)
             return request.name
         for descriptor in (tell, *descriptors):
