@@ -257,7 +257,7 @@ def test_memory_is_bounded_and_what_is_needed_first_makes_its_way(
     consumer.admit(later)
     consumer.wait()
     consumer.wait()
-    assert consumer.reads.reads == 2
+    assert sum(consumer.scheduler.layout_of(name) is not None for name in NAMES[:5]) <= 2
     consumer.scheduler.build_connector_meta()
     while not consumer.scheduler.has_cache_item(NAMES[0]):  # what is asked for first in a round is needed first
         consumer.wait()
