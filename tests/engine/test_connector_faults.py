@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 
@@ -16,6 +15,8 @@ from chiasm.engine.request import ItemOutcome
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import ChiasmError
 from chiasm.wire import ECPlace, Role
+from tests import broken_connector
+from tests.broken_connector import faults
 from tests.engine.conftest import A, B, Encoder, Instance, Start, StartEncoder, entries, until
 
 OF_ONE_ITEM = ("has_cache_item", "update_state_after_alloc")
@@ -44,27 +45,9 @@ def identifiers_in(subject: object) -> set[str]:
 
 
 def break_for(patch: pytest.MonkeyPatch, pd: Instance, identifier: str, method: str) -> None:
-    """Have both halves raise an error in each call of ``method`` for this item: also one for several items."""
-
-    def breaking(role: ECConnector) -> None:
-        whole = getattr(role, method)
-
-        def broken(*given: Any) -> Any:
-            if any(identifier in identifiers_in(each) for each in (*given, role._metadata)):
-                raise OSError("the connector is broken")
-            result = whole(*given)
-            if identifier in identifiers_in(result):
-                raise OSError("the connector is broken")
-            return result
-
-        patch.setattr(role, method, broken)
-
+    """Have both halves raise an error in each call of ``method`` for this item."""
     for role in roles(pd):
-        breaking(role)
-
-
-def faults(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        broken_connector.break_for(patch, role, identifier, method, identifiers_in)
 
 
 @pytest.mark.parametrize("method", [*OF_ONE_ITEM, *OF_A_STEP])

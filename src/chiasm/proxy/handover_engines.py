@@ -254,11 +254,7 @@ class VllmEngine(HandoverEngine):
             await on_answer()
             await job.send_response(response)
             return
-
-        async def unless_encoding_fails() -> bytes:
-            return await job.unless_encoding_fails(call.chunk())
-
-        next_chunk = unless_encoding_fails if is_watched else call.chunk
+        next_chunk = job.chunks_unless_encoding_fails(call) if is_watched else call.chunk
         first = await begin(next_chunk)
         await on_answer()
         job.request.forget()

@@ -192,6 +192,16 @@ class Job:
         finally:
             await _end(task)
 
+    def chunks_unless_encoding_fails(self, call: Call) -> Callable[[], Awaitable[bytes]]:
+        """Return what gives the next chunk of a stream; it raises the encoders' error if encoding fails first."""
+        if self.encoding is None:
+            return call.chunk
+
+        async def chunk() -> bytes:
+            return await self.unless_encoding_fails(call.chunk())
+
+        return chunk
+
     async def open_unless_encoding_fails(self, opening: Coroutine[Any, Any, Call]) -> Call:
         """Like :meth:`unless_encoding_fails` for a call, which is closed if it comes too late."""
         if self.encoding is None:

@@ -347,11 +347,7 @@ class Router:
             assignment.note_answer(call.timing, is_whole=True)
             await job.send_response(response)
             return
-
-        async def unless_encoding_fails() -> bytes:
-            return await job.unless_encoding_fails(call.chunk())
-
-        next_chunk = call.chunk if job.encoding is None else unless_encoding_fails
+        next_chunk = job.chunks_unless_encoding_fails(call)
         # The head is held back until the first event has arrived, so that failures before it still have a status.
         first = await begin(next_chunk)
         assignment.note_answer(call.timing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from chiasm.ec_transfer import ECConnector, ECConnectorMetadata, ECTransferRole
 from chiasm.integrations.vllm.items import Wanted
 from chiasm.integrations.vllm.settings import Settings
+from tests import broken_connector
+from tests.broken_connector import faults
 
 from .engine import WAIT_SECONDS, Engine, embedding_of, identifier_of, request
 from .minimal import ENTRIES
@@ -51,22 +52,7 @@ def identifiers_in(subject: object) -> set[str]:
 
 
 def break_for(patch: pytest.MonkeyPatch, store: ECConnector, name: str, method: str) -> None:
-    """Have each call of ``method`` for this item raise an error: also one for several items."""
-    whole, identifier = getattr(store, method), identifier_of(name)
-
-    def broken(*given: Any) -> Any:
-        if any(identifier in identifiers_in(each) for each in (*given, store._metadata)):
-            raise OSError("the connector is broken")
-        result = whole(*given)
-        if identifier in identifiers_in(result):
-            raise OSError("the connector is broken")
-        return result
-
-    patch.setattr(store, method, broken)
-
-
-def faults(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    broken_connector.break_for(patch, store, identifier_of(name), method, identifiers_in)
 
 
 @pytest.mark.parametrize("method", ["ensure_cache_available", "has_cache_item", "layout_of"])
