@@ -18,29 +18,45 @@ from tests.fleet import FORKS
 LONG = requests.stream("Tell me a long story.", 200)
 
 
-class Stream:
-    """A long stream through one proxy."""
+class Streaming:
+    """A client that reads one long stream after another through one proxy, until one fails or it is told to finish."""
 
     def __init__(self, client: Client, proxy: JoinedProxy) -> None:
         self._client = client
         self._proxy = proxy
         self._has_begun = asyncio.Event()
-        self.text = ""
-        self.ending = asyncio.create_task(self._read())
+        self._is_over = False
+        self.texts: list[str] = []
+        """Of the streams that are whole."""
+        self.part = ""
+        """Of the stream that failed."""
+        self.failure = ""
+        """Its message."""
+        self._reading = asyncio.create_task(self._read())
 
     async def begun(self) -> None:
         await asyncio.wait_for(self._has_begun.wait(), 60)
 
-    async def _read(self) -> str:
-        """Return why it ended early; empty if it is whole."""
-        try:
-            async for answer in self._client.follow(self._proxy.url, LONG):
-                self.text = answer.text
-                if answer.token_times:
-                    self._has_begun.set()
-        except RequestFailedError as error:
-            return error.message
-        return ""
+    async def failed(self) -> None:
+        await asyncio.wait_for(self._reading, 60)
+
+    async def finish(self) -> None:
+        """Read the stream that is open to its end, and begin no other."""
+        self._is_over = True
+        await self._reading
+
+    async def _read(self) -> None:
+        while not self._is_over:
+            self.part = ""
+            try:
+                async for answer in self._client.follow(self._proxy.url, LONG):
+                    self.part = answer.text
+                    if answer.token_times:
+                        self._has_begun.set()
+            except RequestFailedError as error:
+                self.failure = error.message
+                return
+            self.texts.append(self.part)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -55,21 +71,25 @@ async def test_a_proxy_that_ends_under_load_costs_its_own_connections_and_is_rig
         expected = {body: await churn.answer(ending, body) for body in bodies(seed=1)}
         whole = await churn.answer(ending, LONG)
         async with churn.asking(others, expected, clients=len(others)) as found:
-            streams = [Stream(client, one) for one in churn.proxies]
-            for stream in streams:
-                await stream.begun()
+            streamings = [Streaming(client, one) for one in churn.proxies]
+            for streaming in streamings:
+                await streaming.begun()
             ending.signal(number)
             code = await ending.ended()
+            cut, *kept = streamings
+            await cut.failed()
             await ending.start()
             after = [await churn.answer(ending, body) for body in expected]  # not one of them fails
-            early, *rest = [await one.ending for one in streams]
+            for streaming in kept:
+                await streaming.finish()
         assert (found.failures, found.differences) == ([], [])
         assert after == list(expected.values())
-        assert rest == ["", ""]
-        assert [one.text for one in streams[1:]] == [whole, whole]
-        if number is signal.SIGTERM:
-            assert (code, early, streams[0].text) == (0, "", whole)
+        assert [one.failure for one in kept] == ["", ""]
+        assert {text for one in streamings for text in one.texts} == {whole}
+        assert cut.failure
+        if number is signal.SIGTERM:  # the stream that was open is whole; the next one was refused
+            assert (code, cut.part) == (0, "")
+            assert cut.texts
         else:
             assert code == -number
-            assert early
-            assert whole.startswith(streams[0].text)
+            assert whole.startswith(cut.part)
