@@ -16,8 +16,10 @@ from types import TracebackType
 
 from chiasm.ec_transfer.stores import StoreAddress, StoreError
 from chiasm.ec_transfer.stores.resp import Connection, Reply
+from tests.free_ports import free_port
 
-_START_SECONDS = 20.0
+_START_SECONDS = 60.0
+_CALL_SECONDS = 30.0
 _COLONS_OF_HEADER = 4
 """In the key of an entry's header; the keys of its chunks have more."""
 
@@ -41,7 +43,7 @@ class StoreServer:
 
     def __init__(self, program: Path, *settings: str, port: int = 0) -> None:
         """``settings`` are the server's own arguments, such as ``--maxmemory 20mb``."""
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self._command = [
             str(program),
             "--port",
@@ -94,9 +96,9 @@ class StoreServer:
 
     def call(self, *command: str | bytes) -> Reply:
         """Send a command, as a person with redis-cli does."""
-        connection = Connection(StoreAddress.parse(self.url, environment={}), 5.0)
+        connection = Connection(StoreAddress.parse(self.url, environment={}), _CALL_SECONDS)
         try:
-            connection.allow(5.0)
+            connection.allow(_CALL_SECONDS)
             connection.send(*(one.encode() if isinstance(one, str) else one for one in command))
             return connection.reply(64 << 20, max_items=1 << 16)
         finally:
@@ -133,9 +135,3 @@ def running(*settings: str) -> Iterator[StoreServer]:
     """A Valkey server or, where Valkey is not installed, a Redis server."""
     with StoreServer(next(iter(servers().values())), *settings) as server:
         yield server
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -43,9 +43,10 @@ def test_a_thread_of_lower_priority_hands_its_niceness_to_the_threads_that_it_st
         with ThreadPoolExecutor(1) as started:
             return niceness(), started.submit(niceness).result()
 
+    before = niceness()  # the tests may run at a low priority themselves
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(lowered).result() == (5, 5)
-    assert niceness() == 0
+    assert niceness() == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel has no automatic groups")

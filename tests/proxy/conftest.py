@@ -43,7 +43,7 @@ class Front:
 
     @property
     def openai(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     async def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> Answer:
         data = body if isinstance(body, bytes) else None
@@ -69,13 +69,13 @@ class Front:
 
     async def until(self, instance: FakeInstance, state: str) -> None:
         """Return when the proxy sees the instance in this state."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await self.states()).get(instance.url, "removed") != state:
                 pass  # each look takes a turn of its own
 
     async def record(self, request_id: str) -> Any:
         """What ``/requests/ID`` says, when there is a record: shortly after the client has the answer."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (answer := await self.get(f"/requests/{request_id}", **self.admin)).status == 404:
                 pass  # each look takes a turn of its own
         return answer.json
@@ -133,7 +133,11 @@ async def start() -> AsyncIterator[Start]:
                 "port": 0,
                 "media": MediaConfig(allowed_media_networks=LOOPBACK),
                 "probe_interval_seconds": 0.05,
-                "deadline_seconds": 20.0,
+                "deadline_seconds": 60.0,
+                # All of them, and the client, share one event loop, which is busy for seconds on a busy machine.
+                "connect_timeout_seconds": 20.0,
+                "probe_timeout_seconds": 20.0,
+                "busy_probe_timeout_seconds": 20.0,
                 "shutdown_timeout_seconds": 2.0,
                 "wait_for_instance_seconds": 0.0,
             }
@@ -224,7 +228,7 @@ async def until_idle(front: Front) -> None:
     """Return when the proxy holds, counts and does nothing."""
     service = front.service
     encoders = service.router.encoders
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (
             encoders._flights
             or encoders._tasks
@@ -243,7 +247,7 @@ async def leave(front: Front, body: dict[str, Any], *arrivals: FakeInstance) -> 
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
     writer.write(head.encode() + data)
     for instance in arrivals:
-        await asyncio.wait_for(instance.arrived.acquire(), 10)
+        await asyncio.wait_for(instance.arrived.acquire(), 60)
     writer.close()
 
 

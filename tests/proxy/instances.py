@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -48,6 +49,8 @@ class Received:
     path: str
     headers: Mapping[str, str]
     body: bytes
+    at: float = field(default_factory=time.monotonic)
+    """When, on the clock of ``time.monotonic``."""
 
     @property
     def json(self) -> Any:
@@ -213,7 +216,7 @@ class FakeInstance:
 
     async def until_heard(self, is_enough: Callable[[], bool]) -> None:
         """Return when it has heard enough of places."""
-        async with asyncio.timeout(10), self._heard:
+        async with asyncio.timeout(60), self._heard:
             await self._heard.wait_for(is_enough)
 
     @property

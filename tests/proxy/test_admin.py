@@ -202,7 +202,7 @@ async def test_a_file_of_keys_that_is_replaced_while_the_proxy_runs_is_read_agai
     new.write_text("other" * 4)
     front = await start([FakeInstance("pd")], admin_key_file=file)
     new.rename(file)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await call(front, "GET", None, "other" * 4)).status != 200:
             pass
     assert (await call(front, "GET", None, KEY)).status == 401

@@ -127,9 +127,9 @@ async def test_images_that_wait_go_to_an_aggregated_instance_when_the_last_encod
     url, name = await images(image_bytes("blue")), identifier(image_bytes("blue"), fingerprint=FINGERPRINT)
     own = image(image_bytes("red"))
     request = asyncio.ensure_future(front.post(ask("x", own, image(url), temperature=0.5)))
-    await asyncio.wait_for(encoder.arrived.acquire(), 10)
+    await asyncio.wait_for(encoder.arrived.acquire(), 60)
     if takes_image_size:
-        await asyncio.wait_for(pd.arrived.acquire(), 10)
+        await asyncio.wait_for(pd.arrived.acquire(), 60)
     await encoder.kill()
     answer = await request
     assert answer.status == 200
@@ -149,8 +149,8 @@ async def test_a_stream_begins_at_an_aggregated_instance_when_the_last_encoder_i
     pd.answer = head_only
     front = await start([encoder, pd, aggregated])
     request = asyncio.ensure_future(listen(front, ask(image(image_bytes()), stream=True)))
-    await asyncio.wait_for(encoder.arrived.acquire(), 10)
-    await asyncio.wait_for(pd.arrived.acquire(), 10)
+    await asyncio.wait_for(encoder.arrived.acquire(), 60)
+    await asyncio.wait_for(pd.arrived.acquire(), 60)
     await encoder.kill()
     heard = await request
     assert (heard.text, heard.ended) == ("a cat", True)
@@ -185,7 +185,7 @@ async def test_what_was_sent_is_kept_only_until_the_answer_begins(start: Start) 
     pd.answer = begin_only
     front = await start([encoder, pd, aggregated])
     request = asyncio.ensure_future(front.post(ask(image(image_bytes()), stream=True)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while any(type(one) in {Item, Original} for one in gc.get_objects()):
             await front.get("/health")
     request.cancel()
@@ -199,7 +199,7 @@ async def test_an_answered_image_is_freed_at_once_and_not_by_the_garbage_collect
     gc.disable()
     try:
         assert (await front.post(ask(image(image_bytes())))).status == 200
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while any(type(one) is Item for one in gc.get_objects()):
                 await front.get("/health")
     finally:

@@ -279,7 +279,7 @@ async def test_decode_is_called_even_if_an_encoder_still_works_on_what_prefill_h
     encoder.answer = hang
     front, _, _ = await begin(start, encoder)
     assert (await listen(front, ask("x", image(image_bytes()), stream=True))).text == SAID
-    await asyncio.wait_for(encoder.gone.acquire(), 5)
+    await asyncio.wait_for(encoder.gone.acquire(), 60)
     await until_idle(front)
 
 

@@ -119,7 +119,7 @@ async def test_a_client_that_leaves_ends_the_open_call(start: Start, pair: Pair,
     at.answer = never
     front = await start([p, d])
     await leave(front, ask("x", stream=stream), at)
-    await asyncio.wait_for(at.gone.acquire(), 5)
+    await asyncio.wait_for(at.gone.acquire(), 60)
     while not await front.metric('chiasm_proxy_requests_total{route="/v1/chat/completions",status="499"}'):
         pass
     await until_idle(front)

@@ -157,7 +157,7 @@ async def test_a_request_waits_for_a_full_decode_instance(start: Start, stream: 
     front = await start([p, d])
     request = asyncio.ensure_future(front.post(ask("x", stream=stream)))
     for _ in range(3):
-        await asyncio.wait_for(d.arrived.acquire(), 10)
+        await asyncio.wait_for(d.arrived.acquire(), 60)
     d.answer = decode
     answer = await request
     assert answer.status == 200
@@ -170,13 +170,13 @@ async def test_a_request_waits_for_a_full_decode_instance(start: Start, stream: 
 async def test_a_request_waits_for_a_full_decode_instance_until_its_deadline(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     d.answer = full
-    front = await start([p, d], deadline_seconds=1.0)
+    front = await start([p, d], deadline_seconds=3.0)
     answer = await front.post(ask("x"))
     assert (answer.status, answer.error["code"]) == (503, "too_many_requests")
-    assert 2 < len(d.received) < 12
+    assert 2 < len(d.received) < 36
     left = [int(received.headers["X-Request-Deadline-Ms"]) for received in d.received]
     assert left == sorted(left, reverse=True)
-    assert left[-1] < left[0] <= 1000
+    assert left[-1] < left[0] <= 3000
 
 
 async def test_a_request_does_not_wait_for_a_decode_instance_that_is_lost(start: Start) -> None:
@@ -596,12 +596,12 @@ async def test_the_deadline_covers_prefill_and_decode_together(start: Start, sil
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     hanging = p if silent == "prefill" else d
     hanging.answer = never
-    front = await start([p, d], deadline_seconds=1.0)
+    front = await start([p, d], deadline_seconds=3.0)
     answer = await front.post(ask("x", stream=True))
     assert b"deadline" in answer.body
     assert answer.status == (504 if hanging is p else 200)
-    await asyncio.wait_for(hanging.gone.acquire(), 5)
-    assert all(0 < int(one.headers["X-Request-Deadline-Ms"]) <= 1000 for one in received_by([p, d]))
+    await asyncio.wait_for(hanging.gone.acquire(), 60)
+    assert all(0 < int(one.headers["X-Request-Deadline-Ms"]) <= 3000 for one in received_by([p, d]))
     await until_idle(front)
 
 
@@ -623,7 +623,7 @@ async def test_a_client_that_leaves_ends_the_stream_of_decode(start: Start) -> N
     for _ in range(3):
         await response.content.readuntil(b"\n\n")
     response.close()
-    await asyncio.wait_for(d.gone.acquire(), 5)
+    await asyncio.wait_for(d.gone.acquire(), 60)
     await until_idle(front)
 
 

@@ -221,12 +221,9 @@ class Race:
     async def begin(self) -> tuple[asyncio.Task[Any], FakeInstance, FakeInstance]:
         """Send a request; return it, the encoder that got its image first, and the one that got it as a hedge."""
         request = asyncio.create_task(self.front.post(LATE))
-        arrivals = {asyncio.create_task(one.arrived.acquire()): one for one in self.encoders}
-        done, _ = await asyncio.wait(arrivals, timeout=10, return_when=asyncio.FIRST_COMPLETED)
-        first = arrivals[done.pop()]
-        _, absent = await asyncio.wait(arrivals, timeout=10)
-        assert not absent, "Nothing was hedged."
-        (second,) = (one for one in self.encoders if one is not first)
+        for one in self.encoders:  # the second gets it as a hedge
+            await asyncio.wait_for(one.arrived.acquire(), 60)
+        first, second = sorted(self.encoders, key=lambda one: one.received[0].at)
         return request, first, second
 
     async def outcomes(self) -> tuple[float, float]:
@@ -291,7 +288,7 @@ async def test_the_second_encoder_answers_for_one_that_hangs(race: Race) -> None
     request, first, second = await race.begin()
     assert (await request).status == 200
     assert answered.is_set()
-    await asyncio.wait_for(first.gone.acquire(), 10)
+    await asyncio.wait_for(first.gone.acquire(), 60)
     assert [list(message.places.values()) for message in race.pd.told] == [[place(first)], [place(second)]]
     await race.ended()
     assert await race.outcomes() == (1, 0)
@@ -302,7 +299,7 @@ async def test_a_hedge_ends_when_the_first_encoder_answers_after_all(race: Race)
     async def after_the_other(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         if len([one for one in race.encoders if one.received]) == 2:
             return await never(instance, request, received)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len([one for one in race.encoders if one.received]) < 2:
                 await race.front.get("/health")
         return await encode(instance, request, received)
@@ -311,7 +308,7 @@ async def test_a_hedge_ends_when_the_first_encoder_answers_after_all(race: Race)
         one.answer = after_the_other
     request, first, second = await race.begin()
     assert (await request).status == 200
-    await asyncio.wait_for(second.gone.acquire(), 10)
+    await asyncio.wait_for(second.gone.acquire(), 60)
     await race.ended()
     assert await race.outcomes() == (0, 1)
     assert set(race.pd.places.values()) == {place(first)}
@@ -346,6 +343,6 @@ async def test_both_calls_end_when_the_client_leaves(race: Race) -> None:
     request, first, second = await race.begin()
     request.cancel()
     for one in (first, second):
-        await asyncio.wait_for(one.gone.acquire(), 10)
+        await asyncio.wait_for(one.gone.acquire(), 60)
     await race.ended()
     assert await race.outcomes() == (0, 1)

@@ -237,9 +237,10 @@ async def test_a_restarted_proxy_knows_its_instances_again(start: Start, join: J
 
 
 async def test_a_proxy_that_has_just_started_lets_requests_wait_for_instances_that_join(
-    start: Start, join: Join
+    start: Start, join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    front = await start([], wait_for_instance_seconds=15.0)
+    monkeypatch.setattr(waiting, "_JOIN_SECONDS", 60.0)
+    front = await start([], wait_for_instance_seconds=60.0)
     request = asyncio.ensure_future(front.post(ask(image(image_bytes()))))
     while not await front.metric('chiasm_proxy_requests_waiting{reason="instance"}'):
         pass

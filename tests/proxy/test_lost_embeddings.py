@@ -56,7 +56,7 @@ def lose(encoder: FakeInstance, reader: FakeInstance, answer: Answering = chat, 
 
 async def after_questions(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
     """Answer as a PD when it was asked some times for what it awaits."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         for _ in range(3):
             await instance.asked.acquire()
     return await chat(instance, request, received)
@@ -120,7 +120,7 @@ async def test_an_encoder_that_cannot_encode_again_ends_the_request(start: Start
     front = await start([encoder, pd])
     answer = await front.post(ask(image(image_bytes())))
     assert (answer.status, answer.error["code"]) == (400, "invalid_image")
-    await asyncio.wait_for(pd.gone.acquire(), 10)
+    await asyncio.wait_for(pd.gone.acquire(), 60)
 
 
 async def test_an_instance_that_does_not_tell_is_waited_for(start: Start) -> None:
@@ -277,7 +277,7 @@ async def test_a_stream_whose_embedding_stays_lost_at_decode_ends_with_an_error(
     assert heard.text == WORDS[0]
     assert heard.error is not None
     assert heard.error["code"] == "embedding_lost"
-    await asyncio.wait_for(d.gone.acquire(), 10)
+    await asyncio.wait_for(d.gone.acquire(), 60)
     await until_idle(front)
 
 
@@ -287,7 +287,7 @@ async def test_a_stream_goes_on_when_decode_lacks_an_embedding_only_for_a_while(
     d.answer = lack_after_a_word(is_there)
     front = await start([encoder, p, d])
     heard = asyncio.create_task(listen(front, ask(image(image_bytes()), stream=True)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not d.awaited:  # noqa: ASYNC110 - the instance has no event for it
             await asyncio.sleep(0.01)
         for _ in range(2):

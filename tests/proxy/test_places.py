@@ -258,7 +258,7 @@ async def test_what_an_instance_is_just_being_told_of_is_not_lost(start: Start) 
         return await encode(instance, request, received)
 
     async def after_questions(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             for _ in range(3):
                 await instance.asked.acquire()
         language.awaited = []

@@ -41,7 +41,7 @@ async def proxy(pd: FakeInstance, encoder: FakeInstance) -> AsyncIterator[tuple[
     )
     try:
         assert process.stdout is not None
-        yield process, (await asyncio.wait_for(process.stdout.readline(), 20)).decode().strip()
+        yield process, (await asyncio.wait_for(process.stdout.readline(), 120)).decode().strip()
     finally:
         if process.returncode is None:
             process.kill()
@@ -115,7 +115,7 @@ async def test_a_second_signal_ends_the_process_soon_and_quietly_even_during_a_s
         assert output.strip() == b"ended"
         assert errors.count(b"\n") == 1, errors
         assert b"code=stopping" in errors
-        await asyncio.wait_for(pd.gone.acquire(), 5)
+        await asyncio.wait_for(pd.gone.acquire(), 60)
 
 
 def peak_kib(pid: int) -> int:

@@ -90,7 +90,7 @@ async def test_a_client_that_leaves_does_not_affect_others(
     second = asyncio.ensure_future(front.post(ask("second", image(image_bytes()))))
     await joined(front, 1)
     first.cancel()
-    await asyncio.wait_for(pd.gone.acquire(), 5)
+    await asyncio.wait_for(pd.gone.acquire(), 60)
     gate.set()
     assert (await second).status == 200
     assert len(encoder.received) == 1
@@ -104,7 +104,7 @@ async def test_the_encoder_call_ends_when_all_clients_have_left(
     await joined(front, 2)
     for request in requests:
         request.cancel()
-    await asyncio.wait_for(encoder.gone.acquire(), 5)
+    await asyncio.wait_for(encoder.gone.acquire(), 60)
     assert not front.service.router.encoders._flights
 
 
@@ -117,7 +117,7 @@ async def test_a_call_continues_for_an_image_that_somebody_waits_for(
     second = asyncio.ensure_future(front.post(ask(image(image_bytes("blue")))))
     await joined(front, 1)
     first.cancel()
-    await asyncio.wait_for(pd.gone.acquire(), 5)
+    await asyncio.wait_for(pd.gone.acquire(), 60)
     third = asyncio.ensure_future(front.post(ask(image(image_bytes("red")))))  # given up: it begins anew
     await encoder.arrived.acquire()
     gate.set()

@@ -188,7 +188,7 @@ async def test_the_store_is_asked_also_when_the_language_instance_was_away(
     await pd.kill()
     await front.until(pd, "unhealthy")
     request = asyncio.ensure_future(front.post(ask(image(RED))))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await front.metric('chiasm_proxy_requests_waiting{reason="instance"}') != 1:
             pass  # each look takes a turn of its own
     await pd.start()

@@ -45,7 +45,7 @@ ROLES = pytest.mark.parametrize("role", ["encoder", "pd", "aggregated", "prefill
 
 
 async def until_waiting(front: Front, count: int = 1, name: str = WAITING) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await front.metric(name) != count:
             pass
 
@@ -155,7 +155,7 @@ async def test_nobody_waits_while_another_instance_is_healthy(start: Start, role
     await lost.kill()
     await front.until(lost, "unhealthy")
     request = asyncio.ensure_future(front.post(body))
-    await asyncio.wait_for(one.arrived.acquire(), 10)
+    await asyncio.wait_for(one.arrived.acquire(), 60)
     assert await front.metric(WAITING) == 0
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)
@@ -177,7 +177,7 @@ async def test_nor_do_images_wait_whose_encoder_is_lost(start: Start) -> None:
     requests = []
     for n in range(1, 9):
         requests.append(asyncio.ensure_future(front.post(ask(image(image_bytes(size=(5, n)))))))
-    await asyncio.wait_for(encoder.arrived.acquire(), 10)
+    await asyncio.wait_for(encoder.arrived.acquire(), 60)
     await encoder.kill()
     await front.until(encoder, "unhealthy")
     assert [answer.status for answer in await asyncio.gather(*requests)] == [200] * 8
@@ -313,7 +313,7 @@ async def test_a_full_instance_costs_nothing_while_another_has_room(start: Start
 async def test_waiting_for_room_ends_with_an_error_that_says_so(start: Start, stream: bool) -> None:
     pd = FakeInstance("pd")
     pd.answer = FULL
-    front = await start([pd], deadline_seconds=1.0)
+    front = await start([pd], deadline_seconds=3.0)
     answer = await front.post(ask("x", stream=stream))
     assert (answer.status, answer.error["code"]) == (503, "too_many_requests")
     assert "full" in answer.error["message"]
@@ -335,8 +335,7 @@ async def test_a_burst_of_300_with_room_for_32_is_served(start: Start, role: str
     encoder, one, d = FakeInstance("encoder"), FakeInstance(role), FakeInstance("decode")
     for instance in (encoder, one, d):
         instance.answer = with_room(32, instance.answer)
-    # All of them, and the client, share one event loop, which is busy for seconds on a busy machine.
-    front = await start([encoder, one, *([d] if role == "prefill" else [])], connect_timeout_seconds=20.0)
+    front = await start([encoder, one, *([d] if role == "prefill" else [])])
     bodies = [ask("x", image(image_bytes(size=(n // 20 + 1, n % 20 + 1)))) for n in range(300)]
     answers = await asyncio.gather(*(front.post(body) for body in bodies))
     assert [answer.status for answer in answers] == [200] * 300

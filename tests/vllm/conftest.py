@@ -21,10 +21,10 @@ from .processes import FAULTS, ROOT, Server, transfer_config, vllm
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
 
-WAIT_SECONDS = 5.0
-"""After which ``pd`` fails a request whose embedding doesn't come."""
-OTHER_WAIT_SECONDS = 0.5
-"""The same of ``other_pd``."""
+WAIT_SECONDS = 300.0
+"""After which ``pd`` fails a request whose embedding doesn't come: longer than any test takes to have one made."""
+OTHER_WAIT_SECONDS = 5.0
+"""The same of ``other_pd``, by which tests wait for that; what has been published arrives before."""
 
 Launch = Callable[[Server], Server]
 

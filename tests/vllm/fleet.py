@@ -10,12 +10,20 @@ from typing import Any, NamedTuple
 
 import httpx2 as httpx
 
-from .processes import CHECKPOINT, Server, chiasm, free_port, transfer_config, vllm
+from tests.free_ports import free_port
+
+from .processes import CALL_SECONDS, CHECKPOINT, Server, chiasm, transfer_config, vllm
 from .wire import Body, chat, image_bytes, image_part
 
 WAIT_SECONDS = 120.0
 """After which an instance fails a request whose embedding doesn't come."""
 _AT_ONCE = 4
+_PATIENT = tuple(
+    word
+    for wait in ("connect-timeout", "probe-timeout", "busy-probe-timeout")
+    for word in (f"--{wait}-seconds", str(CALL_SECONDS))
+)
+"""An instance is not lost because the machine is busy: what one has answered, no other is asked."""
 
 
 class Answer(NamedTuple):
@@ -32,7 +40,7 @@ def front(logs: Path, name: str, shared_cache: str = "", /, **instances: list[Se
     flags = [flag for role, some in instances.items() for one in some for flag in (f"--{role}", one.url)]
     if shared_cache:
         flags += ["--ec-store", shared_cache, "--ec-store-timeout-seconds", "10"]  # the machine may be busy
-    return chiasm(logs, name, "proxy", *flags, "--probe-interval-seconds", "0.25")
+    return chiasm(logs, name, "proxy", *flags, "--probe-interval-seconds", "0.25", *_PATIENT)
 
 
 def prefill_and_decode(
@@ -65,11 +73,15 @@ def prefill_and_decode(
     return made[0], made[1]
 
 
-def bodies(first_seed: int) -> list[Body]:
-    """Return a dozen requests: text only, and with one to three images of several sizes, some of them repeated."""
+def images(first_seed: int) -> list[bytes]:
+    """Return nine different images of several sizes."""
     sizes = ((96, 96), (130, 70), (64, 200), (224, 160))
-    images = [image_part(image_bytes(first_seed + index, sizes[index % len(sizes)])) for index in range(9)]
-    one, two, three, four, five, six, seven, eight, nine = images
+    return [image_bytes(first_seed + index, sizes[index % len(sizes)]) for index in range(9)]
+
+
+def bodies(first_seed: int) -> list[Body]:
+    """Return a dozen requests: text only, and with one to three of ``images``, some of them repeated."""
+    one, two, three, four, five, six, seven, eight, nine = map(image_part, images(first_seed))
     return [
         chat("who are you?"),
         chat("what is in a picture, and what is not?"),
@@ -87,7 +99,7 @@ def bodies(first_seed: int) -> list[Body]:
 
 
 def ask(server: Server, body: Body) -> Answer:
-    response = server.post(body, timeout=120)
+    response = server.post(body)
     assert response.status_code == 200, response.text
     answer = response.json()
     choice, usage = answer["choices"][0], answer["usage"]
@@ -98,7 +110,7 @@ def ask_for_stream(server: Server, body: Body) -> Answer:
     body = body | {"stream": True, "stream_options": {"include_usage": True}}
     text, finish_reason = "", ""
     usage: dict[str, Any] = {}
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as response:
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=CALL_SECONDS) as response:
         assert response.status_code == 200, response.read()
         events = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"

@@ -19,7 +19,7 @@ from chiasm.demo.images import draw_example
 from tests.cli.running import Running
 from tests.launch.waiting import command_line, eventually
 
-from .processes import CLIENT, START_SECONDS
+from .processes import CALL_SECONDS, CLIENT, START_SECONDS
 from .wire import Body, chat, encoded, image_part
 
 SMALL = (
@@ -46,7 +46,7 @@ class Service:
 
     # ---- what it answers ----------------------------------------------------------------------------------------------
 
-    def post(self, body: Body, seconds: float = 120) -> httpx.Response:
+    def post(self, body: Body, seconds: float = CALL_SECONDS) -> httpx.Response:
         return CLIENT.post(f"{self.url}/v1/chat/completions", json=body, timeout=seconds)
 
     def answer(self, body: Body) -> str:
@@ -58,7 +58,7 @@ class Service:
 
     def instances(self, role: str | None = None) -> list[dict[str, Any]]:
         """Return what the proxy says of its instances, or of those of one role."""
-        found: list[dict[str, Any]] = CLIENT.get(f"{self.url}/health", timeout=30).json()["instances"]
+        found: list[dict[str, Any]] = CLIENT.get(f"{self.url}/health", timeout=CALL_SECONDS).json()["instances"]
         return [one for one in found if role in (None, one["role"])]
 
     def is_whole(self) -> bool:
@@ -76,6 +76,12 @@ class Service:
                 return process
         raise LookupError(f"nothing serves {url}")
 
+    def supervisors(self, role: str) -> list[psutil.Process]:
+        """Return the processes that watch over the servers of a role; the command starts a server again when one ends."""
+        urls = {one["url"] for one in self.instances(role)}
+        commands = [(process, command_line(process)) for process in self.running.children]
+        return [one for one, command in commands if "chiasm.launch.supervisor" in command and urls & set(command)]
+
     def servers(self, role: str) -> list[psutil.Process]:
         """Return the ``vllm serve`` processes of a role that exist now."""
         found = []
@@ -88,7 +94,7 @@ class Service:
         """Return the sum of a metric over the instances of a role."""
         total = 0.0
         for one in self.instances(role):
-            lines = CLIENT.get(f"{one['url']}/metrics", timeout=30).text.splitlines()
+            lines = CLIENT.get(f"{one['url']}/metrics", timeout=CALL_SECONDS).text.splitlines()
             total += sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
         return total
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx2 as httpx
-
 from chiasm.models.identity import fingerprint
 
-from .processes import CHECKPOINT, MODEL, Server
+from .processes import CALL_SECONDS, CHECKPOINT, CLIENT, MODEL, Server
 from .wire import chat, embeds_part
 
 
@@ -35,5 +33,7 @@ def test_a_bad_size_is_refused(pd: Server) -> None:
 
 
 def test_other_paths_are_vllms_own(pd: Server) -> None:
-    assert httpx.get(f"{pd.url}/v1/models").json()["data"][0]["id"] == MODEL
-    assert httpx.get(f"{pd.url}/version").json()["version"].startswith("0.3")
+    models = CLIENT.get(f"{pd.url}/v1/models", timeout=CALL_SECONDS)
+    assert models.json()["data"][0]["id"] == MODEL
+    version = CLIENT.get(f"{pd.url}/version", timeout=CALL_SECONDS)
+    assert version.json()["version"].startswith("0.3")

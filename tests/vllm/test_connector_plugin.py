@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from .processes import START_SECONDS
+
 _PROGRAM = """
 import os
 import zmq
@@ -20,7 +22,9 @@ os._exit(0)  # its sockets are open
 
 
 def test_the_plugin_is_loaded() -> None:
-    run = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=START_SECONDS, check=True
+    )
     poll_seconds, look_again_milliseconds = run.stdout.split()[-2:]
     assert float(poll_seconds) <= 0.01
     assert int(look_again_milliseconds) <= 20

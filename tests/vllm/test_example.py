@@ -10,7 +10,9 @@ import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from .processes import ROOT, START_SECONDS, free_port
+from tests.free_ports import free_port
+
+from .processes import ROOT, START_SECONDS
 
 SCRIPT = ROOT / "examples/disaggregated_encoder/vllm/disagg_epd_example.sh"
 PORTS = 6

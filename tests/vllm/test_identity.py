@@ -17,19 +17,18 @@ import pytest
 from chiasm.bench import synthetic
 from chiasm.bench.checkpoints import HEADS_OF_64
 from chiasm.ec_transfer.stores.address import URL_VARIABLE
+from chiasm.media import identifier
 from chiasm.proxy.handover_engines import vllm_prefill_body
 from tests.store_server import StoreServer, running
 
-from .fleet import WAIT_SECONDS, Answer, ask, ask_all, bodies, front, prefill_and_decode
-from .processes import CHECKPOINT, Server, chiasm_instance, transfer_config, vllm
+from .fleet import WAIT_SECONDS, Answer, ask, ask_all, bodies, front, images, prefill_and_decode
+from .processes import CALL_SECONDS, CHECKPOINT, CLIENT, Server, chiasm_instance, transfer_config, vllm
 from .wire import Body, chat, image_bytes, image_part
 
 HANDOVERS = "chiasm_proxy_handovers_total"
 UNFETCHED = "Others may not have fetched"
 """What an instance logs that has drained without knowing that nobody needs anything from it."""
-EXIT_SECONDS = 60
-IMAGES = 9
-"""The different ones of ``bodies``."""
+EXIT_SECONDS = 300
 
 
 @dataclass
@@ -158,7 +157,7 @@ def test_one_encoder_one_prefill_and_one_decode(fleet: Fleet) -> None:
 def test_chiasms_encoder_and_vllms_pd(fleet: Fleet) -> None:
     some = bodies(1100)  # which vLLM's encoder has not seen
     assert ask_all(fleet.chiasms_encoder, some) == ask_all(fleet.aggregated, some)
-    assert fleet.encoder_of_chiasm.metric("chiasm_images_encoded_total") == IMAGES
+    assert fleet.encoder_of_chiasm.metric("chiasm_images_encoded_total") == len(images(1100))
 
 
 def test_vllms_encoder_and_chiasms_pd(fleet: Fleet) -> None:
@@ -181,8 +180,8 @@ def test_a_request_for_several_choices_is_answered_by_prefill_alone(fleet: Fleet
 
 @pytest.mark.parametrize("fleet", [SHORT_OF_KV], indirect=True)
 def test_decode_that_computes_a_prompt_again_reads_its_images_again(fleet: Fleet) -> None:
-    images = [image_part(image_bytes(seed)) for seed in range(1300, 1304)]
-    long = [chat(image, "describe it", max_tokens=900, ignore_eos=True) for image in images]
+    parts = [image_part(image_bytes(seed)) for seed in range(1300, 1304)]
+    long = [chat(image, "describe it", max_tokens=900, ignore_eos=True) for image in parts]
     expected = ask_all(fleet.aggregated, long, at_once=len(long))
     assert ask_all(fleet.split_twice, long, at_once=len(long)) == expected
     fleet.decode.until(lambda: fleet.decode.metric("vllm:num_preemptions_total") > 0)
@@ -195,15 +194,18 @@ def test_images_of_an_encoder_that_has_drained_are_answered_from_the_shared_cach
     assert fleet.shared_cache is not None
     some = bodies(1200)
     expected = ask_all(fleet.aggregated, some)
-    stored = fleet.shared_cache.num_entries()
+    fingerprint = fleet.encoder.health().fingerprint
+    names = {identifier(data, fingerprint=fingerprint) for data in images(1200)}
+    assert not any(map(fleet.shared_cache.has_entry, names))
     assert ask_all(fleet.split_twice, some) == expected
     fleet.encoder.drain()
     assert fleet.encoder.process.wait(EXIT_SECONDS) == 0
     assert UNFETCHED not in fleet.encoder.text()
-    assert fleet.shared_cache.num_entries() == stored + IMAGES
+    assert all(map(fleet.shared_cache.has_entry, names))
+    fleet.split.until(lambda: not _has_healthy_encoder(fleet.split))
     reads = fleet.pd.count("store_reads")
     assert ask_all(fleet.split, some) == expected
-    fleet.pd.until(lambda: fleet.pd.count("store_reads") >= reads + IMAGES)
+    fleet.pd.until(lambda: fleet.pd.count("store_reads") >= reads + len(names))
     assert fleet.pd.count("failed_requests") == 0
 
 
@@ -227,12 +229,17 @@ def test_kv_of_a_prefill_instance_that_died(fleet: Fleet) -> None:
     body = fleet.bodies[1]
     transfer = _prefilled(fleet, body)
     fleet.prefill.kill()
-    lost = fleet.decode.post(body | transfer, timeout=120)
+    lost = fleet.decode.post(body | transfer)
     assert lost.status_code == 500, lost.text
     refused = fleet.split_twice.post(body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_prefill")
     assert fleet.decode.health().status == "ok"
     assert fleet.decode.answer(fleet.bodies[0]) == fleet.expected[0].text
+
+
+def _has_healthy_encoder(proxy: Server) -> bool:
+    instances = CLIENT.get(f"{proxy.url}/health", timeout=CALL_SECONDS).json()["instances"]
+    return any(one["role"] == "encoder" and one["state"] == "healthy" for one in instances)
 
 
 def _prefilled(fleet: Fleet, body: Body) -> Body:

@@ -100,7 +100,7 @@ class Server:
 
     async def until_called(self, times: int) -> None:
         """Return when so many calls have come, in all."""
-        async with asyncio.timeout(10), self._called:
+        async with asyncio.timeout(60), self._called:
             await self._called.wait_for(lambda: len(self.tokens) >= times)
 
     async def watch(self) -> asyncio.Queue[bytes | None]:
