@@ -5,8 +5,23 @@ from pathlib import Path
 import pytest
 
 from chiasm.ec_transfer import ECTransferRole
+from chiasm.ec_transfer.stores import guard, redis
 
 from .instance import Instance, config_for
+
+
+@pytest.fixture(autouse=True)
+def stores_are_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no fault of a store."""
+    for name in ("_CONNECT_SECONDS", "_CALL_SECONDS", "_WRITE_SECONDS"):
+        monkeypatch.setattr(redis, name, 30.0)
+
+
+@pytest.fixture
+def faults_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that has failed isn't asked again in this test."""
+    for name in ("_FIRST_PAUSE_SECONDS", "_LONGEST_PAUSE_SECONDS"):
+        monkeypatch.setattr(guard, name, 1000.0)
 
 
 @pytest.fixture

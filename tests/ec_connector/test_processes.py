@@ -15,7 +15,6 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from chiasm.ec_transfer import ECTransferRole
@@ -110,7 +109,6 @@ def stored_bytes(folder: Path) -> int:
         return sum(entry.stat().st_size for entry in files)
 
 
-@pytest.mark.timeout(120)
 def test_many_processes_share_a_small_folder(folder: Path) -> None:
     with (
         running(hammer, folder, 1) as (first, first_pipe),

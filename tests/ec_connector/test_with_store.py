@@ -226,6 +226,7 @@ def test_what_a_request_cannot_use_is_refused_before_it_is_read(
     assert (consumer.reads.corrupt, consumer.reads.read_bytes) == (1, 0)
 
 
+@pytest.mark.usefixtures("faults_are_remembered")
 def test_a_store_that_is_down_is_a_miss_and_is_not_asked_again_at_once(
     server: StoreServer, encoder: ECConnector, consumer: Consumer
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import io
 import json
 import logging
@@ -12,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import pytest
@@ -408,8 +410,18 @@ class TestLog:
         assert lines() == []
 
     def test_a_client_that_leaves_is_noted_as_such(self, lines: Callable[[], list[str]]) -> None:
-        with site(never, Bounds(20, 1000)) as server, pytest.raises(httpx.ReadTimeout):
-            httpx.post(server.url, content=b"x", headers={"x-request-id": "me"}, timeout=0.2)
+        entered = threading.Event()
+
+        async def wait(exchange: Exchange) -> None:
+            entered.set()
+            await never(exchange)
+
+        with site(wait) as server:
+            connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+            connection.request("POST", "/", b"x", {"x-request-id": "me"})
+            assert entered.wait(20)
+            connection.close()
+            assert eventually(lambda: server.ended == [499])
         assert lines() == ["id=me POST / status=499 code=client_left: The client left."]
 
     @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def start(connector: str) -> Iterator[Start]:
 
 @pytest.fixture
 def big_decode(make: Make, connector: str) -> Instance:
-    return make(connector, KVTransferRole.CONSUMER, LAYOUT, BIG, connect_timeout_seconds=1.0)
+    return make(connector, KVTransferRole.CONSUMER, LAYOUT, BIG, connect_timeout_seconds=30.0)
 
 
 def test_blocks_go_from_process_to_process(start: Start, decode: Instance) -> None:
@@ -107,7 +107,7 @@ def test_a_producer_that_comes_back_on_its_port_is_met_anew(start: Start, decode
 
 def test_a_producer_that_hangs_fails_its_own_requests(start: Start, make: Make, connector: str) -> None:
     """Whatever it sends when it continues is ignored."""
-    decode = make(connector, KVTransferRole.CONSUMER, connect_timeout_seconds=0.2)
+    decode = make(connector, KVTransferRole.CONSUMER, connect_timeout_seconds=3.0)
     still = start(KVTransferRole.PRODUCER, engine_id="still")
     living = make(connector, KVTransferRole.PRODUCER, engine_id="living")
     decode.fetch("before", still.call("prefill", "before", [1]), [1])
@@ -149,8 +149,8 @@ def test_idle_instances_use_no_processor(start: Start) -> None:
     decode.call("fetch", "d", prefill.call("prefill", "p", [1]), [1])
     prefill.call("wait_until_sent", "p")
     prefill.call("prefill", "held", [2])
-    assert prefill.idle_share(1.0) < 0.02
-    assert decode.idle_share(1.0) < 0.02
+    for instance in (prefill, decode):  # what they have just done may take a busy machine a while to end
+        assert any(instance.idle_share(1.0) < 0.02 for _ in range(20))
 
 
 def test_nothing_is_left_after_shutdown(connector: str) -> None:

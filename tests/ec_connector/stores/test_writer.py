@@ -76,6 +76,7 @@ def test_what_does_not_fit_in_the_queue_is_dropped_and_counted(store: HeldStore)
     store.go_on.set()
 
 
+@pytest.mark.usefixtures("faults_are_remembered")
 def test_after_a_fault_entries_are_dropped_at_once(store: HeldStore) -> None:
     store.error = StoreFullError("full")
     store.go_on.set()
