@@ -71,7 +71,7 @@ async def test_a_head_that_is_too_large_is_refused_with_431(proxy: Proxy, head: 
 
 
 async def test_a_head_that_does_not_arrive_is_refused_with_408() -> None:
-    async with running("--header-timeout-seconds", "0.5") as proxy:
+    async with running("--header-timeout-seconds", "3") as proxy:
         slow, silent = await proxy.connect(), await proxy.connect()
         await slow.send(b"GET / HTTP/1.1\r\n")
         assert (await slow.reply()).status == 408

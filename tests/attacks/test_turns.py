@@ -71,7 +71,7 @@ def test_token_ids_without_end_are_refused(url: str) -> None:
 
 def test_a_stream_that_nobody_reads_ends_at_its_deadline(url: str) -> None:
     unread = {"prompt": "hello", "n": 16, "max_tokens": 400, "logprobs": 20, "stream": True, "ignore_eos": True}
-    with sent(url, unread, deadline_ms=1500):
+    with sent(url, unread, deadline_ms=6000):
         eventually(lambda: metric(url, "chiasm_http_requests_in_flight") >= 1)
         eventually(lambda: metric(url, "chiasm_http_requests_in_flight") == 0)
         assert post(f"{url}/v1/completions", GOOD).status == 200

@@ -171,6 +171,11 @@ def test_the_path_tells_the_operation(path: str, name: str, operation: str | Non
 # ---- what is exported ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def the_end_waits_for_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(otlp, "FLUSH_SECONDS", 60.0)
+
+
 class Outcomes(Counter[str]):
     """What became of how many requests' spans."""
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,6 +42,7 @@ class Service:
     def __init__(self, running: Running) -> None:
         self.running = running
         self.url = running.wait_ready(START_SECONDS)
+        self._held: set[Path] = set()
 
     # ---- what it answers ----------------------------------------------------------------------------------------------
 
@@ -53,6 +53,13 @@ class Service:
         response = self.post(body)
         assert response.status_code == 200, response.text
         return str(response.json()["choices"][0]["message"]["content"])
+
+    # ---- what it has --------------------------------------------------------------------------------------------------
+
+    def note_shared_memory(self) -> set[Path]:
+        """Note what its processes have in shared memory, and return all that they have had there so far."""
+        self._held |= in_shared_memory([self.running.process, *self.running.children])
+        return self._held
 
     # ---- what it is ---------------------------------------------------------------------------------------------------
 
@@ -110,28 +117,22 @@ class Question:
         self.body = chat(image_part(self.image_bytes), example.question, max_tokens=16)
 
 
-def what_is_left(before: set[Path]) -> set[Path]:
-    """Return the new files in shared memory, other than those of other programs and of deployments that still run."""
-    found = {path for path in SHARED_MEMORY.iterdir() if path.name.startswith(("psm_", "sem.mp-", "chiasm-"))}
-    return {path for path in found - before if not _is_in_use(path)}
-
-
-def _is_in_use(path: Path) -> bool:
-    """Whether it is a folder on which its owner, which is alive, holds a lock."""
-    if not path.is_dir():
-        return False
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(folder)
-    return False
-
-
-def shared_memory() -> set[Path]:
-    return set(SHARED_MEMORY.iterdir())
+def in_shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
+    """Return the files and folders there that these processes have open or mapped."""
+    found: set[str] = set()
+    for process in processes:
+        folder = Path(f"/proc/{process.pid}")
+        with contextlib.suppress(OSError):  # it has ended
+            found.update(line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines())
+            for descriptor in (folder / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found.add(os.readlink(descriptor))
+    paths = (Path(one) for one in found if not one.endswith("(deleted)"))
+    return {
+        SHARED_MEMORY / path.relative_to(SHARED_MEMORY).parts[0]
+        for path in paths
+        if path.is_relative_to(SHARED_MEMORY) and path != SHARED_MEMORY
+    }
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from tests.cli.running import Running
 from tests.launch.waiting import alive, eventually
 
 from .processes import CALL_SECONDS
-from .serving import SMALL, Question, Service, error_of, events, shared_memory, stopped, what_is_left
+from .serving import SMALL, Question, Service, error_of, events, stopped
 from .wire import chat, image_part
 
 MOST_AT_ONCE = 16
@@ -31,19 +31,13 @@ LONG_TOKENS = 8000
 
 
 @pytest.fixture(scope="module")
-def before() -> set[Path]:
-    """The files in shared memory before the service starts."""
-    return shared_memory()
-
-
-@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of embeddings."""
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture(scope="module")
-def service(before: set[Path], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Two encoders and a PD behind a proxy that takes few requests at once; the last test of this file kills it."""
     arguments = ["--encoders", "2", "--pds", "1", "--deadline-seconds", str(DEADLINE_SECONDS), *SMALL]
     arguments += ["--max-model-len", str(LONG_TOKENS + 192)]
@@ -57,6 +51,7 @@ def afterwards(service: Service, request: pytest.FixtureRequest) -> Iterator[Non
     """After each test all instances come back, and the next question about an image gets the right answer."""
     yield
     service.wait(service.is_whole)
+    service.note_shared_memory()
     question = Question(len(request.node.name) + 10_000)
     assert service.answer(question.body).strip() == question.answer
 
@@ -247,9 +242,10 @@ class TestTheEnd:
     def afterwards(self) -> None:
         """Nothing comes back."""
 
-    def test_when_the_command_is_killed_its_instances_end_too(self, service: Service, before: set[Path]) -> None:
-        family = service.running.children
+    def test_when_the_command_is_killed_its_instances_end_too(self, service: Service) -> None:
+        family, held = service.running.children, service.note_shared_memory()
         assert len(family) > 8
+        assert held
         service.running.process.kill()
         assert eventually(lambda: not alive(family))
-        assert eventually(lambda: not what_is_left(before))
+        assert eventually(lambda: not any(path.exists() for path in held))

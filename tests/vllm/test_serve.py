@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,13 @@ import pytest
 from chiasm.ec_transfer.stores import StoredEntry, open_store
 from chiasm.media import identifier
 from tests import store_server
-from tests.cli.running import Running, run
+from tests.cli.running import Running
 from tests.launch.waiting import alive, eventually
 from tests.store_server import StoreServer
 
 from .processes import CALL_SECONDS
-from .serving import SMALL, Question, Service, shared_memory, what_is_left
+from .serving import SMALL, Question, Service, in_shared_memory
 from .wire import chat, image_part, with_comment
-
-
-@pytest.fixture(scope="module")
-def before() -> set[Path]:
-    """The files in shared memory before the service starts."""
-    return shared_memory()
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +31,7 @@ def shared_cache() -> Iterator[StoreServer]:
 
 
 @pytest.fixture(scope="module")
-def service(
-    before: set[Path], shared_cache: StoreServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
+def service(shared_cache: StoreServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One encoder, one prefill and one decode instance; a test of this file ends it.
 
     Embeddings go from memory to memory, and into a shared cache. test_faults.py has a PD, and the default connector.
@@ -126,19 +119,20 @@ def copy_entry(server: StoreServer, known: str, name: str, fingerprint: str) -> 
     store.close()
 
 
-def test_ctrl_c_ends_all_of_it_and_leaves_nothing(service: Service, before: set[Path]) -> None:
-    family = service.running.children
+def test_ctrl_c_ends_all_of_it_and_leaves_nothing(service: Service) -> None:
+    family, held = service.running.children, service.note_shared_memory()
     scratch = [
         Path(one.environ()["TMPDIR"]) for one in family if "TMPDIR" in one.environ() and "vllm" in one.name().lower()
     ]
     urls = [service.url, *(one["url"] for one in service.instances())]
     assert len(family) > 5
+    assert held
     assert all(folder.is_dir() for folder in scratch)
 
     service.running.end(signal.SIGINT)
     assert service.running.process.returncode == 0
     assert eventually(lambda: not alive(family))
-    assert eventually(lambda: not what_is_left(before))
+    assert eventually(lambda: not any(path.exists() for path in held))
     assert not any(folder.exists() for folder in scratch)
     for url in urls:
         with pytest.raises(httpx.TransportError):
@@ -146,9 +140,16 @@ def test_ctrl_c_ends_all_of_it_and_leaves_nothing(service: Service, before: set[
     assert service.running.stdout == f"ready {service.url}\n"
 
 
-def test_an_unknown_vllm_flag_ends_the_command_with_vllms_own_message(before: set[Path]) -> None:
-    done = run("serve", "demo", "--engine", "vllm", *SMALL, "--pd-args", "--frobnicate 'three times'")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[-1] == "Error: unrecognized arguments: --frobnicate three times"
-    assert eventually(lambda: not what_is_left(before))
+def test_an_unknown_vllm_flag_ends_the_command_with_vllms_own_message(tmp_path: Path) -> None:
+    command, held = (
+        ("serve", "demo", "--engine", "vllm", *SMALL, "--pd-args", "--frobnicate 'three times'"),
+        set[Path](),
+    )
+    with Running(tmp_path, *command) as running:
+        while running.process.poll() is None:
+            held |= in_shared_memory([running.process, *running.children])
+            time.sleep(0.1)  # there is no event to wait for
+        assert running.process.returncode == 2
+        assert running.stdout == ""
+        assert running.stderr.splitlines()[-1] == "Error: unrecognized arguments: --frobnicate three times"
+    assert eventually(lambda: not any(path.exists() for path in held))

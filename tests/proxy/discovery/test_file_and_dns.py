@@ -36,7 +36,7 @@ class Heard:
         self._told.put_nowait(found)
 
     async def next(self) -> Sequence[Found]:
-        return await asyncio.wait_for(self._told.get(), 10)
+        return await asyncio.wait_for(self._told.get(), 60)
 
     @property
     def is_silent(self) -> bool:
@@ -194,7 +194,7 @@ async def test_an_instance_whose_source_does_not_know_its_role_is_asked_until_it
     source = DnsSource("dns:encoders:8001", "encoders", 8001, None, names)
     sources = Sources([source], Membership(fleet), role_at)
     sources.start()
-    await asyncio.wait_for(added.wait(), 10)
+    await asyncio.wait_for(added.wait(), 60)
     (instance,) = fleet.instances
     assert (instance.url, instance.role, instance.sources) == (ENCODER.url, Role.PD, ("dns:encoders:8001",))
     await sources.close()

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from chiasm.wire import Role
 
 from .test_file_and_dns import Heard
 
-FAST = Pace(
-    watch_seconds=5, silence_seconds=0.5, answer_seconds=5, first_delay_seconds=0.001, longest_delay_seconds=0.01
-)
+PATIENT = Pace(silence_seconds=600, answer_seconds=600, first_delay_seconds=0.001, longest_delay_seconds=0.01)
+"""No watch is given up because the machine is busy."""
+IMPATIENT = replace(PATIENT, silence_seconds=0.5)
 
 
 def endpoint(address: str, *, uid: str = "", **conditions: bool) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class Server:
             await self._called.wait_for(lambda: len(self.tokens) >= times)
 
     async def watch(self) -> asyncio.Queue[bytes | None]:
-        return await asyncio.wait_for(self.watches.get(), 10)
+        return await asyncio.wait_for(self.watches.get(), 60)
 
 
 @asynccontextmanager
@@ -139,14 +140,19 @@ class Watching:
 
 
 @pytest.fixture
-async def watching(tmp_path: Path) -> AsyncIterator[Watching]:
+def pace() -> Pace:
+    return PATIENT
+
+
+@pytest.fixture
+async def watching(tmp_path: Path, pace: Pace) -> AsyncIterator[Watching]:
     (tmp_path / "token").write_text("first\n")
     (tmp_path / "namespace").write_text("models")
     server, heard = Server(), Heard()
     server.slices = [slice_of("a", endpoint("10.0.0.5"))]
     async with serving(server):
         api = Api(server.url, tmp_path)
-        source = KubernetesSource("k8s:x", api, "app=chiasm,tier in (e)", api.namespace(), Reading(), FAST)
+        source = KubernetesSource("k8s:x", api, "app=chiasm,tier in (e)", api.namespace(), Reading(), pace)
         task = asyncio.create_task(source.run(heard))
         yield Watching(server, tmp_path, heard)
         task.cancel()
@@ -278,13 +284,14 @@ async def test_when_the_version_is_gone_the_slices_are_listed_again(watching: Wa
     assert server.versions == ["1", "50", "50"]
 
 
+@pytest.mark.parametrize("pace", [IMPATIENT], ids=["impatient"])
 async def test_a_watch_that_hangs_is_given_up_and_goes_on(watching: Watching) -> None:
     await watching.urls()
     await watching.server.watch()
     events = await watching.server.watch()
     events.put_nowait(event("DELETED", slice_of("a", version=2)))
     assert await watching.urls() == []
-    assert watching.server.versions == ["1", "1"]
+    assert set(watching.server.versions[:2]) == {"1"}
 
 
 @pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
@@ -346,7 +353,7 @@ async def test_a_server_that_refuses_connections_for_a_minute_changes_nothing_an
         events.put_nowait(bookmark(7))
         events.put_nowait(None)
         (await server.watch()).put_nowait(None)
-    await asyncio.wait_for(clock.has_come.wait(), 10)
+    await asyncio.wait_for(clock.has_come.wait(), 60)
     assert clock.sleeps < 20
     assert heard.is_silent
     assert caplog.text.count("the API server can't be watched") == 1
@@ -369,7 +376,7 @@ async def test_a_server_that_ends_each_watch_at_once_is_asked_less_and_less_ofte
             "k8s:x", Api(server.url, tmp_path), "app=chiasm,tier in (e)", "models", Reading(), sleep=clock.sleep
         )
         task = asyncio.create_task(source.run(heard))
-        await asyncio.wait_for(clock.has_come.wait(), 10)
+        await asyncio.wait_for(clock.has_come.wait(), 60)
         assert len(server.versions) < 20
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
