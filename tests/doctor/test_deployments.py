@@ -26,7 +26,7 @@ SMALL = ("--kv-cache-bytes", "16MiB", "--max-model-len", "512", "--dtype", "floa
 def doctor(*arguments: str) -> tuple[int, list[dict[str, Any]]]:
     """Exit code and findings of `chiasm doctor --json`."""
     command = [sys.executable, "-m", "chiasm", "doctor", "--json", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode in (0, 1), done.stderr
     report = json.loads(done.stdout)
     assert report["problems"] == bool(done.returncode)
@@ -109,7 +109,7 @@ def test_without_the_fleet_key_nothing_is_sent_from_instance_to_instance(service
 def test_instances_that_do_not_fit_are_found(service: Service) -> None:
     (encoder,) = service.deployment.urls(Role.ENCODER)
     pds = [argument for url in service.pds.values() for argument in ("--pd", url)]
-    code, findings = doctor("--encoder", encoder, *pds, "--timeout-seconds", "3", *service.key)
+    code, findings = doctor("--encoder", encoder, *pds, "--timeout-seconds", "8", *service.key)
     assert code == 1
     assert [one["verdict"] for one in of(findings, "fleet key")] == ["ok", "warning"]
     travels = {

@@ -23,7 +23,7 @@ from chiasm.engine.engine import LanguageEngine
 from chiasm.engine.request import EncodedItem, EncodeItem, GenerateRequest, Output, SamplingParams
 from chiasm.kv_transfer import KVConnectorStats, KVTransferConfig
 from chiasm.media import identifier
-from chiasm.models.base import ItemGeometry, Pixels, Prompt
+from chiasm.models.base import ItemGeometry, Pixels, Prompt, VisionModel
 from chiasm.wire import KVTransferParams, Role, TokenLogprob
 
 _numbers = itertools.count()
@@ -59,7 +59,7 @@ def entries(store: Path) -> list[Path]:
     return sorted(store.rglob("*.safetensors"))
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until ``condition()`` holds."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - the engine's state has no event
@@ -161,6 +161,13 @@ class Instance:
     @property
     def bytes_per_block(self) -> int:
         return self.engine._runner.kv_cache.blocks.shape[1]
+
+
+def vision_of(instance: Instance) -> VisionModel:
+    """Return the vision encoder of an aggregated engine."""
+    encoder = instance.engine._embeddings._encoder
+    assert encoder is not None
+    return encoder._vision
 
 
 class Encoder:

@@ -170,7 +170,8 @@ def test_a_model_that_runs_outside_the_block_keeps_its_threads(share: CoreShare)
     assert torch.get_num_threads() == 1
 
 
-def test_instances_in_several_processes_see_each_other(tmp_path: Path) -> None:
+def test_instances_in_several_processes_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiasm.engine.core_sharing._LONG_AGO_NS", 600_000_000_000)  # the machine may be busy
     computing, done, process = _another_process(tmp_path / "cores")
     assert computing.wait(60)
     share = CoreShare(tmp_path / "cores", 4)

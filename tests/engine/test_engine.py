@@ -31,9 +31,21 @@ from chiasm.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from chiasm.models.base import Prompt
+from chiasm.models.base import Pixels, Prompt
 from chiasm.wire import KVTransferParams, Role
-from tests.engine.conftest import A, B, Encoder, Instance, Parts, Start, StartEncoder, entries, sample_image, until
+from tests.engine.conftest import (
+    A,
+    B,
+    Encoder,
+    Instance,
+    Parts,
+    Start,
+    StartEncoder,
+    entries,
+    sample_image,
+    until,
+    vision_of,
+)
 from tests.engine.connectors import CountingConnector
 
 MESSAGES: dict[str, Parts] = {
@@ -118,7 +130,7 @@ async def test_an_embedding_that_exists_counts_as_hit(start: Start, encoder: Enc
 async def test_an_embedding_that_never_comes_fails_its_request_alone(start: Start, encoder: Encoder) -> None:
     pd = start(Role.PD)
     with pytest.raises(EmbeddingUnavailableError, match="No embedding came within"):
-        await pd.ask("see", A, seconds=1)
+        await pd.ask("see", A, seconds=3)
     assert pd.engine.stats().items == {ItemOutcome.MISSED: 1}
     assert pd.is_empty()
     await encoder.encode(A)
@@ -270,13 +282,23 @@ async def test_many_requests_at_once_get_the_same_answers_as_one_by_one(start: S
     assert pd.engine.stats().prefix_cache_hit_tokens > 0
 
 
-async def test_preemption_changes_no_answer(start: Start) -> None:
+async def test_preemption_changes_no_answer(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     roomy = start(Role.AGGREGATED)
     tight = start(Role.AGGREGATED, kv_cache_bytes=roomy.bytes_per_block * 9, max_model_len=144, block_size=4)
     messages = [(name, A) for name in ("abc", "def", "ghi", "jkl")]
     expected = [(await roomy.ask(*parts, max_tokens=32)).token_ids for parts in messages]
-    answers = await asyncio.gather(*[tight.ask(*parts, max_tokens=32) for parts in messages])
-    assert [answer.token_ids for answer in answers] == expected
+    vision = vision_of(tight)
+    encode, may_encode = vision.encode, threading.Event()
+
+    def encode_later(pixels: Pixels) -> Tensor:
+        assert may_encode.wait(60)
+        return encode(pixels)
+
+    monkeypatch.setattr(vision, "encode", encode_later)
+    answers = [asyncio.create_task(tight.ask(*parts, max_tokens=32)) for parts in messages]
+    await until(lambda: tight.engine.stats().num_stalled == len(messages))  # so that all run at the same time
+    may_encode.set()
+    assert [(await answer).token_ids for answer in answers] == expected
     assert tight.engine.stats().preemptions > 0
     assert tight.is_empty()
 
@@ -354,7 +376,7 @@ async def test_a_deadline_ends_a_running_request(start: Start) -> None:
 
 async def test_a_full_queue_refuses_and_goes_on(start: Start) -> None:
     pd = start(Role.PD, max_queued_requests=2)
-    waiting = [asyncio.create_task(pd.ask(A, str(number), seconds=5)) for number in range(2)]
+    waiting = [asyncio.create_task(pd.ask(A, str(number))) for number in range(2)]
     await until(lambda: pd.engine.stats().num_stalled == 2)
     with pytest.raises(OverloadedError):
         await pd.ask("hello")

@@ -301,7 +301,7 @@ async def test_engines_that_differ_do_not_exchange_kv(start: Start, field: str, 
 
 
 async def test_an_expired_lease_frees_its_blocks(start: Start) -> None:
-    pair = Pair(start(Role.PREFILL, kv={"lease_seconds": 0.2}), start(Role.DECODE))
+    pair = Pair(start(Role.PREFILL, kv={"lease_seconds": 3.0}), start(Role.DECODE))
     handle = await pair.begin("hello")
     assert not pair.prefill.is_empty()
     await until(pair.prefill.is_empty)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from chiasm.engine.request import ItemOutcome
 from chiasm.errors import ChiasmError, DeadlineExceededError
-from chiasm.models.base import Pixels, VisionModel
+from chiasm.models.base import Pixels
 from chiasm.wire import Role
-from tests.engine.conftest import A, B, Instance, Start, sample_image, until
+from tests.engine.conftest import A, B, Instance, Start, sample_image, until, vision_of
 
 
 class Gate:
@@ -29,12 +29,6 @@ class Gate:
         self.begun.append(pixels)
         self.opened.wait()
         return self._encode(pixels)
-
-
-def vision_of(instance: Instance) -> VisionModel:
-    encoder = instance.engine._embeddings._encoder
-    assert encoder is not None
-    return encoder._vision
 
 
 @pytest.fixture

@@ -215,7 +215,9 @@ def stuck_fleet(**health: Any) -> list[FakeInstance]:
 
 
 async def test_an_image_that_repeats_goes_to_the_instance_that_knows_it(start: Start) -> None:
-    fleet = [FakeInstance("aggregated"), FakeInstance("aggregated")]
+    # So slow to encode that it is never worth it, however slow the machine seems to be.
+    costs = Costs(images=[ImageCost(pixels=900 * 900, tokens=900, encode_seconds=1000.0)])
+    fleet = [FakeInstance("aggregated", costs=costs), FakeInstance("aggregated", costs=costs)]
     front = await start(fleet)
     body = ask("look", image(image_bytes(size=(900, 900))), "what is it?")
     for _ in range(4):

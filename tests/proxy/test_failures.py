@@ -35,7 +35,7 @@ def other(instances: list[FakeInstance], one: FakeInstance) -> FakeInstance:
 async def first_arrival(instances: list[FakeInstance]) -> FakeInstance:
     """The instance that gets the first request."""
     tasks = {asyncio.ensure_future(one.arrived.acquire()): one for one in instances}
-    done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+    done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=60)
     for task in waiting:
         task.cancel()
     return tasks[done.pop()]
@@ -162,7 +162,7 @@ async def test_the_last_of_all_failed_attempts_reaches_the_client(start: Start) 
 async def test_an_encoder_that_hangs_is_abandoned(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
     encoders[0].answer = pd.answer = never
-    front = await start([*encoders, pd], encode_timeout_seconds=1.0)
+    front = await start([*encoders, pd], encode_timeout_seconds=3.0)
     tasks = [asyncio.ensure_future(front.post(ask("x", image(image_bytes(size=(5, n)))))) for n in (1, 2)]
     while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < 2:
         pass

@@ -156,7 +156,12 @@ async def test_what_the_next_instance_lacks_is_encoded_again(start: Start) -> No
 
     once(publish, publish_again, encoder)
     once(never, wait, *pds)
-    front = await start([encoder, *pds], probe_timeout_seconds=60.0, busy_probe_timeout_seconds=0.3)
+    front = await start(
+        [encoder, *pds],
+        probe_timeout_seconds=60.0,
+        busy_probe_timeout_seconds=0.3,
+        wait_for_instance_seconds=15.0,  # on a busy machine both may seem frozen for a moment
+    )
     assert (await front.post(ask(image(image_bytes())))).status == 200
     assert len(encoder.received) == 2
     await until_idle(front)
