@@ -279,7 +279,7 @@ async def test_a_client_may_ask_for_an_earlier_deadline(start: Start) -> None:
     await front.post(ask("x"), **{"X-Request-Deadline-Ms": "5000"})
     await front.post(ask("x"), **{"X-Request-Deadline-Ms": "900000"})
     given = [int(received.headers["X-Request-Deadline-Ms"]) for received in pd.received]
-    assert given[0] <= 5000 < given[1] <= 20_000
+    assert given[0] <= 5000 < given[1] <= 60_000
 
 
 @pytest.mark.parametrize(("deadline", "status"), [("soon", 400), ("1.5", 400), ("0", 504), ("-1", 504)])
