@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from chiasm.media import identifier
+from chiasm.wire import Costs
 
 from .conftest import Front, Heard, Start, ask, data_url, image, image_bytes, listen, until_idle
 from .instances import (
@@ -320,7 +321,9 @@ async def test_images_are_freed_while_decode_answers(start: Start) -> None:
 
 
 async def test_the_prefill_instance_with_the_fewest_unanswered_prompts_is_chosen(start: Start) -> None:
-    ps, d, gate = [FakeInstance("prefill"), FakeInstance("prefill")], FakeInstance("decode"), asyncio.Event()
+    # So slow that no prompt counts as computed before it is answered, however slow the machine is.
+    costs = Costs(prefill_seconds_per_token=10.0)
+    ps, d, gate = [FakeInstance("prefill", costs=costs) for _ in range(2)], FakeInstance("decode"), asyncio.Event()
 
     async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         await gate.wait()
