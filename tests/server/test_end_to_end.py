@@ -238,7 +238,7 @@ class TestEncoderAndPD:
     @pytest.mark.parametrize("stream", [False, True])
     def test_item_that_never_comes_fails_its_request_only(self, pd: Live, stream: bool) -> None:
         body = greedy(embeds_part("0" * 64, image_size=[64, 64]), "?", stream=stream)
-        reply = post(pd.chat, body, {"X-Request-Deadline-Ms": "300"})
+        reply = post(pd.chat, body, {"X-Request-Deadline-Ms": "3000"})
         assert reply.status == 503
         assert reply.error["type"] == "embedding_unavailable_error"
         assert get(f"{pd.url}/health").status == 200
