@@ -171,8 +171,8 @@ async def test_an_instance_that_hangs_is_a_problem_whatever_the_proxy_says() -> 
         listed = [{"url": hanging, "role": "pd", "state": "healthy"}]
         pages = {"/health": {"status": "ok", "models": ["m"], "instances": listed}}
         async with answering(pages) as url:
-            found = await collected(examine_proxy(url, limits=Limits(message_seconds=1, page_seconds=0.5)))
-    assert [one.says for one in found if one.check == "instances"] == [f"pd {hanging} did not answer within 0.5 s"]
+            found = await collected(examine_proxy(url, limits=Limits(message_seconds=20, page_seconds=3)))
+    assert [one.says for one in found if one.check == "instances"] == [f"pd {hanging} did not answer within 3 s"]
     assert verdicts(found, "instances") == ["problem"]
 
 
