@@ -23,6 +23,7 @@ from chiasm.transfer.greeting import Challenge, Hello, Unwelcome
 from chiasm.wire import AWAITED_PATH, KV_RELEASE_PATH, PLACES_PATH, Role
 from tests.fleet import Signed
 from tests.integration.conftest import Service, chat, checkpoint, run, sample_image
+from tests.launch.waiting import eventually
 
 __all__ = ["checkpoint"]  # a fixture
 
@@ -110,7 +111,8 @@ def test_a_stranger_cannot_have_one_image_answer_as_another(service: Service) ->
     assert name not in encoded  # anybody may have an image encoded, under the name that its content gives it
     before = service.metric(Role.ENCODER, "chiasm_images_encoded_total")
     service.answer(question)
-    assert service.metric(Role.ENCODER, "chiasm_images_encoded_total") == before + 1  # the image was not there yet
+    # The image was not there yet; it is counted when it is published, which may be after the answer.
+    assert eventually(lambda: service.metric(Role.ENCODER, "chiasm_images_encoded_total") == before + 1)
     assert httpx.post(url, json=body, auth=service.signed, timeout=60).status_code == 200
 
 
