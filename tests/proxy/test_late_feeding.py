@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from aiohttp import web
 
-from .conftest import Front, Start, ask, image, image_bytes, until_idle
+from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, until_idle
 from .instances import FakeInstance, Received, chat, encode, never, refuse
 
 SIZE = (600, 400)
@@ -80,10 +81,11 @@ async def test_images_wait_for_a_full_encoder(start: Start) -> None:
     assert await front.metric("chiasm_proxy_encode_retries_total") == 0
 
 
+@pytest.mark.usefixtures("giving_up_early")
 async def test_waiting_for_a_full_encoder_ends_at_the_deadline(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     encoder.answer, pd.answer = full_encoder, never
-    front = await start([encoder, pd], deadline_seconds=3.0)
+    front = await start([encoder, pd], deadline_seconds=GIVES_UP_SECONDS)
     answer = await front.post(ask(image(image_bytes())))
     assert (answer.status, answer.error["code"]) == (503, "too_many_requests")
     await until_idle(front)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from .conftest import Front, Start, ask, image, image_bytes, listen, until_idle
+from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, listen, until_idle
 from .instances import (
     WORDS,
     Answering,
@@ -309,11 +309,12 @@ async def test_a_full_instance_costs_nothing_while_another_has_room(start: Start
     assert len(pds[1].received) == 3
 
 
+@pytest.mark.usefixtures("giving_up_early")
 @pytest.mark.parametrize("stream", [False, True])
 async def test_waiting_for_room_ends_with_an_error_that_says_so(start: Start, stream: bool) -> None:
     pd = FakeInstance("pd")
     pd.answer = FULL
-    front = await start([pd], deadline_seconds=3.0)
+    front = await start([pd], deadline_seconds=GIVES_UP_SECONDS)
     answer = await front.post(ask("x", stream=stream))
     assert (answer.status, answer.error["code"]) == (503, "too_many_requests")
     assert "full" in answer.error["message"]
