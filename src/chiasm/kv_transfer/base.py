@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Protocol
 
-from chiasm.connectors import ClassPath, ConnectorFactory
+from chiasm.connectors.factory import ClassPath, ConnectorFactory
 from chiasm.fleet_key import FleetKey
 from chiasm.options import Option
 from chiasm.wire import KVTransferParams
@@ -219,6 +219,8 @@ class KVConnectorStats:
 class KVConnector(ABC):
     """Base of all KV connectors. Methods of one role are never called on an object of the other."""
 
+    plane: ClassVar = "KV"
+
     def __init__(self, config: KVTransferConfig, role: KVConnectorRole) -> None:
         self.config = config
         self.role = role
@@ -315,7 +317,6 @@ class KVConnector(ABC):
 class KVConnectorFactory(ConnectorFactory[KVTransferConfig, KVConnectorRole, KVConnector]):
     """Creates the KV connector that a configuration names, and imports its module only then."""
 
-    _plane = "KV"
     _base = KVConnector
     _module_option = "--kv-connector-module-path"
     _registry: ClassVar = {
