@@ -13,6 +13,7 @@ from chiasm.engine import kv_transfers
 from chiasm.engine.request import GenerateRequest
 from chiasm.errors import Code, KVUnavailableError
 from chiasm.kv_transfer import FinishedTransfers, KVConnector, KVConnectorMetadata
+from chiasm.kv_transfer.base import KVClaim, KVLoad, KVSend
 from chiasm.wire import KVTransferParams, Role
 from tests import broken_connector
 from tests.broken_connector import faults
@@ -34,7 +35,7 @@ def requests_in(subject: object) -> set[str]:
     if isinstance(subject, GenerateRequest):
         return {subject.request_id}
     if isinstance(subject, KVConnectorMetadata):
-        noted = [*subject.sends, *subject.claims, *subject.loads]
+        noted: list[KVSend | KVClaim | KVLoad] = [*subject.sends, *subject.claims, *subject.loads]
         return {*subject.given_back, *subject.dropped, *(one.request_id for one in noted)}
     if isinstance(subject, FinishedTransfers):
         return {*subject.sent, *subject.failed, *(request_id for request_id, _ in subject.loaded | subject.broken_off)}
@@ -253,11 +254,9 @@ async def test_both_halves_are_shut_down_although_one_fails(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     prefill = start(Role.PREFILL)
-    scheduler_role, worker_role = roles(prefill)
-    closed: list[bool] = []
-    shutdown = worker_role.shutdown
-    monkeypatch.setattr(scheduler_role, "shutdown", broken)
-    monkeypatch.setattr(worker_role, "shutdown", lambda: (closed.append(True), shutdown()))
+    monkeypatch.setattr(roles(prefill)[0], "shutdown", broken)
+    handle = (await prefill.ask(*HIT, kv=PLEASE)).handle
     prefill.engine.stop()
-    assert closed
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(handle.remote_host, handle.remote_port)
     assert len(faults(caplog)) == 1

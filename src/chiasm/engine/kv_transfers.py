@@ -128,11 +128,11 @@ class KVTransfers:
         num_blocks = self._scheduler.block_manager.blocks_for(sequence.num_computed)
         try:
             handle = self._scheduler_role.leave(request, sequence.block_ids[:num_blocks])
+            handle.do_remote_prefill = True
             self._begin(self._take_noted())  # before a decode instance can come for the blocks
         except Exception as error:
             raise self._failure(request.request_id, "hold the KV of", error) from error
         self._counts_leases |= self._worker_role.stats.leases_held > 0
-        handle.do_remote_prefill = True
         handle.num_tokens = sequence.num_computed
         handle.digest = sequence.digest(sequence.num_computed)
         handle.output_token_ids = sequence.output_token_ids

@@ -24,6 +24,10 @@ names that vLLM's ``KVConnectorBase_V1`` gives to the same hooks::
                                                        get_finished                     (before each step)
 
 P does nothing on behalf of D, and D asks P for nothing but permission, so a transfer costs P's engine thread no time.
+
+If a method raises an error that it shouldn't, the engine logs it, and the KV of the request that the call was for counts as
+lost: the request fails, and its prompt may be prefilled again. Other requests run on. ``get_finished`` is for no single
+request: if it raises an error, this costs D's requests that wait for KV.
 """
 
 from __future__ import annotations
@@ -211,7 +215,7 @@ class KVConnectorStats:
     """Consumer: the sum over all requests of the time from arrival until the producer granted the claim."""
     failures: int = 0
     leases_held: int = 0
-    """Producer: requests whose blocks are held now."""
+    """Producer: requests whose blocks are held now, from ``start_load_kv`` until ``get_finished`` can name them in ``sent``."""
     leases_expired: int = 0
     """Producer: leases that ended before a claim, and claims whose deadline passed or whose connection broke."""
 
@@ -285,7 +289,10 @@ class KVConnector(ABC):
 
     @abstractmethod
     def build_connector_meta(self) -> KVConnectorMetadata:
-        """Return everything that was noted since the last call, and forget it."""
+        """Return everything that was noted since the last call, and forget it.
+
+        Engines pass on no load for which ``update_state_after_alloc`` or this method has raised an error.
+        """
 
     # ---- worker role: called on the engine's thread; none of them waits for the network or a copy -------------------
 
@@ -307,11 +314,19 @@ class KVConnector(ABC):
 
     @abstractmethod
     def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
-        """Begin what the metadata says."""
+        """Begin what the metadata says.
+
+        If it raises an error, the engine drops the requests of the metadata. Loads that have begun in spite of it are named in
+        ``broken_off`` or ``loaded`` within 30 seconds, and nothing writes to their blocks after that time.
+        """
 
     @abstractmethod
     def get_finished(self) -> FinishedTransfers:
-        """Return what has ended since the last call. Cheap if nothing has."""
+        """Return what has ended since the last call. Cheap if nothing has.
+
+        If it raises an error, what had ended is best named by the next call. What is never named: blocks of loads are free 30
+        seconds after the error; a producer's blocks, when ``stats.leases_held`` is 0.
+        """
 
 
 class KVConnectorFactory(ConnectorFactory[KVTransferConfig, KVConnectorRole, KVConnector]):
