@@ -34,17 +34,21 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+from chiasm.connectors.extra_config import read_extra_config
 from chiasm.connectors.factory import ClassPath, ConnectorFactory
+from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey
 from chiasm.options import Option
 from chiasm.wire import KVTransferParams
 
 if TYPE_CHECKING:
     import torch
+
+_ConfigT = TypeVar("_ConfigT")
 
 
 class KVConnectorRole(enum.Enum):
@@ -101,7 +105,16 @@ class KVTransferConfig:
     ] = None
     fleet_key: FleetKey | None = field(default=None, repr=False)
     """By which the instances of a fleet know each other. Without one, only instances of this host are talked to."""
-    extra: dict[str, str] = field(default_factory=dict)
+    connector_extra_config: Annotated[
+        Mapping[str, Any],
+        Option(
+            "Settings that only the KV connector understands, as a JSON object.",
+            name="kv_connector_extra_config",
+            json='{"depth":3}',
+            unset="none",
+        ),
+    ] = field(default_factory=dict)
+    """As vLLM's ``kv_connector_extra_config``. Chiasm's own connectors have no such settings: they share those above."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +243,13 @@ class KVConnector(ABC):
         self.role = role
         self.stats = KVConnectorStats()
 
+    def read_extra_config(self, kind: type[_ConfigT]) -> _ConfigT:
+        """Return the connector's own settings as ``kind``, a dataclass of its module.
+
+        Raises ConfigurationError, by name, for one that is missing, unknown or of the wrong type.
+        """
+        return read_extra_config(self.config.connector, self.config.connector_extra_config, kind)
+
     @property
     def is_producer(self) -> bool:
         return self.config.role is KVTransferRole.PRODUCER
@@ -329,13 +349,30 @@ class KVConnector(ABC):
         """
 
 
+OWN_CONNECTORS = {
+    "SharedMemoryConnector": ClassPath("chiasm.kv_transfer.shared_memory", "SharedMemoryConnector"),
+    "TcpConnector": ClassPath("chiasm.kv_transfer.tcp", "TcpConnector"),
+    "NixlConnector": ClassPath("chiasm.kv_transfer.nixl", "NixlConnector"),
+}
+"""The connectors that come with chiasm."""
+
+
 class KVConnectorFactory(ConnectorFactory[KVTransferConfig, KVConnectorRole, KVConnector]):
     """Creates the KV connector that a configuration names, and imports its module only then."""
 
     _base = KVConnector
     _module_option = "--kv-connector-module-path"
-    _registry: ClassVar = {
-        "SharedMemoryConnector": ClassPath("chiasm.kv_transfer.shared_memory", "SharedMemoryConnector"),
-        "TcpConnector": ClassPath("chiasm.kv_transfer.tcp", "TcpConnector"),
-        "NixlConnector": ClassPath("chiasm.kv_transfer.nixl", "NixlConnector"),
-    }
+    _registry: ClassVar = dict(OWN_CONNECTORS)
+
+    @classmethod
+    def check(cls, config: KVTransferConfig) -> None:
+        """Raise ConfigurationError for a connector that doesn't exist, or for settings that chiasm's own don't have.
+
+        Imports no connector, so it cannot tell everything.
+        """
+        cls.check_name(config)
+        is_own = config.connector_module_path is None and config.connector in OWN_CONNECTORS
+        if is_own and (names := ", ".join(sorted(config.connector_extra_config))):
+            raise ConfigurationError(
+                f"{config.connector} has no settings of its own; leave out {names} (--kv-connector-extra-config)."
+            )
