@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from chiasm.connectors.extra_config import read_extra_config
 from chiasm.ec_transfer import ECConnectorFactory, ECTransferConfig
-from chiasm.ec_transfer.extra_config import PeerConfig, SharedStorageConfig, read_extra_config
+from chiasm.ec_transfer.extra_config import PeerConfig, SharedStorageConfig
 from chiasm.errors import ConfigurationError
 
 

@@ -351,6 +351,6 @@ def test_an_encoder_encodes_again_what_the_store_cannot_give_back(
 
 
 def test_every_call_is_passed_on() -> None:
-    own = {"is_producer", "is_consumer", "read_extra_config"}
+    own = {"plane", "is_producer", "is_consumer", "read_extra_config"}
     public = {name for name in vars(ECConnector) if not name.startswith("_")}
     assert public - own <= vars(WithStore).keys()

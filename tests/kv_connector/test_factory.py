@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,23 @@ def test_makes_a_connector_from_the_module_that_the_configuration_names(out_of_t
     decode.fetch("d", prefill.prefill("p", [4, 1]), [2, 3])
     assert decode.holds("p", [2, 3])
     prefill.wait_for(lambda seen: seen.sent == {"p"})
+
+
+@dataclass(frozen=True)
+class Own:
+    depth: int
+    name: str = "x"
+
+
+def test_a_connector_reads_settings_of_its_own(out_of_tree: str) -> None:
+    config = KVTransferConfig("OneProcessConnector", connector_module_path=out_of_tree)
+    config = replace(config, connector_extra_config={"depth": 3})
+    KVConnectorFactory.check(config)
+    connector = KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER)
+    assert connector.read_extra_config(Own) == Own(3)
+    lacking = replace(config, connector_extra_config={})
+    with pytest.raises(ConfigurationError, match=r"^OneProcessConnector needs depth\.$"):
+        KVConnectorFactory.create_connector(lacking, KVConnectorRole.SCHEDULER).read_extra_config(Own)
 
 
 def test_a_named_module_is_preferred_to_a_registered_name(out_of_tree: str) -> None:

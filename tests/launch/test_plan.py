@@ -98,6 +98,17 @@ def test_an_aggregated_instance_exchanges_no_embeddings() -> None:
     assert _instances(wanted, None)[Role.AGGREGATED].engine.ec is None
 
 
+def test_prefill_and_decode_get_the_settings_of_a_kv_connector() -> None:
+    module = "tests.kv_connector.gated_connector"
+    wanted = DeploymentConfig(
+        "demo", APART, kv_connector="Mine", kv_connector_module_path=module, kv_connector_extra_config={"depth": 3}
+    )
+    for role in (Role.PREFILL, Role.DECODE):
+        kv = _instances(wanted)[role].engine.kv
+        assert kv is not None
+        assert kv.connector_extra_config == {"depth": 3}
+
+
 def test_prefill_exchanges_embeddings_and_kv_and_decode_only_kv() -> None:
     wanted = DeploymentConfig(
         "demo", APART, kv_connector="NixlConnector", kv_lease_seconds=5, connector="SharedStorageConnector"

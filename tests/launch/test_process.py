@@ -116,6 +116,20 @@ def test_a_connector_of_another_module_gets_all_settings_as_json_has_them(tmp_pa
     assert ec.connector_extra_config == {"depth": 3, "shared_storage_path": str(tmp_path), "host": "a"}
 
 
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+def test_a_kv_connector_of_another_module_gets_its_own_settings(role: Role) -> None:
+    own = {"kv_connector": "Mine", "kv_connector_module_path": "tests.kv_connector.gated_connector"}
+    kv = kv_config(role, {**own, "kv_connector_extra_config": {"depth": 3}})
+    assert kv is not None
+    assert kv.connector_extra_config == {"depth": 3}
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+def test_chiasms_kv_connectors_have_no_settings_of_their_own(role: Role) -> None:
+    with pytest.raises(ConfigurationError, match=r"^TcpConnector has no settings of its own; leave out depth, host"):
+        kv_config(role, {"kv_connector": "TcpConnector", "kv_connector_extra_config": {"host": "a", "depth": 3}})
+
+
 # ---- vLLM --------------------------------------------------------------------------------------------------------------
 
 

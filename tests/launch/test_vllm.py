@@ -246,6 +246,10 @@ def test_a_checkpoint_without_a_config_is_not_split(tmp_path: Path) -> None:
         ({"connector_module_path": "mine"}, "There is no Python module 'mine'"),
         ({"kv_connector": "SharedMemoryConnector"}, "--kv-connector: vLLM instances exchange KV through NixlConnector"),
         ({"kv_connector": "NixlConnector", "kv_connector_module_path": "mine"}, "--kv-connector: "),
+        (
+            {"kv_connector_extra_config": {"kv_lease_duration": 5}},
+            "--kv-connector: .* or other settings, give --kv-tran",
+        ),
     ],
 )
 def test_connectors_that_vllm_does_not_have_are_refused(settings: dict[str, Any], message: str) -> None:

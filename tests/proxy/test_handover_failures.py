@@ -56,6 +56,24 @@ async def test_the_last_prefill_instance_is_called_again_if_it_is_healthy(start:
     assert len(p.received) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_whose_kv_cannot_be_held_is_prefilled_elsewhere(start: Start, stream: bool) -> None:
+    ps, d = instances("prefill", 2), FakeInstance("decode")
+    failed: list[FakeInstance] = []
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        if failed:
+            return await prefill(instance, request, received)
+        failed.append(instance)
+        return await kv_unavailable(instance, request, received)
+
+    for p in ps:
+        p.answer = answer
+    front = await start([*ps, d])
+    assert (await front.post(ask("x", stream=stream))).status == 200
+    assert [len(p.received) for p in ps] == [1, 1]
+
+
 async def test_an_unreachable_prefill_instance_costs_a_retry(start: Start) -> None:
     ps, d = instances("prefill", 2), FakeInstance("decode")
     front = await start([*ps, d], probe_interval_seconds=60)

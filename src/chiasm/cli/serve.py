@@ -48,7 +48,7 @@ _OF_EC = (
     "ec_store_read_bytes",
     "ec_store_queue_bytes",
 )
-_OF_KV = ("kv_connector", "kv_connector_module_path", "kv_lease_seconds")
+_OF_KV = ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config", "kv_lease_seconds")
 _COUNTS = {
     Role.ENCODER: "encoders",
     Role.PD: "pds",

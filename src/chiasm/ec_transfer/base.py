@@ -37,8 +37,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar
 
-from chiasm.connectors import ClassPath, ConnectorFactory
-from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS, read_extra_config
+from chiasm.connectors.extra_config import read_extra_config
+from chiasm.connectors.factory import ClassPath, ConnectorFactory
+from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS
 from chiasm.ec_transfer.lookout import Lookout
 from chiasm.ec_transfer.stores.base import StoreURL
 from chiasm.errors import Code, InvalidRequestError
@@ -199,6 +200,8 @@ def check_identifier(identifier: object) -> str:
 
 class ECConnector(ABC):
     """Base class of all EC connectors. The methods of one role are never called on an object with the other role."""
+
+    plane: ClassVar = "EC"
 
     def __init__(self, config: ECTransferConfig, role: ECConnectorRole) -> None:
         self.config = config
@@ -412,7 +415,6 @@ FROM_MEMORY = ("SharedMemoryConnector", "TcpConnector", "NixlConnector")
 class ECConnectorFactory(ConnectorFactory[ECTransferConfig, ECConnectorRole, ECConnector]):
     """Makes the EC connector that a configuration names."""
 
-    _plane = "EC"
     _base = ECConnector
     _module_option = "--connector-module-path"
     _registry: ClassVar = {

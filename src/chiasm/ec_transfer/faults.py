@@ -5,29 +5,17 @@ Engines call connectors through these functions, or catch what they raise, where
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 
+from chiasm.connectors.faults import logged
 from chiasm.ec_transfer.base import ECConnector
 from chiasm.errors import ChiasmError
 from chiasm.wire import ECPlace
-
-_logger = logging.getLogger(__name__)
 
 
 def connector_error(error: Exception) -> ChiasmError:
     """Return the error of a request for which the connector has raised one."""
     return ChiasmError(f"The EC connector failed: {type(error).__name__}.")
-
-
-@contextmanager
-def logged(doing: str) -> Iterator[None]:
-    """A block that calls a connector. If that raises an error, log that it failed to do what ``doing`` says, and go on."""
-    try:
-        yield
-    except Exception:
-        _logger.exception("The EC connector failed to %s.", doing)
 
 
 def not_coming(connector: ECConnector, identifiers: Iterable[str]) -> list[str]:
@@ -38,7 +26,7 @@ def not_coming(connector: ECConnector, identifiers: Iterable[str]) -> list[str]:
     awaited: list[str] = []
     for identifier in identifiers:
         is_coming = False
-        with logged(f"tell whether the embedding of item {identifier} is coming"):
+        with logged(connector, f"tell whether the embedding of item {identifier} is coming"):
             is_coming = connector.is_coming(identifier)
         if not is_coming:
             awaited.append(identifier)
@@ -51,8 +39,8 @@ def expect(connector: ECConnector, places: Mapping[str, ECPlace], stored: Collec
         connector.expect(places, stored)
     except Exception:
         for identifier, place in places.items():
-            with logged(f"note where the embedding of item {identifier} is"):
+            with logged(connector, f"note where the embedding of item {identifier} is"):
                 connector.expect({identifier: place}, ())
         for identifier in stored:
-            with logged(f"note that the embedding of item {identifier} is stored"):
+            with logged(connector, f"note that the embedding of item {identifier} is stored"):
                 connector.expect({}, (identifier,))

@@ -5,7 +5,6 @@ This is the layer between the engine, which knows requests and sequences, and it
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from chiasm.connectors.faults import log_failure, logged
 from chiasm.ec_transfer import ECConnector
-from chiasm.ec_transfer.faults import connector_error, expect, logged, not_coming
+from chiasm.ec_transfer.faults import connector_error, expect, not_coming
 from chiasm.engine.local_encoder import LocalEncoder
 from chiasm.engine.request import ItemOutcome, ItemTiming
 from chiasm.engine.request_state import RequestState
@@ -32,19 +32,17 @@ if TYPE_CHECKING:
     from chiasm.ec_transfer.stores.writer import StoreWrites
 
 
-logger = logging.getLogger(__name__)
-
 RETRY_SECONDS = 0.01
 """Pause after an embedding was lost between the connector's yes and the step: it may be lost like that again and again."""
 
 
 @contextmanager
-def _noting_failure(identifier: str, failed: dict[str, ChiasmError]) -> Iterator[None]:
+def _noting_failure(connector: ECConnector, identifier: str, failed: dict[str, ChiasmError]) -> Iterator[None]:
     """A block that calls the connector for one item. If that raises an error, log it, and add the item to ``failed``."""
     try:
         yield
     except Exception as error:
-        logger.exception("The EC connector failed on item %s; the requests that want it fail with it.", identifier)
+        log_failure(connector, f"answer about item {identifier}, so the requests that want it fail")
         failed[identifier] = connector_error(error)
 
 
@@ -101,7 +99,8 @@ class Embeddings:
             self._encoder.stop()
         for connector in (self._scheduler_role, self._worker_role):
             if connector is not None:
-                connector.shutdown()
+                with logged(connector, "shut down"):
+                    connector.shutdown()
 
     # ---- how a request gets its items ---------------------------------------------------------------------------------
 
@@ -140,7 +139,7 @@ class Embeddings:
     def forget(self, state: RequestState) -> None:
         """Let go of what only a request wanted that has ended."""
         if self._scheduler_role is not None:
-            with logged("let go of what a request wanted"):
+            with logged(self._scheduler_role, "let go of what a request wanted"):
                 self._scheduler_role.request_finished(state.sequences[0])
 
     # ---- how entries get into memory ----------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ class Embeddings:
             for item in items:
                 name = item.identifier
                 if name not in self._scheduler.encoder_cache and name not in failed:
-                    with _noting_failure(name, failed):
+                    with _noting_failure(scheduler_role, name, failed):
                         if not scheduler_role.has_cache_item(name) or not self._scheduler.items.make_room(
                             sequence, item
                         ):
@@ -249,9 +248,7 @@ class Embeddings:
             finally:
                 worker_role.clear_connector_metadata()
         except Exception as error:
-            logger.exception(
-                "The EC connector failed to hand over embeddings; the requests that lack one fail with it."
-            )
+            log_failure(scheduler_role, "hand over embeddings, so the requests that lack one fail")
             return connector_error(error)
         seconds = time.monotonic() - started
         self._reject_misfits(worker_role, arrivals, states)
@@ -278,7 +275,7 @@ class Embeddings:
             for name in list(state.missing):
                 is_here = name in arrived
                 if not is_here and name not in failed:
-                    with _noting_failure(name, failed):
+                    with _noting_failure(scheduler_role, name, failed):
                         is_here = scheduler_role.has_cache_item(name)
                 if name in failed:
                     requests.append((state, failed[name]))
@@ -306,7 +303,7 @@ class Embeddings:
             entry = self.entries.pop(name, None)
             if entry is not None:
                 shapes = f"its shape is {tuple(entry.shape)}, but a request needs {self._shape_of(item)}"
-                with logged(f"discard the embedding of item {name}"):
+                with logged(worker_role, f"discard the embedding of item {name}"):
                     worker_role.discard(name, shapes)
 
     def _shape_of(self, item: PromptItem) -> tuple[int, int]:

@@ -16,9 +16,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from chiasm.connectors.faults import logged
 from chiasm.cores import lower_priority, lower_session_priority
 from chiasm.ec_transfer import check_identifier
-from chiasm.ec_transfer.faults import logged
 from chiasm.engine.base import Engine
 from chiasm.engine.calibration import encode_seconds, image_costs
 from chiasm.engine.config import EngineConfig
@@ -243,7 +243,7 @@ class EncoderEngine(Engine):
 
     async def _is_published(self, identifier: str) -> bool:
         def look() -> bool:
-            with logged(f"tell whether item {identifier} is published, so it is encoded"):
+            with logged(self._ec_scheduler, f"tell whether item {identifier} is published, so it is encoded"):
                 return self._ec_scheduler.has_cache_item(identifier)
             return False
 
@@ -260,7 +260,7 @@ class EncoderEngine(Engine):
         rows = len(self.processor.geometry_of_size(item.height, item.width).rows)
 
         def restore() -> bool:
-            with logged(f"restore item {item.identifier}, so it is encoded"):
+            with logged(self._ec_worker, f"restore item {item.identifier}, so it is encoded"):
                 return self._ec_worker.restore(item.identifier, rows)
             return False
 

@@ -1,23 +1,27 @@
 """KV that moves between instances: what a prefill engine leaves behind, and what a decode engine continues from.
 
-This is the layer between the engine, which knows requests and sequences, and its KV connector, which knows neither.
+This is the layer between the engine, which knows requests and sequences, and its KV connector, which knows neither. What is
+noted for a request is begun at once and by itself, so an error that the connector raises costs that request alone.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from chiasm.connectors.faults import log_failure, logged
 from chiasm.engine.request import GenerateRequest, Output
 from chiasm.engine.request_state import RequestState
 from chiasm.engine.scheduler import Scheduler
 from chiasm.engine.sequence import Sequence
 from chiasm.engine.step import Step
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, KVUnavailableError
-from chiasm.kv_transfer import KVConnector, KVLayout
+from chiasm.kv_transfer import KVConnector, KVConnectorMetadata, KVLayout
+from chiasm.kv_transfer.faults import SETTLE_SECONDS, lost_kv
 from chiasm.wire import KVTransferParams, TokenLogprob
 
 if TYPE_CHECKING:
@@ -37,15 +41,26 @@ class KVTransfers:
         self._scheduler_role, self._worker_role = connectors
         self._loads: dict[tuple[str, int], Sequence] = {}
         """Loads that have begun and not ended, by request and choice; some outlive their request."""
-        self._leases: dict[str, str] = {}
-        """The ``lease`` of each request that was left and whose blocks are still held, if it has one."""
+        self._settling: dict[tuple[str, int], float] = {}
+        """Those of them whose end the connector may never tell, and when their blocks are free in any case."""
+        self._left: dict[str, str] = {}
+        """The requests that were left and whose blocks are still held, each with its ``lease`` if it has one."""
         self._given_back: OrderedDict[str, None] = OrderedDict()
         """Leases that were given back lately: what is left under them afterwards is not held."""
+        self._failed: set[str] = set()
+        """The requests here on which the connector has failed, which is logged once for each."""
+        self._num_failed = 0
+        self._cannot_tell = False
+        """Whether the last ``get_finished`` raised an error."""
+        self._counts_leases = False
+        """Whether the connector has ever counted a lease."""
+        self._may_have_lost_sent = False
 
     @property
     def stats(self) -> KVConnectorStats:
-        """The connector's counters."""
-        return self._worker_role.stats
+        """The connector's counters; its errors count as failures."""
+        stats = self._worker_role.stats
+        return replace(stats, failures=stats.failures + self._num_failed)
 
     def start(self, kv_cache: KVCache, language: LanguageModel, wake: Callable[[], None]) -> None:
         """Make the connector ready. It calls ``wake``, from any thread, when there is something for :meth:`collect`.
@@ -65,14 +80,26 @@ class KVTransfers:
 
     def stop(self) -> None:
         """Shut the connector down."""
-        self._scheduler_role.shutdown()
-        self._worker_role.shutdown()
+        for role in (self._scheduler_role, self._worker_role):
+            with logged(role, "shut down"):
+                role.shutdown()
 
-    def flush(self) -> None:
-        """Have the worker role begin what was noted. Must be called before the handle leaves the engine."""
+    def _take_noted(self) -> KVConnectorMetadata:
+        """Return what the scheduler role has noted, but no load on which it has failed: others may have the blocks by now."""
         metadata = self._scheduler_role.build_connector_meta()
+        metadata.loads = [load for load in metadata.loads if load.key in self._loads]
+        return metadata
+
+    def _begin(self, metadata: KVConnectorMetadata) -> None:
         if metadata:
             self._worker_role.start_load_kv(metadata)
+
+    def _failure(self, request_id: str, doing: str, error: Exception) -> KVUnavailableError:
+        """Note that the connector has failed on a request; return why the request fails."""
+        log_failure(self._worker_role, f"{doing} request {request_id}, so its KV counts as lost")
+        self._failed.add(request_id)
+        self._num_failed += 1
+        return lost_kv(error)
 
     # ---- prefill ------------------------------------------------------------------------------------------------------
 
@@ -80,7 +107,7 @@ class KVTransfers:
         """End the sequence here, after its first token, and leave its blocks; return the output with the handle.
 
         If that token ends the answer, a sender that ``continues`` answers needs no handle and gets none. Other senders, such
-        as vLLM's proxies, always expect one.
+        as vLLM's proxies, always expect one. Raises KVUnavailableError, and then nothing has ended here.
         """
         params = state.request.kv_transfer_params
         assert params is not None
@@ -99,18 +126,22 @@ class KVTransfers:
         params = request.kv_transfer_params
         assert params is not None
         num_blocks = self._scheduler.block_manager.blocks_for(sequence.num_computed)
-        handle = self._scheduler_role.leave(request, sequence.block_ids[:num_blocks])
-        handle.do_remote_prefill = True
+        try:
+            handle = self._scheduler_role.leave(request, sequence.block_ids[:num_blocks])
+            handle.do_remote_prefill = True
+            self._begin(self._take_noted())  # before a decode instance can come for the blocks
+        except Exception as error:
+            raise self._failure(request.request_id, "hold the KV of", error) from error
+        self._counts_leases |= self._worker_role.stats.leases_held > 0
         handle.num_tokens = sequence.num_computed
         handle.digest = sequence.digest(sequence.num_computed)
         handle.output_token_ids = sequence.output_token_ids
         handle.seed = sequence.seed
         handle.cached_tokens = params.cached_tokens if params.output_token_ids else sequence.num_cached
         self._scheduler.finish(sequence, leave_blocks=True)
+        self._left[request.request_id] = params.lease
         if params.lease in self._given_back:
-            self._scheduler_role.give_back(request.request_id)
-        elif params.lease:
-            self._leases[request.request_id] = params.lease
+            self._give_back(request.request_id)
         return handle
 
     def give_back(self, leases: Collection[str]) -> None:
@@ -118,11 +149,17 @@ class KVTransfers:
 
         A request may be left while the news that nobody waits for it is on the way.
         """
-        for request_id in [request_id for request_id, lease in self._leases.items() if lease in leases]:
-            self._scheduler_role.give_back(request_id)
-        self._given_back.update(dict.fromkeys(leases))
+        named = dict.fromkeys(lease for lease in leases if lease)
+        for request_id in [request_id for request_id, lease in self._left.items() if lease in named]:
+            self._give_back(request_id)
+        self._given_back.update(named)
         while len(self._given_back) > _REMEMBERED_LEASES:
             self._given_back.popitem(last=False)
+
+    def _give_back(self, request_id: str) -> None:
+        with logged(self._worker_role, f"give back the KV of request {request_id}, which is held until its lease ends"):
+            self._scheduler_role.give_back(request_id)
+            self._begin(self._take_noted())
 
     # ---- decode -------------------------------------------------------------------------------------------------------
 
@@ -157,38 +194,76 @@ class KVTransfers:
                     param="kv_transfer_params",
                 )
             sequence.num_remote = min(handle.num_tokens, sequence.num_tokens - 1)
-        self._scheduler_role.claim(request)
+        try:
+            self._scheduler_role.claim(request)
+            self._begin(self._take_noted())
+        except ChiasmError:
+            raise
+        except Exception as error:
+            raise self._failure(request.request_id, "claim the KV of", error) from error
 
-    def load(self, step: Step, states: Mapping[str, RequestState]) -> None:
-        """Have the blocks filled that the step gave to sequences, except for those that the prefix cache shares."""
+    def load(self, step: Step, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
+        """Have the blocks filled that the step gave to sequences, except for those that the prefix cache shares.
+
+        Return the requests on which the connector has failed.
+        """
         now = time.monotonic()
-        blocks = self._scheduler.block_manager
+        failed: dict[str, ChiasmError] = {}
         for sequence in step.load:
             state = states[sequence.request_id]
             state.note_load_started(now)
-            handle = state.request.kv_transfer_params
-            assert handle is not None
-            assert handle.remote_block_ids is not None
-            first, end = sequence.num_computed // blocks.block_size, blocks.blocks_for(sequence.num_remote)
-            pairs = list(zip(sequence.block_ids[first:end], handle.remote_block_ids[first:end], strict=True))
-            self._loads[sequence.request_id, sequence.index] = sequence
-            self._scheduler_role.update_state_after_alloc(state.request, sequence.index, pairs)
+            if sequence.request_id in failed:  # on another of its choices
+                self._scheduler.not_loaded(sequence)
+                continue
+            try:
+                self._load(state.request, sequence)
+            except Exception as error:
+                failed[sequence.request_id] = self._failure(sequence.request_id, "load the KV of", error)
+        return [(states[request_id], error) for request_id, error in failed.items()]
+
+    def _load(self, request: GenerateRequest, sequence: Sequence) -> None:
+        """Begin the load of one sequence. If that fails, free its blocks: at once, unless the worker role was told of it."""
+        handle, blocks = request.kv_transfer_params, self._scheduler.block_manager
+        assert handle is not None
+        assert handle.remote_block_ids is not None
+        first, end = sequence.num_computed // blocks.block_size, blocks.blocks_for(sequence.num_remote)
+        pairs = list(zip(sequence.block_ids[first:end], handle.remote_block_ids[first:end], strict=True))
+        key = sequence.request_id, sequence.index
+        self._loads[key] = sequence
+        try:
+            self._scheduler_role.update_state_after_alloc(request, sequence.index, pairs)
+            metadata = self._take_noted()
+        except Exception:
+            self._scheduler.not_loaded(self._loads.pop(key))
+            raise
+        try:
+            self._begin(metadata)
+        except Exception:
+            self._settle([key])
+            raise
 
     # ---- both ---------------------------------------------------------------------------------------------------------
 
     def collect(self, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
         """Tell the scheduler which transfers have ended, and return the requests whose KV cannot be fetched."""
-        finished = self._worker_role.get_finished()
         now = time.monotonic()
+        for key in [key for key, until in self._settling.items() if until <= now]:
+            self._break_off(key)
+        try:
+            finished = self._worker_role.get_finished()
+        except Exception as error:
+            return self._lose_sight(error, states)
+        self._cannot_tell = False
         for request_id in finished.sent:
-            self._scheduler.blocks_read(request_id)
-            self._leases.pop(request_id, None)
+            self._free_left(request_id)
+        if self._may_have_lost_sent:
+            self._free_lost()
         for request_id, index in finished.loaded:
-            self._scheduler.loaded(self._loads.pop((request_id, index)))
+            self._finish_load((request_id, index))
             if index == 0 and request_id in states:
                 states[request_id].note_loaded(now)
-        for load in finished.broken_off:
-            self._scheduler.not_loaded(self._loads.pop(load))
+        for key in finished.broken_off:
+            self._break_off(key)
         return [
             (states[request_id], KVUnavailableError(reason, code=Code.KV_UNAVAILABLE))
             for request_id, reason in finished.failed.items()
@@ -197,4 +272,65 @@ class KVTransfers:
 
     def drop(self, request: GenerateRequest) -> None:
         """Note that the request ended here, for whatever reason."""
-        self._scheduler_role.drop(request)
+        doing = f"drop request {request.request_id}"
+        is_known = request.request_id in self._failed
+        self._failed.discard(request.request_id)
+        with suppress(Exception) if is_known else logged(self._worker_role, doing):
+            self._scheduler_role.drop(request)
+            self._begin(self._take_noted())
+
+    # ---- what ends -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether :meth:`collect` should be called again soon, although the connector may not call ``wake``."""
+        return bool(self._settling) or self._may_have_lost_sent
+
+    def _finish_load(self, key: tuple[str, int]) -> None:
+        self._settling.pop(key, None)
+        if (sequence := self._loads.pop(key, None)) is not None:
+            self._scheduler.loaded(sequence)
+
+    def _break_off(self, key: tuple[str, int]) -> None:
+        self._settling.pop(key, None)
+        if (sequence := self._loads.pop(key, None)) is not None:
+            self._scheduler.not_loaded(sequence)
+
+    def _settle(self, keys: Iterable[tuple[str, int]]) -> None:
+        """Free the blocks of these loads when the connector tells that they have ended, or in a while."""
+        until = time.monotonic() + SETTLE_SECONDS
+        for key in keys:
+            self._settling.setdefault(key, until)
+
+    def _lose_sight(
+        self, error: Exception, states: Mapping[str, RequestState]
+    ) -> list[tuple[RequestState, ChiasmError]]:
+        """Give up the requests that wait for KV, since the connector may have lost what it had to tell of them."""
+        waiting = {
+            request_id: state
+            for request_id, state in states.items()
+            if any(sequence.num_remote and not sequence.finished for sequence in state.sequences)
+        }
+        if waiting or not self._cannot_tell:
+            lost = f", so the KV of these requests counts as lost: {', '.join(waiting)}" if waiting else ""
+            log_failure(self._worker_role, f"tell which transfers have ended{lost}")
+        self._cannot_tell = True
+        self._failed.update(waiting)
+        self._num_failed += len(waiting)
+        self._settle(self._loads)
+        self._may_have_lost_sent = bool(self._left)
+        self._free_lost()
+        return [(state, lost_kv(error)) for state in waiting.values()]
+
+    def _free_left(self, request_id: str) -> None:
+        self._left.pop(request_id, None)
+        self._scheduler.blocks_read(request_id)
+
+    def _free_lost(self) -> None:
+        """Free all that was left if the connector counts its leases and holds none: it has lost what it had to tell."""
+        if not self._counts_leases:
+            self._may_have_lost_sent = False
+        elif self._worker_role.stats.leases_held == 0:
+            self._may_have_lost_sent = False
+            for request_id in list(self._left):
+                self._free_left(request_id)

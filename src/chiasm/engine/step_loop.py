@@ -148,8 +148,9 @@ class StepLoop:
         """Return how long there is nothing to do if no message comes; None if there is no end to it."""
         deadlines = [state.request.deadline for state in self.states.values()]
         to_check = max(min(deadlines), self._next_deadline_check) - time.monotonic() if deadlines else None
-        if to_check is not None and self._kv_transfers is not None:
-            to_check = min(to_check, DEADLINE_CHECK_SECONDS)  # KV connectors may wake the engine, but need not
+        if self._kv_transfers is not None and (to_check is not None or self._kv_transfers.is_unsettled):
+            # KV connectors may wake the engine, but need not.
+            to_check = DEADLINE_CHECK_SECONDS if to_check is None else min(to_check, DEADLINE_CHECK_SECONDS)
         ends = [seconds for seconds in (to_check, self._embeddings.seconds_to_update) if seconds is not None]
         return max(0.0, min(ends)) if ends else None
 
@@ -197,11 +198,10 @@ class StepLoop:
                 loop.call_soon_threadsafe(_settle, answer, missing)
 
     def _collect_transfers(self) -> None:
-        """See which KV transfers have ended, and begin those that were noted since."""
+        """See which KV transfers have ended."""
         if self._kv_transfers is not None:
             for state, error in self._kv_transfers.collect(self.states):
                 self._fail(state, error)
-            self._kv_transfers.flush()
 
     def _measure_stalls(self) -> None:
         if self._stalls_measured_at == self._scheduler.items.changes:
@@ -247,10 +247,10 @@ class StepLoop:
         """Have the blocks filled that the step gave to sequences whose KV is on another instance (decode role)."""
         if self._kv_transfers is None:
             return
-        self._kv_transfers.load(step, self.states)
+        self._fail_in(step, self._kv_transfers.load(step, self.states))
         lost = [sequence for sequence in step.preempted if sequence.items and self._config.role is Role.DECODE]
-        self._fail_in(step, [(self.states[sequence.request_id], self._preempted_error()) for sequence in lost])
-        self._kv_transfers.flush()
+        states = [self.states[sequence.request_id] for sequence in lost if sequence.request_id in self.states]
+        self._fail_in(step, [(state, self._preempted_error()) for state in states])
 
     @staticmethod
     def _preempted_error() -> ChiasmError:
@@ -289,15 +289,17 @@ class StepLoop:
             output = choice.output(token)
             if self._config.role is Role.PREFILL:
                 assert self._kv_transfers is not None
-                output = self._kv_transfers.hand_over(state, choice.sequence, output)
+                try:
+                    output = self._kv_transfers.hand_over(state, choice.sequence, output)
+                except KVUnavailableError as error:
+                    self._fail(state, error)
+                    continue
             outputs.append((state, output))
             if output.finish_reason is not None:
                 choice.done = True
                 self._scheduler.finish(part.sequence)
                 if state.done:
                     self._forget(state)
-        if self._kv_transfers is not None:
-            self._kv_transfers.flush()  # before a decode instance comes for the blocks
         deliver(outputs)
 
     # ---- ends ---------------------------------------------------------------------------------------------------------

@@ -24,23 +24,31 @@ names that vLLM's ``KVConnectorBase_V1`` gives to the same hooks::
                                                        get_finished                     (before each step)
 
 P does nothing on behalf of D, and D asks P for nothing but permission, so a transfer costs P's engine thread no time.
+
+If a method raises an error that it shouldn't, the engine logs it, and the KV of the request that the call was for counts as
+lost: the request fails, and its prompt may be prefilled again. Other requests run on. ``get_finished`` is for no single
+request: if it raises an error, this costs D's requests that wait for KV.
 """
 
 from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from chiasm.connectors import ClassPath, ConnectorFactory
+from chiasm.connectors.extra_config import read_extra_config
+from chiasm.connectors.factory import ClassPath, ConnectorFactory
+from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey
 from chiasm.options import Option
 from chiasm.wire import KVTransferParams
 
 if TYPE_CHECKING:
     import torch
+
+_ConfigT = TypeVar("_ConfigT")
 
 
 class KVConnectorRole(enum.Enum):
@@ -97,7 +105,16 @@ class KVTransferConfig:
     ] = None
     fleet_key: FleetKey | None = field(default=None, repr=False)
     """By which the instances of a fleet know each other. Without one, only instances of this host are talked to."""
-    extra: dict[str, str] = field(default_factory=dict)
+    connector_extra_config: Annotated[
+        Mapping[str, Any],
+        Option(
+            "Settings that only the KV connector understands, as a JSON object.",
+            name="kv_connector_extra_config",
+            json='{"depth":3}',
+            unset="none",
+        ),
+    ] = field(default_factory=dict)
+    """As vLLM's ``kv_connector_extra_config``. Chiasm's own connectors have no such settings: they share those above."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +228,7 @@ class KVConnectorStats:
     """Consumer: the sum over all requests of the time from arrival until the producer granted the claim."""
     failures: int = 0
     leases_held: int = 0
-    """Producer: requests whose blocks are held now."""
+    """Producer: requests whose blocks are held now, from ``start_load_kv`` until ``get_finished`` can name them in ``sent``."""
     leases_expired: int = 0
     """Producer: leases that ended before a claim, and claims whose deadline passed or whose connection broke."""
 
@@ -219,10 +236,19 @@ class KVConnectorStats:
 class KVConnector(ABC):
     """Base of all KV connectors. Methods of one role are never called on an object of the other."""
 
+    plane: ClassVar = "KV"
+
     def __init__(self, config: KVTransferConfig, role: KVConnectorRole) -> None:
         self.config = config
         self.role = role
         self.stats = KVConnectorStats()
+
+    def read_extra_config(self, kind: type[_ConfigT]) -> _ConfigT:
+        """Return the connector's own settings as ``kind``, a dataclass of its module.
+
+        Raises ConfigurationError, by name, for one that is missing, unknown or of the wrong type.
+        """
+        return read_extra_config(self.config.connector, self.config.connector_extra_config, kind)
 
     @property
     def is_producer(self) -> bool:
@@ -283,7 +309,10 @@ class KVConnector(ABC):
 
     @abstractmethod
     def build_connector_meta(self) -> KVConnectorMetadata:
-        """Return everything that was noted since the last call, and forget it."""
+        """Return everything that was noted since the last call, and forget it.
+
+        Engines pass on no load for which ``update_state_after_alloc`` or this method has raised an error.
+        """
 
     # ---- worker role: called on the engine's thread; none of them waits for the network or a copy -------------------
 
@@ -305,21 +334,45 @@ class KVConnector(ABC):
 
     @abstractmethod
     def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
-        """Begin what the metadata says."""
+        """Begin what the metadata says.
+
+        If it raises an error, the engine drops the requests of the metadata. Loads that have begun in spite of it are named in
+        ``broken_off`` or ``loaded`` within 30 seconds, and nothing writes to their blocks after that time.
+        """
 
     @abstractmethod
     def get_finished(self) -> FinishedTransfers:
-        """Return what has ended since the last call. Cheap if nothing has."""
+        """Return what has ended since the last call. Cheap if nothing has.
+
+        If it raises an error, what had ended is best named by the next call. What is never named: blocks of loads are free 30
+        seconds after the error; a producer's blocks, when ``stats.leases_held`` is 0.
+        """
+
+
+OWN_CONNECTORS = {
+    "SharedMemoryConnector": ClassPath("chiasm.kv_transfer.shared_memory", "SharedMemoryConnector"),
+    "TcpConnector": ClassPath("chiasm.kv_transfer.tcp", "TcpConnector"),
+    "NixlConnector": ClassPath("chiasm.kv_transfer.nixl", "NixlConnector"),
+}
+"""The connectors that come with chiasm."""
 
 
 class KVConnectorFactory(ConnectorFactory[KVTransferConfig, KVConnectorRole, KVConnector]):
     """Creates the KV connector that a configuration names, and imports its module only then."""
 
-    _plane = "KV"
     _base = KVConnector
     _module_option = "--kv-connector-module-path"
-    _registry: ClassVar = {
-        "SharedMemoryConnector": ClassPath("chiasm.kv_transfer.shared_memory", "SharedMemoryConnector"),
-        "TcpConnector": ClassPath("chiasm.kv_transfer.tcp", "TcpConnector"),
-        "NixlConnector": ClassPath("chiasm.kv_transfer.nixl", "NixlConnector"),
-    }
+    _registry: ClassVar = dict(OWN_CONNECTORS)
+
+    @classmethod
+    def check(cls, config: KVTransferConfig) -> None:
+        """Raise ConfigurationError for a connector that doesn't exist, or for settings that chiasm's own don't have.
+
+        Imports no connector, so it cannot tell everything.
+        """
+        cls.check_name(config)
+        is_own = config.connector_module_path is None and config.connector in OWN_CONNECTORS
+        if is_own and (names := ", ".join(sorted(config.connector_extra_config))):
+            raise ConfigurationError(
+                f"{config.connector} has no settings of its own; leave out {names} (--kv-connector-extra-config)."
+            )

@@ -132,6 +132,8 @@ class DeploymentConfig:
     kv_connector: str | None = None
     """None: SharedMemoryConnector, and vLLM's own NixlConnector between vLLM instances."""
     kv_connector_module_path: str | None = None
+    kv_connector_extra_config: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that only the KV connector understands."""
     kv_lease_seconds: float | None = None
     """How long a prefill instance holds KV that nobody claims; None: the connector's default."""
     deadline_seconds: float | None = None
@@ -232,9 +234,10 @@ class DeploymentConfig:
         ECConnectorFactory.check_name(
             ECTransferConfig(self.ec_connector, connector_module_path=self.connector_module_path)
         )
-        if self.kv_connector not in (None, _NIXL) or self.kv_connector_module_path is not None:
+        is_nixl = self.kv_connector in (None, _NIXL) and self.kv_connector_module_path is None
+        if not is_nixl or self.kv_connector_extra_config:
             raise ConfigurationError(
-                f"--kv-connector: vLLM instances exchange KV through {_NIXL}; for another of vLLM's, give "
+                f"--kv-connector: vLLM instances exchange KV through {_NIXL}; for another of vLLM's, or other settings, give "
                 "--kv-transfer-config in --prefill-args and --decode-args."
             )
         for role in self.roles or Role:

@@ -147,6 +147,7 @@ def instance_settings(
     if role in KV_ROLES:
         names = ["kv_connector", "kv_connector_module_path", *(["kv_lease_seconds"] if role is Role.PREFILL else [])]
         settings |= {name: value for name in names if (value := getattr(config, name)) is not None}
+        settings["kv_connector_extra_config"] = config.kv_connector_extra_config
     return {**settings, **config.settings, **chosen.settings}
 
 

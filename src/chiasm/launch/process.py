@@ -25,7 +25,7 @@ from chiasm.wire import Role
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 KV_ROLES = {Role.PREFILL: KVTransferRole.PRODUCER, Role.DECODE: KVTransferRole.CONSUMER}
-_OF_DECODE = ("kv_connector", "kv_connector_module_path")
+_OF_DECODE = ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config")
 """The options about KV that a decode instance shares with its prefill instances."""
 
 _SEE_IMAGES = (Role.ENCODER, Role.AGGREGATED)
@@ -174,7 +174,7 @@ def kv_config(role: Role, settings: Mapping[str, Any]) -> KVTransferConfig | Non
     if role is Role.DECODE and (names := _flags(settings, KVTransferConfig, without=_OF_DECODE)):
         raise ConfigurationError(f"{names}: only prefill instances offer KV; give it to them.")
     config = KVTransferConfig(role=KV_ROLES[role], **fields_from(settings, KVTransferConfig))
-    KVConnectorFactory.check_name(config)
+    KVConnectorFactory.check(config)
     return config
 
 

@@ -27,6 +27,7 @@ _INSTANCE = {
     "ec_store_queue_bytes": _OF_ALL,
     "kv_connector": _OF_ALL,
     "kv_connector_module_path": _OF_ALL,
+    "kv_connector_extra_config": _OF_ALL,
     "shutdown_timeout_seconds": _OF_ALL,
     "fleet_key_file": _OF_ALL,
     "ssl_certfile": "the proxy speaks plain HTTP with the instances of its machine",

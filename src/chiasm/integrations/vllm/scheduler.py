@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
+from chiasm.connectors.faults import log_failure, logged
 from chiasm.ec_transfer import ECConnector, ECConnectorMetadata, check_identifier
-from chiasm.ec_transfer.faults import expect, logged, not_coming
+from chiasm.ec_transfer.faults import expect, not_coming
 from chiasm.ec_transfer.stores.reader import StoreReads
 from chiasm.errors import InvalidRequestError
 from chiasm.integrations.vllm.items import (
@@ -199,7 +200,7 @@ class SchedulerHalf:
         self._count("hits")
         if self._is_reader:
             state.expected = state.promised or (item.rows, self._layout.width)
-            with logged(f"note that item {item.identifier} is loaded, so the requests that use it fail"):
+            with logged(self._store, f"note that item {item.identifier} is loaded, so the requests that use it fail"):
                 self._store.update_state_after_alloc(tracked, index)
         else:
             state.content = Content.NOTHING
@@ -207,7 +208,7 @@ class SchedulerHalf:
     def build_connector_meta(self, num_scheduled_tokens: int) -> StepMetadata:
         """Return the message to the workers for the step that was scheduled, and begin the next one."""
         loads, items = ECConnectorMetadata(), self._items
-        with logged("say what the step loads, so the requests that need any of it fail"):
+        with logged(self._store, "say what the step loads, so the requests that need any of it fail"):
             loads = self._store.build_connector_meta()
         metadata = StepMetadata(
             step=self._step,
@@ -271,7 +272,7 @@ class SchedulerHalf:
             check_identifier(identifier)
         except InvalidRequestError:
             return False
-        with logged(f"tell whether item {identifier} is published, so it counts as not published"):
+        with logged(self._store, f"tell whether item {identifier} is published, so it counts as not published"):
             return self._store.is_published(identifier)
         return False
 
@@ -369,7 +370,7 @@ class SchedulerHalf:
             self._fail(tracked, f"Item {identifier} does not fit: {misfit}.")
         else:  # it may be the entry that is wrong, and the next one right
             tracked.rejected.add(identifier)
-            with logged(f"discard the embedding of item {identifier}"):
+            with logged(self._store, f"discard the embedding of item {identifier}"):
                 self._store.discard(identifier, misfit)
         return False
 
@@ -398,7 +399,7 @@ class SchedulerHalf:
         try:
             return question(item.identifier)
         except Exception:
-            _logger.exception("The EC connector failed on item %s.", item.identifier)
+            log_failure(self._store, f"answer about item {item.identifier}")
             state.has_failed = True
             return None
 
@@ -418,12 +419,12 @@ class SchedulerHalf:
     def _forget(self, tracked: TrackedRequest) -> None:
         self._end_wait(tracked)
         if self._is_reader and not tracked.is_new:
-            with logged("let go of what a request wanted"):
+            with logged(self._store, "let go of what a request wanted"):
                 self._store.request_finished(tracked.wanted)
 
     def _has_told(self, tracked: TrackedRequest, num_computed_tokens: int) -> bool:
         """Tell the connector what a request wants. Return False if the connector fails, and the request with it."""
-        with logged("note what a request wants, so the request fails"):
+        with logged(self._store, "note what a request wants, so the request fails"):
             self._store.ensure_cache_available(tracked.wanted, num_computed_tokens)
             return True
         self._fail(tracked, "The EC connector failed to note what it wants.")

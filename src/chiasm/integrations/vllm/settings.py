@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from chiasm.connectors.extra_config import read_extra_config
 from chiasm.ec_transfer import ECConnectorFactory, ECTransferConfig, ECTransferRole
-from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS, read_extra_config
+from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS
 from chiasm.ec_transfer.stores.address import URL_VARIABLE
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from chiasm.connectors.faults import log_failure, logged
 from chiasm.ec_transfer import ECConnector
-from chiasm.ec_transfer.faults import logged
 from chiasm.ec_transfer.stores.writer import StoreWrites
 from chiasm.errors import InvalidRequestError, StorageError
 from chiasm.integrations.vllm.messages import CounterWriter, StepMetadata, StepReport
@@ -41,7 +41,7 @@ class WorkerHalf:
         """Begin a step."""
         self._metadata = metadata
         self._report = None
-        with logged("begin a step, so the requests that need what it loads fail"):
+        with logged(self._store, "begin a step, so the requests that need what it loads fail"):
             self._store.bind_connector_metadata(metadata.loads)
         if not self._has_asked_for_counters and metadata.counters and self._is_writer():
             self._has_asked_for_counters = True
@@ -52,7 +52,7 @@ class WorkerHalf:
     def clear(self) -> None:
         """End the step."""
         self._metadata = None
-        with logged("end a step"):
+        with logged(self._store, "end a step"):
             self._store.clear_connector_metadata()
 
     def start_save_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
@@ -82,7 +82,7 @@ class WorkerHalf:
                     f"it has shape {list(loaded.shape)} and {loaded.dtype}, but a request needs {list(shape)} and "
                     f"{self._dtype}"
                 )
-                with logged(f"discard the embedding of item {identifier}"):
+                with logged(self._store, f"discard the embedding of item {identifier}"):
                     self._store.discard(identifier, reason)
             if not is_fitting:
                 zeros = torch.zeros(shape, dtype=self._dtype, device=self._store.config.device)
@@ -102,7 +102,7 @@ class WorkerHalf:
         except StorageError:
             pass  # the connector has logged it
         except Exception:
-            _logger.exception("The EC connector failed to publish the embedding of item %s.", mm_hash)
+            log_failure(self._store, f"publish the embedding of item {mm_hash}")
         self._write_counters()
 
     def report(self) -> StepReport | None:

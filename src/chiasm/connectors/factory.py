@@ -36,8 +36,6 @@ ConnectorT = TypeVar("ConnectorT")
 class ConnectorFactory(Generic[ConfigT, RoleT, ConnectorT]):
     """The registered connectors of one kind, each imported when it is first used."""
 
-    _plane: ClassVar[str]
-    """``EC`` or ``KV``."""
     _base: ClassVar[type[Any]]
     """The abstract class that all of them derive from."""
     _module_option: ClassVar[str]
@@ -51,7 +49,9 @@ class ConnectorFactory(Generic[ConfigT, RoleT, ConnectorT]):
         Raises ConfigurationError if the name is taken.
         """
         if name in cls._registry:
-            raise ConfigurationError(f"The {cls._plane} connector {name!r} is registered already; choose another name.")
+            raise ConfigurationError(
+                f"The {cls._base.plane} connector {name!r} is registered already; choose another name."
+            )
         cls._registry[name] = ClassPath(module_path, class_name)
 
     @classmethod
@@ -67,7 +67,7 @@ class ConnectorFactory(Generic[ConfigT, RoleT, ConnectorT]):
             found = False
         if not found:
             raise ConfigurationError(
-                f"There is no Python module {module!r} for the {cls._plane} connector {config.connector!r}; correct "
+                f"There is no Python module {module!r} for the {cls._base.plane} connector {config.connector!r}; correct "
                 f"{cls._module_option}, or install the module where chiasm is."
             )
 
@@ -79,7 +79,7 @@ class ConnectorFactory(Generic[ConfigT, RoleT, ConnectorT]):
             return cls._registry[config.connector]
         known = ", ".join(sorted(cls._registry))
         raise ConfigurationError(
-            f"There is no {cls._plane} connector {config.connector!r}. Choose from {known}, or name the module of another "
+            f"There is no {cls._base.plane} connector {config.connector!r}. Choose from {known}, or name the module of another "
             f"one with {cls._module_option}."
         )
 
@@ -96,7 +96,7 @@ class ConnectorFactory(Generic[ConfigT, RoleT, ConnectorT]):
             module = importlib.import_module(path.module)
         except ImportError as error:
             raise explained(error, config.connector) or ConfigurationError(
-                f"Cannot import {path.module!r} for the {cls._plane} connector {config.connector!r}: {error}"
+                f"Cannot import {path.module!r} for the {cls._base.plane} connector {config.connector!r}: {error}"
             ) from error
         found = getattr(module, path.name, None)
         if not (isinstance(found, type) and issubclass(found, cls._base)):
