@@ -193,16 +193,15 @@ async def test_blocks_of_a_load_that_has_begun_are_held_until_it_has_ended(
     assert (await pair.ask(*HIT)).token_ids == (await start(Role.AGGREGATED).ask(*HIT)).token_ids
 
 
-async def test_a_prefill_connector_that_cannot_tell_what_was_fetched_costs_nothing(
+async def test_a_prefill_connector_that_cannot_tell_what_was_fetched_holds_it_until_it_can(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    request = pair.prefill.request(*HIT, kv=PLEASE)
-    break_for(monkeypatch, pair.prefill, request, "get_finished")
-    handle = (await pair.prefill.send(request))[0].handle
-    spared = [asyncio.create_task(pair.ask(*SPARED)) for _ in range(3)]
-    await pair.go_on(handle, *HIT)
-    for each in spared:
-        assert len((await each).token_ids) == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(roles(pair.prefill)[1], "get_finished", broken)
+        asked = [asyncio.create_task(pair.ask(*parts)) for parts in (HIT, SPARED, SPARED)]
+        for each in asked:
+            assert len((await each).token_ids) == 8
+        assert not pair.prefill.is_empty()
     await until(pair.is_empty)
     assert len(faults(caplog)) == 1
 

@@ -52,9 +52,6 @@ class KVTransfers:
         self._num_failed = 0
         self._cannot_tell = False
         """Whether the last ``get_finished`` raised an error."""
-        self._counts_leases = False
-        """Whether the connector has ever counted a lease."""
-        self._may_have_lost_sent = False
 
     @property
     def stats(self) -> KVConnectorStats:
@@ -132,7 +129,6 @@ class KVTransfers:
             self._begin(self._take_noted())  # before a decode instance can come for the blocks
         except Exception as error:
             raise self._failure(request.request_id, "hold the KV of", error) from error
-        self._counts_leases |= self._worker_role.stats.leases_held > 0
         handle.num_tokens = sequence.num_computed
         handle.digest = sequence.digest(sequence.num_computed)
         handle.output_token_ids = sequence.output_token_ids
@@ -255,9 +251,8 @@ class KVTransfers:
             return self._lose_sight(error, states)
         self._cannot_tell = False
         for request_id in finished.sent:
-            self._free_left(request_id)
-        if self._may_have_lost_sent:
-            self._free_lost()
+            self._left.pop(request_id, None)
+            self._scheduler.blocks_read(request_id)
         for request_id, index in finished.loaded:
             self._finish_load((request_id, index))
             if index == 0 and request_id in states:
@@ -284,7 +279,7 @@ class KVTransfers:
     @property
     def is_unsettled(self) -> bool:
         """Whether :meth:`collect` should be called again soon, although the connector may not call ``wake``."""
-        return bool(self._settling) or self._may_have_lost_sent
+        return bool(self._settling) or self._cannot_tell
 
     def _finish_load(self, key: tuple[str, int]) -> None:
         self._settling.pop(key, None)
@@ -318,19 +313,4 @@ class KVTransfers:
         self._failed.update(waiting)
         self._num_failed += len(waiting)
         self._settle(self._loads)
-        self._may_have_lost_sent = bool(self._left)
-        self._free_lost()
         return [(state, lost_kv(error)) for state in waiting.values()]
-
-    def _free_left(self, request_id: str) -> None:
-        self._left.pop(request_id, None)
-        self._scheduler.blocks_read(request_id)
-
-    def _free_lost(self) -> None:
-        """Free all that was left if the connector counts its leases and holds none: it has lost what it had to tell."""
-        if not self._counts_leases:
-            self._may_have_lost_sent = False
-        elif self._worker_role.stats.leases_held == 0:
-            self._may_have_lost_sent = False
-            for request_id in list(self._left):
-                self._free_left(request_id)

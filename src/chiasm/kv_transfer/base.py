@@ -228,7 +228,7 @@ class KVConnectorStats:
     """Consumer: the sum over all requests of the time from arrival until the producer granted the claim."""
     failures: int = 0
     leases_held: int = 0
-    """Producer: requests whose blocks are held now, from ``start_load_kv`` until ``get_finished`` can name them in ``sent``."""
+    """Producer: requests whose blocks are held now."""
     leases_expired: int = 0
     """Producer: leases that ended before a claim, and claims whose deadline passed or whose connection broke."""
 
@@ -344,8 +344,8 @@ class KVConnector(ABC):
     def get_finished(self) -> FinishedTransfers:
         """Return what has ended since the last call. Cheap if nothing has.
 
-        If it raises an error, what had ended is best named by the next call. What is never named: blocks of loads are free 30
-        seconds after the error; a producer's blocks, when ``stats.leases_held`` is 0.
+        After an error, a later call names what had ended: until then, a producer's blocks are held. Blocks of loads are free
+        30 seconds after the error in any case.
         """
 
 
