@@ -16,8 +16,9 @@ from types import TracebackType
 
 from chiasm.ec_transfer.stores import StoreAddress, StoreError
 from chiasm.ec_transfer.stores.resp import Connection, Reply
+from chiasm.launch.ports import HeldPort
 
-_START_SECONDS = 20.0
+_START_SECONDS = 60.0
 _COLONS_OF_HEADER = 4
 """In the key of an entry's header; the keys of its chunks have more."""
 
@@ -40,8 +41,12 @@ class StoreServer:
     """A server in a process of its own, which keeps everything in memory. Use it as a context manager."""
 
     def __init__(self, program: Path, *settings: str, port: int = 0) -> None:
-        """``settings`` are the server's own arguments, such as ``--maxmemory 20mb``."""
-        self.port = port or _free_port()
+        """``settings`` are the server's own arguments, such as ``--maxmemory 20mb``.
+
+        Its port is kept for it as long as this object is in use, also while the server doesn't run.
+        """
+        self._held = HeldPort("127.0.0.1", port)
+        self.port = self._held.port
         self._command = [
             str(program),
             "--port",
@@ -126,6 +131,7 @@ class StoreServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+        self._held.release()
 
 
 @contextlib.contextmanager
@@ -133,9 +139,3 @@ def running(*settings: str) -> Iterator[StoreServer]:
     """A Valkey server or, where Valkey is not installed, a Redis server."""
     with StoreServer(next(iter(servers().values())), *settings) as server:
         yield server
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

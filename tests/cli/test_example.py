@@ -83,5 +83,5 @@ def test_ctrl_c_ends_all_of_it(name: str, ports: dict[str, str], tmp_path: Path)
         os.killpg(script.pid, signal.SIGINT)
         _, err = script.communicate(timeout=60)
     assert script.returncode == 128 + signal.SIGINT, err
-    assert eventually(lambda: not alive(children), 10)
+    assert eventually(lambda: not alive(children))
     assert not list(tmp_path.glob("tmp.*"))

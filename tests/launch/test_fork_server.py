@@ -125,4 +125,4 @@ def test_the_server_ends_with_whoever_uses_it() -> None:
         family = psutil.Process(owner.pid).children()
         assert len(family) == 2
         owner.kill()
-    assert eventually(lambda: not alive(family), 10)
+    assert eventually(lambda: not alive(family))
