@@ -81,7 +81,7 @@ def test_ctrl_c_ends_all_of_it(name: str, ports: dict[str, str], tmp_path: Path)
         children = psutil.Process(script.pid).children(recursive=True)
         assert len(children) >= len(ports)
         os.killpg(script.pid, signal.SIGINT)
-        _, err = script.communicate(timeout=60)
+        _, err = script.communicate(timeout=120)
     assert script.returncode == 128 + signal.SIGINT, err
     assert eventually(lambda: not alive(children))
     assert not list(tmp_path.glob("tmp.*"))

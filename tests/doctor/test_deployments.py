@@ -109,7 +109,7 @@ def test_without_the_fleet_key_nothing_is_sent_from_instance_to_instance(service
 def test_instances_that_do_not_fit_are_found(service: Service) -> None:
     (encoder,) = service.deployment.urls(Role.ENCODER)
     pds = [argument for url in service.pds.values() for argument in ("--pd", url)]
-    code, findings = doctor("--encoder", encoder, *pds, "--timeout-seconds", "3", *service.key)
+    code, findings = doctor("--encoder", encoder, *pds, "--timeout-seconds", "5", *service.key)
     assert code == 1
     assert [one["verdict"] for one in of(findings, "fleet key")] == ["ok", "warning"]
     travels = {

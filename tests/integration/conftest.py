@@ -133,7 +133,7 @@ class Service:
         """Sum of a metric of one process over all its labels."""
         return sum(
             float(line.rsplit(" ", 1)[1])
-            for line in httpx.get(f"{url}/metrics", headers=self._admin, timeout=10).text.splitlines()
+            for line in httpx.get(f"{url}/metrics", headers=self._admin, timeout=30).text.splitlines()
             if line.startswith((f"{name} ", f"{name}{{"))
         )
 
@@ -144,7 +144,7 @@ class Service:
                 self.wait_until(partial(_all_blocks_free, url))
 
     def health(self) -> list[dict[str, Any]]:
-        return list(httpx.get(f"{self.url}/health", headers=self._admin, timeout=10).json()["instances"])
+        return list(httpx.get(f"{self.url}/health", headers=self._admin, timeout=30).json()["instances"])
 
     @property
     def _admin(self) -> dict[str, str]:
@@ -186,7 +186,7 @@ class Service:
         if killed in (process.pid for process in self.deployment.processes):
             return False
         try:
-            return httpx.get(f"{url}/health", timeout=10).status_code == 200
+            return httpx.get(f"{url}/health", timeout=30).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -233,7 +233,7 @@ def struck(service: Service, aggregated: Service, body: dict[str, Any], attempt:
 
 
 def _all_blocks_free(url: str) -> bool:
-    health = httpx.get(f"{url}/health", timeout=10).json()
+    health = httpx.get(f"{url}/health", timeout=30).json()
     return bool(health["kv_blocks_free"] == health["kv_blocks_total"])
 
 

@@ -40,19 +40,24 @@ def metric(running: Running, name: str) -> dict[str, float]:
     return {worker: float(value) for worker, value in found}
 
 
+def shows(running: Running, name: str, values: dict[str, float]) -> bool:
+    """Whether a metric gets these values: a worker that is too busy to tell its own is left out of a page."""
+    return eventually(lambda: metric(running, name) == values)
+
+
 def test_the_metrics_are_those_of_all(running: Running) -> None:
-    assert metric(running, "chiasm_proxy_requests_in_flight") == {"0": 0, "1": 0}
+    assert shows(running, "chiasm_proxy_requests_in_flight", {"0": 0, "1": 0})
 
 
 def test_an_instance_is_added_to_all_and_removed_from_all(running: Running) -> None:
     url = f"{running.wait_ready()}/instances"
     order = {"url": NOBODY, "role": "pd"}
     assert httpx.post(url, json=order, timeout=60).status_code == 401
-    assert metric(running, "chiasm_proxy_instance_healthy") == {}
+    assert shows(running, "chiasm_proxy_instance_healthy", {})
     assert httpx.post(url, json=order, headers=ADMIN, timeout=60).status_code == 201
-    assert metric(running, "chiasm_proxy_instance_healthy") == {"0": 0, "1": 0}
+    assert shows(running, "chiasm_proxy_instance_healthy", {"0": 0, "1": 0})
     assert httpx.request("DELETE", url, json=order, headers=ADMIN, timeout=60).status_code == 202
-    assert metric(running, "chiasm_proxy_instance_healthy") == {}
+    assert shows(running, "chiasm_proxy_instance_healthy", {})
 
 
 def test_a_worker_that_dies_is_started_again_and_knows_what_was_added(running: Running) -> None:
@@ -62,8 +67,7 @@ def test_a_worker_that_dies_is_started_again_and_knows_what_was_added(running: R
     killed.kill()
     assert eventually(lambda: workers(running).get("worker-0") not in (None, killed))
     assert httpx.get(f"{running.wait_ready()}/livez", timeout=60).status_code == 200
-    assert eventually(lambda: metric(running, "chiasm_proxy_requests_in_flight").keys() == {"0", "1"})
-    assert metric(running, "chiasm_proxy_instance_healthy") == {"0": 0, "1": 0}
+    assert shows(running, "chiasm_proxy_instance_healthy", {"0": 0, "1": 0})
 
 
 def test_what_workers_tell_each_other_is_for_nobody_else(running: Running) -> None:
