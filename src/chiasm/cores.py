@@ -22,6 +22,7 @@ ENCODER_NICE = 5
 """Niceness of threads that encode: decode steps go first, and of a core that both want, encoding keeps a quarter."""
 ARRIVAL_NICE = 10
 """Niceness of threads that bring embeddings in: of a core that a step wants too, they keep a tenth."""
+_NICEST = 19
 _AUTOGROUP = Path("/proc/self/autogroup")
 _AUTOGROUP_ATTEMPTS, _AUTOGROUP_SECONDS = 50, 0.1
 
@@ -106,11 +107,13 @@ def pin_to(cpus: Sequence[int]) -> None:
 def lower_priority(nice: int) -> None:
     """Let the calling thread, and the threads that it starts from now on, compute when others leave cores idle.
 
-    ``nice`` is a niceness from 0 to 19. Every step of it is worth a tenth of a core among threads that compete for one, so
-    a thread of niceness 5 keeps a quarter of what the others get. Does nothing where threads have no niceness of their own.
+    ``nice``, from 0 to 19, is added to the niceness of the process, up to 19. Every step of it is worth a tenth of a core among
+    threads that compete for one, so a thread that is 5 nicer keeps a quarter of what the others get. Does nothing where threads
+    have no niceness of their own.
     """
     if nice and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        of_process = os.getpriority(os.PRIO_PROCESS, os.getpid())
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(_NICEST, of_process + nice))
 
 
 def lower_session_priority(nice: int) -> None:
