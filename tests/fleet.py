@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import signal
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 import httpx2 as httpx
+import psutil
 
 from chiasm.fleet_key import FleetKey
 from chiasm.http.fleet_calls import body_digest, signature
-from chiasm.launch.fork_server import ForkServer
+from chiasm.launch.fork_server import COMMAND, ForkServer
+from tests.launch.waiting import command_line
 
 FORKS = ForkServer()
 """It ends with the test run."""
+
+
+def fork_servers() -> list[psutil.Process]:
+    """What forks for this process."""
+    return [one for one in psutil.Process().children() if command_line(one)[-1:] == [COMMAND]]
+
+
+@contextmanager
+def no_forks() -> Iterator[None]:
+    """What forks instances stands still meanwhile, so that none that is killed comes back."""
+    servers = fork_servers()
+    assert servers
+    for server in servers:
+        server.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.send_signal(signal.SIGCONT)
 
 
 class Signed(httpx.Auth):

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from chiasm.ec_transfer.stores import StoreAddress, StoreError
 from chiasm.ec_transfer.stores.resp import Connection, Reply
-from tests.free_ports import free_port
+from chiasm.launch.ports import HeldPort
 
 _START_SECONDS = 60.0
 _CALL_SECONDS = 30.0
@@ -42,8 +42,12 @@ class StoreServer:
     """A server in a process of its own, which keeps everything in memory. Use it as a context manager."""
 
     def __init__(self, program: Path, *settings: str, port: int = 0) -> None:
-        """``settings`` are the server's own arguments, such as ``--maxmemory 20mb``."""
-        self.port = port or free_port()
+        """``settings`` are the server's own arguments, such as ``--maxmemory 20mb``.
+
+        Its port is kept for it as long as this object is in use, also while the server doesn't run.
+        """
+        self._held = HeldPort("127.0.0.1", port)
+        self.port = self._held.port
         self._command = [
             str(program),
             "--port",
@@ -128,6 +132,7 @@ class StoreServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+        self._held.release()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from chiasm.wire import CHAT_PATH
 from tests.proxy.conftest import ask
 from tests.proxy.instances import FakeInstance
 
-SECONDS = 30
+SECONDS = 120
 """For what takes milliseconds on a machine that isn't busy."""
 
 

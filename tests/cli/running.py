@@ -52,7 +52,7 @@ class Running:
         family = [*self.children, self.process]
         for process in alive(family):
             process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     @property
     def stdout(self) -> str:
@@ -80,7 +80,7 @@ class Running:
         """Send a signal and wait for the end; returns the seconds that it took."""
         started = time.monotonic()
         self.process.send_signal(number)
-        self.process.wait(30)
+        self.process.wait(60)
         return time.monotonic() - started
 
 

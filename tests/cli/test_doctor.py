@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import socket
 
 import pytest
 
+from chiasm.launch.ports import HeldPort
 from tests.cli.running import run
 
 
@@ -30,9 +30,10 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
 
 
 def test_no_server_at_the_address() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    held = HeldPort("127.0.0.1")  # nobody listens there
+    url = held.url
     done = run("doctor", f"{url}/v1/", "--json")
+    held.release()
     assert done.returncode == 1
     (finding,) = json.loads(done.stdout)["findings"]
     assert finding["check"] == "proxy"

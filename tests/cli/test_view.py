@@ -8,7 +8,7 @@ import os
 import pty
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 from rich.console import Console
@@ -26,6 +26,7 @@ def test_without_a_terminal_there_are_lines(capsys: pytest.CaptureFixture[str]) 
         view.line("encoder-0", "loading")
         view.change(PD)
         view.ready("http://127.0.0.1:8000")
+    _until_all_is_written()
     out, err = capsys.readouterr()
     assert out == "ready http://127.0.0.1:8000\n"
     assert err == f"[encoder-0] loading\n[pd-0] ready at http://127.0.0.1:1, pid {os.getpid()}\n"
@@ -33,9 +34,10 @@ def test_without_a_terminal_there_are_lines(capsys: pytest.CaptureFixture[str]) 
 
 def test_in_a_terminal_there_is_a_table_below_the_lines() -> None:
     code = (
-        "import os; from chiasm.cli.view import View; from tests.cli.test_view import PD\n"
+        "from chiasm.cli.view import View; from tests.cli.test_view import PD, _until_all_is_written\n"
         "with View() as view:\n"
-        "    view.show(lambda: [PD]); view.line('encoder-0', '[loading]'); view.ready('http://127.0.0.1:8000')"
+        "    view.show(lambda: [PD]); view.line('encoder-0', '[loading]'); view.ready('http://127.0.0.1:8000')\n"
+        "_until_all_is_written()"
     )
     ours, theirs = pty.openpty()
     try:
@@ -82,14 +84,26 @@ def test_a_full_pipe_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     full = os.fdopen(writer, "w")
     monkeypatch.setattr(sys, "stderr", full)
-    started = time.monotonic()
-    with View() as view:
-        for _ in range(5000):
-            view.line("pd-0", "x" * 1000)
-    assert time.monotonic() - started < 5
+
+    def show() -> None:
+        with View() as view:
+            for _ in range(5000):
+                view.line("pd-0", "x" * 1000)
+
+    showing = threading.Thread(target=show, daemon=True)
+    showing.start()
+    showing.join(60)
+    assert not showing.is_alive()
     os.close(reader)  # or closing the other end would wait for ever
     with contextlib.suppress(BrokenPipeError):
         full.close()
+
+
+def _until_all_is_written() -> None:
+    """Wait for the thread of a view that was closed, for which the view itself doesn't wait long."""
+    for thread in threading.enumerate():
+        if thread.name == "chiasm-view":
+            thread.join(60)
 
 
 def _read(terminal: int) -> bytes:

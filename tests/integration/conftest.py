@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2 as httpx
 import pytest
@@ -28,6 +29,9 @@ from tests.fleet import FORKS, Signed
 
 MODEL = "small"
 SMALL = {"dtype": "float32", "kv_cache_bytes": 16 << 20, "max_model_len": 512}
+STREAMS = 20
+"""So many streams are asked for, until one of them is still open when an instance is lost."""
+_T = TypeVar("_T")
 
 
 def pixels(seed: int, height: int = 96, width: int = 96) -> Image.Image:
@@ -129,7 +133,7 @@ class Service:
         """Sum of a metric of one process over all its labels."""
         return sum(
             float(line.rsplit(" ", 1)[1])
-            for line in httpx.get(f"{url}/metrics", headers=self._admin, timeout=10).text.splitlines()
+            for line in httpx.get(f"{url}/metrics", headers=self._admin, timeout=30).text.splitlines()
             if line.startswith((f"{name} ", f"{name}{{"))
         )
 
@@ -140,7 +144,7 @@ class Service:
                 self.wait_until(partial(_all_blocks_free, url))
 
     def health(self) -> list[dict[str, Any]]:
-        return list(httpx.get(f"{self.url}/health", headers=self._admin, timeout=10).json()["instances"])
+        return list(httpx.get(f"{self.url}/health", headers=self._admin, timeout=30).json()["instances"])
 
     @property
     def _admin(self) -> dict[str, str]:
@@ -148,11 +152,17 @@ class Service:
         key = self.deployment.config.admin_key
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+    def busy(self, role: Role) -> list[str]:
+        """URLs of the instances of a role that a call is under way to."""
+        return [one["url"] for one in self.health() if one["role"] == role and one["in_flight"]]
+
+    def wait_until(self, condition: Callable[[], _T], seconds: float = 60) -> _T:
+        """Return what ``condition`` returns, as soon as that is true."""
         end = time.monotonic() + seconds
-        while not condition():
+        while not (found := condition()):
             assert time.monotonic() < end, "it did not happen in time"
             time.sleep(0.02)
+        return found
 
     def pid(self, url: str) -> int:
         return next(process.pid for process in self.deployment.processes if process.url == url and process.pid)
@@ -176,13 +186,54 @@ class Service:
         if killed in (process.pid for process in self.deployment.processes):
             return False
         try:
-            return httpx.get(f"{url}/health", timeout=10).status_code == 200
+            return httpx.get(f"{url}/health", timeout=30).status_code == 200
         except httpx.TransportError:
             return False
 
 
+def streamed(
+    service: Service, body: dict[str, Any], *, at_event: int = 0, act: Callable[[], None] = lambda: None
+) -> list[str]:
+    """The data of a stream's events; ``act`` is called when that many have come."""
+    events: list[str] = []
+    with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=60) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                events.append(line.removeprefix("data: "))
+                if len(events) == at_event:
+                    act()
+    return events
+
+
+def texts_of(events: list[str]) -> dict[int, str]:
+    """What each choice of a stream that ended well says."""
+    *data, done = events
+    assert done == "[DONE]", events[-1]
+    texts: dict[int, str] = {}
+    for choice in (choice for event in data for choice in json.loads(event)["choices"]):
+        texts[choice["index"]] = texts.get(choice["index"], "") + said(choice["delta"])
+    return texts
+
+
+def struck(service: Service, aggregated: Service, body: dict[str, Any], attempt: Callable[[], list[str]]) -> list[str]:
+    """The events of a stream that an instance was lost to while it was open.
+
+    ``attempt`` asks for the stream, and has an instance lost in the middle of it. Whoever reads a stream may lag behind it, so
+    that the instance has sent all of it before; then the stream is whole, and is asked for again.
+    """
+    for _ in range(STREAMS):
+        before = service.proxy_metric("chiasm_proxy_resumed_streams_total")
+        events = attempt()
+        if events[-1] != "[DONE]" or service.proxy_metric("chiasm_proxy_resumed_streams_total") > before:
+            return events
+        assert texts_of(events) == texts_of(streamed(aggregated, body))
+        service.wait_until_recovered()
+    raise AssertionError(f"each of {STREAMS} streams had been sent before anything could happen to it")
+
+
 def _all_blocks_free(url: str) -> bool:
-    health = httpx.get(f"{url}/health", timeout=10).json()
+    health = httpx.get(f"{url}/health", timeout=30).json()
     return bool(health["kv_blocks_free"] == health["kv_blocks_total"])
 
 
@@ -223,8 +274,8 @@ def aggregated(checkpoint: Path) -> Iterator[Service]:
 
 @pytest.fixture(scope="session")
 def disaggregated(checkpoint: Path) -> Iterator[Service]:
-    """Two encoders and two PDs."""
-    yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 2})
+    """Two encoders and two PDs. No call is hedged, so that each image is encoded once, however late an encoder is."""
+    yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 2}, hedged_share=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +286,12 @@ def epd(checkpoint: Path) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def epd_pairs(checkpoint: Path) -> Iterator[Service]:
-    """One encoder, two prefill and two decode instances, to be killed."""
+    """One encoder, two prefill and two decode instances, to be killed.
+
+    Where both of a role stand still for some time, a request waits for one, but not for long: one test has neither come back.
+    """
     yield from run(
-        checkpoint, {Role.ENCODER: 1, Role.PREFILL: 2, Role.DECODE: 2}, deadline_seconds=60, wait_for_instance_seconds=0
+        checkpoint, {Role.ENCODER: 1, Role.PREFILL: 2, Role.DECODE: 2}, deadline_seconds=60, wait_for_instance_seconds=5
     )
 
 
@@ -245,6 +299,13 @@ def epd_pairs(checkpoint: Path) -> Iterator[Service]:
 def fragile(checkpoint: Path) -> Iterator[Service]:
     """Two encoders and one PD, to be killed."""
     yield from run(checkpoint, {Role.ENCODER: 2, Role.PD: 1}, deadline_seconds=90, wait_for_instance_seconds=60)
+
+
+def kill_the_busy(service: Service, role: Role) -> None:
+    """Kill the instance that the one call goes to, if it still does. All stand still, so that it can't end meanwhile."""
+    with stopped(service, role):
+        for url in service.busy(role):
+            service.kill(url)
 
 
 @contextmanager

@@ -7,13 +7,11 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import httpx2 as httpx
 import pytest
 
 from chiasm.wire import Role
-from tests.integration.conftest import Service, chat, sample_image
+from tests.integration.conftest import Service, chat, kill_the_busy, sample_image, streamed, struck
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +23,6 @@ def right_answer(fragile: Service, aggregated: Service) -> Iterator[None]:
     assert fragile.answer(body) == aggregated.answer(body)
 
 
-def encoders(service: Service) -> list[dict[str, Any]]:
-    return [instance for instance in service.health() if instance["role"] == "encoder"]
-
-
 def test_an_encoder_killed_mid_request_costs_a_retry_on_another(fragile: Service, aggregated: Service) -> None:
     body = chat("see", sample_image(1), "?")
     pids = {url: fragile.pid(url) for url in fragile.deployment.urls(Role.ENCODER)}
@@ -36,8 +30,7 @@ def test_an_encoder_killed_mid_request_costs_a_retry_on_another(fragile: Service
         os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(fragile.answer, body)
-        fragile.wait_until(lambda: any(encoder["in_flight"] for encoder in encoders(fragile)))
-        (busy,) = [encoder["url"] for encoder in encoders(fragile) if encoder["in_flight"]]
+        (busy,) = fragile.wait_until(lambda: fragile.busy(Role.ENCODER))
         pids.pop(busy)
         fragile.kill(busy)
         for pid in pids.values():
@@ -53,8 +46,8 @@ def test_an_encoder_that_is_stopped_mid_request_costs_a_retry_on_another(fragile
     try:
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(fragile.answer, body)
-            fragile.wait_until(lambda: any(encoder["in_flight"] for encoder in encoders(fragile)))
-            (idle,) = [encoder["url"] for encoder in encoders(fragile) if not encoder["in_flight"]]
+            (busy,) = fragile.wait_until(lambda: fragile.busy(Role.ENCODER))
+            (idle,) = pids.keys() - {busy}
             os.kill(pids[idle], signal.SIGCONT)
             assert answer.result(60) == aggregated.answer(body)
     finally:
@@ -72,16 +65,12 @@ def test_with_no_encoder_left_images_wait_for_one_and_text_is_answered(fragile: 
         assert answer.result(90) == aggregated.answer(body)
 
 
-def test_a_pd_killed_mid_stream_ends_the_stream_with_an_error(fragile: Service) -> None:
-    (url,) = fragile.deployment.urls(Role.PD)
+def test_a_pd_killed_mid_stream_ends_the_stream_with_an_error(fragile: Service, aggregated: Service) -> None:
     body = chat("tell me everything", stream=True, max_tokens=400)
-    events: list[str] = []
-    with httpx.stream("POST", f"{fragile.url}/v1/chat/completions", json=body, timeout=60) as response:
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if not events:
-                fragile.kill(url)
-            if line.startswith("data: "):
-                events.append(line.removeprefix("data: "))
+
+    def with_pd_killed() -> list[str]:
+        return streamed(fragile, body, at_event=1, act=lambda: kill_the_busy(fragile, Role.PD))
+
+    events = struck(fragile, aggregated, body, with_pd_killed)
     assert "error" in json.loads(events[-1])
     assert "[DONE]" not in events

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.launch import Deployment, DeploymentConfig, Layout, ProcessState, RoleConfig, arrangement
+from chiasm.launch import (
+    Deployment,
+    DeploymentConfig,
+    Layout,
+    ProcessState,
+    ProcessStatus,
+    RoleConfig,
+    arrangement,
+)
 from chiasm.launch.gpus import Gpu
 from chiasm.wire import Role
 from tests.fleet import FORKS
-from tests.launch.waiting import eventually
 
 SMALL = {"kv_cache_bytes": 16 << 20, "max_model_len": 512}
 
@@ -80,13 +86,13 @@ def test_instances_that_do_not_fit_together_end_the_start_with_the_proxys_reason
         pytest.raises(ConfigurationError, match="encoder-0 doesn't fit the other instances: its dtype is float32"),
         Deployment(DeploymentConfig("demo", roles, settings=SMALL), forks=FORKS) as deployment,
     ):
-        deployment.wait_ready(120)
+        deployment.wait_ready(180)
 
 
 def test_an_instance_that_cannot_start_ends_the_start_with_its_error(folder: str) -> None:
     config = DeploymentConfig(folder, {Role.AGGREGATED: RoleConfig()}, settings={"device": "cuda:9"})
     with pytest.raises(ConfigurationError, match="cuda:9"), Deployment(config) as deployment:
-        deployment.wait_ready(60)
+        deployment.wait_ready(180)
     assert all(process.pid is None for process in deployment.processes)
 
 
@@ -102,17 +108,22 @@ def test_instances_on_other_gpus_serve_without_one_that_cannot_be_started() -> N
     roles = {Role.AGGREGATED: RoleConfig(2, threads=1, devices=("0", "1"), settings=on_cpu)}
     lines: list[str] = []
     config = DeploymentConfig("demo", roles, settings=SMALL)
-    with Deployment(config, forks=FORKS, on_line=lambda name, text: lines.append(f"{name} {text}")) as deployment:
+    with contextlib.ExitStack() as stack:
 
-        def given_up() -> bool:
-            (second,) = [one for one in deployment.processes if one.name == "aggregated-1"]
-            if second.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(second.pid, signal.SIGKILL)
-            return second.state is ProcessState.FAILED
+        def take_the_port_of_the_second(status: ProcessStatus) -> None:
+            """Before it starts."""
+            if (status.name, status.state) == ("aggregated-1", ProcessState.STARTING):
+                address = urlsplit(status.url)
+                stack.enter_context(socket.create_server((address.hostname or "", address.port or 0)))
 
-        assert eventually(given_up)
-        deployment.wait_ready(60)
+        deployment = Deployment(
+            config,
+            forks=FORKS,
+            on_change=take_the_port_of_the_second,
+            on_line=lambda name, text: lines.append(f"{name} {text}"),
+        )
+        with deployment:
+            deployment.wait_ready(180)
     assert [
         line for line in lines if line.startswith("aggregated-1 is lost with GPU 1, and the others serve without it")
     ]
@@ -125,14 +136,14 @@ def test_a_start_fails_with_the_name_of_the_gpu_if_no_instance_can_be_started(fo
         pytest.raises(ConfigurationError, match=r"aggregated-0 on GPU 0: "),
         Deployment(DeploymentConfig(folder, roles, settings={"kv_cache_bytes": 1}), forks=FORKS) as deployment,
     ):
-        deployment.wait_ready(60)
+        deployment.wait_ready(180)
 
 
 def test_the_file_of_shared_cores_is_removed_at_the_end() -> None:
     roles = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()}
     config = DeploymentConfig("demo", roles, layout=Layout.COLOCATED, settings=SMALL)
     with Deployment(config, forks=FORKS) as deployment:
-        deployment.wait_ready(60)
+        deployment.wait_ready(180)
         scratch = deployment.scratch
         assert scratch is not None
         assert [file.name for file in scratch.iterdir()] == ["cores-0"]

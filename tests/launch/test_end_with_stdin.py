@@ -22,7 +22,7 @@ def exit_code_after_stdin_closes(preparation: str) -> int:
         assert process.stdin is not None
         process.stdout.readline()
         process.stdin.close()
-        return process.wait(30)
+        return process.wait(60)
 
 
 def test_it_ends_when_its_standard_input_closes() -> None:
@@ -55,4 +55,4 @@ def test_children_end_when_their_parent_is_killed() -> None:
         pid = next(int(line.split()[1]) for line in process.stdout if line.startswith("ready"))
         orphan = psutil.Process(pid)
         process.kill()
-        assert eventually(lambda: not alive([orphan]), 30)
+        assert eventually(lambda: not alive([orphan]))

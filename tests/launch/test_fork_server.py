@@ -14,8 +14,8 @@ import pytest
 from chiasm import checkpoints
 from chiasm.launch.child import Process
 from chiasm.launch.fork_server import ForkServer
-from tests.fleet import FORKS
-from tests.launch.waiting import alive, command_line, eventually
+from tests.fleet import FORKS, fork_servers
+from tests.launch.waiting import alive, eventually
 
 DEMO = checkpoints.folder("demo")
 ENDED = (0, -signal.SIGTERM)
@@ -35,10 +35,6 @@ def _end(process: Process) -> int:
     process.stdout.close()
     process.stderr.close()
     return code
-
-
-def _servers() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if command_line(one)[-1:] == ["fork-server"]]
 
 
 def test_a_fork_is_a_child_of_whoever_asked_for_it() -> None:
@@ -76,7 +72,7 @@ def test_a_killed_fork_is_told_from_one_that_ends() -> None:
 
 def test_the_server_has_one_thread_since_a_fork_would_inherit_the_locks_of_others() -> None:
     _end(_start())
-    assert [server.num_threads() for server in _servers()] == [1]
+    assert [server.num_threads() for server in fork_servers()] == [1]
 
 
 def test_a_fork_holds_no_pipe_of_another() -> None:
@@ -97,7 +93,7 @@ def test_asking_for_forks_changes_who_adopts_orphans_only_meanwhile() -> None:
 
 def test_a_server_that_was_killed_fails_one_start_and_is_replaced_and_what_it_has_forked_runs_on() -> None:
     before = _start()
-    for server in _servers():
+    for server in fork_servers():
         server.kill()
         server.wait()
     with pytest.raises(OSError, match="has ended"):
@@ -129,4 +125,4 @@ def test_the_server_ends_with_whoever_uses_it() -> None:
         family = psutil.Process(owner.pid).children()
         assert len(family) == 2
         owner.kill()
-    assert eventually(lambda: not alive(family), 10)
+    assert eventually(lambda: not alive(family))

@@ -97,7 +97,7 @@ class Crew:
     def end(self) -> None:
         for child in self.children.values():
             child.kill()
-            child.join(10.0)
+            child.join(60.0)
         for plan in self._plans:
             plan.address.release()
 
@@ -155,7 +155,7 @@ def test_one_that_is_not_needed_ends_when_the_proxy_has_given_it_up(make: Make) 
     assert crew.is_in(ProcessState.READY, "encoder-1")
     assert not crew.children["encoder-1"].is_ending
     crew.scaling.look(ProxySays(0.0, crew.urls("encoder-0")), 63.0)
-    assert crew.children["encoder-1"].join(10.0)
+    assert crew.children["encoder-1"].join(60.0)
     crew.says(0.0, 64.0)
     assert list(crew.children) == ["encoder-0"]
     assert crew.said[-1] == "encoders needed: 1; encoder-1 drains"
@@ -167,7 +167,7 @@ def test_the_proxy_is_asked_for_its_instances_only_while_one_is_to_leave_it(make
     for now in (1.0, 1.0 + STEP, 2.0 + STEP):
         crew.scaling.follow(partial(float, now))  # the second time, an encoder begins to leave
     assert crew.questions == [False, False, True]
-    assert crew.children["encoder-1"].join(10.0)
+    assert crew.children["encoder-1"].join(60.0)
     crew.scaling.follow(partial(float, 3.0 + STEP))
     assert crew.questions[-1] is False
 
@@ -191,7 +191,7 @@ def test_one_that_drains_is_taken_back_if_it_is_needed_again(make: Make) -> None
 def test_one_that_has_ended_starts_again_when_it_is_needed(make: Make) -> None:
     crew = scaled_up(make)
     crew.scaling.look(ProxySays(0.0, crew.urls("encoder-0")), 62.0)
-    assert crew.children["encoder-1"].join(10.0)
+    assert crew.children["encoder-1"].join(60.0)
     crew.says(2.0, 63.0)
     assert crew.listed == ["encoder-0", "encoder-1"]
 
@@ -208,7 +208,7 @@ def test_one_that_was_asked_to_end_and_does_not_is_killed(make: Make) -> None:
     crew.says(0.0, 100.0 + END_SECONDS)
     assert not child.join(0.0)
     crew.says(0.0, 200.0)
-    assert child.join(10.0)
+    assert child.join(60.0)
 
 
 def test_one_that_dies_while_it_is_needed_is_started_again_and_stays_listed(make: Make) -> None:
@@ -227,7 +227,7 @@ def test_after_a_start_that_failed_there_is_a_pause_and_then_another_one_is_trie
     crew.scripts["encoder-1"] = FAILS
     crew.scaling.look(ProxySays(2.0, ()), 0.0)
     failed = crew.children["encoder-1"]
-    assert failed.join(10.0)
+    assert failed.join(60.0)
     crew.says(2.0, 1.0)
     assert crew.said[-1] == "encoder-1 can't be started; the next start is in 5 s. No room."
     assert list(crew.children) == crew.listed == ["encoder-0"]
@@ -241,7 +241,7 @@ def test_for_one_of_the_first_that_cannot_start_another_one_does(make: Make) -> 
     crew = make(1, 2)
     crew.scripts["encoder-0"] = FAILS
     crew.scaling.look(MUTE, 0.0)
-    assert crew.children["encoder-0"].join(10.0)
+    assert crew.children["encoder-0"].join(60.0)
     crew.says(0.0, 1.0)
     assert crew.listed == ["encoder-1"]
     assert crew.children["encoder-0"].failure is not None  # who started it has it, and decides

@@ -35,6 +35,9 @@ AT_ONCE = (signal.SIGTERM, signal.SIGINT)
 """The first lets what runs end, and a second one ends it. Two of one kind could arrive as one."""
 _READY = "ready "
 _STDIN = 0
+_LAST_LINES_SECONDS = 1.0
+"""Time to read what an ended process has logged; longer only where another process still has its standard error."""
+_PARTS = 10
 _LINES_KEPT = 200
 _LINE_CHARACTERS = 8192
 
@@ -229,7 +232,8 @@ class Child:
                 os.killpg(process.pid, signal.SIGKILL)  # what a killed process leaves of its own
             code = process.wait()
             self._process = self.pid = None
-        errors.join(1.0)
+        for _ in range(_PARTS):  # in parts: while the machine stands still, only one of them passes
+            errors.join(_LAST_LINES_SECONDS / _PARTS)
         for stream in (process.stdin, process.stdout, process.stderr):
             with contextlib.suppress(OSError):
                 stream.close()

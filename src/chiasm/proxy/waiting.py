@@ -20,7 +20,7 @@ _UNAVAILABLE = {
     Role.PREFILL: ("prefill instance", Code.NO_PREFILL),
     Role.DECODE: ("decode instance", Code.NO_DECODE),
 }
-_JOIN_SECONDS = 2.0
+_JOIN_SECONDS = 5.0
 """For so long after a proxy has started, instances that it knew before may still join again: each tries twice a second."""
 _TRY_SECONDS = 0.1
 """The first request in line tries again after so long even if no call has ended: others may use the instances too."""
