@@ -13,7 +13,7 @@ import chiasm
 
 SOURCE = Path(chiasm.__file__).parent
 LAYERS = (
-    {"__init__", "errors", "wire", "findings", "options", "ownership", "prometheus", "checkpoints", "lazy"},
+    {"__init__", "errors", "wire", "findings", "heap", "options", "ownership", "prometheus", "checkpoints", "lazy"},
     {"extras"},
     {"connectors", "cores", "due", "chat_body", "fleet_key"},
     {"http"},

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from chiasm.cores import pin_to, share_cores
+from chiasm.heap import recycle_large_buffers
 from chiasm.http.log_format import formatter
 from chiasm.launch.child import end_with_stdin, print_ready
 from chiasm.launch.ports import check_port
@@ -17,11 +18,15 @@ from chiasm.launch.process import InstanceProcess, ProcessConfig, ProxyProcess, 
 if TYPE_CHECKING:
     from chiasm.launch.workers import WorkerProcess
 
+_KEPT_BYTES, _ARENAS = 64 << 20, 4
+"""Enough for the copies of an image of two megapixels while it is preprocessed."""
+
 
 def run_instance(config: InstanceProcess) -> NoReturn:
     """Run an instance. Raises ConfigurationError if it cannot be started."""
     _begin(config, config.server.host, config.server.port)
     share_cores(config.engine.threads)
+    recycle_large_buffers(kept_bytes=_KEPT_BYTES, arenas=_ARENAS)
 
     from chiasm.server import run
 

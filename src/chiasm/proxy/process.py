@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import socket
 from collections.abc import Callable
 
 from starlette.applications import Starlette
 
+from chiasm.heap import recycle_large_buffers
 from chiasm.http.listen import bind
 from chiasm.http.serve import HttpServer
 from chiasm.http.serve import run as serve
@@ -17,9 +17,8 @@ from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.service import ProxyService
 from chiasm.proxy.siblings import Worker
 
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
-_M_ARENA_MAX = -8
+_KEPT_BYTES = 16 << 20
+_ARENAS = 2
 
 
 def run(
@@ -36,7 +35,7 @@ def run(
     ``on_ready`` is called once with the base URL, when requests are taken and each instance has been probed once. Raises
     ConfigurationError if the address cannot be bound. A ``worker`` of several is given the socket that all of them listen on.
     """
-    recycle_large_buffers()
+    recycle_large_buffers(kept_bytes=_KEPT_BYTES, arenas=_ARENAS)
     listener = listener or bind(config.host, config.port)
     among_workers = [] if worker is None else [worker.bind()]
     server = create_server(create_app(config, worker=worker), config)
@@ -57,18 +56,3 @@ def create_server(app: Starlette, config: ProxyConfig) -> HttpServer:
         is_idle=lambda: not service.admission.requests,
         interrupt_all=service.interrupt_all,
     )
-
-
-def recycle_large_buffers(kept_bytes: int = 16 << 20, arenas: int = 2) -> None:
-    """Have the C library take large buffers from the heap, and keep up to ``kept_bytes`` of it when they are freed.
-
-    By default glibc maps each buffer above 128 KiB separately; for the few copies of a 1 MB image, the page faults cost several
-    times what the copies cost. Does nothing if the C library isn't glibc.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(_M_TRIM_THRESHOLD, kept_bytes)
-    mallopt(_M_ARENA_MAX, arenas)
