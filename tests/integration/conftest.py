@@ -29,6 +29,7 @@ from tests.fleet import FORKS, Signed
 
 MODEL = "small"
 SMALL = {"dtype": "float32", "kv_cache_bytes": 16 << 20, "max_model_len": 512}
+ENCODED = "chiasm_images_encoded_total"
 STREAMS = 20
 """So many streams are asked for, until one of them is still open when an instance is lost."""
 _T = TypeVar("_T")
@@ -163,6 +164,11 @@ class Service:
             assert time.monotonic() < end, "it did not happen in time"
             time.sleep(0.02)
         return found
+
+    def encoded_after(self, number: float) -> float:
+        """How many images the encoders have encoded, as soon as it is more than ``number``: they count what is published."""
+        self.wait_until(lambda: self.metric(Role.ENCODER, ENCODED) > number)
+        return self.metric(Role.ENCODER, ENCODED)
 
     def pid(self, url: str) -> int:
         return next(process.pid for process in self.deployment.processes if process.url == url and process.pid)

@@ -13,7 +13,7 @@ import pytest
 from chiasm.cores import ENCODER_NICE
 from chiasm.launch.layout import Layout
 from chiasm.wire import Role
-from tests.integration.conftest import Service, chat, run, sample_image
+from tests.integration.conftest import ENCODED, Service, chat, run, sample_image
 
 STREAMS_PER_PD = 3
 IMAGES = 6
@@ -48,7 +48,7 @@ def test_images_are_answered_while_streams_keep_every_pd_busy(colocated: Service
 
     bodies = [chat("see", sample_image(seed), "?") for seed in range(100, 100 + IMAGES)]
     answers: list[str] = []
-    before = colocated.metric(Role.ENCODER, "chiasm_images_encoded_total")
+    before = colocated.metric(Role.ENCODER, ENCODED)
     with ThreadPoolExecutor(count) as pool:
         streams = [pool.submit(stream, number) for number in range(count)]
         try:
@@ -58,7 +58,7 @@ def test_images_are_answered_while_streams_keep_every_pd_busy(colocated: Service
         finally:
             ended.set()
     assert all(one.result() for one in streams)
-    assert colocated.metric(Role.ENCODER, "chiasm_images_encoded_total") == before + IMAGES
+    assert colocated.encoded_after(before + IMAGES - 1) == before + IMAGES
     assert answers == [aggregated.answer(body) for body in bodies]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from chiasm.wire import Role
 from tests.integration.conftest import (
+    ENCODED,
     Service,
     calls_a_tool,
     chat,
@@ -78,11 +79,11 @@ def test_streams_say_what_whole_answers_say(disaggregated: Service) -> None:
 
 def test_an_image_is_encoded_once_whoever_asks(disaggregated: Service) -> None:
     body = chat("see", sample_image(77))
-    before = disaggregated.metric(Role.ENCODER, "chiasm_images_encoded_total")
+    before = disaggregated.metric(Role.ENCODER, ENCODED)
     with ThreadPoolExecutor(8) as pool:
         answers = set(pool.map(disaggregated.answer, [body] * 10))
     assert len(answers) == 1
-    assert disaggregated.metric(Role.ENCODER, "chiasm_images_encoded_total") == before + 1
+    assert disaggregated.encoded_after(before) == before + 1
 
 
 def test_text_touches_no_encoder(disaggregated: Service) -> None:

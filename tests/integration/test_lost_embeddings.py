@@ -10,7 +10,7 @@ import pytest
 
 from chiasm.launch import RoleConfig
 from chiasm.wire import Role
-from tests.integration.conftest import SMALL, Service, chat, run, sample_image, stopped
+from tests.integration.conftest import ENCODED, SMALL, Service, chat, run, sample_image, stopped
 
 REQUESTS = 24
 ENTRIES = 4
@@ -38,13 +38,13 @@ def tiny(
 
 def test_many_images_at_once_are_all_answered_and_right(tiny: Service, aggregated: Service) -> None:
     bodies = [chat(f"number {seed}:", sample_image(5000 + seed), "?") for seed in range(REQUESTS)]
-    encoded = tiny.metric(Role.ENCODER, "chiasm_images_encoded_total")
+    encoded = tiny.metric(Role.ENCODER, ENCODED)
     lost = tiny.proxy_metric("chiasm_proxy_embeddings_lost_total")
     reader = Role.PD if tiny.deployment.urls(Role.PD) else Role.PREFILL
     with ThreadPoolExecutor(REQUESTS) as pool:
         with stopped(tiny, reader):  # so that it doesn't keep up with the encoder
             answers = [pool.submit(tiny.answer, body) for body in bodies]
-            tiny.wait_until(lambda: tiny.metric(Role.ENCODER, "chiasm_images_encoded_total") > encoded + 2 * ENTRIES)
+            tiny.wait_until(lambda: tiny.metric(Role.ENCODER, ENCODED) > encoded + 2 * ENTRIES)
         assert [answer.result() for answer in answers] == [aggregated.answer(body) for body in bodies]
     assert tiny.proxy_metric("chiasm_proxy_embeddings_lost_total") > lost
 
