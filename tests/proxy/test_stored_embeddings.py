@@ -9,16 +9,17 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiohttp import web
 
 from chiasm.ec_transfer.stores import StoredEntry, StoreError, guard, open_store
 from chiasm.ec_transfer.stores.redis import RedisStore
 from chiasm.media import identifier
-from chiasm.proxy import routing
+from chiasm.proxy import routing, stored_embeddings
 from chiasm.wire import ECPlace
 
 from ..store_server import StoreServer, running
 from .conftest import Front, Start, ask, image, image_bytes
-from .instances import FINGERPRINT, FakeInstance
+from .instances import FINGERPRINT, FakeInstance, Received, never
 
 RED, BLUE = image_bytes("red"), image_bytes("blue")
 PATIENT = {"store_timeout_seconds": 20.0}
@@ -152,10 +153,11 @@ async def test_a_slow_store_is_waited_for_where_nobody_can_encode(
     usual, may_answer = RedisStore.exists_many, threading.Event()
 
     def find(*arguments: Any) -> Any:
-        assert may_answer.wait(10)
+        assert may_answer.wait(60)
         return usual(*arguments)
 
     monkeypatch.setattr(RedisStore, "exists_many", find)
+    monkeypatch.setattr(stored_embeddings, "_PATIENT_SECONDS", 60.0)
     front = await start([pd], store=server.url, store_timeout_seconds=0.001)
     asyncio.get_running_loop().call_later(0.1, may_answer.set)  # longer than the usual time
     assert (await front.post(ask(image(RED)))).status == 200
@@ -179,6 +181,51 @@ async def test_a_store_that_fails_is_asked_again_while_an_encoder_is_waited_for(
     await front.until(encoder, "unhealthy")
     assert (await front.post(ask(image(RED)))).status == 200
     assert await questions(front, "failed") == 3
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_the_store_is_asked_again_when_the_encoder_that_had_the_image_is_lost(
+    start: Start,
+    server: StoreServer,
+    encoder: FakeInstance,
+    pd: FakeInstance,
+    others: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The request then waits for an encoder only for what isn't there."""
+    usual, is_asked = RedisStore.exists_many, iter(range(1))
+
+    def find(*arguments: Any) -> Any:
+        if next(is_asked, None) is not None:
+            raise StoreError("It has failed.")
+        return usual(*arguments)
+
+    monkeypatch.setattr(RedisStore, "exists_many", find)
+    monkeypatch.setattr(guard, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(routing, "_ASK_AGAIN_SECONDS", 0.01)
+    encode, encoder.answer = encoder.answer, never
+    answer, has_all = pd.answer, asyncio.Event()
+
+    async def when_it_has_all(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await has_all.wait()
+        return await answer(instance, request, received)
+
+    pd.answer = when_it_has_all
+    front = await start([encoder, pd], store=server.url, wait_for_instance_seconds=60.0, **PATIENT)
+    request = asyncio.ensure_future(front.post(ask(*map(image, [RED, BLUE][: 1 + others]))))
+    await asyncio.wait_for(encoder.arrived.acquire(), 60)
+    await encoder.kill()
+    await front.until(encoder, "unhealthy")
+    async with asyncio.timeout(60):
+        while not await questions(front, "answered"):
+            pass  # each look takes a turn of its own
+    if others:
+        encoder.answer = encode
+        await encoder.start()
+        await asyncio.wait_for(encoder.arrived.acquire(), 60)
+    has_all.set()
+    assert (await request).status == 200
+    assert [[part["uuid"] for part in one.parts] for one in encoder.received[1:]] == [[name_of(BLUE)]] * others
 
 
 async def test_the_store_is_asked_also_when_the_language_instance_was_away(

@@ -125,7 +125,7 @@ class LostEmbeddings:
             missing = lost
             # The instance may have had them from the shared cache, and couldn't read them.
             if in_vain == 1 or self._fleet.lacking(has_images=True):
-                missing -= await self._stored_of(lost, job)
+                missing -= await self.find_stored(lost, job)
             if missing:
                 await self._encoders.encode_again([item for item in items if item.identifier in missing], job)
             if not job.embeddings_are_read:
@@ -147,9 +147,9 @@ class LostEmbeddings:
                     "are short of KV blocks.",
                     code=Code.EMBEDDING_LOST,
                 )
-            await self._stored_of(lost, job)
+            await self.find_stored(lost, job)
 
-    async def _stored_of(self, lost: frozenset[str], job: Job) -> frozenset[str]:
+    async def find_stored(self, lost: frozenset[str], job: Job) -> frozenset[str]:
         """Tell the instance which of these are in the fleet's shared cache, and return them."""
         found = await self._stored.find_again(lost, job)
         self._places.tell(job.instance, dict.fromkeys(found))

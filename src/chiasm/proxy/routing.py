@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from aiohttp.abc import AbstractResolver
 
@@ -259,10 +260,35 @@ class Router:
 
     async def _encode(self, items: tuple[Item, ...], job: Job, on_embedded: Callable[[], None]) -> None:
         """Have images encoded, and keep them until the answer has begun, in case embeddings are lost before."""
-        missing = [item for item in items if item.identifier not in job.published_at]
-        job.metadata.set_result(await self.encoders.encode(missing, job) if missing else {})
+        job.metadata.set_result(await self._metadata_of(items, job))
         on_embedded()
         await self._lost_embeddings.recover(items, job)
+
+    async def _metadata_of(self, items: Sequence[Item], job: Job) -> dict[str, bytes]:
+        """Have those images encoded that aren't in the shared cache; return the encoders' metadata (JSON) by identifier."""
+        while missing := [item for item in items if item.identifier not in job.published_at]:
+            if not self._stored_embeddings.is_set:
+                return await self.encoders.encode(missing, job)
+            encoding = asyncio.ensure_future(self.encoders.encode(missing, job))
+            try:
+                if not await self._are_stored_before(encoding, missing, job):
+                    return encoding.result()
+            finally:
+                encoding.cancel()
+                await asyncio.gather(encoding, return_exceptions=True)
+        return {}
+
+    async def _are_stored_before(self, encoding: asyncio.Future[Any], items: Sequence[Item], job: Job) -> bool:
+        """Return whether some of these images are found in the shared cache before ``encoding`` ends.
+
+        The cache is asked again while no encoder is left: one that has ended may have written what it had made.
+        """
+        while not (await asyncio.wait((encoding,), timeout=_ASK_AGAIN_SECONDS))[0]:
+            if self._fleet.lacking(has_images=True) is None:
+                continue
+            if await self._lost_embeddings.find_stored(frozenset(item.identifier for item in items), job):
+                return True
+        return False
 
     async def _watch_embeddings_again(self, job: Job) -> None:
         """Watch over the embeddings of a prompt that is or may be computed again, if its images were freed before."""
