@@ -7,7 +7,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 from aiohttp.abc import AbstractResolver
 
@@ -278,7 +277,9 @@ class Router:
                 await asyncio.gather(encoding, return_exceptions=True)
         return {}
 
-    async def _are_stored_before(self, encoding: asyncio.Future[Any], items: Sequence[Item], job: Job) -> bool:
+    async def _are_stored_before(
+        self, encoding: asyncio.Future[dict[str, bytes]], items: Sequence[Item], job: Job
+    ) -> bool:
         """Return whether some of these images are found in the shared cache before ``encoding`` ends.
 
         The cache is asked again while no encoder is left: one that has ended may have written what it had made.
