@@ -41,6 +41,7 @@ class Driver:
         *,
         budget: int = 64,
         max_prefill: int = 64,
+        max_rest: int = 0,
         mixed: int = 64,
         min_text_before_item: int = 0,
         blocks: int = 64,
@@ -56,6 +57,7 @@ class Driver:
             SchedulerConfig(
                 max_num_batched_tokens=budget,
                 max_prefill_tokens=max_prefill,
+                max_rest_tokens=max_rest,
                 max_mixed_prefill_tokens=mixed,
                 min_text_before_item=min_text_before_item,
                 max_num_seqs=max_num_seqs,
@@ -189,7 +191,11 @@ class Driver:
         """Assert what must hold for every step."""
         scheduler = self.scheduler
         assert sum(part.num_tokens for part in step.scheduled) <= scheduler.config.max_num_batched_tokens
-        assert len(step.scheduled) <= scheduler.config.max_num_seqs
+        rows = sum(part.num_tokens for part in step.prefills)
+        config = scheduler.config
+        most = config.max_mixed_prefill_tokens if step.decodes else config.max_prefill_tokens + config.max_rest_tokens
+        assert rows <= most
+        assert len(step.scheduled) <= config.max_num_seqs
         names = [part.sequence.sequence_id for part in step.scheduled]
         assert len(names) == len(set(names))
         for part in step.scheduled:

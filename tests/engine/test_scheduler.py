@@ -314,6 +314,43 @@ def test_prefill_chunks_have_a_limit_in_steps_without_decodes_too() -> None:
     assert [chunks(driver.step()) for _ in range(3)] == [[(0, 16)], [(16, 32)], [(32, 40)]]
 
 
+def test_the_end_of_a_prompt_gets_no_step_of_its_own_if_it_is_short() -> None:
+    driver = Driver(max_prefill=16, max_rest=4)
+    driver.add(prompt(20), max_tokens=1)
+    assert chunks(driver.step()) == [(0, 20)]
+    driver.add(prompt(21), salt="other", max_tokens=1)
+    assert [chunks(driver.step()) for _ in range(2)] == [[(0, 16)], [(16, 21)]]
+    driver.add(prompt(10), salt="third", max_tokens=1)
+    driver.add(prompt(10), salt="fourth", max_tokens=1)
+    driver.add(prompt(10), salt="fifth", max_tokens=1)
+    assert [chunks(driver.step()) for _ in range(2)] == [[(0, 10), (0, 10)], [(0, 10)]]
+
+
+def test_nor_does_the_last_of_what_can_run_before_an_embedding_is_there() -> None:
+    driver = Driver(max_prefill=16, max_rest=4)
+    driver.add(prompt(3, ("a", 16), ("b", 16)), max_tokens=1)
+    driver.stored.add("a")
+    assert chunks(driver.step()) == [(0, 19)]
+    driver.stored.add("b")
+    assert chunks(driver.step()) == [(19, 35)]
+
+
+def test_running_streams_do_not_wait_for_the_end_of_a_prompt() -> None:
+    driver = Driver(mixed=16, max_rest=4)
+    driver.add(prompt(4), max_tokens=9)
+    driver.step()
+    driver.add(prompt(20), salt="other")
+    assert chunks(driver.step()) == [(0, 16)]
+
+
+def test_a_step_never_has_more_rows_than_the_engine_can_take() -> None:
+    driver = Driver(budget=18, max_prefill=16, max_rest=4)
+    driver.add(prompt(20), max_tokens=1)
+    assert [chunks(driver.step()) for _ in range(2)] == [[(0, 16)], [(16, 20)]]
+    driver.add(prompt(18), salt="other", max_tokens=1)
+    assert chunks(driver.step()) == [(0, 18)]
+
+
 # ---- prefix cache -------------------------------------------------------------------------------------------------------
 
 
@@ -761,6 +798,7 @@ parts = st.lists(
     ),
     budget=st.integers(2, 24),
     max_prefill=st.integers(2, 24),
+    max_rest=st.integers(0, 6),
     blocks=st.integers(10, 20),
     cache_rows=st.integers(4, 24),
     arrivals=st.permutations("abcdef"),
@@ -772,6 +810,7 @@ def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
     requests: list[tuple[list[int | tuple[str, int]], int, int, int]],
     budget: int,
     max_prefill: int,
+    max_rest: int,
     blocks: int,
     cache_rows: int,
     arrivals: list[str],
@@ -782,6 +821,7 @@ def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
     driver = Driver(
         budget=budget,
         max_prefill=max_prefill,
+        max_rest=max_rest,
         blocks=blocks,
         cache_rows=cache_rows,
         max_finished=max_finished,

@@ -126,6 +126,7 @@ def step_seconds(processor: Processor, runner: ModelRunner, tokens: int, steps: 
             max_num_seqs=1,
             max_queued_requests=1,
             max_prefill_tokens=tokens,
+            max_rest_tokens=0,
             max_mixed_prefill_tokens=tokens,
             entry_bytes_per_row=1,
         ),

@@ -31,6 +31,8 @@ _MIXED_STEP = 2.5
 """A step that also prefills takes at most this many times one that only decodes, or streams would stutter."""
 MAX_PREFILL_TOKENS = {"cpu": 256, "cuda": 1 << 30}
 """Prefill rows in any step: enough to use the device well, few enough that a new request soon gets its turn."""
+MAX_REST_TOKENS = 64
+"""Rows of a prompt's end that aren't worth a step of their own after as many rows as a step may have."""
 MIN_TEXT_BEFORE_ITEM = 32
 """Tokens of text that are worth a step of their own while the image after them is encoded: fewer cost as much time, and are
 computed with the image for nothing."""

@@ -20,6 +20,7 @@ from chiasm.engine.calibration import image_costs, language_costs
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.device import (
     MAX_PREFILL_TOKENS,
+    MAX_REST_TOKENS,
     MIN_TEXT_BEFORE_ITEM,
     check_memory,
     kv_cache_blocks,
@@ -105,6 +106,7 @@ class LanguageEngine(Engine):
             SchedulerConfig(
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_prefill_tokens=MAX_PREFILL_TOKENS[self.device.type],
+                max_rest_tokens=MAX_REST_TOKENS,
                 max_mixed_prefill_tokens=mixed_prefill_tokens(self.device.type, costs),
                 min_text_before_item=MIN_TEXT_BEFORE_ITEM,
                 max_num_seqs=config.max_num_seqs,

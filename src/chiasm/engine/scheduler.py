@@ -36,6 +36,9 @@ class SchedulerConfig:
     max_queued_requests: int
     max_prefill_tokens: int
     """Maximum prefill rows of a step: a request that arrives meanwhile waits for the step's end."""
+    max_rest_tokens: int
+    """So many more rows a step without decodes may have, if that leaves no rest of what can run of a prompt: a step of its own
+    would read all weights again for few rows."""
     max_mixed_prefill_tokens: int
     """Maximum prefill rows of a step that also decodes: fewer, since running streams wait for them."""
     min_text_before_item: int
@@ -184,6 +187,7 @@ class Scheduler:
         for sequence in self._not_stalled():
             (decoding if sequence.is_decoding else prefilling).append(sequence)
         budget = self._schedule_decodes(decoding, step)
+        extra = 0 if step.decodes else min(self.config.max_rest_tokens, self.config.max_num_batched_tokens - budget)
         # Sequences that wait for an embedding compute nothing, so they take no place.
         placed = [*self._not_stalled(), *self.loading]
         room = self.config.max_num_seqs - len(step.decodes)
@@ -191,7 +195,7 @@ class Scheduler:
         held = Counter(sequence.part_of for sequence in placed)
         blocks_are_short = False
         for sequence, waits in self._prefill_order(prefilling, placed):
-            if budget == 0 or room == 0:
+            if budget <= 0 or room == 0:
                 break
             if sequence in step.preempted:
                 continue
@@ -204,7 +208,7 @@ class Scheduler:
                     places -= 1
                     held[sequence.part_of] += 1
                     continue
-                admitted = self._admit(sequence, budget, step)
+                admitted = self._admit(sequence, budget, extra, step)
                 blocks_are_short = admitted is None
                 if not admitted:
                     if admitted is not None:
@@ -212,7 +216,7 @@ class Scheduler:
                     continue
                 places -= 1
                 held[sequence.part_of] += 1
-            num_tokens = self._schedule_prefill(sequence, budget, step)
+            num_tokens = self._schedule_prefill(sequence, budget, extra, step)
             blocks_are_short = blocks_are_short or num_tokens is None
             budget -= num_tokens or 0
             room -= 1 if num_tokens else 0
@@ -275,14 +279,24 @@ class Scheduler:
         in_turn = iter(waiting)
         return [(next(in_turn) if waits else sequence, waits) for sequence, waits in candidates]
 
-    def _admit(self, sequence: Sequence, budget: int, step: Step) -> bool | None:
+    def _chunk_end(self, sequence: Sequence, start: int, budget: int, extra: int) -> int:
+        """Return where the chunk from ``start`` ends: after ``budget`` tokens, or where nothing more can run.
+
+        It has up to ``extra`` tokens more if it then ends where nothing more can run.
+        """
+        end = self.items.runnable_end(sequence, start, min(sequence.num_tokens, start + budget + extra + 1))
+        if end <= start + budget + extra:
+            return end
+        return self.items.runnable_end(sequence, start, start + budget)
+
+    def _admit(self, sequence: Sequence, budget: int, extra: int, step: Step) -> bool | None:
         """Move a waiting sequence to running if its first chunk can run now.
 
         Return None if blocks are short: later sequences must not overtake it.
         """
         prefix = self.items.cached_prefix(sequence)
         start = len(prefix) * self.block_manager.block_size
-        end = self.items.runnable_end(sequence, start, min(sequence.num_tokens, start + budget))
+        end = self._chunk_end(sequence, start, budget, extra)
         if end == start:
             return False
         needed = self.block_manager.blocks_for(end) - len(prefix)
@@ -334,13 +348,13 @@ class Scheduler:
             for index in full:
                 self.block_manager.remember(sequence.block_ids[index], hashes[index])
 
-    def _schedule_prefill(self, sequence: Sequence, budget: int, step: Step) -> int | None:
+    def _schedule_prefill(self, sequence: Sequence, budget: int, extra: int, step: Step) -> int | None:
         """Add the sequence's next chunk to the step; return its number of tokens.
 
         It is 0 if the sequence cannot continue because an embedding is missing, and None if blocks are short.
         """
         start = sequence.num_computed
-        end = self.items.runnable_end(sequence, start, min(sequence.num_tokens, start + budget))
+        end = self._chunk_end(sequence, start, budget, extra)
         if end == start:
             return 0
         if not self._reserve(sequence, end, step):

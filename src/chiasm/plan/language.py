@@ -46,6 +46,7 @@ class LanguageLimits:
     max_model_len: int
     max_num_batched_tokens: int
     max_prefill_tokens: int
+    max_rest_tokens: int
     device_type: str
     """``cpu`` or ``cuda``."""
     min_text_before_item: int
@@ -99,6 +100,7 @@ class LanguageInstance:
                 max_num_seqs=limits.max_num_seqs,
                 max_queued_requests=limits.max_queued_requests,
                 max_prefill_tokens=limits.max_prefill_tokens,
+                max_rest_tokens=limits.max_rest_tokens,
                 max_mixed_prefill_tokens=mixed_prefill_tokens(limits.device_type, costs),
                 min_text_before_item=limits.min_text_before_item,
                 entry_bytes_per_row=limits.entry_bytes_per_row,

@@ -241,6 +241,7 @@ def _language_limits(place: Place, shape: ModelShape, room: float, longest_token
         CPU_KV_CACHE_BYTES,
         KV_CACHE_SHARE,
         MAX_PREFILL_TOKENS,
+        MAX_REST_TOKENS,
         MIN_TEXT_BEFORE_ITEM,
     )
 
@@ -263,6 +264,7 @@ def _language_limits(place: Place, shape: ModelShape, room: float, longest_token
         max_model_len=shape.max_model_len,
         max_num_batched_tokens=EngineConfig.max_num_batched_tokens,
         max_prefill_tokens=MAX_PREFILL_TOKENS[kind],
+        max_rest_tokens=MAX_REST_TOKENS,
         device_type=kind,
         min_text_before_item=MIN_TEXT_BEFORE_ITEM,
         max_num_seqs=EngineConfig.max_num_seqs,
