@@ -181,3 +181,24 @@ async def test_an_entry_that_cannot_be_discarded_costs_the_request_that_it_does_
     await encoder.encode(A)
     with pytest.raises(ChiasmError, match="the image size sent is right"):
         await failing
+
+
+@pytest.mark.parametrize("role", [Role.ENCODER, Role.PD])
+def test_both_halves_are_shut_down_although_one_fails(
+    start: Start, encoder: Encoder, role: Role, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if role is Role.ENCODER:
+        stop, first, second = encoder.engine.stop, encoder.engine._ec_scheduler, encoder.engine._ec_worker
+    else:
+        pd = start(Role.PD)
+        stop, (first, second) = pd.engine.stop, roles(pd)
+    ended: list[str] = []
+
+    def fail() -> NoReturn:
+        raise OSError("the connector is broken")
+
+    monkeypatch.setattr(first, "shutdown", fail)
+    monkeypatch.setattr(second, "shutdown", lambda: ended.append("second"))
+    stop()
+    assert ended == ["second"]
+    assert len(faults(caplog)) == 1

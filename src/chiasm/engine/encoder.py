@@ -131,8 +131,9 @@ class EncoderEngine(Engine):
             self._decoder.close()
             for pool in (self._preprocess_pool, self._encode_pool, self._publish_pool, self._restore_pool):
                 pool.shutdown(cancel_futures=True)
-            self._ec_scheduler.shutdown()
-            self._ec_worker.shutdown()
+            for connector in (self._ec_scheduler, self._ec_worker):
+                with logged(connector, "shut down"):
+                    connector.shutdown()
 
     @property
     def healthy(self) -> bool:
