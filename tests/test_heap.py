@@ -37,4 +37,4 @@ def faults(*, recycled: bool) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told what to keep")
 def test_large_buffers_cost_page_faults_only_once() -> None:
-    assert faults(recycled=True) < 1000 < faults(recycled=False)
+    assert faults(recycled=True) < faults(recycled=False) / 10
