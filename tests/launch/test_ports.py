@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.launch.ports import HeldPort, instance_states
+from chiasm.launch.ports import HeldPort, instance_infos
 
 ANSWERS = {
     "/good/health": (200, b'{"instances": [{"url": "http://e", "state": "healthy"}]}'),
@@ -57,6 +57,11 @@ def test_a_server_can_listen_on_a_held_port_again_and_again() -> None:
     held.release()
 
 
+def states(url: str) -> dict[str, str]:
+    """The state of each instance of a proxy, by its URL."""
+    return {name: instance.state for name, instance in instance_infos(url).items()}
+
+
 def test_nobody_else_gets_a_held_port() -> None:
     held = HeldPort("127.0.0.1")
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
@@ -85,19 +90,19 @@ def test_all_addresses_are_reached_through_loopback() -> None:
 
 
 def test_each_instance_has_its_state(url: str) -> None:
-    assert instance_states(f"{url}/good") == {"http://e": "healthy"}
+    assert states(f"{url}/good") == {"http://e": "healthy"}
 
 
 def test_a_proxy_that_cannot_answer_requests_still_reports_states(url: str) -> None:
-    assert instance_states(f"{url}/partly") == {"http://e": "starting"}
+    assert states(f"{url}/partly") == {"http://e": "starting"}
 
 
 @pytest.mark.parametrize("path", ["strange", "broken"])
 def test_a_response_that_cannot_be_read_yields_no_states(url: str, path: str) -> None:
-    assert instance_states(f"{url}/{path}") == {}
+    assert states(f"{url}/{path}") == {}
 
 
 def test_a_proxy_that_does_not_listen_yields_no_states() -> None:
     held = HeldPort("127.0.0.1")
-    assert instance_states(held.url) == {}
+    assert states(held.url) == {}
     held.release()

@@ -56,6 +56,20 @@ def pd() -> FakeInstance:
     return FakeInstance("pd", reads_stored=True)
 
 
+def fail_at_first(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Have the store fail so many times, and the proxy ask it again soon."""
+    usual, failures = RedisStore.exists_many, iter(range(times))
+
+    def find(*arguments: Any) -> Any:
+        if next(failures, None) is not None:
+            raise StoreError("It has failed.")
+        return usual(*arguments)
+
+    monkeypatch.setattr(RedisStore, "exists_many", find)
+    monkeypatch.setattr(guard, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(routing, "_ASK_AGAIN_SECONDS", 0.01)
+
+
 async def questions(front: Front, outcome: str) -> float:
     return await front.metric(f'chiasm_proxy_store_questions_total{{outcome="{outcome}"}}')
 
@@ -166,16 +180,7 @@ async def test_a_slow_store_is_waited_for_where_nobody_can_encode(
 async def test_a_store_that_fails_is_asked_again_while_an_encoder_is_waited_for(
     start: Start, server: StoreServer, encoder: FakeInstance, pd: FakeInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual, failures = RedisStore.exists_many, iter(range(3))
-
-    def find(*arguments: Any) -> Any:
-        if next(failures, None) is not None:
-            raise StoreError("It has failed.")
-        return usual(*arguments)
-
-    monkeypatch.setattr(RedisStore, "exists_many", find)
-    monkeypatch.setattr(guard, "_FIRST_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(routing, "_ASK_AGAIN_SECONDS", 0.01)
+    fail_at_first(monkeypatch, times=3)
     front = await start([encoder, pd], store=server.url, wait_for_instance_seconds=60.0)
     await encoder.kill()
     await front.until(encoder, "unhealthy")
@@ -193,16 +198,7 @@ async def test_the_store_is_asked_again_when_the_encoder_that_had_the_image_is_l
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The request then waits for an encoder only for what isn't there."""
-    usual, is_asked = RedisStore.exists_many, iter(range(1))
-
-    def find(*arguments: Any) -> Any:
-        if next(is_asked, None) is not None:
-            raise StoreError("It has failed.")
-        return usual(*arguments)
-
-    monkeypatch.setattr(RedisStore, "exists_many", find)
-    monkeypatch.setattr(guard, "_FIRST_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(routing, "_ASK_AGAIN_SECONDS", 0.01)
+    fail_at_first(monkeypatch, times=1)
     encode, encoder.answer = encoder.answer, never
     answer, has_all = pd.answer, asyncio.Event()
 

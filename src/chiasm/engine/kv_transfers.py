@@ -244,7 +244,7 @@ class KVTransfers:
         """Tell the scheduler which transfers have ended, and return the requests whose KV cannot be fetched."""
         now = time.monotonic()
         for key in [key for key, until in self._settling.items() if until <= now]:
-            self._break_off(key)
+            self._end_load(key, self._scheduler.not_loaded)
         try:
             finished = self._worker_role.get_finished()
         except Exception as error:
@@ -254,11 +254,11 @@ class KVTransfers:
             self._left.pop(request_id, None)
             self._scheduler.blocks_read(request_id)
         for request_id, index in finished.loaded:
-            self._finish_load((request_id, index))
+            self._end_load((request_id, index), self._scheduler.loaded)
             if index == 0 and request_id in states:
                 states[request_id].note_loaded(now)
         for key in finished.broken_off:
-            self._break_off(key)
+            self._end_load(key, self._scheduler.not_loaded)
         return [
             (states[request_id], KVUnavailableError(reason, code=Code.KV_UNAVAILABLE))
             for request_id, reason in finished.failed.items()
@@ -281,15 +281,11 @@ class KVTransfers:
         """Whether :meth:`collect` should be called again soon, although the connector may not call ``wake``."""
         return bool(self._settling) or self._cannot_tell
 
-    def _finish_load(self, key: tuple[str, int]) -> None:
+    def _end_load(self, key: tuple[str, int], tell: Callable[[Sequence], None]) -> None:
+        """Tell the scheduler how a load has ended, unless it was told before."""
         self._settling.pop(key, None)
         if (sequence := self._loads.pop(key, None)) is not None:
-            self._scheduler.loaded(sequence)
-
-    def _break_off(self, key: tuple[str, int]) -> None:
-        self._settling.pop(key, None)
-        if (sequence := self._loads.pop(key, None)) is not None:
-            self._scheduler.not_loaded(sequence)
+            tell(sequence)
 
     def _settle(self, keys: Iterable[tuple[str, int]]) -> None:
         """Free the blocks of these loads when the connector tells that they have ended, or in a while."""

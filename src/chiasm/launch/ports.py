@@ -68,11 +68,6 @@ def is_healthy(url: str) -> bool:
     return status == 200
 
 
-def instance_states(url: str) -> dict[str, str]:
-    """Return the state of each instance behind the proxy at ``url``, by the instance's URL; empty if it doesn't answer."""
-    return {name: instance.state for name, instance in instance_infos(url).items()}
-
-
 def instance_infos(url: str, admin_key: str | None = None) -> dict[str, InstanceInfo]:
     """Return what the proxy at ``url`` says of each instance, by the instance's URL; empty if it doesn't answer."""
     _, body = _get_health(url, key=admin_key)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from aiohttp.abc import AbstractResolver
 
@@ -234,15 +236,10 @@ class Router:
         if self._fleet.lacking(has_images=True) is None:
             return True
         encoder = asyncio.ensure_future(self._balancer.until_healthy(has_images=True))
-        try:
-            while not (await asyncio.wait((encoder,), timeout=_ASK_AGAIN_SECONDS))[0]:
-                if await self._stored_embeddings.find(items, job):
-                    return False
-            encoder.result()
-            return True
-        finally:
-            encoder.cancel()
-            await asyncio.gather(encoder, return_exceptions=True)
+        if await _is_so_before(encoder, lambda: self._stored_embeddings.find(items, job)):
+            return False
+        encoder.result()
+        return True
 
     async def _send_to_encoders(
         self, job: Job, items: list[Item], on_embedded: Callable[[], None] = lambda: None
@@ -264,32 +261,24 @@ class Router:
         await self._lost_embeddings.recover(items, job)
 
     async def _metadata_of(self, items: Sequence[Item], job: Job) -> dict[str, bytes]:
-        """Have those images encoded that aren't in the shared cache; return the encoders' metadata (JSON) by identifier."""
+        """Have those images encoded that aren't in the shared cache; return the encoders' metadata (JSON) by identifier.
+
+        The cache is asked again while no encoder is left: one that has ended may have written what it had made.
+        """
         while missing := [item for item in items if item.identifier not in job.published_at]:
             if not self._stored_embeddings.is_set:
                 return await self.encoders.encode(missing, job)
             encoding = asyncio.ensure_future(self.encoders.encode(missing, job))
-            try:
-                if not await self._are_stored_before(encoding, missing, job):
-                    return encoding.result()
-            finally:
-                encoding.cancel()
-                await asyncio.gather(encoding, return_exceptions=True)
+            names = frozenset(item.identifier for item in missing)
+            if not await _is_so_before(encoding, partial(self._can_only_be_stored, names, job)):
+                return encoding.result()
         return {}
 
-    async def _are_stored_before(
-        self, encoding: asyncio.Future[dict[str, bytes]], items: Sequence[Item], job: Job
-    ) -> bool:
-        """Return whether some of these images are found in the shared cache before ``encoding`` ends.
-
-        The cache is asked again while no encoder is left: one that has ended may have written what it had made.
-        """
-        while not (await asyncio.wait((encoding,), timeout=_ASK_AGAIN_SECONDS))[0]:
-            if self._fleet.lacking(has_images=True) is None:
-                continue
-            if await self._lost_embeddings.find_stored(frozenset(item.identifier for item in items), job):
-                return True
-        return False
+    async def _can_only_be_stored(self, names: frozenset[str], job: Job) -> bool:
+        """Return whether nobody can encode these images, and the instance was told that some are in the shared cache."""
+        return self._fleet.lacking(has_images=True) is not None and bool(
+            await self._lost_embeddings.find_stored(names, job)
+        )
 
     async def _watch_embeddings_again(self, job: Job) -> None:
         """Watch over the embeddings of a prompt that is or may be computed again, if its images were freed before."""
@@ -410,6 +399,18 @@ class Router:
     def _note_overhead(self, job: Job, started: float, has_media: bool) -> None:
         job.timing.proxy = time.perf_counter() - started - (job.timing.fetch or 0.0)
         self._metrics.overhead_of("media" if has_media else "text").observe(job.timing.proxy)
+
+
+async def _is_so_before(task: asyncio.Future[Any], condition: Callable[[], Awaitable[bool]]) -> bool:
+    """Ask for ``condition`` again and again while the task runs; return whether it was true. The task has ended then."""
+    try:
+        while not (await asyncio.wait((task,), timeout=_ASK_AGAIN_SECONDS))[0]:
+            if await condition():
+                return True
+        return False
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _original(job: Job, items: Sequence[Item]) -> Original:
