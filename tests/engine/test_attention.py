@@ -20,10 +20,13 @@ from chiasm.engine.attention import (
     MOST_SLOTS,
     AttentionStep,
     KVCache,
+    PrefillSegment,
     decode_groups,
     group_by_length,
     zeroed,
 )
+from chiasm.models import dot_product_attention
+from chiasm.models.products import HAS_ONEDNN
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
@@ -86,6 +89,38 @@ def test_a_window_hides_all_but_the_last_tokens(window: int) -> None:
         torch.testing.assert_close(together[row : row + 1], _attend(last, query[row : row + 1]))
 
 
+@pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_prompt_is_attended_to_alike_in_blocks_and_by_pytorch(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a chunk without context, of one with context, and of a request that decodes, in one step."""
+    lengths, contexts = [50, 90], [0, 40]
+    step, query, slots = _decode_step([30], num_blocks=40)
+    free = np.arange(40, dtype=np.int64)[5:, None] * step.cache.slots_per_block + np.arange(16)
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.cat([query, torch.randn(100, HEADS, HEAD_DIM, generator=generator)])
+    fresh = torch.randn(101, 2 * KV_HEADS, HEAD_DIM, generator=generator)
+    segments, written, row, first = [], [slots[0][-1:]], 1, 0
+    for length, context in zip(lengths, contexts, strict=True):
+        seen = free[first:].reshape(-1)[:length]
+        rows = length - context
+        segments.append(PrefillSegment(row, row + rows, torch.from_numpy(seen)))
+        written.append(seen[context:])
+        row += rows
+        first += -(-length // 16)
+    both = AttentionStep(step.cache, torch.from_numpy(np.concatenate(written)), segments, step.decodes)
+    attended = {}
+    monkeypatch.setattr(dot_product_attention, "FEW_SCORES", 0)
+    for flags in ("avx2", "avx512f"):
+        monkeypatch.setattr(dot_product_attention, "cpu_flags", lambda flags=flags: frozenset({flags}))
+        sizes = _Gathered()
+        with sizes:
+            attended[flags] = both.attend(0, queries, fresh, scaling=HEAD_DIM**-0.5, window=window)
+        assert sizes.by_pytorch == (3 if flags == "avx2" else 1)
+    torch.testing.assert_close(attended["avx512f"], attended["avx2"], rtol=1e-5, atol=1e-5)
+
+
 def _decode_step(lengths: list[int], *, num_blocks: int) -> tuple[AttentionStep, torch.Tensor, list[Any]]:
     """Return a step that decodes requests of these lengths over random keys and values, its queries, and their slots."""
     language: Any = SimpleNamespace(
@@ -110,13 +145,14 @@ def _attend(step: AttentionStep, query: torch.Tensor, window: int | None = None)
 
 
 class _Gathered(TorchFunctionMode):
-    """Counts the slots that are gathered from the cache."""
+    """Counts the slots that are gathered from the cache, and PyTorch's attentions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots = 0
+        self.slots = self.by_pytorch = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.index_select:
             self.slots += len(args[2])
+        self.by_pytorch += function is torch.nn.functional.scaled_dot_product_attention
         return function(*args, **(kwargs or {}))

@@ -11,9 +11,10 @@ from torch import nn
 
 from chiasm.bench import synthetic
 from chiasm.errors import UnsupportedModelError
-from chiasm.models import load_language, load_vision, products
+from chiasm.models import dot_product_attention, load_language, load_vision, products, tower
 from chiasm.models.decoder import RMSNorm, Rotary, take_layers
-from chiasm.models.products import HAS_ONEDNN, Form, best_form, product, speed_up
+from chiasm.models.products import HAS_ONEDNN, Form, best_form, product
+from chiasm.models.tower import speed_up
 from tests.models.conftest import CPU, Loaded, sample_image
 from tests.models.driver import Driver
 
@@ -115,7 +116,9 @@ def test_a_tower_keeps_its_results_in_every_form(flags: set[str]) -> None:
 def test_answers_stay_the_same_in_every_form_of_the_weights(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch, flags: set[str]
 ) -> None:
-    monkeypatch.setattr(products, "cpu_flags", lambda: frozenset(flags))
+    for module in (products, tower, dot_product_attention):
+        monkeypatch.setattr(module, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(dot_product_attention, "FEW_SCORES", 0)
     monkeypatch.setattr(products, "LEAST_BYTES", 0)
     monkeypatch.setattr(products, "_STRIP", 24)
     pixels = loaded.processor.preprocess(sample_image(1))

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from chiasm.errors import ConfigurationError
+from chiasm.models.dot_product_attention import attend_in_blocks, is_faster_in_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -212,12 +213,15 @@ class AttentionStep:
         scaling: float,
         window: int | None,
     ) -> Tensor:
-        rows = slice(segment.start, segment.end)
-        seen = fresh[rows] if segment.num_context == 0 else cached.index_select(0, segment.slots)
+        rows = query[segment.start : segment.end]
+        seen = fresh[segment.start : segment.end] if segment.num_context == 0 else cached.index_select(0, segment.slots)
         key, value = seen.chunk(2, dim=1)
+        if is_faster_in_blocks(rows, key, is_causal=True):
+            attended = attend_in_blocks(rows, key, value, scaling=scaling, is_causal=True, window=window)
+            return attended.view(segment.num_rows, -1)
         causal = segment.num_context == 0 and (window is None or segment.num_rows <= window)
         attended = scaled_dot_product_attention(
-            query[rows].transpose(0, 1)[None],
+            rows.transpose(0, 1)[None],
             key.transpose(0, 1)[None],
             value.transpose(0, 1)[None],
             attn_mask=None if causal else self._prefill_mask(segment, window, query.dtype),

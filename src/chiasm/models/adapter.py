@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from chiasm.cores import cpu_flags
+from chiasm.models import tower
 from chiasm.models.base import Attention, LanguageModel, LoadProgress, Pixels, Positions, Prompt, VisionModel
 from chiasm.models.checkpoint import open_checkpoint
 from chiasm.models.decoder import RMSNorm, Rotary, take_layers
 from chiasm.models.loading import load_part, model_class
 from chiasm.models.processor import load_processor
-from chiasm.models.products import Form, Product, best_form, product, speed_up
+from chiasm.models.products import Form, Product, best_form, product
 from chiasm.models.support import entry_width, family_of, load_config
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class TransformersVisionModel(VisionModel):
         self.dtype = dtype
         self.device = device
         self._features: Any = module.get_image_features
-        speed_up(module)
+        tower.speed_up(module)
 
     @torch.inference_mode()
     def encode(self, pixels: Pixels) -> Tensor:

@@ -38,6 +38,8 @@ def load_part(
     Only the tensors of this part are read. Raises ConfigurationError if one of them is missing, UnsupportedModelError if
     the checkpoint holds tensors that belong to neither part.
     """
+    from chiasm.models.tower import ATTENTION
+
     checkpoint.weight_files()
     part_class = _part_class(model_class(config), part)
     try:
@@ -47,7 +49,7 @@ def load_part(
                 config=config,
                 dtype=dtype,
                 # That of the decoder isn't used: the engine has its own.
-                attn_implementation={"text_config": "eager", "vision_config": "sdpa"},
+                attn_implementation={"text_config": "eager", "vision_config": ATTENTION},
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,

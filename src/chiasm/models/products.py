@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
-from torch import nn
 
 from chiasm.cores import cpu_flags, has_native_bfloat16
 
@@ -63,6 +62,11 @@ def best_form(dtype: torch.dtype, device: torch.device, flags: Set[str]) -> Form
     return Form.STRIPS if "avx2" in flags else Form.PLAIN
 
 
+def is_large(weight: Tensor) -> bool:
+    """Tell whether a weight is worth another form than its own."""
+    return weight.numel() * weight.itemsize >= LEAST_BYTES
+
+
 def product(weight: Tensor, bias: Tensor | None, form: Form | None = None) -> tuple[Product, bool]:
     """Return the product with ``weight`` ``[outputs, inputs]``, and whether it has no more use for the weight itself.
 
@@ -70,7 +74,7 @@ def product(weight: Tensor, bias: Tensor | None, form: Form | None = None) -> tu
     """
     if form is None:
         form = best_form(weight.dtype, weight.device, cpu_flags())
-    if weight.numel() * weight.itemsize < LEAST_BYTES:
+    if not is_large(weight):
         form = Form.PLAIN
     match form:
         case Form.PACKED:
@@ -79,31 +83,6 @@ def product(weight: Tensor, bias: Tensor | None, form: Form | None = None) -> tu
             return _Strips(weight, bias), False
         case Form.PLAIN:
             return _plain(weight, bias), False
-
-
-def speed_up(module: nn.Module, flags: Set[str] | None = None) -> None:
-    """Have the linear layers of a model compute in the best form. The weights of packed ones are empty then.
-
-    ``flags`` are the CPU's; None: this one's.
-    """
-    flags = cpu_flags() if flags is None else flags
-    for linear in module.modules():
-        if type(linear) is not nn.Linear:
-            continue
-        form = best_form(linear.weight.dtype, linear.weight.device, flags)
-        if form is Form.PLAIN or linear.weight.numel() * linear.weight.itemsize < LEAST_BYTES:
-            continue
-        compute, is_packed = product(linear.weight, linear.bias, form)
-        linear.forward = _of_any_shape(compute)  # type: ignore[method-assign, assignment]
-        if is_packed:
-            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
-
-
-def _of_any_shape(compute: Product) -> Callable[[Tensor], Tensor]:
-    def forward(inputs: Tensor) -> Tensor:
-        return compute(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], -1)
-
-    return forward
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Product:
@@ -122,10 +101,21 @@ def _add(rows: Tensor, transposed: Tensor, bias: Tensor | None, onto: Tensor) ->
     return onto if bias is None else onto.add_(bias)
 
 
+def product_with_gelu(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Return the packed product with ``weight``, followed by GELU as tanh approximates it: ``[rows, inputs]`` to outputs."""
+    compute = torch.ops.mkldnn._linear_pointwise.default
+    packed = _pack(weight.detach())
+    return lambda rows: cast("Tensor", compute(rows, packed, bias, "gelu", [], "tanh"))
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return cast("Tensor", torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS))
+
+
 def _packed(weight: Tensor, bias: Tensor | None) -> Product:
     alone = torch.ops.mkldnn._linear_pointwise.default
     added = torch.ops.mkldnn._linear_pointwise.binary
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
+    packed = _pack(weight)
 
     def compute(rows: Tensor, onto: Tensor | None = None) -> Tensor:
         if onto is not None:
