@@ -38,7 +38,8 @@ class _Calls(TorchDispatchMode):
 def test_a_tower_of_each_family_computes_by_products_alone(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (products, tower, dot_product_attention):
         monkeypatch.setattr(module, "cpu_flags", lambda: AVX512)
-    monkeypatch.setattr(products, "LEAST_BYTES", 0)
+    for limit in ("LEAST_BYTES_IN_STRIPS", "LEAST_PACKED", "FEW_MULTIPLICATIONS"):
+        monkeypatch.setattr(products, limit, 0)
     monkeypatch.setattr(dot_product_attention, "FEW_SCORES", 0)
     pixels = loaded.processor.preprocess(sample_image(1))
     vision = load_vision(loaded.folder, dtype=torch.float32, device=CPU)
@@ -71,7 +72,8 @@ def test_a_convolution_of_patches(
     flags: frozenset[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "LEAST_BYTES", 0)
+    for limit in ("LEAST_BYTES_IN_STRIPS", "LEAST_PACKED", "FEW_MULTIPLICATIONS"):
+        monkeypatch.setattr(products, limit, 0)
     torch.manual_seed(0)
     convolution = kind(3, 16, kernel_size=size, stride=size, bias=has_bias)
     inputs = torch.randn(shape)

@@ -7,9 +7,11 @@ PyTorch hands float32 products to MKL, which is as fast as memory for one row. F
 - On AMD's CPUs with AVX-512, MKL is known to keep to AVX2. oneDNN doesn't; it needs weights in an order of its own, into
   which they are packed once. On a Zen 5, products with packed weights take 0.7 of MKL's time for one row, and less than half of
   it for more. With AVX2 alone, packed weights are slower for one row, and for more rows no faster than strips.
+- A call of oneDNN takes 10 µs. So MKL is faster where there is little to multiply.
 
-A weight is kept in one form, so nothing takes more memory. The form depends on the CPU, the dtype and the shape, and not on a
-measurement, so that all instances on the same kind of CPU compute alike.
+A large weight is kept in one form, so it takes no more memory; small ones in float32 are kept as they are and packed. The form
+depends on the CPU, the dtype and the shape, and not on a measurement, so that all instances on the same kind of CPU compute
+alike.
 """
 
 from __future__ import annotations
@@ -26,8 +28,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-LEAST_BYTES = 1 << 20
-"""Size of the smallest weight that isn't left as it is: further calls cost more than what smaller ones gain."""
+LEAST_BYTES_IN_STRIPS = 1 << 20
+"""Size of the smallest weight that is used in strips: further calls cost more than what smaller ones gain."""
+LEAST_PACKED = 1 << 14
+"""Numbers in the smallest weight that is packed."""
+FEW_MULTIPLICATIONS = 1 << 19
+"""Rows times numbers in the weight from which oneDNN is faster in float32, measured on a Zen 5 for weights of any shape."""
 _STRIP = 256
 """Outputs that each thread computes at a time."""
 _PACKED_ROWS = 32
@@ -62,9 +68,9 @@ def best_form(dtype: torch.dtype, device: torch.device, flags: Set[str]) -> Form
     return Form.STRIPS if "avx2" in flags else Form.PLAIN
 
 
-def is_large(weight: Tensor) -> bool:
-    """Tell whether a weight is worth another form than its own."""
-    return weight.numel() * weight.itemsize >= LEAST_BYTES
+def is_packed_in(form: Form, weight: Tensor) -> bool:
+    """Tell whether products with a weight are oneDNN's, where this is the form of large ones."""
+    return form is Form.PACKED and weight.numel() >= LEAST_PACKED
 
 
 def product(weight: Tensor, bias: Tensor | None, form: Form | None = None) -> tuple[Product, bool]:
@@ -74,15 +80,14 @@ def product(weight: Tensor, bias: Tensor | None, form: Form | None = None) -> tu
     """
     if form is None:
         form = best_form(weight.dtype, weight.device, cpu_flags())
-    if not is_large(weight):
-        form = Form.PLAIN
-    match form:
-        case Form.PACKED:
-            return _packed(weight.detach(), bias), True
-        case Form.STRIPS:
-            return _Strips(weight, bias), False
-        case Form.PLAIN:
-            return _plain(weight, bias), False
+    if is_packed_in(form, weight):
+        packed = _packed(weight.detach(), bias)
+        if weight.dtype != torch.float32 or weight.numel() >= FEW_MULTIPLICATIONS:
+            return packed, True
+        return _plain_or_packed(weight, _plain(weight, bias), packed), False
+    if form is Form.STRIPS and weight.numel() * weight.itemsize >= LEAST_BYTES_IN_STRIPS:
+        return _Strips(weight, bias), False
+    return _plain(weight, bias), False
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Product:
@@ -99,6 +104,15 @@ def _plain(weight: Tensor, bias: Tensor | None) -> Product:
 def _add(rows: Tensor, transposed: Tensor, bias: Tensor | None, onto: Tensor) -> Tensor:
     onto.addmm_(rows, transposed)
     return onto if bias is None else onto.add_(bias)
+
+
+def _plain_or_packed(weight: Tensor, plain: Product, packed: Product) -> Product:
+    least = -(-FEW_MULTIPLICATIONS // weight.numel())
+
+    def compute(rows: Tensor, onto: Tensor | None = None) -> Tensor:
+        return (plain if len(rows) < least else packed)(rows, onto)
+
+    return compute
 
 
 def product_with_gelu(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from chiasm.cores import cpu_flags
 from chiasm.models.dot_product_attention import attend_in_blocks, is_faster_in_blocks
-from chiasm.models.products import Form, best_form, is_large, product, product_with_gelu
+from chiasm.models.products import Form, best_form, is_packed_in, product, product_with_gelu
 
 ATTENTION = "chiasm_vision"
 """The name of the attention of towers, for transformers."""
@@ -53,9 +53,9 @@ def _fuse_gelu(mlp: nn.Module, flags: Set[str]) -> nn.Linear | None:
             continue
         first, activation = getattr(mlp, names[0]), getattr(mlp, names[1])
         is_gelu = type(activation) is type(ACT2FN["gelu_pytorch_tanh"])
-        if not is_gelu or type(first) is not nn.Linear or not is_large(first.weight):
+        if not is_gelu or type(first) is not nn.Linear:
             continue
-        if best_form(first.weight.dtype, first.weight.device, flags) is Form.PACKED:
+        if is_packed_in(best_form(first.weight.dtype, first.weight.device, flags), first.weight):
             _compute(first, product_with_gelu(first.weight, first.bias), is_packed=True)
             setattr(mlp, names[1], nn.Identity())
             return first
@@ -64,7 +64,7 @@ def _fuse_gelu(mlp: nn.Module, flags: Set[str]) -> nn.Linear | None:
 
 def _replace_linear(linear: nn.Linear, flags: Set[str]) -> None:
     form = best_form(linear.weight.dtype, linear.weight.device, flags)
-    if form is not Form.PLAIN and is_large(linear.weight):
+    if form is not Form.PLAIN:
         compute, is_packed = product(linear.weight, linear.bias, form)
         _compute(linear, compute, is_packed=is_packed)
 
