@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.models import dot_product_attention
 from chiasm.models.dot_product_attention import FEW_SCORES, attend_in_blocks, is_faster_in_blocks
@@ -19,8 +21,8 @@ AMX = AVX512 | {"amx_bf16"}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dot_product_attention, "_CAUSAL_ROWS", 8)
-    monkeypatch.setattr(dot_product_attention, "_BLOCK_SCORES", 300)
+    for name, value in {"_BLOCK_SCORES": 300, "_FEWEST_ROWS": 3, "_CAUSAL_ROWS": 8}.items():
+        monkeypatch.setattr(dot_product_attention, name, value)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 20), (3, 1, 7)])
@@ -50,6 +52,16 @@ def test_attention_to_both_sides(rows: int, heads: int, kv_heads: int) -> None:
     torch.testing.assert_close(attended, _defined(query, key, value, 0.3, visible), rtol=1e-5, atol=1e-5)
 
 
+def test_scores_take_bounded_memory() -> None:
+    """One block has at most so many scores, unless it has the fewest rows; PyTorch's attention isn't called."""
+    query, key, value = _states(40, 60, 4, 2, 16)
+    for is_causal in (False, True):
+        largest = _LargestProduct()
+        with largest:
+            attend_in_blocks(query, key, value, scaling=0.3, is_causal=is_causal)
+        assert 0 < largest.numbers <= 3 * 2 * 60
+
+
 def test_scores_of_bfloat16_are_not_rounded() -> None:
     """Rounded to bfloat16, scores around 200 would be wrong by up to a half, and their exponentials by two fifths."""
     query, key, value = (states.bfloat16() for states in _states(40, 40, 4, 2, 64))
@@ -77,6 +89,20 @@ def test_it_is_used_where_onednn_computes_the_products_and_for_many_rows() -> No
     assert not is_faster(rows, 256, flags=AVX512, dtype=single, is_causal=False)
     assert is_faster(rows + 1, 256, flags=AVX512, dtype=single, is_causal=False)
     assert not is_faster(rows + 1, 256, flags=AVX512, dtype=single, is_causal=True)
+
+
+class _LargestProduct(TorchDispatchMode):
+    """Notes how many numbers the largest product of oneDNN has."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if "_linear_pointwise" in str(function):
+            self.numbers = max(self.numbers, result.numel())
+        return result
 
 
 def _states(rows: int, columns: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 FEW_SCORES = 1 << 16
 """Scores for each KV head of which PyTorch computes attention faster: with more, further operators cost less than they gain."""
-_CAUSAL_ROWS = 128
-"""Rows of a block under a causal mask: of the scores in a block's last columns, half are computed for nothing."""
-_BLOCK_SCORES = 1 << 20
-"""Scores of a block without a causal mask. More of them don't stay in the caches of a core."""
+_BLOCK_SCORES = 1 << 21
+"""Scores of a block. With more of them, it leaves the caches of a core."""
+_FEWEST_ROWS, _CAUSAL_ROWS = 16, 128
+"""Fewest rows of a block, and most under a causal mask: of the scores in a block's last columns, half are for nothing."""
 
 
 def is_faster_in_blocks(query: Tensor, key: Tensor, *, is_causal: bool) -> bool:
@@ -64,7 +64,9 @@ def attend_in_blocks(
     keys = key.transpose(0, 1).float().contiguous()
     values = value.permute(1, 2, 0).contiguous()
     result = query.new_empty(rows, kv_heads, group, head_dim)
-    size = _CAUSAL_ROWS if is_causal else max(_CAUSAL_ROWS, _BLOCK_SCORES // (group * columns))
+    size = max(_FEWEST_ROWS, _BLOCK_SCORES // (group * columns))
+    if is_causal:
+        size = min(size, _CAUSAL_ROWS)
     for start in range(0, rows, size):
         end = min(start + size, rows)
         first, last = 0, columns

@@ -131,9 +131,9 @@ def _attention(
     """
     images = [states.transpose(1, 2) for states in (query, key, value)]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = attention_mask
+    mask, expected = attention_mask, (1, query.shape[2], key.shape[2])
     is_simple = not is_causal and all(options.get(name) is None for name in _NOT_IN_BLOCKS)
-    is_simple = is_simple and (mask is None or (mask.is_floating_point() and mask.shape[1] == 1))
+    is_simple = is_simple and (mask is None or (mask.is_floating_point() and mask.shape[1:] == expected))
     if not (is_simple and is_faster_in_blocks(images[0][0], images[1][0], is_causal=False)):
         options |= {"scaling": scaling, "is_causal": is_causal}
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
