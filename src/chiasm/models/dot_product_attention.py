@@ -1,9 +1,9 @@
 """Attention of many rows on a CPU, by products of oneDNN.
 
-PyTorch's attention on a CPU has its float32 products computed by MKL, which is known to keep to AVX2 on AMD's CPUs, and takes as
-long in bfloat16: on a Zen 5 it reaches two fifths and a fifth of what oneDNN's products do. So where oneDNN computes the large
-products of a model (:mod:`chiasm.models.products`), it computes those of attention too: block by block of rows, each with the
-softmax of its whole rows between the two products. For few rows, and on other devices, PyTorch's attention is faster.
+PyTorch's attention on a CPU has its float32 products computed by MKL, which is known to keep to AVX2 on AMD's CPUs, and takes
+as long in bfloat16: on a Zen 5 it reaches two fifths and a fifth of what oneDNN's products do. So where oneDNN computes the
+large products of a model (:mod:`chiasm.models.products`), it computes those of attention too: block by block of rows, each
+with the softmax of its whole rows between the two products. For few rows, and on other devices, PyTorch's attention is faster.
 """
 
 from __future__ import annotations
