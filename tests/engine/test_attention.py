@@ -42,23 +42,32 @@ def test_memory_that_nobody_has_used_takes_none_of_the_machine() -> None:
     assert process.memory_info().rss < before + (64 << 20)
 
 
-@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=64))
-def test_what_is_gathered_at_a_time_is_bounded_whatever_the_lengths(lengths: list[int]) -> None:
+@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=64), st.sampled_from([500, 4096, MOST_SLOTS]))
+def test_what_is_gathered_at_a_time_is_bounded_whatever_the_lengths(lengths: list[int], most_slots: int) -> None:
     lengths.sort(reverse=True)
-    sizes = group_by_length(lengths)
+    sizes = group_by_length(lengths, most_slots)
     assert sum(sizes) == len(lengths)
     ends = list(itertools.accumulate(sizes))
     for size, end in zip(sizes, ends, strict=True):
         members = lengths[end - size : end]
         gathered = size * members[0]
         assert gathered <= max(FREE_SLOTS, MOST_PADDING * sum(members))
-        assert size == 1 or gathered <= MOST_SLOTS
+        assert size == 1 or gathered <= most_slots
 
 
 def test_equal_lengths_and_few_slots_are_one_group() -> None:
-    assert group_by_length([100] * 64) == [64]
-    assert group_by_length([300, 20, 3, 1]) == [4]
-    assert group_by_length([1000] * 100) == [65, 35]
+    assert group_by_length([100] * 64, MOST_SLOTS) == [64]
+    assert group_by_length([300, 20, 3, 1], MOST_SLOTS) == [4]
+    assert group_by_length([1000] * 100, MOST_SLOTS) == [65, 35]
+
+
+@pytest.mark.parametrize(("device", "most_bytes"), [("cpu", 8 << 20), ("meta", MOST_SLOTS * 2 * 4 * 128 * 4)])
+def test_a_cpu_gathers_what_fits_its_caches(device: str, most_bytes: int) -> None:
+    language: Any = SimpleNamespace(
+        num_layers=1, num_kv_heads=4, head_dim=128, dtype=torch.float32, device=torch.device(device)
+    )
+    cache = KVCache(language, num_blocks=1, block_size=16, allocate=lambda size: torch.zeros(size, dtype=torch.uint8))
+    assert cache.most_slots * 2 * 4 * 128 * 4 == most_bytes
 
 
 def test_one_long_request_beside_many_short_ones_gathers_little_more_than_each_needs() -> None:
@@ -76,7 +85,7 @@ def test_rows_of_different_lengths_get_what_each_gets_alone() -> None:
     assert [group.size for group in step.decodes] == [4, 2]
     together = _attend(step, query)
     for row, seen in enumerate(slots):
-        alone = AttentionStep(step.cache, torch.zeros(0, dtype=torch.int64), [], decode_groups([seen], CPU))
+        alone = AttentionStep(step.cache, torch.zeros(0, dtype=torch.int64), [], decode_groups([seen], CPU, MOST_SLOTS))
         torch.testing.assert_close(together[row : row + 1], _attend(alone, query[row : row + 1]))
 
 
@@ -85,7 +94,9 @@ def test_a_window_hides_all_but_the_last_tokens(window: int) -> None:
     step, query, slots = _decode_step([60, 30], num_blocks=20)
     together = _attend(step, query, window=window)
     for row, seen in enumerate(slots):
-        last = AttentionStep(step.cache, torch.zeros(0, dtype=torch.int64), [], decode_groups([seen[-window:]], CPU))
+        last = AttentionStep(
+            step.cache, torch.zeros(0, dtype=torch.int64), [], decode_groups([seen[-window:]], CPU, MOST_SLOTS)
+        )
         torch.testing.assert_close(together[row : row + 1], _attend(last, query[row : row + 1]))
 
 
@@ -136,7 +147,8 @@ def _decode_step(lengths: list[int], *, num_blocks: int) -> tuple[AttentionStep,
         slots.append(free[:length])
         free = free[-(-length // 16) * 16 :]
     query = torch.randn(len(lengths), HEADS, HEAD_DIM, generator=generator)
-    return AttentionStep(cache, torch.zeros(0, dtype=torch.int64), [], decode_groups(slots, CPU)), query, slots
+    groups = decode_groups(slots, CPU, cache.most_slots)
+    return AttentionStep(cache, torch.zeros(0, dtype=torch.int64), [], groups), query, slots
 
 
 def _attend(step: AttentionStep, query: torch.Tensor, window: int | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from chiasm.engine.attention import AttentionStep, KVCache, PrefillSegment, decode_groups
+from chiasm.engine.attention import MOST_SLOTS, AttentionStep, KVCache, PrefillSegment, decode_groups
 from chiasm.models.base import LanguageModel, Positions, Prompt
 
 BLOCK_SIZE = 4
@@ -74,7 +74,9 @@ class Driver:
             positions.append(request.positions.ids[:, start:end])
             slots.append(request.slots[start:end])
         seen = [request.slots[: request.computed + 1].numpy() for request in decodes]
-        attention = AttentionStep(self._cache, torch.cat(slots), segments, decode_groups(seen, torch.device("cpu")))
+        attention = AttentionStep(
+            self._cache, torch.cat(slots), segments, decode_groups(seen, torch.device("cpu"), MOST_SLOTS)
+        )
         hidden = self._language.forward(
             torch.tensor(tokens),
             torch.cat(positions, dim=1),

@@ -30,6 +30,8 @@ FREE_SLOTS = 2048
 """So few slots are gathered together, padded or not: another operator takes longer than they do."""
 MOST_SLOTS = 1 << 16
 """Maximum slots that several decoding rows gather at a time, in each layer. One row gathers all of its own."""
+_MOST_CPU_BYTES = 8 << 20
+"""The same on a CPU, in bytes. More leaves its caches and takes up to twice as long; glibc maps buffers over 32 MB anew."""
 
 
 class KVCache:
@@ -69,14 +71,22 @@ class KVCache:
             ) from error
         self.blocks = memory.view(num_blocks, -1)
         """uint8 ``[num_blocks, bytes_per_block]``: the same memory."""
+        self.most_slots = MOST_SLOTS
+        """Maximum slots that several decoding rows gather at a time."""
+        if language.device.type == "cpu":
+            self.most_slots = min(MOST_SLOTS, _MOST_CPU_BYTES // _bytes_per_slot(language))
         slots = memory.view(language.dtype).view(-1, 2 * language.num_kv_heads, language.head_dim)
         self.layers = [slots[layer * block_size :] for layer in range(language.num_layers)]
 
     @staticmethod
     def bytes_per_block(language: LanguageModel, block_size: int) -> int:
         """Return the size of one block: keys and values of all layers."""
-        slot_bytes = 2 * language.num_kv_heads * language.head_dim * language.dtype.itemsize
-        return language.num_layers * block_size * slot_bytes
+        return language.num_layers * block_size * _bytes_per_slot(language)
+
+
+def _bytes_per_slot(language: LanguageModel) -> int:
+    """Return the size of the key and the value of a token in one layer."""
+    return 2 * language.num_kv_heads * language.head_dim * language.dtype.itemsize
 
 
 def zeroed(num_bytes: int, device: torch.device) -> Tensor:
@@ -124,11 +134,11 @@ class DecodeGroup:
     """Whether nothing is padding."""
 
 
-def group_by_length(lengths: Sequence[int]) -> list[int]:
+def group_by_length(lengths: Sequence[int], most_slots: int) -> list[int]:
     """Return the sizes of groups of decoding requests, whose ``lengths`` descend.
 
     A group of B requests gathers B times the slots of its first. That is at most ``MOST_PADDING`` times what its requests
-    need, or ``FREE_SLOTS``, and at most ``MOST_SLOTS`` unless it is a single request. So a long request beside many short
+    need, or ``FREE_SLOTS``, and at most ``most_slots`` unless it is a single request. So a long request beside many short
     ones costs no more than both cost alone.
     """
     sizes: list[int] = []
@@ -136,7 +146,7 @@ def group_by_length(lengths: Sequence[int]) -> list[int]:
     for length in lengths:
         size = sizes[-1] + 1 if sizes else 1
         gathered = size * longest
-        if sizes and gathered <= max(FREE_SLOTS, min(MOST_SLOTS, MOST_PADDING * (needed + length))):
+        if sizes and gathered <= min(most_slots, max(FREE_SLOTS, MOST_PADDING * (needed + length))):
             sizes[-1] = size
             needed += length
         else:
@@ -145,11 +155,14 @@ def group_by_length(lengths: Sequence[int]) -> list[int]:
     return sizes
 
 
-def decode_groups(slots: Sequence[NDArray[np.int64]], device: torch.device) -> list[DecodeGroup]:
-    """Return the groups of decoding requests, whose ``slots`` descend in number; their rows begin with 0."""
+def decode_groups(slots: Sequence[NDArray[np.int64]], device: torch.device, most_slots: int) -> list[DecodeGroup]:
+    """Return the groups of decoding requests, whose ``slots`` descend in number; their rows begin with 0.
+
+    Several requests gather at most ``most_slots`` at a time.
+    """
     groups: list[DecodeGroup] = []
     start = 0
-    for size in group_by_length([len(one) for one in slots]):
+    for size in group_by_length([len(one) for one in slots], most_slots):
         members = slots[start : start + size]
         longest = len(members[0])
         table = np.zeros((size, longest), dtype=np.int64)

@@ -156,7 +156,7 @@ class ModelRunner:
             self.kv_cache,
             torch.from_numpy(np.concatenate(written)).to(device),
             segments,
-            decode_groups(seen, device),
+            decode_groups(seen, device, self.kv_cache.most_slots),
         )
 
     def _slots_of(self, sequence: Sequence, end: int) -> NDArray[np.int64]:
