@@ -38,7 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def run(base: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "chiasm", *arguments]
-    return subprocess.run(command, env=base, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=base, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from chiasm.bench.client import Client, RequestFailedError, StreamedAnswer, opened
 from chiasm.errors import ChiasmError
+from chiasm.launch.ports import HeldPort
 from chiasm.wire import CHAT_PATH
 
 _EVENTS = (
@@ -82,11 +83,11 @@ async def test_a_stream_that_breaks_off_is_an_error() -> None:
 
 
 async def test_a_server_that_is_not_there_is_an_error() -> None:
-    async with _server(()) as url:
-        pass
+    nobody = HeldPort("127.0.0.1")
     async with opened() as client:
         with pytest.raises(RequestFailedError, match="did not answer"):
-            await client.chat(url, b"{}")
+            await client.chat(nobody.url, b"{}")
+    nobody.release()
 
 
 async def test_an_answer_that_takes_too_long_is_an_error() -> None:

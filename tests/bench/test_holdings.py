@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -13,18 +15,32 @@ from chiasm.bench.holdings import DESCRIPTORS, RESIDENT, SHARED, THREADS, held_b
 MIB = 1 << 20
 
 
+HOLDER = """
+import os
+print(flush=True)
+input()
+descriptor = os.memfd_create("held")
+twice = os.dup(descriptor)
+os.ftruncate(descriptor, 64 << 20)
+os.pwrite(descriptor, bytes(2 << 20), 0)
+print(flush=True)
+input()
+"""
+
+
 def test_memory_files_descriptors_and_threads_are_counted() -> None:
-    before = held_by(os.getpid())
-    descriptor = os.memfd_create("held")
-    twice = os.dup(descriptor)
-    try:
-        os.ftruncate(descriptor, 64 * MIB)
-        os.pwrite(descriptor, bytes(MIB), 0)
-        after = held_by(os.getpid())
-    finally:
-        os.close(descriptor)
-        os.close(twice)
-    assert after[SHARED] - before[SHARED] == MIB  # what is written, once, and not what could be
+    """Those of a process that does nothing else."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        before = held_by(holder.pid)
+        holder.stdin.write(b"\n")
+        holder.stdin.flush()
+        assert holder.stdout.readline() == b"\n"
+        after = held_by(holder.pid)
+        holder.kill()
+    assert after[SHARED] - before[SHARED] == 2 * MIB  # what is written, once, and not what could be
     assert after[DESCRIPTORS] == before[DESCRIPTORS] + 2
     assert after[RESIDENT] > MIB
     assert after[THREADS] >= 1
@@ -32,7 +48,7 @@ def test_memory_files_descriptors_and_threads_are_counted() -> None:
 
 def test_a_process_that_is_gone_is_told() -> None:
     with pytest.raises(psutil.NoSuchProcess):
-        held_by(2**22 - 1)
+        held_by(2**22)  # no process has so large a number
 
 
 def test_who_listens_is_found_by_the_url() -> None:

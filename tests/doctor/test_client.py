@@ -16,6 +16,7 @@ import pytest
 
 from chiasm.doctor.client import Client, Limits, NoAnswerError
 from chiasm.fleet_key import FleetKey, make_fleet_key
+from chiasm.launch.ports import HeldPort
 from chiasm.wire import FLEET_HEADER, Health
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -94,11 +95,11 @@ async def test_an_unusable_response_is_explained(talk: Talk, message: str) -> No
 
 
 async def test_an_address_without_a_server_cannot_be_reached() -> None:
-    async with talking(silent) as url:
-        pass
+    nobody = HeldPort("127.0.0.1")
     async with Client() as client:
         with pytest.raises(NoAnswerError, match="cannot be reached"):
-            await client.get(url)
+            await client.get(nobody.url)
+    nobody.release()
 
 
 async def test_a_server_without_tls_has_no_certificate() -> None:

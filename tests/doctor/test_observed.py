@@ -13,6 +13,7 @@ from aiohttp import web
 from chiasm.doctor.client import Client, Limits, NoAnswerError
 from chiasm.doctor.observed import Observed, ObservedProxy, ask_instance, ask_proxy
 from chiasm.doctor.running import examine_proxy
+from chiasm.launch.ports import HeldPort
 from chiasm.wire import Health
 from tests.doctor import played
 from tests.doctor.results import collected, problem, verdicts
@@ -147,8 +148,8 @@ async def test_a_server_that_is_no_proxy_is_explained() -> None:
 
 
 async def test_instances_that_only_the_proxy_reaches_are_skipped() -> None:
-    async with answering({}) as hidden:
-        pass
+    nobody = HeldPort("127.0.0.1")
+    hidden = nobody.url
     async with played.encoder() as encoder:
         listed = [
             {"url": encoder.url, "role": "encoder", "state": "healthy"},
@@ -161,6 +162,7 @@ async def test_instances_that_only_the_proxy_reaches_are_skipped() -> None:
         encoder.adds = {}
         async with answering(pages) as url:
             found = await collected(examine_proxy(url, limits=Limits(message_seconds=20, count_seconds=0)))
+    nobody.release()
     assert hidden in next(one.says for one in found if one.check == "instances" and one.verdict == "skipped")
     assert "problem" not in verdicts(found)
     assert verdicts(found, "through the proxy") == ["warning"]

@@ -28,9 +28,10 @@ def test_a_server_that_evicts_is_fine_and_one_without_limit_is_warned_of() -> No
 def test_a_server_that_is_down_or_refuses_is_a_problem_and_no_password_is_shown() -> None:
     with running("--requirepass", "right-secret") as server:
         results = list(store(f"redis://:wrong-secret@127.0.0.1:{server.port}"))
-    assert [result.verdict for result in results] == [Verdict.PROBLEM]
-    assert "secret" not in repr(results)
-    assert verdicts(server.url) == {"shared cache": Verdict.PROBLEM}
+        assert [result.verdict for result in results] == [Verdict.PROBLEM]
+        assert "secret" not in repr(results)
+        server.kill()
+        assert verdicts(server.url) == {"shared cache": Verdict.PROBLEM}
     assert verdicts("redis://:secret@host:port") == {"shared cache": Verdict.PROBLEM}
 
 

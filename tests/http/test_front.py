@@ -231,7 +231,7 @@ class TestOrigins:
 
         with (
             site(handler, config=OPEN) as server,
-            httpx.stream("POST", server.url, headers={"origin": ORIGIN}) as answer,
+            httpx.stream("POST", server.url, headers={"origin": ORIGIN}, timeout=60) as answer,
         ):
             pieces = answer.iter_bytes()
             assert next(pieces).startswith(b"data: one\n\n")
@@ -445,7 +445,7 @@ class TestLog:
 
     def test_a_flood_of_failures_is_counted(self, lines: Callable[[], list[str]]) -> None:
         """A slow machine may spread it over two of the periods in which lines are limited."""
-        with site(echo) as server, httpx.Client() as client:
+        with site(echo) as server, httpx.Client(timeout=60) as client:
             for _ in range(LINES_PER_WINDOW + 7):
                 client.post(f"{server.url}/none")
             client.get(server.url)
@@ -572,7 +572,8 @@ class TestCompressedBodies:
     def test_the_header_given_twice_means_compressed_twice(self) -> None:
         with site(echo) as server:
             headers = [("content-encoding", "gzip"), ("content-encoding", "gzip")]
-            assert httpx.post(server.url, content=gzip.compress(b"x"), headers=headers).status_code == 415
+            response = httpx.post(server.url, content=gzip.compress(b"x"), headers=headers, timeout=60)
+        assert response.status_code == 415
 
     def test_the_limits_hold_for_what_comes_out(self) -> None:
         bomb = gzip.compress(bytes(50_000_000))

@@ -315,7 +315,10 @@ def test_decode_refuses_the_handle_of_another_prompt(epd: Service) -> None:
     first = post(epd, prefill, chat("one prompt", max_tokens=1) | {"kv_transfer_params": params})
     handle = first["kv_transfer_params"]
     reply = httpx.post(
-        f"{decode}/v1/chat/completions", json=chat("two prompt") | {"kv_transfer_params": handle}, auth=epd.signed
+        f"{decode}/v1/chat/completions",
+        json=chat("two prompt") | {"kv_transfer_params": handle},
+        auth=epd.signed,
+        timeout=60,
     )
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "kv_transfer_params"

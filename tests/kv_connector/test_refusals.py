@@ -11,6 +11,7 @@ import pytest
 
 from chiasm.errors import KVUnavailableError
 from chiasm.kv_transfer import KVTransferRole
+from chiasm.launch.ports import HeldPort
 from chiasm.wire import KVTransferParams
 
 from .conftest import Make
@@ -61,11 +62,11 @@ def test_another_instance_at_the_address(prefill: Instance, decode: Instance) ->
 
 
 def test_nobody_at_the_address(prefill: Instance, decode: Instance) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    handle = changed(prefill.prefill("p", [1]), remote_port=port)
+    nobody = HeldPort("127.0.0.1")
+    handle = changed(prefill.prefill("p", [1]), remote_port=nobody.port)
     reason = decode.failure_of(decode.arrive("d", handle))
-    assert f"127.0.0.1:{port}" in reason
+    nobody.release()
+    assert f"127.0.0.1:{nobody.port}" in reason
     assert "cannot be reached" in reason
 
 

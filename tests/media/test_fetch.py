@@ -22,6 +22,11 @@ from chiasm.media.addresses import AddressGuard
 from chiasm.media.url import MAX_URL_CHARACTERS, InvalidURLError, follow, parse_http_url
 
 LOOPBACK = ("127.0.0.0/8",)
+TOLERANT: dict[str, Any] = {
+    "allowed_media_networks": LOOPBACK,
+    **dict.fromkeys(("connect_timeout_seconds", "read_timeout_seconds", "fetch_timeout_seconds"), 60.0),
+}
+"""Sites of this machine may be fetched from, however slow it is."""
 IMAGE = b"\x89PNG bytes of an image"
 CERTIFICATES = Path(__file__).parent / "certificates"
 """Made for these tests only; ``authority`` has signed all but ``self_signed``, and ``key`` is the key of all but itself."""
@@ -181,7 +186,7 @@ async def make() -> AsyncIterator[Make]:
     def make_one(
         resolver: AbstractResolver | None = None, ssl_context: ssl.SSLContext | None = None, **config: Any
     ) -> Fetcher:
-        media = MediaConfig(**({"allowed_media_networks": LOOPBACK} | config))
+        media = MediaConfig(**(TOLERANT | config))
         fetchers.append(Fetcher(media, resolver=resolver, ssl_context=ssl_context))
         return fetchers[-1]
 

@@ -67,8 +67,9 @@ async def test_one_dead_name_takes_one_thread(resolve: Callable[[str], Any], ser
 
 
 async def test_a_name_that_failed_is_not_looked_up_again_at_once(
-    resolve: Callable[[str], Any], service: NameService
+    resolve: Callable[[str], Any], service: NameService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("chiasm.media.resolver._FAILURE_SECONDS", 3600.0)
     service.gives_up.set()
     for _ in range(3):
         with pytest.raises(socket.gaierror):

@@ -88,9 +88,8 @@ class Demo(_Served):
 
 @pytest.fixture(scope="session")
 def demo() -> Iterator[Demo]:
-    engine = create_engine(
-        EngineConfig(checkpoints.folder("demo"), Role.AGGREGATED, threads=1, kv_cache_bytes=32 << 20)
-    )
+    folder = checkpoints.folder("demo")
+    engine = create_engine(EngineConfig(folder, Role.AGGREGATED, dtype="float32", threads=1, kv_cache_bytes=32 << 20))
     engine.start()
     try:
         with serving(create_app(engine, served_model_name="demo")) as url:

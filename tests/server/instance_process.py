@@ -18,7 +18,8 @@ def main(folder: str, port: str) -> int:
         ec = ECTransferConfig(role=ECTransferRole.CONSUMER, connector_extra_config={"shared_storage_path": store})
         config = EngineConfig(Path(folder), Role.PD, threads=1, kv_cache_bytes=16 << 20, ec=ec)
         try:
-            run(config, ServerConfig(port=int(port)), on_ready=lambda url: print(url, flush=True))
+            server = ServerConfig(port=int(port), shutdown_timeout_seconds=300)  # a stream may take its time
+            run(config, server, on_ready=lambda url: print(url, flush=True))
         except ConfigurationError as error:
             print(error, file=sys.stderr)
             return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,9 +28,15 @@ from chiasm.http.listen import bind, url_of
 def serving(app: ASGIApp) -> Iterator[str]:
     """Serve ``app`` on a free port and yield the base URL."""
     listener = bind("127.0.0.1", 0)
-    # A log_config would change loggers of the whole process.
     protocol = partial(Connection, Connections(HttpConfig(), Refusals()))
-    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1, http=protocol)  # type: ignore[arg-type]
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,  # any other would change loggers of the whole process
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=75,  # as chiasm's own: longer than clients keep idle connections, so none meets a closed one
+        http=protocol,  # type: ignore[arg-type]
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -85,7 +92,7 @@ def parse_timing(header: str) -> dict[str, float | None]:
 def request(method: str, url: str, body: object = None, headers: Mapping[str, str] | None = None) -> Reply:
     """Send a request on a connection of its own; a body that isn't bytes is sent as JSON."""
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=30)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=120)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     try:
         connection.request(method, parts.path, data, dict(headers or {}))
@@ -102,6 +109,26 @@ def post(url: str, body: object, headers: Mapping[str, str] | None = None) -> Re
 
 def get(url: str) -> Reply:
     return request("GET", url)
+
+
+def begun(url: str, body: object, *, stands_still: bool = False) -> http.client.HTTPResponse:
+    """Post a request whose answer is a stream, and return when it has begun. Closing the response ends the connection.
+
+    ``stands_still``: a stream of 300 kB is under way until it is read. The server has to wait for its client, because the
+    systems hold less than that for a connection with such a small window and such small segments.
+    """
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc)
+    with socket.socket() as connection.sock:  # open as long as the response is
+        connection.sock.settimeout(120)
+        if stands_still:
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+        connection.sock.connect((parts.hostname, parts.port))
+        connection.request("POST", parts.path, json.dumps(body))
+        response = connection.getresponse()
+    assert response.readline().startswith(b"data: ")
+    return response
 
 
 def eventually(condition: Callable[[], bool]) -> None:

@@ -60,7 +60,7 @@ def test_one_failing_prompt_fails_the_request_and_aborts_the_others(pd: Served) 
     assert reply.status == 503
     assert reply.error["message"] == "the disk is gone"
     ids = {request.request_id for request in pd.engine.requests}
-    assert {pd.engine.aborted.get(timeout=10), pd.engine.aborted.get(timeout=10)} == ids
+    assert {pd.engine.aborted.get(timeout=60), pd.engine.aborted.get(timeout=60)} == ids
 
 
 def test_token_ids_are_not_tokenized(pd: Served) -> None:

@@ -68,7 +68,7 @@ class TestDeadline:
         assert reply.status == 504
         assert reply.error["type"] == "timeout_error"
         assert "total" in reply.timing
-        pd.engine.aborted.get(timeout=10)
+        pd.engine.aborted.get(timeout=60)
 
 
 class TestBounds:
@@ -91,7 +91,7 @@ class TestBounds:
         with serving(app) as url:
             first = http.client.HTTPConnection(urlsplit(url).netloc)
             first.request("POST", "/v1/completions", json.dumps({"prompt": "x"}))
-            engine.started.get(timeout=10)
+            engine.started.get(timeout=60)
             reply = post(f"{url}/v1/completions", {"prompt": "x"})
             assert reply.status == 503
             assert reply.headers["retry-after"] == "1"
@@ -125,9 +125,9 @@ class TestDisconnect:
         pd.engine.script = never
         connection = http.client.HTTPConnection(urlsplit(pd.url).netloc)
         connection.request("POST", "/v1/chat/completions", json.dumps(chat("x", stream=stream)))
-        started = pd.engine.started.get(timeout=10)
+        started = pd.engine.started.get(timeout=60)
         connection.close()
-        assert pd.engine.aborted.get(timeout=10) == started
+        assert pd.engine.aborted.get(timeout=60) == started
 
     def test_client_that_leaves_is_counted_with_status_499(self) -> None:
         engine = FakeLanguageEngine(Role.PD)
@@ -135,10 +135,10 @@ class TestDisconnect:
         with serving(create_app(engine, served_model_name="bytes")) as url:
             connection = http.client.HTTPConnection(urlsplit(url).netloc)
             connection.request("POST", "/v1/completions", json.dumps({"prompt": "x"}))
-            engine.started.get(timeout=10)
+            engine.started.get(timeout=60)
             assert "chiasm_http_requests_in_flight 1.0" in metrics(url)
             connection.close()
-            engine.aborted.get(timeout=10)
+            engine.aborted.get(timeout=60)
             eventually(lambda: "chiasm_http_requests_in_flight 0.0" in metrics(url))
             lines = metrics(url)
             assert 'chiasm_http_requests_total{path="/v1/completions",status="499"} 1.0' in lines
@@ -156,23 +156,23 @@ class TestDisconnect:
         )
         next(iter(stream))
         stream.close()
-        assert pd.engine.aborted.get(timeout=10) == pd.engine.requests[0].request_id
+        assert pd.engine.aborted.get(timeout=60) == pd.engine.requests[0].request_id
 
     def test_client_that_leaves_aborts_all_prompts(self, pd: Served) -> None:
         pd.engine.script = never
         connection = http.client.HTTPConnection(urlsplit(pd.url).netloc)
         connection.request("POST", "/v1/completions", json.dumps({"prompt": ["a", "b"]}))
-        started = {pd.engine.started.get(timeout=10), pd.engine.started.get(timeout=10)}
+        started = {pd.engine.started.get(timeout=60), pd.engine.started.get(timeout=60)}
         connection.close()
-        assert {pd.engine.aborted.get(timeout=10), pd.engine.aborted.get(timeout=10)} == started
+        assert {pd.engine.aborted.get(timeout=60), pd.engine.aborted.get(timeout=60)} == started
 
     def test_client_that_leaves_an_encoder_cancels_the_encoding(self, encoder: ServedEncoder) -> None:
         encoder.engine.encode_blocks = True
         connection = http.client.HTTPConnection(urlsplit(encoder.url).netloc)
         connection.request("POST", "/v1/chat/completions", json.dumps(chat(image_part(png()))))
-        started = encoder.engine.started.get(timeout=10)
+        started = encoder.engine.started.get(timeout=60)
         connection.close()
-        assert encoder.engine.aborted.get(timeout=10) == started
+        assert encoder.engine.aborted.get(timeout=60) == started
 
     def test_client_that_leaves_in_the_middle_of_its_body_harms_nobody(self, pd: Served) -> None:
         connection = http.client.HTTPConnection(urlsplit(pd.url).netloc)

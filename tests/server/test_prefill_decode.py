@@ -528,6 +528,6 @@ class TestKVThatNobodyFetches:
         body = hi(stream=streams, kv_transfer_params={**CONTINUES, "lease": "mine"})
         connection = http.client.HTTPConnection(urlsplit(prefill.url).netloc)
         connection.request("POST", "/v1/chat/completions", json.dumps(body))
-        prefill.engine.started.get(timeout=10)
+        prefill.engine.started.get(timeout=60)
         connection.close()
-        assert prefill.engine.given_back.get(timeout=10) == "mine"
+        assert prefill.engine.given_back.get(timeout=60) == "mine"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import os
 import signal
 import subprocess
@@ -13,10 +11,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import pytest
 
+from chiasm.bench import synthetic
+from chiasm.bench.synthetic import SyntheticSize
 from chiasm.cli import drain
 from chiasm.ec_transfer import ECTransferConfig
 from chiasm.engine import EngineConfig
@@ -26,7 +26,7 @@ from chiasm.server import ServerConfig, run
 from chiasm.wire import Role
 from tests.free_ports import free_port
 from tests.server.images import chat
-from tests.server.serving import get, post
+from tests.server.serving import begun, get, post
 
 ROOT = Path(__file__).parents[2]
 STOP_SECONDS = 60
@@ -49,14 +49,15 @@ def instance(folder: Path, port: int = 0) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def stream(url: str, max_tokens: int) -> http.client.HTTPResponse:
-    """A stream that has begun."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
-    asked = chat("Hi", max_tokens=max_tokens, ignore_eos=True, stream=True)
-    connection.request("POST", "/v1/chat/completions", json.dumps(asked))
-    response = connection.getresponse()
-    assert response.readline().startswith(b"data: ")
-    return response
+@pytest.fixture(scope="module")
+def patient_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose answers may take longer than any pause of the machine."""
+    size = SyntheticSize(max_position_embeddings=16_384)
+    return synthetic.make("qwen3_vl", tmp_path_factory.mktemp("patient"), size=size)
+
+
+def stream_of(max_tokens: int) -> dict[str, Any]:
+    return chat("Hi", max_tokens=max_tokens, ignore_eos=True, stream=True)
 
 
 def test_after_a_signal_it_refuses_what_is_new_and_a_stream_ends_whole(model: Path) -> None:
@@ -65,7 +66,7 @@ def test_after_a_signal_it_refuses_what_is_new_and_a_stream_ends_whole(model: Pa
         url = process.stdout.readline().strip()
         assert get(f"{url}/health").json["model"] == "tiny"
         assert post(f"{url}/v1/chat/completions", chat("Hi", max_tokens=3)).status == 200
-        response = stream(url, max_tokens=1500)
+        response = begun(f"{url}/v1/chat/completions", stream_of(1500), stands_still=True)
         process.send_signal(signal.SIGTERM)
         while (health := get(f"{url}/health")).status == 200:
             pass
@@ -81,23 +82,25 @@ def test_after_a_signal_it_refuses_what_is_new_and_a_stream_ends_whole(model: Pa
 def test_chiasm_drain_waits_until_a_stream_has_ended_whole_and_the_instance_with_exit_code_0(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with instance(model) as process, ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, instance(model) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        rest = pool.submit(stream(url, max_tokens=1500).read)
-        # A process of its own would take seconds to begin, in which the stream may end.
-        assert drain.run(drain.parser().parse([url, "--wait"])) == 0
+        response = begun(f"{url}/v1/chat/completions", stream_of(1500), stands_still=True)
+        drained = pool.submit(drain.run, drain.parser().parse([url, "--wait"]))
+        while get(f"{url}/health").json["status"] != "draining":
+            assert not drained.done()
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        assert drained.result() == 0
         left = "1 requests, 0 prompts and 0 embeddings to be fetched"
         assert capsys.readouterr().out == f"{url} drains: {left}.\n{url} has ended.\n"
-        assert rest.result().endswith(b"data: [DONE]\n\n")
         assert process.wait(STOP_SECONDS) == 0
 
 
-def test_a_second_signal_ends_open_streams_with_an_error(model: Path) -> None:
-    with instance(model) as process:
+def test_a_second_signal_ends_open_streams_with_an_error(patient_model: Path) -> None:
+    with instance(patient_model) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        response = stream(url, max_tokens=4000)
+        response = begun(f"{url}/v1/chat/completions", stream_of(16_000))
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)
         rest = response.read()

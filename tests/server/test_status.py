@@ -19,7 +19,7 @@ from chiasm.wire import ECPlace, Health, ModelCard, Role
 from tests.server.conftest import Served, ServedEncoder
 from tests.server.fake_engine import FakeLanguageEngine
 from tests.server.images import chat
-from tests.server.serving import get, post, request, serving
+from tests.server.serving import eventually, get, post, request, serving
 
 
 def test_health_has_what_the_proxy_needs(pd: Served) -> None:
@@ -77,7 +77,7 @@ def test_a_loading_instance_says_how_far_it_is() -> None:
     with serving(app_of(context)) as url:
         assert load_progress(url) == ""
         context.progress = LoadProgress(3, 10)
-        assert load_progress(url) == "3/10 tensors"
+        eventually(lambda: load_progress(url) == "3/10 tensors")  # it asks once, and waits only for a moment
         health = get(f"{url}/health").json
         assert health == {
             "status": "starting",

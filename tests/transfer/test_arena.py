@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from chiasm.transfer.arena import ALIGNMENT, Arena, Piece
+from chiasm.transfer.memory_file import MemoryFile
 
 PAGES = 32
 
@@ -152,12 +153,15 @@ def test_a_piece_may_take_the_whole_arena_and_one_byte_more_never_fits(arena: Ar
 
 def test_what_was_freed_last_at_the_low_end_is_used_again(arena: Arena) -> None:
     """So memory stays as it is, however many pieces come and go."""
+    blocks: list[int] = []
     for _ in range(1000):
         pieces = [allocate(arena, 3), allocate(arena, 2)]
         assert [piece.offset for piece in pieces] == [0, 3 * ALIGNMENT]
         for piece in pieces:
+            piece.buffer[:] = bytes(piece.num_bytes)
             piece.release()
-    assert os.fstat(arena.file.descriptor).st_blocks <= 8
+        blocks.append(os.fstat(arena.file.descriptor).st_blocks)
+    assert len(set(blocks)) == 1
 
 
 def test_nobody_can_lock_what_is_being_written(arena: Arena, reader: int) -> None:
@@ -218,6 +222,16 @@ def test_every_release_is_told() -> None:
     arena.close()
 
 
+def has_memory_in_single_pages() -> bool:
+    """Whether the first byte of a memory file takes one page. The system may be set to give it large ones."""
+    file = MemoryFile(64 * ALIGNMENT, "chiasm-test")
+    before = os.fstat(file.descriptor).st_blocks
+    file.buffer[0] = 1
+    grown = os.fstat(file.descriptor).st_blocks - before
+    file.close()
+    return grown * 512 == ALIGNMENT
+
+
 def touched_bytes(arena: Arena) -> int:
     """How much of the file has memory, once no thread touches pages any more."""
     for thread in threading.enumerate():
@@ -226,6 +240,7 @@ def touched_bytes(arena: Arena) -> int:
     return os.fstat(arena.file.descriptor).st_blocks * 512
 
 
+@pytest.mark.skipif(not has_memory_in_single_pages(), reason="memory files have large pages here")
 def test_pages_are_touched_ahead_of_their_use_and_no_more_of_them() -> None:
     token = ALIGNMENT  # behind the pieces
     arena = Arena(64 * ALIGNMENT, "chiasm-test", warm_bytes=16 * ALIGNMENT)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from chiasm.errors import ConfigurationError
+from chiasm.launch.ports import HeldPort
 from chiasm.transfer import listener, tcp
 from chiasm.transfer.channel import MAX_FRAME_BYTES
 from chiasm.transfer.errors import TransferError
@@ -256,9 +257,11 @@ def test_a_holder_that_does_not_speak_the_protocol_is_not_reached(
 def test_a_holder_that_stops_in_the_middle_is_given_up(
     monkeypatch: pytest.MonkeyPatch, holder: Holder, liar: Liar, memory: Memory
 ) -> None:
-    monkeypatch.setattr(tcp, "PATIENCE_SECONDS", 0.2)
     liar.answer(GREETING, b"\2", b"\0half")
     reached = TcpPlane().reach(liar.peer, holder.offered.describe(7), memory)
+    assert isinstance(reached, tcp._ReachedOverTcp)
+    monkeypatch.setattr(tcp, "PATIENCE_SECONDS", 0.2)  # not before: the liar may take its time to greet
+    tcp._configure(reached._idle[0])
     with pytest.raises(TransferError, match=r"none of its bytes came for 0\.2 seconds"):
         reached.read([Run(0, 0, 100)], never)
     reached.close()
@@ -273,7 +276,7 @@ def test_a_holder_that_leaves_in_the_middle_is_named(holder: Holder, liar: Liar,
 
 
 def test_nobody_at_the_port_is_named(holder: Holder, memory: Memory) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    nobody = HeldPort("127.0.0.1")
     with pytest.raises(TransferError, match="no data connection to it can be opened"):
-        TcpPlane().reach(Peer("127.0.0.1", port), holder.offered.describe(7), memory)
+        TcpPlane().reach(Peer("127.0.0.1", nobody.port), holder.offered.describe(7), memory)
+    nobody.release()

@@ -8,7 +8,6 @@ import importlib
 import os
 import random
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from chiasm.bench.statistics import median, paired_ratio
 from chiasm.ec_transfer.stores import Store, StoredEntry, StoreError, open_store
 from chiasm.ec_transfer.stores.redis import keys_of
 from chiasm.errors import ConfigurationError
+from chiasm.launch.ports import HeldPort
 
 _MEGABYTE = 1_000_000
 SIZES_BYTES = {"10 MB": 10 * _MEGABYTE, "67 MB": 67 * _MEGABYTE}
@@ -29,7 +29,7 @@ _LEAST_GIGABYTES_PER_SECOND = 1.2
 _LEAST_RATIO = 1.5
 _BASELINE = "redis-py + hiredis"
 _FINGERPRINT = "be7c4"
-_START_SECONDS = 10.0
+_START_SECONDS = 60.0
 _MAX_MEMORY = "1gb"
 
 Read = Callable[[list[bytes], list[int], memoryview], None]
@@ -137,18 +137,17 @@ def _others(store: Store) -> dict[str, Read]:
 def server() -> Iterator[tuple[str, str]]:
     """Run a server and yield its URL and what it is. Raises ConfigurationError if none is installed, or it doesn't start."""
     program = _program()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    address = HeldPort("127.0.0.1")
+    settings = ["--port", str(address.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
     settings += ["--maxmemory", _MAX_MEMORY, "--maxmemory-policy", "allkeys-lru", "--daemonize", "no"]
     process = subprocess.Popen([program, *settings], stdout=subprocess.DEVNULL, cwd="/")
-    url = f"redis://127.0.0.1:{port}"
+    url = f"redis://127.0.0.1:{address.port}"
     try:
         yield url, _until_ready(url, process)
     finally:
         process.kill()
         process.wait()
+        address.release()
 
 
 def _program() -> str:
