@@ -68,6 +68,25 @@ def test_a_thread_that_no_longer_computes_leaves_its_cores_to_the_others(share: 
         assert share.part_of(0, now) == 4
 
 
+def test_steady_work_also_leaves_cores_to_threads_that_have_just_computed(share: CoreShare) -> None:
+    second = 1_000_000_000
+    share.show(1, 10 * second, ended=True)
+    share.show(2, 10 * second, alone=True, ended=True)
+    assert share.part_of(0, 10 * second) == 4
+    assert share.part_of(0, 11 * second - 1, steady=True) == 2
+    assert share.part_of(0, 11 * second, steady=True) == 4
+
+
+def test_a_thread_counts_for_steady_work_after_it_has_ended(share: CoreShare) -> None:
+    first, second = share.worker(), share.worker()
+    with first.computing():
+        pass
+    with second.computing(steady=True):
+        assert torch.get_num_threads() == 2
+    with second.computing():
+        assert torch.get_num_threads() == 4
+
+
 def test_a_thread_follows_its_part_from_layer_to_layer(share: CoreShare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chiasm.engine.core_sharing._INTERVAL_NS", 0)
     monkeypatch.setattr("chiasm.engine.core_sharing._MOST_WAITING", 1.0)  # the machine may be busy

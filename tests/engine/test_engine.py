@@ -7,6 +7,7 @@ import itertools
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from torch import Tensor
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
 from chiasm.engine.attention import AttentionStep
 from chiasm.engine.block_manager import BlockHasher
+from chiasm.engine.core_sharing import Worker
 from chiasm.engine.inbox import MAX_TAKEN
 from chiasm.engine.request import GenerateRequest, ItemOutcome
 from chiasm.engine.request_state import RequestState
@@ -98,6 +100,22 @@ async def test_embeddings_that_come_late_and_out_of_order_change_nothing(
     assert [item.outcome for item in result.last.timing.items] == [ItemOutcome.WAITED] * 2
     assert result.last.timing.wait_seconds > 0
     assert pd.engine.stats().items == {ItemOutcome.WAITED: 2}
+
+
+async def test_only_steps_that_decode_leave_cores_to_threads_that_may_begin(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pd = start(Role.PD)
+    seen: list[bool] = []
+    computing = Worker.computing
+
+    def noted(worker: Worker, seconds: float, *, steady: bool) -> AbstractContextManager[None]:
+        seen.append(steady)
+        return computing(worker, seconds, steady=steady)
+
+    monkeypatch.setattr(Worker, "computing", noted)
+    answer = await pd.ask("look")
+    assert seen == [False] + [True] * (len(answer.token_ids) - 1)
 
 
 async def test_a_swapped_image_changes_the_answer(start: Start) -> None:

@@ -2,9 +2,13 @@
 
 A lone request gets all cores, and on a busy machine each thread computes on one, which is what both cases want: one operator on
 two cores takes more than half of its time on one. The instances see each other through a small file, one slot of eight bytes
-for each compute thread. A slot holds the time at which its thread last said that it computes, and whether it can use more than
-one core for that, or 0. A thread says so before each layer of its model, so a slot that was written long ago belongs to a
+for each compute thread. A slot holds the time at which its thread last said that it computes or has ended, and whether it can
+use more than one core. A thread says so before each layer of its model, so a slot that was written long ago belongs to a
 thread that has died and doesn't count.
+
+A thread that begins takes cores away in the middle of the others' layers, and an operator on several cores then takes a
+multiple of its time. A token of a running stream must not come so late, so work that decodes also counts the threads that have
+computed within the last second: they may begin again at any time.
 
 The file doesn't show who else wants the cores: other programs, the proxy, threads that decode images. An operator on two
 cores ends with its slower half, so beside such work it takes longer than on one core, and more CPU time. The thread itself
@@ -41,6 +45,8 @@ _LONG_AGO_NS = 5_000_000_000
 LEAST_LAYER_SECONDS = 0.002
 """A layer that takes less time than this on one core is computed on one: waking the other threads would take too long. On an
 idle machine, two cores make layers of 1 ms 1.2 times as fast, those of 2 ms 1.4 times, and those of 8 ms 1.7 times."""
+_RECENT_NS = 1_000_000_000
+"""For how long a thread that has ended counts for steady work."""
 _INTERVAL_NS = 500_000
 """Shortest time between two looks at the other threads."""
 _MOST_WAITING = 0.45
@@ -101,15 +107,19 @@ class CoreShare:
             return False
         return True
 
-    def show(self, slot: int, now: int, *, alone: bool = False) -> None:
-        """Note that the thread of ``slot`` computes at ``now`` (nanoseconds), ``alone`` on one core; 0: it doesn't."""
-        self._memory[slot] = now << 1 | alone if now else 0
+    def show(self, slot: int, now: int, *, alone: bool = False, ended: bool = False) -> None:
+        """Note that the thread of ``slot`` computes at ``now`` (nanoseconds), ``alone`` on one core, or that it has ended."""
+        self._memory[slot] = now << 2 | ended << 1 | alone
 
-    def part_of(self, slot: int, now: int) -> int:
-        """Return the number of cores for the thread of ``slot``, which can use several: at least 1."""
-        since = (now - _LONG_AGO_NS) << 1
-        computing = [other for other, shown in enumerate(self._memory.tolist()) if shown > since or other == slot]
-        several = [other for other in computing if other == slot or not self._memory[other] & 1]
+    def part_of(self, slot: int, now: int, *, steady: bool = False) -> int:
+        """Return the number of cores for the thread of ``slot``, which can use several: at least 1.
+
+        With ``steady``, those that have computed within the last second count as if they did now.
+        """
+        shown = self._memory.tolist()
+        last = (now - _LONG_AGO_NS, now - _RECENT_NS if steady else now)
+        computing = [other for other, value in enumerate(shown) if other == slot or value >> 2 > last[value >> 1 & 1]]
+        several = [other for other in computing if other == slot or not shown[other] & 1]
         part, rest = divmod(self.cores - (len(computing) - len(several)), len(several))
         return max(1, part + (several.index(slot) < rest))
 
@@ -152,7 +162,7 @@ class Worker:
         self._share = share
         self._slot = slot
         self._layers = 1
-        self._computing = False
+        self._computing = self._steady = False
         self._alone = False
         self._threads = 0
         self._looked_at = 0
@@ -160,12 +170,12 @@ class Worker:
         self._crowding = Crowding()
 
     @contextmanager
-    def computing(self, seconds: float = math.inf) -> Iterator[None]:
+    def computing(self, seconds: float = math.inf, *, steady: bool = False) -> Iterator[None]:
         """A block that computes; the thread's intra-op threads follow its part of the cores.
 
-        ``seconds`` is about what the work takes on one core.
+        ``seconds`` is about what the work takes on one core. ``steady`` work must not be disturbed by threads that begin.
         """
-        self._computing = True
+        self._computing, self._steady = True, steady
         self._alone = seconds / self._layers < LEAST_LAYER_SECONDS
         self._looked_at = self._threads = 0  # torch keeps the number by thread, and another may have computed last
         self.adapt()
@@ -173,8 +183,9 @@ class Worker:
             yield
         finally:
             self._computing = False
-            self._share.show(self._slot, 0)
-            self._note_waiting(time.monotonic_ns())
+            now = time.monotonic_ns()
+            self._share.show(self._slot, now, alone=self._alone, ended=True)
+            self._note_waiting(now)
 
     def adapt(self) -> None:
         """Use as many intra-op threads as this thread's part of the cores has. Called before each layer; costs microseconds."""
@@ -186,7 +197,7 @@ class Worker:
         most = self._crowding.most(now)
         alone = self._alone or most == 1
         self._share.show(self._slot, now, alone=alone)
-        threads = 1 if alone else self._share.part_of(self._slot, now)
+        threads = 1 if alone else self._share.part_of(self._slot, now, steady=self._steady)
         if most is not None:
             threads = min(threads, most)
         if threads != self._threads:

@@ -235,7 +235,7 @@ class StepLoop:
         return True
 
     def _execute(self, step: Step) -> dict[str, Sampled]:
-        with self._worker.computing(self._seconds_of(step)):
+        with self._worker.computing(self._seconds_of(step), steady=bool(step.decodes)):
             return self._runner.execute(step, self._embeddings.entries)
 
     def _seconds_of(self, step: Step) -> float:
