@@ -205,7 +205,9 @@ def explain(answer: Answer, processes: Sequence[ProcessStatus]) -> list[str]:
     proxy = f"{took['proxy']:.1f} ms of its own work" if "proxy" in took else "passed it on"
     if not count:
         encoder = "was not asked"
-    elif took.get("encode"):
+    elif "encode" not in took:
+        encoder = "had not said what it did when the answer began"
+    elif took["encode"]:
         encoder = f"encoded {_images_in_words(count)} in {took['encode']:.1f} ms"
     else:
         encoder = f"had the {'embedding' if count == 1 else 'embeddings'} already"
