@@ -24,7 +24,7 @@ _REAL, _QUICK = (
     Wave(seconds=150.0, burst_at=30.0, burst_seconds=30.0),
     Wave(seconds=12.0, burst_at=3.0, burst_seconds=4.0),
 )
-_REAL_RATE = 1.5
+_REAL_RATE = 4.0
 _REAL_CALM_SECONDS = 20.0
 _QUICK_CALM_SECONDS = 5.0
 _SHOWN = 5
