@@ -18,8 +18,10 @@ from PIL import Image
 from chiasm.bench import synthetic
 from chiasm.models import load_language, load_processor, load_vision
 from chiasm.models.base import LanguageModel, Pixels, Processor, Prompt, VisionModel
+from chiasm.models.products import HAS_ONEDNN
 
 CPU = torch.device("cpu")
+HAS_ONEDNN_BFLOAT16: bool = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass
