@@ -16,12 +16,18 @@ import torch
 from PIL import Image
 
 from chiasm.bench import synthetic
-from chiasm.models import load_language, load_processor, load_vision
+from chiasm.models import load_language, load_processor, load_vision, products
 from chiasm.models.base import LanguageModel, Pixels, Processor, Prompt, VisionModel
 from chiasm.models.products import HAS_ONEDNN
 
 CPU = torch.device("cpu")
 HAS_ONEDNN_BFLOAT16: bool = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def use_best_form_for_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have products of any size computed in the form of large ones."""
+    for limit in ("LEAST_BYTES_IN_STRIPS", "LEAST_PACKED", "FEW_MULTIPLICATIONS"):
+        monkeypatch.setattr(products, limit, 0)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from chiasm.models import dot_product_attention, load_language, load_vision, pro
 from chiasm.models.decoder import RMSNorm, Rotary, take_layers
 from chiasm.models.products import HAS_ONEDNN, Form, best_form, product
 from chiasm.models.tower import speed_up
-from tests.models.conftest import CPU, HAS_ONEDNN_BFLOAT16, Loaded, sample_image
+from tests.models.conftest import CPU, HAS_ONEDNN_BFLOAT16, Loaded, sample_image, use_best_form_for_any_size
 from tests.models.driver import Driver
 
 NEEDS_ONEDNN = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch has no oneDNN")
@@ -152,8 +152,7 @@ def test_answers_stay_the_same_in_every_form_of_the_weights(
     for module in (products, tower, dot_product_attention):
         monkeypatch.setattr(module, "cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr(dot_product_attention, "FEW_SCORES", 0)
-    for limit in ("LEAST_BYTES_IN_STRIPS", "LEAST_PACKED", "FEW_MULTIPLICATIONS"):
-        monkeypatch.setattr(products, limit, 0)
+    use_best_form_for_any_size(monkeypatch)
     monkeypatch.setattr(products, "_STRIP", 24)
     pixels = loaded.processor.preprocess(sample_image(1))
     prompt = loaded.prompt([pixels])

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chiasm.models import dot_product_attention, load_vision, products, tower
 from chiasm.models.products import HAS_ONEDNN
 from chiasm.models.tower import speed_up
-from tests.models.conftest import CPU, Loaded, sample_image
+from tests.models.conftest import CPU, Loaded, sample_image, use_best_form_for_any_size
 
 NEEDS_ONEDNN = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch has no oneDNN")
 AVX2, AVX512 = frozenset({"avx2"}), frozenset({"avx2", "avx512f", "avx512_bf16"})
@@ -38,8 +38,7 @@ class _Calls(TorchDispatchMode):
 def test_a_tower_of_each_family_computes_by_products_alone(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (products, tower, dot_product_attention):
         monkeypatch.setattr(module, "cpu_flags", lambda: AVX512)
-    for limit in ("LEAST_BYTES_IN_STRIPS", "LEAST_PACKED", "FEW_MULTIPLICATIONS"):
-        monkeypatch.setattr(products, limit, 0)
+    use_best_form_for_any_size(monkeypatch)
     monkeypatch.setattr(dot_product_attention, "FEW_SCORES", 0)
     pixels = loaded.processor.preprocess(sample_image(1))
     vision = load_vision(loaded.folder, dtype=torch.float32, device=CPU)
@@ -72,8 +71,7 @@ def test_a_convolution_of_patches(
     flags: frozenset[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for limit in ("LEAST_BYTES_IN_STRIPS", "LEAST_PACKED", "FEW_MULTIPLICATIONS"):
-        monkeypatch.setattr(products, limit, 0)
+    use_best_form_for_any_size(monkeypatch)
     torch.manual_seed(0)
     convolution = kind(3, 16, kernel_size=size, stride=size, bias=has_bias)
     inputs = torch.randn(shape)

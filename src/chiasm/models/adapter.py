@@ -15,7 +15,7 @@ from chiasm.models.checkpoint import open_checkpoint
 from chiasm.models.decoder import RMSNorm, Rotary, take_layers
 from chiasm.models.loading import load_part, model_class
 from chiasm.models.processor import load_processor
-from chiasm.models.products import Form, Product, best_form, product
+from chiasm.models.products import Form, Product, best_form, forget_weight, product
 from chiasm.models.support import entry_width, family_of, load_config
 
 if TYPE_CHECKING:
@@ -157,5 +157,5 @@ def _head(head: nn.Linear, embed: nn.Embedding) -> Product:
         form = Form.STRIPS
     compute, is_packed = product(head.weight.detach(), head.bias, form)
     if is_packed:
-        head.weight = nn.Parameter(head.weight.new_empty(0), requires_grad=False)
+        forget_weight(head)
     return compute

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
+from torch import nn
 
 from chiasm.cores import cpu_flags, has_native_bfloat16
 
@@ -88,6 +89,11 @@ def product(weight: Tensor, bias: Tensor | None, form: Form | None = None) -> tu
     if form is Form.STRIPS and weight.numel() * weight.itemsize >= LEAST_BYTES_IN_STRIPS:
         return _Strips(weight, bias), False
     return _plain(weight, bias), False
+
+
+def forget_weight(layer: nn.Linear | nn.Conv2d | nn.Conv3d) -> None:
+    """Let go of the weight of a layer, which a product with it has no more use for."""
+    layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Product:

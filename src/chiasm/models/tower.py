@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from chiasm.cores import cpu_flags
 from chiasm.models.dot_product_attention import attend_in_blocks, is_faster_in_blocks
-from chiasm.models.products import Form, best_form, is_packed_in, product, product_with_gelu
+from chiasm.models.products import Form, best_form, forget_weight, is_packed_in, product, product_with_gelu
 
 ATTENTION = "chiasm_vision"
 """The name of the attention of towers, for transformers."""
@@ -75,7 +75,7 @@ def _compute(linear: nn.Linear, compute: Callable[[Tensor], Tensor], *, is_packe
 
     linear.forward = forward  # type: ignore[method-assign, assignment]
     if is_packed:
-        _forget(linear)
+        forget_weight(linear)
 
 
 def _replace_convolution(convolution: nn.Conv2d | nn.Conv3d, flags: Set[str]) -> None:
@@ -106,12 +106,7 @@ def _replace_convolution(convolution: nn.Conv2d | nn.Conv3d, flags: Set[str]) ->
 
     convolution.forward = forward  # type: ignore[method-assign, assignment]
     if is_packed:
-        _forget(convolution)
-
-
-def _forget(layer: nn.Linear | nn.Conv2d | nn.Conv3d) -> None:
-    """Let go of a weight that a packed one replaces."""
-    layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+        forget_weight(convolution)
 
 
 def _attention(
