@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.bench import synthetic
 from chiasm.models import load_language, load_processor, load_vision, products
@@ -28,6 +29,20 @@ def use_best_form_for_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have products of any size computed in the form of large ones."""
     for limit in ("LEAST_BYTES_IN_STRIPS", "LEAST_PACKED", "FEW_MULTIPLICATIONS"):
         monkeypatch.setattr(products, limit, 0)
+
+
+class OneDnnProducts(TorchDispatchMode):
+    """Notes how many numbers each product of oneDNN has."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if "_linear_pointwise" in str(function):
+            self.sizes.append(result.numel())
+        return result
 
 
 @dataclass

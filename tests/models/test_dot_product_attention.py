@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.models import dot_product_attention
 from chiasm.models.dot_product_attention import FEW_SCORES, attend_in_blocks, is_faster_in_blocks
 from chiasm.models.products import HAS_ONEDNN
-from tests.models.conftest import HAS_ONEDNN_BFLOAT16
+from tests.models.conftest import HAS_ONEDNN_BFLOAT16, OneDnnProducts
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch has no oneDNN")
 AVX2, AVX512 = frozenset({"avx2"}), frozenset({"avx2", "avx512f", "avx512_bf16"})
@@ -57,10 +55,10 @@ def test_scores_take_bounded_memory() -> None:
     """One block has at most so many scores, unless it has the fewest rows; PyTorch's attention isn't called."""
     query, key, value = _states(40, 60, 4, 2, 16)
     for is_causal in (False, True):
-        largest = _LargestProduct()
-        with largest:
+        products = OneDnnProducts()
+        with products:
             attend_in_blocks(query, key, value, scaling=0.3, is_causal=is_causal)
-        assert 0 < largest.numbers <= 3 * 2 * 60
+        assert 0 < max(products.sizes) <= 3 * 2 * 60
 
 
 @pytest.mark.skipif(not HAS_ONEDNN_BFLOAT16, reason="oneDNN doesn't compute in bfloat16 on this CPU")
@@ -91,20 +89,6 @@ def test_it_is_used_where_onednn_computes_the_products_and_for_many_rows() -> No
     assert not is_faster(rows, 256, flags=AVX512, dtype=single, is_causal=False)
     assert is_faster(rows + 1, 256, flags=AVX512, dtype=single, is_causal=False)
     assert not is_faster(rows + 1, 256, flags=AVX512, dtype=single, is_causal=True)
-
-
-class _LargestProduct(TorchDispatchMode):
-    """Notes how many numbers the largest product of oneDNN has."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.numbers = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if "_linear_pointwise" in str(function):
-            self.numbers = max(self.numbers, result.numel())
-        return result
 
 
 def _states(rows: int, columns: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
