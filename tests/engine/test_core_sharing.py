@@ -64,8 +64,21 @@ def test_a_thread_that_no_longer_computes_leaves_its_cores_to_the_others(share: 
     with first.computing():
         with second.computing():
             assert torch.get_num_threads() == 2
+        second.rest()
         now = time.monotonic_ns()
         assert share.part_of(0, now) == 4
+
+
+def test_a_thread_keeps_its_cores_between_two_pieces_of_work(share: CoreShare) -> None:
+    first, second = share.worker(), share.worker()
+    for _ in range(2):
+        with first.computing():
+            pass
+        with second.computing():
+            assert torch.get_num_threads() == 2
+    first.rest()
+    with second.computing():
+        assert torch.get_num_threads() == 4
 
 
 def test_steady_work_also_leaves_cores_to_threads_that_have_just_computed(share: CoreShare) -> None:
@@ -81,6 +94,7 @@ def test_a_thread_counts_for_steady_work_after_it_has_ended(share: CoreShare) ->
     first, second = share.worker(), share.worker()
     with first.computing():
         pass
+    first.rest()
     with second.computing(steady=True):
         assert torch.get_num_threads() == 2
     with second.computing():
@@ -193,12 +207,12 @@ def test_instances_in_several_processes_see_each_other(tmp_path: Path, monkeypat
     monkeypatch.setattr("chiasm.engine.core_sharing._LONG_AGO_NS", 600_000_000_000)  # the machine may be busy
     computing, done, process = _another_process(tmp_path / "cores")
     assert computing.wait(60)
-    share = CoreShare(tmp_path / "cores", 4)
-    with share.worker().computing():
+    worker = CoreShare(tmp_path / "cores", 4).worker()
+    with worker.computing():
         assert torch.get_num_threads() == 2
     done.set()
     process.join(60)
-    with share.worker().computing():
+    with worker.computing():
         assert torch.get_num_threads() == 4
 
 
@@ -239,9 +253,11 @@ def _another_process(path: Path) -> tuple[Event, Event, multiprocessing.process.
 
 
 def _compute(path: Path, computing: Event, done: Event) -> None:
-    with CoreShare(path, 4).worker().computing():
+    worker = CoreShare(path, 4).worker()
+    with worker.computing():
         computing.set()
         done.wait(60)
+    worker.rest()
 
 
 @pytest.mark.parametrize("mode", [0o606, 0o660])

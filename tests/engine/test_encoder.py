@@ -7,12 +7,16 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
+from chiasm.engine.core_sharing import CoreShare, Worker
 from chiasm.engine.request import EncodeItem, ItemOutcome
 from chiasm.errors import (
     Code,
@@ -22,7 +26,8 @@ from chiasm.errors import (
     MediaError,
     StorageError,
 )
-from tests.engine.conftest import A, B, Encoder, StartEncoder, entries, sample_image
+from chiasm.models.base import Pixels
+from tests.engine.conftest import A, B, Encoder, StartEncoder, entries, sample_image, until
 from tests.launch.waiting import eventually
 
 
@@ -47,6 +52,51 @@ async def test_ten_identical_images_at_once_are_encoded_once(encoder: Encoder) -
     results = await asyncio.gather(*[encoder.encode(A) for _ in range(10)])
     assert encoder.engine.stats().images_encoded == 1
     assert {result[0].identifier for result in results} == {results[0][0].identifier}
+
+
+async def test_an_encoder_keeps_its_cores_while_images_wait(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded_at_rest: list[int] = []
+    compute, rest, encoded = encoder.engine._compute, Worker.rest, []
+
+    def noted_compute(pixels: Pixels) -> Tensor:
+        encoded.append(pixels)
+        return compute(pixels)
+
+    def noted_rest(worker: Worker) -> None:
+        encoded_at_rest.append(len(encoded))
+        rest(worker)
+
+    monkeypatch.setattr(encoder.engine, "_compute", noted_compute)
+    monkeypatch.setattr(Worker, "rest", noted_rest)
+    await encoder.encode(A, B)
+    assert set(encoded_at_rest) == {2}
+
+
+async def test_an_encoder_leaves_its_cores_if_the_image_that_waits_is_broken(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[bool] = []
+    decode, released, show = encoder.engine._decoder.decode, asyncio.Event(), CoreShare.show
+
+    async def late(data: bytes, *args: Any) -> Any:
+        if data != A.data:
+            await released.wait()
+        return await decode(data, *args)
+
+    def noted_show(share: CoreShare, slot: int, now: int, *, alone: bool = False, ended: bool = False) -> None:
+        shown.append(ended)
+        show(share, slot, now, alone=alone, ended=ended)
+
+    monkeypatch.setattr(encoder.engine._decoder, "decode", late)
+    monkeypatch.setattr(CoreShare, "show", noted_show)
+    broken = asyncio.create_task(encoder.encode(replace(A, data=A.data[: len(A.data) // 2])))
+    await until(lambda: len(encoder.engine._in_flight) == 1)
+    await encoder.encode(A)
+    assert not shown[-1]
+    released.set()
+    with pytest.raises(MediaError):
+        await broken
+    assert shown[-1]
 
 
 async def test_results_are_in_the_order_of_the_items(encoder: Encoder) -> None:

@@ -21,6 +21,7 @@ from chiasm.engine.attention import AttentionStep
 from chiasm.engine.block_manager import BlockHasher
 from chiasm.engine.core_sharing import Worker
 from chiasm.engine.inbox import MAX_TAKEN
+from chiasm.engine.model_runner import ModelRunner
 from chiasm.engine.request import GenerateRequest, ItemOutcome
 from chiasm.engine.request_state import RequestState
 from chiasm.engine.sampler import Sampled
@@ -116,6 +117,27 @@ async def test_only_steps_that_decode_leave_cores_to_threads_that_may_begin(
     monkeypatch.setattr(Worker, "computing", noted)
     answer = await pd.ask("look")
     assert seen == [False] + [True] * (len(answer.token_ids) - 1)
+
+
+async def test_an_engine_keeps_its_cores_from_step_to_step(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    pd = start(Role.PD)
+    seen: list[str] = []
+    execute, rest = ModelRunner.execute, Worker.rest
+
+    def noted_execute(runner: ModelRunner, step: Step, entries: Mapping[str, Tensor]) -> dict[str, Sampled]:
+        seen.append("step")
+        return execute(runner, step, entries)
+
+    def noted_rest(worker: Worker) -> None:
+        seen.append("rest")
+        rest(worker)
+
+    monkeypatch.setattr(ModelRunner, "execute", noted_execute)
+    monkeypatch.setattr(Worker, "rest", noted_rest)
+    answer = await pd.ask("look")
+    await until(lambda: seen[-1] == "rest")
+    steps = [index for index, name in enumerate(seen) if name == "step"]
+    assert len(steps) == len(answer.token_ids) == steps[-1] - steps[0] + 1
 
 
 async def test_a_swapped_image_changes_the_answer(start: Start) -> None:

@@ -156,7 +156,7 @@ class Crowding:
 
 
 class Worker:
-    """One compute thread. All methods are called in that thread."""
+    """One compute thread. Methods are called in that thread, except where they say otherwise."""
 
     def __init__(self, share: CoreShare, slot: int) -> None:
         self._share = share
@@ -171,7 +171,7 @@ class Worker:
 
     @contextmanager
     def computing(self, seconds: float = math.inf, *, steady: bool = False) -> Iterator[None]:
-        """A block that computes; the thread's intra-op threads follow its part of the cores.
+        """A block that computes; the thread's intra-op threads follow its part of the cores, which it keeps until it rests.
 
         ``seconds`` is about what the work takes on one core. ``steady`` work must not be disturbed by threads that begin.
         """
@@ -183,9 +183,11 @@ class Worker:
             yield
         finally:
             self._computing = False
-            now = time.monotonic_ns()
-            self._share.show(self._slot, now, alone=self._alone, ended=True)
-            self._note_waiting(now)
+            self._note_waiting(time.monotonic_ns())
+
+    def rest(self) -> None:
+        """Leave the cores to others, since nothing is left to compute for now. Any thread."""
+        self._share.show(self._slot, time.monotonic_ns(), alone=self._alone, ended=True)
 
     def adapt(self) -> None:
         """Use as many intra-op threads as this thread's part of the cores has. Called before each layer; costs microseconds."""

@@ -211,6 +211,8 @@ class EncoderEngine(Engine):
                 encoding.task.cancel()
                 if self._in_flight.get(item.identifier) is encoding:
                     del self._in_flight[item.identifier]
+                if not self._in_flight:  # also if those that waited behind the last one have failed or were cancelled
+                    self._worker.rest()
 
     async def _encode(self, item: EncodeItem) -> EncodedItem:
         started = time.monotonic()
@@ -276,8 +278,12 @@ class EncoderEngine(Engine):
             self._encode_seconds += encode_seconds
 
     def _run(self, pixels: Pixels) -> Tensor:
-        with self._worker.computing(encode_seconds(self.costs, len(pixels.geometry.rows))):
-            return self._compute(pixels)
+        try:
+            with self._worker.computing(encode_seconds(self.costs, len(pixels.geometry.rows))):
+                return self._compute(pixels)
+        finally:
+            if len(self._in_flight) <= 1:
+                self._worker.rest()
 
     def _compute(self, pixels: Pixels) -> Tensor:
         try:

@@ -128,6 +128,7 @@ class LocalEncoder:
                     del self._encoded[dropped]
                 if item is not None:
                     return item, self._wanted[item]
+                self._worker.rest()
                 self._changed.wait()
             return None
 

@@ -100,6 +100,7 @@ class StepLoop:
         encodes = self._config.role is Role.AGGREGATED
         with on_stream(self._device, HIGH_PRIORITY) if encodes else nullcontext():
             self._serve()
+        self._worker.rest()
         self._fail_all(list(self.states.values()), "The engine of this instance stopped while the request ran.")
         self._answer_questions()
 
@@ -128,6 +129,8 @@ class StepLoop:
 
         Return False if the engine has to stop.
         """
+        if wait:
+            self._worker.rest()
         for message in self._inbox.take(self._idle_seconds() if wait else 0.0):
             match message:
                 case Signal.STOP:
