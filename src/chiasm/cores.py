@@ -7,7 +7,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import MutableMapping, Sequence, Set
+from collections.abc import Callable, Iterator, MutableMapping, Sequence, Set
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -132,6 +133,29 @@ def lower_session_priority(nice: int) -> None:
             time.sleep(_AUTOGROUP_SECONDS)
         except OSError:
             return
+
+
+class _Thread(threading.local):
+    adapt: Callable[[], None] | None = None
+
+
+_thread = _Thread()
+
+
+def adapt() -> None:
+    """Let the calling thread use its part of cores that others share, if it has one. Called before operators that take long."""
+    if _thread.adapt is not None:
+        _thread.adapt()
+
+
+@contextmanager
+def adapting(how: Callable[[], None]) -> Iterator[None]:
+    """A block in which :func:`adapt` of this thread calls ``how``."""
+    before, _thread.adapt = _thread.adapt, how
+    try:
+        yield
+    finally:
+        _thread.adapt = before
 
 
 def share_cores(threads: int | None, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from chiasm.engine.core_sharing import SLOTS, CoreShare, Crowding
 from chiasm.errors import ConfigurationError
+from chiasm.models.products import product
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +99,22 @@ def test_a_thread_counts_for_steady_work_after_it_has_ended(share: CoreShare) ->
     with second.computing(steady=True):
         assert torch.get_num_threads() == 2
     with second.computing():
+        assert torch.get_num_threads() == 4
+
+
+def test_a_thread_follows_its_part_within_a_layer(share: CoreShare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiasm.engine.core_sharing._INTERVAL_NS", 0)
+    monkeypatch.setattr("chiasm.engine.core_sharing._MOST_WAITING", 1.0)  # the machine may be busy
+    first, second = share.worker(), share.worker()
+    compute, _ = product(torch.randn(3, 2), None)
+    rows = torch.randn(1, 2)
+    with first.computing():
+        assert torch.get_num_threads() == 4
+        share.show(1, time.monotonic_ns())
+        compute(rows)
+        assert torch.get_num_threads() == 2
+        second.rest()
+        compute(rows)
         assert torch.get_num_threads() == 4
 
 

@@ -1,4 +1,4 @@
-"""Cores that several instances share: each thread that computes takes an even part of them, layer by layer.
+"""Cores that several instances share: each thread that computes takes an even part of them, product by product.
 
 A lone request gets all cores, and on a busy machine each thread computes on one, which is what both cases want: one operator on
 two cores takes more than half of its time on one. The instances see each other through a small file, one slot of eight bytes
@@ -6,8 +6,9 @@ for each compute thread. A slot holds the time at which its thread last said tha
 use more than one core. A thread says so before each layer of its model, so a slot that was written long ago belongs to a
 thread that has died and doesn't count.
 
-A thread that begins takes cores away in the middle of the others' layers, and an operator on several cores then takes a
-multiple of its time. A token of a running stream must not come so late, so work that decodes also counts the threads that have
+A thread that begins takes cores away from the others' operators, and an operator on several cores then takes a multiple of
+its time: its helper waits milliseconds for a core, and it waits for its helper. So a whole layer is too long between two looks
+at the others. A token of a running stream must not come so late, so work that decodes also counts the threads that have
 computed within the last second: they may begin again at any time.
 
 The file doesn't show who else wants the cores: other programs, the proxy, threads that decode images. An operator on two
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from chiasm.cores import adapting
 from chiasm.errors import ConfigurationError
 from chiasm.ownership import other_writers
 
@@ -180,7 +182,8 @@ class Worker:
         self._looked_at = self._threads = 0  # torch keeps the number by thread, and another may have computed last
         self.adapt()
         try:
-            yield
+            with adapting(self.adapt):
+                yield
         finally:
             self._computing = False
             self._note_waiting(time.monotonic_ns())
@@ -190,7 +193,10 @@ class Worker:
         self._share.show(self._slot, time.monotonic_ns(), alone=self._alone, ended=True)
 
     def adapt(self) -> None:
-        """Use as many intra-op threads as this thread's part of the cores has. Called before each layer; costs microseconds."""
+        """Use as many intra-op threads as this thread's part of the cores has.
+
+        Called before each layer and product. Costs microseconds twice in a millisecond, and next to nothing else.
+        """
         now = time.monotonic_ns()
         if not self._computing or now - self._looked_at < _INTERVAL_NS:
             return

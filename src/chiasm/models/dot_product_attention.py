@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from chiasm import cores
 from chiasm.cores import cpu_flags
 from chiasm.models.products import Form, best_form
 
@@ -77,6 +78,7 @@ def attend_in_blocks(
                 first = max(0, last - (end - start) - window + 1)
             hidden = _causal_mask(end - start, last - first, window)
         for head in range(kv_heads):
+            cores.adapt()
             scores = _product(queries[start:end, head].reshape(-1, head_dim), keys[head, first:last])
             if hidden is not None:
                 scores.view(end - start, group, -1)[..., -hidden.shape[1] :] += hidden[:, None]

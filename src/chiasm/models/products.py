@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import nn
 
+from chiasm import cores
 from chiasm.cores import cpu_flags, has_native_bfloat16
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def _plain(weight: Tensor, bias: Tensor | None) -> Product:
     transposed = weight.t()
 
     def compute(rows: Tensor, onto: Tensor | None = None) -> Tensor:
+        cores.adapt()
         if onto is not None:
             return _add(rows, transposed, bias, onto)
         return torch.mm(rows, transposed) if bias is None else torch.addmm(bias, rows, transposed)
@@ -125,7 +127,12 @@ def product_with_gelu(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor],
     """Return the packed product with ``weight``, followed by GELU as tanh approximates it: ``[rows, inputs]`` to outputs."""
     compute = torch.ops.mkldnn._linear_pointwise.default
     packed = _pack(weight.detach())
-    return lambda rows: cast("Tensor", compute(rows, packed, bias, "gelu", [], "tanh"))
+
+    def compute_gelu(rows: Tensor) -> Tensor:
+        cores.adapt()
+        return cast("Tensor", compute(rows, packed, bias, "gelu", [], "tanh"))
+
+    return compute_gelu
 
 
 def _pack(weight: Tensor) -> Tensor:
@@ -138,6 +145,7 @@ def _packed(weight: Tensor, bias: Tensor | None) -> Product:
     packed = _pack(weight)
 
     def compute(rows: Tensor, onto: Tensor | None = None) -> Tensor:
+        cores.adapt()
         if onto is not None:
             return cast("Tensor", added(rows, onto, packed, bias, "add"))
         return cast("Tensor", alone(rows, packed, bias, "none", [], ""))
@@ -156,6 +164,7 @@ class _Strips:
         """Transposed weights and biases, by the number of outputs of a strip."""
 
     def __call__(self, rows: Tensor, onto: Tensor | None = None) -> Tensor:
+        cores.adapt()
         width = _STRIP * torch.get_num_threads()
         outputs = len(self._weight)
         if len(rows) == 1 or width >= outputs:
