@@ -118,6 +118,18 @@ def test_a_thread_follows_its_part_within_a_layer(share: CoreShare, monkeypatch:
         assert torch.get_num_threads() == 4
 
 
+def test_a_thread_follows_its_part_before_the_first_layer(share: CoreShare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiasm.engine.core_sharing._INTERVAL_NS", 0)
+    monkeypatch.setattr("chiasm.engine.core_sharing._MOST_WAITING", 1.0)  # the machine may be busy
+    model = nn.ModuleDict({"embed": nn.Embedding(2, 2), "layers": nn.ModuleList([nn.Linear(2, 2)])})
+    worker = share.worker()
+    worker.follow(model)
+    with worker.computing():
+        share.show(1, time.monotonic_ns())
+        model["embed"](torch.zeros(1, dtype=torch.int64))
+        assert torch.get_num_threads() == 2
+
+
 def test_a_thread_follows_its_part_from_layer_to_layer(share: CoreShare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chiasm.engine.core_sharing._INTERVAL_NS", 0)
     monkeypatch.setattr("chiasm.engine.core_sharing._MOST_WAITING", 1.0)  # the machine may be busy

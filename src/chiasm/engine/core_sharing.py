@@ -219,11 +219,10 @@ class Worker:
         self._computed_at_look = computed
 
     def follow(self, module: nn.Module) -> None:
-        """Adapt before each layer of a model."""
-        layers = _layers(module)
-        self._layers = max(1, len(layers))
-        for layer in layers:
-            layer.register_forward_pre_hook(lambda *_: self.adapt())
+        """Adapt before each module of a model: also what comes before its layers may take long."""
+        self._layers = max(1, len(_layers(module)))
+        for part in module.modules():
+            part.register_forward_pre_hook(lambda *_: self.adapt())
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
