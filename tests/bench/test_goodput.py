@@ -151,10 +151,35 @@ def test_the_mix_in_which_the_colocated_layout_loses_comes_first() -> None:
     assert len(outcome.trials) == sum(len(several) for arms in found.values() for several in arms.of.values())
 
 
+def _same_rounds(**goodputs: float) -> Trials:
+    """What noise-free rounds find of deployments with these goodputs."""
+    return _searched({name: Curve(rate, 8.0) for name, rate in goodputs.items()}, noise=0.0)
+
+
 def test_the_advice_names_the_deployment_that_answers_most_in_time() -> None:
-    text = advice({"text": _searched({"aggregated": SLOW, "colocated": FAST})})
-    assert text.startswith("For this model on this machine use colocated: ")
-    assert "as aggregated" in text
+    text = advice({"text": _same_rounds(aggregated=1.0, colocated=2.0)})
+    assert text.startswith("For this model on this machine use colocated: it answers in time ")
+    assert "as aggregated, the next best" in text
+
+
+def test_the_advice_says_which_deployments_cannot_be_told_apart() -> None:
+    noisy = {
+        name: [_trial(1.0, share, seed=seed) for seed, share in enumerate(shares)] for name, shares in _EVEN.items()
+    }
+    text = advice({"text": _of(**noisy, split=[_trial(1.0, 0.3, seed=seed) for seed in range(4)])})
+    assert text.startswith("For this model on this machine, ")
+    assert (
+        "replicas and colocated cannot be told apart" in text or "colocated and replicas cannot be told apart" in text
+    )
+    assert "as many as split" in text
+
+
+_EVEN = {"replicas": [1.0, 0.8, 1.0, 0.8], "colocated": [0.8, 1.0, 0.8, 1.0]}
+
+
+def test_two_rounds_tell_nothing_apart() -> None:
+    trials = {name: [_trial(1.0, share, seed=seed) for seed in (0, 1)] for name, share in {"a": 1.0, "b": 0.9}.items()}
+    assert "a and b cannot be told apart" in advice({"text": _of(**trials)})
 
 
 def test_limits_that_nothing_meets_are_said() -> None:
@@ -162,6 +187,53 @@ def test_limits_that_nothing_meets_are_said() -> None:
     outcome = outcome_of(found, {}, seed=0)
     assert outcome.notes[0].startswith("No deployment meets the limits of time at any rate")
     assert "text: aggregated meets the limits at no rate that was tried; at best 50 %" in " ".join(outcome.notes)
+
+
+def _unable(*names: str) -> Trials:
+    found = Trials(names)
+    found.unable.update(names)
+    return found
+
+
+def test_a_mix_whose_limits_nothing_meets_even_alone_is_said_and_the_others_are_compared() -> None:
+    found = {"text": _same_rounds(aggregated=1.0, colocated=2.0), "heavy": _unable("aggregated", "colocated")}
+    outcome = outcome_of(found, {}, seed=0)
+    assert "use colocated: " in outcome.notes[0]
+    assert "(without heavy)" in outcome.notes[0]
+    for name in ("aggregated", "colocated"):
+        assert (
+            f"heavy: {name} misses the limits even with one request at a time, so no rate was tried." in outcome.notes
+        )
+    assert {figure.name: figure.value for figure in outcome.figures if figure.name.startswith("heavy")} == {
+        "heavy: aggregated": 0.0,
+        "heavy: colocated": 0.0,
+    }
+    assert [panel.title for panel in outcome.panels if "heavy" in panel.title] == []
+
+
+def test_limits_that_nothing_meets_even_alone_on_any_mix_are_said() -> None:
+    outcome = outcome_of({"text": _unable("aggregated"), "heavy": _unable("aggregated")}, {}, seed=0)
+    assert outcome.notes[0].startswith("No deployment meets the limits of time at any rate")
+    assert outcome.panels == []
+
+
+def test_one_deployment_that_misses_the_limits_alone_loses_to_the_others() -> None:
+    found = _same_rounds(aggregated=1.0, colocated=2.0)
+    arms = Trials(["aggregated", "colocated", "split"])
+    arms.of |= found.of
+    arms.unable.add("split")
+    outcome = outcome_of({"heavy": arms}, {}, seed=0)
+    assert "use colocated: " in outcome.notes[0]
+    assert "heavy: split misses the limits even with one request at a time, so no rate was tried." in outcome.notes
+
+
+def test_deployments_that_were_not_tried_before_the_end_are_not_compared() -> None:
+    found = {"text": _same_rounds(aggregated=1.0, colocated=2.0), "heavy": Trials(["aggregated", "colocated"])}
+    outcome = outcome_of(found, {}, seed=0)
+    assert "use colocated: " in outcome.notes[0]
+    assert "(without heavy)" in outcome.notes[0]
+    assert "heavy: colocated was not tried, since the measurement ended before." in outcome.notes
+    assert "cannot be compared" in advice({"heavy": Trials(["aggregated", "colocated"])})
 
 
 def test_a_goodput_beyond_all_rates_that_were_tried_is_said_to_be_an_extrapolation() -> None:

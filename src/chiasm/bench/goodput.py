@@ -16,11 +16,12 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from chiasm.bench.statistics import Estimate, bootstrap, quantile
+from chiasm.bench.statistics import Estimate, quantile, resamples, with_bounds
 
 TARGET = 0.9
 """Share of the requests that must meet both limits."""
@@ -155,16 +156,29 @@ class Trials:
     def __init__(self, names: Sequence[str]) -> None:
         self.of: dict[str, list[Trial]] = {name: [] for name in names}
         """Trials by deployment."""
+        self.unable: set[str] = set()
+        """Deployments that miss the limits even with one request at a time, so that no rate is tried."""
+        self._resampled: dict[int, list[dict[str, float]]] = {}
 
     def add(self, name: str, trial: Trial) -> None:
         self.of[name].append(trial)
+        self._resampled.clear()
         self.__dict__.pop("curves", None)
         self.__dict__.pop("_table", None)
 
+    def is_tried(self, name: str) -> bool:
+        """Tell whether it is known what a deployment does, be it that it answers nothing in time."""
+        return bool(self.of[name]) or name in self.unable
+
+    @property
+    def rounds(self) -> int:
+        """How many different patterns of requests were tried."""
+        return len({trial.seed for several in self.of.values() for trial in several})
+
     @functools.cached_property
     def curves(self) -> dict[str, Curve | None]:
-        """By deployment; None if no trial of a deployment passed."""
-        return self._fit(np.ones(len(self._table.seeds)))
+        """By deployment; None if no trial of a deployment passed, or there was none."""
+        return self._fit(np.ones(self.rounds)) if self.rounds else dict.fromkeys(self.of)
 
     def rate(self, name: str) -> float:
         """Return the goodput of a deployment in requests per second; 0 if no rate will do."""
@@ -188,17 +202,20 @@ class Trials:
             return None
         if not self.rate(other):
             return Estimate(0.0, 0.0, 0.0)
-        seeds = self._table.seeds
+        resampled = [rates[other] / rates[baseline] for rates in self.resampled(seed)]
+        return with_bounds(self.rate(other) / self.rate(baseline), resampled)
 
-        def of(chosen: Sequence[int]) -> float:
-            weights = np.array([chosen.count(one) for one in seeds], dtype=np.float64)
-            curves = self._fit(weights)
-            before, after = curves[baseline], curves[other]
-            return after.goodput / before.goodput if before is not None and after is not None else 1.0
+    def resampled(self, seed: int) -> list[dict[str, float]]:
+        """Return the goodputs by deployment for each resampling of the rounds; 0 if no rate will do."""
+        if seed not in self._resampled and self.rounds:
+            seeds = self._table.seeds
+            fits = (self._fit(np.array([chosen.count(one) for one in seeds])) for chosen in resamples(seeds, seed))
+            self._resampled[seed] = [
+                {name: 0.0 if curve is None else curve.goodput for name, curve in curves.items()} for curves in fits
+            ]
+        return self._resampled.get(seed, [])
 
-        return bootstrap(seeds, of, seed)
-
-    def _fit(self, weights: Rates) -> dict[str, Curve | None]:
+    def _fit(self, weights: npt.NDArray[Any]) -> dict[str, Curve | None]:
         """Return the likeliest curves if the rounds count by ``weights``."""
         table = self._table
         scores = {name: np.tensordot(weights, one, 1) for name, one in table.log_likelihoods.items()}
@@ -219,8 +236,6 @@ class _Table:
 
     def __init__(self, trials: Mapping[str, Sequence[Trial]]) -> None:
         every = [trial for several in trials.values() for trial in several]
-        if not every:
-            raise ValueError("there are no trials to fit")
         low, high = min(trial.rate for trial in every), max(trial.rate for trial in every)
         self.rates = np.geomspace(low / _BEYOND, high * _BEYOND, _RATE_STEPS)
         self.seeds = sorted({trial.seed for trial in every})

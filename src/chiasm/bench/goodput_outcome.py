@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from chiasm.bench.goodput import TARGET, Limits, Trial, Trials
+from chiasm.bench.goodput import TARGET, Limits, Trials
 from chiasm.bench.goodput_options import AGGREGATED, COLOCATED, REPLICAS, SPLIT
 from chiasm.bench.measurement import Curve, Curves, Figure, Outcome
+from chiasm.bench.statistics import Estimate, with_bounds
 
 _AT_LEAST, _LOW_AT_LEAST = 1.0, 0.97
 _OVER_AGGREGATED = {"heavy": 1.1, "repeats": 1.2}
@@ -24,7 +25,7 @@ def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outc
     names = list(dict.fromkeys(name for arms in found.values() for name in arms.of))
     tested = next((name for name in (COLOCATED, SPLIT) if name in names), names[-1])
     by_class = {name: asdict(limit) for name, limit in limits.items()}
-    outcome = Outcome(parameters={"limits": by_class}, notes=[advice(found)])
+    outcome = Outcome(parameters={"limits": by_class}, notes=[advice(found, seed=seed)])
     ordered = sorted(found, key=lambda traffic: _against_best(found[traffic], tested))
     for traffic in ordered:
         arms = found[traffic]
@@ -34,14 +35,15 @@ def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outc
             if (seconds := arms.cpu_seconds_per_request(name)) is not None:
                 outcome.figures.append(Figure(f"{traffic}: {name}, CPU time per request", 1000 * seconds, "ms"))
             if not arms.rate(name):
-                outcome.notes.append(_why_none(traffic, name, trials))
+                outcome.notes.append(_why_none(traffic, name, arms))
             elif all(trial.passed for trial in trials):
                 outcome.notes.append(
                     f"{traffic}: {name} failed at no rate that was tried; its goodput is an extrapolation."
                 )
             summaries = [trial.summary() for trial in trials]
             outcome.trials += [{"traffic": traffic, "arm": name, **summary} for summary in summaries]
-        outcome.panels.append(_curves(traffic, arms))
+        if arms.rounds:
+            outcome.panels.append(_curves(traffic, arms))
     shown = [
         f"{name} {1000 * limit.ttft_seconds:.0f} ms, {1000 * limit.tpot_seconds:.1f} ms"
         for name, limit in limits.items()
@@ -74,10 +76,12 @@ def _ratios(traffic: str, arms: Trials, tested: str, seed: int) -> list[Figure]:
     return figures
 
 
-def _why_none(traffic: str, name: str, trials: Sequence[Trial]) -> str:
-    if not trials:
+def _why_none(traffic: str, name: str, arms: Trials) -> str:
+    if name in arms.unable:
         return f"{traffic}: {name} misses the limits even with one request at a time, so no rate was tried."
-    best = max(trials, key=lambda trial: trial.attained)
+    if not arms.is_tried(name):
+        return f"{traffic}: {name} was not tried, since the measurement ended before."
+    best = max(arms.of[name], key=lambda trial: trial.attained)
     return (
         f"{traffic}: {name} meets the limits at no rate that was tried; at best {100 * best.attained:.0f} % of the "
         f"requests met them, at {best.rate:.2g} per second."
@@ -101,34 +105,88 @@ def _curves(traffic: str, arms: Trials) -> Curves:
 # ---- which one to use --------------------------------------------------------------------------------------------------
 
 
-def advice(found: Found) -> str:
-    """Return a sentence that says which deployment to use, and what it gains over the next best and on which traffic."""
-    names = [name for name in next(iter(found.values())).of if all(name in arms.of for arms in found.values())]
-    able = [traffic for traffic, arms in found.items() if any(map(arms.rate, arms.of))]
+def advice(found: Found, *, seed: int = 0) -> str:
+    """Return a sentence that says which deployment to use, what it gains over the others, and which ones can't be told apart.
+
+    Deployments are compared by the geometric mean of their goodputs on all traffic that at least one of them can answer.
+    """
+    tried = {traffic: arms for traffic, arms in found.items() if all(arms.is_tried(name) for name in arms.of)}
+    if not tried:
+        return "The measurement ended before every deployment was tried, so they cannot be compared."
+    names = [name for name in next(iter(tried.values())).of if all(name in arms.of for arms in tried.values())]
+    able = {traffic: arms for traffic, arms in tried.items() if any(map(arms.rate, arms.of))}
     if not able:
         return "No deployment meets the limits of time at any rate; allow more time, or use a faster machine."
-    ranked = sorted(names, key=lambda name: -_score(found, able, name))
-    best, *others = ranked
-    left_out = "" if len(able) == len(found) else f" (without {', '.join(one for one in found if one not in able)})"
+    best, *others = sorted(names, key=lambda name: -_mean(able, name))
     if not others:
         return f"On this machine, {best} answers in time what is listed above; there is nothing to compare it with."
-    gains = {traffic: _gain(found[traffic], best, others) for traffic in able}
-    low, high = min(gains, key=lambda one: gains[one]), max(gains, key=lambda one: gains[one])
-    overall = _score(found, able, best) / max(_score(found, able, others[0]), 1e-12)
-    between = f"from {gains[low]:.2f} times the best of the others on {low} to {gains[high]:.2f} times on {high}"
-    only = f"{gains[low]:.2f} times the best of the others on {low}"
+    left_out = "" if len(able) == len(found) else f" (without {', '.join(one for one in found if one not in able)})"
+    gains = {other: _overall(able, best, other, seed) for other in others}
+    alike = [other for other in others if not _is_apart(able, gains[other])]
+    behind = [other for other in others if other not in alike]
+    if not alike:
+        return (
+            f"For this model on this machine use {best}: it answers in time {_times(gains[others[0]])} as many requests per "
+            f"second as {others[0]}, the next best{left_out}; {_range(able, best, others)}."
+        )
+    against = " and ".join(f"{_times(gains[other])} as many requests per second as {other}" for other in alike)
+    rest = "".join(f"; {_times(gains[other])} as many as {other}" for other in behind)
     return (
-        f"For this model on this machine use {best}: it answers in time {overall:.2f} times as many requests per second as "
-        f"{others[0]}, the next best{left_out}; {between if len(able) > 1 else only}."
+        f"For this model on this machine, {_listed([best, *alike])} cannot be told apart: {best} answers in time {against}"
+        f"{left_out}{rest}. More rounds (--repeat) may tell them apart."
     )
 
 
-def _score(found: Found, traffics: Sequence[str], name: str) -> float:
+_LEAST_ROUNDS = 3
+"""With fewer, an interval says nothing."""
+_ALMOST_NONE = 1e-3
+"""What a deployment counts that answers nothing in time, as a share of the best."""
+
+
+def _is_apart(found: Found, gain: Estimate) -> bool:
+    return gain.low > 1 and min(arms.rounds for arms in found.values()) >= _LEAST_ROUNDS
+
+
+def _mean(found: Found, name: str) -> float:
     """Return the geometric mean, over kinds of traffic, of the goodput relative to the best deployment's."""
-    shares = [found[one].rate(name) / max(map(found[one].rate, found[one].of)) for one in traffics]
-    return math.exp(sum(math.log(max(share, 1e-3)) for share in shares) / len(shares))
+    return _geometric_mean([_share({other: arms.rate(other) for other in arms.of}, name) for arms in found.values()])
+
+
+def _overall(found: Found, best: str, other: str, seed: int) -> Estimate:
+    """Estimate the ratio of two deployments' means; the rounds of each kind of traffic are resampled by themselves."""
+    drawn = [arms.resampled(seed + number) for number, arms in enumerate(found.values())]
+
+    def mean(name: str, rates: Sequence[Mapping[str, float]]) -> float:
+        return _geometric_mean([_share(one, name) for one in rates])
+
+    resampled = [mean(best, rates) / mean(other, rates) for rates in zip(*drawn, strict=True)]
+    return with_bounds(_mean(found, best) / _mean(found, other), resampled)
+
+
+def _share(rates: Mapping[str, float], name: str) -> float:
+    return max(_ALMOST_NONE, rates[name] / max(rates.values()))
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _range(found: Found, best: str, others: Sequence[str]) -> str:
+    """Say on which traffic a deployment gains least and most over the best of the others."""
+    gains = {traffic: _gain(arms, best, others) for traffic, arms in found.items()}
+    low, high = min(gains, key=lambda one: gains[one]), max(gains, key=lambda one: gains[one])
+    least = f"{gains[low]:.2f} times the best of the others on {low}"
+    return least if len(gains) == 1 else f"from {least} to {gains[high]:.2f} times on {high}"
 
 
 def _gain(arms: Trials, best: str, others: Sequence[str]) -> float:
     highest = max(map(arms.rate, others))
     return arms.rate(best) / highest if highest else math.inf
+
+
+def _times(gain: Estimate) -> str:
+    return f"{gain.value:.2f} times ({gain.low:.2f} to {gain.high:.2f})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -79,6 +79,16 @@ def quantile_ratio(
 
 def bootstrap(sample: Sequence[_T], statistic: Callable[[Sequence[_T]], float], seed: int) -> Estimate:
     """Compute the statistic and its bootstrap bounds; the same seed gives the same bounds."""
+    return with_bounds(statistic(sample), [statistic(chosen) for chosen in resamples(sample, seed)])
+
+
+def resamples(sample: Sequence[_T], seed: int) -> Iterator[list[_T]]:
+    """Yield what the bootstrap draws from a sample; the same seed gives the same."""
     generator = random.Random(seed)
-    resampled = [statistic(generator.choices(sample, k=len(sample))) for _ in range(_RESAMPLES)]
-    return Estimate(statistic(sample), quantile(resampled, _LOW), quantile(resampled, _HIGH))
+    for _ in range(_RESAMPLES):
+        yield generator.choices(sample, k=len(sample))
+
+
+def with_bounds(value: float, resampled: Sequence[float]) -> Estimate:
+    """Return a value with its bounds, given what it is for each resample."""
+    return Estimate(value, quantile(resampled, _LOW), quantile(resampled, _HIGH))

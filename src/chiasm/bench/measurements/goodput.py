@@ -207,6 +207,7 @@ class Comparison:
         """Try the deployments, which are given by name, all with the same requests in each round, and add to ``trials``."""
         serial = self._serial[traffic.name]
         able = [name for name in deployments if self._can_meet(traffic, alone[name])]
+        trials.unable.update(name for name in deployments if name not in able)
         search = RateSearch(able, _FIRST_SHARE / serial, _LOWEST_SHARE / serial)
         for index, seed in enumerate(self._seeds):
             if search.over:
