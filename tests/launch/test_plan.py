@@ -72,6 +72,13 @@ def test_instances_share_the_cores(
     assert DeploymentConfig("demo", roles).threads(Role.ENCODER) == threads
 
 
+def test_cores_that_are_left_over_go_to_language_models_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "usable_cores", lambda: 7)
+    wanted = DeploymentConfig("demo", {Role.ENCODER: RoleConfig(2), Role.PD: RoleConfig(2)})
+    assert [wanted.threads(Role.ENCODER, index) for index in (0, 1)] == [2, 1]
+    assert [wanted.threads(Role.PD, index) for index in (0, 1)] == [2, 2]
+
+
 def test_an_instance_gets_everything_that_its_role_needs() -> None:
     roles = {Role.ENCODER: RoleConfig(settings={"max_items": 4}), Role.PD: RoleConfig()}
     settings = {"dtype": "bfloat16", "max_items": 5, "max_image_pixels": 9}

@@ -18,6 +18,7 @@ from chiasm.plan.costs import CostModel
 from chiasm.plan.devices import parse_devices
 from chiasm.plan.layouts import Place, places_of
 from chiasm.plan.search import Planner, Workload
+from chiasm.wire import Role
 from tests.plan.models import CPU, SHAPE, SimpleCosts
 
 LIMITS = {
@@ -91,3 +92,9 @@ def test_a_measurement_of_another_model_is_refused(tmp_path: Path) -> None:
         ConfigurationError, match=f"measured with {SHAPE.name}; give that as MODEL in place of folders/other"
     ):
         check(results(tmp_path, 3.0), other, cost_of, [CPU], as_json=True)
+
+
+def test_the_benchmarks_deployments_have_all_cores_of_an_odd_number() -> None:
+    arms = arms_on(replace(CPU, cores=7), SHAPE)
+    assert [one.threads for one in arms["replicas"].instances] == [2, 2, 2, 1]
+    assert [(one.role, one.threads) for one in arms["split"].instances] == [(Role.ENCODER, 3), (Role.PD, 4)]

@@ -52,7 +52,7 @@ def choose(
 
     Raises ConfigurationError if there is no such arm, or nothing to compare on this machine.
     """
-    found = standard(model, _devices(engine)) | {
+    found = standard(model, engine, _devices(engine)) | {
         name: replace(config, model=model, served_model_name=SERVED_NAME, port=_FREE_PORT)
         for name, config in (more or {}).items()
     }
@@ -60,16 +60,37 @@ def choose(
         raise ConfigurationError(
             f"There is no arm {missing[0]!r} on this machine; the arms are {', '.join(found)}, and --arm adds others."
         )
-    over = (lambda config: on_vllm(config, _VLLM_LIMITS)) if engine is EngineKind.VLLM else (lambda config: config)
-    return [Arm(name, over(config)) for name, config in found.items() if not names or name in names]
+    return [_arm(name, config, engine) for name, config in found.items() if not names or name in names]
 
 
-def standard(model: str, devices: Sequence[str]) -> dict[str, DeploymentConfig]:
+def reference(model: str, engine: EngineKind) -> Arm:
+    """Return what sets the limits: one aggregated instance with all cores, or with as many GPUs as it can compute on."""
+    devices = _devices(engine)
+    role = RoleConfig(1, devices=_of_one_instance(engine, devices))
+    return _arm(AGGREGATED, DeploymentConfig(model, {Role.AGGREGATED: role}, served_model_name=SERVED_NAME), engine)
+
+
+def left_out(engine: EngineKind) -> str | None:
+    """Say which standard deployment this machine cannot have, and why."""
+    devices = _devices(engine)
+    if _of_one_instance(engine, devices) == devices:
+        return None
+    return (
+        f"{AGGREGATED} is left out, since an instance of the built-in engine computes on one GPU; the limits are those of one "
+        f"on GPU {devices[0]}."
+    )
+
+
+def _arm(name: str, config: DeploymentConfig, engine: EngineKind) -> Arm:
+    return Arm(name, on_vllm(config, _VLLM_LIMITS) if engine is EngineKind.VLLM else config)
+
+
+def standard(model: str, engine: EngineKind, devices: Sequence[str]) -> dict[str, DeploymentConfig]:
     """Return the deployments that use all GPUs named in ``devices``, or all cores if it is empty, by name.
 
     Raises ConfigurationError if there is only one core.
     """
-    roles = _on_gpus(tuple(devices)) if devices else _on_cores(usable_cores())
+    roles = _on_gpus(engine, tuple(devices)) if devices else _on_cores(usable_cores())
     found = {name: DeploymentConfig(model, of, served_model_name=SERVED_NAME) for name, of in roles.items()}
     return found | {COLOCATED: DeploymentConfig(model, layout=Layout.COLOCATED, served_model_name=SERVED_NAME)}
 
@@ -79,23 +100,29 @@ def _on_cores(cores: int) -> dict[str, dict[Role, RoleConfig]]:
         raise ConfigurationError(
             "This measurement divides the machine's cores among instances in several ways, and there is only one core here."
         )
-    number = min(cores, MOST_REPLICAS)
-    each, half = RoleConfig(number, cores // number), RoleConfig(1, cores // 2)
+    # Instances without a number of threads divide all cores.
     return {
-        AGGREGATED: {Role.AGGREGATED: RoleConfig(1, cores)},
-        REPLICAS: {Role.AGGREGATED: each},
-        SPLIT: {Role.ENCODER: half, Role.PD: half},
+        AGGREGATED: {Role.AGGREGATED: RoleConfig(1)},
+        REPLICAS: {Role.AGGREGATED: RoleConfig(min(cores, MOST_REPLICAS))},
+        SPLIT: {Role.ENCODER: RoleConfig(1), Role.PD: RoleConfig(1)},
     }
 
 
-def _on_gpus(devices: tuple[str, ...]) -> dict[str, dict[Role, RoleConfig]]:
+def _on_gpus(engine: EngineKind, devices: tuple[str, ...]) -> dict[str, dict[Role, RoleConfig]]:
     every = RoleConfig(len(devices), devices=devices)
-    found = {AGGREGATED: {Role.AGGREGATED: RoleConfig(1, devices=devices)}}
+    found: dict[str, dict[Role, RoleConfig]] = {}
+    if _of_one_instance(engine, devices) == devices:
+        found[AGGREGATED] = {Role.AGGREGATED: RoleConfig(1, devices=devices)}
     if len(devices) > 1:
         rest = RoleConfig(len(devices) - 1, devices=devices[1:])
         found[REPLICAS] = {Role.AGGREGATED: every}
         found[SPLIT] = {Role.ENCODER: RoleConfig(1, devices=devices[:1]), Role.PD: rest}
     return found
+
+
+def _of_one_instance(engine: EngineKind, devices: tuple[str, ...]) -> tuple[str, ...]:
+    """Return on which of the GPUs one instance can compute."""
+    return devices if engine is EngineKind.VLLM else devices[:1]
 
 
 def _devices(engine: EngineKind) -> tuple[str, ...]:

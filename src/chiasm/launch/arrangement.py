@@ -252,7 +252,7 @@ def _shared(
             placed[role, index],
             uuids=_uuids(placed[role, index].devices, gpus),
             cpus=device.cpus,
-            threads=threads or device.cores or resolved.threads(role),
+            threads=threads or device.cores or resolved.threads(role, index),
             core_share=f"cores-{devices.index(device)}" if device.cores and lets_cores_go else "",
             nice=ENCODER_NICE if layout is Layout.COLOCATED and role is Role.ENCODER else 0,
         )
@@ -318,7 +318,7 @@ def _split(config: DeploymentConfig, folder: Path | None, gpus: Sequence[Gpu], w
             placement,
             uuids=_uuids(placement.devices, gpus),
             cpus=resolved.roles[role].cpus,
-            threads=resolved.threads(role),
+            threads=resolved.threads(role, index),
         )
         for (role, index), placement in placed.items()
     }

@@ -15,7 +15,7 @@ from chiasm.errors import ConfigurationError
 from chiasm.http.key_rules import check_key
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS
 from chiasm.launch import reserved
-from chiasm.launch.layout import Layout, check_counts
+from chiasm.launch.layout import Layout, check_counts, even_shares
 from chiasm.launch.process import INSTANCE_OPTIONS, PROXY_OPTIONS, Cpus, ServedModelName, vllm_flags
 from chiasm.options import Option, flag, names_of
 from chiasm.wire import Role
@@ -277,14 +277,19 @@ class DeploymentConfig:
         """Whether encoders are started and drained by what is needed."""
         return self.least_encoders < self.count(Role.ENCODER)
 
-    def threads(self, role: Role) -> int:
-        """Return the threads of each instance of ``role``: as configured, else an even share of its cores, at least one."""
+    def threads(self, role: Role, index: int = 0) -> int:
+        """Return the threads of an instance of ``role``: as configured, else an even share of its cores, at least one.
+
+        Cores that are left over when all of them are shared out go to one instance each, language models first.
+        """
         chosen = self.roles[role]
         if chosen.threads is not None:
             return chosen.threads
         if chosen.cpus:
             return max(1, len(set(chosen.cpus)) // self.count(role))
-        return max(1, usable_cores() // sum(self._counts(*self.roles)))
+        ordered = sorted(self.roles, key=lambda one: one is Role.ENCODER)
+        before = sum(self._counts(*ordered[: ordered.index(role)]))
+        return max(1, even_shares(usable_cores(), sum(self._counts(*ordered)))[before + index])
 
     @property
     def model_name(self) -> str:

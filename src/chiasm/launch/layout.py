@@ -36,6 +36,12 @@ def cpu_pairs(cores: int, memory_bytes: int, model_bytes: int) -> int:
     return max(1, min(_MOST_PAIRS, cores, fitting))
 
 
+def even_shares(cores: int, number: int) -> list[int]:
+    """Return how many cores each of ``number`` instances gets; those that are left over go to the first ones, one each."""
+    each, rest = divmod(cores, number)
+    return [each + (place < rest) for place in range(number)]
+
+
 def check_counts(layout: Layout, counts: Mapping[Role, int]) -> None:
     """Raise ConfigurationError if a layout cannot hold instances that a person has counted."""
     given = {role for role, count in counts.items() if count}

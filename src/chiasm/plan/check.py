@@ -137,11 +137,10 @@ def compare(
 
 def arms_on(cpu: Cpu, shape: ModelShape) -> dict[str, Candidate]:
     """Return what the benchmark's deployments are on these cores, by their names there."""
-    number = min(cpu.cores, MOST_REPLICAS)
     pairs = cpu_pairs(cpu.cores, free_memory(), shape.language_bytes + shape.vision_bytes)
     return {
         AGGREGATED: aggregated_on_cpu(cpu, 1),
-        REPLICAS: aggregated_on_cpu(cpu, number, threads=cpu.cores // number),
+        REPLICAS: aggregated_on_cpu(cpu, min(cpu.cores, MOST_REPLICAS), divided=True),
         SPLIT: split_on_cpu(cpu, 1, 1),
         COLOCATED: colocated_on_cpu(cpu, pairs, pairs),
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
-from chiasm.launch.layout import Layout, in_words
+from chiasm.launch.layout import Layout, even_shares, in_words
 from chiasm.plan.devices import Cpu, Device, Gpu
 from chiasm.plan.language import LanguageLimits
 from chiasm.plan.shapes import ModelShape
@@ -110,11 +110,12 @@ def _on_cpu(cpu: Cpu) -> Iterator[Candidate]:
             yield split_on_cpu(cpu, encoders, total - encoders)
 
 
-def aggregated_on_cpu(cpu: Cpu, count: int, threads: int | None = None) -> Candidate:
-    """Return aggregated instances on all cores; with ``threads``, each takes no more of them."""
-    instances = (PlannedInstance(Role.AGGREGATED, 0, threads or cpu.cores, encoder_weight=NICE_5_WEIGHT),) * count
-    options = f"--layout aggregated --aggregated {count}" + (f" --threads {threads}" if threads else "")
-    return Candidate(Layout.AGGREGATED, (Place(cpu, cpu.cores),), instances, options)
+def aggregated_on_cpu(cpu: Cpu, count: int, *, divided: bool = False) -> Candidate:
+    """Return aggregated instances on all cores, which they share or divide."""
+    threads = even_shares(cpu.cores, count) if divided else [cpu.cores] * count
+    instances = [PlannedInstance(Role.AGGREGATED, 0, one, encoder_weight=NICE_5_WEIGHT) for one in threads]
+    options = f"--aggregated {count}" if divided else f"--layout aggregated --aggregated {count}"
+    return Candidate(Layout.AGGREGATED, (Place(cpu, cpu.cores),), tuple(instances), options)
 
 
 def colocated_on_cpu(cpu: Cpu, encoders: int, pds: int) -> Candidate:
@@ -128,12 +129,11 @@ def colocated_on_cpu(cpu: Cpu, encoders: int, pds: int) -> Candidate:
 
 
 def split_on_cpu(cpu: Cpu, encoders: int, pds: int) -> Candidate:
-    """Return encoders and PDs with as many cores each."""
-    total = encoders + pds
-    cores = max(1, cpu.cores // total)
-    places = tuple(Place(cpu, cores) for _ in range(total))
-    roles = [Role.ENCODER] * encoders + [Role.PD] * pds
-    instances = tuple(PlannedInstance(role, index, cores) for index, role in enumerate(roles))
+    """Return encoders and PDs that divide the cores evenly; those that are left over go to PDs first."""
+    shares = [max(1, share) for share in even_shares(cpu.cores, encoders + pds)]
+    dealt = [*((Role.ENCODER, share) for share in shares[pds:]), *((Role.PD, share) for share in shares[:pds])]
+    places = tuple(Place(cpu, cores) for _, cores in dealt)
+    instances = tuple(PlannedInstance(role, index, cores) for index, (role, cores) in enumerate(dealt))
     return Candidate(Layout.SPLIT, places, instances, f"--layout split --encoders {encoders} --pds {pds}")
 
 

@@ -124,6 +124,8 @@ class Comparison:
         outcome = outcome_of(found, self._limits, seed=self._bench.seed)
         outcome.parameters["model"] = Path(model).name
         outcome.notes += [f"{arm.name}: {arm.description}." for arm in arms]
+        if (reason := arms_module.left_out(self._engine)) is not None:
+            outcome.notes.append(reason)
         if len(groups) > 1:
             outcome.notes.append("The deployments ran one after the other, since they don't fit beside each other.")
         # What to do comes last.
@@ -145,7 +147,7 @@ class Comparison:
 
     async def _reference(self, model: str, traffics: Sequence[Traffic]) -> None:
         """Measure one aggregated instance with everything, which is none of the arms, for the limits."""
-        (arm,) = arms_module.choose(model, self._engine, (AGGREGATED,))
+        arm = arms_module.reference(model, self._engine)
         async with running(self._bench, arm.config) as (deployment,):
             alone = await self._unloaded({arm.name: deployment.url}, self._texts(deployment), traffics)
             self._take_reference(alone[AGGREGATED], traffics)
