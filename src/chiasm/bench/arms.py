@@ -36,6 +36,10 @@ class Arm:
         return sum(config.count(role) for role in config.roles)
 
     @property
+    def on_gpus(self) -> bool:
+        return any(one.devices for one in self._arrangement.placements.values())
+
+    @property
     def description(self) -> str:
         """What it runs and where."""
         return self._arrangement.description

@@ -15,7 +15,7 @@ import enum
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,13 @@ class Trial:
     """Requests per second."""
     seed: int
     served: Sequence[Served]
-    cpu_seconds: float | None = None
-    """CPU time of all processes of the deployment together; None if it isn't known."""
+    process_seconds: Mapping[str, float] = field(default_factory=dict)
+    """CPU time of each process of the deployment, by name; empty if it isn't known."""
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """CPU time of all processes together; None if it isn't known."""
+        return sum(self.process_seconds.values()) if self.process_seconds else None
 
     @property
     def good(self) -> int:
@@ -110,6 +115,7 @@ class Trial:
             "ttft_seconds": _quantiles(ttfts),
             "tpot_seconds": _quantiles(tpots),
             "cpu_seconds": self.cpu_seconds,
+            "process_seconds": dict(self.process_seconds),
         }
 
 

@@ -55,6 +55,24 @@ class GoodputOptions:
             "Limit of the time per output token of every request.", metavar="SECONDS", min=0.001, unset="by the factor"
         ),
     ] = None
+    rate: Annotated[
+        float | None,
+        Option(
+            "Requests per second at which all deployments are tried, in place of a search for the highest rate.",
+            metavar="RATE",
+            min=0.001,
+            unset="searched",
+        ),
+    ] = None
+    budget: Annotated[
+        float | None,
+        Option(
+            "Longest time of the measurement; rounds that don't fit are left out.",
+            metavar="SECONDS",
+            min=60,
+            unset="2400, with --quick 180; over vLLM 4800 and 900",
+        ),
+    ] = None
     model: str | None = None
     """The checkpoint that a person asked for; None: a synthetic one."""
     more_arms: Mapping[str, DeploymentConfig] = field(default_factory=dict)

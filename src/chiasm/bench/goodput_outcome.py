@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 
 from chiasm.bench.goodput import TARGET, Limits, Trials
@@ -23,7 +23,7 @@ Found = Mapping[str, Trials]
 def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outcome:
     """Return figures, curves and trials, those first in which the split loses most, and as the first note what to use."""
     names = list(dict.fromkeys(name for arms in found.values() for name in arms.of))
-    tested = next((name for name in (COLOCATED, SPLIT) if name in names), names[-1])
+    tested = tested_of(names)
     by_class = {name: asdict(limit) for name, limit in limits.items()}
     outcome = Outcome(parameters={"limits": by_class}, notes=[advice(found, seed=seed)])
     ordered = sorted(found, key=lambda traffic: _against_best(found[traffic], tested))
@@ -44,12 +44,22 @@ def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outc
             outcome.trials += [{"traffic": traffic, "arm": name, **summary} for summary in summaries]
         if arms.rounds:
             outcome.panels.append(_curves(traffic, arms))
+    outcome.notes.append(limits_in_words(limits))
+    return outcome
+
+
+def tested_of(names: Collection[str]) -> str:
+    """Return the deployment that the others are compared with."""
+    return next((name for name in (COLOCATED, SPLIT) if name in names), list(names)[-1])
+
+
+def limits_in_words(limits: Mapping[str, Limits]) -> str:
+    """Return a sentence with the limits of each size class."""
     shown = [
         f"{name} {1000 * limit.ttft_seconds:.0f} ms, {1000 * limit.tpot_seconds:.1f} ms"
         for name, limit in limits.items()
     ]
-    outcome.notes.append(f"Limits of the time to first token and per token: {'; '.join(shown)}.")
-    return outcome
+    return f"Limits of the time to first token and per token: {'; '.join(shown)}."
 
 
 def _against_best(arms: Trials, tested: str) -> float:
@@ -80,7 +90,7 @@ def _why_none(traffic: str, name: str, arms: Trials) -> str:
     if name in arms.unable:
         return f"{traffic}: {name} misses the limits even with one request at a time, so no rate was tried."
     if not arms.is_tried(name):
-        return f"{traffic}: {name} was not tried, since the measurement ended before."
+        return f"{traffic}: {name} has no trial, so it is not compared."
     best = max(arms.of[name], key=lambda trial: trial.attained)
     return (
         f"{traffic}: {name} meets the limits at no rate that was tried; at best {100 * best.attained:.0f} % of the "
@@ -112,7 +122,7 @@ def advice(found: Found, *, seed: int = 0) -> str:
     """
     tried = {traffic: arms for traffic, arms in found.items() if all(arms.is_tried(name) for name in arms.of)}
     if not tried:
-        return "The measurement ended before every deployment was tried, so they cannot be compared."
+        return "Some deployments have no trial, so they cannot be compared."
     names = [name for name in next(iter(tried.values())).of if all(name in arms.of for arms in tried.values())]
     able = {traffic: arms for traffic, arms in tried.items() if any(map(arms.rate, arms.of))}
     if not able:

@@ -36,6 +36,8 @@ class Bench:
     soak: SoakOptions = field(default_factory=SoakOptions)
     forks: ForkServer = field(default_factory=ForkServer)
     """What instances of all measurements are forked from."""
+    keep: Callable[[Outcome], None] = field(default=lambda outcome: None)
+    """Take note of what has been found so far, which is written and shown if the measurement ends early."""
     on_phase: Callable[[str, int | None], None] = field(default=lambda text, steps: None)
     advance: Callable[[], None] = field(default=lambda: None)
     """Move the progress bar by one step."""

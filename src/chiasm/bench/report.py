@@ -71,6 +71,7 @@ def print_outcome(console: Console, measurement: Measurement, outcome: Outcome) 
     console.print(table)
     for note in outcome.notes:
         console.print(Text(f"  {note}", style="dim"))
+    console.print(Text(f"  It took {_duration(outcome.seconds)}.", style="dim"))
     console.print()
 
 
@@ -84,6 +85,11 @@ def shown(value: float) -> str:
 def with_unit(value: float, unit: str) -> str:
     """Return the value with its unit."""
     return f"{value:.2f}x" if unit == "x" else f"{shown(value)} {unit}".rstrip()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _limit(figure: Figure) -> str:

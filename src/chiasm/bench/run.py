@@ -59,8 +59,8 @@ class BenchConfig:
 def run(config: BenchConfig) -> bool:
     """Measure, print, and write ``results.json`` and ``results.png``. Return False if answers differ that must be equal.
 
-    The results are written after each measurement, so they are kept if a later one fails. Raises ChiasmError, and
-    KeyboardInterrupt after a signal, when everything that was started has ended.
+    The results are written after each measurement, and after each part of some, so they are kept if a later one fails. Raises
+    ChiasmError, and KeyboardInterrupt after a signal, when everything that was started has ended.
     """
     from rich.console import Console
 
@@ -142,6 +142,15 @@ async def _measure(
                         if steps is not None:
                             progress.reset(task, total=steps)
 
+                    started = time.monotonic()
+
+                    def keep(
+                        outcome: Outcome, measurement: Measurement = measurement, started: float = started
+                    ) -> None:
+                        outcome.seconds = time.monotonic() - started
+                        outcomes[measurement.name] = outcome
+                        save()
+
                     bench = Bench(
                         config.model,
                         Path(scratch),
@@ -152,16 +161,16 @@ async def _measure(
                         config.goodput,
                         config.soak,
                         forks,
+                        keep=keep,
                         on_phase=show,
                         advance=partial(progress.advance, task),
                     )
-                    started = time.monotonic()
-                    outcome = await measurement.run(bench)
-                    outcome.seconds = time.monotonic() - started
-                    outcomes[measurement.name] = outcome
-                    save()
-                    progress.remove_task(task)
-                    print_outcome(console, measurement, outcome)
+                    try:
+                        keep(await measurement.run(bench))
+                    finally:
+                        progress.remove_task(task)
+                        if measurement.name in outcomes:
+                            print_outcome(console, measurement, outcomes[measurement.name])
 
 
 def _progress() -> Progress:

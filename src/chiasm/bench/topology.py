@@ -134,7 +134,7 @@ async def running(bench: Bench, *configs: DeploymentConfig) -> AsyncIterator[tup
         deployments = []
         for config in configs:
             deployment = Deployment(config, fleet_key=bench.client.fleet_key, forks=bench.forks)
-            stack.push_async_callback(_stop, deployment)
+            stack.push_async_callback(stop, deployment)
             await asyncio.to_thread(deployment.start)
             deployments.append(deployment)
         for deployment in deployments:
@@ -163,7 +163,8 @@ def _check(deployment: Deployment) -> None:
         raise ConfigurationError(f"{failed} of {deployment.config.model}: {error.message}") from error
 
 
-async def _stop(deployment: Deployment) -> None:
+async def stop(deployment: Deployment) -> None:
+    """End a deployment; ``running`` may do it again."""
     await asyncio.shield(asyncio.to_thread(deployment.stop))
 
 

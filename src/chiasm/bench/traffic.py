@@ -19,7 +19,8 @@ LONGEST_SECONDS = 12.0
 """How long a trial of the benchmark sends at most; at a low rate it has fewer requests."""
 PATIENCE = 2.0
 """A request is given up when it has taken so many times its limit."""
-_LEAST_REQUESTS = 8
+LEAST_REQUESTS = 8
+"""Of a trial."""
 ARRIVAL_CV = 2.2
 """Coefficient of variation of the gaps between arrivals; 1 would be a Poisson process."""
 SIDE = 512
@@ -73,10 +74,10 @@ class Timed(Protocol):
 _T = TypeVar("_T", bound=Timed)
 
 
-def within(requests: Sequence[_T], rate: float, seconds: float) -> Sequence[_T]:
-    """Return the requests, in order of time, that arrive within so many seconds at a rate, and at least the first 8."""
+def within(requests: Sequence[_T], rate: float, seconds: float, *, least: int = LEAST_REQUESTS) -> Sequence[_T]:
+    """Return the requests, in order of time, that arrive within so many seconds at a rate, and at least the first ones."""
     number = bisect_right(requests, seconds * rate, key=lambda request: request.time)
-    return requests[: max(_LEAST_REQUESTS, number)]
+    return requests[: max(least, number)]
 
 
 class Traffic(Protocol):

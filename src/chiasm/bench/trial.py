@@ -48,7 +48,10 @@ def prepare(texts: Texts, arrivals: Sequence[Arrival], name: str) -> list[Prepar
 async def play(
     bench: Bench, url: str, requests: Sequence[Prepared], *, rate: float, seed: int, limits: Mapping[str, Limits]
 ) -> Trial:
-    """Send requests at ``rate`` per second, and return when nothing of them is left in the deployment."""
+    """Send requests at ``rate`` per second, and return when nothing of them is left in the deployment.
+
+    Raises RequestFailedError if something is left for too long.
+    """
     started = time.perf_counter()
     due = [request.time / rate for request in requests]
 
@@ -93,8 +96,15 @@ async def _serve(bench: Bench, url: str, request: Prepared, due: float, limits: 
 
 async def drain(bench: Bench, url: str) -> None:
     """Wait until no instance has a request of the proxy. Raises RequestFailedError if one still has after 20 seconds."""
-    until = time.monotonic() + _DRAIN_SECONDS
-    while busy := [one.url for one in (await bench.client.proxy_health(url)).instances if one.in_flight]:
-        if time.monotonic() > until:
-            raise RequestFailedError(f"{busy[0]} still works {_DRAIN_SECONDS:g} s after the last request has ended.")
-        await asyncio.sleep(_POLL_SECONDS)
+    busy = [url]
+    try:
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while True:
+                health = await bench.client.proxy_health(url)
+                if not (busy := [one.url for one in health.instances if one.in_flight]):
+                    return
+                await asyncio.sleep(_POLL_SECONDS)
+    except TimeoutError:
+        raise RequestFailedError(
+            f"{busy[0]} still works {_DRAIN_SECONDS:g} s after the last request has ended, or doesn't answer."
+        ) from None
