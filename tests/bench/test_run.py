@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -150,6 +151,42 @@ def test_without_vllm_one_line_says_so(tmp_path: Path) -> None:
 def _instances(pid: int) -> list[psutil.Process]:
     """Return the instances and the proxy that the bench has started; it also runs commands that end by themselves."""
     return [child for child in psutil.Process(pid).children() if "chiasm child" in " ".join(command_line(child))]
+
+
+def test_a_trace_is_measured_with_every_deployment_that_is_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "mine.jsonl"
+    lines = [{"time": 0.1 * place, "prompt_tokens": 8, "answer_tokens": 2, "images": [32]} for place in range(8)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chosen = ("--arms", "aggregated,split", "--repeat", "2", "--ttft-slo", "60", "--tpot-slo", "60")
+    command = [*_BENCH, "trace", str(trace), "--quick", *chosen, "--model", str(checkpoint), "--output", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["measurements"]["trace"]
+    assert {(trial["traffic"], trial["arm"]) for trial in found["trials"]} == {
+        ("mine", "aggregated"),
+        ("mine", "split"),
+    }
+    assert "The trace has 10 requests per second itself." in found["notes"]
+    assert "It took " in ended.stdout
+    assert (tmp_path / "results.png").is_file()
+
+
+def test_what_was_measured_before_a_signal_is_shown_and_plotted(checkpoint: Path, tmp_path: Path) -> None:
+    chosen = ("--mixes", "text,mixed", "--arms", "aggregated", "--ttft-slo", "60", "--tpot-slo", "60", "--quick")
+    # The second mix takes 5 seconds at this rate.
+    slow = ("--rate", "20", "--repeat", "2")
+    command = [*_BENCH, "goodput", *chosen, *slow, "--model", str(checkpoint), "--output", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "results.json").is_file():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "text: aggregated, in time" in printed
+    found = json.loads((tmp_path / "results.json").read_text())["measurements"]["goodput"]
+    assert {trial["traffic"] for trial in found["trials"]} >= {"text"}
+    assert (tmp_path / "results.png").is_file()
 
 
 def test_a_signal_ends_everything(checkpoint: Path, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def outcome_at(
     by_class = {name: asdict(limit) for name, limit in limits.items()}
     outcome = Outcome(parameters={"limits": by_class, "rate": rate})
     outcome.notes.append(
-        f"All shares are those at {rate:.3g} requests per second, which is nobody's goodput. Requests that are given up cost "
-        "less, so compare CPU times only where shares are alike."
+        f"These are shares at {rate:.3g} requests per second, not goodputs. A request that is given up costs less CPU time, so "
+        "compare that only where shares are alike."
     )
     for traffic, arms in found.items():
         outcome.figures += _compared(traffic, arms, seed)
@@ -122,6 +122,10 @@ def _panels(title: str, arms: Trials) -> list[Panel]:
     panels = [Panel(f"goodput: {title}", "% in time", shares)]
     if all(firsts.values()):
         panels.append(
-            Panel(f"goodput: {title}", "ms to first token", [Series(name, values) for name, values in firsts.items()])
+            Panel(
+                f"goodput: {title}",
+                "ms to first token, where one came",
+                [Series(name, values) for name, values in firsts.items()],
+            )
         )
     return panels

@@ -99,6 +99,17 @@ class Trial:
     def passed(self) -> bool:
         return self.attained >= TARGET
 
+    def ttft_seconds(self, share: float) -> float | None:
+        """Return the time in which this share of the requests got the first token; None if that many got none at all."""
+        times = [math.inf if one.ttft_seconds is None else one.ttft_seconds for one in self.served]
+        found = sorted(times)[math.ceil(share * len(times)) - 1]
+        return None if math.isinf(found) else found
+
+    def tpot_seconds(self, share: float) -> float | None:
+        """Return the time per token that this share of the answers kept to; None if none ended."""
+        times = [one.tpot_seconds for one in self.served if one.tpot_seconds is not None]
+        return quantile(times, share) if times else None
+
     def count(self, verdict: Verdict) -> int:
         return sum(one.verdict is verdict for one in self.served)
 

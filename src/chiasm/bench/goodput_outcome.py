@@ -6,15 +6,15 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 
-from chiasm.bench.goodput import TARGET, Limits, Trials
+from chiasm.bench.goodput import Limits, Trials
+from chiasm.bench.goodput_curves import panels_of
 from chiasm.bench.goodput_options import AGGREGATED, COLOCATED, REPLICAS, SPLIT
-from chiasm.bench.measurement import Curve, Curves, Figure, Outcome
+from chiasm.bench.measurement import Figure, Outcome
 from chiasm.bench.statistics import Estimate, with_bounds
 
 _AT_LEAST, _LOW_AT_LEAST = 1.0, 0.97
 _OVER_AGGREGATED = {"heavy": 1.1, "repeats": 1.2}
 """How many times the goodput of aggregated deployments the colocated one shall have on some mixes."""
-_LINE_STEPS = 40
 
 Found = Mapping[str, Trials]
 """By the traffic's name."""
@@ -43,7 +43,7 @@ def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outc
             summaries = [trial.summary() for trial in trials]
             outcome.trials += [{"traffic": traffic, "arm": name, **summary} for summary in summaries]
         if arms.rounds:
-            outcome.panels.append(_curves(traffic, arms))
+            outcome.panels += panels_of(traffic, arms)
     outcome.notes.append(limits_in_words(limits))
     return outcome
 
@@ -96,20 +96,6 @@ def _why_none(traffic: str, name: str, arms: Trials) -> str:
         f"{traffic}: {name} meets the limits at no rate that was tried; at best {100 * best.attained:.0f} % of the "
         f"requests met them, at {best.rate:.2g} per second."
     )
-
-
-def _curves(traffic: str, arms: Trials) -> Curves:
-    curves = []
-    for name, trials in arms.of.items():
-        points = [(trial.rate, trial.attained) for trial in trials]
-        line: list[tuple[float, float]] = []
-        curve = arms.curves[name] if points else None
-        if curve is not None:
-            low, high = min(points)[0], max(points)[0]
-            rates = [low * (high / low) ** (step / _LINE_STEPS) for step in range(_LINE_STEPS + 1)]
-            line = [(rate, curve.attained(rate)) for rate in rates]
-        curves.append(Curve(f"{name} ({arms.rate(name):.2g}/s)", points, line))
-    return Curves(f"goodput: {traffic}", "requests per second", "share in time", curves, TARGET)
 
 
 # ---- which one to use --------------------------------------------------------------------------------------------------

@@ -125,14 +125,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """One part of the plot: shares of 0 to 1 over something that is drawn on a logarithmic scale."""
+    """A narrow part of the plot: shares of 0 to 1, or anything else, over something that is drawn on a logarithmic scale."""
 
     title: str
     x_label: str
     y_label: str
     curves: Sequence[Curve]
-    target: float
-    """The share that is marked by a line."""
+    target: float | None = None
+    """The share that is marked by a line; None if the curves aren't shares, so that both scales are logarithmic."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ from chiasm.bench.measurement import Curves, Figure, Outcome, Panel, TimeLines
 from chiasm.bench.report import shown, with_unit
 from chiasm.bench.statistics import median, quantile
 
-_COLUMNS = 2
+_COLUMNS, _NARROW_COLUMNS = 2, 3
 _INK = "#30343b"
 _BLUE, _RED, _GREEN = "#2b6cb0", "#c53030", "#2f855a"
 _COLOURS = ("#718096", _BLUE, "#b7791f", "#6b46c1")
 _TAIL_SHARE = 0.99
 _DRAWN_SHARE = 0.95
 """Share of the samples that the axis makes room for, so that a few outliers don't squeeze all others together."""
+_LABELLED = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+"""Multiples of powers of ten."""
 # In inches:
 _WIDTH, _TITLE, _BELOW, _RIGHT = 13.0, 0.9, 1.0, 0.3
-_LABEL, _WIDEST_LABEL = 1.75, 4.2
+_LABEL, _NARROW_LABEL, _WIDEST_LABEL = 1.75, 0.75, 4.2
 _LEAST_HEIGHT, _CURVES_HEIGHT = 1.9, 2.6
 
 
@@ -34,7 +36,7 @@ def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
 
     judged = [(name, one) for name, outcome in outcomes.items() for one in outcome.figures if _has_target_to_draw(one)]
     panels = [panel for outcome in outcomes.values() for panel in outcome.panels]
-    rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
+    rows = list(_rows(panels))
     of_targets = [0.5 + 0.3 * max(2, len(judged))] if judged or not rows else []
     heights = [*of_targets, *(_height(row) for row in rows)]
     *tops, total = itertools.accumulate((height + _BELOW for height in heights), initial=_TITLE)
@@ -50,10 +52,11 @@ def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
 
     if of_targets:
         _draw_targets(axes_at(_WIDEST_LABEL, tops.pop(0), _WIDTH - _WIDEST_LABEL - _RIGHT, heights.pop(0)), judged)
-    column = _WIDTH / _COLUMNS
     for row, top, height in zip(rows, tops, heights, strict=True):
+        narrow = isinstance(row[0], Curves)
+        column, label = (_WIDTH / _NARROW_COLUMNS, _NARROW_LABEL) if narrow else (_WIDTH / _COLUMNS, _LABEL)
         for place, panel in enumerate(row):
-            axes = axes_at(place * column + _LABEL, top, column - _LABEL - _RIGHT, height)
+            axes = axes_at(place * column + label, top, column - label - _RIGHT, height)
             axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=_INK)
             if isinstance(panel, Curves):
                 _draw_curves(axes, panel)
@@ -62,6 +65,14 @@ def write_plot(path: Path, outcomes: Mapping[str, Outcome], title: str) -> None:
             else:
                 (_draw_tail if panel.tail else _draw_spread)(axes, panel)
     canvas.savefig(path)
+
+
+def _rows(panels: Sequence[Panel | Curves | TimeLines]) -> Iterator[list[Panel | Curves | TimeLines]]:
+    """Yield what stands beside each other, in order; curves are narrower than the rest, and so more of them."""
+    for narrow, some in itertools.groupby(panels, lambda panel: isinstance(panel, Curves)):
+        left = list(some)
+        number = _NARROW_COLUMNS if narrow else _COLUMNS
+        yield from (left[start : start + number] for start in range(0, len(left), number))
 
 
 def _height(row: Sequence[Panel | Curves | TimeLines]) -> float:
@@ -168,19 +179,37 @@ def _draw_tail(axes: Any, panel: Panel) -> None:
 
 def _draw_curves(axes: Any, panel: Curves) -> None:
     """Draw points, and the line that was fitted to them."""
+    if not any(curve.points for curve in panel.curves):
+        axes.set_axis_off()
+        axes.text(0, 0.9, f"{panel.y_label}: no values", fontsize=8, color=_INK, va="top", transform=axes.transAxes)
+        return
     for row, curve in enumerate(panel.curves):
         colour = _COLOURS[row % len(_COLOURS)]
         axes.plot(*_columns(curve.line), color=colour, lw=1.8, label=curve.label)
         axes.plot(*_columns(curve.points), "o", ms=3.5, alpha=0.55, color=colour, mew=0)
-    axes.axhline(panel.target, color=_INK, lw=0.8, ls=":")
-    axes.set_ylim(0, 1.03)
+    if panel.target is None:
+        axes.set_yscale("log")
+        _label_ticks(axes.yaxis)
+    else:
+        axes.axhline(panel.target, color=_INK, lw=0.8, ls=":")
+        axes.set_ylim(0, 1.03)
     axes.set_ylabel(panel.y_label, fontsize=8)
     axes.set_xlabel(panel.x_label, fontsize=8)
-    _logarithmic(axes)
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(f"{value:g}").strip("0.")[0] in "25" else "")
+    axes.set_xscale("log")
+    _label_ticks(axes.xaxis)
     axes.tick_params(axis="both", which="both", labelsize=8)
     axes.grid(color="#e2e8f0", lw=0.7)
-    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    if panel.target is not None:  # elsewhere the colours are the same
+        axes.legend(fontsize=7, frameon=False, loc="lower left")
+
+
+def _label_ticks(axis: Any) -> None:
+    """Label a logarithmic axis so densely that also one within a factor of two has labels."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=_LABELLED))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _draw_lines(axes: Any, panel: TimeLines) -> None:

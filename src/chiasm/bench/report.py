@@ -48,7 +48,10 @@ def write_json(path: Path, outcomes: Mapping[str, Outcome], about: Mapping[str, 
             "figures": [asdict(figure) | {"met": figure.met} for figure in outcome.figures],
         }
     content = {"format": FORMAT_VERSION, **about, "measurements": measurements}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    # A file that was there is replaced in one step, since a measurement writes what it has again and again.
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def print_outcome(console: Console, measurement: Measurement, outcome: Outcome) -> None:
