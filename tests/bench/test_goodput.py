@@ -228,12 +228,20 @@ def test_one_deployment_that_misses_the_limits_alone_loses_to_the_others() -> No
     assert "heavy: split misses the limits even with one request at a time, so no rate was tried." in outcome.notes
 
 
+def test_a_deployment_without_a_trial_is_compared_with_none() -> None:
+    arms = Trials(["aggregated", "colocated"])
+    arms.add("aggregated", _trial(1.0, 1.0))
+    figures = outcome_of({"text": arms}, {}, seed=0).figures
+    assert [figure.name for figure in figures if "CPU" not in figure.name] == ["text: aggregated"]
+
+
 def test_deployments_that_were_not_tried_before_the_end_are_not_compared() -> None:
     found = {"text": _same_rounds(aggregated=1.0, colocated=2.0), "heavy": Trials(["aggregated", "colocated"])}
     outcome = outcome_of(found, {}, seed=0)
     assert "use colocated: " in outcome.notes[0]
     assert "(without heavy)" in outcome.notes[0]
     assert "heavy: colocated has no trial, so it is not compared." in outcome.notes
+    assert [figure.name for figure in outcome.figures if figure.name.startswith("heavy")] == []
     assert "cannot be compared" in advice({"heavy": Trials(["aggregated", "colocated"])})
 
 

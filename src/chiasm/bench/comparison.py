@@ -80,7 +80,9 @@ class Comparison:
         except TimeoutError:
             if not limit.expired():
                 raise
-            self._notes.append(f"The last round ended early, since the time was up ({self._seconds:g} s; --budget).")
+            self._notes.append(
+                f"The measurement ended early, since its time was up ({self._seconds:g} s; --budget allows more)."
+            )
         except BaseException:
             self._keep(traffics)
             raise

@@ -31,6 +31,9 @@ def outcome_of(found: Found, limits: Mapping[str, Limits], *, seed: int) -> Outc
         arms = found[traffic]
         outcome.figures += _ratios(traffic, arms, tested, seed)
         for name, trials in arms.of.items():
+            if not arms.is_tried(name):
+                outcome.notes.append(f"{traffic}: {name} has no trial, so it is not compared.")
+                continue
             outcome.figures.append(Figure(f"{traffic}: {name}", arms.rate(name), "requests/s"))
             if (seconds := arms.cpu_seconds_per_request(name)) is not None:
                 outcome.figures.append(Figure(f"{traffic}: {name}, CPU time per request", 1000 * seconds, "ms"))
@@ -64,11 +67,13 @@ def limits_in_words(limits: Mapping[str, Limits]) -> str:
 
 def _against_best(arms: Trials, tested: str) -> float:
     best = max((arms.rate(name) for name in arms.of if name != tested), default=0.0)
-    return arms.rate(tested) / best if best else math.inf
+    return arms.rate(tested) / best if best and arms.is_tried(tested) else math.inf
 
 
 def _ratios(traffic: str, arms: Trials, tested: str, seed: int) -> list[Figure]:
     """Return the ratios of the tested deployment to the others, with targets if it is the colocated one."""
+    if not arms.is_tried(tested):
+        return []
     judged = tested == COLOCATED
     figures = []
     others = sorted((name for name in arms.of if name != tested), key=lambda name: -arms.rate(name))
@@ -89,8 +94,6 @@ def _ratios(traffic: str, arms: Trials, tested: str, seed: int) -> list[Figure]:
 def _why_none(traffic: str, name: str, arms: Trials) -> str:
     if name in arms.unable:
         return f"{traffic}: {name} misses the limits even with one request at a time, so no rate was tried."
-    if not arms.is_tried(name):
-        return f"{traffic}: {name} has no trial, so it is not compared."
     best = max(arms.of[name], key=lambda trial: trial.attained)
     return (
         f"{traffic}: {name} meets the limits at no rate that was tried; at best {100 * best.attained:.0f} % of the "
