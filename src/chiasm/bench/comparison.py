@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from chiasm.bench import arms as arms_module
-from chiasm.bench.alone import UNLOADED_TOKENS, Alone, Unloaded, limits_of, meets, serial_seconds, shapes_of, typical
+from chiasm.bench.alone import UNLOADED_TOKENS, Alone, Unloaded, limits_of, meets, serial_seconds, typical
 from chiasm.bench.arms import Arm
 from chiasm.bench.budget import Budget
 from chiasm.bench.checkpoints import GOODPUT, GOODPUT_NAME, make_once
@@ -39,6 +39,8 @@ _QUICK_REQUESTS = 4
 """Fewest of a trial in a quick run."""
 _BUDGETS = {EngineKind.CHIASM: (2400.0, 180.0), EngineKind.VLLM: (4800.0, 900.0)}
 """Seconds of a whole and of a quick run."""
+_TAIL_REQUESTS = 3.0
+"""How long a trial is expected to take after its last request, relative to a request alone, until trials have shown it."""
 _ENDING_SECONDS = 20.0
 """Part of the budget in which deployments end and results are written."""
 _INSTANCE_BYTES = {EngineKind.CHIASM: 600 << 20, EngineKind.VLLM: 2500 << 20}
@@ -174,9 +176,7 @@ class Comparison:
         """Try what runs, all with the same requests in each round, in one of ``parts`` parts of the time that is left."""
         trials = self._found.setdefault(traffic.name, Trials([arm.name for arm in self._arms]))
         search = self._search(traffic, list(running.urls), trials)
-        classes = {shape.size_class for shape in shapes_of(traffic, self._seeds)}
-        tail_seconds = max(self._limits[size_class].ttft_seconds for size_class in classes)
-        part = self._budget.part(parts, len(self._seeds), tail_seconds)
+        part = self._budget.part(parts, len(self._seeds), _TAIL_REQUESTS * self._serial[traffic.name])
         least = _QUICK_REQUESTS if self._bench.quick else LEAST_REQUESTS
         for index, seed in enumerate(self._seeds):
             if search.over:
