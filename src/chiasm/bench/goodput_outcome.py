@@ -115,7 +115,7 @@ def advice(found: Found, *, seed: int = 0) -> str:
     names = [name for name in next(iter(tried.values())).of if all(name in arms.of for arms in tried.values())]
     able = {traffic: arms for traffic, arms in tried.items() if any(map(arms.rate, arms.of))}
     if not able:
-        return "No deployment meets the limits of time at any rate; allow more time, or use a faster machine."
+        return "No deployment meets the limits of time at any rate that was tried; raise the limits, or use a faster machine."
     best, *others = sorted(names, key=lambda name: -_mean(able, name))
     if not others:
         return f"On this machine, {best} answers in time what is listed above; there is nothing to compare it with."
