@@ -52,7 +52,7 @@ class Code(enum.StrEnum):
     MEDIA_CERTIFICATE_INVALID = "media_certificate_invalid"
     """The https site that the URL names could not prove who it is."""
     EMBEDDING_TOO_LARGE = "embedding_too_large"
-    """The embedding of an image is larger than the whole store."""
+    """The embedding of an image is larger than the store, or than what the language model's instance can take."""
     MEDIA_NOT_SUPPORTED = "media_not_supported"
     """This path takes no such media, or no instance could encode them there."""
     # 401

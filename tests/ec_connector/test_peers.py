@@ -268,6 +268,7 @@ def test_what_nobody_takes_makes_room_for_what_is_needed_first(encoder: Encoder,
 
 def test_an_embedding_that_can_never_fit_is_refused(encoder: Encoder, make: Callable[..., Any]) -> None:
     model = make(LanguageModel, receive_bytes=BIG)
+    assert model.scheduler.max_received_bytes == BIG
     name = encoder.encode("cat", big("cat", 2))
     model.scheduler.expect({name: encoder.place})
     request = model.admit("r", "cat", rows=2 * BIG)

@@ -277,6 +277,26 @@ def test_an_entry_that_is_larger_than_the_memory_is_a_miss(encoder: ECConnector,
     consumer.close()
 
 
+def test_an_embedding_can_come_if_the_connector_or_the_store_has_room_for_it(config: ECTransferConfig) -> None:
+    def limit(connector: str, receive_bytes: int, store_read_bytes: int) -> int | None:
+        extra = config.connector_extra_config if connector == config.connector else {}
+        changed = replace(
+            config,
+            connector=connector,
+            connector_extra_config=extra,
+            role=ECTransferRole.CONSUMER,
+            receive_bytes=receive_bytes,
+            store_read_bytes=store_read_bytes,
+        )
+        scheduler = ECConnectorFactory.create_connector(changed, ECConnectorRole.SCHEDULER)
+        scheduler.shutdown()
+        return scheduler.max_received_bytes
+
+    assert limit("SharedMemoryConnector", 1 << 20, 2 << 20) == 2 << 20
+    assert limit("SharedMemoryConnector", 2 << 20, 1 << 20) == 2 << 20
+    assert limit("SharedStorageConnector", 1 << 20, 1 << 20) is None
+
+
 def test_requests_that_end_leave_nothing_behind(encoder: ECConnector, consumer: Consumer) -> None:
     publish(encoder, NAMES[0])
     one, two = request(NAMES[0], request_id="one"), request(NAMES[0], request_id="two")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer.base import FROM_MEMORY
 from chiasm.engine.attention import AttentionStep
 from chiasm.engine.block_manager import BlockHasher
 from chiasm.engine.core_sharing import Worker
@@ -28,6 +29,7 @@ from chiasm.engine.sampler import Sampled
 from chiasm.engine.step import Step
 from chiasm.errors import (
     ChiasmError,
+    Code,
     ConfigurationError,
     DeadlineExceededError,
     EmbeddingUnavailableError,
@@ -437,6 +439,21 @@ async def test_a_token_outside_the_vocabulary_is_refused_by_name(start: Start, o
 async def test_an_item_that_can_never_fit_the_encoder_cache_is_refused(start: Start) -> None:
     with pytest.raises(InvalidRequestError, match="encoder cache"):
         await start(Role.AGGREGATED, encoder_cache_bytes=64).ask(A)
+
+
+@pytest.mark.parametrize("connector", FROM_MEMORY)
+async def test_an_embedding_that_can_never_be_received_is_refused_when_its_request_comes(
+    start: Start, connector: str
+) -> None:
+    any_pd = start()
+    (small,) = any_pd.prompt(B).items
+    limit = any_pd.engine._scheduler.items.entry_bytes(small)
+    pd = start(ec=ECTransferConfig(connector, ECTransferRole.CONSUMER, receive_bytes=limit))
+    with pytest.raises(InvalidRequestError, match="--ec-receive-bytes") as caught:
+        await pd.ask(B, A)
+    assert caught.value.code == Code.EMBEDDING_TOO_LARGE
+    with pytest.raises(EmbeddingUnavailableError):  # it would fit, and nobody makes it
+        await pd.ask(B, seconds=0.1)
 
 
 async def test_the_engine_asserts_what_the_server_has_checked(start: Start) -> None:

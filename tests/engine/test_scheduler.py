@@ -117,7 +117,7 @@ def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
 def test_an_item_that_can_never_fit_the_encoder_cache_is_refused() -> None:
     driver = Driver(cache_rows=4)
     driver.scheduler.items.check(prompt(1, ("a", 4)).items)
-    with pytest.raises(InvalidRequestError, match="5 tokens"):
+    with pytest.raises(InvalidRequestError, match="--encoder-cache-bytes"):
         driver.scheduler.items.check(prompt(1, ("a", 5)).items)
 
 

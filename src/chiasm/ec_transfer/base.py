@@ -256,6 +256,15 @@ class ECConnector(ABC):
         """Size of the largest embedding that the place can hold; larger ones are refused before they are encoded."""
         return self.config.max_bytes
 
+    @property
+    def max_received_bytes(self) -> int | None:
+        """Size of the largest embedding that this consumer can ever bring in; None if it brings in any that is published.
+
+        Of the scheduler role, from any thread; it stays the same. A request that needs a larger one is refused when it comes,
+        and told to raise ``--ec-receive-bytes``.
+        """
+        return None
+
     def free_bytes(self) -> int | None:
         """Return the room for entries before any has to go; None if the connector doesn't know. Called from any thread."""
         return None

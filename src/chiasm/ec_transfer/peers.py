@@ -139,7 +139,11 @@ class PeerConnector(ECConnector):
 
     @property
     def max_entry_bytes(self) -> int:
-        return self._holder.max_entry_bytes if self._holder is not None else self.config.receive_bytes
+        return self._holder.max_entry_bytes if self._holder is not None else super().max_entry_bytes
+
+    @property
+    def max_received_bytes(self) -> int:
+        return self.config.receive_bytes
 
     def free_bytes(self) -> int | None:
         return None if self._holder is None else self._holder.free_bytes

@@ -150,6 +150,11 @@ class WithStore(ECConnector):
     def max_entry_bytes(self) -> int:
         return self._connector.max_entry_bytes
 
+    @property
+    def max_received_bytes(self) -> int | None:
+        limit = self._connector.max_received_bytes
+        return None if limit is None else max(limit, self.config.store_read_bytes)
+
     def free_bytes(self) -> int | None:
         return self._connector.free_bytes()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from chiasm.connectors.faults import log_failure, logged
 from chiasm.ec_transfer import ECConnector
 from chiasm.ec_transfer.faults import connector_error, expect, not_coming
+from chiasm.ec_transfer.size_check import check_received_size
 from chiasm.engine.local_encoder import LocalEncoder
 from chiasm.engine.request import ItemOutcome, ItemTiming
 from chiasm.engine.request_state import RequestState
@@ -73,6 +74,7 @@ class Embeddings:
         self._scheduler = scheduler
         self._scheduler_role = connectors[0] if connectors is not None else None
         self._worker_role = connectors[1] if connectors is not None else None
+        self._max_received_bytes = connectors[0].max_received_bytes if connectors is not None else None
         self._encoder = encoder
         self._unasked: list[RequestState] = []
         """Requests that have come since the connector was last asked."""
@@ -103,6 +105,12 @@ class Embeddings:
                     connector.shutdown()
 
     # ---- how a request gets its items ---------------------------------------------------------------------------------
+
+    def check(self, items: Collection[PromptItem]) -> None:
+        """Raise InvalidRequestError for an item whose embedding can never get into memory. Any thread."""
+        self._scheduler.items.check(items)
+        for item in items:
+            check_received_size(self._scheduler.items.entry_bytes(item), self._max_received_bytes)
 
     def admit(self, state: RequestState) -> None:
         """Count the items that exist on admission as hits; the others count when they come, or when the request fails.

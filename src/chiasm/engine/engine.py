@@ -254,7 +254,7 @@ class LanguageEngine(Engine):
         assert len(prompt.token_ids) + len(given) <= self.max_model_len
         assert all(0 <= token_id < self.processor.vocab_size for token_id in given)
         request.sampling.check_vocabulary(self.processor.vocab_size)
-        self._scheduler.items.check(prompt.items)
+        self._embeddings.check(prompt.items)
 
     def stats(self) -> EngineStats:
         """Return a snapshot; cheap, from any thread."""

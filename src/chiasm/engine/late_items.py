@@ -7,7 +7,7 @@ from collections.abc import Collection, Container, Iterable
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager, Rank
 from chiasm.engine.sequence import Sequence
-from chiasm.errors import InvalidRequestError
+from chiasm.errors import Code, InvalidRequestError
 from chiasm.models.base import PromptItem
 
 
@@ -74,9 +74,11 @@ class LateItems:
         for item in items:
             if self.entry_bytes(item) > self._encoder_cache.capacity_bytes:
                 raise InvalidRequestError(
-                    f"An image of {len(item.geometry.rows)} tokens does not fit the encoder cache of "
-                    f"{self._encoder_cache.capacity_bytes} bytes; send a smaller image.",
+                    f"The embedding of an image takes {self.entry_bytes(item)} bytes, but the encoder cache has "
+                    f"{self._encoder_cache.capacity_bytes} bytes. Send a smaller image, or raise --encoder-cache-bytes of the "
+                    "instance.",
                     param="messages",
+                    code=Code.EMBEDDING_TOO_LARGE,
                 )
 
     def entry_bytes(self, item: PromptItem) -> int:

@@ -209,8 +209,8 @@ async def _is_read_within(job: Job, seconds: float) -> bool:
 
 def _lost_for_good(times: int) -> EmbeddingUnavailableError:
     return EmbeddingUnavailableError(
-        f"The embedding of an image was lost {times} times before the instance that needs it had read it. Raise --ec-max-bytes "
-        "if the store can't hold the embeddings of all requests that wait; otherwise the instances' logs say why entries were "
-        "rejected.",
+        f"The embedding of an image was lost {times} times before the instance that needs it had read it. The instance's log "
+        "says why, if it has refused it. If it hasn't, raise --ec-max-bytes of the encoders, so that they hold the embeddings "
+        "of all requests that wait.",
         code=Code.EMBEDDING_LOST,
     )

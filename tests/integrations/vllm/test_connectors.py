@@ -25,13 +25,13 @@ FROM_MEMORY = ("SharedMemoryConnector", "TcpConnector")
 class Pair:
     """An encoder and a PD of vLLM, each in one process, and what the proxy would do between them."""
 
-    def __init__(self, connector: str, folder: Path, store: str = "") -> None:
+    def __init__(self, connector: str, folder: Path, store: str = "", receive_bytes: int = 1 << 20) -> None:
         module = "tests.integrations.vllm.minimal" if connector == "MinimalConnector" else None
         settings = Settings(
             connector,
             module,
             max_bytes=1 << 20,
-            receive_bytes=1 << 20,
+            receive_bytes=receive_bytes,
             wait_seconds=WAIT_SECONDS,
             connector_extra_config={"shared_storage_path": folder} if connector == "SharedStorageConnector" else {},
         )
@@ -82,9 +82,9 @@ Start = Callable[..., Pair]
 def start(tmp_path: Path) -> Iterator[Start]:
     pairs: list[Pair] = []
 
-    def start(connector: str, store: str = "") -> Pair:
+    def start(connector: str, store: str = "", **settings: int) -> Pair:
         ENTRIES.clear()
-        pairs.append(Pair(connector, tmp_path / "store", store))
+        pairs.append(Pair(connector, tmp_path / "store", store, **settings))
         return pairs[-1]
 
     yield start
@@ -144,6 +144,18 @@ def test_an_entry_that_never_fits_fails_its_request_alone(start: Start, connecto
         pair.encode("a", embedding_of("a", rows=ROWS + 1))
     pair.run_until_failed(bad)
     assert pair.pd.counts()["failed_requests"] == 1
+
+
+@pytest.mark.parametrize("connector", FROM_MEMORY)
+def test_an_embedding_that_can_never_be_received_fails_its_request_at_once(
+    start: Start, connector: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = start(connector, receive_bytes=LAYOUT.num_bytes(ROWS, has_levels=False) - 1)
+    bad = request(("a", 2), of="bad")
+    assert pair.pd.schedule(bad).tokens == {}
+    assert pair.pd.awaited() == [], "so the proxy has it encoded once, and not again and again"
+    assert pair.pd.update(bad) == {"bad"}
+    assert "--ec-receive-bytes" in caplog.text
 
 
 @pytest.mark.parametrize("connector", FROM_MEMORY)

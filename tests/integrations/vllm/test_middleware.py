@@ -597,6 +597,17 @@ async def test_all_engines_are_told_where_embeddings_are() -> None:
     assert (answer.status, core.told) == (204, [told])
 
 
+async def test_an_image_whose_embedding_can_never_be_received_is_refused() -> None:
+    rows, hidden = len(load_processor(CHECKPOINT).geometry_of_size(96, 96).rows), 64
+    server = served("ec_consumer", Core(Exchange(max_received_bytes=rows * hidden * 4)))
+    model = server.app.state.vllm_config.model_config
+    model.hf_config, model.get_inputs_embeds_size = SimpleNamespace(), lambda: hidden
+    assert (await server.chat(ask(sized(96, 96)))).status == 200
+    answer = await server.chat(ask(sized(96, 192)))
+    assert (answer.status, answer.json["error"]["code"]) == (400, Code.EMBEDDING_TOO_LARGE)
+    assert "--ec-receive-bytes" in answer.json["error"]["message"]
+
+
 async def test_places_that_cannot_be_read_are_refused() -> None:
     core = Core(Exchange())
     server = served("ec_consumer", core)

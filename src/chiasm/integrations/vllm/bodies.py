@@ -126,7 +126,8 @@ def _with_grids(body: bytes, described: Description) -> bytes:
 
     vLLM takes ``image_grid_thw``, which is in the encoder's answer. chiasm's proxy knows height and width before that, and the
     grid follows from them. A body that isn't a chat completion is returned as it is, for vLLM to refuse. Raises
-    InvalidRequestError for a bad size, and for a bad name of an embedding that chiasm's connector would look for.
+    InvalidRequestError for a bad size, for one whose embedding can never be brought in, and for a bad name of an embedding that
+    chiasm's connector would look for.
     """
     is_changed = False
 
@@ -148,8 +149,9 @@ def _with_grids(body: bytes, described: Description) -> bytes:
                 param="messages",
             )
         is_changed = True
-        grid = described.processor.geometry_of_metadata(embeds).metadata
-        return json_object({**fields, EMBEDS: msgspec.json.encode(grid)})
+        geometry = described.processor.geometry_of_metadata(embeds)
+        described.check_rows(len(geometry.rows))
+        return json_object({**fields, EMBEDS: msgspec.json.encode(geometry.metadata)})
 
     try:
         rewritten = with_content_parts(body, with_grid)

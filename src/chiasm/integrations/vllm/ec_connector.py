@@ -125,7 +125,7 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         """Return how embeddings are exchanged, as far as the scheduler's half knows."""
         worker_role = self._other_store
         place = worker_role.place() if worker_role is not None and worker_role.is_producer else None
-        return Exchange(self._store.store_id(), place)
+        return Exchange(self._store.store_id(), place, self._store.max_received_bytes if self.is_consumer else None)
 
     def num_unfetched(self) -> int:
         """Return how many embeddings others have yet to fetch, as far as this process knows."""

@@ -14,7 +14,9 @@ import msgspec
 from chiasm import __version__
 from chiasm.cores import allowed_cpus
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
+from chiasm.ec_transfer.size_check import check_received_size
 from chiasm.errors import ConfigurationError
+from chiasm.integrations.vllm.items import Layout
 from chiasm.integrations.vllm.messages import Exchange
 from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_of, folder_of, settings_of, store_url
 from chiasm.models.base import Processor
@@ -38,6 +40,15 @@ class Description:
     """Whether embeddings come through ChiasmECConnector."""
     folder: BoundedFolder | None
     """Folder of the embeddings, if they come through one."""
+    max_received_bytes: int | None
+    """Size of the largest embedding that can be brought in; None if any can."""
+    layout: Layout | None
+    """Of embeddings; None if their size doesn't matter."""
+
+    def check_rows(self, rows: int) -> None:
+        """Raise InvalidRequestError for the embedding of an image with so many rows that it can never be brought in."""
+        if self.layout is not None:
+            check_received_size(self.layout.num_bytes(rows), self.max_received_bytes)
 
     def current_health(self) -> Health:
         """Return ``health`` with the store that there is now: the folder may have been removed and created again.
@@ -92,7 +103,16 @@ def describe(state: Any, exchanges: Collection[Exchange]) -> Description:
         cpus=sorted(allowed_cpus()),
     )
     placeholder = known.placeholder if known is not None else ""
-    return Description(health, processor, placeholder, settings is not None, _folder(settings))
+    limit = exchange.max_received_bytes
+    return Description(
+        health,
+        processor,
+        placeholder,
+        has_connector=settings is not None,
+        folder=_folder(settings),
+        max_received_bytes=limit,
+        layout=Layout.of(model_config) if limit is not None else None,
+    )
 
 
 def _common(exchanges: Collection[Exchange]) -> Exchange:

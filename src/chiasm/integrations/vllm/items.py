@@ -54,7 +54,7 @@ class TrackedRequest:
     end: int
     """Index of the first prompt token after all items."""
     refusal: str | None
-    """Why the request can never run: it gives an item a name that is not an identifier."""
+    """Why the request can never run: an item has a name that is not an identifier, or an embedding that is too large."""
     is_new: bool = True
     """Whether the connector has yet to be told what it wants."""
     stop: int | None = None
@@ -198,6 +198,11 @@ class Layout:
     @property
     def width(self) -> int:
         return self.hidden * (1 + self.levels)
+
+    def num_bytes(self, rows: int, *, has_levels: bool = True) -> int:
+        """Return the size of an entry."""
+        width = self.width if has_levels else self.hidden
+        return rows * width * int(getattr(torch, self.dtype).itemsize)
 
     @classmethod
     def of(cls, model_config: Any) -> Layout:

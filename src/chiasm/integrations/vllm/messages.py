@@ -36,6 +36,8 @@ class Exchange(msgspec.Struct, frozen=True):
     """Names the place that holds the entries (``ECConnector.store_id``)."""
     place: ECPlace | None = None
     """Where consumers find what is encoded here, if they don't find it without."""
+    max_received_bytes: int | None = None
+    """Size of the largest embedding that can be brought in here (``ECConnector.max_received_bytes``)."""
 
 
 STORE_PREFIX = "store_"

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 from chiasm.connectors.faults import log_failure, logged
 from chiasm.ec_transfer import ECConnector, ECConnectorMetadata, check_identifier
 from chiasm.ec_transfer.faults import expect, not_coming
+from chiasm.ec_transfer.size_check import check_received_size
 from chiasm.ec_transfer.stores.reader import StoreReads
 from chiasm.errors import InvalidRequestError
 from chiasm.integrations.vllm.items import (
@@ -412,9 +413,22 @@ class SchedulerHalf:
         if tracked is not None:  # a session to which the client has added items
             self._forget(tracked)
         tracked = self._requests[request.request_id] = TrackedRequest.of(request, self._metadata_fields)
+        tracked.refusal = tracked.refusal or self._too_large(tracked)
         if tracked.refusal is not None:
             self._fail(tracked, tracked.refusal)
         return tracked
+
+    def _too_large(self, tracked: TrackedRequest) -> str | None:
+        """Return why an embedding that the request wants can never be brought in; None if all can.
+
+        The middleware refuses most of them before. What is left may be audio, whose rows have no levels.
+        """
+        try:
+            for item in tracked.wanted.items if self._is_reader else ():
+                check_received_size(self._layout.num_bytes(item.rows, has_levels=False), self._store.max_received_bytes)
+        except InvalidRequestError as error:
+            return error.message
+        return None
 
     def _forget(self, tracked: TrackedRequest) -> None:
         self._end_wait(tracked)
