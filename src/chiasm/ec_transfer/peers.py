@@ -23,6 +23,7 @@ from chiasm.ec_transfer.base import (
     RequestLike,
     check_identifier,
 )
+from chiasm.ec_transfer.device import take_over
 from chiasm.ec_transfer.extra_config import PeerConfig
 from chiasm.ec_transfer.holder import Holder
 from chiasm.ec_transfer.peer_messages import PROTOCOL, PROTOCOL_VERSION, Welcome
@@ -235,7 +236,7 @@ class PeerConnector(ECConnector):
             if entry is None:
                 self.stats.load_failures += 1
                 continue
-            encoder_cache[identifier] = entry.tensor
+            encoder_cache[identifier] = take_over(entry.tensor)
             self.stats.loads += 1
             self.stats.loaded_bytes += entry.tensor.nbytes
             self.stats.load_seconds += entry.seconds

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from chiasm.ec_transfer.device import to_device
 from chiasm.ec_transfer.entry_file import EntryHeader
 from chiasm.ec_transfer.entry_memory import Checksum, has_header, tensor_at
 from chiasm.ec_transfer.wants import Read
@@ -28,7 +29,7 @@ MAX_LENT_SHARE = 4
 
 
 class Arrived(NamedTuple):
-    """An embedding in this process, verified, on the device."""
+    """An embedding in this process, verified, on the device. The thread that uses it calls ``take_over``."""
 
     tensor: torch.Tensor
     seconds: float
@@ -70,7 +71,8 @@ class _Lent:
 
     def __init__(self, max_bytes: int, device: str) -> None:
         self._max_bytes = max_bytes
-        self._device = torch.device(device)
+        self._device = device
+        self._is_cpu = torch.device(device).type == "cpu"
         self._lock = threading.Lock()
         self._bytes = 0
         self._returned: deque[int] = deque()
@@ -84,10 +86,13 @@ class _Lent:
     def _has_room(self, size: int) -> bool:
         while self._returned:
             self._bytes -= self._returned.popleft()
-        return self._device.type == "cpu" and self._bytes + size <= self._max_bytes
+        return self._is_cpu and self._bytes + size <= self._max_bytes
 
     def tensor(self, address: int, header: EntryHeader, owner: object, release: Callable[[], None]) -> torch.Tensor:
-        """Return the embedding at ``address`` on the device. ``release`` is called when its memory isn't needed any more."""
+        """Return the embedding at ``address`` on the device. ``release`` is called when its memory isn't needed any more.
+
+        The thread that uses what was copied to a GPU calls ``take_over``.
+        """
         size = header.data_bytes
         with self._lock:
             stays = self._has_room(size)
@@ -101,7 +106,7 @@ class _Lent:
         tensor = tensor_at(address, header, owner, give_back)
         if stays:
             return tensor
-        return tensor.clone() if self._device.type == "cpu" else tensor.to(self._device)
+        return tensor.clone() if self._is_cpu else to_device(tensor, self._device)
 
 
 class Landing:
