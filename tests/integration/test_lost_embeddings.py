@@ -63,3 +63,27 @@ def test_a_store_that_is_removed_while_requests_wait_delays_them(tiny: Service, 
         tiny.wait_until(lambda: any(answer.done() for answer in answers))
         store.rename(store.with_name("elsewhere"))
         assert [answer.result() for answer in answers] == [aggregated.answer(body) for body in bodies]
+
+
+@pytest.fixture(scope="module", params=["pd", "prefill and decode"])
+def narrow(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Service]:
+    """Instances that embeddings go to from memory to memory, none of them larger than that of an image of 96 x 96 pixels."""
+    reader = RoleConfig(count=1, threads=1, settings={"ec_receive_bytes": ENTRY_BYTES})
+    roles: dict[Role, int | RoleConfig] = (
+        {Role.PD: reader} if request.param == "pd" else {Role.PREFILL: reader, Role.DECODE: 1}
+    )
+    yield from run(checkpoint, {Role.ENCODER: 1, **roles}, fields={"settings": SMALL})
+
+
+def test_an_image_that_can_never_be_received_is_refused_and_not_encoded_again(
+    narrow: Service, aggregated: Service
+) -> None:
+    for seed in range(3):
+        answer = narrow.post(chat("what is", sample_image(8000 + seed, 192, 192), "?"))
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["code"] == "embedding_too_large"
+        assert "--ec-receive-bytes" in answer.json()["error"]["message"]
+    body = chat("what is", sample_image(9000), "?")
+    assert narrow.answer(body) == aggregated.answer(body)
+    assert narrow.metric(Role.ENCODER, ENCODED) <= 4
+    assert narrow.proxy_metric("chiasm_proxy_embeddings_lost_total") == 0

@@ -94,6 +94,7 @@ class SchedulerHalf:
         self._reach = reach
         self._is_producer = is_producer
         self._is_reader = is_reader
+        self._max_received_bytes = store.max_received_bytes if is_reader else None
         self.clock = clock
         self._attached: EncoderMemory | None = None
         self._counters = CounterPage()
@@ -424,8 +425,8 @@ class SchedulerHalf:
         The middleware refuses most of them before. What is left may be audio, whose rows have no levels.
         """
         try:
-            for item in tracked.wanted.items if self._is_reader else ():
-                check_received_size(self._layout.num_bytes(item.rows, has_levels=False), self._store.max_received_bytes)
+            for item in tracked.wanted.items:
+                check_received_size(self._layout.num_bytes(item.rows, has_levels=False), self._max_received_bytes)
         except InvalidRequestError as error:
             return error.message
         return None
