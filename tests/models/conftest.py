@@ -69,7 +69,9 @@ class Loaded:
         """The model as transformers runs it, with its own attention and cache."""
         from transformers import AutoModelForImageTextToText
 
-        return AutoModelForImageTextToText.from_pretrained(self.folder, attn_implementation="eager").eval()
+        return AutoModelForImageTextToText.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
 
     def prompt(self, pixels: Sequence[Pixels], text: str = "What is this?") -> Prompt:
         content: list[dict[str, str]] = [{"type": "image"} for _ in pixels]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,7 @@ def test_a_tower_keeps_its_results_in_every_form(flags: set[str]) -> None:
 def test_answers_stay_the_same_in_every_form_of_the_weights(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch, flags: set[str]
 ) -> None:
-    for module in (products, tower, dot_product_attention):
-        monkeypatch.setattr(module, "cpu_flags", lambda: frozenset(flags))
-    monkeypatch.setattr(dot_product_attention, "FEW_SCORES", 0)
-    use_best_form_for_any_size(monkeypatch)
-    monkeypatch.setattr(products, "_STRIP", 24)
+    _play_cpu(monkeypatch, flags)
     pixels = loaded.processor.preprocess(sample_image(1))
     prompt = loaded.prompt([pixels])
     expected = loaded.reference(prompt, [pixels], max_tokens=6)
@@ -156,3 +153,83 @@ def test_answers_stay_the_same_in_every_form_of_the_weights(
     weight = language.module.get_decoder().layers[0].self_attn.q_proj.weight  # type: ignore[operator]
     assert (weight.numel() > 0) == (flags is AVX2)
     assert Driver(language).generate(prompt, [vision.encode(pixels)], chunk=16, max_tokens=6) == expected
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """A checkpoint in bfloat16 whose head has the weights of the table of embeddings."""
+    size = synthetic.SyntheticSize(tie_word_embeddings=True)
+    folder = synthetic.make("qwen3_vl", tmp_path_factory.mktemp("tied"), size=size, dtype_name="bfloat16")
+    return Loaded("qwen3_vl", folder)
+
+
+@NEEDS_ONEDNN
+@pytest.mark.parametrize("flags", [AVX2, AVX512], ids=["strips", "packed"])
+def test_answers_stay_the_same_in_every_form_of_tied_weights(
+    tied: Loaded, monkeypatch: pytest.MonkeyPatch, flags: set[str]
+) -> None:
+    _play_cpu(monkeypatch, flags)
+    prompt = tied.prompt([])
+    language = load_language(tied.folder, dtype=torch.float32, device=CPU)
+    assert Driver(language).generate(prompt, [], chunk=16, max_tokens=6) == tied.reference(prompt, [], max_tokens=6)
+
+
+@NEEDS_ONEDNN
+@pytest.mark.parametrize(
+    ("dtype", "flags"),
+    [
+        (torch.float32, AVX512),
+        pytest.param(
+            torch.bfloat16,
+            NATIVE,
+            marks=pytest.mark.skipif(not HAS_ONEDNN_BFLOAT16, reason="oneDNN doesn't compute in bfloat16 on this CPU"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_packed_head_leaves_tied_weights_to_the_file(
+    tied: Loaded, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, flags: set[str], rows: int
+) -> None:
+    _play_cpu(monkeypatch, flags)
+    language = load_language(tied.folder, dtype=dtype, device=CPU)
+    module: Any = language.module
+    table = module.get_input_embeddings().weight
+    assert table.dtype == torch.bfloat16
+    assert module.get_output_embeddings().weight.numel() == 0
+    if sys.platform == "linux":
+        assert _mapped_file(table.data_ptr()) == str(tied.folder / "model.safetensors")
+    hidden = torch.randn(rows, language.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    by_onednn = OneDnnProducts()
+    with by_onednn:
+        logits = language.logits(hidden)
+    assert by_onednn.sizes == [rows * language.vocab_size]
+    precision = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(logits, hidden.float() @ table.float().t(), rtol=precision, atol=precision * 10)
+
+
+@pytest.mark.parametrize("flags", [set(), AVX2], ids=["plain", "strips"])
+def test_tied_weights_that_are_not_packed_are_there_once(
+    tied: Loaded, monkeypatch: pytest.MonkeyPatch, flags: set[str]
+) -> None:
+    _play_cpu(monkeypatch, flags)
+    module: Any = load_language(tied.folder, dtype=torch.float32, device=CPU).module
+    assert module.get_output_embeddings().weight is module.get_input_embeddings().weight
+
+
+def _play_cpu(monkeypatch: pytest.MonkeyPatch, flags: set[str]) -> None:
+    """Have models be loaded as on a CPU with these flags, with products of any size in the form of large ones."""
+    for module in (products, tower, dot_product_attention):
+        monkeypatch.setattr(module, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(dot_product_attention, "FEW_SCORES", 0)
+    use_best_form_for_any_size(monkeypatch)
+    monkeypatch.setattr(products, "_STRIP", 24)
+
+
+def _mapped_file(address: int) -> str:
+    """Return the file in whose mapping an address of this process is; empty if it is in none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        places, *_, file = line.split(maxsplit=5) if line.count("/") else (line.split()[0], "")
+        begin, end = (int(place, 16) for place in places.split("-"))
+        if begin <= address < end:
+            return file
+    return ""

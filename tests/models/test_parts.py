@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from chiasm.bench.synthetic import SyntheticSize
 from chiasm.errors import ConfigurationError, UnsupportedModelError
 from chiasm.models import load_language, load_vision
 from chiasm.models.base import LanguageModel, LoadProgress, VisionModel
+from chiasm.models.checkpoint import Checkpoint
+from chiasm.models.loading import as_stored
 from tests.models.conftest import Loaded, sample_image
 
 F32_CPU: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
@@ -61,6 +64,23 @@ def test_tied_embeddings_stay_tied_and_are_not_in_the_vision_part(tmp_path: Path
     assert language.lm_head.weight is language.get_decoder().embed_tokens.weight
     names = {name for name, _ in load_vision(folder, **F32_CPU).module.named_parameters()}
     assert not [name for name in names if "embed_tokens" in name or "lm_head" in name]
+
+
+def test_a_weight_is_found_in_the_files_in_the_dtype_that_it_has_there(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(5000, 4).bfloat16(), torch.randn(5000, 4).bfloat16()
+    save_file({"first": first}, tmp_path / "1.safetensors")
+    save_file({"other": second[:, :2].contiguous(), "second": second}, tmp_path / "2.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"first": "1.safetensors", "other": "2.safetensors", "second": "2.safetensors"}})
+    )
+    checkpoint = Checkpoint(tmp_path, {}, {})
+    found = as_stored(checkpoint, second.float())
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, second)
+    changed = second.float()
+    changed[-1, -1] += 1
+    assert as_stored(checkpoint, changed) is changed
 
 
 def test_an_entry_does_not_depend_on_what_was_encoded_before(loaded: Loaded) -> None:

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from chiasm.cores import cpu_flags
 from chiasm.models import tower
 from chiasm.models.base import Attention, LanguageModel, LoadProgress, Pixels, Positions, Prompt, VisionModel
 from chiasm.models.checkpoint import open_checkpoint
 from chiasm.models.decoder import RMSNorm, Rotary, take_layers
-from chiasm.models.loading import load_part, model_class
+from chiasm.models.loading import as_stored, load_part, model_class
 from chiasm.models.processor import load_processor
-from chiasm.models.products import Form, Product, best_form, forget_weight, product
+from chiasm.models.products import Product, forget_weight, product
 from chiasm.models.support import entry_width, family_of, load_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from chiasm.models.checkpoint import Checkpoint
     from chiasm.models.families import Family
 
 
@@ -47,7 +47,20 @@ def load_language(
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint)
     module = load_part(checkpoint, config, "language", dtype=dtype, device=device, progress=progress)
-    return TransformersLanguageModel(module, config, family_of(config), entry_width(config), dtype, device)
+    language = TransformersLanguageModel(module, config, family_of(config), entry_width(config), dtype, device)
+    if device.type == "cpu":
+        _leave_table_in_file(checkpoint, module)
+    return language
+
+
+def _leave_table_in_file(checkpoint: Checkpoint, module: Any) -> None:
+    """Have the embeddings of tokens looked up in the checkpoint's file, unless the head computes with the same weight.
+
+    A packed head is a copy, so the table of a model with tied weights takes no memory beside it.
+    """
+    embed, head = module.get_input_embeddings(), module.get_output_embeddings()
+    if head.weight is not embed.weight:
+        embed.weight = nn.Parameter(as_stored(checkpoint, embed.weight), requires_grad=False)
 
 
 def import_classes(folder: Path) -> None:
@@ -117,7 +130,7 @@ class TransformersLanguageModel(LanguageModel):
         self._rotary = Rotary(decoder.rotary_emb, self.head_dim, dtype)
         self._layers = take_layers(decoder)
         self._norm = RMSNorm.of(decoder.norm)
-        self._head = _head(outer.get_output_embeddings(), self._embed)
+        self._head = _head(outer.get_output_embeddings())
 
     def positions(self, prompt: Prompt) -> Positions:
         return self._family.positions(self._config, prompt)
@@ -132,6 +145,8 @@ class TransformersLanguageModel(LanguageModel):
         entry_index: Tensor | None = None,
     ) -> Tensor:
         hidden: Tensor = self._embed(token_ids)
+        if hidden.dtype != self.dtype:
+            hidden = hidden.to(self.dtype)
         deeper: list[Tensor] = []
         if entry_rows is not None and entry_index is not None:
             # Level 0 replaces the placeholders; the DeepStack levels are added after the first layers.
@@ -150,12 +165,9 @@ class TransformersLanguageModel(LanguageModel):
         return logits if logits.dtype == torch.float32 else logits.float()
 
 
-def _head(head: nn.Linear, embed: nn.Embedding) -> Product:
-    """Return the product that makes logits. Tied weights are not packed, since they are also the table of embeddings."""
-    form = best_form(head.weight.dtype, head.weight.device, cpu_flags())
-    if form is Form.PACKED and head.weight is embed.weight:
-        form = Form.STRIPS
-    compute, is_packed = product(head.weight.detach(), head.bias, form)
+def _head(head: nn.Linear) -> Product:
+    """Return the product that makes logits. Tied weights that it packs stay with the table of embeddings."""
+    compute, is_packed = product(head.weight.detach(), head.bias)
     if is_packed:
         forget_weight(head)
     return compute

@@ -5,21 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from chiasm.errors import ConfigurationError, UnsupportedModelError
 from chiasm.models.base import LoadProgress
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from chiasm.models.checkpoint import Checkpoint
 
 _WEIGHTS_BAR = "Loading weights"
 """What transformers calls its progress bar."""
+_ROWS_AT_A_TIME = 4096
 Part = Literal["vision", "language"]
 """``language`` is the decoder and its head; ``vision`` is everything else."""
 
@@ -68,6 +71,32 @@ def load_part(
         )
     model.requires_grad_(False)
     return cast("nn.Module", model.eval().to(device))
+
+
+def as_stored(checkpoint: Checkpoint, weight: Tensor) -> Tensor:
+    """Return the tensor of the files that a weight on the CPU was loaded from, in the dtype that it has there.
+
+    It is a mapping of the file, so it takes only the memory of the pages that are in use, which the system can read again.
+    If no tensor of the files has the weight's numbers, it is the weight itself.
+    """
+    for file in checkpoint.weight_files():
+        name = _name_in_file(file, weight)
+        if name is not None:
+            with safe_open(file, framework="pt") as stored:  # another mapping, of which no page has been read yet
+                return cast("Tensor", stored.get_tensor(name))
+    return weight
+
+
+def _name_in_file(file: Path, weight: Tensor) -> str | None:
+    """Return the name of the tensor that gives ``weight`` when it is converted to its dtype; None if there is none."""
+    parts = torch.split(weight, _ROWS_AT_A_TIME)  # so that conversions take little memory
+    with safe_open(file, framework="pt") as stored:
+        for name in list(stored.keys()):
+            if stored.get_slice(name).get_shape() == list(weight.shape):
+                others = torch.split(stored.get_tensor(name), _ROWS_AT_A_TIME)
+                if all(torch.equal(other.to(weight.dtype), part) for other, part in zip(others, parts, strict=True)):
+                    return str(name)
+    return None
 
 
 def model_class(config: Any) -> Any:
