@@ -9,7 +9,7 @@ import pytest
 
 from chiasm.doctor import fleet
 from chiasm.doctor.observed import Observed, ObservedProxy
-from chiasm.wire import Health, InstanceInfo, ProxyHealth
+from chiasm.wire import ECPlace, Health, InstanceInfo, ProxyHealth
 from tests.doctor.results import problem, verdicts, warning
 
 HEALTHY: dict[str, Any] = {
@@ -103,18 +103,41 @@ def test_different_context_lengths_are_warned_about() -> None:
 
 
 def test_different_stores_are_a_problem() -> None:
-    assert "different folders" in problem(fleet.ec_store([E, instance("pd", 2, ec_store="t" * 32)])).says
+    (found,) = fleet.ec_store([E, instance("pd", 2, ec_store="t" * 32)])
+    assert "different folders" in problem([found]).says
 
 
-def test_an_unreported_store_is_skipped() -> None:
-    assert verdicts(fleet.ec_store([E, instance("pd", 2, ec_store="")])) == ["skipped"]
+@pytest.mark.parametrize("connector", ["", "SharedStorageConnector"])
+def test_an_unreported_store_is_skipped(connector: str) -> None:
+    assert verdicts(fleet.ec_store([E, instance("pd", 2, ec_store="", ec_connector=connector)])) == ["skipped"]
+
+
+def from_memory(role: str, connector: str) -> Observed:
+    place = ECPlace(host="10.0.0.1", port=9000, engine_id="e") if role == "encoder" else None
+    return instance(role, ec_store="", ec_connector=connector, ec_place=place)
+
+
+def test_one_connector_without_a_folder_is_ok() -> None:
+    (found,) = fleet.ec_store([from_memory("encoder", "TcpConnector"), from_memory("pd", "TcpConnector")])
+    assert (found.verdict, found.says) == ("ok", "2 instances move embeddings by TcpConnector from 10.0.0.1:9000")
+    (found,) = fleet.ec_store([instance("pd", ec_store="", ec_connector="OfMyOwn")])
+    assert (found.verdict, found.says) == ("ok", "1 instances move embeddings by OfMyOwn")
+
+
+@pytest.mark.parametrize("of_pd", [from_memory("pd", "NixlConnector"), instance("pd")], ids=["memory", "folder"])
+def test_different_connectors_are_a_problem(of_pd: Observed) -> None:
+    found = problem(fleet.ec_store([from_memory("encoder", "TcpConnector"), of_pd]))
+    assert "TcpConnector at encoder" in found.says
+    assert "--connector" in found.do
 
 
 def test_instances_that_cannot_read_from_a_shared_cache_are_warned_about() -> None:
     assert not list(fleet.shared_cache([E, PD]))
     reading = instance("pd", 5, reads_stored=True)
     assert verdicts(fleet.shared_cache([E, reading])) == ["ok"]
-    assert "pd http://10.0.0.2:8000" in warning(fleet.shared_cache([E, PD, reading])).says
+    found = warning(fleet.shared_cache([E, PD, reading]))
+    assert "pd http://10.0.0.2:8000" in found.says
+    assert "CHIASM_EC_STORE" in found.do  # instances of vLLM read from it too
 
 
 def test_different_kv_connectors_are_a_problem() -> None:

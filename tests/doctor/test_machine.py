@@ -58,6 +58,14 @@ def test_missing_shared_memory_is_skipped(tmp_path: Path) -> None:
     assert verdicts(machine.shared_memory(tmp_path / "none")) == ["skipped"]
 
 
+def test_little_shared_memory_matters_only_to_a_plan_that_uses_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "LEAST_BYTES", 1 << 62)
+    assert "free in" in warning(machine.shared_memory(tmp_path)).says
+    assert verdicts(machine.shared_memory(tmp_path, is_planned=False)) == ["skipped"]
+
+
 @pytest.mark.parametrize(("limit", "verdict"), [(1024, "warning"), (65536, "ok"), (resource.RLIM_INFINITY, "ok")])
 def test_a_low_limit_of_open_files_is_warned_about(limit: int, verdict: str) -> None:
     assert verdicts(machine.open_files(limit)) == [verdict]

@@ -16,6 +16,7 @@ from chiasm.doctor import Result
 from chiasm.doctor.planned import examine_plan
 from chiasm.launch import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.wire import Role
+from tests.doctor.nixl import HAS_NIXL
 from tests.doctor.results import collected, problem, verdicts, warning
 
 
@@ -78,6 +79,41 @@ async def test_an_unreachable_hub_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
 async def test_a_plan_larger_than_the_memory_is_warned_about(checkpoint: Path) -> None:
     found = await examined(DeploymentConfig(str(checkpoint)), device="cpu", kv_cache_bytes=1 << 50)
     assert "for caches and processes" in warning([one for one in found if one.check == "memory"]).says
+
+
+APART = {Role.ENCODER: RoleConfig(), Role.PD: RoleConfig()}
+
+
+@pytest.mark.parametrize(
+    ("connector", "megabytes"),
+    [
+        ("SharedMemoryConnector", 2 * 400 + 64),
+        ("TcpConnector", 2 * 400 + 64 + 2 * 32),
+        ("SharedStorageConnector", 2 * 400),
+    ],
+)
+async def test_memory_for_embeddings_belongs_to_what_a_plan_takes(
+    checkpoint: Path, connector: str, megabytes: int
+) -> None:
+    config = DeploymentConfig(
+        str(checkpoint), APART, connector=connector, ec_max_bytes=64 << 20, ec_receive_bytes=32 << 20
+    )
+    (memory,) = [one for one in await examined(config, device="cpu") if one.check == "memory"]
+    assert f"about {megabytes}.0 MiB for caches and processes" in memory.says
+
+
+async def test_shared_memory_is_checked_only_if_embeddings_are_kept_there(checkpoint: Path) -> None:
+    from_memory = await examined(DeploymentConfig(str(checkpoint), APART))
+    assert verdicts(from_memory, "shared memory") == []
+    assert verdicts(from_memory, "storage folder") == ["skipped"]
+    through_folder = await examined(DeploymentConfig(str(checkpoint), APART, connector="SharedStorageConnector"))
+    assert len(verdicts(through_folder, "shared memory")) == 1
+
+
+async def test_nixl_is_checked_if_embeddings_move_by_it(checkpoint: Path) -> None:
+    assert verdicts(await examined(DeploymentConfig(str(checkpoint), APART)), "NIXL") == []
+    found = await examined(DeploymentConfig(str(checkpoint), APART, connector="NixlConnector"))
+    assert verdicts(found, "NIXL") == ["ok" if HAS_NIXL else "problem"]
 
 
 async def test_a_device_that_does_not_exist_is_a_problem(checkpoint: Path) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from chiasm.doctor import transports
 from chiasm.doctor.transports import Nixl
+from tests.doctor.nixl import HAS_NIXL
 from tests.doctor.results import problem, verdicts
-
-HAS_NIXL = any(importlib.util.find_spec(name) for name in ("nixl", "nixl_cu12", "nixl_cu13"))
 
 
 @pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed")

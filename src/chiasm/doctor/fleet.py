@@ -12,11 +12,10 @@ from urllib.parse import urlsplit
 
 from chiasm.doctor.observed import Observed, ObservedProxy
 from chiasm.doctor.report import Check, Result, shown
-from chiasm.ec_transfer import FROM_MEMORY
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey
 from chiasm.integrations.vllm import check_version
-from chiasm.proxy.agreement import LANGUAGE_ROLES, PART_ROLES, difference
+from chiasm.proxy.agreement import FOLDER_CONNECTOR, LANGUAGE_ROLES, PART_ROLES, difference, ec_mover
 from chiasm.wire import Health, InstanceState, Role
 
 PROXY = Check("proxy")
@@ -175,29 +174,37 @@ def context_length(instances: Sequence[Observed]) -> Iterator[Result]:
 
 
 def ec_store(instances: Sequence[Observed]) -> Iterator[Result]:
-    """Check whether embeddings are written to where they are read from."""
+    """Check whether embeddings are moved by one connector, and through one folder if it uses one."""
     exchanging = [one for one in instances if one.role in (Role.ENCODER, *EMBEDDING_READERS)]
-    connectors = _by(exchanging, lambda one: one.health.ec_connector)
-    if exchanging and all(one.health.ec_connector in FROM_MEMORY for one in exchanging) and len(connectors) == 1:
-        places = [one.health.ec_place for one in exchanging if one.health.ec_place is not None]
-        where = ", ".join(f"{place.host}:{place.port}" for place in places) or "no encoder"
-        yield _STORE.ok(f"{len(exchanging)} instances move embeddings by {next(iter(connectors))} from {where}")
-        return
+    movers = _by(exchanging, lambda one: ec_mover(one.health))
     stores = _by(exchanging, lambda one: one.health.ec_store)
-    fit = _fit(exchanging, "ec_store")
     if not exchanging:
         yield _STORE.skipped("no instance here exchanges embeddings")
-    if not fit:
+        return
+    if len(movers) > 1:
+        yield _STORE.problem(
+            f"instances move embeddings with different connectors: {_listing(movers)}",
+            why="what an encoder has made never arrives: every image runs into its deadline.",
+            do="start all of them with the same --connector.",
+        )
+    elif len(stores) > 1:
         yield _STORE.problem(
             f"instances exchange embeddings through different folders: {_listing(stores)}",
             why="what an encoder writes to one folder is never found in the other: every image runs into its deadline.",
             do="start all of them with the same --shared-storage-path; on several machines or in containers, mount "
             "the same folder. Each folder has a name of its own in its file store-id.",
         )
-    if silent := [one for one in exchanging if not one.health.ec_store]:
-        yield _STORE.skipped(f"{_names(silent)} don't report the folder through which they exchange embeddings")
-    elif exchanging and fit:
+    if silent := [one for one in exchanging if not ec_mover(one.health)]:
+        yield _STORE.skipped(f"{_names(silent)} don't report how they exchange embeddings")
+    elif unnamed := [one for one in exchanging if ec_mover(one.health) == FOLDER_CONNECTOR and not one.health.ec_store]:
+        yield _STORE.skipped(f"{_names(unnamed)} don't report the folder through which they exchange embeddings")
+    elif len(movers) == len(stores) == 1:
         yield _STORE.ok(f"{len(exchanging)} instances exchange embeddings through {next(iter(stores))}")
+    elif len(movers) == 1 and not stores:
+        places = [one.health.ec_place for one in exchanging if one.health.ec_place is not None]
+        where = ", ".join(f"{place.host}:{place.port}" for place in places)
+        says = f"{len(exchanging)} instances move embeddings by {next(iter(movers))}"
+        yield _STORE.ok(f"{says} from {where}" if where else says)
 
 
 def shared_cache(instances: Sequence[Observed]) -> Iterator[Result]:
@@ -210,7 +217,8 @@ def shared_cache(instances: Sequence[Observed]) -> Iterator[Result]:
         yield _SHARED_CACHE.warning(
             f"{_names(others)} can't read from the shared cache, but others can",
             why="the proxy asks it only if all language instances can read from it: every image goes to an encoder.",
-            do="start them with --ec-store too; an instance of vLLM can't read from it.",
+            do="start them with --ec-store too; `vllm serve` takes it from CHIASM_EC_STORE, and reports it with chiasm's "
+            "middleware.",
         )
     else:
         yield _SHARED_CACHE.ok(f"all {len(readers)} instances that read embeddings read from one")

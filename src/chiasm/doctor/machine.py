@@ -125,7 +125,8 @@ def memory(available_bytes: int, need: Need | None = None) -> Iterator[Result]:
         yield MEMORY.warning(
             says,
             why="when memory runs out, the kernel kills a process; it is restarted, and may be killed again.",
-            do="ask for fewer instances or smaller caches (--kv-cache-bytes, --encoder-cache-bytes, --ec-max-bytes).",
+            do="ask for fewer instances or smaller caches (--kv-cache-bytes, --encoder-cache-bytes, --ec-max-bytes, "
+            "--ec-receive-bytes).",
         )
     else:
         yield MEMORY.ok(says)
@@ -153,14 +154,21 @@ def free_in_container(cgroup: Path) -> int | None:
         return None
 
 
-def shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Result]:
-    """Check the room for embeddings where they are kept unless another folder is named."""
+def shared_memory(folder: Path = SHARED_MEMORY, *, is_planned: bool = True) -> Iterator[Result]:
+    """Check the room for embeddings where ``SharedStorageConnector`` keeps them unless a folder is named.
+
+    ``is_planned``: whether it is to be used here.
+    """
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         yield _SHM.skipped(f"{folder} doesn't exist or isn't writable; embeddings go to temporary files on disk")
         return
     space = os.statvfs(folder)
     free = space.f_bavail * space.f_frsize
-    if free < 2 * LEAST_BYTES:
+    if free < 2 * LEAST_BYTES and not is_planned:
+        yield _SHM.skipped(
+            f"{size(free)} free in {folder}; only SharedStorageConnector without a folder keeps much there"
+        )
+    elif free < 2 * LEAST_BYTES:
         yield _SHM.warning(
             f"{size(free)} free in {folder}",
             why="embeddings go to temporary files on disk, which may be slower; containers have 64 MiB by default.",

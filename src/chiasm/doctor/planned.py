@@ -9,13 +9,14 @@ from chiasm.cores import check_cpus
 from chiasm.doctor import machine, model, storage, store, transports
 from chiasm.doctor.machine import Need, Tenant
 from chiasm.doctor.report import Check, Result
+from chiasm.ec_transfer import RECEIVING, ECTransferConfig
 from chiasm.errors import ConfigurationError
 from chiasm.extras import Extra, missing_modules
 from chiasm.fleet_key import read_fleet_key
 from chiasm.launch.arrangement import Arrangement, arrange, one_of_each
 from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import describe
-from chiasm.launch.folders import DEFAULT_MAX_BYTES, SHARED_MEMORY
+from chiasm.launch.folders import DEFAULT_MAX_BYTES, SHARED_MEMORY, memory_for_embeddings
 from chiasm.launch.gpus import Gpu, NoDriverError, list_gpus
 from chiasm.launch.layout import Layout
 from chiasm.launch.plan import LOOPBACK, Surroundings, plan_instances, plan_proxy
@@ -29,6 +30,7 @@ _DEVICES = Check("devices")
 
 _PROCESS_BYTES = {EngineKind.CHIASM: 400 << 20, EngineKind.VLLM: 1500 << 20}
 """What an instance takes besides weights and caches."""
+_NIXL = "NixlConnector"
 _VLLM_DTYPES = {"half": "float16", "float": "float32"}
 """vLLM's other names."""
 _FIX_OPTIONS = "change the options that the message names."
@@ -40,7 +42,7 @@ def examine_machine(store_url: str = "") -> Iterator[Result]:
     yield from machine.vllm(is_planned=False)
     yield from machine.cores()
     yield from machine.memory(machine.available_memory())
-    yield from machine.shared_memory()
+    yield from machine.shared_memory(is_planned=False)
     yield from machine.open_files()
     yield from _gpus(for_vllm=bool(machine.version_of("vllm")))[1]
     yield from transports.nixl(is_needed=False)
@@ -130,7 +132,9 @@ def _without_model(config: DeploymentConfig, arrangement: Arrangement | None) ->
             yield _PLAN.refused(error, f"name CPUs that exist with --{name}-cpus.")
     yield from machine.open_files()
     yield from machine.port(config.host, config.port)
-    if config.count(Role.PREFILL) and (is_vllm or config.kv_connector == "NixlConnector"):
+    moves_kv = config.count(Role.PREFILL) and (is_vllm or config.kv_connector == _NIXL)
+    moves_embeddings = config.exchanges_embeddings and config.moves_from_memory
+    if moves_kv or (moves_embeddings and config.ec_connector == _NIXL):
         yield from transports.nixl(is_needed=True)
         yield from transports.ucx()
 
@@ -192,15 +196,30 @@ def _places(
     if kv_bytes is None:
         # The built-in engine takes a part of what is left, and no more than the longest request needs.
         kv_bytes = default_kv_bytes(config, available_bytes) if is_vllm else 0
-    in_memory = config.shared_storage_path is not None and storage.is_in_memory(config.shared_storage_path)
     need = Need(
         sum(weights[role] * config.count(role) for role in config.roles),
         count * _PROCESS_BYTES[config.engine]
         + kv_bytes * (count - config.count(Role.ENCODER))
-        + ((config.ec_max_bytes or DEFAULT_MAX_BYTES) if in_memory else 0),
+        + _embedding_bytes(config),
         is_upper_bound=is_vllm,
     )
     yield from machine.memory(available_bytes, need)
+
+
+def _embedding_bytes(config: DeploymentConfig) -> int:
+    """Return the memory of this machine that all instances together may take for embeddings outside their caches."""
+    if not config.exchanges_embeddings:
+        return 0
+    if not config.moves_from_memory:
+        path = config.shared_storage_path
+        return (config.ec_max_bytes or DEFAULT_MAX_BYTES) if path is not None and storage.is_in_memory(path) else 0
+    encoders = config.count(Role.ENCODER)
+    kept = encoders * (config.ec_max_bytes or memory_for_embeddings(encoders))
+    if config.ec_connector not in RECEIVING:
+        return kept
+    readers = config.count(Role.PD) + config.count(Role.PREFILL)
+    received = ECTransferConfig.receive_bytes if config.ec_receive_bytes is None else config.ec_receive_bytes
+    return kept + readers * 2 * received
 
 
 def _check_processes(arrangement: Arrangement, folder: Path) -> None:
@@ -231,6 +250,10 @@ def _storage(config: DeploymentConfig, image_bytes: int | None) -> Iterator[Resu
     path = config.shared_storage_path
     if not config.exchanges_embeddings:
         yield storage.FOLDER.skipped("no instance of this plan exchanges embeddings")
+    elif config.moves_from_memory:
+        yield storage.FOLDER.skipped(
+            f"{config.ec_connector} needs none: encoders keep embeddings in memory of their own"
+        )
     elif path is None:
         yield from machine.shared_memory()
     else:

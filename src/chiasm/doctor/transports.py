@@ -1,4 +1,4 @@
-"""Checks of what NIXL could move KV with: its plugins, UCX's transports, and the network devices for them."""
+"""Checks of what NIXL could move embeddings and KV with: its plugins, UCX's transports, and the network devices for them."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def ask_nixl(modules: Sequence[str] = MODULES) -> Nixl | None:
 
 
 def nixl(*, is_needed: bool, modules: Sequence[str] = MODULES) -> Iterator[Result]:
-    """``is_needed``: whether a planned deployment moves KV with it."""
+    """``is_needed``: whether a planned deployment moves embeddings or KV with it."""
     try:
         yield judge_nixl(ask_nixl(modules), is_needed=is_needed)
     except NixlError as error:
         yield _NIXL.problem(
             f"it is installed, but can't be used: {error}",
-            why="NixlConnector can't move KV from prefill to decode.",
+            why="NixlConnector can't move embeddings or KV.",
             do="reinstall it for the driver's CUDA version; on a machine without a GPU, install nixl-cu12.",
             command=_REINSTALL,
         )
@@ -82,18 +82,18 @@ def nixl(*, is_needed: bool, modules: Sequence[str] = MODULES) -> Iterator[Resul
 
 def judge_nixl(found: Nixl | None, *, is_needed: bool) -> Result:
     if found is None and not is_needed:
-        return _NIXL.skipped("not installed; only NixlConnector needs it, between prefill and decode")
+        return _NIXL.skipped("not installed; only NixlConnector needs it, for embeddings or for KV")
     if found is None:
         return _NIXL.problem(
             "it is not installed",
-            why="instances that move KV from prefill to decode with it refuse to start.",
+            why="instances that move embeddings or KV with it refuse to start.",
             do="install it in the environment that chiasm runs in, from a clone of chiasm.",
             command=install_command(Extra.NIXL),
         )
     if "UCX" not in found.plugins:
         return _NIXL.problem(
             f"{found.module} has no UCX plugin, only {', '.join(found.plugins) or 'none at all'}",
-            why="NixlConnector moves KV with UCX.",
+            why="NixlConnector moves embeddings and KV with UCX.",
             do="install a build that has it, or set NIXL_PLUGIN_DIR to the folder of its plugins.",
             command=_REINSTALL,
         )
@@ -116,7 +116,7 @@ def ucx(*, infiniband: Path = INFINIBAND, modules: Sequence[str] = MODULES) -> I
     if devices and not any(name.startswith(_REMOTE) for name in listed):
         yield _UCX.warning(
             f"there are network devices for RDMA ({devices}), but UCX has no transport for them: {says}",
-            why="KV between machines would go by TCP.",
+            why="what NIXL moves between machines would go by TCP.",
             do="install the RDMA libraries (rdma-core), and a UCX that is built with them.",
             command="ucx_info -d | grep Transport",
         )

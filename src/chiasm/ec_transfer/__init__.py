@@ -7,6 +7,7 @@ implementation: ``folder_check`` says whether a folder can be used, ``bounded_fo
 
 from chiasm.ec_transfer.base import (
     FROM_MEMORY,
+    RECEIVING,
     ECConnector,
     ECConnectorFactory,
     ECConnectorMetadata,
@@ -21,6 +22,7 @@ from chiasm.ec_transfer.base import (
 
 __all__ = [
     "FROM_MEMORY",
+    "RECEIVING",
     "ECConnector",
     "ECConnectorFactory",
     "ECConnectorMetadata",

@@ -419,6 +419,8 @@ class ECConnector(ABC):
 
 FROM_MEMORY = ("SharedMemoryConnector", "TcpConnector", "NixlConnector")
 """The connectors that move embeddings from memory to memory."""
+RECEIVING = ("TcpConnector", "NixlConnector")
+"""Those of them whose consumers receive embeddings in memory of their own, of twice ``receive_bytes``."""
 
 
 class ECConnectorFactory(ConnectorFactory[ECTransferConfig, ECConnectorRole, ECConnector]):

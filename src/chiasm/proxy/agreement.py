@@ -19,7 +19,7 @@ PART_ROLES = (Role.PREFILL, Role.DECODE)
 LANGUAGE_ROLES = WHOLE_ROLES + PART_ROLES
 PROMPT_ROLES = (*WHOLE_ROLES, Role.PREFILL)
 """They compute prompts."""
-_FOLDER = "SharedStorageConnector"
+FOLDER_CONNECTOR = "SharedStorageConnector"
 """The EC connector of an instance that has a store and doesn't name a connector, as in versions before 0.4."""
 
 
@@ -97,9 +97,9 @@ def elect(before: Agreement | None, members: Sequence[Member]) -> Agreement:
     stores = {member.health.ec_store for member in members if member.health.ec_store}
     if stores and before.health.ec_store not in stores:  # it was recreated, and all that use one have moved
         before = before._replace(health=replace(before.health, ec_store=""))
-    ec_movers = {mover for member in members if (mover := _ec_mover(member.health))}
+    ec_movers = {mover for member in members if (mover := ec_mover(member.health))}
     if (
-        ec_movers and _ec_mover(before.health) not in ec_movers
+        ec_movers and ec_mover(before.health) not in ec_movers
     ):  # all that move embeddings came back with another connector
         before = before._replace(health=replace(before.health, ec_connector="", ec_store=""))
     movers = [_kv_mover(member.health) for member in members if member.health.kv_connector]
@@ -132,7 +132,7 @@ def merge(agreement: Agreement, member: Member) -> Agreement:
             known,
             fingerprint=known.fingerprint or said.fingerprint,
             ec_store=known.ec_store or said.ec_store,
-            ec_connector=_ec_mover(known) or _ec_mover(said),
+            ec_connector=ec_mover(known) or ec_mover(said),
             dtype=known.dtype or said.dtype,
             kv_connector=known.kv_connector or said.kv_connector,
             engine=known.engine if known.kv_connector else said.engine,
@@ -151,8 +151,8 @@ def difference(fleet: Health, instance: Health) -> str | None:
         same_dtype = fleet.dtype and fleet.dtype == instance.dtype
         causes = "model or processor" if same_dtype else "model, processor or dtype"
         return f"its fingerprint ({causes}) differs from the fleet's"
-    if _differ(_ec_mover(fleet), _ec_mover(instance)):
-        return f"it moves embeddings with {_ec_mover(instance)}, but the fleet with {_ec_mover(fleet)}"
+    if _differ(ec_mover(fleet), ec_mover(instance)):
+        return f"it moves embeddings with {ec_mover(instance)}, but the fleet with {ec_mover(fleet)}"
     if _differ(fleet.ec_store, instance.ec_store):
         return "it exchanges embeddings through another store than the fleet"
     if fleet.kv_connector and instance.kv_connector and _kv_mover(fleet) != _kv_mover(instance):
@@ -172,9 +172,9 @@ def _differ(one: str, other: str) -> bool:
     return bool(one and other and one != other)
 
 
-def _ec_mover(health: Health) -> str:
+def ec_mover(health: Health) -> str:
     """Return the name of the EC connector; empty if none is known."""
-    return health.ec_connector or (_FOLDER if health.ec_store else "")
+    return health.ec_connector or (FOLDER_CONNECTOR if health.ec_store else "")
 
 
 def _kv_mover(health: Health) -> str:
