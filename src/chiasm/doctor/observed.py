@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from chiasm.doctor.client import Client, NoAnswerError, NoConnectionError
 from chiasm.doctor.report import shown
-from chiasm.wire import Health, ModelList, ProxyHealth, Role
+from chiasm.wire import Costs, Health, ModelList, ProxyHealth, Role
 
 ROLES = frozenset(Role)
 _MAX_INSTANCES = 256
@@ -35,6 +35,8 @@ class Observed:
     """Whether no connection could be made from this machine; another machine may reach it."""
     clock_seconds: float | None = None
     """How far its clock is ahead of this machine's."""
+    learned: Costs | None = None
+    """What work costs it, as the proxy in front of it has learned; None if that isn't known."""
 
     @property
     def name(self) -> str:

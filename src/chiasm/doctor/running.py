@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+from msgspec import UNSET
+
 from chiasm.doctor import fleet, storage, store
 from chiasm.doctor.client import Client, Limits, NoAnswerError
+from chiasm.doctor.costs import costs
 from chiasm.doctor.end_to_end import check_instances, check_proxy
 from chiasm.doctor.observed import Observed, ask_instance, ask_proxy
 from chiasm.doctor.report import Result, shown
@@ -52,6 +55,8 @@ async def examine_proxy(
         for result in fleet.proxy(proxy):
             yield result
         instances = await _ask(client, [(one.url, one.role) for one in proxy.health.instances])
+        learned = {one.url: one.costs for one in proxy.health.instances if one.costs is not UNSET}
+        instances = [replace(one, learned=learned.get(one.url)) for one in instances]
         healthy = {one.url for one in proxy.health.instances if one.state == InstanceState.HEALTHY}
         hidden = [one for one in instances if one.is_unreachable and one.url in healthy]
         for one in hidden:
@@ -94,7 +99,7 @@ async def _examine(
     results = [
         fleet.health(reached),
         fleet.composition(everyone),
-        *(check(healthy) for check in fleet.CHECKS if healthy),
+        *(check(healthy) for check in (*fleet.CHECKS, costs) if healthy),
     ]
     if folder is not None and healthy:
         results.append(_check_folder(folder, healthy))
