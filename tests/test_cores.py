@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from chiasm import cores
@@ -82,6 +83,65 @@ print(Path("/proc/self/autogroup").read_text())
         [sys.executable, "-c", script], check=False, start_new_session=True, capture_output=True, text=True
     )
     assert found.stdout.split()[-2:] == ["nice", "5"], found.stderr
+
+
+_BUSY = """
+import sys, time
+from chiasm.cores import allowed_cpus, lower_priority, lower_session_priority, pin_to
+nice, seconds = int(sys.argv[1]), float(sys.argv[2])
+pin_to([min(allowed_cpus())])
+lower_session_priority(nice)
+lower_priority(nice)
+print("ready", flush=True)
+sys.stdin.readline()
+began = time.process_time()
+print("busy", flush=True)
+while time.process_time() - began < seconds:
+    pass
+print("done", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux only")
+def test_an_encoder_gets_its_least_share_of_a_core_that_a_language_model_keeps_busy() -> None:
+    """Counted in CPU time, on the core that both are pinned to: other processes there take from both.
+
+    What isn't asserted is that it gets no more: it does while the language model's end is on its way to this process.
+    """
+
+    def busy(nice: int, seconds: float) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", _BUSY, str(nice), str(seconds)]
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+        )
+
+    def say(process: subprocess.Popen[str], answer: str) -> None:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        hear(process, answer)
+
+    def hear(process: subprocess.Popen[str], word: str) -> None:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == word
+
+    def cpu_seconds(process: subprocess.Popen[str]) -> float:
+        times = psutil.Process(process.pid).cpu_times()
+        return float(times.user + times.system)
+
+    window = 1.5
+    with busy(cores.ENCODER_NICE, 3600.0) as encoder, busy(0, window) as language:
+        try:
+            for process in (encoder, language):
+                hear(process, "ready")
+            say(encoder, "busy")
+            before = cpu_seconds(encoder)
+            say(language, "busy")
+            hear(language, "done")
+            used = cpu_seconds(encoder) - before
+        finally:
+            for process in (encoder, language):
+                process.kill()
+    assert used / (used + window) > 0.1  # the kernel's weights make it a quarter
 
 
 @pytest.mark.parametrize(("cpus", "text"), [((0,), "0"), ((0, 1, 2, 5), "0-2,5"), ((3, 2), "2-3"), ((), "")])
