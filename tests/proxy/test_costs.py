@@ -57,6 +57,22 @@ def test_a_slowdown_shows_in_sizes_that_were_not_measured() -> None:
     assert instance.encode_seconds(PIXELS // 4, 20.0) > 2 * ENCODE / 4
 
 
+def test_a_step_of_decoding_is_corrected_and_forgotten() -> None:
+    instance = known()
+    step = instance.reported.decode_step_seconds
+    for count in range(20):
+        instance.learn_step(5 * step, float(count))
+    assert instance.decode_step_seconds(20.0) == pytest.approx(5 * step, rel=0.1)
+    assert instance.learned(20.0).decode_step_seconds == instance.decode_step_seconds(20.0)
+    assert instance.decode_step_seconds(10_000.0) == pytest.approx(step)
+
+
+def test_without_a_reported_step_none_is_learned() -> None:
+    instance = InstanceCosts()
+    instance.learn_step(0.1, 0.0)
+    assert instance.decode_step_seconds(0.0) == 0
+
+
 def test_sizes_may_deviate_in_different_ways() -> None:
     instance = known()
     for count in range(200):

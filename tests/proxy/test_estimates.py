@@ -11,11 +11,12 @@ from chiasm.http.timing import TimingEntry, write_timing
 from chiasm.wire import Costs, ImageCost
 
 from .conftest import Front, Start, ask, image, image_bytes
-from .instances import FakeInstance, Received, chat
+from .instances import FakeInstance, Received, chat, event, whole
 
 PER_TOKEN = 0.001
 ENCODE = 0.5
 TTFT = 3.0
+STEP = 0.02
 IMAGES = [ImageCost(pixels=64, tokens=100, encode_seconds=ENCODE)]
 
 
@@ -61,3 +62,39 @@ async def test_the_estimate_of_an_image_has_its_outcome_too(start: Start) -> Non
     count, total = await ratios(front, "embedding", at_least=1)
     assert count == 1
     assert total > 0
+
+
+async def with_step(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    timing = {"Server-Timing": write_timing([TimingEntry("step", 2 * STEP)])}
+    if not received.json.get("stream"):
+        return web.json_response(whole("a cat", "stop"), headers=timing)
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"} | timing)
+    await response.prepare(request)
+    await response.write(event("a cat") + b"data: [DONE]\n\n")
+    return response
+
+
+async def learned_step(front: Front, role: str) -> float:
+    instances = (await front.get("/health")).json["instances"]
+    (found,) = [one["costs"].get("decode_step_seconds", 0.0) for one in instances if one["role"] == role]
+    return float(found)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_seconds_of_a_step_are_learned_from_answers(start: Start, stream: bool) -> None:
+    pd = FakeInstance("pd", costs=Costs(decode_step_seconds=STEP))
+    pd.answer = with_step
+    front = await start([pd])
+    assert await learned_step(front, "pd") == STEP
+    await front.post(ask("x", stream=stream), **{"X-Request-Id": "one"})
+    await front.record("one")
+    assert STEP < await learned_step(front, "pd") < 2 * STEP
+
+
+async def test_they_are_learned_of_decode_instances_too(start: Start) -> None:
+    p, d = FakeInstance("prefill"), FakeInstance("decode", costs=Costs(decode_step_seconds=STEP))
+    d.answer = with_step
+    front = await start([p, d])
+    await front.post(ask("x"), **{"X-Request-Id": "one"})
+    await front.record("one")
+    assert STEP < await learned_step(front, "decode") < 2 * STEP

@@ -110,6 +110,17 @@ def test_beside_streams_a_prompt_waits_for_half_a_decode_step(fleet: Fleet, plac
     beside = place(placement, text(1), 1.0)
     waits = beside.estimate_seconds - alone.estimate_seconds * (1 + 0.03)
     assert waits == pytest.approx(one.costs.reported.decode_step_seconds / 2)
+    placement.end(beside, 1.0)
+    for _ in range(20):
+        one.costs.learn_step(4 * one.costs.reported.decode_step_seconds, 1.0)
+    waits = place(placement, text(1), 1.0).estimate_seconds - alone.estimate_seconds * (1 + 0.03)
+    assert waits == pytest.approx(4 * one.costs.reported.decode_step_seconds / 2, rel=0.1)
+
+
+def test_who_waits_beside_streams_waits_once(fleet: Fleet, placement: Placement) -> None:
+    add(fleet, "1", known=costs())
+    placement.first_token(place(placement, text(1)), 1.0)
+    beside = place(placement, text(1), 1.0)
     behind = place(placement, text(1), 1.0)
     assert behind.estimate_seconds < 2 * beside.estimate_seconds
 

@@ -310,6 +310,7 @@ class FakeLanguageEngine(FakeEngine):
                 encode_seconds=0.0,
                 prefill_seconds=0.004,
                 first_token_seconds=0.028,
+                step_seconds=0.006,
                 items=[ItemTiming(item.identifier, ItemOutcome.WAITED, 0.02) for item in request.prompt.items],
             ),
             num_cached_tokens=3,

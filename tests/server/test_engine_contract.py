@@ -141,6 +141,13 @@ async def test_timing_is_known_with_the_first_token(engines: Engines) -> None:
     assert first.num_cached_tokens >= 0
 
 
+async def test_an_answer_of_several_tokens_tells_what_a_step_takes(engines: Engines) -> None:
+    engine = engines.language[Role.PD]
+    last = (await outputs_of(engine, request_to(engine)))[-1]
+    assert last.timing.step_seconds is not None
+    assert last.timing.step_seconds > 0
+
+
 async def test_an_answer_that_is_closed_leaves_the_engine_to_others(engines: Engines) -> None:
     engine = engines.language[Role.PD]
     outputs = engine.generate(request_to(engine, max_tokens=1000))

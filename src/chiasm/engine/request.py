@@ -192,6 +192,8 @@ class RequestTiming:
     """From arrival to the first scheduled chunk."""
     stalls: list[Stall] = field(default_factory=list)
     """The first waits for embeddings, of which ``wait_seconds`` is the sum."""
+    step_seconds: float | None = None
+    """The engine's last step that only decoded, whatever sequences, if it ended while the request was here."""
 
 
 FinishReason = Literal["stop", "length"]

@@ -85,6 +85,8 @@ class StepLoop:
         self._arrivals = itertools.count()
         self._next_deadline_check = 0.0
         self._stalls_measured_at = -1
+        self._decode_seconds, self._decoded_at = 0.0, -math.inf
+        """How long the last step that only decoded took, and when it ended."""
 
     def unfinished_seconds(self) -> float:
         """Return about how long the prompts take that are not computed, of a CPU on one core. Any thread."""
@@ -230,8 +232,11 @@ class StepLoop:
             return True
         started = time.monotonic()
         result = run_step(self._execute, step)
+        ended = time.monotonic()
         if step.prefills:
-            self._pace.note(step.num_rows, time.monotonic() - started)
+            self._pace.note(step.num_rows, ended - started)
+        else:
+            self._decode_seconds, self._decoded_at = ended - started, ended
         self._fail_in(step, [(self.states[part.sequence.request_id], error) for part, error in result.failed])
         self._scheduler.complete(step, {name: token.token_id for name, token in result.sampled.items()})
         self._send(step, result.sampled)
@@ -289,6 +294,8 @@ class StepLoop:
             choice = state.choices[part.sequence.index]
             self.generation_tokens += 1
             state.note_token(now)
+            if self._decoded_at >= state.arrived:
+                state.timing.step_seconds = self._decode_seconds
             output = choice.output(token)
             if self._config.role is Role.PREFILL:
                 assert self._kv_transfers is not None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 
 from chiasm.errors import ChiasmError, Code, ModelNotFoundError, OverloadedError
-from chiasm.http.timing import TimingEntry
+from chiasm.http.timing import TimingEntry, duration_of
 from chiasm.proxy.agreement import WHOLE_ROLES
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
@@ -91,10 +91,12 @@ class Assignment:
         return True
 
     def note_answer(self, timing: Sequence[TimingEntry], *, is_whole: bool = False) -> None:
-        """Note that the first token has come; with ``is_whole`` together with all others.
+        """Note that the instance's first token has come; with ``is_whole`` together with all others.
 
         ``timing`` is the ``Server-Timing`` of the instance.
         """
+        if (step_seconds := duration_of(timing, "step")) is not None:
+            self.instance.costs.learn_step(step_seconds, time.monotonic())
         if self._record is not None:
             self._record.note_answer(timing, is_whole=is_whole)
 

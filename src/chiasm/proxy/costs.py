@@ -71,6 +71,7 @@ class InstanceCosts:
         self.encode = Correction()
         """By size class: powers of two of pixels."""
         self.prefill = Correction()
+        self.step = Correction()
         self.transfer_seconds = 0.0
         """From an encoder's answer until this language instance had the embedding."""
 
@@ -86,11 +87,15 @@ class InstanceCosts:
     def prefill_seconds_per_token(self, now: float) -> float:
         return (self.reported.prefill_seconds_per_token or _PREFILL_SECONDS_PER_TOKEN) * self.prefill.factor(now)
 
+    def decode_step_seconds(self, now: float) -> float:
+        """Return what a step of decoding takes there, with the sequences that it has; 0 if the instance reports nothing."""
+        return self.reported.decode_step_seconds * self.step.factor(now)
+
     def learned(self, now: float) -> Costs:
         """Return the reported costs, corrected; of images, those sizes that it reports."""
         return Costs(
             prefill_seconds_per_token=self.prefill_seconds_per_token(now),
-            decode_step_seconds=self.reported.decode_step_seconds,
+            decode_step_seconds=self.decode_step_seconds(now),
             images=[
                 ImageCost(
                     pixels=one.pixels,
@@ -112,6 +117,10 @@ class InstanceCosts:
         self.prefill.learn(
             seconds, tokens * (self.reported.prefill_seconds_per_token or _PREFILL_SECONDS_PER_TOKEN), now
         )
+
+    def learn_step(self, seconds: float, now: float) -> None:
+        """Take what a step of decoding has taken."""
+        self.step.learn(seconds, self.reported.decode_step_seconds, now)
 
     def learn_transfer(self, seconds: float) -> None:
         """Take the time from an encoder's answer until the embedding was usable."""

@@ -147,6 +147,7 @@ class Handover:
             try:
                 opening = self._open_decode(assignment, handle)
                 with await (job.open_unless_encoding_fails(opening) if is_watched else opening) as call:
+                    assignment.note_answer(call.timing)
                     await self._engine.relay_decode(call, handle, note_answer)
             except (InstanceLostError, ResponseCutOffError, InstanceError) as error:
                 raise await self._examine(assignment.instance, error, Reason.DECODE_LOST) from None

@@ -220,7 +220,7 @@ class Placement:
         if later:
             seconds += _STEP_TOKENS / 2 * per_token
         elif prompts.streams and not seconds:
-            seconds += costs.reported.decode_step_seconds / 2
+            seconds += costs.decode_step_seconds(now) / 2
         own = 0.0
         text_bytes = work.prefixes[cached - 1].text_bytes if cached else 0
         for index in range(cached, len(work.items)):
