@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chiasm.cores import usable_cores
+from chiasm.cores import allowed_cpus, usable_cores
 from chiasm.errors import ConfigurationError
 from chiasm.plan.devices import Cpu, parse_devices
 
@@ -31,7 +31,14 @@ def test_cpu_means_all_usable_cores() -> None:
 
 
 def test_cpu_can_be_fewer_cores() -> None:
-    assert parse_devices("cpu:1") == (Cpu(1),)
+    (one,) = parse_devices("cpu:1")
+    assert isinstance(one, Cpu)
+    assert one.cores == 1
+    assert one.cpus == (() if usable_cores() == 1 else (min(allowed_cpus()),))
+
+
+def test_all_cores_by_number_are_all_cores() -> None:
+    assert parse_devices(f"cpu:{usable_cores()}") == parse_devices("cpu")
 
 
 @pytest.mark.parametrize(

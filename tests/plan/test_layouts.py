@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from chiasm.cli import serve
+from chiasm.cores import allowed_cpus
 from chiasm.errors import ConfigurationError
+from chiasm.launch.arrangement import arrange
 from chiasm.launch.layout import Layout
 from chiasm.plan.devices import Cpu, parse_devices
-from chiasm.plan.layouts import Candidate, candidates, fitting
+from chiasm.plan.layouts import Candidate, candidates, fitting, split_on_cpu
 from chiasm.plan.shapes import MODELS
 from chiasm.wire import Role
 
@@ -55,6 +57,22 @@ def test_serve_takes_the_options_of_every_candidate(text: str) -> None:
         if config.is_counted:
             counts = {role: config.count(role) for role in config.roles}
             assert counts == one.counts, one.options
+
+
+@pytest.mark.skipif(len(allowed_cpus()) < 2, reason="this machine has one core")
+@pytest.mark.parametrize("count", [1, 2])
+def test_serve_runs_on_as_many_cores_as_were_planned_for(count: int) -> None:
+    cpus = tuple(sorted(allowed_cpus())[:count])
+    for one in candidates([Cpu(count, cpus)]):
+        config = serve.deployment_config(serve.parser().parse(["demo", *one.options.split(), "--device", "cpu"]))
+        placements = arrange(config, None).placements.values()
+        assert {cpu for placement in placements for cpu in placement.cpus} == set(cpus), one.options
+        assert all(placement.cpus and (placement.threads or 0) <= len(placement.cpus) for placement in placements)
+
+
+def test_roles_that_divide_some_of_the_cores_are_pinned_to_their_own() -> None:
+    options = split_on_cpu(Cpu(7, (0, 1, 2, 4, 5, 6, 7)), 1, 2).options
+    assert options == "--layout split --encoders 1 --pds 2 --encoder-cpus 0-1 --pd-cpus 2,4-6"
 
 
 def test_a_single_core_is_shared() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from chiasm.cores import usable_cores
+from chiasm.cores import allowed_cpus, usable_cores
 from chiasm.errors import ConfigurationError
 
 MAX_DEVICES = 64
@@ -66,6 +66,8 @@ class Cpu:
     """This machine's cores."""
 
     cores: int
+    cpus: tuple[int, ...] = ()
+    """Those to run on, as many as ``cores``; empty for all that can be used."""
 
     @property
     def name(self) -> str:
@@ -99,7 +101,7 @@ def _cpu(group: str) -> Cpu:
         raise ConfigurationError(
             f"--devices {group}: this machine has {usable} usable cores; give 1 to {usable} of them."
         )
-    return Cpu(cores)
+    return Cpu(cores, tuple(sorted(allowed_cpus())[:cores]) if cores < usable else ())
 
 
 def _gpus(group: str, text: str) -> list[Gpu]:

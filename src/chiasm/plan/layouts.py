@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from chiasm.cores import show_cpus
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.launch.layout import Layout, even_shares, in_words
@@ -114,7 +115,10 @@ def aggregated_on_cpu(cpu: Cpu, count: int, *, divided: bool = False) -> Candida
     """Return aggregated instances on all cores, which they share or divide."""
     threads = even_shares(cpu.cores, count) if divided else [cpu.cores] * count
     instances = [PlannedInstance(Role.AGGREGATED, 0, one, encoder_weight=NICE_5_WEIGHT) for one in threads]
-    options = f"--aggregated {count}" if divided else f"--layout aggregated --aggregated {count}"
+    if divided:
+        options = _dividing(cpu, f"--aggregated {count}", instances)
+    else:
+        options = _sharing(cpu, f"--layout aggregated --aggregated {count}")
     return Candidate(Layout.AGGREGATED, (Place(cpu, cpu.cores),), tuple(instances), options)
 
 
@@ -125,7 +129,13 @@ def colocated_on_cpu(cpu: Cpu, encoders: int, pds: int) -> Candidate:
         *(PlannedInstance(Role.ENCODER, 0, cpu.cores, encoder_weight=NICE_5_WEIGHT),) * encoders,
         *(PlannedInstance(Role.PD, 0, cpu.cores),) * pds,
     )
-    return Candidate(Layout.COLOCATED, (place,), instances, f"--layout colocated --encoders {encoders} --pds {pds}")
+    options = _sharing(cpu, f"--layout colocated --encoders {encoders} --pds {pds}")
+    return Candidate(Layout.COLOCATED, (place,), instances, options)
+
+
+def _sharing(cpu: Cpu, options: str) -> str:
+    """Return the options of instances that share the cores."""
+    return f"{options} --devices {show_cpus(cpu.cpus)}" if cpu.cpus else options
 
 
 def split_on_cpu(cpu: Cpu, encoders: int, pds: int) -> Candidate:
@@ -134,7 +144,18 @@ def split_on_cpu(cpu: Cpu, encoders: int, pds: int) -> Candidate:
     dealt = [*((Role.ENCODER, share) for share in shares[pds:]), *((Role.PD, share) for share in shares[:pds])]
     places = tuple(Place(cpu, cores) for _, cores in dealt)
     instances = tuple(PlannedInstance(role, index, cores) for index, (role, cores) in enumerate(dealt))
-    return Candidate(Layout.SPLIT, places, instances, f"--layout split --encoders {encoders} --pds {pds}")
+    options = _dividing(cpu, f"--layout split --encoders {encoders} --pds {pds}", instances)
+    return Candidate(Layout.SPLIT, places, instances, options)
+
+
+def _dividing(cpu: Cpu, options: str, instances: Sequence[PlannedInstance]) -> str:
+    """Return the options of instances whose roles divide the cores: each role has as many as its threads."""
+    left = list(cpu.cpus)
+    for role in dict.fromkeys(instance.role for instance in instances) if left else ():
+        number = sum(instance.threads for instance in instances if instance.role is role)
+        options += f" --{role}-cpus {show_cpus(left[:number])}"
+        del left[:number]
+    return options
 
 
 # ---- GPUs --------------------------------------------------------------------------------------------------------------
