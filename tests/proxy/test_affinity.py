@@ -20,24 +20,24 @@ NAMES = [f"image {n}" for n in range(400)]
 
 
 def fleet_of(*speeds: float) -> Fleet:
-    """Encoders that serve embeddings from their memories."""
+    """Encoders that serve embeddings from their memories, each on a device of its own."""
     fleet = Fleet()
     for number, speed in enumerate(speeds):
         place = ECPlace(host="h", port=1 + number, engine_id=str(number))
         more: dict[str, Any] = {"ec_store": "", "ec_connector": "TcpConnector", "ec_place": place}
-        add(fleet, f"e{number}", Role.ENCODER, known=costs(speed=speed), **more)
+        add(fleet, f"e{number}", Role.ENCODER, known=costs(speed=speed), device=f"device {number}", **more)
     return fleet
 
 
-def wait(queue: EncodeQueue, name: str, request: object = None) -> Entry:
-    entry = Entry(ItemWork(name, PIXELS), 0.0, request=request)
+def wait(queue: EncodeQueue, name: str, request: object = None, language: Instance | None = None) -> Entry:
+    entry = Entry(ItemWork(name, PIXELS), 0.0, request=request, language=language)
     queue.add(entry)
     return entry
 
 
-def send(queue: EncodeQueue, name: str, now: float = 0.0) -> str:
+def send(queue: EncodeQueue, name: str, now: float = 0.0, language: Instance | None = None) -> str:
     """Encode an image while nothing else is to do, and return where."""
-    entry = wait(queue, name)
+    entry = wait(queue, name, language=language)
     (feed,) = queue.feed(now)
     queue.finish([entry], now)
     return feed.encoder.url
@@ -56,6 +56,16 @@ def test_equal_encoders_are_preferred_by_equally_many_images() -> None:
     counts = Counter(homes(fleet_of(1, 1, 1, 1)).values())
     assert sorted(counts) == [f"http://e{n}" for n in range(4)]
     assert all(75 <= count <= 125 for count in counts.values())
+
+
+def test_an_image_goes_to_its_home_whichever_device_asks() -> None:
+    fleet = fleet_of(1, 1)
+    same: dict[str, Any] = {"ec_store": "", "ec_connector": "TcpConnector"}
+    pds = [add(fleet, f"pd{number}", known=costs(), device=f"device {number}", **same) for number in range(2)]
+    expected = homes(fleet_of(1, 1))
+    for pd in pds:
+        queue = Placement(fleet).images
+        assert {name: send(queue, name, language=pd) for name in NAMES} == expected
 
 
 @pytest.mark.parametrize("how", ["drained", "dead"])
