@@ -23,6 +23,7 @@ from tests.store_server import StoreServer, running
 
 from .fleet import WAIT_SECONDS, Answer, ask, ask_all, bodies, front, images, prefill_and_decode
 from .processes import CALL_SECONDS, CHECKPOINT, CLIENT, Server, chiasm_instance, transfer_config, vllm
+from .test_doctor import examine
 from .wire import Body, chat, image_bytes, image_part
 
 HANDOVERS = "chiasm_proxy_handovers_total"
@@ -144,6 +145,12 @@ def test_answers_differ_from_request_to_request(fleet: Fleet) -> None:
 
 def test_one_encoder_and_one_pd(fleet: Fleet) -> None:
     assert ask_all(fleet.split, fleet.bodies) == fleet.expected
+
+
+def test_doctor_proves_that_an_embedding_travels(fleet: Fleet) -> None:
+    examined = examine("--encoder", fleet.encoder.url, "--pd", fleet.pd.url)
+    assert examined.verdicts("EC store") == ["ok"], examined.findings
+    assert examined.verdicts("embedding travels") == ["ok"], examined.findings
 
 
 def test_one_encoder_one_prefill_and_one_decode(fleet: Fleet) -> None:

@@ -89,7 +89,8 @@ class InstanceCosts:
 
     def decode_step_seconds(self, now: float) -> float:
         """Return what a step of decoding takes there, with the sequences that it has; 0 if the instance reports nothing."""
-        return self.reported.decode_step_seconds * self.step.factor(now)
+        reported = self.reported.decode_step_seconds
+        return reported and reported * self.step.factor(now)
 
     def learned(self, now: float) -> Costs:
         """Return the reported costs, corrected; of images, those sizes that it reports."""
