@@ -79,6 +79,11 @@ def test_cores_that_are_left_over_go_to_language_models_first(monkeypatch: pytes
     assert [wanted.threads(Role.PD, index) for index in (0, 1)] == [2, 2]
 
 
+def test_cores_of_a_role_that_are_left_over_go_to_its_first_instances() -> None:
+    wanted = DeploymentConfig("demo", {Role.ENCODER: RoleConfig(1), Role.PD: RoleConfig(2, cpus=(2, 4, 5, 6, 7))})
+    assert [wanted.threads(Role.PD, index) for index in (0, 1)] == [3, 2]
+
+
 def test_an_instance_gets_everything_that_its_role_needs() -> None:
     roles = {Role.ENCODER: RoleConfig(settings={"max_items": 4}), Role.PD: RoleConfig()}
     settings = {"dtype": "bfloat16", "max_items": 5, "max_image_pixels": 9}

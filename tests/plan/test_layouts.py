@@ -72,7 +72,7 @@ def test_serve_runs_on_as_many_cores_as_were_planned_for(count: int) -> None:
 
 def test_roles_that_divide_some_of_the_cores_are_pinned_to_their_own() -> None:
     options = split_on_cpu(Cpu(7, (0, 1, 2, 4, 5, 6, 7)), 1, 2).options
-    assert options == "--layout split --encoders 1 --pds 2 --encoder-cpus 0-1 --pd-cpus 2,4-6"
+    assert options == "--layout split --encoders 1 --pds 2 --encoder-cpus 0-1 --pd-cpus 2,4-7"
 
 
 def test_a_single_core_is_shared() -> None:

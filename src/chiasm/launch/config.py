@@ -286,7 +286,7 @@ class DeploymentConfig:
         if chosen.threads is not None:
             return chosen.threads
         if chosen.cpus:
-            return max(1, len(set(chosen.cpus)) // self.count(role))
+            return max(1, even_shares(len(set(chosen.cpus)), self.count(role))[index])
         ordered = sorted(self.roles, key=lambda one: one is Role.ENCODER)
         before = sum(self._counts(*ordered[: ordered.index(role)]))
         return max(1, even_shares(usable_cores(), sum(self._counts(*ordered)))[before + index])

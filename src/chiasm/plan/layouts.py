@@ -139,34 +139,6 @@ def _sharing(cpu: Cpu, options: str) -> str:
 
 
 def split_on_cpu(cpu: Cpu, encoders: int, pds: int) -> Candidate:
-def aggregated_on_cpu(cpu: Cpu, count: int, *, divided: bool = False) -> Candidate:
-    """Return aggregated instances on all cores, which they share or divide."""
-    threads = even_shares(cpu.cores, count) if divided else [cpu.cores] * count
-    instances = [PlannedInstance(Role.AGGREGATED, 0, one, encoder_weight=NICE_5_WEIGHT) for one in threads]
-    if divided:
-        options = _dividing(cpu, f"--aggregated {count}", instances)
-    else:
-        options = _sharing(cpu, f"--layout aggregated --aggregated {count}")
-    return Candidate(Layout.AGGREGATED, (Place(cpu, cpu.cores),), tuple(instances), options)
-
-
-def colocated_on_cpu(cpu: Cpu, encoders: int, pds: int) -> Candidate:
-    """Return encoders beside PDs on all cores."""
-    place = Place(cpu, cpu.cores)
-    instances = (
-        *(PlannedInstance(Role.ENCODER, 0, cpu.cores, encoder_weight=NICE_5_WEIGHT),) * encoders,
-        *(PlannedInstance(Role.PD, 0, cpu.cores),) * pds,
-    )
-    options = _sharing(cpu, f"--layout colocated --encoders {encoders} --pds {pds}")
-    return Candidate(Layout.COLOCATED, (place,), instances, options)
-
-
-def _sharing(cpu: Cpu, options: str) -> str:
-    """Return the options of instances that share the cores."""
-    return f"{options} --devices {show_cpus(cpu.cpus)}" if cpu.cpus else options
-
-
-def split_on_cpu(cpu: Cpu, encoders: int, pds: int) -> Candidate:
     """Return encoders and PDs that divide the cores evenly; those that are left over go to PDs first."""
     shares = [max(1, share) for share in even_shares(cpu.cores, encoders + pds)]
     dealt = [*((Role.ENCODER, share) for share in shares[pds:]), *((Role.PD, share) for share in shares[:pds])]
