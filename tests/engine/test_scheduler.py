@@ -236,6 +236,65 @@ def test_an_image_is_looked_for_behind_a_request_of_many_sequences() -> None:
     assert [sequence for sequence, _ in driver.scheduler.wanted_items()] == [image]
 
 
+def test_an_image_that_is_there_is_not_kept_waiting_by_requests_whose_images_never_come() -> None:
+    driver = Driver(max_num_seqs=2, min_text_before_item=8)
+    for name in ("never 1", "never 2"):
+        driver.add(prompt(3, (name, 4)))
+    driver.stored.add("here")
+    here = driver.add(prompt(3, ("here", 4)))
+    driver.run_until(lambda: here.finished, limit=10)
+    assert not any(sequence.was_scheduled for sequence in driver.sequences[:2])
+
+
+def test_what_is_missing_is_known_behind_requests_whose_images_never_come() -> None:
+    driver = Driver(max_num_seqs=2, min_text_before_item=8)
+    for number in range(5):
+        driver.add(prompt(3, (f"image {number}", 4)))
+    driver.step()
+    missing = [item.identifier for _, items in driver.scheduler.wanted_items() for item in items]
+    assert missing == [f"image {number}" for number in range(5)]
+
+
+def test_no_more_requests_get_room_for_images_than_can_run() -> None:
+    driver = Driver(max_num_seqs=2)
+    for number in range(2):
+        driver.add(prompt(4), salt=str(number), max_tokens=9)
+    driver.step()
+    driver.stored.update(f"image {number}" for number in range(5))
+    for number in range(5):
+        driver.add(prompt(2, (f"image {number}", 4)))
+    driver.step()
+    driver.step()
+    assert driver.scheduler.encoder_cache.identifiers == {"image 0", "image 1"}
+    driver.run()
+
+
+def test_requests_that_have_some_of_their_images_keep_no_room_from_one_that_could_end() -> None:
+    driver = Driver(max_num_seqs=2, blocks=4)
+    for name in "abcd":
+        driver.add(prompt((name, 4), 8, (f"never {name}", 4)))
+    driver.stored.update("abcd")
+    for _ in range(4):
+        driver.step()
+    assert len(driver.scheduler.waiting) > 2
+    driver.stored.add("here")
+    here = driver.add(prompt(3, ("here", 4)), max_tokens=1)
+    driver.run_until(lambda: here.finished, limit=4)
+
+
+def test_requests_of_one_key_that_have_their_images_keep_no_room_from_another_key() -> None:
+    driver = Driver(max_num_seqs=2)
+    driver.stored.update(f"image {number}" for number in range(9))
+    for number in range(8):
+        driver.add(prompt(2, (f"image {number}", 4)), key="greedy", max_tokens=20)
+    driver.step()
+    other = driver.add(prompt(2, ("image 8", 4)), key="other", due=1.0)
+    driver.run_until(lambda: driver.sequences[0].finished or other.was_scheduled)
+    driver.step()
+    assert other.was_scheduled
+    driver.run()
+
+
 # ---- the order of due ---------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +514,14 @@ def test_little_text_before_a_missing_item_waits_for_it_and_runs_in_the_same_ste
     assert sequence.prompt_computed
 
 
+def test_little_text_waits_for_its_item_and_runs_then_even_if_a_step_has_fewer_rows() -> None:
+    driver = Driver(min_text_before_item=8, budget=4)
+    driver.add(prompt(4, ("a", 4), 2), max_tokens=1)
+    assert not driver.step().scheduled
+    driver.stored.add("a")
+    assert [chunks(driver.step()) for _ in range(3)] == [[(0, 4)], [(4, 8)], [(8, 10)]]
+
+
 def test_much_text_before_a_missing_item_runs_without_it() -> None:
     driver = Driver(min_text_before_item=4)
     sequence = driver.add(prompt(4, ("a", 4), 2))
@@ -534,6 +601,18 @@ def test_the_same_item_twice_in_a_prompt_is_loaded_once_and_kept_until_its_last_
     driver.stored = set()
     driver.run()
     assert driver.nothing_is_left()
+
+
+def test_an_item_that_is_needed_again_only_after_a_missing_one_keeps_no_room() -> None:
+    driver = Driver(cache_rows=4)
+    driver.stored = {"a"}
+    first = driver.add(prompt(("a", 4), ("late", 4), ("a", 4)), max_tokens=1)
+    driver.run_until(lambda: driver.scheduler.items.is_stalled(first))
+    driver.stored.add("b")
+    other = driver.add(prompt(("b", 4), 1), max_tokens=1)
+    driver.run_until(lambda: other.finished, limit=4)
+    driver.stored.add("late")
+    driver.run()
 
 
 def test_two_requests_for_one_missing_item_both_continue_when_it_arrives() -> None:
@@ -841,3 +920,53 @@ def test_any_order_of_events_lets_all_requests_end_and_frees_everything(
     assert driver.nothing_is_left()
     for number, sequence in enumerate(driver.sequences):
         assert number in cancelled or sequence.num_output == sequence.sampling.max_tokens
+
+
+late_parts = st.lists(
+    st.one_of(st.integers(1, 9), st.tuples(st.sampled_from(["a", "b", "c", "never 1", "never 2"]), st.just(4))),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    requests=st.lists(
+        st.tuples(late_parts, st.integers(1, 3), st.integers(0, 5), st.sampled_from(["", "x", "y"])),
+        min_size=1,
+        max_size=10,
+    ),
+    budget=st.integers(4, 24),
+    min_text=st.sampled_from([0, 8]),
+    cache_rows=st.integers(4, 24),
+    arrivals=st.permutations("abc"),
+    max_num_seqs=st.sampled_from([1, 2, 16]),
+)
+def test_whatever_waits_for_embeddings_that_never_come_lets_all_others_end(
+    requests: list[tuple[list[int | tuple[str, int]], int, int, str]],
+    budget: int,
+    min_text: int,
+    cache_rows: int,
+    arrivals: list[str],
+    max_num_seqs: int,
+) -> None:
+    driver = Driver(
+        budget=budget,
+        min_text_before_item=min_text,
+        blocks=128,
+        cache_rows=cache_rows,
+        max_num_seqs=max_num_seqs,
+    )
+    for number, (request, max_tokens, due, key) in enumerate(requests):
+        driver.add(prompt(*request), max_tokens=max_tokens, due=due, key=key, salt=str(number % 3))
+        driver.step()
+    for name in arrivals:
+        driver.stored.add(name)
+        driver.step()
+    stuck = [
+        sequence for sequence in driver.sequences if any(item.identifier.startswith("never") for item in sequence.items)
+    ]
+    driver.run_until(lambda: all(sequence.finished for sequence in driver.sequences if sequence not in stuck))
+    driver.stored.update(["never 1", "never 2"])
+    driver.run()
+    assert driver.nothing_is_left()

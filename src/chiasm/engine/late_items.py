@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Container, Iterable, Set
+from itertools import takewhile
 
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager, Rank
@@ -95,20 +96,22 @@ class LateItems:
         return len(self.cached_prefix(sequence)) * self._block_manager.block_size
 
     def wanted(self, sequences: Iterable[Sequence]) -> list[tuple[Sequence, list[PromptItem]]]:
-        """Return the items that the next chunks of these need and that are not in memory, in the order of need."""
+        """Return what the next chunks of these need and have to wait for: from the first item that is not in memory.
+
+        Sequences whose next chunks need no items are left out. The others hold what they need before that item, no more.
+        """
         self._forget_old_answers()
         wanted: list[tuple[Sequence, list[PromptItem]]] = []
         for sequence in sequences:
             if not sequence.items or sequence.prompt_computed:
                 continue
-            missing: list[PromptItem] = []
-            for item in self._next_items(sequence):
-                if missing or item.identifier not in self._encoder_cache:
-                    missing.append(item)
-                else:
-                    self.hold(sequence, item)
-            if missing:
-                wanted.append((sequence, missing))
+            items = self._next_items(sequence)
+            here = list(takewhile(lambda item: item.identifier in self._encoder_cache, items))
+            self._release(sequence, sequence.held - {item.identifier for item in here})
+            for item in here:
+                self.hold(sequence, item)
+            if items:
+                wanted.append((sequence, items[len(here) :]))
         return wanted
 
     def _next_token(self, sequence: Sequence) -> int:
@@ -120,9 +123,9 @@ class LateItems:
         return len(prefix) * self._block_manager.block_size
 
     def _next_items(self, sequence: Sequence) -> list[PromptItem]:
-        """Return the items that the next chunks of a prompt need."""
+        """Return the items that the next chunks of a prompt need, or for which little text before them waits."""
         start = self._next_token(sequence)
-        return sequence.items_between(start, start + self._max_num_batched_tokens)
+        return sequence.items_between(start, start + self._max_num_batched_tokens + self._min_text_before_item)
 
     # ---- what is missing --------------------------------------------------------------------------------------------
 
@@ -203,15 +206,16 @@ class LateItems:
         if not sequence.held:
             return
         needed = {item.identifier for item in sequence.items if item.offset + item.length > sequence.num_computed}
-        for identifier in sequence.held - needed:
-            sequence.held.discard(identifier)
-            self._encoder_cache.release(identifier, sequence.sequence_id)
+        self._release(sequence, sequence.held - needed)
 
     def release_all(self, sequence: Sequence) -> None:
         """Release all that the sequence holds."""
-        for identifier in sequence.held:
+        self._release(sequence, set(sequence.held))
+
+    def _release(self, sequence: Sequence, identifiers: Set[str]) -> None:
+        for identifier in identifiers:
+            sequence.held.discard(identifier)
             self._encoder_cache.release(identifier, sequence.sequence_id)
-        sequence.held.clear()
 
 
 def _rank(sequence: Sequence) -> Rank:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from chiasm.engine.block_manager import BlockManager
@@ -146,15 +147,21 @@ class Scheduler:
 
     # ---- what is missing --------------------------------------------------------------------------------------------
 
-    def wanted_items(self) -> list[tuple[Sequence, list[PromptItem]]]:
-        """Return the items that the next chunks need and that are not in memory, in the order in which they are needed.
+    def wanted_items(self) -> Iterator[tuple[Sequence, list[PromptItem]]]:
+        """Yield the items that the next chunks need and that are not in memory, in the order in which they are needed.
 
         The caller goes through a sequence's items and stops at the first that doesn't exist yet or finds no room, so that
-        a sequence only holds entries that it needs next.
+        a sequence only holds entries that it needs next. Sequences that wait are left out behind so many of their key as can
+        run at once and have all that they need: what these wait for isn't an embedding.
         """
-        waiting = [sequence for sequence in self.waiting if sequence.items and not self._follows(sequence)]
         running = [sequence for sequence in self.running if not self._follows(sequence)]
-        return self.items.wanted([*running, *waiting[: self.config.max_num_seqs]])
+        waiting = [sequence for sequence in self.waiting if sequence.items and not self._follows(sequence)]
+        have_all: Counter[str] = Counter()
+        for sequence, missing in self.items.wanted([*running, *waiting]):
+            if missing and (sequence.is_running or have_all[sequence.key] < self.config.max_num_seqs):
+                yield sequence, missing
+            if not sequence.is_running and all(item.identifier in self.encoder_cache for item in missing):
+                have_all[sequence.key] += 1
 
     def items_to_encode(self) -> list[tuple[Sequence, PromptItem]]:
         """Return the missing items that an encoder of the engine's own should make, first come first, each once.
