@@ -6,8 +6,12 @@ overtake large ones, and nobody starves, since whatever comes late enough is due
 
 from __future__ import annotations
 
+import math
+
 STRETCH = 5.0
 """A request is due when this many times the seconds that its own work takes have passed since it arrived."""
+BEFORE_ALL_NEW = -math.inf
+"""When an answer is due that was cut off on another instance, so that it is not cut off again."""
 
 
 def due(arrival: float, work_seconds: float) -> float:

@@ -47,6 +47,19 @@ class Store(ECConnector):
         raise NotImplementedError
 
 
+class NarrowStore(Store):
+    """Has too little memory to hand over the entry ``large``."""
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
+        assert self._metadata is not None
+        for name in self._metadata.loads:
+            if name in encoder_cache:
+                continue
+            if name == "large":
+                raise MemoryError
+            encoder_cache[name] = torch.empty(4, 1)
+
+
 def state_of(sequence: Sequence) -> RequestState:
     request = GenerateRequest(sequence.request_id, sequence.prompt, SamplingParams(), deadline=60.0)
     state = RequestState(request, asyncio.new_event_loop(), asyncio.Queue(), 0.0, BlockHasher(4, sequence.items, ""))
@@ -82,3 +95,14 @@ def test_what_is_needed_is_asked_for_before_what_is_only_counted() -> None:
     assert {name for name, outcome in outcomes.items() if outcome is ItemOutcome.HIT} == {"c", "d"}
     assert embeddings.outcomes == {ItemOutcome.HIT: 3}
     assert embeddings.wait_seconds == 0
+
+
+def test_an_embedding_that_finds_no_memory_costs_only_the_requests_that_want_it() -> None:
+    driver, store = Driver(), NarrowStore("first", "large", "last")
+    embeddings = Embeddings(driver.scheduler, entry_width=1, connectors=(store, store))
+    states = {name: state_of(driver.add(prompt(2, (name, 4)))) for name in ("first", "large", "last")}
+    failed = embeddings.update({state.request.request_id: state for state in states.values()})
+    assert [state for state, _ in failed] == [states["large"]]
+    assert "MemoryError" in failed[0][1].message
+    assert embeddings.entries.keys() == {"first", "last"}
+    assert driver.scheduler.encoder_cache.identifiers == {"first", "last"}

@@ -507,6 +507,42 @@ async def test_a_request_that_needs_too_much_memory_fails_alone(start: Start, mo
     assert instance.is_empty()
 
 
+async def test_a_request_that_cannot_be_queued_fails_alone(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    pd = start()
+    stream = asyncio.create_task(pd.ask("hello", max_tokens=100))
+    await until(lambda: pd.engine.stats().num_running == 1)
+
+    def make_choices(state: RequestState, *args: Any, **options: Any) -> NoReturn:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RequestState, "make_choices", make_choices)
+        with pytest.raises(ChiasmError, match="failed on this request: MemoryError"):
+            await pd.choices("one of many", choices=16)
+    assert len((await stream).token_ids) == 100
+    assert pd.is_empty()
+
+
+async def test_an_error_in_what_the_engine_is_told_costs_no_later_request(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pd = start()
+    stream = asyncio.create_task(pd.ask("hello", max_tokens=400))
+    await until(lambda: pd.engine.stats().num_running == 1)
+
+    def look_again() -> NoReturn:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.engine._embeddings, "look_again", look_again)
+        pd.engine._item_news()
+        with pytest.raises(ChiasmError, match="The engine failed: MemoryError"):
+            await stream
+    assert pd.engine.healthy
+    assert len((await pd.ask("hello")).token_ids) == 8
+    assert pd.is_empty()
+
+
 async def test_requests_are_handled_a_few_at_a_time_so_that_streams_go_on(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,9 +10,11 @@ from typing import NoReturn
 import pytest
 from torch import Tensor
 
+from chiasm.engine.late_items import LateItems
 from chiasm.engine.request import ItemOutcome
+from chiasm.engine.sequence import Sequence
 from chiasm.errors import ChiasmError, DeadlineExceededError
-from chiasm.models.base import Pixels
+from chiasm.models.base import Pixels, PromptItem
 from chiasm.wire import Role
 from tests.engine.conftest import A, B, Instance, Start, sample_image, until, vision_of
 
@@ -114,6 +116,30 @@ async def test_an_image_that_fails_fails_all_requests_that_need_it_and_not_the_e
     assert instance.engine.stats().items == {ItemOutcome.MISSED: 2}
     assert len((await instance.ask("first", A)).token_ids) == 8
     assert instance.engine.stats().images_encoded == 1
+
+
+async def test_an_embedding_that_is_dropped_just_before_it_is_taken_is_made_again(
+    instance: Instance, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, items = instance.engine._embeddings._encoder, instance.engine._scheduler.items
+    assert encoder is not None
+    dropped: list[str] = []
+
+    def make_room(sequence: Sequence, item: PromptItem) -> bool:
+        """Do what the encoder's thread may do at this moment."""
+        if not dropped:
+            dropped.append(item.identifier)
+            with encoder._changed:
+                del encoder._encoded[item.identifier]
+                encoder._changed.notify()
+        return LateItems.make_room(items, sequence, item)
+
+    monkeypatch.setattr(items, "make_room", make_room)
+    gate.opened.set()
+    both = await asyncio.gather(instance.ask("look:", A), instance.ask("hello"))
+    assert [len(answer.token_ids) for answer in both] == [8, 8]
+    assert len(dropped) == 1
+    assert len(gate.begun) == 2
 
 
 async def test_images_of_an_aborted_request_are_not_encoded(instance: Instance, gate: Gate) -> None:

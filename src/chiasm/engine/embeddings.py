@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from chiasm.connectors.faults import log_failure, logged
@@ -39,7 +40,7 @@ RETRY_SECONDS = 0.01
 
 @contextmanager
 def _noting_failure(connector: ECConnector, identifier: str, failed: dict[str, ChiasmError]) -> Iterator[None]:
-    """A block that calls the connector for one item. If that raises an error, log it, and add the item to ``failed``."""
+    """A block that calls the connector about one item. If that raises an error, log it, and add the item to ``failed``."""
     try:
         yield
     except Exception as error:
@@ -224,17 +225,17 @@ class Embeddings:
                 self._scheduler.item_arrived(sequence, item)
                 arrivals.append((sequence, item))
         requests += self._note_hits(scheduler_role, {item.identifier for _, item in arrivals}, failed, states)
-        error = self._hand_over(scheduler_role, worker_role, arrivals, states)
+        errors = self._hand_over(scheduler_role, worker_role, arrivals, states)
         for sequence, item in arrivals:
             state = states[sequence.request_id]
             if item.identifier in self.entries:
                 self.note(state, item.identifier, ItemOutcome.WAITED)
                 continue
             self._scheduler.item_lost(item.identifier)
-            if error is None:
-                self._has_lost = True
+            if item.identifier in errors:
+                requests.append((state, errors[item.identifier]))
             else:
-                requests.append((state, error))
+                self._has_lost = True
         return requests
 
     def _hand_over(
@@ -243,26 +244,48 @@ class Embeddings:
         worker_role: ECConnector,
         arrivals: list[tuple[Sequence, PromptItem]],
         states: Mapping[str, RequestState],
-    ) -> ChiasmError | None:
-        """Have the worker role put what was noted into ``entries``. Return why that isn't all of it, if a role has failed."""
+    ) -> Mapping[str, ChiasmError]:
+        """Have the worker role put what was noted into ``entries``. Return on which items a role has failed, and how."""
         started = time.monotonic()
+        failed: Mapping[str, ChiasmError] = {}
         try:
             metadata = scheduler_role.build_connector_meta()
             if not metadata.loads:
-                return None
+                return {}
             worker_role.bind_connector_metadata(metadata)
             try:
-                worker_role.start_load_caches(self.entries)
+                failed = self._start_loads(worker_role, metadata.loads)
             finally:
                 worker_role.clear_connector_metadata()
         except Exception as error:
             log_failure(scheduler_role, "hand over embeddings, so the requests that lack one fail")
-            return connector_error(error)
+            return {item.identifier: connector_error(error) for _, item in arrivals}
         seconds = time.monotonic() - started
         self._reject_misfits(worker_role, arrivals, states)
         for request_id in {sequence.request_id for sequence, _ in arrivals}:
             states[request_id].timing.transfer_seconds += seconds
-        return None
+        return failed
+
+    def _start_loads(self, worker_role: ECConnector, names: tuple[str, ...]) -> Mapping[str, ChiasmError]:
+        """Have the worker role hand these over: all at once or, if that fails, one by one. Return which fail by themselves.
+
+        One embedding may need more memory than there is; it must not cost the requests that want others.
+        """
+        try:
+            worker_role.start_load_caches(self.entries)
+        except Exception:
+            failed: dict[str, ChiasmError] = {}
+            for name in [name for name in names if name not in self.entries]:
+                # The role skips what is there already.
+                alone = {other: torch.empty(0) for other in names if other != name}
+                with _noting_failure(worker_role, name, failed):
+                    worker_role.start_load_caches(alone)
+                    if name in alone:
+                        self.entries[name] = alone[name]
+            if not failed:
+                log_failure(worker_role, "hand over embeddings at once, and did so one by one")
+            return failed
+        return {}
 
     def _note_hits(
         self,
@@ -334,6 +357,9 @@ class Embeddings:
                     if name not in encoder or not self._scheduler.items.make_room(sequence, item):
                         break
                     encoded = encoder.take(name)
+                    if encoded is None:
+                        self._scheduler.item_lost(name)
+                        break
                     if encoded.error is None:
                         self.entries[name] = encoded.entry
                         self._note_encoded(state, name, encoded.seconds)

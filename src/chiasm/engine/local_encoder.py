@@ -93,13 +93,18 @@ class LocalEncoder:
             self._changed.notify()
 
     def __contains__(self, identifier: str) -> bool:
-        """Return whether the item is encoded, or failed."""
+        """Return whether the item is encoded, or failed. The thread may drop it right after, for one that is more urgent."""
         return identifier in self._encoded
 
-    def take(self, identifier: str) -> Encoded:
-        """Return what came of an item, and forget it. The entry is usable on the caller's CUDA stream."""
+    def take(self, identifier: str) -> Encoded | None:
+        """Return what came of an item, and forget it; None if it has been dropped.
+
+        The entry is usable on the caller's CUDA stream.
+        """
         with self._changed:
-            encoded = self._encoded.pop(identifier)
+            encoded = self._encoded.pop(identifier, None)
+            if encoded is None:
+                return None
             self._wanted = {name: pixels for name, pixels in self._wanted.items() if name != identifier}
         if encoded.entry.is_cuda:
             # Its memory belongs to the stream that encodes, which must not use it again before the caller's is done with it.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from chiasm.due import due
+from chiasm.due import BEFORE_ALL_NEW, due
 from chiasm.engine.block_manager import BlockHasher
 from chiasm.engine.outputs import Choice
 from chiasm.engine.pace import prompt_work
@@ -21,8 +20,6 @@ from chiasm.models.base import Processor
 logger = logging.getLogger(__name__)
 
 _STALLS_KEPT = 16
-_BEFORE_ALL_NEW = -math.inf
-"""When an answer is due that was cut off on another instance, so that it is not cut off again."""
 
 
 @dataclass(eq=False)
@@ -67,7 +64,7 @@ class RequestState:
             seed = secrets.randbits(62)
         resumed = params is not None and params.num_sent > 1
         work_tokens = request.work_tokens or prompt_work(request.prompt)
-        due_at = _BEFORE_ALL_NEW if resumed else due(self.arrived, work_tokens * seconds_per_token)
+        due_at = BEFORE_ALL_NEW if resumed else due(self.arrived, work_tokens * seconds_per_token)
         for index in range(request.num_choices):
             sequence = Sequence(
                 request_id=request.request_id,

@@ -100,17 +100,21 @@ class StepLoop:
         use_threads(self._config.threads)
         # Only where this process encodes too: the threads that move KV rely on the default stream.
         encodes = self._config.role is Role.AGGREGATED
-        with on_stream(self._device, HIGH_PRIORITY) if encodes else nullcontext():
-            self._serve()
-        self._worker.rest()
-        self._fail_all(list(self.states.values()), "The engine of this instance stopped while the request ran.")
-        self._answer_questions()
+        try:
+            with on_stream(self._device, HIGH_PRIORITY) if encodes else nullcontext():
+                self._serve()
+        finally:
+            self._worker.rest()
+            self._fail_all(list(self.states.values()), "The engine of this instance stopped while the request ran.")
+            self._answer_questions()
 
     def _serve(self) -> None:
         """Run steps until the engine has to stop."""
         idle = True
-        while self._take_inbox(wait=idle):
+        while True:
             try:
+                if not self._take_inbox(wait=idle):
+                    return
                 self._check_deadlines()
                 self._collect_transfers()
                 for state, failure in self._embeddings.update(self.states):
@@ -120,8 +124,8 @@ class StepLoop:
                 self._measure_stalls()
                 idle = not self._step()
             except Exception as error:
-                # An error that a step does not handle itself costs the requests that are here, not the instance.
-                logger.exception("Planning a step failed; its %d requests fail with it.", len(self.states))
+                # An error that is not handled where it occurs costs the requests that are here, not the instance.
+                logger.exception("The engine's thread failed; its %d requests fail with it.", len(self.states))
                 self._fail_all(list(self.states.values()), f"The engine failed: {type(error).__name__}.")
                 self._embeddings.forget_unfilled()
                 idle = True
@@ -161,21 +165,24 @@ class StepLoop:
 
     def _add(self, state: RequestState) -> None:
         request, params = state.request, state.request.kv_transfer_params
-        state.make_choices(
-            self._arrivals,
-            processor=self._processor,
-            block_size=self._config.block_size,
-            max_model_len=self._max_model_len,
-            seconds_per_token=self._pace.seconds_per_token,
-        )
         try:
+            state.make_choices(
+                self._arrivals,
+                processor=self._processor,
+                block_size=self._config.block_size,
+                max_model_len=self._max_model_len,
+                seconds_per_token=self._pace.seconds_per_token,
+            )
             if self._config.role is Role.DECODE:
                 assert self._kv_transfers is not None
                 self._kv_transfers.admit(state)
             self._scheduler.add(state.sequences)
-        except ChiasmError as error:
+        except Exception as error:
             if self._kv_transfers is not None:
                 self._kv_transfers.drop(request)
+            if not isinstance(error, ChiasmError):
+                logger.exception("A request can't be queued, and fails.")
+                error = ChiasmError(f"The engine failed on this request: {type(error).__name__}.")
             deliver([(state, error)])
             return
         self.states[request.request_id] = state
