@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from types import FrameType
 
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chiasm.due import BEFORE_ALL_NEW
 from chiasm.engine.local_encoder import choose
 from chiasm.engine.shares import largest_share
 from chiasm.errors import InvalidRequestError, OverloadedError
@@ -99,7 +99,7 @@ def test_an_answer_that_was_cut_off_elsewhere_goes_before_new_ones() -> None:
     driver.add(prompt(4), max_tokens=2)
     driver.step()
     new = driver.add(prompt(4), salt="new")
-    resumed = driver.add(prompt(4), salt="resumed", outputs=(7,), due=-math.inf)
+    resumed = driver.add(prompt(4), salt="resumed", outputs=(7,), due=BEFORE_ALL_NEW)
     driver.run_until(lambda: resumed.finished)
     assert not new.was_scheduled
     driver.run()
@@ -225,6 +225,21 @@ def test_keys_share_the_places_evenly_however_many_requests_they_have() -> None:
         driver.add(prompt(2), salt=f"b{number}", key="b", due=1.0, max_tokens=50)
     driver.step()
     assert (running(driver, "a"), running(driver, "b")) == (4, 4)
+    driver.run()
+
+
+def test_answers_that_were_cut_off_elsewhere_need_no_turn_of_their_key() -> None:
+    driver = Driver(max_num_seqs=4, blocks=10_000)
+    for number in range(3):
+        driver.add(prompt(2), salt=f"a{number}", key="a", max_tokens=4)
+    driver.step()
+    new = [driver.add(prompt(2), salt=f"b{number}", key="b", max_tokens=4) for number in range(4)]
+    resumed = [
+        driver.add(prompt(2), salt=f"r{number}", key="a", due=BEFORE_ALL_NEW, outputs=(7,), max_tokens=9)
+        for number in range(3)
+    ]
+    driver.run_until(lambda: all(sequence.was_scheduled for sequence in resumed))
+    assert not any(sequence.was_scheduled for sequence in new[1:])
     driver.run()
 
 
@@ -569,6 +584,11 @@ def calls_of_a_step(*, stalled: int, min_text: int) -> int:
     for _ in range(30):
         driver.step()
     assert len(driver.scheduler.running) == 1 + (stalled if min_text == 0 else 0)
+    return calls_of_planning(driver)
+
+
+def calls_of_planning(driver: Driver) -> int:
+    """How many functions are called to load what is wanted and to plan a step, while nothing has changed."""
     calls = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -589,6 +609,35 @@ def calls_of_a_step(*, stalled: int, min_text: int) -> int:
 @pytest.mark.parametrize("min_text", [0, 8])
 def test_requests_that_wait_cost_a_step_nothing_while_nothing_changes(min_text: int) -> None:
     assert calls_of_a_step(stalled=256, min_text=min_text) == calls_of_a_step(stalled=1, min_text=min_text)
+
+
+def calls_while_short(of: str, waiting: int) -> int:
+    """How many functions are called to plan a step while so many requests wait for rows, places or blocks."""
+    if of == "rows":
+        driver = Driver(max_queued=2000, blocks=2000, max_prefill=4)
+        driver.add(prompt(900), max_tokens=1)
+    elif of == "places":
+        driver = Driver(max_queued=2000, blocks=2000, max_num_seqs=2)
+        for number in range(2):
+            driver.add(prompt(4), salt=str(number), max_tokens=900)
+    else:
+        driver = Driver(max_queued=2000, blocks=12)
+        driver.add(prompt(40), max_tokens=20)
+    driver.step()
+    for number in range(waiting):
+        name = f"image {number}"
+        if number % 2:
+            driver.stored.add(name)
+        driver.add(prompt(33, (name, 4), 3), due=1.0, key=str(number % 3), salt="waits")
+    for _ in range(3):
+        driver.step()
+    assert len(driver.scheduler.waiting) == waiting
+    return calls_of_planning(driver)
+
+
+@pytest.mark.parametrize("of", ["rows", "places", "blocks"])
+def test_requests_that_wait_because_something_is_short_cost_a_step_nothing_while_nothing_changes(of: str) -> None:
+    assert calls_while_short(of, 256) == calls_while_short(of, 8)
 
 
 def test_the_same_item_twice_in_a_prompt_is_loaded_once_and_kept_until_its_last_place() -> None:

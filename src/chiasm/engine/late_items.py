@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Set
+from collections.abc import Collection, Iterable, Set
 from itertools import takewhile
 
 from chiasm.engine.block_manager import BlockManager
@@ -39,8 +39,10 @@ class LateItems:
         """``changes`` when the following was found out; it holds until that grows."""
         self._stalled: dict[str, bool] = {}
         """By sequence, what ``is_stalled`` has answered."""
-        self._kept_waiting: set[str] = set()
-        """Sequences that can't be admitted because an embedding is missing."""
+        self._will_stall: dict[str, bool] = {}
+        """By sequence, what ``will_stall`` has answered."""
+        self._starts: dict[str, int] = {}
+        """How many tokens the prefix cache holds of sequences that wait to run."""
         self._found_blocks: set[int] = set()
         """Blocks of the prefix cache on which these answers and that of ``wanted`` rest."""
 
@@ -65,7 +67,8 @@ class LateItems:
         if self._answers_at != self.changes:
             self._answers_at = self.changes
             self._stalled.clear()
-            self._kept_waiting.clear()
+            self._will_stall.clear()
+            self._starts.clear()
             self._found_blocks.clear()
 
     # ---- what is needed ---------------------------------------------------------------------------------------------
@@ -116,11 +119,15 @@ class LateItems:
 
     def _next_token(self, sequence: Sequence) -> int:
         """Return the first token that would be computed if the sequence were scheduled now."""
-        if sequence.num_computed:
+        if sequence.is_running:
             return sequence.num_computed
-        prefix = self.cached_prefix(sequence)
-        self._found_blocks.update(prefix)
-        return len(prefix) * self._block_manager.block_size
+        self._forget_old_answers()
+        start = self._starts.get(sequence.sequence_id)
+        if start is None:
+            prefix = self.cached_prefix(sequence)
+            self._found_blocks.update(prefix)
+            start = self._starts[sequence.sequence_id] = len(prefix) * self._block_manager.block_size
+        return start
 
     def _next_items(self, sequence: Sequence) -> list[PromptItem]:
         """Return the items that the next chunks of a prompt need, or for which little text before them waits."""
@@ -144,13 +151,14 @@ class LateItems:
 
     def is_stalled(self, sequence: Sequence) -> bool:
         """Return whether the sequence cannot continue because an embedding is missing."""
-        if sequence.prompt_computed or not sequence.items:
+        if sequence.prompt_computed or not sequence.items or sequence.num_remote:
             return False
         self._forget_old_answers()
         stalled = self._stalled.get(sequence.sequence_id)
         if stalled is None:
-            end = self.runnable_end(sequence, sequence.num_computed, sequence.num_tokens)
-            stalled = self._stalled[sequence.sequence_id] = end == sequence.num_computed
+            start = self._next_token(sequence)
+            stalled = self.runnable_end(sequence, start, sequence.num_tokens) == start
+            self._stalled[sequence.sequence_id] = stalled
         return stalled
 
     def will_stall(self, sequence: Sequence) -> bool:
@@ -160,10 +168,15 @@ class LateItems:
         """
         if not sequence.items or sequence.prompt_computed or sequence.num_remote:
             return False
+        self._forget_old_answers()
+        stalls = self._will_stall.get(sequence.sequence_id)
+        if stalls is None:
+            stalls = self._will_stall[sequence.sequence_id] = self._lacks_any(self._next_items(sequence))
+        return stalls
+
+    def _lacks_any(self, items: Iterable[PromptItem]) -> bool:
         room = self._encoder_cache.capacity_bytes
-        for identifier, num_bytes in {
-            item.identifier: self.entry_bytes(item) for item in self._next_items(sequence)
-        }.items():
+        for identifier, num_bytes in {item.identifier: self.entry_bytes(item) for item in items}.items():
             room -= num_bytes
             if room < 0:
                 return False
@@ -177,14 +190,13 @@ class LateItems:
             return True
         return self.runnable_end(sequence, self._next_token(sequence), sequence.num_tokens) == sequence.num_tokens
 
-    def keep_waiting(self, sequence: Sequence) -> None:
-        """Note that the sequence can't be admitted because an embedding is missing."""
-        self._kept_waiting.add(sequence.sequence_id)
+    def note_stalled(self, sequence: Sequence) -> None:
+        """Note that a sequence that waits to run can't be admitted because an embedding is missing.
 
-    def kept_waiting(self) -> Container[str]:
-        """Return the ids of the sequences for which ``keep_waiting`` still holds."""
+        The prefix cache may have grown since that was asked last, and then less text is left before the item.
+        """
         self._forget_old_answers()
-        return self._kept_waiting
+        self._stalled[sequence.sequence_id] = True
 
     # ---- room -------------------------------------------------------------------------------------------------------
 

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from heapq import merge
+from itertools import takewhile
 
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
 from chiasm.engine.late_items import LateItems
 from chiasm.engine.preemption import Preemption
 from chiasm.engine.sequence import Sequence
-from chiasm.engine.shares import by_turns, check_queue, may_take
+from chiasm.engine.shares import check_queue, may_take
 from chiasm.engine.step import ScheduledSequence, Step
+from chiasm.engine.waiting import Place, in_turn, place_of
 from chiasm.models.base import PromptItem
 
 
@@ -74,10 +77,16 @@ class Scheduler:
             entry_bytes_per_row=config.entry_bytes_per_row,
         )
         self._preemption = Preemption(self.items, recomputes_items=config.recomputes_items)
-        self._computing: list[Sequence] | None = None
-        """What ``_not_stalled`` has answered; None once a sequence has begun or ended to run since."""
-        self._computing_at = 0
-        """``items.changes`` at that time."""
+        self._moves = 0
+        """Grows whenever a sequence begins or ends to wait or to run, or no longer follows another."""
+        self._computing: list[Sequence] = []
+        """What ``_not_stalled`` has answered."""
+        self._computing_at = (-1, -1)
+        """``_moves`` and ``items.changes`` at that time: it holds until one of them grows."""
+        self._order: list[tuple[Place, bool, Sequence]] = []
+        """What ``_waiting_order`` has answered."""
+        self._order_at = (-1, -1)
+        """Likewise."""
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -93,6 +102,7 @@ class Scheduler:
         check_queue(queued, sequences, self.config.max_queued_requests)
         for sequence in sequences:
             _insert(self.waiting, sequence)
+        self._moves += 1
         self.items.note_change(sequences[0])
 
     def finish(self, sequence: Sequence, *, leave_blocks: bool = False) -> None:
@@ -104,6 +114,7 @@ class Scheduler:
         if sequence.finished:
             return
         sequence.finished = True
+        self._moves += 1
         if sequence in self.loading:
             return
         if sequence.is_running:
@@ -123,6 +134,7 @@ class Scheduler:
     def loaded(self, sequence: Sequence) -> None:
         """Let the sequence continue: its blocks hold the KV of its first ``num_remote`` tokens."""
         self.loading.remove(sequence)
+        self._moves += 1
         if sequence.finished:
             self._let_go(sequence)
             return
@@ -134,6 +146,7 @@ class Scheduler:
         """End the sequence: the transfer into its blocks was broken off, and nothing writes into them any more."""
         self.loading.remove(sequence)
         sequence.finished = True
+        self._moves += 1
         self._let_go(sequence)
 
     def item_arrived(self, sequence: Sequence, item: PromptItem) -> None:
@@ -193,40 +206,7 @@ class Scheduler:
         prefilling: list[Sequence] = []
         for sequence in self._not_stalled():
             (decoding if sequence.is_decoding else prefilling).append(sequence)
-        budget = self._schedule_decodes(decoding, step)
-        extra = 0 if step.decodes else min(self.config.max_rest_tokens, self.config.max_num_batched_tokens - budget)
-        # Sequences that wait for an embedding compute nothing, so they take no place.
-        placed = [*self._not_stalled(), *self.loading]
-        room = self.config.max_num_seqs - len(step.decodes)
-        places = self.config.max_num_seqs - len(placed)
-        held = Counter(sequence.part_of for sequence in placed)
-        blocks_are_short = False
-        for sequence, waits in self._prefill_order(prefilling, placed):
-            if budget <= 0 or room == 0:
-                break
-            if sequence in step.preempted:
-                continue
-            if waits:
-                # Nobody is admitted after one that needs blocks: later sequences must not overtake it.
-                if places <= 0 or blocks_are_short or not may_take(held[sequence.part_of], places):
-                    continue
-                if sequence.num_remote:
-                    blocks_are_short = not self._receive(sequence, step)
-                    places -= 1
-                    held[sequence.part_of] += 1
-                    continue
-                admitted = self._admit(sequence, budget, extra, step)
-                blocks_are_short = admitted is None
-                if not admitted:
-                    if admitted is not None:
-                        self.items.keep_waiting(sequence)
-                    continue
-                places -= 1
-                held[sequence.part_of] += 1
-            num_tokens = self._schedule_prefill(sequence, budget, extra, step)
-            blocks_are_short = blocks_are_short or num_tokens is None
-            budget -= num_tokens or 0
-            room -= 1 if num_tokens else 0
+        self._schedule_prefills(prefilling, self._schedule_decodes(decoding, step), step)
         if not self.config.recomputes_items and self._is_stuck(step):
             self._preempt(self.running[-1], step)
         return step
@@ -240,6 +220,7 @@ class Scheduler:
             sequence.num_computed = part.end
             if part.start < sequence.num_prompt:
                 self.items.note_change(sequence)
+                self._moves += sequence.prompt_computed
             self._remember_blocks(sequence, part.start)
             self.items.release_computed(sequence)
             if part.samples:
@@ -258,33 +239,59 @@ class Scheduler:
                 budget -= 1
         return min(budget, self.config.max_mixed_prefill_tokens if step.decodes else self.config.max_prefill_tokens)
 
+    def _schedule_prefills(self, prefilling: list[Sequence], budget: int, step: Step) -> None:
+        """Add chunks of prompts to the step, and admit sequences that wait, as far as ``budget`` rows, places and blocks go."""
+        room = self.config.max_num_seqs - len(step.decodes)
+        if budget <= 0 or room == 0:
+            return
+        extra = 0 if step.decodes else min(self.config.max_rest_tokens, self.config.max_num_batched_tokens - budget)
+        # Sequences that wait for an embedding compute nothing, so they take no place.
+        placed = [*self._not_stalled(), *self.loading]
+        places = self.config.max_num_seqs - len(placed)
+        running = [(place_of(one, self.items), False, one) for one in prefilling if one.is_running]
+        blocks_are_short = False
+        held: Counter[str] = Counter()
+        waiting: Iterable[tuple[Place, bool, Sequence]] = ()
+        if places > 0 and self.waiting:
+            held.update(sequence.part_of for sequence in placed)
+            # Nobody is admitted after one that needs blocks: later sequences must not overtake it.
+            waiting = takewhile(lambda _: places > 0 and not blocks_are_short, self._waiting_order(placed))
+        for _, waits, sequence in merge(sorted(running), waiting):
+            if budget <= 0 or room == 0:
+                break
+            if sequence in step.preempted:
+                continue
+            if waits:
+                if places <= 0 or blocks_are_short or not may_take(held[sequence.part_of], places):
+                    continue
+                admitted = (
+                    self._receive(sequence, step) if sequence.num_remote else self._admit(sequence, budget, extra, step)
+                )
+                blocks_are_short = admitted is None
+                if admitted:
+                    places -= 1
+                    held[sequence.part_of] += 1
+                if not admitted or sequence.num_remote:
+                    continue
+            num_tokens = self._schedule_prefill(sequence, budget, extra, step)
+            blocks_are_short = blocks_are_short or num_tokens is None
+            budget -= num_tokens or 0
+            room -= 1 if num_tokens else 0
+
     def _not_stalled(self) -> list[Sequence]:
         """Return the running sequences that wait for no embedding. Each step asks, so the answer is kept."""
-        if self._computing is None or self._computing_at != self.items.changes:
-            self._computing_at = self.items.changes
+        if self._computing_at != (now := (self._moves, self.items.changes)):
+            self._computing_at = now
             self._computing = [sequence for sequence in self.running if not self.items.is_stalled(sequence)]
         return self._computing
 
-    def _prefill_order(self, prefilling: list[Sequence], placed: list[Sequence]) -> list[tuple[Sequence, bool]]:
-        """Return the sequences that may have tokens to prefill, first due first, each with whether it still waits to run.
-
-        Where one that waits stands in this order, the one stands whose key has the turn.
-        """
-        kept_waiting = self.items.kept_waiting()
-        candidates = [(sequence, False) for sequence in prefilling if sequence.is_running]
-        candidates += [
-            (sequence, True)
-            for sequence in self.waiting
-            if sequence.sequence_id not in kept_waiting and not self._follows(sequence)
-        ]
-        stalls = {sequence.sequence_id: self.items.will_stall(sequence) for sequence, _ in candidates}
-        candidates.sort(key=lambda candidate: (stalls[candidate[0].sequence_id], candidate[0].order))
-        waiting = [sequence for sequence, waits in candidates if waits]
-        if len({sequence.key for sequence in waiting}) > 1:
-            waiting = by_turns(waiting, Counter(sequence.key for sequence in placed))
-            waiting.sort(key=lambda sequence: stalls[sequence.sequence_id])
-        in_turn = iter(waiting)
-        return [(next(in_turn) if waits else sequence, waits) for sequence, waits in candidates]
+    def _waiting_order(self, placed: list[Sequence]) -> list[tuple[Place, bool, Sequence]]:
+        """Return what waits and could run, in the order in which it takes places. Steps ask often, so the answer is kept."""
+        if self._order_at != (now := (self._moves, self.items.changes)):
+            self._order_at = now
+            waiting = [one for one in self.waiting if not self._follows(one) and not self.items.is_stalled(one)]
+            self._order = in_turn(waiting, self.items, placed)
+        return self._order
 
     def _chunk_end(self, sequence: Sequence, start: int, budget: int, extra: int) -> int:
         """Return where the chunk from ``start`` ends: after ``budget`` tokens, or where nothing more can run.
@@ -297,14 +304,13 @@ class Scheduler:
         return self.items.runnable_end(sequence, start, start + budget)
 
     def _admit(self, sequence: Sequence, budget: int, extra: int, step: Step) -> bool | None:
-        """Move a waiting sequence to running if its first chunk can run now.
-
-        Return None if blocks are short: later sequences must not overtake it.
-        """
+        """Move a waiting sequence to running if its first chunk can run now; return whether, and None if blocks are short."""
         prefix = self.items.cached_prefix(sequence)
         start = len(prefix) * self.block_manager.block_size
         end = self._chunk_end(sequence, start, budget, extra)
         if end == start:
+            self.items.note_stalled(sequence)
+            self._moves += 1
             return False
         needed = self.block_manager.blocks_for(end) - len(prefix)
         while self.block_manager.num_free_after_sharing(prefix) < needed:
@@ -316,8 +322,8 @@ class Scheduler:
         self._join_running(sequence)
         return True
 
-    def _receive(self, sequence: Sequence, step: Step) -> bool:
-        """Give a waiting sequence all blocks that it needs for its KV from another instance; return whether there were enough.
+    def _receive(self, sequence: Sequence, step: Step) -> bool | None:
+        """Give a waiting sequence all blocks that it needs for its KV from another instance; return None if they are short.
 
         One block stays free for each running sequence, so that KV is not preempted as soon as it has arrived.
         """
@@ -326,7 +332,7 @@ class Scheduler:
         )
         needed = self.block_manager.blocks_for(sequence.num_remote + 1) - len(prefix)
         if self.block_manager.num_free_after_sharing(prefix) < needed + len(self.running):
-            return False
+            return None
         self._take_prefix(sequence, prefix)
         sequence.block_ids += self._allocate(needed)
         self.loading.append(sequence)
@@ -336,6 +342,7 @@ class Scheduler:
     def _take_prefix(self, sequence: Sequence, prefix: list[int]) -> None:
         """Take the sequence out of the waiting ones and give it the blocks of its cached prefix."""
         self.waiting.remove(sequence)
+        self._moves += 1
         self.items.note_change(sequence)
         self.block_manager.share(prefix)
         sequence.block_ids = list(prefix)
@@ -403,12 +410,12 @@ class Scheduler:
     def _join_running(self, sequence: Sequence) -> None:
         _insert(self.running, sequence)
         sequence.is_running = True
-        self._computing = None
+        self._moves += 1
 
     def _leave_running(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         sequence.is_running = False
-        self._computing = None
+        self._moves += 1
 
     def _let_go(self, sequence: Sequence) -> None:
         self.block_manager.release(sequence.block_ids)
