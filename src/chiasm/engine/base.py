@@ -37,7 +37,7 @@ class Engine(ABC):
         self.dtype = choose_dtype(config.dtype, config.model, self.device)
         if config.dtype == "auto" and self.device.type == "cpu":
             reason = "has" if has_native_bfloat16(cpu_flags()) else "lacks"
-            logger.info("Computing in %s: this CPU %s instructions for bfloat16.", self.dtype_name, reason)
+            logger.info("Computing in %s: this CPU %s AVX512-BF16 or AMX for bfloat16.", self.dtype_name, reason)
         self.processor = load_processor(config.model)
         self.model_fingerprint = fingerprint(config.model, self.dtype_name)
         self.max_model_len = _context(config.max_model_len, self.processor.max_model_len)

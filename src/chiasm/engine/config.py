@@ -31,8 +31,8 @@ class EngineConfig:
     dtype: Annotated[
         str,
         Option(
-            "float32, bfloat16, float16 or auto: the checkpoint's dtype on CUDA, on a CPU bfloat16 if it has instructions for "
-            "it, otherwise float32.",
+            "float32, bfloat16, float16 or auto: the checkpoint's dtype on CUDA, on a CPU bfloat16 if it has AVX512-BF16 or "
+            "AMX, otherwise float32.",
             metavar="DTYPE",
         ),
     ] = "auto"

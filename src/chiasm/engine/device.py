@@ -74,7 +74,8 @@ def device_id(device: torch.device) -> str:
 def choose_dtype(name: str, model: Path, device: torch.device, flags: Set[str] | None = None) -> torch.dtype:
     """Return the dtype called ``name``; ``auto`` is the checkpoint's own on CUDA, on a CPU what is fastest there.
 
-    That is bfloat16 if the CPU multiplies it by itself, and float32 otherwise. ``flags`` are the CPU's; None: this one's.
+    That is bfloat16 if the CPU has AVX512-BF16 or AMX, and float32 otherwise: also on ARM, where bfloat16 has not been measured
+    and products with packed weights are slow in it. ``flags`` are the CPU's; None: this one's.
     """
     if name == "auto":
         if device.type == "cpu":
