@@ -55,6 +55,8 @@ class Code(enum.StrEnum):
     """The embedding of an image is larger than the store, or than what the language model's instance can take."""
     MEDIA_NOT_SUPPORTED = "media_not_supported"
     """This path takes no such media, or no instance could encode them there."""
+    NOT_KEPT_APART = "not_kept_apart"
+    """The request has a salt or a tenant, and what an instance would keep of it on this path would be shared with others."""
     # 401
     INVALID_API_KEY = "invalid_api_key"
     """The API key is missing or wrong."""

@@ -28,8 +28,9 @@ Identifier = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+RESPONSES_PATH = "/v1/responses"
 OTHER_PATHS = (
-    *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+    *(RESPONSES_PATH, "/v1/messages", "/v1/messages/count_tokens"),
     *("/v1/embeddings", "/v2/embed", "/pooling", "/classify"),
     *("/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank"),
     *("/tokenize", "/detokenize"),

@@ -137,6 +137,16 @@ async def test_what_only_the_fleet_may_give_is_refused(start: Start, name: str) 
     assert (answered.status, answered.error["param"], pd.received) == (400, name, [])
 
 
+@pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+async def test_nor_is_it_taken_among_what_vllm_puts_beside_it(start: Start, path: str, name: str) -> None:
+    front, (pd,) = await vllm(start, "pd")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x"}
+    answered = await front.post(body | {"vllm_xargs": {"mine": 1, name: "x"}}, path)
+    assert (answered.status, answered.error["param"], pd.received) == (400, f"vllm_xargs.{name}", [])
+    assert (await front.post(body | {"vllm_xargs": {"mine": [1, "a"]}}, path)).status == 200
+
+
 def in_messages(url: str) -> dict[str, Any]:
     kind, _, data = url.partition(";base64,")
     source = {"type": "base64", "media_type": kind.removeprefix("data:"), "data": data}

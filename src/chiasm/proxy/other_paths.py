@@ -1,14 +1,16 @@
 """Requests of vLLM's other paths, which the proxy passes on without understanding them.
 
-Only what must hold for every request is looked at: whose caches it may use, what only the fleet may give, and whether it has
-images or other media. Images in it can't be encoded apart. An instance that encodes itself gets them, if the proxy has checked
-them as those of a chat completion, so they must be in the body; every other instance gets text alone.
+Only what must hold for every request is looked at: whose caches it may use, what only the fleet may give, whether it names what
+an instance keeps, and whether it has images or other media. Images in it can't be encoded apart. An instance that encodes
+itself gets them, if the proxy has checked them as those of a chat completion, so they must be in the body; every other instance
+gets text alone. A request with a salt has none, because these APIs can't say that an image has one.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -17,7 +19,8 @@ from chiasm.errors import Code, InvalidRequestError
 from chiasm.http.json_size import MAX_TEXT_BYTES
 from chiasm.http.lifted import read_lifted
 from chiasm.http.untrusted import read_json
-from chiasm.proxy.request import MediaPart, Request, refuse_fleet_values
+from chiasm.proxy.request import MediaPart, Request, refuse_fleet_values, with_member
+from chiasm.wire import CHAT_PATH, RESPONSES_PATH
 
 _HINTS = re.compile(rb"image|audio|video|file|document|media|prompt_embeds|\\u")
 """One of these is in every body with media; most bodies have none, and aren't decoded."""
@@ -58,6 +61,11 @@ _OPAQUE = frozenset(
 """Members of a body that hold schemas and the like, whose names mean nothing."""
 _CALLS = frozenset({"tool_use", "server_tool_use", "function_call"})
 """Blocks whose arguments are a tool's own."""
+WITHOUT_SALT = {"/v2/embed": "/v1/embeddings"}
+"""Paths at which vLLM computes KV and takes no ``cache_salt``, and those that do the same with one."""
+_KEPT = ("previous_response_id", "conversation", "background", "request_id")
+"""Members by which a request names what an instance keeps, or by which it is kept; others could name the same."""
+_NOTHING = (msgspec.UNSET, None, False, "")
 _DATA = "data:"
 _IMAGE_TYPE = re.compile(r"image/[a-z0-9.+-]{1,60}", re.ASCII)
 
@@ -68,6 +76,11 @@ class _OtherBody(msgspec.Struct):
     cache_salt: str | None = None
     ec_transfer_params: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     kv_transfer_params: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    vllm_xargs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    previous_response_id: Any = msgspec.UNSET
+    conversation: Any = msgspec.UNSET
+    background: Any = msgspec.UNSET
+    request_id: Any = msgspec.UNSET
 
 
 _other = msgspec.json.Decoder(_OtherBody)
@@ -94,12 +107,46 @@ def media_refused(path: str) -> InvalidRequestError:
     )
 
 
+def check_salted(path: str, request: Request) -> None:
+    """Raise InvalidRequestError for a request with a salt that an instance wouldn't heed on this path."""
+    if not request.salt:
+        return
+    if path in WITHOUT_SALT:
+        raise _not_kept_apart(f"{path} takes no cache_salt. Send it to {WITHOUT_SALT[path]}.")
+    if request.media:
+        raise _not_kept_apart(f"on {path} an image can't be kept apart. Send images to {CHAT_PATH}.")
+
+
+def _not_kept_apart(why: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        "Requests with a cache_salt, and those of API keys with a tenant, share nothing that is cached with others, and "
+        + why,
+        code=Code.NOT_KEPT_APART,
+    )
+
+
+def kept_apart(path: str, request: Request) -> Request:
+    """Return a tenant's request as one of which no instance keeps what others could ask for.
+
+    Raises InvalidRequestError if it names what an instance keeps.
+    """
+    if request.kept:
+        raise InvalidRequestError(
+            f"{request.kept} is not accepted from API keys with a tenant, because what instances keep under such a name is not "
+            "kept apart. Leave it out, and send the whole conversation.",
+            param=request.kept,
+            code=Code.NOT_KEPT_APART,
+        )
+    return replace(request, body=with_member(request.body, b"store", b"false")) if path == RESPONSES_PATH else request
+
+
 def _parsed(body: bytes) -> Request:
     parsed = read_json(_other, body)
     refuse_fleet_values(parsed)
     found = list(_media(read_json(_anything, body))) if _HINTS.search(body) else []
     media = [MediaPart(_url_of(one), has_uuid=False, written=None) for one in found]
-    return Request(body, parsed.model, parsed.cache_salt or "", media, bool(parsed.stream))
+    kept = next((name for name in _KEPT if getattr(parsed, name) not in _NOTHING), "")
+    return Request(body, parsed.model, parsed.cache_salt or "", media, bool(parsed.stream), kept=kept)
 
 
 def _media(body: dict[str, Any]) -> Iterator[dict[str, Any]]:

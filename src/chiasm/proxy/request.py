@@ -24,6 +24,8 @@ from chiasm.wire import UNREADABLE
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
 """What vLLM takes as text. The built-in engine takes only the first of them, and says so."""
 _NULL = b"null"
+_ONLY_FLEET = "only the proxy and its instances set it"
+_OF_FLEET = ("ec_transfer_params", "kv_transfer_params")
 
 
 class MediaPart(NamedTuple):
@@ -50,6 +52,8 @@ class Request:
     """Of all texts of a chat together, or of the prompt of a completion that has one."""
     lifted: Lifted = NOTHING_LIFTED
     """The long URLs of media parts, for which ``body`` has stand-ins."""
+    kept: str = ""
+    """The first member by which a body of another path names what an instance keeps between requests; empty if none does."""
 
     @property
     def text_bytes(self) -> int:
@@ -127,6 +131,7 @@ class _Body(msgspec.Struct):
     cache_salt: str | None = None
     ec_transfer_params: Raw | UnsetType = UNSET
     kv_transfer_params: Raw | UnsetType = UNSET
+    vllm_xargs: Raw | UnsetType = UNSET
 
 
 class _CompletionBody(_Body):
@@ -144,6 +149,7 @@ class OfFleet(Protocol):
 
     ec_transfer_params: Raw | UnsetType
     kv_transfer_params: Raw | UnsetType
+    vllm_xargs: Raw | UnsetType
 
 
 class _Kind(msgspec.Struct):
@@ -156,6 +162,7 @@ _chat = msgspec.json.Decoder(_ChatBody)
 _completion = msgspec.json.Decoder(_CompletionBody)
 _string = msgspec.json.Decoder(str)
 _kind = msgspec.json.Decoder(_Kind)
+_object = msgspec.json.Decoder(dict[str, Raw])
 
 
 def parse_completion(body: bytes, max_text_bytes: int = MAX_TEXT_BYTES) -> Request:
@@ -210,8 +217,10 @@ def with_member(body: bytes, name: bytes, value: bytes) -> bytes:
 
 def refuse_fleet_values(parsed: OfFleet) -> None:
     """Raise InvalidRequestError for a body that gives what only the fleet may."""
-    for name in ("ec_transfer_params", "kv_transfer_params"):
-        _refuse_value(name, getattr(parsed, name), "only the proxy and its instances set it")
+    more = _members(parsed.vllm_xargs)  # which vLLM puts beside the two
+    for name in _OF_FLEET:
+        _refuse_value(name, getattr(parsed, name), _ONLY_FLEET)
+        _refuse_value(f"vllm_xargs.{name}", more.get(name, UNSET), _ONLY_FLEET)
 
 
 def _decode(decoder: msgspec.json.Decoder[_B], body: bytes) -> _B:
@@ -252,6 +261,14 @@ def _text_of(raw: Raw) -> tuple[bytes, bool]:
     if b"\\" in text:
         return read_json(_string, bytes(quoted)).encode(errors="replace"), False
     return text, True
+
+
+def _members(raw: Raw | UnsetType) -> dict[str, Raw]:
+    """Return an object's members; none of another value."""
+    try:
+        return _object.decode(raw) if isinstance(raw, Raw) else {}
+    except UNREADABLE:
+        return {}
 
 
 def _string_or_none(raw: Raw | UnsetType) -> str | None:

@@ -35,7 +35,7 @@ from chiasm.proxy.kv_releases import KVReleases
 from chiasm.proxy.lost_embeddings import LostEmbeddings
 from chiasm.proxy.media import Item, read_items
 from chiasm.proxy.metrics import DemandCollector, Metrics
-from chiasm.proxy.other_paths import media_refused
+from chiasm.proxy.other_paths import check_salted, media_refused
 from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
 from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
@@ -168,6 +168,7 @@ class Router:
 
     async def pass_on(self, job: Job, started: float) -> None:
         """Pass on a request that isn't understood, and its answer, both as they are. Raises ChiasmError for the client."""
+        check_salted(job.path, job.request)
         roles = self._roles(needs_encoder=False)
         await self._balancer.until_healthy(has_images=False)
         await self._key_check.check(job.exchange.headers)
@@ -414,9 +415,14 @@ async def _is_so_before(task: asyncio.Future[Any], condition: Callable[[], Await
 
 
 def _original(job: Job, items: Sequence[Item]) -> Original:
-    """Return a request as an instance that encodes itself gets it; of the images, only those that its body lacks."""
+    """Return a request as an instance that encodes itself gets it; of the images, only those that its body lacks.
+
+    Of a request with a salt, all have their identifiers: vLLM names an image without one by its content alone, so that its
+    embedding would be everybody's.
+    """
+    is_salted = bool(job.request.salt)
     missing = [
-        item if item.is_rewritten or part.has_uuid else None
+        item if is_salted or item.is_rewritten or part.has_uuid else None
         for part, item in zip(job.request.media, items, strict=True)
     ]
     return Original(replace(job.request), missing)

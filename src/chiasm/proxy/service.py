@@ -26,7 +26,7 @@ from chiasm.proxy.job import Job, Timing
 from chiasm.proxy.leases import Leases
 from chiasm.proxy.membership import OPTIONS, Listed, Membership
 from chiasm.proxy.metrics import Metrics
-from chiasm.proxy.other_paths import parse_other
+from chiasm.proxy.other_paths import kept_apart, parse_other
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.records.ring import Records
 from chiasm.proxy.records.tracing import tracing_to
@@ -171,7 +171,7 @@ class ProxyService:
         trail.passed("read")
         try:
             request = await self._parsed(exchange, _PARSERS.get(path, parse_other))
-            request = self._of_tenant(request, exchange)
+            request = self._of_tenant(request, exchange, path)
             trail.passed("parse")
             job = Job(exchange, path, request, timing, trail)
             if exchange.key is not None:
@@ -186,13 +186,15 @@ class ProxyService:
             exchange.error_headers = [timing.header()]
             raise
 
-    def _of_tenant(self, request: Request, exchange: Exchange) -> Request:
-        """Return the request with the salt of its tenant, if it has one."""
+    def _of_tenant(self, request: Request, exchange: Exchange, path: str) -> Request:
+        """Return the request with its tenant's salt, if it has one. Raises InvalidRequestError for what isn't kept apart."""
         if exchange.key is not None and exchange.key.tenant_secret:
-            return of_tenant(request, exchange.key.tenant_secret, of="key")
-        if self.config.tenant_by is TenantBy.AUTHORIZATION:
-            return of_tenant(request, exchange.headers.get("authorization", ""), of="authorization")
-        return request
+            request = of_tenant(request, exchange.key.tenant_secret, of="key")
+        elif self.config.tenant_by is TenantBy.AUTHORIZATION:
+            request = of_tenant(request, exchange.headers.get("authorization", ""), of="authorization")
+        else:
+            return request
+        return request if path in _PARSERS else kept_apart(path, request)
 
     async def _parsed(self, exchange: Exchange, parse: Callable[[bytes, int], Request]) -> Request:
         """Return what the proxy reads of the body; a large one is checked and parsed beside the event loop."""

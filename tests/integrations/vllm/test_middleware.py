@@ -661,12 +661,13 @@ STAGE_CALLS = [
     (CHAT_PATH, body_of(TEXT, kv_transfer_params={"do_remote_decode": True})),
     (CHAT_PATH, body_of(TEXT, ec_transfer_params={NAME: {}})),
     (CHAT_PATH, body_of(PIXELS | {"uuid": NAME}).replace(b"uuid", b"\\u0075uid")),
+    (CHAT_PATH, body_of(TEXT, vllm_xargs={"kv_transfer_params": "x"})),
     (COMPLETIONS_PATH, json.dumps({"prompt": "a", "kv_transfer_params": {"remote_host": "a"}}).encode()),
     ("/v1/responses", json.dumps({"input": "a"}).encode()),
 ]
 CALLS_OF_CLIENTS = [
     (CHAT_PATH, body_of(TEXT, PIXELS, "a bare text", kv_transfer_params=None)),
-    (COMPLETIONS_PATH, b'{"prompt": "a"}'),
+    (COMPLETIONS_PATH, b'{"prompt": "a", "vllm_xargs": {"mine": 1}}'),
 ]
 
 

@@ -84,12 +84,13 @@ def check_stranger(body: bytes, caller: Caller) -> None:
 
     try:
         fields = _fields.decode(body)
+        more = _members(fields.get("vllm_xargs", b""))  # which vLLM puts beside those of _OF_FLEET
         if "messages" in fields:
             with_content_parts(body, check)
     except UNREADABLE:
         raise InvalidRequestError("The body is not valid JSON of a completion.", code=Code.INVALID_JSON) from None
     for name in _OF_FLEET:
-        if _is_given(fields, name):
+        if _is_given(fields, name) or _is_given(more, name):
             check_fleet(caller, f"Handing over what instances have computed ({name})")
 
 
@@ -117,7 +118,7 @@ def _members(value: Raw | bytes) -> Mapping[str, Raw]:
     return _fields.decode(value) if bytes(memoryview(value)[:1]) == b"{" else {}
 
 
-def _is_given(fields: dict[str, Raw], name: str) -> bool:
+def _is_given(fields: Mapping[str, Raw], name: str) -> bool:
     return name in fields and bytes(fields[name]) != b"null"
 
 
