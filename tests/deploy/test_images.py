@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -13,10 +14,17 @@ from typing import Any
 import pytest
 import yaml
 
+from chiasm.http.config import HttpConfig
+from chiasm.http.listen import bind
+from chiasm.http.serve import HttpServer
+from chiasm.proxy import ProxyConfig, create_app
+from chiasm.proxy.process import create_server
 from tests.deploy.commands import check, served_paths
+from tests.http.test_tls import GOOD, KEY
 
 ROOT = Path(__file__).parents[2]
-DOCKERFILES = sorted((ROOT / "deploy" / "docker").iterdir())
+DOCKERFILES = sorted((ROOT / "deploy" / "docker").glob("Dockerfile*"))
+HEALTHCHECK = ROOT / "deploy" / "docker" / "healthcheck.py"
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 _USER = "10001:10001"
@@ -55,10 +63,47 @@ def test_images_run_as_a_user_and_ask_a_path_that_every_process_serves(file: Pat
     for image in _images(file):
         assert image["USER"] == _USER
         assert image["ENTRYPOINT"] == '["chiasm"]'
-        port = image["EXPOSE"]
-        asked = re.search(rf"http://127\.0\.0\.1:{port}(/\w+)", image["HEALTHCHECK"])
-        assert asked
-        assert asked[1] in served_paths("proxy") & served_paths("instance")
+        assert image["EXPOSE"] == "8000"
+        _assert_is_health_check(json.loads(image["HEALTHCHECK"].partition("CMD ")[2]))
+
+
+def _assert_is_health_check(command: list[str]) -> None:
+    """Check that a command asks port 8000 for a path that every process serves."""
+    *program, path = command
+    assert program == ["python3", "/opt/healthcheck.py"]
+    assert path in served_paths("proxy") & served_paths("instance")
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
+def test_images_have_the_health_check(file: Path) -> None:
+    copied = [rest for stage in _stages(file) for name, rest in stage if name == "COPY"]
+    assert f"{HEALTHCHECK.relative_to(ROOT)} /opt/healthcheck.py" in copied
+
+
+async def _exit_code(server: HttpServer, path: str) -> int:
+    """Return the exit code of the health check, run as in a container whose server is this one."""
+    port = str(server.servers[0].sockets[0].getsockname()[1])
+    process = await asyncio.create_subprocess_exec(sys.executable, "-I", HEALTHCHECK, path, port)
+    return await process.wait()
+
+
+@pytest.mark.parametrize("http", [HttpConfig(), HttpConfig(ssl_certfile=GOOD, ssl_keyfile=KEY)], ids=["http", "https"])
+async def test_the_health_check_follows_the_server_to_https(http: HttpConfig) -> None:
+    config = ProxyConfig(http=http)
+    server = create_server(create_app(config), config)
+    serving = asyncio.ensure_future(server.serve(sockets=[bind("127.0.0.1", 0)]))
+    await server.ready.wait()
+    codes = {path: await _exit_code(server, path) for path in ("/livez", "/readyz", "/nothing")}
+    assert codes == {"/livez": 0, "/readyz": 1, "/nothing": 1}  # it has no instance
+    server.stop()
+    await serving
+
+
+def test_nobody_at_the_port_is_not_healthy() -> None:
+    with bind("127.0.0.1", 0, listening=False) as held:
+        port = str(held.getsockname()[1])
+        done = subprocess.run([sys.executable, "-I", HEALTHCHECK, "/livez", port], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
@@ -95,9 +140,9 @@ def test_compose_gives_no_more_than_is_needed(name: str) -> None:
     assert service["read_only"]
     assert service["cap_drop"] == ["ALL"]
     assert service["secrets"] == list(COMPOSE["secrets"])
-    asked = re.search(r"http://127\.0\.0\.1:8000(/\w+)", json.dumps(service["healthcheck"]["test"]))
-    assert asked
-    assert asked[1] in served_paths("proxy") & served_paths("instance")
+    kind, *command = service["healthcheck"]["test"]
+    assert kind == "CMD"
+    _assert_is_health_check(command)
 
 
 def test_the_proxy_of_compose_asks_the_services_that_there_are() -> None:

@@ -34,6 +34,7 @@ _EVERYTHING = {
     "imagePullSecrets": ["registry"],
     "proxy": {
         "otlpTracesEndpoint": "http://collector:4318",
+        "tlsSecret": "certificate",
         "args": ["--access-log"],
         "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
     },
@@ -134,6 +135,7 @@ def test_helm_finds_nothing_wrong() -> None:
         ({**LAYOUTS["vllm"], "instances": {"pd": {"gpus": 2}}}, "needs engine: vllm, and vllm.embeddingsClaim"),
         ({"instances": {"pd": {"gpus": 2}}}, "needs engine: vllm, and vllm.embeddingsClaim"),
         ({"vllm": {"embeddingsClaim": "embeddings"}}, "need engine: vllm"),
+        ({"proxy": {"args": ["--ssl-certfile=/tls.crt"]}}, "set proxy.tlsSecret"),
     ],
 )
 def test_wrong_values_are_refused_by_name(values: dict[str, Any], said: str) -> None:
@@ -209,7 +211,7 @@ def test_files_that_options_name_are_mounted_secrets(objects: Objects) -> None:
         secret = {volume["name"] for volume in pod["volumes"] if volume.get("secret", {}).get("defaultMode") == 0o440}
         assert {volume["name"] for volume in pod["volumes"]} == set(mounted.values())
         command = [*container["args"], *container["lifecycle"]["preStop"]["exec"]["command"]]
-        named = re.findall(r"-file=(\S+)", "\n".join(command))
+        named = re.findall(r"file=(\S+)", "\n".join(command))
         assert named
         assert {mounted[str(Path(path).parent)] for path in named} <= secret
 
@@ -223,6 +225,22 @@ def test_probes_ask_paths_that_are_served(objects: Objects) -> None:
         # A process that isn't ready, or a proxy without instances, is not restarted for it.
         assert probes["liveness"]["path"] == "/livez"
         assert probes["readiness"]["path"] == "/readyz"
+
+
+@every_set
+def test_probes_and_services_speak_https_exactly_where_the_server_does(objects: Objects, tmp_path: Path) -> None:
+    for container in _containers(objects):
+        scheme = "HTTP" if settings_of(container, tmp_path).get("ssl_certfile") is None else "HTTPS"
+        probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")]
+        assert {probe.get("scheme", "HTTP") for probe in probes} == {scheme}
+        if container["name"] == "proxy":
+            (service,) = [one for one in _of_kind(objects, "Service") if one["metadata"]["name"] == "chiasm-proxy"]
+            assert [port["name"] for port in service["spec"]["ports"]] == [scheme.lower()]
+
+
+def test_some_charts_have_a_certificate_and_some_have_none() -> None:
+    proxies = [one for objects in CHARTS.values() for one in _containers(objects) if one["name"] == "proxy"]
+    assert {any("--ssl-keyfile" in one for one in container["args"]) for container in proxies} == {True, False}
 
 
 @every_set
