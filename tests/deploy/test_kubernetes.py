@@ -8,15 +8,18 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import kubernetes_validate
 import pytest
 import yaml
 
+from chiasm.launch.process import proxy_process
 from chiasm.launch.scaling import STEP_SECONDS
-from chiasm.proxy import ProxyConfig
+from chiasm.proxy import ProxyConfig, create_app
 from chiasm.proxy.discovery.endpoint_slices import Endpoint, EndpointSlice, Metadata, Port, Reading, instances_of
 from chiasm.wire import Role
 from tests.deploy.commands import check, served_paths, settings_of
@@ -135,6 +138,10 @@ def test_helm_finds_nothing_wrong() -> None:
         ({**LAYOUTS["vllm"], "instances": {"pd": {"gpus": 2}}}, "needs engine: vllm, and vllm.embeddingsClaim"),
         ({"instances": {"pd": {"gpus": 2}}}, "needs engine: vllm, and vllm.embeddingsClaim"),
         ({"vllm": {"embeddingsClaim": "embeddings"}}, "need engine: vllm"),
+        (
+            {"apiKeySecret": "keys", "autoscaling": {"kind": "keda", "prometheusUrl": "http://prometheus"}},
+            "set adminKeySecret and give Prometheus the key",
+        ),
         ({"proxy": {"args": ["--ssl-certfile=/tls.crt"]}}, "set proxy.tlsSecret"),
     ],
 )
@@ -150,6 +157,24 @@ def test_keda_is_asked_with_the_query_that_is_given() -> None:
         one["metadata"]["name"] for one in _of_kind(CHARTS["pd"], "Deployment")
     }
     assert scaled["spec"]["triggers"][0]["metadata"]["query"] == "sum(wanted)"
+
+
+@pytest.mark.parametrize(
+    ("values", "status"),
+    [
+        ({}, 200),
+        ({"apiKeySecret": "keys", "proxy": {"openMetrics": True}}, 200),
+        ({"apiKeySecret": "keys", "adminKeySecret": "admin"}, 401),  # without the key, which Prometheus is given
+    ],
+)
+async def test_prometheus_may_read_what_keda_asks_it_for(values: dict[str, Any], status: int, tmp_path: Path) -> None:
+    keda = {"kind": "keda", "prometheusUrl": "http://prometheus:9090"}
+    objects = objects_of(render({**values, "autoscaling": keda}))
+    (proxy,) = [one for one in _containers(objects) if one["name"] == "proxy"]
+    config = proxy_process(check(proxy["args"], tmp_path)).proxy
+    app = create_app(replace(config, discover=()))  # which works in a pod alone
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app, client=("10.1.2.3", 1))) as session:
+        assert (await session.get("http://proxy/metrics")).status_code == status
 
 
 def test_the_calm_while_is_counted_once_by_the_proxy_with_keda_and_otherwise_by_kubernetes() -> None:

@@ -26,6 +26,10 @@ def scope(client: str | None, **headers: str) -> dict[str, object]:
         ("10.0.0.1", {}, False),
         ("127.0.0.1", {"x_forwarded_for": "1.2.3.4"}, False),
         ("127.0.0.1", {"forwarded": "for=1.2.3.4"}, False),
+        ("127.0.0.1", {"x_forwarded_proto": "https"}, False),
+        ("127.0.0.1", {"x_real_ip": "1.2.3.4"}, False),
+        ("127.0.0.1", {"via": "1.1 nginx"}, False),
+        (None, {"x_forwarded_for": "1.2.3.4"}, False),
         ("10.0.0.1", {"authorization": f"Bearer {KEY}"}, False),
     ],
 )

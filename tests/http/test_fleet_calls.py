@@ -140,6 +140,13 @@ async def test_without_a_key_the_machines_own_processes_are_the_fleet(peer: str,
     assert instance.is_of_fleet is is_of_fleet
 
 
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "X-Forwarded-Proto", "Forwarded", "X-Real-IP", "Via"])
+async def test_without_a_key_whoever_a_reverse_proxy_speaks_for_is_not_of_the_fleet(name: str) -> None:
+    instance = Instance(key=None)
+    assert await instance.call({name: "192.0.2.1"}, peer="127.0.0.1") is None
+    assert instance.is_of_fleet is False
+
+
 def test_who_does_not_belong_to_the_fleet_is_told_what_to_do() -> None:
     with pytest.raises(ForbiddenError, match=r"^Giving KV back is for .*--fleet-key-file"):
         check_fleet(caller_of({"type": "http"}), "Giving KV back")

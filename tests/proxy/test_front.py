@@ -7,16 +7,19 @@ import json
 import logging
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 from aiohttp import web
 
 from chiasm.http.config import HttpConfig
+from chiasm.proxy import ProxyConfig, create_app
 from chiasm.wire import ModelList, model_card
 
 from .conftest import Front, Images, Start, ask, image, image_bytes, listen
 from .instances import MODEL, FakeInstance, Received, begin_stream, error_event, error_of, event, refuse
 
 KEY = "right" * 4
+ADMIN_KEY = "admin" * 4
 RIGHT = {"Authorization": f"Bearer {KEY}"}
 WRONG = {"Authorization": "Bearer wrong"}
 
@@ -49,6 +52,34 @@ class TestKeys:
         assert [(await front.get(path)).status for path in ("/health", "/metrics")] == [200, 200]
         assert (await front.post(ask("x", image(await images(image_bytes()))), **RIGHT)).status == 200
         assert [one.headers["Authorization"] for one in front.instances[1].received] == [RIGHT["Authorization"]]
+
+    @pytest.mark.parametrize(
+        ("keys", "here", "elsewhere", "with_the_admin_key"),
+        [
+            ({}, 200, 200, 200),
+            ({"http": HttpConfig(api_key=(KEY,))}, 200, 401, 401),
+            ({"http": HttpConfig(keys_of_instances=("short",))}, 200, 401, 401),
+            ({"admin_key": ADMIN_KEY}, 401, 401, 200),
+            ({"admin_key": ADMIN_KEY, "http": HttpConfig(api_key=(KEY,))}, 401, 401, 200),
+            ({"admin_key": ADMIN_KEY, "http": HttpConfig(api_key=(KEY,)), "open_metrics": True}, 200, 200, 200),
+            ({"http": HttpConfig(api_key=(KEY,)), "open_metrics": True}, 200, 200, 200),
+        ],
+    )
+    async def test_metrics_are_for_the_operator_where_anything_needs_a_key(
+        self, keys: dict[str, Any], here: int, elsewhere: int, with_the_admin_key: int
+    ) -> None:
+        app = create_app(ProxyConfig(**keys))
+
+        async def status(client: str, key: str | None = None, **headers: str) -> int:
+            transport = httpx.ASGITransport(app=app, client=(client, 1))
+            given = headers if key is None else headers | {"Authorization": f"Bearer {key}"}
+            async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as session:
+                return (await session.get("/metrics", headers=given)).status_code
+
+        assert await status("127.0.0.1") == here
+        assert await status("192.0.2.1") == await status("192.0.2.1", KEY) == elsewhere
+        assert await status("127.0.0.1", **{"X-Forwarded-For": "192.0.2.1"}) == elsewhere
+        assert await status("192.0.2.1", ADMIN_KEY) == with_the_admin_key
 
     @pytest.mark.parametrize("roles", [("encoder", "pd"), ("encoder", "prefill", "decode"), ("aggregated",)])
     async def test_a_proxy_without_one_asks_an_instance_that_needs_one(

@@ -318,6 +318,29 @@ async def test_without_a_fleet_key_only_instances_of_this_machine_join(start: St
     assert await front.states() == {}
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"X-Forwarded-For": "192.0.2.1"},
+        {"X-Forwarded-For": "127.0.0.1"},  # as a client gave it, whom the reverse proxy believes
+        {"X-Real-IP": "192.0.2.1"},
+        {"Forwarded": "for=192.0.2.1"},
+    ],
+)
+async def test_without_a_fleet_key_nobody_joins_through_a_reverse_proxy_on_this_machine(
+    start: Start, said: dict[str, str]
+) -> None:
+    front = await start([])
+    instance = await FakeInstance("pd", incarnation="1").start()
+    lease = Lease(url=instance.url, role="pd", incarnation="1", status="ok")
+    body = msgspec.json.encode(lease)
+    answer = await front.post(body, LEASE_PATH, **said)
+    assert (answer.status, answer.error["code"]) == (403, "fleet_key_needed")
+    assert await front.states() == {}
+    assert (await front.post(body, LEASE_PATH)).status == 200
+    await instance.kill()
+
+
 async def test_a_process_that_was_replaced_at_its_url_gets_no_lease(start: Start) -> None:
     front = await start([])
     instance = await FakeInstance("pd", incarnation="new").start()

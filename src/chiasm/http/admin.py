@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -11,10 +10,8 @@ from starlette.types import Scope
 from chiasm.errors import AuthenticationError
 from chiasm.http.key_rules import read_admin_keys
 from chiasm.http.keys import bearer, digest_of, is_one_of
+from chiasm.http.neighbours import is_neighbour
 from chiasm.http.watch import Replaceable
-
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
-"""Headers by which a reverse proxy says that it speaks for somebody else."""
 
 
 class AdminCheck(Replaceable[list[bytes]]):
@@ -49,7 +46,7 @@ class AdminCheck(Replaceable[list[bytes]]):
         """Return whether who asks may see what the operator may."""
         if self._digests:
             return is_one_of(bearer(Headers(scope=scope)), self._digests)
-        return _is_local(scope)
+        return is_neighbour(scope)
 
     def check_may_see(self, scope: Scope) -> None:
         """Raise AuthenticationError unless who asks may see what the operator may."""
@@ -64,15 +61,3 @@ class AdminCheck(Replaceable[list[bytes]]):
         """Raise AuthenticationError unless the request has the admin key."""
         if not is_one_of(bearer(Headers(scope=scope)), self._digests):
             raise AuthenticationError("Send the admin key as a bearer token.")
-
-
-def _is_local(scope: Scope) -> bool:
-    """Return whether a request comes from this machine, and not through a reverse proxy on it."""
-    headers = Headers(scope=scope)
-    if any(name in headers for name in _FORWARDED):
-        return False
-    client = scope.get("client")
-    try:
-        return client is None or not client[0] or ip_address(client[0]).is_loopback
-    except ValueError:
-        return False

@@ -4,7 +4,7 @@ Such a call names images and embeddings, hands KV over, or says for whom it is. 
 path, body, and what the call says about its client. It holds for a minute on the clock of the instance that is called; the
 instance tells its clock in /health, so the clocks of machines may differ. An instance takes each signature once.
 
-An instance without a fleet key believes those who call from its own machine, and nobody else.
+An instance without a fleet key believes those who call from its own machine for themselves, and nobody else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from ipaddress import ip_address
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -24,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chiasm.errors import Code, ForbiddenError
 from chiasm.fleet_key import FleetKey
 from chiasm.http.errors import error_response
+from chiasm.http.neighbours import comes_from_here, is_forwarded
 from chiasm.wire import CLIENT_HEADER, FLEET_HEADER
 
 VALID_SECONDS = 60
@@ -138,13 +138,12 @@ def check_fleet(caller: Caller, what: str) -> None:
 
 
 def _neighbour(scope: Scope) -> Caller:
-    """Return the caller of an instance without a key: one of the fleet if it calls from this machine."""
-    host = scope["client"][0] if scope.get("client") else ""
-    try:
-        is_local = not host or ip_address(host).is_loopback  # without an address it came through a socket file
-    except ValueError:
-        is_local = False
-    return Caller(is_local, "" if is_local else "it comes from another machine, and this instance has no fleet key")
+    """Return the caller of a server without a key: one of the fleet if it calls from this machine, for itself."""
+    if not comes_from_here(scope):
+        return Caller(False, "it comes from another machine, and this instance has no fleet key")
+    if is_forwarded(scope):
+        return Caller(False, "a reverse proxy passes it on, and this instance has no fleet key")
+    return Caller(True)
 
 
 def _with_digest(receive: Receive, digest: bytes) -> Receive:

@@ -119,6 +119,8 @@ class _Pages:
         self._siblings = siblings
         self._fleet = service.fleet
         self._metrics = service.metrics
+        config = service.config
+        self._metrics_are_open = config.open_metrics or not (admin.has_key or config.http.needs_key)
         self._created = int(time.time())
 
     async def health(self, request: Request) -> Response:
@@ -144,7 +146,7 @@ class _Pages:
         return _READY if self._fleet.missing is None else "unavailable"
 
     async def metrics(self, request: Request) -> Response:
-        if self._admin.has_key:  # without one, whoever collects metrics from another machine could not be let in
+        if not self._metrics_are_open:
             self._admin.check_may_see(request.scope)
         page = self._metrics.render()
         if self._siblings is not None and not is_from_sibling(request.scope):

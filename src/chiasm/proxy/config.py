@@ -77,6 +77,9 @@ class ProxyConfig:
     admin_key_file: Annotated[
         Path | None, Option("File with such keys, one a line; other users of the machine don't see them there.")
     ] = None
+    open_metrics: Annotated[
+        bool, Option("Let everybody read /metrics, also if there is an admin key or an API key.")
+    ] = False
     fleet_key_file: FleetKeyFile = None
     tenant_by: Annotated[
         TenantBy,
