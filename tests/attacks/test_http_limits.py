@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import httpx2 as httpx
 import pytest
 
 from chiasm.http.limits import Limit
@@ -13,6 +14,7 @@ from chiasm.prometheus import read_samples, total
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
 from tests.attacks.proxy_process import Proxy, post, running
+from tests.http.test_tls import GOOD, KEY
 
 MIB = 1 << 20
 
@@ -93,6 +95,23 @@ async def test_connections_that_ask_nothing_make_way(first: bytes) -> None:
         for peer in peers:
             await peer.send(first)
         assert [await proxy.good_client() for _ in range(10)] == [200] * 10
+
+
+@pytest.mark.parametrize("first", [b"", b"\x16\x03\x01"], ids=["silent", "half a handshake"])
+async def test_handshakes_that_do_not_come_make_way(first: bytes) -> None:
+    """Also if there are fewer descriptors than the connections that are allowed."""
+    tls = ("--ssl-certfile", str(GOOD), "--ssl-keyfile", str(KEY), "--header-timeout-seconds", "1000")
+    async with running(*tls, descriptors=256) as proxy:
+        peers = [await proxy.connect() for _ in range(300)]
+        for peer in peers:
+            await peer.send(first)
+        alone = {"Connection": "close"}  # one that is idle would make way too
+        async with httpx.AsyncClient(verify=False, timeout=60, headers=alone) as session:
+            for _ in range(3):
+                assert (await session.get(f"{proxy.url}/livez")).status_code == 200
+            await asyncio.gather(*(peer.closed() for peer in peers[:200]))
+            answers = await asyncio.gather(*(session.get(f"{proxy.url}/livez") for _ in range(20)))
+        assert {one.status_code for one in answers} == {200}
 
 
 async def test_bodies_that_do_not_come_take_no_places() -> None:

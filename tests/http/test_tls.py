@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
 import ssl
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import pytest
@@ -85,3 +88,38 @@ def test_files_that_cannot_be_used_are_refused(certificate: Path, key: Path | No
 def test_a_key_alone_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="needs --ssl-certfile"):
         HttpConfig(ssl_keyfile=KEY)
+
+
+def connect(url: str) -> socket.socket:
+    """Return a connection on which nothing has been said."""
+    parts = urlsplit(url)
+    return socket.create_connection((str(parts.hostname), parts.port or 0), timeout=60)
+
+
+@pytest.mark.parametrize("limits", [{"max_connections": 8}, {"max_connections_per_peer": 8}], ids=["all", "peer"])
+@pytest.mark.parametrize("first", [b"", b"\x16\x03\x01"], ids=["silent", "half a handshake"])
+def test_handshakes_under_way_count_and_the_oldest_make_way(limits: dict[str, int], first: bytes) -> None:
+    config = HttpConfig(ssl_certfile=GOOD, ssl_keyfile=KEY, header_timeout_seconds=1000.0, **limits)  # type: ignore[arg-type]
+    with site(echo, config=config) as server, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(server.url)) for _ in range(50)]
+        for peer in peers:
+            with contextlib.suppress(OSError):  # it may have made way already
+                peer.sendall(first)
+        assert httpx.post(server.url, content=b"x", verify=False, timeout=60).content == b"x"
+        assert all(is_ended(peer) for peer in peers[:42])
+
+
+def test_a_handshake_that_does_not_come_ends_in_time() -> None:
+    config = HttpConfig(ssl_certfile=GOOD, ssl_keyfile=KEY, header_timeout_seconds=0.1)
+    with site(echo, config=config) as server, connect(server.url) as peer:
+        assert is_ended(peer)
+
+
+def is_ended(peer: socket.socket) -> bool:
+    """Wait until the server ends a connection; return whether it has."""
+    try:
+        return peer.recv(1) == b""
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False

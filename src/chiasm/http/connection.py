@@ -22,7 +22,7 @@ from chiasm.errors import (
     RequestTimeoutError,
 )
 from chiasm.http.config import HttpConfig
-from chiasm.http.connections import CONNECTION, Connections, peer_of
+from chiasm.http.connections import CONNECTION, Connections, Watched, peer_of
 from chiasm.http.errors import error_body, error_headers
 from chiasm.http.http1 import Http1
 from chiasm.http.limits import Limit
@@ -36,9 +36,11 @@ _HASTE_SECONDS = 0.5
 class Connection(Http1):
     """A connection of :class:`chiasm.http.serve.HttpServer`."""
 
-    def __init__(self, connections: Connections, **of_uvicorn: Any) -> None:
+    def __init__(self, connections: Connections, handshake: Watched | None = None, **of_uvicorn: Any) -> None:
+        """``handshake`` has its place until the connection is made."""
         super().__init__(**of_uvicorn)
         self._connections = connections
+        self._handshake = handshake
         self._limits = connections.config
         self._socket: _Closing
         self._uncounted_bytes = 0
@@ -78,6 +80,9 @@ class Connection(Http1):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._socket = _Closing(transport, self)
         super().connection_made(self._socket)  # type: ignore[arg-type]
+        if self._handshake is not None:
+            self._connections.leave(self._handshake)
+            self._handshake = None
         limit = self._connections.admit(self)
         if limit is not None:
             self.refuse(limit)

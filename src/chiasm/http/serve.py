@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
@@ -21,6 +21,7 @@ from chiasm.http.limits import Refusals
 from chiasm.http.listen import BACKLOG, url_of
 from chiasm.http.shutdown import Shutdown
 from chiasm.http.tls import certificate_of
+from chiasm.http.tls_listener import TlsListener
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KEEP_ALIVE_SECONDS = 75
@@ -55,7 +56,6 @@ class HttpServer(uvicorn.Server):
         self._connections = Connections(config, refusals)
         self._certificate = certificate_of(config)
         self._following: asyncio.Task[None] | None = None
-        self._handshake_seconds = config.header_timeout_seconds
         self.scheme = config.scheme
         super().__init__(
             uvicorn.Config(
@@ -114,7 +114,7 @@ class HttpServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _listen(self, listener: socket.socket) -> asyncio.Server:
-        """Take connections as the base class does, except that a client has a bounded time for the handshake of TLS."""
+        """Take connections as the base class does, except that those whose handshake of TLS is under way count as well."""
         make = partial(
             Connection,
             self._connections,
@@ -124,10 +124,10 @@ class HttpServer(uvicorn.Server):
         )
         if listener.family == socket.AF_UNIX:
             return await asyncio.get_running_loop().create_unix_server(make, sock=listener, backlog=BACKLOG)
-        of_tls: dict[str, Any] = {}
         if self._certificate is not None:
-            of_tls = {"ssl": self._certificate.context, "ssl_handshake_timeout": self._handshake_seconds}
-        return await asyncio.get_running_loop().create_server(make, sock=listener, backlog=BACKLOG, **of_tls)
+            tls = TlsListener(listener, self._connections, self._certificate.context, lambda one: make(handshake=one))
+            return cast("asyncio.Server", tls)
+        return await asyncio.get_running_loop().create_server(make, sock=listener, backlog=BACKLOG)
 
     async def main_loop(self) -> None:
         while not await self._shutdown.asked(1.0):
