@@ -34,6 +34,7 @@ OTHER_PATHS = (
     *("/v1/embeddings", "/v2/embed", "/pooling", "/classify"),
     *("/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank"),
     *("/tokenize", "/detokenize"),
+    *("/v1/chat/completions/batch", "/generative_scoring"),
 )
 """What vLLM answers besides, depending on the model: POST of JSON. Nothing by which an instance is operated or debugged."""
 AWAITED_PATH = "/embeddings/awaited"

@@ -15,7 +15,7 @@ from chiasm.http.config import HttpConfig
 from chiasm.proxy.other_paths import parse_other
 from chiasm.wire import OTHER_PATHS
 
-from .conftest import Front, Start, image_bytes
+from .conftest import Front, Start, ask, image, image_bytes
 from .instances import MODEL, VLLM, FakeInstance, Received, break_off
 
 BODY = b'{ "model":"tiny",\n "input" : "\\u00e9 and more", "unknown": [1.50, null], "tools": [{"type":"function"}] }'
@@ -168,6 +168,15 @@ async def test_images_go_to_an_instance_that_encodes_itself_and_to_no_other(star
     sent = json.dumps(body).encode()
     assert (await front.post(sent, "/v1/responses")).status == 200
     assert ([received.body for received in aggregated.received], pd.received) == ([sent], [])
+
+
+async def test_an_image_in_one_of_several_chats_is_found(start: Start) -> None:
+    chats = [[{"role": "user", "content": "x"}], ask(image(image_bytes()))["messages"]]
+    front, (aggregated, pd) = await vllm(start, "aggregated", "pd")
+    assert (await front.post({"messages": chats}, "/v1/chat/completions/batch")).status == 200
+    assert (len(aggregated.received), pd.received) == (1, [])
+    salted = await front.post({"messages": chats, "cache_salt": "s"}, "/v1/chat/completions/batch")
+    assert (salted.status, salted.error["code"]) == (400, Code.NOT_KEPT_APART)
 
 
 @pytest.mark.parametrize("make", [in_messages, in_responses])

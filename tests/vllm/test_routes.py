@@ -25,9 +25,7 @@ NOT_PASSED_ON = {
         *("/v1/chat/completions/derender", "/v1/completions/derender", "/inference/v1/generate"),
     },
     "takes a form": {"/v1/audio/transcriptions", "/v1/audio/translations"},
-    "chooses among actions of a model that has no encoder": {"/v1/systemone"},
-    "takes several chats at once": {"/v1/chat/completions/batch"},
-    "scores by a language model": {"/generative_scoring"},
+    "takes images, audio and video in members of its own": {"/v1/systemone"},
 }
 """Paths of vLLM that the proxy doesn't have, by reason."""
 
