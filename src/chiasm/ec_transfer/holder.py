@@ -163,6 +163,7 @@ class Holder:
         """Stop listening and end all connections. Called once."""
         self._control.close()
         self._memory.close()
+        self._arena.close()
 
     def _reserve(self, identifier: str, size_bytes: int) -> Piece | None:
         try:

@@ -136,6 +136,7 @@ class PeerConnector(ECConnector):
             )
         except ConfigurationError:
             memory.close()
+            arena.close()
             raise
 
     @property
