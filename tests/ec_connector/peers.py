@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from chiasm.ec_transfer import ECConnectorFactory, ECConnectorRole, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer.peers import PeerConnector
+from chiasm.transfer.memory_file import MemoryFile
 from chiasm.wire import ECPlace
 
 from .instance import Item, Request, embedding_of, identifier_of
@@ -52,6 +54,13 @@ class Encoder(Peer):
         place = self.worker.place()
         assert place is not None
         return place
+
+    @property
+    def memory_file(self) -> MemoryFile:
+        """Where the embeddings are that it has published."""
+        assert isinstance(self.worker, PeerConnector)
+        assert self.worker._holder is not None
+        return self.worker._holder._arena.file
 
     def encode(self, name: object, embedding: torch.Tensor | None = None) -> str:
         """Make and publish an embedding, and return its identifier."""

@@ -115,6 +115,13 @@ class Agent:
                 f"UCX_TLS is {os.environ.get('UCX_TLS', 'not set')}."
             ) from error
 
+    def progress(self) -> None:
+        """Have UCX do what there is to do for others' reads and this agent's own."""
+        try:
+            self.api.get_new_notifs()  # returns nothing, but drives UCX
+        except Exception as error:
+            _logger.warning("NIXL could not continue its reads: %s", error)
+
     def close(self) -> None:
         """Break off everything that is under way; idempotent."""
         if self.api is not None:
@@ -140,10 +147,7 @@ class _RegisteredMemory(OfferedMemory):
         return self._description
 
     def progress(self) -> None:
-        try:
-            self._agent.api.get_new_notifs()  # returns nothing, but drives UCX
-        except Exception as error:
-            _logger.warning("NIXL could not continue the reads of others: %s", error)
+        self._agent.progress()
 
     def close(self) -> None:
         self._agent.close()
@@ -226,6 +230,9 @@ class _RemoteMemory(ReachedMemory):
         with self._lock:
             self._num_readers -= 1
             if self._broken and not self._num_readers:
+                # A copy out of another process of this host goes on although NIXL says that it has failed, and UCX aborts
+                # this process if it is broken off. Driving UCX ends it.
+                self._agent.progress()
                 self.close()
         if self._broken:
             self._closed.wait()
