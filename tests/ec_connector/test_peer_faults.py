@@ -3,68 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import subprocess
-import sys
+import gc
 from collections.abc import Iterator
-from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 
 from chiasm.ec_transfer import reader
 from chiasm.fleet_key import FleetKey, make_fleet_key
-from chiasm.wire import ECPlace
 
 from .instance import embedding_of, identifier_of
-from .peers import Encoder, LanguageModel
+from .peers import CONNECTORS, Encoder, LanguageModel
+from .processes import EncoderProcess, stopped
 
-ROOT = Path(__file__).parents[2]
-TESTED = ("SharedMemoryConnector", "TcpConnector")
-
-
-class Process:
-    """An encoder in a process of its own."""
-
-    def __init__(self, connector: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ec_connector.encoder_process", connector],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        self.place = msgspec.json.decode(self._line(), type=ECPlace)
-
-    def encode(self, name: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{name}\n")
-        self.process.stdin.flush()
-        return self._line().strip()
-
-    def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
+CAT, DOG = identifier_of("cat"), identifier_of("dog")
 
 
-@pytest.fixture(params=TESTED)
+@pytest.fixture(params=CONNECTORS)
 def connector(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def process(connector: str) -> Iterator[Process]:
-    process = Process(connector)
-    yield process
-    process.end()
+def process(connector: str) -> Iterator[EncoderProcess]:
+    with EncoderProcess(connector) as process:
+        yield process
 
 
 @pytest.fixture
@@ -74,27 +37,127 @@ def model(connector: str) -> Iterator[LanguageModel]:
     model.close()
 
 
-def test_a_killed_encoder_loses_what_should_come_and_nothing_that_came(process: Process, model: LanguageModel) -> None:
-    cat = process.encode("cat")
-    model.scheduler.expect({cat: process.place, identifier_of("dog"): process.place})
+@pytest.fixture
+def other(connector: str) -> Iterator[Encoder]:
+    """Another encoder, to which nothing happens."""
+    with contextlib.closing(Encoder(connector)) as other:
+        yield other
+
+
+def holds(model: LanguageModel, *names: str) -> bool:
+    return all(torch.equal(model.memory[identifier_of(name)], embedding_of(name)) for name in names)
+
+
+def wait_until_wanted(process: EncoderProcess, model: LanguageModel, name: str) -> None:
+    """Return when an encoder has heard that this is wanted, which it doesn't have: it has heard all that was said before
+    something that it has come."""
+    model.scheduler.expect({identifier_of(name): process.place})
+    hello = process.encode("hello")
+    model.scheduler.expect({hello: process.place})
+    request = model.admit("hello", "hello")
+    model.load(request)
+    model.finish(request)
+
+
+def test_a_killed_encoder_loses_what_should_come_and_nothing_that_came(
+    process: EncoderProcess, other: Encoder, model: LanguageModel
+) -> None:
+    process.encode("cat")
+    model.scheduler.expect(dict.fromkeys((CAT, DOG), process.place))
     first, second = model.admit("1", "cat"), model.admit("2", "dog")
     model.load(first)
-    process.end()
+    process.kill()
     model.lose(second)
-    with contextlib.closing(Encoder(model.scheduler.config.connector)) as other:
-        other.encode("dog")
-        model.scheduler.expect({identifier_of("dog"): other.place})
-        model.load(second)
-    assert torch.equal(model.memory[cat], embedding_of("cat"))
-    assert torch.equal(model.memory[identifier_of("dog")], embedding_of("dog"))
+    other.encode("dog")
+    model.scheduler.expect({DOG: other.place})
+    model.load(second)
+    assert holds(model, "cat", "dog")
 
 
-def test_a_stopped_encoder_is_given_up(process: Process, model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_that_is_stopped_before_it_is_met_is_given_up(
+    process: EncoderProcess, other: Encoder, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reader, "ANSWER_SECONDS", 0.5)
-    cat = process.encode("cat")
-    process.send(signal.SIGSTOP)
-    model.scheduler.expect({cat: process.place})
-    model.lose(model.admit("r", "cat"))
+    process.encode("cat")
+    request = model.admit("r", "cat")
+    with stopped(process):
+        model.scheduler.expect({CAT: process.place})
+        model.lose(request)
+    other.encode("cat")
+    model.scheduler.expect({CAT: other.place})
+    model.load(request)
+    assert holds(model, "cat")
+    process.check_all_is_free()
+
+
+def test_what_is_wanted_of_an_encoder_that_is_stopped_comes_from_elsewhere(
+    process: EncoderProcess, other: Encoder, model: LanguageModel
+) -> None:
+    """When it goes on, it makes the embedding as well, and nobody keeps that from being evicted."""
+    request = model.admit("r", "cat")
+    wait_until_wanted(process, model, "cat")
+    with stopped(process):
+        process.tell("cat")
+        assert not model.scheduler.is_coming(CAT)  # so the proxy has it encoded
+        other.encode("cat")
+        model.scheduler.expect({CAT: other.place})
+        model.load(request)
+    assert process.hear() == CAT
+    assert holds(model, "cat")
+    model.finish(request)
+    process.check_all_is_free()
+
+
+def test_what_is_wanted_of_an_encoder_that_is_stopped_for_a_while_comes_then(
+    process: EncoderProcess, model: LanguageModel
+) -> None:
+    request = model.admit("r", "cat")
+    wait_until_wanted(process, model, "cat")
+    with stopped(process):
+        process.tell("cat")
+        model.step(request)
+        assert CAT not in model.memory
+    model.load(request)
+    assert holds(model, "cat")
+    assert process.hear() == CAT
+
+
+def test_an_encoder_that_is_killed_while_it_stands_still_loses_what_is_wanted_of_it(
+    process: EncoderProcess, other: Encoder, model: LanguageModel
+) -> None:
+    request = model.admit("r", "cat")
+    wait_until_wanted(process, model, "cat")
+    process.stop()
+    process.kill()
+    model.lose(request)
+    other.encode("cat")
+    model.scheduler.expect({CAT: other.place})
+    model.load(request)
+    assert holds(model, "cat")
+
+
+def test_what_has_come_stays_when_its_encoder_is_stopped_and_holds_nothing_there(
+    process: EncoderProcess, other: Encoder, model: LanguageModel
+) -> None:
+    process.encode("cat")
+    first = model.admit("1", "cat")
+    model.scheduler.expect({CAT: process.place})
+    model.load(first)
+    with stopped(process):
+        assert holds(model, "cat")
+        second = model.admit("2", "dog")
+        other.encode("dog")
+        model.scheduler.expect({DOG: other.place})
+        model.load(second)
+        assert holds(model, "cat", "dog")
+        model.finish(first)
+        gc.collect()
+    process.check_all_is_free()
+    process.encode("cat")
+    third = model.admit("3", "cat")
+    model.scheduler.expect({CAT: process.place})
+    model.load(third)
+    assert holds(model, "cat")
 
 
 def test_an_encoder_of_another_fleet_is_not_believed(connector: str) -> None:
