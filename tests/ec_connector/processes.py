@@ -28,11 +28,11 @@ PROCESSES.set_forkserver_preload([__name__])
 
 
 class EncoderProcess:
-    """An :class:`Encoder` elsewhere, on ``host`` if that is given, whose embeddings are those of ``embedding_of``."""
+    """An :class:`Encoder` elsewhere, on the host ``there`` if that is given, whose embeddings are those of ``embedding_of``."""
 
-    def __init__(self, connector: str, host: Host | None = None, **settings: Any) -> None:
+    def __init__(self, connector: str, there: Host | None = None, **settings: Any) -> None:
         self._pipe, theirs = PROCESSES.Pipe()
-        arguments = (theirs, connector, host, settings, dict(os.environ))
+        arguments = (theirs, connector, there, settings, dict(os.environ))
         self._process = PROCESSES.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -96,11 +96,11 @@ def stopped(process: EncoderProcess) -> Iterator[None]:
 
 
 def _serve(
-    pipe: Connection, connector: str, host: Host | None, settings: dict[str, Any], environment: dict[str, str]
+    pipe: Connection, connector: str, there: Host | None, settings: dict[str, Any], environment: dict[str, str]
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environment)
-    with nullcontext() if host is None else host.inside():
+    with nullcontext() if there is None else there.inside():
         encoder = Encoder(connector, **settings)
         pipe.send(encoder.place)
         with contextlib.suppress(EOFError):

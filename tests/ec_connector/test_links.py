@@ -1,9 +1,9 @@
-"""The network between an encoder and a language model fails: what should come, comes from elsewhere, or when it is back."""
+"""The network between an encoder and a language model fails, or the encoder does while its bytes are on their way: what should
+come, comes from elsewhere, or when it is back."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,12 +12,13 @@ import torch
 
 from chiasm.ec_transfer import reader
 from chiasm.fleet_key import FleetKey, make_fleet_key
-from chiasm.transfer import channel, tcp
+from chiasm.transfer import channel, nixl, tcp
 from tests.hosts import Host, Network
 from tests.launch.waiting import eventually
 
-from .instance import embedding_of, identifier_of
+from .instance import Request, embedding_of, identifier_of
 from .peers import PATIENCE_SECONDS, Encoder, LanguageModel
+from .processes import EncoderProcess, stopped
 
 NUM_ROWS = 1 << 14
 BIG = embedding_of("big", NUM_ROWS)
@@ -29,7 +30,7 @@ DETECTION_SECONDS = 2.0
 class Fleet(NamedTuple):
     host: Host
     """Where the encoder is."""
-    encoder: Encoder
+    encoder: EncoderProcess
     model: LanguageModel
     nearby: Encoder
     """Another one, which is always reached."""
@@ -43,13 +44,27 @@ class Fleet(NamedTuple):
     def wait_for_bytes(self, count: int) -> None:
         """Return when so many more have left the encoder's host."""
         end = self.host.sent_bytes + count
-        while self.host.sent_bytes < end:
-            time.sleep(0.01)
+        assert eventually(lambda: self.host.sent_bytes >= end, PATIENCE_SECONDS)
+
+    def begin(self) -> Request:
+        """Return when the model has been granted what is big, and some of it has come."""
+        name = self.encoder.encode("big", NUM_ROWS)
+        request = self.model.admit("r", "big", rows=NUM_ROWS)
+        self.model.scheduler.expect({name: self.encoder.place})
+        self.wait_for_bytes(BIG.nbytes // 8)
+        return request
 
     def encode_nearby(self, name: str, embedding: torch.Tensor) -> None:
         """What the proxy does with an item that is awaited."""
         identifier = self.nearby.encode(name, embedding)
         self.model.scheduler.expect({identifier: self.nearby.place})
+
+    def check_big(self, request: Request) -> None:
+        """What was lost comes from elsewhere."""
+        self.model.lose(request)
+        self.encode_nearby("big", BIG)
+        self.model.load(request)
+        assert torch.equal(self.model.memory[identifier_of("big")], BIG)
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +74,27 @@ def hosts() -> Iterator[list[Host]]:
         yield hosts
 
 
-@pytest.fixture
-def fleet(hosts: list[Host]) -> Iterator[Fleet]:
+@pytest.fixture(params=["TcpConnector", "NixlConnector"])
+def fleet(hosts: list[Host], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    monkeypatch.setenv("UCX_TLS", "tcp")  # there is no other way from host to host
     key = FleetKey([make_fleet_key()])
     there, here = hosts
     there.plug()
     with contextlib.ExitStack() as stack:
-        with there.inside():
-            encoder = stack.enter_context(
-                contextlib.closing(Encoder("TcpConnector", host=there.address, fleet_key=key))
-            )
+        encoder = stack.enter_context(
+            EncoderProcess(request.param, there, host=there.address, fleet_key=key, max_bytes=2 * BIG.nbytes)
+        )
         with here.inside():
-            nearby = stack.enter_context(contextlib.closing(Encoder("TcpConnector", host=here.address, fleet_key=key)))
-            model = stack.enter_context(contextlib.closing(LanguageModel("TcpConnector", fleet_key=key)))
+            nearby = stack.enter_context(contextlib.closing(Encoder(request.param, host=here.address, fleet_key=key)))
+            model = stack.enter_context(contextlib.closing(LanguageModel(request.param, fleet_key=key)))
         yield Fleet(there, encoder, model, nearby)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read of which nothing comes is given up soon."""
+    monkeypatch.setattr(tcp, "PATIENCE_SECONDS", DETECTION_SECONDS)
+    monkeypatch.setattr(nixl, "_PATIENCE_SECONDS", 0.2)
 
 
 def test_word_that_an_embedding_is_there_comes_when_the_link_is_back(fleet: Fleet) -> None:
@@ -125,25 +147,48 @@ def test_an_encoder_that_vanishes_with_what_it_was_asked_for_is_given_up(
     fleet.model.load(request)
 
 
-def test_bytes_that_stop_coming_come_from_elsewhere(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "PATIENCE_SECONDS", DETECTION_SECONDS)
-    name = fleet.encoder.encode("big", BIG)
-    request = fleet.model.admit("r", "big", rows=NUM_ROWS)
-    fleet.model.scheduler.expect({name: fleet.encoder.place})
-    fleet.wait_for_bytes(BIG.nbytes // 8)
+@pytest.mark.usefixtures("impatient")
+def test_bytes_that_stop_coming_come_from_elsewhere(fleet: Fleet) -> None:
+    request = fleet.begin()
     fleet.host.unplug()
-    fleet.model.lose(request)
-    fleet.encode_nearby("big", BIG)
-    fleet.model.load(request)
-    assert torch.equal(fleet.model.memory[name], BIG)
+    fleet.check_big(request)
 
 
 def test_bytes_that_stop_for_a_moment_come_when_the_link_is_back(fleet: Fleet) -> None:
-    name = fleet.encoder.encode("big", BIG)
-    request = fleet.model.admit("r", "big", rows=NUM_ROWS)
-    fleet.model.scheduler.expect({name: fleet.encoder.place})
-    fleet.wait_for_bytes(BIG.nbytes // 8)
+    request = fleet.begin()
     fleet.host.unplug()
     fleet.host.plug()
     fleet.model.load(request)
-    assert torch.equal(fleet.model.memory[name], BIG)
+    assert torch.equal(fleet.model.memory[identifier_of("big")], BIG)
+
+
+def test_bytes_of_an_encoder_that_is_killed_among_them_come_from_elsewhere(fleet: Fleet) -> None:
+    request = fleet.begin()
+    fleet.encoder.kill()
+    fleet.check_big(request)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_bytes_of_an_encoder_that_is_stopped_among_them_come_from_elsewhere(fleet: Fleet) -> None:
+    request = fleet.begin()
+    with stopped(fleet.encoder):
+        fleet.check_big(request)
+    if fleet.model.scheduler.config.connector == "NixlConnector":
+        return  # UCX may abort an encoder that goes on with a read that was broken off, see docs/connector.md
+    fleet.encoder.check_all_is_free()
+    fleet.wait_for_word("hello")
+
+
+def test_what_has_come_stays_when_the_link_is_down_and_is_held_nowhere(fleet: Fleet) -> None:
+    name = fleet.encoder.encode("cat")
+    first, second = fleet.model.admit("1", "cat"), fleet.model.admit("2", "dog")
+    fleet.model.scheduler.expect({name: fleet.encoder.place})
+    fleet.model.load(first)
+    fleet.host.unplug()
+    fleet.encode_nearby("dog", embedding_of("dog"))
+    fleet.model.load(second)
+    assert torch.equal(fleet.model.memory[name], embedding_of("cat"))
+    fleet.model.finish(first)
+    fleet.host.plug()
+    fleet.encoder.check_all_is_free()
+    fleet.wait_for_word("hello")

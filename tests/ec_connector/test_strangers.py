@@ -23,8 +23,8 @@ from tests.transfer.holder import PATIENCE_SECONDS, Stranger
 from .instance import embedding_of, identifier_of
 from .peers import Encoder, LanguageModel
 
-CONNECTOR = "SharedMemoryConnector"
-"""What travels on the channel is the same with all connectors."""
+TESTED = ("SharedMemoryConnector", "NixlConnector")
+"""What travels on the channel is the same with TcpConnector, whose false holder would have to lend its data connections too."""
 CAT = identifier_of("cat")
 LONGEST = struct.pack(">I", (1 << 32) - 1)
 """The beginning of the longest frame that there can be."""
@@ -60,7 +60,7 @@ class FalseReader(Connection):
         place = encoder.place
         super().__init__(socket.create_connection(Peer(place.host, place.port)))
         self.hear_challenge()
-        terms = {"connector": CONNECTOR, "fingerprint": "5eed"}
+        terms = {"connector": encoder.worker.config.connector, "fingerprint": "5eed"}
         self.say(Hello(PROTOCOL, PROTOCOL_VERSION, place.engine_id, make_nonce(), b"", terms))
         assert msgspec.msgpack.decode(self.hear_frame(), type=Proven)
         self.welcome = msgspec.msgpack.decode(self.hear_frame(), type=Welcome)
@@ -94,15 +94,15 @@ class FalseHolder:
             connection.socket.close()
 
 
-@pytest.fixture
-def encoder() -> Iterator[Encoder]:
-    with contextlib.closing(Encoder(CONNECTOR)) as encoder:
+@pytest.fixture(params=TESTED)
+def encoder(request: pytest.FixtureRequest) -> Iterator[Encoder]:
+    with contextlib.closing(Encoder(request.param)) as encoder:
         yield encoder
 
 
 @pytest.fixture
-def model() -> Iterator[LanguageModel]:
-    with contextlib.closing(LanguageModel(CONNECTOR)) as model:
+def model(encoder: Encoder) -> Iterator[LanguageModel]:
+    with contextlib.closing(LanguageModel(encoder.worker.config.connector)) as model:
         yield model
 
 
