@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from importlib.resources import files
@@ -94,6 +95,11 @@ class StoreServer:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
+    def reconfigure(self, **settings: str) -> None:
+        """Change settings while it runs; a hyphen in a name is an underscore here."""
+        for name, value in settings.items():
+            self.call("CONFIG", "SET", name.replace("_", "-"), value)
+
     def thaw(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
@@ -133,6 +139,61 @@ class StoreServer:
     ) -> None:
         self.kill()
         self._held.release()
+
+
+class Between:
+    """Passes bytes on between clients and a server, and may have the server killed among those that it sends."""
+
+    def __init__(self, server: StoreServer) -> None:
+        self._server = server
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        self._left: int | None = None
+        self._lock = threading.Lock()
+        self.killed = threading.Event()
+        """Set when the server has been killed."""
+
+    def kill_after(self, num_bytes: int) -> None:
+        """Kill the server in the middle of an answer that is longer than this."""
+        self._left = num_bytes
+
+    def __enter__(self) -> Between:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self._listener.accept()[0]
+            except OSError:
+                return
+            try:
+                server = socket.create_connection(("127.0.0.1", self._server.port))
+            except OSError:
+                client.close()
+                continue
+            for source, target, is_answer in ((client, server, False), (server, client, True)):
+                threading.Thread(target=self._pass_on, args=(source, target, is_answer), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                with self._lock:
+                    is_the_end = is_answer and self._left is not None and len(data) > self._left
+                    if is_the_end:
+                        data, self._left = data[: self._left], None
+                        self._server.kill()
+                        self.killed.set()
+                target.sendall(data)
+                if is_the_end:
+                    break
+        for end in (source, target):  # wakes the other direction
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

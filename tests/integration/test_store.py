@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,36 @@ import pytest
 
 from chiasm.wire import Role
 
-from ..store_server import StoreServer, running
+from ..store_server import Between, StoreServer, servers
 from .conftest import SMALL, Service, chat, run, sample_image
 
 ENTRY_BYTES = 36 * 192 * 4 + 4096
 """Of an image of 96 x 96 pixels."""
+ROOM = "100mb"
+FROZEN_SECONDS = 10.0
 ADMIN_KEY = "administrator-of-the-test"
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[StoreServer]:
-    with running("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru") as started:
+@pytest.fixture(scope="module", params=[*servers()])
+def server(request: pytest.FixtureRequest) -> Iterator[StoreServer]:
+    with StoreServer(servers()[request.param], "--maxmemory", ROOM, "--maxmemory-policy", "allkeys-lru") as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, server: StoreServer) -> Iterator[Service]:
+def between(server: StoreServer) -> Iterator[Between]:
+    with Between(server) as between:
+        yield between
+
+
+@pytest.fixture(scope="module")
+def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, between: Between) -> Iterator[Service]:
     """One encoder and one PD, which have room for two embeddings, and a store."""
     fields = {
         "shared_storage_path": tmp_path_factory.mktemp("store") / "folder",
         "ec_max_bytes": 2 * ENTRY_BYTES,
-        "ec_store": server.url,
+        "ec_store": between.url,
         "admin_key": ADMIN_KEY,
         "settings": SMALL | {"encoder_cache_bytes": 2 * ENTRY_BYTES},
     }
@@ -121,22 +130,92 @@ def test_what_cannot_be_read_is_encoded_again(
     assert service.metric(Role.PD, f"chiasm_ec_store_{counter}_total") == before + 2
 
 
+def asked(service: Service, aggregated: Service, seeds: Iterable[int]) -> None:
+    """Ask about an image each, and compare the answers."""
+    bodies = [chat("what?", sample_image(seed), "?") for seed in seeds]
+    assert [service.answer(body) for body in bodies] == [aggregated.answer(body) for body in bodies]
+
+
+def wait_until_used_again(service: Service, server: StoreServer, aggregated: Service, seeds: Iterator[int]) -> None:
+    """Ask until something is written to the store again, and something read from it."""
+
+    def writes() -> bool:
+        before = headers(server)
+        asked(service, aggregated, [next(seeds)])
+        return not headers(server) <= before
+
+    service.wait_until(writes)
+    first = next(seeds)
+
+    def reads() -> bool:
+        asked(service, aggregated, [next(seeds) for _ in range(4)])  # so that no memory has the first one
+        before = service.metric(Role.PD, "chiasm_ec_store_reads_total")
+        body = chat(f"after {next(seeds)}", sample_image(first), "?")
+        assert service.answer(body) == aggregated.answer(body)
+        return service.metric(Role.PD, "chiasm_ec_store_reads_total") > before
+
+    asked(service, aggregated, [first])
+    service.wait_until(reads)
+
+
 @pytest.mark.parametrize("fault", ["frozen", "killed"])
-def test_a_store_that_does_not_answer_stops_no_request(
+def test_a_store_that_does_not_answer_stops_no_request_and_is_used_again(
     service: Service, server: StoreServer, aggregated: Service, fault: str
 ) -> None:
-    seed = 4000 if fault == "frozen" else 5000
+    seeds = itertools.count(4000 if fault == "frozen" else 5000)
+    failed = counted(service, FAILED)
+    not_written = number_not_written(service)
+    began = time.monotonic()
     (server.freeze if fault == "frozen" else server.kill)()
     try:
-        bodies = [chat("what?", sample_image(seed + number), "?") for number in range(4)]
-        assert [service.answer(body) for body in bodies] == [aggregated.answer(body) for body in bodies]
-        service.wait_until(lambda: counted(service, 'chiasm_proxy_store_questions_total{outcome="failed"}') >= 1)
-        service.wait_until(partial(_not_written, service))
+        asked(service, aggregated, itertools.islice(seeds, 4))
+        service.wait_until(lambda: counted(service, FAILED) > failed)
+        service.wait_until(lambda: number_not_written(service) > not_written)
+        if fault == "frozen":
+            time.sleep(max(0.0, began + FROZEN_SECONDS - time.monotonic()))  # the fault itself lasts so long
+            asked(service, aggregated, itertools.islice(seeds, 1))
     finally:
         (server.thaw if fault == "frozen" else server.start)()
+    wait_until_used_again(service, server, aggregated, seeds)
 
 
-def _not_written(service: Service) -> bool:
-    """Whether what was encoded meanwhile has not been written, and is counted."""
+def test_a_store_that_is_killed_while_a_pd_reads_from_it_costs_an_encode(
+    service: Service, server: StoreServer, between: Between, aggregated: Service
+) -> None:
+    publish(service, server, 6000)
+    encoded = counted(service, outcome("encoded"))
+    failures = service.metric(Role.PD, "chiasm_ec_store_read_failures_total")
+    between.kill_after(ENTRY_BYTES // 4)
+    body = chat("and what now?", sample_image(6000), sample_image(6001), "?")
+    try:
+        assert service.answer(body) == aggregated.answer(body)
+        assert between.killed.is_set()
+        assert service.metric(Role.PD, "chiasm_ec_store_read_failures_total") > failures
+        assert counted(service, outcome("encoded")) > encoded
+    finally:
+        server.kill()
+        server.start()
+    wait_until_used_again(service, server, aggregated, itertools.count(6200))
+
+
+def test_a_store_that_is_full_and_evicts_nothing_stops_no_request(
+    service: Service, server: StoreServer, aggregated: Service
+) -> None:
+    seeds = itertools.count(7000)
+    not_written = number_not_written(service)
+    server.reconfigure(maxmemory="1mb", maxmemory_policy="noeviction")
+    try:
+        asked(service, aggregated, itertools.islice(seeds, 4))
+        service.wait_until(lambda: number_not_written(service) > not_written)
+    finally:
+        server.reconfigure(maxmemory=ROOM, maxmemory_policy="allkeys-lru")
+    wait_until_used_again(service, server, aggregated, seeds)
+
+
+FAILED = 'chiasm_proxy_store_questions_total{outcome="failed"}'
+
+
+def number_not_written(service: Service) -> float:
+    """How much of what was encoded has not been written, and is counted."""
     names = ("write_failures_total", "dropped_total")
-    return sum(service.metric(Role.ENCODER, f"chiasm_ec_store_{name}") for name in names) >= 1
+    return sum(service.metric(Role.ENCODER, f"chiasm_ec_store_{name}") for name in names)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from chiasm.ec_transfer.stores import Store, StoredEntry, open_store
 
-from ...store_server import StoreServer, running, servers
+from ...store_server import StoreServer, servers
 
 FINGERPRINT = "ab12"
 
@@ -27,10 +28,16 @@ def read(store: Store, entry: StoredEntry) -> bytes:
     return bytes(buffer)
 
 
+@pytest.fixture(params=[*servers()])
+def program(request: pytest.FixtureRequest) -> Path:
+    """Each of the servers that are here, in turn."""
+    return servers()[request.param]
+
+
 @pytest.fixture
-def server() -> Iterator[StoreServer]:
+def server(program: Path) -> Iterator[StoreServer]:
     """A server that a test may break."""
-    with running() as started:
+    with StoreServer(program) as started:
         yield started
 
 

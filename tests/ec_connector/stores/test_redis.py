@@ -23,7 +23,7 @@ from chiasm.ec_transfer.stores import (
     redis,
 )
 
-from ...store_server import StoreServer, running
+from ...store_server import StoreServer
 from .conftest import FINGERPRINT, entry_of, read
 
 SIZE = 10 << 20
@@ -122,8 +122,8 @@ def test_a_header_of_any_size_takes_no_more_memory_than_one_may_have(
         store.exists_many([entry.identifier], FINGERPRINT)
 
 
-def test_a_server_that_is_full_and_evicts_nothing_says_so() -> None:
-    with running("--maxmemory", "12mb", "--maxmemory-policy", "noeviction") as server:
+def test_a_server_that_is_full_and_evicts_nothing_says_so(program: Path) -> None:
+    with StoreServer(program, "--maxmemory", "12mb", "--maxmemory-policy", "noeviction") as server:
         store = open_store(server.url)
         store.put(*entry_of(1, 4 << 20))
         with pytest.raises(StoreFullError, match="maxmemory-policy"):
@@ -132,8 +132,8 @@ def test_a_server_that_is_full_and_evicts_nothing_says_so() -> None:
         store.close()
 
 
-def test_a_server_that_evicts_takes_every_entry_and_gives_no_wrong_byte() -> None:
-    with running("--maxmemory", "24mb", "--maxmemory-policy", "allkeys-lru") as server:
+def test_a_server_that_evicts_takes_every_entry_and_gives_no_wrong_byte(program: Path) -> None:
+    with StoreServer(program, "--maxmemory", "24mb", "--maxmemory-policy", "allkeys-lru") as server:
         store = open_store(server.url)
         entries = [entry_of(number) for number in range(5)]
         for entry, data in entries:
@@ -149,8 +149,10 @@ def test_a_server_that_evicts_takes_every_entry_and_gives_no_wrong_byte() -> Non
         store.close()
 
 
-def test_a_password_is_given_and_a_wrong_one_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    with running("--requirepass", "right-secret") as server:
+def test_a_password_is_given_and_a_wrong_one_is_refused_without_being_shown(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StoreServer(program, "--requirepass", "right-secret") as server:
         address = f"127.0.0.1:{server.port}"
         store = open_store(f"redis://:right-secret@{address}")
         store.put(*entry_of(1, 64))
@@ -230,12 +232,14 @@ def test_what_is_no_answer_to_the_question_is_a_fault(reply: bytes) -> None:
         store.close()
 
 
-def test_tls_is_used_and_an_unknown_certificate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_is_used_and_an_unknown_certificate_is_refused(
+    server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     where = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*make.split(), *where], check=True, capture_output=True)
-    with running() as server, _TlsEnd(server.port, certificate, key) as tls:
+    with _TlsEnd(server.port, certificate, key) as tls:
         url = f"rediss://localhost:{tls.port}"
         with pytest.raises(StoreError, match="certificate"):
             open_store(url).health()
