@@ -1,7 +1,7 @@
 """Encoders that are killed and stopped at random while a PD wants embeddings of them.
 
-``CHIASM_PROCESS_FAULTS=20 .venv/bin/pytest tests/integration/test_encoder_faults.py -s`` reports, and takes some minutes, since an
-encoder that dies again and again starts later each time.
+``CHIASM_PROCESS_FAULTS=20 .venv/bin/pytest tests/integration/test_encoder_faults.py -s`` reports, and takes some minutes, since
+an encoder that dies again and again starts later each time.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_an_encoder_that_is_killed_loses_what_is_wanted_of_it_and_nothing_that_h
             question = Question(next(SEEDS))
             with stopped(fleet.mortal, fleet.other):
                 answer = pool.submit(fleet.proxy.answer, question.body)
-                fleet.proxy.until(fleet.busy)
+                fleet.proxy.until(lambda: bool(fleet.busy()))
                 if fleet.mortal.url in fleet.busy():
                     fleet.mortal.kill()
             assert answer.result(CALL_SECONDS).strip() == question.answer
