@@ -77,10 +77,10 @@ def test_a_killed_encoder_loses_what_should_come_and_nothing_that_came(
 def test_an_encoder_that_is_stopped_before_it_is_met_is_given_up(
     process: EncoderProcess, other: Encoder, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "ANSWER_SECONDS", 0.5)
     process.encode("cat")
     request = model.admit("r", "cat")
-    with stopped(process):
+    with stopped(process), monkeypatch.context() as impatient:
+        impatient.setattr(reader, "ANSWER_SECONDS", 0.5)
         model.scheduler.expect({CAT: process.place})
         model.lose(request)
     other.encode("cat")

@@ -40,6 +40,8 @@ class Turmoil:
         self._chance = random.Random(seed)
         self._seed = 9000
         self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._killed = {0}
+        """Process ids; 0 is that of an encoder that doesn't run."""
         self.faults: Counter[str] = Counter()
 
     def round(self) -> None:
@@ -63,19 +65,22 @@ class Turmoil:
     @contextlib.contextmanager
     def _fault(self) -> Iterator[None]:
         """Have a fault happen to an encoder that runs; one that is only stopped goes on afterwards."""
-        running = {one.url: one.pid for one in self._service.deployment.processes if one.pid}
-        url = self._chance.choice([url for url in self._service.deployment.urls(Role.ENCODER) if url in running])
+        pids = {one.url: one.pid for one in self._service.deployment.processes if one.pid}
+        encoders = self._service.deployment.urls(Role.ENCODER)
+        url = self._chance.choice([url for url in encoders if pids.get(url, 0) not in self._killed])
+        pid = pids[url]
         kind = KINDS[self.faults.total() % len(KINDS)]
         self.faults[kind] += 1
         if kind != "killed":
-            os.kill(running[url], signal.SIGSTOP)
+            os.kill(pid, signal.SIGSTOP)
         if kind != "stopped":
+            self._killed.add(pid)
             self._service.kill(url)
         try:
             yield
         finally:
             if kind == "stopped":
-                os.kill(running[url], signal.SIGCONT)
+                os.kill(pid, signal.SIGCONT)
 
     def end(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -20,6 +20,8 @@ ENTRY_BYTES = 36 * 192 * 4 + 4096
 """Of an image of 96 x 96 pixels."""
 ROOM = "100mb"
 FROZEN_SECONDS = 10.0
+AGAIN_SECONDS = 120.0
+"""After a fault, a store isn't used for half a minute at most, by each of those who use it."""
 ADMIN_KEY = "administrator-of-the-test"
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 
@@ -144,7 +146,7 @@ def wait_until_used_again(service: Service, server: StoreServer, aggregated: Ser
         asked(service, aggregated, [next(seeds)])
         return not headers(server) <= before
 
-    service.wait_until(writes)
+    service.wait_until(writes, AGAIN_SECONDS)
     first = next(seeds)
 
     def reads() -> bool:
@@ -155,7 +157,7 @@ def wait_until_used_again(service: Service, server: StoreServer, aggregated: Ser
         return service.metric(Role.PD, "chiasm_ec_store_reads_total") > before
 
     asked(service, aggregated, [first])
-    service.wait_until(reads)
+    service.wait_until(reads, AGAIN_SECONDS)
 
 
 @pytest.mark.parametrize("fault", ["frozen", "killed"])
