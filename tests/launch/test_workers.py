@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2 as httpx
 import psutil
@@ -45,8 +47,57 @@ def shows(running: Running, name: str, values: dict[str, float]) -> bool:
     return eventually(lambda: metric(running, name) == values)
 
 
+@contextmanager
+def frozen(process: psutil.Process) -> Iterator[None]:
+    """A process that stands still meanwhile."""
+    process.suspend()
+    try:
+        assert eventually(lambda: process.status() == psutil.STATUS_STOPPED)
+        yield
+    finally:
+        process.resume()
+
+
+def ask_each(running: Running) -> None:
+    """Have each of two workers answer one request, which is named after it."""
+    for number in range(2):
+        with frozen(workers(running)[f"worker-{1 - number}"]):
+            url = f"{running.wait_ready()}/v1/chat/completions"
+            answer = httpx.post(url, content=b"{nothing", headers={"X-Request-Id": f"of-{number}"}, timeout=60)
+            assert answer.status_code == 400
+
+
 def test_the_metrics_are_those_of_all(running: Running) -> None:
     assert shows(running, "chiasm_proxy_requests_in_flight", {"0": 0, "1": 0})
+
+
+def test_the_records_are_those_of_all(running: Running) -> None:
+    url = f"{running.wait_ready()}/requests"
+    ask_each(running)
+    for _ in range(4):  # each look is a connection of its own, which either of them may take
+        page = httpx.get(url, headers=ADMIN, timeout=60).json()
+        assert [one["id"] for one in page["requests"]] == ["of-1", "of-0"]
+        assert "silent_workers" not in page
+        for name in ("of-0", "of-1"):
+            one = httpx.get(f"{url}/{name}", headers=ADMIN, timeout=60).json()
+            assert (one["id"], one["status"]) == (name, 400)
+            trace = httpx.get(f"{url}/{name}/trace.json", headers=ADMIN, timeout=60).json()
+            assert trace["otherData"]["id"] == name
+    assert httpx.get(f"{url}/of-2", headers=ADMIN, timeout=60).status_code == 404
+    assert len(httpx.get(f"{url}?limit=1", headers=ADMIN, timeout=60).json()["requests"]) == 1
+    with frozen(workers(running)["worker-1"]):
+        page = httpx.get(url, headers=ADMIN, timeout=60).json()
+        assert ([one["id"] for one in page["requests"]], page["silent_workers"]) == (["of-0"], [1])
+        answer = httpx.get(f"{url}/of-1", headers=ADMIN, timeout=60)
+        assert (answer.status_code, "Worker 1 of the proxy" in answer.text) == (404, True)
+
+
+def test_without_an_admin_key_they_are_for_their_machine_alone(tmp_path: Path) -> None:
+    with Running(tmp_path, "proxy", "--workers", "2", "--port", "0", "--shutdown-timeout-seconds", "1") as one:
+        url = f"{one.wait_ready()}/requests"
+        ask_each(one)
+        assert {found["id"] for found in httpx.get(url, timeout=60).json()["requests"]} == {"of-0", "of-1"}
+        assert httpx.get(url, headers={"X-Forwarded-For": "192.0.2.1"}, timeout=60).status_code == 401
 
 
 def test_an_instance_is_added_to_all_and_removed_from_all(running: Running) -> None:

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from chiasm.http.timing import TimingEntry, write_timing
 from chiasm.proxy.records.critical import critical_path
+from chiasm.proxy.records.info import info_of
 from chiasm.proxy.records.record import Record
 from chiasm.proxy.records.ring import Records
 from chiasm.proxy.records.spans import Span, timeline_of
@@ -129,7 +130,7 @@ def test_what_an_instance_says_stays_within_its_call() -> None:
 
 
 def test_a_trace_has_no_two_spans_of_one_thread_that_overlap_in_part() -> None:
-    trace = trace_of(record_of_one_image())
+    trace = trace_of(info_of(record_of_one_image()))
     events: Any = trace["traceEvents"]
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {
         "critical path",
@@ -147,8 +148,9 @@ def test_the_last_records_and_the_slowest_are_kept() -> None:
         records.keep(record_of_one_image(request_id=str(number), ended_at=100.0 + seconds))
     assert [one.id for one in records.last()] == ["4", "3", "2"]
     assert [one.id for one in records.slowest()] == ["0", "2"]
-    assert records.find("0") is not None
-    assert records.find("1") is None
+    records.keep(record_of_one_image(request_id="0", ended_at=109.5))
+    assert [one.seconds for one in records.named("0")] == [9.5, 9.0]
+    assert list(records.named("1")) == []
 
 
 def test_a_trail_is_bounded() -> None:

@@ -91,7 +91,7 @@ def create_app(
         Route("/metrics", pages.metrics),
         lease_route(lambda: service.leases, service.fleet_key, service.now),
         drain_route(service, admin),
-        *record_routes(service.records, admin),
+        *record_routes(service.records, admin, siblings),
     ]
     if siblings is not None:
         routes.append(members_route(lambda: service.membership.members(time.monotonic())))
@@ -150,7 +150,7 @@ class _Pages:
             self._admin.check_may_see(request.scope)
         page = self._metrics.render()
         if self._siblings is not None and not is_from_sibling(request.scope):
-            page = await self._siblings.metrics(page, request.headers)
+            page = await self._siblings.metrics(page, request.scope)
         return Response(page, media_type=None, headers={"content-type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:

@@ -1,8 +1,8 @@
 """Several workers of one proxy: what is told to one of them is told to all, and what one is asked about all is put together.
 
 Each worker is a proxy of its own, with a socket in a folder that only their user can enter. Over these sockets a worker repeats
-what changes the fleet, and collects the metrics of the others; one that is started again asks another one what it has missed. A
-request that comes from a sibling says so in a header, and goes no further.
+what changes the fleet, and collects the metrics and the records of the others; one that is started again asks another one what
+it has missed. A request that comes from a sibling says so in a header, and goes no further.
 """
 
 from __future__ import annotations
@@ -119,30 +119,42 @@ class Siblings:
                 _logger.warning("worker %d doesn't tell what it knows of the fleet: %s", number, error)
         return None
 
-    async def metrics(self, own: bytes, headers: Headers) -> bytes:
+    async def pages(self, scope: Scope, path: str) -> dict[int, bytes | None]:
+        """Return what each sibling answers to GET ``path``, by its number; None if it doesn't.
+
+        Each of them checks for itself who asks: the client of the request that ``scope`` is of, with its headers.
+        """
+        headers = _asked_by(scope)
+        pages = await asyncio.gather(*(self._page(number, path, headers) for number in self._sessions))
+        return dict(zip(self._sessions, pages, strict=True))
+
+    async def metrics(self, own: bytes, scope: Scope) -> bytes:
         """Return the metrics of all workers on one page; ``own`` are this one's. One that doesn't answer is left out."""
-        asked = {name: headers[name] for name in ("authorization",) if name in headers} | {WORKER_HEADER: ""}
-        pages = await asyncio.gather(*(self._page(number, "/metrics", asked) for number in self._sessions))
-        found = {number: page for number, page in zip(self._sessions, pages, strict=True) if page is not None}
-        return merged({str(number): page for number, page in sorted({self._number: own, **found}.items())})
+        pages = {self._number: own, **await self.pages(scope, "/metrics")}
+        return merged({str(number): page for number, page in sorted(pages.items()) if page is not None})
 
     async def _page(self, number: int, path: str, headers: Mapping[str, str]) -> bytes | None:
         """Return what a sibling answers; None if it doesn't."""
         try:
             async with asyncio.timeout(_PAGE_SECONDS):
                 async with self._sessions[number].get(f"http://worker{path}", headers=headers) as response:
-                    page = await response.content.read(_MAX_PAGE_BYTES) if response.status == 200 else None
-                    while page is not None and (more := await response.content.read(_MAX_PAGE_BYTES - len(page))):
+                    if response.status != 200:
+                        _logger.warning("worker %d answers %s with status %d", number, path, response.status)
+                        return None
+                    page = b""
+                    while more := await response.content.read(_MAX_PAGE_BYTES + 1 - len(page)):
                         page += more
-                    return page
+                    if len(page) <= _MAX_PAGE_BYTES:
+                        return page
+                    _logger.warning("worker %d answers %s with more than %d bytes", number, path, _MAX_PAGE_BYTES)
+                    return None
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             _logger.warning("worker %d doesn't answer %s: %s", number, path, error or type(error).__name__)
             return None
 
     async def repeat(self, scope: Scope, body: bytes) -> None:
         """Send all siblings a request, and wait for their answers, which this worker's own stands for."""
-        kept = {name: value for name, value in Headers(scope=scope).items() if name not in _NOT_PASSED_ON}
-        kept[WORKER_HEADER] = scope["client"][0] if scope.get("client") else ""
+        kept = _asked_by(scope)
         method, path = scope["method"], scope["path"]
         await asyncio.gather(*(self._repeat(number, method, path, kept, body) for number in self._sessions))
 
@@ -229,6 +241,12 @@ def merged(pages: Mapping[str, bytes]) -> bytes:
                 sample = b"%b{%b,%b" if found[2] else b"%b{%b}%b"
                 families.setdefault(name, []).append(sample % (found[1], label, rest))
     return b"".join(b"%b\n" % line for lines in families.values() for line in lines)
+
+
+def _asked_by(scope: Scope) -> dict[str, str]:
+    """Return the headers by which a sibling knows who asks."""
+    kept = {name: value for name, value in Headers(scope=scope).items() if name not in _NOT_PASSED_ON}
+    return kept | {WORKER_HEADER: scope["client"][0] if scope.get("client") else ""}
 
 
 def _without_encoding(scope: Scope) -> Scope:

@@ -4,100 +4,116 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import re
 import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import chain, islice
+from typing import NamedTuple
+from urllib.parse import urlencode
 
 import msgspec
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import Scope
 
 from chiasm.errors import InvalidRequestError, PathNotFoundError
 from chiasm.http import json_response
 from chiasm.http.admin import AdminCheck
-from chiasm.proxy.records.critical import critical_path
-from chiasm.proxy.records.record import Record
+from chiasm.proxy.records.info import RecordInfo, info_of
 from chiasm.proxy.records.ring import KEPT, Records
-from chiasm.proxy.records.spans import Span, timeline_of
 from chiasm.proxy.records.trace_file import trace_of
+from chiasm.proxy.siblings import Siblings, is_from_sibling
+from chiasm.wire import UNREADABLE
 
 _SHOWN = 50
 _MAX_ID_CHARACTERS = 128
-_ROUTES = ("/requests", "/requests/{id}", "/requests/{id}/trace.json")
+_LIST_PATH = "/requests"
+_ROUTES = (_LIST_PATH, "/requests/{id}", "/requests/{id}/trace.json")
+_ORDERS: dict[str, Callable[[RecordInfo], float]] = {
+    "last": lambda one: one.arrived + one.seconds,
+    "slowest": lambda one: one.seconds,
+}
+"""What each order goes by, the largest first: when requests ended, and how long they took."""
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 _STYLE = re.compile(r"<style>(.*?)</style>", re.DOTALL)
+_logger = logging.getLogger(__name__)
 
 
-class SpanInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One stage of a request. Seconds from the request's arrival."""
-
-    name: str
-    where: str
-    """``proxy``, or the address of an instance."""
-    start: float
-    end: float
-    item: int | None = None
-    """Index of the image."""
-    is_wait: bool = False
-    """Whether nothing is done for the request meanwhile."""
-
-
-class RecordInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One request, without its spans."""
-
-    id: str
-    path: str
-    status: int
-    """499: the client left."""
-    arrived: float
-    """Unix time."""
-    seconds: float
-    """To the end of the answer."""
-    first_token_seconds: float | None = None
-    covered: float | None = None
-    """The part of the time to the first token that spans cover."""
-    overlap_seconds: float = 0.0
-    """How much later the first token would have come if one stage had begun where another ended."""
-    key: str = ""
-    details: dict[str, object] = {}
-    """``model``, ``images`` and ``instances``."""
-    tokens: dict[str, int] = {}
-    stages: dict[str, float] = {}
-    """Seconds, by the names in ``Server-Timing``."""
-    spans: list[SpanInfo] = []
-    critical_path: list[SpanInfo] = []
-
-
-class RecordList(msgspec.Struct, kw_only=True):
-    """Answer of GET /requests."""
+class RecordList(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Answer of GET /requests. Of a proxy with several workers it has the requests of all of them."""
 
     now: float
     """Unix time."""
     requests: list[RecordInfo]
+    silent_workers: list[int] = []
+    """Numbers of the workers that didn't tell theirs."""
 
 
-def record_routes(records: Records, admin: AdminCheck) -> list[BaseRoute]:
-    """Return the routes."""
+_list = msgspec.json.Decoder(RecordList)
+
+
+class _Question(NamedTuple):
+    """What ``/requests`` is asked for."""
+
+    limit: int
+    order: str
+    id: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The path and the query that ask for the same."""
+        query = {name: value for name, value in self._asdict().items() if value is not None}
+        return f"{_LIST_PATH}?{urlencode(query)}"
+
+    def sorted(self, found: Iterable[RecordInfo]) -> list[RecordInfo]:
+        """Return what is to be shown."""
+        return sorted(found, key=_ORDERS[self.order], reverse=True)[: self.limit]
+
+
+def record_routes(records: Records, admin: AdminCheck, siblings: Siblings | None) -> list[BaseRoute]:
+    """Return the routes; ``siblings`` are the other workers of the proxy, if it has several."""
+
+    async def found(question: _Question, scope: Scope) -> RecordList:
+        """Return the records of all workers, or to one of them those of this one."""
+        own = records.last() if question.order == "last" else records.slowest()
+        if question.id is not None:
+            own = records.named(question.id)
+        answer = RecordList(now=time.time(), requests=[info_of(one) for one in islice(own, question.limit)])
+        if siblings is None or is_from_sibling(scope):
+            return answer
+        pages = await siblings.pages(scope, question.path)
+        told = {number: _read(number, page) for number, page in pages.items()}
+        lists = [answer, *(one for one in told.values() if one is not None)]
+        answer.requests = question.sorted(chain.from_iterable(one.requests for one in lists))
+        answer.silent_workers = sorted(number for number, one in told.items() if one is None)
+        return answer
+
+    async def found_one(request: Request) -> RecordInfo:
+        """Return the newest record of the id in the path."""
+        name: str = request.path_params["id"]
+        answer = None
+        if len(name) <= _MAX_ID_CHARACTERS:
+            answer = await found(_Question(1, "last", name), request.scope)
+            if answer.requests:
+                return answer.requests[0]
+        raise _no_record(name, [] if answer is None else answer.silent_workers)
 
     async def show_list(request: Request) -> Response:
         admin.check_may_see(request.scope)
-        limit = _limit(request.query_params.get("limit", str(_SHOWN)))
-        order = request.query_params.get("order", "last")
-        if order not in ("last", "slowest"):
-            raise InvalidRequestError("order must be last or slowest.", param="order")
-        found = records.last() if order == "last" else records.slowest()
-        shown = [info_of(record) for record, _ in zip(found, range(limit), strict=False)]
-        return _unkept(json_response(RecordList(now=time.time(), requests=shown)))
+        return _unkept(json_response(await found(_question(request.query_params), request.scope)))
 
     async def show_one(request: Request) -> Response:
         admin.check_may_see(request.scope)
-        return _unkept(json_response(info_of(_found(records, request))))
+        return _unkept(json_response(await found_one(request)))
 
     async def show_trace(request: Request) -> Response:
         admin.check_may_see(request.scope)
-        return _unkept(json_response(trace_of(_found(records, request))))
+        return _unkept(json_response(trace_of(await found_one(request))))
 
     async def show_dashboard(request: Request) -> Response:
         # With an admin key the page is for everybody: it has no data, and asks for the key with which it gets some.
@@ -113,27 +129,6 @@ def record_routes(records: Records, admin: AdminCheck) -> list[BaseRoute]:
 
     routes = [Route(path, handler) for path, handler in zip(_ROUTES, (show_list, show_one, show_trace), strict=True)]
     return [*routes, Route("/dashboard", show_dashboard)]
-
-
-def info_of(record: Record) -> RecordInfo:
-    """Return what the operator sees of a record."""
-    timeline = timeline_of(record)
-    return RecordInfo(
-        id=record.id,
-        path=record.path,
-        status=record.status,
-        arrived=record.arrived,
-        seconds=record.seconds,
-        first_token_seconds=timeline.first_token,
-        covered=timeline.covered(),
-        overlap_seconds=timeline.overlap_seconds(),
-        key=record.key,
-        details=dict(record.details),
-        tokens=dict(record.tokens),
-        stages=dict(record.stages),
-        spans=[_span(span) for span in timeline.spans],
-        critical_path=[_span(span) for span in critical_path(timeline)],
-    )
 
 
 @cache
@@ -152,20 +147,27 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _span(span: Span) -> SpanInfo:
-    return SpanInfo(
-        name=span.name, where=span.where, start=span.start, end=span.end, item=span.item, is_wait=span.is_wait
+def _read(number: int, page: bytes | None) -> RecordList | None:
+    """Return what a worker tells; None if it tells nothing that can be read."""
+    try:
+        return None if page is None else _list.decode(page)
+    except UNREADABLE as error:
+        _logger.warning("the records of worker %d can't be read: %s", number, error)
+        return None
+
+
+def _no_record(name: str, silent_workers: Sequence[int]) -> PathNotFoundError:
+    silent = "".join(f" Worker {number} of the proxy didn't answer." for number in silent_workers)
+    return PathNotFoundError(
+        f"There is no record of the request {name[:_MAX_ID_CHARACTERS]!r}: the last {KEPT} and the slowest are kept.{silent}"
     )
 
 
-def _found(records: Records, request: Request) -> Record:
-    name: str = request.path_params["id"]
-    record = records.find(name)
-    if record is None:
-        raise PathNotFoundError(
-            f"There is no record of the request {name[:_MAX_ID_CHARACTERS]!r}: the last {KEPT} and the slowest are kept."
-        )
-    return record
+def _question(query: QueryParams) -> _Question:
+    order = query.get("order", "last")
+    if order not in _ORDERS:
+        raise InvalidRequestError(f"order must be {' or '.join(_ORDERS)}.", param="order")
+    return _Question(_limit(query.get("limit", str(_SHOWN))), order, query.get("id"))
 
 
 def _limit(text: str) -> int:

@@ -64,7 +64,7 @@ class Records:
         """Yield the slowest ones, the slowest first."""
         return (record for _, _, record in sorted(self._slowest, reverse=True))
 
-    def find(self, request_id: str) -> Record | None:
-        """Return the newest record of this id. A client may give several requests one id."""
-        named = (one for records in (self.last(), self.slowest()) for one in records if one.id == request_id)
-        return next(named, None)
+    def named(self, request_id: str) -> Iterator[Record]:
+        """Yield those of this id, the newest first. A client may give several requests one id."""
+        found = {id(one): one for one in (*self._last, *self.slowest()) if one.id == request_id}
+        return iter(sorted(found.values(), key=lambda one: one.ended_at, reverse=True))

@@ -1,21 +1,19 @@
-"""A record in the trace event format of Chrome, which Perfetto and chrome://tracing open."""
+"""A request in the trace event format of Chrome, which Perfetto and chrome://tracing open."""
 
 from __future__ import annotations
 
-from chiasm.proxy.records.critical import critical_path
-from chiasm.proxy.records.record import Record
-from chiasm.proxy.records.spans import PROXY, timeline_of
+from chiasm.proxy.records.info import RecordInfo
+from chiasm.proxy.records.spans import PROXY
 
 _MICROSECONDS = 1e6
 
 
-def trace_of(record: Record) -> dict[str, object]:
+def trace_of(record: RecordInfo) -> dict[str, object]:
     """Return the trace: each instance is a process, and each image a thread of it, so that spans of a thread don't overlap."""
-    timeline = timeline_of(record)
     processes = {PROXY: 1}
     threads: set[tuple[int, int]] = set()
     events: list[dict[str, object]] = []
-    rows = [("", 1, span) for span in timeline.spans] + [("critical", 0, span) for span in critical_path(timeline)]
+    rows = [("", 1, span) for span in record.spans] + [("critical", 0, span) for span in record.critical_path]
     for category, shift, span in rows:
         process = processes.setdefault(span.where, len(processes) + 1) if shift else 0
         thread = 0 if span.item is None or not shift else span.item + 1
@@ -26,7 +24,7 @@ def trace_of(record: Record) -> dict[str, object]:
                 "cat": category or ("wait" if span.is_wait else "work"),
                 "ph": "X",
                 "ts": (record.arrived + span.start) * _MICROSECONDS,
-                "dur": span.seconds * _MICROSECONDS,
+                "dur": (span.end - span.start) * _MICROSECONDS,
                 "pid": process,
                 "tid": thread,
                 "args": {} if span.item is None else {"item": span.item},
