@@ -38,8 +38,7 @@ max_body_bytes: 5MiB
 max-text-bytes: 4096
 deadline_seconds: 1.5
 tenant_by: authorization
-access_log: true
-allow_credentials: false
+allow_credentials: true
 timing_comments: off
 allowed_origins: ["https://x", "https://y"]
 cpus: [0, 2-3]
@@ -52,8 +51,7 @@ api_key_file: keys
         "max_text_bytes": 4096,
         "deadline_seconds": 1.5,
         "tenant_by": TenantBy.AUTHORIZATION,
-        "access_log": True,
-        "allow_credentials": False,
+        "allow_credentials": True,
         "timing_comments": "off",
         "allowed_origins": ("https://x", "https://y"),
         "cpus": (0, 2, 3),
@@ -84,7 +82,7 @@ def test_model_role_and_more_arguments_can_be_there_too(tmp_path: Path) -> None:
         ("port: [1]\nport: 2\nmax-items: 1\nmax_items: 1", "max_items twice"),
         ("port: many", "port: 'many' is not an integer"),
         ("port:", "port: has no value"),
-        ("access_log: 1", "access_log: must be true or false"),
+        ("allow_credentials: 1", "allow_credentials: must be true or false"),
         ("pd: [{a: b}]", "pd: must be one value"),
         ("max_body_bytes: lots", "'lots' is not a size"),
         ("[1, 2]", "not a YAML file of options"),
@@ -108,11 +106,11 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("off", False), ("TRUE", True)])
 def test_the_environment_has_switches_and_several_values(text: str, value: bool) -> None:
-    found = proxy.parser().parse([], {"CHIASM_ACCESS_LOG": text, "CHIASM_PD": "http://a  http://b"})
-    assert found == {"access_log": value, "pd": ("http://a", "http://b")}
+    found = proxy.parser().parse([], {"CHIASM_ALLOW_CREDENTIALS": text, "CHIASM_PD": "http://a  http://b"})
+    assert found == {"allow_credentials": value, "pd": ("http://a", "http://b")}
 
 
-@pytest.mark.parametrize(("name", "text"), [("CHIASM_MAX_ITEMS", "x"), ("CHIASM_ACCESS_LOG", "maybe")])
+@pytest.mark.parametrize(("name", "text"), [("CHIASM_MAX_ITEMS", "x"), ("CHIASM_ALLOW_CREDENTIALS", "maybe")])
 def test_what_is_wrong_in_the_environment_is_named(name: str, text: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^{name} in the environment: '{text}' is not"):
         proxy.parser().parse([], {name: text})

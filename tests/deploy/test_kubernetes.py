@@ -38,7 +38,7 @@ _EVERYTHING = {
     "proxy": {
         "otlpTracesEndpoint": "http://collector:4318",
         "tlsSecret": "certificate",
-        "args": ["--access-log"],
+        "args": ["--access-log=all"],
         "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
     },
     "instances": {

@@ -461,7 +461,7 @@ class TestLog:
                 b'{"choices":[{"text":"\\"usage\\": 1"}],"usage":{"prompt_tokens":12,"completion_tokens":3}}'
             )
 
-        with site(answer, config=HttpConfig(access_log=True)) as server:
+        with site(answer, config=HttpConfig(access_log="all")) as server:
             send(server.url, x_request_id="a")
             send(f"{server.url}/page", "GET", x_request_id="b")
         first, second = lines()
@@ -472,7 +472,7 @@ class TestLog:
     def test_a_request_that_fails_has_one_line_in_it_too(self, lines: Callable[[], list[str]], tmp_path: Path) -> None:
         file = tmp_path / "keys"
         file.write_text(f"keys: [{{key: {FIRST}, name: team}}]")
-        config = HttpConfig(access_log=True, api_key_file=file)
+        config = HttpConfig(access_log="all", api_key_file=file)
         with site(raising(InvalidRequestError("Wrong.", code=Code.INVALID_URL)), config=config) as server:
             send(server.url + CHAT, x_request_id="a", authorization=f"Bearer {FIRST}")
         (line,) = lines()
@@ -481,7 +481,7 @@ class TestLog:
     def test_what_is_logged_meanwhile_has_the_id_and_json_has_members(self) -> None:
         async def answer(exchange: Exchange) -> None:
             exchange.visit.details["images"] = 2
-            exchange.visit.stages = lambda: {"encode": 0.0123}
+            exchange.visit.stages = {"encode": 0.0123}
             logging.getLogger("test").warning("a line of %s", "it")
             await exchange.reply(b"{}")
 
@@ -492,7 +492,7 @@ class TestLog:
             handler.setFormatter(formatter(name))
             logging.getLogger().addHandler(handler)
             try:
-                with site(answer, config=HttpConfig(access_log=True)) as server:
+                with site(answer, config=HttpConfig(access_log="all")) as server:
                     send(server.url, x_request_id="a")
             finally:
                 logging.getLogger().removeHandler(handler)

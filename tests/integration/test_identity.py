@@ -116,6 +116,9 @@ def test_the_record_of_a_request_covers_its_time_to_the_first_token(disaggregate
     for item in (0, 1):
         assert {(name, item) for name in ("await encoder", "preprocess", "encode", "publish")} <= stages
     assert {("prepare", None), ("prefill", None), ("decode", None)} <= stages
+    usage = disaggregated.post(body | {"stream": False}).json()["usage"]
+    assert record["tokens"] == {"prompt": usage["prompt_tokens"], "completion": usage["completion_tokens"]}
+    assert {"queue", "prefill", "decode"} <= record["stages"].keys()
     path = record["critical_path"]
     assert path[0]["start"] == 0
     assert sum(span["end"] - span["start"] for span in path) == pytest.approx(record["first_token_seconds"], rel=0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from typing import Any
 
 import httpx2 as httpx
@@ -171,7 +172,8 @@ class TestStreams:
 class TestLog:
     @pytest.fixture(autouse=True)
     def level(self, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level(logging.INFO, "chiasm.requests")
+        for name in ("chiasm.requests", "chiasm.access"):
+            caplog.set_level(logging.INFO, name)
 
     def lines(self, caplog: pytest.LogCaptureFixture) -> list[str]:
         return [one.getMessage() for one in caplog.records if one.name in ("chiasm.requests", "chiasm.access")]
@@ -184,10 +186,12 @@ class TestLog:
         front = await start([pd])
         await front.post(ask("x"), **{"X-Request-Id": "me"})
         address = pd.url.removeprefix("http://")
-        assert self.lines(caplog) == [
-            f"id=me POST /v1/chat/completions status=400 model=tiny instances={address} "
-            "code=context_length_exceeded: Too long."
-        ]
+        (line,) = self.lines(caplog)
+        assert re.fullmatch(
+            rf"id=me POST /v1/chat/completions status=400 model=tiny instances={address} seconds=\S+ proxy_ms=\S+ "
+            r"estimate_ms=\S+ code=context_length_exceeded: Too long\.",
+            line,
+        )
 
     async def test_so_is_one_that_ends_a_stream(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
         async def break_down(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
@@ -201,13 +205,47 @@ class TestLog:
         front = await start([pd])
         heard = await listen(front, ask("x", stream=True))
         assert heard.error is not None
-        assert [line.partition(" POST ")[2] for line in self.lines(caplog)] == [
-            f"/v1/chat/completions status=200 model=tiny instances={pd.url.removeprefix('http://')} "
-            "code=500: The engine failed."
-        ]
+        (line,) = self.lines(caplog)
+        assert f"status=200 model=tiny instances={pd.url.removeprefix('http://')} seconds=" in line
+        assert line.endswith(" code=500: The engine failed.")
+
+    async def test_each_request_has_a_line_with_its_tokens_and_stages_and_pages_have_none(
+        self, start: Start, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def tell(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+            told = 'queue;dur=1.5, wait;dur=2, prefill;dur=3.25, ttft;dur=7, prompt_tokens;desc="12"'
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Server-Timing": told})
+            await response.prepare(request)
+            await response.write(event('completion_tokens;desc="9"'))
+            await response.write(b': server-timing total;dur=9, completion_tokens;desc="3"\n\ndata: [DONE]\n\n')
+            return response
+
+        pd = FakeInstance("pd")
+        pd.answer = tell
+        front = await start([pd])
+        await listen(front, ask("x", stream=True))
+        assert (await front.get("/health")).status == 200
+        (line,) = self.lines(caplog)
+        found = dict(re.findall(r"(\w+)=(\S+)", line))
+        assert {"prompt_tokens": "12", "completion_tokens": "3"}.items() <= found.items()
+        assert {"queue_ms": "1.5", "wait_ms": "2.0", "prefill_ms": "3.2"}.items() <= found.items()
+        assert float(found["decode_ms"]) <= 1000 * float(found["seconds"])
+        (record,) = (await front.get("/requests")).json["requests"]
+        assert record["tokens"] == {"prompt": 12, "completion": 3}
+        assert {"queue", "prefill", "decode"} <= record["stages"].keys()
+
+    async def test_a_log_of_failures_or_of_warnings_has_no_line_of_what_succeeds(
+        self, start: Start, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        front = await start([FakeInstance("pd")], http=HttpConfig(access_log="failures"))
+        await front.post(ask("x"))
+        caplog.set_level(logging.WARNING, "chiasm.access")
+        quiet = await start([FakeInstance("pd")])
+        await quiet.post(ask("x"))
+        assert self.lines(caplog) == []
 
     async def test_no_prompt_and_no_key_gets_there(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
-        front = await start([FakeInstance("pd")], http=HttpConfig(api_key=(KEY,), access_log=True))
+        front = await start([FakeInstance("pd")], http=HttpConfig(api_key=(KEY,), access_log="all"))
         await front.post(ask("a secret", stream=3), **RIGHT)
         await front.post(ask("a secret"), Authorization="Bearer a-secret-key")
         await front.post(ask("a secret"), "/v1/chat/completions?key=secret", **RIGHT)

@@ -425,4 +425,7 @@ def test_stream_ends_with_the_complete_server_timing(pd: Served) -> None:
     assert "total" not in reply.timing
     assert b"\n\n: server-timing " in reply.body
     assert "total" in parse_timing(reply.comments[0].removeprefix("server-timing "))
+    usage = post(pd.chat, {"messages": HI}).json["usage"]
+    assert f'prompt_tokens;desc="{usage["prompt_tokens"]}"' in reply.headers["server-timing"]
+    assert f'completion_tokens;desc="{usage["completion_tokens"]}"' in reply.comments[0]
     assert reply.body.endswith(b"\n\ndata: [DONE]\n\n")

@@ -11,6 +11,8 @@ from chiasm.http.json_size import MAX_TEXT_BYTES
 from chiasm.http.key_rules import check_key
 from chiasm.options import Option
 
+FAILURES, REQUESTS, ALL = ACCESS_LOGS = ("failures", "requests", "all")
+
 
 @dataclass(frozen=True)
 class HttpConfig:
@@ -60,7 +62,15 @@ class HttpConfig:
         Path | None, Option("Certificate in PEM, for HTTPS; read again when it is replaced.", unset="none: plain HTTP")
     ] = None
     ssl_keyfile: Annotated[Path | None, Option("Its private key.", unset="in the same file")] = None
-    access_log: Annotated[bool, Option("Log one line for every request.")] = False
+    access_log: Annotated[
+        str | None,
+        Option(
+            "Which requests leave a line in the log: those that fail, all that ask for an answer, or all, as those of pages "
+            "and probes, whatever the level of the log.",
+            choices=ACCESS_LOGS,
+            unset="requests at the proxy, failures at an instance",
+        ),
+    ] = None
     timing_comments: Annotated[
         str,
         Option(

@@ -62,6 +62,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self._admission, deadline_seconds=self._bounds.deadline_seconds)
+        exchange.visit.asks_for_answer = True
         try:
             await self._answer(exchange)
         except ClientLeftError:

@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chiasm.http.config import HttpConfig
+from chiasm.http.config import FAILURES, HttpConfig
 from chiasm.http.endpoint import Endpoint
 from chiasm.http.errors import EXCEPTION_HANDLERS
 from chiasm.http.flood import limited
@@ -49,9 +49,11 @@ class FrontDoor(Starlette):
         guard: Callable[[ASGIApp], ASGIApp] | None = None,
         guarded_paths: Collection[str] = (),
         refusals: Refusals | None = None,
+        access_log: str = FAILURES,
     ) -> None:
         """``is_local`` says that the server listens on loopback alone; ``guard`` is put around the routes. ``guarded_paths``
-        need an API key besides those below /v1. ``refusals`` counts the answers that are errors.
+        need an API key besides those below /v1. ``refusals`` counts the answers that are errors. ``access_log`` holds unless
+        the configuration says something else.
 
         Raises ConfigurationError for API keys that cannot be read."""
         self._config = config
@@ -60,7 +62,7 @@ class FrontDoor(Starlette):
         self._guarded_paths = guarded_paths
         self._refusals = refusals or Refusals()
         self.keys = KeyRing(config)
-        self._log = RequestLog(access=config.access_log)
+        self._log = RequestLog(config.access_log or access_log)
 
         @asynccontextmanager
         async def flushed(app: Starlette) -> AsyncIterator[None]:
@@ -128,7 +130,7 @@ class _Entrance:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = Visit(scope, timing_comments=self._timing_comments, counts_tokens=self._log.is_access_log)
+        visit = Visit(scope, timing_comments=self._timing_comments)
         id_field = (b"x-request-id", visit.request_id.encode())
         request_id.set(visit.request_id)  # in the context of this request's task
 

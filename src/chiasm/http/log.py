@@ -1,7 +1,8 @@
-"""The lines that requests leave in the log: one for each that fails, or one for each at all if there is an access log.
+"""The lines that requests leave in the log: one for each that fails, for each that asks for an answer, or for each at all.
 
 Nothing that a client sent gets into a line except the method, the path without its query, a checked id and what an error
-message quotes, and these are escaped and cut. Lines about failures are limited (``flood``).
+message quotes, and these are escaped and cut. Lines about failures are limited (``flood``), unless all
+requests have one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import re
 import time
 
+from chiasm.http.config import ALL, REQUESTS
 from chiasm.http.flood import FloodLimit
 from chiasm.http.log_format import fields
 from chiasm.http.visit import Visit
@@ -30,17 +32,12 @@ _access = logging.getLogger("chiasm.access")
 class RequestLog:
     """Writes the lines of one server; on its event loop."""
 
-    def __init__(self, *, access: bool) -> None:
-        """``access``: whether each request gets a line, whatever the level of the log."""
-        self._access = access
-        if access:
+    def __init__(self, which: str) -> None:
+        """``which`` of ``ACCESS_LOGS`` get a line; all do so whatever the level of the log."""
+        self._which = which
+        if which == ALL:
             _access.setLevel(logging.INFO)
         self._limit = FloodLimit(_logger)
-
-    @property
-    def is_access_log(self) -> bool:
-        """Whether each request gets a line."""
-        return self._access
 
     def note(self, visit: Visit) -> None:
         """Write what is to be written about a request that has ended."""
@@ -48,17 +45,21 @@ class RequestLog:
         assert status is not None
         has_failed = status >= 400 or visit.ended_with_error
         level = _level(visit, status) if has_failed else logging.INFO
-        if not self._access and not (has_failed and _logger.isEnabledFor(level)):
+        is_measured = self._which == ALL or (self._which == REQUESTS and visit.asks_for_answer)
+        is_access = self._which == ALL or (is_measured and not has_failed)
+        if is_access:
+            level = max(level, logging.INFO)
+        if not (is_access or has_failed) or not (_access if is_access else _logger).isEnabledFor(level):
             return
         values = _values(visit, status)
-        if self._access:
-            values |= _durations(visit)
+        if is_measured:
+            values |= _measured(visit)
         if has_failed:
             code, reason = ("client_left", "The client left.") if status == CLIENT_LEFT else visit.error
             values["code"] = _escaped(code)[:40] or "none"
             values["reason"] = _reason(reason)
-        if self._access:
-            _access.log(max(level, logging.INFO), "%s", _Line(values), extra=fields(values))
+        if is_access:
+            _access.log(level, "%s", _Line(values), extra=fields(values))
         elif self._limit.admits(f"status={status} code={values['code']}"):
             _logger.log(level, "%s", _Line(values), extra=fields(values))
 
@@ -93,13 +94,13 @@ def _values(visit: Visit, status: int) -> dict[str, object]:
     return values | visit.details
 
 
-def _durations(visit: Visit) -> dict[str, object]:
+def _measured(visit: Visit) -> dict[str, object]:
     """Return how much there was, and how long it took: in seconds all of it, in milliseconds the stages."""
     values: dict[str, object] = {f"{name}_tokens": count for name, count in visit.tokens.items()}
     values["seconds"] = round(time.monotonic() - visit.arrival, 3)
     if visit.first_at is not None:
         values["first_ms"] = _milliseconds(visit.first_at - visit.arrival)
-    return values | {f"{name}_ms": _milliseconds(seconds) for name, seconds in visit.stages().items()}
+    return values | {f"{name}_ms": _milliseconds(seconds) for name, seconds in visit.stages.items()}
 
 
 def _milliseconds(seconds: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,6 +22,8 @@ _KEY = "chiasm.visit"
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _ERROR_EVENT = re.compile(rb'(?:^|\n)data: ?(\{\s*"error"[^\n]*)')
 _TOKENS = re.compile(rb'"(prompt|completion)_tokens": ?(\d{1,12})')
+_TOLD_TOKENS = re.compile(rb'\b(prompt|completion)_tokens;desc="(\d{1,12})"')
+"""As instances tell them with their timing; JSON's strings have no such quotes."""
 _KEPT_BYTES = 4096
 _FIRST_ERROR = 400
 _error = msgspec.json.Decoder(ErrorBody)
@@ -30,7 +32,7 @@ _error = msgspec.json.Decoder(ErrorBody)
 class Visit:
     """One request, from its head to the last byte of its answer."""
 
-    def __init__(self, scope: Scope, *, timing_comments: bool = True, counts_tokens: bool = False) -> None:
+    def __init__(self, scope: Scope, *, timing_comments: bool = True) -> None:
         """``timing_comments`` is what holds unless the request says something else."""
         headers: Headers = Fields(scope)
         self.headers = headers
@@ -56,12 +58,12 @@ class Visit:
         """When the first bytes of an answer without an error went out, on the clock of ``time.monotonic``."""
         self.details: dict[str, object] = {}
         """What whoever answers tells about it: the model, the number of images, the instances. Nothing that a client wrote."""
-        self.stages: Callable[[], Mapping[str, float]] = dict
-        """Returns the seconds that stages of the answer took, as far as they are known."""
+        self.stages: Mapping[str, float] = {}
+        """Seconds that stages of the answer took, as far as whoever answers tells them."""
+        self.asks_for_answer = False
+        """Whether it is for an endpoint that works for it, and not for a page."""
         self.tokens: dict[str, int] = {}
         """Tokens of ``prompt`` and ``completion``, as far as they are known."""
-        self.counts_tokens = counts_tokens
-        """Whether ``usage`` is looked for in the answer."""
         self.is_stream = False
         """Whether the answer is a stream of events."""
         self._error = b""
@@ -70,8 +72,11 @@ class Visit:
         """Take what is sent to the client."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            types = (value for name, value in message["headers"] if name == b"content-type")
-            self.is_stream = next(types, b"").startswith(b"text/event-stream")
+            for name, value in message["headers"]:
+                if name == b"content-type":
+                    self.is_stream = value.startswith(b"text/event-stream")
+                elif name == b"server-timing":
+                    self._count(_TOLD_TOKENS.findall(value))
             return
         body: bytes = message.get("body", b"")
         if self.status is not None and self.status >= _FIRST_ERROR:
@@ -82,8 +87,13 @@ class Visit:
         if self.is_stream and b'"error"' in body and (found := _ERROR_EVENT.search(body)):
             self.ended_with_error = True
             self._error = found[1][:_KEPT_BYTES]
-        if self.counts_tokens and (at := body.rfind(b'"usage"')) >= 0:
-            self.tokens.update((name.decode(), int(count)) for name, count in _TOKENS.findall(body, at))
+        if (at := body.rfind(b'"usage"')) >= 0:
+            self._count(_TOKENS.findall(body, at))
+        elif self.is_stream and b"_tokens;desc=" in body:
+            self._count(_TOLD_TOKENS.findall(body))
+
+    def _count(self, found: Iterable[tuple[bytes, bytes]]) -> None:
+        self.tokens.update((name.decode(), int(count)) for name, count in found)
 
     @property
     def has_failed(self) -> bool:

@@ -21,6 +21,7 @@ from chiasm.errors import (
 )
 from chiasm.http import json_response, read_body
 from chiasm.http.admin import AdminCheck
+from chiasm.http.config import REQUESTS
 from chiasm.http.front import FrontDoor
 from chiasm.http.listen import check_url, is_loopback
 from chiasm.http.liveness import live, ready_response
@@ -105,6 +106,7 @@ def create_app(
         guard=None if siblings is None else partial(Repeater, siblings=siblings),
         guarded_paths=OTHER_PATHS,
         refusals=service.metrics.refusals,
+        access_log=REQUESTS,
     )
     app.state.service = service
     return app

@@ -29,6 +29,7 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.other_paths import kept_apart, parse_other
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.records.ring import Records
+from chiasm.proxy.records.stages import language_stages
 from chiasm.proxy.records.tracing import tracing_to
 from chiasm.proxy.records.trail import Trail
 from chiasm.proxy.request import Request, parse_chat, parse_completion
@@ -159,14 +160,12 @@ class ProxyService:
         """Give a request a span of its own, if spans are exported, and note its trace for the log."""
         if self.tracing is not None:
             trail.trace = self.tracing.begin(trail.client_trace, path)
-            exchange.visit.counts_tokens |= trail.trace.is_sampled
         if trail.trace is not None:
             exchange.visit.details["trace_id"] = trail.trace.trace_id_text
 
     async def _handle(self, path: str, exchange: Exchange) -> None:
         started = time.perf_counter()
         timing = Timing()
-        exchange.visit.stages = timing.durations
         trail = self.records.trail_of(exchange)
         trail.passed("read")
         try:
@@ -185,6 +184,8 @@ class ProxyService:
         except BaseException:
             exchange.error_headers = [timing.header()]
             raise
+        finally:
+            exchange.visit.stages = timing.durations() | language_stages(trail, exchange.visit)
 
     def _of_tenant(self, request: Request, exchange: Exchange, path: str) -> Request:
         """Return the request with its tenant's salt, if it has one. Raises InvalidRequestError for what isn't kept apart."""

@@ -158,6 +158,8 @@ class Generation:
             entries.append(TimingEntry("prompt_tokens", description=str(usage.prompt_tokens)))
             entries.append(TimingEntry("cached_tokens", description=str(usage.prompt_tokens_details.cached_tokens)))
         if has_ended:
+            if timing is not None:
+                entries.append(TimingEntry("completion_tokens", description=str(self._completion_tokens)))
             entries.append(TimingEntry("total", time.monotonic() - self._exchange.arrival))
         if timing is not None:
             entries += [

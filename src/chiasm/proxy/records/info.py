@@ -44,7 +44,8 @@ class RecordInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
     """``model``, ``images`` and ``instances``."""
     tokens: dict[str, int] = {}
     stages: dict[str, float] = {}
-    """Seconds, by the names in ``Server-Timing``."""
+    """Seconds: those of the proxy, by their names in ``Server-Timing``, and ``queue``, ``wait``, ``prefill`` and
+    ``decode`` of language instances."""
     spans: list[SpanInfo] = []
     critical_path: list[SpanInfo] = []
 

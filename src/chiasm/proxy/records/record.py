@@ -27,7 +27,7 @@ class Record:
     details: Mapping[str, object]
     """The model, the number of images and the instances, as far as they are known."""
     stages: Mapping[str, float]
-    """Seconds, as in ``Server-Timing``."""
+    """Seconds: those of the proxy, as in ``Server-Timing``, and those of language instances."""
     tokens: Mapping[str, int]
     arrived: float
     """Unix time."""
@@ -57,7 +57,7 @@ def record_of(exchange: Exchange, path: str, trail: Trail) -> Record:
         key=visit.key.name if visit.key is not None else "",
         status=exchange.status or 0,
         details=visit.details,
-        stages=visit.stages(),
+        stages=visit.stages,
         tokens=visit.tokens,
         arrived=time.time() - (now - visit.arrival),
         arrival=visit.arrival,
