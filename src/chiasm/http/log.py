@@ -20,6 +20,8 @@ CLIENT_LEFT = 499
 """The status under which a request is counted if its client left."""
 _REASON_CHARACTERS = 300
 _PATH_BYTES = 200
+_UNNAMED = frozenset({"id", "method", "path", "reason"})
+"""Values that have places of their own in a line for people."""
 _PROBED_PATHS = (b"/health", b"/readyz")
 _INPUTS = re.compile(r"""(?:['"]?\binput(?:_value)?['"]?\s*[:=]|\bnear ['"]).*""", re.DOTALL)
 """Where messages quote the request: those of validators, such as vLLM's, and about JSON."""
@@ -75,11 +77,11 @@ class _Line:
         self._values = values
 
     def __str__(self) -> str:
-        values = dict(self._values)
-        head = f"id={values.pop('id')} {values.pop('method')} {values.pop('path')}"
-        reason = values.pop("reason", None)
-        line = " ".join([head, *(f"{name}={_shown(value)}" for name, value in values.items())])
-        return line if reason is None else f"{line}: {reason}"
+        values = self._values
+        words = [f"id={values['id']} {values['method']} {values['path']}"]
+        words += [f"{name}={_shown(value)}" for name, value in values.items() if name not in _UNNAMED]
+        line = " ".join(words)
+        return f"{line}: {values['reason']}" if "reason" in values else line
 
 
 def _values(visit: Visit, status: int) -> dict[str, object]:
@@ -125,4 +127,6 @@ def _shown(value: object) -> str:
 
 def _escaped(text: str) -> str:
     """Return text that stays on its line and changes no terminal."""
+    if text.isprintable():
+        return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
