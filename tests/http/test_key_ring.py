@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from chiasm.errors import RateLimitError
+from chiasm.errors import ConfigurationError, RateLimitError
 from chiasm.http import watch
 from chiasm.http.config import HttpConfig
 from chiasm.http.key_file import ApiKey
-from chiasm.http.key_ring import KeyHolder, KeyRing
+from chiasm.http.key_ring import KeyHolder, KeyRing, Share
 from chiasm.http.limits import Limit
 
 FIRST, SECOND, THIRD = (name * 4 for name in ("first", "second", "third"))
@@ -43,6 +43,27 @@ def test_keys_of_one_name_have_one_holder(tmp_path: Path) -> None:
     assert holder(ring, THIRD).name == ""
     assert THIRD not in holder(ring, THIRD).id
     assert ring.holder_of("x") is ring.holder_of("") is None
+
+
+@pytest.mark.parametrize("limit", [3, 4, 8])
+def test_workers_divide_the_limits_of_a_key(limit: int) -> None:
+    key = ApiKey(FIRST, "a", max_requests_in_flight=limit, max_requests_per_minute=limit)
+    holders = [KeyHolder(key, "", share=Share(number, 3)) for number in range(3)]
+    parts = [limit // 3 + (number < limit % 3) for number in range(3)]
+    assert sum(parts) == limit
+    for one, part in zip(holders, parts, strict=True):
+        for _ in range(part):
+            one.enter()
+        with pytest.raises(RateLimitError, match=rf"its limit at this one of 3 workers is {part}"):
+            one.enter()
+
+
+def test_a_limit_that_leaves_a_worker_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"keys: [{{key: {FIRST}, name: a, max_requests_in_flight: 2}}]")
+    with pytest.raises(ConfigurationError, match="max_requests_in_flight of a is 2"):
+        KeyRing(HttpConfig(api_key_file=path), Share(0, 3))
+    assert KeyRing(HttpConfig(api_key_file=path), Share(0, 2))
 
 
 def test_a_key_of_the_command_line_and_of_the_file_is_one(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from chiasm.wire import MEMBERS_PATH, WORKER_HEADER
-from tests.cli.running import Running
+from tests.cli.running import Running, run
 from tests.launch.waiting import alive, command_line, eventually
 
 KEY = "operator" * 2
@@ -98,6 +98,23 @@ def test_without_an_admin_key_they_are_for_their_machine_alone(tmp_path: Path) -
         ask_each(one)
         assert {found["id"] for found in httpx.get(url, timeout=60).json()["requests"]} == {"of-0", "of-1"}
         assert httpx.get(url, headers={"X-Forwarded-For": "192.0.2.1"}, timeout=60).status_code == 401
+
+
+def test_the_limits_of_a_key_are_those_of_all_together(tmp_path: Path) -> None:
+    """No more than 4 a minute, although each worker counts by itself."""
+    keys = tmp_path / "keys"
+    keys.touch(0o600)
+    keys.write_text(f"keys: [{{key: {KEY}, max_requests_per_minute: 4}}]")
+    arguments = ("--workers", "2", "--port", "0", "--api-key-file", str(keys), "--shutdown-timeout-seconds", "1")
+    with Running(tmp_path, "proxy", *arguments) as one:
+        url = f"{one.wait_ready()}/v1/chat/completions"
+        found = []
+        for number in range(2):
+            with frozen(workers(one)[f"worker-{number}"]):
+                found += [httpx.post(url, content=b"{nothing", headers=ADMIN, timeout=60).status_code for _ in range(3)]
+        assert found == [400, 400, 429] * 2
+    refused = run("proxy", "--workers", "5", "--port", "0", "--api-key-file", str(keys))
+    assert (refused.returncode, "can't divide among 5 workers" in refused.stderr) == (2, True)
 
 
 def test_an_instance_is_added_to_all_and_removed_from_all(running: Running) -> None:

@@ -19,7 +19,7 @@ from chiasm.http.config import FAILURES, HttpConfig
 from chiasm.http.endpoint import Endpoint
 from chiasm.http.errors import EXCEPTION_HANDLERS
 from chiasm.http.flood import limited
-from chiasm.http.key_ring import KeyRing
+from chiasm.http.key_ring import ALONE, KeyRing, Share
 from chiasm.http.keys import KeyGuard
 from chiasm.http.limits import Refusals
 from chiasm.http.log import RequestLog
@@ -50,10 +50,11 @@ class FrontDoor(Starlette):
         guarded_paths: Collection[str] = (),
         refusals: Refusals | None = None,
         access_log: str = FAILURES,
+        share: Share = ALONE,
     ) -> None:
         """``is_local`` says that the server listens on loopback alone; ``guard`` is put around the routes. ``guarded_paths``
         need an API key besides those below /v1. ``refusals`` counts the answers that are errors. ``access_log`` holds unless
-        the configuration says something else.
+        the configuration says something else; ``share`` of the keys' limits is that of this server.
 
         Raises ConfigurationError for API keys that cannot be read."""
         self._config = config
@@ -61,7 +62,7 @@ class FrontDoor(Starlette):
         self._guard = guard
         self._guarded_paths = guarded_paths
         self._refusals = refusals or Refusals()
-        self.keys = KeyRing(config)
+        self.keys = KeyRing(config, share)
         self._log = RequestLog(config.access_log or access_log)
 
         @asynccontextmanager

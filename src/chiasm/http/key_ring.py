@@ -8,9 +8,9 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from chiasm.errors import Code, RateLimitError
+from chiasm.errors import Code, ConfigurationError, RateLimitError
 from chiasm.http.config import HttpConfig
 from chiasm.http.key_file import ApiKey, read_api_keys
 from chiasm.http.limits import Limit
@@ -27,17 +27,54 @@ class _Counts:
     """When the requests of the last minute began, if their number is limited."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of each key's limits that one of several workers has, so that all of them together keep the limits."""
+
+    number: int = 0
+    """Of the worker, from 0."""
+    workers: int = 1
+
+    def of(self, key: ApiKey) -> ApiKey:
+        """Return the key with this worker's part of its limits.
+
+        Raises ConfigurationError for a limit that leaves a worker nothing: it would refuse whatever comes to it.
+        """
+        return replace(
+            key,
+            max_requests_in_flight=self._part(key, "max_requests_in_flight", key.max_requests_in_flight),
+            max_requests_per_minute=self._part(key, "max_requests_per_minute", key.max_requests_per_minute),
+        )
+
+    def _part(self, key: ApiKey, name: str, limit: int | None) -> int | None:
+        if limit is None:
+            return None
+        if limit < self.workers:
+            raise ConfigurationError(
+                f"--api-key-file: {name} of {key.name or 'a key without a name'} is {limit}, which --workers {self.workers} "
+                f"can't divide among {self.workers} workers; raise it to {self.workers} or more, or start fewer workers."
+            )
+        return limit // self.workers + (self.number < limit % self.workers)
+
+
+ALONE = Share()
+
+
 class KeyHolder:
     """Whoever has a key. Keys of one name have one holder."""
 
-    def __init__(self, key: ApiKey, tenant_secret: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, key: ApiKey, tenant_secret: str, clock: Callable[[], float] = time.monotonic, *, share: Share = ALONE
+    ) -> None:
+        """``share`` of the key's limits is what holds here. Raises ConfigurationError if it is nothing."""
         self.id = _id_of(key)
         """Tells holders apart; tells nobody the key."""
         self.name = key.name
         """For logs and metrics; empty if the key has none."""
         self.tenant_secret = tenant_secret
         """What the salts of the tenant's requests are made of, which nobody else can know; empty without a tenant."""
-        self._rights = key
+        self._rights = share.of(key)
+        self._limit = "its limit is" if share.workers == 1 else f"its limit at this one of {share.workers} workers is"
         self._clock = clock
         self._counts = _Counts()
 
@@ -55,7 +92,7 @@ class KeyHolder:
         most, per_minute = self._rights.max_requests_in_flight, self._rights.max_requests_per_minute
         if most is not None and self._counts.in_flight >= most:
             raise RateLimitError(
-                f"The API key has {self._counts.in_flight} requests in flight, and its limit is {most}; wait for one to end.",
+                f"The API key has {self._counts.in_flight} requests in flight, and {self._limit} {most}; wait for one to end.",
                 code=Code.RATE_LIMIT_EXCEEDED,
                 limit=Limit.KEY_REQUESTS,
             )
@@ -75,8 +112,8 @@ class KeyHolder:
             # With a limit that was lowered, more than one has to become older than a minute.
             wait = begun[len(begun) - per_minute] + _MINUTE_SECONDS - now
             raise RateLimitError(
-                f"The API key has sent {len(begun)} requests within a minute, and its limit is {per_minute}; try again "
-                "later.",
+                f"The API key has sent {len(begun)} requests within a minute, and {self._limit} {per_minute}; "
+                "try again later.",
                 retry_after_seconds=int(wait) + 1,
                 code=Code.RATE_LIMIT_EXCEEDED,
                 limit=Limit.KEY_RATE,
@@ -89,10 +126,14 @@ class KeyRing(Replaceable[dict[bytes, KeyHolder]]):
 
     kept = "the API keys stay as they are"
 
-    def __init__(self, config: HttpConfig) -> None:
-        """Raises ConfigurationError for keys that cannot be read or aren't fit."""
+    def __init__(self, config: HttpConfig, share: Share = ALONE) -> None:
+        """``share`` of the keys' limits is what holds here.
+
+        Raises ConfigurationError for keys that cannot be read or aren't fit.
+        """
         super().__init__(() if config.api_key_file is None else (config.api_key_file,))
         self._config = config
+        self._share = share
         self._secret = secrets.token_bytes(32)
         self._holders = self._read()
 
@@ -121,7 +162,7 @@ class KeyRing(Replaceable[dict[bytes, KeyHolder]]):
         found: dict[bytes, KeyHolder] = {}
         for key in read_keys(self._config):
             secret = tenants.setdefault(key.tenant, _secret_of(key)) if key.tenant else ""
-            holder = holders.setdefault(_id_of(key), KeyHolder(key, secret))
+            holder = holders.setdefault(_id_of(key), KeyHolder(key, secret, share=self._share))
             found.setdefault(self._hash(key.key), holder)
         return found
 
