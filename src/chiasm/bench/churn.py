@@ -44,6 +44,7 @@ _CONNECTORS: Mapping[Role, Mapping[str, Any]] = {
     Role.PD: {"connector": "TcpConnector"},
     Role.PREFILL: {"connector": "TcpConnector"},
     Role.DECODE: {},
+    Role.AGGREGATED: {},
 }
 
 
@@ -152,6 +153,15 @@ class Churned:
     """From "ready" at the instance to "healthy" at every proxy."""
     drain_seconds: list[float] = field(default_factory=list)
     """From the signal to the end of the process."""
+
+    def add(self, other: Churned) -> None:
+        """Add what came of another fleet."""
+        self.answers += other.answers
+        self.differences += other.differences
+        self.failures += other.failures
+        self.exit_codes += other.exit_codes
+        self.join_seconds += other.join_seconds
+        self.drain_seconds += other.drain_seconds
 
 
 class Churn:

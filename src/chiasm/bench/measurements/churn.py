@@ -11,14 +11,16 @@ from chiasm.wire import Role
 
 _CHANGES, _QUICK_CHANGES = 1000, 12
 _CLIENTS = 4
-_ROLES = (Role.ENCODER, Role.PREFILL, Role.DECODE)
+FLEETS = ((Role.ENCODER, Role.PREFILL, Role.DECODE), (Role.ENCODER, Role.PD, Role.AGGREGATED))
+"""All roles, in fleets of both kinds."""
 _SIDE = 96
 _TOKENS = 24
 _SHOWN = 10
 
 
 class ChurnMeasurement(Measurement):
-    """Joins an instance and drains another one of its role, of all roles in turn, while clients ask."""
+    """Joins an instance and drains another one of its role, of all roles in turn, while clients ask; in two fleets, one after
+    the other."""
 
     name = "churn"
     purpose = "1 000 instances join and 1 000 drain, of all roles, while clients ask through two proxies"
@@ -27,11 +29,15 @@ class ChurnMeasurement(Measurement):
 
     async def run(self, bench: Bench) -> Outcome:
         changes = bench.samples(_CHANGES, quick=_QUICK_CHANGES)
-        bench.phase("starting a fleet that can be changed")
         model = make("qwen3_vl", bench.scratch / "churn")
-        async with churning(model, bench.client, bench.forks, roles=_ROLES, proxies=2, each=2) as churn:
-            bench.phase("joins and drains", changes)
-            found = await churn.run(changes, bodies(bench.seed), _CLIENTS, bench.advance)
+        found = Churned()
+        for roles in FLEETS:
+            names = ", ".join(roles)
+            bench.phase(f"starting a fleet that can be changed: {names}")
+            async with churning(model, bench.client, bench.forks, roles=roles, proxies=2, each=2) as churn:
+                part = changes // len(FLEETS)
+                bench.phase(f"joins and drains: {names}", part)
+                found.add(await churn.run(part, bodies(bench.seed), _CLIENTS, bench.advance))
         return judge(found)
 
 
