@@ -1,4 +1,4 @@
-"""The dashboard and alert rules in deploy/grafana ask for what the proxy and instances really export."""
+"""What the dashboard and alert rules in deploy/grafana ask for is exported; `integration` asks the pages of running fleets."""
 
 from __future__ import annotations
 

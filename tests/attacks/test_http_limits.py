@@ -13,7 +13,7 @@ from chiasm.http.limits import Limit
 from chiasm.prometheus import read_samples, total
 from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
-from tests.attacks.proxy_process import Proxy, post, running
+from tests.attacks.proxy_process import Peer, Proxy, post, running
 from tests.http.test_tls import GOOD, KEY
 
 MIB = 1 << 20
@@ -120,6 +120,29 @@ async def test_bodies_that_do_not_come_take_no_places() -> None:
             peer = await proxy.connect()
             await peer.send(post(1000) + b"{")
         assert [await proxy.good_client() for _ in range(10)] == [200] * 10
+
+
+async def test_idle_connections_and_bodies_that_drip_do_not_hold_up_a_good_client() -> None:
+    """200 connections that ask nothing, and 50 whose bodies come byte by byte, until those are refused for being slow."""
+
+    async def drip(peer: Peer) -> int:
+        await peer.send(post(1000) + b"{")
+        reply = asyncio.ensure_future(peer.reply())
+        while not reply.done() and await peer.send(b" "):
+            await asyncio.wait((reply,), timeout=0.1)
+        return (await reply).status
+
+    async with running("--body-timeout-seconds", "3", "--max-concurrent-requests", "4") as proxy:
+        idle = [await proxy.connect() for _ in range(200)]
+        dripping = [asyncio.ensure_future(drip(await proxy.connect())) for _ in range(50)]
+        beside = 0
+        while not all(one.done() for one in dripping):
+            assert await proxy.good_client() == 200
+            beside += 1
+        assert beside
+        assert [await one for one in dripping] == [408] * 50
+        assert not any(peer.reader.at_eof() for peer in idle)
+        assert await proxy.refusals(Limit.BODY_TIMEOUT) == 50
 
 
 async def test_who_is_busy_is_not_closed_and_one_peer_gets_no_more_than_its_part() -> None:
