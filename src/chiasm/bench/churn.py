@@ -174,8 +174,8 @@ class Churn:
         self.proxies = proxies
         self._instances = instances
         self._client = client
-        self._members: dict[Role, deque[Process]] = defaultdict(deque)
-        """By role, the oldest first."""
+        self._members: dict[Role, deque[tuple[str, Process]]] = defaultdict(deque)
+        """URLs and processes by role, the oldest first."""
 
     async def join(self, role: Role) -> float:
         """Add an instance; return the seconds from its being ready until every proxy uses it."""
@@ -190,18 +190,28 @@ class Churn:
         url, ready = await self._instances.ready(process)
         async with asyncio.timeout(_STEP_SECONDS):
             for proxy in self.proxies:
-                while True:
-                    if await self._is_healthy(proxy.url, url):
-                        break
-                    await asyncio.sleep(_LOOK_SECONDS)
-        self._members[role].append(process)
+                await self._until(proxy, url, is_healthy=True)
+        self._members[role].append((url, process))
         return time.perf_counter() - ready
 
     async def drain(self, role: Role) -> tuple[int, float]:
         """End the oldest instance of a role by SIGTERM; return its exit code, and how long that took."""
-        process, began = self._members[role].popleft(), time.perf_counter()
+        (_, process), began = self._members[role].popleft(), time.perf_counter()
         os.kill(process.pid, signal.SIGTERM)
         return await self._instances.ended(process), time.perf_counter() - began
+
+    async def kill_while_draining(self, role: Role) -> int:
+        """Kill the oldest instance of a role as soon as the first proxy sees that it drains; return its exit code.
+
+        That is 0 if it had ended before.
+        """
+        url, process = self._members[role].popleft()
+        os.kill(process.pid, signal.SIGTERM)
+        async with asyncio.timeout(_STEP_SECONDS):
+            await self._until(self.proxies[0], url, is_healthy=False)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        return await self._instances.ended(process)
 
     async def run(self, changes: int, bodies: Sequence[bytes], clients: int, advance: Callable[[], None]) -> Churned:
         """Join and drain ``changes`` instances, of all roles in turn, while so many clients ask."""
@@ -256,11 +266,14 @@ class Churn:
         _, _, answer = await self._client.post(proxy.url, body)
         return str(answer["choices"][0]["message"]["content"])
 
-    async def _is_healthy(self, proxy: str, url: str) -> bool:
-        with contextlib.suppress(RequestFailedError):
-            instances = (await self._client.proxy_health(proxy)).instances
-            return any(one.url == url and one.state == "healthy" for one in instances)
-        return False
+    async def _until(self, proxy: JoinedProxy, url: str, *, is_healthy: bool) -> None:
+        """Return when a proxy says of an instance that it is healthy, or that it isn't."""
+        while True:
+            with contextlib.suppress(RequestFailedError):
+                instances = (await self._client.proxy_health(proxy.url)).instances
+                if is_healthy == any(one.url == url and one.state == "healthy" for one in instances):
+                    return
+            await asyncio.sleep(_LOOK_SECONDS)
 
 
 @asynccontextmanager
