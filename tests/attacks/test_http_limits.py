@@ -132,7 +132,8 @@ async def test_idle_connections_and_bodies_that_drip_do_not_hold_up_a_good_clien
             await asyncio.wait((reply,), timeout=0.1)
         return (await reply).status
 
-    async with running("--body-timeout-seconds", "3", "--max-concurrent-requests", "4") as proxy:
+    limits = ("--body-timeout-seconds", "5", "--header-timeout-seconds", "300", "--max-concurrent-requests", "4")
+    async with running(*limits) as proxy:
         idle = [await proxy.connect() for _ in range(200)]
         dripping = [asyncio.ensure_future(drip(await proxy.connect())) for _ in range(50)]
         beside = 0
