@@ -32,6 +32,12 @@ def share(request: pytest.FixtureRequest, tmp_path: Path) -> CoreShare:
     return CoreShare(tmp_path / "cores" if request.param == "a file" else None, 4)
 
 
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What threads had before doesn't count."""
+    monkeypatch.setattr("chiasm.engine.core_sharing._RECENT_NS", -1)
+
+
 def test_a_thread_that_computes_alone_has_all_cores(share: CoreShare) -> None:
     with share.worker().computing():
         assert torch.get_num_threads() == 4
@@ -60,6 +66,7 @@ def test_work_with_small_layers_is_computed_on_one_core_and_leaves_the_others(sh
             assert torch.get_num_threads() == 3
 
 
+@pytest.mark.usefixtures("forgetful")
 def test_a_thread_that_no_longer_computes_leaves_its_cores_to_the_others(share: CoreShare) -> None:
     first, second = share.worker(), share.worker()
     with first.computing():
@@ -70,6 +77,7 @@ def test_a_thread_that_no_longer_computes_leaves_its_cores_to_the_others(share: 
         assert share.part_of(0, now) == 4
 
 
+@pytest.mark.usefixtures("forgetful")
 def test_a_thread_keeps_its_cores_between_two_pieces_of_work(share: CoreShare) -> None:
     first, second = share.worker(), share.worker()
     for _ in range(2):
@@ -91,6 +99,32 @@ def test_steady_work_also_leaves_cores_to_threads_that_have_just_computed(share:
     assert share.part_of(0, 11 * second, steady=True) == 4
 
 
+def test_no_thread_takes_more_than_the_smallest_part_within_the_last_second(share: CoreShare) -> None:
+    second = 1_000_000_000
+    share.show(1, 10 * second)
+    assert share.part_of(0, 10 * second) == 2
+    share.show(1, 10 * second, ended=True)
+    assert share.part_of(0, 10 * second + 1) == 2
+    assert share.part_of(2, 11 * second) == 2
+    assert share.part_of(2, 11 * second + 1) == 4
+
+
+def test_a_core_that_was_taken_lately_is_left_free(share: CoreShare) -> None:
+    now = time.monotonic_ns()
+    share.show(1, now, alone=True)
+    assert share.part_of(0, now) == 3
+    share.show(1, now, ended=True)
+    assert share.part_of(0, now) == 3
+
+
+def test_threads_that_compute_one_after_the_other_have_all_cores(share: CoreShare) -> None:
+    first, second = share.worker(), share.worker()
+    for worker in (first, second, first):
+        with worker.computing():
+            assert torch.get_num_threads() == 4
+        worker.rest()
+
+
 def test_a_thread_counts_for_steady_work_after_it_has_ended(share: CoreShare) -> None:
     first, second = share.worker(), share.worker()
     with first.computing():
@@ -102,6 +136,7 @@ def test_a_thread_counts_for_steady_work_after_it_has_ended(share: CoreShare) ->
         assert torch.get_num_threads() == 4
 
 
+@pytest.mark.usefixtures("forgetful")
 def test_a_thread_follows_its_part_within_a_layer(share: CoreShare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chiasm.engine.core_sharing._INTERVAL_NS", 0)
     monkeypatch.setattr("chiasm.engine.core_sharing._MOST_WAITING", 1.0)  # the machine may be busy
@@ -130,6 +165,7 @@ def test_a_thread_follows_its_part_before_the_first_layer(share: CoreShare, monk
         assert torch.get_num_threads() == 2
 
 
+@pytest.mark.usefixtures("forgetful")
 def test_a_thread_follows_its_part_from_layer_to_layer(share: CoreShare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chiasm.engine.core_sharing._INTERVAL_NS", 0)
     monkeypatch.setattr("chiasm.engine.core_sharing._MOST_WAITING", 1.0)  # the machine may be busy
@@ -232,6 +268,7 @@ def test_a_model_that_runs_outside_the_block_keeps_its_threads(share: CoreShare)
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.usefixtures("forgetful")
 def test_instances_in_several_processes_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chiasm.engine.core_sharing._LONG_AGO_NS", 600_000_000_000)  # the machine may be busy
     computing, done, process = _another_process(tmp_path / "cores")

@@ -3,13 +3,15 @@
 A lone request gets all cores, and on a busy machine each thread computes on one, which is what both cases want: one operator on
 two cores takes more than half of its time on one. The instances see each other through a small file, one slot of eight bytes
 for each compute thread. A slot holds the time at which its thread last said that it computes or has ended, and whether it can
-use more than one core. A thread says so before each layer of its model, so a slot that was written long ago belongs to a
-thread that has died and doesn't count.
+use more than one core. A thread says so before each module and each product of its model, so a slot that was written long ago
+belongs to a thread that has died and doesn't count. It has ended when it has nothing left to do: between two steps of a running
+stream, or two images that wait, it keeps its cores, since others that took them would meet it there.
 
 A thread that begins takes cores away from the others' operators, and an operator on several cores then takes a multiple of
 its time: its helper waits milliseconds for a core, and it waits for its helper. So a whole layer is too long between two looks
-at the others. A token of a running stream must not come so late, so work that decodes also counts the threads that have
-computed within the last second: they may begin again at any time.
+at the others. And where several threads have computed at once, they will soon again, so for a second none takes more cores than
+it had then. A token of a running stream must not come so late in any case, so work that decodes counts all threads that have
+computed within the last second.
 
 The file doesn't show who else wants the cores: other programs, the proxy, threads that decode images. An operator on two
 cores ends with its slower half, so beside such work it takes longer than on one core, and more CPU time. The thread itself
@@ -43,12 +45,15 @@ if TYPE_CHECKING:
 SLOTS = 64
 """Maximum number of compute threads that share cores."""
 _SLOT_BYTES = 8
+_LEAST_PART, _LEAST_AT = SLOTS, SLOTS + 1
+"""Where the file has the smallest part that a thread has lately had, and when."""
+_FILE_BYTES = (SLOTS + 2) * _SLOT_BYTES
 _LONG_AGO_NS = 5_000_000_000
 LEAST_LAYER_SECONDS = 0.002
 """A layer that takes less time than this on one core is computed on one: waking the other threads would take too long. On an
 idle machine, two cores make layers of 1 ms 1.2 times as fast, those of 2 ms 1.4 times, and those of 8 ms 1.7 times."""
 _RECENT_NS = 1_000_000_000
-"""For how long a thread that has ended counts for steady work."""
+"""For how long a thread that has ended counts for steady work, and the smallest part for all."""
 _INTERVAL_NS = 500_000
 """Shortest time between two looks at the other threads."""
 _MOST_WAITING = 0.45
@@ -73,7 +78,7 @@ class CoreShare:
         self._lock = threading.Lock()
         self._file: int | None = None
         if path is None:
-            self._memory = memoryview(bytearray(SLOTS * _SLOT_BYTES)).cast("Q")
+            self._memory = memoryview(bytearray(_FILE_BYTES)).cast("Q")
             return
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -82,8 +87,8 @@ class CoreShare:
                 raise ConfigurationError(
                     f"The file {path}, in which instances share cores, {others}; name one in a folder of this user."
                 )
-            os.ftruncate(self._file, SLOTS * _SLOT_BYTES)
-            self._memory = memoryview(mmap.mmap(self._file, SLOTS * _SLOT_BYTES)).cast("Q")
+            os.ftruncate(self._file, _FILE_BYTES)
+            self._memory = memoryview(mmap.mmap(self._file, _FILE_BYTES)).cast("Q")
         except OSError as error:
             raise ConfigurationError(
                 f"The file {path}, in which instances share cores, cannot be opened: {error}."
@@ -116,14 +121,23 @@ class CoreShare:
     def part_of(self, slot: int, now: int, *, steady: bool = False) -> int:
         """Return the number of cores for the thread of ``slot``, which can use several: at least 1.
 
-        With ``steady``, those that have computed within the last second count as if they did now.
+        It is no more than any thread's even part within the last second. With ``steady``, those that have computed within that
+        second count as if they did now.
         """
-        shown = self._memory.tolist()
+        shown = self._memory.tolist()[:SLOTS]
         last = (now - _LONG_AGO_NS, now - _RECENT_NS if steady else now)
         computing = [other for other, value in enumerate(shown) if other == slot or value >> 2 > last[value >> 1 & 1]]
         several = [other for other in computing if other == slot or not shown[other] & 1]
         part, rest = divmod(self.cores - (len(computing) - len(several)), len(several))
+        if not steady and (least := self._least_part(part, now)) < part:
+            return max(1, least)
         return max(1, part + (several.index(slot) < rest))
+
+    def _least_part(self, part: int, now: int) -> int:
+        """Return the smallest even part within the last second, of which ``part`` is the newest."""
+        if part <= self._memory[_LEAST_PART] or self._memory[_LEAST_AT] < now - _RECENT_NS:
+            self._memory[_LEAST_PART], self._memory[_LEAST_AT] = max(0, part), now
+        return self._memory[_LEAST_PART]
 
 
 class Crowding:
