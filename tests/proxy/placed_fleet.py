@@ -35,6 +35,7 @@ def add(
     """Add a healthy instance."""
     instance = fleet.add(f"http://{name}", role)
     base: dict[str, Any] = {"model": "tiny", "fingerprint": "f" * 64, "ec_store": "store", "role": role.value}
+    base["device"] = "cpu"
     fleet.succeed(instance, Health(**(base | health), costs=known, device_id=device))
     return instance
 

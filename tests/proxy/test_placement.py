@@ -228,6 +228,27 @@ def test_language_instances_of_one_device_share_it(fleet: Fleet, placement: Plac
     assert second.estimate_seconds == pytest.approx(2 * first.estimate_seconds)
 
 
+@pytest.mark.parametrize(("cores", "slower"), [(1, 2.0), (2, 1.0), (3, 1.0)])
+def test_instances_slow_each_other_down_where_there_are_fewer_cores(
+    fleet: Fleet, placement: Placement, cores: int, slower: float
+) -> None:
+    for name in ("1", "2"):
+        add(fleet, name, known=costs(), device="m/cpu", cpus=list(range(cores)))
+    first = place(placement, text(984))
+    take(fleet, first.instance)
+    assert place(placement, text(984)).estimate_seconds == pytest.approx(slower * first.estimate_seconds)
+
+
+def test_an_idle_core_is_better_than_one_that_computes(fleet: Fleet, placement: Placement) -> None:
+    for name in ("1", "2"):
+        add(fleet, name, known=costs(), device="m/cpu", cpus=[0, 1])
+    first = place(placement, text(984))
+    take(fleet, first.instance)
+    (other,) = {*fleet.instances} - {first.instance}
+    take(fleet, other)  # so it was taken later
+    assert place(placement, text(2000)).instance is other
+
+
 # ---- what other proxies have given -----------------------------------------------------------------------------------------
 
 

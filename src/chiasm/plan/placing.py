@@ -71,6 +71,8 @@ class Proxy:
                 fingerprint="plan",
                 ec_place=_place(index) if planned.role is Role.ENCODER else None,
                 kv_connector="plan" if planned.role in (Role.PREFILL, Role.DECODE) else None,
+                device="cuda:0" if candidate.on_gpus else "cpu",
+                cpus=[] if candidate.on_gpus else list(range(candidate.places[planned.place].cores)),
                 device_id=f"place {planned.place}",
                 costs=reported(planned, shape, costs[planned.place]),
             )

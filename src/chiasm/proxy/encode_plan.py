@@ -39,6 +39,16 @@ class Device(NamedTuple):
     seconds: float = 0.0
     """Computing that is left until their first tokens."""
     streams: int = 0
+    computing: int = 0
+    """How many of them have such computing left."""
+    cores: int = 1
+    """How many can compute at once without slowing each other down."""
+
+    def delay(self, own_seconds: float) -> float:
+        """Return how much longer other work takes there, which takes ``own_seconds`` by itself."""
+        if not self.computing:
+            return 0.0
+        return min(own_seconds, self.seconds) * max(0.0, 1 - (self.cores - 1) / self.computing)
 
 
 _IDLE = Device()
@@ -249,7 +259,7 @@ class Plan:
             seconds = ready = score = self._roster.seconds(pixels, self._now)
             if self.devices:
                 there = [self.devices.get(encoder.device_id, _IDLE) for encoder in self._roster.encoders]
-                ready = [one + min(one, device.seconds) for one, device in zip(seconds, there, strict=True)]
+                ready = [one + device.delay(one) for one, device in zip(seconds, there, strict=True)]
                 score = [
                     until + one * device.streams * HINDRANCE
                     for until, one, device in zip(ready, seconds, there, strict=True)

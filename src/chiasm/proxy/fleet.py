@@ -120,6 +120,11 @@ class Instance:
         return self.health.device_id if self.health else ""
 
     @property
+    def cores(self) -> int:
+        """How many instances can compute at once on its device without slowing each other down: 1 on a GPU."""
+        return max(1, len(self.health.cpus)) if self.health and self.health.device == "cpu" else 1
+
+    @property
     def ec_place(self) -> ECPlace | None:
         """Where it serves embeddings from its memory; None if it publishes them where all find them."""
         return (self.health.ec_place or None) if self.health else None

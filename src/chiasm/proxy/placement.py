@@ -244,7 +244,7 @@ class Placement:
         own += rest * per_token
         device = devices.get(instance.device_id)
         if device is not None:
-            seconds += min(own, max(0.0, device.seconds - prompts.seconds_computing(now)))
+            seconds += _without(device, prompts.seconds_computing(now)).delay(own)
         streams = prompts.streams if device is None else device.streams
         hindered = own * (later * _DELAY + streams * HINDRANCE)
         return _Estimate(instance, seconds, own, last + rest * per_token, hindered, ready, cached)
@@ -261,11 +261,18 @@ class Placement:
         devices: dict[str, Device] = {}
         for instance in self._fleet.instances:
             if instance.role in PROMPT_ROLES and (device_id := instance.device_id):
-                seconds, streams = devices.get(device_id, _IDLE)
-                prompts = instance.prompts
-                devices[device_id] = Device(seconds + prompts.seconds_computing(now), streams + prompts.streams)
+                device, prompts = devices.get(device_id, _IDLE), instance.prompts
+                own = prompts.seconds_computing(now)
+                devices[device_id] = Device(
+                    device.seconds + own, device.streams + prompts.streams, device.computing + (own > 0), instance.cores
+                )
         for decode in self._fleet.healthy(Role.DECODE):
             if decode.device_id and decode.in_flight:
-                seconds, streams = devices.get(decode.device_id, _IDLE)
-                devices[decode.device_id] = Device(seconds, streams + decode.in_flight)
+                device = devices.get(decode.device_id, _IDLE)
+                devices[decode.device_id] = device._replace(streams=device.streams + decode.in_flight)
         return devices
+
+
+def _without(device: Device, seconds: float) -> Device:
+    """Return what is done on a device besides what one of its language instances computes."""
+    return device._replace(seconds=max(0.0, device.seconds - seconds), computing=device.computing - (seconds > 0))
