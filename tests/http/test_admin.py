@@ -63,6 +63,18 @@ def test_with_a_key_it_is_who_has_it(client: str, authorization: str, expected: 
             check.check_may_see(asking)
 
 
+@pytest.mark.parametrize("admin_key", [None, KEY])
+def test_the_supervisor_may_see_and_change_nothing(admin_key: str | None) -> None:
+    supervisor = "a-key-of-the-supervisor"
+    check = AdminCheck(admin_key, supervisor_key=supervisor)
+    asking = scope("10.0.0.1", authorization=f"Bearer {supervisor}")
+    assert check.may_see(asking)
+    assert not check.may_see(scope("10.0.0.1", authorization=f"Bearer {supervisor}x"))
+    assert check.has_key is (admin_key is not None)
+    with pytest.raises(AuthenticationError):
+        check.check_may_change(asking)
+
+
 async def test_the_keys_of_a_file_that_is_replaced_count_at_once_and_one_that_is_not_fit_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

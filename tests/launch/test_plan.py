@@ -188,6 +188,12 @@ def test_the_admin_key_is_on_no_command_line(address: HeldPort) -> None:
     assert "secret" not in repr(plan)
 
 
+def test_the_key_by_which_serve_asks_its_proxy_is_on_no_command_line(address: HeldPort) -> None:
+    plan = plan_proxy(DeploymentConfig("demo"), address, [(Role.PD, "http://c")], supervisor_key="supervisor")
+    assert from_json(plan.configuration.encode(), ProxyProcess).proxy.supervisor_key == "supervisor"
+    assert "supervisor" not in f"{plan.command} {plan.environment} {plan!r}"
+
+
 def test_the_proxy_in_front_of_keyed_vllm_has_the_key_unless_it_has_its_own(address: HeldPort) -> None:
     wanted = DeploymentConfig("demo", ONE_EACH, engine=EngineKind.VLLM, vllm_flags=("--api-key", "K"))
     assert [one.key for one in read_keys(_proxy(wanted, address, [(Role.PD, "http://c")]).proxy.http)] == ["K"]

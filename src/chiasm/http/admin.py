@@ -18,14 +18,17 @@ class AdminCheck(Replaceable[list[bytes]]):
     """Tells the operator of a server from its clients.
 
     The operator has the admin key, or one of those in a file, which may be replaced while the server runs. On a server without
-    one, whoever asks from the server's own machine may see what the operator may; nobody may change anything.
+    one, whoever asks from the server's own machine may see what the operator may; nobody may change anything. The process that
+    has started the server may see that too, by a key of its own: where the server listens on one address alone, it doesn't ask
+    over loopback.
     """
 
     kept = "the admin keys stay as they are"
 
-    def __init__(self, key: str | None = None, file: Path | None = None) -> None:
+    def __init__(self, key: str | None = None, file: Path | None = None, supervisor_key: str | None = None) -> None:
         """Raises ConfigurationError for a key that isn't fit, and for a file that can't be read or holds none."""
         super().__init__(() if file is None else (file,))
+        self._supervisor = [] if supervisor_key is None else [digest_of(supervisor_key)]
         self._key = key
         self._file = file
         self._digests = self._read()
@@ -44,9 +47,9 @@ class AdminCheck(Replaceable[list[bytes]]):
 
     def may_see(self, scope: Scope) -> bool:
         """Return whether who asks may see what the operator may."""
-        if self._digests:
-            return is_one_of(bearer(Headers(scope=scope)), self._digests)
-        return is_neighbour(scope)
+        if is_one_of(bearer(Headers(scope=scope)), [*self._digests, *self._supervisor]):
+            return True
+        return not self._digests and is_neighbour(scope)
 
     def check_may_see(self, scope: Scope) -> None:
         """Raise AuthenticationError unless who asks may see what the operator may."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from chiasm.cores import check_cpus
 from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.extras import Extra, require
 from chiasm.fleet_key import FleetKey, make_fleet_key, read_fleet_key
-from chiasm.http.key_rules import read_admin_keys
 from chiasm.launch import fork_server
 from chiasm.launch.arrangement import arrange
 from chiasm.launch.child import Child, ProcessState, Start, start_process
@@ -124,6 +124,7 @@ class Deployment:
         self.config = config
         self.fleet_key = fleet_key or read_fleet_key(config.fleet_key_file) or FleetKey([make_fleet_key()])
         """By which the proxy and the instances know each other, so that other users of this machine can't call instances."""
+        self._supervisor_key = secrets.token_hex(32)
         for role in config.roles.values():
             check_cpus(role.cpus)
         check_cpus(config.proxy_cpus)
@@ -218,7 +219,7 @@ class Deployment:
 
     def _ask_proxy(self, wants_known: bool) -> ProxySays:
         try:
-            desired = read_metric(self.local_url, DESIRED_METRIC, self._admin_key, role=Role.ENCODER.value)
+            desired = read_metric(self.local_url, DESIRED_METRIC, self._supervisor_key, role=Role.ENCODER.value)
             return ProxySays(desired, self._infos().keys() if wants_known else ())
         except ConfigurationError:  # the file of admin keys isn't fit just now, which the proxy's log says
             return ProxySays(None, ())
@@ -252,7 +253,10 @@ class Deployment:
                 for plan in instances
                 if plan.role is not None and (listed_in is None or plan.role is not Role.ENCODER)
             ]
-            return [plan_proxy(config, address, urls, listed_in=listed_in), *instances]
+            return [
+                plan_proxy(config, address, urls, listed_in=listed_in, supervisor_key=self._supervisor_key),
+                *instances,
+            ]
         except BaseException:
             self._release()
             raise
@@ -306,11 +310,7 @@ class Deployment:
         return not unhealthy
 
     def _infos(self) -> Mapping[str, InstanceInfo]:
-        return instance_infos(self.local_url, self._admin_key)
-
-    @property
-    def _admin_key(self) -> str | None:
-        return next(iter(read_admin_keys(self.config.admin_key, self.config.admin_key_file)), None)
+        return instance_infos(self.local_url, self._supervisor_key)
 
     def _check_unhealthy(self, unhealthy: Mapping[str, InstanceInfo]) -> None:
         """Raise ConfigurationError if instances that run have not been healthy for so long that they never will be."""

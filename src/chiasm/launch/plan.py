@@ -88,11 +88,16 @@ def plan_instances(
 
 
 def plan_proxy(
-    config: DeploymentConfig, address: HeldPort, instances: Sequence[tuple[Role, str]], *, listed_in: Path | None = None
+    config: DeploymentConfig,
+    address: HeldPort,
+    instances: Sequence[tuple[Role, str]],
+    *,
+    listed_in: Path | None = None,
+    supervisor_key: str | None = None,
 ) -> ProcessPlan:
     """Return the proxy in front of instances, each given by role and base URL, and of those that a file lists.
 
-    Raises ConfigurationError.
+    Whoever has ``supervisor_key`` may see what its operator may. Raises ConfigurationError.
     """
     keys = vllm.api_keys(config) if config.engine is EngineKind.VLLM else ()
     settings: dict[str, Any] = {
@@ -110,6 +115,7 @@ def plan_proxy(
     if listed_in is not None:
         settings["discover"] = (f"file:{listed_in}", *settings.get("discover", ()))
     process = proxy_process(settings)
+    process = replace(process, proxy=replace(process.proxy, supervisor_key=supervisor_key))
     if keys and not process.proxy.http.needs_key:
         http = replace(process.proxy.http, keys_of_instances=keys)
         process = replace(process, proxy=replace(process.proxy, http=http))

@@ -68,18 +68,18 @@ def is_healthy(url: str) -> bool:
     return status == 200
 
 
-def instance_infos(url: str, admin_key: str | None = None) -> dict[str, InstanceInfo]:
+def instance_infos(url: str, key: str | None = None) -> dict[str, InstanceInfo]:
     """Return what the proxy at ``url`` says of each instance, by the instance's URL; empty if it doesn't answer."""
-    _, body = _get_health(url, key=admin_key)
+    _, body = _get_health(url, key=key)
     try:
         return {instance.url: instance for instance in msgspec.json.decode(body, type=ProxyHealth).instances}
     except msgspec.MsgspecError:
         return {}
 
 
-def read_metric(url: str, name: str, admin_key: str | None = None, **labels: str) -> float | None:
+def read_metric(url: str, name: str, key: str | None = None, **labels: str) -> float | None:
     """Return the sum of the samples of a metric of the server at ``url`` that have these labels; None if it tells none."""
-    _, body = _get(f"{url}/metrics", _HEALTH_SECONDS, key=admin_key)
+    _, body = _get(f"{url}/metrics", _HEALTH_SECONDS, key=key)
     lines = (line for line in body.decode(errors="replace").split("\n") if line.startswith(name))
     return total(read_samples("\n".join(lines)), name, **labels)
 

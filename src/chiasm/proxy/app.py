@@ -79,7 +79,7 @@ def create_app(
                 await siblings.close()
             await service.close()
 
-    admin = AdminCheck(config.admin_key, config.admin_key_file)
+    admin = AdminCheck(config.admin_key, config.admin_key_file, config.supervisor_key)
     pages = _Pages(service, admin, siblings)
     routes: list[BaseRoute] = [
         Route(CHAT_PATH, service.endpoint(CHAT_PATH), methods=["POST"]),

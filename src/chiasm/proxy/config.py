@@ -77,6 +77,8 @@ class ProxyConfig:
     admin_key_file: Annotated[
         Path | None, Option("File with such keys, one a line; other users of the machine don't see them there.")
     ] = None
+    supervisor_key: str | None = field(default=None, repr=False)
+    """Bearer token by which the process that has started the proxy may see what its operator may."""
     open_metrics: Annotated[
         bool, Option("Let everybody read /metrics, also if there is an admin key or an API key.")
     ] = False
