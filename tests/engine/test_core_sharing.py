@@ -109,6 +109,14 @@ def test_no_thread_takes_more_than_the_smallest_part_within_the_last_second(shar
     assert share.part_of(2, 11 * second + 1) == 4
 
 
+def test_encoders_may_compute_for_one_request_and_are_not_remembered(share: CoreShare) -> None:
+    now = time.monotonic_ns()
+    share.show(1, now, encodes=True)
+    assert share.part_of(0, now) == 2
+    share.show(1, now, ended=True, encodes=True)
+    assert share.part_of(0, now) == 4
+
+
 def test_a_core_that_was_taken_lately_is_left_free(share: CoreShare) -> None:
     now = time.monotonic_ns()
     share.show(1, now, alone=True)

@@ -83,9 +83,9 @@ async def test_an_encoder_leaves_its_cores_if_the_image_that_waits_is_broken(
             await released.wait()
         return await decode(data, *args)
 
-    def noted_show(share: CoreShare, slot: int, now: int, *, alone: bool = False, ended: bool = False) -> None:
+    def noted_show(share: CoreShare, slot: int, now: int, *, ended: bool = False, **how: bool) -> None:
         shown.append(ended)
-        show(share, slot, now, alone=alone, ended=ended)
+        show(share, slot, now, ended=ended, **how)
 
     monkeypatch.setattr(encoder.engine._decoder, "decode", late)
     monkeypatch.setattr(CoreShare, "show", noted_show)

@@ -9,9 +9,9 @@ stream, or two images that wait, it keeps its cores, since others that took them
 
 A thread that begins takes cores away from the others' operators, and an operator on several cores then takes a multiple of
 its time: its helper waits milliseconds for a core, and it waits for its helper. So a whole layer is too long between two looks
-at the others. And where several threads have computed at once, they will soon again, so for a second none takes more cores than
-it had then. A token of a running stream must not come so late in any case, so work that decodes counts all threads that have
-computed within the last second.
+at the others. And where two language models have computed at once, there is more than one request, and they will soon again: so
+for a second no thread takes more cores than it had then. A token of a running stream must not come so late in any case, so work
+that decodes counts all threads that have computed within the last second.
 
 The file doesn't show who else wants the cores: other programs, the proxy, threads that decode images. An operator on two
 cores ends with its slower half, so beside such work it takes longer than on one core, and more CPU time. The thread itself
@@ -94,14 +94,16 @@ class CoreShare:
                 f"The file {path}, in which instances share cores, cannot be opened: {error}."
             ) from error
 
-    def worker(self) -> Worker:
-        """Return a slot for one compute thread. Raises ConfigurationError if there is none left."""
+    def worker(self, *, encodes: bool = False) -> Worker:
+        """Return a slot for one compute thread, which encodes images or runs a language model.
+
+        Raises ConfigurationError if there is none left."""
         with self._lock:
             for slot in range(SLOTS):
                 if slot not in self._taken and self._lock_slot(slot):
                     self._taken.add(slot)
                     self._memory[slot] = 0  # its last owner may have died while it computed
-                    return Worker(self, slot)
+                    return Worker(self, slot, encodes=encodes)
         raise ConfigurationError(f"More than {SLOTS} threads would share {self.cores} cores; run fewer instances.")
 
     def _lock_slot(self, slot: int) -> bool:
@@ -114,27 +116,29 @@ class CoreShare:
             return False
         return True
 
-    def show(self, slot: int, now: int, *, alone: bool = False, ended: bool = False) -> None:
+    def show(self, slot: int, now: int, *, alone: bool = False, ended: bool = False, encodes: bool = False) -> None:
         """Note that the thread of ``slot`` computes at ``now`` (nanoseconds), ``alone`` on one core, or that it has ended."""
-        self._memory[slot] = now << 2 | ended << 1 | alone
+        self._memory[slot] = now << 3 | encodes << 2 | ended << 1 | alone
 
     def part_of(self, slot: int, now: int, *, steady: bool = False) -> int:
         """Return the number of cores for the thread of ``slot``, which can use several: at least 1.
 
-        It is no more than any thread's even part within the last second. With ``steady``, those that have computed within that
-        second count as if they did now.
+        It is no more than the even part when language models have computed at once within the last second. With ``steady``, all
+        that have computed within that second count as if they did now.
         """
         shown = self._memory.tolist()[:SLOTS]
         last = (now - _LONG_AGO_NS, now - _RECENT_NS if steady else now)
-        computing = [other for other, value in enumerate(shown) if other == slot or value >> 2 > last[value >> 1 & 1]]
+        computing = [other for other, value in enumerate(shown) if other == slot or value >> 3 > last[value >> 1 & 1]]
         several = [other for other in computing if other == slot or not shown[other] & 1]
         part, rest = divmod(self.cores - (len(computing) - len(several)), len(several))
-        if not steady and (least := self._least_part(part, now)) < part:
-            return max(1, least)
+        if not steady:
+            models = sum(not shown[other] >> 2 & 1 for other in computing)
+            if (least := self._least_part(part if models > 1 else self.cores, now)) < part:
+                return max(1, least)
         return max(1, part + (several.index(slot) < rest))
 
     def _least_part(self, part: int, now: int) -> int:
-        """Return the smallest even part within the last second, of which ``part`` is the newest."""
+        """Return the smallest part within the last second, of which ``part`` is the newest."""
         if part <= self._memory[_LEAST_PART] or self._memory[_LEAST_AT] < now - _RECENT_NS:
             self._memory[_LEAST_PART], self._memory[_LEAST_AT] = max(0, part), now
         return self._memory[_LEAST_PART]
@@ -174,9 +178,10 @@ class Crowding:
 class Worker:
     """One compute thread. Methods are called in that thread, except where they say otherwise."""
 
-    def __init__(self, share: CoreShare, slot: int) -> None:
+    def __init__(self, share: CoreShare, slot: int, *, encodes: bool) -> None:
         self._share = share
         self._slot = slot
+        self._encodes = encodes
         self._layers = 1
         self._computing = self._steady = False
         self._alone = False
@@ -204,7 +209,7 @@ class Worker:
 
     def rest(self) -> None:
         """Leave the cores to others, since nothing is left to compute for now. Any thread."""
-        self._share.show(self._slot, time.monotonic_ns(), alone=self._alone, ended=True)
+        self._share.show(self._slot, time.monotonic_ns(), alone=self._alone, ended=True, encodes=self._encodes)
 
     def adapt(self) -> None:
         """Use as many intra-op threads as this thread's part of the cores has.
@@ -218,7 +223,7 @@ class Worker:
         self._looked_at = now
         most = self._crowding.most(now)
         alone = self._alone or most == 1
-        self._share.show(self._slot, now, alone=alone)
+        self._share.show(self._slot, now, alone=alone, encodes=self._encodes)
         threads = 1 if alone else self._share.part_of(self._slot, now, steady=self._steady)
         if most is not None:
             threads = min(threads, most)

@@ -80,7 +80,7 @@ class EncoderEngine(Engine):
         self._preprocess_pool = ThreadPoolExecutor(
             1, "chiasm-preprocess", initializer=lower_priority, initargs=(config.nice,)
         )
-        self._worker = self._core_share.worker()
+        self._worker = self._core_share.worker(encodes=True)
         self._worker.follow(self._vision.module)
         self._encode_pool = ThreadPoolExecutor(1, "chiasm-encode", initializer=lower_priority, initargs=(config.nice,))
         self._publish_pool = ThreadPoolExecutor(2, "chiasm-publish")

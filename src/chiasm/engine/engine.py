@@ -84,7 +84,7 @@ class LanguageEngine(Engine):
         encoder: LocalEncoder | None = None
         if config.role is Role.AGGREGATED:
             vision = load_vision(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
-            encoder = LocalEncoder(vision, self._core_share.worker(), self._item_news)
+            encoder = LocalEncoder(vision, self._core_share.worker(encodes=True), self._item_news)
         ec_connectors = None if config.ec is None else self._connect(config.ec, self._language.entry_width)
         kv_connectors = None if config.kv is None else self._connect_kv(config.kv)
         num_blocks, self.max_model_len = kv_cache_blocks(config, self._language, self.max_model_len)
