@@ -14,6 +14,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from chiasm.ec_transfer.stores import StoreAddress, StoreError
 from chiasm.ec_transfer.stores.resp import Connection, Reply
@@ -141,23 +142,23 @@ class StoreServer:
         self._held.release()
 
 
-class Between:
-    """Passes bytes on between clients and a server, and may have the server killed among those that it sends."""
+class Relay:
+    """Passes bytes on between clients and a server of this machine."""
 
-    def __init__(self, server: StoreServer) -> None:
-        self._server = server
+    def __init__(self, server_port: int) -> None:
+        self._server_port = server_port
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
-        self._left: int | None = None
-        self._lock = threading.Lock()
-        self.killed = threading.Event()
-        """Set when the server has been killed."""
+        self.port = int(self._listener.getsockname()[1])
 
-    def kill_after(self, num_bytes: int) -> None:
-        """Kill the server in the middle of an answer that is longer than this."""
-        self._left = num_bytes
+    def taken(self, client: socket.socket) -> socket.socket:
+        """Return the connection of a client as bytes are read from it. May raise OSError."""
+        return client
 
-    def __enter__(self) -> Between:
+    def passed(self, data: bytes, *, is_answer: bool) -> bytes:
+        """Return what of these bytes is passed on; if it isn't all, both connections end after it."""
+        return data
+
+    def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
@@ -172,28 +173,49 @@ class Between:
             except OSError:
                 return
             try:
-                server = socket.create_connection(("127.0.0.1", self._server.port))
+                taken = self.taken(client)
+                server = socket.create_connection(("127.0.0.1", self._server_port))
             except OSError:
                 client.close()
                 continue
-            for source, target, is_answer in ((client, server, False), (server, client, True)):
+            for source, target, is_answer in ((taken, server, False), (server, taken, True)):
                 threading.Thread(target=self._pass_on, args=(source, target, is_answer), daemon=True).start()
 
     def _pass_on(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                with self._lock:
-                    is_the_end = is_answer and self._left is not None and len(data) > self._left
-                    if is_the_end:
-                        data, self._left = data[: self._left], None
-                        self._server.kill()
-                        self.killed.set()
-                target.sendall(data)
-                if is_the_end:
+                passed = self.passed(data, is_answer=is_answer)
+                target.sendall(passed)
+                if len(passed) < len(data):
                     break
         for end in (source, target):  # wakes the other direction
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+class Between(Relay):
+    """Passes bytes on, and may have the server killed among those that it sends."""
+
+    def __init__(self, server: StoreServer) -> None:
+        super().__init__(server.port)
+        self._server = server
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._left: int | None = None
+        self._lock = threading.Lock()
+        self.killed = threading.Event()
+        """Set when the server has been killed."""
+
+    def kill_after(self, num_bytes: int) -> None:
+        """Kill the server in the middle of an answer that is longer than this."""
+        self._left = num_bytes
+
+    def passed(self, data: bytes, *, is_answer: bool) -> bytes:
+        with self._lock:
+            if is_answer and self._left is not None and len(data) > self._left:
+                data, self._left = data[: self._left], None
+                self._server.kill()
+                self.killed.set()
+        return data
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ import pytest
 
 from chiasm.bench.alone import Unloaded
 from chiasm.bench.fixed_rate import FixedRate, outcome_at
-from chiasm.bench.goodput import Limits, Served, Trial, Trials, Verdict
+from chiasm.bench.goodput import Limits, Served, Trial, Verdict
 from chiasm.bench.measurement import Panel
+from tests.bench.trials import trials_of
 
 _LIMITS = {"text up to 64 tokens": Limits(1.0, 0.1)}
 _ALONE = {"colocated": {"text up to 64 tokens": Unloaded(0.2, 0.01)}}
@@ -18,14 +19,6 @@ def _trial(good: int, late: int, *, seed: int = 0, **process_seconds: float) -> 
     return Trial(4.0, seed, served, process_seconds)
 
 
-def _found(**trials: list[Trial]) -> Trials:
-    found = Trials(list(trials))
-    for name, several in trials.items():
-        for trial in several:
-            found.add(name, trial)
-    return found
-
-
 def test_every_round_is_at_the_rate_for_all_deployments() -> None:
     fixed = FixedRate(["one", "other"], 4.0)
     fixed.trials.add("one", _trial(0, 10))
@@ -33,7 +26,7 @@ def test_every_round_is_at_the_rate_for_all_deployments() -> None:
 
 
 def test_shares_and_cpu_time_of_each_process_are_reported_and_compared() -> None:
-    found = _found(
+    found = trials_of(
         replicas=[_trial(9, 1, proxy=1.0, aggregated=3.0), _trial(10, 0, seed=1, proxy=1.0, aggregated=3.0)],
         colocated=[_trial(8, 2, proxy=1.0, pd=4.0), _trial(9, 1, seed=1, proxy=1.0, pd=4.0)],
     )
@@ -56,14 +49,14 @@ def test_shares_and_cpu_time_of_each_process_are_reported_and_compared() -> None
 
 
 def test_deployments_are_compared_in_the_rounds_that_both_have() -> None:
-    found = _found(replicas=[_trial(10, 0), _trial(1, 9, seed=1)], colocated=[_trial(10, 0)])
+    found = trials_of(replicas=[_trial(10, 0), _trial(1, 9, seed=1)], colocated=[_trial(10, 0)])
     figures = {figure.name: figure for figure in outcome_at(4.0, {"text": found}, {}, {}, seed=0).figures}
     assert figures["text: colocated / replicas, in time"].value == 1.0
     assert not [name for name in figures if "CPU time" in name]
 
 
 def test_nothing_is_compared_with_a_deployment_that_has_none_in_time_or_no_trial() -> None:
-    found = _found(none=[_trial(0, 10)], lost=[], colocated=[_trial(10, 0)])
+    found = trials_of(none=[_trial(0, 10)], lost=[], colocated=[_trial(10, 0)])
     outcome = outcome_at(4.0, {"text": found}, {}, {}, seed=0)
     assert {figure.name for figure in outcome.figures} == {"text: none, in time", "text: colocated, in time"}
     assert "text: lost has no trial, so it is not compared." in outcome.notes

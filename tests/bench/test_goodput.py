@@ -11,6 +11,7 @@ import pytest
 
 from chiasm.bench.goodput import Curve, Limits, RateSearch, Served, Trial, Trials, Verdict, judge
 from chiasm.bench.goodput_outcome import advice, outcome_of
+from tests.bench.trials import trials_of
 
 _LIMITS = Limits(1.0, 0.1)
 
@@ -30,14 +31,6 @@ def _searched(curves: Mapping[str, Curve], *, first: float = 1.0, rounds: int = 
         for name in search.names_at(rate):
             search.trials.add(name, _trial(rate, curves[name].attained(rate * harder), seed=seed))
     return search.trials
-
-
-def _of(**trials: list[Trial]) -> Trials:
-    found = Trials(list(trials))
-    for name, several in trials.items():
-        for trial in several:
-            found.add(name, trial)
-    return found
 
 
 SLOW, FAST = Curve(1.0, 8.0), Curve(2.0, 8.0)
@@ -77,7 +70,7 @@ def test_a_search_without_noise_finds_the_goodput_within_five_percent() -> None:
 
 
 def test_the_fit_falls_with_the_rate() -> None:
-    curve = _of(one=[_trial(1.0, 1.0), _trial(2.0, 0.8), _trial(1.5, 0.95), _trial(4.0, 0.1)]).curves["one"]
+    curve = trials_of(one=[_trial(1.0, 1.0), _trial(2.0, 0.8), _trial(1.5, 0.95), _trial(4.0, 0.1)]).curves["one"]
     assert curve is not None
     shares = [curve.attained(rate) for rate in (0.5, 1, 2, 4, 8)]
     assert shares == sorted(shares, reverse=True)
@@ -132,7 +125,7 @@ def test_the_interval_of_a_ratio_contains_it() -> None:
 
 
 def test_nothing_is_compared_with_a_deployment_without_goodput() -> None:
-    found = _of(none=[_trial(1.0, 0.5)], some=[_trial(1.0, 1.0), _trial(2.0, 0.5, seed=1)])
+    found = trials_of(none=[_trial(1.0, 0.5)], some=[_trial(1.0, 1.0), _trial(2.0, 0.5, seed=1)])
     assert found.ratio("none", "some", seed=0) is None
     estimate = found.ratio("some", "none", seed=0)
     assert estimate is not None
@@ -167,7 +160,7 @@ def test_the_advice_says_which_deployments_cannot_be_told_apart() -> None:
     noisy = {
         name: [_trial(1.0, share, seed=seed) for seed, share in enumerate(shares)] for name, shares in _EVEN.items()
     }
-    text = advice({"text": _of(**noisy, split=[_trial(1.0, 0.3, seed=seed) for seed in range(4)])})
+    text = advice({"text": trials_of(**noisy, split=[_trial(1.0, 0.3, seed=seed) for seed in range(4)])})
     assert text.startswith("For this model on this machine, ")
     assert (
         "replicas and colocated cannot be told apart" in text or "colocated and replicas cannot be told apart" in text
@@ -180,11 +173,11 @@ _EVEN = {"replicas": [1.0, 0.8, 1.0, 0.8], "colocated": [0.8, 1.0, 0.8, 1.0]}
 
 def test_two_rounds_tell_nothing_apart() -> None:
     trials = {name: [_trial(1.0, share, seed=seed) for seed in (0, 1)] for name, share in {"a": 1.0, "b": 0.9}.items()}
-    assert "a and b cannot be told apart" in advice({"text": _of(**trials)})
+    assert "a and b cannot be told apart" in advice({"text": trials_of(**trials)})
 
 
 def test_limits_that_nothing_meets_are_said() -> None:
-    found = {"text": _of(aggregated=[_trial(1.0, 0.5)], colocated=[_trial(1.0, 0.4)])}
+    found = {"text": trials_of(aggregated=[_trial(1.0, 0.5)], colocated=[_trial(1.0, 0.4)])}
     outcome = outcome_of(found, {}, seed=0)
     assert outcome.notes[0].startswith("No deployment meets the limits of time at any rate")
     assert "text: aggregated meets the limits at no rate that was tried; at best 50 %" in " ".join(outcome.notes)
@@ -246,7 +239,7 @@ def test_deployments_that_were_not_tried_before_the_end_are_not_compared() -> No
 
 
 def test_a_goodput_beyond_all_rates_that_were_tried_is_said_to_be_an_extrapolation() -> None:
-    outcome = outcome_of({"text": _of(aggregated=[_trial(1.0, 1.0)])}, {}, seed=0)
+    outcome = outcome_of({"text": trials_of(aggregated=[_trial(1.0, 1.0)])}, {}, seed=0)
     assert "text: aggregated failed at no rate that was tried" in " ".join(outcome.notes)
 
 
@@ -262,7 +255,7 @@ def _measured(rate: float, share: float, cpu_seconds: float | None) -> Trial:
 
 
 def test_the_cpu_time_of_a_request_is_that_of_the_trials_in_which_few_were_given_up() -> None:
-    found = _of(one=[_measured(1.0, 1.0, 10.0), _measured(2.0, 0.9, 15.0), _measured(3.0, 0.1, 2.0)])
+    found = trials_of(one=[_measured(1.0, 1.0, 10.0), _measured(2.0, 0.9, 15.0), _measured(3.0, 0.1, 2.0)])
     assert found.cpu_seconds_per_request("one") == 0.25
     figures = {figure.name: figure for figure in outcome_of({"text": found}, {}, seed=0).figures}
     figure = figures["text: one, CPU time per request"]
@@ -271,7 +264,7 @@ def test_the_cpu_time_of_a_request_is_that_of_the_trials_in_which_few_were_given
 
 @pytest.mark.parametrize("trials", [[_measured(1.0, 0.5, 10.0)], [_measured(1.0, 1.0, 1.0), _measured(1.0, 1.0, None)]])
 def test_the_cpu_time_of_a_request_is_left_out_if_it_is_not_known(trials: list[Trial]) -> None:
-    found = _of(one=trials)
+    found = trials_of(one=trials)
     assert found.cpu_seconds_per_request("one") is None
     figures = outcome_of({"text": found}, {}, seed=0).figures
     assert [figure for figure in figures if "CPU time" in figure.name] == []

@@ -44,6 +44,10 @@ class Device(NamedTuple):
     cores: int = 1
     """How many can compute at once without slowing each other down."""
 
+    def without(self, seconds: float) -> Device:
+        """Return the same without one language instance, which computes for ``seconds``."""
+        return self._replace(seconds=max(0.0, self.seconds - seconds), computing=self.computing - (seconds > 0))
+
     def delay(self, own_seconds: float) -> float:
         """Return how much longer other work takes there, which takes ``own_seconds`` by itself."""
         if not self.computing:

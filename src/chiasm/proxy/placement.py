@@ -244,7 +244,7 @@ class Placement:
         own += rest * per_token
         device = devices.get(instance.device_id)
         if device is not None:
-            seconds += _without(device, prompts.seconds_computing(now)).delay(own)
+            seconds += device.without(prompts.seconds_computing(now)).delay(own)
         streams = prompts.streams if device is None else device.streams
         hindered = own * (later * _DELAY + streams * HINDRANCE)
         return _Estimate(instance, seconds, own, last + rest * per_token, hindered, ready, cached)
@@ -271,8 +271,3 @@ class Placement:
                 device = devices.get(decode.device_id, _IDLE)
                 devices[decode.device_id] = device._replace(streams=device.streams + decode.in_flight)
         return devices
-
-
-def _without(device: Device, seconds: float) -> Device:
-    """Return what is done on a device besides what one of its language instances computes."""
-    return device._replace(seconds=max(0.0, device.seconds - seconds), computing=device.computing - (seconds > 0))

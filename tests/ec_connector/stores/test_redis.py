@@ -23,7 +23,7 @@ from chiasm.ec_transfer.stores import (
     redis,
 )
 
-from ...store_server import StoreServer
+from ...store_server import Relay, StoreServer
 from .conftest import FINGERPRINT, entry_of, read
 
 SIZE = 10 << 20
@@ -309,45 +309,13 @@ class _CutOff:
         self._listener.close()
 
 
-class _TlsEnd:
+class _TlsEnd(Relay):
     """Takes TLS and speaks without it to a server, as a TLS proxy in front of one does."""
 
     def __init__(self, port: int, certificate: Path, key: Path) -> None:
-        self._server = port
+        super().__init__(port)
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(certificate, key)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client = self._listener.accept()[0]
-            except OSError:
-                return
-            try:
-                secured = self._context.wrap_socket(client, server_side=True)
-            except OSError:
-                client.close()
-                continue
-            server = socket.create_connection(("127.0.0.1", self._server))
-            for source, target in ((secured, server), (server, secured)):
-                threading.Thread(target=_copy, args=(source, target), daemon=True).start()
-
-    def __enter__(self) -> _TlsEnd:
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
-def _copy(source: socket.socket, target: socket.socket) -> None:
-    try:
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    except OSError:
-        return
-    finally:
-        target.close()
+    def taken(self, client: socket.socket) -> socket.socket:
+        return self._context.wrap_socket(client, server_side=True)
