@@ -97,7 +97,8 @@ class CoreShare:
     def worker(self, *, encodes: bool = False) -> Worker:
         """Return a slot for one compute thread, which encodes images or runs a language model.
 
-        Raises ConfigurationError if there is none left."""
+        Raises ConfigurationError if there is none left.
+        """
         with self._lock:
             for slot in range(SLOTS):
                 if slot not in self._taken and self._lock_slot(slot):

@@ -9,9 +9,8 @@ out), ``body`` and ``encoding`` (reading the body), ``untrusted`` with ``json_si
 the way.
 
 ``key_rules`` says what a key must be like, ``key_file`` what a file of API keys holds, ``key_ring`` whose keys they are,
-``admin`` who is the operator, and ``neighbours`` who is of this machine. ``tls`` has the certificate and
-``tls_listener`` the handshakes, ``watch`` notices files
-that were replaced, ``liveness`` answers supervisors.
+``admin`` who is the operator, and ``neighbours`` who is of this machine. ``tls`` has the certificate and ``tls_listener`` the
+handshakes, ``watch`` notices files that were replaced, ``liveness`` answers supervisors.
 
 Nothing here knows engines or instances: what an answer contains comes from a handler.
 """

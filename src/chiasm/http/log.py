@@ -1,8 +1,8 @@
 """The lines that requests leave in the log: one for each that fails, for each that asks for an answer, or for each at all.
 
 Nothing that a client sent gets into a line except the method, the path without its query, a checked id and what an error
-message quotes, and these are escaped and cut. Lines about failures are limited (``flood``), unless all
-requests have one.
+message quotes, and these are escaped and cut. Lines about failures are limited (``flood``), unless all requests
+have one.
 """
 
 from __future__ import annotations
