@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from chiasm.ec_transfer import ECConnectorFactory, ECConnectorRole, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer.intake import Stage
 from chiasm.ec_transfer.peers import PeerConnector
 from chiasm.transfer.memory_file import MemoryFile
 from chiasm.wire import ECPlace
@@ -95,10 +96,11 @@ class LanguageModel(Peer):
         self.until(lambda: self._has_all(requests), *requests)
 
     def lose(self, *requests: Request) -> None:
-        """Step until something of these requests is neither in memory nor coming."""
-        self.until(
-            lambda: not all(self.scheduler.is_coming(item.identifier) for item in self._missing(requests)), *requests
-        )
+        """Step until something of these requests is not in memory, and every place where it was expected was given up.
+
+        That is more than ``is_coming`` says, which is false as long as a place has not answered.
+        """
+        self.until(lambda: not all(map(self._is_expected, self._missing(requests))), *requests)
 
     def until(self, condition: Any, *requests: Request) -> None:
         """Step after every wake until ``condition`` holds."""
@@ -123,6 +125,13 @@ class LanguageModel(Peer):
         for item in request.items:
             self.memory.pop(item.identifier, None)
         self.scheduler.request_finished(request)
+
+    def _is_expected(self, item: Item) -> bool:
+        assert isinstance(self.scheduler, PeerConnector)
+        assert self.scheduler._reader is not None
+        with self.scheduler._reader._lock:
+            wanted = self.scheduler._reader._table._intake.get(item.identifier)
+            return wanted is not None and (wanted.stage is not Stage.WAITING or bool(wanted.places))
 
     def _missing(self, requests: tuple[Request, ...]) -> list[Item]:
         return [item for request in requests for item in request.items if item.identifier not in self.memory]
